@@ -1,0 +1,1 @@
+"""internlm_lite: train dense language models in any layout."""

@@ -1,0 +1,69 @@
+"""What the data side hands to the model side: M micro-batches of T packed tokens for one data-parallel rank.
+
+    row:     [ document A ......... | document B ... | C ]      T = micro_bsz * seq_len tokens
+    cu_seqlens: 0 ----------------- a -------------- b - T T T  (padded with T up to max_docs + 1)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORE = -100
+"""Label of a token where nothing is learnt (`torch.nn.functional.cross_entropy`'s default ignore_index)."""
+
+
+@dataclass(frozen=True)
+class BatchStats:
+    """Composition of one rank's batch, as the step line prints it. A piece is one attention span."""
+
+    num_samples: int
+    """Pieces in all micro-batches."""
+    largest_length: int
+    """Tokens of the longest piece."""
+    largest_batch: int
+    """Most pieces in one micro-batch."""
+    smallest_batch: int
+    """Fewest pieces in one micro-batch."""
+    num_tokens: int
+    """All tokens, M * T."""
+    num_labels: int
+    """Tokens with a label (label != IGNORE)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of one step. All tensors are on the same device except `cu_seqlens_host`."""
+
+    tokens: torch.Tensor  # [M, T] int64
+    labels: torch.Tensor  # [M, T] int64, already shifted, IGNORE where nothing is learnt
+    positions: torch.Tensor  # [M, T] int64, position inside the piece, starts at 0
+    folders: torch.Tensor  # [M, T] int32, index into the run's list of data folders
+    cu_seqlens: torch.Tensor  # [M, max_docs + 1] int32, borders of pieces, padded with T
+    cu_seqlens_host: tuple[tuple[int, ...], ...]  # the same borders without padding, M tuples of Python ints
+    max_seqlen: int  # longest piece of any micro-batch
+    step: int  # the optimizer step these tokens are for
+    packs_after: int  # global position in the data order once this batch is consumed
+    stats: BatchStats
+
+    @property
+    def micro_num(self) -> int:
+        return self.tokens.shape[0]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`; asynchronous from pinned memory."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("tokens", "labels", "positions", "folders", "cu_seqlens")
+        }
+        return Batch(
+            **moved,
+            cu_seqlens_host=self.cu_seqlens_host,
+            max_seqlen=self.max_seqlen,
+            step=self.step,
+            packs_after=self.packs_after,
+            stats=self.stats,
+        )

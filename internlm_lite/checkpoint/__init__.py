@@ -1,0 +1,1 @@
+"""Checkpoints: format, commit protocol, save and load."""

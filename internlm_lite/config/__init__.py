@@ -1,0 +1,1 @@
+"""Config files: the schema, running the Python file, cross checks."""

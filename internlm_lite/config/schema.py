@@ -1,0 +1,296 @@
+"""The sections and keys of a config file, with types, ranges and defaults.
+
+The vocabulary is the InternLM demo configs'; keys that are new here say so. Cross checks between keys live in
+`check.py`, running the file in `load.py`. Docstrings below a key are the source of the config reference.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Dtype = Literal["torch.float16", "torch.half", "torch.bfloat16", "torch.float32", "torch.tf32", "torch.float64"]
+
+
+class Section(BaseModel):
+    """A lower-case dict of the config file: immutable, unknown keys refused, docstrings kept."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class CkptConfig(Section):
+    """Saving and loading of checkpoints. Folders are `local:PATH`, a plain path, or `boto3:s3://bucket.ENDPOINT/prefix`."""
+
+    enable_save_ckpt: bool = False
+    """Write checkpoints."""
+    save_ckpt_folder: str | None = None
+    """Folder that holds all checkpoints of this run; `--resume auto` looks here first."""
+    load_ckpt_folder: str | None = None
+    """Resume from this checkpoint (a save folder, or one checkpoint of it): weights, optimizer, data position."""
+    load_model_only_folder: str | None = None
+    """Start from the weights of this checkpoint, with a fresh optimizer, at step 0."""
+    load_optimizer: bool = True
+    """False: `load_ckpt_folder` gives weights and counters only, moments start at zero."""
+    checkpoint_every: Positive | None = None
+    """Steps between milestone checkpoints, which are kept. None: only the final one."""
+    async_upload: bool = True
+    """Write checkpoints in the background where the storage supports it."""
+    async_upload_tmp_folder: str | None = None
+    """Folder for temporary files of asynchronous uploads."""
+    snapshot_ckpt_folder: str | None = None
+    """Folder for snapshots, the rotating checkpoints."""
+    oss_snapshot_freq: NonNegative | None = None
+    """Steps between snapshots; 0 or None: none."""
+
+
+class DataConfig(Section):
+    """Training and validation data, and how they become batches."""
+
+    seq_len: Positive
+    """Longest attention span in tokens."""
+    micro_num: Positive = 1
+    """Micro-batches per optimizer step on each data-parallel rank (gradient accumulation)."""
+    micro_bsz: Positive = 1
+    """A micro-batch is one packed row of micro_bsz * seq_len tokens."""
+    valid_micro_num: Positive | None = None
+    """Micro-batches per validation batch; None: micro_num."""
+    valid_every: NonNegative = 0
+    """Steps between evaluations; 0: never."""
+    pack_sample_into_one: bool = False
+    """False: attention stays inside each document. True: attention spans whole windows of seq_len."""
+    total_steps: Positive
+    """Optimizer steps of the run."""
+    skip_batches: str = ""
+    """Batch ids to drop, such as "1-3,7" (inclusive): consumed from the order, never trained on."""
+    rampup_batch_size: str = ""
+    """"start increment every" in micro-batches: begin with `start`, add `increment` every `every` steps up to micro_num."""
+    min_length: NonNegative = 0
+    """Documents with fewer tokens are dropped."""
+    train_folder: str | None = None
+    """Folder of tokenised data; each sub-folder is one data folder of the report. None: the built-in dummy set."""
+    valid_folder: str | None = None
+    """Like train_folder, for evaluation. None with valid_every > 0: the built-in dummy set."""
+    tokenizer: str | None = None
+    """(new) sentencepiece model the data were tokenised with: checked against vocab_size, used for samples."""
+    weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """(new) Share of each data folder in the training mix, normalised; None: every document once per epoch."""
+    valid_batches: Positive = 16
+    """(new) At most this many validation batches per data folder."""
+
+
+class Fp16ScalerConfig(Section):
+    """Loss scale of fp16 training."""
+
+    initial_scale: Annotated[float, Field(gt=0)] = 65536
+    """Loss scale of the first step."""
+    min_scale: Annotated[float, Field(gt=0)] | None = None
+    """The scale never falls below this; None: no floor."""
+    growth_interval: Positive = 1000
+    """Good steps in a row before the scale grows."""
+
+
+class GradScalerConfig(Section):
+    """Dynamic loss scaling; used only with model.dtype torch.float16."""
+
+    fp16: Fp16ScalerConfig = Fp16ScalerConfig()
+    """Start, floor and growth interval of the scale."""
+    growth_factor: Annotated[float, Field(gt=1)] = 2
+    """The scale grows by this factor."""
+    backoff_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """The scale shrinks by this factor on overflow."""
+    max_scale: Annotated[float, Field(gt=0)] | None = None
+    """The scale never rises above this; None: no ceiling."""
+    hysteresis: Positive = 2
+    """Overflows tolerated before the scale shrinks."""
+
+
+class HybridZeroConfig(Section):
+    """Communication of the ZeRO-1 optimizer."""
+
+    overlap_sync_grad: bool = True
+    """Reduce gradient buckets while the backward pass still runs."""
+    overlap_sync_param: bool = True
+    """Gather updated parameters while the next forward pass starts."""
+    reduce_bucket_size: Positive = 512 * 1024 * 1024
+    """Elements per gradient bucket."""
+    clip_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    grad_dtype: Dtype | None = None
+    """(new) dtype of gradient accumulation and reduction. None: torch.float32 for bf16 models, else the model's dtype."""
+
+
+class LossConfig(Section):
+    """Training loss."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0
+    """Share of the probability mass spread evenly over the vocabulary."""
+
+
+class AdamConfig(Section):
+    """AdamW."""
+
+    lr: Annotated[float, Field(ge=0)] = 1e-4
+    """Peak learning rate."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the second moment."""
+    adam_beta2_c: float = 0
+    """Exponent of the beta2 schedule; <= 0: constant."""
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay."""
+    weight_decay_on: Literal["matrices", "all"] = "matrices"
+    """(new) "matrices": no decay of biases and norm weights."""
+
+
+class LrSchedulerConfig(Section):
+    """Linear warm-up, then cosine down to eta_min."""
+
+    total_steps: Positive
+    """Step at which the learning rate reaches eta_min."""
+    init_steps: NonNegative = 0
+    """Steps with learning rate 0 before the warm-up."""
+    warmup_ratio: Fraction = 0.01
+    """Share of total_steps used for warm-up."""
+    eta_min: Annotated[float, Field(ge=0)] = 0.0
+    """Final learning rate."""
+    last_epoch: Annotated[int, Field(ge=-1)] = -1
+    """Index of the last step already done by another run; -1: none."""
+
+
+class Beta2SchedulerConfig(Section):
+    """beta2(i) = max(init_beta2, 1 - i^-c)."""
+
+    init_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Lower bound of beta2."""
+    c: float = 0
+    """Exponent; <= 0: beta2 stays at init_beta2."""
+    cur_iter: Annotated[int, Field(ge=-1)] = -1
+    """Index of the last step already done by another run; -1: none."""
+
+
+class ModelConfig(Section):
+    """The decoder: RMSNorm, rotary attention, SwiGLU."""
+
+    checkpoint: bool | Fraction = False
+    """Share of layers whose activations are recomputed in the backward pass (True: all)."""
+    num_attention_heads: Positive
+    """Query heads."""
+    num_kv_attention_heads: Positive | None = None
+    """(new) Key/value heads of grouped-query attention; None: num_attention_heads."""
+    embed_split_hidden: bool = True
+    """Tensor parallel: split the embedding along hidden_size (True) or along the vocabulary (False)."""
+    vocab_size: Positive
+    """Rows of the embedding and of the head."""
+    embed_grad_scale: Annotated[float, Field(ge=0)] = 1
+    """a: the embedding output is a*e + (1-a)*e.detach(), which scales its gradient."""
+    parallel_output: bool = True
+    """Tensor parallel: keep logits split along the vocabulary in the loss."""
+    hidden_size: Positive
+    """Width of the residual stream."""
+    num_layers: Positive
+    """Blocks."""
+    mlp_ratio: Annotated[float, Field(gt=0)] = 8 / 3
+    """SwiGLU width = round_up(int(hidden_size * mlp_ratio), multiple_of)."""
+    multiple_of: Positive = 256
+    """(new) See mlp_ratio."""
+    apply_post_layer_norm: bool = False
+    """Normalise after each residual addition instead of before each sub-layer; there is then no final norm."""
+    dtype: Dtype = "torch.float16"
+    """Weights and activations. torch.tf32: float32 weights, TF32 matrix products."""
+    norm_type: Literal["rmsnorm"] = "rmsnorm"
+    """Normalisation."""
+    layer_norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
+    """Added to the mean square."""
+    use_fp32_norm: bool = False
+    """(new) Keep norm weights in fp32 when the model is half precision."""
+    use_flash_attn: bool = True
+    """True: the fastest attention available (flash-attn, torch varlen, SDPA). False: the SDPA reference."""
+    num_chunks: Positive = 1
+    """Model chunks per pipeline stage; > 1: interleaved schedule."""
+    no_bias: bool = False
+    """(new) True: attention without biases (Llama, InternLM2). False: biases on QKV and output (InternLM)."""
+    rope_base: Annotated[float, Field(gt=0)] = 10000
+    """(new) Base of the rotary embedding."""
+    tie_word_embeddings: bool = False
+    """(new) The head shares the embedding's weight."""
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+    """(new) Standard deviation of matrices at start; output projections are scaled by 1/sqrt(2*num_layers)."""
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_attention_heads or self.num_attention_heads
+
+
+class PipelineConfig(Section):
+    """Pipeline parallelism."""
+
+    size: Positive = 1
+    """Pipeline stages."""
+    interleaved_overlap: bool = True
+    """Overlap communication in the interleaved schedule."""
+
+
+class ParallelConfig(Section):
+    """The layout: world size = data * tensor * pipeline."""
+
+    zero1: int = -1
+    """Ranks that share one copy of the optimizer state: <= 0 all data-parallel ranks, 1 none, k a divisor of them."""
+    tensor: Positive = 1
+    """Tensor-parallel ranks, usually the GPUs of one node."""
+    pipeline: PipelineConfig = PipelineConfig()
+    """Pipeline-parallel ranks."""
+    sequence_parallel: bool = False
+    """Split activations outside attention and MLP along the sequence over the tensor-parallel ranks."""
+
+
+class MonitorConfig(Section):
+    """(new) What is shown, and how often."""
+
+    log_every: Positive = 1
+    """Steps between step lines; metrics are read from the device once per line."""
+    sample_prompts: list[str] = []
+    """Prompts continued at the end of the run; needs data.tokenizer."""
+    sample_tokens: Positive = 64
+    """Tokens generated per prompt."""
+
+
+class Config(Section):
+    """A whole config file."""
+
+    JOB_NAME: str = "default"
+    """Name of the run: RUN/<JOB_NAME>/<time>."""
+    seed: NonNegative = 1024
+    """(new) Seed of weights and data order."""
+    ckpt: CkptConfig = CkptConfig()
+    """Checkpoints."""
+    data: DataConfig
+    """Data."""
+    grad_scaler: GradScalerConfig | None = None
+    """Loss scaling, required for torch.float16."""
+    hybrid_zero_optimizer: HybridZeroConfig = HybridZeroConfig()
+    """Optimizer communication."""
+    loss: LossConfig = LossConfig()
+    """Loss."""
+    adam: AdamConfig = AdamConfig()
+    """AdamW."""
+    lr_scheduler: LrSchedulerConfig
+    """Learning rate."""
+    beta2_scheduler: Beta2SchedulerConfig = Beta2SchedulerConfig()
+    """beta2 of AdamW."""
+    model: ModelConfig
+    """Model."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Layout."""
+    monitor: MonitorConfig = MonitorConfig()
+    """Monitoring."""
+    cudnn_deterministic: bool = False
+    """torch.backends.cudnn.deterministic."""
+    cudnn_benchmark: bool = False
+    """torch.backends.cudnn.benchmark."""

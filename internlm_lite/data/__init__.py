@@ -1,0 +1,1 @@
+"""From tokenised files to batches."""

@@ -1,0 +1,58 @@
+"""Every error a user can meet. Each carries the exit code of the process (docs/where.md lists them).
+
+A message says what was found, what was expected, and what to change.
+"""
+
+
+class InternLMError(Exception):
+    """Base of all errors whose message is meant for the user: shown without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(InternLMError):
+    """The config file or the command line is wrong. Holds all problems at once, one a line."""
+
+    exit_code = 2
+
+
+class DataError(InternLMError):
+    """Tokenised data or a tokenizer is missing, damaged, or does not fit the model."""
+
+    exit_code = 2
+
+
+class MeshError(InternLMError):
+    """The processes that were started do not fit the layout, or cannot find each other."""
+
+    exit_code = 2
+
+
+class CheckpointError(InternLMError):
+    """A checkpoint is missing, damaged, or belongs to another model."""
+
+    exit_code = 2
+
+
+class StorageError(InternLMError):
+    """Storage refused or lost bytes: full, read-only, unreachable."""
+
+    exit_code = 6
+
+
+class NumericsError(InternLMError):
+    """Training diverged beyond what skipping steps can mend."""
+
+    exit_code = 7
+
+
+class PeerLostError(InternLMError):
+    """Another rank of the job died or can no longer be reached."""
+
+    exit_code = 5
+
+
+class MissingPackageError(InternLMError):
+    """An optional package is needed for what was asked; the message holds the install command."""
+
+    exit_code = 2

@@ -1,0 +1,1 @@
+"""Watchdog, signals, anomalies."""

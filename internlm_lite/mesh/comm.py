@@ -1,0 +1,98 @@
+"""Collectives on a named group. On a group of size one each is the identity, so callers never ask for sizes.
+
+    reduce_scatter: every rank holds n shards, rank i ends with the sum of all ranks' shard i
+    all_gather:     every rank holds its shard in place, ends with all shards
+
+Gloo's own reduce-scatter and all-gather are rings that were measured 3.3x and 4x slower than exchanging the shards
+directly (64 MB, 2 and 4 processes on one host), so on CPU they are an all-to-all plus a local sum, and direct sends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from internlm_lite.mesh.mesh import Group
+
+
+class Work:
+    """A collective under way. `wait()` makes its result usable by what is enqueued next; it may be called again."""
+
+    def __init__(self, handles: list[dist.Work], finish: Callable[[], object] | None = None) -> None:
+        self._handles = handles
+        self._finish = finish
+
+    def wait(self) -> None:
+        for handle in self._handles:
+            handle.wait()
+        if self._finish is not None:
+            self._finish()
+        self._handles, self._finish = [], None
+
+
+def all_reduce(tensor: torch.Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Work:
+    """Reduce `tensor` in place over `group`."""
+    if group.size == 1:
+        return Work([])
+    return Work([dist.all_reduce(tensor, op=op, group=group.process_group, async_op=True)])
+
+
+def broadcast(tensor: torch.Tensor, group: Group, source: int = 0) -> Work:
+    """Copy `tensor` of group rank `source` to every rank, in place."""
+    if group.size == 1:
+        return Work([])
+    return Work([dist.broadcast(tensor, src=group.ranks[source], group=group.process_group, async_op=True)])
+
+
+def reduce_scatter(shard: torch.Tensor, full: torch.Tensor, group: Group) -> Work:
+    """shard [n] <- sum over ranks of full [size * n], this rank's part. `shard` may be that part of `full` itself.
+
+    `full` must stay untouched until `wait()`.
+    """
+    if group.size == 1:
+        if shard.data_ptr() != full.data_ptr():
+            shard.copy_(full)
+        return Work([])
+    if full.device.type == "cuda":
+        return Work([dist.reduce_scatter_tensor(shard, full, group=group.process_group, async_op=True)])
+    received = torch.empty_like(full)
+    handle = dist.all_to_all_single(received, full, group=group.process_group, async_op=True)
+    return Work([handle], lambda: torch.sum(received.view(group.size, -1), dim=0, out=shard))
+
+
+def all_gather(full: torch.Tensor, group: Group) -> Work:
+    """Fill full [size * n] in place; this rank's part holds its shard already."""
+    if group.size == 1:
+        return Work([])
+    parts = full.view(group.size, -1)
+    if full.device.type == "cuda":
+        mine = parts[group.rank]
+        return Work([dist.all_gather_into_tensor(full, mine, group=group.process_group, async_op=True)])
+    handles: list[dist.Work] = []
+    for distance in range(1, group.size):
+        to, source = (group.rank + distance) % group.size, (group.rank - distance) % group.size
+        sent = dist.isend(parts[group.rank], group.ranks[to], group=group.process_group)
+        got = dist.irecv(parts[source], group.ranks[source], group=group.process_group)
+        assert sent is not None and got is not None, "this process is a member of its own group"
+        handles += [sent, got]
+    return Work(handles)
+
+
+def gather_objects(value: object, group: Group) -> list[object]:
+    """Every rank's `value` in group order, on every rank. For small host-side facts outside the step.
+
+    `torch.distributed` pickles between live ranks of one job; nothing of it is stored or read back.
+    """
+    if group.size == 1:
+        return [value]
+    gathered: list[object] = [None] * group.size
+    dist.all_gather_object(gathered, value, group=group.process_group)
+    return gathered
+
+
+def barrier(group: Group) -> None:
+    """Wait until every rank of the group is here, or raise after the group's time-out."""
+    if group.size > 1:
+        dist.barrier(group=group.process_group)

@@ -1,0 +1,72 @@
+"""Which part of a whole tensor this rank holds, written on the parameter once, as `param.layout`.
+
+Initialisation, gradient norm, ZeRO, checkpoints and planner read it; nobody matches name substrings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from internlm_lite.errors import ConfigError
+
+if TYPE_CHECKING:
+    from internlm_lite.mesh.mesh import Group
+
+Box = tuple[tuple[int, int], ...]
+"""A region of a tensor in whole-tensor coordinates: one (start, stop) per dimension."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`name` and `shape` are those of the whole tensor, the same in every layout of the run."""
+
+    name: str
+    shape: tuple[int, ...]
+    box: Box
+    spread: bool
+    """True: the tensor-parallel ranks hold different boxes. False: each of them holds the whole tensor."""
+    init_std: float | None
+    """Standard deviation of the initial normal draw; None: see `fill`."""
+    fill: float = 0.0
+    """Initial constant when `init_std` is None."""
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in self.box)
+
+
+def whole(name: str, shape: tuple[int, ...], *, init_std: float | None = None, fill: float = 0.0) -> Layout:
+    """Every rank holds the whole tensor."""
+    return Layout(name, shape, tuple((0, n) for n in shape), spread=False, init_std=init_std, fill=fill)
+
+
+def split(
+    name: str, shape: tuple[int, ...], dim: int, group: Group, *, init_std: float | None = None, fill: float = 0.0
+) -> Layout:
+    """Each rank of `group` holds an equal range of dimension `dim`. Raises ConfigError if it does not divide."""
+    if shape[dim] % group.size:
+        raise ConfigError(
+            f"{name}: dimension {dim} of size {shape[dim]} cannot be split over {group.size} {group.name} ranks: "
+            f"expected a multiple of {group.size}; change the model's shape or parallel.tensor"
+        )
+    part = shape[dim] // group.size
+    box = [(0, n) for n in shape]
+    box[dim] = (part * group.rank, part * (group.rank + 1))
+    return Layout(name, shape, tuple(box), spread=group.size > 1, init_std=init_std, fill=fill)
+
+
+class Parameter(nn.Parameter):
+    """A parameter that knows its layout."""
+
+    layout: Layout
+
+
+def parameter(layout: Layout, dtype: torch.dtype, device: torch.device | str) -> Parameter:
+    """An uninitialised parameter of the local shape; `layers/initialise.py` draws its value."""
+    made = Parameter(torch.empty(layout.local_shape, dtype=dtype, device=device))
+    made.layout = layout
+    return made

@@ -1,0 +1,148 @@
+"""Named process groups: which ranks work together on which axis.
+
+Rank numbering, tensor parallel fastest, then data parallel, then pipeline:
+
+    rank = (pp * dp_size + dp) * tp_size + tp          dp = replica * zero_size + zero
+
+so `zero` groups are neighbours inside `dp`. A group of size one is a group: collectives on it are the identity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from internlm_lite.errors import MeshError
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks of one axis that this process works with."""
+
+    name: str
+    ranks: tuple[int, ...]
+    """Global ranks, in group order."""
+    rank: int
+    """Index of this process in `ranks`."""
+    process_group: dist.ProcessGroup | None
+    """None for a group of size one."""
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many ranks each axis has; `zero` divides `dp`, and dp * tp * pp is the world."""
+
+    dp: int = 1
+    tp: int = 1
+    pp: int = 1
+    zero: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.dp * self.tp * self.pp
+
+    @property
+    def replica(self) -> int:
+        return self.dp // self.zero
+
+
+def sizes_of(world_size: int, tensor: int, pipeline: int, zero1: int) -> Sizes:
+    """Sizes from `parallel.tensor`, `parallel.pipeline.size` and `parallel.zero1` (<= 0: all of dp).
+
+    Raises MeshError when the world is not a multiple of tensor * pipeline, or zero1 does not divide dp.
+    """
+    if world_size % (tensor * pipeline):
+        raise MeshError(
+            f"world size {world_size} does not fit parallel.tensor={tensor} * parallel.pipeline.size={pipeline}: "
+            f"expected a multiple of {tensor * pipeline}; start another number of processes or change the layout"
+        )
+    dp = world_size // (tensor * pipeline)
+    zero = dp if zero1 <= 0 else zero1
+    if dp % zero:
+        raise MeshError(
+            f"parallel.zero1={zero1} does not divide the data parallel size {dp} "
+            f"(world {world_size} / tensor {tensor} / pipeline {pipeline}): use -1, 1 or a divisor of {dp}"
+        )
+    return Sizes(dp=dp, tp=tensor, pp=pipeline, zero=zero)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """All groups of this process. Passed around instead of a global."""
+
+    sizes: Sizes
+    rank: int
+    device: torch.device
+    world: Group
+    dp: Group
+    tp: Group
+    pp: Group
+    zero: Group
+    replica: Group
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def rank_of(sizes: Sizes, *, dp: int, tp: int, pp: int) -> int:
+    """Global rank of a coordinate."""
+    return (pp * sizes.dp + dp) * sizes.tp + tp
+
+
+def axis_groups(sizes: Sizes) -> dict[str, list[tuple[int, ...]]]:
+    """For each axis, the rank tuples that partition the world. Pure arithmetic, the same on every rank."""
+    dps, tps, pps = range(sizes.dp), range(sizes.tp), range(sizes.pp)
+
+    def at(dp: int, tp: int, pp: int) -> int:
+        return rank_of(sizes, dp=dp, tp=tp, pp=pp)
+
+    columns = [(tp, pp) for pp in pps for tp in tps]
+    return {
+        "world": [tuple(range(sizes.world))],
+        "tp": [tuple(at(dp, tp, pp) for tp in tps) for pp in pps for dp in dps],
+        "pp": [tuple(at(dp, tp, pp) for pp in pps) for dp in dps for tp in tps],
+        "dp": [tuple(at(dp, tp, pp) for dp in dps) for tp, pp in columns],
+        "zero": [
+            tuple(at(replica * sizes.zero + zero, tp, pp) for zero in range(sizes.zero))
+            for tp, pp in columns
+            for replica in range(sizes.replica)
+        ],
+        "replica": [
+            tuple(at(replica * sizes.zero + zero, tp, pp) for replica in range(sizes.replica))
+            for tp, pp in columns
+            for zero in range(sizes.zero)
+        ],
+    }
+
+
+def build_mesh(sizes: Sizes, rank: int, device: torch.device, timeout: timedelta) -> Mesh:
+    """Create the process groups of all axes. Collective: every rank calls it with the same sizes.
+
+    `torch.distributed` must be initialised when the world is larger than one. Axes that span the same ranks share
+    one process group, except `zero` and `replica`, whose collectives run beside others on the same ranks.
+    """
+
+    def group(name: str, partition: list[tuple[int, ...]]) -> Group:
+        mine: Group | None = None
+        for ranks in partition:
+            process_group = dist.new_group(ranks, timeout=timeout) if len(ranks) > 1 else None
+            if rank in ranks:
+                mine = Group(name, ranks, ranks.index(rank), process_group)
+        assert mine is not None, (name, rank, partition)
+        return mine
+
+    groups = {name: group(name, partition) for name, partition in axis_groups(sizes).items()}
+    return Mesh(sizes=sizes, rank=rank, device=device, **groups)
+
+
+def single_process_mesh(device: torch.device = torch.device("cpu")) -> Mesh:
+    """The mesh of one process: every group has size one."""
+    return build_mesh(Sizes(), rank=0, device=device, timeout=timedelta(seconds=1))

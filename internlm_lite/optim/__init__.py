@@ -1,0 +1,1 @@
+"""Hybrid ZeRO-1 optimizer: buckets, reduction, norm, loss scaling, curves."""

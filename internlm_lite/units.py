@@ -1,0 +1,32 @@
+"""Numbers for people: bytes, counts and durations as text, and rounding to multiples."""
+
+
+def human_bytes(n_bytes: float) -> str:
+    """1536 -> '1.50 KiB'; binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(n_bytes) < 1024 or unit == "TiB":
+            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.2f} {unit}"
+        n_bytes /= 1024
+    raise AssertionError("unreachable")
+
+
+def human_count(n: float) -> str:
+    """20089943040 -> '20.09 B'; decimal units K, M, B, T."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(n) >= limit:
+            return f"{n / limit:.2f} {unit}"
+    return f"{n:g}"
+
+
+def human_seconds(seconds: float) -> str:
+    """3725.0 -> '1:02:05'; below one minute '12.3 s'."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is >= n."""
+    return -(-n // multiple) * multiple

@@ -1,0 +1,93 @@
+"""Start a world of gloo ranks for a test and hand back what each rank returned.
+
+    results = run_world(fn, 4, args)      # fn(mesh, *args) on each rank, fn at module level of a test file
+
+Ranks come from one fork server that has imported torch already, so a fresh world costs about half a second. A rank
+that raises fails the test with its traceback; a world that hangs is killed after `timeout_seconds`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from internlm_lite.mesh.mesh import build_mesh, sizes_of
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "torch.nn", "numpy", "pydantic"])
+
+
+def _rank_main(pipe: Any, fn: Callable[..., Any], rank: int, size: int, layout: dict[str, int], file: str, args: tuple):
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=60)
+    code = 0
+    try:
+        if size > 1:
+            dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size, timeout=timeout)
+        mesh = build_mesh(sizes_of(size, **layout), rank, torch.device("cpu"), timeout)
+        pipe.send(("ok", fn(mesh, *args)))
+    except BaseException:
+        code = 1
+        pipe.send(("error", traceback.format_exc()))
+    # Half-closed gloo pairs abort at interpreter exit; a rank whose answer is sent has nothing left to lose.
+    pipe.close()
+    os._exit(code)
+
+
+def run_world(
+    fn: Callable[..., Any],
+    size: int,
+    args: tuple = (),
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    zero1: int = -1,
+    timeout_seconds: float = 120,
+) -> list[Any]:
+    """fn(mesh, *args) on `size` ranks; the ranks' return values in rank order. Values must pickle (tensors do)."""
+    layout = {"tensor": tensor, "pipeline": pipeline, "zero1": zero1}
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = []
+        for rank in range(size):
+            ours, theirs = _context.Pipe(duplex=False)
+            process = _context.Process(
+                target=_rank_main, args=(theirs, fn, rank, size, layout, f"{folder}/store", args), daemon=True
+            )
+            process.start()
+            theirs.close()
+            ranks.append((process, ours))
+        try:
+            return _collect(ranks, timeout_seconds)
+        finally:
+            for process, _ in ranks:
+                if process.is_alive():
+                    process.kill()
+                process.join(10)
+
+
+def _collect(ranks: list, timeout_seconds: float) -> list[Any]:
+    deadline = time.monotonic() + timeout_seconds
+    results: list[Any] = []
+    errors = []
+    for rank, (_, pipe) in enumerate(ranks):
+        if not pipe.poll(5 if errors else max(0, deadline - time.monotonic())):
+            errors.append(f"rank {rank}: no answer after {timeout_seconds} s")
+            continue
+        try:
+            status, value = pipe.recv()
+        except EOFError:
+            status, value = "error", "died without a word"
+        if status == "error":
+            errors.append(f"rank {rank}: {value}")
+        results.append(value)
+    assert not errors, "\n".join(errors)
+    return results

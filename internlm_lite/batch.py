@@ -17,6 +17,16 @@ IGNORE = -100
 
 
 @dataclass(frozen=True)
+class Position:
+    """A place in the data order: what has been consumed so far. A pure function of nothing but these two numbers."""
+
+    batch: int = 0
+    """Global batches consumed, trained on or skipped; also the id of the next one."""
+    packs: int = 0
+    """Packed rows consumed over all data-parallel ranks."""
+
+
+@dataclass(frozen=True)
 class BatchStats:
     """Composition of one rank's batch, as the step line prints it. A piece is one attention span."""
 
@@ -45,8 +55,7 @@ class Batch:
     cu_seqlens: torch.Tensor  # [M, max_docs + 1] int32, borders of pieces, padded with T
     cu_seqlens_host: tuple[tuple[int, ...], ...]  # the same borders without padding, M tuples of Python ints
     max_seqlen: int  # longest piece of any micro-batch
-    step: int  # the optimizer step these tokens are for
-    packs_after: int  # global position in the data order once this batch is consumed
+    after: Position  # the data order's position once this batch is consumed
     stats: BatchStats
 
     @property
@@ -63,7 +72,6 @@ class Batch:
             **moved,
             cu_seqlens_host=self.cu_seqlens_host,
             max_seqlen=self.max_seqlen,
-            step=self.step,
-            packs_after=self.packs_after,
+            after=self.after,
             stats=self.stats,
         )

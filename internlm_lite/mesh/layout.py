@@ -59,6 +59,23 @@ def split(
     return Layout(name, shape, tuple(box), spread=group.size > 1, init_std=init_std, fill=fill)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Something a checkpoint stores: the part of one named whole tensor that this rank holds in `tensor`.
+
+    `box` is the rank's region (tensor and pipeline parallel); `flat` = (a, b) narrows it to elements a..b of that box in
+    row-major order (ZeRO). `tensor` has the box's shape, or is 1-D of length b - a. Loading writes into `tensor`.
+    """
+
+    name: str
+    role: str
+    """master | exp_avg | exp_avg_sq"""
+    shape: tuple[int, ...]
+    box: Box
+    flat: tuple[int, int] | None
+    tensor: torch.Tensor
+
+
 class Parameter(nn.Parameter):
     """A parameter that knows its layout."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -22,22 +23,25 @@ import torch.distributed as dist
 
 from internlm_lite.mesh.mesh import build_mesh, sizes_of
 
+TIMEOUT = timedelta(seconds=60)
+"""For process groups that a test builds itself."""
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "torch.nn", "numpy", "pydantic"])
 
 
 def _rank_main(pipe: Any, fn: Callable[..., Any], rank: int, size: int, layout: dict[str, int], file: str, args: tuple):
     torch.set_num_threads(1)
-    timeout = timedelta(seconds=60)
     code = 0
     try:
         if size > 1:
-            dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size, timeout=timeout)
-        mesh = build_mesh(sizes_of(size, **layout), rank, torch.device("cpu"), timeout)
-        pipe.send(("ok", fn(mesh, *args)))
+            dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size, timeout=TIMEOUT)
+        mesh = build_mesh(sizes_of(size, **layout), rank, torch.device("cpu"), TIMEOUT)
+        # Plain pickle copies tensors into the message; the pipe's own would share memory of a process about to end.
+        pipe.send_bytes(pickle.dumps(("ok", fn(mesh, *args))))
     except BaseException:
         code = 1
-        pipe.send(("error", traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps(("error", traceback.format_exc())))
     # Half-closed gloo pairs abort at interpreter exit; a rank whose answer is sent has nothing left to lose.
     pipe.close()
     os._exit(code)
@@ -83,7 +87,7 @@ def _collect(ranks: list, timeout_seconds: float) -> list[Any]:
             errors.append(f"rank {rank}: no answer after {timeout_seconds} s")
             continue
         try:
-            status, value = pipe.recv()
+            status, value = pickle.loads(pipe.recv_bytes())
         except EOFError:
             status, value = "error", "died without a word"
         if status == "error":

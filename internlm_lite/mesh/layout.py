@@ -1,4 +1,4 @@
-"""Which part of a whole tensor this rank holds, written on the parameter once, as `param.layout`.
+"""Which part of a whole tensor this rank holds, written on the parameter once, as `param.part`.
 
 Initialisation, gradient norm, ZeRO, checkpoints and planner read it; nobody matches name substrings.
 """
@@ -63,8 +63,8 @@ def split(
 class Piece:
     """Something a checkpoint stores: the part of one named whole tensor that this rank holds in `tensor`.
 
-    `box` is the rank's region (tensor and pipeline parallel); `flat` = (a, b) narrows it to elements a..b of that box in
-    row-major order (ZeRO). `tensor` has the box's shape, or is 1-D of length b - a. Loading writes into `tensor`.
+    `box` is the rank's region (tensor and pipeline parallel); `flat` = (a, b) narrows it to elements a..b of that box
+    in row-major order (ZeRO). `tensor` has the box's shape, or is 1-D of length b - a. Loading writes into `tensor`.
     """
 
     name: str
@@ -77,13 +77,13 @@ class Piece:
 
 
 class Parameter(nn.Parameter):
-    """A parameter that knows its layout."""
+    """A parameter that knows which part of its whole tensor it is. (`layout` is taken: torch.Tensor has one.)"""
 
-    layout: Layout
+    part: Layout
 
 
 def parameter(layout: Layout, dtype: torch.dtype, device: torch.device | str) -> Parameter:
     """An uninitialised parameter of the local shape; `layers/initialise.py` draws its value."""
     made = Parameter(torch.empty(layout.local_shape, dtype=dtype, device=device))
-    made.layout = layout
+    made.part = layout
     return made

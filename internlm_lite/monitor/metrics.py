@@ -1,0 +1,81 @@
+"""Loss and accuracy per data folder, summed on the device and read once per log interval.
+
+sums[folder] = (cross-entropy, labels, correct)      added per micro-batch, in place, no host read
+collect():     one all-reduce over dp, one copy to the host, back to zero
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from internlm_lite.batch import IGNORE
+from internlm_lite.mesh import comm
+from internlm_lite.mesh.mesh import Group
+from internlm_lite.monitor.record import FolderFigures
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Sums over the log interval and all data-parallel ranks, on the host."""
+
+    folders: dict[str, FolderFigures]
+    """Per data folder; loss is None where the folder had no label."""
+    loss: float | None
+    """Mean training loss per label, with label smoothing."""
+    cross_entropy: float | None
+    """Mean cross-entropy per label, without label smoothing."""
+    accuracy: float
+    """Share of labels that were the most likely token."""
+    num_labels: int
+
+
+class FolderMetrics:
+    """Accumulates what `models.decoder.TokenLosses` hands out."""
+
+    def __init__(self, folders: Sequence[str], dp: Group, device: torch.device) -> None:
+        self._folders = tuple(folders)
+        self._dp = dp
+        # [labels, cross-entropy, correct] per folder, then the training loss: one tensor, so that one collective does.
+        self._sums = torch.zeros(3 * len(self._folders) + 1, dtype=torch.float64, device=device)
+
+    def add(
+        self,
+        folders: torch.Tensor,
+        labels: torch.Tensor,
+        token_loss: torch.Tensor,
+        correct: torch.Tensor,
+        train_loss: torch.Tensor,
+    ) -> None:
+        """All [T] on the device; `folders` integer, `token_loss` 0 where not learnt; `train_loss` a scalar sum."""
+        learnt = labels != IGNORE
+        index = folders.long()
+        table = self._sums[:-1].view(3, -1)
+        for row, values in zip(table, (learnt, token_loss, correct & learnt), strict=True):
+            row.scatter_add_(0, index, values.double())
+        self._sums[-1] += train_loss
+
+    def collect(self) -> Collected:
+        """The sums since the last call. Collective over dp; waits for the device."""
+        comm.all_reduce(self._sums, self._dp).wait()
+        *values, train_loss = self._sums.tolist()
+        self._sums.zero_()
+        n = len(self._folders)
+        labels, losses, correct = values[:n], values[n : 2 * n], values[2 * n :]
+        total = sum(labels)
+        return Collected(
+            folders={
+                name: FolderFigures(
+                    tokens=int(labels[i]),
+                    loss=losses[i] / labels[i] if labels[i] else None,
+                    acc=correct[i] / labels[i] if labels[i] else 0.0,
+                )
+                for i, name in enumerate(self._folders)
+            },
+            loss=train_loss / total if total else None,
+            cross_entropy=sum(losses) / total if total else None,
+            accuracy=sum(correct) / total if total else 0.0,
+            num_labels=int(total),
+        )

@@ -1,0 +1,49 @@
+"""One global gradient norm over all layouts, and what to multiply the gradients with.
+
+Each element of the model counts once: a rank contributes its ZeRO shards, unless another rank contributes the same
+numbers (replicas of the shard, and tensor-parallel ranks for parameters that are not spread over them).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from internlm_lite.mesh import comm
+from internlm_lite.mesh.mesh import Mesh
+from internlm_lite.optim.buckets import Bucket
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the whole model and the global batch; device scalars, the same on every rank."""
+
+    square_model_dtype: torch.Tensor
+    """Sum of squared gradients of parameters in the model's dtype."""
+    square_fp32: torch.Tensor
+    """Sum of squared gradients of parameters kept in fp32 in a half-precision model."""
+    num_labels: torch.Tensor
+    """Tokens with a label in the global batch."""
+
+
+def reduce_totals(buckets: list[Bucket], model_dtype: torch.dtype, num_labels: int, mesh: Mesh) -> Totals:
+    """One all-reduce over the world of three fp64 numbers. `num_labels`: labels of this rank's batch."""
+    sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)
+    for bucket in buckets:
+        if mesh.replica.rank == 0 and (bucket.kind.spread or mesh.tp.rank == 0):
+            wide = torch.float64 if bucket.grads.dtype == torch.float64 else torch.float32
+            sums[int(bucket.kind.dtype != model_dtype)] += (
+                torch.linalg.vector_norm(bucket.grad_shard, dtype=wide).double() ** 2
+            )
+    if mesh.tp.rank == 0 and mesh.pp.rank == mesh.pp.size - 1:
+        sums[2] += num_labels
+    comm.all_reduce(sums, mesh.world).wait()
+    return Totals(sums[0], sums[1], sums[2])
+
+
+def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """min(1, max_norm / (norm + 1e-6)); 1 when `max_norm` is 0 (no clipping)."""
+    if max_norm == 0:
+        return torch.ones_like(norm)
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -1,0 +1,64 @@
+"""Gradient reduction that runs while the backward pass still computes.
+
+A hook on each parameter counts its bucket down; a complete bucket is reduce-scattered over `zero`, then its shard is
+all-reduced over `replica`. Buckets start strictly in order, so every rank issues the same collectives in the same
+order whatever its timing.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from internlm_lite.mesh import comm
+from internlm_lite.mesh.layout import Parameter
+from internlm_lite.mesh.mesh import Mesh
+from internlm_lite.optim.buckets import Bucket
+
+
+class GradReducer:
+    """Reduces the gradients of `buckets` once per optimizer step, during the last micro-batch's backward pass."""
+
+    def __init__(self, buckets: list[Bucket], mesh: Mesh, overlap: bool) -> None:
+        self._buckets = buckets
+        self._mesh = mesh
+        self._overlap = overlap
+        self._armed = False
+        self._missing: list[int] = []
+        self._started: list[comm.Work] = []
+        for index, bucket in enumerate(buckets):
+            for slot in bucket.slots:
+                slot.param.register_post_accumulate_grad_hook(functools.partial(self._on_grad, index))
+
+    def arm(self) -> None:
+        """Call before the backward pass of the last micro-batch: from here on complete buckets are reduced."""
+        self._missing = [len(bucket.slots) for bucket in self._buckets]
+        self._started = []
+        self._armed = True
+
+    def _on_grad(self, index: int, param: Parameter) -> None:
+        if not (self._armed and self._overlap):
+            return
+        self._missing[index] -= 1
+        while len(self._started) < len(self._buckets) and self._missing[len(self._started)] == 0:
+            self._start_next()
+
+    def _start_next(self) -> None:
+        bucket = self._buckets[len(self._started)]
+        self._started.append(comm.reduce_scatter(bucket.grad_shard, bucket.grads, self._mesh.zero))
+
+    def finish(self) -> None:
+        """Start what the backward pass left (parameters without gradient count as zero) and wait for all of it."""
+        while len(self._started) < len(self._buckets):
+            self._start_next()
+        replicas = []
+        for bucket, scattered in zip(self._buckets, self._started, strict=True):
+            scattered.wait()
+            replicas.append(comm.all_reduce(bucket.grad_shard, self._mesh.replica))
+        for work in replicas:
+            work.wait()
+        self._armed = False
+
+    @property
+    def in_flight(self) -> int:
+        """Buckets whose reduction has started in this step."""
+        return len(self._started)

@@ -1,0 +1,52 @@
+"""Dynamic loss scaling for fp16, decided on the device: no host read, no branch.
+
+overflow:                      counter += 1; counter >= hysteresis -> scale *= backoff   (not below min_scale)
+growth_interval good in a row: counter  = 0; scale *= growth                             (not above max_scale)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from internlm_lite.config.schema import GradScalerConfig
+
+
+class LossScaler:
+    """`scale` multiplies the loss. With `config` None (bf16, fp32, fp64) it stays 1 for ever."""
+
+    def __init__(self, config: GradScalerConfig | None, device: torch.device) -> None:
+        self.config = config
+        start = config.fp16.initial_scale if config else 1.0
+        self.scale = torch.tensor(start, dtype=torch.float32, device=device)
+        self._good_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self._overflows = torch.zeros((), dtype=torch.int64, device=device)
+
+    def update(self, overflow: torch.Tensor) -> None:
+        """`overflow`: bool scalar on the device, true when this step was skipped."""
+        if self.config is None:
+            return
+        config = self.config
+        self._overflows += overflow
+        self._good_in_a_row.add_(1).masked_fill_(overflow, 0)
+        backs_off = overflow & (self._overflows >= config.hysteresis)
+        grows = self._good_in_a_row == config.fp16.growth_interval
+        self._good_in_a_row.masked_fill_(grows, 0)
+        self._overflows.masked_fill_(grows, 0)
+        smaller = (self.scale * config.backoff_factor).clamp(min=config.fp16.min_scale or 0.0)
+        larger = (self.scale * config.growth_factor).clamp(max=config.max_scale or math.inf)
+        self.scale.copy_(torch.where(backs_off, smaller, torch.where(grows, larger, self.scale)))
+
+    def state_dict(self) -> dict[str, float | int]:
+        """JSON-able; reads the device."""
+        return {
+            "scale": self.scale.item(),
+            "good_in_a_row": int(self._good_in_a_row.item()),
+            "overflows": int(self._overflows.item()),
+        }
+
+    def load_state_dict(self, state: dict[str, float | int]) -> None:
+        self.scale.fill_(state["scale"])
+        self._good_in_a_row.fill_(state["good_in_a_row"])
+        self._overflows.fill_(state["overflows"])

@@ -1,0 +1,218 @@
+"""The hybrid ZeRO optimizer against torch.optim.AdamW on one process, in fp64, and what it promises besides."""
+
+import pytest
+import torch
+from torch import nn
+
+from internlm_lite.config.schema import Config
+from internlm_lite.mesh.layout import Parameter, parameter, whole
+from internlm_lite.mesh.mesh import Mesh, build_mesh, single_process_mesh, sizes_of
+from internlm_lite.optim.zero import HybridZeroOptimizer
+from tests.world import TIMEOUT, run_world
+
+WIDTH, MICRO, ROWS, STEPS = 24, 2, 8, 6
+
+
+def config(**zero: object) -> Config:
+    return Config.model_validate(
+        {
+            "data": {"seq_len": 8, "total_steps": 20},
+            "lr_scheduler": {"total_steps": 20, "warmup_ratio": 0.2, "eta_min": 1e-4},
+            "adam": {"lr": 1e-2, "weight_decay": 0.1},
+            "model": {"num_attention_heads": 1, "vocab_size": 8, "hidden_size": 8, "num_layers": 1},
+            "grad_scaler": {"fp16": {"initial_scale": 1024.0, "growth_interval": 4}, "hysteresis": 1},
+            "hybrid_zero_optimizer": {"reduce_bucket_size": 700, "clip_grad_norm": 0.5, **zero},
+        }
+    )
+
+
+class Unit(nn.Module):
+    """x -> x + tanh(x W + b)."""
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(sum(map(ord, name)))
+        self.weight = parameter(whole(f"{name}.weight", (WIDTH, WIDTH)), dtype, "cpu")
+        self.bias = parameter(whole(f"{name}.bias", (WIDTH,)), dtype, "cpu")
+        with torch.no_grad():
+            self.weight.copy_(torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64) / WIDTH)
+            self.bias.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(x @ self.weight + self.bias)
+
+
+def rows(step: int, micro: int) -> torch.Tensor:
+    return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(100 * step + micro), dtype=torch.float64)
+
+
+def loss_of(units: list[Unit], x: torch.Tensor) -> torch.Tensor:
+    for unit in units:
+        x = unit(x)
+    return x.square().sum()
+
+
+def train(mesh: Mesh, cfg: Config, dtype: torch.dtype = torch.float64, bad_step: int = -1) -> dict:
+    """Weights after STEPS steps; dp ranks share the rows of a micro-batch; every second row counts as a label."""
+    units = [Unit(f"layers.{i}", dtype) for i in range(4)]
+    optimizer = HybridZeroOptimizer(list(units), cfg, mesh, dtype)
+    norms, rates, skipped, scales, early = [], [], [], [], []
+    for step in range(STEPS):
+        for micro in range(MICRO):
+            mine = rows(step, micro).chunk(mesh.dp.size)[mesh.dp.rank].to(dtype)
+            if micro == MICRO - 1:
+                optimizer.arm()
+            loss = loss_of(units, mine) * (optimizer.loss_scale / (MICRO * ROWS)).to(dtype)
+            if step == bad_step and mesh.dp.rank == mesh.dp.size - 1:
+                loss = loss * float("inf")
+            loss.backward()
+        early.append(optimizer._reducer.in_flight)
+        outcome = optimizer.step(step, num_labels=MICRO * ROWS // mesh.dp.size // 2, global_tokens=MICRO * ROWS)
+        norms.append((outcome.norm_model_dtype.square() + outcome.norm_fp32.square()).sqrt().item())
+        rates.append(outcome.next_lr.item())
+        skipped.append(outcome.skipped.item())
+        scales.append(outcome.loss_scale.item())
+    optimizer.wait_weights()
+    weights = {p.part.name: p.detach().clone() for u in units for p in u.parameters() if isinstance(p, Parameter)}
+    pieces = {(p.name, p.role): (p.flat, p.tensor.clone()) for p in optimizer.pieces()}
+    return {
+        "weights": weights,
+        "norms": norms,
+        "rates": rates,
+        "skipped": skipped,
+        "scales": scales,
+        "early": early,
+        "buckets": len(optimizer.buckets),
+        "pieces": pieces,
+        "elements": optimizer.elements_on_zero_ranks(),
+    }
+
+
+def reference(cfg: Config) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """The same training with nothing of ours but the lr curve's documented formula."""
+    units = [Unit(f"layers.{i}", torch.float64) for i in range(4)]
+    matrices, vectors = [u.weight for u in units], [u.bias for u in units]
+    adam = cfg.adam
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": adam.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(adam.adam_beta1, adam.adam_beta2),
+        eps=adam.adam_eps,
+        foreach=False,
+    )
+    norms = []
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = adam.lr * min(1.0, (step + 1) / 4)
+            if step >= 4:
+                turn = torch.pi * (step - 4) / 16
+                group["lr"] = (
+                    1e-4 + (adam.lr - 1e-4) * (1 + torch.cos(torch.tensor(turn, dtype=torch.float64)).item()) / 2
+                )
+        optimizer.zero_grad()
+        total = torch.stack([loss_of(units, rows(step, m)) for m in range(MICRO)]).sum() / (MICRO * ROWS / 2)
+        total.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(matrices + vectors, 0.5).item())
+        optimizer.step()
+    return {p.part.name: p.detach() for u in units for p in (u.weight, u.bias)}, norms
+
+
+def assert_same_training(result: dict, expected: tuple[dict[str, torch.Tensor], list[float]]) -> None:
+    weights, norms = expected
+    assert result["norms"] == pytest.approx(norms, rel=1e-12)
+    assert min(norms) > 0.5, "clipping must be part of the test"
+    for name, weight in weights.items():
+        torch.testing.assert_close(result["weights"][name], weight, rtol=1e-11, atol=1e-13)
+
+
+def test_one_process_equals_plain_adamw():
+    assert_same_training(train(single_process_mesh(), config()), reference(config()))
+
+
+def sweep(world: Mesh) -> list[dict]:
+    results = []
+    for zero1 in (-1, 2, 1):
+        mesh = build_mesh(sizes_of(world.world.size, 1, 1, zero1), world.rank, world.device, TIMEOUT)
+        for overlap in (True, False):
+            results.append(train(mesh, config(overlap_sync_grad=overlap, overlap_sync_param=overlap)))
+    return results
+
+
+@pytest.fixture(scope="module")
+def four_ranks() -> list[list[dict]]:
+    return run_world(sweep, 4)
+
+
+def test_every_zero_size_equals_plain_adamw(four_ranks: list[list[dict]]):
+    expected = reference(config())
+    for per_rank in four_ranks:
+        for result in per_rank:
+            assert_same_training(result, expected)
+
+
+def test_all_ranks_hold_the_same_weights_to_the_bit(four_ranks: list[list[dict]]):
+    for others in four_ranks[1:]:
+        for result, first in zip(others, four_ranks[0], strict=True):
+            assert all(torch.equal(result["weights"][n], w) for n, w in first["weights"].items())
+
+
+def test_buckets_are_reduced_while_the_backward_pass_runs(four_ranks: list[list[dict]]):
+    overlapped, plain = four_ranks[0][0], four_ranks[0][1]
+    assert overlapped["buckets"] == 5  # four matrices that do not fit together, and all biases
+    assert overlapped["early"] == [5] * STEPS
+    assert plain["early"] == [0] * STEPS
+
+
+@pytest.mark.parametrize(("case", "zero"), [(0, 4), (2, 2), (4, 1)])
+def test_optimizer_state_is_sharded_evenly_and_covers_everything(four_ranks: list[list[dict]], case: int, zero: int):
+    elements = four_ranks[0][case]["elements"]
+    assert len(elements) == zero
+    assert sum(elements) == 4 * (WIDTH * WIDTH + WIDTH)
+    for role in ("master", "exp_avg", "exp_avg_sq"):
+        covered: dict[str, list[tuple[int, int]]] = {}
+        for rank in range(zero):
+            for (name, piece_role), (flat, tensor) in four_ranks[rank][case]["pieces"].items():
+                if piece_role == role:
+                    assert tensor.shape == (flat[1] - flat[0],)
+                    covered.setdefault(name, []).append(flat)
+        for name, spans in covered.items():
+            spans.sort()
+            whole_size = WIDTH * WIDTH if name.endswith("weight") else WIDTH
+            assert [a for a, _ in spans] == [0, *(b for _, b in spans[:-1])]
+            assert spans[-1][1] == whole_size
+        assert len(covered) == 8
+
+
+def overflow_sweep(world: Mesh) -> list[dict]:
+    return [train(world, config(), torch.float16, bad_step=2), train(world, config(), torch.bfloat16, bad_step=2)]
+
+
+def test_an_overflow_on_one_rank_skips_the_step_everywhere():
+    for half, brain in run_world(overflow_sweep, 2):
+        for result in (half, brain):
+            assert result["skipped"] == [False, False, True, False, False, False]
+            assert all(w.isfinite().all() for w in result["weights"].values())
+            assert result["rates"][1] == result["rates"][2], "the learning rate does not move on a skipped step"
+        assert half["scales"] == [1024, 1024, 1024, 512, 512, 512]
+        assert brain["scales"] == [1] * STEPS
+
+
+def test_a_skipped_step_changes_nothing():
+    mesh = single_process_mesh()
+    units = [Unit("layers.0", torch.float16)]
+    optimizer = HybridZeroOptimizer(list(units), config(), mesh, torch.float16)
+    before = [p.tensor.clone() for p in optimizer.pieces()]
+    optimizer.arm()
+    (loss_of(units, rows(0, 0).half()) * float("nan")).backward()
+    outcome = optimizer.step(0, num_labels=8, global_tokens=8)
+    assert outcome.skipped.item()
+    assert all(torch.equal(a, p.tensor) for a, p in zip(before, optimizer.pieces(), strict=True))
+    assert optimizer.state_dict()["good_steps"] == 0
+    assert optimizer.state_dict()["adam_steps"] == 0
+
+
+def test_half_precision_updates_the_fp32_master_and_rounds_it_once():
+    result = train(single_process_mesh(), config(clip_grad_norm=0), torch.bfloat16)
+    for name, weight in result["weights"].items():
+        _, master = result["pieces"][name, "master"]
+        assert master.dtype == torch.float32
+        assert torch.equal(weight.flatten(), master.bfloat16())

@@ -1,5 +1,7 @@
 """Package metadata. `pip install -e .` for the core, `pip install -e .[s3,report]` for extras, `.[dev]` for tests."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 EXTRAS = {
@@ -18,9 +20,15 @@ setup(
     name="internlm_lite",
     version="0.1.0",
     description="Train dense language models in any layout",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=find_packages(include=["internlm_lite", "internlm_lite.*"]),
+    # The scripts in tools/ are installed as internlm_lite_tools, so that `internlm-lite NAME` finds them anywhere.
+    packages=[*find_packages(include=["internlm_lite", "internlm_lite.*"]), "internlm_lite_tools"],
+    package_dir={"internlm_lite_tools": "tools"},
+    entry_points={"console_scripts": ["internlm-lite = internlm_lite_tools.cli:main"]},
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from internlm_lite.units import round_up
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -19,7 +21,14 @@ Dtype = Literal["torch.float16", "torch.half", "torch.bfloat16", "torch.float32"
 class Section(BaseModel):
     """A lower-case dict of the config file: immutable, unknown keys refused, docstrings kept."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,  # "4" and True are not integers; an integer is a number
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
 
 
 class CkptConfig(Section):
@@ -42,9 +51,11 @@ class CkptConfig(Section):
     async_upload_tmp_folder: str | None = None
     """Folder for temporary files of asynchronous uploads."""
     snapshot_ckpt_folder: str | None = None
-    """Folder for snapshots, the rotating checkpoints."""
+    """Folder for snapshots, the rotating checkpoints; left out: save_ckpt_folder/snapshot."""
     oss_snapshot_freq: NonNegative | None = None
     """Steps between snapshots; 0 or None: none."""
+    auto_resume: bool = True
+    """(new) Without `--resume`: True: go on from the newest checkpoint in save_ckpt_folder; False: never look there."""
 
 
 class DataConfig(Section):
@@ -67,7 +78,7 @@ class DataConfig(Section):
     skip_batches: str = ""
     """Batch ids to drop, such as "1-3,7" (inclusive): consumed from the order, never trained on."""
     rampup_batch_size: str = ""
-    """"start increment every" in micro-batches: begin with `start`, add `increment` every `every` steps up to micro_num."""
+    """"start increment every": `start` micro-batches, `increment` more every `every` steps, up to micro_num."""
     min_length: NonNegative = 0
     """Documents with fewer tokens are dropped."""
     train_folder: str | None = None
@@ -120,7 +131,7 @@ class HybridZeroConfig(Section):
     clip_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0: no clipping."""
     grad_dtype: Dtype | None = None
-    """(new) dtype of gradient accumulation and reduction. None: torch.float32 for bf16 models, else the model's dtype."""
+    """(new) dtype that gradients are summed and reduced in. None: torch.float32 for bf16 models, else the model's."""
 
 
 class LossConfig(Section):
@@ -153,7 +164,7 @@ class LrSchedulerConfig(Section):
     """Linear warm-up, then cosine down to eta_min."""
 
     total_steps: Positive
-    """Step at which the learning rate reaches eta_min."""
+    """Step at which the learning rate reaches eta_min; left out: data.total_steps."""
     init_steps: NonNegative = 0
     """Steps with learning rate 0 before the warm-up."""
     warmup_ratio: Fraction = 0.01
@@ -168,9 +179,9 @@ class Beta2SchedulerConfig(Section):
     """beta2(i) = max(init_beta2, 1 - i^-c)."""
 
     init_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """Lower bound of beta2."""
+    """Lower bound of beta2; left out: adam.adam_beta2."""
     c: float = 0
-    """Exponent; <= 0: beta2 stays at init_beta2."""
+    """Exponent; <= 0: beta2 stays at init_beta2. Left out: adam.adam_beta2_c."""
     cur_iter: Annotated[int, Field(ge=-1)] = -1
     """Index of the last step already done by another run; -1: none."""
 
@@ -227,6 +238,20 @@ class ModelConfig(Section):
     def kv_heads(self) -> int:
         return self.num_kv_attention_heads or self.num_attention_heads
 
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def mlp_hidden_size(self) -> int:
+        """SwiGLU width; 13824 for the 20B model."""
+        return round_up(int(self.hidden_size * self.mlp_ratio), self.multiple_of)
+
+    @property
+    def torch_dtype_name(self) -> str:
+        """Storage dtype as the attribute of `torch`: "torch.half" -> "float16", "torch.tf32" -> "float32"."""
+        return {"torch.half": "float16", "torch.tf32": "float32"}.get(self.dtype, self.dtype.removeprefix("torch."))
+
 
 class PipelineConfig(Section):
     """Pipeline parallelism."""
@@ -265,7 +290,7 @@ class Config(Section):
     """A whole config file."""
 
     JOB_NAME: str = "default"
-    """Name of the run: RUN/<JOB_NAME>/<time>."""
+    """Name of the run: `RUN/<JOB_NAME>/<time>`."""
     seed: NonNegative = 1024
     """(new) Seed of weights and data order."""
     ckpt: CkptConfig = CkptConfig()

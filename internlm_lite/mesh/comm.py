@@ -9,24 +9,41 @@ directly (64 MB, 2 and 4 processes on one host), so on CPU they are an all-to-al
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
+from internlm_lite.errors import PeerLostError
 from internlm_lite.mesh.mesh import Group
+
+
+@contextmanager
+def peer_errors(group: Group) -> Iterator[None]:
+    """What torch.distributed raises when a rank died or a time-out ran out, as PeerLostError."""
+    try:
+        yield
+    except RuntimeError as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise PeerLostError(
+            f"rank {group.ranks[group.rank]} lost a peer of its {group.name} group (ranks {list(group.ranks)}): "
+            f"{first_line}; the log of the rank that failed first says why"
+        ) from error
 
 
 class Work:
     """A collective under way. `wait()` makes its result usable by what is enqueued next; it may be called again."""
 
-    def __init__(self, handles: list[dist.Work], finish: Callable[[], object] | None = None) -> None:
+    def __init__(self, handles: list[dist.Work], group: Group, finish: Callable[[], object] | None = None) -> None:
         self._handles = handles
+        self._group = group
         self._finish = finish
 
     def wait(self) -> None:
-        for handle in self._handles:
-            handle.wait()
+        with peer_errors(self._group):
+            for handle in self._handles:
+                handle.wait()
         if self._finish is not None:
             self._finish()
         self._handles, self._finish = [], None
@@ -35,15 +52,15 @@ class Work:
 def all_reduce(tensor: torch.Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Work:
     """Reduce `tensor` in place over `group`."""
     if group.size == 1:
-        return Work([])
-    return Work([dist.all_reduce(tensor, op=op, group=group.process_group, async_op=True)])
+        return Work([], group)
+    return Work([dist.all_reduce(tensor, op=op, group=group.process_group, async_op=True)], group)
 
 
 def broadcast(tensor: torch.Tensor, group: Group, source: int = 0) -> Work:
     """Copy `tensor` of group rank `source` to every rank, in place."""
     if group.size == 1:
-        return Work([])
-    return Work([dist.broadcast(tensor, src=group.ranks[source], group=group.process_group, async_op=True)])
+        return Work([], group)
+    return Work([dist.broadcast(tensor, src=group.ranks[source], group=group.process_group, async_op=True)], group)
 
 
 def reduce_scatter(shard: torch.Tensor, full: torch.Tensor, group: Group) -> Work:
@@ -54,22 +71,22 @@ def reduce_scatter(shard: torch.Tensor, full: torch.Tensor, group: Group) -> Wor
     if group.size == 1:
         if shard.data_ptr() != full.data_ptr():
             shard.copy_(full)
-        return Work([])
+        return Work([], group)
     if full.device.type == "cuda":
-        return Work([dist.reduce_scatter_tensor(shard, full, group=group.process_group, async_op=True)])
+        return Work([dist.reduce_scatter_tensor(shard, full, group=group.process_group, async_op=True)], group)
     received = torch.empty_like(full)
     handle = dist.all_to_all_single(received, full, group=group.process_group, async_op=True)
-    return Work([handle], lambda: torch.sum(received.view(group.size, -1), dim=0, out=shard))
+    return Work([handle], group, lambda: torch.sum(received.view(group.size, -1), dim=0, out=shard))
 
 
 def all_gather(full: torch.Tensor, group: Group) -> Work:
     """Fill full [size * n] in place; this rank's part holds its shard already."""
     if group.size == 1:
-        return Work([])
+        return Work([], group)
     parts = full.view(group.size, -1)
     if full.device.type == "cuda":
         mine = parts[group.rank]
-        return Work([dist.all_gather_into_tensor(full, mine, group=group.process_group, async_op=True)])
+        return Work([dist.all_gather_into_tensor(full, mine, group=group.process_group, async_op=True)], group)
     handles: list[dist.Work] = []
     for distance in range(1, group.size):
         to, source = (group.rank + distance) % group.size, (group.rank - distance) % group.size
@@ -77,7 +94,7 @@ def all_gather(full: torch.Tensor, group: Group) -> Work:
         got = dist.irecv(parts[source], group.ranks[source], group=group.process_group)
         assert sent is not None and got is not None, "this process is a member of its own group"
         handles += [sent, got]
-    return Work(handles)
+    return Work(handles, group)
 
 
 def gather_objects(value: object, group: Group) -> list[object]:
@@ -88,11 +105,23 @@ def gather_objects(value: object, group: Group) -> list[object]:
     if group.size == 1:
         return [value]
     gathered: list[object] = [None] * group.size
-    dist.all_gather_object(gathered, value, group=group.process_group)
+    with peer_errors(group):
+        dist.all_gather_object(gathered, value, group=group.process_group)
     return gathered
+
+
+def broadcast_object(value: object, group: Group) -> object:
+    """The `value` of group rank 0, on every rank. For small host-side facts outside the step, see `gather_objects`."""
+    if group.size == 1:
+        return value
+    told = [value]
+    with peer_errors(group):
+        dist.broadcast_object_list(told, src=group.ranks[0], group=group.process_group)
+    return told[0]
 
 
 def barrier(group: Group) -> None:
     """Wait until every rank of the group is here, or raise after the group's time-out."""
     if group.size > 1:
-        dist.barrier(group=group.process_group)
+        with peer_errors(group):
+            dist.barrier(group=group.process_group)

@@ -25,7 +25,7 @@ class _CopyTo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        grad = grads[0].contiguous().clone()
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
         comm.all_reduce(grad, ctx.group).wait()
         return grad, None
 
@@ -33,9 +33,9 @@ class _CopyTo(torch.autograd.Function):
 class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        total = x.contiguous().clone()
-        comm.all_reduce(total, group).wait()
-        return total
+        ctx.mark_dirty(x)
+        comm.all_reduce(x, group).wait()
+        return x
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -62,7 +62,7 @@ def copy_to_group(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def reduce_from_group(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """The sum of x over `group`; its gradient is handed back unchanged."""
+    """x, overwritten by its sum over `group`; the gradient is handed back unchanged. x is contiguous and no view."""
     return x if group.size == 1 else _ReduceFrom.apply(x, group)
 
 

@@ -83,7 +83,7 @@ class Parameter(nn.Parameter):
 
 
 def parameter(layout: Layout, dtype: torch.dtype, device: torch.device | str) -> Parameter:
-    """An uninitialised parameter of the local shape; `layers/initialise.py` draws its value."""
+    """An uninitialised parameter of the local shape; `models/initialise.py` draws its value."""
     made = Parameter(torch.empty(layout.local_shape, dtype=dtype, device=device))
     made.part = layout
     return made

@@ -6,6 +6,7 @@ collect():     one all-reduce over dp, one copy to the host, back to zero
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,10 +23,10 @@ class Collected:
     """Sums over the log interval and all data-parallel ranks, on the host."""
 
     folders: dict[str, FolderFigures]
-    """Per data folder; loss is None where the folder had no label."""
-    loss: float | None
-    """Mean training loss per label, with label smoothing."""
-    cross_entropy: float | None
+    """Per data folder, in the run's order."""
+    loss: float
+    """Mean training loss per label, with label smoothing; nan without labels."""
+    cross_entropy: float
     """Mean cross-entropy per label, without label smoothing."""
     accuracy: float
     """Share of labels that were the most likely token."""
@@ -69,13 +70,13 @@ class FolderMetrics:
             folders={
                 name: FolderFigures(
                     tokens=int(labels[i]),
-                    loss=losses[i] / labels[i] if labels[i] else None,
+                    loss=losses[i] / labels[i] if labels[i] else math.nan,
                     acc=correct[i] / labels[i] if labels[i] else 0.0,
                 )
                 for i, name in enumerate(self._folders)
             },
-            loss=train_loss / total if total else None,
-            cross_entropy=sum(losses) / total if total else None,
+            loss=train_loss / total if total else math.nan,
+            cross_entropy=sum(losses) / total if total else math.nan,
             accuracy=sum(correct) / total if total else 0.0,
             num_labels=int(total),
         )

@@ -25,6 +25,7 @@ from internlm_lite.optim.curves import beta2, learning_rate
 from internlm_lite.optim.norm import clip_factor, reduce_totals
 from internlm_lite.optim.reduce import GradReducer
 from internlm_lite.optim.scaler import LossScaler
+from internlm_lite.runtime.device import torch_dtype
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class StepOutcome:
     """bool: a gradient was not finite, nothing was updated."""
     loss_scale: torch.Tensor
     """fp32, the scale this step's loss was multiplied with."""
+    skipped_steps: torch.Tensor
+    """int64, steps skipped since the run began."""
     next_lr: torch.Tensor
     """Learning rate of the next step (the step line of InternLM prints this one)."""
     beta2: float
@@ -69,6 +72,7 @@ class HybridZeroOptimizer:
         self._gathers: list[comm.Work | None] = [None] * len(self.buckets)
         self.scaler = LossScaler(config.grad_scaler if model_dtype == torch.float16 else None, mesh.device)
         self._good_steps = torch.zeros((), dtype=torch.int64, device=mesh.device)
+        self._skipped_steps = torch.zeros((), dtype=torch.int64, device=mesh.device)
         rates = [
             learning_rate(i, config.adam.lr, config.lr_scheduler) for i in range(config.lr_scheduler.total_steps + 2)
         ]
@@ -144,6 +148,7 @@ class HybridZeroOptimizer:
         used_scale = self.scaler.scale.clone()
         self.scaler.update(skipped)
         self._good_steps += ~skipped
+        self._skipped_steps += skipped
         for bucket in self.buckets:
             bucket.grads.zero_()
         self._gather_weights()
@@ -151,6 +156,7 @@ class HybridZeroOptimizer:
             norm_model_dtype=totals.square_model_dtype.sqrt() * unscale,
             norm_fp32=totals.square_fp32.sqrt() * unscale,
             skipped=skipped,
+            skipped_steps=self._skipped_steps.clone(),
             loss_scale=used_scale,
             next_lr=self._rate_now(),
             beta2=second_beta,
@@ -204,6 +210,7 @@ class HybridZeroOptimizer:
         """JSON-able counters; the tensors are in `pieces()`. Reads the device."""
         return {
             "good_steps": int(self._good_steps.item()),
+            "skipped_steps": int(self._skipped_steps.item()),
             "adam_steps": int(self._adam.state[self._masters[0]]["step"].item()),
             "scaler": self.scaler.state_dict(),
         }
@@ -211,6 +218,7 @@ class HybridZeroOptimizer:
     def load_state_dict(self, state: dict[str, Any], *, moments: bool) -> None:
         """Restore the counters. `moments` False: AdamW starts anew, as its moments were not loaded."""
         self._good_steps.fill_(state["good_steps"])
+        self._skipped_steps.fill_(state["skipped_steps"])
         self.scaler.load_state_dict(state["scaler"])
         for master in self._masters:
             self._adam.state[master]["step"].fill_(state["adam_steps"] if moments else 0)
@@ -235,12 +243,5 @@ def _master(bucket: Bucket) -> Parameter:
 def _grad_dtype(config: Config, model_dtype: torch.dtype) -> torch.dtype | None:
     wanted = config.hybrid_zero_optimizer.grad_dtype
     if wanted is not None:
-        return dtype_of(wanted)
+        return torch_dtype(wanted)
     return torch.float32 if model_dtype == torch.bfloat16 else None
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """The torch dtype of a config name; "torch.tf32" is float32 weights with TF32 products, "torch.half" is float16."""
-    made = torch.float32 if name == "torch.tf32" else getattr(torch, name.removeprefix("torch."))
-    assert isinstance(made, torch.dtype), name
-    return made

@@ -1,0 +1,66 @@
+# make demo   train a small decoder on this machine's own text, from nothing, in a few minutes
+# make test   the whole test suite
+# Both build .venv first. Another torch: make demo TORCH=torch==2.12.0. Another Python: make demo PYTHON=python3.12.
+
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install
+# The stamp's name holds the wanted torch and Python: asking for others installs anew.
+BASE := $(VENV)/base-$(shell printf '%s|%s' '$(TORCH)' '$(PYTHON)' | cksum | cut -d' ' -f1)
+READY := $(VENV)/ready
+
+define CHECK_PYTHON
+import sys
+if sys.version_info < (3, 10):
+    sys.exit("found Python " + sys.version.split()[0] + " at " + sys.executable + "; expected 3.10 or newer: "
+             "install one and say make PYTHON=python3.12")
+try:
+    import ensurepip, venv
+except ImportError as error:
+    sys.exit("this Python cannot build virtual environments (" + str(error) + "): install its venv package, "
+             "on Debian and Ubuntu: apt-get install python3-venv")
+endef
+export CHECK_PYTHON
+
+.PHONY: help venv demo test lint types clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '1,3s/^# //p' Makefile
+
+venv: $(READY)
+
+# torch comes first and alone; its exact version then binds every other package, so nothing pulls in another build.
+$(BASE):
+	@command -v $(PYTHON) >/dev/null || { echo "found no $(PYTHON): install Python 3.10 or newer, or say make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c "$$CHECK_PYTHON"
+	@rm -f $(VENV)/base-* $(READY)
+	@if [ "$$($(BIN)/python -V 2>/dev/null)" = "$$($(PYTHON) -V)" ]; then echo "keeping $(VENV)"; else $(PYTHON) -m venv --clear $(VENV); fi
+	$(PIP) '$(TORCH)'
+	@$(BIN)/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $(VENV)/torch.txt
+	@touch $@
+
+$(READY): setup.py $(BASE)
+	$(PIP) --constraint $(VENV)/torch.txt --editable '.[dev]'
+	@touch $@
+
+demo: venv
+	$(BIN)/python tools/demo.py $(DEMO_ARGS)
+
+test: venv
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: venv
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

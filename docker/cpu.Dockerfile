@@ -1,0 +1,18 @@
+# The CPU image: tests, the demo, tokenising, reading reports.
+#   docker build -f docker/cpu.Dockerfile -t internlm_lite:cpu .
+#   docker run --rm -it internlm_lite:cpu make test
+# On Linux x86 plain `torch` is the CUDA build; give a CPU wheel with --build-arg TORCH=... where size matters.
+FROM python:3.12-slim
+
+ARG TORCH=torch==2.13.0
+RUN apt-get update && apt-get install --yes --no-install-recommends make git && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /workspace
+# Dependencies first: they are rebuilt only when setup.py changes, not with every edit of the code.
+COPY Makefile setup.py pyproject.toml README.md LICENSE ./
+RUN mkdir -p internlm_lite tools && touch internlm_lite/__init__.py tools/cli.py && make venv TORCH="$TORCH"
+COPY . .
+
+# make compares TORCH with what the environment was built for, so it has to know it at run time as well.
+ENV TORCH=$TORCH PATH=/workspace/.venv/bin:$PATH
+CMD ["bash"]

@@ -1,0 +1,28 @@
+# The GPU image: training on one node or many.
+#   docker build -f docker/cuda.Dockerfile -t internlm_lite:cuda .
+#   docker run --rm -it --gpus all --ipc host --ulimit memlock=-1 internlm_lite:cuda \
+#       torchrun --nproc_per_node=8 train.py --config configs/7B_sft.py
+# torch's wheel brings its own CUDA libraries and NCCL; the base image has to fit the driver, and `devel` holds the
+# compiler that FLASH=1 needs to build flash-attn (half an hour). Without it torch's own varlen attention is used.
+ARG CUDA=13.0.2-devel-ubuntu24.04
+FROM nvidia/cuda:$CUDA
+
+ARG TORCH=torch==2.13.0
+ARG FLASH=0
+ENV DEBIAN_FRONTEND=noninteractive
+RUN apt-get update && apt-get install --yes --no-install-recommends make git python3 python3-venv python3-dev g++ ninja-build \
+    && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /workspace
+# Dependencies first: they are rebuilt only when setup.py changes, not with every edit of the code.
+COPY Makefile setup.py pyproject.toml README.md LICENSE ./
+RUN mkdir -p internlm_lite tools && touch internlm_lite/__init__.py tools/cli.py && make venv TORCH="$TORCH"
+RUN if [ "$FLASH" = 1 ]; then \
+        .venv/bin/pip install wheel && \
+        .venv/bin/pip install --no-build-isolation --constraint .venv/torch.txt --editable '.[flash]'; \
+    fi
+COPY . .
+
+# make compares TORCH with what the environment was built for, so it has to know it at run time as well.
+ENV TORCH=$TORCH PATH=/workspace/.venv/bin:$PATH
+CMD ["bash"]

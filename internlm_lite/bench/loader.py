@@ -1,0 +1,64 @@
+"""(c) The loader alone: tokens per second from memory-mapped files, on one core, and opening a large corpus."""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from internlm_lite.batch import Position
+from internlm_lite.config.schema import DataConfig
+from internlm_lite.data.loader import open_training_data
+from internlm_lite.data.megatron import writing
+
+VOCAB = 50304
+SEQ_LEN, MICRO_NUM = 4096, 4
+
+
+@dataclass(frozen=True)
+class LoaderResult:
+    """Rows of 4096 tokens; building a batch includes reading, labels, positions, borders and statistics."""
+
+    documents_of: int
+    """Mean document length in tokens."""
+    corpus_tokens: int
+    open_seconds: float
+    resident_bytes: int
+    """Peak resident set of the process afterwards."""
+    tokens_per_second: float
+
+
+def write_corpus(folder: Path, n_tokens: int, mean_length: int, seed: int = 0) -> None:
+    """One data folder of random token ids with document lengths spread around `mean_length`."""
+    rng = np.random.default_rng(seed)
+    (folder / "bench").mkdir(parents=True)
+    with writing(folder / "bench" / "part.bin", np.dtype(np.uint16)) as out:
+        for _ in range(0, n_tokens, block := 10_000_000):
+            lengths = rng.integers(mean_length // 2, 3 * mean_length // 2, size=block // mean_length)
+            out.add_many(rng.integers(VOCAB, size=int(lengths.sum()), dtype=np.uint16), lengths)
+
+
+def bench_loader(folder: Path, n_tokens: int, mean_length: int, n_batches: int = 300) -> LoaderResult:
+    """Writes a corpus under `folder`, opens it and builds batches without the read-ahead thread: one core's rate."""
+    write_corpus(folder, n_tokens, mean_length)
+    config = DataConfig.model_validate(
+        {"seq_len": SEQ_LEN, "micro_num": MICRO_NUM, "total_steps": 1, "train_folder": str(folder)}
+    )
+    start = time.perf_counter()
+    data = open_training_data(config, VOCAB, dp_rank=0, dp_size=1, seed=1024)
+    batch = data.build(Position())
+    open_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    for _ in range(n_batches):
+        batch = data.build(batch.after)
+    seconds = time.perf_counter() - start
+    return LoaderResult(
+        documents_of=mean_length,
+        corpus_tokens=data.total_tokens,
+        open_seconds=open_seconds,
+        resident_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        tokens_per_second=n_batches * MICRO_NUM * SEQ_LEN / seconds,
+    )

@@ -1,0 +1,97 @@
+"""(a) Our training step against the bare loop, and (d) how much of the machine's matrix rate it reaches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from internlm_lite.bench.bare import BareDecoder
+from internlm_lite.bench.gemm import linear_layers, measured_rate
+from internlm_lite.bench.shapes import bench_config, random_batch
+from internlm_lite.bench.timing import alternate
+from internlm_lite.config.schema import Config
+from internlm_lite.layers.flash import choose_backend
+from internlm_lite.mesh.mesh import Mesh, single_process_mesh
+from internlm_lite.models.decoder import Transformer, build_model
+from internlm_lite.models.initialise import initialise
+from internlm_lite.monitor.metrics import FolderMetrics
+from internlm_lite.optim.zero import HybridZeroOptimizer
+from internlm_lite.runtime.device import torch_dtype
+from internlm_lite.train.step import train_step
+from internlm_lite.train.stopwatch import Stopwatch
+
+
+def our_step(config: Config, mesh: Mesh, seed: int) -> Callable[[], object]:
+    """One call is one full optimizer step of ours, metrics included, on a fixed random batch."""
+    dtype = torch_dtype(config.model.dtype)
+    backend = choose_backend(config.model.use_flash_attn, dtype, mesh.device)
+    model: Transformer = build_model(config.model, config.loss.label_smoothing, mesh, backend)
+    initialise(model, seed)
+    optimizer = HybridZeroOptimizer(list(model.units()), config, mesh, dtype)
+    metrics = FolderMetrics(("bench",), mesh.dp, mesh.device)
+    batch = random_batch(config, seed + mesh.dp.rank, mesh.device)
+    watch = Stopwatch(mesh.device)
+    return lambda: train_step(model, optimizer, batch, 0, mesh, backend, metrics, watch)
+
+
+def bare_step(config: Config, device: torch.device, seed: int) -> Callable[[], object]:
+    """One call is one step of the bare loop on the same tokens: accumulate, clip, fused AdamW."""
+    torch.manual_seed(seed)
+    model = BareDecoder(config.model, config.data.seq_len, torch_dtype(config.model.dtype)).to(device)
+    adam = config.adam
+    optimizer = torch.optim.AdamW(model.parameters(), lr=adam.lr, betas=(adam.adam_beta1, adam.adam_beta2), fused=True)
+    batch = random_batch(config, seed, device)
+    shape = (config.data.micro_num, config.data.micro_bsz, config.data.seq_len)
+    tokens, labels = batch.tokens.view(shape), batch.labels.view(shape)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        for micro in range(config.data.micro_num):
+            (model(tokens[micro], labels[micro]) / config.data.micro_num).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.hybrid_zero_optimizer.clip_grad_norm)
+        optimizer.step()
+
+    return step
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Seconds are medians of one optimizer step."""
+
+    shape: str
+    ours_seconds: float
+    bare_seconds: float
+    ratio: float
+    tokens_per_second: float
+    matmul_flops_per_second: float
+    gemm_rate: float
+    gemm_share: float
+
+
+def bench_step(device: torch.device, rounds: int, **shape: Any) -> StepResult:
+    """Alternate ours and bare on one process."""
+    config = bench_config(**shape)
+    mesh = single_process_mesh(device)
+    seconds = alternate(
+        {"ours": our_step(config, mesh, seed=1), "bare": bare_step(copy.deepcopy(config), device, seed=1)},
+        rounds,
+        device,
+    )
+    tokens = config.data.micro_num * config.data.micro_bsz * config.data.seq_len
+    layers = linear_layers(config.model)
+    flops = 6 * tokens * sum(layer.count * layer.inputs * layer.outputs for layer in layers)
+    rate = measured_rate(layers, config.data.micro_bsz * config.data.seq_len, torch_dtype(config.model.dtype), device)
+    return StepResult(
+        shape=", ".join(f"{key}={value}" for key, value in shape.items()),
+        ours_seconds=seconds["ours"],
+        bare_seconds=seconds["bare"],
+        ratio=seconds["ours"] / seconds["bare"],
+        tokens_per_second=tokens / seconds["ours"],
+        matmul_flops_per_second=flops / seconds["ours"],
+        gemm_rate=rate,
+        gemm_share=flops / seconds["ours"] / rate,
+    )

@@ -1,0 +1,203 @@
+"""Arithmetic of pieces of tensors: which elements do two pieces share, and do pieces tile a whole tensor?
+
+A region is a box of the whole tensor, or a range `flat` of that box's elements in row-major order (ZeRO). A range
+of a box is at most 2 * dims - 1 boxes ("slabs"), each contiguous in the piece's memory:
+
+    . . . a a a      head: rest of a row
+    b b b b b b      middle: whole rows
+    c c . . . .      tail: begin of a row
+
+so any two pieces share a few boxes, and each shared box is one strided copy from one memory to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+
+import torch
+
+from internlm_lite.mesh.layout import Box
+
+
+@dataclass(frozen=True)
+class Region:
+    """Elements of a whole tensor, in the order in which a piece holds them."""
+
+    box: Box
+    flat: tuple[int, int] | None = None
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The range of the box's elements, explicit."""
+        return self.flat or (0, volume(self.box))
+
+    @property
+    def count(self) -> int:
+        start, stop = self.span
+        return stop - start
+
+    def __str__(self) -> str:
+        text = "[" + ", ".join(f"{start}:{stop}" for start, stop in self.box) + "]"
+        return text if self.flat is None else f"{text} elements {self.flat[0]}:{self.flat[1]}"
+
+
+@dataclass(frozen=True)
+class View:
+    """A box of elements inside a piece's memory, as `torch.as_strided` takes it; all counted in elements."""
+
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """First element touched and one past the last one."""
+        return self.offset, self.offset + sum(
+            (n - 1) * step for n, step in zip(self.size, self.stride, strict=True)
+        ) + 1
+
+    def of(self, memory: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """The box as a view of `memory`, a contiguous tensor whose first element is element `first` of the piece."""
+        start = memory.storage_offset() + self.offset - first
+        return memory.as_strided(self.size, self.stride, start)
+
+
+@dataclass(frozen=True)
+class Slab:
+    """A box whose elements lie one after another in a piece's memory, from element `start` on."""
+
+    box: Box
+    start: int
+
+
+def volume(box: Box) -> int:
+    """Number of elements of a box."""
+    return prod(stop - start for start, stop in box)
+
+
+def intersect(one: Box, other: Box) -> Box | None:
+    """The common box, or None when there is none."""
+    shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
+    return shared if all(start < stop for start, stop in shared) else None
+
+
+def slabs(region: Region) -> list[Slab]:
+    """The region as boxes of the whole tensor, each contiguous in the piece's memory, in memory order."""
+    found, start = [], 0
+    for local in _cut(tuple(stop - start for start, stop in region.box), *region.span):
+        box = tuple((low + a, low + b) for (low, _), (a, b) in zip(region.box, local, strict=True))
+        found.append(Slab(box, start))
+        start += volume(box)
+    return found
+
+
+def _cut(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
+    """Boxes of a tensor of this shape that hold its elements start..stop in row-major order."""
+    if start >= stop:
+        return
+    if len(shape) <= 1:
+        yield ((start, stop),) if shape else ()
+        return
+    rest = shape[1:]
+    row = prod(rest)
+    (first, head), (last, tail) = divmod(start, row), divmod(stop, row)
+    if first == last:
+        yield from (((first, first + 1), *box) for box in _cut(rest, head, tail))
+        return
+    if head:
+        yield from (((first, first + 1), *box) for box in _cut(rest, head, row))
+        first += 1
+    if first < last:
+        yield ((first, last), *((0, n) for n in rest))
+    yield from (((last, last + 1), *box) for box in _cut(rest, 0, tail))
+
+
+def overlaps(stored: Region, wanted: Region) -> list[tuple[View, View]]:
+    """The shared elements as pairs of views: (in the stored piece's memory, in the wanted piece's memory)."""
+    if stored.box == wanted.box:  # the common case: two ranges of one box, one run
+        (a, b), (c, d) = stored.span, wanted.span
+        low, high = max(a, c), min(b, d)
+        size = (high - low,)
+        return [(View(low - a, size, (1,)), View(low - c, size, (1,)))] if low < high else []
+    if intersect(stored.box, wanted.box) is None:
+        return []
+    theirs = slabs(stored)
+    return [
+        (_view(source, shared), _view(target, shared))
+        for target in slabs(wanted)
+        for source in theirs
+        if (shared := intersect(source.box, target.box)) is not None
+    ]
+
+
+def _view(slab: Slab, part: Box) -> View:
+    strides, step = [], 1
+    for start, stop in reversed(slab.box):
+        strides.append(step)
+        step *= stop - start
+    stride = tuple(reversed(strides))
+    offset = slab.start + sum((p - s) * n for (p, _), (s, _), n in zip(part, slab.box, stride, strict=True))
+    return View(offset, tuple(stop - start for start, stop in part), stride)
+
+
+def tiling_problems(shape: tuple[int, ...], pieces: Sequence[tuple[str, Region]]) -> list[str]:
+    """What keeps the labelled pieces from covering every element of a tensor exactly once; empty if nothing does."""
+    whole = tuple((0, n) for n in shape)
+    by_box: dict[Box, list[tuple[int, int, str]]] = {}
+    for label, region in pieces:
+        start, stop = region.span
+        if len(region.box) != len(shape) or not all(
+            0 <= a < b <= n for (a, b), n in zip(region.box, shape, strict=True)
+        ):
+            return [f"{label} {region} does not lie inside shape {list(shape)}"]
+        if not 0 <= start < stop <= volume(region.box):
+            return [f"{label} {region}: no such range of a box of {volume(region.box)} elements"]
+        by_box.setdefault(region.box, []).append((start, stop, label))
+    problems = []
+    for box, ranges in by_box.items():
+        ranges.sort()
+        for (_, stop, label), (start, _, next_label) in pairwise(ranges):
+            if start < stop:
+                problems.append(f"{label} and {next_label} overlap in {Region(box, (start, stop))}")
+    problems += _overlaps_between_boxes(by_box)
+    covered = sum(region.count for _, region in pieces)
+    if not problems and covered != volume(whole):
+        gap = _first_gap(whole, [slab.box for _, region in pieces for slab in slabs(region)])
+        problems.append(f"gap: {covered} of {volume(whole)} elements are covered, nothing holds {Region(gap)}")
+    return problems
+
+
+def _overlaps_between_boxes(by_box: Mapping[Box, list[tuple[int, int, str]]]) -> Iterator[str]:
+    boxes = sorted(by_box)
+    for i, one in enumerate(boxes):
+        for other in boxes[i + 1 :]:
+            if intersect(one, other) is None:
+                continue
+            for a, b, label in by_box[one]:
+                for c, d, other_label in by_box[other]:
+                    if overlaps(Region(one, (a, b)), Region(other, (c, d))):
+                        yield f"{label} {Region(one, (a, b))} and {other_label} {Region(other, (c, d))} overlap"
+
+
+def _first_gap(whole: Box, covered: list[Box]) -> Box:
+    """Some box of `whole` that no box of `covered` touches; there is one."""
+    free = [whole]
+    for box in covered:
+        free = [rest for part in free for rest in _subtract(part, box)]
+    return min(free)
+
+
+def _subtract(box: Box, hole: Box) -> Iterator[Box]:
+    shared = intersect(box, hole)
+    if shared is None:
+        yield box
+        return
+    for dim, ((start, stop), (low, high)) in enumerate(zip(box, shared, strict=True)):
+        before, after = shared[:dim], box[dim + 1 :]
+        if start < low:
+            yield (*before, (start, low), *after)
+        if high < stop:
+            yield (*before, (high, stop), *after)

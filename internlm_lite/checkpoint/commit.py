@@ -1,0 +1,187 @@
+"""The commit protocol: every rank writes its file and then its vote; rank 0 sees all votes, writes the manifest and,
+last, the commit. Until then nothing exists; nothing is overwritten, ever. No collectives: any thread may run this.
+
+    data/<name>/{rank-00003.safetensors, rank-00003.vote.json, manifest.json}   commits/<name>.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from internlm_lite.checkpoint.boxes import tiling_problems
+from internlm_lite.checkpoint.find import inspect
+from internlm_lite.checkpoint.format import (
+    FORMAT,
+    Commit,
+    FileFacts,
+    Kind,
+    Manifest,
+    ManifestFile,
+    Name,
+    StoredPiece,
+    StoredState,
+    TensorEntry,
+    Vote,
+    VotedPiece,
+    file_of,
+    read_bytes,
+    seal,
+    unseal,
+    versions,
+)
+from internlm_lite.checkpoint.share import Share
+from internlm_lite.checkpoint.storage import Storage
+from internlm_lite.checkpoint.tensorfile import DamagedError, Digest, TensorFile
+from internlm_lite.errors import CheckpointError, StorageError
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the manifest says besides the tensors."""
+
+    kind: Kind
+    layout: dict[str, int]
+    config: dict[str, Any]
+    state: dict[str, Any]
+
+
+def write_rank(
+    storage: Storage,
+    name: Name,
+    rank: int,
+    world_size: int,
+    shares: Sequence[tuple[Share, torch.Tensor]],
+    rank_state: Mapping[str, torch.Tensor],
+) -> int:
+    """Write one rank's file, then its vote. Returns the file's bytes. Raises StorageError."""
+    file = file_of(rank)
+    private = {f"rank_state/{key}": tensor for key, tensor in rank_state.items()}
+    stream = TensorFile({share.key: tensor for share, tensor in shares} | private)
+    written = storage.put(f"{name.folder}/{file}", stream)
+    digest = stream.digest
+    if digest is None or digest.size != written:
+        raise StorageError(f"{storage.name}/{name.folder}/{file}: {written} bytes written, expected {digest}")
+    vote = Vote(
+        name=str(name),
+        rank=rank,
+        world_size=world_size,
+        facts=FileFacts(
+            size=digest.size,
+            sha256=digest.sha256,
+            header_bytes=digest.header_bytes,
+            header_crc32=digest.header_crc32,
+        ),
+        pieces=tuple(_voted(file, share, digest) for share, _ in shares),
+        rank_state={
+            key: StoredState(file=file, key=f"rank_state/{key}", crc32=digest.blocks[f"rank_state/{key}"])
+            for key in rank_state
+        },
+    )
+    storage.put(name.vote(rank), [seal(vote)])
+    return written
+
+
+def _voted(file: str, share: Share, digest: Digest) -> VotedPiece:
+    return VotedPiece(
+        file=file,
+        key=share.key,
+        box=share.region.box,
+        flat=share.region.flat,
+        crc32=digest.blocks[share.key],
+        name=share.holding.name,
+        role=share.holding.role,
+        shape=share.holding.shape,
+        dtype=share.holding.dtype,
+    )
+
+
+def await_votes(
+    storage: Storage, name: Name, world_size: int, timeout_seconds: float, poll_seconds: float = 0.1
+) -> None:
+    """Return when all ranks have voted. Raises StorageError naming the ranks that did not before the deadline."""
+    deadline = time.monotonic() + timeout_seconds
+    missing = list(range(world_size))
+    while missing := [rank for rank in missing if storage.size(name.vote(rank)) is None]:
+        if time.monotonic() >= deadline:
+            raise StorageError(
+                f"checkpoint {name}: no vote from rank {', '.join(map(str, missing))} after {timeout_seconds:g} s; "
+                f"nothing was committed. These ranks died, or do not write to {storage.name} as rank 0 sees it"
+            )
+        time.sleep(poll_seconds)
+
+
+def commit_votes(storage: Storage, name: Name, world_size: int, facts: Facts) -> Manifest:
+    """Make a checkpoint exist, given all votes, and read it back.
+
+    Raises CheckpointError when the pieces do not tile every tensor, StorageError when storage fails.
+    """
+    manifest = _manifest(storage, name, world_size, facts)
+    data = seal(manifest)
+    storage.put(name.manifest, [data])
+    document = Commit(
+        format=FORMAT,
+        name=str(name),
+        step=name.step,
+        kind=facts.kind,
+        manifest=name.manifest,
+        size=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+    if not storage.put_if_absent(name.commit, seal(document)):
+        raise StorageError(f"{storage.name}/{name.commit} exists already: do two runs share this folder?")
+    try:
+        inspect(storage, name)
+    except DamagedError as error:
+        raise StorageError(f"checkpoint {name} reads back other than it was written: {error}") from error
+    return manifest
+
+
+def _manifest(storage: Storage, name: Name, world_size: int, facts: Facts) -> Manifest:
+    files: dict[str, ManifestFile] = {}
+    pieces: dict[str, dict[str, list[VotedPiece]]] = {}
+    private = []
+    for rank in range(world_size):
+        data = read_bytes(storage, name.vote(rank))
+        vote = unseal(Vote, data, f"{storage.name}/{name.vote(rank)}")
+        if (vote.name, vote.rank, vote.world_size) != (str(name), rank, world_size):
+            raise DamagedError(f"{storage.name}/{name.vote(rank)} is the vote of rank {vote.rank} on {vote.name}")
+        sha256 = hashlib.sha256(data).hexdigest()
+        files[file_of(rank)] = ManifestFile(**vote.facts.model_dump(), vote_size=len(data), vote_sha256=sha256)
+        private.append(vote.rank_state)
+        for piece in vote.pieces:
+            pieces.setdefault(piece.role, {}).setdefault(piece.name, []).append(piece)
+    return Manifest(
+        format=FORMAT,
+        name=str(name),
+        step=name.step,
+        kind=facts.kind,
+        versions=versions(),
+        layout=facts.layout,
+        files=files,
+        tensors={
+            role: {tensor: _entry(role, tensor, held) for tensor, held in sorted(named.items())}
+            for role, named in sorted(pieces.items())
+        },
+        rank_state=tuple(private),
+        config=facts.config,
+        state=facts.state,
+    )
+
+
+def _entry(role: str, name: str, pieces: Sequence[VotedPiece]) -> TensorEntry:
+    shape, dtype = pieces[0].shape, pieces[0].dtype
+    if any((piece.shape, piece.dtype) != (shape, dtype) for piece in pieces):
+        raise CheckpointError(f"{role} of {name}: ranks disagree on its shape or dtype")
+    problems = tiling_problems(shape, [(piece.file, piece.region) for piece in pieces])
+    if problems:
+        raise CheckpointError(f"{role} of {name} is not stored exactly once:\n  " + "\n  ".join(problems[:5]))
+    fields = set(StoredPiece.model_fields)
+    return TensorEntry(
+        dtype=dtype, shape=shape, pieces=tuple(StoredPiece(**piece.model_dump(include=fields)) for piece in pieces)
+    )

@@ -1,0 +1,186 @@
+"""Which checkpoints a folder holds, which of them are whole, and which ones go.
+
+Names alone order them (see `format.Name`). A checkpoint is looked into without reading tensors: commit and manifest by
+their hashes, every other file by its size. `load.py` checks the rest as it reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+from internlm_lite.checkpoint.boxes import tiling_problems
+from internlm_lite.checkpoint.format import FORMAT, Commit, Manifest, Name, read_bytes, unseal
+from internlm_lite.checkpoint.storage import Storage
+from internlm_lite.checkpoint.tensorfile import DamagedError
+from internlm_lite.errors import CheckpointError
+
+logger = logging.getLogger("internlm_lite")
+ORPHAN_SECONDS = 3600.0
+"""What an interrupted save left behind is removed when it is this old: until then its writer may be alive."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that looks whole."""
+
+    storage: Storage
+    folder: str
+    """Key of its data folder; "" when it is the storage's root."""
+    manifest: Manifest
+    rejected: tuple[str, ...] = ()
+    """Newer checkpoints that were passed over, and why."""
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def manifest_path(self) -> str:
+        """For messages."""
+        return f"{self.storage.name}/{self.key('manifest.json')}"
+
+    def key(self, file: str) -> str:
+        return f"{self.folder}/{file}" if self.folder else file
+
+
+def committed(storage: Storage) -> list[Name]:
+    """Names of all commits, newest first."""
+    found = (Name.parse(entry.key.removeprefix("commits/").removesuffix(".json")) for entry in storage.list("commits"))
+    return sorted((name for name in found if name is not None), reverse=True)
+
+
+def inspect(storage: Storage, name: Name) -> Found:
+    """A committed checkpoint. Raises DamagedError naming the file that is not as it was written."""
+    commit = unseal(Commit, read_bytes(storage, name.commit), f"{storage.name}/{name.commit}")
+    if (commit.name, commit.step, commit.manifest) != (str(name), name.step, name.manifest):
+        raise DamagedError(f"{storage.name}/{name.commit} is the commit of {commit.name}")
+    data = read_bytes(storage, name.manifest)
+    sha256 = hashlib.sha256(data).hexdigest()
+    if (len(data), sha256) != (commit.size, commit.sha256):
+        raise DamagedError(
+            f"{storage.name}/{name.manifest}: damaged: {len(data)} bytes with sha256 {sha256[:12]}..., "
+            f"the commit says {commit.size} and {commit.sha256[:12]}..."
+        )
+    found = found_in(storage, name.folder, data)
+    if found.name != str(name):
+        raise DamagedError(f"{storage.name}/{name.manifest} is the manifest of {found.name}")
+    return found
+
+
+def found_in(storage: Storage, folder: str, data: bytes) -> Found:
+    """The checkpoint whose manifest holds `data`, all its files there in full size. Raises DamagedError."""
+    prefix = f"{folder}/" if folder else ""
+    manifest = unseal(Manifest, data, f"{storage.name}/{prefix}manifest.json")
+    if manifest.format != FORMAT:
+        raise CheckpointError(
+            f"{storage.name}/{prefix}manifest.json: format {manifest.format}, expected {FORMAT}: "
+            "it was written by another version of internlm_lite"
+        )
+    sizes = {entry.key: entry.size for entry in storage.list(folder)}
+    for file, facts in manifest.files.items():
+        vote = file.removesuffix(".safetensors") + ".vote.json"
+        for key, expected in ((prefix + file, facts.size), (prefix + vote, facts.vote_size)):
+            if sizes.get(key) != expected:
+                has = "is missing" if key not in sizes else f"has {sizes[key]} bytes"
+                raise DamagedError(f"{storage.name}/{key} {has}, expected {expected} bytes")
+    for role, named in manifest.tensors.items():
+        for name, entry in named.items():
+            problems = tiling_problems(entry.shape, [(piece.file, piece.region) for piece in entry.pieces])
+            if problems:
+                raise DamagedError(f"{storage.name}/{prefix}manifest.json: {role} of {name}: {problems[0]}")
+    return Found(storage, folder, manifest)
+
+
+def newest(storage: Storage, known_bad: Mapping[str, str]) -> Found | None:
+    """The newest checkpoint that looks whole; None if nothing was ever committed here.
+
+    `known_bad`: name -> reason, found bad while loading. Raises CheckpointError if there are only bad ones.
+    """
+    names = committed(storage)
+    rejected = []
+    for name in names:
+        try:
+            if str(name) in known_bad:
+                raise DamagedError(known_bad[str(name)])
+            found = inspect(storage, name)
+        except DamagedError as error:
+            logger.warning("checkpoint %s is damaged and not used: %s", name, error)
+            rejected.append(f"{name}: {error}")
+            continue
+        return Found(storage, found.folder, found.manifest, tuple(rejected))
+    if rejected:
+        raise CheckpointError(
+            f"{storage.name} holds {len(rejected)} checkpoint(s), all damaged:\n  " + "\n  ".join(rejected) + "\n"
+            "restore one from a copy, or train from the start on purpose: --resume none and an empty folder"
+        )
+    _tell_what_is_there(storage)
+    return None
+
+
+def _tell_what_is_there(storage: Storage) -> None:
+    """A folder without commits that is not empty deserves a word."""
+    keys = [entry.key for entry in storage.list("")]
+    unfinished = sorted({key.split("/")[1] for key in keys if key.startswith("data/") and key.count("/") > 1})
+    if unfinished:
+        logger.warning("%s: no committed checkpoint; unfinished saves: %s", storage.name, ", ".join(unfinished))
+    elif keys:
+        logger.warning("%s: %d files but no checkpoint of this program, such as %s", storage.name, len(keys), keys[0])
+
+
+def remove(storage: Storage, name: Name) -> None:
+    """Delete a checkpoint, in the order that never leaves a commit without its data."""
+    storage.delete(name.commit)
+    storage.delete(name.manifest)
+    storage.delete_folder(name.folder)
+
+
+def rotate(storage: Storage, keep: int, known_bad: Collection[str]) -> list[Name]:
+    """Delete all snapshots older than the newest `keep` good ones; milestones and final ones stay. Returns the gone."""
+    temporary = []
+    for name in committed(storage):
+        try:
+            kind = unseal(Commit, read_bytes(storage, name.commit), name.commit).kind
+        except DamagedError:
+            continue  # evidence for a person to look at
+        if kind in ("snapshot", "rescue"):
+            temporary.append(name)
+    good = (name for name in temporary if str(name) not in known_bad and _looks_whole(storage, name))
+    kept = list(islice(good, keep))
+    old = [name for name in temporary if name < kept[-1]] if len(kept) == keep else []
+    for name in old:
+        remove(storage, name)
+    return old
+
+
+def _looks_whole(storage: Storage, name: Name) -> bool:
+    try:
+        inspect(storage, name)
+    except DamagedError:
+        return False
+    return True
+
+
+def sweep(storage: Storage, current: Name) -> None:
+    """Delete what interrupted saves and probes left behind."""
+    storage.sweep(ORPHAN_SECONDS)
+    kept = {name.folder for name in [*committed(storage), current]}
+    latest: dict[str, float] = {}
+    for entry in storage.list(""):
+        parts = entry.key.split("/")
+        folder = parts[0] if parts[0].startswith("probe-") else "/".join(parts[:2])
+        ours = folder.startswith("probe-") or (parts[0] == "data" and len(parts) > 2 and Name.parse(parts[1]))
+        if ours and folder not in kept:
+            latest[folder] = max(entry.modified, latest.get(folder, 0.0))
+    for folder, modified in latest.items():
+        if modified < time.time() - ORPHAN_SECONDS:
+            logger.info("%s: removing %s, left by an interrupted save", storage.name, folder)
+            storage.delete_folder(folder)

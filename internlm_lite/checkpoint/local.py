@@ -1,0 +1,236 @@
+"""Storage in a folder of a file system. An object is written to a hidden temporary file beside its place, flushed to
+the medium, then renamed, and the folder is flushed: after a crash there is the whole object or none.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from internlm_lite.checkpoint.storage import Bytes, Entry, UnreadableError, check_key
+from internlm_lite.errors import StorageError
+
+_TEMPORARY = ".tmp-"
+_HINTS = {
+    errno.ENOSPC: "the disk is full: free space or choose another folder",
+    errno.EDQUOT: "the quota is used up: free space or choose another folder",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.EACCES: "no permission: change the folder's permissions or choose another one",
+    errno.EPERM: "no permission: change the folder's permissions or choose another one",
+    errno.ENOENT: "it does not exist here",
+    errno.EIO: "the medium failed",
+    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another folder",
+}
+# What a file system answers that cannot flush a folder, or knows no hard links.
+_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS, errno.EMLINK)
+
+
+class LocalStorage:
+    """Objects are files below `root`. Folders are made when first written to; symbolic links inside are refused."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().absolute()
+        self.name = f"local:{self.root}"
+
+    def put(self, key: str, chunks: Iterable[Bytes]) -> int:
+        with self._errors("write", key):
+            path = self._writable(key)
+            temporary, written = _write_temporary(path, chunks)
+            os.rename(temporary, path)
+            _flush_folder(path.parent)
+            return written
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        with self._errors("write", key):
+            path = self._writable(key)
+            if path.exists():
+                return False
+            temporary, _ = _write_temporary(path, [data])
+            try:
+                os.link(temporary, path)  # unlike rename, it never replaces
+                os.unlink(temporary)
+            except FileExistsError:
+                os.unlink(temporary)
+                return False
+            except OSError as error:
+                if error.errno not in _NOT_SUPPORTED:
+                    raise
+                os.rename(temporary, path)
+            _flush_folder(path.parent)
+            return True
+
+    def read(self, key: str, limit_bytes: int) -> bytes:
+        with self._errors("read", key), self._open(key) as descriptor:
+            size = os.fstat(descriptor).st_size
+            if size > limit_bytes:
+                raise UnreadableError(f"{self.name}/{key}: {size} bytes, expected at most {limit_bytes}")
+            data = bytearray(size)
+            self._fill(key, descriptor, 0, memoryview(data))
+            return bytes(data)
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+        with self._errors("read", key), self._open(key) as descriptor:
+            self._fill(key, descriptor, start, buffer)
+
+    def size(self, key: str) -> int | None:
+        with self._errors("look up", key):
+            try:
+                found = self._path(key).lstat()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def list(self, folder: str) -> list[Entry]:
+        top = self._path(folder) if folder else self.root
+        entries = []
+        with self._errors("list", folder):
+            for parent, names in _walk(top):
+                for name in names:
+                    key = (parent / name).relative_to(self.root).as_posix()
+                    with suppress(StorageError, FileNotFoundError):  # foreign names; files that vanish meanwhile
+                        check_key(key)
+                        found = (parent / name).lstat()
+                        entries.append(Entry(key, found.st_size, found.st_mtime))
+        return sorted(entries, key=lambda entry: entry.key)
+
+    def delete(self, key: str) -> None:
+        with self._errors("delete", key):
+            path = self._path(key)
+            with suppress(FileNotFoundError):
+                path.unlink()
+                _flush_folder(path.parent)
+
+    def delete_folder(self, folder: str) -> None:
+        with self._errors("delete", folder):
+            path = self._path(folder)
+            with suppress(FileNotFoundError):
+                shutil.rmtree(path)
+                _flush_folder(path.parent)
+
+    def sweep(self, older_than_seconds: float) -> None:
+        limit = time.time() - older_than_seconds
+        with self._errors("clean", ""):
+            for parent, names in _walk(self.root):
+                left = [parent / name for name in names if name.startswith(_TEMPORARY)]
+                with suppress(FileNotFoundError):
+                    for path in left:
+                        if path.lstat().st_mtime < limit:
+                            path.unlink()
+                    if parent.parent.parent == self.root and parent.stat().st_mtime < limit:
+                        _remove_if_empty(parent)
+
+    def _path(self, key: str) -> Path:
+        """The file of a key. Raises StorageError on a bad key or where a part of it is a symbolic link."""
+        path = self.root
+        for segment in check_key(key):
+            path = path / segment
+            if path.is_symlink():
+                raise UnreadableError(
+                    f"{path} is a symbolic link: checkpoints hold none; replace it by what it points to"
+                )
+        return path
+
+    def _writable(self, key: str) -> Path:
+        path = self._path(key)
+        _make_folder(path.parent)
+        return path
+
+    @contextmanager
+    def _open(self, key: str) -> Iterator[int]:
+        descriptor = os.open(self._path(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise UnreadableError(f"{self.name}/{key} is not a regular file")
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _fill(self, key: str, descriptor: int, start: int, buffer: memoryview) -> None:
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(descriptor, [buffer[done:]], start + done)
+            if count == 0:
+                raise UnreadableError(f"{self.name}/{key} ends at byte {start + done}, expected {start + len(buffer)}")
+            done += count
+
+    @contextmanager
+    def _errors(self, verb: str, key: str) -> Iterator[None]:
+        """Turn the system's errors into ours."""
+        where = f"{self.name}/{key}" if key else self.name
+        try:
+            yield
+        except OSError as error:
+            lost = verb == "read" and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EIO)
+            hint = _HINTS.get(error.errno or 0, "see the system's log")
+            kind = UnreadableError if lost else StorageError
+            raise kind(f"cannot {verb} {where}: {error.strerror} ({hint})") from error
+
+
+def _write_temporary(path: Path, chunks: Iterable[Bytes]) -> tuple[Path, int]:
+    """Write and flush a temporary file beside `path`; it is gone again if that fails."""
+    temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:12]}")
+    written = 0
+    try:
+        with open(temporary, "xb", buffering=0) as file:
+            for chunk in chunks:
+                rest = memoryview(chunk)
+                while len(rest):
+                    count = file.write(rest)
+                    rest = rest[count:]
+                    written += count
+            os.fsync(file.fileno())
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    return temporary, written
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder and its parents so that they survive a crash; ranks may race to make it."""
+    if path.is_dir():
+        return
+    if path.parent != path:
+        _make_folder(path.parent)
+    with suppress(FileExistsError):
+        path.mkdir()
+    if not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    _flush_folder(path.parent)
+
+
+def _remove_if_empty(path: Path) -> None:
+    try:
+        path.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
+def _flush_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _walk(top: Path) -> Iterator[tuple[Path, list[str]]]:
+    """(folder, names of its files) below `top`, not through symbolic links; nothing if `top` does not exist."""
+
+    def check(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for parent, _, names in os.walk(top, onerror=check):
+        yield Path(parent), names

@@ -1,0 +1,105 @@
+"""What people read about a load: the LOAD PLAN, and how a checkpoint differs from the model it should fill."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from math import prod
+from typing import Any
+
+from internlm_lite.checkpoint.find import Found
+from internlm_lite.checkpoint.tensorfile import DTYPES
+from internlm_lite.units import human_bytes
+
+Shape = tuple[int, ...]
+Wanted = Mapping[str, Mapping[str, Shape]]
+"""role -> name -> shape of the whole tensor, over all ranks."""
+
+_LINES = 12
+
+
+def mismatch(found: Found, wanted: Wanted, optional_roles: Collection[str], config: Mapping[str, Any]) -> str | None:
+    """Why the checkpoint cannot fill the model, in one readable text; None if it can."""
+    stored = found.manifest.tensors
+    lines = []
+    for role, names in wanted.items():
+        have = stored.get(role)
+        if have is None:
+            if role not in optional_roles:
+                lines.append(f"{role}: the checkpoint has none (it has {', '.join(stored) or 'no tensors'})")
+            continue
+        missing = [f"{name} {list(shape)}" for name, shape in names.items() if name not in have]
+        extra = [f"{name} {list(entry.shape)}" for name, entry in have.items() if name not in names]
+        shapes = [
+            f"{name}: checkpoint {list(have[name].shape)}, model {list(shape)}"
+            for name, shape in names.items()
+            if name in have and have[name].shape != shape
+        ]
+        for what, items in (("other shape", shapes), ("only in the model", missing), ("only in the checkpoint", extra)):
+            lines += _block(f"{role}, {what} ({len(items)}):", items)
+    if not lines:
+        return None
+    keys = differing_keys(found.manifest.config, config)
+    lines += _block("config keys that differ:", [f"{key}: checkpoint {a!r}, this run {b!r}" for key, a, b in keys])
+    return (
+        f"checkpoint {found.name} in {found.storage.name} belongs to another model:\n  "
+        + "\n  ".join(lines)
+        + "\nuse the config the checkpoint was saved with, or choose another checkpoint or save folder"
+    )
+
+
+def _block(title: str, items: Sequence[str]) -> list[str]:
+    if not items:
+        return []
+    rest = [f"  ... and {len(items) - _LINES} more"] if len(items) > _LINES else []
+    return [title, *(f"  {item}" for item in items[:_LINES]), *rest]
+
+
+def differing_keys(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(dotted key, saved value, our value) where two configs differ, keys of the model first."""
+    one, two = dict(_flatten(saved, "")), dict(_flatten(ours, ""))
+    keys = sorted(one.keys() | two.keys(), key=lambda key: (not key.startswith("model."), key))
+    return [(key, one.get(key), two.get(key)) for key in keys if one.get(key) != two.get(key)]
+
+
+def _flatten(config: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat += _flatten(value, f"{prefix}{key}.")
+        else:
+            flat.append((prefix + key, value))
+    return flat
+
+
+def load_plan(
+    found: Found, wanted: Wanted, layout: Mapping[str, int], rank_states: int, config: Mapping[str, Any]
+) -> str:
+    """What was found and what is taken of it."""
+    manifest = found.manifest
+    taken: list[str] = []
+    left: list[str] = []
+    for role, named in manifest.tensors.items():
+        size = sum(prod(entry.shape) * DTYPES[entry.dtype].itemsize for entry in named.values())
+        (taken if role in wanted else left).append(f"{role} ({len(named)} tensors, {human_bytes(size)})")
+    saved_ranks = len(manifest.rank_state)
+    taken += ["state", f"rank state of {rank_states} of {saved_ranks} ranks"] if saved_ranks else ["state"]
+    written = ", ".join(f"{what} {version}" for what, version in manifest.versions.items())
+    rows = [
+        ("folder", found.storage.name),
+        ("checkpoint", f"{manifest.name} ({manifest.kind}, step {manifest.step}; {written})"),
+        *(("passed over", reason) for reason in found.rejected),
+        ("layout", f"{_axes(manifest.layout)} -> {_axes(layout)}"),
+        ("taken", ", ".join(taken)),
+        ("not taken", ", ".join(left)),
+        ("not found", ", ".join(f"{role}: stays as initialised" for role in wanted if role not in manifest.tensors)),
+        *(
+            ("config", f"{key}: {a!r} -> {b!r}")
+            for key, a, b in differing_keys(manifest.config, config)[:_LINES]
+            if manifest.config and config
+        ),
+    ]
+    return "LOAD PLAN\n" + "\n".join(f"  {what:<12}{text}" for what, text in rows if text)
+
+
+def _axes(layout: Mapping[str, int]) -> str:
+    return " ".join(f"{axis}={size}" for axis, size in layout.items())

@@ -1,0 +1,94 @@
+"""Where checkpoints live: named immutable objects. One protocol for the local disk and for object stores.
+
+Keys are `folder/folder/name` of [A-Za-z0-9._-], nothing starting with a dot. An object appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from internlm_lite.errors import ConfigError, StorageError
+
+Bytes = bytes | bytearray | memoryview
+
+_SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
+
+
+class UnreadableError(StorageError):
+    """This object is absent, shorter than expected, or its medium cannot read it back: the object is at fault."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored object."""
+
+    key: str
+    size: int
+    """Bytes."""
+    modified: float
+    """Seconds since the epoch, by the storage's clock."""
+
+
+class Storage(Protocol):
+    """Methods raise StorageError when the storage refuses; reading raises UnreadableError when the object is bad."""
+
+    name: str
+    """For messages, such as `local:/runs/a`."""
+
+    def put(self, key: str, chunks: Iterable[Bytes]) -> int:
+        """Store the chunks, one after another, durably; returns the bytes written. `chunks` may be iterated again."""
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Store `data` durably unless the key exists; False if it does."""
+
+    def read(self, key: str, limit_bytes: int) -> bytes:
+        """The whole object, which is at most `limit_bytes` long."""
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` from byte `start` on."""
+
+    def size(self, key: str) -> int | None:
+        """Bytes of the object; None if absent."""
+
+    def list(self, folder: str) -> list[Entry]:
+        """All objects below `folder` ("" for all), sorted by key. Names that are no keys are left out."""
+
+    def delete(self, key: str) -> None:
+        """Remove the object; fine if absent."""
+
+    def delete_folder(self, folder: str) -> None:
+        """Remove everything below `folder`, unfinished objects too; fine if absent."""
+
+    def sweep(self, older_than_seconds: float) -> None:
+        """Remove what interrupted `put`s left behind, if it is that old."""
+
+
+def check_key(key: str) -> tuple[str, ...]:
+    """The segments of a key. Raises StorageError if it is not one (`..`, absolute, hidden, odd characters)."""
+    segments = tuple(key.split("/"))
+    if not all(_SEGMENT.fullmatch(segment) for segment in segments):
+        raise StorageError(
+            f"{key!r} is no name for a stored object: expected parts of [A-Za-z0-9._-] separated by '/', "
+            "none of them starting with a dot"
+        )
+    return segments
+
+
+def open_storage(where: str) -> Storage:
+    """Storage behind `local:PATH`, a plain path, or `boto3:s3://bucket.ENDPOINT/prefix` / `s3://bucket/prefix`."""
+    from internlm_lite.checkpoint.local import LocalStorage  # it implements the protocol above
+
+    if where.startswith(("boto3:", "s3:")):
+        raise ConfigError(
+            f"checkpoint folder {where!r}: S3 storage is not built into this version; "
+            "use a folder all ranks share, `local:PATH` or a plain path"
+        )
+    path = where.removeprefix("local:")
+    scheme = re.match(r"([A-Za-z0-9+]+)://|([A-Za-z0-9]{2,}):(?!/)", path)
+    if not path or scheme:
+        raise ConfigError(f"checkpoint folder {where!r}: expected `local:PATH` or a plain path")
+    return LocalStorage(Path(path))

@@ -1,0 +1,226 @@
+"""Cross checks: keys that are right one by one and do not fit together. Each check yields a Problem naming its keys.
+
+world = data * tensor * pipeline        every split size divides what it splits
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from internlm_lite.config.problems import Problem
+from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
+from internlm_lite.config.schema import CkptConfig, Config
+from internlm_lite.errors import ConfigError
+
+_S3 = re.compile(r"boto3:s3://[^./\s]+\.[^/\s]+(/\S*)?")
+_TENSOR = "parallel.tensor"
+_STAGES = "parallel.pipeline.size"
+
+
+def cross_problems(config: Config, world_size: int | None) -> Iterator[Problem]:
+    """Everything that does not fit together."""
+    if world_size is not None:
+        yield from _world(config, world_size)
+    yield from _heads(config)
+    yield from _tensor(config)
+    yield from _pipeline(config)
+    yield from _precision(config)
+    yield from _curves(config)
+    yield from _batches(config)
+    yield from _data(config)
+    yield from _ckpt(config.ckpt)
+
+
+def _world(config: Config, world: int) -> Iterator[Problem]:
+    parallel = config.parallel
+    ranks = parallel.tensor * parallel.pipeline.size
+    if world % ranks:
+        yield Problem(
+            (_TENSOR, _STAGES),
+            f"found {parallel.tensor} * {_STAGES} {parallel.pipeline.size} = {ranks} ranks per model, and "
+            f"{world} processes, expected a multiple of {ranks} processes; start another number or change the layout",
+        )
+    elif parallel.zero1 > 1 and (world // ranks) % parallel.zero1:
+        yield Problem(
+            ("parallel.zero1",),
+            f"found {parallel.zero1}, expected a divisor of the data parallel size {world // ranks} "
+            f"({world} processes / {ranks} per model), -1 for all of it, or 1 for none",
+        )
+
+
+def _heads(config: Config) -> Iterator[Problem]:
+    model = config.model
+    heads = "model.num_attention_heads"
+    if model.hidden_size % model.num_attention_heads:
+        yield _indivisible("model.hidden_size", model.hidden_size, heads, model.num_attention_heads)
+    elif model.head_dim % 2:
+        yield Problem(
+            ("model.hidden_size", heads),
+            f"found {model.hidden_size} / {model.num_attention_heads} heads = {model.head_dim} per head, "
+            "expected an even number for the rotary embedding; change one of them",
+        )
+    if model.num_attention_heads % model.kv_heads:
+        yield _indivisible(heads, model.num_attention_heads, "model.num_kv_attention_heads", model.kv_heads)
+
+
+def _tensor(config: Config) -> Iterator[Problem]:
+    """Everything that tensor parallelism splits."""
+    model, tensor = config.model, config.parallel.tensor
+    split = {
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.vocab_size": model.vocab_size,
+    }
+    if model.num_kv_attention_heads is not None:
+        split["model.num_kv_attention_heads"] = model.num_kv_attention_heads
+    if model.embed_split_hidden:
+        split["model.hidden_size"] = model.hidden_size
+    for key, value in split.items():
+        if value % tensor:
+            yield _indivisible(key, value, _TENSOR, tensor)
+    if model.mlp_hidden_size % tensor:
+        yield Problem(
+            ("model.mlp_ratio", "model.hidden_size", "model.multiple_of", _TENSOR),
+            f"found a SwiGLU width of {model.mlp_hidden_size} (hidden_size * mlp_ratio rounded up to a multiple of "
+            f"{model.multiple_of}), expected a multiple of {_TENSOR} {tensor}; change mlp_ratio or multiple_of",
+        )
+    if model.tie_word_embeddings and model.embed_split_hidden and tensor > 1:
+        yield Problem(
+            ("model.tie_word_embeddings", "model.embed_split_hidden", _TENSOR),
+            f"found True with {_TENSOR} {tensor} and model.embed_split_hidden=True: the head is split along the "
+            "vocabulary, so a shared embedding must be too; set model.embed_split_hidden=False",
+        )
+
+
+def _indivisible(key: str, value: int, divisor_key: str, divisor: int) -> Problem:
+    return Problem(
+        (key, divisor_key), f"found {value}, expected a multiple of {divisor_key} {divisor}; change one of them"
+    )
+
+
+def _pipeline(config: Config) -> Iterator[Problem]:
+    stages, chunks = config.parallel.pipeline.size, config.model.num_chunks
+    if config.model.num_layers < stages * chunks:
+        yield Problem(
+            ("model.num_layers", _STAGES, "model.num_chunks"),
+            f"found {config.model.num_layers}, expected at least {_STAGES} {stages} * model.num_chunks {chunks} "
+            f"= {stages * chunks}, a layer for each; change one of them",
+        )
+    if chunks > 1 and stages == 1:
+        yield Problem(
+            ("model.num_chunks", _STAGES), f"found {chunks} with {_STAGES} 1; chunks interleave stages: set it to 1"
+        )
+    elif chunks > 1 and config.data.micro_num % stages:
+        yield _indivisible("data.micro_num", config.data.micro_num, _STAGES, stages)
+
+
+def _precision(config: Config) -> Iterator[Problem]:
+    scaler = config.grad_scaler
+    if config.model.torch_dtype_name == "float16" and scaler is None:
+        yield Problem(
+            ("model.dtype", "grad_scaler"),
+            f'found "{config.model.dtype}" without grad_scaler; add grad_scaler = dict(fp16=dict(initial_scale=2**16)),'
+            ' or use "torch.bfloat16"',
+        )
+    if config.hybrid_zero_optimizer.grad_dtype == "torch.tf32":
+        yield Problem(
+            ("hybrid_zero_optimizer.grad_dtype",),
+            'found "torch.tf32", which no tensor is stored in; use "torch.float32"',
+        )
+    if scaler is None:
+        return
+    start, low, high = scaler.fp16.initial_scale, scaler.fp16.min_scale, scaler.max_scale
+    if (low is not None and start < low) or (high is not None and start > high):
+        yield Problem(
+            ("grad_scaler.fp16.initial_scale", "grad_scaler.fp16.min_scale", "grad_scaler.max_scale"),
+            f"found {start:g}, expected at least grad_scaler.fp16.min_scale {_number(low)} "
+            f"and at most grad_scaler.max_scale {_number(high)}; change one of them",
+        )
+
+
+def _number(value: float | None) -> str:
+    return "None" if value is None else f"{value:g}"
+
+
+def _curves(config: Config) -> Iterator[Problem]:
+    curve = config.lr_scheduler
+    warmup = int(curve.total_steps * curve.warmup_ratio)
+    if curve.init_steps + warmup > curve.total_steps:
+        yield Problem(
+            ("lr_scheduler.init_steps", "lr_scheduler.warmup_ratio", "lr_scheduler.total_steps"),
+            f"found {curve.init_steps} + {warmup} warm-up steps, expected at most lr_scheduler.total_steps "
+            f"{curve.total_steps}; lower init_steps or warmup_ratio",
+        )
+    if curve.eta_min > config.adam.lr:
+        yield Problem(
+            ("lr_scheduler.eta_min", "adam.lr"),
+            f"found {curve.eta_min:g}, expected at most adam.lr {config.adam.lr:g}; lower it or raise adam.lr",
+        )
+
+
+def _batches(config: Config) -> Iterator[Problem]:
+    key, full = "data.rampup_batch_size", config.data.micro_num
+    try:
+        rampup = parse_rampup(config.data.rampup_batch_size)
+    except ConfigError as error:
+        yield Problem((key,), str(error))
+    else:
+        if rampup and (rampup.start > full or (full - rampup.start) % rampup.increment):
+            yield Problem(
+                (key, "data.micro_num"),
+                f"found {config.data.rampup_batch_size!r}, which does not reach data.micro_num {full} from "
+                f"{rampup.start} in steps of {rampup.increment}; change one of them",
+            )
+    try:
+        parse_skip_batches(config.data.skip_batches)
+    except ConfigError as error:
+        yield Problem(("data.skip_batches",), str(error))
+
+
+def _data(config: Config) -> Iterator[Problem]:
+    data = config.data
+    if data.weights is not None and data.train_folder is None:
+        yield Problem(
+            ("data.weights", "data.train_folder"), "found without data.train_folder; set it, or remove weights"
+        )
+    if data.weights == {}:
+        yield Problem(("data.weights",), "found {}, expected the share of at least one data folder; remove it for None")
+    if config.monitor.sample_prompts and data.tokenizer is None:
+        yield Problem(
+            ("monitor.sample_prompts", "data.tokenizer"), "found without data.tokenizer; set it, or remove the prompts"
+        )
+    if not config.JOB_NAME.strip(". ") or set(config.JOB_NAME) & {"/", "\0"}:
+        yield Problem(("JOB_NAME",), f"found {config.JOB_NAME!r}, expected the name of a folder: no '/', not empty")
+
+
+def _ckpt(ckpt: CkptConfig) -> Iterator[Problem]:
+    if ckpt.enable_save_ckpt and ckpt.save_ckpt_folder is None:
+        yield Problem(
+            ("ckpt.enable_save_ckpt", "ckpt.save_ckpt_folder"),
+            "found True without ckpt.save_ckpt_folder; set the folder, or enable_save_ckpt=False",
+        )
+    elif ckpt.enable_save_ckpt and ckpt.oss_snapshot_freq and ckpt.snapshot_ckpt_folder is None:
+        yield Problem(
+            ("ckpt.oss_snapshot_freq", "ckpt.snapshot_ckpt_folder"),
+            f"found {ckpt.oss_snapshot_freq} without ckpt.snapshot_ckpt_folder; set the folder, or oss_snapshot_freq=0",
+        )
+    if ckpt.load_ckpt_folder is not None and ckpt.load_model_only_folder is not None:
+        yield Problem(
+            ("ckpt.load_model_only_folder", "ckpt.load_ckpt_folder"),
+            "found beside ckpt.load_ckpt_folder; a run starts from one of them: remove the other",
+        )
+    for name in ("save_ckpt_folder", "load_ckpt_folder", "load_model_only_folder", "snapshot_ckpt_folder"):
+        folder = getattr(ckpt, name)
+        inside = name == "snapshot_ckpt_folder" and folder and folder.startswith(f"{ckpt.save_ckpt_folder}/")
+        if folder is not None and not inside and not _is_folder(folder):
+            yield Problem(
+                (f"ckpt.{name}",),
+                f"found {folder!r}, expected local:PATH, a plain path, or boto3:s3://BUCKET.ENDPOINT/PREFIX",
+            )
+
+
+def _is_folder(text: str) -> bool:
+    scheme, colon, rest = text.partition(":")
+    if scheme == "boto3" and colon:
+        return _S3.fullmatch(text) is not None
+    return bool(rest) if scheme == "local" and colon else bool(text) and (not colon or "/" in scheme)

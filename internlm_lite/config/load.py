@@ -1,0 +1,163 @@
+"""From a config file and the command line to a checked `Config`.
+
+    base files -> the file -> the command line      each a layer, other spellings translated, laid over the one before
+    defaults taken from other keys                  lr_scheduler.total_steps from data.total_steps, ...
+    schema, cross checks                            all problems at once
+
+Nothing here imports torch: a wrong config is refused before a process group or a device is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from internlm_lite.config.cross import cross_problems
+from internlm_lite.config.keys import known_keys, nearest_name, section_of
+from internlm_lite.config.layer import Layer
+from internlm_lite.config.overrides import COMMAND_LINE, Overrides, parse_overrides
+from internlm_lite.config.problems import Problem, schema_problems
+from internlm_lite.config.schema import Config
+from internlm_lite.config.source import Source, run_file
+from internlm_lite.config.spellings import translate
+from internlm_lite.errors import ConfigError
+
+_TAKEN_FROM = {
+    "lr_scheduler.total_steps": "data.total_steps",
+    "beta2_scheduler.init_beta2": "adam.adam_beta2",
+    "beta2_scheduler.c": "adam.adam_beta2_c",
+}
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A config and how it came to be."""
+
+    config: Config
+    files: tuple[Path, ...]
+    """Every file that was run: the config file first, then its bases."""
+    origins: Mapping[str, str]
+    """Key -> "configs/demo.py:31", "command line", "default" or "default (data.total_steps)"."""
+    notes: tuple[str, ...]
+    """Lines to print: other spellings and how they were understood, values that disagree."""
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Run the file, apply the overrides, check keys, types and ranges.
+
+    Raises ConfigError that lists all problems, one a line. Where keys are wrong, the cross checks that need no world
+    size and none of the wrong keys are reported too.
+    """
+    path = Path(path)
+    wanted = parse_overrides(overrides)
+    sources = list(_run_with_bases(path, wanted, ()))
+    problems = _unknown_variables(wanted, sources)
+    layer, notes = Layer(), []
+    for above in [*(source.layer for source in reversed(sources)), wanted.layer]:
+        translation = translate(above)
+        layer.cover(above)
+        notes += translation.notes
+        problems += translation.problems
+        layer.origins.update({key: above.origins[key] for problem in translation.problems for key in problem.keys})
+    layer.origins.update(dict.fromkeys(wanted.variables, COMMAND_LINE))
+    origins = _origins(layer)
+    _take_defaults(layer, origins)
+    config, faults = _validate(layer)
+    problems += [fault for fault in faults if not _only_follows(fault.keys[0], faults, origins)]
+    if problems or config is None:
+        lines = [problem.line({**origins, **layer.origins}, str(path)) for problem in problems]
+        raise ConfigError("\n".join(dict.fromkeys(lines)))
+    notes += _disagreements(config, origins)
+    return LoadedConfig(config, tuple(source.path for source in sources), origins, tuple(notes))
+
+
+def _run_with_bases(path: Path, wanted: Overrides, above: tuple[Path, ...]) -> Iterator[Source]:
+    """The file, then its bases, the one that counts most first."""
+    if path.resolve() in above:
+        chain = " -> ".join(file.name for file in (*above, path))
+        raise ConfigError(f"{path}: _base_ runs in a circle: {chain}; remove one of them")
+    source = run_file(path, wanted.variables)
+    yield source
+    for base in reversed(source.bases):
+        yield from _run_with_bases(base, wanted, (*above, path.resolve()))
+
+
+def _unknown_variables(wanted: Overrides, sources: Sequence[Source]) -> list[Problem]:
+    known = set().union(*(source.variables for source in sources))
+    problems = []
+    for name in sorted(wanted.variables.keys() - known - {"JOB_NAME"}):
+        near = nearest_name(name, sorted(known))
+        hint = f"nearest: {near}" if near else f"it has {', '.join(sorted(known)) or 'none'}"
+        problems.append(Problem((name,), f"the config file has no variable of this name; {hint}"))
+    return problems
+
+
+def _origins(layer: Layer) -> dict[str, str]:
+    leaves = [key for key, field in known_keys().items() if section_of(field) is None]
+    return {key: layer.origin(key) if layer.has(key) else "default" for key in leaves}
+
+
+def _take_defaults(layer: Layer, origins: dict[str, str]) -> None:
+    """Defaults that are another key's value. They get no origin of their own in the layer: nobody wrote them."""
+    taken = {key: layer.get(source) for key, source in _TAKEN_FROM.items() if layer.has(source) and not layer.has(key)}
+    if isinstance(layer.get("ckpt.save_ckpt_folder"), str) and not layer.has("ckpt.snapshot_ckpt_folder"):
+        taken["ckpt.snapshot_ckpt_folder"] = layer.get("ckpt.save_ckpt_folder").rstrip("/") + "/snapshot"
+    layer.values.setdefault("lr_scheduler", {})
+    for key, value in taken.items():
+        section, _, name = key.partition(".")
+        if isinstance(layer.values.setdefault(section, {}), dict):
+            layer.values[section][name] = value
+            origins[key] = f"default ({_TAKEN_FROM.get(key, 'ckpt.save_ckpt_folder')})"
+
+
+def _only_follows(key: str, faults: Sequence[Problem], origins: Mapping[str, str]) -> bool:
+    """Whether nobody wrote `key` and it is wrong because the key it is taken from is."""
+    source = _TAKEN_FROM.get(key, "")
+    causes = {source, source.rpartition(".")[0]} - {""}
+    return origins.get(key, "").startswith("default") and any(fault.keys[0] in causes for fault in faults)
+
+
+def _validate(layer: Layer) -> tuple[Config | None, list[Problem]]:
+    """The config, or None and all problems: the schema's, and the cross checks' that touch no faulty key."""
+    try:
+        return Config.model_validate(layer.values), []
+    except ValidationError as error:
+        problems = schema_problems(error, layer)
+    faulty = {problem.keys[0] for problem in problems}
+    rest = Layer(deepcopy(layer.values))
+    for key in faulty:
+        if rest.has(key):
+            rest.drop(key)
+    try:
+        config = Config.model_validate(rest.values)
+    except ValidationError:  # a required key is among the faulty ones
+        return None, problems
+    return None, problems + [other for other in cross_problems(config, None) if not faulty & set(other.keys)]
+
+
+def _disagreements(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
+    """Pairs of keys that are both right but do not say the same."""
+    for winner, other, effect in (
+        (
+            "lr_scheduler.total_steps",
+            "data.total_steps",
+            "the learning rate reaches eta_min at another step than the last",
+        ),
+        ("beta2_scheduler.init_beta2", "adam.adam_beta2", "the schedule decides"),
+        ("beta2_scheduler.c", "adam.adam_beta2_c", "the schedule decides"),
+    ):
+        first, second = value_of(config, winner), value_of(config, other)
+        if first != second and origins[other] != "default":
+            yield f"{origins[winner]}: {winner}={first} differs from {other}={second} ({origins[other]}): {effect}"
+
+
+def value_of(config: Config, key: str) -> object:
+    """The value of a dotted key."""
+    value: object = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value

@@ -1,0 +1,61 @@
+"""Command-line overrides: `NAME=value` replaces a variable before the file runs, `section.key=value` a key after.
+
+Values are Python literals; what is no literal is a string: `data.train_folder=/data/x`, `data.weights={'code': 2}`.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from internlm_lite.config.keys import accepts_text
+from internlm_lite.config.layer import Layer
+from internlm_lite.config.source import is_variable
+from internlm_lite.errors import ConfigError
+
+COMMAND_LINE = "command line"
+
+
+@dataclass
+class Overrides:
+    """What the command line asks for."""
+
+    variables: dict[str, ast.expr]
+    """UPPER_CASE name -> the literal that replaces its assignment."""
+    layer: Layer
+    """Keys set after the files have run."""
+
+
+def parse_overrides(texts: Sequence[str]) -> Overrides:
+    """Sort the overrides into variables and keys. Raises ConfigError for words that are no override."""
+    wrong = [text for text in texts if not _is_override(text)]
+    if wrong:
+        raise ConfigError(
+            "\n".join(f"{COMMAND_LINE}: found {text!r}, expected NAME=value or section.key=value" for text in wrong)
+        )
+    variables: dict[str, ast.expr] = {}
+    layer = Layer()
+    for text in texts:
+        key, _, written = text.partition("=")
+        key, value = key.strip(), _value(key.strip(), written)
+        if is_variable(key):
+            variables[key] = ast.parse(repr(value), mode="eval").body
+        if not is_variable(key) or key == "JOB_NAME":
+            layer.put(key, value, COMMAND_LINE)
+    return Overrides(variables, layer)
+
+
+def _is_override(text: str) -> bool:
+    key, equals, _ = text.partition("=")
+    return bool(equals) and all(part.isidentifier() for part in key.strip().split("."))
+
+
+def _value(key: str, written: str) -> Any:
+    """The literal, or the text where it is none. A key that takes text takes `skip_batches=7` as "7"."""
+    try:
+        value = ast.literal_eval(written.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return written
+    return written if accepts_text(key) and isinstance(value, (int, float, complex)) else value

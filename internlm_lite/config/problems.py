@@ -1,0 +1,119 @@
+"""Problems of a config as lines for the user: where it was written, what was found, what was expected, what to change.
+
+configs/x.py:31: data.seq_lenn: unknown key; nearest known key: data.seq_len
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from internlm_lite.config.keys import expected, known_keys, names_in, nearest_key, nearest_name, section_of
+from internlm_lite.config.layer import Layer
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One line. `keys[0]` is where it is reported, all `keys` together make it."""
+
+    keys: tuple[str, ...]
+    text: str
+
+    def line(self, origins: Mapping[str, str], file: str) -> str:
+        """The line, led by the first place where one of its keys was written (`file` when none was)."""
+        places = [origins.get(key, "default") for key in self.keys]
+        places += [origins.get(key.rpartition(".")[0], "default") for key in self.keys]
+        where = next((place for place in places if not place.startswith("default")), file)
+        return f"{where}: {self.keys[0]}: {self.text}"
+
+
+def schema_problems(error: ValidationError, layer: Layer) -> list[Problem]:
+    """One problem for each faulty key of a failed validation, in the order of the file's sections."""
+    kinds: dict[str, str] = {}
+    for detail in error.errors(include_url=False, include_context=False):
+        kinds.setdefault(_faulty_key(detail["loc"]), detail["type"])
+    misspelt = {nearest_key(key) for key in kinds if key not in known_keys()}
+    return [
+        Problem((key,), _text(key, kind, layer))
+        for key, kind in kinds.items()
+        if kind != "missing" or key not in misspelt
+    ]
+
+
+def _faulty_key(location: tuple[int | str, ...]) -> str:
+    """The dotted key of a pydantic location, without what lies inside a plain value."""
+    key = ""
+    for name in location:
+        key = f"{key}.{name}" if key else str(name)
+        field = known_keys().get(key)
+        if field is None or section_of(field) is None:
+            break
+    return key
+
+
+def _text(key: str, kind: str, layer: Layer) -> str:
+    field = known_keys().get(key)
+    if field is None:
+        return _unknown(key)
+    parent, _, name = key.rpartition(".")
+    if kind == "missing" and section_of(field) is not None:
+        return f"missing; add {name} = {expected(field)}"
+    if kind == "missing":
+        return f"missing; expected {expected(field)}; add {name}=... to {parent} = dict(...)"
+    value = layer.get(key)
+    return f"found {value!r}, expected {expected(field)}; {_remedy(value, field, name)}"
+
+
+def _unknown(key: str) -> str:
+    near = nearest_key(key)
+    if near is not None:
+        return f"unknown key; nearest known key: {near}"
+    parent = key.rpartition(".")[0]
+    if parent:
+        return f"unknown key; keys of {parent}: {', '.join(names_in(parent))}"
+    return f"unknown key; expected one of {', '.join(names_in(''))}; your own names are UPPER_CASE or start with _"
+
+
+def _remedy(value: Any, field: FieldInfo, name: str) -> str:
+    """What to change, as exactly as the value allows."""
+    wanted = _scalar_types(field.annotation)
+    section = section_of(field)
+    if section is not None:
+        return f"write {name} = dict(...)"
+    if isinstance(value, str) and wanted & {int, float, bool} and str not in wanted:
+        if bool in wanted and value.lower() in ("true", "false"):
+            return f"write {value.capitalize()}"
+        return "remove the quotes" if _is_number(value) else "write a value of this kind"
+    if isinstance(value, bool) and wanted & {int, float}:
+        return "write the number"
+    if isinstance(value, float) and int in wanted and value.is_integer():
+        return f"write {int(value)}"
+    if value in (0, 1) and bool in wanted:
+        return f"write {bool(value)}"
+    if isinstance(value, str) and get_origin(field.annotation) is Literal:
+        near = nearest_name(value, get_args(field.annotation))
+        return f"write {near!r}" if near else f"leave {name} out for {field.get_default()!r}"
+    if isinstance(value, (int, float)) and str in wanted:
+        return f'write "{value}"'
+    return "change the value" if field.is_required() else f"leave {name} out for {field.get_default()!r}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _scalar_types(annotation: Any) -> set[type]:
+    """{int, NoneType} for `Positive | None`."""
+    if isinstance(annotation, type):
+        return {annotation}
+    if get_origin(annotation) in (Literal, list, dict):
+        return set()
+    return set().union(*(_scalar_types(member) for member in get_args(annotation)))

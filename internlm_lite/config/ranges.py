@@ -1,0 +1,55 @@
+"""The two strings of a config that stand for sets of batches.
+
+skip_batches       "1-3,7"   batches 1, 2, 3 and 7 (ends included)
+rampup_batch_size  "2 2 100" start with 2 micro-batches, add 2 every 100 batches, up to data.micro_num
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from internlm_lite.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Rampup:
+    """A growing number of micro-batches per step, a pure function of the batch id."""
+
+    start: int
+    increment: int
+    every: int
+
+    def micro_num(self, batch: int, full: int) -> int:
+        """Micro-batches of batch `batch` (counted from 0), never more than `full`."""
+        return min(full, self.start + self.increment * (batch // self.every))
+
+
+def parse_skip_batches(text: str) -> tuple[range, ...]:
+    """ "1-3,7" -> (range(1, 4), range(7, 8)); "" -> (). Raises ConfigError."""
+    return tuple(_interval(part.strip(), text) for part in text.split(",")) if text.strip() else ()
+
+
+def _interval(part: str, text: str) -> range:
+    first, dash, last = (piece.strip() for piece in part.partition("-"))
+    last = last if dash else first
+    if not (_is_count(first) and _is_count(last)):
+        raise ConfigError(
+            f'found {text!r}, expected batch ids and inclusive ranges such as "1-3,7"; {part!r} is neither'
+        )
+    if int(first) > int(last):
+        raise ConfigError(f'found {text!r}, expected ranges that rise; write "{last}-{first}" for {part!r}')
+    return range(int(first), int(last) + 1)
+
+
+def parse_rampup(text: str) -> Rampup | None:
+    """ "2 2 100" -> Rampup(2, 2, 100); "" -> None. Raises ConfigError."""
+    words = text.split()
+    if not words:
+        return None
+    if len(words) != 3 or not all(_is_count(word) and int(word) > 0 for word in words):
+        raise ConfigError(f'found {text!r}, expected three integers > 0, "start increment every", such as "2 2 100"')
+    return Rampup(*map(int, words))
+
+
+def _is_count(word: str) -> bool:
+    return word.isascii() and word.isdigit()

@@ -1,0 +1,54 @@
+"""The reference of all config keys, from the schema's docstrings.
+
+python -m internlm_lite.config.reference > docs/config.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from internlm_lite.config.keys import expected, known_keys, section_of
+from internlm_lite.config.schema import Config, Section
+
+_HEAD = """\
+# Config files
+
+Written by `python -m internlm_lite.config.reference > docs/config.md`; a test keeps it up to date.
+
+A config file is Python. UPPER_CASE names are your own variables, lower-case dicts are sections, modules, functions and
+names with a leading `_` are ignored. Any wrong key, type, range or combination is refused at the start, all at once.
+
+- `NAME=value` on the command line replaces the assignment of a variable **before** the file runs, so what is derived
+  from it follows. `section.key=value` sets one key afterwards.
+- `_base_ = "other.py"` (or a list, later ones first in rank) loads other files below this one. Dicts merge key by key;
+  `_delete_=True` in a dict replaces the one below.
+- `train.py --print-config {full,diff,origin}` shows what all this comes to, and where each value was written.
+- `skip_batches` is `"1-3,7"`: batch ids from 0, ends included. `rampup_batch_size` is `"start increment every"`.
+- Later spellings are understood, each with a note: `ckpt.load_ckpt_info`, `parallel.zero1=dict(size=...)`,
+  `parallel.tensor=dict(size=..., mode=...)`, `parallel.pipeline=2`, `model_type`, top-level `use_fp32_norm`.
+"""
+
+
+def reference() -> str:
+    """The whole document as Markdown."""
+    return "\n".join([_HEAD, *_section("", Config)])
+
+
+def _section(prefix: str, section: type[Section]) -> Iterator[str]:
+    fields = section.model_fields
+    title = f"`{prefix.rstrip('.')}`" if prefix else "Top level"
+    plain = {name: field for name, field in fields.items() if section_of(field) is None}
+    yield f"## {title}\n\n{section.__doc__}\n\n| key | value | default | meaning |\n|---|---|---|---|"
+    for name, field in plain.items():
+        default = "required" if field.is_required() else f"`{field.get_default()!r}`"
+        cells = (f"`{prefix}{name}`", expected(field), default, field.description or "")
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    yield ""
+    for name in fields:
+        inner = section_of(known_keys()[prefix + name])
+        if inner is not None:
+            yield from _section(f"{prefix}{name}.", inner)
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

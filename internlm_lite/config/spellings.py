@@ -1,0 +1,217 @@
+"""Spellings of InternLM's and InternEvo's configs that are not the schema's: each becomes the schema's, with one note.
+
+    parallel.tensor = dict(size=4, mode="mtp")                 ->  parallel.tensor = 4
+    ckpt.load_ckpt_info = dict(path=P, content=("model",))     ->  ckpt.load_model_only_folder = P
+
+A key without effect here is dropped with a note that says why. One that asks for what does not exist is a problem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from internlm_lite.config.layer import Layer
+from internlm_lite.config.problems import Problem
+
+_NO_EFFECT = {
+    "ckpt.universal_ckpt": "every checkpoint loads into every layout",
+    "data.num_worker": "one thread prepares the next batch",
+    "data.empty_cache_and_diag_interval": "the memory allocator's cache is left alone during training",
+    "data.diag_outlier_ratio": "there is no periodic diagnosis of slow ranks",
+    "model.mlp_layer_fusion": "the result is the same with and without",
+    "monitor.tensorboard": "TensorBoard's writer keeps its own queue length",
+    "metric_dtype": "metrics are always summed in float32",
+    "generation": "training does not generate with these; tools/generate.py takes them as arguments",
+}
+_ONLY = {
+    "data.type": ("tokenized", "training data are tokenised folders: run tools/tokenizer.py first"),
+    "data.use_packed_dataset": (True, "training rows are always packed"),
+    "model.qk_interleaved": (False, "rotary embedding pairs element i with i + head_dim/2: convert such weights first"),
+}
+_BIAS_FREE = {"INTERNLM": False, "INTERNLM2": True, "INTERNLM2_PUBLIC": True, "LLAMA": True, "LLAMA2": True}
+_LOADED = {"model", "optimizer", "scheduler", "sampler"}
+_OWN_FORMATS = (None, "internlm", "internevo", "normal")
+
+
+class Translation:
+    """Rewrites one layer in place; `notes` and `problems` tell what was done and what cannot be."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.notes: list[str] = []
+        self.problems: list[Problem] = []
+
+    def replace(self, old: str, new: dict[str, Any], why: str = "") -> None:
+        """Drop `old` and set the keys of `new` in its place."""
+        value, origin = self.layer.drop(old)
+        for key, new_value in new.items():
+            self.layer.put(key, new_value, origin)
+        meaning = ", ".join(f"{key}={new_value!r}" for key, new_value in new.items())
+        understood = f"understood as {meaning}" if new else "understood, without effect here"
+        self.notes.append(f"{origin}: {old}={value!r} {understood}{f': {why}' if why else ''}")
+
+    def refuse(self, key: str, text: str) -> None:
+        """Report a problem and drop the key, so that the schema does not report it again. Its origin stays."""
+        _, origin = self.layer.drop(key)
+        self.layer.origins[key] = origin
+        self.problems.append(Problem((key,), text))
+
+
+def translate(layer: Layer) -> Translation:
+    """Rewrite every other spelling in `layer`. A second run finds nothing left to do."""
+    t = Translation(layer)
+    _renamed(t)
+    _without_effect(t)
+    _model_type(t)
+    for key in ("ckpt.load_ckpt_folder", "ckpt.load_ckpt_info"):
+        if isinstance(layer.get(key), dict):
+            _load_info(t, key)
+        elif key == "ckpt.load_ckpt_info" and layer.has(key):
+            _no_load_info(t, key)
+    if layer.has("ckpt.auto_resume"):
+        folder = "the newest checkpoint in ckpt.save_ckpt_folder"
+        meaning = f"go on from {folder}" if layer.get("ckpt.auto_resume") else f"leave {folder} alone"
+        t.notes.append(
+            f"{layer.origin('ckpt.auto_resume')}: ckpt.auto_resume={layer.get('ckpt.auto_resume')!r} "
+            f"understood as {meaning}, unless --resume is given"
+        )
+    _parallel(t)
+    _alert(t)
+    return t
+
+
+def _renamed(t: Translation) -> None:
+    if t.layer.has("use_fp32_norm"):
+        t.replace("use_fp32_norm", {"model.use_fp32_norm": t.layer.get("use_fp32_norm")})
+    if isinstance(t.layer.get("ckpt.load_given_ckpt"), bool):
+        t.replace("ckpt.load_given_ckpt", {"ckpt.auto_resume": not t.layer.get("ckpt.load_given_ckpt")})
+    old = "hybrid_zero_optimizer.zero_overlap_communication"
+    if t.layer.has(old):
+        t.replace(old, {"hybrid_zero_optimizer.overlap_sync_grad": t.layer.get(old)})
+
+
+def _without_effect(t: Translation) -> None:
+    for key, why in _NO_EFFECT.items():
+        if t.layer.has(key):
+            t.replace(key, {}, why)
+    for key, (value, why) in _ONLY.items():
+        if t.layer.has(key):
+            if t.layer.get(key) == value:
+                t.replace(key, {}, why)
+            else:
+                t.refuse(key, f"found {t.layer.get(key)!r}, expected {value!r} or no such key; {why}")
+
+
+def _model_type(t: Translation) -> None:
+    if not t.layer.has("model_type"):
+        return
+    found = t.layer.get("model_type")
+    if not isinstance(found, str) or found not in _BIAS_FREE:
+        t.refuse(
+            "model_type", f"found {found!r}, expected one of {', '.join(map(repr, _BIAS_FREE))}; only these are built"
+        )
+    elif t.layer.has("model.no_bias"):
+        t.replace("model_type", {}, "model.no_bias says which biases there are")
+    else:
+        t.replace("model_type", {"model.no_bias": _BIAS_FREE[found]})
+
+
+def _load_info(t: Translation, key: str) -> None:
+    """dict(path, content, ckpt_type): content says which keys of ours it is."""
+    info: dict[str, Any] = t.layer.get(key)
+    content = info.get("content", "all")
+    parts = (
+        {content} if isinstance(content, str) else set(map(str, content)) if isinstance(content, Sequence) else set()
+    )
+    parts = _LOADED if parts == {"all"} else parts
+    wrong = set(info) - {"path", "content", "ckpt_type"}
+    if wrong or not isinstance(info.get("path"), str):
+        t.refuse(key, f"found {info!r}, expected a folder, or dict(path=..., content=..., ckpt_type=...)")
+    elif info.get("ckpt_type") not in _OWN_FORMATS:
+        t.refuse(
+            key,
+            f"found ckpt_type={info['ckpt_type']!r}; only the checkpoints written here are read",
+        )
+    elif parts == {"model"}:
+        _give_way(t, key)
+        t.replace(key, {"ckpt.load_model_only_folder": info["path"]})
+    elif parts in (_LOADED, _LOADED - {"optimizer"}):
+        _give_way(t, key)
+        t.replace(key, {"ckpt.load_ckpt_folder": info["path"], "ckpt.load_optimizer": parts == _LOADED})
+    else:
+        t.refuse(
+            key,
+            f"found content={content!r}, expected ('model',), ('all',) or ('model', 'sampler', 'scheduler'): "
+            "a run starts from weights alone, or goes on with everything, or with everything but the optimizer",
+        )
+
+
+def _give_way(t: Translation, key: str) -> None:
+    """With both keys given InternLM loads `load_ckpt_info` and never looks at `load_ckpt_folder`."""
+    if key == "ckpt.load_ckpt_info" and t.layer.has("ckpt.load_ckpt_folder"):
+        t.replace("ckpt.load_ckpt_folder", {}, "ckpt.load_ckpt_info goes before it")
+
+
+def _no_load_info(t: Translation, key: str) -> None:
+    if t.layer.get(key) is None:
+        t.replace(key, {}, "nothing is loaded")
+    else:
+        t.refuse(key, f"found {t.layer.get(key)!r}, expected dict(path=..., content=..., ckpt_type=...) or None")
+
+
+def _parallel(t: Translation) -> None:
+    zero1, tensor = t.layer.get("parallel.zero1"), t.layer.get("parallel.tensor")
+    if isinstance(zero1, dict) and _has_only(t, "parallel.zero1", ("size", "fsdp")):
+        if zero1.get("fsdp"):
+            t.refuse("parallel.zero1", f"found {zero1!r}: fsdp is not available; write fsdp=False")
+        else:
+            t.replace("parallel.zero1", {"parallel.zero1": zero1.get("size", -1)})
+    if isinstance(tensor, dict) and _has_only(t, "parallel.tensor", ("size", "mode")):
+        mode = tensor.get("mode", "mtp")
+        new = {"parallel.tensor": tensor.get("size", 1)}
+        if mode in ("msp", "fsp"):
+            t.replace("parallel.tensor", {**new, "parallel.sequence_parallel": True})
+        elif mode == "mtp" or tensor.get("size", 1) == 1:
+            t.replace("parallel.tensor", new)
+        else:
+            t.refuse("parallel.tensor", f"found mode={mode!r}, expected 'mtp', 'msp' or 'fsp'; write mode='mtp'")
+    _pipeline(t)
+    weight = t.layer.get("parallel.weight")
+    if t.layer.has("parallel.weight"):
+        if (weight.get("size", 1) if isinstance(weight, dict) else weight) in (1, None):
+            t.replace("parallel.weight", {}, "weights are not spread")
+        else:
+            t.refuse("parallel.weight", f"found {weight!r}, expected size 1: use parallel.tensor or parallel.pipeline")
+
+
+def _pipeline(t: Translation) -> None:
+    pipeline = t.layer.get("parallel.pipeline")
+    if isinstance(pipeline, int) and not isinstance(pipeline, bool):
+        t.replace("parallel.pipeline", {"parallel.pipeline.size": pipeline})
+    elif t.layer.has("parallel.pipeline.mode"):
+        mode = t.layer.get("parallel.pipeline.mode")
+        if isinstance(mode, str) and mode.lower() == "1f1b":
+            t.replace("parallel.pipeline.mode", {}, "1F1B is the schedule; model.num_chunks > 1 interleaves it")
+        else:
+            t.refuse("parallel.pipeline.mode", f"found {mode!r}, expected '1f1b' or no such key")
+
+
+def _has_only(t: Translation, key: str, names: Sequence[str]) -> bool:
+    """Whether the dict at `key` has no other names; refuses it otherwise."""
+    found = t.layer.get(key)
+    other = set(found) - set(names)
+    if other:
+        t.refuse(key, f"found {found!r}, expected a number, or dict({', '.join(name + '=...' for name in names)})")
+    return not other
+
+
+def _alert(t: Translation) -> None:
+    if not t.layer.has("monitor.alert"):
+        return
+    alert = t.layer.get("monitor.alert")
+    switches = ("enable_feishu_alert", "feishu_alert_address", "light_monitor_address")
+    if isinstance(alert, dict) and not any(alert.get(name) for name in switches):
+        t.replace("monitor.alert", {}, "alerts are switched off in it")
+    else:
+        t.refuse("monitor.alert", "found alerts switched on; this version sends none: switch them off, or remove it")

@@ -1,0 +1,97 @@
+"""What every kind of tokenised file offers the packer, and the facts our tokenizer notes beside a file.
+
+    name.bin, name.idx         native, the indexed format of Megatron-LM (megatron.py)
+    name.bin, name.bin.meta    InternLM's JSON lines (internlm.py)
+    name.meta.json             Metadata, optional, beside either
+
+A negative token is a prompt token: its id is the absolute value, and nothing is learnt from it as a label.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from internlm_lite.errors import DataError
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Written by `tools/tokenizer.py encode` beside the tokens, checked when the file is opened."""
+
+    documents: int
+    tokens: int
+    text_bytes: int
+    longest: int
+    """Tokens of the longest document."""
+    max_token: int
+    """Largest token id."""
+    vocab_size: int
+    """Of the tokenizer."""
+    tokenizer_sha256: str
+
+
+class Documents(Protocol):
+    """The documents of one file, in file order."""
+
+    @property
+    def path(self) -> Path:
+        """The file that messages name."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[documents] int64, tokens of each document."""
+
+    @property
+    def metadata(self) -> Metadata | None: ...
+
+    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+        """[stop - start] of any integer dtype: tokens start..stop of a document, 0 <= start <= stop <= its length."""
+
+    def digest(self) -> str:
+        """Changes when documents come, go, or change length."""
+
+
+def metadata_path(bin_path: Path) -> Path:
+    """x/name.bin -> x/name.meta.json"""
+    return bin_path.with_suffix(".meta.json")
+
+
+def read_metadata(bin_path: Path) -> Metadata | None:
+    """The metadata of a tokenised file, None where there is none. Raises DataError when it cannot be understood."""
+    path = metadata_path(bin_path)
+    try:
+        return Metadata(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        keys = ", ".join(field.name for field in dataclasses.fields(Metadata))
+        raise DataError(
+            f"{path}: found damaged metadata ({error}), expected a JSON object with {keys}; "
+            f"tokenise the folder again, or delete this file to train without its checks"
+        ) from None
+
+
+def map_tokens(path: Path) -> mmap.mmap:
+    """A read-only map of a file whose documents are read in shuffled order."""
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):  # else each first touch reads ahead: measured 19 ms instead of 0.02 ms
+        mapped.madvise(mmap.MADV_RANDOM)
+    return mapped
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,92 @@
+"""InternLM's tokenised data: one JSON object a line, and where each line begins.
+
+    name.bin        {"tokens": [5, -7, 12]}\\n ...     other keys are ignored
+    name.bin.meta   numpy array int [documents, 2]: (byte offset of the line, number of tokens)
+
+Lines are decoded when they are read; the native format is the fast one.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from internlm_lite.data.documents import file_digest, map_tokens, read_metadata
+from internlm_lite.errors import DataError
+
+CACHED_DOCUMENTS = 64
+"""Decoded documents kept: a document longer than a row is read once for each row it reaches into."""
+REPAIR = "tokenise the folder again, or copy both files again"
+
+
+class InternLMDocuments:
+    """`name.bin` + `name.bin.meta` (see documents.Documents).
+
+    Raises DataError when the files are missing, damaged, or do not belong together; a damaged line inside the file
+    is found when it is read.
+    """
+
+    def __init__(self, bin_path: Path) -> None:
+        self.path = bin_path
+        self.index_path = bin_path.with_name(bin_path.name + ".meta")
+        self.metadata = read_metadata(bin_path)
+        self._offsets, self.lengths = _read_meta(self.index_path)
+        n_bytes = bin_path.stat().st_size
+        if n_bytes == 0 or len(self.lengths) == 0:
+            raise DataError(
+                f"{bin_path}: found {n_bytes} bytes and {len(self.lengths)} documents, expected some; {REPAIR}"
+            )
+        last = int(self._offsets[-1])
+        if last >= n_bytes:
+            raise DataError(
+                f"{bin_path}: found {n_bytes} bytes, but {self.index_path.name} points to byte {last}: the .bin is "
+                f"truncated or the .meta belongs to another file; {REPAIR}"
+            )
+        self._bytes = map_tokens(bin_path)
+        self._decode = lru_cache(CACHED_DOCUMENTS)(self._read)
+        self._decode(len(self.lengths) - 1)  # a truncated file ends in the middle of its last line
+
+    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+        return self._decode(document)[start:stop]
+
+    def digest(self) -> str:
+        return file_digest(self.index_path)
+
+    def _read(self, document: int) -> np.ndarray:
+        """[length] int64"""
+        start, length = int(self._offsets[document]), int(self.lengths[document])
+        stop = self._bytes.find(b"\n", start)
+        line = self._bytes[start : stop if stop >= 0 else len(self._bytes)]
+        where = f"{self.path}: document {document} at byte {start}"
+        try:
+            tokens = np.array(json.loads(line)["tokens"])
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise DataError(
+                f'{where}: expected {{"tokens": [...]}} on one line, found damage ({error}); {REPAIR}'
+            ) from None
+        if tokens.shape != (length,) or (length and tokens.dtype.kind != "i"):
+            raise DataError(
+                f"{where}: found tokens of shape {list(tokens.shape)} and dtype {tokens.dtype}, "
+                f"expected {length} integers as {self.index_path.name} says; {REPAIR}"
+            )
+        return tokens.astype(np.int64)
+
+
+def _read_meta(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Byte offsets and lengths, both int64 [documents]."""
+    try:
+        meta = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"{path}: expected a numpy array file, found damage ({error}); {REPAIR}") from None
+    if meta.ndim != 2 or meta.shape[1] != 2 or meta.dtype.kind not in "iu":
+        raise DataError(
+            f"{path}: found an array of shape {list(meta.shape)} and dtype {meta.dtype}, "
+            f"expected integers [documents, 2]: (byte offset, number of tokens); {REPAIR}"
+        )
+    offsets, lengths = meta.astype(np.int64).T
+    if np.any(lengths < 0) or np.any(offsets[:1] < 0) or np.any(np.diff(offsets) <= 0):
+        raise DataError(f"{path}: offsets do not rise or a length is negative: the .meta is damaged; {REPAIR}")
+    return np.ascontiguousarray(offsets), np.ascontiguousarray(lengths)

@@ -1,0 +1,189 @@
+"""Native tokenised data: Megatron-LM's indexed format, `MMapIndexedDataset`, read through a memory map.
+
+    name.bin   the tokens of all sequences, back to back
+    name.idx   magic 9s | version u64 | dtype code u8 | sequences u64 | document borders u64
+               | sizes int32 [sequences] | byte pointers int64 [sequences] | document borders int64 [documents + 1]
+
+A document is the range of sequences between two borders (megatron/core/datasets/indexed_dataset.py).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from internlm_lite.data.documents import file_digest, map_tokens, read_metadata
+from internlm_lite.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES: dict[int, type[np.generic]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
+REPAIR = "tokenise the folder again, or copy both files again"
+
+
+class MegatronDocuments:
+    """`name.bin` + `name.idx` (see documents.Documents).
+
+    Raises DataError when the files are missing, damaged, or do not belong together.
+    """
+
+    def __init__(self, bin_path: Path) -> None:
+        self.path = bin_path
+        self.index_path = bin_path.with_suffix(".idx")
+        self.metadata = read_metadata(bin_path)
+        dtype, sizes, pointers, borders = _read_index(self.index_path)
+        _check_bin(self.path, self.index_path, dtype, sizes, pointers)
+        cumulated = np.zeros(len(sizes) + 1, dtype=np.int64)
+        np.cumsum(sizes, out=cumulated[1:])
+        self.lengths = np.diff(cumulated[borders])
+        self._starts = cumulated[borders[:-1]]
+        self._flat = np.frombuffer(map_tokens(self.path), dtype=dtype)
+
+    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+        first = self._starts[document]
+        return self._flat[first + start : first + stop]
+
+    def digest(self) -> str:
+        return file_digest(self.index_path)
+
+
+def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+    """dtype of a token, sizes int32 [sequences], byte pointers int64 [sequences], borders int64 [documents + 1]."""
+    n_bytes = path.stat().st_size
+    if n_bytes < HEADER.size:
+        raise DataError(f"{path}: found {n_bytes} bytes, expected a header of {HEADER.size}; {REPAIR}")
+    with path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    magic, version, code, sequences, n_borders = HEADER.unpack_from(content)
+    if magic != MAGIC or version != 1:
+        raise DataError(
+            f"{path}: found magic {magic!r} version {version}, expected {MAGIC!r} version 1: this is no index "
+            f"of a Megatron-LM indexed dataset; tokenise the folder again"
+        )
+    if code not in DTYPES or np.dtype(DTYPES[code]).kind == "f":
+        raise DataError(f"{path}: found dtype code {code}, expected one of integers: 1, 2, 3, 4, 5, 8; {REPAIR}")
+    expected = HEADER.size + 12 * sequences + 8 * n_borders
+    if n_bytes != expected:
+        raise DataError(
+            f"{path}: found {n_bytes} bytes, expected {expected} for {sequences} sequences and {n_borders} document "
+            f"borders: the index is damaged; {REPAIR}"
+        )
+    sizes = np.frombuffer(content, np.int32, sequences, HEADER.size)
+    pointers = np.frombuffer(content, np.int64, sequences, HEADER.size + 4 * sequences)
+    borders = np.frombuffer(content, np.int64, n_borders, HEADER.size + 12 * sequences)
+    if n_borders < 1 or borders[0] != 0 or borders[-1] != sequences or np.any(borders[1:] < borders[:-1]):
+        raise DataError(f"{path}: document borders do not run from 0 to {sequences}: the index is damaged; {REPAIR}")
+    return np.dtype(DTYPES[code]), sizes, pointers, borders
+
+
+def _check_bin(bin_path: Path, index_path: Path, dtype: np.dtype, sizes: np.ndarray, pointers: np.ndarray) -> None:
+    """The index covers the .bin exactly: sequence after sequence, from its first byte to its last."""
+    n_bytes = bin_path.stat().st_size
+    if n_bytes == 0 or len(sizes) == 0:
+        raise DataError(f"{bin_path}: found {n_bytes} bytes and {len(sizes)} sequences, expected some; {REPAIR}")
+    ends = np.cumsum(sizes, dtype=np.int64) * dtype.itemsize
+    if np.any(sizes < 0) or pointers[0] != 0 or np.any(pointers < 0):
+        raise DataError(f"{index_path}: negative sizes or pointers: the index is damaged; {REPAIR}")
+    needed = max(int(ends[-1]), int(pointers[-1]) + int(sizes[-1]) * dtype.itemsize, int(pointers.max()))
+    if needed > n_bytes:
+        raise DataError(
+            f"{bin_path}: found {n_bytes} bytes, but {index_path.name} points to byte {needed}: the .bin is truncated "
+            f"or the index belongs to another file; {REPAIR}"
+        )
+    if np.any(pointers[1:] != ends[:-1]) or needed != n_bytes:
+        raise DataError(
+            f"{index_path}: its sequences do not fill {bin_path.name} from byte 0 to byte {n_bytes}: "
+            f"the index is damaged or belongs to another file; {REPAIR}"
+        )
+
+
+def smallest_dtype(vocab_size: int, signed: bool) -> np.dtype:
+    """The narrowest dtype for ids below `vocab_size`; `signed` where prompt tokens are stored negative."""
+    if signed:
+        return np.dtype(np.int16 if vocab_size <= 1 << 15 else np.int32)
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
+
+
+class MegatronWriter:
+    """Writes documents one after another; only `close` puts the two files in place. Use it through `writing`."""
+
+    def __init__(self, bin_path: Path, dtype: np.dtype) -> None:
+        self._bin_path, self._index_path = bin_path, bin_path.with_suffix(".idx")
+        self._dtype = np.dtype(dtype)
+        self._code = next(code for code, known in DTYPES.items() if np.dtype(known) == self._dtype)
+        self._sizes: list[np.ndarray] = []
+        self._file = _temporary(bin_path).open("wb")
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Append one document of [n] ids. Raises DataError when an id does not fit the dtype."""
+        self.add_many(tokens, np.array([len(tokens)]))
+
+    def add_many(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents given back to back, `lengths` [documents] summing to len(tokens)."""
+        limits = np.iinfo(self._dtype)
+        if len(tokens) and not limits.min <= int(tokens.min()) <= int(tokens.max()) <= limits.max:
+            raise DataError(
+                f"{self._bin_path}: found token ids from {tokens.min()} to {tokens.max()}, "
+                f"expected {limits.min} to {limits.max} of {self._dtype}; use a wider dtype"
+            )
+        self._file.write(np.ascontiguousarray(tokens, dtype=self._dtype).data)
+        self._sizes.append(lengths.astype(np.int32))
+
+    def close(self) -> None:
+        """Sync and rename. An old pair is replaced index first, so that no index ever meets another file's tokens."""
+        sizes = np.concatenate([np.zeros(0, np.int32), *self._sizes])
+        pointers = np.zeros(len(sizes), np.int64)
+        np.cumsum(sizes[:-1], out=pointers[1:])
+        with _temporary(self._index_path).open("wb") as index:
+            index.write(HEADER.pack(MAGIC, 1, self._code, len(sizes), len(sizes) + 1))
+            index.write(sizes.data)
+            index.write((pointers * self._dtype.itemsize).data)
+            index.write(np.arange(len(sizes) + 1, dtype=np.int64).data)
+            _sync(index)
+        _sync(self._file)
+        self._file.close()
+        self._index_path.unlink(missing_ok=True)
+        _temporary(self._bin_path).replace(self._bin_path)
+        _temporary(self._index_path).replace(self._index_path)
+
+    def discard(self) -> None:
+        """Remove what was written so far."""
+        self._file.close()
+        _temporary(self._bin_path).unlink(missing_ok=True)
+        _temporary(self._index_path).unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(bin_path: Path, dtype: np.dtype) -> Iterator[MegatronWriter]:
+    """A writer whose files appear, synced, when the block ends, and not at all when it raises."""
+    writer = MegatronWriter(bin_path, dtype)
+    try:
+        yield writer
+        writer.close()
+    finally:
+        writer.discard()
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

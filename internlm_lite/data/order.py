@@ -1,0 +1,53 @@
+"""Which rows make up which batch: pure functions of the position, so that resuming needs nothing stored.
+
+    row sequence   r0 r1 r2 r3 | r4 r5 r6 r7 | ...       a global batch is the next micro_num * dp rows
+    dp rank 0 of 2 r0    r2    | r4    r6    | ...       every dp-th of them, micro-batch by micro-batch
+
+The cut into global batches depends on the product micro_num * dp only: the same product, the same batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from internlm_lite.batch import Position
+from internlm_lite.config.ranges import Rampup
+
+
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of range(count), int64; the same on every machine and numpy release (RandomState is frozen)."""
+    order = np.arange(count)
+    np.random.RandomState((seed + epoch) % 2**32).shuffle(order)
+    return order
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """Cuts the endless row sequence into global batches."""
+
+    micro_num: int
+    dp_size: int
+    skip: tuple[range, ...] = ()
+    """Batch ids consumed from the order and dropped."""
+    rampup: Rampup | None = None
+
+    def take(self, position: Position) -> tuple[range, Position]:
+        """The row numbers of the next batch to train on, over all dp ranks, and the position after it.
+
+        Skipped batches in between are consumed.
+        """
+        while True:
+            rows = range(position.packs, position.packs + self.micro_num_of(position.batch) * self.dp_size)
+            batch, position = position.batch, Position(position.batch + 1, rows.stop)
+            if not any(batch in ids for ids in self.skip):
+                return rows, position
+
+    def share(self, rows: range, dp_rank: int) -> range:
+        """One rank's rows of a global batch, one per micro-batch."""
+        return rows[dp_rank :: self.dp_size]
+
+    def micro_num_of(self, batch: int) -> int:
+        """Micro-batches of one rank in this batch."""
+        return self.micro_num if self.rampup is None else self.rampup.micro_num(batch, self.micro_num)

@@ -1,0 +1,102 @@
+"""Finds tokenised files and groups them into data folders, the units that loss and accuracy are reported for.
+
+train_folder/code/a.bin        -> folder "code"
+train_folder/docs/x/y/b.bin    -> folder "docs": whatever lies below a sub-folder belongs to it
+train_folder/a.bin             -> folder "train_folder", when no sub-folder holds data
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from internlm_lite.data.documents import Documents
+from internlm_lite.data.dummy import DummyDocuments
+from internlm_lite.data.internlm import InternLMDocuments
+from internlm_lite.data.megatron import MegatronDocuments
+from internlm_lite.errors import DataError
+
+logger = logging.getLogger("internlm_lite")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One data folder of a run."""
+
+    name: str
+    files: Sequence[Documents]
+    is_dummy: bool = False
+    """The built-in set: every document is used, however short, and label id 0 is ignored."""
+
+
+def dummy_folder(seq_len: int) -> Folder:
+    """The built-in data set as the only folder."""
+    return Folder("dummy", (DummyDocuments(seq_len),), is_dummy=True)
+
+
+def find_folders(root: Path, key: str) -> list[Folder]:
+    """The data folders below `root`, by name; `key` is the config key that names `root`, for messages.
+
+    Raises DataError when `root` is missing, holds nothing tokenised, or holds a damaged file.
+    """
+    if not root.is_dir():
+        raise DataError(
+            f"data.{key}: {root} is {'a file' if root.exists() else 'missing'}, expected a folder of tokenised data; "
+            f"correct the path, or make the data with tools/tokenizer.py encode"
+        )
+    below = {path.name: _bins(path) for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != "."}
+    grouped = {name: bins for name, bins in below.items() if bins}
+    direct = _bins_of(root, os.listdir(root))
+    if direct and grouped:
+        logger.warning(
+            "data.%s: %d tokenised files directly in %s are not used, as its sub-folders hold data: move them into one",
+            key, len(direct), root,
+        )  # fmt: skip
+    elif direct:
+        grouped = {root.resolve().name: direct}
+    if not grouped:
+        raise DataError(
+            f"data.{key}: {root} holds no tokenised data (NAME.bin with NAME.idx or NAME.bin.meta) in any sub-folder; "
+            f"make it with tools/tokenizer.py encode"
+        )
+    return [Folder(name, tuple(open_documents(path) for path in bins)) for name, bins in grouped.items()]
+
+
+def open_documents(bin_path: Path) -> Documents:
+    """Open a tokenised file in whichever format its index has. Raises DataError."""
+    if not bin_path.is_file():
+        raise DataError(f"{bin_path}: missing, although its index is there; copy both files, or delete the index")
+    try:
+        if bin_path.with_suffix(".idx").is_file():
+            return MegatronDocuments(bin_path)
+        if bin_path.with_name(bin_path.name + ".meta").is_file():
+            return InternLMDocuments(bin_path)
+    except OSError as error:
+        raise DataError(f"{bin_path}: cannot be read ({error}); correct its permissions or copy it again") from None
+    raise DataError(
+        f"{bin_path}: found no index, expected {bin_path.stem}.idx (Megatron-LM) or {bin_path.name}.meta (InternLM) "
+        f"beside it; copy the index too, or tokenise the folder again"
+    )
+
+
+def _bins(folder: Path) -> list[Path]:
+    """Every .bin path below a folder that is, or by its index should be, there; symbolic links are followed."""
+    found = []
+    for where, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        found += _bins_of(Path(where), files)
+    return found
+
+
+def _bins_of(folder: Path, files: list[str]) -> list[Path]:
+    visible = [name for name in files if name[0] != "."]
+    stems = {
+        name.removesuffix(suffix)
+        for suffix in (".bin", ".idx", ".bin.meta")
+        for name in visible
+        if name.endswith(suffix)
+    }
+    return [folder / f"{stem}.bin" for stem in sorted(stems)]

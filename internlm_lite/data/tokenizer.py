@@ -1,0 +1,123 @@
+"""A sentencepiece tokenizer: loading, encoding, decoding, and training a new one.
+
+Byte pairs over text left exactly as it is (no normalisation, no added space), bytes as the fallback:
+decode(encode(text)) == text for every text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from internlm_lite.errors import DataError
+
+SPACE_MARK = "\u2581"
+"""sentencepiece writes a space as this character, so the character itself is encoded as its bytes."""
+LONGEST_SENTENCE_BYTES = 4000
+"""Training text is cut here at the latest; sentencepiece drops what is longer than 4192."""
+
+
+class Tokenizer:
+    """Text <-> token ids. Raises DataError when `path` is missing or no sentencepiece model."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            model = path.read_bytes()
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except OSError as error:
+            raise DataError(
+                f"tokenizer {path}: {error.strerror}; correct the path, or make one with tools/tokenizer.py train"
+            ) from None
+        except RuntimeError:
+            raise DataError(f"tokenizer {path}: found no sentencepiece model; give the .model file") from None
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self.vocab_size: int = self._processor.vocab_size()
+        self.bos: int | None = _or_none(self._processor.bos_id())
+        """Token that opens a document, None if the model has none."""
+        self.eos: int | None = _or_none(self._processor.eos_id())
+        """Token that closes a document, None if the model has none."""
+        self._mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        if self._processor.unk_id() in self._mark_ids:  # a model without byte fallback
+            self._mark_ids = [self._processor.unk_id()]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without bos or eos. A lone surrogate, which is no text, becomes '?'."""
+        parts = text.encode("utf-8", "replace").decode().split(SPACE_MARK)
+        ids: list[int] = self._processor.encode(parts[0])
+        for part in parts[1:]:
+            ids += self._mark_ids + self._processor.encode(part)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; bos, eos and padding have none."""
+        text: str = self._processor.decode([int(token) for token in ids])
+        return text
+
+    def piece(self, token: int) -> str:
+        """One token as sentencepiece writes it."""
+        piece: str = self._processor.id_to_piece(int(token))
+        return piece
+
+
+def _or_none(token: int) -> int | None:
+    return token if token >= 0 else None
+
+
+def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int, threads: int) -> Tokenizer:
+    """Train byte-pair encoding on `texts` and write it to `path`, whole or not at all.
+
+    Ids 0..3 are <unk> <s> </s> <pad>, then the 256 bytes. Raises DataError when the text is too small for `vocab_size`.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(cut for text in texts for cut in _sentences(text)),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            pad_id=3,
+            num_threads=threads,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise DataError(f"sentencepiece could not train a vocabulary of {vocab_size}: {str(error).strip()}") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(model.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return Tokenizer(path)
+
+
+def _sentences(text: str) -> Iterator[str]:
+    """Groups of whole lines, so that line breaks and indentation get pieces of their own; long lines are cut."""
+    group: list[str] = []
+    size = 0
+    for line in text.encode("utf-8", "replace").decode().splitlines(keepends=True):
+        n_bytes = len(line.encode())
+        if size + n_bytes > LONGEST_SENTENCE_BYTES and group:
+            yield "".join(group)
+            group, size = [], 0
+        if n_bytes > LONGEST_SENTENCE_BYTES:
+            width = LONGEST_SENTENCE_BYTES // 4  # characters of at most 4 bytes
+            yield from (line[i : i + width] for i in range(0, len(line), width))
+        else:
+            group.append(line)
+            size += n_bytes
+    if group:
+        yield "".join(group)

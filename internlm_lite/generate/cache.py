@@ -1,0 +1,71 @@
+"""Keys and values of what was read so far, so that a new token costs one position instead of a whole forward pass.
+
+prefill   all prompts packed in one row, as in training; each prompt's keys and values are kept
+decode    one new token of every sequence at once; sequence b looks at its own lengths[b] + 1 positions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from internlm_lite.layers.attention import Attend
+
+
+class KVCache:
+    """For `batch` sequences of at most `capacity` tokens. `prefill` once, then `decode` and `advance` in turn."""
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        capacity: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """`kv_heads` are those of this tensor-parallel rank."""
+        shape = (layers, batch, capacity, kv_heads, head_dim)
+        # Zeros, because a masked position still takes part as 0 * value.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._longest = 0
+
+    def prefill(self, lengths: Sequence[int], attend: Attend) -> Attend:
+        """The packed attention `attend` of a row of prompts of these lengths, which also fills the cache."""
+        self.lengths.copy_(torch.tensor(lengths))
+        self._longest = max(lengths)
+
+        def remember(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            for row, (key, value) in enumerate(zip(k.split(list(lengths)), v.split(list(lengths)), strict=True)):
+                self.keys[layer, row, : key.shape[0]] = key
+                self.values[layer, row, : value.shape[0]] = value
+            return attend(layer, q, k, v)
+
+        return remember
+
+    def decode(self) -> Attend:
+        """Attention of one new token per sequence, [B, H, D], over the sequence's cache and itself."""
+        rows = torch.arange(self.lengths.shape[0], device=self.lengths.device)
+        seen = torch.arange(self._longest + 1, device=self.lengths.device) <= self.lengths.unsqueeze(1)
+        mask = seen[:, None, None]  # [B, 1, 1, longest + 1]
+
+        def look_up(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            self.keys[layer, rows, self.lengths] = k
+            self.values[layer, rows, self.lengths] = v
+            keys = self.keys[layer, :, : self._longest + 1].transpose(1, 2)  # [B, Hkv, longest + 1, D]
+            values = self.values[layer, :, : self._longest + 1].transpose(1, 2)
+            grouped = q.shape[1] != k.shape[1]
+            mixed = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=mask, enable_gqa=grouped)
+            return mixed.squeeze(2)
+
+        return look_up
+
+    def advance(self) -> None:
+        """The token of the last `decode` is now part of every sequence."""
+        self.lengths += 1
+        self._longest += 1

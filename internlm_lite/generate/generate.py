@@ -1,0 +1,83 @@
+"""Continue prompts: one packed forward pass over all of them, then one token of every sequence per step."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+
+from internlm_lite.errors import DataError, MeshError
+from internlm_lite.generate.cache import KVCache
+from internlm_lite.generate.sample import Sampler, Sampling
+from internlm_lite.layers.flash import packed
+from internlm_lite.models.decoder import Transformer
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, eos: int | None
+) -> list[list[int]]:
+    """The continuation of each prompt, without the prompt; it stops before `eos` or after `max_new_tokens`.
+
+    Every tensor-parallel rank calls this with the same arguments and gets the same tokens. Raises DataError for a
+    prompt that is empty or holds an id outside the vocabulary, MeshError when the model is one of several stages.
+    """
+    check(model, prompts)
+    if not prompts or max_new_tokens < 1:
+        return [[] for _ in prompts]
+    lengths = [len(prompt) for prompt in prompts]
+    cache = _cache(model, len(prompts), max(lengths) + max_new_tokens)
+    draw = Sampler(sampling, cache.lengths.device)
+    new_tokens: list[list[int]] = [[] for _ in prompts]
+    running = set(range(len(prompts)))
+
+    logits = _prefill(model, prompts, cache)
+    for step in range(max_new_tokens):
+        drawn = draw(logits)
+        for row, token in enumerate(drawn.tolist()):
+            if token == eos:
+                running.discard(row)
+            elif row in running:
+                new_tokens[row].append(token)
+        if not running or step + 1 == max_new_tokens:
+            break
+        logits = model.logits(model.hidden(drawn, cache.lengths, cache.decode()))
+        cache.advance()
+    return new_tokens
+
+
+def check(model: Transformer, prompts: list[list[int]]) -> None:
+    """Raises DataError or MeshError; see `generate`."""
+    if model.tok_embeddings is None or model.output is None:
+        raise MeshError("generation found one pipeline stage, expected the whole model: load it with pipeline size 1")
+    vocab_size = model.config.vocab_size
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise DataError(f"prompt {number} is empty: expected at least one token, for instance the tokenizer's BOS")
+        wrong = [token for token in prompt if not 0 <= token < vocab_size]
+        if wrong:
+            raise DataError(
+                f"prompt {number} holds token id {wrong[0]}: expected 0..{vocab_size - 1}; "
+                "use the tokenizer that the model was trained with"
+            )
+
+
+def _cache(model: Transformer, batch: int, capacity: int) -> KVCache:
+    config = model.config
+    weight = next(model.parameters())
+    kv_heads = config.kv_heads // model.mesh.tp.size
+    head_dim = config.hidden_size // config.num_attention_heads
+    return KVCache(config.num_layers, batch, capacity, kv_heads, head_dim, weight.dtype, weight.device)
+
+
+def _prefill(model: Transformer, prompts: list[list[int]], cache: KVCache) -> torch.Tensor:
+    """Logits [B, vocab] of each prompt's last token."""
+    device = cache.lengths.device
+    lengths = [len(prompt) for prompt in prompts]
+    borders = (0, *accumulate(lengths))
+    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+    positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+    cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=device)
+    attend = packed(model.backend, cu_seqlens, borders, max(lengths))
+    hidden = model.hidden(tokens, positions, cache.prefill(lengths, attend))
+    return model.logits(hidden[cu_seqlens[1:].long() - 1])

@@ -1,0 +1,65 @@
+"""Choosing the next token from logits: greedy, or a draw at a temperature from the top k and the top p.
+
+Tensor-parallel ranks hold the same gathered logits and the same seed, so they draw the same token without a message.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from internlm_lite.errors import ConfigError
+from internlm_lite.layers.placement import accumulation_dtype
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw. Raises ConfigError when a value is out of range."""
+
+    temperature: float = 1.0
+    """Logits are divided by it; 0: always the most probable token."""
+    top_k: int = 0
+    """Only the k most probable tokens; 0: all."""
+    top_p: float = 1.0
+    """Only the most probable tokens that together reach this probability; 1: all (arXiv:1904.09751)."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.temperature < 0:
+            problems.append(f"temperature {self.temperature}: expected 0 (greedy) or more")
+        if self.top_k < 0:
+            problems.append(f"top_k {self.top_k}: expected 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p {self.top_p}: expected more than 0, at most 1 (all tokens)")
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+
+class Sampler:
+    """Draws one token after another; the same seed and logits give the same tokens."""
+
+    def __init__(self, sampling: Sampling, device: torch.device) -> None:
+        self.sampling = sampling
+        self._generator = torch.Generator(device=device).manual_seed(sampling.seed)
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """[B, vocab] -> [B] int64."""
+        if self.sampling.temperature == 0:
+            return logits.argmax(dim=-1)
+        exact = logits.to(accumulation_dtype(logits.dtype)) / self.sampling.temperature
+        ordered, tokens = exact.sort(dim=-1, descending=True, stable=True)
+        probabilities = keep_top(ordered.softmax(dim=-1), self.sampling.top_k, self.sampling.top_p)
+        choice = torch.multinomial(probabilities, 1, generator=self._generator)
+        return tokens.gather(1, choice).squeeze(1)
+
+
+def keep_top(probabilities: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """[B, vocab] in falling order -> the same with the tail zeroed (no longer summing to 1). The first always stays."""
+    before = probabilities.cumsum(dim=-1) - probabilities
+    keep = before < top_p
+    if top_k:
+        keep[:, top_k:] = False
+    keep[:, 0] = True
+    return probabilities * keep

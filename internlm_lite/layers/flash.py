@@ -1,0 +1,78 @@
+"""Packed causal attention: which kernel, chosen once at build time.
+
+    flash-attn   varlen kernel, if the package is installed        half precision on CUDA
+    torch        torch.nn.attention.varlen                         half precision on CUDA
+    sdpa         the reference, one call per document              everywhere
+
+All take a row of T packed tokens and its borders, and no token looks across a border.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from internlm_lite.layers.attention import Attend
+from internlm_lite.layers.sdpa import packed_sdpa
+
+
+class AttentionBackend(enum.Enum):
+    """The value is the name for the log."""
+
+    FLASH_ATTN = "flash-attn"
+    TORCH_VARLEN = "torch.nn.attention.varlen"
+    SDPA = "scaled_dot_product_attention"
+
+
+def choose_backend(use_flash_attn: bool, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
+    """The fastest backend that this dtype and device have; the reference when `use_flash_attn` is False."""
+    if not use_flash_attn or device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return AttentionBackend.SDPA
+    return AttentionBackend.FLASH_ATTN if find_spec("flash_attn") else AttentionBackend.TORCH_VARLEN
+
+
+def packed(
+    backend: AttentionBackend, cu_seqlens: torch.Tensor, cu_seqlens_host: tuple[int, ...], max_seqlen: int
+) -> Attend:
+    """Attention inside each document of one packed row.
+
+    cu_seqlens [n + 1] int32 on the device, may end in repeats of T; `cu_seqlens_host` the same borders as host
+    integers, repeats or not; `max_seqlen` at least the longest document. See `batch.Batch`.
+    """
+    if backend is AttentionBackend.FLASH_ATTN:
+        return _packed_flash_attn(cu_seqlens, max_seqlen)
+    if backend is AttentionBackend.TORCH_VARLEN:
+        return _packed_torch_varlen(cu_seqlens, max_seqlen)
+    return packed_sdpa(cu_seqlens_host)
+
+
+def _packed_flash_attn(cu_seqlens: torch.Tensor, max_seqlen: int) -> Attend:
+    from flash_attn import flash_attn_varlen_func
+
+    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True)
+
+    return attend
+
+
+def _packed_torch_varlen(cu_seqlens: torch.Tensor, max_seqlen: int) -> Attend:
+    from torch.nn.attention.varlen import varlen_attn
+
+    kernel: Callable[..., Any] = varlen_attn
+    # How "causal" and "grouped queries" are spelled changed between torch releases.
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, object] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:
+        options["enable_gqa"] = True
+
+    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if "enable_gqa" not in known:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return kernel(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+
+    return attend

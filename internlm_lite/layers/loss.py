@@ -1,0 +1,178 @@
+"""Output projection and cross-entropy in one: the [T, V] logits exist a chunk of tokens at a time, and only once.
+
+    z = h W^T                  loss = log sum_v exp z_v - (1 - s) z_label - s/V sum_v z_v
+    dh = dz W, dW = dz^T h     dz   = softmax(z) - (1 - s) [v = label] - s/V
+
+Where gradients are needed, a chunk's dz replaces its logits in place and goes straight into dh and dW, so the backward
+pass has nothing to recompute. W may be split by rows (vocabulary) over the tensor-parallel ranks: the maximum, the sum
+of exponentials and the label's logit are then reduced over them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from internlm_lite.batch import IGNORE
+from internlm_lite.layers.placement import accumulation_dtype
+from internlm_lite.mesh.comm import all_reduce
+from internlm_lite.mesh.conjugate import gather_last
+from internlm_lite.mesh.mesh import Group
+
+_CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
+"""Logits of one chunk: on the CPU they should stay in cache, on a GPU the products should stay large."""
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """What a row of T tokens gives. All but `scaled_sum` are detached."""
+
+    scaled_sum: torch.Tensor
+    """Scalar to differentiate: scale * sum over labels of the training loss (with label smoothing)."""
+    train_loss_sum: torch.Tensor
+    """Scalar: the same without `scale`."""
+    token_loss: torch.Tensor
+    """[T] cross-entropy without smoothing, 0 where the label is IGNORE. float32, for float64 models float64."""
+    correct: torch.Tensor
+    """[T] bool: no logit is larger than the label's."""
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What all chunks of one call share."""
+
+    scale: torch.Tensor
+    smoothing: float
+    vocab_size: int
+    group: Group
+    parallel: bool
+    """False: gather the logits of all ranks, then every rank does the whole loss."""
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    label_smoothing: float,
+    group: Group,
+    parallel_output: bool,
+) -> TokenLosses:
+    """hidden [T, d], weight [V / group size, d] of the same dtype, labels [T] int64 or IGNORE, scale scalar tensor.
+
+    `scale` multiplies the gradient before it is rounded to half precision. The gradient of one call can be taken once.
+    """
+    scale = scale.to(accumulation_dtype(hidden.dtype))
+    terms = _Terms(scale, label_smoothing, weight.shape[0] * group.size, group, parallel_output)
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return TokenLosses(*_LinearCrossEntropy.apply(hidden, weight, labels, terms, needs_grad))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, terms: _Terms, needs_grad: bool
+    ) -> tuple[torch.Tensor, ...]:
+        chunk = _chunk_tokens(hidden, weight)
+        buffer = hidden.new_empty(chunk, weight.shape[0], dtype=accumulation_dtype(hidden.dtype))
+        gradients = _Gradients(hidden, weight, chunk) if needs_grad else None
+        losses = []
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, min(start + chunk, hidden.shape[0]))
+            logits = _project(hidden[rows], weight, out=buffer[: rows.stop - start])
+            losses.append(_chunk_losses(logits, labels[rows], terms, needs_grad))
+            if gradients is not None:
+                gradients.add(rows, logits)
+        ctx.gradients = None if gradients is None else gradients.summed_over(terms.group)
+        token_loss, train_loss, correct = (torch.cat(parts) for parts in zip(*losses, strict=True))
+        train_loss_sum = train_loss.sum()
+        ctx.mark_non_differentiable(train_loss_sum, token_loss, correct)
+        ctx.set_materialize_grads(False)
+        return train_loss_sum * terms.scale, train_loss_sum, token_loss, correct
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if ctx.gradients is None:
+            raise RuntimeError("linear_cross_entropy: its gradient was taken already; call it again to take it again")
+        dhidden, dweight = ctx.gradients
+        ctx.gradients = None
+        return dhidden.mul_(grads[0]), dweight.mul_(grads[0]), None, None, None
+
+
+def _chunk_tokens(hidden: torch.Tensor, weight: torch.Tensor) -> int:
+    """Tokens per chunk, in chunks of equal length."""
+    row_bytes = weight.shape[0] * accumulation_dtype(hidden.dtype).itemsize
+    limit = max(1, _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["cpu"]) // row_bytes)
+    n_tokens = max(1, hidden.shape[0])
+    n_chunks = -(-n_tokens // limit)
+    return -(-n_tokens // n_chunks)
+
+
+def _project(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    if out.dtype == hidden.dtype:
+        return torch.mm(hidden, weight.t(), out=out)
+    return out.copy_(hidden @ weight.t())
+
+
+def _chunk_losses(
+    logits: torch.Tensor, labels: torch.Tensor, terms: _Terms, needs_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(token loss, training loss, correct), each [c]. logits [c, V / group size] become their gradient, or scratch."""
+    group, mine = terms.group, logits
+    if not terms.parallel:
+        logits, group = gather_last(logits, group), Group(group.name, (group.ranks[group.rank],), 0, None)
+    local = labels - group.rank * logits.shape[1]
+    here = (local >= 0) & (local < logits.shape[1])
+    column = local.clamp(0, logits.shape[1] - 1).unsqueeze(1)
+
+    peak = logits.amax(dim=1)
+    all_reduce(peak, group, dist.ReduceOp.MAX).wait()
+    target = torch.where(here, logits.gather(1, column).squeeze(1), 0)
+    total = logits.sum(dim=1) if terms.smoothing else torch.zeros_like(target)
+    exponentials = logits.sub_(peak.unsqueeze(1)).exp_()
+    sums = torch.stack((exponentials.sum(dim=1), target, total))
+    all_reduce(sums, group).wait()
+    sum_exp, target, total = sums
+
+    keep = labels != IGNORE
+    log_z = peak + sum_exp.log()
+    token_loss = torch.where(keep, log_z - target, 0)
+    smoothed = log_z - (1 - terms.smoothing) * target - terms.smoothing / terms.vocab_size * total
+    train_loss = torch.where(keep, smoothed, 0)
+    if needs_grad:
+        scale = keep * terms.scale
+        exponentials.mul_((scale / sum_exp).unsqueeze(1))
+        exponentials.scatter_add_(1, column, ((terms.smoothing - 1) * scale * here).unsqueeze(1))
+        if terms.smoothing:
+            exponentials.sub_((scale * (terms.smoothing / terms.vocab_size)).unsqueeze(1))
+        if not terms.parallel:
+            mine.copy_(exponentials.chunk(terms.group.size, dim=1)[terms.group.rank])
+    return token_loss, train_loss, keep & (target >= peak)
+
+
+class _Gradients:
+    """dh and dW, added up chunk by chunk; dW of half precision in float32 when there are several chunks."""
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, chunk: int) -> None:
+        self.hidden, self.weight = hidden, weight
+        several = chunk < hidden.shape[0]
+        self.dhidden = torch.empty_like(hidden)
+        self.dweight = torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype) if several else weight.dtype)
+
+    def add(self, rows: slice, dlogits: torch.Tensor) -> None:
+        """dlogits [c, V / group size] of the tokens `rows`."""
+        dlogits = dlogits.to(self.hidden.dtype)
+        torch.mm(dlogits, self.weight, out=self.dhidden[rows])
+        if self.dweight.dtype == dlogits.dtype:
+            self.dweight.addmm_(dlogits.t(), self.hidden[rows])
+        else:
+            self.dweight.add_(dlogits.t() @ self.hidden[rows])
+
+    def summed_over(self, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+        """(dh, dW): each rank has its rows of W, so its share of dh is partial until summed."""
+        all_reduce(self.dhidden, group).wait()
+        return self.dhidden, self.dweight.to(self.weight.dtype)

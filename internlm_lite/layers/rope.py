@@ -1,0 +1,44 @@
+"""Rotary position embedding (arXiv:2104.09864), in the rotate-half form of Llama's published weights.
+
+    y = [x1 cos - x2 sin, x2 cos + x1 sin]     x1, x2 the halves of a head, angle_i = position * base^(-2i / head_dim)
+
+Cosines are computed once per forward pass for the positions at hand and shared by all layers: there is no table, hence
+no longest position. Angles are float64, so that far positions turn by the right angle in every dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, signed_sin)
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        cos, signed_sin = ctx.saved_tensors
+        dy = grads[0]
+        return torch.addcmul(dy * cos, dy.roll(dy.shape[-1] // 2, -1), signed_sin, value=-1), None, None
+
+
+class Rotary:
+    """The rotation of T tokens at their positions, for heads of one size and dtype."""
+
+    def __init__(self, positions: torch.Tensor, head_dim: int, base: float, dtype: torch.dtype) -> None:
+        """positions [T] int64, place of each token in its document."""
+        pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
+        angle = torch.outer(positions.double(), base ** (-pairs / head_dim))
+        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+        self.cos = torch.cat((cos, cos), dim=-1)[:, None, None]  # [T, 1, 1, head_dim]
+        self.signed_sin = torch.cat((-sin, sin), dim=-1)[:, None, None]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, groups, heads, head_dim], any strides -> the same, turned, contiguous."""
+        return _Rotate.apply(x, self.cos, self.signed_sin)

@@ -1,0 +1,196 @@
+"""The decoder-only Transformer: one Block, one class, any mesh, any contiguous share of the layers.
+
+    tokens [T] -> tok_embeddings -> Block 0 .. L-1 -> norm -> output -> losses [T]
+
+    pre-norm   x + attention(norm(x));  x + ffn(norm(x))     and a norm before the head
+    post-norm  norm(x + attention(x));  norm(x + ffn(x))     and none before the head
+
+A row is T packed tokens without a batch dimension; `attend` keeps documents apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from internlm_lite.config.schema import ModelConfig
+from internlm_lite.errors import ConfigError
+from internlm_lite.layers.attention import Attend, Attention
+from internlm_lite.layers.embedding import Embedding
+from internlm_lite.layers.flash import AttentionBackend
+from internlm_lite.layers.loss import TokenLosses
+from internlm_lite.layers.mlp import SwiGLU
+from internlm_lite.layers.norm import RMSNorm
+from internlm_lite.layers.placement import Placement
+from internlm_lite.layers.rope import Rotary
+from internlm_lite.mesh.mesh import Mesh
+from internlm_lite.models.head import Head
+from internlm_lite.runtime.device import torch_dtype
+from internlm_lite.units import round_up
+
+
+class Block(nn.Module):
+    """x [T, hidden] -> [T, hidden]. `recompute`: keep only x, and run again in the backward pass."""
+
+    def __init__(self, config: ModelConfig, layer: int, recompute: bool, place: Placement) -> None:
+        super().__init__()
+        self.post_norm = config.apply_post_layer_norm
+        self.recompute = recompute
+        name = f"layers.{layer}"
+        out_std = config.init_std / math.sqrt(2 * config.num_layers)
+        self.attention_norm = rms_norm(config, f"{name}.attention_norm", place)
+        self.attention = Attention(
+            f"{name}.attention",
+            layer,
+            hidden_size=config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.kv_heads,
+            bias=not config.no_bias,
+            init_std=config.init_std,
+            out_std=out_std,
+            place=place,
+        )
+        self.ffn_norm = rms_norm(config, f"{name}.ffn_norm", place)
+        self.feed_forward = SwiGLU(
+            f"{name}.feed_forward",
+            config.hidden_size,
+            ffn_width(config),
+            init_std=config.init_std,
+            out_std=out_std,
+            place=place,
+        )
+
+    def forward(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
+        # Inside the module's own call, so that forward hooks run once per step, not again with the recomputation.
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._run, x, rotary, attend, use_reentrant=False, preserve_rng_state=False)
+        return self._run(x, rotary, attend)
+
+    def _run(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
+        if self.post_norm:
+            x = self.attention_norm(x + self.attention(x, rotary, attend))
+            return self.ffn_norm(x + self.feed_forward(x))
+        x = x + self.attention(self.attention_norm(x), rotary, attend)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """The layers `layers` of a model; with `first` the embedding, with `last` the final norm and the head."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        label_smoothing: float,
+        mesh: Mesh,
+        backend: AttentionBackend,
+        layers: range,
+        first: bool,
+        last: bool,
+    ) -> None:
+        super().__init__()
+        check_tied(config, mesh, first, last)
+        self.config = config
+        self.mesh = mesh
+        self.backend = backend
+        place = Placement(mesh.tp, torch_dtype(config.dtype), mesh.device)
+        self.tok_embeddings = embedding(config, place) if first else None
+        n_recomputed = round(float(config.checkpoint) * config.num_layers)
+        self.layers = nn.ModuleDict({str(n): Block(config, n, n < n_recomputed, place) for n in layers})
+        has_norm = last and not config.apply_post_layer_norm
+        self.norm = rms_norm(config, "norm", place) if has_norm else None
+        tied = self.tok_embeddings.weight if config.tie_word_embeddings and self.tok_embeddings else None
+        self.output = Head(config, label_smoothing, tied, place) if last else None
+
+    def units(self) -> Iterator[nn.Module]:
+        """The modules that `forward` calls, each once, in this order. Their parameters partition the model's."""
+        for module in (self.tok_embeddings, *self.layers.values(), self.norm, self.output):
+            if module is not None:
+                yield module
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        labels: torch.Tensor,
+        attend: Attend,
+        scale: torch.Tensor,
+    ) -> TokenLosses:
+        """tokens, positions, labels [T] int64; `scale` a scalar tensor that multiplies the loss to differentiate.
+
+        Without `first`, `tokens` is the hidden state [T, hidden] of the stage before.
+        """
+        assert self.output is not None, "only the last stage has a loss; the others call hidden()"
+        return self.output(self.hidden(tokens, positions, attend), labels, scale)
+
+    def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """[T, hidden] after this stage's layers, and after the final norm on the last stage."""
+        x = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        rotary = Rotary(positions, head_dim, self.config.rope_base, x.dtype)
+        for block in self.layers.values():
+            x = block(x, rotary, attend)
+        return x if self.norm is None else self.norm(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, hidden] as `hidden()` of the last stage gives it -> [T, vocab], whole on every tensor-parallel rank."""
+        assert self.output is not None, "only the last stage has a head"
+        return self.output(hidden)
+
+
+def build_model(
+    config: ModelConfig,
+    label_smoothing: float,
+    mesh: Mesh,
+    backend: AttentionBackend,
+    layers: range | None = None,
+    first: bool = True,
+    last: bool = True,
+) -> Transformer:
+    """An uninitialised model on `mesh.device`, or the share of it that one pipeline stage holds.
+
+    Raises ConfigError when the shape does not divide over the tensor-parallel ranks.
+    """
+    whole = range(config.num_layers)
+    return Transformer(config, label_smoothing, mesh, backend, whole if layers is None else layers, first, last)
+
+
+def ffn_width(config: ModelConfig) -> int:
+    """Features inside SwiGLU."""
+    return round_up(int(config.hidden_size * config.mlp_ratio), config.multiple_of)
+
+
+def rms_norm(config: ModelConfig, name: str, place: Placement) -> RMSNorm:
+    return RMSNorm(name, config.hidden_size, config.layer_norm_epsilon, config.use_fp32_norm, place)
+
+
+def embedding(config: ModelConfig, place: Placement) -> Embedding:
+    # A tied head reads the weight by rows of the vocabulary.
+    return Embedding(
+        "tok_embeddings",
+        config.vocab_size,
+        config.hidden_size,
+        split_hidden=config.embed_split_hidden and not config.tie_word_embeddings,
+        grad_scale=config.embed_grad_scale,
+        init_std=config.init_std,
+        place=place,
+    )
+
+
+def check_tied(config: ModelConfig, mesh: Mesh, first: bool, last: bool) -> None:
+    """Raises ConfigError when a tied weight cannot serve the embedding and the head."""
+    if not config.tie_word_embeddings:
+        return
+    if config.embed_split_hidden and mesh.tp.size > 1:
+        raise ConfigError(
+            f"model.tie_word_embeddings=True with embed_split_hidden=True over {mesh.tp.size} tensor-parallel ranks: "
+            "the head needs the shared weight split along the vocabulary; set model.embed_split_hidden=False"
+        )
+    if first != last:
+        raise ConfigError(
+            "model.tie_word_embeddings=True with the embedding and the head on different pipeline stages: "
+            "expected both on one stage; set parallel.pipeline.size=1 or tie_word_embeddings=False"
+        )

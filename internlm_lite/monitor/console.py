@@ -1,0 +1,131 @@
+"""What a person sees of a running job: step lines, a progress bar on a terminal, a sign of life in long phases.
+
+    terminal:      11:46:20  step 1  loss 11.3380  tgs 965  ...          off it: the full step line
+                   step 2/50000 ------------ 0% eta 1:02:05 loss 11.34 tgs 965 mfu 38% next checkpoint 50
+
+The rank's log file always gets the full step line.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from internlm_lite.monitor.line import clock, format_step_line
+from internlm_lite.monitor.record import StepRecord
+from internlm_lite.units import human_bytes
+
+logger = logging.getLogger("internlm_lite")
+
+HEARTBEAT_SECONDS = 15.0
+_BOLD, _DIM, _GREEN, _RED, _RESET = "\x1b[1m", "\x1b[2m", "\x1b[32m", "\x1b[31m", "\x1b[0m"
+_BAR_TEXT = "eta {task.fields[eta]}  loss {task.fields[loss]}  tgs {task.fields[tgs]}{task.fields[rest]}"
+
+
+class Console:
+    """Rank 0's sink for people. Use as a context manager, or call `close()`: the bar leaves the terminal clean.
+
+    `terminal`: standard output is a terminal, so colours and the bar are shown.
+    """
+
+    def __init__(self, total_steps: int, terminal: bool, checkpoint_every: int | None = None, done: int = 0) -> None:
+        self._total_steps = total_steps
+        self._checkpoint_every = checkpoint_every
+        self._terminal = terminal
+        self._bar: Progress | None = None
+        if terminal:
+            columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TaskProgressColumn())
+            self._bar = Progress(*columns, TextColumn(_BAR_TEXT), refresh_per_second=2)
+            self._task = self._bar.add_task(
+                "train", total=total_steps, completed=done, eta="?", loss="?", tgs="?", rest=""
+            )
+            self._bar.start()
+
+    def write(self, record: StepRecord) -> None:
+        """Show one step line, and move the bar."""
+        extra = {"verbatim": True, "compact": compact_line(record, self._terminal)}
+        logger.info(format_step_line(record), extra=extra)
+        if self._bar is None:
+            return
+        done = record.step + 1
+        rest = "" if record.mfu is None else f"  mfu {record.mfu:.1%}"
+        if self._checkpoint_every:
+            rest += f"  next checkpoint {next_checkpoint(done, self._checkpoint_every, self._total_steps)}"
+        self._bar.update(
+            self._task,
+            completed=done,
+            eta="?" if record.eta_seconds is None else clock(record.eta_seconds),
+            loss=f"{record.loss:.4f}",
+            tgs=f"{record.speed.tgs:.0f}",
+            rest=rest,
+        )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def next_checkpoint(done: int, every: int, total: int) -> int:
+    """The number of steps after which the next checkpoint is due: a multiple of `every`, at the latest the end."""
+    return min(total, (done // every + 1) * every)
+
+
+def compact_line(record: StepRecord, colour: bool) -> str:
+    """One short line for a terminal: time, step, loss, what moves with it, and the loss of each folder with tokens."""
+
+    def paint(code: str, text: str) -> str:
+        return f"{code}{text}{_RESET}" if colour else text
+
+    parts = [
+        paint(_DIM, record.time.strftime("%H:%M:%S")),
+        paint(_BOLD, f"step {record.step}"),
+        paint(_GREEN if record.loss == record.loss else _RED, f"loss {record.loss:.4f}"),
+        f"lr {record.lr:.3g}",
+        f"grad {sum(norm**2 for norm in record.grad_norm.values()) ** 0.5:.3g}",
+        f"tgs {record.speed.tgs:.0f}",
+        f"tflops {record.tflops:.3g}",
+    ]
+    if record.mfu is not None:
+        parts.append(f"mfu {record.mfu:.1%}")
+    if record.memory_bytes is not None:
+        parts.append(human_bytes(record.memory_bytes))
+    if record.inf_nan_skip_batches:
+        parts.append(paint(_RED, f"skipped {record.inf_nan_skip_batches}"))
+    folders = [f"{name} {folder.loss:.3f}" for name, folder in record.folders.items() if folder.tokens]
+    if len(record.folders) > 1 and folders:
+        parts.append(paint(_DIM, "| " + "  ".join(folders)))
+    return "  ".join(parts)
+
+
+@contextmanager
+def heartbeat(what: str, every_seconds: float = HEARTBEAT_SECONDS) -> Iterator[None]:
+    """While the body runs, log a line every `every_seconds`; nothing for a body that ends before."""
+    ended = threading.Event()
+    start = time.monotonic()
+
+    def beat() -> None:
+        while not ended.wait(every_seconds):
+            logger.info(f"{what}: still at it after {clock(time.monotonic() - start)}")
+
+    thread = threading.Thread(target=beat, name=f"heartbeat {what}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -1,0 +1,48 @@
+"""Floating point operations of a step, for the `tflops` and `mfu` of the step line.
+
+    F = c * ((8 + 4m) * B*s*h^2 + 4 * B*s^2*h) * L + 6 * B*s*h*V
+    m = 1.5 * mlp_ratio (SwiGLU), c = 3 + share of layers recomputed, B*s tokens in the step
+
+from "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM" (Narayanan et al., 2021).
+`tflops` uses F, as the seed does. `mfu` counts what the model needs: no recomputation, and grouped key/value heads and
+the rounded SwiGLU width as they are. Both take attention over all of seq_len: an upper bound for packed documents.
+"""
+
+from __future__ import annotations
+
+from internlm_lite.config.schema import ModelConfig
+from internlm_lite.units import round_up
+
+
+def step_flops(model: ModelConfig, seq_len: int, sequences: int) -> float:
+    """F for one optimizer step over `sequences` windows of `seq_len` tokens on all data-parallel ranks."""
+    h, tokens = model.hidden_size, sequences * seq_len
+    passes = 3 + float(model.checkpoint)  # forward, backward twice as dear, and the recomputed share of a forward
+    swiglu = model.mlp_ratio * 1.5
+    block = (8 + 4 * swiglu) * tokens * h**2 + 4 * tokens * seq_len * h
+    return passes * block * model.num_layers + 6 * tokens * h * model.vocab_size
+
+
+def step_flops_per_token(model: ModelConfig, seq_len: int) -> float:
+    """F per consumed token; the same for every batch size."""
+    return step_flops(model, seq_len, 1) / seq_len
+
+
+def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
+    """Forward and backward FLOPs of the model's own matrix products per token, nothing recomputed."""
+    h = model.hidden_size
+    head_dim = h // model.num_attention_heads
+    ffn = round_up(int(h * model.mlp_ratio), model.multiple_of)
+    weights = 2 * h * h + 2 * h * head_dim * model.kv_heads + 3 * h * ffn  # q and output, k and v, w1 w3 w2
+    forward = model.num_layers * (2 * weights + 4 * seq_len * h) + 2 * h * model.vocab_size
+    return 3.0 * forward
+
+
+def tflops_per_gpu(flops_per_token: float, tokens: int, seconds: float, world_size: int) -> float:
+    """TFLOP/s of one GPU when `world_size` of them took `seconds` for `tokens`."""
+    return flops_per_token * tokens / (seconds * world_size * 1e12)
+
+
+def mfu(flops_per_token: float, tokens: int, seconds: float, world_size: int, peak: float | None) -> float | None:
+    """Model FLOPs utilisation: share of `peak` (FLOP/s of one device) reached; None where the peak is not known."""
+    return None if peak is None else tflops_per_gpu(flops_per_token, tokens, seconds, world_size) * 1e12 / peak

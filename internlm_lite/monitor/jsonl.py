@@ -1,0 +1,145 @@
+"""metrics.jsonl and events.jsonl: append-only files of one JSON object a line, safe to read while they grow.
+
+    {"seg":0,"step":12,"loss":3.21,...,"folders":{"code":[tokens,loss,acc]}}      never NaN: null
+
+A restart after a crash repeats steps; `seg` counts restarts, and a reader keeps each step's highest.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from internlm_lite.monitor.record import StepRecord
+
+logger = logging.getLogger("internlm_lite")
+
+_PLAIN = (
+    "step", "loss", "tflops", "lr", "loss_scale", "grad_norm", "micro_num", "num_consumed_tokens",
+    "inf_nan_skip_batches", "num_samples_in_batch", "largest_length", "largest_batch", "smallest_batch", "adam_beta2",
+    "fwd_bwd_time", "acc", "perplexity", "loss_from_metric", "mfu", "eta_seconds", "pack_fill", "memory_bytes",
+)  # fmt: skip
+_SPEED = ("tgs", "last_tgs_1", "tgs_all", "tgs_avg", "tgs_sma", "last_tgs_10", "last_tgs_50")
+
+
+class JsonlWriter:
+    """Appends objects to a file, each handed to the system at once. A failure is logged once and never raised."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._failed = False
+        self._descriptor: int | None = None
+        self._torn = True  # the end may be a half-written line of this or an earlier process
+
+    def write(self, value: Mapping[str, Any]) -> None:
+        """Append `value`. What is not a finite number becomes null."""
+        text = json.dumps(finite(value), allow_nan=False, separators=(",", ":"), ensure_ascii=False) + "\n"
+        try:
+            self._append(text.encode())
+        except OSError as error:
+            self._torn = True
+            if not self._failed:
+                self._failed = True
+                logger.warning(f"cannot write {self.path}: {error.strerror}; training goes on without these lines")
+
+    def _append(self, line: bytes) -> None:
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        if self._torn:
+            size = os.fstat(self._descriptor).st_size
+            if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
+                line = b"\n" + line
+            self._torn = False
+        while line:  # a nearly full disk takes a part, and refuses the rest with an error
+            line = line[os.write(self._descriptor, line) :]
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+class MetricsFile:
+    """metrics.jsonl of this process: one object per step line, under a new segment number."""
+
+    def __init__(self, path: Path) -> None:
+        self.segment = next_segment(path)
+        self._writer = JsonlWriter(path)
+
+    def write(self, record: StepRecord) -> None:
+        self._writer.write(step_object(record, self.segment))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class EventsFile:
+    """events.jsonl: what happened when, such as a checkpoint, an alert, the end."""
+
+    def __init__(self, path: Path, segment: int = 0) -> None:
+        self._segment = segment
+        self._writer = JsonlWriter(path)
+
+    def add(self, kind: str, **facts: Any) -> None:
+        time = datetime.now(timezone.utc).astimezone().isoformat(timespec="milliseconds")
+        self._writer.write({"time": time, "seg": self._segment, "event": kind, **facts})
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def step_object(record: StepRecord, segment: int) -> dict[str, Any]:
+    """The object of one step; keys as in the step line, speeds flat, folders as name: [tokens, loss, acc]."""
+    return {
+        "seg": segment,
+        "time": record.time.isoformat(timespec="milliseconds"),
+        **{key: getattr(record, key) for key in _PLAIN},
+        **{key: getattr(record.speed, key) for key in _SPEED},
+        "folders": {name: [folder.tokens, folder.loss, folder.acc] for name, folder in record.folders.items()},
+    }
+
+
+def finite(value: Any) -> Any:
+    """The same nested value with nan and inf as None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def read_objects(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file in its order. Lines that a crash or a full disk cut short are left out; no file, none."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(value, dict):
+                yield value
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl in order of steps, of each step the object of the highest segment."""
+    steps: dict[int, dict[str, Any]] = {}
+    for value in read_objects(path):
+        kept = steps.get(value["step"])
+        if kept is None or value["seg"] >= kept["seg"]:
+            steps[value["step"]] = value
+    return [steps[step] for step in sorted(steps)]
+
+
+def next_segment(path: Path) -> int:
+    """The segment of a process that starts now: 0 for a new file, else one more than the file's highest."""
+    return max((int(value["seg"]) + 1 for value in read_objects(path)), default=0)

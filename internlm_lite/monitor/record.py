@@ -1,0 +1,110 @@
+"""The figures of one step line. Every sink (text line, metrics.jsonl, terminal) takes this and nothing else.
+
+Plain numbers, read from the device once per line. A folder without tokens in the interval has loss nan and acc 0.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The place in the code that a line names as its source."""
+
+    file: str
+    line: int
+    function: str
+    pid: int
+
+    @staticmethod
+    def here() -> Origin:
+        """The line of the caller."""
+        frame = inspect.currentframe()
+        caller = frame.f_back if frame else None
+        assert caller is not None, "a function has a caller"
+        code = caller.f_code
+        return Origin(Path(code.co_filename).name, caller.f_lineno, code.co_name, os.getpid())
+
+
+@dataclass(frozen=True)
+class FolderFigures:
+    """One data folder in the steps of the line."""
+
+    tokens: int
+    """Labels learnt over all data-parallel ranks."""
+    loss: float
+    """Mean cross-entropy over them, without label smoothing; nan without tokens."""
+    acc: float
+    """Share of them predicted right; 0 without tokens."""
+
+
+@dataclass(frozen=True)
+class SpeedFigures:
+    """Tokens per GPU and second over different spans, rounded to 2 digits as printed (see speed.py)."""
+
+    tgs: float
+    last_tgs_1: float
+    tgs_all: float
+    tgs_avg: float
+    tgs_sma: float
+    last_tgs_10: float
+    last_tgs_50: float
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step line. Times in seconds, memory in bytes."""
+
+    time: datetime
+    """With time zone."""
+    step: int
+    """Index of the step, from 0."""
+    loss: float
+    """Training loss, with label smoothing."""
+    tflops: float
+    """Per GPU, by the formula in flops.py."""
+    speed: SpeedFigures
+    lr: float
+    """Learning rate of the next step, as the seed prints it."""
+    loss_scale: float
+    grad_norm: Mapping[str, float]
+    """'0_default': parameters in the model's dtype, '1_fp32': those kept in fp32; unscaled, before clipping."""
+    micro_num: int
+    num_consumed_tokens: int
+    """All tokens since step 0, over all data-parallel ranks."""
+    inf_nan_skip_batches: int
+    """Steps skipped since the start because of overflow."""
+    num_samples_in_batch: int
+    """Pieces (attention spans) in the batch of rank 0."""
+    largest_length: int
+    """Tokens of its longest piece."""
+    largest_batch: int
+    """Most pieces in one micro-batch."""
+    smallest_batch: int
+    """Fewest pieces in one micro-batch."""
+    adam_beta2: float
+    fwd_bwd_time: float
+    acc: float
+    """Share of labels predicted right."""
+    perplexity: float
+    """exp(loss_from_metric)."""
+    loss_from_metric: float
+    """Mean cross-entropy over the labels of the batch, without label smoothing."""
+    folders: Mapping[str, FolderFigures] = field(default_factory=dict)
+    """In the order of the run's data folders."""
+    mfu: float | None = None
+    """Share of the device's peak FLOP/s; None where the peak is not known."""
+    eta_seconds: float | None = None
+    """Time to the last step."""
+    pack_fill: float | None = None
+    """Share of the batch's tokens that carry a label."""
+    memory_bytes: int | None = None
+    """Peak memory of rank 0's device since the last line."""
+    origin: Origin = field(default_factory=lambda: Origin("train.py", 0, "main", os.getpid()))
+    """Which code the text line names."""

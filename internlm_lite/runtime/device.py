@@ -1,0 +1,121 @@
+"""The device of this process, how it computes, and what it can reach at most.
+
+GPUs of the host:  0 1 2 3        one process each: local rank i takes GPU i,
+local ranks:       0 1 2 3        or GPU 0 where Slurm shows every task only its own
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from internlm_lite.config.schema import Config
+from internlm_lite.errors import MeshError
+from internlm_lite.runtime.place import Place
+
+logger = logging.getLogger("internlm_lite")
+
+# Dense peak FLOP/s in units of 1e12, from the makers' data sheets: (name contains, half precision, tf32, fp32, fp64).
+# The first name that fits wins, so longer names stand first.
+_PEAKS: tuple[tuple[str, float, float, float, float], ...] = (
+    ("B200", 2250, 1125, 75, 37),
+    ("H200", 989.4, 494.7, 67, 67),
+    ("H100 NVL", 835, 417.5, 60, 60),
+    ("H100 PCIe", 756, 378, 51, 51),
+    ("H100", 989.4, 494.7, 67, 67),
+    ("H800", 989.4, 494.7, 67, 1),
+    ("H20", 148, 74, 44, 1),
+    ("A100", 312, 156, 19.5, 19.5),
+    ("A800", 312, 156, 19.5, 19.5),
+    ("L40S", 362, 183, 91.6, 1.4),
+    ("V100", 125, 15.7, 15.7, 7.8),
+)
+
+
+def bind_device(place: Place, wanted: str = "auto") -> torch.device:
+    """The device of this process, made current. `wanted`: auto (a GPU where there is one), cpu, cuda.
+
+    Raises MeshError when GPUs are wanted and none is there, or fewer than processes on this host.
+    """
+    assert wanted in ("auto", "cpu", "cuda"), wanted
+    visible = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
+    if wanted == "cuda" and visible == 0:
+        raise MeshError(
+            f"--device cuda: no GPU is visible on host {place.hostname} to torch {torch.__version__}; "
+            "check the driver, CUDA_VISIBLE_DEVICES and the torch build, or pass --device cpu"
+        )
+    if visible == 0:
+        device = torch.device("cpu")
+    else:
+        device = torch.device("cuda", _gpu_index(place, visible))
+        torch.cuda.set_device(device)
+    name = device.type if device.index is None else device.index
+    logger.info(f"process rank {place.rank} is bound to host:{place.hostname} device: {name}")
+    return device
+
+
+def _gpu_index(place: Place, visible: int) -> int:
+    if visible >= place.local_world_size:
+        return place.local_rank
+    if visible == 1 and place.launcher == "slurm":
+        return 0  # --gpus-per-task=1 hides the GPUs of the other tasks
+    raise MeshError(
+        f"host {place.hostname}: {place.local_world_size} processes but {visible} visible GPUs; "
+        "start one process per GPU, or pass --device cpu"
+    )
+
+
+def apply_numerics(config: Config, device: torch.device, place: Place) -> None:
+    """Set torch's process-wide switches: TF32, cudnn, and on the CPU the number of threads."""
+    # fp32 matrix products stay fp32 unless the config says torch.tf32
+    torch.set_float32_matmul_precision("high" if config.model.dtype == "torch.tf32" else "highest")
+    torch.backends.cudnn.deterministic = config.cudnn_deterministic
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark
+    torch.set_num_threads(cpu_threads(place, len(os.sched_getaffinity(0))))
+
+
+def cpu_threads(place: Place, cores: int) -> int:
+    """Threads for this process of a host with `cores` usable cores: what was set, else an even share."""
+    return place.cpu_threads or max(1, cores // place.local_world_size)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The storage dtype of a config's name: "torch.tf32" is float32 (with TF32 products), "torch.half" is float16."""
+    found = {"torch.tf32": torch.float32}.get(name) or getattr(torch, name.removeprefix("torch."))
+    assert isinstance(found, torch.dtype), name
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """'NVIDIA H200', or the processor's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype | str) -> float | None:
+    """Dense peak FLOP/s of one device for matrix products in `dtype` (a torch dtype, or a config's "torch.tf32").
+
+    None for CPUs and GPUs that are not in the table.
+    """
+    return peak_of(torch.cuda.get_device_name(device), str(dtype)) if device.type == "cuda" else None
+
+
+def peak_of(gpu: str, dtype: str) -> float | None:
+    """peak_flops by the GPU's name and the dtype's, such as ("NVIDIA H200", "torch.bfloat16")."""
+    columns = {"torch.tf32": 2, "torch.float32": 3, "torch.float64": 4}
+    for row in _PEAKS:
+        if row[0].lower() in gpu.lower():
+            peak = row[columns.get(dtype, 1)]
+            assert isinstance(peak, float | int)
+            return peak * 1e12
+    return None

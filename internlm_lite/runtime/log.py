@@ -1,0 +1,164 @@
+"""Log records of this process: the seed's format in a file of every rank, and on the terminal of rank 0.
+
+    2023-11-10 11:45:25,162 INFO launch.py:409 in launch -- Distributed environment is initialized, ...
+
+Everything else uses `logging.getLogger("internlm_lite")`. A record may carry two attributes (by `extra=`):
+`verbatim=True`, its message is a whole line already; `compact="..."`, what a terminal shows instead of the message.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, TextIO
+
+from internlm_lite.errors import StorageError
+from internlm_lite.runtime.place import Place
+
+Style = Literal["full", "compact"]
+
+logger = logging.getLogger("internlm_lite")
+
+_COLOURS = {logging.WARNING: "\x1b[33m", logging.ERROR: "\x1b[31m", logging.CRITICAL: "\x1b[1;31m"}
+_RESET = "\x1b[0m"
+
+
+class FullFormatter(logging.Formatter):
+    """`YYYY-MM-DD HH:MM:SS,mmm LEVEL file.py:LINE in func -- message`, or the message of a verbatim record."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(filename)s:%(lineno)d in %(funcName)s -- %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return record.getMessage() if getattr(record, "verbatim", False) else super().format(record)
+
+
+class CompactFormatter(logging.Formatter):
+    """`HH:MM:SS message` for people; warnings and errors name their level, in colour on a terminal."""
+
+    def __init__(self, colour: bool) -> None:
+        super().__init__("%(asctime)s %(message)s", datefmt="%H:%M:%S")
+        self._colour = colour
+
+    def format(self, record: logging.LogRecord) -> str:
+        compact: str | None = getattr(record, "compact", None)
+        if compact is not None:
+            return compact
+        text = super().format(record)
+        if record.levelno < logging.WARNING:
+            return text
+        text = f"{record.levelname} {text}"
+        return f"{_COLOURS.get(record.levelno, '')}{text}{_RESET}" if self._colour else text
+
+
+class StdoutHandler(logging.StreamHandler[TextIO]):
+    """Writes to whatever `sys.stdout` is now: a progress bar that stands in for it keeps records above itself."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stdout
+
+
+class EarlyRecords(logging.Handler):
+    """Keeps the records from before the run folder is known, for the rank's file."""
+
+    def __init__(self, records: Iterable[logging.LogRecord] = ()) -> None:
+        super().__init__()
+        self.records = deque(records, maxlen=10_000)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+def resolve_style(style: str, stream: TextIO) -> Style:
+    """`auto` is compact on a terminal and full off it."""
+    if style == "auto":
+        return "compact" if stream.isatty() else "full"
+    assert style in ("full", "compact"), style
+    return "compact" if style == "compact" else "full"
+
+
+def setup_logging(place: Place, folder: Path | None, style: str = "auto") -> None:
+    """Send this rank's records to stdout (rank 0: INFO, others: WARNING), and all of them to its file in folder/logs.
+
+    Call it at start with folder None, and again once the run folder is known: earlier records then go to the file
+    too. `style`: full, compact, or auto, which is compact on a terminal.
+    Raises StorageError when the file cannot be opened.
+    """
+    early = [record for handler in logger.handlers if isinstance(handler, EarlyRecords) for record in handler.records]
+    close_logging()
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False  # a library that configures the root logger must not print our records twice
+
+    stdout = StdoutHandler()
+    stdout.setLevel(logging.INFO if place.is_main else logging.WARNING)
+    compact = resolve_style(style, sys.stdout) == "compact"
+    stdout.setFormatter(CompactFormatter(sys.stdout.isatty()) if compact else FullFormatter())
+    logger.addHandler(stdout)
+
+    if folder is None:
+        logger.addHandler(EarlyRecords(early))
+        return
+    file = _open_rank_file(folder / "logs" / f"rank-{place.rank:05d}.log")
+    for record in early:
+        file.handle(record)
+    logger.addHandler(file)
+
+
+def close_logging() -> None:
+    """Flush and take away the handlers of `setup_logging`."""
+    for handler in list(logger.handlers):
+        if isinstance(handler, StdoutHandler | EarlyRecords | logging.FileHandler):
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def flush_logging() -> None:
+    """Everything logged so far reaches its file and terminal."""
+    for handler in logger.handlers:
+        handler.flush()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+
+
+class _RankFile(logging.FileHandler):
+    """A full disk costs log records, never the run: the first failure is said on stderr, the rest are silent."""
+
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self._tell(sys.exc_info()[1])
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self._tell(error)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError as error:  # what is still buffered cannot be written: the descriptor is closed all the same
+            self._tell(error)
+
+    def _tell(self, error: BaseException | None) -> None:
+        if not self._failed:
+            self._failed = True
+            print(f"WARNING cannot write {self.baseFilename}: {error}", file=sys.stderr)
+
+
+def _open_rank_file(path: Path) -> logging.FileHandler:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _RankFile(path, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write the log file {path}: {error.strerror}; choose another --run-dir") from error
+    file.setLevel(logging.DEBUG)
+    file.setFormatter(FullFormatter())
+    return file

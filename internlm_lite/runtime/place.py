@@ -1,0 +1,248 @@
+"""Where this process stands among the processes of its job: read once from the launcher's environment variables.
+
+    torchrun, or RANK set by hand  >  a task of srun  >  a single process          (`auto` takes the first that is true)
+
+The only file of the project that knows names of environment variables; it reads them from a mapping handed to it.
+"""
+
+from __future__ import annotations
+
+import socket
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from internlm_lite.errors import MeshError
+from internlm_lite.runtime.nodes import expand_node_list, expand_task_counts
+
+Launcher = Literal["torch", "slurm", "single"]
+Environ = Mapping[str, str]
+
+FIRST_PORT, N_PORTS = 15_000, 15_000
+"""Ports under Slurm: above the registered services that matter, below Linux' ephemeral range (32768 up)."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process of the job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    """Index among the processes of this host."""
+    local_world_size: int
+    hostname: str
+    launcher: Launcher
+    why: str
+    """One line: which launcher was recognised, and by what."""
+    master_host: str
+    """Where rank 0, or the launcher's agent, serves the key-value store through which ranks meet."""
+    master_port: int
+    attempt: int = 0
+    """Restarts of the job so far, as the launcher counts them."""
+    agent_store: bool = False
+    """True: torchrun's agent serves the store already."""
+    cpu_threads: int | None = None
+    """Threads per process that the launcher or the user set; None: not set."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def resolves(name: str) -> bool:
+    """Whether this host can turn `name` into an address."""
+    try:
+        socket.getaddrinfo(name, None)
+    except (OSError, UnicodeError):
+        return False
+    return True
+
+
+def find_place(
+    environ: Environ,
+    launcher: str = "auto",
+    host: str | None = None,
+    port: int | None = None,
+    resolves: Callable[[str], bool] = resolves,
+) -> Place:
+    """The place of this process; `host` and `port` (the command line's) replace what is derived under Slurm.
+
+    Raises MeshError naming the variables when they are missing or contradict each other.
+    """
+    if launcher == "auto":
+        launcher, why = _recognise(environ)
+    else:
+        why = f"--launcher {launcher}"
+    if launcher == "torch":
+        place = _from_torch(environ, why, host, port)
+    elif launcher == "slurm":
+        place = _from_slurm(environ, why, host, port, resolves)
+    elif launcher == "single":
+        place = Place(0, 1, 0, 1, _hostname(environ), "single", why, "localhost", port or 0)
+    else:
+        raise MeshError(f"launcher {launcher!r}: expected auto, torch, slurm or single")
+    _check(place)
+    return place
+
+
+def _recognise(environ: Environ) -> tuple[Launcher, str]:
+    inside = f", inside Slurm task {environ['SLURM_PROCID']}" if "SLURM_PROCID" in environ else ""
+    if "TORCHELASTIC_RUN_ID" in environ:
+        return "torch", f"started by torchrun: TORCHELASTIC_RUN_ID is set{inside}"
+    if "RANK" in environ:
+        return "torch", f"RANK={environ['RANK']} is set{inside}"
+    if "SLURM_PROCID" in environ and not _is_shell(environ):
+        return "slurm", f"a task of srun: SLURM_PROCID={environ['SLURM_PROCID']} is set"
+    if "SLURM_JOB_ID" in environ:
+        shell = "a batch script or interactive shell" if "SLURM_PROCID" in environ else "a shell"
+        job = environ["SLURM_JOB_ID"]
+        return (
+            "single",
+            f"{shell} inside Slurm job {job}, not a task of srun; to use the whole job: srun python train.py",
+        )
+    if environ.get("WORLD_SIZE", "1") != "1":
+        return "torch", f"WORLD_SIZE={environ['WORLD_SIZE']} is set"
+    return "single", "no variable of torchrun or Slurm is set"
+
+
+def _is_shell(environ: Environ) -> bool:
+    """A batch script or interactive step is one process, though SLURM_PROCID=0 and the job's SLURM_NTASKS are set."""
+    step = environ.get("SLURM_STEP_ID")
+    reserved = 0xFFFFFFF0  # Slurm's numbers of batch, extern and interactive steps lie above
+    if step is None:
+        return environ.get("ENVIRONMENT") == "BATCH"
+    return step.isdecimal() and int(step) >= reserved
+
+
+def _from_torch(environ: Environ, why: str, host: str | None, port: int | None) -> Place:
+    needed = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
+    needed += ["MASTER_ADDR"] if host is None else []
+    needed += ["MASTER_PORT"] if port is None else []
+    _require(environ, needed, "torchrun sets them all; or pass --launcher single for one process")
+    world_size = _number(environ, "WORLD_SIZE")
+    if "LOCAL_WORLD_SIZE" not in environ:
+        why += "; LOCAL_WORLD_SIZE is not set: all ranks are taken to be on this host"
+    threads = environ.get("OMP_NUM_THREADS")
+    # torchrun itself sets OMP_NUM_THREADS=1 when it starts several processes: that is nobody's wish
+    by_torchrun = threads == "1" and "TORCHELASTIC_RUN_ID" in environ
+    return Place(
+        rank=_number(environ, "RANK"),
+        world_size=world_size,
+        local_rank=_number(environ, "LOCAL_RANK"),
+        local_world_size=_number(environ, "LOCAL_WORLD_SIZE", world_size),
+        hostname=_hostname(environ),
+        launcher="torch",
+        why=why,
+        master_host=environ.get("MASTER_ADDR") or host or "",
+        master_port=_number(environ, "MASTER_PORT", port),
+        attempt=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
+        agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        cpu_threads=None if threads is None or by_torchrun else _number(environ, "OMP_NUM_THREADS"),
+    )
+
+
+def _from_slurm(
+    environ: Environ, why: str, host: str | None, port: int | None, resolves: Callable[[str], bool]
+) -> Place:
+    _require(
+        environ,
+        ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"],
+        "srun sets them for each of its tasks; start with srun, or pass --launcher single for one process",
+    )
+    nodes_text = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+    if not nodes_text:
+        raise MeshError("Slurm: SLURM_STEP_NODELIST and SLURM_JOB_NODELIST are not set; start with srun")
+    nodes = expand_node_list(nodes_text)
+    world_size = _number(environ, "SLURM_NTASKS")
+    threads = [name for name in ("SLURM_CPUS_PER_TASK", "OMP_NUM_THREADS") if name in environ]
+    if host is None:
+        host, why = _meeting_host(environ, nodes[0], why, resolves)
+    step = environ.get("SLURM_STEP_ID", "0")
+    job = environ.get("SLURM_JOB_ID", "0")
+    return Place(
+        rank=_number(environ, "SLURM_PROCID"),
+        world_size=world_size,
+        local_rank=_number(environ, "SLURM_LOCALID"),
+        local_world_size=_slurm_tasks_here(environ, nodes, world_size),
+        hostname=_hostname(environ),
+        launcher="slurm",
+        why=why,
+        master_host=host,
+        # two steps of one job may share their first node, hence the step
+        master_port=port or FIRST_PORT + zlib.crc32(f"{job}.{step}".encode()) % N_PORTS,
+        attempt=_number(environ, "SLURM_RESTART_COUNT", 0),
+        cpu_threads=_number(environ, threads[0]) if threads else None,
+    )
+
+
+def _meeting_host(environ: Environ, first: str, why: str, resolves: Callable[[str], bool]) -> tuple[str, str]:
+    """The first node, where rank 0 runs; its launch address where nodes have no names in the network."""
+    if resolves(first):
+        return first, why
+    address = environ.get("SLURM_LAUNCH_NODE_IPADDR")
+    if not address:
+        raise MeshError(
+            f"Slurm: the first node {first!r} has no address on host {_hostname(environ)} and SLURM_LAUNCH_NODE_IPADDR "
+            "is not set; pass --host with an address of that node"
+        )
+    return address, f"{why}; node name {first} does not resolve: meeting at SLURM_LAUNCH_NODE_IPADDR {address}"
+
+
+def _slurm_tasks_here(environ: Environ, nodes: list[str], world_size: int) -> int:
+    """Tasks on this node. What the allocation handed down may contradict the step: the first that adds up wins."""
+    node = _number(environ, "SLURM_NODEID", nodes.index(_hostname(environ)) if _hostname(environ) in nodes else 0)
+    tried: dict[str, list[int]] = {}
+    for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
+        if name in environ:
+            tried[name] = expand_task_counts(environ[name])
+    if "SLURM_NTASKS_PER_NODE" in environ:
+        tried["SLURM_NTASKS_PER_NODE"] = [_number(environ, "SLURM_NTASKS_PER_NODE")] * len(nodes)
+    for counts in tried.values():
+        if sum(counts) == world_size and len(counts) == len(nodes) and node < len(nodes):
+            return counts[node]
+    if not tried and world_size % len(nodes) == 0:
+        return world_size // len(nodes)
+    seen = [f"{name}={environ[name]}" for name in tried]
+    raise MeshError(
+        f"Slurm: the number of tasks on node {node} of {len(nodes)} is unclear: SLURM_NTASKS={world_size} but "
+        f"{', '.join(seen) or 'no SLURM_TASKS_PER_NODE'} (nodes {','.join(nodes[:4])}{',...' if nodes[4:] else ''}); "
+        "start with srun and give -N, -n and --ntasks-per-node that agree"
+    )
+
+
+def _hostname(environ: Environ) -> str:
+    return environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def _require(environ: Environ, names: list[str], advice: str) -> None:
+    missing = [name for name in names if not environ.get(name)]
+    if missing:
+        found = ", ".join(f"{name}={environ[name]}" for name in names if environ.get(name)) or "none of them"
+        raise MeshError(f"not set: {', '.join(missing)} (found {found}): {advice}")
+
+
+def _number(environ: Environ, name: str, default: int | None = None) -> int:
+    text = environ.get(name)
+    if not text and default is not None:
+        return default
+    if text is None or not text.isdecimal():
+        raise MeshError(f"{name}={text!r}: expected a number >= 0")
+    return int(text)
+
+
+def _check(place: Place) -> None:
+    if not (place.rank < place.world_size and place.local_rank < place.local_world_size <= place.world_size):
+        names = {
+            "torch": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+            "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "tasks on this node (SLURM_TASKS_PER_NODE)"),
+            "single": ("rank", "world size", "local rank", "local world size"),
+        }[place.launcher]
+        values = (place.rank, place.world_size, place.local_rank, place.local_world_size)
+        raise MeshError(
+            f"found {', '.join(f'{name}={value}' for name, value in zip(names, values, strict=True))}: expected "
+            f"{names[0]} < {names[1]} and {names[2]} < {names[3]} <= {names[1]}; start all processes by one launcher"
+        )
+    if place.world_size > 1 and not 1 <= place.master_port < 65_536:
+        raise MeshError(f"master port {place.master_port}: expected 1 to 65535; give another --port or MASTER_PORT")

@@ -1,0 +1,82 @@
+"""Everything a run consists of, put together once, before the first step."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from internlm_lite.config.schema import Config
+from internlm_lite.data.loader import TrainingData, ValidationData, open_training_data, open_validation_data
+from internlm_lite.layers.flash import AttentionBackend, choose_backend
+from internlm_lite.mesh.mesh import Mesh
+from internlm_lite.models.decoder import Transformer, build_model
+from internlm_lite.models.initialise import initialise
+from internlm_lite.monitor.console import heartbeat
+from internlm_lite.optim.zero import HybridZeroOptimizer
+from internlm_lite.runtime.device import torch_dtype
+from internlm_lite.train.reporter import Reporter, Sinks
+from internlm_lite.train.saving import Saving
+from internlm_lite.train.state import TrainState
+from internlm_lite.units import human_count
+
+logger = logging.getLogger("internlm_lite")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run; `start` is where it begins or goes on from."""
+
+    config: Config
+    mesh: Mesh
+    folder: Path
+    backend: AttentionBackend
+    model: Transformer
+    optimizer: HybridZeroOptimizer
+    data: TrainingData
+    valid: ValidationData | None
+    reporter: Reporter
+    saving: Saving
+    start: TrainState
+
+
+def build_run(config: Config, mesh: Mesh, folder: Path, resume: str, terminal: bool) -> Run:
+    """Open the data, build and initialise the model, restore a checkpoint. Collective.
+
+    Raises DataError, CheckpointError or StorageError before any training is done.
+    """
+    dp, vocab_size = mesh.dp, config.model.vocab_size
+    with heartbeat("opening the training data"):
+        data = open_training_data(config.data, vocab_size, dp.rank, dp.size, config.seed)
+        valid = None
+        if config.data.valid_every:
+            valid = open_validation_data(config.data, vocab_size, dp.rank, dp.size, config.seed)
+    dtype = torch_dtype(config.model.dtype)
+    backend = choose_backend(config.model.use_flash_attn, dtype, mesh.device)
+    with heartbeat("building the model"):
+        model = build_model(config.model, config.loss.label_smoothing, mesh, backend)
+        initialise(model, config.seed)
+        optimizer = HybridZeroOptimizer(list(model.units()), config, mesh, dtype)
+    _announce(config, mesh, data, backend, optimizer)
+    reporter = Reporter(config, mesh, data.folders)
+    saving = Saving(config, mesh, optimizer, reporter.speed, data.fingerprint)
+    with heartbeat("loading a checkpoint"):
+        start = saving.restore(resume)
+    if mesh.is_main:
+        reporter.open_sinks(Sinks.open(folder, config, start.step, terminal))
+    return Run(config, mesh, folder, backend, model, optimizer, data, valid, reporter, saving, start)
+
+
+def _announce(
+    config: Config, mesh: Mesh, data: TrainingData, backend: AttentionBackend, optimizer: HybridZeroOptimizer
+) -> None:
+    logger.info(f"Number of elements on ranks: {optimizer.elements_on_zero_ranks()}, rank:{mesh.rank}")
+    if mesh.is_main:
+        tokens = config.data.micro_num * config.data.micro_bsz * config.data.seq_len * mesh.dp.size
+        logger.info(f"attention: {backend.value}, dtype: {config.model.dtype}, torch {torch.__version__}")
+        logger.info(
+            f"{human_count(data.total_tokens)} training tokens in folders {', '.join(data.folders)}; "
+            f"{tokens} tokens a step"
+        )

@@ -1,0 +1,104 @@
+"""One process of a training job, from the checked config to its exit code."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import NoReturn, cast
+
+import torch
+
+from internlm_lite.config.check import check_config
+from internlm_lite.config.load import LoadedConfig
+from internlm_lite.errors import ConfigError, InternLMError
+from internlm_lite.mesh import comm
+from internlm_lite.mesh.mesh import Mesh, build_mesh, sizes_of
+from internlm_lite.runtime.device import apply_numerics, bind_device, device_name
+from internlm_lite.runtime.folder import create_run_folder, write_config, write_environment
+from internlm_lite.runtime.log import setup_logging
+from internlm_lite.runtime.place import Place
+from internlm_lite.runtime.start import announce_layout, end_process, start_world
+from internlm_lite.train.build import build_run
+from internlm_lite.train.loop import train
+from internlm_lite.train.samples import show_samples
+
+logger = logging.getLogger("internlm_lite")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says besides the config."""
+
+    resume: str
+    device: str
+    run_dir: Path
+    timeout_seconds: float
+    log_style: str
+    command: tuple[str, ...]
+
+
+def run_job(loaded: LoadedConfig, place: Place, options: Options) -> NoReturn:
+    """Train, and end this process: 0 when the last step is done, else the error's exit code."""
+    setup_logging(place, None, options.log_style)
+    try:
+        _run(loaded, place, options)
+        code = 0
+    except InternLMError as error:
+        if place.is_main or not isinstance(error, ConfigError):
+            logger.error(f"{type(error).__name__}: {error}")
+        code = error.exit_code
+    except KeyboardInterrupt:
+        logger.error("interrupted; --resume auto goes on from the newest checkpoint")
+        code = 1
+    except Exception:
+        logger.exception(f"rank {place.rank} failed")
+        code = 1
+    end_process(code)
+
+
+def _run(loaded: LoadedConfig, place: Place, options: Options) -> None:
+    config = loaded.config
+    check_config(loaded, place.world_size)
+    if place.is_main:
+        logger.info(place.why)
+        for note in loaded.notes:
+            logger.info(note)
+    timeout = timedelta(seconds=options.timeout_seconds)
+    device = bind_device(place, options.device)
+    apply_numerics(config, device, place)
+    start_world(place, device, timeout)
+    parallel = config.parallel
+    sizes = sizes_of(place.world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1)
+    mesh = build_mesh(sizes, place.rank, device, timeout)
+    announce_layout(sizes.dp, sizes.pp, sizes.tp)
+    folder = _agree_on_folder(loaded, place, options, mesh, device)
+    setup_logging(place, folder, options.log_style)
+
+    run = build_run(config, mesh, folder, options.resume, terminal=sys.stdout.isatty() and place.is_main)
+    try:
+        train(run)
+        show_samples(run)
+    finally:
+        run.reporter.close()
+    if place.is_main:
+        logger.info(f"done: {run.config.data.total_steps} steps; everything about this run is in {folder}")
+
+
+def _agree_on_folder(loaded: LoadedConfig, place: Place, options: Options, mesh: Mesh, device: torch.device) -> Path:
+    """Rank 0 makes the run folder; all ranks know its name, or raise rank 0's error."""
+    answer: Path | InternLMError | None = None
+    if place.is_main:
+        now = datetime.now().astimezone()
+        try:
+            answer = create_run_folder(options.run_dir, loaded.config.JOB_NAME, now)
+            write_config(answer, loaded.config, loaded.files)
+            write_environment(answer, place, options.command, device_name(device), now)
+        except InternLMError as error:
+            answer = error
+    told = comm.broadcast_object(answer, mesh.world)
+    if isinstance(told, InternLMError):
+        raise told
+    return cast(Path, told)

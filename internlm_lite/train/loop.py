@@ -1,0 +1,42 @@
+"""The main loop."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+from internlm_lite.train.build import Run
+from internlm_lite.train.evaluate import evaluate
+from internlm_lite.train.state import TrainState
+from internlm_lite.train.step import train_step
+
+
+def train(run: Run) -> TrainState:
+    """Train from `run.start` to the last step of the config; the final state. Collective."""
+    state, data = run.start, run.config.data
+    on_gpu = run.mesh.device.type == "cuda"
+    run.reporter.start(state)
+    run.reporter.event("start", step=state.step)
+    with closing(run.data.batches(state.position, pin=on_gpu)) as batches:
+        while state.step < data.total_steps:
+            batch = next(batches).to(run.mesh.device)
+            outcome = train_step(
+                run.model,
+                run.optimizer,
+                batch,
+                state.step,
+                run.mesh,
+                run.backend,
+                run.reporter.metrics,
+                run.reporter.fwd_bwd,
+            )
+            state = state.after(batch, run.mesh.dp.size)
+            if state.step % run.config.monitor.log_every == 0 or state.step == data.total_steps:
+                run.reporter.step_line(state, batch, outcome)
+            with run.reporter.aside():
+                if run.valid and state.step % data.valid_every == 0:
+                    run.reporter.validation(state, evaluate(run.model, run.valid, run.mesh, run.backend))
+                if run.saving.save_if_due(state):
+                    run.reporter.event("checkpoint", step=state.step)
+    run.saving.save_final(state)
+    run.reporter.event("done", step=state.step)
+    return state

@@ -1,0 +1,196 @@
+"""From what steps leave on the device to one record per log line, handed to every sink of rank 0."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from internlm_lite.batch import Batch
+from internlm_lite.config.schema import Config
+from internlm_lite.mesh.mesh import Mesh
+from internlm_lite.monitor.console import Console
+from internlm_lite.monitor.flops import mfu, model_flops_per_token, step_flops_per_token, tflops_per_gpu
+from internlm_lite.monitor.jsonl import EventsFile, MetricsFile
+from internlm_lite.monitor.metrics import Collected, FolderMetrics
+from internlm_lite.monitor.record import Origin, SpeedFigures, StepRecord
+from internlm_lite.monitor.speed import SpeedMeter
+from internlm_lite.optim.zero import StepOutcome
+from internlm_lite.runtime.device import peak_flops, torch_dtype
+from internlm_lite.train.state import TrainState
+from internlm_lite.train.stopwatch import Stopwatch
+
+logger = logging.getLogger("internlm_lite")
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """Where records of rank 0 go."""
+
+    console: Console
+    metrics: MetricsFile
+    events: EventsFile
+
+    @staticmethod
+    def open(folder: Path, config: Config, done: int, terminal: bool) -> Sinks:
+        every = [n for n in (config.ckpt.checkpoint_every, config.ckpt.oss_snapshot_freq) if n]
+        console = Console(
+            config.data.total_steps, terminal, min(every) if config.ckpt.enable_save_ckpt and every else None, done
+        )
+        metrics = MetricsFile(folder / "metrics.jsonl")
+        return Sinks(console, metrics, EventsFile(folder / "events.jsonl", metrics.segment))
+
+    def close(self) -> None:
+        self.console.close()
+        self.metrics.close()
+        self.events.close()
+
+
+class Reporter:
+    """Every rank has one: collecting is collective. Only rank 0 has sinks."""
+
+    def __init__(self, config: Config, mesh: Mesh, folders: Sequence[str]) -> None:
+        self.metrics = FolderMetrics(folders, mesh.dp, mesh.device)
+        self.speed = SpeedMeter(mesh.world.size)
+        self.fwd_bwd = Stopwatch(mesh.device)
+        self._config, self._mesh = config, mesh
+        self._sinks: Sinks | None = None
+        self._flops_per_token = step_flops_per_token(config.model, config.data.seq_len)
+        self._model_flops_per_token = model_flops_per_token(config.model, config.data.seq_len)
+        self._peak = peak_flops(mesh.device, torch_dtype(config.model.dtype))
+        self._begin = time.perf_counter()
+        self._last: TrainState | None = None
+
+    def open_sinks(self, sinks: Sinks) -> None:
+        """On rank 0, once it is known where the run goes on from."""
+        self._sinks = sinks
+
+    def start(self, state: TrainState) -> None:
+        """The first step begins now."""
+        self._begin, self._last = time.perf_counter(), state
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens inside (evaluation, saving) does not count as training time."""
+        begin = time.perf_counter()
+        yield
+        self._begin += time.perf_counter() - begin
+
+    def step_line(self, state: TrainState, batch: Batch, outcome: StepOutcome) -> float:
+        """Record the steps since the last line, `batch` and `outcome` being the last one's. Collective.
+
+        Returns the training loss of those steps.
+        """
+        assert self._last is not None, "start() was called"
+        collected = self.metrics.collect()
+        now = time.perf_counter()
+        seconds, steps = now - self._begin, state.step - self._last.step
+        tokens = state.consumed_tokens - self._last.consumed_tokens
+        speed = self.speed.add(tokens, seconds, steps)
+        self._begin, self._last = now, state
+        fwd_bwd_seconds = self.fwd_bwd.take() / steps
+        if self._sinks is not None:
+            record = self._record(state, batch, outcome, collected, speed, seconds, tokens, fwd_bwd_seconds)
+            self._sinks.console.write(record)
+            self._sinks.metrics.write(record)
+        return collected.loss
+
+    def _record(
+        self,
+        state: TrainState,
+        batch: Batch,
+        outcome: StepOutcome,
+        collected: Collected,
+        speed: SpeedFigures,
+        seconds: float,
+        tokens: int,
+        fwd_bwd_seconds: float,
+    ) -> StepRecord:
+        scalars = (
+            outcome.norm_model_dtype,
+            outcome.norm_fp32,
+            outcome.skipped_steps,
+            outcome.loss_scale,
+            outcome.next_lr,
+        )
+        norm, norm_fp32, skipped, loss_scale, next_lr = torch.stack([x.double() for x in scalars]).tolist()
+        world, remaining = self._mesh.world.size, self._config.data.total_steps - state.step
+        per_step = self.speed.seconds_per_step
+        return StepRecord(
+            time=datetime.now().astimezone(),
+            step=state.step - 1,
+            loss=collected.loss,
+            tflops=tflops_per_gpu(self._flops_per_token, tokens, seconds, world),
+            speed=speed,
+            lr=next_lr,
+            loss_scale=loss_scale,
+            grad_norm={"0_default": norm, "1_fp32": norm_fp32},
+            micro_num=batch.micro_num,
+            num_consumed_tokens=state.consumed_tokens,
+            inf_nan_skip_batches=int(skipped),
+            num_samples_in_batch=batch.stats.num_samples,
+            largest_length=batch.stats.largest_length,
+            largest_batch=batch.stats.largest_batch,
+            smallest_batch=batch.stats.smallest_batch,
+            adam_beta2=outcome.beta2,
+            fwd_bwd_time=fwd_bwd_seconds,
+            acc=collected.accuracy,
+            perplexity=perplexity(collected.cross_entropy),
+            loss_from_metric=collected.cross_entropy,
+            folders=collected.folders,
+            mfu=mfu(self._model_flops_per_token, tokens, seconds, world, self._peak),
+            eta_seconds=None if per_step is None else per_step * remaining,
+            pack_fill=batch.stats.num_labels / batch.stats.num_tokens,
+            memory_bytes=_peak_memory(self._mesh.device),
+            origin=Origin.here(),
+        )
+
+    def validation(self, state: TrainState, collected: Collected) -> None:
+        """One line and one event with the figures of every validation folder."""
+        if self._sinks is None:
+            return
+        folders = {name: [f.tokens, f.loss, f.acc] for name, f in collected.folders.items()}
+        logger.info(
+            f"evaluation after step {state.step - 1}: loss={collected.cross_entropy:.4f} "
+            f"perplexity={perplexity(collected.cross_entropy):.4f} acc={collected.accuracy:.4f} "
+            + " ".join(f"loss/{name}={f.loss:.4f}" for name, f in collected.folders.items())
+        )
+        self._sinks.events.add(
+            "evaluation",
+            step=state.step - 1,
+            loss=collected.cross_entropy,
+            acc=collected.accuracy,
+            folders=folders,
+        )
+
+    def event(self, kind: str, **facts: object) -> None:
+        """Append to events.jsonl of rank 0."""
+        if self._sinks is not None:
+            self._sinks.events.add(kind, **facts)
+
+    def close(self) -> None:
+        if self._sinks is not None:
+            self._sinks.close()
+
+
+def perplexity(cross_entropy: float) -> float:
+    """exp(cross_entropy), inf where that has no float."""
+    try:
+        return math.exp(cross_entropy)
+    except OverflowError:
+        return math.inf
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak

@@ -1,0 +1,162 @@
+"""When checkpoints are written, what they hold, and how a run comes back from one.
+
+checkpoint_every   -> milestones in save_ckpt_folder            --resume auto: the newest of both folders,
+oss_snapshot_freq  -> snapshots in snapshot_ckpt_folder                        else load_ckpt_folder,
+the end            -> a final one in save_ckpt_folder                          else load_model_only_folder
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from internlm_lite.checkpoint.find import Found
+from internlm_lite.checkpoint.format import Kind
+from internlm_lite.checkpoint.manager import CheckpointManager, Restored
+from internlm_lite.checkpoint.tensorfile import DamagedError
+from internlm_lite.config.schema import CkptConfig, Config
+from internlm_lite.config.view import masked, resolved
+from internlm_lite.errors import CheckpointError
+from internlm_lite.mesh.mesh import Mesh
+from internlm_lite.monitor.speed import SpeedMeter
+from internlm_lite.optim.zero import HybridZeroOptimizer
+from internlm_lite.train.state import TrainState
+
+logger = logging.getLogger("internlm_lite")
+
+
+class Saving:
+    """The checkpoints of one run. Every method is collective."""
+
+    def __init__(
+        self, config: Config, mesh: Mesh, optimizer: HybridZeroOptimizer, speed: SpeedMeter, fingerprint: dict[str, Any]
+    ) -> None:
+        """Raises StorageError when a folder that checkpoints go to cannot be written."""
+        self._ckpt = config.ckpt
+        self._optimizer, self._mesh, self._speed, self._fingerprint = optimizer, mesh, speed, fingerprint
+        self._described = masked(resolved(config))
+        self._milestones = self._manager(config.ckpt.save_ckpt_folder)
+        self._snapshots = self._manager(config.ckpt.snapshot_ckpt_folder)
+        self._saved_step: int | None = None
+
+    def _manager(self, folder: str | None) -> CheckpointManager | None:
+        if folder is None or not self._ckpt.enable_save_ckpt:
+            return None
+        return CheckpointManager(folder, self._mesh, config=self._described)
+
+    def save_if_due(self, state: TrainState) -> bool:
+        """After each step. True when a checkpoint was written."""
+        kind = due(self._ckpt, state.step)
+        if kind is None:
+            return False
+        self._save(state, kind)
+        return True
+
+    def save_final(self, state: TrainState) -> None:
+        """At the end of the run, unless the last step was just saved."""
+        if self._ckpt.enable_save_ckpt and self._saved_step != state.step:
+            self._save(state, "final")
+
+    def _save(self, state: TrainState, kind: Kind) -> None:
+        manager = self._snapshots if kind == "snapshot" else self._milestones
+        assert manager is not None, "check_config requires a folder for every kind that is due"
+        self._optimizer.wait_weights()
+        stored = {
+            "train": state.to_json(),
+            "optimizer": self._optimizer.state_dict(),
+            "speed": self._speed.state_dict(),
+            "data": self._fingerprint,
+        }
+        manager.save(state.step, kind, list(self._optimizer.pieces()), stored, random_states(self._mesh.device))
+        self._saved_step = state.step
+
+    def restore(self, resume: str) -> TrainState:
+        """The state to go on from. `resume`: auto, none (nothing of this run's own folders), or a path."""
+        if resume not in ("auto", "none"):
+            return self._load_path(resume, with_optimizer=self._ckpt.load_optimizer)
+        state = self._load_newest() if resume == "auto" else None
+        if state is not None:
+            return state
+        if self._ckpt.load_ckpt_folder:
+            return self._load_path(self._ckpt.load_ckpt_folder, with_optimizer=self._ckpt.load_optimizer)
+        if self._ckpt.load_model_only_folder:
+            self._load_weights_only(self._ckpt.load_model_only_folder)
+        return TrainState()
+
+    def _load_newest(self) -> TrainState | None:
+        """From the newest good checkpoint of this run's folders; None when they hold none."""
+        managers = [manager for manager in (self._milestones, self._snapshots) if manager is not None]
+        while True:
+            newest: tuple[CheckpointManager, Found] | None = None
+            for manager in managers:
+                found = manager.latest()
+                if found is not None and (newest is None or found.step > newest[1].step):
+                    newest = (manager, found)
+            if newest is None:
+                return None
+            manager, found = newest
+            try:
+                return self._adopt(manager.load(found, list(self._optimizer.pieces())), moments=True)
+            except DamagedError as error:
+                manager.reject(found, error)
+
+    def _load_path(self, path: str, with_optimizer: bool) -> TrainState:
+        reader = CheckpointManager(path, self._mesh, config=self._described, writable=False)
+        pieces = [p for p in self._optimizer.pieces() if with_optimizer or p.role == "master"]
+        return self._adopt(reader.load(reader.open(path), pieces), moments=with_optimizer)
+
+    def _load_weights_only(self, path: str) -> None:
+        reader = CheckpointManager(path, self._mesh, config=self._described, writable=False)
+        reader.load(reader.open(path), [p for p in self._optimizer.pieces() if p.role == "master"])
+        self._optimizer.publish_weights()
+
+    def _adopt(self, restored: Restored, moments: bool) -> TrainState:
+        stored = restored.state
+        try:
+            state = TrainState.from_json(stored["train"])
+            self._optimizer.load_state_dict(stored["optimizer"], moments=moments)
+            self._speed.load_state_dict(stored["speed"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"checkpoint {restored.found.name} holds no training state this version can read ({error!r}); "
+                "take its weights alone with ckpt.load_model_only_folder"
+            ) from error
+        self._optimizer.publish_weights()
+        if restored.rank_state is not None:
+            set_random_states(restored.rank_state, self._mesh.device)
+        if stored["data"] != self._fingerprint and self._mesh.is_main:
+            logger.warning(
+                "the training data changed since checkpoint %s was written (%s): batches from here on are drawn from "
+                "the new data at the same position",
+                restored.found.name,
+                ", ".join(sorted(k for k in self._fingerprint if stored["data"].get(k) != self._fingerprint[k])),
+            )
+        return state
+
+
+def due(ckpt: CkptConfig, steps_done: int) -> Kind | None:
+    """Kind of the checkpoint due after `steps_done` steps; a milestone replaces a snapshot of the same step."""
+    if not ckpt.enable_save_ckpt or steps_done == 0:
+        return None
+    if ckpt.checkpoint_every and steps_done % ckpt.checkpoint_every == 0:
+        return "milestone"
+    if ckpt.oss_snapshot_freq and steps_done % ckpt.oss_snapshot_freq == 0:
+        return "snapshot"
+    return None
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """States of this rank's random generators, uint8."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Undo `random_states`; a state of a device that this run does not use is left alone."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

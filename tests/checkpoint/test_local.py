@@ -1,0 +1,165 @@
+"""The local disk behind the storage protocol: whole objects or none, names, links, refusals."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from internlm_lite.checkpoint.local import LocalStorage
+from internlm_lite.checkpoint.storage import UnreadableError, open_storage
+from internlm_lite.errors import ConfigError, StorageError
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> LocalStorage:
+    return LocalStorage(tmp_path / "save")
+
+
+def test_put_read_list_delete(storage: LocalStorage) -> None:
+    assert storage.list("") == [] and storage.size("a/b") is None
+    assert storage.put("a/b", [b"12", memoryview(b"345"), b""]) == 5
+    storage.put("c", [])
+    assert storage.read("a/b", 5) == b"12345" and storage.size("c") == 0
+    buffer = bytearray(3)
+    storage.read_into("a/b", 1, memoryview(buffer))
+    assert bytes(buffer) == b"234"
+    assert [(entry.key, entry.size) for entry in storage.list("")] == [("a/b", 5), ("c", 0)]
+    assert [entry.key for entry in storage.list("a")] == ["a/b"]
+    storage.delete("c")
+    storage.delete("c")
+    storage.delete_folder("a")
+    storage.delete_folder("a")
+    assert storage.list("") == []
+
+
+def test_put_if_absent_keeps_the_first(storage: LocalStorage) -> None:
+    assert storage.put_if_absent("commits/x", b"one")
+    assert not storage.put_if_absent("commits/x", b"two")
+    assert storage.read("commits/x", 10) == b"one"
+    assert os.listdir(storage.root / "commits") == ["x"]
+
+
+def test_put_if_absent_without_hard_links(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert storage.put_if_absent("x", b"one") and not storage.put_if_absent("x", b"two")
+
+
+@pytest.mark.parametrize(
+    "key", ["", "/etc/x", "../x", "a/../x", "a//b", ".hidden", "a/.tmp-1", "a b", "é", "a\n", "a" * 201]
+)
+def test_bad_keys_are_refused(storage: LocalStorage, key: str) -> None:
+    for attempt in (lambda: storage.put(key, [b"1"]), lambda: storage.read(key, 9), lambda: storage.delete(key)):
+        with pytest.raises(StorageError, match="no name for a stored object"):
+            attempt()
+
+
+def test_symbolic_links_are_refused(storage: LocalStorage, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "x").write_bytes(b"secret")
+    storage.put("a/b", [b"1"])
+    (storage.root / "link").symlink_to(outside)
+    (storage.root / "a/x").symlink_to(outside / "x")
+    for key in ("link/x", "a/x"):
+        with pytest.raises(StorageError, match="symbolic link"):
+            storage.read(key, 100)
+        with pytest.raises(StorageError, match="symbolic link"):
+            storage.put(key, [b"2"])
+    with pytest.raises(StorageError, match="symbolic link"):
+        storage.delete_folder("link")
+    assert (outside / "x").read_bytes() == b"secret"
+    assert "link/x" not in [entry.key for entry in storage.list("")]
+
+
+def test_bad_objects_are_told_from_bad_storage(storage: LocalStorage, tmp_path: Path) -> None:
+    storage.put("a", [b"123"])
+    with pytest.raises(UnreadableError, match="ends at byte 3, expected 4"):
+        storage.read_into("a", 1, memoryview(bytearray(3)))
+    with pytest.raises(UnreadableError, match="missing"):
+        storage.read("missing", 9)
+    with pytest.raises(UnreadableError, match="at most 2"):
+        storage.read("a", 2)
+    os.mkfifo(storage.root / "pipe")
+    with pytest.raises(UnreadableError, match="not a regular file"):
+        storage.read("pipe", 9)
+
+
+class _KilledError(BaseException):
+    pass
+
+
+def test_interrupted_put_leaves_nothing(storage: LocalStorage) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"half"
+        raise _KilledError
+
+    with pytest.raises(_KilledError):
+        storage.put("a/b", chunks())
+    assert os.listdir(storage.root / "a") == []
+
+
+def test_sweep_removes_old_leftovers_only(storage: LocalStorage) -> None:
+    storage.put("data/x/a", [b"1"])
+    old, new = storage.root / "data/x/.tmp-old", storage.root / "data/x/.tmp-new"
+    empty = storage.root / "data/y"
+    empty.mkdir()
+    for path in (old, new):
+        path.write_bytes(b"1")
+    for path in (old, empty):
+        os.utime(path, (time.time() - 100, time.time() - 100))
+    assert [entry.key for entry in storage.list("")] == ["data/x/a"]
+    storage.sweep(50)
+    assert not old.exists() and not empty.exists() and new.exists() and (storage.root / "data/x/a").exists()
+
+
+def test_path_below_a_file_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        StorageError, match=r"cannot write .*file/save/a: Not a directory \(a part of the path is a file"
+    ):
+        LocalStorage(tmp_path / "file/save").put("a", [b"1"])
+
+
+def test_folder_nobody_can_make_is_a_clear_error() -> None:
+    with pytest.raises(StorageError, match="cannot write local:/proc/nothing/a"):
+        LocalStorage(Path("/proc/nothing")).put("a", [b"1"])
+
+
+def test_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        storage = LocalStorage(small)
+        storage.put("a", [b"1" * 20_000])
+        with pytest.raises(StorageError, match="the disk is full"):
+            storage.put("b", [b"2" * 40_000, b"3" * 40_000])
+        assert os.listdir(small) == ["a"]
+        storage.put("c", [b"2" * 20_000])
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.parametrize("where", ["boto3:s3://bucket.host/prefix", "s3://bucket/prefix"])
+def test_s3_says_that_it_is_not_there(where: str) -> None:
+    with pytest.raises(ConfigError, match="S3 storage is not built into this version"):
+        open_storage(where)
+
+
+def test_open_storage_reads_the_spellings_of_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for where in (f"local:{tmp_path}/a", f"{tmp_path}/a", "a", "local:a"):
+        assert open_storage(where).name == f"local:{tmp_path}/a"
+    for where in ("", "local:", "gs://bucket/a", "boto:x"):
+        with pytest.raises(ConfigError, match="expected `local:PATH`"):
+            open_storage(where)

@@ -1,0 +1,110 @@
+"""Who writes what: every held element once, evenly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from internlm_lite.checkpoint.boxes import Region, tiling_problems, volume
+from internlm_lite.checkpoint.share import describe, share_out
+from internlm_lite.errors import CheckpointError
+from internlm_lite.mesh.layout import Piece
+from tests.checkpoint.pieces import MODEL, ROLES, pieces_of, whole
+
+
+def _holdings(size: int, **layout: int) -> list:
+    return [[describe(piece) for piece in pieces_of(rank, fill=True, **layout)] for rank in range(size)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("zero", [1, 2, 4])
+def test_every_element_is_written_once_by_a_holder(size: int, tp: int, zero: int) -> None:
+    if size % (tp * zero):
+        pytest.skip("not a layout")
+    shares = share_out(_holdings(size, tp=tp, zero=zero))
+    for role in ROLES:
+        for name, (shape, _) in MODEL.items():
+            mine = [
+                (f"rank {rank}", share.region)
+                for rank, theirs in enumerate(shares)
+                for share in theirs
+                if (share.holding.role, share.holding.name) == (role, name)
+            ]
+            assert tiling_problems(shape, mine) == []
+    for rank, theirs in enumerate(shares):
+        pieces = pieces_of(rank, tp=tp, zero=zero, fill=True)
+        assert len({share.key for share in theirs}) == len(theirs)
+        for share in theirs:
+            piece = pieces[share.index]
+            true = whole(piece.role, piece.name, piece.shape)[tuple(slice(a, b) for a, b in share.region.box)]
+            assert torch.equal(share.of(piece).reshape(-1), true.reshape(-1)[slice(*share.region.span)])
+
+
+def test_replicas_share_the_work() -> None:
+    shares = share_out(_holdings(8, tp=1, zero=2))
+    load = [sum(share.region.count for share in theirs) for theirs in shares]
+    assert max(load) < 2 * min(load), load
+
+
+def test_ranges_cut_differently_are_cut_again() -> None:
+    box = ((0, 10), (0, 2))
+
+    def piece(a: int, b: int) -> Piece:
+        return Piece("tied", "master", (10, 2), box, (a, b), torch.arange(float(a), float(b)))
+
+    held = [[piece(0, 10)], [piece(10, 20)], [piece(0, 15)], [piece(15, 20)], [piece(4, 4)]]
+    shares = share_out([[describe(p) for p in pieces] for pieces in held])
+    assert tiling_problems((10, 2), [("", share.region) for theirs in shares for share in theirs]) == []
+    assert shares[4] == []
+    values = [share.of(held[rank][0]) for rank, theirs in enumerate(shares) for share in theirs]
+    assert sorted(torch.cat(values).tolist()) == list(range(20))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=4), min_size=1, max_size=5))
+def test_any_overlapping_ranges_are_written_once(spans: list[list[tuple[int, int]]]) -> None:
+    box = ((0, 12),)
+    held = [
+        [
+            describe(Piece("t", "master", (12,), box, (a, b), torch.zeros(b - a)))
+            for a, b in (sorted(pair) for pair in theirs)
+        ]
+        for theirs in spans
+    ]
+    shares = share_out(held)
+    union = {n for theirs in spans for pair in theirs for n in range(*sorted(pair))}
+    written = [n for theirs in shares for share in theirs for n in range(*share.region.span)]
+    assert sorted(written) == sorted(union)
+    for theirs in shares:
+        assert len({share.key for share in theirs}) == len(theirs)
+        for share in theirs:
+            a, b = share.holding.span
+            assert a <= share.region.span[0] and share.region.span[1] <= b
+
+
+def test_whole_boxes_are_stored_as_boxes() -> None:
+    (shares,) = share_out(_holdings(1))
+    assert all(share.region.flat is None for share in shares)
+    assert {share.key for share in shares} == {f"{role}/{name}" for role in ROLES for name in MODEL}
+    assert all(share.region.count == volume(share.region.box) for share in shares)
+
+
+def test_disagreeing_ranks_and_wrong_sizes_are_named() -> None:
+    def piece(shape: tuple[int, ...], dtype: torch.dtype, numel: int) -> Piece:
+        box = tuple((0, n) for n in shape)
+        return Piece("w", "master", shape, box, None, torch.zeros(numel, dtype=dtype))
+
+    one, two = describe(piece((4,), torch.float32, 4)), describe(piece((4,), torch.float16, 4))
+    with pytest.raises(CheckpointError, match="master of w: rank 1 holds F16 of shape"):
+        share_out([[one], [two]])
+    with pytest.raises(CheckpointError, match="5 elements, expected a contiguous one of 4"):
+        describe(piece((4,), torch.float32, 5))
+    strided = Piece("w", "master", (4, 4), ((0, 4), (0, 4)), None, torch.zeros(4, 4).t()[:, :])
+    with pytest.raises(CheckpointError, match="strided"):
+        describe(strided)
+    with pytest.raises(CheckpointError, match="complex64 cannot be stored"):
+        describe(piece((4,), torch.complex64, 4))
+    assert Region(((0, 4),)).count == 4

@@ -1,0 +1,475 @@
+"""Bad configs: each names file and line, what was found, what was expected, and the nearest known key."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from internlm_lite.config.check import check_config
+from internlm_lite.config.load import load_config
+from internlm_lite.errors import ConfigError
+
+GOOD = """\
+JOB_NAME = "bad"
+SEQ_LEN = 128
+data = dict(
+    seq_len=SEQ_LEN,
+    micro_num=4,
+    total_steps=100,
+)
+grad_scaler = dict(
+    fp16=dict(initial_scale=2**16, min_scale=1),
+    max_scale=2**24,
+)
+adam = dict(lr=1e-4)
+lr_scheduler = dict(total_steps=data["total_steps"], eta_min=1e-5)
+model = dict(
+    num_attention_heads=8,
+    vocab_size=512,
+    hidden_size=128,
+    num_layers=4,
+    dtype="torch.float16",
+)
+parallel = dict(
+    zero1=-1,
+    tensor=2,
+)
+"""
+WORLD = 4
+
+# (text of GOOD, what replaces it, "line: start of the message"); no text: the line is added at the end, as line 25.
+BAD = [
+    ("seq_len=SEQ_LEN", "seq_lenn=SEQ_LEN", "4: data.seq_lenn: unknown key; nearest known key: data.seq_len"),
+    ("micro_num=4", "micronum=4", "5: data.micronum: unknown key; nearest known key: data.micro_num"),
+    ("micro_num=4", "micro_num=True", "5: data.micro_num: found True, expected an integer > 0; write the number"),
+    ("micro_num=4", "micro_num='4'", "5: data.micro_num: found '4', expected an integer > 0; remove the quotes"),
+    ("micro_num=4", "micro_num=4.0", "5: data.micro_num: found 4.0, expected an integer > 0; write 4"),
+    ("micro_num=4", "micro_num=0", "5: data.micro_num: found 0, expected an integer > 0; leave micro_num out for 1"),
+    (
+        "micro_num=4",
+        "micro_num=None",
+        "5: data.micro_num: found None, expected an integer > 0; leave micro_num out for 1",
+    ),
+    ("micro_num=4", "skip_batches=7", '5: data.skip_batches: found 7, expected a string; write "7"'),
+    (
+        "micro_num=4",
+        "skip_batches='3-1'",
+        "5: data.skip_batches: found '3-1', expected ranges that rise; write \"1-3\" for '3-1'",
+    ),
+    (
+        "micro_num=4",
+        "skip_batches='a'",
+        "5: data.skip_batches: found 'a', expected batch ids and inclusive ranges such as \"1-3,7\";",
+    ),
+    (
+        "micro_num=4",
+        "micro_num=4, rampup_batch_size='8 1 2'",
+        "5: data.rampup_batch_size: found '8 1 2', which does not reach data.micro_num 4 from 8 in",
+    ),
+    (
+        "micro_num=4",
+        "rampup_batch_size='1 2'",
+        "5: data.rampup_batch_size: found '1 2', expected three integers > 0, \"start increment",
+    ),
+    (
+        "micro_num=4",
+        "micro_num=4, rampup_batch_size='1 2 5'",
+        "5: data.rampup_batch_size: found '1 2 5', which does not reach data.micro_num 4 from 1 in",
+    ),
+    (
+        "total_steps=100,",
+        "total_steps=-100,",
+        "6: data.total_steps: found -100, expected an integer > 0; change the value",
+    ),
+    ("fp16=dict(", "fp61=dict(", "9: grad_scaler.fp61: unknown key; nearest known key: grad_scaler.fp16"),
+    ("min_scale=1", "min_scale=2**17", "9: grad_scaler.fp16.initial_scale: found 65536, expected at least"),
+    ("max_scale=2**24", "max_scale=16", "9: grad_scaler.fp16.initial_scale: found 65536, expected at least"),
+    ("lr=1e-4", "lr='1e-4'", "12: adam.lr: found '1e-4', expected a number >= 0; remove the quotes"),
+    ("lr=1e-4", "lr=float('nan')", "12: adam.lr: found nan, expected a number >= 0; leave lr out for 0.0001"),
+    ("lr=1e-4", "learning_rate=1e-4", "12: adam.learning_rate: unknown key; keys of adam: lr, adam_beta1, adam_beta2,"),
+    ("lr=1e-4", "eta_min=1e-4", "12: adam.eta_min: unknown key; nearest known key: lr_scheduler.eta_min"),
+    (
+        "eta_min=1e-5",
+        "eta_min=1e-3",
+        "13: lr_scheduler.eta_min: found 0.001, expected at most adam.lr 0.0001; lower it or raise",
+    ),
+    (
+        "eta_min=1e-5",
+        "warmup_ratio=1.5",
+        "13: lr_scheduler.warmup_ratio: found 1.5, expected a number >= 0 and <= 1; leave",
+    ),
+    (
+        "eta_min=1e-5",
+        "init_steps=99, warmup_ratio=0.5",
+        "13: lr_scheduler.init_steps: found 99 + 50 warm-up steps, expected at most",
+    ),
+    (
+        "num_attention_heads=8",
+        "num_attention_heads=7",
+        "17: model.hidden_size: found 128, expected a multiple of model.num_attention_heads 7;",
+    ),
+    (
+        "num_attention_heads=8",
+        "num_attention_heads=8, num_kv_attention_heads=3",
+        "15: model.num_attention_heads: found 8, expected a multiple of model.num_kv_attention_heads",
+    ),
+    (
+        "num_attention_heads=8",
+        "num_attention_heads=8, num_kv_attention_heads=1",
+        "15: model.num_kv_attention_heads: found 1, expected a multiple of parallel.tensor 2; change",
+    ),
+    (
+        "num_attention_heads=8",
+        "num_attention_heads=128",
+        "17: model.hidden_size: found 128 / 128 heads = 1 per head, expected an even number for the",
+    ),
+    (
+        "vocab_size=512",
+        "vocab_size=513",
+        "16: model.vocab_size: found 513, expected a multiple of parallel.tensor 2; change one of",
+    ),
+    (
+        "vocab_size=512",
+        "vocabulary=512",
+        "14: model.vocab_size: missing; expected an integer > 0; add vocab_size=... to model =",
+    ),
+    ("hidden_size=128", "hiden_size=128", "17: model.hiden_size: unknown key; nearest known key: model.hidden_size"),
+    ("num_layers=4", "layers=4", "18: model.layers: unknown key; nearest known key: model.num_layers"),
+    (
+        "num_layers=4",
+        "num_layers=4, num_chunks=2",
+        "18: model.num_chunks: found 2 with parallel.pipeline.size 1; chunks interleave stages: set",
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, checkpoint=2",
+        "18: model.checkpoint: found 2, expected True or False or a number >= 0 and <= 1; leave",
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, checkpoint='all'",
+        "18: model.checkpoint: found 'all', expected True or False or a number >= 0 and <= 1; write",
+    ),
+    (
+        "torch.float16",
+        "torch.fp16",
+        "19: model.dtype: found 'torch.fp16', expected one of 'torch.float16', 'torch.half',",
+    ),
+    ("torch.float16", "float16", "19: model.dtype: found 'float16', expected one of 'torch.float16', 'torch.half',"),
+    (
+        'dtype="torch.float16"',
+        "dtype=16",
+        "19: model.dtype: found 16, expected one of 'torch.float16', 'torch.half', 'torch.bfloat16',",
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, norm_type='layernorm'",
+        "18: model.norm_type: found 'layernorm', expected 'rmsnorm'; write 'rmsnorm'",
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, multiple_of=27",
+        "17: model.mlp_ratio: found a SwiGLU width of 351 (hidden_size * mlp_ratio rounded up to a",
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, tie_word_embeddings=True",
+        "18: model.tie_word_embeddings: found True with parallel.tensor 2 and",
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, use_flash_attn=1",
+        "18: model.use_flash_attn: found 1, expected True or False; write True",
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, use_flash_attn='True'",
+        "18: model.use_flash_attn: found 'True', expected True or False; write True",
+    ),
+    ("tensor=2", "tensor=3", "23: parallel.tensor: found 3 * parallel.pipeline.size 1 = 3 ranks per model, and 4"),
+    ("tensor=2", "tensr=2", "23: parallel.tensr: unknown key; nearest known key: parallel.tensor"),
+    (
+        "tensor=2",
+        "pipeline=dict(sizee=2)",
+        "23: parallel.pipeline.sizee: unknown key; nearest known key: parallel.pipeline.size",
+    ),
+    ("tensor=2", "pipeline=8", "23: parallel.tensor: found 1 * parallel.pipeline.size 8 = 8 ranks per model, and 4"),
+    ("tensor=2", "pipeline=2", "23: parallel.pipeline.size: not available in this version; set it to 1"),
+    (
+        "tensor=2",
+        "sequence_parallel=True",
+        "23: parallel.sequence_parallel: not available in this version; set it to False",
+    ),
+    (
+        "tensor=2",
+        "tensor=dict(size=2, mode='isp')",
+        "23: parallel.tensor: found mode='isp', expected 'mtp', 'msp' or 'fsp'; write mode='mtp'",
+    ),
+    (
+        "tensor=2",
+        "weight=dict(size=2)",
+        "23: parallel.weight: found {'size': 2}, expected size 1: use parallel.tensor or",
+    ),
+    (
+        "zero1=-1",
+        "zero1=dict(size=2, fsdp=True)",
+        "22: parallel.zero1: found {'size': 2, 'fsdp': True}: fsdp is not available; write fsdp=False",
+    ),
+    (
+        "zero1=-1",
+        "zero1=3",
+        "22: parallel.zero1: found 3, expected a divisor of the data parallel size 2 (4 processes /",
+    ),
+    ("zero1=-1", "zero1='all'", "22: parallel.zero1: found 'all', expected an integer; write a value of this kind"),
+    (
+        "zero1=-1",
+        "zero1=dict(sizee=2)",
+        "22: parallel.zero1: found {'sizee': 2}, expected a number, or dict(size=..., fsdp=...)",
+    ),
+    ("parallel = dict(", "parallell = dict(", "21: parallell: unknown key; nearest known key: parallel"),
+    ('JOB_NAME = "bad"', "JOB_NAME = 7", '1: JOB_NAME: found 7, expected a string; write "7"'),
+    (
+        'JOB_NAME = "bad"',
+        "JOB_NAME = 'a/b'",
+        "1: JOB_NAME: found 'a/b', expected the name of a folder: no '/', not empty",
+    ),
+    ("", "optimizer = dict(lr=1)", "25: optimizer: unknown key; nearest known key: hybrid_zero_optimizer"),
+    ("", "i = 3", "25: i: unknown key; expected one of JOB_NAME, seed, ckpt, data, grad_scaler,"),
+    ("", "seeed = 3", "25: seeed: unknown key; nearest known key: seed"),
+    ("", "seed = -1", "25: seed: found -1, expected an integer >= 0; leave seed out for 1024"),
+    (
+        "",
+        "cudnn_benchmark = 'yes'",
+        "25: cudnn_benchmark: found 'yes', expected True or False; write a value of this kind",
+    ),
+    (
+        "",
+        "ckpt = dict(enable_save_ckpt=True)",
+        "25: ckpt.enable_save_ckpt: found True without ckpt.save_ckpt_folder; set the folder, or",
+    ),
+    (
+        "",
+        "ckpt = dict(enable_save_ckpt=True, save_ckpt_folder='x', snapshot_ckpt_folder=None, oss_snapshot_freq=3)",
+        "25: ckpt.oss_snapshot_freq: found 3 without ckpt.snapshot_ckpt_folder; set the folder, or",
+    ),
+    (
+        "",
+        "ckpt = dict(save_ckpt_folder='oss2:x')",
+        "25: ckpt.save_ckpt_folder: found 'oss2:x', expected local:PATH, a plain path, or",
+    ),
+    (
+        "",
+        "ckpt = dict(save_ckpt_folder='boto3:x')",
+        "25: ckpt.save_ckpt_folder: found 'boto3:x', expected local:PATH, a plain path, or",
+    ),
+    (
+        "",
+        "ckpt = dict(load_ckpt_folder='a', load_model_only_folder='b')",
+        "25: ckpt.load_model_only_folder: found beside ckpt.load_ckpt_folder; a run starts from one",
+    ),
+    (
+        "",
+        "ckpt = dict(load_ckpt_info=dict(path='a', content=('optimizer',)))",
+        "25: ckpt.load_ckpt_info: found content=('optimizer',), expected ('model',), ('all',) or",
+    ),
+    (
+        "",
+        "ckpt = dict(load_ckpt_info=dict(path='a', content=('model',), ckpt_type='hf_llama'))",
+        "25: ckpt.load_ckpt_info: found ckpt_type='hf_llama'; only the checkpoints written here are",
+    ),
+    ("", "ckpt = 5", "25: ckpt: found 5, expected dict(...); write ckpt = dict(...)"),
+    (
+        "",
+        "monitor = dict(alert=dict(enable_feishu_alert=True))",
+        "25: monitor.alert: found alerts switched on; this version sends none: switch them off, or",
+    ),
+    (
+        "",
+        "monitor = dict(sample_prompts=['a'])",
+        "25: monitor.sample_prompts: found without data.tokenizer; set it, or remove the prompts",
+    ),
+    (
+        "",
+        "monitor = dict(sample_prompts=('a',))",
+        "25: monitor.sample_prompts: found ('a',), expected a list of strings; leave sample_prompts",
+    ),
+    (
+        "",
+        "monitor=dict(sample_prompts=[1])",
+        "25: monitor.sample_prompts: found [1], expected a list of strings; leave sample_prompts out",
+    ),
+    (
+        "",
+        "data['weights'] = {'code': 1}",
+        "25: data.weights: found without data.train_folder; set it, or remove weights",
+    ),
+    (
+        "",
+        "data['weights'] = {'code': 0}",
+        "25: data.weights: found {'code': 0}, expected a dict (name: a number > 0) or None; leave",
+    ),
+    (
+        "",
+        "data['weights'] = 3",
+        "25: data.weights: found 3, expected a dict (name: a number > 0) or None; leave weights out",
+    ),
+    ("", "model_type = 'MIXTRAL'", "25: model_type: found 'MIXTRAL', expected one of 'INTERNLM', 'INTERNLM2',"),
+    ("", "data[3] = 4", "25: data.3: unknown key; keys of data: seq_len, micro_num, micro_bsz, valid_micro_num,"),
+    (
+        "",
+        "hybrid_zero_optimizer = dict(grad_dtype='torch.tf32')",
+        '25: hybrid_zero_optimizer.grad_dtype: found "torch.tf32", which no tensor is stored in; use',
+    ),
+    ("", "model['num_layers'] = 4.5", "25: model.num_layers: found 4.5, expected an integer > 0; change the value"),
+    ("data = dict(", "DATA = dict(", "13: the config file failed while running: NameError: name 'data' is not defined"),
+    ("", "grad_scaler = None", '19: model.dtype: found "torch.float16" without grad_scaler; add grad_scaler ='),
+    ("", "raise KeyError('x')", "25: the config file failed while running: KeyError: 'x'"),
+    (
+        "",
+        "import os; os.environ['NO_SUCH']",
+        "25: the environment variable NO_SUCH is not set; export it before starting",
+    ),
+    ("", "x = (1", "25: not valid Python: '(' was never closed"),
+    ("", "y = SEQ_LENN", "25: the config file failed while running: NameError: name 'SEQ_LENN' is not defined"),
+    ("", "import nothing_like_it", "25: the config file failed while running: ModuleNotFoundError: No module named"),
+    ("", "_base_ = 3", '25: _base_: found 3, expected a file name or a list of them, such as "base.py"'),
+    ("", "_base_ = 'no.py'", "25: _base_: found no file no.py; the path starts at this file's folder"),
+    ("", "exit(3)", "25: the config file failed while running: SystemExit: 3"),
+    ("", "return 3", "25: not valid Python: 'return' outside function"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def problems(text: str, world: int | None = WORLD) -> list[str]:
+    """The lines of the error that a config with this text gives; [] when it is good."""
+    Path("bad.py").write_text(text)
+    try:
+        check_config(load_config(Path("bad.py")), world)
+    except ConfigError as error:
+        return str(error).split("\n")
+    return []
+
+
+def test_the_good_config_is_good() -> None:
+    assert problems(GOOD) == []
+
+
+@pytest.mark.parametrize(("old", "new", "expected"), BAD, ids=[new for _, new, _ in BAD])
+def test_bad_config(old: str, new: str, expected: str) -> None:
+    assert not old or GOOD.count(old) == 1
+    started = time.monotonic()
+    found = problems(GOOD.replace(old, new) if old else GOOD + new + "\n")
+    assert time.monotonic() - started < 2
+    assert any(line.startswith(f"bad.py:{expected}") for line in found), "\n".join(found)
+
+
+def test_all_problems_at_once() -> None:
+    text = GOOD
+    for old, new in {
+        "seq_len=SEQ_LEN": "seq_lenn=SEQ_LEN",
+        "micro_num=4": "micro_num='4'",
+        "max_scale=2**24": "max_scale=-1",
+        "adam = dict(lr=1e-4)": "optimizer = dict(lr=1e-4)",
+        "vocab_size=512": "vocab_size=True",
+        "zero1=-1": "zero1=dict(size=2, fsdp=True)",
+        "tensor=2": "pipe=2",
+    }.items():
+        text = text.replace(old, new)
+    assert [line.split(": ")[1] for line in problems(text)] == [
+        "parallel.zero1",
+        "data.micro_num",
+        "data.seq_lenn",
+        "grad_scaler.max_scale",
+        "model.vocab_size",
+        "parallel.pipe",
+        "optimizer",
+    ]
+
+
+def test_wrong_keys_and_combinations_in_one_error() -> None:
+    text = GOOD.replace("micro_num=4", "micro_num='4', skip_batches='9-1', rampup_batch_size='3 2 1'")
+    text = text.replace("hidden_size=128", "hidden_size=129").replace("tensor=2", "tensor=2.0")
+    found = problems(text)
+    assert [line.split(": ")[1] for line in found] == [
+        "data.micro_num",
+        "parallel.tensor",
+        "model.hidden_size",
+        "data.skip_batches",
+    ], "what depends on a wrong key (ramp-up on micro_num, heads on tensor) is left out"
+
+
+def test_all_combinations_at_once() -> None:
+    text = GOOD.replace("num_attention_heads=8", "num_attention_heads=7").replace("zero1=-1", "zero1=3")
+    text = text.replace("eta_min=1e-5", "eta_min=1, init_steps=100")
+    keys = {line.split(": ")[1] for line in problems(text)}
+    assert keys == {
+        "parallel.zero1",
+        "model.hidden_size",
+        "model.num_attention_heads",
+        "lr_scheduler.eta_min",
+        "lr_scheduler.init_steps",
+    }
+
+
+def test_missing_sections() -> None:
+    assert problems("JOB_NAME = 'x'\n") == [
+        "bad.py: data: missing; add data = dict(seq_len=..., total_steps=...)",
+        "bad.py: model: missing; "
+        "add model = dict(num_attention_heads=..., vocab_size=..., hidden_size=..., num_layers=...)",
+    ]
+
+
+def test_a_wrong_number_is_not_reported_again_where_it_is_the_default() -> None:
+    text = GOOD.replace('total_steps=data["total_steps"], ', "").replace("total_steps=100", "total_steps=0")
+    assert [line.split(": ")[1] for line in problems(text)] == ["data.total_steps"]
+
+
+def test_structural_problems_come_before_what_is_not_built() -> None:
+    text = GOOD.replace("num_layers=4", "num_layers=3, num_chunks=2").replace("tensor=2", "pipeline=2")
+    assert [line.split(": ")[1] for line in problems(text, 4)] == ["model.num_layers"]
+    text = text.replace("num_layers=3", "num_layers=4")
+    assert [line.split(": ")[1] for line in problems(text, 4)] == ["parallel.pipeline.size", "model.num_chunks"]
+
+
+def test_interleaving_needs_micro_batches_for_all_stages() -> None:
+    text = GOOD.replace("num_layers=4", "num_layers=4, num_chunks=2").replace("tensor=2", "pipeline=2")
+    assert problems(text.replace("micro_num=4", "micro_num=3"), 4)[0].startswith(
+        "bad.py:5: data.micro_num: found 3, expected a multiple of parallel.pipeline.size 2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("missing.py", "missing.py: cannot read the config file: No such file or directory"),
+        (".", ".: found a folder, expected a Python config file"),
+        ("config.yaml", "config.yaml: found the file name ending '.yaml', expected a Python config file, .py"),
+    ],
+)
+def test_no_config_file(path: str, expected: str) -> None:
+    Path("config.yaml").write_text("data: {}\n")
+    with pytest.raises(ConfigError, match="^" + expected.replace(".", r"\.")):
+        load_config(Path(path))
+
+
+def test_torch_is_never_imported(tmp_path: Path) -> None:
+    """A wrong config is refused before torch is loaded, within two seconds of a fresh interpreter."""
+    (tmp_path / "bad.py").write_text(GOOD.replace("seq_len=SEQ_LEN", "seq_lenn=SEQ_LEN"))
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from internlm_lite.config import check, load, ranges, reference, view\n"
+        "from internlm_lite.errors import ConfigError\n"
+        "try: load.load_config(Path(sys.argv[1]))\n"
+        "except ConfigError as error: print(error)\n"
+        "print(sorted(name for name in sys.modules if name.split('.')[0] in ('torch', 'numpy')))\n"
+    )
+    root = Path(__file__).parents[2]
+    arguments = [sys.executable, "-c", code, str(tmp_path / "bad.py")]
+    found = subprocess.run(arguments, cwd=root, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert found.endswith("[]\n") and "nearest known key: data.seq_len" in found

@@ -1,0 +1,91 @@
+"""The nearest known key of a misspelt one."""
+
+import keyword
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from internlm_lite.config.keys import edits, expected, known_keys, nearest_key, section_of
+from internlm_lite.config.load import load_config
+from internlm_lite.errors import ConfigError
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny.py"
+LETTERS = "abcdefghijklmnopqrstuvwxyz_0123456789"
+
+
+@st.composite
+def misspelt_keys(draw: st.DrawFn) -> tuple[str, str]:
+    """A known key and the same key with one letter lost, added, changed, or two neighbours swapped."""
+    key = draw(st.sampled_from([key for key in known_keys() if key != "JOB_NAME"]))
+    parent, dot, name = key.rpartition(".")
+    at = draw(st.integers(0, len(name) - 1))
+    letter = draw(st.sampled_from(LETTERS))
+    typo = draw(
+        st.sampled_from(
+            [
+                name[:at] + name[at + 1 :],
+                name[:at] + letter + name[at:],
+                name[:at] + letter + name[at + 1 :],
+                name[:at] + name[at + 1 : at + 2] + name[at] + name[at + 2 :],
+            ]
+        )
+    )
+    assume(typo.isidentifier() and not keyword.iskeyword(typo) and not typo.startswith("_"))
+    near = [k for k in known_keys() if k.rpartition(".")[0] == parent and edits(typo, k.rpartition(".")[2]) <= 1]
+    assume(near == [key] and parent + dot + typo not in known_keys())
+    return key, parent + dot + typo
+
+
+@given(misspelt_keys())
+@settings(max_examples=400, deadline=None)
+def test_nearest_key_of_a_typo(pair: tuple[str, str]) -> None:
+    key, typo = pair
+    assert nearest_key(typo) == key
+
+
+@given(misspelt_keys())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_typo_in_a_file_is_reported_with_its_key(tmp_path: Path, pair: tuple[str, str]) -> None:
+    key, typo = pair
+    *parents, name = typo.split(".")
+    text = f"{name} = 1\n" if not parents else f"{parents[0]} = dict({'='.join([*parents[1:], ''])}"
+    if parents:
+        text += f"dict({name}=1))\n" if len(parents) > 1 else f"{name}=1)\n"
+    (tmp_path / "typo.py").write_text(f"_base_ = {str(TINY)!r}\n{text}")
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "typo.py")
+    assert f"typo.py:2: {typo}: unknown key; nearest known key: {key}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("adam.eta_min", "lr_scheduler.eta_min"),
+        ("lr", "adam.lr"),
+        ("data.checkpoint_every", "ckpt.checkpoint_every"),
+        ("model.layers", "model.num_layers"),
+        ("optimizer", "hybrid_zero_optimizer"),
+        ("model.experts", None),
+        ("i", None),
+    ],
+)
+def test_nearest_key_in_another_section(key: str, nearest: str | None) -> None:
+    assert nearest_key(key) == nearest
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "distance"),
+    [("", "abc", 3), ("ab", "ba", 1), ("lr", "l", 1), ("seq", "seq", 0), ("kitten", "sitting", 3)],
+)
+def test_edits(a: str, b: str, distance: int) -> None:
+    assert edits(a, b) == edits(b, a) == distance
+
+
+def test_every_key_says_what_it_expects_and_means() -> None:
+    for key, field in known_keys().items():
+        assert expected(field) and field.description, key
+    assert expected(known_keys()["model.checkpoint"]) == "True or False or a number >= 0 and <= 1"
+    assert expected(known_keys()["data.weights"]) == "a dict (name: a number > 0) or None"
+    assert section_of(known_keys()["grad_scaler"]) is not None

@@ -1,0 +1,348 @@
+"""Good configs: the demos, overrides, inheritance, other spellings, and where each value came from."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from internlm_lite.config.check import check_config
+from internlm_lite.config.keys import known_keys
+from internlm_lite.config.load import LoadedConfig, load_config
+from internlm_lite.config.view import print_config, resolved
+from internlm_lite.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+SEED = Path(__file__).parent / "data" / "seed_20b.py"
+TINY = ROOT / "configs" / "tiny.py"
+
+
+def load(folder: Path, text: str, *overrides: str, name: str = "x.py") -> LoadedConfig:
+    """A config of the tiny model with `text` laid over it."""
+    (folder / name).write_text(f"_base_ = {str(TINY)!r}\n{text}")
+    return load_config(folder / name, overrides)
+
+
+def problem(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        load(folder, text, *overrides)
+    return str(error.value)
+
+
+def test_seed_config_loads_unchanged() -> None:
+    loaded = load_config(SEED)
+    check_config(loaded, 16)
+    config = loaded.config
+    assert config.JOB_NAME == "20b_train" and loaded.notes == ()
+    assert (config.model.mlp_hidden_size, config.model.head_dim, config.model.kv_heads) == (13824, 128, 40)
+    assert config.model.torch_dtype_name == "float16"
+    assert config.data.micro_num * config.data.micro_bsz * config.data.seq_len == 16384
+    assert config.lr_scheduler.total_steps == config.data.total_steps == 50000
+    assert (config.ckpt.oss_snapshot_freq, config.ckpt.snapshot_ckpt_folder) == (25, "local:llm_ckpts/snapshot")
+    assert config.hybrid_zero_optimizer.reduce_bucket_size == 2**29
+    assert config.grad_scaler is not None and config.grad_scaler.fp16.initial_scale == 65536
+
+
+def test_seed_config_with_boto3_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = SEED.with_name("seed_20b_boto3.py")
+    monkeypatch.setenv("BOTO3_IP", "10.0.0.1:9000")
+    assert load_config(seed).config.ckpt.save_ckpt_folder == "boto3:s3://model_weights.10.0.0.1:9000/internlm"
+    check_config(load_config(seed), 16)
+    monkeypatch.delenv("BOTO3_IP")
+    with pytest.raises(ConfigError, match=r"seed_20b_boto3\.py:18: the environment variable BOTO3_IP is not set"):
+        load_config(seed)
+    assert load_config(seed, ["BOTO3_IP=h", "SAVE_CKPT_FOLDER=local:here"]).config.ckpt.save_ckpt_folder == "local:here"
+
+
+def test_our_20b_config_is_the_seeds() -> None:
+    ours = load_config(ROOT / "configs" / "20B_sft.py")
+    assert ours.config == load_config(SEED).config
+    written = {key for key, origin in load_config(SEED).origins.items() if origin != "default"}
+    assert written == {key for key, origin in ours.origins.items() if origin != "default"}
+
+
+@pytest.mark.parametrize(("name", "world", "mlp"), [("20B_sft", 16, 13824), ("7B_sft", 8, 11008), ("tiny", 1, 192)])
+def test_our_configs_load(name: str, world: int, mlp: int) -> None:
+    loaded = load_config(ROOT / "configs" / f"{name}.py")
+    check_config(loaded, world)
+    assert loaded.config.model.mlp_hidden_size == mlp and loaded.notes == ()
+
+
+@pytest.mark.parametrize("name", ["20B_sft", "7B_sft"])
+def test_our_configs_refuse_another_world(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"expected a (multiple|divisor)"):
+        check_config(load_config(ROOT / "configs" / f"{name}.py"), 6)
+
+
+def test_what_is_no_key_is_ignored(tmp_path: Path) -> None:
+    text = "import os\nfrom math import sqrt\ndef f(): pass\nclass C: pass\n_x = 3\nNAME = {'a': sqrt(4)}\n'doc'\n"
+    assert load(tmp_path, text).config.JOB_NAME == "tiny"
+
+
+# Overrides
+
+
+def test_variable_override_reaches_derived_values() -> None:
+    loaded = load_config(SEED, ["HIDDEN_SIZE=4096", "CHECKPOINT_EVERY=10", "SAVE_CKPT_FOLDER=local:elsewhere"])
+    assert loaded.config.model.hidden_size == 4096
+    assert loaded.config.ckpt.oss_snapshot_freq == 5
+    assert loaded.config.ckpt.snapshot_ckpt_folder == "local:elsewhere/snapshot"
+    assert loaded.origins["model.hidden_size"].endswith("seed_20b.py:120")
+
+
+def test_variable_override_of_unusual_assignments(tmp_path: Path) -> None:
+    text = "A, B = 1, 2\nC: int = 3\nD = 4\nD += 1\nif True:\n    E = F = 5\nseed = A + B + C + D + E + F\n"
+    assert load(tmp_path, text).config.seed == 1 + 2 + 3 + 5 + 5 + 5
+    names = ["A=10", "B=20", "C=30", "D=40", "E=50", "F=60"]
+    assert load(tmp_path, text, *names).config.seed == 210
+
+
+def test_variable_override_reaches_the_base(tmp_path: Path) -> None:
+    assert load(tmp_path, "", "SEQ_LEN=64").config.data.seq_len == 64
+
+
+def test_a_variable_that_could_not_be_computed_can_be_given(tmp_path: Path) -> None:
+    text = "import os\nSEED = int(os.environ['NO_SUCH_VARIABLE'])\nseed = SEED\n"
+    assert load(tmp_path, text, "SEED=5").config.seed == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("adam.lr=3e-4", "lr", 3e-4),
+        ("adam.weight_decay=0", "weight_decay", 0),
+        ("adam.weight_decay_on=all", "weight_decay_on", "all"),
+    ],
+)
+def test_key_override(override: str, key: str, value: object) -> None:
+    loaded = load_config(SEED, [override])
+    assert getattr(loaded.config.adam, key) == value
+    assert loaded.origins[f"adam.{key}"] == "command line"
+
+
+def test_more_key_overrides() -> None:
+    config = load_config(
+        SEED,
+        [
+            "cudnn_benchmark=True",
+            "seed=3",
+            "JOB_NAME=7",
+            "data.skip_batches=7",
+            "data.train_folder=/data/a=b",
+            "data.weights={'code': 2, 'docs': 1}",
+            "parallel.pipeline.size=2",
+            "parallel.zero1.size=8",
+            "grad_scaler=None",
+        ],
+    ).config
+    assert (config.cudnn_benchmark, config.seed, config.JOB_NAME) == (True, 3, "7")
+    assert (config.data.skip_batches, config.data.train_folder) == ("7", "/data/a=b")
+    assert config.data.weights == {"code": 2, "docs": 1}
+    assert (config.parallel.pipeline.size, config.parallel.zero1, config.grad_scaler) == (2, 8, None)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("SEQLEN=4", "command line: SEQLEN: the config file has no variable of this name; nearest: SEQ_LEN"),
+        ("data.seq_lenn=4", "command line: data.seq_lenn: unknown key; nearest known key: data.seq_len"),
+        ("adam.lr=fast", "command line: adam.lr: found 'fast', expected a number >= 0"),
+        ("data.seq_len.x=1", "command line: data.seq_len: found {'x': 1}, expected an integer > 0"),
+        ("cudnn_benchmark=true", "command line: cudnn_benchmark: found 'true', expected True or False; write True"),
+        ("data.seq_len", "command line: found 'data.seq_len', expected NAME=value or section.key=value"),
+        ("--x=3", "command line: found '--x=3', expected NAME=value or section.key=value"),
+    ],
+)
+def test_wrong_override(override: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(SEED, [override])
+    assert str(error.value).startswith(expected)
+
+
+# Inheritance
+
+
+def test_base_merges_and_delete_replaces(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(f"_base_ = {str(TINY)!r}\ndata = dict(train_folder='t', weights=dict(x=1, y=2))\n")
+    (tmp_path / "b.py").write_text("data = dict(micro_num=8)\nadam = dict(lr=2e-3)\n")
+    text = "_base_ = ['a.py', 'b.py']\ndata = dict(weights={'z': 3, '_delete_': True})\n"
+    (tmp_path / "c.py").write_text(text)
+    loaded = load_config(tmp_path / "c.py")
+    assert [file.name for file in loaded.files] == ["c.py", "b.py", "a.py", "tiny.py"]
+    assert loaded.config.data.weights == {"z": 3} and loaded.config.data.micro_num == 8
+    assert loaded.config.adam.lr == 2e-3 and loaded.config.data.seq_len == 128
+    assert loaded.origins["adam.lr"].endswith("b.py:2") and loaded.origins["data.weights"].endswith("c.py:2")
+    assert loaded.origins["data.micro_bsz"].endswith("tiny.py:17")
+    text = text.replace("'_delete_': True", "")
+    (tmp_path / "c.py").write_text(text)
+    assert load_config(tmp_path / "c.py").config.data.weights == {"x": 1, "y": 2, "z": 3}
+
+
+def test_base_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("_base_ = 'b.py'\n")
+    (tmp_path / "b.py").write_text("_base_ = 'a.py'\n")
+    with pytest.raises(ConfigError, match=r"_base_ runs in a circle: a\.py -> b\.py -> a\.py"):
+        load_config(tmp_path / "a.py")
+
+
+def test_error_in_a_base_names_the_base(tmp_path: Path) -> None:
+    (tmp_path / "b.py").write_text("\nx = NOTHING\n")
+    (tmp_path / "a.py").write_text("_base_ = 'b.py'\n")
+    with pytest.raises(ConfigError, match=r"b\.py:2: .*NameError: name 'NOTHING' is not defined"):
+        load_config(tmp_path / "a.py")
+
+
+# Origins and defaults
+
+
+def test_origins_follow_how_a_key_was_written(tmp_path: Path) -> None:
+    text = (
+        "COMMON = dict(\n    lr=1e-3,\n    adam_beta1=0.8,\n)\n"  # lines 2-5
+        "adam = dict(\n    **COMMON,\n    adam_beta2=0.9,\n)\n"  # 6-9
+        "data = {\n    'micro_num': 3,\n}\n"  # 10-12
+        "data['min_length'] = 5\ndata.update(\n    valid_every=3,\n)\n"  # 13-16
+        "loss = (lambda: dict(label_smoothing=0.1))()\n"  # 17
+        "ckpt = dict(load_optimizer=True) | dict(\n    checkpoint_every=7)\n"  # 18-19
+    )
+    origins = load(tmp_path, text).origins
+    lines = {key: int(origin.rpartition(":")[2]) for key, origin in origins.items() if "x.py" in origin}
+    assert lines == {
+        "adam.lr": 3,
+        "adam.adam_beta1": 4,
+        "adam.adam_beta2": 8,
+        "data.micro_num": 11,
+        "data.min_length": 13,
+        "data.valid_every": 15,
+        "loss.label_smoothing": 17,
+        "ckpt.load_optimizer": 18,
+        "ckpt.checkpoint_every": 19,
+    }
+    assert origins["seed"] == "default"
+
+
+def test_defaults_taken_from_other_keys(tmp_path: Path) -> None:
+    text = "lr_scheduler = dict(warmup_ratio=0.2, _delete_=True)\nadam = dict(adam_beta2=0.99)\n"
+    text += "ckpt = dict(save_ckpt_folder='s/')\n"
+    loaded = load(tmp_path, text)
+    assert loaded.config.lr_scheduler.total_steps == 20
+    assert loaded.config.beta2_scheduler.init_beta2 == 0.99
+    assert loaded.config.ckpt.snapshot_ckpt_folder == "s/snapshot"
+    assert loaded.origins["lr_scheduler.total_steps"] == "default (data.total_steps)"
+    assert loaded.notes == ()
+
+
+def test_values_that_disagree_are_noted() -> None:
+    loaded = load_config(SEED, ["data.total_steps=20", "adam.adam_beta2=0.99"])
+    check_config(loaded, 16)
+    assert [note.partition(": ")[2] for note in loaded.notes] == [
+        "lr_scheduler.total_steps=50000 differs from data.total_steps=20 (command line): "
+        "the learning rate reaches eta_min at another step than the last",
+        "beta2_scheduler.init_beta2=0.95 differs from adam.adam_beta2=0.99 (command line): the schedule decides",
+    ]
+
+
+# Other spellings
+
+
+MODEL_ONLY = "load_ckpt_info=dict(path='p', content=('model',), ckpt_type='internevo')"
+SPELLINGS = [
+    (f"ckpt = dict({MODEL_ONLY})", {"ckpt.load_model_only_folder": "p"}),
+    (f"ckpt = dict(load_ckpt_folder='q', {MODEL_ONLY})", {"ckpt.load_ckpt_folder": None}),
+    ("ckpt = dict(load_ckpt_info=dict(path='p', content=('all',)))", {"ckpt.load_ckpt_folder": "p"}),
+    (
+        "ckpt = dict(load_ckpt_folder=dict(path='p', content=['model', 'sampler', 'scheduler']))",
+        {"ckpt.load_ckpt_folder": "p", "ckpt.load_optimizer": False},
+    ),
+    ("ckpt = dict(load_ckpt_info=None)", {"ckpt.load_ckpt_folder": None}),
+    ("ckpt = dict(auto_resume=False)", {"ckpt.auto_resume": False}),
+    ("ckpt = dict(load_given_ckpt=True)", {"ckpt.auto_resume": False}),
+    ("parallel = dict(zero1=dict(size=4, fsdp=False))", {"parallel.zero1": 4}),
+    ("parallel = dict(tensor=dict(size=2, mode='mtp'))", {"parallel.tensor": 2}),
+    ("parallel = dict(tensor=dict(size=2, mode='msp'))", {"parallel.sequence_parallel": True}),
+    ("parallel = dict(tensor=dict(size=1, mode='isp'))", {"parallel.tensor": 1}),
+    ("parallel = dict(pipeline=2)", {"parallel.pipeline.size": 2}),
+    ("parallel = dict(pipeline=dict(size=2, mode='1f1b'))", {"parallel.pipeline.size": 2}),
+    ("parallel = dict(weight=dict(size=1, overlap=True))", {}),
+    (
+        "hybrid_zero_optimizer = dict(zero_overlap_communication=False)",
+        {"hybrid_zero_optimizer.overlap_sync_grad": False},
+    ),
+    ("use_fp32_norm = True", {"model.use_fp32_norm": True}),
+    ("model_type = 'INTERNLM'", {"model.no_bias": False}),
+    ("model_type = 'INTERNLM2_PUBLIC'", {"model.no_bias": True}),
+    ("model_type = 'LLAMA2'\nmodel = dict(no_bias=False)", {"model.no_bias": False}),
+    ("data = dict(num_worker=4, diag_outlier_ratio=1.1, type='tokenized')", {}),
+    ("data = dict(empty_cache_and_diag_interval=10)", {}),
+    ("model = dict(qk_interleaved=False, mlp_layer_fusion=True)", {}),
+    ("metric_dtype = 'fp32'\ngeneration = dict(top_k=5)", {}),
+    ("monitor = dict(alert=dict(enable_feishu_alert=False, feishu_alert_address=None))", {}),
+    ("monitor = dict(tensorboard=dict(queue_max_length=1))", {}),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), SPELLINGS, ids=[text for text, _ in SPELLINGS])
+def test_other_spellings(tmp_path: Path, text: str, expected: dict[str, object]) -> None:
+    loaded = load(tmp_path, text + "\n")
+    for key, value in expected.items():
+        found: object = loaded.config
+        for name in key.split("."):
+            found = getattr(found, name)
+        assert found == value, key
+    assert loaded.notes and all("x.py:" in note and "understood" in note for note in loaded.notes)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ckpt = dict(load_ckpt_info=dict(content=('model',)))", "x.py:2: ckpt.load_ckpt_info: found {'content'"),
+        ("ckpt = dict(load_ckpt_info='p')", "x.py:2: ckpt.load_ckpt_info: found 'p', expected dict(path=...,"),
+        ("parallel = dict(weight=2)", "x.py:2: parallel.weight: found 2, expected size 1"),
+        ("parallel = dict(pipeline=dict(mode='zbv'))", "x.py:2: parallel.pipeline.mode: found 'zbv', expected '1f1b'"),
+        ("parallel = dict(tensor=dict(size=2, way=1))", "x.py:2: parallel.tensor: found {'size': 2, 'way': 1}"),
+        (
+            "model = dict(qk_interleaved=True)",
+            "x.py:2: model.qk_interleaved: found True, expected False or no such key",
+        ),
+        ("data = dict(type='hf')", "x.py:2: data.type: found 'hf', expected 'tokenized' or no such key"),
+        ("monitor = dict(alert=dict(feishu_alert_address='u'))", "x.py:2: monitor.alert: found alerts switched on"),
+    ],
+)
+def test_other_spellings_of_what_does_not_exist(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in problem(tmp_path, text + "\n")
+
+
+OTHER_KEYS = ["ckpt.load_ckpt_info", "parallel.weight", "parallel.pipeline.mode", "model_type", "monitor.alert", "x.y"]
+VALUES = [
+    "None",
+    "True",
+    "-1",
+    "1.5",
+    "1e999",
+    "''",
+    "a",
+    "[[]]",
+    "{}",
+    "{'size': 'x'}",
+    "{'path': 'p'}",
+    "{1: 2}",
+    "b'x'",
+]
+
+
+@given(st.sampled_from([*known_keys(), *OTHER_KEYS]), st.sampled_from(VALUES))
+@settings(max_examples=150, deadline=None)
+def test_any_value_of_any_key_loads_or_is_a_config_error(key: str, value: str) -> None:
+    try:
+        loaded = load_config(SEED, [f"{key}={value}"])
+        check_config(loaded, 16)
+    except ConfigError as error:
+        assert str(error).startswith(("command line: ", "tests/config/data/seed_20b.py:", str(SEED)))
+    else:
+        assert print_config(loaded, "full")
+
+
+def test_config_cannot_be_changed() -> None:
+    config = load_config(SEED).config
+    with pytest.raises(ValueError, match="frozen"):
+        config.data.seq_len = 1
+    assert resolved(config)["data"]["seq_len"] == 2048

@@ -1,0 +1,35 @@
+"""FORBID_SKIPS=1 (set by .ci/run) turns every skip into a failure: a missing part must not pass for a tested one.
+
+Tests marked `gpu` may still be skipped, since a machine without a GPU cannot run them at all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+
+import pytest
+
+FORBID_SKIPS = os.environ.get("FORBID_SKIPS", "") not in ("", "0")
+
+
+def _refuse(report: pytest.TestReport | pytest.CollectReport) -> None:
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+    report.outcome = "failed"
+    report.longrepr = f"{report.nodeid}: {reason} (FORBID_SKIPS is set: install what is missing)"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if FORBID_SKIPS and report.skipped and not hasattr(report, "wasxfail") and item.get_closest_marker("gpu") is None:
+        _refuse(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if FORBID_SKIPS and report.skipped:
+        _refuse(report)
+    return report

@@ -1,0 +1,186 @@
+"""Training a tokenizer, tokenising folders of text, and the checks between tokenizer, data and model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from internlm_lite.batch import IGNORE, Position
+from internlm_lite.data.documents import read_metadata
+from internlm_lite.data.encode import encode_folder
+from internlm_lite.data.loader import open_training_data
+from internlm_lite.data.source import open_documents
+from internlm_lite.data.tokenizer import Tokenizer, train_tokenizer
+from internlm_lite.errors import DataError
+from tests.data.corpora import data_config
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "internlm_lite").rglob("*.py"))
+VOCAB_SIZE = 500
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    texts = (path.read_text() for path in SOURCES)
+    return train_tokenizer(texts, tmp_path_factory.mktemp("tokenizer") / "t.model", VOCAB_SIZE, threads=1)
+
+
+def _source(folder: Path) -> Path:
+    """Text of every kind: a tree of files and JSON lines."""
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.py").write_text("def f(x):\n    return x  # \u00e9\n")
+    (folder / "sub" / "b.md").write_text("# Title\n\n  text ")
+    (folder / "sub" / "c.bin").write_bytes(b"\x00\x01")
+    (folder / "d.jsonl").write_text("".join(json.dumps({"text": f"line {i} " * 20}) + "\n" for i in range(40)))
+    return folder
+
+
+def _decoded(bin_path: Path, tokenizer: Tokenizer) -> list[str]:
+    documents = open_documents(bin_path)
+    found = []
+    for i, length in enumerate(documents.lengths.tolist()):
+        tokens = documents.tokens(i, 0, length).tolist()
+        assert (tokens[0], tokens[-1]) == (tokenizer.bos, tokenizer.eos)
+        found.append(tokenizer.decode(tokens))
+    return found
+
+
+@pytest.mark.parametrize(
+    "text", ["", " x", "  a\n\n\t b \r\n", "\u2581 \u2581x", "\x00", "日本語 \U0001f600", "e\u0301\u00a0", "<s>"]
+)
+def test_round_trip(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text())
+def test_round_trip_of_any_text(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_round_trip_of_sources_and_special_tokens(tokenizer):
+    assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos) == (VOCAB_SIZE, 1, 2)
+    for path in SOURCES[:20]:
+        text = path.read_text()
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert len(ids) < len(text) / 1.5
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_encode_folder(tmp_path, tokenizer, workers):
+    reported = []
+    target = tmp_path / "out" / "mine"
+    source = _source(tmp_path / "in")
+    metadata = encode_folder(tokenizer.path, source, target, workers=workers, progress=reported.append)
+    texts = [source.joinpath("a.py").read_text(), *(f"line {i} " * 20 for i in range(40)), "# Title\n\n  text "]
+    assert _decoded(target / "mine.bin", tokenizer) == texts
+    assert sorted(path.name for path in target.iterdir()) == ["mine.bin", "mine.idx", "mine.meta.json"]
+    assert [path.name for path in target.parent.iterdir()] == ["mine"]
+    documents = open_documents(target / "mine.bin")
+    assert documents.metadata == metadata == read_metadata(target / "mine.bin")
+    assert (metadata.documents, metadata.tokens) == (42, int(documents.lengths.sum()))
+    assert (metadata.longest, metadata.vocab_size) == (int(documents.lengths.max()), VOCAB_SIZE)
+    assert metadata.text_bytes == sum(reported) == sum(len(text.encode()) for text in texts)
+    assert metadata.tokenizer_sha256 == tokenizer.sha256
+
+
+def test_prompts_are_read_and_not_learnt(tmp_path, tokenizer):
+    source = tmp_path / "in"
+    source.mkdir()
+    records = [{"prompt": "Q: two and two?\n", "response": "A: four"}, {"prompt": "", "response": "free"}]
+    (source / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    encode_folder(tokenizer.path, source, tmp_path / "out" / "sft", workers=1)
+    documents = open_documents(tmp_path / "out" / "sft" / "sft.bin")
+    tokens = documents.tokens(0, 0, int(documents.lengths[0]))
+    prompt = 1 + len(tokenizer.encode(records[0]["prompt"]))
+    assert tokens.dtype == np.int16 and (tokens[:prompt] < 0).all() and (tokens[prompt:] > 0).all()
+    assert tokenizer.decode(tokens[prompt:]) == "A: four"
+    config = data_config(tmp_path / "out", seq_len=4, micro_bsz=1, micro_num=1)
+    batch = open_training_data(config, VOCAB_SIZE, 0, 1, 0).build(Position())
+    assert set(batch.labels.flatten().tolist()) - {IGNORE} <= set(tokens[prompt:].tolist()) | set(
+        tokenizer.encode("free")
+    )
+
+
+def test_damaged_input_leaves_nothing(tmp_path, tokenizer):
+    source = _source(tmp_path / "in")
+    lines = ['{"text": "good"}', '{"other": 1}']
+    source.joinpath("z.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"z\.jsonl:2: found keys other, expected text under 'text'"):
+        encode_folder(tokenizer.path, source, tmp_path / "out" / "x", workers=1)
+    source.joinpath("z.jsonl").write_text('{"text": "good"}\n{"text": ')
+    with pytest.raises(DataError, match=r"z\.jsonl:2: expected a JSON object, found damage"):
+        encode_folder(tokenizer.path, source, tmp_path / "out" / "x", workers=2)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_existing_output_is_kept_or_replaced(tmp_path, tokenizer):
+    source, target = _source(tmp_path / "in"), tmp_path / "out" / "x"
+    encode_folder(tokenizer.path, source, target, workers=1)
+    with pytest.raises(DataError, match="exists already; .* --overwrite"):
+        encode_folder(tokenizer.path, source, target, workers=1)
+    source.joinpath("d.jsonl").unlink()
+    assert encode_folder(tokenizer.path, source, target, workers=1, overwrite=True).documents == 2
+    assert [path.name for path in target.parent.iterdir()] == ["x"]
+
+
+def test_missing_and_empty_sources(tmp_path, tokenizer):
+    with pytest.raises(DataError, match="nowhere: is no folder"):
+        encode_folder(tokenizer.path, tmp_path / "nowhere", tmp_path / "x", workers=1)
+    with pytest.raises(DataError, match="holds no text"):
+        encode_folder(tokenizer.path, tmp_path, tmp_path / "x", workers=1)
+    with pytest.raises(DataError, match="could not train a vocabulary of 100000"):
+        train_tokenizer(["too little text"], tmp_path / "t.model", 100_000, threads=1)
+
+
+@pytest.fixture(scope="module")
+def tokenised(tmp_path_factory, tokenizer) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    encode_folder(tokenizer.path, _source(root / "in"), root / "out" / "mine", workers=1)
+    return root / "out"
+
+
+def test_vocabularies_must_agree(tokenised, tokenizer, tmp_path):
+    config = data_config(tokenised, tokenizer=str(tokenizer.path))
+    for fits in (VOCAB_SIZE, 512):  # the tokenizer's own, and padded to a multiple of 128
+        assert open_training_data(config, fits, 0, 1, 0).folders == ("mine",)
+    for other in (400, 640):
+        with pytest.raises(DataError, match=rf"t\.model has a vocabulary of 500, but model.vocab_size is {other}"):
+            open_training_data(config, other, 0, 1, 0)
+        with pytest.raises(DataError, match=rf"mine\.bin: its tokenizer has a vocabulary of 500, but .* {other}"):
+            open_training_data(data_config(tokenised), other, 0, 1, 0)
+    texts = (path.read_text() for path in SOURCES[:-1])
+    another = train_tokenizer(texts, tmp_path / "another.model", VOCAB_SIZE, threads=1)
+    with pytest.raises(DataError, match=r"mine\.bin was tokenised with another tokenizer"):
+        open_training_data(data_config(tokenised, tokenizer=str(another.path)), VOCAB_SIZE, 0, 1, 0)
+
+
+def test_tokenizer_files_that_are_none(tmp_path):
+    with pytest.raises(DataError, match="nowhere: No such file"):
+        Tokenizer(tmp_path / "nowhere")
+    (tmp_path / "x.model").write_bytes(b"hello")
+    with pytest.raises(DataError, match="found no sentencepiece model"):
+        Tokenizer(tmp_path / "x.model")
+
+
+def _run(*arguments: str | Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tools/tokenizer.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+
+
+def test_command_line(tmp_path):
+    model = tmp_path / "t.model"
+    done = _run("train", "--input", ROOT / "internlm_lite", "--output", model, "--vocab-size", "400")
+    assert done.returncode == 0 and "400 pieces" in done.stdout, done.stderr
+    source = _source(tmp_path / "corpus")
+    encode = ("encode", "--input", source, "--output", tmp_path / "out", "--tokenizer", model, "--workers", "2")
+    done = _run(*encode)
+    assert done.returncode == 0 and "corpus" in done.stdout and "bytes/token" in done.stdout, done.stderr
+    done = _run(*encode)
+    assert done.returncode == 2 and "DataError" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,138 @@
+"""The fused head and loss against F.linear + F.cross_entropy."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from internlm_lite.batch import IGNORE
+from internlm_lite.layers import loss as loss_module
+from internlm_lite.layers.loss import linear_cross_entropy
+from internlm_lite.mesh.mesh import single_process_mesh
+
+TP = single_process_mesh().tp
+SCALE = torch.tensor(0.25)
+
+
+def inputs(n_tokens=37, vocab=51, width=8, dtype=torch.float64, size=1.0):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n_tokens, width, generator=generator, dtype=torch.float64) * size
+    weight = torch.randn(vocab, width, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, vocab, (n_tokens,), generator=generator)
+    labels[::5] = IGNORE
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels
+
+
+def fused(hidden, weight, labels, smoothing=0.0, scale=SCALE):
+    return linear_cross_entropy(
+        hidden, weight, labels, scale, label_smoothing=smoothing, group=TP, parallel_output=True
+    )
+
+
+def reference(hidden, weight, labels, smoothing=0.0):
+    logits = F.linear(hidden, weight)
+    return logits, F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none", ignore_index=IGNORE)
+
+
+@pytest.fixture(params=[1, 10, 37], ids=lambda n: f"chunks of {n}")
+def chunk_tokens(request, monkeypatch):
+    monkeypatch.setitem(loss_module._CHUNK_BYTES, "cpu", request.param * 51 * 8)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_losses_and_gradients_equal_torchs(chunk_tokens, smoothing):
+    hidden, weight, labels = inputs()
+    ours = fused(hidden, weight, labels, smoothing)
+    ours_grads = torch.autograd.grad(3 * ours.scaled_sum, (hidden, weight))
+    logits, expected = reference(hidden, weight, labels, smoothing)
+    grads = torch.autograd.grad(3 * SCALE.double() * expected.sum(), (hidden, weight))
+    torch.testing.assert_close(ours.train_loss_sum, expected.sum().detach(), rtol=1e-13, atol=0)
+    torch.testing.assert_close(ours.scaled_sum, (expected.sum() * 0.25), rtol=1e-13, atol=0)
+    torch.testing.assert_close(ours.token_loss, reference(hidden, weight, labels)[1].detach(), rtol=1e-12, atol=1e-14)
+    assert torch.equal(ours.correct, logits.argmax(dim=-1) == labels)
+    for mine, theirs in zip(ours_grads, grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_gradients_equal_finite_differences(smoothing):
+    hidden, weight, labels = inputs(n_tokens=6, vocab=7, width=3)
+    fused(hidden, weight, labels, smoothing).scaled_sum.backward()
+    step = 1e-6
+    with torch.no_grad():
+        for tensor in (hidden, weight):
+            for index in range(tensor.numel()):
+                moved = []
+                for sign in (1, -1):
+                    tensor.view(-1)[index] += sign * step
+                    moved.append(fused(hidden, weight, labels, smoothing).scaled_sum)
+                    tensor.view(-1)[index] -= sign * step
+                slope = (moved[0] - moved[1]) / (2 * step)
+                torch.testing.assert_close(tensor.grad.view(-1)[index], slope, rtol=1e-6, atol=1e-8)
+
+
+def test_logits_a_thousand_times_larger_stay_finite():
+    hidden, weight, labels = inputs(size=1000, dtype=torch.float32)
+    ours = fused(hidden, weight, labels)
+    expected = reference(hidden, weight, labels)[1]
+    torch.testing.assert_close(ours.token_loss, expected.detach(), rtol=1e-5, atol=1e-3)
+    ours.scaled_sum.backward()
+    assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk", [10, 100])
+def test_reduced_precision_is_close_to_double(dtype, chunk, monkeypatch):
+    monkeypatch.setitem(loss_module._CHUNK_BYTES, "cpu", chunk * 51 * 4)
+    hidden, weight, labels = inputs(dtype=dtype)
+    ours = fused(hidden, weight, labels)
+    ours.scaled_sum.backward()
+    assert ours.token_loss.dtype == ours.scaled_sum.dtype == torch.float32
+    exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    exact = fused(exact_hidden, exact_weight, labels)
+    exact.scaled_sum.backward()
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(ours.token_loss.double(), exact.token_loss, rtol=tolerance, atol=tolerance)
+    for mine, theirs in ((hidden.grad, exact_hidden.grad), (weight.grad, exact_weight.grad)):
+        assert mine.dtype == dtype
+        assert (mine.double() - theirs).norm() < tolerance * theirs.norm()
+
+
+def test_the_scale_saves_small_gradients_from_underflow():
+    hidden, weight, labels = inputs(dtype=torch.float16)
+    fused(hidden, weight, labels, scale=torch.tensor(1e-9)).scaled_sum.backward()
+    assert hidden.grad.abs().max() == 0
+    again = inputs(dtype=torch.float16)
+    fused(*again, scale=torch.tensor(1e-9 * 2**20)).scaled_sum.backward()
+    assert again[0].grad.abs().max() > 0
+
+
+def test_a_row_without_labels_is_zero_everywhere():
+    hidden, weight, _ = inputs()
+    ours = fused(hidden, weight, torch.full((37,), IGNORE), smoothing=0.1)
+    ours.scaled_sum.backward()
+    assert ours.scaled_sum == 0 and not ours.correct.any() and not ours.token_loss.any()
+    assert not hidden.grad.any() and not weight.grad.any()
+
+
+def test_without_gradients_the_losses_are_the_same():
+    hidden, weight, labels = inputs()
+    with torch.no_grad():
+        without = fused(hidden, weight, labels)
+    assert torch.equal(without.token_loss, fused(hidden, weight, labels).token_loss)
+    assert not without.scaled_sum.requires_grad
+
+
+def test_taking_the_gradient_twice_is_refused():
+    hidden, weight, labels = inputs()
+    scaled_sum = fused(hidden, weight, labels).scaled_sum
+    scaled_sum.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="taken already"):
+        scaled_sum.backward()
+
+
+def test_chunks_are_even_and_within_the_limit(monkeypatch):
+    monkeypatch.setitem(loss_module._CHUNK_BYTES, "cpu", 100 * 51 * 8)
+    _, weight, _ = inputs()
+    assert loss_module._chunk_tokens(torch.zeros(100, 8, dtype=torch.float64), weight) == 100
+    assert loss_module._chunk_tokens(torch.zeros(101, 8, dtype=torch.float64), weight) == 51
+    assert loss_module._chunk_tokens(torch.zeros(1, 8, dtype=torch.float64), weight) == 1

@@ -1,0 +1,48 @@
+"""One rank for test_start.py: meet the others, sum the ranks, end. `python rank.py SECONDS [die]`, or forked."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from internlm_lite.errors import InternLMError
+from internlm_lite.runtime.log import setup_logging
+from internlm_lite.runtime.place import find_place
+from internlm_lite.runtime.start import announce_layout, end_process, start_world
+
+
+def main(environ: Mapping[str, str], seconds: float, die: bool = False) -> NoReturn:
+    place = find_place(environ)
+    setup_logging(place, None, "full")
+    torch.set_num_threads(1)
+    try:
+        start_world(place, torch.device("cpu"), timedelta(seconds=seconds))
+    except InternLMError as error:
+        print("MeshError:", error)
+        end_process(error.exit_code)
+    if dist.is_initialized():
+        total = torch.tensor([float(place.rank + 1)])
+        dist.all_reduce(total)
+        print(f"sum {total.item()} {dist.get_backend()} {place.launcher} attempt {place.attempt}")
+    announce_layout(place.world_size, 1, 1)
+    if die and place.attempt == 0 and place.rank == place.world_size - 1:
+        end_process(7)
+    end_process(0)
+
+
+def forked(output: str, environ: Mapping[str, str], seconds: float) -> NoReturn:
+    """`main` in a process of the fork server, printing into the file `output`."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    main(environ, seconds)
+
+
+if __name__ == "__main__":
+    main(os.environ, float(sys.argv[1]), "die" in sys.argv)

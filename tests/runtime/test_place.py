@@ -1,0 +1,166 @@
+"""The launcher's variables, as torchrun and Slurm really set them, become a Place or one clear error."""
+
+from __future__ import annotations
+
+import pytest
+
+from internlm_lite.errors import MeshError
+from internlm_lite.runtime.place import FIRST_PORT, N_PORTS, Place, find_place
+
+TORCHRUN = {
+    "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu01",
+    "MASTER_PORT": "29400", "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "2",
+    "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1",
+}  # fmt: skip
+
+# Task 2 of `srun -N 2 -n 3` inside an allocation made with --ntasks-per-node=2: that variable is stale.
+SRUN = {
+    "SLURM_PROCID": "2", "SLURM_NTASKS": "3", "SLURM_LOCALID": "0", "SLURM_NODEID": "1", "SLURM_JOB_ID": "1",
+    "SLURM_STEP_ID": "0", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_NTASKS_PER_NODE": "2", "SLURM_TASKS_PER_NODE": "2,1", "SLURM_STEP_TASKS_PER_NODE": "2,1",
+    "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1", "SLURMD_NODENAME": "node2", "ENVIRONMENT": "BATCH",
+}  # fmt: skip
+
+# The seed's srun -N 2 -n 16 --ntasks-per-node=8, with the variables that every Slurm sets.
+SEED = {
+    "SLURM_PROCID": "11", "SLURM_NTASKS": "16", "SLURM_LOCALID": "3", "SLURM_JOB_ID": "4711",
+    "SLURM_JOB_NODELIST": "HOST-10-140-60-[69,95]", "SLURM_NTASKS_PER_NODE": "8",
+    "SLURMD_NODENAME": "HOST-10-140-60-95",
+}  # fmt: skip
+
+BATCH_SHELL = {
+    "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_ID": "1",
+    "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_TASKS_PER_NODE": "2(x2)", "ENVIRONMENT": "BATCH",
+}  # fmt: skip
+
+
+def place_of(environ: dict[str, str], launcher: str = "auto", resolves=True, **kwargs) -> Place:
+    return find_place(environ, launcher, resolves=lambda name: resolves, **kwargs)
+
+
+def test_torchrun():
+    place = place_of(TORCHRUN)
+    assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (5, 8, 1, 4)
+    assert (place.launcher, place.master_host, place.master_port) == ("torch", "gpu01", 29400)
+    assert (place.attempt, place.agent_store) == (2, True)
+    assert "TORCHELASTIC_RUN_ID" in place.why and "\n" not in place.why
+    assert place.cpu_threads is None, "torchrun's own OMP_NUM_THREADS=1 is not a wish"
+
+
+def test_ranks_set_by_hand():
+    environ = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "h",
+        "MASTER_PORT": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+    place = place_of(environ)
+    assert (place.launcher, place.local_world_size, place.agent_store, place.cpu_threads) == ("torch", 2, False, 1)
+    assert "LOCAL_WORLD_SIZE is not set" in place.why
+
+
+def test_srun_task():
+    place = place_of(SRUN)
+    assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (2, 3, 0, 1)
+    assert (place.launcher, place.master_host, place.hostname) == ("slurm", "node1", "node2")
+    assert FIRST_PORT <= place.master_port < FIRST_PORT + N_PORTS
+    assert "SLURM_PROCID=2" in place.why
+
+
+def test_the_seeds_srun():
+    place = place_of(SEED)
+    assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (11, 16, 3, 8)
+    assert (place.master_host, place.hostname) == ("HOST-10-140-60-69", "HOST-10-140-60-95")
+
+
+def test_all_tasks_of_a_job_agree_on_the_port_and_other_jobs_and_steps_differ():
+    ports = {place_of(SRUN | {"SLURM_PROCID": str(rank)}).master_port for rank in range(3)}
+    others = {place_of(SRUN | {"SLURM_JOB_ID": str(job)}).master_port for job in range(2, 52)}
+    others |= {place_of(SRUN | {"SLURM_STEP_ID": str(step)}).master_port for step in range(1, 50)}
+    assert len(ports) == 1 and len(others) > 90 and not ports & others
+
+
+def test_host_and_port_of_the_command_line_win_under_slurm():
+    place = place_of(SRUN, host="10.0.0.7", port=12345, resolves=False)
+    assert (place.master_host, place.master_port) == ("10.0.0.7", 12345)
+
+
+def test_node_names_that_do_not_resolve():
+    place = place_of(SRUN, resolves=False)
+    assert place.master_host == "127.0.0.1" and "does not resolve" in place.why
+    with pytest.raises(MeshError, match="SLURM_LAUNCH_NODE_IPADDR is not set; pass --host"):
+        place_of({key: value for key, value in SRUN.items() if key != "SLURM_LAUNCH_NODE_IPADDR"}, resolves=False)
+
+
+def test_torchrun_inside_srun_is_torchrun():
+    place = place_of(SRUN | TORCHRUN)
+    assert place.launcher == "torch" and place.rank == 5 and "inside Slurm task 2" in place.why
+
+
+def test_variables_that_a_batch_script_exports_do_not_hide_srun():
+    exported = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500", "WORLD_SIZE": "3"}
+    assert place_of(SRUN | exported).launcher == "slurm"
+
+
+@pytest.mark.parametrize(
+    ("environ", "why"),
+    [
+        ({}, "no variable of torchrun or Slurm"),
+        ({"WORLD_SIZE": "1"}, "no variable"),
+        ({"SLURM_JOB_ID": "9", "SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "n[1-2]"}, "a shell inside Slurm job 9"),
+        (BATCH_SHELL, "batch script or interactive shell inside Slurm job 1"),
+        (SRUN | {"SLURM_STEP_ID": "4294967290"}, "batch script or interactive shell inside Slurm job 1"),
+    ],
+)
+def test_single(environ, why):
+    place = place_of(environ)
+    assert (place.launcher, place.rank, place.world_size, place.local_world_size) == ("single", 0, 1, 1)
+    assert why in place.why and "\n" not in place.why
+
+
+def test_asked_for_launcher_wins():
+    assert place_of(SRUN | TORCHRUN, "slurm").rank == 2
+    assert place_of(SRUN | TORCHRUN, "single").world_size == 1
+    with pytest.raises(MeshError, match="not set: RANK, WORLD_SIZE, LOCAL_RANK"):
+        place_of(SRUN, "torch")
+    with pytest.raises(MeshError, match="not set: SLURM_PROCID"):
+        place_of({}, "slurm")
+    with pytest.raises(MeshError, match="expected auto, torch, slurm or single"):
+        place_of({}, "mpi")
+
+
+@pytest.mark.parametrize(
+    ("environ", "names"),
+    [
+        (TORCHRUN | {"RANK": "8"}, "RANK=8, WORLD_SIZE=8"),
+        (TORCHRUN | {"LOCAL_RANK": "4"}, "LOCAL_RANK=4, LOCAL_WORLD_SIZE=4"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "9"}, "LOCAL_WORLD_SIZE=9"),
+        (TORCHRUN | {"RANK": "x"}, "RANK='x'"),
+        (TORCHRUN | {"RANK": "-1"}, "RANK='-1'"),
+        (TORCHRUN | {"MASTER_ADDR": ""}, "not set: MASTER_ADDR"),
+        (TORCHRUN | {"MASTER_PORT": "70000"}, "master port 70000"),
+        ({"WORLD_SIZE": "8"}, "not set: RANK, LOCAL_RANK"),
+        ({"RANK": "0"}, "not set: WORLD_SIZE"),
+        (SRUN | {"SLURM_PROCID": "3"}, "SLURM_PROCID=3, SLURM_NTASKS=3"),
+        (SRUN | {"SLURM_LOCALID": "1"}, "SLURM_LOCALID=1"),
+        (SRUN | {"SLURM_NTASKS": ""}, "not set: SLURM_NTASKS"),
+        (SRUN | {"SLURM_NTASKS": "5"}, "SLURM_NTASKS=5 but SLURM_STEP_TASKS_PER_NODE=2,1, SLURM_TASKS_PER_NODE=2,1"),
+        (SRUN | {"SLURM_NODEID": "2"}, "node 2 of 2"),
+        (SRUN | {"SLURM_STEP_NODELIST": "node[1-"}, "node list 'node\\[1-'"),
+        (SRUN | {"SLURM_STEP_NODELIST": "", "SLURM_JOB_NODELIST": ""}, "SLURM_JOB_NODELIST are not set"),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "two"}, "tasks per node 'two'"),
+        (SEED | {"SLURM_NTASKS_PER_NODE": "7"}, "SLURM_NTASKS_PER_NODE=7"),
+    ],
+)
+def test_contradictions_name_the_variables(environ, names):
+    with pytest.raises(MeshError, match=names):
+        place_of(environ)
+
+
+def test_thread_counts_that_were_asked_for():
+    assert place_of(SRUN | {"SLURM_CPUS_PER_TASK": "6", "OMP_NUM_THREADS": "2"}).cpu_threads == 6
+    assert place_of(SRUN | {"OMP_NUM_THREADS": "2"}).cpu_threads == 2
+    assert place_of(TORCHRUN | {"OMP_NUM_THREADS": "4"}).cpu_threads == 4
+    assert place_of(TORCHRUN | {"OMP_NUM_THREADS": "a"} | {"TORCHELASTIC_RUN_ID": "x"}, "single").cpu_threads is None

@@ -1,0 +1,90 @@
+#!/usr/bin/env python3
+"""Train a decoder from a config file, as one process, under torchrun, or under Slurm.
+
+    python train.py --config configs/demo.py
+    torchrun --nproc_per_node=8 train.py --config configs/7B_sft.py
+    srun -N 2 -n 16 --ntasks-per-node=8 --gpus-per-task=1 python train.py --config configs/20B_sft.py
+
+Trailing NAME=value replaces a variable before the config runs, section.key=value sets one key after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="Python config file")
+    parser.add_argument(
+        "--launcher", choices=["auto", "slurm", "torch", "single"], default="auto", help="who started us"
+    )
+    parser.add_argument("--host", help="where rank 0 listens (default: from the launcher)")
+    parser.add_argument("--port", type=int, help="its port (default: from the launcher)")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if there is one"
+    )
+    parser.add_argument(
+        "--backend", choices=["nccl", "gloo"], help="accepted for old command lines; follows the device"
+    )
+    parser.add_argument("--resume", default="auto", metavar="auto|none|PATH", help="which checkpoint to go on from")
+    parser.add_argument("--seed", type=int, help="seed of weights and data order, instead of the config's")
+    parser.add_argument(
+        "--run-dir", type=Path, default=Path("RUN"), help="logs and metrics go to RUN_DIR/<JOB_NAME>/<time>"
+    )
+    parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="longest wait for other ranks")
+    parser.add_argument(
+        "--log-style", choices=["auto", "full", "compact"], default="auto", help="lines on the terminal"
+    )
+    parser.add_argument("--print-config", choices=["full", "diff", "origin"], help="print the config and stop")
+    parser.add_argument("--cfg-options", nargs="*", default=[], metavar="KEY=VALUE", help="same as the trailing ones")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config")
+    return parser.parse_intermixed_args(argv)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    # Imported late: --help is quick, and a wrong config is reported before torch is loaded.
+    from internlm_lite.config.load import load_config
+    from internlm_lite.config.view import print_config
+    from internlm_lite.errors import ConfigError, InternLMError
+    from internlm_lite.runtime.place import find_place
+
+    overrides = [*arguments.cfg_options, *arguments.overrides]
+    if arguments.seed is not None:
+        overrides.append(f"seed={arguments.seed}")
+    rank = 0
+    try:
+        place = find_place(os.environ, arguments.launcher, arguments.host, arguments.port)
+        rank = place.rank
+        loaded = load_config(arguments.config, overrides)
+    except InternLMError as error:
+        if rank == 0 or not isinstance(error, ConfigError):  # a config is wrong on all ranks alike: said once
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    if arguments.print_config:
+        print(print_config(loaded, arguments.print_config))
+        return
+
+    from internlm_lite.train.job import Options, run_job
+
+    run_job(
+        loaded,
+        place,
+        Options(
+            resume=arguments.resume,
+            device=arguments.device,
+            run_dir=arguments.run_dir,
+            timeout_seconds=arguments.timeout,
+            log_style=arguments.log_style,
+            command=tuple(sys.argv),
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()

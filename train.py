@@ -31,7 +31,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--backend", choices=["nccl", "gloo"], help="accepted for old command lines; follows the device"
     )
-    parser.add_argument("--resume", default="auto", metavar="auto|none|PATH", help="which checkpoint to go on from")
+    parser.add_argument("--resume", metavar="auto|none|PATH", help="checkpoint to go on from (default: auto)")
     parser.add_argument("--seed", type=int, help="seed of weights and data order, instead of the config's")
     parser.add_argument(
         "--run-dir", type=Path, default=Path("RUN"), help="logs and metrics go to RUN_DIR/<JOB_NAME>/<time>"

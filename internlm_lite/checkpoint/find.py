@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
+from internlm_lite.checkpoint.backends import open_storage
 from internlm_lite.checkpoint.boxes import tiling_problems
 from internlm_lite.checkpoint.format import FORMAT, Commit, Manifest, Name, read_bytes, unseal
 from internlm_lite.checkpoint.storage import Storage
@@ -134,6 +135,28 @@ def _tell_what_is_there(storage: Storage) -> None:
         logger.warning("%s: no committed checkpoint; unfinished saves: %s", storage.name, ", ".join(unfinished))
     elif keys:
         logger.warning("%s: %d files but no checkpoint of this program, such as %s", storage.name, len(keys), keys[0])
+
+
+def locate(path: str) -> tuple[str, Name | None]:
+    """(storage, name of the checkpoint in it or None) that a path of the user means."""
+    head, _, tail = path.rstrip("/").rpartition("/")
+    name = Name.parse(tail.removesuffix(".json"))
+    if name is None:
+        return path, None
+    root = head.removesuffix("/data").removesuffix("/commits") or "/"
+    return (root, name) if open_storage(root).size(name.commit) is not None else (path, None)
+
+
+def open_at(storage: Storage, name: Name | None) -> Found:
+    """What `locate` found. Raises CheckpointError if there is nothing, DamagedError if it is not whole."""
+    if name is not None:
+        return inspect(storage, name)
+    if storage.size("manifest.json") is not None:
+        return found_in(storage, "", read_bytes(storage, "manifest.json"))
+    found = newest(storage, {})
+    if found is None:
+        raise CheckpointError(f"{storage.name} holds no checkpoint; expected a save folder, or one checkpoint of it")
+    return found
 
 
 def remove(storage: Storage, name: Name) -> None:

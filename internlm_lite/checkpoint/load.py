@@ -24,7 +24,7 @@ class Reader:
 
     def __init__(self, found: Found) -> None:
         self.found = found
-        self.read_bytes = 0
+        self.bytes_read = 0
         self._headers: dict[str, dict[str, StoredTensor]] = {}
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
@@ -130,7 +130,7 @@ class Reader:
             self.found.storage.read_into(self.found.key(piece.file), stored.start + low, view)
         except UnreadableError as error:
             raise DamagedError(f"{self._where(piece)}: {error}") from error
-        self.read_bytes += high - low
+        self.bytes_read += high - low
         for start in range(low, high, BLOCK_BYTES):
             block = view[start - low : min(start + BLOCK_BYTES, high) - low]
             expected = piece.crc32[start // BLOCK_BYTES]

@@ -19,12 +19,13 @@ import torch
 
 from internlm_lite.checkpoint import commit, find
 from internlm_lite.checkpoint.agree import on_all, on_main
+from internlm_lite.checkpoint.backends import open_storage
 from internlm_lite.checkpoint.find import Found
-from internlm_lite.checkpoint.format import Kind, Manifest, Name, check_json, read_bytes, seal, unseal
+from internlm_lite.checkpoint.format import Kind, Manifest, Name, check_json, seal, unseal
 from internlm_lite.checkpoint.load import Reader
 from internlm_lite.checkpoint.report import Wanted, load_plan, mismatch
 from internlm_lite.checkpoint.share import Holding, Share, describe, share_out
-from internlm_lite.checkpoint.storage import Storage, UnreadableError, open_storage
+from internlm_lite.checkpoint.storage import Storage, UnreadableError
 from internlm_lite.checkpoint.tensorfile import DamagedError
 from internlm_lite.errors import CheckpointError, ConfigError, StorageError
 from internlm_lite.mesh import comm
@@ -116,9 +117,7 @@ class CheckpointManager:
             raise
         if self.mesh.is_main:
             took = time.monotonic() - begin
-            logger.info(
-                "saved checkpoint %s (%s): %s on rank 0, %s", name, kind, human_bytes(size), human_seconds(took)
-            )
+            logger.info("saved %s checkpoint %s: %s on rank 0, %s", kind, name, human_bytes(size), human_seconds(took))
             self._tidy(name)
         return str(name)
 
@@ -133,9 +132,9 @@ class CheckpointManager:
         """The checkpoint at `path`: a save folder (its newest good one), `.../commits/NAME.json`, `.../data/NAME`, or a
         copy of such a data folder. Raises CheckpointError if there is none, or it is damaged.
         """
-        place = on_main(self.mesh, lambda: _locate(path))
+        place = on_main(self.mesh, lambda: find.locate(path))
         storage = open_storage(place[0])
-        found = self._agree_on(storage, lambda: _open(storage, *place[1:]))
+        found = self._agree_on(storage, lambda: find.open_at(storage, *place[1:]))
         assert found is not None
         return found
 
@@ -169,7 +168,7 @@ class CheckpointManager:
         private = on_all(self.mesh, read)
         if self.mesh.is_main:
             took = human_seconds(time.monotonic() - begin)
-            logger.info("loaded checkpoint %s: %s read by rank 0, %s", found.name, human_bytes(reader.read_bytes), took)
+            logger.info("loaded checkpoint %s: %s read by rank 0, %s", found.name, human_bytes(reader.bytes_read), took)
         missing = tuple(role for role in wanted if role not in manifest.tensors)
         return Restored(found, manifest.state, private, missing)
 
@@ -285,24 +284,3 @@ def _probe(storage: Storage, mesh: Mesh) -> None:
         if mesh.is_main:
             with suppress(StorageError):
                 storage.delete_folder(folder)
-
-
-def _locate(path: str) -> tuple[str, Name | None]:
-    """(storage, name of the checkpoint in it or None) that a path of the user means."""
-    head, _, tail = path.rstrip("/").rpartition("/")
-    name = Name.parse(tail.removesuffix(".json"))
-    if name is None:
-        return path, None
-    root = head.removesuffix("/data").removesuffix("/commits") or "/"
-    return (root, name) if open_storage(root).size(name.commit) is not None else (path, None)
-
-
-def _open(storage: Storage, name: Name | None) -> Found:
-    if name is not None:
-        return find.inspect(storage, name)
-    if storage.size("manifest.json") is not None:
-        return find.found_in(storage, "", read_bytes(storage, "manifest.json"))
-    found = find.newest(storage, {})
-    if found is None:
-        raise CheckpointError(f"{storage.name} holds no checkpoint; expected a save folder, or one checkpoint of it")
-    return found

@@ -8,10 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
-from internlm_lite.errors import ConfigError, StorageError
+from internlm_lite.errors import StorageError
 
 Bytes = bytes | bytearray | memoryview
 
@@ -76,19 +75,3 @@ def check_key(key: str) -> tuple[str, ...]:
             "none of them starting with a dot"
         )
     return segments
-
-
-def open_storage(where: str) -> Storage:
-    """Storage behind `local:PATH`, a plain path, or `boto3:s3://bucket.ENDPOINT/prefix` / `s3://bucket/prefix`."""
-    from internlm_lite.checkpoint.local import LocalStorage  # it implements the protocol above
-
-    if where.startswith(("boto3:", "s3:")):
-        raise ConfigError(
-            f"checkpoint folder {where!r}: S3 storage is not built into this version; "
-            "use a folder all ranks share, `local:PATH` or a plain path"
-        )
-    path = where.removeprefix("local:")
-    scheme = re.match(r"([A-Za-z0-9+]+)://|([A-Za-z0-9]{2,}):(?!/)", path)
-    if not path or scheme:
-        raise ConfigError(f"checkpoint folder {where!r}: expected `local:PATH` or a plain path")
-    return LocalStorage(Path(path))

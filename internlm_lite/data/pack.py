@@ -5,7 +5,7 @@
     pieces   |  piece     |  piece |  piece | piece   |  ...              attention spans, at most seq_len tokens
 
 Row r is the stream from r*T to (r+1)*T: a binary search in the cumulated lengths finds its documents, so any row can
-be built at once and nothing is stored but one number per document. A label is the next token of the same document,
+be built at once and only two numbers per document are stored. A label is the next token of the same document,
 also across the edge of a row; IGNORE at the document's end and where the next token is a prompt token.
 """
 

@@ -30,7 +30,6 @@ from internlm_lite.layers.rope import Rotary
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.head import Head
 from internlm_lite.runtime.device import torch_dtype
-from internlm_lite.units import round_up
 
 
 class Block(nn.Module):
@@ -58,7 +57,7 @@ class Block(nn.Module):
         self.feed_forward = SwiGLU(
             f"{name}.feed_forward",
             config.hidden_size,
-            ffn_width(config),
+            config.mlp_hidden_size,
             init_std=config.init_std,
             out_std=out_std,
             place=place,
@@ -156,11 +155,6 @@ def build_model(
     """
     whole = range(config.num_layers)
     return Transformer(config, label_smoothing, mesh, backend, whole if layers is None else layers, first, last)
-
-
-def ffn_width(config: ModelConfig) -> int:
-    """Features inside SwiGLU."""
-    return round_up(int(config.hidden_size * config.mlp_ratio), config.multiple_of)
 
 
 def rms_norm(config: ModelConfig, name: str, place: Placement) -> RMSNorm:

@@ -32,7 +32,8 @@ logger = logging.getLogger("internlm_lite")
 class Options:
     """What the command line says besides the config."""
 
-    resume: str
+    resume: str | None
+    """auto, none or a path; None: as ckpt.auto_resume says."""
     device: str
     run_dir: Path
     timeout_seconds: float
@@ -77,7 +78,8 @@ def _run(loaded: LoadedConfig, place: Place, options: Options) -> None:
     folder = _agree_on_folder(loaded, place, options, mesh, device)
     setup_logging(place, folder, options.log_style)
 
-    run = build_run(config, mesh, folder, options.resume, terminal=sys.stdout.isatty() and place.is_main)
+    resume = options.resume or ("auto" if config.ckpt.auto_resume else "none")
+    run = build_run(config, mesh, folder, resume, terminal=sys.stdout.isatty() and place.is_main)
     try:
         train(run)
         show_samples(run)

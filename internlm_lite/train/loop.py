@@ -37,6 +37,7 @@ def train(run: Run) -> TrainState:
                     run.reporter.validation(state, evaluate(run.model, run.valid, run.mesh, run.backend))
                 if run.saving.save_if_due(state):
                     run.reporter.event("checkpoint", step=state.step)
+    run.optimizer.wait_weights()
     run.saving.save_final(state)
     run.reporter.event("done", step=state.step)
     return state

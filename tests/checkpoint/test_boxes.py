@@ -35,7 +35,7 @@ def _two_regions(draw: st.DrawFn) -> tuple[tuple[int, ...], Region, Region]:
     return shape, stored, wanted
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(_two_regions())
 def test_overlaps_copy_exactly_the_shared_elements(case: tuple[tuple[int, ...], Region, Region]) -> None:
     shape, stored, wanted = case
@@ -94,7 +94,7 @@ def _some_pieces(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Region]]:
     return shape, draw(st.permutations(parts))
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(_some_pieces())
 def test_tiling_problems_are_found_exactly_when_there_are_some(case: tuple[tuple[int, ...], list[Region]]) -> None:
     shape, parts = case

@@ -13,8 +13,9 @@ import torch
 
 from internlm_lite.checkpoint.load import Reader
 from internlm_lite.checkpoint.manager import CheckpointManager, Restored
-from internlm_lite.checkpoint.tensorfile import parse_header
+from internlm_lite.checkpoint.tensorfile import BLOCK_BYTES, DamagedError, parse_header
 from internlm_lite.errors import CheckpointError
+from internlm_lite.mesh.layout import Piece
 from internlm_lite.mesh.mesh import single_process_mesh
 from tests.checkpoint.pieces import assert_true_values, pieces_of
 
@@ -165,3 +166,32 @@ def test_a_resealed_lie_is_found(tmp_path: Path, names: list[str]) -> None:
         path.write_bytes(seal(good.model_copy(update={"tensors": tensors})))
         with pytest.raises(CheckpointError, match=words):
             manager.load(manager.open(str(copy)), pieces_of(0, fill=False))
+
+
+def test_a_part_of_a_large_tensor_reads_and_checks_its_blocks_only(tmp_path: Path) -> None:
+    rows, columns = 3072, 1024  # three blocks
+    whole = torch.randn(rows, columns)
+    manager = CheckpointManager(str(tmp_path), single_process_mesh())
+    box = ((0, rows), (0, columns))
+    name = manager.save(1, "final", [Piece("w", "master", (rows, columns), box, None, whole)], {})
+    path = tmp_path / f"data/{name}/rank-00000.safetensors"
+    good = path.read_bytes()
+    start = len(good) - whole.nbytes
+    wanted = ((1100, 1200), (10, 1000))
+    found = manager.latest()
+    assert found is not None
+    for place in (0, BLOCK_BYTES, 2 * BLOCK_BYTES - 1, 2 * BLOCK_BYTES):
+        raw = bytearray(good)
+        raw[start + place] ^= 1
+        path.write_bytes(raw)
+        reader = Reader(found)
+        piece = Piece("w", "master", (rows, columns), wanted, None, torch.empty(100, 990))
+        if BLOCK_BYTES <= place < 2 * BLOCK_BYTES:
+            with pytest.raises(
+                DamagedError, match=f"tensor master/w: damaged in bytes {BLOCK_BYTES}..{2 * BLOCK_BYTES}"
+            ):
+                reader.fill(piece)
+        else:
+            reader.fill(piece)
+            assert torch.equal(piece.tensor, whole[1100:1200, 10:1000])
+        assert reader.bytes_read == BLOCK_BYTES

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from internlm_lite.checkpoint.backends import open_storage
 from internlm_lite.checkpoint.local import LocalStorage
-from internlm_lite.checkpoint.storage import UnreadableError, open_storage
+from internlm_lite.checkpoint.storage import UnreadableError
 from internlm_lite.errors import ConfigError, StorageError
 
 
@@ -163,3 +164,22 @@ def test_open_storage_reads_the_spellings_of_paths(tmp_path: Path, monkeypatch: 
     for where in ("", "local:", "gs://bucket/a", "boto:x"):
         with pytest.raises(ConfigError, match="expected `local:PATH`"):
             open_storage(where)
+
+
+def test_put_is_durable_before_it_is_visible(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data flushed, then renamed, then the folder flushed; made folders are flushed into their parents first."""
+    calls: list[str] = []
+    fsync, rename, link = os.fsync, os.rename, os.link
+
+    def watched_fsync(descriptor: int) -> None:
+        calls.append(f"flush {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name[:5]}")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "rename", lambda a, b: (calls.append(f"rename {b.name}"), rename(a, b)))
+    monkeypatch.setattr(os, "link", lambda a, b: (calls.append(f"link {b.name}"), link(a, b)))
+    storage.put("data/x", [b"1"])
+    assert calls[-4:] == ["flush save", "flush .tmp-", "rename x", "flush data"]
+    calls.clear()
+    storage.put_if_absent("data/y", b"1")
+    assert calls == ["flush .tmp-", "link y", "flush data"]

@@ -37,7 +37,7 @@ def _order(documents: list[list[int]], min_length: int, seed: int) -> list[int]:
     return order.tolist()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     documents=st.lists(st.lists(st.integers(-99, 99), min_size=1, max_size=40), min_size=1, max_size=12),
     seq_len=st.integers(1, 9),

@@ -123,9 +123,11 @@ def test_damaged_input_leaves_nothing(tmp_path, tokenizer):
 def test_existing_output_is_kept_or_replaced(tmp_path, tokenizer):
     source, target = _source(tmp_path / "in"), tmp_path / "out" / "x"
     encode_folder(tokenizer.path, source, target, workers=1)
-    with pytest.raises(DataError, match="exists already; .* --overwrite"):
+    with pytest.raises(DataError, match=r"exists already; .* --overwrite"):
         encode_folder(tokenizer.path, source, target, workers=1)
     source.joinpath("d.jsonl").unlink()
+    (target.parent / ".x.partial").mkdir()
+    (target.parent / ".x.partial" / "x.bin").write_bytes(b"left by a killed run")
     assert encode_folder(tokenizer.path, source, target, workers=1, overwrite=True).documents == 2
     assert [path.name for path in target.parent.iterdir()] == ["x"]
 

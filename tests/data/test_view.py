@@ -1,5 +1,7 @@
 """The readable view of batches."""
 
+import io
+
 from rich.console import Console
 
 from internlm_lite.data.loader import open_training_data
@@ -12,7 +14,7 @@ def test_tables_and_a_sample(tmp_path):
     write_native(tmp_path / "docs" / "b.bin", [[21, 22, 23, 24]] * 30)
     data = open_training_data(data_config(tmp_path), 100, 0, 2, 0)
     steps = list(walk_steps(data, 2))
-    console = Console(width=120, record=True, color_system="truecolor", file=open("/dev/null", "w"))
+    console = Console(width=120, record=True, file=io.StringIO())
     console.print(overview(data, steps))
     console.print(sample(steps[0].batches[0], data.folders, None, pieces=2))
     text = console.export_text(clear=False)

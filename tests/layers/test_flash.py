@@ -1,6 +1,7 @@
 """Packed attention: the reference against plain softmax per document, and the choice of a kernel."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def heads(n_tokens, kv_heads, dtype=torch.float64):
 
 
 def attend(borders, q, k, v, backend=AttentionBackend.SDPA):
-    longest = max(b - a for a, b in zip(borders, borders[1:], strict=False))
+    longest = max(b - a for a, b in pairwise(borders))
     return packed(backend, torch.tensor(borders, dtype=torch.int32), tuple(borders), longest)(0, q, k, v)
 
 
@@ -32,7 +33,7 @@ def attend(borders, q, k, v, backend=AttentionBackend.SDPA):
 def test_packed_equals_each_document_alone(borders, kv_heads):
     q, k, v = heads(24, kv_heads)
     ours = attend(borders, q, k, v)
-    parts = [slice(a, b) for a, b in zip(borders, borders[1:], strict=False)]
+    parts = [slice(a, b) for a, b in pairwise(borders)]
     expected = torch.cat([plain(q[part], k[part], v[part]) for part in parts])
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
     weights = torch.randn_like(ours)
@@ -70,6 +71,7 @@ def test_the_cpu_and_full_precision_take_the_reference():
     assert choose_backend(True, torch.bfloat16, cuda) is not AttentionBackend.SDPA
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen kernels need a GPU")
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_the_chosen_kernel_equals_the_reference_on_a_gpu(kv_heads):

@@ -1,0 +1,164 @@
+"""The whole model in one process, float64: against a plain model, documents apart, recomputation, stages, units."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from internlm_lite.batch import IGNORE
+from internlm_lite.errors import ConfigError
+from internlm_lite.layers.flash import AttentionBackend
+from internlm_lite.mesh.mesh import single_process_mesh
+from internlm_lite.models.decoder import build_model
+from internlm_lite.models.initialise import initialise
+from tests.layers.test_flash import plain
+from tests.layers.test_rope import llama
+from tests.models.small import VOCAB, documents, row_of, run, small_config, small_model
+
+LENGTHS = [5, 9, 9, 1, 12]
+
+
+def gradients(model, docs, **options):
+    model.zero_grad()
+    losses = run(model, docs, **options)
+    losses.scaled_sum.backward()
+    return losses, {name: param.grad for name, param in model.named_parameters()}
+
+
+def plain_losses(model, doc):
+    """One document through the architecture written out from its weights alone."""
+    config, weights = model.config, dict(model.named_parameters())
+    norm = lambda x, name: F.rms_norm(x, (x.shape[-1],), weights[f"{name}.weight"], config.layer_norm_epsilon)  # noqa: E731
+    linear = lambda x, name: F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))  # noqa: E731
+    head_dim, group = config.hidden_size // config.num_attention_heads, config.num_attention_heads // config.kv_heads
+
+    def attention(x, name):
+        qkv = linear(x, f"{name}.wqkv").view(len(x), config.kv_heads, group + 2, head_dim)
+        q, k = (llama(part, torch.arange(len(x)), config.rope_base) for part in (qkv[:, :, :group], qkv[:, :, -2:-1]))
+        return linear(plain(q.flatten(1, 2), k.flatten(1, 2), qkv[:, :, -1]).flatten(1), f"{name}.wo")
+
+    def feed_forward(x, name):
+        return linear(F.silu(linear(x, f"{name}.w1")) * linear(x, f"{name}.w3"), f"{name}.w2")
+
+    x = weights["tok_embeddings.weight"][doc]
+    for n in range(config.num_layers):
+        at = f"layers.{n}"
+        if config.apply_post_layer_norm:
+            x = norm(x + attention(x, f"{at}.attention"), f"{at}.attention_norm")
+            x = norm(x + feed_forward(x, f"{at}.feed_forward"), f"{at}.ffn_norm")
+        else:
+            x = x + attention(norm(x, f"{at}.attention_norm"), f"{at}.attention")
+            x = x + feed_forward(norm(x, f"{at}.ffn_norm"), f"{at}.feed_forward")
+    if not config.apply_post_layer_norm:
+        x = norm(x, "norm")
+    head = "tok_embeddings" if config.tie_word_embeddings else "output"
+    return F.cross_entropy(linear(x, head)[:-1], doc[1:], reduction="none")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_kv_attention_heads": None, "no_bias": True, "rope_base": 1e6},
+        {"apply_post_layer_norm": True},
+        {"tie_word_embeddings": True},
+    ],
+    ids=["grouped queries", "llama", "post norm", "tied"],
+)
+def test_packed_equals_a_plain_model_document_by_document(changes):
+    model, docs = small_model(**changes), documents(LENGTHS)
+    losses, grads = gradients(model, docs)
+    grads = {name: grad.clone() for name, grad in grads.items()}
+    expected = [plain_losses(model, doc) for doc in docs]
+    ours = [part[:-1] for part in losses.token_loss.split(LENGTHS)]
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs.detach(), rtol=1e-12, atol=1e-13)
+    model.zero_grad()
+    (0.5 * torch.cat(expected).sum()).backward()
+    for name, param in model.named_parameters():
+        torch.testing.assert_close(grads[name], param.grad, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_another_document_changes_no_bit():
+    model, docs = small_model(), documents(LENGTHS)
+    before = run(model, docs).token_loss.split(LENGTHS)
+    docs[1] = (docs[1] + 1) % VOCAB
+    after = run(model, docs).token_loss.split(LENGTHS)
+    assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, False, True, True, True]
+
+
+@pytest.mark.parametrize("fraction", [True, 0.5])
+def test_recomputation_changes_no_bit(fraction):
+    docs = documents(LENGTHS)
+    _, kept = gradients(small_model(), docs)
+    model = small_model(checkpoint=fraction)
+    assert [block.recompute for block in model.layers.values()] == [True, True, fraction is True]
+    _, again = gradients(model, docs)
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": True, "checkpoint": True}, {"apply_post_layer_norm": True}]
+)
+def test_units_partition_the_parameters_and_each_runs_once_in_order(changes):
+    model, called = small_model(**changes), []
+    units = list(model.units())
+    for index, unit in enumerate(units):
+        unit.register_forward_pre_hook(lambda _module, _args, index=index: called.append(index))
+    gradients(model, documents(LENGTHS))
+    assert called == list(range(len(units)))
+    owned = [id(param) for unit in units for param in unit.parameters()]
+    assert sorted(owned) == sorted(id(param) for param in model.parameters())
+
+
+def test_parameter_names_are_those_of_their_layout():
+    for changes in ({}, {"tie_word_embeddings": True}):
+        for name, param in small_model(**changes).named_parameters():
+            assert name == param.part.name
+
+
+def test_stages_in_a_row_equal_the_whole():
+    config, mesh, docs = small_config(), single_process_mesh(), documents(LENGTHS)
+    tokens, positions, labels, attend = row_of(docs)
+    shares = [(range(0, 1), True, False), (range(1, 2), False, False), (range(2, 3), False, True)]
+    stages = [build_model(config, 0.0, mesh, AttentionBackend.SDPA, *share) for share in shares]
+    whole = build_model(config, 0.0, mesh, AttentionBackend.SDPA)
+    for model in (*stages, whole):
+        initialise(model, 1)
+    names = [name for stage in stages for name, _ in stage.named_parameters()]
+    assert sorted(names) == sorted(name for name, _ in whole.named_parameters())
+    x = stages[1].hidden(stages[0].hidden(tokens, positions, attend), positions, attend)
+    losses = stages[2](x, positions, labels, attend, torch.tensor(1.0))
+    expected = whole(tokens, positions, labels, attend, torch.tensor(1.0))
+    assert torch.equal(losses.token_loss, expected.token_loss)
+
+
+def test_a_tied_weight_cannot_be_on_two_stages():
+    config = small_config(tie_word_embeddings=True)
+    with pytest.raises(ConfigError, match="tie_word_embeddings"):
+        build_model(config, 0.0, single_process_mesh(), AttentionBackend.SDPA, range(0, 1), True, False)
+
+
+@pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16", "torch.float16"])
+def test_every_dtype_agrees_with_double(dtype):
+    docs = documents(LENGTHS)
+    exact, exact_grads = gradients(small_model(num_layers=2), docs)
+    losses, grads = gradients(small_model(num_layers=2, dtype=dtype, use_fp32_norm=True), docs)
+    assert losses.token_loss.dtype == torch.float32
+    eps = torch.finfo(getattr(torch, dtype.removeprefix("torch."))).eps
+    assert (losses.token_loss.double() - exact.token_loss).abs().max() < 60 * eps
+    for name, grad in grads.items():
+        assert (grad.double() - exact_grads[name]).norm() < 30 * eps * exact_grads[name].norm(), name
+    assert {grads[n].dtype for n in grads if "norm" in n} == {torch.float32}
+
+
+def test_the_first_loss_is_that_of_guessing():
+    """ln V, plus half the variance of logits (a normed row times weights of std 0.02)."""
+    config = small_config(vocab_size=4096, hidden_size=288, init_std=0.02, dtype="torch.float32")
+    model = build_model(config, 0.0, single_process_mesh(), AttentionBackend.SDPA)
+    initialise(model, 0)
+    doc = torch.randint(0, 4096, (512,), generator=torch.Generator().manual_seed(0))
+    losses = run(model, [doc])
+    n_labels = int((row_of([doc])[2] != IGNORE).sum())
+    assert losses.train_loss_sum.item() / n_labels == pytest.approx(math.log(4096) + 288 * 0.02**2 / 2, abs=0.05)

@@ -1,0 +1,67 @@
+"""Two and four tensor-parallel ranks give the losses and gradients of one process: float64, to 1e-10."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from internlm_lite.mesh.mesh import Mesh
+from tests.models.small import documents, run, small_model
+from tests.world import run_world
+
+LENGTHS = [5, 9, 9, 1, 12]
+CASES: dict[str, dict[str, Any]] = {
+    "hidden-split embedding": {"embed_split_hidden": True},
+    "vocabulary-split embedding": {"embed_split_hidden": False, "embed_grad_scale": 0.1},
+    "gathered logits": {"parallel_output": False, "label_smoothing": 0.1},
+    "tied, smoothed": {"tie_word_embeddings": True, "embed_split_hidden": False, "label_smoothing": 0.1},
+    "tied, gathered logits": {"tie_word_embeddings": True, "embed_split_hidden": False, "parallel_output": False},
+    "recomputed": {"checkpoint": True},
+    "half recomputed, no bias": {"checkpoint": 0.5, "no_bias": True},
+    "post norm": {"apply_post_layer_norm": True},
+    "one query per key": {"num_kv_attention_heads": None},
+}
+
+
+def train_once(mesh: Mesh | None, changes: dict[str, Any]) -> dict[str, Any]:
+    """Losses, and each gradient with its place in the whole."""
+    model = small_model(mesh, **changes)
+    losses = run(model, documents(LENGTHS))
+    losses.scaled_sum.backward()
+    return {
+        "scaled_sum": losses.scaled_sum.detach(),
+        "train_loss_sum": losses.train_loss_sum,
+        "token_loss": losses.token_loss,
+        "correct": losses.correct,
+        "grads": {name: (param.part.box, param.grad) for name, param in model.named_parameters()},
+    }
+
+
+def train_all(mesh: Mesh) -> dict[str, dict[str, Any]]:
+    return {name: train_once(mesh, changes) for name, changes in CASES.items()}
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def world(request) -> list[dict[str, Any]]:
+    return run_world(train_all, request.param, tensor=request.param)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_agree_with_one_process(world, case):
+    alone = train_once(None, CASES[case])
+    for rank in world:
+        ours = rank[case]
+        for key in ("scaled_sum", "train_loss_sum", "token_loss"):
+            torch.testing.assert_close(ours[key], alone[key], rtol=1e-10, atol=1e-12)
+        assert torch.equal(ours["correct"], alone["correct"])
+        for name, (box, grad) in ours["grads"].items():
+            whole = alone["grads"][name][1]
+            part = whole[tuple(slice(*side) for side in box)]
+            torch.testing.assert_close(grad, part, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_whole_parameters_have_the_same_gradient_on_every_rank_to_the_bit(world):
+    for case in CASES:
+        for name, (box, grad) in world[0][case]["grads"].items():
+            if all(rank[case]["grads"][name][0] == box for rank in world):
+                assert all(torch.equal(rank[case]["grads"][name][1], grad) for rank in world), (case, name)

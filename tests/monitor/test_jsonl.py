@@ -1,0 +1,142 @@
+"""metrics.jsonl and events.jsonl: shape, segments, torn lines, full disks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from internlm_lite.monitor.jsonl import (
+    EventsFile,
+    JsonlWriter,
+    MetricsFile,
+    finite,
+    next_segment,
+    read_metrics,
+    read_objects,
+)
+from internlm_lite.monitor.record import FolderFigures
+from tests.monitor.test_line import SEED
+
+
+def test_one_object_a_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    folders = {"code": FolderFigures(60571, 11.5, 0.25), "docs": FolderFigures(0, math.nan, 0.0)}
+    file.write(dataclasses.replace(SEED[0], folders=folders, perplexity=math.inf))
+    (value,) = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    assert value["folders"] == {"code": [60571, 11.5, 0.25], "docs": [0, None, 0.0]}
+    assert (value["seg"], value["step"], value["loss"], value["perplexity"]) == (0, 0, 11.542577743530273, None)
+    assert (value["tgs"], value["tgs_sma"], value["mfu"]) == (246.32, 246.32, None)
+    assert value["grad_norm"] == {"0_default": 87.3189924662012, "1_fp32": 0.0}
+    assert value["time"] == "2023-11-10T11:46:16.409+08:00"
+    file.close()
+
+
+def test_every_figure_of_a_record_is_written(tmp_path):
+    names = {field.name for field in dataclasses.fields(SEED[0])} - {"speed", "origin"}
+    names |= {field.name for field in dataclasses.fields(SEED[0].speed)} | {"seg"}
+    file = MetricsFile(tmp_path / "m")
+    file.write(SEED[0])
+    assert set(next(read_objects(tmp_path / "m"))) == names
+
+
+def test_a_restart_replaces_the_steps_it_repeats(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for steps, loss in (((0, 1, 2, 3), 9.0), ((2, 3, 4), 8.0), ((4, 5), 7.0)):
+        file = MetricsFile(path)
+        for step in steps:
+            file.write(dataclasses.replace(SEED[0], step=step, loss=loss))
+        file.close()
+    found = read_metrics(path)
+    assert [(value["step"], value["seg"], value["loss"]) for value in found] == [
+        (0, 0, 9.0), (1, 0, 9.0), (2, 1, 8.0), (3, 1, 8.0), (4, 2, 7.0), (5, 2, 7.0),
+    ]  # fmt: skip
+    assert next_segment(path) == 3
+    assert next_segment(tmp_path / "absent") == 0 and read_metrics(tmp_path / "absent") == []
+
+
+def test_every_possible_cut_of_the_last_line(tmp_path):
+    path = tmp_path / "m"
+    for step in range(2):
+        file = MetricsFile(path)
+        file.write(dataclasses.replace(SEED[0], step=step, folders={}))
+        file.close()
+    whole = path.read_bytes()
+    first_end = whole.index(b"\n") + 1
+    for cut in range(first_end, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        assert [value["step"] for value in read_metrics(path)] == [0]
+    file = MetricsFile(path)  # the next process ends the torn line before it writes
+    file.write(dataclasses.replace(SEED[0], step=7))
+    assert [value["step"] for value in read_metrics(path)] == [0, 7]
+    assert len(path.read_bytes().splitlines()) == 3
+
+
+def test_lines_are_there_at_once(tmp_path):
+    writer = JsonlWriter(tmp_path / "m")
+    for n in range(3):
+        writer.write({"n": n})
+        assert [value["n"] for value in read_objects(tmp_path / "m")] == list(range(n + 1))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_logged_once_and_stops_nothing(caplog):
+    writer = JsonlWriter(Path("/dev/full"))
+    for n in range(3):
+        writer.write({"n": n})
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "No space left on device" in caplog.text
+
+
+def test_a_disk_that_is_full_for_a_while_loses_only_those_lines(tmp_path, monkeypatch, caplog):
+    writer = JsonlWriter(tmp_path / "m")
+    writer.write({"n": 0})
+    real = os.write
+
+    def nearly_full(descriptor: int, line: bytes) -> int:
+        if len(line) < 8:
+            raise OSError(28, "No space left on device")
+        return real(descriptor, line[:4])
+
+    monkeypatch.setattr(os, "write", nearly_full)
+    writer.write({"number": 1})
+    writer.write({"number": 2})
+    monkeypatch.setattr(os, "write", real)
+    writer.write({"n": 3})
+    assert [value.get("n") for value in read_objects(tmp_path / "m")] == [0, 3]
+    assert len(caplog.records) == 1
+
+
+def test_a_missing_folder_is_a_warning_too(tmp_path, caplog):
+    JsonlWriter(tmp_path / "absent" / "m").write({"n": 0})
+    assert "cannot write" in caplog.text
+
+
+def test_events(tmp_path):
+    events = EventsFile(tmp_path / "events.jsonl", segment=2)
+    events.add("checkpoint", step=50, seconds=1.5, loss=math.nan)
+    (value,) = read_objects(tmp_path / "events.jsonl")
+    assert (value["event"], value["seg"], value["step"], value["loss"]) == ("checkpoint", 2, 50, None)
+    assert value["time"][:2] == "20"
+    events.close()
+
+
+def test_finite():
+    assert finite({"a": (1.0, math.nan, [math.inf]), 2: "x", "b": True}) == {
+        "a": [1.0, None, [None]], "2": "x", "b": True,
+    }  # fmt: skip
+
+
+def test_no_torch_is_loaded_by_the_readers():
+    """A dashboard or a report must start at once."""
+    modules = ["record", "line", "jsonl", "speed", "flops"]
+    code = "import sys\n" + "".join(f"import internlm_lite.monitor.{name}\n" for name in modules)
+    code += "import internlm_lite.runtime.place\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

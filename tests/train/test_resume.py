@@ -1,0 +1,199 @@
+"""A run that stops and resumes prints the losses of the run that never stopped, to the last bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from internlm_lite.config.schema import Config
+from internlm_lite.errors import CheckpointError, StorageError
+from internlm_lite.mesh.mesh import Mesh, single_process_mesh
+from internlm_lite.monitor.metrics import Collected
+from internlm_lite.train import loop
+from internlm_lite.train.saving import due
+from tests.corpus import write_corpus
+from tests.train.runs import STEPS, curve, run_training, tiny
+from tests.world import run_world
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("resume") / "corpus")
+
+
+def config_for(corpus: Path, saves: Path | None, dp: int = 1, dtype: str = "torch.float32", **ckpt: Any) -> Config:
+    if saves is not None:
+        ckpt = {
+            "enable_save_ckpt": True,
+            "save_ckpt_folder": f"local:{saves}",
+            "snapshot_ckpt_folder": f"local:{saves}/snapshot",
+            **ckpt,
+        }
+    scaler = {"fp16": {"initial_scale": 256.0, "growth_interval": 2}}
+    return tiny(
+        corpus,
+        ckpt=ckpt,
+        data={"micro_num": 4 // dp, "skip_batches": "2", "rampup_batch_size": f"{2 // dp} {2 // dp} 3"},
+        model={"dtype": dtype},
+        grad_scaler=scaler,
+        hybrid_zero_optimizer={"clip_grad_norm": 0.5},
+    )
+
+
+class Killed(Exception):
+    """Stands for the end of the process right after a step was printed."""
+
+
+def killed_after(steps: int, mesh: Mesh, config: Config, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Run until `steps` steps are done, with everything due until then saved, and no goodbye."""
+    original = loop.train_step
+
+    def dying_step(*args: Any) -> Any:
+        if args[3] == steps:
+            raise Killed
+        return original(*args)
+
+    patch.setattr(loop, "train_step", dying_step)
+    with pytest.raises(Killed):
+        run_training(mesh, config, folder)
+    patch.setattr(loop, "train_step", original)
+
+
+@pytest.mark.parametrize(
+    ("kill", "resumed_from", "dtype"), [(3, 2, "torch.float32"), (6, 6, "torch.bfloat16"), (5, 4, "torch.float16")]
+)
+def test_one_process_resumes_bit_for_bit(
+    kill: int, resumed_from: int, dtype: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    mesh = single_process_mesh()
+    expected = run_training(mesh, config_for(corpus, None, dtype=dtype), tmp_path / "whole")
+    config = config_for(corpus, tmp_path / "saves", dtype=dtype, checkpoint_every=4, oss_snapshot_freq=2)
+    killed_after(kill, mesh, config, tmp_path / "killed", monkeypatch)
+    resumed = run_training(mesh, config, tmp_path / "resumed")
+    assert [step["step"] for step in resumed] == list(range(resumed_from, STEPS))
+    same = (
+        "loss",
+        "grad_norm",
+        "lr",
+        "loss_scale",
+        "folders",
+        "num_consumed_tokens",
+        "inf_nan_skip_batches",
+        "micro_num",
+    )
+    for step, whole in zip(resumed, expected[resumed_from:], strict=True):
+        assert {key: step[key] for key in same} == {key: whole[key] for key in same}
+
+
+def save_and_resume(mesh: Mesh, corpus: Path, folder: Path) -> list:
+    dp = mesh.dp.size
+    whole = run_training(mesh, config_for(corpus, None, dp), folder / "whole")
+    config = config_for(corpus, folder / "saves", dp, oss_snapshot_freq=3)
+    with pytest.MonkeyPatch.context() as patch:
+        killed_after(5, mesh, config, folder / "killed", patch)
+    return [whole, run_training(mesh, config, folder / "resumed")]
+
+
+@pytest.mark.parametrize(("size", "zero1"), [(2, -1), (4, 2)])
+def test_several_ranks_resume_bit_for_bit(size: int, zero1: int, corpus: Path, tmp_path: Path):
+    # dp 4 leaves one micro-batch per rank, so there is no ramp-up to test there
+    if size == 4:
+        whole, resumed = run_world(save_and_resume_tp, size, (corpus, tmp_path), zero1=zero1, tensor=2)[0]
+    else:
+        whole, resumed = run_world(save_and_resume, size, (corpus, tmp_path), zero1=zero1)[0]
+    assert [step["step"] for step in resumed] == [3, 4, 5, 6, 7]
+    assert curve(resumed) == curve(whole[3:])
+
+
+def save_and_resume_tp(mesh: Mesh, corpus: Path, folder: Path) -> list:
+    assert (mesh.dp.size, mesh.tp.size) == (2, 2)
+    return save_and_resume(mesh, corpus, folder)
+
+
+def test_another_number_of_ranks_continues_the_same_curve(corpus: Path, tmp_path: Path):
+    mesh = single_process_mesh()
+    whole = run_training(mesh, config_for(corpus, None, dtype="torch.float64"), tmp_path / "whole")
+    config = config_for(corpus, tmp_path / "saves", dtype="torch.float64", oss_snapshot_freq=3)
+    with pytest.MonkeyPatch.context() as patch:
+        killed_after(5, mesh, config, tmp_path / "killed", patch)
+    args = (
+        config_for(corpus, tmp_path / "saves", 2, dtype="torch.float64", oss_snapshot_freq=100),
+        tmp_path / "resumed",
+    )
+    resumed = run_world(run_training, 2, args)[0]
+    for ours, expected in zip(curve(resumed), curve(whole[3:]), strict=True):
+        assert ours == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_finished_run_resumes_to_nothing(corpus: Path, tmp_path: Path):
+    config = config_for(corpus, tmp_path / "saves")
+    assert len(run_training(single_process_mesh(), config, tmp_path / "first")) == STEPS
+    assert run_training(single_process_mesh(), config, tmp_path / "second") == []
+
+
+def test_resume_none_starts_again(corpus: Path, tmp_path: Path):
+    config = config_for(corpus, tmp_path / "saves")
+    first = run_training(single_process_mesh(), config, tmp_path / "first")
+    again = run_training(single_process_mesh(), config, tmp_path / "second", resume="none")
+    assert curve(again) == curve(first)
+
+
+def test_weights_only_and_weights_with_counters(corpus: Path, tmp_path: Path):
+    mesh = single_process_mesh()
+    first = run_training(mesh, config_for(corpus, tmp_path / "saves", checkpoint_every=4), tmp_path / "first")
+    weights = run_training(
+        mesh, config_for(corpus, None, load_model_only_folder=f"local:{tmp_path}/saves"), tmp_path / "weights"
+    )
+    assert [step["step"] for step in weights] == list(range(STEPS))
+    assert weights[0]["loss"] < first[0]["loss"]
+    milestone = next((tmp_path / "saves" / "commits").glob("*0000000004*"))
+    counters = config_for(corpus, None, load_ckpt_folder=f"local:{milestone}", load_optimizer=False)
+    rest = run_training(mesh, counters, tmp_path / "rest")
+    assert [step["step"] for step in rest] == [4, 5, 6, 7]
+    assert rest[0]["loss"] == first[4]["loss"], "the same weights on the same batch"
+    assert rest[0]["lr"] == first[4]["lr"]
+    assert rest[1]["loss"] != first[5]["loss"], "moments were not loaded"
+
+
+def test_another_model_shape_is_refused(corpus: Path, tmp_path: Path):
+    run_training(single_process_mesh(), config_for(corpus, tmp_path / "saves"), tmp_path / "first")
+    changed = config_for(corpus, tmp_path / "saves")
+    changed = Config.model_validate({**changed.model_dump(), "model": {**changed.model.model_dump(), "num_layers": 3}})
+    with pytest.raises(CheckpointError, match=r"layers\.2"):
+        run_training(single_process_mesh(), changed, tmp_path / "second")
+    assert len(list((tmp_path / "saves" / "commits").iterdir())) == 1, "nothing was lost"
+
+
+def test_a_save_folder_that_cannot_be_written_is_refused_before_training(corpus: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    config = config_for(corpus, tmp_path / "file" / "saves")
+    with pytest.raises(StorageError, match="file"):
+        run_training(single_process_mesh(), config, tmp_path / "run")
+
+
+def test_evaluation_does_not_change_the_curve(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[Collected] = []
+    original = loop.evaluate
+
+    def noting(*args: Any) -> Collected:
+        seen.append(original(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(loop, "evaluate", noting)
+    plain = run_training(single_process_mesh(), config_for(corpus, None), tmp_path / "plain")
+    changed = config_for(corpus, None).model_dump()
+    changed["data"] |= {"valid_every": 2, "valid_folder": str(corpus), "valid_batches": 2}
+    evaluated = run_training(single_process_mesh(), Config.model_validate(changed), tmp_path / "evaluated")
+    assert curve(evaluated) == curve(plain)
+    assert len(seen) == STEPS // 2
+    assert set(seen[0].folders) == {"code", "docs", "books"}
+    assert seen[-1].cross_entropy < seen[0].cross_entropy
+
+
+def test_what_is_due_when():
+    ckpt = tiny(None, ckpt={"enable_save_ckpt": True, "checkpoint_every": 6, "oss_snapshot_freq": 2}).ckpt
+    kinds = {0: None, 1: None, 2: "snapshot", 4: "snapshot", 6: "milestone", 8: "snapshot", 12: "milestone"}
+    assert {steps: due(ckpt, steps) for steps in kinds} == kinds
+    assert due(ckpt.model_copy(update={"enable_save_ckpt": False}), 6) is None

@@ -1,7 +1,7 @@
 # A small decoder on the text of this machine: what `make demo` trains in a few minutes on two CPU cores or one GPU.
 #
-#   python train.py --config configs/demo.py                            one process
-#   torchrun --nproc_per_node=2 train.py --config configs/demo.py MICRO_NUM=2     two: the same global batch, same losses
+#   python train.py --config configs/demo.py                                        one process
+#   torchrun --nproc_per_node=2 train.py --config configs/demo.py MICRO_NUM=2       two, on the same global batch
 #
 # UPPER_CASE names are this file's own variables; NAME=value on the command line replaces them before the file runs.
 import glob

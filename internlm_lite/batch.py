@@ -1,7 +1,7 @@
 """What the data side hands to the model side: M micro-batches of T packed tokens for one data-parallel rank.
 
-    row:     [ document A ......... | document B ... | C ]      T = micro_bsz * seq_len tokens
-    cu_seqlens: 0 ----------------- a -------------- b - T T T  (padded with T up to max_docs + 1)
+row:     [ document A ......... | document B ... | C ]      T = micro_bsz * seq_len tokens
+cu_seqlens: 0 ----------------- a -------------- b - T T T  (padded with T up to max_docs + 1)
 """
 
 from __future__ import annotations

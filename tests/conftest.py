@@ -9,8 +9,11 @@ import os
 from collections.abc import Generator
 
 import pytest
+import torch
 
 FORBID_SKIPS = os.environ.get("FORBID_SKIPS", "") not in ("", "0")
+
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and worlds of ranks need the cores
 
 
 def _refuse(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -26,8 +26,8 @@ from internlm_lite.mesh.mesh import build_mesh, sizes_of
 TIMEOUT = timedelta(seconds=60)
 """For process groups that a test builds itself."""
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "torch.nn", "numpy", "pydantic"])
+fork_context = multiprocessing.get_context("forkserver")
+fork_context.set_forkserver_preload(["torch", "torch.distributed", "torch.nn", "numpy", "pydantic"])
 
 
 def _rank_main(pipe: Any, fn: Callable[..., Any], rank: int, size: int, layout: dict[str, int], file: str, args: tuple):
@@ -62,8 +62,8 @@ def run_world(
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
         for rank in range(size):
-            ours, theirs = _context.Pipe(duplex=False)
-            process = _context.Process(
+            ours, theirs = fork_context.Pipe(duplex=False)
+            process = fork_context.Process(
                 target=_rank_main, args=(theirs, fn, rank, size, layout, f"{folder}/store", args), daemon=True
             )
             process.start()

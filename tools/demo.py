@@ -26,6 +26,7 @@ from pathlib import Path
 from internlm_lite.config.load import load_config
 from internlm_lite.data.corpus import build_corpus, machine_folders
 from internlm_lite.errors import InternLMError
+from internlm_lite.monitor.jsonl import read_metrics, read_objects
 from internlm_lite.units import human_bytes, human_seconds
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -87,13 +88,12 @@ def train(folder: Path, arguments: Sequence[str], started: Stage) -> None:
 def report(folder: Path, vocab_size: int) -> None:
     """What came out: the loss at both ends, the samples, and where to look."""
     run_folder = (folder / "RUN" / "demo" / "latest").resolve()
-    steps = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    first, last = steps[0]["loss"], steps[-1]["loss"]
-    uniform = math.log(vocab_size)
-    samples = run_folder / "samples.jsonl"
-    for sample in map(json.loads, samples.read_text().splitlines() if samples.is_file() else ()):
+    steps = read_metrics(run_folder / "metrics.jsonl")
+    first, last, uniform = steps[0], steps[-1], math.log(vocab_size)
+    for sample in read_objects(run_folder / "samples.jsonl"):
         print(f"\n--- prompt {sample['prompt']!r}\n{sample['prompt']}{sample['text']}")
-    print(f"\nloss {first:.3f} -> {last:.3f}: {last / uniform:.0%} of ln({vocab_size}) = {uniform:.3f}")
+    print(f"\nloss at step {first['step']}: {first['loss']:.3f}, at step {last['step']}: {last['loss']:.3f}", end="")
+    print(f", {last['loss'] / uniform:.0%} of ln({vocab_size}) = {uniform:.3f}")
     print(f"run folder: {run_folder}")
 
 

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def _time_sides(mesh: Mesh, config: Config, rounds: int) -> dict[str, float]:
         dist.barrier()
         step()
 
-    return alternate({name: lambda step=step: together(step) for name, step in steps.items()}, rounds, mesh.device)
+    return alternate({name: partial(together, step) for name, step in steps.items()}, rounds, mesh.device)
 
 
 def _peak_bytes(mesh: Mesh, config: Config, rounds: int, side: str) -> int:

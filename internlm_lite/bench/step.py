@@ -35,7 +35,7 @@ def our_step(config: Config, mesh: Mesh, seed: int) -> Callable[[], object]:
     metrics = FolderMetrics(("bench",), mesh.dp, mesh.device)
     batch = random_batch(config, seed + mesh.dp.rank, mesh.device)
     watch = Stopwatch(mesh.device)
-    return lambda: train_step(model, optimizer, batch, 0, mesh, backend, metrics, watch)
+    return lambda: train_step(model, optimizer, batch, 0, mesh, metrics, watch)
 
 
 def bare_step(config: Config, device: torch.device, seed: int) -> Callable[[], object]:

@@ -139,11 +139,13 @@ def _tell_what_is_there(storage: Storage) -> None:
 
 def locate(path: str) -> tuple[str, Name | None]:
     """(storage, name of the checkpoint in it or None) that a path of the user means."""
-    head, _, tail = path.rstrip("/").rpartition("/")
-    name = Name.parse(tail.removesuffix(".json"))
+    *parents, last = path.removeprefix("local:").rstrip("/").split("/")
+    name = Name.parse(last.removesuffix(".json"))
     if name is None:
         return path, None
-    root = head.removesuffix("/data").removesuffix("/commits") or "/"
+    if parents[-1:] in (["data"], ["commits"]):
+        parents.pop()
+    root = "/".join(parents) or ("/" if parents else ".")
     return (root, name) if open_storage(root).size(name.commit) is not None else (path, None)
 
 

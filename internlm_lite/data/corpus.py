@@ -35,7 +35,7 @@ LISTINGS = frozenset(
     {"RECORD.txt", "SOURCES.txt", "entry_points.txt", "top_level.txt", "requires.txt", "CMakeLists.txt"}
 )
 
-Document = tuple[str, str]
+Sourced = tuple[str, str]
 """(source, text): a name that is the same on every machine that has the file, and what it says."""
 
 
@@ -52,18 +52,18 @@ class FolderSize:
         return self.train_bytes + self.valid_bytes
 
 
-def machine_folders() -> dict[str, Callable[[], Iterator[Document]]]:
+def machine_folders() -> dict[str, Callable[[], Iterator[Sourced]]]:
     """Folder name -> its documents, for the Python that runs this."""
     paths = sysconfig.get_paths()
     library, packages = Path(paths["stdlib"]), Path(paths["purelib"])
     is_python, is_prose = _ends_with(".py"), _ends_with(".md", ".rst", ".txt", "METADATA")
 
-    def docs() -> Iterator[Document]:
+    def docs() -> Iterator[Sourced]:
         yield from _docstrings(_files(library, "python", is_python))
         yield from _texts(_files(packages, "", is_prose))
         yield from _docstrings(_files(packages, "", is_python))
 
-    def legal() -> Iterator[Document]:
+    def legal() -> Iterator[Sourced]:
         yield from _texts(_files(packages, "", _is_notice))
         yield from _texts(_files(Path("/usr/share/doc"), "system", lambda name: name == "copyright"))
 
@@ -77,7 +77,7 @@ def machine_folders() -> dict[str, Callable[[], Iterator[Document]]]:
 
 def build_corpus(
     target: Path,
-    folders: Mapping[str, Callable[[], Iterable[Document]]],
+    folders: Mapping[str, Callable[[], Iterable[Sourced]]],
     folder_bytes: int,
     needed_folders: int = 3,
     needed_bytes: int = 10_000_000,
@@ -102,7 +102,7 @@ def build_corpus(
     return sizes
 
 
-def _write_folder(target: Path, name: str, documents: Iterable[Document], limit_bytes: int) -> FolderSize:
+def _write_folder(target: Path, name: str, documents: Iterable[Sourced], limit_bytes: int) -> FolderSize:
     """Distinct documents of one folder, split into train and valid by their source's name."""
     written = {"train": 0, "valid": 0}
     seen: set[str] = set()
@@ -138,7 +138,7 @@ def _files(root: Path, prefix: str, wanted: Callable[[str], bool]) -> list[tuple
     return sorted(found, key=lambda file: (zlib.crc32(file[0].encode()), file[0]))
 
 
-def _texts(files: Iterable[tuple[str, Path]]) -> Iterator[Document]:
+def _texts(files: Iterable[tuple[str, Path]]) -> Iterator[Sourced]:
     """The files that are UTF-8 text, without carriage returns."""
     for source, path in files:
         try:
@@ -147,7 +147,7 @@ def _texts(files: Iterable[tuple[str, Path]]) -> Iterator[Document]:
             continue
 
 
-def _docstrings(files: Iterable[tuple[str, Path]]) -> Iterator[Document]:
+def _docstrings(files: Iterable[tuple[str, Path]]) -> Iterator[Sourced]:
     """All docstrings of each Python file as one document, each below the dotted name of what it describes."""
     for source, text in _texts(files):
         try:

@@ -126,8 +126,8 @@ def axis_groups(sizes: Sizes) -> dict[str, list[tuple[int, ...]]]:
 def build_mesh(sizes: Sizes, rank: int, device: torch.device, timeout: timedelta) -> Mesh:
     """Create the process groups of all axes. Collective: every rank calls it with the same sizes.
 
-    `torch.distributed` must be initialised when the world is larger than one. Axes that span the same ranks share
-    one process group, except `zero` and `replica`, whose collectives run beside others on the same ranks.
+    `torch.distributed` must be initialised when the world is larger than one. Every axis has process groups
+    of its own, so that collectives of different axes may run beside each other in any order.
     """
 
     def group(name: str, partition: list[tuple[int, ...]]) -> Group:

@@ -32,7 +32,6 @@ class Run:
     config: Config
     mesh: Mesh
     folder: Path
-    backend: AttentionBackend
     model: Transformer
     optimizer: HybridZeroOptimizer
     data: TrainingData
@@ -59,14 +58,14 @@ def build_run(config: Config, mesh: Mesh, folder: Path, resume: str, terminal: b
         model = build_model(config.model, config.loss.label_smoothing, mesh, backend)
         initialise(model, config.seed)
         optimizer = HybridZeroOptimizer(list(model.units()), config, mesh, dtype)
-    _announce(config, mesh, data, backend, optimizer)
+    _announce(config, mesh, data, model.backend, optimizer)
     reporter = Reporter(config, mesh, data.folders)
     saving = Saving(config, mesh, optimizer, reporter.speed, data.fingerprint)
     with heartbeat("loading a checkpoint"):
         start = saving.restore(resume)
     if mesh.is_main:
         reporter.open_sinks(Sinks.open(folder, config, start.step, terminal))
-    return Run(config, mesh, folder, backend, model, optimizer, data, valid, reporter, saving, start)
+    return Run(config, mesh, folder, model, optimizer, data, valid, reporter, saving, start)
 
 
 def _announce(

@@ -25,7 +25,6 @@ def train(run: Run) -> TrainState:
                 batch,
                 state.step,
                 run.mesh,
-                run.backend,
                 run.reporter.metrics,
                 run.reporter.fwd_bwd,
             )
@@ -34,7 +33,7 @@ def train(run: Run) -> TrainState:
                 run.reporter.step_line(state, batch, outcome)
             with run.reporter.aside():
                 if run.valid and state.step % data.valid_every == 0:
-                    run.reporter.validation(state, evaluate(run.model, run.valid, run.mesh, run.backend))
+                    run.reporter.validation(state, evaluate(run.model, run.valid, run.mesh))
                 if run.saving.save_if_due(state):
                     run.reporter.event("checkpoint", step=state.step)
     run.optimizer.wait_weights()

@@ -23,7 +23,7 @@ from internlm_lite.monitor.metrics import Collected, FolderMetrics
 from internlm_lite.monitor.record import Origin, SpeedFigures, StepRecord
 from internlm_lite.monitor.speed import SpeedMeter
 from internlm_lite.optim.zero import StepOutcome
-from internlm_lite.runtime.device import peak_flops, torch_dtype
+from internlm_lite.runtime.device import peak_flops
 from internlm_lite.train.state import TrainState
 from internlm_lite.train.stopwatch import Stopwatch
 
@@ -64,7 +64,7 @@ class Reporter:
         self._sinks: Sinks | None = None
         self._flops_per_token = step_flops_per_token(config.model, config.data.seq_len)
         self._model_flops_per_token = model_flops_per_token(config.model, config.data.seq_len)
-        self._peak = peak_flops(mesh.device, torch_dtype(config.model.dtype))
+        self._peak = peak_flops(mesh.device, config.model.dtype)
         self._begin = time.perf_counter()
         self._last: TrainState | None = None
 

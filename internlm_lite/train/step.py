@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from internlm_lite.batch import Batch
-from internlm_lite.layers.flash import AttentionBackend, packed
+from internlm_lite.layers.flash import packed
 from internlm_lite.layers.loss import TokenLosses
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.decoder import Transformer
@@ -20,11 +20,9 @@ from internlm_lite.optim.zero import HybridZeroOptimizer, StepOutcome
 from internlm_lite.train.stopwatch import Stopwatch
 
 
-def forward(
-    model: Transformer, batch: Batch, micro: int, backend: AttentionBackend, scale: torch.Tensor
-) -> TokenLosses:
+def forward(model: Transformer, batch: Batch, micro: int, scale: torch.Tensor) -> TokenLosses:
     """Losses of micro-batch `micro`; `scale` (device scalar) multiplies the differentiable sum."""
-    attend = packed(backend, batch.cu_seqlens[micro], batch.cu_seqlens_host[micro], batch.max_seqlen)
+    attend = packed(model.backend, batch.cu_seqlens[micro], batch.cu_seqlens_host[micro], batch.max_seqlen)
     return model(batch.tokens[micro], batch.positions[micro], batch.labels[micro], attend, scale)
 
 
@@ -34,7 +32,6 @@ def train_step(
     batch: Batch,
     step: int,
     mesh: Mesh,
-    backend: AttentionBackend,
     metrics: FolderMetrics,
     fwd_bwd: Stopwatch,
 ) -> StepOutcome:
@@ -43,7 +40,7 @@ def train_step(
     scale = optimizer.loss_scale / global_tokens
     fwd_bwd.start()
     for micro in range(batch.micro_num):
-        losses = forward(model, batch, micro, backend, scale)
+        losses = forward(model, batch, micro, scale)
         if micro == batch.micro_num - 1:
             optimizer.arm()
         losses.scaled_sum.backward()

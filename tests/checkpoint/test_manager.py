@@ -230,7 +230,7 @@ def test_big_numbers_survive(tmp_path: Path) -> None:
     assert found is not None and found.manifest.state == state
 
 
-def test_open_takes_every_spelling_of_a_checkpoint(tmp_path: Path) -> None:
+def test_open_takes_every_spelling_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = _manager(tmp_path / "save", keep_snapshots=5)
     first, second = _save(manager, 1), _save(manager, 2)
     other = _manager(tmp_path / "other")
@@ -244,6 +244,8 @@ def test_open_takes_every_spelling_of_a_checkpoint(tmp_path: Path) -> None:
         f"{save}/{first}",
     ):
         assert other.open(path).name == first, path
+    monkeypatch.chdir(save)
+    assert other.open(first).name == other.open(f"data/{first}").name == other.open(f"local:{first}").name == first
     copy = tmp_path / "copy"
     (save / "data" / first).rename(copy)
     pieces = pieces_of(0, fill=False)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from internlm_lite.data.corpus import HELD_OUT, Document, _docstrings, _files, build_corpus, machine_folders
+from internlm_lite.data.corpus import HELD_OUT, Sourced, _docstrings, _files, build_corpus, machine_folders
 from internlm_lite.errors import DataError
 
 
-def numbered(n: int, word: str = "word") -> Callable[[], Iterator[Document]]:
+def numbered(n: int, word: str = "word") -> Callable[[], Iterator[Sourced]]:
     return lambda: ((f"{word}/{i}.py", f"{word} {i} " * 50) for i in range(n))
 
 
@@ -41,7 +41,7 @@ def test_a_source_is_held_out_of_every_folder_or_of_none(tmp_path: Path) -> None
 
 
 def test_limit_duplicates_and_lengths(tmp_path: Path) -> None:
-    def documents() -> Iterator[Document]:
+    def documents() -> Iterator[Sourced]:
         yield "short.py", "too short"
         yield "long.py", "x" * 200_001
         yield from itertools.chain(numbered(300)(), (("again/" + s, t) for s, t in numbered(300)()))

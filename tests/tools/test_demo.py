@@ -41,13 +41,13 @@ def test_the_report_says_how_far_the_loss_fell(tmp_path: Path, capsys: pytest.Ca
     run_folder = tmp_path / "RUN" / "demo" / "latest"
     run_folder.mkdir(parents=True)
     losses = [math.log(4096), 6.0, 4.0]
-    lines = [json.dumps({"step": step, "loss": loss}) for step, loss in enumerate(losses)]
+    lines = [json.dumps({"seg": 0, "step": step, "loss": loss}) for step, loss in enumerate(losses)]
     (run_folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (run_folder / "samples.jsonl").write_text(json.dumps({"prompt": "def f(", "text": "self):"}) + "\n")
     demo.report(tmp_path, 4096)
     printed = capsys.readouterr().out
     assert "def f(self):" in printed
-    assert "loss 8.318 -> 4.000: 48% of ln(4096) = 8.318" in printed
+    assert "loss at step 0: 8.318, at step 2: 4.000, 48% of ln(4096) = 8.318" in printed
     assert str(run_folder) in printed
 
 

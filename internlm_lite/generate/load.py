@@ -1,0 +1,44 @@
+"""A model with the weights of a training checkpoint, for use outside training."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import ValidationError
+
+from internlm_lite.checkpoint.manager import CheckpointManager
+from internlm_lite.config.schema import Config
+from internlm_lite.errors import CheckpointError
+from internlm_lite.layers.flash import choose_backend
+from internlm_lite.mesh.layout import Parameter, Piece
+from internlm_lite.mesh.mesh import Mesh
+from internlm_lite.models.decoder import Transformer, build_model
+from internlm_lite.runtime.device import torch_dtype
+
+
+def load_model(path: str, mesh: Mesh, dtype: str | None = None) -> tuple[Transformer, Config]:
+    """The model of the checkpoint at `path` (a save folder or one checkpoint of it), and the config it came from.
+
+    `dtype`: a config name such as "torch.bfloat16" instead of the trained one. Weights come from the fp32 masters.
+    Raises CheckpointError. Collective over the mesh.
+    """
+    reader = CheckpointManager(path, mesh, writable=False)
+    found = reader.open(path)
+    try:
+        config = Config.model_validate(found.manifest.config)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"checkpoint {found.name}: this version cannot read the config it was saved with: "
+            f"{error.error_count()} unknown or wrong keys, first {error.errors()[0]['loc']}"
+        ) from error
+    shape = config.model if dtype is None else config.model.model_copy(update={"dtype": dtype})
+    backend = choose_backend(shape.use_flash_attn, torch_dtype(shape.dtype), mesh.device)
+    model = build_model(shape, config.loss.label_smoothing, mesh, backend)
+    reader.load(found, [piece_of(param) for param in model.parameters()])
+    return model.eval(), config
+
+
+def piece_of(param: torch.Tensor) -> Piece:
+    """Where a checkpoint's master weights go: the whole local parameter, cast to its dtype."""
+    assert isinstance(param, Parameter), "parameters of the model know their part"
+    part = param.part
+    return Piece(part.name, "master", part.shape, part.box, None, param.detach())

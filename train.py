@@ -36,6 +36,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--run-dir", type=Path, default=Path("RUN"), help="logs and metrics go to RUN_DIR/<JOB_NAME>/<time>"
     )
+    parser.add_argument("--profiling", action="store_true", help="write a trace of three early steps per rank")
     parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="longest wait for other ranks")
     parser.add_argument(
         "--log-style", choices=["auto", "full", "compact"], default="auto", help="lines on the terminal"
@@ -82,6 +83,7 @@ def main() -> None:
             timeout_seconds=arguments.timeout,
             log_style=arguments.log_style,
             command=tuple(sys.argv),
+            profiling=arguments.profiling,
         ),
     )
 

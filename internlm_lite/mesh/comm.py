@@ -53,14 +53,16 @@ def all_reduce(tensor: torch.Tensor, group: Group, op: dist.ReduceOp.RedOpType =
     """Reduce `tensor` in place over `group`."""
     if group.size == 1:
         return Work([], group)
-    return Work([dist.all_reduce(tensor, op=op, group=group.process_group, async_op=True)], group)
+    with peer_errors(group):
+        return Work([dist.all_reduce(tensor, op=op, group=group.process_group, async_op=True)], group)
 
 
 def broadcast(tensor: torch.Tensor, group: Group, source: int = 0) -> Work:
     """Copy `tensor` of group rank `source` to every rank, in place."""
     if group.size == 1:
         return Work([], group)
-    return Work([dist.broadcast(tensor, src=group.ranks[source], group=group.process_group, async_op=True)], group)
+    with peer_errors(group):
+        return Work([dist.broadcast(tensor, src=group.ranks[source], group=group.process_group, async_op=True)], group)
 
 
 def reduce_scatter(shard: torch.Tensor, full: torch.Tensor, group: Group) -> Work:
@@ -72,10 +74,11 @@ def reduce_scatter(shard: torch.Tensor, full: torch.Tensor, group: Group) -> Wor
         if shard.data_ptr() != full.data_ptr():
             shard.copy_(full)
         return Work([], group)
-    if full.device.type == "cuda":
-        return Work([dist.reduce_scatter_tensor(shard, full, group=group.process_group, async_op=True)], group)
-    received = torch.empty_like(full)
-    handle = dist.all_to_all_single(received, full, group=group.process_group, async_op=True)
+    with peer_errors(group):
+        if full.device.type == "cuda":
+            return Work([dist.reduce_scatter_tensor(shard, full, group=group.process_group, async_op=True)], group)
+        received = torch.empty_like(full)
+        handle = dist.all_to_all_single(received, full, group=group.process_group, async_op=True)
     return Work([handle], group, lambda: torch.sum(received.view(group.size, -1), dim=0, out=shard))
 
 
@@ -84,9 +87,15 @@ def all_gather(full: torch.Tensor, group: Group) -> Work:
     if group.size == 1:
         return Work([], group)
     parts = full.view(group.size, -1)
-    if full.device.type == "cuda":
-        mine = parts[group.rank]
-        return Work([dist.all_gather_into_tensor(full, mine, group=group.process_group, async_op=True)], group)
+    with peer_errors(group):
+        if full.device.type == "cuda":
+            mine = parts[group.rank]
+            return Work([dist.all_gather_into_tensor(full, mine, group=group.process_group, async_op=True)], group)
+        return Work(_exchange(parts, group), group)
+
+
+def _exchange(parts: torch.Tensor, group: Group) -> list[dist.Work]:
+    """Send our row of `parts` to every rank, and receive theirs in place."""
     handles: list[dist.Work] = []
     for distance in range(1, group.size):
         to, source = (group.rank + distance) % group.size, (group.rank - distance) % group.size
@@ -94,7 +103,7 @@ def all_gather(full: torch.Tensor, group: Group) -> Work:
         got = dist.irecv(parts[source], group.ranks[source], group=group.process_group)
         assert sent is not None and got is not None, "this process is a member of its own group"
         handles += [sent, got]
-    return Work(handles, group)
+    return handles
 
 
 def gather_objects(value: object, group: Group) -> list[object]:

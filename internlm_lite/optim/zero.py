@@ -163,7 +163,9 @@ class HybridZeroOptimizer:
         )
 
     def _rate_now(self) -> torch.Tensor:
-        return self._rates[self._good_steps.clamp(max=len(self._rates) - 1)]
+        # Not self._rates[...]: indexing with a scalar tensor would read it on the host.
+        step = self._good_steps.clamp(max=len(self._rates) - 1)
+        return self._rates.index_select(0, step.unsqueeze(0)).squeeze(0)
 
     def _update(self, factor: torch.Tensor, skipped: torch.Tensor, second_beta: float) -> None:
         self._lr.copy_(self._rate_now())

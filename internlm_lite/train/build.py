@@ -39,9 +39,11 @@ class Run:
     reporter: Reporter
     saving: Saving
     start: TrainState
+    trace_folder: Path | None
+    """Where a trace of a few steps goes; None: no tracing."""
 
 
-def build_run(config: Config, mesh: Mesh, folder: Path, resume: str, terminal: bool) -> Run:
+def build_run(config: Config, mesh: Mesh, folder: Path, resume: str, terminal: bool, trace: bool = False) -> Run:
     """Open the data, build and initialise the model, restore a checkpoint. Collective.
 
     Raises DataError, CheckpointError or StorageError before any training is done.
@@ -65,7 +67,8 @@ def build_run(config: Config, mesh: Mesh, folder: Path, resume: str, terminal: b
         start = saving.restore(resume)
     if mesh.is_main:
         reporter.open_sinks(Sinks.open(folder, config, start.step, terminal))
-    return Run(config, mesh, folder, model, optimizer, data, valid, reporter, saving, start)
+    trace_folder = folder if trace else None
+    return Run(config, mesh, folder, model, optimizer, data, valid, reporter, saving, start, trace_folder)
 
 
 def _announce(

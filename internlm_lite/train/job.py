@@ -39,6 +39,7 @@ class Options:
     timeout_seconds: float
     log_style: str
     command: tuple[str, ...]
+    profiling: bool
 
 
 def run_job(loaded: LoadedConfig, place: Place, options: Options) -> NoReturn:
@@ -79,7 +80,8 @@ def _run(loaded: LoadedConfig, place: Place, options: Options) -> None:
     setup_logging(place, folder, options.log_style)
 
     resume = options.resume or ("auto" if config.ckpt.auto_resume else "none")
-    run = build_run(config, mesh, folder, resume, terminal=sys.stdout.isatty() and place.is_main)
+    terminal = sys.stdout.isatty() and place.is_main
+    run = build_run(config, mesh, folder, resume, terminal, options.profiling)
     try:
         train(run)
         show_samples(run)

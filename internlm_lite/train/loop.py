@@ -6,6 +6,7 @@ from contextlib import closing
 
 from internlm_lite.train.build import Run
 from internlm_lite.train.evaluate import evaluate
+from internlm_lite.train.profiling import traced_steps
 from internlm_lite.train.state import TrainState
 from internlm_lite.train.step import train_step
 
@@ -16,7 +17,10 @@ def train(run: Run) -> TrainState:
     on_gpu = run.mesh.device.type == "cuda"
     run.reporter.start(state)
     run.reporter.event("start", step=state.step)
-    with closing(run.data.batches(state.position, pin=on_gpu)) as batches:
+    with (
+        closing(run.data.batches(state.position, pin=on_gpu)) as batches,
+        traced_steps(run.trace_folder, run.mesh.rank) as step_traced,
+    ):
         while state.step < data.total_steps:
             batch = next(batches).to(run.mesh.device)
             outcome = train_step(
@@ -28,6 +32,7 @@ def train(run: Run) -> TrainState:
                 run.reporter.metrics,
                 run.reporter.fwd_bwd,
             )
+            step_traced()
             state = state.after(batch, run.mesh.dp.size)
             if state.step % run.config.monitor.log_every == 0 or state.step == data.total_steps:
                 run.reporter.step_line(state, batch, outcome)
@@ -37,6 +42,7 @@ def train(run: Run) -> TrainState:
                 if run.saving.save_if_due(state):
                     run.reporter.event("checkpoint", step=state.step)
     run.optimizer.wait_weights()
-    run.saving.save_final(state)
+    if state.step > run.start.step:
+        run.saving.save_final(state)
     run.reporter.event("done", step=state.step)
     return state

@@ -39,7 +39,6 @@ class Saving:
         self._described = masked(resolved(config))
         self._milestones = self._manager(config.ckpt.save_ckpt_folder)
         self._snapshots = self._manager(config.ckpt.snapshot_ckpt_folder)
-        self._saved_step: int | None = None
 
     def _manager(self, folder: str | None) -> CheckpointManager | None:
         if folder is None or not self._ckpt.enable_save_ckpt:
@@ -55,8 +54,8 @@ class Saving:
         return True
 
     def save_final(self, state: TrainState) -> None:
-        """At the end of the run, unless the last step was just saved."""
-        if self._ckpt.enable_save_ckpt and self._saved_step != state.step:
+        """At the end of the run, unless the last step is a milestone: a snapshot would not be kept."""
+        if self._ckpt.enable_save_ckpt and due(self._ckpt, state.step) != "milestone":
             self._save(state, "final")
 
     def _save(self, state: TrainState, kind: Kind) -> None:
@@ -70,7 +69,6 @@ class Saving:
             "data": self._fingerprint,
         }
         manager.save(state.step, kind, list(self._optimizer.pieces()), stored, random_states(self._mesh.device))
-        self._saved_step = state.step
 
     def restore(self, resume: str) -> TrainState:
         """The state to go on from. `resume`: auto, none (nothing of this run's own folders), or a path."""

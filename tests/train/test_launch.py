@@ -111,6 +111,7 @@ def test_samples_and_generate_from_the_checkpoint(folder: Path):
     made = cli.run("tools/tokenizer.py", "train", *arguments, folder=folder)
     assert made.code == 0, made.output
     arguments = ["--input", str(text), "--output", str(folder / "tokens"), "--tokenizer", str(folder / "small.model")]
+    arguments += ["--workers", "1"]  # this process may not start others
     made = cli.run("tools/tokenizer.py", "encode", *arguments, folder=folder)
     assert made.code == 0, made.output
     changes = ["data.train_folder=tokens", "model.vocab_size=448", "data.tokenizer=small.model"]

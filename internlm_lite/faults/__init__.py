@@ -1,1 +1,0 @@
-"""Watchdog, signals, anomalies."""

@@ -7,6 +7,7 @@ from torch import nn
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh.layout import Parameter, parameter, whole
 from internlm_lite.mesh.mesh import Mesh, build_mesh, single_process_mesh, sizes_of
+from internlm_lite.optim.norm import square_sum
 from internlm_lite.optim.zero import HybridZeroOptimizer
 from tests.world import TIMEOUT, run_world
 
@@ -122,6 +123,13 @@ def assert_same_training(result: dict, expected: tuple[dict[str, torch.Tensor], 
     assert min(norms) > 0.5, "clipping must be part of the test"
     for name, weight in weights.items():
         torch.testing.assert_close(result["weights"][name], weight, rtol=1e-11, atol=1e-13)
+
+
+def test_the_norm_of_many_small_numbers_is_exact():
+    numbers = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 1e-3
+    expected = numbers.double().square().sum().item()
+    for dtype, rel in ((torch.float32, 1e-8), (torch.float16, 1e-3), (torch.bfloat16, 1e-3), (torch.float64, 1e-12)):
+        assert square_sum(numbers.to(dtype)).item() == pytest.approx(expected, rel=rel)
 
 
 def test_one_process_equals_plain_adamw():

@@ -53,7 +53,7 @@ def test_the_report_says_how_far_the_loss_fell(tmp_path: Path, capsys: pytest.Ca
 
 def test_the_config_loads_and_fits_two_ranks() -> None:
     one = load_config(demo.CONFIG).config
-    two = load_config(demo.CONFIG, ["MICRO_NUM=2"]).config
+    two = load_config(demo.CONFIG, ["MICRO_NUM=4"]).config
     assert one.data.micro_num == 2 * two.data.micro_num
     assert one.model.vocab_size % 128 == 0
     assert one.lr_scheduler.total_steps == one.data.total_steps

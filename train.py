@@ -50,6 +50,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     # Imported late: --help is quick, and a wrong config is reported before torch is loaded.
+    from internlm_lite.config.check import check_config
     from internlm_lite.config.load import load_config
     from internlm_lite.config.view import print_config
     from internlm_lite.errors import ConfigError, InternLMError
@@ -63,6 +64,8 @@ def main() -> None:
         place = find_place(os.environ, arguments.launcher, arguments.host, arguments.port)
         rank = place.rank
         loaded = load_config(arguments.config, overrides)
+        if not arguments.print_config:
+            check_config(loaded, place.world_size)
     except InternLMError as error:
         if rank == 0 or not isinstance(error, ConfigError):  # a config is wrong on all ranks alike: said once
             print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -38,8 +38,9 @@ def _world(config: Config, world: int) -> Iterator[Problem]:
     if world % ranks:
         yield Problem(
             (_TENSOR, _STAGES),
-            f"found {parallel.tensor} * {_STAGES} {parallel.pipeline.size} = {ranks} ranks per model, and "
-            f"{world} processes, expected a multiple of {ranks} processes; start another number or change the layout",
+            f"one copy of the model takes {parallel.tensor} * {_STAGES} {parallel.pipeline.size} = {ranks} processes; "
+            f"found {world} process{'es' if world > 1 else ''}, expected a multiple of {ranks}; "
+            "start more (srun -n, torchrun --nproc_per_node), or change the layout",
         )
     elif parallel.zero1 > 1 and (world // ranks) % parallel.zero1:
         yield Problem(

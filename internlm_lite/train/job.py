@@ -11,9 +11,8 @@ from typing import NoReturn, cast
 
 import torch
 
-from internlm_lite.config.check import check_config
 from internlm_lite.config.load import LoadedConfig
-from internlm_lite.errors import ConfigError, InternLMError
+from internlm_lite.errors import InternLMError
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh, build_mesh, sizes_of
 from internlm_lite.runtime.device import apply_numerics, bind_device, device_name
@@ -43,14 +42,16 @@ class Options:
 
 
 def run_job(loaded: LoadedConfig, place: Place, options: Options) -> NoReturn:
-    """Train, and end this process: 0 when the last step is done, else the error's exit code."""
+    """Train, and end this process: 0 when the last step is done, else the error's exit code.
+
+    `loaded` has passed `check_config` for this world.
+    """
     setup_logging(place, None, options.log_style)
     try:
         _run(loaded, place, options)
         code = 0
     except InternLMError as error:
-        if place.is_main or not isinstance(error, ConfigError):
-            logger.error(f"{type(error).__name__}: {error}")
+        logger.error(f"{type(error).__name__}: {error}")
         code = error.exit_code
     except KeyboardInterrupt:
         logger.error("interrupted; --resume auto goes on from the newest checkpoint")
@@ -63,7 +64,6 @@ def run_job(loaded: LoadedConfig, place: Place, options: Options) -> NoReturn:
 
 def _run(loaded: LoadedConfig, place: Place, options: Options) -> None:
     config = loaded.config
-    check_config(loaded, place.world_size)
     if place.is_main:
         logger.info(place.why)
         for note in loaded.notes:

@@ -188,14 +188,22 @@ BAD = [
         "num_layers=4, use_flash_attn='True'",
         "18: model.use_flash_attn: found 'True', expected True or False; write True",
     ),
-    ("tensor=2", "tensor=3", "23: parallel.tensor: found 3 * parallel.pipeline.size 1 = 3 ranks per model, and 4"),
+    (
+        "tensor=2",
+        "tensor=3",
+        "23: parallel.tensor: one copy of the model takes 3 * parallel.pipeline.size 1 = 3 processes; found 4",
+    ),
     ("tensor=2", "tensr=2", "23: parallel.tensr: unknown key; nearest known key: parallel.tensor"),
     (
         "tensor=2",
         "pipeline=dict(sizee=2)",
         "23: parallel.pipeline.sizee: unknown key; nearest known key: parallel.pipeline.size",
     ),
-    ("tensor=2", "pipeline=8", "23: parallel.tensor: found 1 * parallel.pipeline.size 8 = 8 ranks per model, and 4"),
+    (
+        "tensor=2",
+        "pipeline=8",
+        "23: parallel.tensor: one copy of the model takes 1 * parallel.pipeline.size 8 = 8 processes; found 4",
+    ),
     ("tensor=2", "pipeline=2", "23: parallel.pipeline.size: not available in this version; set it to 1"),
     (
         "tensor=2",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.runtime.rank import forked
-from tests.world import _context
+from tests.world import fork_context
 
 REPO = Path(__file__).parents[2]
 Environ = Mapping[str, str]
@@ -26,7 +26,7 @@ def run(tmp_path):
     def start(seconds: float, *environs: Environ) -> list[tuple[int | None, str]]:
         outputs = [tmp_path / f"{index}.txt" for index in range(len(environs))]
         processes = [
-            _context.Process(target=forked, args=(str(output), dict(environ), seconds), daemon=True)
+            fork_context.Process(target=forked, args=(str(output), dict(environ), seconds), daemon=True)
             for output, environ in zip(outputs, environs, strict=True)
         ]
         for process in processes:

@@ -78,7 +78,7 @@ def nothing(folder: Path) -> None:
         (nothing, ["data.min_length=55", "data.micro_num=2048"], 2, ["micro_num", "tokens"]),
         (nothing, ["data.tokenizer='none.model'"], 2, ["none.model"]),
         (block_the_saves, [], 6, ["saves"]),
-        (nothing, ["parallel.tensor=2"], 2, ["parallel.tensor", "1 processes"]),
+        (nothing, ["parallel.tensor=2"], 2, ["parallel.tensor", "found 1 process,"]),
         (nothing, ["--resume", "nothing/here"], 2, ["nothing/here"]),
         (nothing, ["modle.hidden_size=8"], 2, ["modle", "model"]),
     ],

@@ -25,6 +25,8 @@ from internlm_lite.bench.loader import bench_loader
 from internlm_lite.bench.ranks import bench_ranks
 from internlm_lite.bench.step import bench_step
 
+CORPORA = ((100, 50_000_000), (800, 1_000_000_000))
+"""(mean document length, tokens): the second writes 2 GB to the temporary folder."""
 CPU_SHAPE = {"hidden": 384, "layers": 6, "heads": 6, "vocab": 8192, "seq_len": 512, "micro_bsz": 2, "micro_num": 2}
 GPU_SHAPE = {"hidden": 2048, "layers": 16, "heads": 16, "vocab": 32768, "seq_len": 2048, "micro_bsz": 4, "micro_num": 2}
 
@@ -46,8 +48,7 @@ def run(only: str | None, rounds: int) -> dict[str, Any]:
     if only in (None, "loader"):  # first: its memory figure is the peak of this process
         with tempfile.TemporaryDirectory() as folder:
             results["loader"] = [
-                asdict(bench_loader(Path(folder, str(length)), n_tokens, length))
-                for length, n_tokens in ((800, 50_000_000), (100, 50_000_000))
+                asdict(bench_loader(Path(folder, str(length)), n_tokens, length)) for length, n_tokens in CORPORA
             ]
     if only in (None, "step"):
         results["step"] = asdict(bench_step(device, rounds, **shape))

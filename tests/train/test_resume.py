@@ -52,6 +52,7 @@ def killed_after(steps: int, mesh: Mesh, config: Config, folder: Path, patch: py
 
     def dying_step(*args: Any) -> Any:
         if args[3] == steps:
+            args[1].wait_weights()  # the process lives on: messages under way must not meet those of the next run
             raise Killed
         return original(*args)
 

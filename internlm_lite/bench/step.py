@@ -28,7 +28,7 @@ from internlm_lite.train.stopwatch import Stopwatch
 def our_step(config: Config, mesh: Mesh, seed: int) -> Callable[[], object]:
     """One call is one full optimizer step of ours, metrics included, on a fixed random batch."""
     dtype = torch_dtype(config.model.dtype)
-    backend = choose_backend(config.model.use_flash_attn, dtype, mesh.device)
+    backend = choose_backend(config.model.use_flash_attn, dtype, mesh.device, config.model.head_dim)
     model: Transformer = build_model(config.model, config.loss.label_smoothing, mesh, backend)
     initialise(model, seed)
     optimizer = HybridZeroOptimizer(list(model.units()), config, mesh, dtype)

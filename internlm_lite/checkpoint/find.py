@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from internlm_lite.checkpoint.tensorfile import DamagedError
 from internlm_lite.errors import CheckpointError
 
 logger = logging.getLogger("internlm_lite")
+_NESTED = re.compile(r"/(?:commits/[^/]+\.json$|data/)")
 ORPHAN_SECONDS = 3600.0
 """What an interrupted save left behind is removed when it is this old: until then its writer may be alive."""
 
@@ -39,6 +41,12 @@ class Found:
     @property
     def name(self) -> str:
         return self.manifest.name
+
+    @property
+    def order(self) -> int:
+        """Rises with every save, also when a run went back to an earlier step."""
+        name = Name.parse(self.name)
+        return name.serial if name else 0
 
     @property
     def step(self) -> int:
@@ -130,6 +138,7 @@ def newest(storage: Storage, known_bad: Mapping[str, str]) -> Found | None:
 def _tell_what_is_there(storage: Storage) -> None:
     """A folder without commits that is not empty deserves a word."""
     keys = [entry.key for entry in storage.list("")]
+    keys = [key for key in keys if not _NESTED.search(key)]  # by default snapshots have a store inside the milestones'
     unfinished = sorted({key.split("/")[1] for key in keys if key.startswith("data/") and key.count("/") > 1})
     if unfinished:
         logger.warning("%s: no committed checkpoint; unfinished saves: %s", storage.name, ", ".join(unfinished))

@@ -77,6 +77,7 @@ class CheckpointManager:
         self._held: list[object] = []
         self._shares: list[Share] = []
         self._bad: dict[str, str] = {}
+        self._beside: list[Storage] = []
         self._swept = False
         if writable:
             _probe(self.storage, mesh)
@@ -185,6 +186,10 @@ class CheckpointManager:
                 self.reject(found, error)
         return None
 
+    def number_with(self, other: CheckpointManager) -> None:
+        """Number checkpoints on from those of `other` too, so that `Found.order` compares over both folders."""
+        self._beside.append(other.storage)
+
     def reject(self, found: Found, reason: DamagedError) -> None:
         """`latest` passes over this checkpoint from now on. The same call on all ranks."""
         self._bad[found.name] = str(reason)
@@ -200,7 +205,8 @@ class CheckpointManager:
         return self._shares
 
     def _next_name(self, step: int) -> Name:
-        serial = max((name.serial for name in find.committed(self.storage)), default=0) + 1
+        taken = [name.serial for storage in (self.storage, *self._beside) for name in find.committed(storage)]
+        serial = max(taken, default=0) + 1
         return Name(serial, step, uuid.uuid4().hex[:6])
 
     def _commit(self, name: Name, facts: commit.Facts) -> None:

@@ -131,7 +131,8 @@ class HybridZeroConfig(Section):
     clip_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0: no clipping."""
     grad_dtype: Dtype | None = None
-    """(new) dtype that gradients are summed and reduced in. None: torch.float32 for bf16 models, else the model's."""
+    """(new) dtype that gradients of half-precision weights are summed and reduced in; others keep theirs.
+    None: fp32 for bf16 models, fp16 for fp16 models."""
 
 
 class LossConfig(Section):

@@ -49,6 +49,12 @@ def find_folders(root: Path, key: str) -> list[Folder]:
         )
     below = {path.name: _bins(path) for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != "."}
     grouped = {name: bins for name, bins in below.items() if bins}
+    for name in grouped:
+        if not name.isprintable():
+            raise DataError(
+                f"data.{key}: folder {name!r} in {root} has a name that no log line can hold; expected printable "
+                "characters: rename it"
+            )
     direct = _bins_of(root, os.listdir(root))
     if direct and grouped:
         logger.warning(

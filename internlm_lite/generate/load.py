@@ -31,7 +31,7 @@ def load_model(path: str, mesh: Mesh, dtype: str | None = None) -> tuple[Transfo
             f"{error.error_count()} unknown or wrong keys, first {error.errors()[0]['loc']}"
         ) from error
     shape = config.model if dtype is None else config.model.model_copy(update={"dtype": dtype})
-    backend = choose_backend(shape.use_flash_attn, torch_dtype(shape.dtype), mesh.device)
+    backend = choose_backend(shape.use_flash_attn, torch_dtype(shape.dtype), mesh.device, shape.head_dim)
     model = build_model(shape, config.loss.label_smoothing, mesh, backend)
     reader.load(found, [piece_of(param) for param in model.parameters()])
     return model.eval(), config

@@ -29,9 +29,14 @@ class AttentionBackend(enum.Enum):
     SDPA = "scaled_dot_product_attention"
 
 
-def choose_backend(use_flash_attn: bool, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
-    """The fastest backend that this dtype and device have; the reference when `use_flash_attn` is False."""
+def choose_backend(use_flash_attn: bool, dtype: torch.dtype, device: torch.device, head_dim: int) -> AttentionBackend:
+    """The fastest backend for this dtype, device and head; the reference when `use_flash_attn` is False.
+
+    The varlen kernels need half precision, compute capability 8.0 (A100) and a head_dim of a multiple of 8 up to 256.
+    """
     if not use_flash_attn or device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return AttentionBackend.SDPA
+    if head_dim % 8 or head_dim > 256 or torch.cuda.get_device_capability(device) < (8, 0):
         return AttentionBackend.SDPA
     return AttentionBackend.FLASH_ATTN if find_spec("flash_attn") else AttentionBackend.TORCH_VARLEN
 

@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from internlm_lite.errors import MeshError
+from internlm_lite.errors import MeshError, PeerLostError
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def build_mesh(sizes: Sizes, rank: int, device: torch.device, timeout: timedelta
     def group(name: str, partition: list[tuple[int, ...]]) -> Group:
         mine: Group | None = None
         for ranks in partition:
-            process_group = dist.new_group(ranks, timeout=timeout) if len(ranks) > 1 else None
+            process_group = _new_group(ranks, timeout) if len(ranks) > 1 else None
             if rank in ranks:
                 mine = Group(name, ranks, ranks.index(rank), process_group)
         assert mine is not None, (name, rank, partition)
@@ -141,6 +141,16 @@ def build_mesh(sizes: Sizes, rank: int, device: torch.device, timeout: timedelta
 
     groups = {name: group(name, partition) for name, partition in axis_groups(sizes).items()}
     return Mesh(sizes=sizes, rank=rank, device=device, **groups)
+
+
+def _new_group(ranks: tuple[int, ...], timeout: timedelta) -> dist.ProcessGroup | None:
+    try:
+        return dist.new_group(ranks, timeout=timeout)
+    except RuntimeError as error:  # torch.distributed's errors are RuntimeErrors
+        raise PeerLostError(
+            f"a rank was lost while the group of ranks {list(ranks)} was set up: {str(error).strip().splitlines()[0]}; "
+            "the log of the rank that failed first says why"
+        ) from error
 
 
 def single_process_mesh(device: torch.device = torch.device("cpu")) -> Mesh:

@@ -41,7 +41,7 @@ class JsonlWriter:
         """Append `value`. What is not a finite number becomes null."""
         text = json.dumps(finite(value), allow_nan=False, separators=(",", ":"), ensure_ascii=False) + "\n"
         try:
-            self._append(text.encode())
+            self._append(text.encode("utf-8", "backslashreplace"))
         except OSError as error:
             self._torn = True
             if not self._failed:

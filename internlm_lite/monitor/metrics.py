@@ -7,8 +7,9 @@ collect():     one all-reduce over dp, one copy to the host, back to zero
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -57,6 +58,17 @@ class FolderMetrics:
         for row, values in zip(table, (learnt, token_loss, correct & learnt), strict=True):
             row.scatter_add_(0, index, values.double())
         self._sums[-1] += train_loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums since the last `collect` over all ranks, JSON-able. Collective over dp; waits for the device."""
+        sums = self._sums.clone()
+        comm.all_reduce(sums, self._dp).wait()
+        return {"folders": list(self._folders), "sums": sums.tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from these sums, unless the data folders are others now."""
+        if self._dp.rank == 0 and tuple(state["folders"]) == self._folders:
+            self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
 
     def collect(self) -> Collected:
         """The sums since the last call. Collective over dp; waits for the device."""

@@ -30,7 +30,11 @@ def learning_rate(step: int, peak: float, schedule: LrSchedulerConfig) -> float:
 
 
 def beta2(step: int, schedule: Beta2SchedulerConfig) -> float:
-    """AdamW's beta2 at step `step` (from 0): max(init_beta2, 1 - i^-c), constant for c <= 0."""
+    """AdamW's beta2 at step `step` (from 0): max(init_beta2, 1 - i^-c), constant for c <= 0.
+
+    Steps that were skipped on overflow count here, unlike for the learning rate: AdamW takes beta2 as a host number,
+    and how many steps were skipped is known on the device only.
+    """
     i = step + schedule.cur_iter + 1
     if schedule.c <= 0 or i < 1:
         return schedule.init_beta2

@@ -42,6 +42,8 @@ class StepOutcome:
     """fp32, the scale this step's loss was multiplied with."""
     skipped_steps: torch.Tensor
     """int64, steps skipped since the run began."""
+    skips_in_a_row: torch.Tensor
+    """int64, steps skipped since the last update."""
     next_lr: torch.Tensor
     """Learning rate of the next step (the step line of InternLM prints this one)."""
     beta2: float
@@ -73,6 +75,7 @@ class HybridZeroOptimizer:
         self.scaler = LossScaler(config.grad_scaler if model_dtype == torch.float16 else None, mesh.device)
         self._good_steps = torch.zeros((), dtype=torch.int64, device=mesh.device)
         self._skipped_steps = torch.zeros((), dtype=torch.int64, device=mesh.device)
+        self._skips_in_a_row = torch.zeros((), dtype=torch.int64, device=mesh.device)
         rates = [
             learning_rate(i, config.adam.lr, config.lr_scheduler) for i in range(config.lr_scheduler.total_steps + 2)
         ]
@@ -149,6 +152,7 @@ class HybridZeroOptimizer:
         self.scaler.update(skipped)
         self._good_steps += ~skipped
         self._skipped_steps += skipped
+        self._skips_in_a_row.add_(1).mul_(skipped)
         for bucket in self.buckets:
             bucket.grads.zero_()
         self._gather_weights()
@@ -157,6 +161,7 @@ class HybridZeroOptimizer:
             norm_fp32=totals.square_fp32.sqrt() * unscale,
             skipped=skipped,
             skipped_steps=self._skipped_steps.clone(),
+            skips_in_a_row=self._skips_in_a_row.clone(),
             loss_scale=used_scale,
             next_lr=self._rate_now(),
             beta2=second_beta,

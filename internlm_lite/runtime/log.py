@@ -57,8 +57,15 @@ class CompactFormatter(logging.Formatter):
 class StdoutHandler(logging.StreamHandler[TextIO]):
     """Writes to whatever `sys.stdout` is now: a progress bar that stands in for it keeps records above itself."""
 
+    _failed = False
+
     def __init__(self) -> None:
         logging.Handler.__init__(self)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._failed:  # a closed pipe or a full disk costs the terminal's lines, never the run
+            self._failed = True
+            print(f"WARNING cannot write to standard output: {sys.exc_info()[1]}", file=sys.stderr)
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]

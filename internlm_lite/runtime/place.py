@@ -80,7 +80,9 @@ def find_place(
     elif launcher == "slurm":
         place = _from_slurm(environ, why, host, port, resolves)
     elif launcher == "single":
-        place = Place(0, 1, 0, 1, _hostname(environ), "single", why, "localhost", port or 0)
+        wished = environ.get("OMP_NUM_THREADS", "")
+        threads = int(wished) if wished.isdecimal() else None
+        place = Place(0, 1, 0, 1, _hostname(environ), "single", why, "localhost", port or 0, cpu_threads=threads)
     else:
         raise MeshError(f"launcher {launcher!r}: expected auto, torch, slurm or single")
     _check(place)

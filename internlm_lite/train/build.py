@@ -55,14 +55,14 @@ def build_run(config: Config, mesh: Mesh, folder: Path, resume: str, terminal: b
         if config.data.valid_every:
             valid = open_validation_data(config.data, vocab_size, dp.rank, dp.size, config.seed)
     dtype = torch_dtype(config.model.dtype)
-    backend = choose_backend(config.model.use_flash_attn, dtype, mesh.device)
+    backend = choose_backend(config.model.use_flash_attn, dtype, mesh.device, config.model.head_dim)
     with heartbeat("building the model"):
         model = build_model(config.model, config.loss.label_smoothing, mesh, backend)
         initialise(model, config.seed)
         optimizer = HybridZeroOptimizer(list(model.units()), config, mesh, dtype)
     _announce(config, mesh, data, model.backend, optimizer)
     reporter = Reporter(config, mesh, data.folders)
-    saving = Saving(config, mesh, optimizer, reporter.speed, data.fingerprint)
+    saving = Saving(config, mesh, optimizer, reporter, data.fingerprint)
     with heartbeat("loading a checkpoint"):
         start = saving.restore(resume)
     if mesh.is_main:

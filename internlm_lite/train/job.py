@@ -26,6 +26,9 @@ from internlm_lite.train.samples import show_samples
 
 logger = logging.getLogger("internlm_lite")
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -55,7 +58,7 @@ def run_job(loaded: LoadedConfig, place: Place, options: Options) -> NoReturn:
         code = error.exit_code
     except KeyboardInterrupt:
         logger.error("interrupted; --resume auto goes on from the newest checkpoint")
-        code = 1
+        code = INTERRUPTED
     except Exception:
         logger.exception(f"rank {place.rank} failed")
         code = 1

@@ -6,7 +6,9 @@ from contextlib import closing
 
 from internlm_lite.train.build import Run
 from internlm_lite.train.evaluate import evaluate
+from internlm_lite.train.guard import check_updates
 from internlm_lite.train.profiling import traced_steps
+from internlm_lite.train.saving import due
 from internlm_lite.train.state import TrainState
 from internlm_lite.train.step import train_step
 
@@ -14,6 +16,7 @@ from internlm_lite.train.step import train_step
 def train(run: Run) -> TrainState:
     """Train from `run.start` to the last step of the config; the final state. Collective."""
     state, data = run.start, run.config.data
+    kind = None
     on_gpu = run.mesh.device.type == "cuda"
     run.reporter.start(state)
     run.reporter.event("start", step=state.step)
@@ -36,13 +39,16 @@ def train(run: Run) -> TrainState:
             state = state.after(batch, run.mesh.dp.size)
             if state.step % run.config.monitor.log_every == 0 or state.step == data.total_steps:
                 run.reporter.step_line(state, batch, outcome)
-            with run.reporter.aside():
-                if run.valid and state.step % data.valid_every == 0:
+                check_updates(outcome, run.config.model.dtype, state)
+            if run.valid and state.step % data.valid_every == 0:
+                with run.reporter.aside():
                     run.reporter.validation(state, evaluate(run.model, run.valid, run.mesh))
-                if run.saving.save_if_due(state):
-                    run.reporter.event("checkpoint", step=state.step)
+            if kind := due(run.config.ckpt, state.step):
+                with run.reporter.aside():
+                    run.saving.save(state, kind)
+                run.reporter.event("checkpoint", step=state.step, saved=kind)
     run.optimizer.wait_weights()
-    if state.step > run.start.step:
-        run.saving.save_final(state)
+    if run.config.ckpt.enable_save_ckpt and state.step > run.start.step and kind != "milestone":
+        run.saving.save(state, "final")  # also after a snapshot, which would not be kept
     run.reporter.event("done", step=state.step)
     return state

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -72,13 +73,23 @@ class Reporter:
         """On rank 0, once it is known where the run goes on from."""
         self._sinks = sinks
 
+    def state_dict(self) -> dict[str, Any]:
+        """Figures that go on through a resume, JSON-able. Collective."""
+        return {"speed": self.speed.state_dict(), "metrics": self.metrics.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.speed.load_state_dict(state["speed"])
+        self.metrics.load_state_dict(state["metrics"])
+
     def start(self, state: TrainState) -> None:
         """The first step begins now."""
         self._begin, self._last = time.perf_counter(), state
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """What happens inside (evaluation, saving) does not count as training time."""
+        """What happens inside (evaluation, saving) does not count as training time; steps under way still do."""
+        if self._mesh.device.type == "cuda":
+            torch.cuda.synchronize(self._mesh.device)
         begin = time.perf_counter()
         yield
         self._begin += time.perf_counter() - begin

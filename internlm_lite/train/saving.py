@@ -20,8 +20,8 @@ from internlm_lite.config.schema import CkptConfig, Config
 from internlm_lite.config.view import masked, resolved
 from internlm_lite.errors import CheckpointError
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.monitor.speed import SpeedMeter
 from internlm_lite.optim.zero import HybridZeroOptimizer
+from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.state import TrainState
 
 logger = logging.getLogger("internlm_lite")
@@ -31,41 +31,37 @@ class Saving:
     """The checkpoints of one run. Every method is collective."""
 
     def __init__(
-        self, config: Config, mesh: Mesh, optimizer: HybridZeroOptimizer, speed: SpeedMeter, fingerprint: dict[str, Any]
+        self,
+        config: Config,
+        mesh: Mesh,
+        optimizer: HybridZeroOptimizer,
+        reporter: Reporter,
+        fingerprint: dict[str, Any],
     ) -> None:
         """Raises StorageError when a folder that checkpoints go to cannot be written."""
         self._ckpt = config.ckpt
-        self._optimizer, self._mesh, self._speed, self._fingerprint = optimizer, mesh, speed, fingerprint
+        self._optimizer, self._mesh, self._reporter, self._fingerprint = optimizer, mesh, reporter, fingerprint
         self._described = masked(resolved(config))
         self._milestones = self._manager(config.ckpt.save_ckpt_folder)
         self._snapshots = self._manager(config.ckpt.snapshot_ckpt_folder)
+        if self._milestones and self._snapshots:  # one numbering, so that the newest of both is known
+            self._milestones.number_with(self._snapshots)
+            self._snapshots.number_with(self._milestones)
 
     def _manager(self, folder: str | None) -> CheckpointManager | None:
         if folder is None or not self._ckpt.enable_save_ckpt:
             return None
         return CheckpointManager(folder, self._mesh, config=self._described)
 
-    def save_if_due(self, state: TrainState) -> bool:
-        """After each step. True when a checkpoint was written."""
-        kind = due(self._ckpt, state.step)
-        if kind is None:
-            return False
-        self._save(state, kind)
-        return True
-
-    def save_final(self, state: TrainState) -> None:
-        """At the end of the run, unless the last step is a milestone: a snapshot would not be kept."""
-        if self._ckpt.enable_save_ckpt and due(self._ckpt, state.step) != "milestone":
-            self._save(state, "final")
-
-    def _save(self, state: TrainState, kind: Kind) -> None:
+    def save(self, state: TrainState, kind: Kind) -> None:
+        """Write everything that going on from here needs."""
         manager = self._snapshots if kind == "snapshot" else self._milestones
         assert manager is not None, "check_config requires a folder for every kind that is due"
         self._optimizer.wait_weights()
         stored = {
             "train": state.to_json(),
             "optimizer": self._optimizer.state_dict(),
-            "speed": self._speed.state_dict(),
+            "reporter": self._reporter.state_dict(),
             "data": self._fingerprint,
         }
         manager.save(state.step, kind, list(self._optimizer.pieces()), stored, random_states(self._mesh.device))
@@ -85,13 +81,19 @@ class Saving:
 
     def _load_newest(self) -> TrainState | None:
         """From the newest good checkpoint of this run's folders; None when they hold none."""
-        managers = [manager for manager in (self._milestones, self._snapshots) if manager is not None]
         while True:
             newest: tuple[CheckpointManager, Found] | None = None
-            for manager in managers:
-                found = manager.latest()
-                if found is not None and (newest is None or found.step > newest[1].step):
+            damaged: CheckpointError | None = None
+            for manager in (self._milestones, self._snapshots):
+                try:
+                    found = manager and manager.latest()
+                except CheckpointError as error:  # only damaged ones in this folder; the other may have a good one
+                    damaged = error
+                    continue
+                if manager and found and (newest is None or found.order > newest[1].order):
                     newest = (manager, found)
+            if newest is None and damaged is not None:
+                raise damaged
             if newest is None:
                 return None
             manager, found = newest
@@ -115,7 +117,7 @@ class Saving:
         try:
             state = TrainState.from_json(stored["train"])
             self._optimizer.load_state_dict(stored["optimizer"], moments=moments)
-            self._speed.load_state_dict(stored["speed"])
+            self._reporter.load_state_dict(stored["reporter"])
         except (KeyError, TypeError) as error:
             raise CheckpointError(
                 f"checkpoint {restored.found.name} holds no training state this version can read ({error!r}); "

@@ -37,7 +37,7 @@ def train_step(
 ) -> StepOutcome:
     """Train on `batch`; its losses are added to `metrics`, its time to `fwd_bwd`. Collective."""
     global_tokens = batch.tokens.numel() * mesh.dp.size
-    scale = optimizer.loss_scale / global_tokens
+    scale = optimizer.loss_scale.double() / global_tokens  # fp64, so that an fp64 model is exact to its own rounding
     fwd_bwd.start()
     for micro in range(batch.micro_num):
         losses = forward(model, batch, micro, scale)

@@ -62,13 +62,18 @@ def test_nothing_is_seen_across_a_border_or_ahead():
     assert not torch.equal(before[:10], after[:10])
 
 
-def test_the_cpu_and_full_precision_take_the_reference():
+def test_kernels_are_chosen_only_where_they_run(monkeypatch: pytest.MonkeyPatch):
     for dtype in (torch.bfloat16, torch.float64):
-        assert choose_backend(True, dtype, torch.device("cpu")) is AttentionBackend.SDPA
+        assert choose_backend(True, dtype, torch.device("cpu"), 64) is AttentionBackend.SDPA
     cuda = torch.device("cuda")
-    assert choose_backend(True, torch.float32, cuda) is AttentionBackend.SDPA
-    assert choose_backend(False, torch.bfloat16, cuda) is AttentionBackend.SDPA
-    assert choose_backend(True, torch.bfloat16, cuda) is not AttentionBackend.SDPA
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert choose_backend(True, torch.bfloat16, cuda, 64) is AttentionBackend.SDPA
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert choose_backend(True, torch.bfloat16, cuda, 36) is AttentionBackend.SDPA
+    assert choose_backend(True, torch.bfloat16, cuda, 512) is AttentionBackend.SDPA
+    assert choose_backend(True, torch.float32, cuda, 64) is AttentionBackend.SDPA
+    assert choose_backend(False, torch.bfloat16, cuda, 64) is AttentionBackend.SDPA
+    assert choose_backend(True, torch.bfloat16, cuda, 64) is not AttentionBackend.SDPA
 
 
 @pytest.mark.gpu
@@ -78,7 +83,7 @@ def test_the_chosen_kernel_equals_the_reference_on_a_gpu(kv_heads):
     device = torch.device("cuda")
     q, k, v = (x.detach().repeat(1, 1, 8).to(device).requires_grad_() for x in heads(24, kv_heads, torch.bfloat16))
     borders = [0, 5, 10, 24, 24]
-    backend = choose_backend(True, torch.bfloat16, device)
+    backend = choose_backend(True, torch.bfloat16, device, 64)
     cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=device)
     ours = packed(backend, cu_seqlens, tuple(borders), 14)(0, q, k, v)
     expected = packed(AttentionBackend.SDPA, cu_seqlens, tuple(borders), 14)(0, q, k, v)

@@ -63,6 +63,10 @@ def remove_everything(folder: Path) -> None:
         path.unlink()
 
 
+def unprintable_name(folder: Path) -> None:
+    (folder / "corpus" / "docs").rename(folder / "corpus" / "do\ncs")
+
+
 def nothing(folder: Path) -> None:
     """The files are right; the command line is not."""
 
@@ -74,6 +78,7 @@ def nothing(folder: Path) -> None:
         (remove_everything, [], 2, ["corpus", ".bin"]),
         (truncate, [], 2, ["part.bin", "truncated"]),
         (point_past_the_end, [], 2, ["part.idx", "points to byte"]),
+        (unprintable_name, [], 2, ["do\\ncs", "rename"]),
         (outside_the_vocabulary, [], 2, ["odd/part.bin", "96"]),
         (nothing, ["data.min_length=55", "data.micro_num=2048"], 2, ["micro_num", "tokens"]),
         (nothing, ["data.tokenizer='none.model'"], 2, ["none.model"]),

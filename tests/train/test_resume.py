@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from internlm_lite.config.schema import Config
-from internlm_lite.errors import CheckpointError, StorageError
+from internlm_lite.errors import CheckpointError, NumericsError, StorageError
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from internlm_lite.monitor.metrics import Collected
 from internlm_lite.train import loop
@@ -46,7 +46,9 @@ class Killed(Exception):
     """Stands for the end of the process right after a step was printed."""
 
 
-def killed_after(steps: int, mesh: Mesh, config: Config, folder: Path, patch: pytest.MonkeyPatch) -> None:
+def killed_after(
+    steps: int, mesh: Mesh, config: Config, folder: Path, patch: pytest.MonkeyPatch, resume: str = "auto"
+) -> None:
     """Run until `steps` steps are done, with everything due until then saved, and no goodbye."""
     original = loop.train_step
 
@@ -58,7 +60,7 @@ def killed_after(steps: int, mesh: Mesh, config: Config, folder: Path, patch: py
 
     patch.setattr(loop, "train_step", dying_step)
     with pytest.raises(Killed):
-        run_training(mesh, config, folder)
+        run_training(mesh, config, folder, resume)
     patch.setattr(loop, "train_step", original)
 
 
@@ -191,6 +193,53 @@ def test_evaluation_does_not_change_the_curve(corpus: Path, tmp_path: Path, monk
     assert len(seen) == STEPS // 2
     assert set(seen[0].folders) == {"code", "docs", "books"}
     assert seen[-1].cross_entropy < seen[0].cross_entropy
+
+
+def test_figures_of_an_interval_go_on_through_a_resume(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def logged(saves: Path | None, **ckpt: Any) -> Config:
+        values = config_for(corpus, saves, **ckpt).model_dump()
+        return Config.model_validate({**values, "monitor": {"log_every": 4}})
+
+    whole = run_training(single_process_mesh(), logged(None), tmp_path / "whole")
+    assert [step["step"] for step in whole] == [3, 7]
+    config = logged(tmp_path / "saves", oss_snapshot_freq=3)
+    killed_after(5, single_process_mesh(), config, tmp_path / "killed", monkeypatch)
+    resumed = run_training(single_process_mesh(), config, tmp_path / "resumed")
+    for ours, expected in zip(resumed, whole, strict=True):
+        assert (ours["loss"], ours["acc"], ours["folders"]) == (expected["loss"], expected["acc"], expected["folders"])
+
+
+def test_the_newest_of_both_folders_is_the_one_saved_last(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """An older run's milestone of a later step must not win over this run's snapshot."""
+    mesh = single_process_mesh()
+    saves = tmp_path / "saves"
+    run_training(mesh, config_for(corpus, saves, checkpoint_every=8), tmp_path / "first")
+    again = config_for(corpus, saves, oss_snapshot_freq=2)
+    killed_after(3, mesh, again, tmp_path / "again", monkeypatch, resume="none")
+    resumed = run_training(mesh, again, tmp_path / "resumed")
+    assert [step["step"] for step in resumed] == [2, 3, 4, 5, 6, 7]
+
+
+def test_a_damaged_milestone_falls_back_to_a_snapshot(corpus: Path, tmp_path: Path):
+    mesh, saves = single_process_mesh(), tmp_path / "saves"
+    run_training(mesh, config_for(corpus, saves, oss_snapshot_freq=3), tmp_path / "first")
+    for shard in (saves / "data").glob("*/rank-00000.safetensors"):
+        content = bytearray(shard.read_bytes())
+        content[3000:3004] = b"\xff\xff\xff\xff"
+        shard.write_bytes(content)
+    resumed = run_training(mesh, config_for(corpus, saves, oss_snapshot_freq=3), tmp_path / "second")
+    assert [step["step"] for step in resumed] == [6, 7]
+
+
+def test_a_run_whose_gradients_stay_non_finite_ends(corpus: Path, tmp_path: Path):
+    values = config_for(corpus, None).model_dump()
+    values["adam"] |= {"lr": 1e30}
+    values["data"] |= {"total_steps": 40, "rampup_batch_size": "", "skip_batches": ""}
+    values["lr_scheduler"] |= {"total_steps": 40, "warmup_ratio": 0.0}
+    with pytest.raises(NumericsError, match="11 updates were skipped"):
+        run_training(single_process_mesh(), Config.model_validate(values), tmp_path / "run")
 
 
 def test_what_is_due_when():

@@ -54,18 +54,18 @@ def main() -> None:
     from internlm_lite.config.load import load_config
     from internlm_lite.config.view import print_config
     from internlm_lite.errors import ConfigError, InternLMError
-    from internlm_lite.runtime.place import find_place
+    from internlm_lite.runtime.place import find_place, limit_spinning
 
     overrides = [*arguments.cfg_options, *arguments.overrides]
     if arguments.seed is not None:
         overrides.append(f"seed={arguments.seed}")
     rank = 0
+    limit_spinning(os.environ)
     try:
         place = find_place(os.environ, arguments.launcher, arguments.host, arguments.port)
         rank = place.rank
         loaded = load_config(arguments.config, overrides)
-        if not arguments.print_config:
-            check_config(loaded, place.world_size)
+        check_config(loaded, None if arguments.print_config else place.world_size)
     except InternLMError as error:
         if rank == 0 or not isinstance(error, ConfigError):  # a config is wrong on all ranks alike: said once
             print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -29,7 +29,7 @@ LEARNING_RATE = 4e-3
 ckpt = dict(
     enable_save_ckpt=True,
     save_ckpt_folder=f"local:{DEMO_FOLDER}/ckpts",
-    checkpoint_every=STEPS // 3,
+    checkpoint_every=STEPS // 9,
 )
 
 data = dict(

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -32,6 +33,7 @@ from internlm_lite.units import human_bytes, human_seconds
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = REPOSITORY / "configs" / "demo.py"
 FOLDER_BYTES = 8_000_000
+LAST_STEPS = 20
 
 
 class Stage:
@@ -80,6 +82,8 @@ def make_tokens(folder: Path, vocab_size: int) -> None:
 def train(folder: Path, arguments: Sequence[str], started: Stage) -> None:
     """Train, or go on with the training that was interrupted; checkpoints of another model or corpus are removed."""
     if not started.is_current:
+        if (folder / "ckpts").exists():
+            print("  config, corpus or arguments are new: removing the checkpoints of the training before", flush=True)
         shutil.rmtree(folder / "ckpts", ignore_errors=True)
         started.record()
     run("train.py", "--config", CONFIG, "--run-dir", folder / "RUN", f"DEMO_FOLDER={folder}", *arguments)
@@ -89,12 +93,19 @@ def report(folder: Path, vocab_size: int) -> None:
     """What came out: the loss at both ends, the samples, and where to look."""
     run_folder = (folder / "RUN" / "demo" / "latest").resolve()
     steps = read_metrics(run_folder / "metrics.jsonl")
-    first, last, uniform = steps[0], steps[-1], math.log(vocab_size)
     for sample in read_objects(run_folder / "samples.jsonl"):
         print(f"\n--- prompt {sample['prompt']!r}\n{sample['prompt']}{sample['text']}")
-    print(f"\nloss at step {first['step']}: {first['loss']:.3f}, at step {last['step']}: {last['loss']:.3f}", end="")
-    print(f", {last['loss'] / uniform:.0%} of ln({vocab_size}) = {uniform:.3f}")
+    losses = [step["loss"] for step in steps]
+    end, uniform = statistics.mean(losses[-LAST_STEPS:]), math.log(vocab_size)
+    print(
+        f"\ntraining loss: {losses[0]:.3f} at the first step, {end:.3f} over the last {LAST_STEPS}, which is", end=" "
+    )
+    print(f"{end / uniform:.0%} of guessing evenly, ln({vocab_size}) = {uniform:.3f}")
+    evaluations = [event for event in read_objects(run_folder / "events.jsonl") if event["event"] == "evaluation"]
+    for name, (_, loss, accuracy) in (evaluations[-1]["folders"] if evaluations else {}).items():
+        print(f"  held-out text of {name:<6} loss {loss:.3f}, next token right {accuracy:.0%}")
     print(f"run folder: {run_folder}")
+    print(f"more text:  internlm-lite generate --checkpoint {folder / 'ckpts'} --prompt 'import '")
 
 
 def installed() -> list[str]:

@@ -75,9 +75,17 @@ def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int, threads: 
     Ids 0..3 are <unk> <s> </s> <pad>, then the 256 bytes. Raises DataError when the text is too small for `vocab_size`.
     """
     model = io.BytesIO()
+    faults: list[DataError] = []
+
+    def sentences() -> Iterator[str]:
+        try:
+            yield from (cut for text in texts for cut in _sentences(text))
+        except DataError as error:  # sentencepiece would wrap it in a message of its own
+            faults.append(error)
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(cut for text in texts for cut in _sentences(text)),
+            sentence_iterator=sentences(),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -93,7 +101,11 @@ def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int, threads: 
             minloglevel=2,
         )
     except RuntimeError as error:
+        if faults:
+            raise faults[0] from None
         raise DataError(f"sentencepiece could not train a vocabulary of {vocab_size}: {str(error).strip()}") from None
+    if faults:
+        raise faults[0]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:

@@ -9,10 +9,12 @@ The rank's log file always gets the full step line.
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
@@ -40,7 +42,7 @@ class Console:
         self._terminal = terminal
         self._bar: Progress | None = None
         if terminal:
-            columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TaskProgressColumn())
+            columns = (TextColumn("{task.completed} of {task.total} steps"), BarColumn(), TaskProgressColumn())
             self._bar = Progress(*columns, TextColumn(_BAR_TEXT), refresh_per_second=2)
             self._task = self._bar.add_task(
                 "train", total=total_steps, completed=done, eta="?", loss="?", tgs="?", rest=""
@@ -49,13 +51,14 @@ class Console:
 
     def write(self, record: StepRecord) -> None:
         """Show one step line, and move the bar."""
-        extra = {"verbatim": True, "compact": compact_line(record, self._terminal)}
+        columns = shutil.get_terminal_size().columns if self._terminal else None
+        extra = {"verbatim": True, "compact": compact_line(record, self._terminal, columns)}
         logger.info(format_step_line(record), extra=extra)
         if self._bar is None:
             return
         done = record.step + 1
         rest = "" if record.mfu is None else f"  mfu {record.mfu:.1%}"
-        if self._checkpoint_every:
+        if self._checkpoint_every and done < self._total_steps:
             rest += f"  next checkpoint {next_checkpoint(done, self._checkpoint_every, self._total_steps)}"
         self._bar.update(
             self._task,
@@ -85,31 +88,31 @@ def next_checkpoint(done: int, every: int, total: int) -> int:
     return min(total, (done // every + 1) * every)
 
 
-def compact_line(record: StepRecord, colour: bool) -> str:
-    """One short line for a terminal: time, step, loss, what moves with it, and the loss of each folder with tokens."""
+def compact_line(record: StepRecord, colour: bool, width: int | None = None) -> str:
+    """One short line for a terminal: time, step, loss, what moves with it, and the loss of each folder with tokens.
 
-    def paint(code: str, text: str) -> str:
-        return f"{code}{text}{_RESET}" if colour else text
-
+    What does not fit into `width` columns is left out, the last first; None: no limit.
+    """
     parts = [
-        paint(_DIM, record.time.strftime("%H:%M:%S")),
-        paint(_BOLD, f"step {record.step}"),
-        paint(_GREEN if record.loss == record.loss else _RED, f"loss {record.loss:.4f}"),
-        f"lr {record.lr:.3g}",
-        f"grad {sum(norm**2 for norm in record.grad_norm.values()) ** 0.5:.3g}",
-        f"tgs {record.speed.tgs:.0f}",
-        f"tflops {record.tflops:.3g}",
+        (_DIM, record.time.strftime("%H:%M:%S")),
+        (_BOLD, f"step {record.step}"),
+        (_GREEN if record.loss == record.loss else _RED, f"loss {record.loss:.4f}"),
     ]
-    if record.mfu is not None:
-        parts.append(f"mfu {record.mfu:.1%}")
-    if record.memory_bytes is not None:
-        parts.append(human_bytes(record.memory_bytes))
     if record.inf_nan_skip_batches:
-        parts.append(paint(_RED, f"skipped {record.inf_nan_skip_batches}"))
-    folders = [f"{name} {folder.loss:.3f}" for name, folder in record.folders.items() if folder.tokens]
-    if len(record.folders) > 1 and folders:
-        parts.append(paint(_DIM, "| " + "  ".join(folders)))
-    return "  ".join(parts)
+        parts.append((_RED, f"skipped {record.inf_nan_skip_batches}"))
+    parts += [
+        ("", f"lr {record.lr:.3g}"),
+        ("", f"grad {sum(norm**2 for norm in record.grad_norm.values()) ** 0.5:.3g}"),
+        ("", f"tgs {record.speed.tgs:.0f}"),
+        ("", f"tflops {record.tflops:.3g}" if record.mfu is None else f"mfu {record.mfu:.1%}"),
+    ]
+    if record.memory_bytes is not None:
+        parts.append(("", human_bytes(record.memory_bytes)))
+    if len(record.folders) > 1:
+        parts += [(_DIM, f"{name} {folder.loss:.3f}") for name, folder in record.folders.items() if folder.tokens]
+    ends = accumulate(len(text) + 2 for _, text in parts)
+    fitting = [part for part, end in zip(parts, ends, strict=True) if width is None or end - 2 <= width]
+    return "  ".join(f"{code}{text}{_RESET}" if colour and code else text for code, text in fitting)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def run_job(loaded: LoadedConfig, place: Place, options: Options) -> NoReturn:
         logger.error(f"{type(error).__name__}: {error}")
         code = error.exit_code
     except KeyboardInterrupt:
-        logger.error("interrupted; --resume auto goes on from the newest checkpoint")
+        logger.error("interrupted; started again, the run goes on from its newest checkpoint if it has written one")
         code = INTERRUPTED
     except Exception:
         logger.exception(f"rank {place.rank} failed")
@@ -91,7 +91,13 @@ def _run(loaded: LoadedConfig, place: Place, options: Options) -> None:
     finally:
         run.reporter.close()
     if place.is_main:
-        logger.info(f"done: {run.config.data.total_steps} steps; everything about this run is in {folder}")
+        total = config.data.total_steps
+        if run.start.step >= total:
+            logger.warning(
+                f"nothing to do: the checkpoint stands at step {run.start.step} of {total}; raise data.total_steps, or "
+                "train anew with --resume none"
+            )
+        logger.info(f"done: {total} steps; everything about this run is in {folder}")
 
 
 def _agree_on_folder(loaded: LoadedConfig, place: Place, options: Options, mesh: Mesh, device: torch.device) -> Path:

@@ -52,7 +52,7 @@ def test_on_a_terminal_a_short_line_and_a_bar(monkeypatch, tmp_path):
         logger.info("something else")
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
     assert "11:46:20  step 1  loss 11.3380" in shown and "tflops=" not in shown
-    assert "step 2/50000" in shown and "eta 1:02:05  loss 11.3380  tgs 965  mfu 38.0%  next checkpoint 50" in shown
+    assert "2 of 50000 steps" in shown and "eta 1:02:05  loss 11.3380  tgs 965  mfu 38.0%  next checkpoint 50" in shown
     assert re.search(r"\d\d:\d\d:\d\d something else", shown)
     assert sys.stdout is terminal, "the bar gives standard output back"
     file = (tmp_path / "logs" / "rank-00000.log").read_text()
@@ -70,9 +70,12 @@ def test_compact_line():
     )
     plain = compact_line(record, colour=False)
     assert plain == (
-        "11:46:24  step 2  loss nan  lr 8e-07  grad 77  tgs 1025  tflops 127  mfu 41.2%  3.00 GiB  skipped 2"
-        "  | code 2.346  docs 3.100"
+        "11:46:24  step 2  loss nan  skipped 2  lr 8e-07  grad 77  tgs 1025  mfu 41.2%  3.00 GiB"
+        "  code 2.346  docs 3.100"
     )
+    assert compact_line(record, colour=False, width=len(plain)) == plain
+    assert compact_line(record, colour=False, width=len(plain) - 1) == plain.removesuffix("  docs 3.100")
+    assert compact_line(record, colour=True, width=30) == compact_line(record, colour=True, width=26)
     coloured = compact_line(record, colour=True)
     assert re.sub(r"\x1b\[\d+m", "", coloured) == plain and "\x1b[31mloss nan" in coloured
 

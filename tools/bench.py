@@ -45,7 +45,7 @@ def run(only: str | None, rounds: int) -> dict[str, Any]:
             "python": platform.python_version(),
         }
     }
-    if only in (None, "loader"):  # first: its memory figure is the peak of this process
+    if only in (None, "loader"):
         with tempfile.TemporaryDirectory() as folder:
             results["loader"] = [
                 asdict(bench_loader(Path(folder, str(length)), n_tokens, length)) for length, n_tokens in CORPORA

@@ -103,10 +103,10 @@ monitor = dict(
     log_every=1,
     # One prompt per data folder, in the folders' manners.
     sample_prompts=[
-        "def __init__(self, ",
-        "Return the ",
+        "def __init__(self,",
+        "Return the",
         "#pragma once\n\n#include <",
-        "Permission is hereby granted, ",
+        "Permission is hereby granted,",
     ],
     sample_tokens=64,
 )

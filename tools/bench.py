@@ -24,6 +24,7 @@ from rich.table import Table
 from internlm_lite.bench.loader import bench_loader
 from internlm_lite.bench.ranks import bench_ranks
 from internlm_lite.bench.step import bench_step
+from internlm_lite.runtime.device import device_name
 
 CORPORA = ((100, 50_000_000), (800, 1_000_000_000))
 """(mean document length, tokens): the second writes 2 GB to the temporary folder."""
@@ -38,9 +39,8 @@ def run(only: str | None, rounds: int) -> dict[str, Any]:
     shape = {**GPU_SHAPE, "dtype": "torch.bfloat16"} if on_gpu else {**CPU_SHAPE, "dtype": "torch.float32"}
     results: dict[str, Any] = {
         "machine": {
-            "device": torch.cuda.get_device_name(0)
-            if on_gpu
-            else f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "device": device_name(device),
+            "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),
         }

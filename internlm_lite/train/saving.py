@@ -41,6 +41,8 @@ class Saving:
         """Raises StorageError when a folder that checkpoints go to cannot be written."""
         self._ckpt = config.ckpt
         self._optimizer, self._mesh, self._reporter, self._fingerprint = optimizer, mesh, reporter, fingerprint
+        data = config.data
+        self._batch_tokens = data.micro_num * data.micro_bsz * data.seq_len * mesh.dp.size
         self._described = masked(resolved(config))
         self._milestones = self._manager(config.ckpt.save_ckpt_folder)
         self._snapshots = self._manager(config.ckpt.snapshot_ckpt_folder)
@@ -63,6 +65,7 @@ class Saving:
             "optimizer": self._optimizer.state_dict(),
             "reporter": self._reporter.state_dict(),
             "data": self._fingerprint,
+            "batch_tokens": self._batch_tokens,
         }
         manager.save(state.step, kind, list(self._optimizer.pieces()), stored, random_states(self._mesh.device))
 
@@ -126,14 +129,23 @@ class Saving:
         self._optimizer.publish_weights()
         if restored.rank_state is not None:
             set_random_states(restored.rank_state, self._mesh.device)
-        if stored["data"] != self._fingerprint and self._mesh.is_main:
-            logger.warning(
-                "the training data changed since checkpoint %s was written (%s): batches from here on are drawn from "
-                "the new data at the same position",
-                restored.found.name,
-                ", ".join(sorted(k for k in self._fingerprint if stored["data"].get(k) != self._fingerprint[k])),
-            )
+        if self._mesh.is_main:
+            self._tell_changes(restored.found.name, stored)
         return state
+
+    def _tell_changes(self, name: str, stored: dict[str, Any]) -> None:
+        """What is not as it was, and so bends the curve."""
+        changed = sorted(key for key, value in self._fingerprint.items() if stored["data"].get(key) != value)
+        if changed:
+            logger.warning(
+                f"the training data changed since checkpoint {name} was written ({', '.join(changed)}): batches from "
+                "here on are drawn from the new data at the same position"
+            )
+        if stored["batch_tokens"] != self._batch_tokens:
+            logger.warning(
+                f"a step takes {self._batch_tokens} tokens now, {stored['batch_tokens']} when checkpoint {name} was "
+                "written; to keep them, change data.micro_num with the number of data-parallel ranks"
+            )
 
 
 def due(ckpt: CkptConfig, steps_done: int) -> Kind | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,18 @@ def test_another_number_of_ranks_continues_the_same_curve(corpus: Path, tmp_path
     resumed = run_world(run_training, 2, args)[0]
     for ours, expected in zip(curve(resumed), curve(whole[3:]), strict=True):
         assert ours == pytest.approx(expected, rel=1e-10)
+
+
+def test_another_batch_size_is_told(corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    mesh = single_process_mesh()
+    run_training(mesh, config_for(corpus, tmp_path / "saves"), tmp_path / "first")
+    values = config_for(corpus, tmp_path / "saves").model_dump()
+    values["data"] |= {"micro_num": 2, "rampup_batch_size": "", "total_steps": STEPS + 1}
+    logger = logging.getLogger("internlm_lite")
+    logger.addHandler(caplog.handler)
+    run_training(mesh, Config.model_validate(values), tmp_path / "second")
+    logger.removeHandler(caplog.handler)
+    assert "a step takes 128 tokens now, 256 when checkpoint" in caplog.text
 
 
 def test_a_finished_run_resumes_to_nothing(corpus: Path, tmp_path: Path):

@@ -87,7 +87,7 @@ class HybridZeroOptimizer:
         adam = self._config.adam
         # The fused CUDA kernel reads lr and found_inf as fp32; the CPU kernel reads lr in double precision.
         lr_dtype = torch.float32 if self._mesh.device.type == "cuda" else torch.float64
-        self._lr = self._rates[0].to(lr_dtype)
+        self._lr = torch.zeros((), dtype=lr_dtype, device=self._mesh.device)  # set before every update
         groups: list[dict[str, Any]] = [
             {
                 "params": [m for m, b in zip(self._masters, self.buckets, strict=True) if b.kind.decay is decay],

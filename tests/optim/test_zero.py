@@ -7,6 +7,7 @@ from torch import nn
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh.layout import Parameter, parameter, whole
 from internlm_lite.mesh.mesh import Mesh, build_mesh, single_process_mesh, sizes_of
+from internlm_lite.optim.curves import learning_rate
 from internlm_lite.optim.norm import square_sum
 from internlm_lite.optim.zero import HybridZeroOptimizer
 from tests.world import TIMEOUT, run_world
@@ -224,3 +225,14 @@ def test_half_precision_updates_the_fp32_master_and_rounds_it_once():
         _, master = result["pieces"][name, "master"]
         assert master.dtype == torch.float32
         assert torch.equal(weight.flatten(), master.bfloat16())
+
+
+def test_the_learning_rate_of_a_first_step_that_is_skipped_comes_again():
+    cfg = config()
+    optimizer = HybridZeroOptimizer([Unit("layers.0", torch.float64)], cfg, single_process_mesh(), torch.float64)
+    for step in range(3):
+        optimizer.buckets[0].grads.fill_(float("nan") if step < 2 else 1.0)
+        optimizer.arm()
+        outcome = optimizer.step(step, num_labels=8, global_tokens=8)
+        assert outcome.next_lr.item() == learning_rate(max(0, step - 1), cfg.adam.lr, cfg.lr_scheduler)
+        assert outcome.skips_in_a_row.item() == (step + 1 if step < 2 else 0)

@@ -31,4 +31,5 @@ fi
 [ -d .venv/bin ] && export PATH="$PWD/.venv/bin:$PATH"
 
 # A dead rank ends the step at once instead of leaving the others to wait for their time-outs.
-exec srun --kill-on-bad-exit=1 python train.py --launcher slurm --config "$config" "$@"
+# srun does not take over --cpus-per-task from sbatch.
+exec srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} python train.py --launcher slurm --config "$config" "$@"

@@ -19,7 +19,7 @@ shift
 cd "$(dirname "$0")/.."
 [ -d .venv/bin ] && export PATH="$PWD/.venv/bin:$PATH"
 
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
 nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
 nnodes=${NNODES:-1}
 if [ "$nnodes" -gt 1 ]; then

@@ -266,16 +266,25 @@ def _probe(storage: Storage, mesh: Mesh) -> None:
     """Every rank writes a small object and reads rank 0's: the folder is writable, and the same one for all."""
     word = uuid.uuid4().bytes
 
+    def put(key: str) -> None:
+        try:
+            storage.put(key, [word])
+        except StorageError as error:
+            raise StorageError(
+                f"{error}; expected a folder that every rank can write: change ckpt.save_ckpt_folder or "
+                "ckpt.snapshot_ckpt_folder, or the rights"
+            ) from error
+
     def begin() -> str:
         folder = f"probe-{word.hex()}"
-        storage.put(f"{folder}/rank-00000", [word])
+        put(f"{folder}/rank-00000")
         return folder
 
     folder = on_main(mesh, begin)
 
     def check() -> None:
         if not mesh.is_main:
-            storage.put(f"{folder}/rank-{mesh.rank:05d}", [word])
+            put(f"{folder}/rank-{mesh.rank:05d}")
         try:
             storage.read(f"{folder}/rank-00000", limit_bytes=len(word))
         except UnreadableError as error:

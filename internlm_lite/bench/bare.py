@@ -18,7 +18,7 @@ class BareBlock(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.kv_heads
-        self.head_dim, self.heads, self.kv_heads = hidden // heads, heads, kv_heads
+        self.head_dim, self.heads, self.kv_heads = config.head_dim, heads, kv_heads
         self.eps, bias = config.layer_norm_epsilon, not config.no_bias
         self.attention_norm = nn.Parameter(torch.ones(hidden, dtype=dtype))
         self.ffn_norm = nn.Parameter(torch.ones(hidden, dtype=dtype))
@@ -57,7 +57,7 @@ class BareDecoder(nn.Module):
         self.blocks = nn.ModuleList(BareBlock(config, dtype) for _ in range(config.num_layers))
         self.norm = nn.Parameter(torch.ones(config.hidden_size, dtype=dtype))
         self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
-        half = config.hidden_size // config.num_attention_heads // 2
+        half = config.head_dim // 2
         angle = torch.arange(length)[:, None] * config.rope_base ** (-torch.arange(half) / half)
         self.register_buffer("cos", angle.cos().to(dtype), persistent=False)
         self.register_buffer("sin", angle.sin().to(dtype), persistent=False)

@@ -23,9 +23,8 @@ class LinearShape:
 def linear_layers(model: ModelConfig) -> list[LinearShape]:
     """Every matrix product with weights in one forward pass."""
     hidden, layers = model.hidden_size, model.num_layers
-    head_dim = hidden // model.num_attention_heads
     return [
-        LinearShape(hidden, (model.num_attention_heads + 2 * model.kv_heads) * head_dim, layers),
+        LinearShape(hidden, (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim, layers),
         LinearShape(hidden, hidden, layers),
         LinearShape(hidden, model.mlp_hidden_size, 2 * layers),
         LinearShape(model.mlp_hidden_size, hidden, layers),

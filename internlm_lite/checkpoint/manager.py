@@ -77,7 +77,7 @@ class CheckpointManager:
         self._held: list[object] = []
         self._shares: list[Share] = []
         self._bad: dict[str, str] = {}
-        self._beside: list[Storage] = []
+        self._beside: list[CheckpointManager] = []
         self._swept = False
         if writable:
             _probe(self.storage, mesh)
@@ -173,26 +173,41 @@ class CheckpointManager:
         missing = tuple(role for role in wanted if role not in manifest.tensors)
         return Restored(found, manifest.state, private, missing)
 
-    def resume(self, pieces: Sequence[Piece], allow_missing_roles: Collection[str] = ()) -> Restored | None:
-        """Load the newest checkpoint of the save folder that proves good; None if nothing was ever committed.
+    def number_with(self, other: CheckpointManager) -> None:
+        """Treat both folders as one history: one numbering, and `resume` takes the newest. Call it on both."""
+        self._beside.append(other)
 
-        A damaged one is reported and the one before is tried. Raises CheckpointError if none is left, or if the newest
-        belongs to another model.
+    def resume(self, pieces: Sequence[Piece], allow_missing_roles: Collection[str] = ()) -> Restored | None:
+        """Load the newest checkpoint that proves good, of this folder and those it is numbered with; None if none was
+        ever committed.
+
+        A damaged one is reported and the one before is tried. Raises CheckpointError if only damaged ones are left, or
+        if the newest belongs to another model.
         """
-        while (found := self.latest()) is not None:
+        while (newest := self._newest()) is not None:
+            manager, found = newest
             try:
-                return self.load(found, pieces, allow_missing_roles)
+                return manager.load(found, pieces, allow_missing_roles)
             except DamagedError as error:
-                self.reject(found, error)
+                manager._bad[found.name] = str(error)
         return None
 
-    def number_with(self, other: CheckpointManager) -> None:
-        """Number checkpoints on from those of `other` too, so that `Found.order` compares over both folders."""
-        self._beside.append(other.storage)
-
-    def reject(self, found: Found, reason: DamagedError) -> None:
-        """`latest` passes over this checkpoint from now on. The same call on all ranks."""
-        self._bad[found.name] = str(reason)
+    def _newest(self) -> tuple[CheckpointManager, Found] | None:
+        candidates: list[tuple[CheckpointManager, Found]] = []
+        unusable: CheckpointError | None = None
+        for manager in (self, *self._beside):
+            try:
+                found = manager.latest()
+            except CheckpointError as error:  # the other folder may hold a good one
+                unusable = error
+                continue
+            if found is not None:
+                candidates.append((manager, found))
+        if unusable is not None and not candidates:
+            raise unusable
+        if unusable is not None and self.mesh.is_main:
+            logger.warning("%s", unusable)
+        return max(candidates, key=lambda candidate: candidate[1].order, default=None)
 
     def _plan(self, held: Sequence[Holding]) -> list[Share]:
         """This rank's shares. What ranks hold does not change in a run, so they exchange it once."""
@@ -205,7 +220,7 @@ class CheckpointManager:
         return self._shares
 
     def _next_name(self, step: int) -> Name:
-        taken = [name.serial for storage in (self.storage, *self._beside) for name in find.committed(storage)]
+        taken = [name.serial for manager in (self, *self._beside) for name in find.committed(manager.storage)]
         serial = max(taken, default=0) + 1
         return Name(serial, step, uuid.uuid4().hex[:6])
 

@@ -66,8 +66,7 @@ def _cache(model: Transformer, batch: int, capacity: int) -> KVCache:
     config = model.config
     weight = next(model.parameters())
     kv_heads = config.kv_heads // model.mesh.tp.size
-    head_dim = config.hidden_size // config.num_attention_heads
-    return KVCache(config.num_layers, batch, capacity, kv_heads, head_dim, weight.dtype, weight.device)
+    return KVCache(config.num_layers, batch, capacity, kv_heads, config.head_dim, weight.dtype, weight.device)
 
 
 def _prefill(model: Transformer, prompts: list[list[int]], cache: KVCache) -> torch.Tensor:

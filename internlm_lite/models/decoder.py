@@ -128,8 +128,7 @@ class Transformer(nn.Module):
     def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         """[T, hidden] after this stage's layers, and after the final norm on the last stage."""
         x = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
-        head_dim = self.config.hidden_size // self.config.num_attention_heads
-        rotary = Rotary(positions, head_dim, self.config.rope_base, x.dtype)
+        rotary = Rotary(positions, self.config.head_dim, self.config.rope_base, x.dtype)
         for block in self.layers.values():
             x = block(x, rotary, attend)
         return x if self.norm is None else self.norm(x)

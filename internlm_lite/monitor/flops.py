@@ -11,7 +11,6 @@ the rounded SwiGLU width as they are. Both take attention over all of seq_len: a
 from __future__ import annotations
 
 from internlm_lite.config.schema import ModelConfig
-from internlm_lite.units import round_up
 
 
 def step_flops(model: ModelConfig, seq_len: int, sequences: int) -> float:
@@ -31,9 +30,8 @@ def step_flops_per_token(model: ModelConfig, seq_len: int) -> float:
 def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Forward and backward FLOPs of the model's own matrix products per token, nothing recomputed."""
     h = model.hidden_size
-    head_dim = h // model.num_attention_heads
-    ffn = round_up(int(h * model.mlp_ratio), model.multiple_of)
-    weights = 2 * h * h + 2 * h * head_dim * model.kv_heads + 3 * h * ffn  # q and output, k and v, w1 w3 w2
+    kv = model.head_dim * model.kv_heads
+    weights = 2 * h * h + 2 * h * kv + 3 * h * model.mlp_hidden_size  # q and output, k and v, w1 w3 w2
     forward = model.num_layers * (2 * weights + 4 * seq_len * h) + 2 * h * model.vocab_size
     return 3.0 * forward
 

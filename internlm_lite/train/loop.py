@@ -38,8 +38,8 @@ def train(run: Run) -> TrainState:
             step_traced()
             state = state.after(batch, run.mesh.dp.size)
             if state.step % run.config.monitor.log_every == 0 or state.step == data.total_steps:
-                run.reporter.step_line(state, batch, outcome)
-                check_updates(outcome, run.config.model.dtype, state)
+                skips_in_a_row = run.reporter.step_line(state, batch, outcome)
+                check_updates(skips_in_a_row, run.config.model, state)
             if run.valid and state.step % data.valid_every == 0:
                 with run.reporter.aside():
                     run.reporter.validation(state, evaluate(run.model, run.valid, run.mesh))

@@ -94,10 +94,10 @@ class Reporter:
         yield
         self._begin += time.perf_counter() - begin
 
-    def step_line(self, state: TrainState, batch: Batch, outcome: StepOutcome) -> float:
+    def step_line(self, state: TrainState, batch: Batch, outcome: StepOutcome) -> int:
         """Record the steps since the last line, `batch` and `outcome` being the last one's. Collective.
 
-        Returns the training loss of those steps.
+        Returns how many steps were skipped in a row, as of now.
         """
         assert self._last is not None, "start() was called"
         collected = self.metrics.collect()
@@ -107,31 +107,28 @@ class Reporter:
         speed = self.speed.add(tokens, seconds, steps)
         self._begin, self._last = now, state
         fwd_bwd_seconds = self.fwd_bwd.take() / steps
+        *figures, skips_in_a_row = _read(outcome)
         if self._sinks is not None:
-            record = self._record(state, batch, outcome, collected, speed, seconds, tokens, fwd_bwd_seconds)
+            record = self._record(
+                state, batch, figures, outcome.beta2, collected, speed, seconds, tokens, fwd_bwd_seconds
+            )
             self._sinks.console.write(record)
             self._sinks.metrics.write(record)
-        return collected.loss
+        return int(skips_in_a_row)
 
     def _record(
         self,
         state: TrainState,
         batch: Batch,
-        outcome: StepOutcome,
+        figures: Sequence[float],
+        beta2: float,
         collected: Collected,
         speed: SpeedFigures,
         seconds: float,
         tokens: int,
         fwd_bwd_seconds: float,
     ) -> StepRecord:
-        scalars = (
-            outcome.norm_model_dtype,
-            outcome.norm_fp32,
-            outcome.skipped_steps,
-            outcome.loss_scale,
-            outcome.next_lr,
-        )
-        norm, norm_fp32, skipped, loss_scale, next_lr = torch.stack([x.double() for x in scalars]).tolist()
+        norm, norm_fp32, skipped, loss_scale, next_lr = figures
         world, remaining = self._mesh.world.size, self._config.data.total_steps - state.step
         per_step = self.speed.seconds_per_step
         return StepRecord(
@@ -150,7 +147,7 @@ class Reporter:
             largest_length=batch.stats.largest_length,
             largest_batch=batch.stats.largest_batch,
             smallest_batch=batch.stats.smallest_batch,
-            adam_beta2=outcome.beta2,
+            adam_beta2=beta2,
             fwd_bwd_time=fwd_bwd_seconds,
             acc=collected.accuracy,
             perplexity=perplexity(collected.cross_entropy),
@@ -189,6 +186,20 @@ class Reporter:
     def close(self) -> None:
         if self._sinks is not None:
             self._sinks.close()
+
+
+def _read(outcome: StepOutcome) -> list[float]:
+    """The device scalars of a step in one copy to the host."""
+    scalars = (
+        outcome.norm_model_dtype,
+        outcome.norm_fp32,
+        outcome.skipped_steps,
+        outcome.loss_scale,
+        outcome.next_lr,
+        outcome.skips_in_a_row,
+    )
+    values: list[float] = torch.stack([scalar.double() for scalar in scalars]).tolist()
+    return values
 
 
 def perplexity(cross_entropy: float) -> float:

@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 
-from internlm_lite.checkpoint.find import Found
 from internlm_lite.checkpoint.format import Kind
 from internlm_lite.checkpoint.manager import CheckpointManager, Restored
-from internlm_lite.checkpoint.tensorfile import DamagedError
 from internlm_lite.config.schema import CkptConfig, Config
 from internlm_lite.config.view import masked, resolved
 from internlm_lite.errors import CheckpointError
@@ -46,7 +44,7 @@ class Saving:
         self._described = masked(resolved(config))
         self._milestones = self._manager(config.ckpt.save_ckpt_folder)
         self._snapshots = self._manager(config.ckpt.snapshot_ckpt_folder)
-        if self._milestones and self._snapshots:  # one numbering, so that the newest of both is known
+        if self._milestones and self._snapshots:
             self._milestones.number_with(self._snapshots)
             self._snapshots.number_with(self._milestones)
 
@@ -73,37 +71,14 @@ class Saving:
         """The state to go on from. `resume`: auto, none (nothing of this run's own folders), or a path."""
         if resume not in ("auto", "none"):
             return self._load_path(resume, with_optimizer=self._ckpt.load_optimizer)
-        state = self._load_newest() if resume == "auto" else None
-        if state is not None:
-            return state
+        own = self._milestones or self._snapshots
+        if own and resume == "auto" and (restored := own.resume(list(self._optimizer.pieces()))):
+            return self._adopt(restored, moments=True)
         if self._ckpt.load_ckpt_folder:
             return self._load_path(self._ckpt.load_ckpt_folder, with_optimizer=self._ckpt.load_optimizer)
         if self._ckpt.load_model_only_folder:
             self._load_weights_only(self._ckpt.load_model_only_folder)
         return TrainState()
-
-    def _load_newest(self) -> TrainState | None:
-        """From the newest good checkpoint of this run's folders; None when they hold none."""
-        while True:
-            newest: tuple[CheckpointManager, Found] | None = None
-            damaged: CheckpointError | None = None
-            for manager in (self._milestones, self._snapshots):
-                try:
-                    found = manager and manager.latest()
-                except CheckpointError as error:  # only damaged ones in this folder; the other may have a good one
-                    damaged = error
-                    continue
-                if manager and found and (newest is None or found.order > newest[1].order):
-                    newest = (manager, found)
-            if newest is None and damaged is not None:
-                raise damaged
-            if newest is None:
-                return None
-            manager, found = newest
-            try:
-                return self._adopt(manager.load(found, list(self._optimizer.pieces())), moments=True)
-            except DamagedError as error:
-                manager.reject(found, error)
 
     def _load_path(self, path: str, with_optimizer: bool) -> TrainState:
         reader = CheckpointManager(path, self._mesh, config=self._described, writable=False)

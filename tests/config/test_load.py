@@ -43,8 +43,12 @@ def test_seed_config_loads_unchanged() -> None:
     assert config.grad_scaler is not None and config.grad_scaler.fp16.initial_scale == 65536
 
 
-def test_seed_config_with_boto3_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    seed = SEED.with_name("seed_20b_boto3.py")
+def test_seed_config_with_boto3_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = tmp_path / "seed_20b_boto3.py"
+    lines = SEED.read_text().splitlines()
+    first = lines.index("# import os")
+    lines[first : first + 4] = [line.removeprefix("# ") for line in lines[first : first + 4]]
+    seed.write_text("\n".join(lines))
     monkeypatch.setenv("BOTO3_IP", "10.0.0.1:9000")
     assert load_config(seed).config.ckpt.save_ckpt_folder == "boto3:s3://model_weights.10.0.0.1:9000/internlm"
     check_config(load_config(seed), 16)

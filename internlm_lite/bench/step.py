@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from internlm_lite.bench.bare import BareDecoder
 from internlm_lite.bench.gemm import linear_layers, measured_rate
@@ -16,11 +17,12 @@ from internlm_lite.bench.timing import alternate
 from internlm_lite.config.schema import Config
 from internlm_lite.layers.flash import choose_backend
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
-from internlm_lite.models.decoder import Transformer, build_model
 from internlm_lite.models.initialise import initialise
+from internlm_lite.models.stages import build_stages, units_of
 from internlm_lite.monitor.metrics import FolderMetrics
 from internlm_lite.optim.zero import HybridZeroOptimizer
 from internlm_lite.runtime.device import torch_dtype
+from internlm_lite.train.build import build_engine
 from internlm_lite.train.step import train_step
 from internlm_lite.train.stopwatch import Stopwatch
 
@@ -29,13 +31,14 @@ def our_step(config: Config, mesh: Mesh, seed: int) -> Callable[[], object]:
     """One call is one full optimizer step of ours, metrics included, on a fixed random batch."""
     dtype = torch_dtype(config.model.dtype)
     backend = choose_backend(config.model.use_flash_attn, dtype, mesh.device, config.model.head_dim)
-    model: Transformer = build_model(config.model, config.loss.label_smoothing, mesh, backend)
-    initialise(model, seed)
-    optimizer = HybridZeroOptimizer(list(model.units()), config, mesh, dtype)
-    metrics = FolderMetrics(("bench",), mesh.dp, mesh.device)
+    stages = build_stages(config, mesh, backend)
+    initialise(nn.ModuleList(stages.values()), seed)
+    optimizer = HybridZeroOptimizer(units_of(stages), config, mesh, dtype)
+    engine = build_engine(config, mesh, stages)
+    metrics = FolderMetrics(("bench",), mesh)
     batch = random_batch(config, seed + mesh.dp.rank, mesh.device)
     watch = Stopwatch(mesh.device)
-    return lambda: train_step(model, optimizer, batch, 0, mesh, metrics, watch)
+    return lambda: train_step(stages, engine, optimizer, batch, 0, mesh, metrics, watch)
 
 
 def bare_step(config: Config, device: torch.device, seed: int) -> Callable[[], object]:

@@ -16,6 +16,8 @@ from internlm_lite.errors import ConfigError
 _S3 = re.compile(r"boto3:s3://[^./\s]+\.[^/\s]+(/\S*)?")
 _TENSOR = "parallel.tensor"
 _STAGES = "parallel.pipeline.size"
+_SCHEDULE = "parallel.pipeline.schedule"
+_CHUNKS = "model.num_chunks"
 
 
 def cross_problems(config: Config, world_size: int | None) -> Iterator[Problem]:
@@ -25,6 +27,7 @@ def cross_problems(config: Config, world_size: int | None) -> Iterator[Problem]:
     yield from _heads(config)
     yield from _tensor(config)
     yield from _pipeline(config)
+    yield from _sequence(config)
     yield from _precision(config)
     yield from _curves(config)
     yield from _batches(config)
@@ -103,16 +106,48 @@ def _pipeline(config: Config) -> Iterator[Problem]:
     stages, chunks = config.parallel.pipeline.size, config.model.num_chunks
     if config.model.num_layers < stages * chunks:
         yield Problem(
-            ("model.num_layers", _STAGES, "model.num_chunks"),
-            f"found {config.model.num_layers}, expected at least {_STAGES} {stages} * model.num_chunks {chunks} "
+            ("model.num_layers", _STAGES, _CHUNKS),
+            f"found {config.model.num_layers}, expected at least {_STAGES} {stages} * {_CHUNKS} {chunks} "
             f"= {stages * chunks}, a layer for each; change one of them",
         )
-    if chunks > 1 and stages == 1:
+    if stages == 1 and chunks > 1:
         yield Problem(
-            ("model.num_chunks", _STAGES), f"found {chunks} with {_STAGES} 1; chunks interleave stages: set it to 1"
+            (_CHUNKS, _STAGES), f"found {chunks} with {_STAGES} 1; chunks are stages of a pipeline: set it to 1"
         )
-    elif chunks > 1 and config.data.micro_num % stages:
-        yield _indivisible("data.micro_num", config.data.micro_num, _STAGES, stages)
+    elif stages == 1 and config.parallel.pipeline.schedule is not None:
+        yield Problem(
+            (_SCHEDULE, _STAGES),
+            f'found "{config.schedule}" with {_STAGES} 1; remove it, or set {_STAGES} to 2 or more',
+        )
+    else:
+        yield from _schedule(config)
+
+
+def _schedule(config: Config) -> Iterator[Problem]:
+    stages, chunks, micro_num = config.parallel.pipeline.size, config.model.num_chunks, config.data.micro_num
+    expected = {"1f1b": chunks == 1, "interleaved": chunks > 1, "zbv": chunks == 2}
+    if not expected[config.schedule]:
+        number = {"1f1b": "1", "interleaved": "2 or more", "zbv": "2"}[config.schedule]
+        yield Problem(
+            (_CHUNKS, _SCHEDULE),
+            f'found {chunks}, expected {number} with {_SCHEDULE} "{config.schedule}"; change one of them',
+        )
+    elif config.schedule == "interleaved" and micro_num % stages:
+        yield Problem(
+            ("data.micro_num", _STAGES, _CHUNKS),
+            f"found {micro_num}, expected a multiple of {_STAGES} {stages}, which interleaved chunks need; "
+            f"change one of them, or set {_CHUNKS} to 1",
+        )
+
+
+def _sequence(config: Config) -> Iterator[Problem]:
+    tensor, tokens = config.parallel.tensor, config.data.micro_bsz * config.data.seq_len
+    if config.parallel.sequence_parallel and tokens % tensor:
+        yield Problem(
+            ("parallel.sequence_parallel", "data.seq_len", "data.micro_bsz", _TENSOR),
+            f"found True with rows of micro_bsz * seq_len = {tokens} tokens, expected a multiple of {_TENSOR} "
+            f"{tensor}; change one of them",
+        )
 
 
 def _precision(config: Config) -> Iterator[Problem]:

@@ -225,7 +225,7 @@ class ModelConfig(Section):
     use_flash_attn: bool = True
     """True: the fastest attention available (flash-attn, torch varlen, SDPA). False: the SDPA reference."""
     num_chunks: Positive = 1
-    """Model chunks per pipeline stage; > 1: interleaved schedule."""
+    """Stages per pipeline rank; > 1: interleaved schedule, unless parallel.pipeline.schedule is "zbv"."""
     no_bias: bool = False
     """(new) True: attention without biases (Llama, InternLM2). False: biases on QKV and output (InternLM)."""
     rope_base: Annotated[float, Field(gt=0)] = 10000
@@ -258,9 +258,12 @@ class PipelineConfig(Section):
     """Pipeline parallelism."""
 
     size: Positive = 1
-    """Pipeline stages."""
+    """Pipeline-parallel ranks; each holds model.num_chunks stages."""
+    schedule: Literal["1f1b", "interleaved", "zbv"] | None = None
+    """(new) Order of the micro-batches. "1f1b": one stage a rank. "interleaved": model.num_chunks stages a rank.
+    "zbv": zero bubble, two stages a rank in the shape of a V. None: interleaved with num_chunks > 1, else 1f1b."""
     interleaved_overlap: bool = True
-    """Overlap communication in the interleaved schedule."""
+    """Schedules with chunks: True: receive early, while something else is computed. False: receive right before use."""
 
 
 class ParallelConfig(Section):
@@ -320,3 +323,8 @@ class Config(Section):
     """torch.backends.cudnn.deterministic."""
     cudnn_benchmark: bool = False
     """torch.backends.cudnn.benchmark."""
+
+    @property
+    def schedule(self) -> str:
+        """parallel.pipeline.schedule, or what it stands for when it is left out."""
+        return self.parallel.pipeline.schedule or ("interleaved" if self.model.num_chunks > 1 else "1f1b")

@@ -6,21 +6,21 @@ from itertools import accumulate
 
 import torch
 
-from internlm_lite.errors import DataError, MeshError
+from internlm_lite.errors import DataError
 from internlm_lite.generate.cache import KVCache
 from internlm_lite.generate.sample import Sampler, Sampling
 from internlm_lite.layers.flash import packed
-from internlm_lite.models.decoder import Transformer
+from internlm_lite.models.stages import WholeModel
 
 
 @torch.no_grad()
 def generate(
-    model: Transformer, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, eos: int | None
+    model: WholeModel, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, eos: int | None
 ) -> list[list[int]]:
     """The continuation of each prompt, without the prompt; it stops before `eos` or after `max_new_tokens`.
 
-    Every tensor-parallel rank calls this with the same arguments and gets the same tokens. Raises DataError for a
-    prompt that is empty or holds an id outside the vocabulary, MeshError when the model is one of several stages.
+    Every rank of tp and pp calls this with the same arguments and gets the same tokens. Raises DataError for a prompt
+    that is empty or holds an id outside the vocabulary.
     """
     check(model, prompts)
     if not prompts or max_new_tokens < 1:
@@ -41,16 +41,14 @@ def generate(
                 new_tokens[row].append(token)
         if not running or step + 1 == max_new_tokens:
             break
-        logits = model.logits(model.hidden(drawn, cache.lengths, cache.decode()))
+        logits = model.logits(drawn, cache.lengths, cache.decode())
         cache.advance()
     return new_tokens
 
 
-def check(model: Transformer, prompts: list[list[int]]) -> None:
-    """Raises DataError or MeshError; see `generate`."""
-    if model.tok_embeddings is None or model.output is None:
-        raise MeshError("generation found one pipeline stage, expected the whole model: load it with pipeline size 1")
-    vocab_size = model.config.vocab_size
+def check(model: WholeModel, prompts: list[list[int]]) -> None:
+    """Raises DataError; see `generate`."""
+    vocab_size = model.any_stage.config.vocab_size
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise DataError(f"prompt {number} is empty: expected at least one token, for instance the tokenizer's BOS")
@@ -62,14 +60,12 @@ def check(model: Transformer, prompts: list[list[int]]) -> None:
             )
 
 
-def _cache(model: Transformer, batch: int, capacity: int) -> KVCache:
-    config = model.config
-    weight = next(model.parameters())
-    kv_heads = config.kv_heads // model.mesh.tp.size
-    return KVCache(config.num_layers, batch, capacity, kv_heads, config.head_dim, weight.dtype, weight.device)
+def _cache(model: WholeModel, batch: int, capacity: int) -> KVCache:
+    config, dtype = model.any_stage.config, model.any_stage.place.dtype
+    return KVCache(config.num_layers, batch, capacity, model.kv_heads_here, config.head_dim, dtype, model.device)
 
 
-def _prefill(model: Transformer, prompts: list[list[int]], cache: KVCache) -> torch.Tensor:
+def _prefill(model: WholeModel, prompts: list[list[int]], cache: KVCache) -> torch.Tensor:
     """Logits [B, vocab] of each prompt's last token."""
     device = cache.lengths.device
     lengths = [len(prompt) for prompt in prompts]
@@ -77,6 +73,5 @@ def _prefill(model: Transformer, prompts: list[list[int]], cache: KVCache) -> to
     tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
     positions = torch.cat([torch.arange(length, device=device) for length in lengths])
     cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=device)
-    attend = packed(model.backend, cu_seqlens, borders, max(lengths))
-    hidden = model.hidden(tokens, positions, cache.prefill(lengths, attend))
-    return model.logits(hidden[cu_seqlens[1:].long() - 1])
+    attend = packed(model.any_stage.backend, cu_seqlens, borders, max(lengths))
+    return model.logits(tokens, positions, cache.prefill(lengths, attend), rows=cu_seqlens[1:].long() - 1)

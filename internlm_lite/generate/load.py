@@ -11,11 +11,12 @@ from internlm_lite.errors import CheckpointError
 from internlm_lite.layers.flash import choose_backend
 from internlm_lite.mesh.layout import Parameter, Piece
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.models.decoder import Transformer, build_model
+from internlm_lite.models.decoder import build_model
+from internlm_lite.models.stages import WholeModel
 from internlm_lite.runtime.device import torch_dtype
 
 
-def load_model(path: str, mesh: Mesh, dtype: str | None = None) -> tuple[Transformer, Config]:
+def load_model(path: str, mesh: Mesh, dtype: str | None = None) -> tuple[WholeModel, Config]:
     """The model of the checkpoint at `path` (a save folder or one checkpoint of it), and the config it came from.
 
     `dtype`: a config name such as "torch.bfloat16" instead of the trained one. Weights come from the fp32 masters.
@@ -34,7 +35,7 @@ def load_model(path: str, mesh: Mesh, dtype: str | None = None) -> tuple[Transfo
     backend = choose_backend(shape.use_flash_attn, torch_dtype(shape.dtype), mesh.device, shape.head_dim)
     model = build_model(shape, config.loss.label_smoothing, mesh, backend)
     reader.load(found, [piece_of(param) for param in model.parameters()])
-    return model.eval(), config
+    return WholeModel({0: model}, mesh), config
 
 
 def piece_of(param: torch.Tensor) -> Piece:

@@ -14,17 +14,16 @@ import torch
 from torch import nn
 
 from internlm_lite.errors import ConfigError
-from internlm_lite.layers.linear import ColumnLinear, RowLinear
+from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns
 from internlm_lite.layers.placement import Placement
 from internlm_lite.layers.rope import Rotary
-from internlm_lite.mesh.conjugate import copy_to_group
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer number, q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, H, D]; q, k are rotated, v may be strided."""
 
 
 class Attention(nn.Module):
-    """[T, hidden] -> [T, hidden]. Raises ConfigError when heads do not divide as they must."""
+    """[T, hidden] outside -> the same. Raises ConfigError when heads do not divide as they must."""
 
     def __init__(
         self,
@@ -42,7 +41,7 @@ class Attention(nn.Module):
         super().__init__()
         check_heads(hidden_size, heads, kv_heads, place.group.size)
         self.layer = layer
-        self.group = place.group
+        self.place = place
         self.head_dim = hidden_size // heads
         self.queries = heads // kv_heads  # per key/value head
         rows = kv_heads * (self.queries + 2) * self.head_dim
@@ -50,8 +49,8 @@ class Attention(nn.Module):
         self.wo = RowLinear(f"{name}.wo", hidden_size, hidden_size, bias, out_std, place)
 
     def forward(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
-        qkv = self.wqkv(copy_to_group(x, self.group))
-        heads = qkv.view(x.shape[0], -1, self.queries + 2, self.head_dim)  # [T, Hkv, g + 2, D]
+        (qkv,) = columns(x, self.place, self.wqkv)
+        heads = qkv.view(qkv.shape[0], -1, self.queries + 2, self.head_dim)  # [T, Hkv, g + 2, D]
         q, k, v = heads.split([self.queries, 1, 1], dim=2)
         mixed = attend(self.layer, rotary(q).flatten(1, 2), rotary(k).squeeze(2), v.squeeze(2))
         return self.wo(mixed.flatten(1))

@@ -5,7 +5,8 @@
 
 Where gradients are needed, a chunk's dz replaces its logits in place and goes straight into dh and dW, so the backward
 pass has nothing to recompute. W may be split by rows (vocabulary) over the tensor-parallel ranks: the maximum, the sum
-of exponentials and the label's logit are then reduced over them.
+of exponentials and the label's logit are then reduced over them, and dh is a partial sum on each of them: the caller
+sends h in through `Placement.enter`.
 """
 
 from __future__ import annotations
@@ -77,8 +78,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, terms: _Terms, needs_grad: bool
     ) -> tuple[torch.Tensor, ...]:
-        chunk = _chunk_tokens(hidden, weight)
-        buffer = hidden.new_empty(chunk, weight.shape[0], dtype=accumulation_dtype(hidden.dtype))
+        wide = accumulation_dtype(hidden.dtype)
+        chunk = tokens_per_chunk(hidden.shape[0], weight.shape[0], wide.itemsize, hidden.device.type)
+        buffer = hidden.new_empty(chunk, weight.shape[0], dtype=wide)
         gradients = _Gradients(hidden, weight, chunk) if needs_grad else None
         losses = []
         for start in range(0, hidden.shape[0], chunk):
@@ -87,7 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses.append(_chunk_losses(logits, labels[rows], terms, needs_grad))
             if gradients is not None:
                 gradients.add(rows, logits)
-        ctx.gradients = None if gradients is None else gradients.summed_over(terms.group)
+        ctx.gradients = None if gradients is None else gradients.taken()
         token_loss, train_loss, correct = (torch.cat(parts) for parts in zip(*losses, strict=True))
         train_loss_sum = train_loss.sum()
         ctx.mark_non_differentiable(train_loss_sum, token_loss, correct)
@@ -103,11 +105,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dhidden.mul_(grads[0]), dweight.mul_(grads[0]), None, None, None
 
 
-def _chunk_tokens(hidden: torch.Tensor, weight: torch.Tensor) -> int:
-    """Tokens per chunk, in chunks of equal length."""
-    row_bytes = weight.shape[0] * accumulation_dtype(hidden.dtype).itemsize
-    limit = max(1, _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["cpu"]) // row_bytes)
-    n_tokens = max(1, hidden.shape[0])
+def tokens_per_chunk(tokens: int, vocab: int, itemsize: int, device_type: str) -> int:
+    """Tokens whose `vocab` logits of `itemsize` bytes are computed together, in chunks of equal length."""
+    limit = max(1, _CHUNK_BYTES.get(device_type, _CHUNK_BYTES["cpu"]) // (vocab * itemsize))
+    n_tokens = max(1, tokens)
     n_chunks = -(-n_tokens // limit)
     return -(-n_tokens // n_chunks)
 
@@ -172,7 +173,6 @@ class _Gradients:
         else:
             self.dweight.add_(dlogits.t() @ self.hidden[rows])
 
-    def summed_over(self, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
-        """(dh, dW): each rank has its rows of W, so its share of dh is partial until summed."""
-        all_reduce(self.dhidden, group).wait()
+    def taken(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(dh, dW) in the dtypes of h and W."""
         return self.dhidden, self.dweight.to(self.weight.dtype)

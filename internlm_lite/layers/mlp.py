@@ -6,23 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from internlm_lite.layers.linear import ColumnLinear, RowLinear
+from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns
 from internlm_lite.layers.placement import Placement
-from internlm_lite.mesh.conjugate import copy_to_group
 
 
 class SwiGLU(nn.Module):
-    """[T, hidden] -> [T, hidden], `width` features inside, split over the tensor-parallel ranks."""
+    """[T, hidden] outside -> the same, `width` features inside, split over the tensor-parallel ranks."""
 
     def __init__(
         self, name: str, hidden_size: int, width: int, *, init_std: float, out_std: float, place: Placement
     ) -> None:
         super().__init__()
-        self.group = place.group
+        self.place = place
         self.w1 = ColumnLinear(f"{name}.w1", hidden_size, width, False, init_std, place)  # gate
         self.w3 = ColumnLinear(f"{name}.w3", hidden_size, width, False, init_std, place)  # up
         self.w2 = RowLinear(f"{name}.w2", width, hidden_size, False, out_std, place)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = copy_to_group(x, self.group)
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, up = columns(x, self.place, self.w1, self.w3)
+        return self.w2(F.silu(gate) * up)

@@ -47,7 +47,8 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         dtype = accumulation_dtype(place.dtype) if fp32_weight else place.dtype
-        self.weight = parameter(whole(f"{name}.weight", (size,), fill=1.0), dtype, place.device)
+        layout = whole(f"{name}.weight", (size,), fill=1.0, summed=place.summed)
+        self.weight = parameter(layout, dtype, place.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not x.is_cuda:

@@ -33,19 +33,35 @@ class Layout:
     """Standard deviation of the initial normal draw; None: see `fill`."""
     fill: float = 0.0
     """Initial constant when `init_std` is None."""
+    summed: tuple[str, ...] = ()
+    """Axes of the mesh, besides dp, over which its gradient is a partial sum on each rank: "tp", "ends"."""
 
     @property
     def local_shape(self) -> tuple[int, ...]:
         return tuple(stop - start for start, stop in self.box)
 
 
-def whole(name: str, shape: tuple[int, ...], *, init_std: float | None = None, fill: float = 0.0) -> Layout:
+def whole(
+    name: str,
+    shape: tuple[int, ...],
+    *,
+    init_std: float | None = None,
+    fill: float = 0.0,
+    summed: tuple[str, ...] = (),
+) -> Layout:
     """Every rank holds the whole tensor."""
-    return Layout(name, shape, tuple((0, n) for n in shape), spread=False, init_std=init_std, fill=fill)
+    box = tuple((0, n) for n in shape)
+    return Layout(name, shape, box, spread=False, init_std=init_std, fill=fill, summed=summed)
 
 
 def split(
-    name: str, shape: tuple[int, ...], dim: int, group: Group, *, init_std: float | None = None, fill: float = 0.0
+    name: str,
+    shape: tuple[int, ...],
+    dim: int,
+    group: Group,
+    *,
+    init_std: float | None = None,
+    summed: tuple[str, ...] = (),
 ) -> Layout:
     """Each rank of `group` holds an equal range of dimension `dim`. Raises ConfigError if it does not divide."""
     if shape[dim] % group.size:
@@ -56,7 +72,7 @@ def split(
     part = shape[dim] // group.size
     box = [(0, n) for n in shape]
     box[dim] = (part * group.rank, part * (group.rank + 1))
-    return Layout(name, shape, tuple(box), spread=group.size > 1, init_std=init_std, fill=fill)
+    return Layout(name, shape, tuple(box), spread=group.size > 1, init_std=init_std, summed=summed)
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ Rank numbering, tensor parallel fastest, then data parallel, then pipeline:
 
     rank = (pp * dp_size + dp) * tp_size + tp          dp = replica * zero_size + zero
 
-so `zero` groups are neighbours inside `dp`. A group of size one is a group: collectives on it are the identity.
+so `zero` groups are neighbours inside `dp`. `ends` joins the first and the last pipeline rank: they share a tied weight.
+A group of size one is a group: collectives on it are the identity.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -28,7 +30,7 @@ class Group:
     rank: int
     """Index of this process in `ranks`."""
     process_group: dist.ProcessGroup | None
-    """None for a group of size one."""
+    """None for a group of size one, and in a plan."""
 
     @property
     def size(self) -> int:
@@ -86,10 +88,15 @@ class Mesh:
     pp: Group
     zero: Group
     replica: Group
+    ends: Group
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def axis(self, name: str) -> Group:
+        """The group of an axis by its name."""
+        return {group.name: group for group in (self.dp, self.tp, self.pp, self.zero, self.replica, self.ends)}[name]
 
 
 def rank_of(sizes: Sizes, *, dp: int, tp: int, pp: int) -> int:
@@ -120,7 +127,14 @@ def axis_groups(sizes: Sizes) -> dict[str, list[tuple[int, ...]]]:
             for tp, pp in columns
             for zero in range(sizes.zero)
         ],
+        "ends": [tuple(at(dp, tp, pp) for pp in stages) for stages in _ends(sizes.pp) for dp in dps for tp in tps],
     }
+
+
+def _ends(pp_size: int) -> list[tuple[int, ...]]:
+    """Pipeline ranks as groups of `ends`: first and last together, every other one alone."""
+    middle = [(pp,) for pp in range(1, pp_size - 1)]
+    return [(0, pp_size - 1) if pp_size > 1 else (0,), *middle]
 
 
 def build_mesh(sizes: Sizes, rank: int, device: torch.device, timeout: timedelta) -> Mesh:
@@ -130,10 +144,23 @@ def build_mesh(sizes: Sizes, rank: int, device: torch.device, timeout: timedelta
     of its own, so that collectives of different axes may run beside each other in any order.
     """
 
+    return _mesh(sizes, rank, device, lambda ranks: _new_group(ranks, timeout))
+
+
+def plan_mesh(sizes: Sizes, rank: int, device: torch.device) -> Mesh:
+    """The mesh as `rank` would see it, without process groups: to build and measure, not to communicate."""
+    return _mesh(sizes, rank, device, lambda _ranks: None)
+
+
+def _mesh(
+    sizes: Sizes, rank: int, device: torch.device, create: Callable[[tuple[int, ...]], dist.ProcessGroup | None]
+) -> Mesh:
+    """`create` is called for every group of more than one rank of the world, in the same order on every rank."""
+
     def group(name: str, partition: list[tuple[int, ...]]) -> Group:
         mine: Group | None = None
         for ranks in partition:
-            process_group = _new_group(ranks, timeout) if len(ranks) > 1 else None
+            process_group = create(ranks) if len(ranks) > 1 else None
             if rank in ranks:
                 mine = Group(name, ranks, ranks.index(rank), process_group)
         assert mine is not None, (name, rank, partition)

@@ -5,13 +5,15 @@
     pre-norm   x + attention(norm(x));  x + ffn(norm(x))     and a norm before the head
     post-norm  norm(x + attention(x));  norm(x + ffn(x))     and none before the head
 
-A row is T packed tokens without a batch dimension; `attend` keeps documents apart.
+A row is T packed tokens without a batch dimension; `attend` keeps documents apart. With sequence parallelism the
+hidden state between blocks is [T / tp, hidden] (layers/placement.py).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -27,13 +29,28 @@ from internlm_lite.layers.mlp import SwiGLU
 from internlm_lite.layers.norm import RMSNorm
 from internlm_lite.layers.placement import Placement
 from internlm_lite.layers.rope import Rotary
+from internlm_lite.layers.weight_grads import WeightGrads
+from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.head import Head
 from internlm_lite.runtime.device import torch_dtype
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of a model that one pipeline stage holds."""
+
+    layers: range
+    first: bool
+    """With the embedding."""
+    last: bool
+    """With the final norm and the head."""
+    tied_over: tuple[str, ...] = ()
+    """("ends",) when a tied weight has two copies: the embedding and the head are on different pipeline ranks."""
+
+
 class Block(nn.Module):
-    """x [T, hidden] -> [T, hidden]. `recompute`: keep only x, and run again in the backward pass."""
+    """x [T, hidden] or its rows -> the same shape. `recompute`: keep only x, and run again in the backward pass."""
 
     def __init__(self, config: ModelConfig, layer: int, recompute: bool, place: Placement) -> None:
         super().__init__()
@@ -78,31 +95,29 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The layers `layers` of a model; with `first` the embedding, with `last` the final norm and the head."""
+    """The part `share` of a model. `tied`: the embedding's weight for its head, when another stage here has it."""
 
     def __init__(
         self,
         config: ModelConfig,
         label_smoothing: float,
-        mesh: Mesh,
+        place: Placement,
         backend: AttentionBackend,
-        layers: range,
-        first: bool,
-        last: bool,
+        share: Share,
+        tied: Parameter | None = None,
     ) -> None:
         super().__init__()
-        check_tied(config, mesh, first, last)
         self.config = config
-        self.mesh = mesh
+        self.place = place
         self.backend = backend
-        place = Placement(mesh.tp, torch_dtype(config.dtype), mesh.device)
-        self.tok_embeddings = embedding(config, place) if first else None
+        self.tok_embeddings = embedding(config, place, share) if share.first else None
         n_recomputed = round(float(config.checkpoint) * config.num_layers)
-        self.layers = nn.ModuleDict({str(n): Block(config, n, n < n_recomputed, place) for n in layers})
-        has_norm = last and not config.apply_post_layer_norm
+        self.layers = nn.ModuleDict({str(n): Block(config, n, n < n_recomputed, place) for n in share.layers})
+        has_norm = share.last and not config.apply_post_layer_norm
         self.norm = rms_norm(config, "norm", place) if has_norm else None
-        tied = self.tok_embeddings.weight if config.tie_word_embeddings and self.tok_embeddings else None
-        self.output = Head(config, label_smoothing, tied, place) if last else None
+        if config.tie_word_embeddings and self.tok_embeddings is not None:
+            tied = self.tok_embeddings.weight
+        self.output = Head(config, label_smoothing, tied, place, share.tied_over) if share.last else None
 
     def units(self) -> Iterator[nn.Module]:
         """The modules that `forward` calls, each once, in this order. Their parameters partition the model's."""
@@ -118,20 +133,25 @@ class Transformer(nn.Module):
         attend: Attend,
         scale: torch.Tensor,
     ) -> TokenLosses:
-        """tokens, positions, labels [T] int64; `scale` a scalar tensor that multiplies the loss to differentiate.
-
-        Without `first`, `tokens` is the hidden state [T, hidden] of the stage before.
-        """
-        assert self.output is not None, "only the last stage has a loss; the others call hidden()"
-        return self.output(self.hidden(tokens, positions, attend), labels, scale)
+        """tokens, positions, labels [T] int64; `scale` a scalar tensor that multiplies the loss to differentiate."""
+        return self.losses(self.hidden(tokens, positions, attend), labels, scale)
 
     def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """[T, hidden] after this stage's layers, and after the final norm on the last stage."""
+        """The hidden state after this stage's layers, and after the final norm on the last stage.
+
+        `tokens` [T] int64; without the embedding it is the hidden state of the stage before. positions [T].
+        """
         x = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
         rotary = Rotary(positions, self.config.head_dim, self.config.rope_base, x.dtype)
         for block in self.layers.values():
             x = block(x, rotary, attend)
         return x if self.norm is None else self.norm(x)
+
+    def losses(self, hidden: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> TokenLosses:
+        """Of the hidden state as `hidden()` of the last stage gives it; labels [T]."""
+        assert self.output is not None, "only the last stage has a head"
+        losses: TokenLosses = self.output(hidden, labels, scale)
+        return losses
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, hidden] as `hidden()` of the last stage gives it -> [T, vocab], whole on every tensor-parallel rank."""
@@ -140,27 +160,37 @@ class Transformer(nn.Module):
 
 
 def build_model(
-    config: ModelConfig,
-    label_smoothing: float,
-    mesh: Mesh,
-    backend: AttentionBackend,
-    layers: range | None = None,
-    first: bool = True,
-    last: bool = True,
+    config: ModelConfig, label_smoothing: float, mesh: Mesh, backend: AttentionBackend, by_sequence: bool = False
 ) -> Transformer:
-    """An uninitialised model on `mesh.device`, or the share of it that one pipeline stage holds.
+    """A whole uninitialised model on `mesh.device`; models/stages.py cuts one into pipeline stages.
 
-    Raises ConfigError when the shape does not divide over the tensor-parallel ranks.
+    `by_sequence`: sequence parallelism. Raises ConfigError when the shape does not divide over `mesh.tp`.
     """
-    whole = range(config.num_layers)
-    return Transformer(config, label_smoothing, mesh, backend, whole if layers is None else layers, first, last)
+    share = Share(range(config.num_layers), first=True, last=True)
+    return Transformer(config, label_smoothing, placement(config, mesh, by_sequence), backend, share)
+
+
+def placement(config: ModelConfig, mesh: Mesh, by_sequence: bool, defer_weight_grads: bool = False) -> Placement:
+    """For all layers of a stage. Raises ConfigError when a tied weight cannot serve the embedding and the head."""
+    if config.tie_word_embeddings and config.embed_split_hidden and mesh.tp.size > 1:
+        raise ConfigError(
+            f"model.tie_word_embeddings=True with embed_split_hidden=True over {mesh.tp.size} tensor-parallel ranks: "
+            "the head needs the shared weight split along the vocabulary; set model.embed_split_hidden=False"
+        )
+    return Placement(
+        mesh.tp,
+        torch_dtype(config.dtype),
+        mesh.device,
+        by_sequence=by_sequence and mesh.tp.size > 1,
+        weight_grads=WeightGrads(defer_weight_grads),
+    )
 
 
 def rms_norm(config: ModelConfig, name: str, place: Placement) -> RMSNorm:
     return RMSNorm(name, config.hidden_size, config.layer_norm_epsilon, config.use_fp32_norm, place)
 
 
-def embedding(config: ModelConfig, place: Placement) -> Embedding:
+def embedding(config: ModelConfig, place: Placement, share: Share) -> Embedding:
     # A tied head reads the weight by rows of the vocabulary.
     return Embedding(
         "tok_embeddings",
@@ -170,20 +200,5 @@ def embedding(config: ModelConfig, place: Placement) -> Embedding:
         grad_scale=config.embed_grad_scale,
         init_std=config.init_std,
         place=place,
+        summed=share.tied_over,
     )
-
-
-def check_tied(config: ModelConfig, mesh: Mesh, first: bool, last: bool) -> None:
-    """Raises ConfigError when a tied weight cannot serve the embedding and the head."""
-    if not config.tie_word_embeddings:
-        return
-    if config.embed_split_hidden and mesh.tp.size > 1:
-        raise ConfigError(
-            f"model.tie_word_embeddings=True with embed_split_hidden=True over {mesh.tp.size} tensor-parallel ranks: "
-            "the head needs the shared weight split along the vocabulary; set model.embed_split_hidden=False"
-        )
-    if first != last:
-        raise ConfigError(
-            "model.tie_word_embeddings=True with the embedding and the head on different pipeline stages: "
-            "expected both on one stage; set parallel.pipeline.size=1 or tie_word_embeddings=False"
-        )

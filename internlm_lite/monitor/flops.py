@@ -27,13 +27,27 @@ def step_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     return step_flops(model, seq_len, 1) / seq_len
 
 
-def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Forward and backward FLOPs of the model's own matrix products per token, nothing recomputed."""
+def block_flops(model: ModelConfig, seq_len: int) -> float:
+    """Forward FLOPs per token of the matrix products of one block."""
     h = model.hidden_size
     kv = model.head_dim * model.kv_heads
     weights = 2 * h * h + 2 * h * kv + 3 * h * model.mlp_hidden_size  # q and output, k and v, w1 w3 w2
-    forward = model.num_layers * (2 * weights + 4 * seq_len * h) + 2 * h * model.vocab_size
-    return 3.0 * forward
+    return 2.0 * weights + 4.0 * seq_len * h
+
+
+def head_flops(model: ModelConfig) -> float:
+    """Forward FLOPs per token of the output projection."""
+    return 2.0 * model.hidden_size * model.vocab_size
+
+
+def embedding_flops(model: ModelConfig) -> float:
+    """Per token, where a lookup has to be weighed against matrix products: one operation for each number copied."""
+    return 1.0 * model.hidden_size
+
+
+def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
+    """Forward and backward FLOPs of the model's own matrix products per token, nothing recomputed."""
+    return 3.0 * (model.num_layers * block_flops(model, seq_len) + head_flops(model))
 
 
 def tflops_per_gpu(flops_per_token: float, tokens: int, seconds: float, world_size: int) -> float:

@@ -1,7 +1,9 @@
 """Loss and accuracy per data folder, summed on the device and read once per log interval.
 
 sums[folder] = (cross-entropy, labels, correct)      added per micro-batch, in place, no host read
-collect():     one all-reduce over dp, one copy to the host, back to zero
+collect():     one all-reduce over the world, one copy to the host, back to zero
+
+Only the last pipeline stage has losses; of the tensor-parallel ranks, which all have the same, the first one counts.
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ import torch
 
 from internlm_lite.batch import IGNORE
 from internlm_lite.mesh import comm
-from internlm_lite.mesh.mesh import Group
+from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.monitor.record import FolderFigures
 
 
 @dataclass(frozen=True)
 class Collected:
-    """Sums over the log interval and all data-parallel ranks, on the host."""
+    """Sums over the log interval and the whole job, on the host."""
 
     folders: dict[str, FolderFigures]
     """Per data folder, in the run's order."""
@@ -37,11 +39,12 @@ class Collected:
 class FolderMetrics:
     """Accumulates what `models.decoder.TokenLosses` hands out."""
 
-    def __init__(self, folders: Sequence[str], dp: Group, device: torch.device) -> None:
+    def __init__(self, folders: Sequence[str], mesh: Mesh) -> None:
         self._folders = tuple(folders)
-        self._dp = dp
+        self._world = mesh.world
+        self._counts = mesh.tp.rank == 0
         # [labels, cross-entropy, correct] per folder, then the training loss: one tensor, so that one collective does.
-        self._sums = torch.zeros(3 * len(self._folders) + 1, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(3 * len(self._folders) + 1, dtype=torch.float64, device=mesh.device)
 
     def add(
         self,
@@ -52,6 +55,8 @@ class FolderMetrics:
         train_loss: torch.Tensor,
     ) -> None:
         """All [T] on the device; `folders` integer, `token_loss` 0 where not learnt; `train_loss` a scalar sum."""
+        if not self._counts:
+            return
         learnt = labels != IGNORE
         index = folders.long()
         table = self._sums[:-1].view(3, -1)
@@ -60,19 +65,19 @@ class FolderMetrics:
         self._sums[-1] += train_loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums since the last `collect` over all ranks, JSON-able. Collective over dp; waits for the device."""
+        """The sums since the last `collect` over all ranks, JSON-able. Collective; waits for the device."""
         sums = self._sums.clone()
-        comm.all_reduce(sums, self._dp).wait()
+        comm.all_reduce(sums, self._world).wait()
         return {"folders": list(self._folders), "sums": sums.tolist()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from these sums, unless the data folders are others now."""
-        if self._dp.rank == 0 and tuple(state["folders"]) == self._folders:
+        if self._world.rank == 0 and tuple(state["folders"]) == self._folders:
             self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
 
     def collect(self) -> Collected:
-        """The sums since the last call. Collective over dp; waits for the device."""
-        comm.all_reduce(self._sums, self._dp).wait()
+        """The sums since the last call. Collective; waits for the device."""
+        comm.all_reduce(self._sums, self._world).wait()
         *values, train_loss = self._sums.tolist()
         self._sums.zero_()
         n = len(self._folders)

@@ -30,6 +30,8 @@ class Kind:
     decay: bool
     spread: bool
     """True: tensor-parallel ranks hold different parts. False: they all hold the same."""
+    summed: tuple[str, ...]
+    """Axes besides dp over which gradients are partial sums, see `mesh.layout.Layout`."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def build_buckets(
     filling: dict[Kind, list[int]] = {}
     for index in reversed(range(len(params))):
         param = params[index]
-        kind = Kind(param.dtype, decay_all or param.dim() > 1, param.part.spread)
+        kind = Kind(param.dtype, decay_all or param.dim() > 1, param.part.spread, param.part.summed)
         indices = filling.get(kind)
         if indices is None or sum(params[i].numel() for i in indices) + param.numel() > bucket_size:
             indices = filling[kind] = []

@@ -1,7 +1,8 @@
 """One global gradient norm over all layouts, and what to multiply the gradients with.
 
 Each element of the model counts once: a rank contributes its ZeRO shards, unless another rank contributes the same
-numbers (replicas of the shard, and tensor-parallel ranks for parameters that are not spread over them).
+numbers (replicas of the shard, tensor-parallel ranks for parameters that are not spread over them, and the second copy
+of a tied weight).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.optim.buckets import SHARD_ALIGNMENT, Bucket
+from internlm_lite.optim.buckets import SHARD_ALIGNMENT, Bucket, Kind
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,18 @@ def reduce_totals(buckets: list[Bucket], model_dtype: torch.dtype, num_labels: i
     """One all-reduce over the world of three fp64 numbers. `num_labels`: labels of this rank's batch."""
     sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)
     for bucket in buckets:
-        if mesh.replica.rank == 0 and (bucket.kind.spread or mesh.tp.rank == 0):
+        if _counts(bucket.kind, mesh):
             sums[int(bucket.kind.dtype != model_dtype)] += square_sum(bucket.grad_shard)
     if mesh.tp.rank == 0 and mesh.pp.rank == mesh.pp.size - 1:
         sums[2] += num_labels
     comm.all_reduce(sums, mesh.world).wait()
     return Totals(sums[0], sums[1], sums[2])
+
+
+def _counts(kind: Kind, mesh: Mesh) -> bool:
+    """Whether this rank contributes the squares of such a bucket."""
+    first_copy = "ends" not in kind.summed or mesh.ends.rank == 0
+    return mesh.replica.rank == 0 and (kind.spread or mesh.tp.rank == 0) and first_copy
 
 
 def square_sum(shard: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Gradient reduction that runs while the backward pass still computes.
 
-A hook on each parameter counts its bucket down; a complete bucket is reduce-scattered over `zero`, then its shard is
-all-reduced over `replica`. Buckets start strictly in order, so every rank issues the same collectives in the same
-order whatever its timing.
+A hook on each parameter counts its bucket down, one for each micro-batch; a complete bucket is reduce-scattered over
+`zero`, then its shard is all-reduced over `replica`, and over `tp` or `ends` where ranks hold partial sums. Buckets
+start strictly in order, so every rank issues the same collectives in the same order whatever its timing.
 """
 
 from __future__ import annotations
@@ -19,24 +19,23 @@ class GradReducer:
     """Reduces the gradients of `buckets` once per optimizer step, during the last micro-batch's backward pass."""
 
     def __init__(self, buckets: list[Bucket], mesh: Mesh, overlap: bool) -> None:
+        """`overlap` False: all in `finish`, as it must be when weight gradients do not come from autograd."""
         self._buckets = buckets
         self._mesh = mesh
         self._overlap = overlap
-        self._armed = False
         self._missing: list[int] = []
         self._started: list[comm.Work] = []
         for index, bucket in enumerate(buckets):
             for slot in bucket.slots:
                 slot.param.register_post_accumulate_grad_hook(functools.partial(self._on_grad, index))
 
-    def arm(self) -> None:
-        """Call before the backward pass of the last micro-batch: from here on complete buckets are reduced."""
-        self._missing = [len(bucket.slots) for bucket in self._buckets]
+    def expect(self, backwards: int) -> None:
+        """Call before the step: every parameter gets a gradient from each of so many backward passes."""
+        self._missing = [len(bucket.slots) * backwards for bucket in self._buckets]
         self._started = []
-        self._armed = True
 
     def _on_grad(self, index: int, param: Parameter) -> None:
-        if not (self._armed and self._overlap):
+        if not self._overlap:
             return
         self._missing[index] -= 1
         while len(self._started) < len(self._buckets) and self._missing[len(self._started)] == 0:
@@ -54,9 +53,10 @@ class GradReducer:
         for bucket, scattered in zip(self._buckets, self._started, strict=True):
             scattered.wait()
             replicas.append(comm.all_reduce(bucket.grad_shard, self._mesh.replica))
-        for work in replicas:
-            work.wait()
-        self._armed = False
+        for bucket, replicated in zip(self._buckets, replicas, strict=True):
+            replicated.wait()
+            for axis in bucket.kind.summed:
+                comm.all_reduce(bucket.grad_shard, self._mesh.axis(axis)).wait()
 
     @property
     def in_flight(self) -> int:

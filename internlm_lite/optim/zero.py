@@ -52,7 +52,7 @@ class StepOutcome:
 class HybridZeroOptimizer:
     """AdamW with sharded state over the mesh's data-parallel ranks.
 
-    One step: forward with `loss_scale` and backward per micro-batch, `arm()` before the last backward; then `step()`.
+    One step: `begin()`, forward with `loss_scale` and backward per micro-batch, then `step()`.
     """
 
     def __init__(self, units: list[nn.Module], config: Config, mesh: Mesh, model_dtype: torch.dtype) -> None:
@@ -67,9 +67,11 @@ class HybridZeroOptimizer:
             mesh.zero,
             zero.reduce_bucket_size,
             config.adam.weight_decay_on == "all",
-            _grad_dtype(config, model_dtype),
+            grad_dtype(config, model_dtype),
         )
-        self._reducer = GradReducer(self.buckets, mesh, zero.overlap_sync_grad)
+        # A zero-bubble schedule adds weight gradients after the backward passes, past autograd's hooks.
+        overlap = zero.overlap_sync_grad and config.schedule != "zbv"
+        self._reducer = GradReducer(self.buckets, mesh, overlap)
         self._masters = [_master(bucket) for bucket in self.buckets]
         self._gathers: list[comm.Work | None] = [None] * len(self.buckets)
         self.scaler = LossScaler(config.grad_scaler if model_dtype == torch.float16 else None, mesh.device)
@@ -129,9 +131,9 @@ class HybridZeroOptimizer:
         """fp32 device scalar to multiply the loss with."""
         return self.scaler.scale
 
-    def arm(self) -> None:
-        """Call before the backward pass of the last micro-batch."""
-        self._reducer.arm()
+    def begin(self, micro_num: int) -> None:
+        """Call before the forward pass of the first of `micro_num` micro-batches."""
+        self._reducer.expect(micro_num)
 
     @torch.no_grad()
     def step(self, index: int, num_labels: int, global_tokens: int) -> StepOutcome:
@@ -189,7 +191,7 @@ class HybridZeroOptimizer:
         """Copy masters into the weights and gather the other ranks' shards, first-needed bucket first."""
         for index in reversed(range(len(self.buckets))):
             bucket, master = self.buckets[index], self._masters[index]
-            if master.data_ptr() != bucket.weight_shard.data_ptr():
+            if master.dtype != bucket.kind.dtype:  # else it is a view of the weights
                 bucket.weight_shard.copy_(master)
             self._gathers[index] = comm.all_gather(bucket.weights, self._mesh.zero)
         if not self._config.hybrid_zero_optimizer.overlap_sync_param:
@@ -247,7 +249,7 @@ def _master(bucket: Bucket) -> Parameter:
     return Parameter(shard.float() if shard.dtype.itemsize < 4 else shard)
 
 
-def _grad_dtype(config: Config, model_dtype: torch.dtype) -> torch.dtype | None:
+def grad_dtype(config: Config, model_dtype: torch.dtype) -> torch.dtype | None:
     wanted = config.hybrid_zero_optimizer.grad_dtype
     if wanted is not None:
         return torch_dtype(wanted)

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from internlm_lite.config.schema import Config
 from internlm_lite.data.loader import TrainingData, ValidationData, open_training_data, open_validation_data
 from internlm_lite.layers.flash import AttentionBackend, choose_backend
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.models.decoder import Transformer, build_model
 from internlm_lite.models.initialise import initialise
+from internlm_lite.models.stages import Stages, build_stages, units_of
 from internlm_lite.monitor.console import heartbeat
 from internlm_lite.optim.zero import HybridZeroOptimizer
+from internlm_lite.pipeline.engine import Engine, OneRank, Pipeline, Shape
 from internlm_lite.runtime.device import torch_dtype
 from internlm_lite.train.reporter import Reporter, Sinks
 from internlm_lite.train.saving import Saving
@@ -32,7 +34,8 @@ class Run:
     config: Config
     mesh: Mesh
     folder: Path
-    model: Transformer
+    stages: Stages
+    engine: Engine
     optimizer: HybridZeroOptimizer
     data: TrainingData
     valid: ValidationData | None
@@ -57,10 +60,11 @@ def build_run(config: Config, mesh: Mesh, folder: Path, resume: str, terminal: b
     dtype = torch_dtype(config.model.dtype)
     backend = choose_backend(config.model.use_flash_attn, dtype, mesh.device, config.model.head_dim)
     with heartbeat("building the model"):
-        model = build_model(config.model, config.loss.label_smoothing, mesh, backend)
-        initialise(model, config.seed)
-        optimizer = HybridZeroOptimizer(list(model.units()), config, mesh, dtype)
-    _announce(config, mesh, data, model.backend, optimizer)
+        stages = build_stages(config, mesh, backend)
+        initialise(nn.ModuleList(stages.values()), config.seed)
+        optimizer = HybridZeroOptimizer(units_of(stages), config, mesh, dtype)
+        engine = build_engine(config, mesh, stages)
+    _announce(config, mesh, data, backend, optimizer)
     reporter = Reporter(config, mesh, data.folders)
     saving = Saving(config, mesh, optimizer, reporter, data.fingerprint)
     with heartbeat("loading a checkpoint"):
@@ -68,7 +72,29 @@ def build_run(config: Config, mesh: Mesh, folder: Path, resume: str, terminal: b
     if mesh.is_main:
         reporter.open_sinks(Sinks.open(folder, config, start.step, terminal))
     trace_folder = folder if trace else None
-    return Run(config, mesh, folder, model, optimizer, data, valid, reporter, saving, start, trace_folder)
+    return Run(config, mesh, folder, stages, engine, optimizer, data, valid, reporter, saving, start, trace_folder)
+
+
+def build_engine(config: Config, mesh: Mesh, stages: Stages) -> Engine:
+    """What runs micro-batches through the stages of this rank and its neighbours."""
+    if mesh.pp.size == 1:
+        return OneRank()
+    place = next(iter(stages.values())).place
+    row_tokens = config.data.micro_bsz * config.data.seq_len
+    return Pipeline(
+        stages,
+        mesh.pp,
+        num_stages=mesh.pp.size * config.model.num_chunks,
+        schedule=config.schedule,
+        shape=Shape(
+            rows=row_tokens // mesh.tp.size if place.by_sequence else row_tokens,
+            hidden_size=config.model.hidden_size,
+            dtype=place.dtype,
+            device=mesh.device,
+        ),
+        early_receive=config.parallel.pipeline.interleaved_overlap,
+        take_weight_grads=place.weight_grads.take,
+    )
 
 
 def _announce(

@@ -6,21 +6,18 @@ import torch
 
 from internlm_lite.data.loader import ValidationData
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.models.decoder import Transformer
+from internlm_lite.models.stages import Stages
 from internlm_lite.monitor.metrics import Collected, FolderMetrics
-from internlm_lite.train.step import forward
+from internlm_lite.pipeline.engine import Engine
+from internlm_lite.train.step import BatchWork
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, data: ValidationData, mesh: Mesh) -> Collected:
-    """Figures per validation folder over all data-parallel ranks. Collective over the mesh."""
-    metrics = FolderMetrics(data.folders, mesh.dp, mesh.device)
+def evaluate(stages: Stages, engine: Engine, data: ValidationData, mesh: Mesh) -> Collected:
+    """Figures per validation folder over the whole job. Collective over the mesh."""
+    metrics = FolderMetrics(data.folders, mesh)
     one = torch.ones((), device=mesh.device)
     for host_batch in data.batches():
         batch = host_batch.to(mesh.device)
-        for micro in range(batch.micro_num):
-            losses = forward(model, batch, micro, one)
-            metrics.add(
-                batch.folders[micro], batch.labels[micro], losses.token_loss, losses.correct, losses.train_loss_sum
-            )
+        engine.evaluate(BatchWork(stages, batch, one, metrics), batch.micro_num)
     return metrics.collect()

@@ -27,7 +27,8 @@ def train(run: Run) -> TrainState:
         while state.step < data.total_steps:
             batch = next(batches).to(run.mesh.device)
             outcome = train_step(
-                run.model,
+                run.stages,
+                run.engine,
                 run.optimizer,
                 batch,
                 state.step,
@@ -42,7 +43,7 @@ def train(run: Run) -> TrainState:
                 check_updates(skips_in_a_row, run.config.model, state)
             if run.valid and state.step % data.valid_every == 0:
                 with run.reporter.aside():
-                    run.reporter.validation(state, evaluate(run.model, run.valid, run.mesh))
+                    run.reporter.validation(state, evaluate(run.stages, run.engine, run.valid, run.mesh))
             if kind := due(run.config.ckpt, state.step):
                 with run.reporter.aside():
                     run.saving.save(state, kind)

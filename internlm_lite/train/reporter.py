@@ -58,7 +58,7 @@ class Reporter:
     """Every rank has one: collecting is collective. Only rank 0 has sinks."""
 
     def __init__(self, config: Config, mesh: Mesh, folders: Sequence[str]) -> None:
-        self.metrics = FolderMetrics(folders, mesh.dp, mesh.device)
+        self.metrics = FolderMetrics(folders, mesh)
         self.speed = SpeedMeter(mesh.world.size)
         self.fwd_bwd = Stopwatch(mesh.device)
         self._config, self._mesh = config, mesh

@@ -8,6 +8,7 @@ from pathlib import Path
 from internlm_lite.data.tokenizer import Tokenizer
 from internlm_lite.generate.generate import generate
 from internlm_lite.generate.sample import Sampling
+from internlm_lite.models.stages import whole_model
 from internlm_lite.monitor.jsonl import JsonlWriter
 from internlm_lite.train.build import Run
 
@@ -25,7 +26,8 @@ def show_samples(run: Run) -> None:
     tokenizer = Tokenizer(Path(run.config.data.tokenizer))
     start = [] if tokenizer.bos is None else [tokenizer.bos]
     prompts = [start + tokenizer.encode(text) for text in monitor.sample_prompts]
-    continued = generate(run.model, prompts, monitor.sample_tokens, SAMPLING, tokenizer.eos)
+    model = whole_model(run.config, run.mesh, run.stages)
+    continued = generate(model, prompts, monitor.sample_tokens, SAMPLING, tokenizer.eos)
     if not run.mesh.is_main:
         return
     writer = JsonlWriter(run.folder / "samples.jsonl")

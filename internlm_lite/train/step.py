@@ -8,26 +8,46 @@ it learns in the same collective as the gradient norm (optim/norm.py). Gradients
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from internlm_lite.batch import Batch
 from internlm_lite.layers.flash import packed
-from internlm_lite.layers.loss import TokenLosses
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.models.decoder import Transformer
+from internlm_lite.models.stages import Stages
 from internlm_lite.monitor.metrics import FolderMetrics
 from internlm_lite.optim.zero import HybridZeroOptimizer, StepOutcome
+from internlm_lite.pipeline.engine import Engine
 from internlm_lite.train.stopwatch import Stopwatch
 
 
-def forward(model: Transformer, batch: Batch, micro: int, scale: torch.Tensor) -> TokenLosses:
-    """Losses of micro-batch `micro`; `scale` (device scalar) multiplies the differentiable sum."""
-    attend = packed(model.backend, batch.cu_seqlens[micro], batch.cu_seqlens_host[micro], batch.max_seqlen)
-    return model(batch.tokens[micro], batch.positions[micro], batch.labels[micro], attend, scale)
+@dataclass(frozen=True)
+class BatchWork:
+    """The micro-batches of one batch through this rank's stages (`pipeline.engine.Work`)."""
+
+    stages: Stages
+    batch: Batch
+    scale: torch.Tensor
+    """Device scalar that multiplies the differentiable sum."""
+    metrics: FolderMetrics
+    """Gets the losses."""
+
+    def forward(self, stage: int, micro: int, hidden: torch.Tensor | None) -> torch.Tensor:
+        batch, model = self.batch, self.stages[stage]
+        attend = packed(model.backend, batch.cu_seqlens[micro], batch.cu_seqlens_host[micro], batch.max_seqlen)
+        return model.hidden(batch.tokens[micro] if hidden is None else hidden, batch.positions[micro], attend)
+
+    def loss(self, micro: int, hidden: torch.Tensor) -> torch.Tensor:
+        labels, last = self.batch.labels[micro], self.stages[max(self.stages)]
+        losses = last.losses(hidden, labels, self.scale)
+        self.metrics.add(self.batch.folders[micro], labels, losses.token_loss, losses.correct, losses.train_loss_sum)
+        return losses.scaled_sum
 
 
 def train_step(
-    model: Transformer,
+    stages: Stages,
+    engine: Engine,
     optimizer: HybridZeroOptimizer,
     batch: Batch,
     step: int,
@@ -39,11 +59,7 @@ def train_step(
     global_tokens = batch.tokens.numel() * mesh.dp.size
     scale = optimizer.loss_scale.double() / global_tokens  # fp64, so that an fp64 model is exact to its own rounding
     fwd_bwd.start()
-    for micro in range(batch.micro_num):
-        losses = forward(model, batch, micro, scale)
-        if micro == batch.micro_num - 1:
-            optimizer.arm()
-        losses.scaled_sum.backward()
-        metrics.add(batch.folders[micro], batch.labels[micro], losses.token_loss, losses.correct, losses.train_loss_sum)
+    optimizer.begin(batch.micro_num)
+    engine.train(BatchWork(stages, batch, scale, metrics), batch.micro_num)
     fwd_bwd.stop()
     return optimizer.step(step, batch.stats.num_labels, global_tokens)

@@ -133,6 +133,6 @@ def test_taking_the_gradient_twice_is_refused():
 def test_chunks_are_even_and_within_the_limit(monkeypatch):
     monkeypatch.setitem(loss_module._CHUNK_BYTES, "cpu", 100 * 51 * 8)
     _, weight, _ = inputs()
-    assert loss_module._chunk_tokens(torch.zeros(100, 8, dtype=torch.float64), weight) == 100
-    assert loss_module._chunk_tokens(torch.zeros(101, 8, dtype=torch.float64), weight) == 51
-    assert loss_module._chunk_tokens(torch.zeros(1, 8, dtype=torch.float64), weight) == 1
+    assert loss_module.tokens_per_chunk(100, weight.shape[0], 8, "cpu") == 100
+    assert loss_module.tokens_per_chunk(101, weight.shape[0], 8, "cpu") == 51
+    assert loss_module.tokens_per_chunk(1, weight.shape[0], 8, "cpu") == 1

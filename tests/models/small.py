@@ -28,10 +28,12 @@ def small_config(**changes: object) -> ModelConfig:
     return ModelConfig(**{**defaults, **changes})
 
 
-def small_model(mesh: Mesh | None = None, label_smoothing: float = 0.0, **changes: object) -> Transformer:
+def small_model(
+    mesh: Mesh | None = None, label_smoothing: float = 0.0, by_sequence: bool = False, **changes: object
+) -> Transformer:
     """Initialised; biases and norm weights too get distinct values, so that their gradients are tested in earnest."""
     mesh = mesh or single_process_mesh()
-    model = build_model(small_config(**changes), label_smoothing, mesh, AttentionBackend.SDPA)
+    model = build_model(small_config(**changes), label_smoothing, mesh, AttentionBackend.SDPA, by_sequence)
     initialise(model, seed=7)
     with torch.no_grad():
         for param in model.parameters():

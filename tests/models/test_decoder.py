@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from internlm_lite.batch import IGNORE
-from internlm_lite.errors import ConfigError
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.mesh import single_process_mesh
-from internlm_lite.models.decoder import build_model
+from internlm_lite.models.decoder import Share, Transformer, build_model, placement
 from internlm_lite.models.initialise import initialise
 from tests.layers.test_flash import plain
 from tests.layers.test_rope import llama
@@ -121,8 +120,9 @@ def test_parameter_names_are_those_of_their_layout():
 def test_stages_in_a_row_equal_the_whole():
     config, mesh, docs = small_config(), single_process_mesh(), documents(LENGTHS)
     tokens, positions, labels, attend = row_of(docs)
-    shares = [(range(0, 1), True, False), (range(1, 2), False, False), (range(2, 3), False, True)]
-    stages = [build_model(config, 0.0, mesh, AttentionBackend.SDPA, *share) for share in shares]
+    shares = [Share(range(0, 1), True, False), Share(range(1, 2), False, False), Share(range(2, 3), False, True)]
+    place = placement(config, mesh, by_sequence=False)
+    stages = [Transformer(config, 0.0, place, AttentionBackend.SDPA, share) for share in shares]
     whole = build_model(config, 0.0, mesh, AttentionBackend.SDPA)
     for model in (*stages, whole):
         initialise(model, 1)
@@ -132,12 +132,6 @@ def test_stages_in_a_row_equal_the_whole():
     losses = stages[2](x, positions, labels, attend, torch.tensor(1.0))
     expected = whole(tokens, positions, labels, attend, torch.tensor(1.0))
     assert torch.equal(losses.token_loss, expected.token_loss)
-
-
-def test_a_tied_weight_cannot_be_on_two_stages():
-    config = small_config(tie_word_embeddings=True)
-    with pytest.raises(ConfigError, match="tie_word_embeddings"):
-        build_model(config, 0.0, single_process_mesh(), AttentionBackend.SDPA, range(0, 1), True, False)
 
 
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16", "torch.float16"])

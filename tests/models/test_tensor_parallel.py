@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from internlm_lite.mesh.mesh import Mesh
+from internlm_lite.mesh.comm import all_reduce
+from internlm_lite.mesh.layout import Parameter
+from internlm_lite.mesh.mesh import Group, Mesh
 from tests.models.small import documents, run, small_model
 from tests.world import run_world
 
@@ -21,6 +23,14 @@ CASES: dict[str, dict[str, Any]] = {
     "post norm": {"apply_post_layer_norm": True},
     "one query per key": {"num_kv_attention_heads": None},
 }
+CASES |= {f"by sequence, {name}": {**changes, "by_sequence": True} for name, changes in CASES.items()}
+
+
+def summed(param: Parameter, tp: Group) -> torch.Tensor:
+    """The gradient, once partial sums over the tensor-parallel ranks are added up, as the optimizer does."""
+    if "tp" in param.part.summed:
+        all_reduce(param.grad, tp).wait()
+    return param.grad
 
 
 def train_once(mesh: Mesh | None, changes: dict[str, Any]) -> dict[str, Any]:
@@ -33,7 +43,7 @@ def train_once(mesh: Mesh | None, changes: dict[str, Any]) -> dict[str, Any]:
         "train_loss_sum": losses.train_loss_sum,
         "token_loss": losses.token_loss,
         "correct": losses.correct,
-        "grads": {name: (param.part.box, param.grad) for name, param in model.named_parameters()},
+        "grads": {name: (param.part.box, summed(param, model.place.group)) for name, param in model.named_parameters()},
     }
 
 

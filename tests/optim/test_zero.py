@@ -60,10 +60,9 @@ def train(mesh: Mesh, cfg: Config, dtype: torch.dtype = torch.float64, bad_step:
     optimizer = HybridZeroOptimizer(list(units), cfg, mesh, dtype)
     norms, rates, skipped, scales, early = [], [], [], [], []
     for step in range(STEPS):
+        optimizer.begin(MICRO)
         for micro in range(MICRO):
             mine = rows(step, micro).chunk(mesh.dp.size)[mesh.dp.rank].to(dtype)
-            if micro == MICRO - 1:
-                optimizer.arm()
             loss = loss_of(units, mine) * (optimizer.loss_scale / (MICRO * ROWS)).to(dtype)
             if step == bad_step and mesh.dp.rank == mesh.dp.size - 1:
                 loss = loss * float("inf")
@@ -210,7 +209,7 @@ def test_a_skipped_step_changes_nothing():
     units = [Unit("layers.0", torch.float16)]
     optimizer = HybridZeroOptimizer(list(units), config(), mesh, torch.float16)
     before = [p.tensor.clone() for p in optimizer.pieces()]
-    optimizer.arm()
+    optimizer.begin(1)
     (loss_of(units, rows(0, 0).half()) * float("nan")).backward()
     outcome = optimizer.step(0, num_labels=8, global_tokens=8)
     assert outcome.skipped.item()
@@ -232,7 +231,7 @@ def test_the_learning_rate_of_a_first_step_that_is_skipped_comes_again():
     optimizer = HybridZeroOptimizer([Unit("layers.0", torch.float64)], cfg, single_process_mesh(), torch.float64)
     for step in range(3):
         optimizer.buckets[0].grads.fill_(float("nan") if step < 2 else 1.0)
-        optimizer.arm()
+        optimizer.begin(1)
         outcome = optimizer.step(step, num_labels=8, global_tokens=8)
         assert outcome.next_lr.item() == learning_rate(max(0, step - 1), cfg.adam.lr, cfg.lr_scheduler)
         assert outcome.skips_in_a_row.item() == (step + 1 if step < 2 else 0)

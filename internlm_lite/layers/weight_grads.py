@@ -1,0 +1,38 @@
+"""Weight gradients of linear layers: at once, or put off for a zero-bubble pipeline schedule.
+
+Such a schedule runs the two halves of a backward pass apart: dx = dy W, which the stage before waits for, and
+dW = dy^T x, which nobody waits for and which fills what would be idle time (arXiv:2401.10241).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+class WeightGrads:
+    """One for all linear layers of a pipeline stage."""
+
+    def __init__(self, deferred: bool = False) -> None:
+        self.deferred = deferred
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def of(self, weight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+        """dW [out, in] of dy [T, out] and x [T, in]; None when it is put off."""
+        if not self.deferred:
+            return dy.t() @ x
+        self._waiting.append((weight, dy, x))
+        return None
+
+    def take(self) -> Callable[[], None]:
+        """A function that adds what was put off since the last call to each `weight.grad`."""
+        taken, self._waiting = self._waiting, []
+
+        def run() -> None:
+            while taken:
+                weight, dy, x = taken.pop()
+                assert weight.grad is not None, "the optimizer gives every parameter its gradient buffer"
+                weight.grad.add_(dy.t() @ x)
+
+        return run

@@ -1,0 +1,1 @@
+"""Pipeline parallelism: which rank has which layers, and running micro-batches through them."""

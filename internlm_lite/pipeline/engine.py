@@ -1,0 +1,146 @@
+"""Micro-batches through the stages of a pipeline, forward and backward, or forward only.
+
+    one rank:       for every micro-batch: forward, loss, backward
+    several ranks:  the schedules of torch.distributed.pipelining, through their public step()
+
+Every rank of a pipeline has the whole batch of its data-parallel rank, so of a micro-batch only its number travels
+beside the hidden state; `Work` looks the rest up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.distributed.pipelining import PipelineStage
+
+from internlm_lite.mesh.mesh import Group
+from internlm_lite.pipeline.errors import peer_or_own_error
+from internlm_lite.pipeline.schedules import new_schedule
+
+
+class Work(Protocol):
+    """What is done with one batch."""
+
+    def forward(self, stage: int, micro: int, hidden: torch.Tensor | None) -> torch.Tensor:
+        """The hidden state after stage `stage` for micro-batch `micro`; `hidden`: after the stage before, if any."""
+
+    def loss(self, micro: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The scalar to differentiate, from the hidden state after the last stage."""
+
+
+class Engine(Protocol):
+    """Runs `Work`. Collective over the pipeline's ranks."""
+
+    def train(self, work: Work, micro_num: int) -> None:
+        """Forward and backward of every micro-batch; gradients are added to those of the parameters."""
+
+    def evaluate(self, work: Work, micro_num: int) -> None:
+        """Forward of every micro-batch, with its loss. Call it without gradients."""
+
+
+class OneRank:
+    """The whole model is on this rank."""
+
+    def train(self, work: Work, micro_num: int) -> None:
+        for micro in range(micro_num):
+            work.loss(micro, work.forward(0, micro, None)).backward()
+
+    def evaluate(self, work: Work, micro_num: int) -> None:
+        for micro in range(micro_num):
+            work.loss(micro, work.forward(0, micro, None))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What goes from stage to stage."""
+
+    rows: int
+    """Of the hidden state on this rank: T, with sequence parallelism T / tp."""
+    hidden_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Pipeline:
+    """This rank has some of the stages."""
+
+    def __init__(
+        self,
+        stages: Mapping[int, nn.Module],
+        pp: Group,
+        *,
+        num_stages: int,
+        schedule: str,
+        shape: Shape,
+        early_receive: bool,
+        take_weight_grads: Callable[[], Callable[[], None]],
+    ) -> None:
+        """`take_weight_grads`: see `layers.weight_grads.WeightGrads.take`; called after a stage's backward pass."""
+        self._modules = {number: _StageModule(number, module) for number, module in stages.items()}
+        self._num_stages, self._pp, self._schedule, self._shape = num_stages, pp, schedule, shape
+        self._early_receive = early_receive
+        self._take_weight_grads = take_weight_grads
+        self._built: dict[bool, tuple[int, Any]] = {}
+        self._work: Work | None = None
+
+    def train(self, work: Work, micro_num: int) -> None:
+        self._run(work, micro_num, training=True)
+
+    def evaluate(self, work: Work, micro_num: int) -> None:
+        self._run(work, micro_num, training=False)
+
+    def _run(self, work: Work, micro_num: int, training: bool) -> None:
+        schedule = self._schedule_for(micro_num, training)
+        numbers = torch.arange(micro_num)  # on the host: cut into micro-batches by the schedule, read without a device
+        self._work = work
+        for module in self._modules.values():
+            module.work = work
+        with peer_or_own_error(self._pp):
+            run = schedule.step if training else schedule.eval
+            run(target=numbers, return_outputs=False, micro=numbers)
+
+    def _schedule_for(self, micro_num: int, training: bool) -> Any:
+        """Schedules are for one number of micro-batches. The last one is kept, with its receive buffers."""
+        known = self._built.get(training)
+        if known is None or known[0] != micro_num:
+            stages = [self._stage(number) for number in self._modules]
+            known = micro_num, new_schedule(self._schedule, stages, micro_num, self._loss, self._early_receive)
+            self._built[training] = known
+        return known[1]
+
+    def _stage(self, number: int) -> PipelineStage:
+        shape, first = self._shape, number == 0
+        hidden = torch.empty(shape.rows, shape.hidden_size, dtype=shape.dtype, device="meta", requires_grad=True)
+        return PipelineStage(
+            self._modules[number],
+            number,
+            self._num_stages,
+            shape.device,
+            # Told, so that the first step needs no trial run to find out.
+            input_args=() if first else (hidden,),
+            output_args=(hidden,),
+            group=self._pp.process_group,
+            dw_builder=self._take_weight_grads if self._schedule == "zbv" else None,
+        )
+
+    def _loss(self, hidden: torch.Tensor, micro: torch.Tensor) -> torch.Tensor:
+        assert self._work is not None, "set for the time of a step"
+        return self._work.loss(int(micro), hidden)
+
+
+class _StageModule(nn.Module):
+    """A stage as torch's pipelining calls it: hidden state of the stage before, and the number of the micro-batch."""
+
+    work: Work
+
+    def __init__(self, number: int, module: nn.Module) -> None:
+        super().__init__()
+        self.number = number
+        self.module = module
+
+    def forward(self, *hidden: torch.Tensor, micro: torch.Tensor) -> torch.Tensor:
+        return self.work.forward(self.number, int(micro), hidden[0] if hidden else None)

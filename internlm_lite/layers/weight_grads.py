@@ -29,6 +29,7 @@ class WeightGrads:
         """A function that adds what was put off since the last call to each `weight.grad`."""
         taken, self._waiting = self._waiting, []
 
+        @torch.no_grad()
         def run() -> None:
             while taken:
                 weight, dy, x = taken.pop()

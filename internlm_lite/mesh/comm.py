@@ -42,17 +42,17 @@ class Work:
     """A collective under way. `wait()` makes its result usable by what is enqueued next; it may be called again."""
 
     def __init__(self, handles: list[dist.Work], group: Group, finish: Callable[[], object] | None = None) -> None:
-        self._handles = handles
+        self.handles = handles
         self._group = group
         self._finish = finish
 
     def wait(self) -> None:
         with peer_errors(self._group):
-            for handle in self._handles:
+            for handle in self.handles:
                 handle.wait()
         if self._finish is not None:
             self._finish()
-        self._handles, self._finish = [], None
+        self.handles, self._finish = [], None
 
 
 def all_reduce(tensor: torch.Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Work:
@@ -96,7 +96,7 @@ def all_gather(full: torch.Tensor, group: Group) -> Work:
         if full.device.type == "cuda":
             mine = parts[group.rank]
             return Work([dist.all_gather_into_tensor(full, mine, group=group.process_group, async_op=True)], group)
-        return Work(_exchange(parts, group), group)
+    return _exchange(parts, group)
 
 
 def all_to_all(received: torch.Tensor, sent: torch.Tensor, group: Group) -> Work:
@@ -105,16 +105,29 @@ def all_to_all(received: torch.Tensor, sent: torch.Tensor, group: Group) -> Work
         return Work([dist.all_to_all_single(received, sent, group=group.process_group, async_op=True)], group)
 
 
-def _exchange(parts: torch.Tensor, group: Group) -> list[dist.Work]:
+def send(tensor: torch.Tensor, group: Group, to: int) -> Work:
+    """Hand `tensor`, which must stay untouched until `wait()`, to group rank `to`."""
+    with peer_errors(group):
+        handle = dist.isend(tensor, group.ranks[to], group=group.process_group)
+    assert handle is not None, "this process is a member of its own group"
+    return Work([handle], group)
+
+
+def receive(tensor: torch.Tensor, group: Group, source: int) -> Work:
+    """Fill `tensor` with what group rank `source` sends."""
+    with peer_errors(group):
+        handle = dist.irecv(tensor, group.ranks[source], group=group.process_group)
+    assert handle is not None, "this process is a member of its own group"
+    return Work([handle], group)
+
+
+def _exchange(parts: torch.Tensor, group: Group) -> Work:
     """Send our row of `parts` to every rank, and receive theirs in place."""
-    handles: list[dist.Work] = []
+    works: list[Work] = []
     for distance in range(1, group.size):
         to, source = (group.rank + distance) % group.size, (group.rank - distance) % group.size
-        sent = dist.isend(parts[group.rank], group.ranks[to], group=group.process_group)
-        got = dist.irecv(parts[source], group.ranks[source], group=group.process_group)
-        assert sent is not None and got is not None, "this process is a member of its own group"
-        handles += [sent, got]
-    return handles
+        works += [send(parts[group.rank], group, to), receive(parts[source], group, source)]
+    return Work([handle for work in works for handle in work.handles], group)
 
 
 def gather_objects(value: object, group: Group) -> list[object]:

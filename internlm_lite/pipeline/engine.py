@@ -17,9 +17,11 @@ import torch
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
 
+from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Group
 from internlm_lite.pipeline.errors import peer_or_own_error
 from internlm_lite.pipeline.schedules import new_schedule
+from internlm_lite.pipeline.split import home_of
 
 
 class Work(Protocol):
@@ -84,33 +86,53 @@ class Pipeline:
         self._num_stages, self._pp, self._schedule, self._shape = num_stages, pp, schedule, shape
         self._early_receive = early_receive
         self._take_weight_grads = take_weight_grads
-        self._built: dict[bool, tuple[int, Any]] = {}
+        self._built: tuple[int, Any] | None = None
         self._work: Work | None = None
 
     def train(self, work: Work, micro_num: int) -> None:
-        self._run(work, micro_num, training=True)
-
-    def evaluate(self, work: Work, micro_num: int) -> None:
-        self._run(work, micro_num, training=False)
-
-    def _run(self, work: Work, micro_num: int, training: bool) -> None:
-        schedule = self._schedule_for(micro_num, training)
+        schedule = self._schedule_for(micro_num)
         numbers = torch.arange(micro_num)  # on the host: cut into micro-batches by the schedule, read without a device
         self._work = work
         for module in self._modules.values():
             module.work = work
         with peer_or_own_error(self._pp):
-            run = schedule.step if training else schedule.eval
-            run(target=numbers, return_outputs=False, micro=numbers)
+            schedule.step(target=numbers, return_outputs=False, micro=numbers)
 
-    def _schedule_for(self, micro_num: int, training: bool) -> Any:
+    def evaluate(self, work: Work, micro_num: int) -> None:
+        """Stage by stage, all micro-batches of each (torch's eval() does not run schedules in the shape of a V)."""
+        passed: dict[int, torch.Tensor] = {}  # outputs of the stage before that stay on this rank
+        sent: list[tuple[comm.Work, torch.Tensor]] = []
+        for stage in self._modules:
+            for micro in range(micro_num):
+                hidden = passed.pop(micro) if stage - 1 in self._modules else self._received(stage)
+                hidden = work.forward(stage, micro, hidden)
+                if stage == self._num_stages - 1:
+                    work.loss(micro, hidden)
+                elif stage + 1 in self._modules:
+                    passed[micro] = hidden
+                else:
+                    sent.append((comm.send(hidden, self._pp, self._home(stage + 1)), hidden))
+        for handed, _buffer in sent:
+            handed.wait()
+
+    def _received(self, stage: int) -> torch.Tensor | None:
+        if stage == 0:
+            return None
+        shape = self._shape
+        hidden = torch.empty(shape.rows, shape.hidden_size, dtype=shape.dtype, device=shape.device)
+        comm.receive(hidden, self._pp, self._home(stage - 1)).wait()
+        return hidden
+
+    def _home(self, stage: int) -> int:
+        return home_of(stage, self._pp.size, self._schedule)
+
+    def _schedule_for(self, micro_num: int) -> Any:
         """Schedules are for one number of micro-batches. The last one is kept, with its receive buffers."""
-        known = self._built.get(training)
-        if known is None or known[0] != micro_num:
+        if self._built is None or self._built[0] != micro_num:
             stages = [self._stage(number) for number in self._modules]
-            known = micro_num, new_schedule(self._schedule, stages, micro_num, self._loss, self._early_receive)
-            self._built[training] = known
-        return known[1]
+            built = new_schedule(self._schedule, stages, micro_num, self._loss, self._early_receive)
+            self._built = micro_num, built
+        return self._built[1]
 
     def _stage(self, number: int) -> PipelineStage:
         shape, first = self._shape, number == 0

@@ -1,0 +1,1 @@
+"""What a layout holds, sends and costs, before anything is started."""

@@ -5,6 +5,8 @@
     torchrun --nproc_per_node=8 train.py --config configs/7B_sft.py
     srun -N 2 -n 16 --ntasks-per-node=8 --gpus-per-task=1 python train.py --config configs/20B_sft.py
 
+    python train.py --config configs/20B_sft.py --dry-run --world-size 16 --tflops 180      what it will hold, send, cost
+
 Trailing NAME=value replaces a variable before the config runs, section.key=value sets one key after it.
 """
 
@@ -42,9 +44,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--log-style", choices=["auto", "full", "compact"], default="auto", help="lines on the terminal"
     )
     parser.add_argument("--print-config", choices=["full", "diff", "origin"], help="print the config and stop")
+    parser.add_argument("--dry-run", action="store_true", help="show what the run will hold, send and cost, and stop")
+    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: ranks (default: as started)")
+    parser.add_argument("--tflops", type=float, metavar="X", help="with --dry-run: TFLOP/s of one GPU, for the times")
+    parser.add_argument("--json", action="store_true", help="with --dry-run: JSON instead of tables")
     parser.add_argument("--cfg-options", nargs="*", default=[], metavar="KEY=VALUE", help="same as the trailing ones")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config")
-    return parser.parse_intermixed_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    if not arguments.dry_run and (arguments.world_size is not None or arguments.tflops is not None or arguments.json):
+        parser.error("--world-size, --tflops and --json belong to --dry-run: add it")
+    for name, value in (("--world-size", arguments.world_size), ("--tflops", arguments.tflops)):
+        if value is not None and not 0 < value < float("inf"):
+            parser.error(f"{name} {value}: expected a number > 0")
+    return arguments
 
 
 def main() -> None:
@@ -65,7 +77,8 @@ def main() -> None:
         place = find_place(os.environ, arguments.launcher, arguments.host, arguments.port)
         rank = place.rank
         loaded = load_config(arguments.config, overrides)
-        check_config(loaded, None if arguments.print_config else place.world_size)
+        world_size = arguments.world_size or place.world_size
+        check_config(loaded, None if arguments.print_config else world_size)
     except InternLMError as error:
         if rank == 0 or not isinstance(error, ConfigError):  # a config is wrong on all ranks alike: said once
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -73,6 +86,11 @@ def main() -> None:
     if arguments.print_config:
         print(print_config(loaded, arguments.print_config))
         return
+    if arguments.dry_run:
+        from internlm_lite.planner.command import dry_run
+
+        device = "cpu" if arguments.device == "cpu" else "cuda"
+        sys.exit(dry_run(loaded.config, world_size, tflops=arguments.tflops, device=device, as_json=arguments.json))
 
     from internlm_lite.train.job import Options, run_job
 

@@ -191,10 +191,13 @@ def _pipeline(t: Translation) -> None:
         t.replace("parallel.pipeline", {"parallel.pipeline.size": pipeline})
     elif t.layer.has("parallel.pipeline.mode"):
         mode = t.layer.get("parallel.pipeline.mode")
-        if isinstance(mode, str) and mode.lower() == "1f1b":
+        name = mode.lower() if isinstance(mode, str) else mode
+        if name == "1f1b":
             t.replace("parallel.pipeline.mode", {}, "1F1B is the schedule; model.num_chunks > 1 interleaves it")
+        elif name == "zbv":
+            t.replace("parallel.pipeline.mode", {"parallel.pipeline.schedule": "zbv"})
         else:
-            t.refuse("parallel.pipeline.mode", f"found {mode!r}, expected '1f1b' or no such key")
+            t.refuse("parallel.pipeline.mode", f"found {mode!r}, expected '1f1b', 'zbv' or no such key")
 
 
 def _has_only(t: Translation, key: str, names: Sequence[str]) -> bool:

@@ -10,15 +10,17 @@ from collections.abc import Callable
 
 import torch
 
+from internlm_lite.mesh.layout import Parameter
+
 
 class WeightGrads:
     """One for all linear layers of a pipeline stage."""
 
     def __init__(self, deferred: bool = False) -> None:
         self.deferred = deferred
-        self._waiting: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._waiting: list[tuple[Parameter, torch.Tensor, torch.Tensor]] = []
 
-    def of(self, weight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+    def of(self, weight: Parameter, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
         """dW [out, in] of dy [T, out] and x [T, in]; None when it is put off."""
         if not self.deferred:
             return dy.t() @ x
@@ -35,5 +37,7 @@ class WeightGrads:
                 weight, dy, x = taken.pop()
                 assert weight.grad is not None, "the optimizer gives every parameter its gradient buffer"
                 weight.grad.add_(dy.t() @ x)
+                if weight.grad_added is not None:
+                    weight.grad_added(weight)
 
         return run

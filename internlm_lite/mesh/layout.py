@@ -5,6 +5,7 @@ Initialisation, gradient norm, ZeRO, checkpoints and planner read it; nobody mat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -96,6 +97,10 @@ class Parameter(nn.Parameter):
     """A parameter that knows which part of its whole tensor it is. (`layout` is taken: torch.Tensor has one.)"""
 
     part: Layout
+    backwards: int = 1
+    """Backward passes of one micro-batch that add to its gradient; 2 for a tied weight with two stages on one rank."""
+    grad_added: Callable[[Parameter], object] | None = None
+    """Set by the optimizer; to be called when a gradient was added past autograd."""
 
 
 def parameter(layout: Layout, dtype: torch.dtype, device: torch.device | str) -> Parameter:

@@ -4,7 +4,7 @@ Rank numbering, tensor parallel fastest, then data parallel, then pipeline:
 
     rank = (pp * dp_size + dp) * tp_size + tp          dp = replica * zero_size + zero
 
-so `zero` groups are neighbours inside `dp`. `ends` joins the first and the last pipeline rank: they share a tied weight.
+so `zero` groups are neighbours inside `dp`. `ends` joins the first and the last pipeline rank, for tied weights.
 A group of size one is a group: collectives on it are the identity.
 """
 

@@ -19,7 +19,7 @@ class GradReducer:
     """Reduces the gradients of `buckets` once per optimizer step, during the last micro-batch's backward pass."""
 
     def __init__(self, buckets: list[Bucket], mesh: Mesh, overlap: bool) -> None:
-        """`overlap` False: all in `finish`, as it must be when weight gradients do not come from autograd."""
+        """`overlap` False: all of it in `finish`."""
         self._buckets = buckets
         self._mesh = mesh
         self._overlap = overlap
@@ -27,11 +27,12 @@ class GradReducer:
         self._started: list[comm.Work] = []
         for index, bucket in enumerate(buckets):
             for slot in bucket.slots:
-                slot.param.register_post_accumulate_grad_hook(functools.partial(self._on_grad, index))
+                slot.param.grad_added = functools.partial(self._on_grad, index)
+                slot.param.register_post_accumulate_grad_hook(slot.param.grad_added)
 
-    def expect(self, backwards: int) -> None:
-        """Call before the step: every parameter gets a gradient from each of so many backward passes."""
-        self._missing = [len(bucket.slots) * backwards for bucket in self._buckets]
+    def expect(self, micro_num: int) -> None:
+        """Call before the step: every parameter gets a gradient from the backward pass of so many micro-batches."""
+        self._missing = [micro_num * sum(slot.param.backwards for slot in bucket.slots) for bucket in self._buckets]
         self._started = []
 
     def _on_grad(self, index: int, param: Parameter) -> None:

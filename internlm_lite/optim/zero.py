@@ -69,9 +69,7 @@ class HybridZeroOptimizer:
             config.adam.weight_decay_on == "all",
             grad_dtype(config, model_dtype),
         )
-        # A zero-bubble schedule adds weight gradients after the backward passes, past autograd's hooks.
-        overlap = zero.overlap_sync_grad and config.schedule != "zbv"
-        self._reducer = GradReducer(self.buckets, mesh, overlap)
+        self._reducer = GradReducer(self.buckets, mesh, zero.overlap_sync_grad)
         self._masters = [_master(bucket) for bucket in self.buckets]
         self._gathers: list[comm.Work | None] = [None] * len(self.buckets)
         self.scaler = LossScaler(config.grad_scaler if model_dtype == torch.float16 else None, mesh.device)

@@ -4,7 +4,7 @@
     several ranks:  the schedules of torch.distributed.pipelining, through their public step()
 
 Every rank of a pipeline has the whole batch of its data-parallel rank, so of a micro-batch only its number travels
-beside the hidden state; `Work` looks the rest up.
+beside the hidden state; a `Task` looks the rest up.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from internlm_lite.pipeline.schedules import new_schedule
 from internlm_lite.pipeline.split import home_of
 
 
-class Work(Protocol):
+class Task(Protocol):
     """What is done with one batch."""
 
     def forward(self, stage: int, micro: int, hidden: torch.Tensor | None) -> torch.Tensor:
@@ -35,25 +35,25 @@ class Work(Protocol):
 
 
 class Engine(Protocol):
-    """Runs `Work`. Collective over the pipeline's ranks."""
+    """Runs a `Task`. Collective over the pipeline's ranks."""
 
-    def train(self, work: Work, micro_num: int) -> None:
+    def train(self, task: Task, micro_num: int) -> None:
         """Forward and backward of every micro-batch; gradients are added to those of the parameters."""
 
-    def evaluate(self, work: Work, micro_num: int) -> None:
+    def evaluate(self, task: Task, micro_num: int) -> None:
         """Forward of every micro-batch, with its loss. Call it without gradients."""
 
 
 class OneRank:
     """The whole model is on this rank."""
 
-    def train(self, work: Work, micro_num: int) -> None:
+    def train(self, task: Task, micro_num: int) -> None:
         for micro in range(micro_num):
-            work.loss(micro, work.forward(0, micro, None)).backward()
+            task.loss(micro, task.forward(0, micro, None)).backward()
 
-    def evaluate(self, work: Work, micro_num: int) -> None:
+    def evaluate(self, task: Task, micro_num: int) -> None:
         for micro in range(micro_num):
-            work.loss(micro, work.forward(0, micro, None))
+            task.loss(micro, task.forward(0, micro, None))
 
 
 @dataclass(frozen=True)
@@ -87,27 +87,27 @@ class Pipeline:
         self._early_receive = early_receive
         self._take_weight_grads = take_weight_grads
         self._built: tuple[int, Any] | None = None
-        self._work: Work | None = None
+        self._task: Task | None = None
 
-    def train(self, work: Work, micro_num: int) -> None:
+    def train(self, task: Task, micro_num: int) -> None:
         schedule = self._schedule_for(micro_num)
         numbers = torch.arange(micro_num)  # on the host: cut into micro-batches by the schedule, read without a device
-        self._work = work
+        self._task = task
         for module in self._modules.values():
-            module.work = work
+            module.task = task
         with peer_or_own_error(self._pp):
             schedule.step(target=numbers, return_outputs=False, micro=numbers)
 
-    def evaluate(self, work: Work, micro_num: int) -> None:
+    def evaluate(self, task: Task, micro_num: int) -> None:
         """Stage by stage, all micro-batches of each (torch's eval() does not run schedules in the shape of a V)."""
         passed: dict[int, torch.Tensor] = {}  # outputs of the stage before that stay on this rank
         sent: list[tuple[comm.Work, torch.Tensor]] = []
         for stage in self._modules:
             for micro in range(micro_num):
                 hidden = passed.pop(micro) if stage - 1 in self._modules else self._received(stage)
-                hidden = work.forward(stage, micro, hidden)
+                hidden = task.forward(stage, micro, hidden)
                 if stage == self._num_stages - 1:
-                    work.loss(micro, hidden)
+                    task.loss(micro, hidden)
                 elif stage + 1 in self._modules:
                     passed[micro] = hidden
                 else:
@@ -150,14 +150,14 @@ class Pipeline:
         )
 
     def _loss(self, hidden: torch.Tensor, micro: torch.Tensor) -> torch.Tensor:
-        assert self._work is not None, "set for the time of a step"
-        return self._work.loss(int(micro), hidden)
+        assert self._task is not None, "set for the time of a step"
+        return self._task.loss(int(micro), hidden)
 
 
 class _StageModule(nn.Module):
     """A stage as torch's pipelining calls it: hidden state of the stage before, and the number of the micro-batch."""
 
-    work: Work
+    task: Task
 
     def __init__(self, number: int, module: nn.Module) -> None:
         super().__init__()
@@ -165,4 +165,4 @@ class _StageModule(nn.Module):
         self.module = module
 
     def forward(self, *hidden: torch.Tensor, micro: torch.Tensor) -> torch.Tensor:
-        return self.work.forward(self.number, int(micro), hidden[0] if hidden else None)
+        return self.task.forward(self.number, int(micro), hidden[0] if hidden else None)

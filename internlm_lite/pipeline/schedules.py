@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.distributed.pipelining import (
     ScheduleLoopedBFS,
     ScheduleZBVZeroBubble,
 )
+
+from internlm_lite.errors import ConfigError
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -33,6 +36,15 @@ def new_schedule(schedule: str, stages: list[PipelineStage], micro_num: int, los
     chosen = schedule_class(schedule, stages[0].group_size, micro_num)
     if schedule == "1f1b":
         return chosen(stages[0], micro_num, loss_fn=loss, scale_grads=False)
-    # Told only where it differs from torch's default: releases before 2.13 do not know the option.
-    options = {} if early_receive else {"defer_pp_recv": True}
+    options = {} if early_receive else _late_receive(chosen)
     return chosen(stages, micro_num, loss_fn=loss, scale_grads=False, **options)
+
+
+def _late_receive(chosen: type[Any]) -> dict[str, bool]:
+    """Raises ConfigError where torch does not know how."""
+    if "defer_pp_recv" not in inspect.signature(chosen).parameters:
+        raise ConfigError(
+            f"parallel.pipeline.interleaved_overlap=False needs torch 2.13 or newer, found {torch.__version__}: "
+            "set it to True"
+        )
+    return {"defer_pp_recv": True}

@@ -31,7 +31,7 @@ from internlm_lite.planner.traffic import messages, traffic
 
 LISTED_RANKS = 64
 """Worlds up to this size are listed rank by rank."""
-SHOWN_STEPS, SHOWN_GROUPS = 3, 4
+SHOWN_STEPS = 3
 MOST_ROWS = 16_384
 """Packed rows that are read to describe the first steps; a larger batch shows fewer steps, at least one."""
 
@@ -197,8 +197,9 @@ def _groups(sizes: Sizes) -> dict[str, GroupTable]:
     tables = {}
     for axis, groups in axis_groups(sizes).items():
         size = max(map(len, groups))
-        joined = [group for group in groups if len(group) == size]  # `ends` has groups of one for the middle
-        tables[axis] = GroupTable(size, len(joined), tuple(joined[:SHOWN_GROUPS]))
+        joined = [group for group in groups if len(group) == size]  # middle stages have no partner in `ends`
+        step = joined[0][1] - joined[0][0] if size > 1 else 1
+        tables[axis] = GroupTable(size, len(joined), step, tuple(group[0] for group in joined[:LISTED_RANKS]))
     return tables
 
 

@@ -23,7 +23,8 @@
     tflops_per_gpu         as asked, or null
     seconds_per_step, days at that speed, which is the `tflops` of the step line, all waiting included; or null
     batches                the first steps: {step, tokens, num_samples_in_batch, largest_length, largest_batch, smallest_batch}
-    groups                 {axis: {size, count, ranks: those of the first groups}}
+    groups                 {axis: {size, count, step, first}}: a group's ranks are r, r + step, ... (`size` of them), for each r
+                           in `first`, which names the first rank of up to 64 groups
     notes                  sentences
 """
 
@@ -84,12 +85,18 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class GroupTable:
-    """The groups of one axis."""
+    """The groups of one axis: `count` groups of `size` ranks, each an arithmetic progression."""
 
     size: int
     count: int
-    ranks: tuple[tuple[int, ...], ...]
-    """Of the first groups."""
+    step: int
+    first: tuple[int, ...]
+    """First ranks of the first groups."""
+
+    def group(self, index: int) -> range:
+        """Ranks of group `index` of those in `first`."""
+        start = self.first[index]
+        return range(start, start + self.size * self.step, self.step)
 
 
 @dataclass(frozen=True)

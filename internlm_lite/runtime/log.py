@@ -102,6 +102,8 @@ def setup_logging(place: Place, folder: Path | None, style: str = "auto") -> Non
     close_logging()
     logger.setLevel(logging.DEBUG)
     logger.propagate = False  # a library that configures the root logger must not print our records twice
+    # On an error torch dumps its whole pipeline schedule at level ERROR; the error that is raised says what happened.
+    logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)
 
     stdout = StdoutHandler()
     stdout.setLevel(logging.INFO if place.is_main else logging.WARNING)

@@ -9,7 +9,7 @@ from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.stages import Stages
 from internlm_lite.monitor.metrics import Collected, FolderMetrics
 from internlm_lite.pipeline.engine import Engine
-from internlm_lite.train.step import BatchWork
+from internlm_lite.train.step import BatchTask
 
 
 @torch.no_grad()
@@ -19,5 +19,5 @@ def evaluate(stages: Stages, engine: Engine, data: ValidationData, mesh: Mesh) -
     one = torch.ones((), device=mesh.device)
     for host_batch in data.batches():
         batch = host_batch.to(mesh.device)
-        engine.evaluate(BatchWork(stages, batch, one, metrics), batch.micro_num)
+        engine.evaluate(BatchTask(stages, batch, one, metrics), batch.micro_num)
     return metrics.collect()

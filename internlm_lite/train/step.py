@@ -23,8 +23,8 @@ from internlm_lite.train.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
-class BatchWork:
-    """The micro-batches of one batch through this rank's stages (`pipeline.engine.Work`)."""
+class BatchTask:
+    """The micro-batches of one batch through this rank's stages (`pipeline.engine.Task`)."""
 
     stages: Stages
     batch: Batch
@@ -60,6 +60,6 @@ def train_step(
     scale = optimizer.loss_scale.double() / global_tokens  # fp64, so that an fp64 model is exact to its own rounding
     fwd_bwd.start()
     optimizer.begin(batch.micro_num)
-    engine.train(BatchWork(stages, batch, scale, metrics), batch.micro_num)
+    engine.train(BatchTask(stages, batch, scale, metrics), batch.micro_num)
     fwd_bwd.stop()
     return optimizer.step(step, batch.stats.num_labels, global_tokens)

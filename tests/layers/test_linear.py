@@ -1,0 +1,89 @@
+"""Column and row layers: the gradients of plain linear layers, and when the sum of dx travels."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from internlm_lite.layers import placement
+from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns
+from internlm_lite.layers.placement import Placement
+from internlm_lite.layers.weight_grads import WeightGrads
+from internlm_lite.mesh.layout import Parameter
+from internlm_lite.mesh.mesh import single_process_mesh
+
+
+def place(deferred: bool = False) -> Placement:
+    return Placement(single_process_mesh().tp, torch.float64, torch.device("cpu"), weight_grads=WeightGrads(deferred))
+
+
+def filled(layer: Any) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    for param in layer.parameters():
+        param.data.normal_(generator=generator)
+        param.grad = torch.ones_like(param)  # gradients are added to what is there
+    return layer
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("deferred", [False, True])
+def test_gradients_are_those_of_plain_linear_layers(bias, deferred):
+    at = place(deferred)
+    first, second = (filled(ColumnLinear(name, 6, 8, bias, 1.0, at)) for name in "ab")
+    row = filled(RowLinear("c", 8, 5, bias, 1.0, at))
+    x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+    a, b = columns(x, at, first, second)
+    row(a * b).square().sum().backward()
+    if deferred:
+        assert all(torch.equal(layer.weight.grad, torch.ones_like(layer.weight)) for layer in (first, second, row))
+        at.weight_grads.take()()
+    ours = [x.grad, *(p.grad.clone() for layer in (first, second, row) for p in layer.parameters())]
+
+    x.grad = None
+    for layer in (first, second, row):
+        filled(layer)
+    a, b = F.linear(x, first.weight, first.bias), F.linear(x, second.weight, second.bias)
+    F.linear(a * b, row.weight, row.bias).square().sum().backward()
+    expected = [x.grad, *(p.grad for layer in (first, second, row) for p in layer.parameters())]
+    for mine, plain in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_put_off_gradients_belong_to_the_backward_pass_before():
+    at = place(deferred=True)
+    layer = filled(ColumnLinear("a", 3, 3, False, 1.0, at))
+    runs = []
+    for scale in (1.0, 10.0):
+        columns(torch.full((2, 3), scale, dtype=torch.float64), at, layer)[0].sum().backward()
+        runs.append(at.weight_grads.take())
+    runs[1]()
+    assert torch.equal(layer.weight.grad, torch.full((3, 3), 21.0, dtype=torch.float64))
+    runs[0]()
+    assert torch.equal(layer.weight.grad, torch.full((3, 3), 23.0, dtype=torch.float64))
+
+
+def test_the_input_gradient_travels_while_weight_gradients_are_computed(monkeypatch):
+    events: list[str] = []
+
+    class Travelling:
+        def wait(self) -> None:
+            events.append("dx arrived")
+
+    def all_reduce(tensor: torch.Tensor, group: Any) -> Travelling:
+        events.append("dx sent")
+        return Travelling()
+
+    class Recorded(WeightGrads):
+        def of(self, weight: Parameter, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+            events.append("dW")
+            return super().of(weight, dy, x)
+
+    at = place()
+    at.weight_grads = Recorded()
+    first, second = (filled(ColumnLinear(name, 6, 8, True, 1.0, at)) for name in "ab")
+    x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+    a, b = columns(x, at, first, second)
+    monkeypatch.setattr(placement.comm, "all_reduce", all_reduce)
+    (a * b).sum().backward()
+    assert events == ["dx sent", "dW", "dW", "dx arrived"]

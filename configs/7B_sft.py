@@ -111,7 +111,7 @@ model = dict(
     norm_type="rmsnorm",
     layer_norm_epsilon=1e-5,
     use_flash_attn=True,
-    num_chunks=1,  # more than one: interleaved pipeline
+    num_chunks=1,  # stages per pipeline rank; more than one: interleaved
 )
 
 parallel = dict(

@@ -19,6 +19,7 @@ from internlm_lite.checkpoint.boxes import tiling_problems
 from internlm_lite.checkpoint.format import FORMAT, Commit, Manifest, Name, read_bytes, unseal
 from internlm_lite.checkpoint.storage import Storage
 from internlm_lite.checkpoint.tensorfile import DamagedError
+from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import CheckpointError
 
 logger = logging.getLogger("internlm_lite")
@@ -146,7 +147,7 @@ def _tell_what_is_there(storage: Storage) -> None:
         logger.warning("%s: %d files but no checkpoint of this program, such as %s", storage.name, len(keys), keys[0])
 
 
-def locate(path: str) -> tuple[str, Name | None]:
+def locate(path: str, s3: S3Config | None = None) -> tuple[str, Name | None]:
     """(storage, name of the checkpoint in it or None) that a path of the user means."""
     *parents, last = path.removeprefix("local:").rstrip("/").split("/")
     name = Name.parse(last.removesuffix(".json"))
@@ -155,7 +156,7 @@ def locate(path: str) -> tuple[str, Name | None]:
     if parents[-1:] in (["data"], ["commits"]):
         parents.pop()
     root = "/".join(parents) or ("/" if parents else ".")
-    return (root, name) if open_storage(root).size(name.commit) is not None else (path, None)
+    return (root, name) if open_storage(root, s3).size(name.commit) is not None else (path, None)
 
 
 def open_at(storage: Storage, name: Name | None) -> Found:

@@ -50,7 +50,9 @@ def make_plan(config: Config, world_size: int, tflops: float | None, device: str
     x = shape_of(config, backend, device)
     orders = actions_of(config.schedule, sizes.pp, config.model.num_chunks, data.micro_num)
     n_again, n_layers = recomputed_layers(config), config.model.num_layers
-    kept = [{n: _kept(x, own, order, n) for n in (0, n_again, n_layers)} for own, order in zip(held, orders, strict=True)]
+    kept = [
+        {n: _kept(x, own, order, n) for n in (0, n_again, n_layers)} for own, order in zip(held, orders, strict=True)
+    ]
     fullest = max(range(sizes.pp), key=lambda pp: sum(kept[pp][n_again].values()))
     costs = {stage.number: stage_cost(config, stage, n_again) for own in held for stage in own.stages}
     tokens_per_step = data.micro_num * data.micro_bsz * data.seq_len * sizes.dp
@@ -60,7 +62,9 @@ def make_plan(config: Config, world_size: int, tflops: float | None, device: str
         layout=_layout(config, sizes, backend),
         parameters_total=parameters_total,
         ranks=tuple(_ranks(config, x, sizes, held, [kept[pp][n_again] for pp in range(sizes.pp)])),
-        activations=dict(zip(("off", "configured", "all"), (kept[fullest][n] for n in (0, n_again, n_layers)), strict=True)),
+        activations=dict(
+            zip(("off", "configured", "all"), (kept[fullest][n] for n in (0, n_again, n_layers)), strict=True)
+        ),
         flops_per_step=step_flops(config.model, data.seq_len, tokens_per_step // data.seq_len),
         tokens_per_step=tokens_per_step,
         steps_total=data.total_steps,
@@ -157,18 +161,16 @@ def _ranks(
 
 def _rank_bytes(config: Config, x: Shape, own: Holding, activations: int) -> RankBytes:
     data, again = config.data, recomputed_layers(config)
-    valid_micro_num = (data.valid_micro_num or data.micro_num) if data.valid_every else 0
     recomputes = any(stage.layers.start < again for stage in own.stages)
     workspace = backward_workspace(x, recomputes)
     if own.stages[-1].last:
         workspace = max(workspace, loss_workspace(x))
-    piped = config.parallel.pipeline.size > 1
     return RankBytes(
         weights=own.weights,
         gradients=own.gradients,
         optimizer=own.optimizer,
         activations=activations,
-        buffers=receive_buffers(x, own.stages, data.micro_num, valid_micro_num) if piped else 0,
+        buffers=receive_buffers(x, own.stages, data.micro_num),
         workspace=workspace,
         update=own.update,
     )
@@ -189,7 +191,7 @@ def _layout(config: Config, sizes: Sizes, backend: AttentionBackend) -> dict[str
         "micro_bsz": config.data.micro_bsz,
         "seq_len": config.data.seq_len,
         "dtype": config.model.dtype,
-        "attention": backend.value,
+        "attention": "varlen kernel" if backend is AttentionBackend.FLASH_ATTN else backend.value,
     }
 
 
@@ -207,5 +209,7 @@ def _notes(config: Config, sizes: Sizes) -> Iterator[str]:
     data = config.data
     if sizes.pp > 1 and data.rampup_batch_size:
         yield "the bubble, activations and traffic are those of the full batch, after the ramp-up"
+    if sizes.pp > 1 and data.micro_num < sizes.pp:
+        yield f"data.micro_num {data.micro_num} is less than the {sizes.pp} pipeline ranks: most of them wait"
     if data.valid_every:
-        yield f"evaluation, every {data.valid_every} steps, is not in the times"
+        yield f"evaluation every {data.valid_every} steps and checkpoints are not in the times"

@@ -75,20 +75,21 @@ def ls(arguments: argparse.Namespace, s3: S3Config) -> int:
         return 0
     console = Console()
     for storage, found in listed:
-        console.print(_table(storage, found, arguments.deep))
+        looked = "every byte read" if arguments.deep else "hashes, sizes, headers; --deep reads every byte"
+        print(f"{storage.name}  ({looked})", flush=True)
+        console.print(_table(found))
         for checkpoint in found:
             for problem in checkpoint.problems:
                 print(f"{checkpoint.name}: {problem}")
         left = unfinished(storage)
         if left:
             size = human_bytes(sum(save.n_bytes for save in left))
-            print(f"{len(left)} unfinished saves of {size}: under way, or swept by the next run that saves here")
+            print(f"unfinished saves: {len(left)}, {size}: under way, or swept by the next run that saves here")
     return 0
 
 
-def _table(storage: Storage, found: Sequence[Listed], deep: bool) -> Table:
-    looked = "every byte read" if deep else "hashes, sizes, headers; --deep reads every byte"
-    table = Table(title=f"{storage.name}  ({looked})", title_justify="left", box=None, pad_edge=False)
+def _table(found: Sequence[Listed]) -> Table:
+    table = Table(box=None, pad_edge=False)
     for column in ("step", "size", "age"):
         table.add_column(column, justify="right", no_wrap=True)
     for column in ("kind", "layout", "state"):

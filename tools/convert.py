@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted: nothing was made", file=sys.stderr)
+        print("interrupted: a folder or checkpoint that was being written is gone", file=sys.stderr)
         return 130
 
 

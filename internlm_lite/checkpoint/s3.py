@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -27,7 +27,7 @@ logger = logging.getLogger("internlm_lite")
 
 _READ_BYTES = 16 * 1024 * 1024
 """A longer range is read by several requests at a time."""
-_STEP_BYTES = 1024 * 1024
+_STEP_BYTES = 256 * 1024
 _BATCH = 1000
 """Objects that one request may delete."""
 _NO_CONDITIONS = ("NotImplemented", "501", "InvalidArgument", "InvalidRequest", "400")
@@ -96,12 +96,12 @@ class S3Storage:
 
         def request(deadline: float) -> bytes:
             answer = self._client.get_object(Bucket=self._bucket, Key=place)
-            with closing(answer["Body"]) as body:
+            with answer["Body"] as stream:
                 size = answer["ContentLength"]
                 if size > limit_bytes:
                     raise UnreadableError(f"{self.name}/{key}: {size} bytes, expected at most {limit_bytes}")
                 data = bytearray(size)
-                for _ in _steps(body, memoryview(data), deadline):
+                for _ in _steps(stream, memoryview(data), deadline):
                     pass
                 return bytes(data)
 
@@ -131,9 +131,9 @@ class S3Storage:
         def request(deadline: float) -> None:
             nonlocal done
             answer = self._client.get_object(Bucket=self._bucket, Key=place, Range=f"bytes={start + done}-{stop - 1}")
-            with closing(answer["Body"]) as body:
+            with answer["Body"] as stream:
                 self._check_range(key, answer, start + done, stop)
-                for count in _steps(body, buffer[done:], deadline):
+                for count in _steps(stream, buffer[done:], deadline):
                     done += count
 
         if len(buffer):
@@ -255,14 +255,17 @@ class S3Storage:
         return Target(self._client, self._calls, self._bucket, self._place(key), key, self._with_md5)
 
 
-def _steps(body: Any, buffer: memoryview, deadline: float) -> Iterator[int]:
+def _steps(stream: Any, buffer: memoryview, deadline: float) -> Iterator[int]:
     """Fill the buffer; yields the bytes of each step. Raises OSError when the answer ends early or takes too long."""
+    # read1 gives what has come, so that time is looked at; `read`, all that old versions of urllib3 have, waits for more.
+    read = getattr(stream, "read1", stream.read)
     done = 0
     while done < len(buffer):
         if time.monotonic() > deadline:
             raise TimeoutError("too slow")
-        count = body.readinto(buffer[done : done + _STEP_BYTES])
-        if count == 0:
+        block = read(min(_STEP_BYTES, len(buffer) - done))
+        if not block:
             raise ConnectionError("the answer ended early")
-        yield count
-        done += count
+        buffer[done : done + len(block)] = block
+        yield len(block)
+        done += len(block)

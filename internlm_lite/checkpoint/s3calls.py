@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
+from urllib3.exceptions import ReadTimeoutError as SilenceError
 
 from internlm_lite.checkpoint.storage import UnreadableError
 from internlm_lite.errors import StorageError
@@ -135,7 +136,7 @@ def diagnose(error: Exception) -> Trouble:
         return _tls(str(error))
     if isinstance(error, boto.EndpointConnectionError | boto.ConnectTimeoutError | boto.ProxyConnectionError):
         return Trouble("no server answers there: is it up, is the endpoint right?", passing=True)
-    if isinstance(error, boto.ReadTimeoutError | TimeoutError):
+    if isinstance(error, boto.ReadTimeoutError | SilenceError | TimeoutError):
         return Trouble("the server fell silent, or is too slow", passing=True)
     if isinstance(error, boto.IncompleteReadError | ResponseParserError):
         return Trouble("the answer was cut off", passing=True)

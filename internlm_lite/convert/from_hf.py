@@ -57,7 +57,7 @@ def read_hf(
     storage = open_storage(out, s3)
     if find.committed(storage):
         raise CheckpointError(f"{storage.name} holds checkpoints already: choose a folder without any")
-    tokenizer, notes = _copy_tokenizer(folder, storage)
+    tokenizer, notes = _tokenizer(folder, storage)
     config = _config(folder, said, tokenizer)
     name = Name(1, 0, uuid.uuid4().hex[:6])
     shares = share_out([[_holding(target) for target in targets]])[0]
@@ -68,6 +68,8 @@ def read_hf(
     )
     try:
         n_bytes = commit.write_stream(storage, name, 0, 1, stream, shares)
+        if (folder / MODEL).is_file():
+            storage.put(MODEL, [(folder / MODEL).read_bytes()])
         commit.commit_votes(storage, name, 1, facts)
     except BaseException:
         with suppress(InternLMError):
@@ -121,12 +123,10 @@ def _check_tied(source: HFFolder, head: str, embedding: Target) -> None:
         )
 
 
-def _copy_tokenizer(folder: Path, storage: Storage) -> tuple[str | None, tuple[str, ...]]:
+def _tokenizer(folder: Path, storage: Storage) -> tuple[str | None, tuple[str, ...]]:
     """(path of the copy for data.tokenizer, lines for the user)"""
-    model = folder / MODEL
-    if not model.is_file():
+    if not (folder / MODEL).is_file():
         return None, (f"no {MODEL} there: set data.tokenizer, or give --tokenizer, where text is needed",)
-    storage.put(MODEL, [model.read_bytes()])
     if isinstance(storage, LocalStorage):
         return str(storage.root / MODEL), ()
     return None, (f"the tokenizer is {storage.name}/{MODEL}: fetch it and set data.tokenizer where text is needed",)

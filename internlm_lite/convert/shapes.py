@@ -45,6 +45,12 @@ def to_hf(model: ModelConfig, family: Family, max_positions: int, dtype: str) ->
         problems.append(f"{model.kv_heads} key/value heads: it has no grouped-query attention; take --model-type llama")
     if problems:
         raise CheckpointError(f"this model is no {family}:\n  " + "\n  ".join(problems))
+    # mlp_bias is Llama's alone; InternLM's own code reads the base of its rotary embedding from `rotary`.
+    special: dict[str, dict[str, Any]] = {
+        "llama": {"mlp_bias": False},
+        "internlm": {"rotary": {"base": float(model.rope_base), "type": "origin"}},
+        "internlm2": {},
+    }
     return {
         "architectures": [_ARCHITECTURE[family]],
         "model_type": family,
@@ -60,7 +66,7 @@ def to_hf(model: ModelConfig, family: Family, max_positions: int, dtype: str) ->
         "rope_theta": float(model.rope_base),
         "rope_scaling": None,
         _BIAS_KEY[family]: not model.no_bias,
-        **({"mlp_bias": False} if family == "llama" else {}),
+        **special[family],
         "tie_word_embeddings": model.tie_word_embeddings,
         "initializer_range": model.init_std,
         "torch_dtype": dtype,

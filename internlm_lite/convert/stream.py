@@ -12,7 +12,7 @@ from internlm_lite.convert.names import Target
 from internlm_lite.errors import CheckpointError
 from internlm_lite.units import human_count
 
-_READ_BYTES = 4 * BLOCK_BYTES
+_READ_BYTES = 2 * BLOCK_BYTES
 
 
 class Source(Protocol):
@@ -35,14 +35,19 @@ class ConvertedFile(TensorFile):
         self._targets, self._dtype, self._source, self._done = targets, dtype, source, done
 
     def blocks_of(self, key: str, tensor: torch.Tensor) -> Iterator[bytes]:
-        waiting = bytearray()
+        block = bytearray()
         for part in self._parts(self._targets[key]):
-            waiting += part.contiguous().view(-1).view(torch.uint8).numpy().data
-            while len(waiting) >= BLOCK_BYTES:
-                yield bytes(waiting[:BLOCK_BYTES])
-                del waiting[:BLOCK_BYTES]
-        if waiting:
-            yield bytes(waiting)
+            data = part.contiguous().view(-1).view(torch.uint8).numpy().data
+            done = 0
+            while done < len(data):
+                piece = data[done : done + BLOCK_BYTES - len(block)]
+                block += piece
+                done += len(piece)
+                if len(block) == BLOCK_BYTES:
+                    yield bytes(block)
+                    block.clear()
+        if block:
+            yield bytes(block)
         self._done(key)
 
     def _parts(self, target: Target) -> Iterator[torch.Tensor]:

@@ -55,6 +55,9 @@ class MasterRows:
         for file in found.manifest.files:
             self._reader.check_file(file)
         self._entries = found.manifest.tensors.get("master", {})
+        sizes = [self._n_bytes(name) for name in self._entries]
+        # One buffer for all: freed ones of many sizes would stay with the process.
+        self._buffer = torch.empty(max((n for n in sizes if n <= _KEPT_BYTES), default=0), dtype=torch.uint8)
         self._kept: tuple[str, torch.Tensor] | None = None
 
     @property
@@ -62,21 +65,26 @@ class MasterRows:
         return {name: entry.shape for name, entry in self._entries.items()}
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        shape = self._entries[name].shape
         if self._kept is not None and self._kept[0] == name:
             return self._kept[1][start:stop]
+        entry, size = self._entries[name], self._n_bytes(name)
+        dtype = DTYPES[entry.dtype]
+        if size > _KEPT_BYTES:
+            return self._fill(name, torch.empty(stop - start, *entry.shape[1:], dtype=dtype), start)
+        # Rows are checked in blocks of megabytes: whole tensors of this size are read and checked once.
         self._kept = None
-        if prod(shape) * DTYPES[self._entries[name].dtype].itemsize <= _KEPT_BYTES:
-            # Rows are checked in blocks of megabytes: whole tensors of this size are read and checked once.
-            self._kept = (name, self._rows(name, 0, shape[0]))
-            return self._kept[1][start:stop]
-        return self._rows(name, start, stop)
+        self._kept = (name, self._fill(name, self._buffer[:size].view(dtype).view(entry.shape), 0))
+        return self._kept[1][start:stop]
 
-    def _rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def _n_bytes(self, name: str) -> int:
         entry = self._entries[name]
-        rows = torch.empty(stop - start, *entry.shape[1:], dtype=DTYPES[entry.dtype])
-        box = ((start, stop), *((0, n) for n in entry.shape[1:]))
-        self._reader.fill(Piece(name, "master", entry.shape, box, None, rows))
+        return prod(entry.shape) * DTYPES[entry.dtype].itemsize
+
+    def _fill(self, name: str, rows: torch.Tensor, start: int) -> torch.Tensor:
+        """Rows of the tensor from `start` on."""
+        shape = self._entries[name].shape
+        box = ((start, start + len(rows)), *((0, n) for n in shape[1:]))
+        self._reader.fill(Piece(name, "master", shape, box, None, rows))
         return rows
 
 

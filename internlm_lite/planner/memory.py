@@ -154,21 +154,26 @@ def _head(x: Shape) -> Terms:
 
 
 def loss_workspace(x: Shape) -> int:
-    """While the last stage computes its loss: logits of one chunk of tokens, and what they are summed into."""
+    """While the last stage computes its loss, besides its activations: logits of one chunk of tokens, and the fp32 sum
+    of the weight's gradient."""
     chunk = tokens_per_chunk(x.T, x.V, x.w, x.device)
-    logits = chunk * x.V * (x.w + (x.s if x.s < x.w else 0))  # and their copy in half precision for the products
+    half = x.s < x.w
+    logits = chunk * x.V * (x.w + (x.s if half else 0))  # and their copy in half precision for the products
     gathered = 0 if x.model.parallel_output or x.tp == 1 else chunk * x.vocab_size * x.w
-    several = chunk < x.T
-    dweight = x.V * x.h * (x.w + x.s) if several and x.s < x.w else 0  # fp32 sum and one chunk's product
-    return logits + gathered + dweight
+    return logits + gathered + (x.V * x.h * x.w if half and chunk < x.T else 0)
 
 
-def backward_workspace(x: Shape, recomputes: bool) -> int:
-    """While one layer runs backward: the gradients of its widest part, and the layer itself if it was recomputed."""
-    widest = 4 * x.T * x.f * x.s  # gradients of product, silu(gate), gate and up
-    outside = 3 * x.T * x.h * x.s  # incoming gradient, gradient of the layers' input, its gathered input
-    weight = x.h * x.f * x.s  # a weight's gradient before it is added to its bucket
-    return widest + outside + weight + (sum(layer_terms(x).values()) if recomputes else 0)
+def backward_workspace(x: Shape, last: bool, recomputes: bool) -> int:
+    """While the last layer of a stage runs backward, besides the stage's activations; those of the head are gone then.
+
+    The first gradients of the feed-forward part; later ones take the place of activations that they set free.
+    """
+    widest = 2 * x.T * x.f * x.s  # gradients of the product and of one factor
+    outside = 2 * x.T * x.h * x.s  # gradient of the output, and of the input
+    weight = x.h * x.f * x.s  # gradient of a weight before it is added to its bucket
+    layer = sum(layer_terms(x).values()) - x.t * x.h * x.s if recomputes else 0  # its input is there already
+    freed = _head(x)["head"] if last else 0
+    return max(0, widest + outside + weight + layer - freed)
 
 
 def scaled(terms: Terms, factor: int) -> Terms:

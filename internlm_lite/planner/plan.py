@@ -161,9 +161,9 @@ def _ranks(
 
 def _rank_bytes(config: Config, x: Shape, own: Holding, activations: int) -> RankBytes:
     data, again = config.data, recomputed_layers(config)
-    recomputes = any(stage.layers.start < again for stage in own.stages)
-    workspace = backward_workspace(x, recomputes)
-    if own.stages[-1].last:
+    top = own.stages[-1]
+    workspace = backward_workspace(x, top.last, recomputes=top.layers.stop <= again)
+    if top.last:
         workspace = max(workspace, loss_workspace(x))
     return RankBytes(
         weights=own.weights,

@@ -55,9 +55,7 @@ print(json.dumps(results))
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures with Linux's /proc")
 def test_memory_is_bounded_by_a_shard_and_a_tensor(tmp_path_factory):
-    folder = tmp_path_factory.mktemp(
-        "big"
-    )  # on disk: files in memory would not count, but the machine's memory is small
+    folder = tmp_path_factory.mktemp("big")  # on disk, unlike the other tests' folders
     save_ours(folder / "small")
     config = config_of(**BIG)
     save_ours(folder / "big", **BIG)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from internlm_lite.mesh.mesh import Mesh
+from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from internlm_lite.planner.plan import make_plan
+from tests.planner.live import Live
 from tests.planner.steps import Trainer, small
 from tests.world import run_world
 
@@ -24,13 +25,18 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def storages(trainer: Trainer) -> int:
-    """Bytes of weights, gradients and optimizer state, each storage once."""
+def lasting(trainer: Trainer) -> list[torch.Tensor]:
+    """Weights, gradients and optimizer state."""
     optimizer = trainer.optimizer
     tensors: list[torch.Tensor] = [tensor for bucket in optimizer.buckets for tensor in (bucket.weights, bucket.grads)]
     tensors += optimizer._masters
-    tensors += [state[name] for state in optimizer._adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    return tensors + [state[name] for state in optimizer._adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
+
+
+def storages(trainer: Trainer) -> int:
+    """Bytes of them, each storage once."""
+    found = [tensor.untyped_storage() for tensor in lasting(trainer)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())
 
 
 def _measure(mesh: Mesh, dtype: str) -> tuple[int, int]:
@@ -52,3 +58,19 @@ def test_predicted_memory_is_what_a_100m_model_takes(dtype: str) -> None:
     ((exact, grown),) = run_world(_measure, 1, (dtype,))
     assert predicted == exact
     assert abs(grown - predicted) < 0.05 * predicted, (grown, predicted)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "checkpoint", "within"),
+    [("torch.float32", False, 0.03), ("torch.bfloat16", False, 0.03), ("torch.bfloat16", True, 0.1)],
+)
+def test_a_step_takes_at_most_what_is_planned_besides(dtype: str, checkpoint: bool, within: float) -> None:
+    """The peak, besides what lasts, in tensors alive; what kernels and the allocator take for themselves is left out."""
+    model = {"hidden_size": 256, "num_layers": 6, "vocab_size": 16384, "dtype": dtype, "checkpoint": checkpoint}
+    config = small(model=model, data={"seq_len": 512, "micro_bsz": 2, "micro_num": 2})
+    (plan,) = make_plan(config, 1, None, "cpu").ranks
+    trainer = Trainer.build(config, single_process_mesh())
+    with Live(lasting(trainer)) as live:
+        trainer.step()
+    assert plan.bytes.update == 0
+    assert live.most == pytest.approx(plan.bytes.activations + plan.bytes.workspace, rel=within)

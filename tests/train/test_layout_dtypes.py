@@ -12,14 +12,19 @@ from tests.corpus import write_corpus
 from tests.train.layout_runs import Job, Seen, check, run_layouts, run_references
 from tests.train.layouts import Layout, config_of
 
-LIMITS = {"torch.float32": 1e-5, "torch.bfloat16": 2e-2}
-"""Relative, of losses and gradient norms.
+FP32_LIMIT = 1e-5
+BF16_LIMITS = 2**-10, 2**-7
+"""Relative, of a loss and of a gradient norm, between tensor-parallel layouts and one process.
 
-bf16 rounds to 8 bits, u = 2^-9 = 0.2 %. Layouts differ in where partial sums are rounded: tensor parallelism rounds
-each rank's part of a row layer before the sum, a pipeline and data parallelism round nothing more (gradients are summed
-in fp32). Rounding errors of single elements are independent, so the loss, a mean over hundreds of labels, moves by far
-less than u; the gradient norm, whose largest parts are sums of few terms, by a few u. 2e-2 is ten u.
+bf16 rounds to 8 bits: u = 2^-9. Tensor parallelism rounds each rank's part of a row layer before the sum, one process
+the sum; the errors of single elements, up to u each, are independent. A loss is a mean over more than a hundred labels,
+so half a u is far above what is left of them (measured: u/60). A norm is led by a few large sums (measured: u/2).
 """
+BF16_LIMIT_WHOLE = 1e-6
+"""Without tensor parallelism nothing is rounded elsewhere: gradients of micro-batches and ranks are summed in fp32."""
+ADAM = {"lr": 1e-3, "adam_eps": 1e-4}
+"""eps above the rounding noise of gradients: AdamW with a smaller one moves an element whose gradient is nothing but
+noise by a whole lr in a random direction, and curves part for no fault of the layout (fp32 by more than 1e-5 in five steps)."""
 
 LAYOUTS = [
     Layout(dp=2, bucket=1500),
@@ -53,7 +58,7 @@ def run_all(corpus: Path, dtype: str, folder: Path, **sections: Any) -> list[tup
     """(layout, what its ranks saw, what one process saw)"""
 
     def job(layout: Layout) -> Job:
-        return Job(layout, config_of(layout, corpus, dtype, **sections))
+        return Job(layout, config_of(layout, corpus, dtype, adam=dict(ADAM), **sections))
 
     singles = run_references([job(model) for model in {layout.same_model for layout in LAYOUTS}], folder / "single")
     found = []
@@ -64,11 +69,17 @@ def run_all(corpus: Path, dtype: str, folder: Path, **sections: Any) -> list[tup
     return found
 
 
-@pytest.mark.parametrize("dtype", LIMITS)
-def test_every_layout_stays_within_the_rounding_of_the_dtype(dtype: str, corpus: Path, tmp_path: Path) -> None:
-    runs = run_all(corpus, dtype, tmp_path)
-    worst = {layout: check(layout, seen, single, LIMITS[dtype]) for layout, seen, single in runs}
-    print(f"{dtype}: worst relative error {max(worst.values()):.1e} of {worst.values()}")
+def test_fp32(corpus: Path, tmp_path: Path) -> None:
+    for layout, seen, single in run_all(corpus, "torch.float32", tmp_path):
+        check(layout, seen, single, FP32_LIMIT)
+
+
+def test_bf16(corpus: Path, tmp_path: Path) -> None:
+    for layout, seen, single in run_all(corpus, "torch.bfloat16", tmp_path):
+        if layout.tp == 1:
+            check(layout, seen, single, BF16_LIMIT_WHOLE)
+        else:
+            check(layout, seen, single, *BF16_LIMITS)
 
 
 def test_fp16_skips_the_same_steps_in_every_layout(corpus: Path, tmp_path: Path) -> None:

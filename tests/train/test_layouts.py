@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -118,7 +119,8 @@ def test_the_references_differ(references: dict[Layout, Seen]) -> None:
 
 @st.composite
 def layouts(draw: st.DrawFn) -> Layout:
-    values = draw(st.sampled_from(bound_choices()))
+    ranks = draw(st.sampled_from(sorted({math.prod(values[:3]) for values in bound_choices()})))  # else nearly all: 8
+    values = draw(st.sampled_from([values for values in bound_choices() if math.prod(values[:3]) == ranks]))
     free = {name: draw(st.sampled_from(choices)) for name, choices in FREE.items()}
     return build({**dict(zip(BOUND, values, strict=True)), **free})
 

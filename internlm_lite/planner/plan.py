@@ -50,7 +50,9 @@ def make_plan(config: Config, world_size: int, tflops: float | None, device: str
     x = shape_of(config, backend, device)
     orders = actions_of(config.schedule, sizes.pp, config.model.num_chunks, data.micro_num)
     n_again, n_layers = recomputed_layers(config), config.model.num_layers
-    kept = [{n: _kept(x, own, order, n) for n in (0, n_again, n_layers)} for own, order in zip(held, orders, strict=True)]
+    kept = [
+        {n: _kept(x, own, order, n) for n in (0, n_again, n_layers)} for own, order in zip(held, orders, strict=True)
+    ]
     fullest = max(range(sizes.pp), key=lambda pp: sum(kept[pp][n_again].values()))
     costs = {stage.number: stage_cost(config, stage, n_again) for own in held for stage in own.stages}
     tokens_per_step = data.micro_num * data.micro_bsz * data.seq_len * sizes.dp
@@ -60,7 +62,9 @@ def make_plan(config: Config, world_size: int, tflops: float | None, device: str
         layout=_layout(config, sizes, backend),
         parameters_total=parameters_total,
         ranks=tuple(_ranks(config, x, sizes, held, [kept[pp][n_again] for pp in range(sizes.pp)])),
-        activations=dict(zip(("off", "configured", "all"), (kept[fullest][n] for n in (0, n_again, n_layers)), strict=True)),
+        activations=dict(
+            zip(("off", "configured", "all"), (kept[fullest][n] for n in (0, n_again, n_layers)), strict=True)
+        ),
         flops_per_step=step_flops(config.model, data.seq_len, tokens_per_step // data.seq_len),
         tokens_per_step=tokens_per_step,
         steps_total=data.total_steps,

@@ -40,7 +40,11 @@ def _title(plan: Plan) -> Text:
     sizes, layout = plan.sizes, plan.layout
     text = Text(f"{plan.job}", style="bold green")
     text.append(f"  {sizes.world} ranks = dp {sizes.dp} x tp {sizes.tp} x pp {sizes.pp}", "bold")
-    rest = [f"zero {sizes.zero} x {sizes.replica}", str(layout["dtype"]).removeprefix("torch."), str(layout["attention"])]
+    rest = [
+        f"zero {sizes.zero} x {sizes.replica}",
+        str(layout["dtype"]).removeprefix("torch."),
+        str(layout["attention"]),
+    ]
     if layout["schedule"]:
         rest.insert(1, f"{layout['schedule']}, {layout['stages']} stages")
     if layout["sequence_parallel"]:
@@ -71,7 +75,8 @@ def _memory(plan: Plan) -> Table:
     table = _table(
         f"memory of a rank, {name}",
         *("pp", "ranks", "layers", "elements", "weights", "grads", "optimizer", "activations", "other", "peak"),
-        note="optimizer: of " + " to ".join(f"{share:,}" for share in dict.fromkeys((shares[0], shares[-1])))
+        note="optimizer: of "
+        + " to ".join(f"{share:,}" for share in dict.fromkeys((shares[0], shares[-1])))
         + " elements; other: receive buffers, and an estimate of what one computation takes",
     )
     positions = list(_positions(plan))

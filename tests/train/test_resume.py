@@ -54,8 +54,8 @@ def killed_after(
     original = loop.train_step
 
     def dying_step(*args: Any) -> Any:
-        if args[3] == steps:
-            args[1].wait_weights()  # the process lives on: messages under way must not meet those of the next run
+        if args[4] == steps:
+            args[2].wait_weights()  # the process lives on: messages under way must not meet those of the next run
             raise Killed
         return original(*args)
 

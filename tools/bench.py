@@ -2,6 +2,7 @@
 """Benchmarks, each a ratio in one run against what a user would otherwise pick. See docs/benchmarks/.
 
 python tools/bench.py [--only step|ranks|loader] [--json] [--rounds N]
+python tools/bench.py --layouts [--json] [--rounds N]       data, tensor, pipeline parallel, ZeRO, and models on one GPU
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from internlm_lite.bench.layouts import bench_layouts
 from internlm_lite.bench.loader import bench_loader
 from internlm_lite.bench.ranks import bench_ranks
+from internlm_lite.bench.single import SHAPES, bench_single
 from internlm_lite.bench.step import bench_step
 from internlm_lite.runtime.device import device_name
 
@@ -32,53 +35,83 @@ CPU_SHAPE = {"hidden": 384, "layers": 6, "heads": 6, "vocab": 8192, "seq_len": 5
 GPU_SHAPE = {"hidden": 2048, "layers": 16, "heads": 16, "vocab": 32768, "seq_len": 2048, "micro_bsz": 4, "micro_num": 2}
 
 
-def run(only: str | None, rounds: int) -> dict[str, Any]:
-    """All results as plain JSON values."""
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    shape = {**GPU_SHAPE, "dtype": "torch.bfloat16"} if on_gpu else {**CPU_SHAPE, "dtype": "torch.float32"}
-    results: dict[str, Any] = {
-        "machine": {
-            "device": device_name(device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
+def shape_for(gpus: int) -> dict[str, Any]:
+    """The model and batch where so many GPUs are needed at once: a smaller one when they are not there."""
+    on_gpus = torch.cuda.device_count() >= gpus
+    return {**GPU_SHAPE, "dtype": "torch.bfloat16"} if on_gpus else {**CPU_SHAPE, "dtype": "torch.float32"}
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on."""
+    return {
+        "device": device_name(first_device()),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
     }
+
+
+def first_device() -> torch.device:
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def run(only: str | None, rounds: int) -> dict[str, Any]:
+    """All results but those of the layouts, as plain JSON values."""
+    results: dict[str, Any] = {"machine": machine()}
     if only in (None, "loader"):
         with tempfile.TemporaryDirectory() as folder:
             results["loader"] = [
                 asdict(bench_loader(Path(folder, str(length)), n_tokens, length)) for length, n_tokens in CORPORA
             ]
     if only in (None, "step"):
-        results["step"] = asdict(bench_step(device, rounds, **shape))
+        results["step"] = asdict(bench_step(first_device(), rounds, **shape_for(1)))
     if only in (None, "ranks"):
-        results["ranks"] = asdict(bench_ranks(2, rounds, **shape))
+        results["ranks"] = asdict(bench_ranks(2, rounds, **shape_for(2)))
+    return results
+
+
+def run_layouts(rounds: int) -> dict[str, Any]:
+    """The same for the layouts, each over 4 micro-batches a step."""
+    shape = {**shape_for(2), "micro_num": 4}
+    gpus = torch.cuda.device_count()
+    most_ranks = gpus if gpus >= 2 else 4  # else all on the CPU
+    results: dict[str, Any] = {"machine": machine(), "shape": shape}
+    results["layouts"] = [asdict(row) for row in bench_layouts(rounds, most_ranks, **shape)]
+    if torch.cuda.is_available():
+        results["single"] = [asdict(row) for row in bench_single(SHAPES, "torch.bfloat16", rounds)]
     return results
 
 
 def show(results: dict[str, Any]) -> None:
-    """The results as tables."""
+    """The results as tables: lists as rows, single results as two columns."""
     console = Console()
-    for name, rows in results.items():
-        table = Table("figure", "value", title=name, title_justify="left")
-        for row in rows if isinstance(rows, list) else [rows]:
-            for key, value in row.items():
-                table.add_row(
-                    key,
-                    f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value,
-                )
-            table.add_section()
+    for name, found in results.items():
+        if isinstance(found, list):
+            table = Table(*found[0], title=name, title_justify="left")
+            for row in found:
+                table.add_row(*map(shown, row.values()))
+        else:
+            table = Table("figure", "value", title=name, title_justify="left")
+            for key, value in found.items():
+                table.add_row(key, shown(value))
         console.print(table)
+
+
+def shown(value: float | int | str | None) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["step", "ranks", "loader"], help="one benchmark instead of all")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--only", choices=["step", "ranks", "loader"], help="one benchmark instead of all")
+    which.add_argument("--layouts", action="store_true", help="the layouts instead")
     parser.add_argument("--rounds", type=int, default=9, help="alternating measurements per side (default 9)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     args = parser.parse_args()
-    results = run(args.only, args.rounds)
+    results = run_layouts(args.rounds) if args.layouts else run(args.only, args.rounds)
     if args.json:
         print(json.dumps(results, indent=2))
     else:

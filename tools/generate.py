@@ -8,6 +8,7 @@ echo "import os" | python tools/generate.py --checkpoint demo/ckpts --greedy
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -67,8 +68,11 @@ def continue_prompts(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    from internlm_lite.runtime.place import adopt_s3_keys
+
     arguments = parse_arguments()
     try:
+        adopt_s3_keys(os.environ)
         continue_prompts(arguments)
     except InternLMError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

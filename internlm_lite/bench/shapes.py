@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from internlm_lite.batch import IGNORE, Batch, BatchStats, Position
@@ -9,15 +11,29 @@ from internlm_lite.config.schema import Config
 
 
 def bench_config(
-    *, hidden: int, layers: int, heads: int, vocab: int, seq_len: int, micro_bsz: int, micro_num: int, dtype: str
+    *,
+    hidden: int,
+    layers: int,
+    heads: int,
+    vocab: int,
+    seq_len: int,
+    micro_bsz: int,
+    micro_num: int,
+    dtype: str,
+    parallel: dict[str, Any] | None = None,
+    num_chunks: int = 1,
+    bucket_size: int = 4 * 1024**2,
 ) -> Config:
-    """A decoder without biases, its optimizer and batch; buckets of 4 M elements leave something to overlap."""
+    """A decoder without biases, its optimizer and batch; buckets of 4 M elements leave something to overlap.
+
+    `parallel`: that section of the config.
+    """
     return Config.model_validate(
         {
             "data": {"seq_len": seq_len, "micro_bsz": micro_bsz, "micro_num": micro_num, "total_steps": 1000},
             "lr_scheduler": {"total_steps": 1000, "warmup_ratio": 0.0, "eta_min": 1e-4},
             "adam": {"lr": 1e-4},
-            "hybrid_zero_optimizer": {"reduce_bucket_size": 4 * 1024 * 1024},
+            "hybrid_zero_optimizer": {"reduce_bucket_size": bucket_size},
             "grad_scaler": {},
             "model": {
                 "num_attention_heads": heads,
@@ -27,7 +43,9 @@ def bench_config(
                 "no_bias": True,
                 "multiple_of": 64,
                 "dtype": dtype,
+                "num_chunks": num_chunks,
             },
+            "parallel": parallel or {},
         }
     )
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +11,7 @@ from torch import nn
 from internlm_lite.bench.bare import BareDecoder
 from internlm_lite.bench.gemm import linear_layers, measured_rate
 from internlm_lite.bench.shapes import bench_config, random_batch
-from internlm_lite.bench.timing import alternate
+from internlm_lite.bench.timing import Side, alternate
 from internlm_lite.config.schema import Config
 from internlm_lite.layers.flash import choose_backend
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
@@ -27,7 +25,7 @@ from internlm_lite.train.step import train_step
 from internlm_lite.train.stopwatch import Stopwatch
 
 
-def our_step(config: Config, mesh: Mesh, seed: int) -> Callable[[], object]:
+def our_side(config: Config, mesh: Mesh, seed: int) -> Side:
     """One call is one full optimizer step of ours, metrics included, on a fixed random batch."""
     dtype = torch_dtype(config.model.dtype)
     backend = choose_backend(config.model.use_flash_attn, dtype, mesh.device, config.model.head_dim)
@@ -38,12 +36,12 @@ def our_step(config: Config, mesh: Mesh, seed: int) -> Callable[[], object]:
     metrics = FolderMetrics(("bench",), mesh)
     batch = random_batch(config, seed + mesh.dp.rank, mesh.device)
     watch = Stopwatch(mesh.device)
-    return lambda: train_step(stages, engine, optimizer, batch, 0, mesh, metrics, watch)
+    return Side(lambda: train_step(stages, engine, optimizer, batch, 0, mesh, metrics, watch), optimizer.wait_weights)
 
 
-def bare_step(config: Config, device: torch.device, seed: int) -> Callable[[], object]:
-    """One call is one step of the bare loop on the same tokens: accumulate, clip, fused AdamW."""
-    torch.manual_seed(seed)
+def bare_side(config: Config, mesh: Mesh, seed: int) -> Side:
+    """One call is one step of the bare loop on the same tokens: accumulate, clip, fused AdamW. It gives the norm."""
+    device = mesh.device
     model = BareDecoder(config.model, config.data.seq_len, torch_dtype(config.model.dtype)).to(device)
     adam = config.adam
     optimizer = torch.optim.AdamW(model.parameters(), lr=adam.lr, betas=(adam.adam_beta1, adam.adam_beta2), fused=True)
@@ -51,14 +49,15 @@ def bare_step(config: Config, device: torch.device, seed: int) -> Callable[[], o
     shape = (config.data.micro_num, config.data.micro_bsz, config.data.seq_len)
     tokens, labels = batch.tokens.view(shape), batch.labels.view(shape)
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
         for micro in range(config.data.micro_num):
             (model(tokens[micro], labels[micro]) / config.data.micro_num).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.hybrid_zero_optimizer.clip_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.hybrid_zero_optimizer.clip_grad_norm)
         optimizer.step()
+        return norm
 
-    return step
+    return Side(step)
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def bench_step(device: torch.device, rounds: int, **shape: Any) -> StepResult:
     config = bench_config(**shape)
     mesh = single_process_mesh(device)
     seconds = alternate(
-        {"ours": our_step(config, mesh, seed=1), "bare": bare_step(copy.deepcopy(config), device, seed=1)},
+        {"ours": our_side(config, mesh, seed=1).step, "bare": bare_side(config, mesh, seed=1).step},
         rounds,
         device,
     )

@@ -5,8 +5,45 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+
+STEPS_A_TURN = 2
+"""With one step a turn, work that overlaps the next step would be counted to the other side."""
+
+
+def nothing() -> None:
+    """For sides that leave nothing under way."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the things compared."""
+
+    step: Callable[[], object]
+    """One full optimizer step."""
+    finish: Callable[[], None] = nothing
+    """Wait for what the last step left under way."""
+
+
+def turns(side: Side) -> Callable[[], None]:
+    """One call is one turn of a side that runs on several ranks. It ends when the last rank is done."""
+
+    def turn() -> None:
+        for _ in range(STEPS_A_TURN):
+            side.step()
+        side.finish()
+        dist.barrier()
+
+    return turn
+
+
+def alternate_ranks(sides: dict[str, Side], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of one step of each side, when all ranks call this."""
+    seconds = alternate({name: turns(side) for name, side in sides.items()}, rounds, device)
+    return {name: value / STEPS_A_TURN for name, value in seconds.items()}
 
 
 def alternate(sides: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
@@ -14,6 +51,8 @@ def alternate(sides: dict[str, Callable[[], object]], rounds: int, device: torch
     times: dict[str, list[float]] = {name: [] for name in sides}
     for call in sides.values():
         call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     for _ in range(rounds):
         for name, call in sides.items():
             start = time.perf_counter()

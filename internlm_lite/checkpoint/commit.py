@@ -64,9 +64,22 @@ def write_rank(
     rank_state: Mapping[str, torch.Tensor],
 ) -> int:
     """Write one rank's file, then its vote. Returns the file's bytes. Raises StorageError."""
-    file = file_of(rank)
     private = {f"rank_state/{key}": tensor for key, tensor in rank_state.items()}
     stream = TensorFile({share.key: tensor for share, tensor in shares} | private)
+    return write_stream(storage, name, rank, world_size, stream, [share for share, _ in shares], tuple(rank_state))
+
+
+def write_stream(
+    storage: Storage,
+    name: Name,
+    rank: int,
+    world_size: int,
+    stream: TensorFile,
+    shares: Sequence[Share],
+    rank_state: Sequence[str] = (),
+) -> int:
+    """`write_rank` for a file that holds the shares, and the named rank states, already."""
+    file = file_of(rank)
     written = storage.put(f"{name.folder}/{file}", stream)
     digest = stream.digest
     if digest is None or digest.size != written:
@@ -81,7 +94,7 @@ def write_rank(
             header_bytes=digest.header_bytes,
             header_crc32=digest.header_crc32,
         ),
-        pieces=tuple(_voted(file, share, digest) for share, _ in shares),
+        pieces=tuple(_voted(file, share, digest) for share in shares),
         rank_state={
             key: StoredState(file=file, key=f"rank_state/{key}", crc32=digest.blocks[f"rank_state/{key}"])
             for key in rank_state

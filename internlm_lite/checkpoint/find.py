@@ -14,11 +14,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
+from internlm_lite.checkpoint import lease
 from internlm_lite.checkpoint.backends import open_storage
 from internlm_lite.checkpoint.boxes import tiling_problems
 from internlm_lite.checkpoint.format import FORMAT, Commit, Manifest, Name, read_bytes, unseal
 from internlm_lite.checkpoint.storage import Storage
 from internlm_lite.checkpoint.tensorfile import DamagedError
+from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import CheckpointError
 
 logger = logging.getLogger("internlm_lite")
@@ -138,7 +140,8 @@ def newest(storage: Storage, known_bad: Mapping[str, str]) -> Found | None:
 def _tell_what_is_there(storage: Storage) -> None:
     """A folder without commits that is not empty deserves a word."""
     keys = [entry.key for entry in storage.list("")]
-    keys = [key for key in keys if not _NESTED.search(key)]  # by default snapshots have a store inside the milestones'
+    # By default snapshots have a store inside the milestones', and a run that begins has taken the lease.
+    keys = [key for key in keys if not _NESTED.search(key) and key.split("/")[-1] != lease.KEY]
     unfinished = sorted({key.split("/")[1] for key in keys if key.startswith("data/") and key.count("/") > 1})
     if unfinished:
         logger.warning("%s: no committed checkpoint; unfinished saves: %s", storage.name, ", ".join(unfinished))
@@ -146,7 +149,7 @@ def _tell_what_is_there(storage: Storage) -> None:
         logger.warning("%s: %d files but no checkpoint of this program, such as %s", storage.name, len(keys), keys[0])
 
 
-def locate(path: str) -> tuple[str, Name | None]:
+def locate(path: str, s3: S3Config | None = None) -> tuple[str, Name | None]:
     """(storage, name of the checkpoint in it or None) that a path of the user means."""
     *parents, last = path.removeprefix("local:").rstrip("/").split("/")
     name = Name.parse(last.removesuffix(".json"))
@@ -155,7 +158,7 @@ def locate(path: str) -> tuple[str, Name | None]:
     if parents[-1:] in (["data"], ["commits"]):
         parents.pop()
     root = "/".join(parents) or ("/" if parents else ".")
-    return (root, name) if open_storage(root).size(name.commit) is not None else (path, None)
+    return (root, name) if open_storage(root, s3).size(name.commit) is not None else (path, None)
 
 
 def open_at(storage: Storage, name: Name | None) -> Found:

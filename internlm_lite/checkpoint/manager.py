@@ -28,6 +28,7 @@ from internlm_lite.checkpoint.saver import Saver, Target
 from internlm_lite.checkpoint.share import describe
 from internlm_lite.checkpoint.storage import Storage, UnreadableError
 from internlm_lite.checkpoint.tensorfile import DamagedError
+from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import CheckpointError, ConfigError, StorageError
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.layout import Piece
@@ -69,12 +70,14 @@ class CheckpointManager:
         writable: bool = True,
         exclusive: bool = False,
         saver: Saver | None = None,
+        s3: S3Config | None = None,
     ) -> None:
         """`saver`: shared with the managers of other folders, instead of one of its own."""
         if keep_snapshots < 2:
             raise ConfigError(f"keep_snapshots={keep_snapshots}: expected at least 2, one to fall back to")
         self.mesh = mesh
-        self.storage = open_storage(folder)
+        self._s3 = s3
+        self.storage = open_storage(folder, s3)
         self._config = dict(config or {})
         self._beside: list[CheckpointManager] = []
         if writable:
@@ -124,8 +127,8 @@ class CheckpointManager:
         """The checkpoint at `path`: a save folder (its newest good one), `.../commits/NAME.json`, `.../data/NAME`, or a
         copy of such a data folder. Raises CheckpointError if there is none, or it is damaged.
         """
-        place = on_main(self.mesh, lambda: find.locate(path))
-        storage = open_storage(place[0])
+        place = on_main(self.mesh, lambda: find.locate(path, self._s3))
+        storage = open_storage(place[0], self._s3)
         found = self._agree_on(storage, lambda: find.open_at(storage, *place[1:]))
         assert found is not None
         return found

@@ -73,16 +73,20 @@ class TensorFile:
         yield self._header
         size, blocks = len(self._header), {}
         for key, tensor in self._tensors.items():
-            data = _host_bytes(tensor)
             checks = []
-            for start in range(0, len(data), BLOCK_BYTES):
-                block = data[start : start + BLOCK_BYTES]
+            for block in self.blocks_of(key, tensor):
                 checks.append(zlib.crc32(block))
                 sha.update(block)
                 yield block
+                size += len(block)
             blocks[key] = tuple(checks)
-            size += len(data)
         self.digest = Digest(size, sha.hexdigest(), len(self._header), zlib.crc32(self._header), blocks)
+
+    def blocks_of(self, key: str, tensor: torch.Tensor) -> Iterator[bytes | memoryview]:
+        """A tensor's bytes, BLOCK_BYTES at a time. A subclass may make them when they are wanted."""
+        data = _host_bytes(tensor)
+        for start in range(0, len(data), BLOCK_BYTES):
+            yield data[start : start + BLOCK_BYTES]
 
 
 def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:

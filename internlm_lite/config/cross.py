@@ -5,15 +5,14 @@ world = data * tensor * pipeline        every split size divides what it splits
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from internlm_lite.config.problems import Problem
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
+from internlm_lite.config.s3path import S3_SPELLING, is_s3, parse_s3, without_password
 from internlm_lite.config.schema import CkptConfig, Config
 from internlm_lite.errors import ConfigError
 
-_S3 = re.compile(r"boto3:s3://[^./\s]+\.[^/\s]+(/\S*)?")
 _TENSOR = "parallel.tensor"
 _STAGES = "parallel.pipeline.size"
 _SCHEDULE = "parallel.pipeline.schedule"
@@ -124,7 +123,7 @@ def _pipeline(config: Config) -> Iterator[Problem]:
 
 
 def _schedule(config: Config) -> Iterator[Problem]:
-    stages, chunks, micro_num = config.parallel.pipeline.size, config.model.num_chunks, config.data.micro_num
+    pipeline, chunks, micro_num = config.parallel.pipeline, config.model.num_chunks, config.data.micro_num
     expected = {"1f1b": chunks == 1, "interleaved": chunks > 1, "zbv": chunks == 2}
     if not expected[config.schedule]:
         number = {"1f1b": "1", "interleaved": "2 or more", "zbv": "2"}[config.schedule]
@@ -132,10 +131,16 @@ def _schedule(config: Config) -> Iterator[Problem]:
             (_CHUNKS, _SCHEDULE),
             f'found {chunks}, expected {number} with {_SCHEDULE} "{config.schedule}"; change one of them',
         )
-    elif config.schedule == "interleaved" and micro_num % stages:
+    elif config.schedule == "zbv" and not pipeline.interleaved_overlap:
+        # torch 2.13 then receives hidden states and gradients from one neighbour in another order than they are sent.
+        yield Problem(
+            ("parallel.pipeline.interleaved_overlap", _SCHEDULE),
+            f'found False with {_SCHEDULE} "zbv", which always receives early; set it to True, or take "interleaved"',
+        )
+    elif config.schedule == "interleaved" and micro_num % pipeline.size:
         yield Problem(
             ("data.micro_num", _STAGES, _CHUNKS),
-            f"found {micro_num}, expected a multiple of {_STAGES} {stages}, which interleaved chunks need; "
+            f"found {micro_num}, expected a multiple of {_STAGES} {pipeline.size}, which interleaved chunks need; "
             f"change one of them, or set {_CHUNKS} to 1",
         )
 
@@ -251,12 +256,12 @@ def _ckpt(ckpt: CkptConfig) -> Iterator[Problem]:
         if folder is not None and not inside and not _is_folder(folder):
             yield Problem(
                 (f"ckpt.{name}",),
-                f"found {folder!r}, expected local:PATH, a plain path, or boto3:s3://BUCKET.ENDPOINT/PREFIX",
+                f"found {without_password(folder)!r}, expected local:PATH, a plain path, or {S3_SPELLING}",
             )
 
 
 def _is_folder(text: str) -> bool:
     scheme, colon, rest = text.partition(":")
-    if scheme == "boto3" and colon:
-        return _S3.fullmatch(text) is not None
+    if is_s3(text):
+        return parse_s3(text) is not None
     return bool(rest) if scheme == "local" and colon else bool(text) and (not colon or "/" in scheme)

@@ -31,8 +31,24 @@ class Section(BaseModel):
     )
 
 
+class S3Config(Section):
+    """(new) How checkpoint folders on S3 are reached. Keys to it are never written here: they come from the variables
+    S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY_ID, or from boto3's own chain."""
+
+    insecure: bool = False
+    """True: plain http to the ENDPOINT of a folder, instead of https."""
+    addressing: Literal["auto", "path", "virtual"] = "auto"
+    """Where the bucket's name stands: in the path, in the host name, or as boto3 decides."""
+    checksums: Literal["md5", "crc32", "none"] = "md5"
+    """What guards uploads on their way. "md5": every server knows it. "crc32": boto3's newer way. "none": for servers that
+    refuse both. Checkpoints are compared with their own check sums in any case."""
+    deadline_seconds: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds for which a request is repeated while the server is away or overloaded."""
+
+
 class CkptConfig(Section):
-    """Saving and loading of checkpoints. Folders are `local:PATH`, a plain path, or `boto3:s3://bucket.ENDPOINT/prefix`."""
+    """Saving and loading of checkpoints. Folders are `local:PATH`, a plain path, `boto3:s3://bucket.ENDPOINT/prefix`, or
+    `s3://bucket/prefix`."""
 
     enable_save_ckpt: bool = False
     """Write checkpoints."""
@@ -61,6 +77,8 @@ class CkptConfig(Section):
     """(new) Resume although the training data are not those the checkpoint was written with."""
     auto_resume: bool = True
     """(new) Without `--resume`: True: go on from the newest checkpoint in save_ckpt_folder; False: never look there."""
+    s3: S3Config = S3Config()
+    """(new) How folders on S3 are reached."""
 
 
 class DataConfig(Section):

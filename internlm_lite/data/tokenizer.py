@@ -42,6 +42,12 @@ class Tokenizer:
         """Token that opens a document, None if the model has none."""
         self.eos: int | None = _or_none(self._processor.eos_id())
         """Token that closes a document, None if the model has none."""
+        self.pad: int | None = _or_none(self._processor.pad_id())
+        """Token that fills rows, None if the model has none."""
+        self.unk: int = self._processor.unk_id()
+        """Token of what has no piece."""
+        self.adds_space: bool = self._processor.encode("a", out_type=str)[0].startswith(SPACE_MARK)
+        """Whether a space is put before the text."""
         self._mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         if self._processor.unk_id() in self._mark_ids:  # a model without byte fallback
             self._mark_ids = [self._processor.unk_id()]

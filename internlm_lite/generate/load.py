@@ -6,7 +6,7 @@ import torch
 from pydantic import ValidationError
 
 from internlm_lite.checkpoint.manager import CheckpointManager
-from internlm_lite.config.schema import Config
+from internlm_lite.config.schema import Config, S3Config
 from internlm_lite.errors import CheckpointError
 from internlm_lite.layers.flash import choose_backend
 from internlm_lite.mesh.layout import Parameter, Piece
@@ -16,13 +16,15 @@ from internlm_lite.models.stages import WholeModel
 from internlm_lite.runtime.device import torch_dtype
 
 
-def load_model(path: str, mesh: Mesh, dtype: str | None = None) -> tuple[WholeModel, Config]:
+def load_model(
+    path: str, mesh: Mesh, dtype: str | None = None, s3: S3Config | None = None
+) -> tuple[WholeModel, Config]:
     """The model of the checkpoint at `path` (a save folder or one checkpoint of it), and the config it came from.
 
     `dtype`: a config name such as "torch.bfloat16" instead of the trained one. Weights come from the fp32 masters.
     Raises CheckpointError. Collective over the mesh.
     """
-    reader = CheckpointManager(path, mesh, writable=False)
+    reader = CheckpointManager(path, mesh, writable=False, s3=s3)
     found = reader.open(path)
     try:
         config = Config.model_validate(found.manifest.config)

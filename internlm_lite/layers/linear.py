@@ -29,6 +29,7 @@ class ColumnLinear(nn.Module):
         super().__init__()
         layout = split(f"{name}.weight", (out_features, in_features), 0, place.group, init_std=init_std)
         self.weight = parameter(layout, place.dtype, place.device)
+        self.weight.past_autograd = place.weight_grads.deferred
         self.bias = None
         if bias:
             self.bias = parameter(split(f"{name}.bias", (out_features,), 0, place.group), place.dtype, place.device)
@@ -81,6 +82,7 @@ class RowLinear(nn.Module):
         self.place = place
         layout = split(f"{name}.weight", (out_features, in_features), 1, place.group, init_std=init_std)
         self.weight = parameter(layout, place.dtype, place.device)
+        self.weight.past_autograd = place.weight_grads.deferred
         self.bias = None
         if bias:
             layout = whole(f"{name}.bias", (out_features,), summed=place.summed)

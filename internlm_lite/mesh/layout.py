@@ -99,6 +99,8 @@ class Parameter(nn.Parameter):
     part: Layout
     backwards: int = 1
     """Backward passes of one micro-batch that add to its gradient; 2 for a tied weight with two stages on one rank."""
+    past_autograd: bool = False
+    """Gradients are added by a layer; autograd still calls hooks, with nothing."""
     grad_added: Callable[[Parameter], object] | None = None
     """Set by the optimizer; to be called when a gradient was added past autograd."""
 

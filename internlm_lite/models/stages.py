@@ -34,7 +34,7 @@ def build_stages(config: Config, mesh: Mesh, backend: AttentionBackend) -> Stage
         share = Share(layers[number], number == 0, number == last, tied_over)
         embedding = stages[0].tok_embeddings if model.tie_word_embeddings and 0 in stages else None
         tied = None if embedding is None else embedding.weight
-        if tied is not None:
+        if tied is not None and share.last:
             tied.backwards = 2
         stages[number] = Transformer(model, config.loss.label_smoothing, place, backend, share, tied)
     return stages

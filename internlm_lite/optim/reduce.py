@@ -28,7 +28,8 @@ class GradReducer:
         for index, bucket in enumerate(buckets):
             for slot in bucket.slots:
                 slot.param.grad_added = functools.partial(self._on_grad, index)
-                slot.param.register_post_accumulate_grad_hook(slot.param.grad_added)
+                if not slot.param.past_autograd:
+                    slot.param.register_post_accumulate_grad_hook(slot.param.grad_added)
 
     def expect(self, micro_num: int) -> None:
         """Call before the step: every parameter gets a gradient from the backward pass of so many micro-batches."""

@@ -1,11 +1,11 @@
 """What a rank keeps in memory from a forward pass until its backward pass, component by component, in bytes.
 
     T tokens of a micro-batch     t = T, or T / tp outside attention and MLP with sequence parallelism
-    h hidden, H heads, K key/value heads of D features, f SwiGLU width, V vocabulary    the last five divided by tp
+    h hidden, D features of a head      of this rank: H query heads, K key/value heads, f SwiGLU width, V vocabulary
     s bytes of an element of the model, w bytes of one in which sums are taken (fp32, or fp64 for fp64 models)
 
-Counted are the tensors that autograd saves, each storage once, as the layers of this package save them. Scalars, integers
-of the batch itself and the allocator's rounding are left out.
+Counted are the tensors that autograd saves, each storage once, as the layers of this package save them. Scalars, the
+batch itself and the allocator's rounding are left out.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def shape_of(config: Config, backend: AttentionBackend, device: str) -> Shape:
 def layer_terms(x: Shape) -> Terms:
     """One layer, nothing recomputed."""
     fp32_norm = x.model.use_fp32_norm and x.s < x.w and x.device == "cuda"
+    by_document = x.backend is AttentionBackend.SDPA  # documents of unequal length are joined to a row by a copy
     return {
         "layer inputs": x.t * x.h * x.s,
         "norm inputs": x.t * x.h * x.s + 2 * x.t * x.h * x.w * fp32_norm,  # F.rms_norm keeps the fp32 copies it made
@@ -82,7 +83,7 @@ def layer_terms(x: Shape) -> Terms:
         "projection inputs": 2 * x.t * x.h * x.s,  # of wqkv, and of w1 and w3 together
         "queries, keys, values": x.T * (x.H + 2 * x.K) * x.D * x.s,  # the whole output of wqkv, because v is part of it
         "rotated queries, keys": x.T * (x.H + x.K) * x.D * x.s,
-        "attention output": x.T * x.H * x.D * x.s,  # also the input of wo
+        "attention output": x.T * x.H * x.D * x.s * (1 + by_document),  # the input of wo; before, the documents' own
         "attention statistics": x.T * x.H * x.w,  # log of the softmax's denominator
         "feed-forward": 4 * x.T * x.f * x.s,  # gate, silu(gate), up, and their product
     }
@@ -127,11 +128,10 @@ def waiting_terms(x: Shape, stage: StageShare) -> Terms:
     return {"waiting for weight gradients": len(stage.layers) * (inputs + gradients) * x.s}
 
 
-def receive_buffers(x: Shape, stages: Sequence[StageShare], micro_num: int, valid_micro_num: int) -> int:
-    """Of torch's pipelining: one for every micro-batch and direction, kept from step to step; forward for evaluation too."""
-    hidden = x.t * x.h * x.s
-    forward, backward = sum(not stage.first for stage in stages), sum(not stage.last for stage in stages)
-    return hidden * (micro_num * (forward + backward) + valid_micro_num * forward)
+def receive_buffers(x: Shape, stages: Sequence[StageShare], micro_num: int) -> int:
+    """Of torch's pipelining: one for every micro-batch and direction, kept from step to step."""
+    borders = sum((not stage.first) + (not stage.last) for stage in stages)
+    return borders * micro_num * x.t * x.h * x.s
 
 
 def _rotary(x: Shape) -> Terms:
@@ -140,7 +140,7 @@ def _rotary(x: Shape) -> Terms:
 
 def _embedding(x: Shape) -> Terms:
     by_vocabulary = x.model.tie_word_embeddings or not x.model.embed_split_hidden
-    # Split by vocabulary: each token's row on this rank (int64) and whether it is here (bool). Else only the batch itself.
+    # Split by vocabulary: each token's row on this rank (int64) and whether it is here (bool). Else only the batch.
     return {"embedding": x.T * (8 + 1) if by_vocabulary else 0}
 
 

@@ -161,18 +161,16 @@ def _ranks(
 
 def _rank_bytes(config: Config, x: Shape, own: Holding, activations: int) -> RankBytes:
     data, again = config.data, recomputed_layers(config)
-    valid_micro_num = (data.valid_micro_num or data.micro_num) if data.valid_every else 0
     recomputes = any(stage.layers.start < again for stage in own.stages)
     workspace = backward_workspace(x, recomputes)
     if own.stages[-1].last:
         workspace = max(workspace, loss_workspace(x))
-    piped = config.parallel.pipeline.size > 1
     return RankBytes(
         weights=own.weights,
         gradients=own.gradients,
         optimizer=own.optimizer,
         activations=activations,
-        buffers=receive_buffers(x, own.stages, data.micro_num, valid_micro_num) if piped else 0,
+        buffers=receive_buffers(x, own.stages, data.micro_num),
         workspace=workspace,
         update=own.update,
     )
@@ -193,7 +191,7 @@ def _layout(config: Config, sizes: Sizes, backend: AttentionBackend) -> dict[str
         "micro_bsz": config.data.micro_bsz,
         "seq_len": config.data.seq_len,
         "dtype": config.model.dtype,
-        "attention": backend.value,
+        "attention": "varlen kernel" if backend is AttentionBackend.FLASH_ATTN else backend.value,
     }
 
 
@@ -211,5 +209,7 @@ def _notes(config: Config, sizes: Sizes) -> Iterator[str]:
     data = config.data
     if sizes.pp > 1 and data.rampup_batch_size:
         yield "the bubble, activations and traffic are those of the full batch, after the ramp-up"
+    if sizes.pp > 1 and data.micro_num < sizes.pp:
+        yield f"data.micro_num {data.micro_num} is less than the {sizes.pp} pipeline ranks: most of them wait"
     if data.valid_every:
-        yield f"evaluation, every {data.valid_every} steps, is not in the times"
+        yield f"evaluation every {data.valid_every} steps and checkpoints are not in the times"

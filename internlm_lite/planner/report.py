@@ -1,31 +1,34 @@
 """A finished plan, and its JSON. Bytes are bytes, times are seconds; keys stay as they are here.
 
-job, world_size        the run
-layout                 {tp, pp, dp, zero, replica, schedule, stages, sequence_parallel, micro_num, micro_bsz, seq_len, dtype,
-                       attention}
-parameters_total       of the whole model
-ranks                  in a world of up to 64 ranks each of them; beyond, one of each kind. Of each
-    rank, count        its number; so many ranks are like it, itself included (1 where each is listed)
+job, world_size      the run
+layout               {tp, pp, dp, zero, replica, schedule, stages, sequence_parallel, recomputed_layers, micro_num,
+                     micro_bsz, seq_len, dtype, attention}
+parameters_total     of the whole model
+ranks                in a world of up to 64 ranks each of them; beyond, one of each kind. Of each
+    rank, count      its number; so many ranks are like it, itself included (1 where each is listed)
     tp, pp, dp, zero, replica    its places
-    layers             [first, behind the last] of each pipeline stage it holds
-    parameters         elements it holds
-    zero_elements      elements that it optimizes, without padding
-    bytes              {weights, gradients, optimizer, activations, buffers, workspace, update, peak}, see `RankBytes`
-    traffic_bytes      {tp, pp, zero, replica, ends, world}: bytes it sends in a step
-activations            {off, configured, all}: bytes by component on the rank with the most, when no layer, the configured
-                       layers, and every layer is recomputed in the backward pass
-traffic_bytes          {tp, pp, zero, replica, ends, world} of the rank that sends most, in a step
-flops_per_step         F of monitor/flops.py, all ranks together
-flops_per_token        F per token of the step
-tokens_per_step        of all data-parallel ranks
-steps_total, tokens_total    of the run, with its batch size ramp-up
-bubble_fraction        idle share of the pipeline's ranks in a step, see planner/schedule.py
-tflops_per_gpu         as asked, or null
-seconds_per_step, days at that speed, which is the `tflops` of the step line, all waiting included; or null
-batches                the first steps: {step, tokens, num_samples_in_batch, largest_length, largest_batch, smallest_batch}
-groups                 {axis: {size, count, step, first}}: a group's ranks are r, r + step, ... (`size` of them), for each r
-                       in `first`, which names the first rank of up to 64 groups
-notes                  sentences
+    layers           [first, behind the last] of each pipeline stage it holds
+    parameters       elements it holds
+    zero_elements    elements that it optimizes, without padding
+    bytes            {weights, gradients, optimizer, activations, buffers, workspace, update, peak}: see `RankBytes`
+    traffic_bytes    {tp, pp, zero, replica, ends, world}: bytes it sends in a step
+activations          {off, configured, all}: bytes by component on the rank with the most, when no layer, the
+                     configured layers, and every layer is recomputed in the backward pass
+traffic_bytes        {tp, pp, zero, replica, ends, world} of the rank that sends most, in a step
+flops_per_step       F of monitor/flops.py, all ranks together
+flops_per_token      F per token of the step
+tokens_per_step      of all data-parallel ranks
+steps_total          of the run
+tokens_total         of the run, with its ramp-up of the batch size
+bubble_fraction      idle share of the pipeline's ranks in a step, see planner/schedule.py
+tflops_per_gpu       as asked, or null
+seconds_per_step     at that speed, which is the `tflops` of the step line, all waiting included; or null
+days                 of the whole run at that speed, or null
+batches              the first steps: {step, tokens, num_samples_in_batch, largest_length, largest_batch,
+                     smallest_batch}, as the step line has them
+groups               {axis: {size, count, step, first}}: the ranks of a group are r, r + step, ... (`size` of them)
+                     for each r in `first`, which names the first rank of up to 64 groups
+notes                sentences
 """
 
 from __future__ import annotations
@@ -155,7 +158,10 @@ class Plan:
             "seconds_per_step": self.seconds_per_step,
             "days": self.days,
             "batches": [dataclasses.asdict(figures) for figures in self.batches],
-            "groups": {axis: dataclasses.asdict(table) for axis, table in self.groups.items()},
+            "groups": {
+                axis: {"size": table.size, "count": table.count, "step": table.step, "first": list(table.first)}
+                for axis, table in self.groups.items()
+            },
             "notes": list(self.notes),
         }
 
@@ -163,6 +169,7 @@ class Plan:
 def _rank_json(rank: RankPlan) -> dict[str, Any]:
     values = dataclasses.asdict(rank)
     values["bytes"]["peak"] = rank.bytes.peak
+    values["layers"] = [list(borders) for borders in rank.layers]
     values["traffic_bytes"] = values.pop("traffic")
     return values
 

@@ -2,9 +2,9 @@
 
 The action lists are those of torch's schedules, as the trainer runs them. Played with these costs, communication free:
 
-    forward F    layers of the stage, and three times the head on the last stage, whose gradient is made in the forward pass
-    backward B   twice the layers, and once those that are recomputed (forward : backward = 1 : 2)
-    zero bubble  B is cut into I (gradient of the input, with the recomputation) and W (of the weights), each once the layers
+    forward F    the stage's layers; on the last stage also three times the head, whose gradient is made at once
+    backward B   twice the layers, and once more those that are recomputed (forward : backward = 1 : 2)
+    zero bubble  B is cut into I, gradients of the input and recomputation, and W, gradients of the weights
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _no_loss(hidden: torch.Tensor, micro: torch.Tensor) -> torch.Tensor:
 
 
 def _actions(entries: Sequence[Any]) -> list[Action]:
-    """Micro-batches pass a stage in order, so they are counted: torch 2.13 lists those of the last 1F1B stage from 1."""
+    """Micro-batches pass a stage in order, so they are counted: torch 2.13 numbers the last stage's of 1F1B from 1."""
     seen: Counter[tuple[str, int]] = Counter()
     actions = []
     for entry in entries:
@@ -98,8 +98,8 @@ def stage_cost(config: Config, stage: StageShare, recomputed: int) -> StageCost:
 def bubble_fraction(ranks: Sequence[Sequence[Action]], costs: Sequence[StageCost]) -> float:
     """Idle share of all ranks from the first action to the last; `costs` by stage number.
 
-    An action starts when its rank is free and what it needs is there: F after F of the stage before, B and I after B or I
-    of the stage behind.
+    An action starts when its rank is free and what it needs is there: F after F of the stage before, B and I after B or
+    I of the stage behind.
     """
     ends: dict[tuple[str, int, int], float] = {}
     clock, at = [0.0] * len(ranks), [0] * len(ranks)
@@ -135,7 +135,7 @@ def _ready(action: Action, last: int, ends: dict[tuple[str, int, int], float]) -
 
 
 def moments(actions: Sequence[Action]) -> list[tuple[dict[int, int], dict[int, int]]]:
-    """After each action of one rank: micro-batches by stage whose activations are kept, and whose weight gradients wait."""
+    """After each action of a rank, by stage: micro-batches whose activations are kept, whose weight gradients wait."""
     kept: dict[int, int] = {}
     waiting: dict[int, int] = {}
     found = []

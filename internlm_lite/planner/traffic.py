@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from internlm_lite.config.schema import Config
+from internlm_lite.layers.loss import tokens_per_chunk
 from internlm_lite.mesh.mesh import Sizes
 from internlm_lite.pipeline.split import stages_on
 from internlm_lite.planner.holdings import Holding, StageShare
@@ -43,7 +44,7 @@ class Message:
 
 
 def messages(config: Config, x: Shape, sizes: Sizes, holding: Holding, micro_num: int) -> list[Message]:
-    """All that a rank of this pipeline position sends in a step of `micro_num` micro-batches; groups of one send nothing."""
+    """All that a rank of this pipeline position sends in a step of `micro_num` micro-batches."""
     found: list[Message] = []
     if sizes.tp > 1:
         for stage in holding.stages:
@@ -107,12 +108,19 @@ def _head(x: Shape, micro_num: int) -> Iterator[Message]:
         yield Message("tp", "reduce_scatter", hidden, micro_num, "gradient of the head's input")
     else:
         yield Message("tp", "all_reduce", hidden, micro_num, "gradient of the head's input")
-    if x.model.parallel_output:
-        # For each chunk of tokens the largest logit, then three sums: exponentials, the label's logit, all logits.
-        yield Message("tp", "all_reduce", x.T * x.w, micro_num, "largest logit of each token")
-        yield Message("tp", "all_reduce", 3 * x.T * x.w, micro_num, "sums over the vocabulary")
-    else:
-        yield Message("tp", "all_gather", x.T * x.vocab_size * x.w, micro_num, "logits")
+    for tokens, times in _chunks(x, micro_num):
+        if x.model.parallel_output:
+            yield Message("tp", "all_reduce", tokens * x.w, times, "largest logit of each token")
+            yield Message("tp", "all_reduce", 3 * tokens * x.w, times, "sums over the vocabulary")
+        else:
+            yield Message("tp", "all_gather", tokens * x.vocab_size * x.w, times, "logits")
+
+
+def _chunks(x: Shape, micro_num: int) -> Iterator[tuple[int, int]]:
+    """(tokens, how often) of the chunks in which the loss is computed."""
+    chunk = tokens_per_chunk(x.T, x.V, x.w, x.device)
+    yield chunk, x.T // chunk * micro_num
+    yield x.T % chunk, micro_num if x.T % chunk else 0
 
 
 def _pipeline(config: Config, x: Shape, sizes: Sizes, holding: Holding, micro_num: int) -> Iterator[Message]:
@@ -133,4 +141,4 @@ def _optimizer(sizes: Sizes, holding: Holding) -> Iterator[Message]:
         for axis in bucket.summed:
             yield Message(axis, "all_reduce", bucket.shard_grads, why="partial gradients of whole parameters")
         yield Message("zero", "all_gather", bucket.weights, why="weights")
-    yield Message("world", "all_reduce", 3 * 8, why="gradient norm and number of labels")
+    yield Message("world", "all_reduce", 5 * 8, why="gradient norm, number of labels, requests to stop")

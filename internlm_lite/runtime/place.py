@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Literal
 
-from internlm_lite.errors import MeshError
+from internlm_lite.errors import ConfigError, MeshError
 from internlm_lite.runtime.nodes import expand_node_list, expand_task_counts
 
 Launcher = Literal["torch", "slurm", "single"]
@@ -58,6 +58,22 @@ def limit_spinning(environ: MutableMapping[str, str]) -> None:
     idle cores the shorter spin cost nothing that could be told from noise.
     """
     environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def adopt_s3_keys(environ: MutableMapping[str, str]) -> None:
+    """Let InternLM's names of the S3 credentials stand for boto3's, which its default chain then finds.
+
+    They are the more special ones, so they win, and as a pair: a session token that belongs to other keys goes.
+    """
+    ours = {"S3_ACCESS_KEY_ID": "AWS_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY_ID": "AWS_SECRET_ACCESS_KEY"}
+    given = [name for name in ours if environ.get(name)]
+    if len(given) == 1:
+        missing = next(name for name in ours if name not in given)
+        raise ConfigError(f"the environment variable {given[0]} is set and {missing} is not: set both, or neither")
+    for name in given:
+        environ[ours[name]] = environ[name]
+    if given:
+        environ.pop("AWS_SESSION_TOKEN", None)
 
 
 def resolves(name: str) -> bool:

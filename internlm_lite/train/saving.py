@@ -63,7 +63,9 @@ class Saving:
     def _manager(self, folder: str | None) -> CheckpointManager | None:
         if folder is None or not self._ckpt.enable_save_ckpt:
             return None
-        return CheckpointManager(folder, self._mesh, config=self._described, exclusive=True, saver=self._saver)
+        return CheckpointManager(
+            folder, self._mesh, config=self._described, exclusive=True, saver=self._saver, s3=self._ckpt.s3
+        )
 
     def save(self, state: TrainState, kind: Kind, must: bool) -> None:
         """Write everything that going on from here needs.
@@ -136,12 +138,12 @@ class Saving:
         return TrainState()
 
     def _load_path(self, path: str, with_optimizer: bool) -> TrainState:
-        reader = CheckpointManager(path, self._mesh, config=self._described, writable=False)
+        reader = CheckpointManager(path, self._mesh, config=self._described, writable=False, s3=self._ckpt.s3)
         pieces = [p for p in self._optimizer.pieces() if with_optimizer or p.role == "master"]
         return self._adopt(reader.load(reader.open(path), pieces), moments=with_optimizer)
 
     def _load_weights_only(self, path: str) -> None:
-        reader = CheckpointManager(path, self._mesh, config=self._described, writable=False)
+        reader = CheckpointManager(path, self._mesh, config=self._described, writable=False, s3=self._ckpt.s3)
         reader.load(reader.open(path), [p for p in self._optimizer.pieces() if p.role == "master"])
         self._optimizer.publish_weights()
 

@@ -29,34 +29,13 @@ def test_the_bare_decoder_is_the_same_model():
     ours = build_model(config.model, 0.0, single_process_mesh(), AttentionBackend.SDPA)
     initialise(ours, seed=3)
     bare = BareDecoder(config.model, config.data.seq_len, torch.float64)
-    state = {name: value.detach() for name, value in ours.named_parameters()}
-    rows = ungrouped(config.model.num_attention_heads, config.model.hidden_size)
-    names = {"embedding.weight": "tok_embeddings.weight", "norm": "norm.weight", "output.weight": "output.weight"}
-    with torch.no_grad():
-        for name, param in bare.named_parameters():
-            if name.startswith("blocks."):
-                param.copy_(of_block(name, state, rows))
-            else:
-                param.copy_(state[names[name]])
+    bare.model.load_state_dict(ours.state_dict())
     batch = random_batch(config, 0, CPU)
     attend = packed(AttentionBackend.SDPA, batch.cu_seqlens[0], batch.cu_seqlens_host[0], batch.max_seqlen)
     losses = ours(batch.tokens[0], batch.positions[0], batch.labels[0], attend, torch.ones((), dtype=torch.float64))
     expected = bare(batch.tokens[0].view(2, 16), batch.labels[0].view(2, 16))
     # The bare loop takes its loss in fp32.
     torch.testing.assert_close((losses.train_loss_sum / 30).float(), expected.float(), rtol=1e-6, atol=0)
-
-
-def ungrouped(heads: int, hidden: int) -> torch.Tensor:
-    """Rows of our wqkv (q, k, v of one head after another) in the order all q, all k, all v."""
-    return torch.arange(3 * hidden).view(heads, 3, -1).transpose(0, 1).flatten()
-
-
-def of_block(name: str, state: dict[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-    _, number, module, *rest = name.split(".")
-    part = {"wqkv": "attention.wqkv", "wo": "attention.wo", "w1": "feed_forward.w1", "w2": "feed_forward.w2"}
-    part |= {"w3": "feed_forward.w3", "attention_norm": "attention_norm", "ffn_norm": "ffn_norm"}
-    value = state[f"layers.{number}.{part[module]}.{rest[0] if rest else 'weight'}"]
-    return value[rows] if module == "wqkv" else value
 
 
 def test_step_reports_ratios():

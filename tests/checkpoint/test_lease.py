@@ -32,7 +32,9 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     first.check()
     first.release()
     assert holder(storage) is None
-    Lease(storage, 1, 0.1).acquire()
+    third = Lease(storage, 1, 0.1)
+    third.acquire()
+    third.release()
 
 
 def test_the_lock_of_a_process_that_is_gone_is_taken_over_at_once(tmp_path: Path) -> None:
@@ -42,8 +44,10 @@ def test_the_lock_of_a_process_that_is_gone_is_taken_over_at_once(tmp_path: Path
     storage = LocalStorage(tmp_path)
     lock(storage, host=socket.gethostname(), pid=process.pid)
     begin = time.monotonic()
-    Lease(storage, lease_seconds=30).acquire()
+    lease = Lease(storage, lease_seconds=30)
+    lease.acquire()
     assert time.monotonic() - begin < 5
+    lease.release()
 
 
 def test_a_lock_of_another_host_is_watched_and_then_taken(tmp_path: Path) -> None:
@@ -52,6 +56,7 @@ def test_a_lock_of_another_host_is_watched_and_then_taken(tmp_path: Path) -> Non
     lease = Lease(storage, lease_seconds=0.5)
     lease.acquire()
     lease.check()
+    lease.release()
 
 
 def test_a_sign_of_life_keeps_the_lock(tmp_path: Path) -> None:
@@ -79,4 +84,6 @@ def test_a_run_that_lost_its_lease_commits_no_more(tmp_path: Path) -> None:
 def test_a_damaged_lock_is_watched_like_any_other(tmp_path: Path, text: bytes) -> None:
     storage = LocalStorage(tmp_path)
     storage.put(KEY, [text])
-    Lease(storage, lease_seconds=0.2).acquire()
+    lease = Lease(storage, lease_seconds=0.2)
+    lease.acquire()
+    lease.release()

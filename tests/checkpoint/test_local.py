@@ -151,12 +151,6 @@ def test_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path: Path) -> None:
         subprocess.run(["umount", str(small)], check=True)
 
 
-@pytest.mark.parametrize("where", ["boto3:s3://bucket.host/prefix", "s3://bucket/prefix"])
-def test_s3_says_that_it_is_not_there(where: str) -> None:
-    with pytest.raises(ConfigError, match="S3 storage is not built into this version"):
-        open_storage(where)
-
-
 def test_open_storage_reads_the_spellings_of_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for where in (f"local:{tmp_path}/a", f"{tmp_path}/a", "a", "local:a"):

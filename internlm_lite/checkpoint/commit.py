@@ -7,8 +7,10 @@ last, the commit. Until then nothing exists; nothing is overwritten, ever. No co
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +41,8 @@ from internlm_lite.checkpoint.share import Share
 from internlm_lite.checkpoint.storage import Storage
 from internlm_lite.checkpoint.tensorfile import DamagedError, Digest, TensorFile
 from internlm_lite.errors import CheckpointError, StorageError
+
+_REASON_BYTES = 4000
 
 
 @dataclass(frozen=True)
@@ -114,19 +118,43 @@ def _voted(file: str, share: Share, digest: Digest) -> VotedPiece:
     )
 
 
+def refuse(storage: Storage, name: Name, rank: int, reason: str) -> None:
+    """Instead of a vote: tell rank 0 why there will be none, if the storage takes that much."""
+    with suppress(StorageError):
+        storage.put(name.refusal(rank), [reason.encode()[:_REASON_BYTES]])
+
+
 def await_votes(
-    storage: Storage, name: Name, world_size: int, timeout_seconds: float, poll_seconds: float = 0.1
+    storage: Storage,
+    name: Name,
+    world_size: int,
+    timeout_seconds: float,
+    abandoned: threading.Event,
+    poll_seconds: float = 0.1,
 ) -> None:
-    """Return when all ranks have voted. Raises StorageError naming the ranks that did not before the deadline."""
+    """Return when all ranks have voted.
+
+    Raises StorageError naming the ranks that refused, or did not vote before the deadline or until `abandoned` was set.
+    """
     deadline = time.monotonic() + timeout_seconds
     missing = list(range(world_size))
     while missing := [rank for rank in missing if storage.size(name.vote(rank)) is None]:
+        _raise_refusals(storage, name, missing)
+        if abandoned.is_set():
+            raise StorageError(f"checkpoint {name}: given up, because a rank could not write its part")
         if time.monotonic() >= deadline:
             raise StorageError(
                 f"checkpoint {name}: no vote from rank {', '.join(map(str, missing))} after {timeout_seconds:g} s; "
                 f"nothing was committed. These ranks died, or do not write to {storage.name} as rank 0 sees it"
             )
-        time.sleep(poll_seconds)
+        abandoned.wait(poll_seconds)
+
+
+def _raise_refusals(storage: Storage, name: Name, missing: Sequence[int]) -> None:
+    for rank in missing:
+        if storage.size(name.refusal(rank)) is not None:
+            reason = storage.read(name.refusal(rank), _REASON_BYTES).decode(errors="replace")
+            raise StorageError(f"checkpoint {name}: rank {rank} could not write its part: {reason}")
 
 
 def commit_votes(storage: Storage, name: Name, world_size: int, facts: Facts) -> Manifest:

@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
+from internlm_lite.checkpoint import lease
 from internlm_lite.checkpoint.backends import open_storage
 from internlm_lite.checkpoint.boxes import tiling_problems
 from internlm_lite.checkpoint.format import FORMAT, Commit, Manifest, Name, read_bytes, unseal
@@ -139,7 +140,8 @@ def newest(storage: Storage, known_bad: Mapping[str, str]) -> Found | None:
 def _tell_what_is_there(storage: Storage) -> None:
     """A folder without commits that is not empty deserves a word."""
     keys = [entry.key for entry in storage.list("")]
-    keys = [key for key in keys if not _NESTED.search(key)]  # by default snapshots have a store inside the milestones'
+    # By default snapshots have a store inside the milestones', and a run that begins has taken the lease.
+    keys = [key for key in keys if not _NESTED.search(key) and key.split("/")[-1] != lease.KEY]
     unfinished = sorted({key.split("/")[1] for key in keys if key.startswith("data/") and key.count("/") > 1})
     if unfinished:
         logger.warning("%s: no committed checkpoint; unfinished saves: %s", storage.name, ", ".join(unfinished))

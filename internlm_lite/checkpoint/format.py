@@ -176,6 +176,9 @@ class Name:
     def vote(self, rank: int) -> str:
         return f"data/{self}/rank-{rank:05d}.vote.json"
 
+    def refusal(self, rank: int) -> str:
+        return f"data/{self}/rank-{rank:05d}.refused.txt"
+
 
 def file_of(rank: int) -> str:
     """Name of a rank's tensor file in the data folder."""

@@ -1,30 +1,31 @@
 """Save and load the training state of all ranks: the face of this package. Every method is collective.
 
-save     exchange what is held -> each rank writes its share and votes -> rank 0 commits -> old snapshots go
+save     saver.py: each rank copies its share, writes it and votes -> rank 0 commits -> old snapshots go
 resume   newest commit -> check -> fill the pieces, any layout from any layout; if damaged, the one before
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from internlm_lite.checkpoint import commit, find
+from internlm_lite.checkpoint import find
 from internlm_lite.checkpoint.agree import on_all, on_main
 from internlm_lite.checkpoint.backends import open_storage
 from internlm_lite.checkpoint.find import Found
-from internlm_lite.checkpoint.format import Kind, Manifest, Name, check_json, seal, unseal
+from internlm_lite.checkpoint.format import Kind, Manifest, seal, unseal
+from internlm_lite.checkpoint.lease import Lease
 from internlm_lite.checkpoint.load import Reader
 from internlm_lite.checkpoint.report import Wanted, load_plan, mismatch
-from internlm_lite.checkpoint.share import Holding, Share, describe, share_out
+from internlm_lite.checkpoint.saver import Saver, Target
+from internlm_lite.checkpoint.share import describe
 from internlm_lite.checkpoint.storage import Storage, UnreadableError
 from internlm_lite.checkpoint.tensorfile import DamagedError
 from internlm_lite.config.schema import S3Config
@@ -54,7 +55,8 @@ class CheckpointManager:
     """Checkpoints of one save folder.
 
     Construction probes a writable folder on all ranks and raises StorageError before any training is done. `config` is
-    the resolved config without secrets; it is stored, and compared on load.
+    the resolved config without secrets; it is stored, and compared on load. `exclusive`: take the folder's lease, and
+    raise StorageError when another run has it.
     """
 
     def __init__(
@@ -66,28 +68,30 @@ class CheckpointManager:
         keep_snapshots: int = 2,
         vote_timeout_seconds: float = 600.0,
         writable: bool = True,
+        exclusive: bool = False,
+        saver: Saver | None = None,
         s3: S3Config | None = None,
     ) -> None:
+        """`saver`: shared with the managers of other folders, instead of one of its own."""
         if keep_snapshots < 2:
             raise ConfigError(f"keep_snapshots={keep_snapshots}: expected at least 2, one to fall back to")
         self.mesh = mesh
         self._s3 = s3
         self.storage = open_storage(folder, s3)
         self._config = dict(config or {})
-        check_json(self._config, "config")
-        self._keep = keep_snapshots
-        self._timeout = vote_timeout_seconds
-        self._held: list[object] = []
-        self._shares: list[Share] = []
-        self._bad: dict[str, str] = {}
         self._beside: list[CheckpointManager] = []
-        self._swept = False
         if writable:
             _probe(self.storage, mesh)
+        lease = Lease(self.storage) if exclusive else None
+        if lease is not None:
+            on_main(mesh, lease.acquire)
+        self._target = Target(self.storage, keep_snapshots, lease, bad={})
+        self._saver = saver or Saver(mesh, self._config, vote_timeout_seconds)
+        self._saver.add(self._target)
 
     @property
     def layout(self) -> dict[str, int]:
-        return {"world": self.mesh.world.size, **asdict(self.mesh.sizes)}
+        return self._saver.layout
 
     def save(
         self,
@@ -96,41 +100,28 @@ class CheckpointManager:
         pieces: Sequence[Piece],
         state: dict[str, Any],
         rank_state: Mapping[str, torch.Tensor] | None = None,
-    ) -> str:
+        *,
+        wait: bool = True,
+    ) -> str | None:
         """Write a checkpoint and return its name. `state` counts on rank 0; `rank_state`: uint8 tensors, 1-D.
 
-        Raises the same StorageError or CheckpointError on all ranks if it could not be committed; older ones are safe.
+        `wait`: return when it exists, or raise the same StorageError or CheckpointError on all ranks; older ones are
+        safe. Else return as soon as the tensors are copied, None if the save before is still under way.
         """
-        begin = time.monotonic()
-        private = dict(rank_state or {})
-        held = on_all(self.mesh, lambda: _check_input(step, pieces, state, private))
-        shares = self._plan(held)
-        name = on_main(self.mesh, lambda: self._next_name(step))
-        facts = commit.Facts(kind, self.layout, self._config, state)
-        world = self.mesh.world
-        try:
-            mine = [(share, share.of(pieces[share.index])) for share in shares]
-            size = on_all(
-                self.mesh, lambda: commit.write_rank(self.storage, name, world.rank, world.size, mine, private)
-            )
-            on_main(self.mesh, lambda: self._commit(name, facts))
-        except (StorageError, CheckpointError):
-            if self.mesh.is_main:  # no rank writes any more
-                with suppress(StorageError):
-                    find.remove(self.storage, name)
-            raise
-        if self.mesh.is_main:
-            took = time.monotonic() - begin
-            logger.info("saved %s checkpoint %s: %s on rank 0, %s", kind, name, human_bytes(size), human_seconds(took))
-            self._tidy(name)
-        return str(name)
+        name = self._saver.save(self._target, step, kind, pieces, state, rank_state or {}, wait)
+        return None if name is None else str(name)
+
+    def release(self) -> None:
+        """Give the folder free for another run. Not collective."""
+        if self._target.lease is not None:
+            self._target.lease.release()
 
     def latest(self) -> Found | None:
         """The newest checkpoint that looks whole, None if nothing was ever committed here.
 
         Raises CheckpointError when there are only damaged ones: a folder with checkpoints is never taken for empty.
         """
-        return self._agree_on(self.storage, lambda: find.newest(self.storage, self._bad))
+        return self._agree_on(self.storage, lambda: find.newest(self.storage, self._target.bad))
 
     def open(self, path: str) -> Found:
         """The checkpoint at `path`: a save folder (its newest good one), `.../commits/NAME.json`, `.../data/NAME`, or a
@@ -176,13 +167,13 @@ class CheckpointManager:
         missing = tuple(role for role in wanted if role not in manifest.tensors)
         return Restored(found, manifest.state, private, missing)
 
-    def number_with(self, other: CheckpointManager) -> None:
-        """Treat both folders as one history: one numbering, and `resume` takes the newest. Call it on both."""
+    def resume_beside(self, other: CheckpointManager) -> None:
+        """`resume` takes the newest of both folders, which share their `saver`."""
         self._beside.append(other)
 
     def resume(self, pieces: Sequence[Piece], allow_missing_roles: Collection[str] = ()) -> Restored | None:
-        """Load the newest checkpoint that proves good, of this folder and those it is numbered with; None if none was
-        ever committed.
+        """Load the newest checkpoint that proves good, of this folder and those beside it; None if none was ever
+        committed.
 
         A damaged one is reported and the one before is tried. Raises CheckpointError if only damaged ones are left, or
         if the newest belongs to another model.
@@ -192,7 +183,7 @@ class CheckpointManager:
             try:
                 return manager.load(found, pieces, allow_missing_roles)
             except DamagedError as error:
-                manager._bad[found.name] = str(error)
+                manager._target.bad[found.name] = str(error)
         return None
 
     def _newest(self) -> tuple[CheckpointManager, Found] | None:
@@ -211,38 +202,6 @@ class CheckpointManager:
         if unusable is not None and self.mesh.is_main:
             logger.warning("%s", unusable)
         return max(candidates, key=lambda candidate: candidate[1].order, default=None)
-
-    def _plan(self, held: Sequence[Holding]) -> list[Share]:
-        """This rank's shares. What ranks hold does not change in a run, so they exchange it once."""
-        digest = hashlib.sha256(repr(held).encode()).hexdigest()
-        digests = comm.gather_objects(digest, self.mesh.world)
-        if digests != self._held:
-            every: list[Any] = comm.gather_objects(list(held), self.mesh.world)
-            self._shares = on_all(self.mesh, lambda: share_out(every))[self.mesh.world.rank]
-            self._held = digests
-        return self._shares
-
-    def _next_name(self, step: int) -> Name:
-        taken = [name.serial for manager in (self, *self._beside) for name in find.committed(manager.storage)]
-        serial = max(taken, default=0) + 1
-        return Name(serial, step, uuid.uuid4().hex[:6])
-
-    def _commit(self, name: Name, facts: commit.Facts) -> None:
-        size = self.mesh.world.size
-        commit.await_votes(self.storage, name, size, self._timeout)
-        commit.commit_votes(self.storage, name, size, facts)
-
-    def _tidy(self, name: Name) -> None:
-        """On rank 0, after a commit that was read back. Failing here harms nothing."""
-        try:
-            gone = find.rotate(self.storage, self._keep, self._bad)
-            if gone:
-                logger.info("removed old snapshots: %s", ", ".join(map(str, gone)))
-            if not self._swept:
-                find.sweep(self.storage, name)
-                self._swept = True
-        except StorageError as error:
-            logger.warning("removing old checkpoints failed: %s", error)
 
     def _agree_on(self, storage: Storage, look: Any) -> Found | None:
         """What rank 0 finds, on all ranks; manifests travel as they are stored."""
@@ -266,18 +225,6 @@ class CheckpointManager:
             for (role, name), shape in theirs.items():
                 wanted.setdefault(role, {})[name] = shape
         return wanted
-
-
-def _check_input(
-    step: int, pieces: Sequence[Piece], state: dict[str, Any], rank_state: Mapping[str, torch.Tensor]
-) -> list[Holding]:
-    if step < 0:
-        raise CheckpointError(f"step {step}: expected 0 or more")
-    check_json(state)
-    for key, tensor in rank_state.items():
-        if tensor.dtype != torch.uint8 or tensor.dim() != 1:
-            raise CheckpointError(f"rank_state {key!r}: {tensor.dtype} {list(tensor.shape)}, expected 1-D torch.uint8")
-    return [describe(piece) for piece in pieces]
 
 
 def _probe(storage: Storage, mesh: Mesh) -> None:

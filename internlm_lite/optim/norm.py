@@ -26,18 +26,21 @@ class Totals:
     """Sum of squared gradients of parameters kept in fp32 in a half-precision model."""
     num_labels: torch.Tensor
     """Tokens with a label in the global batch."""
+    requests: torch.Tensor
+    """[2], see `train.requests.Requests`."""
 
 
-def reduce_totals(buckets: list[Bucket], model_dtype: torch.dtype, num_labels: int, mesh: Mesh) -> Totals:
-    """One all-reduce over the world of three fp64 numbers. `num_labels`: labels of this rank's batch."""
-    sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)
+def reduce_totals(
+    buckets: list[Bucket], model_dtype: torch.dtype, num_labels: int, requests: tuple[float, float], mesh: Mesh
+) -> Totals:
+    """One all-reduce over the world of five fp64 numbers. `num_labels`, `requests`: of this rank."""
+    labels_here = num_labels if mesh.tp.rank == 0 and mesh.pp.rank == mesh.pp.size - 1 else 0
+    sums = torch.tensor((0, 0, labels_here, *requests), dtype=torch.float64).to(mesh.device)
     for bucket in buckets:
         if _counts(bucket.kind, mesh):
             sums[int(bucket.kind.dtype != model_dtype)] += square_sum(bucket.grad_shard)
-    if mesh.tp.rank == 0 and mesh.pp.rank == mesh.pp.size - 1:
-        sums[2] += num_labels
     comm.all_reduce(sums, mesh.world).wait()
-    return Totals(sums[0], sums[1], sums[2])
+    return Totals(sums[0], sums[1], sums[2], sums[3:])
 
 
 def _counts(kind: Kind, mesh: Mesh) -> bool:

@@ -47,6 +47,8 @@ class StepOutcome:
     next_lr: torch.Tensor
     """Learning rate of the next step (the step line of InternLM prints this one)."""
     beta2: float
+    requests: torch.Tensor
+    """[2], `step`'s `requests` summed over all ranks."""
 
 
 class HybridZeroOptimizer:
@@ -134,14 +136,17 @@ class HybridZeroOptimizer:
         self._reducer.expect(micro_num)
 
     @torch.no_grad()
-    def step(self, index: int, num_labels: int, global_tokens: int) -> StepOutcome:
+    def step(
+        self, index: int, num_labels: int, global_tokens: int, requests: tuple[float, float] = (0.0, 0.0)
+    ) -> StepOutcome:
         """Update the weights from the accumulated gradients, and clear those.
 
         `index`: training steps before this one; `num_labels`: labels of this rank's batch; `global_tokens`:
-        the constant that the loss was divided by. Collective over the mesh.
+        the constant that the loss was divided by; `requests`: two numbers that are summed over all ranks on the way.
+        Collective over the mesh.
         """
         self._reducer.finish()
-        totals = reduce_totals(self.buckets, self._model_dtype, num_labels, self._mesh)
+        totals = reduce_totals(self.buckets, self._model_dtype, num_labels, requests, self._mesh)
         unscale = global_tokens / (totals.num_labels.clamp(min=1) * self.scaler.scale)
         norm = (totals.square_model_dtype + totals.square_fp32).sqrt() * unscale
         skipped = ~norm.isfinite()
@@ -165,6 +170,7 @@ class HybridZeroOptimizer:
             loss_scale=used_scale,
             next_lr=self._rate_now(),
             beta2=second_beta,
+            requests=totals.requests,
         )
 
     def _rate_now(self) -> torch.Tensor:

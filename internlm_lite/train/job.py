@@ -20,12 +20,14 @@ from internlm_lite.runtime.folder import create_run_folder, write_config, write_
 from internlm_lite.runtime.log import setup_logging
 from internlm_lite.runtime.place import Place
 from internlm_lite.runtime.start import announce_layout, end_process, start_world
-from internlm_lite.train.build import build_run
-from internlm_lite.train.loop import train
+from internlm_lite.train.build import Run, build_run
+from internlm_lite.train.loop import Ended, train
 from internlm_lite.train.samples import show_samples
 
 logger = logging.getLogger("internlm_lite")
 
+STOPPED = 3
+"""Exit code after a signal or the stop file asked for it, and what was trained is saved."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
@@ -51,8 +53,7 @@ def run_job(loaded: LoadedConfig, place: Place, options: Options) -> NoReturn:
     """
     setup_logging(place, None, options.log_style)
     try:
-        _run(loaded, place, options)
-        code = 0
+        code = _run(loaded, place, options)
     except InternLMError as error:
         logger.error(f"{type(error).__name__}: {error}")
         code = error.exit_code
@@ -65,7 +66,7 @@ def run_job(loaded: LoadedConfig, place: Place, options: Options) -> NoReturn:
     end_process(code)
 
 
-def _run(loaded: LoadedConfig, place: Place, options: Options) -> None:
+def _run(loaded: LoadedConfig, place: Place, options: Options) -> int:
     config = loaded.config
     if place.is_main:
         logger.info(place.why)
@@ -85,19 +86,35 @@ def _run(loaded: LoadedConfig, place: Place, options: Options) -> None:
     resume = options.resume or ("auto" if config.ckpt.auto_resume else "none")
     terminal = sys.stdout.isatty() and place.is_main
     run = build_run(config, mesh, folder, resume, terminal, options.profiling)
+    finished = False
     try:
-        train(run)
-        show_samples(run)
+        ended = train(run)
+        finished = True
+        if not ended.stopped_by:
+            show_samples(run)
     finally:
+        run.saving.close(wait=finished)
         run.reporter.close()
     if place.is_main:
-        total = config.data.total_steps
-        if run.start.step >= total:
-            logger.warning(
-                f"nothing to do: the checkpoint stands at step {run.start.step} of {total}; raise data.total_steps, or "
-                "train anew with --resume none"
-            )
-        logger.info(f"done: {total} steps; everything about this run is in {folder}")
+        _say_goodbye(run, ended, folder)
+    return STOPPED if ended.stopped_by else 0
+
+
+def _say_goodbye(run: Run, ended: Ended, folder: Path) -> None:
+    total = run.config.data.total_steps
+    if ended.stopped_by:
+        saved = "saved" if run.config.ckpt.enable_save_ckpt else "nothing saved, because ckpt.enable_save_ckpt=False"
+        logger.warning(
+            f"stopped by {ended.stopped_by} after step {ended.state.step - 1} of {total}: {saved}; started again, the "
+            f"run goes on from its newest checkpoint. Everything about this run is in {folder}"
+        )
+        return
+    if run.start.step >= total:
+        logger.warning(
+            f"nothing to do: the checkpoint stands at step {run.start.step} of {total}; raise data.total_steps, or "
+            "train anew with --resume none"
+        )
+    logger.info(f"done: {total} steps; everything about this run is in {folder}")
 
 
 def _agree_on_folder(loaded: LoadedConfig, place: Place, options: Options, mesh: Mesh, device: torch.device) -> Path:

@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
 
+from internlm_lite.faults.signals import StopSignals
 from internlm_lite.train.build import Run
 from internlm_lite.train.evaluate import evaluate
 from internlm_lite.train.guard import check_updates
 from internlm_lite.train.profiling import traced_steps
+from internlm_lite.train.requests import Order, Requests
 from internlm_lite.train.saving import due
 from internlm_lite.train.state import TrainState
 from internlm_lite.train.step import train_step
 
 
-def train(run: Run) -> TrainState:
-    """Train from `run.start` to the last step of the config; the final state. Collective."""
-    state, data = run.start, run.config.data
-    kind = None
+@dataclass(frozen=True)
+class Ended:
+    """How training ended."""
+
+    state: TrainState
+    stopped_by: str
+    """What asked to stop before the last step; empty: all steps are done."""
+
+
+def train(run: Run) -> Ended:
+    """Train from `run.start` to the last step of the config, or until asked to stop. Collective."""
+    state, data, ckpt = run.start, run.config.data, run.config.ckpt
+    order, kind = Order(), None
     on_gpu = run.mesh.device.type == "cuda"
     run.reporter.start(state)
     run.reporter.event("start", step=state.step)
     with (
+        StopSignals() as signals,
         closing(run.data.batches(state.position, pin=on_gpu)) as batches,
         traced_steps(run.trace_folder, run.mesh.rank) as step_traced,
     ):
-        while state.step < data.total_steps:
+        requests = Requests(signals, Path(ckpt.stop_file_path) if ckpt.stop_file_path else None, run.mesh.is_main)
+        while state.step < data.total_steps and not order.stop:
             batch = next(batches).to(run.mesh.device)
             outcome = train_step(
                 run.stages,
@@ -35,6 +50,7 @@ def train(run: Run) -> TrainState:
                 run.mesh,
                 run.reporter.metrics,
                 run.reporter.fwd_bwd,
+                requests.now(),
             )
             step_traced()
             state = state.after(batch, run.mesh.dp.size)
@@ -44,12 +60,11 @@ def train(run: Run) -> TrainState:
             if run.valid and state.step % data.valid_every == 0:
                 with run.reporter.aside():
                     run.reporter.validation(state, evaluate(run.stages, run.engine, run.valid, run.mesh))
-            if kind := due(run.config.ckpt, state.step):
+            order = requests.order(outcome.requests, state.step)
+            if kind := due(ckpt, state.step, order, last=state.step == data.total_steps):
                 with run.reporter.aside():
-                    run.saving.save(state, kind)
-                run.reporter.event("checkpoint", step=state.step, saved=kind)
+                    run.saving.save(state, kind, must=order.stop or kind == "final")
+            run.saving.check()
     run.optimizer.wait_weights()
-    if run.config.ckpt.enable_save_ckpt and state.step > run.start.step and kind != "milestone":
-        run.saving.save(state, "final")  # also after a snapshot, which would not be kept
-    run.reporter.event("done", step=state.step)
-    return state
+    run.reporter.event("stopped" if order.stop else "done", step=state.step, why=order.why)
+    return Ended(state, order.why if order.stop else "")

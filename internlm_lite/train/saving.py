@@ -8,21 +8,28 @@ the end            -> a final one in save_ckpt_folder                          e
 from __future__ import annotations
 
 import logging
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from internlm_lite.checkpoint.format import Kind
 from internlm_lite.checkpoint.manager import CheckpointManager, Restored
+from internlm_lite.checkpoint.saver import Saved, Saver
 from internlm_lite.config.schema import CkptConfig, Config
 from internlm_lite.config.view import masked, resolved
-from internlm_lite.errors import CheckpointError
+from internlm_lite.errors import CheckpointError, InternLMError, StorageError
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.zero import HybridZeroOptimizer
 from internlm_lite.train.reporter import Reporter
+from internlm_lite.train.requests import Order
 from internlm_lite.train.state import TrainState
 
 logger = logging.getLogger("internlm_lite")
+
+VOTE_TIMEOUT_SECONDS = 600.0
+"""A checkpoint whose ranks have not all written by then is given up."""
 
 
 class Saving:
@@ -42,21 +49,33 @@ class Saving:
         data = config.data
         self._batch_tokens = data.micro_num * data.micro_bsz * data.seq_len * mesh.dp.size
         self._described = masked(resolved(config))
+        in_background = self._ckpt.async_upload and self._ckpt.enable_save_ckpt
+        staging = self._ckpt.async_upload_tmp_folder if in_background else None
+        self._saver = Saver(mesh, self._described, VOTE_TIMEOUT_SECONDS, Path(staging) if staging else None)
         self._milestones = self._manager(config.ckpt.save_ckpt_folder)
         self._snapshots = self._manager(config.ckpt.snapshot_ckpt_folder)
         if self._milestones and self._snapshots:
-            self._milestones.number_with(self._snapshots)
-            self._snapshots.number_with(self._milestones)
+            self._milestones.resume_beside(self._snapshots)
+            self._snapshots.resume_beside(self._milestones)
+        if in_background:
+            self._saver.prepare(list(optimizer.pieces()))
 
     def _manager(self, folder: str | None) -> CheckpointManager | None:
         if folder is None or not self._ckpt.enable_save_ckpt:
             return None
-        return CheckpointManager(folder, self._mesh, config=self._described, s3=self._ckpt.s3)
+        return CheckpointManager(
+            folder, self._mesh, config=self._described, exclusive=True, saver=self._saver, s3=self._ckpt.s3
+        )
 
-    def save(self, state: TrainState, kind: Kind) -> None:
-        """Write everything that going on from here needs."""
+    def save(self, state: TrainState, kind: Kind, must: bool) -> None:
+        """Write everything that going on from here needs.
+
+        `must`: return when the checkpoint exists, or raise StorageError. Else it is written in the background with
+        `ckpt.async_upload`, and a storage that fails is an alarm: training goes on, and the next save tries again.
+        """
         manager = self._snapshots if kind == "snapshot" else self._milestones
         assert manager is not None, "check_config requires a folder for every kind that is due"
+        begin = time.monotonic()
         self._optimizer.wait_weights()
         stored = {
             "train": state.to_json(),
@@ -65,7 +84,45 @@ class Saving:
             "data": self._fingerprint,
             "batch_tokens": self._batch_tokens,
         }
-        manager.save(state.step, kind, list(self._optimizer.pieces()), stored, random_states(self._mesh.device))
+        pieces, random = list(self._optimizer.pieces()), random_states(self._mesh.device)
+        wait = must or not self._ckpt.async_upload
+        if wait:
+            self._tell(self._saver.wait())
+        try:
+            name = manager.save(state.step, kind, pieces, stored, random, wait=wait)
+        except StorageError as error:
+            if must:
+                raise
+            self._alarm(f"step {state.step}", error)
+            return
+        stall = round(time.monotonic() - begin, 4)
+        self._reporter.event("checkpoint", step=state.step, saved=kind, name=name, waited=wait, stall_seconds=stall)
+
+    def check(self) -> None:
+        """Tell how a save in the background has ended, if it has. Not collective, and quick."""
+        self._tell(self._saver.finished())
+
+    def _tell(self, saved: Saved | None) -> None:
+        if saved is None:
+            return
+        if saved.error is None:
+            self._reporter.event("checkpoint_done", name=str(saved.name), saved=saved.kind)
+        else:
+            self._alarm(str(saved.name), saved.error)
+
+    def _alarm(self, which: str, error: InternLMError) -> None:
+        self._reporter.event("alarm", what="checkpoint failed", checkpoint=which, why=str(error))
+        if self._mesh.is_main:
+            logger.error("ALARM: checkpoint %s was not saved, training goes on: %s", which, error)
+
+    def close(self, wait: bool) -> None:
+        """End with a save under way, or without waiting for it, and give the folders free. Not collective."""
+        if wait:
+            self._tell(self._saver.wait())
+        self._saver.close(wait)
+        for manager in (self._milestones, self._snapshots):
+            if manager is not None:
+                manager.release()
 
     def restore(self, resume: str) -> TrainState:
         """The state to go on from. `resume`: auto, none (nothing of this run's own folders), or a path."""
@@ -104,13 +161,21 @@ class Saving:
         self._optimizer.publish_weights()
         if restored.rank_state is not None:
             set_random_states(restored.rank_state, self._mesh.device)
-        if self._mesh.is_main:
-            self._tell_changes(restored.found.name, stored)
+        self._compare(restored.found.name, stored)
         return state
 
-    def _tell_changes(self, name: str, stored: dict[str, Any]) -> None:
-        """What is not as it was, and so bends the curve."""
+    def _compare(self, name: str, stored: dict[str, Any]) -> None:
+        """What is not as it was, and so bends the curve. Raises CheckpointError when the data changed."""
         changed = sorted(key for key, value in self._fingerprint.items() if stored["data"].get(key) != value)
+        if changed and not self._ckpt.allow_changed_data:
+            raise CheckpointError(
+                f"the training data changed since checkpoint {name} was written ({', '.join(changed)}): expected the "
+                "same files and keys, or batches would repeat or be left out; restore them, set "
+                "ckpt.allow_changed_data=True to go on at the same position of the new data, or start from the weights "
+                "alone with ckpt.load_model_only_folder"
+            )
+        if not self._mesh.is_main:
+            return
         if changed:
             logger.warning(
                 f"the training data changed since checkpoint {name} was written ({', '.join(changed)}): batches from "
@@ -123,12 +188,16 @@ class Saving:
             )
 
 
-def due(ckpt: CkptConfig, steps_done: int) -> Kind | None:
-    """Kind of the checkpoint due after `steps_done` steps; a milestone replaces a snapshot of the same step."""
+def due(ckpt: CkptConfig, steps_done: int, order: Order, last: bool) -> Kind | None:
+    """Kind of the checkpoint due after `steps_done` steps: of several the one that is kept longest."""
     if not ckpt.enable_save_ckpt or steps_done == 0:
         return None
+    if last:
+        return "final"
     if ckpt.checkpoint_every and steps_done % ckpt.checkpoint_every == 0:
         return "milestone"
+    if order.save:
+        return "rescue" if order.stop else "milestone"
     if ckpt.oss_snapshot_freq and steps_done % ckpt.oss_snapshot_freq == 0:
         return "snapshot"
     return None

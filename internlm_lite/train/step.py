@@ -54,12 +54,13 @@ def train_step(
     mesh: Mesh,
     metrics: FolderMetrics,
     fwd_bwd: Stopwatch,
+    requests: tuple[float, float] = (0.0, 0.0),
 ) -> StepOutcome:
-    """Train on `batch`; its losses are added to `metrics`, its time to `fwd_bwd`. Collective."""
+    """Train on `batch`; its losses are added to `metrics`, its time to `fwd_bwd`; `requests` are summed. Collective."""
     global_tokens = batch.tokens.numel() * mesh.dp.size
     scale = optimizer.loss_scale.double() / global_tokens  # fp64, so that an fp64 model is exact to its own rounding
     fwd_bwd.start()
     optimizer.begin(batch.micro_num)
     engine.train(BatchTask(stages, batch, scale, metrics), batch.micro_num)
     fwd_bwd.stop()
-    return optimizer.step(step, batch.stats.num_labels, global_tokens)
+    return optimizer.step(step, batch.stats.num_labels, global_tokens, requests)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -320,7 +321,7 @@ def test_a_crash_at_any_point_leaves_the_old_or_the_new_checkpoint(tmp_path: Pat
         manager = _manager(root)
         for step in (1, 2):
             _save(manager, step)
-        manager.storage = _DyingStorage(root, after)
+        manager._target.storage = _DyingStorage(root, after)
         died = False
         try:
             manager.save(3, "snapshot", pieces_of(0, fill=True), {"step": 3})
@@ -391,4 +392,4 @@ def test_a_missing_vote_names_its_rank(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     storage.put(name.vote(1), [b"x"])
     with pytest.raises(StorageError, match=r"no vote from rank 0, 2 after 0.1 s; nothing was committed"):
-        await_votes(storage, name, 3, timeout_seconds=0.1, poll_seconds=0.01)
+        await_votes(storage, name, 3, 0.1, threading.Event(), poll_seconds=0.01)

@@ -113,9 +113,9 @@ def _fail_on_one_rank(mesh: Mesh, folder: str) -> list[tuple[str, str]]:
     for bad in ("rank-00002.safetensors", "rank-00001.vote", "manifest"):
         full = Full(Path(folder))
         full.bad = bad
-        manager.storage = full
+        manager._target.storage = full
         answers.append(_error_of(lambda: manager.save(2, "snapshot", _pieces(mesh.rank, layout, True), {})))
-    manager.storage = good
+    manager._target.storage = good
     state = {"bad": float("nan")} if mesh.rank == 3 else {}
     answers.append(_error_of(lambda: manager.save(3, "snapshot", _pieces(mesh.rank, layout, True), state)))
     pieces = _pieces(mesh.rank, layout, False)

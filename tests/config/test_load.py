@@ -305,7 +305,10 @@ def test_other_spellings(tmp_path: Path, text: str, expected: dict[str, object])
         ("ckpt = dict(load_ckpt_info=dict(content=('model',)))", "x.py:2: ckpt.load_ckpt_info: found {'content'"),
         ("ckpt = dict(load_ckpt_info='p')", "x.py:2: ckpt.load_ckpt_info: found 'p', expected dict(path=...,"),
         ("parallel = dict(weight=2)", "x.py:2: parallel.weight: found 2, expected size 1"),
-        ("parallel = dict(pipeline=dict(mode='zbh1'))", "x.py:2: parallel.pipeline.mode: found 'zbh1', expected '1f1b'"),
+        (
+            "parallel = dict(pipeline=dict(mode='zbh1'))",
+            "x.py:2: parallel.pipeline.mode: found 'zbh1', expected '1f1b'",
+        ),
         ("parallel = dict(tensor=dict(size=2, way=1))", "x.py:2: parallel.tensor: found {'size': 2, 'way': 1}"),
         (
             "model = dict(qk_interleaved=True)",

@@ -50,6 +50,7 @@ def run_training(mesh: Mesh, config: Config, folder: Path, resume: str = "auto")
     try:
         train(run)
     finally:
+        run.saving.close(wait=True)
         run.reporter.close()
     return read_metrics(folder / "metrics.jsonl") if mesh.is_main else []
 

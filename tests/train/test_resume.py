@@ -13,6 +13,7 @@ from internlm_lite.errors import CheckpointError, NumericsError, StorageError
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from internlm_lite.monitor.metrics import Collected
 from internlm_lite.train import loop
+from internlm_lite.train.requests import Order
 from internlm_lite.train.saving import due
 from tests.corpus import write_corpus
 from tests.train.runs import STEPS, curve, run_training, tiny
@@ -30,6 +31,7 @@ def config_for(corpus: Path, saves: Path | None, dp: int = 1, dtype: str = "torc
             "enable_save_ckpt": True,
             "save_ckpt_folder": f"local:{saves}",
             "snapshot_ckpt_folder": f"local:{saves}/snapshot",
+            "async_upload": False,  # on a slow disk a save in the background may be skipped
             **ckpt,
         }
     scaler = {"fp16": {"initial_scale": 256.0, "growth_interval": 2}}
@@ -258,5 +260,10 @@ def test_a_run_whose_gradients_stay_non_finite_ends(corpus: Path, tmp_path: Path
 def test_what_is_due_when():
     ckpt = tiny(None, ckpt={"enable_save_ckpt": True, "checkpoint_every": 6, "oss_snapshot_freq": 2}).ckpt
     kinds = {0: None, 1: None, 2: "snapshot", 4: "snapshot", 6: "milestone", 8: "snapshot", 12: "milestone"}
-    assert {steps: due(ckpt, steps) for steps in kinds} == kinds
-    assert due(ckpt.model_copy(update={"enable_save_ckpt": False}), 6) is None
+    nothing, save, stop = Order(), Order(save=True, why="x"), Order(save=True, stop=True, why="x")
+    assert {steps: due(ckpt, steps, nothing, last=False) for steps in kinds} == kinds
+    assert [due(ckpt, 12, nothing, last=True), due(ckpt, 13, nothing, last=True)] == ["final", "final"]
+    assert [due(ckpt, steps, save, last=False) for steps in (5, 4, 6)] == ["milestone"] * 3
+    assert [due(ckpt, steps, stop, last=False) for steps in (5, 4, 6)] == ["rescue", "rescue", "milestone"]
+    off = ckpt.model_copy(update={"enable_save_ckpt": False})
+    assert [due(off, 6, order, last) for order in (nothing, save, stop) for last in (False, True)] == [None] * 6

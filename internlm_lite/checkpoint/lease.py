@@ -1,0 +1,140 @@
+"""Who writes to a save folder: one run at a time.
+
+    run.lock   {owner, host, pid, beat}     renewed every RENEW_SECONDS by a thread; removed at the end
+
+A lock whose process is gone (same host), or that does not change for LEASE_SECONDS while we watch, is taken over. Only
+changes are compared, never clocks of two hosts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from contextlib import suppress
+from typing import Any
+
+from internlm_lite.checkpoint.storage import Storage, UnreadableError
+from internlm_lite.errors import StorageError
+
+logger = logging.getLogger("internlm_lite")
+KEY = "run.lock"
+RENEW_SECONDS = 15.0
+LEASE_SECONDS = 60.0
+_LIMIT_BYTES = 4096
+
+
+class Lease:
+    """The right to write to a folder, for rank 0 of a run."""
+
+    def __init__(self, storage: Storage, lease_seconds: float = LEASE_SECONDS, renew_seconds: float = RENEW_SECONDS):
+        self._storage = storage
+        self._lease_seconds, self._renew_seconds = lease_seconds, renew_seconds
+        self._owner = uuid.uuid4().hex
+        self._beat = 0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def acquire(self) -> None:
+        """Take the lease, waiting for a dead run's to run out. Raises StorageError naming the run that is alive."""
+        self._displace(holder(self._storage))
+        if not self._storage.put_if_absent(KEY, self._document()):
+            raise StorageError(_taken(self._storage, holder(self._storage)))
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises StorageError when another run has taken over, for instance after this one was suspended."""
+        found = holder(self._storage)
+        if found is None or found.get("owner") != self._owner:
+            raise StorageError(_taken(self._storage, found) + "; this run does not write there any more")
+
+    def release(self) -> None:
+        """Give the folder free and join the thread."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(self._lease_seconds)
+            self._thread = None
+            with suppress(StorageError):
+                self.check()
+                self._storage.delete(KEY)
+
+    def _displace(self, found: dict[str, Any] | None) -> None:
+        """Remove the lock of a run that is dead; raise for one that lives."""
+        if found is None:
+            return
+        if not _is_dead(found):
+            logger.info(
+                "%s was left locked by %s pid %s: waiting up to %g s for a sign of life",
+                self._storage.name, found.get("host"), found.get("pid"), self._lease_seconds,
+            )  # fmt: skip
+            deadline = time.monotonic() + self._lease_seconds
+            while time.monotonic() < deadline:
+                time.sleep(min(0.5, self._lease_seconds / 10))
+                now = holder(self._storage)
+                if now is None:
+                    return
+                if now != found:
+                    raise StorageError(_taken(self._storage, now))
+        self._storage.delete(KEY)
+
+    def _renew(self) -> None:
+        while not self._stop.wait(self._renew_seconds):
+            self._beat += 1
+            try:
+                self.check()
+                self._storage.put(KEY, [self._document()])
+            except StorageError as error:  # the commit checks again and refuses
+                logger.warning("the lease on %s could not be renewed: %s", self._storage.name, error)
+
+    def _document(self) -> bytes:
+        facts = {"owner": self._owner, "host": socket.gethostname(), "pid": os.getpid(), "beat": self._beat}
+        return json.dumps(facts).encode()
+
+
+def holder(storage: Storage) -> dict[str, Any] | None:
+    """What the lock says; None without one. A damaged lock is a lock without facts."""
+    if storage.size(KEY) is None:
+        return None
+    try:
+        found = json.loads(storage.read(KEY, _LIMIT_BYTES))
+    except UnreadableError:
+        return None  # gone meanwhile
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_dead(found: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this host that is gone."""
+    pid = found.get("pid")
+    if found.get("host") != socket.gethostname() or not isinstance(pid, int):
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return _state(pid) == "Z"
+
+
+def _state(pid: int) -> str:
+    """One letter as in /proc; "" where there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def _taken(storage: Storage, found: dict[str, Any] | None) -> str:
+    who = f"host {found.get('host')}, pid {found.get('pid')}" if found else "another run"
+    return (
+        f"{storage.name} is in use by {who}: expected one run per save folder; stop that run, or choose another "
+        "ckpt.save_ckpt_folder"
+    )

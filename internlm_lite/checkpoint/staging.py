@@ -1,0 +1,72 @@
+"""Host memory that a save copies into before a thread writes it out: the copy is all that training waits for.
+
+One buffer for all tensors of a save, made once and touched, so that later copies meet no page fault. On a GPU it is
+page-locked. With a folder (`ckpt.async_upload_tmp_folder`, such as /dev/shm) it is a file there, mapped and unlinked at
+once: nothing is left behind, however the process ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from internlm_lite.units import human_bytes, round_up
+
+logger = logging.getLogger("internlm_lite")
+_ALIGNMENT_BYTES = 64
+
+
+class Staging:
+    """Copies of the tensors of one save. The next `hold` overwrites them."""
+
+    def __init__(self, folder: Path | None, device: torch.device) -> None:
+        self._folder = folder
+        self._pin = device.type == "cuda"
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Make the buffer large enough, so that the first `hold` is as fast as the others."""
+        size = sum(round_up(tensor.nbytes, _ALIGNMENT_BYTES) for tensor in tensors)
+        if size > self._buffer.numel():
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes first
+            self._buffer = self._allocate(size)
+
+    def hold(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Host copies, done when this returns; same shapes and dtypes."""
+        self.reserve(tensors)
+        copies, offset = [], 0
+        for tensor in tensors:
+            place = self._buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            copies.append(place.copy_(tensor.detach(), non_blocking=True))
+            offset += round_up(tensor.nbytes, _ALIGNMENT_BYTES)
+        if self._pin:
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+    def _allocate(self, size: int) -> torch.Tensor:
+        if self._folder is not None:
+            try:
+                return _mapped(self._folder, size)
+            except OSError as error:
+                logger.warning(
+                    "ckpt.async_upload_tmp_folder %s cannot take %s for checkpoints (%s): ordinary memory is used",
+                    self._folder, human_bytes(size), error.strerror,
+                )  # fmt: skip
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self._pin).zero_()
+
+
+def _mapped(folder: Path, size: int) -> torch.Tensor:
+    """[size] uint8 in an unlinked file of `folder`. Raises OSError when it does not fit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=folder)
+    try:
+        os.posix_fallocate(descriptor, 0, size)  # a full memory file system says so here, not by a signal later
+        return torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
+    finally:
+        os.close(descriptor)
+        os.unlink(name)

@@ -1,0 +1,89 @@
+"""What is asked of a run while it trains: to save, or to save and stop. All ranks obey after the same step.
+
+    a signal to any rank            -> save and stop
+    stop file, read by rank 0: N    -> save after step N and stop          -N -> save after step N and go on
+
+The requests travel with the gradient norm's all-reduce and are read one step later: no collective of their own, and the
+host waits for no step but the last but one.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from internlm_lite.faults.signals import StopSignals
+
+logger = logging.getLogger("internlm_lite")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What all ranks do now."""
+
+    save: bool = False
+    stop: bool = False
+    why: str = ""
+    """Empty: nothing was asked."""
+
+
+class Requests:
+    """`stop_file` is read on the main rank alone."""
+
+    def __init__(self, signals: StopSignals, stop_file: Path | None, is_main: bool) -> None:
+        self._signals = signals
+        self._stop_file = stop_file if is_main else None
+        self._told: torch.Tensor | None = None
+        self._obeyed: float = 0
+
+    def now(self) -> tuple[float, float]:
+        """(1 if this rank was signalled, the number in the stop file): to be summed over all ranks in this step."""
+        return float(self._signals.received is not None), float(self._read())
+
+    def order(self, summed: torch.Tensor, steps_done: int) -> Order:
+        """`summed` [2]: this step's sums, kept for the next call; obeyed are those of the step before."""
+        told, self._told = self._told, summed
+        if told is None:
+            return Order()
+        signalled, number = told.tolist()
+        if signalled:
+            return Order(save=True, stop=True, why=self._signals.received or "a signal to another rank")
+        if number == 0:
+            self._obeyed = 0
+        elif number != self._obeyed and steps_done >= abs(number):
+            self._obeyed = number
+            self._reset()
+            return Order(save=True, stop=number > 0, why=f"stop file with {number:g}")
+        return Order()
+
+    def _read(self) -> int:
+        if self._stop_file is None:
+            return 0
+        try:
+            text = self._stop_file.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return 0
+        except (OSError, UnicodeDecodeError) as error:
+            self._ignore(str(error))
+            return 0
+        try:
+            return int(text or "0")
+        except ValueError:
+            self._ignore(f"found {text[:40]!r}, expected one integer")
+            return 0
+
+    def _ignore(self, problem: str) -> None:
+        """Say it once, then read the file no more: it is on the way of every step."""
+        logger.warning("ckpt.stop_file_path %s is not read any more: %s", self._stop_file, problem)
+        self._stop_file = None
+
+    def _reset(self) -> None:
+        if self._stop_file is None:
+            return
+        try:
+            self._stop_file.write_text("0\n", encoding="utf-8")
+        except OSError as error:
+            logger.warning("ckpt.stop_file_path %s cannot be set back to 0: %s", self._stop_file, error)

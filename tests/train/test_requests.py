@@ -1,0 +1,99 @@
+"""Stopping and saving on request: signals, the stop file, and what they do to a real run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from internlm_lite.faults.signals import StopSignals
+from internlm_lite.train.requests import Order, Requests
+from internlm_lite.monitor.jsonl import read_metrics
+from tests.cli import ROOT, ended, start
+
+
+def asked(requests: Requests, steps: int) -> list[Order]:
+    return [requests.order(torch.tensor(requests.now(), dtype=torch.float64), step) for step in range(1, steps + 1)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_is_obeyed_one_step_after_it_was_told(number: signal.Signals):
+    before = signal.getsignal(number)
+    with StopSignals() as signals:
+        requests = Requests(signals, None, is_main=True)
+        assert asked(requests, 3) == [Order()] * 3
+        os.kill(os.getpid(), number)
+        assert asked(requests, 2) == [Order(), Order(True, True, number.name)]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+    assert signal.getsignal(number) is before
+
+
+def test_the_stop_file_saves_and_stops_or_goes_on(tmp_path: Path):
+    file = tmp_path / "stop"
+    with StopSignals() as signals:
+        requests = Requests(signals, file, is_main=True)
+        assert asked(requests, 2) == [Order()] * 2
+        file.write_text("-3")
+        save = Order(save=True, why="stop file with -3")
+        assert asked(requests, 5) == [Order(), Order(), save, Order(), Order()]
+        assert file.read_text() == "0\n"
+        file.write_text("4")
+        assert asked(requests, 4)[-1] == Order(save=True, stop=True, why="stop file with 4")
+        other = Requests(signals, file, is_main=False)
+        file.write_text("1")
+        assert asked(other, 4) == [Order()] * 4, "rank 0 alone reads it"
+
+
+@pytest.mark.parametrize("content", [b"soon", b"\xff\xfe", b"1.5"])
+def test_a_stop_file_that_makes_no_sense_is_told_and_left(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+):
+    file = tmp_path / "stop"
+    file.write_bytes(content)
+    with StopSignals() as signals:
+        assert asked(Requests(signals, file, is_main=True), 3) == [Order()] * 3
+    assert caplog.text.count("is not read any more") == 1 and file.read_bytes() == content
+
+
+def metrics(folder: Path) -> dict[int, tuple[float, float]]:
+    """step -> (loss, gradient norm), of the run that is newest."""
+    (file,) = (folder / "RUN" / "tiny" / "latest").glob("metrics.jsonl")
+    return {step["step"]: (step["loss"], step["grad_norm"]["0_default"]) for step in read_metrics(file)}
+
+
+def trained(folder: Path, steps: int, *more: str):
+    folder.mkdir(exist_ok=True)
+    arguments = ("--config", str(ROOT / "configs/tiny.py"), f"TOTAL_STEPS={steps}", *more)
+    return start("train.py", *arguments, folder=folder, log=folder / "output.log")
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "stop file"])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_with_the_same_bits(how: str, tmp_path: Path):
+    save = ("ckpt.enable_save_ckpt=True", "ckpt.save_ckpt_folder=local:saves", "ckpt.stop_file_path=stop.txt")
+    whole = trained(tmp_path / "whole", 60)
+    run = trained(tmp_path / "run", 60, *save)
+    folder, log = tmp_path / "run", tmp_path / "run" / "output.log"
+    deadline = time.monotonic() + 60
+    while "step=5 " not in log.read_text() if log.exists() else True:
+        assert run.is_alive() and time.monotonic() < deadline, log.read_text() if log.exists() else "no output"
+        time.sleep(0.01)
+    if how == "stop file":
+        (folder / "stop.txt").write_text("20")
+    else:
+        os.kill(run.pid, getattr(signal, how))
+    stopped = ended(run, log)
+    assert stopped.code == 3, stopped.output
+    assert f"stopped by {'stop file with 20' if how == 'stop file' else how} after step" in stopped.output
+    first = metrics(folder)
+    assert 5 <= max(first) < 59 and (how != "stop file" or max(first) == 19)
+    again = ended(trained(folder, 60, *save), log)
+    assert again.code == 0, again.output
+    assert ended(whole, tmp_path / "whole" / "output.log").code == 0
+    expected, second = metrics(tmp_path / "whole"), metrics(folder)
+    assert min(second) == max(first) + 1 and {**first, **second} == expected

@@ -1,7 +1,7 @@
 """A proxy in front of an S3 server that misbehaves as it is told. One request per connection.
 
-    with FaultProxy(port_of_server) as proxy:
-        proxy.faults.append(Fault("503", "PUT .*partNumber=2", times=3))
+with FaultProxy(port_of_server) as proxy:
+    proxy.faults.append(Fault("503", "PUT .*partNumber=2", times=3))
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["500", "503", "501", "403", "reset", "hang", "slow", "truncate", "lost", "cut-upload"]
+Kind = Literal["500", "503", "501", "403", "reset", "hang", "slow", "truncate", "lost", "cut-upload", "slow-upload"]
 _ERRORS = {
     "500": ("500 Internal Server Error", "InternalError", "We encountered an internal error."),
     "503": ("503 Service Unavailable", "SlowDown", "Please reduce your request rate."),
@@ -31,7 +31,7 @@ class Fault:
 
     reset: broken before the server sees it       lost: broken after the server did its work
     hang: no answer       slow: `slow_bytes` a tenth of a second       truncate: half of the answer's body
-    cut-upload: broken in the middle of the request's body
+    cut-upload: broken in the middle of the request's body       slow-upload: taken at 3 MB/s
     """
 
     kind: Kind
@@ -74,6 +74,8 @@ class FaultProxy:
     def _run(self) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             self._loop.run_until_complete(self._serve())
+        left = asyncio.all_tasks(self._loop)
+        self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
         self._loop.close()
 
     async def _serve(self) -> None:
@@ -109,7 +111,7 @@ class FaultProxy:
             return await _answer_error(kind, writer)
         answer, server = await asyncio.open_connection("127.0.0.1", self.server_port)
         with contextlib.closing(server):  # a forgotten writer would close itself
-            await _forward(line, headers, reader, length, server)
+            await _forward(line, headers, reader, length, server, 0.02 if kind == "slow-upload" else 0.0)
             if kind == "lost":
                 await answer.read()
                 return _reset(writer)
@@ -124,7 +126,12 @@ class FaultProxy:
 
 
 async def _forward(
-    line: str, headers: list[str], reader: asyncio.StreamReader, length: int, server: asyncio.StreamWriter
+    line: str,
+    headers: list[str],
+    reader: asyncio.StreamReader,
+    length: int,
+    server: asyncio.StreamWriter,
+    pause_seconds: float,
 ) -> None:
     kept = [h for h in headers if h and not h.lower().startswith(("expect:", "connection:"))]
     server.write("\r\n".join([line, *kept, "Connection: close", "", ""]).encode("latin-1"))
@@ -135,12 +142,13 @@ async def _forward(
         server.write(block)
         await server.drain()
         length -= len(block)
+        await asyncio.sleep(pause_seconds)
 
 
 async def _answer(answer: asyncio.StreamReader, writer: asyncio.StreamWriter, fault: Fault | None) -> None:
     head = await answer.readuntil(b"\r\n\r\n")
     writer.write(head)
-    if fault is None:
+    if fault is None or fault.kind == "slow-upload":
         while block := await answer.read(_BLOCK):
             writer.write(block)
             await writer.drain()

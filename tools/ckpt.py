@@ -24,6 +24,7 @@ from rich.table import Table
 
 from internlm_lite.checkpoint import find
 from internlm_lite.checkpoint.backends import open_storage
+from internlm_lite.checkpoint.lease import Lease
 from internlm_lite.checkpoint.listing import Listed, folders_in, list_checkpoints, unfinished
 from internlm_lite.checkpoint.options import s3_settings
 from internlm_lite.checkpoint.prune import plan_prune
@@ -161,9 +162,22 @@ def _show(title: str, damages: Iterable[Damage]) -> bool:
 
 
 def prune(arguments: argparse.Namespace, s3: S3Config) -> int:
-    """Exit code."""
+    """Exit code. Refuses, with StorageError, while a run uses the folder."""
     storage = open_storage(arguments.folder, s3)
-    plan = plan_prune(storage, arguments.keep)
+    if not find.committed(storage):  # a lock would be the first thing in a folder that is none
+        raise CheckpointError(f"{storage.name} holds no checkpoint; expected a save folder")
+    if arguments.dry_run:
+        return _prune(storage, arguments.keep, dry_run=True)
+    lease = Lease(storage)
+    lease.acquire()
+    try:
+        return _prune(storage, arguments.keep, dry_run=False)
+    finally:
+        lease.release()
+
+
+def _prune(storage: Storage, keep: int, dry_run: bool) -> int:
+    plan = plan_prune(storage, keep)
     if not plan.kept:
         raise CheckpointError(f"{storage.name} holds no good checkpoint: nothing was removed")
     for name in plan.kept:
@@ -171,8 +185,8 @@ def prune(arguments: argparse.Namespace, s3: S3Config) -> int:
     for name in plan.damaged:
         print(f"keep    {name}  (damaged: look at it with verify)")
     for name in plan.removed:
-        print(f"{'would remove' if arguments.dry_run else 'remove'}  {name}", flush=True)
-        if not arguments.dry_run:
+        print(f"{'would remove' if dry_run else 'remove'}  {name}", flush=True)
+        if not dry_run:
             find.remove(storage, name)
     if not plan.removed:
         print("nothing to remove")

@@ -25,7 +25,9 @@ def open_storage(where: str, s3: S3Config | None = None) -> Storage:
     path_text = where.removeprefix("local:")
     scheme = re.match(r"([A-Za-z0-9+]+)://|([A-Za-z0-9]{2,}):(?!/)", path_text)
     if not path_text or scheme:
-        raise ConfigError(f"checkpoint folder {without_password(where)!r}: expected `local:PATH`, a plain path, or {S3_SPELLING}")
+        raise ConfigError(
+            f"checkpoint folder {without_password(where)!r}: expected `local:PATH`, a plain path, or {S3_SPELLING}"
+        )
     return LocalStorage(Path(path_text))
 
 

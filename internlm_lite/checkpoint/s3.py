@@ -1,5 +1,5 @@
-"""Storage in a folder of an S3 bucket. An object appears when its upload is complete, whole; until then, or if the writer
-dies, there is none. What dead writers leave are parts of unfinished uploads: invisible, and removed by `sweep`.
+"""Storage in a folder of an S3 bucket. An object appears when its upload is complete, whole; until then, or if the
+writer dies, there is none. What dead writers leave are parts of unfinished uploads: invisible, and removed by `sweep`.
 """
 
 from __future__ import annotations
@@ -257,8 +257,8 @@ class S3Storage:
 
 def _steps(stream: Any, buffer: memoryview, deadline: float) -> Iterator[int]:
     """Fill the buffer; yields the bytes of each step. Raises OSError when the answer ends early or takes too long."""
-    # read1 gives what has come, so that time is looked at; `read`, all that old versions of urllib3 have, waits for more.
-    read = getattr(stream, "read1", stream.read)
+    # read1 gives what has come, so that time is looked at; `read`, all that an old urllib3 has, waits for the rest.
+    read = stream.read
     done = 0
     while done < len(buffer):
         if time.monotonic() > deadline:

@@ -1,7 +1,7 @@
 """Requests to S3 that fail: which are sent again, for how long, and what the user reads when that did not help.
 
-Servers go away for minutes and come back, so time is what ends the trying, not a count. No exception of boto3 leaves this
-file: their texts and arguments may hold what was signed.
+Servers go away for minutes and come back, so time is what ends the trying, not a count. No exception of boto3 leaves
+this file: their texts and arguments may hold what was signed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,14 @@ _LASTING_STATUS = (501, 505)
 # Refusals with a status of 4xx, or inside an answer of 200, that another attempt may well not meet.
 _PASSING_CODES = (
     *("RequestTimeout", "BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "OperationAborted"),
-    *("ConditionalRequestConflict", "InternalError", "SlowDown", "ServiceUnavailable", "Throttling", "RequestLimitExceeded"),
+    *(
+        "ConditionalRequestConflict",
+        "InternalError",
+        "SlowDown",
+        "ServiceUnavailable",
+        "Throttling",
+        "RequestLimitExceeded",
+    ),
 )
 _ABSENT = ("NoSuchKey", "404", "InvalidRange", "416")
 _KEYS = "check S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY_ID, or boto3's own AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"

@@ -1,6 +1,6 @@
 """Upload of a stream in parts, from memory: several parts at once, no more of them held than that, aborted on failure.
 
-    create -> part 1, part 2, ...    (parallel)    -> complete: only now there is an object
+create -> part 1, part 2, ...    (parallel)    -> complete: only now there is an object
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Target:
         )
 
     def put_parts(self, parts: Iterable[bytearray]) -> int:
-        """Write it part by part; returns its bytes. On any failure nothing of it stays, as far as the server is there."""
+        """Write it part by part; returns its bytes. On any failure nothing of it stays, if the server can be reached."""
         mark = uuid.uuid4().hex
         names = {"Bucket": self.bucket, "Key": self.place}
         made = self.calls.run(

@@ -1,7 +1,7 @@
 """How a config spells a folder on S3, read once for the checks and for the client.
 
-    boto3:s3://BUCKET.ENDPOINT/PREFIX    ENDPOINT is host[:port], BUCKET has no dot
-    s3://BUCKET/PREFIX                   AWS, or where boto3's own settings point (AWS_ENDPOINT_URL)
+boto3:s3://BUCKET.ENDPOINT/PREFIX    ENDPOINT is host[:port], BUCKET has no dot
+s3://BUCKET/PREFIX                   AWS, or where boto3's own settings point (AWS_ENDPOINT_URL)
 """
 
 from __future__ import annotations

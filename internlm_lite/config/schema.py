@@ -40,15 +40,15 @@ class S3Config(Section):
     addressing: Literal["auto", "path", "virtual"] = "auto"
     """Where the bucket's name stands: in the path, in the host name, or as boto3 decides."""
     checksums: Literal["md5", "crc32", "none"] = "md5"
-    """What guards uploads on their way. "md5": every server knows it. "crc32": boto3's newer way. "none": for servers that
-    refuse both. Checkpoints are compared with their own check sums in any case."""
+    """What guards uploads on their way. "md5": every server knows it. "crc32": boto3's newer way. "none": for servers
+    that refuse both. Checkpoints are compared with their own check sums in any case."""
     deadline_seconds: Annotated[float, Field(gt=0)] = 120.0
     """Seconds for which a request is repeated while the server is away or overloaded."""
 
 
 class CkptConfig(Section):
-    """Saving and loading of checkpoints. Folders are `local:PATH`, a plain path, `boto3:s3://bucket.ENDPOINT/prefix`, or
-    `s3://bucket/prefix`."""
+    """Saving and loading of checkpoints. Folders are `local:PATH`, a plain path, `boto3:s3://bucket.ENDPOINT/prefix`,
+    or `s3://bucket/prefix`."""
 
     enable_save_ckpt: bool = False
     """Write checkpoints."""

@@ -96,7 +96,19 @@ def all_gather(full: torch.Tensor, group: Group) -> Work:
         if full.device.type == "cuda":
             mine = parts[group.rank]
             return Work([dist.all_gather_into_tensor(full, mine, group=group.process_group, async_op=True)], group)
-    return _exchange(parts, group)
+    return _swap(parts, group) if group.size == 2 else _exchange(parts, group)
+
+
+def _swap(parts: torch.Tensor, group: Group) -> Work:
+    """`_exchange` between two ranks as one operation: half its time up to a few MB."""
+    rank, peer = group.rank, 1 - group.rank
+    counts = [0, 0]
+    counts[peer] = parts.shape[1]
+    with peer_errors(group):
+        handle = dist.all_to_all_single(
+            parts[peer], parts[rank], counts, counts, group=group.process_group, async_op=True
+        )
+    return Work([handle], group)
 
 
 def all_to_all(received: torch.Tensor, sent: torch.Tensor, group: Group) -> Work:

@@ -42,11 +42,9 @@ def build_stages(config: Config, mesh: Mesh, backend: AttentionBackend) -> Stage
 
 def layers_of_stages(config: Config) -> list[range]:
     """The layers of every stage of the pipeline, balanced by floating point operations."""
-    model, seq_len = config.model, config.data.seq_len
-    stages = config.parallel.pipeline.size * model.num_chunks
-    return split_layers(
-        model.num_layers, stages, block_flops(model, seq_len), embedding_flops(model), head_flops(model)
-    )
+    model, seq_len, size = config.model, config.data.seq_len, config.parallel.pipeline.size
+    homes = [home_of(stage, size, config.schedule) for stage in range(size * model.num_chunks)]
+    return split_layers(model.num_layers, homes, block_flops(model, seq_len), embedding_flops(model), head_flops(model))
 
 
 def units_of(stages: Stages) -> list[nn.Module]:

@@ -114,9 +114,9 @@ def test_bad_keys_are_refused(storage: S3Storage, bad: str) -> None:
 
 def test_absent_and_short_objects_are_the_objects_fault(storage: S3Storage) -> None:
     storage.put("x", [b"12345"])
-    with pytest.raises(UnreadableError, match="nothing: .*does not exist"):
+    with pytest.raises(UnreadableError, match=r"nothing: .*does not exist"):
         storage.read("nothing", 10)
-    with pytest.raises(UnreadableError, match="nothing: .*does not exist"):
+    with pytest.raises(UnreadableError, match=r"nothing: .*does not exist"):
         storage.read_into("nothing", 0, memoryview(bytearray(1)))
     with pytest.raises(UnreadableError, match="5 bytes, expected at most 4"):
         storage.read("x", 4)

@@ -1,4 +1,4 @@
-"""S3 that misbehaves: what passes is ridden out, what lasts is told in one line, nothing partial is left or believed."""
+"""S3 that misbehaves: what passes is ridden out, what lasts is told in one line, nothing partial is left."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_another_object_of_that_size_is_not_taken_for_ours(
     storage = _behind(s3_proxy, s3_folder, IMPATIENT)
     storage.put("data/big", [DATA[::-1]])
     s3_proxy.faults.append(Fault("503", REQUESTS["complete"], times=1000))
-    with pytest.raises(StorageError, match="cannot complete .*SlowDown"):
+    with pytest.raises(StorageError, match=r"cannot complete .*SlowDown"):
         storage.put("data/big", [DATA])
     assert storage.read("data/big", len(DATA)) == DATA[::-1] and _unfinished(s3_server, storage) == 0
 
@@ -163,6 +163,17 @@ def test_slow_answers_end_at_the_deadline(s3_folder: str, s3_proxy: FaultProxy) 
     assert time.monotonic() - begin < 10
 
 
+def test_a_slow_upload_is_only_slow(s3_folder: str, s3_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than the time to connect, which sending a whole body at once would be held to."""
+    monkeypatch.setattr(s3client, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(s3client, "READ_SECONDS", 20.0)
+    storage = _behind(s3_proxy, s3_folder)
+    s3_proxy.faults.append(Fault("slow-upload", "PUT "))
+    begin = time.monotonic()
+    assert storage.put("x", [DATA[:PART]]) == PART
+    assert time.monotonic() - begin > 1 and len(s3_proxy.seen) == 1
+
+
 def test_a_broken_read_goes_on_where_it_was(s3_folder: str, s3_proxy: FaultProxy) -> None:
     storage = _behind(s3_proxy, s3_folder)
     storage.put("data/big", [DATA])
@@ -206,7 +217,7 @@ def test_a_server_that_goes_away_and_comes_back(
 
 def test_a_wrong_secret_is_told_without_it(s3_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
-    with pytest.raises(StorageError, match="SignatureDoesNotMatch.*check S3_ACCESS_KEY_ID") as caught:
+    with pytest.raises(StorageError, match=r"SignatureDoesNotMatch.*check S3_ACCESS_KEY_ID") as caught:
         open_s3(s3_folder).put("x", [b"1"])
     assert "hunter2" not in str(caught.value) and ACCESS_KEY not in str(caught.value)
 

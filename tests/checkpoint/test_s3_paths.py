@@ -20,7 +20,14 @@ GOOD = [
     ("s3://my.bucket-1/run_1", S3Path("my.bucket-1", None, "run_1")),
 ]
 BAD = [
-    *("boto3:x", "boto3:s3://bucket/prefix", "boto3:s3://bucket.host", "boto3:s3://bucket.host/", "s3://bucket", "s3:x"),
+    *(
+        "boto3:x",
+        "boto3:s3://bucket/prefix",
+        "boto3:s3://bucket.host",
+        "boto3:s3://bucket.host/",
+        "s3://bucket",
+        "s3:x",
+    ),
     *("s3://bucket/../other", "s3://bucket/.hidden", "s3://bucket/a b", "s3://bucket/a?x=1", "boto3:s3://.host/a"),
     *("boto3:s3://me:hunter2@bucket.host/a", "s3://me:hunter2@bucket/a", "boto3:https://bucket.host/a", "s3://b/é"),
 ]
@@ -34,7 +41,7 @@ def test_good_paths(text: str, path: S3Path) -> None:
 
 @pytest.mark.parametrize("text", BAD)
 def test_bad_paths_are_refused_without_telling_passwords(text: str) -> None:
-    with pytest.raises(ConfigError, match="expected boto3:s3://BUCKET.ENDPOINT/PREFIX") as caught:
+    with pytest.raises(ConfigError, match=r"expected boto3:s3://BUCKET.ENDPOINT/PREFIX") as caught:
         open_storage(text)
     assert "hunter2" not in str(caught.value)
 
@@ -56,7 +63,12 @@ def test_without_boto3_the_install_command_is_given(monkeypatch: pytest.MonkeyPa
 
 
 def test_internlm_names_of_the_keys_win_as_a_pair() -> None:
-    environ = {"S3_ACCESS_KEY_ID": "a", "S3_SECRET_ACCESS_KEY_ID": "b", "AWS_ACCESS_KEY_ID": "x", "AWS_SESSION_TOKEN": "t"}
+    environ = {
+        "S3_ACCESS_KEY_ID": "a",
+        "S3_SECRET_ACCESS_KEY_ID": "b",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SESSION_TOKEN": "t",
+    }
     adopt_s3_keys(environ)
     assert (environ["AWS_ACCESS_KEY_ID"], environ["AWS_SECRET_ACCESS_KEY"]) == ("a", "b")
     assert "AWS_SESSION_TOKEN" not in environ

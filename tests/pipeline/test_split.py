@@ -15,11 +15,11 @@ from internlm_lite.pipeline.split import home_of, split_layers, stages_on
 LAYOUTS = [("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("zbv", 2)]
 
 
-def dearest(split: list[range], block: float, embedding: float, head: float) -> float:
+def busiest(split: list[range], homes: list[int], block: float, embedding: float, head: float) -> float:
     costs = [len(layers) * block for layers in split]
     costs[0] += embedding
     costs[-1] += head
-    return max(costs)
+    return max(sum(cost for cost, home in zip(costs, homes, strict=True) if home == rank) for rank in set(homes))
 
 
 def every_split(num_layers: int, stages: int) -> list[list[range]]:
@@ -29,28 +29,39 @@ def every_split(num_layers: int, stages: int) -> list[list[range]]:
 
 
 @given(
-    stages=st.integers(1, 6),
-    extra=st.integers(0, 6),
+    layout=st.sampled_from(LAYOUTS),
+    size=st.integers(1, 3),
+    extra=st.integers(0, 5),
     block=st.sampled_from([1.0, 2.5, 7.0]),
     embedding=st.sampled_from([0.0, 0.5, 3.0, 20.0]),
     head=st.sampled_from([0.0, 1.0, 4.5, 30.0]),
 )
-def test_no_split_is_better(stages: int, extra: int, block: float, embedding: float, head: float) -> None:
-    num_layers = stages + extra
-    split = split_layers(num_layers, stages, block, embedding, head)
+def test_no_split_is_better(
+    layout: tuple[str, int], size: int, extra: int, block: float, embedding: float, head: float
+) -> None:
+    schedule, chunks = layout
+    homes = [home_of(stage, size, schedule) for stage in range(size * chunks)]
+    num_layers = len(homes) + extra
+    split = split_layers(num_layers, homes, block, embedding, head)
     assert [layer for layers in split for layer in layers] == list(range(num_layers))
-    assert len(split) == stages and all(len(layers) > 0 for layers in split)
-    best = min(dearest(other, block, embedding, head) for other in every_split(num_layers, stages))
-    assert dearest(split, block, embedding, head) == pytest.approx(best)
+    assert len(split) == len(homes) and all(len(layers) > 0 for layers in split)
+    best = min(busiest(other, homes, block, embedding, head) for other in every_split(num_layers, len(homes)))
+    assert busiest(split, homes, block, embedding, head) == pytest.approx(best)
+
+
+def test_the_head_makes_up_for_layers_of_its_rank() -> None:
+    """Six layers in four stages on two ranks, the head as dear as one and a half layers."""
+    assert [len(layers) for layers in split_layers(6, [0, 1, 0, 1], 1.0, 0.0, 1.5)] == [2, 1, 2, 1]
+    assert [len(layers) for layers in split_layers(6, [0, 1, 1, 0], 1.0, 0.0, 1.5)] == [1, 2, 2, 1]
 
 
 def test_the_20b_model_over_four_stages() -> None:
     """60 layers. The head (5120 x 103168) costs about 1.5 layers, so the last stage has fewer of them."""
     model = ModelConfig(num_attention_heads=40, vocab_size=103168, hidden_size=5120, num_layers=60)
-    costs = block_flops(model, 2048), embedding_flops(model), head_flops(model)
-    split = split_layers(60, 4, *costs)
+    costs, homes = (block_flops(model, 2048), embedding_flops(model), head_flops(model)), [0, 1, 2, 3]
+    split = split_layers(60, homes, *costs)
     assert sum(map(len, split)) == 60
-    assert dearest(split, *costs) == min(dearest(other, *costs) for other in every_split(60, 4))
+    assert busiest(split, homes, *costs) == min(busiest(other, homes, *costs) for other in every_split(60, 4))
     assert len(split[-1]) < len(split[1]) <= 16
 
 

@@ -33,7 +33,9 @@ class Calls(TorchDispatchMode):
                 x for arg in args for x in (arg if isinstance(arg, list) else [arg]) if isinstance(x, torch.Tensor)
             ]
             group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
-            self.counted[self._axes[group.group_name], func._opname, tensors[-1].nbytes] += 1
+            counts = [arg for arg in args if isinstance(arg, list) and arg and isinstance(arg[0], int)]
+            call = "swap" if func._opname == "alltoall_base_" and counts else func._opname  # between two ranks
+            self.counted[self._axes[group.group_name], call, tensors[-1].nbytes] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -42,7 +44,9 @@ def expected(planned: Sequence[Message], sizes: dict[str, int]) -> Counter[Key]:
     calls: Counter[Key] = Counter()
     for message in planned:
         size = sizes[message.axis]
-        if message.kind == "all_gather":  # every rank sends its part to every other
+        if message.kind == "all_gather" and size == 2:
+            calls[message.axis, "swap", message.n_bytes // 2] += message.times
+        elif message.kind == "all_gather":  # every rank sends its part to every other
             calls[message.axis, "send", message.n_bytes // size] += message.times * (size - 1)
         else:
             name = {"all_reduce": "allreduce_", "send": "send"}.get(message.kind, "alltoall_base_")
@@ -55,6 +59,6 @@ def sent(calls: Counter[Key], sizes: dict[str, int]) -> dict[str, Fraction]:
     totals: dict[str, Fraction] = {}
     for (axis, call, n_bytes), times in calls.items():
         share = Fraction(sizes[axis] - 1, sizes[axis])
-        factor = {"allreduce_": 2 * share, "alltoall_base_": share, "send": Fraction(1)}[call]
+        factor = {"allreduce_": 2 * share, "alltoall_base_": share, "send": Fraction(1), "swap": Fraction(1)}[call]
         totals[axis] = totals.get(axis, Fraction(0)) + times * n_bytes * factor
     return totals

@@ -12,6 +12,7 @@ import torch
 
 from internlm_lite.checkpoint.find import committed
 from internlm_lite.checkpoint.format import Name
+from internlm_lite.checkpoint.lease import Lease
 from internlm_lite.checkpoint.local import LocalStorage
 from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.tensorfile import BLOCK_BYTES, parse_header
@@ -201,6 +202,27 @@ def test_prune_keeps_the_newest(folder, capsys):
     assert len(names(folder / "snapshot")) == 1, "a folder inside is another folder"
     assert run(capsys, "prune", folder, "--keep", 5) == (0, f"keep    {newest}\nkeep    {middle}\nnothing to remove\n")
     assert run(capsys, "verify", folder)[0] == 0
+
+
+def test_prune_refuses_while_a_run_uses_the_folder(folder, capsys):
+    run_of_another = Lease(LocalStorage(folder), lease_seconds=5, renew_seconds=0.05)
+    run_of_another.acquire()
+    # As if it were on another host: then only its beat tells that it lives.
+    run_of_another._document = lambda: b'{"owner": "x", "host": "node7", "pid": 12, "beat": %d}' % run_of_another._beat
+    run_of_another._owner = "x"
+    LocalStorage(folder).put("run.lock", [run_of_another._document()])
+    code, text = run(capsys, "prune", folder, "--keep", 1)
+    assert code == 6 and "in use by host node7, pid 12" in text and len(names(folder)) == 3
+    assert run(capsys, "prune", folder, "--keep", 1, "--dry-run")[0] == 0
+    run_of_another.release()
+    assert run(capsys, "prune", folder, "--keep", 1)[0] == 0 and len(names(folder)) == 1
+    assert not (folder / "run.lock").exists()
+
+
+def test_prune_of_the_outer_folder_only(folder, capsys):
+    shutil.rmtree(folder / "commits")
+    code, text = run(capsys, "prune", folder, "--keep", 1)
+    assert code == 2 and f"local:{folder} holds no checkpoint" in text
 
 
 @pytest.mark.parametrize("how", ["flip", "cut", "manifest"])

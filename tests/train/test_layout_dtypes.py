@@ -24,7 +24,7 @@ BF16_LIMIT_WHOLE = 1e-6
 """Without tensor parallelism nothing is rounded elsewhere: gradients of micro-batches and ranks are summed in fp32."""
 ADAM = {"lr": 1e-3, "adam_eps": 1e-4}
 """eps above the rounding noise of gradients: AdamW with a smaller one moves an element whose gradient is nothing but
-noise by a whole lr in a random direction, and curves part for no fault of the layout (fp32 by more than 1e-5 in five steps)."""
+noise by a whole lr in a random direction, and curves part for no fault of the layout (fp32 by more than 1e-5 here)."""
 
 LAYOUTS = [
     Layout(dp=2, bucket=1500),

@@ -31,7 +31,7 @@ class Fault:
 
     reset: broken before the server sees it       lost: broken after the server did its work
     hang: no answer       slow: `slow_bytes` a tenth of a second       truncate: half of the answer's body
-    cut-upload: broken in the middle of the request's body       slow-upload: taken at 3 MB/s
+    cut-upload: broken in the middle of the request's body       slow-upload: taken at 6 MB/s
     """
 
     kind: Kind
@@ -74,8 +74,8 @@ class FaultProxy:
     def _run(self) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             self._loop.run_until_complete(self._serve())
-        left = asyncio.all_tasks(self._loop)
-        self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        if left := asyncio.all_tasks(self._loop):
+            self._loop.run_until_complete(asyncio.wait(left))
         self._loop.close()
 
     async def _serve(self) -> None:
@@ -111,7 +111,7 @@ class FaultProxy:
             return await _answer_error(kind, writer)
         answer, server = await asyncio.open_connection("127.0.0.1", self.server_port)
         with contextlib.closing(server):  # a forgotten writer would close itself
-            await _forward(line, headers, reader, length, server, 0.02 if kind == "slow-upload" else 0.0)
+            await _forward(line, headers, reader, length, server, 0.01 if kind == "slow-upload" else 0.0)
             if kind == "lost":
                 await answer.read()
                 return _reset(writer)

@@ -93,6 +93,9 @@ class S3Server:
             self.process.kill()
             self.process.wait()
             self.process = None
+            for port in self._ports:  # sockets it makes in a fixed place
+                for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                    left.unlink(missing_ok=True)
 
     def client(self) -> Any:
         """A plain boto3 client beside ours."""

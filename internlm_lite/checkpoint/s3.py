@@ -258,7 +258,7 @@ class S3Storage:
 def _steps(stream: Any, buffer: memoryview, deadline: float) -> Iterator[int]:
     """Fill the buffer; yields the bytes of each step. Raises OSError when the answer ends early or takes too long."""
     # read1 gives what has come, so that time is looked at; `read`, all that an old urllib3 has, waits for the rest.
-    read = stream.read
+    read = getattr(stream, "read1", stream.read)
     done = 0
     while done < len(buffer):
         if time.monotonic() > deadline:

@@ -145,6 +145,8 @@ def diagnose(error: Exception) -> Trouble:
         return Trouble("no server answers there: is it up, is the endpoint right?", passing=True)
     if isinstance(error, boto.ReadTimeoutError | SilenceError | TimeoutError):
         return Trouble("the server fell silent, or is too slow", passing=True)
+    if "TimeoutError" in repr(getattr(error, "kwargs", {}).get("error")):  # while sending: wrapped twice
+        return Trouble("the server takes the bytes too slowly", passing=True)
     if isinstance(error, boto.IncompleteReadError | ResponseParserError):
         return Trouble("the answer was cut off", passing=True)
     if isinstance(error, boto.HTTPClientError | HTTPError | OSError):

@@ -33,10 +33,7 @@ _MARK = "written-by"
 
 
 class Body(io.RawIOBase):
-    """Bytes to send. As a file they go out in small pieces, each with a time-out of its own; and not past the deadline.
-
-    (Given as bytes, the whole body would have to leave within the connect time-out.)
-    """
+    """Bytes to send: a file, which boto3 takes without a copy and reads in small pieces, and not past the deadline."""
 
     def __init__(self, data: bytes | bytearray, deadline: float) -> None:
         self._data = memoryview(data)
@@ -103,7 +100,7 @@ class Target:
         )
 
     def put_parts(self, parts: Iterable[bytearray]) -> int:
-        """Write it part by part; returns its bytes. On any failure nothing of it stays, if the server can be reached."""
+        """Write it part by part; returns its bytes. After a failure nothing stays, if the server can be reached."""
         mark = uuid.uuid4().hex
         names = {"Bucket": self.bucket, "Key": self.place}
         made = self.calls.run(

@@ -22,12 +22,12 @@ from tests.s3server import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server
 
 DATA = random.Random(0).randbytes(2 * PART + 1000)
 QUICK = S3Config(insecure=True, deadline_seconds=30)
-IMPATIENT = S3Config(insecure=True, deadline_seconds=2)
+IMPATIENT = S3Config(insecure=True, deadline_seconds=4)
 
 
 @pytest.fixture(autouse=True)
 def short_silences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3client, "READ_SECONDS", 1.0)
+    monkeypatch.setattr(s3client, "READ_SECONDS", 2.0)
 
 
 def _behind(proxy: FaultProxy, folder: str, settings: S3Config = QUICK) -> S3Storage:
@@ -90,7 +90,7 @@ def test_a_lost_answer_to_complete_is_looked_up(
 def test_another_object_of_that_size_is_not_taken_for_ours(
     s3_server: S3Server, s3_folder: str, s3_proxy: FaultProxy
 ) -> None:
-    storage = _behind(s3_proxy, s3_folder, IMPATIENT)
+    storage = _behind(s3_proxy, s3_folder, S3Config(insecure=True, deadline_seconds=8))
     storage.put("data/big", [DATA[::-1]])
     s3_proxy.faults.append(Fault("503", REQUESTS["complete"], times=1000))
     with pytest.raises(StorageError, match=r"cannot complete .*SlowDown"):
@@ -123,9 +123,11 @@ def test_lasting_faults_end_at_the_deadline_and_leave_no_parts(
     storage = _behind(s3_proxy, s3_folder, IMPATIENT)
     s3_proxy.faults.append(Fault(kind, REQUESTS["part"], times=1000))
     begin = time.monotonic()
-    with pytest.raises(StorageError, match=r"cannot write part 2 of .*data/big: .*; tried \d+ times in \d s") as caught:
+    with pytest.raises(
+        StorageError, match=r"cannot write part 2 of .*data/big: .*; tried \d+ times in \d+ s"
+    ) as caught:
         storage.put("data/big", [DATA])
-    assert time.monotonic() - begin < 15
+    assert time.monotonic() - begin < 30
     assert caught.value.__cause__ is None and caught.value.__context__ is None, "boto3's exceptions stay inside"
     assert "trying again for up to" in caplog.text
     assert storage.size("data/big") is None and _unfinished(s3_server, storage) == 0
@@ -155,23 +157,27 @@ def test_refusals_are_not_repeated(s3_folder: str, s3_proxy: FaultProxy) -> None
 def test_slow_answers_end_at_the_deadline(s3_folder: str, s3_proxy: FaultProxy) -> None:
     """Each byte arrives in time, the object never would."""
     storage = _behind(s3_proxy, s3_folder, IMPATIENT)
-    storage.put("data/big", [bytes(100_000)])
+    _behind(s3_proxy, s3_folder).put("data/big", [bytes(100_000)])
     s3_proxy.faults.append(Fault("slow", REQUESTS["get"], times=1000, slow_bytes=10))
     begin = time.monotonic()
     with pytest.raises(StorageError, match="too slow"):
         storage.read_into("data/big", 0, memoryview(bytearray(100_000)))
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 20
 
 
-def test_a_slow_upload_is_only_slow(s3_folder: str, s3_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Longer than the time to connect, which sending a whole body at once would be held to."""
-    monkeypatch.setattr(s3client, "CONNECT_SECONDS", 0.5)
+def test_a_slow_upload_goes_on_until_the_deadline(
+    s3_folder: str, s3_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3client, "CONNECT_SECONDS", 0.5)  # must not bound the sending
     monkeypatch.setattr(s3client, "READ_SECONDS", 20.0)
-    storage = _behind(s3_proxy, s3_folder)
-    s3_proxy.faults.append(Fault("slow-upload", "PUT "))
-    begin = time.monotonic()
-    assert storage.put("x", [DATA[:PART]]) == PART
-    assert time.monotonic() - begin > 1 and len(s3_proxy.seen) == 1
+    s3_proxy.faults.append(Fault("slow-upload", "PUT ", times=1000))
+    patient, impatient = (
+        _behind(s3_proxy, s3_folder, S3Config(insecure=True, deadline_seconds=seconds)) for seconds in (30, 0.5)
+    )
+    patient._part_bytes = impatient._part_bytes = 4 * PART
+    assert patient.put("x", [bytes(4 * PART)]) == 4 * PART and len(s3_proxy.seen) == 1
+    with pytest.raises(StorageError, match="takes the bytes too slowly"):
+        impatient.put("y", [bytes(4 * PART)])
 
 
 def test_a_broken_read_goes_on_where_it_was(s3_folder: str, s3_proxy: FaultProxy) -> None:

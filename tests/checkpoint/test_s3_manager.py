@@ -17,8 +17,10 @@ import pytest
 import torch
 
 from internlm_lite.checkpoint import find
+from internlm_lite.checkpoint.lease import Lease
 from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.s3 import S3Storage
+from internlm_lite.checkpoint.saver import Saver
 from internlm_lite.config.s3path import parse_s3
 from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import CheckpointError, StorageError
@@ -39,7 +41,9 @@ def _manager(folder: str, settings: S3Config = INSECURE, **options: Any) -> Chec
 
 
 def _save(manager: CheckpointManager, step: int = 7, kind: Any = "snapshot", state: Any = STATE) -> str:
-    return manager.save(step, kind, pieces_of(0, fill=True), state, {"cpu": torch.get_rng_state()})
+    name = manager.save(step, kind, pieces_of(0, fill=True), state, {"cpu": torch.get_rng_state()})
+    assert name is not None
+    return name
 
 
 def _objects(server: S3Server, folder: str) -> list[str]:
@@ -76,9 +80,9 @@ def test_an_empty_folder_has_no_checkpoint(s3_server: S3Server, s3_folder: str) 
 
 
 def test_rotation_and_a_nested_snapshot_folder(s3_server: S3Server, s3_folder: str) -> None:
-    milestones, snapshots = _manager(s3_folder), _manager(f"{s3_folder}/snapshot")
-    milestones.number_with(snapshots)
-    snapshots.number_with(milestones)
+    saver = Saver(single_process_mesh(), {}, vote_timeout_seconds=60)
+    milestones, snapshots = (_manager(s3_folder + where, saver=saver) for where in ("", "/snapshot"))
+    milestones.resume_beside(snapshots)
     kept = [_save(milestones, 1, "milestone")]
     kept += [_save(snapshots, step, "snapshot") for step in (2, 3, 4, 5)][-2:]
     commits = [key for key in _objects(s3_server, s3_folder) if "commits/" in key]
@@ -168,7 +172,7 @@ def test_a_crash_at_any_change_leaves_the_old_or_the_new_checkpoint(s3_folder: s
         path = parse_s3(root)
         assert path is not None
         dying = _DyingStorage(path, INSECURE)
-        dying.left, manager.storage = after, dying
+        dying.left, manager._target.storage = after, dying
         died = False
         try:
             manager.save(3, "snapshot", pieces_of(0, fill=True), {"step": 3})
@@ -224,7 +228,7 @@ def test_a_failed_save_leaves_nothing_and_the_next_one_works(
     s3_server: S3Server, s3_folder: str, s3_proxy: FaultProxy, match: str
 ) -> None:
     folder = s3_folder.replace(s3_server.endpoint, s3_proxy.endpoint)
-    manager = _manager(folder, S3Config(insecure=True, deadline_seconds=2))
+    manager = _manager(folder, S3Config(insecure=True, deadline_seconds=4))
     first = _save(manager, 1)
     s3_proxy.faults.append(Fault("503", f"PUT .*{match}", times=1000))
     with pytest.raises(StorageError, match="SlowDown"):
@@ -234,6 +238,40 @@ def test_a_failed_save_leaves_nothing_and_the_next_one_works(
     third = _save(manager, 3)
     found = manager.latest()
     assert found is not None and found.name == third
+
+
+def test_a_background_save_fails_while_s3_is_away_and_the_next_one_works(
+    s3_server: S3Server, s3_folder: str, s3_proxy: FaultProxy
+) -> None:
+    folder = s3_folder.replace(s3_server.endpoint, s3_proxy.endpoint)
+    saver = Saver(single_process_mesh(), {}, vote_timeout_seconds=60)
+    manager = _manager(folder, S3Config(insecure=True, deadline_seconds=4), exclusive=True, saver=saver)
+    try:
+        s3_proxy.faults.append(Fault("reset", "PUT .*data", times=1000))
+        begin = time.monotonic()
+        assert manager.save(1, "snapshot", pieces_of(0, fill=True), {}, wait=False) is not None
+        assert time.monotonic() - begin < 1.5, "the main thread does not wait"
+        saved = saver.wait()
+        assert saved is not None and isinstance(saved.error, StorageError)
+        s3_proxy.faults.clear()
+        second = manager.save(2, "snapshot", pieces_of(0, fill=True), {}, wait=False)
+        saved = saver.wait()
+        assert saved is not None and saved.error is None and str(saved.name) == second
+    finally:
+        manager.release()
+    assert {key.split("/")[1].removesuffix(".json") for key in _objects(s3_server, s3_folder)} == {second}
+
+
+def test_two_runs_are_kept_out_of_one_folder(s3_folder: str) -> None:
+    storage = _manager(s3_folder).storage
+    first, second = (Lease(storage, lease_seconds=3, renew_seconds=0.2) for _ in range(2))
+    first.acquire()
+    with pytest.raises(StorageError, match=rf"is in use by host .*, pid {os.getpid()}"):
+        second.acquire()
+    first.release()
+    second.acquire()
+    second.release()
+    assert storage.list("") == []
 
 
 def test_a_folder_that_cannot_be_written_is_found_at_construction(s3_folder: str, monkeypatch: Any) -> None:
@@ -267,7 +305,7 @@ def _train(folder: Path, save: str, *more: str) -> subprocess.CompletedProcess[s
     environ |= {"AWS_EC2_METADATA_DISABLED": "true", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "train.py", "--config", "configs/tiny.py", "--device", "cpu", "--run-dir", str(folder)]
     command += ["ckpt.enable_save_ckpt=True", f"ckpt.save_ckpt_folder={save}", "ckpt.s3.insecure=True"]
-    command += ["ckpt.checkpoint_every=2", "TOTAL_STEPS=6", "ckpt.s3.deadline_seconds=2.0", *more]
+    command += ["ckpt.checkpoint_every=2", "TOTAL_STEPS=6", "ckpt.s3.deadline_seconds=4.0", *more]
     return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120)
 
 

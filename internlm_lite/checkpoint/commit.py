@@ -138,8 +138,12 @@ def await_votes(
     """
     deadline = time.monotonic() + timeout_seconds
     missing = list(range(world_size))
-    while missing := [rank for rank in missing if storage.size(name.vote(rank)) is None]:
-        _raise_refusals(storage, name, missing)
+    while True:
+        there = {entry.key for entry in storage.list(name.folder)}
+        missing = [rank for rank in missing if name.vote(rank) not in there]
+        if not missing:
+            return
+        _raise_refusals(storage, name, [rank for rank in missing if name.refusal(rank) in there])
         if abandoned.is_set():
             raise StorageError(f"checkpoint {name}: given up, because a rank could not write its part")
         if time.monotonic() >= deadline:
@@ -150,11 +154,10 @@ def await_votes(
         abandoned.wait(poll_seconds)
 
 
-def _raise_refusals(storage: Storage, name: Name, missing: Sequence[int]) -> None:
-    for rank in missing:
-        if storage.size(name.refusal(rank)) is not None:
-            reason = storage.read(name.refusal(rank), _REASON_BYTES).decode(errors="replace")
-            raise StorageError(f"checkpoint {name}: rank {rank} could not write its part: {reason}")
+def _raise_refusals(storage: Storage, name: Name, refused: Sequence[int]) -> None:
+    for rank in refused:
+        reason = storage.read(name.refusal(rank), _REASON_BYTES).decode(errors="replace")
+        raise StorageError(f"checkpoint {name}: rank {rank} could not write its part: {reason}")
 
 
 def commit_votes(storage: Storage, name: Name, world_size: int, facts: Facts) -> Manifest:

@@ -174,8 +174,7 @@ class Saver:
             )  # fmt: skip
 
     def _begin(self, target: Target, step: int) -> Name:
-        """On rank 0, while no rank writes: clear what failed saves left, and name this one."""
-        _clear_unfinished(target)
+        """On rank 0: name this one after all there are."""
         if self._last_serial is None:
             taken = [name.serial for known in self._targets for name in find.committed(known.storage)]
             self._last_serial = max(taken, default=0)
@@ -205,6 +204,8 @@ class Saver:
     ) -> Saved:
         """All that follows the copy, in the writer thread."""
         begin, rank = time.monotonic(), self._mesh.world.rank
+        if self._mesh.is_main:
+            _clear_unfinished(target)
         try:
             size = self._write_file(target, name, mine, private)
             if self._mesh.is_main:
@@ -246,6 +247,7 @@ class Saver:
 
 
 def _clear_unfinished(target: Target) -> None:
+    """Remove what failed saves left, while no rank writes to them any more."""
     with suppress(StorageError):
         while target.unfinished:
             find.remove(target.storage, target.unfinished[-1])

@@ -71,8 +71,8 @@ class CkptConfig(Section):
     oss_snapshot_freq: NonNegative | None = None
     """Steps between snapshots; 0 or None: none."""
     stop_file_path: str | None = None
-    """File with one integer N, read while training: N > 0: save after step N and stop; N < 0: save after step |N| and go
-    on; 0: nothing. It is set back to 0 when obeyed."""
+    """File with one integer N, read while training: N > 0: save after step N and stop; N < 0: save after step -N and
+    go on; 0: nothing. It is set back to 0 when obeyed."""
     allow_changed_data: bool = False
     """(new) Resume although the training data are not those the checkpoint was written with."""
     auto_resume: bool = True

@@ -82,7 +82,7 @@ def test_a_save_while_one_is_written_is_skipped_and_counted(tmp_path: Path, capl
 
 
 def test_one_that_must_wait_first_lets_the_other_end(tmp_path: Path) -> None:
-    manager, saver, gate = gated(tmp_path, single_process_mesh())
+    manager, _, gate = gated(tmp_path, single_process_mesh())
     manager.save(1, "snapshot", pieces_of(0, fill=True), {}, wait=False)
     threading.Timer(0.2, gate.open.set).start()
     manager.save(2, "final", pieces_of(0, fill=True), {})

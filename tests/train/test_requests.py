@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from internlm_lite.faults.signals import StopSignals
-from internlm_lite.train.requests import Order, Requests
 from internlm_lite.monitor.jsonl import read_metrics
+from internlm_lite.train.requests import Order, Requests
 from tests.cli import ROOT, ended, start
 
 

@@ -42,7 +42,7 @@ def _world(config: Config, world: int) -> Iterator[Problem]:
             (_TENSOR, _STAGES),
             f"one copy of the model takes {parallel.tensor} * {_STAGES} {parallel.pipeline.size} = {ranks} processes; "
             f"found {world} process{'es' if world > 1 else ''}, expected a multiple of {ranks}; "
-            "start more (srun -n, torchrun --nproc_per_node), or change the layout",
+            "start more (srun -n, torchrun --nproc_per_node, --world-size of a dry run), or change the layout",
         )
     elif parallel.zero1 > 1 and (world // ranks) % parallel.zero1:
         yield Problem(

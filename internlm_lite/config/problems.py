@@ -24,10 +24,11 @@ class Problem:
     text: str
 
     def line(self, origins: Mapping[str, str], file: str) -> str:
-        """The line, led by the first place where one of its keys was written (`file` when none was)."""
+        """The line, led by the place where one of its keys was written, the command line before others (`file`: none)."""
         places = [origins.get(key, "default") for key in self.keys]
         places += [origins.get(key.rpartition(".")[0], "default") for key in self.keys]
-        where = next((place for place in places if not place.startswith("default")), file)
+        written = [place for place in places if not place.startswith("default")]
+        where = next((place for place in written if place.startswith("command line")), (*written, file)[0])
         return f"{where}: {self.keys[0]}: {self.text}"
 
 

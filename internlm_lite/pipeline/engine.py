@@ -9,7 +9,7 @@ beside the hidden state; a `Task` looks the rest up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -99,25 +99,42 @@ class Pipeline:
             schedule.step(target=numbers, return_outputs=False, micro=numbers)
 
     def evaluate(self, task: Task, micro_num: int) -> None:
-        """Stage by stage, all micro-batches of each (torch's eval() does not run schedules in the shape of a V)."""
-        passed: dict[int, torch.Tensor] = {}  # outputs of the stage before that stay on this rank
+        """Stage by stage, all micro-batches of each (torch's eval() does not run schedules in the shape of a V).
+
+        What goes to a lower rank is sent once the stage is done, and received as a whole: NCCL takes the messages of a
+        group in order, and in a ring two ranks would each wait for the other one to receive.
+        """
+        outputs: list[torch.Tensor] = []
         sent: list[tuple[comm.Work, torch.Tensor]] = []
         for stage in self._modules:
+            inputs, outputs = self._inputs(stage, outputs, micro_num), []
+            last = stage == self._num_stages - 1
             for micro in range(micro_num):
-                hidden = passed.pop(micro) if stage - 1 in self._modules else self._received(stage)
-                hidden = task.forward(stage, micro, hidden)
-                if stage == self._num_stages - 1:
+                hidden = task.forward(stage, micro, next(inputs))
+                if last:
                     task.loss(micro, hidden)
-                elif stage + 1 in self._modules:
-                    passed[micro] = hidden
+                elif stage + 1 in self._modules or self._home(stage + 1) < self._pp.rank:
+                    outputs.append(hidden)
                 else:
                     sent.append((comm.send(hidden, self._pp, self._home(stage + 1)), hidden))
+            if not last and self._home(stage + 1) < self._pp.rank:
+                sent += [(comm.send(hidden, self._pp, self._home(stage + 1)), hidden) for hidden in outputs]
         for handed, _buffer in sent:
             handed.wait()
 
-    def _received(self, stage: int) -> torch.Tensor | None:
+    def _inputs(self, stage: int, outputs: list[torch.Tensor], micro_num: int) -> Iterator[torch.Tensor | None]:
+        """Of `stage`, micro-batch by micro-batch; `outputs`: of this rank's stage before it."""
         if stage == 0:
-            return None
+            yield from [None] * micro_num
+        elif stage - 1 in self._modules:
+            yield from outputs
+        elif self._home(stage - 1) > self._pp.rank:
+            yield from [self._received(stage) for _ in range(micro_num)]
+        else:
+            for _ in range(micro_num):
+                yield self._received(stage)
+
+    def _received(self, stage: int) -> torch.Tensor:
         shape = self._shape
         hidden = torch.empty(shape.rows, shape.hidden_size, dtype=shape.dtype, device=shape.device)
         comm.receive(hidden, self._pp, self._home(stage - 1)).wait()

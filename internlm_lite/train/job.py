@@ -97,7 +97,8 @@ def _run(loaded: LoadedConfig, place: Place, options: Options) -> int:
         run.reporter.close()
     if place.is_main:
         _say_goodbye(run, ended, folder)
-    return STOPPED if ended.stopped_by else 0
+    # A torchrun agent would take any other code for a failure, and start the ranks again.
+    return STOPPED if ended.stopped_by and not place.agent_store else 0
 
 
 def _say_goodbye(run: Run, ended: Ended, folder: Path) -> None:

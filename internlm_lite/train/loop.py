@@ -66,5 +66,6 @@ def train(run: Run) -> Ended:
                     run.saving.save(state, kind, must=order.stop or kind == "final")
             run.saving.check()
     run.optimizer.wait_weights()
-    run.reporter.event("stopped" if order.stop else "done", step=state.step, why=order.why)
-    return Ended(state, order.why if order.stop else "")
+    stopped_by = order.why if order.stop and state.step < data.total_steps else ""
+    run.reporter.event("stopped" if stopped_by else "done", step=state.step, why=stopped_by)
+    return Ended(state, stopped_by)

@@ -24,7 +24,7 @@ class Problem:
     text: str
 
     def line(self, origins: Mapping[str, str], file: str) -> str:
-        """The line, led by the place where one of its keys was written, the command line before others (`file`: none)."""
+        """The line, led by where one of its keys was written, the command line before others (`file` when none was)."""
         places = [origins.get(key, "default") for key in self.keys]
         places += [origins.get(key.rpartition(".")[0], "default") for key in self.keys]
         written = [place for place in places if not place.startswith("default")]

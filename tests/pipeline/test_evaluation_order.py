@@ -1,4 +1,4 @@
-"""Evaluation where messages of a group are taken in order, as NCCL does: no two ranks wait for each other to receive."""
+"""Evaluation where a group takes its messages in order, as NCCL does: no two ranks wait for each other to receive."""
 
 from __future__ import annotations
 

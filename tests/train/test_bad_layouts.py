@@ -77,7 +77,8 @@ WRONG = {
         "",
         "tensor=2, pipeline=2",
         "parallel.tensor: one copy of the model takes 2 * parallel.pipeline.size 2 = 4 processes; found 6 processes, "
-        "expected a multiple of 4; start more (srun -n, torchrun --nproc_per_node, --world-size of a dry run), or change the layout",
+        "expected a multiple of 4; start more (srun -n, torchrun --nproc_per_node, --world-size of a dry run), "
+        "or change the layout",
     ),
 }
 

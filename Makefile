@@ -1,6 +1,7 @@
 # make demo   train a small decoder on this machine's own text, from nothing, in a few minutes
 # make test   the whole test suite
-# Both build .venv first. Another torch: make demo TORCH=torch==2.12.0. Another Python: make demo PYTHON=python3.12.
+# make faults every fault injected into checkpoints: kills, damage, storage trouble (minutes; make test takes a sample)
+# All build .venv first. Another torch: make demo TORCH=torch==2.12.0. Another Python: make demo PYTHON=python3.12.
 
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
@@ -27,11 +28,11 @@ except ImportError as error:
 endef
 export CHECK_PYTHON
 
-.PHONY: help venv demo test lint types clean
+.PHONY: help venv demo test faults lint types clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 
 venv: $(READY)
 
@@ -54,6 +55,9 @@ demo: venv
 
 test: venv
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+faults: venv
+	FAULTS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/faults tests/checkpoint/test_damage.py $(PYTEST_ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

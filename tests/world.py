@@ -2,7 +2,7 @@
 
     results = run_world(fn, 4, args)      # fn(mesh, *args) on each rank, fn at module level of a test file
 
-Ranks come from one fork server that has imported torch already, so a fresh world costs about half a second. A rank
+Ranks come from one fork server that has imported everything already, so a fresh world costs about half a second. A rank
 that raises fails the test with its traceback; a world that hangs is killed after `timeout_seconds`.
 """
 
@@ -27,7 +27,7 @@ TIMEOUT = timedelta(seconds=60)
 """For process groups that a test builds itself."""
 
 fork_context = multiprocessing.get_context("forkserver")
-fork_context.set_forkserver_preload(["torch", "torch.distributed", "torch.nn", "numpy", "pydantic"])
+fork_context.set_forkserver_preload(["torch", "torch.distributed", "internlm_lite.train.job"])
 
 
 def _rank_main(pipe: Any, fn: Callable[..., Any], rank: int, size: int, layout: dict[str, int], file: str, args: tuple):

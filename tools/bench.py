@@ -3,6 +3,7 @@
 
 python tools/bench.py [--only step|ranks|loader] [--json] [--rounds N]
 python tools/bench.py --layouts [--json] [--rounds N]       data, tensor, pipeline parallel, ZeRO, and models on one GPU
+python tools/bench.py --checkpoint [--json] [--rounds N]    280 MB saved and loaded: stall, writer, load, cost
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from internlm_lite.bench.checkpoint import bench_saves, bench_writer
 from internlm_lite.bench.layouts import bench_layouts
 from internlm_lite.bench.loader import bench_loader
 from internlm_lite.bench.ranks import bench_ranks
@@ -32,6 +34,8 @@ from internlm_lite.runtime.device import device_name
 CORPORA = ((100, 50_000_000), (800, 1_000_000_000))
 """(mean document length, tokens): the second writes 2 GB to the temporary folder."""
 CPU_SHAPE = {"hidden": 384, "layers": 6, "heads": 6, "vocab": 8192, "seq_len": 512, "micro_bsz": 2, "micro_num": 2}
+SAVED_SHAPE = {**CPU_SHAPE, "layers": 8, "vocab": 12032, "micro_num": 1, "dtype": "torch.float32"}
+"""Weights and moments of 281 MB, trained on 1024 tokens a step and rank."""
 GPU_SHAPE = {"hidden": 2048, "layers": 16, "heads": 16, "vocab": 32768, "seq_len": 2048, "micro_bsz": 4, "micro_num": 2}
 
 
@@ -82,6 +86,20 @@ def run_layouts(rounds: int) -> dict[str, Any]:
     return results
 
 
+def run_checkpoint(rounds: int) -> dict[str, Any]:
+    """The same for checkpoints, in the temporary folder (TMPDIR) and, for the writer, in memory too."""
+    results: dict[str, Any] = {"machine": machine(), "shape": SAVED_SHAPE}
+    with tempfile.TemporaryDirectory() as folder:
+        folders = [Path(folder, "writer")]
+        if (memory := Path("/dev/shm")).is_dir():
+            folders.append(memory / Path(folder).name)
+        results["writer"] = [asdict(bench_writer(place, 280, rounds)) for place in folders]
+        results["saves"] = [
+            asdict(row) for size in (1, 2) for row in bench_saves(size, rounds, Path(folder), **SAVED_SHAPE)
+        ]
+    return results
+
+
 def show(results: dict[str, Any]) -> None:
     """The results as tables: lists as rows, single results as two columns."""
     console = Console()
@@ -108,10 +126,16 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--only", choices=["step", "ranks", "loader"], help="one benchmark instead of all")
     which.add_argument("--layouts", action="store_true", help="the layouts instead")
+    which.add_argument("--checkpoint", action="store_true", help="saving and loading instead")
     parser.add_argument("--rounds", type=int, default=9, help="alternating measurements per side (default 9)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     args = parser.parse_args()
-    results = run_layouts(args.rounds) if args.layouts else run(args.only, args.rounds)
+    if args.layouts:
+        results = run_layouts(args.rounds)
+    elif args.checkpoint:
+        results = run_checkpoint(args.rounds)
+    else:
+        results = run(args.only, args.rounds)
     if args.json:
         print(json.dumps(results, indent=2))
     else:

@@ -27,6 +27,11 @@ from internlm_lite.train.stopwatch import Stopwatch
 
 def our_side(config: Config, mesh: Mesh, seed: int) -> Side:
     """One call is one full optimizer step of ours, metrics included, on a fixed random batch."""
+    return our_training(config, mesh, seed)[0]
+
+
+def our_training(config: Config, mesh: Mesh, seed: int) -> tuple[Side, HybridZeroOptimizer]:
+    """`our_side`, and what it trains."""
     dtype = torch_dtype(config.model.dtype)
     backend = choose_backend(config.model.use_flash_attn, dtype, mesh.device, config.model.head_dim)
     stages = build_stages(config, mesh, backend)
@@ -36,7 +41,8 @@ def our_side(config: Config, mesh: Mesh, seed: int) -> Side:
     metrics = FolderMetrics(("bench",), mesh)
     batch = random_batch(config, seed + mesh.dp.rank, mesh.device)
     watch = Stopwatch(mesh.device)
-    return Side(lambda: train_step(stages, engine, optimizer, batch, 0, mesh, metrics, watch), optimizer.wait_weights)
+    side = Side(lambda: train_step(stages, engine, optimizer, batch, 0, mesh, metrics, watch), optimizer.wait_weights)
+    return side, optimizer
 
 
 def bare_side(config: Config, mesh: Mesh, seed: int) -> Side:

@@ -48,9 +48,16 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises StorageError when another run has taken over, for instance after this one was suspended."""
+        """Raises StorageError when another run has taken over, for instance after this one was suspended, or when the
+        lock is gone, for instance with the storage.
+        """
         found = holder(self._storage)
-        if found is None or found.get("owner") != self._owner:
+        if found is None:
+            raise StorageError(
+                f"{self._storage.name}: this run's lock {KEY} is gone or cannot be read: was the folder removed, or "
+                "its file system unmounted? This run does not write there until it is back"
+            )
+        if found.get("owner") != self._owner:
             raise StorageError(_taken(self._storage, found) + "; this run does not write there any more")
 
     def release(self) -> None:

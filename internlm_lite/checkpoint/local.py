@@ -12,12 +12,13 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from internlm_lite.checkpoint.storage import Bytes, Entry, UnreadableError, check_key
 from internlm_lite.errors import StorageError
 
 _TEMPORARY = ".tmp-"
+_PROBE = "probe-"
 _HINTS = {
     errno.ENOSPC: "the disk is full: free space or choose another folder",
     errno.EDQUOT: "the quota is used up: free space or choose another folder",
@@ -42,8 +43,8 @@ class LocalStorage:
     def put(self, key: str, chunks: Iterable[Bytes]) -> int:
         with self._errors("write", key):
             path = self._writable(key)
-            temporary, written = _write_temporary(path, chunks)
-            os.rename(temporary, path)
+            with _temporary(path, chunks) as (temporary, written):
+                os.rename(temporary, path)
             _flush_folder(path.parent)
             return written
 
@@ -52,17 +53,15 @@ class LocalStorage:
             path = self._writable(key)
             if path.exists():
                 return False
-            temporary, _ = _write_temporary(path, [data])
-            try:
-                os.link(temporary, path)  # unlike rename, it never replaces
-                os.unlink(temporary)
-            except FileExistsError:
-                os.unlink(temporary)
-                return False
-            except OSError as error:
-                if error.errno not in _NOT_SUPPORTED:
-                    raise
-                os.rename(temporary, path)
+            with _temporary(path, [data]) as (temporary, _):
+                try:
+                    os.link(temporary, path)  # unlike rename, it never replaces
+                except FileExistsError:
+                    return False
+                except OSError as error:
+                    if error.errno not in _NOT_SUPPORTED:
+                        raise
+                    os.rename(temporary, path)
             _flush_folder(path.parent)
             return True
 
@@ -88,9 +87,9 @@ class LocalStorage:
             return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def list(self, folder: str) -> list[Entry]:
-        top = self._path(folder) if folder else self.root
         entries = []
         with self._errors("list", folder):
+            top = self._path(folder) if folder else self.root
             for parent, names in _walk(top):
                 for name in names:
                     key = (parent / name).relative_to(self.root).as_posix()
@@ -120,10 +119,11 @@ class LocalStorage:
             for parent, names in _walk(self.root):
                 left = [parent / name for name in names if name.startswith(_TEMPORARY)]
                 with suppress(FileNotFoundError):
+                    unused = parent.stat().st_mtime < limit  # before anything is removed, which changes it
                     for path in left:
                         if path.lstat().st_mtime < limit:
                             path.unlink()
-                    if parent.parent.parent == self.root and parent.stat().st_mtime < limit:
+                    if unused and _is_group(parent.relative_to(self.root)):
                         _remove_if_empty(parent)
 
     def _path(self, key: str) -> Path:
@@ -173,8 +173,9 @@ class LocalStorage:
             raise kind(f"cannot {verb} {where}: {error.strerror} ({hint})") from error
 
 
-def _write_temporary(path: Path, chunks: Iterable[Bytes]) -> tuple[Path, int]:
-    """Write and flush a temporary file beside `path`; it is gone again if that fails."""
+@contextmanager
+def _temporary(path: Path, chunks: Iterable[Bytes]) -> Iterator[tuple[Path, int]]:
+    """(file beside `path` with the chunks, flushed; its bytes). At the end it is gone, whatever happened to it."""
     temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:12]}")
     written = 0
     try:
@@ -186,11 +187,10 @@ def _write_temporary(path: Path, chunks: Iterable[Bytes]) -> tuple[Path, int]:
                     rest = rest[count:]
                     written += count
             os.fsync(file.fileno())
-    except BaseException:
+        yield temporary, written
+    finally:
         with suppress(OSError):
             temporary.unlink()
-        raise
-    return temporary, written
 
 
 def _make_folder(path: Path) -> None:
@@ -204,6 +204,11 @@ def _make_folder(path: Path) -> None:
     if not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     _flush_folder(path.parent)
+
+
+def _is_group(path: PurePath) -> bool:
+    """Whether a folder below the root is one object's own, as `data/NAME` and `probe-WORD` are: useless when empty."""
+    return len(path.parts) == 2 or (len(path.parts) == 1 and path.name.startswith(_PROBE))
 
 
 def _remove_if_empty(path: Path) -> None:

@@ -77,6 +77,7 @@ class Saver:
         self._last_serial: int | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[Saved] | None = None
+        self._untold: list[Saved] = []
         self._failure: InternLMError | None = None
         self._written = threading.Event()
         self._abandoned = threading.Event()
@@ -114,8 +115,8 @@ class Saver:
         """
         private = {key: tensor.clone() for key, tensor in rank_state.items()}
         held = on_all(self._mesh, lambda: _check_input(step, pieces, state, private))
-        if wait:
-            self.wait()
+        if wait and self._running is not None:
+            self._running.exception()
         if self._agree(held):
             self._skip(target, step)
             return None
@@ -127,24 +128,28 @@ class Saver:
         self._written.clear()
         self._abandoned.clear()
         mine = list(zip(self._shares, copies, strict=True))
+        self._keep_ended()
         self._running = self._thread.submit(self._write, target, name, facts, mine, private)
         if wait:
             self._finish_now(target)
         return name
 
     def finished(self) -> Saved | None:
-        """How the last save in the background ended, told once; None while it runs. Not collective."""
-        if self._running is None or not self._running.done():
-            return None
-        done, self._running = self._running.result(), None
-        return done
+        """How a save in the background ended, each told once, oldest first; else None. Not collective."""
+        self._keep_ended()
+        return self._untold.pop(0) if self._untold else None
 
     def wait(self) -> Saved | None:
-        """Until this rank's save in the background has ended; how, if that was not told yet. Not collective."""
-        if self._running is None:
-            return None
-        self._running.exception()
+        """`finished`, after this rank's save in the background has ended. Not collective."""
+        if self._running is not None:
+            self._running.exception()
         return self.finished()
+
+    def _keep_ended(self) -> None:
+        """What has ended is told later, whatever begins meanwhile."""
+        if self._running is not None and self._running.done():
+            ended, self._running = self._running, None
+            self._untold.append(ended.result())
 
     def close(self, wait: bool) -> None:
         """End the thread, once it is idle or, without `wait`, as soon as it can. Not collective."""
@@ -176,6 +181,8 @@ class Saver:
     def _begin(self, target: Target, step: int) -> Name:
         """On rank 0: name this one after all there are."""
         if self._last_serial is None:
+            for lease in (known.lease for known in self._targets if known.lease is not None):
+                lease.check()  # storage that is away looks empty, and names would begin anew
             taken = [name.serial for known in self._targets for name in find.committed(known.storage)]
             self._last_serial = max(taken, default=0)
         self._last_serial += 1
@@ -186,13 +193,18 @@ class Saver:
         self._written.wait()
         try:
             on_all(self._mesh, lambda: _raise(self._failure))
-            saved = self.wait()
+            saved = self._end()
             on_main(self._mesh, lambda: _raise(None if saved is None else saved.error))
         except InternLMError:
             self._abandoned.set()
-            self.wait()
+            self._end()
             on_main(self._mesh, lambda: _clear_unfinished(target))  # no rank writes any more
             raise
+
+    def _end(self) -> Saved | None:
+        """Wait for the save under way, which is not told by `finished` then; None if there is none."""
+        running, self._running = self._running, None
+        return None if running is None else running.result()
 
     def _write(
         self,

@@ -1,15 +1,15 @@
 """Host memory that a save copies into before a thread writes it out: the copy is all that training waits for.
 
 One buffer for all tensors of a save, made once and touched, so that later copies meet no page fault. On a GPU it is
-page-locked. With a folder (`ckpt.async_upload_tmp_folder`, such as /dev/shm) it is a file there, mapped and unlinked at
-once: nothing is left behind, however the process ends.
+page-locked. With a folder (`ckpt.async_upload_tmp_folder`, such as /dev/shm) it is a file there without a name:
+nothing is left behind, however the process ends.
 """
 
 from __future__ import annotations
 
 import logging
+import mmap
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,12 +61,11 @@ class Staging:
 
 
 def _mapped(folder: Path, size: int) -> torch.Tensor:
-    """[size] uint8 in an unlinked file of `folder`. Raises OSError when it does not fit."""
+    """[size] uint8 in a file of `folder` that never has a name. Raises OSError when it does not fit."""
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=folder)
+    descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         os.posix_fallocate(descriptor, 0, size)  # a full memory file system says so here, not by a signal later
-        return torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
+        return torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
     finally:
         os.close(descriptor)
-        os.unlink(name)

@@ -4,6 +4,7 @@
 
 Check sums are taken while the bytes stream out: crc32 of the header, crc32 of every BLOCK_BYTES of every tensor (so
 that a partial read can still check all it uses), sha256 of the whole file. (https://github.com/huggingface/safetensors)
+sha256 is the slowest of all that happens to a byte, so it has a thread of its own, one block behind.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -69,17 +71,21 @@ class TensorFile:
 
     def __iter__(self) -> Iterator[bytes | memoryview]:
         self.digest = None
-        sha = hashlib.sha256(self._header)
+        sha = hashlib.sha256()
         yield self._header
         size, blocks = len(self._header), {}
-        for key, tensor in self._tensors.items():
-            checks = []
-            for block in self.blocks_of(key, tensor):
-                checks.append(zlib.crc32(block))
-                sha.update(block)
-                yield block
-                size += len(block)
-            blocks[key] = tuple(checks)
+        with ThreadPoolExecutor(1, thread_name_prefix="sha256") as hasher:
+            hashed: Future[None] = hasher.submit(sha.update, self._header)
+            for key, tensor in self._tensors.items():
+                checks = []
+                for block in self.blocks_of(key, tensor):
+                    hashed.result()
+                    hashed = hasher.submit(sha.update, block)
+                    checks.append(zlib.crc32(block))
+                    yield block
+                    size += len(block)
+                blocks[key] = tuple(checks)
+            hashed.result()
         self.digest = Digest(size, sha.hexdigest(), len(self._header), zlib.crc32(self._header), blocks)
 
     def blocks_of(self, key: str, tensor: torch.Tensor) -> Iterator[bytes | memoryview]:

@@ -2,6 +2,8 @@
 
 overflow:                      counter += 1; counter >= hysteresis -> scale *= backoff   (not below min_scale)
 growth_interval good in a row: counter  = 0; scale *= growth                             (not above max_scale)
+
+A resumed fp16 run keeps the scale of its checkpoint; one that goes on from another dtype begins with initial_scale.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ class LossScaler:
         self.scale.copy_(torch.where(backs_off, smaller, torch.where(grows, larger, self.scale)))
 
     def state_dict(self) -> dict[str, float | int]:
-        """JSON-able; reads the device."""
+        """JSON-able; reads the device. Empty where nothing is scaled."""
+        if self.config is None:
+            return {}
         return {
             "scale": self.scale.item(),
             "good_in_a_row": int(self._good_in_a_row.item()),
@@ -47,6 +51,8 @@ class LossScaler:
         }
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
+        if self.config is None or not state:
+            return
         self.scale.fill_(state["scale"])
         self._good_in_a_row.fill_(state["good_in_a_row"])
         self._overflows.fill_(state["overflows"])

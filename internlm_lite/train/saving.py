@@ -87,7 +87,7 @@ class Saving:
         pieces, random = list(self._optimizer.pieces()), random_states(self._mesh.device)
         wait = must or not self._ckpt.async_upload
         if wait:
-            self._tell(self._saver.wait())
+            self._tell_all()
         try:
             name = manager.save(state.step, kind, pieces, stored, random, wait=wait)
         except StorageError as error:
@@ -99,12 +99,16 @@ class Saving:
         self._reporter.event("checkpoint", step=state.step, saved=kind, name=name, waited=wait, stall_seconds=stall)
 
     def check(self) -> None:
-        """Tell how a save in the background has ended, if it has. Not collective, and quick."""
-        self._tell(self._saver.finished())
+        """Tell how saves in the background have ended that have. Not collective, and quick."""
+        while saved := self._saver.finished():
+            self._tell(saved)
 
-    def _tell(self, saved: Saved | None) -> None:
-        if saved is None:
-            return
+    def _tell_all(self) -> None:
+        """The same, once the save under way has ended."""
+        while saved := self._saver.wait():
+            self._tell(saved)
+
+    def _tell(self, saved: Saved) -> None:
         if saved.error is None:
             self._reporter.event("checkpoint_done", name=str(saved.name), saved=saved.kind)
         else:
@@ -118,7 +122,7 @@ class Saving:
     def close(self, wait: bool) -> None:
         """End with a save under way, or without waiting for it, and give the folders free. Not collective."""
         if wait:
-            self._tell(self._saver.wait())
+            self._tell_all()
         self._saver.close(wait)
         for manager in (self._milestones, self._snapshots):
             if manager is not None:

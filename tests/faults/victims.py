@@ -1,0 +1,155 @@
+"""Processes that save and may be killed at any moment: what lies in the folder before, what they do, and which of their
+threads is watched from which moment on.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from internlm_lite.checkpoint import commit, find
+from internlm_lite.checkpoint.local import LocalStorage
+from internlm_lite.checkpoint.manager import CheckpointManager
+from internlm_lite.checkpoint.saver import Saver
+from internlm_lite.checkpoint.share import describe, share_out
+from internlm_lite.mesh.mesh import single_process_mesh
+from tests.faults.states import age, random_at, save_at, state_at
+
+Ready = Callable[[int], None]
+"""Called with the id of the thread to watch, when the watch begins."""
+OLD, NEW = 3, 4
+"""Step of the newest checkpoint before, and of the one that is being saved."""
+
+
+def _open(folder: Path, exclusive: bool = False) -> tuple[CheckpointManager, Saver]:
+    mesh = single_process_mesh()
+    saver = Saver(mesh, {}, vote_timeout_seconds=20, staging_folder=folder.parent / "staging")
+    return CheckpointManager(str(folder), mesh, saver=saver, exclusive=exclusive), saver
+
+
+def _writer(saver: Saver) -> int:
+    """Id of the thread that writes."""
+    return saver._thread.submit(threading.get_native_id).result()
+
+
+def _end(saver: Saver) -> None:
+    saved = saver.wait()
+    assert saved is not None and saved.error is None, saved
+
+
+def one_checkpoint(folder: Path) -> None:
+    manager, saver = _open(folder)
+    save_at(manager, OLD, "milestone")
+    saver.close(wait=True)
+
+
+def several_and_leftovers(folder: Path) -> None:
+    """Snapshots of which one must go, a milestone, and what a killed save left hours ago."""
+    manager, saver = _open(folder)
+    for step, kind in ((0, "milestone"), (1, "snapshot"), (2, "snapshot"), (OLD, "snapshot")):
+        save_at(manager, step, kind)
+    saver.close(wait=True)
+    for left in ("data/0000000009-00009.abcdef/rank-00000.safetensors", "data/.tmp-123", "probe-ab/rank-00000"):
+        (folder / left).parent.mkdir(exist_ok=True)
+        (folder / left).write_bytes(b"left")
+    age(folder)
+
+
+def two_ranks_files(folder: Path) -> None:
+    """The newest was saved by two ranks."""
+    _save_of_two(folder, OLD)
+
+
+def background(folder: Path, ready: Ready) -> None:
+    """The thread that writes, the save being in the background."""
+    manager, saver = _open(folder)
+    ready(_writer(saver))
+    save_at(manager, NEW, wait=False)
+    _end(saver)
+
+
+def whole_run(folder: Path, ready: Ready) -> None:
+    """The main thread from opening the folder, over its lease and the copy, to giving it free."""
+    ready(threading.get_native_id())
+    manager, saver = _open(folder, exclusive=True)
+    save_at(manager, NEW, wait=False)
+    _end(saver)
+    manager.release()
+    saver.close(wait=True)
+
+
+def waiting(folder: Path, ready: Ready) -> None:
+    """The thread that writes, training waiting for it, with the folder's lease checked before the commit."""
+    manager, saver = _open(folder, exclusive=True)
+    ready(_writer(saver))
+    save_at(manager, NEW)
+    manager.release()
+
+
+TROUBLED = (NEW, NEW + 1, NEW + 2)
+
+
+def troubled(folder: Path, ready: Ready) -> None:
+    """The thread that writes, in three saves of which at most one may fail. Beside the folder: step, and its error."""
+    manager, saver = _open(folder, exclusive=True)
+    save_at(manager, OLD)
+    ready(_writer(saver))
+    for step in TROUBLED:
+        save_at(manager, step, wait=False)
+        saved = saver.wait()
+        assert saved is not None
+        with open(folder.parent / "said", "a") as file:
+            file.write(f"{step} {str(saved.error or 'saved').splitlines()[0]}\n")
+    manager.release()
+
+
+def two_ranks(folder: Path, ready: Ready) -> None:
+    """Files, votes and the commit of two ranks, written one after another by one thread."""
+    ready(threading.get_native_id())
+    _save_of_two(folder, NEW)
+
+
+def _save_of_two(folder: Path, step: int) -> None:
+    storage, name = LocalStorage(folder), find.Name(step, step, f"{step:06x}")
+    parts = [state_at(step, rank, ranks=2) for rank in (0, 1)]
+    shares = share_out([[describe(piece) for piece in part] for part in parts])
+    for rank in (1, 0):
+        mine = [(share, share.of(parts[rank][share.index])) for share in shares[rank]]
+        commit.write_rank(storage, name, rank, 2, mine, random_at(step))
+    commit.await_votes(storage, name, 2, 20, threading.Event())
+    layout = {"world": 2, "dp": 2, "tp": 1, "pp": 1, "zero": 2, "replica": 1}
+    commit.commit_votes(storage, name, 2, commit.Facts("snapshot", layout, {}, {"step": step}))
+
+
+def nothing(folder: Path) -> None:
+    folder.mkdir()
+
+
+@dataclass(frozen=True)
+class Scenario:
+    before: Callable[[Path], None]
+    victim: Callable[[Path, Ready], None]
+
+
+SCENARIOS = {
+    "background": Scenario(one_checkpoint, background),
+    "rotation and old leftovers": Scenario(several_and_leftovers, background),
+    "waiting, with a lease": Scenario(one_checkpoint, waiting),
+    "whole run, main thread": Scenario(several_and_leftovers, whole_run),
+    "files of two ranks": Scenario(two_ranks_files, two_ranks),
+}
+TROUBLE = "three saves"
+ALL_SCENARIOS = SCENARIOS | {TROUBLE: Scenario(nothing, troubled)}
+
+
+def run_victim(scenario: str, folder: Path, told: int, released: int) -> None:
+    """In a forked process: tell the thread's id through `told`, wait for a byte in `released`, work, and end."""
+
+    def ready(thread: int) -> None:
+        os.write(told, f"{thread}\n".encode())
+        assert os.read(released, 1)
+
+    ALL_SCENARIOS[scenario].victim(folder, ready)

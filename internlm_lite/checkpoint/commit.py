@@ -43,6 +43,7 @@ from internlm_lite.checkpoint.tensorfile import DamagedError, Digest, TensorFile
 from internlm_lite.errors import CheckpointError, StorageError
 
 _REASON_BYTES = 4000
+_LONGEST_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,9 @@ def await_votes(
     world_size: int,
     timeout_seconds: float,
     abandoned: threading.Event,
-    poll_seconds: float = 0.1,
+    poll_seconds: float = 0.01,
 ) -> None:
-    """Return when all ranks have voted.
+    """Return when all ranks have voted. The storage is asked after `poll_seconds`, then less and less often.
 
     Raises StorageError naming the ranks that refused, or did not vote before the deadline or until `abandoned` was set.
     """
@@ -152,6 +153,7 @@ def await_votes(
                 f"nothing was committed. These ranks died, or do not write to {storage.name} as rank 0 sees it"
             )
         abandoned.wait(poll_seconds)
+        poll_seconds = min(2 * poll_seconds, _LONGEST_POLL_SECONDS)
 
 
 def _raise_refusals(storage: Storage, name: Name, refused: Sequence[int]) -> None:

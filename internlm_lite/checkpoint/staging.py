@@ -66,6 +66,6 @@ def _mapped(folder: Path, size: int) -> torch.Tensor:
     descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         os.posix_fallocate(descriptor, 0, size)  # a full memory file system says so here, not by a signal later
-        return torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
+        return torch.frombuffer(mmap.mmap(descriptor, size, mmap.MAP_SHARED | mmap.MAP_POPULATE), dtype=torch.uint8)
     finally:
         os.close(descriptor)

@@ -35,7 +35,9 @@ def reduce_totals(
 ) -> Totals:
     """One all-reduce over the world of five fp64 numbers. `num_labels`, `requests`: of this rank."""
     labels_here = num_labels if mesh.tp.rank == 0 and mesh.pp.rank == mesh.pp.size - 1 else 0
-    sums = torch.tensor((0, 0, labels_here, *requests), dtype=torch.float64).to(mesh.device)
+    sums = torch.zeros(5, dtype=torch.float64, device=mesh.device)
+    for index, value in enumerate((labels_here, *requests), start=2):
+        sums[index] += value  # a host number becomes an argument of the kernel; copying a host tensor would wait
     for bucket in buckets:
         if _counts(bucket.kind, mesh):
             sums[int(bucket.kind.dtype != model_dtype)] += square_sum(bucket.grad_shard)

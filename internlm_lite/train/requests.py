@@ -4,7 +4,7 @@
     stop file, read by rank 0: N    -> save after step N and stop          -N -> save after step N and go on
 
 The requests travel with the gradient norm's all-reduce and are read one step later: no collective of their own, and the
-host waits for no step but the last but one.
+host waits for the step before at most, never for the one under way.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Requests:
     def __init__(self, signals: StopSignals, stop_file: Path | None, is_main: bool) -> None:
         self._signals = signals
         self._stop_file = stop_file if is_main else None
-        self._told: torch.Tensor | None = None
+        self._told: _OnTheWay | None = None
         self._obeyed: float = 0
 
     def now(self) -> tuple[float, float]:
@@ -45,10 +45,10 @@ class Requests:
 
     def order(self, summed: torch.Tensor, steps_done: int) -> Order:
         """`summed` [2]: this step's sums, kept for the next call; obeyed are those of the step before."""
-        told, self._told = self._told, summed
+        told, self._told = self._told, _OnTheWay(summed)
         if told is None:
             return Order()
-        signalled, number = told.tolist()
+        signalled, number = told.read()
         if signalled:
             return Order(save=True, stop=True, why=self._signals.received or "a signal to another rank")
         if number == 0:
@@ -87,3 +87,23 @@ class Requests:
             self._stop_file.write_text("0\n", encoding="utf-8")
         except OSError as error:
             logger.warning("ckpt.stop_file_path %s cannot be set back to 0: %s", self._stop_file, error)
+
+
+class _OnTheWay:
+    """A few numbers being copied to the host. Reading a device tensor later would also wait for all enqueued since."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        if numbers.is_cuda:
+            self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._host.copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._host = numbers
+
+    def read(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        values: list[float] = self._host.tolist()
+        return values

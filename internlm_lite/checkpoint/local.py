@@ -8,6 +8,7 @@ import errno
 import os
 import shutil
 import stat
+import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,8 @@ from internlm_lite.errors import StorageError
 
 _TEMPORARY = ".tmp-"
 _PROBE = "probe-"
+_WRITE_BYTES = 1024 * 1024
+"""Bytes of one write: copies of 4 MB into ext4's large folios took ten times longer while another thread read memory."""
 _HINTS = {
     errno.ENOSPC: "the disk is full: free space or choose another folder",
     errno.EDQUOT: "the quota is used up: free space or choose another folder",
@@ -183,7 +186,8 @@ def _temporary(path: Path, chunks: Iterable[Bytes]) -> Iterator[tuple[Path, int]
             for chunk in chunks:
                 rest = memoryview(chunk)
                 while len(rest):
-                    count = file.write(rest)
+                    count = file.write(rest[:_WRITE_BYTES])
+                    _begin_flush(file.fileno(), written, count)
                     rest = rest[count:]
                     written += count
             os.fsync(file.fileno())
@@ -191,6 +195,12 @@ def _temporary(path: Path, chunks: Iterable[Bytes]) -> Iterator[tuple[Path, int]
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _begin_flush(descriptor: int, start: int, count: int) -> None:
+    """Let the medium start on these bytes while the next are made: of the file's own flush little is left to wait for."""
+    if sys.platform == "linux":
+        os.posix_fadvise(descriptor, start, count, os.POSIX_FADV_DONTNEED)  # forgets only what is written already
 
 
 def _make_folder(path: Path) -> None:

@@ -21,7 +21,7 @@ from internlm_lite.errors import StorageError
 _TEMPORARY = ".tmp-"
 _PROBE = "probe-"
 _WRITE_BYTES = 1024 * 1024
-"""Bytes of one write: copies of 4 MB into ext4's large folios took ten times longer while another thread read memory."""
+"""Bytes of one write. Copies of 4 MB into ext4's large folios took ten times longer while a thread hashed beside."""
 _HINTS = {
     errno.ENOSPC: "the disk is full: free space or choose another folder",
     errno.EDQUOT: "the quota is used up: free space or choose another folder",
@@ -198,7 +198,7 @@ def _temporary(path: Path, chunks: Iterable[Bytes]) -> Iterator[tuple[Path, int]
 
 
 def _begin_flush(descriptor: int, start: int, count: int) -> None:
-    """Let the medium start on these bytes while the next are made: of the file's own flush little is left to wait for."""
+    """Let the medium start on these bytes while the next are made, so that the flush at the end finds little to do."""
     if sys.platform == "linux":
         os.posix_fadvise(descriptor, start, count, os.POSIX_FADV_DONTNEED)  # forgets only what is written already
 

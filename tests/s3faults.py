@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import re
 import socket
+import ssl
 import struct
 import threading
 from dataclasses import dataclass, field
@@ -44,8 +45,9 @@ class Fault:
 class FaultProxy:
     """Runs in a thread between `with` and its end."""
 
-    def __init__(self, server_port: int) -> None:
-        self.server_port = server_port
+    def __init__(self, server_port: int, tls: ssl.SSLContext | None = None) -> None:
+        """`tls`: speak https, with the certificate in it."""
+        self.server_port, self._tls = server_port, tls
         self.faults: list[Fault] = []
         self.seen: list[str] = []
         """Requests, as "METHOD /path?query"."""
@@ -79,7 +81,7 @@ class FaultProxy:
         self._loop.close()
 
     async def _serve(self) -> None:
-        server = await asyncio.start_server(self._handle, "127.0.0.1", 0, limit=1 << 20)
+        server = await asyncio.start_server(self._handle, "127.0.0.1", 0, limit=1 << 20, ssl=self._tls)
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
         async with server:

@@ -169,6 +169,8 @@ def _refusal(response: Any) -> Trouble:
 def _tls(text: str) -> Trouble:
     if "CERTIFICATE_VERIFY_FAILED" in text:
         return Trouble("its certificate is not trusted here (set AWS_CA_BUNDLE to the authority's file)", passing=False)
+    if "match" in text:  # the host's name and those in the certificate
+        return Trouble("its certificate is for another host: correct the endpoint, or the certificate", passing=False)
     if re.search("wrong.version.number|record.layer.failure|http.request", text, re.IGNORECASE):
         return Trouble("it does not speak TLS (for plain http set ckpt.s3.insecure=True)", passing=False)
     return Trouble("the encrypted connection broke", passing=True)

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from internlm_lite.checkpoint import find
 from internlm_lite.checkpoint.backends import open_storage
-from internlm_lite.checkpoint.lease import Lease
+from internlm_lite.checkpoint.lease import held
 from internlm_lite.checkpoint.listing import Listed, folders_in, list_checkpoints, unfinished
 from internlm_lite.checkpoint.options import s3_settings
 from internlm_lite.checkpoint.prune import plan_prune
@@ -168,12 +168,8 @@ def prune(arguments: argparse.Namespace, s3: S3Config) -> int:
         raise CheckpointError(f"{storage.name} holds no checkpoint; expected a save folder")
     if arguments.dry_run:
         return _prune(storage, arguments.keep, dry_run=True)
-    lease = Lease(storage)
-    lease.acquire()
-    try:
+    with held(storage):
         return _prune(storage, arguments.keep, dry_run=False)
-    finally:
-        lease.release()
 
 
 def _prune(storage: Storage, keep: int, dry_run: bool) -> int:

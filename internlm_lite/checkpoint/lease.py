@@ -15,7 +15,8 @@ import socket
 import threading
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from internlm_lite.checkpoint.storage import Storage, UnreadableError
@@ -101,6 +102,17 @@ class Lease:
     def _document(self) -> bytes:
         facts = {"owner": self._owner, "host": socket.gethostname(), "pid": os.getpid(), "beat": self._beat}
         return json.dumps(facts).encode()
+
+
+@contextmanager
+def held(storage: Storage) -> Iterator[None]:
+    """The folder is ours inside. Raises StorageError naming the run that has it."""
+    lease = Lease(storage)
+    lease.acquire()
+    try:
+        yield
+    finally:
+        lease.release()
 
 
 def holder(storage: Storage) -> dict[str, Any] | None:

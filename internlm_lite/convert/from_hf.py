@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from internlm_lite.checkpoint import commit, find
 from internlm_lite.checkpoint.backends import open_storage
 from internlm_lite.checkpoint.format import Name
+from internlm_lite.checkpoint.lease import held
 from internlm_lite.checkpoint.local import LocalStorage
 from internlm_lite.checkpoint.share import Holding, share_out
 from internlm_lite.checkpoint.storage import Storage
@@ -55,10 +56,26 @@ def read_hf(
     said = from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     targets = _checked_targets(source, said)
     storage = open_storage(out, s3)
-    if find.committed(storage):
-        raise CheckpointError(f"{storage.name} holds checkpoints already: choose a folder without any")
     tokenizer, notes = _tokenizer(folder, storage)
     config = _config(folder, said, tokenizer)
+    with held(storage):
+        if find.committed(storage):
+            raise CheckpointError(f"{storage.name} holds checkpoints already: choose a folder without any")
+        if (folder / MODEL).is_file():
+            storage.put(MODEL, [(folder / MODEL).read_bytes()])
+        name, n_bytes = _write(storage, source, said, targets, config, done)
+    return Taken(str(name), config, len(targets), n_bytes, (*said.notes, *notes))
+
+
+def _write(
+    storage: Storage,
+    source: HFFolder,
+    said: FromHF,
+    targets: Sequence[Target],
+    config: Config,
+    done: Callable[[str], object],
+) -> tuple[Name, int]:
+    """(the checkpoint, its bytes); after a failure nothing of it is left."""
     name = Name(1, 0, uuid.uuid4().hex[:6])
     shares = share_out([[_holding(target) for target in targets]])[0]
     by_name = {target.name: target for target in targets}
@@ -68,14 +85,12 @@ def read_hf(
     )
     try:
         n_bytes = commit.write_stream(storage, name, 0, 1, stream, shares)
-        if (folder / MODEL).is_file():
-            storage.put(MODEL, [(folder / MODEL).read_bytes()])
         commit.commit_votes(storage, name, 1, facts)
     except BaseException:
         with suppress(InternLMError):
             find.remove(storage, name)
         raise
-    return Taken(str(name), config, len(targets), n_bytes, (*said.notes, *notes))
+    return name, n_bytes
 
 
 def _holding(target: Target) -> Holding:

@@ -30,6 +30,7 @@ _ONLY = {
 }
 _BIAS_FREE = {"INTERNLM": False, "INTERNLM2": True, "INTERNLM2_PUBLIC": True, "LLAMA": True, "LLAMA2": True}
 _LOADED = {"model", "optimizer", "scheduler", "sampler"}
+_EVO_ALERT = {"enable_feishu_alert", "feishu_alert_address", "light_monitor_address", "alert_file_path"}
 _OWN_FORMATS = (None, "internlm", "internevo", "normal")
 
 
@@ -212,13 +213,9 @@ def _has_only(t: Translation, key: str, names: Sequence[str]) -> bool:
 
 def _alert(t: Translation) -> None:
     """InternEvo's Feishu alerts. Their address is a secret: no note and no problem shows it."""
-    if not t.layer.has("monitor.alert"):
-        return
     alert = t.layer.get("monitor.alert")
-    if not isinstance(alert, dict):
-        kind = type(alert).__name__
-        t.refuse("monitor.alert", f"found a {kind}, expected dict(feishu_alert_address=...), or monitor.alerts instead")
-        return
+    if not isinstance(alert, dict) or not set(alert) <= _EVO_ALERT:
+        return  # an unknown key, probably meant to be monitor.alerts
     address = alert.get("feishu_alert_address")
     new: dict[str, str] = {}
     if alert.get("light_monitor_address"):

@@ -36,4 +36,6 @@ def writes_tensorboard(monitor: MonitorConfig) -> bool:
 
 
 def is_installed(package: str) -> bool:
-    return find_spec(package) is not None
+    """A mere folder of that name, such as the one wandb writes to, is no package: it has no origin."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None

@@ -50,30 +50,50 @@ class Sink:
 Call = Callable[[Sink], None]
 
 
-class Files(Sink):
-    """metrics.jsonl, events.jsonl and samples.jsonl of a run folder. Events come from several threads."""
+def run_files(folder: Path) -> dict[str, Sink]:
+    """The files of a run folder, each a sink of its own: what one of them cannot take costs no other."""
+    metrics = MetricsFile(folder / "metrics.jsonl")
+    events = EventsFile(folder / "events.jsonl", metrics.segment)
+    samples = SamplesFile(folder / "samples.jsonl", metrics.segment)
+    return {"metrics.jsonl": _Metrics(metrics), "events.jsonl": _Events(events), "samples.jsonl": _Samples(samples)}
 
-    def __init__(self, folder: Path) -> None:
-        self._metrics = MetricsFile(folder / "metrics.jsonl")
-        self._events = EventsFile(folder / "events.jsonl", self._metrics.segment)
-        self._samples = SamplesFile(folder / "samples.jsonl", self._metrics.segment)
-        self._lock = threading.Lock()
+
+class _Metrics(Sink):
+    def __init__(self, file: MetricsFile) -> None:
+        self._file = file
 
     def step(self, record: StepRecord) -> None:
-        self._metrics.write(record)
+        self._file.write(record)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Events(Sink):
+    """Events come from several threads."""
+
+    def __init__(self, file: EventsFile) -> None:
+        self._file = file
+        self._lock = threading.Lock()
 
     def event(self, kind: str, facts: Mapping[str, Any]) -> None:
         with self._lock:
-            self._events.add(kind, **facts)
-
-    def sample(self, sample: Sample) -> None:
-        self._samples.add(sample.step, sample.prompt, sample.text)
+            self._file.add(kind, **facts)
 
     def close(self) -> None:
-        self._metrics.close()
-        self._samples.close()
         with self._lock:
-            self._events.close()
+            self._file.close()
+
+
+class _Samples(Sink):
+    def __init__(self, file: SamplesFile) -> None:
+        self._file = file
+
+    def sample(self, sample: Sample) -> None:
+        self._file.add(sample.step, sample.prompt, sample.text)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class FanOut:
@@ -151,18 +171,28 @@ class FanOut:
                 logger.warning("TensorBoard and wandb do not keep up: they miss records from now on")
 
     def _try(self, sinks: dict[str, Sink], name: str, call: Call) -> None:
+        sink = sinks.get(name)
+        if sink is None:
+            return
         try:
-            if (sink := sinks.get(name)) is not None:
-                call(sink)
+            call(sink)
         except Exception as error:  # noqa: BLE001  whatever it is, it must not stop training
             sinks.pop(name, None)
             self._tell_failure(name, error)
+            self._close_broken(name, sink)
 
     def _tell_failure(self, name: str, error: Exception) -> None:
         text = str(error).strip().partition("\n")[0]
         why = masked(f"{type(error).__name__}: {text}")
         logger.warning(f"{name} failed and is switched off, training goes on: {why}")
         self.event("sink_failed", sink=name, why=why)
+
+    def _close_broken(self, name: str, sink: Sink) -> None:
+        """It may hold a terminal, a file or a connection."""
+        try:
+            sink.close()
+        except Exception as error:  # noqa: BLE001  as above
+            logger.debug(f"{name} could not be closed either: {error}")
 
     def _work(self, queued: dict[str, Callable[[], Sink]]) -> None:
         sinks: dict[str, Sink] = {}

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import TCPServer
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlsplit
 
@@ -90,6 +91,10 @@ class Dashboard(ThreadingHTTPServer):
                 f"cannot listen on {bind} port {port}: {error.strerror}; choose another --port (0: any free one)"
             ) from error
 
+    def server_bind(self) -> None:
+        """Without HTTPServer's look-up of its own name: that may take long, and nobody needs it."""
+        TCPServer.server_bind(self)
+
     @property
     def address(self) -> str:
         """What to open; with the token where there is one."""
@@ -103,7 +108,7 @@ class Dashboard(ThreadingHTTPServer):
         return f"dashboard-{self.server_address[1]}"
 
     @property
-    def pass_word(self) -> str | None:
+    def cookie_value(self) -> str | None:
         """What the cookie holds for a browser that knew the token."""
         return None if self._token is None else hashlib.sha256(f"dashboard {self._token}".encode()).hexdigest()
 
@@ -148,7 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
             query = dict(parse_qsl(url.query, max_num_fields=8))
         except ValueError:
             return Answer.refusal(HTTPStatus.BAD_REQUEST, "not an address of this server")
-        if self.server.pass_word is not None and not self._holds_cookie(self.server.pass_word):
+        if self.server.cookie_value is not None and not self._holds_cookie(self.server.cookie_value):
             return self._admit(query.get("token", ""))
         try:
             return self._routed(url.path, query)
@@ -165,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         """A cookie for the right token, and on to an address without it."""
         if not self.server.knows(token):
             return Answer.refusal(HTTPStatus.FORBIDDEN, "open the address with ?token=... that the dashboard printed")
-        cookie = f"{self.server.cookie}={self.server.pass_word}; Path=/; HttpOnly; SameSite=Strict"
+        cookie = f"{self.server.cookie}={self.server.cookie_value}; Path=/; HttpOnly; SameSite=Strict"
         return Answer(HTTPStatus.SEE_OTHER, headers={"Location": "/", "Set-Cookie": cookie})
 
     def _routed(self, path: str, query: Mapping[str, str]) -> Answer:

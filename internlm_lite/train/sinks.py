@@ -9,7 +9,7 @@ from internlm_lite.config.schema import Config
 from internlm_lite.monitor.console import Console
 from internlm_lite.monitor.disk import written_folders
 from internlm_lite.monitor.packages import writes_tensorboard
-from internlm_lite.monitor.sinks import FanOut, Files, Sink
+from internlm_lite.monitor.sinks import FanOut, Sink, run_files
 from internlm_lite.monitor.watch import Watch
 
 
@@ -18,10 +18,7 @@ def open_sinks(folder: Path, config: Config, done: int, terminal: bool) -> FanOu
     monitor, ckpt, total = config.monitor, config.ckpt, config.data.total_steps
     every = [n for n in (ckpt.checkpoint_every, ckpt.oss_snapshot_freq) if n]
     next_save = min(every) if ckpt.enable_save_ckpt and every else None
-    direct: dict[str, Sink] = {
-        "the run folder": Files(folder),
-        "the console": Console(total, terminal, next_save, done),
-    }
+    direct = {**run_files(folder), "the console": Console(total, terminal, next_save, done)}
     fan_out = FanOut(direct, _queued(folder, config, done))
     title = f"{config.JOB_NAME} {folder.name}"
     fan_out.add("alerts", Watch(monitor.alerts, total, written_folders(folder, ckpt), title, fan_out.event))

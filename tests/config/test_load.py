@@ -335,7 +335,7 @@ def test_the_address_of_a_webhook_is_not_shown(tmp_path: Path, alert: str) -> No
         ("data = dict(type='hf')", "x.py:2: data.type: found 'hf', expected 'tokenized' or no such key"),
         ("monitor = dict(alert=dict(enable_feishu_alert=True))", "x.py:2: monitor.alert: found no feishu_alert"),
         ("monitor = dict(alert=dict(light_monitor_address='u'))", "x.py:2: monitor.alert: found light_monitor_address"),
-        ("monitor = dict(alert=True)", "x.py:2: monitor.alert: found a bool, expected dict(feishu_alert_address=...)"),
+        ("monitor = dict(alert=dict(webhook='u'))", "x.py:2: monitor.alert: unknown key; nearest known key: monitor.a"),
     ],
 )
 def test_other_spellings_of_what_does_not_exist(tmp_path: Path, text: str, expected: str) -> None:

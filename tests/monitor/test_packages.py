@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +43,12 @@ def test_what_is_left_open_and_absent_is_off(bare: None) -> None:
 def test_what_is_there_is_used() -> None:
     check_packages(MonitorConfig(tensorboard=True, wandb={}))  # type: ignore[arg-type]
     assert writes_tensorboard(MonitorConfig()) and not writes_tensorboard(MonitorConfig(tensorboard=False))
+
+
+def test_a_folder_of_that_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_mere_folder").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not packages.is_installed("a_mere_folder") and not packages.is_installed("not_there_at_all")
 
 
 def test_an_old_wandb(monkeypatch: pytest.MonkeyPatch) -> None:

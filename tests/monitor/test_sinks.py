@@ -11,7 +11,7 @@ import pytest
 
 from internlm_lite.monitor.jsonl import read_metrics, read_objects
 from internlm_lite.monitor.record import Sample, StepRecord, ValidationRecord
-from internlm_lite.monitor.sinks import FanOut, Files, Sink
+from internlm_lite.monitor.sinks import FanOut, Sink, run_files
 from tests.monitor.test_line import SEED
 
 VALID = ValidationRecord(step=5, loss=2.0, acc=0.5, perplexity=7.4, folders=SEED[5].folders)
@@ -73,7 +73,7 @@ def test_every_sink_gets_everything_in_order() -> None:
 
 def test_a_sink_that_raises_is_told_once_and_switched_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good, bad, other = Kept(), Kept(fails_at=1), Kept(fails_at=2)
-    fan_out = FanOut({"files": Files(tmp_path), "bad": bad, "good": good}, {"other": lambda: other})
+    fan_out = FanOut({**run_files(tmp_path), "bad": bad, "good": good}, {"other": lambda: other})
     for record in SEED:
         fan_out.step(record)
     fan_out.close()
@@ -86,6 +86,30 @@ def test_a_sink_that_raises_is_told_once_and_switched_off(tmp_path: Path, caplog
     assert sorted(record.getMessage() for record in caplog.records) == [
         f"{name} failed and is switched off, training goes on: {why}" for name in ("bad", "other")
     ]
+
+
+def test_an_event_that_cannot_be_written_costs_no_other_file(tmp_path: Path) -> None:
+    fan_out = FanOut(run_files(tmp_path), {})
+    fan_out.event("start", step=object())
+    fan_out.step(SEED[0])
+    fan_out.sample(SAMPLE)
+    fan_out.close()
+    assert [step["step"] for step in read_metrics(tmp_path / "metrics.jsonl")] == [0]
+    (sample,) = read_objects(tmp_path / "samples.jsonl")
+    assert (sample["step"], sample["prompt"], sample["text"]) == (6, "def", " f(x):")
+
+
+def test_a_sink_that_is_switched_off_is_closed(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Kept):
+        def close(self) -> None:
+            self.given.append("closed")
+            raise RuntimeError("again")
+
+    broken = Broken(fails_at=0)
+    fan_out = FanOut({"broken": broken}, {})
+    fan_out.step(SEED[0])
+    fan_out.close()
+    assert broken.given == ["closed"] and len(caplog.records) == 1
 
 
 def test_a_sink_that_cannot_be_made(caplog: pytest.LogCaptureFixture) -> None:

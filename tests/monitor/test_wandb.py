@@ -127,3 +127,25 @@ def test_online_without_a_login_writes_offline(
     Wandb(tmp_path, whole, whole.monitor.wandb).close()
     assert "found no login, so it writes offline" in caplog.text
     assert list(tmp_path.glob("wandb/offline-run-*"))
+
+
+def test_offline_looks_nothing_up(tmp_path: Path) -> None:
+    """No name is resolved and no connection made outside this machine, up to the end of the process."""
+    code = (
+        "import socket, sys\n"
+        "from pathlib import Path\n"
+        "from internlm_lite.monitor.wandb import Wandb\n"
+        "from tests.train.runs import tiny\n"
+        "def refuse(*args, **kwargs):\n"
+        "    print('LOOKED UP', args[:2], flush=True)\n"
+        "    raise OSError('no network')\n"
+        "socket.getaddrinfo = refuse\n"
+        "config = tiny(None, monitor={'wandb': {}})\n"
+        "sink = Wandb(Path(sys.argv[1]), config, config.monitor.wandb)\n"
+        "sink._run.log({'step': 0})\n"
+        "sink.close()\n"
+    )
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    found = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=120)
+    assert found.stdout + found.stderr == ""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import time
 from typing import Any
 
 import pytest
+import trustme
 
 from internlm_lite.config.address import webhook_format, webhook_problem
 from internlm_lite.monitor import webhook as module
@@ -81,8 +83,11 @@ def test_nobody_listens(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_certificate_nobody_vouches_for(caplog: pytest.LogCaptureFixture, chat: Chat) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
+    chat.socket = context.wrap_socket(chat.socket, server_side=True, do_handshake_on_connect=False)
     send(chat.address.replace("http:", "https:"), "a")
-    assert "(SSLError)" in caplog.text and not chat.seen and SECRET not in caplog.text
+    assert "(SSLCertVerificationError)" in caplog.text and not chat.seen and SECRET not in caplog.text
 
 
 def test_sending_never_waits(chat: Chat, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -57,6 +57,11 @@ def chromium() -> Iterator[Any]:
             browser.close()
 
 
+def legend(name: str) -> str:
+    """The selector of a folder's button in the legend."""
+    return f'#legend button[title="{name}"]'
+
+
 class Tab:
     """One page in a context of its own. `faults`: errors it had and requests it made to elsewhere."""
 
@@ -126,7 +131,7 @@ class Tab:
         )
         source = importlib.resources.files(package).joinpath("axe.min.js").read_text(encoding="utf-8")
         self.page.evaluate(source)
-        found = self.page.evaluate("axe.run(document, {resultTypes: ['violations']}).then((result) => result.violations)")
+        found = self.page.evaluate("axe.run(document).then((result) => result.violations)")
         return [
             f"{item['impact']} {item['id']}: {node['html'][:160]} {node['failureSummary']}"
             for item in found
@@ -144,6 +149,19 @@ class Tab:
             )
         self.settle()
         self.page.screenshot(path=folder / f"{name}.png", full_page=whole)
+
+    def press(self, selector: str, **options: Any) -> None:
+        """A click on the first such element, and what it leads to."""
+        self.page.locator(selector).first.click(**options)
+        self.settle()
+
+    def walk_to(self, selector: str) -> None:
+        """By the tab key, as somebody without a mouse does."""
+        for _ in range(80):
+            if self.page.evaluate("(selector) => document.activeElement.matches(selector)", selector):
+                return
+            self.page.keyboard.press("Tab")
+        raise AssertionError(f"the tab key does not reach {selector}")
 
     def close(self) -> None:
         self.context.close()

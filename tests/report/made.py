@@ -7,18 +7,35 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from internlm_lite.report.page import write_report
+from internlm_lite.report.payload import make_payload
+from internlm_lite.report.run import RunReader
+from internlm_lite.report.server import Dashboard
+from internlm_lite.report.watch import Watch
+
+STEPS = 300
 START = datetime(2026, 11, 21, 10, 0, tzinfo=timezone.utc)
 STEP_SECONDS = 1.5
 SIX = ("code", "docs", "web", "books", "maths", "dialogue")
-MANY = tuple(f"{name}_{part}" for part in ("a", "b", "c") for name in (*SIX, "papers", "law", "wiki", "forum", "news"))
-HOSTILE = ("</script><img src=x onerror=alert(1)>", "<b>bold</b>", "constructor", "__proto__", 'a"b\'c&d,e=f#g', "中文 数据")
+ELEVEN = (*SIX, "papers", "law", "wiki", "forum", "news")
+MANY = tuple(f"{name}_{part}" for part in ("a", "b", "c") for name in ELEVEN)
+HOSTILE = (
+    "</script><img src=x onerror=alert(1)>",
+    "<b>bold</b>",
+    "constructor",
+    "__proto__",
+    "a\"b'c&d,e=f#g",
+    "中文 数据",
+)
 PROMPTS = ("def fibonacci(n):", "The library is")
 
 
@@ -48,7 +65,8 @@ def step_line(
     return {
         "seg": seg, "time": time_of(step), "step": step, "loss": round(loss, 5), "tflops": round(speed / 62, 2),
         "lr": 3e-4 * min(1, (step + 1) / 40) * (0.55 + 0.45 * math.cos(step / 400)),
-        "loss_scale": 65536.0 / (2 if step >= 150 else 1), "grad_norm": {"0_default": 1.2 + 6 * decay + noise[-1], "1_fp32": 0.0},
+        "loss_scale": 65536.0 / (2 if step >= 150 else 1),
+        "grad_norm": {"0_default": 1.2 + 6 * decay + noise[-1], "1_fp32": 0.0},
         "micro_num": 4, "num_consumed_tokens": 65536 * (step + 1), "inf_nan_skip_batches": int(step >= 150),
         "num_samples_in_batch": 18, "largest_length": 2048, "largest_batch": 6, "smallest_batch": 3, "adam_beta2": 0.95,
         "fwd_bwd_time": round(1.3 + 0.02 * noise[-1], 3), "acc": round(0.62 * (1 - decay), 4),
@@ -59,7 +77,9 @@ def step_line(
     }  # fmt: skip
 
 
-def step_lines(steps: Iterable[int], folders: Sequence[str] = SIX, seg: int = 0, offset: float = 0.0) -> list[dict[str, Any]]:
+def step_lines(
+    steps: Iterable[int], folders: Sequence[str] = SIX, seg: int = 0, offset: float = 0.0
+) -> list[dict[str, Any]]:
     random = np.random.default_rng(len(folders) + 100 * seg)
     return [step_line(step, folders, random, seg, offset) for step in steps]
 
@@ -78,7 +98,8 @@ def events(steps: int, folders: Sequence[str], end: str | None = "done") -> list
         kind = "milestone" if (step + 1) % (2 * every) == 0 else "snapshot"
         name = f"{step + 1}" if kind == "milestone" else f"snapshot_{(step // every) % 2}"
         found += [
-            {"time": time_of(step), "seg": 0, "event": "evaluation", "step": step, "loss": mean, "acc": 0.6, "folders": scores},
+            {"time": time_of(step), "seg": 0, "event": "evaluation", "step": step, "loss": mean, "acc": 0.6,
+             "folders": scores},
             {"time": time_of(step), "seg": 0, "event": "checkpoint", "step": step, "saved": kind, "name": name,
              "waited": False, "stall_seconds": 0.41},
             {"time": time_of(step + 3), "seg": 0, "event": "checkpoint_done", "name": name, "saved": kind},
@@ -110,12 +131,18 @@ def make_run(
 
 
 def samples(steps: int) -> list[dict[str, Any]]:
-    texts = ("e e e the the e", "the list of the list is the value of", "a collection of modules that every program can use.")
+    texts = ("e e e the the e", "the list of the list is the value", "a collection of modules that programs can use.")
+    every = max(1, steps // 5)
     return [
-        {"step": step, "time": time_of(step), "prompt": prompt, "text": f" {texts[min(2, 3 * step // max(1, steps))]}\n    (step {step})"}
-        for step in range(steps // 5, steps + 1, max(1, steps // 5))
+        {
+            "step": step,
+            "time": time_of(step),
+            "prompt": prompt,
+            "text": f" {texts[min(2, 3 * step // steps)]}\n    (step {step})",
+        }
+        for step in range(every, steps + 1, every)
         for prompt in PROMPTS
-    ]  # fmt: skip
+    ]
 
 
 def write_config(folder: Path, lr: float) -> None:
@@ -127,8 +154,13 @@ def write_config(folder: Path, lr: float) -> None:
         {"key": "model.num_layers", "value": 32, "origin": "configs/demo.py:31"},
     ]
     (folder / "config.origins.json").write_text(json.dumps(rows), encoding="utf-8")
-    facts = {"host": "node-1", "device": "NVIDIA A100-SXM4-80GB", "world_size": 8, "command": ["train.py", "--config", "demo.py"],
-             "packages": {"torch": "2.13.0", "numpy": "2.3.0"}}  # fmt: skip
+    facts = {
+        "host": "node-1",
+        "device": "NVIDIA A100-SXM4-80GB",
+        "world_size": 8,
+        "command": ["train.py", "--config", "demo.py"],
+        "packages": {"torch": "2.13.0", "numpy": "2.3.0"},
+    }
     (folder / "env.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
@@ -142,3 +174,28 @@ def make_long_run(folder: Path, steps: int = 50_000, folders: Sequence[str] = MA
             file.write(f'{{"seg":0,"time":"{time_of(step)}","step":{step},{ends[step * 500 // steps]}\n')
     write_lines(folder / "events.jsonl", events(steps, folders))
     return folder
+
+
+def report(*folders: Path) -> Path:
+    """report.html over those run folders, in the first."""
+    readers = [
+        (f"r{index}", RunReader(folder, f"demo/{folder.name}").read_all()) for index, folder in enumerate(folders)
+    ]
+    path = folders[0] / f"report{len(folders)}.html"
+    write_report(make_payload(readers, live=False), path)
+    return path
+
+
+@contextmanager
+def dashboard(*folders: Path) -> Iterator[str]:
+    """The address of a server over those folders."""
+    watch = Watch(folders)
+    with Dashboard(watch, 0) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        try:
+            yield server.address
+        finally:
+            server.shutdown()
+            thread.join(10)
+            watch.close()

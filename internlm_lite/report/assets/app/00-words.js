@@ -78,8 +78,14 @@ const WORDS = {
   show_all: ["Show all", "显示全部"],
   only_folders: ["{0} of {1} folders shown", "显示 {0} / {1} 个文件夹"],
   no_tokens: ["No tokens yet: {0}", "尚无词元：{0}"],
-  hint_isolate: ["Click a folder to show only it; ctrl or shift adds; Esc shows all.", "点击文件夹单独显示；按 Ctrl 或 Shift 追加；按 Esc 显示全部。"],
-  chart_label: ["Chart: {0}. Arrow keys move the cursor, plus and minus zoom.", "图表：{0}。方向键移动光标，加减号缩放。"],
+  hint_isolate: [
+    "Click a folder to show only it; ctrl or shift adds; Esc shows all.",
+    "点击文件夹单独显示；按 Ctrl 或 Shift 追加；按 Esc 显示全部。",
+  ],
+  chart_label: [
+    "Chart: {0}. Arrow keys move the cursor, plus and minus zoom.",
+    "图表：{0}。方向键移动光标，加减号缩放。",
+  ],
   no_values: ["No values yet", "暂无数据"],
   no_runs: ["No run here yet. It shows as soon as its first lines are written.", "暂无训练。写入第一行后即显示。"],
 
@@ -133,7 +139,10 @@ const WORDS = {
   step_left: ["Step on the left", "左侧步数"],
   step_right: ["Step on the right", "右侧步数"],
   hint_samples: ["Left and right arrow keys move both steps.", "左右方向键同时移动两侧步数。"],
-  no_samples: ["No samples yet. They appear when the config has sample_every and prompts.", "暂无样例。配置 sample_every 与提示词后显示。"],
+  no_samples: [
+    "No samples yet. They appear when the config has sample_every and prompts.",
+    "暂无样例。配置 sample_every 与提示词后显示。",
+  ],
 
   alerts: ["Alerts", "告警"],
   no_alerts: ["No alerts", "无告警"],

@@ -31,7 +31,12 @@ function compact(value) {
   return Number.isInteger(value) ? integer(value) : significant(value, 4);
 }
 
-const UNITS = [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]];
+const UNITS = [
+  [1e12, "T"],
+  [1e9, "B"],
+  [1e6, "M"],
+  [1e3, "k"],
+];
 
 function threeDigits(value) {
   return Math.abs(value) < 999.5 ? value.toPrecision(3) : value.toFixed(0);
@@ -61,12 +66,21 @@ function duration(seconds) {
   if (seconds < 10) return `${significant(Math.max(0, seconds), 2)} ${t("second")}`;
   let rest = Math.round(seconds);
   const parts = [];
-  for (const [size, unit] of [[86400, "day"], [3600, "hour"], [60, "minute"], [1, "second"]]) {
+  for (const [size, unit] of [
+    [86400, "day"],
+    [3600, "hour"],
+    [60, "minute"],
+    [1, "second"],
+  ]) {
     const count = Math.floor(rest / size);
     rest -= count * size;
     if (count || parts.length) parts.push([count, unit]);
   }
-  return parts.slice(0, 2).filter(([count], index) => index === 0 || count).map(([count, unit]) => `${count} ${t(unit)}`).join(" ");
+  return parts
+    .slice(0, 2)
+    .filter(([count], index) => index === 0 || count)
+    .map(([count, unit]) => `${count} ${t(unit)}`)
+    .join(" ");
 }
 
 // A moment in the reader's zone: 2026-11-21 10:21:05

@@ -70,7 +70,12 @@ function hashOf(values) {
   for (const [key, normal] of Object.entries(DEFAULTS)) {
     const value = values[key];
     if (String(value) === String(normal)) continue;
-    parts.push(`${key}=${[].concat(value).map((item) => encodeURIComponent(item)).join(",")}`);
+    parts.push(
+      `${key}=${[]
+        .concat(value)
+        .map((item) => encodeURIComponent(item))
+        .join(",")}`,
+    );
   }
   return parts.join("&");
 }

@@ -39,12 +39,17 @@ function fill(host, key, build) {
 // Buttons of which one is pressed.
 function choices(name, options, chosen, onchoose) {
   return options.map(([value, label]) =>
-    make("button", {
-      type: "button",
-      "aria-pressed": String(value === chosen),
-      "data-focus": `${name}:${value}`,
-      onclick: () => onchoose(value),
-    }, label));
+    make(
+      "button",
+      {
+        type: "button",
+        "aria-pressed": String(value === chosen),
+        "data-focus": `${name}:${value}`,
+        onclick: () => onchoose(value),
+      },
+      label,
+    ),
+  );
 }
 
 function checkbox(name, label, checked, onchange, before = null) {
@@ -56,8 +61,13 @@ function checkbox(name, label, checked, onchange, before = null) {
 // A table of plain text, without sorting.
 function table(caption, heads, rows) {
   const head = make("tr", {}, ...heads.map((text) => make("th", { scope: "col" }, text)));
-  return make("table", {}, make("caption", { class: "hidden" }, caption), make("thead", {}, head),
-    make("tbody", {}, ...rows));
+  return make(
+    "table",
+    {},
+    make("caption", { class: "hidden" }, caption),
+    make("thead", {}, head),
+    make("tbody", {}, ...rows),
+  );
 }
 
 function announce(text) {

@@ -33,7 +33,7 @@ function plainColour(index) {
 
 function shaded(colour, amount) {
   if (!amount) return colour;
-  const ink = (amount > 0) !== dark() ? 0 : 255;
+  const ink = amount > 0 !== dark() ? 0 : 255;
   const part = Math.abs(amount);
   const mixed = [1, 3, 5].map((at) => Math.round((1 - part) * parseInt(colour.slice(at, at + 2), 16) + part * ink));
   return `#${mixed.map((value) => value.toString(16).padStart(2, "0")).join("")}`;
@@ -45,8 +45,19 @@ function faint(colour) {
 
 // The piece of line that stands before a name.
 function swatch(colour, dash) {
-  return draw("svg", { class: "swatch", width: 26, height: 10, "aria-hidden": "true" },
-    draw("line", { x1: 1, x2: 25, y1: 5, y2: 5, stroke: colour, "stroke-width": 2.5, "stroke-dasharray": dash.join(" ") || "none" }));
+  return draw(
+    "svg",
+    { class: "swatch", width: 26, height: 10, "aria-hidden": "true" },
+    draw("line", {
+      x1: 1,
+      x2: 25,
+      y1: 5,
+      y2: 5,
+      stroke: colour,
+      "stroke-width": 2.5,
+      "stroke-dasharray": dash.join(" ") || "none",
+    }),
+  );
 }
 
 function cssColour(name) {

@@ -4,11 +4,17 @@ const SYMBOLS = { milestone: "◆", snapshot: "●", final: "■", failed: "✕"
 
 // [{x, kind, colour, text}] of the shown runs, in the unit of the x axis.
 function currentMarks() {
-  return shownRuns().flatMap((run) => [
-    ...(state.marks.includes("restart") ? run.restarts.map((item) => mark(run, item.step, "restart", "--muted", t("restart"))) : []),
-    ...(state.marks.includes("checkpoint") ? run.checkpoints.map((item) => checkpointMark(run, item)) : []),
-    ...(state.marks.includes("alert") ? run.alerts.map((item) => mark(run, item.step, "alert", "--warn", `${item.rule}: ${item.text}`)) : []),
-  ]).filter((item) => item !== null);
+  return shownRuns()
+    .flatMap((run) => [
+      ...(state.marks.includes("restart")
+        ? run.restarts.map((item) => mark(run, item.step, "restart", "--muted", t("restart")))
+        : []),
+      ...(state.marks.includes("checkpoint") ? run.checkpoints.map((item) => checkpointMark(run, item)) : []),
+      ...(state.marks.includes("alert")
+        ? run.alerts.map((item) => mark(run, item.step, "alert", "--warn", `${item.rule}: ${item.text}`))
+        : []),
+    ])
+    .filter((item) => item !== null);
 }
 
 function mark(run, step, kind, colour, text) {
@@ -24,7 +30,9 @@ function checkpointMark(run, item) {
 // What the marks at a place of a chart say; near enough is five pixels.
 function markTexts(chart, x) {
   const at = chart.plot.valToPos(x, "x");
-  const near = (chart.content.marks ?? []).filter((item) => item.text && Math.abs(chart.plot.valToPos(item.x, "x") - at) <= 5);
+  const near = (chart.content.marks ?? []).filter(
+    (item) => item.text && Math.abs(chart.plot.valToPos(item.x, "x") - at) <= 5,
+  );
   return [...new Set(near.map((item) => `${SYMBOLS[item.kind] ?? "×"} ${item.text}`))];
 }
 

@@ -21,13 +21,20 @@ function cursorMove(chart, key, stride) {
   const now = cursor.idx ?? null;
   const inView = (index) => Math.min(last, Math.max(first, index));
   switch (key) {
-    case "ArrowLeft": return inView(now === null ? last : now - stride);
-    case "ArrowRight": return inView(now === null ? first : now + stride);
-    case "PageUp": return inView((now ?? last) - 20);
-    case "PageDown": return inView((now ?? first) + 20);
-    case "Home": return first;
-    case "End": return last;
-    default: return null;
+    case "ArrowLeft":
+      return inView(now === null ? last : now - stride);
+    case "ArrowRight":
+      return inView(now === null ? first : now + stride);
+    case "PageUp":
+      return inView((now ?? last) - 20);
+    case "PageDown":
+      return inView((now ?? first) + 20);
+    case "Home":
+      return first;
+    case "End":
+      return last;
+    default:
+      return null;
   }
 }
 

@@ -3,7 +3,12 @@
 let overlay = null;
 const multiples = new Map(); // folder name -> its chart, made when it first comes into view
 
-const FORMATS = { loss: (v) => fixed(v, 4), acc: (v) => percent(v, 2), ppl: perplexityText, share: (v) => percent(v, 2) };
+const FORMATS = {
+  loss: (v) => fixed(v, 4),
+  acc: (v) => percent(v, 2),
+  ppl: perplexityText,
+  share: (v) => percent(v, 2),
+};
 const SHORT = { loss: (v) => fixed(v, 3), acc: (v) => percent(v, 1), ppl: perplexityText, share: (v) => percent(v, 1) };
 const TICKS = { loss: tick, acc: percentTick, ppl: tick, share: percentTick };
 
@@ -17,25 +22,58 @@ function isLog(tab = state.tab) {
 }
 
 function folderLines(names, tab = state.tab) {
-  return names.flatMap((name) => shownRuns().map((run) => {
-    const series = seriesOf(run);
-    const values = folderValues(series, name, tab);
-    return values && {
-      key: `${name}\n${run.id}`, name: manyRuns() ? `${name} · ${shortName(run)}` : name, x: xOf(run), values,
-      colour: folderColour(name), dash: lineDash(name, run), format: FORMATS[tab],
-    };
-  })).filter(Boolean);
+  return names
+    .flatMap((name) =>
+      shownRuns().map((run) => {
+        const series = seriesOf(run);
+        const values = folderValues(series, name, tab);
+        return (
+          values && {
+            key: `${name}\n${run.id}`,
+            name: manyRuns() ? `${name} · ${shortName(run)}` : name,
+            x: xOf(run),
+            values,
+            folder: name,
+            colour: folderColour(name),
+            dash: lineDash(name, run),
+            format: FORMATS[tab],
+          }
+        );
+      }),
+    )
+    .filter(Boolean);
 }
 
 function drawFolders() {
   fill(byId("metric"), `${state.tab} ${language()}`, () =>
-    choices("tab", Object.keys(FORMATS).map((tab) => [tab, metricName(tab)]), state.tab, (tab) => choose({ tab })));
+    choices(
+      "tab",
+      Object.keys(FORMATS).map((tab) => [tab, metricName(tab)]),
+      state.tab,
+      (tab) => choose({ tab }),
+    ),
+  );
   fill(byId("multiples-scale"), `${state.scale} ${language()}`, () =>
-    choices("scale", ["common", "own"].map((value) => [value, t(`scale_${value}`)]), state.scale, (scale) => choose({ scale })));
+    choices(
+      "scale",
+      ["common", "own"].map((value) => [value, t(`scale_${value}`)]),
+      state.scale,
+      (scale) => choose({ scale }),
+    ),
+  );
   drawLegend();
-  overlay ??= new Chart(byId("overlay"), { height: 380, legend: false, oncursor: legendValues });
+  overlay ??= new Chart(byId("overlay"), {
+    height: 380,
+    legend: false,
+    oncursor: legendValues,
+    onclick: (line, event) => isolate(line.folder, event),
+  });
   overlay.show({
-    title: metricName(), lines: folderLines(shownFolders()), log: isLog(), marks: currentMarks(), format: TICKS[state.tab],
+    title: metricName(),
+    lines: folderLines(shownFolders()),
+    log: isLog(),
+    marks: currentMarks(),
+    format: TICKS[state.tab],
   });
   drawMultiples();
 }
@@ -53,15 +91,26 @@ function drawLegend() {
 // A button with the folder's line and name that shows it alone. Used by the legend, the small charts and the table.
 function folderButton(name, where, ...more) {
   const dash = manyRuns() ? [] : lineDash(name);
-  const button = make("button", {
-    type: "button", class: "folder", title: name, "aria-pressed": String(state.only.includes(name)), "data-focus": `${where}:${name}`,
-    onclick: (event) => isolate(name, event),
-    onkeydown: (event) => { // ctrl or shift with Enter adds, as a click does; browsers give the click no modifiers
-      if (event.key !== "Enter" || !(event.ctrlKey || event.shiftKey)) return;
-      event.preventDefault();
-      isolate(name, event);
+  const button = make(
+    "button",
+    {
+      type: "button",
+      class: "folder",
+      title: name,
+      "aria-pressed": String(state.only.includes(name)),
+      "data-focus": `${where}:${name}`,
+      onclick: (event) => isolate(name, event),
+      onkeydown: (event) => {
+        // ctrl or shift with Enter adds, as a click does; browsers give the click no modifiers
+        if (event.key !== "Enter" || !(event.ctrlKey || event.shiftKey)) return;
+        event.preventDefault();
+        isolate(name, event);
+      },
     },
-  }, swatch(folderColour(name), dash), make("span", { class: "text" }, name), ...more);
+    swatch(folderColour(name), dash),
+    make("span", { class: "text" }, name),
+    ...more,
+  );
   if (state.only.length && !state.only.includes(name)) button.classList.add("other");
   return button;
 }
@@ -70,9 +119,11 @@ function folderButton(name, where, ...more) {
 function legendValues(read) {
   const runs = shownRuns();
   for (const button of byId("legend").querySelectorAll("button")) {
-    const values = runs.map((run) => `${button.title}\n${run.id}`).map((key) =>
-      read ? read(key) : overlay.valueOf(overlay.lines.find((line) => line.key === key), null));
-    button.lastChild.textContent = values.some(isNumber) ? values.map((manyRuns() ? SHORT : FORMATS)[state.tab]).join(" · ") : "";
+    const values = runs.map((run) => read(`${button.title}\n${run.id}`));
+    button.classList.toggle("near", overlay.near?.folder === button.title);
+    button.lastChild.textContent = values.some(isNumber)
+      ? values.map((manyRuns() ? SHORT : FORMATS)[state.tab]).join(" · ")
+      : "";
   }
 }
 
@@ -87,7 +138,9 @@ function drawMultiples() {
   byId("unseen").textContent = unseen.length ? t("no_tokens", unseen.join(", ")) : "";
   for (const card of host.children) {
     card.classList.toggle("other", state.only.length > 0 && !state.only.includes(card.dataset.name));
-    fill(card.firstChild, JSON.stringify([state.only, dark(), payload.runs.length]), () => folderButton(card.dataset.name, "small"));
+    fill(card.firstChild, JSON.stringify([state.only, dark(), payload.runs.length]), () =>
+      folderButton(card.dataset.name, "small"),
+    );
   }
   for (const name of multiples.keys()) drawMultiple(name);
 }
@@ -103,9 +156,12 @@ function multipleCard(name) {
 }
 
 // 33 charts cost time; those below the screen are made when the reader gets there.
-const inView = new IntersectionObserver((entries) => {
-  for (const { isIntersecting, target } of entries) if (isIntersecting) makeMultiple(target);
-}, { rootMargin: "200px" });
+const inView = new IntersectionObserver(
+  (entries) => {
+    for (const { isIntersecting, target } of entries) if (isIntersecting) makeMultiple(target);
+  },
+  { rootMargin: "200px" },
+);
 
 function makeMultiple(card) {
   inView.unobserve(card);
@@ -117,7 +173,9 @@ function drawMultiple(name) {
   const lines = folderLines([name]).map((line) => ({ ...line, dash: manyRuns() ? line.dash : [] }));
   const title = `${name}, ${metricName()}`;
   const range = state.scale === "common" ? () => commonRange() : null;
-  multiples.get(name).show({ title, lines: [...lines, ...validationLines(name)], log: isLog(), range, format: TICKS[state.tab] });
+  multiples
+    .get(name)
+    .show({ title, lines: [...lines, ...validationLines(name)], log: isLog(), range, format: TICKS[state.tab] });
 }
 
 // The smallest and largest value of all folders in view, once for all small charts of a drawing.
@@ -125,7 +183,11 @@ let common = { key: "", range: [0, 1] };
 
 function commonRange() {
   const key = JSON.stringify([version, detailVersion, state.tab, state.zoom, state.x, state.runs, isLog()]);
-  if (common.key !== key) common = { key, range: paddedRange(folderNames().flatMap((name) => [...folderLines([name]), ...validationLines(name)])) };
+  if (common.key !== key)
+    common = {
+      key,
+      range: paddedRange(folderNames().flatMap((name) => [...folderLines([name]), ...validationLines(name)])),
+    };
   return common.range;
 }
 

@@ -22,8 +22,13 @@ function drawTable() {
 
 function folderTable(rows) {
   const heads = ["folder", ...(manyRuns() ? ["run"] : []), ...COLUMNS.map(([key]) => key)];
-  return make("table", { class: "numbers" }, make("caption", { class: "hidden" }, t("folder_table")),
-    make("thead", {}, make("tr", {}, ...heads.map(sortHead))), make("tbody", {}, ...rows.map(folderRow)));
+  return make(
+    "table",
+    { class: "numbers" },
+    make("caption", { class: "hidden" }, t("folder_table")),
+    make("thead", {}, make("tr", {}, ...heads.map(sortHead))),
+    make("tbody", {}, ...rows.map(folderRow)),
+  );
 }
 
 // sort is "column" or "-column"; without it the folders stand in the order of the data.
@@ -34,15 +39,29 @@ function sortHead(key) {
   const next = !sorted ? key : down ? "" : `-${key}`;
   const lines = payload.runs[0]?.window;
   const title = { loss_now: t("hint_window", lines), change: t("hint_change", lines) }[key];
-  return make("th", { scope: "col", title: lines && title, class: key === "run" ? "text" : null, "aria-sort": sorted ? (down ? "descending" : "ascending") : null },
-    make("button", { type: "button", "data-focus": `sort:${key}`, onclick: () => choose({ sort: next }) }, t(key), arrow));
+  return make(
+    "th",
+    {
+      scope: "col",
+      title: lines && title,
+      class: key === "run" ? "text" : null,
+      "aria-sort": sorted ? (down ? "descending" : "ascending") : null,
+    },
+    make(
+      "button",
+      { type: "button", "data-focus": `sort:${key}`, onclick: () => choose({ sort: next }) },
+      t(key),
+      arrow,
+    ),
+  );
 }
 
 function sortedRows() {
   const rows = shownRuns().flatMap((run) => run.folders.map((folder) => ({ run, folder })));
   const key = state.sort.replace("-", "");
-  const read = { folder: (row) => row.folder.name, run: (row) => row.run.name }[key]
-    ?? ((column) => column && ((row) => column[1](row.folder)))(COLUMNS.find(([name]) => name === key));
+  const read =
+    { folder: (row) => row.folder.name, run: (row) => row.run.name }[key] ??
+    ((column) => column && ((row) => column[1](row.folder)))(COLUMNS.find(([name]) => name === key));
   if (!read) return rows;
   const sign = state.sort.startsWith("-") ? -1 : 1;
   return rows.sort((left, right) => sign * compared(read(left), read(right), sign));
@@ -57,12 +76,20 @@ function compared(left, right, sign) {
 }
 
 function folderRow({ run, folder }) {
-  const row = make("tr", {
-    "data-name": folder.name,
-    onclick: (event) => { if (!event.target.closest("button")) isolate(folder.name, event); },
-  }, make("th", { scope: "row" }, folderButton(folder.name, `row:${run.id}`)),
-  manyRuns() ? make("td", { class: "text" }, shortName(run)) : null,
-  ...COLUMNS.map(([key, read, format]) => make("td", { class: key === "change" ? trend(folder.change) : null }, format(read(folder) ?? null))));
+  const row = make(
+    "tr",
+    {
+      "data-name": folder.name,
+      onclick: (event) => {
+        if (!event.target.closest("button")) isolate(folder.name, event);
+      },
+    },
+    make("th", { scope: "row" }, folderButton(folder.name, `row:${run.id}`)),
+    manyRuns() ? make("td", { class: "text" }, shortName(run)) : null,
+    ...COLUMNS.map(([key, read, format]) =>
+      make("td", { class: key === "change" ? trend(folder.change) : null }, format(read(folder) ?? null)),
+    ),
+  );
   if (state.only.includes(folder.name)) row.classList.add("chosen");
   return row;
 }

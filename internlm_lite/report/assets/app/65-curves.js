@@ -1,14 +1,41 @@
 // The other charts: training and validation, speed, optimizer, memory.
 
 const CURVES = [
-  { section: "speed", title: "chart_tgs", keys: [["tgs", "line_tgs"], ["tgs_sma", "line_tgs_sma"]], format: integer },
+  {
+    section: "speed",
+    title: "chart_tgs",
+    keys: [
+      ["tgs", "line_tgs"],
+      ["tgs_sma", "line_tgs_sma"],
+    ],
+    format: integer,
+  },
   { section: "speed", title: "chart_tflops", keys: [["tflops", "tflops"]] },
-  { section: "speed", title: "chart_mfu", keys: [["mfu", "mfu"]], ticks: percentTick, format: (value) => percent(value) },
+  {
+    section: "speed",
+    title: "chart_mfu",
+    keys: [["mfu", "mfu"]],
+    ticks: percentTick,
+    format: (value) => percent(value),
+  },
   { section: "speed", title: "chart_time", keys: [["fwd_bwd_time", "chart_time"]] },
-  { section: "speed", title: "chart_fill", keys: [["pack_fill", "pack_fill"]], ticks: percentTick, format: (value) => percent(value) },
+  {
+    section: "speed",
+    title: "chart_fill",
+    keys: [["pack_fill", "pack_fill"]],
+    ticks: percentTick,
+    format: (value) => percent(value),
+  },
   { section: "optimizer", title: "chart_lr", keys: [["lr", "chart_lr"]] },
   { section: "optimizer", title: "chart_scale", keys: [["loss_scale", "chart_scale"]], skipped: true },
-  { section: "optimizer", title: "chart_norm", keys: [["grad_norm/0_default", "0_default"], ["grad_norm/1_fp32", "1_fp32"]] },
+  {
+    section: "optimizer",
+    title: "chart_norm",
+    keys: [
+      ["grad_norm/0_default", "0_default"],
+      ["grad_norm/1_fp32", "1_fp32"],
+    ],
+  },
   { section: "memory", title: "chart_memory", keys: [["memory_bytes", "chart_memory"]], part: 2 ** 30 },
 ];
 
@@ -27,7 +54,10 @@ function drawCurves() {
   drawTraining();
   for (const spec of CURVES) {
     curve(spec.section, spec.title, { height: 190, hides: true }).show({
-      title: t(spec.title), lines: keyLines(spec), format: spec.ticks ?? tick, single: spec.keys.length === 1,
+      title: t(spec.title),
+      lines: keyLines(spec),
+      format: spec.ticks ?? tick,
+      single: spec.keys.length === 1,
       marks: [...currentMarks(), ...(spec.skipped ? skippedMarks() : [])],
       notes: spec.skipped && skippedMarks().length ? [make("span", { class: "key bad" }, t("line_overflow"))] : [],
     });
@@ -42,10 +72,16 @@ function sayWhenEmpty(section) {
 }
 
 function keyLines(spec) {
-  return spec.keys.flatMap(([key, name], index) => shownRuns().map((run) => ({
-    key: `${key} ${run.id}`, name: spec.keys.length > 1 ? runName(t(name), run) : shortName(run), x: xOf(run), values: drawnValues(run, key, spec.part),
-    ...runLook(run, index), format: spec.format ?? ((v) => significant(v, 5)),
-  })));
+  return spec.keys.flatMap(([key, name], index) =>
+    shownRuns().map((run) => ({
+      key: `${key} ${run.id}`,
+      name: spec.keys.length > 1 ? runName(t(name), run) : shortName(run),
+      x: xOf(run),
+      values: drawnValues(run, key, spec.part),
+      ...runLook(run, index),
+      format: spec.format ?? ((v) => significant(v, 5)),
+    })),
+  );
 }
 
 // A norm that is always zero says only that no parameter is kept in that dtype.
@@ -67,32 +103,66 @@ function runName(name, run) {
 }
 
 function skippedMarks() {
-  return shownRuns().flatMap((run) => (run.series.skipped ?? []).map((step) => mark(run, step, "skipped", "--bad", t("skipped_step")))).filter(Boolean);
+  return shownRuns()
+    .flatMap((run) => (run.series.skipped ?? []).map((step) => mark(run, step, "skipped", "--bad", t("skipped_step"))))
+    .filter(Boolean);
 }
 
 function drawTraining() {
   const runs = shownRuns();
   curve("training", "chart_loss", { height: 260, hides: true }).show({
-    title: t("chart_loss"), log: isLog("loss"), marks: currentMarks(),
+    title: t("chart_loss"),
+    log: isLog("loss"),
+    marks: currentMarks(),
     lines: [
       ...runs.map((run) => ({
-        key: `loss ${run.id}`, name: runName(t("line_train"), run), x: xOf(run), values: seriesOf(run).loss ?? [],
-        ...runLook(run, 0), format: FORMATS.loss,
+        key: `loss ${run.id}`,
+        name: runName(t("line_train"), run),
+        x: xOf(run),
+        values: seriesOf(run).loss ?? [],
+        ...runLook(run, 0),
+        format: FORMATS.loss,
       })),
-      ...runs.map((run) => validationLine(run, runName(t("line_val"), run), manyRuns() ? runLook(run, 0).colour : plainColour(1), (item) => item.loss)),
+      ...runs.map((run) =>
+        validationLine(
+          run,
+          runName(t("line_val"), run),
+          manyRuns() ? runLook(run, 0).colour : plainColour(1),
+          (item) => item.loss,
+        ),
+      ),
     ],
   });
   curve("training", "chart_val_loss", { height: 260, hides: true }).show({
-    title: t("chart_val_loss"), log: isLog("loss"), marks: currentMarks(), unsmoothed: true,
-    lines: shownFolders().flatMap((name) => runs.map((run) =>
-      validationLine(run, runName(name, run), folderColour(name), (item) => own(item.folders, name)?.[1], lineDash(name, run)))),
+    title: t("chart_val_loss"),
+    log: isLog("loss"),
+    marks: currentMarks(),
+    unsmoothed: true,
+    lines: shownFolders().flatMap((name) =>
+      runs.map((run) =>
+        validationLine(
+          run,
+          runName(name, run),
+          folderColour(name),
+          (item) => own(item.folders, name)?.[1],
+          lineDash(name, run),
+        ),
+      ),
+    ),
   });
 }
 
 function validationLine(run, name, colour, read, dash = []) {
+  const placed = run.validation.filter((item) => xOfStep(run, item.step) !== null);
   return {
-    key: `val ${name} ${run.id}`, name, colour, dash, points: true, format: FORMATS.loss,
-    x: run.validation.map((item) => xOfStep(run, item.step)), values: run.validation.map((item) => read(item) ?? null),
+    key: `val ${name} ${run.id}`,
+    name,
+    colour,
+    dash,
+    points: true,
+    format: FORMATS.loss,
+    x: placed.map((item) => xOfStep(run, item.step)),
+    values: placed.map((item) => read(item) ?? null),
   };
 }
 
@@ -100,7 +170,12 @@ function validationLine(run, name, colour, read, dash = []) {
 function validationLines(name) {
   if (manyRuns()) return [];
   const read = {
-    loss: (item) => item?.[1], acc: (item) => item?.[2], ppl: (item) => perplexity(item?.[1]), share: () => null,
+    loss: (item) => item?.[1],
+    acc: (item) => item?.[2],
+    ppl: (item) => perplexity(item?.[1]),
+    share: () => null,
   }[state.tab];
-  return shownRuns().map((run) => validationLine(run, runName(t("line_val"), run), cssColour("--muted"), (item) => read(own(item.folders, name))));
+  return shownRuns().map((run) =>
+    validationLine(run, runName(t("line_val"), run), cssColour("--muted"), (item) => read(own(item.folders, name))),
+  );
 }

@@ -15,10 +15,13 @@ function samplePanel(all) {
   const samples = all.filter((sample) => sample.prompt === prompt).sort((a, b) => a.step - b.step);
   const names = samples.map(sampleName);
   const at = { left: chosenIndex(names, state.left, 0), right: chosenIndex(names, state.right, names.length - 1) };
-  const panel = make("div", { class: "samples" },
+  const panel = make(
+    "div",
+    { class: "samples" },
     promptChoice(prompts, prompt),
     make("div", { class: "pair" }, ...["left", "right"].map((side) => samplePane(side, samples, names, at))),
-    make("p", { class: "hint" }, t("hint_samples")));
+    make("p", { class: "hint" }, t("hint_samples")),
+  );
   panel.addEventListener("keydown", (event) => sampleKey(event, names, at));
   return panel;
 }
@@ -33,8 +36,21 @@ function chosenIndex(names, wanted, otherwise) {
 }
 
 function promptChoice(prompts, prompt) {
-  return make("div", { class: "line" }, make("label", {}, `${t("prompt")} `,
-    select("prompt", prompts.map((text, index) => [String(index), shortened(text)]), String(prompts.indexOf(prompt)), (value) => choose({ prompt: value }))));
+  return make(
+    "div",
+    { class: "line" },
+    make(
+      "label",
+      {},
+      `${t("prompt")} `,
+      select(
+        "prompt",
+        prompts.map((text, index) => [String(index), shortened(text)]),
+        String(prompts.indexOf(prompt)),
+        (value) => choose({ prompt: value }),
+      ),
+    ),
+  );
 }
 
 function shortened(text) {
@@ -42,7 +58,11 @@ function shortened(text) {
 }
 
 function select(name, options, chosen, onchoose) {
-  const box = make("select", { "data-focus": name }, ...options.map(([value, label]) => make("option", { value }, label)));
+  const box = make(
+    "select",
+    { "data-focus": name },
+    ...options.map(([value, label]) => make("option", { value }, label)),
+  );
   box.value = chosen;
   box.addEventListener("change", () => onchoose(box.value));
   return box;
@@ -50,16 +70,44 @@ function select(name, options, chosen, onchoose) {
 
 function samplePane(side, samples, names, at) {
   const sample = samples[at[side]];
-  const step = (name, by, symbol) => make("button", {
-    type: "button", "aria-label": `${t(name)}: ${t(`step_${side}`)}`, title: t(name), "data-focus": `${side}:${by}`,
-    "aria-disabled": String(!names[at[side] + by]), onclick: () => moveSamples(names, { [side]: at[side] }, by),
-  }, symbol);
-  const box = select(side, names.map((name) => [name, `${t("step")} ${name}`]), names[at[side]], (value) => choose({ [side]: value }));
+  const step = (name, by, symbol) =>
+    make(
+      "button",
+      {
+        type: "button",
+        "aria-label": `${t(name)}: ${t(`step_${side}`)}`,
+        title: t(name),
+        "data-focus": `${side}:${by}`,
+        "aria-disabled": String(!names[at[side] + by]),
+        onclick: () => moveSamples(names, { [side]: at[side] }, by),
+      },
+      symbol,
+    );
+  const box = select(
+    side,
+    names.map((name) => [name, `${t("step")} ${name}`]),
+    names[at[side]],
+    (value) => choose({ [side]: value }),
+  );
   box.setAttribute("aria-label", t(`step_${side}`));
-  return make("div", { class: "pane" },
-    make("div", { class: "line" }, step("previous", -1, "←"), box, step("next", 1, "→"), make("span", { class: "label" }, moment(sample.time))),
-    make("p", { class: "text", tabindex: "0", role: "region", "aria-label": `${t("step")} ${names[at[side]]}` },
-      make("b", {}, sample.prompt), withoutPrompt(sample)));
+  return make(
+    "div",
+    { class: "pane" },
+    make(
+      "div",
+      { class: "line" },
+      step("previous", -1, "←"),
+      box,
+      step("next", 1, "→"),
+      make("span", { class: "label" }, moment(sample.time)),
+    ),
+    make(
+      "p",
+      { class: "text", tabindex: "0", role: "region", "aria-label": `${t("step")} ${names[at[side]]}` },
+      make("b", {}, sample.prompt),
+      withoutPrompt(sample),
+    ),
+  );
 }
 
 // Some generators repeat the prompt before what they add.
@@ -68,7 +116,9 @@ function withoutPrompt(sample) {
 }
 
 function moveSamples(names, sides, by) {
-  const changes = Object.entries(sides).filter(([, index]) => names[index + by]).map(([side, index]) => [side, names[index + by]]);
+  const changes = Object.entries(sides)
+    .filter(([, index]) => names[index + by])
+    .map(([side, index]) => [side, names[index + by]]);
   if (changes.length) choose(Object.fromEntries(changes));
 }
 

@@ -15,10 +15,14 @@ let detailFor = "";
 function startLive() {
   token = payload.token ?? null;
   if (payload.live) {
-    document.addEventListener("visibilitychange", () => { if (!document.hidden) poll(); });
+    document.addEventListener("visibilitychange", () => {
+      if (!document.hidden) poll();
+    });
     poll();
   } else {
-    setInterval(() => { if (state.reload && !document.hidden) location.reload(); }, RELOAD);
+    setInterval(() => {
+      if (state.reload && !document.hidden) location.reload();
+    }, RELOAD);
   }
 }
 
@@ -82,10 +86,18 @@ async function fetchSeries(run) {
 function drawFreshness() {
   const key = JSON.stringify([version, language(), lostSince, state.reload, token === null]);
   fill(byId("freshness"), key, () => {
-    if (lostSince) return make("span", { class: "bad" }, make("span", { "aria-hidden": "true" }, "✕ "), t("lost", clock(lostSince)));
-    if (payload.live) return [make("span", { class: "dot", "aria-hidden": "true" }), t(token === null ? "connecting" : payload.runs.some((run) => run.parsing) ? "reading" : "live")];
-    if (payload.runs.every((run) => ENDED.includes(run.state.phase))) return t("written_final", moment(payload.generated));
-    return [t("written_at", clock(payload.generated)),
-      checkbox("reload", t("auto_reload"), state.reload === "1", () => choose({ reload: state.reload ? "" : "1" }))];
+    if (lostSince)
+      return make("span", { class: "bad" }, make("span", { "aria-hidden": "true" }, "✕ "), t("lost", clock(lostSince)));
+    if (payload.live)
+      return [
+        make("span", { class: "dot", "aria-hidden": "true" }),
+        t(token === null ? "connecting" : payload.runs.some((run) => run.parsing) ? "reading" : "live"),
+      ];
+    if (payload.runs.every((run) => ENDED.includes(run.state.phase)))
+      return t("written_final", moment(payload.generated));
+    return [
+      t("written_at", clock(payload.generated)),
+      checkbox("reload", t("auto_reload"), state.reload === "1", () => choose({ reload: state.reload ? "" : "1" })),
+    ];
   });
 }

@@ -34,8 +34,10 @@ function drawPage() {
 
 function drawWords() {
   for (const element of document.querySelectorAll("[data-t]")) element.textContent = t(element.dataset.t);
-  for (const element of document.querySelectorAll("[data-label]")) element.setAttribute("aria-label", t(element.dataset.label));
-  for (const element of document.querySelectorAll("section[data-title]")) element.setAttribute("aria-label", t(element.dataset.title));
+  for (const element of document.querySelectorAll("[data-label]"))
+    element.setAttribute("aria-label", t(element.dataset.label));
+  for (const element of document.querySelectorAll("section[data-title]"))
+    element.setAttribute("aria-label", t(element.dataset.title));
   byId("title").textContent = payload.runs.length === 1 ? payload.runs[0].name : "internlm_lite";
   if (payload.live) document.title = [progressText(), byId("title").textContent].filter(Boolean).join(" · ");
   const themes = ["auto", "light", "dark"];
@@ -43,9 +45,15 @@ function drawWords() {
   byId("theme").onclick = () => choose({ theme: themes[(themes.indexOf(state.theme) + 1) % 3] });
   byId("language").textContent = t("other_language");
   byId("language").onclick = () => choose({ lang: language() === "zh" ? "en" : "zh" });
-  fill(byId("sections"), language(), () => [...document.querySelectorAll("section[data-title]")].map((section) =>
-    make("a", { href: `#${section.id}`, onclick: (event) => goTo(event, section) },
-      t(WORDS[`short_${section.dataset.title}`] ? `short_${section.dataset.title}` : section.dataset.title))));
+  fill(byId("sections"), language(), () =>
+    [...document.querySelectorAll("section[data-title]")].map((section) =>
+      make(
+        "a",
+        { href: `#${section.id}`, onclick: (event) => goTo(event, section) },
+        t(WORDS[`short_${section.dataset.title}`] ? `short_${section.dataset.title}` : section.dataset.title),
+      ),
+    ),
+  );
 }
 
 // A jump within the page leaves the hash, and so what was chosen, alone.
@@ -67,7 +75,14 @@ function forPrint() {
   state.theme = "light";
   for (const card of byId("multiples").children) if (!multiples.has(card.dataset.name)) makeMultiple(card);
   drawPage();
-  addEventListener("afterprint", () => { state.theme = theme; render(); }, { once: true });
+  addEventListener(
+    "afterprint",
+    () => {
+      state.theme = theme;
+      render();
+    },
+    { once: true },
+  );
 }
 
 performance.mark("draw begins");

@@ -1,0 +1,75 @@
+"""The page in another language, in the dark, on a phone, on paper, for a screen reader."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from internlm_lite.report.page import ASSETS
+from tests.report.browser import Tab, legend
+from tests.report.made import report
+
+
+def test_chinese(browser: Any, runs: Path, pictures: Path) -> None:
+    tab = Tab(browser, locale="zh-CN").open(report(runs / "one"))
+    assert tab.page.evaluate("document.documentElement.lang") == "zh-CN"
+    assert "第 300 步，共 300 步" in tab.page.locator("#state").inner_text()
+    tab.picture(pictures, "chinese", whole=True)
+    tab.press("#language")
+    assert "step 300 of 300" in tab.page.locator("#state").inner_text() and "lang=en" in tab.page.url
+    assert tab.faults == []
+    tab.close()
+
+
+def test_every_word_is_there_in_both_languages() -> None:
+    sources = {path.name: path.read_text(encoding="utf-8") for path in sorted((ASSETS / "app").glob("*.js"))}
+    pairs = re.findall(r'^  (\w+): \[\s*"(.+?)",\s*"(.+?)",?\s*\],$', sources["00-words.js"], re.MULTILINE)
+    words = {key for key, _, _ in pairs}
+    assert len(words) == len(pairs) == sources["00-words.js"].count("],\n")
+    used = set(re.findall(r'\bt\("(\w+)"', "".join(sources.values())))
+    used |= set(re.findall(r'data-(?:t|label|title)="(\w+)"', (ASSETS / "page.html").read_text(encoding="utf-8")))
+    assert used <= words
+    assert all(
+        sorted(re.findall(r"{\d}", english)) == sorted(re.findall(r"{\d}", chinese)) for _, english, chinese in pairs
+    )
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_accessibility(browser: Any, runs: Path, pictures: Path, dark: bool) -> None:
+    for name, folders in (("one", ["one"]), ("two", ["one", "two"])):
+        tab = Tab(browser, dark=dark).open(report(*[runs / folder for folder in folders]))
+        tab.press(legend("docs"))
+        assert tab.violations() == []
+        tab.picture(pictures, f"{'dark' if dark else 'light'}-{name}", whole=True)
+        assert tab.faults == []
+        tab.close()
+
+
+@pytest.mark.parametrize("locale", ["en-US", "zh-CN"])
+def test_a_phone_scrolls_in_one_direction(browser: Any, runs: Path, pictures: Path, locale: str) -> None:
+    for name in ("many", "hostile"):
+        tab = Tab(browser, width=400, height=800, locale=locale).open(report(runs / name))
+        tab.picture(pictures, f"phone-{name}-{locale}", whole=True)
+        assert tab.spills() == 0
+        assert tab.violations() == []
+        assert tab.faults == []
+        tab.close()
+
+
+def test_it_prints(tab: Tab, runs: Path, pictures: Path) -> None:
+    tab.open(report(runs / "one").as_uri() + "#theme=dark")
+    tab.page.pdf(path=pictures / "printed.pdf")
+    tab.settle()
+    assert tab.state["theme"] == "dark"
+
+
+def test_only_one_name_is_left_on_window(tab: Tab, runs: Path) -> None:
+    tab.open(report(runs / "one"))
+    payload = json.loads(tab.page.locator("#payload").inner_text())
+    assert payload["runs"][0]["name"] == "demo/one"
+    tab.page.evaluate("() => { page.state.tab = 'acc'; }")
+    assert tab.state["tab"] == "loss"

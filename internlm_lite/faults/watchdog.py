@@ -12,7 +12,6 @@ could do that: gloo and NCCL do not know who is missing, and the main thread can
 from __future__ import annotations
 
 import faulthandler
-import json
 import logging
 import os
 import threading

@@ -32,22 +32,25 @@ class Guard:
 
     def check_skips(self, in_a_row: int, loss_scale: float, state: TrainState) -> None:
         """`in_a_row`: steps left out since the last update. Raises NumericsError when they are too many."""
-        scaler = self._config.grad_scaler
-        floor = scaler.fp16.min_scale if scaler and self._config.model.torch_dtype_name == "float16" else None
-        at_floor = floor is not None and loss_scale <= floor and in_a_row > 0
-        if in_a_row > self._most_bad_steps or at_floor:
+        if self._at_floor(in_a_row, loss_scale):
+            found = f"gradients still overflow with the smallest loss scale, {loss_scale:g}"
+        elif in_a_row > self._most_bad_steps:
             found = (
-                f"the loss scale is at its floor of {floor:g} and gradients still overflow"
-                if at_floor
-                else (
-                    f"the last {in_a_row} updates were left out because a gradient was not finite or stood out, expected at "
-                    f"most {self._most_bad_steps} in a row with {self._config.model.dtype}"
-                )
+                f"the last {in_a_row} updates were left out because a gradient was not finite or stood out, expected "
+                f"at most {self._most_bad_steps} in a row with {self._config.model.dtype}"
             )
-            raise NumericsError(
-                f"step {state.step - 1}: {found}; the weights are those of step {state.step - 1 - in_a_row}: lower "
-                "adam.lr, look at the data of these steps, or go on from an older checkpoint with --resume PATH"
-            )
+        else:
+            return
+        raise NumericsError(
+            f"step {state.step - 1}: {found}; the weights are those of step {state.step - 1 - in_a_row}: lower "
+            "adam.lr, look at the data of these steps, or go on from an older checkpoint with --resume PATH"
+        )
+
+    def _at_floor(self, in_a_row: int, loss_scale: float) -> bool:
+        scaler = self._config.grad_scaler
+        if scaler is None or self._config.model.torch_dtype_name != "float16":
+            return False
+        return loss_scale <= (scaler.fp16.min_scale or 0.0) and in_a_row > scaler.hysteresis
 
     def note_spike(self, step: int, scores: tuple[float, float]) -> None:
         """`scores`: z-scores of loss and gradient norm, 0 where they do not stand out."""

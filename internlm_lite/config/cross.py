@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from internlm_lite.config.address import webhook_format, webhook_problem
 from internlm_lite.config.problems import Problem
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
 from internlm_lite.config.s3path import S3_SPELLING, is_s3, parse_s3, without_password
-from internlm_lite.config.schema import CkptConfig, Config
+from internlm_lite.config.schema import AlertsConfig, CkptConfig, Config
 from internlm_lite.errors import ConfigError
 
 _TENSOR = "parallel.tensor"
@@ -32,6 +33,7 @@ def cross_problems(config: Config, world_size: int | None) -> Iterator[Problem]:
     yield from _batches(config)
     yield from _data(config)
     yield from _ckpt(config.ckpt)
+    yield from _alerts(config.monitor.alerts)
 
 
 def _world(config: Config, world: int) -> Iterator[Problem]:
@@ -258,6 +260,18 @@ def _ckpt(ckpt: CkptConfig) -> Iterator[Problem]:
                 (f"ckpt.{name}",),
                 f"found {without_password(folder)!r}, expected local:PATH, a plain path, or {S3_SPELLING}",
             )
+
+
+def _alerts(alerts: AlertsConfig) -> Iterator[Problem]:
+    if alerts.webhook is None:
+        return
+    if (problem := webhook_problem(alerts.webhook, alerts.insecure)) is not None:
+        yield Problem(("monitor.alerts.webhook",), problem)
+    elif alerts.format is None and webhook_format(alerts.webhook) is None:
+        yield Problem(
+            ("monitor.alerts.format", "monitor.alerts.webhook"),
+            'found None, and the host of the webhook is not known; expected "feishu", or "slack" (others read it too)',
+        )
 
 
 def _is_folder(text: str) -> bool:

@@ -318,6 +318,43 @@ class GuardConfig(Section):
     """Rollbacks to one checkpoint; one more ends the run with exit code 7."""
     check_replicas_every: NonNegative = 100
     """Steps between comparisons of weights and optimizer state that several ranks hold; 0: never."""
+class WandbConfig(Section):
+    """(new) Weights & Biases; nothing is sent unless `mode` says so. The key to it is never written here: `wandb login`
+    keeps it."""
+
+    project: str = "internlm_lite"
+    """Project of the run."""
+    entity: str | None = None
+    """Team or user; None: the login's own."""
+    name: str | None = None
+    """Name of the run; None: JOB_NAME and the name of the run folder."""
+    group: str | None = None
+    """Runs of a group are shown together."""
+    tags: list[str] = []
+    """Labels of the run."""
+    mode: Literal["offline", "online"] = "offline"
+    """"offline": written to the run folder, for `wandb sync`. "online": sent while training."""
+
+
+class AlertsConfig(Section):
+    """(new) What is told when a run is in trouble, in the log, in events.jsonl and to a webhook."""
+
+    webhook: str | None = None
+    """Address that alerts are sent to: https://... of a Feishu, Slack or compatible chat. A secret: always masked."""
+    format: Literal["feishu", "slack"] | None = None
+    """Shape of the messages; None: as the webhook's host says."""
+    insecure: bool = False
+    """True: the webhook may be plain http to another machine."""
+    loss_factor: Annotated[float, Field(gt=1)] = 1.5
+    """A loss of more than this times its average is an alert."""
+    skips_in_a_row: Positive = 5
+    """So many updates skipped in a row because of overflow are an alert."""
+    tgs_drop: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Speed that falls by this share of the usual is an alert."""
+    silent_seconds: Annotated[float, Field(gt=0)] = 300.0
+    """No step for so long, and for 10 times the usual, is an alert."""
+    cool_down_seconds: Annotated[float, Field(ge=0)] = 600.0
+    """After its end an alert is not raised again before this."""
 
 
 class MonitorConfig(Section):
@@ -326,9 +363,17 @@ class MonitorConfig(Section):
     log_every: Positive = 1
     """Steps between step lines; metrics are read from the device once per line."""
     sample_prompts: list[str] = []
-    """Prompts continued at the end of the run; needs data.tokenizer."""
+    """Prompts continued at the end of the run, and every sample_every steps; needs data.tokenizer."""
+    sample_every: NonNegative = 0
+    """Steps between continuations of the prompts; 0: only at the end."""
     sample_tokens: Positive = 64
     """Tokens generated per prompt."""
+    tensorboard: bool | None = None
+    """Write event files for TensorBoard to the run folder; None: where tensorboard is installed."""
+    wandb: WandbConfig | None = None
+    """Weights & Biases; None: off."""
+    alerts: AlertsConfig = AlertsConfig()
+    """Alerts."""
 
 
 class Config(Section):

@@ -20,7 +20,6 @@ _NO_EFFECT = {
     "data.empty_cache_and_diag_interval": "the memory allocator's cache is left alone during training",
     "data.diag_outlier_ratio": "there is no periodic diagnosis of slow ranks",
     "model.mlp_layer_fusion": "the result is the same with and without",
-    "monitor.tensorboard": "TensorBoard's writer keeps its own queue length",
     "metric_dtype": "metrics are always summed in float32",
     "generation": "training does not generate with these; tools/generate.py takes them as arguments",
 }
@@ -77,6 +76,8 @@ def translate(layer: Layer) -> Translation:
             f"understood as {meaning}, unless --resume is given"
         )
     _parallel(t)
+    if isinstance(layer.get("monitor.tensorboard"), dict):
+        t.replace("monitor.tensorboard", {}, "there is one queue for all sinks")
     _alert(t)
     return t
 
@@ -210,11 +211,25 @@ def _has_only(t: Translation, key: str, names: Sequence[str]) -> bool:
 
 
 def _alert(t: Translation) -> None:
+    """InternEvo's Feishu alerts. Their address is a secret: no note and no problem shows it."""
     if not t.layer.has("monitor.alert"):
         return
     alert = t.layer.get("monitor.alert")
-    switches = ("enable_feishu_alert", "feishu_alert_address", "light_monitor_address")
-    if isinstance(alert, dict) and not any(alert.get(name) for name in switches):
-        t.replace("monitor.alert", {}, "alerts are switched off in it")
-    else:
-        t.refuse("monitor.alert", "found alerts switched on; this version sends none: switch them off, or remove it")
+    if not isinstance(alert, dict):
+        kind = type(alert).__name__
+        t.refuse("monitor.alert", f"found a {kind}, expected dict(feishu_alert_address=...), or monitor.alerts instead")
+        return
+    address = alert.get("feishu_alert_address")
+    new: dict[str, str] = {}
+    if alert.get("light_monitor_address"):
+        t.refuse("monitor.alert", "found light_monitor_address; there is no heartbeat to send: remove it")
+        return
+    if alert.get("enable_feishu_alert", address):
+        if not isinstance(address, str):
+            t.refuse("monitor.alert", "found no feishu_alert_address; add the address, or enable_feishu_alert=False")
+            return
+        new = {"monitor.alerts.webhook": address, "monitor.alerts.format": "feishu"}
+    _, origin = t.layer.drop("monitor.alert")
+    for key, value in new.items():
+        t.layer.put(key, value, origin)
+    t.notes.append(f"{origin}: monitor.alert understood as {', '.join(new) or 'no webhook'}")

@@ -13,7 +13,9 @@ from internlm_lite.config.load import LoadedConfig, value_of
 from internlm_lite.config.schema import Config
 
 MASK = "***"
-_SECRET_WORDS = frozenset({"secret", "token", "password", "passwd", "key", "signature", "credential", "credentials"})
+_SECRET_WORDS = frozenset(
+    {"secret", "token", "password", "passwd", "key", "signature", "credential", "credentials", "webhook"}
+)
 _IN_TEXT = (
     (re.compile(r"(://)[^/@\s]+@"), rf"\1{MASK}@"),  # scheme://user:password@host
     (re.compile(r"([?&][\w-]*(?:secret|token|password|key|signature|credential)[\w-]*=)[^&\s]+", re.I), rf"\1{MASK}"),
@@ -71,6 +73,13 @@ def print_config(loaded: LoadedConfig, how: str) -> str:
     texts = {key: f"{key} = {value!r}" for key, value in flat.items() if value is not _ABSENT}
     width = min(60, max(map(len, texts.values())))
     return "".join(f"{text:<{width}}  # {loaded.origins[key]}\n" for key, text in texts.items())
+
+
+def origin_rows(loaded: LoadedConfig) -> list[dict[str, Any]]:
+    """{"key", "value", "origin"} of every key, in the order of the schema; secrets masked. JSON-able."""
+    values = masked(resolved(loaded.config))
+    rows = [{"key": key, "value": _lookup(values, key), "origin": origin} for key, origin in loaded.origins.items()]
+    return [row for row in rows if row["value"] is not _ABSENT]
 
 
 _ABSENT = object()

@@ -15,24 +15,16 @@ from internlm_lite.layers.attention import Attend
 
 
 class KVCache:
-    """For `batch` sequences of at most `capacity` tokens. `prefill` once, then `decode` and `advance` in turn."""
+    """For `batch` sequences of at most `capacity` tokens. `prefill` once, then `decode` and `advance` in turn.
 
-    def __init__(
-        self,
-        layers: int,
-        batch: int,
-        capacity: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        """`kv_heads` are those of this tensor-parallel rank."""
-        shape = (layers, batch, capacity, kv_heads, head_dim)
-        # Zeros, because a masked position still takes part as 0 * value.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+    A rank keeps the layers and heads that it computes, and no others.
+    """
+
+    def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._capacity = capacity
+        self._keys: dict[int, torch.Tensor] = {}  # layer -> [batch, capacity, Hkv, D]
+        self._values: dict[int, torch.Tensor] = {}
         self._longest = 0
 
     def prefill(self, lengths: Sequence[int], attend: Attend) -> Attend:
@@ -41,12 +33,17 @@ class KVCache:
         self._longest = max(lengths)
 
         def remember(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            for row, (key, value) in enumerate(zip(k.split(list(lengths)), v.split(list(lengths)), strict=True)):
-                self.keys[layer, row, : key.shape[0]] = key
-                self.values[layer, row, : value.shape[0]] = value
+            self._keys[layer], self._values[layer] = self._rows(k, lengths), self._rows(v, lengths)
             return attend(layer, q, k, v)
 
         return remember
+
+    def _rows(self, packed: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """[sum of lengths, Hkv, D] -> [batch, capacity, Hkv, D]; zeros else: a masked value takes part as 0 * value."""
+        rows = packed.new_zeros(len(lengths), self._capacity, *packed.shape[1:])
+        for row, sequence in zip(rows, packed.split(list(lengths)), strict=True):
+            row[: len(sequence)] = sequence
+        return rows
 
     def decode(self) -> Attend:
         """Attention of one new token per sequence, [B, H, D], over the sequence's cache and itself."""
@@ -55,10 +52,10 @@ class KVCache:
         mask = seen[:, None, None]  # [B, 1, 1, longest + 1]
 
         def look_up(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            self.keys[layer, rows, self.lengths] = k
-            self.values[layer, rows, self.lengths] = v
-            keys = self.keys[layer, :, : self._longest + 1].transpose(1, 2)  # [B, Hkv, longest + 1, D]
-            values = self.values[layer, :, : self._longest + 1].transpose(1, 2)
+            self._keys[layer][rows, self.lengths] = k
+            self._values[layer][rows, self.lengths] = v
+            keys = self._keys[layer][:, : self._longest + 1].transpose(1, 2)  # [B, Hkv, longest + 1, D]
+            values = self._values[layer][:, : self._longest + 1].transpose(1, 2)
             grouped = q.shape[1] != k.shape[1]
             mixed = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=mask, enable_gqa=grouped)
             return mixed.squeeze(2)

@@ -26,7 +26,7 @@ def generate(
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
     lengths = [len(prompt) for prompt in prompts]
-    cache = _cache(model, len(prompts), max(lengths) + max_new_tokens)
+    cache = KVCache(len(prompts), max(lengths) + max_new_tokens, model.device)
     draw = Sampler(sampling, cache.lengths.device)
     new_tokens: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
@@ -58,11 +58,6 @@ def check(model: WholeModel, prompts: list[list[int]]) -> None:
                 f"prompt {number} holds token id {wrong[0]}: expected 0..{vocab_size - 1}; "
                 "use the tokenizer that the model was trained with"
             )
-
-
-def _cache(model: WholeModel, batch: int, capacity: int) -> KVCache:
-    config, dtype = model.any_stage.config, model.any_stage.place.dtype
-    return KVCache(config.num_layers, batch, capacity, model.kv_heads_here, config.head_dim, dtype, model.device)
 
 
 def _prefill(model: WholeModel, prompts: list[list[int]], cache: KVCache) -> torch.Tensor:

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from internlm_lite.monitor.line import clock, format_step_line
 from internlm_lite.monitor.record import StepRecord
+from internlm_lite.monitor.sinks import Sink
 from internlm_lite.units import human_bytes
 
 logger = logging.getLogger("internlm_lite")
@@ -30,7 +31,7 @@ _BOLD, _DIM, _GREEN, _RED, _RESET = "\x1b[1m", "\x1b[2m", "\x1b[32m", "\x1b[31m"
 _BAR_TEXT = "eta {task.fields[eta]}  loss {task.fields[loss]}  tgs {task.fields[tgs]}{task.fields[rest]}"
 
 
-class Console:
+class Console(Sink):
     """Rank 0's sink for people. Use as a context manager, or call `close()`: the bar leaves the terminal clean.
 
     `terminal`: standard output is a terminal, so colours and the bar are shown.
@@ -49,7 +50,7 @@ class Console:
             )
             self._bar.start()
 
-    def write(self, record: StepRecord) -> None:
+    def step(self, record: StepRecord) -> None:
         """Show one step line, and move the bar."""
         columns = shutil.get_terminal_size().columns if self._terminal else None
         extra = {"verbatim": True, "compact": compact_line(record, self._terminal, columns)}

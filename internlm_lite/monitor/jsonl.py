@@ -1,8 +1,9 @@
-"""metrics.jsonl and events.jsonl: append-only files of one JSON object a line, safe to read while they grow.
+"""metrics.jsonl, events.jsonl, samples.jsonl: append-only files of one JSON object a line, safe to read as they grow.
 
     {"seg":0,"step":12,"loss":3.21,...,"folders":{"code":[tokens,loss,acc]}}      never NaN: null
 
-A restart after a crash repeats steps; `seg` counts restarts, and a reader keeps each step's highest.
+`seg` counts the starts of a run. A start goes on from a checkpoint and trains again what came after it: a reader drops
+what earlier starts wrote from the first step of a later one on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,6 +27,8 @@ _PLAIN = (
     "inf_nan_skip_batches", "num_samples_in_batch", "largest_length", "largest_batch", "smallest_batch", "adam_beta2",
     "fwd_bwd_time", "acc", "perplexity", "loss_from_metric", "mfu", "eta_seconds", "pack_fill", "memory_bytes",
 )  # fmt: skip
+_SEGMENT = re.compile(rb'"seg":\s*(\d+)')
+"""Inside a JSON text the first quote would be escaped."""
 _SPEED = ("tgs", "last_tgs_1", "tgs_all", "tgs_avg", "tgs_sma", "last_tgs_10", "last_tgs_50")
 
 
@@ -66,10 +70,10 @@ class JsonlWriter:
 
 
 class MetricsFile:
-    """metrics.jsonl of this process: one object per step line, under a new segment number."""
+    """metrics.jsonl of this process: one object per step line, under a segment number new to it and to events.jsonl."""
 
     def __init__(self, path: Path) -> None:
-        self.segment = next_segment(path)
+        self.segment = next_segment(path, path.with_name("events.jsonl"))
         self._writer = JsonlWriter(path)
 
     def write(self, record: StepRecord) -> None:
@@ -87,11 +91,28 @@ class EventsFile:
         self._writer = JsonlWriter(path)
 
     def add(self, kind: str, **facts: Any) -> None:
-        time = datetime.now(timezone.utc).astimezone().isoformat(timespec="milliseconds")
-        self._writer.write({"time": time, "seg": self._segment, "event": kind, **facts})
+        self._writer.write({"time": _now(), "seg": self._segment, "event": kind, **facts})
 
     def close(self) -> None:
         self._writer.close()
+
+
+class SamplesFile:
+    """samples.jsonl: what the model made of prompts after `step` steps; of a step done twice the last lines count."""
+
+    def __init__(self, path: Path, segment: int = 0) -> None:
+        self._segment = segment
+        self._writer = JsonlWriter(path)
+
+    def add(self, step: int, prompt: str, text: str) -> None:
+        self._writer.write({"time": _now(), "seg": self._segment, "step": step, "prompt": prompt, "text": text})
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).astimezone().isoformat(timespec="milliseconds")
 
 
 def step_object(record: StepRecord, segment: int) -> dict[str, Any]:
@@ -131,15 +152,37 @@ def read_objects(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl in order of steps, of each step the object of the highest segment."""
-    steps: dict[int, dict[str, Any]] = {}
+    """metrics.jsonl in order of steps: of each step the last start's object, and nothing that a restart left behind."""
+    segments: dict[int, dict[int, dict[str, Any]]] = {}
     for value in read_objects(path):
-        kept = steps.get(value["step"])
-        if kept is None or value["seg"] >= kept["seg"]:
-            steps[value["step"]] = value
-    return [steps[step] for step in sorted(steps)]
+        if isinstance(value.get("seg"), int) and isinstance(value.get("step"), int):
+            segments.setdefault(value["seg"], {})[value["step"]] = value
+    kept: list[dict[str, Any]] = []
+    end = math.inf
+    for segment in sorted(segments, reverse=True):
+        steps = segments[segment]
+        kept += [steps[step] for step in steps if step < end]
+        end = min(end, *steps)
+    return sorted(kept, key=lambda value: int(value["step"]))
 
 
-def next_segment(path: Path) -> int:
-    """The segment of a process that starts now: 0 for a new file, else one more than the file's highest."""
-    return max((int(value["seg"]) + 1 for value in read_objects(path)), default=0)
+def has_ended(path: Path) -> bool:
+    """Whether the last start in this events.jsonl did all its steps, and said so."""
+    last = (-1, "")
+    for value in read_objects(path):
+        segment, kind = value.get("seg"), value.get("event")
+        # A process of an earlier start that was suspended may still write.
+        if isinstance(segment, int) and segment >= last[0] and kind in ("start", "failed", "done"):
+            last = (segment, kind)
+    return last[1] == "done"
+
+
+def next_segment(*paths: Path) -> int:
+    """The segment of a process that starts now: 0 where the files are new, else one more than their highest."""
+    highest = -1
+    for path in paths:
+        if path.exists():
+            with path.open("rb") as file:
+                found = (int(match[1]) for line in file if (match := _SEGMENT.search(line)))
+                highest = max(highest, max(found, default=-1))
+    return highest + 1

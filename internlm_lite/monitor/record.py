@@ -108,3 +108,24 @@ class StepRecord:
     """Peak memory of rank 0's device since the last line."""
     origin: Origin = field(default_factory=lambda: Origin("train.py", 0, "main", os.getpid()))
     """Which code the text line names."""
+
+
+@dataclass(frozen=True)
+class ValidationRecord:
+    """One evaluation. `step` is the index of the last step before it."""
+
+    step: int
+    loss: float
+    """Mean cross-entropy over all validation folders."""
+    acc: float
+    perplexity: float
+    folders: Mapping[str, FolderFigures]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model made of a prompt after `step` steps."""
+
+    step: int
+    prompt: str
+    text: str

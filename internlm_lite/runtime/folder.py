@@ -1,17 +1,20 @@
-"""The folder of one run, made by rank 0; the other ranks are told its name.
+"""The folder of one run, made by rank 0; the other ranks are told its name. A restart goes on in it.
 
-RUN/<JOB_NAME>/<time>/{config/, config.resolved.yaml, env.json, logs/, metrics.jsonl, events.jsonl}
+RUN/<JOB_NAME>/<time>/{config/, config.resolved.yaml, config.origins.json, env.json, logs/, metrics.jsonl, events.jsonl,
+                       samples.jsonl}      config.0/, config.resolved.0.yaml, env.0.json, ...: of earlier starts
 RUN/<JOB_NAME>/latest -> <time>
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -21,8 +24,8 @@ from typing import Any
 import torch
 import yaml
 
-from internlm_lite.config.schema import Config
-from internlm_lite.config.view import masked, resolved
+from internlm_lite.config.load import LoadedConfig
+from internlm_lite.config.view import masked, origin_rows, resolved
 from internlm_lite.errors import ConfigError, StorageError
 from internlm_lite.runtime.place import Place
 
@@ -30,6 +33,7 @@ logger = logging.getLogger("internlm_lite")
 
 PACKAGES = ("torch", "numpy", "pydantic", "safetensors", "sentencepiece", "flash-attn", "triton", "boto3")
 
+_NAME = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(-\d+)?")
 # name = "text", "name": "text", or a text alone
 _LITERAL = re.compile(
     r"""(?:["']?(?P<name>\w+)["']?\s*[=:]\s*)?[fr]?(?P<quote>["'])(?P<text>(?:\\.|(?!(?P=quote)).)*)(?P=quote)"""
@@ -57,6 +61,12 @@ def create_run_folder(root: Path, job_name: str, now: datetime) -> Path:
     return folder
 
 
+def find_run_folder(root: Path, job_name: str, name: str) -> Path | None:
+    """root/<job_name>/<name> if `name` is one that `create_run_folder` gives, and it is there."""
+    folder = root / job_name / name
+    return folder if _NAME.fullmatch(name) and folder.is_dir() else None
+
+
 def _new_folder(job: Path, stamp: str) -> Path:
     for attempt in range(1, 1000):
         folder = job / (stamp if attempt == 1 else f"{stamp}-{attempt}")
@@ -80,20 +90,38 @@ def point_latest(job: Path, name: str) -> None:
         logger.warning(f"cannot point {job / 'latest'} at {name}: {error.strerror}")
 
 
-def write_config(folder: Path, config: Config, files: Sequence[Path]) -> None:
-    """Copies of every config file read, in config/, and all resolved values in config.resolved.yaml; secrets masked.
+def write_start(folder: Path, loaded: LoadedConfig, environment: Mapping[str, Any]) -> None:
+    """What a start was made with: the config files read in config/ (those of one name are numbered), all values in
+    config.resolved.yaml, where they come from in config.origins.json, and `environment` in env.json. Secrets masked.
 
-    Files of the same name from different folders are numbered. Raises StorageError.
+    What the start before left there is kept as config.0/, config.resolved.0.yaml, ... where it differs. Raises
+    StorageError.
     """
-    taken: set[str] = set()
+    texts = {f"config/{name}": text for name, text in _sources(loaded.files).items()}
+    values = masked(resolved(loaded.config))
+    texts["config.resolved.yaml"] = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    texts["config.origins.json"] = json.dumps(origin_rows(loaded), indent=1, ensure_ascii=False) + "\n"
+    texts["env.json"] = json.dumps(environment, indent=2) + "\n"
+    try:
+        (folder / "config").mkdir(exist_ok=True)
+        _keep(folder, texts)
+        for old in (folder / "config").iterdir():
+            if old.is_file() and f"config/{old.name}" not in texts:
+                old.unlink()
+        for name, text in texts.items():
+            _write(folder / name, text)
+    except OSError as error:
+        raise StorageError(f"cannot write in {folder}: {error.strerror}; choose another --run-dir") from error
+
+
+def _sources(files: Sequence[Path]) -> dict[str, str]:
+    texts: dict[str, str] = {}
     for source in files:
         name = source.name
-        while name in taken:
-            name = f"{source.stem}-{len(taken)}{source.suffix}"
-        taken.add(name)
-        _write(folder / "config" / name, mask_source(source.read_text(encoding="utf-8")))
-    values = masked(resolved(config))
-    _write(folder / "config.resolved.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        while name in texts:
+            name = f"{source.stem}-{len(texts)}{source.suffix}"
+        texts[name] = mask_source(source.read_text(encoding="utf-8"))
+    return texts
 
 
 def mask_source(text: str) -> str:
@@ -106,14 +134,6 @@ def mask_source(text: str) -> str:
         return match[0][:start] + clean + match[0][end:]
 
     return _LITERAL.sub(mask, text)
-
-
-def write_environment(folder: Path, place: Place, argv: Sequence[str], device: str, now: datetime) -> None:
-    """env.json: what this run was started with and on; no environment variables, secrets live there.
-
-    Raises StorageError.
-    """
-    _write(folder / "env.json", json.dumps(environment(place, argv, device, now), indent=2) + "\n")
 
 
 def environment(place: Place, argv: Sequence[str], device: str, now: datetime) -> dict[str, Any]:
@@ -170,10 +190,21 @@ def _masked_argument(argument: str) -> str:
     return f"{name}={masked(value, name)}" if equals else str(masked(argument))
 
 
+def _keep(folder: Path, texts: Mapping[str, str]) -> None:
+    """Numbered copies of what will be lost when `texts` are written, env.json always: it numbers the starts."""
+    number = next(n for n in itertools.count() if not (folder / f"env.{n}.json").exists())
+    for path in [folder / "config", *(folder / name for name in texts if "/" not in name)]:
+        kept = path.with_name(f"{path.stem}.{number}{path.suffix}")
+        if path.is_dir():
+            new = {name.removeprefix("config/"): text.encode() for name, text in texts.items() if "/" in name}
+            old = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+            if old and old != new:
+                shutil.copytree(path, kept, dirs_exist_ok=True)
+        elif path.exists() and (path.name == "env.json" or path.read_bytes() != texts[path.name].encode()):
+            shutil.copyfile(path, kept)
+
+
 def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}; choose another --run-dir") from error
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

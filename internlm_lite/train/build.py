@@ -16,11 +16,15 @@ from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.initialise import initialise
 from internlm_lite.models.stages import Stages, build_stages, units_of
 from internlm_lite.monitor.console import heartbeat
+from internlm_lite.monitor.jsonl import has_ended
 from internlm_lite.optim.zero import HybridZeroOptimizer
 from internlm_lite.pipeline.engine import Engine, OneRank, Pipeline, Shape
 from internlm_lite.runtime.device import torch_dtype
-from internlm_lite.train.reporter import Reporter, Sinks
+from internlm_lite.train.reporter import Reporter
+from internlm_lite.train.samples import Samples
+from internlm_lite.train.save_folders import SaveFolders
 from internlm_lite.train.saving import Saving
+from internlm_lite.train.sinks import open_sinks
 from internlm_lite.train.state import TrainState
 from internlm_lite.units import human_count
 
@@ -38,19 +42,32 @@ class Run:
     engine: Engine
     optimizer: HybridZeroOptimizer
     data: TrainingData
+    folder_tokens: dict[str, int]
+    """Of each training folder, once through."""
     valid: ValidationData | None
     reporter: Reporter
+    samples: Samples
     saving: Saving
     start: TrainState
     trace_folder: Path | None
     """Where a trace of a few steps goes; None: no tracing."""
 
 
-def build_run(config: Config, mesh: Mesh, folder: Path, resume: str, terminal: bool, trace: bool = False) -> Run:
+def build_run(
+    config: Config,
+    mesh: Mesh,
+    folder: Path,
+    resume: str,
+    terminal: bool,
+    trace: bool = False,
+    save_folders: SaveFolders | None = None,
+) -> Run:
     """Open the data, build and initialise the model, restore a checkpoint. Collective.
 
-    Raises DataError, CheckpointError or StorageError before any training is done.
+    `save_folders`: those of `config`, where they are taken already. A `folder` whose run has ended is not written to if
+    there is nothing left to do. Raises DataError, CheckpointError or StorageError before any training is done.
     """
+    save_folders = save_folders or SaveFolders(config, mesh)
     dp, vocab_size = mesh.dp, config.model.vocab_size
     with heartbeat("opening the training data"):
         data = open_training_data(config.data, vocab_size, dp.rank, dp.size, config.seed)
@@ -66,13 +83,29 @@ def build_run(config: Config, mesh: Mesh, folder: Path, resume: str, terminal: b
         engine = build_engine(config, mesh, stages)
     _announce(config, mesh, data, backend, optimizer)
     reporter = Reporter(config, mesh, data.folders)
-    saving = Saving(config, mesh, optimizer, reporter, data.fingerprint)
+    samples = Samples(config, mesh, stages, optimizer, reporter)
+    saving = Saving(config, mesh, save_folders, optimizer, reporter, data.fingerprint, folder.name)
     with heartbeat("loading a checkpoint"):
         start = saving.restore(resume)
-    if mesh.is_main:
-        reporter.open_sinks(Sinks.open(folder, config, start.step, terminal))
-    trace_folder = folder if trace else None
-    return Run(config, mesh, folder, stages, engine, optimizer, data, valid, reporter, saving, start, trace_folder)
+    nothing_to_say = start.step >= config.data.total_steps and has_ended(folder / "events.jsonl")
+    if mesh.is_main and not nothing_to_say:
+        reporter.open_sinks(open_sinks(folder, config, start.step, terminal))
+    return Run(
+        config=config,
+        mesh=mesh,
+        folder=folder,
+        stages=stages,
+        engine=engine,
+        optimizer=optimizer,
+        data=data,
+        folder_tokens={part.name: part.tokens for part in data.packed},
+        valid=valid,
+        reporter=reporter,
+        samples=samples,
+        saving=saving,
+        start=start,
+        trace_folder=folder if trace else None,
+    )
 
 
 def build_engine(config: Config, mesh: Mesh, stages: Stages) -> Engine:

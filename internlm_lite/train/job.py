@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 
+from internlm_lite.checkpoint.agree import on_main
 from internlm_lite.config.load import LoadedConfig
+from internlm_lite.config.schema import Config
+from internlm_lite.config.view import masked
 from internlm_lite.errors import InternLMError
-from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh, build_mesh, sizes_of
+from internlm_lite.monitor.jsonl import EventsFile, has_ended, next_segment
 from internlm_lite.runtime.device import apply_numerics, bind_device, device_name
-from internlm_lite.runtime.folder import create_run_folder, write_config, write_environment
+from internlm_lite.runtime.folder import create_run_folder, environment, find_run_folder, point_latest, write_start
 from internlm_lite.runtime.log import setup_logging
 from internlm_lite.runtime.place import Place
 from internlm_lite.runtime.start import announce_layout, end_process, start_world
 from internlm_lite.train.build import Run, build_run
 from internlm_lite.train.loop import Ended, train
-from internlm_lite.train.samples import show_samples
+from internlm_lite.train.save_folders import SaveFolders
 
 logger = logging.getLogger("internlm_lite")
 
@@ -30,6 +34,8 @@ STOPPED = 3
 """Exit code after a signal or the stop file asked for it, and what was trained is saved."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
+MOST_OF_WHY = 2000
+"""Characters of an error that go into events.jsonl; the log has all."""
 
 
 @dataclass(frozen=True)
@@ -80,25 +86,91 @@ def _run(loaded: LoadedConfig, place: Place, options: Options) -> int:
     sizes = sizes_of(place.world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1)
     mesh = build_mesh(sizes, place.rank, device, timeout)
     announce_layout(sizes.dp, sizes.pp, sizes.tp)
-    folder = _agree_on_folder(loaded, place, options, mesh, device)
-    setup_logging(place, folder, options.log_style)
-
-    resume = options.resume or ("auto" if config.ckpt.auto_resume else "none")
-    terminal = sys.stdout.isatty() and place.is_main
-    run = build_run(config, mesh, folder, resume, terminal, options.profiling)
-    finished = False
+    # First of all, because the run folder may be the one that the run which holds them is writing to.
+    save_folders = SaveFolders(config, mesh)
     try:
-        ended = train(run)
-        finished = True
-        if not ended.stopped_by:
-            show_samples(run)
+        return _run_in_folder(loaded, place, options, mesh, save_folders)
     finally:
-        run.saving.close(wait=finished)
-        run.reporter.close()
+        save_folders.close(wait=False)
+
+
+def _run_in_folder(loaded: LoadedConfig, place: Place, options: Options, mesh: Mesh, save_folders: SaveFolders) -> int:
+    config = loaded.config
+    resume = options.resume or ("auto" if config.ckpt.auto_resume else "none")
+    folder, over = on_main(mesh, lambda: _choose_folder(config, options.run_dir, save_folders, resume))
+
+    def begin() -> None:
+        on_main(mesh, lambda: _describe_start(folder, loaded, place, options, mesh.device))
+        setup_logging(place, folder, options.log_style)
+
+    if not over:
+        begin()
+    terminal = sys.stdout.isatty() and place.is_main
+    try:
+        run = build_run(config, mesh, folder, resume, terminal, options.profiling, save_folders)
+    except BaseException as error:
+        if place.is_main and not over:
+            _note_failure(folder, error)
+        raise
+    if over and run.start.step >= config.data.total_steps:
+        ended = Ended(run.start, "")
+    else:
+        if over:  # but the last checkpoint is damaged: some steps are trained again
+            begin()
+        ended = _train(run)
     if place.is_main:
         _say_goodbye(run, ended, folder)
     # A torchrun agent would take any other code for a failure, and start the ranks again.
     return STOPPED if ended.stopped_by and not place.agent_store else 0
+
+
+def _choose_folder(config: Config, root: Path, save_folders: SaveFolders, resume: str) -> tuple[Path, bool]:
+    """The run folder: that of the checkpoint this run will go on from, if it is this run's own, else a new one.
+
+    And whether everything was done there, so that it is not to be written to. For rank 0.
+    """
+    last = save_folders.last_run() if resume == "auto" else None
+    folder = find_run_folder(root, config.JOB_NAME, last.folder) if last else None
+    if last is None or folder is None:
+        return create_run_folder(root, config.JOB_NAME, datetime.now().astimezone()), False
+    over = last.step >= config.data.total_steps and has_ended(folder / "events.jsonl")
+    if not over:
+        point_latest(folder.parent, folder.name)
+    return folder, over
+
+
+def _describe_start(folder: Path, loaded: LoadedConfig, place: Place, options: Options, device: torch.device) -> None:
+    now = datetime.now().astimezone()
+    write_start(folder, loaded, environment(place, options.command, device_name(device), now))
+
+
+def _train(run: Run) -> Ended:
+    finished = False
+    try:
+        ended = train(run)
+        finished = True
+    except BaseException as error:
+        run.reporter.event("failed", **_failure(error))
+        raise
+    finally:
+        run.saving.close(wait=finished)
+        run.reporter.close()
+    return ended
+
+
+def _note_failure(folder: Path, error: BaseException) -> None:
+    """The event of a start that never came to train."""
+    file = folder / "events.jsonl"
+    with suppress(OSError):
+        events = EventsFile(file, next_segment(folder / "metrics.jsonl", file))
+        events.add("failed", **_failure(error))
+        events.close()
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    """As rank 0 sees it."""
+    why = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+    return {"why": masked(why[:MOST_OF_WHY]), "rank": 0}
 
 
 def _say_goodbye(run: Run, ended: Ended, folder: Path) -> None:
@@ -116,20 +188,3 @@ def _say_goodbye(run: Run, ended: Ended, folder: Path) -> None:
             "train anew with --resume none"
         )
     logger.info(f"done: {total} steps; everything about this run is in {folder}")
-
-
-def _agree_on_folder(loaded: LoadedConfig, place: Place, options: Options, mesh: Mesh, device: torch.device) -> Path:
-    """Rank 0 makes the run folder; all ranks know its name, or raise rank 0's error."""
-    answer: Path | InternLMError | None = None
-    if place.is_main:
-        now = datetime.now().astimezone()
-        try:
-            answer = create_run_folder(options.run_dir, loaded.config.JOB_NAME, now)
-            write_config(answer, loaded.config, loaded.files)
-            write_environment(answer, place, options.command, device_name(device), now)
-        except InternLMError as error:
-            answer = error
-    told = comm.broadcast_object(answer, mesh.world)
-    if isinstance(told, InternLMError):
-        raise told
-    return cast(Path, told)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +14,12 @@ import torch
 from internlm_lite.batch import Batch
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.monitor.console import Console
 from internlm_lite.monitor.flops import mfu, model_flops_per_token, step_flops_per_token, tflops_per_gpu
-from internlm_lite.monitor.jsonl import EventsFile, MetricsFile
 from internlm_lite.monitor.metrics import Collected, FolderMetrics
-from internlm_lite.monitor.record import Origin, SpeedFigures, StepRecord
+from internlm_lite.monitor.packages import check_packages
+from internlm_lite.monitor.record import Origin, Sample, SpeedFigures, StepRecord, ValidationRecord
+from internlm_lite.monitor.scalars import perplexity
+from internlm_lite.monitor.sinks import FanOut
 from internlm_lite.monitor.speed import SpeedMeter
 from internlm_lite.optim.zero import StepOutcome
 from internlm_lite.runtime.device import peak_flops
@@ -31,45 +29,24 @@ from internlm_lite.train.stopwatch import Stopwatch
 logger = logging.getLogger("internlm_lite")
 
 
-@dataclass(frozen=True)
-class Sinks:
-    """Where records of rank 0 go."""
-
-    console: Console
-    metrics: MetricsFile
-    events: EventsFile
-
-    @staticmethod
-    def open(folder: Path, config: Config, done: int, terminal: bool) -> Sinks:
-        every = [n for n in (config.ckpt.checkpoint_every, config.ckpt.oss_snapshot_freq) if n]
-        console = Console(
-            config.data.total_steps, terminal, min(every) if config.ckpt.enable_save_ckpt and every else None, done
-        )
-        metrics = MetricsFile(folder / "metrics.jsonl")
-        return Sinks(console, metrics, EventsFile(folder / "events.jsonl", metrics.segment))
-
-    def close(self) -> None:
-        self.console.close()
-        self.metrics.close()
-        self.events.close()
-
-
 class Reporter:
     """Every rank has one: collecting is collective. Only rank 0 has sinks."""
 
     def __init__(self, config: Config, mesh: Mesh, folders: Sequence[str]) -> None:
+        """Raises MissingPackageError when the config asks for a sink whose package is not installed."""
+        check_packages(config.monitor)
         self.metrics = FolderMetrics(folders, mesh)
         self.speed = SpeedMeter(mesh.world.size)
         self.fwd_bwd = Stopwatch(mesh.device)
         self._config, self._mesh = config, mesh
-        self._sinks: Sinks | None = None
+        self._sinks: FanOut | None = None
         self._flops_per_token = step_flops_per_token(config.model, config.data.seq_len)
         self._model_flops_per_token = model_flops_per_token(config.model, config.data.seq_len)
         self._peak = peak_flops(mesh.device, config.model.dtype)
         self._begin = time.perf_counter()
         self._last: TrainState | None = None
 
-    def open_sinks(self, sinks: Sinks) -> None:
+    def open_sinks(self, sinks: FanOut) -> None:
         """On rank 0, once it is known where the run goes on from."""
         self._sinks = sinks
 
@@ -112,8 +89,7 @@ class Reporter:
             record = self._record(
                 state, batch, figures, outcome.beta2, collected, speed, seconds, tokens, fwd_bwd_seconds
             )
-            self._sinks.console.write(record)
-            self._sinks.metrics.write(record)
+            self._sinks.step(record)
         return int(skips_in_a_row)
 
     def _record(
@@ -164,24 +140,31 @@ class Reporter:
         """One line and one event with the figures of every validation folder."""
         if self._sinks is None:
             return
-        folders = {name: [f.tokens, f.loss, f.acc] for name, f in collected.folders.items()}
-        logger.info(
-            f"evaluation after step {state.step - 1}: loss={collected.cross_entropy:.4f} "
-            f"perplexity={perplexity(collected.cross_entropy):.4f} acc={collected.accuracy:.4f} "
-            + " ".join(f"loss/{name}={f.loss:.4f}" for name, f in collected.folders.items())
-        )
-        self._sinks.events.add(
-            "evaluation",
+        found = ValidationRecord(
             step=state.step - 1,
             loss=collected.cross_entropy,
             acc=collected.accuracy,
-            folders=folders,
+            perplexity=perplexity(collected.cross_entropy),
+            folders=collected.folders,
         )
+        logger.info(
+            f"evaluation after step {found.step}: loss={found.loss:.4f} perplexity={found.perplexity:.4f} "
+            f"acc={found.acc:.4f} " + " ".join(f"loss/{name}={f.loss:.4f}" for name, f in found.folders.items())
+        )
+        folders = {name: [f.tokens, f.loss, f.acc] for name, f in found.folders.items()}
+        self._sinks.event("evaluation", step=found.step, loss=found.loss, acc=found.acc, folders=folders)
+        self._sinks.validation(found)
 
-    def event(self, kind: str, **facts: object) -> None:
-        """Append to events.jsonl of rank 0."""
+    def sample(self, steps_done: int, prompt: str, text: str) -> None:
+        """Print what the model made of a prompt, and keep it."""
         if self._sinks is not None:
-            self._sinks.events.add(kind, **facts)
+            logger.info(f"sample after {steps_done} steps: {prompt!r} -> {text!r}")
+            self._sinks.sample(Sample(steps_done, prompt, text))
+
+    def event(self, kind: str, /, **facts: object) -> None:
+        """Tell all sinks of rank 0; events.jsonl keeps it."""
+        if self._sinks is not None:
+            self._sinks.event(kind, **facts)
 
     def close(self) -> None:
         if self._sinks is not None:
@@ -200,14 +183,6 @@ def _read(outcome: StepOutcome) -> list[float]:
     )
     values: list[float] = torch.stack([scalar.double() for scalar in scalars]).tolist()
     return values
-
-
-def perplexity(cross_entropy: float) -> float:
-    """exp(cross_entropy), inf where that has no float."""
-    try:
-        return math.exp(cross_entropy)
-    except OverflowError:
-        return math.inf
 
 
 def _peak_memory(device: torch.device) -> int | None:

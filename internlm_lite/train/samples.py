@@ -1,38 +1,77 @@
-"""At the end of a run: what the model makes of the config's prompts."""
+"""What the model makes of the config's prompts, while it is trained and at the end.
+
+Training does not notice: no gradient, a random generator of its own, the weights where they are. Copies of the model
+beside the first (data-parallel ranks) take no part.
+"""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
+from internlm_lite.config.schema import Config
 from internlm_lite.data.tokenizer import Tokenizer
-from internlm_lite.generate.generate import generate
+from internlm_lite.errors import InternLMError
+from internlm_lite.generate.generate import check, generate
 from internlm_lite.generate.sample import Sampling
-from internlm_lite.models.stages import whole_model
-from internlm_lite.monitor.jsonl import JsonlWriter
-from internlm_lite.train.build import Run
-
-logger = logging.getLogger("internlm_lite")
+from internlm_lite.mesh import comm
+from internlm_lite.mesh.mesh import Mesh
+from internlm_lite.models.stages import Stages, whole_model
+from internlm_lite.optim.zero import HybridZeroOptimizer
+from internlm_lite.train.reporter import Reporter
 
 SAMPLING = Sampling(temperature=0.8, top_p=0.95, seed=1)
 
 
-def show_samples(run: Run) -> None:
-    """Continue `monitor.sample_prompts`; rank 0 prints them and appends to samples.jsonl. Collective."""
-    monitor = run.config.monitor
-    run.optimizer.wait_weights()
-    if not monitor.sample_prompts or run.config.data.tokenizer is None or run.mesh.dp.rank != 0:
-        return
-    tokenizer = Tokenizer(Path(run.config.data.tokenizer))
-    start = [] if tokenizer.bos is None else [tokenizer.bos]
-    prompts = [start + tokenizer.encode(text) for text in monitor.sample_prompts]
-    model = whole_model(run.config, run.mesh, run.stages)
-    continued = generate(model, prompts, monitor.sample_tokens, SAMPLING, tokenizer.eos)
-    if not run.mesh.is_main:
-        return
-    writer = JsonlWriter(run.folder / "samples.jsonl")
-    for prompt, tokens in zip(monitor.sample_prompts, continued, strict=True):
-        text = tokenizer.decode(tokens)
-        logger.info(f"sample: {prompt!r} -> {text!r}")
-        writer.write({"step": run.config.data.total_steps, "prompt": prompt, "text": text})
-    writer.close()
+class Samples:
+    """Continues `monitor.sample_prompts`; rank 0 shows what came out."""
+
+    def __init__(
+        self, config: Config, mesh: Mesh, stages: Stages, optimizer: HybridZeroOptimizer, reporter: Reporter
+    ) -> None:
+        """Collective. Raises DataError on all ranks when the tokenizer or a prompt is of no use."""
+        self._monitor, self._total_steps, self._mesh = config.monitor, config.data.total_steps, mesh
+        self._optimizer, self._reporter = optimizer, reporter
+        self._model = whole_model(config, mesh, stages)
+        self._tokenizer: Tokenizer | None = None
+        self._prompts: list[list[int]] = []
+        self._eos: int | None = None
+        if config.monitor.sample_prompts and config.data.tokenizer is not None:
+            self._agree_on_prompts(Path(config.data.tokenizer))
+
+    def _agree_on_prompts(self, tokenizer: Path) -> None:
+        """Rank 0's tokens are those of all ranks, whose files may differ."""
+        told: object = None
+        if self._mesh.is_main:
+            try:
+                self._tokenizer = Tokenizer(tokenizer)
+                told = self._encode(self._tokenizer)
+            except InternLMError as error:
+                told = error
+        told = comm.broadcast_object(told, self._mesh.world)
+        if isinstance(told, InternLMError):
+            raise told
+        assert isinstance(told, tuple)
+        self._prompts, self._eos = told
+
+    def _encode(self, tokenizer: Tokenizer) -> tuple[list[list[int]], int | None]:
+        start = [] if tokenizer.bos is None else [tokenizer.bos]
+        prompts = [start + tokenizer.encode(text) for text in self._monitor.sample_prompts]
+        check(self._model, prompts)
+        return prompts, tokenizer.eos
+
+    def due(self, steps_done: int) -> bool:
+        """Whether there are samples after this step, which is not the last."""
+        every = self._monitor.sample_every
+        return bool(self._prompts and every) and steps_done % every == 0 and steps_done < self._total_steps
+
+    def show(self, steps_done: int) -> None:
+        """Continue every prompt; print it and append it to samples.jsonl on rank 0. Collective."""
+        if not self._prompts:
+            return
+        self._optimizer.wait_weights()
+        if self._mesh.dp.rank != 0:
+            return
+        continued = generate(self._model, self._prompts, self._monitor.sample_tokens, SAMPLING, self._eos)
+        if self._tokenizer is not None:
+            for prompt, tokens in zip(self._monitor.sample_prompts, continued, strict=True):
+                self._reporter.sample(steps_done, prompt, self._tokenizer.decode(tokens))

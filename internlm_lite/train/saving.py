@@ -9,27 +9,23 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from internlm_lite.checkpoint.format import Kind
 from internlm_lite.checkpoint.manager import CheckpointManager, Restored
-from internlm_lite.checkpoint.saver import Saved, Saver
+from internlm_lite.checkpoint.saver import Saved
 from internlm_lite.config.schema import CkptConfig, Config
-from internlm_lite.config.view import masked, resolved
 from internlm_lite.errors import CheckpointError, InternLMError, StorageError
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.zero import HybridZeroOptimizer
 from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.requests import Order
+from internlm_lite.train.save_folders import SaveFolders
 from internlm_lite.train.state import TrainState
 
 logger = logging.getLogger("internlm_lite")
-
-VOTE_TIMEOUT_SECONDS = 600.0
-"""A checkpoint whose ranks have not all written by then is given up."""
 
 
 class Saving:
@@ -39,33 +35,22 @@ class Saving:
         self,
         config: Config,
         mesh: Mesh,
+        folders: SaveFolders,
         optimizer: HybridZeroOptimizer,
         reporter: Reporter,
         fingerprint: dict[str, Any],
+        run_folder: str,
     ) -> None:
-        """Raises StorageError when a folder that checkpoints go to cannot be written."""
+        """`run_folder`: its name, for the run that goes on from here."""
         self._ckpt = config.ckpt
+        self._folders, self._saver, self._run_folder = folders, folders.saver, run_folder
+        self.restored: str | None = None
+        """Name of the checkpoint whose counters this run goes on from."""
         self._optimizer, self._mesh, self._reporter, self._fingerprint = optimizer, mesh, reporter, fingerprint
         data = config.data
         self._batch_tokens = data.micro_num * data.micro_bsz * data.seq_len * mesh.dp.size
-        self._described = masked(resolved(config))
-        in_background = self._ckpt.async_upload and self._ckpt.enable_save_ckpt
-        staging = self._ckpt.async_upload_tmp_folder if in_background else None
-        self._saver = Saver(mesh, self._described, VOTE_TIMEOUT_SECONDS, Path(staging) if staging else None)
-        self._milestones = self._manager(config.ckpt.save_ckpt_folder)
-        self._snapshots = self._manager(config.ckpt.snapshot_ckpt_folder)
-        if self._milestones and self._snapshots:
-            self._milestones.resume_beside(self._snapshots)
-            self._snapshots.resume_beside(self._milestones)
-        if in_background:
+        if folders.in_background:
             self._saver.prepare(list(optimizer.pieces()))
-
-    def _manager(self, folder: str | None) -> CheckpointManager | None:
-        if folder is None or not self._ckpt.enable_save_ckpt:
-            return None
-        return CheckpointManager(
-            folder, self._mesh, config=self._described, exclusive=True, saver=self._saver, s3=self._ckpt.s3
-        )
 
     def save(self, state: TrainState, kind: Kind, must: bool) -> None:
         """Write everything that going on from here needs.
@@ -73,7 +58,7 @@ class Saving:
         `must`: return when the checkpoint exists, or raise StorageError. Else it is written in the background with
         `ckpt.async_upload`, and a storage that fails is an alarm: training goes on, and the next save tries again.
         """
-        manager = self._snapshots if kind == "snapshot" else self._milestones
+        manager = self._folders.snapshots if kind == "snapshot" else self._folders.milestones
         assert manager is not None, "check_config requires a folder for every kind that is due"
         begin = time.monotonic()
         self._optimizer.wait_weights()
@@ -83,6 +68,7 @@ class Saving:
             "reporter": self._reporter.state_dict(),
             "data": self._fingerprint,
             "batch_tokens": self._batch_tokens,
+            "run_folder": self._run_folder,
         }
         pieces, random = list(self._optimizer.pieces()), random_states(self._mesh.device)
         wait = must or not self._ckpt.async_upload
@@ -123,16 +109,13 @@ class Saving:
         """End with a save under way, or without waiting for it, and give the folders free. Not collective."""
         if wait:
             self._tell_all()
-        self._saver.close(wait)
-        for manager in (self._milestones, self._snapshots):
-            if manager is not None:
-                manager.release()
+        self._folders.close(wait)
 
     def restore(self, resume: str) -> TrainState:
         """The state to go on from. `resume`: auto, none (nothing of this run's own folders), or a path."""
         if resume not in ("auto", "none"):
             return self._load_path(resume, with_optimizer=self._ckpt.load_optimizer)
-        own = self._milestones or self._snapshots
+        own = self._folders.milestones or self._folders.snapshots
         if own and resume == "auto" and (restored := own.resume(list(self._optimizer.pieces()))):
             return self._adopt(restored, moments=True)
         if self._ckpt.load_ckpt_folder:
@@ -142,12 +125,12 @@ class Saving:
         return TrainState()
 
     def _load_path(self, path: str, with_optimizer: bool) -> TrainState:
-        reader = CheckpointManager(path, self._mesh, config=self._described, writable=False, s3=self._ckpt.s3)
+        reader = CheckpointManager(path, self._mesh, config=self._folders.described, writable=False, s3=self._ckpt.s3)
         pieces = [p for p in self._optimizer.pieces() if with_optimizer or p.role == "master"]
         return self._adopt(reader.load(reader.open(path), pieces), moments=with_optimizer)
 
     def _load_weights_only(self, path: str) -> None:
-        reader = CheckpointManager(path, self._mesh, config=self._described, writable=False, s3=self._ckpt.s3)
+        reader = CheckpointManager(path, self._mesh, config=self._folders.described, writable=False, s3=self._ckpt.s3)
         reader.load(reader.open(path), [p for p in self._optimizer.pieces() if p.role == "master"])
         self._optimizer.publish_weights()
 
@@ -166,6 +149,7 @@ class Saving:
         if restored.rank_state is not None:
             set_random_states(restored.rank_state, self._mesh.device)
         self._compare(restored.found.name, stored)
+        self.restored = restored.found.name
         return state
 
     def _compare(self, name: str, stored: dict[str, Any]) -> None:

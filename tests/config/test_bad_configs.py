@@ -310,7 +310,22 @@ BAD = [
     (
         "",
         "monitor = dict(alert=dict(enable_feishu_alert=True))",
-        "25: monitor.alert: found alerts switched on; this version sends none: switch them off, or",
+        "25: monitor.alert: found no feishu_alert_address; add the address, or enable_feishu_alert=False",
+    ),
+    (
+        "",
+        "monitor = dict(alerts=dict(webhook='ftp://me:hush@chat.example/hush'))",
+        "25: monitor.alerts.webhook: found what is no address (not shown), expected https://HOST/...",
+    ),
+    (
+        "",
+        "monitor = dict(alerts=dict(webhook='http://chat.example/x', format='slack'))",
+        "25: monitor.alerts.webhook: found http, expected https; or set monitor.alerts.insecure=True",
+    ),
+    (
+        "",
+        "monitor = dict(alerts=dict(webhook='https://chat.example/x'))",
+        '25: monitor.alerts.format: found None, and the host of the webhook is not known; expected "feishu", or',
     ),
     (
         "",

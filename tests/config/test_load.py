@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from internlm_lite.config.check import check_config
 from internlm_lite.config.keys import known_keys
 from internlm_lite.config.load import LoadedConfig, load_config
-from internlm_lite.config.view import print_config, resolved
+from internlm_lite.config.schema import AlertsConfig
+from internlm_lite.config.view import masked, print_config, resolved
 from internlm_lite.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -284,7 +285,15 @@ SPELLINGS = [
     ("model = dict(qk_interleaved=False, mlp_layer_fusion=True)", {}),
     ("metric_dtype = 'fp32'\ngeneration = dict(top_k=5)", {}),
     ("monitor = dict(alert=dict(enable_feishu_alert=False, feishu_alert_address=None))", {}),
-    ("monitor = dict(tensorboard=dict(queue_max_length=1))", {}),
+    ("monitor = dict(tensorboard=dict(queue_max_length=1))", {"monitor.tensorboard": None}),
+    (
+        "monitor = dict(alert=dict(enable_feishu_alert=True, feishu_alert_address='https://x.example/a'))",
+        {"monitor.alerts.webhook": "https://x.example/a", "monitor.alerts.format": "feishu"},
+    ),
+    (
+        "monitor = dict(alert=dict(enable_feishu_alert=False, feishu_alert_address='https://x.example/a'))",
+        {"monitor.alerts.webhook": None},
+    ),
 ]
 
 
@@ -297,6 +306,15 @@ def test_other_spellings(tmp_path: Path, text: str, expected: dict[str, object])
             found = getattr(found, name)
         assert found == value, key
     assert loaded.notes and all("x.py:" in note and "understood" in note for note in loaded.notes)
+
+
+@pytest.mark.parametrize("alert", ["feishu_alert_address='{}'", "enable_feishu_alert=False, feishu_alert_address='{}'"])
+def test_the_address_of_a_webhook_is_not_shown(tmp_path: Path, alert: str) -> None:
+    loaded = load(tmp_path, f"monitor = dict(alert=dict({alert.format('https://x.example/hush')}))\n")
+    shown = [*loaded.notes, *(print_config(loaded, how) for how in ("full", "diff", "origin"))]
+    assert "hush" not in "".join(shown)
+    alerts = AlertsConfig(webhook="https://x.example/hush", format="slack")
+    assert "hush" not in str(masked({"monitor": {"alerts": alerts.model_dump()}}))
 
 
 @pytest.mark.parametrize(
@@ -315,7 +333,9 @@ def test_other_spellings(tmp_path: Path, text: str, expected: dict[str, object])
             "x.py:2: model.qk_interleaved: found True, expected False or no such key",
         ),
         ("data = dict(type='hf')", "x.py:2: data.type: found 'hf', expected 'tokenized' or no such key"),
-        ("monitor = dict(alert=dict(feishu_alert_address='u'))", "x.py:2: monitor.alert: found alerts switched on"),
+        ("monitor = dict(alert=dict(enable_feishu_alert=True))", "x.py:2: monitor.alert: found no feishu_alert"),
+        ("monitor = dict(alert=dict(light_monitor_address='u'))", "x.py:2: monitor.alert: found light_monitor_address"),
+        ("monitor = dict(alert=True)", "x.py:2: monitor.alert: found a bool, expected dict(feishu_alert_address=...)"),
     ],
 )
 def test_other_spellings_of_what_does_not_exist(tmp_path: Path, text: str, expected: str) -> None:

@@ -47,7 +47,7 @@ def test_cached_logits_equal_a_full_pass(changes):
     model = small_model(**changes)
     docs = documents([11, 15, 9])
     prompt_lengths = [3, 7, 1]
-    cache = KVCache(3, 3, 20, model.config.kv_heads, 4, torch.float64, torch.device("cpu"))
+    cache = KVCache(3, 20, torch.device("cpu"))
     tokens, positions, _, attend = row_of([doc[:n] for doc, n in zip(docs, prompt_lengths, strict=True)])
     model.hidden(tokens, positions, cache.prefill(prompt_lengths, attend))
     full = [all_logits(model, doc.tolist()) for doc in docs]

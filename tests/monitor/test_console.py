@@ -36,7 +36,7 @@ class Terminal(io.StringIO):
 def test_off_a_terminal_the_full_line(capsys, tmp_path):
     setup_logging(PLACE, tmp_path)
     with Console(50000, terminal=False) as console:
-        console.write(SEED[1])
+        console.step(SEED[1])
     assert capsys.readouterr().out == SEED_LINES[1] + "\n"
     assert (tmp_path / "logs" / "rank-00000.log").read_text() == SEED_LINES[1] + "\n"
 
@@ -48,7 +48,7 @@ def test_on_a_terminal_a_short_line_and_a_bar(monkeypatch, tmp_path):
     monkeypatch.setenv("TERM", "xterm-256color")
     setup_logging(PLACE, tmp_path)
     with Console(50000, terminal=True, checkpoint_every=50) as console:
-        console.write(dataclasses.replace(SEED[1], mfu=0.38, eta_seconds=3725.0))
+        console.step(dataclasses.replace(SEED[1], mfu=0.38, eta_seconds=3725.0))
         logger.info("something else")
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
     assert "11:46:20  step 1  loss 11.3380" in shown and "tflops=" not in shown

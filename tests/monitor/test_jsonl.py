@@ -16,7 +16,9 @@ from internlm_lite.monitor.jsonl import (
     EventsFile,
     JsonlWriter,
     MetricsFile,
+    SamplesFile,
     finite,
+    has_ended,
     next_segment,
     read_metrics,
     read_objects,
@@ -47,19 +49,68 @@ def test_every_figure_of_a_record_is_written(tmp_path):
     assert set(next(read_objects(tmp_path / "m"))) == names
 
 
-def test_a_restart_replaces_the_steps_it_repeats(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    for steps, loss in (((0, 1, 2, 3), 9.0), ((2, 3, 4), 8.0), ((4, 5), 7.0)):
+def written(path: Path, *starts: tuple[tuple[int, ...], float]) -> Path:
+    """metrics.jsonl with the steps of each start and their loss."""
+    for steps, loss in starts:
         file = MetricsFile(path)
         for step in steps:
             file.write(dataclasses.replace(SEED[0], step=step, loss=loss))
         file.close()
-    found = read_metrics(path)
-    assert [(value["step"], value["seg"], value["loss"]) for value in found] == [
+    return path
+
+
+def test_a_restart_replaces_the_steps_it_repeats(tmp_path):
+    path = written(tmp_path / "metrics.jsonl", ((0, 1, 2, 3), 9.0), ((2, 3, 4), 8.0), ((4, 5), 7.0))
+    assert [(value["step"], value["seg"], value["loss"]) for value in read_metrics(path)] == [
         (0, 0, 9.0), (1, 0, 9.0), (2, 1, 8.0), (3, 1, 8.0), (4, 2, 7.0), (5, 2, 7.0),
     ]  # fmt: skip
-    assert next_segment(path) == 3
-    assert next_segment(tmp_path / "absent") == 0 and read_metrics(tmp_path / "absent") == []
+    assert read_metrics(tmp_path / "absent") == []
+
+
+def test_what_a_restart_left_behind_is_dropped(tmp_path):
+    """Steps that the newer start has not come to yet, or not with a line of their own, are of another curve."""
+    path = written(tmp_path / "a", ((0, 1, 2, 3, 4, 5), 9.0), ((2,), 8.0))
+    assert [(value["step"], value["loss"]) for value in read_metrics(path)] == [(0, 9.0), (1, 9.0), (2, 8.0)]
+    path = written(tmp_path / "b", ((3, 7, 11), 9.0), ((5, 8), 8.0), ((5,), 7.0))
+    assert [(value["step"], value["loss"]) for value in read_metrics(path)] == [(3, 9.0), (5, 7.0)]
+    late = dataclasses.replace(SEED[0], step=8, loss=6.0)
+    with path.open("a") as file:  # by a process of the first start that was suspended, and never told of the others
+        file.write(json.dumps({"seg": 0, "step": late.step, "loss": late.loss}) + "\n[1]\n{}\n")
+    assert [(value["step"], value["loss"]) for value in read_metrics(path)] == [(3, 9.0), (5, 7.0)]
+
+
+def test_the_next_segment_is_new_to_metrics_and_events(tmp_path):
+    metrics, events = tmp_path / "metrics.jsonl", tmp_path / "events.jsonl"
+    assert next_segment(metrics, events) == 0
+    written(metrics, ((0,), 9.0), ((1,), 8.0))
+    assert (next_segment(metrics, events), next_segment(events)) == (2, 0)
+    for segment in (2, 3):  # starts that failed before a step was done
+        EventsFile(events, segment).add("failed", why='{"seg":9}', folder={"seg": [7]})
+    with events.open("a") as file:
+        file.write('{"time":"2026", "seg": 40')
+    assert next_segment(metrics, events) == 41
+    assert MetricsFile(metrics).segment == 41
+
+
+@pytest.mark.parametrize(
+    ("kinds", "ended"),
+    [
+        ([], False),
+        (["start"], False),
+        (["start", "done", "checkpoint_done", "alert_over"], True),
+        (["start", "done", "start"], False),
+        (["start", "stopped"], False),
+        (["start", "done", "failed"], False),
+        (["start", "stopped", "start", "done"], True),
+        (["start", "start 1", "done", "start 1"], False),
+        (["start", "start 1", "done 1", "failed"], True),
+    ],
+)
+def test_a_run_has_ended_when_its_last_start_says_so(kinds, ended, tmp_path):
+    for text in kinds:
+        kind, _, segment = text.partition(" ")
+        EventsFile(tmp_path / "events.jsonl", int(segment or 0)).add(kind)
+    assert has_ended(tmp_path / "events.jsonl") is ended
 
 
 def test_every_possible_cut_of_the_last_line(tmp_path):
@@ -126,6 +177,14 @@ def test_events(tmp_path):
     assert (value["event"], value["seg"], value["step"], value["loss"]) == ("checkpoint", 2, 50, None)
     assert value["time"][:2] == "20"
     events.close()
+
+
+def test_samples(tmp_path):
+    samples = SamplesFile(tmp_path / "samples.jsonl", segment=1)
+    samples.add(50, "Once\n", "upon \ud800")
+    (value,) = read_objects(tmp_path / "samples.jsonl")
+    assert (value["seg"], value["step"], value["prompt"], value["time"][:2]) == (1, 50, "Once\n", "20")
+    samples.close()
 
 
 def test_finite():

@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from internlm_lite.config.load import LoadedConfig
 from internlm_lite.config.schema import Config
 from internlm_lite.errors import ConfigError, StorageError
 from internlm_lite.runtime.folder import (
     create_run_folder,
     environment,
+    find_run_folder,
     git_commit,
     mask_source,
     point_latest,
-    write_config,
-    write_environment,
+    write_start,
 )
 from internlm_lite.runtime.place import Place
 
@@ -67,20 +68,64 @@ def test_a_latest_that_cannot_be_replaced_costs_a_warning(tmp_path, caplog):
     assert [path.name for path in tmp_path.iterdir()] == ["latest"]
 
 
-def test_config_copies_and_resolved_values(tmp_path):
+def test_the_folder_of_an_earlier_start_is_found_by_its_name_alone(tmp_path):
+    folder = create_run_folder(tmp_path, "job", NOW)
+    assert find_run_folder(tmp_path, "job", folder.name) == folder
+    again = create_run_folder(tmp_path, "job", NOW)
+    assert find_run_folder(tmp_path, "job", again.name) == again
+    assert find_run_folder(tmp_path, "other", folder.name) is None
+    for name in ("", "latest", "..", f"../job/{folder.name}", str(folder), f"{folder.name}/", "2023-11-10_11-45-21"):
+        assert find_run_folder(tmp_path, "job", name) is None, name
+
+
+def loaded_from(*files: Path, **changes: object) -> LoadedConfig:
+    config = CONFIG.model_copy(update=changes)
+    return LoadedConfig(config, files, {"seed": "a.py:3", "ckpt.save_ckpt_folder": "command line"}, ())
+
+
+def test_config_copies_resolved_values_and_origins(tmp_path):
     folder = create_run_folder(tmp_path / "RUN", "job", NOW)
     sources = []
     for part, text in (("a", "x = 1\n"), ("b", 'secret_key = "hunter2"  # mine\n')):
         (tmp_path / part).mkdir()
         sources.append(tmp_path / part / "base.py")
         sources[-1].write_text(text)
-    write_config(folder, CONFIG, sources)
+    write_start(folder, loaded_from(*sources), {"time": "noon"})
     assert (folder / "config" / "base.py").read_text() == "x = 1\n"
     assert (folder / "config" / "base-1.py").read_text() == 'secret_key = "***"  # mine\n'
     values = yaml.safe_load((folder / "config.resolved.yaml").read_text())
     assert values["model"]["hidden_size"] == 8 and values["adam"]["lr"] == 1e-4
     assert values["ckpt"]["save_ckpt_folder"] == "boto3:s3://***@bucket.example.com/x"
+    assert json.loads((folder / "config.origins.json").read_text()) == [
+        {"key": "seed", "value": 1024, "origin": "a.py:3"},
+        {"key": "ckpt.save_ckpt_folder", "value": "boto3:s3://***@bucket.example.com/x", "origin": "command line"},
+    ]
     assert not [path for path in folder.rglob("*") if path.is_file() and "hunter2" in path.read_text()]
+
+
+def test_a_start_keeps_what_it_changes_of_the_start_before(tmp_path):
+    folder = create_run_folder(tmp_path / "RUN", "job", NOW)
+    source, base = tmp_path / "c.py", tmp_path / "base.py"
+    base.write_text("a")
+
+    def start(text: str, time: str, *files: Path, **changes: object) -> set[str]:
+        source.write_text(text)
+        write_start(folder, loaded_from(source, *files, **changes), {"time": time})
+        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+    newest = {"config.resolved.yaml", "config.origins.json", "env.json", "config/c.py"}
+    assert start("one", "noon", base) == newest | {"config/base.py"}
+    assert start("one", "one", base) == newest | {"config/base.py", "env.0.json"}
+    kept = {"env.0.json", "env.1.json", "config.resolved.1.yaml", "config.origins.1.json"}
+    kept |= {"config.1/c.py", "config.1/base.py"}
+    assert start("two", "two", seed=7) == newest | kept, "base.py is no part of it any more"
+    assert start("two", "three", seed=7) == newest | kept | {"env.2.json"}
+    assert [json.loads((folder / f"env{n}.json").read_text())["time"] for n in (".0", ".1", ".2", "")] == [
+        "noon", "one", "two", "three",
+    ]  # fmt: skip
+    assert yaml.safe_load((folder / "config.resolved.1.yaml").read_text())["seed"] == 1024
+    assert yaml.safe_load((folder / "config.resolved.yaml").read_text())["seed"] == 7
+    assert ((folder / "config.1" / "c.py").read_text(), (folder / "config" / "c.py").read_text()) == ("one", "two")
 
 
 @pytest.mark.parametrize(
@@ -97,17 +142,14 @@ def test_mask_source(text, expected):
     assert mask_source(text) == (text if expected is None else expected)
 
 
-def test_environment_has_no_secrets(tmp_path, monkeypatch):
+def test_environment_has_no_secrets(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
     argv = ["train.py", "--config", "c.py", "monitor.api_key=hunter2", "data.seq_len=8"]
-    write_environment(tmp_path, PLACE, argv, "NVIDIA H200", NOW)
-    text = (tmp_path / "env.json").read_text()
-    found = json.loads(text)
-    assert "hunter2" not in text
+    found = environment(PLACE, argv, "NVIDIA H200", NOW)
+    assert "hunter2" not in json.dumps(found)
     assert found["command"] == ["train.py", "--config", "c.py", "monitor.api_key=***", "data.seq_len=8"]
     assert found["time"] == "2023-11-10T11:45:20+00:00" and found["host"] == "gpu01"
     assert found["packages"]["torch"] and found["why"] == "started by torchrun"
-    assert found == environment(PLACE, argv, "NVIDIA H200", NOW)
 
 
 def test_outside_a_checkout_there_is_no_commit(tmp_path):
@@ -118,4 +160,4 @@ def test_outside_a_checkout_there_is_no_commit(tmp_path):
 
 def test_full_disk_is_a_storage_error(tmp_path):
     with pytest.raises(StorageError, match="cannot write"):
-        write_environment(tmp_path / "absent", PLACE, [], "cpu", NOW)
+        write_start(tmp_path / "absent", loaded_from(), {})

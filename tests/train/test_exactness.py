@@ -184,6 +184,7 @@ def final(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
     (manifest,) = (folder / "saves" / "data").glob(f"{STEPS:010d}-*/manifest.json")
     found = unseal(Manifest, manifest.read_bytes(), str(manifest))
     found.state["reporter"].pop("speed")  # clock times
+    found.state.pop("run_folder")  # a time, too
     return {name: file.sha256 for name, file in found.files.items()}, found.state
 
 

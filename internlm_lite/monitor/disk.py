@@ -1,0 +1,32 @@
+"""Which local folders a run writes to, and how much room is left there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from internlm_lite.config.s3path import is_s3
+from internlm_lite.config.schema import CkptConfig
+from internlm_lite.monitor.alerts import DiskFigures
+
+
+def written_folders(run_folder: Path, ckpt: CkptConfig) -> list[Path]:
+    """The run folder, and where checkpoints and their temporary files go, unless that is S3."""
+    names: list[str | None] = []
+    if ckpt.enable_save_ckpt:
+        names = [ckpt.save_ckpt_folder, ckpt.snapshot_ckpt_folder if ckpt.oss_snapshot_freq else None]
+        names += [ckpt.async_upload_tmp_folder] if ckpt.async_upload else []
+    return [run_folder, *(Path(name.removeprefix("local:")) for name in names if name and not is_s3(name))]
+
+
+def disks(folders: Sequence[Path]) -> list[DiskFigures]:
+    """One for every file system that holds some of them, under the name of the first; folders not made yet are none."""
+    found: dict[int, DiskFigures] = {}
+    for folder in folders:
+        try:
+            device, usage = folder.stat().st_dev, shutil.disk_usage(folder)
+        except OSError:  # not made yet, or gone: whoever writes there says so
+            continue
+        found.setdefault(device, DiskFigures(str(folder), usage.free, usage.total))
+    return list(found.values())

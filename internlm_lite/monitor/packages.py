@@ -1,0 +1,39 @@
+"""Which optional packages the monitor section needs, checked before training."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from importlib.util import find_spec
+
+from packaging.version import Version
+
+from internlm_lite.config.schema import MonitorConfig
+from internlm_lite.errors import MissingPackageError
+
+_OLDEST_WANDB = Version("0.31")
+"""Older ones ask for a login on the terminal, and interrupt the run when someone clicks on "stop"."""
+
+
+def check_packages(monitor: MonitorConfig) -> None:
+    """Raises MissingPackageError when a sink is asked for whose package is not installed, or too old."""
+    if monitor.tensorboard and not is_installed("tensorboard"):
+        raise MissingPackageError(
+            "monitor.tensorboard=True needs tensorboard, which is not installed: pip install internlm_lite[tb]"
+        )
+    if monitor.wandb is None:
+        return
+    if not is_installed("wandb"):
+        raise MissingPackageError("monitor.wandb needs wandb, which is not installed: pip install internlm_lite[wandb]")
+    if (found := Version(version("wandb"))) < _OLDEST_WANDB:
+        raise MissingPackageError(
+            f"found wandb {found}, expected {_OLDEST_WANDB} or newer: pip install --upgrade internlm_lite[wandb]"
+        )
+
+
+def writes_tensorboard(monitor: MonitorConfig) -> bool:
+    """Left open, monitor.tensorboard is on where tensorboard is installed."""
+    return is_installed("tensorboard") if monitor.tensorboard is None else monitor.tensorboard
+
+
+def is_installed(package: str) -> bool:
+    return find_spec(package) is not None

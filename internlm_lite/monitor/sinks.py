@@ -1,0 +1,186 @@
+"""Where rank 0's records go, and why none of these places can stop training or make a step wait.
+
+    direct   console, files, alerts        called at once, quick
+    queued   TensorBoard, wandb            one daemon thread works off a bounded queue; what does not fit is left out
+
+A sink that raises is told once, in a log line and an event, and switched off.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from internlm_lite.config.view import masked
+from internlm_lite.monitor.jsonl import EventsFile, MetricsFile, SamplesFile
+from internlm_lite.monitor.record import Sample, StepRecord, ValidationRecord
+
+logger = logging.getLogger("internlm_lite")
+
+CAPACITY = 1000
+"""Records that wait for slow sinks at most."""
+CLOSE_SECONDS = 10.0
+"""Slow sinks have so long to end at `close`."""
+
+
+class Sink:
+    """Takes what happens in a run. A sink overrides what it shows; the rest is passed over."""
+
+    def step(self, record: StepRecord) -> None:
+        """A step line."""
+
+    def validation(self, record: ValidationRecord) -> None:
+        """An evaluation."""
+
+    def event(self, kind: str, facts: Mapping[str, Any]) -> None:
+        """Something that events.jsonl names: a checkpoint, an alert, the end."""
+
+    def sample(self, sample: Sample) -> None:
+        """A text that the model generated."""
+
+    def close(self) -> None:
+        """Write what is left. Nothing comes after it."""
+
+
+Call = Callable[[Sink], None]
+
+
+class Files(Sink):
+    """metrics.jsonl, events.jsonl and samples.jsonl of a run folder. Events come from several threads."""
+
+    def __init__(self, folder: Path) -> None:
+        self._metrics = MetricsFile(folder / "metrics.jsonl")
+        self._events = EventsFile(folder / "events.jsonl", self._metrics.segment)
+        self._samples = SamplesFile(folder / "samples.jsonl", self._metrics.segment)
+        self._lock = threading.Lock()
+
+    def step(self, record: StepRecord) -> None:
+        self._metrics.write(record)
+
+    def event(self, kind: str, facts: Mapping[str, Any]) -> None:
+        with self._lock:
+            self._events.add(kind, **facts)
+
+    def sample(self, sample: Sample) -> None:
+        self._samples.add(sample.step, sample.prompt, sample.text)
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._samples.close()
+        with self._lock:
+            self._events.close()
+
+
+class FanOut:
+    """Hands everything to all sinks. `event` may be called from any thread, the rest from the training thread."""
+
+    def __init__(
+        self,
+        direct: Mapping[str, Sink],
+        queued: Mapping[str, Callable[[], Sink]],
+        capacity: int = CAPACITY,
+        close_seconds: float = CLOSE_SECONDS,
+    ) -> None:
+        """`queued` sinks are made in the thread, where a slow import or a slow server holds nothing up."""
+        self._direct = dict(direct)
+        self._close_seconds = close_seconds
+        self._queue: queue.Queue[Call | None] = queue.Queue(capacity)
+        self._left_out = 0
+        self._given_up = threading.Event()
+        self._thread: threading.Thread | None = None
+        if queued:
+            self._thread = threading.Thread(target=self._work, args=(dict(queued),), name="sinks", daemon=True)
+            self._thread.start()
+
+    def add(self, name: str, sink: Sink) -> None:
+        """One more direct sink, after the others."""
+        self._direct[name] = sink
+
+    def step(self, record: StepRecord) -> None:
+        self._hand_on(lambda sink: sink.step(record))
+
+    def validation(self, record: ValidationRecord) -> None:
+        self._hand_on(lambda sink: sink.validation(record))
+
+    def event(self, kind: str, /, **facts: Any) -> None:
+        self._hand_on(lambda sink: sink.event(kind, facts))
+
+    def sample(self, sample: Sample) -> None:
+        self._hand_on(lambda sink: sink.sample(sample))
+
+    def close(self) -> None:
+        """End all sinks; slow ones get `close_seconds`. The last added direct sink is closed first."""
+        if self._thread is not None:
+            self._end_thread(self._thread, time.monotonic() + self._close_seconds)
+        for name in reversed(list(self._direct)):
+            self._try(self._direct, name, lambda sink: sink.close())
+
+    def _end_thread(self, thread: threading.Thread, deadline: float) -> None:
+        try:
+            self._queue.put(None, timeout=self._close_seconds)
+        except queue.Full:
+            self._given_up.set()
+        thread.join(max(0.0, deadline - time.monotonic()))
+        if thread.is_alive():
+            self._given_up.set()
+            logger.warning(
+                f"slow sinks (TensorBoard, wandb) did not end within {self._close_seconds:g} s: their last records may "
+                "be missing; metrics.jsonl has all"
+            )
+        if self._left_out:
+            self.event("records_left_out", records=self._left_out)
+            logger.warning(
+                f"TensorBoard and wandb miss {self._left_out} records that came too fast; metrics.jsonl has all"
+            )
+
+    def _hand_on(self, call: Call) -> None:
+        for name in list(self._direct):
+            self._try(self._direct, name, call)
+        if self._thread is None:
+            return
+        try:
+            self._queue.put_nowait(call)
+        except queue.Full:
+            self._left_out += 1
+            if self._left_out == 1:
+                logger.warning("TensorBoard and wandb do not keep up: they miss records from now on")
+
+    def _try(self, sinks: dict[str, Sink], name: str, call: Call) -> None:
+        try:
+            if (sink := sinks.get(name)) is not None:
+                call(sink)
+        except Exception as error:  # noqa: BLE001  whatever it is, it must not stop training
+            sinks.pop(name, None)
+            self._tell_failure(name, error)
+
+    def _tell_failure(self, name: str, error: Exception) -> None:
+        text = str(error).strip().partition("\n")[0]
+        why = masked(f"{type(error).__name__}: {text}")
+        logger.warning(f"{name} failed and is switched off, training goes on: {why}")
+        self.event("sink_failed", sink=name, why=why)
+
+    def _work(self, queued: dict[str, Callable[[], Sink]]) -> None:
+        sinks: dict[str, Sink] = {}
+        for name, make in queued.items():
+            try:
+                sinks[name] = make()
+            except Exception as error:  # noqa: BLE001  as above
+                self._tell_failure(name, error)
+        while (call := self._next()) is not None:
+            for name in list(sinks):
+                self._try(sinks, name, call)
+        for name in list(sinks):
+            self._try(sinks, name, lambda sink: sink.close())
+
+    def _next(self) -> Call | None:
+        while not self._given_up.is_set():
+            try:
+                return self._queue.get(timeout=1.0)
+            except queue.Empty:
+                continue
+        return None

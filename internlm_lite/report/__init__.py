@@ -1,0 +1,1 @@
+"""What a run wrote, read again and shown as a page."""

@@ -1,0 +1,62 @@
+// The state strip: for each run what it does, how far it is, and its main figures.
+
+const PHASE_ICONS = {
+  starting: "◌", training: "▶", saving: "⤓", evaluating: "◎", done: "✓", stopped: "■", failed: "✕", silent: "?",
+};
+
+// Ages grow on the live page; in a report they are those of the moment it was written.
+function now() {
+  return payload.live ? Date.now() / 1000 : seconds(payload.generated) ?? Date.now() / 1000;
+}
+
+function drawStrip() {
+  const host = byId("state");
+  fill(host, `${version} ${language()} ${state.runs} ${payload.live ? Math.floor(now() / 5) : ""}`, () =>
+    payload.runs.length ? shownRuns().map(runStrip) : make("p", { class: "empty" }, t("no_runs")));
+}
+
+// Several runs have a line each, one run has room.
+function runStrip(run) {
+  const { state: facts } = run;
+  const phase = make("p", { class: `phase ${facts.phase}` },
+    make("span", { class: "icon", "aria-hidden": "true" }, PHASE_ICONS[facts.phase] ?? "•"),
+    make("strong", {}, t(`phase_${facts.phase}`)),
+    facts.why ? make("span", { class: "why", title: facts.why }, facts.why) : null,
+    run.bad_lines ? make("span", { class: "label" }, t("bad_lines", integer(run.bad_lines))) : null);
+  return make("article", { class: manyRuns() ? "run slim" : "run", "aria-label": run.name },
+    make("div", { class: "who" }, manyRuns() ? make("h2", { title: run.name }, shortName(run)) : null, phase),
+    progress(facts, run.name),
+    make("dl", { class: "figures" }, ...figures(facts)));
+}
+
+function progress(facts, name) {
+  const total = facts.total_steps;
+  const done = isNumber(facts.step);
+  const text = !done ? t("no_step") : total ? t("step_of", integer(facts.step), integer(total)) : t("step_only", integer(facts.step));
+  const bar = total ? make("progress", { max: total, value: facts.step ?? 0, "aria-label": name }) : null;
+  const part = total && done ? make("span", { class: "percent" }, percent(facts.step / total)) : null;
+  return make("div", { class: "progress" }, make("span", {}, text), part, bar);
+}
+
+// For the title of the browser's tab: 42 % of the first run.
+function progressText() {
+  const facts = payload.runs[0]?.state;
+  return facts?.total_steps && isNumber(facts.step) ? percent(facts.step / facts.total_steps, 0) : "";
+}
+
+function figures(facts) {
+  const saved = facts.last_checkpoint;
+  const age = saved ? t("ago", duration(Math.max(0, Math.round(now() - seconds(saved.time))))) : "";
+  return [
+    ["loss", fixed(facts.loss, 4)],
+    ["eta", duration(facts.eta_seconds)],
+    ["tokens", compact(facts.tokens)],
+    ["tgs", integer(facts.tgs)],
+    ["tflops", fixed(facts.tflops, 1)],
+    ["mfu", percent(facts.mfu)],
+    ["pack_fill", percent(facts.pack_fill)],
+    ["restarts", integer(facts.restarts)],
+    ["last_checkpoint", saved ? t("step_only", integer(saved.step)) : NONE, age],
+  ].map(([key, value, detail]) => make("div", { class: key }, make("dt", {}, t(key)),
+    make("dd", {}, value, detail ? make("small", {}, detail) : null)));
+}

@@ -1,0 +1,81 @@
+// Puts the page together, and draws it again when the data or the reader's choices change.
+
+let drawing = false;
+
+// Several changes before the next frame are one drawing.
+function render() {
+  if (drawing) return;
+  drawing = true;
+  requestAnimationFrame(() => {
+    drawing = false;
+    drawPage();
+  });
+}
+
+function drawPage() {
+  if (!state.zoom.length && details.size) details = new Map();
+  document.documentElement.lang = language() === "zh" ? "zh-CN" : "en";
+  document.documentElement.dataset.theme = dark() ? "dark" : "light";
+  drawWords();
+  drawFreshness();
+  drawStrip();
+  drawControls();
+  drawFolders();
+  drawTable();
+  drawCurves();
+  drawCheckpoints();
+  drawSamples();
+  drawEvents();
+  drawConfig();
+  drawEnvironment();
+  refine();
+  document.documentElement.dataset.drawn = String(Number(document.documentElement.dataset.drawn ?? 0) + 1);
+}
+
+function drawWords() {
+  for (const element of document.querySelectorAll("[data-t]")) element.textContent = t(element.dataset.t);
+  for (const element of document.querySelectorAll("[data-label]")) element.setAttribute("aria-label", t(element.dataset.label));
+  for (const element of document.querySelectorAll("section[data-title]")) element.setAttribute("aria-label", t(element.dataset.title));
+  byId("title").textContent = payload.runs.length === 1 ? payload.runs[0].name : "internlm_lite";
+  if (payload.live) document.title = [progressText(), byId("title").textContent].filter(Boolean).join(" · ");
+  const themes = ["auto", "light", "dark"];
+  byId("theme").textContent = t(`theme_${state.theme}`);
+  byId("theme").onclick = () => choose({ theme: themes[(themes.indexOf(state.theme) + 1) % 3] });
+  byId("language").textContent = t("other_language");
+  byId("language").onclick = () => choose({ lang: language() === "zh" ? "en" : "zh" });
+  fill(byId("sections"), language(), () => [...document.querySelectorAll("section[data-title]")].map((section) =>
+    make("a", { href: `#${section.id}`, onclick: (event) => goTo(event, section) },
+      t(WORDS[`short_${section.dataset.title}`] ? `short_${section.dataset.title}` : section.dataset.title))));
+}
+
+// A jump within the page leaves the hash, and so what was chosen, alone.
+function goTo(event, section) {
+  event.preventDefault();
+  section.scrollIntoView();
+  section.tabIndex = -1;
+  section.focus({ preventScroll: true });
+}
+
+function readPayload() {
+  const text = byId("payload")?.textContent;
+  if (text) usePayload(JSON.parse(text));
+}
+
+// Paper is white: charts are drawn once more in light colours, all of them, before it is printed.
+function forPrint() {
+  const { theme } = state;
+  state.theme = "light";
+  for (const card of byId("multiples").children) if (!multiples.has(card.dataset.name)) makeMultiple(card);
+  drawPage();
+  addEventListener("afterprint", () => { state.theme = theme; render(); }, { once: true });
+}
+
+performance.mark("draw begins");
+readPayload();
+drawPage();
+requestAnimationFrame(() => setTimeout(() => performance.mark("draw ends"))); // after the first frame
+startLive();
+addEventListener("hashchange", hashChanged);
+addEventListener("keydown", pageKey);
+addEventListener("beforeprint", forPrint);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", render);

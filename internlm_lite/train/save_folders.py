@@ -1,0 +1,88 @@
+"""The save folders of a run, taken before it writes anything: a second run on them is refused with nothing touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from internlm_lite.checkpoint import find
+from internlm_lite.checkpoint.manager import CheckpointManager
+from internlm_lite.checkpoint.saver import Saver
+from internlm_lite.config.schema import Config
+from internlm_lite.config.view import masked, resolved
+from internlm_lite.errors import CheckpointError
+from internlm_lite.mesh.mesh import Mesh
+
+VOTE_TIMEOUT_SECONDS = 600.0
+"""A checkpoint whose ranks have not all written by then is given up."""
+_PLACES = ("save_ckpt_folder", "snapshot_ckpt_folder")
+
+
+@dataclass(frozen=True)
+class LastRun:
+    """Where the newest checkpoint comes from."""
+
+    folder: str
+    """Name of the run folder."""
+    step: int
+    """Steps done."""
+
+
+class SaveFolders:
+    """Milestones and snapshots, and the thread that writes both. None: not saved in this run."""
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        """Collective. Raises StorageError when a folder cannot be written, or another run holds it."""
+        self._ckpt, self._mesh = config.ckpt, mesh
+        self.described = masked(resolved(config))
+        """The config as it is stored and compared."""
+        self.in_background = self._ckpt.async_upload and self._ckpt.enable_save_ckpt
+        staging = self._ckpt.async_upload_tmp_folder if self.in_background else None
+        self.saver = Saver(mesh, self.described, VOTE_TIMEOUT_SECONDS, Path(staging) if staging else None)
+        self.milestones: CheckpointManager | None = None
+        self.snapshots: CheckpointManager | None = None
+        try:
+            self.milestones = self._take(self._ckpt.save_ckpt_folder)
+            self.snapshots = self._take(self._ckpt.snapshot_ckpt_folder)
+        except BaseException:
+            self.close(wait=False)
+            raise
+        if self.milestones and self.snapshots:
+            self.milestones.resume_beside(self.snapshots)
+            self.snapshots.resume_beside(self.milestones)
+
+    def _take(self, folder: str | None) -> CheckpointManager | None:
+        if folder is None or not self._ckpt.enable_save_ckpt:
+            return None
+        return CheckpointManager(
+            folder, self._mesh, config=self.described, exclusive=True, saver=self.saver, s3=self._ckpt.s3
+        )
+
+    def last_run(self) -> LastRun | None:
+        """The run that wrote the newest checkpoint that looks whole. Not collective.
+
+        None without one, or where it does not say, or when it was saved to other folders: then this is a copy, and the
+        run that wrote it may be alive.
+        """
+        storages = [manager.storage for manager in (self.milestones, self.snapshots) if manager is not None]
+        named = [(name, storage) for storage in storages for name in find.committed(storage)]
+        for name, storage in sorted(named, key=lambda one: one[0], reverse=True):
+            try:
+                manifest = find.inspect(storage, name).manifest
+            except CheckpointError:  # told when it is loaded
+                continue
+            ours, theirs = self.described["ckpt"], manifest.config.get("ckpt", {})
+            folder = manifest.state.get("run_folder")
+            same = all(theirs.get(place) == ours[place] for place in _PLACES)
+            return LastRun(folder, manifest.step) if same and isinstance(folder, str) else None
+        return None
+
+    def close(self, wait: bool) -> None:
+        """End the thread, once it is idle or, without `wait`, as soon as it can, and give the folders free.
+
+        Not collective; a second time does nothing.
+        """
+        self.saver.close(wait)
+        for manager in (self.milestones, self.snapshots):
+            if manager is not None:
+                manager.release()

@@ -1,0 +1,51 @@
+"""The sinks of a run, as its config wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from internlm_lite.config.schema import Config
+from internlm_lite.monitor.console import Console
+from internlm_lite.monitor.disk import written_folders
+from internlm_lite.monitor.packages import writes_tensorboard
+from internlm_lite.monitor.sinks import FanOut, Files, Sink
+from internlm_lite.monitor.watch import Watch
+
+
+def open_sinks(folder: Path, config: Config, done: int, terminal: bool) -> FanOut:
+    """On rank 0, for a run that has done `done` steps and goes on in `folder`. Its packages are checked already."""
+    monitor, ckpt, total = config.monitor, config.ckpt, config.data.total_steps
+    every = [n for n in (ckpt.checkpoint_every, ckpt.oss_snapshot_freq) if n]
+    next_save = min(every) if ckpt.enable_save_ckpt and every else None
+    direct: dict[str, Sink] = {
+        "the run folder": Files(folder),
+        "the console": Console(total, terminal, next_save, done),
+    }
+    fan_out = FanOut(direct, _queued(folder, config, done))
+    title = f"{config.JOB_NAME} {folder.name}"
+    fan_out.add("alerts", Watch(monitor.alerts, total, written_folders(folder, ckpt), title, fan_out.event))
+    return fan_out
+
+
+def _queued(folder: Path, config: Config, done: int) -> dict[str, Callable[[], Sink]]:
+    """Their packages are imported in the thread that makes them."""
+    monitor = config.monitor
+
+    def tensorboard() -> Sink:
+        from internlm_lite.monitor.tensorboard import TensorBoard
+
+        return TensorBoard(folder / "tensorboard", done)
+
+    def wandb() -> Sink:
+        from internlm_lite.monitor.wandb import Wandb
+
+        assert monitor.wandb is not None
+        return Wandb(folder, config, monitor.wandb)
+
+    sinks: dict[str, Callable[[], Sink]] = {}
+    if writes_tensorboard(monitor):
+        sinks["TensorBoard"] = tensorboard
+    if monitor.wandb is not None:
+        sinks["wandb"] = wandb
+    return sinks

@@ -1,0 +1,134 @@
+"""The fan-out: what a sink does wrong stays with it, and nobody waits for a slow one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from internlm_lite.monitor.jsonl import read_metrics, read_objects
+from internlm_lite.monitor.record import Sample, StepRecord, ValidationRecord
+from internlm_lite.monitor.sinks import FanOut, Files, Sink
+from tests.monitor.test_line import SEED
+
+VALID = ValidationRecord(step=5, loss=2.0, acc=0.5, perplexity=7.4, folders=SEED[5].folders)
+SAMPLE = Sample(step=6, prompt="def", text=" f(x):")
+
+
+class Kept(Sink):
+    """Remembers what it was given."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.given: list[Any] = []
+        self._fails_at = fails_at
+
+    def _take(self, value: Any) -> None:
+        if len(self.given) == self._fails_at:
+            raise RuntimeError("no such luck at https://user:hush@host/x\nand more")
+        self.given.append(value)
+
+    def step(self, record: StepRecord) -> None:
+        self._take(record.step)
+
+    def validation(self, record: ValidationRecord) -> None:
+        self._take(record)
+
+    def event(self, kind: str, facts: Mapping[str, Any]) -> None:
+        self._take((kind, dict(facts)))
+
+    def sample(self, sample: Sample) -> None:
+        self._take(sample)
+
+    def close(self) -> None:
+        self._take("closed")
+
+
+class Held(Kept):
+    """Waits at every step until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go_on = threading.Event()
+
+    def step(self, record: StepRecord) -> None:
+        self.go_on.wait(30)
+        super().step(record)
+
+
+def test_every_sink_gets_everything_in_order() -> None:
+    direct, queued = Kept(), Kept()
+    fan_out = FanOut({"a": direct}, {"b": lambda: queued})
+    for record in SEED[:3]:
+        fan_out.step(record)
+    fan_out.event("checkpoint", step=3, name="n")
+    fan_out.validation(VALID)
+    fan_out.sample(SAMPLE)
+    fan_out.close()
+    assert direct.given == [0, 1, 2, ("checkpoint", {"step": 3, "name": "n"}), VALID, SAMPLE, "closed"]
+    assert queued.given == direct.given
+
+
+def test_a_sink_that_raises_is_told_once_and_switched_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good, bad, other = Kept(), Kept(fails_at=1), Kept(fails_at=2)
+    fan_out = FanOut({"files": Files(tmp_path), "bad": bad, "good": good}, {"other": lambda: other})
+    for record in SEED:
+        fan_out.step(record)
+    fan_out.close()
+    assert bad.given == [0] and len(other.given) == 2
+    assert [given for given in good.given if isinstance(given, int)] == [0, 1, 2, 3, 4, 5]
+    assert [step["step"] for step in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
+    why = "RuntimeError: no such luck at https://***@host/x"
+    events = [(event["event"], event["sink"], event["why"]) for event in read_objects(tmp_path / "events.jsonl")]
+    assert sorted(events) == [("sink_failed", "bad", why), ("sink_failed", "other", why)]
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        f"{name} failed and is switched off, training goes on: {why}" for name in ("bad", "other")
+    ]
+
+
+def test_a_sink_that_cannot_be_made(caplog: pytest.LogCaptureFixture) -> None:
+    def make() -> Sink:
+        raise OSError(28, "No space left on device")
+
+    good, late = Kept(), Kept()
+    fan_out = FanOut({"good": good}, {"full": make, "late": lambda: late})
+    fan_out.step(SEED[0])
+    fan_out.close()
+    assert 0 in good.given and 0 in late.given
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "full failed" in caplog.text
+
+
+def test_a_slow_sink_loses_records_and_holds_nobody_up(caplog: pytest.LogCaptureFixture) -> None:
+    direct, held = Kept(), Held()
+    fan_out = FanOut({"direct": direct}, {"held": lambda: held}, capacity=2)
+    for _ in range(10):
+        for record in SEED:
+            fan_out.step(record)
+    assert len(direct.given) == 60
+    assert [record.getMessage() for record in caplog.records] == [
+        "TensorBoard and wandb do not keep up: they miss records from now on"
+    ]
+    held.go_on.set()
+    fan_out.close()
+    kept = len(held.given) - 1  # and "closed"
+    assert 2 <= kept <= 3
+    assert f"miss {60 - kept} records" in caplog.text
+    assert ("records_left_out", {"records": 60 - kept}) in direct.given
+
+
+def test_close_does_not_wait_for_ever(caplog: pytest.LogCaptureFixture) -> None:
+    held, direct = Held(), Kept()
+    fan_out = FanOut({"direct": direct}, {"held": lambda: held}, close_seconds=0.1)
+    fan_out.step(SEED[0])
+    fan_out.close()
+    assert "did not end within 0.1 s" in caplog.text and direct.given[-1] == "closed"
+    held.go_on.set()
+
+
+def test_nothing_is_left_running() -> None:
+    before = set(threading.enumerate())
+    fan_out = FanOut({}, {"b": Kept})
+    fan_out.close()
+    assert not set(threading.enumerate()) - before

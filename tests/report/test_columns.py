@@ -1,0 +1,120 @@
+"""Step lines as columns: restarts, missing numbers, lines that are none."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from internlm_lite.monitor.jsonl import read_metrics
+from internlm_lite.report.columns import Columns
+from tests.report.small import encoded, line, write
+
+
+def columns_of(*values: dict) -> Columns:
+    columns = Columns()
+    columns.append(encoded(values))
+    return columns
+
+
+def test_figures_stand_in_columns() -> None:
+    columns = columns_of(line(0, loss=3.0), line(1, loss=2.5))
+    assert columns.step.tolist() == [0, 1]
+    assert columns.scalars["loss"].tolist() == [3.0, 2.5]
+    assert columns.scalars["grad_norm/0_default"].tolist() == [1.0, 1.0]
+    assert columns.folders["code"].tolist() == [[10, 3.0, 0.5], [10, 2.5, 0.5]]
+    assert columns.time[1] - columns.time[0] == 1.0
+
+
+def test_a_restart_drops_the_tail_it_repeats() -> None:
+    """Steps 0-7, then from step 5 on again: 5-8 of the later start count, and 6 and 7 of the first are gone."""
+    first = [line(step, loss=1.0) for step in range(8)]
+    columns = columns_of(*first, line(5, 1, loss=9.0))
+    assert columns.step.tolist() == [0, 1, 2, 3, 4, 5]
+    columns.append(encoded([line(step, 1, loss=9.0) for step in range(6, 9)]))
+    assert columns.step.tolist() == list(range(9))
+    assert columns.scalars["loss"].tolist() == [1.0] * 5 + [9.0] * 4
+    assert columns.starts == {0: 0, 1: 5}
+
+
+def test_a_key_or_folder_only_of_the_dropped_tail_leaves_no_number() -> None:
+    columns = columns_of(line(0), line(1, mfu=0.4, folders={"gone": [1, 1.0, 1.0]}), line(1, 1), line(2, 1))
+    assert columns.step.tolist() == [0, 1, 2]
+    assert np.isnan(columns.scalars["mfu"]).all()
+    assert np.isnan(columns.folders["gone"]).all()
+
+
+def test_late_keys_and_folders_have_no_numbers_before() -> None:
+    columns = columns_of(line(0), line(1, new=7, folders={"code": [1, 1.0, 0.1], "web": [2, 3.0, 0.2]}))
+    assert columns.scalars["new"].tolist()[1] == 7
+    assert math.isnan(columns.scalars["new"][0])
+    assert np.isnan(columns.folders["web"][0]).all()
+
+
+def test_null_nan_and_infinity_are_missing() -> None:
+    columns = columns_of(line(0, loss=None), line(1, loss=math.nan), line(2, loss=math.inf), line(3, loss=1.5))
+    assert columns.n == 4
+    assert columns.bad == 0
+    assert np.isnan(columns.scalars["loss"][:3]).all()
+    assert columns.scalars["loss"][3] == 1.5
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b'{"step": 3, "lo',
+        b"[1]",
+        b"\xff\xfe",
+        b'{"step": "3"}',
+        b'{"step": -1}',
+        b'{"step": true}',
+        b'{"loss": 1}',
+        b'{"step": 3, "seg": "x"}',
+        b"[" * 5000,
+        b'{"seg":0,"step":1,"time":"x","loss":{"a":"b"},"folders":{"code":[1,2,3]}}',
+        b'{"seg":0,"step":1,"time":5,"loss":1,"folders":{"code":[1,2]}}',
+        b'{"seg":0,"step":1,"loss":1,"folders":{"code":7}}',
+    ],
+)
+def test_a_bad_line_is_counted_and_left_out(bad: bytes) -> None:
+    columns = Columns()
+    columns.append([*encoded([line(0)]), bad, b"", *encoded([line(4)])])
+    assert columns.step.tolist() == [0, 4]
+    assert columns.bad == 1
+
+
+def test_steps_rise_strictly_whatever_comes() -> None:
+    columns = columns_of(line(0), line(2), line(2), line(1), line(3), line(1, 2), line(2, 1), line(2, 2))
+    assert columns.step.tolist() == [0, 1, 2]
+    assert columns.bad == 3
+
+
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 8)), max_size=5), st.integers(1, 40))
+def test_restarts_are_read_as_read_metrics_reads_them(starts: list[tuple[int, int]], chunk: int) -> None:
+    """Each start goes on from any step, for some steps, in files read in any pieces."""
+    lines = [
+        line(first + n, seg, loss=100.0 * seg + n) for seg, (first, count) in enumerate(starts) for n in range(count)
+    ]
+    columns, texts = Columns(), encoded(lines)
+    for at in range(0, len(texts), chunk):
+        columns.append(texts[at : at + chunk])
+    with tempfile.NamedTemporaryFile() as file:
+        expected = read_metrics(write(Path(file.name), lines))
+    assert columns.step.tolist() == [value["step"] for value in expected]
+    assert columns.scalars.get("loss", np.zeros(0)).tolist() == [value["loss"] for value in expected]
+    assert columns.bad == 0
+
+
+def test_columns_grow_beyond_their_first_size() -> None:
+    columns = columns_of(*[line(step, loss=float(step)) for step in range(3000)])
+    columns.append(encoded([line(3000, late=1)]))
+    assert columns.n == 3001
+    assert columns.scalars["loss"][2999] == 2999.0
+    assert columns.scalars["late"][3000] == 1
+    columns.append(encoded([line(step) for step in range(3001, 9000)]))
+    assert len(columns.scalars["late"]) == len(columns.folders["code"]) == 8999 + 1

@@ -1,0 +1,109 @@
+"""Sinks of a real run: what TensorBoard and wandb hold is metrics.jsonl, and no sink stops or bends training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from internlm_lite.config.schema import Config
+from internlm_lite.errors import MissingPackageError
+from internlm_lite.mesh.mesh import single_process_mesh
+from internlm_lite.monitor import packages
+from internlm_lite.monitor.console import Console
+from internlm_lite.monitor.jsonl import read_objects
+from internlm_lite.monitor.tensorboard import TensorBoard
+from internlm_lite.monitor.watch import Watch
+from tests.corpus import FOLDERS, write_corpus
+from tests.monitor.test_wandb import history, inspect
+from tests.train.runs import STEPS, curve, run_training, tiny
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("sinks") / "corpus")
+
+
+def config_for(corpus: Path, saves: Path | None = None, total_steps: int = STEPS, **monitor: Any) -> Config:
+    ckpt = {} if saves is None else {"enable_save_ckpt": True, "save_ckpt_folder": f"local:{saves}"}
+    return tiny(
+        corpus,
+        ckpt={**ckpt, "allow_changed_data": True, "async_upload": False},
+        data={"total_steps": total_steps, "valid_every": 4, "valid_folder": str(corpus)},
+        monitor=monitor,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """A run of five steps that goes on to eight in the same folder; everything is written."""
+    folder = tmp_path_factory.mktemp("run")
+    for total_steps in (5, STEPS):
+        metrics = run_training(
+            single_process_mesh(), config_for(corpus, folder / "saves", total_steps, wandb={}), folder / "run"
+        )
+    return folder / "run", metrics
+
+
+def test_tensorboard_holds_metrics_jsonl(run: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, metrics = run
+    found = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    for name in FOLDERS:
+        for index, figure in enumerate(("tokens", "loss", "acc")):
+            series = [(event.step, event.value) for event in found.Scalars(f"{figure}/{name}")]
+            lines = [line for line in metrics if index == 0 or line["folders"][name][0]]
+            assert series == [(line["step"], pytest.approx(line["folders"][name][index])) for line in lines]
+    assert [event.value for event in found.Scalars("train/loss")] == pytest.approx([line["loss"] for line in metrics])
+
+
+def test_wandb_holds_metrics_jsonl(run: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, metrics = run
+    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+    assert len({file.name for file in files}) == 1 and len(files) == 2
+    rows = [row for file in files for row in history([json.loads(text) for text in inspect(file).splitlines()])]
+    lines = [row for row in rows if "train/loss" in row]
+    assert [row["step"] for row in lines] == [line["step"] for line in metrics] == list(range(STEPS))
+    for row, line in zip(lines, metrics, strict=True):
+        assert row["train/loss"] == line["loss"]
+        for name in FOLDERS:
+            tokens, loss, acc = line["folders"][name]
+            assert [row[f"tokens/{name}"], row.get(f"loss/{name}")] == [tokens, loss]
+            assert row.get(f"acc/{name}") == (acc if tokens else None)
+    evaluations = [event for event in read_objects(folder / "events.jsonl") if event["event"] == "evaluation"]
+    shown = [(row["step"], row["val_loss/code"]) for row in rows if "valid/loss" in row]
+    assert shown == [(event["step"], event["folders"]["code"][1]) for event in evaluations] and shown
+
+
+def broken(*args: Any, **kwargs: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_failing_sinks_change_nothing(
+    corpus: Path,
+    run: tuple[Path, list[dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(TensorBoard, "validation", broken)
+    monkeypatch.setattr("wandb.init", broken)
+    monkeypatch.setattr(Console, "step", broken)
+    monkeypatch.setattr(Watch, "step", broken)
+    metrics = run_training(single_process_mesh(), config_for(corpus, wandb={}), tmp_path / "run")
+    assert curve(metrics) == curve(run[1])
+    failed = [event for event in read_objects(tmp_path / "run" / "events.jsonl") if event["event"] == "sink_failed"]
+    assert {event["sink"] for event in failed} == {"TensorBoard", "wandb", "the console", "alerts"}
+    assert {event["why"] for event in failed} == {"OSError: [Errno 28] No space left on device"}
+    told = [record for record in caplog.records if "switched off" in record.getMessage()]
+    assert len(told) == len(failed) == 4
+
+
+def test_a_package_that_is_asked_for_and_absent(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "is_installed", lambda name: False)
+    with pytest.raises(MissingPackageError, match=r"pip install internlm_lite\[wandb\]"):
+        run_training(single_process_mesh(), config_for(corpus, wandb={}), tmp_path / "run")
+    run_training(single_process_mesh(), config_for(corpus, total_steps=2), tmp_path / "run")
+    assert not (tmp_path / "run" / "tensorboard").exists()

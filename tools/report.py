@@ -1,0 +1,81 @@
+"""report.html of any run, finished or still running, of several overlaid, or of an InternLM log.
+
+python tools/report.py RUN/demo/latest                   report.html in the run folder, loss.png with matplotlib
+python tools/report.py RUN/a/latest RUN/b/latest -o ab.html
+python tools/report.py --from-log train.log              train.html beside it
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from internlm_lite.errors import InternLMError
+from internlm_lite.report.figure import can_draw, write_figure
+from internlm_lite.report.find import demand_runs, run_name
+from internlm_lite.report.log import read_log
+from internlm_lite.report.page import write_report
+from internlm_lite.report.payload import make_payload
+from internlm_lite.report.run import RunReader
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders, job folders, or RUN itself")
+    parser.add_argument("--from-log", action="append", default=[], type=Path, metavar="FILE", help="a log's step lines")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: in the run folder, beside the log")
+    parser.add_argument("--png", action="store_true", help="insist on loss.png (else: when matplotlib is installed)")
+    arguments = parser.parse_args(argv)
+    if not arguments.runs and not arguments.from_log:
+        parser.error("expected a RUN or --from-log FILE")
+    return arguments
+
+
+def read_runs(arguments: argparse.Namespace) -> list[RunReader]:
+    """Raises ConfigError for what holds no run."""
+    folders = demand_runs(arguments.runs)
+    runs = [RunReader(folder, run_name(folder)).read_all() for folder in folders]
+    for path in arguments.from_log:
+        log = read_log(path)
+        print(f"{path}: {log.run.columns.n} steps; {log.passed_over} other lines passed over")
+        runs.append(log.run)
+    return runs
+
+
+def places(arguments: argparse.Namespace, runs: Sequence[RunReader]) -> tuple[Path, Path]:
+    """Where the page goes, and the figure."""
+    if arguments.output is None and len(runs) > 1:
+        arguments.output = Path("report.html")
+    if arguments.output is None and arguments.from_log:
+        arguments.output = arguments.from_log[0].with_suffix(".html")
+    if arguments.output is None:
+        return runs[0].folder / "report.html", runs[0].folder / "loss.png"
+    return arguments.output, arguments.output.with_suffix(".png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 bad input or a missing package, 6 storage, 130 interrupted."""
+    arguments = parse_arguments(argv)
+    try:
+        runs = read_runs(arguments)
+        payload = make_payload([(f"r{at}", run) for at, run in enumerate(runs)], live=False)
+        page, figure = places(arguments, runs)
+        write_report(payload, page)
+        print(f"wrote {page}")
+        if arguments.png or can_draw():
+            write_figure(payload, figure)
+            print(f"wrote {figure}")
+    except InternLMError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

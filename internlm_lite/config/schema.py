@@ -318,6 +318,8 @@ class GuardConfig(Section):
     """Rollbacks to one checkpoint; one more ends the run with exit code 7."""
     check_replicas_every: NonNegative = 100
     """Steps between comparisons of weights and optimizer state that several ranks hold; 0: never."""
+
+
 class WandbConfig(Section):
     """(new) Weights & Biases; nothing is sent unless `mode` says so. The key to it is never written here: `wandb login`
     keeps it."""

@@ -21,9 +21,10 @@ class Beat:
     """Index of the step under way; None before the first."""
     beats: int
     """Counts up while the process lives, whatever its main thread does."""
+    host: str = ""
 
     def to_json(self) -> str:
-        return json.dumps([self.progress, self.phase, self.step, self.beats])
+        return json.dumps([self.progress, self.phase, self.step, self.beats, self.host])
 
     @staticmethod
     def from_json(data: bytes) -> Beat:

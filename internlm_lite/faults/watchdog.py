@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import math
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from internlm_lite.faults.beats import Beat, Verdict, judge
@@ -60,7 +62,7 @@ class Watchdog:
     ) -> None:
         """`store`: a connection that nobody else uses; None for a world of one."""
         self._rank, self._size, self._store, self._limits, self._end = rank, world_size, store, limits, end
-        self._mine = Beat(0, "starting", None, 0)
+        self._mine = Beat(0, "starting", None, 0, socket.gethostname())
         self._period = max(_BEAT_SECONDS, world_size / _RANKS_PER_SECOND)
         self._table: dict[int, Beat] = {}
         self._changed: dict[int, tuple[float, float]] = {}
@@ -84,7 +86,7 @@ class Watchdog:
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """The main thread begins something: that is progress."""
-        self._mine = Beat(self._mine.progress + 1, phase, step, self._mine.beats)
+        self._mine = replace(self._mine, progress=self._mine.progress + 1, phase=phase, step=step)
 
     @contextmanager
     def inside(self, phase: str) -> Iterator[None]:
@@ -94,10 +96,9 @@ class Watchdog:
         yield
         self.enter(before.phase, before.step)
 
-    @property
-    def now(self) -> Beat:
-        """Where this rank is."""
-        return self._mine
+    def where(self, rank: int) -> Beat | None:
+        """Where a rank is, as far as this one knows."""
+        return self._mine if rank == self._rank else self._table.get(rank)
 
     def silent(self) -> list[int]:
         """For a judge: ranks whose beats have stopped, as far as is known; it takes a few beats until that shows."""
@@ -116,7 +117,7 @@ class Watchdog:
             beats += 1
             mine = self._mine
             try:
-                store.set(f"beat/{self._rank}", Beat(mine.progress, mine.phase, mine.step, beats).to_json())
+                store.set(f"beat/{self._rank}", replace(mine, beats=beats).to_json())
                 if store.check([_VERDICT]):
                     self._verdict = Verdict.from_json(store.get(_VERDICT))
                 if self.judges:
@@ -154,7 +155,10 @@ class Watchdog:
             return judge({self._rank: mine}, {self._rank: (now - since, 0.0)}, self._limits, self._period)
         if now - self._heard > limit:
             return Verdict(
-                (0,), f"rank 0's store has not answered for {now - self._heard:.0f} s", mine.phase, mine.step
+                (0,),
+                f"rank 0, which holds the store, has not answered for {now - self._heard:.0f} s",
+                mine.phase,
+                mine.step,
             )
         if not self.judges:
             return None
@@ -175,6 +179,11 @@ class Watchdog:
             self._store.set(_VERDICT, verdict.to_json())
         except RuntimeError as error:
             logger.debug("the verdict could not be told: %s", error)
+
+
+def unwatched(rank: int) -> Watchdog:
+    """For a run that nobody watches: it notes phases and never ends anything."""
+    return Watchdog(rank, 1, None, Limits(math.inf, {}), lambda verdict: None)
 
 
 def write_stacks(path: os.PathLike[str]) -> None:

@@ -48,13 +48,14 @@ def differing(told: Sequence[Mapping[Key, int]]) -> list[str]:
         for key, value in sums.items():
             seen[key][rank] = value
     problems = []
-    for (what, *_), sums in seen.items():
-        (usual, count), *_others = Counter(sums.values()).most_common()
-        odd = [rank for rank, value in sums.items() if value != usual]
-        if odd and count > len(sums) / 2:
+    for (what, *_), by_rank in seen.items():
+        (usual, count), *_others = Counter(by_rank.values()).most_common()
+        odd = [rank for rank, value in by_rank.items() if value != usual]
+        if odd and count > len(by_rank) / 2:
             problems.append(f"{what} of rank {', '.join(map(str, odd))} differ from those of {count} other ranks")
         elif odd:
-            problems.append(f"{what} of ranks {', '.join(map(str, sums))} differ, and no majority says which is wrong")
+            named = ", ".join(map(str, by_rank))
+            problems.append(f"{what} of ranks {named} differ, and no majority says which is wrong")
     return problems
 
 

@@ -245,6 +245,7 @@ class HybridZeroOptimizer:
         """Restore the counters. `moments` False: AdamW starts anew, as its moments were not loaded."""
         self._good_steps.fill_(state["good_steps"])
         self._skipped_steps.fill_(state["skipped_steps"])
+        self._skips_in_a_row.zero_()
         self.scaler.load_state_dict(state["scaler"])
         self._spikes.load_state_dict(state["spikes"])
         for master in self._masters:

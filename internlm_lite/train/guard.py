@@ -10,7 +10,8 @@ import logging
 
 from internlm_lite.config.schema import Config
 from internlm_lite.errors import NumericsError
-from internlm_lite.train.reporter import Reporter
+from internlm_lite.train.reporter import Reporter, Skips
+from internlm_lite.train.requests import Order
 from internlm_lite.train.state import TrainState
 
 logger = logging.getLogger("internlm_lite")
@@ -30,8 +31,9 @@ class Guard:
         self._most_bad_steps = config.guard.max_bad_steps or (_BAD_STEPS_FP16 if is_fp16 else _BAD_STEPS)
         self._rollbacks: dict[int, int] = {}
 
-    def check_skips(self, in_a_row: int, loss_scale: float, state: TrainState) -> None:
-        """`in_a_row`: steps left out since the last update. Raises NumericsError when they are too many."""
+    def check_skips(self, skips: Skips, state: TrainState) -> None:
+        """Raises NumericsError when too many steps were left out since the last update."""
+        in_a_row, loss_scale = skips.in_a_row, skips.loss_scale
         if self._at_floor(in_a_row, loss_scale):
             found = f"gradients still overflow with the smallest loss scale, {loss_scale:g}"
         elif in_a_row > self._most_bad_steps:
@@ -52,8 +54,14 @@ class Guard:
             return False
         return loss_scale <= (scaler.fp16.min_scale or 0.0) and in_a_row > scaler.hysteresis
 
-    def note_spike(self, step: int, scores: tuple[float, float]) -> None:
-        """`scores`: z-scores of loss and gradient norm, 0 where they do not stand out."""
+    def wants_rollback(self, order: Order) -> bool:
+        return self._config.guard.spike == "rollback" and any(order.spikes)
+
+    def note_spike(self, step: int, order: Order) -> None:
+        """Tell of a step that stood out, if one did."""
+        scores = order.spikes
+        if not any(scores):
+            return
         named = [f"{what} (z = {z:.0f})" for what, z in zip(("loss", "gradient norm"), scores, strict=True) if z]
         done = {"note": "noted", "skip": "its update was left out", "rollback": "rolling back"}[
             self._config.guard.spike

@@ -45,6 +45,10 @@ class Requests:
         """(1 if this rank was signalled, the number in the stop file): to be summed over all ranks in this step."""
         return float(self._signals.received is not None), float(self._read())
 
+    def forget(self) -> None:
+        """What is on its way belongs to steps that are undone."""
+        self._told = None
+
     def order(self, summed: torch.Tensor, spikes: torch.Tensor, steps_done: int) -> Order:
         """`summed` [2]: this step's sums, `spikes` [2] its scores, kept for the next call; obeyed are those of the step
         before.

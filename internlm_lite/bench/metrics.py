@@ -82,7 +82,7 @@ def bench_metrics(device: torch.device, rounds: int, folder: Path, **shape: Any)
         return train_step(stages, engine, optimizer, batch, 0, mesh, metrics, reporter.fwd_bwd)
 
     log = _log_to(folder / "log")
-    reporter.open_sinks(open_sinks(folder, config, 0, terminal=False))
+    reporter.open_sinks(lambda done: open_sinks(folder, config, done, terminal=False), 0)
     lines = _Lines(reporter, batch, mesh)
     nothing = _NoMetrics((), mesh)
 

@@ -302,6 +302,24 @@ class ParallelConfig(Section):
     """Split activations outside attention and MLP along the sequence over the tensor-parallel ranks."""
 
 
+class GuardConfig(Section):
+    """(new) What happens when numbers go wrong. A step whose loss or gradient is not finite is always left out."""
+
+    max_bad_steps: Positive | None = None
+    """Steps left out in a row that end the run with exit code 7; None: 50 with torch.float16, else 10."""
+    spike: Literal["note", "skip", "rollback"] = "note"
+    """What to do about a step whose loss or gradient norm stands out. "note": a warning and an event. "skip": its
+    update is left out, too. "rollback": back to the newest checkpoint, and on from there with the data behind it."""
+    spike_zscore: Annotated[float, Field(ge=3)] = 12
+    """How far it must stand out, in robust standard deviations of the logarithm."""
+    spike_window: Annotated[int, Field(ge=8)] = 128
+    """Steps that it is compared with."""
+    max_rollbacks: Positive = 3
+    """Rollbacks to one checkpoint; one more ends the run with exit code 7."""
+    check_replicas_every: NonNegative = 100
+    """Steps between comparisons of weights and optimizer state that several ranks hold; 0: never."""
+
+
 class WandbConfig(Section):
     """(new) Weights & Biases; nothing is sent unless `mode` says so. The key to it is never written here: `wandb login`
     keeps it."""
@@ -389,6 +407,8 @@ class Config(Section):
     """Layout."""
     monitor: MonitorConfig = MonitorConfig()
     """Monitoring."""
+    guard: GuardConfig = GuardConfig()
+    """Guard."""
     cudnn_deterministic: bool = False
     """torch.backends.cudnn.deterministic."""
     cudnn_benchmark: bool = False

@@ -72,6 +72,7 @@ class FolderMetrics:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from these sums, unless the data folders are others now."""
+        self._sums.zero_()
         if self._world.rank == 0 and tuple(state["folders"]) == self._folders:
             self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
 

@@ -28,21 +28,29 @@ class Totals:
     """Tokens with a label in the global batch."""
     requests: torch.Tensor
     """[2], see `train.requests.Requests`."""
+    loss: torch.Tensor
+    """Training loss summed over those tokens."""
 
 
 def reduce_totals(
-    buckets: list[Bucket], model_dtype: torch.dtype, num_labels: int, requests: tuple[float, float], mesh: Mesh
+    buckets: list[Bucket],
+    model_dtype: torch.dtype,
+    num_labels: int,
+    requests: tuple[float, float],
+    loss_sum: torch.Tensor | float,
+    mesh: Mesh,
 ) -> Totals:
-    """One all-reduce over the world of five fp64 numbers. `num_labels`, `requests`: of this rank."""
-    labels_here = num_labels if mesh.tp.rank == 0 and mesh.pp.rank == mesh.pp.size - 1 else 0
-    sums = torch.zeros(5, dtype=torch.float64, device=mesh.device)
-    for index, value in enumerate((labels_here, *requests), start=2):
+    """One all-reduce over the world of six fp64 numbers. `num_labels`, `requests`, `loss_sum`: of this rank."""
+    counts = mesh.tp.rank == 0 and mesh.pp.rank == mesh.pp.size - 1
+    sums = torch.zeros(6, dtype=torch.float64, device=mesh.device)
+    for index, value in enumerate((num_labels * counts, *requests), start=2):
         sums[index] += value  # a host number becomes an argument of the kernel; copying a host tensor would wait
+    sums[5] += loss_sum * (mesh.tp.rank == 0)
     for bucket in buckets:
         if _counts(bucket.kind, mesh):
             sums[int(bucket.kind.dtype != model_dtype)] += square_sum(bucket.grad_shard)
     comm.all_reduce(sums, mesh.world).wait()
-    return Totals(sums[0], sums[1], sums[2], sums[3:])
+    return Totals(sums[0], sums[1], sums[2], sums[3:5], sums[5])
 
 
 def _counts(kind: Kind, mesh: Mesh) -> bool:

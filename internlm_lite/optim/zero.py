@@ -25,6 +25,7 @@ from internlm_lite.optim.curves import beta2, learning_rate
 from internlm_lite.optim.norm import clip_factor, reduce_totals
 from internlm_lite.optim.reduce import GradReducer
 from internlm_lite.optim.scaler import LossScaler
+from internlm_lite.optim.spikes import SpikeGuard
 from internlm_lite.runtime.device import torch_dtype
 
 
@@ -37,7 +38,9 @@ class StepOutcome:
     norm_fp32: torch.Tensor
     """The same for parameters kept in fp32 in a half-precision model."""
     skipped: torch.Tensor
-    """bool: a gradient was not finite, nothing was updated."""
+    """bool: a gradient was not finite, or this step stands out and is left out: nothing was updated."""
+    spikes: torch.Tensor
+    """[2], z-scores of the loss and the gradient norm where they stand out, else 0 (see spikes.py)."""
     loss_scale: torch.Tensor
     """fp32, the scale this step's loss was multiplied with."""
     skipped_steps: torch.Tensor
@@ -71,6 +74,7 @@ class HybridZeroOptimizer:
             config.adam.weight_decay_on == "all",
             grad_dtype(config, model_dtype),
         )
+        self._spikes = SpikeGuard(config.guard, mesh.device)
         self._reducer = GradReducer(self.buckets, mesh, zero.overlap_sync_grad)
         self._masters = [_master(bucket) for bucket in self.buckets]
         self._gathers: list[comm.Work | None] = [None] * len(self.buckets)
@@ -137,24 +141,31 @@ class HybridZeroOptimizer:
 
     @torch.no_grad()
     def step(
-        self, index: int, num_labels: int, global_tokens: int, requests: tuple[float, float] = (0.0, 0.0)
+        self,
+        index: int,
+        num_labels: int,
+        global_tokens: int,
+        requests: tuple[float, float] = (0.0, 0.0),
+        loss_sum: torch.Tensor | float = 0.0,
     ) -> StepOutcome:
         """Update the weights from the accumulated gradients, and clear those.
 
         `index`: training steps before this one; `num_labels`: labels of this rank's batch; `global_tokens`:
-        the constant that the loss was divided by; `requests`: two numbers that are summed over all ranks on the way.
-        Collective over the mesh.
+        the constant that the loss was divided by; `requests`: two numbers that are summed over all ranks on the way;
+        `loss_sum`: training loss of this rank's batch, a device scalar. Collective over the mesh.
         """
         self._reducer.finish()
-        totals = reduce_totals(self.buckets, self._model_dtype, num_labels, requests, self._mesh)
+        totals = reduce_totals(self.buckets, self._model_dtype, num_labels, requests, loss_sum, self._mesh)
         unscale = global_tokens / (totals.num_labels.clamp(min=1) * self.scaler.scale)
         norm = (totals.square_model_dtype + totals.square_fp32).sqrt() * unscale
-        skipped = ~norm.isfinite()
+        overflow = ~norm.isfinite()
+        spikes, stands_out = self._spikes.judge(totals.loss / totals.num_labels.clamp(min=1), norm)
+        skipped = overflow | stands_out
         factor = unscale * clip_factor(norm, self._config.hybrid_zero_optimizer.clip_grad_norm)
         second_beta = beta2(index, self._config.beta2_scheduler)
         self._update(factor, skipped, second_beta)
         used_scale = self.scaler.scale.clone()
-        self.scaler.update(skipped)
+        self.scaler.update(overflow)
         self._good_steps += ~skipped
         self._skipped_steps += skipped
         self._skips_in_a_row.add_(1).mul_(skipped)
@@ -165,6 +176,7 @@ class HybridZeroOptimizer:
             norm_model_dtype=totals.square_model_dtype.sqrt() * unscale,
             norm_fp32=totals.square_fp32.sqrt() * unscale,
             skipped=skipped,
+            spikes=spikes,
             skipped_steps=self._skipped_steps.clone(),
             skips_in_a_row=self._skips_in_a_row.clone(),
             loss_scale=used_scale,
@@ -226,13 +238,16 @@ class HybridZeroOptimizer:
             "skipped_steps": int(self._skipped_steps.item()),
             "adam_steps": int(self._adam.state[self._masters[0]]["step"].item()),
             "scaler": self.scaler.state_dict(),
+            "spikes": self._spikes.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], *, moments: bool) -> None:
         """Restore the counters. `moments` False: AdamW starts anew, as its moments were not loaded."""
         self._good_steps.fill_(state["good_steps"])
         self._skipped_steps.fill_(state["skipped_steps"])
+        self._skips_in_a_row.zero_()
         self.scaler.load_state_dict(state["scaler"])
+        self._spikes.load_state_dict(state["spikes"])
         for master in self._masters:
             self._adam.state[master]["step"].fill_(state["adam_steps"] if moments else 0)
 

@@ -141,4 +141,4 @@ def _optimizer(sizes: Sizes, holding: Holding) -> Iterator[Message]:
         for axis in bucket.summed:
             yield Message(axis, "all_reduce", bucket.shard_grads, why="partial gradients of whole parameters")
         yield Message("zero", "all_gather", bucket.weights, why="weights")
-    yield Message("world", "all_reduce", 5 * 8, why="gradient norm, number of labels, requests to stop")
+    yield Message("world", "all_reduce", 6 * 8, why="gradient norm, labels, loss, requests to stop")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from datetime import timedelta
 from typing import NoReturn
@@ -25,15 +26,19 @@ from internlm_lite.runtime.place import Place
 logger = logging.getLogger("internlm_lite")
 
 
-def start_world(place: Place, device: torch.device, timeout: timedelta) -> None:
+def start_world(
+    place: Place, device: torch.device, timeout: timedelta, collectives: timedelta | None = None
+) -> Store | None:
     """Initialise `torch.distributed`: nccl on CUDA, gloo on the CPU; nothing for a world of one.
 
-    `timeout` bounds the meeting here and every later collective of the default group. Raises MeshError when the port
-    is taken, the master cannot be reached, or ranks are missing after `timeout`.
+    `timeout` bounds the meeting here, `collectives` (None: the same) every later collective of the default group.
+    Returns a connection of its own to the store, for the watchdog. Raises MeshError when the port is taken, the master
+    cannot be reached, or ranks are missing after `timeout`.
     """
     if place.world_size == 1:
-        return
-    store = PrefixStore(f"world{place.world_size}/attempt{place.attempt}", _connect(place, timeout))
+        return None
+    prefix = f"world{place.world_size}/attempt{place.attempt}"
+    store = PrefixStore(prefix, _connect(place, timeout, serves=place.rank == 0 and not place.agent_store))
     _meet(store, place, timeout)
     try:
         dist.init_process_group(
@@ -41,7 +46,7 @@ def start_world(place: Place, device: torch.device, timeout: timedelta) -> None:
             store=PrefixStore("process_group", store),
             rank=place.rank,
             world_size=place.world_size,
-            timeout=timeout,
+            timeout=collectives or timeout,
             device_id=device if device.type == "cuda" else None,
         )
     except RuntimeError as error:  # torch.distributed's errors are RuntimeErrors
@@ -50,6 +55,7 @@ def start_world(place: Place, device: torch.device, timeout: timedelta) -> None:
             f"{_first_line(error)}; check that the hosts reach each other on the interface used "
             "(NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
         ) from error
+    return PrefixStore(f"{prefix}/watchdog", _connect(place, timeout, serves=False))
 
 
 def announce_layout(data: int, pipeline: int, tensor: int) -> None:
@@ -71,14 +77,17 @@ def stop_world() -> None:
         raise PeerLostError(f"a peer was lost while the job ended: {_first_line(error)}") from error
 
 
-def end_process(code: int) -> NoReturn:
+def end_process(code: int, together: bool = False) -> NoReturn:
     """End this process with exit code `code`, after flushing logs and taking the process groups down.
 
-    A process that used torch.distributed leaves by `os._exit`: gloo's threads abort about half of all interpreter
-    exits with signal 6, and NCCL waits for dead peers. With code != 0 peers may be gone, so nothing waits for them.
+    `together`: every rank ends with this code, so they wait for each other, as with code 0. Else peers may be gone,
+    and nothing waits for them. A process that used torch.distributed leaves by `os._exit`: gloo's threads abort about
+    half of all interpreter exits with signal 6, and NCCL waits for dead peers.
     """
     distributed = dist.is_initialized()
-    if code == 0:
+    if code == 0 or together:
+        # `srun --kill-on-bad-exit` sends SIGTERM to ranks that are still here when the first has ended with a code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
             stop_world()
         except PeerLostError as error:
@@ -90,8 +99,13 @@ def end_process(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _connect(place: Place, timeout: timedelta) -> Store:
-    serves = place.rank == 0 and not place.agent_store
+def leave_now(code: int) -> NoReturn:
+    """End this process from any thread, whatever the others are blocked in."""
+    flush_logging()
+    os._exit(code)
+
+
+def _connect(place: Place, timeout: timedelta, serves: bool) -> Store:
     where = f"{place.master_host}:{place.master_port}"
     try:
         return TCPStore(

@@ -11,6 +11,7 @@ from torch import nn
 
 from internlm_lite.config.schema import Config
 from internlm_lite.data.loader import TrainingData, ValidationData, open_training_data, open_validation_data
+from internlm_lite.faults.watchdog import Watchdog, unwatched
 from internlm_lite.layers.flash import AttentionBackend, choose_backend
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.initialise import initialise
@@ -49,6 +50,7 @@ class Run:
     samples: Samples
     saving: Saving
     start: TrainState
+    watchdog: Watchdog
     trace_folder: Path | None
     """Where a trace of a few steps goes; None: no tracing."""
 
@@ -61,6 +63,7 @@ def build_run(
     terminal: bool,
     trace: bool = False,
     save_folders: SaveFolders | None = None,
+    watchdog: Watchdog | None = None,
 ) -> Run:
     """Open the data, build and initialise the model, restore a checkpoint. Collective.
 
@@ -68,6 +71,8 @@ def build_run(
     there is nothing left to do. Raises DataError, CheckpointError or StorageError before any training is done.
     """
     save_folders = save_folders or SaveFolders(config, mesh)
+    watchdog = watchdog or unwatched(mesh.rank)
+    watchdog.enter("building")
     dp, vocab_size = mesh.dp, config.model.vocab_size
     with heartbeat("opening the training data"):
         data = open_training_data(config.data, vocab_size, dp.rank, dp.size, config.seed)
@@ -89,7 +94,7 @@ def build_run(
         start = saving.restore(resume)
     nothing_to_say = start.step >= config.data.total_steps and has_ended(folder / "events.jsonl")
     if mesh.is_main and not nothing_to_say:
-        reporter.open_sinks(open_sinks(folder, config, start.step, terminal))
+        reporter.open_sinks(lambda done: open_sinks(folder, config, done, terminal), start.step)
     return Run(
         config=config,
         mesh=mesh,
@@ -104,6 +109,7 @@ def build_run(
         samples=samples,
         saving=saving,
         start=start,
+        watchdog=watchdog,
         trace_folder=folder if trace else None,
     )
 

@@ -16,8 +16,8 @@ from internlm_lite.train.step import BatchTask
 def evaluate(stages: Stages, engine: Engine, data: ValidationData, mesh: Mesh) -> Collected:
     """Figures per validation folder over the whole job. Collective over the mesh."""
     metrics = FolderMetrics(data.folders, mesh)
-    one = torch.ones((), device=mesh.device)
+    one, loss_sum = torch.ones((), device=mesh.device), torch.zeros((), dtype=torch.float64, device=mesh.device)
     for host_batch in data.batches():
         batch = host_batch.to(mesh.device)
-        engine.evaluate(BatchTask(stages, batch, one, metrics), batch.micro_num)
+        engine.evaluate(BatchTask(stages, batch, one, metrics, loss_sum), batch.micro_num)
     return metrics.collect()

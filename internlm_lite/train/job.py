@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from internlm_lite.config.load import LoadedConfig
 from internlm_lite.config.schema import Config
 from internlm_lite.config.view import masked
 from internlm_lite.errors import InternLMError
+from internlm_lite.faults.failure import clear_failures
+from internlm_lite.faults.watchdog import Limits, Watchdog
 from internlm_lite.mesh.mesh import Mesh, build_mesh, sizes_of
 from internlm_lite.monitor.jsonl import EventsFile, has_ended, next_segment
 from internlm_lite.runtime.device import apply_numerics, bind_device, device_name
@@ -25,6 +28,7 @@ from internlm_lite.runtime.log import setup_logging
 from internlm_lite.runtime.place import Place
 from internlm_lite.runtime.start import announce_layout, end_process, start_world
 from internlm_lite.train.build import Run, build_run
+from internlm_lite.train.ending import Ending, code_of
 from internlm_lite.train.loop import Ended, train
 from internlm_lite.train.save_folders import SaveFolders
 
@@ -32,8 +36,10 @@ logger = logging.getLogger("internlm_lite")
 
 STOPPED = 3
 """Exit code after a signal or the stop file asked for it, and what was trained is saved."""
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+_LONG_PHASES = ("starting", "building", "loading", "saving", "evaluation", "samples", "ending")
+_PATIENCE = 4
+"""Such a phase may take so many times as long as others without progress (--timeout)."""
+_GRACE_SECONDS = 30.0
 MOST_OF_WHY = 2000
 """Characters of an error that go into events.jsonl; the log has all."""
 
@@ -62,14 +68,14 @@ def run_job(loaded: LoadedConfig, place: Place, options: Options) -> NoReturn:
         code = _run(loaded, place, options)
     except InternLMError as error:
         logger.error(f"{type(error).__name__}: {error}")
-        code = error.exit_code
-    except KeyboardInterrupt:
+        code = code_of(error)
+    except KeyboardInterrupt as interrupt:
         logger.error("interrupted; started again, the run goes on from its newest checkpoint if it has written one")
-        code = INTERRUPTED
-    except Exception:
+        code = code_of(interrupt)
+    except Exception as error:
         logger.exception(f"rank {place.rank} failed")
-        code = 1
-    end_process(code)
+        code = code_of(error)
+    end_process(code, together=code == STOPPED)
 
 
 def _run(loaded: LoadedConfig, place: Place, options: Options) -> int:
@@ -78,23 +84,34 @@ def _run(loaded: LoadedConfig, place: Place, options: Options) -> int:
         logger.info(place.why)
         for note in loaded.notes:
             logger.info(note)
-    timeout = timedelta(seconds=options.timeout_seconds)
+    timeout = options.timeout_seconds
+    # Longer than the watchdog waits in any phase: it can name who is missing, a collective cannot.
+    collectives = timedelta(seconds=_PATIENCE * timeout + _GRACE_SECONDS)
     device = bind_device(place, options.device)
     apply_numerics(config, device, place)
-    start_world(place, device, timeout)
-    parallel = config.parallel
-    sizes = sizes_of(place.world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1)
-    mesh = build_mesh(sizes, place.rank, device, timeout)
-    announce_layout(sizes.dp, sizes.pp, sizes.tp)
-    # First of all, because the run folder may be the one that the run which holds them is writing to.
-    save_folders = SaveFolders(config, mesh)
-    try:
-        return _run_in_folder(loaded, place, options, mesh, save_folders)
-    finally:
-        save_folders.close(wait=False)
+    store = start_world(place, device, timedelta(seconds=timeout), collectives)
+    ending = Ending(place)
+    limits = Limits(
+        timeout if store else math.inf, dict.fromkeys(_LONG_PHASES, _PATIENCE * timeout if store else math.inf)
+    )
+    with Watchdog(place.rank, place.world_size, store, limits, ending.hang) as watchdog:
+        ending.watchdog = watchdog
+        parallel = config.parallel
+        sizes = sizes_of(place.world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1)
+        mesh = build_mesh(sizes, place.rank, device, collectives)
+        announce_layout(sizes.dp, sizes.pp, sizes.tp)
+        # First of all, because the run folder may be the one that the run which holds them is writing to.
+        save_folders = SaveFolders(config, mesh)
+        try:
+            return _run_in_folder(loaded, place, options, mesh, save_folders, ending)
+        finally:
+            watchdog.enter("ending")
+            save_folders.close(wait=False)
 
 
-def _run_in_folder(loaded: LoadedConfig, place: Place, options: Options, mesh: Mesh, save_folders: SaveFolders) -> int:
+def _run_in_folder(
+    loaded: LoadedConfig, place: Place, options: Options, mesh: Mesh, save_folders: SaveFolders, ending: Ending
+) -> int:
     config = loaded.config
     resume = options.resume or ("auto" if config.ckpt.auto_resume else "none")
     folder, over = on_main(mesh, lambda: _choose_folder(config, options.run_dir, save_folders, resume))
@@ -102,13 +119,15 @@ def _run_in_folder(loaded: LoadedConfig, place: Place, options: Options, mesh: M
     def begin() -> None:
         on_main(mesh, lambda: _describe_start(folder, loaded, place, options, mesh.device))
         setup_logging(place, folder, options.log_style)
+        ending.folder = folder
 
     if not over:
         begin()
     terminal = sys.stdout.isatty() and place.is_main
     try:
-        run = build_run(config, mesh, folder, resume, terminal, options.profiling, save_folders)
+        run = build_run(config, mesh, folder, resume, terminal, options.profiling, save_folders, ending.watchdog)
     except BaseException as error:
+        ending.failed(error)
         if place.is_main and not over:
             _note_failure(folder, error)
         raise
@@ -117,7 +136,7 @@ def _run_in_folder(loaded: LoadedConfig, place: Place, options: Options, mesh: M
     else:
         if over:  # but the last checkpoint is damaged: some steps are trained again
             begin()
-        ended = _train(run)
+        ended = _train(run, ending)
     if place.is_main:
         _say_goodbye(run, ended, folder)
     # A torchrun agent would take any other code for a failure, and start the ranks again.
@@ -141,18 +160,21 @@ def _choose_folder(config: Config, root: Path, save_folders: SaveFolders, resume
 
 def _describe_start(folder: Path, loaded: LoadedConfig, place: Place, options: Options, device: torch.device) -> None:
     now = datetime.now().astimezone()
+    clear_failures(folder)
     write_start(folder, loaded, environment(place, options.command, device_name(device), now))
 
 
-def _train(run: Run) -> Ended:
+def _train(run: Run, ending: Ending) -> Ended:
     finished = False
     try:
         ended = train(run)
         finished = True
     except BaseException as error:
+        ending.failed(error)
         run.reporter.event("failed", **_failure(error))
         raise
     finally:
+        run.watchdog.enter("ending")
         run.saving.close(wait=finished)
         run.reporter.close()
     return ended

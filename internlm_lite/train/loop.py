@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from internlm_lite.faults.signals import StopSignals
+from internlm_lite.optim.replicas import check_replicas
 from internlm_lite.train.build import Run
 from internlm_lite.train.evaluate import evaluate
-from internlm_lite.train.guard import check_updates
+from internlm_lite.train.guard import Guard
 from internlm_lite.train.profiling import traced_steps
 from internlm_lite.train.requests import Order, Requests
 from internlm_lite.train.saving import due
@@ -29,19 +31,39 @@ class Ended:
 
 def train(run: Run) -> Ended:
     """Train from `run.start` to the last step of the config, or until asked to stop. Collective."""
-    state, data, ckpt = run.start, run.config.data, run.config.ckpt
-    order, kind = Order(), None
-    on_gpu = run.mesh.device.type == "cuda"
-    run.reporter.start(state)
-    run.reporter.event("start", **_start_facts(run))
-    with (
-        StopSignals() as signals,
-        closing(run.data.batches(state.position, pin=on_gpu)) as batches,
-        traced_steps(run.trace_folder, run.mesh.rank) as step_traced,
-    ):
-        requests = Requests(signals, Path(ckpt.stop_file_path) if ckpt.stop_file_path else None, run.mesh.is_main)
-        while state.step < data.total_steps and not order.stop:
+    state, ckpt = run.start, run.config.ckpt
+    stop_file = Path(ckpt.stop_file_path) if ckpt.stop_file_path else None
+    guard = Guard(run.config, run.reporter)
+    with StopSignals() as signals, traced_steps(run.trace_folder, run.mesh.rank) as step_traced:
+        requests = Requests(signals, stop_file, run.mesh.is_main)
+        while True:
+            run.reporter.start(state)
+            run.reporter.event("start", **_start_facts(run, state))
+            state, order = _train_from(state, run, requests, guard, step_traced)
+            if not guard.wants_rollback(order):
+                break
+            state = _go_back(state, run, guard)
+            requests.forget()
+    run.optimizer.wait_weights()
+    stopped_by = order.why if order.stop and state.step < run.config.data.total_steps else ""
+    if not stopped_by:
+        with run.watchdog.inside("samples"):
+            run.samples.show(state.step)
+    run.reporter.event("stopped" if stopped_by else "done", step=state.step, why=stopped_by)
+    return Ended(state, stopped_by)
+
+
+def _train_from(
+    state: TrainState, run: Run, requests: Requests, guard: Guard, step_traced: Callable[[], object]
+) -> tuple[TrainState, Order]:
+    """Train until all steps are done, or until asked to stop or to go back."""
+    data, watchdog = run.config.data, run.watchdog
+    order = Order()
+    with closing(run.data.batches(state.position, pin=run.mesh.device.type == "cuda")) as batches:
+        while state.step < data.total_steps and not order.stop and not guard.wants_rollback(order):
+            watchdog.enter("data", state.step)
             batch = next(batches).to(run.mesh.device)
+            watchdog.enter("training", state.step)
             outcome = train_step(
                 run.stages,
                 run.engine,
@@ -57,32 +79,48 @@ def train(run: Run) -> Ended:
             state = state.after(batch, run.mesh.dp.size)
             last = state.step == data.total_steps
             if state.step % run.config.monitor.log_every == 0 or last:
-                skips_in_a_row = run.reporter.step_line(state, batch, outcome)
-                check_updates(skips_in_a_row, run.config.model, state)
-            if run.valid and (state.step % data.valid_every == 0 or last):
-                run.reporter.event("evaluating", step=state.step - 1)
-                with run.reporter.aside():
-                    run.reporter.validation(state, evaluate(run.stages, run.engine, run.valid, run.mesh))
-            if run.samples.due(state.step):
-                with run.reporter.aside():
-                    run.samples.show(state.step)
-            order = requests.order(outcome.requests, state.step)
-            if kind := due(ckpt, state.step, order, last):
-                with run.reporter.aside():
+                guard.check_skips(run.reporter.step_line(state, batch, outcome), state)
+            order = requests.order(outcome.requests, outcome.spikes, state.step)
+            guard.note_spike(state.step - 2, order)
+            if guard.wants_rollback(order):
+                break
+            _look_aside(run, state, last)
+            if kind := due(run.config.ckpt, state.step, order, last):
+                with watchdog.inside("saving"), run.reporter.aside():
                     run.saving.save(state, kind, must=order.stop or kind == "final")
             run.saving.check()
-    run.optimizer.wait_weights()
-    stopped_by = order.why if order.stop and state.step < data.total_steps else ""
-    if not stopped_by:
-        run.samples.show(state.step)
-    run.reporter.event("stopped" if stopped_by else "done", step=state.step, why=stopped_by)
-    return Ended(state, stopped_by)
+    return state, order
 
 
-def _start_facts(run: Run) -> dict[str, Any]:
+def _look_aside(run: Run, state: TrainState, last: bool) -> None:
+    """What is due after a step and changes nothing: replicas compared, evaluation, samples."""
+    every = run.config.guard.check_replicas_every
+    if every and state.step % every == 0:
+        run.optimizer.wait_weights()
+        check_replicas(run.optimizer, run.mesh, state.step - 1)
+    if run.valid and (state.step % run.config.data.valid_every == 0 or last):
+        run.reporter.event("evaluating", step=state.step - 1)
+        with run.watchdog.inside("evaluation"), run.reporter.aside():
+            run.reporter.validation(state, evaluate(run.stages, run.engine, run.valid, run.mesh))
+    if run.samples.due(state.step):
+        with run.watchdog.inside("samples"), run.reporter.aside():
+            run.samples.show(state.step)
+
+
+def _go_back(state: TrainState, run: Run, guard: Guard) -> TrainState:
+    """The state of the newest checkpoint, but with the data that comes next now: what led to the spike is left out."""
+    with run.watchdog.inside("loading"):
+        restored = run.saving.go_back(state)
+    guard.allow_rollback(state.step - 1, restored.step)
+    run.reporter.event("rollback", step=state.step - 1, back_to=restored.step)
+    run.reporter.reopen_sinks(restored.step)
+    return restored
+
+
+def _start_facts(run: Run, state: TrainState) -> dict[str, Any]:
     """What a reader of events.jsonl needs to know about the steps to come."""
     return {
-        "step": run.start.step,
+        "step": state.step,
         "total_steps": run.config.data.total_steps,
         "log_every": run.config.monitor.log_every,
         "world_size": run.mesh.world.size,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -29,6 +30,14 @@ from internlm_lite.train.stopwatch import Stopwatch
 logger = logging.getLogger("internlm_lite")
 
 
+@dataclass(frozen=True)
+class Skips:
+    """Steps left out, as of a step line."""
+
+    in_a_row: int
+    loss_scale: float
+
+
 class Reporter:
     """Every rank has one: collecting is collective. Only rank 0 has sinks."""
 
@@ -40,15 +49,23 @@ class Reporter:
         self.fwd_bwd = Stopwatch(mesh.device)
         self._config, self._mesh = config, mesh
         self._sinks: FanOut | None = None
+        self._make_sinks: Callable[[int], FanOut] | None = None
         self._flops_per_token = step_flops_per_token(config.model, config.data.seq_len)
         self._model_flops_per_token = model_flops_per_token(config.model, config.data.seq_len)
         self._peak = peak_flops(mesh.device, config.model.dtype)
         self._begin = time.perf_counter()
         self._last: TrainState | None = None
 
-    def open_sinks(self, sinks: FanOut) -> None:
-        """On rank 0, once it is known where the run goes on from."""
-        self._sinks = sinks
+    def open_sinks(self, make: Callable[[int], FanOut], done: int) -> None:
+        """On rank 0, once it is known that the run goes on after `done` steps."""
+        self._make_sinks = make
+        self._sinks = make(done)
+
+    def reopen_sinks(self, done: int) -> None:
+        """The run goes on from an earlier step, as after a restart."""
+        if self._sinks is not None and self._make_sinks is not None:
+            self._sinks.close()
+            self._sinks = self._make_sinks(done)
 
     def state_dict(self) -> dict[str, Any]:
         """Figures that go on through a resume, JSON-able. Collective."""
@@ -71,11 +88,8 @@ class Reporter:
         yield
         self._begin += time.perf_counter() - begin
 
-    def step_line(self, state: TrainState, batch: Batch, outcome: StepOutcome) -> int:
-        """Record the steps since the last line, `batch` and `outcome` being the last one's. Collective.
-
-        Returns how many steps were skipped in a row, as of now.
-        """
+    def step_line(self, state: TrainState, batch: Batch, outcome: StepOutcome) -> Skips:
+        """Record the steps since the last line, `batch` and `outcome` being the last one's. Collective."""
         assert self._last is not None, "start() was called"
         collected = self.metrics.collect()
         now = time.perf_counter()
@@ -90,7 +104,7 @@ class Reporter:
                 state, batch, figures, outcome.beta2, collected, speed, seconds, tokens, fwd_bwd_seconds
             )
             self._sinks.step(record)
-        return int(skips_in_a_row)
+        return Skips(int(skips_in_a_row), loss_scale=figures[3])
 
     def _record(
         self,

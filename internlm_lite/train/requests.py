@@ -10,7 +10,7 @@ host waits for the step before at most, never for the one under way.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,8 @@ class Order:
     stop: bool = False
     why: str = ""
     """Empty: nothing was asked."""
+    spikes: tuple[float, float] = (0.0, 0.0)
+    """Of the step before: z-scores of loss and gradient norm that stand out (`optim.spikes`)."""
 
 
 class Requests:
@@ -43,12 +45,21 @@ class Requests:
         """(1 if this rank was signalled, the number in the stop file): to be summed over all ranks in this step."""
         return float(self._signals.received is not None), float(self._read())
 
-    def order(self, summed: torch.Tensor, steps_done: int) -> Order:
-        """`summed` [2]: this step's sums, kept for the next call; obeyed are those of the step before."""
-        told, self._told = self._told, _OnTheWay(summed)
+    def forget(self) -> None:
+        """What is on its way belongs to steps that are undone."""
+        self._told = None
+
+    def order(self, summed: torch.Tensor, spikes: torch.Tensor, steps_done: int) -> Order:
+        """`summed` [2]: this step's sums, `spikes` [2] its scores, kept for the next call; obeyed are those of the step
+        before.
+        """
+        told, self._told = self._told, _OnTheWay(torch.cat((summed, spikes)))
         if told is None:
             return Order()
-        signalled, number = told.read()
+        signalled, number, loss_z, norm_z = told.read()
+        return replace(self._asked(signalled, number, steps_done), spikes=(loss_z, norm_z))
+
+    def _asked(self, signalled: float, number: float, steps_done: int) -> Order:
         if signalled:
             return Order(save=True, stop=True, why=self._signals.received or "a signal to another rank")
         if number == 0:

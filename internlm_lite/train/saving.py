@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from internlm_lite.checkpoint.format import Kind
 from internlm_lite.checkpoint.manager import CheckpointManager, Restored
 from internlm_lite.checkpoint.saver import Saved
 from internlm_lite.config.schema import CkptConfig, Config
-from internlm_lite.errors import CheckpointError, InternLMError, StorageError
+from internlm_lite.errors import CheckpointError, InternLMError, NumericsError, StorageError
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.zero import HybridZeroOptimizer
 from internlm_lite.train.reporter import Reporter
@@ -123,6 +124,19 @@ class Saving:
         if self._ckpt.load_model_only_folder:
             self._load_weights_only(self._ckpt.load_model_only_folder)
         return TrainState()
+
+    def go_back(self, state: TrainState) -> TrainState:
+        """The newest checkpoint of this run, with the data position of `state`. Raises NumericsError without one."""
+        self._tell_all()
+        self._optimizer.wait_weights()
+        own = self._folders.milestones or self._folders.snapshots
+        restored = own.resume(list(self._optimizer.pieces())) if own else None
+        if restored is None:
+            raise NumericsError(
+                f"step {state.step - 1}: a spike, and no checkpoint to go back to: set ckpt.checkpoint_every or "
+                "ckpt.oss_snapshot_freq, or guard.spike to 'skip'"
+            )
+        return replace(self._adopt(restored, moments=True), position=state.position)
 
     def _load_path(self, path: str, with_optimizer: bool) -> TrainState:
         reader = CheckpointManager(path, self._mesh, config=self._folders.described, writable=False, s3=self._ckpt.s3)

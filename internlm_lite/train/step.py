@@ -32,6 +32,8 @@ class BatchTask:
     """Device scalar that multiplies the differentiable sum."""
     metrics: FolderMetrics
     """Gets the losses."""
+    loss_sum: torch.Tensor
+    """fp64 device scalar; the training loss is added to it."""
 
     def forward(self, stage: int, micro: int, hidden: torch.Tensor | None) -> torch.Tensor:
         batch, model = self.batch, self.stages[stage]
@@ -42,6 +44,7 @@ class BatchTask:
         labels, last = self.batch.labels[micro], self.stages[max(self.stages)]
         losses = last.losses(hidden, labels, self.scale)
         self.metrics.add(self.batch.folders[micro], labels, losses.token_loss, losses.correct, losses.train_loss_sum)
+        self.loss_sum.add_(losses.train_loss_sum.detach())
         return losses.scaled_sum
 
 
@@ -61,6 +64,7 @@ def train_step(
     scale = optimizer.loss_scale.double() / global_tokens  # fp64, so that an fp64 model is exact to its own rounding
     fwd_bwd.start()
     optimizer.begin(batch.micro_num)
-    engine.train(BatchTask(stages, batch, scale, metrics), batch.micro_num)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    engine.train(BatchTask(stages, batch, scale, metrics, loss_sum), batch.micro_num)
     fwd_bwd.stop()
-    return optimizer.step(step, batch.stats.num_labels, global_tokens, requests)
+    return optimizer.step(step, batch.stats.num_labels, global_tokens, requests, loss_sum)

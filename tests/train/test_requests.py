@@ -17,7 +17,10 @@ from tests.cli import ROOT, ended, start
 
 
 def asked(requests: Requests, steps: int) -> list[Order]:
-    return [requests.order(torch.tensor(requests.now(), dtype=torch.float64), step) for step in range(1, steps + 1)]
+    return [
+        requests.order(torch.tensor(requests.now(), dtype=torch.float64), torch.zeros(2, dtype=torch.float64), step)
+        for step in range(1, steps + 1)
+    ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

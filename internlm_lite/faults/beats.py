@@ -1,0 +1,91 @@
+"""What ranks tell about themselves, and who is to blame when a job stands still. Plain values and one pure function."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+_MOST_NAMED = 8
+
+
+@dataclass(frozen=True)
+class Beat:
+    """One rank's sign of life."""
+
+    progress: int
+    """Phases entered so far."""
+    phase: str
+    step: int | None
+    """Index of the step under way; None before the first."""
+    beats: int
+    """Counts up while the process lives, whatever its main thread does."""
+    host: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps([self.progress, self.phase, self.step, self.beats, self.host])
+
+    @staticmethod
+    def from_json(data: bytes) -> Beat:
+        return Beat(*json.loads(data))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The job stands still."""
+
+    ranks: tuple[int, ...]
+    """Who keeps it; empty: nobody stands out."""
+    why: str
+    phase: str
+    step: int | None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(data: bytes) -> Verdict:
+        said = json.loads(data)
+        return Verdict(tuple(said["ranks"]), said["why"], said["phase"], said["step"])
+
+
+class Limits(Protocol):
+    def __getitem__(self, phase: str) -> float: ...
+
+
+def judge(
+    table: Mapping[int, Beat], idle: Mapping[int, tuple[float, float]], limits: Limits, period: float
+) -> Verdict | None:
+    """None as long as nobody exceeds the limit of its phase, seconds, or waits for one that does not.
+
+    `idle[rank]`: seconds without progress, and without a beat; beats come every `period` seconds.
+    """
+    overdue = {rank for rank in table if idle[rank][0] > limits[table[rank].phase]}
+    if not overdue:
+        return None
+    seconds = max(idle[rank][0] for rank in overdue)
+    silent = [rank for rank in sorted(overdue) if idle[rank][1] > 5 * period]
+    if silent:
+        return _verdict(table, silent, seconds, "no sign of life: stopped, starved, or its host is gone")
+    least = min(beat.progress for beat in table.values())
+    behind = [rank for rank in sorted(table) if table[rank].progress == least]
+    if not overdue.intersection(behind):
+        return None  # the others wait for one that may take its time
+    if len(behind) < len(table):
+        return _verdict(table, behind, seconds, "the others wait for it")
+    first = table[behind[0]]
+    why = f"all {len(table)} ranks made no progress for {seconds:.0f} s, {_where(first)}: their stacks say where"
+    return Verdict((), why, first.phase, first.step)
+
+
+def _verdict(table: Mapping[int, Beat], ranks: list[int], seconds: float, why: str) -> Verdict:
+    named = ", ".join(map(str, ranks[:_MOST_NAMED])) + (", ..." if ranks[_MOST_NAMED:] else "")
+    first = table[ranks[0]]
+    noun = "rank" if len(ranks) == 1 else "ranks"
+    text = f"{noun} {named} made no progress for {seconds:.0f} s, {_where(first)} ({why})"
+    return Verdict(tuple(ranks), text, first.phase, first.step)
+
+
+def _where(beat: Beat) -> str:
+    return f"in phase {beat.phase!r}" + (f" of step {beat.step}" if beat.step is not None else "")

@@ -1,0 +1,108 @@
+"""Why a job failed, put together from what its ranks wrote: the cause first, below it what followed from it.
+
+RUN/.../failed/rank-00003.json   by a rank that fails, or by one that saw it die
+RUN/.../FAILED.json              {"cause": {...}, "others": [...]}, written anew by each of them: the last knows most
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+logger = logging.getLogger("internlm_lite")
+
+REPORT = "FAILED.json"
+_FOLDER = "failed"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What became of one rank."""
+
+    rank: int
+    host: str
+    step: int | None
+    """Index of the step under way; None before the first."""
+    phase: str
+    kind: str
+    """Name of the error's type; "hang" or "lost" where there is no error."""
+    message: str
+    exit_code: int
+    follows: bool
+    """It failed because another rank did."""
+    trace: str = ""
+    """Traceback, or stacks of all threads."""
+    time: float = field(default_factory=time.time)
+    """Seconds since the epoch, by the clock of this rank's host."""
+
+
+def record(folder: Path, failure: Failure) -> None:
+    """Write a rank's failure and the report. A disk that refuses is told in the log: the process is ending anyway.
+
+    The first record of a rank stays: what it says afterwards follows from that.
+    """
+    place = folder / _FOLDER / f"rank-{failure.rank:05d}.json"
+    try:
+        place.parent.mkdir(exist_ok=True)
+        temporary = _written(place, asdict(failure))
+        try:
+            os.link(temporary, place)
+        except FileExistsError:
+            return
+        finally:
+            temporary.unlink()
+        write_report(folder)
+    except OSError as error:
+        logger.warning("cannot write %s: %s", place, error.strerror)
+
+
+def write_report(folder: Path) -> None:
+    """FAILED.json of what is known by now. Raises OSError."""
+    failures = read_failures(folder)
+    if failures:
+        cause, *others = map(asdict, failures)
+        _written(folder / REPORT, {"cause": cause, "others": others}).replace(folder / REPORT)
+
+
+def read_failures(folder: Path) -> list[Failure]:
+    """The cause first. Clocks of hosts differ, so what says of itself that it follows never comes first by its time."""
+    found = []
+    for file in sorted((folder / _FOLDER).glob("rank-*.json")):
+        with suppress(OSError, ValueError, TypeError):  # of another version, or damaged: it explains nothing
+            found.append(Failure(**json.loads(file.read_text(encoding="utf-8"))))
+    return sorted(found, key=lambda failure: (failure.follows, failure.time))
+
+
+def clear_failures(folder: Path) -> None:
+    """A run that goes on in this folder has not failed."""
+    with suppress(FileNotFoundError):
+        (folder / REPORT).unlink()
+    shutil.rmtree(folder / _FOLDER, ignore_errors=True)
+
+
+def summary(failures: Sequence[Failure]) -> str:
+    """One paragraph for people."""
+    cause, *others = failures
+    at = f"at step {cause.step}, " if cause.step is not None else ""
+    text = f"rank {cause.rank} on {cause.host} failed first, {at}{cause.phase}: {cause.kind}: {cause.message}"
+    if others:
+        named = ", ".join(str(other.rank) for other in others[:8]) + (", ..." if others[8:] else "")
+        text += f"\n  others failed because of it, or after it: {named}"
+    return text
+
+
+def _written(path: Path, value: object) -> Path:
+    """A temporary file beside `path` with the JSON of `value`, flushed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    return temporary

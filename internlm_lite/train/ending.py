@@ -1,0 +1,99 @@
+"""How a rank that fails leaves: what it knows is written down, the cause is found among all ranks.
+
+an error here      record it, wait a moment for a better explanation from others, say which rank failed first
+nobody goes on     the watchdog's verdict: stacks, record, exit code 4
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from pathlib import Path
+
+from internlm_lite.config.view import masked
+from internlm_lite.errors import InternLMError, PeerLostError
+from internlm_lite.faults.beats import Beat, Verdict
+from internlm_lite.faults.failure import Failure, read_failures, record, summary
+from internlm_lite.faults.watchdog import Watchdog, write_stacks
+from internlm_lite.runtime.place import Place
+from internlm_lite.runtime.start import leave_now
+
+logger = logging.getLogger("internlm_lite")
+
+HANG = 4
+"""Exit code when the job stands still."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+_CAUSE_SECONDS = 3.0
+"""A rank that lost another one waits so long for that one's own words."""
+_STORE_SECONDS = 2.0
+"""Rank 0 serves the store through which the others learn the verdict."""
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code that an error stands for."""
+    if isinstance(error, InternLMError):
+        return error.exit_code
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+
+
+class Ending:
+    """Of one rank. `folder` is known once the run folder is agreed on; without it nothing is written."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self.folder: Path | None = None
+        self.watchdog: Watchdog | None = None
+
+    def hang(self, verdict: Verdict) -> None:
+        """Called by the watchdog's thread; ends the process."""
+        place, folder = self._place, self.folder
+        guilty = place.rank in verdict.ranks
+        logger.error("the job stands still: %s", verdict.why)
+        if folder is not None:
+            stacks = folder / "logs" / f"rank-{place.rank:05d}.stacks"
+            write_stacks(stacks)
+            logger.error("rank %d: the stacks of its threads are in %s", place.rank, stacks)
+            self._record(folder, "hang", verdict.why, HANG, follows=bool(verdict.ranks) and not guilty)
+            for rank in verdict.ranks:  # if it lives, its own record came first, or comes and stays
+                record(folder, self._failure("hang", verdict.why, HANG, rank))
+        if place.is_main and not place.agent_store:
+            time.sleep(_STORE_SECONDS)
+        leave_now(HANG)
+
+    def failed(self, error: BaseException) -> None:
+        """Write down why this rank ends, and tell who failed first if it was another one."""
+        folder, code = self.folder, code_of(error)
+        if folder is None or isinstance(error, KeyboardInterrupt):
+            return
+        follows = isinstance(error, PeerLostError)
+        message = str(masked(str(error)))
+        trace = str(masked("".join(traceback.format_exception(error))))
+        if follows:
+            self._await_cause(folder)
+        self._record(folder, type(error).__name__, message, code, follows, trace)
+        failures = read_failures(folder)
+        if failures and failures[0].rank != self._place.rank:
+            logger.error("%s", summary(failures))
+
+    def _await_cause(self, folder: Path) -> None:
+        """Until some rank has said why it failed, or is known to be gone without a word."""
+        deadline = time.monotonic() + _CAUSE_SECONDS
+        while time.monotonic() < deadline:
+            if any(not failure.follows for failure in read_failures(folder)):
+                return
+            for rank in self.watchdog.silent() if self.watchdog else []:
+                why = "it is gone without a word: killed, out of memory, or its host is down"
+                record(folder, self._failure("lost", why, PeerLostError.exit_code, rank))
+            time.sleep(0.1)
+
+    def _record(self, folder: Path, kind: str, message: str, code: int, follows: bool, trace: str = "") -> None:
+        record(folder, self._failure(kind, message, code, self._place.rank, follows, trace))
+
+    def _failure(
+        self, kind: str, message: str, code: int, rank: int, follows: bool = False, trace: str = ""
+    ) -> Failure:
+        seen = self.watchdog.where(rank) if self.watchdog else None
+        here = seen or Beat(0, "starting", None, 0, "an unknown host")
+        return Failure(rank, here.host, here.step, here.phase, kind, message, code, follows, trace)

@@ -1,0 +1,127 @@
+"""train.py under a real Slurm: four ranks on two nodes train, save, are preempted, put back, and go on."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import cli
+from tests.cli import ROOT
+from tests.launch.curves import joined_curve
+from tests.slurmlab import SlurmLab
+
+CPU_BATCH = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10"]
+"""sbatch options for launch/slurm.sh on nodes without GPUs."""
+TRAIN = ["python", str(ROOT / "train.py"), "--config", "config.py"]
+MANY = "STEPS=400"
+"""A few seconds of training: something to stop."""
+
+
+def await_line(log: Path, text: str, job: str, slurm: SlurmLab, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while text not in (log.read_text() if log.exists() else ""):
+        ended = slurm.job(job).get("JobState") in ("FAILED", "COMPLETED", "CANCELLED")
+        assert time.monotonic() < deadline and not ended, f"{slurm.job(job)}\n{texts(log.parent.parent)}"
+        time.sleep(0.05)
+
+
+def texts(folder: Path) -> str:
+    """All logs of a folder's jobs."""
+    return "\n".join(f"--- {file}\n{file.read_text()[-3000:]}" for file in sorted(folder.rglob("*.log")))
+
+
+def submit(slurm: SlurmLab, folder: Path, *overrides: str, **environment: str) -> str:
+    exported = ",".join(["ALL", f"REPOSITORY={ROOT}", *(f"{name}={value}" for name, value in environment.items())])
+    script = str(ROOT / "launch" / "slurm.sh")
+    return slurm.submit(*CPU_BATCH, f"--export={exported}", script, "config.py", *overrides, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(slurm: SlurmLab, tmp_path_factory: pytest.TempPathFactory):
+    """The folder of a run of four ranks on two nodes, to its end, and what srun showed."""
+    from tests.corpus import write_corpus
+    from tests.launch.conftest import CONFIG
+
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    write_corpus(folder / "corpus")
+    (folder / "config.py").write_text(CONFIG)
+    done = slurm.run("srun", "-N", "2", "-n", "4", "--ntasks-per-node=2", *TRAIN, MANY, folder=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+def test_srun_gives_the_curve_of_one_process(slurm: SlurmLab, uninterrupted, folder: Path):
+    ranks, shown = uninterrupted
+    assert "a task of srun: SLURM_PROCID=0 is set" in shown
+    assert "data parallel size: 4" in shown and "is bound to host:node1" in shown
+    assert "saved final checkpoint" in shown and list((ranks / "saves" / "commits").glob("0000000400-*.json"))
+    single = cli.run("train.py", "--config", "config.py", MANY, "MICRO_NUM=8", folder=folder)
+    assert single.code == 0, single.output
+    for ours, theirs in zip(joined_curve(ranks)[:100], joined_curve(folder)[:100], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+def test_preempted_and_requeued_gives_the_same_curve(slurm: SlurmLab, uninterrupted, folder: Path):
+    job = submit(slurm, folder, MANY)
+    log = folder / f"slurm-{job}" / "rank-0.log"
+    await_line(log, "step=20 ", job, slurm)
+    assert slurm.run("scancel", "--signal=TERM", job).returncode == 0
+    slurm.start_now(job)
+    ended = slurm.await_end(job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), texts(folder)
+    assert "code 3: stopped after saving; requeued" in (folder / f"slurm-{job}.log").read_text()
+    assert sorted(file.name for file in log.parent.iterdir()) == [f"rank-{rank}.log" for rank in range(4)]
+    assert log.read_text().count("saved rescue checkpoint") == 1 and "attempt" not in log.read_text().split("step=20")[0]
+    assert joined_curve(folder) == joined_curve(uninterrupted[0]), "to the bit"
+    assert slurm.processes() == {}
+
+
+def test_a_killed_rank_is_requeued_and_a_cancelled_job_is_not(slurm: SlurmLab, folder: Path):
+    job = submit(slurm, folder, "STEPS=100000")
+    log = folder / f"slurm-{job}" / "rank-0.log"
+    await_line(log, "step=5 ", job, slurm)
+    victim = next(pid for pid, command in slurm.processes().items() if "train.py" in command and is_rank(pid, 2))
+    os.kill(victim, 9)
+    slurm.start_now(job)
+    text = (folder / f"slurm-{job}.log").read_text()
+    assert "code 137: a rank was killed; requeued" in text, texts(folder)
+    assert (folder / f"slurm-{job}" / "failures").read_text() == "137\n"
+    await_line(log, "step=0 ", job, slurm)
+    slurm.run("scancel", job)
+    assert slurm.await_end(job)["JobState"] == "CANCELLED"
+    slurm.until_quiet()
+    assert slurm.job(job)["JobState"] == "CANCELLED" and slurm.processes() == {}
+
+
+def is_rank(pid: int, rank: int) -> bool:
+    command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return command[0].endswith(b"python") and f"SLURM_PROCID={rank}".encode() in (
+        Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    )
+
+
+def test_ranks_that_stop_are_not_killed_by_the_first_that_has_ended(slurm: SlurmLab, folder: Path):
+    ending = ["python", "-m", "tests.launch.ending"]
+    done = slurm.run("srun", "--kill-on-bad-exit=1", "-N", "2", "-n", "2", *ending, folder=folder, PYTHONPATH=str(ROOT))
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "rank 0 ends" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("config", "environment", "words"),
+    [
+        ("absent.py", {}, "node node2: found no config absent.py in"),
+        ("config.py", {"REPOSITORY": "/absent"}, "node node1: found no train.py in /absent: call sbatch in the repository"),
+    ],
+)
+def test_what_is_missing_is_said_before_the_start(slurm, folder: Path, config, environment, words):
+    exported = ",".join(["ALL", *(f"{name}={value}" for name, value in {"REPOSITORY": ROOT, **environment}.items())])
+    script = str(ROOT / "launch" / "slurm.sh")
+    job = slurm.submit(*CPU_BATCH, f"--export={exported}", script, config, folder=folder)
+    ended = slurm.await_end(job)
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "2:0")
+    text = (folder / f"slurm-{job}.log").read_text()
+    assert words in text and "not started, see above" in text

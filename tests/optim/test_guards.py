@@ -1,0 +1,127 @@
+"""Steps that stand out, and ranks that differ."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from internlm_lite.config.schema import GuardConfig
+from internlm_lite.errors import NumericsError
+from internlm_lite.mesh.mesh import Mesh
+from internlm_lite.optim.replicas import check_replicas, checksum, differing
+from internlm_lite.optim.spikes import SpikeGuard
+from internlm_lite.optim.zero import HybridZeroOptimizer
+from tests.optim.test_zero import Unit, config
+from tests.world import run_world
+
+CPU = torch.device("cpu")
+
+
+def _curve(steps: int, seed: int = 0) -> list[tuple[float, float]]:
+    """A loss that falls and a norm that follows, both with noise of a few percent."""
+    noise = torch.randn(steps, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.05
+    return [
+        (8 * math.exp(-step / 400 + noise[step, 0].item()), 3 * math.exp(noise[step, 1].item()))
+        for step in range(steps)
+    ]
+
+
+def _judge(guard: SpikeGuard, loss: float, norm: float) -> tuple[list[float], bool]:
+    scores, skip = guard.judge(torch.tensor(loss, dtype=torch.float64), torch.tensor(norm, dtype=torch.float64))
+    return scores.tolist(), bool(skip)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_noisy_falling_curve_has_no_spike(seed: int) -> None:
+    guard = SpikeGuard(GuardConfig(), CPU)
+    assert all(_judge(guard, *point) == ([0.0, 0.0], False) for point in _curve(600, seed))
+
+
+@pytest.mark.parametrize(("loss", "norm", "which"), [(30.0, 3.0, [True, False]), (5.0, 60.0, [False, True])])
+def test_what_stands_out_is_found_in_loss_and_in_norm(loss: float, norm: float, which: list[bool]) -> None:
+    for policy in ("note", "skip", "rollback"):
+        guard = SpikeGuard(GuardConfig(spike=policy), CPU)
+        for point in _curve(200):
+            _judge(guard, *point)
+        scores, skip = _judge(guard, loss, norm)
+        assert [score > 12 for score in scores] == which and skip is (policy != "note")
+        assert _judge(guard, 5.0, 3.0) == ([0.0, 0.0], False)  # one outlier does not move the median
+
+
+def test_a_level_that_stays_becomes_the_usual() -> None:
+    guard = SpikeGuard(GuardConfig(spike="skip", spike_window=32), CPU)
+    for point in _curve(100):
+        _judge(guard, *point)
+    skips = [_judge(guard, 60.0, 3.0)[1] for _ in range(40)]
+    assert skips[0] and not skips[-1]
+
+
+def test_what_is_not_finite_is_another_guards_affair_and_not_remembered() -> None:
+    guard = SpikeGuard(GuardConfig(spike="skip"), CPU)
+    for point in _curve(50):
+        _judge(guard, *point)
+    before = guard.state_dict()
+    assert _judge(guard, math.nan, math.inf) == ([0.0, 0.0], False)
+    assert guard.state_dict() == before
+
+
+def test_no_judgement_without_history() -> None:
+    guard = SpikeGuard(GuardConfig(spike="skip"), CPU)
+    assert [_judge(guard, 10.0**step, 1.0)[1] for step in range(31)] == [False] * 31
+
+
+@pytest.mark.parametrize("steps", [5, 200])
+def test_a_resumed_guard_judges_the_same(steps: int) -> None:
+    first, second = (SpikeGuard(GuardConfig(), CPU) for _ in range(2))
+    curve = _curve(steps + 50)
+    for point in curve[:steps]:
+        _judge(first, *point)
+    second.load_state_dict(first.state_dict())
+    assert [_judge(first, *p) for p in curve[steps:]] == [_judge(second, *p) for p in curve[steps:]]
+    assert first.state_dict() == second.state_dict()
+
+
+def test_any_flipped_bit_changes_the_check_sum() -> None:
+    for dtype, integers in ((torch.bfloat16, torch.int16), (torch.float32, torch.int32), (torch.float64, torch.int64)):
+        values = torch.randn(100, generator=torch.Generator().manual_seed(1)).to(dtype)
+        before = checksum([values], CPU)
+        for bit in range(8 * dtype.itemsize):
+            flipped = values.clone()
+            flipped.view(integers)[17] ^= torch.tensor(1, dtype=integers) << bit
+            assert checksum([flipped], CPU) != before
+
+
+def test_the_odd_one_out_is_named() -> None:
+    def told(*values: int) -> list[dict[Any, int]]:
+        return [{("weights", 0, 0): value} for value in values]
+
+    assert differing(told(1, 1, 1)) == []
+    assert differing(told(1, 1, 2, 1)) == ["weights of rank 2 differ from those of 3 other ranks"]
+    assert differing(told(1, 2)) == ["weights of ranks 0, 1 differ, and no majority says which is wrong"]
+    assert differing([{("weights", 0, 0): 1}, {("weights", 0, 1): 2}]) == []
+
+
+def _flip(mesh: Mesh, rank: int, what: str) -> str | None:
+    optimizer = HybridZeroOptimizer(list[nn.Module]([Unit("layers.0", torch.float64)]), config(), mesh, torch.float64)
+    check_replicas(optimizer, mesh, 6)
+    if mesh.rank == rank and what == "weights":
+        optimizer.buckets[0].weights.view(torch.int64)[5] ^= 1
+    if mesh.rank == rank and what == "state":
+        next(piece for piece in optimizer.pieces() if piece.role == "exp_avg").tensor.view(torch.int64)[0] ^= 1
+    try:
+        check_replicas(optimizer, mesh, 7)
+    except NumericsError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(("size", "zero1", "what"), [(3, -1, "weights"), (3, 1, "weights"), (3, 1, "state")])
+def test_one_flipped_bit_names_its_rank_on_all_ranks(size: int, zero1: int, what: str) -> None:
+    found = run_world(_flip, size, (1, what), zero1=zero1)
+    wanted = "optimizer state" if what == "state" else "weights"
+    assert all(f"step 7: .* do not: {wanted} of rank 1 differ from those of 2 other ranks" and told for told in found)
+    assert len(set(found)) == 1 and f"{wanted} of rank 1 differ from those of 2 other ranks" in found[0]

@@ -1,0 +1,281 @@
+"""A real Slurm for tests: munged, slurmctld and one slurmd per node, on this machine, without systemd.
+
+    with SlurmLab(2, cpus=4) as lab:
+        lab.run("srun", "-N", "2", "hostname")
+
+Everything listens on 127.0.0.1 alone and lives in a folder of its own: key, socket, state, logs. The nodes are slurmds of
+Debian's build, which allows several on one host; their names resolve nowhere, as on some clusters. The daemons are our
+children, ended by their ids; what a job leaves behind is found by its SLURM_CONF, named by `close`, and ended too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import getpass
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "scontrol", "squeue", "sinfo")
+_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # Debian's root has it, other users not
+_INSTALL_LOCK = Path(tempfile.gettempdir()) / "slurmlab-install.lock"
+_START_SECONDS, _END_SECONDS = 60.0, 30.0
+
+
+def missing_parts() -> str | None:
+    """One line naming what is not there; None if the lab can be started. Root on Debian installs it first."""
+    if missing := _missing():
+        _install()
+        missing = _missing()
+    return f"no {', '.join(missing)}: apt-get install slurm-wlm munge" if missing else None
+
+
+def _missing() -> list[str]:
+    return [program for program in PROGRAMS if shutil.which(program, path=_PATH) is None]
+
+
+def _install() -> None:
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        return
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "stdin": subprocess.DEVNULL}
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    with open(_INSTALL_LOCK, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several workers of one test run
+        for command in (
+            ["apt-get", "update", "-qq"],
+            ["apt-get", "install", "-qq", "--no-install-recommends", "slurm-wlm", "munge"],
+        ):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run(command, env=environment, timeout=240, check=False, **quiet)
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        found = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in found:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in found]
+
+
+class SlurmLab:
+    """A cluster `lab` with one partition `main` of `node1` to `node<nodes>`."""
+
+    def __init__(self, nodes: int = 2, cpus: int = 4) -> None:
+        self.nodes, self.cpus = nodes, cpus
+        self.folder = Path(tempfile.mkdtemp(prefix="slurmlab-"))  # short: socket paths end at 108 bytes
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self.ports = _free_ports(1 + nodes)
+        self.environment = {**os.environ, "PATH": _PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def __enter__(self) -> SlurmLab:
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        left = self.close()
+        assert not left, f"jobs left processes behind: {left}"
+
+    def _start(self) -> None:
+        self.folder.chmod(0o755)
+        for name in ("state", "spool", "log"):
+            (self.folder / name).mkdir()
+        key = self.folder / "munge.key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o400)
+        self._write_configs()
+        self._daemon(
+            "munged",
+            ["munged", "--foreground", "--force", f"--socket={self.folder / 'munge.socket'}", f"--key-file={key}",
+             f"--pid-file={self.folder / 'munged.pid'}", f"--log-file={self.folder / 'log' / 'munged'}",
+             f"--seed-file={self.folder / 'munge.seed'}", "--origin=127.0.0.1"],
+        )  # fmt: skip
+        self._await("munged's socket", (self.folder / "munge.socket").exists)
+        self._daemon("slurmctld", ["slurmctld", "-D", "-i"])
+        for node in self.names:
+            self.start_node(node)
+        self._await("idle nodes", lambda: self.states().count("idle") == self.nodes)
+
+    @property
+    def names(self) -> list[str]:
+        return [f"node{number + 1}" for number in range(self.nodes)]
+
+    def start_node(self, node: str) -> None:
+        self._daemon(node, ["slurmd", "-D", "-N", node])
+
+    def _daemon(self, name: str, command: list[str]) -> None:
+        with open(self.folder / "log" / f"{name}.out", "ab") as log:
+            self.daemons[name] = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self.environment, cwd=self.folder
+            )
+
+    def _write_configs(self) -> None:
+        host, user, folder = socket.gethostname().partition(".")[0], getpass.getuser(), self.folder
+        # Daemons can be kept to the address of their host's name only; where that is no loopback, munge alone guards them.
+        narrow = "NoCtldInAddrAny,NoInAddrAny" if _address(host) == "127.0.0.1" else ""
+        lines = f"""
+            ClusterName=lab
+            SlurmctldHost={host}(127.0.0.1)
+            SlurmUser={user}
+            SlurmdUser={user}
+            {f"CommunicationParameters={narrow}" if narrow else ""}
+            AuthType=auth/munge
+            AuthInfo=socket={folder}/munge.socket
+            CredType=cred/munge
+            SlurmctldPort={self.ports[0]}
+            StateSaveLocation={folder}/state
+            SlurmdSpoolDir={folder}/spool/%n
+            SlurmctldPidFile={folder}/slurmctld.pid
+            SlurmdPidFile={folder}/%n.pid
+            SlurmctldLogFile={folder}/log/slurmctld
+            SlurmdLogFile={folder}/log/%n
+            ProctrackType=proctrack/linuxproc
+            TaskPlugin=task/none
+            SwitchType=switch/none
+            MpiDefault=none
+            SelectType=select/cons_tres
+            SelectTypeParameters=CR_Core
+            SchedulerType=sched/backfill
+            SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,requeue_delay=1
+            SlurmdParameters=config_overrides
+            ReturnToService=2
+            SlurmctldTimeout=10
+            SlurmdTimeout=10
+            KillWait=10
+            InactiveLimit=0
+            JobRequeue=1
+            AccountingStorageType=accounting_storage/none
+            JobAcctGatherType=jobacct_gather/none
+        """.replace("            ", "").splitlines()
+        shape = f"CPUs={self.cpus} Sockets=1 CoresPerSocket={self.cpus} ThreadsPerCore=1 RealMemory=2000"
+        lines += [
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} {shape} State=UNKNOWN"
+            for node, port in zip(self.names, self.ports[1:], strict=True)
+        ]
+        lines.append(f"PartitionName=main Nodes={','.join(self.names)} Default=YES MaxTime=INFINITE State=UP")
+        (folder / "slurm.conf").write_text("\n".join(lines).strip() + "\n")
+        (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+
+    def run(self, *command: str, folder: Path | None = None, timeout_seconds: float = 120, **environment: str):
+        """The command to its end, with this cluster's SLURM_CONF."""
+        return subprocess.run(
+            command, cwd=folder or self.folder, env={**self.environment, **environment}, capture_output=True, text=True,
+            timeout=timeout_seconds, check=False, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def start(self, *command: str, folder: Path, log: Path, **environment: str) -> subprocess.Popen[bytes]:
+        with open(log, "ab") as out:
+            return subprocess.Popen(
+                command, cwd=folder, env={**self.environment, **environment}, stdout=out, stderr=out,
+                stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+
+    def states(self) -> list[str]:
+        """Of the nodes."""
+        return self.run("sinfo", "-h", "-N", "-o", "%t").stdout.split()
+
+    def job(self, number: int | str) -> dict[str, str]:
+        """What `scontrol show job` says, such as JobState and Restarts; empty once it has forgotten the job."""
+        shown = self.run("scontrol", "show", "job", str(number)).stdout
+        return dict(word.partition("=")[::2] for word in shown.split() if "=" in word)
+
+    def submit(self, *arguments: str, folder: Path) -> str:
+        """`sbatch ARGUMENTS`; the job's number."""
+        done = self.run("sbatch", "--parsable", *arguments, folder=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout.strip()
+
+    def start_now(self, job: str) -> None:
+        """Slurm puts off a requeued job for two minutes; not this one."""
+        self._await(f"job {job} to be requeued", lambda: self.job(job).get("JobState") == "PENDING")
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def await_end(self, job: str, timeout_seconds: float = 120) -> dict[str, str]:
+        """The job's last record."""
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        self._await(f"job {job} to end", lambda: self.job(job).get("JobState") in ended, timeout_seconds)
+        return self.job(job)
+
+    def _await(self, what: str, there, timeout_seconds: float = _START_SECONDS) -> None:
+        deadline = time.monotonic() + timeout_seconds
+        while not there():
+            ended = {name: daemon.returncode for name, daemon in self.daemons.items() if daemon.poll() is not None}
+            if time.monotonic() > deadline or ended:
+                raise RuntimeError(f"no {what} after {timeout_seconds:g} s; daemons ended: {ended}\n{self.logs()}")
+            time.sleep(0.1)
+
+    def logs(self) -> str:
+        files = sorted((self.folder / "log").iterdir())
+        return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-1500:]}" for file in files)
+
+    def processes(self) -> dict[int, str]:
+        """Process id -> command line, of all that knows this cluster but its daemons: clients, step daemons, tasks."""
+        mark, own = f"SLURM_CONF={self.folder}/".encode(), {daemon.pid for daemon in self.daemons.values()}
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdecimal() or int(entry.name) in own:
+                continue
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                helper = "slurmscriptd" in command  # slurmctld's own
+                if mark in (entry / "environ").read_bytes() and _state(entry) != "Z" and not helper:
+                    found[int(entry.name)] = command
+        return found
+
+    def close(self) -> dict[int, str]:
+        """End all jobs, then the daemons, and remove the folder; the processes that had to be killed."""
+        if "slurmctld" in self.daemons:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.run("scancel", "--user", getpass.getuser(), timeout_seconds=15)
+        _until(lambda: not self.processes())
+        left = self.processes()
+        for process in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        for name in reversed(self.daemons):
+            _end(self.daemons[name])
+        self.daemons.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return left
+
+
+def _address(host: str) -> str | None:
+    try:
+        return socket.gethostbyname(host)
+    except OSError:
+        return None
+
+
+def _state(process: Path) -> str:
+    return (process / "stat").read_text().rpartition(")")[2].split()[0]
+
+
+def _until(true) -> None:
+    deadline = time.monotonic() + _END_SECONDS
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _end(daemon: subprocess.Popen[bytes]) -> None:
+    daemon.terminate()
+    try:
+        daemon.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        daemon.kill()
+        daemon.wait()
+
+
+@contextlib.contextmanager
+def slurm_lab(nodes: int = 2, cpus: int = 4) -> Iterator[SlurmLab]:
+    with SlurmLab(nodes, cpus) as lab:
+        yield lab

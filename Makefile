@@ -1,6 +1,7 @@
 # make demo   train a small decoder on this machine's own text, from nothing, in a few minutes
 # make test   the whole test suite
 # make faults every fault injected into checkpoints: kills, damage, storage trouble (minutes; make test takes a sample)
+# make chaos  2,000 steps with a fault about every 20: the job is started again and ends with the same bits (minutes)
 # All build .venv first. Another torch: make demo TORCH=torch==2.12.0. Another Python: make demo PYTHON=python3.12.
 
 TORCH ?= torch==2.13.0
@@ -28,11 +29,11 @@ except ImportError as error:
 endef
 export CHECK_PYTHON
 
-.PHONY: help venv demo test faults lint types clean
+.PHONY: help venv demo test faults chaos lint types clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 venv: $(READY)
 
@@ -58,6 +59,9 @@ test: venv
 
 faults: venv
 	FAULTS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/faults tests/checkpoint/test_damage.py $(PYTEST_ARGS)
+
+chaos: venv
+	CHAOS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/faults/test_chaos.py $(PYTEST_ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

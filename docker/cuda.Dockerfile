@@ -2,16 +2,20 @@
 #   docker build -f docker/cuda.Dockerfile -t internlm_lite:cuda .
 #   docker run --rm -it --gpus all --ipc host --ulimit memlock=-1 internlm_lite:cuda \
 #       torchrun --nproc_per_node=8 train.py --config configs/7B_sft.py
-# torch's wheel brings its own CUDA libraries and NCCL; the base image has to fit the driver, and `devel` holds the
-# compiler that FLASH=1 needs to build flash-attn (half an hour). Without it torch's own varlen attention is used.
-ARG CUDA=13.0.2-devel-ubuntu24.04
+# Several nodes: add --network host, and --device /dev/infiniband where there is InfiniBand; tools/doctor.py looks at it.
+#
+# torch's wheel brings its own CUDA libraries and NCCL, so the small `base` image does; it has to fit the driver. The
+# flash-attn package is built, half an hour, with what is in `devel`; without it torch's own varlen attention is used:
+#   --build-arg FLASH=1 --build-arg CUDA=13.0.2-devel-ubuntu24.04
+ARG CUDA=13.0.2-base-ubuntu24.04
 FROM nvidia/cuda:$CUDA
 
 ARG TORCH=torch==2.13.0
 ARG FLASH=0
 ENV DEBIAN_FRONTEND=noninteractive
+# g++ is for triton's kernels; without the verbs libraries NCCL goes over TCP instead of InfiniBand, and says nothing.
 RUN apt-get update && apt-get install --yes --no-install-recommends make git python3 python3-venv python3-dev g++ ninja-build \
-    && rm -rf /var/lib/apt/lists/*
+    libibverbs1 ibverbs-providers librdmacm1 && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /workspace
 # Dependencies first: they are rebuilt only when setup.py changes, not with every edit of the code.

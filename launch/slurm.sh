@@ -3,33 +3,89 @@
 #
 #   sbatch --partition P --nodes 2 launch/slurm.sh configs/20B_sft.py [section.key=value ...]
 #
-# Interactively the same is
-#   srun -p P -N 2 -n 16 --ntasks-per-node=8 --gpus-per-task=1 python train.py --config configs/20B_sft.py
+# tools/slurm.py writes a batch file that calls this one, with as many nodes as a config's layout needs.
+# LOG_FOLDER (.) gets slurm-JOB/rank-N.log, one per rank. REPOSITORY: this repository, if sbatch is called elsewhere.
+#
+# Before the time limit every rank saves and stops, and the job is put back into the queue; it goes on from there. So it
+# is when a rank hangs or dies. A wrong config, full storage and diverged training end it. scancel JOB ends it for good.
 #SBATCH --job-name=internlm_lite
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
-#SBATCH --gpus-per-task=1
+#SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --output=slurm-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
-set -euo pipefail
+#SBATCH --signal=B:USR1@120
+set -uo pipefail
+
+say() { echo "$(date '+%F %T') job ${SLURM_JOB_ID:-}: $1" >&2; }
 
 if [ $# -lt 1 ]; then
-    echo "found no config: say sbatch launch/slurm.sh CONFIG [section.key=value ...]" >&2
+    say "found no config: say sbatch launch/slurm.sh CONFIG [section.key=value ...]"
     exit 2
 fi
 config=$1
 shift
 
 # Slurm runs a copy of this script from its spool folder, so the repository is the folder sbatch was called in.
-cd "${REPOSITORY:-$SLURM_SUBMIT_DIR}"
-if [ ! -f train.py ]; then
-    echo "found no train.py in $PWD: submit from the repository, or set REPOSITORY" >&2
+repository=${REPOSITORY:-$SLURM_SUBMIT_DIR}
+logs=${LOG_FOLDER:-.}/slurm-$SLURM_JOB_ID
+[ -d "$repository/.venv/bin" ] && export PATH="$repository/.venv/bin:$PATH"
+
+# The batch shell alone is signalled before the time limit (B:), so it has to tell the ranks.
+step='' limit='' cancelled=''
+trap 'limit=1; [ -z "$step" ] || kill -USR1 "$step"' USR1
+trap 'cancelled=1' TERM # scancel, or Slurm preempts the job: it requeues by itself then
+
+# What is usually missing, asked on every node before torch is loaded.
+mkdir -p "$logs"
+# shellcheck disable=SC2016 # expanded on the nodes
+if ! srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c '
+    missing() { echo "node $SLURMD_NODENAME: found no $1: $2" >&2; exit 2; }
+    [ -d "$1" ] || missing "folder $PWD/$1" "set LOG_FOLDER to a folder that all nodes share"
+    [ -r "$2/train.py" ] || missing "train.py in $2" "call sbatch in the repository, or set REPOSITORY; all nodes must share it"
+    [ -r "$3" ] || missing "config $3 in $PWD" "all nodes must see it"
+    python -c "import importlib.util as u, sys; sys.exit(sys.version_info < (3, 10) or u.find_spec(\"torch\") is None)" ||
+        missing "python 3.10 or newer with torch" "make venv in the repository, or activate an environment before sbatch"
+' check "$logs" "$repository" "$config"; then
+    say "not started, see above"
     exit 2
 fi
-[ -d .venv/bin ] && export PATH="$PWD/.venv/bin:$PATH"
 
 # A dead rank ends the step at once instead of leaving the others to wait for their time-outs.
 # srun does not take over --cpus-per-task from sbatch.
-exec srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} python train.py --launcher slurm --config "$config" "$@"
+srun --kill-on-bad-exit=1 --output="$logs/rank-%t.log" --open-mode=append \
+    ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+    python "$repository/train.py" --launcher slurm --config "$config" "$@" &
+step=$!
+[ -z "$limit" ] || kill -USR1 "$step"
+while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done # a trapped signal ends `wait` early
+
+# srun's code is the highest of all ranks': 128 and more where one was killed.
+case $code in
+0) say "done"; exit 0 ;;
+3) why="stopped after saving" ;;
+4) why="a rank hung" ;;
+5) why="a rank was lost" ;;
+*) [ "$code" -gt 128 ] && why="a rank was killed" || why='' ;;
+esac
+if [ -z "$why" ]; then
+    say "code $code: see $logs; not requeued"
+elif [ -n "$cancelled" ]; then
+    say "code $code: $why, on request"
+elif [ "$code" = 3 ] && tail -n 20 "$logs/rank-0.log" | grep -q 'stopped by stop file'; then
+    say "code 3: stopped by the stop file; not requeued"
+else
+    # Failures are tried again, but not for ever: three in a row within ten minutes of their start are enough.
+    failures=$logs/failures
+    if [ "$code" = 3 ] || [ -n "$limit" ] || [ "$SECONDS" -gt 600 ]; then rm -f "$failures"; else echo "$code" >>"$failures"; fi
+    if [ -f "$failures" ] && [ "$(wc -l <"$failures")" -ge 3 ]; then
+        say "code $code: $why, for the third time; see $logs; not requeued"
+    else
+        say "code $code: $why; requeued"
+        # Requeueing ends this script. An end of its own beside it could be taken for the job's.
+        scontrol requeue "$SLURM_JOB_ID" && sleep 60
+    fi
+fi
+exit "$code"

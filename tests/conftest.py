@@ -11,6 +11,10 @@ from collections.abc import Generator
 import pytest
 import torch
 
+from tests.slurmlab import slurm
+
+__all__ = ["slurm"]
+
 FORBID_SKIPS = os.environ.get("FORBID_SKIPS", "") not in ("", "0")
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and worlds of ranks need the cores

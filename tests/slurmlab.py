@@ -3,25 +3,28 @@
     with SlurmLab(2, cpus=4) as lab:
         lab.run("srun", "-N", "2", "hostname")
 
-Everything listens on 127.0.0.1 alone and lives in a folder of its own: key, socket, state, logs. The nodes are slurmds of
-Debian's build, which allows several on one host; their names resolve nowhere, as on some clusters. The daemons are our
-children, ended by their ids; what a job leaves behind is found by its SLURM_CONF, named by `close`, and ended too.
+Everything listens on 127.0.0.1 alone and lives in a folder of its own: key, socket, state, logs. The nodes are slurmds
+of Debian's build, which allows several on one host; their names resolve nowhere, as on some clusters. The daemons are
+our children, ended by their ids; what a job leaves behind is found by its SLURM_CONF, named by `close`, and ended too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import getpass
 import os
+import pwd
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "scontrol", "squeue", "sinfo")
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # Debian's root has it, other users not
@@ -50,7 +53,7 @@ def _install() -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several workers of one test run
         for command in (
             ["apt-get", "update", "-qq"],
-            ["apt-get", "install", "-qq", "--no-install-recommends", "slurm-wlm", "munge"],
+            ["apt-get", "install", "-qq", "--yes", "--no-install-recommends", "slurm-wlm", "munge"],
         ):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 subprocess.run(command, env=environment, timeout=240, check=False, **quiet)
@@ -67,8 +70,9 @@ def _free_ports(count: int) -> list[int]:
 class SlurmLab:
     """A cluster `lab` with one partition `main` of `node1` to `node<nodes>`."""
 
-    def __init__(self, nodes: int = 2, cpus: int = 4) -> None:
-        self.nodes, self.cpus = nodes, cpus
+    def __init__(self, nodes: int = 2, cpus: int = 64) -> None:
+        """Slurm believes in `cpus` cores and 8 GPUs of each node: batch files of real clusters pass its checks."""
+        self.nodes, self.cpus, self.user = nodes, cpus, pwd.getpwuid(os.geteuid()).pw_name
         self.folder = Path(tempfile.mkdtemp(prefix="slurmlab-"))  # short: socket paths end at 108 bytes
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.ports = _free_ports(1 + nodes)
@@ -120,8 +124,8 @@ class SlurmLab:
             )
 
     def _write_configs(self) -> None:
-        host, user, folder = socket.gethostname().partition(".")[0], getpass.getuser(), self.folder
-        # Daemons can be kept to the address of their host's name only; where that is no loopback, munge alone guards them.
+        host, user, folder = socket.gethostname().partition(".")[0], self.user, self.folder
+        # Daemons can be kept to the address of the host's name only. Where that is no loopback, munge alone guards.
         narrow = "NoCtldInAddrAny,NoInAddrAny" if _address(host) == "127.0.0.1" else ""
         lines = f"""
             ClusterName=lab
@@ -143,6 +147,7 @@ class SlurmLab:
             TaskPlugin=task/none
             SwitchType=switch/none
             MpiDefault=none
+            GresTypes=gpu
             SelectType=select/cons_tres
             SelectTypeParameters=CR_Core
             SchedulerType=sched/backfill
@@ -157,13 +162,16 @@ class SlurmLab:
             AccountingStorageType=accounting_storage/none
             JobAcctGatherType=jobacct_gather/none
         """.replace("            ", "").splitlines()
-        shape = f"CPUs={self.cpus} Sockets=1 CoresPerSocket={self.cpus} ThreadsPerCore=1 RealMemory=2000"
+        shape = f"CPUs={self.cpus} Sockets=1 CoresPerSocket={self.cpus} ThreadsPerCore=1 RealMemory=2000 Gres=gpu:8"
         lines += [
             f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} {shape} State=UNKNOWN"
             for node, port in zip(self.names, self.ports[1:], strict=True)
         ]
         lines.append(f"PartitionName=main Nodes={','.join(self.names)} Default=YES MaxTime=INFINITE State=UP")
         (folder / "slurm.conf").write_text("\n".join(lines).strip() + "\n")
+        for number in range(8):
+            (folder / f"gpu{number}").touch()  # stands for a device
+        (folder / "gres.conf").write_text(f"NodeName={','.join(self.names)} Name=gpu File={folder}/gpu[0-7]\n")
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
 
     def run(self, *command: str, folder: Path | None = None, timeout_seconds: float = 120, **environment: str):
@@ -196,14 +204,21 @@ class SlurmLab:
         return done.stdout.strip()
 
     def start_now(self, job: str) -> None:
-        """Slurm puts off a requeued job for two minutes; not this one."""
-        self._await(f"job {job} to be requeued", lambda: self.job(job).get("JobState") == "PENDING")
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        """Slurm puts off a requeued job for two minutes, for what it left to end; here that is waited for.
+
+        A node refuses jobs of the second in which their last start was revoked, hence the two.
+        """
+        self.await_state(job, "PENDING")
+        self.until_quiet()
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now+2")
 
     def await_end(self, job: str, timeout_seconds: float = 120) -> dict[str, str]:
         """The job's last record."""
-        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        self._await(f"job {job} to end", lambda: self.job(job).get("JobState") in ended, timeout_seconds)
+        return self.await_state(job, "COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL", timeout_seconds)
+
+    def await_state(self, job: str, states: str, timeout_seconds: float = 60) -> dict[str, str]:
+        """The job's record once its state is one of `states`."""
+        self._await(f"job {job}: {states}", lambda: self.job(job).get("JobState") in states.split(), timeout_seconds)
         return self.job(job)
 
     def _await(self, what: str, there, timeout_seconds: float = _START_SECONDS) -> None:
@@ -232,13 +247,19 @@ class SlurmLab:
                     found[int(entry.name)] = command
         return found
 
+    def until_quiet(self) -> dict[int, str]:
+        """Wait until no job's process is left, for half a minute; those that are."""
+        deadline = time.monotonic() + _END_SECONDS
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return left
+
     def close(self) -> dict[int, str]:
         """End all jobs, then the daemons, and remove the folder; the processes that had to be killed."""
         if "slurmctld" in self.daemons:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.run("scancel", "--user", getpass.getuser(), timeout_seconds=15)
-        _until(lambda: not self.processes())
-        left = self.processes()
+                self.run("scancel", "--user", self.user, timeout_seconds=15)
+        left = self.until_quiet()
         for process in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
@@ -260,12 +281,6 @@ def _state(process: Path) -> str:
     return (process / "stat").read_text().rpartition(")")[2].split()[0]
 
 
-def _until(true) -> None:
-    deadline = time.monotonic() + _END_SECONDS
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.1)
-
-
 def _end(daemon: subprocess.Popen[bytes]) -> None:
     daemon.terminate()
     try:
@@ -275,7 +290,11 @@ def _end(daemon: subprocess.Popen[bytes]) -> None:
         daemon.wait()
 
 
-@contextlib.contextmanager
-def slurm_lab(nodes: int = 2, cpus: int = 4) -> Iterator[SlurmLab]:
-    with SlurmLab(nodes, cpus) as lab:
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[SlurmLab]:
+    """One for all tests of a session; at its end nothing may be left. Programs find this Python first."""
+    if missing := missing_parts():
+        pytest.skip(missing)
+    with SlurmLab() as lab:
+        lab.environment |= {"PATH": f"{Path(sys.executable).parent}:{lab.environment['PATH']}", "OMP_NUM_THREADS": "1"}
         yield lab

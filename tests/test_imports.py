@@ -20,7 +20,7 @@ FLOORS = {
     4: {"mesh"},
     5: {"layers", "optim", "pipeline", "checkpoint", "monitor", "data", "faults"},
     6: {"models"},
-    7: {"generate", "planner", "convert", "report"},
+    7: {"generate", "planner", "convert", "report", "doctor"},
     8: {"train"},
     9: {"bench"},
     10: {"train.py", "tools"},

@@ -6,11 +6,13 @@ RUN/.../FAILED.json              {"cause": {...}, "others": [...]}, written anew
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -20,6 +22,8 @@ logger = logging.getLogger("internlm_lite")
 
 REPORT = "FAILED.json"
 _FOLDER = "failed"
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
+"""What file systems without hard links answer."""
 
 
 @dataclass(frozen=True)
@@ -52,23 +56,36 @@ def record(folder: Path, failure: Failure) -> None:
     try:
         place.parent.mkdir(exist_ok=True)
         temporary = _written(place, asdict(failure))
-        try:
-            os.link(temporary, place)
-        except FileExistsError:
-            return
-        finally:
-            temporary.unlink()
-        write_report(folder)
+        if _keep_first(temporary, place):
+            write_report(folder)
     except OSError as error:
         logger.warning("cannot write %s: %s", place, error.strerror)
 
 
+def _keep_first(temporary: Path, place: Path) -> bool:
+    """Give the file its name unless there is one of that name. Whether it got it."""
+    try:
+        os.link(temporary, place)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if place.exists():
+            return False
+        shutil.copyfile(temporary, place)
+    finally:
+        temporary.unlink()
+    return True
+
+
 def write_report(folder: Path) -> None:
     """FAILED.json of what is known by now. Raises OSError."""
-    failures = read_failures(folder)
-    if failures:
+    told: list[Failure] = []
+    while (failures := read_failures(folder)) != told:  # another rank wrote its own meanwhile, and knew less
         cause, *others = map(asdict, failures)
         _written(folder / REPORT, {"cause": cause, "others": others}).replace(folder / REPORT)
+        told = failures
 
 
 def read_failures(folder: Path) -> list[Failure]:
@@ -100,9 +117,14 @@ def summary(failures: Sequence[Failure]) -> str:
 
 def _written(path: Path, value: object) -> Path:
     """A temporary file beside `path` with the JSON of `value`, flushed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    # not by process id: in containers on two nodes they are often the same, and both may write about one rank
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     return temporary

@@ -1,7 +1,10 @@
 """Signals that ask a run to stop: noted when they come, obeyed after the step, so that what was trained can be saved.
 
 SIGTERM   Slurm and torchrun before they kill        SIGUSR1   sbatch --signal=USR1@90, before the time limit
-SIGINT    Ctrl-C                                     a second one of any of them interrupts at once
+SIGINT    Ctrl-C; after any of them, it interrupts at once
+
+A SIGTERM after the first signal changes nothing: Slurm sends one at the time limit, while the run that SIGUSR1 warned
+may still be saving, and torchrun passes on what its ranks were sent already. What has to end at once is killed.
 """
 
 from __future__ import annotations
@@ -32,9 +35,13 @@ class StopSignals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
+        if kind is not None:
+            # Slurm and torchrun end the others when one rank fails; this one's record of what happened comes first.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received = signal.Signals(number).name
+            logger.warning("%s: the run saves after this step and stops; Ctrl-C stops it at once", self.received)
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
-        logger.warning("%s: the run saves after this step and stops; once more stops it at once", self.received)

@@ -31,6 +31,8 @@ _BEAT_SECONDS = 0.5
 _RANKS_PER_SECOND = 500
 """Beats a second that a store is asked to take; larger worlds beat less often."""
 _DEPUTY_SECONDS = 2.0
+_SUSPENDED_PERIODS = 5
+"""A watcher that did not run for so long was stopped, as by `scontrol suspend`, together with its process."""
 _VERDICT = "verdict"
 
 
@@ -100,10 +102,17 @@ class Watchdog:
         """Where a rank is, as far as this one knows."""
         return self._mine if rank == self._rank else self._table.get(rank)
 
+    @property
+    def silence_seconds(self) -> float:
+        """Without a beat for so long, a rank counts as silent."""
+        return 3 * self._period
+
     def silent(self) -> list[int]:
-        """For a judge: ranks whose beats have stopped, as far as is known; it takes a few beats until that shows."""
-        late = time.monotonic() - 3 * self._period
-        return [rank for rank, (_, beaten) in self._changed.items() if beaten < late and rank != self._rank]
+        """Ranks whose beats have stopped: all that are known to a judge, to the others at most the store's."""
+        late = time.monotonic() - self.silence_seconds
+        if self._store is not None and self._heard < late:
+            return [0] if self._rank else []  # without the store nothing is known of the others
+        return [rank for rank, (_, beaten) in list(self._changed.items()) if beaten < late and rank != self._rank]
 
     @property
     def judges(self) -> bool:
@@ -129,9 +138,9 @@ class Watchdog:
     def _look(self, store: Store) -> None:
         now = time.monotonic()
         for rank in range(self._size):
-            if not store.check([f"beat/{rank}"]):
-                continue
-            beat, known = Beat.from_json(store.get(f"beat/{rank}")), self._table.get(rank)
+            beaten_yet = store.check([f"beat/{rank}"])
+            beat = Beat.from_json(store.get(f"beat/{rank}")) if beaten_yet else Beat(0, "starting", None, 0)
+            known = self._table.get(rank)
             progressed, beaten = self._changed.get(rank, (now, now))
             progressed = now if known is None or beat.progress != known.progress else progressed
             beaten = now if known is None or beat.beats != known.beats else beaten
@@ -139,8 +148,13 @@ class Watchdog:
 
     def _watch(self) -> None:
         progress, since = -1, time.monotonic()
+        looked = since
         while not self._stop.wait(self._period / 2):
             now, mine = time.monotonic(), self._mine
+            if now - looked > _SUSPENDED_PERIODS * self._period:
+                since += now - looked
+                self._forgive(now - looked)
+            looked = now
             if mine.progress != progress:
                 progress, since = mine.progress, now
             verdict = self._verdict or self._judge(now, mine, since)
@@ -148,6 +162,12 @@ class Watchdog:
                 self._publish(verdict)
                 self._end(verdict)
                 return
+
+    def _forgive(self, seconds: float) -> None:
+        """This process was suspended, and so perhaps all were: nobody could make progress meanwhile."""
+        self._heard += seconds
+        for rank, (progressed, beaten) in list(self._changed.items()):
+            self._changed[rank] = (progressed + seconds, beaten + seconds)
 
     def _judge(self, now: float, mine: Beat, since: float) -> Verdict | None:
         limit = self._limits[mine.phase]
@@ -160,8 +180,8 @@ class Watchdog:
                 mine.phase,
                 mine.step,
             )
-        if not self.judges:
-            return None
+        if not self.judges or now - self._heard > self.silence_seconds:
+            return None  # what a store that is silent itself said last makes all ranks look silent
         patience = _DEPUTY_SECONDS if self._rank else 0.0
         idle = {rank: (now - p - patience, now - b) for rank, (p, b) in list(self._changed.items())}
         return judge(dict(self._table), idle, self._limits, self._period)

@@ -35,7 +35,8 @@ class SpikeGuard:
     def judge(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Take in one step's mean loss and gradient norm, device scalars.
 
-        Returns ([2] z-scores, 0 where there is no spike; bool scalar: leave this step out).
+        Returns ([2] z-scores, 0 where there is no spike; bool scalar: leave this step out, as it stands out, or as its
+        loss is not finite, which its gradient may be all the same).
         """
         logs = torch.stack((loss, norm)).log()
         median = self._logs.nanmedian(dim=1).values
@@ -44,7 +45,7 @@ class SpikeGuard:
         known = self._count >= min(_LEAST_HISTORY, self._logs.shape[1])
         spikes = torch.where(known & (scores > self._limit) & scores.isfinite(), scores, 0.0)
         self._take(logs)
-        return spikes, (spikes > 0).any() & self._skips
+        return spikes, (spikes > 0).any() & self._skips | ~loss.isfinite()
 
     def _take(self, logs: torch.Tensor) -> None:
         finite = logs.isfinite().all()
@@ -62,5 +63,6 @@ class SpikeGuard:
         """Go on from there; a history of another length begins anew."""
         logs = torch.tensor(state["logs"], dtype=torch.float64).reshape(2, -1)
         if logs.shape[1] == min(state["count"], self._logs.shape[1]):
+            self._logs.fill_(math.nan)  # a rollback leaves steps behind that are undone
             self._logs[:, : logs.shape[1]].copy_(logs)
             self._count.fill_(state["count"])

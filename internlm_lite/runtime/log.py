@@ -12,6 +12,7 @@ import logging
 import sys
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TextIO
 
@@ -65,7 +66,7 @@ class StdoutHandler(logging.StreamHandler[TextIO]):
     def handleError(self, record: logging.LogRecord) -> None:
         if not self._failed:  # a closed pipe or a full disk costs the terminal's lines, never the run
             self._failed = True
-            print(f"WARNING cannot write to standard output: {sys.exc_info()[1]}", file=sys.stderr)
+            _say(f"WARNING cannot write to standard output: {sys.exc_info()[1]}")
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]
@@ -129,11 +130,10 @@ def close_logging() -> None:
 
 
 def flush_logging() -> None:
-    """Everything logged so far reaches its file and terminal."""
-    for handler in logger.handlers:
-        handler.flush()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    """Everything logged so far reaches its file and terminal, if they take it: the exit code does not depend on it."""
+    for place in (*logger.handlers, sys.stdout, sys.stderr):
+        with suppress(OSError):
+            place.flush()
 
 
 class _RankFile(logging.FileHandler):
@@ -159,7 +159,13 @@ class _RankFile(logging.FileHandler):
     def _tell(self, error: BaseException | None) -> None:
         if not self._failed:
             self._failed = True
-            print(f"WARNING cannot write {self.baseFilename}: {error}", file=sys.stderr)
+            _say(f"WARNING cannot write {self.baseFilename}: {error}")
+
+
+def _say(text: str) -> None:
+    """On stderr, which is often a file on the same full disk as what could not be written."""
+    with suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def _open_rank_file(path: Path) -> logging.FileHandler:

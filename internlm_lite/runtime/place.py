@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Literal
 
+from internlm_lite.config.view import masked
 from internlm_lite.errors import ConfigError, MeshError
 from internlm_lite.runtime.nodes import expand_node_list, expand_task_counts
 
@@ -74,6 +75,31 @@ def adopt_s3_keys(environ: MutableMapping[str, str]) -> None:
         environ[ours[name]] = environ[name]
     if given:
         environ.pop("AWS_SESSION_TOKEN", None)
+
+
+_WITH_VALUES = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "CUDA_", "OMP_", "MKL_", "UCX_", "LD_LIBRARY_", "PYTHONPATH")
+_NAMES_ALONE = ("S3_", "AWS_", "BOTO3_", "HF_", "WANDB_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
+_OF_ONE_RANK = ("CUDA_VISIBLE_DEVICES", "NCCL_TOPO_FILE", "OMP_PLACES")
+"""May differ from rank to rank."""
+
+
+def common_variables(environ: Environ) -> dict[str, str]:
+    """Variables that bear on a run and should be the same on every rank: name -> value.
+
+    Secrets as ***, and "set" for variables that may hold an address with a password.
+    """
+    found = {}
+    for name, value in environ.items():
+        if name.upper().startswith(_NAMES_ALONE):
+            found[name] = "set"
+        elif name.startswith(_WITH_VALUES) and name not in _OF_ONE_RANK:
+            found[name] = str(masked(value, name))
+    return found
+
+
+def chosen_interfaces(environ: Environ) -> dict[str, str]:
+    """NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME, where they are set."""
+    return {name: environ[name] for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") if environ.get(name)}
 
 
 def resolves(name: str) -> bool:

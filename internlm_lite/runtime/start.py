@@ -12,12 +12,14 @@ import logging
 import os
 import signal
 import sys
+import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from internlm_lite.errors import MeshError, PeerLostError
 from internlm_lite.runtime.log import flush_logging
@@ -37,16 +39,29 @@ def start_world(
     """
     if place.world_size == 1:
         return None
-    prefix = f"world{place.world_size}/attempt{place.attempt}"
-    store = PrefixStore(prefix, _connect(place, timeout, serves=place.rank == 0 and not place.agent_store))
-    _meet(store, place, timeout)
+    connect_ranks(meet(place, timeout), place, device, collectives or timeout)
+    return PrefixStore(f"{_prefix(place)}/watchdog", _connect(place, timeout, serves=False))
+
+
+def meet(place: Place, timeout: timedelta) -> Store:
+    """The job's key-value store, once every rank has come to it; a world of one has its own. Raises MeshError."""
+    if place.world_size == 1:
+        return HashStore()
+    serves = place.rank == 0 and not place.agent_store
+    store = PrefixStore(_prefix(place), _connect(place, timeout, serves))
+    _wait_for_all(store, place, timeout)
+    return store
+
+
+def connect_ranks(store: Store, place: Place, device: torch.device, timeout: timedelta) -> None:
+    """The default process group, for ranks that have met. Raises MeshError."""
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=PrefixStore("process_group", store),
             rank=place.rank,
             world_size=place.world_size,
-            timeout=collectives or timeout,
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
     except RuntimeError as error:  # torch.distributed's errors are RuntimeErrors
@@ -55,7 +70,6 @@ def start_world(
             f"{_first_line(error)}; check that the hosts reach each other on the interface used "
             "(NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
         ) from error
-    return PrefixStore(f"{prefix}/watchdog", _connect(place, timeout, serves=False))
 
 
 def announce_layout(data: int, pipeline: int, tensor: int) -> None:
@@ -99,10 +113,23 @@ def end_process(code: int, together: bool = False) -> NoReturn:
     sys.exit(code)
 
 
-def leave_now(code: int) -> NoReturn:
-    """End this process from any thread, whatever the others are blocked in."""
-    flush_logging()
+def leave_now(code: int, last_words: Callable[[], object], seconds: float) -> NoReturn:
+    """End this process from any thread, whatever the others are blocked in: `last_words`, which write to the log and to
+    files, get `seconds`, as a disk or a terminal that takes nothing may be what blocks them.
+    """
+
+    def speak() -> None:
+        last_words()
+        flush_logging()
+
+    speaker = threading.Thread(target=speak, name="last words", daemon=True)
+    speaker.start()
+    speaker.join(seconds)
     os._exit(code)
+
+
+def _prefix(place: Place) -> str:
+    return f"world{place.world_size}/attempt{place.attempt}"
 
 
 def _connect(place: Place, timeout: timedelta, serves: bool) -> Store:
@@ -131,7 +158,7 @@ def _connect(place: Place, timeout: timedelta, serves: bool) -> Store:
         ) from error
 
 
-def _meet(store: Store, place: Place, timeout: timedelta) -> None:
+def _wait_for_all(store: Store, place: Place, timeout: timedelta) -> None:
     keys = [f"here/{rank}" for rank in range(place.world_size)]
     try:
         times = store.add(keys[place.rank], 1)

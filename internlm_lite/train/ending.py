@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 from internlm_lite.config.view import masked
@@ -26,7 +27,8 @@ HANG = 4
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 _CAUSE_SECONDS = 3.0
-"""A rank that lost another one waits so long for that one's own words."""
+"""A rank that lost another one waits so long for that one's own words, and for its silence to show."""
+_LAST_WORDS_SECONDS = 15.0
 _STORE_SECONDS = 2.0
 """Rank 0 serves the store through which the others learn the verdict."""
 
@@ -48,19 +50,28 @@ class Ending:
 
     def hang(self, verdict: Verdict) -> None:
         """Called by the watchdog's thread; ends the process."""
+        leave_now(HANG, lambda: self._tell_hang(verdict), _LAST_WORDS_SECONDS)
+
+    def _tell_hang(self, verdict: Verdict) -> None:
         place, folder = self._place, self.folder
         guilty = place.rank in verdict.ranks
         logger.error("the job stands still: %s", verdict.why)
         if folder is not None:
-            stacks = folder / "logs" / f"rank-{place.rank:05d}.stacks"
-            write_stacks(stacks)
-            logger.error("rank %d: the stacks of its threads are in %s", place.rank, stacks)
+            self._write_stacks(folder)
             self._record(folder, "hang", verdict.why, HANG, follows=bool(verdict.ranks) and not guilty)
             for rank in verdict.ranks:  # if it lives, its own record came first, or comes and stays
                 record(folder, self._failure("hang", verdict.why, HANG, rank))
         if place.is_main and not place.agent_store:
             time.sleep(_STORE_SECONDS)
-        leave_now(HANG)
+
+    def _write_stacks(self, folder: Path) -> None:
+        stacks = folder / "logs" / f"rank-{self._place.rank:05d}.stacks"
+        try:
+            write_stacks(stacks)
+        except OSError as error:
+            logger.error("cannot write %s: %s", stacks, error.strerror)
+        else:
+            logger.error("rank %d: the stacks of its threads are in %s", self._place.rank, stacks)
 
     def failed(self, error: BaseException) -> None:
         """Write down why this rank ends, and tell who failed first if it was another one."""
@@ -79,13 +90,17 @@ class Ending:
 
     def _await_cause(self, folder: Path) -> None:
         """Until some rank has said why it failed, or is known to be gone without a word."""
-        deadline = time.monotonic() + _CAUSE_SECONDS
+        assert self.watchdog is not None, "set before there is a folder"
+        deadline = time.monotonic() + _CAUSE_SECONDS + self.watchdog.silence_seconds
         while time.monotonic() < deadline:
             if any(not failure.follows for failure in read_failures(folder)):
                 return
-            for rank in self.watchdog.silent() if self.watchdog else []:
+            for rank in self.watchdog.silent():
                 why = "it is gone without a word: killed, out of memory, or its host is down"
-                record(folder, self._failure("lost", why, PeerLostError.exit_code, rank))
+                lost = self._failure("lost", why, PeerLostError.exit_code, rank)
+                # Its last beat may be many steps old; it is missed where this rank waits for it.
+                here = self.watchdog.where(self._place.rank)
+                record(folder, replace(lost, step=here.step, phase=here.phase) if here else lost)
             time.sleep(0.1)
 
     def _record(self, folder: Path, kind: str, message: str, code: int, follows: bool, trace: str = "") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,13 @@ def train(run: Run) -> Ended:
                 break
             state = _go_back(state, run, guard)
             requests.forget()
-    run.optimizer.wait_weights()
-    stopped_by = order.why if order.stop and state.step < run.config.data.total_steps else ""
-    if not stopped_by:
-        with run.watchdog.inside("samples"):
-            run.samples.show(state.step)
-    run.reporter.event("stopped" if stopped_by else "done", step=state.step, why=stopped_by)
-    return Ended(state, stopped_by)
+        run.optimizer.wait_weights()
+        stopped_by = order.why if order.stop and state.step < run.config.data.total_steps else ""
+        if not stopped_by:
+            with run.watchdog.inside("samples"):
+                run.samples.show(state.step)
+        run.reporter.event("stopped" if stopped_by else "done", step=state.step, why=stopped_by)
+        return Ended(state, stopped_by)
 
 
 def _train_from(
@@ -74,6 +75,7 @@ def _train_from(
                 run.reporter.metrics,
                 run.reporter.fwd_bwd,
                 requests.now(),
+                partial(watchdog.enter, "updating", state.step),
             )
             step_traced()
             state = state.after(batch, run.mesh.dp.size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import math
 import os
 import signal
@@ -13,9 +15,11 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
+from internlm_lite.faults import failure as failures
 from internlm_lite.faults.beats import Beat, Verdict, judge
 from internlm_lite.faults.failure import Failure, clear_failures, read_failures, record, summary
 from internlm_lite.faults.watchdog import Limits, Watchdog, write_stacks
+from internlm_lite.runtime.start import leave_now
 from tests.world import fork_context
 
 LIMITS = Limits(2.0, {"building": math.inf})
@@ -146,6 +150,71 @@ def test_a_stopped_rank_is_named_by_the_others(tmp_path: Path, guilty: int) -> N
         _end(ranks)
 
 
+class _Told:
+    """A store in which ranks 0 to 2 beat."""
+
+    def __init__(self) -> None:
+        self.beats = {rank: Beat(9, "training", 7, 1) for rank in range(3)}
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def get(self, key: str) -> bytes:
+        return self.beats[int(key.removeprefix("beat/"))].to_json().encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_without_the_store_only_the_rank_that_held_it_is_known_to_be_silent(rank: int) -> None:
+    store = _Told()
+    watchdog = Watchdog(rank, 3, store, LIMITS, lambda verdict: None)
+    watchdog.enter("training", 7)
+    if rank == 1:
+        watchdog._look(store)
+    assert watchdog.silent() == []
+    watchdog._heard -= 1.8
+    watchdog._changed = {each: (told - 5, told - 5) for each, (told, _) in watchdog._changed.items()}
+    assert watchdog.silent() == [0]
+    now = time.monotonic()
+    assert watchdog._judge(now, watchdog._mine, now) is None, "it knows nothing of the others"
+    watchdog._heard -= 2
+    found = watchdog._judge(now, watchdog._mine, now)
+    assert found is not None and found.ranks == (0,) and "holds the store" in found.why
+
+
+def test_a_judge_that_hears_the_store_names_who_is_silent() -> None:
+    store = _Told()
+    watchdog = Watchdog(1, 3, store, LIMITS, lambda verdict: None)
+    watchdog._look(store)
+    watchdog._changed[2] = (0.0, 0.0)
+    assert watchdog.silent() == [2]
+    found = watchdog._judge(time.monotonic(), watchdog._mine, 0.0)
+    assert found is not None and found.ranks == (2,)
+
+
+def test_a_rank_that_never_beat_is_named() -> None:
+    store = _Told()
+    store.check = lambda keys: keys != ["beat/2"]  # type: ignore[method-assign]
+    watchdog = Watchdog(0, 3, store, Limits(2.0, {}), lambda verdict: None)
+    watchdog._look(store)
+    long_ago = time.monotonic() - 3
+    watchdog._changed = {rank: (long_ago, time.monotonic()) for rank in range(3)}
+    found = watchdog._judge(time.monotonic(), watchdog._mine, long_ago)
+    assert found is not None and (found.ranks, found.phase) == ((2,), "starting")
+
+
+def _blocked(code: int) -> None:
+    leave_now(code, lambda: time.sleep(60), 0.3)
+
+
+def test_last_words_that_block_do_not_keep_a_process_alive() -> None:
+    process = fork_context.Process(target=_blocked, args=(4,), daemon=True)
+    process.start()
+    process.join(30)
+    assert process.exitcode == 4
+
+
 def _failure(rank: int, follows: bool, time: float) -> Failure:
     return Failure(rank, f"node{rank}", 12, "training", "RuntimeError", f"m{rank}", 1, follows, "trace", time)
 
@@ -167,6 +236,34 @@ def test_the_first_word_of_a_rank_stays_and_a_restart_clears_it(tmp_path: Path) 
     clear_failures(tmp_path)
     assert not list(tmp_path.iterdir())
     clear_failures(tmp_path)
+
+
+def test_a_file_system_without_links_keeps_the_first_word_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    record(tmp_path, _failure(1, False, 1.0))
+    record(tmp_path, _failure(1, True, 2.0))
+    assert [failure.follows for failure in read_failures(tmp_path)] == [False]
+    assert not list(tmp_path.glob("**/*.tmp"))
+
+
+def test_a_report_that_is_overtaken_by_another_record_is_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = failures.read_failures
+
+    def overtaken(folder: Path) -> list[Failure]:
+        found = read(folder)
+        monkeypatch.setattr(failures, "read_failures", read)
+        record(folder, _failure(0, True, 2.0))
+        return found
+
+    monkeypatch.setattr(failures, "read_failures", overtaken)
+    record(tmp_path, _failure(1, False, 1.0))
+    report = json.loads((tmp_path / "FAILED.json").read_text())
+    assert report["cause"]["rank"] == 1 and [other["rank"] for other in report["others"]] == [0]
 
 
 def test_a_damaged_record_explains_nothing(tmp_path: Path) -> None:

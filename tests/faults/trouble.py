@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,11 +28,17 @@ STEPS = 12
 """With a snapshot after every second step, and a final checkpoint."""
 
 
+def disk_name() -> str:
+    """What /proc/mounts calls the small disks of this process."""
+    return f"faults-{os.getpid()}"
+
+
 @contextmanager
 def small_disk(place: Path, size: str) -> Iterator[None]:
     """A file system of its own in memory, `size` as mount has it."""
     place.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)], capture_output=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", disk_name(), str(place)]
+    mounted = subprocess.run(mount, capture_output=True)
     if mounted.returncode:
         pytest.skip("needs the right to mount a small tmpfs")
     try:

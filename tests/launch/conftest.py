@@ -1,20 +1,17 @@
-"""One Slurm for all tests of a session: it starts in about a second, and looks at the end whether anything is left."""
+"""A small run on a small corpus, for tests that launch it."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.corpus import write_corpus
-from tests.slurmlab import SlurmLab, missing_parts
 
 CONFIG = """
 JOB_NAME = "launch"
 MICRO_NUM = 2
-STEPS = 12
+STEPS = 60
 data = dict(seq_len=32, micro_bsz=2, micro_num=MICRO_NUM, total_steps=STEPS, train_folder="corpus")
 lr_scheduler = dict(total_steps=STEPS)
 model = dict(num_attention_heads=2, hidden_size=16, num_layers=1, vocab_size=96, multiple_of=16, dtype="torch.float64")
@@ -24,18 +21,13 @@ ckpt = dict(enable_save_ckpt=True, save_ckpt_folder="local:saves", checkpoint_ev
 """Two micro-batches on each of four ranks, eight on one: the same global batch."""
 
 
-@pytest.fixture(scope="session")
-def slurm() -> Iterator[SlurmLab]:
-    if missing := missing_parts():
-        pytest.skip(missing)
-    with SlurmLab(nodes=2, cpus=4) as lab:
-        python = str(Path(sys.executable).parent)
-        lab.environment |= {"PATH": f"{python}:{lab.environment['PATH']}", "OMP_NUM_THREADS": "1"}
-        yield lab
+def prepare(folder: Path) -> Path:
+    write_corpus(folder / "corpus")
+    (folder / "config.py").write_text(CONFIG)
+    return folder
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_corpus(tmp_path / "corpus")
-    (tmp_path / "config.py").write_text(CONFIG)
-    return tmp_path
+    """With config.py and its corpus."""
+    return prepare(tmp_path)

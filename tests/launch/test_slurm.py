@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -10,19 +11,18 @@ import pytest
 
 from tests import cli
 from tests.cli import ROOT
+from tests.launch.conftest import prepare
 from tests.launch.curves import joined_curve
 from tests.slurmlab import SlurmLab
 
 CPU_BATCH = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10"]
 """sbatch options for launch/slurm.sh on nodes without GPUs."""
 TRAIN = ["python", str(ROOT / "train.py"), "--config", "config.py"]
-MANY = "STEPS=400"
-"""A few seconds of training: something to stop."""
 
 
-def await_line(log: Path, text: str, job: str, slurm: SlurmLab, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while text not in (log.read_text() if log.exists() else ""):
+def await_line(log: Path, text: str, job: str, slurm: SlurmLab, times: int = 1) -> None:
+    deadline = time.monotonic() + 90
+    while (log.read_text() if log.exists() else "").count(text) < times:
         ended = slurm.job(job).get("JobState") in ("FAILED", "COMPLETED", "CANCELLED")
         assert time.monotonic() < deadline and not ended, f"{slurm.job(job)}\n{texts(log.parent.parent)}"
         time.sleep(0.05)
@@ -42,13 +42,8 @@ def submit(slurm: SlurmLab, folder: Path, *overrides: str, **environment: str) -
 @pytest.fixture(scope="module")
 def uninterrupted(slurm: SlurmLab, tmp_path_factory: pytest.TempPathFactory):
     """The folder of a run of four ranks on two nodes, to its end, and what srun showed."""
-    from tests.corpus import write_corpus
-    from tests.launch.conftest import CONFIG
-
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    write_corpus(folder / "corpus")
-    (folder / "config.py").write_text(CONFIG)
-    done = slurm.run("srun", "-N", "2", "-n", "4", "--ntasks-per-node=2", *TRAIN, MANY, folder=folder)
+    folder = prepare(tmp_path_factory.mktemp("uninterrupted"))
+    done = slurm.run("srun", "-N", "2", "-n", "4", "--ntasks-per-node=2", *TRAIN, folder=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
 
@@ -57,24 +52,24 @@ def test_srun_gives_the_curve_of_one_process(slurm: SlurmLab, uninterrupted, fol
     ranks, shown = uninterrupted
     assert "a task of srun: SLURM_PROCID=0 is set" in shown
     assert "data parallel size: 4" in shown and "is bound to host:node1" in shown
-    assert "saved final checkpoint" in shown and list((ranks / "saves" / "commits").glob("0000000400-*.json"))
-    single = cli.run("train.py", "--config", "config.py", MANY, "MICRO_NUM=8", folder=folder)
+    assert "saved final checkpoint" in shown and list((ranks / "saves" / "commits").glob("0000000060-*.json"))
+    single = cli.run("train.py", "--config", "config.py", "MICRO_NUM=8", folder=folder)
     assert single.code == 0, single.output
-    for ours, theirs in zip(joined_curve(ranks)[:100], joined_curve(folder)[:100], strict=True):
+    for ours, theirs in zip(joined_curve(ranks), joined_curve(folder), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-9)
 
 
 def test_preempted_and_requeued_gives_the_same_curve(slurm: SlurmLab, uninterrupted, folder: Path):
-    job = submit(slurm, folder, MANY)
+    job = submit(slurm, folder)
     log = folder / f"slurm-{job}" / "rank-0.log"
-    await_line(log, "step=20 ", job, slurm)
+    await_line(log, "step=9 ", job, slurm)
     assert slurm.run("scancel", "--signal=TERM", job).returncode == 0
     slurm.start_now(job)
     ended = slurm.await_end(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), texts(folder)
     assert "code 3: stopped after saving; requeued" in (folder / f"slurm-{job}.log").read_text()
     assert sorted(file.name for file in log.parent.iterdir()) == [f"rank-{rank}.log" for rank in range(4)]
-    assert log.read_text().count("saved rescue checkpoint") == 1 and "attempt" not in log.read_text().split("step=20")[0]
+    assert log.read_text().count("saved rescue checkpoint") == 1
     assert joined_curve(folder) == joined_curve(uninterrupted[0]), "to the bit"
     assert slurm.processes() == {}
 
@@ -88,12 +83,22 @@ def test_a_killed_rank_is_requeued_and_a_cancelled_job_is_not(slurm: SlurmLab, f
     slurm.start_now(job)
     text = (folder / f"slurm-{job}.log").read_text()
     assert "code 137: a rank was killed; requeued" in text, texts(folder)
+    told = json.loads((folder / "RUN" / "launch" / "latest" / "FAILED.json").read_text())
+    assert (told["cause"]["rank"], told["cause"]["kind"]) == (2, "lost"), told
     assert (folder / f"slurm-{job}" / "failures").read_text() == "137\n"
-    await_line(log, "step=0 ", job, slurm)
+    await_line(log, "step=0 ", job, slurm, times=2)
     slurm.run("scancel", job)
     assert slurm.await_end(job)["JobState"] == "CANCELLED"
     slurm.until_quiet()
     assert slurm.job(job)["JobState"] == "CANCELLED" and slurm.processes() == {}
+
+
+def test_the_stop_file_ends_the_job(slurm: SlurmLab, folder: Path):
+    (folder / "stop").write_text("5")
+    job = submit(slurm, folder, "STEPS=100000", "ckpt.stop_file_path=stop")
+    ended = slurm.await_end(job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "3:0", "0"), texts(folder)
+    assert "code 3: stopped by the stop file; not requeued" in (folder / f"slurm-{job}.log").read_text()
 
 
 def is_rank(pid: int, rank: int) -> bool:
@@ -114,7 +119,11 @@ def test_ranks_that_stop_are_not_killed_by_the_first_that_has_ended(slurm: Slurm
     ("config", "environment", "words"),
     [
         ("absent.py", {}, "node node2: found no config absent.py in"),
-        ("config.py", {"REPOSITORY": "/absent"}, "node node1: found no train.py in /absent: call sbatch in the repository"),
+        (
+            "config.py",
+            {"REPOSITORY": "/absent"},
+            "node node1: found no train.py in /absent: call sbatch in the repository",
+        ),
     ],
 )
 def test_what_is_missing_is_said_before_the_start(slurm, folder: Path, config, environment, words):

@@ -52,6 +52,25 @@ def test_what_stands_out_is_found_in_loss_and_in_norm(loss: float, norm: float, 
         assert _judge(guard, 5.0, 3.0) == ([0.0, 0.0], False)  # one outlier does not move the median
 
 
+@pytest.mark.parametrize("loss", [math.inf, math.nan])
+def test_a_loss_that_is_not_finite_is_left_out_though_its_gradient_is(loss: float) -> None:
+    guard = SpikeGuard(GuardConfig(spike="note"), CPU)
+    assert _judge(guard, loss, 3.0) == ([0.0, 0.0], True)
+    assert _judge(guard, 0.0, 3.0) == ([0.0, 0.0], False), "a loss of nothing is one"
+
+
+def test_going_back_forgets_what_is_undone() -> None:
+    guard, fresh = SpikeGuard(GuardConfig(), CPU), SpikeGuard(GuardConfig(), CPU)
+    for point in _curve(40):
+        _judge(guard, *point)
+    saved = guard.state_dict()
+    for _ in range(60):
+        _judge(guard, 900.0, 900.0)
+    for each in (guard, fresh):
+        each.load_state_dict(saved)
+    assert _judge(guard, 30.0, 60.0) == _judge(fresh, 30.0, 60.0)
+
+
 def test_a_level_that_stays_becomes_the_usual() -> None:
     guard = SpikeGuard(GuardConfig(spike="skip", spike_window=32), CPU)
     for point in _curve(100):
@@ -60,12 +79,12 @@ def test_a_level_that_stays_becomes_the_usual() -> None:
     assert skips[0] and not skips[-1]
 
 
-def test_what_is_not_finite_is_another_guards_affair_and_not_remembered() -> None:
+def test_what_is_not_finite_is_left_out_and_not_remembered() -> None:
     guard = SpikeGuard(GuardConfig(spike="skip"), CPU)
     for point in _curve(50):
         _judge(guard, *point)
     before = guard.state_dict()
-    assert _judge(guard, math.nan, math.inf) == ([0.0, 0.0], False)
+    assert _judge(guard, math.nan, math.inf) == ([0.0, 0.0], True)
     assert guard.state_dict() == before
 
 

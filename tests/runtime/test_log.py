@@ -102,3 +102,15 @@ def test_a_full_disk_is_said_once_and_stops_nothing(capsys, tmp_path):
     setup_logging(place(0), tmp_path)
     speak()
     assert capsys.readouterr().err.count("WARNING cannot write") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_stdout_and_stderr_on_a_full_disk_stop_nothing(monkeypatch, tmp_path):
+    """As under Slurm, where both are files beside the run folder."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank-00000.log").symlink_to("/dev/full")
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, open("/dev/full", "w", buffering=1))  # noqa: SIM115 (cannot be closed: it is full)
+    setup_logging(place(0), tmp_path)
+    speak()
+    flush_logging()

@@ -31,8 +31,10 @@ def test_a_signal_is_obeyed_one_step_after_it_was_told(number: signal.Signals):
         assert asked(requests, 3) == [Order()] * 3
         os.kill(os.getpid(), number)
         assert asked(requests, 2) == [Order(), Order(True, True, number.name)]
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == number.name, "launchers repeat themselves"
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
     assert signal.getsignal(number) is before
 

@@ -1,0 +1,88 @@
+"""How fast an all-reduce of the whole world is. In a thread: a network that hangs must not hang the doctor."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+from internlm_lite.errors import MeshError
+from internlm_lite.runtime.place import Place
+from internlm_lite.runtime.start import connect_ranks
+
+GPU_BYTES, CPU_BYTES = 256 * 2**20, 16 * 2**20
+ROUNDS = 5
+
+
+@dataclass
+class Reduced:
+    """JSON-able by `vars`."""
+
+    backend: str
+    n_bytes: int
+    seconds: float | None = None
+    """Mean of ROUNDS."""
+    bytes_per_second: float | None = None
+    """Over the slowest link of a ring: 2 (n - 1) / n * bytes / seconds."""
+    problem: str | None = None
+
+
+@dataclass
+class _Probe:
+    place: Place
+    device: torch.device
+    store: Store
+    timeout: timedelta
+    reduced: Reduced = field(init=False)
+
+    def __post_init__(self) -> None:
+        on_gpu = self.device.type == "cuda"
+        self.reduced = Reduced("nccl" if on_gpu else "gloo", GPU_BYTES if on_gpu else CPU_BYTES)
+
+    def run(self) -> None:
+        try:
+            connect_ranks(self.store, self.place, self.device, self.timeout)
+            seconds = self._measure()
+        except (MeshError, RuntimeError) as error:  # torch.distributed's errors are RuntimeErrors
+            self.reduced.problem = str(error).strip().splitlines()[0]
+            return
+        n = self.place.world_size
+        self.reduced.seconds = seconds
+        self.reduced.bytes_per_second = 2 * (n - 1) / n * self.reduced.n_bytes / seconds
+
+    def _measure(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # of this thread
+        tensor = torch.ones(self.reduced.n_bytes // 4, device=self.device)
+        dist.all_reduce(tensor)
+        self._synchronise()
+        begin = time.monotonic()
+        for _ in range(ROUNDS):
+            dist.all_reduce(tensor)
+        self._synchronise()
+        return (time.monotonic() - begin) / ROUNDS
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def all_reduce_speed(place: Place, device: torch.device, store: Store, timeout: timedelta) -> Reduced:
+    """Collective over a world of two or more. What goes wrong, time-outs included, is in `problem`.
+
+    A thread that hangs is left behind as a daemon: end this process by os._exit.
+    """
+    probe = _Probe(place, device, store, timeout)
+    thread = threading.Thread(target=probe.run, name="all-reduce", daemon=True)
+    thread.start()
+    thread.join(timeout.total_seconds())
+    if thread.is_alive():
+        late = Reduced(probe.reduced.backend, probe.reduced.n_bytes)
+        late.problem = f"no answer within {timeout.total_seconds():g} s"
+        return late
+    return probe.reduced

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Train with torchrun on several machines: the same command on each of them, within ten minutes.
+#
+#   MEET=node0 NNODES=2 launch/torchrun_nodes.sh configs/20B_sft.py [section.key=value ...]
+#
+# MEET: one of the machines, by a name or address that all of them know. NNODES=2:4 starts with four or, if the others do
+# not come, with two; after RESTARTS=n failures at most, the machines that are left go on from the last checkpoint, where
+# the layout allows their number. PORT (29500): free on MEET, and open to the others. NPROC: processes of each machine.
+# NETWORK: the interface to use, such as eth0, where a machine has several. A machine that loses the network ends its
+# processes; its torchrun may look for MEET for many more minutes then, and can be killed.
+set -euo pipefail
+
+if [ $# -lt 1 ]; then
+    echo "found no config: say MEET=node0 NNODES=2 launch/torchrun_nodes.sh CONFIG [section.key=value ...]" >&2
+    exit 2
+fi
+config=$1
+shift
+meet=${MEET:?one of the machines, which the others can reach}
+nnodes=${NNODES:?how many machines}
+
+cd "$(dirname "$0")/.."
+[ -d .venv/bin ] && export PATH="$PWD/.venv/bin:$PATH"
+
+gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
+
+# Restarted gloo workers must not meet the addresses of the dead ones in the launcher's store.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# One OpenMP thread per process unless told otherwise: ranks share the machine's cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+if [ -n "${NETWORK:-}" ]; then
+    export NCCL_SOCKET_IFNAME=$NETWORK GLOO_SOCKET_IFNAME=$NETWORK
+fi
+
+# c10d's rendezvous hands out the ranks, so that no machine has to be told its number.
+exec torchrun --nnodes "$nnodes" --nproc_per_node "${NPROC:-$((gpus > 0 ? gpus : 1))}" --max_restarts "${RESTARTS:-0}" \
+    --rdzv_backend c10d --rdzv_endpoint "$meet:${PORT:-29500}" --rdzv_id internlm_lite --rdzv_conf join_timeout=600 \
+    train.py --launcher torch --config "$config" "$@"

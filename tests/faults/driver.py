@@ -1,0 +1,145 @@
+"""train.py with faults put into it: FAULTS="KIND RANK FIRST[-LAST] [SECONDS];..." in the environment, RANK maybe *.
+
+    kill stop term   this rank sends itself the signal            exit     leaves with code 0, as if all were done
+    raise            an error of the program                      memory   asks for more than RLIMIT_AS allows
+    sleep stuck      for ever in its data, in a forward pass      full     fills the disk of the working directory
+    nan blow         gradient of one layer * nan, * 10000         flip     one bit of a weight, before they are compared
+
+Each comes before step FIRST is trained, or before every step of the range; FIRST of +5 counts from where this process
+begins. Signals come SECONDS later. Once, if steps are trained again after a rollback, or each time with a ! after KIND.
+A start again by torchrun is undisturbed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import runpy
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from internlm_lite.train import loop
+
+TRAIN = Path(__file__).resolve().parents[2] / "train.py"
+_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
+_FACTORS = {"nan": math.nan, "blow": 1e4}
+
+
+@dataclass(frozen=True)
+class Fault:
+    kind: str
+    steps: range
+    relative: bool
+    seconds: float
+    again: bool
+
+    def due(self, step: int, first: int) -> bool:
+        return step - first * self.relative in self.steps
+
+    @staticmethod
+    def parse(text: str, rank: str) -> list[Fault]:
+        """Those of `rank`."""
+        found = []
+        for one in filter(None, text.split(";")):
+            kind, who, steps, *seconds = one.split()
+            first, _, last = steps.partition("-")
+            if who in ("*", rank):
+                found.append(
+                    Fault(
+                        kind=kind.rstrip("!"),
+                        steps=range(int(first), int(last or first) + 1),
+                        relative=steps.startswith("+"),
+                        seconds=float(seconds[0]) if seconds else 0.0,
+                        again=kind.endswith("!"),
+                    )
+                )
+        return found
+
+
+def before(fault: Fault, stages: Any) -> Callable[[], object]:
+    """Do it; returns what undoes it after the step."""
+    if number := _SIGNALS.get(fault.kind):
+        if fault.seconds:
+            threading.Timer(fault.seconds, os.kill, (os.getpid(), number)).start()
+        else:
+            os.kill(os.getpid(), number)
+    elif fault.kind == "exit":
+        os._exit(0)
+    elif fault.kind == "stuck":
+        for module in next(iter(stages.values())).modules():
+            module.register_forward_pre_hook(lambda *_: time.sleep(3600))
+    elif fault.kind == "raise":
+        raise ValueError("this rank is broken")
+    elif fault.kind == "memory":
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
+        torch.ones(1 << 28)
+    elif fault.kind == "full":
+        assert Path.cwd().is_mount(), "a small disk of its own is expected"
+        with open("filler", "wb", buffering=0) as file:
+            try:
+                while file.write(b"x" * 4096):
+                    pass
+            except OSError:
+                pass
+    elif factor := _FACTORS.get(fault.kind):
+        weight = next(param for name, param in list(stages.values())[-1].named_parameters() if "norm" in name)
+        return weight.register_hook(lambda grad: grad * factor).remove
+    return lambda: None
+
+
+def install(faults: list[Fault]) -> None:
+    train_step, check_replicas = loop.train_step, loop.check_replicas
+    first, last = -1, -1
+
+    def step(*args: Any, **named: Any) -> Any:
+        nonlocal first, last
+        now = args[4]
+        first = now if first < 0 else first
+        due = [fault for fault in faults if fault.due(now, first) and (now > last or fault.again)]
+        last = max(last, now)
+        undo = [before(fault, args[0]) for fault in due]
+        outcome = train_step(*args, **named)
+        for each in undo:
+            each()
+        return outcome
+
+    def check(optimizer: Any, mesh: Any, done: int) -> None:
+        if any(fault.kind == "flip" and fault.due(done, first) for fault in faults):
+            optimizer.buckets[0].weights.view(torch.int32)[3] ^= 1 << 12
+        check_replicas(optimizer, mesh, done)
+
+    loop.train_step, loop.check_replicas = step, check
+    for fault in faults:
+        if fault.kind == "sleep":
+            delay_batches(fault.steps.start)
+
+
+def delay_batches(first: int) -> None:
+    from internlm_lite.batch import Batch
+
+    to, handed = Batch.to, [0]
+
+    def slow(self: Batch, device: torch.device) -> Batch:
+        handed[0] += 1
+        if handed[0] == first + 1:
+            time.sleep(3600)
+        return to(self, device)
+
+    Batch.to = slow
+
+
+if __name__ == "__main__":
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        install(Fault.parse(os.environ.get("FAULTS", ""), os.environ.get("RANK", "0")))
+    sys.argv[0] = str(TRAIN)
+    runpy.run_path(str(TRAIN), run_name="__main__")

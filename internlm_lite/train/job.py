@@ -28,9 +28,10 @@ from internlm_lite.runtime.log import setup_logging
 from internlm_lite.runtime.place import Place
 from internlm_lite.runtime.start import announce_layout, end_process, start_world
 from internlm_lite.train.build import Run, build_run
+from internlm_lite.train.elastic import keep_global_batch
 from internlm_lite.train.ending import Ending, code_of
 from internlm_lite.train.loop import Ended, train
-from internlm_lite.train.save_folders import SaveFolders
+from internlm_lite.train.save_folders import LastRun, SaveFolders
 
 logger = logging.getLogger("internlm_lite")
 
@@ -114,7 +115,8 @@ def _run_in_folder(
 ) -> int:
     config = loaded.config
     resume = options.resume or ("auto" if config.ckpt.auto_resume else "none")
-    folder, over = on_main(mesh, lambda: _choose_folder(config, options.run_dir, save_folders, resume))
+    last = on_main(mesh, lambda: save_folders.last_run() if resume == "auto" else None)
+    folder, over = on_main(mesh, lambda: _choose_folder(config, options.run_dir, last))
 
     def begin() -> None:
         on_main(mesh, lambda: _describe_start(folder, loaded, place, options, mesh.device))
@@ -123,6 +125,7 @@ def _run_in_folder(
 
     if not over:
         begin()
+    config = keep_global_batch(config, last, mesh.dp.size)
     terminal = sys.stdout.isatty() and place.is_main
     try:
         run = build_run(config, mesh, folder, resume, terminal, options.profiling, save_folders, ending.watchdog)
@@ -143,12 +146,11 @@ def _run_in_folder(
     return STOPPED if ended.stopped_by and not place.agent_store else 0
 
 
-def _choose_folder(config: Config, root: Path, save_folders: SaveFolders, resume: str) -> tuple[Path, bool]:
+def _choose_folder(config: Config, root: Path, last: LastRun | None) -> tuple[Path, bool]:
     """The run folder: that of the checkpoint this run will go on from, if it is this run's own, else a new one.
 
     And whether everything was done there, so that it is not to be written to. For rank 0.
     """
-    last = save_folders.last_run() if resume == "auto" else None
     folder = find_run_folder(root, config.JOB_NAME, last.folder) if last else None
     if last is None or folder is None:
         return create_run_folder(root, config.JOB_NAME, datetime.now().astimezone()), False

@@ -200,13 +200,14 @@ def test_a_checkpoint_tells_which_run_wrote_it(tmp_path: Path):
     config = saving_to(saves)
     assert last_run(config) is None
     run_training(single_process_mesh(), config, tmp_path / "2026-01-02_03-04-05")
-    assert last_run(config) == LastRun("2026-01-02_03-04-05", 8)
+    assert last_run(config) == LastRun("2026-01-02_03-04-05", 8, 4 * 2 * 32, (4, 2, 32))
     saves.rename(tmp_path / "copy")
     assert last_run(saving_to(tmp_path / "copy")) is None, "the run that wrote it may be alive, with folders of its own"
     (tmp_path / "copy").rename(saves)
     for manifest in (saves / "data").glob("*/manifest.json"):
         manifest.write_bytes(manifest.read_bytes()[:-9])
-    assert last_run(config) == LastRun("2026-01-02_03-04-05", 6), "the newest snapshot, since the final one is damaged"
+    older = last_run(config)
+    assert older is not None and older.step == 6, "the newest snapshot, since the final one is damaged"
     for commit in saves.rglob("commits/*.json"):
         commit.write_text("{}")
     assert last_run(config) is None

@@ -1,17 +1,22 @@
 """Signals that ask a run to stop: noted when they come, obeyed after the step, so that what was trained can be saved.
 
 SIGTERM   Slurm and torchrun before they kill        SIGUSR1   sbatch --signal=USR1@90, before the time limit
-SIGINT    Ctrl-C                                     a second one of any of them interrupts at once
+SIGINT    Ctrl-C; once more, a second later, interrupts at once
+
+Others that follow change nothing: launchers send several, to the job and again to each of its processes.
 """
 
 from __future__ import annotations
 
 import logging
 import signal
+import time
 from types import FrameType, TracebackType
 
 logger = logging.getLogger("internlm_lite")
 WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_TWICE_SECONDS = 1.0
+"""Nobody presses Ctrl-C twice as fast as a launcher that hands it on."""
 
 
 class StopSignals:
@@ -20,6 +25,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: str | None = None
         """Name of the first signal."""
+        self._first_seconds = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -34,7 +40,11 @@ class StopSignals:
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        name = signal.Signals(number).name
+        if self.received is None:
+            self.received, self._first_seconds = name, time.monotonic()
+            logger.warning("%s: the run saves within two steps and stops; Ctrl-C (again) stops it at once", name)
+        elif number == signal.SIGINT and time.monotonic() - self._first_seconds > _TWICE_SECONDS:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
-        logger.warning("%s: the run saves after this step and stops; once more stops it at once", self.received)
+        else:
+            logger.info("%s: the run is stopping already", name)

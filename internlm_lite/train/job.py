@@ -114,7 +114,7 @@ def _run_in_folder(
     loaded: LoadedConfig, place: Place, options: Options, mesh: Mesh, save_folders: SaveFolders, ending: Ending
 ) -> int:
     config = loaded.config
-    resume = options.resume or ("auto" if config.ckpt.auto_resume else "none")
+    resume = on_main(mesh, lambda: _resume_how(config, options, place, save_folders))
     last = on_main(mesh, lambda: save_folders.last_run() if resume == "auto" else None)
     folder, over = on_main(mesh, lambda: _choose_folder(config, options.run_dir, last))
 
@@ -144,6 +144,14 @@ def _run_in_folder(
         _say_goodbye(run, ended, folder)
     # A torchrun agent would take any other code for a failure, and start the ranks again.
     return STOPPED if ended.stopped_by and not place.agent_store else 0
+
+
+def _resume_how(config: Config, options: Options, place: Place, save_folders: SaveFolders) -> str:
+    """auto, none or a path; a job that its launcher starts again goes on with what it wrote itself. For rank 0."""
+    wanted = options.resume or ("auto" if config.ckpt.auto_resume else "none")
+    last = save_folders.last_run() if place.attempt and wanted != "auto" else None
+    latest = options.run_dir / config.JOB_NAME / "latest"
+    return "auto" if last and latest.resolve().name == last.folder else wanted
 
 
 def _choose_folder(config: Config, root: Path, last: LastRun | None) -> tuple[Path, bool]:
@@ -202,8 +210,8 @@ def _say_goodbye(run: Run, ended: Ended, folder: Path) -> None:
     if ended.stopped_by:
         saved = "saved" if run.config.ckpt.enable_save_ckpt else "nothing saved, because ckpt.enable_save_ckpt=False"
         logger.warning(
-            f"stopped by {ended.stopped_by} after step {ended.state.step - 1} of {total}: {saved}; started again, the "
-            f"run goes on from its newest checkpoint. Everything about this run is in {folder}"
+            f"stopped by {ended.stopped_by} after {ended.state.step} of {total} steps: {saved}; started again, the run "
+            f"goes on from its newest checkpoint. Everything about this run is in {folder}"
         )
         return
     if run.start.step >= total:

@@ -73,7 +73,7 @@ def _train_from(
                 run.mesh,
                 run.reporter.metrics,
                 run.reporter.fwd_bwd,
-                requests.now(),
+                requests.now,
             )
             step_traced()
             state = state.after(batch, run.mesh.dp.size)

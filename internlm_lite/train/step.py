@@ -8,6 +8,7 @@ it learns in the same collective as the gradient norm (optim/norm.py). Gradients
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,9 +58,11 @@ def train_step(
     mesh: Mesh,
     metrics: FolderMetrics,
     fwd_bwd: Stopwatch,
-    requests: tuple[float, float] = (0.0, 0.0),
+    requests: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0),
 ) -> StepOutcome:
-    """Train on `batch`; its losses are added to `metrics`, its time to `fwd_bwd`; `requests` are summed. Collective."""
+    """Train on `batch`; its losses are added to `metrics`, its time to `fwd_bwd`; `requests` are asked for late in the
+    step, and summed. Collective.
+    """
     global_tokens = batch.tokens.numel() * mesh.dp.size
     scale = optimizer.loss_scale.double() / global_tokens  # fp64, so that an fp64 model is exact to its own rounding
     fwd_bwd.start()
@@ -67,4 +70,4 @@ def train_step(
     loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
     engine.train(BatchTask(stages, batch, scale, metrics, loss_sum), batch.micro_num)
     fwd_bwd.stop()
-    return optimizer.step(step, batch.stats.num_labels, global_tokens, requests, loss_sum)
+    return optimizer.step(step, batch.stats.num_labels, global_tokens, requests(), loss_sum)

@@ -74,7 +74,9 @@ def test_preempted_and_requeued_gives_the_same_curve(slurm: SlurmLab, uninterrup
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), texts(folder)
     assert "code 3: stopped after saving; requeued" in (folder / f"slurm-{job}.log").read_text()
     assert sorted(file.name for file in log.parent.iterdir()) == [f"rank-{rank}.log" for rank in range(4)]
-    assert log.read_text().count("saved rescue checkpoint") == 1 and "attempt" not in log.read_text().split("step=20")[0]
+    assert (
+        log.read_text().count("saved rescue checkpoint") == 1 and "attempt" not in log.read_text().split("step=20")[0]
+    )
     assert joined_curve(folder) == joined_curve(uninterrupted[0]), "to the bit"
     assert slurm.processes() == {}
 
@@ -114,7 +116,11 @@ def test_ranks_that_stop_are_not_killed_by_the_first_that_has_ended(slurm: Slurm
     ("config", "environment", "words"),
     [
         ("absent.py", {}, "node node2: found no config absent.py in"),
-        ("config.py", {"REPOSITORY": "/absent"}, "node node1: found no train.py in /absent: call sbatch in the repository"),
+        (
+            "config.py",
+            {"REPOSITORY": "/absent"},
+            "node node1: found no train.py in /absent: call sbatch in the repository",
+        ),
     ],
 )
 def test_what_is_missing_is_said_before_the_start(slurm, folder: Path, config, environment, words):

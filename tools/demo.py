@@ -93,7 +93,8 @@ def report(folder: Path, vocab_size: int) -> None:
     """What came out: the loss at both ends, the samples, and where to look."""
     run_folder = (folder / "RUN" / "demo" / "latest").resolve()
     steps = read_metrics(run_folder / "metrics.jsonl")
-    for sample in read_objects(run_folder / "samples.jsonl"):
+    samples = list(read_objects(run_folder / "samples.jsonl"))
+    for sample in (one for one in samples if one["step"] == samples[-1]["step"]):
         print(f"\n--- prompt {sample['prompt']!r}\n{sample['prompt']}{sample['text']}")
     losses = [step["loss"] for step in steps]
     end, uniform = statistics.mean(losses[-LAST_STEPS:]), math.log(vocab_size)
@@ -105,6 +106,7 @@ def report(folder: Path, vocab_size: int) -> None:
     for name, (_, loss, accuracy) in (evaluations[-1]["folders"] if evaluations else {}).items():
         print(f"  held-out text of {name:<6} loss {loss:.3f}, next token right {accuracy:.0%}")
     print(f"run folder: {run_folder}")
+    print(f"report:     {run_folder / 'report.html'}   live: internlm-lite dashboard {run_folder}")
     print(f"more text:  internlm-lite generate --checkpoint {folder / 'ckpts'} --prompt 'import '")
 
 

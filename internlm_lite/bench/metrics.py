@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import statistics
 import threading
 import time
 from dataclasses import dataclass
@@ -136,15 +137,15 @@ class _Lines:
             torch.cuda.synchronize(self._mesh.device)  # the wait for the step itself is not the line's
         begin = time.perf_counter()
         self._reporter.step_line(self._state, self._batch, outcome)
-        self._seconds += time.perf_counter() - begin
-        self._lines += 1
+        self._seconds.append(time.perf_counter() - begin)
 
     def forget(self) -> None:
-        self._seconds, self._lines, self._thread_seconds = 0.0, 0, _thread_seconds()
+        self._seconds: list[float] = []
+        self._thread_seconds = _thread_seconds()
 
     def per_line(self) -> tuple[float, float]:
-        """Seconds of the training thread, and of the threads behind it."""
-        return self._seconds / self._lines, (_thread_seconds() - self._thread_seconds) / self._lines
+        """Seconds of the training thread (median), and CPU seconds of the threads behind it (mean)."""
+        return statistics.median(self._seconds), (_thread_seconds() - self._thread_seconds) / len(self._seconds)
 
 
 def _thread_seconds() -> float:

@@ -1,9 +1,9 @@
 """Who writes to a save folder: one run at a time.
 
-    run.lock   {owner, host, pid, beat}     renewed every RENEW_SECONDS by a thread; removed at the end
+    run.lock   {owner, host, pid, world, beat}     renewed every RENEW_SECONDS by a thread; removed at the end
 
-A lock whose process is gone (same host), or that does not change for LEASE_SECONDS while we watch, is taken over. Only
-changes are compared, never clocks of two hosts.
+A lock whose process is gone (of the same boot and pid namespace, where its pid means something), or that does not
+change for LEASE_SECONDS while we watch, is taken over. Only changes are compared, never clocks of two hosts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from internlm_lite.checkpoint.storage import Storage, UnreadableError
@@ -53,6 +54,9 @@ class Lease:
         lock is gone, for instance with the storage.
         """
         found = holder(self._storage)
+        if found is None and self._storage.list("commits") and self._storage.put_if_absent(KEY, self._document()):
+            logger.warning("%s: this run's lock %s was gone, and is written anew", self._storage.name, KEY)
+            return
         if found is None:
             raise StorageError(
                 f"{self._storage.name}: this run's lock {KEY} is gone or cannot be read: was the folder removed, or "
@@ -100,7 +104,13 @@ class Lease:
                 logger.warning("the lease on %s could not be renewed: %s", self._storage.name, error)
 
     def _document(self) -> bytes:
-        facts = {"owner": self._owner, "host": socket.gethostname(), "pid": os.getpid(), "beat": self._beat}
+        facts = {
+            "owner": self._owner,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "world": _world(),
+            "beat": self._beat,
+        }
         return json.dumps(facts).encode()
 
 
@@ -131,7 +141,8 @@ def holder(storage: Storage) -> dict[str, Any] | None:
 def _is_dead(found: dict[str, Any]) -> bool:
     """Whether the holder was a process of this host that is gone."""
     pid = found.get("pid")
-    if found.get("host") != socket.gethostname() or not isinstance(pid, int):
+    here = (socket.gethostname(), _world())
+    if (found.get("host"), found.get("world")) != here or not isinstance(pid, int):
         return False
     try:
         os.kill(pid, 0)
@@ -140,6 +151,15 @@ def _is_dead(found: dict[str, Any]) -> bool:
     except PermissionError:
         return False
     return _state(pid) == "Z"
+
+
+def _world() -> str:
+    """Where a pid names one process: this boot of this kernel, and the pid namespace in it. "" where there is none."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def _state(pid: int) -> str:

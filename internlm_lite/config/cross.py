@@ -5,6 +5,7 @@ world = data * tensor * pipeline        every split size divides what it splits
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from internlm_lite.config.address import webhook_format, webhook_problem
@@ -232,6 +233,10 @@ def _data(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("monitor.sample_prompts", "data.tokenizer"), "found without data.tokenizer; set it, or remove the prompts"
         )
+    if config.monitor.sample_every and not config.monitor.sample_prompts:
+        yield Problem(
+            ("monitor.sample_every", "monitor.sample_prompts"), "found without prompts; give some, or set it to 0"
+        )
     if not config.JOB_NAME.strip(". ") or set(config.JOB_NAME) & {"/", "\0"}:
         yield Problem(("JOB_NAME",), f"found {config.JOB_NAME!r}, expected the name of a folder: no '/', not empty")
 
@@ -246,6 +251,12 @@ def _ckpt(ckpt: CkptConfig) -> Iterator[Problem]:
         yield Problem(
             ("ckpt.oss_snapshot_freq", "ckpt.snapshot_ckpt_folder"),
             f"found {ckpt.oss_snapshot_freq} without ckpt.snapshot_ckpt_folder; set the folder, or oss_snapshot_freq=0",
+        )
+    both = {_spelt_out(folder) for folder in (ckpt.save_ckpt_folder, ckpt.snapshot_ckpt_folder) if folder}
+    if ckpt.save_ckpt_folder and ckpt.snapshot_ckpt_folder and len(both) == 1:
+        yield Problem(
+            ("ckpt.snapshot_ckpt_folder", "ckpt.save_ckpt_folder"),
+            "found the same folder for both; expected two, for instance a folder snapshot inside ckpt.save_ckpt_folder",
         )
     if ckpt.load_ckpt_folder is not None and ckpt.load_model_only_folder is not None:
         yield Problem(
@@ -272,6 +283,13 @@ def _alerts(alerts: AlertsConfig) -> Iterator[Problem]:
             ("monitor.alerts.format", "monitor.alerts.webhook"),
             'found None, and the host of the webhook is not known; expected "feishu", or "slack" (others read it too)',
         )
+
+
+def _spelt_out(folder: str) -> str:
+    """One spelling of a folder."""
+    if is_s3(folder):
+        return str(parse_s3(folder) or folder)
+    return os.path.realpath(os.path.expanduser(folder.removeprefix("local:")))
 
 
 def _is_folder(text: str) -> bool:

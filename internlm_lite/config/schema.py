@@ -370,6 +370,8 @@ class MonitorConfig(Section):
     """Steps between continuations of the prompts; 0: only at the end."""
     sample_tokens: Positive = 64
     """Tokens generated per prompt."""
+    report_every_seconds: Annotated[float, Field(ge=0)] = 60.0
+    """Seconds between rewrites of report.html in the run folder, at least; 0: none is written."""
     tensorboard: bool | None = None
     """Write event files for TensorBoard to the run folder; None: where tensorboard is installed."""
     wandb: WandbConfig | None = None

@@ -6,6 +6,7 @@ Printed as Python that `load_config` reads again (secrets masked): `train.py --p
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from internlm_lite.config.keys import known_keys, section_of
@@ -62,6 +63,23 @@ def masked(values: Any, name: str = "") -> Any:
     for pattern, replacement in _IN_TEXT:
         values = pattern.sub(replacement, values)
     return values
+
+
+def secrets_of(config: Config) -> list[str]:
+    """The values that `masked` hides or cuts. Their text is secret wherever it stands, as under a variable's name."""
+
+    def differing(value: Any, shown: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            for key in value:
+                yield from differing(value[key], shown[key])
+        elif isinstance(value, list):
+            for one, two in zip(value, shown, strict=True):
+                yield from differing(one, two)
+        elif isinstance(value, str) and value != shown:
+            yield value
+
+    values = resolved(config)
+    return [text for text in differing(values, masked(values)) if text]
 
 
 def print_config(loaded: LoadedConfig, how: str) -> str:

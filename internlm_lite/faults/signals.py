@@ -1,20 +1,22 @@
 """Signals that ask a run to stop: noted when they come, obeyed after the step, so that what was trained can be saved.
 
 SIGTERM   Slurm and torchrun before they kill        SIGUSR1   sbatch --signal=USR1@90, before the time limit
-SIGINT    Ctrl-C; after any of them, it interrupts at once
+SIGINT    Ctrl-C; once more, a second later, interrupts at once
 
-A SIGTERM after the first signal changes nothing: Slurm sends one at the time limit, while the run that SIGUSR1 warned
-may still be saving, and torchrun passes on what its ranks were sent already. What has to end at once is killed.
+Others that follow change nothing: launchers send several, to the job and again to each of its processes.
 """
 
 from __future__ import annotations
 
 import logging
 import signal
+import time
 from types import FrameType, TracebackType
 
 logger = logging.getLogger("internlm_lite")
 WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_TWICE_SECONDS = 1.0
+"""Nobody presses Ctrl-C twice as fast as a launcher that hands it on."""
 
 
 class StopSignals:
@@ -23,6 +25,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: str | None = None
         """Name of the first signal."""
+        self._first_seconds = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -40,8 +43,11 @@ class StopSignals:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
         if self.received is None:
-            self.received = signal.Signals(number).name
-            logger.warning("%s: the run saves after this step and stops; Ctrl-C stops it at once", self.received)
-        elif number == signal.SIGINT:
+            self.received, self._first_seconds = name, time.monotonic()
+            logger.warning("%s: the run saves within two steps and stops; Ctrl-C (again) stops it at once", name)
+        elif number == signal.SIGINT and time.monotonic() - self._first_seconds > _TWICE_SECONDS:
             raise KeyboardInterrupt
+        else:
+            logger.info("%s: the run is stopping already", name)

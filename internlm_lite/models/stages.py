@@ -65,7 +65,6 @@ class WholeModel:
         self._stages, self._pp, self._homes = stages, mesh.pp, homes
         self.any_stage = next(iter(stages.values()))
         self.device = mesh.device
-        self.kv_heads_here = self.any_stage.config.kv_heads // mesh.tp.size
 
     def logits(
         self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, rows: torch.Tensor | None = None

@@ -68,13 +68,15 @@ class FolderMetrics:
         """The sums since the last `collect` over all ranks, JSON-able. Collective; waits for the device."""
         sums = self._sums.clone()
         comm.all_reduce(sums, self._world).wait()
-        return {"folders": list(self._folders), "sums": sums.tolist()}
+        # JSON has no nan, and one bad step makes a sum that until the next line
+        values = [value if math.isfinite(value) else repr(value) for value in sums.tolist()]
+        return {"folders": list(self._folders), "sums": values}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from these sums, unless the data folders are others now."""
         self._sums.zero_()
         if self._world.rank == 0 and tuple(state["folders"]) == self._folders:
-            self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+            self._sums.copy_(torch.tensor([float(value) for value in state["sums"]], dtype=torch.float64))
 
     def collect(self) -> Collected:
         """The sums since the last call. Collective; waits for the device."""

@@ -65,7 +65,7 @@ def render_page(payload: Mapping[str, Any], assets: Assets) -> str:
         "CSP": f'<meta http-equiv="Content-Security-Policy" content="{html.escape(assets.policy(payload["live"]))}">',
         "TITLE": html.escape(page_title(payload)),
         "STYLE": f"<style>{assets.style}</style>",
-        "SCRIPT": f"<script>{assets.script}</script>",
+        "SCRIPT": f'<script type="module">{assets.script}</script>',
         "PAYLOAD": f'<script type="application/json" id="payload">{encode(payload)}</script>',
     }
     return _MARK.sub(lambda mark: parts[mark[1]], assets.template)

@@ -25,7 +25,7 @@ import torch
 import yaml
 
 from internlm_lite.config.load import LoadedConfig
-from internlm_lite.config.view import masked, origin_rows, resolved
+from internlm_lite.config.view import MASK, masked, origin_rows, resolved, secrets_of
 from internlm_lite.errors import ConfigError, StorageError
 from internlm_lite.runtime.place import Place
 
@@ -102,6 +102,8 @@ def write_start(folder: Path, loaded: LoadedConfig, environment: Mapping[str, An
     texts["config.resolved.yaml"] = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     texts["config.origins.json"] = json.dumps(origin_rows(loaded), indent=1, ensure_ascii=False) + "\n"
     texts["env.json"] = json.dumps(environment, indent=2) + "\n"
+    for secret in secrets_of(loaded.config):
+        texts = {name: text.replace(secret, MASK) for name, text in texts.items()}
     try:
         (folder / "config").mkdir(exist_ok=True)
         _keep(folder, texts)

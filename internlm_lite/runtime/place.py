@@ -61,6 +61,11 @@ def limit_spinning(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
+def no_error_reports(environ: MutableMapping[str, str]) -> None:
+    """wandb's own process must not send reports of its errors; the user's own wish wins."""
+    environ.setdefault("WANDB_ERROR_REPORTING", "false")
+
+
 def adopt_s3_keys(environ: MutableMapping[str, str]) -> None:
     """Let InternLM's names of the S3 credentials stand for boto3's, which its default chain then finds.
 

@@ -22,15 +22,17 @@ from internlm_lite.faults.failure import clear_failures
 from internlm_lite.faults.watchdog import Limits, Watchdog
 from internlm_lite.mesh.mesh import Mesh, build_mesh, sizes_of
 from internlm_lite.monitor.jsonl import EventsFile, has_ended, next_segment
+from internlm_lite.monitor.packages import check_packages
 from internlm_lite.runtime.device import apply_numerics, bind_device, device_name
 from internlm_lite.runtime.folder import create_run_folder, environment, find_run_folder, point_latest, write_start
 from internlm_lite.runtime.log import setup_logging
 from internlm_lite.runtime.place import Place
 from internlm_lite.runtime.start import announce_layout, end_process, start_world
 from internlm_lite.train.build import Run, build_run
+from internlm_lite.train.elastic import keep_global_batch
 from internlm_lite.train.ending import Ending, code_of
 from internlm_lite.train.loop import Ended, train
-from internlm_lite.train.save_folders import SaveFolders
+from internlm_lite.train.save_folders import LastRun, SaveFolders
 
 logger = logging.getLogger("internlm_lite")
 
@@ -84,6 +86,7 @@ def _run(loaded: LoadedConfig, place: Place, options: Options) -> int:
         logger.info(place.why)
         for note in loaded.notes:
             logger.info(note)
+    check_packages(config.monitor)
     timeout = options.timeout_seconds
     # Longer than the watchdog waits in any phase: it can name who is missing, a collective cannot.
     collectives = timedelta(seconds=_PATIENCE * timeout + _GRACE_SECONDS)
@@ -101,7 +104,7 @@ def _run(loaded: LoadedConfig, place: Place, options: Options) -> int:
         mesh = build_mesh(sizes, place.rank, device, collectives)
         announce_layout(sizes.dp, sizes.pp, sizes.tp)
         # First of all, because the run folder may be the one that the run which holds them is writing to.
-        save_folders = SaveFolders(config, mesh)
+        save_folders = SaveFolders(config, mesh, timeout)
         try:
             return _run_in_folder(loaded, place, options, mesh, save_folders, ending)
         finally:
@@ -113,8 +116,9 @@ def _run_in_folder(
     loaded: LoadedConfig, place: Place, options: Options, mesh: Mesh, save_folders: SaveFolders, ending: Ending
 ) -> int:
     config = loaded.config
-    resume = options.resume or ("auto" if config.ckpt.auto_resume else "none")
-    folder, over = on_main(mesh, lambda: _choose_folder(config, options.run_dir, save_folders, resume))
+    resume = on_main(mesh, lambda: _resume_how(config, options, place, save_folders))
+    last = on_main(mesh, lambda: save_folders.last_run() if resume == "auto" else None)
+    folder, over = on_main(mesh, lambda: _choose_folder(config, options.run_dir, last))
 
     def begin() -> None:
         on_main(mesh, lambda: _describe_start(folder, loaded, place, options, mesh.device))
@@ -123,6 +127,7 @@ def _run_in_folder(
 
     if not over:
         begin()
+    config = keep_global_batch(config, last, mesh.dp.size)
     terminal = sys.stdout.isatty() and place.is_main
     try:
         run = build_run(config, mesh, folder, resume, terminal, options.profiling, save_folders, ending.watchdog)
@@ -143,12 +148,19 @@ def _run_in_folder(
     return STOPPED if ended.stopped_by and not place.agent_store else 0
 
 
-def _choose_folder(config: Config, root: Path, save_folders: SaveFolders, resume: str) -> tuple[Path, bool]:
+def _resume_how(config: Config, options: Options, place: Place, save_folders: SaveFolders) -> str:
+    """auto, none or a path; a job that its launcher starts again goes on with what it wrote itself. For rank 0."""
+    wanted = options.resume or ("auto" if config.ckpt.auto_resume else "none")
+    last = save_folders.last_run() if place.attempt and wanted != "auto" else None
+    latest = options.run_dir / config.JOB_NAME / "latest"
+    return "auto" if last and latest.resolve().name == last.folder else wanted
+
+
+def _choose_folder(config: Config, root: Path, last: LastRun | None) -> tuple[Path, bool]:
     """The run folder: that of the checkpoint this run will go on from, if it is this run's own, else a new one.
 
     And whether everything was done there, so that it is not to be written to. For rank 0.
     """
-    last = save_folders.last_run() if resume == "auto" else None
     folder = find_run_folder(root, config.JOB_NAME, last.folder) if last else None
     if last is None or folder is None:
         return create_run_folder(root, config.JOB_NAME, datetime.now().astimezone()), False
@@ -200,8 +212,8 @@ def _say_goodbye(run: Run, ended: Ended, folder: Path) -> None:
     if ended.stopped_by:
         saved = "saved" if run.config.ckpt.enable_save_ckpt else "nothing saved, because ckpt.enable_save_ckpt=False"
         logger.warning(
-            f"stopped by {ended.stopped_by} after step {ended.state.step - 1} of {total}: {saved}; started again, the "
-            f"run goes on from its newest checkpoint. Everything about this run is in {folder}"
+            f"stopped by {ended.stopped_by} after {ended.state.step} of {total} steps: {saved}; started again, the run "
+            f"goes on from its newest checkpoint. Everything about this run is in {folder}"
         )
         return
     if run.start.step >= total:

@@ -74,7 +74,7 @@ def _train_from(
                 run.mesh,
                 run.reporter.metrics,
                 run.reporter.fwd_bwd,
-                requests.now(),
+                requests.now,
                 partial(watchdog.enter, "updating", state.step),
             )
             step_traced()

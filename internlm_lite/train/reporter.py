@@ -17,7 +17,6 @@ from internlm_lite.config.schema import Config
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.monitor.flops import mfu, model_flops_per_token, step_flops_per_token, tflops_per_gpu
 from internlm_lite.monitor.metrics import Collected, FolderMetrics
-from internlm_lite.monitor.packages import check_packages
 from internlm_lite.monitor.record import Origin, Sample, SpeedFigures, StepRecord, ValidationRecord
 from internlm_lite.monitor.scalars import perplexity
 from internlm_lite.monitor.sinks import FanOut
@@ -42,8 +41,6 @@ class Reporter:
     """Every rank has one: collecting is collective. Only rank 0 has sinks."""
 
     def __init__(self, config: Config, mesh: Mesh, folders: Sequence[str]) -> None:
-        """Raises MissingPackageError when the config asks for a sink whose package is not installed."""
-        check_packages(config.monitor)
         self.metrics = FolderMetrics(folders, mesh)
         self.speed = SpeedMeter(mesh.world.size)
         self.fwd_bwd = Stopwatch(mesh.device)

@@ -18,6 +18,8 @@ import torch
 from internlm_lite.faults.signals import StopSignals
 
 logger = logging.getLogger("internlm_lite")
+_LARGEST = 10**12
+"""Of a step in the stop file: it travels as a float."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Requests:
         self._stop_file = stop_file if is_main else None
         self._told: _OnTheWay | None = None
         self._obeyed: float = 0
+        self._problem = ""
 
     def now(self) -> tuple[float, float]:
         """(1 if this rank was signalled, the number in the stop file): to be summed over all ranks in this step."""
@@ -67,7 +70,7 @@ class Requests:
         elif number != self._obeyed and steps_done >= abs(number):
             self._obeyed = number
             self._reset()
-            return Order(save=True, stop=number > 0, why=f"stop file with {number:g}")
+            return Order(save=True, stop=number > 0, why=f"stop file with {number:.0f}")
         return Order()
 
     def _read(self) -> int:
@@ -81,15 +84,19 @@ class Requests:
             self._ignore(str(error))
             return 0
         try:
-            return int(text or "0")
+            number = int(text or "0")
         except ValueError:
-            self._ignore(f"found {text[:40]!r}, expected one integer")
-            return 0
+            number = _LARGEST + 1
+        if abs(number) <= _LARGEST:
+            return number
+        self._ignore(f"found {text[:40]!r}, expected one integer")
+        return 0
 
     def _ignore(self, problem: str) -> None:
-        """Say it once, then read the file no more: it is on the way of every step."""
-        logger.warning("ckpt.stop_file_path %s is not read any more: %s", self._stop_file, problem)
-        self._stop_file = None
+        """Say each problem once."""
+        if problem != self._problem:
+            self._problem = problem
+            logger.warning("ckpt.stop_file_path %s is not obeyed: %s", self._stop_file, problem)
 
     def _reset(self) -> None:
         if self._stop_file is None:

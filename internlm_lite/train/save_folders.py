@@ -26,6 +26,10 @@ class LastRun:
     """Name of the run folder."""
     step: int
     """Steps done."""
+    batch_tokens: int
+    """Of a step, over all ranks."""
+    batch: tuple[int, int, int]
+    """micro_num, micro_bsz and seq_len as its config has them."""
 
 
 class SaveFolders:
@@ -72,9 +76,13 @@ class SaveFolders:
             except CheckpointError:  # told when it is loaded
                 continue
             ours, theirs = self.described["ckpt"], manifest.config.get("ckpt", {})
-            folder = manifest.state.get("run_folder")
-            same = all(theirs.get(place) == ours[place] for place in _PLACES)
-            return LastRun(folder, manifest.step) if same and isinstance(folder, str) else None
+            folder, tokens = manifest.state.get("run_folder"), manifest.state.get("batch_tokens")
+            if not (isinstance(folder, str) and isinstance(tokens, int)):
+                return None
+            if any(theirs.get(place) != ours[place] for place in _PLACES):
+                return None
+            data = manifest.config["data"]
+            return LastRun(folder, manifest.step, tokens, (data["micro_num"], data["micro_bsz"], data["seq_len"]))
         return None
 
     def close(self, wait: bool) -> None:

@@ -11,6 +11,7 @@ from internlm_lite.monitor.disk import written_folders
 from internlm_lite.monitor.packages import writes_tensorboard
 from internlm_lite.monitor.sinks import FanOut, Sink, run_files
 from internlm_lite.monitor.watch import Watch
+from internlm_lite.report.writer import ReportWriter
 
 
 def open_sinks(folder: Path, config: Config, done: int, terminal: bool) -> FanOut:
@@ -18,11 +19,25 @@ def open_sinks(folder: Path, config: Config, done: int, terminal: bool) -> FanOu
     monitor, ckpt, total = config.monitor, config.ckpt, config.data.total_steps
     every = [n for n in (ckpt.checkpoint_every, ckpt.oss_snapshot_freq) if n]
     next_save = min(every) if ckpt.enable_save_ckpt and every else None
-    direct = {**run_files(folder), "the console": Console(total, terminal, next_save, done)}
+    direct: dict[str, Sink] = {}
+    if monitor.report_every_seconds:
+        # The first is closed last, so that the page shows the end.
+        direct["the report"] = Report(folder, monitor.report_every_seconds)
+    direct |= {**run_files(folder), "the console": Console(total, terminal, next_save, done)}
     fan_out = FanOut(direct, _queued(folder, config, done))
     title = f"{config.JOB_NAME} {folder.name}"
     fan_out.add("alerts", Watch(monitor.alerts, total, written_folders(folder, ckpt), title, fan_out.event))
     return fan_out
+
+
+class Report(Sink):
+    """report.html, made from the files of the run folder beside training."""
+
+    def __init__(self, folder: Path, every_seconds: float) -> None:
+        self._writer = ReportWriter(folder, every_seconds)
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def _queued(folder: Path, config: Config, done: int) -> dict[str, Callable[[], Sink]]:

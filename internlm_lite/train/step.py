@@ -58,10 +58,11 @@ def train_step(
     mesh: Mesh,
     metrics: FolderMetrics,
     fwd_bwd: Stopwatch,
-    requests: tuple[float, float] = (0.0, 0.0),
+    requests: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0),
     updating: Callable[[], object] = lambda: None,
 ) -> StepOutcome:
-    """Train on `batch`; its losses are added to `metrics`, its time to `fwd_bwd`; `requests` are summed. Collective.
+    """Train on `batch`; its losses are added to `metrics`, its time to `fwd_bwd`; `requests` are asked for late in the
+    step, and summed. Collective.
 
     `updating` is called between backward and update, where ranks wait for each other.
     """
@@ -73,4 +74,4 @@ def train_step(
     engine.train(BatchTask(stages, batch, scale, metrics, loss_sum), batch.micro_num)
     fwd_bwd.stop()
     updating()
-    return optimizer.step(step, batch.stats.num_labels, global_tokens, requests, loss_sum)
+    return optimizer.step(step, batch.stats.num_labels, global_tokens, requests(), loss_sum)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from internlm_lite.checkpoint.lease import KEY, Lease, holder
+from internlm_lite.checkpoint.lease import KEY, Lease, _world, holder
 from internlm_lite.checkpoint.local import LocalStorage
 from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.errors import StorageError
@@ -42,11 +42,39 @@ def test_the_lock_of_a_process_that_is_gone_is_taken_over_at_once(tmp_path: Path
     process.start()
     process.join()
     storage = LocalStorage(tmp_path)
-    lock(storage, host=socket.gethostname(), pid=process.pid)
+    lock(storage, host=socket.gethostname(), pid=process.pid, world=_world())
     begin = time.monotonic()
     lease = Lease(storage, lease_seconds=30)
     lease.acquire()
     assert time.monotonic() - begin < 5
+    lease.release()
+
+
+def test_a_pid_of_another_boot_or_namespace_means_nothing_here(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    gone = multiprocessing.get_context("spawn").Process(target=int)
+    gone.start()
+    gone.join()
+    lock(storage, host=socket.gethostname(), pid=gone.pid, world=f"{_world()} of another container")
+    beats = threading.Timer(0.3, lambda: lock(storage, host=socket.gethostname(), pid=gone.pid, beat=1))
+    beats.start()
+    with pytest.raises(StorageError, match="in use by host"):
+        Lease(storage, lease_seconds=2).acquire()
+    beats.join()
+
+
+def test_a_lock_that_was_deleted_is_written_anew_where_the_folder_is_still_there(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    lease = Lease(storage)
+    lease.acquire()
+    storage.put("commits/0000000001-00002.abcdef.json", [b"{}"])
+    storage.delete(KEY)
+    lease.check()
+    assert holder(storage) is not None
+    storage.delete(KEY)
+    storage.delete_folder("commits")
+    with pytest.raises(StorageError, match=r"this run's lock run\.lock is gone"):
+        lease.check()  # as under the mount point of a file system that was unmounted
     lease.release()
 
 

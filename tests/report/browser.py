@@ -66,9 +66,12 @@ class Tab:
     """One page in a context of its own. `faults`: errors it had and requests it made to elsewhere."""
 
     def __init__(self, browser: Any, width: int = 1440, height: int = 1000, dark: bool = False, locale: str = "en-US"):
-        scheme = "dark" if dark else "light"
         self.context = browser.new_context(
-            viewport={"width": width, "height": height}, color_scheme=scheme, locale=locale, timezone_id="UTC"
+            viewport={"width": width, "height": height},
+            color_scheme="dark" if dark else "light",
+            locale=locale,
+            timezone_id="UTC",
+            reduced_motion="reduce",  # a scroll that takes its time would make every click wait
         )
         self.page = self.context.new_page()
         self.page.set_default_timeout(10_000)

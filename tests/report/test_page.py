@@ -119,6 +119,17 @@ def test_runs_that_have_hardly_anything(tab: Tab, tmp_path: Path, pictures: Path
     assert [row[4] for row in tab.rows()] == ["–"] * len(SIX)
 
 
+def test_of_many_runs_the_first_few_are_shown_until_others_are_chosen(tab: Tab, tmp_path: Path) -> None:
+    folders = [made.make_run(tmp_path / f"run-{index}", 20, ("code",)) for index in range(6)]
+    tab.open(report(*folders))
+    assert [line["name"] for line in tab.chart("loss")["lines"]] == [f"code · run-{index}" for index in range(4)]
+    for index in (5, 0, 1, 2, 3):
+        tab.press(f'#controls input[data-focus="run:demo/run-{index}"]')
+    assert [line["name"] for line in tab.chart("loss")["lines"]] == ["code · run-5"]
+    tab.press('#controls input[data-focus="run:demo/run-5"]')  # the last one stays
+    assert [line["name"] for line in tab.chart("loss")["lines"]] == ["code · run-5"]
+
+
 def test_the_log_of_an_internlm_run(tab: Tab, tmp_path: Path, pictures: Path) -> None:
     log = Path(__file__).parents[1] / "monitor/data/seed.log"
     path = tmp_path / "report.html"

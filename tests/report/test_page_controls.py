@@ -72,6 +72,20 @@ def test_smoothing_axes_and_tabs_change_the_chart_and_the_address(tab: Tab, runs
     assert sum(shares) == pytest.approx(1) and not tab.chart("share of tokens")["log"]
 
 
+def test_the_slider_is_dragged_and_searches_are_typed(tab: Tab, runs: Path) -> None:
+    tab.open(report(runs / "one"))
+    box = tab.page.locator("#controls input[type=range]").bounding_box()
+    drag(tab, box, 0.02, 0.8)
+    assert tab.state["smooth"] == pytest.approx(0.79, abs=0.05)
+    for place, key in (("#events", "find"), ("#config", "key")):
+        field = tab.page.locator(f'{place} input[type="search"]')
+        field.press_sequentially("lr")
+        field.press("ArrowLeft")
+        field.press_sequentially("x")
+        tab.settle()
+        assert field.input_value() == tab.state[key] == "lxr"
+
+
 def debiased(values: list[float | None], weight: float) -> list[float | None]:
     total, missing, found = 0.0, 1.0, []
     for value in values:

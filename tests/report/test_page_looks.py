@@ -39,25 +39,25 @@ def test_every_word_is_there_in_both_languages() -> None:
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_accessibility(browser: Any, runs: Path, pictures: Path, dark: bool) -> None:
-    for name, folders in (("one", ["one"]), ("two", ["one", "two"])):
-        tab = Tab(browser, dark=dark).open(report(*[runs / folder for folder in folders]))
-        tab.press(legend("docs"))
-        assert tab.violations() == []
-        tab.picture(pictures, f"{'dark' if dark else 'light'}-{name}", whole=True)
-        assert tab.faults == []
-        tab.close()
+def test_nothing_serious_in_the_way_of_assistive_technology(
+    browser: Any, runs: Path, pictures: Path, dark: bool
+) -> None:
+    tab = Tab(browser, dark=dark).open(report(runs / "one", runs / "two") if dark else report(runs / "one"))
+    tab.press(legend("docs"))
+    tab.picture(pictures, "dark" if dark else "light", whole=True)
+    assert tab.violations() == []
+    assert tab.faults == []
+    tab.close()
 
 
-@pytest.mark.parametrize("locale", ["en-US", "zh-CN"])
-def test_a_phone_scrolls_in_one_direction(browser: Any, runs: Path, pictures: Path, locale: str) -> None:
-    for name in ("many", "hostile"):
-        tab = Tab(browser, width=400, height=800, locale=locale).open(report(runs / name))
-        tab.picture(pictures, f"phone-{name}-{locale}", whole=True)
-        assert tab.spills() == 0
-        assert tab.violations() == []
-        assert tab.faults == []
-        tab.close()
+@pytest.mark.parametrize(("locale", "name"), [("en-US", "many"), ("zh-CN", "hostile")])
+def test_a_phone_scrolls_in_one_direction(browser: Any, runs: Path, pictures: Path, locale: str, name: str) -> None:
+    tab = Tab(browser, width=400, height=800, locale=locale).open(report(runs / name))
+    tab.picture(pictures, f"phone-{name}", whole=True)
+    assert tab.spills() == 0
+    assert tab.violations() == []
+    assert tab.faults == []
+    tab.close()
 
 
 def test_it_prints(tab: Tab, runs: Path, pictures: Path) -> None:
@@ -71,5 +71,7 @@ def test_only_one_name_is_left_on_window(tab: Tab, runs: Path) -> None:
     tab.open(report(runs / "one"))
     payload = json.loads(tab.page.locator("#payload").inner_text())
     assert payload["runs"][0]["name"] == "demo/one"
+    leaked = "() => ['drawPage', 'readHash', 'goTo'].filter((name) => name in window)"
+    assert tab.page.evaluate(leaked) == []
     tab.page.evaluate("() => { page.state.tab = 'acc'; }")
     assert tab.state["tab"] == "loss"

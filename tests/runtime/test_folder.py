@@ -152,6 +152,19 @@ def test_environment_has_no_secrets(monkeypatch):
     assert found["packages"]["torch"] and found["why"] == "started by torchrun"
 
 
+def test_a_secret_is_masked_under_any_name_and_in_every_file(tmp_path):
+    hook = "https://example.com/T0/abcdef"
+    config = CONFIG.model_copy(
+        update={"monitor": CONFIG.monitor.model_validate({"alerts": {"webhook": hook, "format": "slack"}})}
+    )
+    source = tmp_path / "c.py"
+    source.write_text(f'HOOK = "{hook}"\nmonitor = dict(alerts=dict(webhook=HOOK))\n')
+    folder = create_run_folder(tmp_path / "RUN", "job", NOW)
+    write_start(folder, LoadedConfig(config, (source,), {}, ()), {"command": ["train.py", f"HOOK={hook}"]})
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert len(files) == 4 and not [path for path in files if "abcdef" in path.read_text()]
+
+
 def test_outside_a_checkout_there_is_no_commit(tmp_path):
     assert git_commit(tmp_path) is None
     inside = git_commit(Path(__file__).parent)

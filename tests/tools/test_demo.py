@@ -43,7 +43,7 @@ def test_the_report_says_how_far_the_loss_fell(tmp_path: Path, capsys: pytest.Ca
     losses = [math.log(4096), 6.0, 4.0]
     lines = [json.dumps({"seg": 0, "step": step, "loss": loss}) for step, loss in enumerate(losses)]
     (run_folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    (run_folder / "samples.jsonl").write_text(json.dumps({"prompt": "def f(", "text": "self):"}) + "\n")
+    (run_folder / "samples.jsonl").write_text(json.dumps({"step": 4, "prompt": "def f(", "text": "self):"}) + "\n")
     demo.report(tmp_path, 4096)
     printed = capsys.readouterr().out
     assert "def f(self):" in printed

@@ -31,12 +31,30 @@ def test_a_signal_is_obeyed_one_step_after_it_was_told(number: signal.Signals):
         assert asked(requests, 3) == [Order()] * 3
         os.kill(os.getpid(), number)
         assert asked(requests, 2) == [Order(), Order(True, True, number.name)]
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.received == number.name, "launchers repeat themselves"
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
     assert signal.getsignal(number) is before
+
+
+def _send(*numbers: signal.Signals) -> None:
+    for number in numbers:
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)  # a signal is noted between two instructions
+
+
+def test_what_a_launcher_sends_twice_is_asked_once():
+    with StopSignals() as signals:
+        _send(signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        assert signals.received == "SIGTERM"
+
+
+def test_a_second_ctrl_c_interrupts(monkeypatch: pytest.MonkeyPatch):
+    with StopSignals() as signals:
+        _send(signal.SIGINT, signal.SIGINT)
+        now = time.monotonic
+        monkeypatch.setattr(time, "monotonic", lambda: now() + 2)
+        _send(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            _send(signal.SIGINT)
+        assert signals.received == "SIGINT"
 
 
 def test_the_stop_file_saves_and_stops_or_goes_on(tmp_path: Path):
@@ -55,15 +73,18 @@ def test_the_stop_file_saves_and_stops_or_goes_on(tmp_path: Path):
         assert asked(other, 4) == [Order()] * 4, "rank 0 alone reads it"
 
 
-@pytest.mark.parametrize("content", [b"soon", b"\xff\xfe", b"1.5"])
+@pytest.mark.parametrize("content", [b"soon", b"\xff\xfe", b"1.5", b"9" * 400, b"9" * 5000])
 def test_a_stop_file_that_makes_no_sense_is_told_and_left(
     tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
 ):
     file = tmp_path / "stop"
     file.write_bytes(content)
     with StopSignals() as signals:
-        assert asked(Requests(signals, file, is_main=True), 3) == [Order()] * 3
-    assert caplog.text.count("is not read any more") == 1 and file.read_bytes() == content
+        requests = Requests(signals, file, is_main=True)
+        assert asked(requests, 3) == [Order()] * 3
+        assert caplog.text.count("is not obeyed") == 1 and file.read_bytes() == content
+        file.write_text("2")
+        assert any(order.stop for order in asked(requests, 3)), "corrected"
 
 
 def metrics(folder: Path) -> dict[int, tuple[float, float]]:
@@ -94,7 +115,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_with_the_same_bits(how: s
         os.kill(run.pid, getattr(signal, how))
     stopped = ended(run, log)
     assert stopped.code == 3, stopped.output
-    assert f"stopped by {'stop file with 20' if how == 'stop file' else how} after step" in stopped.output
+    assert f"stopped by {'stop file with 20' if how == 'stop file' else how} after " in stopped.output
     first = metrics(folder)
     (run_folder,) = (folder / "RUN" / "tiny").glob("20*")
     assert 5 <= max(first) < 59 and (how != "stop file" or max(first) == 19)

@@ -267,3 +267,12 @@ def test_what_is_due_when():
     assert [due(ckpt, steps, stop, last=False) for steps in (5, 4, 6)] == ["rescue", "rescue", "milestone"]
     off = ckpt.model_copy(update={"enable_save_ckpt": False})
     assert [due(off, 6, order, last) for order in (nothing, save, stop) for last in (False, True)] == [None] * 6
+
+
+def test_a_step_that_is_not_finite_does_not_spoil_a_save_before_the_next_line(tmp_path: Path, corpus: Path) -> None:
+    ckpt = {"enable_save_ckpt": True, "save_ckpt_folder": f"local:{tmp_path / 'saves'}", "checkpoint_every": 3}
+    config = tiny(corpus, adam={"lr": 1e300}, monitor={"log_every": 4}, ckpt={**ckpt, "async_upload": False})
+    whole = run_training(single_process_mesh(), config, tmp_path / "run")
+    middle = next((tmp_path / "saves" / "commits").glob("0000000006-*"))
+    resumed = run_training(single_process_mesh(), config, tmp_path / "again", f"{tmp_path}/saves/commits/{middle.name}")
+    assert whole[-1]["loss"] is None and resumed[-1]["folders"] == whole[-1]["folders"]

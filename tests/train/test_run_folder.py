@@ -200,13 +200,14 @@ def test_a_checkpoint_tells_which_run_wrote_it(tmp_path: Path):
     config = saving_to(saves)
     assert last_run(config) is None
     run_training(single_process_mesh(), config, tmp_path / "2026-01-02_03-04-05")
-    assert last_run(config) == LastRun("2026-01-02_03-04-05", 8)
+    assert last_run(config) == LastRun("2026-01-02_03-04-05", 8, 4 * 2 * 32, (4, 2, 32))
     saves.rename(tmp_path / "copy")
     assert last_run(saving_to(tmp_path / "copy")) is None, "the run that wrote it may be alive, with folders of its own"
     (tmp_path / "copy").rename(saves)
     for manifest in (saves / "data").glob("*/manifest.json"):
         manifest.write_bytes(manifest.read_bytes()[:-9])
-    assert last_run(config) == LastRun("2026-01-02_03-04-05", 6), "the newest snapshot, since the final one is damaged"
+    older = last_run(config)
+    assert older is not None and older.step == 6, "the newest snapshot, since the final one is damaged"
     for commit in saves.rglob("commits/*.json"):
         commit.write_text("{}")
     assert last_run(config) is None
@@ -223,3 +224,20 @@ def test_there_is_an_evaluation_at_the_end(tmp_path: Path):
     ]
     assert all(sorted(event["folders"]) == sorted(FOLDERS) for event in found[1::2])
     assert all(tokens > 0 for event in found[1::2] for tokens, _, _ in event["folders"].values())
+
+
+def test_with_fewer_and_more_ranks_it_goes_on_with_the_same_global_batch(folder: Path):
+    """Two ranks, then one, then two again, all with the same command line: the curve of two ranks."""
+    for size, steps in ((2, 4), (1, 8), (2, 12)):
+        ended = [cli.ended(*rank) for rank in start_ranks(folder, size, "MICRO_NUM=2", f"STEPS={steps}")]
+        assert [one.code for one in ended] == [0] * size, ended
+        assert ("data.micro_num=4 instead of 2: with 1 data-parallel ranks now" in ended[0].output) == (size == 1)
+    (run,) = runs_in(folder)
+    changed = curve(read_metrics(run / "metrics.jsonl"))
+    whole = [
+        cli.ended(*rank)
+        for rank in start_ranks(folder, 2, "MICRO_NUM=2", "STEPS=12", "ckpt.save_ckpt_folder=local:whole")
+    ]
+    assert [one.code for one in whole] == [0, 0], whole
+    unchanged = curve(read_metrics(runs_in(folder)[-1] / "metrics.jsonl"))
+    assert len(changed) == 12 and changed == [pytest.approx(point, rel=1e-12) for point in unchanged]

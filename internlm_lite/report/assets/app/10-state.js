@@ -84,8 +84,16 @@ function hashOf(values) {
 function choose(changes) {
   state = { ...state, ...changes };
   if ("x" in changes && !("zoom" in changes)) state.zoom = []; // its units are gone
-  history.replaceState(null, "", `#${hashOf(state)}`);
+  keepHash();
   render();
+}
+
+function keepHash() {
+  try {
+    history.replaceState(null, "", `#${hashOf(state)}`);
+  } catch {
+    // a viewer that shows the file inside its own page may forbid it; then nothing is remembered
+  }
 }
 
 function toggled(list, item) {
@@ -96,7 +104,7 @@ function toggled(list, item) {
 function hashChanged() {
   const target = location.hash.slice(1);
   if (target && !target.includes("=")) {
-    history.replaceState(null, "", `#${hashOf(state)}`);
+    keepHash();
     return;
   }
   state = readHash();

@@ -36,6 +36,11 @@ function fill(host, key, build) {
   if (active) [...host.querySelectorAll("[data-focus]")].find((item) => item.dataset.focus === active)?.focus();
 }
 
+// Into an input, unless somebody is typing there.
+function showText(input, text) {
+  if (document.activeElement !== input) input.value = text;
+}
+
 // Buttons of which one is pressed.
 function choices(name, options, chosen, onchoose) {
   return options.map(([value, label]) =>

@@ -16,6 +16,12 @@ function shownRuns() {
   return chosen.length ? chosen : payload.runs.slice(0, RUNS_AT_FIRST);
 }
 
+// Changes with these parts of the shown runs, not with every step line: what is drawn anew loses the reader's place.
+function contentKey(parts, ...more) {
+  const content = shownRuns().map((run) => [run.name, ...parts.map((part) => run[part])]);
+  return JSON.stringify([language(), dark(), content, ...more]);
+}
+
 function manyRuns() {
   return payload.runs.length > 1;
 }

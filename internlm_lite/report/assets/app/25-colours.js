@@ -1,6 +1,6 @@
 // A colour and a dash for each folder, and a dash for each run.
 // Okabe and Ito's eight colours, which colour-blind readers tell apart; on white the palest are darkened, on black the
-// darkest lightened, to keep a contrast of 3. More folders than eight get the same hues with other dashes and lightness.
+// darkest lightened, to keep a contrast of 3. Folders beyond the eighth get these hues with other dashes and lightness.
 
 const PALETTE = {
   light: ["#0072b2", "#d55e00", "#009e73", "#b3588f", "#c48a00", "#2f8fc4", "#4a4f55", "#8f8500"],

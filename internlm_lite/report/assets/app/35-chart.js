@@ -4,6 +4,7 @@
 
 const charts = new Set();
 const SYNC = "page";
+const MOST_NAMES = 12; // more lines are named at the cursor alone
 
 class Chart {
   // options: height; small: no legend and few labels; legend: false for none; hides: no figure without values;
@@ -75,7 +76,8 @@ class Chart {
   caption(index = null) {
     if (this.options.small) return;
     const x = index === null ? null : this.plot.data[0][index];
-    const items = this.options.legend === false ? [] : this.lines.map((line) => this.key(line, index));
+    const named = this.options.legend !== false && this.lines.length <= MOST_NAMES;
+    const items = named ? this.lines.map((line) => this.key(line, index)) : [];
     const where = make("span", { class: "where" }, x === null ? "" : this.whereText(x, index));
     this.head.replaceChildren(
       make("span", { class: "name" }, this.content.title),

@@ -54,7 +54,8 @@ function yScale(chart) {
 
 // A little room above and below; a constant gets a range of its own size, not from nothing to double.
 function padded(low, high, log) {
-  const room = log ? (high / low) ** 0.06 : (high - low) * 0.08 || Math.abs(high) * 0.02 || 1;
+  const constant = high - low <= 1e-6 * Math.abs(high); // but for the rounding of an average
+  const room = log ? (high / low) ** 0.06 : constant ? Math.abs(high) * 0.02 || 1 : (high - low) * 0.08;
   if (log) return [low / Math.max(room, 1.01), high * Math.max(room, 1.01)];
   return [low >= 0 ? Math.max(0, low - room) : low - room, high + room];
 }

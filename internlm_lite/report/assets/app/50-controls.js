@@ -8,8 +8,11 @@ function drawControls() {
     JSON.stringify(state),
     folderNames().length,
   ].join();
-  fill(byId("controls"), key, () => [
-    smoothingControl(),
+  fill(byId("controls"), language(), () => [smoothingControl(), make("div", { class: "rest" })]);
+  const [smoothing, rest] = byId("controls").children;
+  smoothing.querySelector("input").value = state.smooth;
+  smoothing.querySelector("output").textContent = state.smooth.toFixed(2);
+  fill(rest, key, () => [
     group(
       "x_axis",
       choices(
@@ -45,29 +48,17 @@ function drawControls() {
 function group(label, items) {
   return make(
     "div",
-    { class: "group", role: "group", "aria-label": t(label) },
+    { class: `group ${label}`, role: "group", "aria-label": t(label) },
     make("span", { class: "label", "aria-hidden": "true" }, t(label)),
     make("span", { class: "choices" }, ...items),
   );
 }
 
+// Made once: a slider that is replaced while it is dragged lets go of the mouse.
 function smoothingControl() {
-  const input = make("input", {
-    type: "range",
-    min: 0,
-    max: 0.99,
-    step: 0.01,
-    value: state.smooth,
-    "data-focus": "smooth",
-  });
+  const input = make("input", { type: "range", min: 0, max: 0.99, step: 0.01 });
   input.addEventListener("input", () => choose({ smooth: Number(input.value) }));
-  return make(
-    "label",
-    { class: "group" },
-    make("span", { class: "label" }, t("smoothing")),
-    input,
-    make("output", {}, state.smooth.toFixed(2)),
-  );
+  return make("label", { class: "group" }, make("span", { class: "label" }, t("smoothing")), input, make("output", {}));
 }
 
 function runList() {

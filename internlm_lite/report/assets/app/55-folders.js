@@ -81,16 +81,15 @@ function drawFolders() {
 function drawLegend() {
   const names = folderNames();
   const key = JSON.stringify([names, state.only, state.runs, dark(), language(), payload.runs.length]);
-  byId("legend").classList.toggle("several", manyRuns());
   fill(byId("legend"), key, () => [
-    ...names.map((name) => folderButton(name, "legend", make("span", { class: "value" }))),
+    ...names.map((name) => folderButton(name, "legend", null, make("span", { class: "value" }))),
     names.length > 1 ? make("p", { class: "hint" }, t("hint_isolate")) : "",
   ]);
 }
 
-// A button with the folder's line and name that shows it alone. Used by the legend, the small charts and the table.
-function folderButton(name, where, ...more) {
-  const dash = manyRuns() ? [] : lineDash(name);
+// A button with the folder's line and name that shows it alone. Used by the legend, the small charts and the table,
+// whose rows are of one run each.
+function folderButton(name, where, run = null, ...more) {
   const button = make(
     "button",
     {
@@ -107,7 +106,7 @@ function folderButton(name, where, ...more) {
         isolate(name, event);
       },
     },
-    swatch(folderColour(name), dash),
+    swatch(folderColour(name), lineDash(name, run)),
     make("span", { class: "text" }, name),
     ...more,
   );

@@ -84,7 +84,7 @@ function folderRow({ run, folder }) {
         if (!event.target.closest("button")) isolate(folder.name, event);
       },
     },
-    make("th", { scope: "row" }, folderButton(folder.name, `row:${run.id}`)),
+    make("th", { scope: "row" }, folderButton(folder.name, `row:${run.id}`, run)),
     manyRuns() ? make("td", { class: "text" }, shortName(run)) : null,
     ...COLUMNS.map(([key, read, format]) =>
       make("td", { class: key === "change" ? trend(folder.change) : null }, format(read(folder) ?? null)),

@@ -71,11 +71,13 @@ function sayWhenEmpty(section) {
   text.hidden = [...section.querySelectorAll(".chart")].some((figure) => !figure.hidden);
 }
 
+// Of several runs the first key that has numbers: a line for every key and run would be too much to read.
 function keyLines(spec) {
-  return spec.keys.flatMap(([key, name], index) =>
+  const keys = spec.keys.filter(([key]) => shownRuns().some((run) => hasNumber(drawnValues(run, key))));
+  return (manyRuns() ? keys.slice(0, 1) : keys).flatMap(([key, name], index) =>
     shownRuns().map((run) => ({
       key: `${key} ${run.id}`,
-      name: spec.keys.length > 1 ? runName(t(name), run) : shortName(run),
+      name: manyRuns() ? shortName(run) : t(name),
       x: xOf(run),
       values: drawnValues(run, key, spec.part),
       ...runLook(run, index),
@@ -95,7 +97,7 @@ function drawnValues(run, key, part) {
 function runLook(run, index) {
   if (!manyRuns()) return { colour: plainColour(index), dash: [] };
   const at = payload.runs.indexOf(run);
-  return { colour: shaded(plainColour(at % 8), index ? 0.4 : 0), dash: lineDash("", run) };
+  return { colour: plainColour(at % 8), dash: lineDash("", run) };
 }
 
 function runName(name, run) {

@@ -3,18 +3,14 @@
 const NEWEST = 100;
 
 function drawCheckpoints() {
-  const key = JSON.stringify([version, language(), state.runs, dark()]);
-  fill(sectionBody("checkpoints"), key, () => {
-    const rows = shownRuns().flatMap((run) => run.checkpoints.map((item) => ({ run, item })));
-    if (!rows.length) return make("p", { class: "empty" }, t("no_checkpoints"));
-    return [
-      checkpointKey(),
-      ...shownRuns()
-        .filter((run) => run.checkpoints.length)
-        .map(timeLine),
-      checkpointTable(rows),
-    ];
-  });
+  const host = sectionBody("checkpoints");
+  fill(host, "parts", () => [make("div", {}), make("div", {})]);
+  const [lines, list] = host.children;
+  const runs = shownRuns().filter((run) => run.checkpoints.length);
+  fill(lines, contentKey([], version), () => (runs.length ? [checkpointKey(), ...runs.map(timeLine)] : []));
+  fill(list, contentKey(["checkpoints"]), () =>
+    runs.length ? checkpointTable(runs) : make("p", { class: "empty" }, t("no_checkpoints")),
+  );
 }
 
 function sectionBody(id) {
@@ -75,7 +71,8 @@ function timeLine(run) {
   return make("div", {}, line, ends);
 }
 
-function checkpointTable(rows) {
+function checkpointTable(runs) {
+  const rows = runs.flatMap((run) => run.checkpoints.map((item) => ({ run, item })));
   const newest = rows.sort((a, b) => String(b.item.time).localeCompare(String(a.item.time))).slice(0, NEWEST);
   const heads = ["step", ...(manyRuns() ? ["run"] : []), "kind", "name", "time", "took", "stall", "status"];
   const lines = newest.map(({ run, item }) =>

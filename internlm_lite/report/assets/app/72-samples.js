@@ -1,7 +1,7 @@
 // Generated texts: one prompt, two steps side by side.
 
 function drawSamples() {
-  const key = JSON.stringify([version, language(), state.runs, state.prompt, state.left, state.right]);
+  const key = contentKey(["samples"], state.prompt, state.left, state.right);
   fill(sectionBody("samples"), key, () => {
     const all = shownRuns().flatMap((run) => run.samples.map((sample) => ({ ...sample, run })));
     return all.length ? samplePanel(all) : make("p", { class: "empty" }, t("no_samples"));

@@ -10,12 +10,12 @@ function drawEvents() {
     make("div", { class: "list" }),
   ]);
   const [alerts, filters, list] = host.children;
-  const key = JSON.stringify([version, language(), state.runs]);
-  fill(alerts, key, alertList);
+  fill(alerts, contentKey(["alerts"]), alertList);
   const all = shownRuns().flatMap((run) => run.events.map((event) => ({ run, event })));
   const kinds = [...new Set(all.map(({ event }) => String(event.event)))].sort();
   fill(filters, JSON.stringify([language(), kinds, state.kind]), () => eventFilters(kinds));
-  fill(list, `${key} ${state.kind} ${state.find}`, () => eventList(all));
+  showText(filters.querySelector("input"), state.find);
+  fill(list, contentKey(["events"], state.kind, state.find), () => eventList(all));
 }
 
 function alertList() {
@@ -60,7 +60,6 @@ function eventFilters(kinds) {
     placeholder: t("filter_events"),
     "aria-label": t("filter_events"),
     "data-focus": "find",
-    value: state.find,
   });
   find.addEventListener("input", () => choose({ find: find.value }));
   const options = [["", t("all_kinds")], ...kinds.map((kind) => [kind, kind])];

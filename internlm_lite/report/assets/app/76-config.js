@@ -5,9 +5,10 @@ function drawConfig() {
   fill(host, `${language()}`, () => [make("div", { class: "line filters" }), make("div", { class: "list" })]);
   const [filters, list] = host.children;
   const runs = shownRuns();
-  fill(filters, JSON.stringify([language(), state.diff, manyRuns(), state.key]), configFilters);
+  fill(filters, JSON.stringify([language(), state.diff, manyRuns()]), configFilters);
+  showText(filters.querySelector("input"), state.key);
   filters.hidden = !runs.some((run) => run.config.length);
-  fill(list, JSON.stringify([version, language(), state.key, state.diff, state.runs]), () => configTable(runs));
+  fill(list, contentKey(["config"], state.key, state.diff), () => configTable(runs));
 }
 
 function configFilters() {
@@ -16,7 +17,6 @@ function configFilters() {
     placeholder: t("search_config"),
     "aria-label": t("search_config"),
     "data-focus": "key",
-    value: state.key,
   });
   find.addEventListener("input", () => choose({ key: find.value }));
   const difference =
@@ -66,7 +66,7 @@ function configRow({ key, items }, several) {
 }
 
 function drawEnvironment() {
-  fill(sectionBody("environment"), JSON.stringify([version, language(), state.runs]), () => {
+  fill(sectionBody("environment"), contentKey(["env"]), () => {
     const runs = shownRuns().filter((run) => run.env && Object.keys(run.env).length);
     if (!runs.length) return make("p", { class: "empty" }, t("no_environment"));
     return runs.length > 1

@@ -38,6 +38,7 @@ async function poll(wait = POLL) {
     await fetchNews();
     lostSince = null;
   } catch {
+    if (!lostSince) announce(t("lost", clock(new Date().toISOString())));
     lostSince ??= new Date().toISOString();
     next = Math.min(POLL_SLOWEST, wait * 1.7);
   }

@@ -16,6 +16,7 @@ function drawPage() {
   if (!state.zoom.length && details.size) details = new Map();
   document.documentElement.lang = language() === "zh" ? "zh-CN" : "en";
   document.documentElement.dataset.theme = dark() ? "dark" : "light";
+  document.body.classList.toggle("several", manyRuns());
   drawWords();
   drawFreshness();
   drawStrip();
@@ -90,6 +91,11 @@ readPayload();
 drawPage();
 requestAnimationFrame(() => setTimeout(() => performance.mark("draw ends"))); // after the first frame
 startLive();
+// A jump to a section ends below the controls, which stay in view.
+new ResizeObserver(([entry]) => {
+  const height = getComputedStyle(entry.target).position === "sticky" ? entry.target.offsetHeight : 0;
+  document.documentElement.style.scrollPaddingTop = `${height}px`;
+}).observe(byId("controls"));
 addEventListener("hashchange", hashChanged);
 addEventListener("keydown", pageKey);
 addEventListener("beforeprint", forPrint);

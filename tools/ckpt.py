@@ -12,7 +12,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from rich.table import Table
 
 from internlm_lite.checkpoint import find
 from internlm_lite.checkpoint.backends import open_storage
-from internlm_lite.checkpoint.lease import held
-from internlm_lite.checkpoint.listing import Listed, folders_in, list_checkpoints, unfinished
+from internlm_lite.checkpoint.format import Name
+from internlm_lite.checkpoint.lease import LEASE_SECONDS, held, holder
+from internlm_lite.checkpoint.listing import Listed, list_checkpoints, unfinished
 from internlm_lite.checkpoint.options import s3_settings
 from internlm_lite.checkpoint.prune import plan_prune
 from internlm_lite.checkpoint.storage import Storage
@@ -34,6 +36,9 @@ from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import CheckpointError, InternLMError
 from internlm_lite.runtime.place import adopt_s3_keys
 from internlm_lite.units import human_bytes, human_seconds
+
+_PIPE_COLUMNS = 1000
+"""Lines that no terminal shows are not wrapped."""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -62,7 +67,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def stores(where: str, s3: S3Config) -> list[Storage]:
     """The save folder, and those inside it. Raises CheckpointError when there is no checkpoint at all."""
     storage = open_storage(where, s3)
-    folders = folders_in(storage.list(""))
+    folders = find.folders_in(storage.list(""))
     if not folders:
         raise CheckpointError(f"{storage.name} holds no checkpoint; expected a save folder, or one checkpoint of it")
     return [open_storage(f"{where.rstrip('/')}/{folder}", s3) if folder else storage for folder in folders]
@@ -74,7 +79,7 @@ def ls(arguments: argparse.Namespace, s3: S3Config) -> int:
     if arguments.json:
         print(json.dumps([_as_json(storage, found, arguments.deep) for storage, found in listed], indent=2))
         return 0
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
     for storage, found in listed:
         looked = "every byte read" if arguments.deep else "hashes, sizes, headers; --deep reads every byte"
         print(f"{storage.name}  ({looked})", flush=True)
@@ -134,26 +139,32 @@ def verify(arguments: argparse.Namespace, s3: S3Config) -> int:
     root, name = find.locate(arguments.folder, s3)
     if name is not None:
         storage = open_storage(root, s3)
-        return 0 if _show(str(name), damages_of(storage, name)) else 2
+        return 0 if _show(str(name), damages_of(storage, name), partial(_is_gone, storage, name)) else 2
     storage = open_storage(arguments.folder, s3)
     if storage.size("manifest.json") is not None:  # a copy of one checkpoint's folder
         found = find.open_at(storage, None)
         return 0 if _show(found.name, damages_in(found)) else 2
-    checks = (
-        (f"{storage.name}  {name}", damages_of(storage, name))
+    results = [
+        _show(f"{storage.name}  {name}", damages_of(storage, name), partial(_is_gone, storage, name))
         for storage in stores(arguments.folder, s3)
         for name in find.committed(storage)
-    )
-    results = [_show(title, damages) for title, damages in checks]
+    ]
     return 0 if all(results) else 2
 
 
-def _show(title: str, damages: Iterable[Damage]) -> bool:
-    """Print what is found as it is found; whether it was nothing."""
+def _is_gone(storage: Storage, name: Name) -> bool:
+    return storage.size(name.commit) is None
+
+
+def _show(title: str, damages: Iterable[Damage], is_gone: Callable[[], bool] = lambda: False) -> bool:
+    """Print what is found as it is found; whether it was nothing. `is_gone`: asked only if something is found."""
     begin, found = time.monotonic(), iter(damages)
     first = next(found, None)
     if first is None:
         print(f"{title}: good, every byte ({human_seconds(time.monotonic() - begin)})", flush=True)
+        return True
+    if is_gone():
+        print(f"{title}: removed meanwhile", flush=True)
         return True
     print(f"{title}: DAMAGED")
     for damage in chain([first], found):
@@ -164,10 +175,16 @@ def _show(title: str, damages: Iterable[Damage]) -> bool:
 def prune(arguments: argparse.Namespace, s3: S3Config) -> int:
     """Exit code. Refuses, with StorageError, while a run uses the folder."""
     storage = open_storage(arguments.folder, s3)
+    inside = [folder for folder in find.folders_in(storage.list("")) if folder]
     if not find.committed(storage):  # a lock would be the first thing in a folder that is none
-        raise CheckpointError(f"{storage.name} holds no checkpoint; expected a save folder")
+        hint = "".join(f"; {storage.name}/{folder} is one" for folder in inside)
+        raise CheckpointError(f"{storage.name} holds no checkpoint; expected a save folder{hint}")
+    for folder in inside:
+        print(f"left alone: {storage.name}/{folder}, a save folder of its own")
     if arguments.dry_run:
         return _prune(storage, arguments.keep, dry_run=True)
+    if holder(storage) is not None:
+        print(f"{storage.name} is locked: looking whether its run is alive, for up to {LEASE_SECONDS:g} s", flush=True)
     with held(storage):
         return _prune(storage, arguments.keep, dry_run=False)
 
@@ -196,7 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         adopt_s3_keys(os.environ)
         return {"ls": ls, "verify": verify, "prune": prune}[arguments.command](arguments, s3_settings(arguments.s3))
     except InternLMError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        text = str(error).replace("ckpt.s3.", "--s3 ")  # here there is no config
+        print(f"{type(error).__name__}: {text}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

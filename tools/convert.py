@@ -152,7 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             require_transformers()
         return {"to-hf": to_hf, "from-hf": from_hf}[arguments.command](arguments, s3_settings(arguments.s3))
     except InternLMError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        text = str(error).replace("ckpt.s3.", "--s3 ")  # here there is no config
+        print(f"{type(error).__name__}: {text}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted: a folder or checkpoint that was being written is gone", file=sys.stderr)

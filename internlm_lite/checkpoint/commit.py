@@ -7,6 +7,7 @@ last, the commit. Until then nothing exists; nothing is overwritten, ever. No co
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,7 @@ from internlm_lite.checkpoint.storage import Storage
 from internlm_lite.checkpoint.tensorfile import DamagedError, Digest, TensorFile
 from internlm_lite.errors import CheckpointError, StorageError
 
+logger = logging.getLogger("internlm_lite")
 _REASON_BYTES = 4000
 _LONGEST_POLL_SECONDS = 0.5
 
@@ -165,7 +167,8 @@ def _raise_refusals(storage: Storage, name: Name, refused: Sequence[int]) -> Non
 def commit_votes(storage: Storage, name: Name, world_size: int, facts: Facts) -> Manifest:
     """Make a checkpoint exist, given all votes, and read it back.
 
-    Raises CheckpointError when the pieces do not tile every tensor, StorageError when storage fails.
+    Raises CheckpointError when the pieces do not tile every tensor, StorageError when storage fails. Once it is
+    committed it exists: only damage makes that undone, not a storage that cannot read it back now.
     """
     manifest = _manifest(storage, name, world_size, facts)
     data = seal(manifest)
@@ -185,6 +188,8 @@ def commit_votes(storage: Storage, name: Name, world_size: int, facts: Facts) ->
         inspect(storage, name)
     except DamagedError as error:
         raise StorageError(f"checkpoint {name} reads back other than it was written: {error}") from error
+    except StorageError as error:
+        logger.warning("checkpoint %s is written, but was not read back: %s", name, error)
     return manifest
 
 

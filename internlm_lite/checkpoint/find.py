@@ -10,20 +10,22 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 
 from internlm_lite.checkpoint import lease
 from internlm_lite.checkpoint.backends import open_storage
 from internlm_lite.checkpoint.boxes import tiling_problems
-from internlm_lite.checkpoint.format import FORMAT, Commit, Manifest, Name, read_bytes, unseal
-from internlm_lite.checkpoint.storage import Storage
+from internlm_lite.checkpoint.format import FORMAT, Commit, Kind, Manifest, Name, read_bytes, unseal
+from internlm_lite.checkpoint.storage import Entry, Storage
 from internlm_lite.checkpoint.tensorfile import DamagedError
 from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import CheckpointError
 
 logger = logging.getLogger("internlm_lite")
+_COMMIT = re.compile(r"(?:(?P<folder>.+)/)?commits/(?P<name>[^/]+)\.json")
 _NESTED = re.compile(r"/(?:commits/[^/]+\.json$|data/)")
 ORPHAN_SECONDS = 3600.0
 """What an interrupted save left behind is removed when it is this old: until then its writer may be alive."""
@@ -63,27 +65,39 @@ class Found:
         return f"{self.folder}/{file}" if self.folder else file
 
 
-def committed(storage: Storage) -> list[Name]:
-    """Names of all commits, newest first."""
-    found = (Name.parse(entry.key.removeprefix("commits/").removesuffix(".json")) for entry in storage.list("commits"))
-    return sorted((name for name in found if name is not None), reverse=True)
+def committed(storage: Storage, inside: str = "") -> list[Name]:
+    """Names of all commits, newest first. `inside`: "" or a save folder in this one, as `folders_in` has it."""
+    folder = _below(inside, "commits")
+    keys = (entry.key.removeprefix(f"{folder}/").removesuffix(".json") for entry in storage.list(folder))
+    return sorted((name for name in map(Name.parse, keys) if name is not None), reverse=True)
 
 
-def inspect(storage: Storage, name: Name) -> Found:
+def folders_in(entries: Iterable[Entry]) -> list[str]:
+    """Save folders below a folder of these entries, "" for itself: snapshots have one of their own by default."""
+    matches = (_COMMIT.fullmatch(entry.key) for entry in entries)
+    return sorted({match["folder"] or "" for match in matches if match and Name.parse(match["name"])})
+
+
+def _below(inside: str, key: str) -> str:
+    return f"{inside}/{key}" if inside else key
+
+
+def inspect(storage: Storage, name: Name, inside: str = "") -> Found:
     """A committed checkpoint. Raises DamagedError naming the file that is not as it was written."""
-    commit = unseal(Commit, read_bytes(storage, name.commit), f"{storage.name}/{name.commit}")
+    at_commit, at_manifest = _below(inside, name.commit), _below(inside, name.manifest)
+    commit = unseal(Commit, read_bytes(storage, at_commit), f"{storage.name}/{at_commit}")
     if (commit.name, commit.step, commit.manifest) != (str(name), name.step, name.manifest):
-        raise DamagedError(f"{storage.name}/{name.commit} is the commit of {commit.name}")
-    data = read_bytes(storage, name.manifest)
+        raise DamagedError(f"{storage.name}/{at_commit} is the commit of {commit.name}")
+    data = read_bytes(storage, at_manifest)
     sha256 = hashlib.sha256(data).hexdigest()
     if (len(data), sha256) != (commit.size, commit.sha256):
         raise DamagedError(
-            f"{storage.name}/{name.manifest}: damaged: {len(data)} bytes with sha256 {sha256[:12]}..., "
+            f"{storage.name}/{at_manifest}: damaged: {len(data)} bytes with sha256 {sha256[:12]}..., "
             f"the commit says {commit.size} and {commit.sha256[:12]}..."
         )
-    found = found_in(storage, name.folder, data)
+    found = found_in(storage, _below(inside, name.folder), data)
     if found.name != str(name):
-        raise DamagedError(f"{storage.name}/{name.manifest} is the manifest of {found.name}")
+        raise DamagedError(f"{storage.name}/{at_manifest} is the manifest of {found.name}")
     return found
 
 
@@ -111,18 +125,18 @@ def found_in(storage: Storage, folder: str, data: bytes) -> Found:
     return Found(storage, folder, manifest)
 
 
-def newest(storage: Storage, known_bad: Mapping[str, str]) -> Found | None:
-    """The newest checkpoint that looks whole; None if nothing was ever committed here.
+def newest(storage: Storage, known_bad: Mapping[str, str], folders: Sequence[str] = ("",)) -> Found | None:
+    """The newest checkpoint of the save folders that looks whole; None if nothing was ever committed there.
 
     `known_bad`: name -> reason, found bad while loading. Raises CheckpointError if there are only bad ones.
     """
-    names = committed(storage)
+    named = [(name, inside) for inside in folders for name in committed(storage, inside)]
     rejected = []
-    for name in names:
+    for name, inside in sorted(named, reverse=True):
         try:
             if str(name) in known_bad:
                 raise DamagedError(known_bad[str(name)])
-            found = inspect(storage, name)
+            found = inspect(storage, name, inside)
         except DamagedError as error:
             logger.warning("checkpoint %s is damaged and not used: %s", name, error)
             rejected.append(f"{name}: {error}")
@@ -161,15 +175,30 @@ def locate(path: str, s3: S3Config | None = None) -> tuple[str, Name | None]:
     return (root, name) if open_storage(root, s3).size(name.commit) is not None else (path, None)
 
 
-def open_at(storage: Storage, name: Name | None) -> Found:
-    """What `locate` found. Raises CheckpointError if there is nothing, DamagedError if it is not whole."""
+def is_save_folder(path: str, s3: S3Config | None = None) -> bool:
+    """Whether a path of the user means a folder of checkpoints, not one of them."""
+    root, name = locate(path, s3)
+    return name is None and open_storage(root, s3).size("manifest.json") is None
+
+
+def open_at(storage: Storage, name: Name | None, known_bad: Mapping[str, str] | None = None) -> Found:
+    """What `locate` found: of a save folder the newest, also of those inside it.
+
+    `known_bad` as for `newest`. Raises CheckpointError if there is nothing, DamagedError if it is not whole.
+    """
     if name is not None:
         return inspect(storage, name)
     if storage.size("manifest.json") is not None:
         return found_in(storage, "", read_bytes(storage, "manifest.json"))
-    found = newest(storage, {})
+    entries = storage.list("")
+    found = newest(storage, known_bad or {}, folders_in(entries) or ("",))
     if found is None:
-        raise CheckpointError(f"{storage.name} holds no checkpoint; expected a save folder, or one checkpoint of it")
+        hint = ""
+        if any(entry.key == "config.json" or entry.key.endswith(".safetensors") for entry in entries):
+            hint = "; a Hugging Face folder is converted by python tools/convert.py from-hf FOLDER OUT"
+        raise CheckpointError(
+            f"{storage.name} holds no checkpoint; expected a save folder, or one checkpoint of it{hint}"
+        )
     return found
 
 
@@ -180,28 +209,30 @@ def remove(storage: Storage, name: Name) -> None:
     storage.delete_folder(name.folder)
 
 
-def rotate(storage: Storage, keep: int, known_bad: Collection[str]) -> list[Name]:
-    """Delete all snapshots older than the newest `keep` good ones; milestones and final ones stay. Returns the gone."""
-    temporary = []
-    for name in committed(storage):
-        try:
-            kind = unseal(Commit, read_bytes(storage, name.commit), name.commit).kind
-        except DamagedError:
-            continue  # evidence for a person to look at
-        if kind in ("snapshot", "rescue"):
-            temporary.append(name)
+def rotate(storage: Storage, keep: int, known_bad: Collection[str], kinds: dict[Name, Kind]) -> list[Name]:
+    """Delete all snapshots older than the newest `keep` good ones; milestones and final ones stay. Returns the gone.
+
+    `kinds`: what is known already, so that each commit is read once; kept up here.
+    """
+    names = committed(storage)
+    for name in names:
+        if name not in kinds:
+            with suppress(DamagedError):  # evidence for a person to look at
+                kinds[name] = unseal(Commit, read_bytes(storage, name.commit), name.commit).kind
+    temporary = [name for name in names if kinds.get(name) in ("snapshot", "rescue")]
     good = (name for name in temporary if str(name) not in known_bad and _looks_whole(storage, name))
     kept = list(islice(good, keep))
     old = [name for name in temporary if name < kept[-1]] if len(kept) == keep else []
     for name in old:
         remove(storage, name)
+        del kinds[name]
     return old
 
 
 def _looks_whole(storage: Storage, name: Name) -> bool:
     try:
         inspect(storage, name)
-    except DamagedError:
+    except CheckpointError:  # damaged, or of another version
         return False
     return True
 

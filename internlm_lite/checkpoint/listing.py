@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from internlm_lite.checkpoint.find import committed, inspect
 from internlm_lite.checkpoint.format import Commit, Manifest, Name, read_bytes, unseal
 from internlm_lite.checkpoint.load import Reader
-from internlm_lite.checkpoint.storage import Entry, Storage
+from internlm_lite.checkpoint.storage import Storage
 from internlm_lite.checkpoint.tensorfile import DamagedError
 from internlm_lite.checkpoint.verify import damages_of
 from internlm_lite.errors import CheckpointError
-
-_COMMIT = re.compile(r"(?:(?P<folder>.+)/)?commits/(?P<name>[^/]+)\.json")
 
 
 @dataclass(frozen=True)
@@ -42,12 +39,6 @@ class Unfinished:
     """Seconds since the epoch, of its newest file."""
 
 
-def folders_in(entries: Iterable[Entry]) -> list[str]:
-    """Save folders below a folder of these entries, "" for itself: snapshots have one of their own by default."""
-    matches = (_COMMIT.fullmatch(entry.key) for entry in entries)
-    return sorted({match["folder"] or "" for match in matches if match and Name.parse(match["name"])})
-
-
 def list_checkpoints(storage: Storage, deep: bool) -> Iterator[Listed]:
     """Newest first. `deep`: read every byte; else hashes of documents, sizes of files, and their headers."""
     entries = storage.list("")
@@ -56,6 +47,8 @@ def list_checkpoints(storage: Storage, deep: bool) -> Iterator[Listed]:
         n_bytes = sum(entry.size for entry in entries if entry.key.startswith(f"{name.folder}/"))
         kind, layout = _facts(storage, name)
         problems = [str(damage) for damage in damages_of(storage, name)] if deep else quick_problems(storage, name)
+        if problems and storage.size(name.commit) is None:
+            continue  # a run has removed it meanwhile
         yield Listed(name, kind, n_bytes, modified.get(name.commit, 0.0), layout, tuple(problems))
 
 

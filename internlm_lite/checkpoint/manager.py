@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +24,10 @@ from internlm_lite.checkpoint.format import Kind, Manifest, seal, unseal
 from internlm_lite.checkpoint.lease import Lease
 from internlm_lite.checkpoint.load import Reader
 from internlm_lite.checkpoint.report import Wanted, load_plan, mismatch
-from internlm_lite.checkpoint.saver import Saver, Target
+from internlm_lite.checkpoint.saver import Saver
 from internlm_lite.checkpoint.share import describe
 from internlm_lite.checkpoint.storage import Storage, UnreadableError
+from internlm_lite.checkpoint.target import Target
 from internlm_lite.checkpoint.tensorfile import DamagedError
 from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import CheckpointError, ConfigError, StorageError
@@ -36,6 +37,7 @@ from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.units import human_bytes, human_seconds
 
 logger = logging.getLogger("internlm_lite")
+Check = Callable[[Found], None]
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,8 @@ class CheckpointManager:
         return None if name is None else str(name)
 
     def release(self) -> None:
-        """Give the folder free for another run. Not collective."""
-        if self._target.lease is not None:
+        """Give the folder free for another run, unless its storage is silent. Not collective."""
+        if self._target.lease is not None and self._target.answers:
             self._target.lease.release()
 
     def latest(self) -> Found | None:
@@ -127,18 +129,38 @@ class CheckpointManager:
         """The checkpoint at `path`: a save folder (its newest good one), `.../commits/NAME.json`, `.../data/NAME`, or a
         copy of such a data folder. Raises CheckpointError if there is none, or it is damaged.
         """
-        place = on_main(self.mesh, lambda: find.locate(path, self._s3))
-        storage = open_storage(place[0], self._s3)
-        found = self._agree_on(storage, lambda: find.open_at(storage, *place[1:]))
+        root, name = on_main(self.mesh, lambda: find.locate(path, self._s3))
+        storage = open_storage(root, self._s3)
+        found = self._agree_on(storage, lambda: find.open_at(storage, name, self._target.bad))
         assert found is not None
         return found
 
-    def load(self, found: Found, pieces: Sequence[Piece], allow_missing_roles: Collection[str] = ()) -> Restored:
+    def load_at(self, path: str, pieces: Sequence[Piece], check: Check | None = None) -> Restored:
+        """`open`, then `load`; from a save folder the newest checkpoint that proves good, as `resume` does."""
+        while True:
+            found = self.open(path)
+            try:
+                return self.load(found, pieces, check=check)
+            except DamagedError as error:
+                if not on_main(self.mesh, lambda: find.is_save_folder(path, self._s3)):
+                    raise
+                self._target.bad[found.name] = str(error)
+
+    def load(
+        self,
+        found: Found,
+        pieces: Sequence[Piece],
+        allow_missing_roles: Collection[str] = (),
+        check: Check | None = None,
+    ) -> Restored:
         """Fill the pieces' tensors in place, cast to their dtype; roles that no rank asks for are not read.
 
+        `check` may refuse what was found before anything is read, on all ranks alike, by raising CheckpointError.
         Raises the same error on all ranks: CheckpointError with the differing tensors and config keys if the checkpoint
         belongs to another model, DamagedError with file and tensor (the tensors are then partly overwritten).
         """
+        if check is not None:
+            check(found)
         reader = Reader(found)
         manifest = found.manifest
         wanted = self._wanted(pieces)
@@ -171,17 +193,19 @@ class CheckpointManager:
         """`resume` takes the newest of both folders, which share their `saver`."""
         self._beside.append(other)
 
-    def resume(self, pieces: Sequence[Piece], allow_missing_roles: Collection[str] = ()) -> Restored | None:
+    def resume(
+        self, pieces: Sequence[Piece], allow_missing_roles: Collection[str] = (), check: Check | None = None
+    ) -> Restored | None:
         """Load the newest checkpoint that proves good, of this folder and those beside it; None if none was ever
         committed.
 
-        A damaged one is reported and the one before is tried. Raises CheckpointError if only damaged ones are left, or
-        if the newest belongs to another model.
+        `check` as for `load`. A damaged one is reported and the one before is tried. Raises CheckpointError if only
+        damaged ones are left, or if the newest belongs to another model.
         """
         while (newest := self._newest()) is not None:
             manager, found = newest
             try:
-                return manager.load(found, pieces, allow_missing_roles)
+                return manager.load(found, pieces, allow_missing_roles, check)
             except DamagedError as error:
                 manager._target.bad[found.name] = str(error)
         return None

@@ -20,7 +20,7 @@ from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 from urllib3.exceptions import ReadTimeoutError as SilenceError
 
-from internlm_lite.checkpoint.storage import UnreadableError
+from internlm_lite.checkpoint.storage import UnreachableError, UnreadableError
 from internlm_lite.errors import StorageError
 
 logger = logging.getLogger("internlm_lite")
@@ -73,6 +73,10 @@ class RefusedError(StorageError):
         """The server's word for it, such as PreconditionFailed; "" if it did not answer."""
 
 
+class SilentError(RefusedError, UnreachableError):
+    """No answer to any attempt."""
+
+
 @dataclass(frozen=True)
 class Trouble:
     """What went wrong with one attempt."""
@@ -81,6 +85,8 @@ class Trouble:
     passing: bool
     """Another attempt may succeed."""
     code: str = ""
+    silent: bool = False
+    """Nobody answered, for as long as one waits for an answer."""
 
     @property
     def absent(self) -> bool:
@@ -117,7 +123,8 @@ class Calls:
             if not trouble.passing or once:
                 raise RefusedError(text, trouble.code)
             if now + pause >= deadline:
-                raise RefusedError(f"{text}; tried {attempt + 1} times in {now - begin:.0f} s", trouble.code)
+                kind = SilentError if trouble.silent else RefusedError
+                raise kind(f"{text}; tried {attempt + 1} times in {now - begin:.0f} s", trouble.code)
             logger.log(
                 logging.WARNING if attempt == 0 else logging.DEBUG,
                 "%s; trying again for up to %.0f s",
@@ -142,11 +149,11 @@ def diagnose(error: Exception) -> Trouble:
     if isinstance(error, boto.SSLError):
         return _tls(str(error))
     if isinstance(error, boto.EndpointConnectionError | boto.ConnectTimeoutError | boto.ProxyConnectionError):
-        return Trouble("no server answers there: is it up, is the endpoint right?", passing=True)
+        return Trouble("no server answers there: is it up, is the endpoint right?", passing=True, silent=True)
     if isinstance(error, boto.ReadTimeoutError | SilenceError | TimeoutError):
-        return Trouble("the server fell silent, or is too slow", passing=True)
+        return Trouble("the server fell silent, or is too slow", passing=True, silent=True)
     if "TimeoutError" in repr(getattr(error, "kwargs", {}).get("error")):  # while sending: wrapped twice
-        return Trouble("the server takes the bytes too slowly", passing=True)
+        return Trouble("the server takes the bytes too slowly", passing=True, silent=True)
     if isinstance(error, boto.IncompleteReadError | ResponseParserError):
         return Trouble("the answer was cut off", passing=True)
     if isinstance(error, boto.HTTPClientError | HTTPError | OSError):

@@ -48,8 +48,8 @@ def connect(path: S3Path, settings: S3Config) -> Connection:
     # At DEBUG botocore logs the requests it signs, session tokens included.
     logging.getLogger("botocore").setLevel(max(logging.INFO, logging.getLogger("botocore").level))
     config = ClientConfig(
-        connect_timeout=CONNECT_SECONDS,
-        read_timeout=READ_SECONDS,
+        connect_timeout=min(CONNECT_SECONDS, settings.deadline_seconds),
+        read_timeout=min(READ_SECONDS, settings.deadline_seconds),
         retries={"total_max_attempts": 1, "mode": "standard"},  # s3calls.py tries again, for longer
         max_pool_connections=_CONNECTIONS,
         tcp_keepalive=True,

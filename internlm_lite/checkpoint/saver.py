@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import wait as wait_for
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,40 +25,22 @@ import torch
 from internlm_lite.checkpoint import commit, find
 from internlm_lite.checkpoint.agree import on_all, on_main
 from internlm_lite.checkpoint.format import Kind, Name, check_json
-from internlm_lite.checkpoint.lease import Lease
 from internlm_lite.checkpoint.share import Holding, Share, describe, share_out
 from internlm_lite.checkpoint.staging import Staging
-from internlm_lite.checkpoint.storage import Storage
+from internlm_lite.checkpoint.target import Target
+from internlm_lite.checkpoint.write import Saved, Write
 from internlm_lite.errors import CheckpointError, InternLMError, StorageError
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.layout import Piece
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.units import human_bytes, human_seconds
+from internlm_lite.units import human_seconds
 
 logger = logging.getLogger("internlm_lite")
-
-
-@dataclass
-class Target:
-    """A save folder, on rank 0 with what is known about it."""
-
-    storage: Storage
-    keep_snapshots: int
-    lease: Lease | None
-    bad: dict[str, str]
-    """Checkpoints found damaged, and why; they do not count when old ones are removed."""
-    unfinished: list[Name] = field(default_factory=list)
-    """Failed saves whose files may still lie there."""
-    swept: bool = False
-
-
-@dataclass(frozen=True)
-class Saved:
-    """How a save ended on this rank. On rank 0 without error: the checkpoint exists."""
-
-    name: Name
-    kind: Kind
-    error: InternLMError | None
+_HEARTBEAT_SECONDS = 30.0
+_PATIENCE = 3
+"""Training waits for a save so many times as long as rank 0 waits for a vote."""
+_END_SECONDS = 5.0
+"""A thread that was told to give up is waited for so long."""
 
 
 class Saver:
@@ -68,7 +49,9 @@ class Saver:
     def __init__(
         self, mesh: Mesh, config: Mapping[str, Any], vote_timeout_seconds: float, staging_folder: Path | None = None
     ) -> None:
-        """`config` is stored in every checkpoint. `staging_folder`: see `staging.Staging`."""
+        """`config` is stored in every checkpoint. `vote_timeout_seconds`: for ranks that may be dead; a save that is
+        waited for is given three times as long. `staging_folder`: see `staging.Staging`.
+        """
         self._mesh, self._config = mesh, dict(config)
         check_json(self._config, "config")
         self._vote_timeout_seconds = vote_timeout_seconds
@@ -77,10 +60,8 @@ class Saver:
         self._last_serial: int | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[Saved] | None = None
+        self._write: Write | None = None
         self._untold: list[Saved] = []
-        self._failure: InternLMError | None = None
-        self._written = threading.Event()
-        self._abandoned = threading.Event()
         self._held: list[object] = []
         self._shares: list[Share] = []
         self.skipped = 0
@@ -111,28 +92,46 @@ class Saver:
     ) -> Name | None:
         """Begin a checkpoint; None if it is skipped. `wait`: until it exists, and raise the same error on all ranks.
 
-        Waiting, it reads the tensors where they are, without a copy.
+        Waiting, it reads the tensors where they are, without a copy; so it does where there is no memory for one.
         """
+        deadline = self._deadline()
         private = {key: tensor.clone() for key, tensor in rank_state.items()}
-        held = on_all(self._mesh, lambda: _check_input(step, pieces, state, private))
-        if wait and self._running is not None:
-            self._running.exception()
-        if self._agree(held):
+
+        def look() -> list[Holding]:
+            self._start_thread()
+            if wait:
+                self._await_running(deadline)
+            return _check_input(step, pieces, state, private)
+
+        if self._agree(on_all(self._mesh, look)):
             self._skip(target, step)
             return None
         name = on_main(self._mesh, lambda: self._begin(target, step))
         parts = [share.of(pieces[share.index]) for share in self._shares]
-        copies = parts if wait else self._staging.hold(parts)
-        facts = commit.Facts(kind, self.layout, self._config, state)
-        self._failure = None
-        self._written.clear()
-        self._abandoned.clear()
-        mine = list(zip(self._shares, copies, strict=True))
         self._keep_ended()
-        self._running = self._thread.submit(self._write, target, name, facts, mine, private)
+        copies = None if wait else self._staging.hold(parts)
+        write = Write(
+            target=target,
+            name=name,
+            facts=commit.Facts(kind, self.layout, self._config, state),
+            rank=self._mesh.world.rank,
+            world_size=self._mesh.world.size,
+            shares=list(zip(self._shares, parts if copies is None else copies, strict=True)),
+            rank_state=private,
+            vote_timeout_seconds=(_PATIENCE if wait else 1) * self._vote_timeout_seconds,
+            in_place=copies is None,
+        )
+        self._write, self._running = write, self._thread.submit(write.run)
         if wait:
-            self._finish_now(target)
+            self._finish_now(write, deadline)
+        elif write.in_place:
+            self._await(write.written.wait, deadline)
         return name
+
+    @property
+    def is_stuck(self) -> bool:
+        """A save was waited for in vain that still reads the tensors where they are: they must not change any more."""
+        return self._write is not None and self._write.in_place and not self._write.written.is_set()
 
     def finished(self) -> Saved | None:
         """How a save in the background ended, each told once, oldest first; else None. Not collective."""
@@ -140,22 +139,29 @@ class Saver:
         return self._untold.pop(0) if self._untold else None
 
     def wait(self) -> Saved | None:
-        """`finished`, after this rank's save in the background has ended. Not collective."""
-        if self._running is not None:
-            self._running.exception()
+        """`finished`, after this rank's save in the background has ended, if it does in time. Not collective."""
+        try:
+            self._await_running(self._deadline())
+        except StorageError as error:
+            logger.error("%s", error)
         return self.finished()
 
     def _keep_ended(self) -> None:
         """What has ended is told later, whatever begins meanwhile."""
         if self._running is not None and self._running.done():
-            ended, self._running = self._running, None
+            ended, self._running, self._write = self._running, None, None
             self._untold.append(ended.result())
 
     def close(self, wait: bool) -> None:
-        """End the thread, once it is idle or, without `wait`, as soon as it can. Not collective."""
-        if not wait:
-            self._abandoned.set()
-        self._thread.shutdown(wait=wait)
+        """End the thread, once it is idle or, without `wait`, as soon as it can. Not collective.
+
+        A thread that hangs is left alone: `runtime.start.end_process` does not wait for it.
+        """
+        if wait:
+            self.wait()
+        if self._write is not None:
+            self._write.abandoned.set()
+        self._thread.shutdown(wait=self._running is None and wait)
 
     def _agree(self, held: Sequence[Holding]) -> bool:
         """Plan this rank's shares, once for equal holdings. True: some rank is still writing."""
@@ -188,95 +194,59 @@ class Saver:
         self._last_serial += 1
         return Name(self._last_serial, step, uuid.uuid4().hex[:6])
 
-    def _finish_now(self, target: Target) -> None:
+    def _start_thread(self) -> None:
+        """So that none is needed when ranks have begun to count on each other."""
+        try:
+            self._thread.submit(int)
+        except RuntimeError as error:
+            raise StorageError(f"no thread can be started to write a checkpoint: {error}") from error
+
+    def _deadline(self) -> float:
+        return time.monotonic() + _PATIENCE * self._vote_timeout_seconds
+
+    def _finish_now(self, write: Write, deadline: float) -> None:
         """Wait for a save of all ranks. A rank that cannot write is known at once, not after the deadline for votes."""
-        self._written.wait()
+
+        def own_part() -> None:
+            self._await(write.written.wait, deadline)
+            _raise(write.failure)
+
+        def end() -> None:
+            self._await_running(deadline)
+            _raise(self._running.result().error if self._running else None)
+
         try:
-            on_all(self._mesh, lambda: _raise(self._failure))
-            saved = self._end()
-            on_main(self._mesh, lambda: _raise(None if saved is None else saved.error))
+            on_all(self._mesh, own_part)
+            on_main(self._mesh, end)
         except InternLMError:
-            self._abandoned.set()
+            write.abandoned.set()
             self._end()
-            on_main(self._mesh, lambda: _clear_unfinished(target))  # no rank writes any more
+            on_main(self._mesh, write.target.clear_unfinished)  # no rank writes any more, or its thread hangs
             raise
+        self._end()
 
-    def _end(self) -> Saved | None:
-        """Wait for the save under way, which is not told by `finished` then; None if there is none."""
-        running, self._running = self._running, None
-        return None if running is None else running.result()
+    def _end(self) -> None:
+        """Forget the save under way, which is not told by `finished` then; one that hangs is kept in mind."""
+        if self._running is not None and wait_for([self._running], _END_SECONDS).done:
+            self._running = self._write = None
 
-    def _write(
-        self,
-        target: Target,
-        name: Name,
-        facts: commit.Facts,
-        mine: list[tuple[Share, torch.Tensor]],
-        private: dict[str, torch.Tensor],
-    ) -> Saved:
-        """All that follows the copy, in the writer thread."""
-        begin, rank = time.monotonic(), self._mesh.world.rank
-        if self._mesh.is_main:
-            _clear_unfinished(target)
-        try:
-            size = self._write_file(target, name, mine, private)
-            if self._mesh.is_main:
-                self._commit(target, name, facts)
-                took = human_seconds(time.monotonic() - begin)
-                logger.info("saved %s checkpoint %s: %s on rank 0, %s", facts.kind, name, human_bytes(size), took)
-                _tidy(target, name)
-        except InternLMError as error:
-            if self._mesh.is_main:
-                target.unfinished.append(name)
-            else:  # rank 0 tells about the checkpoint, we why it failed
-                logger.error("rank %d: its part of checkpoint %s was not saved: %s", rank, name, error)
-            return Saved(name, facts.kind, error)
-        return Saved(name, facts.kind, None)
+    def _await_running(self, deadline: float) -> None:
+        running = self._running
+        if running is not None:
+            self._await(lambda seconds: bool(wait_for([running], seconds).done), deadline)
 
-    def _write_file(
-        self,
-        target: Target,
-        name: Name,
-        mine: list[tuple[Share, torch.Tensor]],
-        private: dict[str, torch.Tensor],
-    ) -> int:
-        world = self._mesh.world
-        try:
-            return commit.write_rank(target.storage, name, world.rank, world.size, mine, private)
-        except InternLMError as error:
-            self._failure = error
-            commit.refuse(target.storage, name, world.rank, str(error))
-            raise
-        finally:
-            self._written.set()
-
-    def _commit(self, target: Target, name: Name, facts: commit.Facts) -> None:
-        size = self._mesh.world.size
-        commit.await_votes(target.storage, name, size, self._vote_timeout_seconds, self._abandoned)
-        if target.lease is not None:
-            target.lease.check()
-        commit.commit_votes(target.storage, name, size, facts)
-
-
-def _clear_unfinished(target: Target) -> None:
-    """Remove what failed saves left, while no rank writes to them any more."""
-    with suppress(StorageError):
-        while target.unfinished:
-            find.remove(target.storage, target.unfinished[-1])
-            target.unfinished.pop()
-
-
-def _tidy(target: Target, name: Name) -> None:
-    """After a commit that was read back. Failing here harms nothing."""
-    try:
-        gone = find.rotate(target.storage, target.keep_snapshots, target.bad)
-        if gone:
-            logger.info("removed old snapshots: %s", ", ".join(map(str, gone)))
-        if not target.swept:
-            find.sweep(target.storage, name)
-            target.swept = True
-    except StorageError as error:
-        logger.warning("removing old checkpoints failed: %s", error)
+    def _await(self, over: Callable[[float], bool], deadline: float) -> None:
+        """Until `over(seconds)`, with a word now and then. Raises StorageError at the deadline."""
+        begin, name = time.monotonic(), self._write.name if self._write else "?"
+        which = f"rank {self._mesh.world.rank}: checkpoint {name}"
+        while not over(max(0.0, min(_HEARTBEAT_SECONDS, deadline - time.monotonic()))):
+            waited = human_seconds(time.monotonic() - begin)
+            if time.monotonic() >= deadline:
+                raise StorageError(
+                    f"{which} is still being written after another {waited}: the storage hangs or is too slow; look at "
+                    "it, or give it longer with --timeout"
+                )
+            logger.warning("%s is still being written: waiting for it since %s", which, waited)
 
 
 def _raise(error: InternLMError | None) -> None:

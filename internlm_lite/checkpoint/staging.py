@@ -30,16 +30,25 @@ class Staging:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Make the buffer large enough, so that the first `hold` is as fast as the others."""
-        size = sum(round_up(tensor.nbytes, _ALIGNMENT_BYTES) for tensor in tensors)
-        if size > self._buffer.numel():
-            self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes first
+        """Make the buffer large enough, so that the first `hold` is as fast as the others. Warns where it cannot."""
+        size = _size_of(tensors)
+        if size <= self._buffer.numel():
+            return
+        self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes first
+        try:
             self._buffer = self._allocate(size)
+        except (RuntimeError, MemoryError) as error:  # what torch and CUDA raise
+            logger.warning(
+                "no %s of host memory to copy a checkpoint into (%s): training waits while it is written",
+                human_bytes(size), str(error).partition("\n")[0],
+            )  # fmt: skip
 
-    def hold(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Host copies, done when this returns; same shapes and dtypes."""
+    def hold(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+        """Host copies, done when this returns; same shapes and dtypes. None: there is no memory for them."""
         self.reserve(tensors)
         copies, offset = [], 0
+        if _size_of(tensors) > self._buffer.numel():
+            return None
         for tensor in tensors:
             place = self._buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             copies.append(place.copy_(tensor.detach(), non_blocking=True))
@@ -58,6 +67,11 @@ class Staging:
                     self._folder, human_bytes(size), error.strerror,
                 )  # fmt: skip
         return torch.empty(size, dtype=torch.uint8, pin_memory=self._pin).zero_()
+
+
+def _size_of(tensors: Sequence[torch.Tensor]) -> int:
+    """Bytes of the buffer that holds them."""
+    return sum(round_up(tensor.nbytes, _ALIGNMENT_BYTES) for tensor in tensors)
 
 
 def _mapped(folder: Path, size: int) -> torch.Tensor:

@@ -21,6 +21,10 @@ class UnreadableError(StorageError):
     """This object is absent, shorter than expected, or its medium cannot read it back: the object is at fault."""
 
 
+class UnreachableError(StorageError):
+    """The storage stayed silent for as long as it is asked: it will not answer another request either."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One stored object."""

@@ -46,11 +46,14 @@ class _Expected:
 
 def damages_of(storage: Storage, name: Name) -> Iterator[Damage]:
     """Everything that is wrong with a committed checkpoint. Raises StorageError when the storage fails."""
+    told: str | None = None
     try:
         found = inspect(storage, name)
     except DamagedError as error:
         # The index may still tell which tensors are gone.
-        yield _as_damage(storage, name.folder, error)
+        damage = _as_damage(storage, name.folder, error)
+        told = damage.file
+        yield damage
         try:
             key = f"{storage.name}/{name.manifest}"
             found = Found(storage, name.folder, unseal(Manifest, read_bytes(storage, name.manifest), key))
@@ -59,7 +62,7 @@ def damages_of(storage: Storage, name: Name) -> Iterator[Damage]:
     except CheckpointError as error:
         yield Damage(f"{storage.name}/{name.manifest}", None, str(error))
         return
-    yield from damages_in(found)
+    yield from (damage for damage in damages_in(found) if damage.file != told or damage.tensor is not None)
 
 
 def damages_in(found: Found) -> Iterator[Damage]:

@@ -96,7 +96,8 @@ def end_process(code: int, together: bool = False) -> NoReturn:
 
     `together`: every rank ends with this code, so they wait for each other, as with code 0. Else peers may be gone,
     and nothing waits for them. A process that used torch.distributed leaves by `os._exit`: gloo's threads abort about
-    half of all interpreter exits with signal 6, and NCCL waits for dead peers.
+    half of all interpreter exits with signal 6, and NCCL waits for dead peers. So does one with a thread that still
+    works: it has been waited for as long as it should, and may hang in its storage.
     """
     distributed = dist.is_initialized()
     if code == 0 or together:
@@ -108,9 +109,14 @@ def end_process(code: int, together: bool = False) -> NoReturn:
             logger.error(str(error))
             code = error.exit_code
     flush_logging()
-    if distributed:
+    if distributed or any(_must_be_joined(thread) for thread in threading.enumerate()):
         os._exit(code)
     sys.exit(code)
+
+
+def _must_be_joined(thread: threading.Thread) -> bool:
+    """Whether the interpreter waits for it at its end."""
+    return thread is not threading.main_thread() and not thread.daemon
 
 
 def leave_now(code: int, last_words: Callable[[], object], seconds: float) -> NoReturn:

@@ -13,8 +13,7 @@ from internlm_lite.config.view import masked, resolved
 from internlm_lite.errors import CheckpointError
 from internlm_lite.mesh.mesh import Mesh
 
-VOTE_TIMEOUT_SECONDS = 600.0
-"""A checkpoint whose ranks have not all written by then is given up."""
+TIMEOUT_SECONDS = 600.0
 _PLACES = ("save_ckpt_folder", "snapshot_ckpt_folder")
 
 
@@ -35,32 +34,53 @@ class LastRun:
 class SaveFolders:
     """Milestones and snapshots, and the thread that writes both. None: not saved in this run."""
 
-    def __init__(self, config: Config, mesh: Mesh) -> None:
-        """Collective. Raises StorageError when a folder cannot be written, or another run holds it."""
+    def __init__(self, config: Config, mesh: Mesh, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+        """Collective. Raises StorageError when a folder cannot be written, or another run holds it.
+
+        `timeout_seconds`: a checkpoint is given up when a rank has not written its part that long after rank 0; one
+        that training waits for is given three times as long, less than a collective takes to fail.
+        """
         self._ckpt, self._mesh = config.ckpt, mesh
         self.described = masked(resolved(config))
         """The config as it is stored and compared."""
         self.in_background = self._ckpt.async_upload and self._ckpt.enable_save_ckpt
         staging = self._ckpt.async_upload_tmp_folder if self.in_background else None
-        self.saver = Saver(mesh, self.described, VOTE_TIMEOUT_SECONDS, Path(staging) if staging else None)
+        self.saver = Saver(mesh, self.described, timeout_seconds, Path(staging) if staging else None)
         self.milestones: CheckpointManager | None = None
         self.snapshots: CheckpointManager | None = None
+        if not self._ckpt.enable_save_ckpt:
+            return
         try:
-            self.milestones = self._take(self._ckpt.save_ckpt_folder)
-            self.snapshots = self._take(self._ckpt.snapshot_ckpt_folder)
+            self.milestones = self._open(self._ckpt.save_ckpt_folder, saves=True)
+            self.snapshots = self._open(self._ckpt.snapshot_ckpt_folder, saves=True)
         except BaseException:
             self.close(wait=False)
             raise
-        if self.milestones and self.snapshots:
-            self.milestones.resume_beside(self.snapshots)
-            self.snapshots.resume_beside(self.milestones)
+        _join(self.milestones, self.snapshots)
 
-    def _take(self, folder: str | None) -> CheckpointManager | None:
-        if folder is None or not self._ckpt.enable_save_ckpt:
+    def _open(self, folder: str | None, saves: bool) -> CheckpointManager | None:
+        if folder is None:
             return None
         return CheckpointManager(
-            folder, self._mesh, config=self.described, exclusive=True, saver=self.saver, s3=self._ckpt.s3
+            folder,
+            self._mesh,
+            config=self.described,
+            writable=saves,
+            exclusive=saves,
+            saver=self.saver,
+            s3=self._ckpt.s3,
         )
+
+    def origin(self) -> CheckpointManager | None:
+        """Resumes from the newest of both folders, also in a run that saves nothing: which only reads there, and does
+        not keep out another run. Collective.
+        """
+        if self._ckpt.enable_save_ckpt:
+            return self.milestones or self.snapshots
+        milestones = self._open(self._ckpt.save_ckpt_folder, saves=False)
+        snapshots = self._open(self._ckpt.snapshot_ckpt_folder, saves=False)
+        _join(milestones, snapshots)
+        return milestones or snapshots
 
     def last_run(self) -> LastRun | None:
         """The run that wrote the newest checkpoint that looks whole. Not collective.
@@ -94,3 +114,10 @@ class SaveFolders:
         for manager in (self.milestones, self.snapshots):
             if manager is not None:
                 manager.release()
+
+
+def _join(milestones: CheckpointManager | None, snapshots: CheckpointManager | None) -> None:
+    """Either resumes from the newest of both."""
+    if milestones and snapshots:
+        milestones.resume_beside(snapshots)
+        snapshots.resume_beside(milestones)

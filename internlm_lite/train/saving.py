@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
+from internlm_lite.checkpoint.find import Found
 from internlm_lite.checkpoint.format import Kind
 from internlm_lite.checkpoint.manager import CheckpointManager, Restored
-from internlm_lite.checkpoint.saver import Saved
+from internlm_lite.checkpoint.write import Saved
 from internlm_lite.config.schema import CkptConfig, Config
 from internlm_lite.errors import CheckpointError, InternLMError, NumericsError, StorageError
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.zero import HybridZeroOptimizer
+from internlm_lite.train.data_changes import data_changes
 from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.requests import Order
 from internlm_lite.train.save_folders import SaveFolders
@@ -50,14 +52,14 @@ class Saving:
         self._optimizer, self._mesh, self._reporter, self._fingerprint = optimizer, mesh, reporter, fingerprint
         data = config.data
         self._batch_tokens = data.micro_num * data.micro_bsz * data.seq_len * mesh.dp.size
-        if folders.in_background:
+        if folders.in_background and (config.ckpt.checkpoint_every or config.ckpt.oss_snapshot_freq):
             self._saver.prepare(list(optimizer.pieces()))
 
     def save(self, state: TrainState, kind: Kind, must: bool) -> None:
         """Write everything that going on from here needs.
 
-        `must`: return when the checkpoint exists, or raise StorageError. Else it is written in the background with
-        `ckpt.async_upload`, and a storage that fails is an alarm: training goes on, and the next save tries again.
+        `must`: return when the checkpoint exists, or raise StorageError or CheckpointError. Else it is written in the
+        background with `ckpt.async_upload`, and a failure is an alarm: training goes on, and the next save tries again.
         """
         manager = self._folders.snapshots if kind == "snapshot" else self._folders.milestones
         assert manager is not None, "check_config requires a folder for every kind that is due"
@@ -73,15 +75,15 @@ class Saving:
         }
         pieces, random = list(self._optimizer.pieces()), random_states(self._mesh.device)
         wait = must or not self._ckpt.async_upload
-        if wait:
-            self._tell_all()
         try:
             name = manager.save(state.step, kind, pieces, stored, random, wait=wait)
-        except StorageError as error:
-            if must:
+        except (StorageError, CheckpointError) as error:
+            self.check()
+            if must or self._saver.is_stuck:
                 raise
             self._alarm(f"step {state.step}", error)
             return
+        self.check()
         stall = round(time.monotonic() - begin, 4)
         self._reporter.event("checkpoint", step=state.step, saved=kind, name=name, waited=wait, stall_seconds=stall)
 
@@ -116,8 +118,8 @@ class Saving:
         """The state to go on from. `resume`: auto, none (nothing of this run's own folders), or a path."""
         if resume not in ("auto", "none"):
             return self._load_path(resume, with_optimizer=self._ckpt.load_optimizer)
-        own = self._folders.milestones or self._folders.snapshots
-        if own and resume == "auto" and (restored := own.resume(list(self._optimizer.pieces()))):
+        own = self._folders.origin() if resume == "auto" else None
+        if own and (restored := own.resume(list(self._optimizer.pieces()), check=self._check)):
             return self._adopt(restored, moments=True)
         if self._ckpt.load_ckpt_folder:
             return self._load_path(self._ckpt.load_ckpt_folder, with_optimizer=self._ckpt.load_optimizer)
@@ -129,7 +131,7 @@ class Saving:
         """The newest checkpoint of this run, with the data position of `state`. Raises NumericsError without one."""
         self._tell_all()
         self._optimizer.wait_weights()
-        own = self._folders.milestones or self._folders.snapshots
+        own = self._folders.origin() if self._ckpt.enable_save_ckpt else None
         restored = own.resume(list(self._optimizer.pieces())) if own else None
         if restored is None:
             raise NumericsError(
@@ -141,11 +143,11 @@ class Saving:
     def _load_path(self, path: str, with_optimizer: bool) -> TrainState:
         reader = CheckpointManager(path, self._mesh, config=self._folders.described, writable=False, s3=self._ckpt.s3)
         pieces = [p for p in self._optimizer.pieces() if with_optimizer or p.role == "master"]
-        return self._adopt(reader.load(reader.open(path), pieces), moments=with_optimizer)
+        return self._adopt(reader.load_at(path, pieces, self._check), moments=with_optimizer)
 
     def _load_weights_only(self, path: str) -> None:
         reader = CheckpointManager(path, self._mesh, config=self._folders.described, writable=False, s3=self._ckpt.s3)
-        reader.load(reader.open(path), [p for p in self._optimizer.pieces() if p.role == "master"])
+        reader.load_at(path, [p for p in self._optimizer.pieces() if p.role == "master"])
         self._optimizer.publish_weights()
 
     def _adopt(self, restored: Restored, moments: bool) -> TrainState:
@@ -162,28 +164,32 @@ class Saving:
         self._optimizer.publish_weights()
         if restored.rank_state is not None:
             set_random_states(restored.rank_state, self._mesh.device)
-        self._compare(restored.found.name, stored)
         self.restored = restored.found.name
         return state
 
-    def _compare(self, name: str, stored: dict[str, Any]) -> None:
-        """What is not as it was, and so bends the curve. Raises CheckpointError when the data changed."""
-        changed = sorted(key for key, value in self._fingerprint.items() if stored["data"].get(key) != value)
+    def _check(self, found: Found) -> None:
+        """What is not as it was, and so bends the curve. Raises CheckpointError when the data changed, or when there
+        is no training state.
+        """
+        name, stored = found.name, found.manifest.state
+        if "train" not in stored:
+            raise CheckpointError(
+                f"checkpoint {name} in {found.storage.name} holds weights alone, no training state: to train on from "
+                "them, name this folder in ckpt.load_model_only_folder, and choose another one to save and resume"
+            )
+        changed = data_changes(stored["data"], self._fingerprint) if "data" in stored else []
+        told = "\n  ".join([f"the training data changed since checkpoint {name} was written:", *changed])
         if changed and not self._ckpt.allow_changed_data:
             raise CheckpointError(
-                f"the training data changed since checkpoint {name} was written ({', '.join(changed)}): expected the "
-                "same files and keys, or batches would repeat or be left out; restore them, set "
+                f"{told}\nexpected the same files and keys, or batches would repeat or be left out: restore them, set "
                 "ckpt.allow_changed_data=True to go on at the same position of the new data, or start from the weights "
                 "alone with ckpt.load_model_only_folder"
             )
         if not self._mesh.is_main:
             return
         if changed:
-            logger.warning(
-                f"the training data changed since checkpoint {name} was written ({', '.join(changed)}): batches from "
-                "here on are drawn from the new data at the same position"
-            )
-        if stored["batch_tokens"] != self._batch_tokens:
+            logger.warning(f"{told}\nbatches from here on are drawn from the new data at the same position")
+        if stored.get("batch_tokens", self._batch_tokens) != self._batch_tokens:
             logger.warning(
                 f"a step takes {self._batch_tokens} tokens now, {stored['batch_tokens']} when checkpoint {name} was "
                 "written; to keep them, change data.micro_num with the number of data-parallel ranks"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -15,9 +16,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from internlm_lite.checkpoint import find
+from internlm_lite.checkpoint import commit, find
 from internlm_lite.checkpoint.local import LocalStorage
 from internlm_lite.checkpoint.manager import CheckpointManager
+from internlm_lite.checkpoint.saver import Saver
 from internlm_lite.errors import CheckpointError, ConfigError, StorageError
 from internlm_lite.mesh.layout import Piece
 from internlm_lite.mesh.mesh import single_process_mesh
@@ -393,3 +395,99 @@ def test_a_missing_vote_names_its_rank(tmp_path: Path) -> None:
     storage.put(name.vote(1), [b"x"])
     with pytest.raises(StorageError, match=r"no vote from rank 0, 2 after 0.1 s; nothing was committed"):
         await_votes(storage, name, 3, 0.1, threading.Event(), poll_seconds=0.01)
+
+
+def test_a_checkpoint_that_is_committed_stays_when_what_follows_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = _manager(tmp_path)
+
+    def away(*_: Any) -> Any:
+        raise StorageError("the medium failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commit, "inspect", away)
+        first = _save(manager, 1, "final")
+    assert "was not read back: the medium failed" in caplog.text
+    with monkeypatch.context() as patch:
+        patch.setattr(find, "FORMAT", 2)  # what was saved so far is of another version
+        manager._target._sweep_at = 0
+        patch.setattr(find, "sweep", away)
+        patch.setattr(commit, "FORMAT", 2)
+        names = [_save(manager, step, "snapshot") for step in (2, 3, 4)]
+    assert "removing old checkpoints failed: the medium failed" in caplog.text
+    kept = [first, *names[1:]]
+    assert sorted(os.listdir(tmp_path / "data")) == sorted(kept)
+    last = _save(manager, 5)
+    assert sorted(os.listdir(tmp_path / "data")) == sorted([*kept, last]), "of other versions nothing counts as good"
+
+
+def test_one_that_was_committed_though_its_save_failed_goes_after_the_next_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = _manager(tmp_path)
+    original = manager.storage.put_if_absent
+
+    def lost_answer(key: str, data: bytes) -> bool:
+        original(key, data)
+        raise StorageError("the connection broke")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manager.storage, "put_if_absent", lost_answer)
+        with pytest.raises(StorageError, match="the connection broke"):
+            _save(manager, 1, "final")
+    found = manager.latest()
+    assert found is not None and found.step == 1, "until there is another one it is better than nothing"
+    assert os.listdir(tmp_path / "data") != [_save(manager, 2)] == os.listdir(tmp_path / "data")
+
+
+def test_leftovers_that_were_young_go_when_they_are_old(tmp_path: Path) -> None:
+    left = _save(_manager(tmp_path), 1)
+    os.unlink(tmp_path / f"commits/{left}.json")
+    manager = _manager(tmp_path)
+    first = _save(manager, 2)
+    past = time.time() - find.ORPHAN_SECONDS - 10
+    for path in (tmp_path / "data" / left).iterdir():
+        os.utime(path, (past, past))
+    second = _save(manager, 3)
+    assert sorted(os.listdir(tmp_path / "data")) == sorted([left, first, second]), "looked for now and then only"
+    manager._target._sweep_at -= find.ORPHAN_SECONDS
+    assert sorted([first, second, _save(manager, 4, "milestone")]) == sorted(os.listdir(tmp_path / "data"))
+
+
+def test_rotation_reads_a_commit_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager, read = _manager(tmp_path), []
+    original = manager.storage.read
+    monkeypatch.setattr(manager.storage, "read", lambda key, *rest: read.append(key) or original(key, *rest))
+    for step in range(5):
+        _save(manager, step, "milestone")
+    read.clear()
+    name = _save(manager, 6, "milestone")
+    assert {key for key in read if key.startswith("commits/")} == {f"commits/{name}.json"}
+
+
+def test_a_save_folder_is_searched_with_those_inside_it(tmp_path: Path) -> None:
+    saver = Saver(single_process_mesh(), {}, vote_timeout_seconds=20)
+    outer, inner = _manager(tmp_path, saver=saver), _manager(tmp_path / "snapshot", saver=saver)
+    order = [_save(manager, step) for step, manager in enumerate((inner, outer, inner))]
+    found = outer.open(str(tmp_path))
+    assert (found.name, found.folder) == (order[2], f"snapshot/data/{order[2]}")
+    for damaged in (2, 1):  # bytes of a tensor: only who loads it sees that
+        (path,) = tmp_path.rglob(f"{order[damaged]}/rank-00000.safetensors")
+        raw = bytearray(path.read_bytes())
+        raw[-1] ^= 1
+        path.write_bytes(raw)
+    pieces = pieces_of(0, fill=False)
+    restored = _manager(tmp_path, writable=False).load_at(str(tmp_path), pieces)
+    assert restored.found.name == order[0] and [text.split(":")[0] for text in restored.found.rejected] == order[:0:-1]
+    assert_true_values(pieces)
+    with pytest.raises(CheckpointError, match="damaged in bytes"):
+        outer.load_at(f"{tmp_path}/data/{order[1]}", pieces_of(0, fill=False))
+    shutil.rmtree(tmp_path / "commits")
+    assert _manager(tmp_path, writable=False).open(str(tmp_path)).folder.startswith("snapshot/")
+
+
+def test_a_hugging_face_folder_names_the_tool(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tools/convert\.py from-hf"):
+        _manager(tmp_path, writable=False).open(str(tmp_path))

@@ -337,3 +337,34 @@ def test_secrets_are_not_logged_at_any_level(
         _save(_manager(s3_folder.replace(s3_server.endpoint, s3_proxy.endpoint)))
     assert "trying again" in caplog.text
     assert ACCESS_KEY not in caplog.text and SECRET_KEY not in caplog.text and "Signature=" not in caplog.text
+
+
+def test_a_server_that_fell_silent_is_not_asked_for_more(
+    s3_server: S3Server, s3_folder: str, s3_proxy: FaultProxy
+) -> None:
+    folder = s3_folder.replace(s3_server.endpoint, s3_proxy.endpoint)
+    saver = Saver(single_process_mesh(), {}, vote_timeout_seconds=60)
+    manager = _manager(folder, S3Config(insecure=True, deadline_seconds=1), exclusive=True, saver=saver)
+    _save(manager, 0)
+    s3_proxy.faults.append(Fault("hang", ".", times=1000))
+    begun = len(s3_proxy.seen)
+    with pytest.raises(StorageError, match="the server fell silent"):
+        _save(manager, 1)
+    manager.release()
+    asked = s3_proxy.seen[begun:]
+    assert asked and not any(words in request for request in asked for words in ("refused", "DELETE"))
+    s3_proxy.faults.clear()
+    name = _save(manager, 2)
+    assert manager.latest().name == name, "and asked again by the next save"
+    manager.release()
+    assert not any("run.lock" in key for key in _objects(s3_server, s3_folder))
+
+
+def test_a_save_folder_on_s3_is_searched_with_those_inside_it(s3_folder: str) -> None:
+    saver = Saver(single_process_mesh(), {}, vote_timeout_seconds=60)
+    outer, inner = _manager(s3_folder, saver=saver), _manager(f"{s3_folder}/snapshot", saver=saver)
+    _save(outer, 1, "milestone")
+    name = _save(inner, 2)
+    pieces = pieces_of(0, fill=False)
+    assert _manager(s3_folder, writable=False).load_at(s3_folder, pieces).found.name == name
+    assert_true_values(pieces)

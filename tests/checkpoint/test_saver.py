@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from internlm_lite.checkpoint import saver as saver_module
+from internlm_lite.checkpoint import write
 from internlm_lite.checkpoint.local import LocalStorage
 from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.saver import Saved, Saver
@@ -170,3 +175,126 @@ def test_staging_without_room_uses_ordinary_memory(
     with caplog.at_level(logging.WARNING):
         (copy,) = Staging(tmp_path, CPU).hold([tensor])
     assert torch.equal(copy, tensor) and "No space left on device" in caplog.text and not os.listdir(tmp_path)
+
+
+def test_an_error_that_nobody_thought_of_is_an_alarm_with_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> int:
+        raise MemoryError("no room")
+
+    manager, saver, gate = gated(tmp_path, single_process_mesh())
+    gate.open.set()
+    with monkeypatch.context() as patch:
+        patch.setattr(write.commit, "write_rank", fail)
+        manager.save(1, "snapshot", pieces_of(0, fill=True), {}, wait=False)
+        assert "could not be written: MemoryError: no room" in str(ended(saver).error)
+        assert any(record.exc_info and record.exc_info[0] is MemoryError for record in caplog.records)
+        with pytest.raises(StorageError, match="MemoryError: no room"):
+            manager.save(2, "final", pieces_of(0, fill=True), {})
+    with monkeypatch.context() as patch:
+        patch.setattr(write.commit, "write_rank", fail)
+        patch.setattr(LocalStorage, "size", fail)  # while it looks at what the failed ones have left
+        with pytest.raises(StorageError, match="MemoryError"):
+            manager.save(3, "final", pieces_of(0, fill=True), {})
+    assert "what failed saves left stays for now: no room" in caplog.text
+    name = manager.save(4, "final", pieces_of(0, fill=True), {})
+    assert os.listdir(tmp_path / "data") == [name]
+
+
+def test_without_a_thread_the_save_fails_before_ranks_count_on_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    manager, _, gate = gated(tmp_path, single_process_mesh())
+    gate.open.set()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(StorageError, match="can't start new thread"):
+            manager.save(1, "snapshot", pieces_of(0, fill=True), {}, wait=False)
+    assert manager.save(2, "snapshot", pieces_of(0, fill=True), {}) is not None
+
+
+def test_without_memory_for_a_copy_training_waits_for_its_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: Staging, size: int) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore")
+
+    monkeypatch.setattr(Staging, "_allocate", fail)
+    manager, saver, gate = gated(tmp_path, single_process_mesh())
+    threading.Timer(0.2, gate.open.set).start()
+    pieces = pieces_of(0, fill=True)
+    saver.prepare(pieces)
+    assert manager.save(1, "snapshot", pieces, {}, wait=False) is not None
+    assert list(tmp_path.glob("data/*/rank-00000.safetensors")) and "training waits" in caplog.text
+    for piece in pieces:
+        piece.tensor.fill_(-1)
+    assert ended(saver).error is None and not saver.is_stuck
+    fresh = pieces_of(0, fill=False)
+    assert manager.resume(fresh) is not None
+    assert_true_values(fresh)
+
+
+def test_storage_that_hangs_is_waited_for_aloud_and_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(saver_module, "_HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(saver_module, "_END_SECONDS", 0.05)
+    manager, saver, gate = gated(tmp_path, single_process_mesh())
+    saver._vote_timeout_seconds = 0.1
+    name = manager.save(1, "snapshot", pieces_of(0, fill=True), {}, wait=False)
+    with pytest.raises(StorageError, match=f"checkpoint {name} is still being written .* --timeout"):
+        manager.save(2, "final", pieces_of(0, fill=True), {})
+    assert f"checkpoint {name} is still being written: waiting for it since" in caplog.text
+    assert saver.wait() is None and not saver.is_stuck, "it has a copy of its own"
+    gate.open.set()
+    saver._vote_timeout_seconds = 20
+    assert str(ended(saver).name) == name
+    gate.open.clear()
+    saver._vote_timeout_seconds = 0.1
+    with pytest.raises(StorageError, match="is still being written"):
+        manager.save(3, "milestone", pieces_of(0, fill=True), {})
+    assert saver.is_stuck, "nothing may change the tensors"
+    saver.close(wait=True)
+    gate.open.set()
+
+
+def wait_for_a_slow_rank(mesh: Mesh, folder: str) -> list[str]:
+    manager, saver, gate = gated(folder, mesh)
+    pieces = pieces_of(mesh.rank, zero=2, fill=True)
+    saver._vote_timeout_seconds = 1
+    if mesh.rank == 0:
+        gate.open.set()
+    threading.Timer(1.5, gate.open.set).start()  # longer than rank 0 waits for a vote of a save in the background
+    answers = [str(manager.save(1, "final", pieces, {}) is not None)]
+    if mesh.rank == 1:
+        gate.open.clear()
+    saver._vote_timeout_seconds = 0.3
+    try:
+        manager.save(2, "final", pieces, {})
+    except StorageError as error:
+        answers.append(str(error))
+    gate.open.set()
+    return answers
+
+
+def test_a_slow_rank_is_waited_for_and_one_that_hangs_is_named_on_all(tmp_path: Path) -> None:
+    zero, one = run_world(wait_for_a_slow_rank, 2, (str(tmp_path),))
+    assert zero == one and zero[0] == "True"
+    assert "rank 1: checkpoint 0000000002-" in zero[1] and "is still being written" in zero[1]
+
+
+def test_a_process_ends_though_its_writer_hangs(tmp_path: Path) -> None:
+    program = (
+        "import threading\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from internlm_lite.runtime.start import end_process\n"
+        "ThreadPoolExecutor(1).submit(threading.Event().wait, 100)\n"
+        "end_process(6)\n"
+    )
+    begin = time.monotonic()
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 6
+    assert time.monotonic() - begin < 60

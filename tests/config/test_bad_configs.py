@@ -283,6 +283,11 @@ BAD = [
     ),
     (
         "",
+        "ckpt = dict(save_ckpt_folder='local:x/../y', snapshot_ckpt_folder='y/')",
+        "25: ckpt.snapshot_ckpt_folder: found the same folder for both; expected two",
+    ),
+    (
+        "",
         "ckpt = dict(save_ckpt_folder='oss2:x')",
         "25: ckpt.save_ckpt_folder: found 'oss2:x', expected local:PATH, a plain path, or",
     ),

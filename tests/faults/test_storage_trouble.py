@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
-from internlm_lite.checkpoint import manager
+from internlm_lite.checkpoint import commit, manager
 from internlm_lite.checkpoint.find import committed
+from internlm_lite.checkpoint.format import Name
 from internlm_lite.checkpoint.local import LocalStorage
 from internlm_lite.checkpoint.verify import damages_of
+from internlm_lite.errors import CheckpointError
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.monitor.jsonl import read_objects
 from tests.cli import ROOT, ended, start
@@ -129,6 +131,34 @@ def test_a_staging_folder_that_is_full(corpus: Path, untroubled: list[tuple[floa
     assert told.done == [2, 4, 6, 8, 10] and not told.alarms
     assert "cannot take" in told.log and "ordinary memory is used" in told.log
     assert_sound(disk / "snapshots", [10, 8])
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+@pytest.mark.parametrize(
+    "error", [MemoryError("no room"), CheckpointError("not stored exactly once"), KeyError("ETag")]
+)
+def test_any_failure_of_a_save_is_an_alarm(
+    error: Exception,
+    in_background: bool,
+    corpus: Path,
+    untroubled: list[tuple[float, float]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = commit.commit_votes
+
+    def failing(storage: Any, name: Name, *rest: Any) -> Any:
+        if name.step == 4:
+            raise error
+        return original(storage, name, *rest)
+
+    monkeypatch.setattr(commit, "commit_votes", failing)
+    disk = tmp_path / "disk"
+    told = trained(config_for(corpus, disk, async_upload=in_background), tmp_path / "run", {})
+    assert told.curve == untroubled
+    assert set(told.alarms) == {4} and str(error) in told.alarms[4]
+    assert_sound(disk / "snapshots", [10, 8])
+    assert_sound(disk / "saves", [STEPS])
 
 
 class Slow(LocalStorage):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import shutil
@@ -10,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from internlm_lite.checkpoint import find, listing, verify
 from internlm_lite.checkpoint.find import committed
 from internlm_lite.checkpoint.format import Name
 from internlm_lite.checkpoint.lease import Lease
 from internlm_lite.checkpoint.local import LocalStorage
 from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.tensorfile import BLOCK_BYTES, parse_header
+from internlm_lite.errors import StorageError
 from internlm_lite.mesh.layout import Piece
 from internlm_lite.mesh.mesh import single_process_mesh
 from tests.checkpoint.pieces import pieces_of
@@ -174,7 +177,8 @@ def test_verify_of_missing_files(folder, capsys):
     code, text = run(capsys, "verify", folder)
     assert code == 2 and text.count("DAMAGED") == 3
     assert f"{newest}/rank-00000.safetensors: is missing" in text and "tensor master/norm.weight: lost" in text
-    assert f"{middle}/manifest.json" in text and f"{oldest}/rank-00000.vote.json: is missing" in text
+    assert f"{middle}/manifest.json" in text
+    assert text.count(f"{oldest}/rank-00000.vote.json: is missing") == text.count("vote.json") == 1
 
 
 def test_verify_reads_tensors_of_many_blocks(tmp_path, capsys):
@@ -200,7 +204,9 @@ def test_prune_keeps_the_newest(folder, capsys):
     assert code == 0 and f"remove  {oldest}" in text
     assert names(folder) == [newest, middle] and not (folder / oldest.folder).exists()
     assert len(names(folder / "snapshot")) == 1, "a folder inside is another folder"
-    assert run(capsys, "prune", folder, "--keep", 5) == (0, f"keep    {newest}\nkeep    {middle}\nnothing to remove\n")
+    code, text = run(capsys, "prune", folder, "--keep", 5)
+    alone = f"left alone: local:{folder}/snapshot, a save folder of its own\n"
+    assert (code, text) == (0, f"{alone}keep    {newest}\nkeep    {middle}\nnothing to remove\n")
     assert run(capsys, "verify", folder)[0] == 0
 
 
@@ -212,6 +218,7 @@ def test_prune_refuses_while_a_run_uses_the_folder(folder, capsys):
     run_of_another._owner = "x"
     LocalStorage(folder).put("run.lock", [run_of_another._document()])
     code, text = run(capsys, "prune", folder, "--keep", 1)
+    assert "is locked: looking whether its run is alive, for up to 60 s" in text
     assert code == 6 and "in use by host node7, pid 12" in text and len(names(folder)) == 3
     assert run(capsys, "prune", folder, "--keep", 1, "--dry-run")[0] == 0
     run_of_another.release()
@@ -223,6 +230,44 @@ def test_prune_of_the_outer_folder_only(folder, capsys):
     shutil.rmtree(folder / "commits")
     code, text = run(capsys, "prune", folder, "--keep", 1)
     assert code == 2 and f"local:{folder} holds no checkpoint" in text
+    assert f"; local:{folder}/snapshot is one" in text
+
+
+def test_what_a_run_removes_meanwhile_is_not_damaged(folder, capsys, monkeypatch):
+    gone = names(folder)[1]
+    original = find.inspect
+
+    def late(storage, name, *rest):
+        if name == gone and storage.name == f"local:{folder}":
+            find.remove(storage, name)
+        return original(storage, name, *rest)
+
+    monkeypatch.setattr(verify, "inspect", late)
+    code, text = run(capsys, "verify", folder)
+    assert code == 0 and f"{gone}: removed meanwhile" in text and "DAMAGED" not in text
+    gone = names(folder)[1]
+    monkeypatch.setattr(listing, "inspect", late)
+    code, text = run(capsys, "ls", folder)
+    assert code == 0 and str(gone) not in text and str(names(folder)[0]) in text
+
+
+def test_lines_in_a_pipe_are_not_wrapped(tmp_path, capsys):
+    folder = tmp_path / ("deep" * 40)
+    save(folder, 10)
+    layout = "64 ranks dp=8 tp=4 pp=2 zero=8 replica=1"
+    listed = next(iter(listing.list_checkpoints(LocalStorage(folder), deep=False)))
+    sizes = {"world": 64, "dp": 8, "tp": 4, "pp": 2, "zero": 8, "replica": 16}
+    ckpt.Console(width=ckpt._PIPE_COLUMNS).print(ckpt._table([dataclasses.replace(listed, layout=sizes)]))
+    assert layout.rpartition(" ")[0] + " replica=16" in capsys.readouterr().out
+
+
+def test_settings_of_s3_are_named_as_the_tool_has_them(capsys, monkeypatch):
+    def refuse(*_):
+        raise StorageError("it does not speak TLS (for plain http set ckpt.s3.insecure=True)")
+
+    monkeypatch.setattr(ckpt, "open_storage", refuse)
+    code, text = run(capsys, "ls", "boto3:s3://lab.127.0.0.1:1/x")
+    assert code == 6 and "for plain http set --s3 insecure=True" in text
 
 
 @pytest.mark.parametrize("how", ["flip", "cut", "manifest"])

@@ -100,7 +100,7 @@ def test_a_killed_run_goes_on_in_its_folder(folder: Path):
     steps = read_metrics(run / "metrics.jsonl")
     assert [step["step"] for step in steps] == list(range(reached + 4))
     assert [step["seg"] for step in steps] == [0] * start[1]["step"] + [1] * (reached + 4 - start[1]["step"])
-    whole = trained(folder, last, "ckpt.enable_save_ckpt=False", "JOB_NAME=whole")
+    whole = trained(folder, last, "ckpt.enable_save_ckpt=False", "ckpt.auto_resume=False", "JOB_NAME=whole")
     assert whole.code == 0, whole.output
     assert curve(steps) == curve(read_metrics(folder / "RUN" / "whole" / "latest" / "metrics.jsonl"))
     text = (run / "logs" / "rank-00000.log").read_text()

@@ -1,0 +1,123 @@
+"""Where a run starts from when that is not simply its own newest checkpoint, and what is said when it cannot."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from internlm_lite.checkpoint.manager import CheckpointManager
+from internlm_lite.errors import CheckpointError, NumericsError
+from internlm_lite.mesh.mesh import single_process_mesh
+from internlm_lite.train.build import build_run
+from internlm_lite.train.data_changes import data_changes
+from tests.corpus import write_corpus
+from tests.train.runs import STEPS, curve, run_training, tiny
+
+MESH = single_process_mesh()
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus, and a run with a milestone at step 4 and a final checkpoint."""
+    room = tmp_path_factory.mktemp("origin")
+    write_corpus(room / "corpus")
+    run_training(MESH, config(room, enable_save_ckpt=True), room / "first")
+    return room
+
+
+def config(room: Path, **ckpt: Any) -> Any:
+    ckpt = {"save_ckpt_folder": f"local:{room}/saves", "checkpoint_every": 4, "async_upload": False, **ckpt}
+    return tiny(room / "corpus", ckpt=ckpt)
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def steps(metrics: list[dict[str, Any]]) -> list[int]:
+    return [step["step"] for step in metrics]
+
+
+@pytest.fixture
+def damaged(room: Path, tmp_path: Path) -> Path:
+    """A copy of the save folder whose final checkpoint only loading shows to be damaged."""
+    saves = shutil.copytree(room / "saves", tmp_path / "saves")
+    (path,) = saves.glob(f"data/{STEPS:010d}-*/rank-00000.safetensors")
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    return saves
+
+
+def test_a_run_that_saves_nothing_goes_on_from_its_folder_all_the_same(room: Path, damaged: Path, tmp_path: Path):
+    before = files(damaged)
+    quiet = config(room, enable_save_ckpt=False, save_ckpt_folder=f"local:{damaged}")
+    again = run_training(MESH, quiet, tmp_path / "quiet")
+    assert steps(again) == list(range(4, STEPS)) and files(damaged) == before, "no lock, no probe, nothing"
+    anew = run_training(MESH, quiet, tmp_path / "anew", resume="none")
+    assert steps(anew) == list(range(STEPS)) and curve(anew)[4:] == curve(again)
+
+
+def test_a_run_that_saves_nothing_has_nothing_of_its_own_to_go_back_to(room: Path, tmp_path: Path):
+    run = build_run(config(room, enable_save_ckpt=False), MESH, tmp_path, "auto", terminal=False)
+    with pytest.raises(NumericsError, match="no checkpoint to go back to"):
+        run.saving.go_back(run.start)
+    run.saving.close(wait=True)
+
+
+@pytest.mark.parametrize("how", ["resume", "load_ckpt_folder", "load_model_only_folder"])
+def test_from_a_damaged_checkpoint_of_another_folder_to_the_one_before(
+    how: str, room: Path, damaged: Path, tmp_path: Path
+):
+    other = {"save_ckpt_folder": None} | ({} if how == "resume" else {how: str(damaged)})
+    resume = str(damaged) if how == "resume" else "auto"
+    found = run_training(MESH, config(room, **other), tmp_path / "run", resume=resume)
+    assert steps(found) == list(range(0 if "only" in how else 4, STEPS))
+    (newest,) = damaged.glob(f"commits/{STEPS:010d}-*.json")
+    with pytest.raises(CheckpointError, match="damaged in bytes"):
+        run_training(MESH, config(room, save_ckpt_folder=None), tmp_path / "one", resume=str(newest))
+
+
+def test_weights_alone_are_named_as_such(room: Path, tmp_path: Path):
+    run = build_run(config(room), MESH, tmp_path / "run", "none", terminal=False)
+    weights = [piece for piece in run.optimizer.pieces() if piece.role == "master"]
+    CheckpointManager(str(tmp_path / "hf"), MESH).save(0, "final", weights, {"converted_from": "llama"})
+    with pytest.raises(CheckpointError, match=r"holds weights alone.*ckpt\.load_model_only_folder"):
+        run.saving.restore(str(tmp_path / "hf"))
+    run.saving.close(wait=True)
+
+
+def test_changed_data_is_named_before_anything_is_loaded(room: Path, tmp_path: Path):
+    copy = shutil.copytree(room, tmp_path / "room")
+    file = sorted((copy / "corpus").rglob("*.bin"))[0]
+    name = file.parent.relative_to(copy / "corpus").as_posix()
+    for path in file.parent.glob(f"{file.stem}.*"):
+        path.rename(path.with_name("moved" + path.suffix))
+    (payload,) = (copy / "saves").glob(f"data/{STEPS:010d}-*/rank-00000.safetensors")
+    payload.write_bytes(payload.read_bytes()[:-1] + b"?")  # whoever reads it would find that first
+    with pytest.raises(CheckpointError) as caught:
+        run_training(MESH, config(copy), tmp_path / "run")
+    text = str(caught.value)
+    assert f"\n  data folder {name}: " in text and f"gone: {file.name}" in text and "new: moved.bin" in text
+    assert "ckpt.allow_changed_data=True" in text
+
+
+def test_what_changed_is_said_folder_by_folder():
+    def folder(name: str, tokens: int, *files: str) -> dict[str, Any]:
+        named = [{"name": file.strip("!"), "index_sha256": file} for file in files]
+        return {"name": name, "documents": 10, "tokens": tokens, "files": named}
+
+    old = {"seq_len": 32, "folders": [folder("en", 100, "a", "b"), folder("cn", 50, "c"), folder("x", 1, "d")]}
+    new = {"seq_len": 64, "folders": [folder("en", 120, "a!", "e"), folder("cn", 50, "c"), folder("y", 1, "d")]}
+    assert data_changes(old, old) == []
+    assert data_changes(old, new) == [
+        "seq_len: 32 then, 64 now",
+        "data folder x: gone",
+        "data folder y: new",
+        "data folder en: gone: b; new: e; changed: a; 10 documents of 100 tokens then, 10 documents of 120 tokens now",
+    ]
+    turned = {"seq_len": 32, "folders": old["folders"][::-1]}
+    assert data_changes(old, turned) == ["data folders: en, cn, x then, x, cn, en now"]

@@ -51,6 +51,9 @@ class Verdict:
 
 
 class Limits(Protocol):
+    @property
+    def usual(self) -> float: ...
+
     def __getitem__(self, phase: str) -> float: ...
 
 
@@ -59,9 +62,12 @@ def judge(
 ) -> Verdict | None:
     """None as long as nobody exceeds the limit of its phase, seconds, or waits for one that does not.
 
-    `idle[rank]`: seconds without progress, and without a beat; beats come every `period` seconds.
+    `idle[rank]`: seconds without progress, and without a beat; beats come every `period` seconds. No phase excuses a
+    rank without beats, and the last one it told may be over.
     """
-    overdue = {rank for rank in table if idle[rank][0] > limits[table[rank].phase]}
+    overdue = {
+        rank for rank, beat in table.items() if idle[rank][0] > limits[beat.phase] or idle[rank][1] > limits.usual
+    }
     if not overdue:
         return None
     seconds = max(idle[rank][0] for rank in overdue)

@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -34,6 +34,8 @@ _DEPUTY_SECONDS = 2.0
 _SUSPENDED_PERIODS = 5
 """A watcher that did not run for so long was stopped, as by `scontrol suspend`, together with its process."""
 _VERDICT = "verdict"
+_ENDED = "ended"
+"""Phase of the last beat of a rank that nobody waits for any more."""
 
 
 class Store(Protocol):
@@ -134,12 +136,18 @@ class Watchdog:
             except RuntimeError:  # torch.distributed's errors are RuntimeErrors: rank 0 is gone, or just ending
                 continue
             self._heard = time.monotonic()
+        with suppress(RuntimeError):
+            store.set(f"beat/{self._rank}", replace(self._mine, phase=_ENDED).to_json())
 
     def _look(self, store: Store) -> None:
         now = time.monotonic()
         for rank in range(self._size):
             beaten_yet = store.check([f"beat/{rank}"])
             beat = Beat.from_json(store.get(f"beat/{rank}")) if beaten_yet else Beat(0, "starting", None, 0)
+            if beat.phase == _ENDED:  # and beats no more
+                self._table.pop(rank, None)
+                self._changed.pop(rank, None)
+                continue
             known = self._table.get(rank)
             progressed, beaten = self._changed.get(rank, (now, now))
             progressed = now if known is None or beat.progress != known.progress else progressed

@@ -41,7 +41,7 @@ import pytest
 
 from internlm_lite.checkpoint.local import LocalStorage
 from internlm_lite.checkpoint.verify import damages_of
-from internlm_lite.monitor.jsonl import read_metrics, read_objects
+from internlm_lite.monitor.jsonl import read_objects
 from tests.cli import ROOT
 from tests.faults.trouble import small_disk
 from tests.faults.worlds import (
@@ -54,6 +54,7 @@ from tests.faults.worlds import (
     events,
     final_bits,
     free_port,
+    metrics_of,
     report,
     run_folder,
     snapshots,
@@ -69,11 +70,12 @@ def told(what: str, seconds: float, job: Job) -> None:
     print(f"\n{what:50} {seconds:6.1f} s   codes {codes}")
 
 
-def trained_until(folder: Path, step: int) -> float:
+def trained_until(job: Job, step: int) -> float:
     """Wait for that step's line; the clock's time then."""
     deadline = time.monotonic() + PATIENCE
-    while not any(line["step"] >= step for line in read_metrics(run_folder(folder) / "metrics.jsonl")):
-        assert time.monotonic() < deadline
+    while not any(line["step"] >= step for line in metrics_of(job.folder)):
+        alive = any(process.is_alive() for process in job.ranks.values())
+        assert alive and time.monotonic() < deadline, job.output()[-6000:]
         time.sleep(0.02)
     return time.monotonic()
 
@@ -93,7 +95,7 @@ def started_again(folder: Path, undisturbed: tuple[Any, Any]) -> int:
     """Start the job of two ranks anew: it ends as if nothing had happened. Steps done where it began."""
     begin = time.monotonic()
     with Job(folder, 2, *arguments()) as job:
-        trained_until(folder, STEPS - 1)
+        trained_until(job, STEPS - 1)
         print(f"{'    started again: at the last step after':50} {time.monotonic() - begin:6.1f} s")
         job.finish()
     assert (curve_of(folder), final_bits(folder)) == undisturbed, "to the bit"
@@ -107,7 +109,7 @@ def started_again(folder: Path, undisturbed: tuple[Any, Any]) -> int:
 def test_a_rank_that_is_gone_is_named(size: int, guilty: int, how: str, undisturbed: Any, tmp_path: Path) -> None:
     with Job(tmp_path, size, *arguments(), faults=f"{how} {guilty} {AT}") as job:
         others = [rank for rank in range(size) if rank != guilty]
-        begin = trained_until(tmp_path, AT - 1)
+        begin = trained_until(job, AT - 1)
         assert job.codes(*others) == [5] * len(others), job.output()[-6000:]
         assert job.codes(guilty) == [-signal.SIGKILL if how == "kill" else 0]
         told(f"{how} of rank {guilty} of {size}", time.monotonic() - begin, job)
@@ -128,7 +130,7 @@ def test_a_rank_that_is_gone_is_named(size: int, guilty: int, how: str, undistur
 def test_a_rank_that_is_stopped_is_named(size: int, guilty: int, tmp_path: Path) -> None:
     with Job(tmp_path, size, *arguments(*HANG), faults=f"stop {guilty} {AT}") as job:
         others = [rank for rank in range(size) if rank != guilty]
-        begin = trained_until(tmp_path, AT - 1)
+        begin = trained_until(job, AT - 1)
         codes = job.codes(*others)
         told(f"SIGSTOP of rank {guilty} of {size}, time-out 4 s", time.monotonic() - begin, job)
         assert 4 in codes and set(codes) <= {4, 5}, job.output()  # 5: saw the first one end
@@ -141,7 +143,7 @@ def test_a_rank_that_is_stopped_is_named(size: int, guilty: int, tmp_path: Path)
 @pytest.mark.parametrize(("how", "phase", "frame"), [("sleep", "data", "in slow"), ("stuck", "training", "in hidden")])
 def test_a_rank_that_hangs_is_named_with_its_stacks(how: str, phase: str, frame: str, tmp_path: Path) -> None:
     with Job(tmp_path, 2, *arguments(*HANG), faults=f"{how} 1 {AT}") as job:
-        begin = trained_until(tmp_path, AT - 1)
+        begin = trained_until(job, AT - 1)
         assert set(job.codes()) <= {4, 5}, job.output()[-6000:]
         told(f"rank 1 of 2 hangs in phase {phase}, time-out 4 s", time.monotonic() - begin, job)
     cause = report(tmp_path)["cause"]
@@ -152,7 +154,7 @@ def test_a_rank_that_hangs_is_named_with_its_stacks(how: str, phase: str, frame:
 def test_suspended_ranks_go_on(undisturbed: Any, tmp_path: Path) -> None:
     """As by `scontrol suspend`, for longer than the time-out."""
     with Job(tmp_path, 2, *arguments(*HANG)) as job:
-        trained_until(tmp_path, 5)
+        trained_until(job, 5)
         for number in (signal.SIGSTOP, signal.SIGCONT):
             for rank in range(2):
                 job.signal(rank, number)
@@ -165,7 +167,7 @@ def test_a_full_disk_does_not_keep_a_hanging_job_alive(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "2m"):
         faults = f"full 0 {AT - 1};stop 1 {AT}"
         with Job(tmp_path / "disk", 2, *arguments(*HANG), faults=faults) as job:
-            begin = trained_until(tmp_path / "disk", AT - 2)
+            begin = trained_until(job, AT - 2)
             assert job.codes(0) == [4], job.output()[-6000:]
             told("the same on a full disk", time.monotonic() - begin, job)
 
@@ -175,7 +177,7 @@ def test_a_full_disk_does_not_keep_a_hanging_job_alive(tmp_path: Path) -> None:
 )
 def test_the_error_of_one_rank_is_the_cause(how: str, words: str, tmp_path: Path) -> None:
     with Job(tmp_path, 2, *arguments(), faults=f"{how} 1 {AT}") as job:
-        begin = trained_until(tmp_path, AT - 1)
+        begin = trained_until(job, AT - 1)
         assert job.codes() == [5, 1], job.output()[-6000:]
         told(f"{how} on rank 1 of 2", time.monotonic() - begin, job)
     cause, (other,) = report(tmp_path)["cause"], report(tmp_path)["others"]
@@ -186,7 +188,7 @@ def test_the_error_of_one_rank_is_the_cause(how: str, words: str, tmp_path: Path
 
 def test_all_ranks_are_asked_to_stop(undisturbed: Any, tmp_path: Path) -> None:
     with Job(tmp_path, 2, *arguments(), faults=f"term 0 {AT};term 1 {AT + 1}") as job:
-        begin = trained_until(tmp_path, AT - 1)
+        begin = trained_until(job, AT - 1)
         assert job.codes() == [3, 3], job.output()[-6000:]
         told("SIGTERM to all", time.monotonic() - begin, job)
     (stopped,) = events(tmp_path, "stopped")
@@ -218,7 +220,7 @@ def test_ranks_that_do_not_meet(tmp_path: Path) -> None:
 def test_nan_in_one_layer_is_left_out_and_counted_and_ends_the_run_when_it_stays(tmp_path: Path) -> None:
     with Job(tmp_path, 2, *arguments(), faults="nan 1 5-6;nan 1 20-59") as job:
         assert job.codes() == [7, 7], job.output()[-6000:]
-    metrics = read_metrics(run_folder(tmp_path) / "metrics.jsonl")
+    metrics = metrics_of(tmp_path)
     counted = {line["step"]: line["inf_nan_skip_batches"] for line in metrics}
     assert (counted[4], counted[5], counted[6], counted[19], counted[30]) == (0, 1, 2, 2, 13) and max(counted) == 30
     assert all(line["loss"] is not None for line in metrics), "no weight was touched"
@@ -251,7 +253,7 @@ def test_a_spike(policy: str, tmp_path: Path) -> None:
         job.finish()
     (spike,) = events(tmp_path, "spike")
     assert spike["step"] == 45 and spike["norm_z"] > 12
-    metrics = read_metrics(run_folder(tmp_path) / "metrics.jsonl")
+    metrics = metrics_of(tmp_path)
     assert [line["step"] for line in metrics] == list(range(STEPS))
     skipped = {line["step"]: line["inf_nan_skip_batches"] for line in metrics}
     if policy != "rollback":

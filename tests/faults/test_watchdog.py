@@ -49,6 +49,11 @@ def test_one_that_may_take_its_time_is_waited_for() -> None:
     assert judge(_table((3, "building"), (4, "training")), {0: (99, 0), 1: (99, 0)}, LIMITS, 0.5) is None
 
 
+def test_silence_is_excused_by_no_phase() -> None:
+    found = judge(_table((3, "building"), (4, "training")), {0: (2.6, 2.6), 1: (2.1, 0)}, LIMITS, 0.5)
+    assert found is not None and found.ranks == (0,) and "no sign of life" in found.why
+
+
 def test_nobody_stands_out() -> None:
     found = judge(_table((4, "training"), (4, "training")), {0: (3, 0), 1: (3, 0)}, LIMITS, 0.5)
     assert found is not None and found.ranks == () and "all 2 ranks made no progress" in found.why
@@ -191,6 +196,15 @@ def test_a_judge_that_hears_the_store_names_who_is_silent() -> None:
     assert watchdog.silent() == [2]
     found = watchdog._judge(time.monotonic(), watchdog._mine, 0.0)
     assert found is not None and found.ranks == (2,)
+
+
+def test_a_rank_that_has_ended_is_not_missed() -> None:
+    store = _Told()
+    watchdog = Watchdog(0, 3, store, LIMITS, lambda verdict: None)
+    watchdog._look(store)
+    store.beats[2] = Beat(10, "ended", 7, 2)
+    watchdog._look(store)
+    assert sorted(watchdog._table) == sorted(watchdog._changed) == [0, 1]
 
 
 def test_a_rank_that_never_beat_is_named() -> None:

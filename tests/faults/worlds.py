@@ -134,8 +134,13 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     return events_in(run_folder(folder), kind)
 
 
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """The step objects of the newest run; a run that has just begun has none."""
+    return read_metrics(run_folder(folder) / "metrics.jsonl")
+
+
 def curve_of(folder: Path) -> list[tuple[float, float]]:
-    return curve(read_metrics(run_folder(folder) / "metrics.jsonl"))
+    return curve(metrics_of(folder))
 
 
 def snapshots(folder: Path) -> list[Name]:

@@ -15,7 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from internlm_lite.errors import InternLMError
+from internlm_lite.errors import ConfigError, InternLMError
+from internlm_lite.report.files import read_file, shown
+from internlm_lite.report.find import left_out
 from internlm_lite.report.server import Dashboard
 from internlm_lite.report.watch import Watch
 
@@ -28,9 +30,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, job folders, or RUN itself")
     parser.add_argument("--port", type=int, default=PORT, help=f"default {PORT}; 0: any free one")
-    parser.add_argument("--bind", default="127.0.0.1", metavar="ADDRESS", help="another one needs --token")
-    parser.add_argument(
+    parser.add_argument("--bind", default="127.0.0.1", metavar="ADDRESS", help="another one needs a token")
+    tokens = parser.add_mutually_exclusive_group()
+    tokens.add_argument(
         "--token", nargs="?", const="", help="ask for it; without a value one is made and printed with the address"
+    )
+    tokens.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="with the token: other users of this machine see arguments"
     )
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.port < 1 << 16:
@@ -38,14 +44,28 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def read_token(arguments: argparse.Namespace) -> str | None:
+    """None: nobody is asked for one. Raises ConfigError."""
+    if arguments.token and Path(arguments.token).exists():
+        raise ConfigError(f"--token {arguments.token} is a file or folder; put runs first, or use --token-file")
+    if arguments.token_file is None:
+        return secrets.token_urlsafe(16) if arguments.token == "" else arguments.token
+    try:
+        return read_file(arguments.token_file).strip()
+    except OSError as error:
+        raise ConfigError(f"cannot read --token-file {shown(arguments.token_file)}: {error.strerror}") from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 after Ctrl-C, 2 bad input."""
     arguments = parse_arguments(argv)
     logging.basicConfig(format="%(message)s")
-    token = secrets.token_urlsafe(16) if arguments.token == "" else arguments.token
     watch = None
     try:
+        token = read_token(arguments)
         watch = Watch(arguments.runs)
+        for line in left_out(arguments.runs):
+            print(line)
         with Dashboard(watch, arguments.port, arguments.bind, token) as server:
             print(f"dashboard: {server.address}  (Ctrl-C ends it)", flush=True)
             server.serve_forever(poll_interval=0.2)

@@ -1,7 +1,7 @@
 """report.html of any run, finished or still running, of several overlaid, or of an InternLM log.
 
 python tools/report.py RUN/demo/latest                   report.html in the run folder, loss.png with matplotlib
-python tools/report.py RUN/a/latest RUN/b/latest -o ab.html
+python tools/report.py RUN/a/latest RUN/b/latest         report.html and loss.png here, or -o ab.html: and ab.png
 python tools/report.py --from-log train.log              train.html beside it
 """
 
@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from internlm_lite.errors import InternLMError
+from internlm_lite.errors import ConfigError, InternLMError
 from internlm_lite.report.figure import can_draw, write_figure
-from internlm_lite.report.find import demand_runs, run_name
+from internlm_lite.report.files import shown
+from internlm_lite.report.find import demand_runs, left_out, run_name
 from internlm_lite.report.log import read_log
 from internlm_lite.report.page import write_report
-from internlm_lite.report.payload import make_payload
+from internlm_lite.report.payload import UNREADABLE, make_payload
 from internlm_lite.report.run import RunReader
 
 
@@ -38,10 +40,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def read_runs(arguments: argparse.Namespace) -> list[RunReader]:
     """Raises ConfigError for what holds no run."""
     folders = demand_runs(arguments.runs)
+    for line in left_out(arguments.runs):
+        print(line)
     runs = [RunReader(folder, run_name(folder)).read_all() for folder in folders]
     for path in arguments.from_log:
         log = read_log(path)
-        print(f"{path}: {log.run.columns.n} steps; {log.passed_over} other lines passed over")
+        print(f"{shown(path)}: {log.run.columns.n} steps; {log.passed_over} other lines passed over")
         runs.append(log.run)
     return runs
 
@@ -49,12 +53,21 @@ def read_runs(arguments: argparse.Namespace) -> list[RunReader]:
 def places(arguments: argparse.Namespace, runs: Sequence[RunReader]) -> tuple[Path, Path]:
     """Where the page goes, and the figure."""
     if arguments.output is None and len(runs) > 1:
-        arguments.output = Path("report.html")
+        return Path("report.html"), Path("loss.png")
     if arguments.output is None and arguments.from_log:
         arguments.output = arguments.from_log[0].with_suffix(".html")
     if arguments.output is None:
         return runs[0].folder / "report.html", runs[0].folder / "loss.png"
     return arguments.output, arguments.output.with_suffix(".png")
+
+
+def check(payload: Mapping[str, Any]) -> None:
+    """Say which runs cannot be shown. Raises ConfigError when none can."""
+    broken = [run for run in payload["runs"] if run["state"]["phase"] == UNREADABLE]
+    for run in broken:
+        print(f"{run['folder']} cannot be shown: {run['state']['why']}", file=sys.stderr)
+    if len(broken) == len(payload["runs"]):
+        raise ConfigError("nothing to show; mend or remove the file that is damaged")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,12 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         runs = read_runs(arguments)
         payload = make_payload([(f"r{at}", run) for at, run in enumerate(runs)], live=False)
+        check(payload)
         page, figure = places(arguments, runs)
         write_report(payload, page)
-        print(f"wrote {page}")
+        print(f"wrote {shown(page)}")
         if arguments.png or can_draw():
             write_figure(payload, figure)
-            print(f"wrote {figure}")
+            print(f"wrote {shown(figure)}")
     except InternLMError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

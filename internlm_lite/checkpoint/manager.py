@@ -114,9 +114,14 @@ class CheckpointManager:
         return None if name is None else str(name)
 
     def release(self) -> None:
-        """Give the folder free for another run, unless its storage is silent. Not collective."""
-        if self._target.lease is not None and self._target.answers:
+        """Give the folder free for another run. Not collective."""
+        if self._target.lease is not None:
             self._target.lease.release()
+
+    @property
+    def answers(self) -> bool:
+        """False: the last save met a storage that stayed silent. Not collective."""
+        return self._target.answers
 
     def latest(self) -> Found | None:
         """The newest checkpoint that looks whole, None if nothing was ever committed here.

@@ -237,8 +237,9 @@ def _data(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("monitor.sample_every", "monitor.sample_prompts"), "found without prompts; give some, or set it to 0"
         )
-    if not config.JOB_NAME.strip(". ") or set(config.JOB_NAME) & {"/", "\0"}:
-        yield Problem(("JOB_NAME",), f"found {config.JOB_NAME!r}, expected the name of a folder: no '/', not empty")
+    if not config.JOB_NAME.strip(". ") or "/" in config.JOB_NAME or not config.JOB_NAME.isprintable():
+        expected = "expected the name of a folder: printable, no '/', not empty"
+        yield Problem(("JOB_NAME",), f"found {config.JOB_NAME!r}, {expected}")
 
 
 def _ckpt(ckpt: CkptConfig) -> Iterator[Problem]:

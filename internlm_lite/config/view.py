@@ -50,6 +50,10 @@ def _section_is_set(config: Config, key: str) -> bool:
     return not parent or (_section_is_set(config, parent) and value_of(config, parent) is not None)
 
 
+def is_secret_name(name: str) -> bool:
+    return bool(_SECRET_WORDS & set(re.split(r"[^a-z]+", name.lower())))
+
+
 def masked(values: Any, name: str = "") -> Any:
     """The same nested values with secrets as ***: whole values under such a name, and parts of addresses."""
     if isinstance(values, dict):
@@ -58,7 +62,7 @@ def masked(values: Any, name: str = "") -> Any:
         return [masked(value, name) for value in values]
     if not isinstance(values, str):
         return values
-    if _SECRET_WORDS & set(re.split(r"[^a-z]+", name.lower())):
+    if is_secret_name(name):
         return MASK
     for pattern, replacement in _IN_TEXT:
         values = pattern.sub(replacement, values)

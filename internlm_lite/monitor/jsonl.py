@@ -1,6 +1,6 @@
 """metrics.jsonl, events.jsonl, samples.jsonl: append-only files of one JSON object a line, safe to read as they grow.
 
-    {"seg":0,"step":12,"loss":3.21,...,"folders":{"code":[tokens,loss,acc]}}      never NaN: null
+    {"seg":0,"step":12,"loss":3.21,...,"folders":{"code":[tokens,loss,acc]},"seen":{"code":tokens}}     never NaN: null
 
 `seg` counts the starts of a run. A start goes on from a checkpoint and trains again what came after it: a reader drops
 what earlier starts wrote from the first step of a later one on.
@@ -116,13 +116,18 @@ def _now() -> str:
 
 
 def step_object(record: StepRecord, segment: int) -> dict[str, Any]:
-    """The object of one step; keys as in the step line, speeds flat, folders as name: [tokens, loss, acc]."""
+    """The object of one step; keys as in the step line, speeds flat, folders as name: [tokens learnt, loss, acc].
+
+    "seen": all tokens of each folder, learnt or not; it is left out where that is not known.
+    """
+    seen = {name: folder.seen for name, folder in record.folders.items() if folder.seen is not None}
     return {
         "seg": segment,
         "time": record.time.isoformat(timespec="milliseconds"),
         **{key: getattr(record, key) for key in _PLAIN},
         **{key: getattr(record.speed, key) for key in _SPEED},
         "folders": {name: [folder.tokens, folder.loss, folder.acc] for name, folder in record.folders.items()},
+        **({"seen": seen} if seen else {}),
     }
 
 

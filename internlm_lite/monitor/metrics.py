@@ -1,6 +1,6 @@
 """Loss and accuracy per data folder, summed on the device and read once per log interval.
 
-sums[folder] = (cross-entropy, labels, correct)      added per micro-batch, in place, no host read
+sums[folder] = (labels, cross-entropy, correct, tokens)      added per micro-batch, in place, no host read
 collect():     one all-reduce over the world, one copy to the host, back to zero
 
 Only the last pipeline stage has losses; of the tensor-parallel ranks, which all have the same, the first one counts.
@@ -43,8 +43,8 @@ class FolderMetrics:
         self._folders = tuple(folders)
         self._world = mesh.world
         self._counts = mesh.tp.rank == 0
-        # [labels, cross-entropy, correct] per folder, then the training loss: one tensor, so that one collective does.
-        self._sums = torch.zeros(3 * len(self._folders) + 1, dtype=torch.float64, device=mesh.device)
+        # [labels, cross-entropy, correct, tokens] per folder, then the training loss: one tensor, so that one collective does.
+        self._sums = torch.zeros(4 * len(self._folders) + 1, dtype=torch.float64, device=mesh.device)
 
     def add(
         self,
@@ -59,8 +59,9 @@ class FolderMetrics:
             return
         learnt = labels != IGNORE
         index = folders.long()
-        table = self._sums[:-1].view(3, -1)
-        for row, values in zip(table, (learnt, token_loss, correct & learnt), strict=True):
+        table = self._sums[:-1].view(4, -1)
+        every = torch.ones_like(learnt)
+        for row, values in zip(table, (learnt, token_loss, correct & learnt, every), strict=True):
             row.scatter_add_(0, index, values.double())
         self._sums[-1] += train_loss
 
@@ -84,7 +85,7 @@ class FolderMetrics:
         *values, train_loss = self._sums.tolist()
         self._sums.zero_()
         n = len(self._folders)
-        labels, losses, correct = values[:n], values[n : 2 * n], values[2 * n :]
+        labels, losses, correct, seen = (values[row * n : (row + 1) * n] for row in range(4))
         total = sum(labels)
         return Collected(
             folders={
@@ -92,6 +93,7 @@ class FolderMetrics:
                     tokens=int(labels[i]),
                     loss=losses[i] / labels[i] if labels[i] else math.nan,
                     acc=correct[i] / labels[i] if labels[i] else 0.0,
+                    seen=int(seen[i]),
                 )
                 for i, name in enumerate(self._folders)
             },

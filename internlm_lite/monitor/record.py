@@ -42,6 +42,8 @@ class FolderFigures:
     """Mean cross-entropy over them, without label smoothing; nan without tokens."""
     acc: float
     """Share of them predicted right; 0 without tokens."""
+    seen: int | None = None
+    """All tokens of the folder, with those that carry no label, such as prompts; None where that is not known."""
 
 
 @dataclass(frozen=True)

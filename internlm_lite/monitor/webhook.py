@@ -78,11 +78,17 @@ class Webhook:
         return self._queue.unfinished_tasks > 0
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """One more try for what waits, for at most `seconds`."""
+        """One more try for what waits, for at most `seconds`; how many are left then is told in the log."""
         self._closing.set()
         with suppress(queue.Full):  # then there is enough to wake up for
             self._queue.put_nowait(None)
         self._thread.join(seconds)
+        with self._queue.mutex:
+            left = self._queue.unfinished_tasks - self._queue.queue.count(None)
+        if left:
+            logger.warning(
+                f"alerts that did not reach monitor.alerts.webhook before the end: {left}; they stand in events.jsonl"
+            )
 
     def _work(self) -> None:
         while not (self._closing.is_set() and self._queue.empty()):

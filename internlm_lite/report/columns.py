@@ -1,16 +1,17 @@
 """The figures of all step lines as columns of numbers, so that 50,000 steps of 33 folders fit and are cut quickly.
 
     scalar  "loss", "grad_norm/1_fp32", ...     float64 [lines]         nan where a line has none
-    folder  "code", ...                         float64 [lines, 3]      tokens, loss, accuracy
+    folder  "code", ...                         float64 [lines, 4]      tokens learnt, loss, accuracy, tokens seen
 
 A restart repeats steps. Lines of an earlier segment from the first step of a later one on are dropped: they are the
-tail that was given up. So steps rise strictly.
+tail that was given up. So steps rise strictly. A file that does not say how many tokens it saw saw what it learnt.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from itertools import chain
 from typing import Any
@@ -22,7 +23,12 @@ Numbers = NDArray[np.float64]
 Shape = tuple[tuple[str, ...], tuple[tuple[str, tuple[str, ...]], ...], tuple[str, ...]]
 """Which keys a line has: scalars, dicts of scalars, folders."""
 
-_NOT_SCALARS = {"seg", "step", "time", "folders"}
+_NOT_SCALARS = {"seg", "step", "time", "folders", "seen"}
+_WIDTH = 4
+_LARGEST = 1e100
+"""A number beyond it counts as none: so sums and products of numbers stay finite."""
+MOST_STEPS = 10**12
+"""A step or segment beyond it is no step: it would keep out all that come after it."""
 
 
 class _Growing:
@@ -59,6 +65,8 @@ class Columns:
         self.bad = 0
         self.starts: dict[int, int] = {}
         """First step of each segment, as far as it is known."""
+        self._announced: dict[int, int] = {}
+        self._total = MOST_STEPS
         self.last_time: str | None = None
         self.segment = -1
         """Of the newest line."""
@@ -86,6 +94,16 @@ class Columns:
         """By name in the order of the lines."""
         return {name: column.view(self.n) for name, column in self._folders.items()}
 
+    def announce(self, segment: int, step: int, total: int) -> None:
+        """A start, as events tell it before its first line comes: what earlier ones did from `step` on is given up.
+
+        `total`: steps that it means to do.
+        """
+        self._total = total if not self._announced else max(total, self._total)
+        self._announced[segment] = step
+        if segment > self.segment:
+            self._cut(step)
+
     def append(self, lines: Iterable[bytes]) -> None:
         """Take in lines of metrics.jsonl. One that is no step line is counted and left out."""
         batch: list[list[Any]] = []
@@ -96,24 +114,39 @@ class Columns:
                 self.bad += bool(line.strip())
                 continue
             step, segment, shape = value["step"], value.get("seg", 0), _shape(value)
+            if self._is_given_up(segment, step):
+                continue
+            row = [step, seconds(value.get("time")), *_figures(value, shape)]
+            if not self._is_next(segment, step) or not _is_whole(row, shape):
+                self.bad += 1
+                continue
             if segment != self.segment or shape != now:
                 self._flush(now, batch)
                 batch, now = [], shape
             if segment > self.segment:
                 self._restart(segment, step)
-            elif segment < self.segment or step < self._next:
-                self.bad += 1
-                continue
             self._next = step + 1
-            time = value.get("time")
-            if isinstance(time, str):
-                self.last_time = time
-            batch.append([step, seconds(time), *_figures(value, shape)])
+            if isinstance(value.get("time"), str):
+                self.last_time = value["time"]
+            batch.append(row)
         self._flush(now, batch)
+
+    def _is_given_up(self, segment: int, step: int) -> bool:
+        return any(segment < later and step >= first for later, first in self._announced.items())
+
+    def _is_next(self, segment: int, step: int) -> bool:
+        """Whether a line may stand here: what is taken in wrongly would keep out all that come after it."""
+        if segment < self.segment or (segment == self.segment and step < self._next) or step >= self._total:
+            return False
+        # Starts are counted one by one: a segment that leaves out some, and that nobody announced, is damaged.
+        return not self._announced or segment in self._announced or segment <= self.segment + 1
 
     def _restart(self, segment: int, step: int) -> None:
         self.segment, self._next = segment, step
         self.starts[segment] = step
+        self._cut(step)
+
+    def _cut(self, step: int) -> None:
         kept = int(np.searchsorted(self.step, step))
         if kept < self.n:
             for column in (self._step, self._time, *self._scalars.values(), *self._folders.values()):
@@ -125,7 +158,7 @@ class Columns:
             return
         scalars, nested, folders = shape
         names = [*scalars, *(f"{key}/{name}" for key, inner in nested for name in inner)]
-        block = _as_block(batch, 2 + len(names) + 3 * len(folders))
+        block = _as_block(batch, _width(shape))
         self.bad += len(batch) - len(block)
         self._step.put(self.n, block[:, 0])
         self._time.put(self.n, block[:, 1])
@@ -133,8 +166,8 @@ class Columns:
             self._scalars.setdefault(name, _Growing(None)).put(self.n, figures)
         first = 2 + len(names)
         for at, name in enumerate(folders):
-            figures = block[:, first + 3 * at : first + 3 * at + 3]
-            self._folders.setdefault(name, _Growing(3)).put(self.n, figures)
+            figures = block[:, first + _WIDTH * at : first + _WIDTH * (at + 1)]
+            self._folders.setdefault(name, _Growing(_WIDTH)).put(self.n, figures)
         self.n += len(block)
 
 
@@ -145,7 +178,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(value, dict) or type(value.get("step")) is not int or type(value.get("seg", 0)) is not int:
         return None
-    return value if value["step"] >= 0 else None
+    return value if 0 <= value["step"] < MOST_STEPS and 0 <= value.get("seg", 0) < MOST_STEPS else None
 
 
 def _shape(value: Mapping[str, Any]) -> Shape:
@@ -165,25 +198,36 @@ def _figures(value: Mapping[str, Any], shape: Shape) -> Iterable[Any]:
     for key, _ in nested:
         row += value[key].values()
     if folders:
+        told = value.get("seen")
+        seen = told if isinstance(told, dict) else {}
         row += chain.from_iterable(
-            figures if isinstance(figures, list) else () for figures in value["folders"].values()
+            (*figures, seen.get(name, figures[0])) if isinstance(figures, list) and figures else ()
+            for name, figures in value["folders"].items()
         )
     return row
 
 
+def _is_whole(row: Sequence[Any], shape: Shape) -> bool:
+    """Whether it has the figures of its shape, and numbers only."""
+    return len(row) == _width(shape) and all(value is None or isinstance(value, int | float) for value in row)
+
+
+def _width(shape: Shape) -> int:
+    scalars, nested, folders = shape
+    return 2 + len(scalars) + sum(len(inner) for _, inner in nested) + _WIDTH * len(folders)
+
+
 def _as_block(rows: Sequence[Sequence[Any]], width: int) -> Numbers:
-    """float64 [rows, width], None and infinities as nan; rows of another length or not of numbers are left out."""
+    """float64 [rows, width], None and what is too large as nan; rows with a number beyond any float are left out."""
     try:
         block = np.array(rows, dtype=np.float64).reshape(-1, width)
-    except (TypeError, ValueError, OverflowError):
+    except OverflowError:
         good = []
         for row in rows:
-            try:
-                good.append(np.array(row, dtype=np.float64).reshape(width))
-            except (TypeError, ValueError, OverflowError):
-                continue
+            with suppress(OverflowError):
+                good.append(np.array(row, dtype=np.float64))
         block = np.array(good).reshape(-1, width)
-    block[~np.isfinite(block)] = np.nan
+    block[~(np.abs(block) <= _LARGEST)] = np.nan
     return block
 
 

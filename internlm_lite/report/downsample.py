@@ -1,4 +1,4 @@
-"""Fewer points, with every spike kept: of each bucket of lines the smallest and the largest number."""
+"""Fewer points, with every spike kept: of each bucket of lines the smallest and the largest number, or their mean."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Buckets:
             edges = np.linspace(0, n, max(1, points // 2) + 1).astype(np.intp)
             first, last = edges[:-1, None], edges[1:, None] - 1
             self._rows = np.minimum(first + np.arange(int((last - first).max()) + 1), last)
+            self._sizes = np.diff(edges)
 
     def positions(self, x: Numbers) -> Numbers:
         """x at the first and the last line of each bucket. [n] -> [positions]."""
@@ -38,3 +39,16 @@ class Buckets:
         high = np.where(missing, -np.inf, values).argmax(axis=1)
         order = np.sort(np.stack([low, high], axis=1), axis=1)
         return np.take_along_axis(values, order, axis=1).reshape(-1)
+
+    def means(self, y: Numbers) -> Numbers:
+        """Sum of y over each bucket by its lines, at both positions; nan where it has none. [n] -> [positions].
+
+        Unlike extremes, which are of different lines, means of several columns may be added and divided.
+        """
+        if self._rows is None:
+            return y
+        there = ~np.isnan(y)
+        starts = self._rows[:, 0]
+        sums = np.add.reduceat(np.where(there, y, 0.0), starts)
+        means = np.where(np.add.reduceat(there.astype(np.intp), starts) > 0, sums / self._sizes, np.nan)
+        return np.repeat(means, 2)

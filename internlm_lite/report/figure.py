@@ -7,10 +7,12 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from internlm_lite.errors import MissingPackageError, StorageError
+from internlm_lite.report.files import shown
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
 """Of runs; told apart by colour-blind people."""
@@ -39,8 +41,10 @@ def write_figure(payload: Mapping[str, Any], path: Path) -> None:
             _figure(payload["runs"]).savefig(temporary, dpi=110, format="png")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {error.strerror}; make room, or write elsewhere") from error
+        raise StorageError(f"cannot write {shown(path)}: {error.strerror}; make room, or write elsewhere") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _figure(runs: Sequence[Mapping[str, Any]]) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from internlm_lite.errors import ConfigError
+from internlm_lite.report.files import shown
 from internlm_lite.report.run import is_run
 
 MOST = 8
@@ -21,10 +22,10 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for path in paths:
         try:
-            found |= dict.fromkeys(_runs_in(path))
+            found |= dict.fromkeys(_all_in(path)[:MOST])
         except OSError as error:
             raise ConfigError(
-                f"cannot read {error.filename or path}: {error.strerror}; expected a run folder RUN/JOB/TIME, "
+                f"cannot read {shown(Path(error.filename or path))}: {error.strerror}; expected a run folder RUN/JOB/TIME, "
                 "a job folder RUN/JOB, or RUN itself"
             ) from error
     return list(found)
@@ -35,18 +36,28 @@ def demand_runs(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not find_runs([path]):
             raise ConfigError(
-                f"found no run in {path}; expected a run folder RUN/JOB/TIME with metrics.jsonl, a job folder RUN/JOB, "
+                f"found no run in {shown(path)}; expected a run folder RUN/JOB/TIME with metrics.jsonl, a job folder RUN/JOB, "
                 "or RUN itself"
             )
     return find_runs(paths)
 
 
+def left_out(paths: Sequence[Path]) -> list[str]:
+    """A line for each path that holds more runs than are taken. Raises OSError."""
+    counts = {path: len(_all_in(path)) for path in paths}
+    return [
+        f"{shown(path)}: the newest {MOST} of {count} runs; name others to see them"
+        for path, count in counts.items()
+        if count > MOST
+    ]
+
+
 def run_name(folder: Path) -> str:
     """JOB/TIME."""
-    return "/".join(folder.resolve().parts[-2:])
+    return shown(Path(*folder.resolve().parts[-2:]))
 
 
-def _runs_in(path: Path) -> list[Path]:
+def _all_in(path: Path) -> list[Path]:
     path = path.resolve(strict=True)
     if is_run(path):
         return [path]
@@ -54,7 +65,7 @@ def _runs_in(path: Path) -> list[Path]:
     runs = {folder for folder in inner if is_run(folder)}
     if not runs:
         runs = {folder for job in inner for folder in _folders(job) if is_run(folder)}
-    return sorted(runs, key=lambda folder: (folder.name, folder), reverse=True)[:MOST]
+    return sorted(runs, key=lambda folder: (folder.name, folder), reverse=True)
 
 
 def _folders(path: Path) -> list[Path]:

@@ -14,7 +14,10 @@ from internlm_lite.report.columns import seconds
 Event = dict[str, Any]
 
 _CHECKPOINT_RULE = "checkpoint_failed"
-_STEP_OF_NAME = re.compile(r"(?:step )?0*(\d+)")
+_STEP_OF_NAME = re.compile(r"(?:step )?0*(\d{1,15})")
+_EXACT = 1 << 53
+"""Whole numbers below it are the same in JSON, Python and a browser."""
+ENDS = ("done", "stopped", "failed")
 
 
 def of_kind(events: Iterable[Event], *kinds: str) -> list[Event]:
@@ -28,7 +31,7 @@ def restarts(events: Sequence[Event], first_steps: dict[int, int]) -> list[Event
     return [
         {
             "seg": segment,
-            "step": _whole(starts.get(segment, {}).get("step"), first_steps.get(segment)),
+            "step": whole(starts.get(segment, {}).get("step"), first_steps.get(segment)),
             "time": starts.get(segment, {}).get("time"),
         }
         for segment in segments[1:]
@@ -57,10 +60,10 @@ def checkpoints(events: Iterable[Event]) -> list[Event]:
 
 def _save(event: Event) -> Event:
     name, time, stall = event.get("name"), event.get("time"), event.get("stall_seconds")
-    stall = stall if isinstance(stall, int | float) else None
+    stall = stall if isinstance(stall, int | float) and abs(stall) < _EXACT else None
     waited = event.get("event") == "checkpoint" and _is_saved(event)
     return {
-        "step": event.get("step"),
+        "step": whole(event.get("step")),
         "name": str(name or ""),
         "kind": str(event.get("saved") or ""),
         "time": time,
@@ -85,7 +88,7 @@ def validation(events: Iterable[Event]) -> list[Event]:
     """Evaluations by rising step; a restart drops those of the tail that was given up."""
     kept: list[Event] = []
     for event in of_kind(events, "start", "evaluation"):
-        step = _whole(event.get("step"))
+        step = whole(event.get("step"))
         if step is None:
             continue
         while kept and kept[-1]["step"] >= step:
@@ -98,7 +101,7 @@ def validation(events: Iterable[Event]) -> list[Event]:
 
 
 def alerts(events: Sequence[Event]) -> list[Event]:
-    """Raised alerts in order; `over` once their condition ended, or the run started again.
+    """Raised alerts in order; `over` once their condition ended, the run ended, or it started again.
 
     A run without alerts has its alarms about checkpoints in their place.
     """
@@ -110,10 +113,10 @@ def alerts(events: Sequence[Event]) -> list[Event]:
             rule, text = event.get("rule", _CHECKPOINT_RULE), event.get("text", event.get("why", ""))
             facts = {"rule": str(rule), "step": event.get("step"), "text": str(text), "time": event["time"]}
             raised.append({**facts, "over": False})
-        elif kind == "start" or kind == "alert_over" or _is_saved(event):
+        elif kind in ("start", "alert_over", *ENDS) or _is_saved(event):
             ended = event.get("rule", _CHECKPOINT_RULE)
             for alert in raised:
-                alert["over"] = alert["over"] or kind == "start" or alert["rule"] == ended
+                alert["over"] = alert["over"] or kind in ("start", *ENDS) or alert["rule"] == ended
     return raised
 
 
@@ -124,18 +127,18 @@ def _is_saved(event: Event) -> bool:
 
 def samples(lines: Iterable[dict[str, Any]], events: Iterable[Event]) -> list[dict[str, Any]]:
     """By rising step, of each step and prompt the newest; a restart drops those of the tail that was given up."""
-    starts = [(event["seg"], _whole(event.get("step")) or 0) for event in of_kind(events, "start")]
+    starts = [(event["seg"], whole(event.get("step")) or 0) for event in of_kind(events, "start")]
     newest: dict[tuple[int, str], dict[str, Any]] = {}
     for line in lines:
-        step, prompt, text = _whole(line.get("step")), line.get("prompt"), line.get("text")
+        step, prompt, text = whole(line.get("step")), line.get("prompt"), line.get("text")
         if step is None or not isinstance(prompt, str) or not isinstance(text, str):
             continue
-        segment = _whole(line.get("seg")) or 0
+        segment = whole(line.get("seg")) or 0
         if not any(segment < later and step > start for later, start in starts):
             newest[step, prompt] = {"step": step, "prompt": prompt, "text": text, "time": line.get("time")}
     return sorted(newest.values(), key=lambda sample: sample["step"])
 
 
-def _whole(*values: object) -> int | None:
-    """The first that is a whole number."""
-    return next((value for value in values if type(value) is int), None)
+def whole(*values: object) -> int | None:
+    """The first that is a whole number of a size that happens."""
+    return next((value for value in values if type(value) is int and abs(value) < _EXACT), None)

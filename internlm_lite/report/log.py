@@ -10,6 +10,7 @@ from pathlib import Path
 from internlm_lite.errors import ConfigError, DataError
 from internlm_lite.monitor.jsonl import step_object
 from internlm_lite.monitor.line import parse_step_line
+from internlm_lite.report.files import shown
 from internlm_lite.report.run import RunReader
 
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -29,7 +30,8 @@ def read_log(path: Path) -> LogRun:
 
     Raises ConfigError for a file that cannot be read or holds no step line.
     """
-    run = RunReader(path.parent, path.name)
+    run = RunReader(path.parent, shown(Path(path.name)))
+    run.is_log = True
     lines: list[bytes] = []
     why, passed_over, segment, last = "", 0, 0, -1
     try:

@@ -13,11 +13,13 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from internlm_lite.errors import StorageError
+from internlm_lite.report.files import shown
 
 ASSETS = Path(__file__).with_name("assets")
 _MARK = re.compile(r"<!--(CSP|TITLE|STYLE|SCRIPT|PAYLOAD)-->")
@@ -89,8 +91,10 @@ def write_report(payload: Mapping[str, Any], path: Path, assets: Assets | None =
         temporary.write_text(text, encoding="utf-8", newline="\n")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {error.strerror}; make room, or write elsewhere") from error
+        raise StorageError(f"cannot write {shown(path)}: {error.strerror}; make room, or write elsewhere") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _text(path: Path) -> str:

@@ -1,6 +1,9 @@
 """The data of the page, as JSON can hold it.
 
 {"version", "generated", "live", "runs": [{"id", "name", "state", "folders", "series", "validation", ...}]}
+
+Of more lines than points, curves hold the smallest and the largest number of each bucket of lines; those of different
+folders are then of different lines. So tokens, which the page divides into shares, are means over the bucket instead.
 """
 
 from __future__ import annotations
@@ -12,13 +15,17 @@ from typing import Any
 
 import numpy as np
 
+from internlm_lite.monitor.jsonl import finite
 from internlm_lite.report.columns import Columns, Numbers
 from internlm_lite.report.downsample import Buckets
+from internlm_lite.report.files import shown
 from internlm_lite.report.history import alerts, checkpoints, restarts, samples, validation
 from internlm_lite.report.run import RunReader
 from internlm_lite.report.state import last_of, run_state
 
 VERSION = 1
+UNREADABLE = "unreadable"
+"""The phase of a run that cannot be shown; "why" has the reason."""
 POINTS = 1000
 MOST_POINTS = 4000
 """Of all runs of a page together."""
@@ -35,8 +42,22 @@ def make_payload(runs: Sequence[tuple[str, RunReader]], live: bool) -> dict[str,
         "version": VERSION,
         "generated": now.isoformat(timespec="seconds"),
         "live": live,
-        "runs": [run_payload(name, run, now, points) for name, run in runs],
+        "runs": [any_payload(name, run, now, points) for name, run in runs],
     }
+
+
+def any_payload(identity: str, run: RunReader, now: datetime, points: int = POINTS) -> dict[str, Any]:
+    """One run; an empty one that says why where its files hold what nobody thought of."""
+    why = run.trouble
+    if why is None:
+        try:
+            return run_payload(identity, run, now, points)
+        except Exception as error:  # noqa: BLE001  one run must not take the others' page with it
+            why = f"{type(error).__name__}: {error}"
+    nothing = RunReader(run.folder, run.name)
+    nothing.parsed = True
+    found = run_payload(identity, nothing, now)
+    return {**found, "state": {**found["state"], "phase": UNREADABLE, "why": why}}
 
 
 def run_payload(identity: str, run: RunReader, now: datetime, points: int = POINTS) -> dict[str, Any]:
@@ -47,16 +68,15 @@ def run_payload(identity: str, run: RunReader, now: datetime, points: int = POIN
     checks = validation(run.events)
     saved = [save for save in saves if save["done"] and not save["failed"]]
     last = {key: saved[-1][key] for key in ("step", "name", "time", "kind")} if saved else None
-    return {
+    facts = {
         "id": identity,
         "name": run.name,
-        "folder": str(run.folder),
+        "folder": shown(run.folder),
         "parsing": not run.parsed,
         "bad_lines": columns.bad + run.bad_lines,
         "state": {**run_state(run, now), "restarts": len(restarted), "last_checkpoint": last},
         "window": window(columns.n),
         "folders": folder_table(run, checks),
-        "series": series(columns, points=points),
         "validation": checks,
         "checkpoints": saves,
         "samples": samples(run.samples, run.events),
@@ -66,6 +86,7 @@ def run_payload(identity: str, run: RunReader, now: datetime, points: int = POIN
         "config": run.config,
         "env": run.environment,
     }
+    return {**finite(facts), "series": series(columns, points=points)}
 
 
 def _short(event: dict[str, Any]) -> dict[str, Any]:
@@ -86,6 +107,7 @@ def folder_table(run: RunReader, checks: Sequence[dict[str, Any]]) -> list[dict[
     last_check = checks[-1]["folders"] if checks else {}
     columns = run.columns.folders
     sums = {name: int(np.nansum(values[:, 0])) for name, values in columns.items()}
+    seen = {name: int(np.nansum(values[:, 3])) for name, values in columns.items()}
     total = sum(sums.values())
     rows = []
     for name, values in columns.items():
@@ -95,7 +117,8 @@ def folder_table(run: RunReader, checks: Sequence[dict[str, Any]]) -> list[dict[
                 "name": name,
                 "tokens": sums[name],
                 "share": sums[name] / total if total else 0.0,
-                "epochs": sums[name] / size if isinstance(size, int | float) and size > 0 else None,
+                "seen": seen[name],
+                "epochs": seen[name] / size if isinstance(size, int | float) and size > 0 else None,
                 **_folder_figures(values),
                 "val_loss": check[1] if isinstance(check, list) and len(check) == 3 else None,
                 "val_acc": check[2] if isinstance(check, list) and len(check) == 3 else None,
@@ -105,7 +128,7 @@ def folder_table(run: RunReader, checks: Sequence[dict[str, Any]]) -> list[dict[
 
 
 def _folder_figures(values: Numbers) -> dict[str, Any]:
-    """Of one folder, [lines, (tokens, loss, acc)]. Without tokens in the window the last line with some counts."""
+    """Of one folder, [lines, (tokens, loss, acc, seen)]. Without tokens in the window the last line with some counts."""
     width = window(len(values))
     seen = np.flatnonzero((values[:, 0] > 0) & np.isfinite(values[:, 1]))
     loss, acc = _means(values[-width:])
@@ -146,7 +169,11 @@ def series(columns: Columns, begin: float = -math.inf, end: float = math.inf, po
         "step": numbers(buckets.positions(step)),
         "time": numbers(buckets.positions(columns.time[rows]), digits=None),
         "folders": {
-            name: {key: numbers(buckets.extremes(values[rows, at])) for at, key in enumerate(("tokens", "loss", "acc"))}
+            name: {
+                "tokens": numbers(buckets.means(values[rows, 0])),
+                "loss": numbers(buckets.extremes(values[rows, 1])),
+                "acc": numbers(buckets.extremes(values[rows, 2])),
+            }
             for name, values in columns.folders.items()
         },
         "skipped": numbers(step[grew]),

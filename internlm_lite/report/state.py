@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 
 from internlm_lite.report.columns import seconds
-from internlm_lite.report.history import Event, checkpoints, of_kind
+from internlm_lite.report.history import ENDS, Event, checkpoints, of_kind, whole
 from internlm_lite.report.run import RunReader
 
 SILENT_SECONDS = 60.0
 PATIENT_SECONDS = 600.0
 """Without a line for so long a run is silent; the longer one where no step is due: starting, evaluating."""
+_DIGITS = 16
+"""As many has no number of steps."""
 SILENT_STEPS = 10.0
 """Or ten times what a step line usually takes, where that is longer."""
-_ENDS = {"done": "done", "stopped": "stopped", "failed": "failed"}
+_OVER = (*ENDS, "log")
+"""Phases in which nothing more is expected."""
 
 
 def run_state(run: RunReader, now: datetime) -> dict[str, Any]:
@@ -37,7 +40,7 @@ def run_state(run: RunReader, now: datetime) -> dict[str, Any]:
         "total_steps": total,
         "tokens": None if tokens is None else int(tokens),
         **figures,
-        "eta_seconds": None if phase in _ENDS.values() else eta,
+        "eta_seconds": None if phase in _OVER else eta,
         "last_time": last_time(run),
         "started": _started(run),
     }
@@ -46,21 +49,23 @@ def run_state(run: RunReader, now: datetime) -> dict[str, Any]:
 def _steps_done(run: RunReader, start: Event | None, phase: str) -> int | None:
     """By the last line; the last steps of a run that ended may have none."""
     end = last_of(run.events, phase)
-    told = (end or {}).get("step") if phase in _ENDS else (start or {}).get("step")
-    if run.columns.n and not (phase in _ENDS and type(told) is int):
+    told = whole((end or {}).get("step") if phase in ENDS else (start or {}).get("step"))
+    if run.columns.n and not (phase in ENDS and told is not None):
         return int(run.columns.step[-1]) + 1
-    return told if type(told) is int else None
+    return told
 
 
 def _phase(run: RunReader, now: datetime) -> tuple[str, str]:
     if not run.parsed:
         return "starting", "its files are still being read"
-    start, end = last_of(run.events, "start"), last_of(run.events, *_ENDS)
+    if run.is_log:
+        return "log", f"ends at {last_time(run)}"
+    start, end = last_of(run.events, "start"), last_of(run.events, *ENDS)
     started = seconds(start["time"]) if start else None
     if run.failed is not None and (started is None or run.failed["modified"] >= started):
-        return "failed", _reason(run.failed)
+        return "failed", _reason(run.failed.get("cause")) or str((last_of(run.events, "failed") or {}).get("why", ""))
     if end is not None and run.events.index(end) > (run.events.index(start) if start else -1):
-        return _ENDS[end["event"]], str(end.get("why", ""))
+        return end["event"], str(end.get("why", ""))
     phase = _busy(run, start)
     age, patience = _age(run, now), _patience(run, phase)
     if age is not None and age > patience:
@@ -87,8 +92,12 @@ def _patience(run: RunReader, phase: str) -> float:
     return max(SILENT_SECONDS if phase in ("training", "saving") else PATIENT_SECONDS, SILENT_STEPS * pace)
 
 
-def _reason(failed: dict[str, Any]) -> str:
-    return next((str(failed[key]) for key in ("why", "error", "message") if failed.get(key)), "see FAILED.json")
+def _reason(cause: object) -> str:
+    """What faults/failure.py recorded of the rank that failed first; empty for what is no record."""
+    if not isinstance(cause, dict) or "kind" not in cause:
+        return ""
+    at = f", step {cause['step']}" if cause.get("step") is not None else ""
+    return f"rank {cause.get('rank')} on {cause.get('host')}{at}: {cause['kind']}: {cause.get('message')}"
 
 
 def _age(run: RunReader, now: datetime) -> float | None:
@@ -115,10 +124,10 @@ def last_number(run: RunReader, key: str) -> float | None:
 def total_steps(run: RunReader) -> int | None:
     """As the newest start or the config says."""
     start = last_of(run.events, "start")
-    total = start.get("total_steps") if start else None
-    if type(total) is not int:
+    total = whole(start.get("total_steps")) if start else None
+    if total is None:
         text = next((row["value"] for row in run.config if row["key"] == "data.total_steps"), "")
-        total = int(text) if text.isdecimal() else None
+        total = int(text) if text.isdecimal() and len(text) < _DIGITS else None
     return total
 
 

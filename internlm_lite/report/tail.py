@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from internlm_lite.report.files import open_file
+
 CHUNK_BYTES = 8 << 20
+LONGEST_LINE_BYTES = 64 << 20
+"""What is longer is no line; it is handed out in pieces."""
 _MARK_BYTES = 64
 
 
@@ -34,7 +38,7 @@ class Tail:
     def read(self) -> Gain:
         """At most about CHUNK_BYTES; nothing for a file that is not there. Raises OSError when it cannot be read."""
         try:
-            with self.path.open("rb") as file:
+            with open_file(self.path) as file:
                 return self._read(file)
         except FileNotFoundError:
             anew = self._offset > 0
@@ -51,12 +55,12 @@ class Tail:
         self._file = (status.st_dev, status.st_ino)
         file.seek(self._offset)
         data = file.read(CHUNK_BYTES)
-        while b"\n" not in data and (more := file.read(CHUNK_BYTES)):
+        while b"\n" not in data and len(data) < LONGEST_LINE_BYTES and (more := file.read(CHUNK_BYTES)):
             data += more
-        end = data.rfind(b"\n") + 1
+        end = data.rfind(b"\n") + 1 or (len(data) if len(data) >= LONGEST_LINE_BYTES else 0)
         self._offset += end
         self._mark = (self._mark + data[max(0, end - _MARK_BYTES) : end])[-_MARK_BYTES:]
-        return Gain(data[:end].split(b"\n")[:-1], anew)
+        return Gain(data[:end].removesuffix(b"\n").split(b"\n") if end else [], anew)
 
     def _goes_on(self, file: BinaryIO, status: os.stat_result) -> bool:
         if self._file != (status.st_dev, status.st_ino) or status.st_size < self._offset:

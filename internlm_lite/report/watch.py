@@ -13,7 +13,7 @@ from typing import Any
 
 from internlm_lite.errors import InternLMError
 from internlm_lite.report.find import demand_runs, find_runs, run_name
-from internlm_lite.report.payload import make_payload, series
+from internlm_lite.report.payload import UNREADABLE, make_payload, series
 from internlm_lite.report.run import RunReader
 from internlm_lite.report.state import run_state
 
@@ -52,7 +52,7 @@ class Watch:
         """Have the files read, and wait for that a moment; not for a first look at long ones."""
         self._read.clear()
         self._asked.set()
-        if all(run.parsed for _, run in self._runs):
+        if all(run.parsed or run.trouble for _, run in self._runs):
             self._read.wait(PATIENCE_SECONDS)
 
     def payload(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Watch:
 
     def _token(self) -> str:
         now = datetime.now(timezone.utc)
-        facts = [(name, run.version, run.parsed, run_state(run, now)["phase"]) for name, run in self._runs]
+        facts = [(name, run.version, run.parsed, run.trouble, _phase(run, now)) for name, run in self._runs]
         return hashlib.sha256(f"{self._salt} {facts}".encode()).hexdigest()[:24]
 
     def _work(self) -> None:
@@ -94,12 +94,14 @@ class Watch:
             try:
                 while self._advance(run) and not self._ended.wait(0.001):  # requests get their turn at the lock
                     pass
+                run.trouble = None
             except Exception as error:  # noqa: BLE001  one run must not end the others' page
-                self._tell(error)
+                run.trouble = self._tell(error)
 
     def _advance(self, run: RunReader) -> bool:
+        news = run.look()  # without the lock: a disk may take its time
         with self._lock:
-            return run.advance()
+            return run.take_in(news)
 
     def _take_up(self, folders: Sequence[Path]) -> None:
         for folder in folders:
@@ -108,8 +110,16 @@ class Watch:
         with self._lock:
             self._runs = [self._known[folder] for folder in folders]
 
-    def _tell(self, error: Exception) -> None:
+    def _tell(self, error: Exception) -> str:
         text = str(error) if isinstance(error, InternLMError) else repr(error)
         if text not in self._told:
             self._told.add(text)
             logger.warning(text)
+        return text
+
+
+def _phase(run: RunReader, now: datetime) -> str:
+    try:
+        return str(run_state(run, now)["phase"])
+    except Exception:  # noqa: BLE001  the page says why
+        return UNREADABLE

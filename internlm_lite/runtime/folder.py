@@ -25,6 +25,7 @@ import torch
 import yaml
 
 from internlm_lite.config.load import LoadedConfig
+from internlm_lite.config.mask import mask_source
 from internlm_lite.config.view import MASK, masked, origin_rows, resolved, secrets_of
 from internlm_lite.errors import ConfigError, StorageError
 from internlm_lite.runtime.place import Place
@@ -34,10 +35,6 @@ logger = logging.getLogger("internlm_lite")
 PACKAGES = ("torch", "numpy", "pydantic", "safetensors", "sentencepiece", "flash-attn", "triton", "boto3")
 
 _NAME = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(-\d+)?")
-# name = "text", "name": "text", or a text alone
-_LITERAL = re.compile(
-    r"""(?:["']?(?P<name>\w+)["']?\s*[=:]\s*)?[fr]?(?P<quote>["'])(?P<text>(?:\\.|(?!(?P=quote)).)*)(?P=quote)"""
-)
 
 
 def create_run_folder(root: Path, job_name: str, now: datetime) -> Path:
@@ -124,18 +121,6 @@ def _sources(files: Sequence[Path]) -> dict[str, str]:
             name = f"{source.stem}-{len(texts)}{source.suffix}"
         texts[name] = mask_source(source.read_text(encoding="utf-8"))
     return texts
-
-
-def mask_source(text: str) -> str:
-    """A config file's text with secrets inside its string literals as ***; without any it comes back unchanged."""
-
-    def mask(match: re.Match[str]) -> str:
-        content = match["text"]
-        clean = str(masked(content, match["name"] or ""))
-        start, end = (index - match.start() for index in match.span("text"))
-        return match[0][:start] + clean + match[0][end:]
-
-    return _LITERAL.sub(mask, text)
 
 
 def environment(place: Place, argv: Sequence[str], device: str, now: datetime) -> dict[str, Any]:

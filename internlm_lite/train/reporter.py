@@ -159,7 +159,7 @@ class Reporter:
             folders=collected.folders,
         )
         logger.info(
-            f"evaluation after step {found.step}: loss={found.loss:.4f} perplexity={found.perplexity:.4f} "
+            f"evaluation after {found.step + 1} steps: loss={found.loss:.4f} perplexity={found.perplexity:.4f} "
             f"acc={found.acc:.4f} " + " ".join(f"loss/{name}={f.loss:.4f}" for name, f in found.folders.items())
         )
         folders = {name: [f.tokens, f.loss, f.acc] for name, f in found.folders.items()}

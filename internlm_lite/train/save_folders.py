@@ -108,11 +108,12 @@ class SaveFolders:
     def close(self, wait: bool) -> None:
         """End the thread, once it is idle or, without `wait`, as soon as it can, and give the folders free.
 
-        Not collective; a second time does nothing.
+        Without `wait` a storage that was silent is not asked again: the next run finds that this one is dead. Not
+        collective; a second time does nothing.
         """
         self.saver.close(wait)
         for manager in (self.milestones, self.snapshots):
-            if manager is not None:
+            if manager is not None and (wait or manager.answers):
                 manager.release()
 
 

@@ -260,7 +260,7 @@ BAD = [
     (
         'JOB_NAME = "bad"',
         "JOB_NAME = 'a/b'",
-        "1: JOB_NAME: found 'a/b', expected the name of a folder: no '/', not empty",
+        "1: JOB_NAME: found 'a/b', expected the name of a folder: printable, no '/', not empty",
     ),
     ("", "optimizer = dict(lr=1)", "25: optimizer: unknown key; nearest known key: hybrid_zero_optimizer"),
     ("", "i = 3", "25: i: unknown key; expected one of JOB_NAME, seed, ckpt, data, grad_scaler,"),

@@ -27,7 +27,7 @@ def test_figures_stand_in_columns() -> None:
     assert columns.step.tolist() == [0, 1]
     assert columns.scalars["loss"].tolist() == [3.0, 2.5]
     assert columns.scalars["grad_norm/0_default"].tolist() == [1.0, 1.0]
-    assert columns.folders["code"].tolist() == [[10, 3.0, 0.5], [10, 2.5, 0.5]]
+    assert columns.folders["code"].tolist() == [[10, 3.0, 0.5, 10], [10, 2.5, 0.5, 10]]
     assert columns.time[1] - columns.time[0] == 1.0
 
 
@@ -92,6 +92,46 @@ def test_steps_rise_strictly_whatever_comes() -> None:
     columns = columns_of(line(0), line(2), line(2), line(1), line(3), line(1, 2), line(2, 1), line(2, 2))
     assert columns.step.tolist() == [0, 1, 2]
     assert columns.bad == 3
+
+
+def test_tokens_seen_are_a_folders_fourth_figure() -> None:
+    columns = columns_of(line(0, seen={"code": 25}), line(1, seen={"code": None}), line(2, seen=7))
+    assert columns.folders["code"][:, 3].tolist()[::2] == [25, 10]
+    assert np.isnan(columns.folders["code"][1, 3])
+    assert set(columns.scalars) == {"loss", "grad_norm/0_default", "grad_norm/1_fp32", "num_consumed_tokens"}
+
+
+@pytest.mark.parametrize(
+    "poison",
+    [
+        {"step": 10**18}, {"step": 10**400}, {"step": 90}, {"step": 4, "seg": 5}, {"step": 4, "seg": 10**400},
+        {"step": 4, "seg": 2}, {"step": 8, "mfu": {"a": "b"}}, {"step": 9, "folders": {"code": 7}},
+    ],
+)  # fmt: skip
+def test_one_wrong_line_does_not_keep_out_those_after_it(poison: dict) -> None:
+    columns = Columns()
+    columns.announce(0, 0, 50)
+    columns.append(encoded([line(0), line(1), poison, line(2), line(3), line(4, 1)]))
+    assert columns.step.tolist() == [0, 1, 2, 3, 4]
+    assert columns.bad == 1
+
+
+def test_a_number_too_large_to_reckon_with_is_missing() -> None:
+    columns = columns_of(line(0, loss=1e308), line(1, loss=-1e308), line(2, loss=10**400), line(3, loss=1e99))
+    assert columns.step.tolist() == [0, 1, 3]
+    assert np.isnan(columns.scalars["loss"][:2]).all()
+    assert columns.bad == 1
+
+
+def test_a_start_gives_up_the_tail_before_its_first_line_comes() -> None:
+    columns = columns_of(*[line(step) for step in range(6)])
+    columns.announce(0, 0, 50)
+    columns.announce(1, 3, 50)
+    assert columns.step.tolist() == [0, 1, 2]
+    columns.append(encoded([line(6), line(3, 1), line(4, 1)]))
+    assert (columns.step.tolist(), columns.bad) == ([0, 1, 2, 3, 4], 0)
+    columns.announce(1, 3, 50)
+    assert columns.n == 5
 
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 8)), max_size=5), st.integers(1, 40))

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internlm_lite.report.columns import Columns
-from internlm_lite.report.payload import MAX_EVENTS, make_payload, numbers, run_payload, series, window
+from internlm_lite.report.payload import MAX_EVENTS, UNREADABLE, make_payload, numbers, run_payload, series, window
 from internlm_lite.report.run import RunReader
 from tests.report.small import BEGIN, at, encoded, event, line, run_folder
 
@@ -40,7 +40,7 @@ def test_an_example_of_everything(tmp_path: Path) -> None:
         event("checkpoint", 1.6, step=2, saved="milestone", name="c", waited=True, stall_seconds=0.5),
         event("alert", 1.7, rule="loss", step=1, text="loss is up"),
     ]
-    lines = [line(0, loss=3.0), line(1, loss=2.5, inf_nan_skip_batches=1)]
+    lines = [line(0, loss=3.0, seen={"code": 20}), line(1, loss=2.5, inf_nan_skip_batches=1, seen={"code": 30})]
     assert payload_of(tmp_path, lines, events) == {
         "id": "r0",
         "name": "job/run",
@@ -70,7 +70,8 @@ def test_an_example_of_everything(tmp_path: Path) -> None:
                 "name": "code",
                 "tokens": 20,
                 "share": 1.0,
-                "epochs": 0.1,
+                "seen": 50,
+                "epochs": 0.25,
                 "loss": 2.5,
                 "first_loss": 3.0,
                 "change": -0.5,
@@ -181,6 +182,53 @@ def test_a_spike_in_one_folder_of_a_long_run_survives() -> None:
     assert found["folders"]["web"]["loss"].count(11) == 1
     spike = found["folders"]["web"]["loss"].index(11)
     assert found["step"][spike - spike % 2] <= 1234 <= found["step"][spike - spike % 2 + 1]
+
+
+def test_shares_of_a_long_run_are_those_of_its_lines() -> None:
+    """Two folders that take turns, and one that comes late: extremes of different lines would not add up."""
+    lines = [line(step, folders={"a": [30 * (step % 2), 2.0, 0.5], "b": [10, 3.0, 0.5]}) for step in range(3000)]
+    for late in lines[1500:]:
+        late["folders"]["c"] = [25, 1.0, 0.5]
+    found = series(columns_of(*lines), points=100)["folders"]
+    shares = [[pair[name]["tokens"][at] or 0 for name in "abc"] for pair, at in ((found, 0), (found, 99))]
+    assert shares == [[15, 10, 0], [15, 10, 25]]
+    assert found["c"]["tokens"][:50] == [None] * 50
+    assert series(columns_of(*lines), 0, 3)["folders"]["a"]["tokens"] == [0, 30, 0, 30]
+
+
+@pytest.mark.parametrize(
+    ("lines", "events"),
+    [
+        ([line(step, folders={"a": [1e308, 1e308, 0]}, loss=1e308) for step in range(9)], []),
+        ([line(step, folders={"a": [1e99, 1e99, 0]}, eta_seconds=1e99) for step in range(9)], []),
+        ([line(0)], [event("alarm", 1, checkpoint="9" * 5000, why="y")]),
+        ([line(0)], [event("start", 1, folder_tokens={"code": 1e-320}, total_steps=10**400, step=10**400)]),
+        ([line(0)], [event("checkpoint", 1, name="a", stall_seconds=10**400), event("checkpoint_done", 2, name="a")]),
+    ],
+)
+def test_numbers_that_no_run_has_are_shown_or_left_out(tmp_path: Path, lines: list[dict], events: list[dict]) -> None:
+    assert payload_of(tmp_path, lines, events)["state"]["phase"] != UNREADABLE
+
+
+@pytest.mark.parametrize("text", ["a: &a\n  b: *a\n", "a: &a [*a]\n"])
+def test_a_config_inside_itself_is_left_out(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.resolved.yaml").write_text(text)
+    assert payload_of(tmp_path, [line(0)])["config"] == []
+
+
+def test_a_run_that_cannot_be_shown_stands_beside_the_others(tmp_path: Path) -> None:
+    good, bad, unread = (RunReader(run_folder(tmp_path / name, [line(0)]), name).read_all() for name in "abc")
+    bad.events = [{}]
+    unread.trouble = "cannot read c/env.json: Permission denied"
+    found = make_payload([("r0", bad), ("r1", good), ("r2", unread)], live=True)
+    json.dumps(found, allow_nan=False)
+    assert [(run["name"], run["state"]["phase"]) for run in found["runs"]] == [
+        ("b", UNREADABLE),
+        ("a", "silent"),
+        ("c", UNREADABLE),
+    ]
+    assert [found["runs"][at]["state"]["why"] for at in (0, 2)] == ["KeyError: 'event'", unread.trouble]
+    assert set(found["runs"][0]) == set(found["runs"][1])
 
 
 def test_skipped_steps_are_where_the_count_grew() -> None:

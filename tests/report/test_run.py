@@ -10,7 +10,7 @@ import pytest
 
 from internlm_lite.errors import ConfigError
 from internlm_lite.monitor.jsonl import EventsFile, JsonlWriter
-from internlm_lite.report.find import MOST, demand_runs, find_runs, run_name
+from internlm_lite.report.find import MOST, demand_runs, find_runs, left_out, run_name
 from internlm_lite.report.run import RunReader
 from tests.report.small import event, line, run_folder, write
 
@@ -88,8 +88,42 @@ def test_documents_that_are_broken_say_nothing(tmp_path: Path, text: str) -> Non
 
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(ConfigError, match=r"cannot read .*metrics.jsonl: Is a directory"):
+    with pytest.raises(ConfigError, match=r"cannot read .*metrics.jsonl: not a regular file"):
         RunReader(tmp_path, "x").read_all()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "FAILED.json"])
+def test_what_is_no_file_holds_nothing_up_and_loses_nothing(tmp_path: Path, name: str) -> None:
+    """A pipe that never says anything, a device that never ends."""
+    run_folder(tmp_path, [line(0)], [event("start", 0, step=0)])
+    kept, odd = tmp_path / "kept", tmp_path / name
+    if odd.exists():
+        odd.rename(kept)
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        make(odd)
+        run = RunReader(tmp_path, "x")
+        with pytest.raises(ConfigError, match=rf"cannot read .*{name}: not a regular file"):
+            run.read_all()
+        odd.unlink()
+    if kept.exists():
+        kept.rename(odd)
+    run.read_all()
+    assert (run.columns.n, len(run.events), run.parsed) == (1, 1, True)
+
+
+def test_a_small_file_that_is_huge_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "env.json").touch()
+    os.truncate(tmp_path / "env.json", 1 << 40)
+    with pytest.raises(ConfigError, match=r"cannot read .*env.json: more than 16 MiB"):
+        RunReader(tmp_path, "x").read_all()
+
+
+def test_lines_written_anew_begin_where_the_events_say(tmp_path: Path) -> None:
+    run_folder(tmp_path, [line(step) for step in range(5)], [event("start", 0, step=0), event("start", 9, 1, step=2)])
+    run = RunReader(tmp_path, "x").read_all()
+    assert run.columns.step.tolist() == [0, 1]
+    write(tmp_path / "metrics.jsonl", [line(0), line(3)])
+    assert run.read_all().columns.step.tolist() == [0]
 
 
 def test_runs_of_a_job_newest_first_and_of_all_jobs(tmp_path: Path) -> None:
@@ -117,6 +151,9 @@ def test_links_to_runs_are_runs_each_once(tmp_path: Path) -> None:
 def test_only_the_newest_runs_of_a_job_are_taken(tmp_path: Path) -> None:
     folders = [run_folder(tmp_path / f"{number:02d}", []) for number in range(MOST + 3)]
     assert find_runs([tmp_path]) == folders[: -MOST - 1 : -1]
+    assert left_out([tmp_path, folders[0]]) == [
+        f"{tmp_path}: the newest {MOST} of {MOST + 3} runs; name others to see them"
+    ]
 
 
 def test_a_path_without_runs_is_one_line(tmp_path: Path) -> None:

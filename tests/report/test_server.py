@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import http.client
 import json
+import os
 import re
 import socket
 import threading
@@ -248,8 +249,8 @@ def test_runs_that_come_later_are_shown_and_ids_stay(tmp_path: Path) -> None:
 
 def test_it_answers_while_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
-    advance = watching.RunReader.advance
-    monkeypatch.setattr(watching.RunReader, "advance", lambda run: (go.wait(0.01) and advance(run)) or not go.is_set())
+    look = watching.RunReader.look
+    monkeypatch.setattr(watching.RunReader, "look", lambda run: go.wait(20) and look(run))
     with serving(run_folder(tmp_path, [line(0)])) as ask:
         (run,) = ask("/api/runs").json()["runs"]
         assert (run["parsing"], run["state"]["phase"], run["series"]["step"]) == (True, "starting", [])
@@ -266,6 +267,29 @@ def test_a_run_that_vanishes_stays_as_it_was(tmp_path: Path, caplog: pytest.LogC
             assert len(ask("/api/runs").json()["runs"]) == 1
             threading.Event().wait(watching.PAUSE_SECONDS)
     assert sum("cannot read" in record.getMessage() for record in caplog.records) <= 1
+
+
+def test_a_run_that_cannot_be_read_says_so_and_harms_no_other(tmp_path: Path) -> None:
+    good, bad = (run_folder(tmp_path / name, [line(0)], [event("done", 1)]) for name in ("b", "a"))
+    (bad / "events.jsonl").unlink()
+    os.mkfifo(bad / "events.jsonl")
+    with serving(good, bad) as ask:
+        for _ in range(100):
+            found = ask("/api/runs").json()
+            if found["runs"][1]["state"]["phase"] == "unreadable" and not found["runs"][0]["parsing"]:
+                break
+            threading.Event().wait(0.05)
+        assert [run["state"]["phase"] for run in found["runs"]] == ["done", "unreadable"]
+        why = found["runs"][1]["state"]["why"]
+        assert why == f"cannot read {bad / 'events.jsonl'}: not a regular file"
+        assert ask(f"/api/since?after={found['token']}").status == 304
+        (bad / "events.jsonl").unlink()
+        write(bad / "events.jsonl", [event("done", 1)])
+        for _ in range(100):
+            if ask(f"/api/since?after={found['token']}").status == 200:
+                break
+            threading.Event().wait(0.05)
+        assert settled(ask)["runs"][1]["state"]["phase"] == "done"
 
 
 def test_a_token_opens_the_page_once_and_a_cookie_from_then_on(job: Path) -> None:

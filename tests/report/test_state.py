@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from internlm_lite.faults.failure import Failure, record
 from internlm_lite.report.run import RunReader
 from internlm_lite.report.state import run_state
 from tests.report.small import BEGIN, at, event, line, run_folder
@@ -80,12 +81,35 @@ def test_before_the_first_step_and_before_anything(tmp_path: Path) -> None:
 
 def test_failed_json_says_why_unless_the_run_started_again(tmp_path: Path) -> None:
     path = tmp_path / "FAILED.json"
-    path.write_text(json.dumps({"why": "rank 3: out of memory"}))
+    failure = Failure(3, "node-1", 17, "forward", "OutOfMemoryError", "no <memory>", exit_code=1, follows=False)
+    record(tmp_path, failure)
+    record(tmp_path, replace(failure, rank=0, kind="lost", follows=True))
     os.utime(path, (BEGIN.timestamp() + 4, BEGIN.timestamp() + 4))
-    found = state(tmp_path, STEPS, [START])
-    assert (found["phase"], found["why"]) == ("failed", "rank 3: out of memory")
+    found = state(tmp_path, STEPS, [START, event("failed", 3, why="rank 0 was lost")])
+    why = "rank 3 on node-1, step 17: OutOfMemoryError: no <memory>"
+    assert (found["phase"], found["why"]) == ("failed", why)
     found = state(tmp_path, STEPS, [START, event("start", 5, 1, step=2)], 6)
     assert found["phase"] == "starting"
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"cause": 5}', '{"cause": {"rank": 1}}', "{"])
+def test_another_failed_json_leaves_it_to_the_event(tmp_path: Path, text: str) -> None:
+    (tmp_path / "FAILED.json").write_text(text)
+    found = state(tmp_path, STEPS, [START, event("failed", 3, why="disk full")])
+    assert (found["phase"], found["why"]) == ("failed", "disk full")
+    assert state(tmp_path, STEPS, [START])["why"] == ""
+
+
+def test_before_the_first_line_of_a_resume_the_tail_is_gone(tmp_path: Path) -> None:
+    found = state(tmp_path, STEPS, [START, event("start", 4, 1, step=1, total_steps=100)])
+    assert (found["phase"], found["step"]) == ("starting", 1)
+
+
+def test_numbers_that_no_run_has(tmp_path: Path) -> None:
+    found = state(tmp_path, STEPS, [event("start", -5, step=10**400, total_steps=10**400)])
+    assert (found["total_steps"], found["step"]) == (None, 3)
+    (tmp_path / "config.resolved.yaml").write_text(f"data: {{total_steps: {'9' * 4000}}}")
+    assert state(tmp_path, STEPS, [])["total_steps"] is None
 
 
 def test_while_files_are_read_the_first_time(tmp_path: Path) -> None:

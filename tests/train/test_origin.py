@@ -121,3 +121,13 @@ def test_what_changed_is_said_folder_by_folder():
     ]
     turned = {"seq_len": 32, "folders": old["folders"][::-1]}
     assert data_changes(old, turned) == ["data folders: en, cn, x then, x, cn, en now"]
+
+
+@pytest.mark.parametrize(("every", "reserved"), [(None, False), (4, True)])
+def test_memory_for_copies_is_taken_where_something_will_be_copied(
+    every: int | None, reserved: bool, room: Path, tmp_path: Path
+):
+    saves = {"enable_save_ckpt": True, "save_ckpt_folder": f"local:{tmp_path}/saves", "async_upload": True}
+    run = build_run(config(room, checkpoint_every=every, **saves), MESH, tmp_path / "run", "none", terminal=False)
+    assert (run.saving._saver._staging._buffer.numel() > 0) == reserved
+    run.saving.close(wait=True)

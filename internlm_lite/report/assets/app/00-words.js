@@ -28,7 +28,10 @@ const WORDS = {
   phase_stopped: ["stopped", "已停止"],
   phase_failed: ["failed", "失败"],
   phase_silent: ["silent", "无响应"],
-  bad_lines: ["{0} unreadable lines left out", "略过 {0} 行无法读取的记录"],
+  phase_log: ["log", "日志"],
+  phase_unreadable: ["cannot be shown", "无法显示"],
+  not_rewritten: ["report not rewritten for {0}; it was {1}", "报告已 {0}未更新；此前：{1}"],
+  bad_lines: ["unreadable lines left out: {0}", "略过 {0} 行无法读取的记录"],
   reading: ["reading files", "读取文件中"],
 
   step: ["step", "步"],
@@ -91,7 +94,12 @@ const WORDS = {
 
   folder: ["folder", "文件夹"],
   run: ["run", "训练"],
+  tokens_learnt: ["tokens learnt", "学习词元"],
   epochs: ["epochs", "轮次"],
+  hint_epochs: [
+    "tokens seen, also those that carry no label, by the tokens of the folder",
+    "已读词元（含无标签词元）除以文件夹词元总数",
+  ],
   loss_now: ["loss now", "当前损失"],
   change: ["change", "变化"],
   hint_window: ["mean over the last {0} lines, weighted by tokens", "最近 {0} 行按词元加权的平均"],

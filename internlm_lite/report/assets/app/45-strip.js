@@ -9,23 +9,39 @@ const PHASE_ICONS = {
   stopped: "■",
   failed: "✕",
   silent: "?",
+  log: "≡",
+  unreadable: "✕",
 };
 
-// Ages grow on the live page; in a report they are those of the moment it was written.
+const STALE_SECONDS = 300;
+const STALE_LINES = 5;
+
+// Ages are those of this moment, also in a report that was written long ago.
 function now() {
-  return payload.live ? Date.now() / 1000 : (seconds(payload.generated) ?? Date.now() / 1000);
+  return Date.now() / 1000;
+}
+
+// For how many seconds nobody has rewritten the report of a run that had not ended; null while that is no wonder.
+function stale(run) {
+  if (payload.live || ENDED.includes(run.state.phase)) return null;
+  const times = run.series.time?.filter(isNumber) ?? [];
+  const pace = (times.at(-1) - times[0]) / (run.series.points - 1) || 0;
+  const age = now() - seconds(payload.generated);
+  return age > Math.max(STALE_SECONDS, STALE_LINES * pace) ? age : null;
 }
 
 function drawStrip() {
   const host = byId("state");
-  fill(host, `${version} ${language()} ${state.runs} ${payload.live ? Math.floor(now() / 5) : ""}`, () =>
+  fill(host, `${version} ${language()} ${state.runs} ${Math.floor(now() / 5)}`, () =>
     payload.runs.length ? shownRuns().map(runStrip) : make("p", { class: "empty" }, t("no_runs")),
   );
 }
 
 // Several runs have a line each, one run has room.
 function runStrip(run) {
-  const { state: facts } = run;
+  const age = stale(run);
+  const was = t(`phase_${run.state.phase}`);
+  const facts = age === null ? run.state : { ...run.state, phase: "silent", why: t("not_rewritten", duration(age), was) };
   const phase = make(
     "p",
     { class: `phase ${facts.phase}` },
@@ -70,7 +86,7 @@ function figures(facts) {
     ["eta", duration(facts.eta_seconds)],
     ["tokens", compact(facts.tokens)],
     ["tgs", integer(facts.tgs)],
-    ["tflops", fixed(facts.tflops, 1)],
+    ["tflops", significant(facts.tflops, 4)],
     ["mfu", percent(facts.mfu)],
     ["pack_fill", percent(facts.pack_fill)],
     ["restarts", integer(facts.restarts)],

@@ -1,7 +1,7 @@
 // The table of folders: one row a folder and shown run, sorted by any column.
 
 const COLUMNS = [
-  ["tokens", (f) => f.tokens, compact],
+  ["tokens_learnt", (f) => f.tokens, compact],
   ["share_short", (f) => f.share, (v) => percent(v, 1)],
   ["epochs", (f) => f.epochs, (v) => fixed(v, 2)],
   ["loss_now", (f) => f.loss, (v) => fixed(v, 4)],
@@ -38,12 +38,16 @@ function sortHead(key) {
   const arrow = make("span", { class: "arrow", "aria-hidden": "true" }, sorted ? (down ? "▼" : "▲") : "");
   const next = !sorted ? key : down ? "" : `-${key}`;
   const lines = payload.runs[0]?.window;
-  const title = { loss_now: t("hint_window", lines), change: t("hint_change", lines) }[key];
+  const hints = {
+    epochs: t("hint_epochs"),
+    loss_now: lines && t("hint_window", lines),
+    change: lines && t("hint_change", lines),
+  };
   return make(
     "th",
     {
       scope: "col",
-      title: lines && title,
+      title: hints[key],
       class: key === "run" ? "text" : null,
       "aria-sort": sorted ? (down ? "descending" : "ascending") : null,
     },

@@ -105,7 +105,7 @@ function eventText(event) {
 // step 120 · name 121 · stall_seconds 0.41; the figures of folders stand in the charts and the table
 function facts(event) {
   return Object.entries(event)
-    .filter(([key, value]) => !["time", "seg", "event", "folders", "folder_tokens"].includes(key) && value !== null)
+    .filter(([key, value]) => !["time", "seg", "event", "folders", "folder_tokens"].includes(key) && value !== null && value !== "")
     .map(([key, value]) => `${key} ${fact(value)}`)
     .join(" · ");
 }

@@ -3,7 +3,8 @@
 const POLL = 2000;
 const POLL_SLOWEST = 30000;
 const RELOAD = 30000;
-const ENDED = ["done", "stopped", "failed"];
+const REDRAW = 10000; // ages
+const ENDED = ["done", "stopped", "failed", "log", "unreadable"];
 
 let token = null;
 let lostSince = null;
@@ -23,6 +24,10 @@ function startLive() {
     setInterval(() => {
       if (state.reload && !document.hidden) location.reload();
     }, RELOAD);
+    setInterval(() => {
+      drawStrip();
+      drawFreshness();
+    }, REDRAW);
   }
 }
 
@@ -85,7 +90,8 @@ async function fetchSeries(run) {
 }
 
 function drawFreshness() {
-  const key = JSON.stringify([version, language(), lostSince, state.reload, token === null]);
+  const left = payload.runs.some((run) => stale(run) !== null);
+  const key = JSON.stringify([version, language(), lostSince, state.reload, token === null, left]);
   fill(byId("freshness"), key, () => {
     if (lostSince)
       return make("span", { class: "bad" }, make("span", { "aria-hidden": "true" }, "✕ "), t("lost", clock(lostSince)));
@@ -97,7 +103,7 @@ function drawFreshness() {
     if (payload.runs.every((run) => ENDED.includes(run.state.phase)))
       return t("written_final", moment(payload.generated));
     return [
-      t("written_at", clock(payload.generated)),
+      t("written_at", left ? moment(payload.generated) : clock(payload.generated)),
       checkbox("reload", t("auto_reload"), state.reload === "1", () => choose({ reload: state.reload ? "" : "1" })),
     ];
   });

@@ -152,7 +152,7 @@ def test_a_job_lives_past_its_time_limit(slurm: SlurmLab, folder: Path, monkeypa
     slurm.await_state(job, "PENDING", 100)
     batch = folder / "out" / f"slurm-{job}.log"
     assert "code 3: stopped after saving; requeued" in batch.read_text(), texts(folder)
-    assert "SIGUSR1: the run saves after this step and stops" in log.read_text()
+    assert "SIGUSR1: the run saves within two steps and stops" in log.read_text()
     reached = int(log.read_text().rpartition(" step=")[2].split()[0])
     steps.write_text(str(reached + 20))
     slurm.start_now(job)

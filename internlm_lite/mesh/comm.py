@@ -25,6 +25,8 @@ def peer_errors(group: Group) -> Iterator[None]:
     """What torch.distributed raises when a rank died or a time-out ran out, as PeerLostError."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise peer_lost(group, error) from error
 
@@ -79,10 +81,11 @@ def reduce_scatter(shard: torch.Tensor, full: torch.Tensor, group: Group) -> Wor
     """
     if group.size == 1:
         return Work([], group)
-    with peer_errors(group):
-        if full.device.type == "cuda":
+    if full.device.type == "cuda":
+        with peer_errors(group):
             return Work([dist.reduce_scatter_tensor(shard, full, group=group.process_group, async_op=True)], group)
-        received = torch.empty_like(full)
+    received = torch.empty_like(full)
+    with peer_errors(group):
         handle = dist.all_to_all_single(received, full, group=group.process_group, async_op=True)
     return Work([handle], group, lambda: torch.sum(received.view(group.size, -1), dim=0, out=shard))
 

@@ -18,7 +18,7 @@ from internlm_lite.config.load import LoadedConfig
 from internlm_lite.config.schema import Config
 from internlm_lite.config.view import masked
 from internlm_lite.errors import InternLMError
-from internlm_lite.faults.failure import clear_failures
+from internlm_lite.faults.failure import clear_failures, read_failures
 from internlm_lite.faults.watchdog import Limits, Watchdog
 from internlm_lite.mesh.mesh import Mesh, build_mesh, sizes_of
 from internlm_lite.monitor.jsonl import EventsFile, has_ended, next_segment
@@ -183,7 +183,7 @@ def _train(run: Run, ending: Ending) -> Ended:
         finished = True
     except BaseException as error:
         ending.failed(error)
-        run.reporter.event("failed", **_failure(error))
+        run.reporter.event("failed", **_failure(error, run.folder))
         raise
     finally:
         run.watchdog.enter("ending")
@@ -197,14 +197,17 @@ def _note_failure(folder: Path, error: BaseException) -> None:
     file = folder / "events.jsonl"
     with suppress(OSError):
         events = EventsFile(file, next_segment(folder / "metrics.jsonl", file))
-        events.add("failed", **_failure(error))
+        events.add("failed", **_failure(error, folder))
         events.close()
 
 
-def _failure(error: BaseException) -> dict[str, Any]:
-    """As rank 0 sees it."""
-    why = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-    return {"why": masked(why[:MOST_OF_WHY]), "rank": 0}
+def _failure(error: BaseException, folder: Path) -> dict[str, Any]:
+    """The cause, as far as it is known to rank 0, which tells."""
+    if isinstance(error, KeyboardInterrupt):
+        return {"why": "interrupted", "rank": 0}
+    known = [(failure.rank, f"{failure.kind}: {failure.message}") for failure in read_failures(folder)]
+    rank, why = known[0] if known else (0, f"{type(error).__name__}: {error}")
+    return {"why": masked(why[:MOST_OF_WHY]), "rank": rank}
 
 
 def _say_goodbye(run: Run, ended: Ended, folder: Path) -> None:

@@ -43,7 +43,7 @@ class FolderMetrics:
         self._folders = tuple(folders)
         self._world = mesh.world
         self._counts = mesh.tp.rank == 0
-        # [labels, cross-entropy, correct, tokens] per folder, then the training loss: one tensor, so that one collective does.
+        # [labels, cross-entropy, correct, tokens] per folder, then the training loss: one tensor, so one collective.
         self._sums = torch.zeros(4 * len(self._folders) + 1, dtype=torch.float64, device=mesh.device)
 
     def add(

@@ -65,6 +65,8 @@ class Columns:
         self.bad = 0
         self.starts: dict[int, int] = {}
         """First step of each segment, as far as it is known."""
+        self.heard = -1
+        """Highest segment that the events tell of; -1 where there are none."""
         self._announced: dict[int, int] = {}
         self._total = MOST_STEPS
         self.last_time: str | None = None
@@ -101,6 +103,7 @@ class Columns:
         """
         self._total = total if not self._announced else max(total, self._total)
         self._announced[segment] = step
+        self.heard = max(self.heard, segment)
         if segment > self.segment:
             self._cut(step)
 
@@ -138,8 +141,8 @@ class Columns:
         """Whether a line may stand here: what is taken in wrongly would keep out all that come after it."""
         if segment < self.segment or (segment == self.segment and step < self._next) or step >= self._total:
             return False
-        # Starts are counted one by one: a segment that leaves out some, and that nobody announced, is damaged.
-        return not self._announced or segment in self._announced or segment <= self.segment + 1
+        # A start takes the number after the highest in both files: one that leaves out some is a damaged line's.
+        return self.heard < 0 or segment <= max(self.heard, self.segment) + 1
 
     def _restart(self, segment: int, step: int) -> None:
         self.segment, self._next = segment, step

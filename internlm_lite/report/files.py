@@ -30,7 +30,7 @@ def read_file(path: Path) -> str:
     return data.decode("utf-8", "replace")
 
 
-def shown(path: Path) -> str:
+def shown(path: str | Path) -> str:
     """A path as people and UTF-8 can take it: bytes that are no text become question marks."""
     return os.fsencode(path).decode("utf-8", "replace")
 

@@ -25,8 +25,8 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
             found |= dict.fromkeys(_all_in(path)[:MOST])
         except OSError as error:
             raise ConfigError(
-                f"cannot read {shown(Path(error.filename or path))}: {error.strerror}; expected a run folder RUN/JOB/TIME, "
-                "a job folder RUN/JOB, or RUN itself"
+                f"cannot read {shown(error.filename or path)}: {error.strerror}; "
+                "expected a run folder RUN/JOB/TIME, a job folder RUN/JOB, or RUN itself"
             ) from error
     return list(found)
 
@@ -36,8 +36,8 @@ def demand_runs(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not find_runs([path]):
             raise ConfigError(
-                f"found no run in {shown(path)}; expected a run folder RUN/JOB/TIME with metrics.jsonl, a job folder RUN/JOB, "
-                "or RUN itself"
+                f"found no run in {shown(path)}; "
+                "expected a run folder RUN/JOB/TIME with metrics.jsonl, a job folder RUN/JOB, or RUN itself"
             )
     return find_runs(paths)
 

@@ -30,7 +30,7 @@ def read_log(path: Path) -> LogRun:
 
     Raises ConfigError for a file that cannot be read or holds no step line.
     """
-    run = RunReader(path.parent, shown(Path(path.name)))
+    run = RunReader(path.parent, shown(path.name))
     run.is_log = True
     lines: list[bytes] = []
     why, passed_over, segment, last = "", 0, 0, -1
@@ -51,10 +51,10 @@ def read_log(path: Path) -> LogRun:
                 last = record.step
                 lines.append(json.dumps(step_object(record, segment)).encode())
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; expected a log with step lines") from error
+        raise ConfigError(f"cannot read {shown(path)}: {error.strerror}; expected a log with step lines") from error
     if not lines:
         raise ConfigError(
-            f"found no step line in the {passed_over} lines of {path}; expected InternLM's, "
+            f"found no step line in the {passed_over} lines of {shown(path)}; expected InternLM's, "
             f"'TIME INFO [FILE, line N, in FUNCTION] - pid=N : tflops=... step=0 loss=...'{why and f' ({why})'}"
         )
     run.columns.append(lines)

@@ -128,7 +128,7 @@ def folder_table(run: RunReader, checks: Sequence[dict[str, Any]]) -> list[dict[
 
 
 def _folder_figures(values: Numbers) -> dict[str, Any]:
-    """Of one folder, [lines, (tokens, loss, acc, seen)]. Without tokens in the window the last line with some counts."""
+    """Of a folder, [lines, (tokens, loss, acc, seen)]. Without tokens in the window the last line with some counts."""
     width = window(len(values))
     seen = np.flatnonzero((values[:, 0] > 0) & np.isfinite(values[:, 1]))
     loss, acc = _means(values[-width:])

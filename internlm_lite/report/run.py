@@ -13,7 +13,7 @@ import yaml
 from internlm_lite.errors import ConfigError
 from internlm_lite.monitor.jsonl import finite
 from internlm_lite.report.columns import MOST_STEPS, Columns
-from internlm_lite.report.files import read_file
+from internlm_lite.report.files import read_file, shown
 from internlm_lite.report.history import whole
 from internlm_lite.report.tail import Gain, Tail
 
@@ -99,7 +99,8 @@ class RunReader:
             self._document(name, modified, text)
         self.version += bool(news)
         if news.problem is not None:
-            raise ConfigError(f"cannot read {news.problem.filename}: {news.problem.strerror}") from news.problem
+            path = shown(news.problem.filename or self.folder)
+            raise ConfigError(f"cannot read {path}: {news.problem.strerror}") from news.problem
         self.parsed = self.parsed or not news
         return bool(news)
 
@@ -128,6 +129,7 @@ class RunReader:
 
     def _announce(self, events: list[dict[str, Any]]) -> None:
         for event in events:
+            self.columns.heard = max(self.columns.heard, event["seg"])
             step, total = whole(event.get("step")), whole(event.get("total_steps"))
             if event["event"] == "start" and step is not None:
                 self.columns.announce(event["seg"], step, total if total and total > 0 else MOST_STEPS)

@@ -101,6 +101,20 @@ def test_sending_never_waits(chat: Chat, monkeypatch: pytest.MonkeyPatch, caplog
     chat.let_go.set()
 
 
+def test_what_a_close_leaves_is_counted(chat: Chat, caplog: pytest.LogCaptureFixture) -> None:
+    chat.answers = [(200, "ok"), (0, "")]
+    hook = Webhook(chat.address, "slack")
+    for n in range(5):
+        hook.send(str(n))
+    while len(chat.seen) < 2:
+        time.sleep(0.005)
+    hook.close(seconds=0.05)
+    chat.let_go.set()
+    assert [record.getMessage() for record in caplog.records] == [
+        "alerts that did not reach monitor.alerts.webhook before the end: 4; they stand in events.jsonl"
+    ]
+
+
 def test_a_close_cuts_the_waiting_short(chat: Chat, caplog: pytest.LogCaptureFixture) -> None:
     chat.answers = [(500, "")]
     hook = Webhook(chat.address, "slack", first_wait_seconds=60.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from internlm_lite.report import history
 from tests.report.small import at, event
 
@@ -93,6 +95,12 @@ def test_alarms_are_told_once_and_end_with_the_next_save() -> None:
     saved = event("checkpoint_done", 3, name="y")
     assert [(one["text"], one["over"]) for one in history.alerts([alarm, saved])] == [("disk full", True)]
     assert [one["text"] for one in history.alerts([alarm, alert])] == [alert["text"]]
+
+
+@pytest.mark.parametrize("end", ["done", "stopped", "failed"])
+def test_the_end_of_a_run_ends_its_alerts(end: str) -> None:
+    events = [event("alert", 1, rule="loss_up", step=5, text="up"), event(end, 2, step=5)]
+    assert [one["over"] for one in history.alerts(events)] == [True]
 
 
 def test_a_restart_ends_what_was_raised_before() -> None:

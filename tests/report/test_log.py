@@ -39,6 +39,8 @@ def test_the_seeds_log_is_six_steps_and_its_folder_learns(tmp_path: Path) -> Non
     assert all(other["loss"] is None and other["tokens"] == 0 for other in others)
     assert (payload["state"]["step"], payload["state"]["tokens"]) == (6, 393216)
     assert payload["series"]["loss"][0] == 11.54258
+    ends = ("log", "ends at 2023-11-10T11:46:37.686+08:00", None)
+    assert tuple(payload["state"][key] for key in ("phase", "why", "eta_seconds")) == ends
 
 
 def test_prefixes_colours_and_other_lines(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ Pictures go to the folder named by SCREENSHOTS, for somebody to look at.
 from __future__ import annotations
 
 import math
+import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from internlm_lite.monitor.jsonl import read_metrics
 from internlm_lite.report.log import read_log
 from internlm_lite.report.page import write_report
 from internlm_lite.report.payload import make_payload, window
+from internlm_lite.report.run import RunReader
 from tests.report import made
 from tests.report.browser import Tab
 from tests.report.made import SIX, STEPS, dashboard, report
@@ -193,3 +196,66 @@ def test_a_report_loads_itself_again(tab: Tab, tmp_path: Path) -> None:
     tab.until("document.documentElement.dataset.drawn")
     assert tab.chart("accuracy")["points"] == 30
     assert tab.page.url.endswith("#tab=acc&reload=1")
+
+
+def test_a_report_that_nobody_rewrites_says_so(tab: Tab, tmp_path: Path) -> None:
+    """As a killed run leaves it; the report of one that ended may be as old as it likes."""
+    tab.page.clock.install()
+    killed = made.make_run(tmp_path / "killed", 100, end=None)
+    now = datetime.now().astimezone().isoformat()
+    made.write_lines(killed / "metrics.jsonl", [{**line, "time": now} for line in made.step_lines(range(100, 102))])
+    tab.open(report(killed))
+    strip = tab.page.locator("#state .phase")
+    assert strip.inner_text().split() == ["▶", "training"]
+    saved = tab.page.locator("#state .last_checkpoint small")
+    age = saved.inner_text()
+    tab.page.clock.fast_forward("03:00:00")
+    assert "silent" in strip.inner_text()
+    assert re.search(r"report not rewritten for 3 h.*; it was training$", strip.inner_text())
+    assert saved.inner_text() != age
+    tab.open(report(made.make_run(tmp_path / "ended", 100)))
+    tab.page.clock.fast_forward("03:00:00")
+    assert "not rewritten" not in tab.page.locator("#state").inner_text()
+
+
+def test_a_run_that_cannot_be_shown_says_why(tab: Tab, tmp_path: Path) -> None:
+    run = RunReader(made.make_run(tmp_path / "bad", 5), "demo/bad")
+    run.trouble = "cannot read </script>: not a regular file"
+    path = tmp_path / "report.html"
+    write_report(make_payload([("r0", run)], live=False), path)
+    tab.open(path)
+    strip = tab.page.locator("#state .phase").inner_text()
+    assert "cannot be shown" in strip and run.trouble in strip
+
+
+def test_shares_of_a_long_run_add_up(tab: Tab, tmp_path: Path) -> None:
+    lines = made.step_lines(range(3000))
+    (tmp_path / "metrics.jsonl").touch()
+    made.write_lines(tmp_path / "metrics.jsonl", lines)
+    tab.open(report(tmp_path).as_uri() + "#tab=share")
+    drawn = tab.chart("share of tokens")["lines"]
+    bucket = [line["folders"] for line in lines[:6]]
+    total = sum(figures[0] for folders in bucket for figures in folders.values())
+    for line in drawn:
+        assert math.isclose(line["values"][0], sum(f[line["name"]][0] for f in bucket) / total, rel_tol=1e-5)
+
+
+def test_long_names_and_many_runs_keep_their_place(browser: Any, tmp_path: Path, pictures: Path) -> None:
+    name = "a" * 240
+    folders = [made.make_run(tmp_path / f"run-{index}", 120, (name, "code_from_the_web")) for index in range(4)]
+    for shown in (folders[:1], folders):
+        for width in (900, 400):
+            tab = Tab(browser, width=width)
+            tab.open(report(*shown))
+            tab.settle()
+            assert tab.spills() <= 0
+            tab.picture(pictures, f"long-name-{len(shown)}-{width}")
+            overlaps = tab.page.evaluate(
+                "[...document.querySelectorAll('#legend button')].filter((button) => {"
+                " const [text, value] = ['.text', '.value'].map((part) => button.querySelector(part)"
+                ".getBoundingClientRect()); return value.width && text.right > value.left && text.bottom > value.top"
+                " && value.bottom > text.top; }).length"
+            )
+            assert overlaps == 0
+            assert tab.faults == []
+            tab.close()

@@ -88,7 +88,7 @@ def test_documents_that_are_broken_say_nothing(tmp_path: Path, text: str) -> Non
 
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(ConfigError, match=r"cannot read .*metrics.jsonl: not a regular file"):
+    with pytest.raises(ConfigError, match=r"cannot read .*metrics.jsonl: Is a directory"):
         RunReader(tmp_path, "x").read_all()
 
 
@@ -109,6 +109,14 @@ def test_what_is_no_file_holds_nothing_up_and_loses_nothing(tmp_path: Path, name
         kept.rename(odd)
     run.read_all()
     assert (run.columns.n, len(run.events), run.parsed) == (1, 1, True)
+
+
+def test_a_segment_that_only_an_event_tells_of_is_no_damage(tmp_path: Path) -> None:
+    """A start that failed before its first line, and one whose own event is not written yet."""
+    events = [event("start", 0, step=0), event("failed", 3, 1)]
+    run_folder(tmp_path, [line(0), line(1), line(1, 2), line(2, 7), line(2, 2)], events)
+    run = RunReader(tmp_path, "x").read_all()
+    assert (run.columns.step.tolist(), run.columns.bad) == ([0, 1, 2], 1)
 
 
 def test_a_small_file_that_is_huge_is_not_read(tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ import sys
 import threading
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from internlm_lite.report import figure
+from internlm_lite.report import figure, payload
+from internlm_lite.report.run import RunReader
 from tests.report.small import event, line, run_folder, write
 from tools import dashboard, report
 
@@ -68,6 +70,7 @@ def test_several_runs_are_overlaid_here(
     monkeypatch.chdir(tmp_path)
     assert run(report, capsys, "job")[0] == 0
     assert [found["name"] for found in payload_in(tmp_path / "report.html")["runs"]] == ["job/b", "job/a"]
+    assert report.places(report.parse_arguments(["job"]), [None, None]) == (Path("report.html"), Path("loss.png"))
     assert run(report, capsys, "job/a", "--from-log", SEED, "-o", "x.html")[0] == 0
     assert [found["name"] for found in payload_in(tmp_path / "x.html")["runs"]] == ["job/a", "seed.log"]
 
@@ -82,6 +85,60 @@ def test_the_seeds_log_becomes_a_page_beside_it(
     (found,) = payload_in(tmp_path / "seed.html")["runs"]
     losses = found["series"]["folders"][".git"]["loss"]
     assert (len(losses), losses[0], losses[-1]) == (6, 11.5552, 7.0646)
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str], plain: None) -> None:
+    folder = run_folder(Path(os.fsdecode(os.fsencode(tmp_path) + b"/job\xff")) / "run", [line(0)])
+    code, output = run(report, capsys, folder)
+    assert (code, output) == (0, f"wrote {tmp_path}/job\ufffd/run/report.html\n")
+    assert payload_in(folder / "report.html")["runs"][0]["name"] == "job\ufffd/run"
+    assert sorted(path.name for path in folder.iterdir()) == ["events.jsonl", "metrics.jsonl", "report.html"]
+
+
+def test_a_run_that_cannot_be_shown_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], plain: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [run_folder(tmp_path / name, [line(0)]) for name in "ab"]
+    original = payload.run_payload
+
+    def fail(identity: str, reader: RunReader, *rest: Any) -> Any:
+        if reader.name.endswith("/b") and reader.columns.n:
+            raise OverflowError("too large")
+        return original(identity, reader, *rest)
+
+    monkeypatch.setattr(payload, "run_payload", fail)
+    told = f"{folders[1]} cannot be shown: OverflowError: too large\n"
+    code, output = run(report, capsys, *folders, "-o", tmp_path / "ab.html")
+    assert (code, output) == (0, f"wrote {tmp_path / 'ab.html'}\n{told}")
+    code, output = run(report, capsys, folders[1])
+    assert (code, output) == (2, f"{told}ConfigError: nothing to show; mend or remove the file that is damaged\n")
+
+
+def test_of_many_runs_it_says_which_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str], plain: None) -> None:
+    for number in range(10):
+        run_folder(tmp_path / f"run-{number}", [])
+    _, output = run(report, capsys, tmp_path, "-o", tmp_path / "x.html")
+    assert output.splitlines()[0] == f"{tmp_path}: the newest 8 of 10 runs; name others to see them"
+
+
+def test_a_token_is_no_path_and_may_stand_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run_folder(tmp_path / "run", [])
+    code, output = run(dashboard, capsys, folder, "--token", folder)
+    assert (code, output) == (
+        2,
+        f"ConfigError: --token {folder} is a file or folder; put runs first, or use --token-file\n",
+    )
+    file = tmp_path / "token"
+    file.write_text("long enough\n")
+    arguments = dashboard.parse_arguments([str(folder), "--token-file", str(file)])
+    assert dashboard.read_token(arguments) == "long enough"
+    assert len(str(dashboard.read_token(dashboard.parse_arguments([str(folder), "--token"])))) > 20
+    assert dashboard.read_token(dashboard.parse_arguments([str(folder)])) is None
+    code, output = run(dashboard, capsys, folder, "--token-file", tmp_path / "gone")
+    assert (code, output) == (
+        2,
+        f"ConfigError: cannot read --token-file {tmp_path / 'gone'}: No such file or directory\n",
+    )
 
 
 def test_the_figure_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from tests.train.runs import run_training, tiny
 from tests.world import run_world
 
 STEPS, EVERY = 12, 4
-METRICS: Key = ("world", "allreduce_", 8 * (3 * len(FOLDERS) + 1))
+METRICS: Key = ("world", "allreduce_", 8 * (4 * len(FOLDERS) + 1))
 """The all-reduce of all folders' sums."""
 
 

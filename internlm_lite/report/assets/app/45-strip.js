@@ -39,9 +39,7 @@ function drawStrip() {
 
 // Several runs have a line each, one run has room.
 function runStrip(run) {
-  const age = stale(run);
-  const was = t(`phase_${run.state.phase}`);
-  const facts = age === null ? run.state : { ...run.state, phase: "silent", why: t("not_rewritten", duration(age), was) };
+  const facts = factsNow(run);
   const phase = make(
     "p",
     { class: `phase ${facts.phase}` },
@@ -57,6 +55,14 @@ function runStrip(run) {
     progress(facts, run.name),
     make("dl", { class: "figures" }, ...figures(facts)),
   );
+}
+
+// Those of the report; of one that nobody rewrites any more the phase is no longer true.
+function factsNow(run) {
+  const age = run.state.phase === "silent" ? null : stale(run);
+  if (age === null) return run.state;
+  const why = t("not_rewritten", duration(age), t(`phase_${run.state.phase}`));
+  return { ...run.state, phase: "silent", why, eta_seconds: null };
 }
 
 function progress(facts, name) {

@@ -24,19 +24,20 @@ _HELPERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_is_left() -> Iterator[None]:
-    """Set up first, so looked at last."""
+    """Set up first, so looked at last. What tests of other folders started before, such as a server, may stay."""
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
     own = os.environ[_MARK] = uuid.uuid4().hex
     yield
     del os.environ[_MARK]
     deadline = time.monotonic() + 10
-    while left := _processes(own):
+    while left := _processes(own, before):
         assert time.monotonic() < deadline, f"processes are left: {left}"
         time.sleep(0.1)
     mounts = [line for line in Path("/proc/mounts").read_text().splitlines() if line.startswith(f"{disk_name()} ")]
     assert not mounts, f"mounts are left: {mounts}"
 
 
-def _processes(own: str) -> list[str]:
+def _processes(own: str, before: set[int]) -> list[str]:
     """Descendants of this process, and orphans that were born among them; not multiprocessing's own helpers."""
     found = {process.pid: process for process in psutil.Process().children(recursive=True)}
     for process in psutil.process_iter():
@@ -45,7 +46,7 @@ def _processes(own: str) -> list[str]:
                 found[process.pid] = process
         except psutil.Error:
             continue
-    return [_named(process) for process in found.values() if not _may_stay(process)]
+    return [_named(process) for pid, process in found.items() if pid not in before and not _may_stay(process)]
 
 
 def _may_stay(process: psutil.Process) -> bool:

@@ -18,11 +18,11 @@ from tests.checkpoint.conftest import tmp_path
 from tests.faults.trouble import disk_name
 
 __all__ = ["tmp_path"]
-_MARK = "FAULTS_SESSION"
+_MARK = "FAULTS_TESTS"
 _HELPERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def nothing_is_left() -> Iterator[None]:
     """Set up first, so looked at last. What tests of other folders started before, such as a server, may stay."""
     before = {process.pid for process in psutil.Process().children(recursive=True)}

@@ -203,7 +203,15 @@ def test_a_dashboard_from_start_to_ctrl_c(tmp_path: Path) -> None:
     """Its one line has the address; it shows what is appended; Ctrl-C ends it with 0."""
     folder = run_folder(tmp_path / "run", [line(0)], [event("start", 0, step=0)])
     command = [sys.executable, str(ROOT / "tools" / "dashboard.py"), str(folder), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp_path,
+        # As in a terminal: what a shell starts in the background, such as these tests, is deaf to Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     timer = threading.Timer(60, process.kill)
     timer.start()
     try:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +12,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
+
+from tests.ports import free_ports
 
 ACCESS_KEY, SECRET_KEY = "labkeyQ7RZ", "labsecret+slash/9XkT"
 BUCKET = "lab"
@@ -33,20 +33,12 @@ def _weed() -> str | None:
     return shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        found = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in found:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in found]
-
-
 class S3Server:
     """`start`, `kill` and `start` again keep data and address."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._ports = _free_ports(8)
+        self._ports = free_ports(8)
         self.port = self._ports[0]
         self.process: subprocess.Popen[bytes] | None = None
         (folder / "data").mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_ports
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "scontrol", "squeue", "sinfo")
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # Debian's root has it, other users not
 _INSTALL_LOCK = Path(tempfile.gettempdir()) / "slurmlab-install.lock"
@@ -59,14 +61,6 @@ def _install() -> None:
                 subprocess.run(command, env=environment, timeout=240, check=False, **quiet)
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        found = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in found:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in found]
-
-
 class SlurmLab:
     """A cluster `lab` with one partition `main` of `node1` to `node<nodes>`."""
 
@@ -75,7 +69,7 @@ class SlurmLab:
         self.nodes, self.cpus, self.user = nodes, cpus, pwd.getpwuid(os.geteuid()).pw_name
         self.folder = Path(tempfile.mkdtemp(prefix="slurmlab-"))  # short: socket paths end at 108 bytes
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
-        self.ports = _free_ports(1 + nodes)
+        self.ports = free_ports(1 + nodes)
         self.environment = {**os.environ, "PATH": _PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def __enter__(self) -> SlurmLab:

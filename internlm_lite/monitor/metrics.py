@@ -69,7 +69,7 @@ class FolderMetrics:
         """The sums since the last `collect` over all ranks, JSON-able. Collective; waits for the device."""
         sums = self._sums.clone()
         comm.all_reduce(sums, self._world).wait()
-        # JSON has no nan, and one bad step makes a sum that until the next line
+        # JSON has no nan, which one bad step makes of a sum until the next line
         values = [value if math.isfinite(value) else repr(value) for value in sums.tolist()]
         return {"folders": list(self._folders), "sums": values}
 

@@ -61,7 +61,7 @@ def _train_from(
     data, watchdog = run.config.data, run.watchdog
     order = Order()
     with closing(run.data.batches(state.position, pin=run.mesh.device.type == "cuda")) as batches:
-        while state.step < data.total_steps and not order.stop and not guard.wants_rollback(order):
+        while state.step < data.total_steps and not order.stop:
             watchdog.enter("data", state.step)
             batch = next(batches).to(run.mesh.device)
             watchdog.enter("training", state.step)
@@ -98,8 +98,9 @@ def _look_aside(run: Run, state: TrainState, last: bool) -> None:
     """What is due after a step and changes nothing: replicas compared, evaluation, samples."""
     every = run.config.guard.check_replicas_every
     if every and state.step % every == 0:
-        run.optimizer.wait_weights()
-        check_replicas(run.optimizer, run.mesh, state.step - 1)
+        with run.reporter.aside():
+            run.optimizer.wait_weights()
+            check_replicas(run.optimizer, run.mesh, state.step - 1)
     if run.valid and (state.step % run.config.data.valid_every == 0 or last):
         run.reporter.event("evaluating", step=state.step - 1)
         with run.watchdog.inside("evaluation"), run.reporter.aside():

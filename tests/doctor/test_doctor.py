@@ -12,8 +12,8 @@ import torch
 
 from tests import cli
 from tests.cli import ROOT
+from tests.ports import free_port
 from tests.slurmlab import SlurmLab
-from tests.train.test_launch import free_port
 
 TOOL = str(ROOT / "tools" / "doctor.py")
 

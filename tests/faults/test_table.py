@@ -53,12 +53,12 @@ from tests.faults.worlds import (
     damage,
     events,
     final_bits,
-    free_port,
     metrics_of,
     report,
     run_folder,
     snapshots,
 )
+from tests.ports import free_port
 
 AT = 33
 """Step of the faults: three after a snapshot."""

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-import socket
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +19,7 @@ from internlm_lite.faults.beats import Beat, Verdict, judge
 from internlm_lite.faults.failure import Failure, clear_failures, read_failures, record, summary
 from internlm_lite.faults.watchdog import Limits, Watchdog, write_stacks
 from internlm_lite.runtime.start import leave_now
+from tests.ports import free_port
 from tests.world import fork_context
 
 LIMITS = Limits(2.0, {"building": math.inf})
@@ -86,14 +86,8 @@ def _rank(rank: int, size: int, port: int, folder: str, trouble: str) -> None:
     os._exit(0)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _start(folder: Path, trouble: str, size: int = 3) -> list:
-    port = _free_port()
+    port = free_port()
     ranks = [
         fork_context.Process(target=_rank, args=(rank, size, port, str(folder), trouble), daemon=True)
         for rank in range(size)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Sequence
 from hashlib import sha256
@@ -19,6 +18,7 @@ from internlm_lite.checkpoint.format import Name
 from internlm_lite.checkpoint.local import LocalStorage
 from internlm_lite.monitor.jsonl import read_metrics, read_objects
 from tests import cli
+from tests.ports import free_port
 from tests.train.runs import curve
 
 STEPS = 60
@@ -26,12 +26,6 @@ EVERY = 10
 """Steps between snapshots."""
 PATIENCE = 90.0
 """Seconds after which a job that should have ended fails the test: many times of what it takes."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def arguments(*more: str, steps: int = STEPS, every: int = EVERY) -> tuple[str, ...]:

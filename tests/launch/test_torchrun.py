@@ -12,7 +12,7 @@ import pytest
 
 from tests.cli import ROOT
 from tests.launch.curves import joined_curve
-from tests.train.test_launch import free_port
+from tests.ports import free_port
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 TWO_STEPS = ["--device", "cpu", "TOTAL_STEPS=2", "data.micro_num=1"]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
 from tests.runtime.rank import forked
 from tests.world import fork_context
 
@@ -40,12 +41,6 @@ def run(tmp_path):
         return [(process.exitcode, output.read_text()) for process, output in zip(processes, outputs, strict=True)]
 
     return start
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def torch_rank(rank: int, port: int, world: int = 2) -> Environ:

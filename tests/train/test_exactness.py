@@ -25,7 +25,7 @@ from internlm_lite.monitor.jsonl import read_objects
 from internlm_lite.train import loop
 from tests import cli
 from tests.corpus import write_corpus
-from tests.train.test_launch import free_port
+from tests.ports import free_port
 from tests.world import fork_context
 
 KILLS = int(os.environ.get("KILLS", "5"))

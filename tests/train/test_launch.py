@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 from internlm_lite.monitor.jsonl import read_metrics, read_objects
 from tests import cli
 from tests.corpus import write_corpus
+from tests.ports import free_port
 from tests.train.runs import curve
 
 CONFIG = """
@@ -32,12 +32,6 @@ def folder(tmp_path: Path) -> Path:
     write_corpus(tmp_path / "corpus")
     (tmp_path / "config.py").write_text(CONFIG)
     return tmp_path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start_ranks(folder: Path, size: int, *arguments: str, common: dict[str, str] | None = None) -> list:

@@ -15,7 +15,7 @@ import pytest
 from tests.cli import ROOT
 
 SRUN = """#!/bin/bash
-case "$*" in *check*) exit "${CHECK:-0}" ;; esac
+case " $* " in *" bash -c "*) exit "${CHECK:-0}" ;; esac
 echo "$@" >"$HERE/called"
 [ -z "${SAYS:-}" ] || echo "$SAYS" >"$HERE/slurm-7/rank-0.log"
 if [ -n "${WAITS:-}" ]; then

@@ -41,9 +41,11 @@ class Place:
     """Where rank 0, or the launcher's agent, serves the key-value store through which ranks meet."""
     master_port: int
     attempt: int = 0
-    """Restarts of the job so far, as the launcher counts them."""
+    """Restarts so far, as the launcher counts them; an agent of torchrun counts those that it has seen."""
+    supervised: bool = False
+    """torchrun's agent takes any exit code but 0 for a failure, and may start the ranks again."""
     agent_store: bool = False
-    """True: torchrun's agent serves the store already."""
+    """True: it serves the store already."""
     cpu_threads: int | None = None
     """Threads per process that the launcher or the user set; None: not set."""
 
@@ -196,6 +198,7 @@ def _from_torch(environ: Environ, why: str, host: str | None, port: int | None) 
         master_host=environ.get("MASTER_ADDR") or host or "",
         master_port=_number(environ, "MASTER_PORT", port),
         attempt=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
+        supervised="TORCHELASTIC_RUN_ID" in environ,
         agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         cpu_threads=None if threads is None or by_torchrun else _number(environ, "OMP_NUM_THREADS"),
     )

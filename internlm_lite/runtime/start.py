@@ -2,8 +2,7 @@
 
     every rank: store.set("here/<rank>")  ->  wait for all  ->  init_process_group over the same store
 
-Meeting through our own keys first tells "rank 3 never came" from every other failure; the keys live under a prefix
-per restart, because an agent's store outlives the processes and still holds the dead ones' addresses.
+Meeting through our own keys first tells "rank 3 never came" from every other failure.
 """
 
 from __future__ import annotations
@@ -135,7 +134,10 @@ def leave_now(code: int, last_words: Callable[[], object], seconds: float) -> No
 
 
 def _prefix(place: Place) -> str:
-    return f"world{place.world_size}/attempt{place.attempt}"
+    world = f"world{place.world_size}"
+    # An agent's store outlives the processes, and still holds the dead ones' addresses. Other stores are new each time,
+    # and their agents may count differently: one that came later has not seen the failures before it.
+    return f"{world}/attempt{place.attempt}" if place.agent_store else world
 
 
 def _connect(place: Place, timeout: timedelta, serves: bool) -> Store:

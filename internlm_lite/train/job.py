@@ -20,6 +20,7 @@ from internlm_lite.config.view import masked
 from internlm_lite.errors import InternLMError
 from internlm_lite.faults.failure import clear_failures, read_failures
 from internlm_lite.faults.watchdog import Limits, Watchdog
+from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh, build_mesh, sizes_of
 from internlm_lite.monitor.jsonl import EventsFile, has_ended, next_segment
 from internlm_lite.monitor.packages import check_packages
@@ -116,7 +117,8 @@ def _run_in_folder(
     loaded: LoadedConfig, place: Place, options: Options, mesh: Mesh, save_folders: SaveFolders, ending: Ending
 ) -> int:
     config = loaded.config
-    resume = on_main(mesh, lambda: _resume_how(config, options, place, save_folders))
+    restarted = any(comm.gather_objects(place.attempt, mesh.world))
+    resume = on_main(mesh, lambda: _resume_how(config, options, restarted, save_folders))
     last = on_main(mesh, lambda: save_folders.last_run() if resume == "auto" else None)
     folder, over = on_main(mesh, lambda: _choose_folder(config, options.run_dir, last))
 
@@ -144,14 +146,13 @@ def _run_in_folder(
         ended = _train(run, ending)
     if place.is_main:
         _say_goodbye(run, ended, folder)
-    # A torchrun agent would take any other code for a failure, and start the ranks again.
-    return STOPPED if ended.stopped_by and not place.agent_store else 0
+    return STOPPED if ended.stopped_by and not place.supervised else 0
 
 
-def _resume_how(config: Config, options: Options, place: Place, save_folders: SaveFolders) -> str:
+def _resume_how(config: Config, options: Options, restarted: bool, save_folders: SaveFolders) -> str:
     """auto, none or a path; a job that its launcher starts again goes on with what it wrote itself. For rank 0."""
     wanted = options.resume or ("auto" if config.ckpt.auto_resume else "none")
-    last = save_folders.last_run() if place.attempt and wanted != "auto" else None
+    last = save_folders.last_run() if restarted and wanted != "auto" else None
     latest = options.run_dir / config.JOB_NAME / "latest"
     return "auto" if last and latest.resolve().name == last.folder else wanted
 

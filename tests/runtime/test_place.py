@@ -42,7 +42,7 @@ def test_torchrun():
     place = place_of(TORCHRUN)
     assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (5, 8, 1, 4)
     assert (place.launcher, place.master_host, place.master_port) == ("torch", "gpu01", 29400)
-    assert (place.attempt, place.agent_store) == (2, True)
+    assert (place.attempt, place.supervised, place.agent_store) == (2, True, True)
     assert "TORCHELASTIC_RUN_ID" in place.why and "\n" not in place.why
     assert place.cpu_threads is None, "torchrun's own OMP_NUM_THREADS=1 is not a wish"
 
@@ -57,7 +57,8 @@ def test_ranks_set_by_hand():
         "OMP_NUM_THREADS": "1",
     }
     place = place_of(environ)
-    assert (place.launcher, place.local_world_size, place.agent_store, place.cpu_threads) == ("torch", 2, False, 1)
+    assert (place.launcher, place.local_world_size, place.cpu_threads) == ("torch", 2, 1)
+    assert not place.supervised and not place.agent_store
     assert "LOCAL_WORLD_SIZE is not set" in place.why
 
 

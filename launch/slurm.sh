@@ -8,6 +8,7 @@
 #
 # Before the time limit every rank saves and stops, and the job is put back into the queue; it goes on from there. So it
 # is when a rank hangs or dies. A wrong config, full storage and diverged training end it. scancel JOB ends it for good.
+# A node that stays away: scontrol update JobId=JOB NumNodes=1 NumTasks=8 goes on with fewer, where the layout allows it.
 #SBATCH --job-name=internlm_lite
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -53,9 +54,14 @@ if ! srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c '
     exit 2
 fi
 
+# The environment of a job that goes on with fewer nodes still tells the tasks it was submitted with.
+tasks=${SLURM_NTASKS:-}
+most=$((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-0}))
+[ "$most" -gt 0 ] && [ "${tasks:-$most}" -ge "$most" ] && tasks=$most
+
 # A dead rank ends the step at once instead of leaving the others to wait for their time-outs.
 # srun does not take over --cpus-per-task from sbatch.
-srun --kill-on-bad-exit=1 --output="$logs/rank-%t.log" --open-mode=append \
+srun --kill-on-bad-exit=1 ${tasks:+--ntasks="$tasks"} --output="$logs/rank-%t.log" --open-mode=append \
     ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
     python "$repository/train.py" --launcher slurm --config "$config" "$@" &
 step=$!

@@ -74,6 +74,24 @@ def test_preempted_and_requeued_gives_the_same_curve(slurm: SlurmLab, uninterrup
     assert slurm.processes() == {}
 
 
+def test_a_node_that_is_missing_after_a_requeue_is_done_without(slurm: SlurmLab, uninterrupted, folder: Path):
+    job = submit(slurm, folder)
+    await_line(folder / f"slurm-{job}" / "rank-0.log", "step=9 ", job, slurm)
+    slurm.run("scontrol", "update", "NodeName=node2", "State=DRAIN", "Reason=test")
+    try:
+        assert slurm.run("scancel", "--signal=TERM", job).returncode == 0
+        slurm.await_state(job, "PENDING")
+        assert slurm.run("scontrol", "update", f"JobId={job}", "NumNodes=1", "NumTasks=2").returncode == 0
+        slurm.start_now(job)
+        ended = slurm.await_end(job)
+    finally:
+        slurm.run("scontrol", "update", "NodeName=node2", "State=RESUME")
+    assert (ended["JobState"], ended["NumNodes"], ended["Restarts"]) == ("COMPLETED", "1", "1"), texts(folder)
+    assert "data.micro_num=4 instead of 2: with 2 data-parallel ranks now" in texts(folder)
+    for ours, theirs in zip(joined_curve(folder), joined_curve(uninterrupted[0]), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9)
+
+
 def test_a_killed_rank_is_requeued_and_a_cancelled_job_is_not(slurm: SlurmLab, folder: Path):
     job = submit(slurm, folder, "STEPS=100000")
     log = folder / f"slurm-{job}" / "rank-0.log"

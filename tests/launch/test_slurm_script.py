@@ -41,7 +41,7 @@ def here(tmp_path: Path) -> Path:
 def start(here: Path, *arguments: str, **environment: object) -> subprocess.Popen[str]:
     path = f"{here / 'programs'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     own = {"HERE": here, "PATH": path, "REPOSITORY": ROOT, "SLURM_SUBMIT_DIR": here, "SLURM_JOB_ID": 7}
-    own |= {"SLURM_JOB_NUM_NODES": 2, "SLURM_CPUS_PER_TASK": 8, **environment}
+    own |= {"SLURM_JOB_NUM_NODES": 2, "SLURM_NTASKS_PER_NODE": 8, "SLURM_CPUS_PER_TASK": 8, **environment}
     return subprocess.Popen(
         ["bash", str(ROOT / "launch" / "slurm.sh"), *arguments],
         cwd=here,
@@ -84,12 +84,18 @@ def signalled(here: Path, number: signal.Signals, code: int) -> tuple[int, str, 
 def test_what_srun_is_told(here: Path):
     assert run(here, 0)[0] == 0
     assert (here / "called").read_text().split() == [
-        "--kill-on-bad-exit=1", "--output=./slurm-7/rank-%t.log", "--open-mode=append", "--cpus-per-task=8", "python",
+        "--kill-on-bad-exit=1", "--ntasks=16", "--output=./slurm-7/rank-%t.log", "--open-mode=append", "--cpus-per-task=8", "python",
         f"{ROOT}/train.py", "--launcher", "slurm", "--config", "config.py", "a.b=c", "d",
     ]  # fmt: skip
     assert run(here, 0, LOG_FOLDER="logs", SLURM_CPUS_PER_TASK="")[0] == 0
     assert "--output=logs/slurm-7/rank-%t.log" in (here / "called").read_text()
     assert "--cpus-per-task" not in (here / "called").read_text()
+
+
+@pytest.mark.parametrize(("asked", "nodes", "tasks"), [(16, 2, 16), (16, 1, 8), (4, 2, 4)])
+def test_fewer_nodes_than_asked_for_get_fewer_tasks(here: Path, asked: int, nodes: int, tasks: int):
+    assert run(here, 0, SLURM_NTASKS=asked, SLURM_JOB_NUM_NODES=nodes)[0] == 0
+    assert f"--ntasks={tasks} " in (here / "called").read_text()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -59,11 +60,14 @@ def test_two_hosts_and_a_link_that_goes_down(lab: NetLab, tmp_path: Path):
     lab.link(1, up=False)
     codes, text = ended(hosts[:1], 60)
     assert codes == [1] and "exitcode  : 4" in text, text
-    assert "the job stands still: rank 1 made no progress for 5 s, in phase 'training'" in text, text
+    # "saving" may take four times as long
+    named = "the job stands still: rank 1 made no progress for (5|20) s, in phase '(data|training|updating|saving)'"
+    assert re.search(named, text), text
     while any("train.py --launcher" in command and "--rdzv" not in command for command in lab.processes(1).values()):
         assert time.monotonic() < deadline, lab.processes(1)
         time.sleep(0.1)
-    assert "the job stands still: rank 0, which holds the store, has not answered for 5 s" in hosts[1][1].read_text()
+    named = "the job stands still: rank 0, which holds the store, has not answered for (5|20) s"
+    assert re.search(named, hosts[1][1].read_text())
     told = json.loads((run.parent / "FAILED.json").read_text())
     assert told["cause"]["kind"] == "hang" and told["cause"]["exit_code"] == 4, told
     lab.kill(1)  # torchrun itself, without processes, waits for minutes for the machine it cannot reach

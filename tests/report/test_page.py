@@ -51,6 +51,7 @@ def test_a_live_append_shows_within_five_seconds(tab: Tab, tmp_path: Path, pictu
         assert "step 60 of 1,000" in tab.page.locator("#state").inner_text()
         assert tab.page.locator("#freshness").inner_text() == "live"
         tab.picture(pictures, "live")
+        tab.close()  # before the server goes that it asks
 
 
 def test_a_lost_connection_is_said(browser: Any, tmp_path: Path) -> None:
@@ -70,6 +71,7 @@ def test_a_zoom_on_the_live_page_fetches_every_line_of_it(tab: Tab, tmp_path: Pa
         assert tab.chart("loss")["lines"][0]["x"] == list(range(1000, 1401))
         tab.press("#controls button.plain")
         assert tab.chart("loss")["points"] == 1000
+        tab.close()
 
 
 def test_many_folders_and_steps_paint(tab: Tab, tmp_path: Path, pictures: Path, record_property: Any) -> None:

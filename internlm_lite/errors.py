@@ -4,6 +4,14 @@ A message says what was found, what was expected, and what to change.
 """
 
 
+STOPPED = 3
+"""Exit code after a signal or the stop file asked for it, and what was trained is saved."""
+HANG = 4
+"""Exit code when the job stands still."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
 class InternLMError(Exception):
     """Base of all errors whose message is meant for the user: shown without a traceback."""
 

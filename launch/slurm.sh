@@ -71,7 +71,7 @@ while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done # a trapped
 # srun's code is the highest of all ranks': 128 and more where one was killed.
 case $code in
 0) say "done"; exit 0 ;;
-3) why="stopped after saving" ;;
+3) why="stopped" ;;
 4) why="a rank hung" ;;
 5) why="a rank was lost" ;;
 *) [ "$code" -gt 128 ] && why="a rank was killed" || why='' ;;
@@ -82,6 +82,8 @@ elif [ -n "$cancelled" ]; then
     say "code $code: $why, on request"
 elif [ "$code" = 3 ] && tail -n 20 "$logs/rank-0.log" | grep -q 'stopped by stop file'; then
     say "code 3: stopped by the stop file; not requeued"
+elif [ "$code" = 3 ] && tail -n 20 "$logs/rank-0.log" | grep -q 'nothing saved'; then
+    say "code 3: stopped, with nothing saved (ckpt.enable_save_ckpt=False); not requeued"
 else
     # Failures are tried again, but not for ever: three in a row within ten minutes of their start are enough.
     failures=$logs/failures

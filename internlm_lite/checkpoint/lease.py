@@ -174,6 +174,6 @@ def _state(pid: int) -> str:
 def _taken(storage: Storage, found: dict[str, Any] | None) -> str:
     who = f"host {found.get('host')}, pid {found.get('pid')}" if found else "another run"
     return (
-        f"{storage.name} is in use by {who}: expected one run per save folder; stop that run, or choose another "
-        "ckpt.save_ckpt_folder"
+        f"{storage.name} is in use by {who}: expected one run per save folder; stop that run, or choose other "
+        "folders (ckpt.save_ckpt_folder, ckpt.snapshot_ckpt_folder)"
     )

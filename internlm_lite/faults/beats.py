@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Protocol
 
 _MOST_NAMED = 8
 
@@ -50,11 +49,16 @@ class Verdict:
         return Verdict(tuple(said["ranks"]), said["why"], said["phase"], said["step"])
 
 
-class Limits(Protocol):
-    @property
-    def usual(self) -> float: ...
+@dataclass(frozen=True)
+class Limits:
+    """Seconds that a rank may stay in a phase without progress."""
 
-    def __getitem__(self, phase: str) -> float: ...
+    usual: float
+    of: Mapping[str, float]
+    """Phases that may take longer, or for ever (inf)."""
+
+    def __getitem__(self, phase: str) -> float:
+        return self.of.get(phase, self.usual)
 
 
 def judge(

@@ -46,7 +46,7 @@ class StopSignals:
         name = signal.Signals(number).name
         if self.received is None:
             self.received, self._first_seconds = name, time.monotonic()
-            logger.warning("%s: the run saves within two steps and stops; Ctrl-C (again) stops it at once", name)
+            logger.warning("%s: the run stops within two steps; Ctrl-C (again) stops it at once", name)
         elif number == signal.SIGINT and time.monotonic() - self._first_seconds > _TWICE_SECONDS:
             raise KeyboardInterrupt
         else:

@@ -15,15 +15,14 @@ import faulthandler
 import logging
 import math
 import os
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
-from internlm_lite.faults.beats import Beat, Verdict, judge
+from internlm_lite.faults.beats import Beat, Limits, Verdict, judge
 
 logger = logging.getLogger("internlm_lite")
 
@@ -46,27 +45,21 @@ class Store(Protocol):
     def check(self, keys: list[str]) -> bool: ...
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Seconds that a rank may stay in a phase without progress."""
-
-    usual: float
-    of: Mapping[str, float]
-    """Phases that may take longer, or for ever (inf)."""
-
-    def __getitem__(self, phase: str) -> float:
-        return self.of.get(phase, self.usual)
-
-
 class Watchdog:
     """One per rank, used as a context manager. `end(verdict, stacks)` is called in a thread and must not return."""
 
     def __init__(
-        self, rank: int, world_size: int, store: Store | None, limits: Limits, end: Callable[[Verdict], object]
+        self,
+        rank: int,
+        world_size: int,
+        store: Store | None,
+        limits: Limits,
+        end: Callable[[Verdict], object],
+        hostname: str = "",
     ) -> None:
-        """`store`: a connection that nobody else uses; None for a world of one."""
+        """`store`: a connection that nobody else uses; None for a world of one. `hostname`: as messages name it."""
         self._rank, self._size, self._store, self._limits, self._end = rank, world_size, store, limits, end
-        self._mine = Beat(0, "starting", None, 0, socket.gethostname())
+        self._mine = Beat(0, "starting", None, 0, hostname)
         self._period = max(_BEAT_SECONDS, world_size / _RANKS_PER_SECOND)
         self._table: dict[int, Beat] = {}
         self._changed: dict[int, tuple[float, float]] = {}

@@ -147,3 +147,5 @@ def _announce(
             f"{human_count(data.total_tokens)} training tokens in folders {', '.join(data.folders)}; "
             f"{tokens} tokens a step"
         )
+        if not config.ckpt.enable_save_ckpt:
+            logger.warning("ckpt.enable_save_ckpt=False: nothing that is trained will be kept")

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from internlm_lite.config.view import masked
-from internlm_lite.errors import InternLMError, PeerLostError
+from internlm_lite.errors import HANG, INTERRUPTED, InternLMError, PeerLostError
 from internlm_lite.faults.beats import Beat, Verdict
 from internlm_lite.faults.failure import Failure, read_failures, record, summary
 from internlm_lite.faults.watchdog import Watchdog, write_stacks
@@ -22,12 +22,10 @@ from internlm_lite.runtime.start import leave_now
 
 logger = logging.getLogger("internlm_lite")
 
-HANG = 4
-"""Exit code when the job stands still."""
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
 _CAUSE_SECONDS = 3.0
 """A rank that lost another one waits so long for that one's own words, and for its silence to show."""
+_ALIKE_SECONDS = 1.0
+"""A rank waits so long for others to fail as it does."""
 _LAST_WORDS_SECONDS = 15.0
 _STORE_SECONDS = 2.0
 """Rank 0 serves the store through which the others learn the verdict."""
@@ -47,6 +45,8 @@ class Ending:
         self._place = place
         self.folder: Path | None = None
         self.watchdog: Watchdog | None = None
+        self.told_elsewhere = False
+        """A rank before this one says what this one would say."""
 
     def hang(self, verdict: Verdict) -> None:
         """Called by the watchdog's thread; ends the process."""
@@ -75,7 +75,7 @@ class Ending:
 
     def failed(self, error: BaseException) -> None:
         """Write down why this rank ends, and tell who failed first if it was another one."""
-        folder, code = self.folder, code_of(error)
+        folder, code, kind = self.folder, code_of(error), type(error).__name__
         if folder is None or isinstance(error, KeyboardInterrupt):
             return
         follows = isinstance(error, PeerLostError)
@@ -83,10 +83,22 @@ class Ending:
         trace = str(masked("".join(traceback.format_exception(error))))
         if follows:
             self._await_cause(folder)
-        self._record(folder, type(error).__name__, message, code, follows, trace)
+        self._record(folder, kind, message, code, follows, trace)
+        if isinstance(error, InternLMError) and not follows:
+            self.told_elsewhere = self._await_lower_rank(folder, kind, message)
         failures = read_failures(folder)
-        if failures and failures[0].rank != self._place.rank:
+        if failures and (failures[0].kind, failures[0].message) != (kind, message):
             logger.error("%s", summary(failures))
+
+    def _await_lower_rank(self, folder: Path, kind: str, message: str) -> bool:
+        """Whether a rank before this one failed in the same way, as all do by a wrong path: one of them says so."""
+        deadline = time.monotonic() + _ALIKE_SECONDS
+        while not self._place.is_main and time.monotonic() < deadline:
+            lower = [failure for failure in read_failures(folder) if failure.rank < self._place.rank]
+            if any((failure.kind, failure.message) == (kind, message) for failure in lower):
+                return True
+            time.sleep(0.05)
+        return False
 
     def _await_cause(self, folder: Path) -> None:
         """Until some rank has said why it failed, or is known to be gone without a word."""

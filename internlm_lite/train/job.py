@@ -17,9 +17,10 @@ from internlm_lite.checkpoint.agree import on_main
 from internlm_lite.config.load import LoadedConfig
 from internlm_lite.config.schema import Config
 from internlm_lite.config.view import masked
-from internlm_lite.errors import InternLMError
+from internlm_lite.errors import STOPPED, InternLMError
+from internlm_lite.faults.beats import Limits
 from internlm_lite.faults.failure import clear_failures, read_failures
-from internlm_lite.faults.watchdog import Limits, Watchdog
+from internlm_lite.faults.watchdog import Watchdog
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh, build_mesh, sizes_of
 from internlm_lite.monitor.jsonl import EventsFile, has_ended, next_segment
@@ -37,8 +38,6 @@ from internlm_lite.train.save_folders import LastRun, SaveFolders
 
 logger = logging.getLogger("internlm_lite")
 
-STOPPED = 3
-"""Exit code after a signal or the stop file asked for it, and what was trained is saved."""
 _LONG_PHASES = ("starting", "building", "loading", "saving", "evaluation", "samples", "ending")
 _PATIENCE = 4
 """Such a phase may take so many times as long as others without progress (--timeout)."""
@@ -67,10 +66,12 @@ def run_job(loaded: LoadedConfig, place: Place, options: Options) -> NoReturn:
     `loaded` has passed `check_config` for this world.
     """
     setup_logging(place, None, options.log_style)
+    ending = Ending(place)
     try:
-        code = _run(loaded, place, options)
+        code = _run(loaded, place, options, ending)
     except InternLMError as error:
-        logger.error(f"{type(error).__name__}: {error}")
+        if not ending.told_elsewhere:
+            logger.error(f"{type(error).__name__}: {error}")
         code = code_of(error)
     except KeyboardInterrupt as interrupt:
         logger.error("interrupted; started again, the run goes on from its newest checkpoint if it has written one")
@@ -81,7 +82,7 @@ def run_job(loaded: LoadedConfig, place: Place, options: Options) -> NoReturn:
     end_process(code, together=code == STOPPED)
 
 
-def _run(loaded: LoadedConfig, place: Place, options: Options) -> int:
+def _run(loaded: LoadedConfig, place: Place, options: Options, ending: Ending) -> int:
     config = loaded.config
     if place.is_main:
         logger.info(place.why)
@@ -94,11 +95,10 @@ def _run(loaded: LoadedConfig, place: Place, options: Options) -> int:
     device = bind_device(place, options.device)
     apply_numerics(config, device, place)
     store = start_world(place, device, timedelta(seconds=timeout), collectives)
-    ending = Ending(place)
     limits = Limits(
         timeout if store else math.inf, dict.fromkeys(_LONG_PHASES, _PATIENCE * timeout if store else math.inf)
     )
-    with Watchdog(place.rank, place.world_size, store, limits, ending.hang) as watchdog:
+    with Watchdog(place.rank, place.world_size, store, limits, ending.hang, place.hostname) as watchdog:
         ending.watchdog = watchdog
         parallel = config.parallel
         sizes = sizes_of(place.world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1)
@@ -214,10 +214,12 @@ def _failure(error: BaseException, folder: Path) -> dict[str, Any]:
 def _say_goodbye(run: Run, ended: Ended, folder: Path) -> None:
     total = run.config.data.total_steps
     if ended.stopped_by:
-        saved = "saved" if run.config.ckpt.enable_save_ckpt else "nothing saved, because ckpt.enable_save_ckpt=False"
+        saved = "nothing saved, because ckpt.enable_save_ckpt=False"
+        if run.config.ckpt.enable_save_ckpt:
+            saved = "saved; started again, the run goes on from there"
         logger.warning(
-            f"stopped by {ended.stopped_by} after {ended.state.step} of {total} steps: {saved}; started again, the run "
-            f"goes on from its newest checkpoint. Everything about this run is in {folder}"
+            f"stopped by {ended.stopped_by} after {ended.state.step} of {total} steps: {saved}. Everything about this "
+            f"run is in {folder}"
         )
         return
     if run.start.step >= total:

@@ -83,7 +83,7 @@ def _train_from(
             if state.step % run.config.monitor.log_every == 0 or last:
                 guard.check_skips(run.reporter.step_line(state, batch, outcome), state)
             order = requests.order(outcome.requests, outcome.spikes, state.step)
-            guard.note_spike(state.step - 2, order)
+            guard.note_spike(state.step - 2, order)  # orders are of the step before the one just done
             if guard.wants_rollback(order):
                 break
             _look_aside(run, state, last)

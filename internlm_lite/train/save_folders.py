@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from internlm_lite.checkpoint import find
+from internlm_lite.checkpoint.agree import on_main
 from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.saver import Saver
 from internlm_lite.config.schema import Config
 from internlm_lite.config.view import masked, resolved
-from internlm_lite.errors import CheckpointError
+from internlm_lite.errors import CheckpointError, ConfigError
 from internlm_lite.mesh.mesh import Mesh
 
 TIMEOUT_SECONDS = 600.0
@@ -53,6 +55,7 @@ class SaveFolders:
         try:
             self.milestones = self._open(self._ckpt.save_ckpt_folder, saves=True)
             self.snapshots = self._open(self._ckpt.snapshot_ckpt_folder, saves=True)
+            on_main(mesh, self._check_whose_snapshots)
         except BaseException:
             self.close(wait=False)
             raise
@@ -70,6 +73,25 @@ class SaveFolders:
             saver=self.saver,
             s3=self._ckpt.s3,
         )
+
+    def _check_whose_snapshots(self) -> None:
+        """Raises ConfigError for those of a run with other milestones, which would be gone on from, and then deleted.
+
+        Not collective. Where their own folder is another one as well, they were moved here together.
+        """
+        if self.milestones is None or self.snapshots is None:
+            return
+        for name in find.committed(self.snapshots.storage):
+            with suppress(CheckpointError):  # told when it is loaded
+                theirs = find.inspect(self.snapshots.storage, name).manifest.config.get("ckpt", {})
+                here, there = theirs.get("snapshot_ckpt_folder"), theirs.get("save_ckpt_folder")
+                if here == self._ckpt.snapshot_ckpt_folder and there not in (None, self._ckpt.save_ckpt_folder):
+                    raise ConfigError(
+                        f"ckpt.snapshot_ckpt_folder={here} holds snapshots of the run that saves to {there}, this one "
+                        f"saves to ckpt.save_ckpt_folder={self._ckpt.save_ckpt_folder}: set both folders, or the "
+                        "variable of the config that both are made of"
+                    )
+                return
 
     def origin(self) -> CheckpointManager | None:
         """Resumes from the newest of both folders, also in a run that saves nothing: which only reads there, and does

@@ -120,12 +120,24 @@ class Saving:
             return self._load_path(resume, with_optimizer=self._ckpt.load_optimizer)
         own = self._folders.origin() if resume == "auto" else None
         if own and (restored := own.resume(list(self._optimizer.pieces()), check=self._check)):
+            self._tell_what_is_passed_over(restored.found)
             return self._adopt(restored, moments=True)
         if self._ckpt.load_ckpt_folder:
             return self._load_path(self._ckpt.load_ckpt_folder, with_optimizer=self._ckpt.load_optimizer)
         if self._ckpt.load_model_only_folder:
             self._load_weights_only(self._ckpt.load_model_only_folder)
         return TrainState()
+
+    def _tell_what_is_passed_over(self, found: Found) -> None:
+        """A folder to begin from that was not in the config of the run that is gone on with."""
+        before = found.manifest.config.get("ckpt", {})
+        for key in ("load_ckpt_folder", "load_model_only_folder"):
+            path = getattr(self._ckpt, key)
+            if self._mesh.is_main and path and path != before.get(key):
+                logger.warning(
+                    f"ckpt.{key}={path} is not loaded: this run goes on from checkpoint {found.name} of its own in "
+                    f"{found.storage.name}; to begin there instead, choose other save folders, or --resume none"
+                )
 
     def go_back(self, state: TrainState) -> TrainState:
         """The newest checkpoint of this run, with the data position of `state`. Raises NumericsError without one."""

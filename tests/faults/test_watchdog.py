@@ -15,9 +15,9 @@ import pytest
 from torch.distributed import TCPStore
 
 from internlm_lite.faults import failure as failures
-from internlm_lite.faults.beats import Beat, Verdict, judge
+from internlm_lite.faults.beats import Beat, Limits, Verdict, judge
 from internlm_lite.faults.failure import Failure, clear_failures, read_failures, record, summary
-from internlm_lite.faults.watchdog import Limits, Watchdog, write_stacks
+from internlm_lite.faults.watchdog import Watchdog, write_stacks
 from internlm_lite.runtime.start import leave_now
 from tests.ports import free_port
 from tests.world import fork_context

@@ -67,7 +67,7 @@ def test_preempted_and_requeued_gives_the_same_curve(slurm: SlurmLab, uninterrup
     slurm.start_now(job)
     ended = slurm.await_end(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), texts(folder)
-    assert "code 3: stopped after saving; requeued" in (folder / f"slurm-{job}.log").read_text()
+    assert "code 3: stopped; requeued" in (folder / f"slurm-{job}.log").read_text()
     assert sorted(file.name for file in log.parent.iterdir()) == [f"rank-{rank}.log" for rank in range(4)]
     assert log.read_text().count("saved rescue checkpoint") == 1
     assert joined_curve(folder) == joined_curve(uninterrupted[0]), "to the bit"

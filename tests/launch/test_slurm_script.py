@@ -84,8 +84,8 @@ def signalled(here: Path, number: signal.Signals, code: int) -> tuple[int, str, 
 def test_what_srun_is_told(here: Path):
     assert run(here, 0)[0] == 0
     assert (here / "called").read_text().split() == [
-        "--kill-on-bad-exit=1", "--ntasks=16", "--output=./slurm-7/rank-%t.log", "--open-mode=append", "--cpus-per-task=8", "python",
-        f"{ROOT}/train.py", "--launcher", "slurm", "--config", "config.py", "a.b=c", "d",
+        "--kill-on-bad-exit=1", "--ntasks=16", "--output=./slurm-7/rank-%t.log", "--open-mode=append",
+        "--cpus-per-task=8", "python", f"{ROOT}/train.py", "--launcher", "slurm", "--config", "config.py", "a.b=c", "d",
     ]  # fmt: skip
     assert run(here, 0, LOG_FOLDER="logs", SLURM_CPUS_PER_TASK="")[0] == 0
     assert "--output=logs/slurm-7/rank-%t.log" in (here / "called").read_text()
@@ -104,7 +104,7 @@ def test_fewer_nodes_than_asked_for_get_fewer_tasks(here: Path, asked: int, node
         (0, False, "job 7: done"),
         (1, False, "code 1: see ./slurm-7; not requeued"),
         (2, False, "code 2: see"),
-        (3, True, "code 3: stopped after saving; requeued"),
+        (3, True, "code 3: stopped; requeued"),
         (4, True, "code 4: a rank hung; requeued"),
         (5, True, "code 5: a rank was lost; requeued"),
         (6, False, "code 6: see"),
@@ -128,6 +128,11 @@ def test_the_stop_file_ends_a_job(here: Path):
     assert not requeued and "code 3: stopped by the stop file; not requeued" in output
 
 
+def test_a_job_that_saves_nothing_is_not_started_again(here: Path):
+    _, output, requeued = run(here, 3, SAYS="... stopped by SIGUSR1 after step 4 of 9: nothing saved, because ...")
+    assert not requeued and "code 3: stopped, with nothing saved (ckpt.enable_save_ckpt=False); not requ" in output
+
+
 def test_failed_checks_start_nothing(here: Path):
     assert run(here, 0, CHECK=1)[0] == 2
     assert not (here / "called").exists()
@@ -142,4 +147,4 @@ def test_the_limits_signal_reaches_srun(here: Path, code):
 
 def test_a_cancelled_job_is_not_requeued(here: Path):
     code, output, requeued = signalled(here, signal.SIGTERM, 3)
-    assert (code, requeued) == (3, False) and "stopped after saving, on request" in output
+    assert (code, requeued) == (3, False) and "stopped, on request" in output

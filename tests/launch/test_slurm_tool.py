@@ -151,8 +151,8 @@ def test_a_job_lives_past_its_time_limit(slurm: SlurmLab, folder: Path, monkeypa
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")  # Slurm looks at limits twice a minute
     slurm.await_state(job, "PENDING", 100)
     batch = folder / "out" / f"slurm-{job}.log"
-    assert "code 3: stopped after saving; requeued" in batch.read_text(), texts(folder)
-    assert "SIGUSR1: the run saves within two steps and stops" in log.read_text()
+    assert "code 3: stopped; requeued" in batch.read_text(), texts(folder)
+    assert "SIGUSR1: the run stops within two steps" in log.read_text()
     reached = int(log.read_text().rpartition(" step=")[2].split()[0])
     steps.write_text(str(reached + 20))
     slurm.start_now(job)

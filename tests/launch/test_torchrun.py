@@ -18,10 +18,12 @@ SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 TWO_STEPS = ["--device", "cpu", "TOTAL_STEPS=2", "data.micro_num=1"]
 
 
-def start(script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+def start(script: str, *arguments: str, folder: Path = ROOT, **environment: str) -> subprocess.Popen[str]:
+    """Called in `folder`."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.Popen(
         ["bash", str(ROOT / "launch" / script), *arguments],
+        cwd=folder,
         env={**os.environ, "PATH": path, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -42,18 +44,20 @@ def ended(*started: subprocess.Popen[str]) -> list[str]:
 
 
 def test_one_machine(tmp_path: Path):
-    (output,) = ended(
-        start("torchrun.sh", "configs/tiny.py", "--run-dir", str(tmp_path / "RUN"), *TWO_STEPS, NPROC="2")
-    )
+    """From another folder than the repository: the config is read there, and the run folder is made there."""
+    shutil.copy(ROOT / "configs" / "tiny.py", tmp_path / "mine.py")
+    (output,) = ended(start("torchrun.sh", "mine.py", *TWO_STEPS, folder=tmp_path, NPROC="2"))
     assert "data parallel size: 2" in output and "step=1 " in output
     assert len(joined_curve(tmp_path, "tiny")) == 2
 
 
 def test_several_machines(tmp_path: Path):
     """Both agents get the same command, as on two machines, and give the curve of two processes of one."""
-    arguments = ["configs/tiny.py", "--run-dir", str(tmp_path / "RUN"), *TWO_STEPS]
+    shutil.copy(ROOT / "configs" / "tiny.py", tmp_path / "mine.py")
     environment = {"MEET": "127.0.0.1", "PORT": str(free_port()), "NNODES": "2", "NPROC": "1", "NETWORK": "lo"}
-    outputs = ended(*(start("torchrun_nodes.sh", *arguments, **environment) for _ in range(2)))
+    outputs = ended(
+        *(start("torchrun_nodes.sh", "mine.py", *TWO_STEPS, folder=tmp_path, **environment) for _ in range(2))
+    )
     assert sum("data parallel size: 2" in output for output in outputs) == 1, "rank 0 alone is heard"
     assert sum("step=1 " in output for output in outputs) == 1
     assert len(joined_curve(tmp_path, "tiny")) == 2
@@ -66,12 +70,12 @@ def test_scripts_without_a_config_say_what_they_want(script: Path):
     assert "found no config: say " in done.stderr and f"launch/{script.name} CONFIG" in done.stderr
 
 
-def test_several_machines_are_asked_for():
-    done = subprocess.run(
-        ["bash", str(ROOT / "launch" / "torchrun_nodes.sh"), "configs/tiny.py"],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert done.returncode != 0 and "MEET: one of the machines" in done.stderr
+@pytest.mark.parametrize(("given", "missing"), [({"NNODES": "2"}, "MEET, one of"), ({"MEET": "node0"}, "NNODES, how")])
+def test_several_machines_are_asked_for(given: dict[str, str], missing: str):
+    asked = start("torchrun_nodes.sh", "configs/tiny.py", **{"MEET": "", "NNODES": "", **given})
+    said = asked.communicate(timeout=60)[0]
+    assert asked.returncode == 2 and said.count("\n") == 1
+    assert said.startswith(f"found no {missing}") and "say MEET=node0 NNODES=2 launch/torchrun_nodes.sh" in said
 
 
 def test_shellcheck_finds_nothing():

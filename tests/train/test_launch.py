@@ -90,6 +90,13 @@ def test_a_killed_rank_ends_the_job_with_its_peers_code(folder: Path):
     assert "LOAD PLAN" in resumed[0].output or "loaded checkpoint" in resumed[0].output
 
 
+def test_what_is_wrong_on_all_ranks_is_said_once(folder: Path):
+    ended = [cli.ended(*rank) for rank in start_ranks(folder, 3, "data.train_folder=absent")]
+    assert [one.code for one in ended] == [2, 2, 2], ended
+    assert [one.output.count("DataError: data.train_folder: absent is missing") for one in ended] == [1, 0, 0], ended
+    assert not any("failed first" in one.output for one in ended), ended
+
+
 def test_print_config_needs_no_world(folder: Path):
     shown = cli.run("train.py", "--config", "config.py", "--print-config", "origin", "MICRO_NUM=2", folder=folder)
     assert shown.code == 0, shown.output

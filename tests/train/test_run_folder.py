@@ -66,6 +66,33 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
+def test_snapshots_of_another_run_are_not_gone_on_from(folder: Path):
+    same = "ckpt.snapshot_ckpt_folder=local:snapshots"
+    assert trained(folder, same).code == 0
+    before = digests(folder / "snapshots")
+    refused = trained(folder, same, "ckpt.save_ckpt_folder=local:other")
+    assert refused.code == 2 and "Traceback" not in refused.output, refused.output
+    assert (
+        "holds snapshots of the run that saves to local:saves, this one saves to ckpt.save_ckpt_folder=local:other"
+        in (refused.output)
+    )
+    assert digests(folder / "snapshots") == before
+    (folder / "saves").rename(folder / "other")
+    (folder / "snapshots").rename(folder / "moved")
+    moved = trained(folder, "ckpt.snapshot_ckpt_folder=local:moved", "ckpt.save_ckpt_folder=local:other", "STEPS=6")
+    assert moved.code == 0 and "loaded checkpoint 0000000004" in moved.output, moved.output
+
+
+def test_a_folder_to_begin_from_that_is_passed_over_is_told(folder: Path):
+    assert trained(folder).code == 0
+    again = trained(folder, "STEPS=6", "ckpt.load_model_only_folder=local:absent")
+    assert again.code == 0, again.output
+    assert "ckpt.load_model_only_folder=local:absent is not loaded: this run goes on from checkpoint 0000000004" in (
+        again.output
+    )
+    assert "is not loaded" not in trained(folder, "STEPS=8", "ckpt.load_model_only_folder=local:absent").output
+
+
 def test_a_killed_run_goes_on_in_its_folder(folder: Path):
     log = folder / "killed.log"
     arguments = ("--config", "config.py", "--device", "cpu", "STEPS=100000")

@@ -35,9 +35,16 @@ logs=${LOG_FOLDER:-.}/slurm-$SLURM_JOB_ID
 [ -d "$repository/.venv/bin" ] && export PATH="$repository/.venv/bin:$PATH"
 
 # The batch shell alone is signalled before the time limit (B:), so it has to tell the ranks.
-step='' limit='' cancelled=''
-trap 'limit=1; [ -z "$step" ] || kill -USR1 "$step"' USR1
+step='' limit='' last_moment='' cancelled=''
+trap 'limit=1; set_last_moment; [ -z "$step" ] || kill -USR1 "$step"' USR1
 trap 'cancelled=1' TERM # scancel, or Slurm preempts the job: it requeues by itself then
+
+# After it, in seconds since the epoch, Slurm may cut off a save that takes long, and not requeue the job.
+# shellcheck disable=SC2329 # called by the trap
+set_last_moment() {
+    local end
+    end=$(squeue --noheader --job "$SLURM_JOB_ID" --format %e) && last_moment=$(($(date --date "$end" +%s) - 20))
+}
 
 # What is usually missing, asked on every node before torch is loaded.
 mkdir -p "$logs"
@@ -66,7 +73,15 @@ srun --kill-on-bad-exit=1 ${tasks:+--ntasks="$tasks"} --output="$logs/rank-%t.lo
     python "$repository/train.py" --launcher slurm --config "$config" "$@" &
 step=$!
 [ -z "$limit" ] || kill -USR1 "$step"
-while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done # a trapped signal ends `wait` early
+while kill -0 "$step" 2>/dev/null; do
+    if [ "$(date +%s)" -ge "${last_moment:-9999999999}" ]; then
+        say "still saving shortly before the time limit: requeued, to go on from the checkpoint before"
+        scontrol requeue "$SLURM_JOB_ID" && sleep 60
+    fi
+    sleep 1 # in which a trapped signal waits
+done
+wait "$step"
+code=$?
 
 # srun's code is the highest of all ranks': 128 and more where one was killed.
 case $code in

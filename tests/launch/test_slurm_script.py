@@ -19,7 +19,7 @@ case " $* " in *" bash -c "*) exit "${CHECK:-0}" ;; esac
 echo "$@" >"$HERE/called"
 [ -z "${SAYS:-}" ] || echo "$SAYS" >"$HERE/slurm-7/rank-0.log"
 if [ -n "${WAITS:-}" ]; then
-    trap 'exit "$CODE"' USR1 TERM
+    trap '[ "$CODE" = slow ] || exit "$CODE"' USR1 TERM
     touch "$HERE/waiting"
     while :; do /bin/sleep 0.05; done
 fi
@@ -31,7 +31,12 @@ exit "$CODE"
 def here(tmp_path: Path) -> Path:
     programs = tmp_path / "programs"
     programs.mkdir()
-    texts = {"srun": SRUN, "scontrol": '#!/bin/bash\necho "$@" >>"$HERE/scontrol"\n', "sleep": "#!/bin/sh\n"}
+    texts = {
+        "srun": SRUN,
+        "scontrol": '#!/bin/bash\necho "$@" >>"$HERE/scontrol"\n',
+        "sleep": "#!/bin/sh\nexec /bin/sleep 0.05\n",
+    }
+    texts["squeue"] = '#!/bin/bash\ndate --date "${LEFT:-120} seconds" +%FT%T\n'
     for name, text in texts.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
@@ -70,15 +75,19 @@ def ended(here: Path, script: subprocess.Popen[str]) -> tuple[int, str, bool]:
 
 def signalled(here: Path, number: signal.Signals, code: int) -> tuple[int, str, bool]:
     script = start(here, "config.py", CODE=code, WAITS=1)
-    deadline = time.monotonic() + 30
-    while not (here / "waiting").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until_it_waits(here)
     script.send_signal(number)
     if number == signal.SIGTERM:  # Slurm sends it to the step as well
         for step in psutil.Process(script.pid).children():
             step.send_signal(number)
     return ended(here, script)
+
+
+def until_it_waits(here: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not (here / "waiting").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_what_srun_is_told(here: Path):
@@ -143,6 +152,19 @@ def test_the_limits_signal_reaches_srun(here: Path, code):
     """138: it came before the ranks listened."""
     assert signalled(here, signal.SIGUSR1, code)[::2] == (code, True)
     assert not (here / "slurm-7" / "failures").exists()
+
+
+def test_a_save_that_the_limit_would_cut_off_is_left_to_the_next_start(here: Path):
+    script = start(here, "config.py", CODE="slow", WAITS=1, LEFT=21)
+    until_it_waits(here)
+    script.send_signal(signal.SIGUSR1)
+    deadline = time.monotonic() + 60
+    while not (here / "scontrol").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for process in [*psutil.Process(script.pid).children(recursive=True), script]:  # as requeueing does
+        process.kill()
+    assert "job 7: still saving shortly before the time limit: requeued" in ended(here, script)[1]
 
 
 def test_a_cancelled_job_is_not_requeued(here: Path):

@@ -18,6 +18,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from internlm_lite.units import wait_seconds
+
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -39,7 +41,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--run-dir", type=Path, default=Path("RUN"), help="logs and metrics go to RUN_DIR/<JOB_NAME>/<time>"
     )
     parser.add_argument("--profiling", action="store_true", help="write a trace of three early steps per rank")
-    parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="longest wait for other ranks")
+    parser.add_argument(
+        "--timeout", type=wait_seconds, default=600, metavar="SECONDS", help="longest wait for other ranks"
+    )
     parser.add_argument(
         "--log-style", choices=["auto", "full", "compact"], default="auto", help="lines on the terminal"
     )

@@ -1,4 +1,8 @@
-"""Numbers for people: bytes, counts and durations as text, and rounding to multiples."""
+"""Numbers for people: bytes, counts and durations as text and back, and rounding to multiples."""
+
+import argparse
+
+YEAR_SECONDS = 365 * 24 * 3600
 
 
 def human_bytes(n_bytes: float) -> str:
@@ -25,6 +29,17 @@ def human_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def wait_seconds(text: str) -> float:
+    """'600' -> 600.0: how long to wait at most, as an argument's type. Raises ArgumentTypeError."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= YEAR_SECONDS:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected seconds: a number > 0, and no more than a year's")
+    return seconds
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -14,8 +14,9 @@ fi
 config=$1
 shift
 
-cd "$(dirname "$0")/.."
-[ -d .venv/bin ] && export PATH="$PWD/.venv/bin:$PATH"
+# The config and what the run writes are looked for where this was called.
+repository=$(realpath "$(dirname "$0")/..")
+[ -d "$repository/.venv/bin" ] && export PATH="$repository/.venv/bin:$PATH"
 
 gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
 
@@ -25,4 +26,4 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 exec torchrun --standalone --nproc_per_node "${NPROC:-$((gpus > 0 ? gpus : 1))}" --max_restarts "${RESTARTS:-0}" \
-    train.py --launcher torch --config "$config" "$@"
+    "$repository/train.py" --launcher torch --config "$config" "$@"

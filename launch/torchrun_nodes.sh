@@ -10,17 +10,20 @@
 # processes; its torchrun may look for MEET for many more minutes then, and can be killed.
 set -euo pipefail
 
-if [ $# -lt 1 ]; then
-    echo "found no config: say MEET=node0 NNODES=2 launch/torchrun_nodes.sh CONFIG [section.key=value ...]" >&2
+missing() {
+    echo "found no $1: say MEET=node0 NNODES=2 launch/torchrun_nodes.sh CONFIG [section.key=value ...]" >&2
     exit 2
-fi
+}
+
+[ $# -ge 1 ] || missing config
+[ -n "${MEET:-}" ] || missing "MEET, one of the machines, which the others can reach"
+[ -n "${NNODES:-}" ] || missing "NNODES, how many machines"
 config=$1
 shift
-meet=${MEET:?one of the machines, which the others can reach}
-nnodes=${NNODES:?how many machines}
 
-cd "$(dirname "$0")/.."
-[ -d .venv/bin ] && export PATH="$PWD/.venv/bin:$PATH"
+# The config and what the run writes are looked for where this was called.
+repository=$(realpath "$(dirname "$0")/..")
+[ -d "$repository/.venv/bin" ] && export PATH="$repository/.venv/bin:$PATH"
 
 gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
 
@@ -33,6 +36,6 @@ if [ -n "${NETWORK:-}" ]; then
 fi
 
 # c10d's rendezvous hands out the ranks, so that no machine has to be told its number.
-exec torchrun --nnodes "$nnodes" --nproc_per_node "${NPROC:-$((gpus > 0 ? gpus : 1))}" --max_restarts "${RESTARTS:-0}" \
-    --rdzv_backend c10d --rdzv_endpoint "$meet:${PORT:-29500}" --rdzv_id internlm_lite --rdzv_conf join_timeout=600 \
-    train.py --launcher torch --config "$config" "$@"
+exec torchrun --nnodes "$NNODES" --nproc_per_node "${NPROC:-$((gpus > 0 ? gpus : 1))}" --max_restarts "${RESTARTS:-0}" \
+    --rdzv_backend c10d --rdzv_endpoint "$MEET:${PORT:-29500}" --rdzv_id internlm_lite --rdzv_conf join_timeout=600 \
+    "$repository/train.py" --launcher torch --config "$config" "$@"

@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from internlm_lite.config.load import load_config
 from internlm_lite.data.corpus import build_corpus, machine_folders
 from internlm_lite.errors import InternLMError

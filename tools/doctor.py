@@ -25,6 +25,7 @@ from internlm_lite.doctor.examine import Report, examine
 from internlm_lite.doctor.view import findings_text, last_line
 from internlm_lite.errors import InternLMError
 from internlm_lite.runtime.place import adopt_s3_keys, find_place
+from internlm_lite.units import wait_seconds
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -36,13 +37,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, help="its port (default: from the launcher)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument(
-        "--timeout", type=float, default=120, metavar="SECONDS", help="longest wait for other ranks (120)"
+        "--timeout", type=wait_seconds, default=120, metavar="SECONDS", help="longest wait for other ranks (120)"
     )
     parser.add_argument("--json", action="store_true", help="everything that was found, as one JSON document")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config")
     arguments = parser.parse_intermixed_args(argv)
-    if not 0 < arguments.timeout < float("inf"):
-        parser.error(f"--timeout {arguments.timeout}: expected a number > 0")
     if arguments.overrides and arguments.config is None:
         parser.error(f"{arguments.overrides[0]!r} changes a config: give --config too")
     return arguments

@@ -58,7 +58,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     problems = _unknown_variables(wanted, sources)
     layer, notes = Layer(), []
     for above in [*(source.layer for source in reversed(sources)), wanted.layer]:
-        translation = translate(above)
+        problems = [problem for problem in problems if not _replaces(above, problem.keys[0])]
+        translation = translate(above, layer)
         layer.cover(above)
         notes += translation.notes
         problems += translation.problems
@@ -73,6 +74,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         raise ConfigError("\n".join(dict.fromkeys(lines)))
     notes += _disagreements(config, origins)
     return LoadedConfig(config, tuple(source.path for source in sources), origins, tuple(notes))
+
+
+def _replaces(above: Layer, key: str) -> bool:
+    """Whether the layer says anew what was wrong below; a dict may only change a part of it."""
+    return above.has(key) and not isinstance(above.get(key), dict)
 
 
 def _run_with_bases(path: Path, wanted: Overrides, above: tuple[Path, ...]) -> Iterator[Source]:

@@ -1,6 +1,7 @@
 """Command-line overrides: `NAME=value` replaces a variable before the file runs, `section.key=value` a key after.
 
-Values are Python literals; what is no literal is a string: `data.train_folder=/data/x`, `data.weights={'code': 2}`.
+Values are Python literals, dict(...) among them; what is none is a string: `data.train_folder=/data/x`,
+`data.weights={'code': 2}`, `data.weights=dict(code=2)`.
 """
 
 from __future__ import annotations
@@ -55,7 +56,18 @@ def _is_override(text: str) -> bool:
 def _value(key: str, written: str) -> Any:
     """The literal, or the text where it is none. A key that takes text takes `skip_batches=7` as "7"."""
     try:
-        value = ast.literal_eval(written.strip())
+        value = ast.literal_eval(_DictCalls().visit(ast.parse(written.strip(), mode="eval")))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return written
     return written if accepts_text(key) and isinstance(value, (int, float, complex)) else value
+
+
+class _DictCalls(ast.NodeTransformer):
+    """dict(a=1) -> {'a': 1}, at any depth, as config files write it."""
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        self.generic_visit(node)
+        match node:
+            case ast.Call(func=ast.Name(id="dict"), args=[]) if all(word.arg for word in node.keywords):
+                return ast.Dict([ast.Constant(word.arg) for word in node.keywords], [w.value for w in node.keywords])
+        return node

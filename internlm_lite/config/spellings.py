@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from internlm_lite.config.layer import Layer
+from internlm_lite.config.layer import DELETE, Layer
 from internlm_lite.config.problems import Problem
 
 _NO_EFFECT = {
@@ -30,6 +30,8 @@ _ONLY = {
 }
 _BIAS_FREE = {"INTERNLM": False, "INTERNLM2": True, "INTERNLM2_PUBLIC": True, "LLAMA": True, "LLAMA2": True}
 _LOADED = {"model", "optimizer", "scheduler", "sampler"}
+_ALL, _NO_OPTIMIZER = ("all",), ("model", "sampler", "scheduler")
+_WHOLE, _MODEL_ONLY = "ckpt.load_ckpt_folder", "ckpt.load_model_only_folder"
 _EVO_ALERT = {"enable_feishu_alert", "feishu_alert_address", "light_monitor_address", "alert_file_path"}
 _OWN_FORMATS = (None, "internlm", "internevo", "normal")
 
@@ -37,8 +39,8 @@ _OWN_FORMATS = (None, "internlm", "internevo", "normal")
 class Translation:
     """Rewrites one layer in place; `notes` and `problems` tell what was done and what cannot be."""
 
-    def __init__(self, layer: Layer) -> None:
-        self.layer = layer
+    def __init__(self, layer: Layer, below: Layer) -> None:
+        self.layer, self.below = layer, below
         self.notes: list[str] = []
         self.problems: list[Problem] = []
 
@@ -58,16 +60,16 @@ class Translation:
         self.problems.append(Problem((key,), text))
 
 
-def translate(layer: Layer) -> Translation:
-    """Rewrite every other spelling in `layer`. A second run finds nothing left to do."""
-    t = Translation(layer)
+def translate(layer: Layer, below: Layer) -> Translation:
+    """Rewrite every other spelling in `layer`, which will cover `below`. A second run finds nothing left to do."""
+    t = Translation(layer, below)
     _renamed(t)
     _without_effect(t)
     _model_type(t)
-    for key in ("ckpt.load_ckpt_folder", "ckpt.load_ckpt_info"):
+    for key in ("ckpt.load_ckpt_info", _WHOLE):
         if isinstance(layer.get(key), dict):
             _load_info(t, key)
-        elif key == "ckpt.load_ckpt_info" and layer.has(key):
+        elif key != _WHOLE and layer.has(key):
             _no_load_info(t, key)
     if layer.has("ckpt.auto_resume"):
         folder = "the newest checkpoint in ckpt.save_ckpt_folder"
@@ -120,16 +122,17 @@ def _model_type(t: Translation) -> None:
 
 
 def _load_info(t: Translation, key: str) -> None:
-    """dict(path, content, ckpt_type): content says which keys of ours it is."""
-    info: dict[str, Any] = t.layer.get(key)
+    """dict(path, content, ckpt_type), merged into what is below as dicts are: content says which keys of ours it is."""
+    written: dict[str, Any] = t.layer.get(key)
+    info = written if written.get(DELETE) else {**_info_below(t.below), **written}
     content = info.get("content", "all")
     parts = (
         {content} if isinstance(content, str) else set(map(str, content)) if isinstance(content, Sequence) else set()
     )
     parts = _LOADED if parts == {"all"} else parts
-    wrong = set(info) - {"path", "content", "ckpt_type"}
+    wrong = set(info) - {"path", "content", "ckpt_type", DELETE}
     if wrong or not isinstance(info.get("path"), str):
-        t.refuse(key, f"found {info!r}, expected a folder, or dict(path=..., content=..., ckpt_type=...)")
+        t.refuse(key, f"found {written!r}, expected a folder, or dict(path=..., content=..., ckpt_type=...)")
     elif info.get("ckpt_type") not in _OWN_FORMATS:
         t.refuse(
             key,
@@ -137,27 +140,39 @@ def _load_info(t: Translation, key: str) -> None:
         )
     elif parts == {"model"}:
         _give_way(t, key)
-        t.replace(key, {"ckpt.load_model_only_folder": info["path"]})
-    elif parts in (_LOADED, _LOADED - {"optimizer"}):
+        t.replace(key, {_MODEL_ONLY: info["path"], _WHOLE: None})
+    elif parts in (_LOADED, set(_NO_OPTIMIZER)):
         _give_way(t, key)
-        t.replace(key, {"ckpt.load_ckpt_folder": info["path"], "ckpt.load_optimizer": parts == _LOADED})
+        t.replace(key, {_WHOLE: info["path"], "ckpt.load_optimizer": parts == _LOADED, _MODEL_ONLY: None})
     else:
         t.refuse(
             key,
-            f"found content={content!r}, expected ('model',), ('all',) or ('model', 'sampler', 'scheduler'): "
+            f"found content={content!r}, expected ('model',), {_ALL} or {_NO_OPTIMIZER}: "
             "a run starts from weights alone, or goes on with everything, or with everything but the optimizer",
         )
 
 
+def _info_below(below: Layer) -> dict[str, Any]:
+    """What the layers below load, in the words of `load_ckpt_info`; empty: nothing."""
+    if below.get(_MODEL_ONLY) is not None:
+        return {"path": below.get(_MODEL_ONLY), "content": ("model",)}
+    if below.get(_WHOLE) is not None:
+        content = _NO_OPTIMIZER if below.get("ckpt.load_optimizer") is False else _ALL
+        return {"path": below.get(_WHOLE), "content": content}
+    return {}
+
+
 def _give_way(t: Translation, key: str) -> None:
-    """With both keys given InternLM loads `load_ckpt_info` and never looks at `load_ckpt_folder`."""
-    if key == "ckpt.load_ckpt_info" and t.layer.has("ckpt.load_ckpt_folder"):
-        t.replace("ckpt.load_ckpt_folder", {}, "ckpt.load_ckpt_info goes before it")
+    """With several of these keys in one place InternLM loads `load_ckpt_info` and never looks at the others."""
+    for other in (_WHOLE, _MODEL_ONLY):
+        if other != key and t.layer.get(other) is not None:
+            t.replace(other, {}, f"{key} goes before it")
 
 
 def _no_load_info(t: Translation, key: str) -> None:
+    """None leaves the word to what is written beside it, and takes it from all below."""
     if t.layer.get(key) is None:
-        t.replace(key, {}, "nothing is loaded")
+        t.replace(key, {folder: None for folder in (_MODEL_ONLY, _WHOLE) if not t.layer.has(folder)})
     else:
         t.refuse(key, f"found {t.layer.get(key)!r}, expected dict(path=..., content=..., ckpt_type=...) or None")
 

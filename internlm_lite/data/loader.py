@@ -104,7 +104,7 @@ def open_training_data(config: DataConfig, vocab_size: int, dp_rank: int, dp_siz
     """The training data of dp rank `dp_rank`; only rank 0 logs. Raises DataError naming the file and what to do."""
     found = _folders(config.train_folder, "train_folder", config, vocab_size)
     packed = [_pack(config, folder, vocab_size, seed) for folder in found]
-    used = _usable(packed, config, dp_rank == 0)
+    used = _usable(packed, "train_folder", config, dp_rank == 0)
     mix = build_mix(
         [folder.name for folder in used],
         [folder.rows for folder in used],
@@ -119,9 +119,15 @@ def open_training_data(config: DataConfig, vocab_size: int, dp_rank: int, dp_siz
 
 def open_validation_data(config: DataConfig, vocab_size: int, dp_rank: int, dp_size: int, seed: int) -> ValidationData:
     """The validation data of dp rank `dp_rank`; `seed` chooses the documents where valid_batches does not reach all."""
+    if config.train_folder is not None and config.valid_folder is None and dp_rank == 0:
+        logger.warning(
+            "data.valid_every=%d with data.valid_folder=None: validation runs on the built-in dummy set, which says "
+            "nothing about data.train_folder; set data.valid_folder, or data.valid_every=0",
+            config.valid_every,
+        )
     found = _folders(config.valid_folder, "valid_folder", config, vocab_size)
     packed = [_pack(config, folder, vocab_size, seed, keep_tail=True) for folder in found]
-    used = _usable(packed, config, dp_rank == 0)
+    used = _usable(packed, "valid_folder", config, dp_rank == 0)
     return ValidationData(
         tuple(used), config.valid_micro_num or config.micro_num, dp_rank, dp_size, max_batches=config.valid_batches
     )
@@ -146,14 +152,20 @@ def _pack(config: DataConfig, folder: Folder, vocab_size: int, seed: int, keep_t
     )
 
 
-def _usable(packed: Sequence[PackedFolder], config: DataConfig, log: bool) -> list[PackedFolder]:
-    """Folders with at least one row; the others are named once."""
-    for folder in packed:
-        if folder.rows == 0 and log:
+def _usable(packed: Sequence[PackedFolder], key: str, config: DataConfig, log: bool) -> list[PackedFolder]:
+    """Folders with at least one row; the others, and how many documents are left out, are named once."""
+    for folder in packed if log else ():
+        if folder.rows == 0:
             logger.warning(
                 "data folder %s is not used: its %d documents of at least min_length = %d tokens hold %d tokens, "
                 "and a row takes %d",
                 folder.name, folder.documents, config.min_length, folder.tokens, config.micro_bsz * config.seq_len,
+            )  # fmt: skip
+        elif folder.left_out:
+            logger.warning(
+                "data.%s: %s: %d of %d documents are %s and left out", key, folder.name, folder.left_out,
+                folder.left_out + folder.documents,
+                f"shorter than data.min_length={config.min_length}" if config.min_length > 1 else "empty",
             )  # fmt: skip
     used = [folder for folder in packed if folder.rows > 0]
     if not used:

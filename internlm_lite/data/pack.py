@@ -46,7 +46,7 @@ class PackedFolder:
         self._order = np.flatnonzero(lengths >= max(1, min_length))  # documents by place in the stream
         np.random.RandomState(seed % 2**32).shuffle(self._order)
         self._ends = np.cumsum(lengths[self._order])  # [documents kept] where each ends in the stream
-        self.documents = len(self._order)
+        self.documents, self.left_out = len(self._order), len(lengths) - len(self._order)
         self.tokens = int(self._ends[-1]) if self.documents else 0
         self.rows = -(-self.tokens // row_tokens) if keep_tail else self.tokens // row_tokens
 

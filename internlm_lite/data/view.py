@@ -68,20 +68,22 @@ def overview(data: TrainingData, steps: list[Step]) -> Group:
     rows = np.array(
         [sum(int((b.folders[:, 0] == f).sum()) for s in steps for b in s.batches) for f in range(len(data.packed))]
     )
-    folders = Table("folder", "documents", "tokens", "rows", "rows seen", "share", "epochs", title="data folders")
+    columns = ("folder", "documents", "left out", "tokens", "rows", "rows seen", "share", "epochs")
+    folders = Table(*columns, title="data folders")
     for folder, seen in zip(data.packed, rows.tolist(), strict=True):
         share, epochs = f"{seen / max(1, rows.sum()):.1%}", f"{seen / folder.rows:.3g}"
         folders.add_row(
             folder.name,
             human_count(folder.documents),
+            human_count(folder.left_out),
             human_count(folder.tokens),
             str(folder.rows),
             str(seen),
             share,
             epochs,
         )
-    names = ("step", "tokens", "samples", "longest", "most", "fewest", "learnt")
-    table = Table(*names, title=f"steps ({data.order.dp_size} data-parallel ranks)")
+    title = f"steps ({data.order.dp_size} data-parallel ranks)"
+    table = Table("step", "tokens", "samples", "longest", "most", "fewest", "learnt", title=title)
     for step in steps:
         learnt = step.figures.tokens / sum(batch.stats.num_tokens for batch in step.batches)
         table.add_row(*map(str, dataclasses.astuple(step.figures)), f"{learnt:.1%}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
+import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,9 @@ _SEEN_SECONDS = 5.0
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
+    """The folder, or the nearest above it that is there; a file where a part of the path is one."""
     folder = folder.absolute()
-    while not folder.is_dir() and folder != folder.parent:
+    while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     return folder
 
@@ -32,15 +34,18 @@ def probe_folder(exchange: Exchange, name: str, folder: Path) -> dict[str, Any]:
     place, where = exchange.place, existing(folder)
     found: dict[str, Any] = {"path": str(where), "free_bytes": None, "write_bytes_per_second": None}
     found |= {"shared": None, "problem": None}
-    mark = where / f".doctor-{os.getpid()}"
+    mark = where / f".doctor-{uuid.uuid4().hex}"  # containers of two hosts may have equal process ids
     try:
+        if not os.path.isdir(where):
+            there = "a file" if where.exists() else "a link to nowhere"
+            raise NotADirectoryError(errno.ENOTDIR, f"{there}, expected a folder")
         found["free_bytes"] = shutil.disk_usage(where).free
         if place.local_rank == 0:
             found["write_bytes_per_second"] = _write_speed(mark)
     except OSError as error:
         found["problem"] = f"{where}: {error.strerror}"
     told = exchange.from_main(f"disk/{name}", mark.name if place.is_main and found["problem"] is None else None)
-    if told is not None and place.local_rank == 0:
+    if told is not None and place.local_rank == 0 and found["problem"] is None:
         found["shared"] = _there(where / told)
     exchange.gather(f"disk/{name}/looked", True)
     exchange.from_main(f"disk/{name}/over", True)
@@ -61,7 +66,7 @@ def _write_speed(path: Path) -> float:
 
 def _there(path: Path) -> bool:
     deadline = time.monotonic() + _SEEN_SECONDS
-    while not path.exists():
+    while not os.path.exists(path):
         if time.monotonic() > deadline:
             return False
         with suppress(OSError):

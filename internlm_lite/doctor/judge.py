@@ -185,9 +185,11 @@ def judge_clocks(offsets: Mapping[int, Offset], facts: Sequence[Facts]) -> Itera
 def judge_folder(name: str, probes: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
     """`probes`: what probe_folder found, in rank order."""
     what = f"disk.{name}"
-    for problem in dict.fromkeys(probe["problem"] for probe in probes if probe["problem"]):
+    problems = dict.fromkeys(probe["problem"] for probe in probes if probe["problem"])
+    for problem in problems:
         ranks = tuple(rank for rank, probe in enumerate(probes) if probe["problem"] == problem)
-        yield Finding(what, problem, {problem: ranks}, "make it writable for this user, or choose another folder")
+        mend = "choose another folder, or see to it that this user can write there and has room"
+        yield Finding(what, problem, {problem: ranks}, mend)
     apart = tuple(rank for rank, probe in enumerate(probes) if probe["shared"] is False)
     if apart:
         problem = f"{probes[0]['path']} is another folder than rank 0's"
@@ -195,6 +197,6 @@ def judge_folder(name: str, probes: Sequence[Mapping[str, Any]]) -> Iterator[Fin
     full = tuple(
         rank for rank, one in enumerate(probes) if one["free_bytes"] is not None and one["free_bytes"] < FREE_BYTES
     )
-    if full:
+    if full and not problems:  # what cannot be written, such as /proc, may well be without room too
         problem = f"{probes[full[0]]['path']}: {human_bytes(probes[full[0]]['free_bytes'])} free"
         yield Finding(what, problem, {problem: full}, "make room: python tools/ckpt.py prune, or choose another folder")

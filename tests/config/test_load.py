@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from internlm_lite.config.check import check_config
 from internlm_lite.config.keys import known_keys
 from internlm_lite.config.load import LoadedConfig, load_config
+from internlm_lite.config.overrides import parse_overrides
 from internlm_lite.config.schema import AlertsConfig
 from internlm_lite.config.view import masked, print_config, resolved
 from internlm_lite.errors import ConfigError
@@ -123,6 +124,20 @@ def test_key_override(override: str, key: str, value: object) -> None:
     loaded = load_config(SEED, [override])
     assert getattr(loaded.config.adam, key) == value
     assert loaded.origins[f"adam.{key}"] == "command line"
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("dict(code=2, docs=1)", {"code": 2, "docs": 1}),
+        (" {'code': dict(x=[dict()])} ", {"code": {"x": [{}]}}),
+        ("dict([('code', 2)])", "dict([('code', 2)])"),
+        ("dict(code=f(2))", "dict(code=f(2))"),
+        ("dict(**{'code': 2})", "dict(**{'code': 2})"),
+    ],
+)
+def test_a_dict_is_written_as_in_a_file(written: str, value: object) -> None:
+    assert parse_overrides([f"data.weights={written}"]).layer.get("data.weights") == value
 
 
 def test_more_key_overrides() -> None:
@@ -308,6 +323,46 @@ def test_other_spellings(tmp_path: Path, text: str, expected: dict[str, object])
     assert loaded.notes and all("x.py:" in note and "understood" in note for note in loaded.notes)
 
 
+MODEL_OF_Q = "ckpt = dict(load_ckpt_info=dict(path='q', content=('model',), ckpt_type='internlm'))\n"
+ALL_OF_Q = "ckpt = dict(load_ckpt_info=dict(path='q', content=('all',)))\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "whole", "model_only"),
+    [
+        (MODEL_OF_Q, ["ckpt.load_ckpt_info=None"], None, None),
+        (ALL_OF_Q, ["ckpt.load_ckpt_info=None"], None, None),
+        ("ckpt = dict(load_model_only_folder='q')", ["ckpt.load_ckpt_info=None"], None, None),
+        (MODEL_OF_Q, ["ckpt.load_ckpt_info=None", "ckpt.load_ckpt_folder=p"], "p", None),
+        (MODEL_OF_Q, ["ckpt.load_ckpt_info.path=p"], None, "p"),
+        (ALL_OF_Q, ["ckpt.load_ckpt_info.path=p"], "p", None),
+        (MODEL_OF_Q, ["ckpt.load_ckpt_info.content=('all',)"], "q", None),
+        (MODEL_OF_Q, ["ckpt.load_ckpt_info={'path': 'p', 'content': ('all',)}"], "p", None),
+        (ALL_OF_Q, ["ckpt.load_ckpt_info=dict(path='p', content=('model',))"], None, "p"),
+        (MODEL_OF_Q, ["ckpt.load_ckpt_info=dict(path='p', _delete_=True)"], "p", None),
+        ("ckpt = dict(load_model_only_folder='o', load_ckpt_info=dict(path='q'))", [], "q", None),
+    ],
+)
+def test_what_is_loaded_is_said_again_by_a_later_layer(
+    tmp_path: Path, text: str, overrides: list[str], whole: str | None, model_only: str | None
+) -> None:
+    ckpt = load(tmp_path, text, *overrides).config.ckpt
+    assert (ckpt.load_ckpt_folder, ckpt.load_model_only_folder, ckpt.load_optimizer) == (whole, model_only, True)
+
+
+def test_what_is_loaded_is_said_again_by_a_file_over_its_base(tmp_path: Path) -> None:
+    load(tmp_path, "ckpt = dict(load_ckpt_info=dict(path='q', content=['model', 'sampler', 'scheduler']))\n")
+    (tmp_path / "y.py").write_text("_base_ = 'x.py'\nckpt = dict(load_ckpt_info=dict(path='p'))\n")
+    loaded = load_config(tmp_path / "y.py")
+    assert (loaded.config.ckpt.load_ckpt_folder, loaded.config.ckpt.load_optimizer) == ("p", False)
+    (tmp_path / "y.py").write_text("_base_ = 'x.py'\nckpt = dict(load_ckpt_info=None)\n")
+    loaded = load_config(tmp_path / "y.py")
+    assert loaded.config.ckpt.load_ckpt_folder is None and "y.py:2" in loaded.origins["ckpt.load_ckpt_folder"]
+    assert (
+        "ckpt.load_ckpt_info=None understood as ckpt.load_model_only_folder=None, ckpt.load_ckpt_f" in loaded.notes[-1]
+    )
+
+
 @pytest.mark.parametrize("alert", ["feishu_alert_address='{}'", "enable_feishu_alert=False, feishu_alert_address='{}'"])
 def test_the_address_of_a_webhook_is_not_shown(tmp_path: Path, alert: str) -> None:
     loaded = load(tmp_path, f"monitor = dict(alert=dict({alert.format('https://x.example/hush')}))\n")
@@ -340,6 +395,14 @@ def test_the_address_of_a_webhook_is_not_shown(tmp_path: Path, alert: str) -> No
 )
 def test_other_spellings_of_what_does_not_exist(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in problem(tmp_path, text + "\n")
+
+
+def test_what_does_not_exist_may_be_taken_back_by_a_later_layer(tmp_path: Path) -> None:
+    text = "ckpt = dict(load_ckpt_info=dict(path='q', ckpt_type='hf_llama'))\nparallel = dict(weight=2)\n"
+    config = load(tmp_path, text, "ckpt.load_ckpt_info=None", "parallel.weight=1").config
+    assert config.ckpt.load_ckpt_folder is None
+    text = "ckpt = dict(load_ckpt_info=dict(path='q', ckpt_type='hf_llama'))\n"
+    assert "found ckpt_type='hf_llama'" in problem(tmp_path, text, "ckpt.load_ckpt_info.path=p")
 
 
 OTHER_KEYS = ["ckpt.load_ckpt_info", "parallel.weight", "parallel.pipeline.mode", "model_type", "monitor.alert", "x.y"]

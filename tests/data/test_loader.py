@@ -115,15 +115,32 @@ def test_the_seed_and_the_fingerprint(root):
     assert _open(root).fingerprint != one.fingerprint
 
 
-def test_short_documents_are_dropped_and_an_empty_folder_is_named_once(root, caplog):
+def test_short_documents_are_counted_and_an_empty_folder_is_named_once(root, caplog):
     write_native(root / "tiny" / "t.bin", [[1, 2, 3]] * 50)
     with caplog.at_level(logging.WARNING, "internlm_lite"):
         data = _open(root, min_length=4)
         _open(root, dp_rank=1, dp_size=2, min_length=4)
     assert data.folders == ("code", "docs")
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["data folder tiny is not used"]
-    lengths = np.concatenate([file.lengths for file in _open(root).packed[0]._files])
-    assert data.packed[0].documents == int((lengths >= 4).sum()) < len(lengths)
+    counts = []
+    for folder in data.packed:
+        lengths = np.concatenate([file.lengths for file in folder._files])
+        counts.append((short := int((lengths < 4).sum()), len(lengths)))
+        assert 0 < short == folder.left_out == len(lengths) - folder.documents
+    said = [record.getMessage() for record in caplog.records]
+    assert said[:2] == [
+        f"data.train_folder: {name}: {short} of {all_of_them} documents are shorter than data.min_length=4 and left out"
+        for name, (short, all_of_them) in zip(data.folders, counts, strict=True)
+    ]
+    assert [line.split(":")[0] for line in said[2:]] == ["data folder tiny is not used"]
+
+
+def test_nothing_is_said_where_no_document_is_left_out(root, caplog):
+    _open(root)
+    open_validation_data(data_config(root, valid_folder=str(root)), 1000, 0, 1, seed=5)
+    assert caplog.records == []
+    write_native(root / "docs" / "e.bin", [[], [1]])
+    _open(root)
+    assert "docs: 1 of 82 documents are empty and left out" in caplog.text
 
 
 def test_too_little_data(root):
@@ -198,6 +215,15 @@ def test_validation_on_the_dummy_set():
     config = data_config(None, seq_len=64, valid_batches=2)
     batches = list(open_validation_data(config, 1000, 0, 1, seed=5).batches())
     assert len(batches) == 2 and batches[0].tokens.max() < 200
+
+
+@pytest.mark.parametrize(("train", "valid", "warned"), [(True, False, 1), (True, True, 0), (False, False, 0)])
+def test_own_data_validated_on_the_dummy_set_is_warned_of(root, caplog, train, valid, warned):
+    config = data_config(root if train else None, valid_folder=str(root) if valid else None, valid_every=7)
+    for rank in range(2):
+        open_validation_data(config, 1000, rank, 2, seed=5)
+    said = [record.getMessage() for record in caplog.records]
+    assert [("data.valid_every=7 with data.valid_folder=None" in line) for line in said] == [True] * warned
 
 
 def test_one_sample_windows(root):

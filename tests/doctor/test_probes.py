@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from internlm_lite.doctor import clocks, disk
 from internlm_lite.doctor.bandwidth import Reduced
 from internlm_lite.doctor.examine import Report
 from internlm_lite.doctor.exchange import Exchange
-from internlm_lite.doctor.judge import Finding
+from internlm_lite.doctor.judge import Finding, judge_folder
 from internlm_lite.doctor.view import findings_text, last_line, spans
 from internlm_lite.errors import PeerLostError
 from internlm_lite.runtime.place import common_variables, find_place
@@ -66,16 +65,12 @@ def test_who_never_answers_is_named():
 
 
 def test_the_same_folder_and_another(pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of two ranks with one process id, as in containers on two hosts."""
     monkeypatch.setattr(disk, "PROBE_BYTES", 2**20)
     monkeypatch.setattr(disk, "_SEEN_SECONDS", 0.2)
-    marks = iter((1001, 1002))
-    pids = {}
-    monkeypatch.setattr(disk.os, "getpid", lambda: pids.setdefault(threading.get_ident(), next(marks)))
     for name, apart in (("a", "same"), ("b", "other")):
         for folder in {"same", apart}:
             (tmp_path / name / folder).mkdir(parents=True)
-        pids.clear()
-        marks = iter((1001, 1002))
         probes = both(
             lambda name=name: disk.probe_folder(pair[0], name, tmp_path / name / "same" / "not" / "yet"),
             lambda name=name, apart=apart: disk.probe_folder(pair[1], name, tmp_path / name / apart),
@@ -86,11 +81,19 @@ def test_the_same_folder_and_another(pair, tmp_path: Path, monkeypatch: pytest.M
     assert not [path for path in tmp_path.rglob("*") if path.is_file()], "nothing is left"
 
 
-def test_a_folder_that_cannot_be_written():
-    found = disk.probe_folder(
-        Exchange(HashStore(), replace(MAIN, world_size=1), timedelta(seconds=5)), "x", Path("/proc")
-    )
-    assert found["problem"].startswith("/proc: ") and found["write_bytes_per_second"] is None
+def test_a_folder_that_cannot_be_written(tmp_path: Path):
+    (file := tmp_path / "file").touch()
+    (link := tmp_path / "link").symlink_to("nowhere")
+    for folder, problem in (
+        (Path("/proc/foo"), "/proc: "),
+        (file, f"{file}: a file, expected a folder"),
+        (file / "ckpts", f"{file}: a file, expected a folder"),
+        (link, f"{link}: a link to nowhere, expected a folder"),
+    ):
+        alone = Exchange(HashStore(), replace(MAIN, world_size=1), timedelta(seconds=5))
+        found = disk.probe_folder(alone, "x", folder)
+        assert found["problem"].startswith(problem) and found["write_bytes_per_second"] is None
+        assert len(list(judge_folder("x", [found]))) == 1, "no free space is no second finding"
 
 
 def test_variables_are_shown_without_secrets():

@@ -8,8 +8,37 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from internlm_lite.data.tokenizer import train_tokenizer
+from tests import cli
+from tests.cli import ROOT
+from tests.corpus import write_corpus
+
 ROWS = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/trouble.md").read_text(encoding="utf-8"), re.MULTILINE)
+PROVOKED = {
+    "--config=none.py": ["cannot read the config file"],
+    "model.hidden_sise=8 SEQ_LENN=8": [
+        "unknown key; nearest known key:",
+        "the config file has no variable of this name",
+    ],
+    "parallel.tensor=2 ckpt.enable_save_ckpt=True": [
+        "one copy of the model takes … processes; found …, expected a multiple of",
+        "found True without ckpt.save_ckpt_folder",
+    ],
+    "--dry-run --world-size=6 parallel.zero1=4": ["expected a divisor of the data parallel size"],
+    "data.train_folder=nowhere": ["expected a folder of tokenised data"],
+    "data.train_folder=empty": ["holds no tokenised data"],
+    "data.tokenizer=tokenizer.model": ["has a vocabulary of …, but model.vocab_size is"],
+    "data.train_folder=corpus data.min_length=61": [
+        "is not used: its … documents of at least min_length",
+        "fills one row of micro_bsz * seq_len",
+    ],
+    "data.train_folder=corpus data.micro_num=100": [
+        "the training data fill … rows of micro_bsz * seq_len tokens, expected at least"
+    ],
+    "--device=cuda": ["no GPU is visible on host … to torch"],
+    "--resume=nowhere": ["holds no checkpoint; expected a save folder, or one checkpoint of it"],
+}
+"""Arguments -> what they bring about: the mistakes that are made first."""
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +55,15 @@ def said() -> str:
     return "\n".join(lines)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    here = tmp_path_factory.mktemp("trouble")
+    write_corpus(here / "corpus")
+    (here / "empty").mkdir()
+    train_tokenizer(["some words", "and others"], here / "tokenizer.model", 275, threads=1)
+    return here
+
+
 def test_there_are_rows() -> None:
     assert len(ROWS) > 20
 
@@ -34,3 +72,15 @@ def test_there_are_rows() -> None:
 def test_the_program_says_so(message: str, said: str) -> None:
     for words in message.split("…"):
         assert words.strip(" :()") in said, f"docs/trouble.md: nothing says {words.strip()!r}"
+
+
+@pytest.mark.parametrize("arguments", PROVOKED)
+def test_a_users_mistake_is_answered_with_it(arguments: str, folder: Path) -> None:
+    log = folder / "output.log"
+    command = ["--config", str(ROOT / "configs/tiny.py"), *arguments.split()]
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    ended = cli.ended(cli.start("train.py", *command, folder=folder, log=log, environment=hidden), log)
+    assert ended.code == 2 and "Traceback" not in ended.output, ended.output
+    for message in PROVOKED[arguments]:
+        assert message in ROWS
+        assert all(words in ended.output for words in message.split("…")), ended.output

@@ -5,13 +5,19 @@ python -m internlm_lite.config.reference > docs/config.md
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator
+
+from pydantic.fields import FieldInfo
 
 from internlm_lite.config.keys import expected, known_keys, section_of
 from internlm_lite.config.schema import Config, Section
 
 _HEAD = """\
 # Config files
+
+[简体中文](config.zh.md)
 
 Written by `python -m internlm_lite.config.reference > docs/config.md`; a test keeps it up to date.
 
@@ -27,6 +33,7 @@ names with a leading `_` are ignored. Any wrong key, type, range or combination 
 - Later spellings are understood, each with a note: `ckpt.load_ckpt_info`, `parallel.zero1=dict(size=...)`,
   `parallel.tensor=dict(size=..., mode=...)`, `parallel.pipeline=2`, `model_type`, top-level `use_fp32_norm`.
 """
+_LEFT_OUT = re.compile(r"left out: (\S+)\.$", re.IGNORECASE)
 
 
 def reference() -> str:
@@ -38,16 +45,23 @@ def _section(prefix: str, section: type[Section]) -> Iterator[str]:
     fields = section.model_fields
     title = f"`{prefix.rstrip('.')}`" if prefix else "Top level"
     plain = {name: field for name, field in fields.items() if section_of(field) is None}
-    yield f"## {title}\n\n{section.__doc__}\n\n| key | value | default | meaning |\n|---|---|---|---|"
+    yield f"## {title}\n\n{inspect.getdoc(section)}\n\n| key | value | default | meaning |\n|---|---|---|---|"
     for name, field in plain.items():
-        default = "required" if field.is_required() else f"`{field.get_default()!r}`"
-        cells = (f"`{prefix}{name}`", expected(field), default, field.description or "")
-        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        cells = (f"`{prefix}{name}`", expected(field), _default(field), field.description or "")
+        yield "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
     yield ""
     for name in fields:
         inner = section_of(known_keys()[prefix + name])
         if inner is not None:
             yield from _section(f"{prefix}{name}.", inner)
+
+
+def _default(field: FieldInfo) -> str:
+    """Its value, or the key that it is taken from: descriptions end with "left out: THAT KEY."."""
+    taken = _LEFT_OUT.search(field.description or "")
+    if taken:
+        return f"`{taken[1]}`"
+    return "required" if field.is_required() else f"`{field.get_default()!r}`"
 
 
 if __name__ == "__main__":

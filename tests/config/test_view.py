@@ -1,6 +1,7 @@
 """What `--print-config` and the run folder show."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -78,5 +79,21 @@ def test_secrets_are_masked() -> None:
 
 
 def test_reference_is_up_to_date() -> None:
-    written = (ROOT / "docs" / "config.md").read_text()
+    written = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
     assert written == reference(), "run: python -m internlm_lite.config.reference > docs/config.md"
+
+
+def test_reference_says_where_a_default_is_taken_from(tmp_path: Path) -> None:
+    (tmp_path / "config.py").write_text(
+        "ckpt = dict(save_ckpt_folder='saves')\n"
+        "data = dict(seq_len=8, total_steps=1)\n"
+        "adam = dict(adam_beta2=0.9, adam_beta2_c=0)\n"
+        "model = dict(num_attention_heads=1, hidden_size=8, num_layers=1, vocab_size=8)\n"
+        "grad_scaler = dict()\n"
+    )
+    origins = load_config(tmp_path / "config.py").origins
+    sources = {key: origin[9:-1] for key, origin in origins.items() if origin.startswith("default (")}
+    assert len(sources) == 4
+    defaults = dict(re.findall(r"^\| `(.*?)` \| .*? \| `(.*?)` \|", reference(), re.MULTILINE))
+    for key, source in sources.items():
+        assert source.rpartition(".")[2] in defaults[key], key

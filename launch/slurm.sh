@@ -34,16 +34,25 @@ repository=${REPOSITORY:-$SLURM_SUBMIT_DIR}
 logs=${LOG_FOLDER:-.}/slurm-$SLURM_JOB_ID
 [ -d "$repository/.venv/bin" ] && export PATH="$repository/.venv/bin:$PATH"
 
-# The batch shell alone is signalled before the time limit (B:), so it has to tell the ranks.
-step='' limit='' last_moment='' cancelled=''
-trap 'limit=1; set_last_moment; [ -z "$step" ] || kill -USR1 "$step"' USR1
-trap 'cancelled=1' TERM # scancel, or Slurm preempts the job: it requeues by itself then
+# One element of a job array: the plain number of its first one means all of them.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
 
-# After it, in seconds since the epoch, Slurm may cut off a save that takes long, and not requeue the job.
-# shellcheck disable=SC2329 # called by the trap
-set_last_moment() {
+# The batch shell alone is signalled before the time limit (B:), so it has to tell the ranks.
+step='' limit='' last_moment=''
+trap 'stop_in_time' USR1
+trap '! runs_on || stop_in_time' TERM # also of --signal=B:TERM@N; scancel and preemption tell the ranks themselves
+
+# Whether Slurm is not ending this job already: what it cancels is over, what it preempts it requeues by itself.
+# shellcheck disable=SC2329 # called by the traps
+runs_on() { scontrol show job "$job" 2>/dev/null | grep -q 'JobState=RUNNING'; }
+
+# shellcheck disable=SC2329 # called by the traps
+stop_in_time() {
     local end
-    end=$(squeue --noheader --job "$SLURM_JOB_ID" --format %e) && last_moment=$(($(date --date "$end" +%s) - 20))
+    limit=1
+    [ -z "$step" ] || kill -USR1 "$step"
+    # After last_moment (seconds since the epoch) Slurm may cut off a save that takes long, and not requeue the job.
+    end=$(squeue --noheader --job "$job" --format %e) && last_moment=$(($(date --date "$end" +%s) - 20))
 }
 
 # What is usually missing, asked on every node before torch is loaded.
@@ -66,6 +75,7 @@ tasks=${SLURM_NTASKS:-}
 most=$((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-0}))
 [ "$most" -gt 0 ] && [ "${tasks:-$most}" -ge "$most" ] && tasks=$most
 
+begin=$(date '+%F %T')
 # A dead rank ends the step at once instead of leaving the others to wait for their time-outs.
 # srun does not take over --cpus-per-task from sbatch.
 srun --kill-on-bad-exit=1 ${tasks:+--ntasks="$tasks"} --output="$logs/rank-%t.log" --open-mode=append \
@@ -76,25 +86,33 @@ step=$!
 while kill -0 "$step" 2>/dev/null; do
     if [ "$(date +%s)" -ge "${last_moment:-9999999999}" ]; then
         say "still saving shortly before the time limit: requeued, to go on from the checkpoint before"
-        scontrol requeue "$SLURM_JOB_ID" && sleep 60
+        scontrol requeue "$job" && sleep 60
     fi
     sleep 1 # in which a trapped signal waits
 done
 wait "$step"
 code=$?
 
-# srun's code is the highest of all ranks': 128 and more where one was killed.
+# srun's code is the highest of all ranks', 128 and more where one was killed; the cause may be another one, and is named
+# in the logs of ranks that failed because of it.
+cause=$(awk -v begin="$begin" '$0 >= begin && / failed first \(code /' "$logs"/rank-*.log | tail -n 1)
+if [ -n "$cause" ]; then
+    say "${cause#* -- }"
+    cause=${cause#* failed first (code } && code=${cause%%)*}
+fi
+why=''
 case $code in
 0) say "done"; exit 0 ;;
+1) why="a rank failed" ;;
 3) why="stopped" ;;
 4) why="a rank hung" ;;
 5) why="a rank was lost" ;;
-*) [ "$code" -gt 128 ] && why="a rank was killed" || why='' ;;
+*) [ "$code" -le 128 ] || why="a rank was killed" ;;
 esac
 if [ -z "$why" ]; then
     say "code $code: see $logs; not requeued"
-elif [ -n "$cancelled" ]; then
-    say "code $code: $why, on request"
+elif ! runs_on; then
+    say "code $code: $why, and Slurm ends the job"
 elif [ "$code" = 3 ] && tail -n 20 "$logs/rank-0.log" | grep -q 'stopped by stop file'; then
     say "code 3: stopped by the stop file; not requeued"
 elif [ "$code" = 3 ] && tail -n 20 "$logs/rank-0.log" | grep -q 'nothing saved'; then
@@ -108,7 +126,7 @@ else
     else
         say "code $code: $why; requeued"
         # Requeueing ends this script. An end of its own beside it could be taken for the job's.
-        scontrol requeue "$SLURM_JOB_ID" && sleep 60
+        scontrol requeue "$job" && sleep 60
     fi
 fi
 exit "$code"

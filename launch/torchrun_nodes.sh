@@ -18,6 +18,7 @@ missing() {
 [ $# -ge 1 ] || missing config
 [ -n "${MEET:-}" ] || missing "MEET, one of the machines, which the others can reach"
 [ -n "${NNODES:-}" ] || missing "NNODES, how many machines"
+getent ahosts "$MEET" >/dev/null || missing "address of MEET=$MEET"
 config=$1
 shift
 

@@ -36,6 +36,6 @@ def clock_offsets(exchange: Exchange, ranks: Sequence[int]) -> dict[int, Offset]
 def _ask(exchange: Exchange, rank: int, n: int) -> Offset:
     before, begin = time.time(), time.monotonic()
     exchange.tell(f"clock/{rank}/{n}/asked", True)
-    theirs = exchange.hear(f"clock/{rank}/{n}/answer")
+    theirs = exchange.hear(f"clock/{rank}/{n}/answer", rank)
     half = (time.monotonic() - begin) / 2
     return Offset(theirs - (before + half), half)

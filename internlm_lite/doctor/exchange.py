@@ -24,15 +24,15 @@ class Exchange:
     def tell(self, key: str, value: Any) -> None:
         self.store.set(key, json.dumps(value))
 
-    def hear(self, key: str) -> Any:
-        """What was told, or will be. Raises PeerLostError after the time-out."""
+    def hear(self, key: str, rank: int = 0) -> Any:
+        """What `rank` told, or will tell. Raises PeerLostError after the time-out."""
         try:
             self.store.wait([key], self.timeout)
             return json.loads(self.store.get(key))
         except RuntimeError as error:  # torch.distributed's errors are RuntimeErrors
             raise PeerLostError(
-                f"rank {self.place.rank} on {self.place.hostname} waited {self.timeout.total_seconds():g} s for "
-                f"{key!r}; the log of the rank that should have told it says what happened"
+                f"rank {self.place.rank} on {self.place.hostname} heard nothing of rank {rank} for "
+                f"{self.timeout.total_seconds():g} s; the log of rank {rank} says what happened"
             ) from error
 
     def gather(self, key: str, value: Any) -> list[Any]:
@@ -40,7 +40,7 @@ class Exchange:
         self.tell(f"{key}/{self.place.rank}", value)
         if not self.place.is_main:
             return []
-        return [self.hear(f"{key}/{rank}") for rank in range(self.place.world_size)]
+        return [self.hear(f"{key}/{rank}", rank) for rank in range(self.place.world_size)]
 
     def from_main(self, key: str, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""

@@ -27,13 +27,21 @@ exit "$CODE"
 """
 
 
+SCONTROL = """#!/bin/bash
+case $1 in
+show) echo "JobState=$(cat "$HERE/state" 2>/dev/null || echo RUNNING)" ;;
+*) echo "$@" >>"$HERE/scontrol" ;;
+esac
+"""
+
+
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
     programs = tmp_path / "programs"
     programs.mkdir()
     texts = {
         "srun": SRUN,
-        "scontrol": '#!/bin/bash\necho "$@" >>"$HERE/scontrol"\n',
+        "scontrol": SCONTROL,
         "sleep": "#!/bin/sh\nexec /bin/sleep 0.05\n",
     }
     texts["squeue"] = '#!/bin/bash\ndate --date "${LEFT:-120} seconds" +%FT%T\n'
@@ -73,13 +81,13 @@ def ended(here: Path, script: subprocess.Popen[str]) -> tuple[int, str, bool]:
     return script.returncode, output, requeued
 
 
-def signalled(here: Path, number: signal.Signals, code: int) -> tuple[int, str, bool]:
+def signalled(here: Path, number: signal.Signals, code: int, step: bool = True) -> tuple[int, str, bool]:
     script = start(here, "config.py", CODE=code, WAITS=1)
     until_it_waits(here)
     script.send_signal(number)
-    if number == signal.SIGTERM:  # Slurm sends it to the step as well
-        for step in psutil.Process(script.pid).children():
-            step.send_signal(number)
+    if number == signal.SIGTERM and step:  # which Slurm sends it to as well
+        for child in psutil.Process(script.pid).children():
+            child.send_signal(number)
     return ended(here, script)
 
 
@@ -111,12 +119,12 @@ def test_fewer_nodes_than_asked_for_get_fewer_tasks(here: Path, asked: int, node
     ("code", "requeued", "words"),
     [
         (0, False, "job 7: done"),
-        (1, False, "code 1: see ./slurm-7; not requeued"),
+        (1, True, "code 1: a rank failed; requeued"),
         (2, False, "code 2: see"),
         (3, True, "code 3: stopped; requeued"),
         (4, True, "code 4: a rank hung; requeued"),
         (5, True, "code 5: a rank was lost; requeued"),
-        (6, False, "code 6: see"),
+        (6, False, "code 6: see ./slurm-7; not requeued"),
         (7, False, "code 7: see"),
         (137, True, "code 137: a rank was killed; requeued"),
     ],
@@ -168,5 +176,30 @@ def test_a_save_that_the_limit_would_cut_off_is_left_to_the_next_start(here: Pat
 
 
 def test_a_cancelled_job_is_not_requeued(here: Path):
+    (here / "state").write_text("CANCELLED")
     code, output, requeued = signalled(here, signal.SIGTERM, 3)
-    assert (code, requeued) == (3, False) and "stopped, on request" in output
+    assert (code, requeued) == (3, False) and "code 3: stopped, and Slurm ends the job" in output
+
+
+def test_sigterm_of_a_job_that_runs_on_is_a_warning_as_well(here: Path):
+    """As of sbatch --signal=B:TERM@120."""
+    assert signalled(here, signal.SIGTERM, 3, step=False)[::2] == (3, True)
+
+
+def test_the_cause_decides_and_not_the_highest_code(here: Path):
+    logs = here / "slurm-7"
+    logs.mkdir()
+    (logs / "rank-3.log").write_text(
+        "2000-01-01 00:00:00,000 ERROR a.py:1 in f -- rank 9 on n failed first (code 4), x"
+    )
+    _, output, requeued = run(here, 5)
+    assert requeued and "code 5: a rank was lost; requeued" in output, "what an earlier start said is over"
+    said = "rank 2 on node2 failed first (code 2), at step 7, data: DataError: no file"
+    _, output, requeued = run(here, 5, SAYS=f"9999-01-01 00:00:00,000 ERROR ending.py:9 in failed -- {said}")
+    assert said in output and "code 2: see ./slurm-7; not requeued" in output and not requeued
+
+
+def test_of_a_job_array_one_element_is_requeued(here: Path):
+    script = start(here, "config.py", CODE=5, SLURM_ARRAY_JOB_ID=6, SLURM_ARRAY_TASK_ID=1)
+    assert "requeued" in script.communicate(timeout=60)[0]
+    assert (here / "scontrol").read_text() == "requeue 6_1\n"

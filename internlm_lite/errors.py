@@ -3,7 +3,6 @@
 A message says what was found, what was expected, and what to change.
 """
 
-
 STOPPED = 3
 """Exit code after a signal or the stop file asked for it, and what was trained is saved."""
 HANG = 4
@@ -16,6 +15,8 @@ class InternLMError(Exception):
     """Base of all errors whose message is meant for the user: shown without a traceback."""
 
     exit_code = 1
+    guilty: tuple[int, ...] = ()
+    """Where all ranks raise it alike: those that it befell. Empty: this one."""
 
 
 class ConfigError(InternLMError):

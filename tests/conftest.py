@@ -11,9 +11,10 @@ from collections.abc import Generator
 import pytest
 import torch
 
+from tests.leftovers import nothing_is_left_behind
 from tests.slurmlab import slurm
 
-__all__ = ["slurm"]
+__all__ = ["nothing_is_left_behind", "slurm"]
 
 FORBID_SKIPS = os.environ.get("FORBID_SKIPS", "") not in ("", "0")
 

@@ -66,5 +66,13 @@ def _raise_same(failures: list[Any], caught: Exception | None) -> None:
     if len(failures) == 1 or any(len(which) == len(failures) for which in ranks.values()):
         text = "\n".join(ranks)
     else:
-        text = "\n".join(f"rank {', '.join(map(str, which))}: {message}" for message, which in ranks.items())
-    raise next(kind for kind in _ORDER if kind in kinds)(text) from caught
+        text = "\n".join(_named(which, message) for message, which in ranks.items())
+    agreed = next(kind for kind in _ORDER if kind in kinds)(text)
+    agreed.guilty = tuple(rank for rank, failure in enumerate(failures) if failure is not None)
+    raise agreed from caught
+
+
+def _named(ranks: list[int], message: str) -> str:
+    """A message that is about its rank names it already."""
+    prefix = f"rank {', '.join(map(str, ranks))}: "
+    return message if message.startswith(prefix) else prefix + message

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -125,10 +125,16 @@ def found_in(storage: Storage, folder: str, data: bytes) -> Found:
     return Found(storage, folder, manifest)
 
 
-def newest(storage: Storage, known_bad: Mapping[str, str], folders: Sequence[str] = ("",)) -> Found | None:
+def newest(
+    storage: Storage,
+    known_bad: Mapping[str, str],
+    folders: Sequence[str] = ("",),
+    accept: Callable[[Found], bool] = lambda found: True,
+) -> Found | None:
     """The newest checkpoint of the save folders that looks whole; None if nothing was ever committed there.
 
-    `known_bad`: name -> reason, found bad while loading. Raises CheckpointError if there are only bad ones.
+    `known_bad`: name -> reason, found bad while loading; `accept`: others are passed over in silence. Raises
+    CheckpointError if there are only bad ones.
     """
     named = [(name, inside) for inside in folders for name in committed(storage, inside)]
     rejected = []
@@ -141,13 +147,16 @@ def newest(storage: Storage, known_bad: Mapping[str, str], folders: Sequence[str
             logger.warning("checkpoint %s is damaged and not used: %s", name, error)
             rejected.append(f"{name}: {error}")
             continue
+        if not accept(found):
+            continue
         return Found(storage, found.folder, found.manifest, tuple(rejected))
     if rejected:
         raise CheckpointError(
             f"{storage.name} holds {len(rejected)} checkpoint(s), all damaged:\n  " + "\n  ".join(rejected) + "\n"
             "restore one from a copy, or train from the start on purpose: --resume none and an empty folder"
         )
-    _tell_what_is_there(storage)
+    if not named:
+        _tell_what_is_there(storage)
     return None
 
 

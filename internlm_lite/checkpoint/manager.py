@@ -38,6 +38,7 @@ from internlm_lite.units import human_bytes, human_seconds
 
 logger = logging.getLogger("internlm_lite")
 Check = Callable[[Found], None]
+Accept = Callable[[Found], bool]
 
 
 @dataclass(frozen=True)
@@ -123,12 +124,12 @@ class CheckpointManager:
         """False: the last save met a storage that stayed silent. Not collective."""
         return self._target.answers
 
-    def latest(self) -> Found | None:
-        """The newest checkpoint that looks whole, None if nothing was ever committed here.
+    def latest(self, accept: Accept = lambda found: True) -> Found | None:
+        """The newest checkpoint that looks whole, None if nothing was ever committed here that rank 0 accepts.
 
         Raises CheckpointError when there are only damaged ones: a folder with checkpoints is never taken for empty.
         """
-        return self._agree_on(self.storage, lambda: find.newest(self.storage, self._target.bad))
+        return self._agree_on(self.storage, lambda: find.newest(self.storage, self._target.bad, accept=accept))
 
     def open(self, path: str) -> Found:
         """The checkpoint at `path`: a save folder (its newest good one), `.../commits/NAME.json`, `.../data/NAME`, or a
@@ -199,15 +200,20 @@ class CheckpointManager:
         self._beside.append(other)
 
     def resume(
-        self, pieces: Sequence[Piece], allow_missing_roles: Collection[str] = (), check: Check | None = None
+        self,
+        pieces: Sequence[Piece],
+        allow_missing_roles: Collection[str] = (),
+        check: Check | None = None,
+        accept: Accept = lambda found: True,
     ) -> Restored | None:
         """Load the newest checkpoint that proves good, of this folder and those beside it; None if none was ever
         committed.
 
-        `check` as for `load`. A damaged one is reported and the one before is tried. Raises CheckpointError if only
-        damaged ones are left, or if the newest belongs to another model.
+        `check` as for `load`; `accept` is asked on rank 0, and others are passed over. A damaged one is reported and
+        the one before is tried. Raises CheckpointError if only damaged ones are left, or if the newest belongs to
+        another model.
         """
-        while (newest := self._newest()) is not None:
+        while (newest := self._newest(accept)) is not None:
             manager, found = newest
             try:
                 return manager.load(found, pieces, allow_missing_roles, check)
@@ -215,12 +221,12 @@ class CheckpointManager:
                 manager._target.bad[found.name] = str(error)
         return None
 
-    def _newest(self) -> tuple[CheckpointManager, Found] | None:
+    def _newest(self, accept: Accept) -> tuple[CheckpointManager, Found] | None:
         candidates: list[tuple[CheckpointManager, Found]] = []
         unusable: CheckpointError | None = None
         for manager in (self, *self._beside):
             try:
-                found = manager.latest()
+                found = manager.latest(accept)
             except CheckpointError as error:  # the other folder may hold a good one
                 unusable = error
                 continue

@@ -34,6 +34,7 @@ def cross_problems(config: Config, world_size: int | None) -> Iterator[Problem]:
     yield from _batches(config)
     yield from _data(config)
     yield from _ckpt(config.ckpt)
+    yield from _guard(config)
     yield from _alerts(config.monitor.alerts)
 
 
@@ -240,6 +241,17 @@ def _data(config: Config) -> Iterator[Problem]:
     if not config.JOB_NAME.strip(". ") or "/" in config.JOB_NAME or not config.JOB_NAME.isprintable():
         expected = "expected the name of a folder: printable, no '/', not empty"
         yield Problem(("JOB_NAME",), f"found {config.JOB_NAME!r}, {expected}")
+
+
+def _guard(config: Config) -> Iterator[Problem]:
+    ckpt = config.ckpt
+    saves = ckpt.enable_save_ckpt and (ckpt.checkpoint_every or ckpt.oss_snapshot_freq)
+    if config.guard.spike == "rollback" and not saves and ckpt.load_ckpt_folder is None:
+        yield Problem(
+            ("guard.spike", "ckpt.enable_save_ckpt"),
+            "found 'rollback' in a run without a checkpoint to go back to; set ckpt.enable_save_ckpt=True with "
+            "ckpt.checkpoint_every or ckpt.oss_snapshot_freq, or guard.spike='skip'",
+        )
 
 
 def _ckpt(ckpt: CkptConfig) -> Iterator[Problem]:

@@ -222,8 +222,15 @@ def assemble(
 
 def one_ahead(items: Iterator[T]) -> Generator[T, None, None]:
     """The same items, the next one computed in a thread meanwhile. Its errors surface here; closing joins it."""
-    with ThreadPoolExecutor(1, thread_name_prefix="data") as worker:
+    worker = ThreadPoolExecutor(1, thread_name_prefix="data")
+    interrupted = False
+    try:
         ahead = worker.submit(next, items, None)
         while (item := ahead.result()) is not None:
             ahead = worker.submit(next, items, None)
             yield item
+    except KeyboardInterrupt:
+        interrupted = True
+        raise
+    finally:
+        worker.shutdown(wait=not interrupted)  # perhaps because this thread hangs

@@ -19,8 +19,8 @@ from internlm_lite.doctor.disk import probe_folder
 from internlm_lite.doctor.exchange import Exchange
 from internlm_lite.doctor.facts import Facts, facts_of
 from internlm_lite.doctor.judge import Finding, judge, judge_clocks, judge_folder
+from internlm_lite.runtime.meet import meet
 from internlm_lite.runtime.place import Place
-from internlm_lite.runtime.start import meet
 
 FINE, SICK = 0, 2
 """Exit codes."""

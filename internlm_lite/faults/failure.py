@@ -1,7 +1,8 @@
 """Why a job failed, put together from what its ranks wrote: the cause first, below it what followed from it.
 
-RUN/.../failed/rank-00003.json   by a rank that fails, or by one that saw it die
-RUN/.../FAILED.json              {"cause": {...}, "others": [...]}, written anew by each of them: the last knows most
+RUN/.../failed/rank-00003.json    by a rank that fails
+RUN/.../failed/guess-00003.json   by others that miss it: counts as long as it says nothing itself
+RUN/.../FAILED.json               {"cause": {...}, "others": [...]}, written anew by each of them: the last knows most
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Failure:
     """Index of the step under way; None before the first."""
     phase: str
     kind: str
-    """Name of the error's type; "hang" or "lost" where there is no error."""
+    """Name of the error's type; "hang", "lost" or "interrupted" where there is no error."""
     message: str
     exit_code: int
     follows: bool
@@ -44,15 +45,17 @@ class Failure:
     trace: str = ""
     """Traceback, or stacks of all threads."""
     time: float = field(default_factory=time.time)
-    """Seconds since the epoch, by the clock of this rank's host."""
+    """Seconds since the epoch, by the clock of the host it was written on."""
+    guessed: bool = False
+    """Written by another rank."""
 
 
 def record(folder: Path, failure: Failure) -> None:
     """Write a rank's failure and the report. A disk that refuses is told in the log: the process is ending anyway.
 
-    The first record of a rank stays: what it says afterwards follows from that.
+    The first record of a rank stays: what it says afterwards follows from that. So does the first guess about it.
     """
-    place = folder / _FOLDER / f"rank-{failure.rank:05d}.json"
+    place = folder / _FOLDER / f"{'guess' if failure.guessed else 'rank'}-{failure.rank:05d}.json"
     try:
         place.parent.mkdir(exist_ok=True)
         temporary = _written(place, asdict(failure))
@@ -89,12 +92,16 @@ def write_report(folder: Path) -> None:
 
 
 def read_failures(folder: Path) -> list[Failure]:
-    """The cause first. Clocks of hosts differ, so what says of itself that it follows never comes first by its time."""
-    found = []
-    for file in sorted((folder / _FOLDER).glob("rank-*.json")):
-        with suppress(OSError, ValueError, TypeError):  # of another version, or damaged: it explains nothing
-            found.append(Failure(**json.loads(file.read_text(encoding="utf-8"))))
-    return sorted(found, key=lambda failure: (failure.follows, failure.time))
+    """The cause first. Clocks of hosts differ, so what says of itself that it follows never comes first by its time,
+    nor does what is only guessed before what is known.
+    """
+    found: dict[int, Failure] = {}
+    for pattern in ("guess-*.json", "rank-*.json"):  # a rank's own words replace what others guessed
+        for file in (folder / _FOLDER).glob(pattern):
+            with suppress(OSError, ValueError, TypeError):  # of another version, or damaged: it explains nothing
+                failure = Failure(**json.loads(file.read_text(encoding="utf-8")))
+                found[failure.rank] = failure
+    return sorted(found.values(), key=lambda failure: (failure.follows, failure.guessed, failure.time, failure.rank))
 
 
 def clear_failures(folder: Path) -> None:

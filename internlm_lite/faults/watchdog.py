@@ -1,7 +1,7 @@
 """Finds out that a job stands still, names the rank that keeps it, and ends it.
 
     main thread   enter(phase, step)                                             two assignments: nothing to wait for
-    talker        this rank's beat -> store, the verdict <- store; a judge: all ranks' beats <- store      may block
+    talker        this rank's beat, and whether it waits -> store; the verdict, a judge: all beats <- store    may block
     watcher       verdict there? a rank without progress for longer than its phase allows? the store silent? -> the end
 
 Ranks 0 and 1 are judges, the second one a little more patient: either may be the one that hangs. The end is, on every
@@ -17,12 +17,13 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from internlm_lite.faults.beats import Beat, Limits, Verdict, judge
+from internlm_lite.faults.beats import UNKNOWN_HOST, Beat, Limits, Verdict, judge
+from internlm_lite.faults.waiting import waits_for_others
 
 logger = logging.getLogger("internlm_lite")
 
@@ -45,6 +46,15 @@ class Store(Protocol):
     def check(self, keys: list[str]) -> bool: ...
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """The last beat of a rank, and when its progress and its beats changed last."""
+
+    beat: Beat
+    progressed: float
+    beaten: float
+
+
 class Watchdog:
     """One per rank, used as a context manager. `end(verdict, stacks)` is called in a thread and must not return."""
 
@@ -55,14 +65,22 @@ class Watchdog:
         store: Store | None,
         limits: Limits,
         end: Callable[[Verdict], object],
-        hostname: str = "",
+        hostname: str = UNKNOWN_HOST,
+        agent_store: bool = False,
     ) -> None:
-        """`store`: a connection that nobody else uses; None for a world of one. `hostname`: as messages name it."""
+        """`store`: a connection that nobody else uses; None for a world of one. Made in the thread that is watched.
+
+        `hostname`: as messages name it. `agent_store`: the store is not rank 0's, but that of torchrun's agent.
+        """
         self._rank, self._size, self._store, self._limits, self._end = rank, world_size, store, limits, end
         self._mine = Beat(0, "starting", None, 0, hostname)
         self._period = max(_BEAT_SECONDS, world_size / _RANKS_PER_SECOND)
-        self._table: dict[int, Beat] = {}
-        self._changed: dict[int, tuple[float, float]] = {}
+        self._keeper = "torchrun's agent on the host of rank 0" if agent_store else "rank 0"
+        self._watched = threading.current_thread()
+        self._lock = threading.Lock()
+        """Over replacing `_seen`, which two threads do. None changes a mapping, so reading needs no lock."""
+        self._seen: Mapping[int, _Seen] = {}
+        self._hosts: Mapping[int, str] = {}
         self._verdict: Verdict | None = None
         self._heard = time.monotonic()
         self._stop = threading.Event()
@@ -85,6 +103,10 @@ class Watchdog:
         """The main thread begins something: that is progress."""
         self._mine = replace(self._mine, progress=self._mine.progress + 1, phase=phase, step=step)
 
+    def go_on(self) -> None:
+        """The main thread has done one of the parts of its phase, of which all ranks have equally many."""
+        self._mine = replace(self._mine, progress=self._mine.progress + 1)
+
     @contextmanager
     def inside(self, phase: str) -> Iterator[None]:
         """Something within the present phase, which goes on afterwards."""
@@ -93,9 +115,14 @@ class Watchdog:
         yield
         self.enter(before.phase, before.step)
 
-    def where(self, rank: int) -> Beat | None:
-        """Where a rank is, as far as this one knows."""
-        return self._mine if rank == self._rank else self._table.get(rank)
+    @property
+    def here(self) -> Beat:
+        """Where this rank is."""
+        return self._mine
+
+    def host_of(self, rank: int) -> str:
+        """As far as this rank knows: a judge knows all that have beaten, everybody the host of rank 0."""
+        return self._mine.host if rank == self._rank else self._hosts.get(rank, UNKNOWN_HOST)
 
     @property
     def silence_seconds(self) -> float:
@@ -107,7 +134,7 @@ class Watchdog:
         late = time.monotonic() - self.silence_seconds
         if self._store is not None and self._heard < late:
             return [0] if self._rank else []  # without the store nothing is known of the others
-        return [rank for rank, (_, beaten) in list(self._changed.items()) if beaten < late and rank != self._rank]
+        return [rank for rank, seen in self._seen.items() if seen.beaten < late and rank != self._rank]
 
     @property
     def judges(self) -> bool:
@@ -116,36 +143,30 @@ class Watchdog:
     def _talk(self) -> None:
         store = self._store
         assert store is not None
-        beats = 0
-        while not self._stop.wait(self._period):
+        beats, ended = 0, False
+        while not ended:
             beats += 1
-            mine = self._mine
-            try:
-                store.set(f"beat/{self._rank}", replace(mine, beats=beats).to_json())
+            mine = replace(self._mine, beats=beats, waits=waits_for_others(self._watched))
+            with suppress(RuntimeError):  # torch.distributed's errors are RuntimeErrors: rank 0 is gone, or just ending
+                store.set(f"beat/{self._rank}", mine.to_json())
                 if store.check([_VERDICT]):
                     self._verdict = Verdict.from_json(store.get(_VERDICT))
                 if self.judges:
                     self._look(store)
-            except RuntimeError:  # torch.distributed's errors are RuntimeErrors: rank 0 is gone, or just ending
-                continue
-            self._heard = time.monotonic()
+                elif self.host_of(0) == UNKNOWN_HOST:
+                    self._hosts = {0: _beat_of(0, store).host}
+                self._heard = time.monotonic()
+            ended = self._stop.wait(self._period)
         with suppress(RuntimeError):
             store.set(f"beat/{self._rank}", replace(self._mine, phase=_ENDED).to_json())
 
     def _look(self, store: Store) -> None:
+        """For a judge: the beats of all ranks."""
+        beats = {rank: beat for rank in range(self._size) if (beat := _beat_of(rank, store)).phase != _ENDED}
         now = time.monotonic()
-        for rank in range(self._size):
-            beaten_yet = store.check([f"beat/{rank}"])
-            beat = Beat.from_json(store.get(f"beat/{rank}")) if beaten_yet else Beat(0, "starting", None, 0)
-            if beat.phase == _ENDED:  # and beats no more
-                self._table.pop(rank, None)
-                self._changed.pop(rank, None)
-                continue
-            known = self._table.get(rank)
-            progressed, beaten = self._changed.get(rank, (now, now))
-            progressed = now if known is None or beat.progress != known.progress else progressed
-            beaten = now if known is None or beat.beats != known.beats else beaten
-            self._table[rank], self._changed[rank] = beat, (progressed, beaten)
+        with self._lock:
+            self._seen = {rank: _seen_now(beat, self._seen.get(rank), now) for rank, beat in beats.items()}
+        self._hosts = {**self._hosts, **{rank: beat.host for rank, beat in beats.items()}}
 
     def _watch(self) -> None:
         progress, since = -1, time.monotonic()
@@ -167,25 +188,26 @@ class Watchdog:
     def _forgive(self, seconds: float) -> None:
         """This process was suspended, and so perhaps all were: nobody could make progress meanwhile."""
         self._heard += seconds
-        for rank, (progressed, beaten) in list(self._changed.items()):
-            self._changed[rank] = (progressed + seconds, beaten + seconds)
+        with self._lock:
+            self._seen = {
+                rank: replace(seen, progressed=seen.progressed + seconds, beaten=seen.beaten + seconds)
+                for rank, seen in self._seen.items()
+            }
 
     def _judge(self, now: float, mine: Beat, since: float) -> Verdict | None:
-        limit = self._limits[mine.phase]
+        limit, silence = self._limits[mine.phase], now - self._heard
         if self._store is None:
             return judge({self._rank: mine}, {self._rank: (now - since, 0.0)}, self._limits, self._period)
-        if now - self._heard > limit:
-            return Verdict(
-                (0,),
-                f"rank 0, which holds the store, has not answered for {now - self._heard:.0f} s",
-                mine.phase,
-                mine.step,
-            )
-        if not self.judges or now - self._heard > self.silence_seconds:
+        if silence > limit:
+            why = f"{self._keeper}, which holds the store, has not answered for {silence:.0f} s: it is stopped, or gone"
+            return Verdict((0,), why, mine.phase, mine.step, (self.host_of(0),))
+        if not self.judges or silence > self.silence_seconds:
             return None  # what a store that is silent itself said last makes all ranks look silent
         patience = _DEPUTY_SECONDS if self._rank else 0.0
-        idle = {rank: (now - p - patience, now - b) for rank, (p, b) in list(self._changed.items())}
-        return judge(dict(self._table), idle, self._limits, self._period)
+        known = self._seen
+        table = {rank: seen.beat for rank, seen in known.items()}
+        idle = {rank: (now - seen.progressed - patience, now - seen.beaten) for rank, seen in known.items()}
+        return judge(table, idle, self._limits, self._period)
 
     def _publish(self, verdict: Verdict) -> None:
         if self._store is None or verdict is self._verdict:
@@ -200,6 +222,19 @@ class Watchdog:
             self._store.set(_VERDICT, verdict.to_json())
         except RuntimeError as error:
             logger.debug("the verdict could not be told: %s", error)
+
+
+def _beat_of(rank: int, store: Store) -> Beat:
+    """What a rank told last."""
+    key = f"beat/{rank}"
+    return Beat.from_json(store.get(key)) if store.check([key]) else Beat(0, "starting", None, 0)
+
+
+def _seen_now(beat: Beat, before: _Seen | None, now: float) -> _Seen:
+    if before is None:
+        return _Seen(beat, now, now)
+    progressed = now if beat.progress != before.beat.progress else before.progressed
+    return _Seen(beat, progressed, now if beat.beats != before.beat.beats else before.beaten)
 
 
 def unwatched(rank: int) -> Watchdog:

@@ -2,7 +2,7 @@
 
 Each element of the model counts once: a rank contributes its ZeRO shards, unless another rank contributes the same
 numbers (replicas of the shard, tensor-parallel ranks for parameters that are not spread over them, and the second copy
-of a tied weight).
+of a tied weight). What is not finite counts on every rank: a copy can go wrong alone.
 """
 
 from __future__ import annotations
@@ -47,14 +47,16 @@ def reduce_totals(
         sums[index] += value  # a host number becomes an argument of the kernel; copying a host tensor would wait
     sums[5] += loss_sum * (mesh.tp.rank == 0)
     for bucket in buckets:
-        if _counts(bucket.kind, mesh):
-            sums[int(bucket.kind.dtype != model_dtype)] += square_sum(bucket.grad_shard)
+        square = square_sum(bucket.grad_shard)
+        if not _counts(bucket.kind, mesh):
+            square = square.masked_fill(square.isfinite(), 0)
+        sums[int(bucket.kind.dtype != model_dtype)] += square
     comm.all_reduce(sums, mesh.world).wait()
     return Totals(sums[0], sums[1], sums[2], sums[3:5], sums[5])
 
 
 def _counts(kind: Kind, mesh: Mesh) -> bool:
-    """Whether this rank contributes the squares of such a bucket."""
+    """Whether this rank contributes the squares of such a bucket, where they are finite."""
     first_copy = "ends" not in kind.summed or mesh.ends.rank == 0
     return mesh.replica.rank == 0 and (kind.spread or mesh.tp.rank == 0) and first_copy
 

@@ -1,62 +1,95 @@
 """Ranks that must hold the same bits do: a flipped bit, a bad GPU or a lost update shows, and is named.
 
-    weights                 equal on all data-parallel ranks            between two gathers
-    master weights, moments equal on the ranks of `replica`             always
+    weights                    equal on all data-parallel ranks             between two gathers
+    master weights, moments    equal on the ranks of `replica`              always
+    both, norms and the like   equal on the tensor-parallel ranks as well
+    both, tied weights         equal on the ranks of `ends` as well
 
 A bit that flips in the only copy of an optimizer shard spreads to all weights alike: no comparison can see that.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from internlm_lite.errors import NumericsError
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh
+from internlm_lite.optim.buckets import Kind
 from internlm_lite.optim.zero import HybridZeroOptimizer
 
 Key = tuple[object, ...]
 _AS_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+@dataclass(frozen=True)
+class Difference:
+    """What some ranks hold that must be equal and is not."""
+
+    text: str
+    guilty: tuple[int, ...] = ()
+    """Ranks that differ from a majority."""
+
+
 def check_replicas(optimizer: HybridZeroOptimizer, mesh: Mesh, step: int) -> None:
     """Compare check sums over the job; weights must be current. Raises NumericsError on all ranks alike. Collective;
     waits for the device.
     """
-    weights = checksum((bucket.weights for bucket in optimizer.buckets), mesh.device)
-    state = checksum((piece.tensor for piece in optimizer.pieces()), mesh.device)
-    here: dict[Key, int] = {
-        ("weights", mesh.pp.rank, mesh.tp.rank): int(weights.item()),
-        ("optimizer state", mesh.pp.rank, mesh.tp.rank, mesh.zero.rank): int(state.item()),
-    }
-    told: list[object] = comm.gather_objects(here, mesh.world)
-    problems = differing([dict(theirs) for theirs in told if isinstance(theirs, dict)])
-    if problems:
-        raise NumericsError(
-            f"step {step}: ranks that must hold the same numbers do not: {'; '.join(problems)}: a bit flipped, or the "
-            "device computes wrong; test its host (memory, GPU), leave it out, and go on from the last checkpoint"
-        )
+    told: list[object] = comm.gather_objects(_sums(optimizer, mesh), mesh.world)
+    found = differing([dict(theirs) for theirs in told if isinstance(theirs, dict)])
+    if not found:
+        return
+    error = NumericsError(
+        f"step {step}: ranks that must hold the same numbers do not: {'; '.join(each.text for each in found)}: a bit "
+        "flipped, or the device computes wrong; test its host (memory, GPU), leave it out, and go on from the last "
+        "checkpoint"
+    )
+    error.guilty = tuple(sorted({rank for each in found for rank in each.guilty}))
+    raise error
 
 
-def differing(told: Sequence[Mapping[Key, int]]) -> list[str]:
+def _sums(optimizer: HybridZeroOptimizer, mesh: Mesh) -> dict[Key, int]:
+    """Check sums of all that this rank holds; what is told under one key must be equal."""
+    sums: dict[Key, torch.Tensor] = {}
+    for bucket, shards in optimizer.shards():
+        holders = _holders(bucket.kind, mesh)
+        weights, state = ("weights", *holders), ("optimizer state", *holders, mesh.zero.rank)
+        sums[weights] = sums.get(weights, 0) + checksum([bucket.weights], mesh.device)
+        sums[state] = sums.get(state, 0) + checksum(shards.values(), mesh.device)
+    values: list[int] = torch.stack(list(sums.values())).tolist()
+    return dict(zip(sums, values, strict=True))
+
+
+def _holders(kind: Kind, mesh: Mesh) -> Key:
+    """The same on all ranks whose weights of this kind are the same."""
+    return None if "ends" in kind.summed else mesh.pp.rank, mesh.tp.rank if kind.spread else None
+
+
+def differing(told: Sequence[Mapping[Key, int]]) -> list[Difference]:
     """What differs, given each rank's check sums; keys that are equal name what must be."""
-    seen: dict[Key, dict[int, int]] = defaultdict(dict)
+    seen: dict[Key, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for rank, sums in enumerate(told):
         for key, value in sums.items():
-            seen[key][rank] = value
-    problems = []
-    for (what, *_), by_rank in seen.items():
-        (usual, count), *_others = Counter(by_rank.values()).most_common()
-        odd = [rank for rank, value in by_rank.items() if value != usual]
-        if odd and count > len(by_rank) / 2:
-            problems.append(f"{what} of rank {', '.join(map(str, odd))} differ from those of {count} other ranks")
+            seen[key][value].append(rank)
+    found = []
+    for (what, *_), by_value in seen.items():
+        usual, *others = sorted(by_value.values(), key=len, reverse=True)
+        odd = sorted(rank for ranks in others for rank in ranks)
+        if odd and len(usual) > len(odd):
+            text = f"{what} of {_named(odd)} differ from those of {len(usual)} other ranks"
+            found.append(Difference(text, guilty=tuple(odd)))
         elif odd:
-            named = ", ".join(map(str, by_rank))
-            problems.append(f"{what} of ranks {named} differ, and no majority says which is wrong")
-    return problems
+            each = " and ".join(map(_named, (usual, *others)))
+            found.append(Difference(f"{what} of {each} differ, and no majority says which is wrong"))
+    return found
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"
 
 
 def checksum(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -47,6 +47,8 @@ class StepOutcome:
     """int64, steps skipped since the run began."""
     skips_in_a_row: torch.Tensor
     """int64, steps skipped since the last update."""
+    overflows_in_a_row: torch.Tensor
+    """int64, steps up to this one, one after another, whose gradient was not finite."""
     next_lr: torch.Tensor
     """Learning rate of the next step (the step line of InternLM prints this one)."""
     beta2: float
@@ -82,6 +84,7 @@ class HybridZeroOptimizer:
         self._good_steps = torch.zeros((), dtype=torch.int64, device=mesh.device)
         self._skipped_steps = torch.zeros((), dtype=torch.int64, device=mesh.device)
         self._skips_in_a_row = torch.zeros((), dtype=torch.int64, device=mesh.device)
+        self._overflows_in_a_row = torch.zeros((), dtype=torch.int64, device=mesh.device)
         rates = [
             learning_rate(i, config.adam.lr, config.lr_scheduler) for i in range(config.lr_scheduler.total_steps + 2)
         ]
@@ -169,6 +172,7 @@ class HybridZeroOptimizer:
         self._good_steps += ~skipped
         self._skipped_steps += skipped
         self._skips_in_a_row.add_(1).mul_(skipped)
+        self._overflows_in_a_row.add_(1).mul_(overflow)
         for bucket in self.buckets:
             bucket.grads.zero_()
         self._gather_weights()
@@ -179,6 +183,7 @@ class HybridZeroOptimizer:
             spikes=spikes,
             skipped_steps=self._skipped_steps.clone(),
             skips_in_a_row=self._skips_in_a_row.clone(),
+            overflows_in_a_row=self._overflows_in_a_row.clone(),
             loss_scale=used_scale,
             next_lr=self._rate_now(),
             beta2=second_beta,
@@ -217,25 +222,27 @@ class HybridZeroOptimizer:
         """Make all weights current. Needed before anything reads them other than by calling the model's units."""
         self._wait_gathered(list(range(len(self.buckets))))
 
-    def pieces(self) -> Iterator[Piece]:
-        """Masters and moments of this rank by parameter name, for a checkpoint to save or to load into."""
+    def shards(self) -> Iterator[tuple[Bucket, dict[str, torch.Tensor]]]:
+        """(bucket, {role: [shard_size]}): masters and moments of this rank."""
         for master, bucket in zip(self._masters, self.buckets, strict=True):
             state = self._adam.state[master]
+            yield bucket, {"master": master.detach(), **{role: state[role] for role in ("exp_avg", "exp_avg_sq")}}
+
+    def pieces(self) -> Iterator[Piece]:
+        """Masters and moments of this rank by parameter name, for a checkpoint to save or to load into."""
+        for bucket, shards in self.shards():
             for slot, start, stop in bucket.owned():
                 part, here = slot.param.part, slice(start - bucket.shard_start, stop - bucket.shard_start)
-                for role, flat in (
-                    ("master", master),
-                    ("exp_avg", state["exp_avg"]),
-                    ("exp_avg_sq", state["exp_avg_sq"]),
-                ):
+                for role, flat in shards.items():
                     span = (start - slot.start, stop - slot.start)
-                    yield Piece(part.name, role, part.shape, part.box, span, flat.detach()[here])
+                    yield Piece(part.name, role, part.shape, part.box, span, flat[here])
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able counters; the tensors are in `pieces()`. Reads the device."""
         return {
             "good_steps": int(self._good_steps.item()),
             "skipped_steps": int(self._skipped_steps.item()),
+            "overflows_in_a_row": int(self._overflows_in_a_row.item()),
             "adam_steps": int(self._adam.state[self._masters[0]]["step"].item()),
             "scaler": self.scaler.state_dict(),
             "spikes": self._spikes.state_dict(),
@@ -246,6 +253,7 @@ class HybridZeroOptimizer:
         self._good_steps.fill_(state["good_steps"])
         self._skipped_steps.fill_(state["skipped_steps"])
         self._skips_in_a_row.zero_()
+        self._overflows_in_a_row.fill_(state.get("overflows_in_a_row", 0))  # older checkpoints do not have it
         self.scaler.load_state_dict(state["scaler"])
         self._spikes.load_state_dict(state["spikes"])
         for master in self._masters:

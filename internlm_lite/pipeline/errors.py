@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from internlm_lite.errors import InternLMError
 from internlm_lite.mesh.comm import peer_lost
 from internlm_lite.mesh.mesh import Group
 
@@ -15,15 +14,15 @@ _TRANSPORT = ("gloo", "nccl", "connection", "timed out", "timeout")
 
 @contextmanager
 def peer_or_own_error(pp: Group) -> Iterator[None]:
-    """An error of ours that torch has wrapped is raised as it was; a lost neighbour as PeerLostError."""
+    """An error of a stage, which torch wraps once or more, is raised as it was; a lost neighbour as PeerLostError."""
     try:
         yield
     except RuntimeError as error:
-        inner: BaseException | None = error
-        while inner is not None:
-            if isinstance(inner, InternLMError):
-                raise inner from error
+        inner: BaseException = error
+        while isinstance(inner, RuntimeError) and inner.__cause__ is not None:
             inner = inner.__cause__
-        if error.__cause__ is None and any(word in str(error).lower() for word in _TRANSPORT):
+        if inner is not error:
+            raise inner from inner.__cause__
+        if any(word in str(error).lower() for word in _TRANSPORT):
             raise peer_lost(pp, error) from error
         raise

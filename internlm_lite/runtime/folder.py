@@ -123,8 +123,10 @@ def _sources(files: Sequence[Path]) -> dict[str, str]:
     return texts
 
 
-def environment(place: Place, argv: Sequence[str], device: str, now: datetime) -> dict[str, Any]:
-    """The contents of env.json; `device` is the device's name."""
+def environment(
+    place: Place, argv: Sequence[str], device: str, now: datetime, agents: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The contents of env.json; `device` is the device's name, `agents` those of all ranks (`Place.agent`)."""
     return {
         "time": now.isoformat(timespec="seconds"),
         "command": [_masked_argument(argument) for argument in argv],
@@ -135,6 +137,7 @@ def environment(place: Place, argv: Sequence[str], device: str, now: datetime) -
         "world_size": place.world_size,
         "processes_per_host": place.local_world_size,
         "attempt": place.attempt,
+        "agents": list(agents),
         "device": device,
         "cpus": os.cpu_count(),
         "platform": platform.platform(),
@@ -143,6 +146,15 @@ def environment(place: Place, argv: Sequence[str], device: str, now: datetime) -
         "packages": package_versions(),
         "git": git_commit(Path(__file__).parent),
     }
+
+
+def agents_of(folder: Path) -> set[str]:
+    """The agents that started the run in `folder` last; none where it does not say."""
+    try:
+        found = json.loads((folder / "env.json").read_text(encoding="utf-8"))
+        return set(found["agents"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
 
 
 def package_versions(names: Sequence[str] = PACKAGES) -> Mapping[str, str]:

@@ -46,6 +46,8 @@ class Place:
     """torchrun's agent takes any exit code but 0 for a failure, and may start the ranks again."""
     agent_store: bool = False
     """True: it serves the store already."""
+    agent: str = ""
+    """torchrun's agent that started this process: the folder it made for logs, no other has one of that name."""
     cpu_threads: int | None = None
     """Threads per process that the launcher or the user set; None: not set."""
 
@@ -200,8 +202,15 @@ def _from_torch(environ: Environ, why: str, host: str | None, port: int | None) 
         attempt=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
         supervised="TORCHELASTIC_RUN_ID" in environ,
         agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        agent=_agent(environ),
         cpu_threads=None if threads is None or by_torchrun else _number(environ, "OMP_NUM_THREADS"),
     )
+
+
+def _agent(environ: Environ) -> str:
+    """AGENT/attempt_0/RANK/error.json is where an agent looks for an error; AGENT is the same as long as it lives."""
+    agent, attempt, _ = environ.get("TORCHELASTIC_ERROR_FILE", "").rpartition("/attempt_")
+    return agent if attempt else ""
 
 
 def _from_slurm(

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 from internlm_lite.config.schema import Config
 from internlm_lite.train.save_folders import LastRun
 
 logger = logging.getLogger("internlm_lite")
+
+
+def batch_keys(data: Mapping[str, Any]) -> tuple[object, ...]:
+    """What says the size of a step's batch, besides the number of ranks, in a resolved `data` section."""
+    return tuple(data.get(key) for key in ("micro_num", "micro_bsz", "seq_len", "rampup_batch_size"))
 
 
 def keep_global_batch(config: Config, last: LastRun | None, dp_size: int) -> Config:
@@ -18,7 +25,7 @@ def keep_global_batch(config: Config, last: LastRun | None, dp_size: int) -> Con
     """
     data = config.data
     a_batch = data.micro_bsz * data.seq_len * dp_size
-    if last is None or last.batch != (data.micro_num, data.micro_bsz, data.seq_len) or data.rampup_batch_size:
+    if last is None or batch_keys(last.data) != batch_keys(data.model_dump()) or data.rampup_batch_size:
         return config
     if last.batch_tokens == a_batch * data.micro_num or last.batch_tokens % a_batch:
         return config

@@ -7,16 +7,16 @@ nobody goes on     the watchdog's verdict: stacks, record, exit code 4
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import traceback
-from dataclasses import replace
 from pathlib import Path
 
 from internlm_lite.config.view import masked
 from internlm_lite.errors import HANG, INTERRUPTED, InternLMError, PeerLostError
-from internlm_lite.faults.beats import Beat, Verdict
+from internlm_lite.faults.beats import Verdict
 from internlm_lite.faults.failure import Failure, read_failures, record, summary
-from internlm_lite.faults.watchdog import Watchdog, write_stacks
+from internlm_lite.faults.watchdog import unwatched, write_stacks
 from internlm_lite.runtime.place import Place
 from internlm_lite.runtime.start import leave_now
 
@@ -27,8 +27,8 @@ _CAUSE_SECONDS = 3.0
 _ALIKE_SECONDS = 1.0
 """A rank waits so long for others to fail as it does."""
 _LAST_WORDS_SECONDS = 15.0
-_STORE_SECONDS = 2.0
-"""Rank 0 serves the store through which the others learn the verdict."""
+_HEARING_SECONDS = 2.0
+"""Until all have heard a verdict: who ends breaks the others' collectives. Rank 0 serves the store, and ends last."""
 
 
 def code_of(error: BaseException) -> int:
@@ -44,25 +44,27 @@ class Ending:
     def __init__(self, place: Place) -> None:
         self._place = place
         self.folder: Path | None = None
-        self.watchdog: Watchdog | None = None
+        self.watchdog = unwatched(place.rank)
         self.told_elsewhere = False
         """A rank before this one says what this one would say."""
+        self._hangs = threading.Event()
 
     def hang(self, verdict: Verdict) -> None:
         """Called by the watchdog's thread; ends the process."""
+        self._hangs.set()
         leave_now(HANG, lambda: self._tell_hang(verdict), _LAST_WORDS_SECONDS)
 
     def _tell_hang(self, verdict: Verdict) -> None:
-        place, folder = self._place, self.folder
-        guilty = place.rank in verdict.ranks
+        rank, folder = self._place.rank, self.folder
         logger.error("the job stands still: %s", verdict.why)
         if folder is not None:
             self._write_stacks(folder)
-            self._record(folder, "hang", verdict.why, HANG, follows=bool(verdict.ranks) and not guilty)
-            for rank in verdict.ranks:  # if it lives, its own record came first, or comes and stays
-                record(folder, self._failure("hang", verdict.why, HANG, rank))
-        if place.is_main and not place.agent_store:
-            time.sleep(_STORE_SECONDS)
+            follows = bool(verdict.ranks) and rank not in verdict.ranks
+            self._record(folder, "hang", verdict.why, HANG, follows)
+            for guilty, host in zip(verdict.ranks, verdict.hosts, strict=True):
+                where = (host, verdict.step, verdict.phase)
+                record(folder, Failure(guilty, *where, "hang", verdict.why, HANG, follows=False, guessed=True))
+        time.sleep(max(_HEARING_SECONDS, self.watchdog.silence_seconds) * (2 if self._place.is_main else 1))
 
     def _write_stacks(self, folder: Path) -> None:
         stacks = folder / "logs" / f"rank-{self._place.rank:05d}.stacks"
@@ -75,16 +77,23 @@ class Ending:
 
     def failed(self, error: BaseException) -> None:
         """Write down why this rank ends, and tell who failed first if it was another one."""
+        if isinstance(error, PeerLostError) and self._hangs.is_set():
+            time.sleep(_LAST_WORDS_SECONDS)  # it was lost because the job stands still: that ends this process
         folder, code, kind = self.folder, code_of(error), type(error).__name__
-        if folder is None or isinstance(error, KeyboardInterrupt):
+        if folder is None:
             return
-        follows = isinstance(error, PeerLostError)
+        if isinstance(error, KeyboardInterrupt):
+            self._record(folder, "interrupted", "by Ctrl-C", code, follows=False)
+            return
+        lost = isinstance(error, PeerLostError)
+        guilty = error.guilty if isinstance(error, InternLMError) else ()
+        follows = lost or (bool(guilty) and self._place.rank not in guilty)
         message = str(masked(str(error)))
         trace = str(masked("".join(traceback.format_exception(error))))
         if follows:
             self._await_cause(folder)
         self._record(folder, kind, message, code, follows, trace)
-        if isinstance(error, InternLMError) and not follows:
+        if isinstance(error, InternLMError) and not lost:
             self.told_elsewhere = self._await_lower_rank(folder, kind, message)
         failures = read_failures(folder)
         if failures and (failures[0].kind, failures[0].message) != (kind, message):
@@ -101,26 +110,20 @@ class Ending:
         return False
 
     def _await_cause(self, folder: Path) -> None:
-        """Until some rank has said why it failed, or is known to be gone without a word."""
-        assert self.watchdog is not None, "set before there is a folder"
+        """Until some other rank has said why it failed, or is known to be gone without a word."""
         deadline = time.monotonic() + _CAUSE_SECONDS + self.watchdog.silence_seconds
+        here, why = self.watchdog.here, "it is gone without a word: killed, out of memory, or its host is down"
         while time.monotonic() < deadline:
-            if any(not failure.follows for failure in read_failures(folder)):
+            if any(not failure.follows and failure.rank != self._place.rank for failure in read_failures(folder)):
                 return
             for rank in self.watchdog.silent():
-                why = "it is gone without a word: killed, out of memory, or its host is down"
-                lost = self._failure("lost", why, PeerLostError.exit_code, rank)
                 # Its last beat may be many steps old; it is missed where this rank waits for it.
-                here = self.watchdog.where(self._place.rank)
-                record(folder, replace(lost, step=here.step, phase=here.phase) if here else lost)
+                where = (self.watchdog.host_of(rank), here.step, here.phase)
+                code = PeerLostError.exit_code
+                record(folder, Failure(rank, *where, "lost", why, code, follows=False, guessed=True))
             time.sleep(0.1)
 
     def _record(self, folder: Path, kind: str, message: str, code: int, follows: bool, trace: str = "") -> None:
-        record(folder, self._failure(kind, message, code, self._place.rank, follows, trace))
-
-    def _failure(
-        self, kind: str, message: str, code: int, rank: int, follows: bool = False, trace: str = ""
-    ) -> Failure:
-        seen = self.watchdog.where(rank) if self.watchdog else None
-        here = seen or Beat(0, "starting", None, 0, "an unknown host")
-        return Failure(rank, here.host, here.step, here.phase, kind, message, code, follows, trace)
+        here = self.watchdog.here
+        where = (self._place.rank, here.host, here.step, here.phase)
+        record(folder, Failure(*where, kind, message, code, follows, trace))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from internlm_lite.data.loader import ValidationData
@@ -13,11 +15,14 @@ from internlm_lite.train.step import BatchTask
 
 
 @torch.no_grad()
-def evaluate(stages: Stages, engine: Engine, data: ValidationData, mesh: Mesh) -> Collected:
+def evaluate(
+    stages: Stages, engine: Engine, data: ValidationData, mesh: Mesh, batch_done: Callable[[], object]
+) -> Collected:
     """Figures per validation folder over the whole job. Collective over the mesh."""
     metrics = FolderMetrics(data.folders, mesh)
     one, loss_sum = torch.ones((), device=mesh.device), torch.zeros((), dtype=torch.float64, device=mesh.device)
     for host_batch in data.batches():
         batch = host_batch.to(mesh.device)
         engine.evaluate(BatchTask(stages, batch, one, metrics, loss_sum), batch.micro_num)
+        batch_done()
     return metrics.collect()

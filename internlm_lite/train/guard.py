@@ -1,7 +1,7 @@
 """When steps go wrong: how many may be left out, what is told about a spike, and how often a run may go back.
 
-Which steps are left out is decided on the device (optim/zero.py, optim/spikes.py); here it is read, a step later or at
-the next step line, and obeyed by all ranks alike.
+Which steps are left out is decided on the device (optim/zero.py, optim/spikes.py); here it is read, a step later, and
+obeyed by all ranks alike.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import logging
 
 from internlm_lite.config.schema import Config
 from internlm_lite.errors import NumericsError
-from internlm_lite.train.reporter import Reporter, Skips
-from internlm_lite.train.requests import Order
-from internlm_lite.train.state import TrainState
+from internlm_lite.train.reporter import Reporter
+from internlm_lite.train.requests import Order, Skips
 
 logger = logging.getLogger("internlm_lite")
 
@@ -25,42 +24,44 @@ _BAD_STEPS = 10
 class Guard:
     """Counts what cannot go on for ever. The same on every rank."""
 
-    def __init__(self, config: Config, reporter: Reporter) -> None:
-        self._config, self._reporter = config, reporter
+    def __init__(self, config: Config, reporter: Reporter, is_main: bool) -> None:
+        """`is_main`: this rank tells."""
+        self._config, self._reporter, self._is_main = config, reporter, is_main
         is_fp16 = config.model.torch_dtype_name == "float16"
         self._most_bad_steps = config.guard.max_bad_steps or (_BAD_STEPS_FP16 if is_fp16 else _BAD_STEPS)
         self._rollbacks: dict[int, int] = {}
 
-    def check_skips(self, skips: Skips, state: TrainState) -> None:
-        """Raises NumericsError when too many steps were left out since the last update."""
-        in_a_row, loss_scale = skips.in_a_row, skips.loss_scale
-        if self._at_floor(in_a_row, loss_scale):
-            found = f"gradients still overflow with the smallest loss scale, {loss_scale:g}"
-        elif in_a_row > self._most_bad_steps:
+    def check_skips(self, order: Order, step: int) -> None:
+        """Raises NumericsError when too many steps up to `step` were left out since the last update."""
+        skips = order.skips
+        if self._at_floor(skips):
+            found = f"gradients still overflow with the smallest loss scale, {skips.loss_scale:g}"
+        elif skips.in_a_row > self._most_bad_steps:
             found = (
-                f"the last {in_a_row} updates were left out because a gradient was not finite or stood out, expected "
-                f"at most {self._most_bad_steps} in a row with {self._config.model.dtype}"
+                f"the last {skips.in_a_row} updates were left out because a gradient was not finite or stood out, "
+                f"expected at most {self._most_bad_steps} in a row with {self._config.model.dtype}"
             )
         else:
             return
         raise NumericsError(
-            f"step {state.step - 1}: {found}; the weights are those of step {state.step - 1 - in_a_row}: lower "
-            "adam.lr, look at the data of these steps, or go on from an older checkpoint with --resume PATH"
+            f"step {step}: {found}; the last update was that of step {step - skips.in_a_row}: lower adam.lr, look at "
+            "the data of these steps, or go on from an older checkpoint with --resume PATH"
         )
 
-    def _at_floor(self, in_a_row: int, loss_scale: float) -> bool:
+    def _at_floor(self, skips: Skips) -> bool:
         scaler = self._config.grad_scaler
         if scaler is None or self._config.model.torch_dtype_name != "float16":
             return False
-        return loss_scale <= (scaler.fp16.min_scale or 0.0) and in_a_row > scaler.hysteresis
+        at_floor = skips.loss_scale <= (scaler.fp16.min_scale or 0.0)
+        return at_floor and skips.overflows_in_a_row > scaler.hysteresis
 
     def wants_rollback(self, order: Order) -> bool:
         return self._config.guard.spike == "rollback" and any(order.spikes)
 
-    def note_spike(self, step: int, order: Order) -> None:
-        """Tell of a step that stood out, if one did."""
+    def note_spike(self, order: Order, step: int) -> None:
+        """Tell if `step` stood out."""
         scores = order.spikes
-        if not any(scores):
+        if not any(scores) or not self._is_main:
             return
         named = [f"{what} (z = {z:.0f})" for what, z in zip(("loss", "gradient norm"), scores, strict=True) if z]
         done = {"note": "noted", "skip": "its update was left out", "rollback": "rolling back"}[
@@ -75,6 +76,7 @@ class Guard:
         most = self._config.guard.max_rollbacks
         if count > most:
             raise NumericsError(
-                f"step {step}: a spike for the {count}th time after going back to step {back_to}, expected at most "
-                f"{most} (guard.max_rollbacks): lower adam.lr, or go on from an older checkpoint with --resume PATH"
+                f"step {step}: a spike again, after going back to step {back_to} as often as "
+                f"guard.max_rollbacks={most} allows: lower adam.lr, or go on from an older checkpoint with "
+                "--resume PATH"
             )

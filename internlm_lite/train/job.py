@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -17,19 +18,27 @@ from internlm_lite.checkpoint.agree import on_main
 from internlm_lite.config.load import LoadedConfig
 from internlm_lite.config.schema import Config
 from internlm_lite.config.view import masked
-from internlm_lite.errors import STOPPED, InternLMError
+from internlm_lite.errors import STOPPED, InternLMError, PeerLostError
 from internlm_lite.faults.beats import Limits
 from internlm_lite.faults.failure import clear_failures, read_failures
+from internlm_lite.faults.signals import StopSignals
 from internlm_lite.faults.watchdog import Watchdog
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh, build_mesh, sizes_of
 from internlm_lite.monitor.jsonl import EventsFile, has_ended, next_segment
 from internlm_lite.monitor.packages import check_packages
 from internlm_lite.runtime.device import apply_numerics, bind_device, device_name
-from internlm_lite.runtime.folder import create_run_folder, environment, find_run_folder, point_latest, write_start
+from internlm_lite.runtime.folder import (
+    agents_of,
+    create_run_folder,
+    environment,
+    find_run_folder,
+    point_latest,
+    write_start,
+)
 from internlm_lite.runtime.log import setup_logging
 from internlm_lite.runtime.place import Place
-from internlm_lite.runtime.start import announce_layout, end_process, start_world
+from internlm_lite.runtime.start import announce_layout, end_process, start_world, stop_world
 from internlm_lite.train.build import Run, build_run
 from internlm_lite.train.elastic import keep_global_batch
 from internlm_lite.train.ending import Ending, code_of
@@ -76,10 +85,13 @@ def run_job(loaded: LoadedConfig, place: Place, options: Options) -> NoReturn:
     except KeyboardInterrupt as interrupt:
         logger.error("interrupted; started again, the run goes on from its newest checkpoint if it has written one")
         code = code_of(interrupt)
+    except SystemExit as leave:
+        logger.error(f"rank {place.rank} failed: something called sys.exit({leave.code!r}) in the middle of the run")
+        code = code_of(leave)
     except Exception as error:
         logger.exception(f"rank {place.rank} failed")
         code = code_of(error)
-    end_process(code, together=code == STOPPED)
+    end_process(code, place.world_size)
 
 
 def _run(loaded: LoadedConfig, place: Place, options: Options, ending: Ending) -> int:
@@ -98,8 +110,10 @@ def _run(loaded: LoadedConfig, place: Place, options: Options, ending: Ending) -
     limits = Limits(
         timeout if store else math.inf, dict.fromkeys(_LONG_PHASES, _PATIENCE * timeout if store else math.inf)
     )
-    with Watchdog(place.rank, place.world_size, store, limits, ending.hang, place.hostname) as watchdog:
-        ending.watchdog = watchdog
+    watchdog = ending.watchdog = Watchdog(
+        place.rank, place.world_size, store, limits, ending.hang, place.hostname, place.agent_store
+    )
+    with StopSignals() as signals, watchdog:
         parallel = config.parallel
         sizes = sizes_of(place.world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1)
         mesh = build_mesh(sizes, place.rank, device, collectives)
@@ -107,53 +121,73 @@ def _run(loaded: LoadedConfig, place: Place, options: Options, ending: Ending) -
         # First of all, because the run folder may be the one that the run which holds them is writing to.
         save_folders = SaveFolders(config, mesh, timeout)
         try:
-            return _run_in_folder(loaded, place, options, mesh, save_folders, ending)
+            code = _run_in_folder(loaded, place, options, mesh, save_folders, ending, signals)
         finally:
             watchdog.enter("ending")
             save_folders.close(wait=False)
+        _leave_together(ending)
+        return code
+
+
+def _leave_together(ending: Ending) -> None:
+    try:
+        stop_world()
+    except PeerLostError as error:
+        ending.failed(error)
+        raise
 
 
 def _run_in_folder(
-    loaded: LoadedConfig, place: Place, options: Options, mesh: Mesh, save_folders: SaveFolders, ending: Ending
+    loaded: LoadedConfig,
+    place: Place,
+    options: Options,
+    mesh: Mesh,
+    save_folders: SaveFolders,
+    ending: Ending,
+    signals: StopSignals,
 ) -> int:
     config = loaded.config
-    restarted = any(comm.gather_objects(place.attempt, mesh.world))
-    resume = on_main(mesh, lambda: _resume_how(config, options, restarted, save_folders))
+    again = any(comm.gather_objects(place.attempt, mesh.world))
+    agents = sorted({str(agent) for agent in comm.gather_objects(place.agent, mesh.world) if agent})
+    resume = on_main(mesh, lambda: _resume_how(config, options, again, agents, save_folders))
     last = on_main(mesh, lambda: save_folders.last_run() if resume == "auto" else None)
     folder, over = on_main(mesh, lambda: _choose_folder(config, options.run_dir, last))
 
     def begin() -> None:
-        on_main(mesh, lambda: _describe_start(folder, loaded, place, options, mesh.device))
-        setup_logging(place, folder, options.log_style)
+        on_main(mesh, lambda: _describe_start(folder, loaded, place, options, agents, mesh.device))
         ending.folder = folder
+        setup_logging(place, folder, options.log_style)
 
-    if not over:
-        begin()
-    config = keep_global_batch(config, last, mesh.dp.size)
     terminal = sys.stdout.isatty() and place.is_main
     try:
+        if not over:
+            begin()
+        config = keep_global_batch(config, last, mesh.dp.size)
         run = build_run(config, mesh, folder, resume, terminal, options.profiling, save_folders, ending.watchdog)
+        over = over and run.start.step >= config.data.total_steps
+        if ending.folder is None and not over:  # the last checkpoint is damaged: some steps are trained again
+            begin()
     except BaseException as error:
         ending.failed(error)
-        if place.is_main and not over:
+        if place.is_main and ending.folder is not None:
             _note_failure(folder, error)
         raise
-    if over and run.start.step >= config.data.total_steps:
-        ended = Ended(run.start, "")
-    else:
-        if over:  # but the last checkpoint is damaged: some steps are trained again
-            begin()
-        ended = _train(run, ending)
+    ended = Ended(run.start, "") if over else _train(run, ending, signals)
     if place.is_main:
         _say_goodbye(run, ended, folder)
     return STOPPED if ended.stopped_by and not place.supervised else 0
 
 
-def _resume_how(config: Config, options: Options, restarted: bool, save_folders: SaveFolders) -> str:
-    """auto, none or a path; a job that its launcher starts again goes on with what it wrote itself. For rank 0."""
+def _resume_how(config: Config, options: Options, again: bool, agents: Sequence[str], save_folders: SaveFolders) -> str:
+    """auto, none or a path; a job that its launcher starts again goes on with what it wrote itself. For rank 0.
+
+    torchrun: one of its agents started the newest run too; it counts no restart when a machine joins. Other launchers
+    say so themselves: `again`.
+    """
     wanted = options.resume or ("auto" if config.ckpt.auto_resume else "none")
-    last = save_folders.last_run() if restarted and wanted != "auto" else None
     latest = options.run_dir / config.JOB_NAME / "latest"
+    restarted = not agents_of(latest).isdisjoint(agents) if agents else again
+    last = save_folders.last_run() if restarted and wanted != "auto" else None
     return "auto" if last and latest.resolve().name == last.folder else wanted
 
 
@@ -171,16 +205,18 @@ def _choose_folder(config: Config, root: Path, last: LastRun | None) -> tuple[Pa
     return folder, over
 
 
-def _describe_start(folder: Path, loaded: LoadedConfig, place: Place, options: Options, device: torch.device) -> None:
+def _describe_start(
+    folder: Path, loaded: LoadedConfig, place: Place, options: Options, agents: Sequence[str], device: torch.device
+) -> None:
     now = datetime.now().astimezone()
     clear_failures(folder)
-    write_start(folder, loaded, environment(place, options.command, device_name(device), now))
+    write_start(folder, loaded, environment(place, options.command, device_name(device), now, agents))
 
 
-def _train(run: Run, ending: Ending) -> Ended:
+def _train(run: Run, ending: Ending, signals: StopSignals) -> Ended:
     finished = False
     try:
-        ended = train(run)
+        ended = train(run, signals)
         finished = True
     except BaseException as error:
         ending.failed(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from internlm_lite.train.saving import due
 from internlm_lite.train.state import TrainState
 from internlm_lite.train.step import train_step
 
+logger = logging.getLogger("internlm_lite")
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -30,13 +33,13 @@ class Ended:
     """What asked to stop before the last step; empty: all steps are done."""
 
 
-def train(run: Run) -> Ended:
+def train(run: Run, signals: StopSignals) -> Ended:
     """Train from `run.start` to the last step of the config, or until asked to stop. Collective."""
     state, ckpt = run.start, run.config.ckpt
     stop_file = Path(ckpt.stop_file_path) if ckpt.stop_file_path else None
-    guard = Guard(run.config, run.reporter)
-    with StopSignals() as signals, traced_steps(run.trace_folder, run.mesh.rank) as step_traced:
-        requests = Requests(signals, stop_file, run.mesh.is_main)
+    guard = Guard(run.config, run.reporter, run.mesh.is_main)
+    requests = Requests(signals, stop_file, run.mesh.is_main)
+    with traced_steps(run.trace_folder, run.mesh.rank) as step_traced:
         while True:
             run.reporter.start(state)
             run.reporter.event("start", **_start_facts(run, state))
@@ -44,7 +47,7 @@ def train(run: Run) -> Ended:
             if not guard.wants_rollback(order):
                 break
             state = _go_back(state, run, guard)
-            requests.forget()
+            requests.undo(order)
         run.optimizer.wait_weights()
         stopped_by = order.why if order.stop and state.step < run.config.data.total_steps else ""
         if not stopped_by:
@@ -59,7 +62,7 @@ def _train_from(
 ) -> tuple[TrainState, Order]:
     """Train until all steps are done, or until asked to stop or to go back."""
     data, watchdog = run.config.data, run.watchdog
-    order = Order()
+    order, owed = Order(), None
     with closing(run.data.batches(state.position, pin=run.mesh.device.type == "cuda")) as batches:
         while state.step < data.total_steps and not order.stop:
             watchdog.enter("data", state.step)
@@ -81,16 +84,22 @@ def _train_from(
             state = state.after(batch, run.mesh.dp.size)
             last = state.step == data.total_steps
             if state.step % run.config.monitor.log_every == 0 or last:
-                guard.check_skips(run.reporter.step_line(state, batch, outcome), state)
-            order = requests.order(outcome.requests, outcome.spikes, state.step)
-            guard.note_spike(state.step - 2, order)  # orders are of the step before the one just done
+                run.reporter.step_line(state, batch, outcome)
+            order = requests.order(outcome, state.step)
+            guard.note_spike(order, state.step - 2)  # told a step later
+            guard.check_skips(order, state.step - 2)
             if guard.wants_rollback(order):
                 break
             _look_aside(run, state, last)
-            if kind := due(run.config.ckpt, state.step, order, last):
+            kind = due(run.config.ckpt, state.step, order, last) or owed
+            # What left this update out may be in the weights already, and would push a good snapshot out.
+            owed = kind if kind and not (order.stop or last) and outcome.skips_in_a_row.item() else None
+            if kind and not owed:
                 with watchdog.inside("saving"), run.reporter.aside():
                     run.saving.save(state, kind, must=order.stop or kind == "final")
             run.saving.check()
+        else:
+            guard.note_spike(requests.rest(), state.step - 1)
     return state, order
 
 
@@ -104,18 +113,25 @@ def _look_aside(run: Run, state: TrainState, last: bool) -> None:
     if run.valid and (state.step % run.config.data.valid_every == 0 or last):
         run.reporter.event("evaluating", step=state.step - 1)
         with run.watchdog.inside("evaluation"), run.reporter.aside():
-            run.reporter.validation(state, evaluate(run.stages, run.engine, run.valid, run.mesh))
+            run.reporter.validation(state, evaluate(run.stages, run.engine, run.valid, run.mesh, run.watchdog.go_on))
     if run.samples.due(state.step):
         with run.watchdog.inside("samples"), run.reporter.aside():
             run.samples.show(state.step)
 
 
 def _go_back(state: TrainState, run: Run, guard: Guard) -> TrainState:
-    """The state of the newest checkpoint, but with the data that comes next now: what led to the spike is left out."""
+    """The state of a checkpoint from before the spike, but with the data that comes next now: what led to it is left
+    out. Without one training goes on as it is: the update itself was left out.
+    """
+    spiked = state.step - 2
     with run.watchdog.inside("loading"):
-        restored = run.saving.go_back(state)
-    guard.allow_rollback(state.step - 1, restored.step)
-    run.reporter.event("rollback", step=state.step - 1, back_to=restored.step)
+        restored = run.saving.go_back(state, spiked)
+    if restored is None:
+        if run.mesh.is_main:
+            logger.warning(f"step {spiked}: there is no checkpoint from before the spike yet: nothing else is undone")
+        return state
+    guard.allow_rollback(spiked, restored.step)
+    run.reporter.event("rollback", step=spiked, back_to=restored.step)
     run.reporter.reopen_sinks(restored.step)
     return restored
 

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -27,14 +26,6 @@ from internlm_lite.train.state import TrainState
 from internlm_lite.train.stopwatch import Stopwatch
 
 logger = logging.getLogger("internlm_lite")
-
-
-@dataclass(frozen=True)
-class Skips:
-    """Steps left out, as of a step line."""
-
-    in_a_row: int
-    loss_scale: float
 
 
 class Reporter:
@@ -85,7 +76,7 @@ class Reporter:
         yield
         self._begin += time.perf_counter() - begin
 
-    def step_line(self, state: TrainState, batch: Batch, outcome: StepOutcome) -> Skips:
+    def step_line(self, state: TrainState, batch: Batch, outcome: StepOutcome) -> None:
         """Record the steps since the last line, `batch` and `outcome` being the last one's. Collective."""
         assert self._last is not None, "start() was called"
         collected = self.metrics.collect()
@@ -95,27 +86,22 @@ class Reporter:
         speed = self.speed.add(tokens, seconds, steps)
         self._begin, self._last = now, state
         fwd_bwd_seconds = self.fwd_bwd.take() / steps
-        *figures, skips_in_a_row = _read(outcome)
         if self._sinks is not None:
-            record = self._record(
-                state, batch, figures, outcome.beta2, collected, speed, seconds, tokens, fwd_bwd_seconds
-            )
+            record = self._record(state, batch, outcome, collected, speed, seconds, tokens, fwd_bwd_seconds)
             self._sinks.step(record)
-        return Skips(int(skips_in_a_row), loss_scale=figures[3])
 
     def _record(
         self,
         state: TrainState,
         batch: Batch,
-        figures: Sequence[float],
-        beta2: float,
+        outcome: StepOutcome,
         collected: Collected,
         speed: SpeedFigures,
         seconds: float,
         tokens: int,
         fwd_bwd_seconds: float,
     ) -> StepRecord:
-        norm, norm_fp32, skipped, loss_scale, next_lr = figures
+        norm, norm_fp32, skipped, loss_scale, next_lr = _read(outcome)
         world, remaining = self._mesh.world.size, self._config.data.total_steps - state.step
         per_step = self.speed.seconds_per_step
         return StepRecord(
@@ -134,7 +120,7 @@ class Reporter:
             largest_length=batch.stats.largest_length,
             largest_batch=batch.stats.largest_batch,
             smallest_batch=batch.stats.smallest_batch,
-            adam_beta2=beta2,
+            adam_beta2=outcome.beta2,
             fwd_bwd_time=fwd_bwd_seconds,
             acc=collected.accuracy,
             perplexity=perplexity(collected.cross_entropy),
@@ -190,7 +176,6 @@ def _read(outcome: StepOutcome) -> list[float]:
         outcome.skipped_steps,
         outcome.loss_scale,
         outcome.next_lr,
-        outcome.skips_in_a_row,
     )
     values: list[float] = torch.stack([scalar.double() for scalar in scalars]).tolist()
     return values

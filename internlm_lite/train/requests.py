@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from internlm_lite.faults.signals import StopSignals
+from internlm_lite.optim.zero import StepOutcome
 
 logger = logging.getLogger("internlm_lite")
 _LARGEST = 10**12
@@ -23,15 +24,27 @@ _LARGEST = 10**12
 
 
 @dataclass(frozen=True)
+class Skips:
+    """Updates that were left out, up to one step."""
+
+    in_a_row: int = 0
+    """Since the last update."""
+    overflows_in_a_row: int = 0
+    """Of them, those at the end whose gradient was not finite."""
+    loss_scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class Order:
-    """What all ranks do now."""
+    """What all ranks do now, and what they know of the step before the one just done."""
 
     save: bool = False
     stop: bool = False
     why: str = ""
     """Empty: nothing was asked."""
     spikes: tuple[float, float] = (0.0, 0.0)
-    """Of the step before: z-scores of loss and gradient norm that stand out (`optim.spikes`)."""
+    """z-scores of loss and gradient norm that stand out (`optim.spikes`)."""
+    skips: Skips = Skips()
 
 
 class Requests:
@@ -41,6 +54,7 @@ class Requests:
         self._signals = signals
         self._stop_file = stop_file if is_main else None
         self._told: _OnTheWay | None = None
+        self._put_off = Order()
         self._obeyed: float = 0
         self._problem = ""
 
@@ -48,19 +62,27 @@ class Requests:
         """(1 if this rank was signalled, the number in the stop file): to be summed over all ranks in this step."""
         return float(self._signals.received is not None), float(self._read())
 
-    def forget(self) -> None:
-        """What is on its way belongs to steps that are undone."""
-        self._told = None
+    def order(self, outcome: StepOutcome, steps_done: int) -> Order:
+        """`outcome`: this step's, kept for the next call; obeyed is what was asked in the step before."""
+        told, self._told = self._told, _OnTheWay(outcome)
+        return self._read_order(told, steps_done)
 
-    def order(self, summed: torch.Tensor, spikes: torch.Tensor, steps_done: int) -> Order:
-        """`summed` [2]: this step's sums, `spikes` [2] its scores, kept for the next call; obeyed are those of the step
-        before.
-        """
-        told, self._told = self._told, _OnTheWay(torch.cat((summed, spikes)))
+    def rest(self) -> Order:
+        """What the last step told, when no other follows. Nobody is left to obey."""
+        told, self._told = self._told, None
+        return self._read_order(told, steps_done=0)
+
+    def undo(self, order: Order) -> None:
+        """What is on its way belongs to steps that are undone; what `order` asks for is obeyed after the next one."""
+        self._told, self._put_off = None, order
+
+    def _read_order(self, told: _OnTheWay | None, steps_done: int) -> Order:
         if told is None:
-            return Order()
-        signalled, number, loss_z, norm_z = told.read()
-        return replace(self._asked(signalled, number, steps_done), spikes=(loss_z, norm_z))
+            put_off, self._put_off = self._put_off, Order()
+            return Order(put_off.save, put_off.stop, put_off.why)
+        signalled, number, loss_z, norm_z, in_a_row, overflows, loss_scale = told.read()
+        skips = Skips(int(in_a_row), int(overflows), loss_scale)
+        return replace(self._asked(signalled, number, steps_done), spikes=(loss_z, norm_z), skips=skips)
 
     def _asked(self, signalled: float, number: float, steps_done: int) -> Order:
         if signalled:
@@ -110,7 +132,9 @@ class Requests:
 class _OnTheWay:
     """A few numbers being copied to the host. Reading a device tensor later would also wait for all enqueued since."""
 
-    def __init__(self, numbers: torch.Tensor) -> None:
+    def __init__(self, outcome: StepOutcome) -> None:
+        scalars = (outcome.skips_in_a_row, outcome.overflows_in_a_row, outcome.loss_scale)
+        numbers = torch.cat((outcome.requests, outcome.spikes, torch.stack([scalar.double() for scalar in scalars])))
         self._arrived: torch.cuda.Event | None = None
         if numbers.is_cuda:
             self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from internlm_lite.checkpoint import find
 from internlm_lite.checkpoint.agree import on_main
@@ -28,9 +30,9 @@ class LastRun:
     step: int
     """Steps done."""
     batch_tokens: int
-    """Of a step, over all ranks."""
-    batch: tuple[int, int, int]
-    """micro_num, micro_bsz and seq_len as its config has them."""
+    """Of a step, over all ranks, as the run was begun."""
+    data: Mapping[str, Any]
+    """That section of its config."""
 
 
 class SaveFolders:
@@ -123,8 +125,7 @@ class SaveFolders:
                 return None
             if any(theirs.get(place) != ours[place] for place in _PLACES):
                 return None
-            data = manifest.config["data"]
-            return LastRun(folder, manifest.step, tokens, (data["micro_num"], data["micro_bsz"], data["seq_len"]))
+            return LastRun(folder, manifest.step, tokens, manifest.config["data"])
         return None
 
     def close(self, wait: bool) -> None:

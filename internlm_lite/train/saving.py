@@ -10,19 +10,21 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from internlm_lite.checkpoint.find import Found
-from internlm_lite.checkpoint.format import Kind
+from internlm_lite.checkpoint.format import Kind, Manifest
 from internlm_lite.checkpoint.manager import CheckpointManager, Restored
 from internlm_lite.checkpoint.write import Saved
 from internlm_lite.config.schema import CkptConfig, Config
-from internlm_lite.errors import CheckpointError, InternLMError, NumericsError, StorageError
+from internlm_lite.errors import CheckpointError, InternLMError, StorageError
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.zero import HybridZeroOptimizer
 from internlm_lite.train.data_changes import data_changes
+from internlm_lite.train.elastic import batch_keys
 from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.requests import Order
 from internlm_lite.train.save_folders import SaveFolders
@@ -49,9 +51,12 @@ class Saving:
         self._folders, self._saver, self._run_folder = folders, folders.saver, run_folder
         self.restored: str | None = None
         """Name of the checkpoint whose counters this run goes on from."""
+        self._began_at = ""
         self._optimizer, self._mesh, self._reporter, self._fingerprint = optimizer, mesh, reporter, fingerprint
         data = config.data
         self._batch_tokens = data.micro_num * data.micro_bsz * data.seq_len * mesh.dp.size
+        self._wanted_tokens = self._batch_tokens
+        """Of a step, as the run was begun."""
         if folders.in_background and (config.ckpt.checkpoint_every or config.ckpt.oss_snapshot_freq):
             self._saver.prepare(list(optimizer.pieces()))
 
@@ -70,7 +75,7 @@ class Saving:
             "optimizer": self._optimizer.state_dict(),
             "reporter": self._reporter.state_dict(),
             "data": self._fingerprint,
-            "batch_tokens": self._batch_tokens,
+            "batch_tokens": self._wanted_tokens,
             "run_folder": self._run_folder,
         }
         pieces, random = list(self._optimizer.pieces()), random_states(self._mesh.device)
@@ -117,16 +122,22 @@ class Saving:
     def restore(self, resume: str) -> TrainState:
         """The state to go on from. `resume`: auto, none (nothing of this run's own folders), or a path."""
         if resume not in ("auto", "none"):
-            return self._load_path(resume, with_optimizer=self._ckpt.load_optimizer)
+            return self._begin_at(resume)
         own = self._folders.origin() if resume == "auto" else None
         if own and (restored := own.resume(list(self._optimizer.pieces()), check=self._check)):
             self._tell_what_is_passed_over(restored.found)
+            self._keep_wanted_tokens(restored.found.manifest)
             return self._adopt(restored, moments=True)
         if self._ckpt.load_ckpt_folder:
-            return self._load_path(self._ckpt.load_ckpt_folder, with_optimizer=self._ckpt.load_optimizer)
+            return self._begin_at(self._ckpt.load_ckpt_folder)
         if self._ckpt.load_model_only_folder:
             self._load_weights_only(self._ckpt.load_model_only_folder)
         return TrainState()
+
+    def _keep_wanted_tokens(self, before: Manifest) -> None:
+        """Ranks that cannot take as many for a while do not change what is wanted once others can."""
+        if batch_keys(before.config["data"]) == batch_keys(self._folders.described["data"]):
+            self._wanted_tokens = before.state.get("batch_tokens", self._batch_tokens)
 
     def _tell_what_is_passed_over(self, found: Found) -> None:
         """A folder to begin from that was not in the config of the run that is gone on with."""
@@ -139,23 +150,30 @@ class Saving:
                     f"{found.storage.name}; to begin there instead, choose other save folders, or --resume none"
                 )
 
-    def go_back(self, state: TrainState) -> TrainState:
-        """The newest checkpoint of this run, with the data position of `state`. Raises NumericsError without one."""
+    def go_back(self, state: TrainState, spiked: int) -> TrainState | None:
+        """The newest checkpoint of this run from before step `spiked`, or the one it began from, with the data position
+        of `state`; None where there is none.
+        """
         self._tell_all()
         self._optimizer.wait_weights()
-        own = self._folders.origin() if self._ckpt.enable_save_ckpt else None
-        restored = own.resume(list(self._optimizer.pieces())) if own else None
-        if restored is None:
-            raise NumericsError(
-                f"step {state.step - 1}: a spike, and no checkpoint to go back to: set ckpt.checkpoint_every or "
-                "ckpt.oss_snapshot_freq, or guard.spike to 'skip'"
-            )
-        return replace(self._adopt(restored, moments=True), position=state.position)
+        own = self._folders.origin()
+        restored = own.resume(list(self._optimizer.pieces()), accept=partial(self._is_before, spiked)) if own else None
+        if restored is not None:
+            return replace(self._adopt(restored, moments=True), position=state.position)
+        return replace(self._begin_at(self._began_at), position=state.position) if self._began_at else None
 
-    def _load_path(self, path: str, with_optimizer: bool) -> TrainState:
+    def _is_before(self, spiked: int, found: Found) -> bool:
+        """A folder may hold what other runs wrote, and what this one wrote before the spike was known."""
+        ours = found.name == self.restored or found.manifest.state.get("run_folder") == self._run_folder
+        return ours and found.step <= spiked
+
+    def _begin_at(self, path: str) -> TrainState:
+        """A checkpoint outside of this run, which can be gone back to."""
         reader = CheckpointManager(path, self._mesh, config=self._folders.described, writable=False, s3=self._ckpt.s3)
-        pieces = [p for p in self._optimizer.pieces() if with_optimizer or p.role == "master"]
-        return self._adopt(reader.load_at(path, pieces, self._check), moments=with_optimizer)
+        moments = self._ckpt.load_optimizer
+        pieces = [p for p in self._optimizer.pieces() if moments or p.role == "master"]
+        self._began_at = path
+        return self._adopt(reader.load_at(path, pieces, self._check), moments)
 
     def _load_weights_only(self, path: str) -> None:
         reader = CheckpointManager(path, self._mesh, config=self._folders.described, writable=False, s3=self._ckpt.s3)
@@ -203,8 +221,8 @@ class Saving:
             logger.warning(f"{told}\nbatches from here on are drawn from the new data at the same position")
         if stored.get("batch_tokens", self._batch_tokens) != self._batch_tokens:
             logger.warning(
-                f"a step takes {self._batch_tokens} tokens now, {stored['batch_tokens']} when checkpoint {name} was "
-                "written; to keep them, change data.micro_num with the number of data-parallel ranks"
+                f"a step takes {self._batch_tokens} tokens now, expected {stored['batch_tokens']} as when the run of "
+                f"checkpoint {name} began; to keep them, change data.micro_num with the number of data-parallel ranks"
             )
 
 

@@ -283,6 +283,11 @@ BAD = [
     ),
     (
         "",
+        "guard = dict(spike='rollback')",
+        "25: guard.spike: found 'rollback' in a run without a checkpoint to go back to; set ckpt.enable_save_ckpt=True",
+    ),
+    (
+        "",
         "ckpt = dict(save_ckpt_folder='local:x/../y', snapshot_ckpt_folder='y/')",
         "25: ckpt.snapshot_ckpt_folder: found the same folder for both; expected two",
     ),

@@ -4,6 +4,8 @@
     raise            an error of the program                      memory   asks for more than RLIMIT_AS allows
     sleep stuck      for ever in its data, in a forward pass      full     fills the disk of the working directory
     nan blow         gradient of one layer * nan, * 10000         flip     one bit of a weight, before they are compared
+    ruin             a nan in the master weights
+    ruin             a nan in the master weights
 
 Each comes before step FIRST is trained, or before every step of the range; FIRST of +5 counts from where this process
 begins. Signals come SECONDS later. Once, if steps are trained again after a rollback, or each time with a ! after KIND.
@@ -65,7 +67,7 @@ class Fault:
         return found
 
 
-def before(fault: Fault, stages: Any) -> Callable[[], object]:
+def before(fault: Fault, stages: Any, optimizer: Any) -> Callable[[], object]:
     """Do it; returns what undoes it after the step."""
     if number := _SIGNALS.get(fault.kind):
         if fault.seconds:
@@ -91,6 +93,8 @@ def before(fault: Fault, stages: Any) -> Callable[[], object]:
                     pass
             except OSError:
                 pass
+    elif fault.kind == "ruin":
+        next(piece for piece in optimizer.pieces() if piece.role == "master").tensor.view(-1)[0] = math.nan
     elif factor := _FACTORS.get(fault.kind):
         weight = next(param for name, param in list(stages.values())[-1].named_parameters() if "norm" in name)
         return weight.register_hook(lambda grad: grad * factor).remove
@@ -107,7 +111,7 @@ def install(faults: list[Fault]) -> None:
         first = now if first < 0 else first
         due = [fault for fault in faults if fault.due(now, first) and (now > last or fault.again)]
         last = max(last, now)
-        undo = [before(fault, args[0]) for fault in due]
+        undo = [before(fault, args[0], args[2]) for fault in due]
         outcome = train_step(*args, **named)
         for each in undo:
             each()

@@ -7,17 +7,23 @@ import json
 import math
 import os
 import signal
+import sys
+import threading
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from torch.distributed import TCPStore
+import torch
+from torch.distributed import TCPStore, pipelining
 
 from internlm_lite.faults import failure as failures
 from internlm_lite.faults.beats import Beat, Limits, Verdict, judge
 from internlm_lite.faults.failure import Failure, clear_failures, read_failures, record, summary
+from internlm_lite.faults.waiting import waits_for_others
 from internlm_lite.faults.watchdog import Watchdog, write_stacks
+from internlm_lite.mesh import comm
 from internlm_lite.runtime.start import leave_now
 from tests.ports import free_port
 from tests.world import fork_context
@@ -25,8 +31,11 @@ from tests.world import fork_context
 LIMITS = Limits(2.0, {"building": math.inf})
 
 
-def _table(*beats: tuple[int, str]) -> dict[int, Beat]:
-    return {rank: Beat(progress, phase, 7, 1) for rank, (progress, phase) in enumerate(beats)}
+def _table(*beats: tuple[int, str], waiting: tuple[int, ...] = ()) -> dict[int, Beat]:
+    return {
+        rank: Beat(progress, phase, 7, 1, f"node{rank}", rank in waiting)
+        for rank, (progress, phase) in enumerate(beats)
+    }
 
 
 def test_progress_within_the_limit_is_no_hang() -> None:
@@ -36,8 +45,11 @@ def test_progress_within_the_limit_is_no_hang() -> None:
 def test_the_rank_behind_is_named_and_where_it_is() -> None:
     table = _table((9, "training"), (8, "data"), (9, "training"))
     found = judge(table, dict.fromkeys(range(3), (3.0, 0.1)), LIMITS, 0.5)
-    assert found is not None and found.ranks == (1,)
-    assert found.why == "rank 1 made no progress for 3 s, in phase 'data' of step 7 (the others wait for it)"
+    assert found is not None and (found.ranks, found.hosts) == ((1,), ("node1",))
+    assert found.why == (
+        "rank 1 made no progress for 3 s, in phase 'data' of step 7 (the others wait for it); "
+        "if it is only slow, raise --timeout"
+    )
 
 
 def test_a_silent_rank_is_named_before_one_that_is_behind() -> None:
@@ -57,6 +69,65 @@ def test_silence_is_excused_by_no_phase() -> None:
 def test_nobody_stands_out() -> None:
     found = judge(_table((4, "training"), (4, "training")), {0: (3, 0), 1: (3, 0)}, LIMITS, 0.5)
     assert found is not None and found.ranks == () and "all 2 ranks made no progress" in found.why
+    assert found.why.endswith("their stacks say where; if it is only slow, raise --timeout")
+
+
+@pytest.mark.parametrize(
+    ("progress", "waiting", "seconds", "guilty"),
+    [
+        ((4, 4, 4), (0, 2), (3, 3, 3), (1,)),  # all in one phase: who does not wait for the others
+        ((5, 4, 4), (0, 2), (3, 3, 3), (1,)),  # of those behind, too
+        ((4, 5, 4), (0, 2), (3, 3, 3), (1,)),  # ahead: its sends have been done, those behind still miss others
+        ((4, 5, 6), (0,), (3, 3, 3), (1,)),
+        ((4, 4, 4), (0, 2), (3, 1.9, 3), None),  # it began later, and may have its time
+        ((4, 4, 5), (0, 1, 2), (3, 3, 3), (0, 1)),
+    ],
+)
+def test_the_rank_that_does_not_wait_is_named(
+    progress: tuple[int, ...], waiting: tuple[int, ...], seconds: tuple[float, ...], guilty: tuple[int, ...] | None
+) -> None:
+    table = _table(*((each, "training") for each in progress), waiting=waiting)
+    found = judge(table, {rank: (idle, 0.1) for rank, idle in enumerate(seconds)}, LIMITS, 0.5)
+    assert (found and found.ranks) == guilty
+
+
+def test_the_last_rank_that_has_not_ended_is_named() -> None:
+    found = judge({1: Beat(4, "ending", None, 1)}, {1: (3.0, 0.1)}, LIMITS, 0.5)
+    assert found is not None and found.ranks == (1,)
+
+
+def test_what_ranks_tell_survives_the_store() -> None:
+    beat = Beat(5, "training", 7, 3, "node1", waits=True)
+    assert Beat.from_json(beat.to_json().encode()) == beat
+    verdict = Verdict((1, 3), "why", "training", 7, ("node1", "node3"))
+    assert Verdict.from_json(verdict.to_json().encode()) == verdict
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "waits"),
+    [
+        (comm.__file__, __file__, True),
+        (pipelining.schedules.__file__, __file__, True),
+        (torch.cuda.streams.__file__, __file__, True),
+        (__file__, pipelining.schedules.__file__, False),  # a layer that hangs within a schedule
+        (torch.nn.functional.__file__, comm.__file__, False),
+    ],
+)
+def test_a_thread_waits_for_others_where_its_innermost_code_does(inner: str, outer: str, waits: bool) -> None:
+    """Blocked in C, as by a collective."""
+    lock = threading.Lock()
+    block = compile("lock.acquire()", inner, "exec")
+    call = compile("exec(block, {'lock': lock})", outer, "exec")
+    with lock:
+        thread = threading.Thread(target=exec, args=(call, {"block": block, "lock": lock}))
+        thread.start()
+        deadline = time.monotonic() + 30
+        while sys._current_frames()[thread.ident or 0].f_code is not block:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert waits_for_others(thread) == waits
+    thread.join()
+    assert not waits_for_others(thread), "it has ended"
 
 
 def _rank(rank: int, size: int, port: int, folder: str, trouble: str) -> None:
@@ -153,7 +224,7 @@ class _Told:
     """A store in which ranks 0 to 2 beat."""
 
     def __init__(self) -> None:
-        self.beats = {rank: Beat(9, "training", 7, 1) for rank in range(3)}
+        self.beats = {rank: Beat(9, "training", 7, 1, f"node{rank}") for rank in range(3)}
 
     def set(self, key: str, value: str) -> None: ...
 
@@ -173,20 +244,59 @@ def test_without_the_store_only_the_rank_that_held_it_is_known_to_be_silent(rank
         watchdog._look(store)
     assert watchdog.silent() == []
     watchdog._heard -= 1.8
-    watchdog._changed = {each: (told - 5, told - 5) for each, (told, _) in watchdog._changed.items()}
+    watchdog._seen = {each: replace(seen, beaten=seen.beaten - 5) for each, seen in watchdog._seen.items()}
     assert watchdog.silent() == [0]
     now = time.monotonic()
     assert watchdog._judge(now, watchdog._mine, now) is None, "it knows nothing of the others"
     watchdog._heard -= 2
     found = watchdog._judge(now, watchdog._mine, now)
-    assert found is not None and found.ranks == (0,) and "holds the store" in found.why
+    assert found is not None and found.ranks == (0,) and "rank 0, which holds the store" in found.why
+
+
+def test_a_store_that_is_an_agents_is_not_rank_0s() -> None:
+    watchdog = Watchdog(2, 3, _Told(), LIMITS, lambda verdict: None, agent_store=True)
+    watchdog._heard -= 3
+    found = watchdog._judge(time.monotonic(), watchdog._mine, 0.0)
+    assert found is not None and found.why.startswith("torchrun's agent on the host of rank 0, which holds the store")
+
+
+def test_all_know_the_host_of_rank_0_and_judges_those_of_all() -> None:
+    store = _Told()
+    hosts = []
+    for rank in (1, 2):
+        watchdog = Watchdog(rank, 3, store, LIMITS, lambda verdict: None, "here")
+        watchdog._stop.set()
+        store.check = lambda keys: keys not in (["verdict"], ["beat/1"])  # type: ignore[method-assign]
+        watchdog._talk()
+        hosts.append([watchdog.host_of(each) for each in range(3)])
+    assert hosts == [["node0", "here", "node2"], ["node0", "an unknown host", "here"]]
+
+
+def test_what_a_judge_reads_does_not_change_meanwhile() -> None:
+    store = _Told()
+    watchdog = Watchdog(0, 3, store, LIMITS, lambda verdict: None)
+    watchdog._look(store)
+    before, first = watchdog._seen, watchdog._seen[1].beaten
+    store.beats[2] = Beat(10, "ended", 7, 2)
+    watchdog._look(store)
+    watchdog._forgive(3.0)
+    assert sorted(before) == [0, 1, 2] and before[1].beaten == first
+    assert sorted(watchdog._seen) == [0, 1] and watchdog._seen[1].beaten == first + 3.0
+
+
+def test_a_part_of_a_phase_is_progress() -> None:
+    watchdog = Watchdog(0, 1, None, LIMITS, lambda verdict: None)
+    watchdog.enter("evaluation", 7)
+    before = watchdog.here
+    watchdog.go_on()
+    assert watchdog.here == replace(before, progress=before.progress + 1)
 
 
 def test_a_judge_that_hears_the_store_names_who_is_silent() -> None:
     store = _Told()
     watchdog = Watchdog(1, 3, store, LIMITS, lambda verdict: None)
     watchdog._look(store)
-    watchdog._changed[2] = (0.0, 0.0)
+    watchdog._seen = {**watchdog._seen, 2: replace(watchdog._seen[2], progressed=0.0, beaten=0.0)}
     assert watchdog.silent() == [2]
     found = watchdog._judge(time.monotonic(), watchdog._mine, 0.0)
     assert found is not None and found.ranks == (2,)
@@ -198,7 +308,7 @@ def test_a_rank_that_has_ended_is_not_missed() -> None:
     watchdog._look(store)
     store.beats[2] = Beat(10, "ended", 7, 2)
     watchdog._look(store)
-    assert sorted(watchdog._table) == sorted(watchdog._changed) == [0, 1]
+    assert sorted(watchdog._seen) == [0, 1]
 
 
 def test_a_rank_that_never_beat_is_named() -> None:
@@ -207,9 +317,9 @@ def test_a_rank_that_never_beat_is_named() -> None:
     watchdog = Watchdog(0, 3, store, Limits(2.0, {}), lambda verdict: None)
     watchdog._look(store)
     long_ago = time.monotonic() - 3
-    watchdog._changed = {rank: (long_ago, time.monotonic()) for rank in range(3)}
+    watchdog._seen = {rank: replace(seen, progressed=long_ago) for rank, seen in watchdog._seen.items()}
     found = watchdog._judge(time.monotonic(), watchdog._mine, long_ago)
-    assert found is not None and (found.ranks, found.phase) == ((2,), "starting")
+    assert found is not None and (found.ranks, found.phase, found.hosts) == ((2,), "starting", ("an unknown host",))
 
 
 def _blocked(code: int) -> None:
@@ -244,6 +354,20 @@ def test_the_first_word_of_a_rank_stays_and_a_restart_clears_it(tmp_path: Path) 
     clear_failures(tmp_path)
     assert not list(tmp_path.iterdir())
     clear_failures(tmp_path)
+
+
+def test_a_guess_counts_until_the_rank_says_something_itself(tmp_path: Path) -> None:
+    for rank in (1, 2):
+        record(tmp_path, replace(_failure(rank, False, float(rank)), kind="lost", guessed=True))
+    record(tmp_path, replace(_failure(2, False, 9.0), kind="hang", guessed=True))
+    assert [(each.rank, each.kind) for each in read_failures(tmp_path)] == [(1, "lost"), (2, "lost")]
+    record(tmp_path, _failure(1, True, 3.0))
+    report = json.loads((tmp_path / "FAILED.json").read_text())
+    assert report["cause"]["rank"] == 2 and [other["rank"] for other in report["others"]] == [1]
+    record(tmp_path, _failure(0, False, 4.0))
+    record(tmp_path, replace(_failure(0, False, 5.0), guessed=True))
+    found = [(each.rank, each.guessed) for each in read_failures(tmp_path)]
+    assert found == [(0, False), (2, True), (1, False)], "what is known comes before what is guessed"
 
 
 def test_a_file_system_without_links_keeps_the_first_word_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

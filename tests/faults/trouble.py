@@ -17,6 +17,7 @@ from internlm_lite.checkpoint.find import committed
 from internlm_lite.checkpoint.local import LocalStorage
 from internlm_lite.checkpoint.verify import damages_of
 from internlm_lite.config.schema import Config
+from internlm_lite.faults.signals import StopSignals
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.monitor.jsonl import read_metrics, read_objects
 from internlm_lite.train import loop
@@ -107,7 +108,7 @@ def trained(config: Config, folder: Path, happens: Mapping[int, Callable[[], obj
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "train_step", step)
-            loop.train(run)
+            loop.train(run, StopSignals())
     finally:
         run.saving.close(wait=True)
         run.reporter.close()

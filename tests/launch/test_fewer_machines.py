@@ -40,7 +40,7 @@ class Machines:
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{self.port}", "--rdzv-id=test"]
         command += ["--rdzv-conf=keep_alive_interval=1,last_call_timeout=5", "--max-restarts=1", str(ROOT / "train.py")]
         command += ["--config", "config.py", "--device=cpu", "STEPS=100000", "MICRO_NUM=8"]
-        command += ["ckpt.checkpoint_every=10", "ckpt.stop_file_path=stop"]
+        command += ["ckpt.checkpoint_every=10", "ckpt.stop_file_path=stop", "--resume", "none"]
         # As the scripts of launch/ set it: with a store that agents share, one that comes later cannot join.
         environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
         with (self.folder / f"agent-{len(self.agents)}.log").open("wb") as log:

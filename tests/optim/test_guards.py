@@ -11,8 +11,9 @@ from torch import nn
 
 from internlm_lite.config.schema import GuardConfig
 from internlm_lite.errors import NumericsError
+from internlm_lite.mesh.layout import parameter, whole
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.optim.replicas import check_replicas, checksum, differing
+from internlm_lite.optim.replicas import Difference, check_replicas, checksum, differing
 from internlm_lite.optim.spikes import SpikeGuard
 from internlm_lite.optim.zero import HybridZeroOptimizer
 from tests.optim.test_zero import Unit, config
@@ -119,13 +120,27 @@ def test_the_odd_one_out_is_named() -> None:
         return [{("weights", 0, 0): value} for value in values]
 
     assert differing(told(1, 1, 1)) == []
-    assert differing(told(1, 1, 2, 1)) == ["weights of rank 2 differ from those of 3 other ranks"]
-    assert differing(told(1, 2)) == ["weights of ranks 0, 1 differ, and no majority says which is wrong"]
+    named = "weights of rank 2 differ from those of 3 other ranks"
+    assert differing(told(1, 1, 2, 1)) == [Difference(named, guilty=(2,))]
+    named = "weights of ranks 2, 3 differ from those of 3 other ranks"
+    assert differing(told(1, 1, 2, 3, 1)) == [Difference(named, guilty=(2, 3))]
+    named = "weights of ranks 0, 2 and ranks 1, 3 differ, and no majority says which is wrong"
+    assert differing(told(1, 2, 1, 2)) == [Difference(named)]
     assert differing([{("weights", 0, 0): 1}, {("weights", 0, 1): 2}]) == []
 
 
-def _flip(mesh: Mesh, rank: int, what: str) -> str | None:
-    optimizer = HybridZeroOptimizer(list[nn.Module]([Unit("layers.0", torch.float64)]), config(), mesh, torch.float64)
+class _Tied(nn.Module):
+    """A copy of a tied weight on the first and on the last stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = parameter(whole("head.weight", (24, 8), summed=("ends",)), torch.float64, "cpu")
+        nn.init.ones_(self.weight)
+
+
+def _flip(mesh: Mesh, rank: int, what: str, tied: bool = False) -> tuple[str, tuple[int, ...]] | None:
+    unit: nn.Module = _Tied() if tied else Unit("layers.0", torch.float64)
+    optimizer = HybridZeroOptimizer([unit], config(), mesh, torch.float64)
     check_replicas(optimizer, mesh, 6)
     if mesh.rank == rank and what == "weights":
         optimizer.buckets[0].weights.view(torch.int64)[5] ^= 1
@@ -134,13 +149,27 @@ def _flip(mesh: Mesh, rank: int, what: str) -> str | None:
     try:
         check_replicas(optimizer, mesh, 7)
     except NumericsError as error:
-        return str(error)
+        return str(error), error.guilty
     return None
 
 
-@pytest.mark.parametrize(("size", "zero1", "what"), [(3, -1, "weights"), (3, 1, "weights"), (3, 1, "state")])
-def test_one_flipped_bit_names_its_rank_on_all_ranks(size: int, zero1: int, what: str) -> None:
-    found = run_world(_flip, size, (1, what), zero1=zero1)
+@pytest.mark.parametrize(
+    ("layout", "what"), [({}, "weights"), ({"zero1": 1}, "weights"), ({"zero1": 1}, "state"), ({"tensor": 3}, "state")]
+)
+def test_one_flipped_bit_names_its_rank_on_all_ranks(layout: dict[str, int], what: str) -> None:
+    """Tensor-parallel ranks have copies of what is not spread over them."""
+    first, *others = run_world(_flip, 3, (1, what), **layout)
     wanted = "optimizer state" if what == "state" else "weights"
-    assert all(f"step 7: .* do not: {wanted} of rank 1 differ from those of 2 other ranks" and told for told in found)
-    assert len(set(found)) == 1 and f"{wanted} of rank 1 differ from those of 2 other ranks" in found[0]
+    assert first is not None and others == [first, first]
+    assert f"step 7: ranks that must hold the same numbers do not: {wanted} of rank 1 differ from" in first[0]
+    assert first[0].count("those of 2 other ranks") == first[0].count(" differ ") and first[1] == (1,)
+
+
+def test_a_flipped_bit_of_one_copy_of_a_tied_weight_is_found() -> None:
+    first, second = run_world(_flip, 2, (1, "weights", True), pipeline=2)
+    assert first == second and first[1] == ()
+    assert "weights of rank 0 and rank 1 differ, and no majority says which is wrong" in first[0]
+
+
+def test_stages_hold_different_weights() -> None:
+    assert run_world(_flip, 2, (1, "weights"), pipeline=2) == [None, None]

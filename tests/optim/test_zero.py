@@ -7,8 +7,9 @@ from torch import nn
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh.layout import Parameter, parameter, whole
 from internlm_lite.mesh.mesh import Mesh, build_mesh, single_process_mesh, sizes_of
+from internlm_lite.optim.buckets import build_buckets
 from internlm_lite.optim.curves import learning_rate
-from internlm_lite.optim.norm import square_sum
+from internlm_lite.optim.norm import reduce_totals, square_sum
 from internlm_lite.optim.zero import HybridZeroOptimizer
 from tests.world import TIMEOUT, run_world
 
@@ -204,6 +205,23 @@ def test_an_overflow_on_one_rank_skips_the_step_everywhere():
         assert brain["scales"] == [1] * STEPS
 
 
+def squares(mesh: Mesh) -> list[float]:
+    """Sums of squares of a gradient of ones; then with something else on rank 1 alone."""
+    copy = parameter(whole("copy", (8,), summed=("ends",)), torch.float64, "cpu")
+    (bucket,) = build_buckets([copy], mesh.zero, 100, False, None)
+    found = []
+    for value in (1.0, float("inf"), float("nan")):
+        bucket.grads[:8] = value if mesh.rank == 1 else 1.0
+        found.append(reduce_totals([bucket], torch.float64, 1, (0.0, 0.0), 0.0, mesh).square_model_dtype.item())
+    return found
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {"zero1": 1}])
+def test_a_copy_counts_where_it_is_not_finite_and_nowhere_else(layout: dict[str, int]):
+    wanted = pytest.approx([8.0, float("inf"), float("nan")], rel=0, nan_ok=True)
+    assert run_world(squares, 2, **layout) == [wanted, wanted]
+
+
 def test_a_skipped_step_changes_nothing():
     mesh = single_process_mesh()
     units = [Unit("layers.0", torch.float16)]
@@ -235,3 +253,25 @@ def test_the_learning_rate_of_a_first_step_that_is_skipped_comes_again():
         outcome = optimizer.step(step, num_labels=8, global_tokens=8)
         assert outcome.next_lr.item() == learning_rate(max(0, step - 1), cfg.adam.lr, cfg.lr_scheduler)
         assert outcome.skips_in_a_row.item() == (step + 1 if step < 2 else 0)
+
+
+def test_overflows_in_a_row_are_counted_apart_and_through_checkpoints():
+    def step(kind: str) -> tuple[int, int]:
+        optimizer.buckets[0].grads.fill_(float("nan") if kind == "overflow" else 1.0)
+        optimizer.begin(1)
+        outcome = optimizer.step(0, 8, 8, loss_sum=1.0 if kind == "good" else float("nan"))
+        return int(outcome.skips_in_a_row), int(outcome.overflows_in_a_row)
+
+    def fresh() -> HybridZeroOptimizer:
+        return HybridZeroOptimizer([Unit("layers.0", torch.float64)], config(), single_process_mesh(), torch.float64)
+
+    optimizer = fresh()
+    kinds = ("overflow", "overflow", "bad loss", "overflow", "good", "overflow")
+    assert [step(kind) for kind in kinds] == [(1, 1), (2, 2), (3, 0), (4, 1), (0, 0), (1, 1)]
+    saved = optimizer.state_dict()
+    optimizer = fresh()
+    optimizer.load_state_dict(saved, moments=True)
+    assert step("overflow") == (1, 2)
+    del saved["overflows_in_a_row"]
+    optimizer.load_state_dict(saved, moments=True)
+    assert step("overflow") == (1, 1), "a checkpoint of before"

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from internlm_lite.errors import InternLMError
 from internlm_lite.runtime.log import setup_logging
 from internlm_lite.runtime.place import find_place
-from internlm_lite.runtime.start import announce_layout, end_process, start_world
+from internlm_lite.runtime.start import announce_layout, end_process, start_world, stop_world
 
 
 def main(environ: Mapping[str, str], seconds: float, die: bool = False) -> NoReturn:
@@ -25,15 +25,16 @@ def main(environ: Mapping[str, str], seconds: float, die: bool = False) -> NoRet
         start_world(place, torch.device("cpu"), timedelta(seconds=seconds))
     except InternLMError as error:
         print("MeshError:", error)
-        end_process(error.exit_code)
+        end_process(error.exit_code, place.world_size)
     if dist.is_initialized():
         total = torch.tensor([float(place.rank + 1)])
         dist.all_reduce(total)
         print(f"sum {total.item()} {dist.get_backend()} {place.launcher} attempt {place.attempt}")
     announce_layout(place.world_size, 1, 1)
     if die and place.attempt == 0 and place.rank == place.world_size - 1:
-        end_process(7)
-    end_process(0)
+        end_process(7, place.world_size)
+    stop_world()
+    end_process(0, place.world_size)
 
 
 def forked(output: str, environ: Mapping[str, str], seconds: float) -> NoReturn:

@@ -14,6 +14,7 @@ from internlm_lite.config.load import LoadedConfig
 from internlm_lite.config.schema import Config
 from internlm_lite.errors import ConfigError, StorageError
 from internlm_lite.runtime.folder import (
+    agents_of,
     create_run_folder,
     environment,
     find_run_folder,
@@ -135,6 +136,16 @@ def test_environment_has_no_secrets(monkeypatch):
     assert found["command"] == ["train.py", "--config", "c.py", "monitor.api_key=***", "data.seq_len=8"]
     assert found["time"] == "2023-11-10T11:45:20+00:00" and found["host"] == "gpu01"
     assert found["packages"]["torch"] and found["why"] == "started by torchrun"
+
+
+def test_the_agents_of_a_start_are_found_again(tmp_path):
+    folder = create_run_folder(tmp_path / "RUN", "job", NOW)
+    assert agents_of(folder) == set()
+    write_start(folder, loaded_from(), environment(PLACE, ["train.py"], "cpu", NOW, ["/tmp/a", "/tmp/b"]))
+    assert agents_of(folder) == {"/tmp/a", "/tmp/b"}
+    for text in ("", "[]", "{}", '{"agents": 3}', "\udcff"):
+        (folder / "env.json").write_text(text, encoding="utf-8", errors="surrogateescape")
+        assert agents_of(folder) == set(), text
 
 
 def test_a_secret_is_masked_under_any_name_and_in_every_file(tmp_path):

@@ -11,7 +11,9 @@ TORCHRUN = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu01",
     "MASTER_PORT": "29400", "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "2",
     "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1",
+    "TORCHELASTIC_ERROR_FILE": "/tmp/torchelastic_a/none_b/attempt_2/1/error.json",
 }  # fmt: skip
+LATER = "/tmp/torchelastic_a/none_b/attempt_3/0/error.json"
 
 # Task 2 of `srun -N 2 -n 3` inside an allocation made with --ntasks-per-node=2: that variable is stale.
 SRUN = {
@@ -43,6 +45,8 @@ def test_torchrun():
     assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (5, 8, 1, 4)
     assert (place.launcher, place.master_host, place.master_port) == ("torch", "gpu01", 29400)
     assert (place.attempt, place.supervised, place.agent_store) == (2, True, True)
+    assert place.agent == "/tmp/torchelastic_a/none_b" == place_of(TORCHRUN | {"TORCHELASTIC_ERROR_FILE": LATER}).agent
+    assert place_of(TORCHRUN | {"TORCHELASTIC_ERROR_FILE": ""}).agent == "", "torchrun --log-dir /dev/null"
     assert "TORCHELASTIC_RUN_ID" in place.why and "\n" not in place.why
     assert place.cpu_threads is None, "torchrun's own OMP_NUM_THREADS=1 is not a wish"
 

@@ -18,6 +18,7 @@ import torch
 from internlm_lite.batch import Batch, Position
 from internlm_lite.config.schema import Config
 from internlm_lite.data.loader import TrainingData
+from internlm_lite.faults.signals import StopSignals
 from internlm_lite.mesh.layout import Box
 from internlm_lite.mesh.mesh import Mesh, Sizes, build_mesh, single_process_mesh
 from internlm_lite.models.stages import Stages
@@ -134,7 +135,7 @@ def run_one(mesh: Mesh, config: Config, folder: Path) -> Seen:
         seen.initial = {p.part.name: p.detach().clone() for stage in run.stages.values() for p in stage.parameters()}  # type: ignore[misc]
     _watch(run.optimizer._reducer, seen)
     try:
-        train(replace(run, data=_Watched(run.data, seen)))  # type: ignore[arg-type]
+        train(replace(run, data=_Watched(run.data, seen)), StopSignals())  # type: ignore[arg-type]
     finally:
         run.reporter.close()
     seen.after = weights_of(run.stages)

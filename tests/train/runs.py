@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from internlm_lite.config.schema import Config
+from internlm_lite.faults.signals import StopSignals
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.monitor.jsonl import read_metrics
 from internlm_lite.train.build import build_run
@@ -48,7 +49,7 @@ def run_training(mesh: Mesh, config: Config, folder: Path, resume: str = "auto")
     folder.mkdir(parents=True, exist_ok=True)
     run = build_run(config, mesh, folder, resume, terminal=False)
     try:
-        train(run)
+        train(run, StopSignals())
     finally:
         run.saving.close(wait=True)
         run.reporter.close()

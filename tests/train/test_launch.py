@@ -90,6 +90,25 @@ def test_a_killed_rank_ends_the_job_with_its_peers_code(folder: Path):
     assert "LOAD PLAN" in resumed[0].output or "loaded checkpoint" in resumed[0].output
 
 
+def test_torchruns_start_again_goes_on_whatever_resume_says(folder: Path):
+    """As when a machine joins: no agent counts a restart then."""
+
+    def started(agent: str, steps: int) -> str:
+        error_file = f"/tmp/torchelastic/{agent}/attempt_0/0/error.json"
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "1"}
+        common |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_ERROR_FILE": error_file}
+        (rank,) = start_ranks(folder, 1, "--resume", "none", f"data.total_steps={steps}", common=common)
+        done = cli.ended(*rank)
+        assert done.code == 0, done.output
+        return (folder / "RUN" / "launch" / "latest").resolve().name
+
+    first = started("none_a", 4)
+    assert started("none_a", 6) == first
+    assert [line["seg"] for line in metrics_of(folder)] == [0] * 4 + [1] * 2
+    assert started("none_b", 2) != first, "another launch trains anew"
+    assert [line["step"] for line in metrics_of(folder)] == [0, 1]
+
+
 def test_what_is_wrong_on_all_ranks_is_said_once(folder: Path):
     ended = [cli.ended(*rank) for rank in start_ranks(folder, 3, "data.train_folder=absent")]
     assert [one.code for one in ended] == [2, 2, 2], ended

@@ -2,42 +2,100 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from internlm_lite.faults.signals import StopSignals
+from internlm_lite.faults.signals import WATCHED, StopSignals
 from internlm_lite.monitor.jsonl import read_metrics, read_objects
+from internlm_lite.optim.zero import StepOutcome
 from internlm_lite.train.requests import Order, Requests
 from tests.cli import ROOT, ended, start
 
 
+def outcome(asked: tuple[float, float]) -> StepOutcome:
+    """Of a step in which nothing happened."""
+    zero, number = torch.zeros(()), torch.zeros((), dtype=torch.int64)
+    return StepOutcome(
+        norm_model_dtype=zero,
+        norm_fp32=zero,
+        skipped=torch.tensor(False),
+        spikes=torch.zeros(2, dtype=torch.float64),
+        loss_scale=torch.ones(()),
+        skipped_steps=number,
+        skips_in_a_row=number,
+        overflows_in_a_row=number,
+        next_lr=zero,
+        beta2=0.9,
+        requests=torch.tensor(asked, dtype=torch.float64),
+    )
+
+
 def asked(requests: Requests, steps: int) -> list[Order]:
-    return [
-        requests.order(torch.tensor(requests.now(), dtype=torch.float64), torch.zeros(2, dtype=torch.float64), step)
-        for step in range(1, steps + 1)
-    ]
+    return [requests.order(outcome(requests.now()), step) for step in range(1, steps + 1)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Those of pytest, once a test has ended."""
+    before = {number: signal.getsignal(number) for number in WATCHED}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", WATCHED)
 def test_a_signal_is_obeyed_one_step_after_it_was_told(number: signal.Signals):
-    before = signal.getsignal(number)
     with StopSignals() as signals:
         requests = Requests(signals, None, is_main=True)
         assert asked(requests, 3) == [Order()] * 3
         os.kill(os.getpid(), number)
         assert asked(requests, 2) == [Order(), Order(True, True, number.name)]
-    assert signal.getsignal(number) is before
+    _send(*WATCHED)  # and this process lives
 
 
 def _send(*numbers: signal.Signals) -> None:
     for number in numbers:
         os.kill(os.getpid(), number)
         time.sleep(0.01)  # a signal is noted between two instructions
+
+
+class Interrupted(logging.Handler):
+    """Many signals come while it writes a record."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[str] = []
+        self._in: int | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        assert self._in != threading.get_ident(), "a record within a record"
+        self._in = threading.get_ident()
+        if record.getMessage() == "step 7":
+            _send(*[signal.SIGTERM] * 5)
+        self.written.append(record.getMessage())
+        self._in = None
+
+
+def test_signals_in_the_middle_of_a_log_record_leave_it_whole():
+    handler, logger = Interrupted(), logging.getLogger("internlm_lite")
+    logger.addHandler(handler)
+    try:
+        with StopSignals():
+            logger.warning("step 7")
+            for thread in threading.enumerate():
+                if thread.name == "signal":
+                    thread.join()
+    finally:
+        logger.removeHandler(handler)
+    assert handler.written == ["step 7", "SIGTERM: the run stops within two steps; Ctrl-C (again) stops it at once"]
 
 
 def test_what_a_launcher_sends_twice_is_asked_once():

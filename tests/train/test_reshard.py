@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from internlm_lite.config.schema import Config
+from internlm_lite.faults.signals import StopSignals
 from internlm_lite.mesh.layout import Box
 from internlm_lite.mesh.mesh import Mesh, Sizes, build_mesh, single_process_mesh
 from internlm_lite.optim.zero import HybridZeroOptimizer
@@ -110,7 +111,7 @@ def run_one(mesh: Mesh, config: Config, folder: Path) -> Ran:
     run = build_run(config, mesh, folder, "auto", terminal=False)
     held = watch(run) if config.ckpt.enable_save_ckpt else held_by(run.optimizer)
     try:
-        train(run)
+        train(run, StopSignals())
     finally:
         run.saving.close(wait=True)
         run.reporter.close()
@@ -189,7 +190,7 @@ def test_another_dtype_takes_the_fp32_masters(saved: str, loaded: str, tmp_path:
         for param in stage.parameters():
             master = masters["master", param.part.name]  # type: ignore[attr-defined]
             assert param.dtype == torch_dtype(f"torch.{loaded}") and torch.equal(param, master.to(param.dtype))
-    train(run)
+    train(run, StopSignals())
     run.reporter.close()
     rest = read_metrics(tmp_path / "second" / "metrics.jsonl")
     assert [step["loss_scale"] for step in rest] == SCALES[saved, loaded]

@@ -142,7 +142,7 @@ def test_another_batch_size_is_told(corpus: Path, tmp_path: Path, caplog: pytest
     logger.addHandler(caplog.handler)
     run_training(mesh, Config.model_validate(values), tmp_path / "second")
     logger.removeHandler(caplog.handler)
-    assert "a step takes 128 tokens now, 256 when checkpoint" in caplog.text
+    assert "a step takes 128 tokens now, expected 256 as when the run of checkpoint" in caplog.text
 
 
 def test_a_finished_run_resumes_to_nothing(corpus: Path, tmp_path: Path):
@@ -270,9 +270,11 @@ def test_what_is_due_when():
 
 
 def test_a_step_that_is_not_finite_does_not_spoil_a_save_before_the_next_line(tmp_path: Path, corpus: Path) -> None:
-    ckpt = {"enable_save_ckpt": True, "save_ckpt_folder": f"local:{tmp_path / 'saves'}", "checkpoint_every": 3}
-    config = tiny(corpus, adam={"lr": 1e300}, monitor={"log_every": 4}, ckpt={**ckpt, "async_upload": False})
-    whole = run_training(single_process_mesh(), config, tmp_path / "run")
-    middle = next((tmp_path / "saves" / "commits").glob("0000000006-*"))
-    resumed = run_training(single_process_mesh(), config, tmp_path / "again", f"{tmp_path}/saves/commits/{middle.name}")
+    diverging = {"adam": {"lr": 1e300}, "monitor": {"log_every": 4}}
+    whole = run_training(single_process_mesh(), tiny(corpus, **diverging), tmp_path / "run")
+    (tmp_path / "stop").write_text("6")
+    ckpt = {"enable_save_ckpt": True, "save_ckpt_folder": f"local:{tmp_path / 'saves'}", "async_upload": False}
+    stopped = tiny(corpus, **diverging, ckpt={**ckpt, "stop_file_path": str(tmp_path / "stop")})
+    assert len(run_training(single_process_mesh(), stopped, tmp_path / "stopped")) == 1
+    resumed = run_training(single_process_mesh(), stopped, tmp_path / "again")
     assert whole[-1]["loss"] is None and resumed[-1]["folders"] == whole[-1]["folders"]

@@ -195,18 +195,19 @@ def test_ranks_agree_on_the_folder(folder: Path):
 
 
 def test_a_run_that_fails_says_why(folder: Path):
-    diverged = trained(folder, "STEPS=60", "adam.lr=1e30", "lr_scheduler.warmup_ratio=0", "--resume", "none")
+    assert trained(folder).code == 0
+    diverged = trained(folder, "STEPS=60", "adam.lr=1e30", "lr_scheduler.warmup_ratio=0")
     assert diverged.code == 7, diverged.output
     (run,) = runs_in(folder)
     (failed,) = events_of(run, "failed")
-    assert failed["why"].startswith("NumericsError: ") and (failed["rank"], failed["seg"]) == (0, 0)
+    assert failed["why"].startswith("NumericsError: ") and (failed["rank"], failed["seg"]) == (0, 1)
     lines = len(read_metrics(run / "metrics.jsonl"))
     (folder / "corpus").rename(folder / "moved")
     missing = trained(folder, "STEPS=60")
     assert missing.code == 2 and "Traceback" not in missing.output
     assert runs_in(folder) == [run]
     failed = events_of(run, "failed")[1]
-    assert failed["why"].startswith("DataError: ") and "corpus" in failed["why"] and failed["seg"] == 1
+    assert failed["why"].startswith("DataError: ") and "corpus" in failed["why"] and failed["seg"] == 2
     assert len(read_metrics(run / "metrics.jsonl")) == lines
 
 
@@ -227,7 +228,7 @@ def test_a_checkpoint_tells_which_run_wrote_it(tmp_path: Path):
     config = saving_to(saves)
     assert last_run(config) is None
     run_training(single_process_mesh(), config, tmp_path / "2026-01-02_03-04-05")
-    assert last_run(config) == LastRun("2026-01-02_03-04-05", 8, 4 * 2 * 32, (4, 2, 32))
+    assert last_run(config) == LastRun("2026-01-02_03-04-05", 8, 4 * 2 * 32, config.data.model_dump())
     saves.rename(tmp_path / "copy")
     assert last_run(saving_to(tmp_path / "copy")) is None, "the run that wrote it may be alive, with folders of its own"
     (tmp_path / "copy").rename(saves)

@@ -11,6 +11,7 @@ import torch
 from internlm_lite.config.schema import Config
 from internlm_lite.data.tokenizer import Tokenizer, train_tokenizer
 from internlm_lite.errors import DataError
+from internlm_lite.faults.signals import StopSignals
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from internlm_lite.monitor.jsonl import read_metrics, read_objects
 from internlm_lite.train import samples
@@ -155,6 +156,6 @@ def test_a_run_that_is_stopped_shows_no_last_samples(data: Path, tmp_path: Path)
     run = build_run(
         config_for(data, 2, ckpt={"stop_file_path": str(stop)}), single_process_mesh(), tmp_path, "none", terminal=False
     )
-    assert train(run).stopped_by == "stop file with 3"
+    assert train(run, StopSignals()).stopped_by == "stop file with 3"
     run.reporter.close()
     assert [sample["step"] for sample in samples_in(tmp_path)] == [2, 2]

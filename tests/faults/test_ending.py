@@ -1,0 +1,114 @@
+"""How a rank leaves that fails, or is told that the job stands still: which rank the report names."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from internlm_lite.checkpoint.agree import _raise_same
+from internlm_lite.errors import CheckpointError, InternLMError, PeerLostError, StorageError
+from internlm_lite.faults.beats import Limits, Verdict
+from internlm_lite.faults.failure import Failure, read_failures, record
+from internlm_lite.faults.watchdog import Watchdog
+from internlm_lite.runtime.place import Place
+from internlm_lite.train.ending import Ending
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that were waited, in no time."""
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    return waits
+
+
+def _ending(folder: Path, rank: int = 2) -> Ending:
+    ending = Ending(Place(rank, 3, rank, 3, f"node{rank}", "torch", "", "node0", 1))
+    ending.folder = folder
+    ending.watchdog = Watchdog(rank, 3, None, Limits(2.0, {}), lambda verdict: None, f"node{rank}")
+    ending.watchdog.enter("training", 33)
+    return ending
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "FAILED.json").read_text())
+    return found
+
+
+def test_a_rank_that_says_nothing_is_where_the_verdict_has_it(tmp_path: Path, slept: list[float]) -> None:
+    (tmp_path / "logs").mkdir()
+    _ending(tmp_path)._tell_hang(Verdict((0, 1), "they hang", "updating", 32, ("node0", "node1")))
+    keys = ("rank", "host", "phase", "step", "kind", "follows", "guessed")
+    report = _report(tmp_path)
+    found = [tuple(each[key] for key in keys) for each in (report["cause"], *report["others"])]
+    assert found == [
+        (0, "node0", "updating", 32, "hang", False, True),
+        (1, "node1", "updating", 32, "hang", False, True),
+        (2, "node2", "training", 33, "hang", True, False),
+    ]
+    assert slept, "the others are to hear of it first"
+
+
+def test_a_peer_that_is_lost_in_a_hang_does_not_change_the_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(*_: object) -> None:
+        raise InterruptedError("by the watchdog's thread")
+
+    ending = _ending(tmp_path)
+    monkeypatch.setattr("internlm_lite.train.ending.leave_now", lambda *_: None)
+    ending.hang(Verdict((1,), "it hangs", "training", 33, ("node1",)))
+    monkeypatch.setattr(time, "sleep", ended)
+    with pytest.raises(InterruptedError):
+        ending.failed(PeerLostError("rank 1 is gone"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_rank_is_the_cause(tmp_path: Path) -> None:
+    _ending(tmp_path).failed(KeyboardInterrupt())
+    cause = _report(tmp_path)["cause"]
+    assert [cause[key] for key in ("rank", "kind", "exit_code", "follows", "trace")] == [
+        2,
+        "interrupted",
+        130,
+        False,
+        "",
+    ]
+
+
+@pytest.mark.parametrize(("guilty", "follows"), [((0,), True), ((1, 2), False), ((), False)])
+def test_who_raises_what_befell_another_rank_follows(
+    guilty: tuple[int, ...], follows: bool, tmp_path: Path, slept: list[float]
+) -> None:
+    record(tmp_path, Failure(0, "node0", 33, "saving", "StorageError", "full", 6, follows=False))
+    error = StorageError("full")
+    error.guilty = guilty
+    ending = _ending(tmp_path)
+    ending.failed(error)
+    assert {each.rank: each.follows for each in read_failures(tmp_path)} == {0: False, 2: follows}
+    assert ending.told_elsewhere
+
+
+def test_a_guess_about_itself_is_no_cause_for_a_rank_to_wait_for(tmp_path: Path, slept: list[float]) -> None:
+    """It was frozen for a while, and rank 1 died meanwhile."""
+    record(tmp_path, Failure(2, "node2", 33, "updating", "lost", "gone", 5, follows=False, guessed=True))
+    ending = _ending(tmp_path)
+    ending.watchdog.silent = lambda: [1]  # type: ignore[method-assign]
+    ending.failed(PeerLostError("a peer is lost"))
+    cause = _report(tmp_path)["cause"]
+    assert (cause["rank"], cause["kind"], cause["host"], cause["step"]) == (1, "lost", "an unknown host", 33)
+
+
+def test_an_agreed_error_knows_whom_it_befell() -> None:
+    stuck = (StorageError, "rank 1: it hangs")
+    with pytest.raises(StorageError) as named:
+        _raise_same([None, stuck, None], None)
+    with pytest.raises(StorageError) as several:
+        _raise_same([(StorageError, "full"), stuck, (CheckpointError, "full"), None], None)
+    assert str(named.value) == "rank 1: it hangs" and str(several.value) == "rank 0, 2: full\nrank 1: it hangs"
+    assert (named.value.guilty, several.value.guilty) == ((1,), (0, 1, 2))
+    assert InternLMError("mine").guilty == ()

@@ -1,0 +1,116 @@
+"""Before the first step and after the last one: signals, errors, ranks that do not come or do not end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from internlm_lite.data.loader import one_ahead
+from internlm_lite.errors import PeerLostError
+from internlm_lite.mesh.mesh import single_process_mesh
+from internlm_lite.pipeline.errors import peer_or_own_error
+from tests import cli
+from tests.faults.worlds import Job, arguments, events, report
+
+
+class Disturbed(Job):
+    """Ranks of tests/faults/ends.py."""
+
+    def start(self, *ranks: int) -> None:
+        for rank in ranks:
+            environment = {**self._common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self.ranks[rank] = cli.start(
+                "tests/faults/ends.py", *self._more, folder=self.folder, log=self._log(rank), environment=environment
+            )
+
+
+def few(*more: str) -> tuple[str, ...]:
+    """Of a run of six steps that saves at its end alone."""
+    return arguments(*more, steps=6, every=0)
+
+
+def test_a_signal_while_the_model_is_built_stops_all_ranks_after_the_first_steps(tmp_path: Path) -> None:
+    with Disturbed(tmp_path, 2, *few(), DO="TERM build 1") as job:
+        assert job.codes() == [3, 3], job.output()[-6000:]
+    (stopped,) = events(tmp_path, "stopped")
+    assert stopped["step"] <= 2 and "saved rescue checkpoint" in job.output(0)
+
+
+def test_signals_after_the_last_save_change_nothing(tmp_path: Path) -> None:
+    with Disturbed(tmp_path, 2, *few(), DO="USR1 close 0;INT close 1;TERM part 0;USR1 part 1") as job:
+        job.finish()
+    assert events(tmp_path, "done")
+
+
+def test_a_rank_that_is_stopped_at_the_very_end_is_named(tmp_path: Path) -> None:
+    with Disturbed(tmp_path, 2, *few("--timeout", "2"), DO="STOP part 1") as job:
+        assert job.codes(0) == [4], job.output()[-6000:]
+    cause = report(tmp_path)["cause"]
+    assert (cause["rank"], cause["kind"]) == (1, "hang")
+
+
+@pytest.mark.parametrize("what", ["KILL part", "full log"])
+def test_the_rank_that_ends_at_the_edge_of_a_run_is_the_cause(what: str, tmp_path: Path) -> None:
+    with Disturbed(tmp_path, 2, *few(), DO=f"{what} 1") as job:
+        assert job.codes() == ([5, -signal.SIGKILL] if what == "KILL part" else [5, 6]), job.output()[-6000:]
+    cause = report(tmp_path)["cause"]
+    assert (cause["rank"], cause["kind"]) == (1, "lost" if what == "KILL part" else "StorageError")
+
+
+def test_an_exit_in_the_middle_is_no_success(tmp_path: Path) -> None:
+    with Disturbed(tmp_path, 1, *few(), DO="exit forward 0") as job:
+        assert job.codes() == [1], job.output()[-6000:]
+    assert "something called sys.exit(0) in the middle of the run" in job.output()
+    assert "Traceback" not in job.output()
+
+
+def test_an_error_in_a_stage_of_a_pipeline_keeps_its_name(tmp_path: Path) -> None:
+    two = ("parallel.pipeline.size=2", "model.num_layers=2", "data.micro_num=2")
+    with Disturbed(tmp_path, 2, *few(*two), DO="broken forward 1") as job:
+        assert job.codes() == [5, 1], job.output()[-6000:]
+    cause = report(tmp_path)["cause"]
+    assert (cause["rank"], cause["kind"], cause["message"]) == (1, "ValueError", "this rank is broken")
+    assert "in forward" in cause["trace"] and "[Stage" not in cause["trace"]
+
+
+def test_a_lost_peer_within_a_stage_keeps_what_it_came_from() -> None:
+    lost, gloo = PeerLostError("lost a peer"), RuntimeError("gloo: connection closed")
+    lost.__cause__ = gloo
+    with pytest.raises(PeerLostError) as raised, peer_or_own_error(single_process_mesh().pp):
+        raise RuntimeError("[Stage 1] failed to run forward") from lost
+    assert raised.value is lost and lost.__cause__ is gloo
+
+
+def test_ctrl_c_ends_the_wait_for_other_ranks(tmp_path: Path) -> None:
+    with Job(tmp_path, 2, *arguments("--timeout", "600"), ranks=[0]) as job:
+        until_there = timedelta(seconds=60)
+        store = TCPStore("127.0.0.1", int(job.port), 2, False, until_there, wait_for_workers=False)
+        PrefixStore("world2", store).wait(["here/0"], until_there)
+        job.signal(0, signal.SIGINT)
+        assert job.codes() == [130], job.output()
+    assert "interrupted" in job.output() and "Traceback" not in job.output()
+
+
+def test_ctrl_c_does_not_wait_for_data_that_hang() -> None:
+    come = threading.Event()
+
+    def hanging() -> Iterator[int]:
+        yield 0
+        yield int(come.wait(20))
+
+    items = one_ahead(hanging())
+    assert next(items) == 0
+    press = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        press.start()
+        next(items)
+    (waiting,) = (thread for thread in threading.enumerate() if thread.name.startswith("data"))
+    come.set()
+    waiting.join()

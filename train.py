@@ -70,13 +70,14 @@ def main() -> None:
     from internlm_lite.config.load import load_config
     from internlm_lite.config.view import print_config
     from internlm_lite.errors import ConfigError, InternLMError
-    from internlm_lite.runtime.place import adopt_s3_keys, find_place, limit_spinning, no_error_reports
+    from internlm_lite.runtime.place import adopt_s3_keys, find_place, limit_spinning, no_error_reports, quiet_sockets
 
     overrides = [*arguments.cfg_options, *arguments.overrides]
     if arguments.seed is not None:
         overrides.append(f"seed={arguments.seed}")
     rank = 0
     limit_spinning(os.environ)
+    quiet_sockets(os.environ)
     no_error_reports(os.environ)
     try:
         adopt_s3_keys(os.environ)

@@ -7,7 +7,7 @@
 # LOG_FOLDER (.) gets slurm-JOB/rank-N.log, one per rank. REPOSITORY: this repository, if sbatch is called elsewhere.
 #
 # Before the time limit every rank saves and stops, and the job is put back into the queue; it goes on from there. So it
-# is when a rank hangs or dies. A wrong config, full storage and diverged training end it. scancel JOB ends it for good.
+# is when a rank fails, hangs or dies. A wrong config, full storage and diverged training end it. scancel JOB ends it for good.
 # A node that stays away: scontrol update JobId=JOB NumNodes=1 NumTasks=8 goes on with fewer, where the layout allows it.
 #SBATCH --job-name=internlm_lite
 #SBATCH --nodes=1

@@ -21,13 +21,12 @@ _END_SECONDS = 20.0
 def nothing_is_left_behind() -> Iterator[None]:
     """Set up before all other fixtures of the session, and so torn down after them."""
     mark = os.environ[_MARK] = uuid.uuid4().hex
-    before = {*_namespaces(), *_mounts()}
     yield
     deadline = time.monotonic() + _END_SECONDS
     while (left := processes(mark)) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not left, f"processes left behind: {left}"
-    assert not (left_there := {*_namespaces(), *_mounts()} - before), f"left behind: {left_there}"
+    assert not (named := [*_namespaces(), *_mounts()]), f"left behind: {named}"
 
 
 def processes(mark: str) -> dict[int, str]:
@@ -43,10 +42,12 @@ def processes(mark: str) -> dict[int, str]:
     return found
 
 
-def _namespaces() -> set[str]:
-    return {f"network namespace {path.name}" for path in Path("/run/netns").glob("*")}
+def _namespaces() -> list[str]:
+    """Those that bear this process's number, as NetLab names them."""
+    return [f"network namespace {path.name}" for path in Path("/run/netns").glob(f"lab{os.getpid()}n*")]
 
 
-def _mounts() -> set[str]:
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return {f"mount {line.split()[4]}" for line in lines if "/run/netns" not in line}
+def _mounts() -> list[str]:
+    """Those of devices that end in this process's number, as small disks do."""
+    lines = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    return [f"mount {place}" for device, place, *_ in lines if device.endswith(f"-{os.getpid()}")]

@@ -112,10 +112,11 @@ def clear_failures(folder: Path) -> None:
 
 
 def summary(failures: Sequence[Failure]) -> str:
-    """One paragraph for people."""
+    """One paragraph for people, and for launch/slurm.sh, which takes the code from it."""
     cause, *others = failures
-    at = f"at step {cause.step}, " if cause.step is not None else ""
-    text = f"rank {cause.rank} on {cause.host} failed first, {at}{cause.phase}: {cause.kind}: {cause.message}"
+    where = f"at step {cause.step}, {cause.phase}" if cause.step is not None else cause.phase
+    text = f"rank {cause.rank} on {cause.host} failed first (code {cause.exit_code}), {where}: {cause.kind}: "
+    text += cause.message
     if others:
         named = ", ".join(str(other.rank) for other in others[:8]) + (", ..." if others[8:] else "")
         text += f"\n  others failed because of it, or after it: {named}"

@@ -48,6 +48,8 @@ class Place:
     """True: it serves the store already."""
     agent: str = ""
     """torchrun's agent that started this process: the folder it made for logs, no other has one of that name."""
+    idle_tasks: int = 0
+    """Tasks of the Slurm job around a single process, which do nothing, though nobody asked for one process."""
     cpu_threads: int | None = None
     """Threads per process that the launcher or the user set; None: not set."""
 
@@ -63,6 +65,13 @@ def limit_spinning(environ: MutableMapping[str, str]) -> None:
     idle cores the shorter spin cost nothing that could be told from noise.
     """
     environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def quiet_sockets(environ: MutableMapping[str, str]) -> None:
+    """torch's warnings about connections come with 40 lines of C++ frames each; our errors say what they mean. Call it
+    before torch is loaded; the user's own value wins.
+    """
+    environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def no_error_reports(environ: MutableMapping[str, str]) -> None:
@@ -131,8 +140,10 @@ def find_place(
 
     Raises MeshError naming the variables when they are missing or contradict each other.
     """
+    idle_tasks = 0
     if launcher == "auto":
         launcher, why = _recognise(environ)
+        idle_tasks = _number(environ, "SLURM_NTASKS", 1) - 1
     else:
         why = f"--launcher {launcher}"
     if launcher == "torch":
@@ -142,7 +153,19 @@ def find_place(
     elif launcher == "single":
         wished = environ.get("OMP_NUM_THREADS", "")
         threads = int(wished) if wished.isdecimal() else None
-        place = Place(0, 1, 0, 1, _hostname(environ), "single", why, "localhost", port or 0, cpu_threads=threads)
+        place = Place(
+            rank=0,
+            world_size=1,
+            local_rank=0,
+            local_world_size=1,
+            hostname=_hostname(environ),
+            launcher="single",
+            why=why,
+            master_host="localhost",
+            master_port=port or 0,
+            idle_tasks=idle_tasks,
+            cpu_threads=threads,
+        )
     else:
         raise MeshError(f"launcher {launcher!r}: expected auto, torch, slurm or single")
     _check(place)
@@ -159,11 +182,8 @@ def _recognise(environ: Environ) -> tuple[Launcher, str]:
         return "slurm", f"a task of srun: SLURM_PROCID={environ['SLURM_PROCID']} is set"
     if "SLURM_JOB_ID" in environ:
         shell = "a batch script or interactive shell" if "SLURM_PROCID" in environ else "a shell"
-        job = environ["SLURM_JOB_ID"]
-        return (
-            "single",
-            f"{shell} inside Slurm job {job}, not a task of srun; to use the whole job: srun python train.py",
-        )
+        inside = f"{shell} inside Slurm job {environ['SLURM_JOB_ID']} of {environ.get('SLURM_NTASKS', '1')} tasks"
+        return "single", f"{inside}, not a task of srun; to use the whole job: srun python train.py"
     if environ.get("WORLD_SIZE", "1") != "1":
         return "torch", f"WORLD_SIZE={environ['WORLD_SIZE']} is set"
     return "single", "no variable of torchrun or Slurm is set"
@@ -221,6 +241,11 @@ def _from_slurm(
         ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"],
         "srun sets them for each of its tasks; start with srun, or pass --launcher single for one process",
     )
+    if _is_shell(environ) and _number(environ, "SLURM_NTASKS") > 1:
+        raise MeshError(
+            f"Slurm: found a batch script or interactive shell, expected one of the {environ['SLURM_NTASKS']} tasks of "
+            "srun: say srun python train.py, or pass --launcher single for one process"
+        )
     nodes_text = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
     if not nodes_text:
         raise MeshError("Slurm: SLURM_STEP_NODELIST and SLURM_JOB_NODELIST are not set; start with srun")

@@ -97,7 +97,7 @@ def run_job(loaded: LoadedConfig, place: Place, options: Options) -> NoReturn:
 def _run(loaded: LoadedConfig, place: Place, options: Options, ending: Ending) -> int:
     config = loaded.config
     if place.is_main:
-        logger.info(place.why)
+        logger.log(logging.WARNING if place.idle_tasks else logging.INFO, place.why)
         for note in loaded.notes:
             logger.info(note)
     check_packages(config.monitor)

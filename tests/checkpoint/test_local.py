@@ -137,7 +137,8 @@ def test_folder_nobody_can_make_is_a_clear_error() -> None:
 def test_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(small)], capture_output=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", f"disk-{os.getpid()}", str(small)]
+    mounted = subprocess.run(mount, capture_output=True)
     if mounted.returncode:
         pytest.skip("needs the right to mount a small tmpfs")
     try:

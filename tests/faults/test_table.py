@@ -120,8 +120,9 @@ def test_a_rank_that_is_gone_is_named(size: int, guilty: int, how: str, undistur
     assert cause["step"] == AT and cause["phase"] in ("training", "updating")
     assert sorted(other["rank"] for other in report(tmp_path)["others"]) == others
     for rank in others:
-        assert f"rank {guilty} on {cause['host']} failed first, at step {AT}, {cause['phase']}: lost" in job.output(
-            rank
+        assert (
+            f"rank {guilty} on {cause['host']} failed first (code 5), at step {AT}, {cause['phase']}: lost"
+            in job.output(rank)
         )
     if how == "kill" and size == 2:
         newest = snapshots(tmp_path)[0]

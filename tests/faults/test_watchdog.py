@@ -342,7 +342,7 @@ def test_the_cause_stands_first_whatever_the_clocks_say(tmp_path: Path) -> None:
         record(tmp_path, failure)
     assert [failure.rank for failure in read_failures(tmp_path)] == [3, 2, 0]
     text = summary(read_failures(tmp_path))
-    assert text.startswith("rank 3 on node3 failed first, at step 12, training: RuntimeError: m3\n")
+    assert text.startswith("rank 3 on node3 failed first (code 1), at step 12, training: RuntimeError: m3\n")
     assert text.endswith("others failed because of it, or after it: 2, 0")
 
 

@@ -100,10 +100,12 @@ def test_a_killed_rank_is_requeued_and_a_cancelled_job_is_not(slurm: SlurmLab, f
     os.kill(victim, 9)
     slurm.start_now(job)
     text = (folder / f"slurm-{job}.log").read_text()
-    assert "code 137: a rank was killed; requeued" in text, texts(folder)
+    assert "rank 2 on node2 failed first (code 5), at step" in text and "code 5: a rank was lost; requeued" in text, (
+        text
+    )
     told = json.loads((folder / "RUN" / "launch" / "latest" / "FAILED.json").read_text())
     assert (told["cause"]["rank"], told["cause"]["kind"]) == (2, "lost"), told
-    assert (folder / f"slurm-{job}" / "failures").read_text() == "137\n"
+    assert (folder / f"slurm-{job}" / "failures").read_text() == "5\n"
     await_line(log, "step=0 ", job, slurm, times=2)
     slurm.run("scancel", job)
     assert slurm.await_end(job)["JobState"] == "CANCELLED"

@@ -123,6 +123,13 @@ def test_single(environ, why):
     place = place_of(environ)
     assert (place.launcher, place.rank, place.world_size, place.local_world_size) == ("single", 0, 1, 1)
     assert why in place.why and "\n" not in place.why
+    assert place.idle_tasks == int(environ.get("SLURM_NTASKS", "1")) - 1
+    assert place_of(environ, "single").idle_tasks == 0
+
+
+def test_a_batch_script_is_no_task_of_srun():
+    with pytest.raises(MeshError, match="expected one of the 4 tasks of srun: say srun python"):
+        place_of(BATCH_SHELL, "slurm")
 
 
 def test_asked_for_launcher_wins():

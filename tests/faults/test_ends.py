@@ -92,13 +92,21 @@ def test_ctrl_c_ends_the_wait_for_other_ranks(tmp_path: Path) -> None:
     with Job(tmp_path, 2, *arguments("--timeout", "600"), ranks=[0]) as job:
         until_there = timedelta(seconds=60)
         store = TCPStore("127.0.0.1", int(job.port), 2, False, until_there, wait_for_workers=False)
-        PrefixStore("world2", store).wait(["here/0"], until_there)
+        PrefixStore("world2", store).wait(["round"], until_there)
         job.signal(0, signal.SIGINT)
         assert job.codes() == [130], job.output()
     assert "interrupted" in job.output() and "Traceback" not in job.output()
 
 
-def test_ctrl_c_does_not_wait_for_data_that_hang() -> None:
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """It is heard, also where tests were started in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_does_not_wait_for_data_that_hang(ctrl_c: None) -> None:
     come = threading.Event()
 
     def hanging() -> Iterator[int]:

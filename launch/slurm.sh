@@ -75,7 +75,10 @@ tasks=${SLURM_NTASKS:-}
 most=$((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-0}))
 [ "$most" -gt 0 ] && [ "${tasks:-$most}" -ge "$most" ] && tasks=$most
 
-begin=$(date '+%F %T')
+# A requeued job goes on in the same logs: what this start says stands behind these sizes.
+declare -A sizes=()
+for log in "$logs"/rank-*.log; do [ ! -f "$log" ] || sizes[$log]=$(stat --format %s "$log"); done
+
 # A dead rank ends the step at once instead of leaving the others to wait for their time-outs.
 # srun does not take over --cpus-per-task from sbatch.
 srun --kill-on-bad-exit=1 ${tasks:+--ntasks="$tasks"} --output="$logs/rank-%t.log" --open-mode=append \
@@ -93,16 +96,42 @@ done
 wait "$step"
 code=$?
 
-# srun's code is the highest of all ranks', 128 and more where one was killed; the cause may be another one, and is named
-# in the logs of ranks that failed because of it.
-cause=$(awk -v begin="$begin" '$0 >= begin && / failed first \(code /' "$logs"/rank-*.log | tail -n 1)
-if [ -n "$cause" ]; then
-    say "${cause#* -- }"
-    cause=${cause#* failed first (code } && code=${cause%%)*}
+if [ "$code" = 0 ]; then
+    say "done"
+    exit 0
 fi
+
+new_part() { tail -c "+$((${sizes[$1]:-0} + 1))" "$1" 2>/dev/null; }
+rank_0_said() { grep -qE "$1" <(new_part "$logs/rank-0.log"); }
+
+# Of every rank the last line that begins with PATTERN, without what stands before it in either log style.
+last_lines() {
+    local log
+    for log in "$logs"/rank-*.log; do
+        new_part "$log" | LC_ALL=C sed -nE "s/^(.* ERROR [^ ]+ in [^ ]+ -- |ERROR [0-9:]+ )?($1.*)/\2/p" | tail -n 1
+    done
+}
+
+# srun's code is the highest of all ranks', 128 and more where one was killed. The cause may be another one, and is
+# named in the logs of ranks that failed because of it; where all failed alike, the first that speaks says why.
+find_cause() {
+    local cause
+    cause=$(last_lines 'rank [0-9]+ on [^ ]+ failed first \(code [0-9]+\)' | tail -n 1)
+    if [ -n "$cause" ]; then
+        code=${cause#* failed first (code } && code=${code%%)*}
+    elif [ "$code" != 3 ]; then
+        cause=$(last_lines '[A-Za-z_.]+Error: ' | head -n 1)
+        case $cause in # ranks that never came, or come late, are killed when the others end
+        ConfigError:* | MeshError:*" with another config "*) code=2 ;;
+        MeshError:*" ranks came to "* | MeshError:*" did not reach rank 0 "* | MeshError:*" was not called by "*) code=5 ;;
+        esac
+    fi
+    [ -z "$cause" ] || say "$cause"
+}
+
+find_cause
 why=''
 case $code in
-0) say "done"; exit 0 ;;
 1) why="a rank failed" ;;
 3) why="stopped" ;;
 4) why="a rank hung" ;;
@@ -113,14 +142,18 @@ if [ -z "$why" ]; then
     say "code $code: see $logs; not requeued"
 elif ! runs_on; then
     say "code $code: $why, and Slurm ends the job"
-elif [ "$code" = 3 ] && tail -n 20 "$logs/rank-0.log" | grep -q 'stopped by stop file'; then
+elif [ "$code" = 3 ] && rank_0_said 'stopped by stop file'; then
     say "code 3: stopped by the stop file; not requeued"
-elif [ "$code" = 3 ] && tail -n 20 "$logs/rank-0.log" | grep -q 'nothing saved'; then
+elif [ "$code" = 3 ] && rank_0_said 'stopped by .*nothing saved'; then
     say "code 3: stopped, with nothing saved (ckpt.enable_save_ckpt=False); not requeued"
 else
-    # Failures are tried again, but not for ever: three in a row within ten minutes of their start are enough.
+    # Failures are tried again, but not for ever: three in a row without a new checkpoint are enough.
     failures=$logs/failures
-    if [ "$code" = 3 ] || [ -n "$limit" ] || [ "$SECONDS" -gt 600 ]; then rm -f "$failures"; else echo "$code" >>"$failures"; fi
+    if [ "$code" = 3 ] || [ -n "$limit" ] || rank_0_said 'saved [a-z]+ checkpoint'; then
+        rm -f "$failures"
+    else
+        echo "$code" >>"$failures"
+    fi
     if [ -f "$failures" ] && [ "$(wc -l <"$failures")" -ge 3 ]; then
         say "code $code: $why, for the third time; see $logs; not requeued"
     else

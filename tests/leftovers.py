@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ def nothing_is_left_behind() -> Iterator[None]:
     """Set up before all other fixtures of the session, and so torn down after them."""
     mark = os.environ[_MARK] = uuid.uuid4().hex
     yield
+    if "wandb" in sys.modules:  # its service lives as long as this process
+        sys.modules["wandb"].teardown()
     deadline = time.monotonic() + _END_SECONDS
     while (left := processes(mark)) and time.monotonic() < deadline:
         time.sleep(0.2)

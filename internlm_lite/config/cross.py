@@ -5,10 +5,10 @@ world = data * tensor * pipeline        every split size divides what it splits
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 from internlm_lite.config.address import webhook_format, webhook_problem
+from internlm_lite.config.folders import spelt_out
 from internlm_lite.config.problems import Problem
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
 from internlm_lite.config.s3path import S3_SPELLING, is_s3, parse_s3, without_password
@@ -265,7 +265,7 @@ def _ckpt(ckpt: CkptConfig) -> Iterator[Problem]:
             ("ckpt.oss_snapshot_freq", "ckpt.snapshot_ckpt_folder"),
             f"found {ckpt.oss_snapshot_freq} without ckpt.snapshot_ckpt_folder; set the folder, or oss_snapshot_freq=0",
         )
-    both = {_spelt_out(folder) for folder in (ckpt.save_ckpt_folder, ckpt.snapshot_ckpt_folder) if folder}
+    both = {spelt_out(folder) for folder in (ckpt.save_ckpt_folder, ckpt.snapshot_ckpt_folder) if folder}
     if ckpt.save_ckpt_folder and ckpt.snapshot_ckpt_folder and len(both) == 1:
         yield Problem(
             ("ckpt.snapshot_ckpt_folder", "ckpt.save_ckpt_folder"),
@@ -296,13 +296,6 @@ def _alerts(alerts: AlertsConfig) -> Iterator[Problem]:
             ("monitor.alerts.format", "monitor.alerts.webhook"),
             'found None, and the host of the webhook is not known; expected "feishu", or "slack" (others read it too)',
         )
-
-
-def _spelt_out(folder: str) -> str:
-    """One spelling of a folder."""
-    if is_s3(folder):
-        return str(parse_s3(folder) or folder)
-    return os.path.realpath(os.path.expanduser(folder.removeprefix("local:")))
 
 
 def _is_folder(text: str) -> bool:

@@ -1,6 +1,6 @@
 """Command-line overrides: `NAME=value` replaces a variable before the file runs, `section.key=value` a key after.
 
-Values are Python literals, dict(...) among them; what is none is a string: `data.train_folder=/data/x`,
+Values are Python literals, dict(...) and 2**16 among them; what is none is a string: `data.train_folder=/data/x`,
 `data.weights={'code': 2}`, `data.weights=dict(code=2)`.
 """
 
@@ -56,14 +56,23 @@ def _is_override(text: str) -> bool:
 def _value(key: str, written: str) -> Any:
     """The literal, or the text where it is none. A key that takes text takes `skip_batches=7` as "7"."""
     try:
-        value = ast.literal_eval(_DictCalls().visit(ast.parse(written.strip(), mode="eval")))
+        value = ast.literal_eval(_Literals().visit(ast.parse(written.strip(), mode="eval")))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return written
     return written if accepts_text(key) and isinstance(value, (int, float, complex)) else value
 
 
-class _DictCalls(ast.NodeTransformer):
-    """dict(a=1) -> {'a': 1}, at any depth, as config files write it."""
+class _Literals(ast.NodeTransformer):
+    """dict(a=1) -> {'a': 1} and 2**16 -> 65536, at any depth, as config files write them."""
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        self.generic_visit(node)
+        match node:
+            case ast.BinOp(ast.Constant(int() as left), ast.Pow(), ast.Constant(int() as right)) if 0 <= right <= 64:
+                return ast.Constant(left**right)
+            case ast.BinOp(ast.Constant(int() as left), ast.Mult(), ast.Constant(int() as right)):
+                return ast.Constant(left * right)
+        return node
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         self.generic_visit(node)

@@ -69,7 +69,7 @@ def examine(
     after it.
     Raises MeshError when ranks are missing, PeerLostError when one does not answer.
     """
-    store = meet(place, timeout)
+    store = meet(place, timeout, says={})
     exchange = Exchange(store, place, timeout)
     facts, found = facts_of(place, environ, device)
     report = Report(place, exchange.gather("facts", facts))

@@ -237,11 +237,20 @@ class HybridZeroOptimizer:
                     span = (start - slot.start, stop - slot.start)
                     yield Piece(part.name, role, part.shape, part.box, span, flat[here])
 
+    def is_finite(self) -> bool:
+        """Whether all masters of all ranks are. Collective; waits for the device."""
+        bad = torch.zeros((), dtype=torch.int64, device=self._mesh.device)
+        for master in self._masters:
+            bad += (~master.detach().isfinite()).sum()
+        comm.all_reduce(bad, self._mesh.world).wait()
+        return bad.item() == 0
+
     def state_dict(self) -> dict[str, Any]:
         """JSON-able counters; the tensors are in `pieces()`. Reads the device."""
         return {
             "good_steps": int(self._good_steps.item()),
             "skipped_steps": int(self._skipped_steps.item()),
+            "skips_in_a_row": int(self._skips_in_a_row.item()),
             "overflows_in_a_row": int(self._overflows_in_a_row.item()),
             "adam_steps": int(self._adam.state[self._masters[0]]["step"].item()),
             "scaler": self.scaler.state_dict(),
@@ -252,12 +261,16 @@ class HybridZeroOptimizer:
         """Restore the counters. `moments` False: AdamW starts anew, as its moments were not loaded."""
         self._good_steps.fill_(state["good_steps"])
         self._skipped_steps.fill_(state["skipped_steps"])
-        self._skips_in_a_row.zero_()
-        self._overflows_in_a_row.fill_(state.get("overflows_in_a_row", 0))  # older checkpoints do not have it
+        for name, count in (("skips", self._skips_in_a_row), ("overflows", self._overflows_in_a_row)):
+            count.fill_(state.get(f"{name}_in_a_row", 0))  # older checkpoints do not have them
         self.scaler.load_state_dict(state["scaler"])
         self._spikes.load_state_dict(state["spikes"])
         for master in self._masters:
-            self._adam.state[master]["step"].fill_(state["adam_steps"] if moments else 0)
+            adam = self._adam.state[master]
+            adam["step"].fill_(state["adam_steps"] if moments else 0)
+            if not moments:  # a run that goes back has some of its own
+                adam["exp_avg"].zero_()
+                adam["exp_avg_sq"].zero_()
 
     @torch.no_grad()
     def publish_weights(self) -> None:

@@ -47,7 +47,7 @@ class Place:
     agent_store: bool = False
     """True: it serves the store already."""
     agent: str = ""
-    """torchrun's agent that started this process: the folder it made for logs, no other has one of that name."""
+    """What starts this process, and will again: the log folder of torchrun's agent, which is its own; Slurm's step."""
     idle_tasks: int = 0
     """Tasks of the Slurm job around a single process, which do nothing, though nobody asked for one process."""
     cpu_threads: int | None = None
@@ -268,6 +268,7 @@ def _from_slurm(
         # two steps of one job may share their first node, hence the step
         master_port=port or FIRST_PORT + zlib.crc32(f"{job}.{step}".encode()) % N_PORTS,
         attempt=_number(environ, "SLURM_RESTART_COUNT", 0),
+        agent=f"slurm {job}.{step}",
         cpu_threads=_number(environ, threads[0]) if threads else None,
     )
 

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import NoReturn
 
@@ -23,17 +23,22 @@ logger = logging.getLogger("internlm_lite")
 
 
 def start_world(
-    place: Place, device: torch.device, timeout: timedelta, collectives: timedelta | None = None
+    place: Place,
+    device: torch.device,
+    timeout: timedelta,
+    collectives: timedelta | None = None,
+    says: Mapping[str, str] = {},
 ) -> Store | None:
     """Initialise `torch.distributed`: nccl on CUDA, gloo on the CPU; nothing for a world of one.
 
     `timeout` bounds the meeting here, `collectives` (None: the same) every later collective of the default group.
-    Returns a connection of its own to the store, for the watchdog. Raises MeshError when the port is taken, the master
-    cannot be reached, or ranks are missing after `timeout`.
+    `says`: what every rank must say of the job alike. Returns a connection of its own to the store, for the watchdog.
+    Raises MeshError when the port is taken, the master cannot be reached, ranks are missing after `timeout`, or they
+    say different things.
     """
     if place.world_size == 1:
         return None
-    store = meet(place, timeout)
+    store = meet(place, timeout, says)
     connect_ranks(store, place, device, collectives or timeout)
     return PrefixStore("watchdog", store.clone())  # type: ignore[attr-defined]  # not in torch's stubs
 

@@ -10,6 +10,7 @@ import logging
 
 from internlm_lite.config.schema import Config
 from internlm_lite.errors import NumericsError
+from internlm_lite.optim.zero import HybridZeroOptimizer
 from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.requests import Order, Skips
 
@@ -54,6 +55,14 @@ class Guard:
             return False
         at_floor = skips.loss_scale <= (scaler.fp16.min_scale or 0.0)
         return at_floor and skips.overflows_in_a_row > scaler.hysteresis
+
+    def check_weights(self, optimizer: HybridZeroOptimizer, step: int) -> None:
+        """Raises NumericsError where a last checkpoint would hold ruined weights. Collective; waits for the device."""
+        if not optimizer.is_finite():
+            raise NumericsError(
+                f"step {step}: the weights are not finite, so they are not saved: started again, the run goes on from "
+                "its newest checkpoint; lower adam.lr, or go on from an older one with --resume PATH"
+            )
 
     def wants_rollback(self, order: Order) -> bool:
         return self._config.guard.spike == "rollback" and any(order.spikes)

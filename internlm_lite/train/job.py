@@ -17,7 +17,7 @@ import torch
 from internlm_lite.checkpoint.agree import on_main
 from internlm_lite.config.load import LoadedConfig
 from internlm_lite.config.schema import Config
-from internlm_lite.config.view import masked
+from internlm_lite.config.view import masked, origin_rows
 from internlm_lite.errors import STOPPED, InternLMError, PeerLostError
 from internlm_lite.faults.beats import Limits
 from internlm_lite.faults.failure import clear_failures, read_failures
@@ -33,6 +33,7 @@ from internlm_lite.runtime.folder import (
     create_run_folder,
     environment,
     find_run_folder,
+    package_versions,
     point_latest,
     write_start,
 )
@@ -106,7 +107,7 @@ def _run(loaded: LoadedConfig, place: Place, options: Options, ending: Ending) -
     collectives = timedelta(seconds=_PATIENCE * timeout + _GRACE_SECONDS)
     device = bind_device(place, options.device)
     apply_numerics(config, device, place)
-    store = start_world(place, device, timedelta(seconds=timeout), collectives)
+    store = start_world(place, device, timedelta(seconds=timeout), collectives, _says(loaded, options, device))
     limits = Limits(
         timeout if store else math.inf, dict.fromkeys(_LONG_PHASES, _PATIENCE * timeout if store else math.inf)
     )
@@ -127,6 +128,17 @@ def _run(loaded: LoadedConfig, place: Place, options: Options, ending: Ending) -
             save_folders.close(wait=False)
         _leave_together(ending)
         return code
+
+
+def _says(loaded: LoadedConfig, options: Options, device: torch.device) -> dict[str, str]:
+    """What must be the same on all ranks: another job, a stale file or a forgotten option must not train with them."""
+    return {
+        "version": package_versions(["internlm_lite"]).get("internlm_lite", "not installed"),
+        "device": device.type,
+        "--resume": options.resume or "not given",
+        "--timeout": f"{options.timeout_seconds:g}",
+        **{row["key"]: repr(row["value"]) for row in origin_rows(loaded)},
+    }
 
 
 def _leave_together(ending: Ending) -> None:
@@ -181,14 +193,16 @@ def _run_in_folder(
 def _resume_how(config: Config, options: Options, again: bool, agents: Sequence[str], save_folders: SaveFolders) -> str:
     """auto, none or a path; a job that its launcher starts again goes on with what it wrote itself. For rank 0.
 
-    torchrun: one of its agents started the newest run too; it counts no restart when a machine joins. Other launchers
-    say so themselves: `again`.
+    It did where one of its agents started the run of the newest checkpoint. `again`: the launcher's own count, which
+    says less, where there are no agents.
     """
     wanted = options.resume or ("auto" if config.ckpt.auto_resume else "none")
-    latest = options.run_dir / config.JOB_NAME / "latest"
-    restarted = not agents_of(latest).isdisjoint(agents) if agents else again
-    last = save_folders.last_run() if restarted and wanted != "auto" else None
-    return "auto" if last and latest.resolve().name == last.folder else wanted
+    last = save_folders.last_run() if wanted != "auto" else None
+    folder = find_run_folder(options.run_dir, config.JOB_NAME, last.folder) if last else None
+    if folder is None:
+        return wanted
+    ours = not agents_of(folder).isdisjoint(agents) if agents else again
+    return "auto" if ours else wanted
 
 
 def _choose_folder(config: Config, root: Path, last: LastRun | None) -> tuple[Path, bool]:

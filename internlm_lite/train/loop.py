@@ -91,7 +91,9 @@ def _train_from(
             if guard.wants_rollback(order):
                 break
             _look_aside(run, state, last)
-            kind = due(run.config.ckpt, state.step, order, last) or owed
+            if order.stop or last:
+                guard.check_weights(run.optimizer, state.step - 1)
+            kind = due(run.config.ckpt, state.step, order, last, owed)
             # What left this update out may be in the weights already, and would push a good snapshot out.
             owed = kind if kind and not (order.stop or last) and outcome.skips_in_a_row.item() else None
             if kind and not owed:

@@ -12,7 +12,9 @@ from internlm_lite.checkpoint import find
 from internlm_lite.checkpoint.agree import on_main
 from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.saver import Saver
-from internlm_lite.config.schema import Config
+from internlm_lite.checkpoint.storage import Storage
+from internlm_lite.config.folders import spelt_out
+from internlm_lite.config.schema import CkptConfig, Config
 from internlm_lite.config.view import masked, resolved
 from internlm_lite.errors import CheckpointError, ConfigError
 from internlm_lite.mesh.mesh import Mesh
@@ -57,11 +59,10 @@ class SaveFolders:
         try:
             self.milestones = self._open(self._ckpt.save_ckpt_folder, saves=True)
             self.snapshots = self._open(self._ckpt.snapshot_ckpt_folder, saves=True)
-            on_main(mesh, self._check_whose_snapshots)
+            self._join(self.milestones, self.snapshots)
         except BaseException:
             self.close(wait=False)
             raise
-        _join(self.milestones, self.snapshots)
 
     def _open(self, folder: str | None, saves: bool) -> CheckpointManager | None:
         if folder is None:
@@ -76,22 +77,27 @@ class SaveFolders:
             s3=self._ckpt.s3,
         )
 
-    def _check_whose_snapshots(self) -> None:
-        """Raises ConfigError for those of a run with other milestones, which would be gone on from, and then deleted.
-
-        Not collective. Where their own folder is another one as well, they were moved here together.
+    def _join(self, milestones: CheckpointManager | None, snapshots: CheckpointManager | None) -> None:
+        """Either resumes from the newest of both. Raises ConfigError for snapshots of a run with other milestones: they
+        would be gone on from, and deleted. Collective.
         """
-        if self.milestones is None or self.snapshots is None:
-            return
-        for name in find.committed(self.snapshots.storage):
+        if milestones and snapshots:
+            storage = snapshots.storage
+            on_main(self._mesh, lambda: self._check_whose(storage))
+            milestones.resume_beside(snapshots)
+            snapshots.resume_beside(milestones)
+
+    def _check_whose(self, snapshots: Storage) -> None:
+        """Not collective. Where their own folder is another one as well, they were moved here together."""
+        for name in find.committed(snapshots):
             with suppress(CheckpointError):  # told when it is loaded
-                theirs = find.inspect(self.snapshots.storage, name).manifest.config.get("ckpt", {})
-                here, there = theirs.get("snapshot_ckpt_folder"), theirs.get("save_ckpt_folder")
-                if here == self._ckpt.snapshot_ckpt_folder and there not in (None, self._ckpt.save_ckpt_folder):
+                theirs = find.inspect(snapshots, name).manifest.config.get("ckpt", {})
+                if _same(theirs, self._ckpt, _PLACES[1]) and not _same(theirs, self._ckpt, _PLACES[0]):
                     raise ConfigError(
-                        f"ckpt.snapshot_ckpt_folder={here} holds snapshots of the run that saves to {there}, this one "
-                        f"saves to ckpt.save_ckpt_folder={self._ckpt.save_ckpt_folder}: set both folders, or the "
-                        "variable of the config that both are made of"
+                        f"ckpt.snapshot_ckpt_folder={self._ckpt.snapshot_ckpt_folder} holds snapshots of the run that "
+                        f"saves to {theirs.get(_PLACES[0])}, this one saves to "
+                        f"ckpt.save_ckpt_folder={self._ckpt.save_ckpt_folder}: set both folders, or the variable of "
+                        "the config that both are made of"
                     )
                 return
 
@@ -103,7 +109,7 @@ class SaveFolders:
             return self.milestones or self.snapshots
         milestones = self._open(self._ckpt.save_ckpt_folder, saves=False)
         snapshots = self._open(self._ckpt.snapshot_ckpt_folder, saves=False)
-        _join(milestones, snapshots)
+        self._join(milestones, snapshots)
         return milestones or snapshots
 
     def last_run(self) -> LastRun | None:
@@ -119,11 +125,11 @@ class SaveFolders:
                 manifest = find.inspect(storage, name).manifest
             except CheckpointError:  # told when it is loaded
                 continue
-            ours, theirs = self.described["ckpt"], manifest.config.get("ckpt", {})
+            theirs = manifest.config.get("ckpt", {})
             folder, tokens = manifest.state.get("run_folder"), manifest.state.get("batch_tokens")
             if not (isinstance(folder, str) and isinstance(tokens, int)):
                 return None
-            if any(theirs.get(place) != ours[place] for place in _PLACES):
+            if not all(_same(theirs, self._ckpt, place) for place in _PLACES):
                 return None
             return LastRun(folder, manifest.step, tokens, manifest.config["data"])
         return None
@@ -140,8 +146,7 @@ class SaveFolders:
                 manager.release()
 
 
-def _join(milestones: CheckpointManager | None, snapshots: CheckpointManager | None) -> None:
-    """Either resumes from the newest of both."""
-    if milestones and snapshots:
-        milestones.resume_beside(snapshots)
-        snapshots.resume_beside(milestones)
+def _same(theirs: Mapping[str, Any], ours: CkptConfig, place: str) -> bool:
+    """Whether both configs mean the same folder."""
+    here, there = getattr(ours, place), theirs.get(place)
+    return here == there or (here is not None and there is not None and spelt_out(here) == spelt_out(there))

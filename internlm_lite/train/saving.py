@@ -226,19 +226,21 @@ class Saving:
             )
 
 
-def due(ckpt: CkptConfig, steps_done: int, order: Order, last: bool) -> Kind | None:
-    """Kind of the checkpoint due after `steps_done` steps: of several the one that is kept longest."""
+def due(ckpt: CkptConfig, steps_done: int, order: Order, last: bool, owed: Kind | None = None) -> Kind | None:
+    """Kind of the checkpoint due after `steps_done` steps: of several the one that is kept longest. `owed`: put off."""
     if not ckpt.enable_save_ckpt or steps_done == 0:
         return None
     if last:
         return "final"
-    if ckpt.checkpoint_every and steps_done % ckpt.checkpoint_every == 0:
+    if _divides(ckpt.checkpoint_every, steps_done) or owed == "milestone" or (order.save and not order.stop):
         return "milestone"
-    if order.save:
-        return "rescue" if order.stop else "milestone"
-    if ckpt.oss_snapshot_freq and steps_done % ckpt.oss_snapshot_freq == 0:
-        return "snapshot"
-    return None
+    if order.stop:
+        return "rescue"
+    return "snapshot" if owed or _divides(ckpt.oss_snapshot_freq, steps_done) else None
+
+
+def _divides(every: int | None, steps_done: int) -> bool:
+    return every is not None and every > 0 and steps_done % every == 0
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:

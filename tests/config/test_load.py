@@ -131,6 +131,7 @@ def test_key_override(override: str, key: str, value: object) -> None:
     [
         ("dict(code=2, docs=1)", {"code": 2, "docs": 1}),
         (" {'code': dict(x=[dict()])} ", {"code": {"x": [{}]}}),
+        ("dict(code=2**16, docs=2 * 3)", {"code": 65536, "docs": 6}),
         ("dict([('code', 2)])", "dict([('code', 2)])"),
         ("dict(code=f(2))", "dict(code=f(2))"),
         ("dict(**{'code': 2})", "dict(**{'code': 2})"),

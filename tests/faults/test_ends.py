@@ -88,6 +88,18 @@ def test_a_lost_peer_within_a_stage_keeps_what_it_came_from() -> None:
     assert raised.value is lost and lost.__cause__ is gloo
 
 
+def test_ranks_of_two_configs_do_not_train_together(tmp_path: Path) -> None:
+    with (
+        Job(tmp_path / "one", 2, *few("adam.lr=1e-3"), ranks=[0]) as one,
+        Job(tmp_path / "two", 2, *few("adam.lr=1e-2", "--resume", "none"), ranks=[1], MASTER_PORT=one.port) as two,
+    ):
+        assert one.codes() == two.codes() == [2], one.output() + two.output()
+    assert "--resume is none, expected not given, adam.lr is 0.01, expected 0.001; ranks that" in one.output()
+    (told,) = [line.partition("MeshError: ")[2] for line in one.output().splitlines() if "MeshError" in line]
+    assert f"MeshError: {told}" in two.output() and "Traceback" not in one.output() + two.output()
+    assert not list(tmp_path.glob("*/RUN"))
+
+
 def test_ctrl_c_ends_the_wait_for_other_ranks(tmp_path: Path) -> None:
     with Job(tmp_path, 2, *arguments("--timeout", "600"), ranks=[0]) as job:
         until_there = timedelta(seconds=60)

@@ -91,10 +91,9 @@ def until(there: Callable[[], bool], machines: Machines) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("shared_store", [False, True])
-def test_torchrun_starts_the_ranks_of_two_machines_again(folder: Path, shared_store: bool):
+def test_torchrun_starts_the_ranks_of_two_machines_again(folder: Path):
     """One of them fails. The other's agent does not count that as a restart, or does: they meet all the same."""
-    with Machines(folder, shared_store) as machines:
+    with Machines(folder, shared_store=True) as machines:
         machines.start()
         machines.start()
         until(lambda: reached(folder) > 11, machines)

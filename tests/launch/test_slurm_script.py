@@ -17,7 +17,7 @@ from tests.cli import ROOT
 SRUN = """#!/bin/bash
 case " $* " in *" bash -c "*) exit "${CHECK:-0}" ;; esac
 echo "$@" >"$HERE/called"
-[ -z "${SAYS:-}" ] || echo "$SAYS" >"$HERE/slurm-7/rank-0.log"
+[ -z "${SAYS:-}" ] || echo "$SAYS" >>"$HERE/slurm-7/rank-${RANK:-0}.log"
 if [ -n "${WAITS:-}" ]; then
     trap '[ "$CODE" = slow ] || exit "$CODE"' USR1 TERM
     touch "$HERE/waiting"
@@ -140,6 +140,14 @@ def test_failures_in_a_row_are_tried_twice_again(here: Path):
     assert (code, requeued) == (5, False) and "for the third time; see ./slurm-7; not requeued" in output
 
 
+def test_only_a_new_checkpoint_makes_a_failure_a_new_one(here: Path):
+    """And not that meeting or hanging took long."""
+    saved = "saved milestone checkpoint 0000000010-00001.338d2a: 8 KiB on rank 0, 0.2 s"
+    assert run(here, 4, SAYS=f"9999-01-01 00:00:00,000 INFO write.py:79 in run -- {saved}")[2]
+    assert [run(here, 4, SECONDS=601)[2] for _ in range(3)] == [True, True, False]
+    assert run(here, 4, SAYS=f"22:02:13 {saved}")[2]
+
+
 def test_the_stop_file_ends_a_job(here: Path):
     _, output, requeued = run(here, 3, SAYS="... stopped by stop file with 5 after step 4 of 9: saved; ...")
     assert not requeued and "code 3: stopped by the stop file; not requeued" in output
@@ -186,17 +194,52 @@ def test_sigterm_of_a_job_that_runs_on_is_a_warning_as_well(here: Path):
     assert signalled(here, signal.SIGTERM, 3, step=False)[::2] == (3, True)
 
 
-def test_the_cause_decides_and_not_the_highest_code(here: Path):
-    logs = here / "slurm-7"
-    logs.mkdir()
-    (logs / "rank-3.log").write_text(
-        "2000-01-01 00:00:00,000 ERROR a.py:1 in f -- rank 9 on n failed first (code 4), x"
-    )
+CAUSE = "rank 2 on node2 failed first (code 2), at step 7, data: DataError: no file"
+FULL, COMPACT = "9999-01-01 00:00:00,000 ERROR ending.py:9 in failed -- ", "ERROR 22:02:13 "
+"""What stands before a message in either log style."""
+
+
+@pytest.mark.parametrize("style", [FULL, COMPACT], ids=["full", "compact"])
+def test_the_cause_decides_and_not_the_highest_code(here: Path, style: str):
+    found = run(here, 5, SAYS=style + CAUSE, RANK=3)
+    assert f"job 7: {CAUSE}\n" in found[1] and "code 2: see ./slurm-7; not requeued" in found[1] and not found[2]
     _, output, requeued = run(here, 5)
-    assert requeued and "code 5: a rank was lost; requeued" in output, "what an earlier start said is over"
-    said = "rank 2 on node2 failed first (code 2), at step 7, data: DataError: no file"
-    _, output, requeued = run(here, 5, SAYS=f"9999-01-01 00:00:00,000 ERROR ending.py:9 in failed -- {said}")
-    assert said in output and "code 2: see ./slurm-7; not requeued" in output and not requeued
+    assert requeued and CAUSE not in output and "code 5: a rank was lost; requeued" in output, "that start is over"
+    code, output, requeued = run(here, 0)
+    assert (code, requeued) == (0, False) and output.endswith("job 7: done\n")
+
+
+def test_a_job_that_is_done_has_no_cause(here: Path):
+    code, output, requeued = run(here, 0, SAYS=FULL + CAUSE)
+    assert (code, requeued) == (0, False) and CAUSE not in output
+
+
+@pytest.mark.parametrize("begin", [FULL, COMPACT, ""], ids=["full", "compact", "before the log"])
+def test_where_all_ranks_fail_alike_the_first_says_why(here: Path, begin: str):
+    why = "NumericsError: step 40: the last 11 updates were left out"
+    warned = begin.replace("ERROR", "WARNING") + "wandb: TimeoutError: no answer"
+    output = run(here, 7, SAYS=f"{begin}DataError: not the last\n{begin}{why}\n{warned}")[1]
+    said = [line.partition("job 7: ")[2] for line in output.splitlines()]
+    assert said == [why, "code 7: see ./slurm-7; not requeued"]
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        "1 of 2 ranks came to 127.0.0.1:18101 within 8 s; missing: 1; check that they were started",
+        "rank 1 on node2 did not reach rank 0 at node1:18101 within 8 s: no answer",
+    ],
+)
+def test_a_rank_that_never_comes_is_lost_and_not_killed(here: Path, why: str):
+    for requeued in (True, True, False):
+        found = run(here, 143, SAYS=f"{FULL}MeshError: {why}", SECONDS=601)
+        assert (found[0], found[2]) == (5, requeued), found
+        assert f"job 7: MeshError: {why}\n" in found[1] and "code 5: a rank was lost" in found[1]
+
+
+def test_a_wrong_config_ends_the_job_though_late_ranks_are_killed(here: Path):
+    code, output, requeued = run(here, 143, SAYS="ConfigError: command line: adam.lr: found -1")
+    assert (code, requeued) == (2, False) and "code 2: see ./slurm-7; not requeued" in output
 
 
 def test_of_a_job_array_one_element_is_requeued(here: Path):

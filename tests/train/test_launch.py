@@ -93,20 +93,36 @@ def test_a_killed_rank_ends_the_job_with_its_peers_code(folder: Path):
 def test_torchruns_start_again_goes_on_whatever_resume_says(folder: Path):
     """As when a machine joins: no agent counts a restart then."""
 
-    def started(agent: str, steps: int) -> str:
+    def torchrun(agent: str, steps: int, *more: str) -> str:
         error_file = f"/tmp/torchelastic/{agent}/attempt_0/0/error.json"
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "1"}
-        common |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_ERROR_FILE": error_file}
-        (rank,) = start_ranks(folder, 1, "--resume", "none", f"data.total_steps={steps}", common=common)
-        done = cli.ended(*rank)
+        return started(steps, *more, **common, TORCHELASTIC_RUN_ID="none", TORCHELASTIC_ERROR_FILE=error_file)
+
+    def slurm(job: str, restarts: int, steps: int) -> str:
+        task = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "localhost"}
+        return started(steps, **task, SLURM_JOB_ID=job, SLURM_STEP_ID="0", SLURM_RESTART_COUNT=str(restarts))
+
+    def started(steps: int, *more: str, **environment: str) -> str:
+        arguments = ("--config", "config.py", "--device", "cpu", "--resume", "none", f"data.total_steps={steps}", *more)
+        log = folder / "output.log"
+        own = {"RANK": "0", "LOCAL_RANK": "0"} if "WORLD_SIZE" in environment else {}
+        done = cli.ended(
+            cli.start("train.py", *arguments, folder=folder, log=log, environment={**own, **environment}), log
+        )
         assert done.code == 0, done.output
         return (folder / "RUN" / "launch" / "latest").resolve().name
 
-    first = started("none_a", 4)
-    assert started("none_a", 6) == first
+    first = torchrun("none_a", 4)
+    assert torchrun("none_c", 1, "ckpt.save_ckpt_folder=local:other") != first
+    assert torchrun("none_a", 6) == first, "whatever else was started meanwhile"
     assert [line["seg"] for line in metrics_of(folder)] == [0] * 4 + [1] * 2
-    assert started("none_b", 2) != first, "another launch trains anew"
+    assert torchrun("none_b", 2) != first, "another launch trains anew"
     assert [line["step"] for line in metrics_of(folder)] == [0, 1]
+    second = slurm("6", 1, 4)
+    assert [line["step"] for line in metrics_of(folder)] == [0, 1, 2, 3], (
+        "it was put back before it had written anything"
+    )
+    assert slurm("6", 2, 6) == second and slurm("7", 0, 2) != second
 
 
 def test_what_is_wrong_on_all_ranks_is_said_once(folder: Path):

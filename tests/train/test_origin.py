@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from internlm_lite.checkpoint.manager import CheckpointManager
-from internlm_lite.errors import CheckpointError, NumericsError
+from internlm_lite.errors import CheckpointError
 from internlm_lite.mesh.mesh import single_process_mesh
-from internlm_lite.train.build import build_run
+from internlm_lite.train.build import Run, build_run
 from internlm_lite.train.data_changes import data_changes
 from tests.corpus import write_corpus
 from tests.train.runs import STEPS, curve, run_training, tiny
@@ -61,11 +63,28 @@ def test_a_run_that_saves_nothing_goes_on_from_its_folder_all_the_same(room: Pat
     assert steps(anew) == list(range(STEPS)) and curve(anew)[4:] == curve(again)
 
 
-def test_a_run_that_saves_nothing_has_nothing_of_its_own_to_go_back_to(room: Path, tmp_path: Path):
-    run = build_run(config(room, enable_save_ckpt=False), MESH, tmp_path, "auto", terminal=False)
-    with pytest.raises(NumericsError, match="no checkpoint to go back to"):
-        run.saving.go_back(run.start)
+def test_a_run_that_saves_nothing_goes_back_to_where_it_began(room: Path, damaged: Path, tmp_path: Path):
+    nowhere = build_run(config(room, save_ckpt_folder=None), MESH, tmp_path / "nowhere", "auto", terminal=False)
+    assert nowhere.saving.go_back(nowhere.start, spiked=40) is None
+    nowhere.saving.close(wait=True)
+    weights_alone = config(room, save_ckpt_folder=None, load_ckpt_folder=str(damaged), load_optimizer=False)
+    run = build_run(weights_alone, MESH, tmp_path / "run", "auto", terminal=False)
+    begun = held(run)
+    for piece in run.optimizer.pieces():
+        piece.tensor.fill_(7.0)
+    assert run.saving.go_back(replace(run.start, step=9), spiked=7) == run.start
+    assert held(run) == begun and not any(sum(begun[role]) for role in ("exp_avg", "exp_avg_sq")), (
+        "no moments of before"
+    )
     run.saving.close(wait=True)
+
+
+def held(run: Run) -> dict[str, list[float]]:
+    """Masters and moments."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for piece in run.optimizer.pieces():
+        found[piece.role] += piece.tensor.flatten().tolist()
+    return found
 
 
 @pytest.mark.parametrize("how", ["resume", "load_ckpt_folder", "load_model_only_folder"])

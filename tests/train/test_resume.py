@@ -265,6 +265,12 @@ def test_what_is_due_when():
     assert [due(ckpt, 12, nothing, last=True), due(ckpt, 13, nothing, last=True)] == ["final", "final"]
     assert [due(ckpt, steps, save, last=False) for steps in (5, 4, 6)] == ["milestone"] * 3
     assert [due(ckpt, steps, stop, last=False) for steps in (5, 4, 6)] == ["rescue", "rescue", "milestone"]
+    assert [due(ckpt, steps, nothing, False, "milestone") for steps in (4, 5)] == ["milestone"] * 2
+    assert [due(ckpt, steps, order, False, "snapshot") for steps, order in ((5, nothing), (6, nothing), (5, stop))] == [
+        "snapshot",
+        "milestone",
+        "rescue",
+    ]
     off = ckpt.model_copy(update={"enable_save_ckpt": False})
     assert [due(off, 6, order, last) for order in (nothing, save, stop) for last in (False, True)] == [None] * 6
 

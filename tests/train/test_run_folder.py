@@ -77,10 +77,16 @@ def test_snapshots_of_another_run_are_not_gone_on_from(folder: Path):
         in (refused.output)
     )
     assert digests(folder / "snapshots") == before
+    spelt = trained(
+        folder, "ckpt.snapshot_ckpt_folder=local:./snapshots/", "ckpt.save_ckpt_folder=local:saves/", "STEPS=5"
+    )
+    assert spelt.code == 0 and len(runs_in(folder)) == 1, spelt.output
+    quiet = trained(folder, same, "ckpt.save_ckpt_folder=local:other", "ckpt.enable_save_ckpt=False")
+    assert quiet.code == 2 and "holds snapshots of the run that saves to local:saves" in quiet.output, quiet.output
     (folder / "saves").rename(folder / "other")
     (folder / "snapshots").rename(folder / "moved")
     moved = trained(folder, "ckpt.snapshot_ckpt_folder=local:moved", "ckpt.save_ckpt_folder=local:other", "STEPS=6")
-    assert moved.code == 0 and "loaded checkpoint 0000000004" in moved.output, moved.output
+    assert moved.code == 0 and "loaded checkpoint 0000000005" in moved.output, moved.output
 
 
 def test_a_folder_to_begin_from_that_is_passed_over_is_told(folder: Path):

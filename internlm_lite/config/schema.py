@@ -309,7 +309,7 @@ class GuardConfig(Section):
     """Steps left out in a row that end the run with exit code 7; None: 50 with torch.float16, else 10."""
     spike: Literal["note", "skip", "rollback"] = "note"
     """What to do about a step whose loss or gradient norm stands out. "note": a warning and an event. "skip": its
-    update is left out, too. "rollback": back to the newest checkpoint, and on from there with the data behind it."""
+    update is left out, too. "rollback": back to the newest checkpoint before it, on with the data behind it."""
     spike_zscore: Annotated[float, Field(ge=3)] = 12
     """How far it must stand out, in robust standard deviations of the logarithm."""
     spike_window: Annotated[int, Field(ge=8)] = 128

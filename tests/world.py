@@ -3,7 +3,8 @@
     results = run_world(fn, 4, args)      # fn(mesh, *args) on each rank, fn at module level of a test file
 
 Ranks come from one fork server that has imported everything already, so a fresh world costs about half a second. A rank
-that raises fails the test with its traceback; a world that hangs is killed after `timeout_seconds`.
+that raises fails the test with its traceback; a world that hangs is killed after `timeout_seconds`. A rank that has
+answered stays until all have: one that ends while another still connects to it would break that one's process group.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ def _rank_main(pipe: Any, fn: Callable[..., Any], rank: int, size: int, layout: 
         mesh = build_mesh(sizes_of(size, **layout), rank, torch.device("cpu"), TIMEOUT)
         # Plain pickle copies tensors into the message; the pipe's own would share memory of a process about to end.
         pipe.send_bytes(pickle.dumps(("ok", fn(mesh, *args))))
+        pipe.poll(None)  # until the test has all answers and closes its end, or has died
     except BaseException:
         code = 1
         pipe.send_bytes(pickle.dumps(("error", traceback.format_exc())))
-    # Half-closed gloo pairs abort at interpreter exit; a rank whose answer is sent has nothing left to lose.
     pipe.close()
-    os._exit(code)
+    os._exit(code)  # half-closed gloo pairs abort at interpreter exit
 
 
 def run_world(
@@ -62,7 +63,7 @@ def run_world(
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
         for rank in range(size):
-            ours, theirs = fork_context.Pipe(duplex=False)
+            ours, theirs = fork_context.Pipe()
             process = fork_context.Process(
                 target=_rank_main, args=(theirs, fn, rank, size, layout, f"{folder}/store", args), daemon=True
             )
@@ -72,9 +73,9 @@ def run_world(
         try:
             return _collect(ranks, timeout_seconds)
         finally:
-            for process, _ in ranks:
-                if process.is_alive():
-                    process.kill()
+            for process, ours in ranks:
+                ours.close()
+                process.kill()
                 process.join(10)
 
 

@@ -75,26 +75,26 @@ def main() -> None:
     overrides = [*arguments.cfg_options, *arguments.overrides]
     if arguments.seed is not None:
         overrides.append(f"seed={arguments.seed}")
-    rank = 0
+    quiet, who = False, ""
     limit_spinning(os.environ)
     quiet_sockets(os.environ)
     no_error_reports(os.environ)
     try:
         adopt_s3_keys(os.environ)
         place = find_place(os.environ, arguments.launcher, arguments.host, arguments.port)
-        rank = place.rank
+        quiet, who = place.local_rank > 0, f"rank {place.rank} on {place.hostname}: " if place.rank else ""
         loaded = load_config(arguments.config, overrides)
         world_size = arguments.world_size or place.world_size
         check_config(loaded, None if arguments.print_config else world_size)
     except InternLMError as error:
-        if rank == 0 or not isinstance(error, ConfigError):  # a config is wrong on all ranks alike: said once
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        if not (quiet and isinstance(error, ConfigError)):  # it is wrong on the whole machine: said once
+            print(f"{who}{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     if arguments.print_config:
         print(print_config(loaded, arguments.print_config))
         return
     if arguments.dry_run:
-        if rank > 0:  # every rank would show the same
+        if place.rank > 0:  # every rank would show the same
             return
         from internlm_lite.planner.command import dry_run
 

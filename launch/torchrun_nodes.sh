@@ -30,6 +30,8 @@ gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
 
 # Restarted gloo workers must not meet the addresses of the dead ones in the launcher's store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# Ranks that are told to stop save first, which may take longer than the 30 s that torchrun waits by itself.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 # One OpenMP thread per process unless told otherwise: ranks share the machine's cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if [ -n "${NETWORK:-}" ]; then
@@ -39,4 +41,5 @@ fi
 # c10d's rendezvous hands out the ranks, so that no machine has to be told its number.
 exec torchrun --nnodes "$NNODES" --nproc_per_node "${NPROC:-$((gpus > 0 ? gpus : 1))}" --max_restarts "${RESTARTS:-0}" \
     --rdzv_backend c10d --rdzv_endpoint "$MEET:${PORT:-29500}" --rdzv_id internlm_lite --rdzv_conf join_timeout=600 \
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
     "$repository/train.py" --launcher torch --config "$config" "$@"

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,15 @@ def package_versions(names: Sequence[str] = PACKAGES) -> Mapping[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def code_digest(folder: Path) -> str:
+    """12 hex digits of sha256 over names and contents of the Python files below `folder`."""
+    digest = sha256()
+    for file in sorted(folder.rglob("*.py")):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(folder)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:12]
 
 
 def git_commit(folder: Path) -> dict[str, Any] | None:

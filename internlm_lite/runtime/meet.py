@@ -164,7 +164,7 @@ def _difference(came: Sequence[Mapping[str, str]], store: Store, says: Mapping[s
         store.wait([f"tell/{first}"], timedelta(seconds=_LAST_WORDS_SECONDS))
         found = _differing(json.loads(store.get(f"tell/{first}")), says)
     return (
-        f"rank {first} on {came[first]['host']} was started with another config than rank 0 on {came[0]['host']}: "
+        f"rank {first} on {came[first]['host']} was not started like rank 0 on {came[0]['host']}: "
         f"{_some(found, _NAMED_KEYS) or 'it ended before it said which'}; ranks that differ from rank 0: "
         f"{_some(others, 8)}; start all ranks with the same command line, files and version; if this is another job, "
         "give one of them another port"

@@ -11,6 +11,7 @@ import socket
 import zlib
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from internlm_lite.config.view import masked
@@ -48,6 +49,8 @@ class Place:
     """True: it serves the store already."""
     agent: str = ""
     """What starts this process, and will again: the log folder of torchrun's agent, which is its own; Slurm's step."""
+    error_file: Path | None = None
+    """Where torchrun's agent looks for why this process failed."""
     idle_tasks: int = 0
     """Tasks of the Slurm job around a single process, which do nothing, though nobody asked for one process."""
     cpu_threads: int | None = None
@@ -223,6 +226,7 @@ def _from_torch(environ: Environ, why: str, host: str | None, port: int | None) 
         supervised="TORCHELASTIC_RUN_ID" in environ,
         agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         agent=_agent(environ),
+        error_file=Path(file) if (file := environ.get("TORCHELASTIC_ERROR_FILE")) else None,
         cpu_threads=None if threads is None or by_torchrun else _number(environ, "OMP_NUM_THREADS"),
     )
 

@@ -19,6 +19,7 @@ from internlm_lite.faults.failure import Failure, read_failures, record, summary
 from internlm_lite.faults.watchdog import unwatched, write_stacks
 from internlm_lite.runtime.place import Place
 from internlm_lite.runtime.start import leave_now
+from internlm_lite.runtime.torchrun import tell_agent
 
 logger = logging.getLogger("internlm_lite")
 
@@ -57,9 +58,10 @@ class Ending:
     def _tell_hang(self, verdict: Verdict) -> None:
         rank, folder = self._place.rank, self.folder
         logger.error("the job stands still: %s", verdict.why)
+        follows = bool(verdict.ranks) and rank not in verdict.ranks
+        tell_agent(self._place.error_file, f"the job stands still: {verdict.why}", follows=follows)
         if folder is not None:
             self._write_stacks(folder)
-            follows = bool(verdict.ranks) and rank not in verdict.ranks
             self._record(folder, "hang", verdict.why, HANG, follows)
             for guilty, host in zip(verdict.ranks, verdict.hosts, strict=True):
                 where = (host, verdict.step, verdict.phase)

@@ -30,16 +30,17 @@ from internlm_lite.monitor.packages import check_packages
 from internlm_lite.runtime.device import apply_numerics, bind_device, device_name
 from internlm_lite.runtime.folder import (
     agents_of,
+    code_digest,
     create_run_folder,
     environment,
     find_run_folder,
-    package_versions,
     point_latest,
     write_start,
 )
 from internlm_lite.runtime.log import setup_logging
 from internlm_lite.runtime.place import Place
 from internlm_lite.runtime.start import announce_layout, end_process, start_world, stop_world
+from internlm_lite.runtime.torchrun import agent_told
 from internlm_lite.train.build import Run, build_run
 from internlm_lite.train.elastic import keep_global_batch
 from internlm_lite.train.ending import Ending, code_of
@@ -78,7 +79,8 @@ def run_job(loaded: LoadedConfig, place: Place, options: Options) -> NoReturn:
     setup_logging(place, None, options.log_style)
     ending = Ending(place)
     try:
-        code = _run(loaded, place, options, ending)
+        with agent_told(place.error_file):
+            code = _run(loaded, place, options, ending)
     except InternLMError as error:
         if not ending.told_elsewhere:
             logger.error(f"{type(error).__name__}: {error}")
@@ -133,7 +135,8 @@ def _run(loaded: LoadedConfig, place: Place, options: Options, ending: Ending) -
 def _says(loaded: LoadedConfig, options: Options, device: torch.device) -> dict[str, str]:
     """What must be the same on all ranks: another job, a stale file or a forgotten option must not train with them."""
     return {
-        "version": package_versions(["internlm_lite"]).get("internlm_lite", "not installed"),
+        "internlm_lite's code": code_digest(Path(__file__).parents[1]),
+        "torch": torch.__version__,
         "device": device.type,
         "--resume": options.resume or "not given",
         "--timeout": f"{options.timeout_seconds:g}",

@@ -23,7 +23,7 @@ from tests.faults.worlds import Job, arguments, damage, events_in, report, runs
 RANKS = 2
 EVERY = 5
 """Steps between snapshots."""
-HANG_SECONDS = 3
+HANG_SECONDS = 10
 GAP = range(8, 33)
 """Steps that a start trains until something happens: about 20."""
 
@@ -38,6 +38,21 @@ EXPECTED = {
     "nothing": {0},
 }  # fmt: skip
 """Exit codes of the ranks."""
+
+
+def fault(kind: str, rank: int, rng: random.Random) -> str:
+    """For the driver."""
+    gap, soon = rng.choice(GAP), f"{rng.uniform(0.001, 0.05):.3f}"
+    return {
+        "kill one": f"kill {rank} +{gap} {soon}",
+        "kill all": f"kill * +{gap} {soon}",
+        "damage newest": f"kill * +{gap} {soon}",
+        "exit one": f"exit {rank} +{gap}",
+        "raise one": f"raise {rank} +{gap}",
+        "stop one": f"stop {rank} +{gap} {soon}",
+        "term all": f"term * +{gap} {soon}",
+        "full disk": f"full 0 +{gap};kill * +{gap + 7} {soon}",
+    }.get(kind, "")
 
 
 @dataclass
@@ -65,7 +80,7 @@ class Chaos:
         kind, rank = self._chosen(), self.rng.randrange(RANKS)
         complete, reached, starts = self._complete(), self._reached(), len(self._events("start"))
         more = arguments("--timeout", str(HANG_SECONDS), steps=self.steps, every=EVERY)
-        with Job(self.folder, RANKS, *more, faults=self._faults(kind, rank)) as job:
+        with Job(self.folder, RANKS, *more, faults=fault(kind, rank, self.rng)) as job:
             if kind == "kill all at the start":
                 time.sleep(self.rng.uniform(0, 1.5))
                 for each in range(RANKS):
@@ -94,19 +109,6 @@ class Chaos:
             return self.kinds[count] if count < len(self.kinds) else "nothing"
         kinds = {kind: often for kind, often in KINDS.items() if kind != "full disk" or self.folder.is_mount()}
         return self.rng.choices(list(kinds), list(kinds.values()))[0]
-
-    def _faults(self, kind: str, rank: int) -> str:
-        gap, soon = self.rng.choice(GAP), f"{self.rng.uniform(0.001, 0.05):.3f}"
-        return {
-            "kill one": f"kill {rank} +{gap} {soon}",
-            "kill all": f"kill * +{gap} {soon}",
-            "damage newest": f"kill * +{gap} {soon}",
-            "exit one": f"exit {rank} +{gap}",
-            "raise one": f"raise {rank} +{gap}",
-            "stop one": f"stop {rank} +{gap} {soon}",
-            "term all": f"term * +{gap} {soon}",
-            "full disk": f"full 0 +{gap};kill * +{gap + 7} {soon}",
-        }.get(kind, "")
 
     def _damage(self) -> None:
         """Flip a bit of the newest checkpoint, if there is another one to fall back to."""

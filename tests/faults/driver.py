@@ -5,11 +5,10 @@
     sleep stuck      for ever in its data, in a forward pass      full     fills the disk of the working directory
     nan blow         gradient of one layer * nan, * 10000         flip     one bit of a weight, before they are compared
     ruin             a nan in the master weights
-    ruin             a nan in the master weights
 
 Each comes before step FIRST is trained, or before every step of the range; FIRST of +5 counts from where this process
 begins. Signals come SECONDS later. Once, if steps are trained again after a rollback, or each time with a ! after KIND.
-A start again by torchrun is undisturbed.
+Under torchrun each line of FAULTS is for one start; there are none after the last line.
 """
 
 from __future__ import annotations
@@ -142,8 +141,13 @@ def delay_batches(first: int) -> None:
     Batch.to = slow
 
 
+def faults_of_this_start() -> str:
+    lines = os.environ.get("FAULTS", "").splitlines()
+    start = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return lines[start] if start < len(lines) else ""
+
+
 if __name__ == "__main__":
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        install(Fault.parse(os.environ.get("FAULTS", ""), os.environ.get("RANK", "0")))
+    install(Fault.parse(faults_of_this_start(), os.environ.get("RANK", "0")))
     sys.argv[0] = str(TRAIN)
     runpy.run_path(str(TRAIN), run_name="__main__")

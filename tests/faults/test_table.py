@@ -27,11 +27,8 @@ Times are of a quiet machine; `pytest -s` prints those measured. None is asserte
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -44,7 +41,6 @@ from internlm_lite.checkpoint.find import committed
 from internlm_lite.checkpoint.local import LocalStorage
 from internlm_lite.checkpoint.verify import damages_of
 from internlm_lite.monitor.jsonl import read_objects
-from tests.cli import ROOT
 from tests.faults.trouble import small_disk
 from tests.faults.worlds import (
     PATIENCE,
@@ -59,8 +55,8 @@ from tests.faults.worlds import (
     report,
     run_folder,
     snapshots,
+    torchrun,
 )
-from tests.ports import free_port
 
 AT = 33
 """Step of the faults: three after a snapshot."""
@@ -75,10 +71,11 @@ def told(what: str, seconds: float, job: Job) -> None:
 def trained_until(job: Job, step: int) -> float:
     """Wait for that step's line; the clock's time then."""
     deadline = time.monotonic() + PATIENCE
+    alive = True
     while not any(line["step"] >= step for line in metrics_of(job.folder)):
-        alive = any(process.is_alive() for process in job.ranks.values())
         assert alive and time.monotonic() < deadline, job.output()[-6000:]
         time.sleep(0.02)
+        alive = any(process.is_alive() for process in job.ranks.values())  # asked before the lines are read
     return time.monotonic()
 
 
@@ -316,11 +313,7 @@ def test_going_back_too_often_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_torchrun_starts_killed_ranks_again(undisturbed: Any, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1"]
-    command += [f"--master-port={free_port()}", str(ROOT / "tests/faults/driver.py"), *arguments()]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FAULTS": f"kill 1 {AT}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, env=environment)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    torchrun(tmp_path, 2, 1, *arguments(), faults=f"kill 1 {AT}", patience=280)
     first, second = events(tmp_path, "start")
     assert (first["step"], second["step"]) == (0, 30)
     assert (curve_of(tmp_path), final_bits(tmp_path)) == undisturbed, "to the bit"

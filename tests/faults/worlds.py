@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from hashlib import sha256
@@ -102,6 +104,16 @@ class Job:
     def finish(self) -> None:
         """Wait for the end; every rank must have done all steps."""
         assert self.codes() == [0] * len(self.ranks), self.output()[-6000:]
+
+
+def torchrun(folder: Path, size: int, restarts: int, *more: str, faults: str, patience: float) -> None:
+    """The job of `size` ranks under torchrun, which starts it again up to `restarts` times; it must end well."""
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={size}", f"--max-restarts={restarts}"]
+    command += [f"--master-port={free_port()}", str(cli.ROOT / "tests/faults/driver.py"), *more]
+    environment = {**os.environ, "PYTHONPATH": str(cli.ROOT), "FAULTS": faults, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=patience, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def run_folder(folder: Path) -> Path:

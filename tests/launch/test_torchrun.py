@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,24 @@ def test_several_machines(tmp_path: Path):
     assert sum("data parallel size: 2" in output for output in outputs) == 1, "rank 0 alone is heard"
     assert sum("step=1 " in output for output in outputs) == 1
     assert len(joined_curve(tmp_path, "tiny")) == 2
+
+
+def test_sigusr1_saves_and_stops(tmp_path: Path):
+    """As `sbatch --signal=USR1` sends it: torchrun by itself would die of it, and leave its ranks behind."""
+    saves = ["ckpt.enable_save_ckpt=True", "ckpt.save_ckpt_folder=local:saves", "TOTAL_STEPS=100000"]
+    job = start("torchrun.sh", str(ROOT / "configs/tiny.py"), *TWO_STEPS[:2], *saves, folder=tmp_path, NPROC="2")
+    metrics, deadline = tmp_path / "RUN/tiny/latest/metrics.jsonl", time.monotonic() + 120
+    try:
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert job.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        job.send_signal(signal.SIGUSR1)
+        output = job.communicate(timeout=120)[0]
+    finally:
+        job.kill()
+        job.wait()
+    assert "stopped by SIGUSR1 after" in output
+    assert len(list((tmp_path / "saves/commits").iterdir())) == 1
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

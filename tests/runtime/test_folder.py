@@ -15,6 +15,7 @@ from internlm_lite.config.schema import Config
 from internlm_lite.errors import ConfigError, StorageError
 from internlm_lite.runtime.folder import (
     agents_of,
+    code_digest,
     create_run_folder,
     environment,
     find_run_folder,
@@ -159,6 +160,15 @@ def test_a_secret_is_masked_under_any_name_and_in_every_file(tmp_path):
     write_start(folder, LoadedConfig(config, (source,), {}, ()), {"command": ["train.py", f"HOOK={hook}"]})
     files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
     assert len(files) == 4 and not [path for path in files if "abcdef" in path.read_text()]
+
+
+def test_code_differs_where_a_file_does(tmp_path):
+    (tmp_path / "a.py").write_text("one = 1\n")
+    one = code_digest(tmp_path)
+    (tmp_path / "a.txt").write_text("of no account")
+    assert code_digest(tmp_path) == one
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    assert code_digest(tmp_path) != one
 
 
 def test_outside_a_checkout_there_is_no_commit(tmp_path):

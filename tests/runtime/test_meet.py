@@ -55,7 +55,7 @@ def test_all_ranks_are_told_what_the_first_that_differs_says(agent: TCPStore) ->
     del other["data.weights"]
     told = problems(*start(agent, SAYS, SAYS, other, SAYS | {"seed": "1"}))
     assert set(told) == {
-        "rank 2 on node2 was started with another config than rank 0 on node0: adam.lr is 0.01, expected 0.001, "
+        "rank 2 on node2 was not started like rank 0 on node0: adam.lr is 0.01, expected 0.001, "
         "data.weights is not set, expected None, data.weights.en is 0.5, expected not set; ranks that differ from rank "
         "0: 2, 3; start all ranks with the same command line, files and version; if this is another job, give one of "
         "them another port"
@@ -75,4 +75,4 @@ def test_a_rank_that_ended_since_it_came_is_named(agent: TCPStore, monkeypatch: 
     name = store.get("round").decode()
     store.set(f"{name}/here/1", json.dumps({"id": "1", "host": "node1", "digest": "another"}))
     (told,) = problems(zero)
-    assert "rank 1 on node1 was started with another config than rank 0 on node0: it ended before it said which" in told
+    assert "rank 1 on node1 was not started like rank 0 on node0: it ended before it said which" in told

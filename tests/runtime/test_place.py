@@ -45,6 +45,7 @@ def test_torchrun():
     assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (5, 8, 1, 4)
     assert (place.launcher, place.master_host, place.master_port) == ("torch", "gpu01", 29400)
     assert (place.attempt, place.supervised, place.agent_store) == (2, True, True)
+    assert str(place.error_file) == TORCHRUN["TORCHELASTIC_ERROR_FILE"]
     assert place.agent == "/tmp/torchelastic_a/none_b" == place_of(TORCHRUN | {"TORCHELASTIC_ERROR_FILE": LATER}).agent
     assert place_of(TORCHRUN | {"TORCHELASTIC_ERROR_FILE": ""}).agent == "", "torchrun --log-dir /dev/null"
     assert "TORCHELASTIC_RUN_ID" in place.why and "\n" not in place.why

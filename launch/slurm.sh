@@ -52,7 +52,7 @@ stop_in_time() {
     limit=1
     [ -z "$step" ] || kill -USR1 "$step"
     # After last_moment (seconds since the epoch) Slurm may cut off a save that takes long, and not requeue the job.
-    end=$(squeue --noheader --job "$job" --format %e) && last_moment=$(($(date --date "$end" +%s) - 20))
+    end=$(squeue --noheader --job "$job" --format %e) && end=$(date --date "${end:-none}" +%s) && last_moment=$((end - 20))
 }
 
 # What is usually missing, asked on every node before torch is loaded.
@@ -115,14 +115,17 @@ last_lines() {
 # srun's code is the highest of all ranks', 128 and more where one was killed. The cause may be another one, and is
 # named in the logs of ranks that failed because of it; where all failed alike, the first that speaks says why.
 find_cause() {
-    local cause
+    local cause causes
     cause=$(last_lines 'rank [0-9]+ on [^ ]+ failed first \(code [0-9]+\)' | tail -n 1)
     if [ -n "$cause" ]; then
         code=${cause#* failed first (code } && code=${code%%)*}
     elif [ "$code" != 3 ]; then
-        cause=$(last_lines '[A-Za-z_.]+Error: ' | head -n 1)
+        causes=$(last_lines '(rank [0-9]+ on [^ ]+: )?[A-Za-z_.]+Error: ')
+        # A wrong config may be wrong on one node alone, where nobody came from then.
+        cause=$(grep ConfigError: <<<"$causes" | head -n 1)
+        cause=${cause:-${causes%%$'\n'*}}
         case $cause in # ranks that never came, or come late, are killed when the others end
-        ConfigError:* | MeshError:*" with another config "*) code=2 ;;
+        *ConfigError:* | MeshError:*" was not started like rank 0 "*) code=2 ;;
         MeshError:*" ranks came to "* | MeshError:*" did not reach rank 0 "* | MeshError:*" was not called by "*) code=5 ;;
         esac
     fi

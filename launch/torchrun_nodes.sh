@@ -28,12 +28,10 @@ repository=$(realpath "$(dirname "$0")/..")
 
 gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
 
-# Restarted gloo workers must not meet the addresses of the dead ones in the launcher's store.
+# Rank 0 serves the ranks' store: a machine that comes back could not join one that an agent serves.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # Ranks that are told to stop save first, which may take longer than the 30 s that torchrun waits by itself.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
-# One OpenMP thread per process unless told otherwise: ranks share the machine's cores.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if [ -n "${NETWORK:-}" ]; then
     export NCCL_SOCKET_IFNAME=$NETWORK GLOO_SOCKET_IFNAME=$NETWORK
 fi

@@ -16,6 +16,7 @@ import platform
 import re
 import shutil
 import subprocess
+import tokenize
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from hashlib import sha256
@@ -120,7 +121,8 @@ def _sources(files: Sequence[Path]) -> dict[str, str]:
         name = source.name
         while name in texts:
             name = f"{source.stem}-{len(texts)}{source.suffix}"
-        texts[name] = mask_source(source.read_text(encoding="utf-8"))
+        with tokenize.open(source) as file:  # in the file's own encoding
+            texts[name] = mask_source(file.read())
     return texts
 
 

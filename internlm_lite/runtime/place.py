@@ -139,7 +139,7 @@ def find_place(
     port: int | None = None,
     resolves: Callable[[str], bool] = resolves,
 ) -> Place:
-    """The place of this process; `host` and `port` (the command line's) replace what is derived under Slurm.
+    """The place of this process; `host` and `port` (the command line's) replace the launcher's.
 
     Raises MeshError naming the variables when they are missing or contradict each other.
     """
@@ -209,22 +209,29 @@ def _from_torch(environ: Environ, why: str, host: str | None, port: int | None) 
     world_size = _number(environ, "WORLD_SIZE")
     if "LOCAL_WORLD_SIZE" not in environ:
         why += "; LOCAL_WORLD_SIZE is not set: all ranks are taken to be on this host"
+    agent_store = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if agent_store and not (host is None and port is None):
+        raise MeshError(
+            "found --host or --port, but torchrun's agent serves the ranks' store; give torchrun --master-addr and "
+            "--master-port instead"
+        )
+    local_world_size = _number(environ, "LOCAL_WORLD_SIZE", world_size)
     threads = environ.get("OMP_NUM_THREADS")
     # torchrun itself sets OMP_NUM_THREADS=1 when it starts several processes: that is nobody's wish
-    by_torchrun = threads == "1" and "TORCHELASTIC_RUN_ID" in environ
+    by_torchrun = threads == "1" and "TORCHELASTIC_RUN_ID" in environ and local_world_size > 1
     return Place(
         rank=_number(environ, "RANK"),
         world_size=world_size,
         local_rank=_number(environ, "LOCAL_RANK"),
-        local_world_size=_number(environ, "LOCAL_WORLD_SIZE", world_size),
+        local_world_size=local_world_size,
         hostname=_hostname(environ),
         launcher="torch",
         why=why,
-        master_host=environ.get("MASTER_ADDR") or host or "",
-        master_port=_number(environ, "MASTER_PORT", port),
+        master_host=host or environ["MASTER_ADDR"],
+        master_port=_number(environ, "MASTER_PORT") if port is None else port,
         attempt=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
         supervised="TORCHELASTIC_RUN_ID" in environ,
-        agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        agent_store=agent_store,
         agent=_agent(environ),
         error_file=Path(file) if (file := environ.get("TORCHELASTIC_ERROR_FILE")) else None,
         cpu_threads=None if threads is None or by_torchrun else _number(environ, "OMP_NUM_THREADS"),

@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
-import psutil
 import pytest
+from torch.distributed import HashStore
 
+from internlm_lite.runtime.meet import _difference, _missing
+from internlm_lite.runtime.place import Place
 from tests.cli import ROOT
 
 SRUN = """#!/bin/bash
@@ -62,6 +65,7 @@ def start(here: Path, *arguments: str, **environment: object) -> subprocess.Pope
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,  # its children come and go: all are signalled as one group
     )
 
 
@@ -84,10 +88,10 @@ def ended(here: Path, script: subprocess.Popen[str]) -> tuple[int, str, bool]:
 def signalled(here: Path, number: signal.Signals, code: int, step: bool = True) -> tuple[int, str, bool]:
     script = start(here, "config.py", CODE=code, WAITS=1)
     until_it_waits(here)
-    script.send_signal(number)
     if number == signal.SIGTERM and step:  # which Slurm sends it to as well
-        for child in psutil.Process(script.pid).children():
-            child.send_signal(number)
+        os.killpg(script.pid, number)
+    else:
+        script.send_signal(number)
     return ended(here, script)
 
 
@@ -174,13 +178,12 @@ def test_a_save_that_the_limit_would_cut_off_is_left_to_the_next_start(here: Pat
     script = start(here, "config.py", CODE="slow", WAITS=1, LEFT=21)
     until_it_waits(here)
     script.send_signal(signal.SIGUSR1)
-    deadline = time.monotonic() + 60
-    while not (here / "scontrol").exists():
+    deadline, calls = time.monotonic() + 60, here / "scontrol"
+    while not (calls.exists() and calls.read_text().startswith("requeue 7\n")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    for process in [*psutil.Process(script.pid).children(recursive=True), script]:  # as requeueing does
-        process.kill()
-    assert "job 7: still saving shortly before the time limit: requeued" in ended(here, script)[1]
+    os.killpg(script.pid, signal.SIGKILL)  # as requeueing does
+    assert "job 7: still saving shortly before the time limit: requeued" in script.communicate(timeout=60)[0]
 
 
 def test_a_cancelled_job_is_not_requeued(here: Path):
@@ -223,10 +226,14 @@ def test_where_all_ranks_fail_alike_the_first_says_why(here: Path, begin: str):
     assert said == [why, "code 7: see ./slurm-7; not requeued"]
 
 
+PLACE = Place(0, 2, 0, 1, "node1", "slurm", "", "127.0.0.1", 18101)
+MISSING = _missing([1], PLACE, timedelta(seconds=8))
+
+
 @pytest.mark.parametrize(
     "why",
     [
-        "1 of 2 ranks came to 127.0.0.1:18101 within 8 s; missing: 1; check that they were started",
+        MISSING,
         "rank 1 on node2 did not reach rank 0 at node1:18101 within 8 s: no answer",
     ],
 )
@@ -240,6 +247,33 @@ def test_a_rank_that_never_comes_is_lost_and_not_killed(here: Path, why: str):
 def test_a_wrong_config_ends_the_job_though_late_ranks_are_killed(here: Path):
     code, output, requeued = run(here, 143, SAYS="ConfigError: command line: adam.lr: found -1")
     assert (code, requeued) == (2, False) and "code 2: see ./slurm-7; not requeued" in output
+
+
+def test_a_config_that_is_wrong_on_one_node_ends_the_job(here: Path):
+    (here / "slurm-7").mkdir()
+    (here / "slurm-7" / "rank-8.log").write_text("")
+    script = start(here, "config.py", CODE=143, SAYS=f"{FULL}MeshError: {MISSING}", WAITS=1)
+    until_it_waits(here)
+    (here / "slurm-7" / "rank-8.log").write_text("rank 8 on node2: ConfigError: config.py:3: adam.lr: found -1\n")
+    script.send_signal(signal.SIGUSR1)
+    code, output, requeued = ended(here, script)
+    assert (code, requeued) == (2, False) and "rank 8 on node2: ConfigError: config.py:3" in output
+
+
+def test_ranks_that_were_not_started_alike_end_the_job(here: Path):
+    came = [{"digest": digest, "host": f"node{digest}"} for digest in "12"]
+    store = HashStore()
+    store.set("tell/1", '{"seed": "2"}')
+    why = _difference(came, store, {"seed": "1"})
+    assert "seed is 2, expected 1" in why
+    code, output, requeued = run(here, 143, SAYS=f"{FULL}MeshError: {why}", SECONDS=601)
+    assert (code, requeued) == (2, False) and f"job 7: MeshError: {why}\n" in output
+
+
+def test_a_job_whose_end_slurm_does_not_tell_is_not_cut_short(here: Path):
+    (here / "programs" / "squeue").write_text("#!/bin/bash\necho N/A\n")
+    code, output, requeued = signalled(here, signal.SIGUSR1, 3)
+    assert (code, requeued) == (3, True) and "still saving" not in output
 
 
 def test_of_a_job_array_one_element_is_requeued(here: Path):

@@ -162,6 +162,14 @@ def test_a_secret_is_masked_under_any_name_and_in_every_file(tmp_path):
     assert len(files) == 4 and not [path for path in files if "abcdef" in path.read_text()]
 
 
+def test_a_config_is_kept_in_its_own_encoding(tmp_path):
+    source = tmp_path / "c.py"
+    source.write_bytes("# coding: latin-1\nJOB_NAME = 'caf\u00e9'\n".encode("latin-1"))
+    folder = create_run_folder(tmp_path / "RUN", "job", NOW)
+    write_start(folder, LoadedConfig(CONFIG, (source,), {}, ()), {})
+    assert "JOB_NAME = 'caf\u00e9'" in (folder / "config" / "c.py").read_text(encoding="utf-8")
+
+
 def test_code_differs_where_a_file_does(tmp_path):
     (tmp_path / "a.py").write_text("one = 1\n")
     one = code_digest(tmp_path)

@@ -50,6 +50,8 @@ def test_torchrun():
     assert place_of(TORCHRUN | {"TORCHELASTIC_ERROR_FILE": ""}).agent == "", "torchrun --log-dir /dev/null"
     assert "TORCHELASTIC_RUN_ID" in place.why and "\n" not in place.why
     assert place.cpu_threads is None, "torchrun's own OMP_NUM_THREADS=1 is not a wish"
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    assert place_of(TORCHRUN | alone).cpu_threads == 1, "for one process it does not set it"
 
 
 def test_ranks_set_by_hand():
@@ -88,9 +90,13 @@ def test_all_tasks_of_a_job_agree_on_the_port_and_other_jobs_and_steps_differ():
     assert len(ports) == 1 and len(others) > 90 and not ports & others
 
 
-def test_host_and_port_of_the_command_line_win_under_slurm():
-    place = place_of(SRUN, host="10.0.0.7", port=12345, resolves=False)
-    assert (place.master_host, place.master_port) == ("10.0.0.7", 12345)
+def test_host_and_port_of_the_command_line_win():
+    by_hand = TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "False"}
+    for environ in (SRUN, by_hand):
+        place = place_of(environ, host="10.0.0.7", port=12345, resolves=False)
+        assert (place.master_host, place.master_port) == ("10.0.0.7", 12345)
+    with pytest.raises(MeshError, match="agent serves the ranks' store; give torchrun --master-addr"):
+        place_of(TORCHRUN, port=12345)
 
 
 def test_node_names_that_do_not_resolve():

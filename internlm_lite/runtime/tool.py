@@ -1,0 +1,45 @@
+"""What the programs in tools/ share: how they end, and how they are told about S3."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from internlm_lite.errors import INTERRUPTED, InternLMError, StorageError
+
+
+def run_tool(work: Callable[[], int], interrupted: str = "interrupted", *, has_s3_option: bool = False) -> int:
+    """The exit code of `work`. What a user can meet is one line on standard error instead of a traceback: our errors,
+    files and folders that the system refuses, and `interrupted` after Ctrl-C. A reader that is gone is no error.
+
+    `has_s3_option`: the tool has no config, so what messages call ckpt.s3.KEY is named --s3 KEY.
+    """
+    try:
+        code = work()
+        sys.stdout.flush()
+        return code
+    except InternLMError as error:
+        text = str(error).replace("ckpt.s3.", "--s3 ") if has_s3_option else str(error)
+        print(f"{type(error).__name__}: {text}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"StorageError: {error.filename}: {error.strerror}; mend it, or give another path", file=sys.stderr)
+        return StorageError.exit_code
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return INTERRUPTED
+
+
+def add_s3_option(parser: argparse.ArgumentParser) -> None:
+    """--s3 KEY=VALUE, for `s3_settings`."""
+    parser.add_argument(
+        "--s3", action="append", default=[], metavar="KEY=VALUE", help="a key of ckpt.s3, such as insecure=True"
+    )

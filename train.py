@@ -90,12 +90,12 @@ def main() -> None:
         if not (quiet and isinstance(error, ConfigError)):  # it is wrong on the whole machine: said once
             print(f"{who}{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    if place.rank > 0 and (arguments.print_config or arguments.dry_run):  # every rank would show the same
+        return
     if arguments.print_config:
         print(print_config(loaded, arguments.print_config))
         return
     if arguments.dry_run:
-        if place.rank > 0:  # every rank would show the same
-            return
         from internlm_lite.planner.command import dry_run
 
         device = "cpu" if arguments.device == "cpu" else "cuda"

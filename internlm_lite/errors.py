@@ -1,4 +1,4 @@
-"""Every error a user can meet. Each carries the exit code of the process (docs/where.md lists them).
+"""Every error a user can meet. Each carries the exit code of the process (README.md lists them).
 
 A message says what was found, what was expected, and what to change.
 """
@@ -65,3 +65,8 @@ class MissingPackageError(InternLMError):
     """An optional package is needed for what was asked; the message holds the install command."""
 
     exit_code = 2
+
+
+def first_line(error: Exception) -> str:
+    """What an error of torch says, without the frames of C++ below it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 
+import hypothesis
 import pytest
 import torch
 
@@ -18,7 +19,15 @@ __all__ = ["nothing_is_left_behind", "slurm"]
 
 FORBID_SKIPS = os.environ.get("FORBID_SKIPS", "") not in ("", "0")
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and worlds of ranks need the cores
+# The same examples each time, however slow the machine.
+hypothesis.settings.register_profile(
+    "suite", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("suite")
+# Tiny tensors: a second thread only waits, and worlds of ranks need the cores. Children read it when they load torch;
+# so does the fork server, whose own children cannot change it any more.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 def _refuse(report: pytest.TestReport | pytest.CollectReport) -> None:
@@ -41,3 +50,9 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     if FORBID_SKIPS and report.skipped:
         _refuse(report)
     return report
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """torch draws the same ones in a test, whichever ran before."""
+    torch.manual_seed(0)

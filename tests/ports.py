@@ -1,18 +1,25 @@
-"""Ports of this machine that nobody listens on right now."""
+"""Ports of this machine that nobody listens on right now, and that nobody gets who does not ask for them by number."""
 
 from __future__ import annotations
 
 import contextlib
+import random
 import socket
+
+_ASKED_FOR = range(5_000, 15_000)
+"""Below those of Slurm jobs (runtime/place.py), and below those that the kernel hands out to whoever wants any."""
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ones, since all are held until the last is found."""
-    with contextlib.ExitStack() as stack:
-        found = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in found:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in found]
+    """Different ones, at random, as other tests of this machine may look for some too."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(_ASKED_FOR, len(_ASKED_FOR)):
+        with contextlib.suppress(OSError), socket.socket() as one:
+            one.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise OSError(f"found {len(found)} free ports, expected {count}")
 
 
 def free_port() -> int:

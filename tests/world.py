@@ -84,7 +84,7 @@ def _collect(ranks: list, timeout_seconds: float) -> list[Any]:
     results: list[Any] = []
     errors = []
     for rank, (_, pipe) in enumerate(ranks):
-        if not pipe.poll(5 if errors else max(0, deadline - time.monotonic())):
+        if not pipe.poll(30 if errors else max(0, deadline - time.monotonic())):
             errors.append(f"rank {rank}: no answer after {timeout_seconds} s")
             continue
         try:

@@ -31,6 +31,7 @@ from internlm_lite.bench.metrics import bench_metrics
 from internlm_lite.bench.ranks import bench_ranks
 from internlm_lite.bench.single import SHAPES, bench_single
 from internlm_lite.bench.step import bench_step
+from internlm_lite.bench.worlds import device_of
 from internlm_lite.runtime.device import device_name
 
 CORPORA = ((100, 50_000_000), (800, 1_000_000_000))
@@ -43,22 +44,18 @@ GPU_SHAPE = {"hidden": 2048, "layers": 16, "heads": 16, "vocab": 32768, "seq_len
 
 def shape_for(gpus: int) -> dict[str, Any]:
     """The model and batch where so many GPUs are needed at once: a smaller one when they are not there."""
-    on_gpus = torch.cuda.device_count() >= gpus
+    on_gpus = device_of(0, gpus).type == "cuda"
     return {**GPU_SHAPE, "dtype": "torch.bfloat16"} if on_gpus else {**CPU_SHAPE, "dtype": "torch.float32"}
 
 
 def machine() -> dict[str, Any]:
-    """What was measured on."""
+    """What was measured on; where GPUs can be used, each result says whether they were."""
     return {
-        "device": device_name(first_device()),
+        "cpu": device_name(torch.device("cpu")),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def first_device() -> torch.device:
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def run(only: str | None, rounds: int) -> dict[str, Any]:
@@ -70,7 +67,7 @@ def run(only: str | None, rounds: int) -> dict[str, Any]:
                 asdict(bench_loader(Path(folder, str(length)), n_tokens, length)) for length, n_tokens in CORPORA
             ]
     if only in (None, "step"):
-        results["step"] = asdict(bench_step(first_device(), rounds, **shape_for(1)))
+        results["step"] = asdict(bench_step(device_of(0, 1), rounds, **shape_for(1)))
     if only in (None, "ranks"):
         results["ranks"] = asdict(bench_ranks(2, rounds, **shape_for(2)))
     return results
@@ -83,7 +80,7 @@ def run_layouts(rounds: int) -> dict[str, Any]:
     most_ranks = gpus if gpus >= 2 else 4  # else all on the CPU
     results: dict[str, Any] = {"machine": machine(), "shape": shape}
     results["layouts"] = [asdict(row) for row in bench_layouts(rounds, most_ranks, **shape)]
-    if torch.cuda.is_available():
+    if gpus:
         results["single"] = [asdict(row) for row in bench_single(SHAPES, "torch.bfloat16", rounds)]
     return results
 
@@ -105,7 +102,7 @@ def run_checkpoint(rounds: int) -> dict[str, Any]:
 def run_metrics(rounds: int) -> dict[str, Any]:
     """What looking at a run costs."""
     with tempfile.TemporaryDirectory() as folder:
-        result = bench_metrics(first_device(), rounds, Path(folder), **shape_for(1))
+        result = bench_metrics(device_of(0, 1), rounds, Path(folder), **shape_for(1))
     return {"machine": machine(), "metrics": asdict(result)}
 
 

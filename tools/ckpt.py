@@ -33,8 +33,9 @@ from internlm_lite.checkpoint.prune import plan_prune
 from internlm_lite.checkpoint.storage import Storage
 from internlm_lite.checkpoint.verify import Damage, damages_in, damages_of
 from internlm_lite.config.schema import S3Config
-from internlm_lite.errors import CheckpointError, InternLMError
+from internlm_lite.errors import CheckpointError
 from internlm_lite.runtime.place import adopt_s3_keys
+from internlm_lite.runtime.tool import add_s3_option, run_tool
 from internlm_lite.units import human_bytes, human_seconds
 
 _PIPE_COLUMNS = 1000
@@ -55,9 +56,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     prune.add_argument("--keep", type=int, required=True, metavar="N", help="good checkpoints that stay")
     prune.add_argument("--dry-run", action="store_true", help="say what would go")
     for command in (ls, verify, prune):
-        command.add_argument(
-            "--s3", action="append", default=[], metavar="KEY=VALUE", help="a key of ckpt.s3, such as insecure=True"
-        )
+        add_s3_option(command)
     arguments = parser.parse_args(argv)
     if arguments.command == "prune" and arguments.keep < 1:
         parser.error("--keep: expected at least 1")
@@ -206,18 +205,16 @@ def _prune(storage: Storage, keep: int, dry_run: bool) -> int:
     return 0
 
 
+def work(arguments: argparse.Namespace) -> int:
+    """Exit code."""
+    adopt_s3_keys(os.environ)
+    return {"ls": ls, "verify": verify, "prune": prune}[arguments.command](arguments, s3_settings(arguments.s3))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 damaged or bad input, 6 storage, 130 interrupted."""
     arguments = parse_arguments(argv)
-    try:
-        adopt_s3_keys(os.environ)
-        return {"ls": ls, "verify": verify, "prune": prune}[arguments.command](arguments, s3_settings(arguments.s3))
-    except InternLMError as error:
-        text = str(error).replace("ckpt.s3.", "--s3 ")  # here there is no config
-        print(f"{type(error).__name__}: {text}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    return run_tool(partial(work, arguments), has_s3_option=True)
 
 
 if __name__ == "__main__":

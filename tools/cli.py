@@ -23,7 +23,8 @@ def main() -> None:
         asked_for_help = name in ("-h", "--help")
         lines = [f"  {tool:<14}{_summary(path)}" for tool, path in tools.items()]
         error = "" if asked_for_help else f"found no tool {name!r}; expected one of those below\n"
-        print(f"{error}usage: internlm-lite NAME [arguments]\n" + "\n".join(lines))
+        stream = sys.stdout if asked_for_help else sys.stderr
+        print(f"{error}usage: internlm-lite NAME [arguments]\n" + "\n".join(lines), file=stream)
         sys.exit(0 if asked_for_help else 2)
     sys.argv = [str(tools[name]), *sys.argv[2:]]
     runpy.run_path(sys.argv[0], run_name="__main__")

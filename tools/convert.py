@@ -15,6 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,10 +27,10 @@ from internlm_lite.convert.names import FAMILIES
 from internlm_lite.convert.to_hf import open_checkpoint, write_hf
 from internlm_lite.convert.verify import compare, require_transformers
 from internlm_lite.data.tokenizer import Tokenizer
-from internlm_lite.errors import InternLMError
 from internlm_lite.generate.load import load_model
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.runtime.place import adopt_s3_keys
+from internlm_lite.runtime.tool import add_s3_option, run_tool
 from internlm_lite.units import human_bytes, human_seconds
 
 HEARTBEAT_SECONDS = 10.0
@@ -52,9 +53,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     from_hf.add_argument("folder", type=Path, help="config.json, *.safetensors")
     from_hf.add_argument("out", help="save folder without checkpoints")
     for command in (to_hf, from_hf):
-        command.add_argument(
-            "--s3", action="append", default=[], metavar="KEY=VALUE", help="a key of ckpt.s3, such as insecure=True"
-        )
+        add_s3_option(command)
         command.add_argument("--verify", action="store_true", help="compare logits with transformers'")
     return parser.parse_args(argv)
 
@@ -143,21 +142,19 @@ def verify(checkpoint: str, folder: Path, s3: S3Config) -> int:
     return 0 if difference.is_small else 2
 
 
+def work(arguments: argparse.Namespace) -> int:
+    """Exit code."""
+    adopt_s3_keys(os.environ)
+    if arguments.verify:
+        require_transformers()
+    return {"to-hf": to_hf, "from-hf": from_hf}[arguments.command](arguments, s3_settings(arguments.s3))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 bad input or another model, 6 storage, 130 interrupted."""
     arguments = parse_arguments(argv)
-    try:
-        adopt_s3_keys(os.environ)
-        if arguments.verify:
-            require_transformers()
-        return {"to-hf": to_hf, "from-hf": from_hf}[arguments.command](arguments, s3_settings(arguments.s3))
-    except InternLMError as error:
-        text = str(error).replace("ckpt.s3.", "--s3 ")  # here there is no config
-        print(f"{type(error).__name__}: {text}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted: a folder or checkpoint that was being written is gone", file=sys.stderr)
-        return 130
+    interrupted = "interrupted: a folder or checkpoint that was being written is gone"
+    return run_tool(partial(work, arguments), interrupted, has_s3_option=True)
 
 
 if __name__ == "__main__":

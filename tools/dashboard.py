@@ -11,15 +11,18 @@ import logging
 import secrets
 import sys
 from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from internlm_lite.errors import ConfigError, InternLMError
+from internlm_lite.errors import ConfigError
 from internlm_lite.report.files import read_file, shown
 from internlm_lite.report.find import left_out
 from internlm_lite.report.server import Dashboard
 from internlm_lite.report.watch import Watch
+from internlm_lite.runtime.tool import run_tool
 
 PORT = 8090
 
@@ -56,28 +59,26 @@ def read_token(arguments: argparse.Namespace) -> str | None:
         raise ConfigError(f"cannot read --token-file {shown(arguments.token_file)}: {error.strerror}") from error
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 after Ctrl-C, 2 bad input."""
-    arguments = parse_arguments(argv)
-    logging.basicConfig(format="%(message)s")
-    watch = None
-    try:
-        token = read_token(arguments)
-        watch = Watch(arguments.runs)
+def serve(arguments: argparse.Namespace) -> int:
+    """Exit code, once Ctrl-C has ended it."""
+    token = read_token(arguments)
+    with closing(Watch(arguments.runs)) as watch:
         for line in left_out(arguments.runs):
             print(line)
         with Dashboard(watch, arguments.port, arguments.bind, token) as server:
             print(f"dashboard: {server.address}  (Ctrl-C ends it)", flush=True)
-            server.serve_forever(poll_interval=0.2)
-    except InternLMError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print()
-    finally:
-        if watch is not None:
-            watch.close()
+            try:
+                server.serve_forever(poll_interval=0.2)
+            except KeyboardInterrupt:
+                print()
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 after Ctrl-C, 2 bad input, 130 interrupted before it served."""
+    arguments = parse_arguments(argv)
+    logging.basicConfig(format="%(message)s")
+    return run_tool(partial(serve, arguments))
 
 
 if __name__ == "__main__":

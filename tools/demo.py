@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -28,8 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from internlm_lite.config.load import load_config
 from internlm_lite.data.corpus import build_corpus, machine_folders
-from internlm_lite.errors import InternLMError
-from internlm_lite.monitor.jsonl import read_metrics, read_objects
+from internlm_lite.errors import ConfigError
+from internlm_lite.report.history import samples, validation
+from internlm_lite.report.run import RunReader
+from internlm_lite.runtime.tool import run_tool
 from internlm_lite.units import human_bytes, human_seconds
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -56,9 +59,14 @@ class Stage:
 
 def run(*command: str | Path) -> None:
     """Run a Python script of the repository with our interpreter; its failure is ours."""
-    result = subprocess.run([sys.executable, *map(str, command)], cwd=REPOSITORY, check=False)
-    if result.returncode:
-        sys.exit(result.returncode if result.returncode > 0 else 1)
+    with subprocess.Popen([sys.executable, *map(str, command)], cwd=REPOSITORY) as child:
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:  # it has heard Ctrl-C too: subprocess.run would kill it while it saves
+            child.wait()
+            raise
+    if code:
+        sys.exit(code if code > 0 else 1)
 
 
 def make_text(folder: Path) -> None:
@@ -94,22 +102,23 @@ def train(folder: Path, arguments: Sequence[str], started: Stage) -> None:
 def report(folder: Path, vocab_size: int) -> None:
     """What came out: the loss at both ends, the samples, and where to look."""
     run_folder = (folder / "RUN" / "demo" / "latest").resolve()
-    steps = read_metrics(run_folder / "metrics.jsonl")
-    samples = list(read_objects(run_folder / "samples.jsonl"))
-    for sample in (one for one in samples if one["step"] == samples[-1]["step"]):
+    reader = RunReader(run_folder, "demo").read_all()
+    drawn = samples(reader.samples, reader.events)
+    for sample in (one for one in drawn if one["step"] == drawn[-1]["step"]):
         print(f"\n--- prompt {sample['prompt']!r}\n{sample['prompt']}{sample['text']}")
-    losses = [step["loss"] for step in steps]
+    losses = reader.columns.scalars["loss"].tolist()
     end, uniform = statistics.mean(losses[-LAST_STEPS:]), math.log(vocab_size)
     print(
         f"\ntraining loss: {losses[0]:.3f} at the first step, {end:.3f} over the last {LAST_STEPS}, which is", end=" "
     )
     print(f"{end / uniform:.0%} of guessing evenly, ln({vocab_size}) = {uniform:.3f}")
-    evaluations = [event for event in read_objects(run_folder / "events.jsonl") if event["event"] == "evaluation"]
+    evaluations = validation(reader.events)
     for name, (_, loss, accuracy) in (evaluations[-1]["folders"] if evaluations else {}).items():
         print(f"  held-out text of {name:<6} loss {loss:.3f}, next token right {accuracy:.0%}")
     print(f"run folder: {run_folder}")
-    print(f"report:     {run_folder / 'report.html'}   live: internlm-lite dashboard {run_folder}")
-    print(f"more text:  internlm-lite generate --checkpoint {folder / 'ckpts'} --prompt 'import '")
+    tools = f"{sys.executable} {REPOSITORY / 'tools'}"  # internlm-lite may not be on the user's PATH
+    print(f"report:     {run_folder / 'report.html'}   live: {tools}/dashboard.py {run_folder}")
+    print(f"more text:  {tools}/generate.py --checkpoint {folder / 'ckpts'} --prompt 'import '")
 
 
 def installed() -> list[str]:
@@ -118,17 +127,16 @@ def installed() -> list[str]:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "demo", help="where everything goes (demo)")
     parser.add_argument("--fresh", action="store_true", help="forget the checkpoints and train again from step 0")
     return parser.parse_known_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: that of the stage that failed, else 0."""
-    arguments, for_train = parse_arguments(argv)
+def work(arguments: argparse.Namespace, for_train: Sequence[str]) -> int:
+    """Exit code."""
+    if not CONFIG.is_file():
+        raise ConfigError(f"found no {CONFIG}: run tools/demo.py from a checkout")
     folder, start = arguments.folder.resolve(), time.monotonic()
     vocab_size = load_config(CONFIG).config.model.vocab_size
     data_code = [file.read_text("utf-8") for file in sorted((REPOSITORY / "internlm_lite" / "data").glob("*.py"))]
@@ -139,30 +147,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.fresh:
         for stage in (started, trained):
             stage.stamp.unlink(missing_ok=True)
-    work = {
+    stages = {
         text: ("1/3 text of this machine", lambda: make_text(folder)),
         tokens: ("2/3 tokenizer and tokens", lambda: make_tokens(folder, vocab_size)),
         trained: ("3/3 training", lambda: train(folder, for_train, started)),
     }
-    try:
-        for stage, (title, make) in work.items():
-            if stage.is_current:
-                print(f"{title}: up to date", flush=True)
-                continue
-            print(f"{title} -> {folder}", flush=True)
-            before = time.monotonic()
-            make()
-            stage.record()
-            print(f"{title}: {human_seconds(time.monotonic() - before)}\n", flush=True)
-        report(folder, vocab_size)
-    except InternLMError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted: run it again to go on", file=sys.stderr)
-        return 130
+    for stage, (title, make) in stages.items():
+        if stage.is_current:
+            print(f"{title}: up to date", flush=True)
+            continue
+        print(f"{title} -> {folder}", flush=True)
+        before = time.monotonic()
+        make()
+        stage.record()
+        print(f"{title}: {human_seconds(time.monotonic() - before)}\n", flush=True)
+    report(folder, vocab_size)
     print(f"done in {human_seconds(time.monotonic() - start)}; train again with DEMO_ARGS=--fresh")
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: that of the stage that failed, else 0."""
+    arguments, for_train = parse_arguments(argv)
+    return run_tool(partial(work, arguments, for_train), "interrupted: run it again to go on")
 
 
 if __name__ == "__main__":

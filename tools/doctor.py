@@ -1,8 +1,8 @@
 """Look at what all ranks of a job run on: shows what differs or is wrong, and how to mend it.
 
-python tools/doctor.py                                                               this process alone
-torchrun --nproc_per_node=8 tools/doctor.py                                          all ranks of one machine
-srun -N 2 -n 16 --ntasks-per-node=8 --gpus-per-node=8 python tools/doctor.py --config configs/20B_sft.py
+    python tools/doctor.py                                                               this process alone
+    torchrun --nproc_per_node=8 tools/doctor.py                                          all ranks of one machine
+    srun -N 2 -n 16 --ntasks-per-node=8 --gpus-per-task=1 python tools/doctor.py --config configs/20B_sft.py
 
 Start it exactly as train.py is to be started. Exit code 0: nothing to mend, 2: something.
 """
@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,19 +24,23 @@ from internlm_lite.config.load import load_config
 from internlm_lite.config.s3path import is_s3
 from internlm_lite.doctor.examine import Report, examine
 from internlm_lite.doctor.view import findings_text, last_line
-from internlm_lite.errors import InternLMError
 from internlm_lite.runtime.place import adopt_s3_keys, find_place
+from internlm_lite.runtime.tool import run_tool
 from internlm_lite.units import wait_seconds
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="doctor", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--config", type=Path, help="look at its checkpoint folders too")
+    parser.add_argument("--config", type=Path, help="config file: look at its checkpoint folders too")
     parser.add_argument("--run-dir", type=Path, default=Path("RUN"), help="as for train.py")
-    parser.add_argument("--launcher", choices=["auto", "slurm", "torch", "single"], default="auto")
+    parser.add_argument(
+        "--launcher", choices=["auto", "slurm", "torch", "single"], default="auto", help="who started us"
+    )
     parser.add_argument("--host", help="where rank 0 listens (default: from the launcher)")
     parser.add_argument("--port", type=int, help="its port (default: from the launcher)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if there is one"
+    )
     parser.add_argument(
         "--timeout", type=wait_seconds, default=120, metavar="SECONDS", help="longest wait for other ranks (120)"
     )
@@ -73,18 +78,18 @@ class Shown:
             print(json.dumps(report.to_json(), indent=2) if self._as_json else last_line(report), flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 nothing to mend, 2 something, or the ranks did not meet."""
-    arguments = parse_arguments(argv)
+def work(arguments: argparse.Namespace) -> int:
+    """Exit code."""
+    adopt_s3_keys(os.environ)
+    place = find_place(os.environ, arguments.launcher, arguments.host, arguments.port)
     timeout = timedelta(seconds=arguments.timeout)
-    try:
-        adopt_s3_keys(os.environ)
-        place = find_place(os.environ, arguments.launcher, arguments.host, arguments.port)
-        folders = folders_of(arguments)
-        return examine(place, os.environ, folders, arguments.device, timeout, Shown(arguments.json))
-    except InternLMError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+    return examine(place, os.environ, folders_of(arguments), arguments.device, timeout, Shown(arguments.json))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 nothing to mend, 2 something, or the ranks did not meet, 130 interrupted."""
+    arguments = parse_arguments(argv)
+    return run_tool(partial(work, arguments))
 
 
 if __name__ == "__main__":

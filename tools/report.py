@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from internlm_lite.errors import ConfigError, InternLMError
+from internlm_lite.errors import ConfigError
 from internlm_lite.report.figure import can_draw, write_figure
 from internlm_lite.report.files import shown
 from internlm_lite.report.find import demand_runs, left_out, run_name
@@ -23,6 +24,7 @@ from internlm_lite.report.log import read_log
 from internlm_lite.report.page import write_report
 from internlm_lite.report.payload import UNREADABLE, make_payload
 from internlm_lite.report.run import RunReader
+from internlm_lite.runtime.tool import run_tool
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -70,25 +72,24 @@ def check(payload: Mapping[str, Any]) -> None:
         raise ConfigError("nothing to show; mend or remove the file that is damaged")
 
 
+def work(arguments: argparse.Namespace) -> int:
+    """Exit code."""
+    runs = read_runs(arguments)
+    payload = make_payload([(f"r{at}", run) for at, run in enumerate(runs)], live=False)
+    check(payload)
+    page, figure = places(arguments, runs)
+    write_report(payload, page)
+    print(f"wrote {shown(page)}")
+    if arguments.png or can_draw():
+        write_figure(payload, figure)
+        print(f"wrote {shown(figure)}")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 bad input or a missing package, 6 storage, 130 interrupted."""
     arguments = parse_arguments(argv)
-    try:
-        runs = read_runs(arguments)
-        payload = make_payload([(f"r{at}", run) for at, run in enumerate(runs)], live=False)
-        check(payload)
-        page, figure = places(arguments, runs)
-        write_report(payload, page)
-        print(f"wrote {shown(page)}")
-        if arguments.png or can_draw():
-            write_figure(payload, figure)
-            print(f"wrote {shown(figure)}")
-    except InternLMError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_tool(partial(work, arguments))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Write a batch file for Slurm from a config: as many nodes as its layout needs, refused where the run would be.
 
-python tools/slurm.py --config configs/20B_sft.py --world-size 16 --partition P --time 1-00:00:00
-sbatch slurm/20b_train.sbatch
+    python tools/slurm.py --config configs/20B_sft.py --world-size 16 --partition P --time 1-00:00:00
+    sbatch slurm/20b_train.sbatch
 
 The job saves and stops before its time limit, goes back into the queue and goes on; so it does when a rank dies.
 """
@@ -12,17 +12,19 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from internlm_lite.config.check import check_config
 from internlm_lite.config.load import LoadedConfig, load_config
-from internlm_lite.errors import ConfigError, InternLMError, StorageError
+from internlm_lite.errors import ConfigError, StorageError
 from internlm_lite.planner.plan import make_plan
 from internlm_lite.planner.report import Plan
 from internlm_lite.planner.sbatch import SlurmJob, nodes_of, sbatch_text
 from internlm_lite.runtime.place import adopt_s3_keys
+from internlm_lite.runtime.tool import run_tool
 from internlm_lite.units import human_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,20 +104,15 @@ def write(job: SlurmJob) -> Path:
     return file
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 written, 2 refused."""
-    arguments = parse_arguments(argv)
-    try:
-        adopt_s3_keys(os.environ)
-        world_size = arguments.world_size or arguments.nodes * arguments.gpus_per_node
-        nodes, per_node = nodes_of(world_size, arguments.gpus_per_node)
-        loaded = load_config(arguments.config, arguments.overrides)
-        plan = plan_of(loaded, world_size, arguments.device)
-        job = job_of(arguments, loaded, plan, nodes, per_node)
-        file = write(job)
-    except InternLMError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+def work(arguments: argparse.Namespace) -> int:
+    """Exit code."""
+    adopt_s3_keys(os.environ)
+    world_size = arguments.world_size or arguments.nodes * arguments.gpus_per_node
+    nodes, per_node = nodes_of(world_size, arguments.gpus_per_node)
+    loaded = load_config(arguments.config, arguments.overrides)
+    plan = plan_of(loaded, world_size, arguments.device)
+    job = job_of(arguments, loaded, plan, nodes, per_node)
+    file = write(job)
     print(job.about)
     if plan.sizes.tp > per_node:
         print(f"note: tensor parallel groups of {plan.sizes.tp} cross nodes of {per_node}: expect slow steps")
@@ -123,6 +120,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("note: ckpt.enable_save_ckpt=False: put back into the queue, the job starts from the beginning")
     print(f"sbatch {file}")
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 written, 2 refused, 6 storage, 130 interrupted."""
+    arguments = parse_arguments(argv)
+    return run_tool(partial(work, arguments))
 
 
 if __name__ == "__main__":

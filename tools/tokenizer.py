@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,7 +26,8 @@ from internlm_lite.data.documents import Metadata
 from internlm_lite.data.encode import encode_folder
 from internlm_lite.data.text import find_text, sample_text
 from internlm_lite.data.tokenizer import Tokenizer, train_tokenizer
-from internlm_lite.errors import DataError, InternLMError
+from internlm_lite.errors import DataError
+from internlm_lite.runtime.tool import run_tool
 from internlm_lite.units import human_bytes, human_count
 
 HEARTBEAT_SECONDS = 15.0
@@ -41,30 +43,37 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for command in (train, encode):
         command.add_argument("--input", type=Path, nargs="+", required=True, help="folders of text")
         command.add_argument("--text-key", default="text", help="key or column that holds the text (text)")
-        command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, or threads of train")
+        command.add_argument(
+            "--workers", type=int, default=os.cpu_count() or 1, help="processes, or threads of train (all cores)"
+        )
     train.add_argument("--output", type=Path, required=True, help="the .model file to write")
-    train.add_argument("--vocab-size", type=int, required=True, help="pieces, with 256 bytes and 4 special tokens")
-    train.add_argument("--max-bytes", type=int, default=20_000_000, help="text to train on, spread over the folders")
+    train.add_argument("--vocab-size", type=int, required=True, help="pieces; 260 are the bytes and special tokens")
+    train.add_argument(
+        "--max-bytes", type=int, default=20_000_000, help="text to train on, spread over the folders (20000000)"
+    )
     encode.add_argument(
         "--output", type=Path, required=True, help="folder to write one data folder per input folder to"
     )
     encode.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece model")
     encode.add_argument("--overwrite", action="store_true", help="replace data folders that exist")
     arguments = parser.parse_args(argv)
-    if arguments.workers < 1:
-        parser.error("--workers: expected at least 1")
+    for name, least in (("workers", 1), ("max_bytes", 1), ("vocab_size", 261)):
+        value = getattr(arguments, name, least)
+        if value < least:
+            parser.error(f"--{name.replace('_', '-')} {value}: expected at least {least}")
     return arguments
 
 
-def train(arguments: argparse.Namespace) -> None:
-    """Train and save a tokenizer."""
+def train(arguments: argparse.Namespace) -> int:
+    """Train and save a tokenizer. Exit code."""
     texts = sample_text(arguments.input, arguments.text_key, arguments.max_bytes)
     tokenizer = train_tokenizer(texts, arguments.output, arguments.vocab_size, arguments.workers)
     print(f"{tokenizer.path}: {tokenizer.vocab_size} pieces, sha256 {tokenizer.sha256[:12]}")
+    return 0
 
 
-def encode(arguments: argparse.Namespace) -> None:
-    """Tokenise each input folder and print what became of it."""
+def encode(arguments: argparse.Namespace) -> int:
+    """Tokenise each input folder and print what became of it. Exit code."""
     targets = {arguments.output / source.resolve().name: source for source in arguments.input}
     if len(targets) < len(arguments.input):
         raise DataError("--input: two folders of the same name would become one data folder; rename one of them")
@@ -91,6 +100,7 @@ def encode(arguments: argparse.Namespace) -> None:
                 progress=_reporter(target.name, total, bars, console),
             )
     console.print(_statistics(found))
+    return 0
 
 
 def _reporter(name: str, total_bytes: int, bars: Progress, console: Console) -> Callable[[int], None]:
@@ -126,15 +136,11 @@ def _statistics(found: dict[str, Metadata]) -> Table:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 bad input, 6 storage, 130 interrupted."""
     arguments = parse_arguments(argv)
-    try:
-        {"train": train, "encode": encode}[arguments.command](arguments)
-    except InternLMError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted: folders already tokenised are whole, the one under way was removed", file=sys.stderr)
-        return 130
-    return 0
+    if arguments.command == "train":
+        return run_tool(partial(train, arguments))
+    return run_tool(
+        partial(encode, arguments), "interrupted: folders already tokenised are whole, the one under way was removed"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""(f) Checkpoints of a training state: ours against torch.distributed.checkpoint, and our writer against `dd`.
+"""(g) Checkpoints of a training state: ours against torch.distributed.checkpoint, and our writer against `dd`.
 
 stall    from the call until training may change the tensors; in the background, memory made before
 total    until the checkpoint exists on the disk, flushed
@@ -36,6 +36,7 @@ from internlm_lite.checkpoint.tensorfile import TensorFile
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh.layout import Piece
 from internlm_lite.mesh.mesh import Mesh
+from internlm_lite.runtime.device import device_name
 
 SAVE_EVERY = 100
 STEPS_BESIDE = 2
@@ -115,6 +116,7 @@ class SaveRow:
 
     ranks: int
     side: str
+    device: str
     megabytes: float
     """Of all ranks."""
     stall: float
@@ -149,7 +151,7 @@ def _saves(rank: int, device: torch.device, config: Config, rounds: int, folder:
     training.step()  # moments that are not all zero
     training.finish()
     pieces = list(optimizer.pieces())
-    held = torch.tensor(sum(piece.tensor.nbytes for piece in pieces))
+    held = torch.tensor(sum(piece.tensor.nbytes for piece in pieces), device=device)
     dist.all_reduce(held)
     found = sides(folder, mesh, pieces)
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in found}
@@ -159,11 +161,12 @@ def _saves(rank: int, device: torch.device, config: Config, rounds: int, folder:
             if number:  # the first is to warm up
                 times[name].append(measured)
     costs, step_seconds = _costs(training, found, rounds, device)
-    rows = []
+    rows, where = [], device_name(device)
     for name, measures in times.items():
         stall, total, load = (statistics.median(values) for values in zip(*measures, strict=True))
         percent = 100 * costs[name] / (SAVE_EVERY * step_seconds)
-        rows.append(SaveRow(mesh.world.size, name, held.item() / _MEGABYTE, stall, total, load, percent, step_seconds))
+        size = held.item() / _MEGABYTE
+        rows.append(SaveRow(mesh.world.size, name, where, size, stall, total, load, percent, step_seconds))
     return rows
 
 
@@ -176,7 +179,7 @@ def _once(side: Kind, device: torch.device) -> tuple[float, float, float]:
     total = _now(device) - begin
     begin = _now(device)
     side.load()
-    slowest = torch.tensor([stall, total, _now(device) - begin], dtype=torch.float64)
+    slowest = torch.tensor([stall, total, _now(device) - begin], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     stall, total, load = slowest.tolist()
     return stall, total, load

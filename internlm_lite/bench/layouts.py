@@ -21,7 +21,8 @@ from internlm_lite.bench.shapes import bench_config
 from internlm_lite.bench.step import our_side
 from internlm_lite.bench.timing import alternate_ranks
 from internlm_lite.bench.torch_layouts import Builder
-from internlm_lite.bench.worlds import mesh_of, on_ranks
+from internlm_lite.bench.worlds import device_of, mesh_of, on_ranks
+from internlm_lite.runtime.device import device_name
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class LayoutRow:
 
     ours: str
     against: str
+    device: str
     tokens_per_second: float
     against_tokens_per_second: float
     ratio: float
@@ -128,6 +130,7 @@ def bench_layouts(rounds: int, most_ranks: int, **shape: Any) -> list[LayoutRow]
             LayoutRow(
                 ours=ours,
                 against=against,
+                device=device_name(device_of(0, world.ranks)),
                 tokens_per_second=tokens / seconds[ours],
                 against_tokens_per_second=tokens / seconds[against],
                 ratio=seconds[ours] / seconds[against],

@@ -28,7 +28,7 @@ from internlm_lite.models.initialise import initialise
 from internlm_lite.models.stages import build_stages, units_of
 from internlm_lite.monitor.metrics import FolderMetrics
 from internlm_lite.optim.zero import HybridZeroOptimizer, StepOutcome
-from internlm_lite.runtime.device import torch_dtype
+from internlm_lite.runtime.device import device_name, torch_dtype
 from internlm_lite.runtime.log import FullFormatter
 from internlm_lite.train.build import build_engine
 from internlm_lite.train.reporter import Reporter
@@ -47,6 +47,7 @@ class MetricsResult:
     """Seconds of one step, and of what one line adds to it."""
 
     shape: str
+    device: str
     folders: int
     quiet_seconds: float
     told_seconds: float
@@ -110,6 +111,7 @@ def bench_metrics(device: torch.device, rounds: int, folder: Path, **shape: Any)
     quiet_seconds, told_seconds = seconds["quiet"] / TURN_STEPS, seconds["told"] / TURN_STEPS
     return MetricsResult(
         shape=", ".join(f"{key}={value}" for key, value in shape.items()),
+        device=device_name(device),
         folders=FOLDERS,
         quiet_seconds=quiet_seconds,
         told_seconds=told_seconds,

@@ -16,8 +16,9 @@ from internlm_lite.bench.shapes import bench_config
 from internlm_lite.bench.step import our_side
 from internlm_lite.bench.timing import alternate_ranks
 from internlm_lite.bench.torch_layouts import Builder, ddp_zero
-from internlm_lite.bench.worlds import mesh_of, on_ranks, peak_bytes
+from internlm_lite.bench.worlds import device_of, mesh_of, on_ranks, peak_bytes
 from internlm_lite.config.schema import Config
+from internlm_lite.runtime.device import device_name
 
 SIDES: dict[str, Builder] = {"ours": our_side, "ddp": ddp_zero}
 
@@ -44,6 +45,7 @@ class RanksResult:
     """Medians of one step; peak bytes of rank 0 above an idle process."""
 
     shape: str
+    device: str
     ours_seconds: float
     ddp_seconds: float
     time_ratio: float
@@ -59,6 +61,7 @@ def bench_ranks(size: int, rounds: int, **shape: Any) -> RanksResult:
     peaks = {side: on_ranks(size, _peak_bytes, config, 3, side) for side in SIDES}
     return RanksResult(
         shape=f"ranks={size}, " + ", ".join(f"{key}={value}" for key, value in shape.items()),
+        device=device_name(device_of(0, size)),
         ours_seconds=seconds["ours"],
         ddp_seconds=seconds["ddp"],
         time_ratio=seconds["ours"] / seconds["ddp"],

@@ -20,7 +20,7 @@ from internlm_lite.bench.torch_layouts import Builder
 from internlm_lite.bench.worlds import mesh_of, on_ranks, peak_bytes
 from internlm_lite.config.schema import Config
 from internlm_lite.monitor.flops import mfu, model_flops_per_token
-from internlm_lite.runtime.device import peak_flops
+from internlm_lite.runtime.device import device_name, peak_flops
 
 SHAPES: dict[str, dict[str, Any]] = {
     "1B": {"hidden": 2048, "layers": 20, "heads": 16, "vocab": 32768, "seq_len": 4096, "micro_bsz": 2, "micro_num": 4},
@@ -37,6 +37,7 @@ class SingleRow:
 
     model: str
     side: str
+    device: str
     layers: int
     tokens_per_second: float
     mfu: float | None
@@ -81,6 +82,7 @@ def _measure(rank: int, device: torch.device, config: Config, model: str, side: 
     return SingleRow(
         model=model,
         side=side,
+        device=device_name(device),
         layers=config.model.num_layers,
         tokens_per_second=tokens / step_seconds,
         mfu=mfu(flops, tokens, step_seconds, 1, peak),

@@ -19,7 +19,7 @@ from internlm_lite.models.initialise import initialise
 from internlm_lite.models.stages import build_stages, units_of
 from internlm_lite.monitor.metrics import FolderMetrics
 from internlm_lite.optim.zero import HybridZeroOptimizer
-from internlm_lite.runtime.device import torch_dtype
+from internlm_lite.runtime.device import device_name, torch_dtype
 from internlm_lite.train.build import build_engine
 from internlm_lite.train.step import train_step
 from internlm_lite.train.stopwatch import Stopwatch
@@ -71,6 +71,7 @@ class StepResult:
     """Seconds are medians of one optimizer step."""
 
     shape: str
+    device: str
     ours_seconds: float
     bare_seconds: float
     ratio: float
@@ -95,6 +96,7 @@ def bench_step(device: torch.device, rounds: int, **shape: Any) -> StepResult:
     rate = measured_rate(layers, config.data.micro_bsz * config.data.seq_len, torch_dtype(config.model.dtype), device)
     return StepResult(
         shape=", ".join(f"{key}={value}" for key, value in shape.items()),
+        device=device_name(device),
         ours_seconds=seconds["ours"],
         bare_seconds=seconds["bare"],
         ratio=seconds["ours"] / seconds["bare"],

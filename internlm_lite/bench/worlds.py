@@ -65,8 +65,8 @@ def _rank_main(
     pipe: Connection, work: Callable[..., Any], rank: int, size: int, file: str, args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
-    on_gpu = torch.cuda.device_count() >= size
-    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    device = device_of(rank, size)
+    on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group(
@@ -79,6 +79,11 @@ def _rank_main(
     else:
         dist.barrier()  # nobody leaves while a neighbour may still be reading from it
     os._exit(0)
+
+
+def device_of(rank: int, size: int) -> torch.device:
+    """Of one of `size` ranks: a GPU each where there are enough, else the CPU for all."""
+    return torch.device("cuda", rank) if torch.cuda.device_count() >= size else torch.device("cpu")
 
 
 def mesh_of(config: Config, rank: int, device: torch.device) -> Mesh:

@@ -45,6 +45,8 @@ from internlm_lite.errors import CheckpointError, StorageError
 
 logger = logging.getLogger("internlm_lite")
 _REASON_BYTES = 4000
+_REASONS = 8
+"""So many are told; thousands of ranks on a full disk have one each, naming their file."""
 _LONGEST_POLL_SECONDS = 0.5
 
 
@@ -151,7 +153,7 @@ def await_votes(
             raise StorageError(f"checkpoint {name}: given up, because a rank could not write its part")
         if time.monotonic() >= deadline:
             raise StorageError(
-                f"checkpoint {name}: no vote from rank {', '.join(map(str, missing))} after {timeout_seconds:g} s; "
+                f"checkpoint {name}: no vote from rank {_joined(missing)} after {timeout_seconds:g} s; "
                 f"nothing was committed. These ranks died, or do not write to {storage.name} as rank 0 sees it"
             )
         abandoned.wait(poll_seconds)
@@ -159,9 +161,20 @@ def await_votes(
 
 
 def _raise_refusals(storage: Storage, name: Name, refused: Sequence[int]) -> None:
+    ranks: dict[str, list[int]] = {}
     for rank in refused:
         reason = storage.read(name.refusal(rank), _REASON_BYTES).decode(errors="replace")
-        raise StorageError(f"checkpoint {name}: rank {rank} could not write its part: {reason}")
+        ranks.setdefault(reason, []).append(rank)
+    if not ranks:
+        return
+    told = [f"rank {_joined(which)} could not write its part: {why}" for why, which in list(ranks.items())[:_REASONS]]
+    others = [rank for which in list(ranks.values())[_REASONS:] for rank in which]
+    told += [f"nor could rank {_joined(others)}"] if others else []
+    raise StorageError(f"checkpoint {name}: " + "; ".join(told))
+
+
+def _joined(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
 
 
 def commit_votes(storage: Storage, name: Name, world_size: int, facts: Facts) -> Manifest:

@@ -15,13 +15,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 
+from pydantic import ValidationError
+
 from internlm_lite.checkpoint import lease
 from internlm_lite.checkpoint.backends import open_storage
 from internlm_lite.checkpoint.boxes import tiling_problems
-from internlm_lite.checkpoint.format import FORMAT, Commit, Kind, Manifest, Name, read_bytes, unseal
+from internlm_lite.checkpoint.format import FORMAT, Commit, Kind, Manifest, Name, read_bytes, unseal, vote_of
 from internlm_lite.checkpoint.storage import Entry, Storage
 from internlm_lite.checkpoint.tensorfile import DamagedError
-from internlm_lite.config.schema import S3Config
+from internlm_lite.config.schema import Config, S3Config
 from internlm_lite.errors import CheckpointError
 
 logger = logging.getLogger("internlm_lite")
@@ -60,6 +62,16 @@ class Found:
     def manifest_path(self) -> str:
         """For messages."""
         return f"{self.storage.name}/{self.key('manifest.json')}"
+
+    def config(self) -> Config:
+        """What it was saved with. Raises CheckpointError."""
+        try:
+            return Config.model_validate(self.manifest.config)
+        except ValidationError as error:
+            raise CheckpointError(
+                f"checkpoint {self.name}: this version cannot read the config it was saved with: "
+                f"{error.error_count()} unknown or wrong keys, first {'.'.join(map(str, error.errors()[0]['loc']))}"
+            ) from error
 
     def key(self, file: str) -> str:
         return f"{self.folder}/{file}" if self.folder else file
@@ -112,8 +124,7 @@ def found_in(storage: Storage, folder: str, data: bytes) -> Found:
         )
     sizes = {entry.key: entry.size for entry in storage.list(folder)}
     for file, facts in manifest.files.items():
-        vote = file.removesuffix(".safetensors") + ".vote.json"
-        for key, expected in ((prefix + file, facts.size), (prefix + vote, facts.vote_size)):
+        for key, expected in ((prefix + file, facts.size), (prefix + vote_of(file), facts.vote_size)):
             if sizes.get(key) != expected:
                 has = "is missing" if key not in sizes else f"has {sizes[key]} bytes"
                 raise DamagedError(f"{storage.name}/{key} {has}, expected {expected} bytes")

@@ -13,7 +13,7 @@ import json
 import platform
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
@@ -24,10 +24,12 @@ from internlm_lite.checkpoint.storage import Storage, UnreadableError
 from internlm_lite.checkpoint.tensorfile import DTYPES, DamagedError
 from internlm_lite.errors import CheckpointError
 from internlm_lite.mesh.layout import Box
+from internlm_lite.mesh.mesh import Mesh
 
 FORMAT = 1
 Kind = Literal["snapshot", "milestone", "final", "rescue"]
-NameText = Annotated[str, Field(pattern=r"^[0-9]{10,15}-[0-9]{5,9}\.[0-9a-f]{6}$")]
+_NAME = r"([0-9]{10,15})-([0-9]{5,9})\.([0-9a-f]{6})"
+NameText = Annotated[str, Field(pattern=f"^{_NAME}$")]
 FileName = Annotated[str, Field(pattern=r"^rank-[0-9]{5,9}\.safetensors$")]
 DtypeName = Annotated[str, Field(pattern="^(" + "|".join(DTYPES) + ")$")]
 _DOCUMENT_LIMIT_BYTES = 1 << 30
@@ -151,11 +153,9 @@ class Name:
     step: int
     random: str
 
-    PATTERN = re.compile(r"([0-9]{10,15})-([0-9]{5,9})\.([0-9a-f]{6})")
-
     @classmethod
     def parse(cls, text: str) -> Name | None:
-        found = cls.PATTERN.fullmatch(text)
+        found = re.fullmatch(_NAME, text)
         return cls(int(found[2]), int(found[1]), found[3]) if found else None
 
     def __str__(self) -> str:
@@ -174,7 +174,7 @@ class Name:
         return f"commits/{self}.json"
 
     def vote(self, rank: int) -> str:
-        return f"data/{self}/rank-{rank:05d}.vote.json"
+        return f"data/{self}/{vote_of(file_of(rank))}"
 
     def refusal(self, rank: int) -> str:
         return f"data/{self}/rank-{rank:05d}.refused.txt"
@@ -183,6 +183,11 @@ class Name:
 def file_of(rank: int) -> str:
     """Name of a rank's tensor file in the data folder."""
     return f"rank-{rank:05d}.safetensors"
+
+
+def vote_of(file: str) -> str:
+    """Name of the vote on a rank's tensor file, beside it."""
+    return f"{file.removesuffix('.safetensors')}.vote.json"
 
 
 def seal(document: Document) -> bytes:
@@ -219,6 +224,11 @@ def read_bytes(storage: Storage, key: str) -> bytes:
 def versions() -> dict[str, str]:
     """What wrote a checkpoint."""
     return {"format": str(FORMAT), "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def layout_of(mesh: Mesh) -> dict[str, int]:
+    """How many ranks save or load, and along which axes."""
+    return {"world": mesh.world.size, **asdict(mesh.sizes)}
 
 
 def check_json(value: Any, where: str = "state") -> None:

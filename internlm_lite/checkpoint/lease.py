@@ -4,6 +4,10 @@
 
 A lock whose process is gone (of the same boot and pid namespace, where its pid means something), or that does not
 change for LEASE_SECONDS while we watch, is taken over. Only changes are compared, never clocks of two hosts.
+
+Removing a lock removes whichever is there by then, so of several runs that watched the same one, a later one may remove
+that of the first. Still one alone goes on: each looks again a moment after it has written its own lock; and who took
+longer than that moment to remove one waits, before it writes, until a run that it may have robbed has renewed its lock.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +31,10 @@ logger = logging.getLogger("internlm_lite")
 KEY = "run.lock"
 RENEW_SECONDS = 15.0
 LEASE_SECONDS = 60.0
+"""Taking over from a dead run takes so long; half as much more where the storage is slow."""
 _LIMIT_BYTES = 4096
+_Watched = tuple[dict[str, Any] | None, float]
+"""The lock of another run, if there was one, and since when it is watched, by time.monotonic()."""
 
 
 class Lease:
@@ -36,16 +43,30 @@ class Lease:
     def __init__(self, storage: Storage, lease_seconds: float = LEASE_SECONDS, renew_seconds: float = RENEW_SECONDS):
         self._storage = storage
         self._lease_seconds, self._renew_seconds = lease_seconds, renew_seconds
+        self._settle_seconds = lease_seconds / 30
         self._owner = uuid.uuid4().hex
         self._beat = 0
+        self._watched: _Watched | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
+    def watch(self) -> _Watched:
+        """Begin to look for a sign of life of the run whose lock is there, ahead of `acquire`."""
+        self._watched = holder(self._storage), time.monotonic()
+        return self._watched
+
     def acquire(self) -> None:
         """Take the lease, waiting for a dead run's to run out. Raises StorageError naming the run that is alive."""
-        self._displace(holder(self._storage))
+        found, since = self._watched or self.watch()
+        self._watched = None
+        dead = found is not None and _is_dead(found)
+        if found is not None:
+            self._displace(found, 0.0 if dead else since + self._lease_seconds)
         if not self._storage.put_if_absent(KEY, self._document()):
             raise StorageError(_taken(self._storage, holder(self._storage)))
+        if found is not None:
+            time.sleep(0.0 if dead else self._settle_seconds)
+            self.check()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
 
@@ -75,24 +96,29 @@ class Lease:
                 self.check()
                 self._storage.delete(KEY)
 
-    def _displace(self, found: dict[str, Any] | None) -> None:
-        """Remove the lock of a run that is dead; raise for one that lives."""
-        if found is None:
-            return
-        if not _is_dead(found):
+    def _displace(self, found: dict[str, Any], until: float) -> None:
+        """Remove a lock that does not change before `until`; raise when it does."""
+        if time.monotonic() < until:
             logger.info(
-                "%s was left locked by %s pid %s: waiting up to %g s for a sign of life",
-                self._storage.name, found.get("host"), found.get("pid"), self._lease_seconds,
+                "%s was left locked by %s pid %s: waiting up to %.0f s for a sign of life",
+                self._storage.name, found.get("host"), found.get("pid"), until - time.monotonic(),
             )  # fmt: skip
-            deadline = time.monotonic() + self._lease_seconds
-            while time.monotonic() < deadline:
-                time.sleep(min(0.5, self._lease_seconds / 10))
-                now = holder(self._storage)
-                if now is None:
-                    return
-                if now != found:
-                    raise StorageError(_taken(self._storage, now))
-        self._storage.delete(KEY)
+        while time.monotonic() < until:
+            time.sleep(min(0.5, self._lease_seconds / 10))
+            if not self._stays(found):
+                return
+        looked = time.monotonic()
+        if self._stays(found):
+            self._storage.delete(KEY)
+        if time.monotonic() - looked > self._settle_seconds:
+            time.sleep(self._lease_seconds / 2)  # see above; runs renew their locks twice as often
+
+    def _stays(self, found: dict[str, Any]) -> bool:
+        """True for that lock, False for none. Raises StorageError when it is another one."""
+        now = holder(self._storage)
+        if now is not None and now != found:
+            raise StorageError(_taken(self._storage, now))
+        return now is not None
 
     def _renew(self) -> None:
         while not self._stop.wait(self._renew_seconds):
@@ -114,6 +140,22 @@ class Lease:
         return json.dumps(facts).encode()
 
 
+def acquire(leases: Sequence[Lease]) -> None:
+    """Take them all, or none, in the time of one: dead runs' locks are watched side by side.
+
+    Raises StorageError naming the run that is alive.
+    """
+    try:
+        for lease in leases:
+            lease.watch()
+        for lease in leases:
+            lease.acquire()
+    except BaseException:
+        for lease in leases:
+            lease.release()
+        raise
+
+
 @contextmanager
 def held(storage: Storage) -> Iterator[None]:
     """The folder is ours inside. Raises StorageError naming the run that has it."""
@@ -127,12 +169,10 @@ def held(storage: Storage) -> Iterator[None]:
 
 def holder(storage: Storage) -> dict[str, Any] | None:
     """What the lock says; None without one. A damaged lock is a lock without facts."""
-    if storage.size(KEY) is None:
-        return None
     try:
         found = json.loads(storage.read(KEY, _LIMIT_BYTES))
     except UnreadableError:
-        return None  # gone meanwhile
+        return None
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterator
 from math import prod
 
 import torch
 
 from internlm_lite.checkpoint.boxes import Region, overlaps
 from internlm_lite.checkpoint.find import Found
-from internlm_lite.checkpoint.format import StoredPiece, StoredState, read_bytes
+from internlm_lite.checkpoint.format import StoredPiece, StoredState, read_bytes, vote_of
 from internlm_lite.checkpoint.storage import UnreadableError
 from internlm_lite.checkpoint.tensorfile import BLOCK_BYTES, DTYPES, DamagedError, StoredTensor, read_header
 from internlm_lite.mesh.layout import Piece
@@ -59,32 +58,10 @@ class Reader:
     def check_file(self, file: str) -> None:
         """Compare a file's header and its vote with the manifest."""
         self._header(file)
-        vote = self.found.key(file.removesuffix(".safetensors") + ".vote.json")
+        vote = self.found.key(vote_of(file))
         sha256 = hashlib.sha256(read_bytes(self.found.storage, vote)).hexdigest()
         if sha256 != self.found.manifest.files[file].vote_sha256:
             raise DamagedError(f"{self.found.storage.name}/{vote}: damaged: its sha256 is not the one in the manifest")
-
-    def damages(self) -> Iterator[str]:
-        """Read everything; one line for each damaged file, vote or tensor."""
-        manifest = self.found.manifest
-        for file in manifest.files:
-            try:
-                self.check_file(file)
-            except DamagedError as error:
-                yield str(error)
-        for named in manifest.tensors.values():
-            for entry in named.values():
-                for piece in entry.pieces:
-                    try:
-                        self._elements(piece, DTYPES[entry.dtype], piece.region.count, 0, piece.region.count)
-                    except DamagedError as error:
-                        yield str(error)
-        for private in manifest.rank_state:
-            for state in private.values():
-                try:
-                    self._whole(state)
-                except DamagedError as error:
-                    yield str(error)
 
     def _whole(self, state: StoredState) -> torch.Tensor:
         count = prod(self._stored(state).shape)
@@ -95,7 +72,7 @@ class Reader:
             facts = self.found.manifest.files.get(file)
             if facts is None:
                 raise DamagedError(f"{self.found.manifest_path}: no facts about {file}")
-            self._headers[file] = read_header(
+            self._headers[file], _ = read_header(
                 self.found.storage, self.found.key(file), facts.header_bytes, facts.header_crc32, facts.size
             )
         return self._headers[file]

@@ -13,13 +13,14 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from internlm_lite.checkpoint.storage import Bytes, Entry, UnreadableError, check_key
 from internlm_lite.errors import StorageError
 
 _TEMPORARY = ".tmp-"
-_PROBE = "probe-"
+_GROUPS = ("data/*", "probe-*")
+"""Folders that are one save's or one probe's own: useless when empty. Others may lie beside them."""
 _WRITE_BYTES = 1024 * 1024
 """Bytes of one write. Copies of 4 MB into ext4's large folios took ten times longer while a thread hashed beside."""
 _HINTS = {
@@ -119,15 +120,19 @@ class LocalStorage:
     def sweep(self, older_than_seconds: float) -> None:
         limit = time.time() - older_than_seconds
         with self._errors("clean", ""):
-            for parent, names in _walk(self.root):
-                left = [parent / name for name in names if name.startswith(_TEMPORARY)]
+            groups = {path for pattern in _GROUPS for path in self.root.glob(pattern)}
+            for parent in filter(self._is_folder, (self.root, self.root / "commits", self.root / "data", *groups)):
                 with suppress(FileNotFoundError):
                     unused = parent.stat().st_mtime < limit  # before anything is removed, which changes it
-                    for path in left:
+                    for path in parent.glob(f"{_TEMPORARY}*"):
                         if path.lstat().st_mtime < limit:
                             path.unlink()
-                    if unused and _is_group(parent.relative_to(self.root)):
+                    if unused and parent in groups:
                         _remove_if_empty(parent)
+
+    def _is_folder(self, path: Path) -> bool:
+        """No file, and no symbolic link on the way from the root."""
+        return path.is_dir() and path.resolve() == self.root.resolve() / path.relative_to(self.root)
 
     def _path(self, key: str) -> Path:
         """The file of a key. Raises StorageError on a bad key or where a part of it is a symbolic link."""
@@ -214,11 +219,6 @@ def _make_folder(path: Path) -> None:
     if not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     _flush_folder(path.parent)
-
-
-def _is_group(path: PurePath) -> bool:
-    """Whether a folder below the root is one object's own, as `data/NAME` and `probe-WORD` are: useless when empty."""
-    return len(path.parts) == 2 or (len(path.parts) == 1 and path.name.startswith(_PROBE))
 
 
 def _remove_if_empty(path: Path) -> None:

@@ -7,11 +7,9 @@ resume   newest commit -> check -> fill the pieces, any layout from any layout; 
 from __future__ import annotations
 
 import logging
-import time
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,46 +18,27 @@ from internlm_lite.checkpoint import find
 from internlm_lite.checkpoint.agree import on_all, on_main
 from internlm_lite.checkpoint.backends import open_storage
 from internlm_lite.checkpoint.find import Found
-from internlm_lite.checkpoint.format import Kind, Manifest, seal, unseal
-from internlm_lite.checkpoint.lease import Lease
-from internlm_lite.checkpoint.load import Reader
-from internlm_lite.checkpoint.report import Wanted, load_plan, mismatch
+from internlm_lite.checkpoint.format import Kind
+from internlm_lite.checkpoint.lease import Lease, acquire
+from internlm_lite.checkpoint.loader import Check, Loader, Restored
 from internlm_lite.checkpoint.saver import Saver
-from internlm_lite.checkpoint.share import describe
 from internlm_lite.checkpoint.storage import Storage, UnreadableError
 from internlm_lite.checkpoint.target import Target
 from internlm_lite.checkpoint.tensorfile import DamagedError
 from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import CheckpointError, ConfigError, StorageError
-from internlm_lite.mesh import comm
 from internlm_lite.mesh.layout import Piece
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.units import human_bytes, human_seconds
 
 logger = logging.getLogger("internlm_lite")
-Check = Callable[[Found], None]
 Accept = Callable[[Found], bool]
 
 
-@dataclass(frozen=True)
-class Restored:
-    """What a load gives back besides the filled tensors."""
-
-    found: Found
-    state: dict[str, Any]
-    """As it was given to `save` on rank 0."""
-    rank_state: dict[str, torch.Tensor] | None
-    """What this rank gave to `save`; None if fewer ranks saved."""
-    missing_roles: tuple[str, ...]
-    """Roles the checkpoint does not have: their tensors are untouched."""
-
-
-class CheckpointManager:
+class CheckpointManager(Loader):
     """Checkpoints of one save folder.
 
     Construction probes a writable folder on all ranks and raises StorageError before any training is done. `config` is
-    the resolved config without secrets; it is stored, and compared on load. `exclusive`: take the folder's lease, and
-    raise StorageError when another run has it.
+    the resolved config without secrets; it is stored, and compared on load.
     """
 
     def __init__(
@@ -71,30 +50,20 @@ class CheckpointManager:
         keep_snapshots: int = 2,
         vote_timeout_seconds: float = 600.0,
         writable: bool = True,
-        exclusive: bool = False,
         saver: Saver | None = None,
         s3: S3Config | None = None,
     ) -> None:
         """`saver`: shared with the managers of other folders, instead of one of its own."""
         if keep_snapshots < 2:
             raise ConfigError(f"keep_snapshots={keep_snapshots}: expected at least 2, one to fall back to")
-        self.mesh = mesh
-        self._s3 = s3
+        super().__init__(mesh, config=config, s3=s3)
         self.storage = open_storage(folder, s3)
-        self._config = dict(config or {})
         self._beside: list[CheckpointManager] = []
         if writable:
             _probe(self.storage, mesh)
-        lease = Lease(self.storage) if exclusive else None
-        if lease is not None:
-            on_main(mesh, lease.acquire)
-        self._target = Target(self.storage, keep_snapshots, lease, bad={})
+        self._target = Target(self.storage, keep_snapshots, lease=None, bad=self._bad)
         self._saver = saver or Saver(mesh, self._config, vote_timeout_seconds)
         self._saver.add(self._target)
-
-    @property
-    def layout(self) -> dict[str, int]:
-        return self._saver.layout
 
     def save(
         self,
@@ -129,71 +98,7 @@ class CheckpointManager:
 
         Raises CheckpointError when there are only damaged ones: a folder with checkpoints is never taken for empty.
         """
-        return self._agree_on(self.storage, lambda: find.newest(self.storage, self._target.bad, accept=accept))
-
-    def open(self, path: str) -> Found:
-        """The checkpoint at `path`: a save folder (its newest good one), `.../commits/NAME.json`, `.../data/NAME`, or a
-        copy of such a data folder. Raises CheckpointError if there is none, or it is damaged.
-        """
-        root, name = on_main(self.mesh, lambda: find.locate(path, self._s3))
-        storage = open_storage(root, self._s3)
-        found = self._agree_on(storage, lambda: find.open_at(storage, name, self._target.bad))
-        assert found is not None
-        return found
-
-    def load_at(self, path: str, pieces: Sequence[Piece], check: Check | None = None) -> Restored:
-        """`open`, then `load`; from a save folder the newest checkpoint that proves good, as `resume` does."""
-        while True:
-            found = self.open(path)
-            try:
-                return self.load(found, pieces, check=check)
-            except DamagedError as error:
-                if not on_main(self.mesh, lambda: find.is_save_folder(path, self._s3)):
-                    raise
-                self._target.bad[found.name] = str(error)
-
-    def load(
-        self,
-        found: Found,
-        pieces: Sequence[Piece],
-        allow_missing_roles: Collection[str] = (),
-        check: Check | None = None,
-    ) -> Restored:
-        """Fill the pieces' tensors in place, cast to their dtype; roles that no rank asks for are not read.
-
-        `check` may refuse what was found before anything is read, on all ranks alike, by raising CheckpointError.
-        Raises the same error on all ranks: CheckpointError with the differing tensors and config keys if the checkpoint
-        belongs to another model, DamagedError with file and tensor (the tensors are then partly overwritten).
-        """
-        if check is not None:
-            check(found)
-        reader = Reader(found)
-        manifest = found.manifest
-        wanted = self._wanted(pieces)
-        problem = mismatch(found, wanted, allow_missing_roles, self._config)
-        if problem:
-            raise CheckpointError(problem)
-        rank, size = self.mesh.world.rank, self.mesh.world.size
-
-        def read() -> dict[str, torch.Tensor] | None:
-            for file in list(manifest.files)[rank::size]:
-                reader.check_file(file)
-            for piece in pieces:
-                describe(piece)
-                if piece.role in manifest.tensors:
-                    reader.fill(piece)
-            return reader.rank_state(rank)
-
-        if self.mesh.is_main:
-            states = min(size, len(manifest.rank_state))
-            logger.info("%s", load_plan(found, wanted, self.layout, states, self._config))
-        begin = time.monotonic()
-        private = on_all(self.mesh, read)
-        if self.mesh.is_main:
-            took = human_seconds(time.monotonic() - begin)
-            logger.info("loaded checkpoint %s: %s read by rank 0, %s", found.name, human_bytes(reader.bytes_read), took)
-        missing = tuple(role for role in wanted if role not in manifest.tensors)
-        return Restored(found, manifest.state, private, missing)
+        return self._agree_on(self.storage, lambda: find.newest(self.storage, self._bad, accept=accept))
 
     def resume_beside(self, other: CheckpointManager) -> None:
         """`resume` takes the newest of both folders, which share their `saver`."""
@@ -202,7 +107,6 @@ class CheckpointManager:
     def resume(
         self,
         pieces: Sequence[Piece],
-        allow_missing_roles: Collection[str] = (),
         check: Check | None = None,
         accept: Accept = lambda found: True,
     ) -> Restored | None:
@@ -216,9 +120,9 @@ class CheckpointManager:
         while (newest := self._newest(accept)) is not None:
             manager, found = newest
             try:
-                return manager.load(found, pieces, allow_missing_roles, check)
+                return manager.load(found, pieces, check)
             except DamagedError as error:
-                manager._target.bad[found.name] = str(error)
+                manager._bad[found.name] = str(error)
         return None
 
     def _newest(self, accept: Accept) -> tuple[CheckpointManager, Found] | None:
@@ -238,28 +142,13 @@ class CheckpointManager:
             logger.warning("%s", unusable)
         return max(candidates, key=lambda candidate: candidate[1].order, default=None)
 
-    def _agree_on(self, storage: Storage, look: Any) -> Found | None:
-        """What rank 0 finds, on all ranks; manifests travel as they are stored."""
 
-        def pack() -> tuple[str, bytes, tuple[str, ...]] | None:
-            found = look()
-            return found and (found.folder, seal(found.manifest), found.rejected)
-
-        packed = on_main(self.mesh, pack)
-        if packed is None:
-            return None
-        folder, data, rejected = packed
-        return Found(storage, folder, unseal(Manifest, data, storage.name), rejected)
-
-    def _wanted(self, pieces: Sequence[Piece]) -> Wanted:
-        """What all ranks together want."""
-        mine = {(piece.role, piece.name): tuple(piece.shape) for piece in pieces}
-        wanted: dict[str, dict[str, tuple[int, ...]]] = {}
-        every: list[Any] = comm.gather_objects(mine, self.mesh.world)
-        for theirs in every:
-            for (role, name), shape in theirs.items():
-                wanted.setdefault(role, {})[name] = shape
-        return wanted
+def hold(mesh: Mesh, managers: Sequence[CheckpointManager]) -> None:
+    """Take the leases of their folders. Raises StorageError when another run has one of them."""
+    leases = [Lease(manager.storage) for manager in managers]
+    on_main(mesh, lambda: acquire(leases))
+    for manager, lease in zip(managers, leases, strict=True):
+        manager._target.lease = lease
 
 
 def _probe(storage: Storage, mesh: Mesh) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -17,15 +17,14 @@ Wanted = Mapping[str, Mapping[str, Shape]]
 _LINES = 12
 
 
-def mismatch(found: Found, wanted: Wanted, optional_roles: Collection[str], config: Mapping[str, Any]) -> str | None:
+def mismatch(found: Found, wanted: Wanted, config: Mapping[str, Any]) -> str | None:
     """Why the checkpoint cannot fill the model, in one readable text; None if it can."""
     stored = found.manifest.tensors
     lines = []
     for role, names in wanted.items():
         have = stored.get(role)
         if have is None:
-            if role not in optional_roles:
-                lines.append(f"{role}: the checkpoint has none (it has {', '.join(stored) or 'no tensors'})")
+            lines.append(f"{role}: the checkpoint has none (it has {', '.join(stored) or 'no tensors'})")
             continue
         missing = [f"{name} {list(shape)}" for name, shape in names.items() if name not in have]
         extra = [f"{name} {list(entry.shape)}" for name, entry in have.items() if name not in names]
@@ -50,8 +49,11 @@ def mismatch(found: Found, wanted: Wanted, optional_roles: Collection[str], conf
 def _block(title: str, items: Sequence[str]) -> list[str]:
     if not items:
         return []
-    rest = [f"  ... and {len(items) - _LINES} more"] if len(items) > _LINES else []
-    return [title, *(f"  {item}" for item in items[:_LINES]), *rest]
+    return [title, *(f"  {item}" for item in _first(items))]
+
+
+def _first(items: Sequence[str]) -> list[str]:
+    return [*items[:_LINES], *([f"... and {len(items) - _LINES} more"] if len(items) > _LINES else [])]
 
 
 def differing_keys(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -84,6 +86,8 @@ def load_plan(
     saved_ranks = len(manifest.rank_state)
     taken += ["state", f"rank state of {rank_states} of {saved_ranks} ranks"] if saved_ranks else ["state"]
     written = ", ".join(f"{what} {version}" for what, version in manifest.versions.items())
+    keys = differing_keys(manifest.config, config) if manifest.config and config else []
+    differences = [f"{key}: {a!r} -> {b!r}" for key, a, b in keys]
     rows = [
         ("folder", found.storage.name),
         ("checkpoint", f"{manifest.name} ({manifest.kind}, step {manifest.step}; {written})"),
@@ -91,12 +95,7 @@ def load_plan(
         ("layout", f"{_axes(manifest.layout)} -> {_axes(layout)}"),
         ("taken", ", ".join(taken)),
         ("not taken", ", ".join(left)),
-        ("not found", ", ".join(f"{role}: stays as initialised" for role in wanted if role not in manifest.tensors)),
-        *(
-            ("config", f"{key}: {a!r} -> {b!r}")
-            for key, a, b in differing_keys(manifest.config, config)[:_LINES]
-            if manifest.config and config
-        ),
+        *(("config", difference) for difference in _first(differences)),
     ]
     return "LOAD PLAN\n" + "\n".join(f"  {what:<12}{text}" for what, text in rows if text)
 

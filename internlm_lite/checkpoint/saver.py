@@ -16,7 +16,6 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 
 from internlm_lite.checkpoint import commit, find
 from internlm_lite.checkpoint.agree import on_all, on_main
-from internlm_lite.checkpoint.format import Kind, Name, check_json
+from internlm_lite.checkpoint.format import Kind, Name, check_json, layout_of
 from internlm_lite.checkpoint.share import Holding, Share, describe, share_out
 from internlm_lite.checkpoint.staging import Staging
 from internlm_lite.checkpoint.target import Target
@@ -71,10 +70,6 @@ class Saver:
         """One more folder; all of them share one numbering."""
         self._targets.append(target)
 
-    @property
-    def layout(self) -> dict[str, int]:
-        return {"world": self._mesh.world.size, **asdict(self._mesh.sizes)}
-
     def prepare(self, pieces: Sequence[Piece]) -> None:
         """Exchange what is held and make the host memory, ahead of the first save."""
         self._agree(on_all(self._mesh, lambda: [describe(piece) for piece in pieces]))
@@ -113,7 +108,7 @@ class Saver:
         write = Write(
             target=target,
             name=name,
-            facts=commit.Facts(kind, self.layout, self._config, state),
+            facts=commit.Facts(kind, layout_of(self._mesh), self._config, state),
             rank=self._mesh.world.rank,
             world_size=self._mesh.world.size,
             shares=list(zip(self._shares, parts if copies is None else copies, strict=True)),
@@ -162,6 +157,8 @@ class Saver:
         if self._write is not None:
             self._write.abandoned.set()
         self._thread.shutdown(wait=self._running is None and wait)
+        if self._running is None:
+            self._staging.close()
 
     def _agree(self, held: Sequence[Holding]) -> bool:
         """Plan this rank's shares, once for equal holdings. True: some rank is still writing."""

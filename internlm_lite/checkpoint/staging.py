@@ -1,8 +1,9 @@
 """Host memory that a save copies into before a thread writes it out: the copy is all that training waits for.
 
-One buffer for all tensors of a save, made once and touched, so that later copies meet no page fault. On a GPU it is
-page-locked. With a folder (`ckpt.async_upload_tmp_folder`, such as /dev/shm) it is a file there without a name:
-nothing is left behind, however the process ends.
+One buffer for all tensors of a save, made once and touched, so that later copies meet no page fault. With a folder
+(`ckpt.async_upload_tmp_folder`, such as /dev/shm) it is a file there without a name: nothing is left behind, however
+the process ends. On a GPU the buffer is page-locked as it is: torch's own pinned memory comes in powers of two, and is
+never given back.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import mmap
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -26,7 +28,8 @@ class Staging:
 
     def __init__(self, folder: Path | None, device: torch.device) -> None:
         self._folder = folder
-        self._pin = device.type == "cuda"
+        self._device = device
+        self._locked = False
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -34,7 +37,7 @@ class Staging:
         size = _size_of(tensors)
         if size <= self._buffer.numel():
             return
-        self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes first
+        self.close()  # the old one goes first
         try:
             self._buffer = self._allocate(size)
         except (RuntimeError, MemoryError) as error:  # what torch and CUDA raise
@@ -42,6 +45,15 @@ class Staging:
                 "no %s of host memory to copy a checkpoint into (%s): training waits while it is written",
                 human_bytes(size), str(error).partition("\n")[0],
             )  # fmt: skip
+        else:
+            self._lock()
+
+    def close(self) -> None:
+        """Give the memory back, once the copies that were made in it are gone, too."""
+        if self._locked:
+            torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr())
+            self._locked = False
+        self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def hold(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
         """Host copies, done when this returns; same shapes and dtypes. None: there is no memory for them."""
@@ -53,7 +65,7 @@ class Staging:
             place = self._buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             copies.append(place.copy_(tensor.detach(), non_blocking=True))
             offset += round_up(tensor.nbytes, _ALIGNMENT_BYTES)
-        if self._pin:
+        if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         return copies
 
@@ -66,7 +78,26 @@ class Staging:
                     "ckpt.async_upload_tmp_folder %s cannot take %s for checkpoints (%s): ordinary memory is used",
                     self._folder, human_bytes(size), error.strerror,
                 )  # fmt: skip
-        return torch.empty(size, dtype=torch.uint8, pin_memory=self._pin).zero_()
+        return torch.empty(size, dtype=torch.uint8).zero_()
+
+    def _lock(self) -> None:
+        """Lock the buffer's pages for the GPU, which copies into others more slowly."""
+        if self._device.type != "cuda":
+            return
+        answer = int(torch.cuda.cudart().cudaHostRegister(self._buffer.data_ptr(), self._buffer.numel(), 0))
+        self._locked = answer == 0
+        if not self._locked:
+            _forget_error(self._device)
+            logger.warning(
+                "CUDA refuses to page-lock %s of host memory for checkpoints (error %d): copying them takes longer",
+                human_bytes(self._buffer.numel()), answer,
+            )  # fmt: skip
+
+
+def _forget_error(device: torch.device) -> None:
+    """CUDA keeps an error until it is asked for, and the next kernel would be blamed for it."""
+    with suppress(RuntimeError):
+        torch.zeros(1, device=device)
 
 
 def _size_of(tensors: Sequence[torch.Tensor]) -> int:

@@ -43,7 +43,7 @@ class Storage(Protocol):
     """For messages, such as `local:/runs/a`."""
 
     def put(self, key: str, chunks: Iterable[Bytes]) -> int:
-        """Store the chunks, one after another, durably; returns the bytes written. `chunks` may be iterated again."""
+        """Store the chunks, one after another, durably; returns the bytes written."""
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Store `data` durably unless the key exists; False if it does."""

@@ -125,20 +125,25 @@ class StoredTensor:
     stop: int
 
 
-def read_header(storage: Storage, key: str, header_bytes: int, header_crc32: int, size: int) -> dict[str, StoredTensor]:
-    """The checked header of file `key`. Raises DamagedError naming the file; trusts no number it has not compared."""
+def read_header(
+    storage: Storage, key: str, header_bytes: int, header_crc32: int, size: int
+) -> tuple[dict[str, StoredTensor], bytes]:
+    """The checked header of file `key`, and its bytes. Raises DamagedError naming the file; trusts no number it has not
+    compared.
+    """
     where = f"{storage.name}/{key}"
     if not 8 < header_bytes <= min(size, _HEADER_LIMIT_BYTES + 8):
         raise DamagedError(f"{where}: a header of {header_bytes} bytes in a file of {size}")
-    raw = bytearray(header_bytes)
+    buffer = bytearray(header_bytes)
     try:
-        storage.read_into(key, 0, memoryview(raw))
+        storage.read_into(key, 0, memoryview(buffer))
     except UnreadableError as error:
         raise DamagedError(str(error)) from error
+    raw = bytes(buffer)
     if zlib.crc32(raw) != header_crc32:
         raise DamagedError(f"{where}: header: crc32 is {zlib.crc32(raw):08x}, expected {header_crc32:08x}")
     try:
-        return parse_header(bytes(raw), size)
+        return parse_header(raw, size), raw
     except ValueError as error:
         raise DamagedError(f"{where}: header: {error}") from error
 

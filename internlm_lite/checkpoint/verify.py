@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from internlm_lite.checkpoint.find import Found, inspect
-from internlm_lite.checkpoint.format import Manifest, Name, read_bytes, unseal
+from internlm_lite.checkpoint.format import Manifest, Name, read_bytes, unseal, vote_of
 from internlm_lite.checkpoint.storage import Storage, UnreadableError
 from internlm_lite.checkpoint.tensorfile import BLOCK_BYTES, DTYPES, DamagedError, StoredTensor, read_header
 from internlm_lite.errors import CheckpointError
@@ -80,7 +80,7 @@ def _as_damage(storage: Storage, folder: str, error: DamagedError) -> Damage:
 
 
 def _vote(found: Found, file: str) -> Iterator[Damage]:
-    key = found.key(file.removesuffix(".safetensors") + ".vote.json")
+    key = found.key(vote_of(file))
     where = f"{found.storage.name}/{key}"
     try:
         sha256 = hashlib.sha256(read_bytes(found.storage, key)).hexdigest()
@@ -96,10 +96,8 @@ def _file(found: Found, file: str) -> Iterator[Damage]:
     where = f"{found.storage.name}/{key}"
     expected = _expected(found, file)
     try:
-        header = read_header(found.storage, key, facts.header_bytes, facts.header_crc32, facts.size)
-        raw = bytearray(facts.header_bytes)
-        found.storage.read_into(key, 0, memoryview(raw))
-    except (DamagedError, UnreadableError) as error:
+        header, raw = read_header(found.storage, key, facts.header_bytes, facts.header_crc32, facts.size)
+    except DamagedError as error:
         # Without its header nothing in the file can be found.
         yield Damage(where, None, _without(str(error), where))
         yield from (Damage(where, tensor, "lost with its file's header") for tensor in expected)

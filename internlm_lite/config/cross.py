@@ -6,6 +6,9 @@ world = data * tensor * pipeline        every split size divides what it splits
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import version
+
+from packaging.version import Version
 
 from internlm_lite.config.address import webhook_format, webhook_problem
 from internlm_lite.config.folders import spelt_out
@@ -19,6 +22,7 @@ _TENSOR = "parallel.tensor"
 _STAGES = "parallel.pipeline.size"
 _SCHEDULE = "parallel.pipeline.schedule"
 _CHUNKS = "model.num_chunks"
+_OVERLAP = "parallel.pipeline.interleaved_overlap"
 
 
 def cross_problems(config: Config, world_size: int | None) -> Iterator[Problem]:
@@ -138,15 +142,22 @@ def _schedule(config: Config) -> Iterator[Problem]:
     elif config.schedule == "zbv" and not pipeline.interleaved_overlap:
         # torch 2.13 then receives hidden states and gradients from one neighbour in another order than they are sent.
         yield Problem(
-            ("parallel.pipeline.interleaved_overlap", _SCHEDULE),
+            (_OVERLAP, _SCHEDULE),
             f'found False with {_SCHEDULE} "zbv", which always receives early; set it to True, or take "interleaved"',
         )
+    elif config.schedule == "interleaved" and not pipeline.interleaved_overlap and _torch().release < (2, 13):
+        yield Problem((_OVERLAP,), f"found False with torch {_torch()}, expected torch 2.13 or newer; set it to True")
     elif config.schedule == "interleaved" and micro_num % pipeline.size:
         yield Problem(
             ("data.micro_num", _STAGES, _CHUNKS),
             f"found {micro_num}, expected a multiple of {_STAGES} {pipeline.size}, which interleaved chunks need; "
             f"change one of them, or set {_CHUNKS} to 1",
         )
+
+
+def _torch() -> Version:
+    """Which one is installed; it is not imported for this."""
+    return Version(version("torch"))
 
 
 def _sequence(config: Config) -> Iterator[Problem]:

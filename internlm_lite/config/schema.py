@@ -1,7 +1,7 @@
 """The sections and keys of a config file, with types, ranges and defaults.
 
 The vocabulary is the InternLM demo configs'; keys that are new here say so. Cross checks between keys live in
-`check.py`, running the file in `load.py`. Docstrings below a key are the source of the config reference.
+`cross.py`, running the file in `source.py`. Docstrings below a key are the source of the config reference.
 """
 
 from __future__ import annotations
@@ -272,6 +272,16 @@ class ModelConfig(Section):
         return round_up(int(self.hidden_size * self.mlp_ratio), self.multiple_of)
 
     @property
+    def recomputed_layers(self) -> int:
+        """How many of the first layers run again in the backward pass."""
+        return round(float(self.checkpoint) * self.num_layers)
+
+    @property
+    def embedding_by_vocabulary(self) -> bool:
+        """Split along the vocabulary: a tied head reads the weight by its rows."""
+        return self.tie_word_embeddings or not self.embed_split_hidden
+
+    @property
     def torch_dtype_name(self) -> str:
         """Storage dtype as the attribute of `torch`: "torch.half" -> "float16", "torch.tf32" -> "float32"."""
         return {"torch.half": "float16", "torch.tf32": "float32"}.get(self.dtype, self.dtype.removeprefix("torch."))
@@ -306,10 +316,11 @@ class GuardConfig(Section):
     """(new) What happens when numbers go wrong. A step whose loss or gradient is not finite is always left out."""
 
     max_bad_steps: Positive | None = None
-    """Steps left out in a row that end the run with exit code 7; None: 50 with torch.float16, else 10."""
+    """More than so many steps left out in a row end the run with exit code 7; None: 50 with torch.float16, else 10."""
     spike: Literal["note", "skip", "rollback"] = "note"
     """What to do about a step whose loss or gradient norm stands out. "note": a warning and an event. "skip": its
-    update is left out, too. "rollback": back to the newest checkpoint before it, on with the data behind it."""
+    update is left out, too. "rollback": then back to the newest checkpoint before it, on with the data behind it.
+    With these two a level that rises and stays ends the run, by max_bad_steps or max_rollbacks."""
     spike_zscore: Annotated[float, Field(ge=3)] = 12
     """How far it must stand out, in robust standard deviations of the logarithm."""
     spike_window: Annotated[int, Field(ge=8)] = 128

@@ -166,11 +166,12 @@ def _unlike(config: Mapping[str, Any]) -> Iterator[str]:
 def _rope(config: Mapping[str, Any]) -> tuple[Any, Any]:
     """(base, kind): `rope_theta` and `rope_scaling`, InternLM's `rotary`, or transformers 5's `rope_parameters`."""
     base, kind = config.get("rope_theta", 10000.0), "default"
-    for key in ("rotary", "rope_scaling", "rope_parameters"):
-        section = config.get(key)
-        if isinstance(section, Mapping):
-            base = section.get("rope_theta", section.get("base", base))
-            kind = section.get("rope_type", section.get("type", kind))
-            if section.get("partial_rotary_factor", 1) != 1:
-                kind = f"partial ({section['partial_rotary_factor']})"
+    found = [config.get(key) for key in ("rotary", "rope_scaling", "rope_parameters")]
+    sections = [section for section in found if isinstance(section, Mapping)]
+    for section in sections:
+        base = section.get("rope_theta", section.get("base", base))
+        kind = section.get("rope_type", section.get("type", kind))
+    for section in (config, *sections):
+        if section.get("partial_rotary_factor") not in (None, 1):
+            kind = f"partial ({section['partial_rotary_factor']})"
     return base, kind

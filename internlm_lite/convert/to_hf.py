@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from internlm_lite.checkpoint import find
 from internlm_lite.checkpoint.backends import open_storage
@@ -96,13 +95,7 @@ def open_checkpoint(path: str, s3: S3Config | None = None) -> tuple[Found, Confi
     root, name = find.locate(path, s3)
     found = find.open_at(open_storage(root, s3), name)
     alone = f"{root.rstrip('/')}/{found.folder}" if found.folder else path
-    try:
-        return found, Config.model_validate(found.manifest.config), alone
-    except ValidationError as error:
-        raise CheckpointError(
-            f"checkpoint {found.name}: this version cannot read the config it was saved with: {error.error_count()} "
-            f"unknown or wrong keys, first {'.'.join(map(str, error.errors()[0]['loc']))}"
-        ) from error
+    return found, found.config(), alone
 
 
 def write_hf(
@@ -122,6 +115,8 @@ def write_hf(
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out} exists: choose a folder that does not exist, or is empty")
+    if out.resolve() == Path.cwd():  # a whole folder would take its place, and leave you in one that is gone
+        raise CheckpointError(f"{out}: this is the folder you are in; give the name of one to make")
     hf_config = to_hf(config.model, family, config.data.seq_len, dtype)
     targets = targets_there(config.model, family)
     source = MasterRows(found)

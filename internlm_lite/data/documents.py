@@ -4,7 +4,8 @@
     name.bin, name.bin.meta    InternLM's JSON lines (internlm.py)
     name.meta.json             Metadata, optional, beside either
 
-A negative token is a prompt token: its id is the absolute value, and nothing is learnt from it as a label.
+A negative token is a prompt token: its id is the absolute value, and nothing is learnt from it as a label. Id 0 has no
+negative, so as a label it is learnt in a prompt, too: `<unk>` as a rule, which a tokenizer of ours never gives.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     IN/code/**/*.py  ->  OUT/code/{code.bin, code.idx, code.meta.json}       document = bos + text + eos
 
-A folder is written to OUT/.code.partial and renamed when it is whole: an interrupted run leaves no half folder.
+A folder is written to OUT/.code.partial and renamed when it is whole: an interrupted run leaves no half folder. What it
+replaces is OUT/.code.replaced for a moment, and comes back if that is when the run is interrupted.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Encoded = tuple[np.ndarray, np.ndarray, int]
 
 
 def encode_documents(tokenizer_path: Path, documents: Sequence[Document]) -> Encoded:
-    """Tokenise documents; prompts become negative ids, and nothing is learnt from the token that opens them."""
+    """Tokenise documents. Prompts, with the token that opens them, become negative ids, see documents.py."""
     tokenizer = _tokenizer(tokenizer_path)
     bos = [] if tokenizer.bos is None else [tokenizer.bos]
     eos = [] if tokenizer.eos is None else [tokenizer.eos]
@@ -70,11 +71,13 @@ def encode_folder(
 
     Raises DataError on unreadable input, or when `target` exists without `overwrite`; StorageError when writing fails.
     """
+    partial, replaced = (target.with_name(f".{target.name}.{state}") for state in ("partial", "replaced"))
+    _put_back(replaced, target)  # of a killed run, as what is removed below
     if target.exists() and not overwrite:
         raise DataError(f"{target} exists already; choose another output folder, or replace it with --overwrite")
     files = find_text(source, text_key)
-    partial, replaced = (target.with_name(f".{target.name}.{state}") for state in ("partial", "replaced"))
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed run
+    for left in (partial, replaced):
+        shutil.rmtree(left, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         metadata = _write(tokenizer_path, files, partial / f"{target.name}.bin", workers, text_key, progress)
@@ -84,9 +87,16 @@ def encode_folder(
     except OSError as error:
         raise StorageError(f"{target} could not be made ({error}); free space or choose another --output") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _put_back(replaced, target)
+        for left in (partial, replaced):
+            shutil.rmtree(left, ignore_errors=True)
     return metadata
+
+
+def _put_back(replaced: Path, target: Path) -> None:
+    """The old tokens, where no new ones took their place."""
+    if replaced.exists() and not target.exists():
+        replaced.rename(target)
 
 
 def _write(

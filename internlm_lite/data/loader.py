@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -221,16 +222,29 @@ def assemble(
 
 
 def one_ahead(items: Iterator[T]) -> Generator[T, None, None]:
-    """The same items, the next one computed in a thread meanwhile. Its errors surface here; closing joins it."""
+    """The same items, the next one computed in a thread meanwhile. Its errors surface here. Closing joins it; other
+    errors and Ctrl-C leave it alone, as it may hang in its storage.
+    """
     worker = ThreadPoolExecutor(1, thread_name_prefix="data")
-    interrupted = False
+    ahead, closed = worker.submit(next, items, None), False
     try:
-        ahead = worker.submit(next, items, None)
         while (item := ahead.result()) is not None:
             ahead = worker.submit(next, items, None)
             yield item
-    except KeyboardInterrupt:
-        interrupted = True
+    except GeneratorExit:
+        closed = True
         raise
     finally:
-        worker.shutdown(wait=not interrupted)  # perhaps because this thread hangs
+        worker.shutdown(wait=closed or ahead.done())
+
+
+@contextmanager
+def reading(items: Generator[T, None, None]) -> Iterator[Generator[T, None, None]]:
+    """Close `items` in the end; they hear of an error of their reader, and so do not wait for their thread."""
+    try:
+        yield items
+    except BaseException as error:
+        items.throw(error)
+        raise
+    finally:
+        items.close()

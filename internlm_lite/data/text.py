@@ -11,6 +11,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,17 +37,23 @@ class TextFile:
     """A file that holds documents."""
 
     path: Path
+    n_bytes: int
     has_prompts: bool
 
-    @property
-    def n_bytes(self) -> int:
-        return self.path.stat().st_size
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raises DataError when `path` cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; correct or remove it") from None
 
 
 def find_text(folder: Path, text_key: str) -> list[TextFile]:
     """All files with text below `folder`, by path; hidden ones are passed over.
 
-    Raises DataError when the folder is missing or holds none.
+    Raises DataError when the folder is missing or holds none, or a file cannot be read.
     """
     found = []
     for where, folders, names in os.walk(folder):
@@ -55,7 +62,9 @@ def find_text(folder: Path, text_key: str) -> list[TextFile]:
             suffix = Path(name).suffix.lower()
             if name[0] != "." and (suffix in TEXT_SUFFIXES or suffix in (".jsonl", ".parquet")):
                 path = Path(where, name)
-                found.append(TextFile(path, suffix == ".jsonl" and _has_prompts(path, text_key)))
+                with readable(path):
+                    has_prompts = suffix == ".jsonl" and _has_prompts(path, text_key)
+                    found.append(TextFile(path, path.stat().st_size, has_prompts))
     if not found:
         raise DataError(
             f"{folder}: {'holds no text' if folder.is_dir() else 'is no folder'}, expected a folder with .jsonl, "
@@ -67,13 +76,14 @@ def find_text(folder: Path, text_key: str) -> list[TextFile]:
 def read_documents(file: TextFile, text_key: str) -> Iterator[Document]:
     """The documents of a file in order, empty ones left out. Raises DataError naming the line that cannot be read."""
     suffix = file.path.suffix.lower()
-    if suffix == ".jsonl":
-        documents = _read_jsonl(file, text_key)
-    elif suffix == ".parquet":
-        documents = _read_parquet(file.path, text_key)
-    else:
-        documents = iter([Document(file.path.read_text(encoding="utf-8", errors="replace"))])
-    return (document for document in documents if document.text)
+    with readable(file.path):
+        if suffix == ".jsonl":
+            documents = _read_jsonl(file, text_key)
+        elif suffix == ".parquet":
+            documents = _read_parquet(file.path, text_key)
+        else:
+            documents = iter([Document(file.path.read_text(encoding="utf-8", errors="replace"))])
+        yield from (document for document in documents if document.text)
 
 
 def sample_text(folders: Sequence[Path], text_key: str, max_bytes: int) -> Iterator[str]:

@@ -61,8 +61,8 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; bos, eos and padding have none."""
-        text: str = self._processor.decode([int(token) for token in ids])
+        """Text of `ids`; bos, eos and padding have none, nor have ids that a model's padded vocabulary adds."""
+        text: str = self._processor.decode([int(token) for token in ids if token < self.vocab_size])
         return text
 
     def piece(self, token: int) -> str:

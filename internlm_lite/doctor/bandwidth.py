@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from internlm_lite.errors import MeshError
+from internlm_lite.errors import MeshError, first_line
 from internlm_lite.runtime.place import Place
 from internlm_lite.runtime.start import connect_ranks
 
@@ -49,7 +49,7 @@ class _Probe:
             connect_ranks(self.store, self.place, self.device, self.timeout)
             seconds = self._measure()
         except (MeshError, RuntimeError) as error:  # torch.distributed's errors are RuntimeErrors
-            self.reduced.problem = str(error).strip().splitlines()[0]
+            self.reduced.problem = first_line(error)
             return
         n = self.place.world_size
         self.reduced.seconds = seconds

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 
-from internlm_lite.errors import MeshError
+from internlm_lite.errors import MeshError, first_line
 from internlm_lite.runtime.device import bind_device, device_name
 from internlm_lite.runtime.folder import git_commit, package_versions
 from internlm_lite.runtime.place import Place, chosen_interfaces, common_variables
@@ -27,15 +27,16 @@ _INFINIBAND = Path("/sys/class/infiniband")
 
 
 def facts_of(place: Place, environ: Mapping[str, str], wanted: str) -> tuple[Facts, torch.device | None]:
-    """The facts, and the device of this rank; None if it cannot be bound. `wanted`: auto, cpu, cuda."""
-    problem = None
+    """The facts, and the device of this rank; None if it cannot be used. `wanted`: auto, cpu, cuda."""
+    device, about_it, problem = None, _device(None), None
     try:
         device = bind_device(place, wanted)
-    except MeshError as error:
-        device, problem = None, str(error)
+        about_it = _device(device)
+    except (MeshError, RuntimeError) as error:  # a GPU that is full or sick refuses even to say how much is free
+        device, problem = None, first_line(error)
     facts = {"rank": place.rank, "host": place.hostname, "local_rank": place.local_rank}
     facts |= {"local_world_size": place.local_world_size, "device.asked": wanted, "device.problem": problem}
-    facts |= _versions() | _host() | _device(device) | _network(environ) | _limits()
+    facts |= _versions() | _host() | about_it | _network(environ) | _limits()
     facts |= {f"environment.{name}": value for name, value in common_variables(environ).items()}
     return facts, device
 

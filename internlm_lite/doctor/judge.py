@@ -84,7 +84,7 @@ def _text(name: str, value: Any) -> str:
 def _wrong(facts: Sequence[Facts]) -> Iterator[Finding]:
     n_hosts = len({own["host"] for own in facts})
     checks: tuple[tuple[str, Callable[[Facts], str | None], str], ...] = (
-        ("device", lambda own: own["device.problem"], "start one process for each GPU, see the message"),
+        ("device", lambda own: own["device.problem"], "see the message and nvidia-smi; start one process for each GPU"),
         ("device", _hidden_gpu, "install a CUDA build of torch that fits the driver (nvidia-smi shows it)"),
         ("device.free", _occupied, "end the other processes on it (nvidia-smi)"),
         ("host.cores", _few_cores, "give more cores: srun --cpus-per-task=8"),

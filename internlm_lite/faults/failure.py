@@ -85,7 +85,8 @@ def _keep_first(temporary: Path, place: Path) -> bool:
 def write_report(folder: Path) -> None:
     """FAILED.json of what is known by now. Raises OSError."""
     told: list[Failure] = []
-    while (failures := read_failures(folder)) != told:  # another rank wrote its own meanwhile, and knew less
+    # anew where another rank wrote its own meanwhile, and knew less; none are left where a new start cleared them
+    while (failures := read_failures(folder)) and failures != told:
         cause, *others = map(asdict, failures)
         _written(folder / REPORT, {"cause": cause, "others": others}).replace(folder / REPORT)
         told = failures

@@ -56,7 +56,7 @@ class _Seen:
 
 
 class Watchdog:
-    """One per rank, used as a context manager. `end(verdict, stacks)` is called in a thread and must not return."""
+    """One per rank, used as a context manager. `end(verdict)` is called in a thread and must not return."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Watchdog:
         hostname: str = UNKNOWN_HOST,
         agent_store: bool = False,
     ) -> None:
-        """`store`: a connection that nobody else uses; None for a world of one. Made in the thread that is watched.
+        """`store`: a connection that nobody else uses; None: nothing is watched. Made in the thread that is watched.
 
         `hostname`: as messages name it. `agent_store`: the store is not rank 0's, but that of torchrun's agent.
         """
@@ -84,9 +84,10 @@ class Watchdog:
         self._verdict: Verdict | None = None
         self._heard = time.monotonic()
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
-        if store is not None:
-            self._threads.append(threading.Thread(target=self._talk, name="watchdog-talker", daemon=True))
+        tasks = {} if store is None else {"watchdog": self._watch, "watchdog-talker": self._talk}
+        self._threads = [
+            threading.Thread(target=task, args=(store,), name=name, daemon=True) for name, task in tasks.items()
+        ]
 
     def __enter__(self) -> Watchdog:
         for thread in self._threads:
@@ -140,9 +141,7 @@ class Watchdog:
     def judges(self) -> bool:
         return self._rank < 2
 
-    def _talk(self) -> None:
-        store = self._store
-        assert store is not None
+    def _talk(self, store: Store) -> None:
         beats, ended = 0, False
         while not ended:
             beats += 1
@@ -168,20 +167,16 @@ class Watchdog:
             self._seen = {rank: _seen_now(beat, self._seen.get(rank), now) for rank, beat in beats.items()}
         self._hosts = {**self._hosts, **{rank: beat.host for rank, beat in beats.items()}}
 
-    def _watch(self) -> None:
-        progress, since = -1, time.monotonic()
-        looked = since
+    def _watch(self, store: Store) -> None:
+        looked = time.monotonic()
         while not self._stop.wait(self._period / 2):
-            now, mine = time.monotonic(), self._mine
+            now = time.monotonic()
             if now - looked > _SUSPENDED_PERIODS * self._period:
-                since += now - looked
                 self._forgive(now - looked)
             looked = now
-            if mine.progress != progress:
-                progress, since = mine.progress, now
-            verdict = self._verdict or self._judge(now, mine, since)
+            verdict = self._verdict or self._judge(now)
             if verdict is not None:
-                self._publish(verdict)
+                self._publish(verdict, store)
                 self._end(verdict)
                 return
 
@@ -194,10 +189,9 @@ class Watchdog:
                 for rank, seen in self._seen.items()
             }
 
-    def _judge(self, now: float, mine: Beat, since: float) -> Verdict | None:
+    def _judge(self, now: float) -> Verdict | None:
+        mine = self._mine
         limit, silence = self._limits[mine.phase], now - self._heard
-        if self._store is None:
-            return judge({self._rank: mine}, {self._rank: (now - since, 0.0)}, self._limits, self._period)
         if silence > limit:
             why = f"{self._keeper}, which holds the store, has not answered for {silence:.0f} s: it is stopped, or gone"
             return Verdict((0,), why, mine.phase, mine.step, (self.host_of(0),))
@@ -209,19 +203,19 @@ class Watchdog:
         idle = {rank: (now - seen.progressed - patience, now - seen.beaten) for rank, seen in known.items()}
         return judge(table, idle, self._limits, self._period)
 
-    def _publish(self, verdict: Verdict) -> None:
-        if self._store is None or verdict is self._verdict:
+    def _publish(self, verdict: Verdict, store: Store) -> None:
+        if verdict is self._verdict:
             return
-        teller = threading.Thread(target=self._set_verdict, args=(verdict,), daemon=True)
+        teller = threading.Thread(target=_tell, args=(verdict, store), daemon=True)
         teller.start()
         teller.join(self._period)
 
-    def _set_verdict(self, verdict: Verdict) -> None:
-        assert self._store is not None
-        try:
-            self._store.set(_VERDICT, verdict.to_json())
-        except RuntimeError as error:
-            logger.debug("the verdict could not be told: %s", error)
+
+def _tell(verdict: Verdict, store: Store) -> None:
+    try:
+        store.set(_VERDICT, verdict.to_json())
+    except RuntimeError as error:
+        logger.debug("the verdict could not be told: %s", error)
 
 
 def _beat_of(rank: int, store: Store) -> Beat:

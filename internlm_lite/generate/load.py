@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-from pydantic import ValidationError
 
-from internlm_lite.checkpoint.manager import CheckpointManager
+from internlm_lite.checkpoint.loader import Loader
 from internlm_lite.config.schema import Config, S3Config
-from internlm_lite.errors import CheckpointError
 from internlm_lite.layers.flash import choose_backend
 from internlm_lite.mesh.layout import Parameter, Piece
 from internlm_lite.mesh.mesh import Mesh
@@ -24,19 +22,13 @@ def load_model(
     `dtype`: a config name such as "torch.bfloat16" instead of the trained one. Weights come from the fp32 masters.
     Raises CheckpointError. Collective over the mesh.
     """
-    reader = CheckpointManager(path, mesh, writable=False, s3=s3)
-    found = reader.open(path)
-    try:
-        config = Config.model_validate(found.manifest.config)
-    except ValidationError as error:
-        raise CheckpointError(
-            f"checkpoint {found.name}: this version cannot read the config it was saved with: "
-            f"{error.error_count()} unknown or wrong keys, first {error.errors()[0]['loc']}"
-        ) from error
+    loader = Loader(mesh, s3=s3)
+    found = loader.open(path)
+    config = found.config()
     shape = config.model if dtype is None else config.model.model_copy(update={"dtype": dtype})
     backend = choose_backend(shape.use_flash_attn, torch_dtype(shape.dtype), mesh.device, shape.head_dim)
     model = build_model(shape, config.loss.label_smoothing, mesh, backend)
-    reader.load(found, [piece_of(param) for param in model.parameters()])
+    loader.load(found, [piece_of(param) for param in model.parameters()])
     return WholeModel({0: model}, mesh), config
 
 

@@ -1,6 +1,6 @@
 """Packed causal attention: which kernel, chosen once at build time.
 
-    flash-attn   varlen kernel, if the package is installed        half precision on CUDA
+    flash-attn   varlen kernel, if the package can be imported     half precision on CUDA
     torch        torch.nn.attention.varlen                         half precision on CUDA
     sdpa         the reference, one call per document              everywhere
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import inspect
+import logging
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -19,6 +20,8 @@ import torch
 
 from internlm_lite.layers.attention import Attend
 from internlm_lite.layers.sdpa import packed_sdpa
+
+logger = logging.getLogger("internlm_lite")
 
 
 class AttentionBackend(enum.Enum):
@@ -34,11 +37,27 @@ def choose_backend(use_flash_attn: bool, dtype: torch.dtype, device: torch.devic
 
     The varlen kernels need half precision, compute capability 8.0 (A100) and a head_dim of a multiple of 8 up to 256.
     """
-    if not use_flash_attn or device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+    if device.type != "cuda" or not varlen_fits(use_flash_attn, dtype, head_dim):
         return AttentionBackend.SDPA
-    if head_dim % 8 or head_dim > 256 or torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return AttentionBackend.SDPA
-    return AttentionBackend.FLASH_ATTN if find_spec("flash_attn") else AttentionBackend.TORCH_VARLEN
+    return AttentionBackend.FLASH_ATTN if _has_flash_attn() else AttentionBackend.TORCH_VARLEN
+
+
+def varlen_fits(use_flash_attn: bool, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether a varlen kernel takes a model like this, on a GPU of today."""
+    return use_flash_attn and dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
+
+
+def _has_flash_attn() -> bool:
+    """Found out by importing it: a mere folder of that name, or a build for another torch, is of no use."""
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except ImportError as error:
+        if find_spec("flash_attn"):
+            logger.warning(f"flash_attn is there, but cannot be imported: {error}; torch's own attention is used")
+        return False
+    return True
 
 
 def packed(

@@ -16,16 +16,19 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from internlm_lite.errors import PeerLostError
+from internlm_lite.errors import PeerLostError, first_line
 from internlm_lite.mesh.mesh import Group
+
+GPU_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
+"""Of this rank's device, whatever collective they surface in."""
 
 
 @contextmanager
 def peer_errors(group: Group) -> Iterator[None]:
-    """What torch.distributed raises when a rank died or a time-out ran out, as PeerLostError."""
+    """What torch.distributed raises when a rank died or a time-out ran out, as PeerLostError; no fault of this GPU."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except GPU_ERRORS:
         raise
     except RuntimeError as error:
         raise peer_lost(group, error) from error
@@ -33,10 +36,9 @@ def peer_errors(group: Group) -> Iterator[None]:
 
 def peer_lost(group: Group, error: Exception) -> PeerLostError:
     """What to tell the user about `error` of a collective of `group`."""
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return PeerLostError(
         f"rank {group.ranks[group.rank]} lost a peer of its {group.name} group (ranks {list(group.ranks)}): "
-        f"{first_line}; the log of the rank that failed first says why"
+        f"{first_line(error)}; the log of the rank that failed first says why"
     )
 
 
@@ -166,10 +168,3 @@ def broadcast_object(value: object, group: Group) -> object:
     with peer_errors(group):
         dist.broadcast_object_list(told, src=group.ranks[0], group=group.process_group)
     return told[0]
-
-
-def barrier(group: Group) -> None:
-    """Wait until every rank of the group is here, or raise after the group's time-out."""
-    if group.size > 1:
-        with peer_errors(group):
-            dist.barrier(group=group.process_group)

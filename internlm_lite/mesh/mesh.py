@@ -17,7 +17,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from internlm_lite.errors import MeshError, PeerLostError
+from internlm_lite.errors import MeshError, PeerLostError, first_line
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _new_group(ranks: tuple[int, ...], timeout: timedelta) -> dist.ProcessGroup 
         return dist.new_group(ranks, timeout=timeout)
     except RuntimeError as error:  # torch.distributed's errors are RuntimeErrors
         raise PeerLostError(
-            f"a rank was lost while the group of ranks {list(ranks)} was set up: {str(error).strip().splitlines()[0]}; "
+            f"a rank was lost while the group of ranks {list(ranks)} was set up: {first_line(error)}; "
             "the log of the rank that failed first says why"
         ) from error
 

@@ -111,8 +111,8 @@ class Transformer(nn.Module):
         self.place = place
         self.backend = backend
         self.tok_embeddings = embedding(config, place, share) if share.first else None
-        n_recomputed = round(float(config.checkpoint) * config.num_layers)
-        self.layers = nn.ModuleDict({str(n): Block(config, n, n < n_recomputed, place) for n in share.layers})
+        again = config.recomputed_layers
+        self.layers = nn.ModuleDict({str(n): Block(config, n, n < again, place) for n in share.layers})
         has_norm = share.last and not config.apply_post_layer_norm
         self.norm = rms_norm(config, "norm", place) if has_norm else None
         if config.tie_word_embeddings and self.tok_embeddings is not None:
@@ -120,21 +120,10 @@ class Transformer(nn.Module):
         self.output = Head(config, label_smoothing, tied, place, share.tied_over) if share.last else None
 
     def units(self) -> Iterator[nn.Module]:
-        """The modules that `forward` calls, each once, in this order. Their parameters partition the model's."""
+        """The modules that run, each once, in this order. Their parameters partition the model's."""
         for module in (self.tok_embeddings, *self.layers.values(), self.norm, self.output):
             if module is not None:
                 yield module
-
-    def forward(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        labels: torch.Tensor,
-        attend: Attend,
-        scale: torch.Tensor,
-    ) -> TokenLosses:
-        """tokens, positions, labels [T] int64; `scale` a scalar tensor that multiplies the loss to differentiate."""
-        return self.losses(self.hidden(tokens, positions, attend), labels, scale)
 
     def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         """The hidden state after this stage's layers, and after the final norm on the last stage.
@@ -148,7 +137,10 @@ class Transformer(nn.Module):
         return x if self.norm is None else self.norm(x)
 
     def losses(self, hidden: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> TokenLosses:
-        """Of the hidden state as `hidden()` of the last stage gives it; labels [T]."""
+        """Of the hidden state as `hidden()` of the last stage gives it; labels [T] int64.
+
+        `scale`: a scalar tensor that multiplies the loss to differentiate.
+        """
         assert self.output is not None, "only the last stage has a head"
         losses: TokenLosses = self.output(hidden, labels, scale)
         return losses
@@ -191,12 +183,11 @@ def rms_norm(config: ModelConfig, name: str, place: Placement) -> RMSNorm:
 
 
 def embedding(config: ModelConfig, place: Placement, share: Share) -> Embedding:
-    # A tied head reads the weight by rows of the vocabulary.
     return Embedding(
         "tok_embeddings",
         config.vocab_size,
         config.hidden_size,
-        split_hidden=config.embed_split_hidden and not config.tie_word_embeddings,
+        split_hidden=not config.embedding_by_vocabulary,
         grad_scale=config.embed_grad_scale,
         init_std=config.init_std,
         place=place,

@@ -12,16 +12,14 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from internlm_lite.monitor.line import clock, format_step_line
-from internlm_lite.monitor.record import StepRecord
-from internlm_lite.monitor.sinks import Sink
+from internlm_lite.monitor.record import Sink, StepRecord
 from internlm_lite.units import human_bytes
 
 logger = logging.getLogger("internlm_lite")
@@ -32,14 +30,12 @@ _BAR_TEXT = "eta {task.fields[eta]}  loss {task.fields[loss]}  tgs {task.fields[
 
 
 class Console(Sink):
-    """Rank 0's sink for people. Use as a context manager, or call `close()`: the bar leaves the terminal clean.
+    """Rank 0's sink for people. `close` it: the bar leaves the terminal clean."""
 
-    `terminal`: standard output is a terminal, so colours and the bar are shown.
-    """
-
-    def __init__(self, total_steps: int, terminal: bool, checkpoint_every: int | None = None, done: int = 0) -> None:
+    def __init__(self, total_steps: int, terminal: bool, save_every: Sequence[int] = (), done: int = 0) -> None:
+        """`terminal`: standard output is one, so colours and the bar are shown. `save_every`: intervals in steps."""
         self._total_steps = total_steps
-        self._checkpoint_every = checkpoint_every
+        self._save_every = save_every
         self._terminal = terminal
         self._bar: Progress | None = None
         if terminal:
@@ -59,8 +55,8 @@ class Console(Sink):
             return
         done = record.step + 1
         rest = "" if record.mfu is None else f"  mfu {record.mfu:.1%}"
-        if self._checkpoint_every and done < self._total_steps:
-            rest += f"  next checkpoint {next_checkpoint(done, self._checkpoint_every, self._total_steps)}"
+        if self._save_every and done < self._total_steps:
+            rest += f"  next checkpoint {next_checkpoint(done, self._save_every, self._total_steps)}"
         self._bar.update(
             self._task,
             completed=done,
@@ -75,18 +71,10 @@ class Console(Sink):
             self._bar.stop()
             self._bar = None
 
-    def __enter__(self) -> Console:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def next_checkpoint(done: int, every: int, total: int) -> int:
-    """The number of steps after which the next checkpoint is due: a multiple of `every`, at the latest the end."""
-    return min(total, (done // every + 1) * every)
+def next_checkpoint(done: int, every: Sequence[int], total: int) -> int:
+    """The number of steps after which the next checkpoint is due: a multiple of one of `every`, or `total`."""
+    return min(total, *((done // steps + 1) * steps for steps in every))
 
 
 def compact_line(record: StepRecord, colour: bool, width: int | None = None) -> str:

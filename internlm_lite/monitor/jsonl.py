@@ -8,17 +8,19 @@ what earlier starts wrote from the first step of a later one on.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from internlm_lite.monitor.record import StepRecord
+from internlm_lite.monitor.record import Sample, Sink, StepRecord
 
 logger = logging.getLogger("internlm_lite")
 
@@ -33,10 +35,14 @@ _SPEED = ("tgs", "last_tgs_1", "tgs_all", "tgs_avg", "tgs_sma", "last_tgs_10", "
 
 
 class JsonlWriter:
-    """Appends objects to a file, each handed to the system at once. A failure is logged once and never raised."""
+    """Appends objects to a file, each handed to the system at once. A failure is logged once and never raised.
+
+    Objects may come from several threads.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = threading.Lock()
         self._failed = False
         self._descriptor: int | None = None
         self._torn = True  # the end may be a half-written line of this or an earlier process
@@ -44,13 +50,14 @@ class JsonlWriter:
     def write(self, value: Mapping[str, Any]) -> None:
         """Append `value`. What is not a finite number becomes null."""
         text = json.dumps(finite(value), allow_nan=False, separators=(",", ":"), ensure_ascii=False) + "\n"
-        try:
-            self._append(text.encode("utf-8", "backslashreplace"))
-        except OSError as error:
-            self._torn = True
-            if not self._failed:
-                self._failed = True
-                logger.warning(f"cannot write {self.path}: {error.strerror}; training goes on without these lines")
+        with self._lock:
+            try:
+                self._append(text.encode("utf-8", "backslashreplace"))
+            except OSError as error:
+                self._torn = True
+                if not self._failed:
+                    self._failed = True
+                    logger.warning(f"cannot write {self.path}: {error.strerror}; training goes on without these lines")
 
     def _append(self, line: bytes) -> None:
         if self._descriptor is None:
@@ -64,51 +71,42 @@ class JsonlWriter:
             line = line[os.write(self._descriptor, line) :]
 
     def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        with self._lock:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+                self._descriptor = None
 
 
-class MetricsFile:
-    """metrics.jsonl of this process: one object per step line, under a segment number new to it and to events.jsonl."""
+class _RunFile(Sink):
+    """A file of the run folder; its lines carry the number of the start that wrote them."""
 
-    def __init__(self, path: Path) -> None:
-        self.segment = next_segment(path, path.with_name("events.jsonl"))
+    def __init__(self, path: Path, segment: int) -> None:
+        self._segment = segment
         self._writer = JsonlWriter(path)
-
-    def write(self, record: StepRecord) -> None:
-        self._writer.write(step_object(record, self.segment))
 
     def close(self) -> None:
         self._writer.close()
 
 
-class EventsFile:
+class MetricsFile(_RunFile):
+    """metrics.jsonl: one object per step line."""
+
+    def step(self, record: StepRecord) -> None:
+        self._writer.write(step_object(record, self._segment))
+
+
+class EventsFile(_RunFile):
     """events.jsonl: what happened when, such as a checkpoint, an alert, the end."""
 
-    def __init__(self, path: Path, segment: int = 0) -> None:
-        self._segment = segment
-        self._writer = JsonlWriter(path)
-
-    def add(self, kind: str, **facts: Any) -> None:
+    def event(self, kind: str, facts: Mapping[str, Any]) -> None:
         self._writer.write({"time": _now(), "seg": self._segment, "event": kind, **facts})
 
-    def close(self) -> None:
-        self._writer.close()
 
-
-class SamplesFile:
+class SamplesFile(_RunFile):
     """samples.jsonl: what the model made of prompts after `step` steps; of a step done twice the last lines count."""
 
-    def __init__(self, path: Path, segment: int = 0) -> None:
-        self._segment = segment
-        self._writer = JsonlWriter(path)
-
-    def add(self, step: int, prompt: str, text: str) -> None:
-        self._writer.write({"time": _now(), "seg": self._segment, "step": step, "prompt": prompt, "text": text})
-
-    def close(self) -> None:
-        self._writer.close()
+    def sample(self, sample: Sample) -> None:
+        self._writer.write({"time": _now(), "seg": self._segment, **dataclasses.asdict(sample)})
 
 
 def _now() -> str:
@@ -154,21 +152,6 @@ def read_objects(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(value, dict):
                 yield value
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl in order of steps: of each step the last start's object, and nothing that a restart left behind."""
-    segments: dict[int, dict[int, dict[str, Any]]] = {}
-    for value in read_objects(path):
-        if isinstance(value.get("seg"), int) and isinstance(value.get("step"), int):
-            segments.setdefault(value["seg"], {})[value["step"]] = value
-    kept: list[dict[str, Any]] = []
-    end = math.inf
-    for segment in sorted(segments, reverse=True):
-        steps = segments[segment]
-        kept += [steps[step] for step in steps if step < end]
-        end = min(end, *steps)
-    return sorted(kept, key=lambda value: int(value["step"]))
 
 
 def has_ended(path: Path) -> bool:

@@ -18,7 +18,7 @@ from internlm_lite.monitor.record import FolderFigures, Origin, SpeedFigures, St
 _GIB = 2**30
 _HEADER = re.compile(r"(\S+) INFO \[(.*), line (\d+), in (.*)\] - pid=(\d+) : ")
 _PAIR = re.compile(
-    r"(?P<key>(?:acc|tokens|loss)/.+?|tgs \(tokens/gpu/second\)|[\w/]+)=(?P<value>\{.*?\}|[+-]?(?:nan|inf|\d)\S*) "
+    r"(?P<key>(?:acc|tokens|loss)/.+?|tgs \(tokens/gpu/second\)|[\w/]+)=(?P<value>\{.*?\}|[+-]?(?:nan|inf|\d)[^\s=]*) "
 )
 _NORM = re.compile(r"'([^']*)': ([^,}]+)")
 

@@ -37,7 +37,7 @@ class Collected:
 
 
 class FolderMetrics:
-    """Accumulates what `models.decoder.TokenLosses` hands out."""
+    """Accumulates what `layers.loss.TokenLosses` hands out."""
 
     def __init__(self, folders: Sequence[str], mesh: Mesh) -> None:
         self._folders = tuple(folders)

@@ -1,4 +1,4 @@
-"""The figures of one step line. Every sink (text line, metrics.jsonl, terminal) takes this and nothing else.
+"""What a run tells of itself, and `Sink`, which takes it: the text line, files, terminal, charts.
 
 Plain numbers, read from the device once per line. A folder without tokens in the interval has loss nan and acc 0.
 """
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -131,3 +132,22 @@ class Sample:
     step: int
     prompt: str
     text: str
+
+
+class Sink:
+    """Takes what happens in a run. A sink overrides what it shows; the rest is passed over."""
+
+    def step(self, record: StepRecord) -> None:
+        """A step line."""
+
+    def validation(self, record: ValidationRecord) -> None:
+        """An evaluation."""
+
+    def event(self, kind: str, facts: Mapping[str, Any]) -> None:
+        """Something that events.jsonl names: a checkpoint, an alert, the end."""
+
+    def sample(self, sample: Sample) -> None:
+        """A text that the model generated."""
+
+    def close(self) -> None:
+        """Write what is left. Nothing comes after it."""

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from internlm_lite.config.view import masked
-from internlm_lite.monitor.jsonl import EventsFile, MetricsFile, SamplesFile
-from internlm_lite.monitor.record import Sample, StepRecord, ValidationRecord
+from internlm_lite.monitor.jsonl import EventsFile, MetricsFile, SamplesFile, next_segment
+from internlm_lite.monitor.record import Sample, Sink, StepRecord, ValidationRecord
 
 logger = logging.getLogger("internlm_lite")
 
@@ -28,72 +28,18 @@ CLOSE_SECONDS = 10.0
 """Slow sinks have so long to end at `close`."""
 
 
-class Sink:
-    """Takes what happens in a run. A sink overrides what it shows; the rest is passed over."""
-
-    def step(self, record: StepRecord) -> None:
-        """A step line."""
-
-    def validation(self, record: ValidationRecord) -> None:
-        """An evaluation."""
-
-    def event(self, kind: str, facts: Mapping[str, Any]) -> None:
-        """Something that events.jsonl names: a checkpoint, an alert, the end."""
-
-    def sample(self, sample: Sample) -> None:
-        """A text that the model generated."""
-
-    def close(self) -> None:
-        """Write what is left. Nothing comes after it."""
-
-
 Call = Callable[[Sink], None]
 
 
 def run_files(folder: Path) -> dict[str, Sink]:
     """The files of a run folder, each a sink of its own: what one of them cannot take costs no other."""
-    metrics = MetricsFile(folder / "metrics.jsonl")
-    events = EventsFile(folder / "events.jsonl", metrics.segment)
-    samples = SamplesFile(folder / "samples.jsonl", metrics.segment)
-    return {"metrics.jsonl": _Metrics(metrics), "events.jsonl": _Events(events), "samples.jsonl": _Samples(samples)}
-
-
-class _Metrics(Sink):
-    def __init__(self, file: MetricsFile) -> None:
-        self._file = file
-
-    def step(self, record: StepRecord) -> None:
-        self._file.write(record)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class _Events(Sink):
-    """Events come from several threads."""
-
-    def __init__(self, file: EventsFile) -> None:
-        self._file = file
-        self._lock = threading.Lock()
-
-    def event(self, kind: str, facts: Mapping[str, Any]) -> None:
-        with self._lock:
-            self._file.add(kind, **facts)
-
-    def close(self) -> None:
-        with self._lock:
-            self._file.close()
-
-
-class _Samples(Sink):
-    def __init__(self, file: SamplesFile) -> None:
-        self._file = file
-
-    def sample(self, sample: Sample) -> None:
-        self._file.add(sample.step, sample.prompt, sample.text)
-
-    def close(self) -> None:
-        self._file.close()
+    metrics, events, samples = (folder / name for name in ("metrics.jsonl", "events.jsonl", "samples.jsonl"))
+    segment = next_segment(metrics, events)
+    return {
+        metrics.name: MetricsFile(metrics, segment),
+        events.name: EventsFile(events, segment),
+        samples.name: SamplesFile(samples, segment),
+    }
 
 
 class FanOut:

@@ -19,9 +19,8 @@ from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Chart, Layout, MultilineChartContent
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from internlm_lite.monitor.record import Sample, StepRecord, ValidationRecord
+from internlm_lite.monitor.record import Sample, Sink, StepRecord, ValidationRecord
 from internlm_lite.monitor.scalars import FOLDER_FIGURES, step_scalars, validation_scalars
-from internlm_lite.monitor.sinks import Sink
 
 CODE = "    "
 """Lines that begin so are shown by Markdown as they are."""

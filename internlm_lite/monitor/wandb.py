@@ -17,9 +17,8 @@ import wandb
 
 from internlm_lite.config.schema import Config, WandbConfig
 from internlm_lite.config.view import masked, resolved
-from internlm_lite.monitor.record import Sample, StepRecord, ValidationRecord
+from internlm_lite.monitor.record import Sample, Sink, StepRecord, ValidationRecord
 from internlm_lite.monitor.scalars import step_scalars, validation_scalars
-from internlm_lite.monitor.sinks import Sink
 
 logger = logging.getLogger("internlm_lite")
 

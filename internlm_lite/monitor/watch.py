@@ -17,8 +17,7 @@ from internlm_lite.config.schema import AlertsConfig
 from internlm_lite.config.view import masked
 from internlm_lite.monitor.alerts import Alert, Rules
 from internlm_lite.monitor.disk import disks
-from internlm_lite.monitor.record import StepRecord
-from internlm_lite.monitor.sinks import Sink
+from internlm_lite.monitor.record import Sink, StepRecord
 from internlm_lite.monitor.ticker import Ticker
 from internlm_lite.monitor.webhook import Webhook
 

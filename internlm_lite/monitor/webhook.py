@@ -72,11 +72,6 @@ class Webhook:
         except queue.Full:
             self._tell_failure("too many messages wait")
 
-    @property
-    def waiting(self) -> bool:
-        """Whether something is still to be sent, or being sent."""
-        return self._queue.unfinished_tasks > 0
-
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
         """One more try for what waits, for at most `seconds`; how many are left then is told in the log."""
         self._closing.set()

@@ -59,8 +59,3 @@ class GradReducer:
             replicated.wait()
             for axis in bucket.kind.summed:
                 comm.all_reduce(bucket.grad_shard, self._mesh.axis(axis)).wait()
-
-    @property
-    def in_flight(self) -> int:
-        """Buckets whose reduction has started in this step."""
-        return len(self._started)

@@ -23,7 +23,9 @@ _LEAST_HISTORY = 32
 
 
 class SpikeGuard:
-    """Watches (loss, gradient norm). A level that stays is no spike: it enters the history, and the median follows."""
+    """Watches (loss, gradient norm). A level that stays enters the history, and the median follows: after half a window
+    it stands out no more. Where such steps are left out, guard.max_bad_steps of them may end the run before that.
+    """
 
     def __init__(self, config: GuardConfig, device: torch.device) -> None:
         self._limit = config.spike_zscore

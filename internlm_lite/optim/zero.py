@@ -37,14 +37,12 @@ class StepOutcome:
     """Gradient norm before clipping, unscaled, of parameters in the model's dtype."""
     norm_fp32: torch.Tensor
     """The same for parameters kept in fp32 in a half-precision model."""
-    skipped: torch.Tensor
-    """bool: a gradient was not finite, or this step stands out and is left out: nothing was updated."""
     spikes: torch.Tensor
     """[2], z-scores of the loss and the gradient norm where they stand out, else 0 (see spikes.py)."""
     loss_scale: torch.Tensor
     """fp32, the scale this step's loss was multiplied with."""
     skipped_steps: torch.Tensor
-    """int64, steps skipped since the run began."""
+    """int64, steps skipped since the run began: a gradient was not finite, or a step stood out; nothing was updated."""
     skips_in_a_row: torch.Tensor
     """int64, steps skipped since the last update."""
     overflows_in_a_row: torch.Tensor
@@ -179,7 +177,6 @@ class HybridZeroOptimizer:
         return StepOutcome(
             norm_model_dtype=totals.square_model_dtype.sqrt() * unscale,
             norm_fp32=totals.square_fp32.sqrt() * unscale,
-            skipped=skipped,
             spikes=spikes,
             skipped_steps=self._skipped_steps.clone(),
             skips_in_a_row=self._skips_in_a_row.clone(),
@@ -283,10 +280,10 @@ class HybridZeroOptimizer:
         return [sum(bucket.elements_on(rank) for bucket in self.buckets) for rank in range(self._mesh.zero.size)]
 
 
-def _master(bucket: Bucket) -> Parameter:
+def _master(bucket: Bucket) -> nn.Parameter:
     """fp32 master weights of the shard. A parameter already in fp32 or fp64 is its own master: a view, no copy."""
     shard = bucket.weight_shard
-    return Parameter(shard.float() if shard.dtype.itemsize < 4 else shard)
+    return nn.Parameter(shard.float() if shard.dtype.itemsize < 4 else shard)
 
 
 def grad_dtype(config: Config, model_dtype: torch.dtype) -> torch.dtype | None:

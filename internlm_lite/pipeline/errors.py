@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from internlm_lite.mesh.comm import peer_lost
+from internlm_lite.mesh.comm import GPU_ERRORS, peer_lost
 from internlm_lite.mesh.mesh import Group
 
 _TRANSPORT = ("gloo", "nccl", "connection", "timed out", "timeout")
@@ -23,6 +23,6 @@ def peer_or_own_error(pp: Group) -> Iterator[None]:
             inner = inner.__cause__
         if inner is not error:
             raise inner from inner.__cause__
-        if any(word in str(error).lower() for word in _TRANSPORT):
+        if not isinstance(error, GPU_ERRORS) and any(word in str(error).lower() for word in _TRANSPORT):
             raise peer_lost(pp, error) from error
         raise

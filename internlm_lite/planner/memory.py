@@ -94,11 +94,6 @@ def recomputed_layer_terms(x: Shape) -> Terms:
     return {"layer inputs": x.t * x.h * x.s}
 
 
-def recomputed_layers(config: Config) -> int:
-    """How many of the model's first layers are recomputed."""
-    return round(float(config.model.checkpoint) * config.model.num_layers)
-
-
 def stage_terms(x: Shape, stage: StageShare, recomputed: int, pipeline: bool = False) -> Terms:
     """One micro-batch on one stage; the model's first `recomputed` layers are recomputed.
 
@@ -139,9 +134,8 @@ def _rotary(x: Shape) -> Terms:
 
 
 def _embedding(x: Shape) -> Terms:
-    by_vocabulary = x.model.tie_word_embeddings or not x.model.embed_split_hidden
     # Split by vocabulary: each token's row on this rank (int64) and whether it is here (bool). Else only the batch.
-    return {"embedding": x.T * (8 + 1) if by_vocabulary else 0}
+    return {"embedding": x.T * (8 + 1) if x.model.embedding_by_vocabulary else 0}
 
 
 def _head(x: Shape) -> Terms:

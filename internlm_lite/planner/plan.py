@@ -8,7 +8,7 @@ from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
 from internlm_lite.config.schema import Config
 from internlm_lite.data.loader import TrainingData, open_training_data, open_validation_data
 from internlm_lite.data.view import StepFigures, walk_steps
-from internlm_lite.layers.flash import AttentionBackend
+from internlm_lite.layers.flash import AttentionBackend, varlen_fits
 from internlm_lite.mesh.mesh import Sizes, axis_groups, rank_of, sizes_of
 from internlm_lite.monitor.flops import step_flops
 from internlm_lite.planner.holdings import Holding, holdings
@@ -18,7 +18,6 @@ from internlm_lite.planner.memory import (
     backward_workspace,
     loss_workspace,
     receive_buffers,
-    recomputed_layers,
     scaled,
     shape_of,
     stage_terms,
@@ -28,6 +27,7 @@ from internlm_lite.planner.memory import (
 from internlm_lite.planner.report import GroupTable, Plan, RankBytes, RankPlan
 from internlm_lite.planner.schedule import Action, actions_of, bubble_fraction, moments, stage_cost
 from internlm_lite.planner.traffic import messages, traffic
+from internlm_lite.runtime.device import torch_dtype
 
 LISTED_RANKS = 64
 """Worlds up to this size are listed rank by rank."""
@@ -49,7 +49,7 @@ def make_plan(config: Config, world_size: int, tflops: float | None, device: str
     held, parameters_total = holdings(config, sizes, backend)
     x = shape_of(config, backend, device)
     orders = actions_of(config.schedule, sizes.pp, config.model.num_chunks, data.micro_num)
-    n_again, n_layers = recomputed_layers(config), config.model.num_layers
+    n_again, n_layers = config.model.recomputed_layers, config.model.num_layers
     kept = [
         {n: _kept(x, own, order, n) for n in (0, n_again, n_layers)} for own, order in zip(held, orders, strict=True)
     ]
@@ -79,9 +79,8 @@ def make_plan(config: Config, world_size: int, tflops: float | None, device: str
 
 def _backend(config: Config, device: str) -> AttentionBackend:
     """What the trainer chooses on a GPU of today; both varlen kernels keep the same tensors."""
-    half = config.model.torch_dtype_name in ("float16", "bfloat16")
-    fits = config.model.head_dim % 8 == 0 and config.model.head_dim <= 256
-    varlen = device == "cuda" and config.model.use_flash_attn and half and fits
+    model = config.model
+    varlen = device == "cuda" and varlen_fits(model.use_flash_attn, torch_dtype(model.dtype), model.head_dim)
     return AttentionBackend.FLASH_ATTN if varlen else AttentionBackend.SDPA
 
 
@@ -160,7 +159,7 @@ def _ranks(
 
 
 def _rank_bytes(config: Config, x: Shape, own: Holding, activations: int) -> RankBytes:
-    data, again = config.data, recomputed_layers(config)
+    data, again = config.data, config.model.recomputed_layers
     top = own.stages[-1]
     workspace = backward_workspace(x, top.last, recomputes=top.layers.stop <= again)
     if top.last:
@@ -186,7 +185,7 @@ def _layout(config: Config, sizes: Sizes, backend: AttentionBackend) -> dict[str
         "schedule": config.schedule if sizes.pp > 1 else None,
         "stages": sizes.pp * config.model.num_chunks,
         "sequence_parallel": config.parallel.sequence_parallel,
-        "recomputed_layers": recomputed_layers(config),
+        "recomputed_layers": config.model.recomputed_layers,
         "micro_num": config.data.micro_num,
         "micro_bsz": config.data.micro_bsz,
         "seq_len": config.data.seq_len,

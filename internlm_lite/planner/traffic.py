@@ -18,7 +18,7 @@ from internlm_lite.layers.loss import tokens_per_chunk
 from internlm_lite.mesh.mesh import Sizes
 from internlm_lite.pipeline.split import stages_on
 from internlm_lite.planner.holdings import Holding, StageShare
-from internlm_lite.planner.memory import Shape, recomputed_layers
+from internlm_lite.planner.memory import Shape
 
 AXES = ("tp", "pp", "zero", "replica", "ends", "world")
 
@@ -69,8 +69,7 @@ def _group_size(sizes: Sizes, axis: str) -> int:
 
 
 def _tensor_parallel(config: Config, x: Shape, stage: StageShare, micro_num: int) -> Iterator[Message]:
-    model = config.model
-    again = len(range(stage.layers.start, min(stage.layers.stop, recomputed_layers(config))))
+    again = len(range(stage.layers.start, min(stage.layers.stop, config.model.recomputed_layers)))
     forward, backward = (len(stage.layers) + again) * micro_num, len(stage.layers) * micro_num
     hidden = x.T * x.h * x.s
     if x.by_sequence:
@@ -83,14 +82,13 @@ def _tensor_parallel(config: Config, x: Shape, stage: StageShare, micro_num: int
         yield Message("tp", "all_reduce", hidden, 2 * forward, "outputs of wo and w2")
         yield Message("tp", "all_reduce", hidden, 2 * backward, "gradients of the inputs of wqkv and w1, w3")
     if stage.first:
-        by_vocabulary = model.tie_word_embeddings or not model.embed_split_hidden
-        yield from _embedding(x, by_vocabulary, micro_num)
+        yield from _embedding(x, micro_num)
     if stage.last:
         yield from _head(x, micro_num)
 
 
-def _embedding(x: Shape, by_vocabulary: bool, micro_num: int) -> Iterator[Message]:
-    hidden = x.T * x.h * x.s
+def _embedding(x: Shape, micro_num: int) -> Iterator[Message]:
+    hidden, by_vocabulary = x.T * x.h * x.s, x.model.embedding_by_vocabulary
     if not x.by_sequence:
         kind = "all_reduce" if by_vocabulary else "all_gather"
         yield Message("tp", kind, hidden, micro_num, "embedding")

@@ -68,7 +68,7 @@ class RunReader:
         self._plain_config: list[dict[str, Any]] = []
 
     def advance(self) -> bool:
-        """Take in what the files gained, a few megabytes at most; False once there is nothing new.
+        """Take in what the files gained, of step lines a few megabytes at most; False once there is nothing new.
 
         Raises ConfigError when a file cannot be read.
         """
@@ -83,6 +83,9 @@ class RunReader:
             try:
                 if name in self._tails:
                     gains[name] = self._tails[name].read()
+                    # All of them, and after the step lines: only starts say which of these count.
+                    while name == "events.jsonl" and (more := self._tails[name].read()):
+                        gains[name] = gains[name].then(more)
                 else:
                     documents |= self._changed(name)
             except OSError as error:

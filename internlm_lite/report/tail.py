@@ -25,6 +25,10 @@ class Gain:
     def __bool__(self) -> bool:
         return self.anew or bool(self.lines)
 
+    def then(self, later: Gain) -> Gain:
+        """Both as one."""
+        return Gain(later.lines if later.anew else self.lines + later.lines, self.anew or later.anew)
+
 
 class Tail:
     """The whole lines a file gained since it was last asked. A half-written last line is kept until it is whole."""

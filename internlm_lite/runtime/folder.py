@@ -34,7 +34,7 @@ from internlm_lite.runtime.place import Place
 
 logger = logging.getLogger("internlm_lite")
 
-PACKAGES = ("torch", "numpy", "pydantic", "safetensors", "sentencepiece", "flash-attn", "triton", "boto3")
+PACKAGES = ("torch", "numpy", "pydantic", "sentencepiece", "flash-attn", "triton", "boto3")
 
 _NAME = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(-\d+)?")
 

@@ -28,7 +28,7 @@ from hashlib import sha256
 
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from internlm_lite.errors import MeshError
+from internlm_lite.errors import MeshError, first_line
 from internlm_lite.runtime.place import Place
 
 _FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 0.02, 0.5
@@ -196,8 +196,3 @@ def _where(place: Place) -> str:
 
 def _seconds(timeout: timedelta) -> str:
     return f"{timeout.total_seconds():g} s"
-
-
-def first_line(error: Exception) -> str:
-    """What torch's errors say, without the frames of C++ below it."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

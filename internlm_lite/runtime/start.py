@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
-from internlm_lite.errors import MeshError, PeerLostError
+from internlm_lite.errors import MeshError, PeerLostError, first_line
 from internlm_lite.runtime.log import flush_logging
-from internlm_lite.runtime.meet import first_line, meet
+from internlm_lite.runtime.meet import meet
 from internlm_lite.runtime.place import Place
 
 logger = logging.getLogger("internlm_lite")

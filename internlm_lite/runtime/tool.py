@@ -26,7 +26,8 @@ def run_tool(work: Callable[[], int], interrupted: str = "interrupted", *, has_s
         print(f"{type(error).__name__}: {text}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # such as `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        with open(os.devnull, "w") as nowhere:  # where Python flushes to when it ends
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
         if error.filename is None:

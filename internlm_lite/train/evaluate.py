@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from internlm_lite.data.loader import ValidationData
+from internlm_lite.data.loader import ValidationData, reading
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.stages import Stages
 from internlm_lite.monitor.metrics import Collected, FolderMetrics
@@ -21,8 +21,9 @@ def evaluate(
     """Figures per validation folder over the whole job. Collective over the mesh."""
     metrics = FolderMetrics(data.folders, mesh)
     one, loss_sum = torch.ones((), device=mesh.device), torch.zeros((), dtype=torch.float64, device=mesh.device)
-    for host_batch in data.batches():
-        batch = host_batch.to(mesh.device)
-        engine.evaluate(BatchTask(stages, batch, one, metrics, loss_sum), batch.micro_num)
-        batch_done()
+    with reading(data.batches()) as batches:
+        for host_batch in batches:
+            batch = host_batch.to(mesh.device)
+            engine.evaluate(BatchTask(stages, batch, one, metrics, loss_sum), batch.micro_num)
+            batch_done()
     return metrics.collect()

@@ -44,9 +44,11 @@ class Guard:
             )
         else:
             return
+        updated = step - skips.in_a_row
+        last = f"the last update was that of step {updated}" if updated >= 0 else "no update was made yet"
         raise NumericsError(
-            f"step {step}: {found}; the last update was that of step {step - skips.in_a_row}: lower adam.lr, look at "
-            "the data of these steps, or go on from an older checkpoint with --resume PATH"
+            f"step {step}: {found}; {last}: lower adam.lr, look at the data of these steps, or go on from an older "
+            "checkpoint with --resume PATH"
         )
 
     def _at_floor(self, skips: Skips) -> bool:
@@ -73,9 +75,7 @@ class Guard:
         if not any(scores) or not self._is_main:
             return
         named = [f"{what} (z = {z:.0f})" for what, z in zip(("loss", "gradient norm"), scores, strict=True) if z]
-        done = {"note": "noted", "skip": "its update was left out", "rollback": "rolling back"}[
-            self._config.guard.spike
-        ]
+        done = "noted" if self._config.guard.spike == "note" else "its update was left out"
         logger.warning(f"step {step}: a spike of {' and '.join(named)}: {done} (guard.spike)")
         self._reporter.event("spike", step=step, loss_z=scores[0] or None, norm_z=scores[1] or None, action=done)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from internlm_lite.checkpoint.agree import on_main
+from internlm_lite.checkpoint.lease import LEASE_SECONDS
 from internlm_lite.config.load import LoadedConfig
 from internlm_lite.config.schema import Config
 from internlm_lite.config.view import masked, origin_rows
@@ -52,6 +52,8 @@ logger = logging.getLogger("internlm_lite")
 _LONG_PHASES = ("starting", "building", "loading", "saving", "evaluation", "samples", "ending")
 _PATIENCE = 4
 """Such a phase may take so many times as long as others without progress (--timeout)."""
+TAKING = "taking the save folders"
+"""A phase that may take longer still: rank 0 may have to watch the lock of a dead run."""
 _GRACE_SECONDS = 30.0
 MOST_OF_WHY = 2000
 """Characters of an error that go into events.jsonl; the log has all."""
@@ -105,14 +107,12 @@ def _run(loaded: LoadedConfig, place: Place, options: Options, ending: Ending) -
             logger.info(note)
     check_packages(config.monitor)
     timeout = options.timeout_seconds
+    limits = limits_of(timeout)
     # Longer than the watchdog waits in any phase: it can name who is missing, a collective cannot.
-    collectives = timedelta(seconds=_PATIENCE * timeout + _GRACE_SECONDS)
+    collectives = timedelta(seconds=max(limits.of.values()) + _GRACE_SECONDS)
     device = bind_device(place, options.device)
     apply_numerics(config, device, place)
     store = start_world(place, device, timedelta(seconds=timeout), collectives, _says(loaded, options, device))
-    limits = Limits(
-        timeout if store else math.inf, dict.fromkeys(_LONG_PHASES, _PATIENCE * timeout if store else math.inf)
-    )
     watchdog = ending.watchdog = Watchdog(
         place.rank, place.world_size, store, limits, ending.hang, place.hostname, place.agent_store
     )
@@ -122,7 +122,8 @@ def _run(loaded: LoadedConfig, place: Place, options: Options, ending: Ending) -
         mesh = build_mesh(sizes, place.rank, device, collectives)
         announce_layout(sizes.dp, sizes.pp, sizes.tp)
         # First of all, because the run folder may be the one that the run which holds them is writing to.
-        save_folders = SaveFolders(config, mesh, timeout)
+        with watchdog.inside(TAKING):
+            save_folders = SaveFolders(config, mesh, timeout)
         try:
             code = _run_in_folder(loaded, place, options, mesh, save_folders, ending, signals)
         finally:
@@ -130,6 +131,12 @@ def _run(loaded: LoadedConfig, place: Place, options: Options, ending: Ending) -
             save_folders.close(wait=False)
         _leave_together(ending)
         return code
+
+
+def limits_of(timeout_seconds: float) -> Limits:
+    """How long a rank may stay in each phase without progress."""
+    long = _PATIENCE * timeout_seconds
+    return Limits(timeout_seconds, {**dict.fromkeys(_LONG_PHASES, long), TAKING: long + 2 * LEASE_SECONDS})
 
 
 def _says(loaded: LoadedConfig, options: Options, device: torch.device) -> dict[str, str]:
@@ -251,7 +258,7 @@ def _note_failure(folder: Path, error: BaseException) -> None:
     file = folder / "events.jsonl"
     with suppress(OSError):
         events = EventsFile(file, next_segment(folder / "metrics.jsonl", file))
-        events.add("failed", **_failure(error, folder))
+        events.event("failed", _failure(error, folder))
         events.close()
 
 
@@ -261,7 +268,7 @@ def _failure(error: BaseException, folder: Path) -> dict[str, Any]:
         return {"why": "interrupted", "rank": 0}
     known = [(failure.rank, f"{failure.kind}: {failure.message}") for failure in read_failures(folder)]
     rank, why = known[0] if known else (0, f"{type(error).__name__}: {error}")
-    return {"why": masked(why[:MOST_OF_WHY]), "rank": rank}
+    return {"why": str(masked(why))[:MOST_OF_WHY], "rank": rank}
 
 
 def _say_goodbye(run: Run, ended: Ended, folder: Path) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from internlm_lite.data.loader import reading
 from internlm_lite.faults.signals import StopSignals
 from internlm_lite.optim.replicas import check_replicas
 from internlm_lite.train.build import Run
@@ -40,14 +40,11 @@ def train(run: Run, signals: StopSignals) -> Ended:
     guard = Guard(run.config, run.reporter, run.mesh.is_main)
     requests = Requests(signals, stop_file, run.mesh.is_main)
     with traced_steps(run.trace_folder, run.mesh.rank) as step_traced:
-        while True:
+        went_back = True
+        while went_back:
             run.reporter.start(state)
             run.reporter.event("start", **_start_facts(run, state))
-            state, order = _train_from(state, run, requests, guard, step_traced)
-            if not guard.wants_rollback(order):
-                break
-            state = _go_back(state, run, guard)
-            requests.undo(order)
+            state, order, went_back = _train_from(state, run, requests, guard, step_traced)
         run.optimizer.wait_weights()
         stopped_by = order.why if order.stop and state.step < run.config.data.total_steps else ""
         if not stopped_by:
@@ -59,11 +56,11 @@ def train(run: Run, signals: StopSignals) -> Ended:
 
 def _train_from(
     state: TrainState, run: Run, requests: Requests, guard: Guard, step_traced: Callable[[], object]
-) -> tuple[TrainState, Order]:
-    """Train until all steps are done, or until asked to stop or to go back."""
+) -> tuple[TrainState, Order, bool]:
+    """Train until all steps are done or until asked to stop, or, True, until the run went back to an earlier state."""
     data, watchdog = run.config.data, run.watchdog
     order, owed = Order(), None
-    with closing(run.data.batches(state.position, pin=run.mesh.device.type == "cuda")) as batches:
+    with reading(run.data.batches(state.position, pin=run.mesh.device.type == "cuda")) as batches:
         while state.step < data.total_steps and not order.stop:
             watchdog.enter("data", state.step)
             batch = next(batches).to(run.mesh.device)
@@ -88,9 +85,10 @@ def _train_from(
             order = requests.order(outcome, state.step)
             guard.note_spike(order, state.step - 2)  # told a step later
             guard.check_skips(order, state.step - 2)
-            if guard.wants_rollback(order):
-                break
-            _look_aside(run, state, last)
+            if guard.wants_rollback(order) and (before := _go_back(state, run, guard)):
+                requests.undo(order)
+                return before, order, True
+            _compare_replicas(run, state)
             if order.stop or last:
                 guard.check_weights(run.optimizer, state.step - 1)
             kind = due(run.config.ckpt, state.step, order, last, owed)
@@ -100,18 +98,22 @@ def _train_from(
                 with watchdog.inside("saving"), run.reporter.aside():
                     run.saving.save(state, kind, must=order.stop or kind == "final")
             run.saving.check()
-        else:
-            guard.note_spike(requests.rest(), state.step - 1)
-    return state, order
+            _look_aside(run, state, last)
+    guard.note_spike(requests.rest(), state.step - 1)
+    return state, order, False
 
 
-def _look_aside(run: Run, state: TrainState, last: bool) -> None:
-    """What is due after a step and changes nothing: replicas compared, evaluation, samples."""
+def _compare_replicas(run: Run, state: TrainState) -> None:
+    """Before a save: a flipped bit is not to be in it."""
     every = run.config.guard.check_replicas_every
     if every and state.step % every == 0:
         with run.reporter.aside():
             run.optimizer.wait_weights()
             check_replicas(run.optimizer, run.mesh, state.step - 1)
+
+
+def _look_aside(run: Run, state: TrainState, last: bool) -> None:
+    """Evaluation and samples that are due after a step, and after its save: who asks to stop does not wait for long."""
     if run.valid and (state.step % run.config.data.valid_every == 0 or last):
         run.reporter.event("evaluating", step=state.step - 1)
         with run.watchdog.inside("evaluation"), run.reporter.aside():
@@ -121,17 +123,17 @@ def _look_aside(run: Run, state: TrainState, last: bool) -> None:
             run.samples.show(state.step)
 
 
-def _go_back(state: TrainState, run: Run, guard: Guard) -> TrainState:
+def _go_back(state: TrainState, run: Run, guard: Guard) -> TrainState | None:
     """The state of a checkpoint from before the spike, but with the data that comes next now: what led to it is left
-    out. Without one training goes on as it is: the update itself was left out.
+    out. None without one: training goes on as it is, as the update itself was left out.
     """
     spiked = state.step - 2
-    with run.watchdog.inside("loading"):
+    with run.watchdog.inside("loading"), run.reporter.aside():
         restored = run.saving.go_back(state, spiked)
     if restored is None:
         if run.mesh.is_main:
             logger.warning(f"step {spiked}: there is no checkpoint from before the spike yet: nothing else is undone")
-        return state
+        return None
     guard.allow_rollback(spiked, restored.step)
     run.reporter.event("rollback", step=spiked, back_to=restored.step)
     run.reporter.reopen_sinks(restored.step)

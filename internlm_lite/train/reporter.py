@@ -65,6 +65,7 @@ class Reporter:
 
     def start(self, state: TrainState) -> None:
         """The first step begins now."""
+        self.fwd_bwd.take()  # that of steps which are undone
         self._begin, self._last = time.perf_counter(), state
 
     @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 from internlm_lite.checkpoint import find
 from internlm_lite.checkpoint.agree import on_main
-from internlm_lite.checkpoint.manager import CheckpointManager
+from internlm_lite.checkpoint.manager import CheckpointManager, hold
 from internlm_lite.checkpoint.saver import Saver
 from internlm_lite.checkpoint.storage import Storage
 from internlm_lite.config.folders import spelt_out
@@ -51,7 +51,7 @@ class SaveFolders:
         """The config as it is stored and compared."""
         self.in_background = self._ckpt.async_upload and self._ckpt.enable_save_ckpt
         staging = self._ckpt.async_upload_tmp_folder if self.in_background else None
-        self.saver = Saver(mesh, self.described, timeout_seconds, Path(staging) if staging else None)
+        self.saver = Saver(mesh, self.described, timeout_seconds, Path(spelt_out(staging)) if staging else None)
         self.milestones: CheckpointManager | None = None
         self.snapshots: CheckpointManager | None = None
         if not self._ckpt.enable_save_ckpt:
@@ -59,6 +59,7 @@ class SaveFolders:
         try:
             self.milestones = self._open(self._ckpt.save_ckpt_folder, saves=True)
             self.snapshots = self._open(self._ckpt.snapshot_ckpt_folder, saves=True)
+            hold(mesh, [manager for manager in (self.milestones, self.snapshots) if manager is not None])
             self._join(self.milestones, self.snapshots)
         except BaseException:
             self.close(wait=False)
@@ -72,7 +73,6 @@ class SaveFolders:
             self._mesh,
             config=self.described,
             writable=saves,
-            exclusive=saves,
             saver=self.saver,
             s3=self._ckpt.s3,
         )

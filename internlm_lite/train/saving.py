@@ -17,10 +17,11 @@ import torch
 
 from internlm_lite.checkpoint.find import Found
 from internlm_lite.checkpoint.format import Kind, Manifest
-from internlm_lite.checkpoint.manager import CheckpointManager, Restored
+from internlm_lite.checkpoint.loader import Loader, Restored
 from internlm_lite.checkpoint.write import Saved
 from internlm_lite.config.schema import CkptConfig, Config
 from internlm_lite.errors import CheckpointError, InternLMError, StorageError
+from internlm_lite.mesh.layout import Piece
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.zero import HybridZeroOptimizer
 from internlm_lite.train.data_changes import data_changes
@@ -51,14 +52,16 @@ class Saving:
         self._folders, self._saver, self._run_folder = folders, folders.saver, run_folder
         self.restored: str | None = None
         """Name of the checkpoint whose counters this run goes on from."""
-        self._began_at = ""
+        self._loader = Loader(mesh, config=folders.described, s3=config.ckpt.s3)
+        self._began_at: Found | None = None
+        """A checkpoint outside of this run, which can be gone back to."""
         self._optimizer, self._mesh, self._reporter, self._fingerprint = optimizer, mesh, reporter, fingerprint
         data = config.data
         self._batch_tokens = data.micro_num * data.micro_bsz * data.seq_len * mesh.dp.size
         self._wanted_tokens = self._batch_tokens
         """Of a step, as the run was begun."""
         if folders.in_background and (config.ckpt.checkpoint_every or config.ckpt.oss_snapshot_freq):
-            self._saver.prepare(list(optimizer.pieces()))
+            self._saver.prepare(self._pieces())
 
     def save(self, state: TrainState, kind: Kind, must: bool) -> None:
         """Write everything that going on from here needs.
@@ -78,7 +81,7 @@ class Saving:
             "batch_tokens": self._wanted_tokens,
             "run_folder": self._run_folder,
         }
-        pieces, random = list(self._optimizer.pieces()), random_states(self._mesh.device)
+        pieces, random = self._pieces(), random_states(self._mesh.device)
         wait = must or not self._ckpt.async_upload
         try:
             name = manager.save(state.step, kind, pieces, stored, random, wait=wait)
@@ -124,7 +127,7 @@ class Saving:
         if resume not in ("auto", "none"):
             return self._begin_at(resume)
         own = self._folders.origin() if resume == "auto" else None
-        if own and (restored := own.resume(list(self._optimizer.pieces()), check=self._check)):
+        if own and (restored := own.resume(self._pieces(), check=self._check)):
             self._tell_what_is_passed_over(restored.found)
             self._keep_wanted_tokens(restored.found.manifest)
             return self._adopt(restored, moments=True)
@@ -157,10 +160,11 @@ class Saving:
         self._tell_all()
         self._optimizer.wait_weights()
         own = self._folders.origin()
-        restored = own.resume(list(self._optimizer.pieces()), accept=partial(self._is_before, spiked)) if own else None
-        if restored is not None:
-            return replace(self._adopt(restored, moments=True), position=state.position)
-        return replace(self._begin_at(self._began_at), position=state.position) if self._began_at else None
+        restored = own.resume(self._pieces(), accept=partial(self._is_before, spiked)) if own else None
+        moments = restored is not None or self._ckpt.load_optimizer
+        if restored is None and self._began_at is not None:
+            restored = self._loader.load(self._began_at, self._pieces(moments))
+        return None if restored is None else replace(self._adopt(restored, moments), position=state.position)
 
     def _is_before(self, spiked: int, found: Found) -> bool:
         """A folder may hold what other runs wrote, and what this one wrote before the spike was known."""
@@ -168,17 +172,17 @@ class Saving:
         return ours and found.step <= spiked
 
     def _begin_at(self, path: str) -> TrainState:
-        """A checkpoint outside of this run, which can be gone back to."""
-        reader = CheckpointManager(path, self._mesh, config=self._folders.described, writable=False, s3=self._ckpt.s3)
         moments = self._ckpt.load_optimizer
-        pieces = [p for p in self._optimizer.pieces() if moments or p.role == "master"]
-        self._began_at = path
-        return self._adopt(reader.load_at(path, pieces, self._check), moments)
+        restored = self._loader.load_at(path, self._pieces(moments), self._check)
+        self._began_at = restored.found
+        return self._adopt(restored, moments)
 
     def _load_weights_only(self, path: str) -> None:
-        reader = CheckpointManager(path, self._mesh, config=self._folders.described, writable=False, s3=self._ckpt.s3)
-        reader.load_at(path, [p for p in self._optimizer.pieces() if p.role == "master"])
+        self._loader.load_at(path, self._pieces(moments=False))
         self._optimizer.publish_weights()
+
+    def _pieces(self, moments: bool = True) -> list[Piece]:
+        return [piece for piece in self._optimizer.pieces() if moments or piece.role == "master"]
 
     def _adopt(self, restored: Restored, moments: bool) -> TrainState:
         stored = restored.state

@@ -9,7 +9,8 @@ from internlm_lite.config.schema import Config
 from internlm_lite.monitor.console import Console
 from internlm_lite.monitor.disk import written_folders
 from internlm_lite.monitor.packages import writes_tensorboard
-from internlm_lite.monitor.sinks import FanOut, Sink, run_files
+from internlm_lite.monitor.record import Sink
+from internlm_lite.monitor.sinks import FanOut, run_files
 from internlm_lite.monitor.watch import Watch
 from internlm_lite.report.writer import ReportWriter
 
@@ -17,13 +18,12 @@ from internlm_lite.report.writer import ReportWriter
 def open_sinks(folder: Path, config: Config, done: int, terminal: bool) -> FanOut:
     """On rank 0, for a run that has done `done` steps and goes on in `folder`. Its packages are checked already."""
     monitor, ckpt, total = config.monitor, config.ckpt, config.data.total_steps
-    every = [n for n in (ckpt.checkpoint_every, ckpt.oss_snapshot_freq) if n]
-    next_save = min(every) if ckpt.enable_save_ckpt and every else None
+    save_every = [n for n in (ckpt.checkpoint_every, ckpt.oss_snapshot_freq) if n and ckpt.enable_save_ckpt]
     direct: dict[str, Sink] = {}
     if monitor.report_every_seconds:
         # The first is closed last, so that the page shows the end.
         direct["the report"] = Report(folder, monitor.report_every_seconds)
-    direct |= {**run_files(folder), "the console": Console(total, terminal, next_save, done)}
+    direct |= {**run_files(folder), "the console": Console(total, terminal, save_every, done)}
     fan_out = FanOut(direct, _queued(folder, config, done))
     title = f"{config.JOB_NAME} {folder.name}"
     fan_out.add("alerts", Watch(monitor.alerts, total, written_folders(folder, ckpt), title, fan_out.event))

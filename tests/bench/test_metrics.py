@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from internlm_lite.bench.metrics import FOLDERS, TURN_STEPS, bench_metrics
-from internlm_lite.monitor.jsonl import read_metrics
 from tests.bench.test_bench import CPU, SHAPE
+from tests.steps import read_metrics
 
 
 def test_every_sink_gets_every_line(tmp_path: Path) -> None:

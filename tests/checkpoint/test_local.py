@@ -121,6 +121,24 @@ def test_sweep_removes_old_leftovers_only(storage: LocalStorage) -> None:
     assert not old.exists() and not empty.exists() and new.exists() and (storage.root / "data/x/a").exists()
 
 
+def test_sweep_leaves_alone_what_is_not_the_runs(storage: LocalStorage, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    foreign = [storage.root / "notes/mine", storage.root / "data/x/deeper", storage.root / "data/link", outside / "y"]
+    ours = [storage.root, storage.root / "commits", storage.root / "data/x", storage.root / "probe-0"]
+    (outside / "y").mkdir(parents=True)
+    for folder in (*ours, *foreign[:2]):
+        folder.mkdir(parents=True, exist_ok=True)
+    (storage.root / "data/link").symlink_to(outside)
+    for folder in (*ours, *foreign):
+        (folder / ".tmp-old").write_bytes(b"1")
+        os.utime(folder / ".tmp-old", (0, 0))
+    (empty := storage.root / "notes/empty").mkdir()
+    os.utime(empty, (0, 0))
+    storage.sweep(50)
+    assert empty.is_dir() and all((folder / ".tmp-old").exists() for folder in foreign)
+    assert not any((folder / ".tmp-old").exists() for folder in ours)
+
+
 def test_path_below_a_file_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(

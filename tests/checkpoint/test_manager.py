@@ -46,7 +46,6 @@ def test_round_trip(tmp_path: Path) -> None:
     assert_true_values(pieces)
     assert restored.state == STATE
     assert restored.rank_state is not None and torch.equal(restored.rank_state["cpu"], rng)
-    assert restored.missing_roles == ()
     manifest = restored.found.manifest
     assert manifest.config == {"model": {"hidden": 8}} and manifest.layout["world"] == 1
     assert manifest.versions["torch"] == torch.__version__
@@ -144,7 +143,7 @@ def test_dtype_is_cast_and_weights_alone_can_be_taken(tmp_path: Path) -> None:
     assert_true_values(weights, torch.bfloat16)
 
 
-def test_missing_roles_must_be_allowed(tmp_path: Path) -> None:
+def test_roles_that_a_checkpoint_does_not_have_are_named(tmp_path: Path) -> None:
     manager = _manager(tmp_path)
     manager.save(1, "final", pieces_of(0, roles=["master"], fill=True), {})
     found = manager.latest()
@@ -152,10 +151,7 @@ def test_missing_roles_must_be_allowed(tmp_path: Path) -> None:
     pieces = pieces_of(0, fill=False)
     with pytest.raises(CheckpointError, match=r"exp_avg: the checkpoint has none \(it has master\)"):
         manager.load(found, pieces)
-    restored = manager.load(found, pieces, allow_missing_roles=("exp_avg", "exp_avg_sq"))
-    assert restored.missing_roles == ("exp_avg", "exp_avg_sq") and restored.rank_state == {}
-    assert_true_values([piece for piece in pieces if piece.role == "master"])
-    assert all(piece.tensor.isnan().all() for piece in pieces if piece.role != "master")
+    assert all(piece.tensor.isnan().all() for piece in pieces), "nothing is read"
 
 
 def test_another_model_is_explained(tmp_path: Path) -> None:
@@ -180,6 +176,16 @@ def test_another_model_is_explained(tmp_path: Path) -> None:
     assert "vocab_size" not in text and text.index("model.hidden_size") < text.index("seed")
 
 
+def test_a_config_of_another_version_is_refused_by_its_first_key(tmp_path: Path) -> None:
+    _save(_manager(tmp_path, config={"data": {"seq_len": "long"}}))
+    found = _manager(tmp_path).latest()
+    assert found is not None
+    with pytest.raises(
+        CheckpointError, match=r"cannot read the config it was saved with: .* keys, first data\.seq_len"
+    ):
+        found.config()
+
+
 def test_load_plan_says_what_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     name = _save(_manager(tmp_path, config={"a": {"b": 1}}))
     with caplog.at_level(logging.INFO):
@@ -195,6 +201,13 @@ def test_load_plan_says_what_is_taken(tmp_path: Path, caplog: pytest.LogCaptureF
     ):
         assert words in caplog.text, caplog.text
     assert "not taken   exp_avg (7 tensors" in caplog.text
+
+
+def test_a_long_load_plan_says_how_much_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _save(_manager(tmp_path, config={f"key{n:02d}": 1 for n in range(15)}))
+    with caplog.at_level(logging.INFO):
+        _manager(tmp_path, config={f"key{n:02d}": 2 for n in range(15)}).resume(pieces_of(0, fill=False))
+    assert "config      key11: 1 -> 2\n  config      ... and 3 more" in caplog.text and "key12" not in caplog.text
 
 
 @pytest.mark.parametrize("where", ["{tmp}/file/save", "/proc/nothing/save"])

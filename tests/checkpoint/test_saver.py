@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from internlm_lite.checkpoint import commit, write
 from internlm_lite.checkpoint import saver as saver_module
-from internlm_lite.checkpoint import write
+from internlm_lite.checkpoint import staging as staging_module
+from internlm_lite.checkpoint.format import Name
 from internlm_lite.checkpoint.local import LocalStorage
 from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.saver import Saved, Saver
@@ -121,9 +123,9 @@ def fail_on_one_rank(mesh: Mesh, folder: str) -> list[Any]:
     gate.refuses = ""
     if mesh.rank == 1:
         gate.open.clear()
-        threading.Timer(0.5, gate.open.set).start()
     manager.save(2, "snapshot", pieces, {}, wait=False)
     answers.append(manager.save(3, "snapshot", pieces, {}, wait=False))
+    gate.open.set()
     answers.append(ended(saver).error)
     return answers
 
@@ -133,6 +135,17 @@ def test_a_rank_that_cannot_write_is_named_by_rank_0_and_one_that_is_slow_makes_
     assert "rank 1 could not write its part: cannot write data/" in zero[0] and "the disk is full" in one[0]
     assert zero[1:] == one[1:] == [None, None]
     assert [name.split("-")[0] for name in os.listdir(tmp_path / "commits")] == ["0000000002"]
+
+
+def test_every_rank_that_refused_is_named_with_its_reason(tmp_path: Path) -> None:
+    storage, name = LocalStorage(tmp_path), Name(1, 1, "abcdef")
+    for rank in range(12):
+        commit.refuse(storage, name, rank, "the disk is full" if rank < 3 else f"cannot write rank-{rank:05d}")
+    with pytest.raises(StorageError) as caught:
+        commit.await_votes(storage, name, 13, 60, threading.Event())
+    text = str(caught.value)
+    assert text.startswith(f"checkpoint {name}: rank 0, 1, 2 could not write its part: the disk is full; rank 3 could")
+    assert text.endswith("rank 9 could not write its part: cannot write rank-00009; nor could rank 10, 11")
 
 
 def die_before_the_vote(mesh: Mesh, folder: str) -> str:
@@ -175,6 +188,55 @@ def test_staging_without_room_uses_ordinary_memory(
     with caplog.at_level(logging.WARNING):
         (copy,) = Staging(tmp_path, CPU).hold([tensor])
     assert torch.equal(copy, tensor) and "No space left on device" in caplog.text and not os.listdir(tmp_path)
+
+
+class Cudart:
+    """CUDA's page-locking, which refuses more than `room` bytes."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.locked: dict[int, int] = {}
+
+    def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:
+        assert flags == 0
+        if size > self.room:
+            return 2
+        self.locked[pointer] = size
+        return 0
+
+    def cudaHostUnregister(self, pointer: int) -> int:
+        del self.locked[pointer]
+        return 0
+
+
+@pytest.mark.parametrize("folder", [None, "staging"])
+def test_staging_for_a_gpu_is_page_locked_as_it_is_and_given_back(
+    tmp_path: Path, folder: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cudart, forgotten = Cudart(room=3000), []
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(staging_module, "_forget_error", forgotten.append)
+    staging = Staging(tmp_path / folder if folder else None, torch.device("cuda"))
+    for n in (100, 50, 600):
+        staging.reserve([torch.randn(n)])
+        assert cudart.locked == {staging._buffer.data_ptr(): staging._buffer.numel()}
+    assert staging._buffer.numel() == 2432, "no power of two"
+    staging.reserve([torch.randn(800)])
+    assert cudart.locked == {} and staging._buffer.numel() == 3200 and forgotten
+    assert "CUDA refuses to page-lock 3.12 KiB" in caplog.text and "(error 2)" in caplog.text
+    cudart.room = 10_000
+    staging.reserve([torch.randn(1000)])
+    staging.close()
+    assert cudart.locked == {} and staging._buffer.numel() == 0
+
+
+def test_the_copys_memory_is_given_back_at_the_end(tmp_path: Path) -> None:
+    manager, saver, gate = gated(tmp_path, single_process_mesh())
+    gate.open.set()
+    manager.save(1, "snapshot", pieces_of(0, fill=True), {}, wait=False)
+    assert saver._staging._buffer.numel()
+    saver.close(wait=True)
+    assert not saver._staging._buffer.numel()
 
 
 def test_an_error_that_nobody_thought_of_is_an_alarm_with_its_traceback(

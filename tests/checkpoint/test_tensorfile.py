@@ -61,8 +61,9 @@ def test_read_header_gives_back_shapes_and_places(tmp_path: Path) -> None:
     storage.put("a.safetensors", stream)
     digest = stream.digest
     assert digest is not None
-    found = read_header(storage, "a.safetensors", digest.header_bytes, digest.header_crc32, digest.size)
+    found, raw = read_header(storage, "a.safetensors", digest.header_bytes, digest.header_crc32, digest.size)
     assert found["strided"].shape == (4, 6) and found["kind/BF16"].dtype == torch.bfloat16
+    assert storage.read("a.safetensors", digest.size).startswith(raw) and len(raw) == digest.header_bytes
     with pytest.raises(DamagedError, match=r"a\.safetensors: header: crc32"):
         read_header(storage, "a.safetensors", digest.header_bytes, digest.header_crc32 ^ 1, digest.size)
     with pytest.raises(DamagedError, match="a header of"):

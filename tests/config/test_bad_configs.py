@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from internlm_lite.config import cross
 from internlm_lite.config.check import check_config
 from internlm_lite.config.load import load_config
 from internlm_lite.errors import ConfigError
@@ -412,12 +412,11 @@ def test_the_good_config_is_good() -> None:
     assert problems(GOOD) == []
 
 
+@pytest.mark.timeout(60)  # none of them may keep the checks busy
 @pytest.mark.parametrize(("old", "new", "expected"), BAD, ids=[new for _, new, _ in BAD])
 def test_bad_config(old: str, new: str, expected: str) -> None:
     assert not old or GOOD.count(old) == 1
-    started = time.monotonic()
     found = problems(GOOD.replace(old, new) if old else GOOD + new + "\n")
-    assert time.monotonic() - started < 2
     assert any(line.startswith(f"bad.py:{expected}") for line in found), "\n".join(found)
 
 
@@ -506,7 +505,10 @@ def test_every_stage_needs_a_layer() -> None:
         (3, "size=2, schedule='zbv'", False),
     ],
 )
-def test_a_schedule_says_how_many_chunks(chunks: int, pipeline: str, good: bool) -> None:
+def test_a_schedule_says_how_many_chunks(
+    chunks: int, pipeline: str, good: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross, "version", lambda package: "2.13.0")
     text = GOOD.replace("num_layers=4", f"num_layers=8, num_chunks={chunks}")
     found = problems(text.replace("tensor=2", f"pipeline=dict({pipeline})"))
     assert [line.split(": ")[1] for line in found] == ([] if good else ["model.num_chunks"])
@@ -519,6 +521,16 @@ def test_zero_bubble_does_not_receive_late() -> None:
         'bad.py:23: parallel.pipeline.interleaved_overlap: found False with parallel.pipeline.schedule "zbv", which '
         'always receives early; set it to True, or take "interleaved"'
     ]
+
+
+def test_a_torch_that_cannot_receive_late_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross, "version", lambda package: "2.12.1+cu128")
+    text = GOOD.replace("num_layers=4", "num_layers=4, num_chunks=2")
+    assert problems(text.replace("tensor=2", "pipeline=dict(size=2, interleaved_overlap=False)")) == [
+        "bad.py:23: parallel.pipeline.interleaved_overlap: found False with torch 2.12.1+cu128, expected torch 2.13 or "
+        "newer; set it to True"
+    ]
+    assert problems(text.replace("tensor=2", "pipeline=dict(size=2)")) == []
 
 
 def test_sequence_parallelism_splits_the_rows_evenly() -> None:

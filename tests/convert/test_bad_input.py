@@ -189,6 +189,16 @@ def test_a_folder_that_is_in_use_is_left_alone(tmp_path):
     assert (tmp_path / "hf" / "config.json").exists()
 
 
+def test_the_folder_one_is_in_is_not_replaced(tmp_path, monkeypatch):
+    save_ours(tmp_path / "ours")
+    found, config, _ = open_checkpoint(str(tmp_path / "ours"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (Path("."), Path.cwd()):
+        with pytest.raises(CheckpointError, match="this is the folder you are in; give the name of one to make"):
+            write_hf(found, config, out, family="llama", dtype="float32", tokenizer=None)
+
+
 def test_storage_that_fails_is_said_and_leaves_nothing(tmp_path):
     save_ours(tmp_path / "ours")
     found, config, _ = open_checkpoint(str(tmp_path / "ours"))

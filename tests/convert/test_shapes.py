@@ -115,6 +115,7 @@ def test_there_and_back_is_the_same_model(family, changes):
         ({"quantization_config": {"bits": 4}}, "quantised weights are not read"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope: found type 'llama3'"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
+        ({"partial_rotary_factor": 0.5}, "rope: found type 'partial (0.5)'"),
         ({"rope_theta": -1}, "rope_theta: found -1"),
         ({"head_dim": 16}, "head_dim: found 16 for hidden_size 64 and 8 heads"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: found 3, expected a divisor"),

@@ -1,6 +1,7 @@
 """Training a tokenizer, tokenising folders of text, and the checks between tokenizer, data and model."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from internlm_lite.data.documents import read_metadata
 from internlm_lite.data.encode import encode_folder
 from internlm_lite.data.loader import open_training_data
 from internlm_lite.data.source import open_documents
+from internlm_lite.data.text import find_text, read_documents, sample_text
 from internlm_lite.data.tokenizer import Tokenizer, train_tokenizer
 from internlm_lite.errors import DataError
 from tests.data.corpora import data_config
@@ -72,6 +74,11 @@ def test_round_trip_of_sources_and_special_tokens(tokenizer):
         assert len(ids) < len(text) / 1.5
 
 
+def test_ids_that_pad_the_vocabulary_have_no_text(tokenizer):
+    ids = tokenizer.encode("ab")
+    assert tokenizer.decode([VOCAB_SIZE, *ids, 511]) == "ab"
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_encode_folder(tmp_path, tokenizer, workers):
     reported = []
@@ -120,6 +127,25 @@ def test_damaged_input_leaves_nothing(tmp_path, tokenizer):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["z.txt", "z.jsonl"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, tokenizer, name):
+    source = _source(tmp_path / "in")
+    source.joinpath(name).symlink_to(tmp_path / "gone")
+    expected = rf"{re.escape(name)}: No such file or directory; correct or remove it"
+    with pytest.raises(DataError, match=expected):
+        encode_folder(tokenizer.path, source, tmp_path / "out" / "x", workers=1)
+    with pytest.raises(DataError, match=expected):
+        next(sample_text([source], "text", 1000))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_goes_away_is_named(tmp_path):
+    (file,) = find_text(_source(tmp_path / "in") / "sub", "text")
+    file.path.unlink()
+    with pytest.raises(DataError, match=r"b\.md: No such file or directory; correct or remove it"):
+        list(read_documents(file, "text"))
+
+
 def test_existing_output_is_kept_or_replaced(tmp_path, tokenizer):
     source, target = _source(tmp_path / "in"), tmp_path / "out" / "x"
     encode_folder(tokenizer.path, source, target, workers=1)
@@ -130,6 +156,27 @@ def test_existing_output_is_kept_or_replaced(tmp_path, tokenizer):
     (target.parent / ".x.partial" / "x.bin").write_bytes(b"left by a killed run")
     assert encode_folder(tokenizer.path, source, target, workers=1, overwrite=True).documents == 2
     assert [path.name for path in target.parent.iterdir()] == ["x"]
+
+
+def test_old_tokens_are_back_when_the_new_ones_do_not_take_their_place(tmp_path, tokenizer, monkeypatch):
+    source, target = _source(tmp_path / "in"), tmp_path / "out" / "x"
+    encode_folder(tokenizer.path, source, target, workers=1)
+    rename = Path.rename
+
+    def interrupted(path: Path, to: Path) -> Path:
+        if path.name == ".x.partial":
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encode_folder(tokenizer.path, source, target, workers=1, overwrite=True)
+    monkeypatch.undo()
+    assert [path.name for path in target.parent.iterdir()] == ["x"]
+    target.rename(target.with_name(".x.replaced"))  # as a killed run leaves it
+    with pytest.raises(DataError, match="exists already"):
+        encode_folder(tokenizer.path, source, target, workers=1)
+    assert open_documents(target / "x.bin").metadata == read_metadata(target / "x.bin")
 
 
 def test_missing_and_empty_sources(tmp_path, tokenizer):

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from internlm_lite.doctor import facts
+from internlm_lite.doctor.judge import judge
+from internlm_lite.runtime.place import find_place
 from tests import cli
 from tests.cli import ROOT
 from tests.ports import free_port
@@ -68,8 +71,20 @@ def test_a_device_that_cannot_be_had(tmp_path: Path):
     done = cli.ended(cli.start("tools/doctor.py", *arguments, folder=tmp_path, log=log, environment=hidden), log)
     assert done.code == 2 and "Traceback" not in done.output
     assert done.output.startswith("WRONG    device: --device cuda: no GPU is visible on host ")
-    assert "           -> start one process for each GPU, see the message" in done.output
+    assert "           -> see the message and nvidia-smi; start one process for each GPU" in done.output
     assert ": 1 thing to mend" in done.output
+
+
+def test_a_sick_gpu_is_a_finding(monkeypatch: pytest.MonkeyPatch):
+    def full(device: torch.device) -> tuple[int, int]:
+        raise torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+
+    monkeypatch.setattr(facts, "bind_device", lambda place, wanted: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", full)
+    found, device = facts.facts_of(find_place({}), {}, "auto")
+    assert device is None and found["device.name"] is None
+    (finding,) = (finding for finding in judge([found]) if finding.what == "device")
+    assert finding.problem == "CUDA error: out of memory" and "nvidia-smi" in finding.mend
 
 
 def test_what_differs_between_two_ranks(tmp_path: Path):

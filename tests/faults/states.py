@@ -12,7 +12,7 @@ import torch
 
 from internlm_lite.checkpoint.find import committed
 from internlm_lite.checkpoint.local import LocalStorage
-from internlm_lite.checkpoint.manager import CheckpointManager
+from internlm_lite.checkpoint.manager import CheckpointManager, hold
 from internlm_lite.checkpoint.verify import damages_of
 from internlm_lite.mesh.layout import Piece
 from internlm_lite.mesh.mesh import single_process_mesh
@@ -71,7 +71,8 @@ def age(folder: Path) -> None:
 def assert_next_run_saves_and_cleans(folder: Path, step: int) -> None:
     """The next run, some hours later, takes the folder over, saves, and leaves whole checkpoints and nothing else."""
     age(folder)
-    manager = CheckpointManager(str(folder), single_process_mesh(), exclusive=True)
+    manager = CheckpointManager(str(folder), single_process_mesh())
+    hold(single_process_mesh(), [manager])
     save_at(manager, step)
     manager.release()
     manager._saver.close(wait=True)

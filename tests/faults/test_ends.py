@@ -50,7 +50,7 @@ def test_signals_after_the_last_save_change_nothing(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_is_stopped_at_the_very_end_is_named(tmp_path: Path) -> None:
-    with Disturbed(tmp_path, 2, *few("--timeout", "2"), DO="STOP part 1") as job:
+    with Disturbed(tmp_path, 2, *few("--timeout", "6"), DO="STOP part 1") as job:
         assert job.codes(0) == [4], job.output()[-6000:]
     cause = report(tmp_path)["cause"]
     assert (cause["rank"], cause["kind"]) == (1, "hang")

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from internlm_lite.checkpoint.local import LocalStorage
-from internlm_lite.checkpoint.manager import CheckpointManager
+from internlm_lite.checkpoint.manager import CheckpointManager, hold
 from internlm_lite.checkpoint.saver import Saver
 from internlm_lite.checkpoint.storage import Entry
 from internlm_lite.mesh import comm
@@ -91,7 +91,8 @@ def save_and_die(mesh: Mesh, folder: Path, moments: dict[int, int], delay_second
 
 def go_on(mesh: Mesh, folder: Path, expected: int) -> None:
     """Another world of the same size loads and saves."""
-    manager = CheckpointManager(str(folder), mesh, exclusive=True)
+    manager = CheckpointManager(str(folder), mesh)
+    hold(mesh, [manager])
     pieces = pieces_of(mesh.rank, zero=RANKS, fill=False)
     restored = manager.resume(pieces)
     assert restored is not None and restored.found.step == expected and restored.rank_state is not None

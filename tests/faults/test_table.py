@@ -60,6 +60,8 @@ from tests.faults.worlds import (
 
 AT = 33
 """Step of the faults: three after a snapshot."""
+SAVED = "ckpt.async_upload=False"
+"""That snapshot is there then, however slow the machine."""
 HANG = ("--timeout", "4")
 
 
@@ -106,7 +108,7 @@ def started_again(folder: Path, undisturbed: tuple[Any, Any]) -> int:
 
 @pytest.mark.parametrize(("size", "guilty", "how"), [(3, 2, "kill"), (2, 0, "kill"), (2, 1, "exit")])
 def test_a_rank_that_is_gone_is_named(size: int, guilty: int, how: str, undisturbed: Any, tmp_path: Path) -> None:
-    with Job(tmp_path, size, *arguments(), faults=f"{how} {guilty} {AT}") as job:
+    with Job(tmp_path, size, *arguments(SAVED), faults=f"{how} {guilty} {AT}") as job:
         others = [rank for rank in range(size) if rank != guilty]
         begin = trained_until(job, AT - 1)
         assert job.codes(*others) == [5] * len(others), job.output()[-6000:]
@@ -313,7 +315,7 @@ def test_going_back_too_often_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_torchrun_starts_killed_ranks_again(undisturbed: Any, tmp_path: Path) -> None:
-    torchrun(tmp_path, 2, 1, *arguments(), faults=f"kill 1 {AT}", patience=280)
+    torchrun(tmp_path, 2, 1, *arguments(SAVED), faults=f"kill 1 {AT}", patience=280)
     first, second = events(tmp_path, "start")
     assert (first["step"], second["step"]) == (0, 30)
     assert (curve_of(tmp_path), final_bits(tmp_path)) == undisturbed, "to the bit"

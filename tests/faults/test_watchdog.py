@@ -141,11 +141,16 @@ def _rank(rank: int, size: int, port: int, folder: str, trouble: str) -> None:
     timeout = timedelta(seconds=20)
     served = TCPStore("127.0.0.1", port, size, rank == 0, timeout, False) if rank == 0 else None
     store = TCPStore("127.0.0.1", port, size, False, timeout, False)
+    store.add("here", 1)
+    while store.add("here", 0) < size:  # nobody is watched before all are there
+        time.sleep(0.02)
     with Watchdog(rank, size, store, LIMITS, end) as watchdog:
         for step in range(2000):
             watchdog.enter("data", step)
             if step == 20 and trouble == f"hang {rank}":
                 time.sleep(60)
+            if step == 20 and trouble == f"stop {rank}":
+                os.kill(os.getpid(), signal.SIGSTOP)
             watchdog.enter("training", step)
             store.add(f"step {step}", 1)  # stands for a collective: nobody goes on alone
             while store.add(f"step {step}", 0) < size:
@@ -202,12 +207,8 @@ def test_a_hanging_rank_ends_the_job_and_is_named_by_all(tmp_path: Path, guilty:
 
 @pytest.mark.parametrize("guilty", [0, 1, 2])
 def test_a_stopped_rank_is_named_by_the_others(tmp_path: Path, guilty: int) -> None:
-    ranks = _start(tmp_path, "stop")
+    ranks = _start(tmp_path, f"stop {guilty}")
     try:
-        time.sleep(2.5)
-        pid = ranks[guilty].pid
-        assert pid is not None
-        os.kill(pid, signal.SIGSTOP)
         others = [rank for number, rank in enumerate(ranks) if number != guilty]
         for rank in others:
             rank.join(30)
@@ -247,16 +248,16 @@ def test_without_the_store_only_the_rank_that_held_it_is_known_to_be_silent(rank
     watchdog._seen = {each: replace(seen, beaten=seen.beaten - 5) for each, seen in watchdog._seen.items()}
     assert watchdog.silent() == [0]
     now = time.monotonic()
-    assert watchdog._judge(now, watchdog._mine, now) is None, "it knows nothing of the others"
+    assert watchdog._judge(now) is None, "it knows nothing of the others"
     watchdog._heard -= 2
-    found = watchdog._judge(now, watchdog._mine, now)
+    found = watchdog._judge(now)
     assert found is not None and found.ranks == (0,) and "rank 0, which holds the store" in found.why
 
 
 def test_a_store_that_is_an_agents_is_not_rank_0s() -> None:
     watchdog = Watchdog(2, 3, _Told(), LIMITS, lambda verdict: None, agent_store=True)
     watchdog._heard -= 3
-    found = watchdog._judge(time.monotonic(), watchdog._mine, 0.0)
+    found = watchdog._judge(time.monotonic())
     assert found is not None and found.why.startswith("torchrun's agent on the host of rank 0, which holds the store")
 
 
@@ -267,7 +268,7 @@ def test_all_know_the_host_of_rank_0_and_judges_those_of_all() -> None:
         watchdog = Watchdog(rank, 3, store, LIMITS, lambda verdict: None, "here")
         watchdog._stop.set()
         store.check = lambda keys: keys not in (["verdict"], ["beat/1"])  # type: ignore[method-assign]
-        watchdog._talk()
+        watchdog._talk(store)
         hosts.append([watchdog.host_of(each) for each in range(3)])
     assert hosts == [["node0", "here", "node2"], ["node0", "an unknown host", "here"]]
 
@@ -284,6 +285,12 @@ def test_what_a_judge_reads_does_not_change_meanwhile() -> None:
     assert sorted(watchdog._seen) == [0, 1] and watchdog._seen[1].beaten == first + 3.0
 
 
+def test_nobody_is_watched_without_a_store() -> None:
+    before = threading.enumerate()
+    with Watchdog(0, 1, None, LIMITS, lambda verdict: None) as watchdog:
+        assert threading.enumerate() == before and watchdog.silent() == []
+
+
 def test_a_part_of_a_phase_is_progress() -> None:
     watchdog = Watchdog(0, 1, None, LIMITS, lambda verdict: None)
     watchdog.enter("evaluation", 7)
@@ -298,7 +305,7 @@ def test_a_judge_that_hears_the_store_names_who_is_silent() -> None:
     watchdog._look(store)
     watchdog._seen = {**watchdog._seen, 2: replace(watchdog._seen[2], progressed=0.0, beaten=0.0)}
     assert watchdog.silent() == [2]
-    found = watchdog._judge(time.monotonic(), watchdog._mine, 0.0)
+    found = watchdog._judge(time.monotonic())
     assert found is not None and found.ranks == (2,)
 
 
@@ -318,7 +325,7 @@ def test_a_rank_that_never_beat_is_named() -> None:
     watchdog._look(store)
     long_ago = time.monotonic() - 3
     watchdog._seen = {rank: replace(seen, progressed=long_ago) for rank, seen in watchdog._seen.items()}
-    found = watchdog._judge(time.monotonic(), watchdog._mine, long_ago)
+    found = watchdog._judge(time.monotonic())
     assert found is not None and (found.ranks, found.phase, found.hosts) == ((2,), "starting", ("an unknown host",))
 
 
@@ -396,6 +403,19 @@ def test_a_report_that_is_overtaken_by_another_record_is_written_anew(
     record(tmp_path, _failure(1, False, 1.0))
     report = json.loads((tmp_path / "FAILED.json").read_text())
     assert report["cause"]["rank"] == 1 and [other["rank"] for other in report["others"]] == [0]
+
+
+def test_a_record_that_a_new_start_clears_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = failures.read_failures
+
+    def cleared(folder: Path) -> list[Failure]:
+        found = read(folder)
+        clear_failures(folder)
+        return found
+
+    monkeypatch.setattr(failures, "read_failures", cleared)
+    record(tmp_path, _failure(1, False, 1.0))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_record_explains_nothing(tmp_path: Path) -> None:

@@ -19,10 +19,11 @@ from internlm_lite.checkpoint.verify import damages_of
 from internlm_lite.config.schema import Config
 from internlm_lite.faults.signals import StopSignals
 from internlm_lite.mesh.mesh import single_process_mesh
-from internlm_lite.monitor.jsonl import read_metrics, read_objects
+from internlm_lite.monitor.jsonl import read_objects
 from internlm_lite.train import loop
 from internlm_lite.train.build import build_run
 from tests.faults.states import assert_nothing_else
+from tests.steps import read_metrics
 from tests.train.runs import curve, tiny
 
 STEPS = 12

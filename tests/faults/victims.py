@@ -12,7 +12,7 @@ from pathlib import Path
 
 from internlm_lite.checkpoint import commit, find
 from internlm_lite.checkpoint.local import LocalStorage
-from internlm_lite.checkpoint.manager import CheckpointManager
+from internlm_lite.checkpoint.manager import CheckpointManager, hold
 from internlm_lite.checkpoint.saver import Saver
 from internlm_lite.checkpoint.share import describe, share_out
 from internlm_lite.mesh.mesh import single_process_mesh
@@ -27,7 +27,10 @@ OLD, NEW = 3, 4
 def _open(folder: Path, exclusive: bool = False) -> tuple[CheckpointManager, Saver]:
     mesh = single_process_mesh()
     saver = Saver(mesh, {}, vote_timeout_seconds=20, staging_folder=folder.parent / "staging")
-    return CheckpointManager(str(folder), mesh, saver=saver, exclusive=exclusive), saver
+    manager = CheckpointManager(str(folder), mesh, saver=saver)
+    if exclusive:
+        hold(mesh, [manager])
+    return manager, saver
 
 
 def _writer(saver: Saver) -> int:

@@ -18,9 +18,10 @@ from safetensors import safe_open
 from internlm_lite.checkpoint.find import committed, inspect
 from internlm_lite.checkpoint.format import Name
 from internlm_lite.checkpoint.local import LocalStorage
-from internlm_lite.monitor.jsonl import read_metrics, read_objects
+from internlm_lite.monitor.jsonl import read_objects
 from tests import cli
 from tests.ports import free_port
+from tests.steps import read_metrics
 from tests.train.runs import curve
 
 STEPS = 60

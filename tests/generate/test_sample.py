@@ -38,6 +38,13 @@ def test_top_k_of_equal_probabilities_keeps_k():
     assert keep_top(torch.full((1, 8), 0.125), top_k=3, top_p=1.0).count_nonzero() == 3
 
 
+@pytest.mark.parametrize("temperature", [0.5, 0])
+def test_a_sick_model_can_be_looked_at(temperature):
+    sick = torch.tensor([[torch.nan, 1.0], [torch.nan, torch.nan], [torch.inf, 0.0], [-torch.inf, -torch.inf]])
+    drawn = Sampler(Sampling(temperature), torch.device("cpu"))(sick)
+    assert drawn.shape == (4,) and set(drawn.tolist()) <= {0, 1} and drawn[2] == 0
+
+
 def test_all_values_out_of_range_are_named():
     with pytest.raises(ConfigError) as error:
         Sampling(temperature=-1, top_k=-2, top_p=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from internlm_lite.monitor.jsonl import read_metrics
+from tests.steps import read_metrics
 from tests.train.runs import curve
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import psutil
 import pytest
 
-from internlm_lite.monitor.jsonl import read_metrics, read_objects
+from internlm_lite.monitor.jsonl import read_objects
 from tests import cli
 from tests.cli import ROOT
 from tests.launch.curves import joined_curve
 from tests.ports import free_port
+from tests.steps import read_metrics
 
 
 class Machines:
@@ -91,6 +92,7 @@ def until(there: Callable[[], bool], machines: Machines) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.timeout(900)
 def test_torchrun_starts_the_ranks_of_two_machines_again(folder: Path):
     """One of them fails. The other's agent does not count that as a restart, or does: they meet all the same."""
     with Machines(folder, shared_store=True) as machines:
@@ -104,11 +106,12 @@ def test_torchrun_starts_the_ranks_of_two_machines_again(folder: Path):
     assert [start["world_size"] for start in starts(folder)] == [2, 2]
 
 
+@pytest.mark.timeout(900)
 def test_torchrun_goes_on_with_one_machine_and_takes_the_other_back(folder: Path):
     with Machines(folder) as machines:
         machines.start()
         machines.start()
-        until(lambda: reached(folder) > 15, machines)
+        until(lambda: reached(folder) > 15 and any((folder / "saves" / "commits").glob("*.json")), machines)
         gone = next(agent for agent in machines.agents if not machines.serves(agent))
         machines.lose(gone)
         until(lambda: len(starts(folder)) == 2 and reached(folder) > starts(folder)[1]["step"] + 5, machines)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from internlm_lite.monitor.jsonl import read_metrics
 from tests.cli import ROOT
 from tests.launch.conftest import prepare
 from tests.launch.curves import joined_curve
 from tests.netlab import NetLab, missing_parts
+from tests.steps import read_metrics
 
 
 @pytest.fixture
@@ -48,25 +48,27 @@ def ended(hosts: list, seconds: float) -> tuple[list[int], str]:
     return [process.returncode for process, _ in hosts], "\n".join(log.read_text() for _, log in hosts)
 
 
+@pytest.mark.timeout(900)
 def test_two_hosts_and_a_link_that_goes_down(lab: NetLab, tmp_path: Path):
     folder = prepare(tmp_path / "broken")
-    endless = ["STEPS=100000", "MICRO_NUM=4", "ckpt.checkpoint_every=10", "--timeout", "5"]
+    endless = ["STEPS=100000", "MICRO_NUM=4", "ckpt.checkpoint_every=10", "--timeout", "10"]
     hosts = start(lab, folder, *endless)
     run = folder / "RUN" / "launch" / "latest" / "metrics.jsonl"
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 120
     while not (run.exists() and len(read_metrics(run)) > 15):
         assert time.monotonic() < deadline, ended(hosts, 0.1)[1]
         time.sleep(0.1)
     lab.link(1, up=False)
-    codes, text = ended(hosts[:1], 60)
+    codes, text = ended(hosts[:1], 120)
     assert codes == [1] and "exitcode  : 4" in text, text
     # "saving" may take four times as long
-    named = "the job stands still: rank 1 made no progress for (5|20) s, in phase '(data|training|updating|saving)'"
+    named = r"the job stands still: rank 1 made no progress for \d+ s, in phase '(data|training|updating|saving)'"
     assert re.search(named, text), text
+    deadline = time.monotonic() + 120
     while any("train.py --launcher" in command and "--rdzv" not in command for command in lab.processes(1).values()):
         assert time.monotonic() < deadline, lab.processes(1)
         time.sleep(0.1)
-    named = "the job stands still: rank 0, which holds the store, has not answered for (5|20) s"
+    named = r"the job stands still: rank 0, which holds the store, has not answered for \d+ s"
     assert re.search(named, hosts[1][1].read_text())
     told = json.loads((run.parent / "FAILED.json").read_text())
     assert told["cause"]["kind"] == "hang" and told["cause"]["exit_code"] == 4, told
@@ -74,7 +76,7 @@ def test_two_hosts_and_a_link_that_goes_down(lab: NetLab, tmp_path: Path):
     reached = len(joined_curve(folder))
 
     lab.link(1, up=True)
-    codes, text = ended(start(lab, folder, f"STEPS={reached + 10}", "MICRO_NUM=4"), 90)
+    codes, text = ended(start(lab, folder, f"STEPS={reached + 10}", "MICRO_NUM=4"), 180)
     assert codes == [0, 0], text
     assert "loaded checkpoint" in text or "LOAD PLAN" in text, text
     assert len(joined_curve(folder)) == reached + 10

@@ -1,6 +1,7 @@
 """Packed attention: the reference against plain softmax per document, and the choice of a kernel."""
 
 import math
+import sys
 from itertools import pairwise
 
 import pytest
@@ -74,6 +75,30 @@ def test_kernels_are_chosen_only_where_they_run(monkeypatch: pytest.MonkeyPatch)
     assert choose_backend(True, torch.float32, cuda, 64) is AttentionBackend.SDPA
     assert choose_backend(False, torch.bfloat16, cuda, 64) is AttentionBackend.SDPA
     assert choose_backend(True, torch.bfloat16, cuda, 64) is not AttentionBackend.SDPA
+
+
+@pytest.mark.parametrize(
+    ("content", "found", "told"),
+    [
+        ({"__init__.py": "def flash_attn_varlen_func(): ..."}, AttentionBackend.FLASH_ATTN, None),
+        ({"__init__.py": "raise ImportError('undefined symbol')"}, AttentionBackend.TORCH_VARLEN, "undefined symbol"),
+        ({"notes.txt": ""}, AttentionBackend.TORCH_VARLEN, "flash_attn_varlen_func"),
+        ({}, AttentionBackend.TORCH_VARLEN, None),
+    ],
+    ids=["there", "of another torch", "a mere folder", "not there"],
+)
+def test_flash_attn_is_chosen_where_it_can_be_imported(content, found, told, tmp_path, monkeypatch, caplog):
+    for name, text in content.items():
+        (tmp_path / "flash_attn").mkdir()
+        (tmp_path / "flash_attn" / name).write_text(text)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "flash_attn", raising=False)
+        assert choose_backend(True, torch.bfloat16, torch.device("cuda"), 64) is found
+        sys.modules.pop("flash_attn", None)
+    assert [record.getMessage() for record in caplog.records if told is None or told not in record.getMessage()] == []
+    assert len(caplog.records) == (told is not None)
 
 
 @pytest.mark.gpu

@@ -63,4 +63,4 @@ def row_of(docs: list[torch.Tensor]) -> tuple:
 def run(model: Transformer, docs: list[torch.Tensor], scale: float = 0.5):
     """TokenLosses of one row."""
     tokens, positions, labels, attend = row_of(docs)
-    return model(tokens, positions, labels, attend, torch.tensor(scale))
+    return model.losses(model.hidden(tokens, positions, attend), labels, torch.tensor(scale))

@@ -9,6 +9,7 @@ import re
 import sys
 import threading
 import time
+from contextlib import closing
 
 import pytest
 
@@ -35,7 +36,7 @@ class Terminal(io.StringIO):
 
 def test_off_a_terminal_the_full_line(capsys, tmp_path):
     setup_logging(PLACE, tmp_path)
-    with Console(50000, terminal=False) as console:
+    with closing(Console(50000, terminal=False)) as console:
         console.step(SEED[1])
     assert capsys.readouterr().out == SEED_LINES[1] + "\n"
     assert (tmp_path / "logs" / "rank-00000.log").read_text() == SEED_LINES[1] + "\n"
@@ -47,7 +48,7 @@ def test_on_a_terminal_a_short_line_and_a_bar(monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setenv("TERM", "xterm-256color")
     setup_logging(PLACE, tmp_path)
-    with Console(50000, terminal=True, checkpoint_every=50) as console:
+    with closing(Console(50000, terminal=True, save_every=[50])) as console:
         console.step(dataclasses.replace(SEED[1], mfu=0.38, eta_seconds=3725.0))
         logger.info("something else")
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
@@ -82,7 +83,12 @@ def test_compact_line():
 
 @pytest.mark.parametrize(("done", "after"), [(0, 50), (49, 50), (50, 100), (120, 150), (170, 173), (173, 173)])
 def test_next_checkpoint(done, after):
-    assert next_checkpoint(done, 50, 173) == after
+    assert next_checkpoint(done, [50], 173) == after
+
+
+@pytest.mark.parametrize(("done", "after"), [(0, 20), (40, 50), (50, 60), (95, 100), (120, 130)])
+def test_next_checkpoint_of_milestones_and_snapshots(done, after):
+    assert next_checkpoint(done, [50, 20], 130) == after
 
 
 def test_heartbeat_speaks_in_long_phases_only(caplog):
@@ -91,9 +97,11 @@ def test_heartbeat_speaks_in_long_phases_only(caplog):
             pass
         assert caplog.messages == []
         with heartbeat("loading data", every_seconds=0.05):
-            time.sleep(0.3)
+            deadline = time.monotonic() + 30
+            while len(caplog.messages) < 2 and time.monotonic() < deadline:
+                time.sleep(0.01)
         spoken = len(caplog.messages)
-        assert spoken >= 2 and caplog.messages[0] == "loading data: still at it after 0:00:00"
+        assert spoken >= 2 and caplog.messages[0].startswith("loading data: still at it after 0:00:0")
         time.sleep(0.15)
     assert len(caplog.messages) == spoken
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("heartbeat")]

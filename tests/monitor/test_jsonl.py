@@ -20,18 +20,17 @@ from internlm_lite.monitor.jsonl import (
     finite,
     has_ended,
     next_segment,
-    read_metrics,
     read_objects,
 )
-from internlm_lite.monitor.record import FolderFigures
+from internlm_lite.monitor.record import FolderFigures, Sample
 from tests.monitor.test_line import SEED
 
 
 def test_one_object_a_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    file = MetricsFile(path)
+    file = MetricsFile(path, 0)
     folders = {"code": FolderFigures(60571, 11.5, 0.25), "docs": FolderFigures(0, math.nan, 0.0)}
-    file.write(dataclasses.replace(SEED[0], folders=folders, perplexity=math.inf))
+    file.step(dataclasses.replace(SEED[0], folders=folders, perplexity=math.inf))
     (value,) = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
     assert value["folders"] == {"code": [60571, 11.5, 0.25], "docs": [0, None, 0.0]}
     assert (value["seg"], value["step"], value["loss"], value["perplexity"]) == (0, 0, 11.542577743530273, None)
@@ -44,52 +43,22 @@ def test_one_object_a_step(tmp_path):
 def test_every_figure_of_a_record_is_written(tmp_path):
     names = {field.name for field in dataclasses.fields(SEED[0])} - {"speed", "origin"}
     names |= {field.name for field in dataclasses.fields(SEED[0].speed)} | {"seg"}
-    file = MetricsFile(tmp_path / "m")
-    file.write(SEED[0])
+    file = MetricsFile(tmp_path / "m", 0)
+    file.step(SEED[0])
     assert set(next(read_objects(tmp_path / "m"))) == names
-
-
-def written(path: Path, *starts: tuple[tuple[int, ...], float]) -> Path:
-    """metrics.jsonl with the steps of each start and their loss."""
-    for steps, loss in starts:
-        file = MetricsFile(path)
-        for step in steps:
-            file.write(dataclasses.replace(SEED[0], step=step, loss=loss))
-        file.close()
-    return path
-
-
-def test_a_restart_replaces_the_steps_it_repeats(tmp_path):
-    path = written(tmp_path / "metrics.jsonl", ((0, 1, 2, 3), 9.0), ((2, 3, 4), 8.0), ((4, 5), 7.0))
-    assert [(value["step"], value["seg"], value["loss"]) for value in read_metrics(path)] == [
-        (0, 0, 9.0), (1, 0, 9.0), (2, 1, 8.0), (3, 1, 8.0), (4, 2, 7.0), (5, 2, 7.0),
-    ]  # fmt: skip
-    assert read_metrics(tmp_path / "absent") == []
-
-
-def test_what_a_restart_left_behind_is_dropped(tmp_path):
-    """Steps that the newer start has not come to yet, or not with a line of their own, are of another curve."""
-    path = written(tmp_path / "a", ((0, 1, 2, 3, 4, 5), 9.0), ((2,), 8.0))
-    assert [(value["step"], value["loss"]) for value in read_metrics(path)] == [(0, 9.0), (1, 9.0), (2, 8.0)]
-    path = written(tmp_path / "b", ((3, 7, 11), 9.0), ((5, 8), 8.0), ((5,), 7.0))
-    assert [(value["step"], value["loss"]) for value in read_metrics(path)] == [(3, 9.0), (5, 7.0)]
-    late = dataclasses.replace(SEED[0], step=8, loss=6.0)
-    with path.open("a") as file:  # by a process of the first start that was suspended, and never told of the others
-        file.write(json.dumps({"seg": 0, "step": late.step, "loss": late.loss}) + "\n[1]\n{}\n")
-    assert [(value["step"], value["loss"]) for value in read_metrics(path)] == [(3, 9.0), (5, 7.0)]
 
 
 def test_the_next_segment_is_new_to_metrics_and_events(tmp_path):
     metrics, events = tmp_path / "metrics.jsonl", tmp_path / "events.jsonl"
     assert next_segment(metrics, events) == 0
-    written(metrics, ((0,), 9.0), ((1,), 8.0))
+    for segment in range(2):
+        MetricsFile(metrics, segment).step(SEED[0])
     assert (next_segment(metrics, events), next_segment(events)) == (2, 0)
     for segment in (2, 3):  # starts that failed before a step was done
-        EventsFile(events, segment).add("failed", why='{"seg":9}', folder={"seg": [7]})
+        EventsFile(events, segment).event("failed", {"why": '{"seg":9}', "folder": {"seg": [7]}})
     with events.open("a") as file:
         file.write('{"time":"2026", "seg": 40')
     assert next_segment(metrics, events) == 41
-    assert MetricsFile(metrics).segment == 41
 
 
 @pytest.mark.parametrize(
@@ -109,24 +78,24 @@ def test_the_next_segment_is_new_to_metrics_and_events(tmp_path):
 def test_a_run_has_ended_when_its_last_start_says_so(kinds, ended, tmp_path):
     for text in kinds:
         kind, _, segment = text.partition(" ")
-        EventsFile(tmp_path / "events.jsonl", int(segment or 0)).add(kind)
+        EventsFile(tmp_path / "events.jsonl", int(segment or 0)).event(kind, {})
     assert has_ended(tmp_path / "events.jsonl") is ended
 
 
 def test_every_possible_cut_of_the_last_line(tmp_path):
     path = tmp_path / "m"
     for step in range(2):
-        file = MetricsFile(path)
-        file.write(dataclasses.replace(SEED[0], step=step, folders={}))
+        file = MetricsFile(path, 0)
+        file.step(dataclasses.replace(SEED[0], step=step, folders={}))
         file.close()
     whole = path.read_bytes()
     first_end = whole.index(b"\n") + 1
     for cut in range(first_end, len(whole) - 1):
         path.write_bytes(whole[:cut])
-        assert [value["step"] for value in read_metrics(path)] == [0]
-    file = MetricsFile(path)  # the next process ends the torn line before it writes
-    file.write(dataclasses.replace(SEED[0], step=7))
-    assert [value["step"] for value in read_metrics(path)] == [0, 7]
+        assert [value["step"] for value in read_objects(path)] == [0]
+    file = MetricsFile(path, 0)  # the next process ends the torn line before it writes
+    file.step(dataclasses.replace(SEED[0], step=7))
+    assert [value["step"] for value in read_objects(path)] == [0, 7]
     assert len(path.read_bytes().splitlines()) == 3
 
 
@@ -172,7 +141,7 @@ def test_a_missing_folder_is_a_warning_too(tmp_path, caplog):
 
 def test_events(tmp_path):
     events = EventsFile(tmp_path / "events.jsonl", segment=2)
-    events.add("checkpoint", step=50, seconds=1.5, loss=math.nan)
+    events.event("checkpoint", {"step": 50, "seconds": 1.5, "loss": math.nan})
     (value,) = read_objects(tmp_path / "events.jsonl")
     assert (value["event"], value["seg"], value["step"], value["loss"]) == ("checkpoint", 2, 50, None)
     assert value["time"][:2] == "20"
@@ -181,7 +150,7 @@ def test_events(tmp_path):
 
 def test_samples(tmp_path):
     samples = SamplesFile(tmp_path / "samples.jsonl", segment=1)
-    samples.add(50, "Once\n", "upon \ud800")
+    samples.sample(Sample(50, "Once\n", "upon \ud800"))
     (value,) = read_objects(tmp_path / "samples.jsonl")
     assert (value["seg"], value["step"], value["prompt"], value["time"][:2]) == (1, 50, "Once\n", "20")
     samples.close()

@@ -70,6 +70,12 @@ def test_new_keys_stand_after_the_folders():
     assert format_step_line(parse_step_line(line)) == line
 
 
+def test_a_folder_whose_name_looks_like_a_figure():
+    folders = {"year=2024": FolderFigures(5, 1.5, 0.25), "a=1=": FolderFigures(7, 2.5, 0.5)}
+    line = format_step_line(dataclasses.replace(SEED[1], folders=folders))
+    assert parse_step_line(line).folders == folders
+
+
 def test_numbers_that_are_not_finite():
     record = dataclasses.replace(
         SEED[0], loss=math.nan, perplexity=math.inf, grad_norm={"0_default": math.inf, "1_fp32": math.nan}

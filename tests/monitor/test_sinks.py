@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from internlm_lite.monitor.jsonl import read_metrics, read_objects
-from internlm_lite.monitor.record import Sample, StepRecord, ValidationRecord
-from internlm_lite.monitor.sinks import FanOut, Sink, run_files
+from internlm_lite.monitor.jsonl import read_objects
+from internlm_lite.monitor.record import Sample, Sink, StepRecord, ValidationRecord
+from internlm_lite.monitor.sinks import FanOut, run_files
 from tests.monitor.test_line import SEED
+from tests.steps import read_metrics
 
 VALID = ValidationRecord(step=5, loss=2.0, acc=0.5, perplexity=7.4, folders=SEED[5].folders)
 SAMPLE = Sample(step=6, prompt="def", text=" f(x):")

@@ -110,20 +110,22 @@ def test_folders_of_one_disk_are_looked_at_once(tmp_path: Path) -> None:
     assert found.folder == str(tmp_path) and 0 <= found.free <= found.total
 
 
-def test_the_folders_a_run_writes_to(tmp_path: Path) -> None:
+def test_the_folders_a_run_writes_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     ckpt = {
-        "save_ckpt_folder": "local:ckpts",
+        "save_ckpt_folder": "local:~/ckpts",
         "snapshot_ckpt_folder": "snapshots",
         "async_upload_tmp_folder": "/dev/shm/x",
     }
     for changes, expected in (
         ({}, []),
-        ({"enable_save_ckpt": True}, ["ckpts", "/dev/shm/x"]),
-        ({"enable_save_ckpt": True, "oss_snapshot_freq": 5, "async_upload": False}, ["ckpts", "snapshots"]),
+        ({"enable_save_ckpt": True}, ["home/ckpts", "/dev/shm/x"]),
+        ({"enable_save_ckpt": True, "oss_snapshot_freq": 5, "async_upload": False}, ["home/ckpts", "snapshots"]),
         ({"enable_save_ckpt": True, "save_ckpt_folder": "s3://bucket/x"}, ["/dev/shm/x"]),
     ):
         found = written_folders(tmp_path, CkptConfig(**{**ckpt, **changes}))
-        assert found == [tmp_path, *map(Path, expected)]
+        assert found == [tmp_path, *(tmp_path / name for name in expected)]
 
 
 def test_a_ticker_that_fails_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -16,8 +16,7 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from internlm_lite.errors import ConfigError
-from internlm_lite.pipeline.schedules import _late_receive, new_schedule, schedule_class
+from internlm_lite.pipeline.schedules import new_schedule, schedule_class
 from internlm_lite.pipeline.split import home_of, stages_on
 
 
@@ -91,12 +90,3 @@ def test_messages_are_received_in_the_order_they_are_sent(
                     received[peer, rank].append((kind[-1], action.stage_index, action.microbatch_index))
         assert sent == received, micro_num
         assert sum(map(len, sent.values())) > 0
-
-
-def test_a_torch_that_cannot_receive_late_is_refused() -> None:
-    class Old:
-        def __init__(self, stages: object, n_microbatches: int) -> None: ...
-
-    with pytest.raises(ConfigError, match=r"interleaved_overlap=False needs torch 2\.13 or newer.*set it to True"):
-        _late_receive(Old)
-    assert _late_receive(ScheduleInterleaved1F1B) == {"defer_pp_recv": True}

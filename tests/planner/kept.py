@@ -14,7 +14,7 @@ from internlm_lite.models.decoder import Share, Transformer, placement
 from internlm_lite.models.initialise import initialise
 from internlm_lite.models.stages import build_stages
 from internlm_lite.planner.holdings import StageShare
-from internlm_lite.planner.memory import Terms, recomputed_layers, shape_of, stage_terms
+from internlm_lite.planner.memory import Terms, shape_of, stage_terms
 
 
 def config(**changes: Any) -> Config:
@@ -46,7 +46,8 @@ def run_stage(stage: Transformer, config: Config) -> tuple[TokenLosses, list[tor
     tokens, labels = torch.randint(0, config.model.vocab_size, (2, n_tokens), generator=generator)
     positions, borders = torch.arange(n_tokens), (0, 5, 16, n_tokens)
     attend = packed(AttentionBackend.SDPA, torch.tensor(borders, dtype=torch.int32), borders, n_tokens)
-    return stage(tokens, positions, labels, attend, torch.tensor(1.0)), [tokens, labels, positions]
+    losses = stage.losses(stage.hidden(tokens, positions, attend), labels, torch.tensor(1.0))
+    return losses, [tokens, labels, positions]
 
 
 def kept_bytes(mesh: Mesh, config: Config) -> int:
@@ -81,4 +82,4 @@ def waiting_bytes(config: Config) -> int:
 def planned(config: Config) -> Terms:
     """The planner's terms for the same."""
     stage = StageShare(0, range(config.model.num_layers), first=True, last=True)
-    return stage_terms(shape_of(config, AttentionBackend.SDPA, "cpu"), stage, recomputed_layers(config))
+    return stage_terms(shape_of(config, AttentionBackend.SDPA, "cpu"), stage, config.model.recomputed_layers)

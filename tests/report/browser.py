@@ -50,7 +50,7 @@ def chromium() -> Iterator[Any]:
     if program is None:
         pytest.skip("needs chromium: apt-get install chromium")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=program, args=list(FLAGS))
+        browser = driver.chromium.launch(executable_path=program, args=list(FLAGS), timeout=120_000)
         try:
             yield browser
         finally:
@@ -74,7 +74,7 @@ class Tab:
             reduced_motion="reduce",  # a scroll that takes its time would make every click wait
         )
         self.page = self.context.new_page()
-        self.page.set_default_timeout(10_000)
+        self.page.set_default_timeout(60_000)
         self.faults: list[str] = []
         self.home = ""
         self.page.on("pageerror", lambda error: self.faults.append(f"error: {error}"))
@@ -95,7 +95,7 @@ class Tab:
         self.page.reload()
         self.until("document.documentElement.dataset.drawn")
 
-    def until(self, expression: str, seconds: float = 10.0) -> None:
+    def until(self, expression: str, seconds: float = 60.0) -> None:
         """Waits for it to be true. playwright's own wait evaluates strings in the page, which the policy forbids."""
         end = time.monotonic() + seconds
         while not self.page.evaluate(expression):

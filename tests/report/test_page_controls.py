@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from internlm_lite.monitor.jsonl import read_metrics
 from tests.report import made
 from tests.report.browser import Tab, legend
 from tests.report.made import SIX, STEPS, report
+from tests.steps import read_metrics
 
 
 def test_folders_are_isolated_and_the_address_remembers(tab: Tab, runs: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from internlm_lite.errors import ConfigError
 from internlm_lite.monitor.jsonl import EventsFile, JsonlWriter
+from internlm_lite.report import tail
 from internlm_lite.report.find import MOST, demand_runs, find_runs, left_out, run_name
 from internlm_lite.report.run import RunReader
 from tests.report.small import event, line, run_folder, write
@@ -33,7 +34,7 @@ def test_what_training_writes_after_a_crash_is_read(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text('{"time": "2026-11-21T10:00:00+00:00", "ev')
     run = RunReader(tmp_path, "x").read_all()
     assert (run.events, run.bad_lines) == ([], 0)
-    EventsFile(tmp_path / "events.jsonl", 1).add("start", step=3)
+    EventsFile(tmp_path / "events.jsonl", 1).event("start", {"step": 3})
     run.read_all()
     assert [event["event"] for event in run.events] == ["start"]
     assert run.bad_lines == 1
@@ -47,6 +48,19 @@ def test_files_written_anew_are_read_anew(tmp_path: Path) -> None:
     assert (run.columns.n, len(run.events)) == (1, 1)
     (tmp_path / "metrics.jsonl").unlink()
     assert run.read_all().columns.n == 0
+
+
+def test_step_lines_wait_for_the_starts_in_a_long_file_of_events(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third start goes on beyond the steps that the first meant to do; the second had no line."""
+    starts = [event("start", 0, 0, step=0, total_steps=2), event("start", 1, 1, step=1, total_steps=2)]
+    starts.append(event("start", 2, 2, step=2, total_steps=4))
+    filler = event("alarm", 0, why="x" * 300)
+    run_folder(tmp_path, [line(0), line(1), line(2, 2), line(3, 2)], [part for one in starts for part in (one, filler)])
+    monkeypatch.setattr(tail, "CHUNK_BYTES", 1000)
+    run = RunReader(tmp_path, "x").read_all()
+    assert (run.columns.step.tolist(), run.columns.bad, len(run.events)) == ([0, 2, 3], 0, 6)
 
 
 def test_events_that_are_none_are_counted(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def serving(*paths: Path, token: str | None = None) -> Iterator[Client]:
 
 def settled(ask: Client) -> dict[str, Any]:
     """The data once everything has been read."""
-    for _ in range(100):
+    for _ in range(3000):
         payload = ask("/api/runs").json()
         if not any(run["parsing"] for run in payload["runs"]):
             return payload
@@ -223,7 +223,7 @@ def test_nothing_new_is_304_and_news_come_with_another_token(tmp_path: Path) -> 
         assert ask("/api/since").status == ask("/api/since?after=other").status == 200
         write(folder / "metrics.jsonl", [line(1)], "a")
         news = ask(f"/api/since?after={token}")
-        for _ in range(50):  # at the latest the next poll has it
+        for _ in range(1200):  # at the latest the next poll has it
             if news.status == 200:
                 break
             threading.Event().wait(0.05)
@@ -238,7 +238,7 @@ def test_runs_that_come_later_are_shown_and_ids_stay(tmp_path: Path) -> None:
     with serving(job) as ask:
         token = settled(ask)["token"]
         run_folder(job / "2026-11-21", [line(0), line(1)])
-        for _ in range(50):
+        for _ in range(1200):
             if ask(f"/api/since?after={token}").status == 200:
                 break
             threading.Event().wait(0.05)
@@ -274,7 +274,7 @@ def test_a_run_that_cannot_be_read_says_so_and_harms_no_other(tmp_path: Path) ->
     (bad / "events.jsonl").unlink()
     os.mkfifo(bad / "events.jsonl")
     with serving(good, bad) as ask:
-        for _ in range(100):
+        for _ in range(1200):
             found = ask("/api/runs").json()
             if found["runs"][1]["state"]["phase"] == "unreadable" and not found["runs"][0]["parsing"]:
                 break
@@ -285,7 +285,7 @@ def test_a_run_that_cannot_be_read_says_so_and_harms_no_other(tmp_path: Path) ->
         assert ask(f"/api/since?after={found['token']}").status == 304
         (bad / "events.jsonl").unlink()
         write(bad / "events.jsonl", [event("done", 1)])
-        for _ in range(100):
+        for _ in range(1200):
             if ask(f"/api/since?after={found['token']}").status == 200:
                 break
             threading.Event().wait(0.05)

@@ -222,10 +222,10 @@ def test_a_dashboard_from_start_to_ctrl_c(tmp_path: Path) -> None:
         write(folder / "metrics.jsonl", [line(1)], "a")
         steps: list[int] = []
         while steps != [0, 1]:
-            with urllib.request.urlopen(f"{address[1]}api/runs", timeout=10) as reply:
+            with urllib.request.urlopen(f"{address[1]}api/runs", timeout=60) as reply:
                 steps = json.load(reply)["runs"][0]["series"]["step"]
         os.kill(process.pid, signal.SIGINT)
-        rest, _ = process.communicate(timeout=20)
+        rest, _ = process.communicate(timeout=60)
         assert (process.returncode, rest.strip()) == (0, "")
     finally:
         timer.cancel()

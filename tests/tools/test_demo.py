@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,44 @@ def test_checkpoints_of_another_corpus_or_model_are_removed(tmp_path: Path, monk
     assert (tmp_path / "ckpts").exists(), "an interrupted training goes on from them"
     assert commands[0] == commands[1]
     assert commands[0][-2:] == (f"DEMO_FOLDER={tmp_path}", "STEPS=5")
+
+
+def test_ctrl_c_leaves_the_training_time_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Popen(subprocess.Popen):
+        """The first one who waits for it hears Ctrl-C."""
+
+        heard = False
+
+        def wait(self, timeout: float | None = None) -> int:
+            if not self.heard:
+                self.heard = True
+                raise KeyboardInterrupt
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    child = tmp_path / "child.py"
+    child.write_text("import pathlib, sys\npathlib.Path(sys.argv[1]).touch()")
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(child, tmp_path / "saved")
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_stage_that_fails_ends_the_demo_with_its_code(tmp_path: Path) -> None:
+    child = tmp_path / "child.py"
+    for ending, code in (("sys.exit(6)", 6), ("os.kill(os.getpid(), 9)", 1)):
+        child.write_text(f"import os, sys\n{ending}")
+        with pytest.raises(SystemExit) as ended:
+            demo.run(child)
+        assert ended.value.code == code
+
+
+def test_outside_of_a_checkout_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "CONFIG", tmp_path / "demo.py")
+    assert demo.main(["--folder", str(tmp_path)]) == 2
+    said = f"ConfigError: found no {tmp_path / 'demo.py'}: run tools/demo.py from a checkout\n"
+    assert capsys.readouterr().err == said
 
 
 def test_the_report_says_how_far_the_loss_fell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import train
+from internlm_lite.errors import ConfigError
 from tests.cli import ROOT
-from tools import doctor
+from tools import ckpt, cli, convert, dashboard, demo, doctor, generate, inspect_data, report, slurm, tokenizer
 
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
+TRAIN_TOKENIZER = ["train", "--input", "a", "--output", "b", "--vocab-size", "300"]
+EARLY: list[tuple[ModuleType, str, str]] = [
+    (ckpt, "adopt_s3_keys", "ls x"),
+    (convert, "adopt_s3_keys", "to-hf a b"),
+    (dashboard, "read_token", "x"),
+    (demo, "load_config", ""),
+    (doctor, "adopt_s3_keys", ""),
+    (generate, "adopt_s3_keys", "--checkpoint x"),
+    (inspect_data, "load_config", "--config x"),
+    (report, "read_runs", "x"),
+    (slurm, "adopt_s3_keys", "--config x --nodes 1"),
+    (tokenizer, "sample_text", " ".join(TRAIN_TOKENIZER)),
+    (tokenizer, "Tokenizer", "encode --input a --output b --tokenizer c"),
+]
+"""Each tool, something that it calls, and a command line."""
 FIRST = "sys.path.insert(0, str(Path(__file__).resolve().parent.parent))"
 
 
@@ -48,3 +66,57 @@ def test_a_timeout_is_a_number_of_seconds(
         parse(["--config", "x.py", "--timeout", value])
     assert ended.value.code == 2
     assert f"argument --timeout: found '{value}', expected seconds: a number > 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("tool", "called", "line"), EARLY, ids=lambda value: getattr(value, "__name__", None))
+def test_every_tool_ends_alike(
+    tool: ModuleType, called: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for error, code, said in ((KeyboardInterrupt(), 130, "interrupted"), (ConfigError("found x"), 2, "ConfigError: ")):
+
+        def fail(*_: object, error: BaseException = error) -> None:
+            raise error
+
+        monkeypatch.setattr(tool, called, fail)
+        assert tool.main(line.split()) == code
+        told = capsys.readouterr().err
+        assert told.startswith(said) and told.count("\n") == 1
+
+
+def test_no_tool_is_forgotten():
+    assert {Path(tool.__file__ or "").stem for tool, _, _ in EARLY} | {"bench", "cli"} == {tool.stem for tool in TOOLS}
+
+
+@pytest.mark.parametrize(
+    ("tool", "line", "told"),
+    [
+        (inspect_data, "--config x --dp 0", "--dp 0: expected at least 1"),
+        (inspect_data, "--config x --show -1", "--show -1: expected at least 0"),
+        (generate, "--checkpoint x --max-new-tokens 0", "--max-new-tokens 0: expected at least 1"),
+        (tokenizer, f"{' '.join(TRAIN_TOKENIZER)} --workers 0", "--workers 0: expected at least 1"),
+        (tokenizer, f"{' '.join(TRAIN_TOKENIZER)} --max-bytes 0", "--max-bytes 0: expected at least 1"),
+        (tokenizer, f"{' '.join(TRAIN_TOKENIZER)} --vocab-size 260", "--vocab-size 260: expected at least 261"),
+    ],
+)
+def test_a_number_out_of_range_is_named(tool: ModuleType, line: str, told: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
+        tool.main(line.split())
+    assert capsys.readouterr().err.endswith(f"error: {told}\n")
+
+
+@pytest.mark.parametrize("tool", [train, doctor, slurm, inspect_data], ids=lambda tool: tool.__name__)
+def test_changes_to_the_config_may_stand_anywhere(tool: ModuleType):
+    size = ["--nodes", "1"] if tool is slurm else []
+    arguments = tool.parse_arguments(["A=1", "--config", "x.py", "B=2", *size, "c.d=3"])
+    assert arguments.overrides == ["A=1", "B=2", "c.d=3"]
+
+
+@pytest.mark.parametrize(("name", "code"), [("nix", 2), ("--help", 0)])
+def test_the_list_of_tools(name: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(sys, "argv", ["internlm-lite", name])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    output = capsys.readouterr()
+    assert ended.value.code == code
+    assert "  ckpt          Look at, verify and remove" in (output.err if code else output.out)
+    assert ("found no tool 'nix'" in output.err, output.out == "") == (bool(code), bool(code))

@@ -22,10 +22,11 @@ from internlm_lite.faults.signals import StopSignals
 from internlm_lite.mesh.layout import Box
 from internlm_lite.mesh.mesh import Mesh, Sizes, build_mesh, single_process_mesh
 from internlm_lite.models.stages import Stages
-from internlm_lite.monitor.jsonl import read_metrics, read_objects
+from internlm_lite.monitor.jsonl import read_objects
 from internlm_lite.optim.reduce import GradReducer
 from internlm_lite.train.build import build_run
 from internlm_lite.train.loop import train
+from tests.steps import read_metrics
 from tests.train.layouts import Layout
 from tests.world import TIMEOUT, run_world
 
@@ -215,7 +216,7 @@ def run_layouts(jobs: Iterable[Job], folder: Path) -> list[list[Seen]]:
     """For each job what every rank of its world saw. All jobs have worlds of one size, and share one world."""
     jobs = list(jobs)
     (size,) = {job.layout.world for job in jobs}
-    by_rank = run_world(_run_in_world, size, (jobs, folder), timeout_seconds=240)
+    by_rank = run_world(_run_in_world, size, (jobs, folder), timeout_seconds=800)
     return [list(ranks) for ranks in zip(*by_rank, strict=True)]
 
 
@@ -227,5 +228,5 @@ def _run_alone(world: Mesh, jobs: list[Job], folder: Path) -> dict[Layout, Seen]
 
 def run_references(jobs: Iterable[Job], folder: Path) -> dict[Layout, Seen]:
     """Layouts of one process, two at a time."""
-    first, second = run_world(_run_alone, 2, (list(jobs), folder), timeout_seconds=240)
+    first, second = run_world(_run_alone, 2, (list(jobs), folder), timeout_seconds=800)
     return {**first, **second}

@@ -8,9 +8,9 @@ from typing import Any
 from internlm_lite.config.schema import Config
 from internlm_lite.faults.signals import StopSignals
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.monitor.jsonl import read_metrics
 from internlm_lite.train.build import build_run
 from internlm_lite.train.loop import train
+from tests.steps import read_metrics
 
 STEPS = 8
 

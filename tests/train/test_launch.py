@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from internlm_lite.monitor.jsonl import read_metrics, read_objects
+from internlm_lite.monitor.jsonl import read_objects
 from tests import cli
 from tests.corpus import write_corpus
 from tests.ports import free_port
+from tests.steps import read_metrics
 from tests.train.runs import curve
 
 CONFIG = """
@@ -77,7 +78,7 @@ def test_a_killed_rank_ends_the_job_with_its_peers_code(folder: Path):
     ranks = start_ranks(folder, 2, "MICRO_NUM=2", "data.total_steps=100000", "lr_scheduler.total_steps=100000")
     victim, log = ranks[1][0], ranks[0][1]
     deadline = time.monotonic() + 60
-    while "step=5" not in (log.read_text() if log.exists() else ""):
+    while "step=5" not in (log.read_text() if log.exists() else "") or not any(folder.glob("saves/**/commits/*.json")):
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
     os.kill(victim.pid, signal.SIGKILL)
@@ -132,10 +133,11 @@ def test_what_is_wrong_on_all_ranks_is_said_once(folder: Path):
     assert not any("failed first" in one.output for one in ended), ended
 
 
-def test_print_config_needs_no_world(folder: Path):
-    shown = cli.run("train.py", "--config", "config.py", "--print-config", "origin", "MICRO_NUM=2", folder=folder)
-    assert shown.code == 0, shown.output
-    assert "config.py:4" in shown.output
+def test_one_rank_prints_the_config_and_needs_no_other(folder: Path):
+    arguments = ("--print-config", "origin", "MICRO_NUM=2")
+    first, second = (cli.ended(*rank) for rank in start_ranks(folder, 2, *arguments))
+    assert (first.code, second) == (0, cli.Ended(0, "")), first.output
+    assert "config.py:4" in first.output
     assert not (folder / "RUN").exists()
 
 

@@ -20,8 +20,9 @@ from internlm_lite.runtime.device import torch_dtype
 from internlm_lite.train.build import Run, build_run
 from internlm_lite.train.loop import train
 from tests.corpus import write_corpus
+from tests.steps import read_metrics
 from tests.train.layouts import LIMIT, Layout, config_of
-from tests.train.runs import curve, read_metrics
+from tests.train.runs import curve
 from tests.world import TIMEOUT, run_world
 
 SAVED = 3
@@ -135,7 +136,7 @@ def run_all(jobs: Sequence[tuple[Layout, Config]], folder: Path) -> list[tuple[W
     for size in {layout.world for layout, _ in jobs}:
         mine = [number for number, (layout, _) in enumerate(jobs) if layout.world == size]
         work = [(jobs[number][0].sizes, jobs[number][1]) for number in mine]
-        ranks = run_world(run_in_world, size, (work, folder / str(size)), timeout_seconds=240)
+        ranks = run_world(run_in_world, size, (work, folder / str(size)), timeout_seconds=800)
         for number, ran in zip(mine, zip(*ranks, strict=True), strict=True):
             found[number] = assemble(piece for held, _ in ran for piece in held), ran[0][1]
     return [found[number] for number in range(len(jobs))]

@@ -17,10 +17,11 @@ from internlm_lite.checkpoint.lease import Lease
 from internlm_lite.checkpoint.local import LocalStorage
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh.mesh import single_process_mesh
-from internlm_lite.monitor.jsonl import read_metrics, read_objects
+from internlm_lite.monitor.jsonl import read_objects
 from internlm_lite.train.save_folders import LastRun, SaveFolders
 from tests import cli
 from tests.corpus import FOLDERS, write_corpus
+from tests.steps import read_metrics
 from tests.train.runs import curve, run_training, tiny
 from tests.train.test_launch import start_ranks
 

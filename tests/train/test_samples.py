@@ -13,11 +13,12 @@ from internlm_lite.data.tokenizer import Tokenizer, train_tokenizer
 from internlm_lite.errors import DataError
 from internlm_lite.faults.signals import StopSignals
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
-from internlm_lite.monitor.jsonl import read_metrics, read_objects
+from internlm_lite.monitor.jsonl import read_objects
 from internlm_lite.train import samples
 from internlm_lite.train.build import build_run
 from internlm_lite.train.loop import train
 from tests.corpus import write_corpus
+from tests.steps import read_metrics
 from tests.train.runs import curve, run_training, tiny
 from tests.train.test_resume import killed_after
 from tests.world import run_world

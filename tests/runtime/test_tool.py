@@ -1,0 +1,55 @@
+"""What a user sees when a tool ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import pytest
+
+from internlm_lite.errors import CheckpointError, StorageError
+from internlm_lite.runtime.tool import run_tool
+
+
+def raising(error: BaseException):
+    def work() -> int:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (CheckpointError("set ckpt.s3.insecure"), 2, "CheckpointError: set ckpt.s3.insecure"),
+        (StorageError("full"), 6, "StorageError: full"),
+        (PermissionError(13, "Permission denied", "/x"), 6, "StorageError: /x: Permission denied; mend it, or give"),
+        (KeyboardInterrupt(), 130, "interrupted: half is there"),
+    ],
+)
+def test_an_error_is_one_line_and_its_code(error, code, line, capsys):
+    assert run_tool(raising(error), "interrupted: half is there") == code
+    said = capsys.readouterr().err
+    assert said.startswith(line) and said.count("\n") == 1
+
+
+def test_a_tool_with_an_option_for_s3_names_it(capsys):
+    assert run_tool(raising(CheckpointError("set ckpt.s3.insecure=True")), has_s3_option=True) == 2
+    assert capsys.readouterr().err == "CheckpointError: set --s3 insecure=True\n"
+
+
+@pytest.mark.parametrize("defect", [ValueError("x"), ConnectionResetError(104, "reset")])
+def test_a_defect_keeps_its_traceback(defect):
+    with pytest.raises(type(defect)):
+        run_tool(raising(defect))
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert run_tool(lambda: print("a line") or 0) == 128 + signal.SIGPIPE
+        print("what is still to be flushed")
+    assert capsys.readouterr().err == ""

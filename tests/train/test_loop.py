@@ -1,0 +1,114 @@
+"""What the loop does after a step, and in which order: spikes, saves, evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from internlm_lite.errors import NumericsError
+from internlm_lite.mesh.mesh import single_process_mesh
+from internlm_lite.monitor.jsonl import read_objects
+from internlm_lite.optim.spikes import SpikeGuard
+from internlm_lite.train import loop
+from internlm_lite.train.build import build_run
+from internlm_lite.train.guard import Guard
+from internlm_lite.train.requests import Order, Skips
+from internlm_lite.train.state import TrainState
+from tests.train.runs import STEPS, run_training, tiny
+
+ROLLBACK = {"guard": {"spike": "rollback"}}
+
+
+def spikes_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    """The loss of that step stands out, and its update is left out."""
+    judge, steps = SpikeGuard.judge, iter(range(100))
+
+    def spiking(self: SpikeGuard, loss: torch.Tensor, norm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found, skip = judge(self, loss, norm)
+        return (found + torch.tensor([20.0, 0.0]), ~skip) if next(steps) == step else (found, skip)
+
+    patch.setattr(SpikeGuard, "judge", spiking)
+
+
+def saving(folder: Path, **more: Any) -> dict[str, Any]:
+    return {"enable_save_ckpt": True, "save_ckpt_folder": f"local:{folder}", "async_upload": False, **more}
+
+
+def told(folder: Path, *kinds: str) -> list[tuple[str, int]]:
+    """(event, step) of those kinds."""
+    events = read_objects(folder / "events.jsonl")
+    return [(event["event"], event["step"]) for event in events if event["event"] in kinds]
+
+
+@pytest.mark.parametrize("spike", [STEPS - 2, 2])
+def test_a_spike_that_nothing_is_before_loses_no_save_and_no_evaluation(
+    spike: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is known in the step after, which is the last one, or one with a milestone."""
+    spikes_at(spike, monkeypatch)
+    ckpt = saving(tmp_path / "saves", checkpoint_every=4 if spike == 2 else 100)
+    config = tiny(None, ckpt=ckpt, data={"valid_every": 4}, **ROLLBACK)
+    assert len(run_training(single_process_mesh(), config, tmp_path / "run")) == STEPS
+    saves = [("checkpoint", 4)] * (spike == 2) + [("checkpoint", STEPS)]
+    assert told(tmp_path / "run", "start", "checkpoint", "rollback") == [("start", 0), *saves]
+    assert told(tmp_path / "run", "evaluation") == [("evaluation", 3), ("evaluation", 7)]
+    (event,) = (e for e in read_objects(tmp_path / "run" / "events.jsonl") if e["event"] == "spike")
+    assert event["action"] == "its update was left out", "nothing was rolled back"
+
+
+def test_going_back_leads_to_the_checkpoint_that_was_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the run that wrote it goes on writing."""
+    mesh, theirs = single_process_mesh(), tmp_path / "theirs"
+    run_training(mesh, tiny(None, ckpt=saving(theirs, checkpoint_every=4)), tmp_path / "first")
+    newer = next((theirs / "commits").glob("*0000000008*"))
+    hidden = newer.rename(tmp_path / newer.name)
+    config = tiny(None, ckpt=saving(tmp_path / "ours", load_ckpt_folder=f"local:{theirs}"), **ROLLBACK)
+    run = build_run(config, mesh, tmp_path, "auto", terminal=False)
+    hidden.rename(newer)
+    spikes_at(1, monkeypatch)
+    assert loop.train(run, loop.StopSignals()).state.step == STEPS
+    run.saving.close(wait=True)
+    run.reporter.close()
+    (back,) = (event for event in read_objects(tmp_path / "events.jsonl") if event["event"] == "rollback")
+    assert (back["step"], back["back_to"]) == (5, 4)
+
+
+def test_a_run_that_is_asked_to_stop_saves_before_it_evaluates(tmp_path: Path) -> None:
+    (tmp_path / "stop").write_text("4")
+    config = tiny(None, ckpt=saving(tmp_path / "saves", stop_file_path=str(tmp_path / "stop")), data={"valid_every": 4})
+    run_training(single_process_mesh(), config, tmp_path)
+    expected = [("checkpoint", 4), ("evaluation", 3), ("stopped", 4)]
+    assert told(tmp_path, "checkpoint", "evaluation", "stopped") == expected
+
+
+def test_a_flipped_bit_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def differ(*_: object) -> None:
+        raise NumericsError("step 3: ranks that must hold the same numbers do not")
+
+    monkeypatch.setattr(loop, "check_replicas", differ)
+    config = tiny(None, ckpt=saving(tmp_path / "saves", checkpoint_every=4), guard={"check_replicas_every": 4})
+    with pytest.raises(NumericsError, match="step 3"):
+        run_training(single_process_mesh(), config, tmp_path)
+    assert not list((tmp_path / "saves").glob("commits/*"))
+
+
+def test_steps_that_are_undone_do_not_count_as_time(tmp_path: Path) -> None:
+    run = build_run(tiny(None), single_process_mesh(), tmp_path, "none", terminal=False)
+    run.reporter.fwd_bwd.start()
+    run.reporter.fwd_bwd.stop()
+    run.reporter.start(TrainState())
+    assert run.reporter.fwd_bwd.take() == 0.0
+    run.reporter.close()
+
+
+@pytest.mark.parametrize(("step", "last"), [(10, "no update was made yet"), (11, "the last update was that of step 0")])
+def test_more_than_max_bad_steps_end_the_run(step: int, last: str, tmp_path: Path) -> None:
+    run = build_run(tiny(None), single_process_mesh(), tmp_path, "none", terminal=False)
+    guard = Guard(run.config, run.reporter, is_main=True)
+    guard.check_skips(Order(skips=Skips(in_a_row=10)), step - 1)
+    with pytest.raises(NumericsError, match=f"step {step}: the last 11 updates were left out .*; {last}: lower"):
+        guard.check_skips(Order(skips=Skips(in_a_row=11)), step)
+    run.reporter.close()

@@ -70,15 +70,14 @@ def main() -> None:
     from internlm_lite.config.load import load_config
     from internlm_lite.config.view import print_config
     from internlm_lite.errors import ConfigError, InternLMError
-    from internlm_lite.runtime.place import adopt_s3_keys, find_place, limit_spinning, no_error_reports, quiet_sockets
+    from internlm_lite.runtime.place import adopt_s3_keys, error_file, find_place, set_defaults
+    from internlm_lite.runtime.torchrun import tell_agent
 
     overrides = [*arguments.cfg_options, *arguments.overrides]
     if arguments.seed is not None:
         overrides.append(f"seed={arguments.seed}")
     quiet, who = False, ""
-    limit_spinning(os.environ)
-    quiet_sockets(os.environ)
-    no_error_reports(os.environ)
+    set_defaults(os.environ)
     try:
         adopt_s3_keys(os.environ)
         place = find_place(os.environ, arguments.launcher, arguments.host, arguments.port)
@@ -89,6 +88,7 @@ def main() -> None:
     except InternLMError as error:
         if not (quiet and isinstance(error, ConfigError)):  # it is wrong on the whole machine: said once
             print(f"{who}{type(error).__name__}: {error}", file=sys.stderr)
+        tell_agent(error_file(os.environ), f"{type(error).__name__}: {error}")
         sys.exit(error.exit_code)
     if place.rank > 0 and (arguments.print_config or arguments.dry_run):  # every rank would show the same
         return

@@ -79,4 +79,4 @@ def test_the_example_of_a_config_loads(tmp_path: Path) -> None:
     check_config(loaded, world_size=1)
     data, ckpt = loaded.config.data, loaded.config.ckpt
     assert (data.train_folder, data.total_steps, data.valid_every) == ("tokens/train", 2000, 0)
-    assert ckpt.enable_save_ckpt and loaded.config.model.vocab_size == 32000
+    assert ckpt.enable_save_ckpt and loaded.config.model.vocab_size == 8192

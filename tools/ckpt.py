@@ -20,7 +20,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rich.console import Console
 from rich.table import Table
 
 from internlm_lite.checkpoint import find
@@ -35,7 +34,7 @@ from internlm_lite.checkpoint.verify import Damage, damages_in, damages_of
 from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import CheckpointError
 from internlm_lite.runtime.place import adopt_s3_keys
-from internlm_lite.runtime.tool import add_s3_option, run_tool
+from internlm_lite.runtime.tool import ToolConsole, add_s3_option, run_tool
 from internlm_lite.units import human_bytes, human_seconds
 
 _PIPE_COLUMNS = 1000
@@ -78,7 +77,8 @@ def ls(arguments: argparse.Namespace, s3: S3Config) -> int:
     if arguments.json:
         print(json.dumps([_as_json(storage, found, arguments.deep) for storage, found in listed], indent=2))
         return 0
-    console = Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()
+    console = ToolConsole(width=None if on_terminal else _PIPE_COLUMNS)
     for storage, found in listed:
         looked = "every byte read" if arguments.deep else "hashes, sizes, headers; --deep reads every byte"
         print(f"{storage.name}  ({looked})", flush=True)

@@ -131,7 +131,7 @@ def usage(config: Config, out: str) -> str:
         if field.is_required() or getattr(model, key) != field.default
     ]
     lines = [f"    {key}={getattr(model, key)!r}," for key in keys]
-    head = ["to train on:", f"ckpt = dict(load_model_only_folder={out!r}, ...)", "model = dict("]
+    head = ["# to train on:", f"ckpt = dict(load_model_only_folder={out!r})", "model = dict("]
     return "\n".join([*head, *lines, ")"])
 
 

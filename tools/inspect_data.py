@@ -19,13 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rich.console import Console
-
 from internlm_lite.config.load import load_config
 from internlm_lite.data.loader import open_training_data
 from internlm_lite.data.tokenizer import Tokenizer
 from internlm_lite.data.view import overview, sample, walk_steps
-from internlm_lite.runtime.tool import run_tool
+from internlm_lite.runtime.tool import ToolConsole, run_tool
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -55,7 +53,7 @@ def work(arguments: argparse.Namespace) -> int:
             print(json.dumps(dataclasses.asdict(step.figures)), flush=True)
         return 0
     walked = list(steps)
-    console = Console()
+    console = ToolConsole()
     console.print(overview(data, walked))
     if arguments.show:
         tokenizer = None if config.data.tokenizer is None else Tokenizer(Path(config.data.tokenizer))

@@ -83,7 +83,8 @@ def _rank_main(
 
 def device_of(rank: int, size: int) -> torch.device:
     """Of one of `size` ranks: a GPU each where there are enough, else the CPU for all."""
-    return torch.device("cuda", rank) if torch.cuda.device_count() >= size else torch.device("cpu")
+    usable = torch.cuda.is_available()  # GPUs are also counted where CUDA cannot start
+    return torch.device("cuda", rank) if usable and torch.cuda.device_count() >= size else torch.device("cpu")
 
 
 def mesh_of(config: Config, rank: int, device: torch.device) -> Mesh:

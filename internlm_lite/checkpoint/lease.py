@@ -6,8 +6,11 @@ A lock whose process is gone (of the same boot and pid namespace, where its pid 
 change for LEASE_SECONDS while we watch, is taken over. Only changes are compared, never clocks of two hosts.
 
 Removing a lock removes whichever is there by then, so of several runs that watched the same one, a later one may remove
-that of the first. Still one alone goes on: each looks again a moment after it has written its own lock; and who took
-longer than that moment to remove one waits, before it writes, until a run that it may have robbed has renewed its lock.
+that of the first. Still one alone goes on: each looks again SETTLE_SECONDS after it has written its own lock; and who
+took longer than that to remove one waits, before it writes, until a run that it may have robbed has renewed its lock.
+The lock of a process that is gone is no exception: two runs that begin on its host find it at the same time. As the one
+that looks again does not know how the other one judged the lock, both times are the same for all: short, as every start
+after a crash takes so long, and longer than a removal takes where the storage is not slow.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ KEY = "run.lock"
 RENEW_SECONDS = 15.0
 LEASE_SECONDS = 60.0
 """Taking over from a dead run takes so long; half as much more where the storage is slow."""
+SETTLE_SECONDS = 0.5
 _LIMIT_BYTES = 4096
 _Watched = tuple[dict[str, Any] | None, float]
 """The lock of another run, if there was one, and since when it is watched, by time.monotonic()."""
@@ -43,32 +47,32 @@ class Lease:
     def __init__(self, storage: Storage, lease_seconds: float = LEASE_SECONDS, renew_seconds: float = RENEW_SECONDS):
         self._storage = storage
         self._lease_seconds, self._renew_seconds = lease_seconds, renew_seconds
-        self._settle_seconds = lease_seconds / 30
         self._owner = uuid.uuid4().hex
         self._beat = 0
-        self._watched: _Watched | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def watch(self) -> _Watched:
-        """Begin to look for a sign of life of the run whose lock is there, ahead of `acquire`."""
-        self._watched = holder(self._storage), time.monotonic()
-        return self._watched
+        """Begin to look for a sign of life of the run whose lock is there."""
+        return holder(self._storage), time.monotonic()
 
     def acquire(self) -> None:
         """Take the lease, waiting for a dead run's to run out. Raises StorageError naming the run that is alive."""
-        found, since = self._watched or self.watch()
-        self._watched = None
-        dead = found is not None and _is_dead(found)
+        acquire([self])
+
+    def put(self, watched: _Watched) -> bool:
+        """Write our lock, and renew it from now on. True: in the place of another one; `check` after SETTLE_SECONDS.
+
+        Raises StorageError naming the run that is alive.
+        """
+        found, since = watched
         if found is not None:
-            self._displace(found, 0.0 if dead else since + self._lease_seconds)
+            self._displace(found, 0.0 if _is_dead(found) else since + self._lease_seconds)
         if not self._storage.put_if_absent(KEY, self._document()):
             raise StorageError(_taken(self._storage, holder(self._storage)))
-        if found is not None:
-            time.sleep(0.0 if dead else self._settle_seconds)
-            self.check()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
+        return found is not None
 
     def check(self) -> None:
         """Raises StorageError when another run has taken over, for instance after this one was suspended, or when the
@@ -87,7 +91,7 @@ class Lease:
             raise StorageError(_taken(self._storage, found) + "; this run does not write there any more")
 
     def release(self) -> None:
-        """Give the folder free and join the thread."""
+        """Give the folder free and join the thread; nothing where the lease was not taken."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(self._lease_seconds)
@@ -100,7 +104,7 @@ class Lease:
         """Remove a lock that does not change before `until`; raise when it does."""
         if time.monotonic() < until:
             logger.info(
-                "%s was left locked by %s pid %s: waiting up to %.0f s for a sign of life",
+                "%s is locked by %s pid %s: looking for up to %.0f s whether it is alive",
                 self._storage.name, found.get("host"), found.get("pid"), until - time.monotonic(),
             )  # fmt: skip
         while time.monotonic() < until:
@@ -110,7 +114,7 @@ class Lease:
         looked = time.monotonic()
         if self._stays(found):
             self._storage.delete(KEY)
-        if time.monotonic() - looked > self._settle_seconds:
+        if time.monotonic() - looked > SETTLE_SECONDS:
             time.sleep(self._lease_seconds / 2)  # see above; runs renew their locks twice as often
 
     def _stays(self, found: dict[str, Any]) -> bool:
@@ -146,10 +150,12 @@ def acquire(leases: Sequence[Lease]) -> None:
     Raises StorageError naming the run that is alive.
     """
     try:
-        for lease in leases:
-            lease.watch()
-        for lease in leases:
-            lease.acquire()
+        watched = [lease.watch() for lease in leases]
+        replaced = [lease.put(lock) for lease, lock in zip(leases, watched, strict=True)]
+        if any(replaced):
+            time.sleep(SETTLE_SECONDS)
+            for lease in leases:
+                lease.check()
     except BaseException:
         for lease in leases:
             lease.release()
@@ -182,7 +188,7 @@ def _is_dead(found: dict[str, Any]) -> bool:
     """Whether the holder was a process of this host that is gone."""
     pid = found.get("pid")
     here = (socket.gethostname(), _world())
-    if (found.get("host"), found.get("world")) != here or not isinstance(pid, int):
+    if not here[1] or (found.get("host"), found.get("world")) != here or not isinstance(pid, int):
         return False
     try:
         os.kill(pid, 0)
@@ -194,7 +200,7 @@ def _is_dead(found: dict[str, Any]) -> bool:
 
 
 def _world() -> str:
-    """Where a pid names one process: this boot of this kernel, and the pid namespace in it. "" where there is none."""
+    """Where a pid names one process: this boot of this kernel, and the pid namespace in it. "" where nothing tells."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

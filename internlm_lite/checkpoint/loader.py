@@ -16,7 +16,7 @@ from internlm_lite.checkpoint.backends import open_storage
 from internlm_lite.checkpoint.find import Found
 from internlm_lite.checkpoint.format import Manifest, layout_of, seal, unseal
 from internlm_lite.checkpoint.load import Reader
-from internlm_lite.checkpoint.report import Wanted, load_plan, mismatch
+from internlm_lite.checkpoint.report import Wanted, load_plan, mismatch, other_function
 from internlm_lite.checkpoint.share import describe
 from internlm_lite.checkpoint.storage import Storage
 from internlm_lite.checkpoint.tensorfile import DamagedError
@@ -100,6 +100,8 @@ class Loader:
 
         if self.mesh.is_main:
             states = min(size, len(manifest.rank_state))
+            for difference in other_function(found, self._config):
+                logger.warning("another function of the same weights: %s", difference)
             logger.info("%s", load_plan(found, wanted, layout_of(self.mesh), states, self._config))
         begin = time.monotonic()
         private = on_all(self.mesh, read)

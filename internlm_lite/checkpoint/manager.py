@@ -146,9 +146,9 @@ class CheckpointManager(Loader):
 def hold(mesh: Mesh, managers: Sequence[CheckpointManager]) -> None:
     """Take the leases of their folders. Raises StorageError when another run has one of them."""
     leases = [Lease(manager.storage) for manager in managers]
-    on_main(mesh, lambda: acquire(leases))
     for manager, lease in zip(managers, leases, strict=True):
-        manager._target.lease = lease
+        manager._target.lease = lease  # before they are taken: `release` gives them back if the others are lost then
+    on_main(mesh, lambda: acquire(leases))
 
 
 def _probe(storage: Storage, mesh: Mesh) -> None:

@@ -15,6 +15,9 @@ Wanted = Mapping[str, Mapping[str, Shape]]
 """role -> name -> shape of the whole tensor, over all ranks."""
 
 _LINES = 12
+_HEADS = "num_attention_heads"
+_FUNCTION = (_HEADS, "num_kv_attention_heads", "apply_post_layer_norm", "norm_type", "layer_norm_epsilon", "rope_base")
+"""Keys of the model that change what it computes, and no shape of a tensor."""
 
 
 def mismatch(found: Found, wanted: Wanted, config: Mapping[str, Any]) -> str | None:
@@ -35,6 +38,9 @@ def mismatch(found: Found, wanted: Wanted, config: Mapping[str, Any]) -> str | N
         ]
         for what, items in (("other shape", shapes), ("only in the model", missing), ("only in the checkpoint", extra)):
             lines += _block(f"{role}, {what} ({len(items)}):", items)
+    if set(wanted) - {"master"}:
+        title = "same shapes, another function (its weights alone are taken with ckpt.load_model_only_folder):"
+        lines += _block(title, other_function(found, config))
     if not lines:
         return None
     keys = differing_keys(found.manifest.config, config)
@@ -44,6 +50,16 @@ def mismatch(found: Found, wanted: Wanted, config: Mapping[str, Any]) -> str | N
         + "\n  ".join(lines)
         + "\nuse the config the checkpoint was saved with, or choose another checkpoint or save folder"
     )
+
+
+def other_function(found: Found, config: Mapping[str, Any]) -> list[str]:
+    """Keys by which the model of `config` computes something else from the same weights."""
+    saved, ours = (dict(one.get("model") or {}) for one in (found.manifest.config, config))
+    for model in (saved, ours):
+        if model.get("num_kv_attention_heads", "") is None:  # as many as there are heads
+            model["num_kv_attention_heads"] = model[_HEADS]
+    known = [(key, saved[key], ours[key]) for key in _FUNCTION if key in saved and key in ours]
+    return [f"model.{key}: checkpoint {a!r}, this run {b!r}" for key, a, b in known if a != b]
 
 
 def _block(title: str, items: Sequence[str]) -> list[str]:

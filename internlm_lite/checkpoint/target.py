@@ -56,7 +56,7 @@ class Target:
         try:
             gone = find.rotate(self.storage, self.keep_snapshots, self.bad, self.kinds)
             if gone:
-                logger.info("removed old snapshots: %s", ", ".join(map(str, gone)))
+                logger.info("removed old snapshots and rescues: %s", ", ".join(map(str, gone)))
             if time.monotonic() >= self._sweep_at:
                 find.sweep(self.storage, name)
                 self._sweep_at = time.monotonic() + find.ORPHAN_SECONDS

@@ -6,9 +6,9 @@ world = data * tensor * pipeline        every split size divides what it splits
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from internlm_lite.config.address import webhook_format, webhook_problem
 from internlm_lite.config.folders import spelt_out
@@ -145,8 +145,13 @@ def _schedule(config: Config) -> Iterator[Problem]:
             (_OVERLAP, _SCHEDULE),
             f'found False with {_SCHEDULE} "zbv", which always receives early; set it to True, or take "interleaved"',
         )
-    elif config.schedule == "interleaved" and not pipeline.interleaved_overlap and _torch().release < (2, 13):
-        yield Problem((_OVERLAP,), f"found False with torch {_torch()}, expected torch 2.13 or newer; set it to True")
+    elif (
+        config.schedule == "interleaved"
+        and not pipeline.interleaved_overlap
+        and (torch := _torch()) is not None
+        and torch.release < (2, 13)
+    ):
+        yield Problem((_OVERLAP,), f"found False with torch {torch}, expected torch 2.13 or newer; set it to True")
     elif config.schedule == "interleaved" and micro_num % pipeline.size:
         yield Problem(
             ("data.micro_num", _STAGES, _CHUNKS),
@@ -155,9 +160,12 @@ def _schedule(config: Config) -> Iterator[Problem]:
         )
 
 
-def _torch() -> Version:
-    """Which one is installed; it is not imported for this."""
-    return Version(version("torch"))
+def _torch() -> Version | None:
+    """Which one is installed; it is not imported for this. None: its metadata do not tell; the pipeline asks again."""
+    try:
+        return Version(version("torch") or "")
+    except (PackageNotFoundError, InvalidVersion):
+        return None
 
 
 def _sequence(config: Config) -> Iterator[Problem]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -32,6 +31,8 @@ from internlm_lite.errors import DataError
 
 logger = logging.getLogger("internlm_lite")
 T = TypeVar("T")
+_LAST_ITEM_SECONDS = 2.0
+"""A batch takes milliseconds, or hangs in its storage."""
 
 
 @dataclass(frozen=True)
@@ -222,29 +223,16 @@ def assemble(
 
 
 def one_ahead(items: Iterator[T]) -> Generator[T, None, None]:
-    """The same items, the next one computed in a thread meanwhile. Its errors surface here. Closing joins it; other
-    errors and Ctrl-C leave it alone, as it may hang in its storage.
+    """The same items, the next one computed in a thread meanwhile. Its errors surface here.
+
+    In the end the thread is joined, unless it takes long over an item that nobody wants any more.
     """
     worker = ThreadPoolExecutor(1, thread_name_prefix="data")
-    ahead, closed = worker.submit(next, items, None), False
+    ahead = worker.submit(next, items, None)
     try:
         while (item := ahead.result()) is not None:
             ahead = worker.submit(next, items, None)
             yield item
-    except GeneratorExit:
-        closed = True
-        raise
     finally:
-        worker.shutdown(wait=closed or ahead.done())
-
-
-@contextmanager
-def reading(items: Generator[T, None, None]) -> Iterator[Generator[T, None, None]]:
-    """Close `items` in the end; they hear of an error of their reader, and so do not wait for their thread."""
-    try:
-        yield items
-    except BaseException as error:
-        items.throw(error)
-        raise
-    finally:
-        items.close()
+        wait([ahead], _LAST_ITEM_SECONDS)
+        worker.shutdown(wait=ahead.done())

@@ -117,9 +117,10 @@ def _read_jsonl(file: TextFile, text_key: str) -> Iterator[Document]:
             record = _parse(line, f"{file.path}:{number}")
             values = [record.get(key) for key in keys]
             if not all(isinstance(value, str) for value in values):
+                like = " as on line 1" if number > 1 else ""
                 raise DataError(
                     f"{file.path}:{number}: found keys {', '.join(record) or 'none'}, expected text under "
-                    f"{' and '.join(map(repr, keys))} as on line 1; correct the file, or name the key with --text-key"
+                    f"{' and '.join(map(repr, keys))}{like}; correct the file, or name the key with --text-key"
                 )
             yield Document(text=str(values[-1]), prompt=str(values[0]) if file.has_prompts else "")
 

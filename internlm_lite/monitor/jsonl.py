@@ -165,6 +165,18 @@ def has_ended(path: Path) -> bool:
     return last[1] == "done"
 
 
+def is_evaluated(path: Path, step: int) -> bool:
+    """Whether this events.jsonl has an evaluation after `step`, and no later start from before it."""
+    found = False
+    for value in read_objects(path):
+        kind, at = value.get("event"), value.get("step")
+        if kind == "evaluation" and at == step:
+            found = True
+        elif kind == "start" and isinstance(at, int) and at <= step:
+            found = False
+    return found
+
+
 def next_segment(*paths: Path) -> int:
     """The segment of a process that starts now: 0 where the files are new, else one more than their highest."""
     highest = -1

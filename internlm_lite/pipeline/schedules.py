@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.distributed.pipelining import (
     ScheduleLoopedBFS,
     ScheduleZBVZeroBubble,
 )
+
+from internlm_lite.errors import ConfigError
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -29,11 +32,22 @@ def schedule_class(schedule: str, size: int, micro_num: int) -> type[Any]:
 
 
 def new_schedule(schedule: str, stages: list[PipelineStage], micro_num: int, loss: Loss, early_receive: bool) -> Any:
-    """A torch schedule over this rank's `stages`. `loss` sums, hence no scaling of gradients. Without `early_receive`
-    torch 2.13 is needed (`config.cross`).
+    """A torch schedule over this rank's `stages`. `loss` sums, hence no scaling of gradients.
+
+    Raises ConfigError without `early_receive` where torch is too old (`config.cross` refuses most such configs).
     """
     chosen = schedule_class(schedule, stages[0].group_size, micro_num)
     if schedule == "1f1b":
         return chosen(stages[0], micro_num, loss_fn=loss, scale_grads=False)
-    options = {} if early_receive else {"defer_pp_recv": True}
+    options = {} if early_receive else _late_receive(chosen)
     return chosen(stages, micro_num, loss_fn=loss, scale_grads=False, **options)
+
+
+def _late_receive(chosen: type[Any]) -> dict[str, bool]:
+    """Raises ConfigError where torch does not know how."""
+    if "defer_pp_recv" not in inspect.signature(chosen).parameters:
+        raise ConfigError(
+            f"parallel.pipeline.interleaved_overlap: found False with torch {torch.__version__}, expected torch 2.13 "
+            "or newer; set it to True"
+        )
+    return {"defer_pp_recv": True}

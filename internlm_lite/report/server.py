@@ -80,7 +80,9 @@ class Dashboard(ThreadingHTTPServer):
         if token is not None and len(token) < SHORTEST_TOKEN:
             raise ConfigError(f"--token: expected at least {SHORTEST_TOKEN} characters")
         if token is None and not _is_loopback(bind):
-            raise ConfigError(f"--bind {bind}: others can reach that address; add --token to keep them out")
+            raise ConfigError(
+                f"--bind {bind}: others can reach that address; add --token-file FILE (or --token) to keep them out"
+            )
         self._bind = bind
         if ":" in bind:
             self.address_family = socket.AF_INET6

@@ -174,7 +174,8 @@ def package_versions(names: Sequence[str] = PACKAGES) -> Mapping[str, str]:
 def code_digest(folder: Path) -> str:
     """12 hex digits of sha256 over names and contents of the Python files below `folder`."""
     digest = sha256()
-    for file in sorted(folder.rglob("*.py")):
+    # An editor's locks are links to nowhere beside the files.
+    for file in sorted(file for file in folder.rglob("*.py") if file.is_file()):
         content = file.read_bytes()
         digest.update(f"{file.relative_to(folder)} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:12]

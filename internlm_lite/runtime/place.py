@@ -50,7 +50,7 @@ class Place:
     agent: str = ""
     """What starts this process, and will again: the log folder of torchrun's agent, which is its own; Slurm's step."""
     error_file: Path | None = None
-    """Where torchrun's agent looks for why this process failed."""
+    """See `error_file`."""
     idle_tasks: int = 0
     """Tasks of the Slurm job around a single process, which do nothing, though nobody asked for one process."""
     cpu_threads: int | None = None
@@ -61,24 +61,14 @@ class Place:
         return self.rank == 0
 
 
-def limit_spinning(environ: MutableMapping[str, str]) -> None:
-    """Let CPU threads that wait for each other sleep soon; call it before torch is loaded. The user's own value wins.
-
-    GNU OpenMP spins for long by default. Beside two other busy processes that took half of the training speed, and on
-    idle cores the shorter spin cost nothing that could be told from noise.
-    """
+def set_defaults(environ: MutableMapping[str, str]) -> None:
+    """What libraries read when they are loaded, so call it before torch is. The user's own values win."""
+    # GNU OpenMP's threads spin for long while they wait for each other. Beside two other busy processes that took half
+    # of the training speed; on idle cores the shorter spin cost nothing that could be told from noise.
     environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-
-def quiet_sockets(environ: MutableMapping[str, str]) -> None:
-    """torch's warnings about connections come with 40 lines of C++ frames each; our errors say what they mean. Call it
-    before torch is loaded; the user's own value wins.
-    """
+    # torch's warnings about connections come with 40 lines of C++ frames each; our errors say what they mean.
     environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
-
-def no_error_reports(environ: MutableMapping[str, str]) -> None:
-    """wandb's own process must not send reports of its errors; the user's own wish wins."""
+    # wandb's own process must not send reports of its errors.
     environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 
@@ -233,9 +223,15 @@ def _from_torch(environ: Environ, why: str, host: str | None, port: int | None) 
         supervised="TORCHELASTIC_RUN_ID" in environ,
         agent_store=agent_store,
         agent=_agent(environ),
-        error_file=Path(file) if (file := environ.get("TORCHELASTIC_ERROR_FILE")) else None,
+        error_file=error_file(environ),
         cpu_threads=None if threads is None or by_torchrun else _number(environ, "OMP_NUM_THREADS"),
     )
+
+
+def error_file(environ: Environ) -> Path | None:
+    """Where torchrun's agent looks for why this process failed; None: nobody does."""
+    file = environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(file) if file else None
 
 
 def _agent(environ: Environ) -> str:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
 from collections.abc import Callable
 
+from rich.console import Console
+
 from internlm_lite.errors import INTERRUPTED, InternLMError, StorageError
+
+_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+class ToolConsole(Console):
+    """Tables on standard output. A reader that is gone is left to `run_tool`, as with print."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 def run_tool(work: Callable[[], int], interrupted: str = "interrupted", *, has_s3_option: bool = False) -> int:
@@ -19,24 +31,43 @@ def run_tool(work: Callable[[], int], interrupted: str = "interrupted", *, has_s
     """
     try:
         code = work()
-        sys.stdout.flush()
+        _flush()
         return code
     except InternLMError as error:
         text = str(error).replace("ckpt.s3.", "--s3 ") if has_s3_option else str(error)
         print(f"{type(error).__name__}: {text}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # such as `| head`
-        with open(os.devnull, "w") as nowhere:  # where Python flushes to when it ends
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        _discard_output()
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in _NOT_WRITTEN:
             raise
-        print(f"StorageError: {error.filename}: {error.strerror}; mend it, or give another path", file=sys.stderr)
+        _flush_or_discard()
+        where = error.filename or "standard output, or a file that was being written"
+        print(f"StorageError: {where}: {error.strerror}; mend it, or give another path", file=sys.stderr)
         return StorageError.exit_code
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return INTERRUPTED
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # as it is where it was closed before we began
+        sys.stdout.flush()
+
+
+def _flush_or_discard() -> None:
+    try:
+        _flush()
+    except OSError:
+        _discard_output()
+
+
+def _discard_output() -> None:
+    """What is still to be printed goes nowhere when Python ends, instead of failing again."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def add_s3_option(parser: argparse.ArgumentParser) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 
 import torch
 
-from internlm_lite.data.loader import ValidationData, reading
+from internlm_lite.data.loader import ValidationData
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.stages import Stages
 from internlm_lite.monitor.metrics import Collected, FolderMetrics
@@ -21,7 +22,7 @@ def evaluate(
     """Figures per validation folder over the whole job. Collective over the mesh."""
     metrics = FolderMetrics(data.folders, mesh)
     one, loss_sum = torch.ones((), device=mesh.device), torch.zeros((), dtype=torch.float64, device=mesh.device)
-    with reading(data.batches()) as batches:
+    with closing(data.batches()) as batches:
         for host_batch in batches:
             batch = host_batch.to(mesh.device)
             engine.evaluate(BatchTask(stages, batch, one, metrics, loss_sum), batch.micro_num)

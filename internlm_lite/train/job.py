@@ -287,4 +287,4 @@ def _say_goodbye(run: Run, ended: Ended, folder: Path) -> None:
             f"nothing to do: the checkpoint stands at step {run.start.step} of {total}; raise data.total_steps, or "
             "train anew with --resume none"
         )
-    logger.info(f"done: {total} steps; everything about this run is in {folder}")
+    logger.info(f"done: {ended.state.step} steps; everything about this run is in {folder}")

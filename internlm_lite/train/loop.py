@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from internlm_lite.data.loader import reading
+from internlm_lite.checkpoint.agree import on_main
 from internlm_lite.faults.signals import StopSignals
+from internlm_lite.monitor.jsonl import is_evaluated
 from internlm_lite.optim.replicas import check_replicas
 from internlm_lite.train.build import Run
 from internlm_lite.train.evaluate import evaluate
@@ -44,6 +46,8 @@ def train(run: Run, signals: StopSignals) -> Ended:
         while went_back:
             run.reporter.start(state)
             run.reporter.event("start", **_start_facts(run, state))
+            if state.step:  # the start before this one may have ended between its save and its evaluation
+                _evaluate_where_due(run, state, anew=False)
             state, order, went_back = _train_from(state, run, requests, guard, step_traced)
         run.optimizer.wait_weights()
         stopped_by = order.why if order.stop and state.step < run.config.data.total_steps else ""
@@ -60,7 +64,7 @@ def _train_from(
     """Train until all steps are done or until asked to stop, or, True, until the run went back to an earlier state."""
     data, watchdog = run.config.data, run.watchdog
     order, owed = Order(), None
-    with reading(run.data.batches(state.position, pin=run.mesh.device.type == "cuda")) as batches:
+    with closing(run.data.batches(state.position, pin=run.mesh.device.type == "cuda")) as batches:
         while state.step < data.total_steps and not order.stop:
             watchdog.enter("data", state.step)
             batch = next(batches).to(run.mesh.device)
@@ -98,7 +102,8 @@ def _train_from(
                 with watchdog.inside("saving"), run.reporter.aside():
                     run.saving.save(state, kind, must=order.stop or kind == "final")
             run.saving.check()
-            _look_aside(run, state, last)
+            if last or not order.stop:  # who asks to stop does not wait for it: the next start makes up for it
+                _look_aside(run, state)
     guard.note_spike(requests.rest(), state.step - 1)
     return state, order, False
 
@@ -112,15 +117,24 @@ def _compare_replicas(run: Run, state: TrainState) -> None:
             check_replicas(run.optimizer, run.mesh, state.step - 1)
 
 
-def _look_aside(run: Run, state: TrainState, last: bool) -> None:
-    """Evaluation and samples that are due after a step, and after its save: who asks to stop does not wait for long."""
-    if run.valid and (state.step % run.config.data.valid_every == 0 or last):
-        run.reporter.event("evaluating", step=state.step - 1)
-        with run.watchdog.inside("evaluation"), run.reporter.aside():
-            run.reporter.validation(state, evaluate(run.stages, run.engine, run.valid, run.mesh, run.watchdog.go_on))
+def _look_aside(run: Run, state: TrainState) -> None:
+    """Evaluation and samples that are due after a step. Its save comes first: it is not lost when they fail."""
+    _evaluate_where_due(run, state)
     if run.samples.due(state.step):
         with run.watchdog.inside("samples"), run.reporter.aside():
             run.samples.show(state.step)
+
+
+def _evaluate_where_due(run: Run, state: TrainState, anew: bool = True) -> None:
+    """`anew` False: only where the figures are not in events.jsonl yet."""
+    data, file = run.config.data, run.folder / "events.jsonl"
+    if not run.valid or not (state.step % data.valid_every == 0 or state.step == data.total_steps):
+        return
+    if not anew and on_main(run.mesh, lambda: is_evaluated(file, state.step - 1)):
+        return
+    run.reporter.event("evaluating", step=state.step - 1)
+    with run.watchdog.inside("evaluation"), run.reporter.aside():
+        run.reporter.validation(state, evaluate(run.stages, run.engine, run.valid, run.mesh, run.watchdog.go_on))
 
 
 def _go_back(state: TrainState, run: Run, guard: Guard) -> TrainState | None:

@@ -73,7 +73,9 @@ class Requests:
         return self._read_order(told, steps_done=0)
 
     def undo(self, order: Order) -> None:
-        """What is on its way belongs to steps that are undone; what `order` asks for is obeyed after the next one."""
+        """What is on its way belongs to steps that are undone; what `order` asks for is obeyed after the next one: also
+        a stop file, whose step was reached before.
+        """
         self._told, self._put_off = None, order
 
     def _read_order(self, told: _OnTheWay | None, steps_done: int) -> Order:

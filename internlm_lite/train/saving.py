@@ -159,12 +159,22 @@ class Saving:
         """
         self._tell_all()
         self._optimizer.wait_weights()
-        own = self._folders.origin()
-        restored = own.resume(self._pieces(), accept=partial(self._is_before, spiked)) if own else None
+        restored = self._own_from_before(spiked)
         moments = restored is not None or self._ckpt.load_optimizer
         if restored is None and self._began_at is not None:
             restored = self._loader.load(self._began_at, self._pieces(moments))
         return None if restored is None else replace(self._adopt(restored, moments), position=state.position)
+
+    def _own_from_before(self, spiked: int) -> Restored | None:
+        own = self._folders.origin()
+        try:
+            return own.resume(self._pieces(), accept=partial(self._is_before, spiked)) if own else None
+        except CheckpointError as error:
+            if self._began_at is None:
+                raise
+            if self._mesh.is_main:
+                logger.warning("going back to where this run began: %s", error)
+            return None
 
     def _is_before(self, spiked: int, found: Found) -> bool:
         """A folder may hold what other runs wrote, and what this one wrote before the spike was known."""

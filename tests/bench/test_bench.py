@@ -65,7 +65,10 @@ def test_two_ranks_report_time_and_memory():
 
 def test_two_ranks_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert [device_of(0, 2), device_of(1, 2), device_of(0, 1)] == [CPU, CPU, torch.device("cuda", 0)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_of(0, 1) == CPU, "counted, but CUDA cannot start"
 
 
 def test_loader_reports_a_rate(tmp_path: Path):

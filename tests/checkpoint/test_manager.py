@@ -17,10 +17,12 @@ import safetensors.torch
 import torch
 
 from internlm_lite.checkpoint import commit, find
+from internlm_lite.checkpoint.lease import holder
 from internlm_lite.checkpoint.local import LocalStorage
-from internlm_lite.checkpoint.manager import CheckpointManager
+from internlm_lite.checkpoint.manager import CheckpointManager, hold
 from internlm_lite.checkpoint.saver import Saver
-from internlm_lite.errors import CheckpointError, ConfigError, StorageError
+from internlm_lite.errors import CheckpointError, ConfigError, PeerLostError, StorageError
+from internlm_lite.mesh import comm
 from internlm_lite.mesh.layout import Piece
 from internlm_lite.mesh.mesh import single_process_mesh
 from tests.checkpoint.pieces import MODEL, assert_true_values, pieces_of
@@ -174,6 +176,23 @@ def test_another_model_is_explained(tmp_path: Path) -> None:
     ):
         assert words in text, text
     assert "vocab_size" not in text and text.index("model.hidden_size") < text.index("seed")
+
+
+def test_another_function_of_the_same_shapes_is_refused_but_for_its_weights_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = {"num_attention_heads": 4, "num_kv_attention_heads": None, "rope_base": 10000}
+    _save(_manager(tmp_path, config={"model": model}))
+    _manager(tmp_path, config={"model": model | {"num_kv_attention_heads": 4}}).resume(pieces_of(0, fill=False))
+    manager, pieces = _manager(tmp_path, config={"model": model | {"rope_base": 500}}), pieces_of(0, fill=False)
+    with pytest.raises(
+        CheckpointError, match=r"another function .*\n.*model\.rope_base: checkpoint 10000, this run 500"
+    ):
+        manager.resume(pieces)
+    manager.load_at(str(tmp_path), [piece for piece in pieces if piece.role == "master"])
+    assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [
+        "another function of the same weights: model.rope_base: checkpoint 10000, this run 500"
+    ]
 
 
 def test_a_config_of_another_version_is_refused_by_its_first_key(tmp_path: Path) -> None:
@@ -504,3 +523,19 @@ def test_a_hugging_face_folder_names_the_tool(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tools/convert\.py from-hf"):
         _manager(tmp_path, writable=False).open(str(tmp_path))
+
+
+def test_a_lease_is_given_back_when_the_others_are_lost_as_it_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = CheckpointManager(str(tmp_path), single_process_mesh())
+
+    def lost(*_: object) -> None:
+        assert holder(manager.storage) is not None
+        raise PeerLostError("rank 1 is gone")
+
+    monkeypatch.setattr(comm, "broadcast_object", lost)
+    with pytest.raises(PeerLostError):
+        hold(single_process_mesh(), [manager])
+    manager.release()
+    assert holder(manager.storage) is None

@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -531,6 +534,13 @@ def test_a_torch_that_cannot_receive_late_is_refused(monkeypatch: pytest.MonkeyP
         "newer; set it to True"
     ]
     assert problems(text.replace("tensor=2", "pipeline=dict(size=2)")) == []
+
+
+@pytest.mark.parametrize("found", [None, "2.12.0-internal", PackageNotFoundError("torch")])
+def test_a_torch_of_unknown_version_is_no_problem_of_the_config(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross, "version", Mock(side_effect=[found]))
+    text = GOOD.replace("num_layers=4", "num_layers=4, num_chunks=2")
+    assert problems(text.replace("tensor=2", "pipeline=dict(size=2, interleaved_overlap=False)")) == []
 
 
 def test_sequence_parallelism_splits_the_rows_evenly() -> None:

@@ -16,6 +16,8 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
+from internlm_lite.errors import ConfigError
+from internlm_lite.pipeline import schedules
 from internlm_lite.pipeline.schedules import new_schedule, schedule_class
 from internlm_lite.pipeline.split import home_of, stages_on
 
@@ -90,3 +92,10 @@ def test_messages_are_received_in_the_order_they_are_sent(
                     received[peer, rank].append((kind[-1], action.stage_index, action.microbatch_index))
         assert sent == received, micro_num
         assert sum(map(len, sent.values())) > 0
+
+
+def test_a_torch_that_cannot_receive_late_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedules, "ScheduleInterleaved1F1B", lambda stages, n_microbatches, loss_fn, scale_grads: None)
+    with pytest.raises(ConfigError, match=r"interleaved_overlap: found False with torch .*, expected torch 2\.13 or"):
+        built("interleaved", 2, 2, 4, early_receive=False)
+    assert built("interleaved", 2, 2, 4, early_receive=True) is None

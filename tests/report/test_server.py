@@ -310,7 +310,7 @@ def test_a_token_opens_the_page_once_and_a_cookie_from_then_on(job: Path) -> Non
 def test_what_is_refused_before_listening(job: Path) -> None:
     watch = Watch([job])
     try:
-        with pytest.raises(ConfigError, match=r"--bind 0.0.0.0: others can reach that address; add --token"):
+        with pytest.raises(ConfigError, match=r"--bind 0.0.0.0: others can reach that address; add --token-file FILE"):
             Dashboard(watch, 0, bind="0.0.0.0")
         with pytest.raises(ConfigError, match="expected at least 8 characters"):
             Dashboard(watch, 0, bind="0.0.0.0", token="short")

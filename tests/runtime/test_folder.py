@@ -174,6 +174,7 @@ def test_code_differs_where_a_file_does(tmp_path):
     (tmp_path / "a.py").write_text("one = 1\n")
     one = code_digest(tmp_path)
     (tmp_path / "a.txt").write_text("of no account")
+    (tmp_path / ".#a.py").symlink_to("somebody@host.123")
     assert code_digest(tmp_path) == one
     (tmp_path / "a.py").rename(tmp_path / "b.py")
     assert code_digest(tmp_path) != one

@@ -20,7 +20,8 @@ SEED_RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ([A-Z]+) (\w+\.p
 def restored():
     yield
     close_logging()
-    logger.propagate, logger.level = True, logging.NOTSET
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 def place(rank: int) -> Place:

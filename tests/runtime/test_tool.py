@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from internlm_lite.errors import CheckpointError, StorageError
-from internlm_lite.runtime.tool import run_tool
+from internlm_lite.runtime.tool import ToolConsole, run_tool
 
 
 def raising(error: BaseException):
@@ -25,6 +25,7 @@ def raising(error: BaseException):
         (CheckpointError("set ckpt.s3.insecure"), 2, "CheckpointError: set ckpt.s3.insecure"),
         (StorageError("full"), 6, "StorageError: full"),
         (PermissionError(13, "Permission denied", "/x"), 6, "StorageError: /x: Permission denied; mend it, or give"),
+        (OSError(28, "No space left on device"), 6, "StorageError: standard output, or a file that was"),
         (KeyboardInterrupt(), 130, "interrupted: half is there"),
     ],
 )
@@ -45,11 +46,28 @@ def test_a_defect_keeps_its_traceback(defect):
         run_tool(raising(defect))
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch, capsys):
+@pytest.mark.parametrize("show", [print, lambda line: ToolConsole().print(line)], ids=["print", "rich"])
+def test_a_reader_that_has_seen_enough_is_no_error(show, monkeypatch, capsys):
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as out:
         monkeypatch.setattr(sys, "stdout", out)
-        assert run_tool(lambda: print("a line") or 0) == 128 + signal.SIGPIPE
+        assert run_tool(lambda: show("a line") or 0) == 128 + signal.SIGPIPE
         print("what is still to be flushed")
     assert capsys.readouterr().err == ""
+
+
+def test_a_full_standard_output_is_one_line(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert run_tool(lambda: print("a line") or 0) == StorageError.exit_code
+        print("what is still to be flushed")
+    assert capsys.readouterr().err.startswith(
+        "StorageError: standard output, or a file that was being written: No space"
+    )
+
+
+@pytest.mark.parametrize("show", [print, lambda line: ToolConsole().print(line)], ids=["print", "rich"])
+def test_a_closed_standard_output_is_no_error(show, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run_tool(lambda: show("a line") or 0) == 0

@@ -257,7 +257,7 @@ def test_lines_in_a_pipe_are_not_wrapped(tmp_path, capsys):
     layout = "64 ranks dp=8 tp=4 pp=2 zero=8 replica=1"
     listed = next(iter(listing.list_checkpoints(LocalStorage(folder), deep=False)))
     sizes = {"world": 64, "dp": 8, "tp": 4, "pp": 2, "zero": 8, "replica": 16}
-    ckpt.Console(width=ckpt._PIPE_COLUMNS).print(ckpt._table([dataclasses.replace(listed, layout=sizes)]))
+    ckpt.ToolConsole(width=ckpt._PIPE_COLUMNS).print(ckpt._table([dataclasses.replace(listed, layout=sizes)]))
     assert layout.rpartition(" ")[0] + " replica=16" in capsys.readouterr().out
 
 

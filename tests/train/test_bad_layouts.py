@@ -90,12 +90,14 @@ def test_a_config_that_is_wrong_on_one_machine_alone_is_told_there(tmp_path: Pat
     said = {}
     for rank, local in ((2, 0), (3, 1)):
         environment = {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": "2"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+        agent = tmp_path / f"{rank}.json"
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "TORCHELASTIC_ERROR_FILE": str(agent)}
         log = tmp_path / f"{rank}.log"
         process = cli.start("train.py", "--config", "config.py", folder=tmp_path, log=log, environment=environment)
         ended = cli.ended(process, log, timeout_seconds=60)
         assert ended.code == 2, ended.output
         said[rank] = ended.output
+        assert "ConfigError: " in agent.read_text(), "torchrun's summary has it of every rank"
     assert said[2].startswith(f"rank 2 on {socket.gethostname()}: ConfigError: ") and said[3] == ""
 
 

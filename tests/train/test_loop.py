@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from internlm_lite.errors import NumericsError
+from internlm_lite.errors import CheckpointError, NumericsError
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.monitor.jsonl import read_objects
 from internlm_lite.optim.spikes import SpikeGuard
@@ -59,8 +59,11 @@ def test_a_spike_that_nothing_is_before_loses_no_save_and_no_evaluation(
     assert event["action"] == "its update was left out", "nothing was rolled back"
 
 
-def test_going_back_leads_to_the_checkpoint_that_was_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though the run that wrote it goes on writing."""
+@pytest.mark.parametrize("own_is_damaged", [False, True])
+def test_going_back_leads_to_the_checkpoint_that_was_loaded(
+    own_is_damaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the run that wrote it goes on writing; also where this run's own are all damaged."""
     mesh, theirs = single_process_mesh(), tmp_path / "theirs"
     run_training(mesh, tiny(None, ckpt=saving(theirs, checkpoint_every=4)), tmp_path / "first")
     newer = next((theirs / "commits").glob("*0000000008*"))
@@ -68,6 +71,13 @@ def test_going_back_leads_to_the_checkpoint_that_was_loaded(tmp_path: Path, monk
     config = tiny(None, ckpt=saving(tmp_path / "ours", load_ckpt_folder=f"local:{theirs}"), **ROLLBACK)
     run = build_run(config, mesh, tmp_path, "auto", terminal=False)
     hidden.rename(newer)
+    if own_is_damaged:
+        origin = run.saving._folders.origin()
+
+        def damaged(*_: object, **__: object) -> None:
+            raise CheckpointError("all damaged")
+
+        monkeypatch.setattr(origin, "resume", damaged)
     spikes_at(1, monkeypatch)
     assert loop.train(run, loop.StopSignals()).state.step == STEPS
     run.saving.close(wait=True)
@@ -76,12 +86,33 @@ def test_going_back_leads_to_the_checkpoint_that_was_loaded(tmp_path: Path, monk
     assert (back["step"], back["back_to"]) == (5, 4)
 
 
-def test_a_run_that_is_asked_to_stop_saves_before_it_evaluates(tmp_path: Path) -> None:
+def test_an_evaluation_that_is_owed_is_made_up_by_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first start fails in the last one, behind its save; the second makes it up, and a third does not."""
+    mesh, folder = single_process_mesh(), tmp_path / "run"
+    config = tiny(None, ckpt=saving(tmp_path / "saves"), data={"valid_every": 4})
+    with monkeypatch.context() as patch:
+        evaluate, done = loop.evaluate, iter((True, False))
+        patch.setattr(loop, "evaluate", lambda *parts: evaluate(*parts) if next(done) else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_training(mesh, config, folder)
+    assert told(folder, "checkpoint", "evaluation") == [("evaluation", 3), ("checkpoint", STEPS)]
+    for _ in range(2):
+        run_training(mesh, config, folder)
+        assert told(folder, "evaluation") == [("evaluation", 3), ("evaluation", STEPS - 1)]
+
+
+def test_a_run_that_is_asked_to_stop_leaves_its_evaluation_to_the_next_start(tmp_path: Path) -> None:
     (tmp_path / "stop").write_text("4")
     config = tiny(None, ckpt=saving(tmp_path / "saves", stop_file_path=str(tmp_path / "stop")), data={"valid_every": 4})
+    kinds = ("start", "checkpoint", "evaluation", "stopped")
     run_training(single_process_mesh(), config, tmp_path)
-    expected = [("checkpoint", 4), ("evaluation", 3), ("stopped", 4)]
-    assert told(tmp_path, "checkpoint", "evaluation", "stopped") == expected
+    first = [("start", 0), ("checkpoint", 4), ("stopped", 4)]
+    assert told(tmp_path, *kinds) == first
+    run_training(single_process_mesh(), config, tmp_path)
+    then = [("start", 4), ("evaluation", 3), ("checkpoint", STEPS), ("evaluation", STEPS - 1)]
+    assert told(tmp_path, *kinds) == first + then
 
 
 def test_a_flipped_bit_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -31,6 +32,13 @@ fork_context = multiprocessing.get_context("forkserver")
 fork_context.set_forkserver_preload(["torch", "torch.distributed", "internlm_lite.train.job"])
 
 
+@dataclass(frozen=True)
+class Leaves:
+    """Returned by a rank that is to end at once, as one does that fails: others wait for it."""
+
+    value: Any
+
+
 def _rank_main(pipe: Any, fn: Callable[..., Any], rank: int, size: int, layout: dict[str, int], file: str, args: tuple):
     torch.set_num_threads(1)
     code = 0
@@ -38,9 +46,12 @@ def _rank_main(pipe: Any, fn: Callable[..., Any], rank: int, size: int, layout: 
         if size > 1:
             dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size, timeout=TIMEOUT)
         mesh = build_mesh(sizes_of(size, **layout), rank, torch.device("cpu"), TIMEOUT)
+        value = fn(mesh, *args)
+        leaves = isinstance(value, Leaves)
         # Plain pickle copies tensors into the message; the pipe's own would share memory of a process about to end.
-        pipe.send_bytes(pickle.dumps(("ok", fn(mesh, *args))))
-        pipe.poll(None)  # until the test has all answers and closes its end, or has died
+        pipe.send_bytes(pickle.dumps(("ok", value.value if leaves else value)))
+        if not leaves:
+            pipe.poll(None)  # until the test has all answers and closes its end, or has died
     except BaseException:
         code = 1
         pipe.send_bytes(pickle.dumps(("error", traceback.format_exc())))

@@ -15,7 +15,7 @@ from internlm_lite.errors import DataError, InternLMError
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.pipeline.engine import OneRank, Pipeline, Shape
 from internlm_lite.pipeline.split import stages_on
-from tests.world import run_world
+from tests.world import Leaves, run_world
 
 WIDTH, ROWS = 4, 3
 SCHEDULES = {"1f1b": 1, "interleaved": 2, "zbv": 2}
@@ -121,7 +121,7 @@ def test_the_gradients_of_one_process(size: int) -> None:
         assert losses == [(micro, pytest.approx(loss)) for micro, loss in whole.losses], key
 
 
-def failing(mesh: Mesh, schedule: str, evaluation: bool) -> tuple[str, str]:
+def failing(mesh: Mesh, schedule: str, evaluation: bool) -> tuple[str, str] | Leaves:
     """Stage 1 finds something wrong in micro-batch 1."""
 
     def before(stage: int, micro: int) -> None:
@@ -133,7 +133,7 @@ def failing(mesh: Mesh, schedule: str, evaluation: bool) -> tuple[str, str]:
     try:
         (engine.evaluate if evaluation else engine.train)(task, 4)
     except InternLMError as error:
-        return type(error).__name__, str(error)
+        return Leaves((type(error).__name__, str(error)))
     return "nothing", ""
 
 
@@ -149,7 +149,7 @@ def test_an_error_of_ours_surfaces_as_itself(schedule: str, evaluation: bool) ->
     assert name == "nothing" or message.startswith("rank 0 lost a peer of its pp group (ranks [0, 1]): "), message
 
 
-def broken(mesh: Mesh) -> str:
+def broken(mesh: Mesh) -> str | Leaves:
     """A mistake of the program itself in stage 1: no user error."""
 
     def before(stage: int, micro: int) -> None:
@@ -160,7 +160,7 @@ def broken(mesh: Mesh) -> str:
     try:
         pipeline(mesh, "interleaved", task.layers).train(task, 4)
     except Exception as error:
-        return type(error).__name__
+        return Leaves(type(error).__name__)
     return "nothing"
 
 

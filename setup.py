@@ -33,7 +33,7 @@ setup(
     # The scripts in tools/ are installed as internlm_lite_tools, so that `internlm-lite NAME` finds them anywhere.
     packages=[*find_packages(include=["internlm_lite", "internlm_lite.*"]), "internlm_lite_tools"],
     package_dir={"internlm_lite_tools": "tools"},
-    package_data={"internlm_lite.report": ["assets/*", "assets/app/*"]},
+    package_data={"internlm_lite.apps.report": ["assets/*", "assets/app/*"]},
     entry_points={"console_scripts": ["internlm-lite = internlm_lite_tools.cli:main"]},
     install_requires=[
         "torch>=2.11",

@@ -43,6 +43,10 @@ class CheckpointError(InternLMError):
     exit_code = 2
 
 
+class DamagedError(CheckpointError):
+    """The bytes of this checkpoint are not those that were saved; an older checkpoint may be good."""
+
+
 class StorageError(InternLMError):
     """Storage refused or lost bytes: full, read-only, unreachable."""
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from internlm_lite.apps.report.run import RunReader
 from internlm_lite.monitor.jsonl import read_objects
-from internlm_lite.report.run import RunReader
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

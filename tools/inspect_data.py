@@ -1,71 +1,12 @@
-"""Show what the batches of a config look like, without building a model.
+#!/usr/bin/env python3
+"""`internlm-lite inspect-data` from a checkout: see internlm_lite/cli/inspect_data.py."""
 
-    python tools/inspect_data.py --config my_config.py --steps 5
-    python tools/inspect_data.py --config my_config.py --show 200 data.seq_len=512
-
---json prints one object a step: step, tokens (labels learnt over all data-parallel ranks), num_samples_in_batch,
-largest_length, largest_batch, smallest_batch (of rank 0). Without it: tables for a terminal.
-"""
-
-from __future__ import annotations
-
-import argparse
-import dataclasses
-import json
 import sys
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from internlm_lite.config.load import load_config
-from internlm_lite.data.loader import open_training_data
-from internlm_lite.data.tokenizer import Tokenizer
-from internlm_lite.data.view import overview, sample, walk_steps
-from internlm_lite.runtime.tool import ToolConsole, run_tool
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="inspect_data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--config", type=Path, required=True, help="config file")
-    parser.add_argument("--dp", type=int, default=1, metavar="N", help="data-parallel ranks (1)")
-    parser.add_argument("--steps", type=int, default=6, metavar="K", help="steps to walk through (6)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a step instead of tables")
-    parser.add_argument("--show", type=int, default=0, metavar="PIECES", help="print the first pieces of the first row")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config")
-    arguments = parser.parse_intermixed_args(argv)
-    for name, least in (("dp", 1), ("steps", 1), ("show", 0)):
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name} {getattr(arguments, name)}: expected at least {least}")
-    return arguments
-
-
-def work(arguments: argparse.Namespace) -> int:
-    """Exit code."""
-    config = load_config(arguments.config, arguments.overrides).config
-    data = open_training_data(config.data, config.model.vocab_size, 0, arguments.dp, config.seed)
-    steps = walk_steps(data, arguments.steps)
-    if arguments.json:
-        for step in steps:
-            print(json.dumps(dataclasses.asdict(step.figures)), flush=True)
-        return 0
-    walked = list(steps)
-    console = ToolConsole()
-    console.print(overview(data, walked))
-    if arguments.show:
-        tokenizer = None if config.data.tokenizer is None else Tokenizer(Path(config.data.tokenizer))
-        console.print(sample(walked[0].batches[0], data.folders, tokenizer, arguments.show))
-    return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 bad config or data, 130 interrupted."""
-    arguments = parse_arguments(argv)
-    return run_tool(partial(work, arguments))
-
+from internlm_lite.cli.inspect_data import main
 
 if __name__ == "__main__":
     sys.exit(main())

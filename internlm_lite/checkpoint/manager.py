@@ -14,19 +14,18 @@ from typing import Any
 
 import torch
 
-from internlm_lite.checkpoint import find
-from internlm_lite.checkpoint.agree import on_all, on_main
-from internlm_lite.checkpoint.backends import open_storage
-from internlm_lite.checkpoint.find import Found
-from internlm_lite.checkpoint.format import Kind
-from internlm_lite.checkpoint.lease import Lease, acquire
-from internlm_lite.checkpoint.loader import Check, Loader, Restored
-from internlm_lite.checkpoint.saver import Saver
-from internlm_lite.checkpoint.storage import Storage, UnreadableError
-from internlm_lite.checkpoint.target import Target
-from internlm_lite.checkpoint.tensorfile import DamagedError
+from internlm_lite.checkpoint.format import catalog
+from internlm_lite.checkpoint.format.catalog import Found
+from internlm_lite.checkpoint.format.manifest import Kind
+from internlm_lite.checkpoint.load.loader import Check, Loader, Restored
+from internlm_lite.checkpoint.save.saver import Saver
+from internlm_lite.checkpoint.save.target import Target
+from internlm_lite.checkpoint.storage.base import Storage, UnreadableError
+from internlm_lite.checkpoint.storage.open import open_storage
+from internlm_lite.checkpoint.storage.run_lock import Lease, acquire
 from internlm_lite.config.schema import S3Config
-from internlm_lite.errors import CheckpointError, ConfigError, StorageError
+from internlm_lite.errors import CheckpointError, ConfigError, DamagedError, StorageError
+from internlm_lite.mesh.consensus import on_all, on_main
 from internlm_lite.mesh.layout import Piece
 from internlm_lite.mesh.mesh import Mesh
 
@@ -98,7 +97,7 @@ class CheckpointManager(Loader):
 
         Raises CheckpointError when there are only damaged ones: a folder with checkpoints is never taken for empty.
         """
-        return self._agree_on(self.storage, lambda: find.newest(self.storage, self._bad, accept=accept))
+        return self._agree_on(self.storage, lambda: catalog.newest(self.storage, self._bad, accept=accept))
 
     def resume_beside(self, other: CheckpointManager) -> None:
         """`resume` takes the newest of both folders, which share their `saver`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from internlm_lite.checkpoint.loader import Loader
+from internlm_lite.checkpoint.load.loader import Loader
 from internlm_lite.config.schema import Config, S3Config
 from internlm_lite.layers.flash import choose_backend
 from internlm_lite.mesh.layout import Parameter, Piece

@@ -13,8 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from internlm_lite.checkpoint.agree import on_main
-from internlm_lite.checkpoint.lease import LEASE_SECONDS
+from internlm_lite.checkpoint.storage.run_lock import LEASE_SECONDS
 from internlm_lite.config.load import LoadedConfig
 from internlm_lite.config.schema import Config
 from internlm_lite.config.view import masked, origin_rows
@@ -24,6 +23,7 @@ from internlm_lite.faults.failure import clear_failures, read_failures
 from internlm_lite.faults.signals import StopSignals
 from internlm_lite.faults.watchdog import Watchdog
 from internlm_lite.mesh import comm
+from internlm_lite.mesh.consensus import on_main
 from internlm_lite.mesh.mesh import Mesh, build_mesh, sizes_of
 from internlm_lite.monitor.jsonl import EventsFile, has_ended, next_segment
 from internlm_lite.monitor.packages import check_packages

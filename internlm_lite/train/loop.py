@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from internlm_lite.checkpoint.agree import on_main
 from internlm_lite.faults.signals import StopSignals
+from internlm_lite.mesh.consensus import on_main
 from internlm_lite.monitor.jsonl import is_evaluated
 from internlm_lite.optim.replicas import check_replicas
 from internlm_lite.train.build import Run

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from internlm_lite.checkpoint import find
-from internlm_lite.checkpoint.agree import on_main
+from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.manager import CheckpointManager, hold
-from internlm_lite.checkpoint.saver import Saver
-from internlm_lite.checkpoint.storage import Storage
+from internlm_lite.checkpoint.save.saver import Saver
+from internlm_lite.checkpoint.storage.base import Storage
 from internlm_lite.config.folders import spelt_out
 from internlm_lite.config.schema import CkptConfig, Config
 from internlm_lite.config.view import masked, resolved
 from internlm_lite.errors import CheckpointError, ConfigError
+from internlm_lite.mesh.consensus import on_main
 from internlm_lite.mesh.mesh import Mesh
 
 TIMEOUT_SECONDS = 600.0
@@ -89,9 +89,9 @@ class SaveFolders:
 
     def _check_whose(self, snapshots: Storage) -> None:
         """Not collective. Where their own folder is another one as well, they were moved here together."""
-        for name in find.committed(snapshots):
+        for name in catalog.committed(snapshots):
             with suppress(CheckpointError):  # told when it is loaded
-                theirs = find.inspect(snapshots, name).manifest.config.get("ckpt", {})
+                theirs = catalog.inspect(snapshots, name).manifest.config.get("ckpt", {})
                 if _same(theirs, self._ckpt, _PLACES[1]) and not _same(theirs, self._ckpt, _PLACES[0]):
                     raise ConfigError(
                         f"ckpt.snapshot_ckpt_folder={self._ckpt.snapshot_ckpt_folder} holds snapshots of the run that "
@@ -119,10 +119,10 @@ class SaveFolders:
         run that wrote it may be alive.
         """
         storages = [manager.storage for manager in (self.milestones, self.snapshots) if manager is not None]
-        named = [(name, storage) for storage in storages for name in find.committed(storage)]
+        named = [(name, storage) for storage in storages for name in catalog.committed(storage)]
         for name, storage in sorted(named, key=lambda one: one[0], reverse=True):
             try:
-                manifest = find.inspect(storage, name).manifest
+                manifest = catalog.inspect(storage, name).manifest
             except CheckpointError:  # told when it is loaded
                 continue
             theirs = manifest.config.get("ckpt", {})

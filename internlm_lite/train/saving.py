@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from internlm_lite.checkpoint.find import Found
-from internlm_lite.checkpoint.format import Kind, Manifest
-from internlm_lite.checkpoint.loader import Loader, Restored
-from internlm_lite.checkpoint.write import Saved
+from internlm_lite.checkpoint.format.catalog import Found
+from internlm_lite.checkpoint.format.manifest import Kind, Manifest
+from internlm_lite.checkpoint.load.loader import Loader, Restored
+from internlm_lite.checkpoint.save.write_job import Saved
 from internlm_lite.config.schema import CkptConfig, Config
 from internlm_lite.errors import CheckpointError, InternLMError, StorageError
 from internlm_lite.mesh.layout import Piece

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from internlm_lite.apps.report.writer import ReportWriter
 from internlm_lite.config.schema import Config
 from internlm_lite.monitor.console import Console
 from internlm_lite.monitor.disk import written_folders
@@ -12,7 +13,6 @@ from internlm_lite.monitor.packages import writes_tensorboard
 from internlm_lite.monitor.record import Sink
 from internlm_lite.monitor.sinks import FanOut, run_files
 from internlm_lite.monitor.watch import Watch
-from internlm_lite.report.writer import ReportWriter
 
 
 def open_sinks(folder: Path, config: Config, done: int, terminal: bool) -> FanOut:

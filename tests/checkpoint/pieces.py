@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from internlm_lite.checkpoint.boxes import Region, volume
+from internlm_lite.checkpoint.format.boxes import Region, volume
 from internlm_lite.mesh.layout import Box, Piece
 
 ROLES = ("master", "exp_avg", "exp_avg_sq")

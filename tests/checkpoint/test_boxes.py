@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internlm_lite.checkpoint.boxes import Region, overlaps, slabs, tiling_problems, volume
+from internlm_lite.checkpoint.format.boxes import Region, overlaps, slabs, tiling_problems, volume
 from tests.checkpoint.pieces import region_of
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from internlm_lite.checkpoint.load import Reader
-from internlm_lite.checkpoint.loader import Restored
+from internlm_lite.checkpoint.admin.verify import damages_in
+from internlm_lite.checkpoint.format.tensor_file import BLOCK_BYTES, parse_header
+from internlm_lite.checkpoint.load.loader import Restored
+from internlm_lite.checkpoint.load.reader import Reader
 from internlm_lite.checkpoint.manager import CheckpointManager
-from internlm_lite.checkpoint.tensorfile import BLOCK_BYTES, DamagedError, parse_header
-from internlm_lite.checkpoint.verify import damages_in
-from internlm_lite.errors import CheckpointError
+from internlm_lite.errors import CheckpointError, DamagedError
 from internlm_lite.mesh.layout import Piece
 from internlm_lite.mesh.mesh import single_process_mesh
 from tests.checkpoint.pieces import assert_true_values, pieces_of
@@ -164,7 +164,7 @@ def test_damages_lists_every_damaged_thing(tmp_path: Path, names: list[str]) -> 
 
 def test_a_resealed_lie_is_found(tmp_path: Path, names: list[str]) -> None:
     """A manifest whose seal fits but whose pieces leave a gap or point elsewhere is refused all the same."""
-    from internlm_lite.checkpoint.format import Manifest, seal, unseal
+    from internlm_lite.checkpoint.format.manifest import Manifest, seal, unseal
 
     copy = tmp_path / "copy"
     (tmp_path / "data" / names[1]).rename(copy)

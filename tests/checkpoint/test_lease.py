@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from internlm_lite.checkpoint import lease as lease_module
-from internlm_lite.checkpoint.lease import KEY, LEASE_SECONDS, SETTLE_SECONDS, Lease, _world, acquire, holder
-from internlm_lite.checkpoint.local import LocalStorage
 from internlm_lite.checkpoint.manager import CheckpointManager, hold
+from internlm_lite.checkpoint.storage import run_lock as lease_module
+from internlm_lite.checkpoint.storage.local import LocalStorage
+from internlm_lite.checkpoint.storage.run_lock import KEY, LEASE_SECONDS, SETTLE_SECONDS, Lease, _world, acquire, holder
 from internlm_lite.errors import StorageError
 from internlm_lite.mesh.mesh import single_process_mesh
 

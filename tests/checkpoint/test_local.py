@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from internlm_lite.checkpoint.backends import open_storage
-from internlm_lite.checkpoint.local import LocalStorage
-from internlm_lite.checkpoint.storage import UnreadableError
+from internlm_lite.checkpoint.storage.base import UnreadableError
+from internlm_lite.checkpoint.storage.local import LocalStorage
+from internlm_lite.checkpoint.storage.open import open_storage
 from internlm_lite.errors import ConfigError, StorageError
 
 

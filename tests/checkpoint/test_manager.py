@@ -16,11 +16,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from internlm_lite.checkpoint import commit, find
-from internlm_lite.checkpoint.lease import holder
-from internlm_lite.checkpoint.local import LocalStorage
+from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.manager import CheckpointManager, hold
-from internlm_lite.checkpoint.saver import Saver
+from internlm_lite.checkpoint.save import commit
+from internlm_lite.checkpoint.save.saver import Saver
+from internlm_lite.checkpoint.storage.local import LocalStorage
+from internlm_lite.checkpoint.storage.run_lock import holder
 from internlm_lite.errors import CheckpointError, ConfigError, PeerLostError, StorageError
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.layout import Piece
@@ -411,7 +412,7 @@ def test_what_a_crash_left_is_removed_when_it_is_old(tmp_path: Path, caplog: pyt
     with caplog.at_level(logging.WARNING):
         assert _manager(tmp_path).latest() is None
     assert "no committed checkpoint; unfinished saves" in caplog.text and old in caplog.text
-    past = time.time() - find.ORPHAN_SECONDS - 10
+    past = time.time() - catalog.ORPHAN_SECONDS - 10
     for path in (tmp_path / "data" / old).iterdir():
         os.utime(path, (past, past))
     last = _save(_manager(tmp_path), 4)
@@ -419,8 +420,8 @@ def test_what_a_crash_left_is_removed_when_it_is_old(tmp_path: Path, caplog: pyt
 
 
 def test_a_missing_vote_names_its_rank(tmp_path: Path) -> None:
-    from internlm_lite.checkpoint.commit import await_votes
-    from internlm_lite.checkpoint.format import Name
+    from internlm_lite.checkpoint.format.manifest import Name
+    from internlm_lite.checkpoint.save.commit import await_votes
 
     name = Name(1, 5, "abcdef")
     storage = LocalStorage(tmp_path)
@@ -442,9 +443,9 @@ def test_a_checkpoint_that_is_committed_stays_when_what_follows_fails(
         first = _save(manager, 1, "final")
     assert "was not read back: the medium failed" in caplog.text
     with monkeypatch.context() as patch:
-        patch.setattr(find, "FORMAT", 2)  # what was saved so far is of another version
+        patch.setattr(catalog, "FORMAT", 2)  # what was saved so far is of another version
         manager._target._sweep_at = 0
-        patch.setattr(find, "sweep", away)
+        patch.setattr(catalog, "sweep", away)
         patch.setattr(commit, "FORMAT", 2)
         names = [_save(manager, step, "snapshot") for step in (2, 3, 4)]
     assert "removing old checkpoints failed: the medium failed" in caplog.text
@@ -478,12 +479,12 @@ def test_leftovers_that_were_young_go_when_they_are_old(tmp_path: Path) -> None:
     os.unlink(tmp_path / f"commits/{left}.json")
     manager = _manager(tmp_path)
     first = _save(manager, 2)
-    past = time.time() - find.ORPHAN_SECONDS - 10
+    past = time.time() - catalog.ORPHAN_SECONDS - 10
     for path in (tmp_path / "data" / left).iterdir():
         os.utime(path, (past, past))
     second = _save(manager, 3)
     assert sorted(os.listdir(tmp_path / "data")) == sorted([left, first, second]), "looked for now and then only"
-    manager._target._sweep_at -= find.ORPHAN_SECONDS
+    manager._target._sweep_at -= catalog.ORPHAN_SECONDS
     assert sorted([first, second, _save(manager, 4, "milestone")]) == sorted(os.listdir(tmp_path / "data"))
 
 

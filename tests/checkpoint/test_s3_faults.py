@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import ClientError
 
-from internlm_lite.checkpoint import s3client
-from internlm_lite.checkpoint.s3 import S3Storage
-from internlm_lite.checkpoint.s3calls import diagnose
+from internlm_lite.checkpoint.storage import s3_client as s3client
+from internlm_lite.checkpoint.storage.s3 import S3Storage
+from internlm_lite.checkpoint.storage.s3_retry import diagnose
 from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import StorageError
 from tests.checkpoint.test_s3 import PART, open_s3

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from internlm_lite.checkpoint import find
-from internlm_lite.checkpoint.lease import Lease
+from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.manager import CheckpointManager, hold
-from internlm_lite.checkpoint.s3 import S3Storage
-from internlm_lite.checkpoint.saver import Saver
+from internlm_lite.checkpoint.save.saver import Saver
+from internlm_lite.checkpoint.storage.run_lock import Lease
+from internlm_lite.checkpoint.storage.s3 import S3Storage
 from internlm_lite.config.s3path import parse_s3
 from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import CheckpointError, StorageError
@@ -190,7 +190,7 @@ def test_a_crash_at_any_change_leaves_the_old_or_the_new_checkpoint(s3_folder: s
 
 WRITER = """
 import sys
-from internlm_lite.checkpoint.s3 import S3Storage
+from internlm_lite.checkpoint.storage.s3 import S3Storage
 from internlm_lite.config.s3path import parse_s3
 from internlm_lite.config.schema import S3Config
 storage = S3Storage(parse_s3(sys.argv[1]), S3Config(insecure=True), part_bytes=5 * 1024 * 1024)
@@ -218,7 +218,7 @@ def test_a_writer_killed_in_the_middle_leaves_nothing_visible_and_is_swept(
     assert manager.storage.size(orphan) is None and orphan in _objects(s3_server, s3_folder)
     restored = _manager(s3_folder).resume(pieces_of(0, fill=False))
     assert restored is not None and restored.found.name == name
-    monkeypatch.setattr(find, "ORPHAN_SECONDS", -60.0)
+    monkeypatch.setattr(catalog, "ORPHAN_SECONDS", -60.0)
     _save(_manager(s3_folder), 8)
     assert orphan not in _objects(s3_server, s3_folder)
 

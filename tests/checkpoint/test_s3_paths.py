@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from internlm_lite.checkpoint.backends import open_storage
+from internlm_lite.checkpoint.storage.open import open_storage
 from internlm_lite.config.s3path import S3Path, parse_s3
 from internlm_lite.errors import ConfigError, MissingPackageError
 from internlm_lite.runtime.place import adopt_s3_keys
@@ -47,7 +47,7 @@ def test_bad_paths_are_refused_without_telling_passwords(text: str) -> None:
 
 
 def test_without_boto3_the_install_command_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = [name for name in sys.modules if name.startswith("internlm_lite.checkpoint.s3")]
+    ours = [name for name in sys.modules if name.startswith("internlm_lite.checkpoint.storage.s3")]
     for name in ours:
         monkeypatch.delitem(sys.modules, name)
     real = builtins.__import__

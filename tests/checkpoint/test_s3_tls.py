@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from internlm_lite.checkpoint.s3 import S3Storage
+from internlm_lite.checkpoint.storage.s3 import S3Storage
 from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import StorageError
 from tests.checkpoint.test_s3 import PART, open_s3

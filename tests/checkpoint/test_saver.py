@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from internlm_lite.checkpoint import commit, write
-from internlm_lite.checkpoint import saver as saver_module
-from internlm_lite.checkpoint import staging as staging_module
-from internlm_lite.checkpoint.format import Name
-from internlm_lite.checkpoint.local import LocalStorage
+from internlm_lite.checkpoint.format.manifest import Name
 from internlm_lite.checkpoint.manager import CheckpointManager
-from internlm_lite.checkpoint.saver import Saved, Saver
-from internlm_lite.checkpoint.staging import Staging
+from internlm_lite.checkpoint.save import commit
+from internlm_lite.checkpoint.save import saver as saver_module
+from internlm_lite.checkpoint.save import staging as staging_module
+from internlm_lite.checkpoint.save import write_job as write
+from internlm_lite.checkpoint.save.saver import Saved, Saver
+from internlm_lite.checkpoint.save.staging import Staging
+from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.errors import StorageError
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from tests.checkpoint.pieces import assert_true_values, pieces_of

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internlm_lite.checkpoint.boxes import Region, tiling_problems, volume
-from internlm_lite.checkpoint.share import describe, share_out
+from internlm_lite.checkpoint.format.boxes import Region, tiling_problems, volume
+from internlm_lite.checkpoint.save.plan import describe, share_out
 from internlm_lite.errors import CheckpointError
 from internlm_lite.mesh.layout import Piece
 from tests.checkpoint.pieces import MODEL, ROLES, pieces_of, whole

@@ -13,9 +13,9 @@ import safetensors
 import safetensors.torch
 import torch
 
-from internlm_lite.checkpoint.local import LocalStorage
-from internlm_lite.checkpoint.tensorfile import BLOCK_BYTES, DTYPES, DamagedError, TensorFile, parse_header, read_header
-from internlm_lite.errors import CheckpointError
+from internlm_lite.checkpoint.format.tensor_file import BLOCK_BYTES, DTYPES, TensorFile, parse_header, read_header
+from internlm_lite.checkpoint.storage.local import LocalStorage
+from internlm_lite.errors import CheckpointError, DamagedError
 
 
 def _tensors() -> dict[str, torch.Tensor]:

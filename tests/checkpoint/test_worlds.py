@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from internlm_lite.checkpoint.agree import on_all, on_main
-from internlm_lite.checkpoint.boxes import Region
-from internlm_lite.checkpoint.local import LocalStorage
+from internlm_lite.checkpoint.format.boxes import Region
 from internlm_lite.checkpoint.manager import CheckpointManager
+from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.errors import CheckpointError, InternLMError, StorageError
+from internlm_lite.mesh.consensus import on_all, on_main
 from internlm_lite.mesh.layout import Piece
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from tests.checkpoint.pieces import ROLES, assert_true_values, pieces_of

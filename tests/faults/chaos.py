@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from internlm_lite.checkpoint.find import committed
-from internlm_lite.checkpoint.local import LocalStorage
+from internlm_lite.checkpoint.format.catalog import committed
+from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.monitor.jsonl import read_objects
 from tests.faults.worlds import Job, arguments, damage, events_in, report, runs
 

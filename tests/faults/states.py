@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from internlm_lite.checkpoint.find import committed
-from internlm_lite.checkpoint.local import LocalStorage
+from internlm_lite.checkpoint.admin.verify import damages_of
+from internlm_lite.checkpoint.format.catalog import committed
 from internlm_lite.checkpoint.manager import CheckpointManager, hold
-from internlm_lite.checkpoint.verify import damages_of
+from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.mesh.layout import Piece
 from internlm_lite.mesh.mesh import single_process_mesh
 from tests.checkpoint.pieces import pieces_of

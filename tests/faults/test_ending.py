@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from internlm_lite.checkpoint.agree import _raise_same
 from internlm_lite.errors import CheckpointError, InternLMError, PeerLostError, StorageError
 from internlm_lite.faults.beats import Limits, Verdict
 from internlm_lite.faults.failure import Failure, read_failures, record
 from internlm_lite.faults.watchdog import Watchdog
+from internlm_lite.mesh.consensus import _raise_same
 from internlm_lite.runtime.place import Place
 from internlm_lite.train.ending import Ending
 

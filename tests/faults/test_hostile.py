@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from internlm_lite.checkpoint import find
-from internlm_lite.checkpoint.format import Commit, Manifest, Name, Vote, seal, unseal
-from internlm_lite.checkpoint.local import LocalStorage
+from internlm_lite.checkpoint.format import catalog
+from internlm_lite.checkpoint.format.manifest import Commit, Manifest, Name, Vote, seal, unseal
 from internlm_lite.checkpoint.manager import CheckpointManager
+from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.errors import CheckpointError, InternLMError, StorageError
 from internlm_lite.mesh.mesh import single_process_mesh
 from tests.checkpoint.pieces import pieces_of
@@ -218,7 +218,7 @@ def test_a_data_folder_that_is_a_link_is_refused_and_never_emptied(tmp_path: Pat
     name = Name.parse(names[1])
     assert name is not None
     with pytest.raises(StorageError, match="symbolic link"):
-        find.remove(LocalStorage(folder), name)
+        catalog.remove(LocalStorage(folder), name)
     assert len(os.listdir(aside)) == 3
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from internlm_lite.checkpoint.local import LocalStorage
 from internlm_lite.checkpoint.manager import CheckpointManager, hold
-from internlm_lite.checkpoint.saver import Saver
-from internlm_lite.checkpoint.storage import Entry
+from internlm_lite.checkpoint.save.saver import Saver
+from internlm_lite.checkpoint.storage.base import Entry
+from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh
 from tests.checkpoint.pieces import pieces_of

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from internlm_lite.checkpoint import commit, manager
-from internlm_lite.checkpoint.find import committed
-from internlm_lite.checkpoint.format import Name
-from internlm_lite.checkpoint.local import LocalStorage
-from internlm_lite.checkpoint.verify import damages_of
+from internlm_lite.checkpoint import manager
+from internlm_lite.checkpoint.admin.verify import damages_of
+from internlm_lite.checkpoint.format.catalog import committed
+from internlm_lite.checkpoint.format.manifest import Name
+from internlm_lite.checkpoint.save import commit
+from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.errors import CheckpointError
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.monitor.jsonl import read_objects

@@ -37,9 +37,9 @@ from typing import Any
 
 import pytest
 
-from internlm_lite.checkpoint.find import committed
-from internlm_lite.checkpoint.local import LocalStorage
-from internlm_lite.checkpoint.verify import damages_of
+from internlm_lite.checkpoint.admin.verify import damages_of
+from internlm_lite.checkpoint.format.catalog import committed
+from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.monitor.jsonl import read_objects
 from tests.faults.trouble import small_disk
 from tests.faults.worlds import (

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from internlm_lite.checkpoint.find import committed
-from internlm_lite.checkpoint.local import LocalStorage
-from internlm_lite.checkpoint.verify import damages_of
+from internlm_lite.checkpoint.admin.verify import damages_of
+from internlm_lite.checkpoint.format.catalog import committed
+from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.config.schema import Config
 from internlm_lite.faults.signals import StopSignals
 from internlm_lite.mesh.mesh import single_process_mesh

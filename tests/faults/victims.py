@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from internlm_lite.checkpoint import commit, find
-from internlm_lite.checkpoint.local import LocalStorage
+from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.manager import CheckpointManager, hold
-from internlm_lite.checkpoint.saver import Saver
-from internlm_lite.checkpoint.share import describe, share_out
+from internlm_lite.checkpoint.save import commit
+from internlm_lite.checkpoint.save.plan import describe, share_out
+from internlm_lite.checkpoint.save.saver import Saver
+from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.mesh.mesh import single_process_mesh
 from tests.faults.states import age, random_at, save_at, state_at
 
@@ -116,7 +117,7 @@ def two_ranks(folder: Path, ready: Ready) -> None:
 
 
 def _save_of_two(folder: Path, step: int) -> None:
-    storage, name = LocalStorage(folder), find.Name(step, step, f"{step:06x}")
+    storage, name = LocalStorage(folder), catalog.Name(step, step, f"{step:06x}")
     parts = [state_at(step, rank, ranks=2) for rank in (0, 1)]
     shares = share_out([[describe(piece) for piece in part] for part in parts])
     for rank in (1, 0):

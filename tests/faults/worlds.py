@@ -15,9 +15,9 @@ from typing import Any
 
 from safetensors import safe_open
 
-from internlm_lite.checkpoint.find import committed, inspect
-from internlm_lite.checkpoint.format import Name
-from internlm_lite.checkpoint.local import LocalStorage
+from internlm_lite.checkpoint.format.catalog import committed, inspect
+from internlm_lite.checkpoint.format.manifest import Name
+from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.monitor.jsonl import read_objects
 from tests import cli
 from tests.ports import free_port

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from internlm_lite.apps.planner.sbatch import SlurmJob, nodes_of, sbatch_text, time_seconds
+from internlm_lite.cli import slurm as tool
 from internlm_lite.errors import ConfigError, MeshError
-from internlm_lite.planner.sbatch import SlurmJob, nodes_of, sbatch_text, time_seconds
 from tests.cli import ROOT
 from tests.launch.test_slurm import await_line, texts
 from tests.slurmlab import SlurmLab
-from tools import slurm as tool
 
 JOB = SlurmJob(
     name="a",

@@ -11,18 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from internlm_lite.checkpoint import find, listing, verify
-from internlm_lite.checkpoint.find import committed
-from internlm_lite.checkpoint.format import Name
-from internlm_lite.checkpoint.lease import Lease
-from internlm_lite.checkpoint.local import LocalStorage
+from internlm_lite.checkpoint.admin import listing, verify
+from internlm_lite.checkpoint.format import catalog
+from internlm_lite.checkpoint.format.catalog import committed
+from internlm_lite.checkpoint.format.manifest import Name
+from internlm_lite.checkpoint.format.tensor_file import BLOCK_BYTES, parse_header
 from internlm_lite.checkpoint.manager import CheckpointManager
-from internlm_lite.checkpoint.tensorfile import BLOCK_BYTES, parse_header
+from internlm_lite.checkpoint.storage.local import LocalStorage
+from internlm_lite.checkpoint.storage.run_lock import Lease
+from internlm_lite.cli import ckpt
 from internlm_lite.errors import StorageError
 from internlm_lite.mesh.layout import Piece
 from internlm_lite.mesh.mesh import single_process_mesh
 from tests.checkpoint.pieces import pieces_of
-from tools import ckpt
 
 
 def save(folder: Path, step: int, kind: str = "milestone") -> Name:
@@ -235,11 +236,11 @@ def test_prune_of_the_outer_folder_only(folder, capsys):
 
 def test_what_a_run_removes_meanwhile_is_not_damaged(folder, capsys, monkeypatch):
     gone = names(folder)[1]
-    original = find.inspect
+    original = catalog.inspect
 
     def late(storage, name, *rest):
         if name == gone and storage.name == f"local:{folder}":
-            find.remove(storage, name)
+            catalog.remove(storage, name)
         return original(storage, name, *rest)
 
     monkeypatch.setattr(verify, "inspect", late)

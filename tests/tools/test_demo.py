@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from internlm_lite.cli import demo
 from internlm_lite.config.load import load_config
-from tools import demo
 
 
 def test_a_stage_is_current_until_what_it_depends_on_changes(tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from internlm_lite.cli import generate
 from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import StorageError
 from internlm_lite.generate import load
-from tools import generate
 
 
 def test_settings_of_s3_reach_the_storage(monkeypatch, capsys):

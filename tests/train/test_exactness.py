@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from internlm_lite.checkpoint.format import Manifest, unseal
-from internlm_lite.checkpoint.saver import Saver
+from internlm_lite.checkpoint.format.manifest import Manifest, unseal
+from internlm_lite.checkpoint.save.saver import Saver
 from internlm_lite.monitor.jsonl import read_objects
 from internlm_lite.train import loop
 from tests import cli

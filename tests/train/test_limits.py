@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from internlm_lite.checkpoint.lease import LEASE_SECONDS
+from internlm_lite.checkpoint.storage.run_lock import LEASE_SECONDS
 from internlm_lite.faults.beats import Beat, judge
 from internlm_lite.train.job import TAKING, limits_of
 

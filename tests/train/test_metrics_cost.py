@@ -13,8 +13,8 @@ import torch
 
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.train import loop
+from tests.apps.planner.counting import Calls, Key
 from tests.corpus import FOLDERS, write_corpus
-from tests.planner.counting import Calls, Key
 from tests.train.runs import run_training, tiny
 from tests.world import run_world
 

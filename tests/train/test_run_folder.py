@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from internlm_lite.checkpoint.lease import Lease
-from internlm_lite.checkpoint.local import LocalStorage
+from internlm_lite.checkpoint.storage.local import LocalStorage
+from internlm_lite.checkpoint.storage.run_lock import Lease
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.monitor.jsonl import read_objects

@@ -1,0 +1,1 @@
+"""What looks at a run or plans it; nothing that trains imports it."""

@@ -1,0 +1,172 @@
+"""(h) What looking at a run costs: the same training with a line a step to every sink, and with none.
+
+Two answers. The ratio of alternating turns says what a user would notice; it cannot tell half a percent from noise. The
+share adds up what was spent: seconds of the training thread in the line, and CPU seconds of the threads behind it, as
+if nothing of theirs ran beside the step. Sums on the device are part of the ratio alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import statistics
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from internlm_lite.apps.bench.shapes import bench_config, random_batch
+from internlm_lite.apps.bench.timing import alternate
+from internlm_lite.batch import Batch
+from internlm_lite.layers.flash import choose_backend
+from internlm_lite.mesh.mesh import Mesh, single_process_mesh
+from internlm_lite.models.initialise import initialise
+from internlm_lite.models.stages import build_stages, units_of
+from internlm_lite.monitor.metrics import FolderMetrics
+from internlm_lite.optim.zero import HybridZeroOptimizer, StepOutcome
+from internlm_lite.runtime.device import device_name, torch_dtype
+from internlm_lite.runtime.log import FullFormatter
+from internlm_lite.train.build import build_engine
+from internlm_lite.train.reporter import Reporter
+from internlm_lite.train.sinks import open_sinks
+from internlm_lite.train.state import TrainState
+from internlm_lite.train.step import train_step
+
+FOLDERS = 33
+"""As many data folders as InternLM's demo run has."""
+TURN_STEPS = 5
+"""A thread may work off a line during the next step: with longer turns, that is counted to its own side."""
+
+
+@dataclass(frozen=True)
+class MetricsResult:
+    """Seconds of one step, and of what one line adds to it."""
+
+    shape: str
+    device: str
+    folders: int
+    quiet_seconds: float
+    told_seconds: float
+    ratio: float
+    """told / quiet"""
+    line_seconds: float
+    """Training thread: collect, read, hand to all sinks."""
+    thread_seconds: float
+    """CPU time of the sinks' threads for a line."""
+    share: float
+    """(line + thread) / quiet"""
+
+
+class _NoMetrics(FolderMetrics):
+    def add(self, *_: torch.Tensor) -> None:
+        """Nothing is summed."""
+
+
+def bench_metrics(device: torch.device, rounds: int, folder: Path, **shape: Any) -> MetricsResult:
+    """All sinks but wandb, into `folder`; the step line into a file of it."""
+    config = bench_config(**shape)
+    mesh = single_process_mesh(device)
+    reporter = Reporter(config, mesh, [f"folder-{n}" for n in range(FOLDERS)])
+    batch = _spread(random_batch(config, 1, device))
+    backend = choose_backend(
+        config.model.use_flash_attn, torch_dtype(config.model.dtype), device, config.model.head_dim
+    )
+    stages = build_stages(config, mesh, backend)
+    initialise(nn.ModuleList(stages.values()), 1)
+    optimizer = HybridZeroOptimizer(units_of(stages), config, mesh, torch_dtype(config.model.dtype))
+    engine = build_engine(config, mesh, stages)
+
+    def step(metrics: FolderMetrics) -> StepOutcome:
+        return train_step(stages, engine, optimizer, batch, 0, mesh, metrics, reporter.fwd_bwd)
+
+    log = _log_to(folder / "log")
+    reporter.open_sinks(lambda done: open_sinks(folder, config, done, terminal=False), 0)
+    lines = _Lines(reporter, batch, mesh)
+    nothing = _NoMetrics((), mesh)
+
+    def quiet() -> None:
+        for _ in range(TURN_STEPS):
+            step(nothing)
+
+    def told() -> None:
+        lines.start()
+        for _ in range(TURN_STEPS):
+            lines.write(step(reporter.metrics))
+
+    try:
+        told()  # so that every sink is open, and every package imported
+        reporter.fwd_bwd.take()
+        time.sleep(1.0)
+        lines.forget()
+        seconds = alternate({"quiet": quiet, "told": told}, rounds, device)
+        line_seconds, thread_seconds = lines.per_line()
+    finally:
+        reporter.close()
+        logging.getLogger("internlm_lite").removeHandler(log)
+        log.close()
+    quiet_seconds, told_seconds = seconds["quiet"] / TURN_STEPS, seconds["told"] / TURN_STEPS
+    return MetricsResult(
+        shape=", ".join(f"{key}={value}" for key, value in shape.items()),
+        device=device_name(device),
+        folders=FOLDERS,
+        quiet_seconds=quiet_seconds,
+        told_seconds=told_seconds,
+        ratio=told_seconds / quiet_seconds,
+        line_seconds=line_seconds,
+        thread_seconds=thread_seconds,
+        share=(line_seconds + thread_seconds) / quiet_seconds,
+    )
+
+
+class _Lines:
+    """Writes step lines, and sums what they take."""
+
+    def __init__(self, reporter: Reporter, batch: Batch, mesh: Mesh) -> None:
+        self._reporter, self._batch, self._mesh = reporter, batch, mesh
+        self._state = TrainState()
+        self.forget()
+
+    def start(self) -> None:
+        self._reporter.start(self._state)
+
+    def write(self, outcome: StepOutcome) -> None:
+        self._state = self._state.after(self._batch, 1)
+        if self._mesh.device.type == "cuda":
+            torch.cuda.synchronize(self._mesh.device)  # the wait for the step itself is not the line's
+        begin = time.perf_counter()
+        self._reporter.step_line(self._state, self._batch, outcome)
+        self._seconds.append(time.perf_counter() - begin)
+
+    def forget(self) -> None:
+        self._seconds: list[float] = []
+        self._thread_seconds = _thread_seconds()
+
+    def per_line(self) -> tuple[float, float]:
+        """Seconds of the training thread (median), and CPU seconds of the threads behind it (mean)."""
+        return statistics.median(self._seconds), (_thread_seconds() - self._thread_seconds) / len(self._seconds)
+
+
+def _thread_seconds() -> float:
+    """CPU time of all Python threads but this one."""
+    others = [thread.ident for thread in threading.enumerate() if thread is not threading.current_thread()]
+    return sum(time.clock_gettime(time.pthread_getcpuclockid(ident)) for ident in others if ident is not None)
+
+
+def _spread(batch: Batch) -> Batch:
+    """The same batch with its tokens dealt out over all folders."""
+    tokens = torch.arange(batch.folders.numel(), device=batch.folders.device, dtype=batch.folders.dtype)
+    return dataclasses.replace(batch, folders=(tokens % FOLDERS).view(batch.folders.shape))
+
+
+def _log_to(file: Path) -> logging.Handler:
+    logger = logging.getLogger("internlm_lite")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(FullFormatter())
+    logger.addHandler(handler)
+    return handler

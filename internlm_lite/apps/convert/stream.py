@@ -1,0 +1,68 @@
+"""Tensor files whose bytes are made while they are written: whatever a model's size, a few megabytes at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
+
+import torch
+
+from internlm_lite.apps.convert.names import Target
+from internlm_lite.checkpoint.format.tensor_file import BLOCK_BYTES, TensorFile
+from internlm_lite.errors import CheckpointError
+from internlm_lite.units import human_count
+
+_READ_BYTES = 2 * BLOCK_BYTES
+
+
+class Source(Protocol):
+    """Where rows come from."""
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start..stop of a tensor, on the host; the memory is valid until the next call."""
+
+
+class ConvertedFile(TensorFile):
+    """The targets, by key, cast to `dtype`. `done` is told the key of each tensor that was written.
+
+    Iterating raises CheckpointError naming a tensor that does not fit into `dtype`, and what the source raises.
+    """
+
+    def __init__(
+        self, targets: Mapping[str, Target], dtype: torch.dtype, source: Source, done: Callable[[str], object]
+    ) -> None:
+        super().__init__({key: torch.empty(t.shape, dtype=dtype, device="meta") for key, t in targets.items()})
+        self._targets, self._dtype, self._source, self._done = targets, dtype, source, done
+
+    def blocks_of(self, key: str, tensor: torch.Tensor) -> Iterator[bytes]:
+        block = bytearray()
+        for part in self._parts(self._targets[key]):
+            data = part.contiguous().view(-1).view(torch.uint8).numpy().data
+            done = 0
+            while done < len(data):
+                piece = data[done : done + BLOCK_BYTES - len(block)]
+                block += piece
+                done += len(piece)
+                if len(block) == BLOCK_BYTES:
+                    yield bytes(block)
+                    block.clear()
+        if block:
+            yield bytes(block)
+        self._done(key)
+
+    def _parts(self, target: Target) -> Iterator[torch.Tensor]:
+        row_bytes = torch.Size(target.shape[1:]).numel() * 4
+        step = max(1, _READ_BYTES // row_bytes)
+        for rows in target.rows:
+            for start in range(rows.start, rows.stop, step):
+                yield self._cast(self._source.read(rows.name, start, min(start + step, rows.stop)), target.name)
+
+    def _cast(self, rows: torch.Tensor, name: str) -> torch.Tensor:
+        made = rows.to(self._dtype)
+        if self._dtype != rows.dtype and not torch.isfinite(made).all():
+            lost = int((torch.isfinite(rows) & ~torch.isfinite(made)).sum())
+            if lost:
+                raise CheckpointError(
+                    f"{name}: {human_count(lost)} values are too large for {self._dtype}: choose --dtype bfloat16"
+                )
+        return made

@@ -1,0 +1,183 @@
+"""A checkpoint of ours as a folder that transformers reads. The folder appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from internlm_lite.apps.convert.files import INDEX, ONE_FILE
+from internlm_lite.apps.convert.names import Family, Target, targets_there
+from internlm_lite.apps.convert.shapes import to_hf
+from internlm_lite.apps.convert.stream import ConvertedFile
+from internlm_lite.apps.convert.tokenizers import CONFIG, MODEL, special_ids, tokenizer_config
+from internlm_lite.checkpoint.format import catalog
+from internlm_lite.checkpoint.format.catalog import Found
+from internlm_lite.checkpoint.format.tensor_file import DTYPES
+from internlm_lite.checkpoint.load.reader import Reader
+from internlm_lite.checkpoint.storage.local import LocalStorage
+from internlm_lite.checkpoint.storage.open import open_storage
+from internlm_lite.config.schema import Config, S3Config
+from internlm_lite.data.tokenizer import Tokenizer
+from internlm_lite.errors import CheckpointError, StorageError
+from internlm_lite.mesh.layout import Piece
+from internlm_lite.runtime.device import torch_dtype
+
+SHARD_BYTES = 5_000_000_000
+"""Largest file of weights; a tensor larger than this gets a file of its own."""
+_KEPT_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was made."""
+
+    files: tuple[str, ...]
+    """Files of weights."""
+    n_tensors: int
+    n_bytes: int
+
+
+class MasterRows:
+    """The fp32 masters of a checkpoint by rows; see `stream.Source`. Raises DamagedError with file and tensor."""
+
+    def __init__(self, found: Found) -> None:
+        self._reader = Reader(found)
+        for file in found.manifest.files:
+            self._reader.check_file(file)
+        self._entries = found.manifest.tensors.get("master", {})
+        sizes = [self._n_bytes(name) for name in self._entries]
+        # One buffer for all: freed ones of many sizes would stay with the process.
+        self._buffer = torch.empty(max((n for n in sizes if n <= _KEPT_BYTES), default=0), dtype=torch.uint8)
+        self._kept: tuple[str, torch.Tensor] | None = None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self._entries.items()}
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        if self._kept is not None and self._kept[0] == name:
+            return self._kept[1][start:stop]
+        entry, size = self._entries[name], self._n_bytes(name)
+        dtype = DTYPES[entry.dtype]
+        if size > _KEPT_BYTES:
+            return self._fill(name, torch.empty(stop - start, *entry.shape[1:], dtype=dtype), start)
+        # Rows are checked in blocks of megabytes: whole tensors of this size are read and checked once.
+        self._kept = None
+        self._kept = (name, self._fill(name, self._buffer[:size].view(dtype).view(entry.shape), 0))
+        return self._kept[1][start:stop]
+
+    def _n_bytes(self, name: str) -> int:
+        entry = self._entries[name]
+        return prod(entry.shape) * DTYPES[entry.dtype].itemsize
+
+    def _fill(self, name: str, rows: torch.Tensor, start: int) -> torch.Tensor:
+        """Rows of the tensor from `start` on."""
+        shape = self._entries[name].shape
+        box = ((start, start + len(rows)), *((0, n) for n in shape[1:]))
+        self._reader.fill(Piece(name, "master", shape, box, None, rows))
+        return rows
+
+
+def open_checkpoint(path: str, s3: S3Config | None = None) -> tuple[Found, Config, str]:
+    """The checkpoint at `path` (a save folder, or one checkpoint of it), its config, and the path of it alone.
+
+    Raises CheckpointError.
+    """
+    root, name = catalog.locate(path, s3)
+    found = catalog.open_at(open_storage(root, s3), name)
+    alone = f"{root.rstrip('/')}/{found.folder}" if found.folder else path
+    return found, found.config(), alone
+
+
+def write_hf(
+    found: Found,
+    config: Config,
+    out: Path,
+    *,
+    family: Family,
+    dtype: str,
+    tokenizer: Tokenizer | None,
+    shard_bytes: int = SHARD_BYTES,
+    done: Callable[[str], object] = lambda name: None,
+) -> Written:
+    """Write the folder `out`, which must not exist or be empty. `dtype`: "bfloat16".
+
+    Raises CheckpointError when the model has no such form, or its checkpoint is damaged; StorageError.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(f"{out} exists: choose a folder that does not exist, or is empty")
+    if out.resolve() == Path.cwd():  # a whole folder would take its place, and leave you in one that is gone
+        raise CheckpointError(f"{out}: this is the folder you are in; give the name of one to make")
+    hf_config = to_hf(config.model, family, config.data.seq_len, dtype)
+    targets = targets_there(config.model, family)
+    source = MasterRows(found)
+    compare_names(found.manifest_path, source.shapes, {rows.name for target in targets for rows in target.rows})
+    shards = split_shards(targets, torch_dtype(dtype).itemsize, shard_bytes)
+    documents: dict[str, Any] = {"config.json": hf_config}
+    if tokenizer is not None:
+        hf_config |= special_ids(tokenizer)
+        documents[CONFIG] = tokenizer_config(tokenizer, config.data.seq_len)
+    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        storage = LocalStorage(partial)
+        n_bytes = 0
+        for file, part in shards.items():
+            stream = ConvertedFile({target.name: target for target in part}, torch_dtype(dtype), source, done)
+            n_bytes += storage.put(file, stream)
+        if len(shards) > 1:
+            documents[INDEX] = _index(shards, torch_dtype(dtype).itemsize)
+        for file, value in documents.items():
+            storage.put(file, [json.dumps(value, indent=2).encode() + b"\n"])
+        if tokenizer is not None:
+            storage.put(MODEL, [tokenizer.path.read_bytes()])
+        os.rename(partial, out)
+    except OSError as error:
+        raise StorageError(f"cannot write {out}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Written(tuple(shards), len(targets), n_bytes)
+
+
+def split_shards(targets: Sequence[Target], itemsize: int, shard_bytes: int) -> dict[str, list[Target]]:
+    """File name -> its tensors, in their order, no file larger than `shard_bytes` unless one tensor is."""
+    parts: list[list[Target]] = []
+    room = 0
+    for target in targets:
+        size = target.numel * itemsize
+        if not parts or size > room:
+            parts.append([])
+            room = shard_bytes
+        parts[-1].append(target)
+        room -= size
+    if len(parts) == 1:
+        return {ONE_FILE: parts[0]}
+    return {f"model-{n:05d}-of-{len(parts):05d}.safetensors": part for n, part in enumerate(parts, 1)}
+
+
+def compare_names(where: str, have: dict[str, tuple[int, ...]], wanted: set[str]) -> None:
+    """Raises CheckpointError naming the tensors that are missing or unknown."""
+    lines = [f"missing: {name}" for name in sorted(wanted - have.keys())]
+    lines += [f"unknown: {name} {list(have[name])}" for name in sorted(have.keys() - wanted)]
+    if lines:
+        more = [f"... and {len(lines) - 12} more"] if len(lines) > 12 else []
+        raise CheckpointError(
+            f"{where}: the tensors are not those of the model its config describes:\n  "
+            + "\n  ".join(lines[:12] + more)
+        )
+
+
+def _index(shards: dict[str, list[Target]], itemsize: int) -> dict[str, Any]:
+    numel = sum(target.numel for part in shards.values() for target in part)
+    return {
+        "metadata": {"total_parameters": numel, "total_size": numel * itemsize},
+        "weight_map": {target.name: file for file, part in shards.items() for target in part},
+    }

@@ -1,0 +1,29 @@
+"""`train.py --dry-run`: the plan of a run on standard output, as tables or as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from internlm_lite.apps.planner.plan import make_plan
+from internlm_lite.apps.planner.report import Plan
+from internlm_lite.apps.planner.view import render
+from internlm_lite.config.schema import Config
+from internlm_lite.runtime.tool import ToolConsole, run_tool
+
+_WIDTH = 110
+"""Columns of the tables where standard output is no terminal."""
+
+
+def dry_run(config: Config, world_size: int, *, tflops: float | None, device: str, as_json: bool) -> int:
+    """Show the plan of a checked config; the exit code: 0, or that of the error the trainer would end with."""
+    return run_tool(lambda: _show(make_plan(config, world_size, tflops, device), as_json))
+
+
+def _show(plan: Plan, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(plan.to_json(), indent=2))
+    else:
+        on_terminal = sys.stdout is not None and sys.stdout.isatty()
+        ToolConsole(width=None if on_terminal else _WIDTH, highlight=False).print(render(plan))
+    return 0

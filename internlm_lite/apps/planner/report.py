@@ -1,0 +1,179 @@
+"""A finished plan, and its JSON. Bytes are bytes, times are seconds; keys stay as they are here.
+
+job, world_size      the run
+layout               {tp, pp, dp, zero, replica, schedule, stages, sequence_parallel, recomputed_layers, micro_num,
+                     micro_bsz, seq_len, dtype, attention}
+parameters_total     of the whole model
+ranks                in a world of up to 64 ranks each of them; beyond, one of each kind. Of each
+    rank, count      its number; so many ranks are like it, itself included (1 where each is listed)
+    tp, pp, dp, zero, replica    its places
+    layers           [first, behind the last] of each pipeline stage it holds
+    parameters       elements it holds
+    zero_elements    elements that it optimizes, without padding
+    bytes            {weights, gradients, optimizer, activations, buffers, workspace, update, peak}: see `RankBytes`
+    traffic_bytes    {tp, pp, zero, replica, ends, world}: bytes it sends in a step
+activations          {off, configured, all}: bytes by component on the rank with the most, when no layer, the
+                     configured layers, and every layer is recomputed in the backward pass
+traffic_bytes        {tp, pp, zero, replica, ends, world} of the rank that sends most, in a step
+flops_per_step       F of monitor/flops.py, all ranks together
+flops_per_token      F per token of the step
+tokens_per_step      of all data-parallel ranks
+steps_total          of the run
+tokens_total         of the run, with its ramp-up of the batch size
+bubble_fraction      idle share of the pipeline's ranks in a step, see planner/schedule.py
+tflops_per_gpu       as asked, or null
+seconds_per_step     at that speed, which is the `tflops` of the step line, all waiting included; or null
+days                 of the whole run at that speed, or null
+batches              the first steps: {step, tokens, num_samples_in_batch, largest_length, largest_batch,
+                     smallest_batch}, as the step line has them
+groups               {axis: {size, count, step, first}}: the ranks of a group are r, r + step, ... (`size` of them)
+                     for each r in `first`, which names the first rank of up to 64 groups
+notes                sentences
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from internlm_lite.apps.planner.memory import Terms
+from internlm_lite.data.view import StepFigures
+from internlm_lite.mesh.mesh import Sizes
+
+
+@dataclass(frozen=True)
+class RankBytes:
+    """Memory of one rank."""
+
+    weights: int
+    """In the model's dtype, padding of the buckets included, as in the next two."""
+    gradients: int
+    optimizer: int
+    """fp32 masters and both moments of the rank's shard."""
+    activations: int
+    """Kept for the backward passes of all micro-batches under way, at the fullest moment."""
+    buffers: int
+    """Receive buffers of the pipeline."""
+    workspace: int
+    """Estimate of what a single computation takes for itself: logits of a chunk, or one layer's backward pass."""
+    update: int
+    """fp32 gradients of the shard while the optimizer updates, when activations are gone."""
+
+    @property
+    def peak(self) -> int:
+        """The most at a time."""
+        lasting = self.weights + self.gradients + self.optimizer + self.buffers
+        return lasting + max(self.activations + self.workspace, self.update)
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """One rank, or `count` ranks like it."""
+
+    rank: int
+    count: int
+    tp: int
+    pp: int
+    dp: int
+    zero: int
+    replica: int
+    layers: tuple[tuple[int, int], ...]
+    parameters: int
+    zero_elements: int
+    bytes: RankBytes
+    traffic: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class GroupTable:
+    """The groups of one axis: `count` groups of `size` ranks, each an arithmetic progression."""
+
+    size: int
+    count: int
+    step: int
+    first: tuple[int, ...]
+    """First ranks of the first groups."""
+
+    def group(self, index: int) -> range:
+        """Ranks of group `index` of those in `first`."""
+        start = self.first[index]
+        return range(start, start + self.size * self.step, self.step)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See the module."""
+
+    job: str
+    sizes: Sizes
+    layout: Mapping[str, Any]
+    parameters_total: int
+    ranks: tuple[RankPlan, ...]
+    activations: Mapping[str, Terms]
+    flops_per_step: float
+    tokens_per_step: int
+    steps_total: int
+    tokens_total: int
+    bubble_fraction: float
+    tflops_per_gpu: float | None
+    batches: tuple[StepFigures, ...]
+    groups: Mapping[str, GroupTable]
+    notes: tuple[str, ...]
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        if self.tflops_per_gpu is None:
+            return None
+        return self.flops_per_step / (self.tflops_per_gpu * 1e12 * self.sizes.world)
+
+    @property
+    def days(self) -> float | None:
+        """Of the whole run."""
+        seconds = self.seconds_per_step
+        return None if seconds is None else seconds * self.tokens_total / self.tokens_per_step / 86_400
+
+    @property
+    def busiest(self) -> RankPlan:
+        """The rank that sends most."""
+        return max(self.ranks, key=lambda rank: sum(rank.traffic.values()))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "job": self.job,
+            "world_size": self.sizes.world,
+            "layout": dict(self.layout),
+            "parameters_total": self.parameters_total,
+            "ranks": [_rank_json(rank) for rank in self.ranks],
+            "activations": {name: dict(terms) for name, terms in self.activations.items()},
+            "traffic_bytes": dict(self.busiest.traffic),
+            "flops_per_step": _whole(self.flops_per_step),
+            "flops_per_token": self.flops_per_step / self.tokens_per_step,
+            "tokens_per_step": self.tokens_per_step,
+            "steps_total": self.steps_total,
+            "tokens_total": self.tokens_total,
+            "bubble_fraction": self.bubble_fraction,
+            "tflops_per_gpu": self.tflops_per_gpu,
+            "seconds_per_step": self.seconds_per_step,
+            "days": self.days,
+            "batches": [dataclasses.asdict(figures) for figures in self.batches],
+            "groups": {
+                axis: {"size": table.size, "count": table.count, "step": table.step, "first": list(table.first)}
+                for axis, table in self.groups.items()
+            },
+            "notes": list(self.notes),
+        }
+
+
+def _rank_json(rank: RankPlan) -> dict[str, Any]:
+    values = dataclasses.asdict(rank)
+    values["bytes"]["peak"] = rank.bytes.peak
+    values["layers"] = [list(borders) for borders in rank.layers]
+    values["traffic_bytes"] = values.pop("traffic")
+    return values
+
+
+def _whole(value: float) -> float | int:
+    """An integer where it is one, so that readers see all digits."""
+    return int(value) if value == int(value) else value

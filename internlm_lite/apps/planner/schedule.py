@@ -1,0 +1,152 @@
+"""The pipeline's order of work, played through: idle share of a step, and what is alive at the same time.
+
+The action lists are those of torch's schedules, as the trainer runs them. Played with these costs, communication free:
+
+    forward F    the stage's layers; on the last stage also three times the head, whose gradient is made at once
+    backward B   twice the layers, and once more those that are recomputed (forward : backward = 1 : 2)
+    zero bubble  B is cut into I, gradients of the input and recomputation, and W, gradients of the weights
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+
+from internlm_lite.apps.planner.holdings import StageShare
+from internlm_lite.config.schema import Config
+from internlm_lite.monitor.flops import block_flops, embedding_flops, head_flops
+from internlm_lite.pipeline.schedules import new_schedule
+from internlm_lite.pipeline.split import stages_on
+
+_LETTERS = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
+
+
+@dataclass(frozen=True)
+class Action:
+    """One computation of a rank."""
+
+    kind: str
+    """F, B, I or W."""
+    stage: int
+    micro: int
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """FLOPs per token, or any unit."""
+
+    forward: float
+    backward_input: float
+    backward_weight: float
+
+    def of(self, kind: str) -> float:
+        return {
+            "F": self.forward,
+            "B": self.backward_input + self.backward_weight,
+            "I": self.backward_input,
+            "W": self.backward_weight,
+        }[kind]
+
+
+def actions_of(schedule: str, size: int, chunks: int, micro_num: int) -> list[list[Action]]:
+    """What each of `size` pipeline ranks computes, in order; without a pipeline, forward and backward in turns."""
+    if size == 1:
+        return [[Action(kind, 0, micro) for micro in range(micro_num) for kind in "FB"]]
+    numbers = stages_on(0, size, chunks, schedule)
+    # torch's schedules ask their stages for nothing but these when they lay out their order.
+    stubs = [
+        SimpleNamespace(
+            num_stages=size * chunks, group_size=size, group_rank=0, stage_index=number, submod=None, is_last=False
+        )
+        for number in numbers
+    ]
+    built = new_schedule(schedule, cast(Any, stubs), micro_num, _no_loss, early_receive=True)
+    return [_actions(built.pipeline_order[rank]) for rank in range(size)]
+
+
+def _no_loss(hidden: torch.Tensor, micro: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("a plan computes nothing")
+
+
+def _actions(entries: Sequence[Any]) -> list[Action]:
+    """Micro-batches pass a stage in order, so they are counted: torch 2.13 numbers the last stage's of 1F1B from 1."""
+    seen: Counter[tuple[str, int]] = Counter()
+    actions = []
+    for entry in entries:
+        kind = None if entry is None else _LETTERS.get(entry.computation_type.name)
+        if kind is not None:
+            actions.append(Action(kind, entry.stage_index, seen[kind, entry.stage_index]))
+            seen[kind, entry.stage_index] += 1
+    return actions
+
+
+def stage_cost(config: Config, stage: StageShare, recomputed: int) -> StageCost:
+    """`recomputed`: so many of the model's first layers run again in the backward pass."""
+    model = config.model
+    block = block_flops(model, config.data.seq_len)
+    again = len(range(stage.layers.start, min(stage.layers.stop, recomputed)))
+    ends = embedding_flops(model) * stage.first + 3 * head_flops(model) * stage.last
+    layers = len(stage.layers) * block
+    return StageCost(layers + ends, layers + again * block, layers)
+
+
+def bubble_fraction(ranks: Sequence[Sequence[Action]], costs: Sequence[StageCost]) -> float:
+    """Idle share of all ranks from the first action to the last; `costs` by stage number.
+
+    An action starts when its rank is free and what it needs is there: F after F of the stage before, B and I after B or
+    I of the stage behind.
+    """
+    ends: dict[tuple[str, int, int], float] = {}
+    clock, at = [0.0] * len(ranks), [0] * len(ranks)
+    last = len(costs) - 1
+    while any(position < len(rank) for position, rank in zip(at, ranks, strict=True)):
+        moved = False
+        for index, rank in enumerate(ranks):
+            while at[index] < len(rank):
+                action = rank[at[index]]
+                ready = _ready(action, last, ends)
+                if ready is None:
+                    break
+                clock[index] = max(clock[index], ready) + costs[action.stage].of(action.kind)
+                ends["F" if action.kind == "F" else action.kind.replace("I", "B"), action.stage, action.micro] = clock[
+                    index
+                ]
+                at[index] += 1
+                moved = True
+        assert moved, "every action of a schedule becomes possible"
+    busy = sum(costs[action.stage].of(action.kind) for rank in ranks for action in rank)
+    return 1 - busy / (len(ranks) * max(clock))
+
+
+def _ready(action: Action, last: int, ends: dict[tuple[str, int, int], float]) -> float | None:
+    """When what `action` needs from another stage is there; None: not yet known."""
+    if action.kind == "W" or (action.kind == "F" and action.stage == 0):
+        return 0.0
+    if action.kind == "F":
+        return ends.get(("F", action.stage - 1, action.micro))
+    if action.stage == last:
+        return 0.0
+    return ends.get(("B", action.stage + 1, action.micro))
+
+
+def moments(actions: Sequence[Action]) -> list[tuple[dict[int, int], dict[int, int]]]:
+    """After each action of a rank, by stage: micro-batches whose activations are kept, whose weight gradients wait."""
+    kept: dict[int, int] = {}
+    waiting: dict[int, int] = {}
+    found = []
+    for action in actions:
+        stage = action.stage
+        if action.kind == "F":
+            kept[stage] = kept.get(stage, 0) + 1
+        elif action.kind == "W":
+            waiting[stage] -= 1
+        else:
+            kept[stage] -= 1
+            waiting[stage] = waiting.get(stage, 0) + (action.kind == "I")
+        found.append((dict(kept), dict(waiting)))
+    return found

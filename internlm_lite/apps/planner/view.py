@@ -1,0 +1,170 @@
+"""A plan for a terminal: what the run is, what a rank holds, keeps and sends, its groups, the first batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from internlm_lite.apps.planner.report import GroupTable, Plan, RankPlan
+from internlm_lite.units import human_bytes, human_count, human_seconds
+
+_LEAST_SHARE = 0.005
+"""Components of activations below this share are shown together."""
+_MOST_POSITIONS = 8
+"""Pipeline positions with a line of their own; the middle of longer pipelines is left out."""
+
+
+def render(plan: Plan) -> RenderableType:
+    """About two screens."""
+    parts: list[RenderableType] = [_title(plan), _run(plan)]
+    parts += [*_memory(plan), *_activations(plan)]
+    if plan.sizes.world > 1:
+        parts += _groups(plan)
+    return Group(*parts, *_batches(plan), *(_note(note) for note in plan.notes))
+
+
+def _heading(text: str) -> Text:
+    return Text(f"\n{text}", style="bold")
+
+
+def _note(text: str) -> Text:
+    return Text(f"  {text}", style="dim")
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=True)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    return table
+
+
+def _title(plan: Plan) -> Text:
+    sizes, layout = plan.sizes, plan.layout
+    details = [f"zero {sizes.zero} x replica {sizes.replica}"]
+    if layout["sequence_parallel"]:
+        details.append("sequence parallel")
+    if layout["schedule"]:
+        details.append(f"{layout['schedule']}, {layout['stages']} stages")
+    details += [str(layout["dtype"]).removeprefix("torch."), str(layout["attention"])]
+    ranks = f"{sizes.world:,} ranks" if sizes.world > 1 else "1 rank"
+    text = Text(plan.job, style="bold green")
+    text.append(f"  {ranks} = dp {sizes.dp} x tp {sizes.tp} x pp {sizes.pp}", "bold default")
+    return text.append(f"  ({'; '.join(details)})\n", "not bold default")
+
+
+def _run(plan: Plan) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    seconds, days = plan.seconds_per_step, plan.days
+    time = "give --tflops X for times"
+    if seconds is not None and days is not None:
+        time = f"{human_seconds(seconds)} a step, {days:.3g} days at {plan.tflops_per_gpu:g} TFLOP/s per GPU"
+    rows = {
+        "parameters": f"{plan.parameters_total:,}",
+        "tokens": f"{plan.tokens_per_step:,} a step; {human_count(plan.tokens_total)} in {plan.steps_total:,} steps",
+        "FLOPs": f"{plan.flops_per_step:.4e} a step; {plan.flops_per_step / plan.tokens_per_step:.4e} a token",
+        "time": time,
+    }
+    if plan.sizes.pp > 1:
+        rows["bubble"] = f"{plan.bubble_fraction:.1%} of a step, with backward twice as long as forward, sending free"
+    for name, value in rows.items():
+        grid.add_row(Text(f"  {name}", style="dim"), value)
+    return grid
+
+
+def _memory(plan: Plan) -> Iterator[RenderableType]:
+    unit, name = _unit(max(rank.bytes.peak for rank in plan.ranks))
+    yield _heading(f"Memory of a rank, {name}")
+    columns = ("ranks", "layers", "elements", "weights", "gradients", "optimizer", "activations", "other", "peak")
+    table = _table("pp", *columns)
+    positions = list(_positions(plan))
+    shown = _MOST_POSITIONS // 2
+    for index, (rank, places, count) in enumerate(positions):
+        if len(positions) <= _MOST_POSITIONS or not shown <= index < len(positions) - shown:
+            table.add_row(places, f"{count:,}", *_memory_cells(rank, unit))
+        elif index == shown:
+            table.add_row(*["..."] * len(table.columns))
+    yield table
+    shares = sorted({rank.zero_elements for rank in plan.ranks})
+    span = " to ".join(f"{share:,}" for share in dict.fromkeys((shares[0], shares[-1])))
+    yield _note(f"optimizer: masters and moments of {span} elements")
+    yield _note("other: receive buffers of the pipeline, and an estimate of what a single computation takes")
+
+
+def _memory_cells(rank: RankPlan, unit: int) -> Iterator[str]:
+    sizes = rank.bytes
+    yield " ".join(f"{start}-{stop - 1}" for start, stop in rank.layers)
+    yield f"{rank.parameters:,}"
+    for size in (sizes.weights, sizes.gradients, sizes.optimizer, sizes.activations, sizes.buffers + sizes.workspace):
+        yield f"{size / unit:.2f}"
+    yield f"[bold]{sizes.peak / unit:.2f}[/]"
+
+
+def _unit(most: int) -> tuple[int, str]:
+    """In which to write sizes of up to `most` bytes."""
+    return (2**30, "GiB") if most >= 2**29 else (2**20, "MiB")
+
+
+def _positions(plan: Plan) -> Iterator[tuple[RankPlan, str, int]]:
+    """(a rank, the pipeline positions like it, how many ranks they are); alike neighbours are joined."""
+    firsts = [next(group) for _, group in groupby(plan.ranks, key=lambda rank: rank.pp)]
+    for _, group in groupby(firsts, key=lambda rank: (rank.parameters, rank.bytes)):
+        ranks = list(group)
+        places = str(ranks[0].pp) if len(ranks) == 1 else f"{ranks[0].pp}-{ranks[-1].pp}"
+        yield ranks[0], places, plan.sizes.world // plan.sizes.pp * len(ranks)
+
+
+def _activations(plan: Plan) -> Iterator[RenderableType]:
+    cases = [plan.activations[name] for name in ("off", "configured", "all")]
+    most = max(sum(case.values()) for case in cases)
+    unit, name = _unit(most)
+    yield _heading(f"Activations of the rank that keeps most, {name}, by how many layers are recomputed")
+    configured = int(plan.layout["recomputed_layers"])
+    table = _table("component", "none", f"{configured}, this run", "all")
+
+    def row(name: str, sizes: Sequence[int]) -> None:
+        table.add_row(name, *(f"{size / unit:.2f}" if size else "-" for size in sizes))
+
+    names = [name for name in cases[0] if max(case.get(name, 0) for case in cases) >= _LEAST_SHARE * most]
+    for component in names:
+        row(component, [case.get(component, 0) for case in cases])
+    rest = [sum(size for component, size in case.items() if component not in names) for case in cases]
+    if any(rest):
+        row("the rest", rest)
+    row("[bold]sum[/]", [sum(case.values()) for case in cases])
+    yield table
+
+
+def _groups(plan: Plan) -> Iterator[RenderableType]:
+    yield _heading("Who works with whom, and what a rank sends in a step")
+    table = _table("axis", "groups", "of", "sent", "ranks of the first groups")
+    table.columns[-1].justify = "left"
+    for axis, groups in plan.groups.items():
+        sent = max(rank.traffic.get(axis, 0) for rank in plan.ranks)
+        if sent and axis != "world":
+            table.add_row(axis, f"{groups.count:,}", str(groups.size), human_bytes(sent), _first_groups(groups))
+    yield table
+
+
+def _first_groups(groups: GroupTable) -> str:
+    shown = [_ranks(groups.group(index)) for index in range(min(3, groups.count))]
+    return "   ".join(shown) + ("   ..." if groups.count > len(shown) else "")
+
+
+def _ranks(ranks: range) -> str:
+    """0 1 2 3, or 0 8 .. 504."""
+    return " ".join(map(str, ranks)) if len(ranks) <= 4 else f"{ranks[0]} {ranks[1]} .. {ranks[-1]}"
+
+
+def _batches(plan: Plan) -> Iterator[RenderableType]:
+    yield _heading("First batches, as the step lines will print them")
+    table = _table("step", "tokens", "num_samples_in_batch", "largest_length", "largest_batch", "smallest_batch")
+    for figures in plan.batches:
+        step, tokens, *others = dataclasses.astuple(figures)
+        table.add_row(str(step), f"{tokens:,}", *map(str, others))
+    yield table

@@ -1,0 +1,54 @@
+"""Fewer points, with every spike kept: of each bucket of lines the smallest and the largest number, or their mean."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internlm_lite.apps.report.columns import Numbers
+
+
+class Buckets:
+    """Cuts `n` lines into points/2 buckets of equal line count, give or take one; `points` lines or fewer stay.
+
+    A bucket gives two positions, its first and its last line; a column has there its smallest and its largest number
+    in the order in which they occurred. So nothing that stands out is lost, and all columns share their x.
+    """
+
+    def __init__(self, n: int, points: int) -> None:
+        self.n = n
+        self._rows: NDArray[np.intp] | None = None
+        """[buckets, lines]: the lines of each; the last one again where a bucket is one line shorter."""
+        if n > max(2, points):
+            edges = np.linspace(0, n, max(1, points // 2) + 1).astype(np.intp)
+            first, last = edges[:-1, None], edges[1:, None] - 1
+            self._rows = np.minimum(first + np.arange(int((last - first).max()) + 1), last)
+            self._sizes = np.diff(edges)
+
+    def positions(self, x: Numbers) -> Numbers:
+        """x at the first and the last line of each bucket. [n] -> [positions]."""
+        return x if self._rows is None else x[self._rows[:, [0, -1]]].reshape(-1)
+
+    def extremes(self, y: Numbers) -> Numbers:
+        """Smallest and largest y of each bucket as they occurred; nan where it has none. [n] -> [positions]."""
+        if self._rows is None:
+            return y
+        values = y[self._rows]
+        missing = np.isnan(values)
+        low = np.where(missing, np.inf, values).argmin(axis=1)
+        high = np.where(missing, -np.inf, values).argmax(axis=1)
+        order = np.sort(np.stack([low, high], axis=1), axis=1)
+        return np.take_along_axis(values, order, axis=1).reshape(-1)
+
+    def means(self, y: Numbers) -> Numbers:
+        """Sum of y over each bucket by its lines, at both positions; nan where it has none. [n] -> [positions].
+
+        Unlike extremes, which are of different lines, means of several columns may be added and divided.
+        """
+        if self._rows is None:
+            return y
+        there = ~np.isnan(y)
+        starts = self._rows[:, 0]
+        sums = np.add.reduceat(np.where(there, y, 0.0), starts)
+        means = np.where(np.add.reduceat(there.astype(np.intp), starts) > 0, sums / self._sizes, np.nan)
+        return np.repeat(means, 2)

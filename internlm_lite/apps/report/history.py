@@ -1,0 +1,144 @@
+"""What events.jsonl and samples.jsonl say, as lists: checkpoints, validation, alerts, restarts, samples.
+
+Plain functions of the events in the order of the file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from internlm_lite.apps.report.columns import seconds
+
+Event = dict[str, Any]
+
+_CHECKPOINT_RULE = "checkpoint_failed"
+_STEP_OF_NAME = re.compile(r"(?:step )?0*(\d{1,15})")
+_EXACT = 1 << 53
+"""Whole numbers below it are the same in JSON, Python and a browser."""
+ENDS = ("done", "stopped", "failed")
+
+
+def of_kind(events: Iterable[Event], *kinds: str) -> list[Event]:
+    return [event for event in events if event["event"] in kinds]
+
+
+def restarts(events: Sequence[Event], first_steps: dict[int, int]) -> list[Event]:
+    """{"seg", "step", "time"} of every segment after the first. `first_steps`: of the segments' step lines."""
+    starts = {event["seg"]: event for event in of_kind(events, "start")}
+    segments = sorted({*starts, *first_steps})
+    return [
+        {
+            "seg": segment,
+            "step": whole(starts.get(segment, {}).get("step"), first_steps.get(segment)),
+            "time": starts.get(segment, {}).get("time"),
+        }
+        for segment in segments[1:]
+    ]
+
+
+def checkpoints(events: Iterable[Event]) -> list[Event]:
+    """Every save in the order of the events, with how it ended; what was skipped or failed too early has no name."""
+    saves: list[Event] = []
+    for event in of_kind(events, "checkpoint", "checkpoint_done", "alarm"):
+        if event["event"] == "checkpoint":
+            saves.append(_save(event))
+            continue
+        name = event.get("name" if event["event"] == "checkpoint_done" else "checkpoint")
+        save = next((save for save in reversed(saves) if save["name"] == name), None)
+        if event["event"] == "alarm":
+            if save is None:
+                save = {**_save({}), "time": event["time"], "step": _step_in(name), "failed": None}
+                saves.append(save)
+            save["failed"] = str(event.get("why", event.get("what", "failed")))
+        elif save is not None:
+            save["done"] = event["time"]
+            save["seconds"] = _span(save["time"], event["time"], save["stall_seconds"])
+    return saves
+
+
+def _save(event: Event) -> Event:
+    name, time, stall = event.get("name"), event.get("time"), event.get("stall_seconds")
+    stall = stall if isinstance(stall, int | float) and abs(stall) < _EXACT else None
+    waited = event.get("event") == "checkpoint" and _is_saved(event)
+    return {
+        "step": whole(event.get("step")),
+        "name": str(name or ""),
+        "kind": str(event.get("saved") or ""),
+        "time": time,
+        "done": time if waited else None,
+        "seconds": stall if waited else None,
+        "stall_seconds": stall,
+        "failed": None if name else "skipped: the one before was still being written",
+    }
+
+
+def _span(begin: str, end: str, before: float | None) -> float | None:
+    first, last = seconds(begin), seconds(end)
+    return None if first is None or last is None else round(max(0.0, last - first) + (before or 0.0), 3)
+
+
+def _step_in(name: object) -> int | None:
+    found = _STEP_OF_NAME.match(str(name))
+    return int(found[1]) if found else None
+
+
+def validation(events: Iterable[Event]) -> list[Event]:
+    """Evaluations by rising step; a restart drops those of the tail that was given up."""
+    kept: list[Event] = []
+    for event in of_kind(events, "start", "evaluation"):
+        step = whole(event.get("step"))
+        if step is None:
+            continue
+        while kept and kept[-1]["step"] >= step:
+            kept.pop()
+        if event["event"] == "evaluation":
+            folders = event.get("folders")
+            folders = folders if isinstance(folders, dict) else {}
+            kept.append({"step": step, "loss": event.get("loss"), "acc": event.get("acc"), "folders": folders})
+    return kept
+
+
+def alerts(events: Sequence[Event]) -> list[Event]:
+    """Raised alerts in order; `over` once their condition ended, the run ended, or it started again.
+
+    A run without alerts has its alarms about checkpoints in their place.
+    """
+    alarms_count = all(event.get("rule") != _CHECKPOINT_RULE for event in of_kind(events, "alert"))
+    raised: list[Event] = []
+    for event in events:
+        kind = event["event"]
+        if kind == "alert" or (kind == "alarm" and alarms_count):
+            rule, text = event.get("rule", _CHECKPOINT_RULE), event.get("text", event.get("why", ""))
+            facts = {"rule": str(rule), "step": event.get("step"), "text": str(text), "time": event["time"]}
+            raised.append({**facts, "over": False})
+        elif kind in ("start", "alert_over", *ENDS) or _is_saved(event):
+            ended = event.get("rule", _CHECKPOINT_RULE)
+            for alert in raised:
+                alert["over"] = alert["over"] or kind in ("start", *ENDS) or alert["rule"] == ended
+    return raised
+
+
+def _is_saved(event: Event) -> bool:
+    waited = event.get("waited") is True and event.get("name") is not None
+    return event["event"] == "checkpoint_done" or (event["event"] == "checkpoint" and waited)
+
+
+def samples(lines: Iterable[dict[str, Any]], events: Iterable[Event]) -> list[dict[str, Any]]:
+    """By rising step, of each step and prompt the newest; a restart drops those of the tail that was given up."""
+    starts = [(event["seg"], whole(event.get("step")) or 0) for event in of_kind(events, "start")]
+    newest: dict[tuple[int, str], dict[str, Any]] = {}
+    for line in lines:
+        step, prompt, text = whole(line.get("step")), line.get("prompt"), line.get("text")
+        if step is None or not isinstance(prompt, str) or not isinstance(text, str):
+            continue
+        segment = whole(line.get("seg")) or 0
+        if not any(segment < later and step > start for later, start in starts):
+            newest[step, prompt] = {"step": step, "prompt": prompt, "text": text, "time": line.get("time")}
+    return sorted(newest.values(), key=lambda sample: sample["step"])
+
+
+def whole(*values: object) -> int | None:
+    """The first that is a whole number of a size that happens."""
+    return next((value for value in values if type(value) is int and abs(value) < _EXACT), None)

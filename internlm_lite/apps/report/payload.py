@@ -1,0 +1,204 @@
+"""The data of the page, as JSON can hold it.
+
+{"version", "generated", "live", "runs": [{"id", "name", "state", "folders", "series", "validation", ...}]}
+
+Of more lines than points, curves hold the smallest and the largest number of each bucket of lines; those of different
+folders are then of different lines. So tokens, which the page divides into shares, are means over the bucket instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+
+from internlm_lite.apps.report.columns import Columns, Numbers
+from internlm_lite.apps.report.downsample import Buckets
+from internlm_lite.apps.report.files import shown
+from internlm_lite.apps.report.history import alerts, checkpoints, restarts, samples, validation
+from internlm_lite.apps.report.run import RunReader
+from internlm_lite.apps.report.state import last_of, run_state
+from internlm_lite.monitor.jsonl import finite
+
+VERSION = 1
+UNREADABLE = "unreadable"
+"""The phase of a run that cannot be shown; "why" has the reason."""
+POINTS = 1000
+MOST_POINTS = 4000
+"""Of all runs of a page together."""
+MAX_EVENTS = 500
+DIGITS = 7
+"""Significant digits of a curve."""
+
+
+def make_payload(runs: Sequence[tuple[str, RunReader]], live: bool) -> dict[str, Any]:
+    """The whole page's data; `runs` are (id, run)."""
+    now = datetime.now(timezone.utc).astimezone()
+    points = min(POINTS, MOST_POINTS // max(1, len(runs)))
+    return {
+        "version": VERSION,
+        "generated": now.isoformat(timespec="seconds"),
+        "live": live,
+        "runs": [any_payload(name, run, now, points) for name, run in runs],
+    }
+
+
+def any_payload(identity: str, run: RunReader, now: datetime, points: int = POINTS) -> dict[str, Any]:
+    """One run; an empty one that says why where its files hold what nobody thought of."""
+    why = run.trouble
+    if why is None:
+        try:
+            return run_payload(identity, run, now, points)
+        except Exception as error:  # noqa: BLE001  one run must not take the others' page with it
+            why = f"{type(error).__name__}: {error}"
+    nothing = RunReader(run.folder, run.name)
+    nothing.parsed = True
+    found = run_payload(identity, nothing, now)
+    return {**found, "state": {**found["state"], "phase": UNREADABLE, "why": why}}
+
+
+def run_payload(identity: str, run: RunReader, now: datetime, points: int = POINTS) -> dict[str, Any]:
+    """One run. Loss of a folder is its mean over the last `window` lines."""
+    columns = run.columns
+    restarted = restarts(run.events, columns.starts)
+    saves = checkpoints(run.events)
+    checks = validation(run.events)
+    saved = [save for save in saves if save["done"] and not save["failed"]]
+    last = {key: saved[-1][key] for key in ("step", "name", "time", "kind")} if saved else None
+    facts = {
+        "id": identity,
+        "name": run.name,
+        "folder": shown(run.folder),
+        "parsing": not run.parsed,
+        "bad_lines": columns.bad + run.bad_lines,
+        "state": {**run_state(run, now), "restarts": len(restarted), "last_checkpoint": last},
+        "window": window(columns.n),
+        "folders": folder_table(run, checks),
+        "validation": checks,
+        "checkpoints": saves,
+        "samples": samples(run.samples, run.events),
+        "events": [_short(event) for event in run.events[-MAX_EVENTS:]],
+        "alerts": alerts(run.events)[-MAX_EVENTS:],
+        "restarts": restarted,
+        "config": run.config,
+        "env": run.environment,
+    }
+    return {**finite(facts), "series": series(columns, points=points)}
+
+
+def _short(event: dict[str, Any]) -> dict[str, Any]:
+    """Without the folders of an evaluation: those are in "validation"."""
+    return {key: value for key, value in event.items() if key != "folders" or event["event"] != "evaluation"}
+
+
+def window(lines: int) -> int:
+    """How many lines "now" means: 10 or 2 %, but no more than a quarter of what there is, and at least one."""
+    return max(1, min(max(10, lines // 50), lines // 4))
+
+
+def folder_table(run: RunReader, checks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a folder, in the order of the run's data."""
+    start = last_of(run.events, "start") or {}
+    sizes = start.get("folder_tokens")
+    sizes = sizes if isinstance(sizes, dict) else {}
+    last_check = checks[-1]["folders"] if checks else {}
+    columns = run.columns.folders
+    sums = {name: int(np.nansum(values[:, 0])) for name, values in columns.items()}
+    seen = {name: int(np.nansum(values[:, 3])) for name, values in columns.items()}
+    total = sum(sums.values())
+    rows = []
+    for name, values in columns.items():
+        size, check = sizes.get(name), last_check.get(name)
+        rows.append(
+            {
+                "name": name,
+                "tokens": sums[name],
+                "share": sums[name] / total if total else 0.0,
+                "seen": seen[name],
+                "epochs": seen[name] / size if isinstance(size, int | float) and size > 0 else None,
+                **_folder_figures(values),
+                "val_loss": check[1] if isinstance(check, list) and len(check) == 3 else None,
+                "val_acc": check[2] if isinstance(check, list) and len(check) == 3 else None,
+            }
+        )
+    return rows
+
+
+def _folder_figures(values: Numbers) -> dict[str, Any]:
+    """Of a folder, [lines, (tokens, loss, acc, seen)]. Without tokens in the window the last line with some counts."""
+    width = window(len(values))
+    seen = np.flatnonzero((values[:, 0] > 0) & np.isfinite(values[:, 1]))
+    loss, acc = _means(values[-width:])
+    if loss is None and len(seen):
+        loss, acc = _means(values[seen[-1:]])
+    before, _ = _means(values[-2 * width : -width])
+    return {
+        "loss": loss,
+        "first_loss": float(values[seen[0], 1]) if len(seen) else None,
+        "change": None if loss is None or before is None else loss - before,
+        "acc": acc,
+        "perplexity": None if loss is None or loss > 700 else math.exp(loss),
+    }
+
+
+def _means(values: Numbers) -> tuple[float | None, float | None]:
+    """Loss and accuracy weighted by tokens; None without tokens."""
+    values = values[(values[:, 0] > 0) & np.isfinite(values[:, 1])]
+    if not len(values):
+        return None, None
+    tokens = values[:, 0]
+    means = tokens @ values[:, 1] / tokens.sum(), tokens @ np.nan_to_num(values[:, 2]) / tokens.sum()
+    return float(means[0]), float(means[1])
+
+
+def series(columns: Columns, begin: float = -math.inf, end: float = math.inf, points: int = POINTS) -> dict[str, Any]:
+    """The curves from step `begin` to step `end`, both included; more lines than `points` are cut into buckets."""
+    low, high = np.searchsorted(columns.step, begin), np.searchsorted(columns.step, end, side="right")
+    rows = slice(int(low), max(int(low), int(high)))
+    step = columns.step[rows]
+    buckets = Buckets(len(step), points)
+    skipped = columns.scalars.get("inf_nan_skip_batches", np.zeros(columns.n))
+    grew = np.flatnonzero(np.diff(np.fmax.accumulate(np.r_[0.0, skipped]))[rows] > 0)
+    found: dict[str, Any] = {
+        "from": int(step[0]) if len(step) else None,
+        "to": int(step[-1]) if len(step) else None,
+        "points": len(step),
+        "step": numbers(buckets.positions(step)),
+        "time": numbers(buckets.positions(columns.time[rows]), digits=None),
+        "folders": {
+            name: {
+                "tokens": numbers(buckets.means(values[rows, 0])),
+                "loss": numbers(buckets.extremes(values[rows, 1])),
+                "acc": numbers(buckets.extremes(values[rows, 2])),
+            }
+            for name, values in columns.folders.items()
+        },
+        "skipped": numbers(step[grew]),
+    }
+    return {**{key: numbers(buckets.extremes(y[rows])) for key, y in columns.scalars.items()}, **found}
+
+
+def numbers(values: Numbers, digits: int | None = DIGITS) -> list[float | int | None]:
+    """For JSON: whole numbers as such, others to `digits` significant digits, nan as None."""
+    there = np.isfinite(values)
+    kept = values[there]
+    whole = bool((kept == np.trunc(kept)).all()) and bool((np.abs(kept) < 2**53).all())
+    if not whole and digits is not None:
+        kept = significant(kept, digits)
+    plain: list[float | int | None] = (kept.astype(np.int64) if whole else kept).tolist()
+    if there.all():
+        return plain
+    found = np.full(len(values), None, dtype=object)
+    found[there] = plain
+    return list(found)
+
+
+def significant(values: Numbers, digits: int) -> Numbers:
+    """Rounded to so many significant digits."""
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        scale = 10.0 ** (digits - 1 - np.floor(np.log10(np.abs(values))))
+        rounded = np.round(values * scale) / scale
+    return np.where(np.isfinite(rounded), rounded, values)

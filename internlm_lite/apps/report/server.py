@@ -1,0 +1,237 @@
+"""The dashboard's server: one page and its data, read-only, for this machine alone unless a token guards it.
+
+GET /                                            the page with the data of now
+GET /api/runs                                    the data: payload.py's, with a "token"
+GET /api/since?after=TOKEN                       the same, or 304 when nothing is new
+GET /api/series?run=r0&from=A&to=B&points=N      the curves of a range of steps
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import math
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from socketserver import TCPServer
+from typing import Any
+from urllib.parse import parse_qsl, quote, urlsplit
+
+from internlm_lite.apps.report.page import ASSETS, Assets, render_page
+from internlm_lite.apps.report.payload import POINTS
+from internlm_lite.apps.report.watch import Watch
+from internlm_lite.errors import ConfigError
+
+logger = logging.getLogger("internlm_lite")
+
+MOST_POINTS = 20_000
+SHORTEST_TOKEN = 8
+_ALWAYS = {
+    "Cache-Control": "no-store",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+_EVERYWHERE = ("0.0.0.0", "::")
+_NOTHING = "default-src 'none'; frame-ancestors 'none'"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What goes back. `policy`: its content security policy."""
+
+    status: HTTPStatus
+    body: bytes = b""
+    kind: str = "text/plain; charset=utf-8"
+    policy: str = _NOTHING
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def refusal(status: HTTPStatus, text: str) -> Answer:
+        return Answer(status, f"{text}\n".encode())
+
+    @staticmethod
+    def json(value: Any) -> Answer:
+        text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+        return Answer(HTTPStatus.OK, text.encode(), "application/json")
+
+
+class Dashboard(ThreadingHTTPServer):
+    """Serves what `watch` reads, until `shutdown`. Use as a context manager. The caller closes `watch`."""
+
+    daemon_threads = True
+
+    def __init__(
+        self, watch: Watch, port: int, bind: str = "127.0.0.1", token: str | None = None, assets: Path = ASSETS
+    ) -> None:
+        """`port` 0 takes a free one. Raises ConfigError: port in use, no such address, an open one without a token."""
+        self.watch, self.assets = watch, Assets.read(assets)
+        self._token = token
+        if token is not None and len(token) < SHORTEST_TOKEN:
+            raise ConfigError(f"--token: expected at least {SHORTEST_TOKEN} characters")
+        if token is None and not _is_loopback(bind):
+            raise ConfigError(
+                f"--bind {bind}: others can reach that address; add --token-file FILE (or --token) to keep them out"
+            )
+        self._bind = bind
+        if ":" in bind:
+            self.address_family = socket.AF_INET6
+        try:
+            super().__init__((bind, port), _Handler)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {bind} port {port}: {error.strerror}; choose another --port (0: any free one)"
+            ) from error
+
+    def server_bind(self) -> None:
+        """Without HTTPServer's look-up of its own name: that may take long, and nobody needs it."""
+        TCPServer.server_bind(self)
+
+    @property
+    def address(self) -> str:
+        """What to open; with the token where there is one."""
+        host = socket.gethostname() if self._bind in _EVERYWHERE else self._bind
+        query = f"?token={quote(self._token, safe='')}" if self._token else ""
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}/{query}"
+
+    @property
+    def cookie(self) -> str:
+        """Its name; browsers share cookies between the ports of a host."""
+        return f"dashboard-{self.server_address[1]}"
+
+    @property
+    def cookie_value(self) -> str | None:
+        """What the cookie holds for a browser that knew the token."""
+        return None if self._token is None else hashlib.sha256(f"dashboard {self._token}".encode()).hexdigest()
+
+    def knows(self, token: str) -> bool:
+        return self._token is not None and hmac.compare_digest(token.encode(), self._token.encode())
+
+    def trusts_host(self, host: str) -> bool:
+        """Whether a Host header names this server: a page elsewhere may have its own name point here (DNS rebinding).
+
+        Behind a token any name will do: the cookie does not follow to another one.
+        """
+        try:
+            name = urlsplit(f"//{host}").hostname
+        except ValueError:
+            return False
+        return self._token is not None or name in {"127.0.0.1", "localhost", "::1", self._bind.lower()}
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that went away is no news; anything else was told where it happened."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Dashboard
+    timeout = 30
+
+    def do_GET(self) -> None:
+        self._send(self._answer())
+
+    do_HEAD = do_GET
+
+    def _refuse(self) -> None:
+        refusal = Answer.refusal(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD: this server is read-only")
+        self._send(Answer(refusal.status, refusal.body, headers={"Allow": "GET, HEAD"}))
+
+    do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = _refuse
+
+    def _answer(self) -> Answer:
+        if not self.server.trusts_host(self.headers.get("Host", "")):
+            return Answer.refusal(HTTPStatus.FORBIDDEN, "unknown Host; open the address that the dashboard printed")
+        try:
+            url = urlsplit(self.path)
+            query = dict(parse_qsl(url.query, max_num_fields=8))
+        except ValueError:
+            return Answer.refusal(HTTPStatus.BAD_REQUEST, "not an address of this server")
+        if self.server.cookie_value is not None and not self._holds_cookie(self.server.cookie_value):
+            return self._admit(query.get("token", ""))
+        try:
+            return self._routed(url.path, query)
+        except Exception as error:
+            logger.exception("dashboard: %s", url.path)
+            return Answer.refusal(HTTPStatus.INTERNAL_SERVER_ERROR, type(error).__name__)
+
+    def _holds_cookie(self, expected: str) -> bool:
+        pairs = (part.strip().partition("=") for part in self.headers.get("Cookie", "").split(";"))
+        values = [value for name, _, value in pairs if name == self.server.cookie]
+        return any(hmac.compare_digest(value.encode(), expected.encode()) for value in values)
+
+    def _admit(self, token: str) -> Answer:
+        """A cookie for the right token, and on to an address without it."""
+        if not self.server.knows(token):
+            return Answer.refusal(HTTPStatus.FORBIDDEN, "open the address with ?token=... that the dashboard printed")
+        cookie = f"{self.server.cookie}={self.server.cookie_value}; Path=/; HttpOnly; SameSite=Strict"
+        return Answer(HTTPStatus.SEE_OTHER, headers={"Location": "/", "Set-Cookie": cookie})
+
+    def _routed(self, path: str, query: Mapping[str, str]) -> Answer:
+        watch = self.server.watch
+        if path == "/favicon.ico":
+            return Answer(HTTPStatus.NO_CONTENT)
+        if path not in ("/", "/api/runs", "/api/since", "/api/series"):
+            return Answer.refusal(HTTPStatus.NOT_FOUND, "not found")
+        if path == "/api/series":
+            return self._series(query)
+        watch.look()
+        if path == "/":
+            html = render_page(watch.payload(), self.server.assets).encode()
+            policy = f"{self.server.assets.policy(live=True)}; frame-ancestors 'none'"
+            return Answer(HTTPStatus.OK, html, "text/html; charset=utf-8", policy)
+        if path == "/api/since" and query.get("after") == watch.token():
+            return Answer(HTTPStatus.NOT_MODIFIED)
+        return Answer.json(watch.payload())
+
+    def _series(self, query: Mapping[str, str]) -> Answer:
+        try:
+            begin, end = float(query.get("from", "-inf")), float(query.get("to", "inf"))
+            points = min(MOST_POINTS, max(2, int(query.get("points", POINTS))))
+        except ValueError:
+            begin = end = math.nan
+        if math.isnan(begin) or math.isnan(end):
+            return Answer.refusal(HTTPStatus.BAD_REQUEST, "expected numbers: from and to are steps, points is how many")
+        found = self.server.watch.series(query.get("run", ""), begin, end, points)
+        return Answer.refusal(HTTPStatus.NOT_FOUND, "no such run") if found is None else Answer.json(found)
+
+    def _send(self, answer: Answer) -> None:
+        body = answer.body
+        headers = {**_ALWAYS, "Content-Security-Policy": answer.policy, **answer.headers}
+        if answer.status not in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED):
+            accepted = getattr(self, "headers", None) and self.headers.get("Accept-Encoding", "")
+            if accepted and "gzip" in accepted and len(body) > 1024:
+                body = gzip.compress(body, 1)
+                headers |= {"Content-Encoding": "gzip", "Vary": "Accept-Encoding"}
+            headers |= {"Content-Type": answer.kind, "Content-Length": str(len(body))}
+        self.send_response(answer.status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the base class answers to requests it cannot read."""
+        self._send(Answer.refusal(HTTPStatus(code), message or HTTPStatus(code).phrase))
+
+    def version_string(self) -> str:
+        return "internlm_lite"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: addresses may hold the token."""
+
+
+def _is_loopback(bind: str) -> bool:
+    try:
+        return ipaddress.ip_address(bind).is_loopback
+    except ValueError:
+        return bind == "localhost"

@@ -1,0 +1,1 @@
+"""Looking at checkpoints from outside a run: list, verify, prune."""

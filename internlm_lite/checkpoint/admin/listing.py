@@ -1,0 +1,91 @@
+"""What a save folder holds, for people and programs that look at it from outside a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from internlm_lite.checkpoint.admin.verify import damages_of
+from internlm_lite.checkpoint.format.catalog import committed, inspect
+from internlm_lite.checkpoint.format.manifest import Commit, Manifest, Name, read_bytes, unseal
+from internlm_lite.checkpoint.load.reader import Reader
+from internlm_lite.checkpoint.storage.base import Storage
+from internlm_lite.errors import CheckpointError, DamagedError
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One committed checkpoint."""
+
+    name: Name
+    kind: str | None
+    """None when neither commit nor manifest can be read."""
+    n_bytes: int
+    modified: float
+    """Seconds since the epoch, of the commit."""
+    layout: dict[str, int]
+    problems: tuple[str, ...]
+    """Empty: as far as was looked, it is good."""
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """Data without a commit: a save that is under way, or was interrupted."""
+
+    name: Name
+    n_bytes: int
+    modified: float
+    """Seconds since the epoch, of its newest file."""
+
+
+def list_checkpoints(storage: Storage, deep: bool) -> Iterator[Listed]:
+    """Newest first. `deep`: read every byte; else hashes of documents, sizes of files, and their headers."""
+    entries = storage.list("")
+    modified = {entry.key: entry.modified for entry in entries}
+    for name in committed(storage):
+        n_bytes = sum(entry.size for entry in entries if entry.key.startswith(f"{name.folder}/"))
+        kind, layout = _facts(storage, name)
+        problems = [str(damage) for damage in damages_of(storage, name)] if deep else quick_problems(storage, name)
+        if problems and storage.size(name.commit) is None:
+            continue  # a run has removed it meanwhile
+        yield Listed(name, kind, n_bytes, modified.get(name.commit, 0.0), layout, tuple(problems))
+
+
+def unfinished(storage: Storage) -> list[Unfinished]:
+    """Oldest first."""
+    known = set(committed(storage))
+    sizes: dict[Name, tuple[int, float]] = {}
+    for entry in storage.list("data"):
+        name = Name.parse(entry.key.split("/")[1])
+        if name is not None and name not in known:
+            size, latest = sizes.get(name, (0, 0.0))
+            sizes[name] = (size + entry.size, max(latest, entry.modified))
+    return [Unfinished(name, *sizes[name]) for name in sorted(sizes)]
+
+
+def quick_problems(storage: Storage, name: Name) -> list[str]:
+    """What shows without reading tensors."""
+    try:
+        reader = Reader(inspect(storage, name))
+    except CheckpointError as error:
+        return [str(error)]
+    problems = []
+    for file in reader.found.manifest.files:
+        try:
+            reader.check_file(file)
+        except DamagedError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _facts(storage: Storage, name: Name) -> tuple[str | None, dict[str, int]]:
+    """(kind, layout), as far as the documents can be read."""
+    try:
+        manifest = unseal(Manifest, read_bytes(storage, name.manifest), name.manifest)
+        return manifest.kind, manifest.layout
+    except DamagedError:
+        pass
+    try:
+        return unseal(Commit, read_bytes(storage, name.commit), name.commit).kind, {}
+    except DamagedError:
+        return None, {}

@@ -1,0 +1,189 @@
+"""One safetensors file, written as a stream and read by ranges.
+
+    8 bytes: header length | JSON header: key -> {dtype, shape, data_offsets} | tensor bytes, no gaps
+
+Check sums are taken while the bytes stream out: crc32 of the header, crc32 of every BLOCK_BYTES of every tensor (so
+that a partial read can still check all it uses), sha256 of the whole file. (https://github.com/huggingface/safetensors)
+sha256 is the slowest of all that happens to a byte, so it has a thread of its own, one block behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from internlm_lite.checkpoint.storage.base import Storage, UnreadableError
+from internlm_lite.errors import CheckpointError, DamagedError
+
+BLOCK_BYTES = 4 * 1024 * 1024
+_HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library's own limit
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What is known about a file after it was written."""
+
+    size: int
+    sha256: str
+    header_bytes: int
+    header_crc32: int
+    blocks: dict[str, tuple[int, ...]]
+    """crc32 of each BLOCK_BYTES of each tensor, by key."""
+
+
+class TensorFile:
+    """The file's bytes as an iterable of chunks. A whole pass leaves `digest`; each pass starts anew.
+
+    Tensors are copied to the host one at a time. Order: wider elements first, so that every tensor is aligned.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        order = sorted(tensors, key=lambda key: -tensors[key].element_size())
+        self._tensors = {key: tensors[key].detach() for key in order}
+        self._header = _header(self._tensors)
+        self.digest: Digest | None = None
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        self.digest = None
+        sha = hashlib.sha256()
+        yield self._header
+        size, blocks = len(self._header), {}
+        with ThreadPoolExecutor(1, thread_name_prefix="sha256") as hasher:
+            hashed: Future[None] = hasher.submit(sha.update, self._header)
+            for key, tensor in self._tensors.items():
+                checks = []
+                for block in self.blocks_of(key, tensor):
+                    hashed.result()
+                    hashed = hasher.submit(sha.update, block)
+                    checks.append(zlib.crc32(block))
+                    yield block
+                    size += len(block)
+                blocks[key] = tuple(checks)
+            hashed.result()
+        self.digest = Digest(size, sha.hexdigest(), len(self._header), zlib.crc32(self._header), blocks)
+
+    def blocks_of(self, key: str, tensor: torch.Tensor) -> Iterator[bytes | memoryview]:
+        """A tensor's bytes, BLOCK_BYTES at a time. A subclass may make them when they are wanted."""
+        data = _host_bytes(tensor)
+        for start in range(0, len(data), BLOCK_BYTES):
+            yield data[start : start + BLOCK_BYTES]
+
+
+def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Length and JSON header, padded with spaces so that the data begin at a multiple of 8 bytes."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", "writer": "internlm_lite"}}
+    offset = 0
+    for key, tensor in tensors.items():
+        stop = offset + tensor.numel() * tensor.element_size()
+        name = DTYPE_NAMES.get(tensor.dtype)
+        if name is None:
+            raise CheckpointError(f"{key}: tensors of {tensor.dtype} cannot be stored; use one of {[*DTYPE_NAMES]}")
+        entries[key] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _host_bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in its file, in bytes from the file's start."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_header(
+    storage: Storage, key: str, header_bytes: int, header_crc32: int, size: int
+) -> tuple[dict[str, StoredTensor], bytes]:
+    """The checked header of file `key`, and its bytes. Raises DamagedError naming the file; trusts no number it has not
+    compared.
+    """
+    where = f"{storage.name}/{key}"
+    if not 8 < header_bytes <= min(size, _HEADER_LIMIT_BYTES + 8):
+        raise DamagedError(f"{where}: a header of {header_bytes} bytes in a file of {size}")
+    buffer = bytearray(header_bytes)
+    try:
+        storage.read_into(key, 0, memoryview(buffer))
+    except UnreadableError as error:
+        raise DamagedError(str(error)) from error
+    raw = bytes(buffer)
+    if zlib.crc32(raw) != header_crc32:
+        raise DamagedError(f"{where}: header: crc32 is {zlib.crc32(raw):08x}, expected {header_crc32:08x}")
+    try:
+        return parse_header(raw, size), raw
+    except ValueError as error:
+        raise DamagedError(f"{where}: header: {error}") from error
+
+
+def parse_header(raw: bytes, size: int) -> dict[str, StoredTensor]:
+    """Length field and JSON header of a safetensors file of `size` bytes. Raises ValueError on anything irregular."""
+    if int.from_bytes(raw[:8], "little") != len(raw) - 8:
+        raise ValueError(f"its length field says {int.from_bytes(raw[:8], 'little')}, expected {len(raw) - 8}")
+    try:
+        entries = json.loads(raw[8:], object_pairs_hook=_no_duplicates)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(entries, dict):
+        raise ValueError("expected a JSON object")
+    entries.pop("__metadata__", None)
+    found = {key: _stored_tensor(key, entry, len(raw)) for key, entry in entries.items()}
+    end = len(raw)
+    for key, tensor in sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if tensor.start != end:
+            raise ValueError(f"tensor {key!r} starts at byte {tensor.start}, expected {end}")
+        end = tensor.stop
+    if end != size:
+        raise ValueError(f"the tensors end at byte {end}, expected the file's size {size}")
+    return found
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key appears twice")
+    return found
+
+
+def _stored_tensor(key: str, entry: Any, data_start: int) -> StoredTensor:
+    """A header entry with every field checked."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {key!r}: expected dtype, shape and data_offsets")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [-1]
+    if len(numbers) != len(shape) + 2 or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        raise ValueError(f"tensor {key!r}: shape and data_offsets must be natural numbers")
+    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise ValueError(f"tensor {key!r}: dtype {entry['dtype']!r} is none of {[*DTYPES]}")
+    if offsets[1] - offsets[0] != prod(shape) * dtype.itemsize:
+        raise ValueError(f"tensor {key!r}: {offsets[1] - offsets[0]} bytes do not fit shape {shape}")
+    return StoredTensor(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])

@@ -1,0 +1,120 @@
+"""What people read about a load: the LOAD PLAN, and how a checkpoint differs from the model it should fill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+from internlm_lite.checkpoint.format.catalog import Found
+from internlm_lite.checkpoint.format.tensor_file import DTYPES
+from internlm_lite.units import human_bytes
+
+Shape = tuple[int, ...]
+Wanted = Mapping[str, Mapping[str, Shape]]
+"""role -> name -> shape of the whole tensor, over all ranks."""
+
+_LINES = 12
+_HEADS = "num_attention_heads"
+_FUNCTION = (_HEADS, "num_kv_attention_heads", "apply_post_layer_norm", "norm_type", "layer_norm_epsilon", "rope_base")
+"""Keys of the model that change what it computes, and no shape of a tensor."""
+
+
+def mismatch(found: Found, wanted: Wanted, config: Mapping[str, Any]) -> str | None:
+    """Why the checkpoint cannot fill the model, in one readable text; None if it can."""
+    stored = found.manifest.tensors
+    lines = []
+    for role, names in wanted.items():
+        have = stored.get(role)
+        if have is None:
+            lines.append(f"{role}: the checkpoint has none (it has {', '.join(stored) or 'no tensors'})")
+            continue
+        missing = [f"{name} {list(shape)}" for name, shape in names.items() if name not in have]
+        extra = [f"{name} {list(entry.shape)}" for name, entry in have.items() if name not in names]
+        shapes = [
+            f"{name}: checkpoint {list(have[name].shape)}, model {list(shape)}"
+            for name, shape in names.items()
+            if name in have and have[name].shape != shape
+        ]
+        for what, items in (("other shape", shapes), ("only in the model", missing), ("only in the checkpoint", extra)):
+            lines += _block(f"{role}, {what} ({len(items)}):", items)
+    if set(wanted) - {"master"}:
+        title = "same shapes, another function (its weights alone are taken with ckpt.load_model_only_folder):"
+        lines += _block(title, other_function(found, config))
+    if not lines:
+        return None
+    keys = differing_keys(found.manifest.config, config)
+    lines += _block("config keys that differ:", [f"{key}: checkpoint {a!r}, this run {b!r}" for key, a, b in keys])
+    return (
+        f"checkpoint {found.name} in {found.storage.name} belongs to another model:\n  "
+        + "\n  ".join(lines)
+        + "\nuse the config the checkpoint was saved with, or choose another checkpoint or save folder"
+    )
+
+
+def other_function(found: Found, config: Mapping[str, Any]) -> list[str]:
+    """Keys by which the model of `config` computes something else from the same weights."""
+    saved, ours = (dict(one.get("model") or {}) for one in (found.manifest.config, config))
+    for model in (saved, ours):
+        if model.get("num_kv_attention_heads", "") is None:  # as many as there are heads
+            model["num_kv_attention_heads"] = model[_HEADS]
+    known = [(key, saved[key], ours[key]) for key in _FUNCTION if key in saved and key in ours]
+    return [f"model.{key}: checkpoint {a!r}, this run {b!r}" for key, a, b in known if a != b]
+
+
+def _block(title: str, items: Sequence[str]) -> list[str]:
+    if not items:
+        return []
+    return [title, *(f"  {item}" for item in _first(items))]
+
+
+def _first(items: Sequence[str]) -> list[str]:
+    return [*items[:_LINES], *([f"... and {len(items) - _LINES} more"] if len(items) > _LINES else [])]
+
+
+def differing_keys(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(dotted key, saved value, our value) where two configs differ, keys of the model first."""
+    one, two = dict(_flatten(saved, "")), dict(_flatten(ours, ""))
+    keys = sorted(one.keys() | two.keys(), key=lambda key: (not key.startswith("model."), key))
+    return [(key, one.get(key), two.get(key)) for key in keys if one.get(key) != two.get(key)]
+
+
+def _flatten(config: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat += _flatten(value, f"{prefix}{key}.")
+        else:
+            flat.append((prefix + key, value))
+    return flat
+
+
+def load_plan(
+    found: Found, wanted: Wanted, layout: Mapping[str, int], rank_states: int, config: Mapping[str, Any]
+) -> str:
+    """What was found and what is taken of it."""
+    manifest = found.manifest
+    taken: list[str] = []
+    left: list[str] = []
+    for role, named in manifest.tensors.items():
+        size = sum(prod(entry.shape) * DTYPES[entry.dtype].itemsize for entry in named.values())
+        (taken if role in wanted else left).append(f"{role} ({len(named)} tensors, {human_bytes(size)})")
+    saved_ranks = len(manifest.rank_state)
+    taken += ["state", f"rank state of {rank_states} of {saved_ranks} ranks"] if saved_ranks else ["state"]
+    written = ", ".join(f"{what} {version}" for what, version in manifest.versions.items())
+    keys = differing_keys(manifest.config, config) if manifest.config and config else []
+    differences = [f"{key}: {a!r} -> {b!r}" for key, a, b in keys]
+    rows = [
+        ("folder", found.storage.name),
+        ("checkpoint", f"{manifest.name} ({manifest.kind}, step {manifest.step}; {written})"),
+        *(("passed over", reason) for reason in found.rejected),
+        ("layout", f"{_axes(manifest.layout)} -> {_axes(layout)}"),
+        ("taken", ", ".join(taken)),
+        ("not taken", ", ".join(left)),
+        *(("config", difference) for difference in _first(differences)),
+    ]
+    return "LOAD PLAN\n" + "\n".join(f"  {what:<12}{text}" for what, text in rows if text)
+
+
+def _axes(layout: Mapping[str, int]) -> str:
+    return " ".join(f"{axis}={size}" for axis, size in layout.items())

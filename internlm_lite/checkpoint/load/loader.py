@@ -1,0 +1,133 @@
+"""Load what a checkpoint holds into the tensors of all ranks, whoever wrote it and wherever it lies."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from internlm_lite.checkpoint.format import catalog
+from internlm_lite.checkpoint.format.catalog import Found
+from internlm_lite.checkpoint.format.manifest import Manifest, layout_of, seal, unseal
+from internlm_lite.checkpoint.load.compare import Wanted, load_plan, mismatch, other_function
+from internlm_lite.checkpoint.load.reader import Reader
+from internlm_lite.checkpoint.save.plan import describe
+from internlm_lite.checkpoint.storage.base import Storage
+from internlm_lite.checkpoint.storage.open import open_storage
+from internlm_lite.config.schema import S3Config
+from internlm_lite.errors import CheckpointError, DamagedError
+from internlm_lite.mesh import comm
+from internlm_lite.mesh.consensus import on_all, on_main
+from internlm_lite.mesh.layout import Piece
+from internlm_lite.mesh.mesh import Mesh
+from internlm_lite.units import human_bytes, human_seconds
+
+logger = logging.getLogger("internlm_lite")
+Check = Callable[[Found], None]
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a load gives back besides the filled tensors."""
+
+    found: Found
+    state: dict[str, Any]
+    """As it was given to `save` on rank 0."""
+    rank_state: dict[str, torch.Tensor] | None
+    """What this rank gave to `save`; None if fewer ranks saved."""
+
+
+class Loader:
+    """Reads, and remembers what it found damaged. Every method is collective."""
+
+    def __init__(self, mesh: Mesh, *, config: Mapping[str, Any] | None = None, s3: S3Config | None = None) -> None:
+        """`config`: of this run, to be compared; `s3`: how object stores are reached."""
+        self.mesh = mesh
+        self._config, self._s3 = dict(config or {}), s3
+        self._bad: dict[str, str] = {}
+        """Checkpoints found damaged, and why."""
+
+    def open(self, path: str) -> Found:
+        """The checkpoint at `path`: a save folder (its newest good one), `.../commits/NAME.json`, `.../data/NAME`, or a
+        copy of such a data folder. Raises CheckpointError if there is none, or it is damaged.
+        """
+        root, name = on_main(self.mesh, lambda: catalog.locate(path, self._s3))
+        storage = open_storage(root, self._s3)
+        found = self._agree_on(storage, lambda: catalog.open_at(storage, name, self._bad))
+        assert found is not None
+        return found
+
+    def load_at(self, path: str, pieces: Sequence[Piece], check: Check | None = None) -> Restored:
+        """`open`, then `load`; from a save folder the newest checkpoint that proves good, as `resume` does."""
+        while True:
+            found = self.open(path)
+            try:
+                return self.load(found, pieces, check=check)
+            except DamagedError as error:
+                if not on_main(self.mesh, lambda: catalog.is_save_folder(path, self._s3)):
+                    raise
+                self._bad[found.name] = str(error)
+
+    def load(self, found: Found, pieces: Sequence[Piece], check: Check | None = None) -> Restored:
+        """Fill the pieces' tensors in place, cast to their dtype; roles that no rank asks for are not read.
+
+        `check` may refuse what was found before anything is read, on all ranks alike, by raising CheckpointError.
+        Raises the same error on all ranks: CheckpointError with the differing tensors and config keys if the checkpoint
+        belongs to another model, DamagedError with file and tensor (the tensors are then partly overwritten).
+        """
+        if check is not None:
+            check(found)
+        reader = Reader(found)
+        manifest = found.manifest
+        wanted = self._wanted(pieces)
+        problem = mismatch(found, wanted, self._config)
+        if problem:
+            raise CheckpointError(problem)
+        rank, size = self.mesh.world.rank, self.mesh.world.size
+
+        def read() -> dict[str, torch.Tensor] | None:
+            for file in list(manifest.files)[rank::size]:
+                reader.check_file(file)
+            for piece in pieces:
+                describe(piece)
+                reader.fill(piece)
+            return reader.rank_state(rank)
+
+        if self.mesh.is_main:
+            states = min(size, len(manifest.rank_state))
+            for difference in other_function(found, self._config):
+                logger.warning("another function of the same weights: %s", difference)
+            logger.info("%s", load_plan(found, wanted, layout_of(self.mesh), states, self._config))
+        begin = time.monotonic()
+        private = on_all(self.mesh, read)
+        if self.mesh.is_main:
+            took = human_seconds(time.monotonic() - begin)
+            logger.info("loaded checkpoint %s: %s read by rank 0, %s", found.name, human_bytes(reader.bytes_read), took)
+        return Restored(found, manifest.state, private)
+
+    def _agree_on(self, storage: Storage, look: Any) -> Found | None:
+        """What rank 0 finds, on all ranks; manifests travel as they are stored."""
+
+        def pack() -> tuple[str, bytes, tuple[str, ...]] | None:
+            found = look()
+            return found and (found.folder, seal(found.manifest), found.rejected)
+
+        packed = on_main(self.mesh, pack)
+        if packed is None:
+            return None
+        folder, data, rejected = packed
+        return Found(storage, folder, unseal(Manifest, data, storage.name), rejected)
+
+    def _wanted(self, pieces: Sequence[Piece]) -> Wanted:
+        """What all ranks together want."""
+        mine = {(piece.role, piece.name): tuple(piece.shape) for piece in pieces}
+        wanted: dict[str, dict[str, tuple[int, ...]]] = {}
+        every: list[Any] = comm.gather_objects(mine, self.mesh.world)
+        for theirs in every:
+            for (role, name), shape in theirs.items():
+                wanted.setdefault(role, {})[name] = shape
+        return wanted

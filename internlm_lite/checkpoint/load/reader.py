@@ -1,0 +1,120 @@
+"""Reading a checkpoint into pieces of any layout. Only the blocks that hold wanted elements are read, and each block's
+crc32 is compared before any of its bytes is used; damage is reported with file and tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from math import prod
+
+import torch
+
+from internlm_lite.checkpoint.format.boxes import Region, overlaps
+from internlm_lite.checkpoint.format.catalog import Found
+from internlm_lite.checkpoint.format.manifest import StoredPiece, StoredState, read_bytes, vote_of
+from internlm_lite.checkpoint.format.tensor_file import BLOCK_BYTES, DTYPES, StoredTensor, read_header
+from internlm_lite.checkpoint.storage.base import UnreadableError
+from internlm_lite.errors import DamagedError
+from internlm_lite.mesh.layout import Piece
+
+
+class Reader:
+    """Reads one checkpoint. All methods raise DamagedError naming the file, and the tensor where there is one."""
+
+    def __init__(self, found: Found) -> None:
+        self.found = found
+        self.bytes_read = 0
+        self._headers: dict[str, dict[str, StoredTensor]] = {}
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def fill(self, piece: Piece) -> None:
+        """Copy the stored elements into `piece.tensor`, cast to its dtype, on its device."""
+        entry = self.found.manifest.tensors[piece.role][piece.name]
+        wanted = Region(piece.box, piece.flat)
+        filled = 0
+        for stored in entry.pieces:
+            views = overlaps(stored.region, wanted)
+            if not views:
+                continue
+            first = min(source.extent[0] for source, _ in views)
+            stop = max(source.extent[1] for source, _ in views)
+            memory, first = self._elements(stored, DTYPES[entry.dtype], stored.region.count, first, stop)
+            for source, target in views:
+                target.of(piece.tensor.detach()).copy_(source.of(memory, first))
+                filled += prod(source.size)
+        if filled != wanted.count:
+            raise DamagedError(
+                f"{self.found.manifest_path}: {piece.role} of {piece.name}: "
+                f"{filled} of the {wanted.count} elements of {wanted} are stored"
+            )
+
+    def rank_state(self, rank: int) -> dict[str, torch.Tensor] | None:
+        """The uint8 tensors that this rank saved; None if the checkpoint was saved by fewer ranks."""
+        saved = self.found.manifest.rank_state
+        if rank >= len(saved):
+            return None
+        return {key: self._whole(state).clone() for key, state in saved[rank].items()}
+
+    def check_file(self, file: str) -> None:
+        """Compare a file's header and its vote with the manifest."""
+        self._header(file)
+        vote = self.found.key(vote_of(file))
+        sha256 = hashlib.sha256(read_bytes(self.found.storage, vote)).hexdigest()
+        if sha256 != self.found.manifest.files[file].vote_sha256:
+            raise DamagedError(f"{self.found.storage.name}/{vote}: damaged: its sha256 is not the one in the manifest")
+
+    def _whole(self, state: StoredState) -> torch.Tensor:
+        count = prod(self._stored(state).shape)
+        return self._elements(state, torch.uint8, count, 0, count)[0] if count else torch.empty(0, dtype=torch.uint8)
+
+    def _header(self, file: str) -> dict[str, StoredTensor]:
+        if file not in self._headers:
+            facts = self.found.manifest.files.get(file)
+            if facts is None:
+                raise DamagedError(f"{self.found.manifest_path}: no facts about {file}")
+            self._headers[file], _ = read_header(
+                self.found.storage, self.found.key(file), facts.header_bytes, facts.header_crc32, facts.size
+            )
+        return self._headers[file]
+
+    def _stored(self, piece: StoredPiece | StoredState) -> StoredTensor:
+        stored = self._header(piece.file).get(piece.key)
+        if stored is None:
+            raise DamagedError(f"{self._where(piece)} is not in the file's header")
+        return stored
+
+    def _where(self, piece: StoredPiece | StoredState) -> str:
+        return f"{self.found.storage.name}/{self.found.key(piece.file)}: tensor {piece.key}"
+
+    def _elements(
+        self, piece: StoredPiece | StoredState, dtype: torch.dtype, count: int, first: int, stop: int
+    ) -> tuple[torch.Tensor, int]:
+        """Elements first..stop of a stored tensor of `count`, and some around them: (1-D memory, its first element).
+
+        The memory is valid until the next call.
+        """
+        stored = self._stored(piece)
+        size = stored.stop - stored.start
+        if stored.dtype != dtype or size != count * dtype.itemsize or len(piece.crc32) != -(-size // BLOCK_BYTES):
+            raise DamagedError(f"{self._where(piece)}: {stored.dtype} of {size} bytes, the manifest says otherwise")
+        low = first * dtype.itemsize // BLOCK_BYTES * BLOCK_BYTES
+        high = min(size, -(-stop * dtype.itemsize // BLOCK_BYTES) * BLOCK_BYTES)
+        if self._buffer.numel() < high - low:
+            self._buffer = torch.empty(high - low, dtype=torch.uint8)
+        memory = self._buffer[: high - low]
+        view = memory.numpy().data
+        try:
+            self.found.storage.read_into(self.found.key(piece.file), stored.start + low, view)
+        except UnreadableError as error:
+            raise DamagedError(f"{self._where(piece)}: {error}") from error
+        self.bytes_read += high - low
+        for start in range(low, high, BLOCK_BYTES):
+            block = view[start - low : min(start + BLOCK_BYTES, high) - low]
+            expected = piece.crc32[start // BLOCK_BYTES]
+            if (actual := zlib.crc32(block)) != expected:
+                raise DamagedError(
+                    f"{self._where(piece)}: damaged in bytes {start}..{start + len(block)}: "
+                    f"crc32 is {actual:08x}, expected {expected:08x}"
+                )
+        return memory.view(dtype), low // dtype.itemsize

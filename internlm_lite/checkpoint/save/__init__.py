@@ -1,0 +1,1 @@
+"""Writing a checkpoint beside training: plan, staging, write, commit."""

@@ -1,0 +1,251 @@
+"""The commit protocol: every rank writes its file and then its vote; rank 0 sees all votes, writes the manifest and,
+last, the commit. Until then nothing exists; nothing is overwritten, ever. No collectives: any thread may run this.
+
+    data/<name>/{rank-00003.safetensors, rank-00003.vote.json, manifest.json}   commits/<name>.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from internlm_lite.checkpoint.format.boxes import tiling_problems
+from internlm_lite.checkpoint.format.catalog import inspect
+from internlm_lite.checkpoint.format.manifest import (
+    FORMAT,
+    Commit,
+    FileFacts,
+    Kind,
+    Manifest,
+    ManifestFile,
+    Name,
+    StoredPiece,
+    StoredState,
+    TensorEntry,
+    Vote,
+    VotedPiece,
+    file_of,
+    read_bytes,
+    seal,
+    unseal,
+    versions,
+)
+from internlm_lite.checkpoint.format.tensor_file import Digest, TensorFile
+from internlm_lite.checkpoint.save.plan import Share
+from internlm_lite.checkpoint.storage.base import Storage
+from internlm_lite.errors import CheckpointError, DamagedError, StorageError
+
+logger = logging.getLogger("internlm_lite")
+_REASON_BYTES = 4000
+_REASONS = 8
+"""So many are told; thousands of ranks on a full disk have one each, naming their file."""
+_LONGEST_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the manifest says besides the tensors."""
+
+    kind: Kind
+    layout: dict[str, int]
+    config: dict[str, Any]
+    state: dict[str, Any]
+
+
+def write_rank(
+    storage: Storage,
+    name: Name,
+    rank: int,
+    world_size: int,
+    shares: Sequence[tuple[Share, torch.Tensor]],
+    rank_state: Mapping[str, torch.Tensor],
+) -> int:
+    """Write one rank's file, then its vote. Returns the file's bytes. Raises StorageError."""
+    private = {f"rank_state/{key}": tensor for key, tensor in rank_state.items()}
+    stream = TensorFile({share.key: tensor for share, tensor in shares} | private)
+    return write_stream(storage, name, rank, world_size, stream, [share for share, _ in shares], tuple(rank_state))
+
+
+def write_stream(
+    storage: Storage,
+    name: Name,
+    rank: int,
+    world_size: int,
+    stream: TensorFile,
+    shares: Sequence[Share],
+    rank_state: Sequence[str] = (),
+) -> int:
+    """`write_rank` for a file that holds the shares, and the named rank states, already."""
+    file = file_of(rank)
+    written = storage.put(f"{name.folder}/{file}", stream)
+    digest = stream.digest
+    if digest is None or digest.size != written:
+        raise StorageError(f"{storage.name}/{name.folder}/{file}: {written} bytes written, expected {digest}")
+    vote = Vote(
+        name=str(name),
+        rank=rank,
+        world_size=world_size,
+        facts=FileFacts(
+            size=digest.size,
+            sha256=digest.sha256,
+            header_bytes=digest.header_bytes,
+            header_crc32=digest.header_crc32,
+        ),
+        pieces=tuple(_voted(file, share, digest) for share in shares),
+        rank_state={
+            key: StoredState(file=file, key=f"rank_state/{key}", crc32=digest.blocks[f"rank_state/{key}"])
+            for key in rank_state
+        },
+    )
+    storage.put(name.vote(rank), [seal(vote)])
+    return written
+
+
+def _voted(file: str, share: Share, digest: Digest) -> VotedPiece:
+    return VotedPiece(
+        file=file,
+        key=share.key,
+        box=share.region.box,
+        flat=share.region.flat,
+        crc32=digest.blocks[share.key],
+        name=share.holding.name,
+        role=share.holding.role,
+        shape=share.holding.shape,
+        dtype=share.holding.dtype,
+    )
+
+
+def refuse(storage: Storage, name: Name, rank: int, reason: str) -> None:
+    """Instead of a vote: tell rank 0 why there will be none, if the storage takes that much."""
+    with suppress(StorageError):
+        storage.put(name.refusal(rank), [reason.encode()[:_REASON_BYTES]])
+
+
+def await_votes(
+    storage: Storage,
+    name: Name,
+    world_size: int,
+    timeout_seconds: float,
+    abandoned: threading.Event,
+    poll_seconds: float = 0.01,
+) -> None:
+    """Return when all ranks have voted. The storage is asked after `poll_seconds`, then less and less often.
+
+    Raises StorageError naming the ranks that refused, or did not vote before the deadline or until `abandoned` was set.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    missing = list(range(world_size))
+    while True:
+        there = {entry.key for entry in storage.list(name.folder)}
+        missing = [rank for rank in missing if name.vote(rank) not in there]
+        if not missing:
+            return
+        _raise_refusals(storage, name, [rank for rank in missing if name.refusal(rank) in there])
+        if abandoned.is_set():
+            raise StorageError(f"checkpoint {name}: given up, because a rank could not write its part")
+        if time.monotonic() >= deadline:
+            raise StorageError(
+                f"checkpoint {name}: no vote from rank {_joined(missing)} after {timeout_seconds:g} s; "
+                f"nothing was committed. These ranks died, or do not write to {storage.name} as rank 0 sees it"
+            )
+        abandoned.wait(poll_seconds)
+        poll_seconds = min(2 * poll_seconds, _LONGEST_POLL_SECONDS)
+
+
+def _raise_refusals(storage: Storage, name: Name, refused: Sequence[int]) -> None:
+    ranks: dict[str, list[int]] = {}
+    for rank in refused:
+        reason = storage.read(name.refusal(rank), _REASON_BYTES).decode(errors="replace")
+        ranks.setdefault(reason, []).append(rank)
+    if not ranks:
+        return
+    told = [f"rank {_joined(which)} could not write its part: {why}" for why, which in list(ranks.items())[:_REASONS]]
+    others = [rank for which in list(ranks.values())[_REASONS:] for rank in which]
+    told += [f"nor could rank {_joined(others)}"] if others else []
+    raise StorageError(f"checkpoint {name}: " + "; ".join(told))
+
+
+def _joined(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
+
+
+def commit_votes(storage: Storage, name: Name, world_size: int, facts: Facts) -> Manifest:
+    """Make a checkpoint exist, given all votes, and read it back.
+
+    Raises CheckpointError when the pieces do not tile every tensor, StorageError when storage fails. Once it is
+    committed it exists: only damage makes that undone, not a storage that cannot read it back now.
+    """
+    manifest = _manifest(storage, name, world_size, facts)
+    data = seal(manifest)
+    storage.put(name.manifest, [data])
+    document = Commit(
+        format=FORMAT,
+        name=str(name),
+        step=name.step,
+        kind=facts.kind,
+        manifest=name.manifest,
+        size=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+    if not storage.put_if_absent(name.commit, seal(document)):
+        raise StorageError(f"{storage.name}/{name.commit} exists already: do two runs share this folder?")
+    try:
+        inspect(storage, name)
+    except DamagedError as error:
+        raise StorageError(f"checkpoint {name} reads back other than it was written: {error}") from error
+    except StorageError as error:
+        logger.warning("checkpoint %s is written, but was not read back: %s", name, error)
+    return manifest
+
+
+def _manifest(storage: Storage, name: Name, world_size: int, facts: Facts) -> Manifest:
+    files: dict[str, ManifestFile] = {}
+    pieces: dict[str, dict[str, list[VotedPiece]]] = {}
+    private = []
+    for rank in range(world_size):
+        data = read_bytes(storage, name.vote(rank))
+        vote = unseal(Vote, data, f"{storage.name}/{name.vote(rank)}")
+        if (vote.name, vote.rank, vote.world_size) != (str(name), rank, world_size):
+            raise DamagedError(f"{storage.name}/{name.vote(rank)} is the vote of rank {vote.rank} on {vote.name}")
+        sha256 = hashlib.sha256(data).hexdigest()
+        files[file_of(rank)] = ManifestFile(**vote.facts.model_dump(), vote_size=len(data), vote_sha256=sha256)
+        private.append(vote.rank_state)
+        for piece in vote.pieces:
+            pieces.setdefault(piece.role, {}).setdefault(piece.name, []).append(piece)
+    return Manifest(
+        format=FORMAT,
+        name=str(name),
+        step=name.step,
+        kind=facts.kind,
+        versions=versions(),
+        layout=facts.layout,
+        files=files,
+        tensors={
+            role: {tensor: _entry(role, tensor, held) for tensor, held in sorted(named.items())}
+            for role, named in sorted(pieces.items())
+        },
+        rank_state=tuple(private),
+        config=facts.config,
+        state=facts.state,
+    )
+
+
+def _entry(role: str, name: str, pieces: Sequence[VotedPiece]) -> TensorEntry:
+    shape, dtype = pieces[0].shape, pieces[0].dtype
+    if any((piece.shape, piece.dtype) != (shape, dtype) for piece in pieces):
+        raise CheckpointError(f"{role} of {name}: ranks disagree on its shape or dtype")
+    problems = tiling_problems(shape, [(piece.file, piece.region) for piece in pieces])
+    if problems:
+        raise CheckpointError(f"{role} of {name} is not stored exactly once:\n  " + "\n  ".join(problems[:5]))
+    fields = set(StoredPiece.model_fields)
+    return TensorEntry(
+        dtype=dtype, shape=shape, pieces=tuple(StoredPiece(**piece.model_dump(include=fields)) for piece in pieces)
+    )

@@ -1,0 +1,43 @@
+"""From the folder a user writes in a config to the storage behind it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from internlm_lite.checkpoint.storage.base import Storage
+from internlm_lite.checkpoint.storage.local import LocalStorage
+from internlm_lite.config.s3path import S3_SPELLING, S3Path, is_s3, parse_s3, without_password
+from internlm_lite.config.schema import S3Config
+from internlm_lite.errors import ConfigError, MissingPackageError
+
+
+def open_storage(where: str, s3: S3Config | None = None) -> Storage:
+    """Storage behind `local:PATH`, a plain path, or a path on S3, which is reached as `s3` says.
+
+    Raises ConfigError on other spellings, MissingPackageError where boto3 is needed and absent.
+    """
+    if is_s3(where):
+        path = parse_s3(where)
+        if path is None:
+            raise ConfigError(f"checkpoint folder {without_password(where)!r}: expected {S3_SPELLING}")
+        return _open_s3(path, s3 or S3Config())
+    path_text = where.removeprefix("local:")
+    scheme = re.match(r"([A-Za-z0-9+]+)://|([A-Za-z0-9]{2,}):(?!/)", path_text)
+    if not path_text or scheme:
+        raise ConfigError(
+            f"checkpoint folder {without_password(where)!r}: expected `local:PATH`, a plain path, or {S3_SPELLING}"
+        )
+    return LocalStorage(Path(path_text))
+
+
+def _open_s3(path: S3Path, settings: S3Config) -> Storage:
+    try:
+        from internlm_lite.checkpoint.storage.s3 import S3Storage
+    except ModuleNotFoundError as error:
+        if error.name not in ("boto3", "botocore", "urllib3"):
+            raise
+        raise MissingPackageError(
+            f"checkpoint folder {path} needs boto3, which is not installed: pip install internlm_lite[s3]"
+        ) from error
+    return S3Storage(path, settings)

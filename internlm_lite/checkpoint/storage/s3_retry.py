@@ -1,0 +1,183 @@
+"""Requests to S3 that fail: which are sent again, for how long, and what the user reads when that did not help.
+
+Servers go away for minutes and come back, so time is what ends the trying, not a count. No exception of boto3 leaves
+this file: their texts and arguments may hold what was signed.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, TypeVar
+
+from botocore import exceptions as boto
+from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError
+from urllib3.exceptions import ReadTimeoutError as SilenceError
+
+from internlm_lite.checkpoint.storage.base import UnreachableError, UnreadableError
+from internlm_lite.errors import StorageError
+
+logger = logging.getLogger("internlm_lite")
+T = TypeVar("T")
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 8.0
+"""Seconds; doubled each time, then shortened by up to half at random so that ranks do not come back together."""
+_FAILURES = (boto.BotoCoreError, boto.ClientError, ResponseParserError, HTTPError, OSError)
+_SETTINGS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError)
+_PASSING_STATUS = (408, 429)
+_LASTING_STATUS = (501, 505)
+# Refusals with a status of 4xx, or inside an answer of 200, that another attempt may well not meet.
+_PASSING_CODES = (
+    *("RequestTimeout", "BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "OperationAborted"),
+    *(
+        "ConditionalRequestConflict",
+        "InternalError",
+        "SlowDown",
+        "ServiceUnavailable",
+        "Throttling",
+        "RequestLimitExceeded",
+    ),
+)
+_ABSENT = ("NoSuchKey", "404", "InvalidRange", "416")
+_KEYS = "check S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY_ID, or boto3's own AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+_HINTS = {
+    "NoSuchKey": "it does not exist there",
+    "NoSuchBucket": "create the bucket, or correct the folder",
+    "InvalidBucketName": "correct the folder, or set ckpt.s3.addressing",
+    "InvalidAccessKeyId": f"wrong credentials: {_KEYS}",
+    "SignatureDoesNotMatch": f"wrong credentials: {_KEYS}",
+    "ExpiredToken": "the session token expired: get a new one",
+    "AccessDenied": "these credentials may not do that: change them, or the bucket's policy",
+    "403": "these credentials may not do that: change them, or the bucket's policy",
+    "RequestTimeTooSkewed": "the clock of this machine is wrong: set it",
+    "PermanentRedirect": "the bucket is in another region: set AWS_DEFAULT_REGION",
+    "301": "the bucket is in another region: set AWS_DEFAULT_REGION",
+    "NotImplemented": "the server cannot do that: see ckpt.s3.checksums, or use another server",
+    "XMinioStorageFull": "the server's disks are full: free space or choose another folder",
+    "QuotaExceeded": "the quota is used up: free space or choose another folder",
+}
+
+
+class RefusedError(StorageError):
+    """The server refused, or could not be reached for too long."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+        """The server's word for it, such as PreconditionFailed; "" if it did not answer."""
+
+
+class SilentError(RefusedError, UnreachableError):
+    """No answer to any attempt."""
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What went wrong with one attempt."""
+
+    text: str
+    passing: bool
+    """Another attempt may succeed."""
+    code: str = ""
+    silent: bool = False
+    """Nobody answered, for as long as one waits for an answer."""
+
+    @property
+    def absent(self) -> bool:
+        """There is no such object, or no such bytes of it."""
+        return self.code in _ABSENT
+
+
+class Calls:
+    """Sends requests of one storage. Safe to use from several threads."""
+
+    def __init__(self, name: str, deadline_seconds: float, secrets: Sequence[str]) -> None:
+        self._name = name
+        self._deadline_seconds = deadline_seconds
+        self._secrets = secrets
+
+    def run(self, verb: str, key: str, request: Callable[[float], T], once: bool = False) -> T:
+        """`request(deadline)`, again and again until it succeeds, cannot, or the deadline (by time.monotonic) is over.
+
+        Raises UnreadableError if the object is absent, else RefusedError; no exception that a request of boto3 raised.
+        """
+        where = f"{self._name}/{key}" if key else self._name
+        begin = time.monotonic()
+        deadline = begin + self._deadline_seconds
+        for attempt in count():
+            try:
+                return request(deadline)
+            except _FAILURES as error:
+                trouble = diagnose(error)
+            text = f"cannot {verb} {where}: {self._without_secrets(trouble.text)}"
+            if trouble.absent:
+                raise UnreadableError(text)
+            pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1)
+            now = time.monotonic()
+            if not trouble.passing or once:
+                raise RefusedError(text, trouble.code)
+            if now + pause >= deadline:
+                kind = SilentError if trouble.silent else RefusedError
+                raise kind(f"{text}; tried {attempt + 1} times in {now - begin:.0f} s", trouble.code)
+            logger.log(
+                logging.WARNING if attempt == 0 else logging.DEBUG,
+                "%s; trying again for up to %.0f s",
+                text,
+                deadline - now,
+            )
+            time.sleep(pause)
+        raise AssertionError("count() does not end")
+
+    def _without_secrets(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+
+def diagnose(error: Exception) -> Trouble:
+    """What a failure of boto3 means, in words of our own or of the server."""
+    if isinstance(error, boto.ClientError):
+        return _refusal(error.response)
+    if isinstance(error, _SETTINGS):
+        return Trouble(f"found no usable credentials: {_KEYS}", passing=False)
+    if isinstance(error, boto.SSLError):
+        return _tls(str(error))
+    if isinstance(error, boto.EndpointConnectionError | boto.ConnectTimeoutError | boto.ProxyConnectionError):
+        return Trouble("no server answers there: is it up, is the endpoint right?", passing=True, silent=True)
+    if isinstance(error, boto.ReadTimeoutError | SilenceError | TimeoutError):
+        return Trouble("the server fell silent, or is too slow", passing=True, silent=True)
+    if "TimeoutError" in repr(getattr(error, "kwargs", {}).get("error")):  # while sending: wrapped twice
+        return Trouble("the server takes the bytes too slowly", passing=True, silent=True)
+    if isinstance(error, boto.IncompleteReadError | ResponseParserError):
+        return Trouble("the answer was cut off", passing=True)
+    if isinstance(error, boto.HTTPClientError | HTTPError | OSError):
+        return Trouble("the connection broke", passing=True)
+    return Trouble(f"boto3 refused ({type(error).__name__})", passing=False)
+
+
+def _refusal(response: Any) -> Trouble:
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    said = response.get("Error", {})
+    code = re.sub(r"[^A-Za-z0-9.]", "", str(said.get("Code", "")))[:60] or str(status)
+    message = " ".join(str(said.get("Message", "")).split())[:200]
+    passing = code in _PASSING_CODES or status in _PASSING_STATUS or (status >= 500 and status not in _LASTING_STATUS)
+    words = [code if code == str(status) else f"{code}, status {status}"] if status else [code]
+    words += [message] if message and message != code else []
+    hint = f" ({_HINTS[code]})" if code in _HINTS else ""
+    return Trouble(f"the server says {': '.join(words)}{hint}", passing, code)
+
+
+def _tls(text: str) -> Trouble:
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        return Trouble("its certificate is not trusted here (set AWS_CA_BUNDLE to the authority's file)", passing=False)
+    if "match" in text:  # the host's name and those in the certificate
+        return Trouble("its certificate is for another host: correct the endpoint, or the certificate", passing=False)
+    if re.search("wrong.version.number|record.layer.failure|http.request", text, re.IGNORECASE):
+        return Trouble("it does not speak TLS (for plain http set ckpt.s3.insecure=True)", passing=False)
+    return Trouble("the encrypted connection broke", passing=True)

@@ -1,0 +1,1 @@
+"""Command line programs: one module a command, each with main() -> exit code."""

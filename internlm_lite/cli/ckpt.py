@@ -1,0 +1,218 @@
+"""Look at, verify and remove checkpoints in a save folder, local or on S3.
+
+python tools/ckpt.py ls ckpts                   step, kind, size, age, layout, state; --deep reads every byte
+python tools/ckpt.py verify ckpts               every check sum of every checkpoint; exit code 2 if one is damaged
+python tools/ckpt.py prune ckpts --keep 3       remove what is older than the newest 3 good ones
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any
+
+from rich.table import Table
+
+from internlm_lite.checkpoint.admin.listing import Listed, list_checkpoints, unfinished
+from internlm_lite.checkpoint.admin.prune import plan_prune
+from internlm_lite.checkpoint.admin.verify import Damage, damages_in, damages_of
+from internlm_lite.checkpoint.format import catalog
+from internlm_lite.checkpoint.format.manifest import Name
+from internlm_lite.checkpoint.storage.base import Storage
+from internlm_lite.checkpoint.storage.open import open_storage
+from internlm_lite.checkpoint.storage.run_lock import LEASE_SECONDS, held, holder
+from internlm_lite.cli.storage_options import s3_settings
+from internlm_lite.config.schema import S3Config
+from internlm_lite.errors import CheckpointError
+from internlm_lite.runtime.place import adopt_s3_keys
+from internlm_lite.runtime.tool import ToolConsole, add_s3_option, run_tool
+from internlm_lite.units import human_bytes, human_seconds
+
+_PIPE_COLUMNS = 1000
+"""Lines that no terminal shows are not wrapped."""
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="ckpt", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    ls = commands.add_parser("ls", help="list checkpoints")
+    ls.add_argument("folder", help="save folder")
+    ls.add_argument("--json", action="store_true", help="one JSON document instead of tables")
+    ls.add_argument("--deep", action="store_true", help="read every byte (default: hashes, sizes, headers)")
+    verify = commands.add_parser("verify", help="compare every check sum")
+    verify.add_argument("folder", help="save folder, or one checkpoint of it")
+    prune = commands.add_parser("prune", help="remove old checkpoints")
+    prune.add_argument("folder", help="save folder")
+    prune.add_argument("--keep", type=int, required=True, metavar="N", help="good checkpoints that stay")
+    prune.add_argument("--dry-run", action="store_true", help="say what would go")
+    for command in (ls, verify, prune):
+        add_s3_option(command)
+    arguments = parser.parse_args(argv)
+    if arguments.command == "prune" and arguments.keep < 1:
+        parser.error("--keep: expected at least 1")
+    return arguments
+
+
+def stores(where: str, s3: S3Config) -> list[Storage]:
+    """The save folder, and those inside it. Raises CheckpointError when there is no checkpoint at all."""
+    storage = open_storage(where, s3)
+    folders = catalog.folders_in(storage.list(""))
+    if not folders:
+        raise CheckpointError(f"{storage.name} holds no checkpoint; expected a save folder, or one checkpoint of it")
+    return [open_storage(f"{where.rstrip('/')}/{folder}", s3) if folder else storage for folder in folders]
+
+
+def ls(arguments: argparse.Namespace, s3: S3Config) -> int:
+    """Exit code."""
+    listed = [(storage, list(list_checkpoints(storage, arguments.deep))) for storage in stores(arguments.folder, s3)]
+    if arguments.json:
+        print(json.dumps([_as_json(storage, found, arguments.deep) for storage, found in listed], indent=2))
+        return 0
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()
+    console = ToolConsole(width=None if on_terminal else _PIPE_COLUMNS)
+    for storage, found in listed:
+        looked = "every byte read" if arguments.deep else "hashes, sizes, headers; --deep reads every byte"
+        print(f"{storage.name}  ({looked})", flush=True)
+        console.print(_table(found))
+        for checkpoint in found:
+            for problem in checkpoint.problems:
+                print(f"{checkpoint.name}: {problem}")
+        left = unfinished(storage)
+        if left:
+            size = human_bytes(sum(save.n_bytes for save in left))
+            print(f"unfinished saves: {len(left)}, {size}: under way, or swept by the next run that saves here")
+    return 0
+
+
+def _table(found: Sequence[Listed]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("step", "size", "age"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("kind", "layout", "state"):
+        table.add_column(column)
+    table.add_column("name", no_wrap=True)
+    for one in found:
+        axes = [f"{axis}={size}" for axis, size in one.layout.items() if size > 1 and axis != "world"]
+        world = one.layout.get("world", 0)
+        layout = " ".join([f"{world or '?'} rank{'' if world == 1 else 's'}", *axes])
+        state = "[red]damaged[/]" if one.problems else "good"
+        age = human_seconds(max(0.0, time.time() - one.modified))
+        table.add_row(str(one.name.step), human_bytes(one.n_bytes), age, one.kind or "?", layout, state, str(one.name))
+    return table
+
+
+def _as_json(storage: Storage, found: Sequence[Listed], deep: bool) -> dict[str, Any]:
+    now = time.time()
+    checkpoints = [
+        {
+            "name": str(one.name),
+            "step": one.name.step,
+            "kind": one.kind,
+            "bytes": one.n_bytes,
+            "age_seconds": round(now - one.modified, 1),
+            "layout": one.layout,
+            "verified": "every byte" if deep else "documents, sizes, headers",
+            "good": not one.problems,
+            "problems": list(one.problems),
+        }
+        for one in found
+    ]
+    left = [
+        {"name": str(save.name), "bytes": save.n_bytes, "age_seconds": round(now - save.modified, 1)}
+        for save in unfinished(storage)
+    ]
+    return {"folder": storage.name, "checkpoints": checkpoints, "unfinished": left}
+
+
+def verify(arguments: argparse.Namespace, s3: S3Config) -> int:
+    """Exit code: 2 when something is damaged."""
+    root, name = catalog.locate(arguments.folder, s3)
+    if name is not None:
+        storage = open_storage(root, s3)
+        return 0 if _show(str(name), damages_of(storage, name), partial(_is_gone, storage, name)) else 2
+    storage = open_storage(arguments.folder, s3)
+    if storage.size("manifest.json") is not None:  # a copy of one checkpoint's folder
+        found = catalog.open_at(storage, None)
+        return 0 if _show(found.name, damages_in(found)) else 2
+    results = [
+        _show(f"{storage.name}  {name}", damages_of(storage, name), partial(_is_gone, storage, name))
+        for storage in stores(arguments.folder, s3)
+        for name in catalog.committed(storage)
+    ]
+    return 0 if all(results) else 2
+
+
+def _is_gone(storage: Storage, name: Name) -> bool:
+    return storage.size(name.commit) is None
+
+
+def _show(title: str, damages: Iterable[Damage], is_gone: Callable[[], bool] = lambda: False) -> bool:
+    """Print what is found as it is found; whether it was nothing. `is_gone`: asked only if something is found."""
+    begin, found = time.monotonic(), iter(damages)
+    first = next(found, None)
+    if first is None:
+        print(f"{title}: good, every byte ({human_seconds(time.monotonic() - begin)})", flush=True)
+        return True
+    if is_gone():
+        print(f"{title}: removed meanwhile", flush=True)
+        return True
+    print(f"{title}: DAMAGED")
+    for damage in chain([first], found):
+        print(f"  {damage}", flush=True)
+    return False
+
+
+def prune(arguments: argparse.Namespace, s3: S3Config) -> int:
+    """Exit code. Refuses, with StorageError, while a run uses the folder."""
+    storage = open_storage(arguments.folder, s3)
+    inside = [folder for folder in catalog.folders_in(storage.list("")) if folder]
+    if not catalog.committed(storage):  # a lock would be the first thing in a folder that is none
+        hint = "".join(f"; {storage.name}/{folder} is one" for folder in inside)
+        raise CheckpointError(f"{storage.name} holds no checkpoint; expected a save folder{hint}")
+    for folder in inside:
+        print(f"left alone: {storage.name}/{folder}, a save folder of its own")
+    if arguments.dry_run:
+        return _prune(storage, arguments.keep, dry_run=True)
+    if holder(storage) is not None:
+        print(f"{storage.name} is locked: looking whether its run is alive, for up to {LEASE_SECONDS:g} s", flush=True)
+    with held(storage):
+        return _prune(storage, arguments.keep, dry_run=False)
+
+
+def _prune(storage: Storage, keep: int, dry_run: bool) -> int:
+    plan = plan_prune(storage, keep)
+    if not plan.kept:
+        raise CheckpointError(f"{storage.name} holds no good checkpoint: nothing was removed")
+    for name in plan.kept:
+        print(f"keep    {name}")
+    for name in plan.damaged:
+        print(f"keep    {name}  (damaged: look at it with verify)")
+    for name in plan.removed:
+        print(f"{'would remove' if dry_run else 'remove'}  {name}", flush=True)
+        if not dry_run:
+            catalog.remove(storage, name)
+    if not plan.removed:
+        print("nothing to remove")
+    return 0
+
+
+def work(arguments: argparse.Namespace) -> int:
+    """Exit code."""
+    adopt_s3_keys(os.environ)
+    return {"ls": ls, "verify": verify, "prune": prune}[arguments.command](arguments, s3_settings(arguments.s3))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 damaged or bad input, 6 storage, 130 interrupted."""
+    arguments = parse_arguments(argv)
+    return run_tool(partial(work, arguments), has_s3_option=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

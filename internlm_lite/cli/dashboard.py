@@ -1,0 +1,83 @@
+"""A live page over one or several runs: loss and accuracy of every data folder, speed, checkpoints, samples, events.
+
+python tools/dashboard.py RUN/demo                 the runs of a job, new ones as they come
+python tools/dashboard.py RUN/demo/latest --port 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import secrets
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+from internlm_lite.apps.report.files import read_file, shown
+from internlm_lite.apps.report.find import left_out
+from internlm_lite.apps.report.server import Dashboard
+from internlm_lite.apps.report.watch import Watch
+from internlm_lite.errors import ConfigError
+from internlm_lite.runtime.tool import run_tool
+
+PORT = 8090
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="dashboard", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, job folders, or RUN itself")
+    parser.add_argument("--port", type=int, default=PORT, help=f"default {PORT}; 0: any free one")
+    parser.add_argument("--bind", default="127.0.0.1", metavar="ADDRESS", help="another one needs a token")
+    tokens = parser.add_mutually_exclusive_group()
+    tokens.add_argument(
+        "--token", nargs="?", const="", help="ask for it; without a value one is made and printed with the address"
+    )
+    tokens.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="with the token: other users of this machine see arguments"
+    )
+    arguments = parser.parse_args(argv)
+    if not 0 <= arguments.port < 1 << 16:
+        parser.error(f"--port: found {arguments.port}, expected 0 to {(1 << 16) - 1}")
+    return arguments
+
+
+def read_token(arguments: argparse.Namespace) -> str | None:
+    """None: nobody is asked for one. Raises ConfigError."""
+    if arguments.token and Path(arguments.token).exists():
+        raise ConfigError(f"--token {arguments.token} is a file or folder; put runs first, or use --token-file")
+    if arguments.token_file is None:
+        return secrets.token_urlsafe(16) if arguments.token == "" else arguments.token
+    try:
+        return read_file(arguments.token_file).strip()
+    except OSError as error:
+        raise ConfigError(f"cannot read --token-file {shown(arguments.token_file)}: {error.strerror}") from error
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Exit code, once Ctrl-C has ended it."""
+    token = read_token(arguments)
+    with closing(Watch(arguments.runs)) as watch:
+        for line in left_out(arguments.runs):
+            print(line)
+        with Dashboard(watch, arguments.port, arguments.bind, token) as server:
+            print(f"dashboard: {server.address}  (Ctrl-C ends it)", flush=True)
+            try:
+                server.serve_forever(poll_interval=0.2)
+            except KeyboardInterrupt:
+                print()
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 after Ctrl-C, 2 bad input, 130 interrupted before it served."""
+    arguments = parse_arguments(argv)
+    logging.basicConfig(format="%(message)s")
+    return run_tool(partial(serve, arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

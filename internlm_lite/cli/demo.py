@@ -1,0 +1,174 @@
+"""From nothing to a trained decoder, on text that this machine holds. `make demo` runs it.
+
+    demo/text/{train,valid}/<folder>      real text, folder by folder
+    demo/tokenizer.model                  sentencepiece, trained on it
+    demo/tokens/{train,valid}/<folder>    the text as tokens
+    demo/RUN, demo/ckpts                  python train.py --config configs/demo.py: logs and checkpoints
+
+A stage is skipped when nothing it depends on has changed; an interrupted training goes on where it stopped. Arguments
+that are not listed below are handed to train.py, such as `make demo DEMO_ARGS="STEPS=50"`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from importlib.metadata import distributions
+from pathlib import Path
+
+from internlm_lite.apps.report.history import samples, validation
+from internlm_lite.apps.report.run import RunReader
+from internlm_lite.config.load import load_config
+from internlm_lite.data.corpus import build_corpus, machine_folders
+from internlm_lite.errors import ConfigError
+from internlm_lite.runtime.tool import run_tool
+from internlm_lite.units import human_bytes, human_seconds
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIG = REPOSITORY / "configs" / "demo.py"
+FOLDER_BYTES = 8_000_000
+LAST_STEPS = 20
+
+
+class Stage:
+    """A step of the demo whose key, a hash of all it depends on, is kept in a file beside what it made."""
+
+    def __init__(self, folder: Path, name: str, *depends_on: object) -> None:
+        self.stamp = folder / f"{name}.key"
+        self.key = hashlib.sha256(json.dumps([name, *depends_on]).encode()).hexdigest()
+
+    @property
+    def is_current(self) -> bool:
+        return self.stamp.is_file() and self.stamp.read_text() == self.key
+
+    def record(self) -> None:
+        self.stamp.parent.mkdir(parents=True, exist_ok=True)
+        self.stamp.write_text(self.key)
+
+
+def run(*command: str | Path) -> None:
+    """Run a Python script of the repository with our interpreter; its failure is ours."""
+    with subprocess.Popen([sys.executable, *map(str, command)], cwd=REPOSITORY) as child:
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:  # it has heard Ctrl-C too: subprocess.run would kill it while it saves
+            child.wait()
+            raise
+    if code:
+        sys.exit(code if code > 0 else 1)
+
+
+def make_text(folder: Path) -> None:
+    """Collect the corpus and say honestly how much of it there is."""
+    shutil.rmtree(folder / "text", ignore_errors=True)
+    sizes = build_corpus(folder / "text", machine_folders(), FOLDER_BYTES)
+    for name, size in sizes.items():
+        held_out = human_bytes(size.valid_bytes)
+        print(f"  {name:<6} {human_bytes(size.total_bytes):>10} in {size.documents} documents, {held_out} held out")
+    print(f"  total  {human_bytes(sum(size.total_bytes for size in sizes.values())):>10}", flush=True)
+
+
+def make_tokens(folder: Path, vocab_size: int) -> None:
+    """Train the tokenizer on the training text only; encode both parts with it."""
+    tool, model = REPOSITORY / "tools" / "tokenizer.py", folder / "tokenizer.model"
+    text = {part: sorted((folder / "text" / part).iterdir()) for part in ("train", "valid")}
+    shutil.rmtree(folder / "tokens", ignore_errors=True)
+    run(tool, "train", "--input", *text["train"], "--output", model, "--vocab-size", str(vocab_size))
+    for part, folders in text.items():
+        run(tool, "encode", "--input", *folders, "--output", folder / "tokens" / part, "--tokenizer", model)
+
+
+def train(folder: Path, arguments: Sequence[str], started: Stage) -> None:
+    """Train, or go on with the training that was interrupted; checkpoints of another model or corpus are removed."""
+    if not started.is_current:
+        if (folder / "ckpts").exists():
+            print("  config, corpus or arguments are new: removing the checkpoints of the training before", flush=True)
+        shutil.rmtree(folder / "ckpts", ignore_errors=True)
+        started.record()
+    run("train.py", "--config", CONFIG, "--run-dir", folder / "RUN", f"DEMO_FOLDER={folder}", *arguments)
+
+
+def report(folder: Path, vocab_size: int) -> None:
+    """What came out: the loss at both ends, the samples, and where to look."""
+    run_folder = (folder / "RUN" / "demo" / "latest").resolve()
+    reader = RunReader(run_folder, "demo").read_all()
+    drawn = samples(reader.samples, reader.events)
+    for sample in (one for one in drawn if one["step"] == drawn[-1]["step"]):
+        print(f"\n--- prompt {sample['prompt']!r}\n{sample['prompt']}{sample['text']}")
+    losses = reader.columns.scalars["loss"].tolist()
+    end, uniform = statistics.mean(losses[-LAST_STEPS:]), math.log(vocab_size)
+    print(
+        f"\ntraining loss: {losses[0]:.3f} at the first step, {end:.3f} over the last {LAST_STEPS}, which is", end=" "
+    )
+    print(f"{end / uniform:.0%} of guessing evenly, ln({vocab_size}) = {uniform:.3f}")
+    evaluations = validation(reader.events)
+    for name, (_, loss, accuracy) in (evaluations[-1]["folders"] if evaluations else {}).items():
+        print(f"  held-out text of {name:<6} loss {loss:.3f}, next token right {accuracy:.0%}")
+    print(f"run folder: {run_folder}")
+    tools = f"{sys.executable} {REPOSITORY / 'tools'}"  # internlm-lite may not be on the user's PATH
+    print(f"report:     {run_folder / 'report.html'}   live: {tools}/dashboard.py {run_folder}")
+    print(f"more text:  {tools}/generate.py --checkpoint {folder / 'ckpts'} --prompt 'import '")
+
+
+def installed() -> list[str]:
+    """Name and version of every package here: the corpus is read from them."""
+    return sorted(f"{found.name}=={found.version}" for found in distributions())
+
+
+def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(prog="demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=REPOSITORY / "demo", help="where everything goes (demo)")
+    parser.add_argument("--fresh", action="store_true", help="forget the checkpoints and train again from step 0")
+    return parser.parse_known_args(argv)
+
+
+def work(arguments: argparse.Namespace, for_train: Sequence[str]) -> int:
+    """Exit code."""
+    if not CONFIG.is_file():
+        raise ConfigError(f"found no {CONFIG}: run tools/demo.py from a checkout")
+    folder, start = arguments.folder.resolve(), time.monotonic()
+    vocab_size = load_config(CONFIG).config.model.vocab_size
+    data_code = [file.read_text("utf-8") for file in sorted((REPOSITORY / "internlm_lite" / "data").glob("*.py"))]
+    text = Stage(folder, "text", data_code, FOLDER_BYTES, sys.version, installed())
+    tokens = Stage(folder, "tokens", text.key, vocab_size)
+    started = Stage(folder, "training", tokens.key, CONFIG.read_text("utf-8"), for_train)
+    trained = Stage(folder, "trained", started.key)
+    if arguments.fresh:
+        for stage in (started, trained):
+            stage.stamp.unlink(missing_ok=True)
+    stages = {
+        text: ("1/3 text of this machine", lambda: make_text(folder)),
+        tokens: ("2/3 tokenizer and tokens", lambda: make_tokens(folder, vocab_size)),
+        trained: ("3/3 training", lambda: train(folder, for_train, started)),
+    }
+    for stage, (title, make) in stages.items():
+        if stage.is_current:
+            print(f"{title}: up to date", flush=True)
+            continue
+        print(f"{title} -> {folder}", flush=True)
+        before = time.monotonic()
+        make()
+        stage.record()
+        print(f"{title}: {human_seconds(time.monotonic() - before)}\n", flush=True)
+    report(folder, vocab_size)
+    print(f"done in {human_seconds(time.monotonic() - start)}; train again with DEMO_ARGS=--fresh")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: that of the stage that failed, else 0."""
+    arguments, for_train = parse_arguments(argv)
+    return run_tool(partial(work, arguments, for_train), "interrupted: run it again to go on")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Work that may fail on some ranks, ending on all of them: either every rank goes on, or every rank raises.
+
+on_main(mesh, work)   rank 0 works, all get its result        on_all(mesh, work)   every rank works
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from internlm_lite.errors import CheckpointError, ConfigError, DamagedError, InternLMError, StorageError
+from internlm_lite.mesh import comm
+from internlm_lite.mesh.mesh import Mesh
+
+T = TypeVar("T")
+Failure = tuple[type[InternLMError], str]
+
+# When ranks fail differently, the first of these that occurs is raised: trouble with the storage says nothing about
+# the checkpoint, and only damage lets an older checkpoint be tried.
+_ORDER = (StorageError, ConfigError, CheckpointError, DamagedError)
+
+
+def on_all(mesh: Mesh, work: Callable[[], T]) -> T:
+    """`work()` on every rank, no collective inside. Raises on all ranks, naming them, if it raised on any."""
+    result, failure, caught = _attempt(work)
+    _raise_same(comm.gather_objects(failure, mesh.world), caught)
+    return cast(T, result)
+
+
+def on_main(mesh: Mesh, work: Callable[[], T]) -> T:
+    """`work()` on rank 0, no collective inside. Its result, or its error, on every rank."""
+    result, failure, caught = _attempt(work) if mesh.is_main else (None, None, None)
+    told: Any = comm.broadcast_object((result, failure), mesh.world)
+    _raise_same([told[1]], caught)
+    return cast(T, told[0])
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Failure | None, Exception | None]:
+    try:
+        return work(), None, None
+    except Exception as error:  # noqa: BLE001  told to all ranks, then raised on all of them
+        return None, (_kind(error), _text(error)), error
+
+
+def _kind(error: Exception) -> type[InternLMError]:
+    return next((kind for kind in reversed(_ORDER) if isinstance(error, kind)), CheckpointError)
+
+
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, InternLMError) else f"{type(error).__name__}: {error}"
+
+
+def _raise_same(failures: list[Any], caught: Exception | None) -> None:
+    """Raise the agreed error if there is one. A rank whose own error was no message for the user raises that."""
+    if not any(failures):
+        return
+    if caught is not None and not isinstance(caught, InternLMError):
+        raise caught
+    ranks: dict[str, list[int]] = {}
+    kinds = set()
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            kinds.add(failure[0])
+            ranks.setdefault(failure[1], []).append(rank)
+    if len(failures) == 1 or any(len(which) == len(failures) for which in ranks.values()):
+        text = "\n".join(ranks)
+    else:
+        text = "\n".join(_named(which, message) for message, which in ranks.items())
+    agreed = next(kind for kind in _ORDER if kind in kinds)(text)
+    agreed.guilty = tuple(rank for rank, failure in enumerate(failures) if failure is not None)
+    raise agreed from caught
+
+
+def _named(ranks: list[int], message: str) -> str:
+    """A message that is about its rank names it already."""
+    prefix = f"rank {', '.join(map(str, ranks))}: "
+    return message if message.startswith(prefix) else prefix + message

@@ -1,0 +1,141 @@
+"""config.json and our model section."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from internlm_lite.apps.convert.names import FAMILIES
+from internlm_lite.apps.convert.shapes import from_hf, mlp_width, to_hf
+from internlm_lite.config.schema import ModelConfig
+from internlm_lite.errors import CheckpointError
+from internlm_lite.units import round_up
+from tests.apps.convert.made import MODEL
+
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 100,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+}
+# What the published config.json files say, shortened.
+INTERNLM_7B = {
+    "model_type": "internlm",
+    "vocab_size": 103168,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-06,
+    "bias": True,
+    "max_position_embeddings": 2048,
+    "rotary": {"base": 10000, "type": "dynamic"},
+    "torch_dtype": "float16",
+}
+INTERNLM2_20B = {
+    "model_type": "internlm2",
+    "vocab_size": 92544,
+    "hidden_size": 6144,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 48,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "bias": False,
+    "rope_theta": 1000000,
+    "rope_scaling": {"type": "dynamic", "factor": 2.0},
+    "max_position_embeddings": 32768,
+    "torch_dtype": "bfloat16",
+}
+LLAMA3_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
+    "max_position_embeddings": 8192,
+    "dtype": "bfloat16",
+}
+
+
+@given(st.integers(2, 20000), st.integers(1, 80000))
+def test_every_width_is_met_exactly(hidden, width):
+    ratio, multiple = mlp_width(hidden, width)
+    assert round_up(int(hidden * ratio), multiple) == width
+
+
+def test_known_widths_get_the_plain_ratio():
+    assert mlp_width(4096, 11008) == (8 / 3, 256)
+    assert mlp_width(5120, 13824) == (8 / 3, 256)
+    assert mlp_width(4096, 14336) == (3.5, 256)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        (INTERNLM_7B, {"no_bias": False, "rope_base": 10000, "num_kv_attention_heads": 32, "dtype": "torch.float16"}),
+        (INTERNLM2_20B, {"no_bias": True, "rope_base": 1000000, "num_kv_attention_heads": 8}),
+        (LLAMA3_8B, {"no_bias": True, "rope_base": 500000, "num_kv_attention_heads": 8, "layer_norm_epsilon": 1e-5}),
+    ],
+)
+def test_published_configs_are_understood(config, changes):
+    said = from_hf(config, "here")
+    assert said.family == config["model_type"]
+    assert said.model.mlp_hidden_size == config["intermediate_size"]
+    assert said.max_positions == config["max_position_embeddings"]
+    assert {key: getattr(said.model, key) for key in changes} == changes
+    assert any("dynamic" in note for note in said.notes) == ("dynamic" in str(config))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("changes", [{}, {"no_bias": True, "tie_word_embeddings": True}, {"init_std": 0.006}])
+def test_there_and_back_is_the_same_model(family, changes):
+    ours = ModelConfig.model_validate({**MODEL, "num_kv_attention_heads": 8, **changes})
+    back = from_hf(to_hf(ours, family, 64, "float32"), "here").model
+    assert back.mlp_hidden_size == ours.mlp_hidden_size
+    same = {"mlp_ratio": 1.0, "multiple_of": 1}
+    assert back.model_copy(update=same) == ours.model_copy(update=same)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "qwen2"}, "model_type 'qwen2': expected one of llama, internlm, internlm2"),
+        ({"hidden_size": None}, "hidden_size: found None, expected a positive integer"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers: found '2'"),
+        ({"hidden_act": "gelu"}, "hidden_act: found 'gelu', expected 'silu'"),
+        ({"mlp_bias": True}, "mlp_bias: found True"),
+        ({"quantization_config": {"bits": 4}}, "quantised weights are not read"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope: found type 'llama3'"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
+        ({"partial_rotary_factor": 0.5}, "rope: found type 'partial (0.5)'"),
+        ({"rope_theta": -1}, "rope_theta: found -1"),
+        ({"head_dim": 16}, "head_dim: found 16 for hidden_size 64 and 8 heads"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: found 3, expected a divisor"),
+        ({"rms_norm_eps": 0}, "layer_norm_epsilon"),
+        ({"max_position_embeddings": "long"}, "max_position_embeddings: found 'long'"),
+    ],
+)
+def test_another_model_is_refused(changes, words):
+    with pytest.raises(CheckpointError, match="here: ") as caught:
+        from_hf({**SMALL, **changes}, "here")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("llama", {"apply_post_layer_norm": True}, "apply_post_layer_norm"),
+        ("internlm", {"num_kv_attention_heads": 2}, "2 key/value heads"),
+    ],
+)
+def test_what_has_no_form_there_is_refused(family, changes, words):
+    with pytest.raises(CheckpointError, match=words):
+        to_hf(ModelConfig.model_validate({**MODEL, **changes}), family, 64, "float32")

@@ -1,0 +1,125 @@
+"""tools/convert.py as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from internlm_lite.apps.convert.to_hf import open_checkpoint
+from internlm_lite.checkpoint.format.catalog import committed
+from internlm_lite.checkpoint.storage.local import LocalStorage
+from internlm_lite.cli import convert, generate
+from internlm_lite.config.schema import ModelConfig
+from internlm_lite.data.tokenizer import Tokenizer
+from tests.apps.convert.made import save_ours, small_tokenizer
+
+TEXT = "def f7(x):\n    return x + 7\n  two  spaces, Größe 你好"
+
+
+def run(*arguments: object) -> int:
+    return convert.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Path:
+    tokenizer = small_tokenizer(tmp_path)
+    save_ours(tmp_path / "ours", tokenizer=str(tokenizer.path), vocab_size=300)
+    return tmp_path / "ours"
+
+
+def test_there_and_back_with_the_tokenizer(ours, tmp_path, capsys):
+    import transformers
+
+    assert run("to-hf", ours, tmp_path / "hf", "--verify", "--shard-size", "100KB") == 0
+    printed = capsys.readouterr().out
+    assert "(final, step 4)" in printed and "verified: logits of 64 tokens" in printed and "bound" in printed
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", local_files_only=True)
+    mine = Tokenizer(tmp_path / "small.model")
+    assert theirs.encode(TEXT, add_special_tokens=False) == mine.encode(TEXT)
+    assert theirs.encode(TEXT)[0] == mine.bos and theirs.eos_token_id == mine.eos
+    said = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (said["bos_token_id"], said["eos_token_id"], said["pad_token_id"]) == (1, 2, 3)
+
+    assert run("from-hf", tmp_path / "hf", tmp_path / "back", "--verify") == 0
+    printed = capsys.readouterr().out
+    assert "load_model_only_folder" in printed and "verified" in printed
+    _, config, _ = open_checkpoint(str(tmp_path / "back"))
+    assert config.data.tokenizer == str(tmp_path / "back" / "tokenizer.model")
+    # The printed section is the model's.
+    section = printed[printed.index("model = dict(") : printed.index("\n)") + 2]
+    names: dict = {}
+    exec(section, names)
+    assert ModelConfig.model_validate(names["model"]) == config.model
+
+
+def test_generate_takes_what_from_hf_made(ours, tmp_path, capsys, monkeypatch):
+    assert run("to-hf", ours, tmp_path / "hf") == 0 and run("from-hf", tmp_path / "hf", tmp_path / "back") == 0
+    texts = []
+    for folder in (ours, tmp_path / "back"):
+        capsys.readouterr()
+        arguments = ["--checkpoint", str(folder), "--prompt", "def", "--greedy", "--max-new-tokens", "12"]
+        monkeypatch.setattr(sys, "argv", ["generate", *arguments])
+        generate.main()
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and len(texts[0]) > 12
+
+
+def test_a_difference_is_exit_code_2(ours, tmp_path, capsys):
+    assert run("to-hf", ours, tmp_path / "hf") == 0
+    path = tmp_path / "hf" / "model.safetensors"
+    weights = load_file(path)
+    name = "model.layers.0.self_attn.k_proj.weight"
+    weights[name] = weights[name].roll(1, 0)
+    save_file(weights, path, {"format": "pt"})
+    capsys.readouterr()
+    checkpoint = str(ours)
+    assert convert.verify(checkpoint, tmp_path / "hf", convert.S3Config()) == 2
+    assert "NOT THE SAME MODEL" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["to-hf", "from-hf"])
+def test_without_transformers_nothing_is_begun(ours, tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert run(command, ours, tmp_path / "out", "--verify") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "pip install internlm_lite[hf]" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_transformers_conversion_works(ours, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert run("to-hf", ours, tmp_path / "hf") == 0 and run("from-hf", tmp_path / "hf", tmp_path / "back") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["to-hf", "{}/nothing", "{}/out"], "holds no checkpoint"),
+        (["to-hf", "{}/ours", "{}/ours"], "exists: choose a folder"),
+        (["to-hf", "{}/ours", "{}/out", "--tokenizer", "{}/no.model"], "tokenizer"),
+        (["to-hf", "{}/ours", "{}/out", "--model-type", "internlm"], "2 key/value heads"),
+        (["from-hf", "{}/ours", "{}/out"], "expected model.safetensors"),
+        (["from-hf", "{}/ours", "{}/out", "--s3", "insecur=True"], "--s3 insecur"),
+    ],
+)
+def test_mistakes_are_one_clear_error(ours, tmp_path, capsys, arguments, words):
+    assert run(*(argument.format(tmp_path) for argument in arguments)) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
+    assert not (tmp_path / "out").exists() or committed(LocalStorage(tmp_path / "out")) == []
+
+
+@pytest.mark.parametrize(("text", "n_bytes"), [("5GB", 5 * 10**9), ("1.5 kib", 1536), ("7", 7)])
+def test_sizes(text, n_bytes):
+    assert convert.size(text) == n_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GB", "5TB", "-1MB", "0", "1.2.3MB"])
+def test_no_sizes(ours, text, capsys):
+    with pytest.raises(SystemExit):
+        run("to-hf", ours, "out", f"--shard-size={text}")
+    assert "expected a size such as 5GB" in capsys.readouterr().err

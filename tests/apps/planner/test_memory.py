@@ -1,0 +1,70 @@
+"""The planner's formula for activations against what autograd keeps of the real model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from internlm_lite.apps.planner.holdings import StageShare
+from internlm_lite.apps.planner.memory import shape_of, waiting_terms
+from internlm_lite.layers.flash import AttentionBackend
+from internlm_lite.mesh.mesh import Mesh, single_process_mesh
+from tests.apps.planner.kept import config, kept_bytes, planned, waiting_bytes
+from tests.world import run_world
+
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"num_kv_attention_heads": 2},
+    {"num_kv_attention_heads": 1, "no_bias": True},
+    {"dtype": "torch.bfloat16"},
+    {"dtype": "torch.bfloat16", "use_fp32_norm": True},
+    {"dtype": "torch.float64", "mlp_ratio": 4},
+    {"apply_post_layer_norm": True},
+    {"embed_split_hidden": False},
+    {"embed_split_hidden": False, "tie_word_embeddings": True, "embed_grad_scale": 0.5},
+    {"checkpoint": 1 / 3},
+    {"checkpoint": 2 / 3, "apply_post_layer_norm": True, "num_kv_attention_heads": 2},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_formula_is_what_autograd_keeps(shape: dict[str, Any]) -> None:
+    asked = config(**shape)
+    assert kept_bytes(single_process_mesh(), asked) == sum(planned(asked).values())
+
+
+def test_with_every_layer_recomputed_only_the_rotary_table_is_kept_past_autograd() -> None:
+    asked = config(checkpoint=True)
+    terms = planned(asked)
+    # The closures of the recomputation hold the table; autograd never sees it.
+    assert kept_bytes(single_process_mesh(), asked) == sum(terms.values()) - terms["rotary table"]
+
+
+@pytest.mark.parametrize("shape", [{}, {"num_kv_attention_heads": 2, "dtype": "torch.bfloat16"}], ids=str)
+def test_weight_gradients_that_wait_hold_what_is_planned(shape: dict[str, Any]) -> None:
+    asked = config(**shape)
+    stage = StageShare(0, range(asked.model.num_layers), first=True, last=True)
+    terms = waiting_terms(shape_of(asked, AttentionBackend.SDPA, "cpu"), stage)
+    assert waiting_bytes(asked) == sum(terms.values())
+
+
+def _kept_on_ranks(mesh: Mesh, shape: dict[str, Any]) -> int:
+    return kept_bytes(mesh, config(parallel={"tensor": mesh.tp.size, **shape.pop("parallel", {})}, **shape))
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize(
+    "shape", [{}, {"num_kv_attention_heads": 2, "embed_split_hidden": False}, {"parallel_output": False}], ids=str
+)
+def test_the_formula_holds_on_tensor_parallel_ranks(shape: dict[str, Any], sequence_parallel: bool) -> None:
+    shape = {**shape, "parallel": {"sequence_parallel": sequence_parallel}}
+    found = run_world(_kept_on_ranks, 2, (shape,), tensor=2)
+    asked = config(**{**shape, "parallel": {"tensor": 2, "sequence_parallel": sequence_parallel}})
+    assert found == [sum(planned(asked).values())] * 2
+
+
+def test_sequence_parallelism_keeps_less() -> None:
+    whole, split = (config(parallel={"tensor": 2, "sequence_parallel": on}) for on in (False, True))
+    assert planned(split)["layer inputs"] * 2 == planned(whole)["layer inputs"]
+    assert sum(planned(split).values()) < sum(planned(whole).values())

@@ -1,0 +1,76 @@
+"""Predicted memory against what a 100M-parameter model takes on this machine."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+
+from internlm_lite.apps.planner.plan import make_plan
+from internlm_lite.mesh.mesh import Mesh, single_process_mesh
+from tests.apps.planner.live import Live
+from tests.apps.planner.steps import Trainer, small
+from tests.world import run_world
+
+MODEL = {"hidden_size": 768, "num_layers": 12, "num_attention_heads": 12, "vocab_size": 16384, "multiple_of": 256}
+
+
+def resident() -> int:
+    """Bytes of memory of this process that are in RAM, once freed heap is given back."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def lasting(trainer: Trainer) -> list[torch.Tensor]:
+    """Weights, gradients and optimizer state."""
+    optimizer = trainer.optimizer
+    tensors: list[torch.Tensor] = [tensor for bucket in optimizer.buckets for tensor in (bucket.weights, bucket.grads)]
+    tensors += optimizer._masters
+    return tensors + [state[name] for state in optimizer._adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
+
+
+def storages(trainer: Trainer) -> int:
+    """Bytes of them, each storage once."""
+    found = [tensor.untyped_storage() for tensor in lasting(trainer)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())
+
+
+def _measure(mesh: Mesh, dtype: str) -> tuple[int, int]:
+    """(bytes of storages, growth of resident memory), after two steps."""
+    Trainer.build(small(model={"dtype": dtype}), mesh).step()  # what torch loads and keeps on first use is there now
+    before = resident()
+    trainer = Trainer.build(small(model={**MODEL, "dtype": dtype}), mesh)
+    for index in range(2):
+        trainer.step(index)
+    return storages(trainer), resident() - before
+
+
+@pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
+def test_predicted_memory_is_what_a_100m_model_takes(dtype: str) -> None:
+    config = small(model={**MODEL, "dtype": dtype})
+    (plan,) = make_plan(config, 1, None, "cpu").ranks
+    assert 90e6 < plan.parameters < 130e6
+    predicted = plan.bytes.weights + plan.bytes.gradients + plan.bytes.optimizer
+    ((exact, grown),) = run_world(_measure, 1, (dtype,))
+    assert predicted == exact
+    assert abs(grown - predicted) < 0.05 * predicted, (grown, predicted)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "checkpoint", "within"),
+    [("torch.float32", False, 0.03), ("torch.bfloat16", False, 0.03), ("torch.bfloat16", True, 0.1)],
+)
+def test_a_step_takes_at_most_what_is_planned_besides(dtype: str, checkpoint: bool, within: float) -> None:
+    """The peak, besides what lasts, in tensors alive: without what kernels and the allocator take for themselves."""
+    model = {"hidden_size": 256, "num_layers": 6, "vocab_size": 16384, "dtype": dtype, "checkpoint": checkpoint}
+    config = small(model=model, data={"seq_len": 512, "micro_bsz": 2, "micro_num": 2})
+    (plan,) = make_plan(config, 1, None, "cpu").ranks
+    trainer = Trainer.build(config, single_process_mesh())
+    with Live(lasting(trainer)) as live:
+        trainer.step()
+    assert plan.bytes.update == 0
+    assert live.most == pytest.approx(plan.bytes.activations + plan.bytes.workspace, rel=within)

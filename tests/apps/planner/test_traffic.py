@@ -1,0 +1,98 @@
+"""The planner's traffic against the collectives of real training steps on real ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from internlm_lite.apps.planner.holdings import holdings
+from internlm_lite.apps.planner.memory import shape_of
+from internlm_lite.apps.planner.plan import make_plan
+from internlm_lite.apps.planner.traffic import messages
+from internlm_lite.layers.flash import AttentionBackend
+from internlm_lite.mesh.mesh import Mesh, sizes_of
+from tests.apps.planner.counting import Calls, Key, expected, sent
+from tests.apps.planner.steps import Trainer, small
+from tests.world import run_world
+
+
+def _count(mesh: Mesh, sections: dict[str, dict[str, Any]]) -> list[Counter[Key]]:
+    """The collectives of this rank in the first step and in the second."""
+    trainer = Trainer.build(small(**sections), mesh)
+    found = []
+    for index in range(2):
+        with Calls(mesh) as calls:
+            trainer.step(index)
+        found.append(calls.counted)
+    return found
+
+
+GREETING: Key = ("pp", "send", 4)
+"""torch's pipelining lets neighbours greet each other with one number before the first step, to set up connections."""
+
+LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
+    "zero": (2, {}),
+    "zero, bf16, fp32 gradients": (2, {"model": {"dtype": "torch.bfloat16", "use_fp32_norm": True}}),
+    "zero and replica": (4, {"parallel": {"zero1": 2}}),
+    "tp": (2, {"parallel": {"tensor": 2}}),
+    "tp, vocabulary, gathered logits, grouped": (
+        2,
+        {
+            "parallel": {"tensor": 2},
+            "model": {"embed_split_hidden": False, "parallel_output": False, "num_kv_attention_heads": 2},
+        },
+    ),
+    "tp, half of the layers recomputed": (2, {"parallel": {"tensor": 2}, "model": {"checkpoint": 0.5}}),
+    "tp, post-norm, recomputed": (
+        2,
+        {"parallel": {"tensor": 2}, "model": {"checkpoint": True, "apply_post_layer_norm": True}},
+    ),
+    "sp": (2, {"parallel": {"tensor": 2, "sequence_parallel": True}}),
+    "sp, vocabulary, tied, recomputed": (
+        2,
+        {
+            "parallel": {"tensor": 2, "sequence_parallel": True},
+            "model": {"embed_split_hidden": False, "tie_word_embeddings": True, "checkpoint": True},
+        },
+    ),
+    "pp, tied": (2, {"parallel": {"pipeline": {"size": 2}}, "model": {"tie_word_embeddings": True}}),
+    "interleaved": (2, {"parallel": {"pipeline": {"size": 2}}, "model": {"num_chunks": 2}}),
+    "zbv, tied": (
+        2,
+        {
+            "parallel": {"pipeline": {"size": 2, "schedule": "zbv"}},
+            "model": {"num_chunks": 2, "tie_word_embeddings": True},
+        },
+    ),
+    "four stages": (4, {"parallel": {"pipeline": {"size": 4}}, "model": {"tie_word_embeddings": True}}),
+    "sp, pp, zero, tied": (
+        8,
+        {
+            "parallel": {"tensor": 2, "sequence_parallel": True, "pipeline": {"size": 2}},
+            "model": {"tie_word_embeddings": True, "embed_split_hidden": False, "checkpoint": 0.5},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_collective_of_a_step_is_planned(name: str) -> None:
+    world, sections = LAYOUTS[name]
+    config = small(**sections)
+    parallel = config.parallel
+    sizes = sizes_of(world, parallel.tensor, parallel.pipeline.size, parallel.zero1)
+    held, _ = holdings(config, sizes, AttentionBackend.SDPA)
+    x = shape_of(config, AttentionBackend.SDPA, "cpu")
+    of_axis = {axis: getattr(sizes, axis, 2) for axis in ("world", "dp", "tp", "pp", "zero", "replica", "ends")}
+    layout = {"tensor": parallel.tensor, "pipeline": parallel.pipeline.size, "zero1": parallel.zero1}
+    plan = {rank.rank: rank.traffic for rank in make_plan(config, world, None, "cpu").ranks}
+    for rank, steps in enumerate(run_world(_count, world, (sections,), **layout)):
+        own = held[rank // (sizes.dp * sizes.tp)]
+        planned = expected(messages(config, x, sizes, own, config.data.micro_num), of_axis)
+        first, second = steps
+        assert second == planned, (rank, second - planned, planned - second)
+        assert all(key == GREETING for key in first - planned) and not planned - first
+        totals = sent(second, of_axis)
+        assert {axis: round(totals.get(axis, 0)) for axis in plan[rank]} == plan[rank]

@@ -13,7 +13,7 @@ import torch
 
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.optim.buckets import SHARD_ALIGNMENT, Bucket, Kind
+from internlm_lite.optim.buckets import SHARD_ALIGNMENT, Bucket, BucketSpec
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def reduce_totals(
     return Totals(sums[0], sums[1], sums[2], sums[3:5], sums[5])
 
 
-def _counts(kind: Kind, mesh: Mesh) -> bool:
+def _counts(kind: BucketSpec, mesh: Mesh) -> bool:
     """Whether this rank contributes the squares of such a bucket, where they are finite."""
     first_copy = "ends" not in kind.summed or mesh.ends.rank == 0
     return mesh.replica.rank == 0 and (kind.spread or mesh.tp.rank == 0) and first_copy

@@ -18,8 +18,8 @@ from internlm_lite.optim.buckets import Bucket
 class GradReducer:
     """Reduces the gradients of `buckets` once per optimizer step, during the last micro-batch's backward pass."""
 
-    def __init__(self, buckets: list[Bucket], mesh: Mesh, overlap: bool) -> None:
-        """`overlap` False: all of it in `finish`."""
+    def __init__(self, buckets: list[Bucket], mesh: Mesh, *, overlap: bool) -> None:
+        """`overlap` False: `finish` does everything."""
         self._buckets = buckets
         self._mesh = mesh
         self._overlap = overlap
@@ -32,7 +32,7 @@ class GradReducer:
                     slot.param.register_post_accumulate_grad_hook(slot.param.grad_added)
 
     def expect(self, micro_num: int) -> None:
-        """Call before the step: every parameter gets a gradient from the backward pass of so many micro-batches."""
+        """Call before the step: the backward pass of each of `micro_num` micro-batches adds to every gradient."""
         self._missing = [micro_num * sum(slot.param.backwards for slot in bucket.slots) for bucket in self._buckets]
         self._started = []
 

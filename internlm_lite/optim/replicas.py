@@ -19,7 +19,7 @@ import torch
 from internlm_lite.errors import NumericsError
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.optim.buckets import Kind
+from internlm_lite.optim.buckets import BucketSpec
 from internlm_lite.optim.zero import HybridZeroOptimizer
 
 Key = tuple[object, ...]
@@ -64,7 +64,7 @@ def _sums(optimizer: HybridZeroOptimizer, mesh: Mesh) -> dict[Key, int]:
     return dict(zip(sums, values, strict=True))
 
 
-def _holders(kind: Kind, mesh: Mesh) -> Key:
+def _holders(kind: BucketSpec, mesh: Mesh) -> Key:
     """The same on all ranks whose weights of this kind are the same."""
     return None if "ends" in kind.summed else mesh.pp.rank, mesh.tp.rank if kind.spread else None
 

@@ -1,8 +1,8 @@
-"""One global gradient norm over all layouts, and what to multiply the gradients with.
+"""One global gradient norm for all layouts, and the factor that clips it.
 
 Each element of the model counts once: a rank contributes its ZeRO shards, unless another rank contributes the same
-numbers (replicas of the shard, tensor-parallel ranks for parameters that are not spread over them, and the second copy
-of a tied weight). What is not finite counts on every rank: a copy can go wrong alone.
+numbers (replicas of the shard, tensor-parallel ranks for parameters that are not split over them, and the second copy
+of a tied weight). Infinities and NaN count on every rank: one copy may be wrong while the others are right.
 """
 
 from __future__ import annotations
@@ -45,10 +45,12 @@ def reduce_totals(
     sums = torch.zeros(6, dtype=torch.float64, device=mesh.device)
     for index, value in enumerate((num_labels * counts, *requests), start=2):
         sums[index] += value  # a host number becomes an argument of the kernel; copying a host tensor would wait
+    # Tensor-parallel ranks compute the same loss: one of them counts. No test for the last stage is needed, because other
+    # stages have computed none: theirs is 0.
     sums[5] += loss_sum * (mesh.tp.rank == 0)
     for bucket in buckets:
         square = square_sum(bucket.grad_shard)
-        if not _counts(bucket.kind, mesh):
+        if not _counts(bucket.kind, mesh):  # a copy contributes only what is wrong with it
             square = square.masked_fill(square.isfinite(), 0)
         sums[int(bucket.kind.dtype != model_dtype)] += square
     comm.all_reduce(sums, mesh.world).wait()

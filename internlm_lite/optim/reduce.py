@@ -1,8 +1,8 @@
-"""Gradient reduction that runs while the backward pass still computes.
+"""Gradient reduction that overlaps the backward pass.
 
-A hook on each parameter counts its bucket down, one for each micro-batch; a complete bucket is reduce-scattered over
-`zero`, then its shard is all-reduced over `replica`, and over `tp` or `ends` where ranks hold partial sums. Buckets
-start strictly in order, so every rank issues the same collectives in the same order whatever its timing.
+A hook on each parameter counts the gradients that its bucket still misses; a complete bucket is reduce-scattered over
+`zero`. At the end its shard is all-reduced over `replica`, and over `tp` or `ends` where ranks hold partial sums. Buckets
+start strictly in order, so that every rank issues the same collectives in the same order whatever its timing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class GradReducer:
         self._started.append(comm.reduce_scatter(bucket.grad_shard, bucket.grads, self._mesh.zero))
 
     def finish(self) -> None:
-        """Start what the backward pass left (parameters without gradient count as zero) and wait for all of it."""
+        """Start the buckets that the backward pass did not complete (a missing gradient is zero), and wait for all."""
         while len(self._started) < len(self._buckets):
             self._start_next()
         replicas = []

@@ -39,8 +39,7 @@ def check_replicas(optimizer: HybridZeroOptimizer, mesh: Mesh, step: int) -> Non
     """Compare check sums over the job; weights must be current. Raises NumericsError on all ranks alike. Collective;
     waits for the device.
     """
-    told: list[object] = comm.gather_objects(_sums(optimizer, mesh), mesh.world)
-    found = differing([dict(theirs) for theirs in told if isinstance(theirs, dict)])
+    found = differing(comm.gather_objects(_sums(optimizer, mesh), mesh.world))
     if not found:
         return
     error = NumericsError(

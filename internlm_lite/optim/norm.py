@@ -45,8 +45,8 @@ def reduce_totals(
     sums = torch.zeros(6, dtype=torch.float64, device=mesh.device)
     for index, value in enumerate((num_labels * counts, *requests), start=2):
         sums[index] += value  # a host number becomes an argument of the kernel; copying a host tensor would wait
-    # Tensor-parallel ranks compute the same loss: one of them counts. No test for the last stage is needed, because other
-    # stages have computed none: theirs is 0.
+    # Tensor-parallel ranks compute the same loss, so one of them counts. Pipeline ranks without the last stage compute
+    # none: theirs is 0.
     sums[5] += loss_sum * (mesh.tp.rank == 0)
     for bucket in buckets:
         square = square_sum(bucket.grad_shard)

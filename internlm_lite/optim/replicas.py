@@ -1,11 +1,11 @@
-"""Ranks that must hold the same bits do: a flipped bit, a bad GPU or a lost update shows, and is named.
+"""Checks that ranks which must hold the same bits do: finds a flipped bit, a bad GPU or a lost update, and its rank.
 
-    weights                    equal on all data-parallel ranks             between two gathers
-    master weights, moments    equal on the ranks of `replica`              always
-    both, norms and the like   equal on the tensor-parallel ranks as well
-    both, tied weights         equal on the ranks of `ends` as well
+    weights                            equal on all data-parallel ranks              between two gathers
+    master weights, optimizer state    equal on the ranks of `replica`               always
+    both, where tp splits nothing      equal on the tensor-parallel ranks as well
+    both, of a tied weight             equal on the ranks of `ends` as well
 
-A bit that flips in the only copy of an optimizer shard spreads to all weights alike: no comparison can see that.
+A bit that flips in the only copy of an optimizer shard reaches the weights of all ranks: no comparison can see that.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _AS_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
-class Difference:
-    """What some ranks hold that must be equal and is not."""
+class ReplicaMismatch:
+    """A tensor that must be equal on some ranks and is not."""
 
     text: str
-    guilty: tuple[int, ...] = ()
+    culprit_ranks: tuple[int, ...] = ()
     """Ranks that differ from a majority."""
 
 
 def check_replicas(optimizer: HybridZeroOptimizer, mesh: Mesh, step: int) -> None:
-    """Compare check sums over the job; weights must be current. Raises NumericsError on all ranks alike. Collective;
-    waits for the device.
+    """Compare check sums over all ranks; weights must be current. Raises the same NumericsError on all ranks.
+    Collective; waits for the device.
     """
-    found = differing(comm.gather_objects(_sums(optimizer, mesh), mesh.world))
+    found = mismatches(comm.gather_objects(_sums(optimizer, mesh), mesh.world))
     if not found:
         return
     error = NumericsError(
@@ -47,12 +47,12 @@ def check_replicas(optimizer: HybridZeroOptimizer, mesh: Mesh, step: int) -> Non
         "flipped, or the device computes wrong; test its host (memory, GPU), leave it out, and go on from the last "
         "checkpoint"
     )
-    error.guilty = tuple(sorted({rank for each in found for rank in each.guilty}))
+    error.guilty = tuple(sorted({rank for each in found for rank in each.culprit_ranks}))
     raise error
 
 
 def _sums(optimizer: HybridZeroOptimizer, mesh: Mesh) -> dict[Key, int]:
-    """Check sums of all that this rank holds; what is told under one key must be equal."""
+    """Check sums of everything this rank holds. Ranks with the same key must have the same sum."""
     sums: dict[Key, torch.Tensor] = {}
     for bucket, shards in optimizer.shards():
         holders = _holders(bucket.kind, mesh)
@@ -64,30 +64,30 @@ def _sums(optimizer: HybridZeroOptimizer, mesh: Mesh) -> dict[Key, int]:
 
 
 def _holders(kind: BucketSpec, mesh: Mesh) -> Key:
-    """The same on all ranks whose weights of this kind are the same."""
+    """Equal on two ranks exactly if their weights of this kind must be equal."""
     return None if "ends" in kind.summed else mesh.pp.rank, mesh.tp.rank if kind.spread else None
 
 
-def differing(told: Sequence[Mapping[Key, int]]) -> list[Difference]:
-    """What differs, given each rank's check sums; keys that are equal name what must be."""
+def mismatches(sums_of_ranks: Sequence[Mapping[Key, int]]) -> list[ReplicaMismatch]:
+    """What differs, given the check sums of each rank: those under the same key must be equal."""
     seen: dict[Key, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for rank, sums in enumerate(told):
+    for rank, sums in enumerate(sums_of_ranks):
         for key, value in sums.items():
             seen[key][value].append(rank)
     found = []
     for (what, *_), by_value in seen.items():
-        usual, *others = sorted(by_value.values(), key=len, reverse=True)
+        majority, *others = sorted(by_value.values(), key=len, reverse=True)
         odd = sorted(rank for ranks in others for rank in ranks)
-        if odd and len(usual) > len(odd):
-            text = f"{what} of {_named(odd)} differ from those of {len(usual)} other ranks"
-            found.append(Difference(text, guilty=tuple(odd)))
+        if odd and len(majority) > len(odd):
+            text = f"{what} of {_ranks_text(odd)} differ from those of {len(majority)} other ranks"
+            found.append(ReplicaMismatch(text, culprit_ranks=tuple(odd)))
         elif odd:
-            each = " and ".join(map(_named, (usual, *others)))
-            found.append(Difference(f"{what} of {each} differ, and no majority says which is wrong"))
+            each = " and ".join(map(_ranks_text, (majority, *others)))
+            found.append(ReplicaMismatch(f"{what} of {each} differ, and no majority says which is wrong"))
     return found
 
 
-def _named(ranks: Sequence[int]) -> str:
+def _ranks_text(ranks: Sequence[int]) -> str:
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"
 
 

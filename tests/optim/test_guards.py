@@ -1,4 +1,4 @@
-"""Steps that stand out, and ranks that differ."""
+"""Spikes in loss and gradient norm, and ranks that differ."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from internlm_lite.config.schema import GuardConfig
 from internlm_lite.errors import NumericsError
 from internlm_lite.mesh.layout import parameter, whole
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.optim.replicas import Difference, check_replicas, checksum, differing
+from internlm_lite.optim.replicas import ReplicaMismatch, check_replicas, checksum, mismatches
 from internlm_lite.optim.spikes import SpikeGuard
 from internlm_lite.optim.zero import HybridZeroOptimizer
 from tests.optim.test_zero import Unit, config
@@ -43,7 +43,7 @@ def test_a_noisy_falling_curve_has_no_spike(seed: int) -> None:
 
 
 @pytest.mark.parametrize(("loss", "norm", "which"), [(30.0, 3.0, [True, False]), (5.0, 60.0, [False, True])])
-def test_what_stands_out_is_found_in_loss_and_in_norm(loss: float, norm: float, which: list[bool]) -> None:
+def test_spikes_are_found_in_loss_and_in_norm(loss: float, norm: float, which: list[bool]) -> None:
     for policy in ("note", "skip", "rollback"):
         guard = SpikeGuard(GuardConfig(spike=policy), CPU)
         for point in _curve(200):
@@ -54,13 +54,13 @@ def test_what_stands_out_is_found_in_loss_and_in_norm(loss: float, norm: float, 
 
 
 @pytest.mark.parametrize("loss", [math.inf, math.nan])
-def test_a_loss_that_is_not_finite_is_left_out_though_its_gradient_is(loss: float) -> None:
+def test_a_step_is_skipped_when_only_its_loss_is_not_finite(loss: float) -> None:
     guard = SpikeGuard(GuardConfig(spike="note"), CPU)
     assert _judge(guard, loss, 3.0) == ([0.0, 0.0], True)
-    assert _judge(guard, 0.0, 3.0) == ([0.0, 0.0], False), "a loss of nothing is one"
+    assert _judge(guard, 0.0, 3.0) == ([0.0, 0.0], False), "a loss of 0 is finite"
 
 
-def test_going_back_forgets_what_is_undone() -> None:
+def test_a_rollback_drops_the_history_of_undone_steps() -> None:
     guard, fresh = SpikeGuard(GuardConfig(), CPU), SpikeGuard(GuardConfig(), CPU)
     for point in _curve(40):
         _judge(guard, *point)
@@ -72,7 +72,7 @@ def test_going_back_forgets_what_is_undone() -> None:
     assert _judge(guard, 30.0, 60.0) == _judge(fresh, 30.0, 60.0)
 
 
-def test_a_level_that_stays_becomes_the_usual() -> None:
+def test_a_lasting_new_level_is_no_spike_any_more() -> None:
     guard = SpikeGuard(GuardConfig(spike="skip", spike_window=32), CPU)
     for point in _curve(100):
         _judge(guard, *point)
@@ -80,7 +80,7 @@ def test_a_level_that_stays_becomes_the_usual() -> None:
     assert skips[0] and not skips[-1]
 
 
-def test_what_is_not_finite_is_left_out_and_not_remembered() -> None:
+def test_a_step_that_is_not_finite_is_skipped_and_not_in_the_history() -> None:
     guard = SpikeGuard(GuardConfig(spike="skip"), CPU)
     for point in _curve(50):
         _judge(guard, *point)
@@ -89,13 +89,13 @@ def test_what_is_not_finite_is_left_out_and_not_remembered() -> None:
     assert guard.state_dict() == before
 
 
-def test_no_judgement_without_history() -> None:
+def test_no_spikes_without_history() -> None:
     guard = SpikeGuard(GuardConfig(spike="skip"), CPU)
     assert [_judge(guard, 10.0**step, 1.0)[1] for step in range(31)] == [False] * 31
 
 
 @pytest.mark.parametrize("steps", [5, 200])
-def test_a_resumed_guard_judges_the_same(steps: int) -> None:
+def test_a_resumed_detector_decides_the_same(steps: int) -> None:
     first, second = (SpikeGuard(GuardConfig(), CPU) for _ in range(2))
     curve = _curve(steps + 50)
     for point in curve[:steps]:
@@ -115,18 +115,18 @@ def test_any_flipped_bit_changes_the_check_sum() -> None:
             assert checksum([flipped], CPU) != before
 
 
-def test_the_odd_one_out_is_named() -> None:
+def test_the_rank_that_differs_is_named() -> None:
     def told(*values: int) -> list[dict[Any, int]]:
         return [{("weights", 0, 0): value} for value in values]
 
-    assert differing(told(1, 1, 1)) == []
+    assert mismatches(told(1, 1, 1)) == []
     named = "weights of rank 2 differ from those of 3 other ranks"
-    assert differing(told(1, 1, 2, 1)) == [Difference(named, guilty=(2,))]
+    assert mismatches(told(1, 1, 2, 1)) == [ReplicaMismatch(named, culprit_ranks=(2,))]
     named = "weights of ranks 2, 3 differ from those of 3 other ranks"
-    assert differing(told(1, 1, 2, 3, 1)) == [Difference(named, guilty=(2, 3))]
+    assert mismatches(told(1, 1, 2, 3, 1)) == [ReplicaMismatch(named, culprit_ranks=(2, 3))]
     named = "weights of ranks 0, 2 and ranks 1, 3 differ, and no majority says which is wrong"
-    assert differing(told(1, 2, 1, 2)) == [Difference(named)]
-    assert differing([{("weights", 0, 0): 1}, {("weights", 0, 1): 2}]) == []
+    assert mismatches(told(1, 2, 1, 2)) == [ReplicaMismatch(named)]
+    assert mismatches([{("weights", 0, 0): 1}, {("weights", 0, 1): 2}]) == []
 
 
 class _Tied(nn.Module):
@@ -157,7 +157,7 @@ def _flip(mesh: Mesh, rank: int, what: str, tied: bool = False) -> tuple[str, tu
     ("layout", "what"), [({}, "weights"), ({"zero1": 1}, "weights"), ({"zero1": 1}, "state"), ({"tensor": 3}, "state")]
 )
 def test_one_flipped_bit_names_its_rank_on_all_ranks(layout: dict[str, int], what: str) -> None:
-    """Tensor-parallel ranks have copies of what is not spread over them."""
+    """Tensor-parallel ranks have copies of what is not split over them."""
     first, *others = run_world(_flip, 3, (1, what), **layout)
     wanted = "optimizer state" if what == "state" else "weights"
     assert first is not None and others == [first, first]

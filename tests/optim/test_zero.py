@@ -1,4 +1,4 @@
-"""The hybrid ZeRO optimizer against torch.optim.AdamW on one process, in fp64, and what it promises besides."""
+"""The hybrid ZeRO optimizer against torch.optim.AdamW on one process, in fp64, and its other guarantees."""
 
 import pytest
 import torch
@@ -217,7 +217,7 @@ def squares(mesh: Mesh) -> list[float]:
 
 
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {"zero1": 1}])
-def test_a_copy_counts_where_it_is_not_finite_and_nowhere_else(layout: dict[str, int]):
+def test_a_copy_counts_in_the_norm_only_where_it_is_not_finite(layout: dict[str, int]):
     wanted = pytest.approx([8.0, float("inf"), float("nan")], rel=0, nan_ok=True)
     assert run_world(squares, 2, **layout) == [wanted, wanted]
 
@@ -244,7 +244,7 @@ def test_half_precision_updates_the_fp32_master_and_rounds_it_once():
         assert torch.equal(weight.flatten(), master.bfloat16())
 
 
-def test_the_learning_rate_of_a_first_step_that_is_skipped_comes_again():
+def test_the_learning_rate_of_a_skipped_step_is_used_again():
     cfg = config()
     optimizer = HybridZeroOptimizer([Unit("layers.0", torch.float64)], cfg, single_process_mesh(), torch.float64)
     for step in range(3):
@@ -255,7 +255,7 @@ def test_the_learning_rate_of_a_first_step_that_is_skipped_comes_again():
         assert outcome.skips_in_a_row.item() == (step + 1 if step < 2 else 0)
 
 
-def test_overflows_in_a_row_are_counted_apart_and_through_checkpoints():
+def test_consecutive_overflows_are_counted_separately_and_resumed():
     def step(kind: str) -> tuple[int, int]:
         optimizer.buckets[0].grads.fill_(float("nan") if kind == "overflow" else 1.0)
         optimizer.begin(1)
@@ -274,4 +274,4 @@ def test_overflows_in_a_row_are_counted_apart_and_through_checkpoints():
     assert step("overflow") == (2, 2)
     del saved["overflows_in_a_row"], saved["skips_in_a_row"]
     optimizer.load_state_dict(saved, moments=True)
-    assert step("overflow") == (1, 1), "a checkpoint of before"
+    assert step("overflow") == (1, 1), "an older checkpoint"

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from internlm_lite.apps.planner.holdings import holdings
 from internlm_lite.config.schema import AdamConfig, Config
-from internlm_lite.mesh.mesh import Mesh, single_process_mesh
+from internlm_lite.layers.flash import AttentionBackend
+from internlm_lite.mesh.mesh import Mesh, Sizes, plan_mesh, single_process_mesh
+from internlm_lite.models.stages import build_stages, units_of
 from internlm_lite.optim.buckets import Bucket, build_buckets
 from internlm_lite.optim.lr_schedule import learning_rate
 from internlm_lite.optim.rules import RULES, AdamW, Shard, UpdateRule
@@ -28,7 +31,7 @@ from tests.optim.test_zero import (
     train,
 )
 from tests.train.layouts import LIMIT, Layout, config_of
-from tests.train.runs import curve, run_training
+from tests.train.runs import curve, run_training, tiny
 from tests.world import run_world
 
 ADAM = AdamConfig(lr=1e-2, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.97)
@@ -242,3 +245,15 @@ def test_lion_trains_the_same_in_every_layout_and_resumes_bit_for_bit(tmp_path: 
         for step, one in zip(found, curves["one process"], strict=True):
             assert step == pytest.approx(one, rel=LIMIT), name
     assert curves["dp2"][-1][0] < curves["dp2"][0][0], "the loss falls"
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_planner_counts_the_state_of_each_rule(name: str) -> None:
+    cfg = tiny(None, model={"dtype": "torch.bfloat16"}, grad_scaler={}, optimizer={"name": name})
+    mesh = plan_mesh(Sizes(), 0, torch.device("meta"))
+    units = units_of(build_stages(cfg, mesh, AttentionBackend.SDPA))
+    optimizer = HybridZeroOptimizer(units, cfg, mesh, torch.bfloat16)
+    ((held,), _) = holdings(cfg, Sizes(), AttentionBackend.SDPA)
+    tensors = [tensor for _, state in optimizer.shards() for tensor in state.values()]
+    assert len(tensors) == len(optimizer.buckets) * (1 + len(RULES[name].roles))
+    assert held.optimizer == sum(tensor.nbytes for tensor in tensors)

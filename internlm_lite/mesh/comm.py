@@ -63,20 +63,21 @@ class Work:
         self.handles, self._finish = [], None
 
 
+def _start(collective: Callable[..., dist.Work | None], group: Group, *args: object, **options: object) -> Work:
+    with peer_errors(group):
+        handle = collective(*args, group=group.process_group, async_op=True, **options)
+    assert handle is not None, "this process is a member of its own group"
+    return Work([handle], group)
+
+
 def all_reduce(tensor: torch.Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Work:
     """Reduce `tensor` in place over `group`."""
-    if group.size == 1:
-        return Work([], group)
-    with peer_errors(group):
-        return Work([dist.all_reduce(tensor, op=op, group=group.process_group, async_op=True)], group)
+    return Work([], group) if group.size == 1 else _start(dist.all_reduce, group, tensor, op=op)
 
 
 def broadcast(tensor: torch.Tensor, group: Group, source: int = 0) -> Work:
     """Copy `tensor` of group rank `source` to every rank, in place."""
-    if group.size == 1:
-        return Work([], group)
-    with peer_errors(group):
-        return Work([dist.broadcast(tensor, src=group.ranks[source], group=group.process_group, async_op=True)], group)
+    return Work([], group) if group.size == 1 else _start(dist.broadcast, group, tensor, src=group.ranks[source])
 
 
 def reduce_scatter(shard: torch.Tensor, full: torch.Tensor, group: Group) -> Work:
@@ -88,12 +89,10 @@ def reduce_scatter(shard: torch.Tensor, full: torch.Tensor, group: Group) -> Wor
     if group.size == 1:
         return Work([], group)
     if full.device.type == "cuda":
-        with peer_errors(group):
-            return Work([dist.reduce_scatter_tensor(shard, full, group=group.process_group, async_op=True)], group)
+        return _start(dist.reduce_scatter_tensor, group, shard, full)
     received = torch.empty_like(full)
-    with peer_errors(group):
-        handle = dist.all_to_all_single(received, full, group=group.process_group, async_op=True)
-    return Work([handle], group, lambda: torch.sum(received.view(group.size, -1), dim=0, out=shard))
+    exchange = all_to_all(received, full, group)
+    return Work(exchange.handles, group, lambda: torch.sum(received.view(group.size, -1), dim=0, out=shard))
 
 
 def all_gather(full: torch.Tensor, group: Group) -> Work:
@@ -101,10 +100,8 @@ def all_gather(full: torch.Tensor, group: Group) -> Work:
     if group.size == 1:
         return Work([], group)
     parts = full.view(group.size, -1)
-    with peer_errors(group):
-        if full.device.type == "cuda":
-            mine = parts[group.rank]
-            return Work([dist.all_gather_into_tensor(full, mine, group=group.process_group, async_op=True)], group)
+    if full.device.type == "cuda":
+        return _start(dist.all_gather_into_tensor, group, full, parts[group.rank])
     return _swap(parts, group) if group.size == 2 else _exchange(parts, group)
 
 
@@ -113,17 +110,12 @@ def _swap(parts: torch.Tensor, group: Group) -> Work:
     rank, peer = group.rank, 1 - group.rank
     counts = [0, 0]
     counts[peer] = parts.shape[1]
-    with peer_errors(group):
-        handle = dist.all_to_all_single(
-            parts[peer], parts[rank], counts, counts, group=group.process_group, async_op=True
-        )
-    return Work([handle], group)
+    return _start(dist.all_to_all_single, group, parts[peer], parts[rank], counts, counts)
 
 
 def all_to_all(received: torch.Tensor, sent: torch.Tensor, group: Group) -> Work:
     """received [size * n]: its part i is this rank's part of rank i's `sent` [size * n]. For groups of two or more."""
-    with peer_errors(group):
-        return Work([dist.all_to_all_single(received, sent, group=group.process_group, async_op=True)], group)
+    return _start(dist.all_to_all_single, group, received, sent)
 
 
 def send(tensor: torch.Tensor, group: Group, to: int) -> Work:

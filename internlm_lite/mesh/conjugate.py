@@ -12,12 +12,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Group
+
+Collective = Callable[[torch.Tensor, Group], torch.Tensor]
 
 
 def start_gather_rows(part: torch.Tensor, group: Group) -> tuple[torch.Tensor, comm.Work]:
@@ -33,119 +36,104 @@ def start_scatter_rows(full: torch.Tensor, group: Group) -> tuple[torch.Tensor, 
     return part, comm.reduce_scatter(part.view(-1), full.view(-1), group)
 
 
-class _CopyTo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        ctx.group = group
-        return x.view_as(x)
+class _Pair(torch.autograd.Function):
+    """`there(x, group)` in the forward pass, `back(gradient, group)` in the backward pass."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        # Reduced in place: other parts of the graph may hold the same gradient, and it may be an expanded view.
-        grad = grads[0].clone(memory_format=torch.contiguous_format)
-        comm.all_reduce(grad, ctx.group).wait()
-        return grad, None
-
-
-class _ReduceFrom(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        ctx.mark_dirty(x)  # in place: x is the product of a split layer, which nothing else reads
-        comm.all_reduce(x, group).wait()
-        return x
+    def forward(ctx: Any, x: torch.Tensor, group: Group, there: Collective, back: Collective) -> torch.Tensor:
+        ctx.group, ctx.back = group, back
+        y = there(x, group)
+        if y is x:  # changed in place
+            ctx.mark_dirty(x)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0], None
+        return ctx.back(grads[0], ctx.group), None, None, None
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        ctx.group = group
-        full, work = start_gather_rows(x, group)
-        work.wait()
-        return full
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        part, work = start_scatter_rows(grads[0].contiguous(), ctx.group)
-        work.wait()
-        return part, None
-
-
-class _ScatterRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        ctx.group = group
-        part, work = start_scatter_rows(x.contiguous(), group)
-        work.wait()
-        return part
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        full, work = start_gather_rows(grads[0], ctx.group)
-        work.wait()
-        return full, None
-
-
-class _ColumnsToRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        ctx.group = group
-        sent = x.contiguous().view(group.size, -1, x.shape[-1])  # [size, T / size, n]: block i for rank i
-        received = torch.empty_like(sent)  # block i: our rows of rank i's columns
-        comm.all_to_all(received.view(-1), sent.view(-1), group).wait()
-        return received.movedim(0, 1).flatten(1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        size = ctx.group.size
-        sent = grads[0].unflatten(1, (size, -1)).movedim(1, 0).contiguous()
-        received = torch.empty_like(sent)
-        comm.all_to_all(received.view(-1), sent.view(-1), ctx.group).wait()
-        return received.flatten(0, 1), None
-
-
-class _GatherLast(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        ctx.group = group
-        full = x.new_empty(group.size, *x.shape)
-        full[group.rank] = x
-        comm.all_gather(full.view(-1), group).wait()
-        return full.movedim(0, -2).flatten(-2)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0].chunk(ctx.group.size, dim=-1)[ctx.group.rank].contiguous(), None
+def _pair(x: torch.Tensor, group: Group, there: Collective, back: Collective) -> torch.Tensor:
+    return x if group.size == 1 else _Pair.apply(x, group, there, back)
 
 
 def copy_to_group(x: torch.Tensor, group: Group) -> torch.Tensor:
     """x, whose gradient is summed over `group`."""
-    return x if group.size == 1 else _CopyTo.apply(x, group)
+    return _pair(x, group, _alias, _sum)
 
 
 def reduce_from_group(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """x, overwritten by its sum over `group`; the gradient is handed back unchanged. x is contiguous and no view."""
-    return x if group.size == 1 else _ReduceFrom.apply(x, group)
-
-
-def gather_last(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """[..., n] -> [..., size * n], the ranks' parts side by side; each rank keeps its own slice of the gradient."""
-    return x if group.size == 1 else _GatherLast.apply(x, group)
+    """x, overwritten by its sum over `group`; the gradient is passed on unchanged. x is contiguous and no view."""
+    return _pair(x, group, _sum_in_place, _same)
 
 
 def gather_rows(x: torch.Tensor, group: Group) -> torch.Tensor:
     """[n, ...] -> [size * n, ...], the ranks' rows one after another; the gradient is summed over `group`, then cut."""
-    return x if group.size == 1 else _GatherRows.apply(x, group)
+    return _pair(x, group, _all_rows, _own_rows_of_sum)
 
 
 def scatter_rows(x: torch.Tensor, group: Group) -> torch.Tensor:
     """[size * n, ...] -> [n, ...]: this rank's rows of the sum over `group`; the gradient is gathered."""
-    return x if group.size == 1 else _ScatterRows.apply(x, group)
+    return _pair(x, group, _own_rows_of_sum, _all_rows)
+
+
+def gather_last(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """[..., n] -> [..., size * n], the ranks' parts side by side; each rank keeps its own slice of the gradient."""
+    return _pair(x, group, _all_columns, _own_columns)
 
 
 def columns_to_rows(x: torch.Tensor, group: Group) -> torch.Tensor:
     """[T, n] -> [T / size, size * n]: from all rows of this rank's columns to this rank's rows of all columns."""
-    return x if group.size == 1 else _ColumnsToRows.apply(x, group)
+    return _pair(x, group, _columns_to_rows, _rows_to_columns)
+
+
+def _same(x: torch.Tensor, group: Group) -> torch.Tensor:
+    return x
+
+
+def _alias(x: torch.Tensor, group: Group) -> torch.Tensor:
+    return x.view_as(x)
+
+
+def _sum(x: torch.Tensor, group: Group) -> torch.Tensor:
+    # A copy: other parts of the graph may hold the same gradient, and it may be an expanded view.
+    return _sum_in_place(x.clone(memory_format=torch.contiguous_format), group)
+
+
+def _sum_in_place(x: torch.Tensor, group: Group) -> torch.Tensor:
+    comm.all_reduce(x, group).wait()
+    return x
+
+
+def _all_rows(x: torch.Tensor, group: Group) -> torch.Tensor:
+    full, work = start_gather_rows(x, group)
+    work.wait()
+    return full
+
+
+def _own_rows_of_sum(x: torch.Tensor, group: Group) -> torch.Tensor:
+    part, work = start_scatter_rows(x.contiguous(), group)
+    work.wait()
+    return part
+
+
+def _all_columns(x: torch.Tensor, group: Group) -> torch.Tensor:
+    return _all_rows(x, group).unflatten(0, (group.size, -1)).movedim(0, -2).flatten(-2)
+
+
+def _own_columns(x: torch.Tensor, group: Group) -> torch.Tensor:
+    return x.chunk(group.size, dim=-1)[group.rank].contiguous()
+
+
+def _columns_to_rows(x: torch.Tensor, group: Group) -> torch.Tensor:
+    blocks = x.contiguous().view(group.size, -1, x.shape[-1])  # [size, T / size, n]: block i for rank i
+    return _exchanged(blocks, group).movedim(0, 1).flatten(1)  # block i received: our rows of rank i's columns
+
+
+def _rows_to_columns(x: torch.Tensor, group: Group) -> torch.Tensor:
+    return _exchanged(x.unflatten(1, (group.size, -1)).movedim(1, 0).contiguous(), group).flatten(0, 1)
+
+
+def _exchanged(blocks: torch.Tensor, group: Group) -> torch.Tensor:
+    received = torch.empty_like(blocks)
+    comm.all_to_all(received.view(-1), blocks.view(-1), group).wait()
+    return received

@@ -21,7 +21,7 @@ from internlm_lite.optim.spikes import SpikeGuard
 
 
 @dataclass(frozen=True)
-class Decision:
+class SkipDecision:
     """About one step."""
 
     skipped: torch.Tensor
@@ -45,7 +45,7 @@ class SkipDecider:
             "overflows_in_a_row": self.consecutive_overflows,
         }
 
-    def decide(self, mean_loss: torch.Tensor, norm: torch.Tensor) -> Decision:
+    def decide(self, mean_loss: torch.Tensor, norm: torch.Tensor) -> SkipDecision:
         """Decide about a step and count it; the loss scale becomes that of the next step. Both arguments: scalars of
         the whole global batch, the norm before clipping.
         """
@@ -57,7 +57,7 @@ class SkipDecider:
         self.skipped_steps += skipped
         self.consecutive_skips.add_(1).mul_(skipped)
         self.consecutive_overflows.add_(1).mul_(overflow)
-        return Decision(skipped, spikes)
+        return SkipDecision(skipped, spikes)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able; reads the device."""

@@ -2,11 +2,14 @@
 # make test   the whole test suite
 # make faults every fault injected into checkpoints: kills, damage, storage trouble (minutes; make test takes a sample)
 # make chaos  2,000 steps with a fault about every 20: the job is started again and ends with the same bits (minutes)
+# make gpu    the first minutes on a GPU: is it right, how fast is it (the machine's own Python, nothing is installed)
+# make figures  lines room by room, and what breaks the house's rules
 # All build .venv first. Another torch: make demo TORCH=torch==2.12.0. Another Python: make demo PYTHON=python3.12.
 
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 PYTEST_ARGS ?=
+GPU_ARGS ?=
 DEMO_ARGS ?=
 
 VENV := .venv
@@ -29,11 +32,11 @@ except ImportError as error:
 endef
 export CHECK_PYTHON
 
-.PHONY: help venv demo test faults chaos lint types clean
+.PHONY: help venv demo test faults chaos gpu figures lint types clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,5s/^# //p' Makefile
+	@sed -n '1,7s/^# //p' Makefile
 
 venv: $(READY)
 
@@ -62,6 +65,12 @@ faults: venv
 
 chaos: venv
 	CHAOS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/faults/test_chaos.py $(PYTEST_ARGS)
+
+gpu:
+	$(PYTHON) tools/gpu_check.py $(GPU_ARGS)
+
+figures: venv
+	$(BIN)/python -m tests.test_house
 
 lint: venv
 	$(BIN)/ruff check .

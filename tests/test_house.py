@@ -1,7 +1,7 @@
 """How large the house is, room by room, and what no function in it may be. `make figures` prints it.
 
-A room that outgrows its ceiling in tests/ceilings.json fails the test: make it smaller, or raise the ceiling in the same
-change and say in its description what the lines are for.
+A room that outgrows its ceiling in tests/ceilings.json fails the test: make it smaller, or raise the ceiling in
+the same change and say in its description what the lines are for.
 """
 
 from __future__ import annotations

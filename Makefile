@@ -1,7 +1,9 @@
-# make demo   train a small decoder on this machine's own text, from nothing, in a few minutes
-# make test   the whole test suite
-# make faults every fault injected into checkpoints: kills, damage, storage trouble (minutes; make test takes a sample)
-# make chaos  2,000 steps with a fault about every 20: the job is started again and ends with the same bits (minutes)
+# make demo       train a small decoder on this machine's own text, from nothing, in a few minutes
+# make test       the whole test suite
+# make test-fast  the tests that start no jobs, browsers or servers, two at a time (minutes)
+# make faults     every fault injected into checkpoints: kills, damage, storage trouble (minutes; make test takes a sample)
+# make chaos      2,000 steps with a fault about every 20: the job is started again and ends with the same bits (minutes)
+# make lint, make types   ruff and mypy; make docs   pages of the core's functions and classes, in build/docs
 # All build .venv first. Another torch: make demo TORCH=torch==2.12.0. Another Python: make demo PYTHON=python3.12.
 
 TORCH ?= torch==2.13.0
@@ -9,6 +11,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
+DOCS := $(addprefix internlm_lite.,mesh layers models optim pipeline generate batch errors units)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install
@@ -29,11 +32,11 @@ except ImportError as error:
 endef
 export CHECK_PYTHON
 
-.PHONY: help venv demo test faults chaos lint types clean
+.PHONY: help venv demo test test-fast faults chaos lint types docs clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,5s/^# //p' Makefile
+	@sed -n '/^$$/q; s/^# //p' Makefile
 
 venv: $(READY)
 
@@ -57,6 +60,9 @@ demo: venv
 test: venv
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-fast: venv
+	$(BIN)/python -m pytest -m 'not slow' -n 2 $(PYTEST_ARGS)
+
 faults: venv
 	FAULTS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/faults tests/checkpoint/test_damage.py $(PYTEST_ARGS)
 
@@ -69,6 +75,12 @@ lint: venv
 
 types: venv
 	$(BIN)/mypy
+
+# What pdoc cannot trace is inherited from torch; every other warning is an error.
+docs: venv
+	rm -rf build/docs
+	$(BIN)/python -W error::UserWarning -W 'ignore:Cannot determine where' -m pdoc --output-directory build/docs $(DOCS)
+	@echo "see build/docs/index.html"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

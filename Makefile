@@ -1,6 +1,6 @@
 # make demo       train a small decoder on this machine's own text, from nothing, in a few minutes
 # make test       the whole test suite
-# make test-fast  the tests that start no jobs, browsers or servers, two at a time (minutes)
+# make test-fast  three quarters of the tests, two at a time: no training jobs, faults, Slurm, browser or S3 (minutes)
 # make faults     every fault injected into checkpoints: kills, damage, storage trouble (minutes; make test takes a sample)
 # make chaos      2,000 steps with a fault about every 20: the job is started again and ends with the same bits (minutes)
 # make lint, make types   ruff and mypy; make docs   pages of the core's functions and classes, in build/docs

@@ -15,7 +15,8 @@ from tests.world import run_world
 SAMPLE = 8
 """Points of each scenario in the test suite."""
 UNSTEADY = {"futex", "mprotect", "mmap", "munmap", "madvise", "brk", "restart_syscall", "exit_group"}
-"""Calls of the interpreter and the allocator: not as many in every run."""
+UNSTEADY |= {"poll", "ppoll"}
+"""Calls of the interpreter and the allocator, and the wait for strace: not as many in every run."""
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,5 +1,6 @@
 # make demo   train a small decoder on this machine's own text, from nothing, in a few minutes
 # make test   the whole test suite
+# make test-elsewhen  the same with the clock a year ahead, another time zone and another locale
 # make faults every fault injected into checkpoints: kills, damage, storage trouble (minutes; make test takes a sample)
 # make chaos  2,000 steps with a fault about every 20: the job is started again and ends with the same bits (minutes)
 # All build .venv first. Another torch: make demo TORCH=torch==2.12.0. Another Python: make demo PYTHON=python3.12.
@@ -29,11 +30,21 @@ except ImportError as error:
 endef
 export CHECK_PYTHON
 
-.PHONY: help venv demo test faults chaos lint types clean
+# Nothing may depend on the day, the zone or the language. +12:45, or +13:45 in summer: often another day, never the same
+# minute. Turkish: a decimal comma, other messages, and i is not I. tests/elsewhen.c says how the clock is ahead.
+ELSEWHEN_SECONDS ?= 31536000
+ELSEWHEN_ZONE ?= Pacific/Chatham
+ELSEWHEN_LOCALE ?= tr_TR
+ELSEWHEN := $(abspath $(VENV))/elsewhen
+define CHECK_ELSEWHEN
+command -v $(CC) && command -v localedef && [ -e /usr/share/i18n/locales/$(ELSEWHEN_LOCALE) ] && [ -e /usr/share/zoneinfo/$(ELSEWHEN_ZONE) ]
+endef
+
+.PHONY: help venv demo test test-elsewhen faults chaos lint types clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,5s/^# //p' Makefile
+	@sed -n '1,6s/^# //p' Makefile
 
 venv: $(READY)
 
@@ -56,6 +67,14 @@ demo: venv
 
 test: venv
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-elsewhen: venv
+	@{ $(CHECK_ELSEWHEN); } >/dev/null || { echo "needs a C compiler, sources of locales, time zones: on Debian and Ubuntu: apt-get install gcc libc6-dev locales tzdata" >&2; exit 1; }
+	@mkdir -p $(ELSEWHEN)
+	@[ -d $(ELSEWHEN)/$(ELSEWHEN_LOCALE).UTF-8 ] || localedef -i $(ELSEWHEN_LOCALE) -f UTF-8 $(ELSEWHEN)/$(ELSEWHEN_LOCALE).UTF-8
+	@$(CC) -O2 -Wall -shared -fPIC -o $(ELSEWHEN)/clock.so tests/elsewhen.c -ldl
+	LD_PRELOAD=$(ELSEWHEN)/clock.so ELSEWHEN_SECONDS=$(ELSEWHEN_SECONDS) TZ=$(ELSEWHEN_ZONE) LOCPATH=$(ELSEWHEN) \
+		LC_ALL=$(ELSEWHEN_LOCALE).UTF-8 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 faults: venv
 	FAULTS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/faults tests/checkpoint/test_damage.py $(PYTEST_ARGS)

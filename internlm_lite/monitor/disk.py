@@ -6,8 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from internlm_lite.config.folders import spelt_out
-from internlm_lite.config.s3path import is_s3
+from internlm_lite.config.paths import is_s3, spelt_out
 from internlm_lite.config.schema import CkptConfig
 from internlm_lite.monitor.alerts import DiskFigures
 

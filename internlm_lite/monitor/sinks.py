@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from internlm_lite.config.view import masked
+from internlm_lite.config.masking import masked
 from internlm_lite.monitor.jsonl import EventsFile, MetricsFile, SamplesFile, next_segment
 from internlm_lite.monitor.record import Sample, Sink, StepRecord, ValidationRecord
 

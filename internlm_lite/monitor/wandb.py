@@ -15,8 +15,9 @@ from typing import Any
 
 import wandb
 
+from internlm_lite.config.masking import masked
+from internlm_lite.config.render_config import resolved
 from internlm_lite.config.schema import Config, WandbConfig
-from internlm_lite.config.view import masked, resolved
 from internlm_lite.monitor.record import Sample, Sink, StepRecord, ValidationRecord
 from internlm_lite.monitor.scalars import step_scalars, validation_scalars
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from internlm_lite.config.address import webhook_format
+from internlm_lite.config.masking import masked
+from internlm_lite.config.paths import webhook_format
 from internlm_lite.config.schema import AlertsConfig
-from internlm_lite.config.view import masked
 from internlm_lite.monitor.alerts import Alert, Rules
 from internlm_lite.monitor.disk import disks
 from internlm_lite.monitor.record import Sink, StepRecord

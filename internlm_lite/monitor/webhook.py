@@ -19,7 +19,7 @@ from email.message import Message
 from typing import IO, Literal
 from urllib.parse import urlsplit
 
-from internlm_lite.config.address import is_loopback
+from internlm_lite.config.paths import is_loopback
 
 logger = logging.getLogger("internlm_lite")
 

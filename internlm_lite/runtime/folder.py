@@ -27,8 +27,8 @@ import torch
 import yaml
 
 from internlm_lite.config.load import LoadedConfig
-from internlm_lite.config.mask import mask_source
-from internlm_lite.config.view import MASK, masked, origin_rows, resolved, secrets_of
+from internlm_lite.config.masking import MASK, mask_source, masked, secrets_of
+from internlm_lite.config.render_config import origin_rows, resolved
 from internlm_lite.errors import ConfigError, StorageError
 from internlm_lite.runtime.place import Place
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from internlm_lite.config.view import masked
+from internlm_lite.config.masking import masked
 from internlm_lite.errors import ConfigError, MeshError
 from internlm_lite.runtime.nodes import expand_node_list, expand_task_counts
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from internlm_lite.config.view import masked
+from internlm_lite.config.masking import masked
 from internlm_lite.errors import InternLMError, PeerLostError
 
 logger = logging.getLogger("internlm_lite")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import trustme
 
-from internlm_lite.config.address import webhook_format, webhook_problem
+from internlm_lite.config.paths import webhook_format, webhook_problem
 from internlm_lite.monitor import webhook as module
 from internlm_lite.monitor.webhook import Format, Webhook
 from tests.monitor.chat import SECRET, Chat

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from internlm_lite.config.layer import DELETE, Layer
 from internlm_lite.config.problems import Problem
+from internlm_lite.config.source import DELETE, Layer
 
 _NO_EFFECT = {
     "ckpt.universal_ckpt": "every checkpoint loads into every layout",

@@ -24,14 +24,10 @@ from internlm_lite.monitor.record import Sample, Sink, StepRecord
 
 logger = logging.getLogger("internlm_lite")
 
-_PLAIN = (
-    "step", "loss", "tflops", "lr", "loss_scale", "grad_norm", "micro_num", "num_consumed_tokens",
-    "inf_nan_skip_batches", "num_samples_in_batch", "largest_length", "largest_batch", "smallest_batch", "adam_beta2",
-    "fwd_bwd_time", "acc", "perplexity", "loss_from_metric", "mfu", "eta_seconds", "pack_fill", "memory_bytes",
-)  # fmt: skip
+_NESTED = ("time", "speed", "folders", "origin")
+_PLAIN = tuple(field.name for field in dataclasses.fields(StepRecord) if field.name not in _NESTED)
 _SEGMENT = re.compile(rb'"seg":\s*(\d+)')
 """Inside a JSON text the first quote would be escaped."""
-_SPEED = ("tgs", "last_tgs_1", "tgs_all", "tgs_avg", "tgs_sma", "last_tgs_10", "last_tgs_50")
 
 
 class JsonlWriter:
@@ -123,7 +119,7 @@ def step_object(record: StepRecord, segment: int) -> dict[str, Any]:
         "seg": segment,
         "time": record.time.isoformat(timespec="milliseconds"),
         **{key: getattr(record, key) for key in _PLAIN},
-        **{key: getattr(record.speed, key) for key in _SPEED},
+        **dataclasses.asdict(record.speed),
         "folders": {name: [folder.tokens, folder.loss, folder.acc] for name, folder in record.folders.items()},
         **({"seen": seen} if seen else {}),
     }

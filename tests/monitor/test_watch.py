@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from internlm_lite.config.schema import AlertsConfig, CkptConfig
-from internlm_lite.monitor.disk import disks, written_folders
+from internlm_lite.monitor.alert_monitor import AlertMonitor
+from internlm_lite.monitor.disk_usage import disks, written_folders
 from internlm_lite.monitor.jsonl import read_objects
 from internlm_lite.monitor.sinks import FanOut, run_files
 from internlm_lite.monitor.ticker import Ticker
-from internlm_lite.monitor.watch import Watch
 from tests.monitor.chat import SECRET, Chat
 from tests.monitor.test_alerts import line
 
@@ -25,7 +25,7 @@ from tests.monitor.test_alerts import line
 def watched(folder: Path, **config: Any) -> FanOut:
     fan_out = FanOut(run_files(folder), {})
     alerts = AlertsConfig(**config)
-    fan_out.add("alerts", Watch(alerts, 100, [folder], "job x", fan_out.event, disk_seconds=0.02))
+    fan_out.add("alerts", AlertMonitor(alerts, 100, [folder], "job x", fan_out.event, disk_seconds=0.02))
     fan_out.event("start", step=0)
     return fan_out
 

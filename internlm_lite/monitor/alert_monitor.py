@@ -16,7 +16,7 @@ from internlm_lite.config.masking import masked
 from internlm_lite.config.paths import webhook_format
 from internlm_lite.config.schema import AlertsConfig
 from internlm_lite.monitor.alerts import Alert, Rules
-from internlm_lite.monitor.disk import disks
+from internlm_lite.monitor.disk_usage import disks
 from internlm_lite.monitor.record import Sink, StepRecord
 from internlm_lite.monitor.ticker import Ticker
 from internlm_lite.monitor.webhook import Webhook
@@ -35,7 +35,7 @@ class Tell(Protocol):
     def __call__(self, kind: str, /, **facts: Any) -> None: ...
 
 
-class Watch(Sink):
+class AlertMonitor(Sink):
     """Rules, two timers, and the webhook. Timers: one for silence, one for disks, which may hang with their disk."""
 
     def __init__(

@@ -22,8 +22,8 @@ _PLAIN = re.compile(rf"s3://(?P<bucket>{_BUCKET}(?:\.[A-Za-z0-9_-]+)*){_PREFIX}"
 
 S3_SPELLING = "boto3:s3://BUCKET.ENDPOINT/PREFIX or s3://BUCKET/PREFIX, in [A-Za-z0-9._-], without user or password"
 
-Chat = Literal["feishu", "slack"]
-_CHATS: dict[str, Chat] = {"feishu.cn": "feishu", "larksuite.com": "feishu", "slack.com": "slack"}
+ChatFormat = Literal["feishu", "slack"]
+_CHAT_FORMATS: dict[str, ChatFormat] = {"feishu.cn": "feishu", "larksuite.com": "feishu", "slack.com": "slack"}
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ def is_folder(text: str) -> bool:
     return bool(rest) if scheme == "local" and colon else bool(text) and (not colon or "/" in scheme)
 
 
-def webhook_format(address: str) -> Chat | None:
+def webhook_format(address: str) -> ChatFormat | None:
     """Which chat the host of `address` belongs to; None: unknown host."""
     host = _host(address) or ""
-    return next((chat for domain, chat in _CHATS.items() if host == domain or host.endswith(f".{domain}")), None)
+    return next((chat for domain, chat in _CHAT_FORMATS.items() if host == domain or host.endswith(f".{domain}")), None)
 
 
 def webhook_problem(address: str, *, insecure: bool) -> str | None:

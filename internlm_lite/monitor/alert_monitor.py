@@ -1,4 +1,4 @@
-"""The sink that watches a run: it feeds the rules of alerts.py, and tells what they raise.
+"""The sink that watches a run: it feeds the rules of alerts.py and reports what they raise.
 
 An alert goes to the log, to every sink as an event (`alert`, `alert_over`), and to the webhook if there is one.
 """
@@ -18,25 +18,26 @@ from internlm_lite.config.schema import AlertsConfig
 from internlm_lite.monitor.alerts import Alert, Rules
 from internlm_lite.monitor.disk_usage import disks
 from internlm_lite.monitor.record import Sink, StepRecord
-from internlm_lite.monitor.ticker import Ticker
 from internlm_lite.monitor.webhook import Webhook
 
 logger = logging.getLogger("internlm_lite")
 
 DISK_SECONDS = 60.0
-"""Between looks at the space left."""
-_LOOKS = 20
-"""At the clock, in the time after which silence is an alert."""
+"""Between checks of free space."""
+JOIN_SECONDS = 2.0
+"""A call that blocks, for instance on a dead file system, is abandoned after this."""
+_CHECKS = 20
+"""Of the clock, in the time after which silence is an alert."""
 
 
-class Tell(Protocol):
+class SendEvent(Protocol):
     """Hands an event to all sinks: `FanOut.event`."""
 
     def __call__(self, kind: str, /, **facts: Any) -> None: ...
 
 
 class AlertMonitor(Sink):
-    """Rules, two timers, and the webhook. Timers: one for silence, one for disks, which may hang with their disk."""
+    """Rules, two timers, and the webhook. Disks have their own timer, which may block together with a disk."""
 
     def __init__(
         self,
@@ -44,26 +45,26 @@ class AlertMonitor(Sink):
         total_steps: int,
         folders: Sequence[Path],
         title: str,
-        tell: Tell,
+        send_event: SendEvent,
         disk_seconds: float = DISK_SECONDS,
     ) -> None:
-        """`folders` are watched for space; `title` names the run in messages."""
+        """`folders` are checked for free space; `title` names the run in messages."""
         self._rules = Rules(config, total_steps)
         self._lock = threading.Lock()
-        self._tell, self._title, self._folders = tell, title, list(folders)
+        self._send_event, self._title, self._folders = send_event, title, list(folders)
         self._webhook: Webhook | None = None
         if config.webhook is not None:
             self._webhook = Webhook(config.webhook, config.format or webhook_format(config.webhook) or "slack")
         self._tickers = [
-            Ticker("the watch for silence", config.silent_seconds / _LOOKS, self._look_at_clock),
-            Ticker("the watch for full disks", disk_seconds, self._look_at_disks),
+            Ticker("the watch for silence", config.silent_seconds / _CHECKS, lambda: self._apply(self._rules.time)),
+            Ticker("the watch for full disks", disk_seconds, self._check_disks),
         ]
 
     def step(self, record: StepRecord) -> None:
-        self._ask(lambda now: self._rules.step(record, now))
+        self._apply(lambda now: self._rules.step(record, now))
 
     def event(self, kind: str, facts: Mapping[str, Any]) -> None:
-        self._ask(lambda now: self._rules.event(kind, facts, now))
+        self._apply(lambda now: self._rules.event(kind, facts, now))
 
     def close(self) -> None:
         for ticker in self._tickers:
@@ -71,26 +72,45 @@ class AlertMonitor(Sink):
         if self._webhook is not None:
             self._webhook.close()
 
-    def _look_at_clock(self) -> None:
-        self._ask(self._rules.time)
-
-    def _look_at_disks(self) -> None:
+    def _check_disks(self) -> None:
         for figures in disks(self._folders):
-            self._ask(lambda now, figures=figures: self._rules.disk(figures, now))  # type: ignore[misc]
+            self._apply(lambda now, figures=figures: self._rules.disk(figures, now))  # type: ignore[misc]
 
-    def _ask(self, rules: Callable[[float], list[Alert]]) -> None:
+    def _apply(self, rules: Callable[[float], list[Alert]]) -> None:
         with self._lock:
             alerts = rules(time.monotonic())
         for alert in alerts:  # without the lock: the event comes back to this sink
-            self._announce(alert)
+            self._report(alert)
 
-    def _announce(self, alert: Alert) -> None:
+    def _report(self, alert: Alert) -> None:
         text = str(masked(alert.text))
         if alert.over:
             logger.info(f"alert over: {alert.rule} {text}")
-            self._tell("alert_over", rule=alert.rule, step=alert.step)
+            self._send_event("alert_over", rule=alert.rule, step=alert.step)
         else:
             logger.warning(f"ALERT {alert.rule}: {text}")
-            self._tell("alert", rule=alert.rule, step=alert.step, text=text)
+            self._send_event("alert", rule=alert.rule, step=alert.step, text=text)
         if self._webhook is not None:
             self._webhook.send(f"[{self._title}] {'over: ' if alert.over else ''}{alert.rule}: {text}")
+
+
+class Ticker:
+    """Calls `call` every `seconds` in a thread, first at once. An error is reported in one line and ends it."""
+
+    def __init__(self, name: str, seconds: float, call: Callable[[], None]) -> None:
+        self._name, self._seconds, self._call = name, seconds, call
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join(JOIN_SECONDS)
+
+    def _run(self) -> None:
+        try:
+            self._call()
+            while not self._closed.wait(self._seconds):
+                self._call()
+        except Exception as error:  # noqa: BLE001  no error here may stop training
+            logger.warning(f"{self._name} failed and is switched off: {type(error).__name__}: {error}")

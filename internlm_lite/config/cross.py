@@ -83,10 +83,7 @@ def _heads(config: Config) -> Iterator[Problem]:
 def _tensor(config: Config) -> Iterator[Problem]:
     """Everything that tensor parallelism splits."""
     model, tensor = config.model, config.parallel.tensor
-    split = {
-        "model.num_attention_heads": model.num_attention_heads,
-        "model.vocab_size": model.vocab_size,
-    }
+    split = {"model.num_attention_heads": model.num_attention_heads, "model.vocab_size": model.vocab_size}
     if model.num_kv_attention_heads is not None:
         split["model.num_kv_attention_heads"] = model.num_kv_attention_heads
     if model.embed_split_hidden:

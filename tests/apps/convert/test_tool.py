@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from internlm_lite.apps.convert.to_hf import open_checkpoint
 from internlm_lite.checkpoint.format.catalog import committed
 from internlm_lite.checkpoint.storage.local import LocalStorage
-from internlm_lite.cli import convert, generate
+from internlm_lite.cli import convert, generate_text
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.data.tokenizer import Tokenizer
 from tests.apps.convert.made import save_ours, small_tokenizer
@@ -63,7 +63,7 @@ def test_generate_takes_what_from_hf_made(ours, tmp_path, capsys, monkeypatch):
         capsys.readouterr()
         arguments = ["--checkpoint", str(folder), "--prompt", "def", "--greedy", "--max-new-tokens", "12"]
         monkeypatch.setattr(sys, "argv", ["generate", *arguments])
-        generate.main()
+        generate_text.main()
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] and len(texts[0]) > 12
 

@@ -1,8 +1,8 @@
 """report.html of any run, finished or still running, of several overlaid, or of an InternLM log.
 
-python tools/report.py RUN/demo/latest                   report.html in the run folder, loss.png with matplotlib
-python tools/report.py RUN/a/latest RUN/b/latest         report.html and loss.png here, or -o ab.html: and ab.png
-python tools/report.py --from-log train.log              train.html beside it
+internlm-lite report RUN/demo/latest                   report.html in the run folder, loss.png with matplotlib
+internlm-lite report RUN/a/latest RUN/b/latest         report.html and loss.png here, or -o ab.html: and ab.png
+internlm-lite report --from-log train.log              train.html beside it
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from internlm_lite.apps.report.log import read_log
 from internlm_lite.apps.report.page import write_report
 from internlm_lite.apps.report.payload import UNREADABLE, make_payload
 from internlm_lite.apps.report.run import RunReader
+from internlm_lite.cli.options import new_parser
 from internlm_lite.errors import ConfigError
 from internlm_lite.runtime.tool import run_tool
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = new_parser("report", __doc__)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders, job folders, or RUN itself")
     parser.add_argument("--from-log", action="append", default=[], type=Path, metavar="FILE", help="a log's step lines")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: in the run folder, beside the log")
@@ -88,7 +89,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 bad input or a missing package, 6 storage, 130 interrupted."""
     arguments = parse_arguments(argv)
     return run_tool(partial(work, arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

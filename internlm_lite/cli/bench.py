@@ -110,15 +110,15 @@ def show(results: dict[str, Any]) -> None:
         if isinstance(found, list):
             table = Table(*found[0], title=name, title_justify="left")
             for row in found:
-                table.add_row(*map(shown, row.values()))
+                table.add_row(*map(format_value, row.values()))
         else:
             table = Table("figure", "value", title=name, title_justify="left")
             for key, value in found.items():
-                table.add_row(key, shown(value))
+                table.add_row(key, format_value(value))
         console.print(table)
 
 
-def shown(value: float | int | str | None) -> str:
+def format_value(value: float | int | str | None) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

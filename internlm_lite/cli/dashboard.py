@@ -14,10 +14,10 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from internlm_lite.apps.report.files import read_file, shown
-from internlm_lite.apps.report.find import left_out
+from internlm_lite.apps.report.discover import omitted_runs
+from internlm_lite.apps.report.live_runs import LiveRuns
 from internlm_lite.apps.report.server import Dashboard
-from internlm_lite.apps.report.watch import Watch
+from internlm_lite.apps.report.untrusted_files import printable, read_file
 from internlm_lite.cli.options import new_parser
 from internlm_lite.errors import ConfigError
 from internlm_lite.runtime.tool import run_tool
@@ -52,14 +52,14 @@ def read_token(arguments: argparse.Namespace) -> str | None:
     try:
         return read_file(arguments.token_file).strip()
     except OSError as error:
-        raise ConfigError(f"cannot read --token-file {shown(arguments.token_file)}: {error.strerror}") from error
+        raise ConfigError(f"cannot read --token-file {printable(arguments.token_file)}: {error.strerror}") from error
 
 
 def serve(arguments: argparse.Namespace) -> int:
     """Exit code, once Ctrl-C has ended it."""
     token = read_token(arguments)
-    with closing(Watch(arguments.runs)) as watch:
-        for line in left_out(arguments.runs):
+    with closing(LiveRuns(arguments.runs)) as watch:
+        for line in omitted_runs(arguments.runs):
             print(line)
         with Dashboard(watch, arguments.port, arguments.bind, token) as server:
             print(f"dashboard: {server.address}  (Ctrl-C ends it)", flush=True)

@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from internlm_lite.apps.doctor.examine import Report, examine
-from internlm_lite.apps.doctor.view import findings_text, last_line
+from internlm_lite.apps.doctor.examine import Examination, examine
+from internlm_lite.apps.doctor.render_findings import findings_text, last_line
 from internlm_lite.cli.options import add_config, add_launcher, new_parser
 from internlm_lite.config.load import load_config
 from internlm_lite.config.s3path import is_s3
@@ -58,7 +58,7 @@ class Shown:
     def __init__(self, as_json: bool) -> None:
         self._as_json, self._n_shown = as_json, 0
 
-    def __call__(self, report: Report, over: bool) -> None:
+    def __call__(self, report: Examination, over: bool) -> None:
         new, self._n_shown = report.findings[self._n_shown :], len(report.findings)
         if new and not self._as_json:
             print(findings_text(report, new), flush=True)

@@ -41,8 +41,8 @@ def test_there_and_back_with_the_tokenizer(ours, tmp_path, capsys):
     mine = Tokenizer(tmp_path / "small.model")
     assert theirs.encode(TEXT, add_special_tokens=False) == mine.encode(TEXT)
     assert theirs.encode(TEXT)[0] == mine.bos and theirs.eos_token_id == mine.eos
-    said = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert (said["bos_token_id"], said["eos_token_id"], said["pad_token_id"]) == (1, 2, 3)
+    hf = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (hf["bos_token_id"], hf["eos_token_id"], hf["pad_token_id"]) == (1, 2, 3)
 
     assert run("from-hf", tmp_path / "hf", tmp_path / "back", "--verify") == 0
     printed = capsys.readouterr().out

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from internlm_lite.apps.report import watch as watching
+from internlm_lite.apps.report.live_runs import LiveRuns
 from internlm_lite.apps.report.server import Dashboard
-from internlm_lite.apps.report.watch import Watch
 from internlm_lite.errors import ConfigError
 from tests.apps.report.small import event, line, run_folder, write
 
@@ -60,7 +60,7 @@ class Client:
 
 @contextmanager
 def serving(*paths: Path, token: str | None = None) -> Iterator[Client]:
-    watch = Watch(paths)
+    watch = LiveRuns(paths)
     try:
         with Dashboard(watch, 0, token=token) as server:
             thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
@@ -308,7 +308,7 @@ def test_a_token_opens_the_page_once_and_a_cookie_from_then_on(job: Path) -> Non
 
 
 def test_what_is_refused_before_listening(job: Path) -> None:
-    watch = Watch([job])
+    watch = LiveRuns([job])
     try:
         with pytest.raises(ConfigError, match=r"--bind 0.0.0.0: others can reach that address; add --token-file FILE"):
             Dashboard(watch, 0, bind="0.0.0.0")
@@ -328,6 +328,6 @@ def test_an_error_inside_is_one_short_answer(ask: Client, monkeypatch: pytest.Mo
     def fail(*_: object) -> None:
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr(Watch, "payload", fail)
+    monkeypatch.setattr(LiveRuns, "payload", fail)
     reply = ask("/api/runs")
     assert (reply.status, reply.body) == (500, b"ZeroDivisionError\n")

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from internlm_lite.apps.report import watch as watching
+from internlm_lite.apps.report import live_runs
 from internlm_lite.apps.report.live_runs import LiveRuns
 from internlm_lite.apps.report.server import Dashboard
 from internlm_lite.errors import ConfigError
@@ -249,8 +249,8 @@ def test_runs_that_come_later_are_shown_and_ids_stay(tmp_path: Path) -> None:
 
 def test_it_answers_while_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
-    look = watching.RunReader.look
-    monkeypatch.setattr(watching.RunReader, "look", lambda run: go.wait(20) and look(run))
+    look = live_runs.RunReader.look
+    monkeypatch.setattr(live_runs.RunReader, "look", lambda run: go.wait(20) and look(run))
     with serving(run_folder(tmp_path, [line(0)])) as ask:
         (run,) = ask("/api/runs").json()["runs"]
         assert (run["parsing"], run["state"]["phase"], run["series"]["step"]) == (True, "starting", [])
@@ -265,7 +265,7 @@ def test_a_run_that_vanishes_stays_as_it_was(tmp_path: Path, caplog: pytest.LogC
         folder.rename(tmp_path / "away")
         for _ in range(3):
             assert len(ask("/api/runs").json()["runs"]) == 1
-            threading.Event().wait(watching.PAUSE_SECONDS)
+            threading.Event().wait(live_runs.PAUSE_SECONDS)
     assert sum("cannot read" in record.getMessage() for record in caplog.records) <= 1
 
 

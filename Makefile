@@ -1,14 +1,20 @@
-# make demo   train a small decoder on this machine's own text, from nothing, in a few minutes
-# make test   the whole test suite
-# make faults every fault injected into checkpoints: kills, damage, storage trouble (minutes; make test takes a sample)
-# make chaos  2,000 steps with a fault about every 20: the job is started again and ends with the same bits (minutes)
+# make demo       train a small decoder on this machine's own text, from nothing, in a few minutes
+# make test       the whole test suite
+# make test-fast  three quarters of the tests, two at a time: no training jobs, faults, Slurm, browser or S3 (minutes)
+# make faults     every fault injected into checkpoints: kills, damage, storage trouble (minutes; make test takes a sample)
+# make chaos      2,000 steps with a fault about every 20: the job is started again and ends with the same bits (minutes)
+# make gpu        the first minutes on a GPU: is it right, how fast is it (the machine's own Python, nothing is installed)
+# make figures    lines room by room, and what breaks the rules of the house
+# make lint, make types   ruff and mypy; make docs   pages of the core's functions and classes, in build/docs
 # All build .venv first. Another torch: make demo TORCH=torch==2.12.0. Another Python: make demo PYTHON=python3.12.
 
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 PYTEST_ARGS ?=
+GPU_ARGS ?=
 DEMO_ARGS ?=
 
+DOCS := $(addprefix internlm_lite.,mesh layers models optim pipeline generate batch errors units)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install
@@ -29,11 +35,11 @@ except ImportError as error:
 endef
 export CHECK_PYTHON
 
-.PHONY: help venv demo test faults chaos lint types clean
+.PHONY: help venv demo test test-fast faults chaos gpu figures lint types docs clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,5s/^# //p' Makefile
+	@sed -n '/^$$/q; s/^# //p' Makefile
 
 venv: $(READY)
 
@@ -57,11 +63,20 @@ demo: venv
 test: venv
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-fast: venv
+	$(BIN)/python -m pytest -m 'not slow' -n 2 $(PYTEST_ARGS)
+
 faults: venv
 	FAULTS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/faults tests/checkpoint/test_damage.py $(PYTEST_ARGS)
 
 chaos: venv
 	CHAOS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/faults/test_chaos.py $(PYTEST_ARGS)
+
+gpu:
+	$(PYTHON) tools/gpu_check.py $(GPU_ARGS)
+
+figures: venv
+	$(BIN)/python -m tests.test_house
 
 lint: venv
 	$(BIN)/ruff check .
@@ -69,6 +84,12 @@ lint: venv
 
 types: venv
 	$(BIN)/mypy
+
+# What pdoc cannot trace is inherited from torch; every other warning is an error.
+docs: venv
+	rm -rf build/docs
+	$(BIN)/python -W error::UserWarning -W 'ignore:Cannot determine where' -m pdoc --output-directory build/docs $(DOCS)
+	@echo "see build/docs/index.html"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -25,7 +25,7 @@ class BuildWithStarter(build_py):
 
 
 setup(
-    packages=find_packages(include=["internlm_lite", "internlm_lite.*"], exclude=["internlm_lite.apps.bench"]),
+    packages=find_packages(include=["internlm_lite", "internlm_lite.*"], exclude=["internlm_lite.apps.bench*"]),
     package_data={"internlm_lite.apps.report": ["assets/*", "assets/app/*"]},
     cmdclass={"build_py": BuildWithStarter},
 )

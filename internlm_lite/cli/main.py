@@ -23,7 +23,8 @@ COMMANDS = {
     "dashboard": ("dashboard", "serve a live page over one run or several"),
     "doctor": ("doctor", "check what all ranks of a job run on"),
     "slurm": ("slurm", "write a batch file for Slurm"),
-    "bench": ("bench", "benchmarks against common alternatives (from a checkout only)"),
+    "bench": ("bench", "compare speed with common alternatives (in a checkout)"),
+    "gpu-check": ("gpu_check", "check correctness and speed on a GPU (in a checkout)"),
 }
 """Command -> (module of internlm_lite.cli, what it does)."""
 
@@ -47,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"found no command {command!r}; expected one of those below\n{usage()}", file=sys.stderr)
         return 2
-    if command == "bench" and find_spec("internlm_lite.apps.bench") is None:
-        print("bench: not part of the installed package; run tools/bench.py in a checkout", file=sys.stderr)
+    if command in ("bench", "gpu-check") and find_spec("internlm_lite.apps.bench") is None:
+        print(f"{command}: not part of the installed package; run it in a checkout", file=sys.stderr)
         return 2
     module = importlib.import_module(f"internlm_lite.cli.{COMMANDS[command][0]}")
     # The doctor ends the process itself: its threads may hang.

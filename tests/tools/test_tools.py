@@ -100,7 +100,7 @@ def test_every_tool_ends_alike(
 
 
 def test_no_tool_is_forgotten():
-    modules = {Path(tool.__file__ or "").stem for tool, _, _ in EARLY} | {"bench"}
+    modules = {Path(tool.__file__ or "").stem for tool, _, _ in EARLY} | {"bench", "gpu_check"}
     commands = {command: module for command, (module, _) in cli.COMMANDS.items()}
     assert modules == set(commands.values()) - {"train", "show_plan", "init"}
     assert {tool.stem.replace("_", "-") for tool in TOOLS} == set(commands) - {"train", "plan", "init"}
@@ -170,7 +170,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]):
 def test_bench_says_where_it_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
     assert cli.main(["bench", "--json"]) == 2
-    assert capsys.readouterr().err == "bench: not part of the installed package; run tools/bench.py in a checkout\n"
+    assert capsys.readouterr().err == "bench: not part of the installed package; run it in a checkout\n"
 
 
 def test_a_plan_is_that_of_a_dry_run(capsys: pytest.CaptureFixture[str]):

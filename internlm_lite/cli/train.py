@@ -15,10 +15,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from internlm_lite.units import wait_seconds
+
+if TYPE_CHECKING:
+    from internlm_lite.train.build import SinkFactory
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -63,16 +67,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def main() -> None:
-    """Returns after --print-config; otherwise ends the process with the exit code."""
+def main(sinks: Mapping[str, SinkFactory] = {}) -> None:
+    """Returns after --print-config; otherwise ends the process with the exit code.
+
+    `sinks`: your own, by name, beside those of the config (`monitor.record.Sink`).
+    """
     try:
-        _main()
+        _main(sinks)
     except KeyboardInterrupt:
         print("interrupted before the start", file=sys.stderr)
         sys.exit(130)
 
 
-def _main() -> None:
+def _main(sinks: Mapping[str, SinkFactory]) -> None:
     arguments = parse_arguments()
     # Imported late: --help is quick, and a wrong config is reported before torch is loaded.
     from internlm_lite.config.check import check_config
@@ -110,6 +117,7 @@ def _main() -> None:
         device = "cpu" if arguments.device == "cpu" else "cuda"
         sys.exit(dry_run(loaded.config, world_size, tflops=arguments.tflops, device=device, as_json=arguments.json))
 
+    from internlm_lite.apps.report.writer import open_report
     from internlm_lite.train.job import Options, run_job
 
     run_job(
@@ -123,6 +131,7 @@ def _main() -> None:
             log_style=arguments.log_style,
             command=tuple(sys.argv),
             profiling=arguments.profiling,
+            sinks={"the report": open_report, **sinks},
         ),
     )
 

@@ -83,10 +83,11 @@ def build_run(
             valid = open_validation_data(config.data, vocab_size, dp.rank, dp.size, config.seed)
     with heartbeat("building the model"):
         trainer = Trainer(config, mesh, data.folders)
-    _log_facts(config, data, trainer)
+    tokens = config.data.micro_num * config.data.micro_bsz * config.data.seq_len * dp.size
+    _log_facts(config, data, trainer, tokens)
     reporter = Reporter(config, mesh, trainer)
     samples = Samples(config, trainer, reporter)
-    checkpoints.attach(Contents(config, trainer, reporter, data.fingerprint, folder.name))
+    checkpoints.attach(Contents(trainer, reporter, data.fingerprint, folder.name, tokens, intended_batch_tokens=tokens))
     with heartbeat("loading a checkpoint"):
         start = checkpoints.restore(resume)
     nothing_to_report = start.step >= config.data.total_steps and has_ended(folder / "events.jsonl")
@@ -127,15 +128,14 @@ def _queued(folder: Path, config: Config, done: int) -> dict[str, Callable[[], S
     return {name: make for name, (make, is_wanted) in wanted.items() if is_wanted}
 
 
-def _log_facts(config: Config, data: TrainingData, trainer: Trainer) -> None:
+def _log_facts(config: Config, data: TrainingData, trainer: Trainer, batch_tokens: int) -> None:
     mesh = trainer.mesh
     logger.info(f"Number of elements on ranks: {trainer.optimizer.elements_on_zero_ranks()}, rank:{mesh.rank}")
     if mesh.is_main:
-        tokens = config.data.micro_num * config.data.micro_bsz * config.data.seq_len * mesh.dp.size
         logger.info(f"attention: {trainer.backend.value}, dtype: {config.model.dtype}, torch {torch.__version__}")
         logger.info(
             f"{human_count(data.total_tokens)} training tokens in folders {', '.join(data.folders)}; "
-            f"{tokens} tokens a step"
+            f"{batch_tokens} tokens a step"
         )
         if not config.ckpt.enable_save_ckpt:
             logger.warning("ckpt.enable_save_ckpt=False: nothing that is trained will be kept")

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.format.catalog import Found
-from internlm_lite.checkpoint.format.manifest import Kind
+from internlm_lite.checkpoint.format.manifest import Kind, Manifest
 from internlm_lite.checkpoint.load.loader import Loader, Restored
 from internlm_lite.checkpoint.manager import CheckpointManager, hold
 from internlm_lite.checkpoint.save.saver import Saver
@@ -44,27 +44,29 @@ TIMEOUT_SECONDS = 600.0
 _FOLDER_KEYS = ("save_ckpt_folder", "snapshot_ckpt_folder")
 
 
+@dataclass
 class Contents:
     """What a checkpoint of this run holds: tensors and random states of every rank, counters, facts about the data."""
 
-    def __init__(
-        self, config: Config, trainer: Trainer, reporter: Reporter, fingerprint: dict[str, Any], run_folder: str
-    ) -> None:
-        """`fingerprint`: of the training data; `run_folder`: its name, for the run that resumes."""
-        self.optimizer, self.reporter, mesh, data = trainer.optimizer, reporter, trainer.mesh, config.data
-        self.fingerprint, self.run_folder, self._device = fingerprint, run_folder, mesh.device
-        self.batch_tokens = data.micro_num * data.micro_bsz * data.seq_len * mesh.dp.size
-        self.intended_batch_tokens = self.batch_tokens
-        """Of a step, when the run began, perhaps with another number of ranks."""
+    trainer: Trainer
+    reporter: Reporter
+    fingerprint: dict[str, Any]
+    """Of the training data."""
+    run_folder: str
+    """Its name, for the run that resumes."""
+    batch_tokens: int
+    """Of a step now, over all ranks."""
+    intended_batch_tokens: int
+    """Of a step when the run began, perhaps with another number of ranks."""
 
     def pieces(self, *, moments: bool = True) -> list[Piece]:
-        return [piece for piece in self.optimizer.pieces() if moments or piece.role == "master"]
+        return [piece for piece in self.trainer.optimizer.pieces() if moments or piece.role == "master"]
 
     def to_json(self, state: TrainState) -> dict[str, Any]:
         """Collective; reads the device."""
         return {
             "train": state.to_json(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.trainer.optimizer.state_dict(),
             "reporter": self.reporter.state_dict(),
             "data": self.fingerprint,
             "batch_tokens": self.intended_batch_tokens,
@@ -76,16 +78,16 @@ class Contents:
         stored = restored.state
         try:
             state = TrainState.from_json(stored["train"])
-            self.optimizer.load_state_dict(stored["optimizer"], moments=moments)
+            self.trainer.optimizer.load_state_dict(stored["optimizer"], moments=moments)
             self.reporter.load_state_dict(stored["reporter"])
         except (KeyError, TypeError) as error:
             raise CheckpointError(
                 f"checkpoint {restored.found.name} holds no training state this version can read ({error!r}); "
                 "take its weights alone with ckpt.load_model_only_folder"
             ) from error
-        self.optimizer.publish_weights()
+        self.trainer.optimizer.publish_weights()
         if restored.rank_state is not None:
-            set_random_states(restored.rank_state, self._device)
+            set_random_states(restored.rank_state, self.trainer.mesh.device)
         return state
 
 
@@ -143,7 +145,7 @@ class Checkpoints:
         manager = self._snapshots if kind == "snapshot" else self._milestones
         assert manager is not None, "check_config requires a folder for every kind that is due"
         begin = time.monotonic()
-        self.contents.optimizer.wait_weights()
+        self.contents.trainer.optimizer.wait_weights()
         stored, pieces = self.contents.to_json(state), self.contents.pieces()
         wait = blocking or not self._ckpt.async_upload
         try:
@@ -155,14 +157,8 @@ class Checkpoints:
             self._alarm(f"step {state.step}", error)
             return
         self.report_finished()
-        self.contents.reporter.event(
-            "checkpoint",
-            step=state.step,
-            saved=kind,
-            name=name,
-            waited=wait,
-            stall_seconds=round(time.monotonic() - begin, 4),
-        )
+        facts = {"saved": kind, "name": name, "waited": wait, "stall_seconds": round(time.monotonic() - begin, 4)}
+        self.contents.reporter.event("checkpoint", step=state.step, **facts)
 
     def report_finished(self) -> None:
         """Report how those saves in the background ended that have ended. Not collective, and quick."""
@@ -214,7 +210,7 @@ class Checkpoints:
             return self._begin_at(self._ckpt.load_ckpt_folder)
         if self._ckpt.load_model_only_folder:
             self._loader.load_at(self._ckpt.load_model_only_folder, self.contents.pieces(moments=False))
-            self.contents.optimizer.publish_weights()
+            self.contents.trainer.optimizer.publish_weights()
         return TrainState()
 
     def roll_back(self, state: TrainState, spiked_step: int) -> TrainState | None:
@@ -222,7 +218,7 @@ class Checkpoints:
         with the data position of `state`. None where there is none.
         """
         self._wait()
-        self.contents.optimizer.wait_weights()
+        self.contents.trainer.optimizer.wait_weights()
         restored = self._own_from_before(spiked_step)
         moments = restored is not None or self._ckpt.load_optimizer
         if restored is None and self._began_at is not None:
@@ -302,21 +298,15 @@ class Checkpoints:
         None without one, or where it does not say, or when it was saved to other folders: then this is a copy, and the
         run that wrote it may be alive.
         """
-        storages = [manager.storage for manager in self._managers()]
-        named = [(name, storage) for storage in storages for name in catalog.committed(storage)]
-        for name, storage in sorted(named, key=lambda one: one[0], reverse=True):
-            try:
-                manifest = catalog.inspect(storage, name).manifest
-            except CheckpointError:  # reported when it is loaded
-                continue
-            theirs = manifest.config.get("ckpt", {})
-            folder, tokens = manifest.state.get("run_folder"), manifest.state.get("batch_tokens")
-            if not (isinstance(folder, str) and isinstance(tokens, int)):
-                return None
-            if not all(_is_same_folder(theirs, self._ckpt, key) for key in _FOLDER_KEYS):
-                return None
-            return LastRun(folder, manifest.step, tokens, manifest.config["data"])
-        return None
+        newest = _newest_manifest([manager.storage for manager in self._managers()])
+        if newest is None:
+            return None
+        theirs = newest.config.get("ckpt", {})
+        folder, tokens = newest.state.get("run_folder"), newest.state.get("batch_tokens")
+        same = all(_is_same_folder(theirs, self._ckpt, key) for key in _FOLDER_KEYS)
+        if not (same and isinstance(folder, str) and isinstance(tokens, int)):
+            return None
+        return LastRun(folder, newest.step, tokens, newest.config["data"])
 
     def own(self) -> CheckpointManager | None:
         """Resumes from the newest of both folders, also in a run that saves nothing: that one only reads there, and
@@ -352,18 +342,25 @@ class Checkpoints:
 
     def _check_owner(self, snapshots: Storage) -> None:
         """Not collective. Where the snapshots were written to another folder too, both were moved here together."""
-        for name in catalog.committed(snapshots):
-            with suppress(CheckpointError):  # reported when it is loaded
-                theirs = catalog.inspect(snapshots, name).manifest.config.get("ckpt", {})
-                same_milestones, same_snapshots = (_is_same_folder(theirs, self._ckpt, key) for key in _FOLDER_KEYS)
-                if same_snapshots and not same_milestones:
-                    raise ConfigError(
-                        f"ckpt.snapshot_ckpt_folder={self._ckpt.snapshot_ckpt_folder} holds snapshots of the run that "
-                        f"saves to {theirs.get('save_ckpt_folder')}, this one saves to "
-                        f"ckpt.save_ckpt_folder={self._ckpt.save_ckpt_folder}: set both folders, or the variable of "
-                        "the config that both are made of"
-                    )
-                return
+        newest = _newest_manifest([snapshots])
+        theirs = newest.config.get("ckpt", {}) if newest else {}
+        same_milestones, same_snapshots = (_is_same_folder(theirs, self._ckpt, key) for key in _FOLDER_KEYS)
+        if same_snapshots and not same_milestones:
+            raise ConfigError(
+                f"ckpt.snapshot_ckpt_folder={self._ckpt.snapshot_ckpt_folder} holds snapshots of the run that "
+                f"saves to {theirs.get('save_ckpt_folder')}, this one saves to "
+                f"ckpt.save_ckpt_folder={self._ckpt.save_ckpt_folder}: set both folders, or the variable of "
+                "the config that both are made of"
+            )
+
+
+def _newest_manifest(storages: Sequence[Storage]) -> Manifest | None:
+    """Of the newest checkpoint there that looks whole."""
+    named = [(name, storage) for storage in storages for name in catalog.committed(storage)]
+    for name, storage in sorted(named, key=lambda one: one[0], reverse=True):
+        with suppress(CheckpointError):  # reported when it is loaded
+            return catalog.inspect(storage, name).manifest
+    return None
 
 
 def _is_same_folder(theirs: Mapping[str, Any], ours: CkptConfig, key: str) -> bool:

@@ -69,6 +69,18 @@ class FailureHandler:
                 record(folder, Failure(culprit, *where, "hang", verdict.why, HANG, follows=False, guessed=True))
         time.sleep(max(_VERDICT_SECONDS, self.watchdog.silence_seconds) * (2 if self._place.is_main else 1))
 
+    def log(self, error: BaseException) -> None:
+        """Why this process ends, unless a lower rank logs the same."""
+        if isinstance(error, KeyboardInterrupt):
+            logger.error("interrupted; started again, the run goes on from its newest checkpoint if it has written one")
+        elif isinstance(error, SystemExit):
+            what = f"something called sys.exit({error.code!r}) in the middle of the run"
+            logger.error(f"rank {self._place.rank} failed: {what}")
+        elif not isinstance(error, InternLMError):
+            logger.error(f"rank {self._place.rank} failed", exc_info=error)
+        elif not self.reported_by_peer:
+            logger.error(f"{type(error).__name__}: {error}")
+
     def _write_stacks(self, folder: Path) -> None:
         stacks = folder / "logs" / f"rank-{self._place.rank:05d}.stacks"
         try:

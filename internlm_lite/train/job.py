@@ -23,7 +23,7 @@ from internlm_lite.checkpoint.storage.run_lock import LEASE_SECONDS
 from internlm_lite.config.load import LoadedConfig
 from internlm_lite.config.schema import Config
 from internlm_lite.config.view import masked, origin_rows
-from internlm_lite.errors import STOPPED, InternLMError, PeerLostError
+from internlm_lite.errors import STOPPED, PeerLostError
 from internlm_lite.faults.beats import Limits
 from internlm_lite.faults.failure import clear_failures, read_failures
 from internlm_lite.faults.signals import StopSignals
@@ -33,16 +33,8 @@ from internlm_lite.mesh.consensus import on_main
 from internlm_lite.mesh.mesh import Mesh, build_mesh, sizes_of
 from internlm_lite.monitor.jsonl import EventsFile, has_ended, next_segment
 from internlm_lite.monitor.packages import check_packages
+from internlm_lite.runtime import folder as run_folders
 from internlm_lite.runtime.device import apply_numerics, bind_device, device_name
-from internlm_lite.runtime.folder import (
-    agents_of,
-    code_digest,
-    create_run_folder,
-    environment,
-    find_run_folder,
-    point_latest,
-    write_start,
-)
 from internlm_lite.runtime.log import setup_logging
 from internlm_lite.runtime.place import Place
 from internlm_lite.runtime.start import announce_layout, end_process, start_world, stop_world
@@ -122,18 +114,8 @@ def run_job(loaded: LoadedConfig, place: Place, options: Options) -> NoReturn:
     try:
         with agent_told(place.error_file):
             code = _run(loaded, place, options, failures)
-    except InternLMError as error:
-        if not failures.reported_by_peer:
-            logger.error(f"{type(error).__name__}: {error}")
-        code = code_of(error)
-    except KeyboardInterrupt as interrupt:
-        logger.error("interrupted; started again, the run goes on from its newest checkpoint if it has written one")
-        code = code_of(interrupt)
-    except SystemExit as leave:
-        logger.error(f"rank {place.rank} failed: something called sys.exit({leave.code!r}) in the middle of the run")
-        code = code_of(leave)
-    except Exception as error:
-        logger.exception(f"rank {place.rank} failed")
+    except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001  the exit code says which
+        failures.log(error)
         code = code_of(error)
     end_process(code, place.world_size)
 
@@ -166,15 +148,15 @@ def _run(loaded: LoadedConfig, place: Place, options: Options, failures: Failure
         try:
             agents = {str(agent) for agent in comm.gather_objects(place.agent, mesh.world) if agent}
             job = Job(loaded, place, options, mesh, checkpoints, failures, tuple(sorted(agents)))
-            plan = _plan(job)
-            run = _build(job, plan)
-            ended = TrainingEnd(run.start) if _is_done(plan, run) else _train(job, run, signals)
-            if place.is_main:
-                _log_end(run, ended)
+            ended = _train(job, _plan(job), signals)
         finally:
             watchdog.enter("ending")
             checkpoints.close(wait=False)
-        _leave_together(failures)
+        try:
+            stop_world()
+        except PeerLostError as error:
+            failures.failed(error)
+            raise
         return STOPPED if ended.stopped_by and not place.supervised else 0
 
 
@@ -187,7 +169,7 @@ def limits_of(timeout_seconds: float) -> Limits:
 def _fingerprint(loaded: LoadedConfig, options: Options, device: torch.device) -> dict[str, str]:
     """What must be the same on all ranks: another job, a stale file or a forgotten option must not train with them."""
     return {
-        "internlm_lite's code": code_digest(Path(__file__).parents[1]),
+        "internlm_lite's code": run_folders.code_digest(Path(__file__).parents[1]),
         "torch": torch.__version__,
         "device": device.type,
         "--resume": options.resume or "not given",
@@ -207,12 +189,13 @@ def _plan_on_main(job: Job, *, restarted: bool) -> Plan:
     config, root = job.config, job.options.run_dir
     resume = _resume_how(job, restarted=restarted)
     last = job.checkpoints.last_run() if resume == "auto" else None
-    folder = find_run_folder(root, config.JOB_NAME, last.folder) if last else None
+    folder = run_folders.find_run_folder(root, config.JOB_NAME, last.folder) if last else None
     if last is None or folder is None:
-        return Plan(resume, last, create_run_folder(root, config.JOB_NAME, datetime.now().astimezone()), done=False)
+        new = run_folders.create_run_folder(root, config.JOB_NAME, datetime.now().astimezone())
+        return Plan(resume, last, new, done=False)
     done = last.step >= config.data.total_steps and has_ended(folder / "events.jsonl")
     if not done:
-        point_latest(folder.parent, folder.name)
+        run_folders.point_latest(folder.parent, folder.name)
     return Plan(resume, last, folder, done)
 
 
@@ -224,39 +207,49 @@ def _resume_how(job: Job, *, restarted: bool) -> str:
     """
     wanted = job.options.resume or ("auto" if job.config.ckpt.auto_resume else "none")
     last = job.checkpoints.last_run() if wanted != "auto" else None
-    folder = find_run_folder(job.options.run_dir, job.config.JOB_NAME, last.folder) if last else None
+    folder = run_folders.find_run_folder(job.options.run_dir, job.config.JOB_NAME, last.folder) if last else None
     if folder is None:
         return wanted
-    ours = not agents_of(folder).isdisjoint(job.agents) if job.agents else restarted
+    ours = not run_folders.agents_of(folder).isdisjoint(job.agents) if job.agents else restarted
     return "auto" if ours else wanted
 
 
-def _build(job: Job, plan: Plan) -> Run:
-    """The run folder, then the run. Collective."""
-    failures, mesh = job.failures, job.mesh
+def _train(job: Job, plan: Plan, signals: StopSignals) -> TrainingEnd:
+    """Build the run and train, or find that there is nothing left to do. Collective."""
+    run, finished = None, False
     try:
         if not plan.done:
             _open_run_folder(job, plan.folder)
-        around = Surroundings(
-            checkpoints=job.checkpoints,
-            watchdog=failures.watchdog,
-            terminal=sys.stdout.isatty() and mesh.is_main,
-            sinks=job.options.sinks,
-        )
-        config = keep_global_batch(job.config, plan.last, mesh.dp.size)
-        run = build_run(config, mesh, plan.folder, plan.resume, around)
-        if plan.done and not _is_done(plan, run):  # the last checkpoint is damaged: some steps are trained again
-            _open_run_folder(job, plan.folder)
-        return run
+        run = _build(job, plan)
+        if plan.done and run.start.step < run.config.data.total_steps:
+            _open_run_folder(job, plan.folder)  # the last checkpoint is damaged: some steps are trained again
+        is_open = job.failures.folder is not None
+        trace_folder = plan.folder if job.options.profiling else None
+        ended = train(run, signals, trace_folder) if is_open else TrainingEnd(run.start)
+        finished = True
     except BaseException as error:
-        failures.failed(error)
-        if mesh.is_main and failures.folder is not None:
-            _log_failed_start(failures.folder, error)
+        job.failures.failed(error)
+        _report_failure(job, run, error)
         raise
+    finally:
+        if run is not None:
+            job.failures.watchdog.enter("ending")
+            job.checkpoints.close(wait=finished)
+            run.reporter.close()
+    if job.mesh.is_main:
+        _log_end(run, ended)
+    return ended
 
 
-def _is_done(plan: Plan, run: Run) -> bool:
-    return plan.done and run.start.step >= run.config.data.total_steps
+def _build(job: Job, plan: Plan) -> Run:
+    around = Surroundings(
+        checkpoints=job.checkpoints,
+        watchdog=job.failures.watchdog,
+        terminal=sys.stdout.isatty() and job.mesh.is_main,
+        sinks=job.options.sinks,
+    )
+    config = keep_global_batch(job.config, plan.last, job.mesh.dp.size)
+    return build_run(config, job.mesh, plan.folder, plan.resume, around)
 
 
 def _open_run_folder(job: Job, folder: Path) -> None:
@@ -269,35 +262,19 @@ def _open_run_folder(job: Job, folder: Path) -> None:
 def _describe_start(job: Job, folder: Path) -> None:
     now, device = datetime.now().astimezone(), device_name(job.mesh.device)
     clear_failures(folder)
-    write_start(folder, job.loaded, environment(job.place, job.options.command, device, now, job.agents))
+    run_folders.write_start(
+        folder, job.loaded, run_folders.environment(job.place, job.options.command, device, now, job.agents)
+    )
 
 
-def _train(job: Job, run: Run, signals: StopSignals) -> TrainingEnd:
-    finished = False
-    try:
-        ended = train(run, signals, run.folder if job.options.profiling else None)
-        finished = True
-    except BaseException as error:
-        job.failures.failed(error)
-        run.reporter.event("failed", **_failure(error, run.folder))
-        raise
-    finally:
-        run.watchdog.enter("ending")
-        run.checkpoints.close(wait=finished)
-        run.reporter.close()
-    return ended
-
-
-def _leave_together(failures: FailureHandler) -> None:
-    try:
-        stop_world()
-    except PeerLostError as error:
-        failures.failed(error)
-        raise
-
-
-def _log_failed_start(folder: Path, error: BaseException) -> None:
-    """The event of a start that never came to train."""
+def _report_failure(job: Job, run: Run | None, error: BaseException) -> None:
+    """The event, of rank 0: through the sinks of the run, or into the file where there are none yet."""
+    folder = job.failures.folder
+    if folder is None or not job.mesh.is_main:
+        return
+    if run is not None:
+        run.reporter.event("failed", **_failure(error, folder))
+        return
     file = folder / "events.jsonl"
     with suppress(OSError):
         events = EventsFile(file, next_segment(folder / "metrics.jsonl", file))

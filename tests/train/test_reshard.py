@@ -94,10 +94,10 @@ def watch(run: Run) -> list[Held]:
     held: list[Held] = []
     save = run.checkpoints.save
 
-    def watched(state: Any, kind: Any, must: bool) -> None:
+    def watched(state: Any, kind: Any, *, blocking: bool) -> None:
         if kind == "milestone":
             held.extend(held_by(run.trainer.optimizer))
-        save(state, kind, must)
+        save(state, kind, blocking=blocking)
 
     run.checkpoints.save = watched  # type: ignore[method-assign]
     return held

@@ -29,7 +29,7 @@ from internlm_lite.train.reporter import Reporter
 logger = logging.getLogger("internlm_lite")
 
 _LAG_STEPS = 1
-"""So many steps after a step the host knows what happened in it."""
+"""Steps until the host knows what happened in a step."""
 _MAX_BAD_STEPS_FP16 = 50
 """A loss scale of 2^24 needs 24 halvings and the hysteresis to come down to 1."""
 _MAX_BAD_STEPS = 10
@@ -87,10 +87,16 @@ class StepSignals:
     @staticmethod
     def pack(outcome: StepOutcome) -> torch.Tensor:
         """One fp64 tensor on the device."""
-        loss_z, norm_z = outcome.spikes.unbind()
-        found = {"loss_z": loss_z, "norm_z": norm_z}
-        names = [field.name for field in fields(StepSignals)]
-        return torch.stack([(found[name] if name in found else getattr(outcome, name)).double() for name in names])
+        scalars = {
+            "signalled": outcome.signalled,
+            "stop_file": outcome.stop_file,
+            "loss_z": outcome.spikes[0],
+            "norm_z": outcome.spikes[1],
+            "skips_in_a_row": outcome.skips_in_a_row,
+            "overflows_in_a_row": outcome.overflows_in_a_row,
+            "loss_scale": outcome.loss_scale,
+        }
+        return torch.stack([scalars[field.name].double() for field in fields(StepSignals)])
 
     @classmethod
     def unpack(cls, packed: torch.Tensor) -> StepSignals:
@@ -128,18 +134,15 @@ class StopFile:
         if self._path is None:
             return 0
         try:
-            text = self._path.read_text(encoding="utf-8").strip()
+            text = self._path.read_text(encoding="utf-8", errors="replace").strip()
+            number = int(text or "0")
         except FileNotFoundError:
             return 0
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             return self._ignore(str(error))
-        try:
-            number = int(text or "0")
         except ValueError:
             number = _LARGEST_STEP + 1
-        if abs(number) <= _LARGEST_STEP:
-            return number
-        return self._ignore(f"found {text[:40]!r}, expected one integer")
+        return number if abs(number) <= _LARGEST_STEP else self._ignore(f"found {text[:40]!r}, expected one integer")
 
     def _ignore(self, problem: str) -> int:
         if problem != self._problem:
@@ -169,15 +172,14 @@ class ControlChannel:
         return Requests(float(self._signals.received is not None), float(self._stop_file.read()))
 
     def exchange(self, outcome: StepOutcome) -> StepSignals | None:
-        """Send off those of this step; returns those of the step before, None if there was none."""
-        arrived = self.drain()
-        self._in_flight = AsyncScalars(StepSignals.pack(outcome))
-        return arrived
+        """Send off what is known of this step; returns that of the step before, None if there was none."""
+        before, self._in_flight = self._in_flight, AsyncScalars(StepSignals.pack(outcome))
+        return None if before is None else StepSignals.unpack(before.wait())
 
     def drain(self) -> StepSignals | None:
-        """Those of the last step."""
-        arrived, self._in_flight = self._in_flight, None
-        return None if arrived is None else StepSignals.unpack(arrived.wait())
+        """What is known of the last step, if it was not read yet."""
+        last, self._in_flight = self._in_flight, None
+        return None if last is None else StepSignals.unpack(last.wait())
 
     def command(self, signals: StepSignals, steps_done: int) -> Command:
         """What is asked for after `steps_done` steps. A number in the stop file is obeyed once, and set back to 0."""

@@ -24,9 +24,9 @@ from internlm_lite.runtime.torchrun import tell_agent
 logger = logging.getLogger("internlm_lite")
 
 _CAUSE_SECONDS = 3.0
-"""A rank that lost another one waits so long for that rank's own record, and for its heartbeat to stop."""
+"""How long a rank that lost another one waits for that rank's own record, and for its heartbeat to stop."""
 _SAME_FAILURE_SECONDS = 1.0
-"""A rank waits so long for others to fail in the same way."""
+"""How long a rank waits for others to fail in the same way."""
 _LAST_WORDS_SECONDS = 15.0
 _VERDICT_SECONDS = 2.0
 """Until all ranks have read a verdict: a rank that ends breaks the others' collectives. Rank 0 serves the store, and

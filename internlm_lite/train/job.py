@@ -49,7 +49,7 @@ logger = logging.getLogger("internlm_lite")
 
 _LONG_PHASES = ("starting", "building", "loading", "saving", "evaluation", "samples", "ending")
 _LONG_FACTOR = 4
-"""Such a phase may take so many times as long as others without progress (--timeout)."""
+"""Times as long as others (--timeout) such a phase may take without progress."""
 TAKING = "taking the save folders"
 """A phase that may take longer still: rank 0 may have to watch the lock of a dead run."""
 _GRACE_SECONDS = 30.0

@@ -47,9 +47,9 @@ class MetricsResult:
     device: str
     folders: int
     quiet_seconds: float
-    told_seconds: float
+    logged_seconds: float
     ratio: float
-    """told / quiet"""
+    """logged / quiet"""
     line_seconds: float
     """Training thread: collect, read, hand to all sinks."""
     thread_seconds: float
@@ -82,31 +82,31 @@ def bench_metrics(
         for _ in range(TURN_STEPS):
             trainer.step(batch, step=0)
 
-    def told() -> None:
+    def logged() -> None:
         trainer.metrics = metrics
         lines.start()
         for _ in range(TURN_STEPS):
             lines.write(trainer.step(batch, step=0))
 
     try:
-        told()  # so that every sink is open, and every package imported
+        logged()  # so that every sink is open, and every package imported
         trainer.fwd_bwd_time.take()
         time.sleep(1.0)
         lines.forget()
-        seconds = alternate({"quiet": quiet, "told": told}, rounds, device)
+        seconds = alternate({"quiet": quiet, "logged": logged}, rounds, device)
         line_seconds, thread_seconds = lines.per_line()
     finally:
         reporter.close()
         logging.getLogger("internlm_lite").removeHandler(log)
         log.close()
-    quiet_seconds, told_seconds = seconds["quiet"] / TURN_STEPS, seconds["told"] / TURN_STEPS
+    quiet_seconds, logged_seconds = seconds["quiet"] / TURN_STEPS, seconds["logged"] / TURN_STEPS
     return MetricsResult(
         shape=", ".join(f"{key}={value}" for key, value in shape.items()),
         device=device_name(device),
         folders=FOLDERS,
         quiet_seconds=quiet_seconds,
-        told_seconds=told_seconds,
-        ratio=told_seconds / quiet_seconds,
+        logged_seconds=logged_seconds,
+        ratio=logged_seconds / quiet_seconds,
         line_seconds=line_seconds,
         thread_seconds=thread_seconds,
         share=(line_seconds + thread_seconds) / quiet_seconds,

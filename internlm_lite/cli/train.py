@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from internlm_lite.units import wait_seconds
 
 if TYPE_CHECKING:
-    from internlm_lite.train.build import SinkFactory
+    from internlm_lite.monitor.sinks import SinkFactory
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -232,7 +232,7 @@ class Control:
         self.decision = Decision(
             save=None if self._deferred else kind,
             final=final,
-            stopped_by="" if all_done or not final else self._command.source,
+            stopped_by=self._command.source if self._command.stop and not all_done else "",
             rollback_before=known_step if spiked and self._config.guard.spike == "rollback" else None,
         )
         return self.decision

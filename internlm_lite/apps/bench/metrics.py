@@ -25,10 +25,10 @@ from internlm_lite.apps.bench.timing import alternate
 from internlm_lite.batch import Batch
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from internlm_lite.monitor.metrics import FolderMetrics
+from internlm_lite.monitor.sinks import SinkFactory, open_sinks
 from internlm_lite.optim.zero import StepOutcome
 from internlm_lite.runtime.device import device_name
 from internlm_lite.runtime.log import FullFormatter
-from internlm_lite.train.build import SinkFactory, Surroundings, open_sinks
 from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.train_state import TrainState
 from internlm_lite.train.trainer import Trainer
@@ -47,7 +47,7 @@ class MetricsResult:
     device: str
     folders: int
     quiet_seconds: float
-    logged_seconds: float
+    told_seconds: float
     ratio: float
     """logged / quiet"""
     line_seconds: float
@@ -73,7 +73,7 @@ def bench_metrics(
     reporter, metrics = Reporter(config, mesh, trainer), trainer.metrics
     batch = _spread(random_batch(config, 1, device))
     log = _log_to(folder / "log")
-    reporter.open_sinks(partial(open_sinks, folder, config, Surroundings(sinks=sinks)), 0)
+    reporter.open_sinks(partial(open_sinks, folder, config, sinks), 0)
     lines = _Lines(reporter, batch, mesh)
     nothing = _NoMetrics((), mesh)
 
@@ -99,14 +99,14 @@ def bench_metrics(
         reporter.close()
         logging.getLogger("internlm_lite").removeHandler(log)
         log.close()
-    quiet_seconds, logged_seconds = seconds["quiet"] / TURN_STEPS, seconds["logged"] / TURN_STEPS
+    quiet_seconds, told_seconds = seconds["quiet"] / TURN_STEPS, seconds["logged"] / TURN_STEPS
     return MetricsResult(
         shape=", ".join(f"{key}={value}" for key, value in shape.items()),
         device=device_name(device),
         folders=FOLDERS,
         quiet_seconds=quiet_seconds,
-        logged_seconds=logged_seconds,
-        ratio=logged_seconds / quiet_seconds,
+        told_seconds=told_seconds,
+        ratio=told_seconds / quiet_seconds,
         line_seconds=line_seconds,
         thread_seconds=thread_seconds,
         share=(line_seconds + thread_seconds) / quiet_seconds,

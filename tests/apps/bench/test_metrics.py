@@ -18,5 +18,5 @@ def test_every_sink_gets_every_line(tmp_path: Path) -> None:
     assert len(tokens) == FOLDERS and sum(tokens) == 60  # 4 sequences of 16 tokens, each with 15 labels
     assert (tmp_path / "log").read_text().count(" step=") == len(lines)
     assert list((tmp_path / "tensorboard").iterdir()) and (tmp_path / "report.html").is_file()
-    assert result.ratio == result.logged_seconds / result.quiet_seconds > 0
+    assert result.ratio == result.told_seconds / result.quiet_seconds > 0
     assert result.share == (result.line_seconds + result.thread_seconds) / result.quiet_seconds > 0

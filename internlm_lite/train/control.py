@@ -78,9 +78,9 @@ class StepSignals:
     """z-score of the loss if it is a spike (`optim.spikes`), else 0."""
     norm_z: float = 0.0
     """The same of the gradient norm."""
-    skips_in_a_row: float = 0.0
+    consecutive_skips: float = 0.0
     """Updates skipped since the last one that was made."""
-    overflows_in_a_row: float = 0.0
+    consecutive_overflows: float = 0.0
     """Of them, those at the end whose gradient was not finite."""
     loss_scale: float = 1.0
 
@@ -92,8 +92,8 @@ class StepSignals:
             "stop_file": outcome.stop_file,
             "loss_z": outcome.spikes[0],
             "norm_z": outcome.spikes[1],
-            "skips_in_a_row": outcome.skips_in_a_row,
-            "overflows_in_a_row": outcome.overflows_in_a_row,
+            "consecutive_skips": outcome.skips_in_a_row,
+            "consecutive_overflows": outcome.overflows_in_a_row,
             "loss_scale": outcome.loss_scale,
         }
         return torch.stack([scalars[field.name].double() for field in fields(StepSignals)])
@@ -270,7 +270,7 @@ class Control:
 
     def check_skips(self, signals: StepSignals, step: int) -> None:
         """Raises NumericsError when too many updates up to that of `step` were skipped."""
-        skips = int(signals.skips_in_a_row)
+        skips = int(signals.consecutive_skips)
         if self._is_at_floor(signals):
             found = f"gradients still overflow with the smallest loss scale, {signals.loss_scale:g}"
         elif skips > self._max_bad_steps:
@@ -292,7 +292,7 @@ class Control:
         if scaler is None or not self._is_fp16:
             return False
         at_floor = signals.loss_scale <= (scaler.fp16.min_scale or 0.0)
-        return at_floor and signals.overflows_in_a_row > scaler.hysteresis
+        return at_floor and signals.consecutive_overflows > scaler.hysteresis
 
 
 def _was_skipped(outcome: StepOutcome) -> bool:

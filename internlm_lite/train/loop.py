@@ -39,7 +39,10 @@ def train(run: Run, signals: StopSignals, trace_folder: Path | None = None) -> T
     control = Control(run.config, run.reporter, signals, is_main=run.mesh.is_main)
     _begin(run, state)
     pin = run.mesh.device.type == "cuda"
-    with closing(run.data.batches(state.position, pin)) as batches, traced_steps(trace_folder, run.mesh.rank) as traced:
+    with (
+        closing(run.data.batches(state.position, pin=pin)) as batches,
+        traced_steps(trace_folder, run.mesh.rank) as traced,
+    ):
         while state.step < total_steps and not control.decision.stop:
             watchdog.enter("data", state.step)
             batch = next(batches).to(run.mesh.device)

@@ -14,11 +14,11 @@ from internlm_lite.config.schema import Config
 from internlm_lite.faults.signals import StopSignals
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.monitor import packages
+from internlm_lite.monitor.alert_monitor import AlertMonitor
 from internlm_lite.monitor.console import Console
 from internlm_lite.monitor.jsonl import read_objects
 from internlm_lite.monitor.record import Sink, StepRecord
 from internlm_lite.monitor.tensorboard import TensorBoard
-from internlm_lite.monitor.watch import Watch
 from internlm_lite.train.build import Surroundings, build_run
 from internlm_lite.train.loop import train
 from tests.corpus import FOLDERS, write_corpus
@@ -130,7 +130,7 @@ def test_failing_sinks_change_nothing(
     monkeypatch.setattr(TensorBoard, "validation", broken)
     monkeypatch.setattr("wandb.init", broken)
     monkeypatch.setattr(Console, "step", broken)
-    monkeypatch.setattr(Watch, "step", broken)
+    monkeypatch.setattr(AlertMonitor, "step", broken)
     metrics = run_training(single_process_mesh(), config_for(corpus, wandb={}), tmp_path / "run")
     assert curve(metrics) == curve(run[1])
     failed = [event for event in read_objects(tmp_path / "run" / "events.jsonl") if event["event"] == "sink_failed"]

@@ -171,15 +171,11 @@ class ControlChannel:
         """Of this rank now, to be summed over all ranks in the step under way."""
         return Requests(float(self._signals.received is not None), float(self._stop_file.read()))
 
-    def exchange(self, outcome: StepOutcome) -> StepSignals | None:
-        """Send off what is known of this step; returns that of the step before, None if there was none."""
-        before, self._in_flight = self._in_flight, AsyncScalars(StepSignals.pack(outcome))
+    def exchange(self, outcome: StepOutcome | None) -> StepSignals | None:
+        """Send off what is known of this step (None: no step follows); returns that of the step before, if any."""
+        sent = None if outcome is None else AsyncScalars(StepSignals.pack(outcome))
+        before, self._in_flight = self._in_flight, sent
         return None if before is None else StepSignals.unpack(before.wait())
-
-    def drain(self) -> StepSignals | None:
-        """What is known of the last step, if it was not read yet."""
-        last, self._in_flight = self._in_flight, None
-        return None if last is None else StepSignals.unpack(last.wait())
 
     def command(self, signals: StepSignals, steps_done: int) -> Command:
         """What is asked for after `steps_done` steps. A number in the stop file is obeyed once, and set back to 0."""
@@ -209,9 +205,9 @@ class Control:
         self._command = Command()
         self._requeued = Command()
         self._deferred: Kind | None = None
-        self._is_fp16 = config.model.torch_dtype_name == "float16"
-        default = _MAX_BAD_STEPS_FP16 if self._is_fp16 else _MAX_BAD_STEPS
-        self._max_bad_steps = config.guard.max_bad_steps or default
+        is_fp16 = config.model.torch_dtype_name == "float16"
+        self._scaler = config.grad_scaler if is_fp16 else None
+        self._max_bad_steps = config.guard.max_bad_steps or (_MAX_BAD_STEPS_FP16 if is_fp16 else _MAX_BAD_STEPS)
         self._rollbacks: dict[int, int] = {}
 
     def after_step(self, outcome: StepOutcome, steps_done: int) -> Decision:
@@ -249,12 +245,12 @@ class Control:
                 f"guard.max_rollbacks={most} allows: lower adam.lr, or go on from an older checkpoint with "
                 "--resume PATH"
             )
-        self._channel.drain()
+        self._channel.exchange(None)
         self._requeued, self._deferred, self.decision = self._command, None, Decision()
 
     def finish(self, steps_done: int) -> None:
         """No step follows: report what is known of the last one."""
-        if last := self._channel.drain():
+        if last := self._channel.exchange(None):
             self._report_spike(last, steps_done - 1)
 
     def _report_spike(self, signals: StepSignals, step: int) -> bool:
@@ -288,11 +284,9 @@ class Control:
         )
 
     def _is_at_floor(self, signals: StepSignals) -> bool:
-        scaler = self._config.grad_scaler
-        if scaler is None or not self._is_fp16:
+        if self._scaler is None or signals.loss_scale > (self._scaler.fp16.min_scale or 0.0):
             return False
-        at_floor = signals.loss_scale <= (scaler.fp16.min_scale or 0.0)
-        return at_floor and signals.consecutive_overflows > scaler.hysteresis
+        return signals.consecutive_overflows > self._scaler.hysteresis
 
 
 def _was_skipped(outcome: StepOutcome) -> bool:
@@ -317,4 +311,4 @@ def due_kind(
 
 
 def _divides(every: int | None, steps_done: int) -> bool:
-    return every is not None and every > 0 and steps_done % every == 0
+    return bool(every and steps_done % every == 0)

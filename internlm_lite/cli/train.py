@@ -23,7 +23,7 @@ from internlm_lite.cli.options import add_config, add_launcher, new_parser
 from internlm_lite.errors import INTERRUPTED
 
 if TYPE_CHECKING:
-    from internlm_lite.train.build import SinkFactory
+    from internlm_lite.monitor.sinks import SinkFactory
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -17,7 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from internlm_lite.config.masking import masked
+from internlm_lite.config.schema import Config
+from internlm_lite.monitor.alert_monitor import AlertMonitor
+from internlm_lite.monitor.console import Console
+from internlm_lite.monitor.disk_usage import written_folders
 from internlm_lite.monitor.jsonl import EventsFile, MetricsFile, SamplesFile, next_segment
+from internlm_lite.monitor.packages import writes_tensorboard
 from internlm_lite.monitor.record import Sample, Sink, StepRecord, ValidationRecord
 
 logger = logging.getLogger("internlm_lite")
@@ -27,8 +32,9 @@ CAPACITY = 1000
 CLOSE_SECONDS = 10.0
 """Longest time that `close` waits for queued sinks."""
 
-
 Call = Callable[[Sink], None]
+SinkFactory = Callable[[Path, Config], Sink | None]
+"""Makes a sink of your own for a run folder; None: the config does not ask for it. Its methods must be quick."""
 
 
 def run_files(folder: Path) -> dict[str, Sink]:
@@ -162,3 +168,40 @@ class FanOut:
             except queue.Empty:
                 continue
         return None
+
+
+def open_sinks(
+    folder: Path, config: Config, own: Mapping[str, SinkFactory], done: int, *, terminal: bool = False
+) -> FanOut:
+    """Those of the config and `own`, for a run that has done `done` steps and goes on in `folder`. On rank 0.
+
+    `own` are closed last, the first of them after all others. Packages are checked already (`monitor.packages`).
+    """
+    monitor, ckpt, total = config.monitor, config.ckpt, config.data.total_steps
+    save_every = [n for n in (ckpt.checkpoint_every, ckpt.oss_snapshot_freq) if n and ckpt.enable_save_ckpt]
+    made = {name: make(folder, config) for name, make in own.items()}
+    direct = {name: sink for name, sink in made.items() if sink is not None}
+    direct |= {**run_files(folder), "the console": Console(total, terminal, save_every, done)}
+    fan_out = FanOut(direct, _queued(folder, config, done))
+    title = f"{config.JOB_NAME} {folder.name}"
+    fan_out.add("alerts", AlertMonitor(monitor.alerts, total, written_folders(folder, ckpt), title, fan_out.event))
+    return fan_out
+
+
+def _queued(folder: Path, config: Config, done: int) -> dict[str, Callable[[], Sink]]:
+    """Their packages are imported in the thread that makes them."""
+    monitor = config.monitor
+
+    def tensorboard() -> Sink:
+        from internlm_lite.monitor.tensorboard import TensorBoard
+
+        return TensorBoard(folder / "tensorboard", done)
+
+    def wandb() -> Sink:
+        from internlm_lite.monitor.wandb import Wandb
+
+        assert monitor.wandb is not None
+        return Wandb(folder, config, monitor.wandb)
+
+    wanted = {"TensorBoard": (tensorboard, writes_tensorboard(monitor)), "wandb": (wandb, monitor.wandb is not None)}
+    return {name: make for name, (make, is_wanted) in wanted.items() if is_wanted}

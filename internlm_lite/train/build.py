@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,9 @@ from internlm_lite.config.schema import Config
 from internlm_lite.data.loader import TrainingData, ValidationData, open_training_data, open_validation_data
 from internlm_lite.faults.watchdog import Watchdog, unwatched
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.monitor.alert_monitor import AlertMonitor
-from internlm_lite.monitor.console import Console, heartbeat
-from internlm_lite.monitor.disk_usage import written_folders
+from internlm_lite.monitor.console import heartbeat
 from internlm_lite.monitor.jsonl import has_ended
-from internlm_lite.monitor.packages import writes_tensorboard
-from internlm_lite.monitor.record import Sink
-from internlm_lite.monitor.sinks import FanOut, run_files
+from internlm_lite.monitor.sinks import SinkFactory, open_sinks
 from internlm_lite.train.checkpoints import Checkpoints, Contents
 from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.samples import Samples
@@ -29,9 +25,6 @@ from internlm_lite.train.trainer import Trainer
 from internlm_lite.units import human_count
 
 logger = logging.getLogger("internlm_lite")
-
-SinkFactory = Callable[[Path, Config], Sink | None]
-"""Makes a sink for a run folder, or None where the config does not ask for it. The sink's methods must be quick."""
 
 
 @dataclass(frozen=True)
@@ -92,40 +85,8 @@ def build_run(
         start = checkpoints.restore(resume)
     nothing_to_report = start.step >= config.data.total_steps and has_ended(folder / "events.jsonl")
     if mesh.is_main and not nothing_to_report:
-        reporter.open_sinks(partial(open_sinks, folder, config, around), start.step)
+        reporter.open_sinks(partial(open_sinks, folder, config, around.sinks, terminal=around.terminal), start.step)
     return Run(config, mesh, folder, trainer, data, valid, reporter, samples, checkpoints, start, watchdog)
-
-
-def open_sinks(folder: Path, config: Config, around: Surroundings, done: int) -> FanOut:
-    """On rank 0, for a run that has done `done` steps and goes on in `folder`. Its packages are checked already."""
-    monitor, ckpt, total = config.monitor, config.ckpt, config.data.total_steps
-    save_every = [n for n in (ckpt.checkpoint_every, ckpt.oss_snapshot_freq) if n and ckpt.enable_save_ckpt]
-    made = {name: make(folder, config) for name, make in around.sinks.items()}
-    direct = {name: sink for name, sink in made.items() if sink is not None}
-    direct |= {**run_files(folder), "the console": Console(total, around.terminal, save_every, done)}
-    fan_out = FanOut(direct, _queued(folder, config, done))
-    title = f"{config.JOB_NAME} {folder.name}"
-    fan_out.add("alerts", AlertMonitor(monitor.alerts, total, written_folders(folder, ckpt), title, fan_out.event))
-    return fan_out
-
-
-def _queued(folder: Path, config: Config, done: int) -> dict[str, Callable[[], Sink]]:
-    """Their packages are imported in the thread that makes them."""
-    monitor = config.monitor
-
-    def tensorboard() -> Sink:
-        from internlm_lite.monitor.tensorboard import TensorBoard
-
-        return TensorBoard(folder / "tensorboard", done)
-
-    def wandb() -> Sink:
-        from internlm_lite.monitor.wandb import Wandb
-
-        assert monitor.wandb is not None
-        return Wandb(folder, config, monitor.wandb)
-
-    wanted = {"TensorBoard": (tensorboard, writes_tensorboard(monitor)), "wandb": (wandb, monitor.wandb is not None)}
-    return {name: make for name, (make, is_wanted) in wanted.items() if is_wanted}
 
 
 def _log_facts(config: Config, data: TrainingData, trainer: Trainer, batch_tokens: int) -> None:

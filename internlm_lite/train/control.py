@@ -29,7 +29,7 @@ from internlm_lite.train.reporter import Reporter
 logger = logging.getLogger("internlm_lite")
 
 _LAG_STEPS = 1
-"""So many steps after a step the host knows what happened in it."""
+"""Steps until the host knows what happened in a step."""
 _MAX_BAD_STEPS_FP16 = 50
 """A loss scale of 2^24 needs 24 halvings and the hysteresis to come down to 1."""
 _MAX_BAD_STEPS = 10
@@ -78,19 +78,25 @@ class StepSignals:
     """z-score of the loss if it is a spike (`optim.spikes`), else 0."""
     norm_z: float = 0.0
     """The same of the gradient norm."""
-    skips_in_a_row: float = 0.0
+    consecutive_skips: float = 0.0
     """Updates skipped since the last one that was made."""
-    overflows_in_a_row: float = 0.0
+    consecutive_overflows: float = 0.0
     """Of them, those at the end whose gradient was not finite."""
     loss_scale: float = 1.0
 
     @staticmethod
     def pack(outcome: StepOutcome) -> torch.Tensor:
         """One fp64 tensor on the device."""
-        loss_z, norm_z = outcome.spikes.unbind()
-        found = {"loss_z": loss_z, "norm_z": norm_z}
-        names = [field.name for field in fields(StepSignals)]
-        return torch.stack([(found[name] if name in found else getattr(outcome, name)).double() for name in names])
+        scalars = {
+            "signalled": outcome.signalled,
+            "stop_file": outcome.stop_file,
+            "loss_z": outcome.spikes[0],
+            "norm_z": outcome.spikes[1],
+            "consecutive_skips": outcome.skips_in_a_row,
+            "consecutive_overflows": outcome.overflows_in_a_row,
+            "loss_scale": outcome.loss_scale,
+        }
+        return torch.stack([scalars[field.name].double() for field in fields(StepSignals)])
 
     @classmethod
     def unpack(cls, packed: torch.Tensor) -> StepSignals:
@@ -128,18 +134,15 @@ class StopFile:
         if self._path is None:
             return 0
         try:
-            text = self._path.read_text(encoding="utf-8").strip()
+            text = self._path.read_text(encoding="utf-8", errors="replace").strip()
+            number = int(text or "0")
         except FileNotFoundError:
             return 0
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             return self._ignore(str(error))
-        try:
-            number = int(text or "0")
         except ValueError:
             number = _LARGEST_STEP + 1
-        if abs(number) <= _LARGEST_STEP:
-            return number
-        return self._ignore(f"found {text[:40]!r}, expected one integer")
+        return number if abs(number) <= _LARGEST_STEP else self._ignore(f"found {text[:40]!r}, expected one integer")
 
     def _ignore(self, problem: str) -> int:
         if problem != self._problem:
@@ -168,16 +171,11 @@ class ControlChannel:
         """Of this rank now, to be summed over all ranks in the step under way."""
         return Requests(float(self._signals.received is not None), float(self._stop_file.read()))
 
-    def exchange(self, outcome: StepOutcome) -> StepSignals | None:
-        """Send off those of this step; returns those of the step before, None if there was none."""
-        arrived = self.drain()
-        self._in_flight = AsyncScalars(StepSignals.pack(outcome))
-        return arrived
-
-    def drain(self) -> StepSignals | None:
-        """Those of the last step."""
-        arrived, self._in_flight = self._in_flight, None
-        return None if arrived is None else StepSignals.unpack(arrived.wait())
+    def exchange(self, outcome: StepOutcome | None) -> StepSignals | None:
+        """Send off what is known of this step (None: no step follows); returns that of the step before, if any."""
+        sent = None if outcome is None else AsyncScalars(StepSignals.pack(outcome))
+        before, self._in_flight = self._in_flight, sent
+        return None if before is None else StepSignals.unpack(before.wait())
 
     def command(self, signals: StepSignals, steps_done: int) -> Command:
         """What is asked for after `steps_done` steps. A number in the stop file is obeyed once, and set back to 0."""
@@ -207,9 +205,9 @@ class Control:
         self._command = Command()
         self._requeued = Command()
         self._deferred: Kind | None = None
-        self._is_fp16 = config.model.torch_dtype_name == "float16"
-        default = _MAX_BAD_STEPS_FP16 if self._is_fp16 else _MAX_BAD_STEPS
-        self._max_bad_steps = config.guard.max_bad_steps or default
+        is_fp16 = config.model.torch_dtype_name == "float16"
+        self._scaler = config.grad_scaler if is_fp16 else None
+        self._max_bad_steps = config.guard.max_bad_steps or (_MAX_BAD_STEPS_FP16 if is_fp16 else _MAX_BAD_STEPS)
         self._rollbacks: dict[int, int] = {}
 
     def after_step(self, outcome: StepOutcome, steps_done: int) -> Decision:
@@ -230,7 +228,7 @@ class Control:
         self.decision = Decision(
             save=None if self._deferred else kind,
             final=final,
-            stopped_by="" if all_done or not final else self._command.source,
+            stopped_by=self._command.source if self._command.stop and not all_done else "",
             rollback_before=known_step if spiked and self._config.guard.spike == "rollback" else None,
         )
         return self.decision
@@ -247,12 +245,12 @@ class Control:
                 f"guard.max_rollbacks={most} allows: lower adam.lr, or go on from an older checkpoint with "
                 "--resume PATH"
             )
-        self._channel.drain()
+        self._channel.exchange(None)
         self._requeued, self._deferred, self.decision = self._command, None, Decision()
 
     def finish(self, steps_done: int) -> None:
         """No step follows: report what is known of the last one."""
-        if last := self._channel.drain():
+        if last := self._channel.exchange(None):
             self._report_spike(last, steps_done - 1)
 
     def _report_spike(self, signals: StepSignals, step: int) -> bool:
@@ -268,7 +266,7 @@ class Control:
 
     def check_skips(self, signals: StepSignals, step: int) -> None:
         """Raises NumericsError when too many updates up to that of `step` were skipped."""
-        skips = int(signals.skips_in_a_row)
+        skips = int(signals.consecutive_skips)
         if self._is_at_floor(signals):
             found = f"gradients still overflow with the smallest loss scale, {signals.loss_scale:g}"
         elif skips > self._max_bad_steps:
@@ -286,11 +284,9 @@ class Control:
         )
 
     def _is_at_floor(self, signals: StepSignals) -> bool:
-        scaler = self._config.grad_scaler
-        if scaler is None or not self._is_fp16:
+        if self._scaler is None or signals.loss_scale > (self._scaler.fp16.min_scale or 0.0):
             return False
-        at_floor = signals.loss_scale <= (scaler.fp16.min_scale or 0.0)
-        return at_floor and signals.overflows_in_a_row > scaler.hysteresis
+        return signals.consecutive_overflows > self._scaler.hysteresis
 
 
 def _was_skipped(outcome: StepOutcome) -> bool:
@@ -315,4 +311,4 @@ def due_kind(
 
 
 def _divides(every: int | None, steps_done: int) -> bool:
-    return every is not None and every > 0 and steps_done % every == 0
+    return bool(every and steps_done % every == 0)

@@ -24,9 +24,9 @@ from internlm_lite.runtime.torchrun import tell_agent
 logger = logging.getLogger("internlm_lite")
 
 _CAUSE_SECONDS = 3.0
-"""A rank that lost another one waits so long for that rank's own record, and for its heartbeat to stop."""
+"""How long a rank that lost another one waits for that rank's own record, and for its heartbeat to stop."""
 _SAME_FAILURE_SECONDS = 1.0
-"""A rank waits so long for others to fail in the same way."""
+"""How long a rank waits for others to fail in the same way."""
 _LAST_WORDS_SECONDS = 15.0
 _VERDICT_SECONDS = 2.0
 """Until all ranks have read a verdict: a rank that ends breaks the others' collectives. Rank 0 serves the store, and
@@ -63,7 +63,7 @@ class FailureHandler:
         tell_agent(self._place.error_file, f"the job stands still: {verdict.why}", follows=follows)
         if folder is not None:
             self._write_stacks(folder)
-            self._record(folder, "hang", verdict.why, HANG, follows)
+            self._record(folder, "hang", verdict.why, HANG, follows=follows)
             for culprit, host in zip(verdict.ranks, verdict.hosts, strict=True):
                 where = (host, verdict.step, verdict.phase)
                 record(folder, Failure(culprit, *where, "hang", verdict.why, HANG, follows=False, guessed=True))
@@ -107,7 +107,7 @@ class FailureHandler:
         trace = str(masked("".join(traceback.format_exception(error))))
         if follows:
             self._await_cause(folder)
-        self._record(folder, kind, message, code, follows, trace)
+        self._record(folder, kind, message, code, follows=follows, trace=trace)
         if isinstance(error, InternLMError) and not lost:
             self.reported_by_peer = self._await_lower_rank(folder, kind, message)
         failures = read_failures(folder)
@@ -138,7 +138,7 @@ class FailureHandler:
                 record(folder, Failure(rank, *where, "lost", why, code, follows=False, guessed=True))
             time.sleep(0.1)
 
-    def _record(self, folder: Path, kind: str, message: str, code: int, follows: bool, trace: str = "") -> None:
+    def _record(self, folder: Path, kind: str, message: str, code: int, *, follows: bool, trace: str = "") -> None:
         here = self.watchdog.here
         where = (self._place.rank, here.host, here.step, here.phase)
         record(folder, Failure(*where, kind, message, code, follows, trace))

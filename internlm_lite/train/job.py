@@ -34,13 +34,14 @@ from internlm_lite.mesh.consensus import on_main
 from internlm_lite.mesh.mesh import Mesh, build_mesh, sizes_of
 from internlm_lite.monitor.jsonl import EventsFile, has_ended, next_segment
 from internlm_lite.monitor.packages import check_packages
+from internlm_lite.monitor.sinks import SinkFactory
 from internlm_lite.runtime import folder as run_folders
 from internlm_lite.runtime.device import apply_numerics, bind_device, device_name
 from internlm_lite.runtime.log import setup_logging
 from internlm_lite.runtime.place import Place
 from internlm_lite.runtime.start import announce_layout, end_process, start_world, stop_world
 from internlm_lite.runtime.torchrun import agent_told
-from internlm_lite.train.build import Run, SinkFactory, Surroundings, build_run
+from internlm_lite.train.build import Run, Surroundings, build_run
 from internlm_lite.train.changes import LastRun, keep_global_batch
 from internlm_lite.train.checkpoints import Checkpoints
 from internlm_lite.train.failure_handler import FailureHandler, code_of
@@ -50,7 +51,7 @@ logger = logging.getLogger("internlm_lite")
 
 _LONG_PHASES = ("starting", "building", "loading", "saving", "evaluation", "samples", "ending")
 _LONG_FACTOR = 4
-"""Such a phase may take so many times as long as others without progress (--timeout)."""
+"""Times as long as others (--timeout) such a phase may take without progress."""
 TAKING = "taking the save folders"
 """A phase that may take longer still: rank 0 may have to watch the lock of a dead run."""
 _GRACE_SECONDS = 30.0

@@ -7,7 +7,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from internlm_lite.errors import NumericsError
 from internlm_lite.faults.signals import StopSignals
@@ -70,9 +69,19 @@ def train(run: Run, signals: StopSignals, trace_folder: Path | None = None) -> T
 
 
 def _begin(run: Run, state: TrainState) -> None:
-    """At the start, and after a rollback."""
+    """At the start, and after a rollback: what a reader of events.jsonl needs to know about the steps to come."""
     run.reporter.start(state)
-    run.reporter.event("start", **_start_facts(run, state))
+    tokens = {folder.name: folder.tokens for folder in run.data.packed}
+    facts = {
+        "step": state.step,
+        "total_steps": run.config.data.total_steps,
+        "log_every": run.config.monitor.log_every,
+        "world_size": run.mesh.world.size,
+        "folders": list(tokens),
+        "folder_tokens": tokens,
+        **({} if run.checkpoints.restored is None else {"restarted_from": run.checkpoints.restored}),
+    }
+    run.reporter.event("start", **facts)
     if state.step:  # the start before this one may have ended between its save and its evaluation
         _evaluate_if_due(run, state, skip_if_logged=True)
 
@@ -143,17 +152,3 @@ def _evaluate_if_due(run: Run, state: TrainState, *, skip_if_logged: bool = Fals
     run.reporter.event("evaluating", step=state.step - 1)
     with run.watchdog.inside("evaluation"), run.reporter.excluded_from_timing():
         run.reporter.validation(state, run.trainer.evaluate(run.valid, run.watchdog.go_on))
-
-
-def _start_facts(run: Run, state: TrainState) -> dict[str, Any]:
-    """What a reader of events.jsonl needs to know about the steps to come."""
-    tokens = {folder.name: folder.tokens for folder in run.data.packed}
-    return {
-        "step": state.step,
-        "total_steps": run.config.data.total_steps,
-        "log_every": run.config.monitor.log_every,
-        "world_size": run.mesh.world.size,
-        "folders": list(tokens),
-        "folder_tokens": tokens,
-        **({} if run.checkpoints.restored is None else {"restarted_from": run.checkpoints.restored}),
-    }

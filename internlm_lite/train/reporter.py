@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -17,7 +16,7 @@ from internlm_lite.config.schema import Config
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.monitor.flops import mfu, model_flops_per_token, step_flops_per_token, tflops_per_gpu
 from internlm_lite.monitor.metrics import Collected
-from internlm_lite.monitor.record import Origin, Sample, SpeedFigures, StepRecord, ValidationRecord
+from internlm_lite.monitor.record import Origin, Sample, StepRecord, ValidationRecord
 from internlm_lite.monitor.scalars import perplexity
 from internlm_lite.monitor.sinks import FanOut
 from internlm_lite.monitor.speed import SpeedMeter
@@ -27,18 +26,6 @@ from internlm_lite.train.train_state import TrainState
 from internlm_lite.train.trainer import Trainer
 
 logger = logging.getLogger("internlm_lite")
-
-
-@dataclass(frozen=True)
-class Interval:
-    """The steps since the last line."""
-
-    collected: Collected
-    speed: SpeedFigures
-    seconds: float
-    tokens: int
-    fwd_bwd_seconds: float
-    """Of one step."""
 
 
 class Reporter:
@@ -99,21 +86,17 @@ class Reporter:
         speed = self.speed.add(tokens, seconds, steps)
         self._begin, self._last = now, state
         fwd_bwd_seconds = self._trainer.fwd_bwd_time.take() / steps
-        if self._sinks is not None:
-            interval = Interval(collected, speed, seconds, tokens, fwd_bwd_seconds)
-            self._sinks.step(self._record(state, batch, outcome, interval))
-
-    def _record(self, state: TrainState, batch: Batch, outcome: StepOutcome, interval: Interval) -> StepRecord:
+        if self._sinks is None:
+            return
         norm, norm_fp32, skipped, loss_scale, next_lr = _read(outcome)
         world, remaining = self._mesh.world.size, self._config.data.total_steps - state.step
-        per_step, collected = self.speed.seconds_per_step, interval.collected
-        tokens, seconds = interval.tokens, interval.seconds
-        return StepRecord(
+        per_step = self.speed.seconds_per_step
+        record = StepRecord(
             time=datetime.now().astimezone(),
             step=state.step - 1,
             loss=collected.loss,
             tflops=tflops_per_gpu(self._flops_per_token, tokens, seconds, world),
-            speed=interval.speed,
+            speed=speed,
             lr=next_lr,
             loss_scale=loss_scale,
             grad_norm={"0_default": norm, "1_fp32": norm_fp32},
@@ -125,7 +108,7 @@ class Reporter:
             largest_batch=batch.stats.largest_batch,
             smallest_batch=batch.stats.smallest_batch,
             adam_beta2=outcome.beta2,
-            fwd_bwd_time=interval.fwd_bwd_seconds,
+            fwd_bwd_time=fwd_bwd_seconds,
             acc=collected.accuracy,
             perplexity=perplexity(collected.cross_entropy),
             loss_from_metric=collected.cross_entropy,
@@ -136,6 +119,7 @@ class Reporter:
             memory_bytes=_peak_memory(self._mesh.device),
             origin=Origin.here(),
         )
+        self._sinks.step(record)
 
     def validation(self, state: TrainState, collected: Collected) -> None:
         """One line and one event with the figures of every validation folder."""

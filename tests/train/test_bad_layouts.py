@@ -84,7 +84,7 @@ WRONG = {
 }
 
 
-def test_a_config_that_is_wrong_on_one_machine_alone_is_told_there(tmp_path: Path) -> None:
+def test_config_wrong_on_one_machine_is_reported_there(tmp_path: Path) -> None:
     """By the first of its ranks."""
     (tmp_path / "config.py").write_text(CONFIG.replace("PARALLEL = dict()", "PARALLEL = dict(tensor=0)"))
     said = {}

@@ -140,9 +140,7 @@ def test_the_stop_file_saves_and_stops_or_goes_on(tmp_path: Path):
 
 
 @pytest.mark.parametrize("content", [b"soon", b"\xff\xfe", b"1.5", b"9" * 400, b"9" * 5000])
-def test_a_stop_file_that_makes_no_sense_is_told_and_left(
-    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
-):
+def test_invalid_stop_file_is_logged_and_left(tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture):
     file = tmp_path / "stop"
     file.write_bytes(content)
     with StopSignals() as signals:
@@ -166,7 +164,7 @@ def trained(folder: Path, steps: int, *more: str):
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "stop file"])
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_with_the_same_bits(how: str, tmp_path: Path):
+def test_stopped_run_saves_and_resumes_bit_for_bit(how: str, tmp_path: Path):
     save = ("ckpt.enable_save_ckpt=True", "ckpt.save_ckpt_folder=local:saves", "ckpt.stop_file_path=stop.txt")
     run = trained(tmp_path / "run", 60, *save, "data.total_steps=100000")
     folder, log = tmp_path / "run", tmp_path / "run" / "output.log"
@@ -209,7 +207,7 @@ def test_rank_0_alone_reads_the_stop_file(tmp_path: Path) -> None:
     run.reporter.close()
 
 
-def test_what_is_asked_in_steps_that_are_undone_is_obeyed_after_the_next_step(tmp_path: Path) -> None:
+def test_commands_survive_a_rollback(tmp_path: Path) -> None:
     run = build_run(tiny(None, guard={"spike": "rollback"}), single_process_mesh(), tmp_path)
     with StopSignals() as signals:
         control = Control(run.config, run.reporter, signals, is_main=True)

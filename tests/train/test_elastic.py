@@ -18,18 +18,18 @@ LAST = LastRun("run", 8, 2 * 4 * 2 * 32, tiny(None).data.model_dump())
 
 
 @pytest.mark.parametrize(("dp_size", "micro_num"), [(1, 8), (2, 4), (4, 2), (8, 1), (3, 4), (16, 4)])
-def test_micro_batches_make_up_for_ranks_where_they_can(dp_size: int, micro_num: int, tmp_path: Path) -> None:
+def test_micro_num_keeps_the_global_batch(dp_size: int, micro_num: int, tmp_path: Path) -> None:
     assert keep_global_batch(tiny(None), LAST, dp_size).data.micro_num == micro_num
 
 
-def test_who_changes_the_batch_means_it(tmp_path: Path) -> None:
+def test_edited_batch_keys_are_kept(tmp_path: Path) -> None:
     for changed in ({"micro_num": 2}, {"micro_bsz": 1}, {"rampup_batch_size": "2 2 100"}):
         config = tiny(None, data=changed)
         assert keep_global_batch(config, LAST, 1) is config
     assert keep_global_batch(tiny(None), None, 1).data.micro_num == 4
 
 
-def test_ranks_that_cannot_take_the_batch_for_a_while_do_not_change_it(tmp_path: Path) -> None:
+def test_intended_batch_survives_a_start_that_cannot_take_it(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus")
     (tmp_path / "config.py").write_text(CONFIG)
     for size, steps in ((2, 4), (3, 6), (2, 8)):

@@ -135,7 +135,7 @@ def test_undone_steps_do_not_count_as_time(tmp_path: Path) -> None:
 def test_more_than_max_bad_steps_end_the_run(step: int, last: str, tmp_path: Path) -> None:
     run = build_run(tiny(None), single_process_mesh(), tmp_path, "none")
     control = Control(run.config, run.reporter, loop.StopSignals(), is_main=True)
-    control.check_skips(StepSignals(skips_in_a_row=10), step - 1)
+    control.check_skips(StepSignals(consecutive_skips=10), step - 1)
     with pytest.raises(NumericsError, match=f"step {step}: the last 11 updates were left out .*; {last}: lower"):
-        control.check_skips(StepSignals(skips_in_a_row=11), step)
+        control.check_skips(StepSignals(consecutive_skips=11), step)
     run.reporter.close()

@@ -54,7 +54,7 @@ def damaged(room: Path, tmp_path: Path) -> Path:
     return saves
 
 
-def test_a_run_that_saves_nothing_goes_on_from_its_folder_all_the_same(room: Path, damaged: Path, tmp_path: Path):
+def test_a_run_without_saves_resumes_from_its_folder(room: Path, damaged: Path, tmp_path: Path):
     before = files(damaged)
     quiet = config(room, enable_save_ckpt=False, save_ckpt_folder=f"local:{damaged}")
     again = run_training(MESH, quiet, tmp_path / "quiet")
@@ -63,7 +63,7 @@ def test_a_run_that_saves_nothing_goes_on_from_its_folder_all_the_same(room: Pat
     assert steps(anew) == list(range(STEPS)) and curve(anew)[4:] == curve(again)
 
 
-def test_a_run_that_saves_nothing_goes_back_to_where_it_began(room: Path, damaged: Path, tmp_path: Path):
+def test_a_run_without_saves_rolls_back_to_its_origin(room: Path, damaged: Path, tmp_path: Path):
     nowhere = build_run(config(room, save_ckpt_folder=None), MESH, tmp_path / "nowhere", "auto")
     assert nowhere.checkpoints.roll_back(nowhere.start, spiked_step=40) is None
     nowhere.checkpoints.close(wait=True)

@@ -134,7 +134,7 @@ def test_another_number_of_ranks_continues_the_same_curve(corpus: Path, tmp_path
         assert ours == pytest.approx(expected, rel=1e-10)
 
 
-def test_another_batch_size_is_told(corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_another_batch_size_is_warned_of(corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     mesh = single_process_mesh()
     run_training(mesh, config_for(corpus, tmp_path / "saves"), tmp_path / "first")
     values = config_for(corpus, tmp_path / "saves").model_dump()
@@ -185,7 +185,7 @@ def test_another_model_shape_is_refused(corpus: Path, tmp_path: Path):
     assert len(list((tmp_path / "saves" / "commits").iterdir())) == 1, "nothing was lost"
 
 
-def test_a_save_folder_that_cannot_be_written_is_refused_before_training(corpus: Path, tmp_path: Path):
+def test_unwritable_save_folder_is_refused(corpus: Path, tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
     config = config_for(corpus, tmp_path / "file" / "saves")
     with pytest.raises(StorageError, match="file"):
@@ -277,7 +277,7 @@ def test_what_is_due_when():
     assert [due(6, command, done) for command in (nothing, save, stop) for done in (False, True)] == [None] * 6
 
 
-def test_a_step_that_is_not_finite_does_not_spoil_a_save_before_the_next_line(tmp_path: Path, corpus: Path) -> None:
+def test_non_finite_step_keeps_interval_metrics_of_a_save(tmp_path: Path, corpus: Path) -> None:
     diverging = {"adam": {"lr": 1e300}, "monitor": {"log_every": 4}}
     whole = run_training(single_process_mesh(), tiny(corpus, **diverging), tmp_path / "run")
     (tmp_path / "stop").write_text("6")

@@ -170,7 +170,7 @@ def test_a_finished_run_is_left_alone_until_there_is_more_to_do(folder: Path):
     assert digests(run) == before
 
 
-def test_a_finished_run_whose_last_checkpoint_is_damaged_trains_some_steps_again(folder: Path):
+def test_finished_run_with_a_damaged_checkpoint_trains_again(folder: Path):
     assert trained(folder).code == 0
     (shard,) = (folder / "saves" / "data").glob("*/rank-00000.safetensors")
     content = bytearray(shard.read_bytes())
@@ -262,7 +262,7 @@ def test_there_is_an_evaluation_at_the_end(tmp_path: Path):
     assert all(tokens > 0 for event in found[1::2] for tokens, _, _ in event["folders"].values())
 
 
-def test_with_fewer_and_more_ranks_it_goes_on_with_the_same_global_batch(folder: Path):
+def test_global_batch_is_kept_with_other_rank_counts(folder: Path):
     """Two ranks, then one, then two again, all with the same command line: the curve of two ranks."""
     for size, steps in ((2, 4), (1, 8), (2, 12)):
         ended = [cli.ended(*rank) for rank in start_ranks(folder, size, "MICRO_NUM=2", f"STEPS={steps}")]

@@ -143,7 +143,7 @@ def refused(mesh: Mesh, config: Config, folder: Path) -> str:
     return str(error.value)
 
 
-def test_a_prompt_of_no_use_is_refused_on_all_ranks_before_training(data: Path, tmp_path: Path):
+def test_unusable_prompt_is_refused_on_all_ranks(data: Path, tmp_path: Path):
     config = config_for(data, 0, data={"micro_num": 2})
     config = config.model_copy(update={"monitor": config.monitor.model_copy(update={"sample_prompts": ["x", ""]})})
     errors = run_world(refused, 2, (config, tmp_path / "run"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,16 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from internlm_lite.config.schema import Config
+from internlm_lite.faults.signals import StopSignals
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.monitor import packages
 from internlm_lite.monitor.alert_monitor import AlertMonitor
 from internlm_lite.monitor.console import Console
 from internlm_lite.monitor.jsonl import read_objects
+from internlm_lite.monitor.record import Sink, StepRecord
 from internlm_lite.monitor.tensorboard import TensorBoard
+from internlm_lite.train.build import Surroundings, build_run
+from internlm_lite.train.loop import train
 from tests.corpus import FOLDERS, write_corpus
 from tests.monitor.test_wandb import history, inspect
 from tests.train.runs import STEPS, curve, run_training, tiny
@@ -74,6 +79,41 @@ def test_wandb_holds_metrics_jsonl(run: tuple[Path, list[dict[str, Any]]]) -> No
     evaluations = [event for event in read_objects(folder / "events.jsonl") if event["event"] == "evaluation"]
     shown = [(row["step"], row["val_loss/code"]) for row in rows if "valid/loss" in row]
     assert shown == [(event["step"], event["folders"]["code"][1]) for event in evaluations] and shown
+
+
+class OwnSink(Sink):
+    """Notes what it is given."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.seen = folder, list[object]()
+
+    def step(self, record: StepRecord) -> None:
+        self.seen.append(record.step)
+
+    def event(self, kind: str, facts: Mapping[str, Any]) -> None:
+        self.seen.append(kind)
+
+    def close(self) -> None:
+        self.seen.append(f"closed after {len(list(read_objects(self.folder / 'events.jsonl')))} events")
+
+
+def test_an_own_sink_gets_every_record_and_is_closed_last(tmp_path: Path) -> None:
+    made: list[OwnSink] = []
+
+    def own_sink(folder: Path, config: Config) -> Sink | None:
+        made.append(OwnSink(folder))
+        return made[-1] if config.data.total_steps == STEPS else None
+
+    around = Surroundings(sinks={"own": own_sink})
+    run = build_run(tiny(None), single_process_mesh(), tmp_path, around=around)
+    train(run, StopSignals())
+    run.reporter.close()
+    (sink,) = made
+    assert sink.seen == ["start", *range(STEPS), "done", "closed after 2 events"]
+    build_run(
+        tiny(None, data={"total_steps": 2}), single_process_mesh(), tmp_path / "none", around=around
+    ).reporter.close()
+    assert not made[1].seen, "the factory may decline"
 
 
 def broken(*args: Any, **kwargs: Any) -> None:

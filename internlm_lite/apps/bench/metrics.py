@@ -25,10 +25,10 @@ from internlm_lite.apps.bench.timing import alternate
 from internlm_lite.batch import Batch
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from internlm_lite.monitor.metrics import FolderMetrics
+from internlm_lite.monitor.sinks import SinkFactory, open_sinks
 from internlm_lite.optim.zero import StepOutcome
 from internlm_lite.runtime.device import device_name
 from internlm_lite.runtime.log import FullFormatter
-from internlm_lite.train.build import SinkFactory, Surroundings, open_sinks
 from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.train_state import TrainState
 from internlm_lite.train.trainer import Trainer
@@ -49,7 +49,7 @@ class MetricsResult:
     quiet_seconds: float
     told_seconds: float
     ratio: float
-    """told / quiet"""
+    """logged / quiet"""
     line_seconds: float
     """Training thread: collect, read, hand to all sinks."""
     thread_seconds: float
@@ -73,7 +73,7 @@ def bench_metrics(
     reporter, metrics = Reporter(config, mesh, trainer), trainer.metrics
     batch = _spread(random_batch(config, 1, device))
     log = _log_to(folder / "log")
-    reporter.open_sinks(partial(open_sinks, folder, config, Surroundings(sinks=sinks)), 0)
+    reporter.open_sinks(partial(open_sinks, folder, config, sinks), 0)
     lines = _Lines(reporter, batch, mesh)
     nothing = _NoMetrics((), mesh)
 
@@ -82,24 +82,24 @@ def bench_metrics(
         for _ in range(TURN_STEPS):
             trainer.step(batch, step=0)
 
-    def told() -> None:
+    def logged() -> None:
         trainer.metrics = metrics
         lines.start()
         for _ in range(TURN_STEPS):
             lines.write(trainer.step(batch, step=0))
 
     try:
-        told()  # so that every sink is open, and every package imported
+        logged()  # so that every sink is open, and every package imported
         trainer.fwd_bwd_time.take()
         time.sleep(1.0)
         lines.forget()
-        seconds = alternate({"quiet": quiet, "told": told}, rounds, device)
+        seconds = alternate({"quiet": quiet, "logged": logged}, rounds, device)
         line_seconds, thread_seconds = lines.per_line()
     finally:
         reporter.close()
         logging.getLogger("internlm_lite").removeHandler(log)
         log.close()
-    quiet_seconds, told_seconds = seconds["quiet"] / TURN_STEPS, seconds["told"] / TURN_STEPS
+    quiet_seconds, told_seconds = seconds["quiet"] / TURN_STEPS, seconds["logged"] / TURN_STEPS
     return MetricsResult(
         shape=", ".join(f"{key}={value}" for key, value in shape.items()),
         device=device_name(device),

@@ -6,14 +6,17 @@ import logging
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from internlm_lite.apps.report.discover import run_name
 from internlm_lite.apps.report.page import Assets, write_report
 from internlm_lite.apps.report.payload import make_payload
 from internlm_lite.apps.report.run import RunReader
-from internlm_lite.config.schema import Config
 from internlm_lite.errors import InternLMError
 from internlm_lite.monitor.record import Sink
+
+if TYPE_CHECKING:
+    from internlm_lite.config.schema import Config
 
 logger = logging.getLogger("internlm_lite")
 
@@ -25,7 +28,7 @@ CLOSE_SECONDS = 60.0
 
 
 def open_report(folder: Path, config: Config) -> Sink | None:
-    """report.html of a run, made from the files of its folder beside training (`train.build.SinkFactory`)."""
+    """report.html of a run, made from the files of its folder beside training (`monitor.sinks.SinkFactory`)."""
     every_seconds = config.monitor.report_every_seconds
     return ReportWriter(folder, every_seconds) if every_seconds else None
 

@@ -40,8 +40,8 @@ def test_native_documents_of_several_sequences(tmp_path):
     tokens = np.arange(10, dtype="<u2")
     (tmp_path / "a.bin").write_bytes(tokens.tobytes())
     header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 3, 3)
-    sizes, pointers, borders = struct.pack("<3i", 4, 3, 3), struct.pack("<3q", 0, 8, 14), struct.pack("<3q", 0, 2, 3)
-    (tmp_path / "a.idx").write_bytes(header + sizes + pointers + borders)
+    sizes, pointers, boundaries = struct.pack("<3i", 4, 3, 3), struct.pack("<3q", 0, 8, 14), struct.pack("<3q", 0, 2, 3)
+    (tmp_path / "a.idx").write_bytes(header + sizes + pointers + boundaries)
     assert _all(open_documents(tmp_path / "a.bin")) == [[0, 1, 2, 3, 4, 5, 6], [7, 8, 9]]
 
 
@@ -86,7 +86,10 @@ NATIVE_DAMAGE = {
     "size past the end": (lambda p: _patch(p / "a.idx", POINTERS - 4, struct.pack("<i", 10**6)), "points to byte"),
     "pointer moved": (lambda p: _patch(p / "a.idx", POINTERS + 8, struct.pack("<q", 4)), "do not fill"),
     "negative size": (lambda p: _patch(p / "a.idx", SIZES, struct.pack("<i", -3)), "negative"),
-    "border past the end": (lambda p: _patch(p / "a.idx", BORDERS + 16, struct.pack("<q", 99)), "borders do not run"),
+    "boundary past the end": (
+        lambda p: _patch(p / "a.idx", BORDERS + 16, struct.pack("<q", 99)),
+        "boundaries do not run",
+    ),
     "bad magic": (lambda p: _patch(p / "a.idx", 0, b"XXXX"), "found magic"),
     "bad version": (lambda p: _patch(p / "a.idx", 9, struct.pack("<Q", 2)), "version 2"),
     "float tokens": (lambda p: _patch(p / "a.idx", 17, b"\x06"), "found dtype code 6"),

@@ -51,14 +51,14 @@ def test_a_batch_is_consistent(root):
         assert batch.tokens.shape == batch.labels.shape == batch.positions.shape == batch.folders.shape == (3, 16)
         dtypes = [t.dtype for t in (batch.tokens, batch.labels, batch.positions, batch.folders, batch.cu_seqlens)]
         assert dtypes == [torch.int64] * 3 + [torch.int32] * 2
-        for row, borders in enumerate(batch.cu_seqlens_host):
-            padding = [16] * (batch.cu_seqlens.shape[1] - len(borders))
-            assert batch.cu_seqlens[row].tolist() == [*borders, *padding]
+        for row, boundaries in enumerate(batch.cu_seqlens_host):
+            padding = [16] * (batch.cu_seqlens.shape[1] - len(boundaries))
+            assert batch.cu_seqlens[row].tolist() == [*boundaries, *padding]
             starts = [i for i, position in enumerate(batch.positions[row].tolist()) if position == 0]
-            assert [*starts, 16] == list(borders)
+            assert [*starts, 16] == list(boundaries)
             same = batch.labels[row, :-1] == batch.tokens[row, 1:]
             assert bool((same | (batch.labels[row, :-1] == IGNORE)).all())
-        lengths = [np.diff(borders) for borders in batch.cu_seqlens_host]
+        lengths = [np.diff(boundaries) for boundaries in batch.cu_seqlens_host]
         assert batch.stats.num_samples == sum(map(len, lengths))
         assert batch.stats.largest_length == batch.max_seqlen == max(map(max, lengths)) <= 8
         assert (batch.stats.largest_batch, batch.stats.smallest_batch) == (

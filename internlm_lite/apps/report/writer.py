@@ -7,7 +7,7 @@ import threading
 import time
 from pathlib import Path
 
-from internlm_lite.apps.report.find import run_name
+from internlm_lite.apps.report.discover import run_name
 from internlm_lite.apps.report.page import Assets, write_report
 from internlm_lite.apps.report.payload import make_payload
 from internlm_lite.apps.report.run import RunReader
@@ -15,7 +15,7 @@ from internlm_lite.errors import InternLMError
 
 logger = logging.getLogger("internlm_lite")
 
-LARGEST_SHARE = 0.003
+MAX_SHARE = 0.003
 """Of the wall time that this thread may be at work: it shares the interpreter with training."""
 FIRST_SECONDS = 5.0
 """The first page comes this soon, so that there is one to open."""
@@ -51,7 +51,7 @@ class ReportWriter:
         while not self._ended.wait(wait):
             begin = time.perf_counter()
             self._write()
-            wait = max(self._every_seconds, (time.perf_counter() - begin) / LARGEST_SHARE)
+            wait = max(self._every_seconds, (time.perf_counter() - begin) / MAX_SHARE)
         self._write()
 
     def _write(self) -> None:
@@ -62,11 +62,11 @@ class ReportWriter:
                 write_report(make_payload([("r0", self._run)], live=False), self.path, self._assets)
                 self._written = self._run.version
         except InternLMError as error:
-            self._tell(error)
+            self._report(error)
         except Exception as error:  # noqa: BLE001  a page is not worth a run
-            self._tell(error)
+            self._report(error)
 
-    def _tell(self, error: Exception) -> None:
+    def _report(self, error: Exception) -> None:
         if not self._failed:
             self._failed = True
             logger.warning(f"no new {self.path}, training goes on: {type(error).__name__}: {error}")

@@ -5,7 +5,7 @@
                        may block together with the store
     monitor thread     ends the process on a verdict, on a rank beyond the limit of its phase, or on a silent store
 
-Ranks 0 and 1 are judges, the second with a delay, as either may be the one that hangs. Each rank ends with the stacks of
+Ranks 0 and 1 are judges, the second with a delay, as either may be the one that hangs. Each rank ends with stacks of
 all threads in its log folder, a failure record, and exit code 4. Time-outs of collectives could not do that: gloo and
 NCCL do not know which rank is missing, and the main thread cannot be interrupted inside them.
 """

@@ -45,7 +45,7 @@ def test_native_documents_of_several_sequences(tmp_path):
     assert _all(open_documents(tmp_path / "a.bin")) == [[0, 1, 2, 3, 4, 5, 6], [7, 8, 9]]
 
 
-def test_writer_refuses_ids_that_do_not_fit_and_leaves_nothing(tmp_path):
+def test_writer_refuses_ids_outside_dtype(tmp_path):
     with pytest.raises(DataError, match="from 1 to 70000, expected 0 to 65535"):
         write_native(tmp_path / "a.bin", [[1, 70000]], np.uint16)
     assert list(tmp_path.iterdir()) == []
@@ -144,7 +144,7 @@ def test_internlm_damage_is_named(tmp_path, name):
         open_documents(tmp_path / "a.bin")
 
 
-def test_internlm_damaged_line_is_found_when_read(tmp_path):
+def test_internlm_damaged_line(tmp_path):
     path = write_internlm(tmp_path / "a.bin", DOCUMENTS)
     offset = len(json.dumps({"tokens": DOCUMENTS[0]})) + 1
     _patch(path, offset, b"#")

@@ -74,7 +74,7 @@ def test_round_trip_of_sources_and_special_tokens(tokenizer):
         assert len(ids) < len(text) / 1.5
 
 
-def test_ids_that_pad_the_vocabulary_have_no_text(tokenizer):
+def test_padding_ids_have_no_text(tokenizer):
     ids = tokenizer.encode("ab")
     assert tokenizer.decode([VOCAB_SIZE, *ids, 511]) == "ab"
 
@@ -97,7 +97,7 @@ def test_encode_folder(tmp_path, tokenizer, workers):
     assert metadata.tokenizer_sha256 == tokenizer.sha256
 
 
-def test_prompts_are_read_and_not_learnt(tmp_path, tokenizer):
+def test_prompts(tmp_path, tokenizer):
     source = tmp_path / "in"
     source.mkdir()
     records = [{"prompt": "Q: two and two?\n", "response": "A: four"}, {"prompt": "", "response": "free"}]
@@ -128,7 +128,7 @@ def test_damaged_input_leaves_nothing(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("name", ["z.txt", "z.jsonl"])
-def test_a_file_that_cannot_be_read_is_named(tmp_path, tokenizer, name):
+def test_unreadable_file(tmp_path, tokenizer, name):
     source = _source(tmp_path / "in")
     source.joinpath(name).symlink_to(tmp_path / "gone")
     expected = rf"{re.escape(name)}: No such file or directory; correct or remove it"
@@ -139,14 +139,14 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, tokenizer, name):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_goes_away_is_named(tmp_path):
+def test_vanished_file(tmp_path):
     (file,) = find_text(_source(tmp_path / "in") / "sub", "text")
     file.path.unlink()
     with pytest.raises(DataError, match=r"b\.md: No such file or directory; correct or remove it"):
         list(read_documents(file, "text"))
 
 
-def test_existing_output_is_kept_or_replaced(tmp_path, tokenizer):
+def test_existing_output(tmp_path, tokenizer):
     source, target = _source(tmp_path / "in"), tmp_path / "out" / "x"
     encode_folder(tokenizer.path, source, target, workers=1)
     with pytest.raises(DataError, match=r"exists already; .* --overwrite"):
@@ -158,7 +158,7 @@ def test_existing_output_is_kept_or_replaced(tmp_path, tokenizer):
     assert [path.name for path in target.parent.iterdir()] == ["x"]
 
 
-def test_old_tokens_are_back_when_the_new_ones_do_not_take_their_place(tmp_path, tokenizer, monkeypatch):
+def test_old_tokens_are_restored_after_error(tmp_path, tokenizer, monkeypatch):
     source, target = _source(tmp_path / "in"), tmp_path / "out" / "x"
     encode_folder(tokenizer.path, source, target, workers=1)
     rename = Path.rename
@@ -210,7 +210,7 @@ def test_vocabularies_must_agree(tokenised, tokenizer, tmp_path):
         open_training_data(data_config(tokenised, tokenizer=str(another.path)), VOCAB_SIZE, 0, 1, 0)
 
 
-def test_tokenizer_files_that_are_none(tmp_path):
+def test_invalid_tokenizer_files(tmp_path):
     with pytest.raises(DataError, match="nowhere: No such file"):
         Tokenizer(tmp_path / "nowhere")
     (tmp_path / "x.model").write_bytes(b"hello")

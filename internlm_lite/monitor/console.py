@@ -32,7 +32,7 @@ _BAR_TEXT = "eta {task.fields[eta]}  loss {task.fields[loss]}  tgs {task.fields[
 class Console(Sink):
     """Rank 0's sink for people. `close` removes the bar from the terminal."""
 
-    def __init__(self, total_steps: int, terminal: bool, save_every: Sequence[int] = (), done: int = 0) -> None:
+    def __init__(self, total_steps: int, *, terminal: bool, save_every: Sequence[int] = (), done: int = 0) -> None:
         """`terminal`: standard output is one, so show colours and the bar. `save_every`: intervals in steps."""
         self._total_steps = total_steps
         self._save_every = save_every
@@ -49,7 +49,7 @@ class Console(Sink):
     def step(self, record: StepRecord) -> None:
         """Show one step line, and move the bar."""
         columns = shutil.get_terminal_size().columns if self._terminal else None
-        extra = {"verbatim": True, "compact": compact_line(record, self._terminal, columns)}
+        extra = {"verbatim": True, "compact": compact_line(record, colour=self._terminal, width=columns)}
         logger.info(format_step_line(record), extra=extra)
         if self._bar is None:
             return
@@ -77,7 +77,7 @@ def next_checkpoint(done: int, every: Sequence[int], total: int) -> int:
     return min(total, *((done // steps + 1) * steps for steps in every))
 
 
-def compact_line(record: StepRecord, colour: bool, width: int | None = None) -> str:
+def compact_line(record: StepRecord, *, colour: bool, width: int | None = None) -> str:
     """One short line for a terminal: time, step, loss, other numbers, and the loss of each folder with tokens.
 
     Columns beyond `width` are dropped; None: no limit.

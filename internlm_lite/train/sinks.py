@@ -23,7 +23,7 @@ def open_sinks(folder: Path, config: Config, done: int, terminal: bool) -> FanOu
     if monitor.report_every_seconds:
         # The first is closed last, so that the page shows the end.
         direct["the report"] = Report(folder, monitor.report_every_seconds)
-    direct |= {**run_files(folder), "the console": Console(total, terminal, save_every, done)}
+    direct |= {**run_files(folder), "the console": Console(total, terminal=terminal, save_every=save_every, done=done)}
     fan_out = FanOut(direct, _queued(folder, config, done))
     title = f"{config.JOB_NAME} {folder.name}"
     fan_out.add("alerts", AlertMonitor(monitor.alerts, total, written_folders(folder, ckpt), title, fan_out.event))

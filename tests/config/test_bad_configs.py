@@ -264,7 +264,13 @@ BAD = [
         "JOB_NAME = 'a/b'",
         "1: JOB_NAME: found 'a/b', expected the name of a folder: printable, no '/', not empty",
     ),
-    ("", "optimizer = dict(lr=1)", "25: optimizer: unknown key; nearest known key: hybrid_zero_optimizer"),
+    (
+        "",
+        "hybrid_optimizer = dict(lr=1)",
+        "25: hybrid_optimizer: unknown key; nearest known key: hybrid_zero_optimizer",
+    ),
+    ("", "optimizer = dict(lr=1)", "25: optimizer.lr: unknown key; nearest known key: adam.lr"),
+    ("", "optimizer = dict(name='sgd')", "25: optimizer.name: found 'sgd', expected one of 'adamw', 'lion'"),
     ("", "i = 3", "25: i: unknown key; expected one of JOB_NAME, seed, ckpt, data, grad_scaler,"),
     ("", "seeed = 3", "25: seeed: unknown key; nearest known key: seed"),
     ("", "seed = -1", "25: seed: found -1, expected an integer >= 0; leave seed out for 1024"),
@@ -439,9 +445,9 @@ def test_all_problems_at_once() -> None:
         "data.micro_num",
         "data.seq_lenn",
         "grad_scaler.max_scale",
+        "optimizer.lr",
         "model.vocab_size",
         "parallel.pipe",
-        "optimizer",
     ]
 
 

@@ -75,7 +75,7 @@ def test_typo_in_file_is_reported_with_nearest_key(tmp_path: Path, pair: tuple[s
         ("lr", "adam.lr"),
         ("data.checkpoint_every", "ckpt.checkpoint_every"),
         ("model.layers", "model.num_layers"),
-        ("optimizer", "hybrid_zero_optimizer"),
+        ("hybrid_optimizer", "hybrid_zero_optimizer"),
         ("model.experts", None),
         ("i", None),
     ],

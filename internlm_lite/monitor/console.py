@@ -112,7 +112,7 @@ def heartbeat(what: str, every_seconds: float = HEARTBEAT_SECONDS) -> Iterator[N
 
     def beat() -> None:
         while not ended.wait(every_seconds):
-            logger.info(f"{what}: still at it after {clock(time.monotonic() - start)}")
+            logger.info("%s: still at it after %s", what, clock(time.monotonic() - start))
 
     thread = threading.Thread(target=beat, name=f"heartbeat {what}", daemon=True)
     thread.start()

@@ -80,7 +80,7 @@ class Webhook:
             left = self._queue.unfinished_tasks - self._queue.queue.count(None)
         if left:
             logger.warning(
-                f"alerts that did not reach monitor.alerts.webhook before the end: {left}; they stand in events.jsonl"
+                "alerts not sent to monitor.alerts.webhook: %d; they are in events.jsonl", left
             )
 
     def _work(self) -> None:
@@ -109,7 +109,7 @@ class Webhook:
     def _report_failure(self, problem: str) -> None:
         if not self._failing:
             self._failing = True
-            logger.warning(f"an alert did not reach monitor.alerts.webhook ({problem}); it stands in events.jsonl")
+            logger.warning("cannot send an alert to monitor.alerts.webhook (%s); it is in events.jsonl", problem)
 
     def _post(self, text: str) -> tuple[str, bool]:
         """What went wrong (empty: nothing) and whether to try again. The text contains no part of the address."""

@@ -62,7 +62,7 @@ def test_failure_is_logged_once_without_address(
     hook = send(chat.address, "a", "b", form=form)
     assert len(chat.seen) == 2 * tries
     assert [record.getMessage() for record in caplog.records] == [
-        f"an alert did not reach monitor.alerts.webhook ({shown}); it stands in events.jsonl"
+        f"cannot send an alert to monitor.alerts.webhook ({shown}); it is in events.jsonl"
     ]
     assert SECRET not in repr(hook) + str(vars(hook)["_queue"])
 
@@ -112,7 +112,7 @@ def test_close_counts_unsent(chat: Chat, caplog: pytest.LogCaptureFixture) -> No
     hook.close(seconds=0.05)
     chat.let_go.set()
     assert [record.getMessage() for record in caplog.records] == [
-        "alerts that did not reach monitor.alerts.webhook before the end: 4; they stand in events.jsonl"
+        "alerts not sent to monitor.alerts.webhook: 4; they are in events.jsonl"
     ]
 
 
@@ -124,7 +124,7 @@ def test_close_interrupts_waiting(chat: Chat, caplog: pytest.LogCaptureFixture) 
         time.sleep(0.005)
     hook.close()
     assert [record.getMessage() for record in caplog.records] == [
-        "an alert did not reach monitor.alerts.webhook (HTTP 500); it stands in events.jsonl"
+        "cannot send an alert to monitor.alerts.webhook (HTTP 500); it is in events.jsonl"
     ]
 
 

@@ -79,9 +79,7 @@ class Webhook:
         with self._queue.mutex:
             left = self._queue.unfinished_tasks - self._queue.queue.count(None)
         if left:
-            logger.warning(
-                "alerts not sent to monitor.alerts.webhook: %d; they are in events.jsonl", left
-            )
+            logger.warning("alerts not sent to monitor.alerts.webhook: %d; they are in events.jsonl", left)
 
     def _work(self) -> None:
         while not (self._closing.is_set() and self._queue.empty()):

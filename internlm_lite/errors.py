@@ -4,11 +4,11 @@ A message says what was found, what was expected, and what to change.
 """
 
 STOPPED = 3
-"""Exit code after a signal or the stop file asked for it, and what was trained is saved."""
+"""Exit code after a stop on request, by a signal or the stop file; the trained state is saved."""
 HANG = 4
-"""Exit code when the job stands still."""
+"""Exit code when the job hangs."""
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+"""Exit code after Ctrl-C, as in shells."""
 
 
 class InternLMError(Exception):
@@ -16,7 +16,7 @@ class InternLMError(Exception):
 
     exit_code = 1
     guilty: tuple[int, ...] = ()
-    """Where all ranks raise it alike: those that it befell. Empty: this one."""
+    """For an error that all ranks raise together: the ranks that caused it. Empty: this rank."""
 
 
 class ConfigError(InternLMError):
@@ -44,7 +44,7 @@ class CheckpointError(InternLMError):
 
 
 class DamagedError(CheckpointError):
-    """The bytes of this checkpoint are not those that were saved; an older checkpoint may be good."""
+    """The bytes of this checkpoint have changed since it was saved; an older checkpoint may be intact."""
 
 
 class StorageError(InternLMError):
@@ -54,7 +54,7 @@ class StorageError(InternLMError):
 
 
 class NumericsError(InternLMError):
-    """Training diverged beyond what skipping steps can mend."""
+    """Training diverged, and skipping steps does not help."""
 
     exit_code = 7
 
@@ -66,11 +66,11 @@ class PeerLostError(InternLMError):
 
 
 class MissingPackageError(InternLMError):
-    """An optional package is needed for what was asked; the message holds the install command."""
+    """A requested feature needs an optional package; the message has the install command."""
 
     exit_code = 2
 
 
 def first_line(error: Exception) -> str:
-    """What an error of torch says, without the frames of C++ below it."""
+    """The message of an error of torch, without its C++ frames."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

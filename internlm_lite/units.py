@@ -32,7 +32,7 @@ def human_seconds(seconds: float) -> str:
 
 
 def wait_seconds(text: str) -> float:
-    """'600' -> 600.0: how long to wait at most, as an argument's type. Raises ArgumentTypeError."""
+    """'600' -> 600.0: the type of a command-line time limit. Raises ArgumentTypeError."""
     try:
         seconds = float(text)
     except ValueError:

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from internlm_lite.cli.options import check_at_least, new_parser
 from internlm_lite.data.documents import Metadata
-from internlm_lite.data.encode import encode_folder
+from internlm_lite.data.encode import FolderEncoder
 from internlm_lite.data.text import find_text, sample_text
 from internlm_lite.data.tokenizer import Tokenizer, train_tokenizer
 from internlm_lite.errors import DataError
@@ -83,15 +83,9 @@ def encode(arguments: argparse.Namespace) -> int:
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         for target, source in targets.items():
             total = sum(file.n_bytes for file in find_text(source, arguments.text_key))
-            found[target.name] = encode_folder(
-                tokenizer.path,
-                source,
-                target,
-                workers=arguments.workers,
-                text_key=arguments.text_key,
-                overwrite=arguments.overwrite,
-                progress=_reporter(target.name, total, bars, console),
-            )
+            progress = _reporter(target.name, total, bars, console)
+            encoder = FolderEncoder(tokenizer.path, arguments.workers, arguments.text_key, progress)
+            found[target.name] = encoder.encode(source, target, overwrite=arguments.overwrite)
     console.print(_statistics(found))
     return 0
 

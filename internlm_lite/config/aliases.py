@@ -1,9 +1,9 @@
-"""Spellings of InternLM's and InternEvo's configs that are not the schema's: each becomes the schema's, with one note.
+"""Aliases: keys of InternLM's and InternEvo's configs, each translated to keys of the schema with one note.
 
     parallel.tensor = dict(size=4, mode="mtp")                 ->  parallel.tensor = 4
     ckpt.load_ckpt_info = dict(path=P, content=("model",))     ->  ckpt.load_model_only_folder = P
 
-A key without effect here is dropped with a note that says why. One that asks for what does not exist is a problem.
+A key without effect here is dropped, with a note that says why. A request for an unsupported feature is a problem.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from typing import Any
 from internlm_lite.config.problems import Problem
 from internlm_lite.config.source import DELETE, Layer
 
+_RENAMED = {
+    "use_fp32_norm": "model.use_fp32_norm",
+    "hybrid_zero_optimizer.zero_overlap_communication": "hybrid_zero_optimizer.overlap_sync_grad",
+}
 _NO_EFFECT = {
     "ckpt.universal_ckpt": "every checkpoint loads into every layout",
     "data.num_worker": "one thread prepares the next batch",
@@ -37,7 +41,7 @@ _OWN_FORMATS = (None, "internlm", "internevo", "normal")
 
 
 class Translation:
-    """Rewrites one layer in place; `notes` and `problems` tell what was done and what cannot be."""
+    """Rewrites one layer in place, and collects notes about translated keys and problems with others."""
 
     def __init__(self, layer: Layer, below: Layer) -> None:
         self.layer, self.below = layer, below
@@ -54,14 +58,14 @@ class Translation:
         self.notes.append(f"{origin}: {old}={value!r} {understood}{f': {why}' if why else ''}")
 
     def refuse(self, key: str, text: str) -> None:
-        """Report a problem and drop the key, so that the schema does not report it again. Its origin stays."""
+        """Report a problem and drop the key, so that the schema does not report it too. Its origin is kept."""
         _, origin = self.layer.drop(key)
         self.layer.origins[key] = origin
         self.problems.append(Problem((key,), text))
 
 
 def translate(layer: Layer, below: Layer) -> Translation:
-    """Rewrite every other spelling in `layer`, which will cover `below`. A second run finds nothing left to do."""
+    """Rewrite all aliases in `layer`, which will cover `below`. Idempotent."""
     t = Translation(layer, below)
     _renamed(t)
     _without_effect(t)
@@ -86,13 +90,11 @@ def translate(layer: Layer, below: Layer) -> Translation:
 
 
 def _renamed(t: Translation) -> None:
-    if t.layer.has("use_fp32_norm"):
-        t.replace("use_fp32_norm", {"model.use_fp32_norm": t.layer.get("use_fp32_norm")})
+    for old, new in _RENAMED.items():
+        if t.layer.has(old):
+            t.replace(old, {new: t.layer.get(old)})
     if isinstance(t.layer.get("ckpt.load_given_ckpt"), bool):
         t.replace("ckpt.load_given_ckpt", {"ckpt.auto_resume": not t.layer.get("ckpt.load_given_ckpt")})
-    old = "hybrid_zero_optimizer.zero_overlap_communication"
-    if t.layer.has(old):
-        t.replace(old, {"hybrid_zero_optimizer.overlap_sync_grad": t.layer.get(old)})
 
 
 def _without_effect(t: Translation) -> None:
@@ -122,7 +124,7 @@ def _model_type(t: Translation) -> None:
 
 
 def _load_info(t: Translation, key: str) -> None:
-    """dict(path, content, ckpt_type), merged into what is below as dicts are: content says which keys of ours it is."""
+    """dict(path, content, ckpt_type), merged with the layers below as dicts are; `content` selects the key of ours."""
     written: dict[str, Any] = t.layer.get(key)
     info = written if written.get(DELETE) else {**_info_below(t.below), **written}
     content = info.get("content", "all")
@@ -150,7 +152,7 @@ def _load_info(t: Translation, key: str) -> None:
 
 
 def _info_below(below: Layer) -> dict[str, Any]:
-    """What the layers below load, in the words of `load_ckpt_info`; empty: nothing."""
+    """What the layers below load, in the form of `load_ckpt_info`; empty: nothing."""
     if below.get(_MODEL_ONLY) is not None:
         return {"path": below.get(_MODEL_ONLY), "content": ("model",)}
     if below.get(_WHOLE) is not None:
@@ -160,14 +162,14 @@ def _info_below(below: Layer) -> dict[str, Any]:
 
 
 def _give_way(t: Translation, key: str) -> None:
-    """With several of these keys in one place InternLM loads `load_ckpt_info` and never looks at the others."""
+    """If a layer has several of these keys, InternLM uses `load_ckpt_info` and ignores the others."""
     for other in (_WHOLE, _MODEL_ONLY):
         if other != key and t.layer.get(other) is not None:
             t.replace(other, {}, f"{key} goes before it")
 
 
 def _no_load_info(t: Translation, key: str) -> None:
-    """None leaves the word to what is written beside it, and takes it from all below."""
+    """None: the other keys of this layer decide, and those of layers below are reset."""
     if t.layer.get(key) is None:
         t.replace(key, {folder: None for folder in (_MODEL_ONLY, _WHOLE) if not t.layer.has(folder)})
     else:
@@ -224,7 +226,7 @@ def _has_only(t: Translation, key: str, names: Sequence[str]) -> bool:
 
 
 def _alert(t: Translation) -> None:
-    """InternEvo's Feishu alerts. Their address is a secret: no note and no problem shows it."""
+    """InternEvo's Feishu alerts. The address is a secret: no note or problem contains it."""
     alert = t.layer.get("monitor.alert")
     if not isinstance(alert, dict) or not set(alert) <= _EVO_ALERT:
         return  # an unknown key, probably meant to be monitor.alerts

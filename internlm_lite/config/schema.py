@@ -19,7 +19,7 @@ Dtype = Literal["torch.float16", "torch.half", "torch.bfloat16", "torch.float32"
 
 
 class Section(BaseModel):
-    """A lower-case dict of the config file: immutable, unknown keys refused, docstrings kept."""
+    """A lower-case dict of the config file: immutable, unknown keys refused, docstrings are descriptions."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -32,18 +32,18 @@ class Section(BaseModel):
 
 
 class S3Config(Section):
-    """(new) How checkpoint folders on S3 are reached. Keys to it are never written here: they come from the variables
+    """(new) Access to checkpoint folders on S3. Credentials are never written here: they come from the variables
     S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY_ID, or from boto3's own chain."""
 
     insecure: bool = False
     """True: plain http to the ENDPOINT of a folder, instead of https."""
     addressing: Literal["auto", "path", "virtual"] = "auto"
-    """Where the bucket's name stands: in the path, in the host name, or as boto3 decides."""
+    """Position of the bucket's name: in the path, in the host name, or chosen by boto3."""
     checksums: Literal["md5", "crc32", "none"] = "md5"
-    """What guards uploads on their way. "md5": every server knows it. "crc32": boto3's newer way. "none": for servers
-    that refuse both. Checkpoints are compared with their own check sums in any case."""
+    """Checksums of uploads. "md5": supported by all servers. "crc32": boto3's newer default. "none": for servers that
+    refuse both. Checkpoints have checksums of their own in any case."""
     deadline_seconds: Annotated[float, Field(gt=0)] = 120.0
-    """Seconds for which a request is repeated while the server is away or overloaded."""
+    """Seconds for which a request is repeated while the server is unreachable or overloaded."""
 
 
 class CkptConfig(Section):
@@ -72,11 +72,11 @@ class CkptConfig(Section):
     """Steps between snapshots; 0 or None: none."""
     stop_file_path: str | None = None
     """File with one integer N, read while training: N > 0: save after step N and stop; N < 0: save after step -N and
-    go on; 0: nothing. It is set back to 0 when obeyed."""
+    continue; 0: nothing. It is reset to 0 when handled."""
     allow_changed_data: bool = False
-    """(new) Resume although the training data are not those the checkpoint was written with."""
+    """(new) Resume although the training data differ from those of the checkpoint."""
     auto_resume: bool = True
-    """(new) Without `--resume`: True: go on from the newest checkpoint in save_ckpt_folder; False: never look there."""
+    """(new) Without `--resume`: True: continue from the newest checkpoint in save_ckpt_folder; False: ignore it."""
     s3: S3Config = S3Config()
     """(new) How folders on S3 are reached."""
 
@@ -99,7 +99,7 @@ class DataConfig(Section):
     total_steps: Positive
     """Optimizer steps of the run."""
     skip_batches: str = ""
-    """Batch ids to drop, such as "1-3,7" (inclusive): consumed from the order, never trained on."""
+    """Batch ids to drop, such as "1-3,7" (inclusive): consumed from the order, but not trained on."""
     rampup_batch_size: str = ""
     """"start increment every": `start` micro-batches, `increment` more every `every` steps, up to micro_num."""
     min_length: NonNegative = 0
@@ -321,18 +321,18 @@ class ParallelConfig(Section):
 
 
 class GuardConfig(Section):
-    """(new) What happens when numbers go wrong. A step whose loss or gradient is not finite is always left out."""
+    """(new) What happens on numerical problems. A step whose loss or gradient is not finite is always skipped."""
 
     max_bad_steps: Positive | None = None
-    """More than so many steps left out in a row end the run with exit code 7; None: 50 with torch.float16, else 10."""
+    """More consecutive skipped steps than this end the run with exit code 7; None: 50 with torch.float16, else 10."""
     spike: Literal["note", "skip", "rollback"] = "note"
-    """What to do about a step whose loss or gradient norm stands out. "note": a warning and an event. "skip": its
-    update is left out, too. "rollback": then back to the newest checkpoint before it, on with the data behind it.
-    With these two a level that rises and stays ends the run, by max_bad_steps or max_rollbacks."""
+    """What to do about a step whose loss or gradient norm is an outlier. "note": a warning and an event. "skip": also
+    skip its update. "rollback": also return to the newest checkpoint before it, and continue with the data after it.
+    With these two, a level that rises and stays ends the run, by max_bad_steps or max_rollbacks."""
     spike_zscore: Annotated[float, Field(ge=3)] = 12
-    """How far it must stand out, in robust standard deviations of the logarithm."""
+    """Threshold of an outlier, in robust standard deviations of the logarithm."""
     spike_window: Annotated[int, Field(ge=8)] = 128
-    """Steps that it is compared with."""
+    """Steps that a step is compared with."""
     max_rollbacks: Positive = 3
     """Rollbacks to one checkpoint; one more ends the run with exit code 7."""
     check_replicas_every: NonNegative = 100
@@ -340,8 +340,8 @@ class GuardConfig(Section):
 
 
 class WandbConfig(Section):
-    """(new) Weights & Biases; nothing is sent unless `mode` says so. The key to it is never written here: `wandb login`
-    keeps it."""
+    """(new) Weights & Biases; nothing is sent unless `mode` is "online". The key is never written here: `wandb login`
+    stores it."""
 
     project: str = "internlm_lite"
     """Project of the run."""
@@ -358,24 +358,24 @@ class WandbConfig(Section):
 
 
 class AlertsConfig(Section):
-    """(new) What is told when a run is in trouble, in the log, in events.jsonl and to a webhook."""
+    """(new) Alerts about a run: in the log, in events.jsonl and to a webhook."""
 
     webhook: str | None = None
-    """Address that alerts are sent to: https://... of a Feishu, Slack or compatible chat. A secret: always masked."""
+    """Address for alerts: https://... of a Feishu, Slack or compatible chat. A secret: always masked."""
     format: Literal["feishu", "slack"] | None = None
-    """Shape of the messages; None: as the webhook's host says."""
+    """Format of the messages; None: by the webhook's host."""
     insecure: bool = False
     """True: the webhook may be plain http to another machine."""
     loss_factor: Annotated[float, Field(gt=1)] = 1.5
-    """A loss of more than this times its average is an alert."""
+    """A loss above its average times this is an alert."""
     skips_in_a_row: Positive = 5
-    """So many updates skipped in a row because of overflow are an alert."""
+    """This many consecutive updates skipped because of overflow are an alert."""
     tgs_drop: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    """Speed that falls by this share of the usual is an alert."""
+    """A speed lower than usual by this share is an alert."""
     silent_seconds: Annotated[float, Field(gt=0)] = 300.0
-    """No step for so long, and for 10 times the usual, is an alert."""
+    """No step for this time, and for 10 times the usual step time, is an alert."""
     cool_down_seconds: Annotated[float, Field(ge=0)] = 600.0
-    """After its end an alert is not raised again before this."""
+    """An alert is not raised again within this time after its end."""
 
 
 class MonitorConfig(Section):
@@ -390,9 +390,9 @@ class MonitorConfig(Section):
     sample_tokens: Positive = 64
     """Tokens generated per prompt."""
     report_every_seconds: Annotated[float, Field(ge=0)] = 60.0
-    """Seconds between rewrites of report.html in the run folder, at least; 0: none is written."""
+    """Least number of seconds between rewrites of report.html in the run folder; 0: no report."""
     tensorboard: bool | None = None
-    """Write event files for TensorBoard to the run folder; None: where tensorboard is installed."""
+    """Write event files for TensorBoard to the run folder; None: if tensorboard is installed."""
     wandb: WandbConfig | None = None
     """Weights & Biases; None: off."""
     alerts: AlertsConfig = AlertsConfig()

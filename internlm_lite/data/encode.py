@@ -16,6 +16,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -57,79 +58,93 @@ def _tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(path)  # once per worker process
 
 
-def encode_folder(
-    tokenizer_path: Path,
-    source: Path,
-    target: Path,
-    *,
-    workers: int,
-    text_key: str = "text",
-    overwrite: bool = False,
-    progress: Callable[[int], None] = lambda n_bytes: None,
-) -> Metadata:
-    """Tokenise all text below `source` into the data folder `target`; `progress` gets the bytes of text done.
+@dataclass(frozen=True)
+class FolderEncoder:
+    """Tokenises folders of text."""
 
-    Raises DataError on unreadable input, or when `target` exists without `overwrite`; StorageError when writing fails.
-    """
-    partial, replaced = (target.with_name(f".{target.name}.{state}") for state in ("partial", "replaced"))
-    _restore(replaced, target)  # left by a killed run, as are the folders removed below
-    if target.exists() and not overwrite:
-        raise DataError(f"{target} exists already; choose another output folder, or replace it with --overwrite")
-    files = find_text(source, text_key)
-    for left in (partial, replaced):
-        shutil.rmtree(left, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        metadata = _write(tokenizer_path, files, partial / f"{target.name}.bin", workers, text_key, progress)
-        if target.exists():
-            target.rename(replaced)
-        partial.rename(target)
-    except OSError as error:
-        raise StorageError(f"{target} could not be made ({error}); free space or choose another --output") from error
-    finally:
-        _restore(replaced, target)
+    tokenizer_path: Path
+    workers: int = 1
+    """Processes."""
+    text_key: str = "text"
+    progress: Callable[[int], None] = lambda n_bytes: None
+    """Gets the bytes of text done since the last call."""
+
+    def encode(self, source: Path, target: Path, *, overwrite: bool = False) -> Metadata:
+        """Tokenise all text below `source` into the data folder `target`.
+
+        Raises DataError on unreadable input, or when `target` exists without `overwrite`; StorageError when writing
+        fails.
+        """
+        partial, replaced = (target.with_name(f".{target.name}.{state}") for state in ("partial", "replaced"))
+        _restore(replaced, target)  # left by a killed run, as are the folders removed below
+        if target.exists() and not overwrite:
+            raise DataError(f"{target} exists already; choose another output folder, or replace it with --overwrite")
+        files = find_text(source, self.text_key)
         for left in (partial, replaced):
             shutil.rmtree(left, ignore_errors=True)
-    return metadata
+        try:
+            partial.mkdir(parents=True)
+            metadata = self._write(files, partial / f"{target.name}.bin")
+            if target.exists():
+                target.rename(replaced)
+            partial.rename(target)
+        except OSError as error:
+            raise StorageError(
+                f"{target} could not be made ({error}); free space or choose another --output"
+            ) from error
+        finally:
+            _restore(replaced, target)
+            for left in (partial, replaced):
+                shutil.rmtree(left, ignore_errors=True)
+        return metadata
+
+    def _write(self, files: Sequence[TextFile], bin_path: Path) -> Metadata:
+        tokenizer = _tokenizer(self.tokenizer_path)
+        dtype = smallest_dtype(tokenizer.vocab_size, signed=any(file.has_prompts for file in files))
+        documents = (document for file in files for document in read_documents(file, self.text_key))
+        totals = dict.fromkeys(("documents", "tokens", "text_bytes", "longest", "max_token"), 0)
+        with writing(bin_path, dtype) as writer:
+            for tokens, lengths, n_bytes in self._encoded(_batched(documents)):
+                writer.add_many(tokens, lengths)
+                totals["documents"] += len(lengths)
+                totals["tokens"] += len(tokens)
+                totals["text_bytes"] += n_bytes
+                totals["longest"] = max(totals["longest"], int(lengths.max()))
+                totals["max_token"] = max(totals["max_token"], int(np.abs(tokens).max()))
+                self.progress(n_bytes)
+            if not totals["documents"]:
+                raise DataError(
+                    f"{files[0].path} and {len(files) - 1} more files hold no text, expected at least one document"
+                )
+            metadata = Metadata(**totals, vocab_size=tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256)
+            with metadata_path(bin_path).open("w", encoding="utf-8") as file:
+                json.dump(dataclasses.asdict(metadata), file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+        return metadata
+
+    def _encoded(self, batches: Iterator[list[TextDocument]]) -> Iterator[Encoded]:
+        """The batches tokenised, in order, at most two per worker in flight."""
+        if self.workers == 1:
+            yield from (encode_documents(self.tokenizer_path, batch) for batch in batches)
+            return
+        pending: deque[Future[Encoded]] = deque()
+        pool = ProcessPoolExecutor(self.workers, get_context("spawn"), initializer=_ignore_interrupt)
+        try:
+            for batch in batches:
+                pending.append(pool.submit(encode_documents, self.tokenizer_path, batch))
+                if len(pending) >= 2 * self.workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _restore(replaced: Path, target: Path) -> None:
     """Restore the old tokens if there are no new ones."""
     if replaced.exists() and not target.exists():
         replaced.rename(target)
-
-
-def _write(
-    tokenizer_path: Path,
-    files: Sequence[TextFile],
-    bin_path: Path,
-    workers: int,
-    text_key: str,
-    progress: Callable[[int], None],
-) -> Metadata:
-    tokenizer = _tokenizer(tokenizer_path)
-    dtype = smallest_dtype(tokenizer.vocab_size, signed=any(file.has_prompts for file in files))
-    documents = (document for file in files for document in read_documents(file, text_key))
-    totals = dict.fromkeys(("documents", "tokens", "text_bytes", "longest", "max_token"), 0)
-    with writing(bin_path, dtype) as writer:
-        for tokens, lengths, n_bytes in _encoded(tokenizer_path, _batched(documents), workers):
-            writer.add_many(tokens, lengths)
-            totals["documents"] += len(lengths)
-            totals["tokens"] += len(tokens)
-            totals["text_bytes"] += n_bytes
-            totals["longest"] = max(totals["longest"], int(lengths.max()))
-            totals["max_token"] = max(totals["max_token"], int(np.abs(tokens).max()))
-            progress(n_bytes)
-        if not totals["documents"]:
-            raise DataError(
-                f"{files[0].path} and {len(files) - 1} more files hold no text, expected at least one document"
-            )
-        metadata = Metadata(**totals, vocab_size=tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256)
-        with metadata_path(bin_path).open("w", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(metadata), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-    return metadata
 
 
 def _batched(documents: Iterable[TextDocument]) -> Iterator[list[TextDocument]]:
@@ -142,24 +157,6 @@ def _batched(documents: Iterable[TextDocument]) -> Iterator[list[TextDocument]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _encoded(tokenizer_path: Path, batches: Iterator[list[TextDocument]], workers: int) -> Iterator[Encoded]:
-    """The batches tokenised, in order, at most two per worker in flight."""
-    if workers == 1:
-        yield from (encode_documents(tokenizer_path, batch) for batch in batches)
-        return
-    pending: deque[Future[Encoded]] = deque()
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_ignore_interrupt)
-    try:
-        for batch in batches:
-            pending.append(pool.submit(encode_documents, tokenizer_path, batch))
-            if len(pending) >= 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _ignore_interrupt() -> None:

@@ -87,12 +87,7 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
     sizes = np.frombuffer(content, np.int32, sequences, HEADER.size)
     pointers = np.frombuffer(content, np.int64, sequences, HEADER.size + 4 * sequences)
     boundaries = np.frombuffer(content, np.int64, n_boundaries, HEADER.size + 12 * sequences)
-    if (
-        n_boundaries < 1
-        or boundaries[0] != 0
-        or boundaries[-1] != sequences
-        or np.any(boundaries[1:] < boundaries[:-1])
-    ):
+    if n_boundaries < 1 or boundaries[0] != 0 or boundaries[-1] != sequences or np.any(np.diff(boundaries) < 0):
         raise DataError(f"{path}: document boundaries do not run from 0 to {sequences}: the index is damaged; {REPAIR}")
     return np.dtype(DTYPES[code]), sizes, pointers, boundaries
 

@@ -53,9 +53,8 @@ class WeightedMix:
     def __init__(self, counts: Sequence[int], weights: Sequence[float], seed: int) -> None:
         """counts: rows of each folder, all > 0. weights: all > 0, in any unit."""
         self._counts, self._seed = counts, seed
-        self._block_rows = max(
-            BLOCK_ROWS, 2 * int(sum(weights) / min(weights))
-        )  # fewer rows: rounding could make counts negative
+        # with fewer rows, rounding could make a count negative
+        self._block_rows = max(BLOCK_ROWS, 2 * int(sum(weights) / min(weights)))
         cumulated = list(accumulate(weights))
         # Fixed point: exact integer arithmetic, equal on all machines at any row number.
         self._bounds = [0, *(round(bound / cumulated[-1] * 2**40) for bound in cumulated)]

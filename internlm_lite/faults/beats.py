@@ -1,4 +1,4 @@
-"""What ranks tell about themselves, and who is to blame when a job stands still. Plain values and one pure function."""
+"""Heartbeats of ranks, and the diagnosis of a hanging job from them: plain values and one pure function."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ _IF_SLOW = "; if it is only slow, raise --timeout"
 
 
 @dataclass(frozen=True)
-class Beat:
-    """One rank's sign of life."""
+class Heartbeat:
+    """What a rank publishes about itself at regular times."""
 
     progress: int
-    """Phases entered so far, and parts of them done."""
+    """Counts phases entered and parts of phases done."""
     phase: str
     step: int | None
     """Index of the step under way; None before the first."""
     beats: int
-    """Counts up while the process lives, whatever its main thread does."""
+    """Counts up as long as the process runs, even if its main thread is blocked."""
     host: str = UNKNOWN_HOST
     waits: bool = False
-    """Its main thread waits for other ranks."""
+    """The main thread waits for other ranks."""
 
     def to_json(self) -> str:
         return json.dumps([self.progress, self.phase, self.step, self.beats, self.host, self.waits])
 
     @staticmethod
-    def from_json(data: bytes) -> Beat:
-        return Beat(*json.loads(data))
+    def from_json(data: bytes) -> Heartbeat:
+        return Heartbeat(*json.loads(data))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The job stands still."""
+    """The diagnosis of a hanging job."""
 
     ranks: tuple[int, ...]
-    """Who keeps it; empty: nobody stands out."""
+    """The culprits; empty: cannot be told."""
     why: str
     phase: str
     step: int | None
@@ -51,8 +51,8 @@ class Verdict:
 
     @staticmethod
     def from_json(data: bytes) -> Verdict:
-        said = json.loads(data)
-        return Verdict(tuple(said["ranks"]), said["why"], said["phase"], said["step"], tuple(said["hosts"]))
+        values = json.loads(data)
+        return Verdict(**{**values, "ranks": tuple(values["ranks"]), "hosts": tuple(values["hosts"])})
 
 
 @dataclass(frozen=True)
@@ -61,20 +61,20 @@ class Limits:
 
     usual: float
     of: Mapping[str, float]
-    """Phases that may take longer, or for ever (inf)."""
+    """Phases with other limits; inf: no limit."""
 
     def __getitem__(self, phase: str) -> float:
         return self.of.get(phase, self.usual)
 
 
-def judge(
-    table: Mapping[int, Beat], idle: Mapping[int, tuple[float, float]], limits: Limits, period: float
+def diagnose(
+    table: Mapping[int, Heartbeat], idle: Mapping[int, tuple[float, float]], limits: Limits, period: float
 ) -> Verdict | None:
-    """None as long as nobody exceeds the limit of its phase, seconds, or waits for one that does not.
+    """None as long as no rank exceeds the limit of its phase, except while waiting for a rank within its limit.
 
-    `idle[rank]`: seconds without progress, and without a beat; beats come every `period` seconds. No phase excuses a
-    rank without beats, and the last one it told may be over. Named are silent ranks; else of those that do not wait
-    for others, or of all if all wait, the furthest behind.
+    `idle[rank]`: seconds without progress, and without a heartbeat; heartbeats come every `period` seconds. A rank
+    without heartbeats is never excused by its phase, which may be outdated. Culprits are the silent ranks; else the
+    furthest behind of those that do not wait for others, or of all if all wait.
     """
     overdue = {
         rank for rank, beat in table.items() if idle[rank][0] > limits[beat.phase] or idle[rank][1] > limits.usual
@@ -87,23 +87,23 @@ def judge(
         return _verdict(table, silent, seconds, "no sign of life: stopped, starved, or its host is gone")
     last = _furthest_behind(table, set(table))
     busy = _furthest_behind(table, {rank for rank in overdue.union(last) if not table[rank].waits})
-    guilty = busy or last
-    if overdue.isdisjoint(last) or overdue.isdisjoint(guilty):
-        return None  # the others wait for one that may take its time
-    if len(guilty) < len(table) or len(table) == 1:
-        return _verdict(table, guilty, seconds, "the others wait for it", _IF_SLOW)
-    first = table[guilty[0]]
+    culprits = busy or last
+    if overdue.isdisjoint(last) or overdue.isdisjoint(culprits):
+        return None  # the others wait for a rank within its limit
+    if len(culprits) < len(table) or len(table) == 1:
+        return _verdict(table, culprits, seconds, "the others wait for it", _IF_SLOW)
+    first = table[culprits[0]]
     why = f"all {len(table)} ranks made no progress for {seconds:.0f} s, {_where(first)}: their stacks say where"
     return Verdict((), why + _IF_SLOW, first.phase, first.step)
 
 
-def _furthest_behind(table: Mapping[int, Beat], ranks: Set[int]) -> list[int]:
+def _furthest_behind(table: Mapping[int, Heartbeat], ranks: Set[int]) -> list[int]:
     """In order."""
     least = min((table[rank].progress for rank in ranks), default=0)
     return [rank for rank in sorted(ranks) if table[rank].progress == least]
 
 
-def _verdict(table: Mapping[int, Beat], ranks: list[int], seconds: float, why: str, advice: str = "") -> Verdict:
+def _verdict(table: Mapping[int, Heartbeat], ranks: list[int], seconds: float, why: str, advice: str = "") -> Verdict:
     named = ", ".join(map(str, ranks[:_MOST_NAMED])) + (", ..." if ranks[_MOST_NAMED:] else "")
     first = table[ranks[0]]
     noun = "rank" if len(ranks) == 1 else "ranks"
@@ -111,5 +111,5 @@ def _verdict(table: Mapping[int, Beat], ranks: list[int], seconds: float, why: s
     return Verdict(tuple(ranks), text, first.phase, first.step, tuple(table[rank].host for rank in ranks))
 
 
-def _where(beat: Beat) -> str:
+def _where(beat: Heartbeat) -> str:
     return f"in phase {beat.phase!r}" + (f" of step {beat.step}" if beat.step is not None else "")

@@ -1,8 +1,10 @@
-"""Why a job failed, put together from what its ranks wrote: the cause first, below it what followed from it.
+"""Why a job failed, collected from the records of its ranks: the cause first, then the consequences.
 
-RUN/.../failed/rank-00003.json    by a rank that fails
-RUN/.../failed/guess-00003.json   by others that miss it: counts as long as it says nothing itself
-RUN/.../FAILED.json               {"cause": {...}, "others": [...]}, written anew by each of them: the last knows most
+RUN/.../failed/rank-00003.json    written by a rank that fails
+RUN/.../failed/guess-00003.json   inferred by other ranks that miss it; used if the rank itself has no record
+RUN/.../FAILED.json               {"cause": {...}, "others": [...]}, rewritten after each record: the last is complete
+
+The attributes of a `Failure` are the keys of these files.
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ logger = logging.getLogger("internlm_lite")
 REPORT = "FAILED.json"
 _FOLDER = "failed"
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
-"""What file systems without hard links answer."""
+"""Errors of file systems without hard links."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What became of one rank."""
+    """The failure of one rank."""
 
     rank: int
     host: str
@@ -41,79 +43,79 @@ class Failure:
     message: str
     exit_code: int
     follows: bool
-    """It failed because another rank did."""
+    """A secondary failure: because another rank failed."""
     trace: str = ""
     """Traceback, or stacks of all threads."""
     time: float = field(default_factory=time.time)
     """Seconds since the epoch, by the clock of the host it was written on."""
     guessed: bool = False
-    """Written by another rank."""
+    """Inferred by another rank."""
 
 
 def record(folder: Path, failure: Failure) -> None:
-    """Write a rank's failure and the report. A disk that refuses is told in the log: the process is ending anyway.
+    """Write a rank's failure and the report. An error is only logged, as the process is ending anyway.
 
-    The first record of a rank stays: what it says afterwards follows from that. So does the first guess about it.
+    Only the first record of a rank is kept, as its later failures are consequences; likewise the first inferred one.
     """
-    place = folder / _FOLDER / f"{'guess' if failure.guessed else 'rank'}-{failure.rank:05d}.json"
+    file = folder / _FOLDER / f"{'guess' if failure.guessed else 'rank'}-{failure.rank:05d}.json"
     try:
-        place.parent.mkdir(exist_ok=True)
-        temporary = _written(place, asdict(failure))
-        if _keep_first(temporary, place):
+        file.parent.mkdir(exist_ok=True)
+        temporary = _written(file, asdict(failure))
+        if _keep_first(temporary, file):
             write_report(folder)
     except OSError as error:
-        logger.warning("cannot write %s: %s", place, error.strerror)
+        logger.warning("cannot write %s: %s", file, error.strerror)
 
 
-def _keep_first(temporary: Path, place: Path) -> bool:
-    """Give the file its name unless there is one of that name. Whether it got it."""
+def _keep_first(temporary: Path, file: Path) -> bool:
+    """Rename `temporary` to `file` unless that exists; whether it was renamed."""
     try:
-        os.link(temporary, place)
+        os.link(temporary, file)
     except FileExistsError:
         return False
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        if place.exists():
+        if file.exists():
             return False
-        shutil.copyfile(temporary, place)
+        shutil.copyfile(temporary, file)
     finally:
         temporary.unlink()
     return True
 
 
 def write_report(folder: Path) -> None:
-    """FAILED.json of what is known by now. Raises OSError."""
-    told: list[Failure] = []
-    # anew where another rank wrote its own meanwhile, and knew less; none are left where a new start cleared them
-    while (failures := read_failures(folder)) and failures != told:
+    """Write FAILED.json from all records so far. Raises OSError."""
+    written: list[Failure] = []
+    # repeat if another rank added its record meanwhile; there are none if a new start removed them
+    while (failures := read_failures(folder)) and failures != written:
         cause, *others = map(asdict, failures)
         _written(folder / REPORT, {"cause": cause, "others": others}).replace(folder / REPORT)
-        told = failures
+        written = failures
 
 
 def read_failures(folder: Path) -> list[Failure]:
-    """The cause first. Clocks of hosts differ, so what says of itself that it follows never comes first by its time,
-    nor does what is only guessed before what is known.
+    """The cause first. As clocks of hosts differ, secondary failures always come after others, and inferred after
+    recorded ones, whatever their times.
     """
     found: dict[int, Failure] = {}
-    for pattern in ("guess-*.json", "rank-*.json"):  # a rank's own words replace what others guessed
+    for pattern in ("guess-*.json", "rank-*.json"):  # a rank's own record replaces an inferred one
         for file in (folder / _FOLDER).glob(pattern):
-            with suppress(OSError, ValueError, TypeError):  # of another version, or damaged: it explains nothing
+            with suppress(OSError, ValueError, TypeError):  # of another version, or damaged
                 failure = Failure(**json.loads(file.read_text(encoding="utf-8")))
                 found[failure.rank] = failure
     return sorted(found.values(), key=lambda failure: (failure.follows, failure.guessed, failure.time, failure.rank))
 
 
 def clear_failures(folder: Path) -> None:
-    """A run that goes on in this folder has not failed."""
+    """Remove all records, for a run that continues in this folder."""
     with suppress(FileNotFoundError):
         (folder / REPORT).unlink()
     shutil.rmtree(folder / _FOLDER, ignore_errors=True)
 
 
 def summary(failures: Sequence[Failure]) -> str:
-    """One paragraph for people, and for launch/slurm.sh, which takes the code from it."""
+    """One paragraph for people, and for launch/slurm.sh, which reads the exit code from it."""
     cause, *others = failures
     where = f"at step {cause.step}, {cause.phase}" if cause.step is not None else cause.phase
     text = f"rank {cause.rank} on {cause.host} failed first (code {cause.exit_code}), {where}: {cause.kind}: "
@@ -126,7 +128,7 @@ def summary(failures: Sequence[Failure]) -> str:
 
 def _written(path: Path, value: object) -> Path:
     """A temporary file beside `path` with the JSON of `value`, flushed."""
-    # not by process id: in containers on two nodes they are often the same, and both may write about one rank
+    # not by process id: in containers on two nodes it is often the same, and both may write about one rank
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:

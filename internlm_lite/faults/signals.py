@@ -1,10 +1,10 @@
-"""Signals that ask a run to stop: noted when they come, obeyed after the step, so that what was trained can be saved.
+"""Signals that ask a run to stop: recorded at once, handled after the step, so that a checkpoint can be saved.
 
 SIGTERM   Slurm and torchrun before they kill        SIGUSR1   sbatch --signal=USR1@90, before the time limit
-SIGINT    Ctrl-C; once more, a second later, interrupts at once
+SIGINT    Ctrl-C; again, at least a second later, interrupts at once
 
-Those that come before the first step are obeyed after it, so that all ranks stop alike; after the last step they change
-nothing. Nor do others that follow: launchers send several, to the job and again to each of its processes.
+Signals before the first step are handled after it, so that all ranks stop together; after the last step they have no
+effect. Nor have further signals: launchers send several, to the job and to each of its processes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from types import FrameType
 logger = logging.getLogger("internlm_lite")
 WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _TWICE_SECONDS = 1.0
-"""Nobody presses Ctrl-C twice as fast as a launcher that hands it on."""
+"""A second SIGINT within this time comes from the launcher, not from the user."""
 
 
 class StopSignals:
-    """In its `with` block, signals are noted in `received`; after it they are ignored, as the process ends with the
-    code it has. For the main thread.
+    """In its `with` block, signals are recorded in `received`; after it they are ignored, as the exit code is decided.
+    For the main thread.
     """
 
     def __init__(self) -> None:
@@ -33,21 +33,21 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         for number in WATCHED:
-            signal.signal(number, self._note)
+            signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number in WATCHED:
             signal.signal(number, signal.SIG_IGN)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received, self._first_seconds = signal.Signals(number).name, time.monotonic()
-            # By another thread: this one may be in the middle of a log record.
-            threading.Thread(target=_tell, args=(self.received,), name="signal").start()
+            # In another thread: this one may be in the middle of a log record.
+            threading.Thread(target=_log, args=(self.received,), name="signal").start()
         elif number == signal.SIGINT and time.monotonic() - self._first_seconds > _TWICE_SECONDS:
             raise KeyboardInterrupt
 
 
-def _tell(name: str) -> None:
+def _log(name: str) -> None:
     logger.warning("%s: the run stops within two steps; Ctrl-C (again) stops it at once", name)

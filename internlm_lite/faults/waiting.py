@@ -1,4 +1,4 @@
-"""Whether a thread waits for other ranks, told from its stack by another thread: it costs the first one nothing."""
+"""Whether a thread waits for other ranks: another thread reads its stack, at no cost for the first."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _WAITING = (os.path.join(os.path.dirname(dist.__file__), ""), os.path.join(os.pa
 
 
 def waits_for_others(thread: threading.Thread) -> bool:
-    """Whether `thread` is in a collective, a send or a receive, or waits for its GPU, which does what NCCL does.
+    """Whether `thread` is in a collective, a send or a receive, or waits for its GPU, which may wait in NCCL.
 
-    All of that is C++, called from few files. Only the innermost Python frame counts: a layer that hangs in its own
-    code has frames of torch's pipeline schedules around it.
+    These are C++ functions, called from few files. Only the innermost Python frame counts, as a layer that hangs in
+    its own code has frames of torch's pipeline schedules around it.
     """
     frame = sys._current_frames().get(thread.ident or 0)
     file = frame.f_code.co_filename if frame else ""

@@ -1,12 +1,13 @@
-"""Finds out that a job stands still, names the rank that keeps it, and ends it.
+"""Detects that a job hangs, names the culprit ranks, and ends the job.
 
-    main thread   enter(phase, step)                                             two assignments: nothing to wait for
-    talker        this rank's beat, and whether it waits -> store; the verdict, a judge: all beats <- store    may block
-    watcher       verdict there? a rank without progress for longer than its phase allows? the store silent? -> the end
+    main thread        enter(phase, step): sets attributes, never blocks
+    heartbeat thread   writes this rank's heartbeat to the store; reads the verdict and, on judges, all heartbeats;
+                       may block together with the store
+    monitor thread     ends the process on a verdict, on a rank beyond the limit of its phase, or on a silent store
 
-Ranks 0 and 1 are judges, the second one a little more patient: either may be the one that hangs. The end is, on every
-rank: the stacks of all threads into its log folder, a failure record, and exit code 4. No error of a blocked collective
-could do that: gloo and NCCL do not know who is missing, and the main thread cannot be interrupted inside them.
+Ranks 0 and 1 are judges, the second with a delay, as either may be the one that hangs. Each rank ends with stacks of
+all threads in its log folder, a failure record, and exit code 4. Time-outs of collectives could not do that: gloo and
+NCCL do not know which rank is missing, and the main thread cannot be interrupted inside them.
 """
 
 from __future__ import annotations
@@ -22,20 +23,21 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from internlm_lite.faults.beats import UNKNOWN_HOST, Beat, Limits, Verdict, judge
+from internlm_lite.faults.beats import UNKNOWN_HOST, Heartbeat, Limits, Verdict, diagnose
 from internlm_lite.faults.waiting import waits_for_others
 
 logger = logging.getLogger("internlm_lite")
 
 _BEAT_SECONDS = 0.5
 _RANKS_PER_SECOND = 500
-"""Beats a second that a store is asked to take; larger worlds beat less often."""
+"""Most heartbeats per second at the store; larger worlds send them less often."""
 _DEPUTY_SECONDS = 2.0
+"""Delay of the second judge."""
 _SUSPENDED_PERIODS = 5
-"""A watcher that did not run for so long was stopped, as by `scontrol suspend`, together with its process."""
+"""If the monitor thread did not run for so long, the process was suspended, for instance by `scontrol suspend`."""
 _VERDICT = "verdict"
 _ENDED = "ended"
-"""Phase of the last beat of a rank that nobody waits for any more."""
+"""Phase of the last heartbeat of a rank that has ended."""
 
 
 class Store(Protocol):
@@ -48,9 +50,9 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class _Seen:
-    """The last beat of a rank, and when its progress and its beats changed last."""
+    """The last heartbeat of a rank, and when its progress and its count last changed."""
 
-    beat: Beat
+    beat: Heartbeat
     progressed: float
     beaten: float
 
@@ -68,23 +70,23 @@ class Watchdog:
         hostname: str = UNKNOWN_HOST,
         agent_store: bool = False,
     ) -> None:
-        """`store`: a connection that nobody else uses; None: nothing is watched. Made in the thread that is watched.
+        """Make it in the thread to watch. `store`: a connection of its own; None: watch nothing.
 
-        `hostname`: as messages name it. `agent_store`: the store is not rank 0's, but that of torchrun's agent.
+        `hostname`: for messages. `agent_store`: torchrun's agent serves the store, not rank 0.
         """
         self._rank, self._size, self._store, self._limits, self._end = rank, world_size, store, limits, end
-        self._mine = Beat(0, "starting", None, 0, hostname)
+        self._mine = Heartbeat(0, "starting", None, 0, hostname)
         self._period = max(_BEAT_SECONDS, world_size / _RANKS_PER_SECOND)
-        self._keeper = "torchrun's agent on the host of rank 0" if agent_store else "rank 0"
-        self._watched = threading.current_thread()
+        self._server = "torchrun's agent on the host of rank 0" if agent_store else "rank 0"
+        self._watched_thread = threading.current_thread()
         self._lock = threading.Lock()
-        """Over replacing `_seen`, which two threads do. None changes a mapping, so reading needs no lock."""
+        """For replacing `_seen` in two threads. Mappings are never changed, so reading needs no lock."""
         self._seen: Mapping[int, _Seen] = {}
         self._hosts: Mapping[int, str] = {}
         self._verdict: Verdict | None = None
-        self._heard = time.monotonic()
+        self._contact = time.monotonic()
         self._stop = threading.Event()
-        tasks = {} if store is None else {"watchdog": self._watch, "watchdog-talker": self._talk}
+        tasks = {} if store is None else {"watchdog": self._monitor, "watchdog-heartbeat": self._send_heartbeats}
         self._threads = [
             threading.Thread(target=task, args=(store,), name=name, daemon=True) for name, task in tasks.items()
         ]
@@ -95,136 +97,136 @@ class Watchdog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """No rank is waited for any more; a talker that is blocked is left behind, as a daemon."""
+        """Stop watching. A blocked heartbeat thread is abandoned, as a daemon."""
         self._stop.set()
         for thread in self._threads:
             thread.join(2 * self._period)
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """The main thread begins something: that is progress."""
+        """The main thread begins a phase, which counts as progress."""
         self._mine = replace(self._mine, progress=self._mine.progress + 1, phase=phase, step=step)
 
     def go_on(self) -> None:
-        """The main thread has done one of the parts of its phase, of which all ranks have equally many."""
+        """The main thread has done a part of its phase. All ranks must have the same number of parts."""
         self._mine = replace(self._mine, progress=self._mine.progress + 1)
 
     @contextmanager
     def inside(self, phase: str) -> Iterator[None]:
-        """Something within the present phase, which goes on afterwards."""
+        """A phase inside the current one, which continues afterwards."""
         before = self._mine
         self.enter(phase, before.step)
         yield
         self.enter(before.phase, before.step)
 
     @property
-    def here(self) -> Beat:
-        """Where this rank is."""
+    def here(self) -> Heartbeat:
+        """The current heartbeat of this rank."""
         return self._mine
 
     def host_of(self, rank: int) -> str:
-        """As far as this rank knows: a judge knows all that have beaten, everybody the host of rank 0."""
+        """Judges know the hosts of all ranks with heartbeats, other ranks only that of rank 0."""
         return self._mine.host if rank == self._rank else self._hosts.get(rank, UNKNOWN_HOST)
 
     @property
     def silence_seconds(self) -> float:
-        """Without a beat for so long, a rank counts as silent."""
+        """A rank without heartbeats for so long counts as silent."""
         return 3 * self._period
 
     def silent(self) -> list[int]:
-        """Ranks whose beats have stopped: all that are known to a judge, to the others at most the store's."""
+        """Ranks without heartbeats: on judges all of them, on other ranks at most the one that serves the store."""
         late = time.monotonic() - self.silence_seconds
-        if self._store is not None and self._heard < late:
-            return [0] if self._rank else []  # without the store nothing is known of the others
+        if self._store is not None and self._contact < late:
+            return [0] if self._rank else []  # without the store the others are unknown
         return [rank for rank, seen in self._seen.items() if seen.beaten < late and rank != self._rank]
 
     @property
     def judges(self) -> bool:
         return self._rank < 2
 
-    def _talk(self, store: Store) -> None:
+    def _send_heartbeats(self, store: Store) -> None:
         beats, ended = 0, False
         while not ended:
             beats += 1
-            mine = replace(self._mine, beats=beats, waits=waits_for_others(self._watched))
-            with suppress(RuntimeError):  # torch.distributed's errors are RuntimeErrors: rank 0 is gone, or just ending
+            mine = replace(self._mine, beats=beats, waits=waits_for_others(self._watched_thread))
+            with suppress(RuntimeError):  # of torch.distributed: rank 0 is gone or ending
                 store.set(f"beat/{self._rank}", mine.to_json())
                 if store.check([_VERDICT]):
                     self._verdict = Verdict.from_json(store.get(_VERDICT))
                 if self.judges:
-                    self._look(store)
+                    self._read_heartbeats(store)
                 elif self.host_of(0) == UNKNOWN_HOST:
-                    self._hosts = {0: _beat_of(0, store).host}
-                self._heard = time.monotonic()
+                    self._hosts = {0: _heartbeat_of(0, store).host}
+                self._contact = time.monotonic()
             ended = self._stop.wait(self._period)
         with suppress(RuntimeError):
             store.set(f"beat/{self._rank}", replace(self._mine, phase=_ENDED).to_json())
 
-    def _look(self, store: Store) -> None:
-        """For a judge: the beats of all ranks."""
-        beats = {rank: beat for rank in range(self._size) if (beat := _beat_of(rank, store)).phase != _ENDED}
+    def _read_heartbeats(self, store: Store) -> None:
+        """On judges: read the heartbeats of all ranks."""
+        beats = {rank: beat for rank in range(self._size) if (beat := _heartbeat_of(rank, store)).phase != _ENDED}
         now = time.monotonic()
         with self._lock:
             self._seen = {rank: _seen_now(beat, self._seen.get(rank), now) for rank, beat in beats.items()}
         self._hosts = {**self._hosts, **{rank: beat.host for rank, beat in beats.items()}}
 
-    def _watch(self, store: Store) -> None:
+    def _monitor(self, store: Store) -> None:
         looked = time.monotonic()
         while not self._stop.wait(self._period / 2):
             now = time.monotonic()
             if now - looked > _SUSPENDED_PERIODS * self._period:
-                self._forgive(now - looked)
+                self._add_time(now - looked)
             looked = now
-            verdict = self._verdict or self._judge(now)
+            verdict = self._verdict or self._diagnose(now)
             if verdict is not None:
                 self._publish(verdict, store)
                 self._end(verdict)
                 return
 
-    def _forgive(self, seconds: float) -> None:
-        """This process was suspended, and so perhaps all were: nobody could make progress meanwhile."""
-        self._heard += seconds
+    def _add_time(self, seconds: float) -> None:
+        """This process, and perhaps all others, was suspended: do not count that time as idle."""
+        self._contact += seconds
         with self._lock:
             self._seen = {
                 rank: replace(seen, progressed=seen.progressed + seconds, beaten=seen.beaten + seconds)
                 for rank, seen in self._seen.items()
             }
 
-    def _judge(self, now: float) -> Verdict | None:
+    def _diagnose(self, now: float) -> Verdict | None:
         mine = self._mine
-        limit, silence = self._limits[mine.phase], now - self._heard
+        limit, silence = self._limits[mine.phase], now - self._contact
         if silence > limit:
-            why = f"{self._keeper}, which holds the store, has not answered for {silence:.0f} s: it is stopped, or gone"
+            why = f"{self._server}, which holds the store, has not answered for {silence:.0f} s: it is stopped, or gone"
             return Verdict((0,), why, mine.phase, mine.step, (self.host_of(0),))
         if not self.judges or silence > self.silence_seconds:
-            return None  # what a store that is silent itself said last makes all ranks look silent
+            return None  # the last values of an unreachable store would make all ranks look silent
         patience = _DEPUTY_SECONDS if self._rank else 0.0
         known = self._seen
         table = {rank: seen.beat for rank, seen in known.items()}
         idle = {rank: (now - seen.progressed - patience, now - seen.beaten) for rank, seen in known.items()}
-        return judge(table, idle, self._limits, self._period)
+        return diagnose(table, idle, self._limits, self._period)
 
     def _publish(self, verdict: Verdict, store: Store) -> None:
         if verdict is self._verdict:
             return
-        teller = threading.Thread(target=_tell, args=(verdict, store), daemon=True)
-        teller.start()
-        teller.join(self._period)
+        thread = threading.Thread(target=_write_verdict, args=(verdict, store), daemon=True)
+        thread.start()
+        thread.join(self._period)
 
 
-def _tell(verdict: Verdict, store: Store) -> None:
+def _write_verdict(verdict: Verdict, store: Store) -> None:
     try:
         store.set(_VERDICT, verdict.to_json())
     except RuntimeError as error:
-        logger.debug("the verdict could not be told: %s", error)
+        logger.debug("cannot write the verdict to the store: %s", error)
 
 
-def _beat_of(rank: int, store: Store) -> Beat:
-    """What a rank told last."""
+def _heartbeat_of(rank: int, store: Store) -> Heartbeat:
+    """The last heartbeat of a rank."""
     key = f"beat/{rank}"
-    return Beat.from_json(store.get(key)) if store.check([key]) else Beat(0, "starting", None, 0)
+    return Heartbeat.from_json(store.get(key)) if store.check([key]) else Heartbeat(0, "starting", None, 0)
 
 
-def _seen_now(beat: Beat, before: _Seen | None, now: float) -> _Seen:
+def _seen_now(beat: Heartbeat, before: _Seen | None, now: float) -> _Seen:
     if before is None:
         return _Seen(beat, now, now)
     progressed = now if beat.progress != before.beat.progress else before.progressed
@@ -232,7 +234,7 @@ def _seen_now(beat: Beat, before: _Seen | None, now: float) -> _Seen:
 
 
 def unwatched(rank: int) -> Watchdog:
-    """For a run that nobody watches: it notes phases and never ends anything."""
+    """A watchdog that records phases but does not watch, for runs without one."""
     return Watchdog(rank, 1, None, Limits(math.inf, {}), lambda verdict: None)
 
 

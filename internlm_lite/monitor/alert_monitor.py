@@ -85,10 +85,10 @@ class AlertMonitor(Sink):
     def _report(self, alert: Alert) -> None:
         text = str(masked(alert.text))
         if alert.over:
-            logger.info(f"alert over: {alert.rule} {text}")
+            logger.info("alert over: %s %s", alert.rule, text)
             self._send_event("alert_over", rule=alert.rule, step=alert.step)
         else:
-            logger.warning(f"ALERT {alert.rule}: {text}")
+            logger.warning("ALERT %s: %s", alert.rule, text)
             self._send_event("alert", rule=alert.rule, step=alert.step, text=text)
         if self._webhook is not None:
             self._webhook.send(f"[{self._title}] {'over: ' if alert.over else ''}{alert.rule}: {text}")
@@ -113,4 +113,4 @@ class Ticker:
             while not self._closed.wait(self._seconds):
                 self._call()
         except Exception as error:  # noqa: BLE001  no error here may stop training
-            logger.warning(f"{self._name} failed and is switched off: {type(error).__name__}: {error}")
+            logger.warning("%s failed and is switched off: %s: %s", self._name, type(error).__name__, error)

@@ -75,7 +75,7 @@ class Rules:
         self._intervals: deque[float] = deque(maxlen=WINDOW_LINES)
         self._slow_lines, self._slow_since = 0, 0.0
         self._skipped: int | None = None
-        self._skips_in_a_row = 0
+        self._consecutive_skips = 0
         self._last_line: float | None = None
         self._last_seen: float | None = None
         """Time of the last step or event; None: no step is expected."""
@@ -120,7 +120,7 @@ class Rules:
     def disk(self, figures: DiskFigures, now: float) -> list[Alert]:
         """After a check of free space."""
         limit = min(DISK_SHARE * figures.total, DISK_BYTES)
-        full = _either(figures.free < limit, figures.free > 1.25 * limit)
+        full = _either(on=figures.free < limit, off=figures.free > 1.25 * limit)
         share = figures.free / figures.total if figures.total else 0.0
         text = f"{figures.folder} has {human_bytes(figures.free)} left ({share:.1%}); make room before it is full"
         return self._update(f"disk_nearly_full {figures.folder}", full, text, now)
@@ -133,14 +133,14 @@ class Rules:
         loss, known = record.loss, math.isfinite(record.loss)
         empty = bool(record.folders) and not any(folder.tokens for folder in record.folders.values())
         text = f"the loss of step {record.step} is {loss}"
-        alerts = self._update("non_finite_loss", _either(not (known or empty), known), text, now)
+        alerts = self._update("non_finite_loss", _either(on=not (known or empty), off=known), text, now)
         if not known:
             return alerts
         if len(self._losses) < FEWEST_LINES:
             self._losses.append(loss)
             return alerts
         mean, factor = fmean(self._losses), self._config.loss_factor
-        spike = _either(loss > factor * mean, loss < (1 + factor) / 2 * mean)
+        spike = _either(on=loss > factor * mean, off=loss < (1 + factor) / 2 * mean)
         if not spike and "loss_spike" not in self._begun:
             self._losses.append(loss)
         text = f"loss {loss:.4g} at step {record.step}, more than {factor:g} x its mean {mean:.4g} over the last lines"
@@ -150,9 +150,9 @@ class Rules:
         """All updates since the last line were skipped if their number grew by the number of steps."""
         before = record.inf_nan_skip_batches if self._skipped is None else self._skipped
         new, self._skipped = record.inf_nan_skip_batches - before, record.inf_nan_skip_batches
-        self._skips_in_a_row = self._skips_in_a_row + steps if new >= steps else 0
-        on = _either(self._skips_in_a_row >= self._config.skips_in_a_row, self._skips_in_a_row == 0)
-        text = f"{self._skips_in_a_row} updates skipped in a row up to step {record.step}: gradients are not finite"
+        self._consecutive_skips = self._consecutive_skips + steps if new >= steps else 0
+        on = _either(on=self._consecutive_skips >= self._config.skips_in_a_row, off=self._consecutive_skips == 0)
+        text = f"{self._consecutive_skips} updates skipped in a row up to step {record.step}: gradients are not finite"
         return self._update("overflow_run", on, text, now)
 
     def _speed(self, tgs: float, now: float) -> list[Alert]:
@@ -167,7 +167,7 @@ class Rules:
         slow = self._slow_lines >= SLOW_LINES and now - self._slow_since >= SLOW_SECONDS
         if not low and "slow" not in self._begun:
             self._speeds.append(tgs)
-        on = _either(slow, tgs > (1 - drop / 2) * usual)
+        on = _either(on=slow, off=tgs > (1 - drop / 2) * usual)
         text = f"{tgs:.0f} tokens per GPU and second, usually {usual:.0f}: more than {drop:.0%} less"
         return self._update("slow", on, text, now)
 
@@ -183,6 +183,6 @@ class Rules:
         return []
 
 
-def _either(on: bool, off: bool) -> bool | None:
+def _either(*, on: bool, off: bool) -> bool | None:
     """True, False, or None between two thresholds."""
     return True if on else False if off else None

@@ -49,7 +49,7 @@ class Console(Sink):
     def step(self, record: StepRecord) -> None:
         """Show one step line, and move the bar."""
         columns = shutil.get_terminal_size().columns if self._terminal else None
-        extra = {"verbatim": True, "compact": compact_line(record, self._terminal, columns)}
+        extra = {"verbatim": True, "compact": compact_line(record, colour=self._terminal, width=columns)}
         logger.info(format_step_line(record), extra=extra)
         if self._bar is None:
             return
@@ -77,7 +77,7 @@ def next_checkpoint(done: int, every: Sequence[int], total: int) -> int:
     return min(total, *((done // steps + 1) * steps for steps in every))
 
 
-def compact_line(record: StepRecord, colour: bool, width: int | None = None) -> str:
+def compact_line(record: StepRecord, *, colour: bool, width: int | None = None) -> str:
     """One short line for a terminal: time, step, loss, other numbers, and the loss of each folder with tokens.
 
     Columns beyond `width` are dropped; None: no limit.
@@ -112,7 +112,7 @@ def heartbeat(what: str, every_seconds: float = HEARTBEAT_SECONDS) -> Iterator[N
 
     def beat() -> None:
         while not ended.wait(every_seconds):
-            logger.info(f"{what}: still at it after {clock(time.monotonic() - start)}")
+            logger.info("%s: still at it after %s", what, clock(time.monotonic() - start))
 
     thread = threading.Thread(target=beat, name=f"heartbeat {what}", daemon=True)
     thread.start()

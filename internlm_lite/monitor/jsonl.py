@@ -50,7 +50,8 @@ class JsonlWriter:
                 self._torn = True
                 if not self._failed:
                     self._failed = True
-                    logger.warning(f"cannot write {self.path}: {error.strerror}; training goes on without these lines")
+                    text = "cannot write %s: %s; training goes on without these lines"
+                    logger.warning(text, self.path, error.strerror)
 
     def _append(self, line: bytes) -> None:
         if self._descriptor is None:

@@ -102,15 +102,12 @@ class FanOut:
         thread.join(max(0.0, deadline - time.monotonic()))
         if thread.is_alive():
             self._abandoned.set()
-            logger.warning(
-                f"{self._queued} did not end within {self._close_seconds:g} s: the last records may be missing there; "
-                "metrics.jsonl has all"
-            )
+            text = "%s did not end within %g s: the last records may be missing there; metrics.jsonl has all"
+            logger.warning(text, self._queued, self._close_seconds)
         if self._dropped:
             self.event("records_left_out", records=self._dropped)
-            logger.warning(
-                f"{self._queued}: {self._dropped} records came too fast and are missing; metrics.jsonl has all"
-            )
+            text = "%s: %d records came too fast and are missing; metrics.jsonl has all"
+            logger.warning(text, self._queued, self._dropped)
 
     def _dispatch(self, call: Call) -> None:
         for name in list(self._direct):
@@ -122,7 +119,7 @@ class FanOut:
         except queue.Full:
             self._dropped += 1
             if self._dropped == 1:
-                logger.warning(f"{self._queued}: too slow, records will be missing from now on")
+                logger.warning("%s: too slow, records will be missing from now on", self._queued)
 
     def _try(self, sinks: dict[str, Sink], name: str, call: Call) -> None:
         sink = sinks.get(name)
@@ -138,7 +135,7 @@ class FanOut:
     def _report_failure(self, name: str, error: Exception) -> None:
         text = str(error).strip().partition("\n")[0]
         why = masked(f"{type(error).__name__}: {text}")
-        logger.warning(f"{name} failed and is switched off, training goes on: {why}")
+        logger.warning("%s failed and is switched off, training goes on: %s", name, why)
         self.event("sink_failed", sink=name, why=why)
 
     def _close_broken(self, name: str, sink: Sink) -> None:
@@ -146,7 +143,7 @@ class FanOut:
         try:
             sink.close()
         except Exception as error:  # noqa: BLE001  as above
-            logger.debug(f"{name} could not be closed either: {error}")
+            logger.debug("%s could not be closed either: %s", name, error)
 
     def _work(self, queued: dict[str, Callable[[], Sink]]) -> None:
         sinks: dict[str, Sink] = {}

@@ -79,9 +79,7 @@ class Webhook:
         with self._queue.mutex:
             left = self._queue.unfinished_tasks - self._queue.queue.count(None)
         if left:
-            logger.warning(
-                f"alerts that did not reach monitor.alerts.webhook before the end: {left}; they stand in events.jsonl"
-            )
+            logger.warning("alerts not sent to monitor.alerts.webhook: %d; they are in events.jsonl", left)
 
     def _work(self) -> None:
         while not (self._closing.is_set() and self._queue.empty()):
@@ -109,7 +107,7 @@ class Webhook:
     def _report_failure(self, problem: str) -> None:
         if not self._failing:
             self._failing = True
-            logger.warning(f"an alert did not reach monitor.alerts.webhook ({problem}); it stands in events.jsonl")
+            logger.warning("cannot send an alert to monitor.alerts.webhook (%s); it is in events.jsonl", problem)
 
     def _post(self, text: str) -> tuple[str, bool]:
         """What went wrong (empty: nothing) and whether to try again. The text contains no part of the address."""

@@ -54,7 +54,7 @@ def bind_device(place: Place, wanted: str = "auto") -> torch.device:
         device = torch.device("cuda", _gpu_index(place, visible))
         torch.cuda.set_device(device)
     name = device.type if device.index is None else device.index
-    logger.info(f"process rank {place.rank} is bound to host:{place.hostname} device: {name}")
+    logger.info("process rank %d is bound to host:%s device: %s", place.rank, place.hostname, name)
     return device
 
 

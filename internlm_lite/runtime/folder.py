@@ -86,7 +86,7 @@ def point_latest(job: Path, name: str) -> None:
         temporary.replace(job / "latest")
     except OSError as error:  # some file systems have no links; the run does not need it
         temporary.unlink(missing_ok=True)
-        logger.warning(f"cannot point {job / 'latest'} at {name}: {error.strerror}")
+        logger.warning("cannot point %s at %s: %s", job / "latest", name, error.strerror)
 
 
 def write_start(folder: Path, loaded: LoadedConfig, environment: Mapping[str, Any]) -> None:

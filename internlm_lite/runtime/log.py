@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections import deque
-from collections.abc import Iterable
 from contextlib import suppress
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Literal, TextIO
 
@@ -25,6 +24,7 @@ logger = logging.getLogger("internlm_lite")
 
 _COLOURS = {logging.WARNING: "\x1b[33m", logging.ERROR: "\x1b[31m", logging.CRITICAL: "\x1b[1;31m"}
 _RESET = "\x1b[0m"
+_EARLY_RECORDS = 10_000
 
 
 class FullFormatter(logging.Formatter):
@@ -40,7 +40,7 @@ class FullFormatter(logging.Formatter):
 class CompactFormatter(logging.Formatter):
     """`HH:MM:SS message` for people; warnings and errors name their level, in colour on a terminal."""
 
-    def __init__(self, colour: bool) -> None:
+    def __init__(self, *, colour: bool) -> None:
         super().__init__("%(asctime)s %(message)s", datefmt="%H:%M:%S")
         self._colour = colour
 
@@ -55,33 +55,31 @@ class CompactFormatter(logging.Formatter):
         return f"{_COLOURS.get(record.levelno, '')}{text}{_RESET}" if self._colour else text
 
 
-class StdoutHandler(logging.StreamHandler[TextIO]):
-    """Writes to the current `sys.stdout`: a progress bar that replaces it keeps records above itself."""
+class _ReportsOnce(logging.Handler):
+    """Reports its first error on stderr and ignores later ones: a full disk or a closed pipe must not end the run."""
 
+    output = "standard output"
     _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self._report(sys.exc_info()[1])
+
+    def _report(self, error: BaseException | None) -> None:
+        if not self._failed:
+            self._failed = True
+            with suppress(OSError):  # stderr may be a file on the same full disk
+                print(f"WARNING cannot write {self.output}: {error}", file=sys.stderr)
+
+
+class StdoutHandler(_ReportsOnce, logging.StreamHandler[TextIO]):
+    """Writes to the current `sys.stdout`: a progress bar that replaces it keeps records above itself."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not self._failed:  # a closed pipe or a full disk must not end the run
-            self._failed = True
-            _warn(f"WARNING cannot write to standard output: {sys.exc_info()[1]}")
-
     @property
     def stream(self) -> TextIO:  # type: ignore[override]
         return sys.stdout
-
-
-class EarlyRecords(logging.Handler):
-    """Keeps records for the rank's file until the run folder is known."""
-
-    def __init__(self, records: Iterable[logging.LogRecord] = ()) -> None:
-        super().__init__()
-        self.records = deque(records, maxlen=10_000)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
 
 
 def resolve_style(style: str, stream: TextIO) -> Style:
@@ -98,7 +96,8 @@ def setup_logging(place: Place, folder: Path | None, style: str = "auto") -> Non
     Call it at start with folder None, and again once the run folder is known: earlier records then go to the file
     too. `style`: full, compact, or auto (compact on a terminal). Raises StorageError when the file cannot be opened.
     """
-    early = [record for handler in logger.handlers if isinstance(handler, EarlyRecords) for record in handler.records]
+    early = next((handler for handler in logger.handlers if isinstance(handler, MemoryHandler)), None)
+    early = early or MemoryHandler(_EARLY_RECORDS, flushLevel=sys.maxsize, flushOnClose=False)
     close_logging()
     logger.setLevel(logging.DEBUG)
     logger.propagate = False  # a library that configures the root logger must not print our records twice
@@ -108,22 +107,22 @@ def setup_logging(place: Place, folder: Path | None, style: str = "auto") -> Non
     stdout = StdoutHandler()
     stdout.setLevel(logging.INFO if place.is_main else logging.WARNING)
     compact = resolve_style(style, sys.stdout) == "compact"
-    stdout.setFormatter(CompactFormatter(sys.stdout.isatty()) if compact else FullFormatter())
+    stdout.setFormatter(CompactFormatter(colour=sys.stdout.isatty()) if compact else FullFormatter())
     logger.addHandler(stdout)
 
     if folder is None:
-        logger.addHandler(EarlyRecords(early))
+        logger.addHandler(early)
         return
     file = _open_rank_file(folder / "logs" / f"rank-{place.rank:05d}.log")
-    for record in early:
-        file.handle(record)
+    early.setTarget(file)
+    early.flush()
     logger.addHandler(file)
 
 
 def close_logging() -> None:
     """Flush and remove the handlers of `setup_logging`."""
     for handler in list(logger.handlers):
-        if isinstance(handler, StdoutHandler | EarlyRecords | logging.FileHandler):
+        if isinstance(handler, StdoutHandler | MemoryHandler | logging.FileHandler):
             logger.removeHandler(handler)
             handler.close()
 
@@ -135,13 +134,10 @@ def flush_logging() -> None:
             output.flush()
 
 
-class _RankFile(logging.FileHandler):
-    """A full disk must not end the run: the first failure is reported on stderr, later ones are ignored."""
-
-    _failed = False
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        self._report(sys.exc_info()[1])
+class _RankFile(_ReportsOnce, logging.FileHandler):
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8")
+        self.output = str(path)
 
     def flush(self) -> None:
         try:
@@ -155,22 +151,11 @@ class _RankFile(logging.FileHandler):
         except OSError as error:  # buffered records are lost; the descriptor is closed nevertheless
             self._report(error)
 
-    def _report(self, error: BaseException | None) -> None:
-        if not self._failed:
-            self._failed = True
-            _warn(f"WARNING cannot write {self.baseFilename}: {error}")
-
-
-def _warn(text: str) -> None:
-    """On stderr, which may be a file on the same full disk."""
-    with suppress(OSError):
-        print(text, file=sys.stderr)
-
 
 def _open_rank_file(path: Path) -> logging.FileHandler:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = _RankFile(path, encoding="utf-8")
+        file = _RankFile(path)
     except OSError as error:
         raise StorageError(f"cannot write the log file {path}: {error.strerror}; choose another --run-dir") from error
     file.setLevel(logging.DEBUG)

@@ -54,7 +54,7 @@ def meet(place: Place, timeout: timedelta, says: Mapping[str, str]) -> Store:
 def _rendezvous(place: Place, timeout: timedelta, says: Mapping[str, str]) -> Store:
     serves = place.is_main and not place.agent_store
     # Ranks started for a world of another size must not take part in this one.
-    store = PrefixStore(f"world{place.world_size}", _connect(place, timeout, serves))
+    store = PrefixStore(f"world{place.world_size}", _connect(place, timeout, serves=serves))
     try:
         name = _host_round(store, place, timeout, says) if place.is_main else _join_round(store, place, timeout, says)
     except RuntimeError as error:  # torch.distributed's errors are RuntimeErrors
@@ -65,7 +65,7 @@ def _rendezvous(place: Place, timeout: timedelta, says: Mapping[str, str]) -> St
     return PrefixStore(name, store)
 
 
-def _connect(place: Place, timeout: timedelta, serves: bool) -> Store:
+def _connect(place: Place, timeout: timedelta, *, serves: bool) -> Store:
     try:
         return TCPStore(
             place.master_host,

@@ -65,8 +65,9 @@ def connect_ranks(store: Store, place: Place, device: torch.device, timeout: tim
 def announce_layout(data: int, pipeline: int, tensor: int) -> None:
     """Log the sizes of the mesh in the seed's format."""
     logger.info(
-        f"Distributed environment is initialized, data parallel size: {data}, "
-        f"pipeline parallel size: {pipeline}, tensor parallel size: {tensor}"
+        "Distributed environment is initialized, data parallel size: %d, pipeline parallel size: %d, "
+        "tensor parallel size: %d",
+        *(data, pipeline, tensor),
     )
 
 

@@ -416,7 +416,7 @@ def problems(text: str, world: int | None = WORLD) -> list[str]:
     return []
 
 
-def test_the_good_config_is_good() -> None:
+def test_good_config() -> None:
     assert problems(GOOD) == []
 
 
@@ -484,12 +484,12 @@ def test_missing_sections() -> None:
     ]
 
 
-def test_a_wrong_number_is_not_reported_again_where_it_is_the_default() -> None:
+def test_wrong_value_is_reported_once_despite_derived_default() -> None:
     text = GOOD.replace('total_steps=data["total_steps"], ', "").replace("total_steps=100", "total_steps=0")
     assert [line.split(": ")[1] for line in problems(text)] == ["data.total_steps"]
 
 
-def test_every_stage_needs_a_layer() -> None:
+def test_layers_per_stage() -> None:
     text = GOOD.replace("num_layers=4", "num_layers=3, num_chunks=2").replace("tensor=2", "pipeline=2")
     assert problems(text, 4) == [
         "bad.py:18: model.num_layers: found 3, expected at least parallel.pipeline.size 2 * model.num_chunks 2 = 4, "
@@ -513,16 +513,14 @@ def test_every_stage_needs_a_layer() -> None:
         (3, "size=2, schedule='zbv'", False),
     ],
 )
-def test_a_schedule_says_how_many_chunks(
-    chunks: int, pipeline: str, good: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_schedule_and_chunks(chunks: int, pipeline: str, good: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross, "version", lambda package: "2.13.0")
     text = GOOD.replace("num_layers=4", f"num_layers=8, num_chunks={chunks}")
     found = problems(text.replace("tensor=2", f"pipeline=dict({pipeline})"))
     assert [line.split(": ")[1] for line in found] == ([] if good else ["model.num_chunks"])
 
 
-def test_zero_bubble_does_not_receive_late() -> None:
+def test_zbv_needs_interleaved_overlap() -> None:
     text = GOOD.replace("num_layers=4", "num_layers=4, num_chunks=2")
     text = text.replace("tensor=2", "pipeline=dict(size=2, schedule='zbv', interleaved_overlap=False)")
     assert problems(text) == [
@@ -531,7 +529,7 @@ def test_zero_bubble_does_not_receive_late() -> None:
     ]
 
 
-def test_a_torch_that_cannot_receive_late_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_torch_needs_interleaved_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross, "version", lambda package: "2.12.1+cu128")
     text = GOOD.replace("num_layers=4", "num_layers=4, num_chunks=2")
     assert problems(text.replace("tensor=2", "pipeline=dict(size=2, interleaved_overlap=False)")) == [
@@ -542,13 +540,13 @@ def test_a_torch_that_cannot_receive_late_is_refused(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("found", [None, "2.12.0-internal", PackageNotFoundError("torch")])
-def test_a_torch_of_unknown_version_is_no_problem_of_the_config(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_torch_version_is_accepted(found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross, "version", Mock(side_effect=[found]))
     text = GOOD.replace("num_layers=4", "num_layers=4, num_chunks=2")
     assert problems(text.replace("tensor=2", "pipeline=dict(size=2, interleaved_overlap=False)")) == []
 
 
-def test_sequence_parallelism_splits_the_rows_evenly() -> None:
+def test_sequence_parallel_divisibility() -> None:
     text = GOOD.replace("SEQ_LEN = 128", "SEQ_LEN = 127").replace("tensor=2", "tensor=2, sequence_parallel=True")
     assert problems(text) == [
         "bad.py:23: parallel.sequence_parallel: found True with rows of micro_bsz * seq_len = 127 tokens, expected a "
@@ -557,7 +555,7 @@ def test_sequence_parallelism_splits_the_rows_evenly() -> None:
     assert problems(text.replace("micro_num=4", "micro_num=4, micro_bsz=2")) == []
 
 
-def test_interleaving_needs_micro_batches_for_all_stages() -> None:
+def test_interleaved_micro_num() -> None:
     text = GOOD.replace("num_layers=4", "num_layers=4, num_chunks=2").replace("tensor=2", "pipeline=2")
     assert problems(text.replace("micro_num=4", "micro_num=3"), 4)[0].startswith(
         "bad.py:5: data.micro_num: found 3, expected a multiple of parallel.pipeline.size 2"

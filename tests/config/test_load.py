@@ -60,7 +60,7 @@ def test_seed_config_with_boto3_lines(tmp_path: Path, monkeypatch: pytest.Monkey
     assert load_config(seed, ["BOTO3_IP=h", "SAVE_CKPT_FOLDER=local:here"]).config.ckpt.save_ckpt_folder == "local:here"
 
 
-def test_our_20b_config_is_the_seeds() -> None:
+def test_20b_config_equals_seed() -> None:
     ours = load_config(ROOT / "configs" / "20B_sft.py")
     assert ours.config == load_config(SEED).config
     written = {key for key, origin in load_config(SEED).origins.items() if origin != "default"}
@@ -68,19 +68,19 @@ def test_our_20b_config_is_the_seeds() -> None:
 
 
 @pytest.mark.parametrize(("name", "world", "mlp"), [("20B_sft", 16, 13824), ("7B_sft", 8, 11008), ("tiny", 1, 192)])
-def test_our_configs_load(name: str, world: int, mlp: int) -> None:
+def test_shipped_configs_load(name: str, world: int, mlp: int) -> None:
     loaded = load_config(ROOT / "configs" / f"{name}.py")
     check_config(loaded, world)
     assert loaded.config.model.mlp_hidden_size == mlp and loaded.notes == ()
 
 
 @pytest.mark.parametrize("name", ["20B_sft", "7B_sft"])
-def test_our_configs_refuse_another_world(name: str) -> None:
+def test_shipped_configs_check_world_size(name: str) -> None:
     with pytest.raises(ConfigError, match=r"expected a (multiple|divisor)"):
         check_config(load_config(ROOT / "configs" / f"{name}.py"), 6)
 
 
-def test_what_is_no_key_is_ignored(tmp_path: Path) -> None:
+def test_modules_functions_and_private_names_are_ignored(tmp_path: Path) -> None:
     text = "import os\nfrom math import sqrt\ndef f(): pass\nclass C: pass\n_x = 3\nNAME = {'a': sqrt(4)}\n'doc'\n"
     assert load(tmp_path, text).config.JOB_NAME == "tiny"
 
@@ -107,7 +107,7 @@ def test_variable_override_reaches_the_base(tmp_path: Path) -> None:
     assert load(tmp_path, "", "SEQ_LEN=64").config.data.seq_len == 64
 
 
-def test_a_variable_that_could_not_be_computed_can_be_given(tmp_path: Path) -> None:
+def test_override_of_failing_variable(tmp_path: Path) -> None:
     text = "import os\nSEED = int(os.environ['NO_SUCH_VARIABLE'])\nseed = SEED\n"
     assert load(tmp_path, text, "SEED=5").config.seed == 5
 
@@ -137,7 +137,7 @@ def test_key_override(override: str, key: str, value: object) -> None:
         ("dict(**{'code': 2})", "dict(**{'code': 2})"),
     ],
 )
-def test_a_dict_is_written_as_in_a_file(written: str, value: object) -> None:
+def test_override_with_dict(written: str, value: object) -> None:
     assert parse_overrides([f"data.weights={written}"]).layer.get("data.weights") == value
 
 
@@ -199,14 +199,14 @@ def test_base_merges_and_delete_replaces(tmp_path: Path) -> None:
     assert load_config(tmp_path / "c.py").config.data.weights == {"x": 1, "y": 2, "z": 3}
 
 
-def test_base_in_a_circle(tmp_path: Path) -> None:
+def test_circular_base(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("_base_ = 'b.py'\n")
     (tmp_path / "b.py").write_text("_base_ = 'a.py'\n")
     with pytest.raises(ConfigError, match=r"_base_ runs in a circle: a\.py -> b\.py -> a\.py"):
         load_config(tmp_path / "a.py")
 
 
-def test_error_in_a_base_names_the_base(tmp_path: Path) -> None:
+def test_error_in_base(tmp_path: Path) -> None:
     (tmp_path / "b.py").write_text("\nx = NOTHING\n")
     (tmp_path / "a.py").write_text("_base_ = 'b.py'\n")
     with pytest.raises(ConfigError, match=r"b\.py:2: .*NameError: name 'NOTHING' is not defined"):
@@ -216,7 +216,7 @@ def test_error_in_a_base_names_the_base(tmp_path: Path) -> None:
 # Origins and defaults
 
 
-def test_origins_follow_how_a_key_was_written(tmp_path: Path) -> None:
+def test_origins(tmp_path: Path) -> None:
     text = (
         "COMMON = dict(\n    lr=1e-3,\n    adam_beta1=0.8,\n)\n"  # lines 2-5
         "adam = dict(\n    **COMMON,\n    adam_beta2=0.9,\n)\n"  # 6-9
@@ -252,7 +252,7 @@ def test_defaults_taken_from_other_keys(tmp_path: Path) -> None:
     assert loaded.notes == ()
 
 
-def test_values_that_disagree_are_noted() -> None:
+def test_contradicting_values_are_noted() -> None:
     loaded = load_config(SEED, ["data.total_steps=20", "adam.adam_beta2=0.99"])
     check_config(loaded, 16)
     assert [note.partition(": ")[2] for note in loaded.notes] == [
@@ -314,7 +314,7 @@ SPELLINGS = [
 
 
 @pytest.mark.parametrize(("text", "expected"), SPELLINGS, ids=[text for text, _ in SPELLINGS])
-def test_other_spellings(tmp_path: Path, text: str, expected: dict[str, object]) -> None:
+def test_aliases(tmp_path: Path, text: str, expected: dict[str, object]) -> None:
     loaded = load(tmp_path, text + "\n")
     for key, value in expected.items():
         found: object = loaded.config
@@ -344,14 +344,14 @@ ALL_OF_Q = "ckpt = dict(load_ckpt_info=dict(path='q', content=('all',)))\n"
         ("ckpt = dict(load_model_only_folder='o', load_ckpt_info=dict(path='q'))", [], "q", None),
     ],
 )
-def test_what_is_loaded_is_said_again_by_a_later_layer(
+def test_load_alias_in_override(
     tmp_path: Path, text: str, overrides: list[str], whole: str | None, model_only: str | None
 ) -> None:
     ckpt = load(tmp_path, text, *overrides).config.ckpt
     assert (ckpt.load_ckpt_folder, ckpt.load_model_only_folder, ckpt.load_optimizer) == (whole, model_only, True)
 
 
-def test_what_is_loaded_is_said_again_by_a_file_over_its_base(tmp_path: Path) -> None:
+def test_load_alias_over_base(tmp_path: Path) -> None:
     load(tmp_path, "ckpt = dict(load_ckpt_info=dict(path='q', content=['model', 'sampler', 'scheduler']))\n")
     (tmp_path / "y.py").write_text("_base_ = 'x.py'\nckpt = dict(load_ckpt_info=dict(path='p'))\n")
     loaded = load_config(tmp_path / "y.py")
@@ -365,7 +365,7 @@ def test_what_is_loaded_is_said_again_by_a_file_over_its_base(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("alert", ["feishu_alert_address='{}'", "enable_feishu_alert=False, feishu_alert_address='{}'"])
-def test_the_address_of_a_webhook_is_not_shown(tmp_path: Path, alert: str) -> None:
+def test_webhook_is_not_shown(tmp_path: Path, alert: str) -> None:
     loaded = load(tmp_path, f"monitor = dict(alert=dict({alert.format('https://x.example/hush')}))\n")
     shown = [*loaded.notes, *(print_config(loaded, how) for how in ("full", "diff", "origin"))]
     assert "hush" not in "".join(shown)
@@ -394,11 +394,11 @@ def test_the_address_of_a_webhook_is_not_shown(tmp_path: Path, alert: str) -> No
         ("monitor = dict(alert=dict(webhook='u'))", "x.py:2: monitor.alert: unknown key; nearest known key: monitor.a"),
     ],
 )
-def test_other_spellings_of_what_does_not_exist(tmp_path: Path, text: str, expected: str) -> None:
+def test_aliases_of_unsupported_features(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in problem(tmp_path, text + "\n")
 
 
-def test_what_does_not_exist_may_be_taken_back_by_a_later_layer(tmp_path: Path) -> None:
+def test_override_of_unsupported_feature(tmp_path: Path) -> None:
     text = "ckpt = dict(load_ckpt_info=dict(path='q', ckpt_type='hf_llama'))\nparallel = dict(weight=2)\n"
     config = load(tmp_path, text, "ckpt.load_ckpt_info=None", "parallel.weight=1").config
     assert config.ckpt.load_ckpt_folder is None

@@ -36,14 +36,14 @@ SECRET = "hunter2-and-more"
         f"this is no Python {SECRET}",
     ],
 )
-def test_a_secret_is_gone(text: str) -> None:
+def test_secrets_are_masked_in_source(text: str) -> None:
     masked = mask_source(text)
     assert SECRET not in masked and "***" in masked
     if "no Python" not in text:
         compile(masked, "config", "exec")
 
 
-def test_what_is_around_it_stays() -> None:
+def test_rest_of_source_is_unchanged() -> None:
     assert mask_source("aws = {'secret_access_key': 'abcdef', 'region': 'x'}") == (
         "aws = {'secret_access_key': \"***\", 'region': 'x'}"
     )
@@ -53,6 +53,6 @@ def test_what_is_around_it_stays() -> None:
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda file: file.name)
-def test_our_own_configs_hold_none(file: Path) -> None:
+def test_shipped_configs_are_unchanged(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     assert mask_source(text) == text

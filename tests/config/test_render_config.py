@@ -29,7 +29,7 @@ def test_resolved_is_json() -> None:
     assert values["model"]["mlp_ratio"] == 8 / 3 and values["parallel"]["pipeline"]["size"] == 1
 
 
-def test_diff_holds_only_what_differs() -> None:
+def test_diff() -> None:
     assert diff(load_config(CONFIGS[2]).config) == {
         "JOB_NAME": "tiny",
         "data": {"seq_len": 128, "micro_num": 2, "micro_bsz": 2, "total_steps": 20},
@@ -84,7 +84,7 @@ def test_reference_is_up_to_date() -> None:
     assert written == reference(), "run: python -m internlm_lite.config.reference > docs/config.md"
 
 
-def test_reference_says_where_a_default_is_taken_from(tmp_path: Path) -> None:
+def test_reference_names_source_of_default(tmp_path: Path) -> None:
     (tmp_path / "config.py").write_text(
         "ckpt = dict(save_ckpt_folder='saves')\n"
         "data = dict(seq_len=8, total_steps=1)\n"

@@ -46,7 +46,7 @@ def data_config(root: Path | None, **changes: object) -> DataConfig:
 
 
 def reference_rows(documents: Documents, order: Sequence[int], row_tokens: int, seq_len: int, one_sample: bool) -> list:
-    """Complete rows as (tokens, labels, positions, borders), token by token."""
+    """Complete rows as (tokens, labels, positions, boundaries), token by token."""
     tokens, labels, fragment = [], [], []
     for place, document in enumerate(order):
         ids = documents[document]
@@ -56,13 +56,13 @@ def reference_rows(documents: Documents, order: Sequence[int], row_tokens: int, 
         fragment += [place] * len(ids)
     rows = []
     for start in range(0, len(tokens) - row_tokens + 1, row_tokens):
-        positions, borders = [], [0]
+        positions, boundaries = [], [0]
         for i in range(row_tokens):
             same = i > 0 and (one_sample or fragment[start + i] == fragment[start + i - 1])
             inside = same and positions[-1] + 1 < seq_len
             positions.append(positions[-1] + 1 if inside else 0)
             if i > 0 and not inside:
-                borders.append(i)
+                boundaries.append(i)
         stop = start + row_tokens
-        rows.append((tokens[start:stop], labels[start:stop], positions, [*borders, row_tokens]))
+        rows.append((tokens[start:stop], labels[start:stop], positions, [*boundaries, row_tokens]))
     return rows

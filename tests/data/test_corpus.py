@@ -21,7 +21,7 @@ def written(target: Path, part: str, folder: str) -> list[dict]:
     return [json.loads(line) for line in (target / part / folder / "text.jsonl").read_text("utf-8").splitlines()]
 
 
-def test_every_document_goes_to_exactly_one_part_and_the_split_is_stable(tmp_path: Path) -> None:
+def test_split_is_stable_partition(tmp_path: Path) -> None:
     folders = {"a": numbered(1000, "alpha"), "b": numbered(1000, "beta")}
     sizes = build_corpus(tmp_path / "once", folders, 10_000_000, needed_folders=2, needed_bytes=1000)
     build_corpus(tmp_path / "twice", folders, 10_000_000, needed_folders=2, needed_bytes=1000)
@@ -33,7 +33,7 @@ def test_every_document_goes_to_exactly_one_part_and_the_split_is_stable(tmp_pat
         assert train == written(tmp_path / "twice", "train", folder)
 
 
-def test_a_source_is_held_out_of_every_folder_or_of_none(tmp_path: Path) -> None:
+def test_split_is_equal_in_all_folders(tmp_path: Path) -> None:
     folders = {"code": numbered(500), "docs": lambda: ((s, t.upper()) for s, t in numbered(500)())}
     build_corpus(tmp_path, folders, 10_000_000, needed_folders=2, needed_bytes=1000)
     held_out = [{document["source"] for document in written(tmp_path, "valid", folder)} for folder in folders]
@@ -52,12 +52,12 @@ def test_limit_duplicates_and_lengths(tmp_path: Path) -> None:
     assert 50_000 <= sizes["a"].total_bytes < 51_000
 
 
-def test_a_machine_with_too_little_text_is_told_so(tmp_path: Path) -> None:
+def test_too_little_text(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"found code .* expected 3 folders and 9\.54 MiB"):
         build_corpus(tmp_path, {"code": numbered(500), "docs": lambda: iter(())}, 10_000_000)
 
 
-def test_docstrings_stand_below_their_names(tmp_path: Path) -> None:
+def test_docstrings(tmp_path: Path) -> None:
     (tmp_path / "pkg").mkdir()
     (tmp_path / "pkg" / "__init__.py").write_text(
         '"""The package."""\nclass A:\n    """A class.\n\n    More.\n    """\n    def f(self):\n        "Does f."\n'
@@ -71,7 +71,7 @@ def test_docstrings_stand_below_their_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["code", "docs", "cpp"])
-def test_this_machine_holds_the_folders_of_the_demo(folder: str) -> None:
+def test_machine_folders(folder: str) -> None:
     found = list(itertools.islice(machine_folders()[folder](), 20))
     assert len(found) == 20
     assert all(text for _, text in found)

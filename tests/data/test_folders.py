@@ -34,12 +34,12 @@ def test_linked_folders_are_followed(tmp_path):
     assert [folder.name for folder in find_folders(tmp_path / "train", "train_folder")] == ["code", "docs"]
 
 
-def test_a_folder_that_holds_the_files_itself(tmp_path):
+def test_folder_with_files(tmp_path):
     write_native(tmp_path / "mine" / "a.bin", [[1, 2]])
     assert [folder.name for folder in find_folders(tmp_path / "mine", "train_folder")] == ["mine"]
 
 
-def test_files_beside_sub_folders_are_named_in_a_warning(tmp_path, caplog):
+def test_files_beside_sub_folders(tmp_path, caplog):
     write_native(tmp_path / "a.bin", [[1, 2]])
     write_native(tmp_path / "docs" / "b.bin", [[1, 2]])
     with caplog.at_level(logging.WARNING, "internlm_lite"):
@@ -47,7 +47,7 @@ def test_files_beside_sub_folders_are_named_in_a_warning(tmp_path, caplog):
     assert "1 tokenised files directly in" in caplog.text
 
 
-def test_missing_empty_and_no_folder(tmp_path):
+def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(DataError, match=r"data\.train_folder: .*nowhere is missing"):
         find_folders(tmp_path / "nowhere", "train_folder")
     with pytest.raises(DataError, match=r"data\.valid_folder: .* holds no tokenised data"):
@@ -57,7 +57,7 @@ def test_missing_empty_and_no_folder(tmp_path):
         find_folders(tmp_path / "file", "train_folder")
 
 
-def test_a_damaged_file_in_a_folder_is_named(tmp_path):
+def test_damaged_file(tmp_path):
     write_native(tmp_path / "docs" / "a.bin", [[1, 2]])
     (tmp_path / "docs" / "b.bin").write_bytes(b"1234")
     with pytest.raises(DataError, match=r"docs/b\.bin: found no index"):

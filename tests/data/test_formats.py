@@ -40,12 +40,12 @@ def test_native_documents_of_several_sequences(tmp_path):
     tokens = np.arange(10, dtype="<u2")
     (tmp_path / "a.bin").write_bytes(tokens.tobytes())
     header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 3, 3)
-    sizes, pointers, borders = struct.pack("<3i", 4, 3, 3), struct.pack("<3q", 0, 8, 14), struct.pack("<3q", 0, 2, 3)
-    (tmp_path / "a.idx").write_bytes(header + sizes + pointers + borders)
+    sizes, pointers, boundaries = struct.pack("<3i", 4, 3, 3), struct.pack("<3q", 0, 8, 14), struct.pack("<3q", 0, 2, 3)
+    (tmp_path / "a.idx").write_bytes(header + sizes + pointers + boundaries)
     assert _all(open_documents(tmp_path / "a.bin")) == [[0, 1, 2, 3, 4, 5, 6], [7, 8, 9]]
 
 
-def test_writer_refuses_ids_that_do_not_fit_and_leaves_nothing(tmp_path):
+def test_writer_refuses_ids_outside_dtype(tmp_path):
     with pytest.raises(DataError, match="from 1 to 70000, expected 0 to 65535"):
         write_native(tmp_path / "a.bin", [[1, 70000]], np.uint16)
     assert list(tmp_path.iterdir()) == []
@@ -86,7 +86,10 @@ NATIVE_DAMAGE = {
     "size past the end": (lambda p: _patch(p / "a.idx", POINTERS - 4, struct.pack("<i", 10**6)), "points to byte"),
     "pointer moved": (lambda p: _patch(p / "a.idx", POINTERS + 8, struct.pack("<q", 4)), "do not fill"),
     "negative size": (lambda p: _patch(p / "a.idx", SIZES, struct.pack("<i", -3)), "negative"),
-    "border past the end": (lambda p: _patch(p / "a.idx", BORDERS + 16, struct.pack("<q", 99)), "borders do not run"),
+    "boundary past the end": (
+        lambda p: _patch(p / "a.idx", BORDERS + 16, struct.pack("<q", 99)),
+        "boundaries do not run",
+    ),
     "bad magic": (lambda p: _patch(p / "a.idx", 0, b"XXXX"), "found magic"),
     "bad version": (lambda p: _patch(p / "a.idx", 9, struct.pack("<Q", 2)), "version 2"),
     "float tokens": (lambda p: _patch(p / "a.idx", 17, b"\x06"), "found dtype code 6"),
@@ -141,7 +144,7 @@ def test_internlm_damage_is_named(tmp_path, name):
         open_documents(tmp_path / "a.bin")
 
 
-def test_internlm_damaged_line_is_found_when_read(tmp_path):
+def test_internlm_damaged_line(tmp_path):
     path = write_internlm(tmp_path / "a.bin", DOCUMENTS)
     offset = len(json.dumps({"tokens": DOCUMENTS[0]})) + 1
     _patch(path, offset, b"#")

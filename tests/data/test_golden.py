@@ -63,7 +63,7 @@ def test_inspect_data_prints_the_log_rows():
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 100, 2048])
-def test_documents_equal_lists_of_tokens(seq_len):
+def test_dummy_documents(seq_len):
     rng = np.random.RandomState(1999)
     ns, reps = rng.randint(1, 30, size=10**6), rng.randint(10, 200, size=10**6)
     documents = DummyDocuments(seq_len)

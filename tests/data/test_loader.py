@@ -44,21 +44,21 @@ def _same(one: Batch, other: Batch) -> bool:
     return equal and all(getattr(one, name) == getattr(other, name) for name in rest)
 
 
-def test_a_batch_is_consistent(root):
+def test_batch_is_consistent(root):
     data = _open(root, micro_num=3)
     assert data.folders == ("code", "docs")
     for batch in _take(data, 20):
         assert batch.tokens.shape == batch.labels.shape == batch.positions.shape == batch.folders.shape == (3, 16)
         dtypes = [t.dtype for t in (batch.tokens, batch.labels, batch.positions, batch.folders, batch.cu_seqlens)]
         assert dtypes == [torch.int64] * 3 + [torch.int32] * 2
-        for row, borders in enumerate(batch.cu_seqlens_host):
-            padding = [16] * (batch.cu_seqlens.shape[1] - len(borders))
-            assert batch.cu_seqlens[row].tolist() == [*borders, *padding]
+        for row, boundaries in enumerate(batch.cu_seqlens_host):
+            padding = [16] * (batch.cu_seqlens.shape[1] - len(boundaries))
+            assert batch.cu_seqlens[row].tolist() == [*boundaries, *padding]
             starts = [i for i, position in enumerate(batch.positions[row].tolist()) if position == 0]
-            assert [*starts, 16] == list(borders)
+            assert [*starts, 16] == list(boundaries)
             same = batch.labels[row, :-1] == batch.tokens[row, 1:]
             assert bool((same | (batch.labels[row, :-1] == IGNORE)).all())
-        lengths = [np.diff(borders) for borders in batch.cu_seqlens_host]
+        lengths = [np.diff(boundaries) for boundaries in batch.cu_seqlens_host]
         assert batch.stats.num_samples == sum(map(len, lengths))
         assert batch.stats.largest_length == batch.max_seqlen == max(map(max, lengths)) <= 8
         assert (batch.stats.largest_batch, batch.stats.smallest_batch) == (
@@ -69,7 +69,7 @@ def test_a_batch_is_consistent(root):
         assert batch.stats.num_labels == int((batch.labels != IGNORE).sum())
 
 
-def test_an_epoch_trains_on_every_row_once(root):
+def test_epoch_has_every_row_once(root):
     data = _open(root)
     rows = sum(folder.rows for folder in data.packed)
     batches = _take(data, rows // 2)
@@ -92,7 +92,7 @@ def test_global_batches_do_not_depend_on_dp(root, weights):
 
 
 @pytest.mark.parametrize("weights", [None, {"code": 1.0, "docs": 3.0}])
-def test_resuming_anywhere_gives_the_rest(root, weights):
+def test_resume_at_any_position(root, weights):
     """With ramp-up and skipped batches, over more than one epoch."""
     changes = {"rampup_batch_size": "1 1 3", "skip_batches": "0,4-6,9", "micro_num": 3, "weights": weights}
     data = _open(root, 1, 2, **changes)
@@ -105,7 +105,7 @@ def test_resuming_anywhere_gives_the_rest(root, weights):
         assert all(map(_same, again, whole[start:]))
 
 
-def test_the_seed_and_the_fingerprint(root):
+def test_seed_and_fingerprint(root):
     config = data_config(root)
     one, other = (open_training_data(config, 1000, 0, 1, seed) for seed in (5, 6))
     assert not torch.equal(one.build(Position()).tokens, other.build(Position()).tokens)
@@ -115,7 +115,7 @@ def test_the_seed_and_the_fingerprint(root):
     assert _open(root).fingerprint != one.fingerprint
 
 
-def test_short_documents_are_counted_and_an_empty_folder_is_named_once(root, caplog):
+def test_dropped_documents_and_unused_folders_are_logged(root, caplog):
     write_native(root / "tiny" / "t.bin", [[1, 2, 3]] * 50)
     with caplog.at_level(logging.WARNING, "internlm_lite"):
         data = _open(root, min_length=4)
@@ -134,7 +134,7 @@ def test_short_documents_are_counted_and_an_empty_folder_is_named_once(root, cap
     assert [line.split(":")[0] for line in said[2:]] == ["data folder tiny is not used"]
 
 
-def test_nothing_is_said_where_no_document_is_left_out(root, caplog):
+def test_no_log_without_dropped_documents(root, caplog):
     _open(root)
     open_validation_data(data_config(root, valid_folder=str(root)), 1000, 0, 1, seed=5)
     assert caplog.records == []
@@ -150,7 +150,7 @@ def test_too_little_data(root):
         _open(root, min_length=1000)
 
 
-def test_an_id_outside_the_vocabulary_reaches_the_consumer(root):
+def test_prefetch_raises_errors_of_thread(root):
     data = open_training_data(data_config(root), vocab_size=500, dp_rank=0, dp_size=1, seed=5)
     with pytest.raises(DataError, match=r"\.bin: document \d+, token \d+: found id \d+, expected ids below .* = 500"):
         _take(data, 100)
@@ -161,7 +161,7 @@ def _data_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("data")]
 
 
-def test_closing_or_dropping_the_iterator_joins_its_thread(root):
+def test_close_joins_thread(root):
     batches = _open(root).batches(Position())
     next(batches)
     assert len(_data_threads()) == 1
@@ -174,7 +174,7 @@ def test_closing_or_dropping_the_iterator_joins_its_thread(root):
     assert not _data_threads()
 
 
-def test_data_that_hang_are_not_waited_for_when_nobody_wants_them(monkeypatch):
+def test_close_does_not_wait_for_blocked_data(monkeypatch):
     monkeypatch.setattr("internlm_lite.data.loader._LAST_ITEM_SECONDS", 0.01)
     come = threading.Event()
 
@@ -190,7 +190,7 @@ def test_data_that_hang_are_not_waited_for_when_nobody_wants_them(monkeypatch):
     waiting.join()
 
 
-def test_exactly_one_item_is_computed_ahead():
+def test_prefetch_of_one_item():
     computed = []
     release = threading.Semaphore(0)
 
@@ -208,7 +208,7 @@ def test_exactly_one_item_is_computed_ahead():
 
 
 @pytest.mark.parametrize("dp", [1, 2, 3])
-def test_validation_covers_every_token_once_whatever_dp(root, dp):
+def test_validation_covers_every_token_once(root, dp):
     config = data_config(None, valid_folder=str(root), valid_micro_num=4, valid_batches=1000)
     ranks = [open_validation_data(config, 1000, rank, dp, seed=5) for rank in range(dp)]
     batches = [list(rank.batches()) for rank in ranks]
@@ -221,7 +221,7 @@ def test_validation_covers_every_token_once_whatever_dp(root, dp):
         assert learnt == folder.tokens - folder.documents  # each document's last token has no successor
 
 
-def test_validation_is_cut_at_valid_batches(root):
+def test_valid_batches(root):
     config = data_config(None, valid_folder=str(root), valid_batches=2)
     batches = list(open_validation_data(config, 1000, 0, 2, seed=5).batches())
     assert [int(batch.folders[0, 0]) for batch in batches] == [0, 0, 1, 1]
@@ -234,7 +234,7 @@ def test_validation_on_the_dummy_set():
 
 
 @pytest.mark.parametrize(("train", "valid", "warned"), [(True, False, 1), (True, True, 0), (False, False, 0)])
-def test_own_data_validated_on_the_dummy_set_is_warned_of(root, caplog, train, valid, warned):
+def test_warning_for_validation_on_dummy_set(root, caplog, train, valid, warned):
     config = data_config(root if train else None, valid_folder=str(root) if valid else None, valid_every=7)
     for rank in range(2):
         open_validation_data(config, 1000, rank, 2, seed=5)
@@ -248,7 +248,7 @@ def test_one_sample_windows(root):
     assert batch.positions[0].tolist() == [*range(8), *range(8)]
 
 
-def test_a_batch_moves_whole(root):
+def test_batch_to_device(root):
     batch = _open(root).build(Position())
     assert _same(batch.to(torch.device("cpu")), batch)
     assert dataclasses.asdict(batch)["after"] == {"batch": 1, "packs": 2}

@@ -33,7 +33,7 @@ def test_same_product_same_global_batches(dp):
     assert batches == [range(8 * i, 8 * i + 8) for i in range(5)]
 
 
-def test_skipped_batches_are_consumed_and_dropped():
+def test_skipped_batches():
     found = _walk(BatchOrder(2, 2, skip=(range(1, 4), range(5, 6))), 3)
     assert found == [
         (range(0, 4), Position(1, 4)),
@@ -52,14 +52,14 @@ def test_rampup(rampup, full, expected):
     assert [rows.start for rows, _ in found] == [2 * sum(expected[:i]) for i in range(9)]
 
 
-def test_a_position_is_all_it_takes_to_go_on():
+def test_resume_from_position():
     order = BatchOrder(4, 2, skip=(range(3, 6),), rampup=Rampup(1, 1, 2))
     whole = _walk(order, 12)
     for i in range(1, 12):
         assert _walk(order, 12 - i, whole[i - 1][1]) == whole[i:]
 
 
-def test_an_epoch_holds_every_row_once_and_the_next_is_shuffled_anew():
+def test_epoch_mix():
     mix = EpochMix([5, 0, 8], seed=1, batch_rows=4)  # 13 rows, the tail of 1 is dropped
     epochs = [mix.rows_of_folders(range(12 * e, 12 * e + 12)) for e in range(3)]
     for places in epochs:
@@ -86,7 +86,7 @@ def test_weighted_shares_and_wrapping():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_weighted_quotas_never_go_back(seed):
+def test_weighted_counts_are_monotonic(seed):
     weights = np.random.RandomState(seed).lognormal(sigma=4, size=6).tolist()
     mix = WeightedMix([10] * 6, weights, seed)
     for block in range(30):
@@ -95,7 +95,7 @@ def test_weighted_quotas_never_go_back(seed):
         assert np.abs(before - block * mix._block_rows * np.array(weights) / sum(weights)).max() < 1.01
 
 
-def test_mix_refuses_what_cannot_work():
+def test_mix_errors():
     with pytest.raises(DataError, match=r"fill 7 rows .* expected at least 8"):
         build_mix({"a": 3, "b": 4}, None, 0, batch_rows=8)
     with pytest.raises(

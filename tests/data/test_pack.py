@@ -60,14 +60,14 @@ def test_rows_equal_the_reference(documents, seq_len, micro_bsz, min_length, one
         assert [_fill(tailed, row) for row in range(packed.rows)] == expected
 
 
-def test_label_across_the_edge_of_a_row(tmp_path):
+def test_label_across_row_end(tmp_path):
     packed = _packed(tmp_path, [list(range(1, 20))])
     assert _fill(packed, 0)[1] == [2, 3, 4, 5, 6, 7, 8, 9]
     assert _fill(packed, 0)[3] == [0, 4, 8]
     assert _fill(packed, 1)[1] == [10, 11, 12, 13, 14, 15, 16, 17]
 
 
-def test_prompt_tokens_are_no_labels_also_across_an_edge(tmp_path):
+def test_prompt_tokens_are_no_labels(tmp_path):
     document = [-1, -2, 3, 4, -5, -6, 7, 8, -9, 10, 11, 12, 13, 14, 15, 16]
     packed = _packed(tmp_path, [document])
     assert _fill(packed, 0)[0] == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -94,7 +94,7 @@ def test_id_outside_the_vocabulary_is_located(tmp_path, token):
             _fill(packed, row)
 
 
-def test_the_label_beyond_the_edge_is_checked_too(tmp_path):
+def test_label_beyond_row_end_is_checked(tmp_path):
     packed = _packed(tmp_path, [[1, 2, 3, 4, 5, 6, 7, 8, 500]])
     with pytest.raises(DataError, match="token 8: found id 500"):
         _fill(packed, 0)

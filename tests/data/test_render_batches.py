@@ -10,7 +10,7 @@ from internlm_lite.data.render_batches import overview, sample, walk_steps
 from tests.data.corpora import data_config, write_native
 
 
-def test_tables_and_a_sample(tmp_path):
+def test_tables_and_sample(tmp_path):
     write_native(tmp_path / "code" / "a.bin", [[-11, -12, 13, 14, 15]] * 30)
     write_native(tmp_path / "docs" / "b.bin", [[21, 22, 23, 24]] * 30 + [[25]] * 17)
     data = open_training_data(data_config(tmp_path, min_length=2), 100, 0, 2, 0)

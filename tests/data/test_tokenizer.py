@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from internlm_lite.batch import IGNORE, Position
 from internlm_lite.data.documents import read_metadata
-from internlm_lite.data.encode import encode_folder
+from internlm_lite.data.encode import FolderEncoder
 from internlm_lite.data.folders import open_documents
 from internlm_lite.data.loader import open_training_data
 from internlm_lite.data.text import find_text, read_documents, sample_text
@@ -74,7 +74,7 @@ def test_round_trip_of_sources_and_special_tokens(tokenizer):
         assert len(ids) < len(text) / 1.5
 
 
-def test_ids_that_pad_the_vocabulary_have_no_text(tokenizer):
+def test_padding_ids_have_no_text(tokenizer):
     ids = tokenizer.encode("ab")
     assert tokenizer.decode([VOCAB_SIZE, *ids, 511]) == "ab"
 
@@ -84,7 +84,7 @@ def test_encode_folder(tmp_path, tokenizer, workers):
     reported = []
     target = tmp_path / "out" / "mine"
     source = _source(tmp_path / "in")
-    metadata = encode_folder(tokenizer.path, source, target, workers=workers, progress=reported.append)
+    metadata = FolderEncoder(tokenizer.path, workers=workers, progress=reported.append).encode(source, target)
     texts = [source.joinpath("a.py").read_text(), *(f"line {i} " * 20 for i in range(40)), "# Title\n\n  text "]
     assert _decoded(target / "mine.bin", tokenizer) == texts
     assert sorted(path.name for path in target.iterdir()) == ["mine.bin", "mine.idx", "mine.meta.json"]
@@ -97,12 +97,12 @@ def test_encode_folder(tmp_path, tokenizer, workers):
     assert metadata.tokenizer_sha256 == tokenizer.sha256
 
 
-def test_prompts_are_read_and_not_learnt(tmp_path, tokenizer):
+def test_prompts(tmp_path, tokenizer):
     source = tmp_path / "in"
     source.mkdir()
     records = [{"prompt": "Q: two and two?\n", "response": "A: four"}, {"prompt": "", "response": "free"}]
     (source / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    encode_folder(tokenizer.path, source, tmp_path / "out" / "sft", workers=1)
+    FolderEncoder(tokenizer.path, workers=1).encode(source, tmp_path / "out" / "sft")
     documents = open_documents(tmp_path / "out" / "sft" / "sft.bin")
     tokens = documents.tokens(0, 0, int(documents.lengths[0]))
     prompt = 1 + len(tokenizer.encode(records[0]["prompt"]))
@@ -120,47 +120,47 @@ def test_damaged_input_leaves_nothing(tmp_path, tokenizer):
     lines = ['{"text": "good"}', '{"other": 1}']
     source.joinpath("z.jsonl").write_text("\n".join(lines))
     with pytest.raises(DataError, match=r"z\.jsonl:2: found keys other, expected text under 'text'"):
-        encode_folder(tokenizer.path, source, tmp_path / "out" / "x", workers=1)
+        FolderEncoder(tokenizer.path, workers=1).encode(source, tmp_path / "out" / "x")
     source.joinpath("z.jsonl").write_text('{"text": "good"}\n{"text": ')
     with pytest.raises(DataError, match=r"z\.jsonl:2: expected a JSON object, found damage"):
-        encode_folder(tokenizer.path, source, tmp_path / "out" / "x", workers=2)
+        FolderEncoder(tokenizer.path, workers=2).encode(source, tmp_path / "out" / "x")
     assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["z.txt", "z.jsonl"])
-def test_a_file_that_cannot_be_read_is_named(tmp_path, tokenizer, name):
+def test_unreadable_file(tmp_path, tokenizer, name):
     source = _source(tmp_path / "in")
     source.joinpath(name).symlink_to(tmp_path / "gone")
     expected = rf"{re.escape(name)}: No such file or directory; correct or remove it"
     with pytest.raises(DataError, match=expected):
-        encode_folder(tokenizer.path, source, tmp_path / "out" / "x", workers=1)
+        FolderEncoder(tokenizer.path, workers=1).encode(source, tmp_path / "out" / "x")
     with pytest.raises(DataError, match=expected):
         next(sample_text([source], "text", 1000))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_goes_away_is_named(tmp_path):
+def test_vanished_file(tmp_path):
     (file,) = find_text(_source(tmp_path / "in") / "sub", "text")
     file.path.unlink()
     with pytest.raises(DataError, match=r"b\.md: No such file or directory; correct or remove it"):
         list(read_documents(file, "text"))
 
 
-def test_existing_output_is_kept_or_replaced(tmp_path, tokenizer):
+def test_existing_output(tmp_path, tokenizer):
     source, target = _source(tmp_path / "in"), tmp_path / "out" / "x"
-    encode_folder(tokenizer.path, source, target, workers=1)
+    FolderEncoder(tokenizer.path, workers=1).encode(source, target)
     with pytest.raises(DataError, match=r"exists already; .* --overwrite"):
-        encode_folder(tokenizer.path, source, target, workers=1)
+        FolderEncoder(tokenizer.path, workers=1).encode(source, target)
     source.joinpath("d.jsonl").unlink()
     (target.parent / ".x.partial").mkdir()
     (target.parent / ".x.partial" / "x.bin").write_bytes(b"left by a killed run")
-    assert encode_folder(tokenizer.path, source, target, workers=1, overwrite=True).documents == 2
+    assert FolderEncoder(tokenizer.path, workers=1).encode(source, target, overwrite=True).documents == 2
     assert [path.name for path in target.parent.iterdir()] == ["x"]
 
 
-def test_old_tokens_are_back_when_the_new_ones_do_not_take_their_place(tmp_path, tokenizer, monkeypatch):
+def test_old_tokens_are_restored_after_error(tmp_path, tokenizer, monkeypatch):
     source, target = _source(tmp_path / "in"), tmp_path / "out" / "x"
-    encode_folder(tokenizer.path, source, target, workers=1)
+    FolderEncoder(tokenizer.path, workers=1).encode(source, target)
     rename = Path.rename
 
     def interrupted(path: Path, to: Path) -> Path:
@@ -170,20 +170,20 @@ def test_old_tokens_are_back_when_the_new_ones_do_not_take_their_place(tmp_path,
 
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        encode_folder(tokenizer.path, source, target, workers=1, overwrite=True)
+        FolderEncoder(tokenizer.path, workers=1).encode(source, target, overwrite=True)
     monkeypatch.undo()
     assert [path.name for path in target.parent.iterdir()] == ["x"]
     target.rename(target.with_name(".x.replaced"))  # as a killed run leaves it
     with pytest.raises(DataError, match="exists already"):
-        encode_folder(tokenizer.path, source, target, workers=1)
+        FolderEncoder(tokenizer.path, workers=1).encode(source, target)
     assert open_documents(target / "x.bin").metadata == read_metadata(target / "x.bin")
 
 
 def test_missing_and_empty_sources(tmp_path, tokenizer):
     with pytest.raises(DataError, match="nowhere: is no folder"):
-        encode_folder(tokenizer.path, tmp_path / "nowhere", tmp_path / "x", workers=1)
+        FolderEncoder(tokenizer.path, workers=1).encode(tmp_path / "nowhere", tmp_path / "x")
     with pytest.raises(DataError, match="holds no text"):
-        encode_folder(tokenizer.path, tmp_path, tmp_path / "x", workers=1)
+        FolderEncoder(tokenizer.path, workers=1).encode(tmp_path, tmp_path / "x")
     with pytest.raises(DataError, match="could not train a vocabulary of 100000"):
         train_tokenizer(["too little text"], tmp_path / "t.model", 100_000, threads=1)
 
@@ -191,7 +191,7 @@ def test_missing_and_empty_sources(tmp_path, tokenizer):
 @pytest.fixture(scope="module")
 def tokenised(tmp_path_factory, tokenizer) -> Path:
     root = tmp_path_factory.mktemp("data")
-    encode_folder(tokenizer.path, _source(root / "in"), root / "out" / "mine", workers=1)
+    FolderEncoder(tokenizer.path, workers=1).encode(_source(root / "in"), root / "out" / "mine")
     return root / "out"
 
 
@@ -210,7 +210,7 @@ def test_vocabularies_must_agree(tokenised, tokenizer, tmp_path):
         open_training_data(data_config(tokenised, tokenizer=str(another.path)), VOCAB_SIZE, 0, 1, 0)
 
 
-def test_tokenizer_files_that_are_none(tmp_path):
+def test_invalid_tokenizer_files(tmp_path):
     with pytest.raises(DataError, match="nowhere: No such file"):
         Tokenizer(tmp_path / "nowhere")
     (tmp_path / "x.model").write_bytes(b"hello")

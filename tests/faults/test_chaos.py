@@ -38,7 +38,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list, dict[st
 
 
 @pytest.mark.timeout(7200)
-def test_whatever_happens_the_run_ends_with_the_same_bits(undisturbed: tuple, tmp_path: Path) -> None:
+def test_random_faults_keep_result(undisturbed: tuple, tmp_path: Path) -> None:
     with small_disk(tmp_path / "chaos", "256m") if ALL else nullcontext():
         chaos = Chaos(tmp_path / "chaos", STEPS, random.Random(SEED), () if ALL else SAMPLE)
         begin = time.monotonic()
@@ -49,7 +49,7 @@ def test_whatever_happens_the_run_ends_with_the_same_bits(undisturbed: tuple, tm
 
 
 @pytest.mark.timeout(7200)
-def test_torchrun_goes_on_to_the_same_bits_whatever_happens(undisturbed: tuple, tmp_path: Path) -> None:
+def test_random_faults_under_torchrun_keep_result(undisturbed: tuple, tmp_path: Path) -> None:
     rng = random.Random(SEED)
     often = [KINDS[kind] for kind in UNDER_TORCHRUN]
     kinds = rng.choices(UNDER_TORCHRUN, often, k=60) if ALL else ["kill all"]

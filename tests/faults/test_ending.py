@@ -39,7 +39,7 @@ def _report(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_rank_that_says_nothing_is_where_the_verdict_has_it(tmp_path: Path, slept: list[float]) -> None:
+def test_inferred_record_of_silent_rank(tmp_path: Path, slept: list[float]) -> None:
     (tmp_path / "logs").mkdir()
     _handler(tmp_path)._report_hang(Verdict((0, 1), "they hang", "updating", 32, ("node0", "node1")))
     keys = ("rank", "host", "phase", "step", "kind", "follows", "guessed")
@@ -53,9 +53,7 @@ def test_a_rank_that_says_nothing_is_where_the_verdict_has_it(tmp_path: Path, sl
     assert slept, "the others are to hear of it first"
 
 
-def test_a_peer_that_is_lost_in_a_hang_does_not_change_the_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lost_peer_during_hang_keeps_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def ended(*_: object) -> None:
         raise InterruptedError("by the watchdog's thread")
 
@@ -81,7 +79,7 @@ def test_an_interrupted_rank_is_the_cause(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("guilty", "follows"), [((0,), True), ((1, 2), False), ((), False)])
-def test_who_raises_what_befell_another_rank_follows(
+def test_error_of_other_rank_is_secondary(
     guilty: tuple[int, ...], follows: bool, tmp_path: Path, slept: list[float]
 ) -> None:
     record(tmp_path, Failure(0, "node0", 33, "saving", "StorageError", "full", 6, follows=False))
@@ -93,7 +91,7 @@ def test_who_raises_what_befell_another_rank_follows(
     assert handler.reported_by_peer
 
 
-def test_a_guess_about_itself_is_no_cause_for_a_rank_to_wait_for(tmp_path: Path, slept: list[float]) -> None:
+def test_inferred_record_of_itself_is_ignored(tmp_path: Path, slept: list[float]) -> None:
     """It was frozen for a while, and rank 1 died meanwhile."""
     record(tmp_path, Failure(2, "node2", 33, "updating", "lost", "gone", 5, follows=False, guessed=True))
     handler = _handler(tmp_path)
@@ -103,7 +101,7 @@ def test_a_guess_about_itself_is_no_cause_for_a_rank_to_wait_for(tmp_path: Path,
     assert (cause["rank"], cause["kind"], cause["host"], cause["step"]) == (1, "lost", "an unknown host", 33)
 
 
-def test_an_agreed_error_knows_whom_it_befell() -> None:
+def test_agreed_error_names_culprits() -> None:
     stuck = (StorageError, "rank 1: it hangs")
     with pytest.raises(StorageError) as named:
         _raise_same([None, stuck, None], None)

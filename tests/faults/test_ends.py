@@ -36,20 +36,20 @@ def few(*more: str) -> tuple[str, ...]:
     return arguments(*more, steps=6, every=0)
 
 
-def test_a_signal_while_the_model_is_built_stops_all_ranks_after_the_first_steps(tmp_path: Path) -> None:
+def test_signal_during_build(tmp_path: Path) -> None:
     with Disturbed(tmp_path, 2, *few(), DO="TERM build 1") as job:
         assert job.codes() == [3, 3], job.output()[-6000:]
     (stopped,) = events(tmp_path, "stopped")
     assert stopped["step"] <= 2 and "saved rescue checkpoint" in job.output(0)
 
 
-def test_signals_after_the_last_save_change_nothing(tmp_path: Path) -> None:
+def test_signals_after_last_save(tmp_path: Path) -> None:
     with Disturbed(tmp_path, 2, *few(), DO="USR1 close 0;INT close 1;TERM part 0;USR1 part 1") as job:
         job.finish()
     assert events(tmp_path, "done")
 
 
-def test_a_rank_that_is_stopped_at_the_very_end_is_named(tmp_path: Path) -> None:
+def test_stopped_rank_at_end_is_named(tmp_path: Path) -> None:
     with Disturbed(tmp_path, 2, *few("--timeout", "6"), DO="STOP part 1") as job:
         assert job.codes(0) == [4], job.output()[-6000:]
     cause = report(tmp_path)["cause"]
@@ -57,21 +57,21 @@ def test_a_rank_that_is_stopped_at_the_very_end_is_named(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("what", ["KILL part", "full log"])
-def test_the_rank_that_ends_at_the_edge_of_a_run_is_the_cause(what: str, tmp_path: Path) -> None:
+def test_rank_failing_at_start_or_end_is_the_cause(what: str, tmp_path: Path) -> None:
     with Disturbed(tmp_path, 2, *few(), DO=f"{what} 1") as job:
         assert job.codes() == ([5, -signal.SIGKILL] if what == "KILL part" else [5, 6]), job.output()[-6000:]
     cause = report(tmp_path)["cause"]
     assert (cause["rank"], cause["kind"]) == (1, "lost" if what == "KILL part" else "StorageError")
 
 
-def test_an_exit_in_the_middle_is_no_success(tmp_path: Path) -> None:
+def test_exit_during_run_is_a_failure(tmp_path: Path) -> None:
     with Disturbed(tmp_path, 1, *few(), DO="exit forward 0") as job:
         assert job.codes() == [1], job.output()[-6000:]
     assert "something called sys.exit(0) in the middle of the run" in job.output()
     assert "Traceback" not in job.output()
 
 
-def test_an_error_in_a_stage_of_a_pipeline_keeps_its_name(tmp_path: Path) -> None:
+def test_error_in_pipeline_stage_keeps_type(tmp_path: Path) -> None:
     two = ("parallel.pipeline.size=2", "model.num_layers=2", "data.micro_num=2")
     with Disturbed(tmp_path, 2, *few(*two), DO="broken forward 1") as job:
         assert job.codes() == [5, 1], job.output()[-6000:]
@@ -80,7 +80,7 @@ def test_an_error_in_a_stage_of_a_pipeline_keeps_its_name(tmp_path: Path) -> Non
     assert "in forward" in cause["trace"] and "[Stage" not in cause["trace"]
 
 
-def test_a_lost_peer_within_a_stage_keeps_what_it_came_from() -> None:
+def test_lost_peer_in_pipeline_stage_keeps_cause() -> None:
     lost, gloo = PeerLostError("lost a peer"), RuntimeError("gloo: connection closed")
     lost.__cause__ = gloo
     with pytest.raises(PeerLostError) as raised, peer_or_own_error(single_process_mesh().pp):
@@ -88,7 +88,7 @@ def test_a_lost_peer_within_a_stage_keeps_what_it_came_from() -> None:
     assert raised.value is lost and lost.__cause__ is gloo
 
 
-def test_ranks_of_two_configs_do_not_train_together(tmp_path: Path) -> None:
+def test_ranks_with_different_configs(tmp_path: Path) -> None:
     with (
         Job(tmp_path / "one", 2, *few("adam.lr=1e-3"), ranks=[0]) as one,
         Job(tmp_path / "two", 2, *few("adam.lr=1e-2", "--resume", "none"), ranks=[1], MASTER_PORT=one.port) as two,
@@ -100,7 +100,7 @@ def test_ranks_of_two_configs_do_not_train_together(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*/RUN"))
 
 
-def test_ctrl_c_ends_the_wait_for_other_ranks(tmp_path: Path) -> None:
+def test_ctrl_c_during_rendezvous(tmp_path: Path) -> None:
     with Job(tmp_path, 2, *arguments("--timeout", "600"), ranks=[0]) as job:
         until_there = timedelta(seconds=60)
         store = TCPStore("127.0.0.1", int(job.port), 2, False, until_there, wait_for_workers=False)
@@ -118,7 +118,7 @@ def ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_does_not_wait_for_data_that_hang(ctrl_c: None) -> None:
+def test_ctrl_c_with_blocked_data(ctrl_c: None) -> None:
     come = threading.Event()
 
     def hanging() -> Iterator[int]:

@@ -33,7 +33,7 @@ ERRORS = {
 
 
 @pytest.mark.timeout(900)
-def test_any_call_that_fails_costs_one_checkpoint_at_most(tmp_path: Path) -> None:
+def test_failing_system_calls(tmp_path: Path) -> None:
     reason = missing()
     if reason:
         pytest.skip(reason)

@@ -61,7 +61,7 @@ def fallen_back(folder: Path) -> str:
     return reason
 
 
-def test_pickles_beside_a_checkpoint_are_never_read(tmp_path: Path, names: list[str]) -> None:
+def test_pickles_beside_checkpoint_are_not_read(tmp_path: Path, names: list[str]) -> None:
     folder, marker = tmp_path / "save", tmp_path / "exploded"
     for place in ("", "commits", "data", f"data/{names[1]}"):
         for file in ("model_tp0_pp0.pt", "rank-00000.pt", "context.pt", f"{names[1]}.pt", "rank-00001.safetensors"):
@@ -71,7 +71,7 @@ def test_pickles_beside_a_checkpoint_are_never_read(tmp_path: Path, names: list[
 
 @pytest.mark.parametrize("part", ["commit", "manifest", "vote", "payload"])
 @pytest.mark.parametrize("how", ["torch", "pickle"])
-def test_pickles_in_place_of_a_file_are_never_read(tmp_path: Path, names: list[str], part: str, how: str) -> None:
+def test_pickles_as_checkpoint_files_are_not_read(tmp_path: Path, names: list[str], part: str, how: str) -> None:
     folder, marker = tmp_path / "save", tmp_path / "exploded"
     path = folder / files_of(names[1])[part]
     if how == "torch":
@@ -85,7 +85,7 @@ def test_pickles_in_place_of_a_file_are_never_read(tmp_path: Path, names: list[s
         pickle.loads(pickle.dumps(Bomb(marker)))
 
 
-def test_a_path_to_a_pickle_is_refused(tmp_path: Path) -> None:
+def test_path_to_pickle_is_refused(tmp_path: Path) -> None:
     marker, file = tmp_path / "exploded", tmp_path / "model.pt"
     torch.save(Bomb(marker), file)
     manager = CheckpointManager(str(tmp_path), single_process_mesh(), writable=False)
@@ -159,7 +159,7 @@ def hostile(change: str, payload: bytes) -> tuple[bytes, int | None]:
         "over another tensor", "negative", "no numbers", "code for a dtype",
     ],
 )  # fmt: skip
-def test_headers_that_lie_under_fitting_check_sums_are_refused(tmp_path: Path, names: list[str], change: str) -> None:
+def test_false_headers_with_valid_checksums_are_refused(tmp_path: Path, names: list[str], change: str) -> None:
     folder = tmp_path / "save"
     good = (folder / files_of(names[1])["payload"]).read_bytes()
     resealed(folder, names[1], good)
@@ -169,7 +169,7 @@ def test_headers_that_lie_under_fitting_check_sums_are_refused(tmp_path: Path, n
 
 
 @pytest.mark.parametrize("part", ["commit", "manifest"])
-def test_documents_nested_too_deeply_are_refused(tmp_path: Path, names: list[str], part: str) -> None:
+def test_deeply_nested_json_is_refused(tmp_path: Path, names: list[str], part: str) -> None:
     folder = tmp_path / "save"
     path = folder / files_of(names[1])[part]
     body = b'{"state":' + b"[" * 300_000 + b"]" * 300_000 + b"}"
@@ -181,7 +181,7 @@ def test_documents_nested_too_deeply_are_refused(tmp_path: Path, names: list[str
     "lie",
     ["../rank-00000.safetensors", "/etc/passwd", "rank-00000.safetensors/../../x", "..", "rank-00000.pt", ".tmp-1"],
 )
-def test_file_names_that_lead_elsewhere_are_refused(tmp_path: Path, names: list[str], lie: str) -> None:
+def test_file_names_outside_checkpoint_are_refused(tmp_path: Path, names: list[str], lie: str) -> None:
     folder = tmp_path / "save"
     path = folder / files_of(names[1])["manifest"]
     raw = path.read_bytes().replace(b'"rank-00000.safetensors"', json.dumps(lie).encode())
@@ -196,7 +196,7 @@ def test_file_names_that_lead_elsewhere_are_refused(tmp_path: Path, names: list[
     assert "manifest.json" in reason and "should match pattern" in reason, reason
 
 
-def test_a_commit_that_points_elsewhere_is_refused(tmp_path: Path, names: list[str]) -> None:
+def test_commit_of_other_folder_is_refused(tmp_path: Path, names: list[str]) -> None:
     folder = tmp_path / "save"
     path = folder / files_of(names[1])["commit"]
     commit = unseal(Commit, path.read_bytes(), "commit")
@@ -210,7 +210,7 @@ def linked(path: Path, aside: Path) -> None:
     path.symlink_to(aside)
 
 
-def test_a_data_folder_that_is_a_link_is_refused_and_never_emptied(tmp_path: Path, names: list[str]) -> None:
+def test_linked_data_folder_is_refused(tmp_path: Path, names: list[str]) -> None:
     folder, aside = tmp_path / "save", tmp_path / "aside"
     linked(folder / "data" / names[1], aside)
     reason = fallen_back(folder)
@@ -223,7 +223,7 @@ def test_a_data_folder_that_is_a_link_is_refused_and_never_emptied(tmp_path: Pat
 
 
 @pytest.mark.parametrize("top", ["commits", "data"])
-def test_a_top_folder_that_is_a_link_is_refused(tmp_path: Path, names: list[str], top: str) -> None:
+def test_linked_top_folder_is_refused(tmp_path: Path, names: list[str], top: str) -> None:
     folder, aside = tmp_path / "save", tmp_path / "aside"
     linked(folder / top, aside)
     before = sorted(os.listdir(aside))
@@ -235,7 +235,7 @@ def test_a_top_folder_that_is_a_link_is_refused(tmp_path: Path, names: list[str]
     assert sorted(os.listdir(aside)) == before
 
 
-def test_a_temporary_name_that_is_a_link_is_not_followed_when_swept(tmp_path: Path, names: list[str]) -> None:
+def test_sweep_does_not_follow_links(tmp_path: Path, names: list[str]) -> None:
     folder, aside = tmp_path / "save", tmp_path / "aside"
     aside.write_text("precious")
     os.utime(aside, (0, 0))
@@ -245,7 +245,7 @@ def test_a_temporary_name_that_is_a_link_is_not_followed_when_swept(tmp_path: Pa
     assert aside.read_text() == "precious"
 
 
-def test_what_is_stored_is_neither_formatted_nor_run(
+def test_stored_text_is_not_formatted_or_run(
     tmp_path: Path, names: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Words in a state that look like code or a log format come back as words."""

@@ -123,7 +123,7 @@ def killed_world(folder: Path, moments: dict[int, int], delay_seconds: float | N
 
 
 @pytest.mark.timeout(900)
-def test_any_one_rank_is_killed(tmp_path: Path) -> None:
+def test_kill_one_rank(tmp_path: Path) -> None:
     rng, folder, found = random.Random(1), tmp_path / "room" / "save", Counter[int]()
     folder.parent.mkdir()
     for turn in range(number(32, 4)):
@@ -143,7 +143,7 @@ def test_any_one_rank_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_the_rank_that_commits_is_killed(tmp_path: Path) -> None:
+def test_kill_committing_rank(tmp_path: Path) -> None:
     """Rank 0, from its own vote to the commit read back."""
     folder, found = tmp_path / "room" / "save", Counter[int]()
     folder.parent.mkdir()
@@ -155,7 +155,7 @@ def test_the_rank_that_commits_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_all_ranks_are_killed_at_once(tmp_path: Path) -> None:
+def test_kill_all_ranks(tmp_path: Path) -> None:
     rng, folder, found = random.Random(2), tmp_path / "room" / "save", Counter[int]()
     folder.parent.mkdir()
     for _ in range(number(20, 2)):
@@ -167,7 +167,7 @@ def test_all_ranks_are_killed_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("which", [(1, 2, 3), (0, 3)])
-def test_some_ranks_are_killed(which: tuple[int, ...], tmp_path: Path) -> None:
+def test_kill_some_ranks(which: tuple[int, ...], tmp_path: Path) -> None:
     folder = tmp_path / "room" / "save"
     folder.parent.mkdir()
     assert killed_world(folder, dict.fromkeys(which, 5), None) == (OLD, True)

@@ -28,7 +28,7 @@ def strace() -> None:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_killed_at_any_system_call_there_is_the_old_or_the_new_checkpoint(scenario: str, tmp_path: Path) -> None:
+def test_kill_at_system_calls(scenario: str, tmp_path: Path) -> None:
     counts = run_world(count_calls, 1, (scenario, tmp_path))[0]
     points = [Point(scenario, call, number + 1) for call, times in counts.items() for number in range(times)]
     chosen = some([point for point in points if ALL or point.call not in UNSTEADY], SAMPLE)

@@ -55,7 +55,7 @@ def read_only(disk: Path) -> tuple[Callable[[], object], Callable[[], object]]:
     ("trouble", "words"),
     [(full, "the disk is full"), (full_halfway, "the disk is full"), (read_only, "the file system is read-only")],
 )
-def test_a_disk_that_is_full_or_read_only_for_a_while(
+def test_disk_temporarily_full_or_read_only(
     trouble: Any, words: str, corpus: Path, untroubled: list[tuple[float, float]], tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk"
@@ -94,7 +94,7 @@ def replaced(disk: Path) -> tuple[Callable[[], object], Callable[[], object]]:
 
 
 @pytest.mark.parametrize("trouble", [lost, replaced])
-def test_storage_that_is_away_for_a_while(
+def test_storage_temporarily_unreachable(
     trouble: Any, corpus: Path, untroubled: list[tuple[float, float]], tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk"
@@ -106,7 +106,7 @@ def test_storage_that_is_away_for_a_while(
     assert_sound(disk / "saves", [STEPS])
 
 
-def test_storage_that_is_away_when_a_resumed_run_saves_first(corpus: Path, tmp_path: Path) -> None:
+def test_storage_unreachable_at_first_save_after_resume(corpus: Path, tmp_path: Path) -> None:
     """Its next checkpoint is still newer than all there were before."""
     disk, config = tmp_path / "disk", None
     config = config_for(corpus, disk, checkpoint_every=3)
@@ -121,7 +121,7 @@ def test_storage_that_is_away_when_a_resumed_run_saves_first(corpus: Path, tmp_p
     assert_sound(disk / "saves", [STEPS + 6, STEPS + 3, STEPS, 9, 6, 3])
 
 
-def test_a_staging_folder_that_is_full(corpus: Path, untroubled: list[tuple[float, float]], tmp_path: Path) -> None:
+def test_full_staging_folder(corpus: Path, untroubled: list[tuple[float, float]], tmp_path: Path) -> None:
     disk, staging = tmp_path / "disk", tmp_path / "staging"
     with small_disk(staging, "256k"):
         fill(staging)
@@ -138,7 +138,7 @@ def test_a_staging_folder_that_is_full(corpus: Path, untroubled: list[tuple[floa
 @pytest.mark.parametrize(
     "error", [MemoryError("no room"), CheckpointError("not stored exactly once"), KeyError("ETag")]
 )
-def test_any_failure_of_a_save_is_an_alarm(
+def test_failed_save_is_an_alarm(
     error: Exception,
     in_background: bool,
     corpus: Path,
@@ -170,7 +170,7 @@ class Slow(LocalStorage):
         return super().put(key, chunks)
 
 
-def test_a_slow_disk_costs_checkpoints_but_no_steps(
+def test_slow_disk(
     corpus: Path, untroubled: list[tuple[float, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = tmp_path / "disk"
@@ -182,7 +182,7 @@ def test_a_slow_disk_costs_checkpoints_but_no_steps(
     assert_sound(disk / "saves", [STEPS])
 
 
-def test_a_disk_that_fills_up_under_a_whole_program(tmp_path: Path) -> None:
+def test_full_disk_under_whole_run(tmp_path: Path) -> None:
     """train.py, from its command line to its end by a signal; its disk fills up and is emptied from outside."""
     disk, log = tmp_path / "disk", tmp_path / "output.log"
     with small_disk(disk, "64m"):

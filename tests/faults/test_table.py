@@ -107,7 +107,7 @@ def started_again(folder: Path, undisturbed: tuple[Any, Any]) -> int:
 
 
 @pytest.mark.parametrize(("size", "guilty", "how"), [(3, 2, "kill"), (2, 0, "kill"), (2, 1, "exit")])
-def test_a_rank_that_is_gone_is_named(size: int, guilty: int, how: str, undisturbed: Any, tmp_path: Path) -> None:
+def test_killed_rank_is_named(size: int, guilty: int, how: str, undisturbed: Any, tmp_path: Path) -> None:
     with Job(tmp_path, size, *arguments(SAVED), faults=f"{how} {guilty} {AT}") as job:
         others = [rank for rank in range(size) if rank != guilty]
         begin = trained_until(job, AT - 1)
@@ -132,7 +132,7 @@ def test_a_rank_that_is_gone_is_named(size: int, guilty: int, how: str, undistur
 
 
 @pytest.mark.parametrize(("size", "guilty"), [(3, 1), (2, 0)])
-def test_a_rank_that_is_stopped_is_named(size: int, guilty: int, tmp_path: Path) -> None:
+def test_stopped_rank_is_named(size: int, guilty: int, tmp_path: Path) -> None:
     with Job(tmp_path, size, *arguments(*HANG), faults=f"stop {guilty} {AT}") as job:
         others = [rank for rank in range(size) if rank != guilty]
         begin = trained_until(job, AT - 1)
@@ -146,7 +146,7 @@ def test_a_rank_that_is_stopped_is_named(size: int, guilty: int, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("how", "phase", "frame"), [("sleep", "data", "in slow"), ("stuck", "training", "in hidden")])
-def test_a_rank_that_hangs_is_named_with_its_stacks(how: str, phase: str, frame: str, tmp_path: Path) -> None:
+def test_hanging_rank_is_named_with_stacks(how: str, phase: str, frame: str, tmp_path: Path) -> None:
     with Job(tmp_path, 2, *arguments(*HANG), faults=f"{how} 1 {AT}") as job:
         begin = trained_until(job, AT - 1)
         assert set(job.codes()) <= {4, 5}, job.output()[-6000:]
@@ -156,7 +156,7 @@ def test_a_rank_that_hangs_is_named_with_its_stacks(how: str, phase: str, frame:
     assert frame in (run_folder(tmp_path) / "logs" / "rank-00001.stacks").read_text()
 
 
-def test_suspended_ranks_go_on(undisturbed: Any, tmp_path: Path) -> None:
+def test_suspended_ranks_continue(undisturbed: Any, tmp_path: Path) -> None:
     """As by `scontrol suspend`, for longer than the time-out."""
     with Job(tmp_path, 2, *arguments(*HANG)) as job:
         trained_until(job, 5)
@@ -168,7 +168,7 @@ def test_suspended_ranks_go_on(undisturbed: Any, tmp_path: Path) -> None:
     assert (curve_of(tmp_path), final_bits(tmp_path)) == undisturbed, "to the bit"
 
 
-def test_a_full_disk_does_not_keep_a_hanging_job_alive(tmp_path: Path) -> None:
+def test_hanging_job_ends_on_full_disk(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "2m"):
         faults = f"full 0 {AT - 1};stop 1 {AT}"
         with Job(tmp_path / "disk", 2, *arguments(*HANG), faults=faults) as job:
@@ -180,7 +180,7 @@ def test_a_full_disk_does_not_keep_a_hanging_job_alive(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "words"), [("raise", "ValueError: this rank is broken"), ("memory", "can't allocate memory")]
 )
-def test_the_error_of_one_rank_is_the_cause(how: str, words: str, tmp_path: Path) -> None:
+def test_error_of_one_rank_is_the_cause(how: str, words: str, tmp_path: Path) -> None:
     with Job(tmp_path, 2, *arguments(), faults=f"{how} 1 {AT}") as job:
         begin = trained_until(job, AT - 1)
         assert job.codes() == [5, 1], job.output()[-6000:]
@@ -191,7 +191,7 @@ def test_the_error_of_one_rank_is_the_cause(how: str, words: str, tmp_path: Path
     assert (other["rank"], other["kind"], other["follows"]) == (0, "PeerLostError", True)
 
 
-def test_all_ranks_are_asked_to_stop(undisturbed: Any, tmp_path: Path) -> None:
+def test_stop_all_ranks(undisturbed: Any, tmp_path: Path) -> None:
     with Job(tmp_path, 2, *arguments(), faults=f"term 0 {AT};term 1 {AT + 1}") as job:
         begin = trained_until(job, AT - 1)
         assert job.codes() == [3, 3], job.output()[-6000:]
@@ -201,7 +201,7 @@ def test_all_ranks_are_asked_to_stop(undisturbed: Any, tmp_path: Path) -> None:
     assert started_again(tmp_path, undisturbed) == stopped["step"]
 
 
-def test_ranks_that_do_not_meet(tmp_path: Path) -> None:
+def test_failed_rendezvous(tmp_path: Path) -> None:
     """A port in use, a rank that never comes, and one that was told of another world."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -223,7 +223,7 @@ def test_ranks_that_do_not_meet(tmp_path: Path) -> None:
     assert "rank 1 on" in three.output() and any(reason in three.output() for reason in reasons), three.output()
 
 
-def test_nan_in_one_layer_is_left_out_and_counted_and_ends_the_run_when_it_stays(tmp_path: Path) -> None:
+def test_nan_in_one_layer_is_skipped_until_max_bad_steps(tmp_path: Path) -> None:
     with Job(tmp_path, 2, *arguments(), faults="nan 1 5-6;nan 1 20-59") as job:
         assert job.codes() == [7, 7], job.output()[-6000:]
     metrics = metrics_of(tmp_path)
@@ -236,7 +236,7 @@ def test_nan_in_one_layer_is_left_out_and_counted_and_ends_the_run_when_it_stays
     assert snapshots(tmp_path) and not [str(one) for name in snapshots(tmp_path) for one in damages_of(storage, name)]
 
 
-def test_snapshots_of_ruined_weights_do_not_push_the_good_ones_out(undisturbed: Any, tmp_path: Path) -> None:
+def test_no_snapshots_of_ruined_weights(undisturbed: Any, tmp_path: Path) -> None:
     with Job(tmp_path, 2, *arguments("monitor.log_every=60"), faults="ruin 1 21") as job:
         assert job.codes() == [7, 7], job.output()[-6000:]
     assert "step 31: the last 11 updates were left out" in job.output(0), "whatever log_every is"
@@ -247,7 +247,7 @@ def test_snapshots_of_ruined_weights_do_not_push_the_good_ones_out(undisturbed: 
 
 
 @pytest.mark.parametrize("then", ["", ";term 0 14"])
-def test_ruined_weights_are_not_saved_at_the_end(then: str, tmp_path: Path) -> None:
+def test_no_final_checkpoint_of_ruined_weights(then: str, tmp_path: Path) -> None:
     with Job(tmp_path, 2, *arguments(steps=20), faults=f"ruin 1 13{then}") as job:
         assert job.codes() == [7, 7], job.output()[-6000:]
     assert "the weights are not finite, so they are not saved" in job.output(0)
@@ -255,14 +255,14 @@ def test_ruined_weights_are_not_saved_at_the_end(then: str, tmp_path: Path) -> N
     assert not committed(LocalStorage(tmp_path / "saves"))
 
 
-def test_overflow_at_the_floor_of_the_loss_scale_ends_the_run(tmp_path: Path) -> None:
+def test_overflow_at_min_loss_scale_ends_run(tmp_path: Path) -> None:
     scaler = "grad_scaler={'fp16': {'initial_scale': 8, 'min_scale': 2}, 'hysteresis': 2}"
     with Job(tmp_path, 1, *arguments("model.dtype=torch.float16", scaler), faults="nan 0 12-59") as job:
         assert job.codes() == [7], job.output()[-6000:]
     assert "step 15: gradients still overflow with the smallest loss scale, 2;" in job.output(), job.output()[-2000:]
 
 
-def test_a_flipped_bit_is_found_and_its_rank_named(tmp_path: Path) -> None:
+def test_flipped_bit_is_found_and_rank_named(tmp_path: Path) -> None:
     changes = ("guard.check_replicas_every=5", "--resume", "none")
     with Job(tmp_path, 3, *arguments(*changes), faults="flip 1 14") as job:
         assert job.codes() == [7, 7, 7], job.output()[-6000:]
@@ -271,7 +271,7 @@ def test_a_flipped_bit_is_found_and_its_rank_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("policy", ["note", "skip", "rollback"])
-def test_a_spike(policy: str, tmp_path: Path) -> None:
+def test_spike(policy: str, tmp_path: Path) -> None:
     with Job(tmp_path, 1, *arguments(f"guard.spike={policy}", "ckpt.async_upload=False"), faults="blow 0 45") as job:
         job.finish()
     (spike,) = events(tmp_path, "spike")
@@ -291,7 +291,7 @@ def test_a_spike(policy: str, tmp_path: Path) -> None:
     assert metrics[40]["loss"] == pytest.approx(metrics[39]["loss"], rel=0.2)
 
 
-def test_going_back_leads_before_the_spike_and_to_this_run(tmp_path: Path) -> None:
+def test_rollback_precedes_spike_and_stays_in_run(tmp_path: Path) -> None:
     with Job(tmp_path, 1, *arguments()) as job:
         job.finish()
     rollback = ("guard.spike=rollback", "ckpt.async_upload=False", "--resume", "none")
@@ -306,7 +306,7 @@ def test_going_back_leads_before_the_spike_and_to_this_run(tmp_path: Path) -> No
     assert stopped["step"] == 26, "what was asked is not lost"
 
 
-def test_going_back_too_often_ends_the_run(tmp_path: Path) -> None:
+def test_max_rollbacks(tmp_path: Path) -> None:
     changes = ("guard.spike=rollback", "guard.max_rollbacks=2", "ckpt.async_upload=False")
     with Job(tmp_path, 1, *arguments(*changes), faults="blow! 0 45") as job:
         assert job.codes() == [7], job.output()[-6000:]
@@ -314,7 +314,7 @@ def test_going_back_too_often_ends_the_run(tmp_path: Path) -> None:
     assert "a spike again, after going back to step 40 as often as guard.max_rollbacks=2 allows" in job.output()
 
 
-def test_torchrun_starts_killed_ranks_again(undisturbed: Any, tmp_path: Path) -> None:
+def test_torchrun_restarts_killed_ranks(undisturbed: Any, tmp_path: Path) -> None:
     torchrun(tmp_path, 2, 1, *arguments(SAVED), faults=f"kill 1 {AT}", patience=280)
     first, second = events(tmp_path, "start")
     assert (first["step"], second["step"]) == (0, 30)
@@ -325,7 +325,7 @@ def test_torchrun_starts_killed_ranks_again(undisturbed: Any, tmp_path: Path) ->
     print(f"\n{'torchrun: from the last step to the first again':50} {between:6.1f} s")
 
 
-def test_nan_in_the_copy_of_one_tensor_parallel_rank_is_left_out_and_counted(tmp_path: Path) -> None:
+def test_nan_on_one_tensor_parallel_rank_is_skipped(tmp_path: Path) -> None:
     with Job(tmp_path, 2, *arguments("parallel.tensor=2", steps=10), faults="nan 1 5") as job:
         job.finish()
     metrics = metrics_of(tmp_path)
@@ -333,7 +333,7 @@ def test_nan_in_the_copy_of_one_tensor_parallel_rank_is_left_out_and_counted(tmp
     assert all(line["loss"] is not None for line in metrics), "no weight was touched"
 
 
-def test_a_rank_that_hangs_where_the_others_wait_is_named(tmp_path: Path) -> None:
+def test_hanging_rank_among_waiting_ranks_is_named(tmp_path: Path) -> None:
     pipeline = ("parallel.pipeline.size=2", "model.num_layers=2", "data.micro_num=2")
     with Job(tmp_path, 2, *arguments(*pipeline, *HANG), faults=f"stuck 1 {AT}") as job:
         assert job.codes() == [4, 4], job.output()[-6000:]

@@ -1,4 +1,4 @@
-"""A job that stands still is found out: who keeps it, where, and what ends. Real processes, a real store."""
+"""The diagnosis of a hanging job, its end, and failure records; with real processes and a real store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 from torch.distributed import TCPStore, pipelining
 
 from internlm_lite.faults import failure as failures
-from internlm_lite.faults.beats import Beat, Limits, Verdict, judge
+from internlm_lite.faults.beats import Heartbeat, Limits, Verdict, diagnose
 from internlm_lite.faults.failure import Failure, clear_failures, read_failures, record, summary
 from internlm_lite.faults.waiting import waits_for_others
 from internlm_lite.faults.watchdog import Watchdog, write_stacks
@@ -31,20 +31,20 @@ from tests.world import fork_context
 LIMITS = Limits(2.0, {"building": math.inf})
 
 
-def _table(*beats: tuple[int, str], waiting: tuple[int, ...] = ()) -> dict[int, Beat]:
+def _table(*beats: tuple[int, str], waiting: tuple[int, ...] = ()) -> dict[int, Heartbeat]:
     return {
-        rank: Beat(progress, phase, 7, 1, f"node{rank}", rank in waiting)
+        rank: Heartbeat(progress, phase, 7, 1, f"node{rank}", rank in waiting)
         for rank, (progress, phase) in enumerate(beats)
     }
 
 
-def test_progress_within_the_limit_is_no_hang() -> None:
-    assert judge(_table((5, "training"), (5, "training")), {0: (1.9, 0), 1: (0, 0)}, LIMITS, 0.5) is None
+def test_progress_within_the_limit() -> None:
+    assert diagnose(_table((5, "training"), (5, "training")), {0: (1.9, 0), 1: (0, 0)}, LIMITS, 0.5) is None
 
 
-def test_the_rank_behind_is_named_and_where_it_is() -> None:
+def test_verdict_names_rank_behind_and_phase() -> None:
     table = _table((9, "training"), (8, "data"), (9, "training"))
-    found = judge(table, dict.fromkeys(range(3), (3.0, 0.1)), LIMITS, 0.5)
+    found = diagnose(table, dict.fromkeys(range(3), (3.0, 0.1)), LIMITS, 0.5)
     assert found is not None and (found.ranks, found.hosts) == ((1,), ("node1",))
     assert found.why == (
         "rank 1 made no progress for 3 s, in phase 'data' of step 7 (the others wait for it); "
@@ -52,28 +52,28 @@ def test_the_rank_behind_is_named_and_where_it_is() -> None:
     )
 
 
-def test_a_silent_rank_is_named_before_one_that_is_behind() -> None:
-    found = judge(_table((8, "data"), (9, "training")), {0: (3.0, 0.1), 1: (3.0, 3.0)}, LIMITS, 0.5)
+def test_silent_rank_precedes_rank_behind() -> None:
+    found = diagnose(_table((8, "data"), (9, "training")), {0: (3.0, 0.1), 1: (3.0, 3.0)}, LIMITS, 0.5)
     assert found is not None and found.ranks == (1,) and "no sign of life" in found.why
 
 
-def test_one_that_may_take_its_time_is_waited_for() -> None:
-    assert judge(_table((3, "building"), (4, "training")), {0: (99, 0), 1: (99, 0)}, LIMITS, 0.5) is None
+def test_phase_without_limit() -> None:
+    assert diagnose(_table((3, "building"), (4, "training")), {0: (99, 0), 1: (99, 0)}, LIMITS, 0.5) is None
 
 
-def test_silence_is_excused_by_no_phase() -> None:
-    found = judge(_table((3, "building"), (4, "training")), {0: (2.6, 2.6), 1: (2.1, 0)}, LIMITS, 0.5)
+def test_silent_rank_in_phase_without_limit() -> None:
+    found = diagnose(_table((3, "building"), (4, "training")), {0: (2.6, 2.6), 1: (2.1, 0)}, LIMITS, 0.5)
     assert found is not None and found.ranks == (0,) and "no sign of life" in found.why
 
 
-def test_nobody_stands_out() -> None:
-    found = judge(_table((4, "training"), (4, "training")), {0: (3, 0), 1: (3, 0)}, LIMITS, 0.5)
+def test_verdict_without_culprit() -> None:
+    found = diagnose(_table((4, "training"), (4, "training")), {0: (3, 0), 1: (3, 0)}, LIMITS, 0.5)
     assert found is not None and found.ranks == () and "all 2 ranks made no progress" in found.why
     assert found.why.endswith("their stacks say where; if it is only slow, raise --timeout")
 
 
 @pytest.mark.parametrize(
-    ("progress", "waiting", "seconds", "guilty"),
+    ("progress", "waiting", "seconds", "culprit"),
     [
         ((4, 4, 4), (0, 2), (3, 3, 3), (1,)),  # all in one phase: who does not wait for the others
         ((5, 4, 4), (0, 2), (3, 3, 3), (1,)),  # of those behind, too
@@ -83,22 +83,22 @@ def test_nobody_stands_out() -> None:
         ((4, 4, 5), (0, 1, 2), (3, 3, 3), (0, 1)),
     ],
 )
-def test_the_rank_that_does_not_wait_is_named(
-    progress: tuple[int, ...], waiting: tuple[int, ...], seconds: tuple[float, ...], guilty: tuple[int, ...] | None
+def test_verdict_names_rank_that_does_not_wait(
+    progress: tuple[int, ...], waiting: tuple[int, ...], seconds: tuple[float, ...], culprit: tuple[int, ...] | None
 ) -> None:
     table = _table(*((each, "training") for each in progress), waiting=waiting)
-    found = judge(table, {rank: (idle, 0.1) for rank, idle in enumerate(seconds)}, LIMITS, 0.5)
-    assert (found and found.ranks) == guilty
+    found = diagnose(table, {rank: (idle, 0.1) for rank, idle in enumerate(seconds)}, LIMITS, 0.5)
+    assert (found and found.ranks) == culprit
 
 
-def test_the_last_rank_that_has_not_ended_is_named() -> None:
-    found = judge({1: Beat(4, "ending", None, 1)}, {1: (3.0, 0.1)}, LIMITS, 0.5)
+def test_verdict_names_last_running_rank() -> None:
+    found = diagnose({1: Heartbeat(4, "ending", None, 1)}, {1: (3.0, 0.1)}, LIMITS, 0.5)
     assert found is not None and found.ranks == (1,)
 
 
-def test_what_ranks_tell_survives_the_store() -> None:
-    beat = Beat(5, "training", 7, 3, "node1", waits=True)
-    assert Beat.from_json(beat.to_json().encode()) == beat
+def test_json_round_trip() -> None:
+    beat = Heartbeat(5, "training", 7, 3, "node1", waits=True)
+    assert Heartbeat.from_json(beat.to_json().encode()) == beat
     verdict = Verdict((1, 3), "why", "training", 7, ("node1", "node3"))
     assert Verdict.from_json(verdict.to_json().encode()) == verdict
 
@@ -113,7 +113,7 @@ def test_what_ranks_tell_survives_the_store() -> None:
         (torch.nn.functional.__file__, comm.__file__, False),
     ],
 )
-def test_a_thread_waits_for_others_where_its_innermost_code_does(inner: str, outer: str, waits: bool) -> None:
+def test_waits_for_others_reads_innermost_frame(inner: str, outer: str, waits: bool) -> None:
     """Blocked in C, as by a collective."""
     lock = threading.Lock()
     block = compile("lock.acquire()", inner, "exec")
@@ -179,7 +179,7 @@ def _end(ranks: list) -> None:
         rank.join()
 
 
-def test_a_sound_job_ends_unharmed(tmp_path: Path) -> None:
+def test_job_without_hang(tmp_path: Path) -> None:
     ranks = _start(tmp_path, "none")
     try:
         for rank in ranks:
@@ -190,33 +190,33 @@ def test_a_sound_job_ends_unharmed(tmp_path: Path) -> None:
         _end(ranks)
 
 
-@pytest.mark.parametrize("guilty", [0, 1, 2])
-def test_a_hanging_rank_ends_the_job_and_is_named_by_all(tmp_path: Path, guilty: int) -> None:
-    ranks = _start(tmp_path, f"hang {guilty}")
+@pytest.mark.parametrize("culprit", [0, 1, 2])
+def test_hanging_rank_ends_job(tmp_path: Path, culprit: int) -> None:
+    ranks = _start(tmp_path, f"hang {culprit}")
     try:
         for rank in ranks:
             rank.join(30)
         assert [rank.exitcode for rank in ranks] == [4, 4, 4]
         for rank in range(3):
             verdict = Verdict.from_json((tmp_path / f"verdict-{rank}").read_bytes())
-            assert verdict.ranks == (guilty,) and (verdict.phase, verdict.step) == ("data", 20)
+            assert verdict.ranks == (culprit,) and (verdict.phase, verdict.step) == ("data", 20)
             assert "test_watchdog.py" in (tmp_path / f"stacks-{rank}").read_text()
     finally:
         _end(ranks)
 
 
-@pytest.mark.parametrize("guilty", [0, 1, 2])
-def test_a_stopped_rank_is_named_by_the_others(tmp_path: Path, guilty: int) -> None:
-    ranks = _start(tmp_path, f"stop {guilty}")
+@pytest.mark.parametrize("culprit", [0, 1, 2])
+def test_stopped_rank_ends_job(tmp_path: Path, culprit: int) -> None:
+    ranks = _start(tmp_path, f"stop {culprit}")
     try:
-        others = [rank for number, rank in enumerate(ranks) if number != guilty]
+        others = [rank for number, rank in enumerate(ranks) if number != culprit]
         for rank in others:
             rank.join(30)
         assert [rank.exitcode for rank in others] == [4, 4]
         for number in range(3):
-            if number != guilty:
+            if number != culprit:
                 verdict = Verdict.from_json((tmp_path / f"verdict-{number}").read_bytes())
-                assert verdict.ranks == (guilty,)
+                assert verdict.ranks == (culprit,)
     finally:
         _end(ranks)
 
@@ -225,7 +225,7 @@ class _Told:
     """A store in which ranks 0 to 2 beat."""
 
     def __init__(self) -> None:
-        self.beats = {rank: Beat(9, "training", 7, 1, f"node{rank}") for rank in range(3)}
+        self.beats = {rank: Heartbeat(9, "training", 7, 1, f"node{rank}") for rank in range(3)}
 
     def set(self, key: str, value: str) -> None: ...
 
@@ -237,61 +237,61 @@ class _Told:
 
 
 @pytest.mark.parametrize("rank", [1, 2])
-def test_without_the_store_only_the_rank_that_held_it_is_known_to_be_silent(rank: int) -> None:
+def test_unreachable_store(rank: int) -> None:
     store = _Told()
     watchdog = Watchdog(rank, 3, store, LIMITS, lambda verdict: None)
     watchdog.enter("training", 7)
     if rank == 1:
-        watchdog._look(store)
+        watchdog._read_heartbeats(store)
     assert watchdog.silent() == []
-    watchdog._heard -= 1.8
+    watchdog._contact -= 1.8
     watchdog._seen = {each: replace(seen, beaten=seen.beaten - 5) for each, seen in watchdog._seen.items()}
     assert watchdog.silent() == [0]
     now = time.monotonic()
-    assert watchdog._judge(now) is None, "it knows nothing of the others"
-    watchdog._heard -= 2
-    found = watchdog._judge(now)
+    assert watchdog._diagnose(now) is None, "it knows nothing of the others"
+    watchdog._contact -= 2
+    found = watchdog._diagnose(now)
     assert found is not None and found.ranks == (0,) and "rank 0, which holds the store" in found.why
 
 
-def test_a_store_that_is_an_agents_is_not_rank_0s() -> None:
+def test_unreachable_store_of_agent() -> None:
     watchdog = Watchdog(2, 3, _Told(), LIMITS, lambda verdict: None, agent_store=True)
-    watchdog._heard -= 3
-    found = watchdog._judge(time.monotonic())
+    watchdog._contact -= 3
+    found = watchdog._diagnose(time.monotonic())
     assert found is not None and found.why.startswith("torchrun's agent on the host of rank 0, which holds the store")
 
 
-def test_all_know_the_host_of_rank_0_and_judges_those_of_all() -> None:
+def test_host_of() -> None:
     store = _Told()
     hosts = []
     for rank in (1, 2):
         watchdog = Watchdog(rank, 3, store, LIMITS, lambda verdict: None, "here")
         watchdog._stop.set()
         store.check = lambda keys: keys not in (["verdict"], ["beat/1"])  # type: ignore[method-assign]
-        watchdog._talk(store)
+        watchdog._send_heartbeats(store)
         hosts.append([watchdog.host_of(each) for each in range(3)])
     assert hosts == [["node0", "here", "node2"], ["node0", "an unknown host", "here"]]
 
 
-def test_what_a_judge_reads_does_not_change_meanwhile() -> None:
+def test_seen_heartbeats_are_replaced_not_changed() -> None:
     store = _Told()
     watchdog = Watchdog(0, 3, store, LIMITS, lambda verdict: None)
-    watchdog._look(store)
+    watchdog._read_heartbeats(store)
     before, first = watchdog._seen, watchdog._seen[1].beaten
-    store.beats[2] = Beat(10, "ended", 7, 2)
-    watchdog._look(store)
-    watchdog._forgive(3.0)
+    store.beats[2] = Heartbeat(10, "ended", 7, 2)
+    watchdog._read_heartbeats(store)
+    watchdog._add_time(3.0)
     assert sorted(before) == [0, 1, 2] and before[1].beaten == first
     assert sorted(watchdog._seen) == [0, 1] and watchdog._seen[1].beaten == first + 3.0
 
 
-def test_nobody_is_watched_without_a_store() -> None:
+def test_without_store() -> None:
     before = threading.enumerate()
     with Watchdog(0, 1, None, LIMITS, lambda verdict: None) as watchdog:
         assert threading.enumerate() == before and watchdog.silent() == []
 
 
-def test_a_part_of_a_phase_is_progress() -> None:
+def test_part_of_phase_is_progress() -> None:
     watchdog = Watchdog(0, 1, None, LIMITS, lambda verdict: None)
     watchdog.enter("evaluation", 7)
     before = watchdog.here
@@ -299,33 +299,33 @@ def test_a_part_of_a_phase_is_progress() -> None:
     assert watchdog.here == replace(before, progress=before.progress + 1)
 
 
-def test_a_judge_that_hears_the_store_names_who_is_silent() -> None:
+def test_judge_names_silent_rank() -> None:
     store = _Told()
     watchdog = Watchdog(1, 3, store, LIMITS, lambda verdict: None)
-    watchdog._look(store)
+    watchdog._read_heartbeats(store)
     watchdog._seen = {**watchdog._seen, 2: replace(watchdog._seen[2], progressed=0.0, beaten=0.0)}
     assert watchdog.silent() == [2]
-    found = watchdog._judge(time.monotonic())
+    found = watchdog._diagnose(time.monotonic())
     assert found is not None and found.ranks == (2,)
 
 
-def test_a_rank_that_has_ended_is_not_missed() -> None:
+def test_ended_rank_is_ignored() -> None:
     store = _Told()
     watchdog = Watchdog(0, 3, store, LIMITS, lambda verdict: None)
-    watchdog._look(store)
-    store.beats[2] = Beat(10, "ended", 7, 2)
-    watchdog._look(store)
+    watchdog._read_heartbeats(store)
+    store.beats[2] = Heartbeat(10, "ended", 7, 2)
+    watchdog._read_heartbeats(store)
     assert sorted(watchdog._seen) == [0, 1]
 
 
-def test_a_rank_that_never_beat_is_named() -> None:
+def test_rank_without_heartbeat() -> None:
     store = _Told()
     store.check = lambda keys: keys != ["beat/2"]  # type: ignore[method-assign]
     watchdog = Watchdog(0, 3, store, Limits(2.0, {}), lambda verdict: None)
-    watchdog._look(store)
+    watchdog._read_heartbeats(store)
     long_ago = time.monotonic() - 3
     watchdog._seen = {rank: replace(seen, progressed=long_ago) for rank, seen in watchdog._seen.items()}
-    found = watchdog._judge(time.monotonic())
+    found = watchdog._diagnose(time.monotonic())
     assert found is not None and (found.ranks, found.phase, found.hosts) == ((2,), "starting", ("an unknown host",))
 
 
@@ -333,7 +333,7 @@ def _blocked(code: int) -> None:
     leave_now(code, lambda: time.sleep(60), 0.3)
 
 
-def test_last_words_that_block_do_not_keep_a_process_alive() -> None:
+def test_leave_now_has_a_time_limit() -> None:
     process = fork_context.Process(target=_blocked, args=(4,), daemon=True)
     process.start()
     process.join(30)
@@ -344,7 +344,7 @@ def _failure(rank: int, follows: bool, time: float) -> Failure:
     return Failure(rank, f"node{rank}", 12, "training", "RuntimeError", f"m{rank}", 1, follows, "trace", time)
 
 
-def test_the_cause_stands_first_whatever_the_clocks_say(tmp_path: Path) -> None:
+def test_cause_is_first_despite_clocks(tmp_path: Path) -> None:
     for failure in (_failure(2, True, 1.0), _failure(0, True, 2.0), _failure(3, False, 5.0)):
         record(tmp_path, failure)
     assert [failure.rank for failure in read_failures(tmp_path)] == [3, 2, 0]
@@ -353,7 +353,7 @@ def test_the_cause_stands_first_whatever_the_clocks_say(tmp_path: Path) -> None:
     assert text.endswith("others failed because of it, or after it: 2, 0")
 
 
-def test_the_first_word_of_a_rank_stays_and_a_restart_clears_it(tmp_path: Path) -> None:
+def test_first_record_is_kept_until_restart(tmp_path: Path) -> None:
     record(tmp_path, _failure(1, False, 1.0))
     record(tmp_path, _failure(1, True, 2.0))
     assert [failure.follows for failure in read_failures(tmp_path)] == [False]
@@ -363,7 +363,7 @@ def test_the_first_word_of_a_rank_stays_and_a_restart_clears_it(tmp_path: Path) 
     clear_failures(tmp_path)
 
 
-def test_a_guess_counts_until_the_rank_says_something_itself(tmp_path: Path) -> None:
+def test_own_record_replaces_inferred(tmp_path: Path) -> None:
     for rank in (1, 2):
         record(tmp_path, replace(_failure(rank, False, float(rank)), kind="lost", guessed=True))
     record(tmp_path, replace(_failure(2, False, 9.0), kind="hang", guessed=True))
@@ -377,7 +377,7 @@ def test_a_guess_counts_until_the_rank_says_something_itself(tmp_path: Path) -> 
     assert found == [(0, False), (2, True), (1, False)], "what is known comes before what is guessed"
 
 
-def test_a_file_system_without_links_keeps_the_first_word_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_record_is_kept_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EPERM, "no links here")
 
@@ -388,9 +388,7 @@ def test_a_file_system_without_links_keeps_the_first_word_too(tmp_path: Path, mo
     assert not list(tmp_path.glob("**/*.tmp"))
 
 
-def test_a_report_that_is_overtaken_by_another_record_is_written_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_report_includes_concurrent_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = failures.read_failures
 
     def overtaken(folder: Path) -> list[Failure]:
@@ -405,7 +403,7 @@ def test_a_report_that_is_overtaken_by_another_record_is_written_anew(
     assert report["cause"]["rank"] == 1 and [other["rank"] for other in report["others"]] == [0]
 
 
-def test_a_record_that_a_new_start_clears_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrently_cleared_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = failures.read_failures
 
     def cleared(folder: Path) -> list[Failure]:
@@ -418,7 +416,7 @@ def test_a_record_that_a_new_start_clears_ends_nothing(tmp_path: Path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_record_explains_nothing(tmp_path: Path) -> None:
+def test_damaged_record_is_skipped(tmp_path: Path) -> None:
     record(tmp_path, _failure(1, False, 1.0))
     (tmp_path / "failed" / "rank-00002.json").write_text("{")
     assert [failure.rank for failure in read_failures(tmp_path)] == [1]

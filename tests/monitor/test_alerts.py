@@ -60,7 +60,7 @@ class Story:
         return told
 
 
-def test_a_quiet_run_says_nothing() -> None:
+def test_no_alert() -> None:
     story = Story()
     for n in range(200):
         story.lines(1, loss=11.0 * 0.99**n, tgs=100 + n % 20, skipped=n // 40)
@@ -77,7 +77,7 @@ def test_non_finite_loss() -> None:
     assert story.lines(1, loss=-math.inf).heard() == [("non_finite_loss", 18, False)]
 
 
-def test_a_line_without_labels_has_no_loss() -> None:
+def test_line_without_labels() -> None:
     nothing = {"code": FolderFigures(0, math.nan, 0.0)}
     assert Story().lines(3, loss=math.nan, folders=nothing).heard() == []
 
@@ -91,7 +91,7 @@ def test_loss_spike() -> None:
     assert story.lines(1, loss=9.0).heard() == [("loss_spike", 123, False)]
 
 
-def test_the_first_lines_are_no_spike() -> None:
+def test_no_spike_in_first_lines() -> None:
     story = Story().lines(5, loss=1.0)
     assert story.lines(4, loss=9.0).heard() == []
 
@@ -135,7 +135,7 @@ def test_silent() -> None:
     assert story.heard() == [("silent", 5, False)]
 
 
-def test_silence_is_measured_by_what_is_usual() -> None:
+def test_silence_limit_depends_on_usual_time() -> None:
     story = Story(silent_seconds=5.0)
     for _ in range(20):
         story.now += 9
@@ -146,7 +146,7 @@ def test_silence_is_measured_by_what_is_usual() -> None:
     assert story.heard() == [("silent", 19, False)]
 
 
-def test_other_signs_of_life_and_the_end() -> None:
+def test_events_end_silence() -> None:
     story = Story(silent_seconds=60.0, total_steps=10).lines(5)
     for _ in range(3):
         story.wait(50)
@@ -164,7 +164,7 @@ def test_other_signs_of_life_and_the_end() -> None:
     assert story.heard() == []
 
 
-def test_a_run_that_never_comes_to_its_first_step() -> None:
+def test_silence_before_first_step() -> None:
     story = Story(silent_seconds=60.0)
     story.wait(61)
     assert story.heard() == [("silent", None, False)]
@@ -200,7 +200,7 @@ def test_disk_nearly_full(total: int, limit: int) -> None:
     assert look(0) == [("disk_nearly_full /data", 0, False)]
 
 
-def test_after_its_end_an_alert_cools_down() -> None:
+def test_cool_down() -> None:
     story = Story(cool_down_seconds=100.0).lines(20)
     assert story.lines(1, loss=math.nan).lines(1).heard() == [
         ("non_finite_loss", 20, False),

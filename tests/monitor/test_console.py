@@ -34,7 +34,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_off_a_terminal_the_full_line(capsys, tmp_path):
+def test_full_line_without_terminal(capsys, tmp_path):
     setup_logging(PLACE, tmp_path)
     with closing(Console(50000, terminal=False)) as console:
         console.step(SEED[1])
@@ -42,7 +42,7 @@ def test_off_a_terminal_the_full_line(capsys, tmp_path):
     assert (tmp_path / "logs" / "rank-00000.log").read_text() == SEED_LINES[1] + "\n"
 
 
-def test_on_a_terminal_a_short_line_and_a_bar(monkeypatch, tmp_path):
+def test_short_line_and_bar_on_terminal(monkeypatch, tmp_path):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("COLUMNS", "160")
@@ -91,7 +91,7 @@ def test_next_checkpoint_of_milestones_and_snapshots(done, after):
     assert next_checkpoint(done, [50, 20], 130) == after
 
 
-def test_heartbeat_speaks_in_long_phases_only(caplog):
+def test_heartbeat_in_long_phases_only(caplog):
     with caplog.at_level("INFO", "internlm_lite"):
         with heartbeat("loading data", every_seconds=10):
             pass

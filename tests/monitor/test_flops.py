@@ -20,7 +20,7 @@ def test_20b_demo_per_step():
     assert step_flops_per_token(B20, 2048) / 1e12 == pytest.approx(0.12396527616, rel=1e-15)
 
 
-def test_the_seeds_tflops():
+def test_seed_tflops():
     for record in SEED:
         seconds = 65536 / 16 / record.speed.last_tgs_1
         found = tflops_per_gpu(step_flops_per_token(B20, 2048), 65536, seconds, 16)

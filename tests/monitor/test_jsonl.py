@@ -26,7 +26,7 @@ from internlm_lite.monitor.record import FolderFigures, Sample
 from tests.monitor.test_line import SEED
 
 
-def test_one_object_a_step(tmp_path):
+def test_step_objects(tmp_path):
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path, 0)
     folders = {"code": FolderFigures(60571, 11.5, 0.25), "docs": FolderFigures(0, math.nan, 0.0)}
@@ -40,7 +40,7 @@ def test_one_object_a_step(tmp_path):
     file.close()
 
 
-def test_every_figure_of_a_record_is_written(tmp_path):
+def test_all_numbers_of_record_are_written(tmp_path):
     names = {field.name for field in dataclasses.fields(SEED[0])} - {"speed", "origin"}
     names |= {field.name for field in dataclasses.fields(SEED[0].speed)} | {"seg"}
     file = MetricsFile(tmp_path / "m", 0)
@@ -48,7 +48,7 @@ def test_every_figure_of_a_record_is_written(tmp_path):
     assert set(next(read_objects(tmp_path / "m"))) == names
 
 
-def test_the_next_segment_is_new_to_metrics_and_events(tmp_path):
+def test_next_segment(tmp_path):
     metrics, events = tmp_path / "metrics.jsonl", tmp_path / "events.jsonl"
     assert next_segment(metrics, events) == 0
     for segment in range(2):
@@ -75,14 +75,14 @@ def test_the_next_segment_is_new_to_metrics_and_events(tmp_path):
         (["start", "start 1", "done 1", "failed"], True),
     ],
 )
-def test_a_run_has_ended_when_its_last_start_says_so(kinds, ended, tmp_path):
+def test_has_ended(kinds, ended, tmp_path):
     for text in kinds:
         kind, _, segment = text.partition(" ")
         EventsFile(tmp_path / "events.jsonl", int(segment or 0)).event(kind, {})
     assert has_ended(tmp_path / "events.jsonl") is ended
 
 
-def test_every_possible_cut_of_the_last_line(tmp_path):
+def test_truncated_last_line(tmp_path):
     path = tmp_path / "m"
     for step in range(2):
         file = MetricsFile(path, 0)
@@ -99,7 +99,7 @@ def test_every_possible_cut_of_the_last_line(tmp_path):
     assert len(path.read_bytes().splitlines()) == 3
 
 
-def test_lines_are_there_at_once(tmp_path):
+def test_lines_are_unbuffered(tmp_path):
     writer = JsonlWriter(tmp_path / "m")
     for n in range(3):
         writer.write({"n": n})
@@ -107,7 +107,7 @@ def test_lines_are_there_at_once(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_logged_once_and_stops_nothing(caplog):
+def test_full_disk_is_logged_once(caplog):
     writer = JsonlWriter(Path("/dev/full"))
     for n in range(3):
         writer.write({"n": n})
@@ -115,7 +115,7 @@ def test_a_full_disk_is_logged_once_and_stops_nothing(caplog):
     assert "No space left on device" in caplog.text
 
 
-def test_a_disk_that_is_full_for_a_while_loses_only_those_lines(tmp_path, monkeypatch, caplog):
+def test_temporarily_full_disk(tmp_path, monkeypatch, caplog):
     writer = JsonlWriter(tmp_path / "m")
     writer.write({"n": 0})
     real = os.write
@@ -134,7 +134,7 @@ def test_a_disk_that_is_full_for_a_while_loses_only_those_lines(tmp_path, monkey
     assert len(caplog.records) == 1
 
 
-def test_a_missing_folder_is_a_warning_too(tmp_path, caplog):
+def test_missing_folder_is_logged(tmp_path, caplog):
     JsonlWriter(tmp_path / "absent" / "m").write({"n": 0})
     assert "cannot write" in caplog.text
 
@@ -162,7 +162,7 @@ def test_finite():
     }  # fmt: skip
 
 
-def test_no_torch_is_loaded_by_the_readers():
+def test_readers_do_not_import_torch():
     """A dashboard or a report must start at once."""
     modules = ["record", "line", "jsonl", "speed", "flops"]
     code = "import sys\n" + "".join(f"import internlm_lite.monitor.{name}\n" for name in modules)

@@ -13,7 +13,7 @@ from internlm_lite.monitor.metrics import FolderMetrics
 from tests.monitor.test_line import SEED
 
 
-def test_tokens_without_a_label_are_seen_but_not_learnt() -> None:
+def test_seen_includes_tokens_without_label() -> None:
     metrics = FolderMetrics(("code", "docs", "empty"), single_process_mesh(torch.device("cpu")))
     labels = torch.tensor([5, IGNORE, IGNORE, 7, IGNORE, IGNORE])
     learnt = labels != IGNORE
@@ -29,5 +29,5 @@ def test_tokens_without_a_label_are_seen_but_not_learnt() -> None:
         assert value["folders"]["code"] == [4, 2.0, 1.0]
 
 
-def test_a_log_does_not_say_what_was_seen() -> None:
+def test_log_has_no_seen() -> None:
     assert "seen" not in step_object(SEED[0], 0)

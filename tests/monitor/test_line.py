@@ -20,12 +20,12 @@ SEED = [parse_step_line(line) for line in SEED_LINES]
 
 
 @pytest.mark.parametrize("step", range(6))
-def test_seed_lines_are_printed_again_byte_for_byte(step):
+def test_seed_lines_round_trip(step):
     assert format_step_line(SEED[step]) == SEED_LINES[step]
     assert SEED[step].step == step
 
 
-def test_what_the_seed_line_says():
+def test_seed_line_values():
     record = SEED[2]
     assert record.time.isoformat() == "2023-11-10T11:46:24.921000+08:00"
     assert record.origin == Origin("training_internlm.py", 600, "record_current_batch_training_metrics", 117775)
@@ -45,7 +45,7 @@ def test_perplexity_is_exp_of_the_metrics_loss():
         assert math.exp(record.loss_from_metric) == pytest.approx(record.perplexity, rel=1e-4)
 
 
-def test_computed_figures_are_rounded_as_the_seed_does():
+def test_rounding():
     raw = dataclasses.replace(
         SEED[1],
         fwd_bwd_time=3.70312,
@@ -61,7 +61,7 @@ def test_computed_figures_are_rounded_as_the_seed_does():
     assert " loss=11.3379974365 " in line
 
 
-def test_new_keys_stand_after_the_folders():
+def test_new_keys_follow_folders():
     record = dataclasses.replace(
         SEED[1], mfu=0.412345, eta_seconds=93784.6, pack_fill=1.0, memory_bytes=int(71.25 * 2**30)
     )
@@ -70,7 +70,7 @@ def test_new_keys_stand_after_the_folders():
     assert format_step_line(parse_step_line(line)) == line
 
 
-def test_a_folder_whose_name_looks_like_a_figure():
+def test_folder_named_like_a_key():
     folders = {"year=2024": FolderFigures(5, 1.5, 0.25), "a=1=": FolderFigures(7, 2.5, 0.5)}
     line = format_step_line(dataclasses.replace(SEED[1], folders=folders))
     assert parse_step_line(line).folders == folders
@@ -85,7 +85,7 @@ def test_numbers_that_are_not_finite():
     assert format_step_line(parse_step_line(line)) == line
 
 
-def test_blocks_of_10_and_50_print_a_bare_0_before_they_are_full():
+def test_block_speeds_before_first_block():
     speed = dataclasses.replace(SEED[0].speed, last_tgs_10=0.0, last_tgs_50=12.345)
     assert " tgs/last_tgs_10=0 tgs/last_tgs_50=12.35 " in format_step_line(dataclasses.replace(SEED[0], speed=speed))
 
@@ -99,7 +99,7 @@ FLOATS = st.floats(allow_nan=True, allow_infinity=True)
     FLOATS,
     st.floats(0, 1e9),
 )
-def test_any_record_is_printed_again_byte_for_byte(folders: dict[str, FolderFigures], loss: float, eta: float):
+def test_record_round_trip(folders: dict[str, FolderFigures], loss: float, eta: float):
     record: StepRecord = dataclasses.replace(SEED[3], folders=folders, loss=loss, eta_seconds=eta)
     line = format_step_line(record)
     assert format_step_line(parse_step_line(line)) == line

@@ -29,29 +29,29 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"wandb": {}}, "pip install internlm_lite[wandb]"),
     ],
 )
-def test_what_is_asked_for_and_absent_is_an_error(bare: None, config: dict[str, Any], expected: str) -> None:
+def test_requested_package_is_missing(bare: None, config: dict[str, Any], expected: str) -> None:
     with pytest.raises(MissingPackageError, match="not installed") as error:
         check_packages(MonitorConfig(**config))
     assert str(error.value).endswith(expected) and error.value.exit_code == 2
 
 
-def test_what_is_left_open_and_absent_is_off(bare: None) -> None:
+def test_optional_package_is_missing(bare: None) -> None:
     check_packages(MonitorConfig())
     assert not writes_tensorboard(MonitorConfig())
 
 
-def test_what_is_there_is_used() -> None:
+def test_installed_package_is_used() -> None:
     check_packages(MonitorConfig(tensorboard=True, wandb={}))  # type: ignore[arg-type]
     assert writes_tensorboard(MonitorConfig()) and not writes_tensorboard(MonitorConfig(tensorboard=False))
 
 
-def test_a_folder_of_that_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_folder_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a_mere_folder").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     assert not packages.is_installed("a_mere_folder") and not packages.is_installed("not_there_at_all")
 
 
-def test_an_old_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages, "version", lambda name: "0.16.2")
     with pytest.raises(MissingPackageError, match=r"found wandb 0\.16\.2, expected 0\.31 or newer: pip install --upgr"):
         check_packages(MonitorConfig(wandb={}))  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ TOKENS = 65536  # of one step of the 20B demo
 WORLD = 16
 
 
-def test_the_seeds_six_lines():
+def test_seed_speeds():
     meter = SpeedMeter(WORLD)
     for record in SEED:
         seed = record.speed
@@ -26,7 +26,7 @@ def test_the_seeds_six_lines():
         assert (speed.last_tgs_10, speed.last_tgs_50) == (0, 0)
 
 
-def test_blocks_refresh_at_their_multiples():
+def test_block_speeds():
     meter = SpeedMeter(1)
     figures = [meter.add(100, 1.0 if step < 15 else 0.5) for step in range(60)]
     tens = [speed.last_tgs_10 for speed in figures]
@@ -38,7 +38,7 @@ def test_blocks_refresh_at_their_multiples():
     assert fifties[:49] == [0] * 49 and fifties[49:] == [round(5000 / (15 + 17.5), 2)] * 11
 
 
-def test_the_moving_average_forgets_and_the_others_do_not():
+def test_moving_average():
     meter = SpeedMeter(2)
     for _ in range(50):
         meter.add(200, 1.0)
@@ -59,7 +59,7 @@ def test_several_steps_between_two_lines():
         assert at_once == by_step
 
 
-def test_an_interval_may_cross_a_block():
+def test_interval_across_block():
     meter = SpeedMeter(1)
     meter.add(700, 7.0, steps=7)
     speed = meter.add(1400, 7.0, steps=7)  # steps 7-13 at 200 tokens/s
@@ -79,5 +79,5 @@ def test_saved_and_restored_through_json():
     assert restored.state_dict() == through.state_dict()
 
 
-def test_before_the_first_step():
+def test_before_first_step():
     assert SpeedMeter(1).seconds_per_step is None

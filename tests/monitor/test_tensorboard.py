@@ -40,7 +40,7 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> EventAccumulator:
     return read(folder)
 
 
-def test_the_series_of_every_folder(seed: EventAccumulator) -> None:
+def test_folder_series(seed: EventAccumulator) -> None:
     for name in SEED[0].folders:
         figures = [(record.step, record.folders[name]) for record in SEED]
         tokens = [(step, folder) for step, folder in figures if folder.tokens]
@@ -55,7 +55,7 @@ def test_the_series_of_every_folder(seed: EventAccumulator) -> None:
     assert series(seed, "loss/.git")[0][1] == pytest.approx(11.5552) and series(seed, "loss/.git")[5][0] == 5
 
 
-def test_every_figure_of_the_run(seed: EventAccumulator) -> None:
+def test_all_scalars(seed: EventAccumulator) -> None:
     for tag in step_scalars(SEED[0]):
         assert series(seed, tag)[0] == (0, pytest.approx(step_scalars(SEED[0])[tag])), tag
     assert {"train/loss", "train/acc", "lr", "loss_scale", "grad_norm/0_default", "tgs", "tflops"} <= set(
@@ -69,7 +69,7 @@ def test_validation(seed: EventAccumulator) -> None:
     assert series(seed, "val_loss/.git") == [(5, pytest.approx(VALID.folders[".git"].loss))]
 
 
-def test_one_chart_holds_all_folders(seed: EventAccumulator) -> None:
+def test_folder_charts(seed: EventAccumulator) -> None:
     (event,) = seed.Tensors("custom_scalars__config__")
     layout = Layout.FromString(make_ndarray(event.tensor_proto).item())
     charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
@@ -79,7 +79,7 @@ def test_one_chart_holds_all_folders(seed: EventAccumulator) -> None:
     }
 
 
-def test_samples_are_text_as_it_is(seed: EventAccumulator) -> None:
+def test_samples(seed: EventAccumulator) -> None:
     tags = [tag for tag in seed.Tags()["tensors"] if tag.startswith("samples/")]
     assert tags == ["samples/0 def/text_summary", "samples/1 <b> class/text_summary"]
     (event,) = seed.Tensors(tags[1])
@@ -87,7 +87,7 @@ def test_samples_are_text_as_it_is(seed: EventAccumulator) -> None:
     assert event.step == 5 and text == "    <b>\n    class\n\n---\n\n     f(x):\n      * `x`\n"
 
 
-def test_an_overlap_is_drawn_once(tmp_path: Path) -> None:
+def test_resumed_steps_are_purged(tmp_path: Path) -> None:
     for done, steps, loss in ((0, range(0, 6), 9.0), (3, range(3, 8), 8.0)):
         board = TensorBoard(tmp_path, done)
         for step in steps:
@@ -96,7 +96,7 @@ def test_an_overlap_is_drawn_once(tmp_path: Path) -> None:
     assert series(read(tmp_path), "train/loss") == [(step, 9.0 if step < 3 else 8.0) for step in range(8)]
 
 
-def test_a_line_can_be_read_at_once(tmp_path: Path) -> None:
+def test_step_is_flushed(tmp_path: Path) -> None:
     board = TensorBoard(tmp_path, 0)
     board.step(SEED[0])
     assert series(read(tmp_path), "train/loss") == [(0, pytest.approx(SEED[0].loss))]

@@ -72,7 +72,7 @@ def history(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [record["history"]["item"] for record in records if record["type"] == "history"]
 
 
-def test_the_series_of_every_folder(records: list[list[dict[str, Any]]]) -> None:
+def test_folder_series(records: list[list[dict[str, Any]]]) -> None:
     rows = [row for file in records for row in history(file) if "train/loss" in row]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
     for row, record in zip(rows, SEED, strict=True):
@@ -82,7 +82,7 @@ def test_the_series_of_every_folder(records: list[list[dict[str, Any]]]) -> None
         assert row["perplexity/.git"] == pytest.approx(math.exp(record.folders[".git"].loss))
 
 
-def test_one_run_one_axis(written: Path, records: list[list[dict[str, Any]]]) -> None:
+def test_one_run_and_axis(written: Path, records: list[list[dict[str, Any]]]) -> None:
     ids = {record["run"]["run_id"] for file in records for record in file if record["type"] == "run"}
     assert ids == {(written / "wandb-id").read_text().strip()} and len(records) == 2
     for file in records:
@@ -104,21 +104,21 @@ def test_validation_samples_and_summary(written: Path, records: list[list[dict[s
     assert shown["summary"]["train/loss"] == {"last": losses[-1], "min": min(losses)}
 
 
-def test_the_config_is_there_and_the_secret_is_not(written: Path, records: list[list[dict[str, Any]]]) -> None:
+def test_config_is_masked(written: Path, records: list[list[dict[str, Any]]]) -> None:
     (update,) = [record["run"]["config"]["update"] for record in records[0] if record["type"] == "run"]
     assert update["adam"]["lr"] == 1e-2 and update["monitor"]["alerts"]["webhook"] == "***"
     files = [file for file in written.rglob("*") if file.is_file()]
     assert files and all(b"hush" not in file.read_bytes() for file in files)
 
 
-def test_a_click_on_stop_does_not_stop_the_run(caplog: pytest.LogCaptureFixture) -> None:
+def test_stop_request_is_ignored(caplog: pytest.LogCaptureFixture) -> None:
     stop = restricted_settings().stop_fn
     assert stop is not None
     stop()
     assert "wandb asks to stop the run, which goes on" in caplog.text
 
 
-def test_online_without_a_login_writes_offline(
+def test_online_without_login(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(wandb, "login", lambda prompt: False)
@@ -129,7 +129,7 @@ def test_online_without_a_login_writes_offline(
     assert list(tmp_path.glob("wandb/offline-run-*"))
 
 
-def test_offline_looks_nothing_up(tmp_path: Path) -> None:
+def test_offline_uses_no_network(tmp_path: Path) -> None:
     """No name is resolved and no connection made outside this machine, up to the end of the process."""
     code = (
         "import socket, sys\n"

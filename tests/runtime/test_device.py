@@ -29,7 +29,7 @@ def gpus(monkeypatch):
     return pretend
 
 
-def test_one_gpu_per_local_rank_in_the_seeds_words(gpus, caplog):
+def test_one_gpu_per_local_rank(gpus, caplog):
     current = gpus(8)
     with caplog.at_level("INFO", "internlm_lite"):
         assert bind_device(PLACE) == torch.device("cuda", 3)
@@ -37,7 +37,7 @@ def test_one_gpu_per_local_rank_in_the_seeds_words(gpus, caplog):
     assert caplog.messages == ["process rank 3 is bound to host:HOST-10-140-60-69 device: 3"]
 
 
-def test_slurm_may_show_each_task_only_its_gpu(gpus):
+def test_slurm_task_with_one_visible_gpu(gpus):
     gpus(1)
     assert bind_device(dataclasses.replace(PLACE, launcher="slurm")) == torch.device("cuda", 0)
     with pytest.raises(MeshError, match="4 processes but 1 visible GPUs"):
@@ -55,7 +55,7 @@ def test_cpu(gpus, caplog):
     assert bind_device(PLACE, "cpu") == torch.device("cpu")
 
 
-def test_threads_share_the_cores():
+def test_threads_per_process():
     assert cpu_threads(PLACE, 16) == 4
     assert cpu_threads(PLACE, 2) == 1
     assert cpu_threads(dataclasses.replace(PLACE, cpu_threads=6), 2) == 6

@@ -50,7 +50,7 @@ def test_layout_and_latest(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc", "a\0"])
-def test_job_names_that_are_no_folder_names(tmp_path, name):
+def test_invalid_job_names(tmp_path, name):
     with pytest.raises(ConfigError, match="JOB_NAME"):
         create_run_folder(tmp_path, name, NOW)
 
@@ -61,7 +61,7 @@ def test_unwritable_root(tmp_path):
         create_run_folder(tmp_path / "file", "job", NOW)
 
 
-def test_a_latest_that_cannot_be_replaced_costs_a_warning(tmp_path, caplog):
+def test_latest_cannot_be_replaced(tmp_path, caplog):
     (tmp_path / "latest").mkdir()
     (tmp_path / "latest" / "something").write_text("")
     point_latest(tmp_path, "run")
@@ -69,7 +69,7 @@ def test_a_latest_that_cannot_be_replaced_costs_a_warning(tmp_path, caplog):
     assert [path.name for path in tmp_path.iterdir()] == ["latest"]
 
 
-def test_the_folder_of_an_earlier_start_is_found_by_its_name_alone(tmp_path):
+def test_find_run_folder(tmp_path):
     folder = create_run_folder(tmp_path, "job", NOW)
     assert find_run_folder(tmp_path, "job", folder.name) == folder
     again = create_run_folder(tmp_path, "job", NOW)
@@ -104,7 +104,7 @@ def test_config_copies_resolved_values_and_origins(tmp_path):
     assert not [path for path in folder.rglob("*") if path.is_file() and "hunter2" in path.read_text()]
 
 
-def test_a_start_keeps_what_it_changes_of_the_start_before(tmp_path):
+def test_files_of_earlier_start_are_kept(tmp_path):
     folder = create_run_folder(tmp_path / "RUN", "job", NOW)
     source, base = tmp_path / "c.py", tmp_path / "base.py"
     base.write_text("a = 1")
@@ -139,7 +139,7 @@ def test_environment_has_no_secrets(monkeypatch):
     assert found["packages"]["torch"] and found["why"] == "started by torchrun"
 
 
-def test_the_agents_of_a_start_are_found_again(tmp_path):
+def test_agents_round_trip(tmp_path):
     folder = create_run_folder(tmp_path / "RUN", "job", NOW)
     assert agents_of(folder) == set()
     write_start(folder, loaded_from(), environment(PLACE, ["train.py"], "cpu", NOW, ["/tmp/a", "/tmp/b"]))
@@ -149,7 +149,7 @@ def test_the_agents_of_a_start_are_found_again(tmp_path):
         assert agents_of(folder) == set(), text
 
 
-def test_a_secret_is_masked_under_any_name_and_in_every_file(tmp_path):
+def test_secrets_are_masked_in_all_files(tmp_path):
     hook = "https://example.com/T0/abcdef"
     config = CONFIG.model_copy(
         update={"monitor": CONFIG.monitor.model_validate({"alerts": {"webhook": hook, "format": "slack"}})}
@@ -162,7 +162,7 @@ def test_a_secret_is_masked_under_any_name_and_in_every_file(tmp_path):
     assert len(files) == 4 and not [path for path in files if "abcdef" in path.read_text()]
 
 
-def test_a_config_is_kept_in_its_own_encoding(tmp_path):
+def test_config_encoding(tmp_path):
     source = tmp_path / "c.py"
     source.write_bytes("# coding: latin-1\nJOB_NAME = 'caf\u00e9'\n".encode("latin-1"))
     folder = create_run_folder(tmp_path / "RUN", "job", NOW)
@@ -170,7 +170,7 @@ def test_a_config_is_kept_in_its_own_encoding(tmp_path):
     assert "JOB_NAME = 'caf\u00e9'" in (folder / "config" / "c.py").read_text(encoding="utf-8")
 
 
-def test_code_differs_where_a_file_does(tmp_path):
+def test_code_digest(tmp_path):
     (tmp_path / "a.py").write_text("one = 1\n")
     one = code_digest(tmp_path)
     (tmp_path / "a.txt").write_text("of no account")
@@ -180,7 +180,7 @@ def test_code_differs_where_a_file_does(tmp_path):
     assert code_digest(tmp_path) != one
 
 
-def test_outside_a_checkout_there_is_no_commit(tmp_path):
+def test_no_commit_outside_checkout(tmp_path):
     assert git_commit(tmp_path) is None
     inside = git_commit(Path(__file__).parent)
     assert inside is None or len(inside["commit"]) == 40

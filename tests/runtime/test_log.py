@@ -34,7 +34,7 @@ def speak() -> None:
     logger.warning("w")
 
 
-def test_rank_0_prints_info_in_the_seeds_format(capsys, tmp_path):
+def test_rank_0_prints_info(capsys, tmp_path):
     setup_logging(place(0), tmp_path)
     speak()
     lines = capsys.readouterr().out.splitlines()
@@ -42,7 +42,7 @@ def test_rank_0_prints_info_in_the_seeds_format(capsys, tmp_path):
     assert parts == [("INFO", "test_log.py", "speak", "i"), ("WARNING", "test_log.py", "speak", "w")]
 
 
-def test_other_ranks_print_warnings_and_every_file_has_everything(capsys, tmp_path):
+def test_other_ranks_print_warnings(capsys, tmp_path):
     setup_logging(place(3), tmp_path)
     speak()
     flush_logging()
@@ -51,7 +51,7 @@ def test_other_ranks_print_warnings_and_every_file_has_everything(capsys, tmp_pa
     assert [SEED_RECORD.fullmatch(line).group(4) for line in text.splitlines()] == ["d", "i", "w"]
 
 
-def test_early_records_reach_the_file_once(capsys, tmp_path):
+def test_early_records(capsys, tmp_path):
     setup_logging(place(0), None)
     logger.info("early")
     setup_logging(place(0), None, "full")
@@ -74,7 +74,7 @@ def test_verbatim_and_compact(capsys, tmp_path):
     assert (tmp_path / "logs" / "rank-00000.log").read_text().startswith("100 % whole line \n")
 
 
-def test_auto_style_follows_the_terminal(monkeypatch):
+def test_auto_style(monkeypatch):
     assert resolve_style("auto", sys.stdout) == "full"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert resolve_style("auto", sys.stdout) == "compact"
@@ -97,7 +97,7 @@ def test_unwritable_folder(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_said_once_and_stops_nothing(capsys, tmp_path):
+def test_full_disk_is_reported_once(capsys, tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "rank-00000.log").symlink_to("/dev/full")
     setup_logging(place(0), tmp_path)
@@ -106,7 +106,7 @@ def test_a_full_disk_is_said_once_and_stops_nothing(capsys, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_stdout_and_stderr_on_a_full_disk_stop_nothing(monkeypatch, tmp_path):
+def test_stdout_and_stderr_on_full_disk(monkeypatch, tmp_path):
     """As under Slurm, where both are files beside the run folder."""
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "rank-00000.log").symlink_to("/dev/full")

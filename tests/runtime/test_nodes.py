@@ -34,7 +34,7 @@ def test_expands(text, names):
     ["", ",", "a,", ",a", "a,,b", "gpu[1-2", "gpu1-2]", "gpu[]", "gpu[1-]", "gpu[-2]", "gpu[a-b]", "gpu[3-1]",
      "gpu[1,]", "gpu[[1-2]]", "a b", "(null)", "gpu[1-999999999]", "r[1-300]n[1-300]", "gpu[1--2]", "gpu [1]"],
 )  # fmt: skip
-def test_bad_text_is_a_mesh_error_that_quotes_it(text):
+def test_bad_text(text):
     with pytest.raises(MeshError, match="node list") as caught:
         expand_node_list(text)
     assert repr(text) in str(caught.value)
@@ -68,7 +68,7 @@ def test_round_trip(groups):
 
 
 @given(st.text(alphabet="ab01-,[]() x", max_size=20))
-def test_any_text_expands_or_is_a_mesh_error(text):
+def test_any_text(text):
     try:
         names = expand_node_list(text)
     except MeshError:

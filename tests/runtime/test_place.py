@@ -77,20 +77,20 @@ def test_srun_task():
     assert "SLURM_PROCID=2" in place.why
 
 
-def test_the_seeds_srun():
+def test_seed_srun():
     place = place_of(SEED)
     assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (11, 16, 3, 8)
     assert (place.master_host, place.hostname) == ("HOST-10-140-60-69", "HOST-10-140-60-95")
 
 
-def test_all_tasks_of_a_job_agree_on_the_port_and_other_jobs_and_steps_differ():
+def test_slurm_port():
     ports = {place_of(SRUN | {"SLURM_PROCID": str(rank)}).master_port for rank in range(3)}
     others = {place_of(SRUN | {"SLURM_JOB_ID": str(job)}).master_port for job in range(2, 52)}
     others |= {place_of(SRUN | {"SLURM_STEP_ID": str(step)}).master_port for step in range(1, 50)}
     assert len(ports) == 1 and len(others) > 90 and not ports & others
 
 
-def test_host_and_port_of_the_command_line_win():
+def test_host_and_port_options():
     by_hand = TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "False"}
     for environ in (SRUN, by_hand):
         place = place_of(environ, host="10.0.0.7", port=12345, resolves=False)
@@ -99,19 +99,19 @@ def test_host_and_port_of_the_command_line_win():
         place_of(TORCHRUN, port=12345)
 
 
-def test_node_names_that_do_not_resolve():
+def test_unresolvable_node_names():
     place = place_of(SRUN, resolves=False)
     assert place.master_host == "127.0.0.1" and "does not resolve" in place.why
     with pytest.raises(MeshError, match="SLURM_LAUNCH_NODE_IPADDR is not set; pass --host"):
         place_of({key: value for key, value in SRUN.items() if key != "SLURM_LAUNCH_NODE_IPADDR"}, resolves=False)
 
 
-def test_torchrun_inside_srun_is_torchrun():
+def test_torchrun_inside_srun():
     place = place_of(SRUN | TORCHRUN)
     assert place.launcher == "torch" and place.rank == 5 and "inside Slurm task 2" in place.why
 
 
-def test_variables_that_a_batch_script_exports_do_not_hide_srun():
+def test_srun_despite_exported_variables():
     exported = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500", "WORLD_SIZE": "3"}
     assert place_of(SRUN | exported).launcher == "slurm"
 
@@ -134,12 +134,12 @@ def test_single(environ, why):
     assert place_of(environ, "single").idle_tasks == 0
 
 
-def test_a_batch_script_is_no_task_of_srun():
+def test_batch_script():
     with pytest.raises(MeshError, match="expected one of the 4 tasks of srun: say srun python"):
         place_of(BATCH_SHELL, "slurm")
 
 
-def test_asked_for_launcher_wins():
+def test_launcher_option():
     assert place_of(SRUN | TORCHRUN, "slurm").rank == 2
     assert place_of(SRUN | TORCHRUN, "single").world_size == 1
     with pytest.raises(MeshError, match="not set: RANK, WORLD_SIZE, LOCAL_RANK"):
@@ -173,12 +173,12 @@ def test_asked_for_launcher_wins():
         (SEED | {"SLURM_NTASKS_PER_NODE": "7"}, "SLURM_NTASKS_PER_NODE=7"),
     ],
 )
-def test_contradictions_name_the_variables(environ, names):
+def test_contradictory_variables(environ, names):
     with pytest.raises(MeshError, match=names):
         place_of(environ)
 
 
-def test_thread_counts_that_were_asked_for():
+def test_thread_counts():
     assert place_of(SRUN | {"SLURM_CPUS_PER_TASK": "6", "OMP_NUM_THREADS": "2"}).cpu_threads == 6
     assert place_of(SRUN | {"OMP_NUM_THREADS": "2"}).cpu_threads == 2
     assert place_of(TORCHRUN | {"OMP_NUM_THREADS": "4"}).cpu_threads == 4

@@ -54,7 +54,7 @@ def slurm_task(rank: int) -> Environ:
     return texts | {name: str(value) for name, value in values.items()}
 
 
-def test_two_ranks_meet_and_end(run):
+def test_two_ranks(run):
     port = free_port()
     ended = run(30, torch_rank(0, port), torch_rank(1, port))
     assert [code for code, _ in ended] == [0, 0], ended
@@ -64,18 +64,18 @@ def test_two_ranks_meet_and_end(run):
     assert "start.py:" in ended[0][1] and "in announce_layout -- " in ended[0][1]
 
 
-def test_two_slurm_tasks_meet_where_node_names_do_not_resolve(run):
+def test_two_slurm_tasks_with_unresolvable_names(run):
     ended = run(30, slurm_task(0), slurm_task(1))
     assert [code for code, _ in ended] == [0, 0], ended
     assert all("sum 3.0 gloo slurm" in output for _, output in ended)
 
 
-def test_a_single_process_starts_no_group(run):
+def test_single_process(run):
     ((code, output),) = run(30, {})
     assert code == 0 and "sum" not in output and "data parallel size: 1" in output
 
 
-def test_port_in_use_names_the_port(run):
+def test_port_in_use(run):
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
@@ -84,7 +84,7 @@ def test_port_in_use_names_the_port(run):
     assert code == 2 and "MeshError: rank 0 on" in output and f"port {port} is in use" in output, output
 
 
-def test_missing_ranks_are_counted_and_named(run):
+def test_missing_ranks(run):
     port = free_port()
     ended = run(4, *(torch_rank(rank, port, world=4) for rank in (0, 2)))
     assert [code for code, _ in ended] == [2, 2], ended
@@ -98,14 +98,14 @@ def test_rank_0_missing(run):
     assert f"did not reach rank 0 at 127.0.0.1:{port} within 2 s" in output
 
 
-def test_a_rank_started_twice(run):
+def test_duplicate_rank(run):
     port = free_port()
     ended = run(4, *(torch_rank(rank, port, world=3) for rank in (0, 1, 1)))
     assert [code for code, _ in ended] == [2, 2, 2], ended
     assert any("rank 1 was started 2 times" in output for _, output in ended), ended
 
 
-def test_torchrun_restarts_a_failed_world():
+def test_torchrun_restart():
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "TORCHELASTIC_"))}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     command += [str(REPO / "tests/runtime/rank.py"), "30", "die"]

@@ -29,25 +29,25 @@ def raising(error: BaseException):
         (KeyboardInterrupt(), 130, "interrupted: half is there"),
     ],
 )
-def test_an_error_is_one_line_and_its_code(error, code, line, capsys):
+def test_user_error(error, code, line, capsys):
     assert run_tool(raising(error), "interrupted: half is there") == code
     said = capsys.readouterr().err
     assert said.startswith(line) and said.count("\n") == 1
 
 
-def test_a_tool_with_an_option_for_s3_names_it(capsys):
+def test_s3_option_in_message(capsys):
     assert run_tool(raising(CheckpointError("set ckpt.s3.insecure=True")), has_s3_option=True) == 2
     assert capsys.readouterr().err == "CheckpointError: set --s3 insecure=True\n"
 
 
 @pytest.mark.parametrize("defect", [ValueError("x"), ConnectionResetError(104, "reset")])
-def test_a_defect_keeps_its_traceback(defect):
+def test_internal_error_keeps_traceback(defect):
     with pytest.raises(type(defect)):
         run_tool(raising(defect))
 
 
 @pytest.mark.parametrize("show", [print, lambda line: ToolConsole().print(line)], ids=["print", "rich"])
-def test_a_reader_that_has_seen_enough_is_no_error(show, monkeypatch, capsys):
+def test_closed_pipe(show, monkeypatch, capsys):
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as out:
@@ -57,7 +57,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(show, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_full_standard_output_is_one_line(monkeypatch, capsys):
+def test_full_standard_output(monkeypatch, capsys):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert run_tool(lambda: print("a line") or 0) == StorageError.exit_code
@@ -68,6 +68,6 @@ def test_a_full_standard_output_is_one_line(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("show", [print, lambda line: ToolConsole().print(line)], ids=["print", "rich"])
-def test_a_closed_standard_output_is_no_error(show, monkeypatch):
+def test_closed_standard_output(show, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert run_tool(lambda: show("a line") or 0) == 0

@@ -17,7 +17,7 @@ def _failed(file: Path, error: BaseException, code: int) -> ProcessFailure:
     return ProcessFailure(local_rank=0, pid=1, exitcode=code, error_file=str(file))
 
 
-def test_the_summary_has_the_cause_in_our_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_summary_has_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.time", lambda: 1700000000.9)
     lost = _failed(tmp_path / "0.json", PeerLostError("rank 0 lost a peer"), 5)
     cause = _failed(tmp_path / "1.json", DataError("data.train_folder: /data is missing"), 2)
@@ -25,13 +25,13 @@ def test_the_summary_has_the_cause_in_our_words(tmp_path: Path, monkeypatch: pyt
     assert "exitcode  : 2" in root and "traceback : DataError: data.train_folder: /data is missing\n" in root
 
 
-def test_an_error_of_the_program_has_its_traceback(tmp_path: Path) -> None:
+def test_internal_error_has_traceback(tmp_path: Path) -> None:
     found = _failed(tmp_path / "0.json", ZeroDivisionError("of all things"), 1)
     text = str(ChildFailedError("train.py", {0: found}))
     assert "Traceback (most recent call last)" in text and "ZeroDivisionError: of all things" in text
 
 
-def test_without_a_file_or_a_place_for_it_the_error_is_all_there_is(tmp_path: Path) -> None:
+def test_no_error_file(tmp_path: Path) -> None:
     for file in (None, tmp_path / "absent" / "error.json"):
         with pytest.raises(DataError, match="no data"), agent_told(file):
             raise DataError("no data")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from internlm_lite.checkpoint.format import catalog
-from internlm_lite.checkpoint.manager import CheckpointManager, hold
-from internlm_lite.checkpoint.save.saver import Saver
+from internlm_lite.checkpoint.manager import CheckpointManager
+from internlm_lite.checkpoint.save.saver import SaveOptions
 from internlm_lite.checkpoint.storage.base import Storage
 from internlm_lite.config.folders import spelt_out
 from internlm_lite.config.schema import CkptConfig, Config
@@ -38,7 +38,7 @@ class LastRun:
 
 
 class SaveFolders:
-    """Milestones and snapshots, and the thread that writes both. None: not saved in this run."""
+    """Milestones and snapshots, and the thread that writes both."""
 
     def __init__(self, config: Config, mesh: Mesh, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         """Collective. Raises StorageError when a folder cannot be written, or another run holds it.
@@ -51,43 +51,36 @@ class SaveFolders:
         """The config as it is stored and compared."""
         self.in_background = self._ckpt.async_upload and self._ckpt.enable_save_ckpt
         staging = self._ckpt.async_upload_tmp_folder if self.in_background else None
-        self.saver = Saver(mesh, self.described, timeout_seconds, Path(spelt_out(staging)) if staging else None)
-        self.milestones: CheckpointManager | None = None
-        self.snapshots: CheckpointManager | None = None
-        if not self._ckpt.enable_save_ckpt:
-            return
+        options = SaveOptions(
+            vote_timeout_seconds=timeout_seconds, staging_folder=Path(spelt_out(staging)) if staging else None
+        )
+        self.manager = self._open(options) if self._ckpt.enable_save_ckpt else CheckpointManager(None, mesh)
+        """Without a folder where nothing is saved."""
         try:
-            self.milestones = self._open(self._ckpt.save_ckpt_folder, saves=True)
-            self.snapshots = self._open(self._ckpt.snapshot_ckpt_folder, saves=True)
-            hold(mesh, [manager for manager in (self.milestones, self.snapshots) if manager is not None])
-            self._join(self.milestones, self.snapshots)
+            self.manager.hold()
+            self._check_whose(self.manager)
         except BaseException:
             self.close(wait=False)
             raise
 
-    def _open(self, folder: str | None, saves: bool) -> CheckpointManager | None:
-        if folder is None:
-            return None
+    def _open(self, saving: SaveOptions | None) -> CheckpointManager:
         return CheckpointManager(
-            folder,
+            self._ckpt.save_ckpt_folder,
             self._mesh,
+            snapshot_folder=self._ckpt.snapshot_ckpt_folder,
             config=self.described,
-            writable=saves,
-            saver=self.saver,
+            saving=saving,
             s3=self._ckpt.s3,
         )
 
-    def _join(self, milestones: CheckpointManager | None, snapshots: CheckpointManager | None) -> None:
-        """Either resumes from the newest of both. Raises ConfigError for snapshots of a run with other milestones: they
-        would be gone on from, and deleted. Collective.
+    def _check_whose(self, manager: CheckpointManager) -> None:
+        """Raises ConfigError for snapshots of a run with other milestones: they would be resumed from, and deleted.
+        Collective.
         """
-        if milestones and snapshots:
-            storage = snapshots.storage
-            on_main(self._mesh, lambda: self._check_whose(storage))
-            milestones.resume_beside(snapshots)
-            snapshots.resume_beside(milestones)
+        if len(manager.folders) == 2:
+            on_main(self._mesh, lambda: self._check_whose_snapshots(manager.folders[1].storage))
 
-    def _check_whose(self, snapshots: Storage) -> None:
+    def _check_whose_snapshots(self, snapshots: Storage) -> None:
         """Not collective. Where their own folder is another one as well, they were moved here together."""
         for name in catalog.committed(snapshots):
             with suppress(CheckpointError):  # told when it is loaded
@@ -105,12 +98,11 @@ class SaveFolders:
         """Resumes from the newest of both folders, also in a run that saves nothing: which only reads there, and does
         not keep out another run. Collective.
         """
-        if self._ckpt.enable_save_ckpt:
-            return self.milestones or self.snapshots
-        milestones = self._open(self._ckpt.save_ckpt_folder, saves=False)
-        snapshots = self._open(self._ckpt.snapshot_ckpt_folder, saves=False)
-        self._join(milestones, snapshots)
-        return milestones or snapshots
+        manager = self.manager
+        if not self._ckpt.enable_save_ckpt:
+            manager = self._open(saving=None)
+            self._check_whose(manager)
+        return manager if manager.folders else None
 
     def last_run(self) -> LastRun | None:
         """The run that wrote the newest checkpoint that looks whole. Not collective.
@@ -118,7 +110,7 @@ class SaveFolders:
         None without one, or where it does not say, or when it was saved to other folders: then this is a copy, and the
         run that wrote it may be alive.
         """
-        storages = [manager.storage for manager in (self.milestones, self.snapshots) if manager is not None]
+        storages = [folder.storage for folder in self.manager.folders]
         named = [(name, storage) for storage in storages for name in catalog.committed(storage)]
         for name, storage in sorted(named, key=lambda one: one[0], reverse=True):
             try:
@@ -135,15 +127,8 @@ class SaveFolders:
         return None
 
     def close(self, wait: bool) -> None:
-        """End the thread, once it is idle or, without `wait`, as soon as it can, and give the folders free.
-
-        Without `wait` a storage that was silent is not asked again: the next run finds that this one is dead. Not
-        collective; a second time does nothing.
-        """
-        self.saver.close(wait)
-        for manager in (self.milestones, self.snapshots):
-            if manager is not None and (wait or manager.answers):
-                manager.release()
+        """See `Saver.close`. Not collective."""
+        self.manager.close(wait=wait)
 
 
 def _same(theirs: Mapping[str, Any], ours: CkptConfig, place: str) -> bool:

@@ -49,7 +49,7 @@ class Saving:
     ) -> None:
         """`run_folder`: its name, for the run that goes on from here."""
         self._ckpt = config.ckpt
-        self._folders, self._saver, self._run_folder = folders, folders.saver, run_folder
+        self._folders, self._saver, self._run_folder = folders, folders.manager, run_folder
         self.restored: str | None = None
         """Name of the checkpoint whose counters this run goes on from."""
         self._loader = Loader(mesh, config=folders.described, s3=config.ckpt.s3)
@@ -69,8 +69,6 @@ class Saving:
         `must`: return when the checkpoint exists, or raise StorageError or CheckpointError. Else it is written in the
         background with `ckpt.async_upload`, and a failure is an alarm: training goes on, and the next save tries again.
         """
-        manager = self._folders.snapshots if kind == "snapshot" else self._folders.milestones
-        assert manager is not None, "check_config requires a folder for every kind that is due"
         begin = time.monotonic()
         self._optimizer.wait_weights()
         stored = {
@@ -84,10 +82,10 @@ class Saving:
         pieces, random = self._pieces(), random_states(self._mesh.device)
         wait = must or not self._ckpt.async_upload
         try:
-            name = manager.save(state.step, kind, pieces, stored, random, wait=wait)
+            name = self._saver.save(state.step, kind, pieces, stored, random, wait=wait)
         except (StorageError, CheckpointError) as error:
             self.check()
-            if must or self._saver.is_stuck:
+            if must or self._saver.write_in_progress:
                 raise
             self._alarm(f"step {state.step}", error)
             return

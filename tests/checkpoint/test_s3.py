@@ -140,7 +140,7 @@ def test_put_if_absent_on_a_server_that_ignores_conditions(storage: S3Storage) -
 
     storage._client.meta.events.register("before-call.s3.PutObject", forget)
     assert storage.put_if_absent("x", b"1") and not storage.put_if_absent("x", b"2")
-    assert storage.read("x", 1) == b"1" and storage._has_conditions is False
+    assert storage.read("x", 1) == b"1" and storage._heeds == {"IfNoneMatch": False}
 
 
 def test_many_objects_are_listed_and_deleted_page_by_page(storage: S3Storage) -> None:

@@ -256,7 +256,7 @@ def test_which_refusals_may_pass(code: str, status: int, passing: bool) -> None:
 def test_secrets_that_a_server_repeats_are_masked(s3_folder: str) -> None:
     storage = open_s3(s3_folder)
 
-    def request(_: float) -> None:
+    def request() -> None:
         raise ClientError({"Error": {"Code": "X", "Message": f"no {ACCESS_KEY} with {SECRET_KEY}"}}, "PutObject")
 
     with pytest.raises(StorageError, match=r"no \*\*\* with \*\*\*"):

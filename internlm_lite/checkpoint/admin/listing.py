@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from internlm_lite.checkpoint.admin.verify import damages_of
 from internlm_lite.checkpoint.format.catalog import committed, inspect
-from internlm_lite.checkpoint.format.manifest import Commit, Manifest, Name, read_bytes, unseal
+from internlm_lite.checkpoint.format.manifest import Commit, Manifest, Name, load_with_crc, read_bytes
 from internlm_lite.checkpoint.load.reader import Reader
 from internlm_lite.checkpoint.storage.base import Storage
 from internlm_lite.errors import CheckpointError, DamagedError
@@ -81,11 +81,11 @@ def quick_problems(storage: Storage, name: Name) -> list[str]:
 def _facts(storage: Storage, name: Name) -> tuple[str | None, dict[str, int]]:
     """(kind, layout), as far as the documents can be read."""
     try:
-        manifest = unseal(Manifest, read_bytes(storage, name.manifest), name.manifest)
+        manifest = load_with_crc(Manifest, read_bytes(storage, name.manifest), name.manifest)
         return manifest.kind, manifest.layout
     except DamagedError:
         pass
     try:
-        return unseal(Commit, read_bytes(storage, name.commit), name.commit).kind, {}
+        return load_with_crc(Commit, read_bytes(storage, name.commit), name.commit).kind, {}
     except DamagedError:
         return None, {}

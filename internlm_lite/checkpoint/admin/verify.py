@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from internlm_lite.checkpoint.format.catalog import Found, inspect
-from internlm_lite.checkpoint.format.manifest import Manifest, Name, read_bytes, unseal, vote_of
+from internlm_lite.checkpoint.format.manifest import Manifest, Name, load_with_crc, read_bytes, vote_of
 from internlm_lite.checkpoint.format.tensor_file import BLOCK_BYTES, DTYPES, StoredTensor, read_header
 from internlm_lite.checkpoint.storage.base import Storage, UnreadableError
 from internlm_lite.errors import CheckpointError, DamagedError
@@ -56,7 +56,7 @@ def damages_of(storage: Storage, name: Name) -> Iterator[Damage]:
         yield damage
         try:
             key = f"{storage.name}/{name.manifest}"
-            found = Found(storage, name.folder, unseal(Manifest, read_bytes(storage, name.manifest), key))
+            found = Found(storage, name.folder, load_with_crc(Manifest, read_bytes(storage, name.manifest), key))
         except CheckpointError:
             return
     except CheckpointError as error:

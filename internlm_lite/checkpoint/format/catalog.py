@@ -18,9 +18,17 @@ from itertools import islice
 from pydantic import ValidationError
 
 from internlm_lite.checkpoint.format.boxes import tiling_problems
-from internlm_lite.checkpoint.format.manifest import FORMAT, Commit, Kind, Manifest, Name, read_bytes, unseal, vote_of
-from internlm_lite.checkpoint.storage import run_lock
-from internlm_lite.checkpoint.storage.base import Entry, Storage
+from internlm_lite.checkpoint.format.manifest import (
+    FORMAT,
+    Commit,
+    Kind,
+    Manifest,
+    Name,
+    load_with_crc,
+    read_bytes,
+    vote_of,
+)
+from internlm_lite.checkpoint.storage.base import RUN_LOCK_KEY, Entry, Storage
 from internlm_lite.checkpoint.storage.open import open_storage
 from internlm_lite.config.schema import Config, S3Config
 from internlm_lite.errors import CheckpointError, DamagedError
@@ -96,7 +104,7 @@ def _below(inside: str, key: str) -> str:
 def inspect(storage: Storage, name: Name, inside: str = "") -> Found:
     """A committed checkpoint. Raises DamagedError naming the file that is not as it was written."""
     at_commit, at_manifest = _below(inside, name.commit), _below(inside, name.manifest)
-    commit = unseal(Commit, read_bytes(storage, at_commit), f"{storage.name}/{at_commit}")
+    commit = load_with_crc(Commit, read_bytes(storage, at_commit), f"{storage.name}/{at_commit}")
     if (commit.name, commit.step, commit.manifest) != (str(name), name.step, name.manifest):
         raise DamagedError(f"{storage.name}/{at_commit} is the commit of {commit.name}")
     data = read_bytes(storage, at_manifest)
@@ -115,7 +123,7 @@ def inspect(storage: Storage, name: Name, inside: str = "") -> Found:
 def found_in(storage: Storage, folder: str, data: bytes) -> Found:
     """The checkpoint whose manifest holds `data`, all its files there in full size. Raises DamagedError."""
     prefix = f"{folder}/" if folder else ""
-    manifest = unseal(Manifest, data, f"{storage.name}/{prefix}manifest.json")
+    manifest = load_with_crc(Manifest, data, f"{storage.name}/{prefix}manifest.json")
     if manifest.format != FORMAT:
         raise CheckpointError(
             f"{storage.name}/{prefix}manifest.json: format {manifest.format}, expected {FORMAT}: "
@@ -174,7 +182,7 @@ def _tell_what_is_there(storage: Storage) -> None:
     """A folder without commits that is not empty deserves a word."""
     keys = [entry.key for entry in storage.list("")]
     # By default snapshots have a store inside the milestones', and a run that begins has taken the lease.
-    keys = [key for key in keys if not _NESTED.search(key) and key.split("/")[-1] != run_lock.KEY]
+    keys = [key for key in keys if not _NESTED.search(key) and key.split("/")[-1] != RUN_LOCK_KEY]
     unfinished = sorted({key.split("/")[1] for key in keys if key.startswith("data/") and key.count("/") > 1})
     if unfinished:
         logger.warning("%s: no committed checkpoint; unfinished saves: %s", storage.name, ", ".join(unfinished))
@@ -237,7 +245,7 @@ def rotate(storage: Storage, keep: int, known_bad: Collection[str], kinds: dict[
     for name in names:
         if name not in kinds:
             with suppress(DamagedError):  # evidence for a person to look at
-                kinds[name] = unseal(Commit, read_bytes(storage, name.commit), name.commit).kind
+                kinds[name] = load_with_crc(Commit, read_bytes(storage, name.commit), name.commit).kind
     temporary = [name for name in names if kinds.get(name) in ("snapshot", "rescue")]
     good = (name for name in temporary if str(name) not in known_bad and _looks_whole(storage, name))
     kept = list(islice(good, keep))

@@ -190,7 +190,7 @@ def vote_of(file: str) -> str:
     return f"{file.removesuffix('.safetensors')}.vote.json"
 
 
-def seal(document: Document) -> bytes:
+def dump_with_crc(document: Document) -> bytes:
     """The document as JSON with its check sum."""
     body = document.model_dump_json().encode()
     return b'{"crc32":"%08x","body":%s}\n' % (zlib.crc32(body), body)
@@ -199,7 +199,7 @@ def seal(document: Document) -> bytes:
 DocumentT = TypeVar("DocumentT", bound=Document)
 
 
-def unseal(kind: type[DocumentT], data: bytes, where: str) -> DocumentT:
+def load_with_crc(kind: type[DocumentT], data: bytes, where: str) -> DocumentT:
     """The document in `data`. Raises DamagedError naming `where`."""
     front = _SEAL.match(data)
     body = data[front.end() : -2] if front else b""

@@ -14,6 +14,8 @@ from internlm_lite.errors import StorageError
 
 Bytes = bytes | bytearray | memoryview
 
+RUN_LOCK_KEY = "run.lock"
+"""In a save folder: which run writes to it. See `run_lock`."""
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 
 
@@ -22,7 +24,7 @@ class UnreadableError(StorageError):
 
 
 class UnreachableError(StorageError):
-    """The storage stayed silent for as long as it is asked: it will not answer another request either."""
+    """The storage did not answer before the deadline: other requests would wait as long, in vain."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class Storage(Protocol):
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Store `data` durably unless the key exists; False if it does."""
+
+    def replace(self, key: str, old: bytes, new: bytes) -> bool:
+        """Compare and swap: store `new` if the object holds `old`. False if it does not, or another replaces it now."""
 
     def read(self, key: str, limit_bytes: int) -> bytes:
         """The whole object, which is at most `limit_bytes` long."""

@@ -5,6 +5,7 @@ the medium, then renamed, and the folder is flushed: after a crash there is the 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -68,6 +69,24 @@ class LocalStorage:
                     os.rename(temporary, path)
             _flush_folder(path.parent)
             return True
+
+    def replace(self, key: str, old: bytes, new: bytes) -> bool:
+        with self._errors("write", key):
+            path = self._path(key)
+            try:
+                with open(path, "r+b") as file:
+                    if not _try_lock(file.fileno()):
+                        return False
+                    # Whoever replaces the file holds the lock of the one that is replaced.
+                    is_current = os.path.samestat(os.fstat(file.fileno()), path.lstat())
+                    if not is_current or file.read(len(old) + 1) != old:
+                        return False
+                    with _temporary(path, [new]) as (temporary, _):
+                        os.rename(temporary, path)
+                    _flush_folder(path.parent)
+                    return True
+            except FileNotFoundError:
+                return False
 
     def read(self, key: str, limit_bytes: int) -> bytes:
         with self._errors("read", key), self._open(key) as descriptor:
@@ -206,6 +225,15 @@ def _begin_flush(descriptor: int, start: int, count: int) -> None:
     """Let the medium start on these bytes while the next are made, so that the flush at the end finds little to do."""
     if sys.platform == "linux":
         os.posix_fadvise(descriptor, start, count, os.POSIX_FADV_DONTNEED)  # forgets only what is written already
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Take the file's lock until it is closed; False if another process has it. A file system without is trusted."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (*_NOT_SUPPORTED, errno.ENOLCK)
+    return True
 
 
 def _make_folder(path: Path) -> None:

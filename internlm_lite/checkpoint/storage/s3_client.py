@@ -50,7 +50,7 @@ def connect(path: S3Path, settings: S3Config) -> Connection:
     config = ClientConfig(
         connect_timeout=min(CONNECT_SECONDS, settings.deadline_seconds),
         read_timeout=min(READ_SECONDS, settings.deadline_seconds),
-        retries={"total_max_attempts": 1, "mode": "standard"},  # s3calls.py tries again, for longer
+        retries={"total_max_attempts": 1, "mode": "standard"},  # s3_retry.py repeats requests, until a deadline
         max_pool_connections=_CONNECTIONS,
         tcp_keepalive=True,
         s3={"addressing_style": settings.addressing},

@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from internlm_lite.checkpoint.format.boxes import Region
-from internlm_lite.checkpoint.format.tensor_file import DTYPES
+from internlm_lite.checkpoint.format.tensor_file import DTYPES, Document, FileFacts
 from internlm_lite.checkpoint.storage.base import Storage, UnreadableError
 from internlm_lite.errors import CheckpointError, DamagedError
 from internlm_lite.mesh.layout import Box
@@ -34,12 +34,6 @@ FileName = Annotated[str, Field(pattern=r"^rank-[0-9]{5,9}\.safetensors$")]
 DtypeName = Annotated[str, Field(pattern="^(" + "|".join(DTYPES) + ")$")]
 _DOCUMENT_LIMIT_BYTES = 1 << 30
 _SEAL = re.compile(rb'\{"crc32":"([0-9a-f]{8})","body":')
-
-
-class Document(BaseModel):
-    """Unknown or missing fields and wrong types are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class StoredPiece(Document):
@@ -72,15 +66,6 @@ class StoredState(Document):
     file: FileName
     key: str
     crc32: tuple[int, ...]
-
-
-class FileFacts(Document):
-    """One rank's tensor file."""
-
-    size: int
-    sha256: str
-    header_bytes: int
-    header_crc32: int
 
 
 class Vote(Document):

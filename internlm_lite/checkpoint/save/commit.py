@@ -22,7 +22,6 @@ from internlm_lite.checkpoint.format.catalog import inspect
 from internlm_lite.checkpoint.format.manifest import (
     FORMAT,
     Commit,
-    FileFacts,
     Kind,
     Manifest,
     ManifestFile,
@@ -38,7 +37,7 @@ from internlm_lite.checkpoint.format.manifest import (
     read_bytes,
     versions,
 )
-from internlm_lite.checkpoint.format.tensor_file import Digest, TensorFile
+from internlm_lite.checkpoint.format.tensor_file import TensorFile
 from internlm_lite.checkpoint.save.plan import WriteItem
 from internlm_lite.checkpoint.storage.base import Storage
 from internlm_lite.errors import CheckpointError, DamagedError, StorageError
@@ -74,36 +73,29 @@ def write_rank(
     """Write one rank's file, which holds the items, then its vote. Returns the file's bytes. Raises StorageError."""
     file = file_of(rank)
     written = storage.put(f"{name.folder}/{file}", stream)
-    digest = stream.digest
-    if digest is None or digest.size != written:
-        raise StorageError(f"{storage.name}/{name.folder}/{file}: {written} bytes written, expected {digest}")
-    states = [key for key in digest.blocks if key.startswith(_RANK_STATE)]
+    facts, crc32 = stream.facts, stream.crc32
+    if facts is None or facts.size != written:
+        raise StorageError(f"{storage.name}/{name.folder}/{file}: {written} bytes written, expected {facts}")
+    states = [key for key in crc32 if key.startswith(_RANK_STATE)]
     vote = Vote(
         name=str(name),
         rank=rank,
         world_size=world_size,
-        facts=FileFacts(
-            size=digest.size,
-            sha256=digest.sha256,
-            header_bytes=digest.header_bytes,
-            header_crc32=digest.header_crc32,
-        ),
-        pieces=tuple(_voted(file, item, digest) for item in items),
-        rank_state={
-            key.removeprefix(_RANK_STATE): StoredState(file=file, key=key, crc32=digest.blocks[key]) for key in states
-        },
+        facts=facts,
+        pieces=tuple(_voted(file, item, crc32[item.key]) for item in items),
+        rank_state={key.removeprefix(_RANK_STATE): StoredState(file=file, key=key, crc32=crc32[key]) for key in states},
     )
     storage.put(name.vote(rank), [dump_with_crc(vote)])
     return written
 
 
-def _voted(file: str, item: WriteItem, digest: Digest) -> VotedPiece:
+def _voted(file: str, item: WriteItem, crc32: tuple[int, ...]) -> VotedPiece:
     return VotedPiece(
         file=file,
         key=item.key,
         box=item.region.box,
         flat=item.region.flat,
-        crc32=digest.blocks[item.key],
+        crc32=crc32,
         name=item.shard.name,
         role=item.shard.role,
         shape=item.shard.shape,

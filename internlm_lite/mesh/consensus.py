@@ -1,4 +1,4 @@
-"""Work that may fail on some ranks, ending on all of them: either every rank goes on, or every rank raises.
+"""Work that may fail on some ranks, with one outcome on all: either every rank continues, or every rank raises.
 
 on_main(mesh, work)   rank 0 works, all get its result        on_all(mesh, work)   every rank works
 """
@@ -15,7 +15,7 @@ from internlm_lite.mesh.mesh import Mesh
 T = TypeVar("T")
 Failure = tuple[type[InternLMError], str]
 
-# When ranks fail differently, the first of these that occurs is raised: trouble with the storage says nothing about
+# When ranks fail differently, the first of these that occurs is raised: a problem of the storage says nothing about
 # the checkpoint, and only damage lets an older checkpoint be tried.
 _ORDER = (StorageError, ConfigError, CheckpointError, DamagedError)
 
@@ -30,15 +30,15 @@ def on_all(mesh: Mesh, work: Callable[[], T]) -> T:
 def on_main(mesh: Mesh, work: Callable[[], T]) -> T:
     """`work()` on rank 0, no collective inside. Its result, or its error, on every rank."""
     result, failure, caught = _attempt(work) if mesh.is_main else (None, None, None)
-    told: Any = comm.broadcast_object((result, failure), mesh.world)
-    _raise_same([told[1]], caught)
-    return cast(T, told[0])
+    outcome: Any = comm.broadcast_object((result, failure), mesh.world)
+    _raise_same([outcome[1]], caught)
+    return cast(T, outcome[0])
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Failure | None, Exception | None]:
     try:
         return work(), None, None
-    except Exception as error:  # noqa: BLE001  told to all ranks, then raised on all of them
+    except Exception as error:  # noqa: BLE001  sent to all ranks, and raised on all of them
         return None, (_kind(error), _text(error)), error
 
 

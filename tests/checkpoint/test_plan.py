@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internlm_lite.checkpoint.format.boxes import Region, tiling_problems, volume
+from internlm_lite.checkpoint.format.regions import Region, tiling_problems, volume
 from internlm_lite.checkpoint.format.shards import describe
 from internlm_lite.checkpoint.save.plan import plan_writes
 from internlm_lite.errors import CheckpointError
@@ -89,7 +89,7 @@ def test_any_overlapping_ranges_are_written_once(spans: list[list[tuple[int, int
 
 def test_whole_boxes_are_stored_as_boxes() -> None:
     (items,) = plan_writes(_shards(1))
-    assert all(item.region.flat is None for item in items)
+    assert all(item.region.flat_range is None for item in items)
     assert {item.key for item in items} == {f"{role}/{name}" for role in ROLES for name in MODEL}
     assert all(item.region.count == volume(item.region.box) for item in items)
 

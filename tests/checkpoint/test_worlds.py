@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from internlm_lite.checkpoint.format.boxes import Region
+from internlm_lite.checkpoint.format.regions import Region
 from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.errors import CheckpointError, InternLMError, StorageError

@@ -1,4 +1,4 @@
-"""What a save folder holds, for people and programs that look at it from outside a run."""
+"""What a save folder holds, for people and programs outside of a run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Listed:
     """Seconds since the epoch, of the commit."""
     layout: dict[str, int]
     problems: tuple[str, ...]
-    """Empty: as far as was looked, it is good."""
+    """Empty: nothing wrong was found."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def unfinished(storage: Storage) -> list[Unfinished]:
 
 
 def quick_problems(storage: Storage, name: Name) -> list[str]:
-    """What shows without reading tensors."""
+    """What is wrong, found without reading tensors."""
     try:
         reader = Reader(inspect(storage, name))
     except CheckpointError as error:
@@ -79,7 +79,7 @@ def quick_problems(storage: Storage, name: Name) -> list[str]:
 
 
 def _facts(storage: Storage, name: Name) -> tuple[str | None, dict[str, int]]:
-    """(kind, layout), as far as the documents can be read."""
+    """(kind, layout), where the documents can be read."""
     try:
         manifest = load_with_crc(Manifest, read_bytes(storage, name.manifest), name.manifest)
         return manifest.kind, manifest.layout

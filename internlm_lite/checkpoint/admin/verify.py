@@ -1,5 +1,5 @@
 """Reading every byte of a checkpoint once and comparing every check sum: commit, manifest, votes, headers, each block
-of each tensor, each whole file. Damage is named by file and tensor; one damage does not hide another.
+of each tensor, each whole file. Damage is reported by file and tensor; one does not hide another.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _READ_BYTES = 16 * BLOCK_BYTES
 
 @dataclass(frozen=True)
 class Damage:
-    """Something that is not as it was written."""
+    """Something that differs from what was written."""
 
     file: str
     """Whole name, with the storage's."""
@@ -136,5 +136,5 @@ def _tensor(found: Found, key: str, stored: StoredTensor, expected: _Expected | 
 
 
 def _without(text: str, where: str) -> str:
-    """A message without the name that `Damage` shows already."""
+    """A message without the file's name, which `Damage` has already."""
     return text.removeprefix(where).lstrip(": ") or text

@@ -1,7 +1,7 @@
-"""Which checkpoints a folder holds, which of them are whole, and which ones go.
+"""Which checkpoints a folder holds, which of them are whole, and which are removed.
 
-Names alone order them (see `format.Name`). A checkpoint is looked into without reading tensors: commit and manifest by
-their hashes, every other file by its size. `load.py` checks the rest as it reads.
+Names alone order them (see `manifest.Name`). A checkpoint is inspected without reading tensors: commit and manifest by
+their hashes, every other file by its size. load/ compares the rest as it reads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from itertools import islice
 
 from pydantic import ValidationError
 
-from internlm_lite.checkpoint.format.boxes import tiling_problems
 from internlm_lite.checkpoint.format.manifest import (
     FORMAT,
     Commit,
@@ -28,6 +27,7 @@ from internlm_lite.checkpoint.format.manifest import (
     read_bytes,
     vote_of,
 )
+from internlm_lite.checkpoint.format.regions import tiling_problems
 from internlm_lite.checkpoint.storage.base import RUN_LOCK_KEY, Entry, Storage
 from internlm_lite.checkpoint.storage.open import open_storage
 from internlm_lite.config.schema import Config, S3Config
@@ -37,7 +37,7 @@ logger = logging.getLogger("internlm_lite")
 _COMMIT = re.compile(r"(?:(?P<folder>.+)/)?commits/(?P<name>[^/]+)\.json")
 _NESTED = re.compile(r"/(?:commits/[^/]+\.json$|data/)")
 ORPHAN_SECONDS = 3600.0
-"""What an interrupted save left behind is removed when it is this old: until then its writer may be alive."""
+"""Age at which the leftovers of an interrupted save are removed: until then its writer may be alive."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Found:
 
     @property
     def order(self) -> int:
-        """Rises with every save, also when a run went back to an earlier step."""
+        """Rises with every save, also after a rollback to an earlier step."""
         name = Name.parse(self.name)
         return name.serial if name else 0
 
@@ -151,7 +151,7 @@ def newest(
 ) -> Found | None:
     """The newest checkpoint of the save folders that looks whole; None if nothing was ever committed there.
 
-    `known_bad`: name -> reason, found bad while loading; `accept`: others are passed over in silence. Raises
+    `known_bad`: name -> reason, found bad while loading; `accept`: others are passed over silently. Raises
     CheckpointError if there are only bad ones.
     """
     named = [(name, inside) for inside in folders for name in committed(storage, inside)]
@@ -174,14 +174,14 @@ def newest(
             "restore one from a copy, or train from the start on purpose: --resume none and an empty folder"
         )
     if not named:
-        _tell_what_is_there(storage)
+        _warn_of_other_files(storage)
     return None
 
 
-def _tell_what_is_there(storage: Storage) -> None:
-    """A folder without commits that is not empty deserves a word."""
+def _warn_of_other_files(storage: Storage) -> None:
+    """For a folder without commits that is not empty."""
     keys = [entry.key for entry in storage.list("")]
-    # By default snapshots have a store inside the milestones', and a run that begins has taken the lease.
+    # By default the snapshot folder lies inside the milestone folder, and a run that starts holds the lock.
     keys = [key for key in keys if not _NESTED.search(key) and key.split("/")[-1] != RUN_LOCK_KEY]
     unfinished = sorted({key.split("/")[1] for key in keys if key.startswith("data/") and key.count("/") > 1})
     if unfinished:
@@ -237,9 +237,9 @@ def remove(storage: Storage, name: Name) -> None:
 
 
 def rotate(storage: Storage, keep: int, known_bad: Collection[str], kinds: dict[Name, Kind]) -> list[Name]:
-    """Delete all snapshots older than the newest `keep` good ones; milestones and final ones stay. Returns the gone.
+    """Delete all snapshots older than the newest `keep` good ones; other kinds but rescues stay. Returns what is gone.
 
-    `kinds`: what is known already, so that each commit is read once; kept up here.
+    `kinds`: those known already, so that each commit is read once; updated here.
     """
     names = committed(storage)
     for name in names:

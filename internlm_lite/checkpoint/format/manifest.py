@@ -1,8 +1,8 @@
-"""The JSON documents of a checkpoint. Each is sealed: a crc32 over the exact bytes of its body stands in front.
+"""The JSON documents of a checkpoint. Each begins with a crc32 over the exact bytes of its body.
 
 {"crc32":"89abcdef","body":{...}}
 
-vote      rank r wrote its file: sizes, check sums, what it holds
+vote      rank r wrote its file: sizes, check sums, its shards
 manifest  index of all tensors, config, state: the data folder is self-contained
 commit    the checkpoint exists; names the manifest by sha256
 """
@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 from pydantic import Field, ValidationError
 
-from internlm_lite.checkpoint.format.boxes import Region
+from internlm_lite.checkpoint.format.regions import Region
 from internlm_lite.checkpoint.format.tensor_file import DTYPES, Document, FileFacts
 from internlm_lite.checkpoint.storage.base import Storage, UnreadableError
 from internlm_lite.errors import CheckpointError, DamagedError
@@ -33,11 +33,11 @@ NameText = Annotated[str, Field(pattern=f"^{_NAME}$")]
 FileName = Annotated[str, Field(pattern=r"^rank-[0-9]{5,9}\.safetensors$")]
 DtypeName = Annotated[str, Field(pattern="^(" + "|".join(DTYPES) + ")$")]
 _DOCUMENT_LIMIT_BYTES = 1 << 30
-_SEAL = re.compile(rb'\{"crc32":"([0-9a-f]{8})","body":')
+_CRC = re.compile(rb'\{"crc32":"([0-9a-f]{8})","body":')
 
 
-class StoredPiece(Document):
-    """A part of a whole tensor: tensor `key` of `file`."""
+class StoredShard(Document):
+    """A shard of a whole tensor: tensor `key` of `file`."""
 
     file: FileName
     key: str
@@ -51,8 +51,8 @@ class StoredPiece(Document):
         return Region(self.box, self.flat)
 
 
-class VotedPiece(StoredPiece):
-    """A piece with what the index needs to know about its whole tensor."""
+class VotedShard(StoredShard):
+    """A shard with what the manifest says about its whole tensor."""
 
     name: str
     role: str
@@ -75,7 +75,7 @@ class Vote(Document):
     rank: int
     world_size: int
     facts: FileFacts
-    pieces: tuple[VotedPiece, ...]
+    pieces: tuple[VotedShard, ...]
     rank_state: dict[str, StoredState]
 
 
@@ -84,7 +84,7 @@ class TensorEntry(Document):
 
     dtype: DtypeName
     shape: tuple[int, ...]
-    pieces: tuple[StoredPiece, ...]
+    pieces: tuple[StoredShard, ...]
 
 
 class ManifestFile(FileFacts):
@@ -130,8 +130,8 @@ class Commit(Document):
 class Name:
     """`<step 010d>-<serial 05d>.<6 hex digits>`: the step, then what the protocol calls the incarnation.
 
-    Serials rise with every save into a folder, so names alone tell which checkpoint is newest, also after a run went
-    back to an earlier step. The random digits keep two writers apart.
+    Serials rise with every save into a folder, so names alone tell which checkpoint is newest, also after a rollback to
+    an earlier step. The random digits keep two writers apart.
     """
 
     serial: int
@@ -186,7 +186,7 @@ DocumentT = TypeVar("DocumentT", bound=Document)
 
 def load_with_crc(kind: type[DocumentT], data: bytes, where: str) -> DocumentT:
     """The document in `data`. Raises DamagedError naming `where`."""
-    front = _SEAL.match(data)
+    front = _CRC.match(data)
     body = data[front.end() : -2] if front else b""
     if not front or data[-2:] != b"}\n" or zlib.crc32(body) != int(front[1], 16):
         raise DamagedError(f"{where}: damaged: {len(data)} bytes that do not match their crc32")
@@ -194,8 +194,8 @@ def load_with_crc(kind: type[DocumentT], data: bytes, where: str) -> DocumentT:
         return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise DamagedError(f"{where}: is no {kind.__name__.lower()}: {place}: {first['msg']}") from error
+        field = ".".join(str(part) for part in first["loc"])
+        raise DamagedError(f"{where}: is no {kind.__name__.lower()}: {field}: {first['msg']}") from error
 
 
 def read_bytes(storage: Storage, key: str) -> bytes:
@@ -207,7 +207,7 @@ def read_bytes(storage: Storage, key: str) -> bytes:
 
 
 def versions() -> dict[str, str]:
-    """What wrote a checkpoint."""
+    """Of the software that writes a checkpoint."""
     return {"format": str(FORMAT), "torch": str(torch.__version__), "python": platform.python_version()}
 
 
@@ -217,7 +217,7 @@ def layout_of(mesh: Mesh) -> dict[str, int]:
 
 
 def check_json(value: Any, where: str = "state") -> None:
-    """Raise CheckpointError naming the first part of `value` that JSON would not give back as it is."""
+    """Raise CheckpointError naming the first part of `value` that a round trip through JSON would change."""
     if isinstance(value, dict):
         for key, part in value.items():
             if not isinstance(key, str):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from internlm_lite.checkpoint.format.boxes import Region
+from internlm_lite.checkpoint.format.regions import Region
 from internlm_lite.checkpoint.format.tensor_file import DTYPE_NAMES
 from internlm_lite.errors import CheckpointError
 from internlm_lite.mesh.layout import Box, Piece

@@ -4,7 +4,7 @@
 
 Check sums are taken while the bytes stream out: crc32 of the header, crc32 of every BLOCK_BYTES of every tensor (so
 that a partial read can still check all it uses), sha256 of the whole file. (https://github.com/huggingface/safetensors)
-sha256 is the slowest of all that happens to a byte, so it has a thread of its own, one block behind.
+sha256 is the slowest part, so it runs in a thread of its own, one block behind.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class TensorFile:
         self.facts = FileFacts(size=size, sha256=sha.hexdigest(), header_bytes=header_bytes, header_crc32=header_crc32)
 
     def blocks_of(self, key: str, tensor: torch.Tensor) -> Iterator[bytes | memoryview]:
-        """A tensor's bytes, BLOCK_BYTES at a time. A subclass may make them when they are wanted."""
+        """A tensor's bytes, BLOCK_BYTES at a time. A subclass may make them on demand."""
         data = _host_bytes(tensor)
         for start in range(0, len(data), BLOCK_BYTES):
             yield data[start : start + BLOCK_BYTES]

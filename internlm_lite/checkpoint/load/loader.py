@@ -32,7 +32,7 @@ Check = Callable[[Found], None]
 
 @dataclass(frozen=True)
 class Restored:
-    """What a load gives back besides the filled tensors."""
+    """What a load returns besides the filled tensors."""
 
     found: Found
     state: dict[str, Any]
@@ -62,7 +62,7 @@ class Loader:
         return found
 
     def load_at(self, path: str, pieces: Sequence[Piece], check: Check | None = None) -> Restored:
-        """`open`, then `load`; from a save folder the newest checkpoint that proves good, as `resume` does."""
+        """`open`, then `load`; from a save folder the newest checkpoint that proves good, as in `resume`."""
         while True:
             found = self.open(path)
             try:

@@ -9,9 +9,9 @@ from math import prod
 
 import torch
 
-from internlm_lite.checkpoint.format.boxes import Region, overlaps
 from internlm_lite.checkpoint.format.catalog import Found
-from internlm_lite.checkpoint.format.manifest import StoredPiece, StoredState, read_bytes, vote_of
+from internlm_lite.checkpoint.format.manifest import StoredShard, StoredState, read_bytes, vote_of
+from internlm_lite.checkpoint.format.regions import Region, overlaps
 from internlm_lite.checkpoint.format.tensor_file import BLOCK_BYTES, DTYPES, StoredTensor, bad_blocks, read_header
 from internlm_lite.checkpoint.storage.base import UnreadableError
 from internlm_lite.errors import DamagedError
@@ -81,10 +81,10 @@ class Reader:
             self._headers[file], _ = read_header(self.found.storage, self.found.key(file), facts)
         return self._headers[file]
 
-    def _where(self, piece: StoredPiece | StoredState) -> str:
+    def _where(self, piece: StoredShard | StoredState) -> str:
         return f"{self.found.storage.name}/{self.found.key(piece.file)}: tensor {piece.key}"
 
-    def _checked(self, piece: StoredPiece | StoredState, dtype: torch.dtype, count: int | None) -> StoredTensor:
+    def _checked(self, piece: StoredShard | StoredState, dtype: torch.dtype, count: int | None) -> StoredTensor:
         """Where it lies in its file, which has as many elements and check sums for it as the manifest says."""
         stored = self._header(piece.file).get(piece.key)
         if stored is None:
@@ -95,7 +95,7 @@ class Reader:
         return stored
 
     def _elements(
-        self, piece: StoredPiece | StoredState, stored: StoredTensor, first: int, stop: int
+        self, piece: StoredShard | StoredState, stored: StoredTensor, first: int, stop: int
     ) -> tuple[torch.Tensor, int]:
         """Elements first..stop of a stored tensor, and some around them: (1-D memory, its first element).
 

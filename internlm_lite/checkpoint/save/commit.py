@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from internlm_lite.checkpoint.format.boxes import tiling_problems
 from internlm_lite.checkpoint.format.catalog import inspect
 from internlm_lite.checkpoint.format.manifest import (
     FORMAT,
@@ -26,17 +25,18 @@ from internlm_lite.checkpoint.format.manifest import (
     Manifest,
     ManifestFile,
     Name,
-    StoredPiece,
+    StoredShard,
     StoredState,
     TensorEntry,
     Vote,
-    VotedPiece,
+    VotedShard,
     dump_with_crc,
     file_of,
     load_with_crc,
     read_bytes,
     versions,
 )
+from internlm_lite.checkpoint.format.regions import tiling_problems
 from internlm_lite.checkpoint.format.tensor_file import TensorFile
 from internlm_lite.checkpoint.save.plan import WriteItem
 from internlm_lite.checkpoint.storage.base import Storage
@@ -53,7 +53,7 @@ _RANK_STATE = "rank_state/"
 
 @dataclass(frozen=True)
 class Facts:
-    """What the manifest says besides the tensors."""
+    """Contents of the manifest besides the tensors."""
 
     kind: Kind
     layout: dict[str, int]
@@ -89,12 +89,12 @@ def write_rank(
     return written
 
 
-def _voted(file: str, item: WriteItem, crc32: tuple[int, ...]) -> VotedPiece:
-    return VotedPiece(
+def _voted(file: str, item: WriteItem, crc32: tuple[int, ...]) -> VotedShard:
+    return VotedShard(
         file=file,
         key=item.key,
         box=item.region.box,
-        flat=item.region.flat,
+        flat=item.region.flat_range,
         crc32=crc32,
         name=item.shard.name,
         role=item.shard.role,
@@ -190,7 +190,7 @@ def commit_votes(storage: Storage, name: Name, world_size: int, facts: Facts) ->
 
 def _manifest(storage: Storage, name: Name, world_size: int, facts: Facts) -> Manifest:
     files: dict[str, ManifestFile] = {}
-    pieces: dict[str, dict[str, list[VotedPiece]]] = {}
+    pieces: dict[str, dict[str, list[VotedShard]]] = {}
     private = []
     for rank in range(world_size):
         data = read_bytes(storage, name.vote(rank))
@@ -220,14 +220,14 @@ def _manifest(storage: Storage, name: Name, world_size: int, facts: Facts) -> Ma
     )
 
 
-def _entry(role: str, name: str, pieces: Sequence[VotedPiece]) -> TensorEntry:
+def _entry(role: str, name: str, pieces: Sequence[VotedShard]) -> TensorEntry:
     shape, dtype = pieces[0].shape, pieces[0].dtype
     if any((piece.shape, piece.dtype) != (shape, dtype) for piece in pieces):
         raise CheckpointError(f"{role} of {name}: ranks disagree on its shape or dtype")
     problems = tiling_problems(shape, [(piece.file, piece.region) for piece in pieces])
     if problems:
         raise CheckpointError(f"{role} of {name} is not stored exactly once:\n  " + "\n  ".join(problems[:5]))
-    fields = set(StoredPiece.model_fields)
+    fields = set(StoredShard.model_fields)
     return TensorEntry(
-        dtype=dtype, shape=shape, pieces=tuple(StoredPiece(**piece.model_dump(include=fields)) for piece in pieces)
+        dtype=dtype, shape=shape, pieces=tuple(StoredShard(**piece.model_dump(include=fields)) for piece in pieces)
     )

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 
-from internlm_lite.checkpoint.format.boxes import Region, volume
+from internlm_lite.checkpoint.format.regions import Region, volume
 from internlm_lite.checkpoint.format.shards import ShardDescriptor
 from internlm_lite.checkpoint.format.tensor_file import DTYPES
 from internlm_lite.errors import CheckpointError
@@ -33,7 +33,7 @@ class WriteItem:
         first = self.shard.flat_range[0]
         start, stop = self.region.span
         part = piece.tensor.detach().view(-1)[start - first : stop - first]
-        return part if self.region.flat else part.view([b - a for a, b in self.region.box])
+        return part if self.region.flat_range else part.view([b - a for a, b in self.region.box])
 
 
 Holder = tuple[int, int]
@@ -41,7 +41,7 @@ Holder = tuple[int, int]
 
 
 def plan_writes(every: Sequence[Sequence[ShardDescriptor]]) -> list[list[WriteItem]]:
-    """What each rank writes, from what all ranks hold. Pure: the same on every rank."""
+    """What each rank writes, given the shards of all ranks. Pure: the same on every rank."""
     parts = _parts(every)
     n_bytes = [0] * len(every)
     written: list[list[tuple[int, ShardDescriptor, tuple[int, int]]]] = [[] for _ in every]

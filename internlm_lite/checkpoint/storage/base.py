@@ -1,6 +1,6 @@
-"""Where checkpoints live: named immutable objects. One protocol for the local disk and for object stores.
+"""Where checkpoints are stored: named objects. One protocol for the local disk and for object stores.
 
-Keys are `folder/folder/name` of [A-Za-z0-9._-], nothing starting with a dot. An object appears whole or not at all.
+Keys are `folder/folder/name` of [A-Za-z0-9._-], no part starting with a dot. An object appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 
 
 class UnreadableError(StorageError):
-    """This object is absent, shorter than expected, or its medium cannot read it back: the object is at fault."""
+    """This object is absent, too short, or cannot be read back from its medium: the object is at fault."""
 
 
 class UnreachableError(StorageError):
@@ -63,7 +63,7 @@ class Storage(Protocol):
         """Bytes of the object; None if absent."""
 
     def list(self, folder: str) -> list[Entry]:
-        """All objects below `folder` ("" for all), sorted by key. Names that are no keys are left out."""
+        """All objects below `folder` ("" for all), sorted by key. Other names are left out."""
 
     def delete(self, key: str) -> None:
         """Remove the object; fine if absent."""
@@ -72,7 +72,7 @@ class Storage(Protocol):
         """Remove everything below `folder`, unfinished objects too; fine if absent."""
 
     def sweep(self, older_than_seconds: float) -> None:
-        """Remove what interrupted `put`s left behind, if it is that old."""
+        """Remove the leftovers of interrupted `put`s that are that old."""
 
 
 def check_key(key: str) -> tuple[str, ...]:

@@ -1,5 +1,5 @@
-"""Storage in a folder of a file system. An object is written to a hidden temporary file beside its place, flushed to
-the medium, then renamed, and the folder is flushed: after a crash there is the whole object or none.
+"""Storage in a folder of a file system. An object is written to a hidden temporary file beside it, flushed to the
+medium, then renamed, and the folder is flushed: after a crash there is the whole object or none.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from internlm_lite.errors import StorageError
 
 _TEMPORARY = ".tmp-"
 _GROUPS = ("data/*", "probe-*")
-"""Folders that are one save's or one probe's own: useless when empty. Others may lie beside them."""
+"""Folders of one save or one probe: removed when empty. Others may lie beside them."""
 _WRITE_BYTES = 1024 * 1024
 """Bytes of one write. Copies of 4 MB into ext4's large folios took ten times longer while a thread hashed beside."""
 _HINTS = {
@@ -34,12 +34,12 @@ _HINTS = {
     errno.EIO: "the medium failed",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another folder",
 }
-# What a file system answers that cannot flush a folder, or knows no hard links.
+# Errors of file systems that cannot flush a folder, or have no hard links or locks.
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS, errno.EMLINK)
 
 
 class LocalStorage:
-    """Objects are files below `root`. Folders are made when first written to; symbolic links inside are refused."""
+    """Objects are files below `root`. Folders are made when needed; symbolic links inside are refused."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().absolute()
@@ -142,7 +142,7 @@ class LocalStorage:
             groups = {path for pattern in _GROUPS for path in self.root.glob(pattern)}
             for parent in filter(self._is_folder, (self.root, self.root / "commits", self.root / "data", *groups)):
                 with suppress(FileNotFoundError):
-                    unused = parent.stat().st_mtime < limit  # before anything is removed, which changes it
+                    unused = parent.stat().st_mtime < limit  # read before a removal changes it
                     for path in parent.glob(f"{_TEMPORARY}*"):
                         if path.lstat().st_mtime < limit:
                             path.unlink()
@@ -222,9 +222,9 @@ def _temporary(path: Path, chunks: Iterable[Bytes]) -> Iterator[tuple[Path, int]
 
 
 def _begin_flush(descriptor: int, start: int, count: int) -> None:
-    """Let the medium start on these bytes while the next are made, so that the flush at the end finds little to do."""
+    """Start writing these bytes out while the next are made, so that the flush at the end has little to do."""
     if sys.platform == "linux":
-        os.posix_fadvise(descriptor, start, count, os.POSIX_FADV_DONTNEED)  # forgets only what is written already
+        os.posix_fadvise(descriptor, start, count, os.POSIX_FADV_DONTNEED)  # drops only what is written already
 
 
 def _try_lock(descriptor: int) -> bool:

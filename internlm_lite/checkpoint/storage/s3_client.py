@@ -1,4 +1,4 @@
-"""One boto3 client for one checkpoint folder: where it connects, how it signs, and what it must not do by itself."""
+"""The boto3 client of one checkpoint folder: where it connects, how it signs, and what it must not do by itself."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from internlm_lite.errors import ConfigError, MissingPackageError
 
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 30.0
-"""Longest silence of a server while it answers."""
+"""Longest pause of a server within an answer."""
 _OLDEST = (1, 36)
 _CONNECTIONS = 16
 
 
 @dataclass(frozen=True)
 class Connection:
-    """A client, and what it signs with: never to be shown."""
+    """A client, and its credentials: never to be shown."""
 
     client: Any
     secrets: tuple[str, ...]

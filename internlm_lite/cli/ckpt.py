@@ -70,7 +70,9 @@ def stores(where: str, s3: S3Config) -> list[Storage]:
 
 def ls(arguments: argparse.Namespace, s3: S3Config) -> int:
     """Exit code."""
-    listed = [(storage, list(list_checkpoints(storage, arguments.deep))) for storage in stores(arguments.folder, s3)]
+    listed = [
+        (storage, list(list_checkpoints(storage, deep=arguments.deep))) for storage in stores(arguments.folder, s3)
+    ]
     if arguments.json:
         print(json.dumps([_as_json(storage, found, arguments.deep) for storage, found in listed], indent=2))
         return 0

@@ -108,6 +108,14 @@ def test_a_lost_answer_to_a_commit_is_not_taken_for_anothers(s3_folder: str, s3_
     assert storage.read("commits/1", 9) == b"mine"
 
 
+def test_a_lost_answer_to_a_replacement_is_not_taken_for_anothers(s3_folder: str, s3_proxy: FaultProxy) -> None:
+    storage = _behind(s3_proxy, s3_folder)
+    storage.put("x", [b"one"])
+    s3_proxy.faults.append(Fault("lost", "PUT .*/x"))
+    assert storage.replace("x", b"one", b"two") and storage.read("x", 9) == b"two"
+    assert not storage.replace("x", b"one", b"two")
+
+
 def test_a_server_without_conditions_is_looked_up_first(s3_folder: str, s3_proxy: FaultProxy) -> None:
     storage = _behind(s3_proxy, s3_folder)
     s3_proxy.faults.append(Fault("501", "(?i)if-none-match", times=1000))

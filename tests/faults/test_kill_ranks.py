@@ -17,7 +17,7 @@ import pytest
 
 from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.save.saver import SaveOptions
-from internlm_lite.checkpoint.storage.base import Entry
+from internlm_lite.checkpoint.storage.base import StoredObject
 from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh
@@ -64,7 +64,7 @@ class Deadly(LocalStorage):
         self._moment()
         return done
 
-    def list(self, folder: str) -> list[Entry]:
+    def list(self, folder: str) -> list[StoredObject]:
         self._moment()
         return super().list(folder)
 

@@ -14,8 +14,8 @@ from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.format.shards import describe
 from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.save import commit
-from internlm_lite.checkpoint.save.plan import plan_writes
 from internlm_lite.checkpoint.save.saver import SaveOptions
+from internlm_lite.checkpoint.save.write_plan import plan_writes
 from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.mesh.mesh import single_process_mesh
 from tests.faults.states import age, random_at, save_at, state_at

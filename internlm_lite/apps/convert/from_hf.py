@@ -21,7 +21,7 @@ from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.format.manifest import Name
 from internlm_lite.checkpoint.format.shards import ShardDescriptor
 from internlm_lite.checkpoint.save import commit
-from internlm_lite.checkpoint.save.plan import plan_writes
+from internlm_lite.checkpoint.save.write_plan import plan_writes
 from internlm_lite.checkpoint.storage.base import Storage
 from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.checkpoint.storage.open import open_storage

@@ -38,7 +38,7 @@ class Unfinished:
     """Seconds since the epoch, of its newest file."""
 
 
-def list_checkpoints(storage: Storage, deep: bool) -> Iterator[Listed]:
+def list_checkpoints(storage: Storage, *, deep: bool) -> Iterator[Listed]:
     """Newest first. `deep`: read every byte; else hashes of documents, sizes of files, and their headers."""
     entries = storage.list("")
     modified = {entry.key: entry.modified for entry in entries}

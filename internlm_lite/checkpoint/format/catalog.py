@@ -28,7 +28,7 @@ from internlm_lite.checkpoint.format.manifest import (
     vote_of,
 )
 from internlm_lite.checkpoint.format.regions import tiling_problems
-from internlm_lite.checkpoint.storage.base import RUN_LOCK_KEY, Entry, Storage
+from internlm_lite.checkpoint.storage.base import RUN_LOCK_KEY, Storage, StoredObject
 from internlm_lite.checkpoint.storage.open import open_storage
 from internlm_lite.config.schema import Config, S3Config
 from internlm_lite.errors import CheckpointError, DamagedError
@@ -91,7 +91,7 @@ def committed(storage: Storage, inside: str = "") -> list[Name]:
     return sorted((name for name in map(Name.parse, keys) if name is not None), reverse=True)
 
 
-def folders_in(entries: Iterable[Entry]) -> list[str]:
+def folders_in(entries: Iterable[StoredObject]) -> list[str]:
     """Save folders below a folder of these entries, "" for itself: snapshots have one of their own by default."""
     matches = (_COMMIT.fullmatch(entry.key) for entry in entries)
     return sorted({match["folder"] or "" for match in matches if match and Name.parse(match["name"])})

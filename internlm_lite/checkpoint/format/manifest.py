@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from internlm_lite.checkpoint.format.regions import Region
-from internlm_lite.checkpoint.format.tensor_file import DTYPES, Document, FileFacts
+from internlm_lite.checkpoint.format.tensor_file import DTYPES, FileFacts, JsonDocument
 from internlm_lite.checkpoint.storage.base import Storage, UnreadableError
 from internlm_lite.errors import CheckpointError, DamagedError
 from internlm_lite.mesh.layout import Box
@@ -36,7 +36,7 @@ _DOCUMENT_LIMIT_BYTES = 1 << 30
 _CRC = re.compile(rb'\{"crc32":"([0-9a-f]{8})","body":')
 
 
-class StoredShard(Document):
+class StoredShard(JsonDocument):
     """A shard of a whole tensor: tensor `key` of `file`."""
 
     file: FileName
@@ -60,7 +60,7 @@ class VotedShard(StoredShard):
     dtype: DtypeName
 
 
-class StoredState(Document):
+class StoredState(JsonDocument):
     """A small uint8 tensor that belongs to one rank, such as the state of a random generator."""
 
     file: FileName
@@ -68,7 +68,7 @@ class StoredState(Document):
     crc32: tuple[int, ...]
 
 
-class Vote(Document):
+class Vote(JsonDocument):
     """Rank `rank` wrote its part of checkpoint `name`."""
 
     name: NameText
@@ -79,7 +79,7 @@ class Vote(Document):
     rank_state: dict[str, StoredState]
 
 
-class TensorEntry(Document):
+class TensorEntry(JsonDocument):
     """One role of one named tensor."""
 
     dtype: DtypeName
@@ -94,7 +94,7 @@ class ManifestFile(FileFacts):
     vote_sha256: str
 
 
-class Manifest(Document):
+class Manifest(JsonDocument):
     """Everything about a checkpoint except the tensors' bytes."""
 
     format: int
@@ -113,7 +113,7 @@ class Manifest(Document):
     state: dict[str, Any]
 
 
-class Commit(Document):
+class Commit(JsonDocument):
     """Written last."""
 
     format: int
@@ -175,16 +175,16 @@ def vote_of(file: str) -> str:
     return f"{file.removesuffix('.safetensors')}.vote.json"
 
 
-def dump_with_crc(document: Document) -> bytes:
+def dump_with_crc(document: JsonDocument) -> bytes:
     """The document as JSON with its check sum."""
     body = document.model_dump_json().encode()
     return b'{"crc32":"%08x","body":%s}\n' % (zlib.crc32(body), body)
 
 
-DocumentT = TypeVar("DocumentT", bound=Document)
+JsonDocumentT = TypeVar("JsonDocumentT", bound=JsonDocument)
 
 
-def load_with_crc(kind: type[DocumentT], data: bytes, where: str) -> DocumentT:
+def load_with_crc(kind: type[JsonDocumentT], data: bytes, where: str) -> JsonDocumentT:
     """The document in `data`. Raises DamagedError naming `where`."""
     front = _CRC.match(data)
     body = data[front.end() : -2] if front else b""

@@ -42,13 +42,13 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class Document(BaseModel):
+class JsonDocument(BaseModel):
     """Stored as JSON; unknown or missing fields and wrong types are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class FileFacts(Document):
+class FileFacts(JsonDocument):
     """What is known about a file after it was written."""
 
     size: int

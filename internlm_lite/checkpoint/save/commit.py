@@ -38,7 +38,7 @@ from internlm_lite.checkpoint.format.manifest import (
 )
 from internlm_lite.checkpoint.format.regions import tiling_problems
 from internlm_lite.checkpoint.format.tensor_file import TensorFile
-from internlm_lite.checkpoint.save.plan import WriteItem
+from internlm_lite.checkpoint.save.write_plan import WriteItem
 from internlm_lite.checkpoint.storage.base import Storage
 from internlm_lite.errors import CheckpointError, DamagedError, StorageError
 

@@ -26,10 +26,10 @@ from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.format.manifest import Kind, Name, check_json, layout_of
 from internlm_lite.checkpoint.format.shards import ShardDescriptor, describe
 from internlm_lite.checkpoint.save import commit
-from internlm_lite.checkpoint.save.plan import WriteItem, plan_writes
 from internlm_lite.checkpoint.save.save_folder import SaveFolder
 from internlm_lite.checkpoint.save.staging import Staging
 from internlm_lite.checkpoint.save.write_job import Saved, WriteJob
+from internlm_lite.checkpoint.save.write_plan import WriteItem, plan_writes
 from internlm_lite.errors import CheckpointError, InternLMError, StorageError
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.consensus import on_all, on_main

@@ -15,8 +15,8 @@ import torch
 
 from internlm_lite.checkpoint.format.manifest import Kind, Name
 from internlm_lite.checkpoint.save import commit
-from internlm_lite.checkpoint.save.plan import WriteItem
 from internlm_lite.checkpoint.save.save_folder import SaveFolder
+from internlm_lite.checkpoint.save.write_plan import WriteItem
 from internlm_lite.checkpoint.storage.base import UnreachableError
 from internlm_lite.errors import InternLMError, StorageError
 from internlm_lite.units import human_bytes, human_seconds

@@ -28,7 +28,7 @@ class UnreachableError(StorageError):
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredObject:
     """One stored object."""
 
     key: str
@@ -62,7 +62,7 @@ class Storage(Protocol):
     def size(self, key: str) -> int | None:
         """Bytes of the object; None if absent."""
 
-    def list(self, folder: str) -> list[Entry]:
+    def list(self, folder: str) -> list[StoredObject]:
         """All objects below `folder` ("" for all), sorted by key. Other names are left out."""
 
     def delete(self, key: str) -> None:

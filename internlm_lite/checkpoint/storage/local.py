@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from internlm_lite.checkpoint.storage.base import Bytes, Entry, UnreadableError, check_key
+from internlm_lite.checkpoint.storage.base import Bytes, StoredObject, UnreadableError, check_key
 from internlm_lite.errors import StorageError
 
 _TEMPORARY = ".tmp-"
@@ -109,7 +109,7 @@ class LocalStorage:
                 return None
             return found.st_size if stat.S_ISREG(found.st_mode) else None
 
-    def list(self, folder: str) -> list[Entry]:
+    def list(self, folder: str) -> list[StoredObject]:
         entries = []
         with self._errors("list", folder):
             top = self._path(folder) if folder else self.root
@@ -119,7 +119,7 @@ class LocalStorage:
                     with suppress(StorageError, FileNotFoundError):  # foreign names; files that vanish meanwhile
                         check_key(key)
                         found = (parent / name).lstat()
-                        entries.append(Entry(key, found.st_size, found.st_mtime))
+                        entries.append(StoredObject(key, found.st_size, found.st_mtime))
         return sorted(entries, key=lambda entry: entry.key)
 
     def delete(self, key: str) -> None:

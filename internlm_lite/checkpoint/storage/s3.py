@@ -16,7 +16,7 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from internlm_lite.checkpoint.storage.base import Bytes, Entry, UnreadableError, check_key
+from internlm_lite.checkpoint.storage.base import Bytes, StoredObject, UnreadableError, check_key
 from internlm_lite.checkpoint.storage.s3_client import connect
 from internlm_lite.checkpoint.storage.s3_multipart import PARALLEL, PART_BYTES, MultipartUpload, content, cut
 from internlm_lite.checkpoint.storage.s3_retry import Calls, RefusedError
@@ -41,9 +41,8 @@ class S3Storage:
     def __init__(self, path: S3Path, settings: S3Config, part_bytes: int = PART_BYTES) -> None:
         self.name = str(path)
         self._bucket, self._prefix = path.bucket, f"{path.prefix}/"
-        connection = connect(path, settings)
-        self._client = connection.client
-        self._calls = Calls(self.name, settings.deadline_seconds, connection.secrets)
+        self._client, secrets = connect(path, settings)
+        self._calls = Calls(self.name, settings.deadline_seconds, secrets)
         self._with_md5 = settings.checksums == "md5"
         self._part_bytes = part_bytes
         self._heeds: dict[str, bool] = {}
@@ -173,13 +172,13 @@ class S3Storage:
             return int(found["ContentLength"])
         return None
 
-    def list(self, folder: str) -> list[Entry]:
+    def list(self, folder: str) -> list[StoredObject]:
         entries = []
         for item in self._pages("list_objects_v2", "Contents", self._below(folder)):
             key = item["Key"].removeprefix(self._prefix)
             with suppress(StorageError):  # foreign names
                 check_key(key)
-                entries.append(Entry(key, item["Size"], item["LastModified"].timestamp()))
+                entries.append(StoredObject(key, item["Size"], item["LastModified"].timestamp()))
         return sorted(entries, key=lambda entry: entry.key)
 
     def delete(self, key: str) -> None:

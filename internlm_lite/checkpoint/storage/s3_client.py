@@ -6,7 +6,6 @@ import base64
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import boto3
@@ -24,19 +23,9 @@ _OLDEST = (1, 36)
 _CONNECTIONS = 16
 
 
-@dataclass(frozen=True)
-class Connection:
-    """A client, and its credentials: never to be shown."""
-
-    client: Any
-    secrets: tuple[str, ...]
-
-    def __repr__(self) -> str:
-        return "Connection(...)"
-
-
-def connect(path: S3Path, settings: S3Config) -> Connection:
-    """A client for `path`; nothing is sent yet. Credentials come from boto3's default chain.
+def connect(path: S3Path, settings: S3Config) -> tuple[Any, tuple[str, ...]]:
+    """(a client for `path`; its credentials, never to be shown). Nothing is sent yet. Credentials come from boto3's
+    default chain.
 
     Raises ConfigError where boto3 refuses the settings, MissingPackageError where it is too old.
     """
@@ -72,7 +61,7 @@ def connect(path: S3Path, settings: S3Config) -> Connection:
     else:
         # Servers older than boto3's check sums ask for this header on a batch delete, and boto3 no longer sends it.
         client.meta.events.register("before-call.s3.DeleteObjects", _add_md5)
-        return Connection(client, secrets)
+        return client, secrets
     raise ConfigError(failure)
 
 

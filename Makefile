@@ -64,7 +64,7 @@ $(BASE):
 	@$(BIN)/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $(VENV)/torch.txt
 	@touch $@
 
-$(READY): setup.py $(BASE)
+$(READY): pyproject.toml setup.py $(BASE)
 	$(PIP) --constraint $(VENV)/torch.txt --editable '.[dev]'
 	@touch $@
 

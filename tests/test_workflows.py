@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from internlm_lite import __version__
 from tests.cli import ROOT
 from tests.test_guides import code, names
 
@@ -86,7 +87,9 @@ def test_help_names_every_target_for_people() -> None:
 
 def test_the_newest_torch_of_the_workflows_is_makes() -> None:
     (made,) = re.findall(r"^TORCH \?= (\S+)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
-    oldest = "torch" + re.findall(r'"torch>=([\d.]+)"', (ROOT / "setup.py").read_text("utf-8"))[0].join(["==", ".0"])
+    oldest = "torch" + re.findall(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text("utf-8"))[0].join(
+        ["==", ".0"]
+    )
     matrix = load(GITHUB / "workflows" / "worlds.yml")["jobs"]["worlds"]["strategy"]["matrix"]
     assert matrix["torch"] == [oldest, made]
 
@@ -108,7 +111,7 @@ def test_other_files_parse() -> None:
     hooks = {hook["id"] for repo in load(ROOT / ".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]}
     assert {"ruff-check", "ruff-format", "end-of-file-fixer", "codespell"} <= hooks
     citation = load(ROOT / "CITATION.cff")
-    assert f'version="{citation["version"]}"' in (ROOT / "setup.py").read_text("utf-8")
+    assert citation["version"] == __version__
     assert citation["cff-version"] == "1.2.0" and citation["title"] == "internlm_lite" and citation["authors"]
 
 

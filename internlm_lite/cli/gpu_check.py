@@ -1,7 +1,7 @@
 """The first minutes on a GPU: is it right, does it hang, how fast is it. `make gpu` runs it with the machine's Python.
 
-python tools/gpu_check.py [--budget SECONDS] [--only NAME,...] [--out FOLDER]
-python tools/gpu_check.py --smoke                                             every section on the CPU, with tiny shapes
+internlm-lite gpu-check [--budget SECONDS] [--only NAME,...] [--out FOLDER]
+internlm-lite gpu-check --smoke                                             every section on the CPU, with tiny shapes
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from internlm_lite.apps.bench.gpu.run_sections import PLAN, Runner
+from internlm_lite.cli.options import new_parser
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    raw = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(prog="gpu-check", description=__doc__, formatter_class=raw)
+    parser = new_parser("gpu-check", __doc__)
     parser.add_argument("--budget", type=float, default=470, metavar="SECONDS", help="for all sections together (470)")
     parser.add_argument("--only", default="", metavar="NAME,...", help="sections whose name begins so")
     parser.add_argument("--out", type=Path, default=Path("gpu_check_out"), help="for gpu_check.json and gpu_check.txt")

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from internlm_lite.apps.report.live_runs import LiveRuns
 from internlm_lite.apps.report.page import write_report
 from internlm_lite.apps.report.payload import make_payload
 from internlm_lite.apps.report.run import RunReader
 from internlm_lite.apps.report.server import Dashboard
-from internlm_lite.apps.report.watch import Watch
 
 STEPS = 300
 START = datetime(2026, 11, 21, 10, 0, tzinfo=timezone.utc)
@@ -189,7 +189,7 @@ def report(*folders: Path, now: datetime | None = None) -> Path:
 @contextmanager
 def dashboard(*folders: Path) -> Iterator[str]:
     """The address of a server over those folders."""
-    watch = Watch(folders)
+    watch = LiveRuns(folders)
     with Dashboard(watch, 0) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()

@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from internlm_lite.apps.report.log import read_log
+from internlm_lite.apps.report.log_reader import read_log
 from internlm_lite.apps.report.page import write_report
 from internlm_lite.apps.report.payload import make_payload, window
 from internlm_lite.apps.report.run import RunReader
@@ -223,12 +223,12 @@ def test_a_report_that_nobody_rewrites_says_so(tab: Tab, tmp_path: Path) -> None
 
 def test_a_run_that_cannot_be_shown_says_why(tab: Tab, tmp_path: Path) -> None:
     run = RunReader(made.make_run(tmp_path / "bad", 5), "demo/bad")
-    run.trouble = "cannot read </script>: not a regular file"
+    run.error = "cannot read </script>: not a regular file"
     path = tmp_path / "report.html"
     write_report(make_payload([("r0", run)], live=False), path)
     tab.open(path)
     strip = tab.page.locator("#state .phase").inner_text()
-    assert "cannot be shown" in strip and run.trouble in strip
+    assert "cannot be shown" in strip and run.error in strip
 
 
 def test_shares_of_a_long_run_add_up(tab: Tab, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from internlm_lite.apps.report.run import RunReader
-from internlm_lite.apps.report.state import run_state
+from internlm_lite.apps.report.run_state import run_state
 from internlm_lite.faults.failure import Failure, record
 from tests.apps.report.small import BEGIN, at, event, line, run_folder
 

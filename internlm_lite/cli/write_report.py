@@ -1,8 +1,8 @@
 """report.html of any run, finished or still running, of several overlaid, or of an InternLM log.
 
-python tools/report.py RUN/demo/latest                   report.html in the run folder, loss.png with matplotlib
-python tools/report.py RUN/a/latest RUN/b/latest         report.html and loss.png here, or -o ab.html: and ab.png
-python tools/report.py --from-log train.log              train.html beside it
+internlm-lite report RUN/demo/latest                   report.html in the run folder, loss.png with matplotlib
+internlm-lite report RUN/a/latest RUN/b/latest         report.html and loss.png here, or -o ab.html: and ab.png
+internlm-lite report --from-log train.log              train.html beside it
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from internlm_lite.apps.report.discover import omitted_runs, require_runs, run_name
 from internlm_lite.apps.report.figure import can_draw, write_figure
-from internlm_lite.apps.report.files import shown
-from internlm_lite.apps.report.find import demand_runs, left_out, run_name
-from internlm_lite.apps.report.log import read_log
+from internlm_lite.apps.report.log_reader import read_log
 from internlm_lite.apps.report.page import write_report
 from internlm_lite.apps.report.payload import UNREADABLE, make_payload
 from internlm_lite.apps.report.run import RunReader
+from internlm_lite.apps.report.untrusted_files import printable
+from internlm_lite.cli.options import new_parser
 from internlm_lite.errors import ConfigError
 from internlm_lite.runtime.tool import run_tool
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = new_parser("report", __doc__)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders, job folders, or RUN itself")
     parser.add_argument("--from-log", action="append", default=[], type=Path, metavar="FILE", help="a log's step lines")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: in the run folder, beside the log")
@@ -39,13 +40,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def read_runs(arguments: argparse.Namespace) -> list[RunReader]:
     """Raises ConfigError for what holds no run."""
-    folders = demand_runs(arguments.runs)
-    for line in left_out(arguments.runs):
+    folders = require_runs(arguments.runs)
+    for line in omitted_runs(arguments.runs):
         print(line)
     runs = [RunReader(folder, run_name(folder)).read_all() for folder in folders]
     for path in arguments.from_log:
         log = read_log(path)
-        print(f"{shown(path)}: {log.run.columns.n} steps; {log.passed_over} other lines passed over")
+        print(f"{printable(path)}: {log.run.columns.n} steps; {log.n_skipped} other lines passed over")
         runs.append(log.run)
     return runs
 
@@ -77,10 +78,10 @@ def work(arguments: argparse.Namespace) -> int:
     check(payload)
     page, figure = places(arguments, runs)
     write_report(payload, page)
-    print(f"wrote {shown(page)}")
+    print(f"wrote {printable(page)}")
     if arguments.png or can_draw():
         write_figure(payload, figure)
-        print(f"wrote {shown(figure)}")
+        print(f"wrote {printable(figure)}")
     return 0
 
 
@@ -88,7 +89,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 bad input or a missing package, 6 storage, 130 interrupted."""
     arguments = parse_arguments(argv)
     return run_tool(partial(work, arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from internlm_lite.apps.convert.names import FAMILIES, Family
+from internlm_lite.apps.convert.recipes import FAMILIES, Family
 from internlm_lite.config.schema import Dtype, ModelConfig
 from internlm_lite.errors import CheckpointError
 from internlm_lite.units import round_up
@@ -26,7 +26,7 @@ _MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 
 
 @dataclass(frozen=True)
-class FromHF:
+class HFConfig:
     """What config.json says."""
 
     family: Family
@@ -74,14 +74,14 @@ def to_hf(model: ModelConfig, family: Family, max_positions: int, dtype: str) ->
     }
 
 
-def from_hf(config: Mapping[str, Any], where: str) -> FromHF:
+def from_hf(config: Mapping[str, Any], where: str) -> HFConfig:
     """Our shape for a config.json. Raises CheckpointError naming `where` and every key that does not fit."""
     family = next((known for known in FAMILIES if known == config.get("model_type")), None)
     if family is None:
         raise CheckpointError(
             f"{where}: model_type {config.get('model_type')!r}: expected one of {', '.join(FAMILIES)}"
         )
-    problems = [*_missing(config), *_unlike(config)]
+    problems = [*_missing(config), *_unsupported(config)]
     if problems:
         raise CheckpointError(f"{where}: this is another model than ours:\n  " + "\n  ".join(problems))
     base, kind = _rope(config)
@@ -115,7 +115,7 @@ def from_hf(config: Mapping[str, Any], where: str) -> FromHF:
         notes.append(
             f"rope scaling is dynamic there and absent here: the same up to {max_positions} tokens, not beyond"
         )
-    return FromHF(family, model, max_positions, tuple(notes))
+    return HFConfig(family, model, max_positions, tuple(notes))
 
 
 def mlp_width(hidden_size: int, width: int) -> tuple[float, int]:
@@ -137,7 +137,7 @@ def _missing(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}: found {value!r}, expected a positive integer"
 
 
-def _unlike(config: Mapping[str, Any]) -> Iterator[str]:
+def _unsupported(config: Mapping[str, Any]) -> Iterator[str]:
     """What our decoder cannot do, and wrong combinations."""
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         yield f"hidden_act: found {config['hidden_act']!r}, expected 'silu'"

@@ -1,7 +1,7 @@
 """Train a tokenizer, and turn folders of text into tokenised data folders.
 
-    python tools/tokenizer.py train  --input corpus/code corpus/docs --output tokenizer.model --vocab-size 8000
-    python tools/tokenizer.py encode --input corpus/code corpus/docs --output data/train --tokenizer tokenizer.model
+    internlm-lite tokenizer train  --input corpus/code corpus/docs --output tokenizer.model --vocab-size 8000
+    internlm-lite tokenizer encode --input corpus/code corpus/docs --output data/train --tokenizer tokenizer.model
 
 Text: .jsonl ({"text"} or {"prompt", "response"}), .parquet, .txt, .md and source files, at any depth.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from internlm_lite.cli.options import check_at_least, new_parser
 from internlm_lite.data.documents import Metadata
 from internlm_lite.data.encode import encode_folder
 from internlm_lite.data.text import find_text, sample_text
@@ -32,9 +32,7 @@ HEARTBEAT_SECONDS = 15.0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="tokenizer", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = new_parser("tokenizer", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train a sentencepiece model on text")
     encode = commands.add_parser("encode", help="tokenise folders of text")
@@ -55,10 +53,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     encode.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece model")
     encode.add_argument("--overwrite", action="store_true", help="replace data folders that exist")
     arguments = parser.parse_args(argv)
-    for name, least in (("workers", 1), ("max_bytes", 1), ("vocab_size", 261)):
-        value = getattr(arguments, name, least)
-        if value < least:
-            parser.error(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+    check_at_least(parser, arguments, workers=1, max_bytes=1, vocab_size=261)
     return arguments
 
 
@@ -139,7 +134,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_tool(
         partial(encode, arguments), "interrupted: folders already tokenised are whole, the one under way was removed"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from internlm_lite.apps.convert.names import Shape
+from internlm_lite.apps.convert.recipes import Shape
 from internlm_lite.checkpoint.format.tensor_file import StoredTensor, parse_header
 from internlm_lite.errors import CheckpointError
 
@@ -28,7 +28,7 @@ _IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True)
-class _Place:
+class _TensorLocation:
     path: Path
     stored: StoredTensor
 
@@ -40,29 +40,29 @@ class HFFolder:
         self.path = path
         if not path.is_dir():
             raise CheckpointError(f"{path}: expected a folder with config.json and {ONE_FILE} or {INDEX}")
-        self._places: dict[str, _Place] = {}
+        self._locations: dict[str, _TensorLocation] = {}
         for file, names in self._files().items():
             header = read_header(path / file)
             missing = sorted(names - header.keys()) if names is not None else []
             if missing:
                 raise CheckpointError(f"{path / file}: tensor {missing[0]} is missing, which {INDEX} says is there")
             for name, stored in header.items():
-                if name in self._places:
-                    raise CheckpointError(f"{path / file}: tensor {name} is in {self._places[name].path.name} too")
-                self._places[name] = _Place(path / file, stored)
+                if name in self._locations:
+                    raise CheckpointError(f"{path / file}: tensor {name} is in {self._locations[name].path.name} too")
+                self._locations[name] = _TensorLocation(path / file, stored)
 
     @property
     def shapes(self) -> dict[str, Shape]:
         """By name, without buffers that follow from the config."""
-        return {name: place.stored.shape for name, place in self._places.items() if not _IGNORED.fullmatch(name)}
+        return {name: place.stored.shape for name, place in self._locations.items() if not _IGNORED.fullmatch(name)}
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        return {name: self._places[name].stored.dtype for name in self.shapes}
+        return {name: self._locations[name].stored.dtype for name in self.shapes}
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """See `stream.Source`."""
-        place = self._places[name]
+        """See `stream.RowSource`."""
+        place = self._locations[name]
         stored = place.stored
         row = torch.Size(stored.shape[1:]).numel() * stored.dtype.itemsize
         memory = torch.empty((stop - start) * row, dtype=torch.uint8)

@@ -15,7 +15,7 @@ from internlm_lite.apps.doctor.exchange import Exchange
 
 PROBE_BYTES = 64 * 2**20
 _SEEN_SECONDS = 5.0
-"""A file that another host wrote may be that late in a network file system's cache."""
+"""Longest delay until a network file system shows a file that another host wrote."""
 
 
 def existing(folder: Path) -> Path:
@@ -44,11 +44,11 @@ def probe_folder(exchange: Exchange, name: str, folder: Path) -> dict[str, Any]:
             found["write_bytes_per_second"] = _write_speed(mark)
     except OSError as error:
         found["problem"] = f"{where}: {error.strerror}"
-    told = exchange.from_main(f"disk/{name}", mark.name if place.is_main and found["problem"] is None else None)
-    if told is not None and place.local_rank == 0 and found["problem"] is None:
-        found["shared"] = _there(where / told)
+    main_mark = exchange.broadcast(f"disk/{name}", mark.name if place.is_main and found["problem"] is None else None)
+    if main_mark is not None and place.local_rank == 0 and found["problem"] is None:
+        found["shared"] = _there(where / main_mark)
     exchange.gather(f"disk/{name}/looked", True)
-    exchange.from_main(f"disk/{name}/over", True)
+    exchange.broadcast(f"disk/{name}/over", True)
     with suppress(OSError):
         mark.unlink(missing_ok=True)
     return found

@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from internlm_lite.apps.report.files import shown
 from internlm_lite.apps.report.run import RunReader
+from internlm_lite.apps.report.untrusted_files import printable
 from internlm_lite.errors import ConfigError, DataError
 from internlm_lite.monitor.jsonl import step_object
 from internlm_lite.monitor.line import parse_step_line
@@ -21,7 +21,7 @@ _BEGIN = re.compile(r"\d{4}-\d{2}-\d{2}T\S+ INFO \[")
 @dataclass(frozen=True)
 class LogRun:
     run: RunReader
-    passed_over: int
+    n_skipped: int
     """Lines that are no step line."""
 
 
@@ -30,10 +30,10 @@ def read_log(path: Path) -> LogRun:
 
     Raises ConfigError for a file that cannot be read or holds no step line.
     """
-    run = RunReader(path.parent, shown(path.name))
+    run = RunReader(path.parent, printable(path.name))
     run.is_log = True
     lines: list[bytes] = []
-    why, passed_over, segment, last = "", 0, 0, -1
+    why, n_skipped, segment, last = "", 0, 0, -1
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             for text in file:
@@ -43,7 +43,7 @@ def read_log(path: Path) -> LogRun:
                     record = parse_step_line(text[begin.start() :] if begin else text)
                 except DataError as error:
                     why = why or (str(error) if begin else "")
-                    passed_over += 1
+                    n_skipped += 1
                     continue
                 if record.step == last:
                     continue
@@ -51,12 +51,12 @@ def read_log(path: Path) -> LogRun:
                 last = record.step
                 lines.append(json.dumps(step_object(record, segment)).encode())
     except OSError as error:
-        raise ConfigError(f"cannot read {shown(path)}: {error.strerror}; expected a log with step lines") from error
+        raise ConfigError(f"cannot read {printable(path)}: {error.strerror}; expected a log with step lines") from error
     if not lines:
         raise ConfigError(
-            f"found no step line in the {passed_over} lines of {shown(path)}; expected InternLM's, "
+            f"found no step line in the {n_skipped} lines of {printable(path)}; expected InternLM's, "
             f"'TIME INFO [FILE, line N, in FUNCTION] - pid=N : tflops=... step=0 loss=...'{why and f' ({why})'}"
         )
     run.columns.append(lines)
     run.parsed = True
-    return LogRun(run, passed_over)
+    return LogRun(run, n_skipped)

@@ -42,7 +42,7 @@ _QKV = "attention.wqkv"
 
 
 @dataclass(frozen=True)
-class Strip:
+class RowRange:
     """`count` rows that are the same in our tensor `ours` and in Hugging Face's tensor `theirs`."""
 
     ours: str
@@ -62,7 +62,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Target:
+class TensorRecipe:
     """A tensor to make: rows of others, one below the other."""
 
     name: str
@@ -84,36 +84,36 @@ def our_shapes(model: ModelConfig) -> dict[str, Shape]:
     return found
 
 
-def targets_there(model: ModelConfig, family: Family) -> list[Target]:
+def hf_recipes(model: ModelConfig, family: Family) -> list[TensorRecipe]:
     """Hugging Face's tensors, made of ours."""
     rows: dict[str, list[tuple[int, Rows]]] = {}
     rest: dict[str, Shape] = {}
     for name, shape in our_shapes(model).items():
-        for strip in _strips(model, family, name, shape):
+        for strip in _row_ranges(model, family, name, shape):
             piece = Rows(strip.ours, strip.ours_start, strip.ours_start + strip.count)
             rows.setdefault(strip.theirs, []).append((strip.theirs_start, piece))
             rest[strip.theirs] = shape[1:]
-    return [_target(name, rest[name], pieces) for name, pieces in rows.items()]
+    return [_recipe(name, rest[name], pieces) for name, pieces in rows.items()]
 
 
-def targets_here(model: ModelConfig, family: Family) -> list[Target]:
+def our_recipes(model: ModelConfig, family: Family) -> list[TensorRecipe]:
     """Our tensors, made of Hugging Face's."""
     made = []
     for name, shape in our_shapes(model).items():
         pieces = [
             (strip.ours_start, Rows(strip.theirs, strip.theirs_start, strip.theirs_start + strip.count))
-            for strip in _strips(model, family, name, shape)
+            for strip in _row_ranges(model, family, name, shape)
         ]
-        made.append(_target(name, shape[1:], pieces))
+        made.append(_recipe(name, shape[1:], pieces))
     return made
 
 
-def _target(name: str, rest: Shape, pieces: Sequence[tuple[int, Rows]]) -> Target:
+def _recipe(name: str, rest: Shape, pieces: Sequence[tuple[int, Rows]]) -> TensorRecipe:
     rows = tuple(piece for _, piece in sorted(pieces, key=lambda item: item[0]))
-    return Target(name, (sum(piece.stop - piece.start for piece in rows), *rest), rows)
+    return TensorRecipe(name, (sum(piece.stop - piece.start for piece in rows), *rest), rows)
 
 
-def _strips(model: ModelConfig, family: Family, name: str, shape: Shape) -> Iterator[Strip]:
+def _row_ranges(model: ModelConfig, family: Family, name: str, shape: Shape) -> Iterator[RowRange]:
     """One of our tensors, in the order of its rows."""
     module, _, kind = name.rpartition(".")
     prefix = ""
@@ -121,15 +121,15 @@ def _strips(model: ModelConfig, family: Family, name: str, shape: Shape) -> Iter
         _, layer, module = module.split(".", 2)
         prefix = f"model.layers.{layer}."
     if family == "internlm2":
-        yield Strip(name, 0, f"{prefix}{_FUSED.get(module, module)}.{kind}", 0, shape[0])
+        yield RowRange(name, 0, f"{prefix}{_FUSED.get(module, module)}.{kind}", 0, shape[0])
         return
     if module != _QKV:
-        yield Strip(name, 0, f"{prefix}{_SPLIT[module]}.{kind}", 0, shape[0])
+        yield RowRange(name, 0, f"{prefix}{_SPLIT[module]}.{kind}", 0, shape[0])
         return
     head, queries = model.head_dim, model.num_attention_heads // model.kv_heads
     start = 0
     for group in range(model.kv_heads):
         for letter, heads in (("q", queries), ("k", 1), ("v", 1)):
             count = heads * head
-            yield Strip(name, start, f"{prefix}self_attn.{letter}_proj.{kind}", group * count, count)
+            yield RowRange(name, start, f"{prefix}self_attn.{letter}_proj.{kind}", group * count, count)
             start += count

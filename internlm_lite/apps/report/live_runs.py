@@ -11,10 +11,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from internlm_lite.apps.report.find import demand_runs, find_runs, run_name
+from internlm_lite.apps.report.discover import find_runs, require_runs, run_name
 from internlm_lite.apps.report.payload import UNREADABLE, make_payload, series
 from internlm_lite.apps.report.run import RunReader
-from internlm_lite.apps.report.state import run_state
+from internlm_lite.apps.report.run_state import run_state
 from internlm_lite.errors import InternLMError
 
 logger = logging.getLogger("internlm_lite")
@@ -26,7 +26,7 @@ PAUSE_SECONDS = 0.1
 JOIN_SECONDS = 10.0
 
 
-class Watch:
+class LiveRuns:
     """Reads in the background. Every method may be called from any thread."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -34,11 +34,11 @@ class Watch:
         self._paths = paths
         self._runs: list[tuple[str, RunReader]] = []
         self._known: dict[Path, tuple[str, RunReader]] = {}
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._salt = secrets.token_hex(8)  # a token of an earlier server is worth nothing
         self._lock = threading.Lock()  # held while numbers are taken in, and while they are shown
         self._asked, self._read, self._ended = threading.Event(), threading.Event(), threading.Event()
-        self._take_up(demand_runs(paths))
+        self._set_runs(require_runs(paths))
         self._asked.set()
         self._thread = threading.Thread(target=self._work, name="watch", daemon=True)
         self._thread.start()
@@ -52,7 +52,7 @@ class Watch:
         """Have the files read, and wait for that a moment; not for a first look at long ones."""
         self._read.clear()
         self._asked.set()
-        if all(run.parsed or run.trouble for _, run in self._runs):
+        if all(run.parsed or run.error for _, run in self._runs):
             self._read.wait(PATIENCE_SECONDS)
 
     def payload(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Watch:
 
     def _token(self) -> str:
         now = datetime.now(timezone.utc)
-        facts = [(name, run.version, run.parsed, run.trouble, _phase(run, now)) for name, run in self._runs]
+        facts = [(name, run.version, run.parsed, run.error, _phase(run, now)) for name, run in self._runs]
         return hashlib.sha256(f"{self._salt} {facts}".encode()).hexdigest()[:24]
 
     def _work(self) -> None:
@@ -87,33 +87,33 @@ class Watch:
     def _round(self) -> None:
         """Everything there is by now; problems are told once, and what was read before stays."""
         try:
-            self._take_up(find_runs(self._paths))
+            self._set_runs(find_runs(self._paths))
         except InternLMError as error:
-            self._tell(error)
+            self._report(error)
         for _, run in list(self._runs):
             try:
                 while self._advance(run) and not self._ended.wait(0.001):  # requests get their turn at the lock
                     pass
-                run.trouble = None
+                run.error = None
             except Exception as error:  # noqa: BLE001  one run must not end the others' page
-                run.trouble = self._tell(error)
+                run.error = self._report(error)
 
     def _advance(self, run: RunReader) -> bool:
         news = run.look()  # without the lock: a disk may take its time
         with self._lock:
-            return run.take_in(news)
+            return run.ingest(news)
 
-    def _take_up(self, folders: Sequence[Path]) -> None:
+    def _set_runs(self, folders: Sequence[Path]) -> None:
         for folder in folders:
             if folder not in self._known:
                 self._known[folder] = f"r{len(self._known)}", RunReader(folder, run_name(folder))
         with self._lock:
             self._runs = [self._known[folder] for folder in folders]
 
-    def _tell(self, error: Exception) -> str:
+    def _report(self, error: Exception) -> str:
         text = str(error) if isinstance(error, InternLMError) else repr(error)
-        if text not in self._told:
-            self._told.add(text)
+        if text not in self._reported:
+            self._reported.add(text)
             logger.warning(text)
         return text
 

@@ -1,7 +1,7 @@
 """Continue prompts with a trained model.
 
-    python tools/generate.py --checkpoint demo/ckpts --prompt "def main" --prompt "The following"
-    echo "import os" | python tools/generate.py --checkpoint demo/ckpts --greedy
+    internlm-lite generate --checkpoint demo/ckpts --prompt "def main" --prompt "The following"
+    echo "import os" | internlm-lite generate --checkpoint demo/ckpts --greedy
 
 Its checkpoint may lie on S3, with the keys in the environment as for train.py.
 """
@@ -15,15 +15,14 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from internlm_lite.cli.options import add_device, check_at_least, new_parser, s3_settings
 from internlm_lite.errors import ConfigError
 from internlm_lite.runtime.place import adopt_s3_keys, find_place
 from internlm_lite.runtime.tool import add_s3_option, run_tool
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="generate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = new_parser("generate", __doc__)
     parser.add_argument(
         "--checkpoint", required=True, metavar="FOLDER", help="a save folder (its newest checkpoint), or one checkpoint"
     )
@@ -41,20 +40,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--top-p", type=float, default=0.95, metavar="P", help="only the likeliest tokens of this probability (0.95)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same one draws the same tokens (0)")
-    parser.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if there is one"
-    )
+    add_device(parser)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as it was trained")
     add_s3_option(parser)
     arguments = parser.parse_args(argv)
-    if arguments.max_new_tokens < 1:
-        parser.error(f"--max-new-tokens {arguments.max_new_tokens}: expected at least 1")
+    check_at_least(parser, arguments, max_new_tokens=1)
     return arguments
 
 
 def continue_prompts(arguments: argparse.Namespace) -> int:
     """Exit code."""
-    from internlm_lite.cli.storage_options import s3_settings
     from internlm_lite.data.tokenizer import Tokenizer
     from internlm_lite.generate.generate import generate
     from internlm_lite.generate.load import load_model
@@ -90,7 +85,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 bad input, 6 storage, 130 interrupted."""
     arguments = parse_arguments(argv)
     return run_tool(partial(continue_prompts, arguments), has_s3_option=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from internlm_lite.apps.report.columns import seconds
-from internlm_lite.apps.report.history import ENDS, Event, checkpoints, of_kind, whole
+from internlm_lite.apps.report.history import ENDS, Event, as_int, checkpoints, of_kind
 from internlm_lite.apps.report.run import RunReader
 
 SILENT_SECONDS = 60.0
-PATIENT_SECONDS = 600.0
+SLOW_PHASE_SECONDS = 600.0
 """Without a line for so long a run is silent; the longer one where no step is due: starting, evaluating."""
 _DIGITS = 16
 """As many has no number of steps."""
@@ -50,7 +50,7 @@ def run_state(run: RunReader, now: datetime) -> dict[str, Any]:
 def _steps_done(run: RunReader, start: Event | None, phase: str) -> int | None:
     """By the last line; the last steps of a run that ended may have none."""
     end = last_of(run.events, phase)
-    told = whole((end or {}).get("step") if phase in ENDS else (start or {}).get("step"))
+    told = as_int((end or {}).get("step") if phase in ENDS else (start or {}).get("step"))
     if run.columns.n and not (phase in ENDS and told is not None):
         return int(run.columns.step[-1]) + 1
     return told
@@ -64,17 +64,19 @@ def _phase(run: RunReader, now: datetime) -> tuple[str, str]:
     start, end = last_of(run.events, "start"), last_of(run.events, *ENDS)
     started = seconds(start["time"]) if start else None
     if run.failed is not None and (started is None or run.failed["modified"] >= started):
-        return "failed", _reason(run.failed.get("cause")) or str((last_of(run.events, "failed") or {}).get("why", ""))
+        return "failed", _failure_text(run.failed.get("cause")) or str(
+            (last_of(run.events, "failed") or {}).get("why", "")
+        )
     if end is not None and run.events.index(end) > (run.events.index(start) if start else -1):
         return end["event"], str(end.get("why", ""))
-    phase = _busy(run, start)
-    age, patience = _age(run, now), _patience(run, phase)
+    phase = _active_phase(run, start)
+    age, patience = _age(run, now), _silence_limit(run, phase)
     if age is not None and age > patience:
         return "silent", f"no line since {last_time(run)}; it was {phase}"
     return phase, ""
 
 
-def _busy(run: RunReader, start: Event | None) -> str:
+def _active_phase(run: RunReader, start: Event | None) -> str:
     """What a run that has not ended was last seen at."""
     columns = run.columns
     newest = columns.time[-1] if columns.n else -np.inf
@@ -88,12 +90,12 @@ def _busy(run: RunReader, start: Event | None) -> str:
     return "training" if columns.n and (start is None or start["seg"] <= columns.segment) else "starting"
 
 
-def _patience(run: RunReader, phase: str) -> float:
+def _silence_limit(run: RunReader, phase: str) -> float:
     pace = seconds_per_line(run) or 0.0
-    return max(SILENT_SECONDS if phase in ("training", "saving") else PATIENT_SECONDS, SILENT_STEPS * pace)
+    return max(SILENT_SECONDS if phase in ("training", "saving") else SLOW_PHASE_SECONDS, SILENT_STEPS * pace)
 
 
-def _reason(cause: object) -> str:
+def _failure_text(cause: object) -> str:
     """What faults/failure.py recorded of the rank that failed first; empty for what is no record."""
     if not isinstance(cause, dict) or "kind" not in cause:
         return ""
@@ -125,7 +127,7 @@ def last_number(run: RunReader, key: str) -> float | None:
 def total_steps(run: RunReader) -> int | None:
     """As the newest start or the config says."""
     start = last_of(run.events, "start")
-    total = whole(start.get("total_steps")) if start else None
+    total = as_int(start.get("total_steps")) if start else None
     if total is None:
         text = next((row["value"] for row in run.config if row["key"] == "data.total_steps"), "")
         total = int(text) if text.isdecimal() and len(text) < _DIGITS else None

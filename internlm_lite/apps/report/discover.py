@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from internlm_lite.apps.report.files import shown
 from internlm_lite.apps.report.run import is_run
+from internlm_lite.apps.report.untrusted_files import printable
 from internlm_lite.errors import ConfigError
 
 MOST = 8
@@ -25,28 +25,28 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
             found |= dict.fromkeys(_all_in(path)[:MOST])
         except OSError as error:
             raise ConfigError(
-                f"cannot read {shown(error.filename or path)}: {error.strerror}; "
+                f"cannot read {printable(error.filename or path)}: {error.strerror}; "
                 "expected a run folder RUN/JOB/TIME, a job folder RUN/JOB, or RUN itself"
             ) from error
     return list(found)
 
 
-def demand_runs(paths: Sequence[Path]) -> list[Path]:
+def require_runs(paths: Sequence[Path]) -> list[Path]:
     """The same. Raises ConfigError where a path holds no run."""
     for path in paths:
         if not find_runs([path]):
             raise ConfigError(
-                f"found no run in {shown(path)}; "
+                f"found no run in {printable(path)}; "
                 "expected a run folder RUN/JOB/TIME with metrics.jsonl, a job folder RUN/JOB, or RUN itself"
             )
     return find_runs(paths)
 
 
-def left_out(paths: Sequence[Path]) -> list[str]:
+def omitted_runs(paths: Sequence[Path]) -> list[str]:
     """A line for each path that holds more runs than are taken. Raises OSError."""
     counts = {path: len(_all_in(path)) for path in paths}
     return [
-        f"{shown(path)}: the newest {MOST} of {count} runs; name others to see them"
+        f"{printable(path)}: the newest {MOST} of {count} runs; name others to see them"
         for path, count in counts.items()
         if count > MOST
     ]
@@ -54,7 +54,7 @@ def left_out(paths: Sequence[Path]) -> list[str]:
 
 def run_name(folder: Path) -> str:
     """JOB/TIME."""
-    return shown(Path(*folder.resolve().parts[-2:]))
+    return printable(Path(*folder.resolve().parts[-2:]))
 
 
 def _all_in(path: Path) -> list[Path]:

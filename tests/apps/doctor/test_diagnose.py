@@ -1,4 +1,4 @@
-"""Every fact that differs or is wrong is a finding with its ranks; facts that are as they should be are none."""
+"""Everything that differs or is wrong is a finding with its ranks; nothing else is."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from internlm_lite.apps.doctor.clocks import Offset
-from internlm_lite.apps.doctor.judge import Finding, judge, judge_clocks, judge_folder
+from internlm_lite.apps.doctor.diagnose import Finding, diagnose, diagnose_clocks, diagnose_folder
 
 GIB = 2**30
 
 
-def facts(rank: int) -> dict[str, Any]:
+def info(rank: int) -> dict[str, Any]:
     """Of one of four ranks on two hosts with two GPUs each."""
     return {
         "rank": rank,
@@ -44,11 +44,11 @@ def facts(rank: int) -> dict[str, Any]:
 
 
 def judged(*ranks: int, **changes: Any) -> list[Finding]:
-    """With facts of `ranks` changed; `__` stands for a dot."""
-    world = [facts(rank) for rank in range(4)]
+    """With info of `ranks` changed; `__` stands for a dot."""
+    world = [info(rank) for rank in range(4)]
     for rank in ranks:
         world[rank] |= {name.replace("__", "."): value for name, value in changes.items()}
-    return judge(world)
+    return diagnose(world)
 
 
 def test_four_equal_ranks_need_nothing():
@@ -77,7 +77,7 @@ def test_what_differs(name, value, shown, words):
     (finding,) = judged(2, **{name.replace(".", "__"): value})
     assert (finding.what, finding.problem) == (name, "")
     assert finding.values[shown] == (2,) and sorted(finding.values.values()) == [(0, 1, 3), (2,)]
-    assert words in finding.mend
+    assert words in finding.fix
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_what_differs(name, value, shown, words):
         ({"device__free_bytes": 100 * GIB}, "device.free", "only 100.00 GiB of 140.00 GiB are free"),
         ({"limits__locked_memory": None, "limits__shared_memory": 64 * 2**20}, "limits.shared_memory", "64.00 MiB"),
         ({"limits__locked_memory": 2**16}, "limits.locked_memory", "64.00 KiB of locked memory"),
-        ({"limits__open_files": 256}, "limits.open_files", "256 open files, expected 272 at least for 4 ranks"),
+        ({"limits__open_files": 256}, "limits.open_files", "256 open files, expected at least 272 for 4 ranks"),
         ({"host__cores_of_rank": 1}, "host.cores", "1 core for a rank with a GPU"),
         (
             {"network__chosen": {"NCCL_SOCKET_IFNAME": "en"}},
@@ -103,7 +103,7 @@ def test_what_is_wrong(changes, what, words):
     """On all ranks alike, so that nothing differs."""
     (finding,) = judged(0, 1, 2, 3, **changes)
     assert finding.what == what and words in finding.problem
-    assert finding.values == {finding.problem: (0, 1, 2, 3)} and finding.mend
+    assert finding.values == {finding.problem: (0, 1, 2, 3)} and finding.fix
 
 
 @pytest.mark.parametrize("value", ["eth", "en,ib", "^lo,docker", "=eth0"])
@@ -119,19 +119,19 @@ def test_a_cpu_build_beside_gpus():
 
 
 def test_clocks():
-    world = [facts(rank) for rank in range(4)]
-    assert list(judge_clocks({2: Offset(0.9, 0.001)}, world)) == []
-    assert list(judge_clocks({2: Offset(30.0, 29.5)}, world)) == [], "the answer took a minute"
-    (finding,) = judge_clocks({2: Offset(-3.21, 0.001)}, world)
+    world = [info(rank) for rank in range(4)]
+    assert list(diagnose_clocks({2: Offset(0.9, 0.001)}, world)) == []
+    assert list(diagnose_clocks({2: Offset(30.0, 29.5)}, world)) == [], "the answer took a minute"
+    (finding,) = diagnose_clocks({2: Offset(-3.21, 0.001)}, world)
     assert finding.problem == "the clock of b is 3.2 s behind a's" and finding.values == {finding.problem: (2,)}
 
 
 def test_folders():
     good = {"path": "/runs", "free_bytes": 10 * GIB, "write_bytes_per_second": 1e9, "shared": True, "problem": None}
-    assert list(judge_folder("run_dir", [good, good | {"shared": None}])) == []
-    (apart,) = judge_folder("run_dir", [good, good | {"shared": False}])
+    assert list(diagnose_folder("run_dir", [good, good | {"shared": None}])) == []
+    (apart,) = diagnose_folder("run_dir", [good, good | {"shared": False}])
     assert apart.problem == "/runs is another folder than rank 0's" and apart.values == {apart.problem: (1,)}
-    (full,) = judge_folder("run_dir", [good, good | {"free_bytes": 2**20}])
-    assert full.problem == "/runs: 1.00 MiB free" and "make room" in full.mend
-    (closed,) = judge_folder("run_dir", [good | {"problem": "/runs: Permission denied", "shared": None}, good])
+    (full,) = diagnose_folder("run_dir", [good, good | {"free_bytes": 2**20}])
+    assert full.problem == "/runs: 1.00 MiB free" and "make room" in full.fix
+    (closed,) = diagnose_folder("run_dir", [good | {"problem": "/runs: Permission denied", "shared": None}, good])
     assert closed.what == "disk.run_dir" and closed.values == {"/runs: Permission denied": (0,)}

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from internlm_lite.apps.convert.files import HFFolder, read_json
-from internlm_lite.apps.convert.shapes import FromHF, from_hf
+from internlm_lite.apps.convert.hf_config import HFConfig, from_hf
+from internlm_lite.apps.convert.hf_folder import HFFolder, read_json
 from internlm_lite.errors import CheckpointError, MissingPackageError
 from internlm_lite.layers.flash import packed
 from internlm_lite.models.stages import WholeModel
@@ -29,7 +29,7 @@ _TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Difference:
+class LogitDifference:
     """Of the logits of the same random tokens."""
 
     largest: float
@@ -64,21 +64,21 @@ def require_transformers() -> Any:
 
 
 @torch.no_grad()
-def compare(load_ours: Callable[[], WholeModel], folder: Path) -> Difference:
+def compare(load_ours: Callable[[], WholeModel], folder: Path) -> LogitDifference:
     """`load_ours`: the model in fp32 on the CPU. One side is in memory at a time. Raises CheckpointError."""
     require_transformers()
     source = HFFolder(folder)
-    said = from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
-    n_tokens = min(_TOKENS, said.max_positions)
-    tokens = torch.randint(said.model.vocab_size, (n_tokens,), generator=torch.Generator().manual_seed(0))
+    hf = from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    n_tokens = min(_TOKENS, hf.max_positions)
+    tokens = torch.randint(hf.model.vocab_size, (n_tokens,), generator=torch.Generator().manual_seed(0))
     dtypes = set(source.dtypes.values())
     ours = _our_logits(load_ours(), tokens, dtypes.pop() if len(dtypes) == 1 else torch.float32)
     gc.collect()
-    theirs = _their_logits(source, said, tokens)
+    theirs = _their_logits(source, hf, tokens)
     largest = (ours - theirs).abs().max().item()
     if not torch.isfinite(ours).all() or not torch.isfinite(theirs).all():
         raise CheckpointError(f"{folder}: the logits are not finite, so they cannot be compared")
-    return Difference(largest, theirs.abs().max().item(), n_tokens)
+    return LogitDifference(largest, theirs.abs().max().item(), n_tokens)
 
 
 def _our_logits(model: WholeModel, tokens: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
@@ -89,22 +89,22 @@ def _our_logits(model: WholeModel, tokens: torch.Tensor, stored: torch.dtype) ->
     return model.logits(tokens, torch.arange(len(tokens)), attend)
 
 
-def _their_logits(source: HFFolder, said: FromHF, tokens: torch.Tensor) -> torch.Tensor:
+def _their_logits(source: HFFolder, hf: HFConfig, tokens: torch.Tensor) -> torch.Tensor:
     transformers = require_transformers()
-    if said.family == "llama":
+    if hf.family == "llama":
         model = transformers.LlamaForCausalLM.from_pretrained(
             source.path, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
     else:
-        model = _as_llama(transformers, source, said)
+        model = _as_llama(transformers, source, hf)
     logits = model.float().eval()(tokens[None]).logits[0]
     assert isinstance(logits, torch.Tensor)
     return logits
 
 
-def _as_llama(transformers: Any, source: HFFolder, said: FromHF) -> Any:
+def _as_llama(transformers: Any, source: HFFolder, hf: HFConfig) -> Any:
     """A Llama with biases on q, k, v and o computes what InternLM does; InternLM2's fused rows are taken apart."""
-    shape = said.model
+    shape = hf.model
     config = transformers.LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
@@ -112,7 +112,7 @@ def _as_llama(transformers: Any, source: HFFolder, said: FromHF) -> Any:
         num_hidden_layers=shape.num_layers,
         num_attention_heads=shape.num_attention_heads,
         num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=said.max_positions,
+        max_position_embeddings=hf.max_positions,
         rms_norm_eps=shape.layer_norm_epsilon,
         rope_theta=shape.rope_base,
         attention_bias=not shape.no_bias,
@@ -121,7 +121,7 @@ def _as_llama(transformers: Any, source: HFFolder, said: FromHF) -> Any:
     weights: dict[str, torch.Tensor] = {}
     for name, size in source.shapes.items():
         tensor = source.read(name, 0, size[0]).float()
-        weights |= {name: tensor} if said.family == "internlm" else _split(name, tensor, said)
+        weights |= {name: tensor} if hf.family == "internlm" else _split(name, tensor, hf)
     if shape.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     with torch.device("meta"):
@@ -132,7 +132,7 @@ def _as_llama(transformers: Any, source: HFFolder, said: FromHF) -> Any:
     return model
 
 
-def _split(name: str, tensor: torch.Tensor, said: FromHF) -> dict[str, torch.Tensor]:
+def _split(name: str, tensor: torch.Tensor, hf: HFConfig) -> dict[str, torch.Tensor]:
     """An InternLM2 tensor under Llama's names. (modeling_internlm2.py: wqkv is "(h gs d)", k and v at -2 and -1)"""
     renamed = name
     for theirs, llamas in (
@@ -149,7 +149,7 @@ def _split(name: str, tensor: torch.Tensor, said: FromHF) -> dict[str, torch.Ten
         renamed = "lm_head.weight"
     if ".wqkv." not in renamed:
         return {renamed: tensor}
-    heads = tensor.unflatten(0, (said.model.kv_heads, -1, said.model.head_dim))
+    heads = tensor.unflatten(0, (hf.model.kv_heads, -1, hf.model.head_dim))
     parts = {"q_proj": heads[:, :-2], "k_proj": heads[:, -2], "v_proj": heads[:, -1]}
     return {
         renamed.replace("attention.wqkv", f"self_attn.{part}"): rows.reshape(-1, *tensor.shape[1:])

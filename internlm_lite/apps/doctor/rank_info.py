@@ -1,4 +1,4 @@
-"""What one rank runs on, as JSON-able facts by dotted names. No part of it can fail: what cannot be read is None."""
+"""What one rank runs on, as JSON-able values by dotted names. Nothing here fails: what cannot be read is None."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from internlm_lite.runtime.device import bind_device, device_name
 from internlm_lite.runtime.folder import git_commit, package_versions
 from internlm_lite.runtime.place import Place, chosen_interfaces, common_variables
 
-Facts = dict[str, Any]
+RankInfo = dict[str, Any]
 _DRIVER = Path("/proc/driver/nvidia/version")
 _INFINIBAND = Path("/sys/class/infiniband")
 
 
-def facts_of(place: Place, environ: Mapping[str, str], wanted: str) -> tuple[Facts, torch.device | None]:
-    """The facts, and the device of this rank; None if it cannot be used. `wanted`: auto, cpu, cuda."""
+def rank_info(place: Place, environ: Mapping[str, str], wanted: str) -> tuple[RankInfo, torch.device | None]:
+    """The information, and the device of this rank; None if it cannot be used. `wanted`: auto, cpu, cuda."""
     device, about_it, problem = None, _device(None), None
     try:
         device = bind_device(place, wanted)
         about_it = _device(device)
     except (MeshError, RuntimeError) as error:  # a GPU that is full or sick refuses even to say how much is free
         device, problem = None, first_line(error)
-    facts = {"rank": place.rank, "host": place.hostname, "local_rank": place.local_rank}
-    facts |= {"local_world_size": place.local_world_size, "device.asked": wanted, "device.problem": problem}
-    facts |= _versions() | _host() | about_it | _network(environ) | _limits()
-    facts |= {f"environment.{name}": value for name, value in common_variables(environ).items()}
-    return facts, device
+    info = {"rank": place.rank, "host": place.hostname, "local_rank": place.local_rank}
+    info |= {"local_world_size": place.local_world_size, "device.asked": wanted, "device.problem": problem}
+    info |= _versions() | _host() | about_it | _network(environ) | _limits()
+    info |= {f"environment.{name}": value for name, value in common_variables(environ).items()}
+    return info, device
 
 
-def _versions() -> Facts:
+def _versions() -> RankInfo:
     git = git_commit(Path(__file__).parent)
     commit = None if git is None else git["commit"][:12] + (" with changes" if git["changed"] else "")
     nccl = torch.cuda.nccl.version() if torch.version.cuda and torch.distributed.is_nccl_available() else None
@@ -66,7 +66,7 @@ def _driver() -> str | None:
     return match.group() if match else None
 
 
-def _host() -> Facts:
+def _host() -> RankInfo:
     return {
         "host.cpu": device_name(torch.device("cpu")),
         "host.cores_of_rank": len(os.sched_getaffinity(0)),
@@ -75,7 +75,7 @@ def _host() -> Facts:
     }
 
 
-def _device(device: torch.device | None) -> Facts:
+def _device(device: torch.device | None) -> RankInfo:
     if device is None or device.type != "cuda":
         return {
             "device.name": None if device is None else "cpu",
@@ -87,7 +87,7 @@ def _device(device: torch.device | None) -> Facts:
     return names | {"device.memory_bytes": total, "device.free_bytes": free}
 
 
-def _network(environ: Mapping[str, str]) -> Facts:
+def _network(environ: Mapping[str, str]) -> RankInfo:
     up = {name: state.speed for name, state in psutil.net_if_stats().items() if state.isup}
     try:
         address = socket.gethostbyname(socket.gethostname())
@@ -108,7 +108,7 @@ def _network(environ: Mapping[str, str]) -> Facts:
     }
 
 
-def _limits() -> Facts:
+def _limits() -> RankInfo:
     """None: no limit."""
     limits = {"open_files": resource.RLIMIT_NOFILE, "locked_memory": resource.RLIMIT_MEMLOCK}
     found = {name: resource.getrlimit(limit)[0] for name, limit in limits.items()}

@@ -18,12 +18,13 @@ from internlm_lite.config.schema import S3Config
 from internlm_lite.mesh.mesh import single_process_mesh
 from tests.checkpoint.pieces import pieces_of
 from tests.test_imports import Trees, imports, read_trees
+from tests.train.runs import run_training, tiny
 
 PACKAGE = "internlm_lite.checkpoint"
 FLOORS = {"storage": 1, "format": 2, "save": 3, "load": 3, "admin": 4, "manager": 5}
 """admin/ looks at checkpoints with the reader of load/, which knows nothing of it; nothing else crosses a floor."""
 FRAMES = 6
-"""Two more are left for the training loop: the step that finds a save due, and the train side's own `save`."""
+"""In this package; two more are the training loop and `Checkpoints.save`."""
 
 
 def direction_problems(trees: Trees) -> list[str]:
@@ -73,7 +74,7 @@ class Frames:
         monkeypatch.setattr(ThreadPoolExecutor, "submit", counted)
 
     def _stack(self) -> list[str]:
-        own = [f for f in traceback.extract_stack() if "/internlm_lite/checkpoint/" in f.filename]
+        own = [f for f in traceback.extract_stack() if "/internlm_lite/" in f.filename]
         names = [f"{Path(frame.filename).stem}.{frame.name}" for frame in own]
         return self._above.get(threading.get_ident(), []) + names
 
@@ -81,19 +82,23 @@ class Frames:
         self.deepest = max(self.deepest, self._stack(), key=len)
 
 
-def test_few_frames_from_a_save_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_background", [True, False])
+def test_few_frames_from_the_loop_to_the_disk(
+    in_background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     frames = Frames(monkeypatch)
+    put = LocalStorage.put
 
-    class Watched(LocalStorage):
-        def put(self, key: str, chunks: Any) -> int:
+    def watched(storage: LocalStorage, key: str, chunks: Any) -> int:
+        if key.startswith("data/"):  # not the probe at the start
             frames.look()
-            return super().put(key, chunks)
+        return put(storage, key, chunks)
 
-    manager = CheckpointManager(str(tmp_path), single_process_mesh())
-    manager.folders[0].storage = Watched(tmp_path)
-    manager.save(1, "snapshot", pieces_of(0, fill=True), {}, wait=False)
-    assert manager.wait() is not None
-    assert 2 <= len(frames.deepest) + 1 <= FRAMES, frames.deepest  # and LocalStorage.put itself
+    monkeypatch.setattr(LocalStorage, "put", watched)
+    saves = {"enable_save_ckpt": True, "save_ckpt_folder": f"local:{tmp_path}/saves", "async_upload": in_background}
+    run_training(single_process_mesh(), tiny(None, ckpt={"checkpoint_every": 4, **saves}), tmp_path / "run")
+    assert frames.deepest[:2] == ["loop.train", "checkpoints.save"], frames.deepest
+    assert len(frames.deepest) + 1 <= FRAMES + 2, frames.deepest  # and LocalStorage.put itself
 
 
 def test_few_frames_from_a_save_to_the_server(s3_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

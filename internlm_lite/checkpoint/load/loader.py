@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.format.catalog import Found
 from internlm_lite.checkpoint.format.manifest import Manifest, dump_with_crc, layout_of, load_with_crc
 from internlm_lite.checkpoint.format.shards import describe
 from internlm_lite.checkpoint.load.compare import Wanted, load_plan, mismatch, other_function
+from internlm_lite.checkpoint.load.locate import is_save_folder, locate, open_at
 from internlm_lite.checkpoint.load.reader import Reader
 from internlm_lite.checkpoint.storage.base import Storage
 from internlm_lite.checkpoint.storage.open import open_storage
@@ -55,9 +55,9 @@ class Loader:
         """The checkpoint at `path`: a save folder (its newest good one), `.../commits/NAME.json`, `.../data/NAME`, or a
         copy of such a data folder. Raises CheckpointError if there is none, or it is damaged.
         """
-        root, name = on_main(self.mesh, lambda: catalog.locate(path, self._s3))
+        root, name = on_main(self.mesh, lambda: locate(path, self._s3))
         storage = open_storage(root, self._s3)
-        found = self._agree_on([storage], lambda: catalog.open_at(storage, name, self._bad))
+        found = self._agree_on([storage], lambda: open_at(storage, name, self._bad))
         assert found is not None
         return found
 
@@ -68,7 +68,7 @@ class Loader:
             try:
                 return self.load(found, pieces, check=check)
             except DamagedError as error:
-                if not on_main(self.mesh, lambda: catalog.is_save_folder(path, self._s3)):
+                if not on_main(self.mesh, lambda: is_save_folder(path, self._s3)):
                     raise
                 self._bad[found.name] = str(error)
 

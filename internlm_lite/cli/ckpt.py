@@ -24,6 +24,7 @@ from internlm_lite.checkpoint.admin.prune import plan_prune
 from internlm_lite.checkpoint.admin.verify import Damage, damages_in, damages_of
 from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.format.manifest import Name
+from internlm_lite.checkpoint.load.locate import locate, open_at
 from internlm_lite.checkpoint.storage.base import Storage
 from internlm_lite.checkpoint.storage.open import open_storage
 from internlm_lite.checkpoint.storage.run_lock import LEASE_SECONDS, held, holder
@@ -69,7 +70,9 @@ def stores(where: str, s3: S3Config) -> list[Storage]:
 
 def ls(arguments: argparse.Namespace, s3: S3Config) -> int:
     """Exit code."""
-    listed = [(storage, list(list_checkpoints(storage, arguments.deep))) for storage in stores(arguments.folder, s3)]
+    listed = [
+        (storage, list(list_checkpoints(storage, deep=arguments.deep))) for storage in stores(arguments.folder, s3)
+    ]
     if arguments.json:
         print(json.dumps([_as_json(storage, found, arguments.deep) for storage, found in listed], indent=2))
         return 0
@@ -131,13 +134,13 @@ def _as_json(storage: Storage, found: Sequence[Listed], deep: bool) -> dict[str,
 
 def verify(arguments: argparse.Namespace, s3: S3Config) -> int:
     """Exit code: 2 when something is damaged."""
-    root, name = catalog.locate(arguments.folder, s3)
+    root, name = locate(arguments.folder, s3)
     if name is not None:
         storage = open_storage(root, s3)
         return 0 if _show(str(name), damages_of(storage, name), partial(_is_gone, storage, name)) else 2
     storage = open_storage(arguments.folder, s3)
     if storage.size("manifest.json") is not None:  # a copy of one checkpoint's folder
-        found = catalog.open_at(storage, None)
+        found = open_at(storage, None)
         return 0 if _show(found.name, damages_in(found)) else 2
     results = [
         _show(f"{storage.name}  {name}", damages_of(storage, name), partial(_is_gone, storage, name))

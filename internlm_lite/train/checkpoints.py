@@ -21,9 +21,9 @@ from typing import Any
 from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.format.catalog import Found
 from internlm_lite.checkpoint.format.manifest import Kind, Manifest
-from internlm_lite.checkpoint.load.loader import Loader, Restored
-from internlm_lite.checkpoint.manager import CheckpointManager, hold
-from internlm_lite.checkpoint.save.saver import Saver
+from internlm_lite.checkpoint.load.loader import Restored
+from internlm_lite.checkpoint.manager import CheckpointManager
+from internlm_lite.checkpoint.save.saver import SaveOptions
 from internlm_lite.checkpoint.save.write_job import Saved
 from internlm_lite.checkpoint.storage.base import Storage
 from internlm_lite.config.masking import masked
@@ -112,21 +112,18 @@ class Checkpoints:
         """As it is stored and compared."""
         self._in_background = self._ckpt.async_upload and self._ckpt.enable_save_ckpt
         staging = self._ckpt.async_upload_tmp_folder if self._in_background else None
-        self.saver = Saver(mesh, self._config, timeout_seconds, Path(spelt_out(staging)) if staging else None)
-        self._loader = Loader(mesh, config=self._config, s3=self._ckpt.s3)
+        options = SaveOptions(
+            vote_timeout_seconds=timeout_seconds, staging_folder=Path(spelt_out(staging)) if staging else None
+        )
         self.restored: str | None = None
         """Name of the checkpoint that this run resumed."""
         self._began_at: Found | None = None
         """A checkpoint outside of the save folders that this run began from, and can roll back to."""
-        self._milestones: CheckpointManager | None = None
-        self._snapshots: CheckpointManager | None = None
-        if not self._ckpt.enable_save_ckpt:
-            return
+        self.manager = self._open(options, with_folders=self._ckpt.enable_save_ckpt)
+        """Without folders where nothing is saved."""
         try:
-            self._milestones = self._open(self._ckpt.save_ckpt_folder, writable=True)
-            self._snapshots = self._open(self._ckpt.snapshot_ckpt_folder, writable=True)
-            hold(mesh, self._managers())
-            self._join(self._milestones, self._snapshots)
+            self.manager.hold()
+            self._check_owner(self.manager)
         except BaseException:
             self.close(wait=False)
             raise
@@ -135,7 +132,7 @@ class Checkpoints:
         """From now on `contents` are saved and restored."""
         self.contents = contents
         if self._in_background and (self._ckpt.checkpoint_every or self._ckpt.oss_snapshot_freq):
-            self.saver.prepare(contents.pieces())
+            self.manager.prepare(contents.pieces())
 
     def save(self, state: TrainState, kind: Kind, *, blocking: bool) -> None:
         """Write everything that resuming from here needs.
@@ -143,17 +140,15 @@ class Checkpoints:
         `blocking`: return when the checkpoint exists, or raise StorageError or CheckpointError. Else it is written in
         the background with `ckpt.async_upload`, and a failure is an alarm: training goes on, the next save tries again.
         """
-        manager = self._snapshots if kind == "snapshot" else self._milestones
-        assert manager is not None, "check_config requires a folder for every kind that is due"
         begin = time.monotonic()
         self.contents.trainer.optimizer.wait_weights()
         stored, pieces = self.contents.to_json(state), self.contents.pieces()
         wait = blocking or not self._ckpt.async_upload
         try:
-            name = manager.save(state.step, kind, pieces, stored, random_states(self._mesh.device), wait=wait)
+            name = self.manager.save(state.step, kind, pieces, stored, random_states(self._mesh.device), wait=wait)
         except (StorageError, CheckpointError) as error:
             self.report_finished()
-            if blocking or self.saver.is_stuck:
+            if blocking or self.manager.write_in_progress:
                 raise
             self._alarm(f"step {state.step}", error)
             return
@@ -163,12 +158,12 @@ class Checkpoints:
 
     def report_finished(self) -> None:
         """Report how those saves in the background ended that have ended. Not collective, and quick."""
-        while saved := self.saver.finished():
+        while saved := self.manager.finished():
             self._report(saved)
 
     def _wait(self) -> None:
         """The same, once the save under way has ended."""
-        while saved := self.saver.wait():
+        while saved := self.manager.wait():
             self._report(saved)
 
     def _report(self, saved: Saved) -> None:
@@ -190,10 +185,7 @@ class Checkpoints:
         """
         if wait:
             self._wait()
-        self.saver.close(wait)
-        for manager in self._managers():
-            if wait or manager.answers:
-                manager.release()
+        self.manager.close(wait=wait)
 
     def restore(self, resume: str) -> TrainState:
         """The state to start from. `resume`: auto, none (nothing of this run's own folders), or a path."""
@@ -210,7 +202,7 @@ class Checkpoints:
         if self._ckpt.load_ckpt_folder:
             return self._begin_at(self._ckpt.load_ckpt_folder)
         if self._ckpt.load_model_only_folder:
-            self._loader.load_at(self._ckpt.load_model_only_folder, self.contents.pieces(moments=False))
+            self.manager.load_at(self._ckpt.load_model_only_folder, self.contents.pieces(moments=False))
             self.contents.trainer.optimizer.publish_weights()
         return TrainState()
 
@@ -223,7 +215,7 @@ class Checkpoints:
         restored = self._own_from_before(spiked_step)
         moments = restored is not None or self._ckpt.load_optimizer
         if restored is None and self._began_at is not None:
-            restored = self._loader.load(self._began_at, self.contents.pieces(moments=moments))
+            restored = self.manager.load(self._began_at, self.contents.pieces(moments=moments))
         return None if restored is None else replace(self._adopt(restored, moments=moments), position=state.position)
 
     def _own_from_before(self, spiked_step: int) -> Restored | None:
@@ -244,7 +236,7 @@ class Checkpoints:
 
     def _begin_at(self, path: str) -> TrainState:
         moments = self._ckpt.load_optimizer
-        restored = self._loader.load_at(path, self.contents.pieces(moments=moments), self._check)
+        restored = self.manager.load_at(path, self.contents.pieces(moments=moments), self._check)
         self._began_at = restored.found
         return self._adopt(restored, moments=moments)
 
@@ -299,7 +291,7 @@ class Checkpoints:
         None without one, or where it does not say, or when it was saved to other folders: then this is a copy, and the
         run that wrote it may be alive.
         """
-        newest = _newest_manifest([manager.storage for manager in self._managers()])
+        newest = _newest_manifest([folder.storage for folder in self.manager.folders])
         if newest is None:
             return None
         theirs = newest.config.get("ckpt", {})
@@ -313,35 +305,30 @@ class Checkpoints:
         """Resumes from the newest of both folders, also in a run that saves nothing: that one only reads there, and
         does not keep out another run.
         """
-        if self._ckpt.enable_save_ckpt:
-            return self._milestones or self._snapshots
-        milestones = self._open(self._ckpt.save_ckpt_folder, writable=False)
-        snapshots = self._open(self._ckpt.snapshot_ckpt_folder, writable=False)
-        self._join(milestones, snapshots)
-        return milestones or snapshots
+        manager = self.manager
+        if not self._ckpt.enable_save_ckpt:
+            manager = self._open(None)
+            self._check_owner(manager)
+        return manager if manager.folders else None
 
-    def _managers(self) -> list[CheckpointManager]:
-        """Of the folders that this run saves to."""
-        return [manager for manager in (self._milestones, self._snapshots) if manager is not None]
-
-    def _open(self, folder: str | None, *, writable: bool) -> CheckpointManager | None:
-        if folder is None:
-            return None
+    def _open(self, saving: SaveOptions | None, *, with_folders: bool = True) -> CheckpointManager:
         return CheckpointManager(
-            folder, self._mesh, config=self._config, writable=writable, saver=self.saver, s3=self._ckpt.s3
+            self._ckpt.save_ckpt_folder if with_folders else None,
+            self._mesh,
+            snapshot_folder=self._ckpt.snapshot_ckpt_folder if with_folders else None,
+            config=self._config,
+            saving=saving,
+            s3=self._ckpt.s3,
         )
 
-    def _join(self, milestones: CheckpointManager | None, snapshots: CheckpointManager | None) -> None:
-        """Either resumes from the newest of both. Raises ConfigError for snapshots of a run with other milestones: this
-        run would resume from them, and delete them.
+    def _check_owner(self, manager: CheckpointManager) -> None:
+        """Raises ConfigError for snapshots of a run with other milestones: this run would resume from them, and delete
+        them.
         """
-        if milestones and snapshots:
-            storage = snapshots.storage
-            on_main(self._mesh, lambda: self._check_owner(storage))
-            milestones.resume_beside(snapshots)
-            snapshots.resume_beside(milestones)
+        if len(manager.folders) == 2:
+            on_main(self._mesh, lambda: self._check_snapshots(manager.folders[1].storage))
 
-    def _check_owner(self, snapshots: Storage) -> None:
+    def _check_snapshots(self, snapshots: Storage) -> None:
         """Not collective. Where the snapshots were written to another folder too, both were moved here together."""
         newest = _newest_manifest([snapshots])
         theirs = newest.config.get("ckpt", {}) if newest else {}

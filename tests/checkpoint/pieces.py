@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from internlm_lite.checkpoint.format.boxes import Region, volume
+from internlm_lite.checkpoint.format.regions import Region, volume
 from internlm_lite.mesh.layout import Box, Piece
 
 ROLES = ("master", "exp_avg", "exp_avg_sq")
@@ -63,7 +63,7 @@ def pieces_of(
             if zero == 1:
                 tensor = tensor.view([b - a for a, b in box])
             found.append(
-                Piece(name, role, shape, box, region.flat, tensor if fill else torch.full_like(tensor, torch.nan))
+                Piece(name, role, shape, box, region.flat_range, tensor if fill else torch.full_like(tensor, torch.nan))
             )
     return found
 

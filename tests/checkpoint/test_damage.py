@@ -37,7 +37,7 @@ def names(tmp_path: Path) -> list[str]:
 
 def _resume(folder: Path) -> Restored:
     pieces = pieces_of(0, fill=False)
-    restored = CheckpointManager(str(folder), single_process_mesh(), writable=False).resume(pieces)
+    restored = CheckpointManager(str(folder), single_process_mesh(), saving=None).resume(pieces)
     assert restored is not None
     assert_true_values(pieces)
     assert restored.rank_state is not None and restored.rank_state["rng"].tolist() == list(range(100))
@@ -163,13 +163,13 @@ def test_damages_lists_every_damaged_thing(tmp_path: Path, names: list[str]) -> 
 
 
 def test_a_resealed_lie_is_found(tmp_path: Path, names: list[str]) -> None:
-    """A manifest whose seal fits but whose pieces leave a gap or point elsewhere is refused all the same."""
-    from internlm_lite.checkpoint.format.manifest import Manifest, seal, unseal
+    """A manifest whose dump_with_crc fits but whose pieces leave a gap or point elsewhere is refused all the same."""
+    from internlm_lite.checkpoint.format.manifest import Manifest, dump_with_crc, load_with_crc
 
     copy = tmp_path / "copy"
     (tmp_path / "data" / names[1]).rename(copy)
     path = copy / "manifest.json"
-    good = unseal(Manifest, path.read_bytes(), "here")
+    good = load_with_crc(Manifest, path.read_bytes(), "here")
     entry = good.tensors["master"]["norm.weight"]
     manager = CheckpointManager(str(tmp_path), single_process_mesh())
     for piece, words in (
@@ -183,7 +183,7 @@ def test_a_resealed_lie_is_found(tmp_path: Path, names: list[str]) -> None:
     ):
         lie = entry.model_copy(update={"pieces": (entry.pieces[0].model_copy(update=piece),)})
         tensors = good.tensors | {"master": good.tensors["master"] | {"norm.weight": lie}}
-        path.write_bytes(seal(good.model_copy(update={"tensors": tensors})))
+        path.write_bytes(dump_with_crc(good.model_copy(update={"tensors": tensors})))
         with pytest.raises(CheckpointError, match=words):
             manager.load(manager.open(str(copy)), pieces_of(0, fill=False))
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -14,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from internlm_lite.checkpoint.manager import CheckpointManager, hold
+from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.storage import run_lock as lease_module
+from internlm_lite.checkpoint.storage.base import RUN_LOCK_KEY as KEY
 from internlm_lite.checkpoint.storage.local import LocalStorage
-from internlm_lite.checkpoint.storage.run_lock import KEY, LEASE_SECONDS, SETTLE_SECONDS, Lease, _world, acquire, holder
+from internlm_lite.checkpoint.storage.run_lock import LEASE_SECONDS, Lease, _pid_namespace, acquire, holder
 from internlm_lite.errors import StorageError
 from internlm_lite.mesh.mesh import single_process_mesh
 
@@ -74,11 +76,11 @@ def test_the_lock_of_a_process_that_is_gone_is_taken_over_at_once(
     tmp_path: Path, gone: int | None, clock: Clock
 ) -> None:
     storage = LocalStorage(tmp_path)
-    lock(storage, host=socket.gethostname(), pid=gone, world=_world())
+    lock(storage, host=socket.gethostname(), pid=gone, world=_pid_namespace())
     lease = Lease(storage)
     lease.acquire()
     lease.release()
-    assert clock.now == SETTLE_SECONDS
+    assert clock.now == 0
 
 
 @pytest.mark.parametrize("world", ["this container", ""])
@@ -86,14 +88,14 @@ def test_a_pid_of_another_boot_or_namespace_means_nothing_here(
     tmp_path: Path, gone: int | None, world: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a system without /proc, of which nobody knows whether it is the same."""
-    monkeypatch.setattr(lease_module, "_world", lambda: world)
+    monkeypatch.setattr(lease_module, "_pid_namespace", lambda: world)
     storage = LocalStorage(tmp_path)
     there = {"host": socket.gethostname(), "pid": gone, "world": world and "another container"}
     with beating(storage, **there), pytest.raises(StorageError, match="in use by host"):
         Lease(storage, lease_seconds=30).acquire()
 
 
-def test_a_lock_that_was_deleted_is_written_anew_where_the_folder_is_still_there(tmp_path: Path) -> None:
+def test_a_deleted_lock_is_restored_while_the_folder_is_there(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     lease = Lease(storage)
     lease.acquire()
@@ -127,7 +129,7 @@ def test_a_run_that_lost_its_lease_commits_no_more(tmp_path: Path) -> None:
     from tests.checkpoint.pieces import pieces_of
 
     manager = CheckpointManager(str(tmp_path), single_process_mesh())
-    hold(single_process_mesh(), [manager])
+    manager.hold()
     manager.save(1, "snapshot", pieces_of(0, fill=True), {})
     lock(LocalStorage(tmp_path))
     with pytest.raises(StorageError, match="this run does not write there any more"):
@@ -174,7 +176,7 @@ def test_several_locks_are_watched_side_by_side(tmp_path: Path, clock: Clock) ->
         lock(storage)
     leases = [Lease(storage) for storage in storages]
     acquire(leases)
-    assert clock.now == LEASE_SECONDS + SETTLE_SECONDS
+    assert clock.now == LEASE_SECONDS
     for lease in leases:
         lease.check()
         lease.release()
@@ -205,47 +207,41 @@ def test_a_lock_that_is_another_one_by_now_stays(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("is_dead", [False, True], ids=["of another host", "of a process that is gone"])
-def test_a_lock_that_another_run_replaces_at_once_is_lost(
+def test_of_two_runs_that_take_over_one_lock_one_wins(
     tmp_path: Path, clock: Clock, is_dead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both have seen the lock of a dead run, and the other one's removal came after our lock was written."""
+    """Both have seen the lock of a dead run; the first has written its own before the second replaces it."""
     monkeypatch.setattr(lease_module, "_is_dead", lambda found: is_dead)
-    storage = LocalStorage(tmp_path)
-    lock(storage)
-    ours = Lease(storage)
+    lock(LocalStorage(tmp_path))
 
-    def replace() -> None:
-        if clock.now > 0 and (holder(storage) or {}).get("owner") == ours._owner:
-            lock(storage, owner="another run")
+    class Overtaken(LocalStorage):
+        def replace(self, key: str, old: bytes, new: bytes) -> bool:
+            first.acquire()
+            return super().replace(key, old, new)
 
-    clock.meanwhile = replace
-    with pytest.raises(StorageError, match="in use by host elsewhere"):
-        ours.acquire()
-    assert (holder(storage) or {})["owner"] == "another run"
-
-
-class SlowToDelete(LocalStorage):
-    """What others do before an object is gone."""
-
-    meanwhile: Callable[[], object]
-
-    def delete(self, key: str) -> None:
-        self.meanwhile()
-        super().delete(key)
-
-
-def test_a_run_whose_lock_is_removed_long_after_it_was_written_keeps_the_folder(tmp_path: Path, clock: Clock) -> None:
-    storage, slow = LocalStorage(tmp_path), SlowToDelete(tmp_path)
-    storage.put("commits/0000000001-00002.abcdef.json", [b"{}"])
-    lock(storage)
-    first, second = Lease(storage), Lease(slow)
-
-    def come_first() -> None:
-        first.acquire()
-        clock.meanwhile = first.check  # as it does whenever it renews its lock
-
-    slow.meanwhile = come_first
+    first, second = Lease(LocalStorage(tmp_path)), Lease(Overtaken(tmp_path))
     with pytest.raises(StorageError, match=f"in use by host {socket.gethostname()}, pid {os.getpid()}"):
         second.acquire()
-    assert (holder(storage) or {})["owner"] == first._owner
+    assert (holder(LocalStorage(tmp_path)) or {})["owner"] == first._owner
+    first.check()
     first.release()
+
+
+def test_a_lock_is_renewed_and_seen_to_be_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    storage = LocalStorage(tmp_path)
+    lease = Lease(storage, renew_seconds=0.01)
+    lease.acquire()
+    wait_until(lambda: (holder(storage) or {})["beat"] > 2)
+    lock(storage)
+    wait_until(lambda: "could not be renewed" in caplog.text)
+    assert (holder(storage) or {})["owner"] == "x", "a renewal replaces no other run's lock"
+    lease.release()
+    assert holder(storage) is not None
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if true():
+            return
+        time.sleep(0.01)
+    raise AssertionError("10 seconds passed")

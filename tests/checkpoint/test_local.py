@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -196,3 +199,38 @@ def test_put_is_durable_before_it_is_visible(storage: LocalStorage, monkeypatch:
     calls.clear()
     storage.put_if_absent("data/y", b"1")
     assert calls == ["flush .tmp-", "link y", "flush data"]
+
+
+def test_replace_compares_and_swaps(storage: LocalStorage) -> None:
+    assert not storage.replace("x", b"", b"new") and storage.size("x") is None
+    storage.put("x", [b"one"])
+    for other in (b"", b"on", b"one more", b"two"):
+        assert not storage.replace("x", other, b"new")
+    assert storage.replace("x", b"one", b"two") and storage.read("x", 9) == b"two"
+    assert not storage.replace("x", b"one", b"three")
+    assert os.listdir(storage.root) == ["x"]
+
+
+def test_of_many_that_replace_one_object_one_wins(storage: LocalStorage) -> None:
+    for turn in range(20):
+        storage.put("x", [b"old"])
+        with ThreadPoolExecutor(4) as pool:
+            won = list(pool.map(lambda n: storage.replace("x", b"old", b"%d" % n), range(4)))
+        assert sum(won) == 1 and storage.read("x", 9) == b"%d" % won.index(True), turn
+
+
+def test_replace_where_the_file_system_has_no_locks(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    storage.put("x", [b"one"])
+    assert storage.replace("x", b"one", b"two") and not storage.replace("x", b"one", b"three")
+
+
+def test_an_object_that_another_replaces_now_is_left_to_it(storage: LocalStorage) -> None:
+    storage.put("x", [b"one"])
+    with open(storage.root / "x", "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert not storage.replace("x", b"one", b"two")
+    assert storage.replace("x", b"one", b"two")

@@ -17,9 +17,9 @@ import safetensors.torch
 import torch
 
 from internlm_lite.checkpoint.format import catalog
-from internlm_lite.checkpoint.manager import CheckpointManager, hold
+from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.save import commit
-from internlm_lite.checkpoint.save.saver import Saver
+from internlm_lite.checkpoint.save.saver import SaveOptions
 from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.checkpoint.storage.run_lock import holder
 from internlm_lite.errors import CheckpointError, ConfigError, PeerLostError, StorageError
@@ -78,10 +78,10 @@ def test_an_empty_folder_has_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_newest_is_the_last_saved_also_after_going_back(tmp_path: Path) -> None:
-    manager = _manager(tmp_path, keep_snapshots=9)
+    manager = _manager(tmp_path, saving=SaveOptions(keep_snapshots=9))
     for step in (100, 200, 300):
         _save(manager, step)
-    back = _save(_manager(tmp_path, keep_snapshots=9), 150)
+    back = _save(_manager(tmp_path, saving=SaveOptions(keep_snapshots=9)), 150)
     twice = [_save(manager, 150), _save(manager, 150)]
     assert len({back, *twice}) == 3
     found = manager.latest()
@@ -89,7 +89,7 @@ def test_newest_is_the_last_saved_also_after_going_back(tmp_path: Path) -> None:
 
 
 def test_rotation_keeps_snapshots_and_all_milestones(tmp_path: Path) -> None:
-    manager = _manager(tmp_path, keep_snapshots=2)
+    manager = _manager(tmp_path, saving=SaveOptions(keep_snapshots=2))
     kinds = ["snapshot", "milestone", "snapshot", "snapshot", "rescue", "final", "snapshot"]
     names = [_save(manager, step, kind) for step, kind in enumerate(kinds)]
     kept = [names[1], names[4], names[5], names[6]]
@@ -115,7 +115,7 @@ def test_rotation_does_not_count_damaged_checkpoints(tmp_path: Path) -> None:
 
 def test_keep_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="at least 2"):
-        _manager(tmp_path, keep_snapshots=1)
+        _manager(tmp_path, saving=SaveOptions(keep_snapshots=1))
 
 
 def test_foreign_files_are_left_alone_and_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -235,7 +235,7 @@ def test_unwritable_folder_is_found_at_construction(tmp_path: Path, where: str) 
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot write local:"):
         _manager(where.format(tmp=tmp_path))
-    manager = _manager("/proc/nothing/save", writable=False)
+    manager = _manager("/proc/nothing/save", saving=None)
     assert manager.latest() is None
 
 
@@ -267,7 +267,7 @@ def test_big_numbers_survive(tmp_path: Path) -> None:
 
 
 def test_open_takes_every_spelling_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manager = _manager(tmp_path / "save", keep_snapshots=5)
+    manager = _manager(tmp_path / "save", saving=SaveOptions(keep_snapshots=5))
     first, second = _save(manager, 1), _save(manager, 2)
     other = _manager(tmp_path / "other")
     save = tmp_path / "save"
@@ -356,7 +356,7 @@ def test_a_crash_at_any_point_leaves_the_old_or_the_new_checkpoint(tmp_path: Pat
         manager = _manager(root)
         for step in (1, 2):
             _save(manager, step)
-        manager._target.storage = _DyingStorage(root, after)
+        manager.folders[0].storage = _DyingStorage(root, after)
         died = False
         try:
             manager.save(3, "snapshot", pieces_of(0, fill=True), {"step": 3})
@@ -444,7 +444,7 @@ def test_a_checkpoint_that_is_committed_stays_when_what_follows_fails(
     assert "was not read back: the medium failed" in caplog.text
     with monkeypatch.context() as patch:
         patch.setattr(catalog, "FORMAT", 2)  # what was saved so far is of another version
-        manager._target._sweep_at = 0
+        manager.folders[0]._sweep_at = 0
         patch.setattr(catalog, "sweep", away)
         patch.setattr(commit, "FORMAT", 2)
         names = [_save(manager, step, "snapshot") for step in (2, 3, 4)]
@@ -484,7 +484,7 @@ def test_leftovers_that_were_young_go_when_they_are_old(tmp_path: Path) -> None:
         os.utime(path, (past, past))
     second = _save(manager, 3)
     assert sorted(os.listdir(tmp_path / "data")) == sorted([left, first, second]), "looked for now and then only"
-    manager._target._sweep_at -= catalog.ORPHAN_SECONDS
+    manager.folders[0]._sweep_at -= catalog.ORPHAN_SECONDS
     assert sorted([first, second, _save(manager, 4, "milestone")]) == sorted(os.listdir(tmp_path / "data"))
 
 
@@ -500,9 +500,8 @@ def test_rotation_reads_a_commit_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_save_folder_is_searched_with_those_inside_it(tmp_path: Path) -> None:
-    saver = Saver(single_process_mesh(), {}, vote_timeout_seconds=20)
-    outer, inner = _manager(tmp_path, saver=saver), _manager(tmp_path / "snapshot", saver=saver)
-    order = [_save(manager, step) for step, manager in enumerate((inner, outer, inner))]
+    outer = _manager(tmp_path, snapshot_folder=f"{tmp_path}/snapshot")
+    order = [_save(outer, step, kind) for step, kind in enumerate(("snapshot", "milestone", "snapshot"))]
     found = outer.open(str(tmp_path))
     assert (found.name, found.folder) == (order[2], f"snapshot/data/{order[2]}")
     for damaged in (2, 1):  # bytes of a tensor: only who loads it sees that
@@ -511,19 +510,19 @@ def test_a_save_folder_is_searched_with_those_inside_it(tmp_path: Path) -> None:
         raw[-1] ^= 1
         path.write_bytes(raw)
     pieces = pieces_of(0, fill=False)
-    restored = _manager(tmp_path, writable=False).load_at(str(tmp_path), pieces)
+    restored = _manager(tmp_path, saving=None).load_at(str(tmp_path), pieces)
     assert restored.found.name == order[0] and [text.split(":")[0] for text in restored.found.rejected] == order[:0:-1]
     assert_true_values(pieces)
     with pytest.raises(CheckpointError, match="damaged in bytes"):
         outer.load_at(f"{tmp_path}/data/{order[1]}", pieces_of(0, fill=False))
     shutil.rmtree(tmp_path / "commits")
-    assert _manager(tmp_path, writable=False).open(str(tmp_path)).folder.startswith("snapshot/")
+    assert _manager(tmp_path, saving=None).open(str(tmp_path)).folder.startswith("snapshot/")
 
 
 def test_a_hugging_face_folder_names_the_tool(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tools/convert\.py from-hf"):
-        _manager(tmp_path, writable=False).open(str(tmp_path))
+        _manager(tmp_path, saving=None).open(str(tmp_path))
 
 
 def test_a_lease_is_given_back_when_the_others_are_lost_as_it_is_taken(
@@ -537,6 +536,6 @@ def test_a_lease_is_given_back_when_the_others_are_lost_as_it_is_taken(
 
     monkeypatch.setattr(comm, "broadcast_object", lost)
     with pytest.raises(PeerLostError):
-        hold(single_process_mesh(), [manager])
+        manager.hold()
     manager.release()
     assert holder(manager.storage) is None

@@ -140,7 +140,7 @@ def test_put_if_absent_on_a_server_that_ignores_conditions(storage: S3Storage) -
 
     storage._client.meta.events.register("before-call.s3.PutObject", forget)
     assert storage.put_if_absent("x", b"1") and not storage.put_if_absent("x", b"2")
-    assert storage.read("x", 1) == b"1" and storage._has_conditions is False
+    assert storage.read("x", 1) == b"1" and storage._heeds == {"IfNoneMatch": False}
 
 
 def test_many_objects_are_listed_and_deleted_page_by_page(storage: S3Storage) -> None:
@@ -188,3 +188,25 @@ def test_too_many_parts_are_refused(storage: S3Storage, monkeypatch: pytest.Monk
     monkeypatch.setattr(s3parts, "MOST_PARTS", 2)
     with pytest.raises(StorageError, match="more than 2 parts"):
         storage.put("data/x", [bytes(3 * PART)])
+
+
+def test_replace_compares_and_swaps(s3_folder: str) -> None:
+    storages = [open_s3(s3_folder) for _ in range(4)]
+    assert not storages[0].replace("x", b"", b"new") and storages[0].size("x") is None
+    storages[0].put("x", [b"one"])
+    assert not any(storages[0].replace("x", other, b"new") for other in (b"", b"on", b"one more", b"two"))
+    with ThreadPoolExecutor(4) as pool:
+        won = list(pool.map(lambda n: storages[n].replace("x", b"one", b"%d" % n), range(4)))
+    assert sum(won) == 1 and storages[0].read("x", 9) == b"%d" % won.index(True)
+    assert [found.key for found in storages[0].list("")] == ["x"], "the probe is gone"
+    assert storages[0]._heeds["IfMatch"], "this server can"
+
+
+def test_replace_on_a_server_that_ignores_conditions(storage: S3Storage) -> None:
+    def forget(params: dict[str, Any], **_: object) -> None:
+        params["headers"].pop("If-Match", None)
+
+    storage._client.meta.events.register("before-call.s3.PutObject", forget)
+    storage.put("x", [b"one"])
+    assert storage.replace("x", b"one", b"two") and not storage.replace("x", b"one", b"three")
+    assert storage.read("x", 9) == b"two" and storage._heeds == {"IfMatch": False}

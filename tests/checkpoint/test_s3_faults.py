@@ -108,6 +108,14 @@ def test_a_lost_answer_to_a_commit_is_not_taken_for_anothers(s3_folder: str, s3_
     assert storage.read("commits/1", 9) == b"mine"
 
 
+def test_a_lost_answer_to_a_replacement_is_not_taken_for_anothers(s3_folder: str, s3_proxy: FaultProxy) -> None:
+    storage = _behind(s3_proxy, s3_folder)
+    storage.put("x", [b"one"])
+    s3_proxy.faults.append(Fault("lost", "PUT .*/x"))
+    assert storage.replace("x", b"one", b"two") and storage.read("x", 9) == b"two"
+    assert not storage.replace("x", b"one", b"two")
+
+
 def test_a_server_without_conditions_is_looked_up_first(s3_folder: str, s3_proxy: FaultProxy) -> None:
     storage = _behind(s3_proxy, s3_folder)
     s3_proxy.faults.append(Fault("501", "(?i)if-none-match", times=1000))
@@ -256,7 +264,7 @@ def test_which_refusals_may_pass(code: str, status: int, passing: bool) -> None:
 def test_secrets_that_a_server_repeats_are_masked(s3_folder: str) -> None:
     storage = open_s3(s3_folder)
 
-    def request(_: float) -> None:
+    def request() -> None:
         raise ClientError({"Error": {"Code": "X", "Message": f"no {ACCESS_KEY} with {SECRET_KEY}"}}, "PutObject")
 
     with pytest.raises(StorageError, match=r"no \*\*\* with \*\*\*"):

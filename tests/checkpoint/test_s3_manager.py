@@ -17,8 +17,7 @@ import pytest
 import torch
 
 from internlm_lite.checkpoint.format import catalog
-from internlm_lite.checkpoint.manager import CheckpointManager, hold
-from internlm_lite.checkpoint.save.saver import Saver
+from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.storage.run_lock import Lease
 from internlm_lite.checkpoint.storage.s3 import S3Storage
 from internlm_lite.config.paths import parse_s3
@@ -68,7 +67,7 @@ def test_round_trip_and_the_objects_of_the_protocol(s3_server: S3Server, s3_fold
         f"data/{name}/rank-00000.vote.json",
     ]
     pieces = pieces_of(0, fill=False)
-    restored = _manager(s3_folder, writable=False).resume(pieces)
+    restored = _manager(s3_folder, saving=None).resume(pieces)
     assert restored is not None and restored.found.name == name and restored.state == STATE
     assert_true_values(pieces)
     assert restored.rank_state is not None and torch.equal(restored.rank_state["cpu"], torch.get_rng_state())
@@ -80,22 +79,20 @@ def test_an_empty_folder_has_no_checkpoint(s3_server: S3Server, s3_folder: str) 
 
 
 def test_rotation_and_a_nested_snapshot_folder(s3_server: S3Server, s3_folder: str) -> None:
-    saver = Saver(single_process_mesh(), {}, vote_timeout_seconds=60)
-    milestones, snapshots = (_manager(s3_folder + where, saver=saver) for where in ("", "/snapshot"))
-    milestones.resume_beside(snapshots)
-    kept = [_save(milestones, 1, "milestone")]
-    kept += [_save(snapshots, step, "snapshot") for step in (2, 3, 4, 5)][-2:]
+    manager = _manager(s3_folder, snapshot_folder=s3_folder + "/snapshot")
+    kept = [_save(manager, 1, "milestone")]
+    kept += [_save(manager, step, "snapshot") for step in (2, 3, 4, 5)][-2:]
     commits = [key for key in _objects(s3_server, s3_folder) if "commits/" in key]
     assert commits == [f"commits/{kept[0]}.json", *(f"snapshot/commits/{name}.json" for name in kept[1:])]
     assert len(_objects(s3_server, s3_folder)) == 12
-    restored = milestones.resume(pieces_of(0, fill=False))
+    restored = manager.resume(pieces_of(0, fill=False))
     assert restored is not None and restored.found.name == kept[2]
 
 
 def test_open_takes_every_spelling_of_a_checkpoint(s3_folder: str) -> None:
     manager = _manager(f"{s3_folder}/save")
     first, second = _save(manager, 1, "milestone"), _save(manager, 2, "milestone")
-    other = _manager(f"{s3_folder}/other", writable=False)
+    other = _manager(f"{s3_folder}/other", saving=None)
     assert other.open(f"{s3_folder}/save/").name == second
     for path in (f"commits/{first}.json", f"data/{first}", f"data/{first}/", first):
         assert other.open(f"{s3_folder}/save/{path}").name == first, path
@@ -122,7 +119,7 @@ def test_damage_is_found_and_the_checkpoint_before_is_used(s3_server: S3Server, 
         if change == "gone":
             manager.storage.delete(key)
         pieces = pieces_of(0, fill=False)
-        restored = _manager(s3_folder, writable=False).resume(pieces)
+        restored = _manager(s3_folder, saving=None).resume(pieces)
         assert restored is not None and restored.state == {"step": 1}, change
         assert_true_values(pieces)
         (reason,) = restored.found.rejected
@@ -172,14 +169,14 @@ def test_a_crash_at_any_change_leaves_the_old_or_the_new_checkpoint(s3_folder: s
         path = parse_s3(root)
         assert path is not None
         dying = _DyingStorage(path, INSECURE)
-        dying.left, manager._target.storage = after, dying
+        dying.left, manager.folders[0].storage = after, dying
         died = False
         try:
             manager.save(3, "snapshot", pieces_of(0, fill=True), {"step": 3})
         except _KilledError:
             died = True
         pieces = pieces_of(0, fill=False)
-        restored = _manager(root, writable=False).resume(pieces)
+        restored = _manager(root, saving=None).resume(pieces)
         assert restored is not None and restored.found.rejected == ()
         assert_true_values(pieces)
         outcomes.append(restored.found.step)
@@ -244,18 +241,17 @@ def test_a_background_save_fails_while_s3_is_away_and_the_next_one_works(
     s3_server: S3Server, s3_folder: str, s3_proxy: FaultProxy
 ) -> None:
     folder = s3_folder.replace(s3_server.endpoint, s3_proxy.endpoint)
-    saver = Saver(single_process_mesh(), {}, vote_timeout_seconds=60)
-    manager = _manager(folder, S3Config(insecure=True, deadline_seconds=4), saver=saver)
-    hold(single_process_mesh(), [manager])
+    manager = _manager(folder, S3Config(insecure=True, deadline_seconds=4))
+    manager.hold()
     try:
         s3_proxy.faults.append(Fault("reset", "PUT .*data", times=1000))
         assert manager.save(1, "snapshot", pieces_of(0, fill=True), {}, wait=False) is not None
-        assert saver.finished() is None, "the main thread does not wait for the end, which comes after four seconds"
-        saved = saver.wait()
+        assert manager.finished() is None, "the main thread does not wait for the end, which comes after four seconds"
+        saved = manager.wait()
         assert saved is not None and isinstance(saved.error, StorageError)
         s3_proxy.faults.clear()
         second = manager.save(2, "snapshot", pieces_of(0, fill=True), {}, wait=False)
-        saved = saver.wait()
+        saved = manager.wait()
         assert saved is not None and saved.error is None and str(saved.name) == second
     finally:
         manager.release()
@@ -320,7 +316,7 @@ def test_secrets_appear_nowhere_in_a_run_that_fails(
     assert run.returncode == 6 or "AccessDenied" in run.stdout, run.stdout + run.stderr
     written = {str(path): path.read_bytes() for path in (tmp_path / "RUN").rglob("*") if path.is_file()}
     written |= {"stdout": run.stdout.encode(), "stderr": run.stderr.encode()}
-    storage = _manager(s3_folder, writable=False).storage
+    storage = _manager(s3_folder, saving=None).storage
     written |= {entry.key: storage.read(entry.key, 1 << 30) for entry in storage.list("")}
     assert any("commits/0000000002" in name for name in written), sorted(written)
     assert len(written) > 8
@@ -343,29 +339,27 @@ def test_a_server_that_fell_silent_is_not_asked_for_more(
     s3_server: S3Server, s3_folder: str, s3_proxy: FaultProxy
 ) -> None:
     folder = s3_folder.replace(s3_server.endpoint, s3_proxy.endpoint)
-    saver = Saver(single_process_mesh(), {}, vote_timeout_seconds=60)
-    manager = _manager(folder, S3Config(insecure=True, deadline_seconds=3), saver=saver)
-    hold(single_process_mesh(), [manager])
+    manager = _manager(folder, S3Config(insecure=True, deadline_seconds=3))
+    manager.hold()
     _save(manager, 0)
     s3_proxy.faults.append(Fault("hang", ".", times=1000))
     begun = len(s3_proxy.seen)
     with pytest.raises(StorageError, match="the server fell silent"):
         _save(manager, 1)
-    assert not manager.answers
+    assert not manager.reachable
     asked = s3_proxy.seen[begun:]
     assert asked and not any(words in request for request in asked for words in ("refused", "DELETE"))
     s3_proxy.faults.clear()
     name = _save(manager, 2)
-    assert manager.answers and manager.latest().name == name, "the next save asks again"
+    assert manager.reachable and manager.latest().name == name, "the next save asks again"
     manager.release()
     assert not any("run.lock" in key for key in _objects(s3_server, s3_folder))
 
 
 def test_a_save_folder_on_s3_is_searched_with_those_inside_it(s3_folder: str) -> None:
-    saver = Saver(single_process_mesh(), {}, vote_timeout_seconds=60)
-    outer, inner = _manager(s3_folder, saver=saver), _manager(f"{s3_folder}/snapshot", saver=saver)
-    _save(outer, 1, "milestone")
-    name = _save(inner, 2)
+    manager = _manager(s3_folder, snapshot_folder=f"{s3_folder}/snapshot")
+    _save(manager, 1, "milestone")
+    name = _save(manager, 2)
     pieces = pieces_of(0, fill=False)
-    assert _manager(s3_folder, writable=False).load_at(s3_folder, pieces).found.name == name
+    assert _manager(s3_folder, saving=None).load_at(s3_folder, pieces).found.name == name
     assert_true_values(pieces)

@@ -21,7 +21,7 @@ from internlm_lite.checkpoint.save import commit
 from internlm_lite.checkpoint.save import saver as saver_module
 from internlm_lite.checkpoint.save import staging as staging_module
 from internlm_lite.checkpoint.save import write_job as write
-from internlm_lite.checkpoint.save.saver import Saved, Saver
+from internlm_lite.checkpoint.save.saver import Saved, SaveOptions
 from internlm_lite.checkpoint.save.staging import Staging
 from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.errors import StorageError
@@ -47,30 +47,29 @@ class Gate(LocalStorage):
         return super().put(key, chunks)
 
 
-def gated(folder: Path | str, mesh: Mesh) -> tuple[CheckpointManager, Saver, Gate]:
-    saver = Saver(mesh, {}, vote_timeout_seconds=20)
-    manager = CheckpointManager(str(folder), mesh, saver=saver)
-    gate = manager._target.storage = Gate(Path(folder))
-    return manager, saver, gate
+def gated(folder: Path | str, mesh: Mesh) -> tuple[CheckpointManager, Gate]:
+    manager = CheckpointManager(str(folder), mesh, saving=SaveOptions(vote_timeout_seconds=20))
+    gate = manager.folders[0].storage = Gate(Path(folder))
+    return manager, gate
 
 
-def ended(saver: Saver) -> Saved:
-    saved = saver.wait()
+def ended(manager: CheckpointManager) -> Saved:
+    saved = manager.wait()
     assert saved is not None
     return saved
 
 
 def test_a_save_holds_what_was_true_when_it_began(tmp_path: Path) -> None:
-    manager, saver, gate = gated(tmp_path, single_process_mesh())
+    manager, gate = gated(tmp_path, single_process_mesh())
     pieces = pieces_of(0, fill=True)
     name = manager.save(3, "snapshot", pieces, {"step": 3}, {"cpu": torch.get_rng_state()}, wait=False)
-    assert saver.finished() is None and manager.latest() is None
+    assert manager.finished() is None and manager.latest() is None
     for piece in pieces:
         piece.tensor.fill_(-1)
     gate.open.set()
-    saved = ended(saver)
+    saved = ended(manager)
     assert (str(saved.name), saved.kind, saved.error) == (name, "snapshot", None)
-    assert saver.finished() is None, "told once"
+    assert manager.finished() is None, "told once"
     fresh = pieces_of(0, fill=False)
     restored = CheckpointManager(str(tmp_path), single_process_mesh()).resume(fresh)
     assert restored is not None and restored.state == {"step": 3}
@@ -78,19 +77,19 @@ def test_a_save_holds_what_was_true_when_it_began(tmp_path: Path) -> None:
 
 
 def test_a_save_while_one_is_written_is_skipped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    manager, saver, gate = gated(tmp_path, single_process_mesh())
+    manager, gate = gated(tmp_path, single_process_mesh())
     first = manager.save(1, "snapshot", pieces_of(0, fill=True), {}, wait=False)
     with caplog.at_level(logging.WARNING):
         assert manager.save(2, "snapshot", pieces_of(0, fill=True), {}, wait=False) is None
-    assert saver.skipped == 1 and "no checkpoint at step 2" in caplog.text and "1 skipped so far" in caplog.text
+    assert manager.skipped == 1 and "no checkpoint at step 2" in caplog.text and "1 skipped so far" in caplog.text
     gate.open.set()
-    assert str(ended(saver).name) == first
+    assert str(ended(manager).name) == first
     assert manager.save(3, "snapshot", pieces_of(0, fill=True), {}, wait=False) is not None
-    assert ended(saver).error is None
+    assert ended(manager).error is None
 
 
 def test_one_that_must_wait_first_lets_the_other_end(tmp_path: Path) -> None:
-    manager, _, gate = gated(tmp_path, single_process_mesh())
+    manager, gate = gated(tmp_path, single_process_mesh())
     manager.save(1, "snapshot", pieces_of(0, fill=True), {}, wait=False)
     threading.Timer(0.2, gate.open.set).start()
     manager.save(2, "final", pieces_of(0, fill=True), {})
@@ -100,34 +99,34 @@ def test_one_that_must_wait_first_lets_the_other_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("refused", ["safetensors", "vote", "manifest"])
 def test_a_failure_is_told_and_leaves_nothing_once_the_next_save_begins(tmp_path: Path, refused: str) -> None:
-    manager, saver, gate = gated(tmp_path, single_process_mesh())
+    manager, gate = gated(tmp_path, single_process_mesh())
     gate.open.set()
     gate.refuses = refused
     failed = manager.save(1, "snapshot", pieces_of(0, fill=True), {}, wait=False)
-    saved = ended(saver)
+    saved = ended(manager)
     assert isinstance(saved.error, StorageError) and "the disk is full" in str(saved.error)
     assert manager.latest() is None
     gate.refuses = ""
     name = manager.save(2, "snapshot", pieces_of(0, fill=True), {}, wait=False)
-    assert ended(saver).error is None
+    assert ended(manager).error is None
     assert os.listdir(tmp_path / "data") == [name] and name != failed
 
 
 def fail_on_one_rank(mesh: Mesh, folder: str) -> list[Any]:
-    manager, saver, gate = gated(folder, mesh)
+    manager, gate = gated(folder, mesh)
     pieces = pieces_of(mesh.rank, zero=2, fill=True)
     answers: list[Any] = []
     gate.open.set()
     gate.refuses = "rank-00001.safetensors"
     manager.save(1, "snapshot", pieces, {}, wait=False)
-    answers.append(str(ended(saver).error))
+    answers.append(str(ended(manager).error))
     gate.refuses = ""
     if mesh.rank == 1:
         gate.open.clear()
     manager.save(2, "snapshot", pieces, {}, wait=False)
     answers.append(manager.save(3, "snapshot", pieces, {}, wait=False))
     gate.open.set()
-    answers.append(ended(saver).error)
+    answers.append(ended(manager).error)
     return answers
 
 
@@ -150,13 +149,12 @@ def test_every_rank_that_refused_is_named_with_its_reason(tmp_path: Path) -> Non
 
 
 def die_before_the_vote(mesh: Mesh, folder: str) -> str:
-    saver = Saver(mesh, {}, vote_timeout_seconds=1)
-    manager = CheckpointManager(folder, mesh, saver=saver)
-    gate = manager._target.storage = Gate(Path(folder))
+    manager = CheckpointManager(folder, mesh, saving=SaveOptions(vote_timeout_seconds=1))
+    gate = manager.folders[0].storage = Gate(Path(folder))
     if mesh.rank == 0:
         gate.open.set()
     manager.save(1, "snapshot", pieces_of(mesh.rank, zero=2, fill=True), {}, wait=False)
-    return str(ended(saver).error) if mesh.rank == 0 else ""
+    return str(ended(manager).error) if mesh.rank == 0 else ""
 
 
 def test_a_rank_that_never_votes_is_named_after_the_deadline(tmp_path: Path) -> None:
@@ -232,12 +230,12 @@ def test_staging_for_a_gpu_is_page_locked_as_it_is_and_given_back(
 
 
 def test_the_copys_memory_is_given_back_at_the_end(tmp_path: Path) -> None:
-    manager, saver, gate = gated(tmp_path, single_process_mesh())
+    manager, gate = gated(tmp_path, single_process_mesh())
     gate.open.set()
     manager.save(1, "snapshot", pieces_of(0, fill=True), {}, wait=False)
-    assert saver._staging._buffer.numel()
-    saver.close(wait=True)
-    assert not saver._staging._buffer.numel()
+    assert manager._staging._buffer.numel()
+    manager.close(wait=True)
+    assert not manager._staging._buffer.numel()
 
 
 def test_an_error_that_nobody_thought_of_is_an_alarm_with_its_traceback(
@@ -246,12 +244,12 @@ def test_an_error_that_nobody_thought_of_is_an_alarm_with_its_traceback(
     def fail(*_: object) -> int:
         raise MemoryError("no room")
 
-    manager, saver, gate = gated(tmp_path, single_process_mesh())
+    manager, gate = gated(tmp_path, single_process_mesh())
     gate.open.set()
     with monkeypatch.context() as patch:
         patch.setattr(write.commit, "write_rank", fail)
         manager.save(1, "snapshot", pieces_of(0, fill=True), {}, wait=False)
-        assert "could not be written: MemoryError: no room" in str(ended(saver).error)
+        assert "could not be written: MemoryError: no room" in str(ended(manager).error)
         assert any(record.exc_info and record.exc_info[0] is MemoryError for record in caplog.records)
         with pytest.raises(StorageError, match="MemoryError: no room"):
             manager.save(2, "final", pieces_of(0, fill=True), {})
@@ -271,7 +269,7 @@ def test_without_a_thread_the_save_fails_before_ranks_count_on_each_other(
     def fail(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    manager, _, gate = gated(tmp_path, single_process_mesh())
+    manager, gate = gated(tmp_path, single_process_mesh())
     gate.open.set()
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", fail)
@@ -287,15 +285,15 @@ def test_without_memory_for_a_copy_training_waits_for_its_part(
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore")
 
     monkeypatch.setattr(Staging, "_allocate", fail)
-    manager, saver, gate = gated(tmp_path, single_process_mesh())
+    manager, gate = gated(tmp_path, single_process_mesh())
     threading.Timer(0.2, gate.open.set).start()
     pieces = pieces_of(0, fill=True)
-    saver.prepare(pieces)
+    manager.prepare(pieces)
     assert manager.save(1, "snapshot", pieces, {}, wait=False) is not None
     assert list(tmp_path.glob("data/*/rank-00000.safetensors")) and "training waits" in caplog.text
     for piece in pieces:
         piece.tensor.fill_(-1)
-    assert ended(saver).error is None and not saver.is_stuck
+    assert ended(manager).error is None and not manager.write_in_progress
     fresh = pieces_of(0, fill=False)
     assert manager.resume(fresh) is not None
     assert_true_values(fresh)
@@ -306,36 +304,36 @@ def test_storage_that_hangs_is_waited_for_aloud_and_not_for_ever(
 ) -> None:
     monkeypatch.setattr(saver_module, "_HEARTBEAT_SECONDS", 0.05)
     monkeypatch.setattr(saver_module, "_END_SECONDS", 0.05)
-    manager, saver, gate = gated(tmp_path, single_process_mesh())
-    saver._vote_timeout_seconds = 0.1
+    manager, gate = gated(tmp_path, single_process_mesh())
+    manager._vote_timeout_seconds = 0.1
     name = manager.save(1, "snapshot", pieces_of(0, fill=True), {}, wait=False)
     with pytest.raises(StorageError, match=f"checkpoint {name} is still being written .* --timeout"):
         manager.save(2, "final", pieces_of(0, fill=True), {})
     assert f"checkpoint {name} is still being written: waiting for it since" in caplog.text
-    assert saver.wait() is None and not saver.is_stuck, "it has a copy of its own"
+    assert manager.wait() is None and not manager.write_in_progress, "it has a copy of its own"
     gate.open.set()
-    saver._vote_timeout_seconds = 20
-    assert str(ended(saver).name) == name
+    manager._vote_timeout_seconds = 20
+    assert str(ended(manager).name) == name
     gate.open.clear()
-    saver._vote_timeout_seconds = 0.1
+    manager._vote_timeout_seconds = 0.1
     with pytest.raises(StorageError, match="is still being written"):
         manager.save(3, "milestone", pieces_of(0, fill=True), {})
-    assert saver.is_stuck, "nothing may change the tensors"
-    saver.close(wait=True)
+    assert manager.write_in_progress, "nothing may change the tensors"
+    manager.close(wait=True)
     gate.open.set()
 
 
 def wait_for_a_slow_rank(mesh: Mesh, folder: str) -> list[str]:
-    manager, saver, gate = gated(folder, mesh)
+    manager, gate = gated(folder, mesh)
     pieces = pieces_of(mesh.rank, zero=2, fill=True)
-    saver._vote_timeout_seconds = 1
+    manager._vote_timeout_seconds = 1
     if mesh.rank == 0:
         gate.open.set()
     threading.Timer(1.5, gate.open.set).start()  # longer than rank 0 waits for a vote of a save in the background
     answers = [str(manager.save(1, "final", pieces, {}) is not None)]
     if mesh.rank == 1:
         gate.open.clear()
-    saver._vote_timeout_seconds = 0.3
+    manager._vote_timeout_seconds = 0.3
     try:
         manager.save(2, "final", pieces, {})
     except StorageError as error:

@@ -41,16 +41,16 @@ def test_the_library_reads_our_files(tmp_path: Path) -> None:
         assert file.metadata() == {"format": "pt", "writer": "internlm_lite"}
 
 
-def test_digest_is_that_of_the_file_on_every_pass(tmp_path: Path) -> None:
+def test_facts_are_those_of_the_file_on_every_pass(tmp_path: Path) -> None:
     tensors = _tensors()
     stream = TensorFile(tensors)
     first = b"".join(stream)
-    before = stream.digest
-    assert b"".join(stream) == first and stream.digest == before is not None
+    before = stream.facts
+    assert b"".join(stream) == first and stream.facts == before is not None
     assert before.size == len(first) and before.sha256 == hashlib.sha256(first).hexdigest()
     assert before.header_crc32 == zlib.crc32(first[: before.header_bytes])
     large = tensors["large"].numpy().tobytes()
-    assert before.blocks["large"] == (zlib.crc32(large[:BLOCK_BYTES]), zlib.crc32(large[BLOCK_BYTES:]))
+    assert stream.crc32["large"] == (zlib.crc32(large[:BLOCK_BYTES]), zlib.crc32(large[BLOCK_BYTES:]))
     for key, stored in parse_header(first[: before.header_bytes], len(first)).items():
         assert stored.start % stored.dtype.itemsize == 0, key
 
@@ -59,15 +59,15 @@ def test_read_header_gives_back_shapes_and_places(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     stream = TensorFile(_tensors())
     storage.put("a.safetensors", stream)
-    digest = stream.digest
-    assert digest is not None
-    found, raw = read_header(storage, "a.safetensors", digest.header_bytes, digest.header_crc32, digest.size)
+    facts = stream.facts
+    assert facts is not None
+    found, raw = read_header(storage, "a.safetensors", facts)
     assert found["strided"].shape == (4, 6) and found["kind/BF16"].dtype == torch.bfloat16
-    assert storage.read("a.safetensors", digest.size).startswith(raw) and len(raw) == digest.header_bytes
+    assert storage.read("a.safetensors", facts.size).startswith(raw) and len(raw) == facts.header_bytes
     with pytest.raises(DamagedError, match=r"a\.safetensors: header: crc32"):
-        read_header(storage, "a.safetensors", digest.header_bytes, digest.header_crc32 ^ 1, digest.size)
+        read_header(storage, "a.safetensors", facts.model_copy(update={"header_crc32": facts.header_crc32 ^ 1}))
     with pytest.raises(DamagedError, match="a header of"):
-        read_header(storage, "a.safetensors", 1 << 40, 0, digest.size)
+        read_header(storage, "a.safetensors", facts.model_copy(update={"header_bytes": 1 << 40}))
 
 
 def _raw(header: Any) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from internlm_lite.checkpoint.format.boxes import Region
+from internlm_lite.checkpoint.format.regions import Region
 from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.errors import CheckpointError, InternLMError, StorageError
@@ -51,7 +51,7 @@ def _load_all(mesh: Mesh, folders: list[str]) -> list[list[int] | None]:
     """Load every folder into every layout of this size; what rank state came back."""
     states: list[list[int] | None] = []
     for folder in folders:
-        manager = CheckpointManager(folder, mesh, writable=False)
+        manager = CheckpointManager(folder, mesh, saving=None)
         for layout in LAYOUTS[mesh.world.size]:
             pieces = _pieces(mesh.rank, layout, False)
             restored = manager.resume(pieces)
@@ -113,9 +113,9 @@ def _fail_on_one_rank(mesh: Mesh, folder: str) -> list[tuple[str, str]]:
     for bad in ("rank-00002.safetensors", "rank-00001.vote", "manifest"):
         full = Full(Path(folder))
         full.bad = bad
-        manager._target.storage = full
+        manager.folders[0].storage = full
         answers.append(_error_of(lambda: manager.save(2, "snapshot", _pieces(mesh.rank, layout, True), {})))
-    manager._target.storage = good
+    manager.folders[0].storage = good
     state = {"bad": float("nan")} if mesh.rank == 3 else {}
     answers.append(_error_of(lambda: manager.save(3, "snapshot", _pieces(mesh.rank, layout, True), state)))
     pieces = _pieces(mesh.rank, layout, False)

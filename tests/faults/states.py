@@ -12,7 +12,7 @@ import torch
 
 from internlm_lite.checkpoint.admin.verify import damages_of
 from internlm_lite.checkpoint.format.catalog import committed
-from internlm_lite.checkpoint.manager import CheckpointManager, hold
+from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.mesh.layout import Piece
 from internlm_lite.mesh.mesh import single_process_mesh
@@ -49,7 +49,7 @@ def save_at(manager: CheckpointManager, step: int, kind: str = "snapshot", wait:
 def loaded_step(folder: Path) -> int:
     """The step of the checkpoint that a fresh process resumes from, once it proved whole. Nothing may look damaged."""
     pieces = pieces_of(0, fill=False)
-    manager = CheckpointManager(str(folder), single_process_mesh(), writable=False)
+    manager = CheckpointManager(str(folder), single_process_mesh(), saving=None)
     restored = manager.resume(pieces)
     assert restored is not None, "no checkpoint is found"
     assert restored.found.rejected == (), restored.found.rejected
@@ -72,10 +72,10 @@ def assert_next_run_saves_and_cleans(folder: Path, step: int) -> None:
     """The next run, some hours later, takes the folder over, saves, and leaves whole checkpoints and nothing else."""
     age(folder)
     manager = CheckpointManager(str(folder), single_process_mesh())
-    hold(single_process_mesh(), [manager])
+    manager.hold()
     save_at(manager, step)
     manager.release()
-    manager._saver.close(wait=True)
+    manager.close(wait=True)
     assert loaded_step(folder) == step
     assert_nothing_else(folder)
 

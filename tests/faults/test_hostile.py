@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from internlm_lite.checkpoint.format import catalog
-from internlm_lite.checkpoint.format.manifest import Commit, Manifest, Name, Vote, seal, unseal
+from internlm_lite.checkpoint.format.manifest import Commit, Manifest, Name, Vote, dump_with_crc, load_with_crc
 from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.errors import CheckpointError, InternLMError, StorageError
@@ -54,7 +54,7 @@ def files_of(name: str) -> dict[str, str]:
 
 def fallen_back(folder: Path) -> str:
     """Resume; the older checkpoint must be taken. Why the newer one was not."""
-    manager = CheckpointManager(str(folder), single_process_mesh(), writable=False)
+    manager = CheckpointManager(str(folder), single_process_mesh(), saving=None)
     restored = manager.resume(pieces_of(0, fill=False))
     assert restored is not None and restored.found.step == 1
     (reason,) = restored.found.rejected
@@ -88,7 +88,7 @@ def test_pickles_as_checkpoint_files_are_not_read(tmp_path: Path, names: list[st
 def test_path_to_pickle_is_refused(tmp_path: Path) -> None:
     marker, file = tmp_path / "exploded", tmp_path / "model.pt"
     torch.save(Bomb(marker), file)
-    manager = CheckpointManager(str(tmp_path), single_process_mesh(), writable=False)
+    manager = CheckpointManager(str(tmp_path), single_process_mesh(), saving=None)
     for path in (str(file), f"local:{file}"):
         with pytest.raises(InternLMError):
             manager.open(path)
@@ -98,9 +98,9 @@ def test_path_to_pickle_is_refused(tmp_path: Path) -> None:
 def resealed(folder: Path, name: str, payload: bytes, header_bytes: int | None = None) -> None:
     """Put another tensor file into a checkpoint, with every check sum of vote, manifest and commit made to fit."""
     files = {part: folder / key for part, key in files_of(name).items()}
-    vote = unseal(Vote, files["vote"].read_bytes(), "vote")
-    manifest = unseal(Manifest, files["manifest"].read_bytes(), "manifest")
-    commit = unseal(Commit, files["commit"].read_bytes(), "commit")
+    vote = load_with_crc(Vote, files["vote"].read_bytes(), "vote")
+    manifest = load_with_crc(Manifest, files["manifest"].read_bytes(), "manifest")
+    commit = load_with_crc(Commit, files["commit"].read_bytes(), "commit")
     length = int.from_bytes(payload[:8], "little") + 8 if header_bytes is None else header_bytes
     facts = {
         "size": len(payload),
@@ -108,16 +108,16 @@ def resealed(folder: Path, name: str, payload: bytes, header_bytes: int | None =
         "header_bytes": length,
         "header_crc32": zlib.crc32(payload[:length]),
     }
-    told = seal(vote.model_copy(update={"facts": vote.facts.model_copy(update=facts)}))
+    told = dump_with_crc(vote.model_copy(update={"facts": vote.facts.model_copy(update=facts)}))
     (file,) = manifest.files
     facts |= {"vote_size": len(told), "vote_sha256": hashlib.sha256(told).hexdigest()}
-    index = seal(manifest.model_copy(update={"files": {file: manifest.files[file].model_copy(update=facts)}}))
+    index = dump_with_crc(manifest.model_copy(update={"files": {file: manifest.files[file].model_copy(update=facts)}}))
     sha256 = hashlib.sha256(index).hexdigest()
     for part, data in (
         ("payload", payload),
         ("vote", told),
         ("manifest", index),
-        ("commit", seal(commit.model_copy(update={"size": len(index), "sha256": sha256}))),
+        ("commit", dump_with_crc(commit.model_copy(update={"size": len(index), "sha256": sha256}))),
     ):
         files[part].write_bytes(data)
 
@@ -188,10 +188,10 @@ def test_file_names_outside_checkpoint_are_refused(tmp_path: Path, names: list[s
     body = raw[raw.index(b'"body":') + 7 : -2]
     path.write_bytes(b'{"crc32":"%08x","body":%s}\n' % (zlib.crc32(body), body))
     commit_path = folder / files_of(names[1])["commit"]
-    commit = unseal(Commit, commit_path.read_bytes(), "commit")
+    commit = load_with_crc(Commit, commit_path.read_bytes(), "commit")
     data = path.read_bytes()
     facts = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    commit_path.write_bytes(seal(commit.model_copy(update=facts)))
+    commit_path.write_bytes(dump_with_crc(commit.model_copy(update=facts)))
     reason = fallen_back(folder)
     assert "manifest.json" in reason and "should match pattern" in reason, reason
 
@@ -199,9 +199,9 @@ def test_file_names_outside_checkpoint_are_refused(tmp_path: Path, names: list[s
 def test_commit_of_other_folder_is_refused(tmp_path: Path, names: list[str]) -> None:
     folder = tmp_path / "save"
     path = folder / files_of(names[1])["commit"]
-    commit = unseal(Commit, path.read_bytes(), "commit")
+    commit = load_with_crc(Commit, path.read_bytes(), "commit")
     for lie in (f"data/{names[0]}/manifest.json", "../outside/manifest.json", "/etc/passwd"):
-        path.write_bytes(seal(commit.model_copy(update={"manifest": lie})))
+        path.write_bytes(dump_with_crc(commit.model_copy(update={"manifest": lie})))
         assert path.name in fallen_back(folder)
 
 

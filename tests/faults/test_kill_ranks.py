@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from internlm_lite.checkpoint.manager import CheckpointManager, hold
-from internlm_lite.checkpoint.save.saver import Saver
-from internlm_lite.checkpoint.storage.base import Entry
+from internlm_lite.checkpoint.manager import CheckpointManager
+from internlm_lite.checkpoint.save.saver import SaveOptions
+from internlm_lite.checkpoint.storage.base import StoredObject
 from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh
@@ -64,25 +64,24 @@ class Deadly(LocalStorage):
         self._moment()
         return done
 
-    def list(self, folder: str) -> list[Entry]:
+    def list(self, folder: str) -> list[StoredObject]:
         self._moment()
         return super().list(folder)
 
 
 def save_and_die(mesh: Mesh, folder: Path, moments: dict[int, int], delay_seconds: float | None) -> None:
     """Save OLD, then NEW in the background; rank -> moment of its death, or all ranks die after a while."""
-    saver = Saver(mesh, {}, vote_timeout_seconds=20)
-    manager = CheckpointManager(str(folder), mesh, saver=saver)
+    manager = CheckpointManager(str(folder), mesh, saving=SaveOptions(vote_timeout_seconds=20))
     rank = mesh.rank
     manager.save(OLD, "snapshot", state_at(OLD, rank, RANKS), {"step": OLD}, random_at(OLD))
-    saver._vote_timeout_seconds = VOTE_SECONDS
+    manager._vote_timeout_seconds = VOTE_SECONDS
     if rank in moments:
-        manager._target.storage = Deadly(folder, moments[rank])
+        manager.folders[0].storage = Deadly(folder, moments[rank])
     comm.gather_objects(None, mesh.world)
     if delay_seconds is not None:
         threading.Timer(delay_seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
     manager.save(NEW, "snapshot", state_at(NEW, rank, RANKS), {"step": NEW}, random_at(NEW), wait=False)
-    saved = saver.wait()
+    saved = manager.wait()
     assert saved is not None
     (folder.parent / f"said-{rank}").write_text(str(saved.error))
     if delay_seconds is not None:
@@ -92,7 +91,7 @@ def save_and_die(mesh: Mesh, folder: Path, moments: dict[int, int], delay_second
 def go_on(mesh: Mesh, folder: Path, expected: int) -> None:
     """Another world of the same size loads and saves."""
     manager = CheckpointManager(str(folder), mesh)
-    hold(mesh, [manager])
+    manager.hold()
     pieces = pieces_of(mesh.rank, zero=RANKS, fill=False)
     restored = manager.resume(pieces)
     assert restored is not None and restored.found.step == expected and restored.rank_state is not None

@@ -101,7 +101,7 @@ def trained(config: Config, folder: Path, happens: Mapping[int, Callable[[], obj
     run = build_run(config, single_process_mesh(), folder)
 
     def disturbed_step(trainer: Trainer, batch: Any, step: int, **hooks: Any) -> Any:
-        running = run.checkpoints.saver._running
+        running = run.checkpoints.manager._running
         if patient and running is not None:
             running.exception()
         happens.get(step, lambda: None)()
@@ -115,7 +115,7 @@ def trained(config: Config, folder: Path, happens: Mapping[int, Callable[[], obj
         run.checkpoints.close(wait=True)
         run.reporter.close()
         log.removeHandler(handler)
-    return _told(folder, "\n".join(lines), run.checkpoints.saver.skipped)
+    return _told(folder, "\n".join(lines), run.checkpoints.manager.skipped)
 
 
 def _told(folder: Path, log: str, skipped: int) -> Told:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internlm_lite.checkpoint.format import catalog
-from internlm_lite.checkpoint.manager import CheckpointManager, hold
+from internlm_lite.checkpoint.format.shards import describe
+from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.save import commit
-from internlm_lite.checkpoint.save.plan import describe, share_out
-from internlm_lite.checkpoint.save.saver import Saver
+from internlm_lite.checkpoint.save.saver import SaveOptions
+from internlm_lite.checkpoint.save.write_plan import plan_writes
 from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.mesh.mesh import single_process_mesh
 from tests.faults.states import age, random_at, save_at, state_at
@@ -26,37 +27,36 @@ OLD, NEW = 3, 4
 """Step of the newest checkpoint before, and of the one that is being saved."""
 
 
-def _open(folder: Path, exclusive: bool = False) -> tuple[CheckpointManager, Saver]:
-    mesh = single_process_mesh()
-    saver = Saver(mesh, {}, vote_timeout_seconds=20, staging_folder=folder.parent / "staging")
-    manager = CheckpointManager(str(folder), mesh, saver=saver)
+def _open(folder: Path, exclusive: bool = False) -> CheckpointManager:
+    options = SaveOptions(vote_timeout_seconds=20, staging_folder=folder.parent / "staging")
+    manager = CheckpointManager(str(folder), single_process_mesh(), saving=options)
     if exclusive:
-        hold(mesh, [manager])
-    return manager, saver
+        manager.hold()
+    return manager
 
 
-def _writer(saver: Saver) -> int:
+def _writer(manager: CheckpointManager) -> int:
     """Id of the thread that writes."""
-    return saver._thread.submit(threading.get_native_id).result()
+    return manager._thread.submit(threading.get_native_id).result()
 
 
-def _end(saver: Saver) -> None:
-    saved = saver.wait()
+def _end(manager: CheckpointManager) -> None:
+    saved = manager.wait()
     assert saved is not None and saved.error is None, saved
 
 
 def one_checkpoint(folder: Path) -> None:
-    manager, saver = _open(folder)
+    manager = _open(folder)
     save_at(manager, OLD, "milestone")
-    saver.close(wait=True)
+    manager.close(wait=True)
 
 
 def several_and_leftovers(folder: Path) -> None:
     """Snapshots of which one must go, a milestone, and what a killed save left hours ago."""
-    manager, saver = _open(folder)
+    manager = _open(folder)
     for step, kind in ((0, "milestone"), (1, "snapshot"), (2, "snapshot"), (OLD, "snapshot")):
         save_at(manager, step, kind)
-    saver.close(wait=True)
+    manager.close(wait=True)
     for left in ("data/0000000009-00009.abcdef/rank-00000.safetensors", "data/.tmp-123", "probe-ab/rank-00000"):
         (folder / left).parent.mkdir(exist_ok=True)
         (folder / left).write_bytes(b"left")
@@ -70,26 +70,26 @@ def two_ranks_files(folder: Path) -> None:
 
 def background(folder: Path, ready: Ready) -> None:
     """The thread that writes, the save being in the background."""
-    manager, saver = _open(folder)
-    ready(_writer(saver))
+    manager = _open(folder)
+    ready(_writer(manager))
     save_at(manager, NEW, wait=False)
-    _end(saver)
+    _end(manager)
 
 
 def whole_run(folder: Path, ready: Ready) -> None:
     """The main thread from opening the folder, over its lease and the copy, to giving it free."""
     ready(threading.get_native_id())
-    manager, saver = _open(folder, exclusive=True)
+    manager = _open(folder, exclusive=True)
     save_at(manager, NEW, wait=False)
-    _end(saver)
+    _end(manager)
     manager.release()
-    saver.close(wait=True)
+    manager.close(wait=True)
 
 
 def waiting(folder: Path, ready: Ready) -> None:
     """The thread that writes, training waiting for it, with the folder's lease checked before the commit."""
-    manager, saver = _open(folder, exclusive=True)
-    ready(_writer(saver))
+    manager = _open(folder, exclusive=True)
+    ready(_writer(manager))
     save_at(manager, NEW)
     manager.release()
 
@@ -99,12 +99,12 @@ TROUBLED = (NEW, NEW + 1, NEW + 2)
 
 def troubled(folder: Path, ready: Ready) -> None:
     """The thread that writes, in three saves of which at most one may fail. Beside the folder: step, and its error."""
-    manager, saver = _open(folder, exclusive=True)
+    manager = _open(folder, exclusive=True)
     save_at(manager, OLD)
-    ready(_writer(saver))
+    ready(_writer(manager))
     for step in TROUBLED:
         save_at(manager, step, wait=False)
-        saved = saver.wait()
+        saved = manager.wait()
         assert saved is not None
         with open(folder.parent / "said", "a") as file:
             file.write(f"{step} {str(saved.error or 'saved').splitlines()[0]}\n")
@@ -120,10 +120,10 @@ def two_ranks(folder: Path, ready: Ready) -> None:
 def _save_of_two(folder: Path, step: int) -> None:
     storage, name = LocalStorage(folder), catalog.Name(step, step, f"{step:06x}")
     parts = [state_at(step, rank, ranks=2) for rank in (0, 1)]
-    shares = share_out([[describe(piece) for piece in part] for part in parts])
+    items = plan_writes([[describe(piece) for piece in part] for part in parts])
     for rank in (1, 0):
-        mine = [(share, share.of(parts[rank][share.index])) for share in shares[rank]]
-        commit.write_rank(storage, name, rank, 2, mine, random_at(step))
+        mine = [(item, item.of(parts[rank][item.index])) for item in items[rank]]
+        commit.write_rank(storage, name, rank, 2, commit.stream_of(mine, random_at(step)), items[rank])
     commit.await_votes(storage, name, 2, 20, threading.Event())
     layout = {"world": 2, "dp": 2, "tp": 1, "pp": 1, "zero": 2, "replica": 1}
     commit.commit_votes(storage, name, 2, commit.Facts("snapshot", layout, {}, {"step": step}))

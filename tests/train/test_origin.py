@@ -148,5 +148,5 @@ def test_memory_for_copies_is_taken_where_something_will_be_copied(
 ):
     saves = {"enable_save_ckpt": True, "save_ckpt_folder": f"local:{tmp_path}/saves", "async_upload": True}
     run = build_run(config(room, checkpoint_every=every, **saves), MESH, tmp_path / "run", "none")
-    assert (run.checkpoints.saver._staging._buffer.numel() > 0) == reserved
+    assert (run.checkpoints.manager._staging._buffer.numel() > 0) == reserved
     run.checkpoints.close(wait=True)

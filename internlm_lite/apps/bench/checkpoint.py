@@ -31,7 +31,6 @@ from internlm_lite.apps.bench.timing import Side, alternate
 from internlm_lite.apps.bench.worlds import mesh_of, on_ranks
 from internlm_lite.checkpoint.format.tensor_file import TensorFile
 from internlm_lite.checkpoint.manager import CheckpointManager
-from internlm_lite.checkpoint.save.saver import Saver
 from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh.layout import Piece
@@ -51,9 +50,8 @@ class Ours:
 
     def __init__(self, folder: Path, mesh: Mesh, pieces: list[Piece]) -> None:
         self._pieces, self._step = pieces, 0
-        self._saver = Saver(mesh, {}, vote_timeout_seconds=600)
-        self._manager = CheckpointManager(str(folder), mesh, saver=self._saver)
-        self._saver.prepare(pieces)
+        self._manager = CheckpointManager(str(folder), mesh)
+        self._manager.prepare(pieces)
 
     def begin(self) -> End:
         self._step += 1
@@ -61,7 +59,7 @@ class Ours:
         return self._end
 
     def _end(self) -> None:
-        saved = self._saver.wait()
+        saved = self._manager.wait()
         if saved is not None and saved.error is not None:
             raise saved.error
 

@@ -19,8 +19,9 @@ from internlm_lite.apps.convert.to_hf import compare_names
 from internlm_lite.apps.convert.tokenizers import MODEL
 from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.format.manifest import Name
+from internlm_lite.checkpoint.format.shards import ShardDescriptor
 from internlm_lite.checkpoint.save import commit
-from internlm_lite.checkpoint.save.plan import Holding, share_out
+from internlm_lite.checkpoint.save.write_plan import plan_writes
 from internlm_lite.checkpoint.storage.base import Storage
 from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.checkpoint.storage.open import open_storage
@@ -79,14 +80,14 @@ def _write(
 ) -> tuple[Name, int]:
     """(the checkpoint, its bytes); after a failure nothing of it is left."""
     name = Name(1, 0, uuid.uuid4().hex[:6])
-    shares = share_out([[_holding(recipe) for recipe in recipes]])[0]
+    items = plan_writes([[_shard(recipe) for recipe in recipes]])[0]
     by_name = {recipe.name: recipe for recipe in recipes}
-    stream = ConvertedFile({share.key: by_name[share.holding.name] for share in shares}, torch.float32, source, done)
+    stream = ConvertedFile({item.key: by_name[item.shard.name] for item in items}, torch.float32, source, done)
     facts = commit.Facts(
         "final", {"world": 1, **asdict(Sizes())}, masked(resolved(config)), {"converted_from": hf.family}
     )
     try:
-        n_bytes = commit.write_stream(storage, name, 0, 1, stream, shares)
+        n_bytes = commit.write_rank(storage, name, 0, 1, stream, items)
         commit.commit_votes(storage, name, 1, facts)
     except BaseException:
         with suppress(InternLMError):
@@ -95,10 +96,10 @@ def _write(
     return name, n_bytes
 
 
-def _holding(recipe: TensorRecipe) -> Holding:
+def _shard(recipe: TensorRecipe) -> ShardDescriptor:
     """The whole tensor, on the one rank there is."""
     box = tuple((0, n) for n in recipe.shape)
-    return Holding("master", recipe.name, recipe.shape, box, (0, recipe.numel), "F32")
+    return ShardDescriptor("master", recipe.name, recipe.shape, box, (0, recipe.numel), "F32")
 
 
 def _checked_recipes(source: HFFolder, hf: HFConfig) -> list[TensorRecipe]:

@@ -19,9 +19,9 @@ from internlm_lite.apps.convert.hf_folder import INDEX, ONE_FILE
 from internlm_lite.apps.convert.recipes import Family, TensorRecipe, hf_recipes
 from internlm_lite.apps.convert.stream import ConvertedFile
 from internlm_lite.apps.convert.tokenizers import CONFIG, MODEL, special_ids, tokenizer_config
-from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.format.catalog import Found
 from internlm_lite.checkpoint.format.tensor_file import DTYPES
+from internlm_lite.checkpoint.load.locate import locate, open_at
 from internlm_lite.checkpoint.load.reader import Reader
 from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.checkpoint.storage.open import open_storage
@@ -92,8 +92,8 @@ def open_checkpoint(path: str, s3: S3Config | None = None) -> tuple[Found, Confi
 
     Raises CheckpointError.
     """
-    root, name = catalog.locate(path, s3)
-    found = catalog.open_at(open_storage(root, s3), name)
+    root, name = locate(path, s3)
+    found = open_at(open_storage(root, s3), name)
     alone = f"{root.rstrip('/')}/{found.folder}" if found.folder else path
     return found, found.config(), alone
 

@@ -1,4 +1,4 @@
-"""What a save folder holds, for people and programs that look at it from outside a run."""
+"""What a save folder holds, for people and programs outside of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from internlm_lite.checkpoint.admin.verify import damages_of
 from internlm_lite.checkpoint.format.catalog import committed, inspect
-from internlm_lite.checkpoint.format.manifest import Commit, Manifest, Name, read_bytes, unseal
+from internlm_lite.checkpoint.format.manifest import Commit, Manifest, Name, load_with_crc, read_bytes
 from internlm_lite.checkpoint.load.reader import Reader
 from internlm_lite.checkpoint.storage.base import Storage
 from internlm_lite.errors import CheckpointError, DamagedError
@@ -25,7 +25,7 @@ class Listed:
     """Seconds since the epoch, of the commit."""
     layout: dict[str, int]
     problems: tuple[str, ...]
-    """Empty: as far as was looked, it is good."""
+    """Empty: nothing wrong was found."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Unfinished:
     """Seconds since the epoch, of its newest file."""
 
 
-def list_checkpoints(storage: Storage, deep: bool) -> Iterator[Listed]:
+def list_checkpoints(storage: Storage, *, deep: bool) -> Iterator[Listed]:
     """Newest first. `deep`: read every byte; else hashes of documents, sizes of files, and their headers."""
     entries = storage.list("")
     modified = {entry.key: entry.modified for entry in entries}
@@ -64,7 +64,7 @@ def unfinished(storage: Storage) -> list[Unfinished]:
 
 
 def quick_problems(storage: Storage, name: Name) -> list[str]:
-    """What shows without reading tensors."""
+    """What is wrong, found without reading tensors."""
     try:
         reader = Reader(inspect(storage, name))
     except CheckpointError as error:
@@ -79,13 +79,13 @@ def quick_problems(storage: Storage, name: Name) -> list[str]:
 
 
 def _facts(storage: Storage, name: Name) -> tuple[str | None, dict[str, int]]:
-    """(kind, layout), as far as the documents can be read."""
+    """(kind, layout), where the documents can be read."""
     try:
-        manifest = unseal(Manifest, read_bytes(storage, name.manifest), name.manifest)
+        manifest = load_with_crc(Manifest, read_bytes(storage, name.manifest), name.manifest)
         return manifest.kind, manifest.layout
     except DamagedError:
         pass
     try:
-        return unseal(Commit, read_bytes(storage, name.commit), name.commit).kind, {}
+        return load_with_crc(Commit, read_bytes(storage, name.commit), name.commit).kind, {}
     except DamagedError:
         return None, {}

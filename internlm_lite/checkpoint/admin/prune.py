@@ -1,4 +1,4 @@
-"""Removing old checkpoints by hand. What a run removes by itself, its old snapshots, is `find.rotate`."""
+"""Removing old checkpoints by hand. Old snapshots are removed by the run itself: `catalog.rotate`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Prune:
     kept: tuple[Name, ...]
     """Good ones."""
     damaged: tuple[Name, ...]
-    """Newer than the oldest that is kept, but not good: left for a person to look at."""
+    """Newer than the oldest that is kept, but not good: kept for inspection."""
     removed: tuple[Name, ...]
 
 

@@ -1,1 +1,1 @@
-"""What a checkpoint looks like: boxes, tensor files, manifest, and which checkpoints there are."""
+"""What a checkpoint looks like: regions, tensor files, manifest, and which checkpoints there are."""

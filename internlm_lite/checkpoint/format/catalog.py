@@ -1,7 +1,7 @@
-"""Which checkpoints a folder holds, which of them are whole, and which ones go.
+"""Which checkpoints a folder holds, which of them are whole, and which are removed.
 
-Names alone order them (see `format.Name`). A checkpoint is looked into without reading tensors: commit and manifest by
-their hashes, every other file by its size. `load.py` checks the rest as it reads.
+Names alone order them (see `manifest.Name`). A checkpoint is inspected without reading tensors: commit and manifest by
+their hashes, every other file by its size. load/ compares the rest as it reads.
 """
 
 from __future__ import annotations
@@ -17,19 +17,26 @@ from itertools import islice
 
 from pydantic import ValidationError
 
-from internlm_lite.checkpoint.format.boxes import tiling_problems
-from internlm_lite.checkpoint.format.manifest import FORMAT, Commit, Kind, Manifest, Name, read_bytes, unseal, vote_of
-from internlm_lite.checkpoint.storage import run_lock
-from internlm_lite.checkpoint.storage.base import Entry, Storage
-from internlm_lite.checkpoint.storage.open import open_storage
-from internlm_lite.config.schema import Config, S3Config
+from internlm_lite.checkpoint.format.manifest import (
+    FORMAT,
+    Commit,
+    Kind,
+    Manifest,
+    Name,
+    load_with_crc,
+    read_bytes,
+    vote_of,
+)
+from internlm_lite.checkpoint.format.regions import tiling_problems
+from internlm_lite.checkpoint.storage.base import RUN_LOCK_KEY, Storage, StoredObject
+from internlm_lite.config.schema import Config
 from internlm_lite.errors import CheckpointError, DamagedError
 
 logger = logging.getLogger("internlm_lite")
 _COMMIT = re.compile(r"(?:(?P<folder>.+)/)?commits/(?P<name>[^/]+)\.json")
 _NESTED = re.compile(r"/(?:commits/[^/]+\.json$|data/)")
 ORPHAN_SECONDS = 3600.0
-"""What an interrupted save left behind is removed when it is this old: until then its writer may be alive."""
+"""Age at which the leftovers of an interrupted save are removed: until then its writer may be alive."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Found:
 
     @property
     def order(self) -> int:
-        """Rises with every save, also when a run went back to an earlier step."""
+        """Rises with every save, also after a rollback to an earlier step."""
         name = Name.parse(self.name)
         return name.serial if name else 0
 
@@ -83,7 +90,7 @@ def committed(storage: Storage, inside: str = "") -> list[Name]:
     return sorted((name for name in map(Name.parse, keys) if name is not None), reverse=True)
 
 
-def folders_in(entries: Iterable[Entry]) -> list[str]:
+def folders_in(entries: Iterable[StoredObject]) -> list[str]:
     """Save folders below a folder of these entries, "" for itself: snapshots have one of their own by default."""
     matches = (_COMMIT.fullmatch(entry.key) for entry in entries)
     return sorted({match["folder"] or "" for match in matches if match and Name.parse(match["name"])})
@@ -96,7 +103,7 @@ def _below(inside: str, key: str) -> str:
 def inspect(storage: Storage, name: Name, inside: str = "") -> Found:
     """A committed checkpoint. Raises DamagedError naming the file that is not as it was written."""
     at_commit, at_manifest = _below(inside, name.commit), _below(inside, name.manifest)
-    commit = unseal(Commit, read_bytes(storage, at_commit), f"{storage.name}/{at_commit}")
+    commit = load_with_crc(Commit, read_bytes(storage, at_commit), f"{storage.name}/{at_commit}")
     if (commit.name, commit.step, commit.manifest) != (str(name), name.step, name.manifest):
         raise DamagedError(f"{storage.name}/{at_commit} is the commit of {commit.name}")
     data = read_bytes(storage, at_manifest)
@@ -115,7 +122,7 @@ def inspect(storage: Storage, name: Name, inside: str = "") -> Found:
 def found_in(storage: Storage, folder: str, data: bytes) -> Found:
     """The checkpoint whose manifest holds `data`, all its files there in full size. Raises DamagedError."""
     prefix = f"{folder}/" if folder else ""
-    manifest = unseal(Manifest, data, f"{storage.name}/{prefix}manifest.json")
+    manifest = load_with_crc(Manifest, data, f"{storage.name}/{prefix}manifest.json")
     if manifest.format != FORMAT:
         raise CheckpointError(
             f"{storage.name}/{prefix}manifest.json: format {manifest.format}, expected {FORMAT}: "
@@ -143,7 +150,7 @@ def newest(
 ) -> Found | None:
     """The newest checkpoint of the save folders that looks whole; None if nothing was ever committed there.
 
-    `known_bad`: name -> reason, found bad while loading; `accept`: others are passed over in silence. Raises
+    `known_bad`: name -> reason, found bad while loading; `accept`: others are passed over silently. Raises
     CheckpointError if there are only bad ones.
     """
     named = [(name, inside) for inside in folders for name in committed(storage, inside)]
@@ -166,59 +173,20 @@ def newest(
             "restore one from a copy, or train from the start on purpose: --resume none and an empty folder"
         )
     if not named:
-        _tell_what_is_there(storage)
+        _warn_of_other_files(storage)
     return None
 
 
-def _tell_what_is_there(storage: Storage) -> None:
-    """A folder without commits that is not empty deserves a word."""
+def _warn_of_other_files(storage: Storage) -> None:
+    """For a folder without commits that is not empty."""
     keys = [entry.key for entry in storage.list("")]
-    # By default snapshots have a store inside the milestones', and a run that begins has taken the lease.
-    keys = [key for key in keys if not _NESTED.search(key) and key.split("/")[-1] != run_lock.KEY]
+    # By default the snapshot folder lies inside the milestone folder, and a run that starts holds the lock.
+    keys = [key for key in keys if not _NESTED.search(key) and key.split("/")[-1] != RUN_LOCK_KEY]
     unfinished = sorted({key.split("/")[1] for key in keys if key.startswith("data/") and key.count("/") > 1})
     if unfinished:
         logger.warning("%s: no committed checkpoint; unfinished saves: %s", storage.name, ", ".join(unfinished))
     elif keys:
         logger.warning("%s: %d files but no checkpoint of this program, such as %s", storage.name, len(keys), keys[0])
-
-
-def locate(path: str, s3: S3Config | None = None) -> tuple[str, Name | None]:
-    """(storage, name of the checkpoint in it or None) that a path of the user means."""
-    *parents, last = path.removeprefix("local:").rstrip("/").split("/")
-    name = Name.parse(last.removesuffix(".json"))
-    if name is None:
-        return path, None
-    if parents[-1:] in (["data"], ["commits"]):
-        parents.pop()
-    root = "/".join(parents) or ("/" if parents else ".")
-    return (root, name) if open_storage(root, s3).size(name.commit) is not None else (path, None)
-
-
-def is_save_folder(path: str, s3: S3Config | None = None) -> bool:
-    """Whether a path of the user means a folder of checkpoints, not one of them."""
-    root, name = locate(path, s3)
-    return name is None and open_storage(root, s3).size("manifest.json") is None
-
-
-def open_at(storage: Storage, name: Name | None, known_bad: Mapping[str, str] | None = None) -> Found:
-    """What `locate` found: of a save folder the newest, also of those inside it.
-
-    `known_bad` as for `newest`. Raises CheckpointError if there is nothing, DamagedError if it is not whole.
-    """
-    if name is not None:
-        return inspect(storage, name)
-    if storage.size("manifest.json") is not None:
-        return found_in(storage, "", read_bytes(storage, "manifest.json"))
-    entries = storage.list("")
-    found = newest(storage, known_bad or {}, folders_in(entries) or ("",))
-    if found is None:
-        hint = ""
-        if any(entry.key == "config.json" or entry.key.endswith(".safetensors") for entry in entries):
-            hint = "; a Hugging Face folder is converted by python tools/convert.py from-hf FOLDER OUT"
-        raise CheckpointError(
-            f"{storage.name} holds no checkpoint; expected a save folder, or one checkpoint of it{hint}"
-        )
-    return found
 
 
 def remove(storage: Storage, name: Name) -> None:
@@ -229,15 +197,15 @@ def remove(storage: Storage, name: Name) -> None:
 
 
 def rotate(storage: Storage, keep: int, known_bad: Collection[str], kinds: dict[Name, Kind]) -> list[Name]:
-    """Delete all snapshots older than the newest `keep` good ones; milestones and final ones stay. Returns the gone.
+    """Delete all snapshots older than the newest `keep` good ones; other kinds but rescues stay. Returns what is gone.
 
-    `kinds`: what is known already, so that each commit is read once; kept up here.
+    `kinds`: those known already, so that each commit is read once; updated here.
     """
     names = committed(storage)
     for name in names:
         if name not in kinds:
             with suppress(DamagedError):  # evidence for a person to look at
-                kinds[name] = unseal(Commit, read_bytes(storage, name.commit), name.commit).kind
+                kinds[name] = load_with_crc(Commit, read_bytes(storage, name.commit), name.commit).kind
     temporary = [name for name in names if kinds.get(name) in ("snapshot", "rescue")]
     good = (name for name in temporary if str(name) not in known_bad and _looks_whole(storage, name))
     kept = list(islice(good, keep))

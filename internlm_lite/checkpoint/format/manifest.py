@@ -1,8 +1,8 @@
-"""The JSON documents of a checkpoint. Each is sealed: a crc32 over the exact bytes of its body stands in front.
+"""The JSON documents of a checkpoint. Each begins with a crc32 over the exact bytes of its body.
 
 {"crc32":"89abcdef","body":{...}}
 
-vote      rank r wrote its file: sizes, check sums, what it holds
+vote      rank r wrote its file: sizes, check sums, its shards
 manifest  index of all tensors, config, state: the data folder is self-contained
 commit    the checkpoint exists; names the manifest by sha256
 """
@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from internlm_lite.checkpoint.format.boxes import Region
-from internlm_lite.checkpoint.format.tensor_file import DTYPES
+from internlm_lite.checkpoint.format.regions import Region
+from internlm_lite.checkpoint.format.tensor_file import DTYPES, FileFacts, JsonDocument
 from internlm_lite.checkpoint.storage.base import Storage, UnreadableError
 from internlm_lite.errors import CheckpointError, DamagedError
 from internlm_lite.mesh.layout import Box
@@ -33,17 +33,11 @@ NameText = Annotated[str, Field(pattern=f"^{_NAME}$")]
 FileName = Annotated[str, Field(pattern=r"^rank-[0-9]{5,9}\.safetensors$")]
 DtypeName = Annotated[str, Field(pattern="^(" + "|".join(DTYPES) + ")$")]
 _DOCUMENT_LIMIT_BYTES = 1 << 30
-_SEAL = re.compile(rb'\{"crc32":"([0-9a-f]{8})","body":')
+_CRC = re.compile(rb'\{"crc32":"([0-9a-f]{8})","body":')
 
 
-class Document(BaseModel):
-    """Unknown or missing fields and wrong types are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class StoredPiece(Document):
-    """A part of a whole tensor: tensor `key` of `file`."""
+class StoredShard(JsonDocument):
+    """A shard of a whole tensor: tensor `key` of `file`."""
 
     file: FileName
     key: str
@@ -57,8 +51,8 @@ class StoredPiece(Document):
         return Region(self.box, self.flat)
 
 
-class VotedPiece(StoredPiece):
-    """A piece with what the index needs to know about its whole tensor."""
+class VotedShard(StoredShard):
+    """A shard with what the manifest says about its whole tensor."""
 
     name: str
     role: str
@@ -66,7 +60,7 @@ class VotedPiece(StoredPiece):
     dtype: DtypeName
 
 
-class StoredState(Document):
+class StoredState(JsonDocument):
     """A small uint8 tensor that belongs to one rank, such as the state of a random generator."""
 
     file: FileName
@@ -74,32 +68,23 @@ class StoredState(Document):
     crc32: tuple[int, ...]
 
 
-class FileFacts(Document):
-    """One rank's tensor file."""
-
-    size: int
-    sha256: str
-    header_bytes: int
-    header_crc32: int
-
-
-class Vote(Document):
+class Vote(JsonDocument):
     """Rank `rank` wrote its part of checkpoint `name`."""
 
     name: NameText
     rank: int
     world_size: int
     facts: FileFacts
-    pieces: tuple[VotedPiece, ...]
+    pieces: tuple[VotedShard, ...]
     rank_state: dict[str, StoredState]
 
 
-class TensorEntry(Document):
+class TensorEntry(JsonDocument):
     """One role of one named tensor."""
 
     dtype: DtypeName
     shape: tuple[int, ...]
-    pieces: tuple[StoredPiece, ...]
+    pieces: tuple[StoredShard, ...]
 
 
 class ManifestFile(FileFacts):
@@ -109,7 +94,7 @@ class ManifestFile(FileFacts):
     vote_sha256: str
 
 
-class Manifest(Document):
+class Manifest(JsonDocument):
     """Everything about a checkpoint except the tensors' bytes."""
 
     format: int
@@ -128,7 +113,7 @@ class Manifest(Document):
     state: dict[str, Any]
 
 
-class Commit(Document):
+class Commit(JsonDocument):
     """Written last."""
 
     format: int
@@ -145,8 +130,8 @@ class Commit(Document):
 class Name:
     """`<step 010d>-<serial 05d>.<6 hex digits>`: the step, then what the protocol calls the incarnation.
 
-    Serials rise with every save into a folder, so names alone tell which checkpoint is newest, also after a run went
-    back to an earlier step. The random digits keep two writers apart.
+    Serials rise with every save into a folder, so names alone tell which checkpoint is newest, also after a rollback to
+    an earlier step. The random digits keep two writers apart.
     """
 
     serial: int
@@ -190,18 +175,18 @@ def vote_of(file: str) -> str:
     return f"{file.removesuffix('.safetensors')}.vote.json"
 
 
-def seal(document: Document) -> bytes:
+def dump_with_crc(document: JsonDocument) -> bytes:
     """The document as JSON with its check sum."""
     body = document.model_dump_json().encode()
     return b'{"crc32":"%08x","body":%s}\n' % (zlib.crc32(body), body)
 
 
-DocumentT = TypeVar("DocumentT", bound=Document)
+JsonDocumentT = TypeVar("JsonDocumentT", bound=JsonDocument)
 
 
-def unseal(kind: type[DocumentT], data: bytes, where: str) -> DocumentT:
+def load_with_crc(kind: type[JsonDocumentT], data: bytes, where: str) -> JsonDocumentT:
     """The document in `data`. Raises DamagedError naming `where`."""
-    front = _SEAL.match(data)
+    front = _CRC.match(data)
     body = data[front.end() : -2] if front else b""
     if not front or data[-2:] != b"}\n" or zlib.crc32(body) != int(front[1], 16):
         raise DamagedError(f"{where}: damaged: {len(data)} bytes that do not match their crc32")
@@ -209,8 +194,8 @@ def unseal(kind: type[DocumentT], data: bytes, where: str) -> DocumentT:
         return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise DamagedError(f"{where}: is no {kind.__name__.lower()}: {place}: {first['msg']}") from error
+        field = ".".join(str(part) for part in first["loc"])
+        raise DamagedError(f"{where}: is no {kind.__name__.lower()}: {field}: {first['msg']}") from error
 
 
 def read_bytes(storage: Storage, key: str) -> bytes:
@@ -222,7 +207,7 @@ def read_bytes(storage: Storage, key: str) -> bytes:
 
 
 def versions() -> dict[str, str]:
-    """What wrote a checkpoint."""
+    """Of the software that writes a checkpoint."""
     return {"format": str(FORMAT), "torch": str(torch.__version__), "python": platform.python_version()}
 
 
@@ -232,7 +217,7 @@ def layout_of(mesh: Mesh) -> dict[str, int]:
 
 
 def check_json(value: Any, where: str = "state") -> None:
-    """Raise CheckpointError naming the first part of `value` that JSON would not give back as it is."""
+    """Raise CheckpointError naming the first part of `value` that a round trip through JSON would change."""
     if isinstance(value, dict):
         for key, part in value.items():
             if not isinstance(key, str):

@@ -4,7 +4,7 @@
 
 Check sums are taken while the bytes stream out: crc32 of the header, crc32 of every BLOCK_BYTES of every tensor (so
 that a partial read can still check all it uses), sha256 of the whole file. (https://github.com/huggingface/safetensors)
-sha256 is the slowest of all that happens to a byte, so it has a thread of its own, one block behind.
+sha256 is the slowest part, so it runs in a thread of its own, one block behind.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 
 from internlm_lite.checkpoint.storage.base import Storage, UnreadableError
 from internlm_lite.errors import CheckpointError, DamagedError
@@ -41,20 +42,23 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-@dataclass(frozen=True)
-class Digest:
+class JsonDocument(BaseModel):
+    """Stored as JSON; unknown or missing fields and wrong types are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class FileFacts(JsonDocument):
     """What is known about a file after it was written."""
 
     size: int
     sha256: str
     header_bytes: int
     header_crc32: int
-    blocks: dict[str, tuple[int, ...]]
-    """crc32 of each BLOCK_BYTES of each tensor, by key."""
 
 
 class TensorFile:
-    """The file's bytes as an iterable of chunks. A whole pass leaves `digest`; each pass starts anew.
+    """The file's bytes as an iterable of chunks, which leaves `facts` and `crc32` behind; each pass starts over.
 
     Tensors are copied to the host one at a time. Order: wider elements first, so that every tensor is aligned.
     """
@@ -63,13 +67,16 @@ class TensorFile:
         order = sorted(tensors, key=lambda key: -tensors[key].element_size())
         self._tensors = {key: tensors[key].detach() for key in order}
         self._header = _header(self._tensors)
-        self.digest: Digest | None = None
+        self.facts: FileFacts | None = None
+        """After a whole pass."""
+        self.crc32: dict[str, tuple[int, ...]] = {}
+        """Of each BLOCK_BYTES of each tensor, by key."""
 
     def __iter__(self) -> Iterator[bytes | memoryview]:
-        self.digest = None
+        self.facts, self.crc32 = None, {}
         sha = hashlib.sha256()
         yield self._header
-        size, blocks = len(self._header), {}
+        size, header_bytes = len(self._header), len(self._header)
         with ThreadPoolExecutor(1, thread_name_prefix="sha256") as hasher:
             hashed: Future[None] = hasher.submit(sha.update, self._header)
             for key, tensor in self._tensors.items():
@@ -80,12 +87,13 @@ class TensorFile:
                     checks.append(zlib.crc32(block))
                     yield block
                     size += len(block)
-                blocks[key] = tuple(checks)
+                self.crc32[key] = tuple(checks)
             hashed.result()
-        self.digest = Digest(size, sha.hexdigest(), len(self._header), zlib.crc32(self._header), blocks)
+        header_crc32 = zlib.crc32(self._header)
+        self.facts = FileFacts(size=size, sha256=sha.hexdigest(), header_bytes=header_bytes, header_crc32=header_crc32)
 
     def blocks_of(self, key: str, tensor: torch.Tensor) -> Iterator[bytes | memoryview]:
-        """A tensor's bytes, BLOCK_BYTES at a time. A subclass may make them when they are wanted."""
+        """A tensor's bytes, BLOCK_BYTES at a time. A subclass may make them on demand."""
         data = _host_bytes(tensor)
         for start in range(0, len(data), BLOCK_BYTES):
             yield data[start : start + BLOCK_BYTES]
@@ -120,14 +128,31 @@ class StoredTensor:
     start: int
     stop: int
 
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
 
-def read_header(
-    storage: Storage, key: str, header_bytes: int, header_crc32: int, size: int
-) -> tuple[dict[str, StoredTensor], bytes]:
+    def problem(self, dtype: torch.dtype, count: int | None, crc32: Sequence[int]) -> str | None:
+        """How it differs from what the manifest says; `count` None: any number of elements."""
+        size = self.size if count is None else count * dtype.itemsize
+        if self.dtype != dtype or self.size != size:
+            return f"{self.dtype} of {self.size} bytes, the manifest says otherwise: {dtype} of {size} bytes"
+        if len(crc32) != -(-size // BLOCK_BYTES):
+            return f"the manifest says otherwise: {len(crc32)} check sums for {size} bytes"
+        return None
+
+
+def bad_blocks(data: memoryview, crc32: Sequence[int]) -> list[int]:
+    """Which blocks of `data` do not have these check sums."""
+    blocks = (data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES))
+    return [index for index, block in enumerate(blocks) if zlib.crc32(block) != crc32[index]]
+
+
+def read_header(storage: Storage, key: str, facts: FileFacts) -> tuple[dict[str, StoredTensor], bytes]:
     """The checked header of file `key`, and its bytes. Raises DamagedError naming the file; trusts no number it has not
     compared.
     """
-    where = f"{storage.name}/{key}"
+    where, header_bytes, size = f"{storage.name}/{key}", facts.header_bytes, facts.size
     if not 8 < header_bytes <= min(size, _HEADER_LIMIT_BYTES + 8):
         raise DamagedError(f"{where}: a header of {header_bytes} bytes in a file of {size}")
     buffer = bytearray(header_bytes)
@@ -136,8 +161,8 @@ def read_header(
     except UnreadableError as error:
         raise DamagedError(str(error)) from error
     raw = bytes(buffer)
-    if zlib.crc32(raw) != header_crc32:
-        raise DamagedError(f"{where}: header: crc32 is {zlib.crc32(raw):08x}, expected {header_crc32:08x}")
+    if zlib.crc32(raw) != facts.header_crc32:
+        raise DamagedError(f"{where}: header: crc32 is {zlib.crc32(raw):08x}, expected {facts.header_crc32:08x}")
     try:
         return parse_header(raw, size), raw
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What people read about a load: the LOAD PLAN, and how a checkpoint differs from the model it should fill."""
+"""What the user reads about a load: the LOAD PLAN, and how a checkpoint differs from the model that loads it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Wanted = Mapping[str, Mapping[str, Shape]]
 _LINES = 12
 _HEADS = "num_attention_heads"
 _FUNCTION = (_HEADS, "num_kv_attention_heads", "apply_post_layer_norm", "norm_type", "layer_norm_epsilon", "rope_base")
-"""Keys of the model that change what it computes, and no shape of a tensor."""
+"""Keys of the model that change what it computes, but no shape of a tensor."""
 
 
 def mismatch(found: Found, wanted: Wanted, config: Mapping[str, Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""Load what a checkpoint holds into the tensors of all ranks, whoever wrote it and wherever it lies."""
+"""Load a checkpoint, from any storage and saved by any layout, into the tensors of all ranks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.format.catalog import Found
-from internlm_lite.checkpoint.format.manifest import Manifest, layout_of, seal, unseal
+from internlm_lite.checkpoint.format.manifest import Manifest, dump_with_crc, layout_of, load_with_crc
+from internlm_lite.checkpoint.format.shards import describe
 from internlm_lite.checkpoint.load.compare import Wanted, load_plan, mismatch, other_function
+from internlm_lite.checkpoint.load.locate import is_save_folder, locate, open_at
 from internlm_lite.checkpoint.load.reader import Reader
-from internlm_lite.checkpoint.save.plan import describe
 from internlm_lite.checkpoint.storage.base import Storage
 from internlm_lite.checkpoint.storage.open import open_storage
 from internlm_lite.config.schema import S3Config
@@ -32,7 +32,7 @@ Check = Callable[[Found], None]
 
 @dataclass(frozen=True)
 class Restored:
-    """What a load gives back besides the filled tensors."""
+    """What a load returns besides the filled tensors."""
 
     found: Found
     state: dict[str, Any]
@@ -42,7 +42,7 @@ class Restored:
 
 
 class Loader:
-    """Reads, and remembers what it found damaged. Every method is collective."""
+    """The loading half of a manager: reads, and remembers what it found damaged. Every method is collective."""
 
     def __init__(self, mesh: Mesh, *, config: Mapping[str, Any] | None = None, s3: S3Config | None = None) -> None:
         """`config`: of this run, to be compared; `s3`: how object stores are reached."""
@@ -55,20 +55,20 @@ class Loader:
         """The checkpoint at `path`: a save folder (its newest good one), `.../commits/NAME.json`, `.../data/NAME`, or a
         copy of such a data folder. Raises CheckpointError if there is none, or it is damaged.
         """
-        root, name = on_main(self.mesh, lambda: catalog.locate(path, self._s3))
+        root, name = on_main(self.mesh, lambda: locate(path, self._s3))
         storage = open_storage(root, self._s3)
-        found = self._agree_on(storage, lambda: catalog.open_at(storage, name, self._bad))
+        found = self._agree_on([storage], lambda: open_at(storage, name, self._bad))
         assert found is not None
         return found
 
     def load_at(self, path: str, pieces: Sequence[Piece], check: Check | None = None) -> Restored:
-        """`open`, then `load`; from a save folder the newest checkpoint that proves good, as `resume` does."""
+        """`open`, then `load`; from a save folder the newest checkpoint that proves good, as in `resume`."""
         while True:
             found = self.open(path)
             try:
                 return self.load(found, pieces, check=check)
             except DamagedError as error:
-                if not on_main(self.mesh, lambda: catalog.is_save_folder(path, self._s3)):
+                if not on_main(self.mesh, lambda: is_save_folder(path, self._s3)):
                     raise
                 self._bad[found.name] = str(error)
 
@@ -109,18 +109,20 @@ class Loader:
             logger.info("loaded checkpoint %s: %s read by rank 0, %s", found.name, human_bytes(reader.bytes_read), took)
         return Restored(found, manifest.state, private)
 
-    def _agree_on(self, storage: Storage, look: Any) -> Found | None:
-        """What rank 0 finds, on all ranks; manifests travel as they are stored."""
+    def _agree_on(self, storages: Sequence[Storage], look: Callable[[], Found | None]) -> Found | None:
+        """What rank 0 finds in one of the storages, on all ranks; manifests travel as they are stored."""
 
-        def pack() -> tuple[str, bytes, tuple[str, ...]] | None:
+        def pack() -> tuple[int, str, bytes, tuple[str, ...]] | None:
             found = look()
-            return found and (found.folder, seal(found.manifest), found.rejected)
+            if found is None:
+                return None
+            return storages.index(found.storage), found.folder, dump_with_crc(found.manifest), found.rejected
 
         packed = on_main(self.mesh, pack)
         if packed is None:
             return None
-        folder, data, rejected = packed
-        return Found(storage, folder, unseal(Manifest, data, storage.name), rejected)
+        index, folder, data, rejected = packed
+        return Found(storages[index], folder, load_with_crc(Manifest, data, storages[index].name), rejected)
 
     def _wanted(self, pieces: Sequence[Piece]) -> Wanted:
         """What all ranks together want."""

@@ -5,15 +5,14 @@ crc32 is compared before any of its bytes is used; damage is reported with file 
 from __future__ import annotations
 
 import hashlib
-import zlib
 from math import prod
 
 import torch
 
-from internlm_lite.checkpoint.format.boxes import Region, overlaps
 from internlm_lite.checkpoint.format.catalog import Found
-from internlm_lite.checkpoint.format.manifest import StoredPiece, StoredState, read_bytes, vote_of
-from internlm_lite.checkpoint.format.tensor_file import BLOCK_BYTES, DTYPES, StoredTensor, read_header
+from internlm_lite.checkpoint.format.manifest import StoredShard, StoredState, read_bytes, vote_of
+from internlm_lite.checkpoint.format.regions import Region, overlaps
+from internlm_lite.checkpoint.format.tensor_file import BLOCK_BYTES, DTYPES, StoredTensor, bad_blocks, read_header
 from internlm_lite.checkpoint.storage.base import UnreadableError
 from internlm_lite.errors import DamagedError
 from internlm_lite.mesh.layout import Piece
@@ -39,7 +38,8 @@ class Reader:
                 continue
             first = min(source.extent[0] for source, _ in views)
             stop = max(source.extent[1] for source, _ in views)
-            memory, first = self._elements(stored, DTYPES[entry.dtype], stored.region.count, first, stop)
+            tensor = self._checked(stored, DTYPES[entry.dtype], stored.region.count)
+            memory, first = self._elements(stored, tensor, first, stop)
             for source, target in views:
                 target.of(piece.tensor.detach()).copy_(source.of(memory, first))
                 filled += prod(source.size)
@@ -54,52 +54,56 @@ class Reader:
         saved = self.found.manifest.rank_state
         if rank >= len(saved):
             return None
-        return {key: self._whole(state).clone() for key, state in saved[rank].items()}
+        return {key: self._whole(state) for key, state in saved[rank].items()}
 
     def check_file(self, file: str) -> None:
         """Compare a file's header and its vote with the manifest."""
         self._header(file)
+        self.check_vote(file)
+
+    def check_vote(self, file: str) -> None:
+        """Compare the vote on a file with the manifest."""
         vote = self.found.key(vote_of(file))
         sha256 = hashlib.sha256(read_bytes(self.found.storage, vote)).hexdigest()
         if sha256 != self.found.manifest.files[file].vote_sha256:
-            raise DamagedError(f"{self.found.storage.name}/{vote}: damaged: its sha256 is not the one in the manifest")
+            raise DamagedError(f"{self.found.storage.name}/{vote}: its sha256 is not the one in the manifest")
 
     def _whole(self, state: StoredState) -> torch.Tensor:
-        count = prod(self._stored(state).shape)
-        return self._elements(state, torch.uint8, count, 0, count)[0] if count else torch.empty(0, dtype=torch.uint8)
+        tensor = self._checked(state, torch.uint8, None)
+        count = prod(tensor.shape)
+        return self._elements(state, tensor, 0, count)[0].clone() if count else torch.empty(0, dtype=torch.uint8)
 
     def _header(self, file: str) -> dict[str, StoredTensor]:
         if file not in self._headers:
             facts = self.found.manifest.files.get(file)
             if facts is None:
                 raise DamagedError(f"{self.found.manifest_path}: no facts about {file}")
-            self._headers[file], _ = read_header(
-                self.found.storage, self.found.key(file), facts.header_bytes, facts.header_crc32, facts.size
-            )
+            self._headers[file], _ = read_header(self.found.storage, self.found.key(file), facts)
         return self._headers[file]
 
-    def _stored(self, piece: StoredPiece | StoredState) -> StoredTensor:
+    def _where(self, piece: StoredShard | StoredState) -> str:
+        return f"{self.found.storage.name}/{self.found.key(piece.file)}: tensor {piece.key}"
+
+    def _checked(self, piece: StoredShard | StoredState, dtype: torch.dtype, count: int | None) -> StoredTensor:
+        """Where it lies in its file, which has as many elements and check sums for it as the manifest says."""
         stored = self._header(piece.file).get(piece.key)
         if stored is None:
             raise DamagedError(f"{self._where(piece)} is not in the file's header")
+        problem = stored.problem(dtype, count, piece.crc32)
+        if problem:
+            raise DamagedError(f"{self._where(piece)}: {problem}")
         return stored
 
-    def _where(self, piece: StoredPiece | StoredState) -> str:
-        return f"{self.found.storage.name}/{self.found.key(piece.file)}: tensor {piece.key}"
-
     def _elements(
-        self, piece: StoredPiece | StoredState, dtype: torch.dtype, count: int, first: int, stop: int
+        self, piece: StoredShard | StoredState, stored: StoredTensor, first: int, stop: int
     ) -> tuple[torch.Tensor, int]:
-        """Elements first..stop of a stored tensor of `count`, and some around them: (1-D memory, its first element).
+        """Elements first..stop of a stored tensor, and some around them: (1-D memory, its first element).
 
         The memory is valid until the next call.
         """
-        stored = self._stored(piece)
-        size = stored.stop - stored.start
-        if stored.dtype != dtype or size != count * dtype.itemsize or len(piece.crc32) != -(-size // BLOCK_BYTES):
-            raise DamagedError(f"{self._where(piece)}: {stored.dtype} of {size} bytes, the manifest says otherwise")
-        low = first * dtype.itemsize // BLOCK_BYTES * BLOCK_BYTES
-        high = min(size, -(-stop * dtype.itemsize // BLOCK_BYTES) * BLOCK_BYTES)
+        itemsize = stored.dtype.itemsize
+        low = first * itemsize // BLOCK_BYTES * BLOCK_BYTES
+        high = min(stored.size, -(-stop * itemsize // BLOCK_BYTES) * BLOCK_BYTES)
         if self._buffer.numel() < high - low:
             self._buffer = torch.empty(high - low, dtype=torch.uint8)
         memory = self._buffer[: high - low]
@@ -109,12 +113,10 @@ class Reader:
         except UnreadableError as error:
             raise DamagedError(f"{self._where(piece)}: {error}") from error
         self.bytes_read += high - low
-        for start in range(low, high, BLOCK_BYTES):
-            block = view[start - low : min(start + BLOCK_BYTES, high) - low]
-            expected = piece.crc32[start // BLOCK_BYTES]
-            if (actual := zlib.crc32(block)) != expected:
-                raise DamagedError(
-                    f"{self._where(piece)}: damaged in bytes {start}..{start + len(block)}: "
-                    f"crc32 is {actual:08x}, expected {expected:08x}"
-                )
-        return memory.view(dtype), low // dtype.itemsize
+        for block in bad_blocks(view, piece.crc32[low // BLOCK_BYTES :]):
+            start = low + block * BLOCK_BYTES
+            raise DamagedError(
+                f"{self._where(piece)}: damaged in bytes {start}..{min(start + BLOCK_BYTES, stored.size)}: "
+                "their crc32 is not the one in the manifest"
+            )
+        return memory.view(stored.dtype), low // itemsize

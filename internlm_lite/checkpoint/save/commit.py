@@ -1,5 +1,5 @@
 """The commit protocol: every rank writes its file and then its vote; rank 0 sees all votes, writes the manifest and,
-last, the commit. Until then nothing exists; nothing is overwritten, ever. No collectives: any thread may run this.
+last, the commit. Until then nothing exists; nothing is ever overwritten. No collectives: any thread may run this.
 
     data/<name>/{rank-00003.safetensors, rank-00003.vote.json, manifest.json}   commits/<name>.json
 """
@@ -17,42 +17,43 @@ from typing import Any
 
 import torch
 
-from internlm_lite.checkpoint.format.boxes import tiling_problems
 from internlm_lite.checkpoint.format.catalog import inspect
 from internlm_lite.checkpoint.format.manifest import (
     FORMAT,
     Commit,
-    FileFacts,
     Kind,
     Manifest,
     ManifestFile,
     Name,
-    StoredPiece,
+    StoredShard,
     StoredState,
     TensorEntry,
     Vote,
-    VotedPiece,
+    VotedShard,
+    dump_with_crc,
     file_of,
+    load_with_crc,
     read_bytes,
-    seal,
-    unseal,
     versions,
 )
-from internlm_lite.checkpoint.format.tensor_file import Digest, TensorFile
-from internlm_lite.checkpoint.save.plan import Share
+from internlm_lite.checkpoint.format.regions import tiling_problems
+from internlm_lite.checkpoint.format.tensor_file import TensorFile
+from internlm_lite.checkpoint.save.write_plan import WriteItem
 from internlm_lite.checkpoint.storage.base import Storage
 from internlm_lite.errors import CheckpointError, DamagedError, StorageError
 
 logger = logging.getLogger("internlm_lite")
 _REASON_BYTES = 4000
 _REASONS = 8
-"""So many are told; thousands of ranks on a full disk have one each, naming their file."""
+"""At most this many are reported: thousands of ranks on a full disk have one each, naming their file."""
 _LONGEST_POLL_SECONDS = 0.5
+_RANK_STATE = "rank_state/"
+"""Prefix of the keys of a rank's private tensors in its file."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the manifest says besides the tensors."""
+    """Contents of the manifest besides the tensors."""
 
     kind: Kind
     layout: dict[str, int]
@@ -60,71 +61,50 @@ class Facts:
     state: dict[str, Any]
 
 
+def stream_of(items: Sequence[tuple[WriteItem, torch.Tensor]], rank_state: Mapping[str, torch.Tensor]) -> TensorFile:
+    """One rank's file."""
+    private = {f"{_RANK_STATE}{key}": tensor for key, tensor in rank_state.items()}
+    return TensorFile({item.key: tensor for item, tensor in items} | private)
+
+
 def write_rank(
-    storage: Storage,
-    name: Name,
-    rank: int,
-    world_size: int,
-    shares: Sequence[tuple[Share, torch.Tensor]],
-    rank_state: Mapping[str, torch.Tensor],
+    storage: Storage, name: Name, rank: int, world_size: int, stream: TensorFile, items: Sequence[WriteItem]
 ) -> int:
-    """Write one rank's file, then its vote. Returns the file's bytes. Raises StorageError."""
-    private = {f"rank_state/{key}": tensor for key, tensor in rank_state.items()}
-    stream = TensorFile({share.key: tensor for share, tensor in shares} | private)
-    return write_stream(storage, name, rank, world_size, stream, [share for share, _ in shares], tuple(rank_state))
-
-
-def write_stream(
-    storage: Storage,
-    name: Name,
-    rank: int,
-    world_size: int,
-    stream: TensorFile,
-    shares: Sequence[Share],
-    rank_state: Sequence[str] = (),
-) -> int:
-    """`write_rank` for a file that holds the shares, and the named rank states, already."""
+    """Write one rank's file, which holds the items, then its vote. Returns the file's bytes. Raises StorageError."""
     file = file_of(rank)
     written = storage.put(f"{name.folder}/{file}", stream)
-    digest = stream.digest
-    if digest is None or digest.size != written:
-        raise StorageError(f"{storage.name}/{name.folder}/{file}: {written} bytes written, expected {digest}")
+    facts, crc32 = stream.facts, stream.crc32
+    if facts is None or facts.size != written:
+        raise StorageError(f"{storage.name}/{name.folder}/{file}: {written} bytes written, expected {facts}")
+    states = [key for key in crc32 if key.startswith(_RANK_STATE)]
     vote = Vote(
         name=str(name),
         rank=rank,
         world_size=world_size,
-        facts=FileFacts(
-            size=digest.size,
-            sha256=digest.sha256,
-            header_bytes=digest.header_bytes,
-            header_crc32=digest.header_crc32,
-        ),
-        pieces=tuple(_voted(file, share, digest) for share in shares),
-        rank_state={
-            key: StoredState(file=file, key=f"rank_state/{key}", crc32=digest.blocks[f"rank_state/{key}"])
-            for key in rank_state
-        },
+        facts=facts,
+        pieces=tuple(_voted(file, item, crc32[item.key]) for item in items),
+        rank_state={key.removeprefix(_RANK_STATE): StoredState(file=file, key=key, crc32=crc32[key]) for key in states},
     )
-    storage.put(name.vote(rank), [seal(vote)])
+    storage.put(name.vote(rank), [dump_with_crc(vote)])
     return written
 
 
-def _voted(file: str, share: Share, digest: Digest) -> VotedPiece:
-    return VotedPiece(
+def _voted(file: str, item: WriteItem, crc32: tuple[int, ...]) -> VotedShard:
+    return VotedShard(
         file=file,
-        key=share.key,
-        box=share.region.box,
-        flat=share.region.flat,
-        crc32=digest.blocks[share.key],
-        name=share.holding.name,
-        role=share.holding.role,
-        shape=share.holding.shape,
-        dtype=share.holding.dtype,
+        key=item.key,
+        box=item.region.box,
+        flat=item.region.flat_range,
+        crc32=crc32,
+        name=item.shard.name,
+        role=item.shard.role,
+        shape=item.shard.shape,
+        dtype=item.shard.dtype,
     )
 
 
 def refuse(storage: Storage, name: Name, rank: int, reason: str) -> None:
-    """Instead of a vote: tell rank 0 why there will be none, if the storage takes that much."""
+    """Instead of a vote: tell rank 0 why there will be none, if that can be written."""
     with suppress(StorageError):
         storage.put(name.refusal(rank), [reason.encode()[:_REASON_BYTES]])
 
@@ -137,7 +117,7 @@ def await_votes(
     abandoned: threading.Event,
     poll_seconds: float = 0.01,
 ) -> None:
-    """Return when all ranks have voted. The storage is asked after `poll_seconds`, then less and less often.
+    """Return when all ranks have voted. Polls the storage after `poll_seconds`, then at growing intervals.
 
     Raises StorageError naming the ranks that refused, or did not vote before the deadline or until `abandoned` was set.
     """
@@ -167,10 +147,12 @@ def _raise_refusals(storage: Storage, name: Name, refused: Sequence[int]) -> Non
         ranks.setdefault(reason, []).append(rank)
     if not ranks:
         return
-    told = [f"rank {_joined(which)} could not write its part: {why}" for why, which in list(ranks.items())[:_REASONS]]
+    reasons = [
+        f"rank {_joined(which)} could not write its part: {why}" for why, which in list(ranks.items())[:_REASONS]
+    ]
     others = [rank for which in list(ranks.values())[_REASONS:] for rank in which]
-    told += [f"nor could rank {_joined(others)}"] if others else []
-    raise StorageError(f"checkpoint {name}: " + "; ".join(told))
+    reasons += [f"nor could rank {_joined(others)}"] if others else []
+    raise StorageError(f"checkpoint {name}: " + "; ".join(reasons))
 
 
 def _joined(ranks: Sequence[int]) -> str:
@@ -181,10 +163,10 @@ def commit_votes(storage: Storage, name: Name, world_size: int, facts: Facts) ->
     """Make a checkpoint exist, given all votes, and read it back.
 
     Raises CheckpointError when the pieces do not tile every tensor, StorageError when storage fails. Once it is
-    committed it exists: only damage makes that undone, not a storage that cannot read it back now.
+    committed it exists: only damage undoes that, not a storage that cannot read it back now.
     """
     manifest = _manifest(storage, name, world_size, facts)
-    data = seal(manifest)
+    data = dump_with_crc(manifest)
     storage.put(name.manifest, [data])
     document = Commit(
         format=FORMAT,
@@ -195,7 +177,7 @@ def commit_votes(storage: Storage, name: Name, world_size: int, facts: Facts) ->
         size=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
     )
-    if not storage.put_if_absent(name.commit, seal(document)):
+    if not storage.put_if_absent(name.commit, dump_with_crc(document)):
         raise StorageError(f"{storage.name}/{name.commit} exists already: do two runs share this folder?")
     try:
         inspect(storage, name)
@@ -208,11 +190,11 @@ def commit_votes(storage: Storage, name: Name, world_size: int, facts: Facts) ->
 
 def _manifest(storage: Storage, name: Name, world_size: int, facts: Facts) -> Manifest:
     files: dict[str, ManifestFile] = {}
-    pieces: dict[str, dict[str, list[VotedPiece]]] = {}
+    pieces: dict[str, dict[str, list[VotedShard]]] = {}
     private = []
     for rank in range(world_size):
         data = read_bytes(storage, name.vote(rank))
-        vote = unseal(Vote, data, f"{storage.name}/{name.vote(rank)}")
+        vote = load_with_crc(Vote, data, f"{storage.name}/{name.vote(rank)}")
         if (vote.name, vote.rank, vote.world_size) != (str(name), rank, world_size):
             raise DamagedError(f"{storage.name}/{name.vote(rank)} is the vote of rank {vote.rank} on {vote.name}")
         sha256 = hashlib.sha256(data).hexdigest()
@@ -238,14 +220,14 @@ def _manifest(storage: Storage, name: Name, world_size: int, facts: Facts) -> Ma
     )
 
 
-def _entry(role: str, name: str, pieces: Sequence[VotedPiece]) -> TensorEntry:
+def _entry(role: str, name: str, pieces: Sequence[VotedShard]) -> TensorEntry:
     shape, dtype = pieces[0].shape, pieces[0].dtype
     if any((piece.shape, piece.dtype) != (shape, dtype) for piece in pieces):
         raise CheckpointError(f"{role} of {name}: ranks disagree on its shape or dtype")
     problems = tiling_problems(shape, [(piece.file, piece.region) for piece in pieces])
     if problems:
         raise CheckpointError(f"{role} of {name} is not stored exactly once:\n  " + "\n  ".join(problems[:5]))
-    fields = set(StoredPiece.model_fields)
+    fields = set(StoredShard.model_fields)
     return TensorEntry(
-        dtype=dtype, shape=shape, pieces=tuple(StoredPiece(**piece.model_dump(include=fields)) for piece in pieces)
+        dtype=dtype, shape=shape, pieces=tuple(StoredShard(**piece.model_dump(include=fields)) for piece in pieces)
     )

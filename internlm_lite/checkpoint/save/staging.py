@@ -1,9 +1,9 @@
-"""Host memory that a save copies into before a thread writes it out: the copy is all that training waits for.
+"""Host memory into which a save is copied before a thread writes it: training waits for the copy alone.
 
-One buffer for all tensors of a save, made once and touched, so that later copies meet no page fault. With a folder
-(`ckpt.async_upload_tmp_folder`, such as /dev/shm) it is a file there without a name: nothing is left behind, however
-the process ends. On a GPU the buffer is page-locked as it is: torch's own pinned memory comes in powers of two, and is
-never given back.
+One buffer for all tensors of a save, allocated and touched once, so that later copies cause no page faults. With a
+folder (`ckpt.async_upload_tmp_folder`, such as /dev/shm) it is a file there without a name: nothing is left behind,
+however the process ends. For a GPU the buffer is page-locked in place: torch's own pinned memory comes in powers of
+two, and is never freed.
 """
 
 from __future__ import annotations
@@ -49,21 +49,21 @@ class Staging:
             self._lock()
 
     def close(self) -> None:
-        """Give the memory back, once the copies that were made in it are gone, too."""
+        """Free the memory, once the copies in it are freed, too."""
         if self._locked:
             torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr())
             self._locked = False
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def hold(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
-        """Host copies, done when this returns; same shapes and dtypes. None: there is no memory for them."""
+        """Host copies, complete when this returns; same shapes and dtypes. None: there is no memory for them."""
         self.reserve(tensors)
         copies, offset = [], 0
         if _size_of(tensors) > self._buffer.numel():
             return None
         for tensor in tensors:
-            place = self._buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            copies.append(place.copy_(tensor.detach(), non_blocking=True))
+            slot = self._buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            copies.append(slot.copy_(tensor.detach(), non_blocking=True))
             offset += round_up(tensor.nbytes, _ALIGNMENT_BYTES)
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
@@ -95,7 +95,7 @@ class Staging:
 
 
 def _forget_error(device: torch.device) -> None:
-    """CUDA keeps an error until it is asked for, and the next kernel would be blamed for it."""
+    """CUDA keeps an error until it is queried: the next kernel would report it as its own."""
     with suppress(RuntimeError):
         torch.zeros(1, device=device)
 
@@ -110,7 +110,7 @@ def _mapped(folder: Path, size: int) -> torch.Tensor:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
-        os.posix_fallocate(descriptor, 0, size)  # a full memory file system says so here, not by a signal later
+        os.posix_fallocate(descriptor, 0, size)  # a full memory file system fails here, not by a signal later
         return torch.frombuffer(mmap.mmap(descriptor, size, mmap.MAP_SHARED | mmap.MAP_POPULATE), dtype=torch.uint8)
     finally:
         os.close(descriptor)

@@ -1,6 +1,6 @@
 """One save as the writer thread sees it: this rank's file, its vote, and on rank 0 the commit.
 
-Nothing is collective, and every failure is told to the thread that trains.
+Nothing is collective, and every failure is handed to the thread that trains.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 
 from internlm_lite.checkpoint.format.manifest import Kind, Name
 from internlm_lite.checkpoint.save import commit
-from internlm_lite.checkpoint.save.plan import Share
-from internlm_lite.checkpoint.save.target import Target
+from internlm_lite.checkpoint.save.save_folder import SaveFolder
+from internlm_lite.checkpoint.save.write_plan import WriteItem
 from internlm_lite.checkpoint.storage.base import UnreachableError
 from internlm_lite.errors import InternLMError, StorageError
 from internlm_lite.units import human_bytes, human_seconds
@@ -34,73 +34,72 @@ class Saved:
 
 
 @dataclass
-class Write:
-    """What is to be written, and how far it is."""
+class WriteJob:
+    """What is to be written, and the progress of it."""
 
-    target: Target
+    folder: SaveFolder
     name: Name
     facts: commit.Facts
     rank: int
     world_size: int
-    shares: Sequence[tuple[Share, torch.Tensor]]
+    items: Sequence[tuple[WriteItem, torch.Tensor]]
     rank_state: dict[str, torch.Tensor]
     vote_timeout_seconds: float
     in_place: bool
-    """The shares are the tensors of the model themselves."""
+    """The items are the tensors of the model themselves."""
     written: threading.Event = field(default_factory=threading.Event)
-    """This rank's part is, or has failed: the tensors are not read any more."""
+    """This rank's part is written, or has failed: the tensors are not read any more."""
     abandoned: threading.Event = field(default_factory=threading.Event)
-    """Set from outside: waiting for votes is in vain."""
+    """Set from outside: stop waiting for votes."""
     failure: InternLMError | None = None
     """Of this rank's part."""
 
     def run(self) -> Saved:
         """Write it. No exception comes out of here."""
-        begin, is_main, target = time.monotonic(), self.rank == 0, self.target
+        begin, is_main, folder = time.monotonic(), self.rank == 0, self.folder
         try:
             if is_main:
-                target.clear_unfinished()
-            size = self._write_part()
+                folder.clear_unfinished()
+            stream = commit.stream_of(self.items, self.rank_state)
+            planned = [item for item, _ in self.items]
+            try:
+                size = commit.write_rank(folder.storage, self.name, self.rank, self.world_size, stream, planned)
+            except Exception as error:  # noqa: BLE001  as below, and rank 0 learns why there will be no vote
+                self.failure = self._as_known(error)
+                if not isinstance(self.failure, UnreachableError):  # or that could not be written, either
+                    commit.refuse(folder.storage, self.name, self.rank, str(self.failure))
+                raise self.failure from None
+            self.written.set()
             if is_main:
                 self._commit()
-        except Exception as error:  # noqa: BLE001  the thread's border: training goes on, and is told
-            failure = self._for_user(error)
-            target.answers = not isinstance(failure, UnreachableError)
-            if is_main:
-                target.unfinished.append(self.name)
-            else:  # rank 0 tells about the checkpoint, we why it failed
-                logger.error("rank %d: its part of checkpoint %s was not saved: %s", self.rank, self.name, failure)
-            return Saved(self.name, self.facts.kind, failure)
+        except Exception as error:  # noqa: BLE001  the end of the thread: training continues, and reports it
+            return Saved(self.name, self.facts.kind, self._failed(self._as_known(error)))
         finally:
             self.written.set()
-        target.answers = True
+        folder.reachable = True
         if is_main:
             took = human_seconds(time.monotonic() - begin)
             logger.info("saved %s checkpoint %s: %s on rank 0, %s", self.facts.kind, self.name, human_bytes(size), took)
-            target.tidy(self.name)
+            folder.tidy(self.name)
         return Saved(self.name, self.facts.kind, None)
 
-    def _write_part(self) -> int:
-        storage, name = self.target.storage, self.name
-        try:
-            size = commit.write_rank(storage, name, self.rank, self.world_size, self.shares, self.rank_state)
-        except Exception as error:  # noqa: BLE001  told to rank 0, then by `run`
-            self.failure = failure = self._for_user(error)
-            if not isinstance(failure, UnreachableError):  # a silent server would not hear that, either
-                commit.refuse(storage, name, self.rank, str(failure))
-            raise failure from None
-        self.written.set()
-        return size
-
     def _commit(self) -> None:
-        target, name, size = self.target, self.name, self.world_size
-        commit.await_votes(target.storage, name, size, self.vote_timeout_seconds, self.abandoned)
-        if target.lease is not None:
-            target.lease.check()
-        commit.commit_votes(target.storage, name, size, self.facts)
+        storage, name, size = self.folder.storage, self.name, self.world_size
+        commit.await_votes(storage, name, size, self.vote_timeout_seconds, self.abandoned)
+        if self.folder.lease is not None:
+            self.folder.lease.check()
+        commit.commit_votes(storage, name, size, self.facts)
 
-    def _for_user(self, error: Exception) -> InternLMError:
-        """The log gets the traceback of an error that nobody thought of."""
+    def _failed(self, failure: InternLMError) -> InternLMError:
+        self.folder.reachable = not isinstance(failure, UnreachableError)
+        if self.rank == 0:
+            self.folder.unfinished.append(self.name)
+        else:  # rank 0 reports the checkpoint, this rank why its part is missing
+            logger.error("rank %d: its part of checkpoint %s was not saved: %s", self.rank, self.name, failure)
+        return failure
+
+    def _as_known(self, error: Exception) -> InternLMError:
+        """The log gets the traceback of an unexpected error."""
         if isinstance(error, InternLMError):
             return error
         logger.error("checkpoint %s: the thread that writes it failed", self.name, exc_info=error)

@@ -1,6 +1,6 @@
-"""Where checkpoints live: named immutable objects. One protocol for the local disk and for object stores.
+"""Where checkpoints are stored: named objects. One protocol for the local disk and for object stores.
 
-Keys are `folder/folder/name` of [A-Za-z0-9._-], nothing starting with a dot. An object appears whole or not at all.
+Keys are `folder/folder/name` of [A-Za-z0-9._-], no part starting with a dot. An object appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ from internlm_lite.errors import StorageError
 
 Bytes = bytes | bytearray | memoryview
 
+RUN_LOCK_KEY = "run.lock"
+"""In a save folder: which run writes to it. See `run_lock`."""
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 
 
 class UnreadableError(StorageError):
-    """This object is absent, shorter than expected, or its medium cannot read it back: the object is at fault."""
+    """This object is absent, too short, or cannot be read back from its medium: the object is at fault."""
 
 
 class UnreachableError(StorageError):
-    """The storage stayed silent for as long as it is asked: it will not answer another request either."""
+    """The storage did not answer before the deadline: other requests would wait as long, in vain."""
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredObject:
     """One stored object."""
 
     key: str
@@ -48,6 +50,9 @@ class Storage(Protocol):
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Store `data` durably unless the key exists; False if it does."""
 
+    def replace(self, key: str, old: bytes, new: bytes) -> bool:
+        """Compare and swap: store `new` if the object holds `old`. False if it does not, or another replaces it now."""
+
     def read(self, key: str, limit_bytes: int) -> bytes:
         """The whole object, which is at most `limit_bytes` long."""
 
@@ -57,8 +62,8 @@ class Storage(Protocol):
     def size(self, key: str) -> int | None:
         """Bytes of the object; None if absent."""
 
-    def list(self, folder: str) -> list[Entry]:
-        """All objects below `folder` ("" for all), sorted by key. Names that are no keys are left out."""
+    def list(self, folder: str) -> list[StoredObject]:
+        """All objects below `folder` ("" for all), sorted by key. Other names are left out."""
 
     def delete(self, key: str) -> None:
         """Remove the object; fine if absent."""
@@ -67,7 +72,7 @@ class Storage(Protocol):
         """Remove everything below `folder`, unfinished objects too; fine if absent."""
 
     def sweep(self, older_than_seconds: float) -> None:
-        """Remove what interrupted `put`s left behind, if it is that old."""
+        """Remove the leftovers of interrupted `put`s that are that old."""
 
 
 def check_key(key: str) -> tuple[str, ...]:

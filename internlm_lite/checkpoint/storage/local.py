@@ -1,10 +1,11 @@
-"""Storage in a folder of a file system. An object is written to a hidden temporary file beside its place, flushed to
-the medium, then renamed, and the folder is flushed: after a crash there is the whole object or none.
+"""Storage in a folder of a file system. An object is written to a hidden temporary file beside it, flushed to the
+medium, then renamed, and the folder is flushed: after a crash there is the whole object or none.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -15,12 +16,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from internlm_lite.checkpoint.storage.base import Bytes, Entry, UnreadableError, check_key
+from internlm_lite.checkpoint.storage.base import Bytes, StoredObject, UnreadableError, check_key
 from internlm_lite.errors import StorageError
 
 _TEMPORARY = ".tmp-"
 _GROUPS = ("data/*", "probe-*")
-"""Folders that are one save's or one probe's own: useless when empty. Others may lie beside them."""
+"""Folders of one save or one probe: removed when empty. Others may lie beside them."""
 _WRITE_BYTES = 1024 * 1024
 """Bytes of one write. Copies of 4 MB into ext4's large folios took ten times longer while a thread hashed beside."""
 _HINTS = {
@@ -33,12 +34,12 @@ _HINTS = {
     errno.EIO: "the medium failed",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another folder",
 }
-# What a file system answers that cannot flush a folder, or knows no hard links.
+# Errors of file systems that cannot flush a folder, or have no hard links or locks.
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS, errno.EMLINK)
 
 
 class LocalStorage:
-    """Objects are files below `root`. Folders are made when first written to; symbolic links inside are refused."""
+    """Objects are files below `root`. Folders are made when needed; symbolic links inside are refused."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().absolute()
@@ -69,6 +70,24 @@ class LocalStorage:
             _flush_folder(path.parent)
             return True
 
+    def replace(self, key: str, old: bytes, new: bytes) -> bool:
+        with self._errors("write", key):
+            path = self._path(key)
+            try:
+                with open(path, "r+b") as file:
+                    if not _try_lock(file.fileno()):
+                        return False
+                    # Whoever replaces the file holds the lock of the one that is replaced.
+                    is_current = os.path.samestat(os.fstat(file.fileno()), path.lstat())
+                    if not is_current or file.read(len(old) + 1) != old:
+                        return False
+                    with _temporary(path, [new]) as (temporary, _):
+                        os.rename(temporary, path)
+                    _flush_folder(path.parent)
+                    return True
+            except FileNotFoundError:
+                return False
+
     def read(self, key: str, limit_bytes: int) -> bytes:
         with self._errors("read", key), self._open(key) as descriptor:
             size = os.fstat(descriptor).st_size
@@ -90,7 +109,7 @@ class LocalStorage:
                 return None
             return found.st_size if stat.S_ISREG(found.st_mode) else None
 
-    def list(self, folder: str) -> list[Entry]:
+    def list(self, folder: str) -> list[StoredObject]:
         entries = []
         with self._errors("list", folder):
             top = self._path(folder) if folder else self.root
@@ -100,7 +119,7 @@ class LocalStorage:
                     with suppress(StorageError, FileNotFoundError):  # foreign names; files that vanish meanwhile
                         check_key(key)
                         found = (parent / name).lstat()
-                        entries.append(Entry(key, found.st_size, found.st_mtime))
+                        entries.append(StoredObject(key, found.st_size, found.st_mtime))
         return sorted(entries, key=lambda entry: entry.key)
 
     def delete(self, key: str) -> None:
@@ -123,7 +142,7 @@ class LocalStorage:
             groups = {path for pattern in _GROUPS for path in self.root.glob(pattern)}
             for parent in filter(self._is_folder, (self.root, self.root / "commits", self.root / "data", *groups)):
                 with suppress(FileNotFoundError):
-                    unused = parent.stat().st_mtime < limit  # before anything is removed, which changes it
+                    unused = parent.stat().st_mtime < limit  # read before a removal changes it
                     for path in parent.glob(f"{_TEMPORARY}*"):
                         if path.lstat().st_mtime < limit:
                             path.unlink()
@@ -203,9 +222,18 @@ def _temporary(path: Path, chunks: Iterable[Bytes]) -> Iterator[tuple[Path, int]
 
 
 def _begin_flush(descriptor: int, start: int, count: int) -> None:
-    """Let the medium start on these bytes while the next are made, so that the flush at the end finds little to do."""
+    """Start writing these bytes out while the next are made, so that the flush at the end has little to do."""
     if sys.platform == "linux":
-        os.posix_fadvise(descriptor, start, count, os.POSIX_FADV_DONTNEED)  # forgets only what is written already
+        os.posix_fadvise(descriptor, start, count, os.POSIX_FADV_DONTNEED)  # drops only what is written already
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Take the file's lock until it is closed; False if another process has it. A file system without is trusted."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (*_NOT_SUPPORTED, errno.ENOLCK)
+    return True
 
 
 def _make_folder(path: Path) -> None:

@@ -1,16 +1,11 @@
-"""Who writes to a save folder: one run at a time.
+"""One run at a time writes to a save folder.
 
     run.lock   {owner, host, pid, world, beat}     renewed every RENEW_SECONDS by a thread; removed at the end
 
-A lock whose process is gone (of the same boot and pid namespace, where its pid means something), or that does not
-change for LEASE_SECONDS while we watch, is taken over. Only changes are compared, never clocks of two hosts.
-
-Removing a lock removes whichever is there by then, so of several runs that watched the same one, a later one may remove
-that of the first. Still one alone goes on: each looks again SETTLE_SECONDS after it has written its own lock; and who
-took longer than that to remove one waits, before it writes, until a run that it may have robbed has renewed its lock.
-The lock of a process that is gone is no exception: two runs that begin on its host find it at the same time. As the one
-that looks again does not know how the other one judged the lock, both times are the same for all: short, as every start
-after a crash takes so long, and longer than a removal takes where the storage is not slow.
+It is created only where there is none, and changed only by compare and swap (`Storage.replace`): of several runs that
+take over the same lock, one wins and the others are refused. It is taken over when its process is gone (known for the
+same boot and pid namespace) or when it does not change for LEASE_SECONDS while we watch; clocks of two hosts are never
+compared.
 """
 
 from __future__ import annotations
@@ -27,18 +22,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from internlm_lite.checkpoint.storage.base import Storage, UnreadableError
+from internlm_lite.checkpoint.storage.base import RUN_LOCK_KEY, Storage, UnreadableError
 from internlm_lite.errors import StorageError
 
 logger = logging.getLogger("internlm_lite")
-KEY = "run.lock"
 RENEW_SECONDS = 15.0
 LEASE_SECONDS = 60.0
-"""Taking over from a dead run takes so long; half as much more where the storage is slow."""
-SETTLE_SECONDS = 0.5
 _LIMIT_BYTES = 4096
-_Watched = tuple[dict[str, Any] | None, float]
-"""The lock of another run, if there was one, and since when it is watched, by time.monotonic()."""
 
 
 class Lease:
@@ -47,89 +37,86 @@ class Lease:
     def __init__(self, storage: Storage, lease_seconds: float = LEASE_SECONDS, renew_seconds: float = RENEW_SECONDS):
         self._storage = storage
         self._lease_seconds, self._renew_seconds = lease_seconds, renew_seconds
-        self._owner = uuid.uuid4().hex
-        self._beat = 0
+        self._owner, self._beat = uuid.uuid4().hex, 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-
-    def watch(self) -> _Watched:
-        """Begin to look for a sign of life of the run whose lock is there."""
-        return holder(self._storage), time.monotonic()
 
     def acquire(self) -> None:
         """Take the lease, waiting for a dead run's to run out. Raises StorageError naming the run that is alive."""
         acquire([self])
 
-    def put(self, watched: _Watched) -> bool:
-        """Write our lock, and renew it from now on. True: in the place of another one; `check` after SETTLE_SECONDS.
-
-        Raises StorageError naming the run that is alive.
+    def take(self, found: bytes | None, since: float) -> None:
+        """Write our lock in the place of `found`, which was seen at `since` by time.monotonic(), and renew it from now
+        on. Raises StorageError naming the run that is alive.
         """
-        found, since = watched
-        if found is not None:
-            self._displace(found, 0.0 if _is_dead(found) else since + self._lease_seconds)
-        if not self._storage.put_if_absent(KEY, self._document()):
-            raise StorageError(_taken(self._storage, holder(self._storage)))
+        found = self._watch(found, since)
+        if found is None:
+            taken = self._storage.put_if_absent(RUN_LOCK_KEY, self._document())
+        else:
+            taken = self._storage.replace(RUN_LOCK_KEY, found, self._document())
+        if not taken:
+            raise StorageError(_in_use(self._storage, holder(self._storage)))
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
-        return found is not None
 
     def check(self) -> None:
         """Raises StorageError when another run has taken over, for instance after this one was suspended, or when the
         lock is gone, for instance with the storage.
         """
-        found = holder(self._storage)
-        if found is None and self._storage.list("commits") and self._storage.put_if_absent(KEY, self._document()):
-            logger.warning("%s: this run's lock %s was gone, and is written anew", self._storage.name, KEY)
-            return
+        self._own_lock()
+
+    def _own_lock(self) -> bytes:
+        """Our lock as it is stored; raises as `check` does."""
+        found = read_lock(self._storage)
+        if found is None and self._storage.list("commits"):
+            if self._storage.put_if_absent(RUN_LOCK_KEY, self._document()):
+                logger.warning("%s: this run's lock %s was gone, and is restored", self._storage.name, RUN_LOCK_KEY)
+            found = read_lock(self._storage)
         if found is None:
             raise StorageError(
-                f"{self._storage.name}: this run's lock {KEY} is gone or cannot be read: was the folder removed, or "
-                "its file system unmounted? This run does not write there until it is back"
+                f"{self._storage.name}: this run's lock {RUN_LOCK_KEY} is gone or cannot be read: was the folder "
+                "removed, or its file system unmounted? This run does not write there until it is back"
             )
-        if found.get("owner") != self._owner:
-            raise StorageError(_taken(self._storage, found) + "; this run does not write there any more")
+        if _facts(found).get("owner") != self._owner:
+            raise StorageError(_in_use(self._storage, _facts(found)) + "; this run does not write there any more")
+        return found
 
     def release(self) -> None:
-        """Give the folder free and join the thread; nothing where the lease was not taken."""
+        """Remove the lock and join the thread; nothing where the lease was not taken."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(self._lease_seconds)
             self._thread = None
             with suppress(StorageError):
                 self.check()
-                self._storage.delete(KEY)
+                self._storage.delete(RUN_LOCK_KEY)
 
-    def _displace(self, found: dict[str, Any], until: float) -> None:
-        """Remove a lock that does not change before `until`; raise when it does."""
+    def _watch(self, found: bytes | None, since: float) -> bytes | None:
+        """`found` once its run is dead, None if its run has ended. Raises StorageError when the lock changes."""
+        if found is None or _is_dead(_facts(found)):
+            return found
+        until, facts = since + self._lease_seconds, _facts(found)
         if time.monotonic() < until:
             logger.info(
                 "%s is locked by %s pid %s: looking for up to %.0f s whether it is alive",
-                self._storage.name, found.get("host"), found.get("pid"), until - time.monotonic(),
+                self._storage.name, facts.get("host"), facts.get("pid"), until - time.monotonic(),
             )  # fmt: skip
         while time.monotonic() < until:
             time.sleep(min(0.5, self._lease_seconds / 10))
-            if not self._stays(found):
-                return
-        looked = time.monotonic()
-        if self._stays(found):
-            self._storage.delete(KEY)
-        if time.monotonic() - looked > SETTLE_SECONDS:
-            time.sleep(self._lease_seconds / 2)  # see above; runs renew their locks twice as often
-
-    def _stays(self, found: dict[str, Any]) -> bool:
-        """True for that lock, False for none. Raises StorageError when it is another one."""
-        now = holder(self._storage)
-        if now is not None and now != found:
-            raise StorageError(_taken(self._storage, now))
-        return now is not None
+            now = read_lock(self._storage)
+            if now is None:
+                return None
+            if now != found:
+                raise StorageError(_in_use(self._storage, _facts(now)))
+        return found
 
     def _renew(self) -> None:
         while not self._stop.wait(self._renew_seconds):
-            self._beat += 1
             try:
-                self.check()
-                self._storage.put(KEY, [self._document()])
+                before = self._own_lock()
+                self._beat += 1
+                if not self._storage.replace(RUN_LOCK_KEY, before, self._document()):
+                    self.check()
             except StorageError as error:  # the commit checks again and refuses
                 logger.warning("the lease on %s could not be renewed: %s", self._storage.name, error)
 
@@ -138,24 +125,21 @@ class Lease:
             "owner": self._owner,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "world": _world(),
+            "world": _pid_namespace(),
             "beat": self._beat,
         }
         return json.dumps(facts).encode()
 
 
 def acquire(leases: Sequence[Lease]) -> None:
-    """Take them all, or none, in the time of one: dead runs' locks are watched side by side.
+    """Take them all, or none, in the time of one: the locks of dead runs are watched side by side.
 
     Raises StorageError naming the run that is alive.
     """
     try:
-        watched = [lease.watch() for lease in leases]
-        replaced = [lease.put(lock) for lease, lock in zip(leases, watched, strict=True)]
-        if any(replaced):
-            time.sleep(SETTLE_SECONDS)
-            for lease in leases:
-                lease.check()
+        seen = [(lease, read_lock(lease._storage), time.monotonic()) for lease in leases]
+        for lease, found, since in seen:
+            lease.take(found, since)
     except BaseException:
         for lease in leases:
             lease.release()
@@ -164,7 +148,7 @@ def acquire(leases: Sequence[Lease]) -> None:
 
 @contextmanager
 def held(storage: Storage) -> Iterator[None]:
-    """The folder is ours inside. Raises StorageError naming the run that has it."""
+    """The folder is locked for us inside. Raises StorageError naming the run that has it."""
     lease = Lease(storage)
     lease.acquire()
     try:
@@ -173,12 +157,24 @@ def held(storage: Storage) -> Iterator[None]:
         lease.release()
 
 
-def holder(storage: Storage) -> dict[str, Any] | None:
-    """What the lock says; None without one. A damaged lock is a lock without facts."""
+def read_lock(storage: Storage) -> bytes | None:
+    """The lock as it is stored; None without one."""
     try:
-        found = json.loads(storage.read(KEY, _LIMIT_BYTES))
+        return storage.read(RUN_LOCK_KEY, _LIMIT_BYTES)
     except UnreadableError:
         return None
+
+
+def holder(storage: Storage) -> dict[str, Any] | None:
+    """What the lock says; None without one."""
+    found = read_lock(storage)
+    return None if found is None else _facts(found)
+
+
+def _facts(lock: bytes) -> dict[str, Any]:
+    """What a lock says: nothing if it is damaged."""
+    try:
+        found = json.loads(lock)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
@@ -187,20 +183,21 @@ def holder(storage: Storage) -> dict[str, Any] | None:
 def _is_dead(found: dict[str, Any]) -> bool:
     """Whether the holder was a process of this host that is gone."""
     pid = found.get("pid")
-    here = (socket.gethostname(), _world())
+    here = (socket.gethostname(), _pid_namespace())
     if not here[1] or (found.get("host"), found.get("world")) != here or not isinstance(pid, int):
         return False
     try:
         os.kill(pid, 0)
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except ProcessLookupError:
         return True
-    except PermissionError:
+    except OSError:  # it is another user's, or there is no /proc
         return False
-    return _state(pid) == "Z"
+    return status.rpartition(")")[2].split()[0] == "Z"
 
 
-def _world() -> str:
-    """Where a pid names one process: this boot of this kernel, and the pid namespace in it. "" where nothing tells."""
+def _pid_namespace() -> str:
+    """Where a pid names one process: this boot of this kernel, and the pid namespace in it; "" where it is unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -208,16 +205,7 @@ def _world() -> str:
         return ""
 
 
-def _state(pid: int) -> str:
-    """One letter as in /proc; "" where there is none."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
-
-
-def _taken(storage: Storage, found: dict[str, Any] | None) -> str:
+def _in_use(storage: Storage, found: dict[str, Any] | None) -> str:
     who = f"host {found.get('host')}, pid {found.get('pid')}" if found else "another run"
     return (
         f"{storage.name} is in use by {who}: expected one run per save folder; stop that run, or choose other "

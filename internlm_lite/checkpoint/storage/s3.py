@@ -10,14 +10,15 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from itertools import chain
 from typing import Any
 
 from botocore.exceptions import ClientError
 
-from internlm_lite.checkpoint.storage.base import Bytes, Entry, UnreadableError, check_key
+from internlm_lite.checkpoint.storage.base import Bytes, StoredObject, UnreadableError, check_key
 from internlm_lite.checkpoint.storage.s3_client import connect
-from internlm_lite.checkpoint.storage.s3_multipart import PARALLEL, PART_BYTES, Target, cut
+from internlm_lite.checkpoint.storage.s3_multipart import PARALLEL, PART_BYTES, MultipartUpload, content, cut
 from internlm_lite.checkpoint.storage.s3_retry import Calls, RefusedError
 from internlm_lite.config.paths import S3Path
 from internlm_lite.config.schema import S3Config
@@ -30,7 +31,8 @@ _READ_BYTES = 16 * 1024 * 1024
 _STEP_BYTES = 256 * 1024
 _BATCH = 1000
 """Objects that one request may delete."""
-_NO_CONDITIONS = ("NotImplemented", "501", "InvalidArgument", "InvalidRequest", "400")
+_NOT_MET = ("PreconditionFailed", "412")
+_NOT_KNOWN = ("NotImplemented", "501", "MethodNotAllowed", "405", "InvalidArgument", "InvalidRequest", "400")
 
 
 class S3Storage:
@@ -39,63 +41,80 @@ class S3Storage:
     def __init__(self, path: S3Path, settings: S3Config, part_bytes: int = PART_BYTES) -> None:
         self.name = str(path)
         self._bucket, self._prefix = path.bucket, f"{path.prefix}/"
-        connection = connect(path, settings)
-        self._client = connection.client
-        self._calls = Calls(self.name, settings.deadline_seconds, connection.secrets)
+        self._client, secrets = connect(path, settings)
+        self._calls = Calls(self.name, settings.deadline_seconds, secrets)
         self._with_md5 = settings.checksums == "md5"
         self._part_bytes = part_bytes
-        self._has_conditions: bool | None = None
+        self._heeds: dict[str, bool] = {}
+        """Whether the server refuses a put whose IfNoneMatch or IfMatch is not met; asked once."""
 
     def put(self, key: str, chunks: Iterable[Bytes]) -> int:
-        target = self._target(key)
+        names = self._names(key)
         parts = cut(chunks, self._part_bytes)
         first, second = next(parts, bytearray()), next(parts, None)
-        if second is not None:
-            return target.put_parts(chain([first, second], parts))
-        target.put(first)
-        return len(first)
+        if second is None:
+            self._put(key, first)
+            return len(first)
+        upload = MultipartUpload(self._client, self._calls, key, names)
+        return upload.write(chain([first, second], parts), with_md5=self._with_md5)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        target = self._target(key)
-        if self._has_conditions is None:
-            self._has_conditions = self._try_conditions()
-        if not self._has_conditions:
-            if self.size(key) is not None:
-                return False
-            target.put(data)
-            return True
+        if not self._is_heeded("IfNoneMatch") and self.size(key) is not None:
+            return False
+        return self._put_if(key, data, "IfNoneMatch", "*")
+
+    def replace(self, key: str, old: bytes, new: bytes) -> bool:
+        with suppress(UnreadableError):
+            tag, found = self._get(key, len(old))
+            return found == old and self._put_if(key, new, "IfMatch", tag)
+        return False
+
+    def _put(self, key: str, data: bytes | bytearray, **conditions: str) -> None:
+        body = content(data, self._calls, with_md5=self._with_md5)
+        request = partial(self._client.put_object, **self._names(key), **body, **conditions)
+        self._calls.run("write", key, request, body=body["Body"])
+
+    def _put_if(self, key: str, data: bytes, condition: str, value: str) -> bool:
+        """Write the object if the condition is met, which a server that does not know it takes for granted."""
         try:
-            target.put(data, IfNoneMatch="*")
+            self._put(key, data, **({condition: value} if self._is_heeded(condition) else {}))
         except RefusedError as error:
-            if error.code not in ("PreconditionFailed", "412"):
+            if error.code not in _NOT_MET:
                 raise
-            # It may be an answer to our own second attempt, when that to the first got lost.
-            return self.read(key, limit_bytes=len(data)) == data if self.size(key) == len(data) else False
+            # It may be the answer to our own second attempt, after that to the first one was lost.
+            return self.size(key) == len(data) and self.read(key, len(data)) == data
         return True
 
-    def _try_conditions(self) -> bool:
-        """Whether the server heeds If-None-Match on a put."""
+    def _is_heeded(self, condition: str) -> bool:
+        if condition not in self._heeds:
+            self._heeds[condition] = self._try_condition(condition, {"IfNoneMatch": "*"}.get(condition, '"other"'))
+        return self._heeds[condition]
+
+    def _try_condition(self, condition: str, value: str) -> bool:
         folder = f"probe-{uuid.uuid4().hex}"
-        target = self._target(f"{folder}/condition")
-        target.put(b"first")
         try:
-            target.put(b"second", IfNoneMatch="*")
+            self._put(f"{folder}/condition", b"first")
+            self._put(f"{folder}/condition", b"second", **{condition: value})
         except RefusedError as error:
-            if error.code in ("PreconditionFailed", "412"):
+            if error.code in _NOT_MET:
                 return True
-            if error.code not in _NO_CONDITIONS:
+            if error.code not in _NOT_KNOWN:
                 raise
         finally:
             with suppress(StorageError):
                 self.delete_folder(folder)
-        logger.info("%s: the server knows no If-None-Match: commits are looked up before they are written", self.name)
+        logger.info("%s: the server knows no %s: objects are looked up before they are written", self.name, condition)
         return False
 
     def read(self, key: str, limit_bytes: int) -> bytes:
-        place = self._place(key)
+        return self._get(key, limit_bytes)[1]
 
-        def request(deadline: float) -> bytes:
-            answer = self._client.get_object(Bucket=self._bucket, Key=place)
+    def _get(self, key: str, limit_bytes: int) -> tuple[str, bytes]:
+        """(the server's tag of the object, its bytes)"""
+        names, deadline = self._names(key), self._calls.deadline()
+
+        def request() -> tuple[str, bytes]:
+            answer = self._client.get_object(**names)
             with answer["Body"] as stream:
                 size = answer["ContentLength"]
                 if size > limit_bytes:
@@ -103,20 +122,20 @@ class S3Storage:
                 data = bytearray(size)
                 for _ in _steps(stream, memoryview(data), deadline):
                     pass
-                return bytes(data)
+                return str(answer["ETag"]), bytes(data)
 
         return self._calls.run("read", key, request)
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
-        self._place(key)
+        self._names(key)
         buffer = buffer.cast("B")
-        begins = range(0, len(buffer), _READ_BYTES)
-        if len(begins) <= 1:
+        ranges = [(at, buffer[at : at + _READ_BYTES]) for at in range(0, len(buffer), _READ_BYTES)]
+        if len(ranges) == 1:
             self._read_range(key, start, buffer)
+        if len(ranges) <= 1:
             return
         with ThreadPoolExecutor(PARALLEL, thread_name_prefix="s3-read") as pool:
-            ranges = [(start + begin, buffer[begin : begin + _READ_BYTES]) for begin in begins]
-            futures = [pool.submit(self._read_range, key, *part) for part in ranges]
+            futures = [pool.submit(self._read_range, key, start + at, part) for at, part in ranges]
             try:
                 for future in futures:
                     future.result()
@@ -125,19 +144,18 @@ class S3Storage:
                 raise
 
     def _read_range(self, key: str, start: int, buffer: memoryview) -> None:
-        """One range; after a broken connection it goes on where it was."""
-        place, stop, done = self._place(key), start + len(buffer), 0
+        """One range; after a broken connection it continues where it was."""
+        names, stop, done, deadline = self._names(key), start + len(buffer), 0, self._calls.deadline()
 
-        def request(deadline: float) -> None:
+        def request() -> None:
             nonlocal done
-            answer = self._client.get_object(Bucket=self._bucket, Key=place, Range=f"bytes={start + done}-{stop - 1}")
+            answer = self._client.get_object(**names, Range=f"bytes={start + done}-{stop - 1}")
             with answer["Body"] as stream:
                 self._check_range(key, answer, start + done, stop)
                 for count in _steps(stream, buffer[done:], deadline):
                     done += count
 
-        if len(buffer):
-            self._calls.run("read", key, request)
+        self._calls.run("read", key, request)
 
     def _check_range(self, key: str, answer: Any, start: int, stop: int) -> None:
         """The answer holds bytes start..stop of the object."""
@@ -149,57 +167,49 @@ class S3Storage:
             raise StorageError(f"cannot read {self.name}/{key}: asked for bytes {start}-{stop - 1}, got {said}")
 
     def size(self, key: str) -> int | None:
-        place = self._place(key)
         with suppress(UnreadableError):
-            found = self._calls.run("look up", key, lambda _: self._client.head_object(Bucket=self._bucket, Key=place))
+            found = self._calls.run("look up", key, partial(self._client.head_object, **self._names(key)))
             return int(found["ContentLength"])
         return None
 
-    def list(self, folder: str) -> list[Entry]:
+    def list(self, folder: str) -> list[StoredObject]:
         entries = []
-        for item in self._objects(self._below(folder)):
+        for item in self._pages("list_objects_v2", "Contents", self._below(folder)):
             key = item["Key"].removeprefix(self._prefix)
             with suppress(StorageError):  # foreign names
                 check_key(key)
-                entries.append(Entry(key, item["Size"], item["LastModified"].timestamp()))
+                entries.append(StoredObject(key, item["Size"], item["LastModified"].timestamp()))
         return sorted(entries, key=lambda entry: entry.key)
 
     def delete(self, key: str) -> None:
-        place = self._place(key)
         with suppress(UnreadableError):
-            self._calls.run("delete", key, lambda _: self._client.delete_object(Bucket=self._bucket, Key=place))
+            self._calls.run("delete", key, partial(self._client.delete_object, **self._names(key)))
 
     def delete_folder(self, folder: str) -> None:
         check_key(folder)
         below = self._below(folder)
-        places = [item["Key"] for item in self._objects(below)]
-        for begin in range(0, len(places), _BATCH):
-            self._delete_batch(folder, places[begin : begin + _BATCH])
+        object_keys = [item["Key"] for item in self._pages("list_objects_v2", "Contents", below)]
+        for begin in range(0, len(object_keys), _BATCH):
+            self._calls.run("delete", folder, partial(self._delete_batch, object_keys[begin : begin + _BATCH]))
         self._abort_uploads(below, time.time() + 365 * 86_400)
 
     def sweep(self, older_than_seconds: float) -> None:
         self._abort_uploads(self._prefix, time.time() - older_than_seconds)
 
-    def _delete_batch(self, folder: str, places: Sequence[str]) -> None:
-        left = places
-
-        def request(_: float) -> None:
-            nonlocal left
-            wanted = {"Objects": [{"Key": place} for place in left], "Quiet": True}
-            errors = self._client.delete_objects(Bucket=self._bucket, Delete=wanted).get("Errors", [])
-            errors = [error for error in errors if error.get("Code") != "NoSuchKey"]
-            if errors:
-                left = [error["Key"] for error in errors]
-                raise ClientError({"Error": errors[0]}, "DeleteObjects")
-
-        self._calls.run("delete", folder, request)
+    def _delete_batch(self, object_keys: Sequence[str]) -> None:
+        """Deleting what is gone already is no error, so that all of it may be repeated."""
+        wanted = {"Objects": [{"Key": object_key} for object_key in object_keys], "Quiet": True}
+        errors = self._client.delete_objects(Bucket=self._bucket, Delete=wanted).get("Errors", [])
+        for error in errors:
+            if error.get("Code") != "NoSuchKey":
+                raise ClientError({"Error": error}, "DeleteObjects")
 
     def _abort_uploads(self, below: str, before: float) -> None:
         """Abort unfinished uploads of objects named `below`..., begun before that time (seconds since the epoch)."""
         try:
-            found = list(self._uploads(below))
+            found = self._pages("list_multipart_uploads", "Uploads", below)
         except RefusedError as error:
-            if error.code not in ("NotImplemented", "501", "MethodNotAllowed", "405"):
+            if error.code not in _NOT_KNOWN:
                 raise
             logger.debug("%s: unfinished uploads stay: %s", self.name, error)
             return
@@ -207,57 +217,33 @@ class S3Storage:
             if upload["Initiated"].timestamp() < before:
                 names = {"Bucket": self._bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
                 key = upload["Key"].removeprefix(self._prefix)
-                with suppress(UnreadableError):
-                    self._abort(key, names)
+                abort = partial(self._client.abort_multipart_upload, **names)
+                try:
+                    self._calls.run("abort the upload of", key, abort)
+                except (UnreadableError, RefusedError) as error:
+                    if isinstance(error, RefusedError) and error.code != "NoSuchUpload":
+                        raise
 
-    def _abort(self, key: str, names: dict[str, str]) -> None:
-        try:
-            self._calls.run("abort the upload of", key, lambda _: self._client.abort_multipart_upload(**names))
-        except RefusedError as error:
-            if error.code != "NoSuchUpload":
-                raise
+    def _pages(self, what: str, field: str, below: str) -> Sequence[Any]:
+        """What the server lists of objects or uploads whose name begins with `below`."""
+        pages = self._client.get_paginator(what).paginate(Bucket=self._bucket, Prefix=below)
+        key = below.removeprefix(self._prefix).rstrip("/")
+        items = self._calls.run("list", key, lambda: [item for page in pages for item in page.get(field, [])])
+        # A server that ignores Prefix must not make us delete or abort what belongs to others.
+        return [item for item in items if item["Key"].startswith(below)]
 
-    def _objects(self, below: str) -> Iterator[Any]:
-        """What the server knows of each object whose name begins so."""
-        more: dict[str, str] = {}
-        while True:
-            page = self._page("list_objects_v2", below, more)
-            yield from page.get("Contents", [])
-            if not page.get("IsTruncated"):
-                return
-            more = {"ContinuationToken": page["NextContinuationToken"]}
-
-    def _uploads(self, below: str) -> Iterator[Any]:
-        more: dict[str, str] = {}
-        while True:
-            page = self._page("list_multipart_uploads", below, more)
-            # A server that knows no Prefix here must not make us abort the uploads of others.
-            yield from (upload for upload in page.get("Uploads", []) if upload["Key"].startswith(below))
-            if not page.get("IsTruncated"):
-                return
-            more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
-
-    def _page(self, what: str, below: str, more: dict[str, str]) -> Any:
-        def request(_: float) -> Any:
-            return getattr(self._client, what)(Bucket=self._bucket, Prefix=below, **more)
-
-        return self._calls.run("list", below.removeprefix(self._prefix).rstrip("/"), request)
-
-    def _place(self, key: str) -> str:
-        """The object's whole name in the bucket. Raises StorageError on a bad key."""
+    def _names(self, key: str) -> dict[str, str]:
+        """The object in the words of a request. Raises StorageError on a bad key."""
         check_key(key)
-        return self._prefix + key
+        return {"Bucket": self._bucket, "Key": self._prefix + key}
 
     def _below(self, folder: str) -> str:
-        return f"{self._place(folder)}/" if folder else self._prefix
-
-    def _target(self, key: str) -> Target:
-        return Target(self._client, self._calls, self._bucket, self._place(key), key, self._with_md5)
+        return f"{self._names(folder)['Key']}/" if folder else self._prefix
 
 
 def _steps(stream: Any, buffer: memoryview, deadline: float) -> Iterator[int]:
     """Fill the buffer; yields the bytes of each step. Raises OSError when the answer ends early or takes too long."""
-    # read1 gives what has come, so that time is looked at; `read`, all that an old urllib3 has, waits for the rest.
+    # read1 returns what has arrived, so that the deadline is looked at; `read`, all that an old urllib3 has, blocks.
     read = getattr(stream, "read1", stream.read)
     done = 0
     while done < len(buffer):

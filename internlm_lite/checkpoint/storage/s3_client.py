@@ -1,4 +1,4 @@
-"""One boto3 client for one checkpoint folder: where it connects, how it signs, and what it must not do by itself."""
+"""The boto3 client of one checkpoint folder: where it connects, how it signs, and what it must not do by itself."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import base64
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import boto3
@@ -19,24 +18,14 @@ from internlm_lite.errors import ConfigError, MissingPackageError
 
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 30.0
-"""Longest silence of a server while it answers."""
+"""Longest pause of a server within an answer."""
 _OLDEST = (1, 36)
 _CONNECTIONS = 16
 
 
-@dataclass(frozen=True)
-class Connection:
-    """A client, and what it signs with: never to be shown."""
-
-    client: Any
-    secrets: tuple[str, ...]
-
-    def __repr__(self) -> str:
-        return "Connection(...)"
-
-
-def connect(path: S3Path, settings: S3Config) -> Connection:
-    """A client for `path`; nothing is sent yet. Credentials come from boto3's default chain.
+def connect(path: S3Path, settings: S3Config) -> tuple[Any, tuple[str, ...]]:
+    """(a client for `path`; its credentials, never to be shown). Nothing is sent yet. Credentials come from boto3's
+    default chain.
 
     Raises ConfigError where boto3 refuses the settings, MissingPackageError where it is too old.
     """
@@ -50,7 +39,7 @@ def connect(path: S3Path, settings: S3Config) -> Connection:
     config = ClientConfig(
         connect_timeout=min(CONNECT_SECONDS, settings.deadline_seconds),
         read_timeout=min(READ_SECONDS, settings.deadline_seconds),
-        retries={"total_max_attempts": 1, "mode": "standard"},  # s3calls.py tries again, for longer
+        retries={"total_max_attempts": 1, "mode": "standard"},  # s3_retry.py repeats requests, until a deadline
         max_pool_connections=_CONNECTIONS,
         tcp_keepalive=True,
         s3={"addressing_style": settings.addressing},
@@ -72,7 +61,7 @@ def connect(path: S3Path, settings: S3Config) -> Connection:
     else:
         # Servers older than boto3's check sums ask for this header on a batch delete, and boto3 no longer sends it.
         client.meta.events.register("before-call.s3.DeleteObjects", _add_md5)
-        return Connection(client, secrets)
+        return client, secrets
     raise ConfigError(failure)
 
 

@@ -1,6 +1,9 @@
-"""Upload of a stream in parts, from memory: several parts at once, no more of them held than that, aborted on failure.
+"""Upload of a stream in parts, from memory: PARALLEL parts at a time, and no more of them held; aborted on failure.
 
 create -> part 1, part 2, ...    (parallel)    -> complete: only now there is an object
+
+Written by hand instead of with s3transfer, which has no deadline per part, no Content-MD5, no word about an abort that
+failed, and does not look for the object when the last answer is lost.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from botocore.exceptions import ClientError
@@ -33,26 +36,24 @@ _MARK = "written-by"
 
 
 class Body(io.RawIOBase):
-    """Bytes to send: a file, which boto3 takes without a copy and reads in small pieces, and not past the deadline."""
+    """Bytes to send, as a file: boto3 takes it without a copy, and reading it past the deadline ends the request."""
 
     def __init__(self, data: bytes | bytearray, deadline: float) -> None:
-        self._data = memoryview(data)
-        self._deadline = deadline
-        self._place = 0
+        self._data, self._deadline, self._offset = memoryview(data), deadline, 0
 
     def read(self, size: int = -1) -> bytes:
         if time.monotonic() > self._deadline:
             raise TimeoutError("too slow")
-        stop = len(self._data) if size < 0 else min(len(self._data), self._place + size)
-        start, self._place = self._place, stop
+        stop = len(self._data) if size < 0 else min(len(self._data), self._offset + size)
+        start, self._offset = self._offset, stop
         return bytes(self._data[start:stop])
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: len(self._data)}[whence]
-        return self._place
+        self._offset = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._offset, io.SEEK_END: len(self._data)}[whence]
+        return self._offset
 
     def tell(self) -> int:
-        return self._place
+        return self._offset
 
     def readable(self) -> bool:
         return True
@@ -77,104 +78,76 @@ def cut(chunks: Iterable[Bytes], part_bytes: int) -> Iterator[bytearray]:
         yield part
 
 
-@dataclass(frozen=True)
-class Target:
-    """The object that is written."""
+def content(data: bytes | bytearray, calls: Calls, *, with_md5: bool) -> dict[str, Any]:
+    """The arguments of a request that sends `data`, as soon as it is made."""
+    return {"Body": Body(data, calls.deadline())} | ({"ContentMD5": md5_header(data)} if with_md5 else {})
 
-    client: Any
-    calls: Calls
-    bucket: str
-    place: str
-    """Its whole name in the bucket."""
-    key: str
-    """Its name for messages."""
-    with_md5: bool
 
-    def put(self, data: bytes | bytearray, **more: str) -> None:
-        """Write it by one request."""
-        self.calls.run("write", self.key, lambda deadline: self._put(data, deadline, more))
+class MultipartUpload:
+    """One object that is being written. Raises StorageError; after a failure nothing stays, if the server answers."""
 
-    def _put(self, data: bytes | bytearray, deadline: float, more: dict[str, str]) -> None:
-        self.client.put_object(
-            Bucket=self.bucket, Key=self.place, Body=Body(data, deadline), **self._check_sum(data), **more
-        )
+    def __init__(self, client: Any, calls: Calls, key: str, names: dict[str, str]) -> None:
+        """`key`: for messages; `names`: the object's Bucket and Key."""
+        self._client, self._calls, self._key, self._object = client, calls, key, names
+        self._mark = uuid.uuid4().hex
+        create = partial(client.create_multipart_upload, **names, Metadata={_MARK: self._mark})
+        self._names = {**names, "UploadId": calls.run("write", key, create)["UploadId"]}
 
-    def put_parts(self, parts: Iterable[bytearray]) -> int:
-        """Write it part by part; returns its bytes. After a failure nothing stays, if the server can be reached."""
-        mark = uuid.uuid4().hex
-        names = {"Bucket": self.bucket, "Key": self.place}
-        made = self.calls.run(
-            "write", self.key, lambda _: self.client.create_multipart_upload(**names, Metadata={_MARK: mark})
-        )
-        names["UploadId"] = made["UploadId"]
+    def write(self, parts: Iterable[bytearray], *, with_md5: bool) -> int:
+        """Send all parts and complete the object; returns its bytes."""
+        size, tags, waiting = 0, [], deque[Future[Any]]()
         try:
-            size, tags = self._send(parts, names)
-            self._complete(names, tags, size, mark)
+            with ThreadPoolExecutor(PARALLEL, thread_name_prefix="s3-put") as pool:
+                for number, part in enumerate(parts, 1):
+                    if number > MOST_PARTS:
+                        raise StorageError(
+                            f"{self._key}: more than {MOST_PARTS} parts of {len(part)} bytes, the most S3 takes in one "
+                            "object: use more ranks, or a smaller zero1 group"
+                        )
+                    size += len(part)
+                    if len(waiting) == PARALLEL:
+                        tags.append(waiting.popleft().result()["ETag"])
+                    body = content(part, self._calls, with_md5=with_md5)
+                    send = partial(self._client.upload_part, PartNumber=number, **body, **self._names)
+                    run = partial(self._calls.run, f"write part {number} of", self._key, send, body=body["Body"])
+                    waiting.append(pool.submit(run))
+                tags += [future.result()["ETag"] for future in waiting]
+            self._complete(tags, size)
         except BaseException:
-            self._abort(names)
+            self._abort()
             raise
         return size
 
-    def _send(self, parts: Iterable[bytearray], names: dict[str, str]) -> tuple[int, list[str]]:
-        """(bytes, the server's tag of each part)"""
-        size, tags, waiting = 0, [], deque[Future[str]]()
-        with ThreadPoolExecutor(PARALLEL, thread_name_prefix="s3-put") as pool:
-            for number, part in enumerate(parts, 1):
-                if number > MOST_PARTS:
-                    raise StorageError(
-                        f"{self.key}: more than {MOST_PARTS} parts of {len(part)} bytes, the most S3 takes in one "
-                        "object: use more ranks, or a smaller zero1 group"
-                    )
-                size += len(part)
-                if len(waiting) == PARALLEL:
-                    tags.append(waiting.popleft().result())
-                waiting.append(pool.submit(self._send_part, number, part, names))
-            tags += [future.result() for future in waiting]
-        return size, tags
-
-    def _send_part(self, number: int, part: bytearray, names: dict[str, str]) -> str:
-        more = self._check_sum(part)
-
-        def request(deadline: float) -> str:
-            answer = self.client.upload_part(PartNumber=number, Body=Body(part, deadline), **names, **more)
-            return str(answer["ETag"])
-
-        return self.calls.run(f"write part {number} of", self.key, request)
-
-    def _complete(self, names: dict[str, str], tags: list[str], size: int, mark: str) -> None:
-        """Its answer may get lost after the work was done, and then the upload is unknown: so look for the object."""
+    def _complete(self, tags: list[str], size: int) -> None:
+        """If the answer is lost after the work was done, the upload is unknown from then on: look for the object."""
         parts = {"Parts": [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]}
-        asked = False
+        sent = False
 
-        def request(_: float) -> None:
-            nonlocal asked
-            if asked and self._is_there(size, mark):
-                return
-            asked = True
-            self.client.complete_multipart_upload(**names, MultipartUpload=parts)
+        def request() -> None:
+            nonlocal sent
+            if not (sent and self._exists(size)):
+                sent = True
+                self._client.complete_multipart_upload(**self._names, MultipartUpload=parts)
 
         try:
-            self.calls.run("complete", self.key, request)
+            self._calls.run("complete", self._key, request)
         except StorageError:
             with suppress(StorageError):
-                if self.calls.run("look up", self.key, lambda _: self._is_there(size, mark), once=True):
+                if self._calls.run("look up", self._key, partial(self._exists, size), once=True):
                     return
             raise
 
-    def _is_there(self, size: int, mark: str) -> bool:
+    def _exists(self, size: int) -> bool:
         try:
-            answer = self.client.head_object(Bucket=self.bucket, Key=self.place)
+            found = self._client.head_object(**self._object)
         except ClientError as error:
             if diagnose(error).absent:
                 return False
             raise
-        return bool(answer["ContentLength"] == size and answer["Metadata"].get(_MARK) == mark)
+        return bool(found["ContentLength"] == size and found["Metadata"].get(_MARK) == self._mark)
 
-    def _abort(self, names: dict[str, str]) -> None:
+    def _abort(self) -> None:
         try:
-            self.calls.run("abort", self.key, lambda _: self.client.abort_multipart_upload(**names), once=True)
+            self._calls.run("abort", self._key, partial(self._client.abort_multipart_upload, **self._names), once=True)
         except StorageError as error:
             logger.warning("%s; a later save removes its parts", error)
-
-    def _check_sum(self, data: bytes | bytearray) -> dict[str, str]:
-        return {"ContentMD5": md5_header(data)} if self.with_md5 else {}

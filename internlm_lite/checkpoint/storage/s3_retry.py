@@ -1,7 +1,8 @@
 """Requests to S3 that fail: which are sent again, for how long, and what the user reads when that did not help.
 
-Servers go away for minutes and come back, so time is what ends the trying, not a count. No exception of boto3 leaves
-this file: their texts and arguments may hold what was signed.
+`ckpt.s3.deadline_seconds` ends the attempts: botocore's retry modes count them instead, and draw on a quota shared by
+all requests of a client, which a server that is away for minutes uses up. No exception of boto3 leaves this file: their
+texts and arguments may hold what was signed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
@@ -32,17 +33,11 @@ _FAILURES = (boto.BotoCoreError, boto.ClientError, ResponseParserError, HTTPErro
 _SETTINGS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError)
 _PASSING_STATUS = (408, 429)
 _LASTING_STATUS = (501, 505)
-# Refusals with a status of 4xx, or inside an answer of 200, that another attempt may well not meet.
+# Refusals with a status of 4xx, or inside an answer of 200, that another attempt may not meet.
 _PASSING_CODES = (
     *("RequestTimeout", "BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "OperationAborted"),
-    *(
-        "ConditionalRequestConflict",
-        "InternalError",
-        "SlowDown",
-        "ServiceUnavailable",
-        "Throttling",
-        "RequestLimitExceeded",
-    ),
+    *("ConditionalRequestConflict", "InternalError", "SlowDown", "ServiceUnavailable", "Throttling"),
+    "RequestLimitExceeded",
 )
 _ABSENT = ("NoSuchKey", "404", "InvalidRange", "416")
 _KEYS = "check S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY_ID, or boto3's own AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
@@ -73,8 +68,8 @@ class RefusedError(StorageError):
         """The server's word for it, such as PreconditionFailed; "" if it did not answer."""
 
 
-class SilentError(RefusedError, UnreachableError):
-    """No answer to any attempt."""
+class NoAnswerError(RefusedError, UnreachableError):
+    """Every attempt timed out."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +80,8 @@ class Trouble:
     passing: bool
     """Another attempt may succeed."""
     code: str = ""
-    silent: bool = False
-    """Nobody answered, for as long as one waits for an answer."""
+    timeout: bool = False
+    """No answer came in time."""
 
     @property
     def absent(self) -> bool:
@@ -98,39 +93,41 @@ class Calls:
     """Sends requests of one storage. Safe to use from several threads."""
 
     def __init__(self, name: str, deadline_seconds: float, secrets: Sequence[str]) -> None:
-        self._name = name
-        self._deadline_seconds = deadline_seconds
-        self._secrets = secrets
+        self._name, self._deadline_seconds, self._secrets = name, deadline_seconds, secrets
 
-    def run(self, verb: str, key: str, request: Callable[[float], T], once: bool = False) -> T:
-        """`request(deadline)`, again and again until it succeeds, cannot, or the deadline (by time.monotonic) is over.
+    def deadline(self) -> float:
+        """Of a request that begins now, by time.monotonic()."""
+        return time.monotonic() + self._deadline_seconds
+
+    def run(
+        self, verb: str, key: str, request: Callable[[], T], *, body: IO[bytes] | None = None, once: bool = False
+    ) -> T:
+        """`request()`, repeated until it succeeds, cannot succeed, or the deadline is over. `body`: what it sends, to
+        be rewound before each attempt.
 
         Raises UnreadableError if the object is absent, else RefusedError; no exception that a request of boto3 raised.
         """
         where = f"{self._name}/{key}" if key else self._name
-        begin = time.monotonic()
-        deadline = begin + self._deadline_seconds
+        begin, deadline = time.monotonic(), self.deadline()
         for attempt in count():
+            if body is not None:
+                body.seek(0)
             try:
-                return request(deadline)
+                return request()
             except _FAILURES as error:
                 trouble = diagnose(error)
             text = f"cannot {verb} {where}: {self._without_secrets(trouble.text)}"
             if trouble.absent:
                 raise UnreadableError(text)
-            pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1)
-            now = time.monotonic()
             if not trouble.passing or once:
                 raise RefusedError(text, trouble.code)
+            pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1)
+            now = time.monotonic()
             if now + pause >= deadline:
-                kind = SilentError if trouble.silent else RefusedError
+                kind = NoAnswerError if trouble.timeout else RefusedError
                 raise kind(f"{text}; tried {attempt + 1} times in {now - begin:.0f} s", trouble.code)
-            logger.log(
-                logging.WARNING if attempt == 0 else logging.DEBUG,
-                "%s; trying again for up to %.0f s",
-                text,
-                deadline - now,
-            )
+            level = logging.DEBUG if attempt else logging.WARNING
+            logger.log(level, "%s; trying again for up to %.0f s", text, deadline - now)
             time.sleep(pause)
         raise AssertionError("count() does not end")
 
@@ -149,11 +146,11 @@ def diagnose(error: Exception) -> Trouble:
     if isinstance(error, boto.SSLError):
         return _tls(str(error))
     if isinstance(error, boto.EndpointConnectionError | boto.ConnectTimeoutError | boto.ProxyConnectionError):
-        return Trouble("no server answers there: is it up, is the endpoint right?", passing=True, silent=True)
+        return Trouble("no server answers there: is it up, is the endpoint right?", passing=True, timeout=True)
     if isinstance(error, boto.ReadTimeoutError | SilenceError | TimeoutError):
-        return Trouble("the server fell silent, or is too slow", passing=True, silent=True)
+        return Trouble("the server fell silent, or is too slow", passing=True, timeout=True)
     if "TimeoutError" in repr(getattr(error, "kwargs", {}).get("error")):  # while sending: wrapped twice
-        return Trouble("the server takes the bytes too slowly", passing=True, silent=True)
+        return Trouble("the server takes the bytes too slowly", passing=True, timeout=True)
     if isinstance(error, boto.IncompleteReadError | ResponseParserError):
         return Trouble("the answer was cut off", passing=True)
     if isinstance(error, boto.HTTPClientError | HTTPError | OSError):

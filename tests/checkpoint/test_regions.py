@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internlm_lite.checkpoint.format.boxes import Region, overlaps, slabs, tiling_problems, volume
+from internlm_lite.checkpoint.format.regions import Region, overlaps, slabs, tiling_problems, volume
 from tests.checkpoint.pieces import region_of
 
 
@@ -30,8 +30,8 @@ def _regions(draw: st.DrawFn, shape: tuple[int, ...]) -> Region:
 def _two_regions(draw: st.DrawFn) -> tuple[tuple[int, ...], Region, Region]:
     shape = tuple(draw(st.lists(st.integers(1, 5), min_size=0, max_size=4)))
     stored, wanted = draw(_regions(shape)), draw(_regions(shape))
-    if draw(st.booleans()) and stored.flat:
-        wanted = Region(stored.box, wanted.flat if wanted.box == stored.box else None)
+    if draw(st.booleans()) and stored.flat_range:
+        wanted = Region(stored.box, wanted.flat_range if wanted.box == stored.box else None)
     return shape, stored, wanted
 
 
@@ -73,7 +73,7 @@ def _some_pieces(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Region]]:
     for _ in range(draw(st.integers(0, 5))):
         region = parts.pop(draw(st.integers(0, len(parts) - 1)))
         dim = draw(st.integers(0, len(shape)))
-        if dim < len(shape) and region.flat is None and region.box[dim][1] - region.box[dim][0] > 1:
+        if dim < len(shape) and region.flat_range is None and region.box[dim][1] - region.box[dim][0] > 1:
             start, stop = region.box[dim]
             cut = draw(st.integers(start + 1, stop - 1))
             halves = [(start, cut), (cut, stop)]

@@ -1,13 +1,13 @@
-"""Arithmetic of pieces of tensors: which elements do two pieces share, and do pieces tile a whole tensor?
+"""Arithmetic of shards of tensors: which elements do two shards share, and do shards tile a whole tensor?
 
-A region is a box of the whole tensor, or a range `flat` of that box's elements in row-major order (ZeRO). A range
-of a box is at most 2 * dims - 1 boxes ("slabs"), each contiguous in the piece's memory:
+A region is a box of the whole tensor, or a range `flat_range` of that box's elements in row-major order (ZeRO). A range
+of a box is at most 2 * dims - 1 boxes ("slabs"), each contiguous in the shard's memory:
 
     . . . a a a      head: rest of a row
     b b b b b b      middle: whole rows
     c c . . . .      tail: begin of a row
 
-so any two pieces share a few boxes, and each shared box is one strided copy from one memory to the other.
+so any two shards have a few boxes in common, and each of them is one strided copy from one memory to the other.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from internlm_lite.mesh.layout import Box
 
 @dataclass(frozen=True)
 class Region:
-    """Elements of a whole tensor, in the order in which a piece holds them."""
+    """Elements of a whole tensor, in the order in which a shard holds them."""
 
     box: Box
-    flat: tuple[int, int] | None = None
+    flat_range: tuple[int, int] | None = None
 
     @property
     def span(self) -> tuple[int, int]:
         """The range of the box's elements, explicit."""
-        return self.flat or (0, volume(self.box))
+        return self.flat_range or (0, volume(self.box))
 
     @property
     def count(self) -> int:
@@ -41,12 +41,12 @@ class Region:
 
     def __str__(self) -> str:
         text = "[" + ", ".join(f"{start}:{stop}" for start, stop in self.box) + "]"
-        return text if self.flat is None else f"{text} elements {self.flat[0]}:{self.flat[1]}"
+        return text if self.flat_range is None else f"{text} elements {self.flat_range[0]}:{self.flat_range[1]}"
 
 
 @dataclass(frozen=True)
 class View:
-    """A box of elements inside a piece's memory, as `torch.as_strided` takes it; all counted in elements."""
+    """A box of elements inside a shard's memory, as `torch.as_strided` takes it; all counted in elements."""
 
     offset: int
     size: tuple[int, ...]
@@ -60,14 +60,14 @@ class View:
         ) + 1
 
     def of(self, memory: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """The box as a view of `memory`, a contiguous tensor whose first element is element `first` of the piece."""
+        """The box as a view of `memory`, a contiguous tensor whose first element is element `first` of the shard."""
         start = memory.storage_offset() + self.offset - first
         return memory.as_strided(self.size, self.stride, start)
 
 
 @dataclass(frozen=True)
 class Slab:
-    """A box whose elements lie one after another in a piece's memory, from element `start` on."""
+    """A box whose elements are contiguous in a shard's memory, from element `start` on."""
 
     box: Box
     start: int
@@ -85,7 +85,7 @@ def intersect(one: Box, other: Box) -> Box | None:
 
 
 def slabs(region: Region) -> list[Slab]:
-    """The region as boxes of the whole tensor, each contiguous in the piece's memory, in memory order."""
+    """The region as boxes of the whole tensor, each contiguous in the shard's memory, in memory order."""
     found, start = [], 0
     for local in _cut(tuple(stop - start for start, stop in region.box), *region.span):
         box = tuple((low + a, low + b) for (low, _), (a, b) in zip(region.box, local, strict=True))
@@ -116,7 +116,7 @@ def _cut(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
 
 
 def overlaps(stored: Region, wanted: Region) -> list[tuple[View, View]]:
-    """The shared elements as pairs of views: (in the stored piece's memory, in the wanted piece's memory)."""
+    """The shared elements as pairs of views: (in the stored shard's memory, in the wanted shard's memory)."""
     if stored.box == wanted.box:  # the common case: two ranges of one box, one run
         (a, b), (c, d) = stored.span, wanted.span
         low, high = max(a, c), min(b, d)
@@ -143,11 +143,11 @@ def _view(slab: Slab, part: Box) -> View:
     return View(offset, tuple(stop - start for start, stop in part), stride)
 
 
-def tiling_problems(shape: tuple[int, ...], pieces: Sequence[tuple[str, Region]]) -> list[str]:
-    """What keeps the labelled pieces from covering every element of a tensor exactly once; empty if nothing does."""
+def tiling_problems(shape: tuple[int, ...], shards: Sequence[tuple[str, Region]]) -> list[str]:
+    """Why the labelled shards do not cover every element of a tensor exactly once; empty if they do."""
     whole = tuple((0, n) for n in shape)
     by_box: dict[Box, list[tuple[int, int, str]]] = {}
-    for label, region in pieces:
+    for label, region in shards:
         start, stop = region.span
         if len(region.box) != len(shape) or not all(
             0 <= a < b <= n for (a, b), n in zip(region.box, shape, strict=True)
@@ -163,9 +163,9 @@ def tiling_problems(shape: tuple[int, ...], pieces: Sequence[tuple[str, Region]]
             if start < stop:
                 problems.append(f"{label} and {next_label} overlap in {Region(box, (start, stop))}")
     problems += _overlaps_between_boxes(by_box)
-    covered = sum(region.count for _, region in pieces)
+    covered = sum(region.count for _, region in shards)
     if not problems and covered != volume(whole):
-        gap = _first_gap(whole, [slab.box for _, region in pieces for slab in slabs(region)])
+        gap = _first_gap(whole, [slab.box for _, region in shards for slab in slabs(region)])
         problems.append(f"gap: {covered} of {volume(whole)} elements are covered, nothing holds {Region(gap)}")
     return problems
 
@@ -183,7 +183,7 @@ def _overlaps_between_boxes(by_box: Mapping[Box, list[tuple[int, int, str]]]) ->
 
 
 def _first_gap(whole: Box, covered: list[Box]) -> Box:
-    """Some box of `whole` that no box of `covered` touches; there is one."""
+    """A box of `whole` that no box of `covered` touches; there must be one."""
     free = [whole]
     for box in covered:
         free = [rest for part in free for rest in _subtract(part, box)]

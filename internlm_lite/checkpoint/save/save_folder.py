@@ -1,4 +1,4 @@
-"""A save folder while a run writes to it: what is known of it, and what is removed from it beside a save.
+"""A save folder while a run writes to it: what is known of it, and what is removed from it besides a save.
 
 Nothing here fails a save: a checkpoint that is committed stays, whatever happens to older ones.
 """
@@ -18,29 +18,30 @@ logger = logging.getLogger("internlm_lite")
 
 
 @dataclass
-class Target:
-    """On rank 0 with what is known about it."""
+class SaveFolder:
+    """One of the folders that a manager saves to. What is known of it is up to date on rank 0."""
 
     storage: Storage
     keep_snapshots: int
-    lease: Lease | None
     bad: dict[str, str]
     """Checkpoints found damaged, and why; they do not count when old ones are removed."""
+    lease: Lease | None = None
+    """On rank 0, once it is taken."""
     unfinished: list[Name] = field(default_factory=list)
-    """Failed saves whose files may still lie there."""
+    """Failed saves whose files may still be there."""
     kinds: dict[Name, Kind] = field(default_factory=dict)
     """Of the commits that were read."""
-    answers: bool = True
-    """False: the last save ended in silence, so that asking for less than a checkpoint is not worth the wait."""
+    reachable: bool = True
+    """False: the last save timed out; nothing less important than a checkpoint is tried then."""
     _sweep_at: float = 0.0
     """By time.monotonic()."""
 
-    def clear_unfinished(self, newer: bool = False) -> None:
-        """Remove what failed saves left, while no rank writes to them any more.
+    def clear_unfinished(self, *, newer: bool = False) -> None:
+        """Remove what failed saves left, while no rank writes to them.
 
-        One that has a commit after all stays until there is a `newer` checkpoint.
+        One that was committed nevertheless stays until there is a `newer` checkpoint.
         """
-        if not (self.answers or newer):
+        if not (self.reachable or newer):
             return
         try:
             for name in list(self.unfinished):
@@ -60,5 +61,5 @@ class Target:
             if time.monotonic() >= self._sweep_at:
                 catalog.sweep(self.storage, name)
                 self._sweep_at = time.monotonic() + catalog.ORPHAN_SECONDS
-        except Exception as error:  # noqa: BLE001  the new checkpoint is there
+        except Exception as error:  # noqa: BLE001  the new checkpoint exists
             logger.warning("removing old checkpoints failed: %s", error)

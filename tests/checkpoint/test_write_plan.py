@@ -7,14 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internlm_lite.checkpoint.format.boxes import Region, tiling_problems, volume
-from internlm_lite.checkpoint.save.plan import describe, share_out
+from internlm_lite.checkpoint.format.regions import Region, tiling_problems, volume
+from internlm_lite.checkpoint.format.shards import describe
+from internlm_lite.checkpoint.save.write_plan import plan_writes
 from internlm_lite.errors import CheckpointError
 from internlm_lite.mesh.layout import Piece
 from tests.checkpoint.pieces import MODEL, ROLES, pieces_of, whole
 
 
-def _holdings(size: int, **layout: int) -> list:
+def _shards(size: int, **layout: int) -> list:
     return [[describe(piece) for piece in pieces_of(rank, fill=True, **layout)] for rank in range(size)]
 
 
@@ -25,28 +26,28 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("size", "tp", "zero"), LAYOUTS)
 def test_every_element_is_written_once_by_a_holder(size: int, tp: int, zero: int) -> None:
-    shares = share_out(_holdings(size, tp=tp, zero=zero))
+    items = plan_writes(_shards(size, tp=tp, zero=zero))
     for role in ROLES:
         for name, (shape, _) in MODEL.items():
             mine = [
-                (f"rank {rank}", share.region)
-                for rank, theirs in enumerate(shares)
-                for share in theirs
-                if (share.holding.role, share.holding.name) == (role, name)
+                (f"rank {rank}", item.region)
+                for rank, theirs in enumerate(items)
+                for item in theirs
+                if (item.shard.role, item.shard.name) == (role, name)
             ]
             assert tiling_problems(shape, mine) == []
-    for rank, theirs in enumerate(shares):
+    for rank, theirs in enumerate(items):
         pieces = pieces_of(rank, tp=tp, zero=zero, fill=True)
-        assert len({share.key for share in theirs}) == len(theirs)
-        for share in theirs:
-            piece = pieces[share.index]
-            true = whole(piece.role, piece.name, piece.shape)[tuple(slice(a, b) for a, b in share.region.box)]
-            assert torch.equal(share.of(piece).reshape(-1), true.reshape(-1)[slice(*share.region.span)])
+        assert len({item.key for item in theirs}) == len(theirs)
+        for item in theirs:
+            piece = pieces[item.index]
+            true = whole(piece.role, piece.name, piece.shape)[tuple(slice(a, b) for a, b in item.region.box)]
+            assert torch.equal(item.of(piece).reshape(-1), true.reshape(-1)[slice(*item.region.span)])
 
 
 def test_replicas_share_the_work() -> None:
-    shares = share_out(_holdings(8, tp=1, zero=2))
-    load = [sum(share.region.count for share in theirs) for theirs in shares]
+    items = plan_writes(_shards(8, tp=1, zero=2))
+    load = [sum(item.region.count for item in theirs) for theirs in items]
     assert max(load) < 2 * min(load), load
 
 
@@ -57,10 +58,10 @@ def test_ranges_cut_differently_are_cut_again() -> None:
         return Piece("tied", "master", (10, 2), box, (a, b), torch.arange(float(a), float(b)))
 
     held = [[piece(0, 10)], [piece(10, 20)], [piece(0, 15)], [piece(15, 20)], [piece(4, 4)]]
-    shares = share_out([[describe(p) for p in pieces] for pieces in held])
-    assert tiling_problems((10, 2), [("", share.region) for theirs in shares for share in theirs]) == []
-    assert shares[4] == []
-    values = [share.of(held[rank][0]) for rank, theirs in enumerate(shares) for share in theirs]
+    items = plan_writes([[describe(p) for p in pieces] for pieces in held])
+    assert tiling_problems((10, 2), [("", item.region) for theirs in items for item in theirs]) == []
+    assert items[4] == []
+    values = [item.of(held[rank][0]) for rank, theirs in enumerate(items) for item in theirs]
     assert sorted(torch.cat(values).tolist()) == list(range(20))
 
 
@@ -75,22 +76,22 @@ def test_any_overlapping_ranges_are_written_once(spans: list[list[tuple[int, int
         ]
         for theirs in spans
     ]
-    shares = share_out(held)
+    items = plan_writes(held)
     union = {n for theirs in spans for pair in theirs for n in range(*sorted(pair))}
-    written = [n for theirs in shares for share in theirs for n in range(*share.region.span)]
+    written = [n for theirs in items for item in theirs for n in range(*item.region.span)]
     assert sorted(written) == sorted(union)
-    for theirs in shares:
-        assert len({share.key for share in theirs}) == len(theirs)
-        for share in theirs:
-            a, b = share.holding.span
-            assert a <= share.region.span[0] and share.region.span[1] <= b
+    for theirs in items:
+        assert len({item.key for item in theirs}) == len(theirs)
+        for item in theirs:
+            a, b = item.shard.flat_range
+            assert a <= item.region.span[0] and item.region.span[1] <= b
 
 
 def test_whole_boxes_are_stored_as_boxes() -> None:
-    (shares,) = share_out(_holdings(1))
-    assert all(share.region.flat is None for share in shares)
-    assert {share.key for share in shares} == {f"{role}/{name}" for role in ROLES for name in MODEL}
-    assert all(share.region.count == volume(share.region.box) for share in shares)
+    (items,) = plan_writes(_shards(1))
+    assert all(item.region.flat_range is None for item in items)
+    assert {item.key for item in items} == {f"{role}/{name}" for role in ROLES for name in MODEL}
+    assert all(item.region.count == volume(item.region.box) for item in items)
 
 
 def test_disagreeing_ranks_and_wrong_sizes_are_named() -> None:
@@ -100,7 +101,7 @@ def test_disagreeing_ranks_and_wrong_sizes_are_named() -> None:
 
     one, two = describe(piece((4,), torch.float32, 4)), describe(piece((4,), torch.float16, 4))
     with pytest.raises(CheckpointError, match="master of w: rank 1 holds F16 of shape"):
-        share_out([[one], [two]])
+        plan_writes([[one], [two]])
     with pytest.raises(CheckpointError, match="5 elements, expected a contiguous one of 4"):
         describe(piece((4,), torch.float32, 5))
     strided = Piece("w", "master", (4, 4), ((0, 4), (0, 4)), None, torch.zeros(4, 4).t()[:, :])

@@ -1,6 +1,7 @@
 # make demo       train a small decoder on this machine's own text, from nothing, in a few minutes
 # make test       the whole test suite
 # make test-fast  three quarters of the tests, two at a time: no training jobs, faults, Slurm, browser or S3 (minutes)
+# make test-elsewhen   the suite with the clock a year ahead, in another time zone and another locale
 # make faults     every fault injected into checkpoints: kills, damage, storage trouble (minutes; make test takes a sample)
 # make chaos      2,000 steps with a fault about every 20: the job is started again and ends with the same bits (minutes)
 # make gpu        the first minutes on a GPU: is it right, how fast is it (the machine's own Python, nothing is installed)
@@ -35,7 +36,17 @@ except ImportError as error:
 endef
 export CHECK_PYTHON
 
-.PHONY: help venv demo test test-fast faults chaos gpu figures lint types docs clean
+# Nothing may depend on the day, the zone or the language. +12:45, or +13:45 in summer: often another day, never the same
+# minute. Turkish: a decimal comma, other messages, and i is not I. tests/elsewhen.c says how the clock is ahead.
+ELSEWHEN_SECONDS ?= 31536000
+ELSEWHEN_ZONE ?= Pacific/Chatham
+ELSEWHEN_LOCALE ?= tr_TR
+ELSEWHEN := $(abspath $(VENV))/elsewhen
+define CHECK_ELSEWHEN
+command -v $(CC) && command -v localedef && [ -e /usr/share/i18n/locales/$(ELSEWHEN_LOCALE) ] && [ -e /usr/share/zoneinfo/$(ELSEWHEN_ZONE) ]
+endef
+
+.PHONY: help venv demo test test-fast test-elsewhen faults chaos gpu figures lint types docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -65,6 +76,14 @@ test: venv
 
 test-fast: venv
 	$(BIN)/python -m pytest -m 'not slow' -n 2 $(PYTEST_ARGS)
+
+test-elsewhen: venv
+	@{ $(CHECK_ELSEWHEN); } >/dev/null || { echo "needs a C compiler, sources of locales, time zones: on Debian and Ubuntu: apt-get install gcc libc6-dev locales tzdata" >&2; exit 1; }
+	@mkdir -p $(ELSEWHEN)
+	@[ -d $(ELSEWHEN)/$(ELSEWHEN_LOCALE).UTF-8 ] || localedef -i $(ELSEWHEN_LOCALE) -f UTF-8 $(ELSEWHEN)/$(ELSEWHEN_LOCALE).UTF-8
+	@$(CC) -O2 -Wall -shared -fPIC -o $(ELSEWHEN)/clock.so tests/elsewhen.c -ldl
+	LD_PRELOAD=$(ELSEWHEN)/clock.so ELSEWHEN_SECONDS=$(ELSEWHEN_SECONDS) TZ=$(ELSEWHEN_ZONE) LOCPATH=$(ELSEWHEN) \
+		LC_ALL=$(ELSEWHEN_LOCALE).UTF-8 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 faults: venv
 	FAULTS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/faults tests/checkpoint/test_damage.py $(PYTEST_ARGS)

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from internlm_lite.config.check import check_config
 from internlm_lite.config.keys import known_keys
-from internlm_lite.config.load import load_config
+from internlm_lite.config.load import check_config, load_config
 
 ROOT = Path(__file__).parents[1]
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -23,7 +23,7 @@ from internlm_lite.apps.doctor.examine import Examination, examine
 from internlm_lite.apps.doctor.render_findings import findings_text, last_line
 from internlm_lite.cli.options import add_config, add_launcher, new_parser
 from internlm_lite.config.load import load_config
-from internlm_lite.config.s3path import is_s3
+from internlm_lite.config.paths import is_s3
 from internlm_lite.runtime.place import adopt_s3_keys, find_place
 from internlm_lite.runtime.tool import run_tool
 

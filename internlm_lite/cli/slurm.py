@@ -19,8 +19,7 @@ from internlm_lite.apps.planner.report import Plan
 from internlm_lite.apps.planner.sbatch import SlurmJob, nodes_of, sbatch_text
 from internlm_lite.cli.options import add_config, check_at_least, new_parser
 from internlm_lite.cli.starter import working_folder
-from internlm_lite.config.check import check_config
-from internlm_lite.config.load import LoadedConfig, load_config
+from internlm_lite.config.load import LoadedConfig, check_config, load_config
 from internlm_lite.errors import ConfigError, StorageError
 from internlm_lite.runtime.place import adopt_s3_keys
 from internlm_lite.runtime.tool import run_tool

@@ -75,9 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train_or_show(arguments: argparse.Namespace) -> int:
     """Exit code where no training was started."""
     # Imported late: --help is quick, and a wrong config is reported before torch is loaded.
-    from internlm_lite.config.check import check_config
-    from internlm_lite.config.load import load_config
-    from internlm_lite.config.view import print_config
+    from internlm_lite.config.load import check_config, load_config
+    from internlm_lite.config.render_config import print_config
     from internlm_lite.errors import ConfigError, InternLMError
     from internlm_lite.runtime.place import adopt_s3_keys, error_file, find_place, set_defaults
     from internlm_lite.runtime.torchrun import tell_agent

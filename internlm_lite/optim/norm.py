@@ -1,8 +1,8 @@
-"""One global gradient norm over all layouts, and what to multiply the gradients with.
+"""One global gradient norm for all layouts, and the factor that clips it.
 
 Each element of the model counts once: a rank contributes its ZeRO shards, unless another rank contributes the same
-numbers (replicas of the shard, tensor-parallel ranks for parameters that are not spread over them, and the second copy
-of a tied weight). What is not finite counts on every rank: a copy can go wrong alone.
+numbers (replicas of the shard, tensor-parallel ranks for parameters that are not split over them, and the second copy
+of a tied weight). Infinities and NaN count on every rank: one copy may be wrong while the others are right.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.optim.buckets import SHARD_ALIGNMENT, Bucket, Kind
+from internlm_lite.optim.buckets import SHARD_ALIGNMENT, Bucket, BucketSpec
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,19 @@ def reduce_totals(
     sums = torch.zeros(6, dtype=torch.float64, device=mesh.device)
     for index, value in enumerate((num_labels * counts, *requests), start=2):
         sums[index] += value  # a host number becomes an argument of the kernel; copying a host tensor would wait
+    # Tensor-parallel ranks compute the same loss: one of them counts. No test for the last stage is needed, because other
+    # stages have computed none: theirs is 0.
     sums[5] += loss_sum * (mesh.tp.rank == 0)
     for bucket in buckets:
         square = square_sum(bucket.grad_shard)
-        if not _counts(bucket.kind, mesh):
+        if not _counts(bucket.kind, mesh):  # a copy contributes only what is wrong with it
             square = square.masked_fill(square.isfinite(), 0)
         sums[int(bucket.kind.dtype != model_dtype)] += square
     comm.all_reduce(sums, mesh.world).wait()
     return Totals(sums[0], sums[1], sums[2], sums[3:5], sums[5])
 
 
-def _counts(kind: Kind, mesh: Mesh) -> bool:
+def _counts(kind: BucketSpec, mesh: Mesh) -> bool:
     """Whether this rank contributes the squares of such a bucket, where they are finite."""
     first_copy = "ends" not in kind.summed or mesh.ends.rank == 0
     return mesh.replica.rank == 0 and (kind.spread or mesh.tp.rank == 0) and first_copy

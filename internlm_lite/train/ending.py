@@ -12,7 +12,7 @@ import time
 import traceback
 from pathlib import Path
 
-from internlm_lite.config.view import masked
+from internlm_lite.config.masking import masked
 from internlm_lite.errors import HANG, INTERRUPTED, InternLMError, PeerLostError
 from internlm_lite.faults.beats import Verdict
 from internlm_lite.faults.failure import Failure, read_failures, record, summary

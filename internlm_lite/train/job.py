@@ -15,8 +15,9 @@ import torch
 
 from internlm_lite.checkpoint.storage.run_lock import LEASE_SECONDS
 from internlm_lite.config.load import LoadedConfig
+from internlm_lite.config.masking import masked
+from internlm_lite.config.render_config import origin_rows
 from internlm_lite.config.schema import Config
-from internlm_lite.config.view import masked, origin_rows
 from internlm_lite.errors import STOPPED, InternLMError, PeerLostError
 from internlm_lite.faults.beats import Limits
 from internlm_lite.faults.failure import clear_failures, read_failures

@@ -12,9 +12,10 @@ from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.manager import CheckpointManager, hold
 from internlm_lite.checkpoint.save.saver import Saver
 from internlm_lite.checkpoint.storage.base import Storage
-from internlm_lite.config.folders import spelt_out
+from internlm_lite.config.masking import masked
+from internlm_lite.config.paths import spelt_out
+from internlm_lite.config.render_config import resolved
 from internlm_lite.config.schema import CkptConfig, Config
-from internlm_lite.config.view import masked, resolved
 from internlm_lite.errors import CheckpointError, ConfigError
 from internlm_lite.mesh.consensus import on_main
 from internlm_lite.mesh.mesh import Mesh

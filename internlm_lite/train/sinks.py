@@ -7,12 +7,12 @@ from pathlib import Path
 
 from internlm_lite.apps.report.writer import ReportWriter
 from internlm_lite.config.schema import Config
+from internlm_lite.monitor.alert_monitor import AlertMonitor
 from internlm_lite.monitor.console import Console
-from internlm_lite.monitor.disk import written_folders
+from internlm_lite.monitor.disk_usage import written_folders
 from internlm_lite.monitor.packages import writes_tensorboard
 from internlm_lite.monitor.record import Sink
 from internlm_lite.monitor.sinks import FanOut, run_files
-from internlm_lite.monitor.watch import Watch
 
 
 def open_sinks(folder: Path, config: Config, done: int, terminal: bool) -> FanOut:
@@ -26,7 +26,7 @@ def open_sinks(folder: Path, config: Config, done: int, terminal: bool) -> FanOu
     direct |= {**run_files(folder), "the console": Console(total, terminal, save_every, done)}
     fan_out = FanOut(direct, _queued(folder, config, done))
     title = f"{config.JOB_NAME} {folder.name}"
-    fan_out.add("alerts", Watch(monitor.alerts, total, written_folders(folder, ckpt), title, fan_out.event))
+    fan_out.add("alerts", AlertMonitor(monitor.alerts, total, written_folders(folder, ckpt), title, fan_out.event))
     return fan_out
 
 

@@ -95,7 +95,7 @@ class _Watched:
         return self._data.folders
 
     def batches(self, position: Position, pin: bool = False) -> Generator[Batch, None, None]:
-        with closing(self._data.batches(position, pin)) as batches:
+        with closing(self._data.batches(position, pin=pin)) as batches:
             for batch in batches:
                 rows = zip(batch.tokens, batch.labels, batch.positions, batch.folders, strict=True)
                 self._seen.fed.append([digest(*row) for row in rows])

@@ -25,8 +25,9 @@ from internlm_lite.checkpoint.storage.base import Storage
 from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.checkpoint.storage.open import open_storage
 from internlm_lite.checkpoint.storage.run_lock import held
+from internlm_lite.config.masking import masked
+from internlm_lite.config.render_config import resolved
 from internlm_lite.config.schema import Config, S3Config
-from internlm_lite.config.view import masked, resolved
 from internlm_lite.errors import CheckpointError, InternLMError
 from internlm_lite.mesh.mesh import Sizes
 

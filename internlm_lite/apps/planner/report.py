@@ -39,7 +39,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from internlm_lite.apps.planner.memory import Terms
-from internlm_lite.data.view import StepFigures
+from internlm_lite.data.render_batches import StepFigures
 from internlm_lite.mesh.mesh import Sizes
 
 

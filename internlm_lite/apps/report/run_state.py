@@ -41,6 +41,7 @@ def run_state(run: RunReader, now: datetime) -> dict[str, Any]:
         "tokens": None if tokens is None else int(tokens),
         **figures,
         "eta_seconds": None if phase in _OVER else eta,
+        "line_seconds": seconds_per_line(run),
         "last_time": last_time(run),
         "started": _started(run),
     }
@@ -134,7 +135,7 @@ def total_steps(run: RunReader) -> int | None:
 
 
 def seconds_per_line(run: RunReader) -> float | None:
-    """Median over the newest lines; None below two."""
+    """Median over the newest lines, as a pause of days is nothing that a line usually takes; None below two."""
     gaps = np.diff(run.columns.time[-101:])
     return float(np.nanmedian(gaps)) if np.isfinite(gaps).any() else None
 

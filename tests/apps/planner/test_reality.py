@@ -29,8 +29,7 @@ def lasting(trainer: Trainer) -> list[torch.Tensor]:
     """Weights, gradients and optimizer state."""
     optimizer = trainer.optimizer
     tensors: list[torch.Tensor] = [tensor for bucket in optimizer.buckets for tensor in (bucket.weights, bucket.grads)]
-    tensors += optimizer._masters
-    return tensors + [state[name] for state in optimizer._adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    return tensors + [tensor for _, state in optimizer.shards() for tensor in state.values()]
 
 
 def storages(trainer: Trainer) -> int:

@@ -176,13 +176,13 @@ def make_long_run(folder: Path, steps: int = 50_000, folders: Sequence[str] = MA
     return folder
 
 
-def report(*folders: Path) -> Path:
-    """report.html over those run folders, in the first."""
+def report(*folders: Path, now: datetime | None = None) -> Path:
+    """report.html over those run folders, in the first, as it is written now or at another time."""
     readers = [
         (f"r{index}", RunReader(folder, f"demo/{folder.name}").read_all()) for index, folder in enumerate(folders)
     ]
     path = folders[0] / f"report{len(folders)}.html"
-    write_report(make_payload(readers, live=False), path)
+    write_report(make_payload(readers, live=False, now=now), path)
     return path
 
 

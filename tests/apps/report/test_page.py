@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from datetime import datetime
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -201,12 +201,13 @@ def test_a_report_loads_itself_again(tab: Tab, tmp_path: Path) -> None:
 
 
 def test_a_report_that_nobody_rewrites_says_so(tab: Tab, tmp_path: Path) -> None:
-    """As a killed run leaves it; the report of one that ended may be as old as it likes."""
-    tab.page.clock.install()
+    """As a killed run leaves it that had paused for days; the report of one that ended may be as old as it likes."""
+    now = made.START + timedelta(days=5)
+    tab.page.clock.install(time=now)
     killed = made.make_run(tmp_path / "killed", 100, end=None)
-    now = datetime.now().astimezone().isoformat()
-    made.write_lines(killed / "metrics.jsonl", [{**line, "time": now} for line in made.step_lines(range(100, 102))])
-    tab.open(report(killed))
+    lines = [{**line, "time": now.isoformat()} for line in made.step_lines(range(100, 102))]
+    made.write_lines(killed / "metrics.jsonl", lines)
+    tab.open(report(killed, now=now))
     strip = tab.page.locator("#state .phase")
     assert strip.inner_text().split() == ["▶", "training"]
     saved = tab.page.locator("#state .last_checkpoint small")
@@ -215,7 +216,7 @@ def test_a_report_that_nobody_rewrites_says_so(tab: Tab, tmp_path: Path) -> None
     assert "silent" in strip.inner_text()
     assert re.search(r"report not rewritten for 3 h.*; it was training$", strip.inner_text())
     assert saved.inner_text() != age
-    tab.open(report(made.make_run(tmp_path / "ended", 100)))
+    tab.open(report(made.make_run(tmp_path / "ended", 100), now=now))
     tab.page.clock.fast_forward("03:00:00")
     assert "not rewritten" not in tab.page.locator("#state").inner_text()
 

@@ -59,6 +59,7 @@ def test_an_example_of_everything(tmp_path: Path) -> None:
             "pack_fill": None,
             "loss": 2.5,
             "eta_seconds": 2.0,
+            "line_seconds": 1.0,
             "last_time": at(1.7),
             "started": at(-1),
             "restarts": 0,

@@ -56,6 +56,13 @@ def test_a_slow_run_is_not_silent_for_its_usual_pace(tmp_path: Path) -> None:
     assert state(tmp_path, lines, [], 1300)["phase"] == "silent"
 
 
+def test_a_pause_of_days_changes_no_pace(tmp_path: Path) -> None:
+    lines = [line(step, time=at(step + 400_000 * (step > 4))) for step in range(9)]
+    found = state(tmp_path, lines, [START], 400_010)
+    assert (found["phase"], found["line_seconds"], found["eta_seconds"]) == ("training", 1.0, 91.0)
+    assert state(tmp_path, lines, [START], 400_100)["phase"] == "silent"
+
+
 def test_figures(tmp_path: Path) -> None:
     found = state(tmp_path, STEPS, [START])
     assert found["step"] == 3

@@ -1,6 +1,6 @@
-"""Learning rate and beta2 as pure functions of the step: no torch, no state.
+"""Schedules: learning rate and beta2 as pure functions of the step, without torch and without state.
 
-lr:  0 ... 0 | 1/w*lr, 2/w*lr ... lr | cosine from lr down to eta_min | eta_min for ever
+lr:  0 ... 0 | 1/w*lr, 2/w*lr ... lr | cosine from lr down to eta_min | eta_min
      init    | warm-up of w steps    | until total_steps              |
 """
 
@@ -30,10 +30,10 @@ def learning_rate(step: int, peak: float, schedule: LrSchedulerConfig) -> float:
 
 
 def beta2(step: int, schedule: Beta2SchedulerConfig) -> float:
-    """AdamW's beta2 at step `step` (from 0): max(init_beta2, 1 - i^-c), constant for c <= 0.
+    """beta2 of step `step` (from 0): max(init_beta2, 1 - i^-c), constant for c <= 0.
 
-    Steps that were skipped on overflow count here, unlike for the learning rate: AdamW takes beta2 as a host number,
-    and how many steps were skipped is known on the device only.
+    Skipped steps count here, unlike for the learning rate: update rules take beta2 as a host number, and how many steps
+    were skipped is known on the device only.
     """
     i = step + schedule.cur_iter + 1
     if schedule.c <= 0 or i < 1:

@@ -1,4 +1,4 @@
-"""Which local folders a run writes to, and how much room is left there."""
+"""Which local folders a run writes to, and the free space there."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from internlm_lite.config.folders import spelt_out
-from internlm_lite.config.s3path import is_s3
+from internlm_lite.config.paths import is_s3, spelt_out
 from internlm_lite.config.schema import CkptConfig
 from internlm_lite.monitor.alerts import DiskFigures
 
@@ -22,12 +21,12 @@ def written_folders(run_folder: Path, ckpt: CkptConfig) -> list[Path]:
 
 
 def disks(folders: Sequence[Path]) -> list[DiskFigures]:
-    """One for every file system that holds some of them, under the name of the first; folders not made yet are none."""
+    """One per file system, named after its first folder; folders that do not exist yet are skipped."""
     found: dict[int, DiskFigures] = {}
     for folder in folders:
         try:
             device, usage = folder.stat().st_dev, shutil.disk_usage(folder)
-        except OSError:  # not made yet, or gone: whoever writes there says so
+        except OSError:  # does not exist yet, or is gone: the writer will report it
             continue
         found.setdefault(device, DiskFigures(str(folder), usage.free, usage.total))
     return list(found.values())

@@ -1,7 +1,7 @@
-"""What the batches of a run look like, without a model: figures per step, shares of the folders, a decoded sample.
+"""Shows the batches of a run without a model: numbers per step, shares of the folders, a decoded sample.
 
-The figures are those of the step line: `tokens` counts labels learnt over all data-parallel ranks, the others describe
-the batch of rank 0.
+The numbers are those of the step line: `tokens` counts labels over all data-parallel ranks, the others describe the
+batch of rank 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from internlm_lite.data.tokenizer import Tokenizer
 from internlm_lite.units import human_count
 
 SHOWN_TOKENS = 400
-"""Longer pieces of a sample are cut."""
+"""Longer segments of a sample are cut."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def overview(data: TrainingData, steps: list[Step]) -> Group:
         folders.add_row(
             folder.name,
             human_count(folder.documents),
-            human_count(folder.left_out),
+            human_count(folder.dropped),
             human_count(folder.tokens),
             str(folder.rows),
             str(seen),
@@ -90,12 +90,11 @@ def overview(data: TrainingData, steps: list[Step]) -> Group:
     return Group(folders, table)
 
 
-def sample(batch: Batch, folders: tuple[str, ...], tokenizer: Tokenizer | None, pieces: int) -> Group:
-    """The beginning of the first pieces of micro-batch 0; what is not learnt is dim red."""
+def sample(batch: Batch, folders: tuple[str, ...], tokenizer: Tokenizer | None, segments: int) -> Group:
+    """The beginning of the first segments of micro-batch 0; tokens without label are dim red."""
     tokens, labels = batch.tokens[0].tolist(), batch.labels[0].tolist()
-    borders = batch.cu_seqlens_host[0]
     shown = []
-    for start, stop in islice(pairwise(borders), pieces):
+    for start, stop in islice(pairwise(batch.cu_seqlens_host[0]), segments):
         folder = folders[int(batch.folders[0, start])]
         text = Text(f"-- {folder}: tokens {start} to {stop}, {stop - start} long\n", style="bold cyan")
         stop = min(stop, start + SHOWN_TOKENS)

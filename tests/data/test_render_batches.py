@@ -6,7 +6,7 @@ import re
 from rich.console import Console
 
 from internlm_lite.data.loader import open_training_data
-from internlm_lite.data.view import overview, sample, walk_steps
+from internlm_lite.data.render_batches import overview, sample, walk_steps
 from tests.data.corpora import data_config, write_native
 
 
@@ -17,7 +17,7 @@ def test_tables_and_a_sample(tmp_path):
     steps = list(walk_steps(data, 2))
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(overview(data, steps))
-    console.print(sample(steps[0].batches[0], data.folders, None, pieces=2))
+    console.print(sample(steps[0].batches[0], data.folders, None, segments=2))
     text = console.export_text(clear=False)
     assert "code" in text and "docs" in text and "tokens 0 to" in text
     assert "documents ┃ left out" in text and re.search(r"docs +│ 30 +│ 17 +│", text)

@@ -1,19 +1,65 @@
-"""A config file's text without its secrets, for the copy in the run folder.
+"""Hides secrets: in the values of a config, in command-line arguments, and in the text of config files.
 
-A string is secret where it is given to a name that says so: an assignment to such a variable, key or attribute, an
-argument, a dictionary's entry, or a call that also holds such a name (`setdefault("WANDB_API_KEY", ...)`). In other
-strings, parts of addresses are masked. What was secret once is masked wherever its text stands, comments included.
+A value is secret when the name it is given to says so ("token", "webhook", ...); in other strings, passwords inside
+addresses are masked. In a file's text, names are variables, keys, attributes, arguments, dictionary entries, and other
+arguments of the same call (`setdefault("WANDB_API_KEY", ...)`); a secret found once is masked wherever it occurs.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from internlm_lite.config.view import MASK, is_secret_name, masked
+from internlm_lite.config.schema import Config
 
+MASK = "***"
+_SECRET_WORDS = frozenset(
+    {"secret", "token", "password", "passwd", "key", "signature", "credential", "credentials", "webhook"}
+)
+_IN_TEXT = (
+    (re.compile(r"(://)[^/@\s]+@"), rf"\1{MASK}@"),  # scheme://user:password@host
+    (re.compile(r"([?&][\w-]*(?:secret|token|password|key|signature|credential)[\w-]*=)[^&\s]+", re.I), rf"\1{MASK}"),
+    (re.compile(r"(/(?:hook|services)/)\S+"), rf"\1{MASK}"),  # Feishu, Slack webhooks
+)
 _SHORTEST = 6
-"""Characters of a text that is masked wherever it stands: a shorter one is a word of its own."""
+"""Characters of a secret that is masked wherever it occurs in a file; a shorter one is probably a word of its own."""
+
+
+def is_secret_name(name: str) -> bool:
+    return bool(_SECRET_WORDS & set(re.split(r"[^a-z]+", name.lower())))
+
+
+def masked(values: Any, name: str = "") -> Any:
+    """The same nested values with secrets as ***: whole values under such a name, and parts of addresses."""
+    if isinstance(values, dict):
+        return {key: masked(value, str(key)) for key, value in values.items()}
+    if isinstance(values, list):
+        return [masked(value, name) for value in values]
+    if not isinstance(values, str):
+        return values
+    if is_secret_name(name):
+        return MASK
+    for pattern, replacement in _IN_TEXT:
+        values = pattern.sub(replacement, values)
+    return values
+
+
+def secrets_of(config: Config) -> list[str]:
+    """The values that `masked` changes. Their text is secret everywhere, for instance as the value of a variable."""
+
+    def changed(value: Any, name: str = "") -> Iterator[str]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from changed(inner, str(key))
+        elif isinstance(value, list):
+            for inner in value:
+                yield from changed(inner, name)
+        elif isinstance(value, str) and value and value != masked(value, name):
+            yield value
+
+    return list(changed(config.model_dump(mode="json")))
 
 
 def mask_source(text: str) -> str:

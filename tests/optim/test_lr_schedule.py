@@ -5,7 +5,7 @@ import math
 import pytest
 
 from internlm_lite.config.schema import Beta2SchedulerConfig, LrSchedulerConfig
-from internlm_lite.optim.curves import beta2, learning_rate
+from internlm_lite.optim.lr_schedule import beta2, learning_rate
 
 DEMO_20B = LrSchedulerConfig(total_steps=50000, init_steps=0, warmup_ratio=0.01, eta_min=1e-5)
 

@@ -1,15 +1,15 @@
-"""Finds tokenised files and groups them into data folders, the units that loss and accuracy are reported for.
+"""Finds tokenised files and groups them into data folders, for which loss and accuracy are reported separately.
 
 train_folder/code/a.bin        -> folder "code"
-train_folder/docs/x/y/b.bin    -> folder "docs": whatever lies below a sub-folder belongs to it
-train_folder/a.bin             -> folder "train_folder", when no sub-folder holds data
+train_folder/docs/x/y/b.bin    -> folder "docs": all files below a sub-folder belong to it
+train_folder/a.bin             -> folder "train_folder", if no sub-folder holds data
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,9 @@ from internlm_lite.errors import DataError
 
 logger = logging.getLogger("internlm_lite")
 
+FORMATS: dict[str, Callable[[Path], Documents]] = {".idx": MegatronDocuments, ".bin.meta": InternLMDocuments}
+"""Suffix of the index beside NAME.bin -> what reads the pair."""
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -29,7 +32,7 @@ class Folder:
     name: str
     files: Sequence[Documents]
     is_dummy: bool = False
-    """The built-in set: every document is used, however short, and label id 0 is ignored."""
+    """The built-in set: documents of all lengths are used, and label id 0 is ignored."""
 
 
 def dummy_folder(seq_len: int) -> Folder:
@@ -59,8 +62,8 @@ def find_folders(root: Path, key: str) -> list[Folder]:
     if direct and grouped:
         logger.warning(
             "data.%s: %d tokenised files directly in %s are not used, as its sub-folders hold data: move them into one",
-            key, len(direct), root,
-        )  # fmt: skip
+            *(key, len(direct), root),
+        )
     elif direct:
         grouped = {root.resolve().name: direct}
     if not grouped:
@@ -72,14 +75,13 @@ def find_folders(root: Path, key: str) -> list[Folder]:
 
 
 def open_documents(bin_path: Path) -> Documents:
-    """Open a tokenised file in whichever format its index has. Raises DataError."""
+    """Open a tokenised file in the format of its index. Raises DataError."""
     if not bin_path.is_file():
         raise DataError(f"{bin_path}: missing, although its index is there; copy both files, or delete the index")
     try:
-        if bin_path.with_suffix(".idx").is_file():
-            return MegatronDocuments(bin_path)
-        if bin_path.with_name(bin_path.name + ".meta").is_file():
-            return InternLMDocuments(bin_path)
+        for suffix, documents in FORMATS.items():
+            if bin_path.with_name(bin_path.stem + suffix).is_file():
+                return documents(bin_path)
     except OSError as error:
         raise DataError(f"{bin_path}: cannot be read ({error}); correct its permissions or copy it again") from None
     raise DataError(
@@ -89,7 +91,7 @@ def open_documents(bin_path: Path) -> Documents:
 
 
 def _bins(folder: Path) -> list[Path]:
-    """Every .bin path below a folder that is, or by its index should be, there; symbolic links are followed."""
+    """Every .bin path below a folder that exists, or whose index exists. Symbolic links are followed."""
     found = []
     for where, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if name[0] != ".")
@@ -99,10 +101,6 @@ def _bins(folder: Path) -> list[Path]:
 
 def _bins_of(folder: Path, files: list[str]) -> list[Path]:
     visible = [name for name in files if name[0] != "."]
-    stems = {
-        name.removesuffix(suffix)
-        for suffix in (".bin", ".idx", ".bin.meta")
-        for name in visible
-        if name.endswith(suffix)
-    }
+    suffixes = (".bin", *FORMATS)
+    stems = {name.removesuffix(suffix) for suffix in suffixes for name in visible if name.endswith(suffix)}
     return [folder / f"{stem}.bin" for stem in sorted(stems)]

@@ -5,23 +5,12 @@ Printed as Python that `load_config` reads again (secrets masked): `train.py --p
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from typing import Any
 
 from internlm_lite.config.keys import known_keys, section_of
 from internlm_lite.config.load import LoadedConfig, value_of
+from internlm_lite.config.masking import masked
 from internlm_lite.config.schema import Config
-
-MASK = "***"
-_SECRET_WORDS = frozenset(
-    {"secret", "token", "password", "passwd", "key", "signature", "credential", "credentials", "webhook"}
-)
-_IN_TEXT = (
-    (re.compile(r"(://)[^/@\s]+@"), rf"\1{MASK}@"),  # scheme://user:password@host
-    (re.compile(r"([?&][\w-]*(?:secret|token|password|key|signature|credential)[\w-]*=)[^&\s]+", re.I), rf"\1{MASK}"),
-    (re.compile(r"(/(?:hook|services)/)\S+"), rf"\1{MASK}"),  # Feishu, Slack webhooks
-)
 
 
 def resolved(config: Config) -> dict[str, Any]:
@@ -48,42 +37,6 @@ def diff(config: Config) -> dict[str, Any]:
 def _section_is_set(config: Config, key: str) -> bool:
     parent = key.rpartition(".")[0]
     return not parent or (_section_is_set(config, parent) and value_of(config, parent) is not None)
-
-
-def is_secret_name(name: str) -> bool:
-    return bool(_SECRET_WORDS & set(re.split(r"[^a-z]+", name.lower())))
-
-
-def masked(values: Any, name: str = "") -> Any:
-    """The same nested values with secrets as ***: whole values under such a name, and parts of addresses."""
-    if isinstance(values, dict):
-        return {key: masked(value, str(key)) for key, value in values.items()}
-    if isinstance(values, list):
-        return [masked(value, name) for value in values]
-    if not isinstance(values, str):
-        return values
-    if is_secret_name(name):
-        return MASK
-    for pattern, replacement in _IN_TEXT:
-        values = pattern.sub(replacement, values)
-    return values
-
-
-def secrets_of(config: Config) -> list[str]:
-    """The values that `masked` hides or cuts. Their text is secret wherever it stands, as under a variable's name."""
-
-    def differing(value: Any, shown: Any) -> Iterator[str]:
-        if isinstance(value, dict):
-            for key in value:
-                yield from differing(value[key], shown[key])
-        elif isinstance(value, list):
-            for one, two in zip(value, shown, strict=True):
-                yield from differing(one, two)
-        elif isinstance(value, str) and value != shown:
-            yield value
-
-    values = resolved(config)
-    return [text for text in differing(values, masked(values)) if text]
 
 
 def print_config(loaded: LoadedConfig, how: str) -> str:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from internlm_lite.config.load import load_config
+from internlm_lite.config.masking import masked
 from internlm_lite.config.reference import reference
-from internlm_lite.config.view import diff, masked, print_config, resolved
+from internlm_lite.config.render_config import diff, print_config, resolved
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = [ROOT / "configs" / name for name in ("20B_sft.py", "7B_sft.py", "tiny.py")]

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 
 from internlm_lite.config.schema import AlertsConfig, CkptConfig
-from internlm_lite.monitor.disk import disks, written_folders
+from internlm_lite.monitor.alert_monitor import AlertMonitor, Ticker
+from internlm_lite.monitor.disk_usage import disks, written_folders
 from internlm_lite.monitor.jsonl import read_objects
 from internlm_lite.monitor.sinks import FanOut, run_files
-from internlm_lite.monitor.ticker import Ticker
-from internlm_lite.monitor.watch import Watch
 from tests.monitor.chat import SECRET, Chat
 from tests.monitor.test_alerts import line
 
@@ -25,7 +24,7 @@ from tests.monitor.test_alerts import line
 def watched(folder: Path, **config: Any) -> FanOut:
     fan_out = FanOut(run_files(folder), {})
     alerts = AlertsConfig(**config)
-    fan_out.add("alerts", Watch(alerts, 100, [folder], "job x", fan_out.event, disk_seconds=0.02))
+    fan_out.add("alerts", AlertMonitor(alerts, 100, [folder], "job x", fan_out.event, disk_seconds=0.02))
     fan_out.event("start", step=0)
     return fan_out
 
@@ -33,7 +32,7 @@ def watched(folder: Path, **config: Any) -> FanOut:
 def until(condition: Callable[[], object]) -> None:
     end = time.monotonic() + 30
     while not condition():
-        assert time.monotonic() < end, "it did not come to that"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.005)
 
 
@@ -42,7 +41,7 @@ def alerts_in(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in event.items() if key not in ("time", "seg")} for event in found]
 
 
-def test_an_alert_reaches_everybody(
+def test_alert_reaches_log_events_and_webhook(
     tmp_path: Path,
     chat: Chat,
     caplog: pytest.LogCaptureFixture,
@@ -74,7 +73,7 @@ def test_an_alert_reaches_everybody(
     assert SECRET not in caplog.text + (tmp_path / "events.jsonl").read_text()
 
 
-def test_silence_is_noticed_while_nothing_happens(tmp_path: Path) -> None:
+def test_silence_is_noticed_without_events(tmp_path: Path) -> None:
     fan_out = watched(tmp_path, silent_seconds=0.05)
     until(lambda: alerts_in(tmp_path))
     assert alerts_in(tmp_path)[0]["rule"] == "silent"
@@ -83,7 +82,7 @@ def test_silence_is_noticed_while_nothing_happens(tmp_path: Path) -> None:
     fan_out.close()
 
 
-def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage._replace(free=usage.total // 100))
     fan_out = watched(tmp_path)
@@ -96,7 +95,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     fan_out.close()
 
 
-def test_no_thread_is_left(tmp_path: Path, chat: Chat) -> None:
+def test_close_joins_threads(tmp_path: Path, chat: Chat) -> None:
     before = set(threading.enumerate())
     fan_out = watched(tmp_path, webhook=chat.address, format="slack")
     assert len(set(threading.enumerate()) - before) == 3
@@ -104,13 +103,13 @@ def test_no_thread_is_left(tmp_path: Path, chat: Chat) -> None:
     assert not {thread for thread in set(threading.enumerate()) - before if "Handler" not in thread.name}
 
 
-def test_folders_of_one_disk_are_looked_at_once(tmp_path: Path) -> None:
+def test_disk_of_several_folders_is_checked_once(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (found,) = disks([tmp_path, tmp_path / "a", tmp_path / "missing"])
     assert found.folder == str(tmp_path) and 0 <= found.free <= found.total
 
 
-def test_the_folders_a_run_writes_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_written_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     ckpt = {
@@ -128,7 +127,7 @@ def test_the_folders_a_run_writes_to(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert found == [tmp_path, *(tmp_path / name for name in expected)]
 
 
-def test_a_ticker_that_fails_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_failing_ticker_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     def fail() -> None:
         raise OSError("gone")
 

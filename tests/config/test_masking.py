@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from internlm_lite.config.mask import mask_source
+from internlm_lite.config.masking import mask_source
 
 ROOT = Path(__file__).parents[2]
 SECRET = "hunter2-and-more"

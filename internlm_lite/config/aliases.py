@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from internlm_lite.config.layer import DELETE, Layer
 from internlm_lite.config.problems import Problem
+from internlm_lite.config.source import DELETE, Layer
 
 _NO_EFFECT = {
     "ckpt.universal_ckpt": "every checkpoint loads into every layout",
@@ -134,10 +134,7 @@ def _load_info(t: Translation, key: str) -> None:
     if wrong or not isinstance(info.get("path"), str):
         t.refuse(key, f"found {written!r}, expected a folder, or dict(path=..., content=..., ckpt_type=...)")
     elif info.get("ckpt_type") not in _OWN_FORMATS:
-        t.refuse(
-            key,
-            f"found ckpt_type={info['ckpt_type']!r}; only the checkpoints written here are read",
-        )
+        t.refuse(key, f"found ckpt_type={info['ckpt_type']!r}; only the checkpoints written here are read")
     elif parts == {"model"}:
         _give_way(t, key)
         t.replace(key, {_MODEL_ONLY: info["path"], _WHOLE: None})

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 
-from internlm_lite.data.source import find_folders
+from internlm_lite.data.folders import find_folders
 from internlm_lite.errors import DataError
 from tests.data.corpora import write_internlm, write_native
 

@@ -26,7 +26,7 @@ FLOORS = {
     10: {"cli"},
     11: {"train.py", "tools", "__main__"},
 }
-TOP = FLOORS[10] | FLOORS[11]
+TOP = FLOORS[10] | FLOORS[11] | {"apps.bench"}
 FLOOR_OF = {wing: floor for floor, wings in FLOORS.items() for wing in wings}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PICKLE_CALLS = {"torch.load", "torch.save", "pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load"}

@@ -28,6 +28,7 @@ from internlm_lite.apps.bench.ranks import bench_ranks
 from internlm_lite.apps.bench.single import SHAPES, bench_single
 from internlm_lite.apps.bench.step import bench_step
 from internlm_lite.apps.bench.worlds import device_of
+from internlm_lite.apps.report.writer import open_report
 from internlm_lite.cli.options import new_parser
 from internlm_lite.runtime.device import device_name
 
@@ -99,7 +100,7 @@ def run_checkpoint(rounds: int) -> dict[str, Any]:
 def run_metrics(rounds: int) -> dict[str, Any]:
     """What looking at a run costs."""
     with tempfile.TemporaryDirectory() as folder:
-        result = bench_metrics(device_of(0, 1), rounds, Path(folder), **shape_for(1))
+        result = bench_metrics(device_of(0, 1), rounds, Path(folder), {"the report": open_report}, **shape_for(1))
     return {"machine": machine(), "metrics": asdict(result)}
 
 

@@ -22,4 +22,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.set_defaults(launcher="auto", host=None, port=None)
     arguments = parser.parse_intermixed_args(argv)
     check_plan_options(parser, arguments)
-    return run_tool(lambda: train_or_show(arguments))
+    return run_tool(lambda: train_or_show(arguments, {}))

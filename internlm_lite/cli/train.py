@@ -14,12 +14,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from internlm_lite import __version__
 from internlm_lite.cli.options import add_config, add_launcher, new_parser
 from internlm_lite.errors import INTERRUPTED
+
+if TYPE_CHECKING:
+    from internlm_lite.train.build import SinkFactory
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -63,16 +67,19 @@ def check_plan_options(parser: argparse.ArgumentParser, arguments: argparse.Name
             parser.error(f"{name} {value}: expected a number > 0")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code of --print-config, --dry-run and a wrong config; training ends the process itself."""
+def main(argv: Sequence[str] | None = None, sinks: Mapping[str, SinkFactory] | None = None) -> int:
+    """Exit code of --print-config, --dry-run and a wrong config; training ends the process itself.
+
+    `sinks`: your own, by name, beside those of the config (`monitor.record.Sink`).
+    """
     try:
-        return train_or_show(parse_arguments(argv))
+        return train_or_show(parse_arguments(argv), sinks or {})
     except KeyboardInterrupt:
         print("interrupted before the start", file=sys.stderr)
         return INTERRUPTED
 
 
-def train_or_show(arguments: argparse.Namespace) -> int:
+def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory]) -> int:
     """Exit code where no training was started."""
     # Imported late: --help is quick, and a wrong config is reported before torch is loaded.
     from internlm_lite.config.load import check_config, load_config
@@ -109,6 +116,7 @@ def train_or_show(arguments: argparse.Namespace) -> int:
         device = "cpu" if arguments.device == "cpu" else "cuda"
         return dry_run(loaded.config, world_size, tflops=arguments.tflops, device=device, as_json=arguments.json)
 
+    from internlm_lite.apps.report.writer import open_report
     from internlm_lite.train.job import Options, run_job
 
     options = Options(
@@ -119,5 +127,6 @@ def train_or_show(arguments: argparse.Namespace) -> int:
         log_style=arguments.log_style,
         command=tuple(sys.argv),
         profiling=arguments.profiling,
+        sinks={"the report": open_report, **sinks},
     )
     run_job(loaded, place, options)

@@ -151,7 +151,7 @@ class MegatronWriter:
         self._sizes.append(lengths.astype(np.int32))
 
     def close(self) -> None:
-        """Sync and rename. Of an old pair the index is removed first, so that it never describes the tokens of another."""
+        """Sync and rename. Of an old pair the index is removed first, so that it never describes other tokens."""
         sizes = np.concatenate([np.zeros(0, np.int32), *self._sizes])
         pointers = np.zeros(len(sizes), np.int64)
         np.cumsum(sizes[:-1], out=pointers[1:])

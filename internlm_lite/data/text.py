@@ -87,7 +87,7 @@ def read_documents(file: TextFile, text_key: str) -> Iterator[TextDocument]:
 
 
 def sample_text(folders: Sequence[Path], text_key: str, max_bytes: int) -> Iterator[str]:
-    """About max_bytes of text to train a tokenizer on, equal parts of each folder, selected by a hash of each document."""
+    """About max_bytes of text to train a tokenizer on, equal parts of each folder, selected by a document's hash."""
     for folder in folders:
         files = find_text(folder, text_key)
         kept = max_bytes / len(folders) / max(1, sum(file.n_bytes for file in files))

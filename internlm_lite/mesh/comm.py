@@ -27,7 +27,7 @@ GPU_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 
 @contextmanager
 def peer_errors(group: Group) -> Iterator[None]:
-    """Turns what torch.distributed raises when a rank died or a time-out expired into PeerLostError; `GPU_ERRORS` pass."""
+    """Turns what torch.distributed raises when a rank died or a wait expired into PeerLostError; `GPU_ERRORS` pass."""
     try:
         yield
     except GPU_ERRORS:

@@ -100,7 +100,7 @@ class Parameter(nn.Parameter):
     backwards: int = 1
     """Gradients added per micro-batch: 2 for a tied weight whose two stages are on one rank."""
     past_autograd: bool = False
-    """True: a layer adds to `grad` itself and then calls `grad_added`. Autograd still runs hooks, without a gradient."""
+    """True: a layer adds to `grad` itself, then calls `grad_added`. Autograd still runs hooks, without a gradient."""
     grad_added: Callable[[Parameter], object] | None = None
     """Set by the optimizer, which counts gradients."""
 

@@ -17,6 +17,16 @@ from internlm_lite.optim.buckets import SHARD_ALIGNMENT, Bucket, BucketSpec
 
 
 @dataclass(frozen=True)
+class Requests:
+    """What a rank asks of the run during a step (`train.control`); summed over all ranks."""
+
+    signalled: float = 0.0
+    """1: this rank received a signal."""
+    stop_file: float = 0.0
+    """The number in the stop file, on the one rank that reads it."""
+
+
+@dataclass(frozen=True)
 class Totals:
     """Sums over the whole model and the global batch; device scalars, the same on every rank."""
 
@@ -26,8 +36,10 @@ class Totals:
     """Sum of squared gradients of parameters kept in fp32 in a half-precision model."""
     num_labels: torch.Tensor
     """Tokens with a label in the global batch."""
-    requests: torch.Tensor
-    """[2], see `train.requests.Requests`."""
+    signalled: torch.Tensor
+    """`Requests.signalled` summed over all ranks."""
+    stop_file: torch.Tensor
+    """`Requests.stop_file` summed over all ranks."""
     loss: torch.Tensor
     """Training loss summed over those tokens."""
 
@@ -36,16 +48,16 @@ def reduce_totals(
     buckets: list[Bucket],
     model_dtype: torch.dtype,
     num_labels: int,
-    requests: tuple[float, float],
+    requests: Requests,
     loss_sum: torch.Tensor | float,
     mesh: Mesh,
 ) -> Totals:
     """One all-reduce over the world of six fp64 numbers. `num_labels`, `requests`, `loss_sum`: of this rank."""
     counts = mesh.tp.rank == 0 and mesh.pp.rank == mesh.pp.size - 1
     sums = torch.zeros(6, dtype=torch.float64, device=mesh.device)
-    for index, value in enumerate((num_labels * counts, *requests), start=2):
+    for index, value in enumerate((num_labels * counts, requests.signalled, requests.stop_file), start=2):
         sums[index] += value  # a host number becomes an argument of the kernel; copying a host tensor would wait
-    # Tensor-parallel ranks compute the same loss: one of them counts. No test for the last stage is needed, because other
+    # Tensor-parallel ranks compute the same loss: one of them counts. The last stage needs no test, because other
     # stages have computed none: theirs is 0.
     sums[5] += loss_sum * (mesh.tp.rank == 0)
     for bucket in buckets:
@@ -54,7 +66,7 @@ def reduce_totals(
             square = square.masked_fill(square.isfinite(), 0)
         sums[int(bucket.kind.dtype != model_dtype)] += square
     comm.all_reduce(sums, mesh.world).wait()
-    return Totals(sums[0], sums[1], sums[2], sums[3:5], sums[5])
+    return Totals(*sums.unbind())
 
 
 def _counts(kind: BucketSpec, mesh: Mesh) -> bool:

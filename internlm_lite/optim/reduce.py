@@ -1,8 +1,8 @@
 """Gradient reduction that overlaps the backward pass.
 
 A hook on each parameter counts the gradients that its bucket still misses; a complete bucket is reduce-scattered over
-`zero`. At the end its shard is all-reduced over `replica`, and over `tp` or `ends` where ranks hold partial sums. Buckets
-start strictly in order, so that every rank issues the same collectives in the same order whatever its timing.
+`zero`. At the end its shard is all-reduced over `replica`, and over `tp` or `ends` where ranks hold partial sums.
+Buckets start strictly in order, so that every rank issues the same collectives in the same order whatever its timing.
 """
 
 from __future__ import annotations

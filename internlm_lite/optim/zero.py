@@ -24,7 +24,7 @@ from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.buckets import Bucket, build_buckets
 from internlm_lite.optim.gather import WeightGatherer
 from internlm_lite.optim.lr_schedule import beta2, learning_rate
-from internlm_lite.optim.norm import clip_factor, reduce_totals
+from internlm_lite.optim.norm import Requests, clip_factor, reduce_totals
 from internlm_lite.optim.reduce import GradReducer
 from internlm_lite.optim.rules import RULES, Shard, UpdateRule
 from internlm_lite.optim.scaler import LossScaler
@@ -52,8 +52,10 @@ class StepOutcome:
     next_lr: torch.Tensor
     """Learning rate of the next step (the step line of InternLM prints this one)."""
     beta2: float
-    requests: torch.Tensor
-    """[2], `step`'s `requests` summed over all ranks."""
+    signalled: torch.Tensor
+    """Ranks that received a signal."""
+    stop_file: torch.Tensor
+    """The number in the stop file."""
 
 
 class HybridZeroOptimizer:
@@ -101,13 +103,13 @@ class HybridZeroOptimizer:
         index: int,
         num_labels: int,
         global_tokens: int,
-        requests: tuple[float, float] = (0.0, 0.0),
+        requests: Requests = Requests(),
         loss_sum: torch.Tensor | float = 0.0,
     ) -> StepOutcome:
         """Update the weights from the accumulated gradients, and clear those.
 
         `index`: training steps before this one; `num_labels`: labels of this rank's batch; `global_tokens`:
-        the constant that the loss was divided by; `requests`: two numbers that are summed over all ranks on the way;
+        the constant that the loss was divided by; `requests`: of this rank, summed over all ranks on the way;
         `loss_sum`: training loss of this rank's batch, a device scalar. Collective over the mesh.
         """
         self._reducer.finish()
@@ -134,7 +136,8 @@ class HybridZeroOptimizer:
             loss_scale=used_scale,
             next_lr=self._learning_rate(),
             beta2=second_beta,
-            requests=totals.requests,
+            signalled=totals.signalled,
+            stop_file=totals.stop_file,
         )
 
     def _learning_rate(self) -> torch.Tensor:

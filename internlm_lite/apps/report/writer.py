@@ -11,7 +11,9 @@ from internlm_lite.apps.report.discover import run_name
 from internlm_lite.apps.report.page import Assets, write_report
 from internlm_lite.apps.report.payload import make_payload
 from internlm_lite.apps.report.run import RunReader
+from internlm_lite.config.schema import Config
 from internlm_lite.errors import InternLMError
+from internlm_lite.monitor.record import Sink
 
 logger = logging.getLogger("internlm_lite")
 
@@ -22,7 +24,13 @@ FIRST_SECONDS = 5.0
 CLOSE_SECONDS = 60.0
 
 
-class ReportWriter:
+def open_report(folder: Path, config: Config) -> Sink | None:
+    """report.html of a run, made from the files of its folder beside training (`train.build.SinkFactory`)."""
+    every_seconds = config.monitor.report_every_seconds
+    return ReportWriter(folder, every_seconds) if every_seconds else None
+
+
+class ReportWriter(Sink):
     """On rank 0: a thread that writes `folder`/report.html when the run's files grew, and once more at `close`.
 
     A report that cannot be written is told once and never raised.

@@ -186,7 +186,7 @@ def _waits(check: Check, log_every: int, steps: int) -> Counter[str]:
     )
     folder = check.scratch / f"every{log_every}"
     folder.mkdir()
-    run = build_run(config, single_process_mesh(check.device), folder, "none", terminal=False)
+    run = build_run(config, single_process_mesh(check.device), folder, "none")
     places: Counter[str] = Counter()
 
     def count(message: Warning | str, category: type[Warning], filename: str, line: int, *_: Any) -> None:
@@ -202,6 +202,6 @@ def _waits(check: Check, log_every: int, steps: int) -> Counter[str]:
         train(run, StopSignals())
         if not check.smoke:
             torch.cuda.set_sync_debug_mode("default")
-    run.saving.close(wait=True)
+    run.checkpoints.close(wait=True)
     run.reporter.close()
     return places

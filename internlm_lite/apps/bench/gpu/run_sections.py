@@ -121,14 +121,14 @@ class Runner:
     def _in_process(self, name: str, scratch: Path, timeout: float) -> int | None:
         """Exit code; None after `timeout` seconds."""
         cache = self.out / "cache"  # compiled kernels are shared by the sections
-        environment = {
-            **os.environ,
-            "PYTHONUNBUFFERED": "1",
-            "PYTHONFAULTHANDLER": "1",
-            "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
-            "TRITON_CACHE_DIR": str(cache / "triton"),
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(self.repository), os.environ.get("PYTHONPATH")])),
-        }
+        environment = dict(
+            os.environ,
+            PYTHONUNBUFFERED="1",
+            PYTHONFAULTHANDLER="1",
+            PYTHONPATH=os.pathsep.join([str(self.repository), *sys.path[1:]]),
+            TORCHINDUCTOR_CACHE_DIR=str(cache / "inductor"),
+            TRITON_CACHE_DIR=str(cache / "triton"),
+        )
         command = [sys.executable, __file__, name, str(scratch), str(self.repository), "smoke" if self.smoke else "gpu"]
         with (scratch / "log").open("wb") as log:
             process = subprocess.Popen(

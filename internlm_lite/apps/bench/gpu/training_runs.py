@@ -101,7 +101,7 @@ def _start(check: Check, tag: str, *overrides: str, device: str | None = None, f
     if check.smoke:
         argv += ["HIDDEN=64", "SEQ=64", "LAYERS=2"]
     code = f"{first}\nimport sys, runpy\nsys.argv = {argv!r}\nrunpy.run_path('train.py', run_name='__main__')"
-    environment = {**os.environ, **({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if first else {})}
+    environment = dict(os.environ, **({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if first else {}))
     log = (folder / "log").open("a")
     command = [sys.executable, "-c", code]
     process = subprocess.Popen(command, cwd=check.repository, env=environment, stdout=log, stderr=subprocess.STDOUT)

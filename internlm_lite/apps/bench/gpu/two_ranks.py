@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from collections.abc import MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -94,7 +95,7 @@ def _rank(pipe: Connection, rank: int, backend: str, store: str, device_name: st
     device = torch.device(device_name)
     torch.set_num_threads(1)  # four processes beside each other: more threads only wait for each other
     if backend == "nccl":
-        os.environ.update(_NCCL_ON_ONE_GPU, NCCL_HOSTID=f"gpucheck{rank}")
+        _as_own_host(os.environ, rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
@@ -113,6 +114,10 @@ def _rank(pipe: Connection, rank: int, backend: str, store: str, device_name: st
             break
     time.sleep(5)  # the parent ends both ranks when it has heard everything
     os._exit(0)
+
+
+def _as_own_host(environment: MutableMapping[str, str], rank: int) -> None:
+    environment.update(_NCCL_ON_ONE_GPU, NCCL_HOSTID=f"gpucheck{rank}")
 
 
 def _norms(rank: int, device: torch.device, name: str) -> list[float]:

@@ -1,4 +1,4 @@
-"""Stopping and saving on request: signals, the stop file, and what they do to a real run."""
+"""What is decided after a step: stopping and saving on request, by signals and the stop file, and in a real run."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from internlm_lite.faults.signals import WATCHED, StopSignals
+from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.monitor.jsonl import read_objects
+from internlm_lite.optim.norm import Requests
 from internlm_lite.optim.zero import StepOutcome
-from internlm_lite.train.requests import Order, Requests
+from internlm_lite.train.build import build_run
+from internlm_lite.train.control import Command, Control, ControlChannel, Decision
 from tests.cli import ROOT, ended, start
 from tests.steps import read_metrics
+from tests.train.runs import tiny
 
 
-def outcome(asked: tuple[float, float]) -> StepOutcome:
+def outcome(requests: Requests) -> StepOutcome:
     """Of a step in which nothing happened."""
     zero, number = torch.zeros(()), torch.zeros((), dtype=torch.int64)
     return StepOutcome(
@@ -34,12 +39,18 @@ def outcome(asked: tuple[float, float]) -> StepOutcome:
         overflows_in_a_row=number,
         next_lr=zero,
         beta2=0.9,
-        requests=torch.tensor(asked, dtype=torch.float64),
+        signalled=torch.tensor(requests.signalled, dtype=torch.float64),
+        stop_file=torch.tensor(requests.stop_file, dtype=torch.float64),
     )
 
 
-def asked(requests: Requests, steps: int) -> list[Order]:
-    return [requests.order(outcome(requests.now()), step) for step in range(1, steps + 1)]
+def commands(channel: ControlChannel, steps: int) -> list[Command]:
+    """After each step."""
+    found = []
+    for steps_done in range(1, steps + 1):
+        arrived = channel.exchange(outcome(channel.requests()))
+        found.append(Command() if arrived is None else channel.command(arrived, steps_done))
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -52,12 +63,12 @@ def handlers() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", WATCHED)
-def test_a_signal_is_obeyed_one_step_after_it_was_told(number: signal.Signals):
+def test_a_signal_is_obeyed_one_step_later(number: signal.Signals):
     with StopSignals() as signals:
-        requests = Requests(signals, None, is_main=True)
-        assert asked(requests, 3) == [Order()] * 3
+        channel = ControlChannel(signals, None)
+        assert commands(channel, 3) == [Command()] * 3
         os.kill(os.getpid(), number)
-        assert asked(requests, 2) == [Order(), Order(True, True, number.name)]
+        assert commands(channel, 2) == [Command(), Command(True, True, number.name)]
     _send(*WATCHED)  # and this process lives
 
 
@@ -118,17 +129,14 @@ def test_a_second_ctrl_c_interrupts(monkeypatch: pytest.MonkeyPatch):
 def test_the_stop_file_saves_and_stops_or_goes_on(tmp_path: Path):
     file = tmp_path / "stop"
     with StopSignals() as signals:
-        requests = Requests(signals, file, is_main=True)
-        assert asked(requests, 2) == [Order()] * 2
+        channel = ControlChannel(signals, file)
+        assert commands(channel, 2) == [Command()] * 2
         file.write_text("-3")
-        save = Order(save=True, why="stop file with -3")
-        assert asked(requests, 5) == [Order(), Order(), save, Order(), Order()]
+        save = Command(save=True, source="stop file with -3")
+        assert commands(channel, 5) == [Command(), Command(), save, Command(), Command()]
         assert file.read_text() == "0\n"
         file.write_text("4")
-        assert asked(requests, 4)[-1] == Order(save=True, stop=True, why="stop file with 4")
-        other = Requests(signals, file, is_main=False)
-        file.write_text("1")
-        assert asked(other, 4) == [Order()] * 4, "rank 0 alone reads it"
+        assert commands(channel, 4)[-1] == Command(save=True, stop=True, source="stop file with 4")
 
 
 @pytest.mark.parametrize("content", [b"soon", b"\xff\xfe", b"1.5", b"9" * 400, b"9" * 5000])
@@ -138,11 +146,11 @@ def test_a_stop_file_that_makes_no_sense_is_told_and_left(
     file = tmp_path / "stop"
     file.write_bytes(content)
     with StopSignals() as signals:
-        requests = Requests(signals, file, is_main=True)
-        assert asked(requests, 3) == [Order()] * 3
+        channel = ControlChannel(signals, file)
+        assert commands(channel, 3) == [Command()] * 3
         assert caplog.text.count("is not obeyed") == 1 and file.read_bytes() == content
         file.write_text("2")
-        assert any(order.stop for order in asked(requests, 3)), "corrected"
+        assert any(command.stop for command in commands(channel, 3)), "corrected"
 
 
 def metrics(folder: Path) -> dict[int, tuple[float, float]]:
@@ -188,3 +196,41 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_with_the_same_bits(how: s
         for event in read_objects(run_folder / "events.jsonl")
         if event["event"] == "start"
     ] == [(0, 0), (1, max(first) + 1)]
+
+
+def test_rank_0_alone_reads_the_stop_file(tmp_path: Path) -> None:
+    (tmp_path / "stop").write_text("4")
+    config = tiny(None, ckpt={"stop_file_path": str(tmp_path / "stop")})
+    run = build_run(config, single_process_mesh(), tmp_path)
+    with StopSignals() as signals:
+        for is_main in (True, False):
+            control = Control(run.config, run.reporter, signals, is_main=is_main)
+            assert control.requests() == Requests(stop_file=4.0 * is_main)
+    run.reporter.close()
+
+
+def test_what_is_asked_in_steps_that_are_undone_is_obeyed_after_the_next_step(tmp_path: Path) -> None:
+    run = build_run(tiny(None, guard={"spike": "rollback"}), single_process_mesh(), tmp_path)
+    with StopSignals() as signals:
+        control = Control(run.config, run.reporter, signals, is_main=True)
+        spiked = replace(outcome(Requests(signalled=1.0)), spikes=torch.tensor([20.0, 0.0], dtype=torch.float64))
+        assert control.after_step(spiked, 3) == Decision()
+        decision = control.after_step(outcome(Requests()), 4)
+        assert decision == Decision(final=True, stopped_by="a signal to another rank", rollback_before=2)
+        control.rolled_back(1)
+        assert control.decision == Decision()
+        assert control.after_step(outcome(Requests()), 2).stopped_by == "a signal to another rank"
+    run.reporter.close()
+
+
+def test_a_save_is_deferred_while_updates_are_skipped(tmp_path: Path) -> None:
+    ckpt = {"enable_save_ckpt": True, "save_ckpt_folder": f"local:{tmp_path / 'saves'}", "checkpoint_every": 2}
+    run = build_run(tiny(None, ckpt=ckpt), single_process_mesh(), tmp_path)
+    with StopSignals() as signals:
+        control = Control(run.config, run.reporter, signals, is_main=True)
+        skipped = replace(outcome(Requests()), skips_in_a_row=torch.tensor(1))
+        outcomes = (outcome(Requests()), skipped, skipped, outcome(Requests()), outcome(Requests()))
+        saves = [control.after_step(one, steps_done).save for steps_done, one in enumerate(outcomes, 1)]
+        assert saves == [None, None, None, "milestone", None]
+    run.checkpoints.close(wait=True)
+    run.reporter.close()

@@ -1,7 +1,7 @@
-"""How a rank that fails leaves: what it knows is written down, the cause is found among all ranks.
+"""How a rank that fails ends: what it knows is written down, and the cause is looked for among all ranks.
 
-an error here      record it, wait a moment for a better explanation from others, say which rank failed first
-nobody goes on     the watchdog's verdict: stacks, record, exit code 4
+an error on this rank     record it, wait a moment for a better explanation from others, log which rank failed first
+the job stands still      the watchdog's verdict: stacks, record, exit code 4
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from internlm_lite.runtime.torchrun import tell_agent
 logger = logging.getLogger("internlm_lite")
 
 _CAUSE_SECONDS = 3.0
-"""A rank that lost another one waits so long for that one's own words, and for its silence to show."""
-_ALIKE_SECONDS = 1.0
-"""A rank waits so long for others to fail as it does."""
+"""A rank that lost another one waits so long for that rank's own record, and for its heartbeat to stop."""
+_SAME_FAILURE_SECONDS = 1.0
+"""A rank waits so long for others to fail in the same way."""
 _LAST_WORDS_SECONDS = 15.0
-_HEARING_SECONDS = 2.0
-"""Until all have heard a verdict: who ends breaks the others' collectives. Rank 0 serves the store, and ends last."""
+_VERDICT_SECONDS = 2.0
+"""Until all ranks have read a verdict: a rank that ends breaks the others' collectives. Rank 0 serves the store, and
+ends last."""
 
 
 def code_of(error: BaseException) -> int:
@@ -39,23 +40,23 @@ def code_of(error: BaseException) -> int:
     return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
 
 
-class Ending:
-    """Of one rank. `folder` is known once the run folder is agreed on; without it nothing is written."""
+class FailureHandler:
+    """Of one rank. `folder` is set once the run folder is agreed on; without it nothing is written."""
 
     def __init__(self, place: Place) -> None:
         self._place = place
         self.folder: Path | None = None
         self.watchdog = unwatched(place.rank)
-        self.told_elsewhere = False
-        """A rank before this one says what this one would say."""
+        self.reported_by_peer = False
+        """A lower rank failed in the same way, and logs it."""
         self._hangs = threading.Event()
 
     def hang(self, verdict: Verdict) -> None:
         """Called by the watchdog's thread; ends the process."""
         self._hangs.set()
-        leave_now(HANG, lambda: self._tell_hang(verdict), _LAST_WORDS_SECONDS)
+        leave_now(HANG, lambda: self._report_hang(verdict), _LAST_WORDS_SECONDS)
 
-    def _tell_hang(self, verdict: Verdict) -> None:
+    def _report_hang(self, verdict: Verdict) -> None:
         rank, folder = self._place.rank, self.folder
         logger.error("the job stands still: %s", verdict.why)
         follows = bool(verdict.ranks) and rank not in verdict.ranks
@@ -63,10 +64,22 @@ class Ending:
         if folder is not None:
             self._write_stacks(folder)
             self._record(folder, "hang", verdict.why, HANG, follows)
-            for guilty, host in zip(verdict.ranks, verdict.hosts, strict=True):
+            for culprit, host in zip(verdict.ranks, verdict.hosts, strict=True):
                 where = (host, verdict.step, verdict.phase)
-                record(folder, Failure(guilty, *where, "hang", verdict.why, HANG, follows=False, guessed=True))
-        time.sleep(max(_HEARING_SECONDS, self.watchdog.silence_seconds) * (2 if self._place.is_main else 1))
+                record(folder, Failure(culprit, *where, "hang", verdict.why, HANG, follows=False, guessed=True))
+        time.sleep(max(_VERDICT_SECONDS, self.watchdog.silence_seconds) * (2 if self._place.is_main else 1))
+
+    def log(self, error: BaseException) -> None:
+        """Why this process ends, unless a lower rank logs the same."""
+        if isinstance(error, KeyboardInterrupt):
+            logger.error("interrupted; started again, the run goes on from its newest checkpoint if it has written one")
+        elif isinstance(error, SystemExit):
+            what = f"something called sys.exit({error.code!r}) in the middle of the run"
+            logger.error(f"rank {self._place.rank} failed: {what}")
+        elif not isinstance(error, InternLMError):
+            logger.error(f"rank {self._place.rank} failed", exc_info=error)
+        elif not self.reported_by_peer:
+            logger.error(f"{type(error).__name__}: {error}")
 
     def _write_stacks(self, folder: Path) -> None:
         stacks = folder / "logs" / f"rank-{self._place.rank:05d}.stacks"
@@ -78,7 +91,7 @@ class Ending:
             logger.error("rank %d: the stacks of its threads are in %s", self._place.rank, stacks)
 
     def failed(self, error: BaseException) -> None:
-        """Write down why this rank ends, and tell who failed first if it was another one."""
+        """Record why this rank ends, and log who failed first if it was another rank."""
         if isinstance(error, PeerLostError) and self._hangs.is_set():
             time.sleep(_LAST_WORDS_SECONDS)  # it was lost because the job stands still: that ends this process
         folder, code, kind = self.folder, code_of(error), type(error).__name__
@@ -88,22 +101,22 @@ class Ending:
             self._record(folder, "interrupted", "by Ctrl-C", code, follows=False)
             return
         lost = isinstance(error, PeerLostError)
-        guilty = error.guilty if isinstance(error, InternLMError) else ()
-        follows = lost or (bool(guilty) and self._place.rank not in guilty)
+        culprits = error.guilty if isinstance(error, InternLMError) else ()
+        follows = lost or (bool(culprits) and self._place.rank not in culprits)
         message = str(masked(str(error)))
         trace = str(masked("".join(traceback.format_exception(error))))
         if follows:
             self._await_cause(folder)
         self._record(folder, kind, message, code, follows, trace)
         if isinstance(error, InternLMError) and not lost:
-            self.told_elsewhere = self._await_lower_rank(folder, kind, message)
+            self.reported_by_peer = self._await_lower_rank(folder, kind, message)
         failures = read_failures(folder)
         if failures and (failures[0].kind, failures[0].message) != (kind, message):
             logger.error("%s", summary(failures))
 
     def _await_lower_rank(self, folder: Path, kind: str, message: str) -> bool:
-        """Whether a rank before this one failed in the same way, as all do by a wrong path: one of them says so."""
-        deadline = time.monotonic() + _ALIKE_SECONDS
+        """Whether a lower rank failed in the same way, as all do by a wrong path: only the first logs it."""
+        deadline = time.monotonic() + _SAME_FAILURE_SECONDS
         while not self._place.is_main and time.monotonic() < deadline:
             lower = [failure for failure in read_failures(folder) if failure.rank < self._place.rank]
             if any((failure.kind, failure.message) == (kind, message) for failure in lower):
@@ -112,7 +125,7 @@ class Ending:
         return False
 
     def _await_cause(self, folder: Path) -> None:
-        """Until some other rank has said why it failed, or is known to be gone without a word."""
+        """Until another rank has recorded why it failed, or is known to be gone without a record."""
         deadline = time.monotonic() + _CAUSE_SECONDS + self.watchdog.silence_seconds
         here, why = self.watchdog.here, "it is gone without a word: killed, out of memory, or its host is down"
         while time.monotonic() < deadline:

@@ -13,7 +13,7 @@ import pytest
 from tests.cli import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-JOBS = {"own_data": "own_data/RUN/own_data", "own_update_rule": "RUN/signum"}
+JOBS = {"own_data": "own_data/RUN/own_data", "own_sink": "RUN/own_sink", "own_update_rule": "RUN/signum"}
 """Where each writes its run."""
 
 
@@ -24,11 +24,15 @@ def test_an_example_trains(example: Path, tmp_path: Path) -> None:
         [sys.executable, str(example)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = (tmp_path / JOBS[example.stem] / "latest" / "metrics.jsonl").read_text().splitlines()
+    folder = tmp_path / JOBS[example.stem] / "latest"
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert len(losses) == 20 and losses[-1] < losses[0]
     if example.stem == "own_data":
         assert set(json.loads(lines[-1])["folders"]) == {"email", "json"}
+    if example.stem == "own_sink":
+        rows = [row.split(",") for row in (folder / "loss.csv").read_text().splitlines()]
+        assert [float(row[1]) for row in rows if len(row) == 3] == losses
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)

@@ -38,14 +38,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("convert", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     to_hf = commands.add_parser("to-hf", help="a checkpoint of ours to a Hugging Face folder")
-    to_hf.add_argument("checkpoint", help="a save folder (its newest checkpoint), or one checkpoint of it")
-    to_hf.add_argument("out", type=Path, help="folder to make")
-    to_hf.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (as the model was trained)"
-    )
-    to_hf.add_argument("--model-type", choices=FAMILIES, default="llama", help="which model it is there (llama)")
-    to_hf.add_argument("--tokenizer", help="sentencepiece model, or none (the config's data.tokenizer)")
-    to_hf.add_argument("--shard-size", type=size, default=size("5GB"), help="largest file of weights (5GB)")
+    add, dtypes = to_hf.add_argument, ["float32", "bfloat16", "float16"]
+    add("checkpoint", help="a save folder (its newest checkpoint), or one checkpoint of it")
+    add("out", type=Path, help="folder to make")
+    add("--dtype", choices=dtypes, help="of the weights (as the model was trained)")
+    add("--model-type", choices=FAMILIES, default="llama", help="which model it becomes (llama)")
+    add("--tokenizer", help="sentencepiece model, or none (the config's data.tokenizer)")
+    add("--shard-size", type=size, default=size("5GB"), help="largest file of weights (5GB)")
     from_hf = commands.add_parser("from-hf", help="a Hugging Face folder to a checkpoint of ours")
     from_hf.add_argument("folder", type=Path, help="config.json, *.safetensors")
     from_hf.add_argument("out", help="save folder without checkpoints")

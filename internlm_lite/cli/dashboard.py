@@ -27,9 +27,10 @@ PORT = 8090
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("dashboard", __doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, job folders, or RUN itself")
-    parser.add_argument("--port", type=int, default=PORT, help=f"default {PORT}; 0: any free one")
-    parser.add_argument("--bind", default="127.0.0.1", metavar="ADDRESS", help="another one needs a token")
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="run folders, job folders, or RUN itself")
+    add("--port", type=int, default=PORT, help=f"default {PORT}; 0: any free one")
+    add("--bind", default="127.0.0.1", metavar="ADDRESS", help="another one needs a token")
     tokens = parser.add_mutually_exclusive_group()
     tokens.add_argument(
         "--token", nargs="?", const="", help="ask for it; without a value one is made and printed with the address"

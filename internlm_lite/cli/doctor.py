@@ -30,10 +30,11 @@ from internlm_lite.runtime.tool import run_tool
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("doctor", __doc__)
+    add = parser.add_argument
     add_config(parser, required=False, text="config file: look at its checkpoint folders too")
     add_launcher(parser, timeout=120)
-    parser.add_argument("--run-dir", type=Path, default=Path("RUN"), help="as for train.py")
-    parser.add_argument("--json", action="store_true", help="everything that was found, as one JSON document")
+    add("--run-dir", type=Path, default=Path("RUN"), help="as for train.py")
+    add("--json", action="store_true", help="everything that was found, as one JSON document")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.overrides and arguments.config is None:
         parser.error(f"{arguments.overrides[0]!r} changes a config: give --config too")

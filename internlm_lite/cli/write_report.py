@@ -28,10 +28,11 @@ from internlm_lite.runtime.tool import run_tool
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("report", __doc__)
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders, job folders, or RUN itself")
-    parser.add_argument("--from-log", action="append", default=[], type=Path, metavar="FILE", help="a log's step lines")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: in the run folder, beside the log")
-    parser.add_argument("--png", action="store_true", help="insist on loss.png (else: when matplotlib is installed)")
+    add = parser.add_argument
+    add("runs", nargs="*", type=Path, metavar="RUN", help="run folders, job folders, or RUN itself")
+    add("--from-log", action="append", default=[], type=Path, metavar="FILE", help="a log's step lines")
+    add("-o", "--output", type=Path, metavar="FILE", help="default: in the run folder, beside the log")
+    add("--png", action="store_true", help="insist on loss.png (else: when matplotlib is installed)")
     arguments = parser.parse_args(argv)
     if not arguments.runs and not arguments.from_log:
         parser.error("expected a RUN or --from-log FILE")

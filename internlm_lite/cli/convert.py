@@ -64,7 +64,7 @@ def size(text: str) -> int:
 
 
 class Progress:
-    """A line now and then."""
+    """Prints a line every HEARTBEAT_SECONDS."""
 
     def __init__(self) -> None:
         self.begin = self._last = time.monotonic()
@@ -119,7 +119,7 @@ def from_hf(arguments: argparse.Namespace, s3: S3Config) -> int:
 
 
 def usage(config: Config, out: str) -> str:
-    """What to write into a config to train on from the weights."""
+    """The lines of a config that continues training from the weights."""
     model = config.model
     keys = [
         key
@@ -147,7 +147,7 @@ def work(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 bad input or another model, 6 storage, 130 interrupted."""
+    """Exit code: 0 done, 2 bad input or different logits, 6 storage, 130 interrupted."""
     arguments = parse_arguments(argv)
     interrupted = "interrupted: a folder or checkpoint that was being written is gone"
     return run_tool(partial(work, arguments), interrupted, has_s3_option=True)

@@ -45,7 +45,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_token(arguments: argparse.Namespace) -> str | None:
-    """None: nobody is asked for one. Raises ConfigError."""
+    """None: no token is required. Raises ConfigError."""
     if arguments.token and Path(arguments.token).exists():
         raise ConfigError(f"--token {arguments.token} is a file or folder; put runs first, or use --token-file")
     if arguments.token_file is None:

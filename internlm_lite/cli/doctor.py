@@ -42,7 +42,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def folders_of(arguments: argparse.Namespace) -> dict[str, Path]:
-    """Name -> where the run writes. What is on S3 is left out. Raises ConfigError."""
+    """Name -> folder that the run writes to, without those on S3. Raises ConfigError."""
     folders = {"run_dir": arguments.run_dir}
     if arguments.config is not None:
         ckpt = load_config(arguments.config, arguments.overrides).config.ckpt
@@ -54,7 +54,7 @@ def folders_of(arguments: argparse.Namespace) -> dict[str, Path]:
 
 
 class Shown:
-    """Shows each finding as soon as it is known, and a last line; or everything at the end, as JSON."""
+    """Prints new findings at once, and a last line; or everything at the end, as JSON."""
 
     def __init__(self, as_json: bool) -> None:
         self._as_json, self._n_shown = as_json, 0

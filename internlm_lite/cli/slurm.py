@@ -47,7 +47,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def plan_of(loaded: LoadedConfig, world_size: int, device: str) -> Plan:
-    """Raises what the run would: wrong configs, layouts that do not fit, data that is not there."""
+    """Raises the errors that the run would: invalid config, layout or data."""
     check_config(loaded, world_size)
     return make_plan(loaded.config, world_size, None, device)
 
@@ -83,7 +83,7 @@ def write(job: SlurmJob) -> Path:
     file = job.logs / f"{job.name}.sbatch"
     temporary = file.with_name(f".{file.name}-{os.getpid()}")
     try:
-        job.logs.mkdir(parents=True, exist_ok=True)  # Slurm opens its log there before anything of ours runs
+        job.logs.mkdir(parents=True, exist_ok=True)  # Slurm opens its log there before it starts the job
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(file)
     except OSError as error:

@@ -63,7 +63,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def encode(arguments: argparse.Namespace) -> int:
-    """Tokenise each input folder and print what became of it. Exit code."""
+    """Tokenise each input folder and print statistics. Exit code."""
     targets = {arguments.output / source.resolve().name: source for source in arguments.input}
     if len(targets) < len(arguments.input):
         raise DataError("--input: two folders of the same name would become one data folder; rename one of them")
@@ -89,7 +89,7 @@ def encode(arguments: argparse.Namespace) -> int:
 
 
 def _reporter(name: str, total_bytes: int, bars: Progress, console: Console) -> Callable[[int], None]:
-    """Moves a bar on a terminal; off a terminal prints a line now and then."""
+    """Advances a bar on a terminal; elsewhere prints a line every HEARTBEAT_SECONDS."""
     task = bars.add_task(name, total=round(total_bytes / 1e6, 1))
     done, last = 0, time.monotonic()
 

@@ -40,20 +40,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_runs(arguments: argparse.Namespace) -> list[RunReader]:
-    """Raises ConfigError for what holds no run."""
+    """Raises ConfigError for a path without runs."""
     folders = require_runs(arguments.runs)
     for line in omitted_runs(arguments.runs):
         print(line)
     runs = [RunReader(folder, run_name(folder)).read_all() for folder in folders]
     for path in arguments.from_log:
         log = read_log(path)
-        print(f"{printable(path)}: {log.run.columns.n} steps; {log.n_skipped} other lines passed over")
+        print(f"{printable(path)}: {log.run.columns.n} steps; {log.n_skipped} other lines skipped")
         runs.append(log.run)
     return runs
 
 
 def places(arguments: argparse.Namespace, runs: Sequence[RunReader]) -> tuple[Path, Path]:
-    """Where the page goes, and the figure."""
+    """Paths of the page and of the figure."""
     if arguments.output is None and len(runs) > 1:
         return Path("report.html"), Path("loss.png")
     if arguments.output is None and arguments.from_log:
@@ -64,12 +64,12 @@ def places(arguments: argparse.Namespace, runs: Sequence[RunReader]) -> tuple[Pa
 
 
 def check(payload: Mapping[str, Any]) -> None:
-    """Say which runs cannot be shown. Raises ConfigError when none can."""
+    """Print which runs cannot be shown. Raises ConfigError when none can."""
     broken = [run for run in payload["runs"] if run["state"]["phase"] == UNREADABLE]
     for run in broken:
         print(f"{run['folder']} cannot be shown: {run['state']['why']}", file=sys.stderr)
     if len(broken) == len(payload["runs"]):
-        raise ConfigError("nothing to show; mend or remove the file that is damaged")
+        raise ConfigError("nothing to show; repair or remove the file that is damaged")
 
 
 def work(arguments: argparse.Namespace) -> int:

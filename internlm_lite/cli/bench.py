@@ -9,139 +9,31 @@ internlm-lite bench --metrics [--json] [--rounds N]       a step line to every s
 from __future__ import annotations
 
 import json
-import platform
-import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
-
-from internlm_lite.apps.bench.checkpoint import bench_saves, bench_writer
-from internlm_lite.apps.bench.layouts import bench_layouts
-from internlm_lite.apps.bench.loader import bench_loader
-from internlm_lite.apps.bench.metrics import bench_metrics
-from internlm_lite.apps.bench.ranks import bench_ranks
-from internlm_lite.apps.bench.single import SHAPES, bench_single
-from internlm_lite.apps.bench.step import bench_step
-from internlm_lite.apps.bench.worlds import device_of
+from internlm_lite.apps.bench.suites import run_basics, run_checkpoint, run_layouts, run_metrics, show
 from internlm_lite.apps.report.writer import open_report
 from internlm_lite.cli.options import new_parser
-from internlm_lite.runtime.device import device_name
-
-CORPORA = ((100, 50_000_000), (800, 1_000_000_000))
-"""(mean document length, tokens): the second writes 2 GB to the temporary folder."""
-CPU_SHAPE = {"hidden": 384, "layers": 6, "heads": 6, "vocab": 8192, "seq_len": 512, "micro_bsz": 2, "micro_num": 2}
-SAVED_SHAPE = {**CPU_SHAPE, "layers": 8, "vocab": 12032, "micro_num": 1, "dtype": "torch.float32"}
-"""Weights and moments of 281 MB, trained on 1024 tokens a step and rank."""
-GPU_SHAPE = {"hidden": 2048, "layers": 16, "heads": 16, "vocab": 32768, "seq_len": 2048, "micro_bsz": 4, "micro_num": 2}
-
-
-def shape_for(gpus: int) -> dict[str, Any]:
-    """The model and batch where so many GPUs are needed at once: a smaller one when they are not there."""
-    on_gpus = device_of(0, gpus).type == "cuda"
-    return {**GPU_SHAPE, "dtype": "torch.bfloat16"} if on_gpus else {**CPU_SHAPE, "dtype": "torch.float32"}
-
-
-def machine() -> dict[str, Any]:
-    """What was measured on; where GPUs can be used, each result says whether they were."""
-    return {
-        "cpu": device_name(torch.device("cpu")),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def run_basics(only: str | None, rounds: int) -> dict[str, Any]:
-    """All results but those of the layouts, as plain JSON values."""
-    results: dict[str, Any] = {"machine": machine()}
-    if only in (None, "loader"):
-        with tempfile.TemporaryDirectory() as folder:
-            results["loader"] = [
-                asdict(bench_loader(Path(folder, str(length)), n_tokens, length)) for length, n_tokens in CORPORA
-            ]
-    if only in (None, "step"):
-        results["step"] = asdict(bench_step(device_of(0, 1), rounds, **shape_for(1)))
-    if only in (None, "ranks"):
-        results["ranks"] = asdict(bench_ranks(2, rounds, **shape_for(2)))
-    return results
-
-
-def run_layouts(rounds: int) -> dict[str, Any]:
-    """The same for the layouts, each over 4 micro-batches a step."""
-    shape = {**shape_for(2), "micro_num": 4}
-    gpus = torch.cuda.device_count()
-    most_ranks = gpus if gpus >= 2 else 4  # else all on the CPU
-    results: dict[str, Any] = {"machine": machine(), "shape": shape}
-    results["layouts"] = [asdict(row) for row in bench_layouts(rounds, most_ranks, **shape)]
-    if gpus:
-        results["single"] = [asdict(row) for row in bench_single(SHAPES, "torch.bfloat16", rounds)]
-    return results
-
-
-def run_checkpoint(rounds: int) -> dict[str, Any]:
-    """The same for checkpoints, in the temporary folder (TMPDIR) and, for the writer, in memory too."""
-    results: dict[str, Any] = {"machine": machine(), "shape": SAVED_SHAPE}
-    with tempfile.TemporaryDirectory() as folder:
-        folders = [Path(folder, "writer")]
-        if (memory := Path("/dev/shm")).is_dir():
-            folders.append(memory / Path(folder).name)
-        results["writer"] = [asdict(bench_writer(place, 280, rounds)) for place in folders]
-        results["saves"] = [
-            asdict(row) for size in (1, 2) for row in bench_saves(size, rounds, Path(folder), **SAVED_SHAPE)
-        ]
-    return results
-
-
-def run_metrics(rounds: int) -> dict[str, Any]:
-    """What looking at a run costs."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = bench_metrics(device_of(0, 1), rounds, Path(folder), {"the report": open_report}, **shape_for(1))
-    return {"machine": machine(), "metrics": asdict(result)}
-
-
-def show(results: dict[str, Any]) -> None:
-    """The results as tables: lists as rows, single results as two columns."""
-    console = Console()
-    for name, found in results.items():
-        if isinstance(found, list):
-            table = Table(*found[0], title=name, title_justify="left")
-            for row in found:
-                table.add_row(*map(format_value, row.values()))
-        else:
-            table = Table("figure", "value", title=name, title_justify="left")
-            for key, value in found.items():
-                table.add_row(key, format_value(value))
-        console.print(table)
-
-
-def format_value(value: float | int | str | None) -> str:
-    if isinstance(value, float):
-        return f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code."""
     parser = new_parser("bench", __doc__)
+    add = parser.add_argument
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--only", choices=["step", "ranks", "loader"], help="one benchmark instead of all")
     which.add_argument("--layouts", action="store_true", help="the layouts instead")
     which.add_argument("--checkpoint", action="store_true", help="saving and loading instead")
     which.add_argument("--metrics", action="store_true", help="the cost of metrics and sinks instead")
-    parser.add_argument("--rounds", type=int, default=9, help="alternating measurements per side (default 9)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    add("--rounds", type=int, default=9, help="alternating measurements per side (default 9)")
+    add("--json", action="store_true", help="print JSON instead of tables")
     args = parser.parse_args(argv)
     if args.layouts:
         results = run_layouts(args.rounds)
     elif args.checkpoint:
         results = run_checkpoint(args.rounds)
     elif args.metrics:
-        results = run_metrics(args.rounds)
+        results = run_metrics(args.rounds, {"the report": open_report})
     else:
         results = run_basics(args.only, args.rounds)
     if args.json:

@@ -36,7 +36,7 @@ from internlm_lite.runtime.tool import ToolConsole, add_s3_option, run_tool
 from internlm_lite.units import human_bytes, human_seconds
 
 _PIPE_COLUMNS = 1000
-"""Lines that no terminal shows are not wrapped."""
+"""Width of tables off a terminal: their lines are not wrapped."""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -50,8 +50,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     verify.add_argument("folder", help="save folder, or one checkpoint of it")
     prune = commands.add_parser("prune", help="remove old checkpoints")
     prune.add_argument("folder", help="save folder")
-    prune.add_argument("--keep", type=int, required=True, metavar="N", help="good checkpoints that stay")
-    prune.add_argument("--dry-run", action="store_true", help="say what would go")
+    prune.add_argument("--keep", type=int, required=True, metavar="N", help="good checkpoints to keep")
+    prune.add_argument("--dry-run", action="store_true", help="show what would be removed")
     for command in (ls, verify, prune):
         add_s3_option(command)
     arguments = parser.parse_args(argv)
@@ -155,7 +155,7 @@ def _is_gone(storage: Storage, name: Name) -> bool:
 
 
 def _show(title: str, damages: Iterable[Damage], is_gone: Callable[[], bool] = lambda: False) -> bool:
-    """Print what is found as it is found; whether it was nothing. `is_gone`: asked only if something is found."""
+    """Print damages as they are found; True if there are none. `is_gone` is called only if there are."""
     begin, found = time.monotonic(), iter(damages)
     first = next(found, None)
     if first is None:
@@ -174,7 +174,7 @@ def prune(arguments: argparse.Namespace, s3: S3Config) -> int:
     """Exit code. Refuses, with StorageError, while a run uses the folder."""
     storage = open_storage(arguments.folder, s3)
     inside = [folder for folder in catalog.folders_in(storage.list("")) if folder]
-    if not catalog.committed(storage):  # a lock would be the first thing in a folder that is none
+    if not catalog.committed(storage):  # do not create a lock in a folder that is not a save folder
         hint = "".join(f"; {storage.name}/{folder} is one" for folder in inside)
         raise CheckpointError(f"{storage.name} holds no checkpoint; expected a save folder{hint}")
     for folder in inside:

@@ -38,14 +38,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("convert", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     to_hf = commands.add_parser("to-hf", help="a checkpoint of ours to a Hugging Face folder")
-    to_hf.add_argument("checkpoint", help="a save folder (its newest checkpoint), or one checkpoint of it")
-    to_hf.add_argument("out", type=Path, help="folder to make")
-    to_hf.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (as the model was trained)"
-    )
-    to_hf.add_argument("--model-type", choices=FAMILIES, default="llama", help="which model it is there (llama)")
-    to_hf.add_argument("--tokenizer", help="sentencepiece model, or none (the config's data.tokenizer)")
-    to_hf.add_argument("--shard-size", type=size, default=size("5GB"), help="largest file of weights (5GB)")
+    add, dtypes = to_hf.add_argument, ["float32", "bfloat16", "float16"]
+    add("checkpoint", help="a save folder (its newest checkpoint), or one checkpoint of it")
+    add("out", type=Path, help="folder to make")
+    add("--dtype", choices=dtypes, help="of the weights (as the model was trained)")
+    add("--model-type", choices=FAMILIES, default="llama", help="which model it becomes (llama)")
+    add("--tokenizer", help="sentencepiece model, or none (the config's data.tokenizer)")
+    add("--shard-size", type=size, default=size("5GB"), help="largest file of weights (5GB)")
     from_hf = commands.add_parser("from-hf", help="a Hugging Face folder to a checkpoint of ours")
     from_hf.add_argument("folder", type=Path, help="config.json, *.safetensors")
     from_hf.add_argument("out", help="save folder without checkpoints")
@@ -65,7 +64,7 @@ def size(text: str) -> int:
 
 
 class Progress:
-    """A line now and then."""
+    """Prints a line every HEARTBEAT_SECONDS."""
 
     def __init__(self) -> None:
         self.begin = self._last = time.monotonic()
@@ -120,7 +119,7 @@ def from_hf(arguments: argparse.Namespace, s3: S3Config) -> int:
 
 
 def usage(config: Config, out: str) -> str:
-    """What to write into a config to train on from the weights."""
+    """The lines of a config that continues training from the weights."""
     model = config.model
     keys = [
         key
@@ -148,7 +147,7 @@ def work(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 bad input or another model, 6 storage, 130 interrupted."""
+    """Exit code: 0 done, 2 bad input or different logits, 6 storage, 130 interrupted."""
     arguments = parse_arguments(argv)
     interrupted = "interrupted: a folder or checkpoint that was being written is gone"
     return run_tool(partial(work, arguments), interrupted, has_s3_option=True)

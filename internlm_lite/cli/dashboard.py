@@ -27,9 +27,10 @@ PORT = 8090
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("dashboard", __doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, job folders, or RUN itself")
-    parser.add_argument("--port", type=int, default=PORT, help=f"default {PORT}; 0: any free one")
-    parser.add_argument("--bind", default="127.0.0.1", metavar="ADDRESS", help="another one needs a token")
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="run folders, job folders, or RUN itself")
+    add("--port", type=int, default=PORT, help=f"default {PORT}; 0: any free one")
+    add("--bind", default="127.0.0.1", metavar="ADDRESS", help="another one needs a token")
     tokens = parser.add_mutually_exclusive_group()
     tokens.add_argument(
         "--token", nargs="?", const="", help="ask for it; without a value one is made and printed with the address"
@@ -44,7 +45,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_token(arguments: argparse.Namespace) -> str | None:
-    """None: nobody is asked for one. Raises ConfigError."""
+    """None: no token is required. Raises ConfigError."""
     if arguments.token and Path(arguments.token).exists():
         raise ConfigError(f"--token {arguments.token} is a file or folder; put runs first, or use --token-file")
     if arguments.token_file is None:

@@ -1,4 +1,4 @@
-"""From nothing to a trained decoder, on text that this machine holds. `make demo` runs it.
+"""From nothing to a trained decoder, on text found on this machine. `make demo` runs it.
 
     demo/text/{train,valid}/<folder>      real text, folder by folder
     demo/tokenizer.model                  sentencepiece, trained on it
@@ -41,7 +41,7 @@ LAST_STEPS = 20
 
 
 class Stage:
-    """A step of the demo whose key, a hash of all it depends on, is kept in a file beside what it made."""
+    """A step of the demo. Its key, a hash of all that it depends on, is kept in a file next to its output."""
 
     def __init__(self, folder: Path, name: str, *depends_on: object) -> None:
         self.stamp = folder / f"{name}.key"
@@ -69,7 +69,7 @@ def run_command(*command: str | Path) -> None:
 
 
 def make_text(folder: Path) -> None:
-    """Collect the corpus and say honestly how much of it there is."""
+    """Collect the corpus and print its size."""
     shutil.rmtree(folder / "text", ignore_errors=True)
     sizes = build_corpus(folder / "text", machine_folders(), FOLDER_BYTES)
     for name, size in sizes.items():
@@ -100,7 +100,7 @@ def train(folder: Path, arguments: Sequence[str], started: Stage) -> None:
 
 
 def report(folder: Path, vocab_size: int) -> None:
-    """What came out: the loss at both ends, the samples, and where to look."""
+    """Print the samples, the first and last losses, and where to find the rest."""
     run_folder = (folder / "RUN" / "demo" / "latest").resolve()
     reader = RunReader(run_folder, "demo").read_all()
     drawn = samples(reader.samples, reader.events)
@@ -122,7 +122,7 @@ def report(folder: Path, vocab_size: int) -> None:
 
 
 def installed() -> list[str]:
-    """Name and version of every package here: the corpus is read from them."""
+    """Name and version of every installed package: the corpus is read from them."""
     return sorted(f"{found.name}=={found.version}" for found in distributions())
 
 

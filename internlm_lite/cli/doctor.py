@@ -30,10 +30,11 @@ from internlm_lite.runtime.tool import run_tool
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("doctor", __doc__)
+    add = parser.add_argument
     add_config(parser, required=False, text="config file: look at its checkpoint folders too")
     add_launcher(parser, timeout=120)
-    parser.add_argument("--run-dir", type=Path, default=Path("RUN"), help="as for train.py")
-    parser.add_argument("--json", action="store_true", help="everything that was found, as one JSON document")
+    add("--run-dir", type=Path, default=Path("RUN"), help="as for train.py")
+    add("--json", action="store_true", help="everything that was found, as one JSON document")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.overrides and arguments.config is None:
         parser.error(f"{arguments.overrides[0]!r} changes a config: give --config too")
@@ -41,7 +42,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def folders_of(arguments: argparse.Namespace) -> dict[str, Path]:
-    """Name -> where the run writes. What is on S3 is left out. Raises ConfigError."""
+    """Name -> folder that the run writes to, without those on S3. Raises ConfigError."""
     folders = {"run_dir": arguments.run_dir}
     if arguments.config is not None:
         ckpt = load_config(arguments.config, arguments.overrides).config.ckpt
@@ -53,7 +54,7 @@ def folders_of(arguments: argparse.Namespace) -> dict[str, Path]:
 
 
 class Shown:
-    """Shows each finding as soon as it is known, and a last line; or everything at the end, as JSON."""
+    """Prints new findings at once, and a last line; or everything at the end, as JSON."""
 
     def __init__(self, as_json: bool) -> None:
         self._as_json, self._n_shown = as_json, 0

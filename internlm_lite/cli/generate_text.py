@@ -23,25 +23,20 @@ from internlm_lite.runtime.tool import add_s3_option, run_tool
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("generate", __doc__)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--checkpoint", required=True, metavar="FOLDER", help="a save folder (its newest checkpoint), or one checkpoint"
     )
-    parser.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="continue this; may be given again (default: standard input)"
-    )
-    parser.add_argument(
-        "--tokenizer", metavar="FILE", help="sentencepiece model (default: the config's data.tokenizer)"
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest continuation (128)")
-    parser.add_argument("--greedy", action="store_true", help="always the most likely token; same as --temperature 0")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="lower: likelier tokens (0.8)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K most likely tokens (0: all)")
-    parser.add_argument(
-        "--top-p", type=float, default=0.95, metavar="P", help="only the likeliest tokens of this probability (0.95)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same one draws the same tokens (0)")
+    add("--prompt", action="append", metavar="TEXT", help="continue this; may be given again (default: standard input)")
+    add("--tokenizer", metavar="FILE", help="sentencepiece model (default: the config's data.tokenizer)")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="longest continuation (128)")
+    add("--greedy", action="store_true", help="always the most likely token; same as --temperature 0")
+    add("--temperature", type=float, default=0.8, metavar="T", help="lower: likelier tokens (0.8)")
+    add("--top-k", type=int, default=0, metavar="K", help="only the K most likely tokens (0: all)")
+    add("--top-p", type=float, default=0.95, metavar="P", help="only the likeliest tokens of this probability (0.95)")
+    add("--seed", type=int, default=0, metavar="N", help="the same one draws the same tokens (0)")
     add_device(parser)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as it was trained")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as it was trained")
     add_s3_option(parser)
     arguments = parser.parse_args(argv)
     check_at_least(parser, arguments, max_new_tokens=1)

@@ -16,10 +16,11 @@ from internlm_lite.cli.options import new_parser
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("gpu-check", __doc__)
-    parser.add_argument("--budget", type=float, default=470, metavar="SECONDS", help="for all sections together (470)")
-    parser.add_argument("--only", default="", metavar="NAME,...", help="sections whose name begins so")
-    parser.add_argument("--out", type=Path, default=Path("gpu_check_out"), help="for gpu_check.json and gpu_check.txt")
-    parser.add_argument("--smoke", action="store_true", help="on the CPU, to see that every section runs")
+    add = parser.add_argument
+    add("--budget", type=float, default=470, metavar="SECONDS", help="for all sections together (470)")
+    add("--only", default="", metavar="NAME,...", help="sections whose name begins so")
+    add("--out", type=Path, default=Path("gpu_check_out"), help="for gpu_check.json and gpu_check.txt")
+    add("--smoke", action="store_true", help="on the CPU, to see that every section runs")
     arguments = parser.parse_args(argv)
     arguments.wanted = [p for p in PLAN if any(p.name.startswith(name) for name in arguments.only.split(","))]
     if not arguments.wanted:

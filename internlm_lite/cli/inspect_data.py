@@ -26,11 +26,12 @@ from internlm_lite.runtime.tool import ToolConsole, run_tool
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("inspect-data", __doc__)
+    add = parser.add_argument
     add_config(parser)
-    parser.add_argument("--dp", type=int, default=1, metavar="N", help="data-parallel ranks (1)")
-    parser.add_argument("--steps", type=int, default=6, metavar="K", help="steps to walk through (6)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a step instead of tables")
-    parser.add_argument("--show", type=int, default=0, metavar="PIECES", help="print the first pieces of the first row")
+    add("--dp", type=int, default=1, metavar="N", help="data-parallel ranks (1)")
+    add("--steps", type=int, default=6, metavar="K", help="steps to walk through (6)")
+    add("--json", action="store_true", help="one JSON object a step instead of tables")
+    add("--show", type=int, default=0, metavar="PIECES", help="print the first pieces of the first row")
     arguments = parser.parse_intermixed_args(argv)
     check_at_least(parser, arguments, dp=1, steps=1, show=0)
     return arguments

@@ -30,26 +30,18 @@ def add_config(parser: argparse.ArgumentParser, *, required: bool = True, text: 
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if there is one"
-    )
+    text = "default: a GPU if there is one"
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help=text)
 
 
 def add_launcher(parser: argparse.ArgumentParser, timeout: float) -> None:
     """How this process finds the others of its job. `timeout`: default, in seconds."""
-    parser.add_argument(
-        "--launcher", choices=["auto", "slurm", "torch", "single"], default="auto", help="who started us"
-    )
-    parser.add_argument("--host", help="where rank 0 listens (default: from the launcher)")
-    parser.add_argument("--port", type=int, help="its port (default: from the launcher)")
+    add, text = parser.add_argument, f"longest wait for other ranks ({timeout:g})"
+    add("--launcher", choices=["auto", "slurm", "torch", "single"], default="auto", help="what started this process")
+    add("--host", help="where rank 0 listens (default: from the launcher)")
+    add("--port", type=int, help="its port (default: from the launcher)")
+    add("--timeout", type=wait_seconds, default=timeout, metavar="SECONDS", help=text)
     add_device(parser)
-    parser.add_argument(
-        "--timeout",
-        type=wait_seconds,
-        default=timeout,
-        metavar="SECONDS",
-        help=f"longest wait for other ranks ({timeout:g})",
-    )
 
 
 def check_at_least(parser: argparse.ArgumentParser, arguments: argparse.Namespace, **least: int) -> None:

@@ -28,31 +28,26 @@ from internlm_lite.units import human_bytes
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("slurm", __doc__)
+    add = parser.add_argument
     add_config(parser)
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--world-size", type=int, metavar="N", help="ranks")
     size.add_argument("--nodes", type=int, metavar="N", help="nodes, all of them full")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs, and so ranks, of a node (8)")
-    parser.add_argument("--cpus-per-task", type=int, default=8, metavar="N", help="CPU cores of a rank (8)")
-    parser.add_argument("--partition", help="Slurm's partition (default: the cluster's)")
-    parser.add_argument("--account", help="Slurm's account (default: yours)")
-    parser.add_argument("--time", metavar="LIMIT", help="1-12:00:00, 90, ... (default: the partition's)")
-    parser.add_argument(
-        "--signal", type=int, default=120, metavar="SECONDS", help="save and stop that long before the limit (120)"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("slurm"), metavar="FOLDER", help="the file, and the job's logs (slurm)"
-    )
-    parser.add_argument(
-        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu: no GPUs, --gpus-per-node processes a node"
-    )
+    add("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs, and so ranks, of a node (8)")
+    add("--cpus-per-task", type=int, default=8, metavar="N", help="CPU cores of a rank (8)")
+    add("--partition", help="Slurm's partition (default: the cluster's)")
+    add("--account", help="Slurm's account (default: yours)")
+    add("--time", metavar="LIMIT", help="1-12:00:00, 90, ... (default: the partition's)")
+    add("--signal", type=int, default=120, metavar="SECONDS", help="save and stop that long before the limit (120)")
+    add("--output", type=Path, default=Path("slurm"), metavar="FOLDER", help="the file, and the job's logs (slurm)")
+    add("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: no GPUs, --gpus-per-node processes a node")
     arguments = parser.parse_intermixed_args(argv)
     check_at_least(parser, arguments, world_size=1, nodes=1, gpus_per_node=1, cpus_per_task=1, signal=1)
     return arguments
 
 
 def plan_of(loaded: LoadedConfig, world_size: int, device: str) -> Plan:
-    """Raises what the run would: wrong configs, layouts that do not fit, data that is not there."""
+    """Raises the errors that the run would: invalid config, layout or data."""
     check_config(loaded, world_size)
     return make_plan(loaded.config, world_size, None, device)
 
@@ -88,7 +83,7 @@ def write(job: SlurmJob) -> Path:
     file = job.logs / f"{job.name}.sbatch"
     temporary = file.with_name(f".{file.name}-{os.getpid()}")
     try:
-        job.logs.mkdir(parents=True, exist_ok=True)  # Slurm opens its log there before anything of ours runs
+        job.logs.mkdir(parents=True, exist_ok=True)  # Slurm opens its log there before it starts the job
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(file)
     except OSError as error:

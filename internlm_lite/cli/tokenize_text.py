@@ -33,25 +33,22 @@ HEARTBEAT_SECONDS = 15.0
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("tokenizer", __doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands, cores = parser.add_subparsers(dest="command", required=True), os.cpu_count() or 1
     train = commands.add_parser("train", help="train a sentencepiece model on text")
     encode = commands.add_parser("encode", help="tokenise folders of text")
     for command in (train, encode):
-        command.add_argument("--input", type=Path, nargs="+", required=True, help="folders of text")
-        command.add_argument("--text-key", default="text", help="key or column that holds the text (text)")
-        command.add_argument(
-            "--workers", type=int, default=os.cpu_count() or 1, help="processes, or threads of train (all cores)"
-        )
-    train.add_argument("--output", type=Path, required=True, help="the .model file to write")
-    train.add_argument("--vocab-size", type=int, required=True, help="pieces; 260 are the bytes and special tokens")
-    train.add_argument(
-        "--max-bytes", type=int, default=20_000_000, help="text to train on, spread over the folders (20000000)"
-    )
-    encode.add_argument(
-        "--output", type=Path, required=True, help="folder to write one data folder per input folder to"
-    )
-    encode.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece model")
-    encode.add_argument("--overwrite", action="store_true", help="replace data folders that exist")
+        add = command.add_argument
+        add("--input", type=Path, nargs="+", required=True, help="folders of text")
+        add("--text-key", default="text", help="key or column that holds the text (text)")
+        add("--workers", type=int, default=cores, help="processes, or threads of train (all cores)")
+    add = train.add_argument
+    add("--output", type=Path, required=True, help="the .model file to write")
+    add("--vocab-size", type=int, required=True, help="pieces; 260 are the bytes and special tokens")
+    add("--max-bytes", type=int, default=20_000_000, help="text to train on, spread over the folders (20000000)")
+    add = encode.add_argument
+    add("--output", type=Path, required=True, help="folder to write one data folder per input folder to")
+    add("--tokenizer", type=Path, required=True, help="sentencepiece model")
+    add("--overwrite", action="store_true", help="replace data folders that exist")
     arguments = parser.parse_args(argv)
     check_at_least(parser, arguments, workers=1, max_bytes=1, vocab_size=261)
     return arguments
@@ -66,20 +63,15 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def encode(arguments: argparse.Namespace) -> int:
-    """Tokenise each input folder and print what became of it. Exit code."""
+    """Tokenise each input folder and print statistics. Exit code."""
     targets = {arguments.output / source.resolve().name: source for source in arguments.input}
     if len(targets) < len(arguments.input):
         raise DataError("--input: two folders of the same name would become one data folder; rename one of them")
     tokenizer = Tokenizer(arguments.tokenizer)
     console = Console()
     found: dict[str, Metadata] = {}
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("MB"),
-        TimeRemainingColumn(),
-    )
+    name, unit = TextColumn("{task.description}"), TextColumn("MB")
+    columns = (name, BarColumn(), MofNCompleteColumn(), unit, TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         for target, source in targets.items():
             total = sum(file.n_bytes for file in find_text(source, arguments.text_key))
@@ -91,7 +83,7 @@ def encode(arguments: argparse.Namespace) -> int:
 
 
 def _reporter(name: str, total_bytes: int, bars: Progress, console: Console) -> Callable[[int], None]:
-    """Moves a bar on a terminal; off a terminal prints a line now and then."""
+    """Advances a bar on a terminal; elsewhere prints a line every HEARTBEAT_SECONDS."""
     task = bars.add_task(name, total=round(total_bytes / 1e6, 1))
     done, last = 0, time.monotonic()
 

@@ -28,25 +28,20 @@ if TYPE_CHECKING:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = new_parser("train", __doc__)
-    parser.add_argument("--version", action="version", version=f"internlm-lite {__version__}")
+    add = parser.add_argument
+    add("--version", action="version", version=f"internlm-lite {__version__}")
     add_config(parser)
     add_launcher(parser, timeout=600)
-    parser.add_argument(
-        "--backend", choices=["nccl", "gloo"], help="accepted for old command lines; follows the device"
-    )
-    parser.add_argument("--resume", metavar="auto|none|PATH", help="checkpoint to resume from (default: auto)")
-    parser.add_argument("--seed", type=int, help="seed of weights and data order, instead of the config's")
-    parser.add_argument(
-        "--run-dir", type=Path, default=Path("RUN"), help="logs and metrics go to RUN_DIR/<JOB_NAME>/<time>"
-    )
-    parser.add_argument("--profiling", action="store_true", help="write a trace of three early steps per rank")
-    parser.add_argument(
-        "--log-style", choices=["auto", "full", "compact"], default="auto", help="lines on the terminal"
-    )
-    parser.add_argument("--print-config", choices=["full", "diff", "origin"], help="print the config and stop")
-    parser.add_argument("--dry-run", action="store_true", help="show what the run will hold, send and cost, and stop")
+    add("--backend", choices=["nccl", "gloo"], help="accepted for old command lines; follows the device")
+    add("--resume", metavar="auto|none|PATH", help="checkpoint to resume from (default: auto)")
+    add("--seed", type=int, help="seed of weights and data order, instead of the config's")
+    add("--run-dir", type=Path, default=Path("RUN"), help="logs and metrics go to RUN_DIR/<JOB_NAME>/<time>")
+    add("--profiling", action="store_true", help="write a trace of three early steps per rank")
+    add("--log-style", choices=["auto", "full", "compact"], default="auto", help="lines on the terminal")
+    add("--print-config", choices=["full", "diff", "origin"], help="print the config and stop")
+    add("--dry-run", action="store_true", help="show what the run will hold, send and cost, and stop")
     add_plan_options(parser, "with --dry-run: ")
-    parser.add_argument("--cfg-options", nargs="*", default=[], metavar="KEY=VALUE", help="same as the trailing ones")
+    add("--cfg-options", nargs="*", default=[], metavar="KEY=VALUE", help="same as the trailing ones")
     arguments = parser.parse_intermixed_args(argv)
     if not arguments.dry_run and (arguments.world_size is not None or arguments.tflops is not None or arguments.json):
         parser.error("--world-size, --tflops and --json belong to --dry-run: add it")

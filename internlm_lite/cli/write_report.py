@@ -28,10 +28,11 @@ from internlm_lite.runtime.tool import run_tool
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("report", __doc__)
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders, job folders, or RUN itself")
-    parser.add_argument("--from-log", action="append", default=[], type=Path, metavar="FILE", help="a log's step lines")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: in the run folder, beside the log")
-    parser.add_argument("--png", action="store_true", help="insist on loss.png (else: when matplotlib is installed)")
+    add = parser.add_argument
+    add("runs", nargs="*", type=Path, metavar="RUN", help="run folders, job folders, or RUN itself")
+    add("--from-log", action="append", default=[], type=Path, metavar="FILE", help="a log's step lines")
+    add("-o", "--output", type=Path, metavar="FILE", help="default: in the run folder, beside the log")
+    add("--png", action="store_true", help="insist on loss.png (else: when matplotlib is installed)")
     arguments = parser.parse_args(argv)
     if not arguments.runs and not arguments.from_log:
         parser.error("expected a RUN or --from-log FILE")
@@ -39,20 +40,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_runs(arguments: argparse.Namespace) -> list[RunReader]:
-    """Raises ConfigError for what holds no run."""
+    """Raises ConfigError for a path without runs."""
     folders = require_runs(arguments.runs)
     for line in omitted_runs(arguments.runs):
         print(line)
     runs = [RunReader(folder, run_name(folder)).read_all() for folder in folders]
     for path in arguments.from_log:
         log = read_log(path)
-        print(f"{printable(path)}: {log.run.columns.n} steps; {log.n_skipped} other lines passed over")
+        print(f"{printable(path)}: {log.run.columns.n} steps; {log.n_skipped} other lines skipped")
         runs.append(log.run)
     return runs
 
 
 def places(arguments: argparse.Namespace, runs: Sequence[RunReader]) -> tuple[Path, Path]:
-    """Where the page goes, and the figure."""
+    """Paths of the page and of the figure."""
     if arguments.output is None and len(runs) > 1:
         return Path("report.html"), Path("loss.png")
     if arguments.output is None and arguments.from_log:
@@ -63,12 +64,12 @@ def places(arguments: argparse.Namespace, runs: Sequence[RunReader]) -> tuple[Pa
 
 
 def check(payload: Mapping[str, Any]) -> None:
-    """Say which runs cannot be shown. Raises ConfigError when none can."""
+    """Print which runs cannot be shown. Raises ConfigError when none can."""
     broken = [run for run in payload["runs"] if run["state"]["phase"] == UNREADABLE]
     for run in broken:
         print(f"{run['folder']} cannot be shown: {run['state']['why']}", file=sys.stderr)
     if len(broken) == len(payload["runs"]):
-        raise ConfigError("nothing to show; mend or remove the file that is damaged")
+        raise ConfigError("nothing to show; repair or remove the file that is damaged")
 
 
 def work(arguments: argparse.Namespace) -> int:

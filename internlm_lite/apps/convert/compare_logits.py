@@ -1,9 +1,9 @@
-"""Do both sides compute the same? Logits of a converted model, ours against transformers', in fp32.
+"""Compares the logits of a converted model, ours against transformers', in fp32.
 
-Both sides get the same weights, those of the folder: ours are rounded to its dtype first. What is left is the order
-of floating point operations, far below BOUND; a tensor in a wrong place gives differences of the logits' own size.
+Both sides get the weights of the folder: ours are rounded to its dtype first. The remaining difference comes from the
+order of floating point operations, far below BOUND; a misplaced tensor gives differences as large as the logits.
 
-InternLM's models are remote code in transformers, which is not run: the same weights make a Llama there.
+InternLM's models are remote code in transformers, which is not run: their weights are loaded into a Llama.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from internlm_lite.layers.flash import packed
 from internlm_lite.models.stages import WholeModel
 
 BOUND = 1e-4
-"""Largest difference of two logits allowed, as a share of the largest logit."""
+"""Largest allowed difference of two logits, relative to the largest logit."""
 _TOKENS = 64
 
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """Of the logits of the same random tokens."""
+    """Between both sides' logits of the same random tokens."""
 
     largest: float
     largest_logit: float
@@ -65,7 +65,7 @@ def require_transformers() -> Any:
 
 @torch.no_grad()
 def compare(load_ours: Callable[[], WholeModel], folder: Path) -> LogitDifference:
-    """`load_ours`: the model in fp32 on the CPU. One side is in memory at a time. Raises CheckpointError."""
+    """`load_ours`: the model in fp32 on the CPU. Only one side is in memory at a time. Raises CheckpointError."""
     require_transformers()
     source = HFFolder(folder)
     hf = from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
@@ -103,7 +103,7 @@ def _their_logits(source: HFFolder, hf: HFConfig, tokens: torch.Tensor) -> torch
 
 
 def _as_llama(transformers: Any, source: HFFolder, hf: HFConfig) -> Any:
-    """A Llama with biases on q, k, v and o computes what InternLM does; InternLM2's fused rows are taken apart."""
+    """A Llama with biases on q, k, v and o computes what InternLM does; InternLM2's fused rows are split."""
     shape = hf.model
     config = transformers.LlamaConfig(
         vocab_size=shape.vocab_size,
@@ -127,7 +127,7 @@ def _as_llama(transformers: Any, source: HFFolder, hf: HFConfig) -> Any:
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     model.load_state_dict(weights, strict=True, assign=True)
-    # Only weights were loaded: the rotary embedding's own buffers are computed anew off the meta device.
+    # Only weights were loaded: the rotary embedding's own buffers are recomputed outside of the meta device.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     return model
 

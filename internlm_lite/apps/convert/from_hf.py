@@ -38,7 +38,7 @@ _COMPARE_ROWS = 1024
 
 @dataclass(frozen=True)
 class ReadResult:
-    """What was made of a folder."""
+    """The checkpoint made from a folder."""
 
     name: str
     """Of the checkpoint."""
@@ -53,7 +53,7 @@ def read_hf(
 ) -> ReadResult:
     """Write a checkpoint of the weights in `folder` into the save folder `out`, which must hold none.
 
-    Raises CheckpointError when the folder holds another model than ours can be, or is damaged; StorageError.
+    Raises CheckpointError for a model that ours cannot represent, or a damaged folder; StorageError.
     """
     source = HFFolder(folder)
     hf = from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
@@ -78,7 +78,7 @@ def _write(
     config: Config,
     done: Callable[[str], object],
 ) -> tuple[Name, int]:
-    """(the checkpoint, its bytes); after a failure nothing of it is left."""
+    """(name of the checkpoint, its bytes). Removes a partial checkpoint after a failure."""
     name = Name(1, 0, uuid.uuid4().hex[:6])
     items = plan_writes([[_shard(recipe) for recipe in recipes]])[0]
     by_name = {recipe.name: recipe for recipe in recipes}
@@ -103,7 +103,7 @@ def _shard(recipe: TensorRecipe) -> ShardDescriptor:
 
 
 def _checked_recipes(source: HFFolder, hf: HFConfig) -> list[TensorRecipe]:
-    """What to make. Raises CheckpointError naming tensors that are missing, unknown, or of another shape or type."""
+    """The recipes of our tensors. Raises CheckpointError naming missing and unknown tensors, and wrong shapes and types."""
     recipes = our_recipes(hf.model, hf.family)
     sizes: dict[str, tuple[int, ...]] = {}
     for recipe in recipes:
@@ -128,7 +128,7 @@ def _checked_recipes(source: HFFolder, hf: HFConfig) -> list[TensorRecipe]:
 
 
 def _check_tied(source: HFFolder, head: str, embedding: TensorRecipe) -> None:
-    """Some versions save the shared weight twice."""
+    """Some versions of transformers save a tied weight twice: both copies must be equal."""
     other = embedding.rows[0].name
     n_rows = embedding.shape[0]
     same = source.shapes[head] == embedding.shape and source.shapes.get(other) == embedding.shape
@@ -151,7 +151,7 @@ def _tokenizer(folder: Path, storage: Storage) -> tuple[str | None, tuple[str, .
 
 
 def _config(folder: Path, hf: HFConfig, tokenizer: str | None) -> Config:
-    """A whole config around the model, as every checkpoint has one."""
+    """A complete config with this model: every checkpoint has one."""
     values: dict[str, Any] = {
         "JOB_NAME": folder.resolve().name,
         "data": {"seq_len": hf.max_positions, "total_steps": 1, "tokenizer": tokenizer},

@@ -1,6 +1,6 @@
-"""A model's shape in our config and in Hugging Face's config.json, both ways.
+"""Our model config to Hugging Face's config.json and back.
 
-Refuses what one side cannot say: then the same weights would be another function.
+Refuses what one side cannot express: the same weights would compute another function there.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _BIAS_KEY = {"llama": "attention_bias", "internlm": "bias", "internlm2": "bias"}
 _BIAS_DEFAULT = {"llama": False, "internlm": True, "internlm2": True}
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _PLAIN_ROPE = ("default", "origin", "dynamic")
-"""Kinds of rotary embedding that are ours, "dynamic" as long as the text is no longer than in training."""
+"""Kinds of rotary embedding equal to ours; "dynamic" only up to the trained sequence length."""
 _MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 
 
 @dataclass(frozen=True)
 class HFConfig:
-    """What config.json says."""
+    """The content of config.json."""
 
     family: Family
     model: ModelConfig
@@ -37,7 +37,7 @@ class HFConfig:
 
 
 def to_hf(model: ModelConfig, family: Family, max_positions: int, dtype: str) -> dict[str, Any]:
-    """config.json for a model of ours. `dtype`: "bfloat16". Raises CheckpointError."""
+    """config.json for our model. `dtype`: such as "bfloat16". Raises CheckpointError."""
     problems = []
     if model.apply_post_layer_norm:
         problems.append("model.apply_post_layer_norm=True: no such model normalises after the residual addition")
@@ -75,7 +75,7 @@ def to_hf(model: ModelConfig, family: Family, max_positions: int, dtype: str) ->
 
 
 def from_hf(config: Mapping[str, Any], where: str) -> HFConfig:
-    """Our shape for a config.json. Raises CheckpointError naming `where` and every key that does not fit."""
+    """Our model config from config.json. Raises CheckpointError naming `where` and every unsupported key."""
     family = next((known for known in FAMILIES if known == config.get("model_type")), None)
     if family is None:
         raise CheckpointError(
@@ -138,7 +138,7 @@ def _missing(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _unsupported(config: Mapping[str, Any]) -> Iterator[str]:
-    """What our decoder cannot do, and wrong combinations."""
+    """Features that our decoder lacks, and invalid combinations."""
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         yield f"hidden_act: found {config['hidden_act']!r}, expected 'silu'"
     if config.get("mlp_bias"):

@@ -1,4 +1,4 @@
-"""Reading a folder of Hugging Face safetensors by rows. Pickled weights (.bin, .pt) are never opened."""
+"""Reads rows of tensors from a Hugging Face folder of safetensors. Never opens pickled weights (.bin, .pt)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")
 _HEADER_LIMIT_BYTES = 100_000_000
 _JSON_LIMIT_BYTES = 64 * 1024 * 1024
 _IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
-"""Buffers that old versions saved; they follow from the config."""
+"""Buffers saved by old versions; they follow from the config."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class _TensorLocation:
 
 
 class HFFolder:
-    """The tensors of a folder. Raises CheckpointError naming the file when something is missing or irregular."""
+    """The tensors of a folder. Raises CheckpointError naming the file when something is missing or invalid."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -71,7 +71,7 @@ class HFFolder:
         return memory.view(stored.dtype).view(stop - start, *stored.shape[1:])
 
     def _files(self) -> Mapping[str, set[str] | None]:
-        """File -> the tensors that the index says it holds, None without an index."""
+        """File -> its tensors according to the index; None without an index."""
         if (self.path / ONE_FILE).is_file():
             return {ONE_FILE: None}
         if not (self.path / INDEX).is_file():

@@ -1,10 +1,10 @@
-"""Which rows of our tensors are which rows of Hugging Face's. One table, read in both directions.
+"""The correspondence of rows between our tensors and Hugging Face's: one table for both directions.
 
     llama, internlm   one tensor each for q, k and v; ours has them by key/value head (layers/attention.py):
                       wqkv [ q0 .. q(g-1) k v | ... ]  <->  q_proj [ q0 .. q(g-1) | ... ]  k_proj [ k | ... ]  v_proj
     internlm2         our tensors under other names
 
-Both rotate queries and keys by halves, as we do, so no row moves inside a head.
+All rotate queries and keys by halves, as we do, so rows keep their order inside a head.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tensor files whose bytes are made while they are written: whatever a model's size, a few megabytes at a time."""
+"""Tensor files converted while they are written, a few megabytes at a time, whatever the size of the model."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ _READ_BYTES = 2 * BLOCK_BYTES
 
 
 class RowSource(Protocol):
-    """Where rows come from."""
+    """Tensors that are read by rows."""
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start..stop of a tensor, on the host; the memory is valid until the next call."""
+        """Rows start..stop of a tensor, in host memory that is valid until the next call."""
 
 
 class ConvertedFile(TensorFile):
-    """The recipes, by key, cast to `dtype`. `done` is told the key of each tensor that was written.
+    """The recipes, by key, cast to `dtype`. `done` is called with the key of each written tensor.
 
-    Iterating raises CheckpointError naming a tensor that does not fit into `dtype`, and what the source raises.
+    Iterating raises CheckpointError naming a tensor with values too large for `dtype`, and what the source raises.
     """
 
     def __init__(
         self, recipes: Mapping[str, TensorRecipe], dtype: torch.dtype, source: RowSource, done: Callable[[str], object]
     ) -> None:
         super().__init__({key: torch.empty(t.shape, dtype=dtype, device="meta") for key, t in recipes.items()})
-        self._targets, self._dtype, self._source, self._done = recipes, dtype, source, done
+        self._recipes, self._dtype, self._source, self._done = recipes, dtype, source, done
 
     def blocks_of(self, key: str, tensor: torch.Tensor) -> Iterator[bytes]:
         block = bytearray()
-        for part in self._parts(self._targets[key]):
+        for part in self._parts(self._recipes[key]):
             data = part.contiguous().view(-1).view(torch.uint8).numpy().data
             done = 0
             while done < len(data):

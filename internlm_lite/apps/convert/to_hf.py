@@ -1,4 +1,4 @@
-"""A checkpoint of ours as a folder that transformers reads. The folder appears whole or not at all."""
+"""Writes a checkpoint as a folder that transformers reads, atomically."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from internlm_lite.mesh.layout import Piece
 from internlm_lite.runtime.device import torch_dtype
 
 SHARD_BYTES = 5_000_000_000
-"""Largest file of weights; a tensor larger than this gets a file of its own."""
+"""Largest file of weights; a larger tensor gets its own file."""
 _KEPT_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class WriteResult:
-    """What was made."""
+    """The files written."""
 
     files: tuple[str, ...]
     """Files of weights."""
@@ -55,7 +55,7 @@ class MasterRows:
             self._reader.check_file(file)
         self._entries = found.manifest.tensors.get("master", {})
         sizes = [self._n_bytes(name) for name in self._entries]
-        # One buffer for all: freed ones of many sizes would stay with the process.
+        # One buffer for all: freed buffers of many sizes would not be returned to the system.
         self._buffer = torch.empty(max((n for n in sizes if n <= _KEPT_BYTES), default=0), dtype=torch.uint8)
         self._kept: tuple[str, torch.Tensor] | None = None
 
@@ -70,7 +70,7 @@ class MasterRows:
         dtype = DTYPES[entry.dtype]
         if size > _KEPT_BYTES:
             return self._fill(name, torch.empty(stop - start, *entry.shape[1:], dtype=dtype), start)
-        # Rows are checked in blocks of megabytes: whole tensors of this size are read and checked once.
+        # Checksums cover blocks of megabytes, so a tensor of this size is read and checked once, as a whole.
         self._kept = None
         self._kept = (name, self._fill(name, self._buffer[:size].view(dtype).view(entry.shape), 0))
         return self._kept[1][start:stop]
@@ -109,13 +109,13 @@ def write_hf(
     shard_bytes: int = SHARD_BYTES,
     done: Callable[[str], object] = lambda name: None,
 ) -> WriteResult:
-    """Write the folder `out`, which must not exist or be empty. `dtype`: "bfloat16".
+    """Write the folder `out`, which must be missing or empty. `dtype`: such as "bfloat16".
 
-    Raises CheckpointError when the model has no such form, or its checkpoint is damaged; StorageError.
+    Raises CheckpointError when `family` cannot express the model, or the checkpoint is damaged; StorageError.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out} exists: choose a folder that does not exist, or is empty")
-    if out.resolve() == Path.cwd():  # a whole folder would take its place, and leave you in one that is gone
+    if out.resolve() == Path.cwd():  # it would be replaced, and the shell would be left in a removed folder
         raise CheckpointError(f"{out}: this is the folder you are in; give the name of one to make")
     hf_config = to_hf(config.model, family, config.data.seq_len, dtype)
     recipes = hf_recipes(config.model, family)

@@ -1,4 +1,4 @@
-"""Tokenizer files beside Hugging Face weights: the sentencepiece model itself, and how transformers should read it."""
+"""The tokenizer files of a Hugging Face folder: the sentencepiece model and tokenizer_config.json."""
 
 from __future__ import annotations
 

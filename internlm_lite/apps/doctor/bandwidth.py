@@ -1,4 +1,4 @@
-"""How fast an all-reduce of the whole world is. In a thread: a network that hangs must not hang the doctor."""
+"""The bandwidth of an all-reduce over all ranks, measured in a thread: a hanging network must not hang the doctor."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ ROUNDS = 5
 
 @dataclass
 class AllReduceSpeed:
-    """JSON-able by `vars`."""
+    """`vars` gives its JSON form."""
 
     backend: str
     n_bytes: int
     seconds: float | None = None
     """Mean of ROUNDS."""
     bytes_per_second: float | None = None
-    """Over the slowest link of a ring: 2 (n - 1) / n * bytes / seconds."""
+    """Bus bandwidth of a ring: 2 (n - 1) / n * bytes / seconds."""
     problem: str | None = None
 
 
@@ -73,9 +73,9 @@ class _Probe:
 
 
 def all_reduce_speed(place: Place, device: torch.device, store: Store, timeout: timedelta) -> AllReduceSpeed:
-    """Collective over a world of two or more. What goes wrong, time-outs included, is in `problem`.
+    """Collective over two or more ranks. Errors, including time-outs, are returned in `problem`.
 
-    A thread that hangs is left behind as a daemon: end this process by os._exit.
+    A hanging thread is abandoned: end this process with os._exit.
     """
     probe = _Probe(place, device, store, timeout)
     thread = threading.Thread(target=probe.run, name="all-reduce", daemon=True)

@@ -1,4 +1,4 @@
-"""How far the clocks of hosts are apart: round trips through the store, the shortest of which bounds the error."""
+"""Clock offsets between hosts, from round trips through the store; the shortest bounds the error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROUNDS = 8
 
 @dataclass(frozen=True)
 class Offset:
-    """Of one rank's clock against rank 0's."""
+    """The offset of one rank's clock from rank 0's."""
 
     seconds: float
     """> 0: ahead of rank 0."""
@@ -22,7 +22,7 @@ class Offset:
 
 
 def clock_offsets(exchange: Exchange, ranks: Sequence[int]) -> dict[int, Offset]:
-    """Rank 0 asks `ranks`, one after the other; every rank calls this, and rank 0 alone gets an answer."""
+    """Collective; rank 0 measures `ranks` one after the other. The result is empty on all other ranks."""
     me = exchange.place.rank
     if me == 0:
         return {rank: min((_ask(exchange, rank, n) for n in range(ROUNDS)), key=lambda o: o.error) for rank in ranks}

@@ -27,7 +27,7 @@ class Finding:
     problem: str
     """Empty: the ranks differ, see `values`."""
     values: Mapping[str, tuple[int, ...]]
-    """Value as text -> ranks that have it."""
+    """Value as text -> its ranks."""
     fix: str
 
     def to_json(self) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _few_cores(info: RankInfo) -> str | None:
 
 
 def _absent_interface(info: RankInfo) -> str | None:
-    """NCCL's syntax: prefixes with commas, `=` before exact names, `^` before what is left out; gloo takes names."""
+    """NCCL's syntax: prefixes with commas, `=` before exact names, `^` before excluded interfaces; gloo takes names."""
     for name, value in info["network.chosen"].items():
         wanted = value.lstrip("=^").split(",")
         there = info["network.interfaces"]

@@ -28,7 +28,7 @@ OK, FAILED = 0, 2
 
 @dataclass
 class Examination:
-    """Of all ranks, on rank 0."""
+    """The results of all ranks, on rank 0."""
 
     place: Place
     infos: list[RankInfo] = field(default_factory=list)
@@ -63,11 +63,10 @@ def examine(
     timeout: timedelta,
     show: Callable[[Examination, bool], None],
 ) -> int:
-    """Collective; the exit code, the same on every rank. `folders`: name -> where the run will write.
+    """Collective; returns the exit code, the same on every rank. `folders`: name -> folder the run will write to.
 
-    `show(report, over)` is called on rank 0 before the all-reduce, in which a broken network may end the process, and
-    after it.
-    Raises MeshError when ranks are missing, PeerLostError when one does not answer.
+    `show(report, over)` is called on rank 0 before the all-reduce, which may end the process, and after it.
+    Raises MeshError when ranks are missing, PeerLostError when one does not respond.
     """
     store = meet(place, timeout, says={})
     exchange = Exchange(store, place, timeout)
@@ -99,7 +98,7 @@ def _first_ranks(infos: list[RankInfo]) -> list[int]:
 
 
 def _reduce(report: Examination, exchange: Exchange, device: torch.device, timeout: timedelta) -> None:
-    # Ranks that fail at once wait in the store for those that hang, so these give up sooner.
+    # Ranks that fail early wait in the store for ranks that hang, so the time-out here is shorter.
     reduced = all_reduce_speed(exchange.place, device, exchange.store, timeout / 3)
     problems = exchange.gather("reduced", reduced.problem)
     report.reduced = reduced
@@ -109,7 +108,7 @@ def _reduce(report: Examination, exchange: Exchange, device: torch.device, timeo
 
 
 def _agreed_code(report: Examination, exchange: Exchange) -> int:
-    """Rank 0, which may serve the store, leaves last."""
+    """Rank 0 leaves last: it may be serving the store."""
     code: int = exchange.broadcast("code", FAILED if report.findings else OK)
     exchange.gather("bye", True)
     return code

@@ -15,7 +15,7 @@ from internlm_lite.runtime.place import Place
 
 @dataclass(frozen=True)
 class Exchange:
-    """One store, and how long a rank waits in it for another."""
+    """A store, and the time-out for values of other ranks."""
 
     store: Store
     place: Place
@@ -36,7 +36,7 @@ class Exchange:
             ) from error
 
     def gather(self, key: str, value: Any) -> list[Any]:
-        """Every rank's `value` in rank order on rank 0, an empty list elsewhere. JSON-able values."""
+        """On rank 0 the `value` of every rank in rank order, elsewhere an empty list. Values must be JSON-able."""
         self.send(f"{key}/{self.place.rank}", value)
         if not self.place.is_main:
             return []

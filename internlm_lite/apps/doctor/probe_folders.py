@@ -1,4 +1,4 @@
-"""Folders that a run writes to: are they there, the same for every host, roomy, and how fast."""
+"""Checks of the folders that a run writes to: existing, shared by all hosts, free space, write speed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SEEN_SECONDS = 5.0
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there; a file where a part of the path is one."""
+    """The folder, or its nearest existing parent, which may turn out to be a file."""
     folder = folder.absolute()
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
@@ -29,16 +29,16 @@ def existing(folder: Path) -> Path:
 def probe_folder(exchange: Exchange, name: str, folder: Path) -> dict[str, Any]:
     """{path, free_bytes, write_bytes_per_second, shared, problem}; collective. One rank of each host writes.
 
-    `shared`: whether the file that rank 0 wrote is there. None for what was not looked at or failed.
+    `shared`: whether the file that rank 0 wrote is visible. None: not checked, or the check failed.
     """
     place, where = exchange.place, existing(folder)
     found: dict[str, Any] = {"path": str(where), "free_bytes": None, "write_bytes_per_second": None}
     found |= {"shared": None, "problem": None}
-    mark = where / f".doctor-{uuid.uuid4().hex}"  # containers of two hosts may have equal process ids
+    mark = where / f".doctor-{uuid.uuid4().hex}"  # a process id may be the same in containers on two hosts
     try:
         if not os.path.isdir(where):
-            there = "a file" if where.exists() else "a link to nowhere"
-            raise NotADirectoryError(errno.ENOTDIR, f"{there}, expected a folder")
+            kind = "a file" if where.exists() else "a dangling link"
+            raise NotADirectoryError(errno.ENOTDIR, f"{kind}, expected a folder")
         found["free_bytes"] = shutil.disk_usage(where).free
         if place.local_rank == 0:
             found["write_bytes_per_second"] = _write_speed(mark)
@@ -46,7 +46,7 @@ def probe_folder(exchange: Exchange, name: str, folder: Path) -> dict[str, Any]:
         found["problem"] = f"{where}: {error.strerror}"
     main_mark = exchange.broadcast(f"disk/{name}", mark.name if place.is_main and found["problem"] is None else None)
     if main_mark is not None and place.local_rank == 0 and found["problem"] is None:
-        found["shared"] = _there(where / main_mark)
+        found["shared"] = _is_visible(where / main_mark)
     exchange.gather(f"disk/{name}/looked", True)
     exchange.broadcast(f"disk/{name}/over", True)
     with suppress(OSError):
@@ -64,7 +64,7 @@ def _write_speed(path: Path) -> float:
     return PROBE_BYTES / (time.monotonic() - begin)
 
 
-def _there(path: Path) -> bool:
+def _is_visible(path: Path) -> bool:
     deadline = time.monotonic() + _SEEN_SECONDS
     while not os.path.exists(path):
         if time.monotonic() > deadline:

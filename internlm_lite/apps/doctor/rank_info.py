@@ -32,7 +32,7 @@ def rank_info(place: Place, environ: Mapping[str, str], wanted: str) -> tuple[Ra
     try:
         device = bind_device(place, wanted)
         about_it = _device(device)
-    except (MeshError, RuntimeError) as error:  # a GPU that is full or sick refuses even to say how much is free
+    except (MeshError, RuntimeError) as error:  # a full or broken GPU fails even when asked for its free memory
         device, problem = None, first_line(error)
     info = {"rank": place.rank, "host": place.hostname, "local_rank": place.local_rank}
     info |= {"local_world_size": place.local_world_size, "device.asked": wanted, "device.problem": problem}

@@ -1,4 +1,4 @@
-"""An examination as text: only what differs or is wrong, each with how to fix it."""
+"""The findings as text: what differs between ranks or is wrong, and how to fix it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from internlm_lite.apps.doctor.examine import Examination
 from internlm_lite.units import human_bytes
 
 _WIDEST = 40
-"""Columns up to which values are filled with blanks."""
+"""Values are padded up to this width."""
 
 
 def findings_text(report: Examination, findings: Sequence[Finding]) -> str:
-    """A paragraph for each; empty if there is none."""
+    """A paragraph per finding."""
     return "\n".join(line for finding in findings for line in _lines(report, finding))
 
 

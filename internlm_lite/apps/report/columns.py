@@ -3,8 +3,8 @@
     scalar  "loss", "grad_norm/1_fp32", ...     float64 [lines]         nan where a line has none
     folder  "code", ...                         float64 [lines, 4]      tokens learnt, loss, accuracy, tokens seen
 
-A restart repeats steps. Lines of an earlier segment from the first step of a later one on are dropped: they are the
-tail that was given up. So steps rise strictly. A file that does not say how many tokens it saw saw what it learnt.
+A restart repeats steps: lines of an earlier segment, from the first step of a later segment on, are superseded and
+dropped, so steps rise strictly. Where a line has no "seen", the tokens seen are the tokens learnt.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from numpy.typing import NDArray
 
 Numbers = NDArray[np.float64]
 Shape = tuple[tuple[str, ...], tuple[tuple[str, tuple[str, ...]], ...], tuple[str, ...]]
-"""Which keys a line has: scalars, dicts of scalars, folders."""
+"""Keys of a line: of scalars, of dicts of scalars with their own keys, of folders."""
 
 _NOT_SCALARS = {"seg", "step", "time", "folders", "seen"}
 _WIDTH = 4
 _MAX_NUMBER = 1e100
-"""A number beyond it counts as none: so sums and products of numbers stay finite."""
+"""Larger numbers count as missing, so that sums and products stay finite."""
 MAX_STEP = 10**12
-"""A step or segment beyond it is no step: it would keep out all that come after it."""
+"""A line with a larger step or segment is invalid: accepting it would reject all later ones."""
 
 
 class _GrowingColumn:
-    """A column that grows by doubling; rows that were never written are nan."""
+    """A column that doubles its memory as needed; rows that were never written are nan."""
 
     def __init__(self, width: int | None) -> None:
         self._tail = () if width is None else (width,)
@@ -58,15 +58,15 @@ class _GrowingColumn:
 
 
 class Columns:
-    """Step lines so far. `n` lines; `bad` ones were left out."""
+    """The step lines read so far: `n` lines; `bad` counts invalid ones, which were dropped."""
 
     def __init__(self) -> None:
         self.n = 0
         self.bad = 0
         self.starts: dict[int, int] = {}
-        """First step of each segment, as far as it is known."""
+        """First step of each segment that has lines."""
         self.max_segment = -1
-        """Highest segment that the events tell of; -1 where there are none."""
+        """Highest segment named by the events; -1 without events."""
         self._starts: dict[int, int] = {}
         self._total = MAX_STEP
         self.last_time: str | None = None
@@ -97,10 +97,7 @@ class Columns:
         return {name: column.view(self.n) for name, column in self._folders.items()}
 
     def start_segment(self, segment: int, step: int, total: int) -> None:
-        """A start, as events tell it before its first line comes: what earlier ones did from `step` on is given up.
-
-        `total`: steps that it means to do.
-        """
+        """A start event: from `step` on, lines of earlier segments are superseded. `total`: steps of the whole run."""
         self._total = total if not self._starts else max(total, self._total)
         self._starts[segment] = step
         self.max_segment = max(self.max_segment, segment)
@@ -108,7 +105,7 @@ class Columns:
             self._cut(step)
 
     def append(self, lines: Iterable[bytes]) -> None:
-        """Take in lines of metrics.jsonl. One that is no step line is counted and left out."""
+        """Add lines of metrics.jsonl. Lines that are no step lines are counted in `bad` and dropped."""
         batch: list[list[Any]] = []
         now: Shape | None = None
         for line in lines:
@@ -138,10 +135,10 @@ class Columns:
         return any(segment < later and step >= first for later, first in self._starts.items())
 
     def _is_in_order(self, segment: int, step: int) -> bool:
-        """Whether a line may stand here: what is taken in wrongly would keep out all that come after it."""
+        """Whether a line continues the run: a wrong one, once accepted, would reject all later ones."""
         if segment < self.segment or (segment == self.segment and step < self._next) or step >= self._total:
             return False
-        # A start takes the number after the highest in both files: one that leaves out some is a damaged line's.
+        # A start takes the number after the highest in both files, so a gap means a damaged line.
         return self.max_segment < 0 or segment <= max(self.max_segment, self.segment) + 1
 
     def _restart(self, segment: int, step: int) -> None:
@@ -201,8 +198,8 @@ def _figures(value: Mapping[str, Any], shape: Shape) -> Iterable[Any]:
     for key, _ in nested:
         row += value[key].values()
     if folders:
-        told = value.get("seen")
-        seen = told if isinstance(told, dict) else {}
+        seen = value.get("seen")
+        seen = seen if isinstance(seen, dict) else {}
         row += chain.from_iterable(
             (*figures, seen.get(name, figures[0])) if isinstance(figures, list) and figures else ()
             for name, figures in value["folders"].items()
@@ -211,7 +208,7 @@ def _figures(value: Mapping[str, Any], shape: Shape) -> Iterable[Any]:
 
 
 def _is_complete(row: Sequence[Any], shape: Shape) -> bool:
-    """Whether it has the figures of its shape, and numbers only."""
+    """Whether a row has all figures of its shape, and only numbers."""
     return len(row) == _width(shape) and all(value is None or isinstance(value, int | float) for value in row)
 
 
@@ -221,7 +218,7 @@ def _width(shape: Shape) -> int:
 
 
 def _as_block(rows: Sequence[Sequence[Any]], width: int) -> Numbers:
-    """float64 [rows, width], None and what is too large as nan; rows with a number beyond any float are left out."""
+    """float64 [rows, width]; None and numbers beyond _MAX_NUMBER become nan. Drops rows with integers beyond it."""
     try:
         block = np.array(rows, dtype=np.float64).reshape(-1, width)
     except OverflowError:
@@ -235,7 +232,7 @@ def _as_block(rows: Sequence[Sequence[Any]], width: int) -> Numbers:
 
 
 def seconds(text: object) -> float | None:
-    """A time with zone, as the lines have it, in seconds since the epoch."""
+    """Seconds since the epoch of an ISO time with zone; None for anything else."""
     try:
         return datetime.fromisoformat(text).timestamp() if isinstance(text, str) else None
     except (ValueError, OverflowError, OSError):

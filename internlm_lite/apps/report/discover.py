@@ -1,4 +1,4 @@
-"""Which runs a path means: a run folder, a job folder with runs, or a folder of jobs."""
+"""The runs at a path: a run folder, a job folder with runs, or a folder of jobs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from internlm_lite.apps.report.run import is_run
 from internlm_lite.apps.report.untrusted_files import printable
 from internlm_lite.errors import ConfigError
 
-MOST = 8
-"""Runs taken from one job folder or folder of jobs, the newest."""
+MAX_RUNS = 8
+"""Runs taken from one job folder or folder of jobs: the newest."""
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -22,7 +22,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for path in paths:
         try:
-            found |= dict.fromkeys(_all_in(path)[:MOST])
+            found |= dict.fromkeys(_all_in(path)[:MAX_RUNS])
         except OSError as error:
             raise ConfigError(
                 f"cannot read {printable(error.filename or path)}: {error.strerror}; "
@@ -32,7 +32,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 
 def require_runs(paths: Sequence[Path]) -> list[Path]:
-    """The same. Raises ConfigError where a path holds no run."""
+    """The same. Raises ConfigError where a path contains no run."""
     for path in paths:
         if not find_runs([path]):
             raise ConfigError(
@@ -43,12 +43,12 @@ def require_runs(paths: Sequence[Path]) -> list[Path]:
 
 
 def omitted_runs(paths: Sequence[Path]) -> list[str]:
-    """A line for each path that holds more runs than are taken. Raises OSError."""
+    """A line for each path with more than MAX_RUNS runs. Raises OSError."""
     counts = {path: len(_all_in(path)) for path in paths}
     return [
-        f"{printable(path)}: the newest {MOST} of {count} runs; name others to see them"
+        f"{printable(path)}: the newest {MAX_RUNS} of {count} runs; name others to see them"
         for path, count in counts.items()
-        if count > MOST
+        if count > MAX_RUNS
     ]
 
 
@@ -69,5 +69,5 @@ def _all_in(path: Path) -> list[Path]:
 
 
 def _folders(path: Path) -> list[Path]:
-    """Those that may be entered; a link, such as `latest`, as the folder it leads to."""
+    """Readable subfolders; a link, such as `latest`, is resolved."""
     return [folder.resolve() for folder in path.iterdir() if folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)]

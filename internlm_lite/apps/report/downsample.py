@@ -9,10 +9,10 @@ from internlm_lite.apps.report.columns import Numbers
 
 
 class Buckets:
-    """Cuts `n` lines into points/2 buckets of equal line count, give or take one; `points` lines or fewer stay.
+    """Cuts `n` lines into points/2 buckets of equal line count, give or take one; up to `points` lines are kept.
 
     A bucket gives two positions, its first and its last line; a column has there its smallest and its largest number
-    in the order in which they occurred. So nothing that stands out is lost, and all columns share their x.
+    in the order in which they occurred. So no outlier is lost, and all columns share their x.
     """
 
     def __init__(self, n: int, points: int) -> None:

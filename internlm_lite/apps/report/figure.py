@@ -15,11 +15,11 @@ from internlm_lite.apps.report.untrusted_files import printable
 from internlm_lite.errors import MissingPackageError, StorageError
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
-"""Of runs; told apart by colour-blind people."""
+"""One per run; distinguishable with colour blindness."""
 SMOOTHING = 0.9
 _CHINESE = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "SimHei")
 _RAW_BELOW = 30
-"""Points: a curve this short is drawn as it is."""
+"""Curves with fewer points are drawn without smoothing."""
 
 
 def can_draw() -> bool:
@@ -37,7 +37,7 @@ def write_figure(payload: Mapping[str, Any], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with rc_context({"font.family": fonts}), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box in a name is no news
+            warnings.filterwarnings("ignore", message="Glyph .* missing")  # a missing glyph is drawn as a box
             _figure(payload["runs"]).savefig(temporary, dpi=110, format="png")
         temporary.replace(path)
     except OSError as error:

@@ -1,6 +1,6 @@
-"""What events.jsonl and samples.jsonl say, as lists: checkpoints, validation, alerts, restarts, samples.
+"""Lists made from events.jsonl and samples.jsonl: checkpoints, validation, alerts, restarts, samples.
 
-Plain functions of the events in the order of the file.
+Pure functions of the events in file order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Event = dict[str, Any]
 _CHECKPOINT_RULE = "checkpoint_failed"
 _STEP_OF_NAME = re.compile(r"(?:step )?0*(\d{1,15})")
 _EXACT = 1 << 53
-"""Whole numbers below it are the same in JSON, Python and a browser."""
+"""Smaller integers are exact in JSON, Python and JavaScript."""
 ENDS = ("done", "stopped", "failed")
 
 
@@ -39,7 +39,7 @@ def restarts(events: Sequence[Event], first_steps: dict[int, int]) -> list[Event
 
 
 def checkpoints(events: Iterable[Event]) -> list[Event]:
-    """Every save in the order of the events, with how it ended; what was skipped or failed too early has no name."""
+    """Every save in event order, with its result; a save that was skipped or failed early has no name."""
     saves: list[Event] = []
     for event in of_kind(events, "checkpoint", "checkpoint_done", "alarm"):
         if event["event"] == "checkpoint":
@@ -85,7 +85,7 @@ def _step_in(name: object) -> int | None:
 
 
 def validation(events: Iterable[Event]) -> list[Event]:
-    """Evaluations by rising step; a restart drops those of the tail that was given up."""
+    """Evaluations by rising step, without those that a restart superseded."""
     kept: list[Event] = []
     for event in of_kind(events, "start", "evaluation"):
         step = as_int(event.get("step"))
@@ -101,9 +101,9 @@ def validation(events: Iterable[Event]) -> list[Event]:
 
 
 def alerts(events: Sequence[Event]) -> list[Event]:
-    """Raised alerts in order; `over` once their condition ended, the run ended, or it started again.
+    """Raised alerts in order; `over` once the condition ended, the run ended, or the run restarted.
 
-    A run without alerts has its alarms about checkpoints in their place.
+    In a run without checkpoint alerts, "alarm" events about checkpoints take their place.
     """
     alarms_count = all(event.get("rule") != _CHECKPOINT_RULE for event in of_kind(events, "alert"))
     raised: list[Event] = []
@@ -126,7 +126,7 @@ def _is_saved(event: Event) -> bool:
 
 
 def samples(lines: Iterable[dict[str, Any]], events: Iterable[Event]) -> list[dict[str, Any]]:
-    """By rising step, of each step and prompt the newest; a restart drops those of the tail that was given up."""
+    """By rising step, the newest of each step and prompt, without those that a restart superseded."""
     starts = [(event["seg"], as_int(event.get("step")) or 0) for event in of_kind(events, "start")]
     newest: dict[tuple[int, str], dict[str, Any]] = {}
     for line in lines:
@@ -140,5 +140,5 @@ def samples(lines: Iterable[dict[str, Any]], events: Iterable[Event]) -> list[di
 
 
 def as_int(*values: object) -> int | None:
-    """The first that is a whole number of a size that happens."""
+    """The first value that is an integer below _EXACT; None if there is none."""
     return next((value for value in values if type(value) is int and abs(value) < _EXACT), None)

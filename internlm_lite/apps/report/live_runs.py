@@ -1,4 +1,4 @@
-"""The runs a dashboard shows, kept up to date by one thread while somebody looks."""
+"""The runs that a dashboard shows; one thread reads their files while pages are requested."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from internlm_lite.errors import InternLMError
 logger = logging.getLogger("internlm_lite")
 
 PATIENCE_SECONDS = 0.3
-"""A request waits this long for the files to be read; then it takes what there is."""
+"""Longest wait of a request for the files to be read; then it is answered with what has been read."""
 PAUSE_SECONDS = 0.1
-"""Between two rounds over the files, however many pages ask."""
+"""Shortest time between two rounds over the files, whatever the number of requests."""
 JOIN_SECONDS = 10.0
 
 
 class LiveRuns:
-    """Reads in the background. Every method may be called from any thread."""
+    """Reads in the background. Methods are thread-safe."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        """Raises ConfigError when a path cannot be read or holds no run."""
+        """Raises ConfigError when a path cannot be read or contains no run."""
         self._paths = paths
         self._runs: list[tuple[str, RunReader]] = []
         self._known: dict[Path, tuple[str, RunReader]] = {}
         self._reported: set[str] = set()
-        self._salt = secrets.token_hex(8)  # a token of an earlier server is worth nothing
-        self._lock = threading.Lock()  # held while numbers are taken in, and while they are shown
+        self._salt = secrets.token_hex(8)  # tokens of an earlier server must not match
+        self._lock = threading.Lock()  # held while data are added, and while they are read
         self._asked, self._read, self._ended = threading.Event(), threading.Event(), threading.Event()
         self._set_runs(require_runs(paths))
         self._asked.set()
@@ -48,8 +48,8 @@ class LiveRuns:
         self._asked.set()
         self._thread.join(JOIN_SECONDS)
 
-    def look(self) -> None:
-        """Have the files read, and wait for that a moment; not for a first look at long ones."""
+    def refresh(self) -> None:
+        """Request a read of the files and wait briefly for it; a first read, which may be long, is not waited for."""
         self._read.clear()
         self._asked.set()
         if all(run.parsed or run.error for _, run in self._runs):
@@ -61,12 +61,12 @@ class LiveRuns:
             return {"token": self._token(), **make_payload(self._runs, live=True)}
 
     def token(self) -> str:
-        """Another one whenever `payload` would tell something new."""
+        """Changes whenever `payload` changes."""
         with self._lock:
             return self._token()
 
     def series(self, identity: str, begin: float, end: float, points: int) -> dict[str, Any] | None:
-        """One run's curves; None for an id that is not known."""
+        """The curves of a run; None for an unknown id."""
         with self._lock:
             run = next((run for known, run in self._runs if known == identity), None)
             return None if run is None else series(run.columns, begin, end, points)
@@ -85,23 +85,23 @@ class LiveRuns:
                 self._ended.wait(PAUSE_SECONDS)
 
     def _round(self) -> None:
-        """Everything there is by now; problems are told once, and what was read before stays."""
+        """Read all files to their end. A problem is logged once; data read before are kept."""
         try:
             self._set_runs(find_runs(self._paths))
         except InternLMError as error:
             self._report(error)
         for _, run in list(self._runs):
             try:
-                while self._advance(run) and not self._ended.wait(0.001):  # requests get their turn at the lock
+                while self._advance(run) and not self._ended.wait(0.001):  # gives requests a chance to take the lock
                     pass
                 run.error = None
-            except Exception as error:  # noqa: BLE001  one run must not end the others' page
+            except Exception as error:  # noqa: BLE001  one run must not break the page of the others
                 run.error = self._report(error)
 
     def _advance(self, run: RunReader) -> bool:
-        news = run.look()  # without the lock: a disk may take its time
+        delta = run.poll()  # without the lock: a disk may be slow
         with self._lock:
-            return run.ingest(news)
+            return run.ingest(delta)
 
     def _set_runs(self, folders: Sequence[Path]) -> None:
         for folder in folders:
@@ -121,5 +121,5 @@ class LiveRuns:
 def _phase(run: RunReader, now: datetime) -> str:
     try:
         return str(run_state(run, now)["phase"])
-    except Exception:  # noqa: BLE001  the page says why
+    except Exception:  # noqa: BLE001  the page shows the reason
         return UNREADABLE

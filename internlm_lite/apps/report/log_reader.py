@@ -1,4 +1,4 @@
-"""A run as its log tells it: InternLM's, or ours. Step lines count, everything else is passed over."""
+"""A run from its log, InternLM's or ours. Only step lines are read."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from internlm_lite.monitor.line import parse_step_line
 
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _BEGIN = re.compile(r"\d{4}-\d{2}-\d{2}T\S+ INFO \[")
-"""Where a step line begins: launchers put a rank before it."""
+"""The start of a step line: launchers may prefix it with a rank."""
 
 
 @dataclass(frozen=True)
 class LogRun:
     run: RunReader
     n_skipped: int
-    """Lines that are no step line."""
+    """Lines that are not step lines."""
 
 
 def read_log(path: Path) -> LogRun:
-    """The run in a log. A step number that falls is a restart; a step printed twice, by two ranks, counts once.
+    """The run in a log. A step number that decreases is a restart; a step printed by two ranks counts once.
 
     Raises ConfigError for a file that cannot be read or holds no step line.
     """

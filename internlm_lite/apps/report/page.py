@@ -1,4 +1,4 @@
-"""The page as one self-contained text: template, style, script and data, and a policy that lets nothing else in.
+"""The page as one self-contained HTML text: template, style, script, data, and a policy that allows nothing else.
 
 assets/page.html   with the marks <!--CSP--> <!--TITLE--> <!--STYLE--> <!--SCRIPT--> <!--PAYLOAD-->
 assets/uPlot*, assets/style.css, assets/app/*.js in the order of their names
@@ -28,7 +28,7 @@ _IN_SCRIPT = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
 @dataclass(frozen=True)
 class Assets:
-    """What the page is made of, besides its data."""
+    """The parts of the page besides its data."""
 
     template: str
     style: str
@@ -47,7 +47,7 @@ class Assets:
             raise StorageError(f"cannot read {error.filename}: {error.strerror}; reinstall internlm_lite") from error
 
     def policy(self, live: bool) -> str:
-        """The content security policy: only this style and this script; a live page may ask its own server."""
+        """The content security policy: only this style and script; a live page may request its own server."""
         return "; ".join(
             (
                 "default-src 'none'",

@@ -2,8 +2,8 @@
 
 {"version", "generated", "live", "runs": [{"id", "name", "state", "folders", "series", "validation", ...}]}
 
-Of more lines than points, curves hold the smallest and the largest number of each bucket of lines; those of different
-folders are then of different lines. So tokens, which the page divides into shares, are means over the bucket instead.
+Curves with more lines than points hold the minimum and maximum of each bucket of lines, which come from different lines
+in different columns. Tokens, which the page divides into shares, are therefore bucket means.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from internlm_lite.monitor.jsonl import finite
 
 VERSION = 1
 UNREADABLE = "unreadable"
-"""The phase of a run that cannot be shown; "why" has the reason."""
+"""The phase of a run that cannot be shown; "why" holds the reason."""
 POINTS = 1000
 MAX_POINTS = 4000
 """Of all runs of a page together."""
@@ -47,12 +47,12 @@ def make_payload(runs: Sequence[tuple[str, RunReader]], live: bool, now: datetim
 
 
 def safe_payload(identity: str, run: RunReader, now: datetime, points: int = POINTS) -> dict[str, Any]:
-    """One run; an empty one that says why where its files hold what nobody thought of."""
+    """One run; if its files cannot be interpreted, an empty one with the reason."""
     why = run.error
     if why is None:
         try:
             return run_payload(identity, run, now, points)
-        except Exception as error:  # noqa: BLE001  one run must not take the others' page with it
+        except Exception as error:  # noqa: BLE001  one run must not break the page of the others
             why = f"{type(error).__name__}: {error}"
     nothing = RunReader(run.folder, run.name)
     nothing.parsed = True
@@ -95,12 +95,12 @@ def _short(event: dict[str, Any]) -> dict[str, Any]:
 
 
 def window(lines: int) -> int:
-    """How many lines "now" means: 10 or 2 %, but no more than a quarter of what there is, and at least one."""
+    """Lines averaged for the current value: 10 or 2 %, at most a quarter of all, at least one."""
     return max(1, min(max(10, lines // 50), lines // 4))
 
 
 def folder_table(run: RunReader, checks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a folder, in the order of the run's data."""
+    """One row per folder, in the order of the run's data."""
     start = last_of(run.events, "start") or {}
     sizes = start.get("folder_tokens")
     sizes = sizes if isinstance(sizes, dict) else {}
@@ -128,7 +128,7 @@ def folder_table(run: RunReader, checks: Sequence[dict[str, Any]]) -> list[dict[
 
 
 def _folder_figures(values: Numbers) -> dict[str, Any]:
-    """Of a folder, [lines, (tokens, loss, acc, seen)]. Without tokens in the window the last line with some counts."""
+    """From [lines, (tokens, loss, acc, seen)] of a folder. Without tokens in the window, of the last line with some."""
     width = window(len(values))
     seen = np.flatnonzero((values[:, 0] > 0) & np.isfinite(values[:, 1]))
     loss, acc = _means(values[-width:])
@@ -197,7 +197,7 @@ def numbers(values: Numbers, digits: int | None = DIGITS) -> list[float | int | 
 
 
 def significant(values: Numbers, digits: int) -> Numbers:
-    """Rounded to so many significant digits."""
+    """Rounded to `digits` significant digits."""
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         scale = 10.0 ** (digits - 1 - np.floor(np.log10(np.abs(values))))
         rounded = np.round(values * scale) / scale

@@ -24,123 +24,123 @@ _DOCUMENTS = ("config.resolved.yaml", "config.origins.json", "env.json", "FAILED
 
 @dataclass(frozen=True)
 class RunDelta:
-    """What the files of a run have gained."""
+    """What was added to the files of a run since the last poll."""
 
-    gains: Mapping[str, LineDelta]
-    """By file."""
+    lines: Mapping[str, LineDelta]
+    """By file name."""
     documents: Mapping[str, tuple[float | None, str]]
-    """Small files that changed: (seconds since the epoch, text), or (None, "") of one that is gone."""
+    """Small files that changed: (seconds since the epoch, text); (None, "") for a removed file."""
     problem: OSError | None
-    """Of a file that could not be read; the others were."""
+    """The first error of a file that could not be read; all others were read."""
 
     def __bool__(self) -> bool:
-        return any(self.gains.values()) or bool(self.documents)
+        return any(self.lines.values()) or bool(self.documents)
 
 
 class RunReader:
-    """What is in a run folder by now. `name` is what people are shown.
+    """The content of a run folder, read incrementally. `name`: shown to users.
 
-    `look` waits for the disk and changes nothing that is shown, `ingest` is the other way round.
+    `poll` reads files and changes no data; `ingest` changes data and reads no file.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
         self.is_log = False
-        """There is but a log's step lines: whether the run has ended is not to be known."""
+        """Only step lines of a log are known, so not whether the run has ended."""
         self.error: str | None = None
-        """Why what there is cannot be shown."""
+        """Why the data cannot be shown."""
         self.columns = Columns()
         self.events: list[dict[str, Any]] = []
         self.samples: list[dict[str, Any]] = []
         self.config: list[dict[str, Any]] = []
         self.environment: dict[str, Any] = {}
         self.failed: dict[str, Any] | None = None
-        """FAILED.json, with its age as "modified": seconds since the epoch."""
+        """FAILED.json, with "modified": seconds since the epoch."""
         self.bad_lines = 0
-        """Lines of events.jsonl and samples.jsonl that could not be read; those of step lines: columns.bad."""
+        """Invalid lines of events.jsonl and samples.jsonl; those of metrics.jsonl: columns.bad."""
         self.version = 0
-        """Grows with everything that is taken in."""
+        """Increases with every change of the data."""
         self.parsed = False
-        """The files were read to their end once."""
+        """The files have been read to their end once."""
         self._tails = {name: Tail(folder / name) for name in ("metrics.jsonl", "events.jsonl", "samples.jsonl")}
         self._seen: dict[str, tuple[int, int]] = {}
         self._origins: list[dict[str, Any]] = []
         self._plain_config: list[dict[str, Any]] = []
 
     def advance(self) -> bool:
-        """Take in what the files gained, of step lines a few megabytes at most; False once there is nothing new.
+        """Read and ingest new data, a few megabytes of step lines at most; False when there is nothing new.
 
         Raises ConfigError when a file cannot be read.
         """
-        return self.ingest(self.look())
+        return self.ingest(self.poll())
 
-    def look(self) -> RunDelta:
-        """What is new since the last look."""
-        gains: dict[str, LineDelta] = {}
+    def poll(self) -> RunDelta:
+        """What is new since the last poll."""
+        lines: dict[str, LineDelta] = {}
         documents: dict[str, tuple[float | None, str]] = {}
         problem = None
         for name in (*self._tails, *_DOCUMENTS):
             try:
                 if name in self._tails:
-                    gains[name] = self._tails[name].read()
-                    # All of them, and after the step lines: only starts say which of these count.
+                    lines[name] = self._tails[name].read()
+                    # All of them, and after the step lines: start events decide which step lines are superseded.
                     while name == "events.jsonl" and (more := self._tails[name].read()):
-                        gains[name] = gains[name].merged(more)
+                        lines[name] = lines[name].merged(more)
                 else:
                     documents |= self._changed(name)
             except OSError as error:
                 problem = problem or error
-        return RunDelta(gains, documents, problem)
+        return RunDelta(lines, documents, problem)
 
-    def ingest(self, news: RunDelta) -> bool:
-        """False when there is nothing in it. Raises ConfigError, at last, when a file could not be read."""
+    def ingest(self, delta: RunDelta) -> bool:
+        """False for an empty delta. Raises ConfigError, after everything else, when a file could not be read."""
         takers = {"events.jsonl": self._events, "metrics.jsonl": self._metrics, "samples.jsonl": self._samples}
         for name, take in takers.items():
-            if name in news.gains:
-                take(news.gains[name])
-        for name, (modified, text) in news.documents.items():
+            if name in delta.lines:
+                take(delta.lines[name])
+        for name, (modified, text) in delta.documents.items():
             self._document(name, modified, text)
-        self.version += bool(news)
-        if news.problem is not None:
-            path = printable(news.problem.filename or self.folder)
-            raise ConfigError(f"cannot read {path}: {news.problem.strerror}") from news.problem
-        self.parsed = self.parsed or not news
-        return bool(news)
+        self.version += bool(delta)
+        if delta.problem is not None:
+            path = printable(delta.problem.filename or self.folder)
+            raise ConfigError(f"cannot read {path}: {delta.problem.strerror}") from delta.problem
+        self.parsed = self.parsed or not delta
+        return bool(delta)
 
     def read_all(self) -> RunReader:
-        """Everything there is now; itself, for chaining. Raises ConfigError."""
+        """Read to the end of all files; returns itself, for chaining. Raises ConfigError."""
         while self.advance():
             pass
         return self
 
-    def _metrics(self, gain: LineDelta) -> None:
-        if gain.replaced:
+    def _metrics(self, delta: LineDelta) -> None:
+        if delta.replaced:
             self.columns = Columns()
-            self._announce(self.events)
-        self.columns.append(gain.lines)
+            self._start_segments(self.events)
+        self.columns.append(delta.lines)
 
-    def _events(self, gain: LineDelta) -> None:
-        if gain.replaced:
+    def _events(self, delta: LineDelta) -> None:
+        if delta.replaced:
             self.events = []
         first = len(self.events)
-        for value in self._objects(gain.lines):
+        for value in self._objects(delta.lines):
             if isinstance(value.get("event"), str) and isinstance(value.get("time"), str):
                 self.events.append({**value, "seg": max(0, as_int(value.get("seg")) or 0)})
             else:
                 self.bad_lines += 1
-        self._announce(self.events[first:])
+        self._start_segments(self.events[first:])
 
-    def _announce(self, events: list[dict[str, Any]]) -> None:
+    def _start_segments(self, events: list[dict[str, Any]]) -> None:
         for event in events:
             self.columns.max_segment = max(self.columns.max_segment, event["seg"])
             step, total = as_int(event.get("step")), as_int(event.get("total_steps"))
             if event["event"] == "start" and step is not None:
                 self.columns.start_segment(event["seg"], step, total if total and total > 0 else MAX_STEP)
 
-    def _samples(self, gain: LineDelta) -> None:
-        if gain.replaced:
+    def _samples(self, delta: LineDelta) -> None:
+        if delta.replaced:
             self.samples = []
-        self.samples += self._objects(gain.lines)
+        self.samples += self._objects(delta.lines)
 
     def _objects(self, lines: list[bytes]) -> list[dict[str, Any]]:
         values = [_json(line) for line in lines if line.strip()]
@@ -149,7 +149,7 @@ class RunReader:
         return good
 
     def _changed(self, name: str) -> dict[str, tuple[float | None, str]]:
-        """A small file that is written whole, when it changed since the last look."""
+        """A small file, if it changed since the last poll."""
         path = self.folder / name
         try:
             status = path.stat()
@@ -184,7 +184,7 @@ def _config(text: str) -> list[dict[str, Any]]:
     try:
         values = yaml.safe_load(text)
         return [{"key": key, "value": _text(value), "origin": None} for key, value in _flat(values) if key is not None]
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that is none, or a value inside itself
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: an invalid date, or a recursive value
         return []
 
 
@@ -193,7 +193,7 @@ def _origins(rows: Any) -> list[dict[str, Any]]:
         return []
     good = [row for row in rows if isinstance(row, dict) and isinstance(row.get("key"), str)]
     inner = {row["key"].rpartition(".")[0] for row in good}
-    return [  # a section's keys have rows of their own
+    return [  # the keys of a section have rows of their own
         {"key": row["key"], "value": _text(row.get("value")), "origin": row.get("origin")}
         for row in good
         if row["key"] not in inner
@@ -201,7 +201,7 @@ def _origins(rows: Any) -> list[dict[str, Any]]:
 
 
 def _json(text: str | bytes) -> Any:
-    """The value with nan and inf as None; None for what is no JSON."""
+    """The value with nan and inf as None; None for invalid JSON."""
     try:
         return finite(json.loads(text))
     except (ValueError, RecursionError):
@@ -209,7 +209,7 @@ def _json(text: str | bytes) -> Any:
 
 
 def _text(value: Any) -> str:
-    """As JSON, or as Python shows what YAML has and JSON has not."""
+    """As JSON; as str() for YAML values that JSON lacks, such as dates."""
     try:
         return json.dumps(value, ensure_ascii=False)
     except TypeError:

@@ -1,4 +1,4 @@
-"""What a run is doing, from its events and the age of its last line."""
+"""The state of a run, from its events and the age of its last line."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from internlm_lite.apps.report.run import RunReader
 
 SILENT_SECONDS = 60.0
 SLOW_PHASE_SECONDS = 600.0
-"""Without a line for so long a run is silent; the longer one where no step is due: starting, evaluating."""
+"""A run without a line for this long is silent; the longer one applies while it is starting or evaluating."""
 _DIGITS = 16
-"""As many has no number of steps."""
+"""A number of steps has fewer."""
 SILENT_STEPS = 10.0
-"""Or ten times what a step line usually takes, where that is longer."""
+"""Or this many usual intervals between step lines, if that is longer."""
 _OVER = (*ENDS, "log")
-"""Phases in which nothing more is expected."""
+"""Phases in which no more lines are expected."""
 
 
 def run_state(run: RunReader, now: datetime) -> dict[str, Any]:
@@ -48,12 +48,12 @@ def run_state(run: RunReader, now: datetime) -> dict[str, Any]:
 
 
 def _steps_done(run: RunReader, start: Event | None, phase: str) -> int | None:
-    """By the last line; the last steps of a run that ended may have none."""
+    """By the last line; after the end by the end event, as the last steps may have no line."""
     end = last_of(run.events, phase)
-    told = as_int((end or {}).get("step") if phase in ENDS else (start or {}).get("step"))
-    if run.columns.n and not (phase in ENDS and told is not None):
+    step = as_int((end or {}).get("step") if phase in ENDS else (start or {}).get("step"))
+    if run.columns.n and not (phase in ENDS and step is not None):
         return int(run.columns.step[-1]) + 1
-    return told
+    return step
 
 
 def _phase(run: RunReader, now: datetime) -> tuple[str, str]:
@@ -77,7 +77,7 @@ def _phase(run: RunReader, now: datetime) -> tuple[str, str]:
 
 
 def _active_phase(run: RunReader, start: Event | None) -> str:
-    """What a run that has not ended was last seen at."""
+    """The phase of a run that has not ended, as of its last line or event."""
     columns = run.columns
     newest = columns.time[-1] if columns.n else -np.inf
     events = [event for event in run.events if start is None or event["seg"] == start["seg"]]
@@ -96,7 +96,7 @@ def _silence_limit(run: RunReader, phase: str) -> float:
 
 
 def _failure_text(cause: object) -> str:
-    """What faults/failure.py recorded of the rank that failed first; empty for what is no record."""
+    """The record of faults/failure.py about the rank that failed first, as text; empty for anything else."""
     if not isinstance(cause, dict) or "kind" not in cause:
         return ""
     at = f", step {cause['step']}" if cause.get("step") is not None else ""
@@ -109,7 +109,7 @@ def _age(run: RunReader, now: datetime) -> float | None:
 
 
 def last_time(run: RunReader) -> str | None:
-    """When the run wrote its newest line or event, as it wrote it."""
+    """The time of the newest line or event, as written."""
     times = [run.columns.last_time, run.events[-1]["time"] if run.events else None]
     return max((time for time in times if time), key=lambda time: seconds(time) or 0.0, default=None)
 
@@ -119,13 +119,13 @@ def last_of(events: list[Event], *kinds: str) -> Event | None:
 
 
 def last_number(run: RunReader, key: str) -> float | None:
-    """Of the last line; None where it has none."""
+    """Of the last line; None if it has none."""
     column = run.columns.scalars.get(key)
     return None if column is None or not len(column) or np.isnan(column[-1]) else float(column[-1])
 
 
 def total_steps(run: RunReader) -> int | None:
-    """As the newest start or the config says."""
+    """From the newest start event, else from the config."""
     start = last_of(run.events, "start")
     total = as_int(start.get("total_steps")) if start else None
     if total is None:

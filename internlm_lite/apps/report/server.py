@@ -1,8 +1,8 @@
-"""The dashboard's server: one page and its data, read-only, for this machine alone unless a token guards it.
+"""The dashboard's server: one page and its data, read-only, for this machine only unless protected by a token.
 
-GET /                                            the page with the data of now
+GET /                                            the page with the current data
 GET /api/runs                                    the data: payload.py's, with a "token"
-GET /api/since?after=TOKEN                       the same, or 304 when nothing is new
+GET /api/since?after=TOKEN                       the same, or 304 when nothing has changed
 GET /api/series?run=r0&from=A&to=B&points=N      the curves of a range of steps
 """
 
@@ -48,7 +48,7 @@ _NOTHING = "default-src 'none'; frame-ancestors 'none'"
 
 @dataclass(frozen=True)
 class Response:
-    """What goes back. `policy`: its content security policy."""
+    """Body and headers of a response. `policy`: its content security policy."""
 
     status: HTTPStatus
     body: bytes = b""
@@ -67,15 +67,15 @@ class Response:
 
 
 class Dashboard(ThreadingHTTPServer):
-    """Serves what `watch` reads, until `shutdown`. Use as a context manager. The caller closes `watch`."""
+    """Serves the data of `runs` until `shutdown`. Use as a context manager. The caller closes `runs`."""
 
     daemon_threads = True
 
     def __init__(
-        self, watch: LiveRuns, port: int, bind: str = "127.0.0.1", token: str | None = None, assets: Path = ASSETS
+        self, runs: LiveRuns, port: int, bind: str = "127.0.0.1", token: str | None = None, assets: Path = ASSETS
     ) -> None:
-        """`port` 0 takes a free one. Raises ConfigError: port in use, no such address, an open one without a token."""
-        self.watch, self.assets = watch, Assets.read(assets)
+        """`port` 0 takes a free one. Raises ConfigError: port in use, no such address, public without a token."""
+        self.runs, self.assets = runs, Assets.read(assets)
         self._token = token
         if token is not None and len(token) < MIN_TOKEN:
             raise ConfigError(f"--token: expected at least {MIN_TOKEN} characters")
@@ -94,33 +94,33 @@ class Dashboard(ThreadingHTTPServer):
             ) from error
 
     def server_bind(self) -> None:
-        """Without HTTPServer's look-up of its own name: that may take long, and nobody needs it."""
+        """Without the lookup of the host's name in HTTPServer, which may be slow and is not needed."""
         TCPServer.server_bind(self)
 
     @property
     def address(self) -> str:
-        """What to open; with the token where there is one."""
+        """The URL to open, including the token if there is one."""
         host = socket.gethostname() if self._bind in _EVERYWHERE else self._bind
         query = f"?token={quote(self._token, safe='')}" if self._token else ""
         return f"http://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}/{query}"
 
     @property
     def cookie(self) -> str:
-        """Its name; browsers share cookies between the ports of a host."""
+        """The cookie's name, with the port: browsers share cookies between the ports of a host."""
         return f"dashboard-{self.server_address[1]}"
 
     @property
     def cookie_value(self) -> str | None:
-        """What the cookie holds for a browser that knew the token."""
+        """The cookie's value for a browser that has sent the token."""
         return None if self._token is None else hashlib.sha256(f"dashboard {self._token}".encode()).hexdigest()
 
     def accepts_token(self, token: str) -> bool:
         return self._token is not None and hmac.compare_digest(token.encode(), self._token.encode())
 
     def trusts_host(self, host: str) -> bool:
-        """Whether a Host header names this server: a page elsewhere may have its own name point here (DNS rebinding).
+        """Whether a Host header names this server; a foreign page may resolve its own name to it (DNS rebinding).
 
-        Behind a token any name will do: the cookie does not follow to another one.
+        With a token any name is allowed: the cookie is not sent to another name.
         """
         try:
             name = urlsplit(f"//{host}").hostname
@@ -129,7 +129,7 @@ class Dashboard(ThreadingHTTPServer):
         return self._token is not None or name in {"127.0.0.1", "localhost", "::1", self._bind.lower()}
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that went away is no news; anything else was told where it happened."""
+        """Nothing: a closed connection is normal, and other errors were logged where they occurred."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -169,28 +169,28 @@ class _Handler(BaseHTTPRequestHandler):
         return any(hmac.compare_digest(value.encode(), expected.encode()) for value in values)
 
     def _log_in(self, token: str) -> Response:
-        """A cookie for the right token, and on to an address without it."""
+        """For the right token a cookie, and a redirect to the URL without the token."""
         if not self.server.accepts_token(token):
             return Response.refusal(HTTPStatus.FORBIDDEN, "open the address with ?token=... that the dashboard printed")
         cookie = f"{self.server.cookie}={self.server.cookie_value}; Path=/; HttpOnly; SameSite=Strict"
         return Response(HTTPStatus.SEE_OTHER, headers={"Location": "/", "Set-Cookie": cookie})
 
     def _routed(self, path: str, query: Mapping[str, str]) -> Response:
-        watch = self.server.watch
+        runs = self.server.runs
         if path == "/favicon.ico":
             return Response(HTTPStatus.NO_CONTENT)
         if path not in ("/", "/api/runs", "/api/since", "/api/series"):
             return Response.refusal(HTTPStatus.NOT_FOUND, "not found")
         if path == "/api/series":
             return self._series(query)
-        watch.look()
+        runs.refresh()
         if path == "/":
-            html = render_page(watch.payload(), self.server.assets).encode()
+            html = render_page(runs.payload(), self.server.assets).encode()
             policy = f"{self.server.assets.policy(live=True)}; frame-ancestors 'none'"
             return Response(HTTPStatus.OK, html, "text/html; charset=utf-8", policy)
-        if path == "/api/since" and query.get("after") == watch.token():
+        if path == "/api/since" and query.get("after") == runs.token():
             return Response(HTTPStatus.NOT_MODIFIED)
-        return Response.json(watch.payload())
+        return Response.json(runs.payload())
 
     def _series(self, query: Mapping[str, str]) -> Response:
         try:
@@ -202,7 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
             return Response.refusal(
                 HTTPStatus.BAD_REQUEST, "expected numbers: from and to are steps, points is how many"
             )
-        found = self.server.watch.series(query.get("run", ""), begin, end, points)
+        found = self.server.runs.series(query.get("run", ""), begin, end, points)
         return Response.refusal(HTTPStatus.NOT_FOUND, "no such run") if found is None else Response.json(found)
 
     def _send(self, answer: Response) -> None:
@@ -222,14 +222,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the base class answers to requests it cannot read."""
+        """Called by the base class for invalid requests."""
         self._send(Response.refusal(HTTPStatus(code), message or HTTPStatus(code).phrase))
 
     def version_string(self) -> str:
         return "internlm_lite"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: addresses may hold the token."""
+        """Nothing: URLs may contain the token."""
 
 
 def _is_loopback(bind: str) -> bool:

@@ -1,4 +1,4 @@
-"""A file that another process appends to, read on from where the last look ended."""
+"""A file that another process appends to, read incrementally."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from internlm_lite.apps.report.untrusted_files import open_file
 
 CHUNK_BYTES = 8 << 20
 MAX_LINE_BYTES = 64 << 20
-"""What is longer is no line; it is handed out in pieces."""
+"""Longer data without a line break are returned in pieces."""
 _MARK_BYTES = 64
 
 
 @dataclass(frozen=True)
 class LineDelta:
-    """Whole lines without their breaks. `replaced`: the file was replaced or cut, forget what came before."""
+    """Complete lines without line breaks. `replaced`: the file was replaced or truncated; discard earlier lines."""
 
     lines: list[bytes]
     replaced: bool
@@ -26,21 +26,21 @@ class LineDelta:
         return self.replaced or bool(self.lines)
 
     def merged(self, later: LineDelta) -> LineDelta:
-        """Both as one."""
+        """This one and a later one as one."""
         return LineDelta(later.lines if later.replaced else self.lines + later.lines, self.replaced or later.replaced)
 
 
 class Tail:
-    """The whole lines a file gained since it was last asked. A half-written last line is kept until it is whole."""
+    """The complete lines added to a file since the last read. An incomplete last line is left for later."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._offset = 0
         self._file: tuple[int, int] | None = None
-        self._mark = b""  # the bytes before the offset: a file cut and written again has others there
+        self._mark = b""  # the bytes before the offset: they differ in a file that was truncated and rewritten
 
     def read(self) -> LineDelta:
-        """At most about CHUNK_BYTES; nothing for a file that is not there. Raises OSError when it cannot be read."""
+        """At most about CHUNK_BYTES; nothing if the file does not exist. Raises OSError when it cannot be read."""
         try:
             with open_file(self.path) as file:
                 return self._read(file)

@@ -1,4 +1,4 @@
-"""The files of a run, opened so that nothing in its folder can hold up or swamp a reader."""
+"""Reading the files of a run folder such that nothing in it can block the reader or exhaust its memory."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 MAX_FILE_BYTES = 16 << 20
-"""Of a file that is read whole."""
+"""Largest file that is read at once."""
 
 
 def open_file(path: Path) -> BinaryIO:
-    """For reading. Raises OSError: not there, not to be read, or no regular file (a pipe may never say anything)."""
+    """For reading. Raises OSError also for anything but a regular file, such as a pipe, which may never have data."""
     file = open(path, "rb", opener=_non_blocking)  # noqa: SIM115  the caller closes it
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
@@ -22,7 +22,7 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def read_file(path: Path) -> str:
-    """A whole text. Raises OSError, also for one of more than MAX_FILE_BYTES."""
+    """The whole text. Raises OSError, also for more than MAX_FILE_BYTES."""
     with open_file(path) as file:
         data = file.read(MAX_FILE_BYTES + 1)
     if len(data) > MAX_FILE_BYTES:
@@ -31,7 +31,7 @@ def read_file(path: Path) -> str:
 
 
 def printable(path: str | Path) -> str:
-    """A path as people and UTF-8 can take it: bytes that are no text become question marks."""
+    """A path as valid Unicode: bytes that are not UTF-8 become replacement characters."""
     return os.fsencode(path).decode("utf-8", "replace")
 
 

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("internlm_lite")
 
 MAX_SHARE = 0.003
-"""Of the wall time that this thread may be at work: it shares the interpreter with training."""
+"""Largest share of the wall time that this thread may be busy: it shares the interpreter with training."""
 FIRST_SECONDS = 5.0
-"""The first page comes this soon, so that there is one to open."""
+"""Delay of the first page."""
 CLOSE_SECONDS = 60.0
 
 
@@ -36,7 +36,7 @@ def open_report(folder: Path, config: Config) -> Sink | None:
 class ReportWriter(Sink):
     """On rank 0: a thread that writes `folder`/report.html when the run's files grew, and once more at `close`.
 
-    A report that cannot be written is told once and never raised.
+    A report that cannot be written is logged once; nothing is raised.
     """
 
     def __init__(self, folder: Path, every_seconds: float = 60.0) -> None:
@@ -74,7 +74,7 @@ class ReportWriter(Sink):
                 self._written = self._run.version
         except InternLMError as error:
             self._report(error)
-        except Exception as error:  # noqa: BLE001  a page is not worth a run
+        except Exception as error:  # noqa: BLE001  a page must not stop the run
             self._report(error)
 
     def _report(self, error: Exception) -> None:

@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path):
         (Path("/proc/foo"), "/proc: "),
         (file, f"{file}: a file, expected a folder"),
         (file / "ckpts", f"{file}: a file, expected a folder"),
-        (link, f"{link}: a link to nowhere, expected a folder"),
+        (link, f"{link}: a dangling link, expected a folder"),
     ):
         alone = Exchange(HashStore(), replace(MAIN, world_size=1), timedelta(seconds=5))
         found = probe_folders.probe_folder(alone, "x", folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from internlm_lite.apps.report import tail
-from internlm_lite.apps.report.discover import MOST, find_runs, omitted_runs, require_runs, run_name
+from internlm_lite.apps.report.discover import MAX_RUNS, find_runs, omitted_runs, require_runs, run_name
 from internlm_lite.apps.report.run import RunReader
 from internlm_lite.errors import ConfigError
 from internlm_lite.monitor.jsonl import EventsFile, JsonlWriter
@@ -171,10 +171,10 @@ def test_links_to_runs_are_runs_each_once(tmp_path: Path) -> None:
 
 
 def test_only_the_newest_runs_of_a_job_are_taken(tmp_path: Path) -> None:
-    folders = [run_folder(tmp_path / f"{number:02d}", []) for number in range(MOST + 3)]
-    assert find_runs([tmp_path]) == folders[: -MOST - 1 : -1]
+    folders = [run_folder(tmp_path / f"{number:02d}", []) for number in range(MAX_RUNS + 3)]
+    assert find_runs([tmp_path]) == folders[: -MAX_RUNS - 1 : -1]
     assert omitted_runs([tmp_path, folders[0]]) == [
-        f"{tmp_path}: the newest {MOST} of {MOST + 3} runs; name others to see them"
+        f"{tmp_path}: the newest {MAX_RUNS} of {MAX_RUNS + 3} runs; name others to see them"
     ]
 
 

@@ -249,8 +249,8 @@ def test_runs_that_come_later_are_shown_and_ids_stay(tmp_path: Path) -> None:
 
 def test_it_answers_while_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
-    look = live_runs.RunReader.look
-    monkeypatch.setattr(live_runs.RunReader, "look", lambda run: go.wait(20) and look(run))
+    poll = live_runs.RunReader.poll
+    monkeypatch.setattr(live_runs.RunReader, "poll", lambda run: go.wait(20) and poll(run))
     with serving(run_folder(tmp_path, [line(0)])) as ask:
         (run,) = ask("/api/runs").json()["runs"]
         assert (run["parsing"], run["state"]["phase"], run["series"]["step"]) == (True, "starting", [])

@@ -84,7 +84,7 @@ def test_the_seeds_log_becomes_a_page_beside_it(
     log = tmp_path / "seed.log"
     log.write_text("other\n" + SEED.read_text())
     code, output = run(write_report, capsys, "--from-log", log)
-    assert (code, output.splitlines()[0]) == (0, f"{log}: 6 steps; 1 other lines passed over")
+    assert (code, output.splitlines()[0]) == (0, f"{log}: 6 steps; 1 other lines skipped")
     (found,) = payload_in(tmp_path / "seed.html")["runs"]
     losses = found["series"]["folders"][".git"]["loss"]
     assert (len(losses), losses[0], losses[-1]) == (6, 11.5552, 7.0646)
@@ -114,7 +114,7 @@ def test_a_run_that_cannot_be_shown_is_one_line(
     code, output = run(write_report, capsys, *folders, "-o", tmp_path / "ab.html")
     assert (code, output) == (0, f"wrote {tmp_path / 'ab.html'}\n{told}")
     code, output = run(write_report, capsys, folders[1])
-    assert (code, output) == (2, f"{told}ConfigError: nothing to show; mend or remove the file that is damaged\n")
+    assert (code, output) == (2, f"{told}ConfigError: nothing to show; repair or remove the file that is damaged\n")
 
 
 def test_of_many_runs_it_says_which_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str], plain: None) -> None:

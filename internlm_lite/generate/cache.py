@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from internlm_lite.layers.attention import Attend
+from internlm_lite.layers.sdpa import Attend
 
 
 class KVCache:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from internlm_lite.errors import ConfigError
-from internlm_lite.layers.placement import accumulation_dtype
+from internlm_lite.layers.tensor_parallel import accumulation_dtype
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
     torch        torch.nn.attention.varlen                         half precision on CUDA
     sdpa         the reference, one call per document              everywhere
 
-All take a row of T packed tokens and its borders, and no token looks across a border.
+All take a row of T packed tokens and the boundaries of its documents; no token attends across a boundary.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from internlm_lite.layers.attention import Attend
-from internlm_lite.layers.sdpa import packed_sdpa
+from internlm_lite.config.schema import ModelConfig
+from internlm_lite.layers.sdpa import Attend, packed_sdpa
+from internlm_lite.runtime.device import torch_dtype
 
 logger = logging.getLogger("internlm_lite")
 
@@ -32,25 +33,26 @@ class AttentionBackend(enum.Enum):
     SDPA = "scaled_dot_product_attention"
 
 
-def choose_backend(use_flash_attn: bool, dtype: torch.dtype, device: torch.device, head_dim: int) -> AttentionBackend:
-    """The fastest backend for this dtype, device and head; the reference when `use_flash_attn` is False.
+def choose_backend(config: ModelConfig, device: torch.device) -> AttentionBackend:
+    """The fastest backend for this model and device; the reference when model.use_flash_attn is False.
 
     The varlen kernels need half precision, compute capability 8.0 (A100) and a head_dim of a multiple of 8 up to 256.
     """
-    if device.type != "cuda" or not varlen_fits(use_flash_attn, dtype, head_dim):
+    if device.type != "cuda" or not varlen_fits(config):
         return AttentionBackend.SDPA
     if torch.cuda.get_device_capability(device) < (8, 0):
         return AttentionBackend.SDPA
     return AttentionBackend.FLASH_ATTN if _has_flash_attn() else AttentionBackend.TORCH_VARLEN
 
 
-def varlen_fits(use_flash_attn: bool, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether a varlen kernel takes a model like this, on a GPU of today."""
-    return use_flash_attn and dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
+def varlen_fits(config: ModelConfig) -> bool:
+    """Whether a varlen kernel can run this model on a current GPU."""
+    half = torch_dtype(config.dtype) in (torch.float16, torch.bfloat16)
+    return config.use_flash_attn and half and config.head_dim % 8 == 0 and config.head_dim <= 256
 
 
 def _has_flash_attn() -> bool:
-    """Found out by importing it: a mere folder of that name, or a build for another torch, is of no use."""
+    """Tested by importing it: a folder of that name, or a build for another torch, is not enough."""
     try:
         from flash_attn import flash_attn_varlen_func  # noqa: F401
     except ImportError as error:
@@ -65,8 +67,8 @@ def packed(
 ) -> Attend:
     """Attention inside each document of one packed row.
 
-    cu_seqlens [n + 1] int32 on the device, may end in repeats of T; `cu_seqlens_host` the same borders as host
-    integers, repeats or not; `max_seqlen` at least the longest document. See `batch.Batch`.
+    cu_seqlens [n + 1] int32 on the device, may end in repeats of T; `cu_seqlens_host` the same boundaries as
+    host integers, repeats or not; `max_seqlen` at least the longest document. See `batch.Batch`.
     """
     if backend is AttentionBackend.FLASH_ATTN:
         return _packed_flash_attn(cu_seqlens, max_seqlen)
@@ -88,7 +90,7 @@ def _packed_torch_varlen(cu_seqlens: torch.Tensor, max_seqlen: int) -> Attend:
     from torch.nn.attention.varlen import varlen_attn
 
     kernel: Callable[..., Any] = varlen_attn
-    # How "causal" and "grouped queries" are spelled changed between torch releases.
+    # The options for "causal" and "grouped queries" changed between torch releases.
     known = inspect.signature(varlen_attn).parameters
     options: dict[str, object] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if "enable_gqa" in known:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from internlm_lite.layers.costs import Bytes, RowShape
+
 
 class _Rotate(torch.autograd.Function):
     """The gradient of a rotation is the rotation back."""
@@ -38,6 +40,11 @@ class Rotary:
         cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
         self.cos = torch.cat((cos, cos), dim=-1)[:, None, None]  # [T, 1, 1, head_dim]
         self.signed_sin = torch.cat((-sin, sin), dim=-1)[:, None, None]
+
+    @staticmethod
+    def saved_bytes(row: RowShape, head_dim: int, dtype: torch.dtype) -> Bytes:
+        """Cosines and sines, shared by the layers of a stage."""
+        return {"rotary table": 2 * row.tokens * head_dim * dtype.itemsize}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, groups, heads, head_dim], any strides -> the same, turned, contiguous."""

@@ -7,17 +7,19 @@ No mask over the row exists: work is the sum of the squared lengths, not T^2. Ru
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
 
-from internlm_lite.layers.attention import Attend
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(layer number, q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, H, D]; q, k are rotated, v may be strided."""
 
 
-def packed_sdpa(borders: tuple[int, ...]) -> Attend:
-    """`borders`: 0, ends of documents ..., T, as host integers."""
-    lengths = [stop - start for start, stop in pairwise(borders) if stop > start]
+def packed_sdpa(boundaries: tuple[int, ...]) -> Attend:
+    """`boundaries`: 0, ends of documents ..., T, as host integers."""
+    lengths = [stop - start for start, stop in pairwise(boundaries) if stop > start]
     runs = [(len(list(equal)), length) for length, equal in groupby(lengths)]
     sizes = [count * length for count, length in runs]
 

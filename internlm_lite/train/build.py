@@ -19,7 +19,7 @@ from internlm_lite.models.stages import Stages, build_stages, units_of
 from internlm_lite.monitor.console import heartbeat
 from internlm_lite.monitor.jsonl import has_ended
 from internlm_lite.optim.zero import HybridZeroOptimizer
-from internlm_lite.pipeline.engine import Engine, OneRank, Pipeline, Shape
+from internlm_lite.pipeline.engine import Engine, HiddenShape, OneRank, Pipeline
 from internlm_lite.runtime.device import torch_dtype
 from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.samples import Samples
@@ -80,7 +80,7 @@ def build_run(
         if config.data.valid_every:
             valid = open_validation_data(config.data, vocab_size, dp.rank, dp.size, config.seed)
     dtype = torch_dtype(config.model.dtype)
-    backend = choose_backend(config.model.use_flash_attn, dtype, mesh.device, config.model.head_dim)
+    backend = choose_backend(config.model, mesh.device)
     with heartbeat("building the model"):
         stages = build_stages(config, mesh, backend)
         initialise(nn.ModuleList(stages.values()), config.seed)
@@ -118,21 +118,19 @@ def build_engine(config: Config, mesh: Mesh, stages: Stages) -> Engine:
     """What runs micro-batches through the stages of this rank and its neighbours."""
     if mesh.pp.size == 1:
         return OneRank()
-    place = next(iter(stages.values())).place
-    row_tokens = config.data.micro_bsz * config.data.seq_len
+    stage = next(iter(stages.values()))
     return Pipeline(
         stages,
         mesh.pp,
-        num_stages=mesh.pp.size * config.model.num_chunks,
         schedule=config.schedule,
-        shape=Shape(
-            rows=row_tokens // mesh.tp.size if place.by_sequence else row_tokens,
+        shape=HiddenShape(
+            rows=stage.tp_ctx.rows(config.data.micro_bsz * config.data.seq_len),
             hidden_size=config.model.hidden_size,
-            dtype=place.dtype,
+            dtype=stage.tp_ctx.dtype,
             device=mesh.device,
         ),
         early_receive=config.parallel.pipeline.interleaved_overlap,
-        take_weight_grads=place.weight_grads.take,
+        pop_deferred=stage.tp_ctx.weight_grads.pop_deferred,
     )
 
 

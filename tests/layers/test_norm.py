@@ -4,14 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from internlm_lite.layers.norm import RMSNorm
-from internlm_lite.layers.placement import Placement
+from internlm_lite.layers.norm import build_norm
+from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.mesh.mesh import single_process_mesh
+from tests.models.small import small_config
 
 
 def norm(dtype, fp32_weight=False, size=12):
-    place = Placement(single_process_mesh().tp, dtype, torch.device("cpu"))
-    made = RMSNorm("norm", size, 1e-5, fp32_weight, place)
+    tp_ctx = TensorParallelContext(single_process_mesh().tp, dtype, torch.device("cpu"))
+    made = build_norm("norm", small_config(hidden_size=size, use_fp32_norm=fp32_weight), tp_ctx)
     with torch.no_grad():
         made.weight.copy_(torch.linspace(0.5, 1.5, size))
     return made

@@ -38,12 +38,15 @@ def train_once(mesh: Mesh | None, changes: dict[str, Any]) -> dict[str, Any]:
     model = small_model(mesh, **changes)
     losses = run(model, documents(LENGTHS))
     losses.scaled_sum.backward()
+    tp = model.tp_ctx.group
     return {
         "scaled_sum": losses.scaled_sum.detach(),
         "train_loss_sum": losses.train_loss_sum,
         "token_loss": losses.token_loss,
         "correct": losses.correct,
-        "grads": {name: (param.part.box, summed(param, model.place.group)) for name, param in model.named_parameters()},
+        "grads": {
+            name: (param.part.box, summed(param, model.tp_ctx.group)) for name, param in model.named_parameters()
+        },
     }
 
 

@@ -72,9 +72,7 @@ def bench_metrics(device: torch.device, rounds: int, folder: Path, **shape: Any)
     mesh = single_process_mesh(device)
     reporter = Reporter(config, mesh, [f"folder-{n}" for n in range(FOLDERS)])
     batch = _spread(random_batch(config, 1, device))
-    backend = choose_backend(
-        config.model.use_flash_attn, torch_dtype(config.model.dtype), device, config.model.head_dim
-    )
+    backend = choose_backend(config.model, device)
     stages = build_stages(config, mesh, backend)
     initialise(nn.ModuleList(stages.values()), 1)
     optimizer = HybridZeroOptimizer(units_of(stages), config, mesh, torch_dtype(config.model.dtype))

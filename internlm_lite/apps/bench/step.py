@@ -33,7 +33,7 @@ def our_side(config: Config, mesh: Mesh, seed: int) -> Side:
 def our_training(config: Config, mesh: Mesh, seed: int) -> tuple[Side, HybridZeroOptimizer]:
     """`our_side`, and what it trains."""
     dtype = torch_dtype(config.model.dtype)
-    backend = choose_backend(config.model.use_flash_attn, dtype, mesh.device, config.model.head_dim)
+    backend = choose_backend(config.model, mesh.device)
     stages = build_stages(config, mesh, backend)
     initialise(nn.ModuleList(stages.values()), seed)
     optimizer = HybridZeroOptimizer(units_of(stages), config, mesh, dtype)

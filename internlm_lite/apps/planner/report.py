@@ -38,8 +38,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from internlm_lite.apps.planner.memory import Terms
 from internlm_lite.data.view import StepFigures
+from internlm_lite.layers.costs import Bytes
 from internlm_lite.mesh.mesh import Sizes
 
 
@@ -111,7 +111,7 @@ class Plan:
     layout: Mapping[str, Any]
     parameters_total: int
     ranks: tuple[RankPlan, ...]
-    activations: Mapping[str, Terms]
+    activations: Mapping[str, Bytes]
     flops_per_step: float
     tokens_per_step: int
     steps_total: int

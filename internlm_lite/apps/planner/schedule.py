@@ -17,11 +17,9 @@ from typing import Any, cast
 
 import torch
 
-from internlm_lite.apps.planner.holdings import StageShare
-from internlm_lite.config.schema import Config
-from internlm_lite.monitor.flops import block_flops, embedding_flops, head_flops
+from internlm_lite.models.decoder import Transformer
 from internlm_lite.pipeline.schedules import new_schedule
-from internlm_lite.pipeline.split import stages_on
+from internlm_lite.pipeline.split import rank_to_stages
 
 _LETTERS = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
 
@@ -57,7 +55,7 @@ def actions_of(schedule: str, size: int, chunks: int, micro_num: int) -> list[li
     """What each of `size` pipeline ranks computes, in order; without a pipeline, forward and backward in turns."""
     if size == 1:
         return [[Action(kind, 0, micro) for micro in range(micro_num) for kind in "FB"]]
-    numbers = stages_on(0, size, chunks, schedule)
+    numbers = rank_to_stages(0, size, chunks, schedule)
     # torch's schedules ask their stages for nothing but these when they lay out their order.
     stubs = [
         SimpleNamespace(
@@ -85,14 +83,13 @@ def _actions(entries: Sequence[Any]) -> list[Action]:
     return actions
 
 
-def stage_cost(config: Config, stage: StageShare, recomputed: int) -> StageCost:
-    """`recomputed`: so many of the model's first layers run again in the backward pass."""
-    model = config.model
-    block = block_flops(model, config.data.seq_len)
-    again = len(range(stage.layers.start, min(stage.layers.stop, recomputed)))
-    ends = embedding_flops(model) * stage.first + 3 * head_flops(model) * stage.last
-    layers = len(stage.layers) * block
-    return StageCost(layers + ends, layers + again * block, layers)
+def stage_cost(stage: Transformer, seq_len: int) -> StageCost:
+    """In FLOPs per token."""
+    layers = [(block.flops_per_token(seq_len), block.recompute) for block in stage.blocks()]
+    once, again = sum(flops for flops, _ in layers), sum(flops for flops, recompute in layers if recompute)
+    lookups = 0 if stage.tok_embeddings is None else stage.tok_embeddings.lookup_ops_per_token()
+    head = 0 if stage.output is None else stage.output.flops_per_token(seq_len)
+    return StageCost(once + lookups + 3 * head, once + again, once)
 
 
 def bubble_fraction(ranks: Sequence[Sequence[Action]], costs: Sequence[StageCost]) -> float:

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from internlm_lite.apps.planner.holdings import StageShare
-from internlm_lite.apps.planner.memory import Terms, shape_of, stage_terms
+from internlm_lite.apps.planner.memory import row_shape
 from internlm_lite.config.schema import Config
+from internlm_lite.layers.costs import Bytes
 from internlm_lite.layers.flash import AttentionBackend, packed
 from internlm_lite.layers.loss import TokenLosses
-from internlm_lite.mesh.mesh import Mesh, single_process_mesh
-from internlm_lite.models.decoder import Share, Transformer, placement
+from internlm_lite.mesh.mesh import Mesh, plan_mesh, single_process_mesh, sizes_of
+from internlm_lite.models.decoder import StageSpec, Transformer, tensor_parallel_context
 from internlm_lite.models.initialise import initialise
 from internlm_lite.models.stages import build_stages
 
@@ -44,8 +44,8 @@ def run_stage(stage: Transformer, config: Config) -> tuple[TokenLosses, list[tor
     n_tokens = config.data.micro_bsz * config.data.seq_len
     generator = torch.Generator().manual_seed(0)
     tokens, labels = torch.randint(0, config.model.vocab_size, (2, n_tokens), generator=generator)
-    positions, borders = torch.arange(n_tokens), (0, 5, 16, n_tokens)
-    attend = packed(AttentionBackend.SDPA, torch.tensor(borders, dtype=torch.int32), borders, n_tokens)
+    positions, boundaries = torch.arange(n_tokens), (0, 5, 16, n_tokens)
+    attend = packed(AttentionBackend.SDPA, torch.tensor(boundaries, dtype=torch.int32), boundaries, n_tokens)
     losses = stage.losses(stage.hidden(tokens, positions, attend), labels, torch.tensor(1.0))
     return losses, [tokens, labels, positions]
 
@@ -71,15 +71,22 @@ def kept_bytes(mesh: Mesh, config: Config) -> int:
 
 def waiting_bytes(config: Config) -> int:
     """Storages that weight gradients which are put off hold on to, after the backward pass of one micro-batch."""
-    place = placement(config.model, single_process_mesh(), by_sequence=False, defer_weight_grads=True)
-    share = Share(range(config.model.num_layers), first=True, last=True)
-    stage = Transformer(config.model, 0.0, place, AttentionBackend.SDPA, share)
+    tp_ctx = tensor_parallel_context(config.model, single_process_mesh(), by_sequence=False, defer_weight_grads=True)
+    spec = StageSpec(range(config.model.num_layers), first=True, last=True)
+    stage = Transformer(config.model, 0.0, tp_ctx, AttentionBackend.SDPA, spec)
     run_stage(stage, config)[0].scaled_sum.backward()
-    tensors = [tensor for _, *pair in place.weight_grads._waiting for tensor in pair]
+    tensors = [tensor for _, *pair in tp_ctx.weight_grads._waiting for tensor in pair]
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
-def planned(config: Config) -> Terms:
-    """The planner's terms for the same."""
-    stage = StageShare(0, range(config.model.num_layers), first=True, last=True)
-    return stage_terms(shape_of(config, AttentionBackend.SDPA, "cpu"), stage, config.model.recomputed_layers)
+def planned_stage(config: Config) -> Transformer:
+    """The whole model of a tensor-parallel rank, on the meta device."""
+    parallel = config.parallel
+    mesh = plan_mesh(sizes_of(parallel.tensor, parallel.tensor, 1, -1), 0, torch.device("meta"))
+    (stage,) = build_stages(config, mesh, AttentionBackend.SDPA).values()
+    return stage
+
+
+def planned(config: Config) -> Bytes:
+    """What the layers say that they keep of the same row."""
+    return planned_stage(config).saved_bytes(row_shape(config, AttentionBackend.SDPA, "cpu"))

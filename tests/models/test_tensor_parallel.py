@@ -44,9 +44,7 @@ def train_once(mesh: Mesh | None, changes: dict[str, Any]) -> dict[str, Any]:
         "train_loss_sum": losses.train_loss_sum,
         "token_loss": losses.token_loss,
         "correct": losses.correct,
-        "grads": {
-            name: (param.part.box, summed(param, model.tp_ctx.group)) for name, param in model.named_parameters()
-        },
+        "grads": {name: (param.part.box, summed(param, tp)) for name, param in model.named_parameters()},
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +11,11 @@ from internlm_lite.apps.planner.memory import row_shape
 from internlm_lite.config.schema import Config
 from internlm_lite.layers.costs import Bytes
 from internlm_lite.layers.flash import AttentionBackend, packed
-from internlm_lite.layers.loss import TokenLosses
 from internlm_lite.mesh.mesh import Mesh, plan_mesh, single_process_mesh, sizes_of
 from internlm_lite.models.decoder import StageSpec, Transformer, tensor_parallel_context
 from internlm_lite.models.initialise import initialise
 from internlm_lite.models.stages import build_stages
+from tests.models.counted import saved_bytes
 
 
 def config(**changes: Any) -> Config:
@@ -38,43 +39,35 @@ def config(**changes: Any) -> Config:
     )
 
 
-def run_stage(stage: Transformer, config: Config) -> tuple[TokenLosses, list[torch.Tensor]]:
-    """(what a whole model gives for one row, the row's tensors)."""
+def row_of_stage(stage: Transformer, config: Config) -> tuple[Callable[[], torch.Tensor], list[torch.Tensor]]:
+    """(what computes the loss of one row by a whole model, the row's tensors)."""
     initialise(stage, seed=1)
     n_tokens = config.data.micro_bsz * config.data.seq_len
     generator = torch.Generator().manual_seed(0)
     tokens, labels = torch.randint(0, config.model.vocab_size, (2, n_tokens), generator=generator)
     positions, boundaries = torch.arange(n_tokens), (0, 5, 16, n_tokens)
     attend = packed(AttentionBackend.SDPA, torch.tensor(boundaries, dtype=torch.int32), boundaries, n_tokens)
-    losses = stage.losses(stage.hidden(tokens, positions, attend), labels, torch.tensor(1.0))
-    return losses, [tokens, labels, positions]
+
+    def run() -> torch.Tensor:
+        return stage.losses(stage.hidden(tokens, positions, attend), labels, torch.tensor(1.0)).scaled_sum
+
+    return run, [tokens, labels, positions]
 
 
 def kept_bytes(mesh: Mesh, config: Config) -> int:
-    """Storages that one micro-batch leaves behind, each once; not the parameters, not the batch."""
+    """Of one micro-batch; see `tests.models.counted.saved_bytes`."""
     (stage,) = build_stages(config, mesh, AttentionBackend.SDPA).values()
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage  # alive, so that its address is not given away again
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses, batch = run_stage(stage, config)
-    for tensor in (*stage.parameters(), *batch):
-        kept.pop(tensor.untyped_storage().data_ptr(), None)
-    # The loss keeps its gradients on its node, past the hooks of saved tensors.
-    kept.update((made.data_ptr(), made.untyped_storage()) for made in losses.scaled_sum.grad_fn.gradients)
-    return sum(storage.nbytes() for storage in kept.values())
+    run, batch = row_of_stage(stage, config)
+    return saved_bytes(run, stage, batch)
 
 
 def waiting_bytes(config: Config) -> int:
-    """Storages that weight gradients which are put off hold on to, after the backward pass of one micro-batch."""
+    """Storages that deferred weight gradients keep after the backward pass of one micro-batch."""
     tp_ctx = tensor_parallel_context(config.model, single_process_mesh(), by_sequence=False, defer_weight_grads=True)
     spec = StageSpec(range(config.model.num_layers), first=True, last=True)
     stage = Transformer(config.model, 0.0, tp_ctx, AttentionBackend.SDPA, spec)
-    run_stage(stage, config)[0].scaled_sum.backward()
+    run, _ = row_of_stage(stage, config)
+    run().backward()
     tensors = [tensor for _, *pair in tp_ctx.weight_grads._waiting for tensor in pair]
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 

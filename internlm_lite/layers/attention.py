@@ -13,9 +13,9 @@ import torch
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.costs import Bytes, CostedLayer, RowShape, add_bytes
+from internlm_lite.layers.flash import Attend
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns, output_std
 from internlm_lite.layers.rope import Rotary
-from internlm_lite.layers.sdpa import Attend
 from internlm_lite.layers.tensor_parallel import TensorParallelContext, accumulation_dtype
 
 

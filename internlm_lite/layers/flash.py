@@ -1,4 +1,4 @@
-"""Packed causal attention: which kernel, chosen once at build time.
+"""Packed causal attention: which kernel, chosen once when the model is built.
 
     flash-attn   varlen kernel, if the package can be imported     half precision on CUDA
     torch        torch.nn.attention.varlen                         half precision on CUDA
@@ -14,15 +14,19 @@ import inspect
 import logging
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from internlm_lite.config.schema import ModelConfig
-from internlm_lite.layers.sdpa import Attend, packed_sdpa
 from internlm_lite.runtime.device import torch_dtype
 
 logger = logging.getLogger("internlm_lite")
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(layer number, q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, H, D]; q, k are rotated, v may be strided."""
 
 
 class AttentionBackend(enum.Enum):
@@ -102,3 +106,33 @@ def _packed_torch_varlen(cu_seqlens: torch.Tensor, max_seqlen: int) -> Attend:
         return kernel(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
 
     return attend
+
+
+def packed_sdpa(boundaries: tuple[int, ...]) -> Attend:
+    """The reference: PyTorch's scaled_dot_product_attention on every document alone. `boundaries`: 0, ends of documents
+    ..., T, as host integers.
+
+    row:   [ 0 . . . | 1 . . . | 2 . . ]     neighbours of equal length go into one call: [2, length], then [1, length]
+
+    There is no mask over the row: work is the sum of the squared lengths, not T^2. Runs on every device and dtype.
+    """
+    lengths = [stop - start for start, stop in pairwise(boundaries) if stop > start]
+    runs = [(len(list(equal)), length) for length, equal in groupby(lengths)]
+    sizes = [count * length for count, length in runs]
+
+    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if len(runs) == 1:
+            return _causal(q, k, v, *runs[0])
+        # One split, not slices: the backward pass of a split is one concatenation.
+        parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), runs, strict=True)
+        return torch.cat([_causal(q, k, v, *run) for q, k, v, run in parts])
+
+    return attend
+
+
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, count: int, length: int) -> torch.Tensor:
+    """`count` documents of `length` tokens side by side: [count * length, heads, head_dim], without copies."""
+    q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return mixed.transpose(1, 2).flatten(0, 1)

@@ -5,7 +5,7 @@
 
 "Outside": see layers/tensor_parallel.py.
 
-Backward of column layers that share x: dx = sum_j dy_j W_j is on its way to the other ranks while dW_j = dy_j^T x is
+Backward of column layers that share x: dx = sum_j dy_j W_j is sent to the other ranks while dW_j = dy_j^T x is
 computed. With sequence parallelism x is gathered again for dW instead of kept, while dx is computed.
 (Megatron-LM, arXiv:1909.08053, section 3; arXiv:2205.05198, section 4.2.)
 """
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
-from internlm_lite.mesh.layout import Layout, parameter, split, whole
+from internlm_lite.mesh.layout import parameter, split, whole
 
 
 def output_std(config: ModelConfig) -> float:
@@ -52,10 +52,12 @@ class _Linear(CostedLayer):
         self.weight.past_autograd = tp_ctx.weight_grads.deferred
         self.bias = None
         if bias:
-            self.bias = parameter(self.bias_layout(f"{name}.bias", out_features), tp_ctx.dtype, tp_ctx.device)
-
-    def bias_layout(self, name: str, out_features: int) -> Layout:
-        raise NotImplementedError
+            name, whole_shape = f"{name}.bias", (out_features,)
+            if self.split_dim == 0:
+                layout = split(name, whole_shape, 0, tp_ctx.group)
+            else:
+                layout = whole(name, whole_shape, summed=tp_ctx.summed)
+            self.bias = parameter(layout, tp_ctx.dtype, tp_ctx.device)
 
     def flops_per_token(self, seq_len: int) -> int:
         return 2 * math.prod(self.weight.part.shape)
@@ -68,9 +70,6 @@ class ColumnLinear(_Linear):
     """Holds weight [out / group size, in] and bias [out / group size]; `columns` applies it."""
 
     split_dim = 0
-
-    def bias_layout(self, name: str, out_features: int) -> Layout:
-        return split(name, (out_features,), 0, self.tp_ctx.group)
 
     def saved_bytes(self, row: RowShape) -> Bytes:
         return {"projection inputs": self.tp_ctx.hidden_bytes(row.tokens, self.weight.shape[1])}
@@ -124,9 +123,6 @@ class RowLinear(_Linear):
     """
 
     split_dim = 1
-
-    def bias_layout(self, name: str, out_features: int) -> Layout:
-        return whole(name, (out_features,), summed=self.tp_ctx.summed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = _Row.apply(x, self.tp_ctx, self.weight)

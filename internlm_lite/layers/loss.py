@@ -3,7 +3,7 @@
     z = h W^T                  loss = log sum_v exp z_v - (1 - s) z_label - s/V sum_v z_v
     dh = dz W, dW = dz^T h     dz   = softmax(z) - (1 - s) [v = label] - s/V
 
-Where gradients are needed, a chunk's dz replaces its logits in place and goes straight into dh and dW, so the backward
+Where gradients are needed, a chunk's dz replaces its logits in place and is added to dh and dW at once, so the backward
 pass has nothing to recompute. W may be split by rows (vocabulary) over the tensor-parallel ranks: the maximum, the sum
 of exponentials and the label's logit are then reduced over them, and dh is a partial sum on each of them: the caller
 sends h in through `TensorParallelContext.enter`.
@@ -54,7 +54,7 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class _Terms:
-    """What all chunks of one call share."""
+    """What is the same for all chunks of one call."""
 
     scale: torch.Tensor
     vocab_size: int
@@ -67,7 +67,7 @@ def linear_cross_entropy(
 ) -> TokenLosses:
     """hidden [T, d], weight [V / group size, d] of the same dtype, labels [T] int64 or IGNORE, scale scalar tensor.
 
-    `scale` multiplies the gradient before it is rounded to half precision. The gradient of one call can be taken once.
+    `scale` multiplies the gradient before it is rounded to half precision. One call gives its gradient once.
     """
     scale = scale.to(accumulation_dtype(hidden.dtype))
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
@@ -91,7 +91,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses.append(_chunk_losses(logits, labels[rows], terms))
             if gradients is not None:
                 gradients.add(rows, logits)
-        ctx.gradients = None if gradients is None else gradients.taken()
+        ctx.gradients = None if gradients is None else gradients.finish()
         token_loss, train_loss, correct = (torch.cat(parts) for parts in zip(*losses, strict=True))
         train_loss_sum = train_loss.sum()
         ctx.mark_non_differentiable(train_loss_sum, token_loss, correct)
@@ -176,6 +176,6 @@ class _Gradients:
         else:
             self.dweight.add_(dlogits.t() @ self.hidden[rows])
 
-    def taken(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(dh, dW) in the dtypes of h and W."""
         return self.dhidden, self.dweight.to(self.weight.dtype)

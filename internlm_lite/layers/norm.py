@@ -81,5 +81,5 @@ NORMS: dict[str, type[Norm]] = {"rmsnorm": RMSNorm}
 
 
 def build_norm(name: str, config: ModelConfig, tp_ctx: TensorParallelContext) -> Norm:
-    """The norm that `config` asks for."""
+    """The norm that `config` names."""
     return NORMS[config.norm_type](name, config, tp_ctx)

@@ -89,5 +89,5 @@ class TensorParallelContext:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over many elements are taken: float32 for half precision, else `dtype` itself."""
+    """The dtype of sums over many elements: float32 for half precision, else `dtype` itself."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -23,12 +23,11 @@ from internlm_lite.errors import ConfigError
 from internlm_lite.layers.attention import Attention
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape, add_bytes
 from internlm_lite.layers.embedding import Embedding
-from internlm_lite.layers.flash import AttentionBackend
+from internlm_lite.layers.flash import Attend, AttentionBackend
 from internlm_lite.layers.loss import TokenLosses
 from internlm_lite.layers.mlp import SwiGLU
 from internlm_lite.layers.norm import build_norm
 from internlm_lite.layers.rope import Rotary
-from internlm_lite.layers.sdpa import Attend
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.layers.weight_grads import WeightGrads
 from internlm_lite.mesh.layout import Parameter
@@ -162,7 +161,7 @@ class Transformer(CostedLayer):
         return self.output(hidden)
 
     def saved_bytes(self, row: RowShape, *, recomputed: int | None = None) -> Bytes:
-        """`recomputed`: as if so many of the model's first layers were recomputed."""
+        """`recomputed`: as if this number of the model's first layers were recomputed."""
         flags = [None if recomputed is None else block.attention.layer < recomputed for block in self.blocks()]
         parts = [block.saved_bytes(row, recompute=flag) for block, flag in zip(self.blocks(), flags, strict=True)]
         parts.append(Rotary.saved_bytes(row, self.config.head_dim, self.tp_ctx.dtype))

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from internlm_lite.config.schema import Config, ModelConfig
-from internlm_lite.layers.flash import AttentionBackend
-from internlm_lite.layers.sdpa import Attend
+from internlm_lite.layers.flash import Attend, AttentionBackend
 from internlm_lite.mesh.comm import broadcast
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from internlm_lite.models.decoder import StageSpec, Transformer, build_model, tensor_parallel_context
@@ -55,7 +54,7 @@ def layers_of_stages(config: Config) -> list[range]:
 
 
 def model_to_ask(config: ModelConfig) -> Transformer:
-    """The whole model as one process holds it, on the meta device, without memory: to ask what it costs."""
+    """The whole model as one process would hold it, on the meta device, which takes no memory: to ask what it costs."""
     return build_model(config, 0.0, single_process_mesh(torch.device("meta")), AttentionBackend.SDPA)
 
 

@@ -4,12 +4,13 @@
     several ranks:  the schedules of torch.distributed.pipelining, through their public step()
 
 Every rank of a pipeline has the whole batch of its data-parallel rank, so of a micro-batch only its number travels
-beside the hidden state; a `Task` looks the rest up.
+beside the hidden state; a `Task` has the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,9 +20,11 @@ from torch.distributed.pipelining import PipelineStage
 
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Group
-from internlm_lite.pipeline.errors import peer_or_own_error
 from internlm_lite.pipeline.schedules import new_schedule
 from internlm_lite.pipeline.split import stage_to_rank
+
+_TRANSPORT = ("gloo", "nccl", "connection", "timed out", "timeout")
+"""In lower case: words in error messages of the transport between two stages."""
 
 
 class Task(Protocol):
@@ -119,8 +122,8 @@ class Pipeline:
                     sent.append((comm.send(hidden, self._pp, self._stage_ranks[stage + 1]), hidden))
             if not last and self._stage_ranks[stage + 1] < self._pp.rank:
                 sent += [(comm.send(hidden, self._pp, self._stage_ranks[stage + 1]), hidden) for hidden in outputs]
-        for handed, _buffer in sent:
-            handed.wait()
+        for work, _buffer in sent:
+            work.wait()
 
     def _inputs(self, stage: int, outputs: list[torch.Tensor], micro_num: int) -> Iterator[torch.Tensor | None]:
         """Of `stage`, micro-batch by micro-batch; `outputs`: of this rank's stage before it."""
@@ -180,3 +183,19 @@ class _StageModule(nn.Module):
 
     def forward(self, *hidden: torch.Tensor, micro: torch.Tensor) -> torch.Tensor:
         return self.task.forward(self.number, int(micro), hidden[0] if hidden else None)
+
+
+@contextmanager
+def peer_or_own_error(pp: Group) -> Iterator[None]:
+    """An error of a stage, which torch wraps once or more, is raised as it was; a lost neighbour as PeerLostError."""
+    try:
+        yield
+    except RuntimeError as error:
+        inner: BaseException = error
+        while isinstance(inner, RuntimeError) and inner.__cause__ is not None:
+            inner = inner.__cause__
+        if inner is not error:
+            raise inner from inner.__cause__
+        if not isinstance(error, comm.GPU_ERRORS) and any(word in str(error).lower() for word in _TRANSPORT):
+            raise comm.peer_lost(pp, error) from error
+        raise

@@ -86,16 +86,16 @@ def test_kernels_are_chosen_only_where_they_run(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("content", "found", "told"),
+    ("content", "found", "logged"),
     [
         ({"__init__.py": "def flash_attn_varlen_func(): ..."}, AttentionBackend.FLASH_ATTN, None),
         ({"__init__.py": "raise ImportError('undefined symbol')"}, AttentionBackend.TORCH_VARLEN, "undefined symbol"),
         ({"notes.txt": ""}, AttentionBackend.TORCH_VARLEN, "flash_attn_varlen_func"),
         ({}, AttentionBackend.TORCH_VARLEN, None),
     ],
-    ids=["there", "of another torch", "a mere folder", "not there"],
+    ids=["there", "of another torch", "a folder without a package", "not there"],
 )
-def test_flash_attn_is_chosen_where_it_can_be_imported(content, found, told, tmp_path, monkeypatch, caplog):
+def test_flash_attn_is_chosen_where_it_can_be_imported(content, found, logged, tmp_path, monkeypatch, caplog):
     for name, text in content.items():
         (tmp_path / "flash_attn").mkdir()
         (tmp_path / "flash_attn" / name).write_text(text)
@@ -105,8 +105,10 @@ def test_flash_attn_is_chosen_where_it_can_be_imported(content, found, told, tmp
         patch.delitem(sys.modules, "flash_attn", raising=False)
         assert choose(torch.bfloat16, torch.device("cuda")) is found
         sys.modules.pop("flash_attn", None)
-    assert [record.getMessage() for record in caplog.records if told is None or told not in record.getMessage()] == []
-    assert len(caplog.records) == (told is not None)
+    assert [
+        record.getMessage() for record in caplog.records if logged is None or logged not in record.getMessage()
+    ] == []
+    assert len(caplog.records) == (logged is not None)
 
 
 @pytest.mark.gpu

@@ -64,7 +64,7 @@ def test_deferred_gradients_are_those_of_the_backward_pass_before():
     assert torch.equal(layer.weight.grad, torch.full((3, 3), 23.0, dtype=torch.float64))
 
 
-def test_the_input_gradient_travels_while_weight_gradients_are_computed(monkeypatch):
+def test_the_input_gradient_is_sent_before_weight_gradients(monkeypatch):
     events: list[str] = []
 
     class Pending:

@@ -19,12 +19,11 @@ from internlm_lite.config.schema import ModelConfig
 from internlm_lite.layers.attention import Attention
 from internlm_lite.layers.costs import CostedLayer, RowShape
 from internlm_lite.layers.embedding import Embedding
-from internlm_lite.layers.flash import AttentionBackend
+from internlm_lite.layers.flash import AttentionBackend, packed_sdpa
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns
 from internlm_lite.layers.mlp import SwiGLU
 from internlm_lite.layers.norm import NORMS
 from internlm_lite.layers.rope import Rotary
-from internlm_lite.layers.sdpa import packed_sdpa
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.mesh.mesh import plan_mesh, single_process_mesh, sizes_of
 from internlm_lite.models import decoder
@@ -206,7 +205,7 @@ def test_the_models_of_configs_know_their_flops(name: str) -> None:
     assert counted_flops(made.run) == expected_flops(made.layer, forward)
 
 
-def test_tensor_parallel_ranks_say_the_flops_of_all_together() -> None:
+def test_tensor_parallel_ranks_give_the_flops_of_all_ranks() -> None:
     mesh = plan_mesh(sizes_of(2, 2, 1, -1), 1, torch.device("meta"))
     half = decoder.build_model(small_config(), 0.0, mesh, AttentionBackend.SDPA)
     assert half.flops_per_token(T) == model_to_ask(small_config()).flops_per_token(T)

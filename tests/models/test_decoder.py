@@ -100,7 +100,7 @@ def test_recomputation_changes_no_bit(fraction):
 @pytest.mark.parametrize(
     "changes", [{}, {"tie_word_embeddings": True, "checkpoint": True}, {"apply_post_layer_norm": True}]
 )
-def test_units_partition_the_parameters_and_each_runs_once_in_order(changes):
+def test_units_partition_the_parameters_and_run_in_order(changes):
     model, called = small_model(**changes), []
     units = list(model.units())
     for index, unit in enumerate(units):

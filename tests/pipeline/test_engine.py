@@ -185,6 +185,6 @@ def killed(mesh: Mesh, schedule: str, folder: Path) -> None:
 def test_a_killed_neighbour_is_a_lost_peer(schedule: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="rank 1: died without a word"):
         run_world(killed, 2, (schedule, tmp_path), pipeline=2)
-    told = (tmp_path / "0").read_text()
-    assert told.startswith("PeerLostError: rank 0 lost a peer of its pp group (ranks [0, 1]): ")
-    assert told.endswith("; the log of the rank that failed first says why")
+    printed = (tmp_path / "0").read_text()
+    assert printed.startswith("PeerLostError: rank 0 lost a peer of its pp group (ranks [0, 1]): ")
+    assert printed.endswith("; the log of the rank that failed first says why")

@@ -1,4 +1,4 @@
-"""What a rank keeps in memory, from what its stages say that they keep of one micro-batch.
+"""What a rank keeps in memory, computed from what its stages keep of one micro-batch.
 
 Scalars, the batch itself and the rounding of the allocator are left out.
 """

@@ -11,7 +11,7 @@ from internlm_lite.apps.planner.schedule import actions_of, bubble_fraction, sta
 from internlm_lite.apps.planner.traffic import messages, traffic
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
 from internlm_lite.config.schema import Config
-from internlm_lite.data.loader import TrainingData, open_training_data, open_validation_data
+from internlm_lite.data.loader import open_training_data, open_validation_data
 from internlm_lite.data.view import StepFigures, walk_steps
 from internlm_lite.layers.flash import AttentionBackend, varlen_fits
 from internlm_lite.mesh.mesh import Sizes, axis_groups, rank_of, sizes_of
@@ -64,7 +64,7 @@ def make_plan(config: Config, world_size: int, tflops: float | None, device: str
         tflops_per_gpu=tflops,
         batches=batches,
         groups=_groups(sizes),
-        notes=tuple(_notes(config, sizes)),
+        notes=list(_notes(config, sizes)),
     )
 
 
@@ -79,12 +79,8 @@ def _first_batches(config: Config, sizes: Sizes) -> tuple[StepFigures, ...]:
     opened = open_training_data(data, vocab_size, 0, sizes.dp, config.seed)
     if data.valid_every:
         open_validation_data(data, vocab_size, 0, sizes.dp, config.seed)  # for what it refuses
-    return tuple(_figures(opened, min(data.total_steps, SHOWN_STEPS, max(1, MOST_ROWS // (data.micro_num * sizes.dp)))))
-
-
-def _figures(data: TrainingData, steps: int) -> Iterator[StepFigures]:
-    for step in walk_steps(data, steps):
-        yield step.figures
+    steps = min(data.total_steps, SHOWN_STEPS, max(1, MOST_ROWS // (data.micro_num * sizes.dp)))
+    return tuple(step.figures for step in walk_steps(opened, steps))
 
 
 def _micro_batches(config: Config) -> int:
@@ -126,11 +122,11 @@ def _ranks(
                     dp=dp,
                     zero=zero,
                     replica=replica,
-                    layers=tuple((spec.layers.start, spec.layers.stop) for spec in specs),
+                    layers=[[spec.layers.start, spec.layers.stop] for spec in specs],
                     parameters=own.parameters,
                     zero_elements=elements,
                     bytes=n_bytes[own.pp],
-                    traffic=sent[own.pp],
+                    traffic_bytes=sent[own.pp],
                 )
 
 
@@ -159,7 +155,7 @@ def _groups(sizes: Sizes) -> dict[str, GroupTable]:
         size = max(map(len, groups))
         joined = [group for group in groups if len(group) == size]  # middle stages have no partner in `ends`
         step = joined[0][1] - joined[0][0] if size > 1 else 1
-        tables[axis] = GroupTable(size, len(joined), step, tuple(group[0] for group in joined[:LISTED_RANKS]))
+        tables[axis] = GroupTable(size, len(joined), step, [group[0] for group in joined[:LISTED_RANKS]])
     return tables
 
 

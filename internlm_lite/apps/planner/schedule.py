@@ -1,6 +1,6 @@
-"""The pipeline's order of work, played through: idle share of a step, and what is alive at the same time.
+"""The pipeline's order of work, simulated: idle share of a step, and what is in memory at the same time.
 
-The action lists are those of torch's schedules, as the trainer runs them. Played with these costs, communication free:
+The action lists are those of torch's schedules, as the trainer runs them. Costs, with communication free:
 
     forward F    the stage's layers; on the last stage also three times the head, whose gradient is made at once
     backward B   twice the layers, and once more those that are recomputed (forward : backward = 1 : 2)
@@ -56,7 +56,7 @@ def actions_of(schedule: str, size: int, chunks: int, micro_num: int) -> list[li
     if size == 1:
         return [[Action(kind, 0, micro) for micro in range(micro_num) for kind in "FB"]]
     numbers = rank_to_stages(0, size, chunks, schedule)
-    # torch's schedules ask their stages for nothing but these when they lay out their order.
+    # All that torch's schedules read from their stages when they compute their order.
     stubs = [
         SimpleNamespace(
             num_stages=size * chunks, group_size=size, group_rank=0, stage_index=number, submod=None, is_last=False
@@ -96,7 +96,7 @@ def bubble_fraction(ranks: Sequence[Sequence[Action]], costs: Sequence[StageCost
     """Idle share of all ranks from the first action to the last; `costs` by stage number.
 
     An action starts when its rank is free and what it needs is there: F after F of the stage before, B and I after B or
-    I of the stage behind.
+    I of the stage after.
     """
     ends: dict[tuple[str, int, int], float] = {}
     clock, at = [0.0] * len(ranks), [0] * len(ranks)

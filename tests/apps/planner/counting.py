@@ -15,7 +15,7 @@ from internlm_lite.layers.costs import Message
 from internlm_lite.mesh.mesh import Mesh
 
 Key = tuple[str, str, int]
-"""(axis, call, bytes of the tensor handed over)"""
+"""(axis, call, bytes of the tensor passed)"""
 
 
 class Calls(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""What the model says that it keeps against what autograd keeps of the real model."""
+"""Saved bytes that the model states, against what autograd keeps of the real model."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ SHAPES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_planned_bytes_are_what_autograd_keeps(shape: dict[str, Any]) -> None:
-    asked = config(**shape)
-    assert kept_bytes(single_process_mesh(), asked) == sum(planned(asked).values())
+    wanted = config(**shape)
+    assert kept_bytes(single_process_mesh(), wanted) == sum(planned(wanted).values())
 
 
-def test_with_every_layer_recomputed_only_the_rotary_table_is_kept_past_autograd() -> None:
-    asked = config(checkpoint=True)
-    terms = planned(asked)
+def test_full_recomputation_keeps_the_rotary_table_outside_autograd() -> None:
+    wanted = config(checkpoint=True)
+    terms = planned(wanted)
     # The closures of the recomputation hold the table; autograd never sees it.
-    assert kept_bytes(single_process_mesh(), asked) == sum(terms.values()) - terms["rotary table"]
+    assert kept_bytes(single_process_mesh(), wanted) == sum(terms.values()) - terms["rotary table"]
 
 
 @pytest.mark.parametrize("shape", [{}, {"num_kv_attention_heads": 2, "dtype": "torch.bfloat16"}], ids=str)
 def test_deferred_weight_gradients_hold_what_is_planned(shape: dict[str, Any]) -> None:
-    asked = config(**shape)
-    row = row_shape(asked, AttentionBackend.SDPA, "cpu")
-    assert waiting_bytes(asked) == planned_stage(asked).deferred_bytes(row)
+    wanted = config(**shape)
+    row = row_shape(wanted, AttentionBackend.SDPA, "cpu")
+    assert waiting_bytes(wanted) == planned_stage(wanted).deferred_bytes(row)
 
 
 def _kept_on_ranks(mesh: Mesh, shape: dict[str, Any]) -> int:
@@ -58,8 +58,8 @@ def _kept_on_ranks(mesh: Mesh, shape: dict[str, Any]) -> int:
 def test_planned_bytes_hold_on_tensor_parallel_ranks(shape: dict[str, Any], sequence_parallel: bool) -> None:
     shape = {**shape, "parallel": {"sequence_parallel": sequence_parallel}}
     found = run_world(_kept_on_ranks, 2, (shape,), tensor=2)
-    asked = config(**{**shape, "parallel": {"tensor": 2, "sequence_parallel": sequence_parallel}})
-    assert found == [sum(planned(asked).values())] * 2
+    wanted = config(**{**shape, "parallel": {"tensor": 2, "sequence_parallel": sequence_parallel}})
+    assert found == [sum(planned(wanted).values())] * 2
 
 
 def test_sequence_parallelism_keeps_less() -> None:

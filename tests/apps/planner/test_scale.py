@@ -68,8 +68,8 @@ def test_a_20b_step_holds_and_sends_what_is_planned(layout: tuple[int, list[str]
     for device in ("cpu", "cuda"):  # fewer and larger messages on a GPU, the same bytes
         plan = make_plan(config, WORLD, None, device).ranks[rank]
         assert plan.rank == rank
-        assert {axis: round(totals.get(axis, 0)) for axis in plan.traffic} == plan.traffic
-        assert plan.traffic["tp"] > 10**10 and plan.traffic["zero"] > 10**9
+        assert {axis: round(totals.get(axis, 0)) for axis in plan.traffic_bytes} == plan.traffic_bytes
+        assert plan.traffic_bytes["tp"] > 10**10 and plan.traffic_bytes["zero"] > 10**9
         check_storages(trainer, plan)
 
 

@@ -51,7 +51,7 @@ def test_every_micro_batch_passes_every_stage_once(schedule: str) -> None:
         assert passed == [(stage, micro) for stage in range(size * chunks) for micro in range(micro_num)]
 
 
-def test_1f1b_keeps_as_many_micro_batches_as_stages_follow() -> None:
+def test_1f1b_keeps_one_micro_batch_per_remaining_stage() -> None:
     for rank, actions in enumerate(actions_of("1f1b", 4, 1, 8)):
         assert max(sum(kept.values()) for kept, _ in moments(actions)) == 4 - rank
         assert moments(actions)[-1] == ({rank: 0}, {rank: 0})

@@ -87,7 +87,7 @@ def test_every_collective_of_a_step_is_planned(name: str) -> None:
     row = row_shape(config, AttentionBackend.SDPA, "cpu")
     of_axis = {axis: getattr(sizes, axis, 2) for axis in ("world", "dp", "tp", "pp", "zero", "replica", "ends")}
     layout = {"tensor": parallel.tensor, "pipeline": parallel.pipeline.size, "zero1": parallel.zero1}
-    plan = {rank.rank: rank.traffic for rank in make_plan(config, world, None, "cpu").ranks}
+    plan = {rank.rank: rank.traffic_bytes for rank in make_plan(config, world, None, "cpu").ranks}
     for rank, steps in enumerate(run_world(_count, world, (sections,), **layout)):
         own = held[rank // (sizes.dp * sizes.tp)]
         planned = expected(messages(row, sizes, own, config.data.micro_num), of_axis)

@@ -10,9 +10,10 @@ ARG PIP_EXTRA_INDEX_URL
 RUN apt-get update && apt-get install --yes --no-install-recommends make git && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /workspace
-# Dependencies first: they are rebuilt only when setup.py changes, not with every edit of the code.
+# Dependencies first: they are rebuilt only when pyproject.toml or the version changes, not with every edit.
 COPY Makefile setup.py pyproject.toml README.md LICENSE ./
-RUN mkdir -p internlm_lite tools && touch internlm_lite/__init__.py tools/cli.py && make venv TORCH="$TORCH"
+COPY internlm_lite/__init__.py internlm_lite/
+RUN make venv TORCH="$TORCH"
 COPY . .
 
 # make compares TORCH with what the environment was built for, so it has to know it at run time as well.

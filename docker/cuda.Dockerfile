@@ -18,9 +18,10 @@ RUN apt-get update && apt-get install --yes --no-install-recommends make git pyt
     libibverbs1 ibverbs-providers librdmacm1 && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /workspace
-# Dependencies first: they are rebuilt only when setup.py changes, not with every edit of the code.
+# Dependencies first: they are rebuilt only when pyproject.toml or the version changes, not with every edit.
 COPY Makefile setup.py pyproject.toml README.md LICENSE ./
-RUN mkdir -p internlm_lite tools && touch internlm_lite/__init__.py tools/cli.py && make venv TORCH="$TORCH"
+COPY internlm_lite/__init__.py internlm_lite/
+RUN make venv TORCH="$TORCH"
 RUN if [ "$FLASH" = 1 ]; then \
         .venv/bin/pip install wheel && \
         .venv/bin/pip install --no-build-isolation --constraint .venv/torch.txt --editable '.[flash]'; \

@@ -1,1 +1,3 @@
 """internlm_lite: train dense language models in any layout."""
+
+__version__ = "0.1.0"

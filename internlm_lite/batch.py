@@ -1,4 +1,4 @@
-"""What the data side hands to the model side: M micro-batches of T packed tokens for one data-parallel rank.
+"""The interface between data and model: M micro-batches of T packed tokens for one data-parallel rank.
 
 row:     [ document A ......... | document B ... | C ]      T = micro_bsz * seq_len tokens
 cu_seqlens: 0 ----------------- a -------------- b - T T T  (padded with T up to max_docs + 1)
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     import torch
 
 IGNORE = -100
-"""Label of a token where nothing is learnt (`torch.nn.functional.cross_entropy`'s default ignore_index)."""
+"""Label of a token without one (`torch.nn.functional.cross_entropy`'s default ignore_index)."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """A place in the data order: what has been consumed so far. A pure function of nothing but these two numbers."""
+    """A position in the data order, which is defined by these two numbers alone."""
 
     batch: int = 0
     """Global batches consumed, trained on or skipped; also the id of the next one."""
@@ -28,16 +28,16 @@ class Position:
 
 @dataclass(frozen=True)
 class BatchStats:
-    """Composition of one rank's batch, as the step line prints it. A piece is one attention span."""
+    """Composition of one rank's batch, as the step line prints it. A segment is one attention span."""
 
     num_samples: int
-    """Pieces in all micro-batches."""
+    """Segments in all micro-batches."""
     largest_length: int
-    """Tokens of the longest piece."""
+    """Tokens of the longest segment."""
     largest_batch: int
-    """Most pieces in one micro-batch."""
+    """Most segments in one micro-batch."""
     smallest_batch: int
-    """Fewest pieces in one micro-batch."""
+    """Fewest segments in one micro-batch."""
     num_tokens: int
     """All tokens, M * T."""
     num_labels: int
@@ -49,12 +49,12 @@ class Batch:
     """One rank's part of one step. All tensors are on the same device except `cu_seqlens_host`."""
 
     tokens: torch.Tensor  # [M, T] int64
-    labels: torch.Tensor  # [M, T] int64, already shifted, IGNORE where nothing is learnt
-    positions: torch.Tensor  # [M, T] int64, position inside the piece, starts at 0
+    labels: torch.Tensor  # [M, T] int64, already shifted, IGNORE: no label
+    positions: torch.Tensor  # [M, T] int64, position inside the segment, from 0
     folders: torch.Tensor  # [M, T] int32, index into the run's list of data folders
-    cu_seqlens: torch.Tensor  # [M, max_docs + 1] int32, borders of pieces, padded with T
-    cu_seqlens_host: tuple[tuple[int, ...], ...]  # the same borders without padding, M tuples of Python ints
-    max_seqlen: int  # longest piece of any micro-batch
+    cu_seqlens: torch.Tensor  # [M, max_docs + 1] int32, boundaries of segments, padded with T
+    cu_seqlens_host: tuple[tuple[int, ...], ...]  # the same without padding, M tuples of Python ints
+    max_seqlen: int  # longest segment of all micro-batches
     after: Position  # the data order's position once this batch is consumed
     stats: BatchStats
 

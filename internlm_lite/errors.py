@@ -1,4 +1,4 @@
-"""Every error a user can meet. Each carries the exit code of the process (README.md lists them).
+"""Every error a user can meet. Each carries the exit code of the process (docs/running.md lists them).
 
 A message says what was found, what was expected, and what to change.
 """

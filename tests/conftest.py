@@ -1,12 +1,16 @@
 """FORBID_SKIPS=1 (set by .ci/run) turns every skip into a failure: a missing part must not pass for a tested one.
 
 Tests marked `gpu` may still be skipped, since a machine without a GPU cannot run them at all.
+
+Tests become `slow`, which `make test-fast` leaves out, by where they are (SLOW_FOLDERS) or by what they ask for
+(SLOW_FIXTURES).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -17,6 +21,11 @@ from tests.slurmlab import slurm
 
 __all__ = ["nothing_is_left_behind", "slurm"]
 
+SLOW_FOLDERS = {"bench", "faults", "launch", "tools", "train"}
+"""They start jobs, launchers, programs, or whole layouts."""
+SLOW_FIXTURES = {"browser", "slurm", "s3_process"}
+"""Chromium, a Slurm cluster, an S3 server."""
+HERE = Path(__file__).parent
 FORBID_SKIPS = os.environ.get("FORBID_SKIPS", "") not in ("", "0")
 
 # The same examples each time, however slow the machine.
@@ -34,6 +43,13 @@ def _refuse(report: pytest.TestReport | pytest.CollectReport) -> None:
     reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
     report.outcome = "failed"
     report.longrepr = f"{report.nodeid}: {reason} (FORBID_SKIPS is set: install what is missing)"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        asked = set(getattr(item, "fixturenames", ()))
+        if asked & SLOW_FIXTURES or SLOW_FOLDERS & set(item.path.relative_to(HERE).parts):
+            item.add_marker("slow")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -11,7 +11,6 @@ our children, ended by their ids; what a job leaves behind is found by its SLURM
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import pwd
 import shutil
@@ -26,39 +25,25 @@ from pathlib import Path
 
 import pytest
 
+from tests.installing import advice, install
 from tests.ports import free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "scontrol", "squeue", "sinfo")
+PACKAGES = ("slurm-wlm", "munge")
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # Debian's root has it, other users not
-_INSTALL_LOCK = Path(tempfile.gettempdir()) / "slurmlab-install.lock"
 _START_SECONDS, _END_SECONDS = 60.0, 30.0
 
 
 def missing_parts() -> str | None:
-    """One line naming what is not there; None if the lab can be started. Root on Debian installs it first."""
+    """One line naming what is not there; None if the lab can be started. Installs it first where that is allowed."""
     if missing := _missing():
-        _install()
+        install(*PACKAGES)
         missing = _missing()
-    return f"no {', '.join(missing)}: apt-get install slurm-wlm munge" if missing else None
+    return f"no {', '.join(missing)}: {advice(*PACKAGES)}" if missing else None
 
 
 def _missing() -> list[str]:
     return [program for program in PROGRAMS if shutil.which(program, path=_PATH) is None]
-
-
-def _install() -> None:
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        return
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "stdin": subprocess.DEVNULL}
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    with open(_INSTALL_LOCK, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several workers of one test run
-        for command in (
-            ["apt-get", "update", "-qq"],
-            ["apt-get", "install", "-qq", "--yes", "--no-install-recommends", "slurm-wlm", "munge"],
-        ):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                subprocess.run(command, env=environment, timeout=240, check=False, **quiet)
 
 
 class SlurmLab:

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from internlm_lite.config.check import check_config
 from internlm_lite.config.keys import known_keys
-from internlm_lite.config.load import load_config
+from internlm_lite.config.load import check_config, load_config
 
 ROOT = Path(__file__).parents[1]
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAIRS = [("README.md", "guide.zh.md"), ("docs/trouble.md", "trouble.zh.md"), ("docs/moving.md", "moving.zh.md")]
+PAIRS = [
+    ("README.md", "guide.zh.md"),
+    ("docs/running.md", "running.zh.md"),
+    ("docs/trouble.md", "trouble.zh.md"),
+    ("docs/moving.md", "moving.zh.md"),
+]
 EXAMPLE = re.compile(r"cat > my_config.py <<'END'\n(.*?)\n    END\n", re.DOTALL)
 
 

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "internlm_lite"
 FLOORS = {
-    1: {"errors", "units", "batch"},
+    1: {"errors", "units", "batch", PACKAGE},  # the package itself: its version
     2: {"config"},
     3: {"runtime"},
     4: {"mesh"},
@@ -24,9 +24,9 @@ FLOORS = {
     8: {"train"},
     9: {"apps.planner", "apps.convert", "apps.report", "apps.doctor", "apps.bench"},
     10: {"cli"},
-    11: {"train.py", "tools"},
+    11: {"train.py", "tools", "__main__"},
 }
-TOP = FLOORS[10] | FLOORS[11]
+TOP = FLOORS[10] | FLOORS[11] | {"apps.bench"}
 FLOOR_OF = {wing: floor for floor, wings in FLOORS.items() for wing in wings}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PICKLE_CALLS = {"torch.load", "torch.save", "pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load"}
@@ -106,11 +106,16 @@ def circle_problems(trees: Trees) -> list[str]:
 
 
 def init_problems(trees: Trees) -> list[str]:
-    """Packages whose __init__ holds more or less than one docstring line."""
+    """Packages whose __init__ holds more or less than one docstring line.
+
+    The package itself has __version__ as well: users ask for it there, and pyproject.toml takes it from there.
+    """
     problems = []
     for module, tree in trees.items():
         docstring = ast.get_docstring(tree, clean=False)
-        if module.endswith(".__init__") and (len(tree.body) != 1 or docstring is None or "\n" in docstring):
+        others = [_assigned(node)[0] for node in tree.body[1:]]
+        expected = [["__version__"]] if module == f"{PACKAGE}.__init__" else []
+        if module.endswith(".__init__") and (docstring is None or "\n" in docstring or others != expected):
             problems.append(f"{module}: expected one line, a docstring, and nothing else")
     return problems
 
@@ -274,6 +279,9 @@ OFFENCES: list[tuple[Callable[[Trees], list[str]], dict[str, str]]] = [
     ),
     (init_problems, {"internlm_lite.data.__init__": '"""Data."""\nfrom x import y'}),
     (init_problems, {"internlm_lite.data.__init__": ""}),
+    (init_problems, {"internlm_lite.data.__init__": '"""Data."""\n__version__ = "1"'}),
+    (init_problems, {"internlm_lite.__init__": '"""All."""'}),
+    (init_problems, {"internlm_lite.__init__": '"""All."""\n__version__ = "1"\nfrom x import y'}),
     (global_problems, {"internlm_lite.data.a": "seen = []"}),
     (global_problems, {"internlm_lite.data.a": "SEEN: dict[str, int] = {}\ndef f():\n    SEEN['x'] = 1"}),
     (global_problems, {"internlm_lite.data.a": "SEEN = set()\ndef f():\n    SEEN.add(1)"}),
@@ -299,10 +307,12 @@ def test_an_offence_is_seen(check: Callable[[Trees], list[str]], sources: dict[s
 
 def test_what_is_allowed_passes() -> None:
     sources = {
+        "internlm_lite.__init__": '"""All."""\n__version__ = "1"',
         "internlm_lite.data.__init__": '"""Data."""',
         "internlm_lite.data.a": "from internlm_lite.data import b\nfrom internlm_lite.errors import DataError",
         "internlm_lite.data.b": "TABLE = {'x': 1}\ndef f():\n    seen = []\n    seen.append(TABLE['x'])",
         "internlm_lite.errors": "try:\n    f()\nexcept OSError:\n    pass",
+        "internlm_lite.cli.main": "from internlm_lite import __version__",
         "train": "import os\nplace = find_place(os.environ, launcher='auto')",
         "tools.demo": "from internlm_lite.train import loop\nimport internlm_lite.generate.generate",
     }

@@ -9,4 +9,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from internlm_lite.cli.bench import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""`internlm-lite generate` from a checkout: see internlm_lite/cli/generate.py."""
+"""`internlm-lite generate` from a checkout: see internlm_lite/cli/generate_text.py."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from internlm_lite.cli.generate import main
+from internlm_lite.cli.generate_text import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""`internlm-lite report` from a checkout: see internlm_lite/cli/report.py."""
+"""`internlm-lite report` from a checkout: see internlm_lite/cli/write_report.py."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from internlm_lite.cli.report import main
+from internlm_lite.cli.write_report import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,18 +1,17 @@
-#!/usr/bin/env python3
 """Benchmarks, each a ratio in one run against what a user would otherwise pick. See docs/benchmarks/.
 
-python tools/bench.py [--only step|ranks|loader] [--json] [--rounds N]
-python tools/bench.py --layouts [--json] [--rounds N]       data, tensor, pipeline parallel, ZeRO, and models on one GPU
-python tools/bench.py --checkpoint [--json] [--rounds N]    280 MB saved and loaded: stall, writer, load, cost
-python tools/bench.py --metrics [--json] [--rounds N]       a step line to every sink, beside a step without
+internlm-lite bench [--only step|ranks|loader] [--json] [--rounds N]
+internlm-lite bench --layouts [--json] [--rounds N]       data, tensor, pipeline parallel, ZeRO, and models on one GPU
+internlm-lite bench --checkpoint [--json] [--rounds N]    280 MB saved and loaded: stall, writer, load, cost
+internlm-lite bench --metrics [--json] [--rounds N]       a step line to every sink, beside a step without
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,8 @@ from internlm_lite.apps.bench.ranks import bench_ranks
 from internlm_lite.apps.bench.single import SHAPES, bench_single
 from internlm_lite.apps.bench.step import bench_step
 from internlm_lite.apps.bench.worlds import device_of
+from internlm_lite.apps.report.writer import open_report
+from internlm_lite.cli.options import new_parser
 from internlm_lite.runtime.device import device_name
 
 CORPORA = ((100, 50_000_000), (800, 1_000_000_000))
@@ -55,7 +56,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def run(only: str | None, rounds: int) -> dict[str, Any]:
+def run_basics(only: str | None, rounds: int) -> dict[str, Any]:
     """All results but those of the layouts, as plain JSON values."""
     results: dict[str, Any] = {"machine": machine()}
     if only in (None, "loader"):
@@ -99,7 +100,7 @@ def run_checkpoint(rounds: int) -> dict[str, Any]:
 def run_metrics(rounds: int) -> dict[str, Any]:
     """What looking at a run costs."""
     with tempfile.TemporaryDirectory() as folder:
-        result = bench_metrics(device_of(0, 1), rounds, Path(folder), **shape_for(1))
+        result = bench_metrics(device_of(0, 1), rounds, Path(folder), {"the report": open_report}, **shape_for(1))
     return {"machine": machine(), "metrics": asdict(result)}
 
 
@@ -110,22 +111,23 @@ def show(results: dict[str, Any]) -> None:
         if isinstance(found, list):
             table = Table(*found[0], title=name, title_justify="left")
             for row in found:
-                table.add_row(*map(shown, row.values()))
+                table.add_row(*map(format_value, row.values()))
         else:
             table = Table("figure", "value", title=name, title_justify="left")
             for key, value in found.items():
-                table.add_row(key, shown(value))
+                table.add_row(key, format_value(value))
         console.print(table)
 
 
-def shown(value: float | int | str | None) -> str:
+def format_value(value: float | int | str | None) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code."""
+    parser = new_parser("bench", __doc__)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--only", choices=["step", "ranks", "loader"], help="one benchmark instead of all")
     which.add_argument("--layouts", action="store_true", help="the layouts instead")
@@ -133,7 +135,7 @@ def main() -> None:
     which.add_argument("--metrics", action="store_true", help="the cost of metrics and sinks instead")
     parser.add_argument("--rounds", type=int, default=9, help="alternating measurements per side (default 9)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.layouts:
         results = run_layouts(args.rounds)
     elif args.checkpoint:
@@ -141,12 +143,9 @@ def main() -> None:
     elif args.metrics:
         results = run_metrics(args.rounds)
     else:
-        results = run(args.only, args.rounds)
+        results = run_basics(args.only, args.rounds)
     if args.json:
         print(json.dumps(results, indent=2))
     else:
         show(results)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

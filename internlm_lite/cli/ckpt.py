@@ -1,8 +1,8 @@
 """Look at, verify and remove checkpoints in a save folder, local or on S3.
 
-python tools/ckpt.py ls ckpts                   step, kind, size, age, layout, state; --deep reads every byte
-python tools/ckpt.py verify ckpts               every check sum of every checkpoint; exit code 2 if one is damaged
-python tools/ckpt.py prune ckpts --keep 3       remove what is older than the newest 3 good ones
+internlm-lite ckpt ls ckpts                   step, kind, size, age, layout, state; --deep reads every byte
+internlm-lite ckpt verify ckpts               every check sum of every checkpoint; exit code 2 if one is damaged
+internlm-lite ckpt prune ckpts --keep 3       remove what is older than the newest 3 good ones
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from internlm_lite.checkpoint.format.manifest import Name
 from internlm_lite.checkpoint.storage.base import Storage
 from internlm_lite.checkpoint.storage.open import open_storage
 from internlm_lite.checkpoint.storage.run_lock import LEASE_SECONDS, held, holder
-from internlm_lite.cli.storage_options import s3_settings
+from internlm_lite.cli.options import check_at_least, new_parser, s3_settings
 from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import CheckpointError
 from internlm_lite.runtime.place import adopt_s3_keys
@@ -39,7 +39,7 @@ _PIPE_COLUMNS = 1000
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="ckpt", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = new_parser("ckpt", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     ls = commands.add_parser("ls", help="list checkpoints")
     ls.add_argument("folder", help="save folder")
@@ -54,8 +54,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for command in (ls, verify, prune):
         add_s3_option(command)
     arguments = parser.parse_args(argv)
-    if arguments.command == "prune" and arguments.keep < 1:
-        parser.error("--keep: expected at least 1")
+    check_at_least(parser, arguments, keep=1)
     return arguments
 
 
@@ -212,7 +211,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 damaged or bad input, 6 storage, 130 interrupted."""
     arguments = parse_arguments(argv)
     return run_tool(partial(work, arguments), has_s3_option=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,9 +1,9 @@
 """Checkpoints to Hugging Face safetensors and back: Llama, InternLM, InternLM2.
 
-    python tools/convert.py to-hf ckpts hf-model --dtype bfloat16 --verify
-    python tools/convert.py from-hf hf-model ckpts-from-hf --verify
+    internlm-lite convert to-hf ckpts hf-model --dtype bfloat16 --verify
+    internlm-lite convert from-hf hf-model ckpts-from-hf --verify
 
-from-hf writes weights alone: train on with ckpt.load_model_only_folder, or give the folder to tools/generate.py.
+from-hf writes weights alone: train on with ckpt.load_model_only_folder, or give the folder to `internlm-lite generate`.
 --verify computes the same logits here and in transformers; exit code 2 when they differ by more than it states.
 """
 
@@ -12,17 +12,16 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from internlm_lite.apps.convert.compare_logits import compare, require_transformers
 from internlm_lite.apps.convert.from_hf import read_hf
-from internlm_lite.apps.convert.names import FAMILIES
+from internlm_lite.apps.convert.recipes import FAMILIES
 from internlm_lite.apps.convert.to_hf import open_checkpoint, write_hf
-from internlm_lite.apps.convert.verify import compare, require_transformers
-from internlm_lite.cli.storage_options import s3_settings
+from internlm_lite.cli.options import new_parser, s3_settings
 from internlm_lite.config.schema import Config, ModelConfig, S3Config
 from internlm_lite.data.tokenizer import Tokenizer
 from internlm_lite.generate.load import load_model
@@ -36,7 +35,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="convert", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = new_parser("convert", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     to_hf = commands.add_parser("to-hf", help="a checkpoint of ours to a Hugging Face folder")
     to_hf.add_argument("checkpoint", help="a save folder (its newest checkpoint), or one checkpoint of it")
@@ -153,7 +152,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     interrupted = "interrupted: a folder or checkpoint that was being written is gone"
     return run_tool(partial(work, arguments), interrupted, has_s3_option=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """A live page over one or several runs: loss and accuracy of every data folder, speed, checkpoints, samples, events.
 
-python tools/dashboard.py RUN/demo                 the runs of a job, new ones as they come
-python tools/dashboard.py RUN/demo/latest --port 0
+internlm-lite dashboard RUN/demo                 the runs of a job, new ones as they come
+internlm-lite dashboard RUN/demo/latest --port 0
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 import argparse
 import logging
 import secrets
-import sys
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from internlm_lite.apps.report.files import read_file, shown
-from internlm_lite.apps.report.find import left_out
+from internlm_lite.apps.report.discover import omitted_runs
+from internlm_lite.apps.report.live_runs import LiveRuns
 from internlm_lite.apps.report.server import Dashboard
-from internlm_lite.apps.report.watch import Watch
+from internlm_lite.apps.report.untrusted_files import printable, read_file
+from internlm_lite.cli.options import new_parser
 from internlm_lite.errors import ConfigError
 from internlm_lite.runtime.tool import run_tool
 
@@ -26,9 +26,7 @@ PORT = 8090
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="dashboard", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = new_parser("dashboard", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, job folders, or RUN itself")
     parser.add_argument("--port", type=int, default=PORT, help=f"default {PORT}; 0: any free one")
     parser.add_argument("--bind", default="127.0.0.1", metavar="ADDRESS", help="another one needs a token")
@@ -54,14 +52,14 @@ def read_token(arguments: argparse.Namespace) -> str | None:
     try:
         return read_file(arguments.token_file).strip()
     except OSError as error:
-        raise ConfigError(f"cannot read --token-file {shown(arguments.token_file)}: {error.strerror}") from error
+        raise ConfigError(f"cannot read --token-file {printable(arguments.token_file)}: {error.strerror}") from error
 
 
 def serve(arguments: argparse.Namespace) -> int:
     """Exit code, once Ctrl-C has ended it."""
     token = read_token(arguments)
-    with closing(Watch(arguments.runs)) as watch:
-        for line in left_out(arguments.runs):
+    with closing(LiveRuns(arguments.runs)) as watch:
+        for line in omitted_runs(arguments.runs):
             print(line)
         with Dashboard(watch, arguments.port, arguments.bind, token) as server:
             print(f"dashboard: {server.address}  (Ctrl-C ends it)", flush=True)
@@ -77,7 +75,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     logging.basicConfig(format="%(message)s")
     return run_tool(partial(serve, arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,16 +3,17 @@
     demo/text/{train,valid}/<folder>      real text, folder by folder
     demo/tokenizer.model                  sentencepiece, trained on it
     demo/tokens/{train,valid}/<folder>    the text as tokens
-    demo/RUN, demo/ckpts                  python train.py --config configs/demo.py: logs and checkpoints
+    demo/RUN, demo/ckpts                  train --config configs/demo.py: logs and checkpoints
 
-A stage is skipped when nothing it depends on has changed; an interrupted training goes on where it stopped. Arguments
-that are not listed below are handed to train.py, such as `make demo DEMO_ARGS="STEPS=50"`.
+A stage is skipped when nothing it depends on has changed; an interrupted training resumes where it stopped. Arguments
+that are not listed below are passed to train, such as `make demo DEMO_ARGS="STEPS=50"`.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 import math
 import shutil
@@ -27,14 +28,14 @@ from pathlib import Path
 
 from internlm_lite.apps.report.history import samples, validation
 from internlm_lite.apps.report.run import RunReader
+from internlm_lite.cli.options import new_parser
+from internlm_lite.cli.starter import checkout, starter_folder, working_folder
 from internlm_lite.config.load import load_config
 from internlm_lite.data.corpus import build_corpus, machine_folders
-from internlm_lite.errors import ConfigError
 from internlm_lite.runtime.tool import run_tool
 from internlm_lite.units import human_bytes, human_seconds
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-CONFIG = REPOSITORY / "configs" / "demo.py"
+CONFIG = starter_folder() / "configs" / "demo.py"
 FOLDER_BYTES = 8_000_000
 LAST_STEPS = 20
 
@@ -55,12 +56,12 @@ class Stage:
         self.stamp.write_text(self.key)
 
 
-def run(*command: str | Path) -> None:
-    """Run a Python script of the repository with our interpreter; its failure is ours."""
-    with subprocess.Popen([sys.executable, *map(str, command)], cwd=REPOSITORY) as child:
+def run_command(*command: str | Path) -> None:
+    """Run `internlm-lite COMMAND` with this interpreter; a failure ends this process with the same exit code."""
+    with subprocess.Popen([sys.executable, "-m", "internlm_lite", *map(str, command)], cwd=checkout()) as child:
         try:
             code = child.wait()
-        except KeyboardInterrupt:  # it has heard Ctrl-C too: subprocess.run would kill it while it saves
+        except KeyboardInterrupt:  # the child gets Ctrl-C too: subprocess.run would kill it while it saves
             child.wait()
             raise
     if code:
@@ -79,22 +80,23 @@ def make_text(folder: Path) -> None:
 
 def make_tokens(folder: Path, vocab_size: int) -> None:
     """Train the tokenizer on the training text only; encode both parts with it."""
-    tool, model = REPOSITORY / "tools" / "tokenizer.py", folder / "tokenizer.model"
+    model = folder / "tokenizer.model"
     text = {part: sorted((folder / "text" / part).iterdir()) for part in ("train", "valid")}
     shutil.rmtree(folder / "tokens", ignore_errors=True)
-    run(tool, "train", "--input", *text["train"], "--output", model, "--vocab-size", str(vocab_size))
+    run_command("tokenizer", "train", "--input", *text["train"], "--output", model, "--vocab-size", str(vocab_size))
     for part, folders in text.items():
-        run(tool, "encode", "--input", *folders, "--output", folder / "tokens" / part, "--tokenizer", model)
+        output = folder / "tokens" / part
+        run_command("tokenizer", "encode", "--input", *folders, "--output", output, "--tokenizer", model)
 
 
 def train(folder: Path, arguments: Sequence[str], started: Stage) -> None:
-    """Train, or go on with the training that was interrupted; checkpoints of another model or corpus are removed."""
+    """Train, or resume a training that was interrupted; checkpoints of another model or corpus are removed."""
     if not started.is_current:
         if (folder / "ckpts").exists():
             print("  config, corpus or arguments are new: removing the checkpoints of the training before", flush=True)
         shutil.rmtree(folder / "ckpts", ignore_errors=True)
         started.record()
-    run("train.py", "--config", CONFIG, "--run-dir", folder / "RUN", f"DEMO_FOLDER={folder}", *arguments)
+    run_command("train", "--config", CONFIG, "--run-dir", folder / "RUN", f"DEMO_FOLDER={folder}", *arguments)
 
 
 def report(folder: Path, vocab_size: int) -> None:
@@ -114,9 +116,9 @@ def report(folder: Path, vocab_size: int) -> None:
     for name, (_, loss, accuracy) in (evaluations[-1]["folders"] if evaluations else {}).items():
         print(f"  held-out text of {name:<6} loss {loss:.3f}, next token right {accuracy:.0%}")
     print(f"run folder: {run_folder}")
-    tools = f"{sys.executable} {REPOSITORY / 'tools'}"  # internlm-lite may not be on the user's PATH
-    print(f"report:     {run_folder / 'report.html'}   live: {tools}/dashboard.py {run_folder}")
-    print(f"more text:  {tools}/generate.py --checkpoint {folder / 'ckpts'} --prompt 'import '")
+    command = f"{sys.executable} -m internlm_lite"  # internlm-lite may not be on the user's PATH
+    print(f"report:     {run_folder / 'report.html'}   live: {command} dashboard {run_folder}")
+    print(f"more text:  {command} generate --checkpoint {folder / 'ckpts'} --prompt 'import '")
 
 
 def installed() -> list[str]:
@@ -125,19 +127,17 @@ def installed() -> list[str]:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(prog="demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=REPOSITORY / "demo", help="where everything goes (demo)")
-    parser.add_argument("--fresh", action="store_true", help="forget the checkpoints and train again from step 0")
+    parser = new_parser("demo", __doc__)
+    parser.add_argument("--folder", type=Path, default=working_folder() / "demo", help="where everything goes (demo)")
+    parser.add_argument("--fresh", action="store_true", help="remove the checkpoints and train again from step 0")
     return parser.parse_known_args(argv)
 
 
 def work(arguments: argparse.Namespace, for_train: Sequence[str]) -> int:
     """Exit code."""
-    if not CONFIG.is_file():
-        raise ConfigError(f"found no {CONFIG}: run tools/demo.py from a checkout")
     folder, start = arguments.folder.resolve(), time.monotonic()
     vocab_size = load_config(CONFIG).config.model.vocab_size
-    data_code = [file.read_text("utf-8") for file in sorted((REPOSITORY / "internlm_lite" / "data").glob("*.py"))]
+    data_code = [file.read_text("utf-8") for file in sorted(Path(inspect.getfile(build_corpus)).parent.glob("*.py"))]
     text = Stage(folder, "text", data_code, FOLDER_BYTES, sys.version, installed())
     tokens = Stage(folder, "tokens", text.key, vocab_size)
     started = Stage(folder, "training", tokens.key, CONFIG.read_text("utf-8"), for_train)
@@ -167,8 +167,4 @@ def work(arguments: argparse.Namespace, for_train: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: that of the stage that failed, else 0."""
     arguments, for_train = parse_arguments(argv)
-    return run_tool(partial(work, arguments, for_train), "interrupted: run it again to go on")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_tool(partial(work, arguments, for_train), "interrupted: run it again to resume")

@@ -1,10 +1,10 @@
-"""Look at what all ranks of a job run on: shows what differs or is wrong, and how to mend it.
+"""Check what all ranks of a job run on: what differs or is wrong, and how to fix it.
 
-    python tools/doctor.py                                                               this process alone
+    internlm-lite doctor                                                                 this process alone
     torchrun --nproc_per_node=8 tools/doctor.py                                          all ranks of one machine
     srun -N 2 -n 16 --ntasks-per-node=8 --gpus-per-task=1 python tools/doctor.py --config configs/20B_sft.py
 
-Start it exactly as train.py is to be started. Exit code 0: nothing to mend, 2: something.
+Start it exactly as train.py is to be started. Exit code 0: nothing to fix, 2: something.
 """
 
 from __future__ import annotations
@@ -17,33 +17,23 @@ from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
-from internlm_lite.apps.doctor.examine import Report, examine
-from internlm_lite.apps.doctor.view import findings_text, last_line
+from internlm_lite.apps.doctor.examine import Examination, examine
+from internlm_lite.apps.doctor.render_findings import findings_text, last_line
+from internlm_lite.cli.options import add_config, add_launcher, new_parser
 from internlm_lite.config.load import load_config
-from internlm_lite.config.s3path import is_s3
+from internlm_lite.config.paths import is_s3
 from internlm_lite.runtime.place import adopt_s3_keys, find_place
 from internlm_lite.runtime.tool import run_tool
-from internlm_lite.units import wait_seconds
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="doctor", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--config", type=Path, help="config file: look at its checkpoint folders too")
+    parser = new_parser("doctor", __doc__)
+    add_config(parser, required=False, text="config file: look at its checkpoint folders too")
+    add_launcher(parser, timeout=120)
     parser.add_argument("--run-dir", type=Path, default=Path("RUN"), help="as for train.py")
-    parser.add_argument(
-        "--launcher", choices=["auto", "slurm", "torch", "single"], default="auto", help="who started us"
-    )
-    parser.add_argument("--host", help="where rank 0 listens (default: from the launcher)")
-    parser.add_argument("--port", type=int, help="its port (default: from the launcher)")
-    parser.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if there is one"
-    )
-    parser.add_argument(
-        "--timeout", type=wait_seconds, default=120, metavar="SECONDS", help="longest wait for other ranks (120)"
-    )
     parser.add_argument("--json", action="store_true", help="everything that was found, as one JSON document")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.overrides and arguments.config is None:
         parser.error(f"{arguments.overrides[0]!r} changes a config: give --config too")
@@ -68,7 +58,7 @@ class Shown:
     def __init__(self, as_json: bool) -> None:
         self._as_json, self._n_shown = as_json, 0
 
-    def __call__(self, report: Report, over: bool) -> None:
+    def __call__(self, report: Examination, over: bool) -> None:
         new, self._n_shown = report.findings[self._n_shown :], len(report.findings)
         if new and not self._as_json:
             print(findings_text(report, new), flush=True)
@@ -85,12 +75,13 @@ def work(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 nothing to mend, 2 something, or the ranks did not meet, 130 interrupted."""
+    """Exit code: 0 nothing to fix, 2 something, or the ranks did not meet, 130 interrupted."""
     arguments = parse_arguments(argv)
     return run_tool(partial(work, arguments))
 
 
-if __name__ == "__main__":
-    code = main()
+def run(argv: Sequence[str] | None = None) -> NoReturn:
+    """`main`, then the end of this process: a thread that hangs in a collective may hold up every other way out."""
+    code = main(argv)
     sys.stdout.flush()
-    os._exit(code)  # a thread that hangs in a collective may hold up every other way out
+    os._exit(code)

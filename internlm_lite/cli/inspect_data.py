@@ -1,7 +1,7 @@
 """Show what the batches of a config look like, without building a model.
 
-    python tools/inspect_data.py --config my_config.py --steps 5
-    python tools/inspect_data.py --config my_config.py --show 200 data.seq_len=512
+    internlm-lite inspect-data --config my_config.py --steps 5
+    internlm-lite inspect-data --config my_config.py --show 200 data.seq_len=512
 
 --json prints one object a step: step, tokens (labels learnt over all data-parallel ranks), num_samples_in_batch,
 largest_length, largest_batch, smallest_batch (of rank 0). Without it: tables for a terminal.
@@ -12,32 +12,27 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from internlm_lite.cli.options import add_config, check_at_least, new_parser
 from internlm_lite.config.load import load_config
 from internlm_lite.data.loader import open_training_data
+from internlm_lite.data.render_batches import overview, sample, walk_steps
 from internlm_lite.data.tokenizer import Tokenizer
-from internlm_lite.data.view import overview, sample, walk_steps
 from internlm_lite.runtime.tool import ToolConsole, run_tool
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="inspect_data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--config", type=Path, required=True, help="config file")
+    parser = new_parser("inspect-data", __doc__)
+    add_config(parser)
     parser.add_argument("--dp", type=int, default=1, metavar="N", help="data-parallel ranks (1)")
     parser.add_argument("--steps", type=int, default=6, metavar="K", help="steps to walk through (6)")
     parser.add_argument("--json", action="store_true", help="one JSON object a step instead of tables")
     parser.add_argument("--show", type=int, default=0, metavar="PIECES", help="print the first pieces of the first row")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config")
     arguments = parser.parse_intermixed_args(argv)
-    for name, least in (("dp", 1), ("steps", 1), ("show", 0)):
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name} {getattr(arguments, name)}: expected at least {least}")
+    check_at_least(parser, arguments, dp=1, steps=1, show=0)
     return arguments
 
 
@@ -63,7 +58,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 bad config or data, 130 interrupted."""
     arguments = parse_arguments(argv)
     return run_tool(partial(work, arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

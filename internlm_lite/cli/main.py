@@ -1,34 +1,62 @@
-"""internlm-lite NAME [arguments]: the same as python tools/NAME.py [arguments], from any folder."""
+"""internlm-lite COMMAND [arguments]: one module for each command, imported when it is asked for."""
 
 from __future__ import annotations
 
-import ast
-import runpy
+import importlib
 import sys
-from pathlib import Path
+from collections.abc import Sequence
+from importlib.util import find_spec
 
-TOOLS = Path(__file__).parent
+from internlm_lite import __version__
+
+COMMANDS = {
+    "train": ("train", "train a model from a config file"),
+    "plan": ("show_plan", "show what a training run will hold, send and cost, without starting it"),
+    "init": ("init", "write example configs and launch scripts into a folder"),
+    "demo": ("demo", "from nothing to a trained decoder, on text of this machine"),
+    "inspect-data": ("inspect_data", "show what the batches of a config look like"),
+    "tokenizer": ("tokenize_text", "train a tokenizer, and tokenise folders of text"),
+    "generate": ("generate_text", "continue prompts with a trained model"),
+    "ckpt": ("ckpt", "list, verify and remove checkpoints"),
+    "convert": ("convert", "convert checkpoints to Hugging Face folders and back"),
+    "report": ("write_report", "write report.html of one run or several"),
+    "dashboard": ("dashboard", "serve a live page over one run or several"),
+    "doctor": ("doctor", "check what all ranks of a job run on"),
+    "slurm": ("slurm", "write a batch file for Slurm"),
+    "bench": ("bench", "compare speed with common alternatives (in a checkout)"),
+    "gpu-check": ("gpu_check", "check correctness and speed on a GPU (in a checkout)"),
+}
+"""Command -> (module of internlm_lite.cli, what it does)."""
 
 
-def _summary(tool: Path) -> str:
-    """First line of the tool's docstring."""
-    docstring = ast.get_docstring(ast.parse(tool.read_text(encoding="utf-8"))) or ""
-    return docstring.partition("\n")[0]
+def usage() -> str:
+    lines = [f"  {command:<14}{summary}" for command, (_, summary) in COMMANDS.items()]
+    head = ["usage: internlm-lite COMMAND [arguments]", "       internlm-lite COMMAND --help", ""]
+    return "\n".join([*head, *lines])
 
 
-def main() -> None:
-    tools = {tool.stem: tool for tool in sorted(TOOLS.glob("*.py")) if tool != Path(__file__)}
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name not in tools:
-        asked_for_help = name in ("-h", "--help")
-        lines = [f"  {tool:<14}{_summary(path)}" for tool, path in tools.items()]
-        error = "" if asked_for_help else f"found no tool {name!r}; expected one of those below\n"
-        stream = sys.stdout if asked_for_help else sys.stderr
-        print(f"{error}usage: internlm-lite NAME [arguments]\n" + "\n".join(lines), file=stream)
-        sys.exit(0 if asked_for_help else 2)
-    sys.argv = [str(tools[name]), *sys.argv[2:]]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code of the command; 2 for one that is unknown or not installed."""
+    command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    command = command.replace("_", "-")
+    if command in ("-h", "--help"):
+        print(usage())
+        return 0
+    if command == "--version":
+        print(f"internlm-lite {__version__}")
+        return 0
+    if command not in COMMANDS:
+        print(f"found no command {command!r}; expected one of those below\n{usage()}", file=sys.stderr)
+        return 2
+    if command in ("bench", "gpu-check") and find_spec("internlm_lite.apps.bench") is None:
+        print(f"{command}: not part of the installed package; run it in a checkout", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"internlm_lite.cli.{COMMANDS[command][0]}")
+    # The doctor ends the process itself: its threads may hang.
+    code: int = (module.run if command == "doctor" else module.main)(arguments)
+    return code
 
 
-if __name__ == "__main__":
-    main()
+def run() -> None:
+    """The entry point of `internlm-lite` and of `python -m internlm_lite`."""
+    sys.exit(main())

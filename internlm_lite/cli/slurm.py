@@ -1,6 +1,6 @@
 """Write a batch file for Slurm from a config: as many nodes as its layout needs, refused where the run would be.
 
-    python tools/slurm.py --config configs/20B_sft.py --world-size 16 --partition P --time 1-00:00:00
+    internlm-lite slurm --config configs/20B_sft.py --world-size 16 --partition P --time 1-00:00:00
     sbatch slurm/20b_train.sbatch
 
 The job saves and stops before its time limit, goes back into the queue and goes on; so it does when a rank dies.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,19 +17,18 @@ from pathlib import Path
 from internlm_lite.apps.planner.plan import make_plan
 from internlm_lite.apps.planner.report import Plan
 from internlm_lite.apps.planner.sbatch import SlurmJob, nodes_of, sbatch_text
-from internlm_lite.config.check import check_config
-from internlm_lite.config.load import LoadedConfig, load_config
+from internlm_lite.cli.options import add_config, check_at_least, new_parser
+from internlm_lite.cli.starter import working_folder
+from internlm_lite.config.load import LoadedConfig, check_config, load_config
 from internlm_lite.errors import ConfigError, StorageError
 from internlm_lite.runtime.place import adopt_s3_keys
 from internlm_lite.runtime.tool import run_tool
 from internlm_lite.units import human_bytes
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="slurm", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="config file")
+    parser = new_parser("slurm", __doc__)
+    add_config(parser)
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--world-size", type=int, metavar="N", help="ranks")
     size.add_argument("--nodes", type=int, metavar="N", help="nodes, all of them full")
@@ -48,12 +46,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--device", choices=["cuda", "cpu"], default="cuda", help="cpu: no GPUs, --gpus-per-node processes a node"
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config")
     arguments = parser.parse_intermixed_args(argv)
-    for name in ("world_size", "nodes", "gpus_per_node", "cpus_per_task", "signal"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    check_at_least(parser, arguments, world_size=1, nodes=1, gpus_per_node=1, cpus_per_task=1, signal=1)
     return arguments
 
 
@@ -81,7 +75,7 @@ def job_of(arguments: argparse.Namespace, loaded: LoadedConfig, plan: Plan, node
         lead_seconds=arguments.signal,
         logs=arguments.output.absolute(),
         folder=Path.cwd(),
-        repository=ROOT,
+        repository=working_folder(),
         arguments=(str(arguments.config), *arguments.overrides, *([] if on_gpus else ["--device", "cpu"])),
     )
 
@@ -89,7 +83,7 @@ def job_of(arguments: argparse.Namespace, loaded: LoadedConfig, plan: Plan, node
 def write(job: SlurmJob) -> Path:
     """The file's path. Raises ConfigError, StorageError."""
     if not (job.repository / "launch" / "slurm.sh").is_file():
-        raise ConfigError(f"found no launch/slurm.sh in {job.repository}: run tools/slurm.py from a checkout")
+        raise ConfigError(f"found no launch/slurm.sh in {job.repository}: say internlm-lite init . there first")
     text = sbatch_text(job)
     file = job.logs / f"{job.name}.sbatch"
     temporary = file.with_name(f".{file.name}-{os.getpid()}")
@@ -124,7 +118,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 written, 2 refused, 6 storage, 130 interrupted."""
     arguments = parse_arguments(argv)
     return run_tool(partial(work, arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Train a decoder from a config file, as one process, under torchrun, or under Slurm.
 
     python train.py --config configs/demo.py
@@ -15,69 +14,76 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from internlm_lite.units import wait_seconds
+from internlm_lite import __version__
+from internlm_lite.cli.options import add_config, add_launcher, new_parser
+from internlm_lite.errors import INTERRUPTED
+
+if TYPE_CHECKING:
+    from internlm_lite.train.build import SinkFactory
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="Python config file")
-    parser.add_argument(
-        "--launcher", choices=["auto", "slurm", "torch", "single"], default="auto", help="who started us"
-    )
-    parser.add_argument("--host", help="where rank 0 listens (default: from the launcher)")
-    parser.add_argument("--port", type=int, help="its port (default: from the launcher)")
-    parser.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if there is one"
-    )
+    parser = new_parser("train", __doc__)
+    parser.add_argument("--version", action="version", version=f"internlm-lite {__version__}")
+    add_config(parser)
+    add_launcher(parser, timeout=600)
     parser.add_argument(
         "--backend", choices=["nccl", "gloo"], help="accepted for old command lines; follows the device"
     )
-    parser.add_argument("--resume", metavar="auto|none|PATH", help="checkpoint to go on from (default: auto)")
+    parser.add_argument("--resume", metavar="auto|none|PATH", help="checkpoint to resume from (default: auto)")
     parser.add_argument("--seed", type=int, help="seed of weights and data order, instead of the config's")
     parser.add_argument(
         "--run-dir", type=Path, default=Path("RUN"), help="logs and metrics go to RUN_DIR/<JOB_NAME>/<time>"
     )
     parser.add_argument("--profiling", action="store_true", help="write a trace of three early steps per rank")
     parser.add_argument(
-        "--timeout", type=wait_seconds, default=600, metavar="SECONDS", help="longest wait for other ranks"
-    )
-    parser.add_argument(
         "--log-style", choices=["auto", "full", "compact"], default="auto", help="lines on the terminal"
     )
     parser.add_argument("--print-config", choices=["full", "diff", "origin"], help="print the config and stop")
     parser.add_argument("--dry-run", action="store_true", help="show what the run will hold, send and cost, and stop")
-    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: ranks (default: as started)")
-    parser.add_argument("--tflops", type=float, metavar="X", help="with --dry-run: TFLOP/s of one GPU, for the times")
-    parser.add_argument("--json", action="store_true", help="with --dry-run: JSON instead of tables")
+    add_plan_options(parser, "with --dry-run: ")
     parser.add_argument("--cfg-options", nargs="*", default=[], metavar="KEY=VALUE", help="same as the trailing ones")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config")
     arguments = parser.parse_intermixed_args(argv)
     if not arguments.dry_run and (arguments.world_size is not None or arguments.tflops is not None or arguments.json):
         parser.error("--world-size, --tflops and --json belong to --dry-run: add it")
-    for name, value in (("--world-size", arguments.world_size), ("--tflops", arguments.tflops)):
-        if value is not None and not 0 < value < float("inf"):
-            parser.error(f"{name} {value}: expected a number > 0")
+    check_plan_options(parser, arguments)
     return arguments
 
 
-def main() -> None:
-    """Returns after --print-config; otherwise ends the process with the exit code."""
+def add_plan_options(parser: argparse.ArgumentParser, when: str) -> None:
+    """`when`: goes before each explanation."""
+    parser.add_argument("--world-size", type=int, metavar="N", help=f"{when}ranks (default: as started)")
+    parser.add_argument("--tflops", type=float, metavar="X", help=f"{when}TFLOP/s of one GPU, for the times")
+    parser.add_argument("--json", action="store_true", help=f"{when}JSON instead of tables")
+
+
+def check_plan_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    for name, value in (("--world-size", arguments.world_size), ("--tflops", arguments.tflops)):
+        if value is not None and not 0 < value < float("inf"):
+            parser.error(f"{name} {value}: expected a number > 0")
+
+
+def main(argv: Sequence[str] | None = None, sinks: Mapping[str, SinkFactory] | None = None) -> int:
+    """Exit code of --print-config, --dry-run and a wrong config; training ends the process itself.
+
+    `sinks`: your own, by name, beside those of the config (`monitor.record.Sink`).
+    """
     try:
-        _main()
+        return train_or_show(parse_arguments(argv), sinks or {})
     except KeyboardInterrupt:
         print("interrupted before the start", file=sys.stderr)
-        sys.exit(130)
+        return INTERRUPTED
 
 
-def _main() -> None:
-    arguments = parse_arguments()
+def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory]) -> int:
+    """Exit code where no training was started."""
     # Imported late: --help is quick, and a wrong config is reported before torch is loaded.
-    from internlm_lite.config.check import check_config
-    from internlm_lite.config.load import load_config
-    from internlm_lite.config.view import print_config
+    from internlm_lite.config.load import check_config, load_config
+    from internlm_lite.config.render_config import print_config
     from internlm_lite.errors import ConfigError, InternLMError
     from internlm_lite.runtime.place import adopt_s3_keys, error_file, find_place, set_defaults
     from internlm_lite.runtime.torchrun import tell_agent
@@ -98,34 +104,29 @@ def _main() -> None:
         if not (quiet and isinstance(error, ConfigError)):  # it is wrong on the whole machine: said once
             print(f"{who}{type(error).__name__}: {error}", file=sys.stderr)
         tell_agent(error_file(os.environ), f"{type(error).__name__}: {error}")
-        sys.exit(error.exit_code)
+        return error.exit_code
     if place.rank > 0 and (arguments.print_config or arguments.dry_run):  # every rank would show the same
-        return
+        return 0
     if arguments.print_config:
         print(print_config(loaded, arguments.print_config))
-        return
+        return 0
     if arguments.dry_run:
         from internlm_lite.apps.planner.command import dry_run
 
         device = "cpu" if arguments.device == "cpu" else "cuda"
-        sys.exit(dry_run(loaded.config, world_size, tflops=arguments.tflops, device=device, as_json=arguments.json))
+        return dry_run(loaded.config, world_size, tflops=arguments.tflops, device=device, as_json=arguments.json)
 
+    from internlm_lite.apps.report.writer import open_report
     from internlm_lite.train.job import Options, run_job
 
-    run_job(
-        loaded,
-        place,
-        Options(
-            resume=arguments.resume,
-            device=arguments.device,
-            run_dir=arguments.run_dir,
-            timeout_seconds=arguments.timeout,
-            log_style=arguments.log_style,
-            command=tuple(sys.argv),
-            profiling=arguments.profiling,
-        ),
+    options = Options(
+        resume=arguments.resume,
+        device=arguments.device,
+        run_dir=arguments.run_dir,
+        timeout_seconds=arguments.timeout,
+        log_style=arguments.log_style,
+        command=tuple(sys.argv),
+        profiling=arguments.profiling,
+        sinks={"the report": open_report, **sinks},
     )
-
-
-if __name__ == "__main__":
-    main()
+    run_job(loaded, place, options)

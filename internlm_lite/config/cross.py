@@ -10,11 +10,16 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import InvalidVersion, Version
 
-from internlm_lite.config.address import webhook_format, webhook_problem
-from internlm_lite.config.folders import spelt_out
+from internlm_lite.config.paths import (
+    S3_SPELLING,
+    is_folder,
+    spelt_out,
+    webhook_format,
+    webhook_problem,
+    without_password,
+)
 from internlm_lite.config.problems import Problem
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
-from internlm_lite.config.s3path import S3_SPELLING, is_s3, parse_s3, without_password
 from internlm_lite.config.schema import AlertsConfig, CkptConfig, Config
 from internlm_lite.errors import ConfigError
 
@@ -78,10 +83,7 @@ def _heads(config: Config) -> Iterator[Problem]:
 def _tensor(config: Config) -> Iterator[Problem]:
     """Everything that tensor parallelism splits."""
     model, tensor = config.model, config.parallel.tensor
-    split = {
-        "model.num_attention_heads": model.num_attention_heads,
-        "model.vocab_size": model.vocab_size,
-    }
+    split = {"model.num_attention_heads": model.num_attention_heads, "model.vocab_size": model.vocab_size}
     if model.num_kv_attention_heads is not None:
         split["model.num_kv_attention_heads"] = model.num_kv_attention_heads
     if model.embed_split_hidden:
@@ -298,7 +300,7 @@ def _ckpt(ckpt: CkptConfig) -> Iterator[Problem]:
     for name in ("save_ckpt_folder", "load_ckpt_folder", "load_model_only_folder", "snapshot_ckpt_folder"):
         folder = getattr(ckpt, name)
         inside = name == "snapshot_ckpt_folder" and folder and folder.startswith(f"{ckpt.save_ckpt_folder}/")
-        if folder is not None and not inside and not _is_folder(folder):
+        if folder is not None and not inside and not is_folder(folder):
             yield Problem(
                 (f"ckpt.{name}",),
                 f"found {without_password(folder)!r}, expected local:PATH, a plain path, or {S3_SPELLING}",
@@ -308,17 +310,10 @@ def _ckpt(ckpt: CkptConfig) -> Iterator[Problem]:
 def _alerts(alerts: AlertsConfig) -> Iterator[Problem]:
     if alerts.webhook is None:
         return
-    if (problem := webhook_problem(alerts.webhook, alerts.insecure)) is not None:
+    if (problem := webhook_problem(alerts.webhook, insecure=alerts.insecure)) is not None:
         yield Problem(("monitor.alerts.webhook",), problem)
     elif alerts.format is None and webhook_format(alerts.webhook) is None:
         yield Problem(
             ("monitor.alerts.format", "monitor.alerts.webhook"),
             'found None, and the host of the webhook is not known; expected "feishu", or "slack" (others read it too)',
         )
-
-
-def _is_folder(text: str) -> bool:
-    scheme, colon, rest = text.partition(":")
-    if is_s3(text):
-        return parse_s3(text) is not None
-    return bool(rest) if scheme == "local" and colon else bool(text) and (not colon or "/" in scheme)

@@ -1,4 +1,4 @@
-"""The schema as a flat table: dotted key -> field. What a value should look like, in words, and the nearest known key.
+"""The schema as a flat table: dotted key -> field. Values described in words, and the nearest known key.
 
 known_keys()["data.seq_len"]          the pydantic field
 expected(field)                       "an integer > 0"
@@ -20,8 +20,8 @@ from internlm_lite.config.schema import Config, Section
 _NOUNS = {int: "an integer", float: "a number", str: "a string", bool: "True or False", type(None): "None"}
 _PLURALS = {int: "integers", float: "numbers", str: "strings"}
 _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-_ANOTHER_SECTION = 1.5
-"""Edits that a match in another section costs: one typo here is likelier than the right key in the wrong place."""
+_OTHER_SECTION = 0.2
+"""Subtracted from the similarity of keys of another section: a typing error is likelier than the wrong section."""
 
 
 @cache
@@ -82,19 +82,15 @@ def _describe(annotation: Any, constraints: Iterable[Any] = ()) -> str:
 
 
 def nearest_key(key: str) -> str | None:
-    """The known key most likely meant by the unknown `key`, first of the same section. None: nothing is near."""
+    """The known key that the unknown `key` was probably meant to be, preferably of the same section; None: no idea."""
     parent, _, name = key.rpartition(".")
 
-    def cost(candidate: str) -> float:
+    def score(candidate: str) -> float:
         section, _, candidate_name = candidate.rpartition(".")
-        return edits(name, candidate_name) + (_ANOTHER_SECTION if section != parent else 0)
+        return _similarity(name, candidate_name) - (_OTHER_SECTION if section != parent else 0)
 
-    best = min(known_keys(), key=cost)
-    section, _, best_name = best.rpartition(".")
-    if edits(name, best_name) <= (_allowed_edits(name) if section == parent else len(name) // 3):
-        return best
-    alike = difflib.get_close_matches(name, names_in(parent), n=1)
-    return f"{parent}.{alike[0]}".lstrip(".") if alike else None
+    best = max(known_keys(), key=score)
+    return best if score(best) >= _threshold(name) else None
 
 
 def names_in(section: str) -> list[str]:
@@ -103,26 +99,14 @@ def names_in(section: str) -> list[str]:
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str | None:
-    """The most similar of `names`, None when none is near."""
-    names = list(names)
-    best = min(names, key=lambda candidate: edits(name, candidate), default=None)
-    if best is not None and edits(name, best) <= _allowed_edits(name):
-        return best
-    return next(iter(difflib.get_close_matches(name, names, n=1)), None)
+    """The most similar of `names`, None when none is similar."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=_threshold(name))), None)
 
 
-def _allowed_edits(name: str) -> int:
-    return max(1, (len(name) + 1) // 3)
+def _similarity(name: str, candidate: str) -> float:
+    return difflib.SequenceMatcher(None, candidate, name).ratio()
 
 
-def edits(a: str, b: str) -> int:
-    """Optimal string alignment distance: insertions, deletions, substitutions, swaps of neighbours."""
-    before: list[int] = []
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        before, last, row = row, before, [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (x != y)))
-            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
-                row[j] = min(row[j], last[j - 2] + 1)
-    return row[-1]
+def _threshold(name: str) -> float:
+    """One wrong letter of two is still a typing error."""
+    return 0.5 if len(name) <= 2 else 0.6

@@ -1,8 +1,9 @@
 """From a config file and the command line to a checked `Config`.
 
-    base files -> the file -> the command line      each a layer, other spellings translated, laid over the one before
+    base files -> the file -> the command line      each a layer, aliases translated, laid over the one before
     defaults taken from other keys                  lr_scheduler.total_steps from data.total_steps, ...
     schema, cross checks                            all problems at once
+    check_config                                    again, once the number of processes is known
 
 Nothing here imports torch: a wrong config is refused before a process group or a device is touched.
 """
@@ -16,17 +17,16 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from internlm_lite.config.aliases import translate
 from internlm_lite.config.cross import cross_problems
 from internlm_lite.config.keys import known_keys, nearest_name, section_of
-from internlm_lite.config.layer import Layer
 from internlm_lite.config.overrides import COMMAND_LINE, Overrides, parse_overrides
 from internlm_lite.config.problems import Problem, schema_problems
 from internlm_lite.config.schema import Config
-from internlm_lite.config.source import Source, run_file
-from internlm_lite.config.spellings import translate
+from internlm_lite.config.source import ConfigFile, Layer, run_file
 from internlm_lite.errors import ConfigError
 
-_TAKEN_FROM = {
+_DEFAULT_FROM = {
     "lr_scheduler.total_steps": "data.total_steps",
     "beta2_scheduler.init_beta2": "adam.adam_beta2",
     "beta2_scheduler.c": "adam.adam_beta2_c",
@@ -43,14 +43,14 @@ class LoadedConfig:
     origins: Mapping[str, str]
     """Key -> "configs/demo.py:31", "command line", "default" or "default (data.total_steps)"."""
     notes: tuple[str, ...]
-    """Lines to print: other spellings and how they were understood, values that disagree."""
+    """Lines to print: aliases and how they were understood, values that contradict each other."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     """Run the file, apply the overrides, check keys, types and ranges.
 
-    Raises ConfigError that lists all problems, one a line. Where keys are wrong, the cross checks that need no world
-    size and none of the wrong keys are reported too.
+    Raises ConfigError that lists all problems, one a line. With wrong keys, it also lists the cross checks that fail
+    on the other keys and need no world size.
     """
     path = Path(path)
     wanted = parse_overrides(overrides)
@@ -66,7 +66,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         layer.origins.update({key: above.origins[key] for problem in translation.problems for key in problem.keys})
     layer.origins.update(dict.fromkeys(wanted.variables, COMMAND_LINE))
     origins = _origins(layer)
-    _take_defaults(layer, origins)
+    _fill_defaults(layer, origins)
     config, faults = _validate(layer)
     problems += [fault for fault in faults if not _only_follows(fault.keys[0], faults, origins)]
     if problems or config is None:
@@ -76,13 +76,20 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     return LoadedConfig(config, tuple(source.path for source in sources), origins, tuple(notes))
 
 
+def check_config(loaded: LoadedConfig, world_size: int | None) -> None:
+    """Raises ConfigError with all problems, one a line. world_size None: checks that need it are not made."""
+    problems = list(cross_problems(loaded.config, world_size))
+    if problems:
+        raise ConfigError("\n".join(problem.line(loaded.origins, str(loaded.files[0])) for problem in problems))
+
+
 def _replaces(above: Layer, key: str) -> bool:
-    """Whether the layer says anew what was wrong below; a dict may only change a part of it."""
+    """Whether the layer sets a key that was wrong below to another value; a dict may change only a part of it."""
     return above.has(key) and not isinstance(above.get(key), dict)
 
 
-def _run_with_bases(path: Path, wanted: Overrides, above: tuple[Path, ...]) -> Iterator[Source]:
-    """The file, then its bases, the one that counts most first."""
+def _run_with_bases(path: Path, wanted: Overrides, above: tuple[Path, ...]) -> Iterator[ConfigFile]:
+    """The file, then its bases, highest precedence first."""
     if path.resolve() in above:
         chain = " -> ".join(file.name for file in (*above, path))
         raise ConfigError(f"{path}: _base_ runs in a circle: {chain}; remove one of them")
@@ -92,7 +99,7 @@ def _run_with_bases(path: Path, wanted: Overrides, above: tuple[Path, ...]) -> I
         yield from _run_with_bases(base, wanted, (*above, path.resolve()))
 
 
-def _unknown_variables(wanted: Overrides, sources: Sequence[Source]) -> list[Problem]:
+def _unknown_variables(wanted: Overrides, sources: Sequence[ConfigFile]) -> list[Problem]:
     known = set().union(*(source.variables for source in sources))
     problems = []
     for name in sorted(wanted.variables.keys() - known - {"JOB_NAME"}):
@@ -107,9 +114,11 @@ def _origins(layer: Layer) -> dict[str, str]:
     return {key: layer.origin(key) if layer.has(key) else "default" for key in leaves}
 
 
-def _take_defaults(layer: Layer, origins: dict[str, str]) -> None:
-    """Defaults that are another key's value. They get no origin of their own in the layer: nobody wrote them."""
-    taken = {key: layer.get(source) for key, source in _TAKEN_FROM.items() if layer.has(source) and not layer.has(key)}
+def _fill_defaults(layer: Layer, origins: dict[str, str]) -> None:
+    """Set defaults that are another key's value. They get no origin in the layer, as they are written nowhere."""
+    taken = {
+        key: layer.get(source) for key, source in _DEFAULT_FROM.items() if layer.has(source) and not layer.has(key)
+    }
     if isinstance(layer.get("ckpt.save_ckpt_folder"), str) and not layer.has("ckpt.snapshot_ckpt_folder"):
         taken["ckpt.snapshot_ckpt_folder"] = layer.get("ckpt.save_ckpt_folder").rstrip("/") + "/snapshot"
     layer.values.setdefault("lr_scheduler", {})
@@ -117,18 +126,18 @@ def _take_defaults(layer: Layer, origins: dict[str, str]) -> None:
         section, _, name = key.partition(".")
         if isinstance(layer.values.setdefault(section, {}), dict):
             layer.values[section][name] = value
-            origins[key] = f"default ({_TAKEN_FROM.get(key, 'ckpt.save_ckpt_folder')})"
+            origins[key] = f"default ({_DEFAULT_FROM.get(key, 'ckpt.save_ckpt_folder')})"
 
 
 def _only_follows(key: str, faults: Sequence[Problem], origins: Mapping[str, str]) -> bool:
-    """Whether nobody wrote `key` and it is wrong because the key it is taken from is."""
-    source = _TAKEN_FROM.get(key, "")
+    """Whether `key` is not written anywhere, and wrong only because the key that its default comes from is wrong."""
+    source = _DEFAULT_FROM.get(key, "")
     causes = {source, source.rpartition(".")[0]} - {""}
     return origins.get(key, "").startswith("default") and any(fault.keys[0] in causes for fault in faults)
 
 
 def _validate(layer: Layer) -> tuple[Config | None, list[Problem]]:
-    """The config, or None and all problems: the schema's, and the cross checks' that touch no faulty key."""
+    """The config, or None and all problems: those of the schema, and of cross checks on keys that are not faulty."""
     try:
         return Config.model_validate(layer.values), []
     except ValidationError as error:
@@ -146,16 +155,11 @@ def _validate(layer: Layer) -> tuple[Config | None, list[Problem]]:
 
 
 def _disagreements(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
-    """Pairs of keys that are both right but do not say the same."""
-    for winner, other, effect in (
-        (
-            "lr_scheduler.total_steps",
-            "data.total_steps",
-            "the learning rate reaches eta_min at another step than the last",
-        ),
-        ("beta2_scheduler.init_beta2", "adam.adam_beta2", "the schedule decides"),
-        ("beta2_scheduler.c", "adam.adam_beta2_c", "the schedule decides"),
-    ):
+    """Pairs of valid keys that contradict each other."""
+    for winner, other in _DEFAULT_FROM.items():
+        effect = "the schedule decides"
+        if winner == "lr_scheduler.total_steps":
+            effect = "the learning rate reaches eta_min at another step than the last"
         first, second = value_of(config, winner), value_of(config, other)
         if first != second and origins[other] != "default":
             yield f"{origins[winner]}: {winner}={first} differs from {other}={second} ({origins[other]}): {effect}"

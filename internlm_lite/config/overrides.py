@@ -1,6 +1,6 @@
 """Command-line overrides: `NAME=value` replaces a variable before the file runs, `section.key=value` a key after.
 
-Values are Python literals, dict(...) and 2**16 among them; what is none is a string: `data.train_folder=/data/x`,
+Values are Python literals, including dict(...) and 2**16; other text is a string: `data.train_folder=/data/x`,
 `data.weights={'code': 2}`, `data.weights=dict(code=2)`.
 """
 
@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from internlm_lite.config.keys import accepts_text
-from internlm_lite.config.layer import Layer
-from internlm_lite.config.source import is_variable
+from internlm_lite.config.source import Layer, is_variable
 from internlm_lite.errors import ConfigError
 
 COMMAND_LINE = "command line"
@@ -30,7 +29,7 @@ class Overrides:
 
 
 def parse_overrides(texts: Sequence[str]) -> Overrides:
-    """Sort the overrides into variables and keys. Raises ConfigError for words that are no override."""
+    """Sort the overrides into variables and keys. Raises ConfigError for text that is no override."""
     wrong = [text for text in texts if not _is_override(text)]
     if wrong:
         raise ConfigError(
@@ -54,7 +53,7 @@ def _is_override(text: str) -> bool:
 
 
 def _value(key: str, written: str) -> Any:
-    """The literal, or the text where it is none. A key that takes text takes `skip_batches=7` as "7"."""
+    """The literal, or the text if it is none. For a key that accepts strings, `skip_batches=7` means "7"."""
     try:
         value = ast.literal_eval(_Literals().visit(ast.parse(written.strip(), mode="eval")))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -63,7 +62,7 @@ def _value(key: str, written: str) -> Any:
 
 
 class _Literals(ast.NodeTransformer):
-    """dict(a=1) -> {'a': 1} and 2**16 -> 65536, at any depth, as config files write them."""
+    """dict(a=1) -> {'a': 1} and 2**16 -> 65536, at any depth."""
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
         self.generic_visit(node)

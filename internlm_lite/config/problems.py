@@ -13,22 +13,21 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from internlm_lite.config.keys import expected, known_keys, names_in, nearest_key, nearest_name, section_of
-from internlm_lite.config.layer import Layer
+from internlm_lite.config.source import Layer
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One line. `keys[0]` is where it is reported, all `keys` together make it."""
+    """One line. It is reported at `keys[0]`; `keys` are all keys that take part in it."""
 
     keys: tuple[str, ...]
     text: str
 
     def line(self, origins: Mapping[str, str], file: str) -> str:
-        """The line, led by where one of its keys was written, the command line before others (`file` when none was)."""
-        places = [origins.get(key, "default") for key in self.keys]
-        places += [origins.get(key.rpartition(".")[0], "default") for key in self.keys]
-        written = [place for place in places if not place.startswith("default")]
-        where = next((place for place in written if place.startswith("command line")), (*written, file)[0])
+        """The line, led by the origin of one of its keys, preferably the command line (`file` if none has one)."""
+        names = [*self.keys, *(key.rpartition(".")[0] for key in self.keys)]
+        written = [origin for name in names if not (origin := origins.get(name, "default")).startswith("default")]
+        where = next((origin for origin in written if origin.startswith("command line")), (*written, file)[0])
         return f"{where}: {self.keys[0]}: {self.text}"
 
 
@@ -37,16 +36,16 @@ def schema_problems(error: ValidationError, layer: Layer) -> list[Problem]:
     kinds: dict[str, str] = {}
     for detail in error.errors(include_url=False, include_context=False):
         kinds.setdefault(_faulty_key(detail["loc"]), detail["type"])
-    misspelt = {nearest_key(key) for key in kinds if key not in known_keys()}
+    misspelled = {nearest_key(key) for key in kinds if key not in known_keys()}
     return [
         Problem((key,), _text(key, kind, layer))
         for key, kind in kinds.items()
-        if kind != "missing" or key not in misspelt
+        if kind != "missing" or key not in misspelled
     ]
 
 
 def _faulty_key(location: tuple[int | str, ...]) -> str:
-    """The dotted key of a pydantic location, without what lies inside a plain value."""
+    """The dotted key of a pydantic location, up to the first plain value."""
     key = ""
     for name in location:
         key = f"{key}.{name}" if key else str(name)
@@ -80,7 +79,7 @@ def _unknown(key: str) -> str:
 
 
 def _remedy(value: Any, field: FieldInfo, name: str) -> str:
-    """What to change, as exactly as the value allows."""
+    """What to change, as precisely as the value allows."""
     wanted = _scalar_types(field.annotation)
     section = section_of(field)
     if section is not None:

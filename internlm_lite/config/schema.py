@@ -165,8 +165,16 @@ class LossConfig(Section):
     """Share of the probability mass spread evenly over the vocabulary."""
 
 
+class OptimizerConfig(Section):
+    """(new) What is done with a gradient. Learning rate, betas and weight decay come from `adam` for every rule."""
+
+    name: Literal["adamw", "lion"] = "adamw"
+    """Update rule. "lion": the sign of a momentum (arXiv:2302.06675), half the optimizer state; wants a smaller adam.lr
+    and a larger adam.weight_decay than AdamW; adam.adam_beta2 is the decay of the momentum."""
+
+
 class AdamConfig(Section):
-    """AdamW."""
+    """Learning rate, betas and weight decay of the update rule, see `optimizer`."""
 
     lr: Annotated[float, Field(ge=0)] = 1e-4
     """Peak learning rate."""
@@ -177,7 +185,7 @@ class AdamConfig(Section):
     adam_beta2_c: float = 0
     """Exponent of the beta2 schedule; <= 0: constant."""
     adam_eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the denominator."""
+    """Added to the denominator (AdamW)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled weight decay."""
     weight_decay_on: Literal["matrices", "all"] = "matrices"
@@ -408,12 +416,14 @@ class Config(Section):
     """Optimizer communication."""
     loss: LossConfig = LossConfig()
     """Loss."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Update rule."""
     adam: AdamConfig = AdamConfig()
-    """AdamW."""
+    """Its learning rate, betas and weight decay."""
     lr_scheduler: LrSchedulerConfig
     """Learning rate."""
     beta2_scheduler: Beta2SchedulerConfig = Beta2SchedulerConfig()
-    """beta2 of AdamW."""
+    """beta2."""
     model: ModelConfig
     """Model."""
     parallel: ParallelConfig = ParallelConfig()

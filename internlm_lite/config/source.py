@@ -1,7 +1,15 @@
-"""Run a Python config file and keep what it defines: lower-case names (sections) and JOB_NAME.
+"""Runs a Python config file and keeps what it defines, lower-case names (sections) and JOB_NAME, with their lines.
 
-SEQ_LEN=4096 on the command line:   SEQ_LEN = 2048  ->  SEQ_LEN = 4096   before the file runs, so that
-                                    data = dict(seq_len=SEQ_LEN) follows
+    SEQ_LEN = 2048                      SEQ_LEN=4096 on the command line replaces 2048 before the file runs,
+    data = dict(                        so that data.seq_len follows
+        seq_len=SEQ_LEN,
+    )
+    values    {"data": {"seq_len": 4096}}
+    origins   {"data": "configs/x.py:2", "data.seq_len": "configs/x.py:3"}
+
+Values and origins of one file are a `Layer`; layers stack: base files, the file, the command line. Lines are read from
+the syntax tree: dict(...), {...}, `|`, `**`, names of other dicts, item assignment and `.update(...)` are followed;
+other keys, such as those of a function's result, get the line of the assignment.
 """
 
 from __future__ import annotations
@@ -9,19 +17,23 @@ from __future__ import annotations
 import ast
 import os
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from internlm_lite.config.layer import Layer, dotted
-from internlm_lite.config.lines import written_lines
 from internlm_lite.errors import ConfigError
+
+DELETE = "_delete_"
+"""Key of a dict that replaces the dict below it instead of merging into it."""
+
+KeyPath = tuple[str, ...]
+"""("data", "seq_len")"""
 
 
 @dataclass
-class Source:
+class ConfigFile:
     """One config file as it was run."""
 
     path: Path
@@ -31,7 +43,7 @@ class Source:
     """UPPER_CASE names that the file assigns."""
 
 
-def run_file(path: Path, replacements: Mapping[str, ast.expr]) -> Source:
+def run_file(path: Path, replacements: Mapping[str, ast.expr]) -> ConfigFile:
     """Run the file with the UPPER_CASE assignments in `replacements` replaced.
 
     Raises ConfigError naming file, line and cause when the file cannot be read or fails to run.
@@ -55,11 +67,11 @@ def run_file(path: Path, replacements: Mapping[str, ast.expr]) -> Source:
             at = at[:-1]
         origins[key] = f"{shown}:{lines[at]}" if at else shown
     bases = _bases(path, namespace.get("_base_"), f"{shown}:{lines.get(('_base_',), 1)}")
-    return Source(path, Layer(values, origins), bases, variables)
+    return ConfigFile(path, Layer(values, origins), bases, variables)
 
 
 def is_variable(name: str) -> bool:
-    """UPPER_CASE names are the user's own, lower-case names are keys."""
+    """UPPER_CASE names are the user's variables, lower-case names are keys."""
     return name.isupper()
 
 
@@ -155,3 +167,167 @@ class _Replace(ast.NodeTransformer):
             if name in self.replacements
         ]
         return [node, *again]
+
+
+def written_lines(tree: ast.Module) -> dict[KeyPath, int]:
+    """Line of each variable, section and key, of the last statement that writes it."""
+    visitor = _Writer()
+    visitor.visit(tree)
+    return visitor.lines
+
+
+class _Writer(ast.NodeVisitor):
+    def __init__(self) -> None:
+        self.lines: dict[KeyPath, int] = {}
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        for target in node.targets:
+            self._assign(target, node.value)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self._assign(node.target, node.value)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        path = _path(node.target)
+        if path is not None:
+            self._read(path, node.value)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "update":
+            path = _path(node.func.value)
+            if path is not None:
+                self._read_call(path, node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.Lambda) -> None:
+        """Assignments inside a function or lambda are no keys of the file."""
+
+    visit_Lambda = visit_FunctionDef
+
+    def _assign(self, target: ast.expr, value: ast.expr) -> None:
+        path = _path(target)
+        if path is not None:
+            self._write(path, value, target.lineno)
+
+    def _write(self, path: KeyPath, value: ast.expr, line: int) -> None:
+        inherited = self._below(value) if isinstance(value, ast.Name) else {}
+        self.lines = {known: at for known, at in self.lines.items() if known[: len(path)] != path}
+        self.lines[path] = line
+        self.lines.update({path + inner: at for inner, at in inherited.items()})
+        self._read(path, value)
+
+    def _read(self, path: KeyPath, value: ast.expr) -> None:
+        """Note the keys that the expression `value` writes below `path`."""
+        if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "dict":
+            self._read_call(path, value)
+        elif isinstance(value, ast.Dict):
+            for key, inner in zip(value.keys, value.values, strict=True):
+                if key is None:
+                    self._read(path, inner)
+                elif isinstance(key, ast.Constant) and isinstance(key.value, str):
+                    self._write((*path, key.value), inner, key.lineno)
+        elif isinstance(value, ast.BinOp) and isinstance(value.op, ast.BitOr):
+            self._read(path, value.left)
+            self._read(path, value.right)
+        elif isinstance(value, ast.Name):
+            self.lines.update({path + inner: at for inner, at in self._below(value).items()})
+
+    def _read_call(self, path: KeyPath, call: ast.Call) -> None:
+        for argument in call.args:
+            self._read(path, argument)
+        for keyword in call.keywords:
+            if keyword.arg is None:
+                self._read(path, keyword.value)
+            else:
+                self._write((*path, keyword.arg), keyword.value, keyword.lineno)
+
+    def _below(self, name: ast.Name) -> dict[KeyPath, int]:
+        return {known[1:]: at for known, at in self.lines.items() if known[0] == name.id and len(known) > 1}
+
+
+def _path(target: ast.expr) -> KeyPath | None:
+    """`a["b"]["c"]` -> ("a", "b", "c"); None for anything else than a name and constant keys."""
+    if isinstance(target, ast.Name):
+        return (target.id,)
+    if isinstance(target, ast.Subscript) and isinstance(target.slice, ast.Constant):
+        path = _path(target.value)
+        return None if path is None else (*path, str(target.slice.value))
+    return None
+
+
+@dataclass
+class Layer:
+    """Nested dicts of values, and for each dotted key where it was written."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+
+    def put(self, key: str, value: Any, origin: str) -> None:
+        """Set a dotted key, creating sections on the way. Origins of the old value are removed."""
+        *parents, name = key.split(".")
+        section = self.values
+        for depth, parent in enumerate(parents, 1):
+            if not isinstance(section.get(parent), dict):
+                section[parent] = {}
+            self.origins.setdefault(".".join(parents[:depth]), origin)
+            section = section[parent]
+        self._forget(key)
+        section[name] = value
+        for inner in ("", *(f".{below}" for below in dotted(value))):
+            self.origins[key + inner] = origin
+
+    def get(self, key: str) -> Any:
+        """The value of a dotted key; None when it is not set."""
+        value: Any = self.values
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+    def has(self, key: str) -> bool:
+        parent, _, name = key.rpartition(".")
+        section = self.get(parent) if parent else self.values
+        return isinstance(section, dict) and name in section
+
+    def drop(self, key: str) -> tuple[Any, str]:
+        """Remove a dotted key that is set; its value and origin."""
+        value, origin = self.get(key), self.origin(key)
+        parent, _, name = key.rpartition(".")
+        del (self.get(parent) if parent else self.values)[name]
+        self._forget(key)
+        return value, origin
+
+    def origin(self, key: str) -> str:
+        """Where the key, or the nearest section around it, was written. "" for a section that was never written."""
+        while key and key not in self.origins:
+            key = key.rpartition(".")[0]
+        return self.origins.get(key, "")
+
+    def cover(self, upper: Layer) -> None:
+        """Lay `upper` over this layer: dicts merge key by key, everything else is replaced."""
+        self._merge(self.values, upper.values, "", upper)
+
+    def _merge(self, below: dict[str, Any], above: dict[str, Any], prefix: str, upper: Layer) -> None:
+        for name, value in above.items():
+            if name == DELETE:
+                continue
+            key = prefix + str(name)
+            merging = isinstance(value, dict) and isinstance(below.get(name), dict) and not value.get(DELETE)
+            if not merging:
+                self._forget(key)
+                below[name] = {} if isinstance(value, dict) else value
+            if key in upper.origins:
+                self.origins[key] = upper.origins[key]
+            if isinstance(value, dict):
+                self._merge(below[name], value, f"{key}.", upper)
+
+    def _forget(self, key: str) -> None:
+        for known in [known for known in self.origins if known == key or known.startswith(f"{key}.")]:
+            del self.origins[known]
+
+
+def dotted(value: Any, prefix: str = "") -> Iterator[str]:
+    """All dotted keys inside nested dicts, sections included; nothing for a plain value."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield f"{prefix}{name}"
+            yield from dotted(inner, f"{prefix}{name}.")

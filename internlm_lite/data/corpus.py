@@ -1,12 +1,12 @@
-"""Real text that every machine with our environment holds, as folders of JSON lines: what `make demo` trains on.
+"""Real text that every machine with our environment has, as folders of JSON lines; `make demo` trains on it.
 
     code   sources of the Python standard library        docs   docstrings, READMEs and documentation texts
     cpp    the C++ headers that come with torch          legal  licences and copyright notices
 
     target/train/<folder>/text.jsonl, target/valid/<folder>/text.jsonl      one {"source", "text"} a line
 
-Which documents are taken, their order and which are held out are pure functions of their names (crc32), so the same
-machine always builds the same corpus.
+The selection of documents, their order and the split are pure functions of their names (crc32), so a machine always
+builds the same corpus.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from internlm_lite.errors import DataError
 from internlm_lite.units import human_bytes
 
 HELD_OUT = 40
-"""One document in this many goes to validation."""
+"""One of this many documents goes to validation."""
 SHORTEST_CHARACTERS, LONGEST_CHARACTERS = 200, 200_000
-"""Shorter documents say little; longer ones are tables and generated code."""
+"""Shorter documents have little content; longer ones are tables and generated code."""
 SKIPPED_DIRECTORIES = frozenset({"site-packages", "dist-packages", "test", "tests", "testing", "__pycache__", "ops"})
 """`ops`: the thousands of generated headers of torch/include/ATen/ops."""
 LISTINGS = frozenset(
@@ -36,7 +36,7 @@ LISTINGS = frozenset(
 )
 
 Sourced = tuple[str, str]
-"""(source, text): a name that is the same on every machine that has the file, and what it says."""
+"""(source, text): a name that is equal on all machines that have the file, and the content."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def build_corpus(
     needed_folders: int = 3,
     needed_bytes: int = 10_000_000,
 ) -> dict[str, FolderSize]:
-    """Write at most about `folder_bytes` of text per folder below `target`; a folder without text is left out.
+    """Write at most about `folder_bytes` of text per folder below `target`; folders without text are skipped.
 
     Raises DataError when fewer than `needed_folders` folders or `needed_bytes` bytes were found.
     """
@@ -128,7 +128,7 @@ def _write_folder(target: Path, name: str, documents: Iterable[Sourced], limit_b
 
 
 def _files(root: Path, prefix: str, wanted: Callable[[str], bool]) -> list[tuple[str, Path]]:
-    """(source, path) of the wanted files below `root`, shuffled by name so that any first part is a fair sample."""
+    """(source, path) of the wanted files below `root`, shuffled by name so that a prefix is a fair sample."""
     found = []
     for directory, children, names in os.walk(root):
         children[:] = [child for child in children if child not in SKIPPED_DIRECTORIES]

@@ -1,11 +1,11 @@
-"""What every kind of tokenised file offers the packer, and the facts our tokenizer notes beside a file.
+"""The interface of tokenised files, and the metadata that our tokenizer writes beside them.
 
     name.bin, name.idx         native, the indexed format of Megatron-LM (megatron.py)
     name.bin, name.bin.meta    InternLM's JSON lines (internlm.py)
     name.meta.json             Metadata, optional, beside either
 
-A negative token is a prompt token: its id is the absolute value, and nothing is learnt from it as a label. Id 0 has no
-negative, so as a label it is learnt in a prompt, too: `<unk>` as a rule, which a tokenizer of ours never gives.
+A negative token is a prompt token: its id is the absolute value, and it is never a label. Id 0 has no negative, so it
+is a label in a prompt too; it is usually `<unk>`, which our tokenizers never produce.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Documents(Protocol):
 
     @property
     def path(self) -> Path:
-        """The file that messages name."""
+        """The file, for messages."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -57,7 +57,7 @@ class Documents(Protocol):
         """[stop - start] of any integer dtype: tokens start..stop of a document, 0 <= start <= stop <= its length."""
 
     def digest(self) -> str:
-        """Changes when documents come, go, or change length."""
+        """Changes when documents are added, removed, or change length."""
 
 
 def metadata_path(bin_path: Path) -> Path:
@@ -66,7 +66,7 @@ def metadata_path(bin_path: Path) -> Path:
 
 
 def read_metadata(bin_path: Path) -> Metadata | None:
-    """The metadata of a tokenised file, None where there is none. Raises DataError when it cannot be understood."""
+    """The metadata of a tokenised file; None: there is none. Raises DataError when it cannot be parsed."""
     path = metadata_path(bin_path)
     try:
         return Metadata(**json.loads(path.read_text(encoding="utf-8")))
@@ -84,7 +84,7 @@ def map_tokens(path: Path) -> mmap.mmap:
     """A read-only map of a file whose documents are read in shuffled order."""
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_RANDOM"):  # else each first touch reads ahead: measured 19 ms instead of 0.02 ms
+    if hasattr(mmap, "MADV_RANDOM"):  # without it each first access reads ahead: measured 19 ms instead of 0.02 ms
         mapped.madvise(mmap.MADV_RANDOM)
     return mapped
 

@@ -1,8 +1,8 @@
-"""The built-in data set of a million documents, in closed form: nothing is read and no token is stored.
+"""The built-in data set of a million documents, in closed form, without files or stored tokens.
 
     document i = [n, rep] + range(n) * rep, cut to seq_len      n, rep of RandomState(1999): 1..29 and 10..199
 
-It is the data set that InternLM's demo logs were printed from. There label id 0 is ignored, never in real data.
+InternLM's demo logs were made with it. Label id 0 is ignored here, but not in real data.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     IN/code/**/*.py  ->  OUT/code/{code.bin, code.idx, code.meta.json}       document = bos + text + eos
 
-A folder is written to OUT/.code.partial and renamed when it is whole: an interrupted run leaves no half folder. What it
-replaces is OUT/.code.replaced for a moment, and comes back if that is when the run is interrupted.
+A folder is written to OUT/.code.partial and renamed when it is complete, so that an interrupted run leaves no partial
+folder. The folder it replaces is OUT/.code.replaced for a moment; an interrupted run is undone from it.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ import numpy as np
 
 from internlm_lite.data.documents import Metadata, metadata_path
 from internlm_lite.data.megatron import smallest_dtype, writing
-from internlm_lite.data.text import Document, TextFile, find_text, read_documents
+from internlm_lite.data.text import TextDocument, TextFile, find_text, read_documents
 from internlm_lite.data.tokenizer import Tokenizer
 from internlm_lite.errors import DataError, StorageError
 
 BATCH_CHARACTERS = 1 << 18
-"""Text sent to a worker at once."""
+"""Text per task of a worker."""
 
 Encoded = tuple[np.ndarray, np.ndarray, int]
 """Token ids int32 of several documents back to back, their lengths int64, and the bytes of their text."""
 
 
-def encode_documents(tokenizer_path: Path, documents: Sequence[Document]) -> Encoded:
-    """Tokenise documents. Prompts, with the token that opens them, become negative ids, see documents.py."""
+def encode_documents(tokenizer_path: Path, documents: Sequence[TextDocument]) -> Encoded:
+    """Tokenise documents. Prompts, including bos, become negative ids, see documents.py."""
     tokenizer = _tokenizer(tokenizer_path)
     bos = [] if tokenizer.bos is None else [tokenizer.bos]
     eos = [] if tokenizer.eos is None else [tokenizer.eos]
@@ -67,12 +67,12 @@ def encode_folder(
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda n_bytes: None,
 ) -> Metadata:
-    """Tokenise all text below `source` into the data folder `target`; `progress` is told bytes of text done.
+    """Tokenise all text below `source` into the data folder `target`; `progress` gets the bytes of text done.
 
     Raises DataError on unreadable input, or when `target` exists without `overwrite`; StorageError when writing fails.
     """
     partial, replaced = (target.with_name(f".{target.name}.{state}") for state in ("partial", "replaced"))
-    _put_back(replaced, target)  # of a killed run, as what is removed below
+    _restore(replaced, target)  # left by a killed run, as are the folders removed below
     if target.exists() and not overwrite:
         raise DataError(f"{target} exists already; choose another output folder, or replace it with --overwrite")
     files = find_text(source, text_key)
@@ -87,14 +87,14 @@ def encode_folder(
     except OSError as error:
         raise StorageError(f"{target} could not be made ({error}); free space or choose another --output") from error
     finally:
-        _put_back(replaced, target)
+        _restore(replaced, target)
         for left in (partial, replaced):
             shutil.rmtree(left, ignore_errors=True)
     return metadata
 
 
-def _put_back(replaced: Path, target: Path) -> None:
-    """The old tokens, where no new ones took their place."""
+def _restore(replaced: Path, target: Path) -> None:
+    """Restore the old tokens if there are no new ones."""
     if replaced.exists() and not target.exists():
         replaced.rename(target)
 
@@ -132,7 +132,7 @@ def _write(
     return metadata
 
 
-def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _batched(documents: Iterable[TextDocument]) -> Iterator[list[TextDocument]]:
     batch, size = [], 0
     for document in documents:
         batch.append(document)
@@ -144,7 +144,7 @@ def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _encoded(tokenizer_path: Path, batches: Iterator[list[Document]], workers: int) -> Iterator[Encoded]:
+def _encoded(tokenizer_path: Path, batches: Iterator[list[TextDocument]], workers: int) -> Iterator[Encoded]:
     """The batches tokenised, in order, at most two per worker in flight."""
     if workers == 1:
         yield from (encode_documents(tokenizer_path, batch) for batch in batches)

@@ -1,4 +1,4 @@
-"""InternLM's tokenised data: one JSON object a line, and where each line begins.
+"""InternLM's tokenised data: one JSON object a line, and the offset of each line.
 
     name.bin        {"tokens": [5, -7, 12]}\\n ...     other keys are ignored
     name.bin.meta   numpy array int [documents, 2]: (byte offset of the line, number of tokens)
@@ -18,7 +18,7 @@ from internlm_lite.data.documents import file_digest, map_tokens, read_metadata
 from internlm_lite.errors import DataError
 
 CACHED_DOCUMENTS = 64
-"""Decoded documents kept: a document longer than a row is read once for each row it reaches into."""
+"""Decoded documents in the cache: a document longer than a row is read once for each of its rows."""
 REPAIR = "tokenise the folder again, or copy both files again"
 
 

@@ -1,8 +1,8 @@
-"""Opens the data of a run and makes batches of them, one ahead of the consumer in a thread.
+"""Opens the data of a run and makes batches of them, with one batch of prefetch in a thread.
 
-    position --order--> row numbers --this rank's share--> places in folders --mix--> packed rows --> Batch
+    position --order--> row numbers --this rank's share--> rows of folders --mix--> packed rows --> Batch
 
-Everything is a pure function of the position: `TrainingData.build(position)` gives any batch at any time.
+Everything is a pure function of the position: `TrainingData.build(position)` makes any batch.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ import torch
 from internlm_lite.batch import IGNORE, Batch, BatchStats, Position
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
 from internlm_lite.config.schema import DataConfig
+from internlm_lite.data.folders import Folder, dummy_folder, find_folders
 from internlm_lite.data.mix import Mix, build_mix
 from internlm_lite.data.order import BatchOrder
-from internlm_lite.data.pack import PackedFolder
-from internlm_lite.data.source import Folder, dummy_folder, find_folders
+from internlm_lite.data.pack import PackedFolder, Packing
 from internlm_lite.data.vocabulary import check_vocabulary
 from internlm_lite.errors import DataError
 
 logger = logging.getLogger("internlm_lite")
 T = TypeVar("T")
 _LAST_ITEM_SECONDS = 2.0
-"""A batch takes milliseconds, or hangs in its storage."""
+"""A batch takes milliseconds, unless its storage blocks."""
 
 
 @dataclass(frozen=True)
@@ -56,28 +56,28 @@ class TrainingData:
         """Tokens of all documents that are long enough, once."""
         return sum(folder.tokens for folder in self.packed)
 
-    def build(self, position: Position, pin: bool = False) -> Batch:
+    def build(self, position: Position, *, pin: bool = False) -> Batch:
         """The next batch to train on at `position`. Raises DataError on damaged data or ids outside the vocabulary."""
         rows, after = self.order.take(position)
-        places = self.mix.places(self.order.share(rows, self.dp_rank))
-        return assemble(self.packed, places, after, pin)
+        rows_of_folders = self.mix.rows_of_folders(self.order.share(rows, self.dp_rank))
+        return assemble(self.packed, rows_of_folders, after, pin=pin)
 
-    def batches(self, position: Position, pin: bool = False) -> Generator[Batch, None, None]:
-        """Endless. `pin`: in page-locked memory. Close it (or drop it) to join its thread."""
+    def batches(self, position: Position, *, pin: bool = False) -> Generator[Batch, None, None]:
+        """Endless. `pin`: in page-locked memory. Close or delete it to join its thread."""
 
         def endless() -> Iterator[Batch]:
             at = position
             while True:
-                batch = self.build(at, pin)
+                batch = self.build(at, pin=pin)
                 at = batch.after
                 yield batch
 
-        return one_ahead(endless())
+        return prefetch(endless())
 
 
 @dataclass(frozen=True)
 class ValidationData:
-    """Folder by folder its first rows, always the same; every dp rank gets the same number of batches."""
+    """The first rows of each folder, always the same; every dp rank gets the same number of batches."""
 
     packed: tuple[PackedFolder, ...]
     micro_num: int
@@ -90,37 +90,32 @@ class ValidationData:
     def folders(self) -> tuple[str, ...]:
         return tuple(folder.name for folder in self.packed)
 
-    def batches(self, pin: bool = False) -> Generator[Batch, None, None]:
+    def batches(self, *, pin: bool = False) -> Generator[Batch, None, None]:
         """Finite. Rows beyond a folder's last are padding: token 0 with label IGNORE."""
-        return one_ahead(chain.from_iterable(self._of_folder(index, pin) for index in range(len(self.packed))))
+        return prefetch(chain.from_iterable(self._of_folder(index, pin=pin) for index in range(len(self.packed))))
 
-    def _of_folder(self, index: int, pin: bool) -> Iterator[Batch]:
+    def _of_folder(self, index: int, *, pin: bool) -> Iterator[Batch]:
         per_batch = self.micro_num * self.dp_size
         rows = min(self.packed[index].rows, self.max_batches * per_batch)
         for start in range(0, rows, per_batch):
             mine = range(start, start + per_batch)[self.dp_rank :: self.dp_size]
-            yield assemble(self.packed, [(index, row) for row in mine], Position(), pin)
+            yield assemble(self.packed, [(index, row) for row in mine], Position(), pin=pin)
 
 
 def open_training_data(config: DataConfig, vocab_size: int, dp_rank: int, dp_size: int, seed: int) -> TrainingData:
-    """The training data of dp rank `dp_rank`; only rank 0 logs. Raises DataError naming the file and what to do."""
+    """The training data of dp rank `dp_rank`; only rank 0 logs. Raises DataError."""
     found = _folders(config.train_folder, "train_folder", config, vocab_size)
     packed = [_pack(config, folder, vocab_size, seed) for folder in found]
-    used = _usable(packed, "train_folder", config, dp_rank == 0)
-    mix = build_mix(
-        [folder.name for folder in used],
-        [folder.rows for folder in used],
-        config.weights,
-        seed,
-        config.micro_num * dp_size,
-    )
+    used = _usable(packed, "train_folder", config, log=dp_rank == 0)
+    rows = {folder.name: folder.rows for folder in used}
+    mix = build_mix(rows, config.weights, seed, config.micro_num * dp_size)
     skip = parse_skip_batches(config.skip_batches)
     order = BatchOrder(config.micro_num, dp_size, tuple(skip), parse_rampup(config.rampup_batch_size))
     return TrainingData(tuple(used), mix, order, dp_rank, _fingerprint(config, found, packed, seed))
 
 
 def open_validation_data(config: DataConfig, vocab_size: int, dp_rank: int, dp_size: int, seed: int) -> ValidationData:
-    """The validation data of dp rank `dp_rank`; `seed` chooses the documents where valid_batches does not reach all."""
+    """The validation data of dp rank `dp_rank`; `seed` selects documents if valid_batches does not cover all."""
     if config.train_folder is not None and config.valid_folder is None and dp_rank == 0:
         logger.warning(
             "data.valid_every=%d with data.valid_folder=None: validation runs on the built-in dummy set, which says "
@@ -129,7 +124,7 @@ def open_validation_data(config: DataConfig, vocab_size: int, dp_rank: int, dp_s
         )
     found = _folders(config.valid_folder, "valid_folder", config, vocab_size)
     packed = [_pack(config, folder, vocab_size, seed, keep_tail=True) for folder in found]
-    used = _usable(packed, "valid_folder", config, dp_rank == 0)
+    used = _usable(packed, "valid_folder", config, log=dp_rank == 0)
     return ValidationData(
         tuple(used), config.valid_micro_num or config.micro_num, dp_rank, dp_size, max_batches=config.valid_batches
     )
@@ -141,9 +136,8 @@ def _folders(root: str | None, key: str, config: DataConfig, vocab_size: int) ->
     return folders
 
 
-def _pack(config: DataConfig, folder: Folder, vocab_size: int, seed: int, keep_tail: bool = False) -> PackedFolder:
-    return PackedFolder(
-        folder,
+def _pack(config: DataConfig, folder: Folder, vocab_size: int, seed: int, *, keep_tail: bool = False) -> PackedFolder:
+    packing = Packing(
         row_tokens=config.micro_bsz * config.seq_len,
         seq_len=config.seq_len,
         vocab_size=vocab_size,
@@ -152,23 +146,23 @@ def _pack(config: DataConfig, folder: Folder, vocab_size: int, seed: int, keep_t
         one_sample=config.pack_sample_into_one,
         keep_tail=keep_tail,
     )
+    return PackedFolder(folder, packing)
 
 
-def _usable(packed: Sequence[PackedFolder], key: str, config: DataConfig, log: bool) -> list[PackedFolder]:
-    """Folders with at least one row; the others, and how many documents are left out, are named once."""
+def _usable(packed: Sequence[PackedFolder], key: str, config: DataConfig, *, log: bool) -> list[PackedFolder]:
+    """Folders with at least one row. Logs the others, and how many documents are dropped."""
     for folder in packed if log else ():
         if folder.rows == 0:
-            logger.warning(
+            text = (
                 "data folder %s is not used: its %d documents of at least min_length = %d tokens hold %d tokens, "
-                "and a row takes %d",
-                folder.name, folder.documents, config.min_length, folder.tokens, config.micro_bsz * config.seq_len,
-            )  # fmt: skip
-        elif folder.left_out:
-            logger.warning(
-                "data.%s: %s: %d of %d documents are %s and left out", key, folder.name, folder.left_out,
-                folder.left_out + folder.documents,
-                f"shorter than data.min_length={config.min_length}" if config.min_length > 1 else "empty",
-            )  # fmt: skip
+                "and a row takes %d"
+            )
+            logger.warning(text, folder.name, folder.documents, config.min_length, folder.tokens, folder.row_tokens)
+        elif folder.dropped:
+            why = f"shorter than data.min_length={config.min_length}" if config.min_length > 1 else "empty"
+            all_documents = folder.dropped + folder.documents
+            text = "data.%s: %s: %d of %d documents are %s and left out"
+            logger.warning(text, key, folder.name, folder.dropped, all_documents, why)
     used = [folder for folder in packed if folder.rows > 0]
     if not used:
         raise DataError(
@@ -194,38 +188,38 @@ def _fingerprint(config: DataConfig, folders: Sequence[Folder], packed: Sequence
 
 
 def assemble(
-    packed: Sequence[PackedFolder], places: Sequence[tuple[int, int]], after: Position, pin: bool = False
+    packed: Sequence[PackedFolder], rows: Sequence[tuple[int, int]], after: Position, *, pin: bool = False
 ) -> Batch:
-    """The rows at `places`, (folder, row) each, as one batch of len(places) micro-batches."""
-    shape = (len(places), packed[0].row_tokens)
+    """`rows`, (folder, row of the folder) each, as one batch of len(rows) micro-batches."""
+    shape = (len(rows), packed[0].row_tokens)
     empty = partial(torch.empty, shape, pin_memory=pin)
     tokens, labels, positions = (empty(dtype=torch.int64) for _ in range(3))
     folders = empty(dtype=torch.int32)
-    borders = []
-    for i, (folder, row) in enumerate(places):
-        borders.append(packed[folder].fill(row, tokens[i].numpy(), labels[i].numpy(), positions[i].numpy()))
+    boundaries = []
+    for i, (folder, row) in enumerate(rows):
+        boundaries.append(packed[folder].fill(row, tokens[i].numpy(), labels[i].numpy(), positions[i].numpy()))
         folders[i] = folder
-    pieces = np.array([len(border) - 1 for border in borders])
-    padded = torch.full((len(places), int(pieces.max()) + 1), shape[1], dtype=torch.int32, pin_memory=pin)
-    for i, border in enumerate(borders):
-        padded[i, : len(border)] = torch.from_numpy(border)
-    longest = max(int(np.diff(border).max()) for border in borders)
+    segments = np.array([len(of_row) - 1 for of_row in boundaries])
+    padded = torch.full((len(rows), int(segments.max()) + 1), shape[1], dtype=torch.int32, pin_memory=pin)
+    for i, of_row in enumerate(boundaries):
+        padded[i, : len(of_row)] = torch.from_numpy(of_row)
+    longest = max(int(np.diff(of_row).max()) for of_row in boundaries)
     stats = BatchStats(
-        num_samples=int(pieces.sum()),
+        num_samples=int(segments.sum()),
         largest_length=longest,
-        largest_batch=int(pieces.max()),
-        smallest_batch=int(pieces.min()),
+        largest_batch=int(segments.max()),
+        smallest_batch=int(segments.min()),
         num_tokens=tokens.numel(),
         num_labels=int(np.count_nonzero(labels.numpy() != IGNORE)),
     )
-    hosts = tuple(tuple(border.tolist()) for border in borders)
+    hosts = tuple(tuple(of_row.tolist()) for of_row in boundaries)
     return Batch(tokens, labels, positions, folders, padded, hosts, longest, after, stats)
 
 
-def one_ahead(items: Iterator[T]) -> Generator[T, None, None]:
-    """The same items, the next one computed in a thread meanwhile. Its errors surface here.
+def prefetch(items: Iterator[T]) -> Generator[T, None, None]:
+    """The same items, each computed in a thread while the consumer uses the one before. Errors are raised here.
 
-    In the end the thread is joined, unless it takes long over an item that nobody wants any more.
+    At the end the thread is joined, unless it is blocked in an item that is no longer needed.
     """
     worker = ThreadPoolExecutor(1, thread_name_prefix="data")
     ahead = worker.submit(next, items, None)

@@ -1,10 +1,10 @@
 """Native tokenised data: Megatron-LM's indexed format, `MMapIndexedDataset`, read through a memory map.
 
     name.bin   the tokens of all sequences, back to back
-    name.idx   magic 9s | version u64 | dtype code u8 | sequences u64 | document borders u64
-               | sizes int32 [sequences] | byte pointers int64 [sequences] | document borders int64 [documents + 1]
+    name.idx   magic 9s | version u64 | dtype code u8 | sequences u64 | document boundaries u64
+               | sizes int32 [sequences] | byte pointers int64 [sequences] | document boundaries int64 [documents + 1]
 
-A document is the range of sequences between two borders (megatron/core/datasets/indexed_dataset.py).
+A document is the range of sequences between two boundaries (megatron/core/datasets/indexed_dataset.py).
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class MegatronDocuments:
         self.path = bin_path
         self.index_path = bin_path.with_suffix(".idx")
         self.metadata = read_metadata(bin_path)
-        dtype, sizes, pointers, borders = _read_index(self.index_path)
+        dtype, sizes, pointers, boundaries = _read_index(self.index_path)
         _check_bin(self.path, self.index_path, dtype, sizes, pointers)
         cumulated = np.zeros(len(sizes) + 1, dtype=np.int64)
         np.cumsum(sizes, out=cumulated[1:])
-        self.lengths = np.diff(cumulated[borders])
-        self._starts = cumulated[borders[:-1]]
+        self.lengths = np.diff(cumulated[boundaries])
+        self._starts = cumulated[boundaries[:-1]]
         self._flat = np.frombuffer(map_tokens(self.path), dtype=dtype)
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
@@ -64,13 +64,13 @@ class MegatronDocuments:
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
-    """dtype of a token, sizes int32 [sequences], byte pointers int64 [sequences], borders int64 [documents + 1]."""
+    """dtype of a token, sizes int32 [sequences], byte pointers int64 [sequences], boundaries int64 [documents + 1]."""
     n_bytes = path.stat().st_size
     if n_bytes < HEADER.size:
         raise DataError(f"{path}: found {n_bytes} bytes, expected a header of {HEADER.size}; {REPAIR}")
     with path.open("rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    magic, version, code, sequences, n_borders = HEADER.unpack_from(content)
+    magic, version, code, sequences, n_boundaries = HEADER.unpack_from(content)
     if magic != MAGIC or version != 1:
         raise DataError(
             f"{path}: found magic {magic!r} version {version}, expected {MAGIC!r} version 1: this is no index "
@@ -78,22 +78,27 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
         )
     if code not in DTYPES or np.dtype(DTYPES[code]).kind == "f":
         raise DataError(f"{path}: found dtype code {code}, expected one of integers: 1, 2, 3, 4, 5, 8; {REPAIR}")
-    expected = HEADER.size + 12 * sequences + 8 * n_borders
+    expected = HEADER.size + 12 * sequences + 8 * n_boundaries
     if n_bytes != expected:
         raise DataError(
-            f"{path}: found {n_bytes} bytes, expected {expected} for {sequences} sequences and {n_borders} document "
-            f"borders: the index is damaged; {REPAIR}"
+            f"{path}: found {n_bytes} bytes, expected {expected} for {sequences} sequences and {n_boundaries} document "
+            f"boundaries: the index is damaged; {REPAIR}"
         )
     sizes = np.frombuffer(content, np.int32, sequences, HEADER.size)
     pointers = np.frombuffer(content, np.int64, sequences, HEADER.size + 4 * sequences)
-    borders = np.frombuffer(content, np.int64, n_borders, HEADER.size + 12 * sequences)
-    if n_borders < 1 or borders[0] != 0 or borders[-1] != sequences or np.any(borders[1:] < borders[:-1]):
-        raise DataError(f"{path}: document borders do not run from 0 to {sequences}: the index is damaged; {REPAIR}")
-    return np.dtype(DTYPES[code]), sizes, pointers, borders
+    boundaries = np.frombuffer(content, np.int64, n_boundaries, HEADER.size + 12 * sequences)
+    if (
+        n_boundaries < 1
+        or boundaries[0] != 0
+        or boundaries[-1] != sequences
+        or np.any(boundaries[1:] < boundaries[:-1])
+    ):
+        raise DataError(f"{path}: document boundaries do not run from 0 to {sequences}: the index is damaged; {REPAIR}")
+    return np.dtype(DTYPES[code]), sizes, pointers, boundaries
 
 
 def _check_bin(bin_path: Path, index_path: Path, dtype: np.dtype, sizes: np.ndarray, pointers: np.ndarray) -> None:
-    """The index covers the .bin exactly: sequence after sequence, from its first byte to its last."""
+    """Check that the sequences of the index are adjacent and cover the whole .bin."""
     n_bytes = bin_path.stat().st_size
     if n_bytes == 0 or len(sizes) == 0:
         raise DataError(f"{bin_path}: found {n_bytes} bytes and {len(sizes)} sequences, expected some; {REPAIR}")
@@ -113,15 +118,15 @@ def _check_bin(bin_path: Path, index_path: Path, dtype: np.dtype, sizes: np.ndar
         )
 
 
-def smallest_dtype(vocab_size: int, signed: bool) -> np.dtype:
-    """The narrowest dtype for ids below `vocab_size`; `signed` where prompt tokens are stored negative."""
+def smallest_dtype(vocab_size: int, *, signed: bool) -> np.dtype:
+    """The narrowest dtype for ids below `vocab_size`; `signed`: prompt tokens are stored negative."""
     if signed:
         return np.dtype(np.int16 if vocab_size <= 1 << 15 else np.int32)
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
 
 
 class MegatronWriter:
-    """Writes documents one after another; only `close` puts the two files in place. Use it through `writing`."""
+    """Writes documents one after another; `close` moves the two files into place. Use it through `writing`."""
 
     def __init__(self, bin_path: Path, dtype: np.dtype) -> None:
         self._bin_path, self._index_path = bin_path, bin_path.with_suffix(".idx")
@@ -146,7 +151,7 @@ class MegatronWriter:
         self._sizes.append(lengths.astype(np.int32))
 
     def close(self) -> None:
-        """Sync and rename. An old pair is replaced index first, so that no index ever meets another file's tokens."""
+        """Sync and rename. Of an old pair the index is removed first, so that it never describes other tokens."""
         sizes = np.concatenate([np.zeros(0, np.int32), *self._sizes])
         pointers = np.zeros(len(sizes), np.int64)
         np.cumsum(sizes[:-1], out=pointers[1:])

@@ -1,10 +1,10 @@
 """One endless sequence of rows out of several folders: row number -> (folder, row of the folder), in closed form.
 
 EpochMix      all rows of all folders once per epoch, shuffled together
-WeightedMix   folder shares as asked; each folder is shuffled on its own and wraps into its own next epoch
+WeightedMix   folder shares by weight; each folder is shuffled separately and has its own epochs
 
 weighted, blocks of B rows:  folder f has had  taken_f(k) = round(k B W_f) - round(k B W_f-1)  rows before block k,
-                             W the cumulated weights: always whole, summing to k B, within one row of the share
+                             W the cumulated weights: whole numbers that sum to k B, within one row of the share
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from internlm_lite.data.order import shuffled
 from internlm_lite.errors import DataError
 
 BLOCK_ROWS = 1024
-"""Rows of a weighted block, at least; folders are mixed evenly at this scale."""
+"""Fewest rows of a weighted block; folder shares hold within each block."""
 
 
 class Mix(Protocol):
     """An endless sequence of rows."""
 
-    def places(self, rows: range) -> list[tuple[int, int]]:
+    def rows_of_folders(self, rows: range) -> list[tuple[int, int]]:
         """(folder, row of the folder) for each row number."""
 
 
@@ -41,7 +41,7 @@ class EpochMix:
         self._starts = np.cumsum([0, *counts])
         self._order = lru_cache(2)(lambda epoch: shuffled(total, seed, epoch))
 
-    def places(self, rows: range) -> list[tuple[int, int]]:
+    def rows_of_folders(self, rows: range) -> list[tuple[int, int]]:
         ids = np.array([self._order(row // self._length)[row % self._length] for row in rows])
         folders = np.searchsorted(self._starts, ids, side="right") - 1
         return list(zip(folders.tolist(), (ids - self._starts[folders]).tolist(), strict=True))
@@ -53,14 +53,16 @@ class WeightedMix:
     def __init__(self, counts: Sequence[int], weights: Sequence[float], seed: int) -> None:
         """counts: rows of each folder, all > 0. weights: all > 0, in any unit."""
         self._counts, self._seed = counts, seed
-        self._block_rows = max(BLOCK_ROWS, 2 * int(sum(weights) / min(weights)))  # else rounding may take rows back
+        self._block_rows = max(
+            BLOCK_ROWS, 2 * int(sum(weights) / min(weights))
+        )  # fewer rows: rounding could make counts negative
         cumulated = list(accumulate(weights))
-        # Fixed point: exact integer arithmetic, the same on every machine however long the run.
+        # Fixed point: exact integer arithmetic, equal on all machines at any row number.
         self._bounds = [0, *(round(bound / cumulated[-1] * 2**40) for bound in cumulated)]
         self._block = lru_cache(2)(self._draw_block)
         self._order = lru_cache(2 * len(counts))(lambda folder, epoch: shuffled(counts[folder], seed, epoch))
 
-    def places(self, rows: range) -> list[tuple[int, int]]:
+    def rows_of_folders(self, rows: range) -> list[tuple[int, int]]:
         found = []
         for row in rows:
             folders, nth = self._block(row // self._block_rows)
@@ -85,13 +87,12 @@ class WeightedMix:
         return folders, nth
 
 
-def build_mix(
-    names: Sequence[str], counts: Sequence[int], weights: Mapping[str, float] | None, seed: int, batch_rows: int
-) -> Mix:
-    """The row sequence of folders `names` with `counts` rows each.
+def build_mix(rows: Mapping[str, int], weights: Mapping[str, float] | None, seed: int, batch_rows: int) -> Mix:
+    """The row sequence of folders, given by name and number of rows.
 
-    Raises DataError when the folders hold less than one global batch, or `weights` (data.weights) names others.
+    Raises DataError when the folders hold less than one global batch, or `weights` (data.weights) names other folders.
     """
+    names, counts = list(rows), list(rows.values())
     if sum(counts) < batch_rows:
         raise DataError(
             f"the training data fill {sum(counts)} rows of micro_bsz * seq_len tokens, expected at least {batch_rows} "

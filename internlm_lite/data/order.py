@@ -1,9 +1,9 @@
-"""Which rows make up which batch: pure functions of the position, so that resuming needs nothing stored.
+"""Which rows make up which batch: pure functions of the position, so that a resume needs no stored order.
 
     row sequence   r0 r1 r2 r3 | r4 r5 r6 r7 | ...       a global batch is the next micro_num * dp rows
-    dp rank 0 of 2 r0    r2    | r4    r6    | ...       every dp-th of them, micro-batch by micro-batch
+    dp rank 0 of 2 r0    r2    | r4    r6    | ...       every dp-th row, one per micro-batch
 
-The cut into global batches depends on the product micro_num * dp only: the same product, the same batches.
+Global batches depend only on the product micro_num * dp.
 """
 
 from __future__ import annotations

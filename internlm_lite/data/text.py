@@ -1,6 +1,6 @@
 """Documents of raw text below a folder, for the tokenizer.
 
-.jsonl     one document a line: {"text": ...}, or {"prompt": ..., "response": ...} to learn the response only
+.jsonl     one document a line: {"text": ...}, or {"prompt": ..., "response": ...} to train on the response only
 .parquet   one document a row (needs pyarrow)
 .txt .md .py ...   one document a file
 """
@@ -25,8 +25,8 @@ TEXT_SUFFIXES = frozenset(
 
 
 @dataclass(frozen=True)
-class Document:
-    """A text to learn, after a prompt to read only."""
+class TextDocument:
+    """A text to train on, after a prompt that is only context."""
 
     text: str
     prompt: str = ""
@@ -51,7 +51,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def find_text(folder: Path, text_key: str) -> list[TextFile]:
-    """All files with text below `folder`, by path; hidden ones are passed over.
+    """All files with text below `folder`, by path; hidden ones are skipped.
 
     Raises DataError when the folder is missing or holds none, or a file cannot be read.
     """
@@ -73,8 +73,8 @@ def find_text(folder: Path, text_key: str) -> list[TextFile]:
     return found
 
 
-def read_documents(file: TextFile, text_key: str) -> Iterator[Document]:
-    """The documents of a file in order, empty ones left out. Raises DataError naming the line that cannot be read."""
+def read_documents(file: TextFile, text_key: str) -> Iterator[TextDocument]:
+    """The documents of a file in order, without empty ones. Raises DataError naming the line that cannot be read."""
     suffix = file.path.suffix.lower()
     with readable(file.path):
         if suffix == ".jsonl":
@@ -82,12 +82,12 @@ def read_documents(file: TextFile, text_key: str) -> Iterator[Document]:
         elif suffix == ".parquet":
             documents = _read_parquet(file.path, text_key)
         else:
-            documents = iter([Document(file.path.read_text(encoding="utf-8", errors="replace"))])
+            documents = iter([TextDocument(file.path.read_text(encoding="utf-8", errors="replace"))])
         yield from (document for document in documents if document.text)
 
 
 def sample_text(folders: Sequence[Path], text_key: str, max_bytes: int) -> Iterator[str]:
-    """About max_bytes of text to train a tokenizer on, as much of each folder, chosen by a hash of each document."""
+    """About max_bytes of text to train a tokenizer on, equal parts of each folder, selected by a document's hash."""
     for folder in folders:
         files = find_text(folder, text_key)
         kept = max_bytes / len(folders) / max(1, sum(file.n_bytes for file in files))
@@ -99,7 +99,7 @@ def sample_text(folders: Sequence[Path], text_key: str, max_bytes: int) -> Itera
 
 
 def _has_prompts(path: Path, text_key: str) -> bool:
-    """Does the first line hold a prompt and a response rather than a text?"""
+    """Whether the first line has a prompt and a response instead of a text."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         first = next((line for line in lines if line.strip()), None)
     if first is None:
@@ -108,7 +108,7 @@ def _has_prompts(path: Path, text_key: str) -> bool:
     return text_key not in record and "prompt" in record and "response" in record
 
 
-def _read_jsonl(file: TextFile, text_key: str) -> Iterator[Document]:
+def _read_jsonl(file: TextFile, text_key: str) -> Iterator[TextDocument]:
     keys = ("prompt", "response") if file.has_prompts else (text_key,)
     with file.path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
@@ -122,7 +122,7 @@ def _read_jsonl(file: TextFile, text_key: str) -> Iterator[Document]:
                     f"{file.path}:{number}: found keys {', '.join(record) or 'none'}, expected text under "
                     f"{' and '.join(map(repr, keys))}{like}; correct the file, or name the key with --text-key"
                 )
-            yield Document(text=str(values[-1]), prompt=str(values[0]) if file.has_prompts else "")
+            yield TextDocument(text=str(values[-1]), prompt=str(values[0]) if file.has_prompts else "")
 
 
 def _parse(line: str, where: str) -> dict:
@@ -137,7 +137,7 @@ def _parse(line: str, where: str) -> dict:
     return record
 
 
-def _read_parquet(path: Path, text_key: str) -> Iterator[Document]:
+def _read_parquet(path: Path, text_key: str) -> Iterator[TextDocument]:
     try:
         import pyarrow.parquet
     except ImportError:
@@ -151,4 +151,4 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[Document]:
             f"name the column with --text-key"
         )
     for batch in table.iter_batches(columns=[text_key]):
-        yield from (Document(text) for text in batch.column(0).to_pylist() if text)
+        yield from (TextDocument(text) for text in batch.column(0).to_pylist() if text)

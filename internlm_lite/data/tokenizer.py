@@ -1,6 +1,6 @@
 """A sentencepiece tokenizer: loading, encoding, decoding, and training a new one.
 
-Byte pairs over text left exactly as it is (no normalisation, no added space), bytes as the fallback:
+Byte-pair encoding of unchanged text (no normalisation, no added space), with bytes as the fallback:
 decode(encode(text)) == text for every text.
 """
 
@@ -19,7 +19,7 @@ from internlm_lite.errors import DataError
 SPACE_MARK = "\u2581"
 """sentencepiece writes a space as this character, so the character itself is encoded as its bytes."""
 LONGEST_SENTENCE_BYTES = 4000
-"""Training text is cut here at the latest; sentencepiece drops what is longer than 4192."""
+"""Longest piece of training text; sentencepiece drops sentences longer than 4192."""
 
 
 class Tokenizer:
@@ -39,21 +39,21 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
         self.bos: int | None = _or_none(self._processor.bos_id())
-        """Token that opens a document, None if the model has none."""
+        """Token at the start of a document; None: the model has none."""
         self.eos: int | None = _or_none(self._processor.eos_id())
-        """Token that closes a document, None if the model has none."""
+        """Token at the end of a document; None: the model has none."""
         self.pad: int | None = _or_none(self._processor.pad_id())
-        """Token that fills rows, None if the model has none."""
+        """Padding token; None: the model has none."""
         self.unk: int = self._processor.unk_id()
-        """Token of what has no piece."""
+        """Token for unknown text."""
         self.adds_space: bool = self._processor.encode("a", out_type=str)[0].startswith(SPACE_MARK)
-        """Whether a space is put before the text."""
+        """Whether the model adds a space before the text."""
         self._mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         if self._processor.unk_id() in self._mark_ids:  # a model without byte fallback
             self._mark_ids = [self._processor.unk_id()]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without bos or eos. A lone surrogate, which is no text, becomes '?'."""
+        """Ids of `text`, without bos or eos. A lone surrogate becomes '?'."""
         parts = text.encode("utf-8", "replace").decode().split(SPACE_MARK)
         ids: list[int] = self._processor.encode(parts[0])
         for part in parts[1:]:
@@ -61,7 +61,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; bos, eos and padding have none, nor have ids that a model's padded vocabulary adds."""
+        """Text of `ids`, without bos, eos, padding, and ids of the model's vocabulary padding."""
         text: str = self._processor.decode([int(token) for token in ids if token < self.vocab_size])
         return text
 
@@ -76,7 +76,7 @@ def _or_none(token: int) -> int | None:
 
 
 def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int, threads: int) -> Tokenizer:
-    """Train byte-pair encoding on `texts` and write it to `path`, whole or not at all.
+    """Train byte-pair encoding on `texts` and write it to `path` atomically.
 
     Ids 0..3 are <unk> <s> </s> <pad>, then the 256 bytes. Raises DataError when the text is too small for `vocab_size`.
     """
@@ -86,7 +86,7 @@ def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int, threads: 
     def sentences() -> Iterator[str]:
         try:
             yield from (cut for text in texts for cut in _sentences(text))
-        except DataError as error:  # sentencepiece would wrap it in a message of its own
+        except DataError as error:  # sentencepiece would replace the message
             faults.append(error)
 
     try:

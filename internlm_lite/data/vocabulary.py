@@ -1,7 +1,7 @@
-"""Do the data, the tokenizer and the model speak of the same token ids? Asked once, before the first batch.
+"""Checks before the first batch that data, tokenizer and model have the same vocabulary.
 
-A model may have its vocabulary padded up to a multiple of 128, and nothing else. Files without metadata of our
-tokenizer are checked row by row as they are read (pack.py).
+The model's may be padded to a multiple of 128. Files without metadata of our tokenizer are checked row by row when
+they are read (pack.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from internlm_lite.data.documents import Metadata
-from internlm_lite.data.source import Folder
+from internlm_lite.data.folders import Folder
 from internlm_lite.data.tokenizer import Tokenizer
 from internlm_lite.errors import DataError
 from internlm_lite.units import round_up
@@ -19,7 +19,7 @@ PADDING = 128
 
 
 def check_vocabulary(folders: Sequence[Folder], vocab_size: int, tokenizer_path: str | None) -> None:
-    """Raises DataError naming the file at odds with `vocab_size` (model.vocab_size) or with data.tokenizer."""
+    """Raises DataError naming a file that does not fit `vocab_size` (model.vocab_size) or data.tokenizer."""
     tokenizer = None if tokenizer_path is None else Tokenizer(Path(tokenizer_path))
     if tokenizer is not None:
         _check_size(str(tokenizer.path), tokenizer.vocab_size, vocab_size)

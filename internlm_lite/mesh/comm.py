@@ -1,7 +1,7 @@
-"""Collectives on a named group. On a group of size one each is the identity, so callers never ask for sizes.
+"""Collectives on a named group. On a group of size one each is the identity, so callers need not ask for sizes.
 
     reduce_scatter: every rank holds n shards, rank i ends with the sum of all ranks' shard i
-    all_gather:     every rank holds its shard in place, ends with all shards
+    all_gather:     every rank holds its shard in place and ends with all shards
     all_to_all:     every rank holds n shards, shard i goes to rank i
 
 Gloo's own reduce-scatter and all-gather are rings that were measured 3.3x and 4x slower than exchanging the shards
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,13 +20,14 @@ import torch.distributed as dist
 from internlm_lite.errors import PeerLostError, first_line
 from internlm_lite.mesh.mesh import Group
 
+T = TypeVar("T")
 GPU_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
-"""Of this rank's device, whatever collective they surface in."""
+"""Faults of this rank's own device. They surface in whichever collective comes next, and no peer is to blame."""
 
 
 @contextmanager
 def peer_errors(group: Group) -> Iterator[None]:
-    """What torch.distributed raises when a rank died or a time-out ran out, as PeerLostError; no fault of this GPU."""
+    """Turns what torch.distributed raises when a rank died or a wait expired into PeerLostError; `GPU_ERRORS` pass."""
     try:
         yield
     except GPU_ERRORS:
@@ -35,7 +37,7 @@ def peer_errors(group: Group) -> Iterator[None]:
 
 
 def peer_lost(group: Group, error: Exception) -> PeerLostError:
-    """What to tell the user about `error` of a collective of `group`."""
+    """The error for the user when a collective of `group` raised `error`."""
     return PeerLostError(
         f"rank {group.ranks[group.rank]} lost a peer of its {group.name} group (ranks {list(group.ranks)}): "
         f"{first_line(error)}; the log of the rank that failed first says why"
@@ -43,7 +45,9 @@ def peer_lost(group: Group, error: Exception) -> PeerLostError:
 
 
 class Work:
-    """A collective under way. `wait()` makes its result usable by what is enqueued next; it may be called again."""
+    """A collective in progress. After `wait()` its result may be used by what is enqueued next; a second call does
+    nothing.
+    """
 
     def __init__(self, handles: list[dist.Work], group: Group, finish: Callable[[], object] | None = None) -> None:
         self.handles = handles
@@ -105,7 +109,7 @@ def all_gather(full: torch.Tensor, group: Group) -> Work:
 
 
 def _swap(parts: torch.Tensor, group: Group) -> Work:
-    """`_exchange` between two ranks as one operation: half its time up to a few MB."""
+    """`_exchange` between two ranks as one operation, which takes half the time up to a few MB."""
     rank, peer = group.rank, 1 - group.rank
     counts = [0, 0]
     counts[peer] = parts.shape[1]
@@ -123,7 +127,7 @@ def all_to_all(received: torch.Tensor, sent: torch.Tensor, group: Group) -> Work
 
 
 def send(tensor: torch.Tensor, group: Group, to: int) -> Work:
-    """Hand `tensor`, which must stay untouched until `wait()`, to group rank `to`."""
+    """Send `tensor`, which must not be written to until `wait()`, to group rank `to`."""
     with peer_errors(group):
         handle = dist.isend(tensor, group.ranks[to], group=group.process_group)
     assert handle is not None, "this process is a member of its own group"
@@ -147,24 +151,24 @@ def _exchange(parts: torch.Tensor, group: Group) -> Work:
     return Work([handle for work in works for handle in work.handles], group)
 
 
-def gather_objects(value: object, group: Group) -> list[object]:
+def gather_objects(value: T, group: Group) -> list[T]:
     """Every rank's `value` in group order, on every rank. For small host-side facts outside the step.
 
     `torch.distributed` pickles between live ranks of one job; nothing of it is stored or read back.
     """
     if group.size == 1:
         return [value]
-    gathered: list[object] = [None] * group.size
+    gathered = [value] * group.size  # overwritten
     with peer_errors(group):
         dist.all_gather_object(gathered, value, group=group.process_group)
     return gathered
 
 
-def broadcast_object(value: object, group: Group) -> object:
+def broadcast_object(value: T, group: Group) -> T:
     """The `value` of group rank 0, on every rank. For small host-side facts outside the step, see `gather_objects`."""
     if group.size == 1:
         return value
-    told = [value]
+    values = [value]  # overwritten on all ranks but the first
     with peer_errors(group):
-        dist.broadcast_object_list(told, src=group.ranks[0], group=group.process_group)
-    return told[0]
+        dist.broadcast_object_list(values, src=group.ranks[0], group=group.process_group)
+    return values[0]

@@ -41,6 +41,7 @@ class _CopyTo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        # Reduced in place: other parts of the graph may hold the same gradient, and it may be an expanded view.
         grad = grads[0].clone(memory_format=torch.contiguous_format)
         comm.all_reduce(grad, ctx.group).wait()
         return grad, None
@@ -49,7 +50,7 @@ class _CopyTo(torch.autograd.Function):
 class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
-        ctx.mark_dirty(x)
+        ctx.mark_dirty(x)  # in place: x is the product of a split layer, which nothing else reads
         comm.all_reduce(x, group).wait()
         return x
 
@@ -146,5 +147,5 @@ def scatter_rows(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def columns_to_rows(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """[T, n] -> [T / size, size * n]: from every row's own columns to own rows with the columns of all ranks."""
+    """[T, n] -> [T / size, size * n]: from all rows of this rank's columns to this rank's rows of all columns."""
     return x if group.size == 1 else _ColumnsToRows.apply(x, group)

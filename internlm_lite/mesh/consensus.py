@@ -1,12 +1,12 @@
-"""Work that may fail on some ranks, ending on all of them: either every rank goes on, or every rank raises.
+"""Work that may fail on some ranks, with one outcome for all: either every rank continues, or every rank raises.
 
 on_main(mesh, work)   rank 0 works, all get its result        on_all(mesh, work)   every rank works
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
 
 from internlm_lite.errors import CheckpointError, ConfigError, DamagedError, InternLMError, StorageError
 from internlm_lite.mesh import comm
@@ -15,30 +15,32 @@ from internlm_lite.mesh.mesh import Mesh
 T = TypeVar("T")
 Failure = tuple[type[InternLMError], str]
 
-# When ranks fail differently, the first of these that occurs is raised: trouble with the storage says nothing about
-# the checkpoint, and only damage lets an older checkpoint be tried.
+# When ranks fail differently, the first of these that occurs is raised: a failure of the storage says nothing about
+# the checkpoint, and an older checkpoint is tried only when all failures are damage.
 _ORDER = (StorageError, ConfigError, CheckpointError, DamagedError)
 
 
 def on_all(mesh: Mesh, work: Callable[[], T]) -> T:
-    """`work()` on every rank, no collective inside. Raises on all ranks, naming them, if it raised on any."""
+    """Result of `work()` on this rank; it must not contain collectives. If it raised on any rank, raises on all ranks
+    and names those that failed.
+    """
     result, failure, caught = _attempt(work)
     _raise_same(comm.gather_objects(failure, mesh.world), caught)
     return cast(T, result)
 
 
 def on_main(mesh: Mesh, work: Callable[[], T]) -> T:
-    """`work()` on rank 0, no collective inside. Its result, or its error, on every rank."""
+    """`work()` on rank 0; it must not contain collectives. Its result, or its error, on every rank."""
     result, failure, caught = _attempt(work) if mesh.is_main else (None, None, None)
-    told: Any = comm.broadcast_object((result, failure), mesh.world)
-    _raise_same([told[1]], caught)
-    return cast(T, told[0])
+    result, failure = comm.broadcast_object((result, failure), mesh.world)
+    _raise_same([failure], caught)
+    return cast(T, result)
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Failure | None, Exception | None]:
     try:
         return work(), None, None
-    except Exception as error:  # noqa: BLE001  told to all ranks, then raised on all of them
+    except Exception as error:  # noqa: BLE001  raised again, on all ranks
         return None, (_kind(error), _text(error)), error
 
 
@@ -50,8 +52,10 @@ def _text(error: Exception) -> str:
     return str(error) if isinstance(error, InternLMError) else f"{type(error).__name__}: {error}"
 
 
-def _raise_same(failures: list[Any], caught: Exception | None) -> None:
-    """Raise the agreed error if there is one. A rank whose own error was no message for the user raises that."""
+def _raise_same(failures: Sequence[Failure | None], caught: Exception | None) -> None:
+    """Raise the same error on all ranks if any failed. A rank whose own error is a bug of ours, not a message for the
+    user, raises that one.
+    """
     if not any(failures):
         return
     if caught is not None and not isinstance(caught, InternLMError):
@@ -72,6 +76,6 @@ def _raise_same(failures: list[Any], caught: Exception | None) -> None:
 
 
 def _named(ranks: list[int], message: str) -> str:
-    """A message that is about its rank names it already."""
+    """`message` behind the ranks it is about, unless it begins with them already."""
     prefix = f"rank {', '.join(map(str, ranks))}: "
     return message if message.startswith(prefix) else prefix + message

@@ -1,6 +1,6 @@
 """Which part of a whole tensor this rank holds, written on the parameter once, as `param.part`.
 
-Initialisation, gradient norm, ZeRO, checkpoints and planner read it; nobody matches name substrings.
+Initialisation, gradient norm, ZeRO, checkpoints and planner read it; nothing matches substrings of names.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Layout:
     fill: float = 0.0
     """Initial constant when `init_std` is None."""
     summed: tuple[str, ...] = ()
-    """Axes of the mesh, besides dp, over which its gradient is a partial sum on each rank: "tp", "ends"."""
+    """Axes of the mesh, besides dp, over which its gradient on each rank is a partial sum: "tp", "ends"."""
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -86,7 +86,7 @@ class Piece:
 
     name: str
     role: str
-    """master | exp_avg | exp_avg_sq"""
+    """"master", or one of the update rule's `roles`."""
     shape: tuple[int, ...]
     box: Box
     flat: tuple[int, int] | None
@@ -94,15 +94,15 @@ class Piece:
 
 
 class Parameter(nn.Parameter):
-    """A parameter that knows which part of its whole tensor it is. (`layout` is taken: torch.Tensor has one.)"""
+    """A parameter that knows which part of its whole tensor it is."""
 
-    part: Layout
+    part: Layout  # not `layout`: torch.Tensor has an attribute of that name
     backwards: int = 1
-    """Backward passes of one micro-batch that add to its gradient; 2 for a tied weight with two stages on one rank."""
+    """Gradients added per micro-batch: 2 for a tied weight whose two stages are on one rank."""
     past_autograd: bool = False
-    """Gradients are added by a layer; autograd still calls hooks, with nothing."""
+    """True: a layer adds to `grad` itself, then calls `grad_added`. Autograd still runs hooks, without a gradient."""
     grad_added: Callable[[Parameter], object] | None = None
-    """Set by the optimizer; to be called when a gradient was added past autograd."""
+    """Set by the optimizer, which counts gradients."""
 
 
 def parameter(layout: Layout, dtype: torch.dtype, device: torch.device | str) -> Parameter:

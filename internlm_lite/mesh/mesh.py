@@ -4,7 +4,8 @@ Rank numbering, tensor parallel fastest, then data parallel, then pipeline:
 
     rank = (pp * dp_size + dp) * tp_size + tp          dp = replica * zero_size + zero
 
-so `zero` groups are neighbours inside `dp`. `ends` joins the first and the last pipeline rank, for tied weights.
+so `zero` groups are neighbours inside `dp`. (`zero` and `replica` are called dp_shard and dp_replicate elsewhere.)
+`ends` joins the first and the last pipeline rank, which hold copies of a tied weight: Megatron's embedding group.
 A group of size one is a group: collectives on it are the identity.
 """
 
@@ -30,7 +31,7 @@ class Group:
     rank: int
     """Index of this process in `ranks`."""
     process_group: dist.ProcessGroup | None
-    """None for a group of size one, and in a plan."""
+    """None for a group of size one, and in `plan_mesh`."""
 
     @property
     def size(self) -> int:
@@ -100,7 +101,7 @@ class Mesh:
 
 
 def rank_of(sizes: Sizes, *, dp: int, tp: int, pp: int) -> int:
-    """Global rank of a coordinate."""
+    """Global rank of a coordinate of the mesh."""
     return (pp * sizes.dp + dp) * sizes.tp + tp
 
 
@@ -132,7 +133,7 @@ def axis_groups(sizes: Sizes) -> dict[str, list[tuple[int, ...]]]:
 
 
 def _ends(pp_size: int) -> list[tuple[int, ...]]:
-    """Pipeline ranks as groups of `ends`: first and last together, every other one alone."""
+    """Pipeline ranks of each group of `ends`: the first and the last together, every other one alone."""
     middle = [(pp,) for pp in range(1, pp_size - 1)]
     return [(0, pp_size - 1) if pp_size > 1 else (0,), *middle]
 
@@ -141,14 +142,13 @@ def build_mesh(sizes: Sizes, rank: int, device: torch.device, timeout: timedelta
     """Create the process groups of all axes. Collective: every rank calls it with the same sizes.
 
     `torch.distributed` must be initialised when the world is larger than one. Every axis has process groups
-    of its own, so that collectives of different axes may run beside each other in any order.
+    of its own, so that collectives of different axes may overlap in any order.
     """
-
     return _mesh(sizes, rank, device, lambda ranks: _new_group(ranks, timeout))
 
 
 def plan_mesh(sizes: Sizes, rank: int, device: torch.device) -> Mesh:
-    """The mesh as `rank` would see it, without process groups: to build and measure, not to communicate."""
+    """The mesh as `rank` would see it, without process groups: to build models and measure, not to communicate."""
     return _mesh(sizes, rank, device, lambda _ranks: None)
 
 

@@ -1,15 +1,16 @@
-"""Rules that raise an alert: pure functions of step lines, events and time. No clock, no thread, no file here.
+"""Rules that raise an alert: pure functions of step lines, events and time, without a clock, threads or files.
 
-    non_finite_loss    the loss is no number                                  over: it is one again
-    loss_spike         loss > loss_factor * mean of the last lines            over: half-way back to that mean
-    overflow_run       so many updates skipped in a row                       over: an update is made
-    silent             no step for 10 x the usual time                        over: the next step
-    slow               tgs < (1 - tgs_drop) * its median, for a while         over: half-way back to that median
-    checkpoint_failed  a checkpoint was not saved                             over: one is
-    disk_nearly_full   less than 5 % and less than 200 GiB free               over: a quarter more than that
+    rule               raised when                                             over when
+    non_finite_loss    the loss is nan or inf                                  it is finite
+    loss_spike         loss > loss_factor * mean of the last lines             half-way back to that mean
+    overflow_run       `skips_in_a_row` updates were skipped in a row          an update is made
+    silent             no step for 10 x the usual time                         the next step
+    slow               tgs < (1 - tgs_drop) * its median, for a while          half-way back to that median
+    checkpoint_failed  a checkpoint was not saved                              one is saved
+    disk_nearly_full   less than 5 % and less than 200 GiB free                a quarter more than that is free
 
-An alert is raised once, told as over when its condition ends, and not raised again before `cool_down_seconds`. While it
-lasts, what is not usual does not enter the usual.
+An alert is raised once, reported as over when its condition ends, and not raised again before `cool_down_seconds`.
+Values measured during an alert do not enter the mean or median that it is judged by.
 """
 
 from __future__ import annotations
@@ -26,34 +27,34 @@ from internlm_lite.monitor.record import StepRecord
 from internlm_lite.units import human_bytes
 
 WINDOW_LINES = 50
-"""What is usual is taken from so many lines."""
+"""Lines that means and medians are taken over."""
 FEWEST_LINES = 10
-"""With fewer, nothing is unusual yet."""
+"""With fewer lines, loss and speed raise no alert."""
 SLOW_LINES = 3
 SLOW_SECONDS = 60.0
-"""Slow for fewer lines or seconds is no alert."""
+"""Low speed for fewer lines or seconds is no alert."""
 SILENT_FACTOR = 10
 DISK_SHARE = 0.05
 DISK_BYTES = 200 * 1024**3
 _ENDS = frozenset({"done", "stopped", "failed"})
-_OWN = frozenset({"alert", "alert_over"})
+_ALERTS = frozenset({"alert", "alert_over"})
 
 
 @dataclass(frozen=True)
 class Alert:
-    """An alert that begins, or one that ends."""
+    """The begin or the end of an alert."""
 
     rule: str
     step: int | None
-    """Last step that was seen."""
+    """The last step that was reported."""
     text: str
-    """For people; of one that ends, how long it lasted."""
+    """For people; when it ends, how long it lasted."""
     over: bool
 
 
 @dataclass(frozen=True)
 class DiskFigures:
-    """Space where a folder lies, in bytes."""
+    """Space of the file system of a folder, in bytes."""
 
     folder: str
     free: int
@@ -61,11 +62,13 @@ class DiskFigures:
 
 
 class Rules:
-    """All rules with their memory. Times `now` are seconds of one monotonic clock."""
+    """All rules and their state. `now` is in seconds, by a monotonic clock."""
 
     def __init__(self, config: AlertsConfig, total_steps: int) -> None:
         self._config, self._total_steps = config, total_steps
-        self._latches = _Latches(config.cool_down_seconds)
+        self._begun: dict[str, float] = {}
+        self._ended: dict[str, float] = {}
+        """When each alert that lasts began, and when the others ended."""
         self._step: int | None = None
         self._losses: deque[float] = deque(maxlen=WINDOW_LINES)
         self._speeds: deque[float] = deque(maxlen=WINDOW_LINES)
@@ -74,29 +77,29 @@ class Rules:
         self._skipped: int | None = None
         self._skips_in_a_row = 0
         self._last_line: float | None = None
-        self._last_sign: float | None = None
-        """When something happened; None: nothing is expected to."""
+        self._last_seen: float | None = None
+        """Time of the last step or event; None: no step is expected."""
 
     def step(self, record: StepRecord, now: float) -> list[Alert]:
         """After a step line."""
         steps = 1 if self._step is None else max(1, record.step - self._step)
         self._step = record.step
-        alerts = [*self._sign_of_life(now), *self._loss(record, now), *self._overflow(record, steps, now)]
+        alerts = [*self._alive(now), *self._loss(record, now), *self._overflow(record, steps, now)]
         alerts += self._speed(record.speed.tgs, now)
         if self._last_line is not None:
             self._intervals.append(now - self._last_line)
         self._last_line = now
         if record.step + 1 >= self._total_steps:
-            self._last_sign = None
+            self._last_seen = None
         return alerts
 
     def event(self, kind: str, facts: Mapping[str, Any], now: float) -> list[Alert]:
-        """After an event; alerts themselves are none."""
-        if kind in _OWN:
+        """After an event. Events of alerts themselves are ignored."""
+        if kind in _ALERTS:
             return []
-        alerts = self._sign_of_life(now) if self._last_sign is not None or kind == "start" else []
+        alerts = self._alive(now) if self._last_seen is not None or kind == "start" else []
         if kind in _ENDS:
-            self._last_sign = None
+            self._last_seen = None
         if kind == "alarm":
             text = f"checkpoint {facts.get('checkpoint')} was not saved: {facts.get('why')}"
             alerts += self._update("checkpoint_failed", True, text, now)
@@ -105,25 +108,25 @@ class Rules:
         return alerts
 
     def time(self, now: float) -> list[Alert]:
-        """Now and then, between steps."""
-        if self._last_sign is None:
+        """At regular times, also between steps."""
+        if self._last_seen is None:
             return []
         usual = median(self._intervals) if self._intervals else 0.0
-        silence, limit = now - self._last_sign, max(self._config.silent_seconds, SILENT_FACTOR * usual)
+        silence, limit = now - self._last_seen, max(self._config.silent_seconds, SILENT_FACTOR * usual)
         after = "since the start" if self._step is None else f"after step {self._step}"
         text = f"no step for {silence:.0f} s {after}" + (f"; a line usually takes {usual:.1f} s" if usual else "")
         return self._update("silent", silence > limit, text, now)
 
     def disk(self, figures: DiskFigures, now: float) -> list[Alert]:
-        """After a look at the space left for a folder."""
+        """After a check of free space."""
         limit = min(DISK_SHARE * figures.total, DISK_BYTES)
         full = _either(figures.free < limit, figures.free > 1.25 * limit)
         share = figures.free / figures.total if figures.total else 0.0
         text = f"{figures.folder} has {human_bytes(figures.free)} left ({share:.1%}); make room before it is full"
         return self._update(f"disk_nearly_full {figures.folder}", full, text, now)
 
-    def _sign_of_life(self, now: float) -> list[Alert]:
-        self._last_sign = now
+    def _alive(self, now: float) -> list[Alert]:
+        self._last_seen = now
         return self._update("silent", False, "", now)
 
     def _loss(self, record: StepRecord, now: float) -> list[Alert]:
@@ -138,13 +141,13 @@ class Rules:
             return alerts
         mean, factor = fmean(self._losses), self._config.loss_factor
         spike = _either(loss > factor * mean, loss < (1 + factor) / 2 * mean)
-        if not spike and not self._latches.is_raised("loss_spike"):
+        if not spike and "loss_spike" not in self._begun:
             self._losses.append(loss)
         text = f"loss {loss:.4g} at step {record.step}, more than {factor:g} x its mean {mean:.4g} over the last lines"
         return alerts + self._update("loss_spike", spike, text, now)
 
     def _overflow(self, record: StepRecord, steps: int, now: float) -> list[Alert]:
-        """The number of skipped updates grew by as many as there were steps: they were all skipped."""
+        """All updates since the last line were skipped if their number grew by the number of steps."""
         before = record.inf_nan_skip_batches if self._skipped is None else self._skipped
         new, self._skipped = record.inf_nan_skip_batches - before, record.inf_nan_skip_batches
         self._skips_in_a_row = self._skips_in_a_row + steps if new >= steps else 0
@@ -162,39 +165,24 @@ class Rules:
         if self._slow_lines == 1:
             self._slow_since = now
         slow = self._slow_lines >= SLOW_LINES and now - self._slow_since >= SLOW_SECONDS
-        if not low and not self._latches.is_raised("slow"):
+        if not low and "slow" not in self._begun:
             self._speeds.append(tgs)
         on = _either(slow, tgs > (1 - drop / 2) * usual)
         text = f"{tgs:.0f} tokens per GPU and second, usually {usual:.0f}: more than {drop:.0%} less"
         return self._update("slow", on, text, now)
 
     def _update(self, rule: str, on: bool | None, text: str, now: float) -> list[Alert]:
-        return self._latches.update(rule, on, self._step, text, now)
+        """The alert that begins or ends, if any. `on` None: between the two thresholds."""
+        if on and rule not in self._begun and now - self._ended.get(rule, -math.inf) >= self._config.cool_down_seconds:
+            self._begun[rule] = now
+            return [Alert(rule, self._step, text, over=False)]
+        if on is False and rule in self._begun:
+            lasted = now - self._begun.pop(rule)
+            self._ended[rule] = now
+            return [Alert(rule, self._step, f"after {lasted:.0f} s", over=True)]
+        return []
 
 
 def _either(on: bool, off: bool) -> bool | None:
     """True, False, or None between two thresholds."""
     return True if on else False if off else None
-
-
-class _Latches:
-    """Which alerts last, and when the others ended."""
-
-    def __init__(self, cool_down_seconds: float) -> None:
-        self._cool_down_seconds = cool_down_seconds
-        self._begun: dict[str, float] = {}
-        self._ended: dict[str, float] = {}
-
-    def is_raised(self, rule: str) -> bool:
-        return rule in self._begun
-
-    def update(self, rule: str, on: bool | None, step: int | None, text: str, now: float) -> list[Alert]:
-        """What there is to tell. `on` None: neither clearly on nor clearly off."""
-        if on and rule not in self._begun and now - self._ended.get(rule, -math.inf) >= self._cool_down_seconds:
-            self._begun[rule] = now
-            return [Alert(rule, step, text, over=False)]
-        if on is False and rule in self._begun:
-            lasted = now - self._begun.pop(rule)
-            self._ended[rule] = now
-            return [Alert(rule, step, f"after {lasted:.0f} s", over=True)]
-        return []

@@ -1,4 +1,4 @@
-"""What a person sees of a running job: step lines, a progress bar on a terminal, a sign of life in long phases.
+"""Output for people: step lines, a progress bar on a terminal, and a heartbeat line in long phases.
 
     terminal:      11:46:20  step 1  loss 11.3380  tgs 965  ...          off it: the full step line
                    step 2/50000 ------------ 0% eta 1:02:05 loss 11.34 tgs 965 mfu 38% next checkpoint 50
@@ -30,10 +30,10 @@ _BAR_TEXT = "eta {task.fields[eta]}  loss {task.fields[loss]}  tgs {task.fields[
 
 
 class Console(Sink):
-    """Rank 0's sink for people. `close` it: the bar leaves the terminal clean."""
+    """Rank 0's sink for people. `close` removes the bar from the terminal."""
 
     def __init__(self, total_steps: int, terminal: bool, save_every: Sequence[int] = (), done: int = 0) -> None:
-        """`terminal`: standard output is one, so colours and the bar are shown. `save_every`: intervals in steps."""
+        """`terminal`: standard output is one, so show colours and the bar. `save_every`: intervals in steps."""
         self._total_steps = total_steps
         self._save_every = save_every
         self._terminal = terminal
@@ -78,9 +78,9 @@ def next_checkpoint(done: int, every: Sequence[int], total: int) -> int:
 
 
 def compact_line(record: StepRecord, colour: bool, width: int | None = None) -> str:
-    """One short line for a terminal: time, step, loss, what moves with it, and the loss of each folder with tokens.
+    """One short line for a terminal: time, step, loss, other numbers, and the loss of each folder with tokens.
 
-    What does not fit into `width` columns is left out, the last first; None: no limit.
+    Columns beyond `width` are dropped; None: no limit.
     """
     parts = [
         (_DIM, record.time.strftime("%H:%M:%S")),
@@ -106,7 +106,7 @@ def compact_line(record: StepRecord, colour: bool, width: int | None = None) -> 
 
 @contextmanager
 def heartbeat(what: str, every_seconds: float = HEARTBEAT_SECONDS) -> Iterator[None]:
-    """While the body runs, log a line every `every_seconds`; nothing for a body that ends before."""
+    """While the body runs, log a line every `every_seconds`."""
     ended = threading.Event()
     start = time.monotonic()
 

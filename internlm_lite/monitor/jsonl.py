@@ -2,8 +2,8 @@
 
     {"seg":0,"step":12,"loss":3.21,...,"folders":{"code":[tokens,loss,acc]},"seen":{"code":tokens}}     never NaN: null
 
-`seg` counts the starts of a run. A start goes on from a checkpoint and trains again what came after it: a reader drops
-what earlier starts wrote from the first step of a later one on.
+`seg` counts the starts of a run. A start continues from a checkpoint and repeats the steps after it: readers drop what
+earlier starts wrote at and after the first step of a later one.
 """
 
 from __future__ import annotations
@@ -24,31 +24,24 @@ from internlm_lite.monitor.record import Sample, Sink, StepRecord
 
 logger = logging.getLogger("internlm_lite")
 
-_PLAIN = (
-    "step", "loss", "tflops", "lr", "loss_scale", "grad_norm", "micro_num", "num_consumed_tokens",
-    "inf_nan_skip_batches", "num_samples_in_batch", "largest_length", "largest_batch", "smallest_batch", "adam_beta2",
-    "fwd_bwd_time", "acc", "perplexity", "loss_from_metric", "mfu", "eta_seconds", "pack_fill", "memory_bytes",
-)  # fmt: skip
+_NESTED = ("time", "speed", "folders", "origin")
+_PLAIN = tuple(field.name for field in dataclasses.fields(StepRecord) if field.name not in _NESTED)
 _SEGMENT = re.compile(rb'"seg":\s*(\d+)')
-"""Inside a JSON text the first quote would be escaped."""
-_SPEED = ("tgs", "last_tgs_1", "tgs_all", "tgs_avg", "tgs_sma", "last_tgs_10", "last_tgs_50")
+"""Inside a JSON string the first quote would be escaped."""
 
 
 class JsonlWriter:
-    """Appends objects to a file, each handed to the system at once. A failure is logged once and never raised.
-
-    Objects may come from several threads.
-    """
+    """Appends objects to a file, unbuffered, from any thread. A failure is logged once and never raised."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
         self._failed = False
         self._descriptor: int | None = None
-        self._torn = True  # the end may be a half-written line of this or an earlier process
+        self._torn = True  # the file may end in an incomplete line of this or an earlier process
 
     def write(self, value: Mapping[str, Any]) -> None:
-        """Append `value`. What is not a finite number becomes null."""
+        """Append `value`; nan and inf become null."""
         text = json.dumps(finite(value), allow_nan=False, separators=(",", ":"), ensure_ascii=False) + "\n"
         with self._lock:
             try:
@@ -67,7 +60,7 @@ class JsonlWriter:
             if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
                 line = b"\n" + line
             self._torn = False
-        while line:  # a nearly full disk takes a part, and refuses the rest with an error
+        while line:  # a nearly full disk may accept only a part
             line = line[os.write(self._descriptor, line) :]
 
     def close(self) -> None:
@@ -78,7 +71,7 @@ class JsonlWriter:
 
 
 class _RunFile(Sink):
-    """A file of the run folder; its lines carry the number of the start that wrote them."""
+    """A file of the run folder; each line has the number of the start that wrote it."""
 
     def __init__(self, path: Path, segment: int) -> None:
         self._segment = segment
@@ -96,14 +89,14 @@ class MetricsFile(_RunFile):
 
 
 class EventsFile(_RunFile):
-    """events.jsonl: what happened when, such as a checkpoint, an alert, the end."""
+    """events.jsonl: events with their time, such as a checkpoint, an alert, the end."""
 
     def event(self, kind: str, facts: Mapping[str, Any]) -> None:
         self._writer.write({"time": _now(), "seg": self._segment, "event": kind, **facts})
 
 
 class SamplesFile(_RunFile):
-    """samples.jsonl: what the model made of prompts after `step` steps; of a step done twice the last lines count."""
+    """samples.jsonl: continuations of prompts after `step` steps; for a repeated step, the last lines count."""
 
     def sample(self, sample: Sample) -> None:
         self._writer.write({"time": _now(), "seg": self._segment, **dataclasses.asdict(sample)})
@@ -114,16 +107,16 @@ def _now() -> str:
 
 
 def step_object(record: StepRecord, segment: int) -> dict[str, Any]:
-    """The object of one step; keys as in the step line, speeds flat, folders as name: [tokens learnt, loss, acc].
+    """The object of one step; keys as in the step line, speeds flat, folders as name: [labels, loss, acc].
 
-    "seen": all tokens of each folder, learnt or not; it is left out where that is not known.
+    "seen": all tokens of each folder, with and without labels; absent if not known.
     """
     seen = {name: folder.seen for name, folder in record.folders.items() if folder.seen is not None}
     return {
         "seg": segment,
         "time": record.time.isoformat(timespec="milliseconds"),
         **{key: getattr(record, key) for key in _PLAIN},
-        **{key: getattr(record.speed, key) for key in _SPEED},
+        **dataclasses.asdict(record.speed),
         "folders": {name: [folder.tokens, folder.loss, folder.acc] for name, folder in record.folders.items()},
         **({"seen": seen} if seen else {}),
     }
@@ -141,7 +134,7 @@ def finite(value: Any) -> Any:
 
 
 def read_objects(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file in its order. Lines that a crash or a full disk cut short are left out; no file, none."""
+    """The objects of a file in order; none if it does not exist. Incomplete lines (crash, full disk) are skipped."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -155,18 +148,18 @@ def read_objects(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def has_ended(path: Path) -> bool:
-    """Whether the last start in this events.jsonl did all its steps, and said so."""
+    """Whether the last start in this events.jsonl recorded that all steps are done."""
     last = (-1, "")
     for value in read_objects(path):
         segment, kind = value.get("seg"), value.get("event")
-        # A process of an earlier start that was suspended may still write.
+        # A suspended process of an earlier start may still write.
         if isinstance(segment, int) and segment >= last[0] and kind in ("start", "failed", "done"):
             last = (segment, kind)
     return last[1] == "done"
 
 
 def is_evaluated(path: Path, step: int) -> bool:
-    """Whether this events.jsonl has an evaluation after `step`, and no later start from before it."""
+    """Whether this events.jsonl has an evaluation after `step` that no later start will repeat."""
     found = False
     for value in read_objects(path):
         kind, at = value.get("event"), value.get("step")
@@ -178,7 +171,7 @@ def is_evaluated(path: Path, step: int) -> bool:
 
 
 def next_segment(*paths: Path) -> int:
-    """The segment of a process that starts now: 0 where the files are new, else one more than their highest."""
+    """The segment of a new start: one more than the highest in the files, 0 if they are new."""
     highest = -1
     for path in paths:
         if path.exists():

@@ -1,16 +1,18 @@
-"""The step line as text, in the seed's shape, and back.
+"""The step line as text, in the seed's format, and back.
 
     ISO-time+zone INFO [file, line N, in func] - pid=N : tflops=... step=... ... loss/<folder>=... [mfu=...]<space>
 
-Rounding is the seed's: speeds and times to 2 digits, what the metric computed (acc, perplexity, loss_from_metric and
-the folder blocks) to 4, everything else as Python prints the float. New keys stand after the folder blocks only.
+Rounding is the seed's: speeds and times to 2 digits, values of the metric (acc, perplexity, loss_from_metric and the
+folder blocks) to 4, everything else as Python prints the float. New keys are appended after the folder blocks.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from internlm_lite.errors import DataError
 from internlm_lite.monitor.record import FolderFigures, Origin, SpeedFigures, StepRecord
@@ -21,6 +23,92 @@ _PAIR = re.compile(
     r"(?P<key>(?:acc|tokens|loss)/.+?|tgs \(tokens/gpu/second\)|[\w/]+)=(?P<value>\{.*?\}|[+-]?(?:nan|inf|\d)[^\s=]*) "
 )
 _NORM = re.compile(r"'([^']*)': ([^,}]+)")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """How one number of a `StepRecord` is shown."""
+
+    name: str
+    """Attribute of the record or of its speed."""
+    read: Callable[[str], Any] = float
+    """Its value from the text of the line."""
+    write: Callable[[Any], object] = float
+    """What the line prints."""
+    key: str = ""
+    """In the line; empty: `name`."""
+    tag: str = ""
+    """In TensorBoard and wandb; empty: not shown there."""
+    optional: bool = False
+    """The seed's lines do not have it."""
+
+    def of(self, record: StepRecord) -> Any:
+        return getattr(record.speed if hasattr(record.speed, self.name) else record, self.name)
+
+
+def _digits(digits: int) -> Callable[[float], float]:
+    return lambda value: round(float(value), digits)
+
+
+def _block_speed(value: float) -> float:
+    """The seed prints 0, not 0.0, before the first block is full."""
+    return round(value, 2) or 0
+
+
+def clock(seconds: float) -> str:
+    """A duration as h:mm:ss, hours unbounded: 93785 -> '26:03:05'."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _seconds(text: str) -> float:
+    hours, minutes, seconds = map(int, text.split(":"))
+    return float(hours * 3600 + minutes * 60 + seconds)
+
+
+FIGURES = (
+    Figure("tflops", tag="tflops"),
+    Figure("step", int, int),
+    Figure("loss", tag="train/loss"),
+    Figure("tgs", write=_digits(2), key="tgs (tokens/gpu/second)", tag="tgs"),
+    Figure("last_tgs_1", write=_digits(2), key="tgs/last_tgs_1"),
+    Figure("tgs_all", write=_digits(2), key="tgs/tgs_all"),
+    Figure("tgs_avg", write=_digits(2), key="tgs/tgs_avg"),
+    Figure("tgs_sma", write=_digits(2), key="tgs/tgs_SMA"),
+    Figure("last_tgs_10", write=_block_speed, key="tgs/last_tgs_10"),
+    Figure("last_tgs_50", write=_block_speed, key="tgs/last_tgs_50"),
+    Figure("lr", tag="lr"),
+    Figure("loss_scale", tag="loss_scale"),
+    Figure(
+        "grad_norm",
+        read=lambda text: {name: float(norm) for name, norm in _NORM.findall(text)},
+        write=lambda norms: {name: float(norm) for name, norm in norms.items()},
+    ),
+    Figure("micro_num", int, int),
+    Figure("num_consumed_tokens", int, int, tag="train/num_consumed_tokens"),
+    Figure("inf_nan_skip_batches", int, int, tag="inf_nan_skip_batches"),
+    Figure("num_samples_in_batch", int, int),
+    Figure("largest_length", int, int),
+    Figure("largest_batch", int, int),
+    Figure("smallest_batch", int, int),
+    Figure("adam_beta2", tag="adam_beta2"),
+    Figure("fwd_bwd_time", write=_digits(2), tag="fwd_bwd_time"),
+    Figure("acc", write=_digits(4), tag="train/acc"),
+    Figure("perplexity", write=_digits(4), tag="train/perplexity"),
+    Figure("loss_from_metric", write=_digits(4), tag="train/loss_from_metric"),
+    Figure("mfu", write=_digits(4), tag="mfu", optional=True),
+    Figure("eta_seconds", read=_seconds, write=clock, key="eta", optional=True),
+    Figure("pack_fill", write=_digits(4), tag="pack_fill", optional=True),
+    Figure(
+        "memory_bytes",
+        read=lambda text: round(float(text.removesuffix("GiB")) * _GIB),
+        write=lambda n_bytes: f"{n_bytes / _GIB:.2f}GiB",
+        key="memory",
+        tag="memory_bytes",
+        optional=True,
+    ),
+)
+"""In the order of the line."""
 
 
 def format_step_line(record: StepRecord) -> str:
@@ -34,44 +122,19 @@ def format_step_line(record: StepRecord) -> str:
 
 
 def _pairs(record: StepRecord) -> Iterator[tuple[str, object]]:
-    speed = record.speed
-    yield "tflops", float(record.tflops)
-    yield "step", record.step
-    yield "loss", float(record.loss)
-    yield "tgs (tokens/gpu/second)", round(speed.tgs, 2)
-    yield "tgs/last_tgs_1", round(speed.last_tgs_1, 2)
-    yield "tgs/tgs_all", round(speed.tgs_all, 2)
-    yield "tgs/tgs_avg", round(speed.tgs_avg, 2)
-    yield "tgs/tgs_SMA", round(speed.tgs_sma, 2)
-    yield "tgs/last_tgs_10", round(speed.last_tgs_10, 2) or 0
-    yield "tgs/last_tgs_50", round(speed.last_tgs_50, 2) or 0
-    yield "lr", float(record.lr)
-    yield "loss_scale", float(record.loss_scale)
-    yield "grad_norm", {name: float(norm) for name, norm in record.grad_norm.items()}
-    for key in ("micro_num", "num_consumed_tokens", "inf_nan_skip_batches", "num_samples_in_batch"):
-        yield key, getattr(record, key)
-    for key in ("largest_length", "largest_batch", "smallest_batch"):
-        yield key, getattr(record, key)
-    yield "adam_beta2", float(record.adam_beta2)
-    yield "fwd_bwd_time", round(float(record.fwd_bwd_time), 2)
-    yield "acc", round(float(record.acc), 4)
-    yield "perplexity", round(float(record.perplexity), 4)
-    yield from ((f"acc/{name}", round(float(folder.acc), 4)) for name, folder in record.folders.items())
-    yield from ((f"tokens/{name}", folder.tokens) for name, folder in record.folders.items())
-    yield "loss_from_metric", round(float(record.loss_from_metric), 4)
-    yield from ((f"loss/{name}", round(float(folder.loss), 4)) for name, folder in record.folders.items())
-    if record.mfu is not None:
-        yield "mfu", round(float(record.mfu), 4)
-    if record.eta_seconds is not None:
-        yield "eta", clock(record.eta_seconds)
-    if record.pack_fill is not None:
-        yield "pack_fill", round(float(record.pack_fill), 4)
-    if record.memory_bytes is not None:
-        yield "memory", f"{record.memory_bytes / _GIB:.2f}GiB"
+    folders = record.folders.items()
+    for figure in FIGURES:
+        if (value := figure.of(record)) is not None:
+            yield figure.key or figure.name, figure.write(value)
+        if figure.name == "perplexity":
+            yield from ((f"acc/{name}", round(float(folder.acc), 4)) for name, folder in folders)
+            yield from ((f"tokens/{name}", folder.tokens) for name, folder in folders)
+        if figure.name == "loss_from_metric":
+            yield from ((f"loss/{name}", round(float(folder.loss), 4)) for name, folder in folders)
 
 
 def parse_step_line(text: str) -> StepRecord:
-    """The record of a line as `format_step_line` or the seed prints it; printing it again gives the same text.
+    """The record of a line that `format_step_line` or the seed printed; printing it again gives the same text.
 
     Raises DataError when `text` is no step line.
     """
@@ -87,60 +150,15 @@ def parse_step_line(text: str) -> StepRecord:
 
 
 def _record(pairs: dict[str, str], time: datetime, origin: Origin) -> StepRecord:
-    def number(key: str) -> float:
-        return float(pairs[key])
-
-    def whole(key: str) -> int:
-        return int(pairs[key])
-
+    values = {
+        figure.name: figure.read(pairs[figure.key or figure.name])
+        for figure in FIGURES
+        if not figure.optional or (figure.key or figure.name) in pairs
+    }
+    speed = SpeedFigures(**{name: values.pop(name) for name in SpeedFigures.__annotations__})
     names = [key.removeprefix("tokens/") for key in pairs if key.startswith("tokens/")]
-    return StepRecord(
-        time=time,
-        origin=origin,
-        step=whole("step"),
-        loss=number("loss"),
-        tflops=number("tflops"),
-        speed=SpeedFigures(
-            tgs=number("tgs (tokens/gpu/second)"),
-            last_tgs_1=number("tgs/last_tgs_1"),
-            tgs_all=number("tgs/tgs_all"),
-            tgs_avg=number("tgs/tgs_avg"),
-            tgs_sma=number("tgs/tgs_SMA"),
-            last_tgs_10=number("tgs/last_tgs_10"),
-            last_tgs_50=number("tgs/last_tgs_50"),
-        ),
-        lr=number("lr"),
-        loss_scale=number("loss_scale"),
-        grad_norm={name: float(norm) for name, norm in _NORM.findall(pairs["grad_norm"])},
-        micro_num=whole("micro_num"),
-        num_consumed_tokens=whole("num_consumed_tokens"),
-        inf_nan_skip_batches=whole("inf_nan_skip_batches"),
-        num_samples_in_batch=whole("num_samples_in_batch"),
-        largest_length=whole("largest_length"),
-        largest_batch=whole("largest_batch"),
-        smallest_batch=whole("smallest_batch"),
-        adam_beta2=number("adam_beta2"),
-        fwd_bwd_time=number("fwd_bwd_time"),
-        acc=number("acc"),
-        perplexity=number("perplexity"),
-        loss_from_metric=number("loss_from_metric"),
-        folders={
-            name: FolderFigures(whole(f"tokens/{name}"), number(f"loss/{name}"), number(f"acc/{name}"))
-            for name in names
-        },
-        mfu=number("mfu") if "mfu" in pairs else None,
-        eta_seconds=_seconds(pairs["eta"]) if "eta" in pairs else None,
-        pack_fill=number("pack_fill") if "pack_fill" in pairs else None,
-        memory_bytes=round(float(pairs["memory"].removesuffix("GiB")) * _GIB) if "memory" in pairs else None,
-    )
-
-
-def clock(seconds: float) -> str:
-    """A duration as h:mm:ss, hours unbounded: 93785 -> '26:03:05'. One word, so that it fits a key=value line."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
-
-def _seconds(text: str) -> float:
-    hours, minutes, seconds = map(int, text.split(":"))
-    return float(hours * 3600 + minutes * 60 + seconds)
+    folders = {
+        name: FolderFigures(int(pairs[f"tokens/{name}"]), float(pairs[f"loss/{name}"]), float(pairs[f"acc/{name}"]))
+        for name in names
+    }
+    return StepRecord(time=time, origin=origin, speed=speed, folders=folders, **values)

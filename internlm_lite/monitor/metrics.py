@@ -1,9 +1,9 @@
 """Loss and accuracy per data folder, summed on the device and read once per log interval.
 
 sums[folder] = (labels, cross-entropy, correct, tokens)      added per micro-batch, in place, no host read
-collect():     one all-reduce over the world, one copy to the host, back to zero
+collect():     one all-reduce over the world, one copy to the host, reset to zero
 
-Only the last pipeline stage has losses; of the tensor-parallel ranks, which all have the same, the first one counts.
+Only the last pipeline stage has losses; tensor-parallel ranks all have the same ones, so only the first counts.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Collected:
     cross_entropy: float
     """Mean cross-entropy per label, without label smoothing."""
     accuracy: float
-    """Share of labels that were the most likely token."""
+    """Share of labels that were predicted as the most likely token."""
     num_labels: int
 
 
 class FolderMetrics:
-    """Accumulates what `layers.loss.TokenLosses` hands out."""
+    """Accumulates the results of `layers.loss.TokenLosses`."""
 
     def __init__(self, folders: Sequence[str], mesh: Mesh) -> None:
         self._folders = tuple(folders)
@@ -54,7 +54,7 @@ class FolderMetrics:
         correct: torch.Tensor,
         train_loss: torch.Tensor,
     ) -> None:
-        """All [T] on the device; `folders` integer, `token_loss` 0 where not learnt; `train_loss` a scalar sum."""
+        """All [T] on the device; `folders` integer, `token_loss` 0 without label; `train_loss` a scalar sum."""
         if not self._counts:
             return
         learnt = labels != IGNORE
@@ -69,12 +69,12 @@ class FolderMetrics:
         """The sums since the last `collect` over all ranks, JSON-able. Collective; waits for the device."""
         sums = self._sums.clone()
         comm.all_reduce(sums, self._world).wait()
-        # JSON has no nan, which one bad step makes of a sum until the next line
+        # JSON has no nan, and one bad step makes a sum nan until the next line
         values = [value if math.isfinite(value) else repr(value) for value in sums.tolist()]
         return {"folders": list(self._folders), "sums": values}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from these sums, unless the data folders are others now."""
+        """Continue from these sums, unless the data folders have changed."""
         self._sums.zero_()
         if self._world.rank == 0 and tuple(state["folders"]) == self._folders:
             self._sums.copy_(torch.tensor([float(value) for value in state["sums"]], dtype=torch.float64))

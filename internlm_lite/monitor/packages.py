@@ -11,11 +11,11 @@ from internlm_lite.config.schema import MonitorConfig
 from internlm_lite.errors import MissingPackageError
 
 _OLDEST_WANDB = Version("0.31")
-"""Older ones ask for a login on the terminal, and interrupt the run when someone clicks on "stop"."""
+"""Older versions ask for a login on the terminal, and a click on "stop" in their page interrupts the run."""
 
 
 def check_packages(monitor: MonitorConfig) -> None:
-    """Raises MissingPackageError when a sink is asked for whose package is not installed, or too old."""
+    """Raises MissingPackageError when the package of a requested sink is not installed, or too old."""
     if monitor.tensorboard and not is_installed("tensorboard"):
         raise MissingPackageError(
             "monitor.tensorboard=True needs tensorboard, which is not installed: pip install internlm_lite[tb]"
@@ -31,11 +31,11 @@ def check_packages(monitor: MonitorConfig) -> None:
 
 
 def writes_tensorboard(monitor: MonitorConfig) -> bool:
-    """Left open, monitor.tensorboard is on where tensorboard is installed."""
+    """monitor.tensorboard=None means: if tensorboard is installed."""
     return is_installed("tensorboard") if monitor.tensorboard is None else monitor.tensorboard
 
 
 def is_installed(package: str) -> bool:
-    """A mere folder of that name, such as the one wandb writes to, is no package: it has no origin."""
+    """A plain folder of that name, such as the one wandb writes to, has no origin and is not a package."""
     spec = find_spec(package)
     return spec is not None and spec.origin is not None

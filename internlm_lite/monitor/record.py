@@ -1,4 +1,4 @@
-"""What a run tells of itself, and `Sink`, which takes it: the text line, files, terminal, charts.
+"""The records of a run, and `Sink`, the interface of what takes them: log, files, terminal, charts.
 
 Plain numbers, read from the device once per line. A folder without tokens in the interval has loss nan and acc 0.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Origin:
-    """The place in the code that a line names as its source."""
+    """The source code position that a line names."""
 
     file: str
     line: int
@@ -35,16 +35,16 @@ class Origin:
 
 @dataclass(frozen=True)
 class FolderFigures:
-    """One data folder in the steps of the line."""
+    """One data folder, over the steps of the line."""
 
     tokens: int
-    """Labels learnt over all data-parallel ranks."""
+    """Labels trained on, over all data-parallel ranks."""
     loss: float
     """Mean cross-entropy over them, without label smoothing; nan without tokens."""
     acc: float
-    """Share of them predicted right; 0 without tokens."""
+    """Share of them predicted correctly; 0 without tokens."""
     seen: int | None = None
-    """All tokens of the folder, with those that carry no label, such as prompts; None where that is not known."""
+    """All tokens of the folder, including those without a label, such as prompts; None: not known."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,17 @@ class StepRecord:
     inf_nan_skip_batches: int
     """Steps skipped since the start because of overflow."""
     num_samples_in_batch: int
-    """Pieces (attention spans) in the batch of rank 0."""
+    """Attention spans (segments) in the batch of rank 0."""
     largest_length: int
-    """Tokens of its longest piece."""
+    """Tokens of its longest segment."""
     largest_batch: int
-    """Most pieces in one micro-batch."""
+    """Most segments in one micro-batch."""
     smallest_batch: int
-    """Fewest pieces in one micro-batch."""
+    """Fewest segments in one micro-batch."""
     adam_beta2: float
     fwd_bwd_time: float
     acc: float
-    """Share of labels predicted right."""
+    """Share of labels predicted correctly."""
     perplexity: float
     """exp(loss_from_metric)."""
     loss_from_metric: float
@@ -102,15 +102,15 @@ class StepRecord:
     folders: Mapping[str, FolderFigures] = field(default_factory=dict)
     """In the order of the run's data folders."""
     mfu: float | None = None
-    """Share of the device's peak FLOP/s; None where the peak is not known."""
+    """Share of the device's peak FLOP/s; None: the peak is not known."""
     eta_seconds: float | None = None
     """Time to the last step."""
     pack_fill: float | None = None
-    """Share of the batch's tokens that carry a label."""
+    """Share of the batch's tokens that have a label."""
     memory_bytes: int | None = None
     """Peak memory of rank 0's device since the last line."""
     origin: Origin = field(default_factory=lambda: Origin("train.py", 0, "main", os.getpid()))
-    """Which code the text line names."""
+    """The code position that the text line names."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class ValidationRecord:
 
 @dataclass(frozen=True)
 class Sample:
-    """What the model made of a prompt after `step` steps."""
+    """How the model continued a prompt after `step` steps."""
 
     step: int
     prompt: str
@@ -135,7 +135,7 @@ class Sample:
 
 
 class Sink:
-    """Takes what happens in a run. A sink overrides what it shows; the rest is passed over."""
+    """Takes the records of a run. A sink overrides the methods for what it shows."""
 
     def step(self, record: StepRecord) -> None:
         """A step line."""
@@ -144,10 +144,10 @@ class Sink:
         """An evaluation."""
 
     def event(self, kind: str, facts: Mapping[str, Any]) -> None:
-        """Something that events.jsonl names: a checkpoint, an alert, the end."""
+        """An event of events.jsonl: a checkpoint, an alert, the end."""
 
     def sample(self, sample: Sample) -> None:
         """A text that the model generated."""
 
     def close(self) -> None:
-        """Write what is left. Nothing comes after it."""
+        """Write what is buffered. No method is called afterwards."""

@@ -1,9 +1,9 @@
-"""Where rank 0's records go, and why none of these places can stop training or make a step wait.
+"""Hands rank 0's records to all sinks, so that no sink can stop training or make a step wait.
 
     direct   console, files, alerts        called at once, quick
-    queued   TensorBoard, wandb            one daemon thread works off a bounded queue; what does not fit is left out
+    queued   TensorBoard, wandb            called by one daemon thread with a bounded queue; dropped when it is full
 
-A sink that raises is told once, in a log line and an event, and switched off.
+A sink that raises is reported once, in a log line and an event, and switched off.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from internlm_lite.config.view import masked
+from internlm_lite.config.masking import masked
 from internlm_lite.monitor.jsonl import EventsFile, MetricsFile, SamplesFile, next_segment
 from internlm_lite.monitor.record import Sample, Sink, StepRecord, ValidationRecord
 
 logger = logging.getLogger("internlm_lite")
 
 CAPACITY = 1000
-"""Records that wait for slow sinks at most."""
+"""Most records that wait for queued sinks."""
 CLOSE_SECONDS = 10.0
-"""Slow sinks have so long to end at `close`."""
+"""Longest time that `close` waits for queued sinks."""
 
 
 Call = Callable[[Sink], None]
 
 
 def run_files(folder: Path) -> dict[str, Sink]:
-    """The files of a run folder, each a sink of its own: what one of them cannot take costs no other."""
+    """The files of a run folder, each a sink of its own: an error of one does not affect the others."""
     metrics, events, samples = (folder / name for name in ("metrics.jsonl", "events.jsonl", "samples.jsonl"))
     segment = next_segment(metrics, events)
     return {
@@ -52,12 +52,14 @@ class FanOut:
         capacity: int = CAPACITY,
         close_seconds: float = CLOSE_SECONDS,
     ) -> None:
-        """`queued` sinks are made in the thread, where a slow import or a slow server holds nothing up."""
+        """`queued` sinks are made in the thread, so that training does not wait for a slow import or server."""
         self._direct = dict(direct)
         self._close_seconds = close_seconds
         self._queue: queue.Queue[Call | None] = queue.Queue(capacity)
-        self._left_out = 0
-        self._given_up = threading.Event()
+        self._dropped = 0
+        self._abandoned = threading.Event()
+        self._queued = " and ".join(queued)
+        """Their names, for messages."""
         self._thread: threading.Thread | None = None
         if queued:
             self._thread = threading.Thread(target=self._work, args=(dict(queued),), name="sinks", daemon=True)
@@ -68,43 +70,43 @@ class FanOut:
         self._direct[name] = sink
 
     def step(self, record: StepRecord) -> None:
-        self._hand_on(lambda sink: sink.step(record))
+        self._dispatch(lambda sink: sink.step(record))
 
     def validation(self, record: ValidationRecord) -> None:
-        self._hand_on(lambda sink: sink.validation(record))
+        self._dispatch(lambda sink: sink.validation(record))
 
     def event(self, kind: str, /, **facts: Any) -> None:
-        self._hand_on(lambda sink: sink.event(kind, facts))
+        self._dispatch(lambda sink: sink.event(kind, facts))
 
     def sample(self, sample: Sample) -> None:
-        self._hand_on(lambda sink: sink.sample(sample))
+        self._dispatch(lambda sink: sink.sample(sample))
 
     def close(self) -> None:
-        """End all sinks; slow ones get `close_seconds`. The last added direct sink is closed first."""
+        """Close all sinks; queued ones get `close_seconds`. The direct sink that was added last is closed first."""
         if self._thread is not None:
-            self._end_thread(self._thread, time.monotonic() + self._close_seconds)
+            self._join(self._thread, time.monotonic() + self._close_seconds)
         for name in reversed(list(self._direct)):
             self._try(self._direct, name, lambda sink: sink.close())
 
-    def _end_thread(self, thread: threading.Thread, deadline: float) -> None:
+    def _join(self, thread: threading.Thread, deadline: float) -> None:
         try:
             self._queue.put(None, timeout=self._close_seconds)
         except queue.Full:
-            self._given_up.set()
+            self._abandoned.set()
         thread.join(max(0.0, deadline - time.monotonic()))
         if thread.is_alive():
-            self._given_up.set()
+            self._abandoned.set()
             logger.warning(
-                f"slow sinks (TensorBoard, wandb) did not end within {self._close_seconds:g} s: their last records may "
-                "be missing; metrics.jsonl has all"
+                f"{self._queued} did not end within {self._close_seconds:g} s: the last records may be missing there; "
+                "metrics.jsonl has all"
             )
-        if self._left_out:
-            self.event("records_left_out", records=self._left_out)
+        if self._dropped:
+            self.event("records_left_out", records=self._dropped)
             logger.warning(
-                f"TensorBoard and wandb miss {self._left_out} records that came too fast; metrics.jsonl has all"
+                f"{self._queued}: {self._dropped} records came too fast and are missing; metrics.jsonl has all"
             )
 
-    def _hand_on(self, call: Call) -> None:
+    def _dispatch(self, call: Call) -> None:
         for name in list(self._direct):
             self._try(self._direct, name, call)
         if self._thread is None:
@@ -112,9 +114,9 @@ class FanOut:
         try:
             self._queue.put_nowait(call)
         except queue.Full:
-            self._left_out += 1
-            if self._left_out == 1:
-                logger.warning("TensorBoard and wandb do not keep up: they miss records from now on")
+            self._dropped += 1
+            if self._dropped == 1:
+                logger.warning(f"{self._queued}: too slow, records will be missing from now on")
 
     def _try(self, sinks: dict[str, Sink], name: str, call: Call) -> None:
         sink = sinks.get(name)
@@ -122,19 +124,19 @@ class FanOut:
             return
         try:
             call(sink)
-        except Exception as error:  # noqa: BLE001  whatever it is, it must not stop training
+        except Exception as error:  # noqa: BLE001  no error of a sink may stop training
             sinks.pop(name, None)
-            self._tell_failure(name, error)
+            self._report_failure(name, error)
             self._close_broken(name, sink)
 
-    def _tell_failure(self, name: str, error: Exception) -> None:
+    def _report_failure(self, name: str, error: Exception) -> None:
         text = str(error).strip().partition("\n")[0]
         why = masked(f"{type(error).__name__}: {text}")
         logger.warning(f"{name} failed and is switched off, training goes on: {why}")
         self.event("sink_failed", sink=name, why=why)
 
     def _close_broken(self, name: str, sink: Sink) -> None:
-        """It may hold a terminal, a file or a connection."""
+        """Release the terminal, file or connection that it may hold."""
         try:
             sink.close()
         except Exception as error:  # noqa: BLE001  as above
@@ -146,7 +148,7 @@ class FanOut:
             try:
                 sinks[name] = make()
             except Exception as error:  # noqa: BLE001  as above
-                self._tell_failure(name, error)
+                self._report_failure(name, error)
         while (call := self._next()) is not None:
             for name in list(sinks):
                 self._try(sinks, name, call)
@@ -154,7 +156,7 @@ class FanOut:
             self._try(sinks, name, lambda sink: sink.close())
 
     def _next(self) -> Call | None:
-        while not self._given_up.is_set():
+        while not self._abandoned.is_set():
             try:
                 return self._queue.get(timeout=1.0)
             except queue.Empty:

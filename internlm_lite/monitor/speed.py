@@ -4,7 +4,7 @@
     tgs_avg           mean of last_tgs_1            tgs_SMA   the last 50 steps
     last_tgs_10, _50  the last full block of 10 or 50 steps, 0 before the first one is full
 
-The seed reads its clock once more for `tgs` than for `last_tgs_1`, hence its last digits differ; here both are one.
+The seed reads its clock separately for `tgs` and `last_tgs_1`, so its last digits differ; here both are equal.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ BLOCKS = (10, 50)
 
 
 class SpeedMeter:
-    """Counts tokens and time. Steps are told in intervals, from one step line to the next.
+    """Counts tokens and time, in intervals from one step line to the next.
 
-    Between two lines the host may run ahead of the device, so that only the interval as a whole has a true duration:
-    each of its steps counts as an equal share of it.
+    Between two lines the host may run ahead of the device, so only the whole interval has a meaningful duration: each
+    of its steps counts as an equal share.
     """
 
     def __init__(self, world_size: int) -> None:
@@ -37,7 +37,7 @@ class SpeedMeter:
         self._last = dict.fromkeys(BLOCKS, 0.0)
 
     def add(self, tokens: int, seconds: float, steps: int = 1) -> SpeedFigures:
-        """`steps` steps took `seconds` and consumed `tokens` over all data-parallel ranks; the figures after them."""
+        """The speeds after `steps` more steps in `seconds`, with `tokens` over all data-parallel ranks."""
         assert steps >= 1 and seconds > 0, (steps, seconds)
         share = tokens / self._world_size / steps
         time = seconds / steps
@@ -71,7 +71,7 @@ class SpeedMeter:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Mean over the window of 50 steps, for the time to the end; None before the first step."""
+        """Mean over the last 50 steps, for the remaining time; None before the first step."""
         return sum(seconds for _, seconds in self._window) / len(self._window) if self._window else None
 
     def state_dict(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class SpeedMeter:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`; the world may have another size now."""
+        """Continue from `state_dict()`; the world size may differ."""
         self._steps = int(state["steps"])
         self._tokens = float(state["tokens"])
         self._seconds = float(state["seconds"])

@@ -1,7 +1,7 @@
-"""Weights & Biases, offline unless the config says online: then nothing is sent, and `wandb sync` sends it later.
+"""Weights & Biases, offline unless the config says online; `wandb sync` sends what was written offline.
 
-One run of wandb for one run folder: its id is kept there, so that a run that goes on after a stop appends to the same
-one. The x axis of every chart is `step`, ours, whatever wandb counts. Steps that a resume repeats are given again.
+A run folder has one run of wandb, whose id is kept in the folder, so that a resumed run appends to it. The x axis of
+every chart is our `step`, independent of wandb's own counter. Steps that a resume repeats are logged again.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from typing import Any
 
 import wandb
 
+from internlm_lite.config.masking import masked
+from internlm_lite.config.render_config import resolved
 from internlm_lite.config.schema import Config, WandbConfig
-from internlm_lite.config.view import masked, resolved
 from internlm_lite.monitor.record import Sample, Sink, StepRecord, ValidationRecord
 from internlm_lite.monitor.scalars import step_scalars, validation_scalars
 
 logger = logging.getLogger("internlm_lite")
 
 FINISH_SECONDS = 8.0
-"""Upload at the end may take so long; what is not sent by then lies on disk for `wandb sync`."""
+"""Time limit of the upload at the end; the rest stays on disk for `wandb sync`."""
 _TABLE_ROWS = 200
 _SMALLEST_IS_BEST = ("train/loss", "train/loss_from_metric", "train/perplexity", "valid/loss", "valid/perplexity")
 _LARGEST_IS_BEST = ("train/acc", "valid/acc")
@@ -38,7 +39,7 @@ class Wandb(Sink):
         if mode == "online" and not wandb.login(prompt=False):
             logger.warning("monitor.wandb: found no login, so it writes offline: run `wandb login`, then `wandb sync`")
             mode = "offline"
-        # wandb's reports about itself heed the settings of the process, not those of the run.
+        # wandb's telemetry follows the settings of the process, not those of the run.
         wandb.setup(wandb.Settings(mode=mode))
         self._rows: deque[list[Any]] = deque(maxlen=_TABLE_ROWS)
         self._new_rows = False
@@ -53,7 +54,7 @@ class Wandb(Sink):
             mode=mode,
             dir=str(folder),
             config=masked(resolved(config)),
-            settings=harmless(),
+            settings=restricted_settings(),
         )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -69,12 +70,12 @@ class Wandb(Sink):
         self._run.log({"step": record.step, **validation_scalars(record)})
 
     def event(self, kind: str, facts: Mapping[str, Any]) -> None:
-        """How the run ended stands in the summary."""
+        """The summary shows how the run ended."""
         if kind in ("done", "stopped", "failed"):
             self._run.summary["ended"] = kind
 
     def sample(self, sample: Sample) -> None:
-        """Kept for the table that is given with the next step line: a step's prompts come one by one."""
+        """Collected into one table, which is logged with the next step line."""
         self._rows.append([sample.step, sample.prompt, sample.text])
         self._new_rows = True
 
@@ -90,8 +91,8 @@ class Wandb(Sink):
         return {"samples": wandb.Table(columns=["step", "prompt", "text"], data=list(self._rows))}
 
 
-def harmless() -> wandb.Settings:
-    """wandb may not print, look at this machine, or stop the run: by default a click in its page raises SIGINT here."""
+def restricted_settings() -> wandb.Settings:
+    """wandb must not print, inspect this machine, or stop the run (by default a click in its page raises SIGINT)."""
     return wandb.Settings(
         silent=True,
         console="off",
@@ -113,7 +114,7 @@ def _do_not_stop() -> None:
 
 
 def kept_id(file: Path) -> str:
-    """The id of wandb's run: the one in `file`, or a new one that is written there."""
+    """The id of wandb's run, read from `file`, or a new one that is written there."""
     try:
         return file.read_text(encoding="utf-8").strip()
     except FileNotFoundError:

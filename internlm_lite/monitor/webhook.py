@@ -1,4 +1,4 @@
-"""Alerts as messages of a chat: one POST each, from a thread. The address is a secret and is never shown.
+"""Sends alerts to a chat: one POST each, from a thread. The address is a secret and is never shown.
 
 feishu   {"msg_type": "text", "content": {"text": ...}}, answered by {"code": 0}
 slack    {"text": ...}, also understood by Mattermost and others
@@ -16,33 +16,31 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 from email.message import Message
-from typing import IO, Literal
+from typing import IO
 from urllib.parse import urlsplit
 
-from internlm_lite.config.address import is_loopback
+from internlm_lite.config.paths import ChatFormat, is_loopback
 
 logger = logging.getLogger("internlm_lite")
-
-Format = Literal["feishu", "slack"]
 
 TIMEOUT_SECONDS = 10.0
 ATTEMPTS = 4
 FIRST_WAIT_SECONDS = 1.0
-"""Before the second attempt; doubled before each further one."""
+"""Before the second attempt; doubled for each further one."""
 CAPACITY = 100
-"""Messages that wait at most."""
+"""Most messages that wait."""
 CLOSE_SECONDS = 5.0
 _ANSWER_BYTES = 65536
-_WORTH_ANOTHER_TRY = frozenset({408, 425, 429})
+_TEMPORARY = frozenset({408, 425, 429})
 
 
 class Webhook:
-    """Sends texts in their order. What cannot be sent is told in one line of the log, and left out."""
+    """Sends texts in order. Texts that cannot be sent are dropped; the first of a series is logged."""
 
     def __init__(
         self,
         address: str,
-        form: Format,
+        form: ChatFormat,
         timeout_seconds: float = TIMEOUT_SECONDS,
         first_wait_seconds: float = FIRST_WAIT_SECONDS,
     ) -> None:
@@ -66,16 +64,16 @@ class Webhook:
         return "Webhook(...)"
 
     def send(self, text: str) -> None:
-        """Returns at once; with too many waiting, the text is left out."""
+        """Returns at once; drops the text when too many wait."""
         try:
             self._queue.put_nowait(text)
         except queue.Full:
-            self._tell_failure("too many messages wait")
+            self._report_failure("too many messages wait")
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """One more try for what waits, for at most `seconds`; how many are left then is told in the log."""
+        """Try once more to send what waits, for at most `seconds`; then log how many texts were not sent."""
         self._closing.set()
-        with suppress(queue.Full):  # then there is enough to wake up for
+        with suppress(queue.Full):  # a full queue wakes the thread as well
             self._queue.put_nowait(None)
         self._thread.join(seconds)
         with self._queue.mutex:
@@ -106,15 +104,15 @@ class Webhook:
                 break
             self._closing.wait(wait)
             wait *= 2
-        self._tell_failure(problem)
+        self._report_failure(problem)
 
-    def _tell_failure(self, problem: str) -> None:
+    def _report_failure(self, problem: str) -> None:
         if not self._failing:
             self._failing = True
             logger.warning(f"an alert did not reach monitor.alerts.webhook ({problem}); it stands in events.jsonl")
 
     def _post(self, text: str) -> tuple[str, bool]:
-        """What went wrong, empty for nothing, and whether another try may help. Nothing of the address is in it."""
+        """What went wrong (empty: nothing) and whether to try again. The text contains no part of the address."""
         request = urllib.request.Request(
             self._address,
             data=json.dumps(message(text, self._form)).encode(),
@@ -126,11 +124,9 @@ class Webhook:
                 return self._refusal(answer.read(_ANSWER_BYTES)), True
         except urllib.error.HTTPError as error:
             error.close()
-            return f"HTTP {error.code}", error.code >= 500 or error.code in _WORTH_ANOTHER_TRY
-        except urllib.error.URLError as error:
-            return _kind(error.reason), True
+            return f"HTTP {error.code}", error.code >= 500 or error.code in _TEMPORARY
         except (OSError, ValueError, http.client.HTTPException) as error:
-            return _kind(error), True
+            return _kind(getattr(error, "reason", error)), True
 
     def _refusal(self, answer: bytes) -> str:
         """Feishu refuses with HTTP 200 and a code in the body."""
@@ -144,7 +140,7 @@ class Webhook:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would hand the message to another address; it counts as HTTP 30x."""
+    """Redirects would send the message to another address; they are reported as HTTP 30x."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
@@ -152,12 +148,12 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def message(text: str, form: Format) -> dict[str, object]:
+def message(text: str, form: ChatFormat) -> dict[str, object]:
     """The body of the request."""
     return {"msg_type": "text", "content": {"text": text}} if form == "feishu" else {"text": text}
 
 
 def _kind(error: object) -> str:
-    """The kind of an error and the system's words for it, without what it may quote."""
+    """The type of an error and the system's message, without its arguments, which may contain the address."""
     words = getattr(error, "strerror", None)
     return f"{type(error).__name__}: {words}" if words and not isinstance(error, ssl.SSLError) else type(error).__name__

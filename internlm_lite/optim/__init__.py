@@ -1,1 +1,1 @@
-"""Hybrid ZeRO-1 optimizer: buckets, reduction, norm, loss scaling, curves."""
+"""Hybrid ZeRO-1 optimizer: buckets and their collectives, the decision to skip a step, update rules, schedules."""

@@ -1,42 +1,47 @@
-"""Flat buckets: parameters of one kind laid end to end, so that each collective moves one large tensor.
+"""Flat buckets: parameters with the same properties laid end to end, so that each collective moves one large tensor.
 
     weights [padded]   | p0 | p1 | p2 ......... | pad |     param.data are views
     grads   [padded]   | g0 | g1 | g2 ......... | pad |     param.grad are views, autograd accumulates into them
-    zero rank:         |    0    |    1    |    2     |     each owns one equal shard
+    zero rank:         |    0    |    1    |    2     |     each owns one shard; all shards have the same size
 
 Buckets are kept in the order in which the backward pass completes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
+from internlm_lite.config.schema import Config
 from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import Group
+from internlm_lite.optim.rules import RULES
+from internlm_lite.runtime.device import torch_dtype
 from internlm_lite.units import round_up
 
 SHARD_ALIGNMENT = 256
-"""Elements; keeps every shard on a 512-byte border in half precision, and lets norms be summed in rows of this size."""
+"""Elements; every shard begins at a multiple of 512 bytes in half precision, and norms are summed in rows of this."""
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What parameters of one bucket have in common."""
+class BucketSpec:
+    """What the parameters of one bucket have in common."""
 
     dtype: torch.dtype
     decay: bool
+    """Whether weight decay applies."""
     spread: bool
-    """True: tensor-parallel ranks hold different parts. False: they all hold the same."""
+    """True: tensor-parallel ranks hold different parts. False: each of them holds the same."""
     summed: tuple[str, ...]
     """Axes besides dp over which gradients are partial sums, see `mesh.layout.Layout`."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a parameter lies in its bucket."""
+    """Elements start..stop of a bucket belong to `param`."""
 
     param: Parameter
     start: int
@@ -46,18 +51,17 @@ class Slot:
 class Bucket:
     """Flat storage of some parameters. Building it moves their values into `weights`."""
 
-    def __init__(self, kind: Kind, params: list[Parameter], zero: Group, grad_dtype: torch.dtype) -> None:
+    def __init__(
+        self, kind: BucketSpec, params: Sequence[Parameter], zero: Group, grad_dtype: torch.dtype, *, whole: bool
+    ) -> None:
+        """`whole`: no parameter is cut by the border of a shard."""
         self.kind = kind
-        self.slots: list[Slot] = []
-        offset = 0
-        for param in params:
-            self.slots.append(Slot(param, offset, offset + param.numel()))
-            offset += param.numel()
-        self.numel = offset
-        padded = round_up(offset, zero.size * SHARD_ALIGNMENT)
-        self.shard_size = padded // zero.size
+        self.numel = sum(param.numel() for param in params)
+        lay_out = _parameters_whole if whole else _end_to_end
+        starts, self.shard_size = lay_out([param.numel() for param in params], zero.size)
+        self.slots = [Slot(param, start, start + param.numel()) for param, start in zip(params, starts, strict=True)]
         self.shard_start = self.shard_size * zero.rank
-        device = params[0].device
+        padded, device = self.shard_size * zero.size, params[0].device
         self.weights = torch.zeros(padded, dtype=kind.dtype, device=device)
         self.grads = torch.zeros(padded, dtype=grad_dtype, device=device)
         for slot in self.slots:
@@ -82,43 +86,74 @@ class Bucket:
         """[shard_size]: this rank's part of `grads`; after reduction the sum over all data-parallel ranks."""
         return self.grads[self.shard_start : self.shard_start + self.shard_size]
 
-    def owned(self) -> Iterable[tuple[Slot, int, int]]:
+    def owned(self) -> Iterator[tuple[Slot, int, int]]:
         """(slot, start, stop) for each parameter of which this rank owns elements start..stop of the bucket."""
-        for slot in self.slots:
-            start, stop = max(slot.start, self.shard_start), min(slot.stop, self.shard_start + self.shard_size)
-            if start < stop:
-                yield slot, start, stop
+        return self._in_shard(self.shard_start)
 
     def elements_on(self, zero_rank: int) -> int:
         """Elements of real parameters (no padding) in the shard of `zero_rank`."""
-        return max(0, min(self.shard_size, self.numel - zero_rank * self.shard_size))
+        return sum(stop - start for _, start, stop in self._in_shard(zero_rank * self.shard_size))
+
+    def _in_shard(self, shard_start: int) -> Iterator[tuple[Slot, int, int]]:
+        for slot in self.slots:
+            start, stop = max(slot.start, shard_start), min(slot.stop, shard_start + self.shard_size)
+            if start < stop:
+                yield slot, start, stop
 
 
-def build_buckets(
-    params: list[Parameter], zero: Group, bucket_size: int, decay_all: bool, grad_dtype: torch.dtype | None
-) -> list[Bucket]:
-    """Buckets of at most `bucket_size` elements (a larger parameter gets its own), first-completed first.
+def _end_to_end(numels: Sequence[int], zero_size: int) -> tuple[list[int], int]:
+    """(where each parameter starts, elements of a shard): no gaps, so padding is less than one alignment per shard."""
+    *starts, total = accumulate(numels, initial=0)
+    return starts, round_up(total, zero_size * SHARD_ALIGNMENT) // zero_size
 
-    `params` in forward order; the backward pass completes them last to first. `grad_dtype` None: the parameter's own.
+
+def _parameters_whole(numels: Sequence[int], zero_size: int) -> tuple[list[int], int]:
+    """The same with each parameter in one shard: the largest first, to the shard that holds least so far.
+
+    Every shard is padded to the size of the fullest.
     """
-    filled: list[tuple[Kind, list[int]]] = []
-    filling: dict[Kind, list[int]] = {}
+    filled = [0] * zero_size
+    taken: dict[int, tuple[int, int]] = {}
+    for index in sorted(range(len(numels)), key=lambda i: -numels[i]):
+        rank = filled.index(min(filled))
+        taken[index] = rank, filled[rank]
+        filled[rank] += numels[index]
+    shard_size = round_up(max(filled), SHARD_ALIGNMENT)
+    return [rank * shard_size + offset for _, (rank, offset) in sorted(taken.items())], shard_size
+
+
+def build_buckets(params: Sequence[Parameter], zero: Group, config: Config) -> list[Bucket]:
+    """Buckets of at most `reduce_bucket_size` elements (a larger parameter gets its own), first-completed first.
+
+    `params` in forward order; the backward pass completes them last to first.
+    """
+    bucket_size = config.hybrid_zero_optimizer.reduce_bucket_size
+    decay_all = config.adam.weight_decay_on == "all"
+    filled: list[tuple[BucketSpec, list[int]]] = []
+    filling: dict[BucketSpec, list[int]] = {}
     for index in reversed(range(len(params))):
         param = params[index]
-        kind = Kind(param.dtype, decay_all or param.dim() > 1, param.part.spread, param.part.summed)
+        kind = BucketSpec(param.dtype, decay_all or param.dim() > 1, param.part.spread, param.part.summed)
         indices = filling.get(kind)
         if indices is None or sum(params[i].numel() for i in indices) + param.numel() > bucket_size:
             indices = filling[kind] = []
             filled.append((kind, indices))
         indices.append(index)
-    filled.sort(key=lambda entry: -entry[1][-1])  # the parameter that is first in the forward pass completes a bucket
+    # Buckets of different kinds fill at the same time. A bucket is complete when the parameter that comes first in the
+    # forward pass, its last index, has its gradient: the reducer, which starts buckets strictly in order, would
+    # otherwise wait for one that was begun early and completes late.
+    filled.sort(key=lambda entry: -entry[1][-1])
+    whole = RULES[config.optimizer.name].whole_matrices
     return [
-        Bucket(
-            kind, [params[i] for i in indices], zero, grad_dtype if grad_dtype and _is_half(kind.dtype) else kind.dtype
-        )
+        Bucket(kind, [params[i] for i in indices], zero, _grad_dtype(kind.dtype, config), whole=whole)
         for kind, indices in filled
     ]
 
 
-def _is_half(dtype: torch.dtype) -> bool:
-    return dtype in (torch.float16, torch.bfloat16)
+def _grad_dtype(weights: torch.dtype, config: Config) -> torch.dtype:
+    """What gradients of weights of this dtype are summed and reduced in."""
+    if weights.itemsize >= 4:
+        return weights
+    if config.hybrid_zero_optimizer.grad_dtype is not None:
+        return torch_dtype(config.hybrid_zero_optimizer.grad_dtype)
+    return torch.float32 if weights == torch.bfloat16 else weights

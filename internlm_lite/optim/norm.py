@@ -1,8 +1,8 @@
-"""One global gradient norm over all layouts, and what to multiply the gradients with.
+"""One global gradient norm for all layouts, and the factor that clips it.
 
 Each element of the model counts once: a rank contributes its ZeRO shards, unless another rank contributes the same
-numbers (replicas of the shard, tensor-parallel ranks for parameters that are not spread over them, and the second copy
-of a tied weight). What is not finite counts on every rank: a copy can go wrong alone.
+numbers (replicas of the shard, tensor-parallel ranks for parameters that are not split over them, and the second copy
+of a tied weight). Infinities and NaN count on every rank: one copy may be wrong while the others are right.
 """
 
 from __future__ import annotations
@@ -13,7 +13,17 @@ import torch
 
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.optim.buckets import SHARD_ALIGNMENT, Bucket, Kind
+from internlm_lite.optim.buckets import SHARD_ALIGNMENT, Bucket, BucketSpec
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What a rank asks of the run during a step (`train.control`); summed over all ranks."""
+
+    signalled: float = 0.0
+    """1: this rank received a signal."""
+    stop_file: float = 0.0
+    """The number in the stop file, on the one rank that reads it."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +36,10 @@ class Totals:
     """Sum of squared gradients of parameters kept in fp32 in a half-precision model."""
     num_labels: torch.Tensor
     """Tokens with a label in the global batch."""
-    requests: torch.Tensor
-    """[2], see `train.requests.Requests`."""
+    signalled: torch.Tensor
+    """`Requests.signalled` summed over all ranks."""
+    stop_file: torch.Tensor
+    """`Requests.stop_file` summed over all ranks."""
     loss: torch.Tensor
     """Training loss summed over those tokens."""
 
@@ -36,26 +48,28 @@ def reduce_totals(
     buckets: list[Bucket],
     model_dtype: torch.dtype,
     num_labels: int,
-    requests: tuple[float, float],
+    requests: Requests,
     loss_sum: torch.Tensor | float,
     mesh: Mesh,
 ) -> Totals:
     """One all-reduce over the world of six fp64 numbers. `num_labels`, `requests`, `loss_sum`: of this rank."""
     counts = mesh.tp.rank == 0 and mesh.pp.rank == mesh.pp.size - 1
     sums = torch.zeros(6, dtype=torch.float64, device=mesh.device)
-    for index, value in enumerate((num_labels * counts, *requests), start=2):
+    for index, value in enumerate((num_labels * counts, requests.signalled, requests.stop_file), start=2):
         sums[index] += value  # a host number becomes an argument of the kernel; copying a host tensor would wait
+    # Tensor-parallel ranks compute the same loss: one of them counts. The last stage needs no test, because other
+    # stages have computed none: theirs is 0.
     sums[5] += loss_sum * (mesh.tp.rank == 0)
     for bucket in buckets:
         square = square_sum(bucket.grad_shard)
-        if not _counts(bucket.kind, mesh):
+        if not _counts(bucket.kind, mesh):  # a copy contributes only what is wrong with it
             square = square.masked_fill(square.isfinite(), 0)
         sums[int(bucket.kind.dtype != model_dtype)] += square
     comm.all_reduce(sums, mesh.world).wait()
-    return Totals(sums[0], sums[1], sums[2], sums[3:5], sums[5])
+    return Totals(*sums.unbind())
 
 
-def _counts(kind: Kind, mesh: Mesh) -> bool:
+def _counts(kind: BucketSpec, mesh: Mesh) -> bool:
     """Whether this rank contributes the squares of such a bucket, where they are finite."""
     first_copy = "ends" not in kind.summed or mesh.ends.rank == 0
     return mesh.replica.rank == 0 and (kind.spread or mesh.tp.rank == 0) and first_copy

@@ -1,8 +1,8 @@
-"""Gradient reduction that runs while the backward pass still computes.
+"""Gradient reduction that overlaps the backward pass.
 
-A hook on each parameter counts its bucket down, one for each micro-batch; a complete bucket is reduce-scattered over
-`zero`, then its shard is all-reduced over `replica`, and over `tp` or `ends` where ranks hold partial sums. Buckets
-start strictly in order, so every rank issues the same collectives in the same order whatever its timing.
+A hook on each parameter counts the gradients that its bucket still misses; a complete bucket is reduce-scattered over
+`zero`. At the end its shard is all-reduced over `replica`, and over `tp` or `ends` where ranks hold partial sums.
+Buckets start strictly in order, so that every rank issues the same collectives in the same order whatever its timing.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from internlm_lite.optim.buckets import Bucket
 class GradReducer:
     """Reduces the gradients of `buckets` once per optimizer step, during the last micro-batch's backward pass."""
 
-    def __init__(self, buckets: list[Bucket], mesh: Mesh, overlap: bool) -> None:
-        """`overlap` False: all of it in `finish`."""
+    def __init__(self, buckets: list[Bucket], mesh: Mesh, *, overlap: bool) -> None:
+        """`overlap` False: `finish` does everything."""
         self._buckets = buckets
         self._mesh = mesh
         self._overlap = overlap
@@ -32,7 +32,7 @@ class GradReducer:
                     slot.param.register_post_accumulate_grad_hook(slot.param.grad_added)
 
     def expect(self, micro_num: int) -> None:
-        """Call before the step: every parameter gets a gradient from the backward pass of so many micro-batches."""
+        """Call before the step: the backward pass of each of `micro_num` micro-batches adds to every gradient."""
         self._missing = [micro_num * sum(slot.param.backwards for slot in bucket.slots) for bucket in self._buckets]
         self._started = []
 
@@ -48,7 +48,7 @@ class GradReducer:
         self._started.append(comm.reduce_scatter(bucket.grad_shard, bucket.grads, self._mesh.zero))
 
     def finish(self) -> None:
-        """Start what the backward pass left (parameters without gradient count as zero) and wait for all of it."""
+        """Start the buckets that the backward pass did not complete (a missing gradient is zero), and wait for all."""
         while len(self._started) < len(self._buckets):
             self._start_next()
         replicas = []

@@ -19,7 +19,7 @@ import torch
 from internlm_lite.errors import NumericsError
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.optim.buckets import Kind
+from internlm_lite.optim.buckets import BucketSpec
 from internlm_lite.optim.zero import HybridZeroOptimizer
 
 Key = tuple[object, ...]
@@ -39,8 +39,7 @@ def check_replicas(optimizer: HybridZeroOptimizer, mesh: Mesh, step: int) -> Non
     """Compare check sums over the job; weights must be current. Raises NumericsError on all ranks alike. Collective;
     waits for the device.
     """
-    told: list[object] = comm.gather_objects(_sums(optimizer, mesh), mesh.world)
-    found = differing([dict(theirs) for theirs in told if isinstance(theirs, dict)])
+    found = differing(comm.gather_objects(_sums(optimizer, mesh), mesh.world))
     if not found:
         return
     error = NumericsError(
@@ -64,7 +63,7 @@ def _sums(optimizer: HybridZeroOptimizer, mesh: Mesh) -> dict[Key, int]:
     return dict(zip(sums, values, strict=True))
 
 
-def _holders(kind: Kind, mesh: Mesh) -> Key:
+def _holders(kind: BucketSpec, mesh: Mesh) -> Key:
     """The same on all ranks whose weights of this kind are the same."""
     return None if "ends" in kind.summed else mesh.pp.rank, mesh.tp.rank if kind.spread else None
 

@@ -3,7 +3,7 @@
 overflow:                      counter += 1; counter >= hysteresis -> scale *= backoff   (not below min_scale)
 growth_interval good in a row: counter  = 0; scale *= growth                             (not above max_scale)
 
-A resumed fp16 run keeps the scale of its checkpoint; one that goes on from another dtype begins with initial_scale.
+A resumed fp16 run keeps the scale of its checkpoint; one resumed from another dtype begins with initial_scale.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from internlm_lite.config.schema import GradScalerConfig
 
 
 class LossScaler:
-    """`scale` multiplies the loss. With `config` None (bf16, fp32, fp64) it stays 1 for ever."""
+    """`scale` multiplies the loss. With `config` None (bf16, fp32, fp64) it stays 1."""
 
     def __init__(self, config: GradScalerConfig | None, device: torch.device) -> None:
         self.config = config

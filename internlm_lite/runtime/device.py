@@ -1,7 +1,7 @@
-"""The device of this process, how it computes, and what it can reach at most.
+"""The device of this process, its numerics, and its peak speed.
 
 GPUs of the host:  0 1 2 3        one process each: local rank i takes GPU i,
-local ranks:       0 1 2 3        or GPU 0 where Slurm shows every task only its own
+local ranks:       0 1 2 3        or GPU 0 if Slurm shows each task only its own
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from internlm_lite.runtime.place import Place
 logger = logging.getLogger("internlm_lite")
 
 # Dense peak FLOP/s in units of 1e12, from the makers' data sheets: (name contains, half precision, tf32, fp32, fp64).
-# The first name that fits wins, so longer names stand first.
+# The first matching name wins, so longer names come first.
 _PEAKS: tuple[tuple[str, float, float, float, float], ...] = (
     ("B200", 2250, 1125, 75, 37),
     ("H200", 989.4, 494.7, 67, 67),
@@ -37,9 +37,9 @@ _PEAKS: tuple[tuple[str, float, float, float, float], ...] = (
 
 
 def bind_device(place: Place, wanted: str = "auto") -> torch.device:
-    """The device of this process, made current. `wanted`: auto (a GPU where there is one), cpu, cuda.
+    """The device of this process, made current. `wanted`: auto (a GPU if there is one), cpu, cuda.
 
-    Raises MeshError when GPUs are wanted and none is there, or fewer than processes on this host.
+    Raises MeshError when GPUs are wanted and there is none, or fewer than processes on this host.
     """
     assert wanted in ("auto", "cpu", "cuda"), wanted
     visible = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
@@ -79,7 +79,7 @@ def apply_numerics(config: Config, device: torch.device, place: Place) -> None:
 
 
 def cpu_threads(place: Place, cores: int) -> int:
-    """Threads for this process of a host with `cores` usable cores: what was set, else an even share."""
+    """Threads for this process on a host with `cores` usable cores: as set, else an equal share."""
     return place.cpu_threads or max(1, cores // place.local_world_size)
 
 

@@ -1,4 +1,4 @@
-"""The folder of one run, made by rank 0; the other ranks are told its name. A restart goes on in it.
+"""The folder of one run, made by rank 0, which sends its name to the other ranks. A restart continues in it.
 
 RUN/<JOB_NAME>/<time>/{config/, config.resolved.yaml, config.origins.json, env.json, logs/, metrics.jsonl, events.jsonl,
                        samples.jsonl}      config.0/, config.resolved.0.yaml, env.0.json, ...: of earlier starts
@@ -27,8 +27,8 @@ import torch
 import yaml
 
 from internlm_lite.config.load import LoadedConfig
-from internlm_lite.config.mask import mask_source
-from internlm_lite.config.view import MASK, masked, origin_rows, resolved, secrets_of
+from internlm_lite.config.masking import MASK, mask_source, masked, secrets_of
+from internlm_lite.config.render_config import origin_rows, resolved
 from internlm_lite.errors import ConfigError, StorageError
 from internlm_lite.runtime.place import Place
 
@@ -42,7 +42,7 @@ _NAME = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d(-\d+)?")
 def create_run_folder(root: Path, job_name: str, now: datetime) -> Path:
     """Make root/<job_name>/<time>/ with config/ and logs/, and point `latest` at it. Rank 0 only.
 
-    A second run of the same second gets a suffix. Raises ConfigError for a JOB_NAME that is no folder name,
+    A second run in the same second gets a suffix. Raises ConfigError for a JOB_NAME that cannot name a folder,
     StorageError when the folder cannot be written.
     """
     if not job_name or job_name in (".", "..") or "/" in job_name or "\0" in job_name:
@@ -61,7 +61,7 @@ def create_run_folder(root: Path, job_name: str, now: datetime) -> Path:
 
 
 def find_run_folder(root: Path, job_name: str, name: str) -> Path | None:
-    """root/<job_name>/<name> if `name` is one that `create_run_folder` gives, and it is there."""
+    """root/<job_name>/<name> if `name` has the form that `create_run_folder` gives, and the folder exists."""
     folder = root / job_name / name
     return folder if _NAME.fullmatch(name) and folder.is_dir() else None
 
@@ -78,23 +78,22 @@ def _new_folder(job: Path, stamp: str) -> Path:
 
 
 def point_latest(job: Path, name: str) -> None:
-    """job/latest -> name, replaced in one rename: a reader sees the old link or the new one, never none."""
+    """job/latest -> name, replaced by one rename: readers see the old link or the new one, never none."""
     temporary = job / f".latest-{os.getpid()}"
     try:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(name)
         temporary.replace(job / "latest")
-    except OSError as error:  # some file systems have no links: a convenience is lost, not the run
+    except OSError as error:  # some file systems have no links; the run does not need it
         temporary.unlink(missing_ok=True)
         logger.warning(f"cannot point {job / 'latest'} at {name}: {error.strerror}")
 
 
 def write_start(folder: Path, loaded: LoadedConfig, environment: Mapping[str, Any]) -> None:
-    """What a start was made with: the config files read in config/ (those of one name are numbered), all values in
-    config.resolved.yaml, where they come from in config.origins.json, and `environment` in env.json. Secrets masked.
+    """Write what defines a start: config files to config/ (numbered if names repeat), all values to
+    config.resolved.yaml, their origins to config.origins.json, and `environment` to env.json. Secrets are masked.
 
-    What the start before left there is kept as config.0/, config.resolved.0.yaml, ... where it differs. Raises
-    StorageError.
+    Files of the start before are kept as config.0/, config.resolved.0.yaml, ... if they differ. Raises StorageError.
     """
     texts = {f"config/{name}": text for name, text in _sources(loaded.files).items()}
     values = masked(resolved(loaded.config))
@@ -105,7 +104,7 @@ def write_start(folder: Path, loaded: LoadedConfig, environment: Mapping[str, An
         texts = {name: text.replace(secret, MASK) for name, text in texts.items()}
     try:
         (folder / "config").mkdir(exist_ok=True)
-        _keep(folder, texts)
+        _backup(folder, texts)
         for old in (folder / "config").iterdir():
             if old.is_file() and f"config/{old.name}" not in texts:
                 old.unlink()
@@ -129,7 +128,7 @@ def _sources(files: Sequence[Path]) -> dict[str, str]:
 def environment(
     place: Place, argv: Sequence[str], device: str, now: datetime, agents: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The contents of env.json; `device` is the device's name, `agents` those of all ranks (`Place.agent`)."""
+    """The contents of env.json; `device` is the device's name, `agents` are those of all ranks (`Place.agent`)."""
     return {
         "time": now.isoformat(timespec="seconds"),
         "command": [_masked_argument(argument) for argument in argv],
@@ -152,7 +151,7 @@ def environment(
 
 
 def agents_of(folder: Path) -> set[str]:
-    """The agents that started the run in `folder` last; none where it does not say."""
+    """The agents of the last start in `folder`; empty if unknown."""
     try:
         found = json.loads((folder / "env.json").read_text(encoding="utf-8"))
         return set(found["agents"])
@@ -174,7 +173,7 @@ def package_versions(names: Sequence[str] = PACKAGES) -> Mapping[str, str]:
 def code_digest(folder: Path) -> str:
     """12 hex digits of sha256 over names and contents of the Python files below `folder`."""
     digest = sha256()
-    # An editor's locks are links to nowhere beside the files.
+    # Lock files of editors are broken links.
     for file in sorted(file for file in folder.rglob("*.py") if file.is_file()):
         content = file.read_bytes()
         digest.update(f"{file.relative_to(folder)} {len(content)}\n".encode() + content)
@@ -202,8 +201,8 @@ def _masked_argument(argument: str) -> str:
     return f"{name}={masked(value, name)}" if equals else str(masked(argument))
 
 
-def _keep(folder: Path, texts: Mapping[str, str]) -> None:
-    """Numbered copies of what will be lost when `texts` are written, env.json always: it numbers the starts."""
+def _backup(folder: Path, texts: Mapping[str, str]) -> None:
+    """Copy what differs from `texts` under the next number; env.json always, as it numbers the starts."""
     number = next(n for n in itertools.count() if not (folder / f"env.{n}.json").exists())
     for path in [folder / "config", *(folder / name for name in texts if "/" not in name)]:
         kept = path.with_name(f"{path.stem}.{number}{path.suffix}")

@@ -1,9 +1,9 @@
-"""Log records of this process: the seed's format in a file of every rank, and on the terminal of rank 0.
+"""Log records of this process, in the seed's format: a file for every rank, and the terminal of rank 0.
 
     2023-11-10 11:45:25,162 INFO launch.py:409 in launch -- Distributed environment is initialized, ...
 
-Everything else uses `logging.getLogger("internlm_lite")`. A record may carry two attributes (by `extra=`):
-`verbatim=True`, its message is a whole line already; `compact="..."`, what a terminal shows instead of the message.
+All modules use `logging.getLogger("internlm_lite")`. A record may have two attributes (by `extra=`):
+`verbatim=True`: its message is a complete line; `compact="..."`: text that a terminal shows instead.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class CompactFormatter(logging.Formatter):
 
 
 class StdoutHandler(logging.StreamHandler[TextIO]):
-    """Writes to whatever `sys.stdout` is now: a progress bar that stands in for it keeps records above itself."""
+    """Writes to the current `sys.stdout`: a progress bar that replaces it keeps records above itself."""
 
     _failed = False
 
@@ -64,9 +64,9 @@ class StdoutHandler(logging.StreamHandler[TextIO]):
         logging.Handler.__init__(self)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        if not self._failed:  # a closed pipe or a full disk costs the terminal's lines, never the run
+        if not self._failed:  # a closed pipe or a full disk must not end the run
             self._failed = True
-            _say(f"WARNING cannot write to standard output: {sys.exc_info()[1]}")
+            _warn(f"WARNING cannot write to standard output: {sys.exc_info()[1]}")
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]
@@ -74,7 +74,7 @@ class StdoutHandler(logging.StreamHandler[TextIO]):
 
 
 class EarlyRecords(logging.Handler):
-    """Keeps the records from before the run folder is known, for the rank's file."""
+    """Keeps records for the rank's file until the run folder is known."""
 
     def __init__(self, records: Iterable[logging.LogRecord] = ()) -> None:
         super().__init__()
@@ -96,14 +96,13 @@ def setup_logging(place: Place, folder: Path | None, style: str = "auto") -> Non
     """Send this rank's records to stdout (rank 0: INFO, others: WARNING), and all of them to its file in folder/logs.
 
     Call it at start with folder None, and again once the run folder is known: earlier records then go to the file
-    too. `style`: full, compact, or auto, which is compact on a terminal.
-    Raises StorageError when the file cannot be opened.
+    too. `style`: full, compact, or auto (compact on a terminal). Raises StorageError when the file cannot be opened.
     """
     early = [record for handler in logger.handlers if isinstance(handler, EarlyRecords) for record in handler.records]
     close_logging()
     logger.setLevel(logging.DEBUG)
     logger.propagate = False  # a library that configures the root logger must not print our records twice
-    # On an error torch dumps its whole pipeline schedule at level ERROR; the error that is raised says what happened.
+    # On an error torch logs its whole pipeline schedule at level ERROR; the exception is enough.
     logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)
 
     stdout = StdoutHandler()
@@ -122,7 +121,7 @@ def setup_logging(place: Place, folder: Path | None, style: str = "auto") -> Non
 
 
 def close_logging() -> None:
-    """Flush and take away the handlers of `setup_logging`."""
+    """Flush and remove the handlers of `setup_logging`."""
     for handler in list(logger.handlers):
         if isinstance(handler, StdoutHandler | EarlyRecords | logging.FileHandler):
             logger.removeHandler(handler)
@@ -130,40 +129,40 @@ def close_logging() -> None:
 
 
 def flush_logging() -> None:
-    """Everything logged so far reaches its file and terminal, if they take it: the exit code does not depend on it."""
-    for place in (*logger.handlers, sys.stdout, sys.stderr):
+    """Flush all handlers, ignoring errors: the exit code does not depend on them."""
+    for output in (*logger.handlers, sys.stdout, sys.stderr):
         with suppress(OSError):
-            place.flush()
+            output.flush()
 
 
 class _RankFile(logging.FileHandler):
-    """A full disk costs log records, never the run: the first failure is said on stderr, the rest are silent."""
+    """A full disk must not end the run: the first failure is reported on stderr, later ones are ignored."""
 
     _failed = False
 
     def handleError(self, record: logging.LogRecord) -> None:
-        self._tell(sys.exc_info()[1])
+        self._report(sys.exc_info()[1])
 
     def flush(self) -> None:
         try:
             super().flush()
         except OSError as error:
-            self._tell(error)
+            self._report(error)
 
     def close(self) -> None:
         try:
             super().close()
-        except OSError as error:  # what is still buffered cannot be written: the descriptor is closed all the same
-            self._tell(error)
+        except OSError as error:  # buffered records are lost; the descriptor is closed nevertheless
+            self._report(error)
 
-    def _tell(self, error: BaseException | None) -> None:
+    def _report(self, error: BaseException | None) -> None:
         if not self._failed:
             self._failed = True
-            _say(f"WARNING cannot write {self.baseFilename}: {error}")
+            _warn(f"WARNING cannot write {self.baseFilename}: {error}")
 
 
-def _say(text: str) -> None:
-    """On stderr, which is often a file on the same full disk as what could not be written."""
+def _warn(text: str) -> None:
+    """On stderr, which may be a file on the same full disk."""
     with suppress(OSError):
         print(text, file=sys.stderr)
 

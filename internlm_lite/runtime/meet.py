@@ -1,18 +1,17 @@
-"""Ranks find each other through a key-value store, before there is any process group.
+"""The rendezvous: all ranks of a job meet through a key-value store, before there is any process group.
 
-    rank 0   round = NAME              waits for NAME/here/<rank> of all        NAME/all = who they are
-    others   round? -> NAME/here/<rank> = who I am           NAME/all? am I in it?
+    rank 0   round = NAME                  waits for NAME/here/<rank> of all     NAME/all = ids of all
+    others   wait for round, then          NAME/here/<rank> = introduction       wait until NAME/all has the own id
 
-Who they are: an id, the host, and a digest of what each says of the job. Where the digests differ, rank 0 asks one that
-differs for its words, and all end with what it finds in them:
+An introduction is an id, the host, and a digest of the job fingerprint. If digests differ, rank 0 requests the
+fingerprint of the first rank that differs, and all ranks end with the difference (or with the list of missing ranks):
 
-    rank 0   NAME/ask/<rank>           NAME/problem = why they do not meet; also where some are missing
-    <rank>   NAME/tell/<rank> = what it says
+    rank 0   NAME/request/<rank>           NAME/problem = the message
+    <rank>   NAME/fingerprint/<rank> = its fingerprint
 
-Meeting through our own keys tells "rank 3 never came" from every other failure. The name is new for every start: the
-store of torchrun's agent outlives the processes and still holds what dead ones said, and its agents do not count
-restarts alike (one whose ranks were healthy, or that joined later, has seen fewer), so their count cannot tell starts
-apart.
+With keys of our own, a missing rank can be told from all other failures. NAME is new for every start: the store of
+torchrun's agent still holds what earlier processes wrote, and the agents' restart counts may differ (an agent whose
+ranks were healthy, or that joined later, has counted fewer), so they cannot identify a start.
 """
 
 from __future__ import annotations
@@ -33,31 +32,31 @@ from internlm_lite.runtime.place import Place
 
 _FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 0.02, 0.5
 _LAST_WORDS_SECONDS = 2.0
-"""Rank 0, which serves the store, says what is wrong before it goes; others wait so much longer for that."""
+"""Rank 0 keeps serving the store for so long after a problem, and the others wait so much longer to read it."""
 _NAMED_KEYS = 4
 
 
 def meet(place: Place, timeout: timedelta, says: Mapping[str, str]) -> Store:
-    """The job's key-value store, once every rank has come to it and says the same of the job: key -> value, no secrets.
+    """The job's key-value store, once all ranks have connected with equal fingerprints (key -> value, no secrets).
 
-    A world of one has its own. Raises MeshError.
-    Ctrl-C ends it at once: Python would not hear it inside of torch, which is why a thread meets.
+    A world of one gets a store of its own. Raises MeshError.
+    It works in a thread, so that Ctrl-C ends it at once: Python does not handle signals inside torch.
     """
     if place.world_size == 1:
         return HashStore()
-    worker = ThreadPoolExecutor(1, thread_name_prefix="meeting")
+    worker = ThreadPoolExecutor(1, thread_name_prefix="rendezvous")
     try:
-        return worker.submit(_meet, place, timeout, says).result()
+        return worker.submit(_rendezvous, place, timeout, says).result()
     finally:
         worker.shutdown(wait=False)
 
 
-def _meet(place: Place, timeout: timedelta, says: Mapping[str, str]) -> Store:
+def _rendezvous(place: Place, timeout: timedelta, says: Mapping[str, str]) -> Store:
     serves = place.is_main and not place.agent_store
-    # Ranks that were told of worlds of other sizes do not count for this one.
+    # Ranks started for a world of another size must not take part in this one.
     store = PrefixStore(f"world{place.world_size}", _connect(place, timeout, serves))
     try:
-        name = _call(store, place, timeout, says) if place.is_main else _answer(store, place, timeout, says)
+        name = _host_round(store, place, timeout, says) if place.is_main else _join_round(store, place, timeout, says)
     except RuntimeError as error:  # torch.distributed's errors are RuntimeErrors
         raise MeshError(
             f"rank {place.rank} on {place.hostname} lost rank 0 at {_where(place)} while waiting for the others; see "
@@ -92,8 +91,8 @@ def _connect(place: Place, timeout: timedelta, serves: bool) -> Store:
         ) from error
 
 
-def _call(store: Store, place: Place, timeout: timedelta, says: Mapping[str, str]) -> str:
-    """Rank 0: call all ranks under a new name, wait for them, and compare what they say."""
+def _host_round(store: Store, place: Place, timeout: timedelta, says: Mapping[str, str]) -> str:
+    """Rank 0: open a round under a new name, wait for all ranks, and compare their fingerprints."""
     name = uuid.uuid4().hex
     keys = [f"{name}/here/{rank}" for rank in range(place.world_size)]
     store.set(keys[0], _introduction(name, place, says))
@@ -103,30 +102,30 @@ def _call(store: Store, place: Place, timeout: timedelta, says: Mapping[str, str
     except RuntimeError:
         problem = _missing([rank for rank, key in enumerate(keys) if not store.check([key])], place, timeout)
     else:
-        came = [json.loads(store.get(key)) for key in keys]
-        problem = _difference(came, PrefixStore(name, store), says)
+        introductions = [json.loads(store.get(key)) for key in keys]
+        problem = _difference(introductions, PrefixStore(name, store), says)
     if problem:
         store.set(f"{name}/problem", problem)
         if not place.agent_store:
             time.sleep(_LAST_WORDS_SECONDS)
         raise MeshError(problem)
-    store.set(f"{name}/all", json.dumps([one["id"] for one in came]))
+    store.set(f"{name}/all", json.dumps([one["id"] for one in introductions]))
     return name
 
 
-def _answer(store: Store, place: Place, timeout: timedelta, says: Mapping[str, str]) -> str:
-    """Other ranks: answer the newest call until all have."""
+def _join_round(store: Store, place: Place, timeout: timedelta, says: Mapping[str, str]) -> str:
+    """Other ranks: join the newest round until it is complete."""
     me, name = uuid.uuid4().hex, ""
     deadline, pause = time.monotonic() + timeout.total_seconds() + _LAST_WORDS_SECONDS, _FIRST_LOOK_SECONDS
     while time.monotonic() < deadline:
         if store.check(["round"]) and (called := store.get("round").decode()) != name:
             name = called
-            _check_alone(store.add(f"{name}/starts/{place.rank}", 1), place)
+            _check_unique(store.add(f"{name}/starts/{place.rank}", 1), place)
             store.set(f"{name}/here/{place.rank}", _introduction(me, place, says))
         if name and store.check([f"{name}/all"]) and me in json.loads(store.get(f"{name}/all")):
             return name
-        if name and store.check([f"{name}/ask/{place.rank}"]):
-            store.set(f"{name}/tell/{place.rank}", json.dumps(dict(says)))
+        if name and store.check([f"{name}/request/{place.rank}"]):
+            store.set(f"{name}/fingerprint/{place.rank}", json.dumps(dict(says)))
         if name and store.check([f"{name}/problem"]):
             raise MeshError(store.get(f"{name}/problem").decode())
         time.sleep(pause)
@@ -138,8 +137,8 @@ def _answer(store: Store, place: Place, timeout: timedelta, says: Mapping[str, s
     )
 
 
-def _check_alone(starts: int, place: Place) -> None:
-    # An agent's store may be asked by a process that is being ended, and by the one that takes its place.
+def _check_unique(starts: int, place: Place) -> None:
+    # An agent's store may be used by a process that is ending and by its replacement.
     if starts > 1 and not place.agent_store:
         raise MeshError(
             f"rank {place.rank} was started {starts} times, now on {place.hostname}: every process needs a rank of its "
@@ -152,19 +151,19 @@ def _introduction(own: str, place: Place, says: Mapping[str, str]) -> str:
     return json.dumps({"id": own, "host": place.hostname, "digest": digest})
 
 
-def _difference(came: Sequence[Mapping[str, str]], store: Store, says: Mapping[str, str]) -> str:
-    """What the first rank that differs from rank 0 says; empty where all say the same. `store`: of this name."""
-    others = [rank for rank, one in enumerate(came) if one["digest"] != came[0]["digest"]]
+def _difference(introductions: Sequence[Mapping[str, str]], store: Store, says: Mapping[str, str]) -> str:
+    """How the first rank that differs from rank 0 differs; empty if all are equal. `store`: of this round."""
+    others = [rank for rank, one in enumerate(introductions) if one["digest"] != introductions[0]["digest"]]
     if not others:
         return ""
     first = others[0]
-    store.set(f"ask/{first}", "")
+    store.set(f"request/{first}", "")
     found: list[str] = []
-    with suppress(RuntimeError):  # it may have been ended since it came
-        store.wait([f"tell/{first}"], timedelta(seconds=_LAST_WORDS_SECONDS))
-        found = _differing(json.loads(store.get(f"tell/{first}")), says)
+    with suppress(RuntimeError):  # it may have ended since it connected
+        store.wait([f"fingerprint/{first}"], timedelta(seconds=_LAST_WORDS_SECONDS))
+        found = _differing(json.loads(store.get(f"fingerprint/{first}")), says)
     return (
-        f"rank {first} on {came[first]['host']} was not started like rank 0 on {came[0]['host']}: "
+        f"rank {first} on {introductions[first]['host']} was not started like rank 0 on {introductions[0]['host']}: "
         f"{_some(found, _NAMED_KEYS) or 'it ended before it said which'}; ranks that differ from rank 0: "
         f"{_some(others, 8)}; start all ranks with the same command line, files and version; if this is another job, "
         "give one of them another port"

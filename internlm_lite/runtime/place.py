@@ -1,8 +1,8 @@
-"""Where this process stands among the processes of its job: read once from the launcher's environment variables.
+"""The rank of this process and all else that its launcher says, read once from environment variables.
 
-    torchrun, or RANK set by hand  >  a task of srun  >  a single process          (`auto` takes the first that is true)
+    torchrun, or RANK set by hand  >  a task of srun  >  a single process          (`auto` takes the first that applies)
 
-The only file of the project that knows names of environment variables; it reads them from a mapping handed to it.
+Only this file knows names of environment variables; it reads them from a mapping that it is given.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from internlm_lite.config.view import masked
+from internlm_lite.config.masking import masked
 from internlm_lite.errors import ConfigError, MeshError
 from internlm_lite.runtime.nodes import expand_node_list, expand_task_counts
 
@@ -22,7 +22,7 @@ Launcher = Literal["torch", "slurm", "single"]
 Environ = Mapping[str, str]
 
 FIRST_PORT, N_PORTS = 15_000, 15_000
-"""Ports under Slurm: above the registered services that matter, below Linux' ephemeral range (32768 up)."""
+"""Ports under Slurm: above most registered services, below Linux' ephemeral range (32768 up)."""
 
 
 @dataclass(frozen=True)
@@ -39,22 +39,22 @@ class Place:
     why: str
     """One line: which launcher was recognised, and by what."""
     master_host: str
-    """Where rank 0, or the launcher's agent, serves the key-value store through which ranks meet."""
+    """Host of the key-value store for the rendezvous, served by rank 0 or the launcher's agent."""
     master_port: int
     attempt: int = 0
-    """Restarts so far, as the launcher counts them; an agent of torchrun counts those that it has seen."""
+    """Restarts so far, as the launcher counts them; an agent of torchrun counts only its own."""
     supervised: bool = False
-    """torchrun's agent takes any exit code but 0 for a failure, and may start the ranks again."""
+    """torchrun's agent treats any exit code but 0 as a failure, and may restart the ranks."""
     agent_store: bool = False
-    """True: it serves the store already."""
+    """torchrun's agent already serves the store."""
     agent: str = ""
-    """What starts this process, and will again: the log folder of torchrun's agent, which is its own; Slurm's step."""
+    """Identifies what started this process and will restart it: torchrun's agent by its log folder, or Slurm's step."""
     error_file: Path | None = None
     """See `error_file`."""
     idle_tasks: int = 0
-    """Tasks of the Slurm job around a single process, which do nothing, though nobody asked for one process."""
+    """Tasks of the surrounding Slurm job that stay unused by a single process without `--launcher single`."""
     cpu_threads: int | None = None
-    """Threads per process that the launcher or the user set; None: not set."""
+    """Threads per process, as set by the launcher or the user; None: not set."""
 
     @property
     def is_main(self) -> bool:
@@ -62,20 +62,20 @@ class Place:
 
 
 def set_defaults(environ: MutableMapping[str, str]) -> None:
-    """What libraries read when they are loaded, so call it before torch is. The user's own values win."""
-    # GNU OpenMP's threads spin for long while they wait for each other. Beside two other busy processes that took half
-    # of the training speed; on idle cores the shorter spin cost nothing that could be told from noise.
+    """Variables that libraries read when they are imported: call it before torch is. Values of the user win."""
+    # GNU OpenMP's threads busy-wait for each other. With two other busy processes that halved the training speed;
+    # on idle cores a shorter busy-wait made no measurable difference.
     environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # torch's warnings about connections come with 40 lines of C++ frames each; our errors say what they mean.
+    # torch's warnings about connections have 40 lines of C++ frames each; our errors explain the cause.
     environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # wandb's own process must not send reports of its errors.
     environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 
 def adopt_s3_keys(environ: MutableMapping[str, str]) -> None:
-    """Let InternLM's names of the S3 credentials stand for boto3's, which its default chain then finds.
+    """Copy InternLM's variables of the S3 credentials to those of boto3's default chain.
 
-    They are the more special ones, so they win, and as a pair: a session token that belongs to other keys goes.
+    They are more specific, so they win, as a pair: a session token, which belongs to other keys, is removed.
     """
     ours = {"S3_ACCESS_KEY_ID": "AWS_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY_ID": "AWS_SECRET_ACCESS_KEY"}
     given = [name for name in ours if environ.get(name)]
@@ -91,13 +91,13 @@ def adopt_s3_keys(environ: MutableMapping[str, str]) -> None:
 _WITH_VALUES = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "CUDA_", "OMP_", "MKL_", "UCX_", "LD_LIBRARY_", "PYTHONPATH")
 _NAMES_ALONE = ("S3_", "AWS_", "BOTO3_", "HF_", "WANDB_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
 _OF_ONE_RANK = ("CUDA_VISIBLE_DEVICES", "NCCL_TOPO_FILE", "OMP_PLACES")
-"""May differ from rank to rank."""
+"""May differ between ranks."""
 
 
 def common_variables(environ: Environ) -> dict[str, str]:
-    """Variables that bear on a run and should be the same on every rank: name -> value.
+    """Variables that influence a run and should be equal on all ranks: name -> value.
 
-    Secrets as ***, and "set" for variables that may hold an address with a password.
+    Secrets are ***; variables that may contain an address with a password are "set".
     """
     found = {}
     for name, value in environ.items():
@@ -109,12 +109,12 @@ def common_variables(environ: Environ) -> dict[str, str]:
 
 
 def chosen_interfaces(environ: Environ) -> dict[str, str]:
-    """NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME, where they are set."""
+    """NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME, if set."""
     return {name: environ[name] for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") if environ.get(name)}
 
 
 def resolves(name: str) -> bool:
-    """Whether this host can turn `name` into an address."""
+    """Whether this host can resolve `name` to an address."""
     try:
         socket.getaddrinfo(name, None)
     except (OSError, UnicodeError):
@@ -129,7 +129,7 @@ def find_place(
     port: int | None = None,
     resolves: Callable[[str], bool] = resolves,
 ) -> Place:
-    """The place of this process; `host` and `port` (the command line's) replace the launcher's.
+    """What the launcher says of this process; `host` and `port` (of the command line) replace the launcher's.
 
     Raises MeshError naming the variables when they are missing or contradict each other.
     """
@@ -144,8 +144,7 @@ def find_place(
     elif launcher == "slurm":
         place = _from_slurm(environ, why, host, port, resolves)
     elif launcher == "single":
-        wished = environ.get("OMP_NUM_THREADS", "")
-        threads = int(wished) if wished.isdecimal() else None
+        threads = environ.get("OMP_NUM_THREADS", "")
         place = Place(
             rank=0,
             world_size=1,
@@ -157,7 +156,7 @@ def find_place(
             master_host="localhost",
             master_port=port or 0,
             idle_tasks=idle_tasks,
-            cpu_threads=threads,
+            cpu_threads=int(threads) if threads.isdecimal() else None,
         )
     else:
         raise MeshError(f"launcher {launcher!r}: expected auto, torch, slurm or single")
@@ -183,9 +182,9 @@ def _recognise(environ: Environ) -> tuple[Launcher, str]:
 
 
 def _is_shell(environ: Environ) -> bool:
-    """A batch script or interactive step is one process, though SLURM_PROCID=0 and the job's SLURM_NTASKS are set."""
+    """Whether this is a batch script or interactive step: one process, although task variables are set."""
     step = environ.get("SLURM_STEP_ID")
-    reserved = 0xFFFFFFF0  # Slurm's numbers of batch, extern and interactive steps lie above
+    reserved = 0xFFFFFFF0  # step ids of batch, extern and interactive steps start here
     if step is None:
         return environ.get("ENVIRONMENT") == "BATCH"
     return step.isdecimal() and int(step) >= reserved
@@ -207,7 +206,7 @@ def _from_torch(environ: Environ, why: str, host: str | None, port: int | None) 
         )
     local_world_size = _number(environ, "LOCAL_WORLD_SIZE", world_size)
     threads = environ.get("OMP_NUM_THREADS")
-    # torchrun itself sets OMP_NUM_THREADS=1 when it starts several processes: that is nobody's wish
+    # torchrun sets OMP_NUM_THREADS=1 for several processes, so that value is not the user's choice
     by_torchrun = threads == "1" and "TORCHELASTIC_RUN_ID" in environ and local_world_size > 1
     return Place(
         rank=_number(environ, "RANK"),
@@ -229,13 +228,13 @@ def _from_torch(environ: Environ, why: str, host: str | None, port: int | None) 
 
 
 def error_file(environ: Environ) -> Path | None:
-    """Where torchrun's agent looks for why this process failed; None: nobody does."""
+    """The file from which torchrun's agent reads why this process failed; None: no agent."""
     file = environ.get("TORCHELASTIC_ERROR_FILE")
     return Path(file) if file else None
 
 
 def _agent(environ: Environ) -> str:
-    """AGENT/attempt_0/RANK/error.json is where an agent looks for an error; AGENT is the same as long as it lives."""
+    """The file is AGENT/attempt_0/RANK/error.json; AGENT stays the same through all restarts."""
     agent, attempt, _ = environ.get("TORCHELASTIC_ERROR_FILE", "").rpartition("/attempt_")
     return agent if attempt else ""
 
@@ -260,14 +259,14 @@ def _from_slurm(
     world_size = _number(environ, "SLURM_NTASKS")
     threads = [name for name in ("SLURM_CPUS_PER_TASK", "OMP_NUM_THREADS") if name in environ]
     if host is None:
-        host, why = _meeting_host(environ, nodes[0], why, resolves)
+        host, why = _rendezvous_host(environ, nodes[0], why, resolves)
     step = environ.get("SLURM_STEP_ID", "0")
     job = environ.get("SLURM_JOB_ID", "0")
     return Place(
         rank=_number(environ, "SLURM_PROCID"),
         world_size=world_size,
         local_rank=_number(environ, "SLURM_LOCALID"),
-        local_world_size=_slurm_tasks_here(environ, nodes, world_size),
+        local_world_size=_slurm_local_tasks(environ, nodes, world_size),
         hostname=_hostname(environ),
         launcher="slurm",
         why=why,
@@ -280,8 +279,8 @@ def _from_slurm(
     )
 
 
-def _meeting_host(environ: Environ, first: str, why: str, resolves: Callable[[str], bool]) -> tuple[str, str]:
-    """The first node, where rank 0 runs; its launch address where nodes have no names in the network."""
+def _rendezvous_host(environ: Environ, first: str, why: str, resolves: Callable[[str], bool]) -> tuple[str, str]:
+    """The first node, where rank 0 runs; its launch address if node names cannot be resolved."""
     if resolves(first):
         return first, why
     address = environ.get("SLURM_LAUNCH_NODE_IPADDR")
@@ -293,8 +292,8 @@ def _meeting_host(environ: Environ, first: str, why: str, resolves: Callable[[st
     return address, f"{why}; node name {first} does not resolve: meeting at SLURM_LAUNCH_NODE_IPADDR {address}"
 
 
-def _slurm_tasks_here(environ: Environ, nodes: list[str], world_size: int) -> int:
-    """Tasks on this node. What the allocation handed down may contradict the step: the first that adds up wins."""
+def _slurm_local_tasks(environ: Environ, nodes: list[str], world_size: int) -> int:
+    """Tasks on this node, from the first variable that agrees with the step; those of the allocation may not."""
     node = _number(environ, "SLURM_NODEID", nodes.index(_hostname(environ)) if _hostname(environ) in nodes else 0)
     tried: dict[str, list[int]] = {}
     for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):

@@ -1,4 +1,4 @@
-"""Bring the ranks of a job together, and end a process with the exit code that is true."""
+"""Start and stop the process group of a job, and end a process with the right exit code."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def start_world(
 ) -> Store | None:
     """Initialise `torch.distributed`: nccl on CUDA, gloo on the CPU; nothing for a world of one.
 
-    `timeout` bounds the meeting here, `collectives` (None: the same) every later collective of the default group.
-    `says`: what every rank must say of the job alike. Returns a connection of its own to the store, for the watchdog.
-    Raises MeshError when the port is taken, the master cannot be reached, ranks are missing after `timeout`, or they
-    say different things.
+    `timeout` limits the rendezvous, `collectives` (None: the same) every later collective of the default group.
+    `says`: the job fingerprint, which must be equal on all ranks. Returns a separate connection to the store, for the
+    watchdog. Raises MeshError when the port is taken, the master cannot be reached, ranks are missing after `timeout`,
+    or fingerprints differ.
     """
     if place.world_size == 1:
         return None
@@ -44,7 +44,7 @@ def start_world(
 
 
 def connect_ranks(store: Store, place: Place, device: torch.device, timeout: timedelta) -> None:
-    """The default process group, for ranks that have met. Raises MeshError."""
+    """Make the default process group, after the rendezvous. Raises MeshError."""
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -63,7 +63,7 @@ def connect_ranks(store: Store, place: Place, device: torch.device, timeout: tim
 
 
 def announce_layout(data: int, pipeline: int, tensor: int) -> None:
-    """Log the sizes of the mesh in the seed's words."""
+    """Log the sizes of the mesh in the seed's format."""
     logger.info(
         f"Distributed environment is initialized, data parallel size: {data}, "
         f"pipeline parallel size: {pipeline}, tensor parallel size: {tensor}"
@@ -71,7 +71,7 @@ def announce_layout(data: int, pipeline: int, tensor: int) -> None:
 
 
 def stop_world() -> None:
-    """Wait for all ranks and take the process groups down. Raises PeerLostError when a rank is gone."""
+    """Wait for all ranks and destroy the process groups. Raises PeerLostError when a rank is gone."""
     if not dist.is_initialized():
         return
     try:
@@ -82,11 +82,11 @@ def stop_world() -> None:
 
 
 def end_process(code: int, world_size: int = 1) -> NoReturn:
-    """End this process with exit code `code`, after flushing logs. Waits for no other rank: `stop_world` does.
+    """End this process with exit code `code`, after flushing logs, without waiting for other ranks (`stop_world` does).
 
-    One of a world leaves by `os._exit`: gloo's threads abort about half of all interpreter exits with signal 6, and
-    NCCL waits for dead peers. So does one with a thread that still works: it has been waited for as long as it should,
-    and may hang in its storage.
+    One of several ranks leaves by `os._exit`: gloo's threads abort about half of all interpreter exits with signal 6,
+    and NCCL waits for dead peers. So does a process with a running thread: such a thread has exceeded its time limit,
+    and may be blocked in storage.
     """
     flush_logging()
     if world_size > 1 or any(_must_be_joined(thread) for thread in threading.enumerate()):
@@ -95,13 +95,13 @@ def end_process(code: int, world_size: int = 1) -> NoReturn:
 
 
 def _must_be_joined(thread: threading.Thread) -> bool:
-    """Whether the interpreter waits for it at its end."""
+    """Whether the interpreter waits for this thread at exit."""
     return thread is not threading.main_thread() and not thread.daemon
 
 
 def leave_now(code: int, last_words: Callable[[], object], seconds: float) -> NoReturn:
-    """End this process from any thread, whatever the others are blocked in: `last_words`, which write to the log and to
-    files, get `seconds`, as a disk or a terminal that takes nothing may be what blocks them.
+    """End this process from any thread, even if others are blocked. `last_words`, which writes to the log and to files,
+    gets `seconds`, as a disk or a terminal may block it.
     """
 
     def speak() -> None:

@@ -1,4 +1,4 @@
-"""What the programs in tools/ share: how they end, and how they are told about S3."""
+"""Shared by the command-line tools: how they end, and their S3 option."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 class ToolConsole(Console):
-    """Tables on standard output. A reader that is gone is left to `run_tool`, as with print."""
+    """Tables on standard output. `run_tool` handles a closed pipe, as with print."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
 
 def run_tool(work: Callable[[], int], interrupted: str = "interrupted", *, has_s3_option: bool = False) -> int:
-    """The exit code of `work`. What a user can meet is one line on standard error instead of a traceback: our errors,
-    files and folders that the system refuses, and `interrupted` after Ctrl-C. A reader that is gone is no error.
+    """The exit code of `work`. Errors of the user are one line on standard error instead of a traceback: our errors,
+    files and folders that the system refuses, and `interrupted` after Ctrl-C. A closed pipe is no error.
 
-    `has_s3_option`: the tool has no config, so what messages call ckpt.s3.KEY is named --s3 KEY.
+    `has_s3_option`: the tool has no config, so messages name --s3 KEY instead of ckpt.s3.KEY.
     """
     try:
         code = work()
@@ -53,7 +53,7 @@ def run_tool(work: Callable[[], int], interrupted: str = "interrupted", *, has_s
 
 
 def _flush() -> None:
-    if sys.stdout is not None:  # as it is where it was closed before we began
+    if sys.stdout is not None:  # None if it was closed before the start
         sys.stdout.flush()
 
 
@@ -65,7 +65,7 @@ def _flush_or_discard() -> None:
 
 
 def _discard_output() -> None:
-    """What is still to be printed goes nowhere when Python ends, instead of failing again."""
+    """Redirect what Python flushes at exit to nowhere, so that it does not fail again."""
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 

@@ -1,7 +1,7 @@
-"""Why a rank fails, in the file that torchrun's agent reads: its summary, the last thing on the screen, then says so.
+"""Writes why a rank fails to the file that torchrun's agent reads, so that its summary at the end shows the cause.
 
-The agent wants {"message": {"message": text, "extraInfo": {"timestamp": seconds since the epoch, as text}}}, and takes
-the earliest for the cause (torch.distributed.elastic.multiprocessing.errors).
+The format is {"message": {"message": text, "extraInfo": {"timestamp": seconds since the epoch, as text}}}; the agent
+takes the earliest for the cause (torch.distributed.elastic.multiprocessing.errors).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from internlm_lite.config.view import masked
+from internlm_lite.config.masking import masked
 from internlm_lite.errors import InternLMError, PeerLostError
 
 logger = logging.getLogger("internlm_lite")
@@ -22,7 +22,7 @@ logger = logging.getLogger("internlm_lite")
 
 @contextmanager
 def agent_told(file: Path | None) -> Iterator[None]:
-    """Tell the agent of an error that leaves this block: one of ours in its own words, others with their traceback."""
+    """Report an error that leaves this block to the agent: our errors by their message, others with their traceback."""
     try:
         yield
     except InternLMError as error:
@@ -34,15 +34,15 @@ def agent_told(file: Path | None) -> Iterator[None]:
 
 
 def tell_agent(file: Path | None, text: str, *, follows: bool = False) -> None:
-    """`file`: `Place.error_file`; nobody is told without one. `follows`: from the failure of another rank.
+    """`file`: `Place.error_file`; None: do nothing. `follows`: a consequence of another rank's failure.
 
-    The process is ending: what hinders this is only logged.
+    An error while writing is only logged, as the process is ending.
     """
     if file is None:
         return
-    now = int(time.time()) + follows  # whole seconds: what follows at once must not look like the cause
+    now = int(time.time()) + follows  # whole seconds: a consequence in the same second must not look like the cause
     message = {"message": str(masked(text)), "extraInfo": {"timestamp": str(now)}}
-    temporary = file.with_name(f"{file.name}.tmp")  # the agent may look at any time, and fails over half a file
+    temporary = file.with_name(f"{file.name}.tmp")  # the agent may read at any time, and fails on an incomplete file
     try:
         temporary.write_text(json.dumps({"message": message}), encoding="utf-8")
         temporary.replace(file)

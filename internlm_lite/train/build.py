@@ -3,75 +3,77 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from internlm_lite.config.schema import Config
 from internlm_lite.data.loader import TrainingData, ValidationData, open_training_data, open_validation_data
 from internlm_lite.faults.watchdog import Watchdog, unwatched
-from internlm_lite.layers.flash import AttentionBackend, choose_backend
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.models.initialise import initialise
-from internlm_lite.models.stages import Stages, build_stages, units_of
-from internlm_lite.monitor.console import heartbeat
+from internlm_lite.monitor.alert_monitor import AlertMonitor
+from internlm_lite.monitor.console import Console, heartbeat
+from internlm_lite.monitor.disk_usage import written_folders
 from internlm_lite.monitor.jsonl import has_ended
-from internlm_lite.optim.zero import HybridZeroOptimizer
-from internlm_lite.pipeline.engine import Engine, HiddenShape, OneRank, Pipeline
-from internlm_lite.runtime.device import torch_dtype
+from internlm_lite.monitor.packages import writes_tensorboard
+from internlm_lite.monitor.record import Sink
+from internlm_lite.monitor.sinks import FanOut, run_files
+from internlm_lite.train.checkpoints import Checkpoints, Contents
 from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.samples import Samples
-from internlm_lite.train.save_folders import SaveFolders
-from internlm_lite.train.saving import Saving
-from internlm_lite.train.sinks import open_sinks
-from internlm_lite.train.state import TrainState
+from internlm_lite.train.train_state import TrainState
+from internlm_lite.train.trainer import Trainer
 from internlm_lite.units import human_count
 
 logger = logging.getLogger("internlm_lite")
 
+SinkFactory = Callable[[Path, Config], Sink | None]
+"""Makes a sink for a run folder, or None where the config does not ask for it. The sink's methods must be quick."""
+
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run; `start` is where it begins or goes on from."""
+    """The parts of a run; `start` is the state that it begins or resumes from."""
 
     config: Config
     mesh: Mesh
     folder: Path
-    stages: Stages
-    engine: Engine
-    optimizer: HybridZeroOptimizer
+    trainer: Trainer
     data: TrainingData
-    folder_tokens: dict[str, int]
-    """Of each training folder, once through."""
     valid: ValidationData | None
     reporter: Reporter
     samples: Samples
-    saving: Saving
+    checkpoints: Checkpoints
     start: TrainState
     watchdog: Watchdog
-    trace_folder: Path | None
-    """Where a trace of a few steps goes; None: no tracing."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a job provides to its run. Nothing of it changes what is trained."""
+
+    checkpoints: Checkpoints | None = None
+    """None: those of the config."""
+    watchdog: Watchdog | None = None
+    terminal: bool = False
+    """Someone looks at the output: the console shows colours and the steps to go."""
+    sinks: Mapping[str, SinkFactory] = field(default_factory=dict)
+    """More sinks by name; closed last, the first of them after all others."""
 
 
 def build_run(
-    config: Config,
-    mesh: Mesh,
-    folder: Path,
-    resume: str,
-    terminal: bool,
-    trace: bool = False,
-    save_folders: SaveFolders | None = None,
-    watchdog: Watchdog | None = None,
+    config: Config, mesh: Mesh, folder: Path, resume: str = "auto", around: Surroundings = Surroundings()
 ) -> Run:
     """Open the data, build and initialise the model, restore a checkpoint. Collective.
 
-    `save_folders`: those of `config`, where they are taken already. A `folder` whose run has ended is not written to if
-    there is nothing left to do. Raises DataError, CheckpointError or StorageError before any training is done.
+    `resume`: auto, none or a path. A `folder` whose run has ended is not written to if there is nothing left to do.
+    Raises DataError, CheckpointError or StorageError before any training is done.
     """
-    save_folders = save_folders or SaveFolders(config, mesh)
-    watchdog = watchdog or unwatched(mesh.rank)
+    checkpoints = around.checkpoints or Checkpoints(config, mesh)
+    watchdog = around.watchdog or unwatched(mesh.rank)
     watchdog.enter("building")
     dp, vocab_size = mesh.dp, config.model.vocab_size
     with heartbeat("opening the training data"):
@@ -79,71 +81,61 @@ def build_run(
         valid = None
         if config.data.valid_every:
             valid = open_validation_data(config.data, vocab_size, dp.rank, dp.size, config.seed)
-    dtype = torch_dtype(config.model.dtype)
-    backend = choose_backend(config.model, mesh.device)
     with heartbeat("building the model"):
-        stages = build_stages(config, mesh, backend)
-        initialise(nn.ModuleList(stages.values()), config.seed)
-        optimizer = HybridZeroOptimizer(units_of(stages), config, mesh, dtype)
-        engine = build_engine(config, mesh, stages)
-    _announce(config, mesh, data, backend, optimizer)
-    reporter = Reporter(config, mesh, data.folders)
-    samples = Samples(config, mesh, stages, optimizer, reporter)
-    saving = Saving(config, mesh, save_folders, optimizer, reporter, data.fingerprint, folder.name)
+        trainer = Trainer(config, mesh, data.folders)
+    tokens = config.data.micro_num * config.data.micro_bsz * config.data.seq_len * dp.size
+    _log_facts(config, data, trainer, tokens)
+    reporter = Reporter(config, mesh, trainer)
+    samples = Samples(config, trainer, reporter)
+    checkpoints.attach(Contents(trainer, reporter, data.fingerprint, folder.name, tokens, intended_batch_tokens=tokens))
     with heartbeat("loading a checkpoint"):
-        start = saving.restore(resume)
-    nothing_to_say = start.step >= config.data.total_steps and has_ended(folder / "events.jsonl")
-    if mesh.is_main and not nothing_to_say:
-        reporter.open_sinks(lambda done: open_sinks(folder, config, done, terminal), start.step)
-    return Run(
-        config=config,
-        mesh=mesh,
-        folder=folder,
-        stages=stages,
-        engine=engine,
-        optimizer=optimizer,
-        data=data,
-        folder_tokens={part.name: part.tokens for part in data.packed},
-        valid=valid,
-        reporter=reporter,
-        samples=samples,
-        saving=saving,
-        start=start,
-        watchdog=watchdog,
-        trace_folder=folder if trace else None,
-    )
+        start = checkpoints.restore(resume)
+    nothing_to_report = start.step >= config.data.total_steps and has_ended(folder / "events.jsonl")
+    if mesh.is_main and not nothing_to_report:
+        reporter.open_sinks(partial(open_sinks, folder, config, around), start.step)
+    return Run(config, mesh, folder, trainer, data, valid, reporter, samples, checkpoints, start, watchdog)
 
 
-def build_engine(config: Config, mesh: Mesh, stages: Stages) -> Engine:
-    """What runs micro-batches through the stages of this rank and its neighbours."""
-    if mesh.pp.size == 1:
-        return OneRank()
-    stage = next(iter(stages.values()))
-    return Pipeline(
-        stages,
-        mesh.pp,
-        schedule=config.schedule,
-        shape=HiddenShape(
-            rows=stage.tp_ctx.rows(config.data.micro_bsz * config.data.seq_len),
-            hidden_size=config.model.hidden_size,
-            dtype=stage.tp_ctx.dtype,
-            device=mesh.device,
-        ),
-        early_receive=config.parallel.pipeline.interleaved_overlap,
-        pop_deferred=stage.tp_ctx.weight_grads.pop_deferred,
-    )
+def open_sinks(folder: Path, config: Config, around: Surroundings, done: int) -> FanOut:
+    """On rank 0, for a run that has done `done` steps and goes on in `folder`. Its packages are checked already."""
+    monitor, ckpt, total = config.monitor, config.ckpt, config.data.total_steps
+    save_every = [n for n in (ckpt.checkpoint_every, ckpt.oss_snapshot_freq) if n and ckpt.enable_save_ckpt]
+    made = {name: make(folder, config) for name, make in around.sinks.items()}
+    direct = {name: sink for name, sink in made.items() if sink is not None}
+    direct |= {**run_files(folder), "the console": Console(total, around.terminal, save_every, done)}
+    fan_out = FanOut(direct, _queued(folder, config, done))
+    title = f"{config.JOB_NAME} {folder.name}"
+    fan_out.add("alerts", AlertMonitor(monitor.alerts, total, written_folders(folder, ckpt), title, fan_out.event))
+    return fan_out
 
 
-def _announce(
-    config: Config, mesh: Mesh, data: TrainingData, backend: AttentionBackend, optimizer: HybridZeroOptimizer
-) -> None:
-    logger.info(f"Number of elements on ranks: {optimizer.elements_on_zero_ranks()}, rank:{mesh.rank}")
+def _queued(folder: Path, config: Config, done: int) -> dict[str, Callable[[], Sink]]:
+    """Their packages are imported in the thread that makes them."""
+    monitor = config.monitor
+
+    def tensorboard() -> Sink:
+        from internlm_lite.monitor.tensorboard import TensorBoard
+
+        return TensorBoard(folder / "tensorboard", done)
+
+    def wandb() -> Sink:
+        from internlm_lite.monitor.wandb import Wandb
+
+        assert monitor.wandb is not None
+        return Wandb(folder, config, monitor.wandb)
+
+    wanted = {"TensorBoard": (tensorboard, writes_tensorboard(monitor)), "wandb": (wandb, monitor.wandb is not None)}
+    return {name: make for name, (make, is_wanted) in wanted.items() if is_wanted}
+
+
+def _log_facts(config: Config, data: TrainingData, trainer: Trainer, batch_tokens: int) -> None:
+    mesh = trainer.mesh
+    logger.info(f"Number of elements on ranks: {trainer.optimizer.elements_on_zero_ranks()}, rank:{mesh.rank}")
     if mesh.is_main:
-        tokens = config.data.micro_num * config.data.micro_bsz * config.data.seq_len * mesh.dp.size
-        logger.info(f"attention: {backend.value}, dtype: {config.model.dtype}, torch {torch.__version__}")
+        logger.info(f"attention: {trainer.backend.value}, dtype: {config.model.dtype}, torch {torch.__version__}")
         logger.info(
             f"{human_count(data.total_tokens)} training tokens in folders {', '.join(data.folders)}; "
-            f"{tokens} tokens a step"
+            f"{batch_tokens} tokens a step"
         )
         if not config.ckpt.enable_save_ckpt:
             logger.warning("ckpt.enable_save_ckpt=False: nothing that is trained will be kept")

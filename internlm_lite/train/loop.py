@@ -1,167 +1,159 @@
-"""The main loop."""
+"""The main loop. A step: trainer.py. What is decided after it: control.py."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from internlm_lite.errors import NumericsError
 from internlm_lite.faults.signals import StopSignals
 from internlm_lite.mesh.consensus import on_main
 from internlm_lite.monitor.jsonl import is_evaluated
 from internlm_lite.optim.replicas import check_replicas
 from internlm_lite.train.build import Run
-from internlm_lite.train.evaluate import evaluate
-from internlm_lite.train.guard import Guard
+from internlm_lite.train.control import Control, Decision
 from internlm_lite.train.profiling import traced_steps
-from internlm_lite.train.requests import Order, Requests
-from internlm_lite.train.saving import due
-from internlm_lite.train.state import TrainState
-from internlm_lite.train.step import train_step
+from internlm_lite.train.train_state import TrainState
 
 logger = logging.getLogger("internlm_lite")
 
 
 @dataclass(frozen=True)
-class Ended:
+class TrainingEnd:
     """How training ended."""
 
     state: TrainState
-    stopped_by: str
-    """What asked to stop before the last step; empty: all steps are done."""
+    stopped_by: str = ""
+    """Who asked to stop before the last step; empty: all steps are done."""
 
 
-def train(run: Run, signals: StopSignals) -> Ended:
-    """Train from `run.start` to the last step of the config, or until asked to stop. Collective."""
-    state, ckpt = run.start, run.config.ckpt
-    stop_file = Path(ckpt.stop_file_path) if ckpt.stop_file_path else None
-    guard = Guard(run.config, run.reporter, run.mesh.is_main)
-    requests = Requests(signals, stop_file, run.mesh.is_main)
-    with traced_steps(run.trace_folder, run.mesh.rank) as step_traced:
-        went_back = True
-        while went_back:
-            run.reporter.start(state)
-            run.reporter.event("start", **_start_facts(run, state))
-            if state.step:  # the start before this one may have ended between its save and its evaluation
-                _evaluate_where_due(run, state, anew=False)
-            state, order, went_back = _train_from(state, run, requests, guard, step_traced)
-        run.optimizer.wait_weights()
-        stopped_by = order.why if order.stop and state.step < run.config.data.total_steps else ""
-        if not stopped_by:
-            with run.watchdog.inside("samples"):
-                run.samples.show(state.step)
-        run.reporter.event("stopped" if stopped_by else "done", step=state.step, why=stopped_by)
-        return Ended(state, stopped_by)
+def train(run: Run, signals: StopSignals, trace_folder: Path | None = None) -> TrainingEnd:
+    """Train from `run.start` to the last step of the config, or until asked to stop. Collective.
 
-
-def _train_from(
-    state: TrainState, run: Run, requests: Requests, guard: Guard, step_traced: Callable[[], object]
-) -> tuple[TrainState, Order, bool]:
-    """Train until all steps are done or until asked to stop, or, True, until the run went back to an earlier state."""
-    data, watchdog = run.config.data, run.watchdog
-    order, owed = Order(), None
-    with closing(run.data.batches(state.position, pin=run.mesh.device.type == "cuda")) as batches:
-        while state.step < data.total_steps and not order.stop:
+    `trace_folder`: where a trace of a few steps goes.
+    """
+    state, trainer, watchdog, total_steps = run.start, run.trainer, run.watchdog, run.config.data.total_steps
+    control = Control(run.config, run.reporter, signals, is_main=run.mesh.is_main)
+    _begin(run, state)
+    pin = run.mesh.device.type == "cuda"
+    with (
+        closing(run.data.batches(state.position, pin=pin)) as batches,
+        traced_steps(trace_folder, run.mesh.rank) as traced,
+    ):
+        while state.step < total_steps and not control.decision.stop:
             watchdog.enter("data", state.step)
             batch = next(batches).to(run.mesh.device)
             watchdog.enter("training", state.step)
-            outcome = train_step(
-                run.stages,
-                run.engine,
-                run.optimizer,
-                batch,
-                state.step,
-                run.mesh,
-                run.reporter.metrics,
-                run.reporter.fwd_bwd,
-                requests.now,
-                partial(watchdog.enter, "updating", state.step),
-            )
-            step_traced()
+            updating = partial(watchdog.enter, "updating", state.step)
+            outcome = trainer.step(batch, state.step, requests=control.requests, before_update=updating)
+            traced()
             state = state.after(batch, run.mesh.dp.size)
-            last = state.step == data.total_steps
-            if state.step % run.config.monitor.log_every == 0 or last:
+            if state.step % run.config.monitor.log_every == 0 or state.step == total_steps:
                 run.reporter.step_line(state, batch, outcome)
-            order = requests.order(outcome, state.step)
-            guard.note_spike(order, state.step - 2)  # told a step later
-            guard.check_skips(order, state.step - 2)
-            if guard.wants_rollback(order) and (before := _go_back(state, run, guard)):
-                requests.undo(order)
-                return before, order, True
-            _compare_replicas(run, state)
-            if order.stop or last:
-                guard.check_weights(run.optimizer, state.step - 1)
-            kind = due(run.config.ckpt, state.step, order, last, owed)
-            # What left this update out may be in the weights already, and would push a good snapshot out.
-            owed = kind if kind and not (order.stop or last) and outcome.skips_in_a_row.item() else None
-            if kind and not owed:
-                with watchdog.inside("saving"), run.reporter.aside():
-                    run.saving.save(state, kind, must=order.stop or kind == "final")
-            run.saving.check()
-            if last or not order.stop:  # who asks to stop does not wait for it: the next start makes up for it
-                _look_aside(run, state)
-    guard.note_spike(requests.rest(), state.step - 1)
-    return state, order, False
+            decision = control.after_step(outcome, state.step)
+            if restored := _roll_back(run, state, control):
+                state = restored
+                continue
+            _check_weights(run, state, decision)
+            if decision.save:
+                with watchdog.inside("saving"), run.reporter.excluded_from_timing():
+                    run.checkpoints.save(state, decision.save, blocking=decision.final)
+            run.checkpoints.report_finished()
+            if not decision.stop:  # the next start evaluates instead: a stop does not wait for it
+                _evaluate_and_sample(run, state)
+    control.finish(state.step)
+    return _end(run, TrainingEnd(state, control.decision.stopped_by))
 
 
-def _compare_replicas(run: Run, state: TrainState) -> None:
-    """Before a save: a flipped bit is not to be in it."""
-    every = run.config.guard.check_replicas_every
+def _begin(run: Run, state: TrainState) -> None:
+    """At the start, and after a rollback."""
+    run.reporter.start(state)
+    run.reporter.event("start", **_start_facts(run, state))
+    if state.step:  # the start before this one may have ended between its save and its evaluation
+        _evaluate_if_due(run, state, skip_if_logged=True)
+
+
+def _end(run: Run, ended: TrainingEnd) -> TrainingEnd:
+    """The last samples, which a stop does not wait for, and the last event."""
+    run.trainer.optimizer.wait_weights()
+    if not ended.stopped_by:
+        with run.watchdog.inside("samples"):
+            run.samples.show(ended.state.step)
+    run.reporter.event("stopped" if ended.stopped_by else "done", step=ended.state.step, why=ended.stopped_by)
+    return ended
+
+
+def _roll_back(run: Run, state: TrainState, control: Control) -> TrainState | None:
+    """Where a spike is to be undone: the state of a checkpoint from before it, but with the data that comes next now,
+    so that the data which led to it is left out.
+
+    None without a spike or such a checkpoint: training goes on as it is, as the update itself was skipped.
+    """
+    spiked_step = control.decision.rollback_before
+    if spiked_step is None:
+        return None
+    with run.watchdog.inside("loading"), run.reporter.excluded_from_timing():
+        restored = run.checkpoints.roll_back(state, spiked_step)
+    if restored is None:
+        if run.mesh.is_main:
+            logger.warning(
+                f"step {spiked_step}: there is no checkpoint from before the spike yet: nothing else is undone"
+            )
+        return None
+    control.rolled_back(restored.step)
+    run.reporter.event("rollback", step=spiked_step, back_to=restored.step)
+    run.reporter.reopen_sinks(restored.step)
+    _begin(run, restored)
+    return restored
+
+
+def _check_weights(run: Run, state: TrainState, decision: Decision) -> None:
+    """Before a save: raises NumericsError where a flipped bit, or weights that are not finite, would be in it."""
+    optimizer, every = run.trainer.optimizer, run.config.guard.check_replicas_every
     if every and state.step % every == 0:
-        with run.reporter.aside():
-            run.optimizer.wait_weights()
-            check_replicas(run.optimizer, run.mesh, state.step - 1)
+        with run.reporter.excluded_from_timing():
+            optimizer.wait_weights()
+            check_replicas(optimizer, run.mesh, state.step - 1)
+    if decision.final and not optimizer.is_finite():
+        raise NumericsError(
+            f"step {state.step - 1}: the weights are not finite, so they are not saved: started again, the run goes on "
+            "from its newest checkpoint; lower adam.lr, or go on from an older one with --resume PATH"
+        )
 
 
-def _look_aside(run: Run, state: TrainState) -> None:
-    """Evaluation and samples that are due after a step. Its save comes first: it is not lost when they fail."""
-    _evaluate_where_due(run, state)
+def _evaluate_and_sample(run: Run, state: TrainState) -> None:
+    """What is due of both after a step. Its save comes first: it is not lost when they fail."""
+    _evaluate_if_due(run, state)
     if run.samples.due(state.step):
-        with run.watchdog.inside("samples"), run.reporter.aside():
+        with run.watchdog.inside("samples"), run.reporter.excluded_from_timing():
             run.samples.show(state.step)
 
 
-def _evaluate_where_due(run: Run, state: TrainState, anew: bool = True) -> None:
-    """`anew` False: only where the figures are not in events.jsonl yet."""
+def _evaluate_if_due(run: Run, state: TrainState, *, skip_if_logged: bool = False) -> None:
+    """`skip_if_logged`: only where the figures are not in events.jsonl yet."""
     data, file = run.config.data, run.folder / "events.jsonl"
     if not run.valid or not (state.step % data.valid_every == 0 or state.step == data.total_steps):
         return
-    if not anew and on_main(run.mesh, lambda: is_evaluated(file, state.step - 1)):
+    if skip_if_logged and on_main(run.mesh, lambda: is_evaluated(file, state.step - 1)):
         return
     run.reporter.event("evaluating", step=state.step - 1)
-    with run.watchdog.inside("evaluation"), run.reporter.aside():
-        run.reporter.validation(state, evaluate(run.stages, run.engine, run.valid, run.mesh, run.watchdog.go_on))
-
-
-def _go_back(state: TrainState, run: Run, guard: Guard) -> TrainState | None:
-    """The state of a checkpoint from before the spike, but with the data that comes next now: what led to it is left
-    out. None without one: training goes on as it is, as the update itself was left out.
-    """
-    spiked = state.step - 2
-    with run.watchdog.inside("loading"), run.reporter.aside():
-        restored = run.saving.go_back(state, spiked)
-    if restored is None:
-        if run.mesh.is_main:
-            logger.warning(f"step {spiked}: there is no checkpoint from before the spike yet: nothing else is undone")
-        return None
-    guard.allow_rollback(spiked, restored.step)
-    run.reporter.event("rollback", step=spiked, back_to=restored.step)
-    run.reporter.reopen_sinks(restored.step)
-    return restored
+    with run.watchdog.inside("evaluation"), run.reporter.excluded_from_timing():
+        run.reporter.validation(state, run.trainer.evaluate(run.valid, run.watchdog.go_on))
 
 
 def _start_facts(run: Run, state: TrainState) -> dict[str, Any]:
     """What a reader of events.jsonl needs to know about the steps to come."""
+    tokens = {folder.name: folder.tokens for folder in run.data.packed}
     return {
         "step": state.step,
         "total_steps": run.config.data.total_steps,
         "log_every": run.config.monitor.log_every,
         "world_size": run.mesh.world.size,
-        "folders": list(run.folder_tokens),
-        "folder_tokens": run.folder_tokens,
-        **({} if run.saving.restored is None else {"restarted_from": run.saving.restored}),
+        "folders": list(tokens),
+        "folder_tokens": tokens,
+        **({} if run.checkpoints.restored is None else {"restarted_from": run.checkpoints.restored}),
     }

@@ -1,12 +1,14 @@
-"""A trace of a few steps for chrome://tracing or Perfetto (`--profiling`)."""
+"""Where the time of steps goes: a stopwatch that does not wait for the device, and a trace of a few steps."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import profiler
 
 logger = logging.getLogger("internlm_lite")
@@ -14,11 +16,43 @@ logger = logging.getLogger("internlm_lite")
 WAIT_STEPS, WARM_STEPS, TRACED_STEPS = 3, 1, 3
 
 
+class Stopwatch:
+    """Sums the stretches between `start` and `stop`. On CUDA by events, so that nothing waits before `take`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds = 0.0
+        self._begin = 0.0
+
+    def start(self) -> None:
+        if self._on_gpu:
+            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self._events[-1][0].record()
+        else:
+            self._begin = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._on_gpu:
+            self._events[-1][1].record()
+        else:
+            self._seconds += time.perf_counter() - self._begin
+
+    def take(self) -> float:
+        """Seconds since the last call; waits for the device."""
+        seconds = self._seconds
+        for begin, end in self._events:
+            end.synchronize()
+            seconds += begin.elapsed_time(end) / 1000
+        self._events, self._seconds = [], 0.0
+        return seconds
+
+
 @contextmanager
 def traced_steps(folder: Path | None, rank: int) -> Iterator[Callable[[], object]]:
-    """Gives a function to call after each step. `folder` None: it does nothing.
+    """`--profiling`: a trace for chrome://tracing or Perfetto. Gives a function to call after each step.
 
-    Otherwise TRACED_STEPS steps after WAIT_STEPS + WARM_STEPS are written to folder/trace-rank-NNNNN.json.
+    TRACED_STEPS steps after WAIT_STEPS + WARM_STEPS go to folder/trace-rank-NNNNN.json; `folder` None: no trace.
     """
     if folder is None:
         yield lambda: None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -16,27 +17,38 @@ from internlm_lite.config.schema import Config
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.stages import model_flops_per_token
 from internlm_lite.monitor.flops import mfu, step_flops_per_token, tflops_per_gpu
-from internlm_lite.monitor.metrics import Collected, FolderMetrics
+from internlm_lite.monitor.metrics import Collected
 from internlm_lite.monitor.record import Origin, Sample, SpeedFigures, StepRecord, ValidationRecord
 from internlm_lite.monitor.scalars import perplexity
 from internlm_lite.monitor.sinks import FanOut
 from internlm_lite.monitor.speed import SpeedMeter
 from internlm_lite.optim.zero import StepOutcome
 from internlm_lite.runtime.device import peak_flops
-from internlm_lite.train.state import TrainState
-from internlm_lite.train.stopwatch import Stopwatch
+from internlm_lite.train.train_state import TrainState
+from internlm_lite.train.trainer import Trainer
 
 logger = logging.getLogger("internlm_lite")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The steps since the last line."""
+
+    collected: Collected
+    speed: SpeedFigures
+    seconds: float
+    tokens: int
+    fwd_bwd_seconds: float
+    """Of one step."""
 
 
 class Reporter:
     """Every rank has one: collecting is collective. Only rank 0 has sinks."""
 
-    def __init__(self, config: Config, mesh: Mesh, folders: Sequence[str]) -> None:
-        self.metrics = FolderMetrics(folders, mesh)
+    def __init__(self, config: Config, mesh: Mesh, trainer: Trainer) -> None:
+        """`trainer`: whose metrics and times are reported."""
         self.speed = SpeedMeter(mesh.world.size)
-        self.fwd_bwd = Stopwatch(mesh.device)
-        self._config, self._mesh = config, mesh
+        self._config, self._mesh, self._trainer = config, mesh, trainer
         self._sinks: FanOut | None = None
         self._make_sinks: Callable[[int], FanOut] | None = None
         self._flops_per_token = step_flops_per_token(config.model, config.data.seq_len)
@@ -58,19 +70,19 @@ class Reporter:
 
     def state_dict(self) -> dict[str, Any]:
         """Figures that go on through a resume, JSON-able. Collective."""
-        return {"speed": self.speed.state_dict(), "metrics": self.metrics.state_dict()}
+        return {"speed": self.speed.state_dict(), "metrics": self._trainer.metrics.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.speed.load_state_dict(state["speed"])
-        self.metrics.load_state_dict(state["metrics"])
+        self._trainer.metrics.load_state_dict(state["metrics"])
 
     def start(self, state: TrainState) -> None:
         """The first step begins now."""
-        self.fwd_bwd.take()  # that of steps which are undone
+        self._trainer.fwd_bwd_time.take()  # that of steps which are undone
         self._begin, self._last = time.perf_counter(), state
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def excluded_from_timing(self) -> Iterator[None]:
         """What happens inside (evaluation, saving) does not count as training time; steps under way still do."""
         if self._mesh.device.type == "cuda":
             torch.cuda.synchronize(self._mesh.device)
@@ -81,37 +93,28 @@ class Reporter:
     def step_line(self, state: TrainState, batch: Batch, outcome: StepOutcome) -> None:
         """Record the steps since the last line, `batch` and `outcome` being the last one's. Collective."""
         assert self._last is not None, "start() was called"
-        collected = self.metrics.collect()
+        collected = self._trainer.metrics.collect()
         now = time.perf_counter()
         seconds, steps = now - self._begin, state.step - self._last.step
         tokens = state.consumed_tokens - self._last.consumed_tokens
         speed = self.speed.add(tokens, seconds, steps)
         self._begin, self._last = now, state
-        fwd_bwd_seconds = self.fwd_bwd.take() / steps
+        fwd_bwd_seconds = self._trainer.fwd_bwd_time.take() / steps
         if self._sinks is not None:
-            record = self._record(state, batch, outcome, collected, speed, seconds, tokens, fwd_bwd_seconds)
-            self._sinks.step(record)
+            interval = Interval(collected, speed, seconds, tokens, fwd_bwd_seconds)
+            self._sinks.step(self._record(state, batch, outcome, interval))
 
-    def _record(
-        self,
-        state: TrainState,
-        batch: Batch,
-        outcome: StepOutcome,
-        collected: Collected,
-        speed: SpeedFigures,
-        seconds: float,
-        tokens: int,
-        fwd_bwd_seconds: float,
-    ) -> StepRecord:
+    def _record(self, state: TrainState, batch: Batch, outcome: StepOutcome, interval: Interval) -> StepRecord:
         norm, norm_fp32, skipped, loss_scale, next_lr = _read(outcome)
         world, remaining = self._mesh.world.size, self._config.data.total_steps - state.step
-        per_step = self.speed.seconds_per_step
+        per_step, collected = self.speed.seconds_per_step, interval.collected
+        tokens, seconds = interval.tokens, interval.seconds
         return StepRecord(
             time=datetime.now().astimezone(),
             step=state.step - 1,
             loss=collected.loss,
             tflops=tflops_per_gpu(self._flops_per_token, tokens, seconds, world),
-            speed=speed,
+            speed=interval.speed,
             lr=next_lr,
             loss_scale=loss_scale,
             grad_norm={"0_default": norm, "1_fp32": norm_fp32},
@@ -123,7 +126,7 @@ class Reporter:
             largest_batch=batch.stats.largest_batch,
             smallest_batch=batch.stats.smallest_batch,
             adam_beta2=outcome.beta2,
-            fwd_bwd_time=fwd_bwd_seconds,
+            fwd_bwd_time=interval.fwd_bwd_seconds,
             acc=collected.accuracy,
             perplexity=perplexity(collected.cross_entropy),
             loss_from_metric=collected.cross_entropy,
@@ -161,7 +164,7 @@ class Reporter:
             self._sinks.sample(Sample(steps_done, prompt, text))
 
     def event(self, kind: str, /, **facts: object) -> None:
-        """Tell all sinks of rank 0; events.jsonl keeps it."""
+        """To all sinks of rank 0; events.jsonl keeps it."""
         if self._sinks is not None:
             self._sinks.event(kind, **facts)
 

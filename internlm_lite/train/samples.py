@@ -14,10 +14,9 @@ from internlm_lite.errors import InternLMError
 from internlm_lite.generate.generate import check, generate
 from internlm_lite.generate.sample import Sampling
 from internlm_lite.mesh import comm
-from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.models.stages import Stages, whole_model
-from internlm_lite.optim.zero import HybridZeroOptimizer
+from internlm_lite.models.stages import whole_model
 from internlm_lite.train.reporter import Reporter
+from internlm_lite.train.trainer import Trainer
 
 SAMPLING = Sampling(temperature=0.8, top_p=0.95, seed=1)
 
@@ -25,13 +24,11 @@ SAMPLING = Sampling(temperature=0.8, top_p=0.95, seed=1)
 class Samples:
     """Continues `monitor.sample_prompts`; rank 0 shows what came out."""
 
-    def __init__(
-        self, config: Config, mesh: Mesh, stages: Stages, optimizer: HybridZeroOptimizer, reporter: Reporter
-    ) -> None:
+    def __init__(self, config: Config, trainer: Trainer, reporter: Reporter) -> None:
         """Collective. Raises DataError on all ranks when the tokenizer or a prompt is of no use."""
-        self._monitor, self._total_steps, self._mesh = config.monitor, config.data.total_steps, mesh
-        self._optimizer, self._reporter = optimizer, reporter
-        self._model = whole_model(config, mesh, stages)
+        self._monitor, self._total_steps, self._mesh = config.monitor, config.data.total_steps, trainer.mesh
+        self._optimizer, self._reporter = trainer.optimizer, reporter
+        self._model = whole_model(config, trainer.mesh, trainer.stages)
         self._tokenizer: Tokenizer | None = None
         self._prompts: list[list[int]] = []
         self._eos: int | None = None
@@ -40,18 +37,18 @@ class Samples:
 
     def _agree_on_prompts(self, tokenizer: Path) -> None:
         """Rank 0's tokens are those of all ranks, whose files may differ."""
-        told: object = None
+        agreed: object = None
         if self._mesh.is_main:
             try:
                 self._tokenizer = Tokenizer(tokenizer)
-                told = self._encode(self._tokenizer)
+                agreed = self._encode(self._tokenizer)
             except InternLMError as error:
-                told = error
-        told = comm.broadcast_object(told, self._mesh.world)
-        if isinstance(told, InternLMError):
-            raise told
-        assert isinstance(told, tuple)
-        self._prompts, self._eos = told
+                agreed = error
+        agreed = comm.broadcast_object(agreed, self._mesh.world)
+        if isinstance(agreed, InternLMError):
+            raise agreed
+        assert isinstance(agreed, tuple)
+        self._prompts, self._eos = agreed
 
     def _encode(self, tokenizer: Tokenizer) -> tuple[list[list[int]], int | None]:
         start = [] if tokenizer.bos is None else [tokenizer.bos]

@@ -15,7 +15,7 @@ from internlm_lite.checkpoint.storage import s3_multipart as s3parts
 from internlm_lite.checkpoint.storage.base import UnreadableError
 from internlm_lite.checkpoint.storage.s3 import S3Storage
 from internlm_lite.checkpoint.storage.s3_multipart import cut
-from internlm_lite.config.s3path import parse_s3
+from internlm_lite.config.paths import parse_s3
 from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import StorageError
 from tests.s3server import BUCKET, S3Server

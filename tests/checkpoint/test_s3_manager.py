@@ -21,7 +21,7 @@ from internlm_lite.checkpoint.manager import CheckpointManager, hold
 from internlm_lite.checkpoint.save.saver import Saver
 from internlm_lite.checkpoint.storage.run_lock import Lease
 from internlm_lite.checkpoint.storage.s3 import S3Storage
-from internlm_lite.config.s3path import parse_s3
+from internlm_lite.config.paths import parse_s3
 from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import CheckpointError, StorageError
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
@@ -191,7 +191,7 @@ def test_a_crash_at_any_change_leaves_the_old_or_the_new_checkpoint(s3_folder: s
 WRITER = """
 import sys
 from internlm_lite.checkpoint.storage.s3 import S3Storage
-from internlm_lite.config.s3path import parse_s3
+from internlm_lite.config.paths import parse_s3
 from internlm_lite.config.schema import S3Config
 storage = S3Storage(parse_s3(sys.argv[1]), S3Config(insecure=True), part_bytes=5 * 1024 * 1024)
 def chunks():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from internlm_lite.checkpoint.storage.open import open_storage
-from internlm_lite.config.s3path import S3Path, parse_s3
+from internlm_lite.config.paths import S3Path, parse_s3
 from internlm_lite.errors import ConfigError, MissingPackageError
 from internlm_lite.runtime.place import adopt_s3_keys
 

@@ -10,8 +10,7 @@ from unittest.mock import Mock
 import pytest
 
 from internlm_lite.config import cross
-from internlm_lite.config.check import check_config
-from internlm_lite.config.load import load_config
+from internlm_lite.config.load import check_config, load_config
 from internlm_lite.errors import ConfigError
 
 GOOD = """\
@@ -578,7 +577,7 @@ def test_torch_is_never_imported(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text(GOOD.replace("seq_len=SEQ_LEN", "seq_lenn=SEQ_LEN"))
     code = (
         "import sys; from pathlib import Path\n"
-        "from internlm_lite.config import check, load, ranges, reference, view\n"
+        "from internlm_lite.config import load, ranges, reference, render_config\n"
         "from internlm_lite.errors import ConfigError\n"
         "try: load.load_config(Path(sys.argv[1]))\n"
         "except ConfigError as error: print(error)\n"

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internlm_lite.config.check import check_config
 from internlm_lite.config.keys import known_keys
-from internlm_lite.config.load import LoadedConfig, load_config
+from internlm_lite.config.load import LoadedConfig, check_config, load_config
+from internlm_lite.config.masking import masked
 from internlm_lite.config.overrides import parse_overrides
+from internlm_lite.config.render_config import print_config, resolved
 from internlm_lite.config.schema import AlertsConfig
-from internlm_lite.config.view import masked, print_config, resolved
 from internlm_lite.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

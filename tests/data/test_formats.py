@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from internlm_lite.data import internlm, megatron
-from internlm_lite.data.source import open_documents
+from internlm_lite.data.folders import open_documents
 from internlm_lite.errors import DataError
 from tests.data.corpora import random_documents, write_internlm, write_native
 
@@ -59,7 +59,7 @@ def test_writer_replaces_a_pair(tmp_path):
 def test_smallest_dtype():
     cases = {(100, True): np.int16, (40_000, False): np.uint16, (40_000, True): np.int32, (103_168, False): np.int32}
     for (vocab_size, signed), dtype in cases.items():
-        assert megatron.smallest_dtype(vocab_size, signed) == dtype
+        assert megatron.smallest_dtype(vocab_size, signed=signed) == dtype
 
 
 def _cut(path: Path, n_bytes: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from internlm_lite.data.dummy import DummyDocuments
 from internlm_lite.data.loader import open_training_data
-from internlm_lite.data.view import walk_steps
+from internlm_lite.data.render_batches import walk_steps
 from tests.data.corpora import data_config
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from internlm_lite.batch import IGNORE, Batch, Position
-from internlm_lite.data.loader import TrainingData, one_ahead, open_training_data, open_validation_data
+from internlm_lite.data.loader import TrainingData, open_training_data, open_validation_data, prefetch
 from internlm_lite.errors import DataError
 from tests.data.corpora import data_config, random_documents, write_internlm, write_native
 
@@ -125,7 +125,7 @@ def test_short_documents_are_counted_and_an_empty_folder_is_named_once(root, cap
     for folder in data.packed:
         lengths = np.concatenate([file.lengths for file in folder._files])
         counts.append((short := int((lengths < 4).sum()), len(lengths)))
-        assert 0 < short == folder.left_out == len(lengths) - folder.documents
+        assert 0 < short == folder.dropped == len(lengths) - folder.documents
     said = [record.getMessage() for record in caplog.records]
     assert said[:2] == [
         f"data.train_folder: {name}: {short} of {all_of_them} documents are shorter than data.min_length=4 and left out"
@@ -182,7 +182,7 @@ def test_data_that_hang_are_not_waited_for_when_nobody_wants_them(monkeypatch):
         yield 0
         yield int(come.wait(20))
 
-    items = one_ahead(hanging())
+    items = prefetch(hanging())
     assert next(items) == 0
     items.close()
     (waiting,) = _data_threads()
@@ -200,7 +200,7 @@ def test_exactly_one_item_is_computed_ahead():
             release.release()
             yield i
 
-    items = one_ahead(count())
+    items = prefetch(count())
     assert next(items) == 0
     assert release.acquire(timeout=5) and release.acquire(timeout=5)
     assert computed == [0, 1]

@@ -61,19 +61,19 @@ def test_a_position_is_all_it_takes_to_go_on():
 
 def test_an_epoch_holds_every_row_once_and_the_next_is_shuffled_anew():
     mix = EpochMix([5, 0, 8], seed=1, batch_rows=4)  # 13 rows, the tail of 1 is dropped
-    epochs = [mix.places(range(12 * e, 12 * e + 12)) for e in range(3)]
+    epochs = [mix.rows_of_folders(range(12 * e, 12 * e + 12)) for e in range(3)]
     for places in epochs:
         assert len(set(places)) == 12
         assert all(row < (5, 0, 8)[folder] for folder, row in places)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert mix.places(range(10, 15)) == [*epochs[0][10:], *epochs[1][:3]]
+    assert mix.rows_of_folders(range(10, 15)) == [*epochs[0][10:], *epochs[1][:3]]
 
 
 def test_weighted_shares_and_wrapping():
     counts, weights = [3, 50, 700], [5.0, 3.0, 0.004]
     mix = WeightedMix(counts, weights, seed=7)
     n = 20_000
-    places = mix.places(range(n))
+    places = mix.rows_of_folders(range(n))
     seen = Counter(folder for folder, _ in places)
     assert sum(seen.values()) == n
     for folder, weight in enumerate(weights):
@@ -81,8 +81,8 @@ def test_weighted_shares_and_wrapping():
         rows = [row for f, row in places if f == folder]
         for start in range(0, len(rows) - counts[folder] + 1, counts[folder]):
             assert sorted(rows[start : start + counts[folder]]) == list(range(counts[folder]))
-    assert places[12_345:12_400] == WeightedMix(counts, weights, seed=7).places(range(12_345, 12_400))
-    assert places[:1024] != WeightedMix(counts, weights, seed=8).places(range(1024))
+    assert places[12_345:12_400] == WeightedMix(counts, weights, seed=7).rows_of_folders(range(12_345, 12_400))
+    assert places[:1024] != WeightedMix(counts, weights, seed=8).rows_of_folders(range(1024))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -97,8 +97,8 @@ def test_weighted_quotas_never_go_back(seed):
 
 def test_mix_refuses_what_cannot_work():
     with pytest.raises(DataError, match=r"fill 7 rows .* expected at least 8"):
-        build_mix(["a", "b"], [3, 4], None, 0, batch_rows=8)
+        build_mix({"a": 3, "b": 4}, None, 0, batch_rows=8)
     with pytest.raises(
         DataError, match=r"'cod' is no folder with data, did you mean 'code'.; folder 'code' has no weight"
     ):
-        build_mix(["code", "docs"], [9, 9], {"cod": 1.0, "docs": 1.0}, 0, batch_rows=8)
+        build_mix({"code": 9, "docs": 9}, {"cod": 1.0, "docs": 1.0}, 0, batch_rows=8)

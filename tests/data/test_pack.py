@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internlm_lite.batch import IGNORE
-from internlm_lite.data.pack import PackedFolder
-from internlm_lite.data.source import Folder, open_documents
+from internlm_lite.data.folders import Folder, open_documents
+from internlm_lite.data.pack import PackedFolder, Packing
 from internlm_lite.errors import DataError
 from tests.data.corpora import reference_rows, write_internlm, write_native
 
 
 def _fill(packed: PackedFolder, row: int) -> tuple[list[int], list[int], list[int], list[int]]:
     tokens, labels, positions = (np.full(packed.row_tokens, -7, np.int64) for _ in range(3))
-    borders = packed.fill(row, tokens, labels, positions)
-    return tokens.tolist(), labels.tolist(), positions.tolist(), borders.tolist()
+    boundaries = packed.fill(row, tokens, labels, positions)
+    return tokens.tolist(), labels.tolist(), positions.tolist(), boundaries.tolist()
 
 
 def _packed(tmp_path: Path, documents: list[list[int]], **changes: object) -> PackedFolder:
@@ -28,7 +28,7 @@ def _packed(tmp_path: Path, documents: list[list[int]], **changes: object) -> Pa
     if half:
         files.insert(0, open_documents(write_internlm(tmp_path / "a.bin", documents[:half])))
     settings = {"row_tokens": 8, "seq_len": 4, "vocab_size": 100, "seed": 3, **changes}
-    return PackedFolder(Folder("x", tuple(files)), **settings)
+    return PackedFolder(Folder("x", tuple(files)), Packing(**settings))
 
 
 def _order(documents: list[list[int]], min_length: int, seed: int) -> list[int]:
@@ -77,10 +77,10 @@ def test_prompt_tokens_are_no_labels_also_across_an_edge(tmp_path):
 
 def test_tail_is_padded(tmp_path):
     packed = _packed(tmp_path, [list(range(1, 12))], keep_tail=True)
-    tokens, labels, positions, borders = _fill(packed, 1)
+    tokens, labels, positions, boundaries = _fill(packed, 1)
     assert tokens == [9, 10, 11, 0, 0, 0, 0, 0]
     assert labels == [10, 11, IGNORE, IGNORE, IGNORE, IGNORE, IGNORE, IGNORE]
-    assert (positions, borders) == ([0, 1, 2, 0, 1, 2, 3, 0], [0, 3, 7, 8])
+    assert (positions, boundaries) == ([0, 1, 2, 0, 1, 2, 3, 0], [0, 3, 7, 8])
     assert _fill(packed, 5) == ([0] * 8, [IGNORE] * 8, [0, 1, 2, 3] * 2, [0, 4, 8])
 
 

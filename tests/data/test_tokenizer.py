@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from internlm_lite.batch import IGNORE, Position
 from internlm_lite.data.documents import read_metadata
 from internlm_lite.data.encode import encode_folder
+from internlm_lite.data.folders import open_documents
 from internlm_lite.data.loader import open_training_data
-from internlm_lite.data.source import open_documents
 from internlm_lite.data.text import find_text, read_documents, sample_text
 from internlm_lite.data.tokenizer import Tokenizer, train_tokenizer
 from internlm_lite.errors import DataError

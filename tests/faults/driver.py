@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from internlm_lite.train import loop
+from internlm_lite.train.trainer import Trainer
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
@@ -66,7 +67,7 @@ class Fault:
         return found
 
 
-def before(fault: Fault, stages: Any, optimizer: Any) -> Callable[[], object]:
+def before(fault: Fault, trainer: Trainer) -> Callable[[], object]:
     """Do it; returns what undoes it after the step."""
     if number := _SIGNALS.get(fault.kind):
         if fault.seconds:
@@ -76,7 +77,7 @@ def before(fault: Fault, stages: Any, optimizer: Any) -> Callable[[], object]:
     elif fault.kind == "exit":
         os._exit(0)
     elif fault.kind == "stuck":
-        for module in next(iter(stages.values())).modules():
+        for module in next(iter(trainer.stages.values())).modules():
             module.register_forward_pre_hook(lambda *_: time.sleep(3600))
     elif fault.kind == "raise":
         raise ValueError("this rank is broken")
@@ -93,25 +94,24 @@ def before(fault: Fault, stages: Any, optimizer: Any) -> Callable[[], object]:
             except OSError:
                 pass
     elif fault.kind == "ruin":
-        next(piece for piece in optimizer.pieces() if piece.role == "master").tensor.view(-1)[0] = math.nan
+        next(piece for piece in trainer.optimizer.pieces() if piece.role == "master").tensor.view(-1)[0] = math.nan
     elif factor := _FACTORS.get(fault.kind):
-        weight = next(param for name, param in list(stages.values())[-1].named_parameters() if "norm" in name)
+        weight = next(param for name, param in list(trainer.stages.values())[-1].named_parameters() if "norm" in name)
         return weight.register_hook(lambda grad: grad * factor).remove
     return lambda: None
 
 
 def install(faults: list[Fault]) -> None:
-    train_step, check_replicas = loop.train_step, loop.check_replicas
+    train_step, check_replicas = Trainer.step, loop.check_replicas
     first, last = -1, -1
 
-    def step(*args: Any, **named: Any) -> Any:
+    def disturbed_step(trainer: Trainer, batch: Any, step: int, **hooks: Any) -> Any:
         nonlocal first, last
-        now = args[4]
-        first = now if first < 0 else first
-        due = [fault for fault in faults if fault.due(now, first) and (now > last or fault.again)]
-        last = max(last, now)
-        undo = [before(fault, args[0], args[2]) for fault in due]
-        outcome = train_step(*args, **named)
+        first = step if first < 0 else first
+        due = [fault for fault in faults if fault.due(step, first) and (step > last or fault.again)]
+        last = max(last, step)
+        undo = [before(fault, trainer) for fault in due]
+        outcome = train_step(trainer, batch, step, **hooks)
         for each in undo:
             each()
         return outcome
@@ -121,7 +121,7 @@ def install(faults: list[Fault]) -> None:
             optimizer.buckets[0].weights.view(torch.int32)[3] ^= 1 << 12
         check_replicas(optimizer, mesh, done)
 
-    loop.train_step, loop.check_replicas = step, check
+    Trainer.step, loop.check_replicas = disturbed_step, check
     for fault in faults:
         if fault.kind == "sleep":
             delay_batches(fault.steps.start)

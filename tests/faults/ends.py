@@ -17,15 +17,15 @@ from typing import Any
 
 from internlm_lite.errors import StorageError
 from internlm_lite.train import job
-from internlm_lite.train.saving import Saving
-from internlm_lite.train.step import BatchTask
+from internlm_lite.train.checkpoints import Checkpoints
+from internlm_lite.train.trainer import BatchTask
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 PLACES = {
     "log": (job, "setup_logging"),
     "build": (job, "build_run"),
     "forward": (BatchTask, "forward"),
-    "close": (Saving, "close"),
+    "close": (Checkpoints, "close"),
     "part": (job, "stop_world"),
 }
 
@@ -45,7 +45,8 @@ def install(what: str, place: str) -> None:
     whole = getattr(owner, name)
 
     def disturbed(*args: Any, **named: Any) -> Any:
-        if place != "log" or args[1] is not None:
+        is_there = {"log": lambda: args[1] is not None, "close": lambda: named["wait"]}
+        if is_there.get(place, lambda: True)():
             do(what)
         return whole(*args, **named)
 

@@ -15,7 +15,7 @@ from internlm_lite.faults.failure import Failure, read_failures, record
 from internlm_lite.faults.watchdog import Watchdog
 from internlm_lite.mesh.consensus import _raise_same
 from internlm_lite.runtime.place import Place
-from internlm_lite.train.ending import Ending
+from internlm_lite.train.failure_handler import FailureHandler
 
 
 @pytest.fixture
@@ -26,12 +26,12 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return waits
 
 
-def _ending(folder: Path, rank: int = 2) -> Ending:
-    ending = Ending(Place(rank, 3, rank, 3, f"node{rank}", "torch", "", "node0", 1))
-    ending.folder = folder
-    ending.watchdog = Watchdog(rank, 3, None, Limits(2.0, {}), lambda verdict: None, f"node{rank}")
-    ending.watchdog.enter("training", 33)
-    return ending
+def _handler(folder: Path, rank: int = 2) -> FailureHandler:
+    handler = FailureHandler(Place(rank, 3, rank, 3, f"node{rank}", "torch", "", "node0", 1))
+    handler.folder = folder
+    handler.watchdog = Watchdog(rank, 3, None, Limits(2.0, {}), lambda verdict: None, f"node{rank}")
+    handler.watchdog.enter("training", 33)
+    return handler
 
 
 def _report(folder: Path) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def _report(folder: Path) -> dict[str, Any]:
 
 def test_a_rank_that_says_nothing_is_where_the_verdict_has_it(tmp_path: Path, slept: list[float]) -> None:
     (tmp_path / "logs").mkdir()
-    _ending(tmp_path)._tell_hang(Verdict((0, 1), "they hang", "updating", 32, ("node0", "node1")))
+    _handler(tmp_path)._report_hang(Verdict((0, 1), "they hang", "updating", 32, ("node0", "node1")))
     keys = ("rank", "host", "phase", "step", "kind", "follows", "guessed")
     report = _report(tmp_path)
     found = [tuple(each[key] for key in keys) for each in (report["cause"], *report["others"])]
@@ -59,17 +59,17 @@ def test_a_peer_that_is_lost_in_a_hang_does_not_change_the_code(
     def ended(*_: object) -> None:
         raise InterruptedError("by the watchdog's thread")
 
-    ending = _ending(tmp_path)
-    monkeypatch.setattr("internlm_lite.train.ending.leave_now", lambda *_: None)
-    ending.hang(Verdict((1,), "it hangs", "training", 33, ("node1",)))
+    handler = _handler(tmp_path)
+    monkeypatch.setattr("internlm_lite.train.failure_handler.leave_now", lambda *_: None)
+    handler.hang(Verdict((1,), "it hangs", "training", 33, ("node1",)))
     monkeypatch.setattr(time, "sleep", ended)
     with pytest.raises(InterruptedError):
-        ending.failed(PeerLostError("rank 1 is gone"))
+        handler.failed(PeerLostError("rank 1 is gone"))
     assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_rank_is_the_cause(tmp_path: Path) -> None:
-    _ending(tmp_path).failed(KeyboardInterrupt())
+    _handler(tmp_path).failed(KeyboardInterrupt())
     cause = _report(tmp_path)["cause"]
     assert [cause[key] for key in ("rank", "kind", "exit_code", "follows", "trace")] == [
         2,
@@ -87,18 +87,18 @@ def test_who_raises_what_befell_another_rank_follows(
     record(tmp_path, Failure(0, "node0", 33, "saving", "StorageError", "full", 6, follows=False))
     error = StorageError("full")
     error.guilty = guilty
-    ending = _ending(tmp_path)
-    ending.failed(error)
+    handler = _handler(tmp_path)
+    handler.failed(error)
     assert {each.rank: each.follows for each in read_failures(tmp_path)} == {0: False, 2: follows}
-    assert ending.told_elsewhere
+    assert handler.reported_by_peer
 
 
 def test_a_guess_about_itself_is_no_cause_for_a_rank_to_wait_for(tmp_path: Path, slept: list[float]) -> None:
     """It was frozen for a while, and rank 1 died meanwhile."""
     record(tmp_path, Failure(2, "node2", 33, "updating", "lost", "gone", 5, follows=False, guessed=True))
-    ending = _ending(tmp_path)
-    ending.watchdog.silent = lambda: [1]  # type: ignore[method-assign]
-    ending.failed(PeerLostError("a peer is lost"))
+    handler = _handler(tmp_path)
+    handler.watchdog.silent = lambda: [1]  # type: ignore[method-assign]
+    handler.failed(PeerLostError("a peer is lost"))
     cause = _report(tmp_path)["cause"]
     assert (cause["rank"], cause["kind"], cause["host"], cause["step"]) == (1, "lost", "an unknown host", 33)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from internlm_lite.data.loader import one_ahead
+from internlm_lite.data.loader import prefetch
 from internlm_lite.errors import PeerLostError
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.pipeline.engine import peer_or_own_error
@@ -125,7 +125,7 @@ def test_ctrl_c_does_not_wait_for_data_that_hang(ctrl_c: None) -> None:
         yield 0
         yield int(come.wait(20))
 
-    items = one_ahead(hanging())
+    items = prefetch(hanging())
     assert next(items) == 0
     press = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):

@@ -15,7 +15,8 @@ from tests.world import run_world
 SAMPLE = 8
 """Points of each scenario in the test suite."""
 UNSTEADY = {"futex", "mprotect", "mmap", "munmap", "madvise", "brk", "restart_syscall", "exit_group"}
-"""Calls of the interpreter and the allocator: not as many in every run."""
+UNSTEADY |= {"poll", "ppoll"}
+"""Calls of the interpreter and the allocator, and the wait for strace: not as many in every run."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,8 +36,9 @@ def test_killed_at_any_system_call_there_is_the_old_or_the_new_checkpoint(scenar
     killed = [outcome for outcome in outcomes if outcome.killed]
     found = Counter(outcome.step for outcome in killed)
     calls = " ".join(f"{call}:{times}" for call, times in counts.items())
-    print(f"\n{scenario}: {len(killed)} of {len(chosen)} kills; old {found[OLD]}, new {found[NEW]}; {calls}")
     missed = [outcome.point for outcome in outcomes if not outcome.killed and outcome.point.call not in UNSTEADY]
+    print(f"\n{scenario}: {len(killed)} of {len(chosen)} kills; old {found[OLD]}, new {found[NEW]}; {calls}")
+    print(f"steady calls missed: {len(missed)}")
     assert len(missed) <= 0.05 * len(chosen) + 1, missed
     if ALL:
         assert found[OLD] and found[NEW]

@@ -142,7 +142,7 @@ def test_a_rank_that_is_stopped_is_named(size: int, guilty: int, tmp_path: Path)
     cause = report(tmp_path)["cause"]
     assert (cause["rank"], cause["kind"], cause["follows"]) == (guilty, "hang", False), report(tmp_path)
     stacks = [file.name for file in (run_folder(tmp_path) / "logs").glob("*.stacks")]
-    assert stacks and all("train_step" in (run_folder(tmp_path) / "logs" / file).read_text() for file in stacks)
+    assert stacks and all("trainer.py" in (run_folder(tmp_path) / "logs" / file).read_text() for file in stacks)
 
 
 @pytest.mark.parametrize(("how", "phase", "frame"), [("sleep", "data", "in slow"), ("stuck", "training", "in hidden")])

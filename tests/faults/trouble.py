@@ -22,6 +22,7 @@ from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.monitor.jsonl import read_objects
 from internlm_lite.train import loop
 from internlm_lite.train.build import build_run
+from internlm_lite.train.trainer import Trainer
 from tests.faults.states import assert_nothing_else
 from tests.steps import read_metrics
 from tests.train.runs import curve, tiny
@@ -96,25 +97,25 @@ def trained(config: Config, folder: Path, happens: Mapping[int, Callable[[], obj
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     log.addHandler(handler)
-    original = loop.train_step
-    run = build_run(config, single_process_mesh(), folder, "auto", terminal=False)
+    original = Trainer.step
+    run = build_run(config, single_process_mesh(), folder)
 
-    def step(*args: Any) -> Any:
-        running = run.saving._saver._running
+    def disturbed_step(trainer: Trainer, batch: Any, step: int, **hooks: Any) -> Any:
+        running = run.checkpoints.saver._running
         if patient and running is not None:
             running.exception()
-        happens.get(args[4], lambda: None)()
-        return original(*args)
+        happens.get(step, lambda: None)()
+        return original(trainer, batch, step, **hooks)
 
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "train_step", step)
+            patch.setattr(Trainer, "step", disturbed_step)
             loop.train(run, StopSignals())
     finally:
-        run.saving.close(wait=True)
+        run.checkpoints.close(wait=True)
         run.reporter.close()
         log.removeHandler(handler)
-    return _told(folder, "\n".join(lines), run.saving._saver.skipped)
+    return _told(folder, "\n".join(lines), run.checkpoints.saver.skipped)
 
 
 def _told(folder: Path, log: str, skipped: int) -> Told:

@@ -1,4 +1,4 @@
-"""The fan-out: what a sink does wrong stays with it, and nobody waits for a slow one."""
+"""The fan-out: errors and slowness of a sink do not affect training or other sinks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAMPLE = Sample(step=6, prompt="def", text=" f(x):")
 
 
 class Kept(Sink):
-    """Remembers what it was given."""
+    """Keeps what it was given."""
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.given: list[Any] = []
@@ -48,7 +48,7 @@ class Kept(Sink):
 
 
 class Held(Kept):
-    """Waits at every step until it is let go."""
+    """Blocks at every step until `go_on` is set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def test_every_sink_gets_everything_in_order() -> None:
     assert queued.given == direct.given
 
 
-def test_a_sink_that_raises_is_told_once_and_switched_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_raising_sink_is_reported_once_and_switched_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good, bad, other = Kept(), Kept(fails_at=1), Kept(fails_at=2)
     fan_out = FanOut({**run_files(tmp_path), "bad": bad, "good": good}, {"other": lambda: other})
     for record in SEED:
@@ -89,7 +89,7 @@ def test_a_sink_that_raises_is_told_once_and_switched_off(tmp_path: Path, caplog
     ]
 
 
-def test_an_event_that_cannot_be_written_costs_no_other_file(tmp_path: Path) -> None:
+def test_unwritable_event_does_not_affect_other_files(tmp_path: Path) -> None:
     fan_out = FanOut(run_files(tmp_path), {})
     fan_out.event("start", step=object())
     fan_out.step(SEED[0])
@@ -100,7 +100,7 @@ def test_an_event_that_cannot_be_written_costs_no_other_file(tmp_path: Path) -> 
     assert (sample["step"], sample["prompt"], sample["text"]) == (6, "def", " f(x):")
 
 
-def test_a_sink_that_is_switched_off_is_closed(caplog: pytest.LogCaptureFixture) -> None:
+def test_switched_off_sink_is_closed(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(Kept):
         def close(self) -> None:
             self.given.append("closed")
@@ -113,7 +113,7 @@ def test_a_sink_that_is_switched_off_is_closed(caplog: pytest.LogCaptureFixture)
     assert broken.given == ["closed"] and len(caplog.records) == 1
 
 
-def test_a_sink_that_cannot_be_made(caplog: pytest.LogCaptureFixture) -> None:
+def test_sink_that_cannot_be_made(caplog: pytest.LogCaptureFixture) -> None:
     def make() -> Sink:
         raise OSError(28, "No space left on device")
 
@@ -125,25 +125,23 @@ def test_a_sink_that_cannot_be_made(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.levelname for record in caplog.records] == ["WARNING"] and "full failed" in caplog.text
 
 
-def test_a_slow_sink_loses_records_and_holds_nobody_up(caplog: pytest.LogCaptureFixture) -> None:
+def test_slow_sink_drops_records_without_blocking(caplog: pytest.LogCaptureFixture) -> None:
     direct, held = Kept(), Held()
     fan_out = FanOut({"direct": direct}, {"held": lambda: held}, capacity=2)
     for _ in range(10):
         for record in SEED:
             fan_out.step(record)
     assert len(direct.given) == 60
-    assert [record.getMessage() for record in caplog.records] == [
-        "TensorBoard and wandb do not keep up: they miss records from now on"
-    ]
+    assert [record.getMessage() for record in caplog.records] == ["held: too slow, records will be missing from now on"]
     held.go_on.set()
     fan_out.close()
     kept = len(held.given) - 1  # and "closed"
     assert 2 <= kept <= 3
-    assert f"miss {60 - kept} records" in caplog.text
+    assert f"held: {60 - kept} records came too fast" in caplog.text
     assert ("records_left_out", {"records": 60 - kept}) in direct.given
 
 
-def test_close_does_not_wait_for_ever(caplog: pytest.LogCaptureFixture) -> None:
+def test_close_has_a_time_limit(caplog: pytest.LogCaptureFixture) -> None:
     held, direct = Held(), Kept()
     fan_out = FanOut({"direct": direct}, {"held": lambda: held}, close_seconds=0.1)
     fan_out.step(SEED[0])
@@ -152,7 +150,7 @@ def test_close_does_not_wait_for_ever(caplog: pytest.LogCaptureFixture) -> None:
     held.go_on.set()
 
 
-def test_nothing_is_left_running() -> None:
+def test_close_joins_threads() -> None:
     before = set(threading.enumerate())
     fan_out = FanOut({}, {"b": Kept})
     fan_out.close()

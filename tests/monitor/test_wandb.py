@@ -16,7 +16,7 @@ import wandb
 from internlm_lite.config.schema import Config
 from internlm_lite.monitor.record import Sample
 from internlm_lite.monitor.scalars import step_scalars
-from internlm_lite.monitor.wandb import Wandb, harmless
+from internlm_lite.monitor.wandb import Wandb, restricted_settings
 from tests.monitor.test_line import SEED
 from tests.monitor.test_sinks import VALID
 from tests.train.runs import tiny
@@ -112,7 +112,7 @@ def test_the_config_is_there_and_the_secret_is_not(written: Path, records: list[
 
 
 def test_a_click_on_stop_does_not_stop_the_run(caplog: pytest.LogCaptureFixture) -> None:
-    stop = harmless().stop_fn
+    stop = restricted_settings().stop_fn
     assert stop is not None
     stop()
     assert "wandb asks to stop the run, which goes on" in caplog.text

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import trustme
 
-from internlm_lite.config.address import webhook_format, webhook_problem
+from internlm_lite.config.paths import ChatFormat, webhook_format, webhook_problem
 from internlm_lite.monitor import webhook as module
-from internlm_lite.monitor.webhook import Format, Webhook
+from internlm_lite.monitor.webhook import Webhook
 from tests.monitor.chat import SECRET, Chat
 
 
-def send(address: str, *texts: str, form: Format = "slack", timeout_seconds: float = 5.0) -> Webhook:
+def send(address: str, *texts: str, form: ChatFormat = "slack", timeout_seconds: float = 5.0) -> Webhook:
     """Sends and waits until everything is worked off."""
     hook = Webhook(address, form, timeout_seconds=timeout_seconds, first_wait_seconds=0.01)
     for text in texts:
@@ -30,7 +30,7 @@ def send(address: str, *texts: str, form: Format = "slack", timeout_seconds: flo
     ("form", "body"),
     [("slack", {"text": "loss 3 ✓"}), ("feishu", {"msg_type": "text", "content": {"text": "loss 3 ✓"}})],
 )
-def test_the_shape_of_a_message(chat: Chat, form: Format, body: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_shape_of_a_message(chat: Chat, form: ChatFormat, body: Any, caplog: pytest.LogCaptureFixture) -> None:
     chat.answers = [(200, '{"code": 0, "msg": "success"}')]
     send(chat.address, "loss 3 ✓", form=form)
     assert chat.seen == [(f"/{SECRET}", "application/json; charset=utf-8", body)]
@@ -56,7 +56,7 @@ def test_a_server_in_trouble_is_tried_again(chat: Chat, caplog: pytest.LogCaptur
     ],
 )
 def test_what_fails_is_told_once_and_without_the_address(
-    chat: Chat, form: Format, status: int, text: str, tries: int, shown: str, caplog: pytest.LogCaptureFixture
+    chat: Chat, form: ChatFormat, status: int, text: str, tries: int, shown: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     chat.answers = [(status, text)]
     hook = send(chat.address, "a", "b", form=form)

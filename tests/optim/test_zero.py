@@ -8,8 +8,8 @@ from internlm_lite.config.schema import Config
 from internlm_lite.mesh.layout import Parameter, parameter, whole
 from internlm_lite.mesh.mesh import Mesh, build_mesh, single_process_mesh, sizes_of
 from internlm_lite.optim.buckets import build_buckets
-from internlm_lite.optim.curves import learning_rate
-from internlm_lite.optim.norm import reduce_totals, square_sum
+from internlm_lite.optim.lr_schedule import learning_rate
+from internlm_lite.optim.norm import Requests, reduce_totals, square_sum
 from internlm_lite.optim.zero import HybridZeroOptimizer
 from tests.world import TIMEOUT, run_world
 
@@ -208,11 +208,11 @@ def test_an_overflow_on_one_rank_skips_the_step_everywhere():
 def squares(mesh: Mesh) -> list[float]:
     """Sums of squares of a gradient of ones; then with something else on rank 1 alone."""
     copy = parameter(whole("copy", (8,), summed=("ends",)), torch.float64, "cpu")
-    (bucket,) = build_buckets([copy], mesh.zero, 100, False, None)
+    (bucket,) = build_buckets([copy], mesh.zero, config())
     found = []
     for value in (1.0, float("inf"), float("nan")):
         bucket.grads[:8] = value if mesh.rank == 1 else 1.0
-        found.append(reduce_totals([bucket], torch.float64, 1, (0.0, 0.0), 0.0, mesh).square_model_dtype.item())
+        found.append(reduce_totals([bucket], torch.float64, 1, Requests(), 0.0, mesh).square_model_dtype.item())
     return found
 
 

@@ -1,4 +1,4 @@
-"""Ranks meet only where they say the same of the job. Each is a thread; the store is one that outlives them."""
+"""Ranks meet only with equal job fingerprints. Each rank is a thread; the store outlives them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SAYS = {"version": "0.1.0", "seed": "1024", "adam.lr": "0.001", "JOB_NAME": "'7b
 
 @pytest.fixture
 def agent() -> Iterator[TCPStore]:
-    """As torchrun's agent serves it."""
+    """A store like that of torchrun's agent."""
     yield TCPStore("127.0.0.1", 0, None, True, PATIENCE, wait_for_workers=False)
 
 
 def start(agent: TCPStore, *said: Mapping[str, str], world: int | None = None) -> list[Future[Store]]:
-    """Ranks that say this, the first of them rank 0."""
+    """Ranks with these fingerprints, the first of them rank 0."""
     size = world or len(said)
     pool = ThreadPoolExecutor(len(said))
     places = [
@@ -44,13 +44,13 @@ def problems(*ranks: Future[Store]) -> list[str]:
     return [str(error) for error in errors]
 
 
-def test_ranks_that_say_the_same_meet(agent: TCPStore) -> None:
+def test_equal_fingerprints_meet(agent: TCPStore) -> None:
     zero, one, two = start(agent, SAYS, dict(reversed(SAYS.items())), SAYS)
     zero.result().set("word", "here")
     assert one.result().get("word") == two.result().get("word") == b"here"
 
 
-def test_all_ranks_are_told_what_the_first_that_differs_says(agent: TCPStore) -> None:
+def test_difference_is_reported_on_all_ranks(agent: TCPStore) -> None:
     other = SAYS | {"adam.lr": "0.01", "data.weights.en": "0.5"}
     del other["data.weights"]
     told = problems(*start(agent, SAYS, SAYS, other, SAYS | {"seed": "1"}))
@@ -63,12 +63,12 @@ def test_all_ranks_are_told_what_the_first_that_differs_says(agent: TCPStore) ->
     assert len(told) == 4
 
 
-def test_of_many_differences_the_first_are_named(agent: TCPStore) -> None:
+def test_long_differences_are_shortened(agent: TCPStore) -> None:
     (told,) = set(problems(*start(agent, SAYS, dict.fromkeys(SAYS, "other"))))
     assert "'7b', ...; ranks" in told and "seed is other, expected 1024" in told and "data.weights" not in told
 
 
-def test_a_rank_that_ended_since_it_came_is_named(agent: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_differing_rank_that_ended_is_named(agent: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "_LAST_WORDS_SECONDS", 0.05)
     (zero,) = start(agent, SAYS, world=2)
     store = PrefixStore("world2", agent)

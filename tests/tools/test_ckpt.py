@@ -303,4 +303,4 @@ def test_a_folder_without_checkpoints_is_one_clear_error(tmp_path, capsys, comma
 def test_prune_wants_at_least_one(folder, capsys):
     with pytest.raises(SystemExit):
         ckpt.main(["prune", str(folder), "--keep", "0"])
-    assert "--keep: expected at least 1" in capsys.readouterr().err
+    assert "--keep 0: expected at least 1" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def test_a_stage_is_current_until_what_it_depends_on_changes(tmp_path: Path) -> 
 
 def test_checkpoints_of_another_corpus_or_model_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[tuple] = []
-    monkeypatch.setattr(demo, "run", lambda *command: commands.append(command))
+    monkeypatch.setattr(demo, "run_command", lambda *command: commands.append(command))
     (tmp_path / "ckpts").mkdir()
     demo.train(tmp_path, ["STEPS=5"], demo.Stage(tmp_path, "training", "a"))
     assert not (tmp_path / "ckpts").exists()
@@ -51,29 +52,20 @@ def test_ctrl_c_leaves_the_training_time_to_save(tmp_path: Path, monkeypatch: py
             return super().wait(timeout)
 
     monkeypatch.setattr(subprocess, "Popen", Popen)
-    child = tmp_path / "child.py"
-    child.write_text("import pathlib, sys\npathlib.Path(sys.argv[1]).touch()")
     with pytest.raises(KeyboardInterrupt):
-        demo.run(child, tmp_path / "saved")
-    assert (tmp_path / "saved").exists()
+        demo.run_command("init", tmp_path / "saved")
+    assert (tmp_path / "saved" / "train.py").exists()
 
 
-def test_a_stage_that_fails_ends_the_demo_with_its_code(tmp_path: Path) -> None:
-    child = tmp_path / "child.py"
-    for ending, code in (("sys.exit(6)", 6), ("os.kill(os.getpid(), 9)", 1)):
-        child.write_text(f"import os, sys\n{ending}")
+def test_a_stage_that_fails_ends_the_demo_with_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for ending, code in (("exit 6", 6), ("kill -9 $$", 1)):
+        python = tmp_path / "python"
+        python.write_text(f"#!/bin/sh\n{ending}\n")
+        python.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(python))
         with pytest.raises(SystemExit) as ended:
-            demo.run(child)
+            demo.run_command("train")
         assert ended.value.code == code
-
-
-def test_outside_of_a_checkout_it_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(demo, "CONFIG", tmp_path / "demo.py")
-    assert demo.main(["--folder", str(tmp_path)]) == 2
-    said = f"ConfigError: found no {tmp_path / 'demo.py'}: run tools/demo.py from a checkout\n"
-    assert capsys.readouterr().err == said
 
 
 def test_the_report_says_how_far_the_loss_fell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

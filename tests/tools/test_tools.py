@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,22 +13,21 @@ from types import ModuleType
 
 import pytest
 
+from internlm_lite import __version__
 from internlm_lite.cli import (
     ckpt,
     convert,
     dashboard,
     demo,
     doctor,
-    generate,
+    generate_text,
     inspect_data,
-    report,
     slurm,
-    tokenizer,
+    tokenize_text,
     train,
+    write_report,
 )
-from internlm_lite.cli import (
-    main as cli,
-)
+from internlm_lite.cli import main as cli
 from internlm_lite.errors import ConfigError
 from tests.cli import ROOT
 
@@ -37,12 +39,12 @@ EARLY: list[tuple[ModuleType, str, str]] = [
     (dashboard, "read_token", "x"),
     (demo, "load_config", ""),
     (doctor, "adopt_s3_keys", ""),
-    (generate, "adopt_s3_keys", "--checkpoint x"),
+    (generate_text, "adopt_s3_keys", "--checkpoint x"),
     (inspect_data, "load_config", "--config x"),
-    (report, "read_runs", "x"),
+    (write_report, "read_runs", "x"),
     (slurm, "adopt_s3_keys", "--config x --nodes 1"),
-    (tokenizer, "sample_text", " ".join(TRAIN_TOKENIZER)),
-    (tokenizer, "Tokenizer", "encode --input a --output b --tokenizer c"),
+    (tokenize_text, "sample_text", " ".join(TRAIN_TOKENIZER)),
+    (tokenize_text, "Tokenizer", "encode --input a --output b --tokenizer c"),
 ]
 """Each tool, something that it calls, and a command line."""
 FIRST = "sys.path.insert(0, str(Path(__file__).resolve().parent.parent))"
@@ -98,7 +100,12 @@ def test_every_tool_ends_alike(
 
 
 def test_no_tool_is_forgotten():
-    assert {Path(tool.__file__ or "").stem for tool, _, _ in EARLY} | {"bench"} == {tool.stem for tool in TOOLS}
+    modules = {Path(tool.__file__ or "").stem for tool, _, _ in EARLY} | {"bench", "gpu_check"}
+    commands = {command: module for command, (module, _) in cli.COMMANDS.items()}
+    assert modules == set(commands.values()) - {"train", "show_plan", "init"}
+    assert {tool.stem.replace("_", "-") for tool in TOOLS} == set(commands) - {"train", "plan", "init"}
+    for tool in TOOLS:
+        assert f"from internlm_lite.cli.{commands[tool.stem.replace('_', '-')]} import" in tool.read_text("utf-8")
 
 
 @pytest.mark.parametrize(
@@ -106,10 +113,10 @@ def test_no_tool_is_forgotten():
     [
         (inspect_data, "--config x --dp 0", "--dp 0: expected at least 1"),
         (inspect_data, "--config x --show -1", "--show -1: expected at least 0"),
-        (generate, "--checkpoint x --max-new-tokens 0", "--max-new-tokens 0: expected at least 1"),
-        (tokenizer, f"{' '.join(TRAIN_TOKENIZER)} --workers 0", "--workers 0: expected at least 1"),
-        (tokenizer, f"{' '.join(TRAIN_TOKENIZER)} --max-bytes 0", "--max-bytes 0: expected at least 1"),
-        (tokenizer, f"{' '.join(TRAIN_TOKENIZER)} --vocab-size 260", "--vocab-size 260: expected at least 261"),
+        (generate_text, "--checkpoint x --max-new-tokens 0", "--max-new-tokens 0: expected at least 1"),
+        (tokenize_text, f"{' '.join(TRAIN_TOKENIZER)} --workers 0", "--workers 0: expected at least 1"),
+        (tokenize_text, f"{' '.join(TRAIN_TOKENIZER)} --max-bytes 0", "--max-bytes 0: expected at least 1"),
+        (tokenize_text, f"{' '.join(TRAIN_TOKENIZER)} --vocab-size 260", "--vocab-size 260: expected at least 261"),
     ],
 )
 def test_a_number_out_of_range_is_named(tool: ModuleType, line: str, told: str, capsys: pytest.CaptureFixture[str]):
@@ -126,11 +133,62 @@ def test_changes_to_the_config_may_stand_anywhere(tool: ModuleType):
 
 
 @pytest.mark.parametrize(("name", "code"), [("nix", 2), ("--help", 0)])
-def test_the_list_of_tools(name: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(sys, "argv", ["internlm-lite", name])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
+def test_the_list_of_commands(name: str, code: int, capsys: pytest.CaptureFixture[str]):
+    assert cli.main([name]) == code
     output = capsys.readouterr()
-    assert ended.value.code == code
-    assert "  ckpt          Look at, verify and remove" in (output.err if code else output.out)
-    assert ("found no tool 'nix'" in output.err, output.out == "") == (bool(code), bool(code))
+    assert "  ckpt          list, verify and remove checkpoints\n" in (output.err if code else output.out)
+    assert ("found no command 'nix'" in output.err, output.out == "") == (bool(code), bool(code))
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_a_help(command: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([command.replace("-", "_"), "--help"])
+    assert f"usage: internlm-lite {command} " in capsys.readouterr().out
+
+
+def test_help_and_a_wrong_config_need_no_torch(tmp_path: Path):
+    (tmp_path / "bad.py").write_text("model = dict(hiden_size=1)")
+    code = (
+        "import sys; from internlm_lite.cli.main import main\n"
+        "assert main(['--help']) == main(['--version']) == 0 and main(['train', '--config', 'bad.py']) == 2\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
+    )
+    assert done.returncode == 0 and b"hidden_size" in done.stderr, done.stderr
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="0"):
+        train.main(["--version"])
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"internlm-lite {__version__}\n" * 2
+
+
+def test_bench_says_where_it_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    assert cli.main(["bench", "--json"]) == 2
+    assert capsys.readouterr().err == "bench: not part of the installed package; run it in a checkout\n"
+
+
+def test_a_plan_is_that_of_a_dry_run(capsys: pytest.CaptureFixture[str]):
+    common = ["--config", str(ROOT / "configs/tiny.py"), "--world-size", "4", "--json", "TOTAL_STEPS=7"]
+    assert cli.main(["plan", *common]) == 0
+    plan = capsys.readouterr().out
+    assert cli.main(["train", "--dry-run", *common]) == 0
+    assert capsys.readouterr().out == plan and json.loads(plan)
+
+
+def test_init_keeps_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "new"
+    assert cli.main(["init", str(folder)]) == 0
+    written = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    assert {"train.py", "configs/tiny.py", "configs/7B_sft.py", "launch/slurm.sh"} <= written
+    assert all((folder / file).read_bytes() == (ROOT / file).read_bytes() for file in written)
+    assert os.access(folder / "launch/slurm.sh", os.X_OK)
+    (folder / "configs/tiny.py").write_text("mine")
+    assert cli.main(["init", str(folder)]) == 0
+    assert (folder / "configs/tiny.py").read_text() == "mine"
+    assert f"kept  {folder / 'configs/tiny.py'}" in capsys.readouterr().out

@@ -18,6 +18,7 @@ import torch
 from internlm_lite.batch import Batch, Position
 from internlm_lite.config.schema import Config
 from internlm_lite.data.loader import TrainingData
+from internlm_lite.data.pack import PackedFolder
 from internlm_lite.faults.signals import StopSignals
 from internlm_lite.mesh.layout import Box
 from internlm_lite.mesh.mesh import Mesh, Sizes, build_mesh, single_process_mesh
@@ -91,11 +92,11 @@ class _Watched:
         self._data, self._seen = data, seen
 
     @property
-    def folders(self) -> tuple[str, ...]:
-        return self._data.folders
+    def packed(self) -> tuple[PackedFolder, ...]:
+        return self._data.packed
 
     def batches(self, position: Position, pin: bool = False) -> Generator[Batch, None, None]:
-        with closing(self._data.batches(position, pin)) as batches:
+        with closing(self._data.batches(position, pin=pin)) as batches:
             for batch in batches:
                 rows = zip(batch.tokens, batch.labels, batch.positions, batch.folders, strict=True)
                 self._seen.fed.append([digest(*row) for row in rows])
@@ -130,16 +131,18 @@ def run_one(mesh: Mesh, config: Config, folder: Path) -> Seen:
     """Train in this layout; goes on from a checkpoint of the config's folders, if there is one."""
     folder.mkdir(parents=True, exist_ok=True)
     seen = Seen(mesh.dp.rank)
-    run = build_run(config, mesh, folder, "auto", terminal=False)
-    seen.before, seen.buckets = weights_of(run.stages), len(run.optimizer.buckets)
+    run = build_run(config, mesh, folder, "auto")
+    seen.before, seen.buckets = weights_of(run.trainer.stages), len(run.trainer.optimizer.buckets)
     if mesh.world.size == 1:
-        seen.initial = {p.part.name: p.detach().clone() for stage in run.stages.values() for p in stage.parameters()}  # type: ignore[misc]
-    _watch(run.optimizer._reducer, seen)
+        seen.initial = {
+            p.part.name: p.detach().clone() for stage in run.trainer.stages.values() for p in stage.parameters()
+        }  # type: ignore[misc]
+    _watch(run.trainer.optimizer._reducer, seen)
     try:
         train(replace(run, data=_Watched(run.data, seen)), StopSignals())  # type: ignore[arg-type]
     finally:
         run.reporter.close()
-    seen.after = weights_of(run.stages)
+    seen.after = weights_of(run.trainer.stages)
     if mesh.is_main:
         seen.metrics = read_metrics(folder / "metrics.jsonl")
         seen.events = list(read_objects(folder / "events.jsonl"))

@@ -47,11 +47,11 @@ def tiny(corpus: Path | None, **sections: dict[str, Any]) -> Config:
 def run_training(mesh: Mesh, config: Config, folder: Path, resume: str = "auto") -> list[dict[str, Any]]:
     """Train to the end; the step objects of metrics.jsonl on rank 0, on other ranks nothing."""
     folder.mkdir(parents=True, exist_ok=True)
-    run = build_run(config, mesh, folder, resume, terminal=False)
+    run = build_run(config, mesh, folder, resume)
     try:
         train(run, StopSignals())
     finally:
-        run.saving.close(wait=True)
+        run.checkpoints.close(wait=True)
         run.reporter.close()
     return read_metrics(folder / "metrics.jsonl") if mesh.is_main else []
 

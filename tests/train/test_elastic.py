@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from internlm_lite.train.elastic import keep_global_batch
-from internlm_lite.train.save_folders import LastRun
+from internlm_lite.train.changes import LastRun, keep_global_batch
 from tests import cli
 from tests.corpus import write_corpus
 from tests.train.runs import tiny

@@ -22,7 +22,7 @@ import pytest
 from internlm_lite.checkpoint.format.manifest import Manifest, unseal
 from internlm_lite.checkpoint.save.saver import Saver
 from internlm_lite.monitor.jsonl import read_objects
-from internlm_lite.train import loop
+from internlm_lite.train.trainer import Trainer
 from tests import cli
 from tests.corpus import write_corpus
 from tests.ports import free_port
@@ -91,7 +91,7 @@ def _die() -> None:
 def _doomed(point: Point | None, *arguments: Any) -> None:
     """`train.py` in this process, until `point`. No save is skipped, as if the storage kept pace."""
     saves, calls, steps = -1, 0, 0
-    save, step = Saver.save, loop.train_step
+    save, step = Saver.save, Trainer.step
 
     def begun(self: Saver, *args: Any, **options: Any) -> Any:
         nonlocal saves, calls, steps
@@ -100,13 +100,13 @@ def _doomed(point: Point | None, *arguments: Any) -> None:
         saves, calls, steps = saves + 1, 0, 0
         return save(self, *args, **options)
 
-    def stepped(*args: Any) -> Any:
+    def stepped(*args: Any, **hooks: Any) -> Any:
         nonlocal steps
         if point is not None and saves == point.save:
             if steps == point.steps:
                 _die() if point.call is None else time.sleep(60)
             steps += 1
-        return step(*args)
+        return step(*args, **hooks)
 
     def counted(original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
@@ -119,7 +119,7 @@ def _doomed(point: Point | None, *arguments: Any) -> None:
 
         return call
 
-    Saver.save, loop.train_step = begun, stepped  # type: ignore[method-assign]
+    Saver.save, Trainer.step = begun, stepped  # type: ignore[method-assign]
     os.fsync, os.rename, os.link = counted(os.fsync), counted(os.rename), counted(os.link)
     cli._main(*arguments)
 

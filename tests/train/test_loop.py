@@ -14,9 +14,9 @@ from internlm_lite.monitor.jsonl import read_objects
 from internlm_lite.optim.spikes import SpikeGuard
 from internlm_lite.train import loop
 from internlm_lite.train.build import build_run
-from internlm_lite.train.guard import Guard
-from internlm_lite.train.requests import Order, Skips
-from internlm_lite.train.state import TrainState
+from internlm_lite.train.control import Control, StepSignals
+from internlm_lite.train.train_state import TrainState
+from internlm_lite.train.trainer import Trainer
 from tests.train.runs import STEPS, run_training, tiny
 
 ROLLBACK = {"guard": {"spike": "rollback"}}
@@ -37,30 +37,28 @@ def saving(folder: Path, **more: Any) -> dict[str, Any]:
     return {"enable_save_ckpt": True, "save_ckpt_folder": f"local:{folder}", "async_upload": False, **more}
 
 
-def told(folder: Path, *kinds: str) -> list[tuple[str, int]]:
+def logged(folder: Path, *kinds: str) -> list[tuple[str, int]]:
     """(event, step) of those kinds."""
     events = read_objects(folder / "events.jsonl")
     return [(event["event"], event["step"]) for event in events if event["event"] in kinds]
 
 
 @pytest.mark.parametrize("spike", [STEPS - 2, 2])
-def test_a_spike_that_nothing_is_before_loses_no_save_and_no_evaluation(
-    spike: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_first_spike_keeps_saves_and_evaluations(spike: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is known in the step after, which is the last one, or one with a milestone."""
     spikes_at(spike, monkeypatch)
     ckpt = saving(tmp_path / "saves", checkpoint_every=4 if spike == 2 else 100)
     config = tiny(None, ckpt=ckpt, data={"valid_every": 4}, **ROLLBACK)
     assert len(run_training(single_process_mesh(), config, tmp_path / "run")) == STEPS
     saves = [("checkpoint", 4)] * (spike == 2) + [("checkpoint", STEPS)]
-    assert told(tmp_path / "run", "start", "checkpoint", "rollback") == [("start", 0), *saves]
-    assert told(tmp_path / "run", "evaluation") == [("evaluation", 3), ("evaluation", 7)]
+    assert logged(tmp_path / "run", "start", "checkpoint", "rollback") == [("start", 0), *saves]
+    assert logged(tmp_path / "run", "evaluation") == [("evaluation", 3), ("evaluation", 7)]
     (event,) = (e for e in read_objects(tmp_path / "run" / "events.jsonl") if e["event"] == "spike")
     assert event["action"] == "its update was left out", "nothing was rolled back"
 
 
 @pytest.mark.parametrize("own_is_damaged", [False, True])
-def test_going_back_leads_to_the_checkpoint_that_was_loaded(
+def test_rollback_restores_the_checkpoint_that_was_loaded(
     own_is_damaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though the run that wrote it goes on writing; also where this run's own are all damaged."""
@@ -69,10 +67,10 @@ def test_going_back_leads_to_the_checkpoint_that_was_loaded(
     newer = next((theirs / "commits").glob("*0000000008*"))
     hidden = newer.rename(tmp_path / newer.name)
     config = tiny(None, ckpt=saving(tmp_path / "ours", load_ckpt_folder=f"local:{theirs}"), **ROLLBACK)
-    run = build_run(config, mesh, tmp_path, "auto", terminal=False)
+    run = build_run(config, mesh, tmp_path)
     hidden.rename(newer)
     if own_is_damaged:
-        origin = run.saving._folders.origin()
+        origin = run.checkpoints.own()
 
         def damaged(*_: object, **__: object) -> None:
             raise CheckpointError("all damaged")
@@ -80,39 +78,37 @@ def test_going_back_leads_to_the_checkpoint_that_was_loaded(
         monkeypatch.setattr(origin, "resume", damaged)
     spikes_at(1, monkeypatch)
     assert loop.train(run, loop.StopSignals()).state.step == STEPS
-    run.saving.close(wait=True)
+    run.checkpoints.close(wait=True)
     run.reporter.close()
     (back,) = (event for event in read_objects(tmp_path / "events.jsonl") if event["event"] == "rollback")
     assert (back["step"], back["back_to"]) == (5, 4)
 
 
-def test_an_evaluation_that_is_owed_is_made_up_by_the_next_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first start fails in the last one, behind its save; the second makes it up, and a third does not."""
+def test_a_missed_evaluation_is_run_by_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first start fails in the last one, after its save; the second runs it, and a third does not repeat it."""
     mesh, folder = single_process_mesh(), tmp_path / "run"
     config = tiny(None, ckpt=saving(tmp_path / "saves"), data={"valid_every": 4})
     with monkeypatch.context() as patch:
-        evaluate, done = loop.evaluate, iter((True, False))
-        patch.setattr(loop, "evaluate", lambda *parts: evaluate(*parts) if next(done) else 1 / 0)
+        evaluate, done = Trainer.evaluate, iter((True, False))
+        patch.setattr(Trainer, "evaluate", lambda *parts: evaluate(*parts) if next(done) else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_training(mesh, config, folder)
-    assert told(folder, "checkpoint", "evaluation") == [("evaluation", 3), ("checkpoint", STEPS)]
+    assert logged(folder, "checkpoint", "evaluation") == [("evaluation", 3), ("checkpoint", STEPS)]
     for _ in range(2):
         run_training(mesh, config, folder)
-        assert told(folder, "evaluation") == [("evaluation", 3), ("evaluation", STEPS - 1)]
+        assert logged(folder, "evaluation") == [("evaluation", 3), ("evaluation", STEPS - 1)]
 
 
-def test_a_run_that_is_asked_to_stop_leaves_its_evaluation_to_the_next_start(tmp_path: Path) -> None:
+def test_a_stopped_run_leaves_its_evaluation_to_the_next_start(tmp_path: Path) -> None:
     (tmp_path / "stop").write_text("4")
     config = tiny(None, ckpt=saving(tmp_path / "saves", stop_file_path=str(tmp_path / "stop")), data={"valid_every": 4})
     kinds = ("start", "checkpoint", "evaluation", "stopped")
     run_training(single_process_mesh(), config, tmp_path)
     first = [("start", 0), ("checkpoint", 4), ("stopped", 4)]
-    assert told(tmp_path, *kinds) == first
+    assert logged(tmp_path, *kinds) == first
     run_training(single_process_mesh(), config, tmp_path)
     then = [("start", 4), ("evaluation", 3), ("checkpoint", STEPS), ("evaluation", STEPS - 1)]
-    assert told(tmp_path, *kinds) == first + then
+    assert logged(tmp_path, *kinds) == first + then
 
 
 def test_a_flipped_bit_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,20 +122,20 @@ def test_a_flipped_bit_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not list((tmp_path / "saves").glob("commits/*"))
 
 
-def test_steps_that_are_undone_do_not_count_as_time(tmp_path: Path) -> None:
-    run = build_run(tiny(None), single_process_mesh(), tmp_path, "none", terminal=False)
-    run.reporter.fwd_bwd.start()
-    run.reporter.fwd_bwd.stop()
+def test_undone_steps_do_not_count_as_time(tmp_path: Path) -> None:
+    run = build_run(tiny(None), single_process_mesh(), tmp_path, "none")
+    run.trainer.fwd_bwd_time.start()
+    run.trainer.fwd_bwd_time.stop()
     run.reporter.start(TrainState())
-    assert run.reporter.fwd_bwd.take() == 0.0
+    assert run.trainer.fwd_bwd_time.take() == 0.0
     run.reporter.close()
 
 
 @pytest.mark.parametrize(("step", "last"), [(10, "no update was made yet"), (11, "the last update was that of step 0")])
 def test_more_than_max_bad_steps_end_the_run(step: int, last: str, tmp_path: Path) -> None:
-    run = build_run(tiny(None), single_process_mesh(), tmp_path, "none", terminal=False)
-    guard = Guard(run.config, run.reporter, is_main=True)
-    guard.check_skips(Order(skips=Skips(in_a_row=10)), step - 1)
+    run = build_run(tiny(None), single_process_mesh(), tmp_path, "none")
+    control = Control(run.config, run.reporter, loop.StopSignals(), is_main=True)
+    control.check_skips(StepSignals(skips_in_a_row=10), step - 1)
     with pytest.raises(NumericsError, match=f"step {step}: the last 11 updates were left out .*; {last}: lower"):
-        guard.check_skips(Order(skips=Skips(in_a_row=11)), step)
+        control.check_skips(StepSignals(skips_in_a_row=11), step)
     run.reporter.close()

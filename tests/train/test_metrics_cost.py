@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.train import loop
+from internlm_lite.train.trainer import Trainer
 from tests.apps.planner.counting import Calls, Key
 from tests.corpus import FOLDERS, write_corpus
 from tests.train.runs import run_training, tiny
@@ -39,12 +39,12 @@ class Reads(Calls):
 def counted(mesh: Mesh, corpus: Path, folder: Path) -> list[tuple[Counter[Key], Counter[tuple[str, str]]]]:
     """(collectives, reads) of each step with what follows it, on this rank."""
     steps: list[tuple[Counter[Key], Counter[tuple[str, str]]]] = []
-    original_step, original_list = loop.train_step, torch.Tensor.tolist
+    original_step, original_list = Trainer.step, torch.Tensor.tolist
     reads = Reads(mesh)
 
-    def next_step(*args: Any) -> Any:
+    def next_step(*args: Any, **hooks: Any) -> Any:
         steps.append((reads.counted.copy(), reads.reads.copy()))
-        return original_step(*args)
+        return original_step(*args, **hooks)
 
     def tolist(tensor: torch.Tensor) -> Any:  # no operator on a CPU tensor
         reads.reads[sys._getframe(1).f_globals["__name__"].removeprefix("internlm_lite."), "tolist"] += 1
@@ -52,7 +52,7 @@ def counted(mesh: Mesh, corpus: Path, folder: Path) -> list[tuple[Counter[Key], 
 
     config = tiny(corpus, data={"total_steps": STEPS, "micro_num": 2}, monitor={"log_every": EVERY})
     with pytest.MonkeyPatch.context() as patch, reads:
-        patch.setattr(loop, "train_step", next_step)
+        patch.setattr(Trainer, "step", next_step)
         patch.setattr(torch.Tensor, "tolist", tolist)
         run_training(mesh, config, folder)
     steps.append((reads.counted, reads.reads))
@@ -75,8 +75,8 @@ def test_one_collective_a_line(ranks: list[Any], rank: int) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_no_read_between_lines(ranks: list[Any], rank: int) -> None:
-    requests = ("train.requests", "tolist")  # of the step before: see requests.py
+    signals = ("train.control", "tolist")  # of the step before: see control.py
     for step, (_, reads) in enumerate(ranks[rank][1 : STEPS - 1], 1):
         line = {("monitor.metrics", "tolist"): 1} if (step + 1) % EVERY == 0 else {}
         line |= {("train.reporter", "tolist"): 1} if line and rank == 0 else {}
-        assert reads == {requests: 1, **line}, step
+        assert reads == {signals: 1, **line}, step

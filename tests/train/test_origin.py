@@ -14,7 +14,7 @@ from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.errors import CheckpointError
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.train.build import Run, build_run
-from internlm_lite.train.data_changes import data_changes
+from internlm_lite.train.changes import data_changes
 from tests.corpus import write_corpus
 from tests.train.runs import STEPS, curve, run_training, tiny
 
@@ -64,25 +64,25 @@ def test_a_run_that_saves_nothing_goes_on_from_its_folder_all_the_same(room: Pat
 
 
 def test_a_run_that_saves_nothing_goes_back_to_where_it_began(room: Path, damaged: Path, tmp_path: Path):
-    nowhere = build_run(config(room, save_ckpt_folder=None), MESH, tmp_path / "nowhere", "auto", terminal=False)
-    assert nowhere.saving.go_back(nowhere.start, spiked=40) is None
-    nowhere.saving.close(wait=True)
+    nowhere = build_run(config(room, save_ckpt_folder=None), MESH, tmp_path / "nowhere", "auto")
+    assert nowhere.checkpoints.roll_back(nowhere.start, spiked_step=40) is None
+    nowhere.checkpoints.close(wait=True)
     weights_alone = config(room, save_ckpt_folder=None, load_ckpt_folder=str(damaged), load_optimizer=False)
-    run = build_run(weights_alone, MESH, tmp_path / "run", "auto", terminal=False)
+    run = build_run(weights_alone, MESH, tmp_path / "run", "auto")
     begun = held(run)
-    for piece in run.optimizer.pieces():
+    for piece in run.trainer.optimizer.pieces():
         piece.tensor.fill_(7.0)
-    assert run.saving.go_back(replace(run.start, step=9), spiked=7) == run.start
+    assert run.checkpoints.roll_back(replace(run.start, step=9), spiked_step=7) == run.start
     assert held(run) == begun and not any(sum(begun[role]) for role in ("exp_avg", "exp_avg_sq")), (
         "no moments of before"
     )
-    run.saving.close(wait=True)
+    run.checkpoints.close(wait=True)
 
 
 def held(run: Run) -> dict[str, list[float]]:
     """Masters and moments."""
     found: dict[str, list[float]] = defaultdict(list)
-    for piece in run.optimizer.pieces():
+    for piece in run.trainer.optimizer.pieces():
         found[piece.role] += piece.tensor.flatten().tolist()
     return found
 
@@ -101,12 +101,12 @@ def test_from_a_damaged_checkpoint_of_another_folder_to_the_one_before(
 
 
 def test_weights_alone_are_named_as_such(room: Path, tmp_path: Path):
-    run = build_run(config(room), MESH, tmp_path / "run", "none", terminal=False)
-    weights = [piece for piece in run.optimizer.pieces() if piece.role == "master"]
+    run = build_run(config(room), MESH, tmp_path / "run", "none")
+    weights = [piece for piece in run.trainer.optimizer.pieces() if piece.role == "master"]
     CheckpointManager(str(tmp_path / "hf"), MESH).save(0, "final", weights, {"converted_from": "llama"})
     with pytest.raises(CheckpointError, match=r"holds weights alone.*ckpt\.load_model_only_folder"):
-        run.saving.restore(str(tmp_path / "hf"))
-    run.saving.close(wait=True)
+        run.checkpoints.restore(str(tmp_path / "hf"))
+    run.checkpoints.close(wait=True)
 
 
 def test_changed_data_is_named_before_anything_is_loaded(room: Path, tmp_path: Path):
@@ -147,6 +147,6 @@ def test_memory_for_copies_is_taken_where_something_will_be_copied(
     every: int | None, reserved: bool, room: Path, tmp_path: Path
 ):
     saves = {"enable_save_ckpt": True, "save_ckpt_folder": f"local:{tmp_path}/saves", "async_upload": True}
-    run = build_run(config(room, checkpoint_every=every, **saves), MESH, tmp_path / "run", "none", terminal=False)
-    assert (run.saving._saver._staging._buffer.numel() > 0) == reserved
-    run.saving.close(wait=True)
+    run = build_run(config(room, checkpoint_every=every, **saves), MESH, tmp_path / "run", "none")
+    assert (run.checkpoints.saver._staging._buffer.numel() > 0) == reserved
+    run.checkpoints.close(wait=True)

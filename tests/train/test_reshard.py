@@ -92,14 +92,14 @@ def job(layout: Layout, tied: bool, corpus: Path, saves: Path, source: str | Non
 def watch(run: Run) -> list[Held]:
     """What the optimizer holds when the milestone is saved, once it is."""
     held: list[Held] = []
-    save = run.saving.save
+    save = run.checkpoints.save
 
-    def watched(state: Any, kind: Any, must: bool) -> None:
+    def watched(state: Any, kind: Any, *, blocking: bool) -> None:
         if kind == "milestone":
-            held.extend(held_by(run.optimizer))
-        save(state, kind, must)
+            held.extend(held_by(run.trainer.optimizer))
+        save(state, kind, blocking=blocking)
 
-    run.saving.save = watched  # type: ignore[method-assign]
+    run.checkpoints.save = watched  # type: ignore[method-assign]
     return held
 
 
@@ -109,12 +109,12 @@ Ran = tuple[list[Held], list[tuple[float, float]]]
 
 def run_one(mesh: Mesh, config: Config, folder: Path) -> Ran:
     folder.mkdir(parents=True, exist_ok=True)
-    run = build_run(config, mesh, folder, "auto", terminal=False)
-    held = watch(run) if config.ckpt.enable_save_ckpt else held_by(run.optimizer)
+    run = build_run(config, mesh, folder, "auto")
+    held = watch(run) if config.ckpt.enable_save_ckpt else held_by(run.trainer.optimizer)
     try:
         train(run, StopSignals())
     finally:
-        run.saving.close(wait=True)
+        run.checkpoints.close(wait=True)
         run.reporter.close()
     return held, curve(read_metrics(folder / "metrics.jsonl")) if mesh.is_main else []
 
@@ -182,12 +182,12 @@ def test_another_dtype_takes_the_fp32_masters(saved: str, loaded: str, tmp_path:
     (commit,) = (tmp_path / "saves" / "commits").glob(f"{SAVED:010d}-*.json")
     second = config(loaded, load_ckpt_folder=str(commit))
     (tmp_path / "second").mkdir()
-    run = build_run(second, mesh, tmp_path / "second", "auto", terminal=False)
-    found = held_by(run.optimizer)
+    run = build_run(second, mesh, tmp_path / "second", "auto")
+    found = held_by(run.trainer.optimizer)
     assert {piece.values.dtype for piece in (*held, *found)} == {torch.float32}
     masters = assemble(found)
     assert_same(masters, assemble(held))
-    for stage in run.stages.values():
+    for stage in run.trainer.stages.values():
         for param in stage.parameters():
             master = masters["master", param.part.name]  # type: ignore[attr-defined]
             assert param.dtype == torch_dtype(f"torch.{loaded}") and torch.equal(param, master.to(param.dtype))

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from internlm_lite.checkpoint.format.manifest import Kind
 from internlm_lite.config.schema import Config
 from internlm_lite.errors import CheckpointError, NumericsError, StorageError
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from internlm_lite.monitor.metrics import Collected
-from internlm_lite.train import loop
-from internlm_lite.train.requests import Order
-from internlm_lite.train.saving import due
+from internlm_lite.train.control import Command, due_kind
+from internlm_lite.train.trainer import Trainer
 from tests.corpus import write_corpus
 from tests.train.runs import STEPS, curve, run_training, tiny
 from tests.world import run_world
@@ -53,18 +53,19 @@ def killed_after(
     steps: int, mesh: Mesh, config: Config, folder: Path, patch: pytest.MonkeyPatch, resume: str = "auto"
 ) -> None:
     """Run until `steps` steps are done, with everything due until then saved, and no goodbye."""
-    original = loop.train_step
+    original = Trainer.step
 
-    def dying_step(*args: Any) -> Any:
-        if args[4] == steps:
-            args[2].wait_weights()  # the process lives on: messages under way must not meet those of the next run
+    def dying_step(trainer: Trainer, batch: Any, step: int, **hooks: Any) -> Any:
+        if step == steps:
+            # The process lives on: messages under way must not meet those of the next run.
+            trainer.optimizer.wait_weights()
             raise Killed
-        return original(*args)
+        return original(trainer, batch, step, **hooks)
 
-    patch.setattr(loop, "train_step", dying_step)
+    patch.setattr(Trainer, "step", dying_step)
     with pytest.raises(Killed):
         run_training(mesh, config, folder, resume)
-    patch.setattr(loop, "train_step", original)
+    patch.setattr(Trainer, "step", original)
 
 
 @pytest.mark.parametrize(
@@ -193,13 +194,13 @@ def test_a_save_folder_that_cannot_be_written_is_refused_before_training(corpus:
 
 def test_evaluation_does_not_change_the_curve(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[Collected] = []
-    original = loop.evaluate
+    original = Trainer.evaluate
 
     def noting(*args: Any) -> Collected:
         seen.append(original(*args))
         return seen[-1]
 
-    monkeypatch.setattr(loop, "evaluate", noting)
+    monkeypatch.setattr(Trainer, "evaluate", noting)
     plain = run_training(single_process_mesh(), config_for(corpus, None), tmp_path / "plain")
     changed = config_for(corpus, None).model_dump()
     changed["data"] |= {"valid_every": 2, "valid_folder": str(corpus), "valid_batches": 2}
@@ -260,19 +261,20 @@ def test_a_run_whose_gradients_stay_non_finite_ends(corpus: Path, tmp_path: Path
 def test_what_is_due_when():
     ckpt = tiny(None, ckpt={"enable_save_ckpt": True, "checkpoint_every": 6, "oss_snapshot_freq": 2}).ckpt
     kinds = {0: None, 1: None, 2: "snapshot", 4: "snapshot", 6: "milestone", 8: "snapshot", 12: "milestone"}
-    nothing, save, stop = Order(), Order(save=True, why="x"), Order(save=True, stop=True, why="x")
-    assert {steps: due(ckpt, steps, nothing, last=False) for steps in kinds} == kinds
-    assert [due(ckpt, 12, nothing, last=True), due(ckpt, 13, nothing, last=True)] == ["final", "final"]
-    assert [due(ckpt, steps, save, last=False) for steps in (5, 4, 6)] == ["milestone"] * 3
-    assert [due(ckpt, steps, stop, last=False) for steps in (5, 4, 6)] == ["rescue", "rescue", "milestone"]
-    assert [due(ckpt, steps, nothing, False, "milestone") for steps in (4, 5)] == ["milestone"] * 2
-    assert [due(ckpt, steps, order, False, "snapshot") for steps, order in ((5, nothing), (6, nothing), (5, stop))] == [
-        "snapshot",
-        "milestone",
-        "rescue",
-    ]
-    off = ckpt.model_copy(update={"enable_save_ckpt": False})
-    assert [due(off, 6, order, last) for order in (nothing, save, stop) for last in (False, True)] == [None] * 6
+    nothing, save, stop = Command(), Command(save=True, source="x"), Command(save=True, stop=True, source="x")
+
+    def due(steps: int, command: Command = nothing, done: bool = False, deferred: Kind | None = None) -> Kind | None:
+        return due_kind(ckpt, steps, command, all_done=done, deferred=deferred)
+
+    assert {steps: due(steps) for steps in kinds} == kinds
+    assert [due(12, done=True), due(13, done=True)] == ["final", "final"]
+    assert [due(steps, save) for steps in (5, 4, 6)] == ["milestone"] * 3
+    assert [due(steps, stop) for steps in (5, 4, 6)] == ["rescue", "rescue", "milestone"]
+    assert [due(steps, deferred="milestone") for steps in (4, 5)] == ["milestone"] * 2
+    deferred = [due(steps, command, deferred="snapshot") for steps, command in ((5, nothing), (6, nothing), (5, stop))]
+    assert deferred == ["snapshot", "milestone", "rescue"]
+    ckpt = ckpt.model_copy(update={"enable_save_ckpt": False})
+    assert [due(6, command, done) for command in (nothing, save, stop) for done in (False, True)] == [None] * 6
 
 
 def test_a_step_that_is_not_finite_does_not_spoil_a_save_before_the_next_line(tmp_path: Path, corpus: Path) -> None:

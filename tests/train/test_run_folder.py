@@ -18,7 +18,8 @@ from internlm_lite.checkpoint.storage.run_lock import Lease
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.monitor.jsonl import read_objects
-from internlm_lite.train.save_folders import LastRun, SaveFolders
+from internlm_lite.train.changes import LastRun
+from internlm_lite.train.checkpoints import Checkpoints
 from tests import cli
 from tests.corpus import FOLDERS, write_corpus
 from tests.steps import read_metrics
@@ -224,9 +225,9 @@ def saving_to(saves: Path, **ckpt: Any) -> Config:
 
 
 def last_run(config: Config) -> LastRun | None:
-    folders = SaveFolders(config, single_process_mesh())
-    found = folders.last_run()
-    folders.close(wait=True)
+    checkpoints = Checkpoints(config, single_process_mesh())
+    found = checkpoints.last_run()
+    checkpoints.close(wait=True)
     return found
 
 

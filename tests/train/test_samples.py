@@ -120,9 +120,9 @@ def test_a_restart_shows_the_samples_of_the_steps_it_does(data: Path, tmp_path: 
     assert found == [(seg, step, texts[step]) for seg, step in ((0, 2), (0, 4), (0, 6), (1, 6), (1, 8))]
     before = (run / "samples.jsonl").read_bytes()
     assert [step["seg"] for step in read_metrics(run / "metrics.jsonl")] == [0] * 4 + [1] * 4
-    again = build_run(config, mesh, run, "auto", terminal=False)
+    again = build_run(config, mesh, run)
     assert again.start.step == 8
-    again.saving.close(wait=True)
+    again.checkpoints.close(wait=True)
     assert (run / "samples.jsonl").read_bytes() == before
 
 
@@ -154,9 +154,7 @@ def test_a_prompt_of_no_use_is_refused_on_all_ranks_before_training(data: Path, 
 def test_a_run_that_is_stopped_shows_no_last_samples(data: Path, tmp_path: Path):
     stop = tmp_path / "stop"
     stop.write_text("3")
-    run = build_run(
-        config_for(data, 2, ckpt={"stop_file_path": str(stop)}), single_process_mesh(), tmp_path, "none", terminal=False
-    )
+    run = build_run(config_for(data, 2, ckpt={"stop_file_path": str(stop)}), single_process_mesh(), tmp_path, "none")
     assert train(run, StopSignals()).stopped_by == "stop file with 3"
     run.reporter.close()
     assert [sample["step"] for sample in samples_in(tmp_path)] == [2, 2]

@@ -12,10 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.monitor import packages
+from internlm_lite.monitor.alert_monitor import AlertMonitor
 from internlm_lite.monitor.console import Console
 from internlm_lite.monitor.jsonl import read_objects
 from internlm_lite.monitor.tensorboard import TensorBoard
-from internlm_lite.monitor.watch import Watch
 from tests.corpus import FOLDERS, write_corpus
 from tests.monitor.test_wandb import history, inspect
 from tests.train.runs import STEPS, curve, run_training, tiny
@@ -90,7 +90,7 @@ def test_failing_sinks_change_nothing(
     monkeypatch.setattr(TensorBoard, "validation", broken)
     monkeypatch.setattr("wandb.init", broken)
     monkeypatch.setattr(Console, "step", broken)
-    monkeypatch.setattr(Watch, "step", broken)
+    monkeypatch.setattr(AlertMonitor, "step", broken)
     metrics = run_training(single_process_mesh(), config_for(corpus, wandb={}), tmp_path / "run")
     assert curve(metrics) == curve(run[1])
     failed = [event for event in read_objects(tmp_path / "run" / "events.jsonl") if event["event"] == "sink_failed"]

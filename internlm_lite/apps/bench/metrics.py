@@ -12,29 +12,26 @@ import logging
 import statistics
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from internlm_lite.apps.bench.shapes import bench_config, random_batch
 from internlm_lite.apps.bench.timing import alternate
 from internlm_lite.batch import Batch
-from internlm_lite.layers.flash import choose_backend
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
-from internlm_lite.models.initialise import initialise
-from internlm_lite.models.stages import build_stages, units_of
 from internlm_lite.monitor.metrics import FolderMetrics
-from internlm_lite.optim.zero import HybridZeroOptimizer, StepOutcome
-from internlm_lite.runtime.device import device_name, torch_dtype
+from internlm_lite.optim.zero import StepOutcome
+from internlm_lite.runtime.device import device_name
 from internlm_lite.runtime.log import FullFormatter
-from internlm_lite.train.build import build_engine
+from internlm_lite.train.build import SinkFactory, Surroundings, open_sinks
 from internlm_lite.train.reporter import Reporter
-from internlm_lite.train.sinks import open_sinks
-from internlm_lite.train.state import TrainState
-from internlm_lite.train.step import train_step
+from internlm_lite.train.train_state import TrainState
+from internlm_lite.train.trainer import Trainer
 
 FOLDERS = 33
 """As many data folders as InternLM's demo run has."""
@@ -66,38 +63,34 @@ class _NoMetrics(FolderMetrics):
         """Nothing is summed."""
 
 
-def bench_metrics(device: torch.device, rounds: int, folder: Path, **shape: Any) -> MetricsResult:
-    """All sinks but wandb, into `folder`; the step line into a file of it."""
+def bench_metrics(
+    device: torch.device, rounds: int, folder: Path, sinks: Mapping[str, SinkFactory] = {}, **shape: Any
+) -> MetricsResult:
+    """All sinks but wandb, and `sinks`, into `folder`; the step line into a file of it."""
     config = bench_config(**shape)
     mesh = single_process_mesh(device)
-    reporter = Reporter(config, mesh, [f"folder-{n}" for n in range(FOLDERS)])
+    trainer = Trainer(config.model_copy(update={"seed": 1}), mesh, [f"folder-{n}" for n in range(FOLDERS)])
+    reporter, metrics = Reporter(config, mesh, trainer), trainer.metrics
     batch = _spread(random_batch(config, 1, device))
-    backend = choose_backend(config.model, device)
-    stages = build_stages(config, mesh, backend)
-    initialise(nn.ModuleList(stages.values()), 1)
-    optimizer = HybridZeroOptimizer(units_of(stages), config, mesh, torch_dtype(config.model.dtype))
-    engine = build_engine(config, mesh, stages)
-
-    def step(metrics: FolderMetrics) -> StepOutcome:
-        return train_step(stages, engine, optimizer, batch, 0, mesh, metrics, reporter.fwd_bwd)
-
     log = _log_to(folder / "log")
-    reporter.open_sinks(lambda done: open_sinks(folder, config, done, terminal=False), 0)
+    reporter.open_sinks(partial(open_sinks, folder, config, Surroundings(sinks=sinks)), 0)
     lines = _Lines(reporter, batch, mesh)
     nothing = _NoMetrics((), mesh)
 
     def quiet() -> None:
+        trainer.metrics = nothing
         for _ in range(TURN_STEPS):
-            step(nothing)
+            trainer.step(batch, step=0)
 
     def told() -> None:
+        trainer.metrics = metrics
         lines.start()
         for _ in range(TURN_STEPS):
-            lines.write(step(reporter.metrics))
+            lines.write(trainer.step(batch, step=0))
 
     try:
         told()  # so that every sink is open, and every package imported
-        reporter.fwd_bwd.take()
+        trainer.fwd_bwd_time.take()
         time.sleep(1.0)
         lines.forget()
         seconds = alternate({"quiet": quiet, "told": told}, rounds, device)

@@ -6,23 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from internlm_lite.apps.bench.bare import BareDecoder
 from internlm_lite.apps.bench.gemm import linear_layers, measured_rate
 from internlm_lite.apps.bench.shapes import bench_config, random_batch
 from internlm_lite.apps.bench.timing import Side, alternate
 from internlm_lite.config.schema import Config
-from internlm_lite.layers.flash import choose_backend
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
-from internlm_lite.models.initialise import initialise
-from internlm_lite.models.stages import build_stages, units_of
-from internlm_lite.monitor.metrics import FolderMetrics
 from internlm_lite.optim.zero import HybridZeroOptimizer
 from internlm_lite.runtime.device import device_name, torch_dtype
-from internlm_lite.train.build import build_engine
-from internlm_lite.train.step import train_step
-from internlm_lite.train.stopwatch import Stopwatch
+from internlm_lite.train.trainer import Trainer
 
 
 def our_side(config: Config, mesh: Mesh, seed: int) -> Side:
@@ -32,17 +25,9 @@ def our_side(config: Config, mesh: Mesh, seed: int) -> Side:
 
 def our_training(config: Config, mesh: Mesh, seed: int) -> tuple[Side, HybridZeroOptimizer]:
     """`our_side`, and what it trains."""
-    dtype = torch_dtype(config.model.dtype)
-    backend = choose_backend(config.model, mesh.device)
-    stages = build_stages(config, mesh, backend)
-    initialise(nn.ModuleList(stages.values()), seed)
-    optimizer = HybridZeroOptimizer(units_of(stages), config, mesh, dtype)
-    engine = build_engine(config, mesh, stages)
-    metrics = FolderMetrics(("bench",), mesh)
+    trainer = Trainer(config.model_copy(update={"seed": seed}), mesh)
     batch = random_batch(config, seed + mesh.dp.rank, mesh.device)
-    watch = Stopwatch(mesh.device)
-    side = Side(lambda: train_step(stages, engine, optimizer, batch, 0, mesh, metrics, watch), optimizer.wait_weights)
-    return side, optimizer
+    return Side(lambda: trainer.step(batch, step=0), trainer.optimizer.wait_weights), trainer.optimizer
 
 
 def bare_side(config: Config, mesh: Mesh, seed: int) -> Side:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from internlm_lite.apps.convert.files import HFFolder, read_json
-from internlm_lite.apps.convert.names import Target, targets_here
-from internlm_lite.apps.convert.shapes import FromHF, from_hf
+from internlm_lite.apps.convert.hf_config import HFConfig, from_hf
+from internlm_lite.apps.convert.hf_folder import HFFolder, read_json
+from internlm_lite.apps.convert.recipes import TensorRecipe, our_recipes
 from internlm_lite.apps.convert.stream import ConvertedFile
 from internlm_lite.apps.convert.to_hf import compare_names
 from internlm_lite.apps.convert.tokenizers import MODEL
@@ -25,8 +25,9 @@ from internlm_lite.checkpoint.storage.base import Storage
 from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.checkpoint.storage.open import open_storage
 from internlm_lite.checkpoint.storage.run_lock import held
+from internlm_lite.config.masking import masked
+from internlm_lite.config.render_config import resolved
 from internlm_lite.config.schema import Config, S3Config
-from internlm_lite.config.view import masked, resolved
 from internlm_lite.errors import CheckpointError, InternLMError
 from internlm_lite.mesh.mesh import Sizes
 
@@ -35,7 +36,7 @@ _COMPARE_ROWS = 1024
 
 
 @dataclass(frozen=True)
-class Taken:
+class ReadResult:
     """What was made of a folder."""
 
     name: str
@@ -48,41 +49,41 @@ class Taken:
 
 def read_hf(
     folder: Path, out: str, s3: S3Config | None = None, *, done: Callable[[str], object] = lambda name: None
-) -> Taken:
+) -> ReadResult:
     """Write a checkpoint of the weights in `folder` into the save folder `out`, which must hold none.
 
     Raises CheckpointError when the folder holds another model than ours can be, or is damaged; StorageError.
     """
     source = HFFolder(folder)
-    said = from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
-    targets = _checked_targets(source, said)
+    hf = from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    recipes = _checked_recipes(source, hf)
     storage = open_storage(out, s3)
     tokenizer, notes = _tokenizer(folder, storage)
-    config = _config(folder, said, tokenizer)
+    config = _config(folder, hf, tokenizer)
     with held(storage):
         if catalog.committed(storage):
             raise CheckpointError(f"{storage.name} holds checkpoints already: choose a folder without any")
         if (folder / MODEL).is_file():
             storage.put(MODEL, [(folder / MODEL).read_bytes()])
-        name, n_bytes = _write(storage, source, said, targets, config, done)
-    return Taken(str(name), config, len(targets), n_bytes, (*said.notes, *notes))
+        name, n_bytes = _write(storage, source, hf, recipes, config, done)
+    return ReadResult(str(name), config, len(recipes), n_bytes, (*hf.notes, *notes))
 
 
 def _write(
     storage: Storage,
     source: HFFolder,
-    said: FromHF,
-    targets: Sequence[Target],
+    hf: HFConfig,
+    recipes: Sequence[TensorRecipe],
     config: Config,
     done: Callable[[str], object],
 ) -> tuple[Name, int]:
     """(the checkpoint, its bytes); after a failure nothing of it is left."""
     name = Name(1, 0, uuid.uuid4().hex[:6])
-    shares = share_out([[_holding(target) for target in targets]])[0]
-    by_name = {target.name: target for target in targets}
+    shares = share_out([[_holding(recipe) for recipe in recipes]])[0]
+    by_name = {recipe.name: recipe for recipe in recipes}
     stream = ConvertedFile({share.key: by_name[share.holding.name] for share in shares}, torch.float32, source, done)
     facts = commit.Facts(
-        "final", {"world": 1, **asdict(Sizes())}, masked(resolved(config)), {"converted_from": said.family}
+        "final", {"world": 1, **asdict(Sizes())}, masked(resolved(config)), {"converted_from": hf.family}
     )
     try:
         n_bytes = commit.write_stream(storage, name, 0, 1, stream, shares)
@@ -94,26 +95,26 @@ def _write(
     return name, n_bytes
 
 
-def _holding(target: Target) -> Holding:
+def _holding(recipe: TensorRecipe) -> Holding:
     """The whole tensor, on the one rank there is."""
-    box = tuple((0, n) for n in target.shape)
-    return Holding("master", target.name, target.shape, box, (0, target.numel), "F32")
+    box = tuple((0, n) for n in recipe.shape)
+    return Holding("master", recipe.name, recipe.shape, box, (0, recipe.numel), "F32")
 
 
-def _checked_targets(source: HFFolder, said: FromHF) -> list[Target]:
+def _checked_recipes(source: HFFolder, hf: HFConfig) -> list[TensorRecipe]:
     """What to make. Raises CheckpointError naming tensors that are missing, unknown, or of another shape or type."""
-    targets = targets_here(said.model, said.family)
+    recipes = our_recipes(hf.model, hf.family)
     sizes: dict[str, tuple[int, ...]] = {}
-    for target in targets:
-        for rows in target.rows:
+    for recipe in recipes:
+        for rows in recipe.rows:
             stop = max(rows.stop, *sizes.get(rows.name, (0,))[:1])
-            sizes[rows.name] = (stop, *target.shape[1:])
+            sizes[rows.name] = (stop, *recipe.shape[1:])
     shapes = source.shapes
-    head = "output.weight" if said.family == "internlm2" else "lm_head.weight"
-    if said.model.tie_word_embeddings and head in shapes:
-        _check_tied(source, head, next(target for target in targets if target.name == "tok_embeddings.weight"))
+    head = "output.weight" if hf.family == "internlm2" else "lm_head.weight"
+    if hf.model.tie_word_embeddings and head in shapes:
+        _check_tied(source, head, next(recipe for recipe in recipes if recipe.name == "tok_embeddings.weight"))
         del shapes[head]
-    if not said.model.tie_word_embeddings and head not in shapes:
+    if not hf.model.tie_word_embeddings and head not in shapes:
         raise CheckpointError(f"{source.path}: {head} is missing, but config.json says tie_word_embeddings=false")
     compare_names(str(source.path), shapes, set(sizes))
     wrong = [f"{n}: {list(shapes[n])}, config.json says {list(sizes[n])}" for n in sizes if shapes[n] != sizes[n]]
@@ -122,10 +123,10 @@ def _checked_targets(source: HFFolder, said: FromHF) -> list[Target]:
     if wrong:
         lines = "\n  ".join(wrong[:12])
         raise CheckpointError(f"{source.path}: tensors of another model than config.json's:\n  {lines}")
-    return targets
+    return recipes
 
 
-def _check_tied(source: HFFolder, head: str, embedding: Target) -> None:
+def _check_tied(source: HFFolder, head: str, embedding: TensorRecipe) -> None:
     """Some versions save the shared weight twice."""
     other = embedding.rows[0].name
     n_rows = embedding.shape[0]
@@ -148,13 +149,13 @@ def _tokenizer(folder: Path, storage: Storage) -> tuple[str | None, tuple[str, .
     return None, (f"the tokenizer is {storage.name}/{MODEL}: fetch it and set data.tokenizer where text is needed",)
 
 
-def _config(folder: Path, said: FromHF, tokenizer: str | None) -> Config:
+def _config(folder: Path, hf: HFConfig, tokenizer: str | None) -> Config:
     """A whole config around the model, as every checkpoint has one."""
     values: dict[str, Any] = {
         "JOB_NAME": folder.resolve().name,
-        "data": {"seq_len": said.max_positions, "total_steps": 1, "tokenizer": tokenizer},
+        "data": {"seq_len": hf.max_positions, "total_steps": 1, "tokenizer": tokenizer},
         "lr_scheduler": {"total_steps": 1},
-        "model": said.model,
-        "grad_scaler": {} if said.model.dtype == "torch.float16" else None,
+        "model": hf.model,
+        "grad_scaler": {} if hf.model.dtype == "torch.float16" else None,
     }
     return Config.model_validate(values)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from internlm_lite.apps.convert.names import Target
+from internlm_lite.apps.convert.recipes import TensorRecipe
 from internlm_lite.checkpoint.format.tensor_file import BLOCK_BYTES, TensorFile
 from internlm_lite.errors import CheckpointError
 from internlm_lite.units import human_count
@@ -15,7 +15,7 @@ from internlm_lite.units import human_count
 _READ_BYTES = 2 * BLOCK_BYTES
 
 
-class Source(Protocol):
+class RowSource(Protocol):
     """Where rows come from."""
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -23,16 +23,16 @@ class Source(Protocol):
 
 
 class ConvertedFile(TensorFile):
-    """The targets, by key, cast to `dtype`. `done` is told the key of each tensor that was written.
+    """The recipes, by key, cast to `dtype`. `done` is told the key of each tensor that was written.
 
     Iterating raises CheckpointError naming a tensor that does not fit into `dtype`, and what the source raises.
     """
 
     def __init__(
-        self, targets: Mapping[str, Target], dtype: torch.dtype, source: Source, done: Callable[[str], object]
+        self, recipes: Mapping[str, TensorRecipe], dtype: torch.dtype, source: RowSource, done: Callable[[str], object]
     ) -> None:
-        super().__init__({key: torch.empty(t.shape, dtype=dtype, device="meta") for key, t in targets.items()})
-        self._targets, self._dtype, self._source, self._done = targets, dtype, source, done
+        super().__init__({key: torch.empty(t.shape, dtype=dtype, device="meta") for key, t in recipes.items()})
+        self._targets, self._dtype, self._source, self._done = recipes, dtype, source, done
 
     def blocks_of(self, key: str, tensor: torch.Tensor) -> Iterator[bytes]:
         block = bytearray()
@@ -50,12 +50,12 @@ class ConvertedFile(TensorFile):
             yield bytes(block)
         self._done(key)
 
-    def _parts(self, target: Target) -> Iterator[torch.Tensor]:
-        row_bytes = torch.Size(target.shape[1:]).numel() * 4
+    def _parts(self, recipe: TensorRecipe) -> Iterator[torch.Tensor]:
+        row_bytes = torch.Size(recipe.shape[1:]).numel() * 4
         step = max(1, _READ_BYTES // row_bytes)
-        for rows in target.rows:
+        for rows in recipe.rows:
             for start in range(rows.start, rows.stop, step):
-                yield self._cast(self._source.read(rows.name, start, min(start + step, rows.stop)), target.name)
+                yield self._cast(self._source.read(rows.name, start, min(start + step, rows.stop)), recipe.name)
 
     def _cast(self, rows: torch.Tensor, name: str) -> torch.Tensor:
         made = rows.to(self._dtype)

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from internlm_lite.apps.convert.files import INDEX, ONE_FILE
-from internlm_lite.apps.convert.names import Family, Target, targets_there
-from internlm_lite.apps.convert.shapes import to_hf
+from internlm_lite.apps.convert.hf_config import to_hf
+from internlm_lite.apps.convert.hf_folder import INDEX, ONE_FILE
+from internlm_lite.apps.convert.recipes import Family, TensorRecipe, hf_recipes
 from internlm_lite.apps.convert.stream import ConvertedFile
 from internlm_lite.apps.convert.tokenizers import CONFIG, MODEL, special_ids, tokenizer_config
 from internlm_lite.checkpoint.format import catalog
@@ -37,7 +37,7 @@ _KEPT_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True)
-class Written:
+class WriteResult:
     """What was made."""
 
     files: tuple[str, ...]
@@ -47,7 +47,7 @@ class Written:
 
 
 class MasterRows:
-    """The fp32 masters of a checkpoint by rows; see `stream.Source`. Raises DamagedError with file and tensor."""
+    """The fp32 masters of a checkpoint by rows; see `stream.RowSource`. Raises DamagedError with file and tensor."""
 
     def __init__(self, found: Found) -> None:
         self._reader = Reader(found)
@@ -108,7 +108,7 @@ def write_hf(
     tokenizer: Tokenizer | None,
     shard_bytes: int = SHARD_BYTES,
     done: Callable[[str], object] = lambda name: None,
-) -> Written:
+) -> WriteResult:
     """Write the folder `out`, which must not exist or be empty. `dtype`: "bfloat16".
 
     Raises CheckpointError when the model has no such form, or its checkpoint is damaged; StorageError.
@@ -118,10 +118,10 @@ def write_hf(
     if out.resolve() == Path.cwd():  # a whole folder would take its place, and leave you in one that is gone
         raise CheckpointError(f"{out}: this is the folder you are in; give the name of one to make")
     hf_config = to_hf(config.model, family, config.data.seq_len, dtype)
-    targets = targets_there(config.model, family)
+    recipes = hf_recipes(config.model, family)
     source = MasterRows(found)
-    compare_names(found.manifest_path, source.shapes, {rows.name for target in targets for rows in target.rows})
-    shards = split_shards(targets, torch_dtype(dtype).itemsize, shard_bytes)
+    compare_names(found.manifest_path, source.shapes, {rows.name for recipe in recipes for rows in recipe.rows})
+    shards = split_shards(recipes, torch_dtype(dtype).itemsize, shard_bytes)
     documents: dict[str, Any] = {"config.json": hf_config}
     if tokenizer is not None:
         hf_config |= special_ids(tokenizer)
@@ -131,7 +131,7 @@ def write_hf(
         storage = LocalStorage(partial)
         n_bytes = 0
         for file, part in shards.items():
-            stream = ConvertedFile({target.name: target for target in part}, torch_dtype(dtype), source, done)
+            stream = ConvertedFile({recipe.name: recipe for recipe in part}, torch_dtype(dtype), source, done)
             n_bytes += storage.put(file, stream)
         if len(shards) > 1:
             documents[INDEX] = _index(shards, torch_dtype(dtype).itemsize)
@@ -144,19 +144,19 @@ def write_hf(
         raise StorageError(f"cannot write {out}: {error.strerror}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Written(tuple(shards), len(targets), n_bytes)
+    return WriteResult(tuple(shards), len(recipes), n_bytes)
 
 
-def split_shards(targets: Sequence[Target], itemsize: int, shard_bytes: int) -> dict[str, list[Target]]:
+def split_shards(recipes: Sequence[TensorRecipe], itemsize: int, shard_bytes: int) -> dict[str, list[TensorRecipe]]:
     """File name -> its tensors, in their order, no file larger than `shard_bytes` unless one tensor is."""
-    parts: list[list[Target]] = []
+    parts: list[list[TensorRecipe]] = []
     room = 0
-    for target in targets:
-        size = target.numel * itemsize
+    for recipe in recipes:
+        size = recipe.numel * itemsize
         if not parts or size > room:
             parts.append([])
             room = shard_bytes
-        parts[-1].append(target)
+        parts[-1].append(recipe)
         room -= size
     if len(parts) == 1:
         return {ONE_FILE: parts[0]}
@@ -175,9 +175,9 @@ def compare_names(where: str, have: dict[str, tuple[int, ...]], wanted: set[str]
         )
 
 
-def _index(shards: dict[str, list[Target]], itemsize: int) -> dict[str, Any]:
-    numel = sum(target.numel for part in shards.values() for target in part)
+def _index(shards: dict[str, list[TensorRecipe]], itemsize: int) -> dict[str, Any]:
+    numel = sum(recipe.numel for part in shards.values() for recipe in part)
     return {
         "metadata": {"total_parameters": numel, "total_size": numel * itemsize},
-        "weight_map": {target.name: file for file, part in shards.items() for target in part},
+        "weight_map": {recipe.name: file for file, part in shards.items() for recipe in part},
     }

@@ -1,1 +1,1 @@
-"""What the ranks of a job run on: gathered from all of them, compared, judged."""
+"""What the ranks of a job run on: gathered from all of them, compared, diagnosed."""

@@ -20,7 +20,7 @@ ROUNDS = 5
 
 
 @dataclass
-class Reduced:
+class AllReduceSpeed:
     """JSON-able by `vars`."""
 
     backend: str
@@ -38,11 +38,11 @@ class _Probe:
     device: torch.device
     store: Store
     timeout: timedelta
-    reduced: Reduced = field(init=False)
+    reduced: AllReduceSpeed = field(init=False)
 
     def __post_init__(self) -> None:
         on_gpu = self.device.type == "cuda"
-        self.reduced = Reduced("nccl" if on_gpu else "gloo", GPU_BYTES if on_gpu else CPU_BYTES)
+        self.reduced = AllReduceSpeed("nccl" if on_gpu else "gloo", GPU_BYTES if on_gpu else CPU_BYTES)
 
     def run(self) -> None:
         try:
@@ -72,7 +72,7 @@ class _Probe:
             torch.cuda.synchronize(self.device)
 
 
-def all_reduce_speed(place: Place, device: torch.device, store: Store, timeout: timedelta) -> Reduced:
+def all_reduce_speed(place: Place, device: torch.device, store: Store, timeout: timedelta) -> AllReduceSpeed:
     """Collective over a world of two or more. What goes wrong, time-outs included, is in `problem`.
 
     A thread that hangs is left behind as a daemon: end this process by os._exit.
@@ -82,7 +82,7 @@ def all_reduce_speed(place: Place, device: torch.device, store: Store, timeout: 
     thread.start()
     thread.join(timeout.total_seconds())
     if thread.is_alive():
-        late = Reduced(probe.reduced.backend, probe.reduced.n_bytes)
+        late = AllReduceSpeed(probe.reduced.backend, probe.reduced.n_bytes)
         late.problem = f"no answer within {timeout.total_seconds():g} s"
         return late
     return probe.reduced

@@ -28,14 +28,14 @@ def clock_offsets(exchange: Exchange, ranks: Sequence[int]) -> dict[int, Offset]
         return {rank: min((_ask(exchange, rank, n) for n in range(ROUNDS)), key=lambda o: o.error) for rank in ranks}
     if me in ranks:
         for n in range(ROUNDS):
-            exchange.hear(f"clock/{me}/{n}/asked")
-            exchange.tell(f"clock/{me}/{n}/answer", time.time())
+            exchange.receive(f"clock/{me}/{n}/asked")
+            exchange.send(f"clock/{me}/{n}/answer", time.time())
     return {}
 
 
 def _ask(exchange: Exchange, rank: int, n: int) -> Offset:
     before, begin = time.time(), time.monotonic()
-    exchange.tell(f"clock/{rank}/{n}/asked", True)
-    theirs = exchange.hear(f"clock/{rank}/{n}/answer", rank)
+    exchange.send(f"clock/{rank}/{n}/asked", True)
+    theirs = exchange.receive(f"clock/{rank}/{n}/answer", rank)
     half = (time.monotonic() - begin) / 2
     return Offset(theirs - (before + half), half)

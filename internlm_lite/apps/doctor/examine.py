@@ -1,6 +1,6 @@
-"""One examination of all ranks of a job: facts, clocks, folders, an all-reduce; the verdict is rank 0's.
+"""One examination of all ranks of a job: what each runs on, clocks, folders, an all-reduce; rank 0 has the result.
 
-every rank: facts -> store -> rank 0 judges, shows -> every rank: all-reduce -> rank 0 adds it
+every rank: RankInfo -> store -> rank 0 diagnoses, shows -> every rank: all-reduce -> rank 0 adds it
 """
 
 from __future__ import annotations
@@ -13,45 +13,45 @@ from typing import Any
 
 import torch
 
-from internlm_lite.apps.doctor.bandwidth import Reduced, all_reduce_speed
+from internlm_lite.apps.doctor.bandwidth import AllReduceSpeed, all_reduce_speed
 from internlm_lite.apps.doctor.clocks import Offset, clock_offsets
-from internlm_lite.apps.doctor.disk import probe_folder
+from internlm_lite.apps.doctor.diagnose import Finding, diagnose, diagnose_clocks, diagnose_folder, findings_of
 from internlm_lite.apps.doctor.exchange import Exchange
-from internlm_lite.apps.doctor.facts import Facts, facts_of
-from internlm_lite.apps.doctor.judge import Finding, judge, judge_clocks, judge_folder
+from internlm_lite.apps.doctor.probe_folders import probe_folder
+from internlm_lite.apps.doctor.rank_info import RankInfo, rank_info
 from internlm_lite.runtime.meet import meet
 from internlm_lite.runtime.place import Place
 
-FINE, SICK = 0, 2
+OK, FAILED = 0, 2
 """Exit codes."""
 
 
 @dataclass
-class Report:
+class Examination:
     """Of all ranks, on rank 0."""
 
     place: Place
-    facts: list[Facts] = field(default_factory=list)
+    infos: list[RankInfo] = field(default_factory=list)
     offsets: dict[int, Offset] = field(default_factory=dict)
     folders: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
-    reduced: Reduced | None = None
+    reduced: AllReduceSpeed | None = None
     """None for a world of one."""
 
     @property
     def hosts(self) -> list[str]:
-        return list(dict.fromkeys(own["host"] for own in self.facts))
+        return list(dict.fromkeys(info["host"] for info in self.infos))
 
     def to_json(self) -> dict[str, Any]:
         return {
             "launcher": self.place.launcher,
             "why": self.place.why,
             "hosts": self.hosts,
-            "ranks": self.facts,
+            "ranks": self.infos,
             "clock_offsets": {rank: vars(offset) for rank, offset in self.offsets.items()},
             "folders": self.folders,
             "all_reduce": None if self.reduced is None else vars(self.reduced),
-            "findings": [vars(finding) for finding in self.findings],
+            "findings": [finding.to_json() for finding in self.findings],
         }
 
 
@@ -61,7 +61,7 @@ def examine(
     folders: Mapping[str, Path],
     device: str,
     timeout: timedelta,
-    show: Callable[[Report, bool], None],
+    show: Callable[[Examination, bool], None],
 ) -> int:
     """Collective; the exit code, the same on every rank. `folders`: name -> where the run will write.
 
@@ -71,18 +71,18 @@ def examine(
     """
     store = meet(place, timeout, says={})
     exchange = Exchange(store, place, timeout)
-    facts, found = facts_of(place, environ, device)
-    report = Report(place, exchange.gather("facts", facts))
-    first_ranks = exchange.from_main("first", _first_ranks(report.facts))
+    info, found = rank_info(place, environ, device)
+    report = Examination(place, exchange.gather("info", info))
+    first_ranks = exchange.broadcast("first", _first_ranks(report.infos))
     report.offsets = clock_offsets(exchange, first_ranks)
-    report.findings += [*judge(report.facts), *judge_clocks(report.offsets, report.facts)]
+    report.findings += [*diagnose(report.infos), *diagnose_clocks(report.offsets, report.infos)]
     for name, folder in folders.items():
         probes = exchange.gather(f"probe/{name}", probe_folder(exchange, name, folder))
         report.folders[name] = probes
-        report.findings += judge_folder(name, probes)
+        report.findings += diagnose_folder(name, probes)
     if place.is_main:
         show(report, False)
-    able = exchange.from_main("able", not any(own["device.problem"] for own in report.facts))
+    able = exchange.broadcast("able", not any(info["device.problem"] for info in report.infos))
     if place.world_size > 1 and able and found is not None:
         _reduce(report, exchange, found, timeout)
     if place.is_main:
@@ -90,29 +90,26 @@ def examine(
     return _agreed_code(report, exchange)
 
 
-def _first_ranks(facts: list[Facts]) -> list[int]:
+def _first_ranks(infos: list[RankInfo]) -> list[int]:
     """The first rank of every host but rank 0's."""
     seen: dict[str, int] = {}
-    for own in facts:
-        seen.setdefault(own["host"], own["rank"])
+    for info in infos:
+        seen.setdefault(info["host"], info["rank"])
     return [rank for rank in seen.values() if rank]
 
 
-def _reduce(report: Report, exchange: Exchange, device: torch.device, timeout: timedelta) -> None:
+def _reduce(report: Examination, exchange: Exchange, device: torch.device, timeout: timedelta) -> None:
     # Ranks that fail at once wait in the store for those that hang, so these give up sooner.
     reduced = all_reduce_speed(exchange.place, device, exchange.store, timeout / 3)
-    problems: dict[str, tuple[int, ...]] = {}
-    for rank, problem in enumerate(exchange.gather("reduced", reduced.problem)):
-        if problem:
-            problems[problem] = (*problems.get(problem, ()), rank)
+    problems = exchange.gather("reduced", reduced.problem)
     report.reduced = reduced
-    mend = "check that the hosts reach each other on the interface used (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME); "
-    mend += "NCCL_DEBUG=INFO says what NCCL tries"
-    report.findings += [Finding("all-reduce", problem, {problem: ranks}, mend) for problem, ranks in problems.items()]
+    fix = "check that the hosts reach each other on the interface used (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME); "
+    fix += "NCCL_DEBUG=INFO says what NCCL tries"
+    report.findings += findings_of("all-reduce", problems, fix)
 
 
-def _agreed_code(report: Report, exchange: Exchange) -> int:
+def _agreed_code(report: Examination, exchange: Exchange) -> int:
     """Rank 0, which may serve the store, leaves last."""
-    code: int = exchange.from_main("code", SICK if report.findings else FINE)
+    code: int = exchange.broadcast("code", FAILED if report.findings else OK)
     exchange.gather("bye", True)
     return code

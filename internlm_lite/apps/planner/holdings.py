@@ -18,8 +18,7 @@ from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import Sizes, plan_mesh, rank_of
 from internlm_lite.models.stages import Stages, build_stages, units_of
 from internlm_lite.optim.buckets import Bucket, build_buckets
-from internlm_lite.optim.zero import grad_dtype
-from internlm_lite.runtime.device import torch_dtype
+from internlm_lite.optim.rules import RULES
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,9 @@ class BucketSizes:
     masters: int
     """fp32 copy of the shard's weights; 0 where the weights are their own masters."""
     moments: int
+    """State of the update rule."""
     update_grads: int
-    """fp32 copy of the shard's gradient that AdamW reads; lives only during the update."""
+    """fp32 copy of the shard's gradient that the update rule reads; lives only during the update."""
     summed: tuple[str, ...]
     """Axes over which the shard's gradient is summed besides dp."""
 
@@ -63,7 +63,7 @@ class RankHoldings:
 
     @property
     def optimizer(self) -> int:
-        """Masters and both moments of the shard."""
+        """Master weights of the shard and what the update rule keeps."""
         return sum(bucket.masters + bucket.moments for bucket in self.buckets)
 
     @property
@@ -83,36 +83,29 @@ def holdings(config: Config, sizes: Sizes, backend: AttentionBackend) -> tuple[l
         stages = build_stages(config, mesh, backend)
         params = [cast(Parameter, param) for unit in units_of(stages) for param in unit.parameters()]
         wholes.update({param.part.name: math.prod(param.part.shape) for param in params})
-        zero = config.hybrid_zero_optimizer
-        buckets = build_buckets(
-            params,
-            mesh.zero,
-            zero.reduce_bucket_size,
-            config.adam.weight_decay_on == "all",
-            grad_dtype(config, torch_dtype(config.model.dtype)),
-        )
+        buckets = build_buckets(params, mesh.zero, config)
         held.append(
             RankHoldings(
                 pp=pp,
                 stages=stages,
                 parameters=sum(bucket.numel for bucket in buckets),
                 zero_elements=tuple(sum(b.elements_on(rank) for b in buckets) for rank in range(sizes.zero)),
-                buckets=tuple(map(_sizes, buckets)),
+                buckets=tuple(_sizes(bucket, len(RULES[config.optimizer.name].roles)) for bucket in buckets),
             )
         )
     return held, sum(wholes.values())
 
 
-def _sizes(bucket: Bucket) -> BucketSizes:
+def _sizes(bucket: Bucket, state_tensors: int) -> BucketSizes:
     shard, dtype = bucket.shard_size, bucket.kind.dtype
-    exact = max(4, dtype.itemsize)  # AdamW computes in fp32, or in the weights' own dtype if that is wider
+    exact = max(4, dtype.itemsize)  # updates are computed in fp32, or in the weights' own dtype if that is wider
     half = dtype.itemsize < 4
     return BucketSizes(
         weights=bucket.weights.nbytes,
         grads=bucket.grads.nbytes,
         shard_grads=bucket.grad_shard.nbytes,
         masters=shard * exact if half else 0,
-        moments=2 * shard * exact,
+        moments=state_tensors * shard * exact,
         update_grads=shard * exact if bucket.grads.dtype.itemsize < exact else 0,
         summed=bucket.kind.summed,
     )

@@ -12,7 +12,7 @@ from internlm_lite.apps.planner.traffic import messages, traffic
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
 from internlm_lite.config.schema import Config
 from internlm_lite.data.loader import open_training_data, open_validation_data
-from internlm_lite.data.view import StepFigures, walk_steps
+from internlm_lite.data.render_batches import StepFigures, walk_steps
 from internlm_lite.layers.flash import AttentionBackend, varlen_fits
 from internlm_lite.mesh.mesh import Sizes, axis_groups, rank_of, sizes_of
 from internlm_lite.monitor.flops import step_flops

@@ -38,7 +38,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from internlm_lite.data.view import StepFigures
+from internlm_lite.data.render_batches import StepFigures
 from internlm_lite.layers.costs import Bytes
 from internlm_lite.mesh.mesh import Sizes
 

@@ -25,13 +25,13 @@ Shape = tuple[tuple[str, ...], tuple[tuple[str, tuple[str, ...]], ...], tuple[st
 
 _NOT_SCALARS = {"seg", "step", "time", "folders", "seen"}
 _WIDTH = 4
-_LARGEST = 1e100
+_MAX_NUMBER = 1e100
 """A number beyond it counts as none: so sums and products of numbers stay finite."""
-MOST_STEPS = 10**12
+MAX_STEP = 10**12
 """A step or segment beyond it is no step: it would keep out all that come after it."""
 
 
-class _Growing:
+class _GrowingColumn:
     """A column that grows by doubling; rows that were never written are nan."""
 
     def __init__(self, width: int | None) -> None:
@@ -65,17 +65,17 @@ class Columns:
         self.bad = 0
         self.starts: dict[int, int] = {}
         """First step of each segment, as far as it is known."""
-        self.heard = -1
+        self.max_segment = -1
         """Highest segment that the events tell of; -1 where there are none."""
-        self._announced: dict[int, int] = {}
-        self._total = MOST_STEPS
+        self._starts: dict[int, int] = {}
+        self._total = MAX_STEP
         self.last_time: str | None = None
         self.segment = -1
         """Of the newest line."""
         self._next = 0
-        self._step, self._time = _Growing(None), _Growing(None)
-        self._scalars: dict[str, _Growing] = {}
-        self._folders: dict[str, _Growing] = {}
+        self._step, self._time = _GrowingColumn(None), _GrowingColumn(None)
+        self._scalars: dict[str, _GrowingColumn] = {}
+        self._folders: dict[str, _GrowingColumn] = {}
 
     @property
     def step(self) -> Numbers:
@@ -96,14 +96,14 @@ class Columns:
         """By name in the order of the lines."""
         return {name: column.view(self.n) for name, column in self._folders.items()}
 
-    def announce(self, segment: int, step: int, total: int) -> None:
+    def start_segment(self, segment: int, step: int, total: int) -> None:
         """A start, as events tell it before its first line comes: what earlier ones did from `step` on is given up.
 
         `total`: steps that it means to do.
         """
-        self._total = total if not self._announced else max(total, self._total)
-        self._announced[segment] = step
-        self.heard = max(self.heard, segment)
+        self._total = total if not self._starts else max(total, self._total)
+        self._starts[segment] = step
+        self.max_segment = max(self.max_segment, segment)
         if segment > self.segment:
             self._cut(step)
 
@@ -117,10 +117,10 @@ class Columns:
                 self.bad += bool(line.strip())
                 continue
             step, segment, shape = value["step"], value.get("seg", 0), _shape(value)
-            if self._is_given_up(segment, step):
+            if self._is_superseded(segment, step):
                 continue
             row = [step, seconds(value.get("time")), *_figures(value, shape)]
-            if not self._is_next(segment, step) or not _is_whole(row, shape):
+            if not self._is_in_order(segment, step) or not _is_complete(row, shape):
                 self.bad += 1
                 continue
             if segment != self.segment or shape != now:
@@ -134,15 +134,15 @@ class Columns:
             batch.append(row)
         self._flush(now, batch)
 
-    def _is_given_up(self, segment: int, step: int) -> bool:
-        return any(segment < later and step >= first for later, first in self._announced.items())
+    def _is_superseded(self, segment: int, step: int) -> bool:
+        return any(segment < later and step >= first for later, first in self._starts.items())
 
-    def _is_next(self, segment: int, step: int) -> bool:
+    def _is_in_order(self, segment: int, step: int) -> bool:
         """Whether a line may stand here: what is taken in wrongly would keep out all that come after it."""
         if segment < self.segment or (segment == self.segment and step < self._next) or step >= self._total:
             return False
         # A start takes the number after the highest in both files: one that leaves out some is a damaged line's.
-        return self.heard < 0 or segment <= max(self.heard, self.segment) + 1
+        return self.max_segment < 0 or segment <= max(self.max_segment, self.segment) + 1
 
     def _restart(self, segment: int, step: int) -> None:
         self.segment, self._next = segment, step
@@ -166,11 +166,11 @@ class Columns:
         self._step.put(self.n, block[:, 0])
         self._time.put(self.n, block[:, 1])
         for name, figures in zip(names, block.T[2 : 2 + len(names)], strict=True):
-            self._scalars.setdefault(name, _Growing(None)).put(self.n, figures)
+            self._scalars.setdefault(name, _GrowingColumn(None)).put(self.n, figures)
         first = 2 + len(names)
         for at, name in enumerate(folders):
             figures = block[:, first + _WIDTH * at : first + _WIDTH * (at + 1)]
-            self._folders.setdefault(name, _Growing(_WIDTH)).put(self.n, figures)
+            self._folders.setdefault(name, _GrowingColumn(_WIDTH)).put(self.n, figures)
         self.n += len(block)
 
 
@@ -181,7 +181,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(value, dict) or type(value.get("step")) is not int or type(value.get("seg", 0)) is not int:
         return None
-    return value if 0 <= value["step"] < MOST_STEPS and 0 <= value.get("seg", 0) < MOST_STEPS else None
+    return value if 0 <= value["step"] < MAX_STEP and 0 <= value.get("seg", 0) < MAX_STEP else None
 
 
 def _shape(value: Mapping[str, Any]) -> Shape:
@@ -210,7 +210,7 @@ def _figures(value: Mapping[str, Any], shape: Shape) -> Iterable[Any]:
     return row
 
 
-def _is_whole(row: Sequence[Any], shape: Shape) -> bool:
+def _is_complete(row: Sequence[Any], shape: Shape) -> bool:
     """Whether it has the figures of its shape, and numbers only."""
     return len(row) == _width(shape) and all(value is None or isinstance(value, int | float) for value in row)
 
@@ -230,7 +230,7 @@ def _as_block(rows: Sequence[Sequence[Any]], width: int) -> Numbers:
             with suppress(OverflowError):
                 good.append(np.array(row, dtype=np.float64))
         block = np.array(good).reshape(-1, width)
-    block[~(np.abs(block) <= _LARGEST)] = np.nan
+    block[~(np.abs(block) <= _MAX_NUMBER)] = np.nan
     return block
 
 

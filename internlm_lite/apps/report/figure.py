@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from internlm_lite.apps.report.files import shown
+from internlm_lite.apps.report.untrusted_files import printable
 from internlm_lite.errors import MissingPackageError, StorageError
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
@@ -41,7 +41,9 @@ def write_figure(payload: Mapping[str, Any], path: Path) -> None:
             _figure(payload["runs"]).savefig(temporary, dpi=110, format="png")
         temporary.replace(path)
     except OSError as error:
-        raise StorageError(f"cannot write {shown(path)}: {error.strerror}; make room, or write elsewhere") from error
+        raise StorageError(
+            f"cannot write {printable(path)}: {error.strerror}; make room, or write elsewhere"
+        ) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -31,7 +31,7 @@ def restarts(events: Sequence[Event], first_steps: dict[int, int]) -> list[Event
     return [
         {
             "seg": segment,
-            "step": whole(starts.get(segment, {}).get("step"), first_steps.get(segment)),
+            "step": as_int(starts.get(segment, {}).get("step"), first_steps.get(segment)),
             "time": starts.get(segment, {}).get("time"),
         }
         for segment in segments[1:]
@@ -63,7 +63,7 @@ def _save(event: Event) -> Event:
     stall = stall if isinstance(stall, int | float) and abs(stall) < _EXACT else None
     waited = event.get("event") == "checkpoint" and _is_saved(event)
     return {
-        "step": whole(event.get("step")),
+        "step": as_int(event.get("step")),
         "name": str(name or ""),
         "kind": str(event.get("saved") or ""),
         "time": time,
@@ -88,7 +88,7 @@ def validation(events: Iterable[Event]) -> list[Event]:
     """Evaluations by rising step; a restart drops those of the tail that was given up."""
     kept: list[Event] = []
     for event in of_kind(events, "start", "evaluation"):
-        step = whole(event.get("step"))
+        step = as_int(event.get("step"))
         if step is None:
             continue
         while kept and kept[-1]["step"] >= step:
@@ -127,18 +127,18 @@ def _is_saved(event: Event) -> bool:
 
 def samples(lines: Iterable[dict[str, Any]], events: Iterable[Event]) -> list[dict[str, Any]]:
     """By rising step, of each step and prompt the newest; a restart drops those of the tail that was given up."""
-    starts = [(event["seg"], whole(event.get("step")) or 0) for event in of_kind(events, "start")]
+    starts = [(event["seg"], as_int(event.get("step")) or 0) for event in of_kind(events, "start")]
     newest: dict[tuple[int, str], dict[str, Any]] = {}
     for line in lines:
-        step, prompt, text = whole(line.get("step")), line.get("prompt"), line.get("text")
+        step, prompt, text = as_int(line.get("step")), line.get("prompt"), line.get("text")
         if step is None or not isinstance(prompt, str) or not isinstance(text, str):
             continue
-        segment = whole(line.get("seg")) or 0
+        segment = as_int(line.get("seg")) or 0
         if not any(segment < later and step > start for later, start in starts):
             newest[step, prompt] = {"step": step, "prompt": prompt, "text": text, "time": line.get("time")}
     return sorted(newest.values(), key=lambda sample: sample["step"])
 
 
-def whole(*values: object) -> int | None:
+def as_int(*values: object) -> int | None:
     """The first that is a whole number of a size that happens."""
     return next((value for value in values if type(value) is int and abs(value) < _EXACT), None)

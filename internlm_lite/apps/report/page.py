@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from internlm_lite.apps.report.files import shown
+from internlm_lite.apps.report.untrusted_files import printable
 from internlm_lite.errors import StorageError
 
 ASSETS = Path(__file__).with_name("assets")
@@ -44,7 +44,7 @@ class Assets:
                 _text(folder / "page.html"), "\n".join(map(_text, style)), "\n".join(_text(path) for path in script)
             )
         except OSError as error:
-            raise StorageError(f"cannot read {error.filename}: {error.strerror}; install internlm_lite anew") from error
+            raise StorageError(f"cannot read {error.filename}: {error.strerror}; reinstall internlm_lite") from error
 
     def policy(self, live: bool) -> str:
         """The content security policy: only this style and this script; a live page may ask its own server."""
@@ -91,7 +91,9 @@ def write_report(payload: Mapping[str, Any], path: Path, assets: Assets | None =
         temporary.write_text(text, encoding="utf-8", newline="\n")
         temporary.replace(path)
     except OSError as error:
-        raise StorageError(f"cannot write {shown(path)}: {error.strerror}; make room, or write elsewhere") from error
+        raise StorageError(
+            f"cannot write {printable(path)}: {error.strerror}; make room, or write elsewhere"
+        ) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -17,38 +17,38 @@ import numpy as np
 
 from internlm_lite.apps.report.columns import Columns, Numbers
 from internlm_lite.apps.report.downsample import Buckets
-from internlm_lite.apps.report.files import shown
 from internlm_lite.apps.report.history import alerts, checkpoints, restarts, samples, validation
 from internlm_lite.apps.report.run import RunReader
-from internlm_lite.apps.report.state import last_of, run_state
+from internlm_lite.apps.report.run_state import last_of, run_state
+from internlm_lite.apps.report.untrusted_files import printable
 from internlm_lite.monitor.jsonl import finite
 
 VERSION = 1
 UNREADABLE = "unreadable"
 """The phase of a run that cannot be shown; "why" has the reason."""
 POINTS = 1000
-MOST_POINTS = 4000
+MAX_POINTS = 4000
 """Of all runs of a page together."""
 MAX_EVENTS = 500
 DIGITS = 7
 """Significant digits of a curve."""
 
 
-def make_payload(runs: Sequence[tuple[str, RunReader]], live: bool) -> dict[str, Any]:
+def make_payload(runs: Sequence[tuple[str, RunReader]], live: bool, now: datetime | None = None) -> dict[str, Any]:
     """The whole page's data; `runs` are (id, run)."""
-    now = datetime.now(timezone.utc).astimezone()
-    points = min(POINTS, MOST_POINTS // max(1, len(runs)))
+    now = (now or datetime.now(timezone.utc)).astimezone()
+    points = min(POINTS, MAX_POINTS // max(1, len(runs)))
     return {
         "version": VERSION,
         "generated": now.isoformat(timespec="seconds"),
         "live": live,
-        "runs": [any_payload(name, run, now, points) for name, run in runs],
+        "runs": [safe_payload(name, run, now, points) for name, run in runs],
     }
 
 
-def any_payload(identity: str, run: RunReader, now: datetime, points: int = POINTS) -> dict[str, Any]:
+def safe_payload(identity: str, run: RunReader, now: datetime, points: int = POINTS) -> dict[str, Any]:
     """One run; an empty one that says why where its files hold what nobody thought of."""
-    why = run.trouble
+    why = run.error
     if why is None:
         try:
             return run_payload(identity, run, now, points)
@@ -71,7 +71,7 @@ def run_payload(identity: str, run: RunReader, now: datetime, points: int = POIN
     facts = {
         "id": identity,
         "name": run.name,
-        "folder": shown(run.folder),
+        "folder": printable(run.folder),
         "parsing": not run.parsed,
         "bad_lines": columns.bad + run.bad_lines,
         "state": {**run_state(run, now), "restarts": len(restarted), "last_checkpoint": last},

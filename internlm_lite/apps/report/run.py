@@ -10,23 +10,23 @@ from typing import Any
 
 import yaml
 
-from internlm_lite.apps.report.columns import MOST_STEPS, Columns
-from internlm_lite.apps.report.files import read_file, shown
-from internlm_lite.apps.report.history import whole
-from internlm_lite.apps.report.tail import Gain, Tail
+from internlm_lite.apps.report.columns import MAX_STEP, Columns
+from internlm_lite.apps.report.history import as_int
+from internlm_lite.apps.report.tail import LineDelta, Tail
+from internlm_lite.apps.report.untrusted_files import printable, read_file
 from internlm_lite.errors import ConfigError
 from internlm_lite.monitor.jsonl import finite
 
-SIGNS = ("metrics.jsonl", "events.jsonl", "config.resolved.yaml")
+RUN_FILES = ("metrics.jsonl", "events.jsonl", "config.resolved.yaml")
 """A folder that holds one of these is a run folder."""
 _DOCUMENTS = ("config.resolved.yaml", "config.origins.json", "env.json", "FAILED.json")
 
 
 @dataclass(frozen=True)
-class News:
+class RunDelta:
     """What the files of a run have gained."""
 
-    gains: Mapping[str, Gain]
+    gains: Mapping[str, LineDelta]
     """By file."""
     documents: Mapping[str, tuple[float | None, str]]
     """Small files that changed: (seconds since the epoch, text), or (None, "") of one that is gone."""
@@ -40,14 +40,14 @@ class News:
 class RunReader:
     """What is in a run folder by now. `name` is what people are shown.
 
-    `look` waits for the disk and changes nothing that is shown, `take_in` is the other way round.
+    `look` waits for the disk and changes nothing that is shown, `ingest` is the other way round.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
         self.is_log = False
         """There is but a log's step lines: whether the run has ended is not to be known."""
-        self.trouble: str | None = None
+        self.error: str | None = None
         """Why what there is cannot be shown."""
         self.columns = Columns()
         self.events: list[dict[str, Any]] = []
@@ -72,11 +72,11 @@ class RunReader:
 
         Raises ConfigError when a file cannot be read.
         """
-        return self.take_in(self.look())
+        return self.ingest(self.look())
 
-    def look(self) -> News:
+    def look(self) -> RunDelta:
         """What is new since the last look."""
-        gains: dict[str, Gain] = {}
+        gains: dict[str, LineDelta] = {}
         documents: dict[str, tuple[float | None, str]] = {}
         problem = None
         for name in (*self._tails, *_DOCUMENTS):
@@ -85,14 +85,14 @@ class RunReader:
                     gains[name] = self._tails[name].read()
                     # All of them, and after the step lines: only starts say which of these count.
                     while name == "events.jsonl" and (more := self._tails[name].read()):
-                        gains[name] = gains[name].then(more)
+                        gains[name] = gains[name].merged(more)
                 else:
                     documents |= self._changed(name)
             except OSError as error:
                 problem = problem or error
-        return News(gains, documents, problem)
+        return RunDelta(gains, documents, problem)
 
-    def take_in(self, news: News) -> bool:
+    def ingest(self, news: RunDelta) -> bool:
         """False when there is nothing in it. Raises ConfigError, at last, when a file could not be read."""
         takers = {"events.jsonl": self._events, "metrics.jsonl": self._metrics, "samples.jsonl": self._samples}
         for name, take in takers.items():
@@ -102,7 +102,7 @@ class RunReader:
             self._document(name, modified, text)
         self.version += bool(news)
         if news.problem is not None:
-            path = shown(news.problem.filename or self.folder)
+            path = printable(news.problem.filename or self.folder)
             raise ConfigError(f"cannot read {path}: {news.problem.strerror}") from news.problem
         self.parsed = self.parsed or not news
         return bool(news)
@@ -113,32 +113,32 @@ class RunReader:
             pass
         return self
 
-    def _metrics(self, gain: Gain) -> None:
-        if gain.anew:
+    def _metrics(self, gain: LineDelta) -> None:
+        if gain.replaced:
             self.columns = Columns()
             self._announce(self.events)
         self.columns.append(gain.lines)
 
-    def _events(self, gain: Gain) -> None:
-        if gain.anew:
+    def _events(self, gain: LineDelta) -> None:
+        if gain.replaced:
             self.events = []
         first = len(self.events)
         for value in self._objects(gain.lines):
             if isinstance(value.get("event"), str) and isinstance(value.get("time"), str):
-                self.events.append({**value, "seg": max(0, whole(value.get("seg")) or 0)})
+                self.events.append({**value, "seg": max(0, as_int(value.get("seg")) or 0)})
             else:
                 self.bad_lines += 1
         self._announce(self.events[first:])
 
     def _announce(self, events: list[dict[str, Any]]) -> None:
         for event in events:
-            self.columns.heard = max(self.columns.heard, event["seg"])
-            step, total = whole(event.get("step")), whole(event.get("total_steps"))
+            self.columns.max_segment = max(self.columns.max_segment, event["seg"])
+            step, total = as_int(event.get("step")), as_int(event.get("total_steps"))
             if event["event"] == "start" and step is not None:
-                self.columns.announce(event["seg"], step, total if total and total > 0 else MOST_STEPS)
+                self.columns.start_segment(event["seg"], step, total if total and total > 0 else MAX_STEP)
 
-    def _samples(self, gain: Gain) -> None:
-        if gain.anew:
+    def _samples(self, gain: LineDelta) -> None:
+        if gain.replaced:
             self.samples = []
         self.samples += self._objects(gain.lines)
 
@@ -177,7 +177,7 @@ class RunReader:
 
 
 def is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in SIGNS)
+    return any((folder / name).is_file() for name in RUN_FILES)
 
 
 def _config(text: str) -> list[dict[str, Any]]:

@@ -25,15 +25,15 @@ from socketserver import TCPServer
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlsplit
 
+from internlm_lite.apps.report.live_runs import LiveRuns
 from internlm_lite.apps.report.page import ASSETS, Assets, render_page
 from internlm_lite.apps.report.payload import POINTS
-from internlm_lite.apps.report.watch import Watch
 from internlm_lite.errors import ConfigError
 
 logger = logging.getLogger("internlm_lite")
 
-MOST_POINTS = 20_000
-SHORTEST_TOKEN = 8
+MAX_POINTS = 20_000
+MIN_TOKEN = 8
 _ALWAYS = {
     "Cache-Control": "no-store",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -47,7 +47,7 @@ _NOTHING = "default-src 'none'; frame-ancestors 'none'"
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     """What goes back. `policy`: its content security policy."""
 
     status: HTTPStatus
@@ -57,13 +57,13 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def refusal(status: HTTPStatus, text: str) -> Answer:
-        return Answer(status, f"{text}\n".encode())
+    def refusal(status: HTTPStatus, text: str) -> Response:
+        return Response(status, f"{text}\n".encode())
 
     @staticmethod
-    def json(value: Any) -> Answer:
+    def json(value: Any) -> Response:
         text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-        return Answer(HTTPStatus.OK, text.encode(), "application/json")
+        return Response(HTTPStatus.OK, text.encode(), "application/json")
 
 
 class Dashboard(ThreadingHTTPServer):
@@ -72,13 +72,13 @@ class Dashboard(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(
-        self, watch: Watch, port: int, bind: str = "127.0.0.1", token: str | None = None, assets: Path = ASSETS
+        self, watch: LiveRuns, port: int, bind: str = "127.0.0.1", token: str | None = None, assets: Path = ASSETS
     ) -> None:
         """`port` 0 takes a free one. Raises ConfigError: port in use, no such address, an open one without a token."""
         self.watch, self.assets = watch, Assets.read(assets)
         self._token = token
-        if token is not None and len(token) < SHORTEST_TOKEN:
-            raise ConfigError(f"--token: expected at least {SHORTEST_TOKEN} characters")
+        if token is not None and len(token) < MIN_TOKEN:
+            raise ConfigError(f"--token: expected at least {MIN_TOKEN} characters")
         if token is None and not _is_loopback(bind):
             raise ConfigError(
                 f"--bind {bind}: others can reach that address; add --token-file FILE (or --token) to keep them out"
@@ -114,7 +114,7 @@ class Dashboard(ThreadingHTTPServer):
         """What the cookie holds for a browser that knew the token."""
         return None if self._token is None else hashlib.sha256(f"dashboard {self._token}".encode()).hexdigest()
 
-    def knows(self, token: str) -> bool:
+    def accepts_token(self, token: str) -> bool:
         return self._token is not None and hmac.compare_digest(token.encode(), self._token.encode())
 
     def trusts_host(self, host: str) -> bool:
@@ -142,68 +142,70 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def _refuse(self) -> None:
-        refusal = Answer.refusal(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD: this server is read-only")
-        self._send(Answer(refusal.status, refusal.body, headers={"Allow": "GET, HEAD"}))
+        refusal = Response.refusal(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD: this server is read-only")
+        self._send(Response(refusal.status, refusal.body, headers={"Allow": "GET, HEAD"}))
 
     do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = _refuse
 
-    def _answer(self) -> Answer:
+    def _answer(self) -> Response:
         if not self.server.trusts_host(self.headers.get("Host", "")):
-            return Answer.refusal(HTTPStatus.FORBIDDEN, "unknown Host; open the address that the dashboard printed")
+            return Response.refusal(HTTPStatus.FORBIDDEN, "unknown Host; open the address that the dashboard printed")
         try:
             url = urlsplit(self.path)
             query = dict(parse_qsl(url.query, max_num_fields=8))
         except ValueError:
-            return Answer.refusal(HTTPStatus.BAD_REQUEST, "not an address of this server")
+            return Response.refusal(HTTPStatus.BAD_REQUEST, "not an address of this server")
         if self.server.cookie_value is not None and not self._holds_cookie(self.server.cookie_value):
-            return self._admit(query.get("token", ""))
+            return self._log_in(query.get("token", ""))
         try:
             return self._routed(url.path, query)
         except Exception as error:
             logger.exception("dashboard: %s", url.path)
-            return Answer.refusal(HTTPStatus.INTERNAL_SERVER_ERROR, type(error).__name__)
+            return Response.refusal(HTTPStatus.INTERNAL_SERVER_ERROR, type(error).__name__)
 
     def _holds_cookie(self, expected: str) -> bool:
         pairs = (part.strip().partition("=") for part in self.headers.get("Cookie", "").split(";"))
         values = [value for name, _, value in pairs if name == self.server.cookie]
         return any(hmac.compare_digest(value.encode(), expected.encode()) for value in values)
 
-    def _admit(self, token: str) -> Answer:
+    def _log_in(self, token: str) -> Response:
         """A cookie for the right token, and on to an address without it."""
-        if not self.server.knows(token):
-            return Answer.refusal(HTTPStatus.FORBIDDEN, "open the address with ?token=... that the dashboard printed")
+        if not self.server.accepts_token(token):
+            return Response.refusal(HTTPStatus.FORBIDDEN, "open the address with ?token=... that the dashboard printed")
         cookie = f"{self.server.cookie}={self.server.cookie_value}; Path=/; HttpOnly; SameSite=Strict"
-        return Answer(HTTPStatus.SEE_OTHER, headers={"Location": "/", "Set-Cookie": cookie})
+        return Response(HTTPStatus.SEE_OTHER, headers={"Location": "/", "Set-Cookie": cookie})
 
-    def _routed(self, path: str, query: Mapping[str, str]) -> Answer:
+    def _routed(self, path: str, query: Mapping[str, str]) -> Response:
         watch = self.server.watch
         if path == "/favicon.ico":
-            return Answer(HTTPStatus.NO_CONTENT)
+            return Response(HTTPStatus.NO_CONTENT)
         if path not in ("/", "/api/runs", "/api/since", "/api/series"):
-            return Answer.refusal(HTTPStatus.NOT_FOUND, "not found")
+            return Response.refusal(HTTPStatus.NOT_FOUND, "not found")
         if path == "/api/series":
             return self._series(query)
         watch.look()
         if path == "/":
             html = render_page(watch.payload(), self.server.assets).encode()
             policy = f"{self.server.assets.policy(live=True)}; frame-ancestors 'none'"
-            return Answer(HTTPStatus.OK, html, "text/html; charset=utf-8", policy)
+            return Response(HTTPStatus.OK, html, "text/html; charset=utf-8", policy)
         if path == "/api/since" and query.get("after") == watch.token():
-            return Answer(HTTPStatus.NOT_MODIFIED)
-        return Answer.json(watch.payload())
+            return Response(HTTPStatus.NOT_MODIFIED)
+        return Response.json(watch.payload())
 
-    def _series(self, query: Mapping[str, str]) -> Answer:
+    def _series(self, query: Mapping[str, str]) -> Response:
         try:
             begin, end = float(query.get("from", "-inf")), float(query.get("to", "inf"))
-            points = min(MOST_POINTS, max(2, int(query.get("points", POINTS))))
+            points = min(MAX_POINTS, max(2, int(query.get("points", POINTS))))
         except ValueError:
             begin = end = math.nan
         if math.isnan(begin) or math.isnan(end):
-            return Answer.refusal(HTTPStatus.BAD_REQUEST, "expected numbers: from and to are steps, points is how many")
+            return Response.refusal(
+                HTTPStatus.BAD_REQUEST, "expected numbers: from and to are steps, points is how many"
+            )
         found = self.server.watch.series(query.get("run", ""), begin, end, points)
-        return Answer.refusal(HTTPStatus.NOT_FOUND, "no such run") if found is None else Answer.json(found)
+        return Response.refusal(HTTPStatus.NOT_FOUND, "no such run") if found is None else Response.json(found)
 
-    def _send(self, answer: Answer) -> None:
+    def _send(self, answer: Response) -> None:
         body = answer.body
         headers = {**_ALWAYS, "Content-Security-Policy": answer.policy, **answer.headers}
         if answer.status not in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED):
@@ -221,7 +223,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the base class answers to requests it cannot read."""
-        self._send(Answer.refusal(HTTPStatus(code), message or HTTPStatus(code).phrase))
+        self._send(Response.refusal(HTTPStatus(code), message or HTTPStatus(code).phrase))
 
     def version_string(self) -> str:
         return "internlm_lite"

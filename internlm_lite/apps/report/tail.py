@@ -7,27 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from internlm_lite.apps.report.files import open_file
+from internlm_lite.apps.report.untrusted_files import open_file
 
 CHUNK_BYTES = 8 << 20
-LONGEST_LINE_BYTES = 64 << 20
+MAX_LINE_BYTES = 64 << 20
 """What is longer is no line; it is handed out in pieces."""
 _MARK_BYTES = 64
 
 
 @dataclass(frozen=True)
-class Gain:
-    """Whole lines without their breaks. `anew`: the file was replaced or cut, forget what came before."""
+class LineDelta:
+    """Whole lines without their breaks. `replaced`: the file was replaced or cut, forget what came before."""
 
     lines: list[bytes]
-    anew: bool
+    replaced: bool
 
     def __bool__(self) -> bool:
-        return self.anew or bool(self.lines)
+        return self.replaced or bool(self.lines)
 
-    def then(self, later: Gain) -> Gain:
+    def merged(self, later: LineDelta) -> LineDelta:
         """Both as one."""
-        return Gain(later.lines if later.anew else self.lines + later.lines, self.anew or later.anew)
+        return LineDelta(later.lines if later.replaced else self.lines + later.lines, self.replaced or later.replaced)
 
 
 class Tail:
@@ -39,34 +39,34 @@ class Tail:
         self._file: tuple[int, int] | None = None
         self._mark = b""  # the bytes before the offset: a file cut and written again has others there
 
-    def read(self) -> Gain:
+    def read(self) -> LineDelta:
         """At most about CHUNK_BYTES; nothing for a file that is not there. Raises OSError when it cannot be read."""
         try:
             with open_file(self.path) as file:
                 return self._read(file)
         except FileNotFoundError:
-            anew = self._offset > 0
+            replaced = self._offset > 0
             self._offset, self._file, self._mark = 0, None, b""
-            return Gain([], anew)
+            return LineDelta([], replaced)
 
-    def _read(self, file: BinaryIO) -> Gain:
+    def _read(self, file: BinaryIO) -> LineDelta:
         status = os.fstat(file.fileno())
         if self._offset and status.st_size == self._offset and self._file == (status.st_dev, status.st_ino):
-            return Gain([], False)
-        anew = self._offset > 0 and not self._goes_on(file, status)
-        if anew:
+            return LineDelta([], False)
+        replaced = self._offset > 0 and not self._continues(file, status)
+        if replaced:
             self._offset, self._mark = 0, b""
         self._file = (status.st_dev, status.st_ino)
         file.seek(self._offset)
         data = file.read(CHUNK_BYTES)
-        while b"\n" not in data and len(data) < LONGEST_LINE_BYTES and (more := file.read(CHUNK_BYTES)):
+        while b"\n" not in data and len(data) < MAX_LINE_BYTES and (more := file.read(CHUNK_BYTES)):
             data += more
-        end = data.rfind(b"\n") + 1 or (len(data) if len(data) >= LONGEST_LINE_BYTES else 0)
+        end = data.rfind(b"\n") + 1 or (len(data) if len(data) >= MAX_LINE_BYTES else 0)
         self._offset += end
         self._mark = (self._mark + data[max(0, end - _MARK_BYTES) : end])[-_MARK_BYTES:]
-        return Gain(data[:end].removesuffix(b"\n").split(b"\n") if end else [], anew)
+        return LineDelta(data[:end].removesuffix(b"\n").split(b"\n") if end else [], replaced)
 
-    def _goes_on(self, file: BinaryIO, status: os.stat_result) -> bool:
+    def _continues(self, file: BinaryIO, status: os.stat_result) -> bool:
         if self._file != (status.st_dev, status.st_ino) or status.st_size < self._offset:
             return False
         file.seek(self._offset - len(self._mark))

@@ -7,22 +7,30 @@ import threading
 import time
 from pathlib import Path
 
-from internlm_lite.apps.report.find import run_name
+from internlm_lite.apps.report.discover import run_name
 from internlm_lite.apps.report.page import Assets, write_report
 from internlm_lite.apps.report.payload import make_payload
 from internlm_lite.apps.report.run import RunReader
+from internlm_lite.config.schema import Config
 from internlm_lite.errors import InternLMError
+from internlm_lite.monitor.record import Sink
 
 logger = logging.getLogger("internlm_lite")
 
-LARGEST_SHARE = 0.003
+MAX_SHARE = 0.003
 """Of the wall time that this thread may be at work: it shares the interpreter with training."""
 FIRST_SECONDS = 5.0
 """The first page comes this soon, so that there is one to open."""
 CLOSE_SECONDS = 60.0
 
 
-class ReportWriter:
+def open_report(folder: Path, config: Config) -> Sink | None:
+    """report.html of a run, made from the files of its folder beside training (`train.build.SinkFactory`)."""
+    every_seconds = config.monitor.report_every_seconds
+    return ReportWriter(folder, every_seconds) if every_seconds else None
+
+
+class ReportWriter(Sink):
     """On rank 0: a thread that writes `folder`/report.html when the run's files grew, and once more at `close`.
 
     A report that cannot be written is told once and never raised.
@@ -51,7 +59,7 @@ class ReportWriter:
         while not self._ended.wait(wait):
             begin = time.perf_counter()
             self._write()
-            wait = max(self._every_seconds, (time.perf_counter() - begin) / LARGEST_SHARE)
+            wait = max(self._every_seconds, (time.perf_counter() - begin) / MAX_SHARE)
         self._write()
 
     def _write(self) -> None:
@@ -62,11 +70,11 @@ class ReportWriter:
                 write_report(make_payload([("r0", self._run)], live=False), self.path, self._assets)
                 self._written = self._run.version
         except InternLMError as error:
-            self._tell(error)
+            self._report(error)
         except Exception as error:  # noqa: BLE001  a page is not worth a run
-            self._tell(error)
+            self._report(error)
 
-    def _tell(self, error: Exception) -> None:
+    def _report(self, error: Exception) -> None:
         if not self._failed:
             self._failed = True
             logger.warning(f"no new {self.path}, training goes on: {type(error).__name__}: {error}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from internlm_lite.checkpoint.storage.base import Storage
 from internlm_lite.checkpoint.storage.local import LocalStorage
-from internlm_lite.config.s3path import S3_SPELLING, S3Path, is_s3, parse_s3, without_password
+from internlm_lite.config.paths import S3_SPELLING, S3Path, is_s3, parse_s3, without_password
 from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import ConfigError, MissingPackageError
 

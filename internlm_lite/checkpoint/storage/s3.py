@@ -19,7 +19,7 @@ from internlm_lite.checkpoint.storage.base import Bytes, Entry, UnreadableError,
 from internlm_lite.checkpoint.storage.s3_client import connect
 from internlm_lite.checkpoint.storage.s3_multipart import PARALLEL, PART_BYTES, Target, cut
 from internlm_lite.checkpoint.storage.s3_retry import Calls, RefusedError
-from internlm_lite.config.s3path import S3Path
+from internlm_lite.config.paths import S3Path
 from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import StorageError
 

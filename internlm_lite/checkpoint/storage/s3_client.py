@@ -13,7 +13,7 @@ import boto3
 from botocore.config import Config as ClientConfig
 from botocore.exceptions import BotoCoreError
 
-from internlm_lite.config.s3path import S3Path
+from internlm_lite.config.paths import S3Path
 from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import ConfigError, MissingPackageError
 

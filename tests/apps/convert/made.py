@@ -9,8 +9,8 @@ import torch
 
 from internlm_lite.apps.convert.to_hf import MasterRows, open_checkpoint
 from internlm_lite.checkpoint.manager import CheckpointManager
+from internlm_lite.config.render_config import resolved
 from internlm_lite.config.schema import Config
-from internlm_lite.config.view import resolved
 from internlm_lite.data.tokenizer import Tokenizer, train_tokenizer
 from internlm_lite.layers.flash import AttentionBackend, packed
 from internlm_lite.mesh.layout import Parameter, Piece

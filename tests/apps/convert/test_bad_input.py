@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from internlm_lite.apps.convert.files import INDEX
 from internlm_lite.apps.convert.from_hf import read_hf
+from internlm_lite.apps.convert.hf_folder import INDEX
 from internlm_lite.apps.convert.to_hf import open_checkpoint, write_hf
 from internlm_lite.checkpoint.format.catalog import committed
 from internlm_lite.checkpoint.storage.local import LocalStorage
@@ -21,11 +21,11 @@ from tests.apps.convert.made import masters, save_llama, save_ours
 
 
 class _Bomb:
-    def __init__(self, target: Path) -> None:
-        self.target = target
+    def __init__(self, recipe: Path) -> None:
+        self.recipe = recipe
 
     def __reduce__(self):
-        return os.mkdir, (str(self.target),)
+        return os.mkdir, (str(self.recipe),)
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from internlm_lite.apps.convert.files import INDEX, HFFolder
+from internlm_lite.apps.convert.compare_logits import compare
 from internlm_lite.apps.convert.from_hf import read_hf
+from internlm_lite.apps.convert.hf_folder import INDEX, HFFolder
 from internlm_lite.apps.convert.to_hf import open_checkpoint, write_hf
-from internlm_lite.apps.convert.verify import compare
 from internlm_lite.errors import CheckpointError
 from internlm_lite.generate.load import load_model
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
@@ -126,7 +126,7 @@ def logits_on(mesh: Mesh, folder: str) -> torch.Tensor:
 
 
 def test_checkpoints_of_two_ranks_go_out_and_come_in(tmp_path):
-    """Written by two tensor-parallel ranks, converted, and read by two again."""
+    """WriteResult by two tensor-parallel ranks, converted, and read by two again."""
     run_world(save_ours_on, 2, (tmp_path / "two",), tensor=2)
     save_ours(tmp_path / "one")
     convert(tmp_path / "two", tmp_path / "hf")

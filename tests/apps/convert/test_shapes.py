@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internlm_lite.apps.convert.names import FAMILIES
-from internlm_lite.apps.convert.shapes import from_hf, mlp_width, to_hf
+from internlm_lite.apps.convert.hf_config import from_hf, mlp_width, to_hf
+from internlm_lite.apps.convert.recipes import FAMILIES
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.errors import CheckpointError
 from internlm_lite.units import round_up
@@ -86,12 +86,12 @@ def test_known_widths_get_the_plain_ratio():
     ],
 )
 def test_published_configs_are_understood(config, changes):
-    said = from_hf(config, "here")
-    assert said.family == config["model_type"]
-    assert said.model.mlp_hidden_size == config["intermediate_size"]
-    assert said.max_positions == config["max_position_embeddings"]
-    assert {key: getattr(said.model, key) for key in changes} == changes
-    assert any("dynamic" in note for note in said.notes) == ("dynamic" in str(config))
+    hf = from_hf(config, "here")
+    assert hf.family == config["model_type"]
+    assert hf.model.mlp_hidden_size == config["intermediate_size"]
+    assert hf.max_positions == config["max_position_embeddings"]
+    assert {key: getattr(hf.model, key) for key in changes} == changes
+    assert any("dynamic" in note for note in hf.notes) == ("dynamic" in str(config))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from internlm_lite.apps.convert.to_hf import open_checkpoint
 from internlm_lite.checkpoint.format.catalog import committed
 from internlm_lite.checkpoint.storage.local import LocalStorage
-from internlm_lite.cli import convert, generate
+from internlm_lite.cli import convert, generate_text
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.data.tokenizer import Tokenizer
 from tests.apps.convert.made import save_ours, small_tokenizer
@@ -41,8 +41,8 @@ def test_there_and_back_with_the_tokenizer(ours, tmp_path, capsys):
     mine = Tokenizer(tmp_path / "small.model")
     assert theirs.encode(TEXT, add_special_tokens=False) == mine.encode(TEXT)
     assert theirs.encode(TEXT)[0] == mine.bos and theirs.eos_token_id == mine.eos
-    said = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert (said["bos_token_id"], said["eos_token_id"], said["pad_token_id"]) == (1, 2, 3)
+    hf = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (hf["bos_token_id"], hf["eos_token_id"], hf["pad_token_id"]) == (1, 2, 3)
 
     assert run("from-hf", tmp_path / "hf", tmp_path / "back", "--verify") == 0
     printed = capsys.readouterr().out
@@ -63,7 +63,7 @@ def test_generate_takes_what_from_hf_made(ours, tmp_path, capsys, monkeypatch):
         capsys.readouterr()
         arguments = ["--checkpoint", str(folder), "--prompt", "def", "--greedy", "--max-new-tokens", "12"]
         monkeypatch.setattr(sys, "argv", ["generate", *arguments])
-        generate.main()
+        generate_text.main()
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] and len(texts[0]) > 12
 

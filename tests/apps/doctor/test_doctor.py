@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from internlm_lite.apps.doctor import facts
-from internlm_lite.apps.doctor.judge import judge
+from internlm_lite.apps.doctor import rank_info
+from internlm_lite.apps.doctor.diagnose import diagnose
 from internlm_lite.runtime.place import find_place
 from tests import cli
 from tests.cli import ROOT
@@ -72,19 +72,19 @@ def test_a_device_that_cannot_be_had(tmp_path: Path):
     assert done.code == 2 and "Traceback" not in done.output
     assert done.output.startswith("WRONG    device: --device cuda: no GPU is visible on host ")
     assert "           -> see the message and nvidia-smi; start one process for each GPU" in done.output
-    assert ": 1 thing to mend" in done.output
+    assert ": 1 thing to fix" in done.output
 
 
 def test_a_sick_gpu_is_a_finding(monkeypatch: pytest.MonkeyPatch):
     def full(device: torch.device) -> tuple[int, int]:
         raise torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
 
-    monkeypatch.setattr(facts, "bind_device", lambda place, wanted: torch.device("cuda", 0))
+    monkeypatch.setattr(rank_info, "bind_device", lambda place, wanted: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", full)
-    found, device = facts.facts_of(find_place({}), {}, "auto")
+    found, device = rank_info.rank_info(find_place({}), {}, "auto")
     assert device is None and found["device.name"] is None
-    (finding,) = (finding for finding in judge([found]) if finding.what == "device")
-    assert finding.problem == "CUDA error: out of memory" and "nvidia-smi" in finding.mend
+    (finding,) = (finding for finding in diagnose([found]) if finding.what == "device")
+    assert finding.problem == "CUDA error: out of memory" and "nvidia-smi" in finding.fix
 
 
 def test_what_differs_between_two_ranks(tmp_path: Path):
@@ -101,7 +101,7 @@ def test_what_differs_between_two_ranks(tmp_path: Path):
     assert "WRONG    network.chosen: GLOO_SOCKET_IFNAME=absent0: no such interface is up; found " in main.output
     assert "DIFFERS  environment.HF_TOKEN" in main.output and "hidden" not in main.output
     assert "WRONG    all-reduce: " in main.output, "gloo cannot use it"
-    assert "things to mend" in lines[-1]
+    assert "things to fix" in lines[-1]
 
 
 def test_json_under_torchrun(tmp_path: Path):
@@ -146,4 +146,4 @@ def test_under_slurm_on_two_nodes(slurm: SlurmLab, tmp_path: Path):
     assert sick.returncode == 2, sick.stdout + sick.stderr
     assert "           INFO        [ranks 2-3 on node2]" in sick.stdout.splitlines()
     assert "           300     [ranks 2-3 on node2]" in sick.stdout.splitlines()
-    assert "2 things to mend" in sick.stdout and slurm.until_quiet() == {}
+    assert "2 things to fix" in sick.stdout and slurm.until_quiet() == {}

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
-from internlm_lite.apps.doctor import clocks, disk
-from internlm_lite.apps.doctor.bandwidth import Reduced
-from internlm_lite.apps.doctor.examine import Report
+from internlm_lite.apps.doctor import clocks, probe_folders
+from internlm_lite.apps.doctor.bandwidth import AllReduceSpeed
+from internlm_lite.apps.doctor.diagnose import Finding, diagnose_folder
+from internlm_lite.apps.doctor.examine import Examination
 from internlm_lite.apps.doctor.exchange import Exchange
-from internlm_lite.apps.doctor.judge import Finding, judge_folder
-from internlm_lite.apps.doctor.view import findings_text, last_line, spans
+from internlm_lite.apps.doctor.render_findings import findings_text, last_line, spans
 from internlm_lite.errors import PeerLostError
 from internlm_lite.runtime.place import common_variables, find_place
-from tests.apps.doctor.test_judge import facts
+from tests.apps.doctor.test_diagnose import info
 
 MAIN = find_place({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"})  # fmt: skip
@@ -45,8 +45,8 @@ def test_a_clock_that_is_five_seconds_ahead(pair):
 
     def answer() -> None:
         for n in range(clocks.ROUNDS):
-            other.hear(f"clock/1/{n}/asked")
-            other.tell(f"clock/1/{n}/answer", time.time() + 5)
+            other.receive(f"clock/1/{n}/asked")
+            other.send(f"clock/1/{n}/answer", time.time() + 5)
 
     offset = both(lambda: clocks.clock_offsets(main, [1]), answer)[0][1]
     assert abs(offset.seconds - 5) <= offset.error + 0.01
@@ -60,20 +60,20 @@ def test_a_clock_that_is_right(pair):
 
 def test_who_never_answers_is_named():
     lonely = Exchange(HashStore(), MAIN, timedelta(seconds=0.2))
-    with pytest.raises(PeerLostError, match="nothing of rank 1 for"):
-        lonely.gather("facts", {})
+    with pytest.raises(PeerLostError, match="nothing from rank 1 for"):
+        lonely.gather("info", {})
 
 
 def test_the_same_folder_and_another(pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Of two ranks with one process id, as in containers on two hosts."""
-    monkeypatch.setattr(disk, "PROBE_BYTES", 2**20)
-    monkeypatch.setattr(disk, "_SEEN_SECONDS", 0.2)
+    monkeypatch.setattr(probe_folders, "PROBE_BYTES", 2**20)
+    monkeypatch.setattr(probe_folders, "_SEEN_SECONDS", 0.2)
     for name, apart in (("a", "same"), ("b", "other")):
         for folder in {"same", apart}:
             (tmp_path / name / folder).mkdir(parents=True)
         probes = both(
-            lambda name=name: disk.probe_folder(pair[0], name, tmp_path / name / "same" / "not" / "yet"),
-            lambda name=name, apart=apart: disk.probe_folder(pair[1], name, tmp_path / name / apart),
+            lambda name=name: probe_folders.probe_folder(pair[0], name, tmp_path / name / "same" / "not" / "yet"),
+            lambda name=name, apart=apart: probe_folders.probe_folder(pair[1], name, tmp_path / name / apart),
         )
         assert [probe["shared"] for probe in probes] == [True, apart == "same"]
         assert probes[0]["path"] == str(tmp_path / name / "same")
@@ -91,9 +91,9 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path):
         (link, f"{link}: a link to nowhere, expected a folder"),
     ):
         alone = Exchange(HashStore(), replace(MAIN, world_size=1), timedelta(seconds=5))
-        found = disk.probe_folder(alone, "x", folder)
+        found = probe_folders.probe_folder(alone, "x", folder)
         assert found["problem"].startswith(problem) and found["write_bytes_per_second"] is None
-        assert len(list(judge_folder("x", [found]))) == 1, "no free space is no second finding"
+        assert len(list(diagnose_folder("x", [found]))) == 1, "no free space is no second finding"
 
 
 def test_variables_are_shown_without_secrets():
@@ -111,23 +111,23 @@ def test_variables_are_shown_without_secrets():
 
 
 def test_the_text():
-    report = Report(MAIN, [facts(rank) for rank in range(4)])
-    report.reduced = Reduced("nccl", 2**28, 0.001, 4.0e11)
+    report = Examination(MAIN, [info(rank) for rank in range(4)])
+    report.reduced = AllReduceSpeed("nccl", 2**28, 0.001, 4.0e11)
     assert last_line(report) == (
         "4 ranks on 2 hosts (RANK=0 is set): nothing differs, nothing is wrong; "
         "all-reduce of 256.00 MiB over nccl: 400.00 GB/s"
     )
     report.findings = [
-        Finding("versions.torch", "", {"2.13.0": (0, 1, 3), "2.9": (2,)}, "mend it"),
+        Finding("versions.torch", "", {"2.13.0": (0, 1, 3), "2.9": (2,)}, "fix it"),
         Finding("limits.open_files", "256 open files", {"256 open files": (0, 1)}, "raise it"),
     ]
     assert findings_text(report, report.findings).splitlines() == [
         "DIFFERS  versions.torch",
         "           2.13.0   [ranks 0-1 3 on a b]",
         "           2.9      [rank 2 on b]",
-        "           -> mend it",
+        "           -> fix it",
         "WRONG    limits.open_files: 256 open files   [ranks 0-1 on a]",
         "           -> raise it",
     ]
-    assert ": 2 things to mend;" in last_line(report)
+    assert ": 2 things to fix;" in last_line(report)
     assert spans([0]) == "0" and spans([0, 1, 2, 5, 7, 8]) == "0-2 5 7-8"

@@ -12,7 +12,8 @@ from internlm_lite.apps.planner.memory import row_shape, stage_bytes
 from internlm_lite.apps.planner.schedule import actions_of, moments
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.mesh import Mesh, sizes_of
-from tests.apps.planner.steps import Trainer, small
+from internlm_lite.train.trainer import Trainer
+from tests.apps.planner.steps import random_batch, run_step, small
 from tests.world import run_world
 
 
@@ -54,20 +55,20 @@ class Entry:
 
 
 def _most_kept(mesh: Mesh, sections: dict[str, dict[str, Any]]) -> int:
-    trainer = Trainer.build(small(**sections), mesh)
-    trainer.step()
+    config = small(**sections)
+    trainer = Trainer(config, mesh)
+    run_step(trainer, random_batch(config, mesh))
     # Kept from step to step: parameters, and the buffers in which stages receive.
     stages = trainer.engine._built[1]
     stages = stages._stages if hasattr(stages, "_stages") else [stages._stage]
     buffers = [info.buffer for stage in stages for infos in stage.args_recv_info.values() for info in infos]
     params = [param for stage in trainer.stages.values() for param in stage.parameters()]
     ledger = Ledger({tensor.untyped_storage().data_ptr() for tensor in (*params, *buffers) if tensor is not None})
-    batch = trainer.batch()
+    batch = random_batch(config, mesh)
     for tensor in (batch.tokens, batch.labels, batch.positions):
         ledger._known.add(tensor.untyped_storage().data_ptr())
-    trainer.batch = lambda: batch  # type: ignore[method-assign]
     with torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda entry: entry.tensor):
-        trainer.step(1)
+        run_step(trainer, batch, step=1)
     return ledger.most
 
 

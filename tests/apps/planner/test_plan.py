@@ -10,8 +10,7 @@ from rich.console import Console
 
 from internlm_lite.apps.planner.plan import make_plan
 from internlm_lite.apps.planner.render_plan import render
-from internlm_lite.config.check import check_config
-from internlm_lite.config.load import load_config
+from internlm_lite.config.load import check_config, load_config
 from internlm_lite.errors import ConfigError
 from tests.cli import ROOT, run
 

@@ -11,8 +11,9 @@ import torch
 
 from internlm_lite.apps.planner.plan import make_plan
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
+from internlm_lite.train.trainer import Trainer
 from tests.apps.planner.live import Live
-from tests.apps.planner.steps import Trainer, small
+from tests.apps.planner.steps import random_batch, run_step, small
 from tests.world import run_world
 
 MODEL = {"hidden_size": 768, "num_layers": 12, "num_attention_heads": 12, "vocab_size": 16384, "multiple_of": 256}
@@ -29,8 +30,7 @@ def lasting(trainer: Trainer) -> list[torch.Tensor]:
     """Weights, gradients and optimizer state."""
     optimizer = trainer.optimizer
     tensors: list[torch.Tensor] = [tensor for bucket in optimizer.buckets for tensor in (bucket.weights, bucket.grads)]
-    tensors += optimizer._masters
-    return tensors + [state[name] for state in optimizer._adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    return tensors + [tensor for _, state in optimizer.shards() for tensor in state.values()]
 
 
 def storages(trainer: Trainer) -> int:
@@ -41,11 +41,13 @@ def storages(trainer: Trainer) -> int:
 
 def _measure(mesh: Mesh, dtype: str) -> tuple[int, int]:
     """(bytes of storages, growth of resident memory), after two steps."""
-    Trainer.build(small(model={"dtype": dtype}), mesh).step()  # what torch loads and keeps on first use is there now
+    config = small(model={"dtype": dtype})
+    run_step(Trainer(config, mesh), random_batch(config, mesh))  # torch loads and keeps things on first use
     before = resident()
-    trainer = Trainer.build(small(model={**MODEL, "dtype": dtype}), mesh)
-    for index in range(2):
-        trainer.step(index)
+    config = small(model={**MODEL, "dtype": dtype})
+    trainer = Trainer(config, mesh)
+    for step in range(2):
+        run_step(trainer, random_batch(config, mesh), step)
     return storages(trainer), resident() - before
 
 
@@ -69,8 +71,8 @@ def test_the_peak_of_a_step_is_the_planned_one(dtype: str, checkpoint: bool, wit
     model = {"hidden_size": 256, "num_layers": 6, "vocab_size": 16384, "dtype": dtype, "checkpoint": checkpoint}
     config = small(model=model, data={"seq_len": 512, "micro_bsz": 2, "micro_num": 2})
     (plan,) = make_plan(config, 1, None, "cpu").ranks
-    trainer = Trainer.build(config, single_process_mesh())
+    trainer = Trainer(config, single_process_mesh())
     with Live(lasting(trainer)) as live:
-        trainer.step()
+        run_step(trainer, random_batch(config, trainer.mesh))
     assert plan.bytes.update == 0
     assert live.most == pytest.approx(plan.bytes.activations + plan.bytes.workspace, rel=within)

@@ -13,18 +13,20 @@ from internlm_lite.apps.planner.plan import make_plan
 from internlm_lite.apps.planner.traffic import messages
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.mesh import Mesh, sizes_of
+from internlm_lite.train.trainer import Trainer
 from tests.apps.planner.counting import Calls, Key, expected, sent
-from tests.apps.planner.steps import Trainer, small
+from tests.apps.planner.steps import random_batch, run_step, small
 from tests.world import run_world
 
 
 def _count(mesh: Mesh, sections: dict[str, dict[str, Any]]) -> list[Counter[Key]]:
     """The collectives of this rank in the first step and in the second."""
-    trainer = Trainer.build(small(**sections), mesh)
+    config = small(**sections)
+    trainer = Trainer(config, mesh)
     found = []
-    for index in range(2):
+    for step in range(2):
         with Calls(mesh) as calls:
-            trainer.step(index)
+            run_step(trainer, random_batch(config, mesh), step)
         found.append(calls.counted)
     return found
 

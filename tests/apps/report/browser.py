@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
-import os
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,29 +13,17 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.installing import advice, install
+
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
-INSTALL_SECONDS = 240
 
 
 def find_chromium() -> str | None:
     return next((path for name in NAMES if (path := shutil.which(name))), None)
-
-
-def install_chromium() -> None:
-    """On Debian as root; elsewhere, and without a package source, nothing happens."""
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        return
-    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": INSTALL_SECONDS}
-    quiet["env"] = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]):
-        try:
-            subprocess.run(command, check=False, **quiet)
-        except subprocess.TimeoutExpired:
-            return
 
 
 @contextmanager
@@ -45,10 +31,10 @@ def chromium() -> Iterator[Any]:
     """playwright's Browser. Skips, saying what is missing."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
     if find_chromium() is None:
-        install_chromium()
+        install("chromium")
     program = find_chromium()
     if program is None:
-        pytest.skip("needs chromium: apt-get install chromium")
+        pytest.skip(f"needs chromium: {advice('chromium')}")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=program, args=list(FLAGS), timeout=120_000)
         try:

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from internlm_lite.apps.report.live_runs import LiveRuns
 from internlm_lite.apps.report.page import write_report
 from internlm_lite.apps.report.payload import make_payload
 from internlm_lite.apps.report.run import RunReader
 from internlm_lite.apps.report.server import Dashboard
-from internlm_lite.apps.report.watch import Watch
 
 STEPS = 300
 START = datetime(2026, 11, 21, 10, 0, tzinfo=timezone.utc)
@@ -176,20 +176,20 @@ def make_long_run(folder: Path, steps: int = 50_000, folders: Sequence[str] = MA
     return folder
 
 
-def report(*folders: Path) -> Path:
-    """report.html over those run folders, in the first."""
+def report(*folders: Path, now: datetime | None = None) -> Path:
+    """report.html over those run folders, in the first, as it is written now or at another time."""
     readers = [
         (f"r{index}", RunReader(folder, f"demo/{folder.name}").read_all()) for index, folder in enumerate(folders)
     ]
     path = folders[0] / f"report{len(folders)}.html"
-    write_report(make_payload(readers, live=False), path)
+    write_report(make_payload(readers, live=False, now=now), path)
     return path
 
 
 @contextmanager
 def dashboard(*folders: Path) -> Iterator[str]:
     """The address of a server over those folders."""
-    watch = Watch(folders)
+    watch = LiveRuns(folders)
     with Dashboard(watch, 0) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()

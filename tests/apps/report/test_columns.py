@@ -107,7 +107,7 @@ def test_tokens_seen_are_a_folders_fourth_figure() -> None:
 )  # fmt: skip
 def test_one_wrong_line_does_not_keep_out_those_after_it(poison: dict) -> None:
     columns = Columns()
-    columns.announce(0, 0, 50)
+    columns.start_segment(0, 0, 50)
     columns.append(encoded([line(0), line(1), poison, line(2), line(3), line(4, 1)]))
     assert columns.step.tolist() == [0, 1, 2, 3, 4]
     assert columns.bad == 1
@@ -122,12 +122,12 @@ def test_a_number_too_large_to_reckon_with_is_missing() -> None:
 
 def test_a_start_gives_up_the_tail_before_its_first_line_comes() -> None:
     columns = columns_of(*[line(step) for step in range(6)])
-    columns.announce(0, 0, 50)
-    columns.announce(1, 3, 50)
+    columns.start_segment(0, 0, 50)
+    columns.start_segment(1, 3, 50)
     assert columns.step.tolist() == [0, 1, 2]
     columns.append(encoded([line(6), line(3, 1), line(4, 1)]))
     assert (columns.step.tolist(), columns.bad) == ([0, 1, 2, 3, 4], 0)
-    columns.announce(1, 3, 50)
+    columns.start_segment(1, 3, 50)
     assert columns.n == 5
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from internlm_lite.apps.report.log import LogRun, read_log
+from internlm_lite.apps.report.log_reader import LogRun, read_log
 from internlm_lite.apps.report.payload import run_payload
 from internlm_lite.errors import ConfigError
 from tests.apps.report.small import BEGIN
@@ -29,7 +29,7 @@ def moved(text: str, step: int) -> str:
 def test_the_seeds_log_is_six_steps_and_its_folder_learns(tmp_path: Path) -> None:
     log = read(tmp_path, *SEED)
     payload = run_payload("r0", log.run, BEGIN)
-    assert log.passed_over == 0
+    assert log.n_skipped == 0
     assert payload["series"]["step"] == [0, 1, 2, 3, 4, 5]
     losses = payload["series"]["folders"][".git"]["loss"]
     assert (losses[0], losses[-1]) == (11.5552, 7.0646)
@@ -55,7 +55,7 @@ def test_prefixes_colours_and_other_lines(tmp_path: Path) -> None:
     )
     assert log.run.columns.step.tolist() == [0, 1, 2]
     assert log.run.columns.scalars["fwd_bwd_time"].tolist() == [13.47, 3.7, 3.43]
-    assert log.passed_over == 3
+    assert log.n_skipped == 3
 
 
 def test_a_restart_in_a_log_is_drawn_once(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 import re
-from datetime import datetime
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from internlm_lite.apps.report.log import read_log
+from internlm_lite.apps.report.log_reader import read_log
 from internlm_lite.apps.report.page import write_report
 from internlm_lite.apps.report.payload import make_payload, window
 from internlm_lite.apps.report.run import RunReader
@@ -201,12 +201,13 @@ def test_a_report_loads_itself_again(tab: Tab, tmp_path: Path) -> None:
 
 
 def test_a_report_that_nobody_rewrites_says_so(tab: Tab, tmp_path: Path) -> None:
-    """As a killed run leaves it; the report of one that ended may be as old as it likes."""
-    tab.page.clock.install()
+    """As a killed run leaves it that had paused for days; the report of one that ended may be as old as it likes."""
+    now = made.START + timedelta(days=5)
+    tab.page.clock.install(time=now)
     killed = made.make_run(tmp_path / "killed", 100, end=None)
-    now = datetime.now().astimezone().isoformat()
-    made.write_lines(killed / "metrics.jsonl", [{**line, "time": now} for line in made.step_lines(range(100, 102))])
-    tab.open(report(killed))
+    lines = [{**line, "time": now.isoformat()} for line in made.step_lines(range(100, 102))]
+    made.write_lines(killed / "metrics.jsonl", lines)
+    tab.open(report(killed, now=now))
     strip = tab.page.locator("#state .phase")
     assert strip.inner_text().split() == ["▶", "training"]
     saved = tab.page.locator("#state .last_checkpoint small")
@@ -215,19 +216,19 @@ def test_a_report_that_nobody_rewrites_says_so(tab: Tab, tmp_path: Path) -> None
     assert "silent" in strip.inner_text()
     assert re.search(r"report not rewritten for 3 h.*; it was training$", strip.inner_text())
     assert saved.inner_text() != age
-    tab.open(report(made.make_run(tmp_path / "ended", 100)))
+    tab.open(report(made.make_run(tmp_path / "ended", 100), now=now))
     tab.page.clock.fast_forward("03:00:00")
     assert "not rewritten" not in tab.page.locator("#state").inner_text()
 
 
 def test_a_run_that_cannot_be_shown_says_why(tab: Tab, tmp_path: Path) -> None:
     run = RunReader(made.make_run(tmp_path / "bad", 5), "demo/bad")
-    run.trouble = "cannot read </script>: not a regular file"
+    run.error = "cannot read </script>: not a regular file"
     path = tmp_path / "report.html"
     write_report(make_payload([("r0", run)], live=False), path)
     tab.open(path)
     strip = tab.page.locator("#state .phase").inner_text()
-    assert "cannot be shown" in strip and run.trouble in strip
+    assert "cannot be shown" in strip and run.error in strip
 
 
 def test_shares_of_a_long_run_add_up(tab: Tab, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def test_an_example_of_everything(tmp_path: Path) -> None:
             "pack_fill": None,
             "loss": 2.5,
             "eta_seconds": 2.0,
+            "line_seconds": 1.0,
             "last_time": at(1.7),
             "started": at(-1),
             "restarts": 0,
@@ -219,7 +220,7 @@ def test_a_config_inside_itself_is_left_out(tmp_path: Path, text: str) -> None:
 def test_a_run_that_cannot_be_shown_stands_beside_the_others(tmp_path: Path) -> None:
     good, bad, unread = (RunReader(run_folder(tmp_path / name, [line(0)]), name).read_all() for name in "abc")
     bad.events = [{}]
-    unread.trouble = "cannot read c/env.json: Permission denied"
+    unread.error = "cannot read c/env.json: Permission denied"
     found = make_payload([("r0", bad), ("r1", good), ("r2", unread)], live=True)
     json.dumps(found, allow_nan=False)
     assert [(run["name"], run["state"]["phase"]) for run in found["runs"]] == [
@@ -227,7 +228,7 @@ def test_a_run_that_cannot_be_shown_stands_beside_the_others(tmp_path: Path) -> 
         ("a", "silent"),
         ("c", UNREADABLE),
     ]
-    assert [found["runs"][at]["state"]["why"] for at in (0, 2)] == ["KeyError: 'event'", unread.trouble]
+    assert [found["runs"][at]["state"]["why"] for at in (0, 2)] == ["KeyError: 'event'", unread.error]
     assert set(found["runs"][0]) == set(found["runs"][1])
 
 

@@ -146,5 +146,5 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot write"):
         write_report({"runs": [], "live": False}, tmp_path / "folder", ASSETS)
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
-    with pytest.raises(StorageError, match=r"cannot read .*page.html.*install internlm_lite anew"):
+    with pytest.raises(StorageError, match=r"cannot read .*page.html.*reinstall internlm_lite"):
         Assets.read(tmp_path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from internlm_lite.apps.report import tail
-from internlm_lite.apps.report.find import MOST, demand_runs, find_runs, left_out, run_name
+from internlm_lite.apps.report.discover import MOST, find_runs, omitted_runs, require_runs, run_name
 from internlm_lite.apps.report.run import RunReader
 from internlm_lite.errors import ConfigError
 from internlm_lite.monitor.jsonl import EventsFile, JsonlWriter
@@ -173,19 +173,19 @@ def test_links_to_runs_are_runs_each_once(tmp_path: Path) -> None:
 def test_only_the_newest_runs_of_a_job_are_taken(tmp_path: Path) -> None:
     folders = [run_folder(tmp_path / f"{number:02d}", []) for number in range(MOST + 3)]
     assert find_runs([tmp_path]) == folders[: -MOST - 1 : -1]
-    assert left_out([tmp_path, folders[0]]) == [
+    assert omitted_runs([tmp_path, folders[0]]) == [
         f"{tmp_path}: the newest {MOST} of {MOST + 3} runs; name others to see them"
     ]
 
 
 def test_a_path_without_runs_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"found no run in .*; expected a run folder RUN/JOB/TIME"):
-        demand_runs([tmp_path])
+        require_runs([tmp_path])
     with pytest.raises(ConfigError, match=r"cannot read .*gone: No such file or directory"):
-        demand_runs([tmp_path / "gone"])
+        require_runs([tmp_path / "gone"])
     JsonlWriter(tmp_path / "file").write({})
     with pytest.raises(ConfigError, match=r"cannot read .*file: Not a directory"):
-        demand_runs([tmp_path / "file"])
+        require_runs([tmp_path / "file"])
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "config.resolved.yaml"])

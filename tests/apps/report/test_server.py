@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from internlm_lite.apps.report import watch as watching
+from internlm_lite.apps.report import live_runs
+from internlm_lite.apps.report.live_runs import LiveRuns
 from internlm_lite.apps.report.server import Dashboard
-from internlm_lite.apps.report.watch import Watch
 from internlm_lite.errors import ConfigError
 from tests.apps.report.small import event, line, run_folder, write
 
@@ -60,7 +60,7 @@ class Client:
 
 @contextmanager
 def serving(*paths: Path, token: str | None = None) -> Iterator[Client]:
-    watch = Watch(paths)
+    watch = LiveRuns(paths)
     try:
         with Dashboard(watch, 0, token=token) as server:
             thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
@@ -249,8 +249,8 @@ def test_runs_that_come_later_are_shown_and_ids_stay(tmp_path: Path) -> None:
 
 def test_it_answers_while_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
-    look = watching.RunReader.look
-    monkeypatch.setattr(watching.RunReader, "look", lambda run: go.wait(20) and look(run))
+    look = live_runs.RunReader.look
+    monkeypatch.setattr(live_runs.RunReader, "look", lambda run: go.wait(20) and look(run))
     with serving(run_folder(tmp_path, [line(0)])) as ask:
         (run,) = ask("/api/runs").json()["runs"]
         assert (run["parsing"], run["state"]["phase"], run["series"]["step"]) == (True, "starting", [])
@@ -265,7 +265,7 @@ def test_a_run_that_vanishes_stays_as_it_was(tmp_path: Path, caplog: pytest.LogC
         folder.rename(tmp_path / "away")
         for _ in range(3):
             assert len(ask("/api/runs").json()["runs"]) == 1
-            threading.Event().wait(watching.PAUSE_SECONDS)
+            threading.Event().wait(live_runs.PAUSE_SECONDS)
     assert sum("cannot read" in record.getMessage() for record in caplog.records) <= 1
 
 
@@ -308,7 +308,7 @@ def test_a_token_opens_the_page_once_and_a_cookie_from_then_on(job: Path) -> Non
 
 
 def test_what_is_refused_before_listening(job: Path) -> None:
-    watch = Watch([job])
+    watch = LiveRuns([job])
     try:
         with pytest.raises(ConfigError, match=r"--bind 0.0.0.0: others can reach that address; add --token-file FILE"):
             Dashboard(watch, 0, bind="0.0.0.0")
@@ -328,6 +328,6 @@ def test_an_error_inside_is_one_short_answer(ask: Client, monkeypatch: pytest.Mo
     def fail(*_: object) -> None:
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr(Watch, "payload", fail)
+    monkeypatch.setattr(LiveRuns, "payload", fail)
     reply = ask("/api/runs")
     assert (reply.status, reply.body) == (500, b"ZeroDivisionError\n")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from internlm_lite.apps.report.run import RunReader
-from internlm_lite.apps.report.state import run_state
+from internlm_lite.apps.report.run_state import run_state
 from internlm_lite.faults.failure import Failure, record
 from tests.apps.report.small import BEGIN, at, event, line, run_folder
 
@@ -54,6 +54,13 @@ def test_a_slow_run_is_not_silent_for_its_usual_pace(tmp_path: Path) -> None:
     lines = [line(step, time=at(100 * step)) for step in range(3)]
     assert state(tmp_path, lines, [], 1100)["phase"] == "training"
     assert state(tmp_path, lines, [], 1300)["phase"] == "silent"
+
+
+def test_a_pause_of_days_changes_no_pace(tmp_path: Path) -> None:
+    lines = [line(step, time=at(step + 400_000 * (step > 4))) for step in range(9)]
+    found = state(tmp_path, lines, [START], 400_010)
+    assert (found["phase"], found["line_seconds"], found["eta_seconds"]) == ("training", 1.0, 91.0)
+    assert state(tmp_path, lines, [START], 400_100)["phase"] == "silent"
 
 
 def test_figures(tmp_path: Path) -> None:

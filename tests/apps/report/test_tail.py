@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 
 from internlm_lite.apps.report import tail
-from internlm_lite.apps.report.tail import Gain, Tail
+from internlm_lite.apps.report.tail import LineDelta, Tail
 
 
 def test_only_what_is_new_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"1\n2\n")
     reader = Tail(path)
-    assert reader.read() == Gain([b"1", b"2"], False)
-    assert reader.read() == Gain([], False)
+    assert reader.read() == LineDelta([b"1", b"2"], False)
+    assert reader.read() == LineDelta([], False)
     with path.open("ab") as file:
         file.write(b"3\n")
-    assert reader.read() == Gain([b"3"], False)
+    assert reader.read() == LineDelta([b"3"], False)
 
 
 def test_half_a_line_is_kept_until_it_is_whole(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_half_a_line_is_kept_until_it_is_whole(tmp_path: Path) -> None:
     assert not reader.read()
     with path.open("ab") as file:
         file.write(b'p":2}\n')
-    assert reader.read() == Gain([b'{"step":2}'], False)
+    assert reader.read() == LineDelta([b'{"step":2}'], False)
 
 
 @pytest.mark.parametrize("text", [b"9\n", b"8\n9\n", b"7\n8\n9\n"], ids=["shorter", "as long", "longer"])
@@ -40,7 +40,7 @@ def test_a_file_that_was_cut_or_written_again_starts_anew(tmp_path: Path, text: 
     reader.read()
     (tmp_path / "b").write_bytes(text)
     (tmp_path / "b").replace(path)
-    assert reader.read() == Gain(text.split(b"\n")[:-1], True)
+    assert reader.read() == LineDelta(text.split(b"\n")[:-1], True)
 
 
 def test_a_file_cut_in_place_and_grown_beyond_is_seen(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_file_cut_in_place_and_grown_beyond_is_seen(tmp_path: Path) -> None:
     reader = Tail(path)
     reader.read()
     path.write_bytes(b"3\n4\n5\n")
-    assert reader.read() == Gain([b"3", b"4", b"5"], True)
+    assert reader.read() == LineDelta([b"3", b"4", b"5"], True)
 
 
 def test_no_file_is_nothing_and_a_file_that_went_is_anew(tmp_path: Path) -> None:
@@ -57,9 +57,9 @@ def test_no_file_is_nothing_and_a_file_that_went_is_anew(tmp_path: Path) -> None
     reader = Tail(path)
     assert not reader.read()
     path.write_bytes(b"1\n")
-    assert reader.read() == Gain([b"1"], False)
+    assert reader.read() == LineDelta([b"1"], False)
     path.unlink()
-    assert reader.read() == Gain([], True)
+    assert reader.read() == LineDelta([], True)
     assert not reader.read()
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from internlm_lite.apps.report import figure, payload
 from internlm_lite.apps.report.run import RunReader
-from internlm_lite.cli import dashboard, report
+from internlm_lite.cli import dashboard, write_report
 from tests.apps.report.small import event, line, run_folder, write
 
 ROOT = Path(__file__).parents[3]
@@ -50,13 +50,13 @@ def png_size(path: Path) -> tuple[int, int]:
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if matplotlib were not installed."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(report, "can_draw", lambda: False)
+    monkeypatch.setattr(write_report, "can_draw", lambda: False)
 
 
 def test_a_run_gets_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], plain: None) -> None:
     folder = run_folder(tmp_path / "job" / "run", [line(0), line(1)])
     (tmp_path / "job" / "latest").symlink_to("run")
-    code, output = run(report, capsys, tmp_path / "job" / "latest")
+    code, output = run(write_report, capsys, tmp_path / "job" / "latest")
     assert (code, output) == (0, f"wrote {folder / 'report.html'}\n")
     (found,) = payload_in(folder / "report.html")["runs"]
     assert (found["name"], found["series"]["step"]) == ("job/run", [0, 1])
@@ -68,10 +68,13 @@ def test_several_runs_are_overlaid_here(
     for name in "ab":
         run_folder(tmp_path / "job" / name, [line(0)])
     monkeypatch.chdir(tmp_path)
-    assert run(report, capsys, "job")[0] == 0
+    assert run(write_report, capsys, "job")[0] == 0
     assert [found["name"] for found in payload_in(tmp_path / "report.html")["runs"]] == ["job/b", "job/a"]
-    assert report.places(report.parse_arguments(["job"]), [None, None]) == (Path("report.html"), Path("loss.png"))
-    assert run(report, capsys, "job/a", "--from-log", SEED, "-o", "x.html")[0] == 0
+    assert write_report.places(write_report.parse_arguments(["job"]), [None, None]) == (
+        Path("report.html"),
+        Path("loss.png"),
+    )
+    assert run(write_report, capsys, "job/a", "--from-log", SEED, "-o", "x.html")[0] == 0
     assert [found["name"] for found in payload_in(tmp_path / "x.html")["runs"]] == ["job/a", "seed.log"]
 
 
@@ -80,7 +83,7 @@ def test_the_seeds_log_becomes_a_page_beside_it(
 ) -> None:
     log = tmp_path / "seed.log"
     log.write_text("other\n" + SEED.read_text())
-    code, output = run(report, capsys, "--from-log", log)
+    code, output = run(write_report, capsys, "--from-log", log)
     assert (code, output.splitlines()[0]) == (0, f"{log}: 6 steps; 1 other lines passed over")
     (found,) = payload_in(tmp_path / "seed.html")["runs"]
     losses = found["series"]["folders"][".git"]["loss"]
@@ -89,7 +92,7 @@ def test_the_seeds_log_becomes_a_page_beside_it(
 
 def test_a_folder_whose_name_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str], plain: None) -> None:
     folder = run_folder(Path(os.fsdecode(os.fsencode(tmp_path) + b"/job\xff")) / "run", [line(0)])
-    code, output = run(report, capsys, folder)
+    code, output = run(write_report, capsys, folder)
     assert (code, output) == (0, f"wrote {tmp_path}/job\ufffd/run/report.html\n")
     assert payload_in(folder / "report.html")["runs"][0]["name"] == "job\ufffd/run"
     assert sorted(path.name for path in folder.iterdir()) == ["events.jsonl", "metrics.jsonl", "report.html"]
@@ -108,16 +111,16 @@ def test_a_run_that_cannot_be_shown_is_one_line(
 
     monkeypatch.setattr(payload, "run_payload", fail)
     told = f"{folders[1]} cannot be shown: OverflowError: too large\n"
-    code, output = run(report, capsys, *folders, "-o", tmp_path / "ab.html")
+    code, output = run(write_report, capsys, *folders, "-o", tmp_path / "ab.html")
     assert (code, output) == (0, f"wrote {tmp_path / 'ab.html'}\n{told}")
-    code, output = run(report, capsys, folders[1])
+    code, output = run(write_report, capsys, folders[1])
     assert (code, output) == (2, f"{told}ConfigError: nothing to show; mend or remove the file that is damaged\n")
 
 
 def test_of_many_runs_it_says_which_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str], plain: None) -> None:
     for number in range(10):
         run_folder(tmp_path / f"run-{number}", [])
-    _, output = run(report, capsys, tmp_path, "-o", tmp_path / "x.html")
+    _, output = run(write_report, capsys, tmp_path, "-o", tmp_path / "x.html")
     assert output.splitlines()[0] == f"{tmp_path}: the newest 8 of 10 runs; name others to see them"
 
 
@@ -146,12 +149,12 @@ def test_the_figure_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     lines = [line(step, folders={name: [1, 2.0, 0.5] for name in names}) for step in range(40)]
     for name in "ab":
         run_folder(tmp_path / name, lines)
-    code, _ = run(report, capsys, tmp_path / "a", tmp_path / "b", "-o", tmp_path / "ab.html", "--png")
+    code, _ = run(write_report, capsys, tmp_path / "a", tmp_path / "b", "-o", tmp_path / "ab.html", "--png")
     assert code == 0
     width, height = png_size(tmp_path / "ab.png")
     assert width > height > 300
     run_folder(tmp_path / "empty", [])
-    assert run(report, capsys, tmp_path / "empty", "--png")[0] == 0
+    assert run(write_report, capsys, tmp_path / "empty", "--png")[0] == 0
     assert (tmp_path / "empty" / "loss.png").exists()
 
 
@@ -164,7 +167,7 @@ def test_the_figure_without_matplotlib_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], plain: None
 ) -> None:
     folder = run_folder(tmp_path, [line(0)])
-    code, output = run(report, capsys, folder, "--png")
+    code, output = run(write_report, capsys, folder, "--png")
     assert code == 2
     assert output.splitlines()[-1] == (
         "MissingPackageError: loss.png needs matplotlib: pip install internlm_lite[report]"
@@ -175,10 +178,10 @@ def test_bad_input_is_one_line_and_code_2(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "empty").mkdir()
     (tmp_path / "words.log").write_text("nothing\n")
     for tool, arguments in [
-        (report, [tmp_path / "gone"]),
-        (report, [tmp_path / "empty"]),
-        (report, ["--from-log", tmp_path / "words.log"]),
-        (report, ["--from-log", tmp_path / "empty"]),
+        (write_report, [tmp_path / "gone"]),
+        (write_report, [tmp_path / "empty"]),
+        (write_report, ["--from-log", tmp_path / "words.log"]),
+        (write_report, ["--from-log", tmp_path / "empty"]),
         (dashboard, [tmp_path / "gone"]),
         (dashboard, [tmp_path / "empty"]),
         (dashboard, [run_folder(tmp_path / "run", []), "--bind", "0.0.0.0"]),
@@ -189,13 +192,13 @@ def test_bad_input_is_one_line_and_code_2(tmp_path: Path, capsys: pytest.Capture
         assert code == 2
         assert len(output.splitlines()) == 1
         assert output.startswith("ConfigError: ")
-    for tool, arguments in [(report, []), (dashboard, []), (dashboard, ["x", "--port", "70000"])]:
+    for tool, arguments in [(write_report, []), (dashboard, []), (dashboard, ["x", "--port", "70000"])]:
         with pytest.raises(SystemExit, match="2"):
             tool.main(arguments)
 
 
 def test_a_report_that_cannot_be_written_is_code_6(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, output = run(report, capsys, run_folder(tmp_path, [line(0)]), "-o", tmp_path / "gone" / "x.html")
+    code, output = run(write_report, capsys, run_folder(tmp_path, [line(0)]), "-o", tmp_path / "gone" / "x.html")
     assert (code, len(output.splitlines())) == (6, 1)
 
 

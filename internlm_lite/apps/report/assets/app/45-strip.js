@@ -24,10 +24,8 @@ function now() {
 // For how many seconds nobody has rewritten the report of a run that had not ended; null while that is no wonder.
 function stale(run) {
   if (payload.live || ENDED.includes(run.state.phase)) return null;
-  const times = run.series.time?.filter(isNumber) ?? [];
-  const pace = (times.at(-1) - times[0]) / (run.series.points - 1) || 0;
   const age = now() - seconds(payload.generated);
-  return age > Math.max(STALE_SECONDS, STALE_LINES * pace) ? age : null;
+  return age > Math.max(STALE_SECONDS, STALE_LINES * (run.state.line_seconds ?? 0)) ? age : null;
 }
 
 function drawStrip() {

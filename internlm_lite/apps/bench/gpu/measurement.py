@@ -1,0 +1,84 @@
+"""One section of the GPU check: what it finds is on disk at once, so that a section that is killed leaves it behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A measurement in a process of its own."""
+
+    name: str
+    """A function of `run_sections.SECTIONS`, then its arguments: "perf:1b:eager"."""
+    seconds: float
+    """Its time-out."""
+    alone: bool
+    """False: other sections may run beside it (is it right); True: nothing may (how fast is it)."""
+
+
+@dataclass
+class Check:
+    """What a section works with. `smoke`: on the CPU with tiny shapes, to see that every section runs."""
+
+    result: Path
+    scratch: Path
+    repository: Path
+    smoke: bool
+    found: dict[str, Any] = field(default_factory=dict)
+    """`line`: the summary; `notes`: lines below it; `wrong`: what must not be; facts by name."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu") if self.smoke else torch.device("cuda", 0)
+
+    def tell(self, line: str | None = None, **facts: Any) -> None:
+        """Keep facts, and the summary line."""
+        self.found.update(facts)
+        if line is not None:
+            self.found["line"] = line
+        temporary = self.result.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.found, default=str))
+        os.replace(temporary, self.result)
+
+    def note(self, text: str) -> None:
+        """A line below the summary."""
+        self.found.setdefault("notes", []).append(text)
+        self.tell()
+
+    def wrong(self, text: str) -> None:
+        """The section has failed."""
+        self.found.setdefault("wrong", []).append(text)
+        self.note(f"WRONG {text}")
+
+    def synchronize(self) -> None:
+        if not self.smoke:
+            torch.cuda.synchronize()
+
+    def milliseconds(self, call: Callable[[], object], warm_up: int = 3, rounds: int = 10) -> float:
+        """Median of `rounds` calls, by events on the device."""
+        for _ in range(warm_up):
+            call()
+        self.synchronize()
+        return statistics.median(self._one_call(call) for _ in range(rounds))
+
+    def _one_call(self, call: Callable[[], object]) -> float:
+        if self.smoke:
+            start = time.perf_counter()
+            call()
+            return (time.perf_counter() - start) * 1e3
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end))

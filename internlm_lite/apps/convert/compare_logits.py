@@ -1,0 +1,157 @@
+"""Do both sides compute the same? Logits of a converted model, ours against transformers', in fp32.
+
+Both sides get the same weights, those of the folder: ours are rounded to its dtype first. What is left is the order
+of floating point operations, far below BOUND; a tensor in a wrong place gives differences of the logits' own size.
+
+InternLM's models are remote code in transformers, which is not run: the same weights make a Llama there.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from internlm_lite.apps.convert.hf_config import HFConfig, from_hf
+from internlm_lite.apps.convert.hf_folder import HFFolder, read_json
+from internlm_lite.errors import CheckpointError, MissingPackageError
+from internlm_lite.layers.flash import packed
+from internlm_lite.models.stages import WholeModel
+
+BOUND = 1e-4
+"""Largest difference of two logits allowed, as a share of the largest logit."""
+_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """Of the logits of the same random tokens."""
+
+    largest: float
+    largest_logit: float
+    n_tokens: int
+
+    @property
+    def bound(self) -> float:
+        return BOUND * self.largest_logit
+
+    @property
+    def is_small(self) -> bool:
+        return self.largest <= self.bound
+
+    def __str__(self) -> str:
+        return (
+            f"logits of {self.n_tokens} tokens, ours against transformers', fp32: largest difference "
+            f"{self.largest:.3g}, bound {self.bound:.3g} ({BOUND:g} of the largest logit {self.largest_logit:.4g})"
+        )
+
+
+def require_transformers() -> Any:
+    """The package. Raises MissingPackageError."""
+    try:
+        transformers: Any = importlib.import_module("transformers")
+    except ImportError:
+        raise MissingPackageError(
+            "--verify computes with transformers, which is not installed: pip install internlm_lite[hf]"
+        ) from None
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+@torch.no_grad()
+def compare(load_ours: Callable[[], WholeModel], folder: Path) -> LogitDifference:
+    """`load_ours`: the model in fp32 on the CPU. One side is in memory at a time. Raises CheckpointError."""
+    require_transformers()
+    source = HFFolder(folder)
+    hf = from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    n_tokens = min(_TOKENS, hf.max_positions)
+    tokens = torch.randint(hf.model.vocab_size, (n_tokens,), generator=torch.Generator().manual_seed(0))
+    dtypes = set(source.dtypes.values())
+    ours = _our_logits(load_ours(), tokens, dtypes.pop() if len(dtypes) == 1 else torch.float32)
+    gc.collect()
+    theirs = _their_logits(source, hf, tokens)
+    largest = (ours - theirs).abs().max().item()
+    if not torch.isfinite(ours).all() or not torch.isfinite(theirs).all():
+        raise CheckpointError(f"{folder}: the logits are not finite, so they cannot be compared")
+    return LogitDifference(largest, theirs.abs().max().item(), n_tokens)
+
+
+def _our_logits(model: WholeModel, tokens: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+    for param in model.any_stage.parameters():
+        param.copy_(param.to(stored).to(param.dtype))
+    borders = (0, len(tokens))
+    attend = packed(model.any_stage.backend, torch.tensor(borders, dtype=torch.int32), borders, len(tokens))
+    return model.logits(tokens, torch.arange(len(tokens)), attend)
+
+
+def _their_logits(source: HFFolder, hf: HFConfig, tokens: torch.Tensor) -> torch.Tensor:
+    transformers = require_transformers()
+    if hf.family == "llama":
+        model = transformers.LlamaForCausalLM.from_pretrained(
+            source.path, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
+    else:
+        model = _as_llama(transformers, source, hf)
+    logits = model.float().eval()(tokens[None]).logits[0]
+    assert isinstance(logits, torch.Tensor)
+    return logits
+
+
+def _as_llama(transformers: Any, source: HFFolder, hf: HFConfig) -> Any:
+    """A Llama with biases on q, k, v and o computes what InternLM does; InternLM2's fused rows are taken apart."""
+    shape = hf.model
+    config = transformers.LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.mlp_hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=hf.max_positions,
+        rms_norm_eps=shape.layer_norm_epsilon,
+        rope_theta=shape.rope_base,
+        attention_bias=not shape.no_bias,
+        tie_word_embeddings=shape.tie_word_embeddings,
+    )
+    weights: dict[str, torch.Tensor] = {}
+    for name, size in source.shapes.items():
+        tensor = source.read(name, 0, size[0]).float()
+        weights |= {name: tensor} if hf.family == "internlm" else _split(name, tensor, hf)
+    if shape.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    model.load_state_dict(weights, strict=True, assign=True)
+    # Only weights were loaded: the rotary embedding's own buffers are computed anew off the meta device.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    return model
+
+
+def _split(name: str, tensor: torch.Tensor, hf: HFConfig) -> dict[str, torch.Tensor]:
+    """An InternLM2 tensor under Llama's names. (modeling_internlm2.py: wqkv is "(h gs d)", k and v at -2 and -1)"""
+    renamed = name
+    for theirs, llamas in (
+        ("tok_embeddings", "embed_tokens"),
+        ("attention_norm", "input_layernorm"),
+        ("ffn_norm", "post_attention_layernorm"),
+        ("attention.wo", "self_attn.o_proj"),
+        ("feed_forward.w1", "mlp.gate_proj"),
+        ("feed_forward.w2", "mlp.down_proj"),
+        ("feed_forward.w3", "mlp.up_proj"),
+    ):
+        renamed = renamed.replace(theirs, llamas)
+    if renamed == "output.weight":
+        renamed = "lm_head.weight"
+    if ".wqkv." not in renamed:
+        return {renamed: tensor}
+    heads = tensor.unflatten(0, (hf.model.kv_heads, -1, hf.model.head_dim))
+    parts = {"q_proj": heads[:, :-2], "k_proj": heads[:, -2], "v_proj": heads[:, -1]}
+    return {
+        renamed.replace("attention.wqkv", f"self_attn.{part}"): rows.reshape(-1, *tensor.shape[1:])
+        for part, rows in parts.items()
+    }

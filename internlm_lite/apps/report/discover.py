@@ -1,0 +1,73 @@
+"""Which runs a path means: a run folder, a job folder with runs, or a folder of jobs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from internlm_lite.apps.report.run import is_run
+from internlm_lite.apps.report.untrusted_files import printable
+from internlm_lite.errors import ConfigError
+
+MOST = 8
+"""Runs taken from one job folder or folder of jobs, the newest."""
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """Run folders in the order of `paths`, those of a job newest first, each once. Links are followed to their folder.
+
+    Raises ConfigError for a path that is no folder or cannot be read.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        try:
+            found |= dict.fromkeys(_all_in(path)[:MOST])
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read {printable(error.filename or path)}: {error.strerror}; "
+                "expected a run folder RUN/JOB/TIME, a job folder RUN/JOB, or RUN itself"
+            ) from error
+    return list(found)
+
+
+def require_runs(paths: Sequence[Path]) -> list[Path]:
+    """The same. Raises ConfigError where a path holds no run."""
+    for path in paths:
+        if not find_runs([path]):
+            raise ConfigError(
+                f"found no run in {printable(path)}; "
+                "expected a run folder RUN/JOB/TIME with metrics.jsonl, a job folder RUN/JOB, or RUN itself"
+            )
+    return find_runs(paths)
+
+
+def omitted_runs(paths: Sequence[Path]) -> list[str]:
+    """A line for each path that holds more runs than are taken. Raises OSError."""
+    counts = {path: len(_all_in(path)) for path in paths}
+    return [
+        f"{printable(path)}: the newest {MOST} of {count} runs; name others to see them"
+        for path, count in counts.items()
+        if count > MOST
+    ]
+
+
+def run_name(folder: Path) -> str:
+    """JOB/TIME."""
+    return printable(Path(*folder.resolve().parts[-2:]))
+
+
+def _all_in(path: Path) -> list[Path]:
+    path = path.resolve(strict=True)
+    if is_run(path):
+        return [path]
+    inner = _folders(path)
+    runs = {folder for folder in inner if is_run(folder)}
+    if not runs:
+        runs = {folder for job in inner for folder in _folders(job) if is_run(folder)}
+    return sorted(runs, key=lambda folder: (folder.name, folder), reverse=True)
+
+
+def _folders(path: Path) -> list[Path]:
+    """Those that may be entered; a link, such as `latest`, as the folder it leads to."""
+    return [folder.resolve() for folder in path.iterdir() if folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)]

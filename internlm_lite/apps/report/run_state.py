@@ -1,0 +1,156 @@
+"""What a run is doing, from its events and the age of its last line."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+
+from internlm_lite.apps.report.columns import seconds
+from internlm_lite.apps.report.history import ENDS, Event, as_int, checkpoints, of_kind
+from internlm_lite.apps.report.run import RunReader
+
+SILENT_SECONDS = 60.0
+SLOW_PHASE_SECONDS = 600.0
+"""Without a line for so long a run is silent; the longer one where no step is due: starting, evaluating."""
+_DIGITS = 16
+"""As many has no number of steps."""
+SILENT_STEPS = 10.0
+"""Or ten times what a step line usually takes, where that is longer."""
+_OVER = (*ENDS, "log")
+"""Phases in which nothing more is expected."""
+
+
+def run_state(run: RunReader, now: datetime) -> dict[str, Any]:
+    """The "state" of the page's payload; `restarts` and `last_checkpoint` are the caller's."""
+    start = last_of(run.events, "start")
+    phase, why = _phase(run, now)
+    done = _steps_done(run, start, phase)
+    total = total_steps(run)
+    figures = {key: last_number(run, key) for key in ("tgs", "tflops", "mfu", "pack_fill", "loss", "eta_seconds")}
+    tokens = last_number(run, "num_consumed_tokens")
+    eta = figures["eta_seconds"]
+    if eta is None and total and done is not None and (pace := seconds_per_step(run)):
+        eta = pace * max(0, total - done)
+    return {
+        "phase": phase,
+        "why": why,
+        "step": done,
+        "total_steps": total,
+        "tokens": None if tokens is None else int(tokens),
+        **figures,
+        "eta_seconds": None if phase in _OVER else eta,
+        "line_seconds": seconds_per_line(run),
+        "last_time": last_time(run),
+        "started": _started(run),
+    }
+
+
+def _steps_done(run: RunReader, start: Event | None, phase: str) -> int | None:
+    """By the last line; the last steps of a run that ended may have none."""
+    end = last_of(run.events, phase)
+    told = as_int((end or {}).get("step") if phase in ENDS else (start or {}).get("step"))
+    if run.columns.n and not (phase in ENDS and told is not None):
+        return int(run.columns.step[-1]) + 1
+    return told
+
+
+def _phase(run: RunReader, now: datetime) -> tuple[str, str]:
+    if not run.parsed:
+        return "starting", "its files are still being read"
+    if run.is_log:
+        return "log", f"ends at {last_time(run)}"
+    start, end = last_of(run.events, "start"), last_of(run.events, *ENDS)
+    started = seconds(start["time"]) if start else None
+    if run.failed is not None and (started is None or run.failed["modified"] >= started):
+        return "failed", _failure_text(run.failed.get("cause")) or str(
+            (last_of(run.events, "failed") or {}).get("why", "")
+        )
+    if end is not None and run.events.index(end) > (run.events.index(start) if start else -1):
+        return end["event"], str(end.get("why", ""))
+    phase = _active_phase(run, start)
+    age, patience = _age(run, now), _silence_limit(run, phase)
+    if age is not None and age > patience:
+        return "silent", f"no line since {last_time(run)}; it was {phase}"
+    return phase, ""
+
+
+def _active_phase(run: RunReader, start: Event | None) -> str:
+    """What a run that has not ended was last seen at."""
+    columns = run.columns
+    newest = columns.time[-1] if columns.n else -np.inf
+    events = [event for event in run.events if start is None or event["seg"] == start["seg"]]
+    evaluating = last_of(events, "evaluating", "evaluation")
+    if evaluating and evaluating["event"] == "evaluating" and newest <= (seconds(evaluating["time"]) or np.inf):
+        return "evaluating"
+    saves = checkpoints(events)
+    if saves and saves[-1]["done"] is None and saves[-1]["failed"] is None:
+        return "saving"
+    return "training" if columns.n and (start is None or start["seg"] <= columns.segment) else "starting"
+
+
+def _silence_limit(run: RunReader, phase: str) -> float:
+    pace = seconds_per_line(run) or 0.0
+    return max(SILENT_SECONDS if phase in ("training", "saving") else SLOW_PHASE_SECONDS, SILENT_STEPS * pace)
+
+
+def _failure_text(cause: object) -> str:
+    """What faults/failure.py recorded of the rank that failed first; empty for what is no record."""
+    if not isinstance(cause, dict) or "kind" not in cause:
+        return ""
+    at = f", step {cause['step']}" if cause.get("step") is not None else ""
+    return f"rank {cause.get('rank')} on {cause.get('host')}{at}: {cause['kind']}: {cause.get('message')}"
+
+
+def _age(run: RunReader, now: datetime) -> float | None:
+    last = seconds(last_time(run) or run.environment.get("time"))
+    return None if last is None else now.timestamp() - last
+
+
+def last_time(run: RunReader) -> str | None:
+    """When the run wrote its newest line or event, as it wrote it."""
+    times = [run.columns.last_time, run.events[-1]["time"] if run.events else None]
+    return max((time for time in times if time), key=lambda time: seconds(time) or 0.0, default=None)
+
+
+def last_of(events: list[Event], *kinds: str) -> Event | None:
+    return next((event for event in reversed(events) if event["event"] in kinds), None)
+
+
+def last_number(run: RunReader, key: str) -> float | None:
+    """Of the last line; None where it has none."""
+    column = run.columns.scalars.get(key)
+    return None if column is None or not len(column) or np.isnan(column[-1]) else float(column[-1])
+
+
+def total_steps(run: RunReader) -> int | None:
+    """As the newest start or the config says."""
+    start = last_of(run.events, "start")
+    total = as_int(start.get("total_steps")) if start else None
+    if total is None:
+        text = next((row["value"] for row in run.config if row["key"] == "data.total_steps"), "")
+        total = int(text) if text.isdecimal() and len(text) < _DIGITS else None
+    return total
+
+
+def seconds_per_line(run: RunReader) -> float | None:
+    """Median over the newest lines, as a pause of days is nothing that a line usually takes; None below two."""
+    gaps = np.diff(run.columns.time[-101:])
+    return float(np.nanmedian(gaps)) if np.isfinite(gaps).any() else None
+
+
+def seconds_per_step(run: RunReader) -> float | None:
+    """The same for a step: a line may cover several."""
+    gaps = np.diff(run.columns.time[-101:]) / np.diff(run.columns.step[-101:])
+    return float(np.nanmedian(gaps)) if np.isfinite(gaps).any() else None
+
+
+def _started(run: RunReader) -> str | None:
+    first = of_kind(run.events, "start")[:1]
+    if first:
+        return str(first[0]["time"])
+    if run.columns.n and np.isfinite(run.columns.time[0]):
+        return datetime.fromtimestamp(float(run.columns.time[0])).astimezone().isoformat(timespec="seconds")
+    time = run.environment.get("time")
+    return time if isinstance(time, str) else None

@@ -1,0 +1,76 @@
+"""Options that several commands have in common, and their checks."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from internlm_lite.errors import ConfigError
+from internlm_lite.units import wait_seconds
+
+if TYPE_CHECKING:
+    from internlm_lite.config.schema import S3Config
+
+
+def new_parser(command: str, description: str | None) -> argparse.ArgumentParser:
+    """`description`: the docstring of the command's module, shown with its line breaks."""
+    return argparse.ArgumentParser(
+        prog=f"internlm-lite {command}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_config(parser: argparse.ArgumentParser, *, required: bool = True, text: str = "Python config file") -> None:
+    """--config, and changes to it anywhere on the line: parse with `parse_intermixed_args`."""
+    parser.add_argument("--config", type=Path, required=required, help=text)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if there is one"
+    )
+
+
+def add_launcher(parser: argparse.ArgumentParser, timeout: float) -> None:
+    """How this process finds the others of its job. `timeout`: default, in seconds."""
+    parser.add_argument(
+        "--launcher", choices=["auto", "slurm", "torch", "single"], default="auto", help="who started us"
+    )
+    parser.add_argument("--host", help="where rank 0 listens (default: from the launcher)")
+    parser.add_argument("--port", type=int, help="its port (default: from the launcher)")
+    add_device(parser)
+    parser.add_argument(
+        "--timeout",
+        type=wait_seconds,
+        default=timeout,
+        metavar="SECONDS",
+        help=f"longest wait for other ranks ({timeout:g})",
+    )
+
+
+def check_at_least(parser: argparse.ArgumentParser, arguments: argparse.Namespace, **least: int) -> None:
+    """Ends the process with a usage error for a number below the smallest allowed; None is not checked."""
+    for name, smallest in least.items():
+        value = getattr(arguments, name, None)
+        if value is not None and value < smallest:
+            parser.error(f"--{name.replace('_', '-')} {value}: expected at least {smallest}")
+
+
+def s3_settings(texts: Sequence[str]) -> S3Config:
+    """The keys of ckpt.s3 from --s3 of a command without a config: `insecure=True`. Raises ConfigError."""
+    from pydantic import ValidationError
+
+    from internlm_lite.config.overrides import parse_overrides
+    from internlm_lite.config.schema import S3Config
+
+    values = parse_overrides([f"ckpt.s3.{text}" for text in texts]).layer.values
+    try:
+        return S3Config.model_validate(values.get("ckpt", {}).get("s3", {}))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"--s3 {key}: {first['msg']}; expected keys: {', '.join(S3Config.model_fields)}") from None

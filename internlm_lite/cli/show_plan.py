@@ -1,0 +1,25 @@
+"""Show what a training run will hold, send and cost, without starting it: the same as train --dry-run.
+
+internlm-lite plan --config configs/20B_sft.py --world-size 16
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from internlm_lite.cli.options import add_config, add_device, new_parser
+from internlm_lite.cli.train import add_plan_options, check_plan_options, train_or_show
+from internlm_lite.runtime.tool import run_tool
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 shown, else that of the error the run would end with."""
+    parser = new_parser("plan", __doc__)
+    add_config(parser)
+    add_device(parser)
+    add_plan_options(parser, "")
+    parser.set_defaults(dry_run=True, print_config=None, seed=None, cfg_options=[])
+    parser.set_defaults(launcher="auto", host=None, port=None)
+    arguments = parser.parse_intermixed_args(argv)
+    check_plan_options(parser, arguments)
+    return run_tool(lambda: train_or_show(arguments, {}))

@@ -1,0 +1,106 @@
+"""Finds tokenised files and groups them into data folders, for which loss and accuracy are reported separately.
+
+train_folder/code/a.bin        -> folder "code"
+train_folder/docs/x/y/b.bin    -> folder "docs": all files below a sub-folder belong to it
+train_folder/a.bin             -> folder "train_folder", if no sub-folder holds data
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from internlm_lite.data.documents import Documents
+from internlm_lite.data.dummy import DummyDocuments
+from internlm_lite.data.internlm import InternLMDocuments
+from internlm_lite.data.megatron import MegatronDocuments
+from internlm_lite.errors import DataError
+
+logger = logging.getLogger("internlm_lite")
+
+FORMATS: dict[str, Callable[[Path], Documents]] = {".idx": MegatronDocuments, ".bin.meta": InternLMDocuments}
+"""Suffix of the index beside NAME.bin -> what reads the pair."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One data folder of a run."""
+
+    name: str
+    files: Sequence[Documents]
+    is_dummy: bool = False
+    """The built-in set: documents of all lengths are used, and label id 0 is ignored."""
+
+
+def dummy_folder(seq_len: int) -> Folder:
+    """The built-in data set as the only folder."""
+    return Folder("dummy", (DummyDocuments(seq_len),), is_dummy=True)
+
+
+def find_folders(root: Path, key: str) -> list[Folder]:
+    """The data folders below `root`, by name; `key` is the config key that names `root`, for messages.
+
+    Raises DataError when `root` is missing, holds nothing tokenised, or holds a damaged file.
+    """
+    if not root.is_dir():
+        raise DataError(
+            f"data.{key}: {root} is {'a file' if root.exists() else 'missing'}, expected a folder of tokenised data; "
+            f"correct the path, or make the data with tools/tokenizer.py encode"
+        )
+    below = {path.name: _bins(path) for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != "."}
+    grouped = {name: bins for name, bins in below.items() if bins}
+    for name in grouped:
+        if not name.isprintable():
+            raise DataError(
+                f"data.{key}: folder {name!r} in {root} has a name that no log line can hold; expected printable "
+                "characters: rename it"
+            )
+    direct = _bins_of(root, os.listdir(root))
+    if direct and grouped:
+        logger.warning(
+            "data.%s: %d tokenised files directly in %s are not used, as its sub-folders hold data: move them into one",
+            *(key, len(direct), root),
+        )
+    elif direct:
+        grouped = {root.resolve().name: direct}
+    if not grouped:
+        raise DataError(
+            f"data.{key}: {root} holds no tokenised data (NAME.bin with NAME.idx or NAME.bin.meta) in any sub-folder; "
+            f"make it with tools/tokenizer.py encode"
+        )
+    return [Folder(name, tuple(open_documents(path) for path in bins)) for name, bins in grouped.items()]
+
+
+def open_documents(bin_path: Path) -> Documents:
+    """Open a tokenised file in the format of its index. Raises DataError."""
+    if not bin_path.is_file():
+        raise DataError(f"{bin_path}: missing, although its index is there; copy both files, or delete the index")
+    try:
+        for suffix, documents in FORMATS.items():
+            if bin_path.with_name(bin_path.stem + suffix).is_file():
+                return documents(bin_path)
+    except OSError as error:
+        raise DataError(f"{bin_path}: cannot be read ({error}); correct its permissions or copy it again") from None
+    raise DataError(
+        f"{bin_path}: found no index, expected {bin_path.stem}.idx (Megatron-LM) or {bin_path.name}.meta (InternLM) "
+        f"beside it; copy the index too, or tokenise the folder again"
+    )
+
+
+def _bins(folder: Path) -> list[Path]:
+    """Every .bin path below a folder that exists, or whose index exists. Symbolic links are followed."""
+    found = []
+    for where, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        found += _bins_of(Path(where), files)
+    return found
+
+
+def _bins_of(folder: Path, files: list[str]) -> list[Path]:
+    visible = [name for name in files if name[0] != "."]
+    suffixes = (".bin", *FORMATS)
+    stems = {name.removesuffix(suffix) for suffix in suffixes for name in visible if name.endswith(suffix)}
+    return [folder / f"{stem}.bin" for stem in sorted(stems)]

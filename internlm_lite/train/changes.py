@@ -1,0 +1,85 @@
+"""What differs between the run that wrote a checkpoint and the one that resumes it: its data, its number of ranks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from internlm_lite.config.schema import Config
+
+logger = logging.getLogger("internlm_lite")
+_MAX_LISTED_FILES = 5
+
+
+@dataclass(frozen=True)
+class LastRun:
+    """The run that wrote the newest checkpoint."""
+
+    folder: str
+    """Name of the run folder."""
+    step: int
+    """Steps done."""
+    batch_tokens: int
+    """Of a step, over all ranks, when the run began."""
+    data: Mapping[str, Any]
+    """That section of its config."""
+
+
+def batch_keys(data: Mapping[str, Any]) -> tuple[object, ...]:
+    """The keys of a resolved `data` section that, with the number of ranks, determine the size of a step's batch."""
+    return tuple(data.get(key) for key in ("micro_num", "micro_bsz", "seq_len", "rampup_batch_size"))
+
+
+def keep_global_batch(config: Config, last: LastRun | None, dp_size: int) -> Config:
+    """`config` with the `data.micro_num` that gives a step `last`'s number of tokens on `dp_size` data-parallel ranks.
+
+    So the curve, and which data come when, stay the same. Only where nothing but the number of ranks has changed: an
+    edit of the batch's keys, or a ramp-up, is taken as it is. Where the tokens cannot be divided, the config stays as
+    it is, and the resume warns.
+    """
+    data = config.data
+    tokens_per_micro_num = data.micro_bsz * data.seq_len * dp_size
+    if last is None or batch_keys(last.data) != batch_keys(data.model_dump()) or data.rampup_batch_size:
+        return config
+    if last.batch_tokens == tokens_per_micro_num * data.micro_num or last.batch_tokens % tokens_per_micro_num:
+        return config
+    micro_num = last.batch_tokens // tokens_per_micro_num
+    logger.info(
+        f"data.micro_num={micro_num} instead of {data.micro_num}: with {dp_size} data-parallel ranks now, a step takes "
+        f"the same {last.batch_tokens} tokens as before"
+    )
+    return config.model_copy(update={"data": data.model_copy(update={"micro_num": micro_num})})
+
+
+def data_changes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line for each key and each data folder that differs between two fingerprints of `data.loader`."""
+    keys = [key for key in sorted(stored.keys() | now.keys()) if key != "folders" and stored.get(key) != now.get(key)]
+    lines = [f"{key}: {stored.get(key)!r} then, {now.get(key)!r} now" for key in keys]
+    old, new = ({folder["name"]: folder for folder in one.get("folders", [])} for one in (stored, now))
+    lines += [f"data folder {name}: gone" for name in old if name not in new]
+    lines += [f"data folder {name}: new" for name in new if name not in old]
+    lines += [_folder_change(name, old[name], new[name]) for name in old if name in new and old[name] != new[name]]
+    if not lines and stored != now:
+        lines = [f"data folders: {', '.join(old)} then, {', '.join(new)} now"]
+    return lines
+
+
+def _folder_change(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    before, after = ({file["name"]: file for file in one["files"]} for one in (old, new))
+    groups = {
+        "gone": [file for file in before if file not in after],
+        "new": [file for file in after if file not in before],
+        "changed": [file for file in before if file in after and before[file] != after[file]],
+    }
+    found = [f"{what}: {_listed(files)}" for what, files in groups.items() if files]
+    amounts = [f"{one['documents']} documents of {one['tokens']} tokens" for one in (old, new)]
+    if amounts[0] != amounts[1]:
+        found.append(f"{amounts[0]} then, {amounts[1]} now")
+    return f"data folder {name}: {'; '.join(found) or 'its files are in another order'}"
+
+
+def _listed(files: list[str]) -> str:
+    more = f" and {len(files) - _MAX_LISTED_FILES} more" if len(files) > _MAX_LISTED_FILES else ""
+    return ", ".join(files[:_MAX_LISTED_FILES]) + more

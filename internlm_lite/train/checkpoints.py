@@ -1,0 +1,370 @@
+"""The checkpoints of a run: its save folders, what is written to them, and how a run comes back from one.
+
+checkpoint_every   -> milestones in save_ckpt_folder            --resume auto: the newest of both folders,
+oss_snapshot_freq  -> snapshots in snapshot_ckpt_folder                        else load_ckpt_folder,
+the end            -> a final one in save_ckpt_folder                          else load_model_only_folder
+
+Which kind is due when: control.py. How it is written and read: checkpoint/.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from internlm_lite.checkpoint.format import catalog
+from internlm_lite.checkpoint.format.catalog import Found
+from internlm_lite.checkpoint.format.manifest import Kind, Manifest
+from internlm_lite.checkpoint.load.loader import Loader, Restored
+from internlm_lite.checkpoint.manager import CheckpointManager, hold
+from internlm_lite.checkpoint.save.saver import Saver
+from internlm_lite.checkpoint.save.write_job import Saved
+from internlm_lite.checkpoint.storage.base import Storage
+from internlm_lite.config.masking import masked
+from internlm_lite.config.paths import spelt_out
+from internlm_lite.config.render_config import resolved
+from internlm_lite.config.schema import CkptConfig, Config
+from internlm_lite.errors import CheckpointError, ConfigError, InternLMError, StorageError
+from internlm_lite.mesh.consensus import on_main
+from internlm_lite.mesh.layout import Piece
+from internlm_lite.mesh.mesh import Mesh
+from internlm_lite.train.changes import LastRun, batch_keys, data_changes
+from internlm_lite.train.reporter import Reporter
+from internlm_lite.train.train_state import TrainState, random_states, set_random_states
+from internlm_lite.train.trainer import Trainer
+
+logger = logging.getLogger("internlm_lite")
+
+TIMEOUT_SECONDS = 600.0
+_FOLDER_KEYS = ("save_ckpt_folder", "snapshot_ckpt_folder")
+
+
+@dataclass
+class Contents:
+    """What a checkpoint of this run holds: tensors and random states of every rank, counters, facts about the data."""
+
+    trainer: Trainer
+    reporter: Reporter
+    fingerprint: dict[str, Any]
+    """Of the training data."""
+    run_folder: str
+    """Its name, for the run that resumes."""
+    batch_tokens: int
+    """Of a step now, over all ranks."""
+    intended_batch_tokens: int
+    """Of a step when the run began, perhaps with another number of ranks."""
+
+    def pieces(self, *, moments: bool = True) -> list[Piece]:
+        return [piece for piece in self.trainer.optimizer.pieces() if moments or piece.role == "master"]
+
+    def to_json(self, state: TrainState) -> dict[str, Any]:
+        """Collective; reads the device."""
+        return {
+            "train": state.to_json(),
+            "optimizer": self.trainer.optimizer.state_dict(),
+            "reporter": self.reporter.state_dict(),
+            "data": self.fingerprint,
+            "batch_tokens": self.intended_batch_tokens,
+            "run_folder": self.run_folder,
+        }
+
+    def adopt(self, restored: Restored, *, moments: bool) -> TrainState:
+        """Take over the counters of a checkpoint whose tensors are loaded. Raises CheckpointError without them."""
+        stored = restored.state
+        try:
+            state = TrainState.from_json(stored["train"])
+            self.trainer.optimizer.load_state_dict(stored["optimizer"], moments=moments)
+            self.reporter.load_state_dict(stored["reporter"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"checkpoint {restored.found.name} holds no training state this version can read ({error!r}); "
+                "take its weights alone with ckpt.load_model_only_folder"
+            ) from error
+        self.trainer.optimizer.publish_weights()
+        if restored.rank_state is not None:
+            set_random_states(restored.rank_state, self.trainer.mesh.device)
+        return state
+
+
+class Checkpoints:
+    """Saves to, and restores from, the folders of one run. Methods are collective unless they say otherwise.
+
+    Construction takes the save folders, before the run writes anything: a second run on them is refused with nothing
+    touched. `attach` comes before anything is saved or restored.
+    """
+
+    contents: Contents
+
+    def __init__(self, config: Config, mesh: Mesh, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+        """Raises StorageError when a folder cannot be written, or another run holds it.
+
+        `timeout_seconds`: a checkpoint is given up when a rank has not written its part that long after rank 0; one
+        that training waits for is given three times as long, less than a collective takes to fail.
+        """
+        self._ckpt, self._mesh = config.ckpt, mesh
+        self._config = masked(resolved(config))
+        """As it is stored and compared."""
+        self._in_background = self._ckpt.async_upload and self._ckpt.enable_save_ckpt
+        staging = self._ckpt.async_upload_tmp_folder if self._in_background else None
+        self.saver = Saver(mesh, self._config, timeout_seconds, Path(spelt_out(staging)) if staging else None)
+        self._loader = Loader(mesh, config=self._config, s3=self._ckpt.s3)
+        self.restored: str | None = None
+        """Name of the checkpoint that this run resumed."""
+        self._began_at: Found | None = None
+        """A checkpoint outside of the save folders that this run began from, and can roll back to."""
+        self._milestones: CheckpointManager | None = None
+        self._snapshots: CheckpointManager | None = None
+        if not self._ckpt.enable_save_ckpt:
+            return
+        try:
+            self._milestones = self._open(self._ckpt.save_ckpt_folder, writable=True)
+            self._snapshots = self._open(self._ckpt.snapshot_ckpt_folder, writable=True)
+            hold(mesh, self._managers())
+            self._join(self._milestones, self._snapshots)
+        except BaseException:
+            self.close(wait=False)
+            raise
+
+    def attach(self, contents: Contents) -> None:
+        """From now on `contents` are saved and restored."""
+        self.contents = contents
+        if self._in_background and (self._ckpt.checkpoint_every or self._ckpt.oss_snapshot_freq):
+            self.saver.prepare(contents.pieces())
+
+    def save(self, state: TrainState, kind: Kind, *, blocking: bool) -> None:
+        """Write everything that resuming from here needs.
+
+        `blocking`: return when the checkpoint exists, or raise StorageError or CheckpointError. Else it is written in
+        the background with `ckpt.async_upload`, and a failure is an alarm: training goes on, the next save tries again.
+        """
+        manager = self._snapshots if kind == "snapshot" else self._milestones
+        assert manager is not None, "check_config requires a folder for every kind that is due"
+        begin = time.monotonic()
+        self.contents.trainer.optimizer.wait_weights()
+        stored, pieces = self.contents.to_json(state), self.contents.pieces()
+        wait = blocking or not self._ckpt.async_upload
+        try:
+            name = manager.save(state.step, kind, pieces, stored, random_states(self._mesh.device), wait=wait)
+        except (StorageError, CheckpointError) as error:
+            self.report_finished()
+            if blocking or self.saver.is_stuck:
+                raise
+            self._alarm(f"step {state.step}", error)
+            return
+        self.report_finished()
+        facts = {"saved": kind, "name": name, "waited": wait, "stall_seconds": round(time.monotonic() - begin, 4)}
+        self.contents.reporter.event("checkpoint", step=state.step, **facts)
+
+    def report_finished(self) -> None:
+        """Report how those saves in the background ended that have ended. Not collective, and quick."""
+        while saved := self.saver.finished():
+            self._report(saved)
+
+    def _wait(self) -> None:
+        """The same, once the save under way has ended."""
+        while saved := self.saver.wait():
+            self._report(saved)
+
+    def _report(self, saved: Saved) -> None:
+        if saved.error is None:
+            self.contents.reporter.event("checkpoint_done", name=str(saved.name), saved=saved.kind)
+        else:
+            self._alarm(str(saved.name), saved.error)
+
+    def _alarm(self, which: str, error: InternLMError) -> None:
+        self.contents.reporter.event("alarm", what="checkpoint failed", checkpoint=which, why=str(error))
+        if self._mesh.is_main:
+            logger.error("ALARM: checkpoint %s was not saved, training goes on: %s", which, error)
+
+    def close(self, *, wait: bool) -> None:
+        """End with the save under way, or, without `wait`, as soon as possible, and give the folders free.
+
+        Without `wait` a storage that did not answer is not asked again: the next run finds that this one is dead. Not
+        collective; a second time does nothing.
+        """
+        if wait:
+            self._wait()
+        self.saver.close(wait)
+        for manager in self._managers():
+            if wait or manager.answers:
+                manager.release()
+
+    def restore(self, resume: str) -> TrainState:
+        """The state to start from. `resume`: auto, none (nothing of this run's own folders), or a path."""
+        if resume not in ("auto", "none"):
+            return self._begin_at(resume)
+        own = self.own() if resume == "auto" else None
+        if own and (restored := own.resume(self.contents.pieces(), check=self._check)):
+            self._warn_of_ignored_folders(restored.found)
+            before = restored.found.manifest
+            if batch_keys(before.config["data"]) == batch_keys(self._config["data"]):
+                # Fewer ranks for a while do not change what is intended once there are more again.
+                self.contents.intended_batch_tokens = before.state.get("batch_tokens", self.contents.batch_tokens)
+            return self._adopt(restored, moments=True)
+        if self._ckpt.load_ckpt_folder:
+            return self._begin_at(self._ckpt.load_ckpt_folder)
+        if self._ckpt.load_model_only_folder:
+            self._loader.load_at(self._ckpt.load_model_only_folder, self.contents.pieces(moments=False))
+            self.contents.trainer.optimizer.publish_weights()
+        return TrainState()
+
+    def roll_back(self, state: TrainState, spiked_step: int) -> TrainState | None:
+        """Restore the newest checkpoint of this run from before step `spiked_step`, or the one it began from; its state
+        with the data position of `state`. None where there is none.
+        """
+        self._wait()
+        self.contents.trainer.optimizer.wait_weights()
+        restored = self._own_from_before(spiked_step)
+        moments = restored is not None or self._ckpt.load_optimizer
+        if restored is None and self._began_at is not None:
+            restored = self._loader.load(self._began_at, self.contents.pieces(moments=moments))
+        return None if restored is None else replace(self._adopt(restored, moments=moments), position=state.position)
+
+    def _own_from_before(self, spiked_step: int) -> Restored | None:
+        own = self.own()
+        try:
+            return own.resume(self.contents.pieces(), accept=partial(self._is_before, spiked_step)) if own else None
+        except CheckpointError as error:
+            if self._began_at is None:
+                raise
+            if self._mesh.is_main:
+                logger.warning("going back to where this run began: %s", error)
+            return None
+
+    def _is_before(self, spiked_step: int, found: Found) -> bool:
+        """A folder may hold what other runs wrote, and what this one wrote before the spike was known."""
+        run_folder = found.manifest.state.get("run_folder")
+        return (found.name == self.restored or run_folder == self.contents.run_folder) and found.step <= spiked_step
+
+    def _begin_at(self, path: str) -> TrainState:
+        moments = self._ckpt.load_optimizer
+        restored = self._loader.load_at(path, self.contents.pieces(moments=moments), self._check)
+        self._began_at = restored.found
+        return self._adopt(restored, moments=moments)
+
+    def _adopt(self, restored: Restored, *, moments: bool) -> TrainState:
+        state = self.contents.adopt(restored, moments=moments)
+        self.restored = restored.found.name
+        return state
+
+    def _check(self, found: Found) -> None:
+        """Compare with what is stored in a checkpoint. Raises CheckpointError when the data changed, or when there is
+        no training state; warns of what bends the curve.
+        """
+        name, stored = found.name, found.manifest.state
+        if "train" not in stored:
+            raise CheckpointError(
+                f"checkpoint {name} in {found.storage.name} holds weights alone, no training state: to train on from "
+                "them, name this folder in ckpt.load_model_only_folder, and choose another one to save and resume"
+            )
+        changed = data_changes(stored["data"], self.contents.fingerprint) if "data" in stored else []
+        listing = "\n  ".join([f"the training data changed since checkpoint {name} was written:", *changed])
+        if changed and not self._ckpt.allow_changed_data:
+            raise CheckpointError(
+                f"{listing}\nexpected the same files and keys, or batches would repeat or be left out: restore them, "
+                "set ckpt.allow_changed_data=True to go on at the same position of the new data, or start from the "
+                "weights alone with ckpt.load_model_only_folder"
+            )
+        if not self._mesh.is_main:
+            return
+        if changed:
+            logger.warning(f"{listing}\nbatches from here on are drawn from the new data at the same position")
+        tokens = self.contents.batch_tokens
+        if stored.get("batch_tokens", tokens) != tokens:
+            logger.warning(
+                f"a step takes {tokens} tokens now, expected {stored['batch_tokens']} as when the run of "
+                f"checkpoint {name} began; to keep them, change data.micro_num with the number of data-parallel ranks"
+            )
+
+    def _warn_of_ignored_folders(self, found: Found) -> None:
+        """A folder to begin from that was not in the config of the run that is resumed."""
+        before = found.manifest.config.get("ckpt", {})
+        for key in ("load_ckpt_folder", "load_model_only_folder"):
+            path = getattr(self._ckpt, key)
+            if self._mesh.is_main and path and path != before.get(key):
+                logger.warning(
+                    f"ckpt.{key}={path} is not loaded: this run goes on from checkpoint {found.name} of its own in "
+                    f"{found.storage.name}; to begin there instead, choose other save folders, or --resume none"
+                )
+
+    def last_run(self) -> LastRun | None:
+        """The run that wrote the newest checkpoint that looks whole. Not collective.
+
+        None without one, or where it does not say, or when it was saved to other folders: then this is a copy, and the
+        run that wrote it may be alive.
+        """
+        newest = _newest_manifest([manager.storage for manager in self._managers()])
+        if newest is None:
+            return None
+        theirs = newest.config.get("ckpt", {})
+        folder, tokens = newest.state.get("run_folder"), newest.state.get("batch_tokens")
+        same = all(_is_same_folder(theirs, self._ckpt, key) for key in _FOLDER_KEYS)
+        if not (same and isinstance(folder, str) and isinstance(tokens, int)):
+            return None
+        return LastRun(folder, newest.step, tokens, newest.config["data"])
+
+    def own(self) -> CheckpointManager | None:
+        """Resumes from the newest of both folders, also in a run that saves nothing: that one only reads there, and
+        does not keep out another run.
+        """
+        if self._ckpt.enable_save_ckpt:
+            return self._milestones or self._snapshots
+        milestones = self._open(self._ckpt.save_ckpt_folder, writable=False)
+        snapshots = self._open(self._ckpt.snapshot_ckpt_folder, writable=False)
+        self._join(milestones, snapshots)
+        return milestones or snapshots
+
+    def _managers(self) -> list[CheckpointManager]:
+        """Of the folders that this run saves to."""
+        return [manager for manager in (self._milestones, self._snapshots) if manager is not None]
+
+    def _open(self, folder: str | None, *, writable: bool) -> CheckpointManager | None:
+        if folder is None:
+            return None
+        return CheckpointManager(
+            folder, self._mesh, config=self._config, writable=writable, saver=self.saver, s3=self._ckpt.s3
+        )
+
+    def _join(self, milestones: CheckpointManager | None, snapshots: CheckpointManager | None) -> None:
+        """Either resumes from the newest of both. Raises ConfigError for snapshots of a run with other milestones: this
+        run would resume from them, and delete them.
+        """
+        if milestones and snapshots:
+            storage = snapshots.storage
+            on_main(self._mesh, lambda: self._check_owner(storage))
+            milestones.resume_beside(snapshots)
+            snapshots.resume_beside(milestones)
+
+    def _check_owner(self, snapshots: Storage) -> None:
+        """Not collective. Where the snapshots were written to another folder too, both were moved here together."""
+        newest = _newest_manifest([snapshots])
+        theirs = newest.config.get("ckpt", {}) if newest else {}
+        same_milestones, same_snapshots = (_is_same_folder(theirs, self._ckpt, key) for key in _FOLDER_KEYS)
+        if same_snapshots and not same_milestones:
+            raise ConfigError(
+                f"ckpt.snapshot_ckpt_folder={self._ckpt.snapshot_ckpt_folder} holds snapshots of the run that "
+                f"saves to {theirs.get('save_ckpt_folder')}, this one saves to "
+                f"ckpt.save_ckpt_folder={self._ckpt.save_ckpt_folder}: set both folders, or the variable of "
+                "the config that both are made of"
+            )
+
+
+def _newest_manifest(storages: Sequence[Storage]) -> Manifest | None:
+    """Of the newest checkpoint there that looks whole."""
+    named = [(name, storage) for storage in storages for name in catalog.committed(storage)]
+    for name, storage in sorted(named, key=lambda one: one[0], reverse=True):
+        with suppress(CheckpointError):  # reported when it is loaded
+            return catalog.inspect(storage, name).manifest
+    return None
+
+
+def _is_same_folder(theirs: Mapping[str, Any], ours: CkptConfig, key: str) -> bool:
+    """Whether both configs mean the same folder by `key`."""
+    here, there = getattr(ours, key), theirs.get(key)
+    return here == there or (here is not None and there is not None and spelt_out(here) == spelt_out(there))

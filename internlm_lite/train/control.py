@@ -1,0 +1,318 @@
+"""What all ranks do after a step: go on, save, stop, or roll back. Everything that ends or redirects a run is here.
+
+    a signal to any rank            -> save and stop
+    stop file, read by rank 0: N    -> save after step N and stop          -N -> save after step N and go on
+    loss or norm stands out         -> report it; with guard.spike=rollback also roll back
+    too many updates were skipped   -> NumericsError
+
+Requests travel with the gradient norm's all-reduce; updates are skipped on the device (optim/zero.py, optim/spikes.py).
+Both are read on the host one step later: no collective of their own, and the host waits for the step before at most,
+never for the one under way.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from internlm_lite.checkpoint.format.manifest import Kind
+from internlm_lite.config.schema import CkptConfig, Config
+from internlm_lite.errors import NumericsError
+from internlm_lite.faults.signals import StopSignals
+from internlm_lite.optim.norm import Requests
+from internlm_lite.optim.zero import StepOutcome
+from internlm_lite.train.reporter import Reporter
+
+logger = logging.getLogger("internlm_lite")
+
+_LAG_STEPS = 1
+"""So many steps after a step the host knows what happened in it."""
+_MAX_BAD_STEPS_FP16 = 50
+"""A loss scale of 2^24 needs 24 halvings and the hysteresis to come down to 1."""
+_MAX_BAD_STEPS = 10
+"""Of dtypes without a loss scale: nothing changes between two tries but the data."""
+_LARGEST_STEP = 10**12
+"""In the stop file: it travels as a float."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a user or a launcher asks of the whole job."""
+
+    save: bool = False
+    stop: bool = False
+    source: str = ""
+    """Who asks; empty: nobody."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks do after a step."""
+
+    save: Kind | None = None
+    """The checkpoint to write now."""
+    final: bool = False
+    """No step follows: all are done, or a stop was asked for."""
+    stopped_by: str = ""
+    """Who asked to stop before all steps are done; empty: nobody."""
+    rollback_before: int | None = None
+    """The step whose spike is to be undone."""
+
+    @property
+    def stop(self) -> bool:
+        return bool(self.stopped_by)
+
+
+@dataclass(frozen=True)
+class StepSignals:
+    """What the host must know of a step; the same on every rank."""
+
+    signalled: float = 0.0
+    """Ranks that received a signal."""
+    stop_file: float = 0.0
+    """The number in the stop file."""
+    loss_z: float = 0.0
+    """z-score of the loss if it is a spike (`optim.spikes`), else 0."""
+    norm_z: float = 0.0
+    """The same of the gradient norm."""
+    skips_in_a_row: float = 0.0
+    """Updates skipped since the last one that was made."""
+    overflows_in_a_row: float = 0.0
+    """Of them, those at the end whose gradient was not finite."""
+    loss_scale: float = 1.0
+
+    @staticmethod
+    def pack(outcome: StepOutcome) -> torch.Tensor:
+        """One fp64 tensor on the device."""
+        loss_z, norm_z = outcome.spikes.unbind()
+        found = {"loss_z": loss_z, "norm_z": norm_z}
+        names = [field.name for field in fields(StepSignals)]
+        return torch.stack([(found[name] if name in found else getattr(outcome, name)).double() for name in names])
+
+    @classmethod
+    def unpack(cls, packed: torch.Tensor) -> StepSignals:
+        return cls(*packed.tolist())
+
+
+class AsyncScalars:
+    """Numbers being copied to the host. Reading a device tensor later would also wait for all enqueued since."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        if numbers.is_cuda:
+            self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._host.copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._host = numbers
+
+    def wait(self) -> torch.Tensor:
+        """On the host, once they have arrived."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host
+
+
+class StopFile:
+    """`ckpt.stop_file_path`: one integer. Without a path it always holds 0. What is wrong with it is logged once."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._problem = ""
+
+    def read(self) -> int:
+        if self._path is None:
+            return 0
+        try:
+            text = self._path.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return 0
+        except (OSError, UnicodeDecodeError) as error:
+            return self._ignore(str(error))
+        try:
+            number = int(text or "0")
+        except ValueError:
+            number = _LARGEST_STEP + 1
+        if abs(number) <= _LARGEST_STEP:
+            return number
+        return self._ignore(f"found {text[:40]!r}, expected one integer")
+
+    def _ignore(self, problem: str) -> int:
+        if problem != self._problem:
+            self._problem = problem
+            logger.warning("ckpt.stop_file_path %s is not obeyed: %s", self._path, problem)
+        return 0
+
+    def reset(self) -> None:
+        if self._path is None:
+            return
+        try:
+            self._path.write_text("0\n", encoding="utf-8")
+        except OSError as error:
+            logger.warning("ckpt.stop_file_path %s cannot be set back to 0: %s", self._path, error)
+
+
+class ControlChannel:
+    """Requests of single ranks on their way to all ranks, and what a step leaves for the host to know."""
+
+    def __init__(self, signals: StopSignals, stop_file: Path | None) -> None:
+        self._signals, self._stop_file = signals, StopFile(stop_file)
+        self._obeyed = 0.0
+        self._in_flight: AsyncScalars | None = None
+
+    def requests(self) -> Requests:
+        """Of this rank now, to be summed over all ranks in the step under way."""
+        return Requests(float(self._signals.received is not None), float(self._stop_file.read()))
+
+    def exchange(self, outcome: StepOutcome) -> StepSignals | None:
+        """Send off those of this step; returns those of the step before, None if there was none."""
+        arrived = self.drain()
+        self._in_flight = AsyncScalars(StepSignals.pack(outcome))
+        return arrived
+
+    def drain(self) -> StepSignals | None:
+        """Those of the last step."""
+        arrived, self._in_flight = self._in_flight, None
+        return None if arrived is None else StepSignals.unpack(arrived.wait())
+
+    def command(self, signals: StepSignals, steps_done: int) -> Command:
+        """What is asked for after `steps_done` steps. A number in the stop file is obeyed once, and set back to 0."""
+        if signals.signalled:
+            return Command(save=True, stop=True, source=self._signals.received or "a signal to another rank")
+        number = signals.stop_file
+        if number == 0:
+            self._obeyed = 0
+        elif number != self._obeyed and steps_done >= abs(number):
+            self._obeyed = number
+            self._stop_file.reset()
+            return Command(save=True, stop=number > 0, source=f"stop file with {number:.0f}")
+        return Command()
+
+
+class Control:
+    """Decides after every step. The same on every rank."""
+
+    def __init__(self, config: Config, reporter: Reporter, signals: StopSignals, *, is_main: bool) -> None:
+        """`is_main`: this rank reads the stop file, and reports."""
+        self._config, self._reporter, self._is_main = config, reporter, is_main
+        path = config.ckpt.stop_file_path
+        self._channel = ControlChannel(signals, Path(path) if path and is_main else None)
+        self.requests = self._channel.requests
+        self.decision = Decision()
+        """The last one."""
+        self._command = Command()
+        self._requeued = Command()
+        self._deferred: Kind | None = None
+        self._is_fp16 = config.model.torch_dtype_name == "float16"
+        default = _MAX_BAD_STEPS_FP16 if self._is_fp16 else _MAX_BAD_STEPS
+        self._max_bad_steps = config.guard.max_bad_steps or default
+        self._rollbacks: dict[int, int] = {}
+
+    def after_step(self, outcome: StepOutcome, steps_done: int) -> Decision:
+        """Sets and returns `decision`. Raises NumericsError when too many updates were skipped."""
+        arrived, known_step = self._channel.exchange(outcome), steps_done - 1 - _LAG_STEPS
+        spiked = False
+        if arrived is None:
+            self._command, self._requeued = self._requeued, Command()
+        else:
+            self._command = self._channel.command(arrived, steps_done)
+            spiked = self._report_spike(arrived, known_step)
+            self.check_skips(arrived, known_step)
+        all_done = steps_done == self._config.data.total_steps
+        final = all_done or self._command.stop
+        kind = due_kind(self._config.ckpt, steps_done, self._command, all_done=all_done, deferred=self._deferred)
+        # What made this update be skipped may be in the weights already, and would push a good snapshot out.
+        self._deferred = kind if kind and not final and _was_skipped(outcome) else None
+        self.decision = Decision(
+            save=None if self._deferred else kind,
+            final=final,
+            stopped_by="" if all_done or not final else self._command.source,
+            rollback_before=known_step if spiked and self._config.guard.spike == "rollback" else None,
+        )
+        return self.decision
+
+    def rolled_back(self, back_to: int) -> None:
+        """The run goes on from step `back_to`: what is in flight belongs to steps that are undone, and what was asked
+        for is obeyed after the next step. Raises NumericsError when it went back to that step too often.
+        """
+        count = self._rollbacks[back_to] = self._rollbacks.get(back_to, 0) + 1
+        most = self._config.guard.max_rollbacks
+        if count > most:
+            raise NumericsError(
+                f"step {self.decision.rollback_before}: a spike again, after going back to step {back_to} as often as "
+                f"guard.max_rollbacks={most} allows: lower adam.lr, or go on from an older checkpoint with "
+                "--resume PATH"
+            )
+        self._channel.drain()
+        self._requeued, self._deferred, self.decision = self._command, None, Decision()
+
+    def finish(self, steps_done: int) -> None:
+        """No step follows: report what is known of the last one."""
+        if last := self._channel.drain():
+            self._report_spike(last, steps_done - 1)
+
+    def _report_spike(self, signals: StepSignals, step: int) -> bool:
+        """Whether `step` stood out."""
+        scores = {"loss": signals.loss_z, "gradient norm": signals.norm_z}
+        named = [f"{what} (z = {z:.0f})" for what, z in scores.items() if z]
+        if named and self._is_main:
+            action = "noted" if self._config.guard.spike == "note" else "its update was left out"
+            logger.warning(f"step {step}: a spike of {' and '.join(named)}: {action} (guard.spike)")
+            z_scores = {"loss_z": signals.loss_z or None, "norm_z": signals.norm_z or None}
+            self._reporter.event("spike", step=step, **z_scores, action=action)
+        return bool(named)
+
+    def check_skips(self, signals: StepSignals, step: int) -> None:
+        """Raises NumericsError when too many updates up to that of `step` were skipped."""
+        skips = int(signals.skips_in_a_row)
+        if self._is_at_floor(signals):
+            found = f"gradients still overflow with the smallest loss scale, {signals.loss_scale:g}"
+        elif skips > self._max_bad_steps:
+            found = (
+                f"the last {skips} updates were left out because a gradient was not finite or stood out, "
+                f"expected at most {self._max_bad_steps} in a row with {self._config.model.dtype}"
+            )
+        else:
+            return
+        updated = step - skips
+        last = f"the last update was that of step {updated}" if updated >= 0 else "no update was made yet"
+        raise NumericsError(
+            f"step {step}: {found}; {last}: lower adam.lr, look at the data of these steps, or go on from an older "
+            "checkpoint with --resume PATH"
+        )
+
+    def _is_at_floor(self, signals: StepSignals) -> bool:
+        scaler = self._config.grad_scaler
+        if scaler is None or not self._is_fp16:
+            return False
+        at_floor = signals.loss_scale <= (scaler.fp16.min_scale or 0.0)
+        return at_floor and signals.overflows_in_a_row > scaler.hysteresis
+
+
+def _was_skipped(outcome: StepOutcome) -> bool:
+    """Whether the update of this very step was. Waits for the device: asked only when a save is due."""
+    return outcome.skips_in_a_row.item() > 0
+
+
+def due_kind(
+    ckpt: CkptConfig, steps_done: int, command: Command, *, all_done: bool, deferred: Kind | None = None
+) -> Kind | None:
+    """Kind of the checkpoint due after `steps_done` steps: of several the one that is kept longest."""
+    if not ckpt.enable_save_ckpt or steps_done == 0:
+        return None
+    if all_done:
+        return "final"
+    asked = command.save and not command.stop
+    if asked or deferred == "milestone" or _divides(ckpt.checkpoint_every, steps_done):
+        return "milestone"
+    if command.stop:
+        return "rescue"
+    return "snapshot" if deferred or _divides(ckpt.oss_snapshot_freq, steps_done) else None
+
+
+def _divides(every: int | None, steps_done: int) -> bool:
+    return every is not None and every > 0 and steps_done % every == 0

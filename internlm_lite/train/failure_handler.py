@@ -1,0 +1,144 @@
+"""How a rank that fails ends: what it knows is written down, and the cause is looked for among all ranks.
+
+an error on this rank     record it, wait a moment for a better explanation from others, log which rank failed first
+the job stands still      the watchdog's verdict: stacks, record, exit code 4
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from internlm_lite.config.masking import masked
+from internlm_lite.errors import HANG, INTERRUPTED, InternLMError, PeerLostError
+from internlm_lite.faults.beats import Verdict
+from internlm_lite.faults.failure import Failure, read_failures, record, summary
+from internlm_lite.faults.watchdog import unwatched, write_stacks
+from internlm_lite.runtime.place import Place
+from internlm_lite.runtime.start import leave_now
+from internlm_lite.runtime.torchrun import tell_agent
+
+logger = logging.getLogger("internlm_lite")
+
+_CAUSE_SECONDS = 3.0
+"""A rank that lost another one waits so long for that rank's own record, and for its heartbeat to stop."""
+_SAME_FAILURE_SECONDS = 1.0
+"""A rank waits so long for others to fail in the same way."""
+_LAST_WORDS_SECONDS = 15.0
+_VERDICT_SECONDS = 2.0
+"""Until all ranks have read a verdict: a rank that ends breaks the others' collectives. Rank 0 serves the store, and
+ends last."""
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code that an error stands for."""
+    if isinstance(error, InternLMError):
+        return error.exit_code
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+
+
+class FailureHandler:
+    """Of one rank. `folder` is set once the run folder is agreed on; without it nothing is written."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self.folder: Path | None = None
+        self.watchdog = unwatched(place.rank)
+        self.reported_by_peer = False
+        """A lower rank failed in the same way, and logs it."""
+        self._hangs = threading.Event()
+
+    def hang(self, verdict: Verdict) -> None:
+        """Called by the watchdog's thread; ends the process."""
+        self._hangs.set()
+        leave_now(HANG, lambda: self._report_hang(verdict), _LAST_WORDS_SECONDS)
+
+    def _report_hang(self, verdict: Verdict) -> None:
+        rank, folder = self._place.rank, self.folder
+        logger.error("the job stands still: %s", verdict.why)
+        follows = bool(verdict.ranks) and rank not in verdict.ranks
+        tell_agent(self._place.error_file, f"the job stands still: {verdict.why}", follows=follows)
+        if folder is not None:
+            self._write_stacks(folder)
+            self._record(folder, "hang", verdict.why, HANG, follows)
+            for culprit, host in zip(verdict.ranks, verdict.hosts, strict=True):
+                where = (host, verdict.step, verdict.phase)
+                record(folder, Failure(culprit, *where, "hang", verdict.why, HANG, follows=False, guessed=True))
+        time.sleep(max(_VERDICT_SECONDS, self.watchdog.silence_seconds) * (2 if self._place.is_main else 1))
+
+    def log(self, error: BaseException) -> None:
+        """Why this process ends, unless a lower rank logs the same."""
+        if isinstance(error, KeyboardInterrupt):
+            logger.error("interrupted; started again, the run goes on from its newest checkpoint if it has written one")
+        elif isinstance(error, SystemExit):
+            what = f"something called sys.exit({error.code!r}) in the middle of the run"
+            logger.error(f"rank {self._place.rank} failed: {what}")
+        elif not isinstance(error, InternLMError):
+            logger.error(f"rank {self._place.rank} failed", exc_info=error)
+        elif not self.reported_by_peer:
+            logger.error(f"{type(error).__name__}: {error}")
+
+    def _write_stacks(self, folder: Path) -> None:
+        stacks = folder / "logs" / f"rank-{self._place.rank:05d}.stacks"
+        try:
+            write_stacks(stacks)
+        except OSError as error:
+            logger.error("cannot write %s: %s", stacks, error.strerror)
+        else:
+            logger.error("rank %d: the stacks of its threads are in %s", self._place.rank, stacks)
+
+    def failed(self, error: BaseException) -> None:
+        """Record why this rank ends, and log who failed first if it was another rank."""
+        if isinstance(error, PeerLostError) and self._hangs.is_set():
+            time.sleep(_LAST_WORDS_SECONDS)  # it was lost because the job stands still: that ends this process
+        folder, code, kind = self.folder, code_of(error), type(error).__name__
+        if folder is None:
+            return
+        if isinstance(error, KeyboardInterrupt):
+            self._record(folder, "interrupted", "by Ctrl-C", code, follows=False)
+            return
+        lost = isinstance(error, PeerLostError)
+        culprits = error.guilty if isinstance(error, InternLMError) else ()
+        follows = lost or (bool(culprits) and self._place.rank not in culprits)
+        message = str(masked(str(error)))
+        trace = str(masked("".join(traceback.format_exception(error))))
+        if follows:
+            self._await_cause(folder)
+        self._record(folder, kind, message, code, follows, trace)
+        if isinstance(error, InternLMError) and not lost:
+            self.reported_by_peer = self._await_lower_rank(folder, kind, message)
+        failures = read_failures(folder)
+        if failures and (failures[0].kind, failures[0].message) != (kind, message):
+            logger.error("%s", summary(failures))
+
+    def _await_lower_rank(self, folder: Path, kind: str, message: str) -> bool:
+        """Whether a lower rank failed in the same way, as all do by a wrong path: only the first logs it."""
+        deadline = time.monotonic() + _SAME_FAILURE_SECONDS
+        while not self._place.is_main and time.monotonic() < deadline:
+            lower = [failure for failure in read_failures(folder) if failure.rank < self._place.rank]
+            if any((failure.kind, failure.message) == (kind, message) for failure in lower):
+                return True
+            time.sleep(0.05)
+        return False
+
+    def _await_cause(self, folder: Path) -> None:
+        """Until another rank has recorded why it failed, or is known to be gone without a record."""
+        deadline = time.monotonic() + _CAUSE_SECONDS + self.watchdog.silence_seconds
+        here, why = self.watchdog.here, "it is gone without a word: killed, out of memory, or its host is down"
+        while time.monotonic() < deadline:
+            if any(not failure.follows and failure.rank != self._place.rank for failure in read_failures(folder)):
+                return
+            for rank in self.watchdog.silent():
+                # Its last beat may be many steps old; it is missed where this rank waits for it.
+                where = (self.watchdog.host_of(rank), here.step, here.phase)
+                code = PeerLostError.exit_code
+                record(folder, Failure(rank, *where, "lost", why, code, follows=False, guessed=True))
+            time.sleep(0.1)
+
+    def _record(self, folder: Path, kind: str, message: str, code: int, follows: bool, trace: str = "") -> None:
+        here = self.watchdog.here
+        where = (self._place.rank, here.host, here.step, here.phase)
+        record(folder, Failure(*where, kind, message, code, follows, trace))

@@ -1,0 +1,132 @@
+"""The model of a run on this rank: how it is wired together, one optimizer step, and an evaluation.
+
+    loss of a micro-batch = sum over its labels * loss_scale / tokens of the global batch
+
+The divisor is a constant known before the forward pass; the optimizer replaces it by the true number of labels, which
+it learns in the same collective as the gradient norm (optim/norm.py). Gradients are reduced in optim/reduce.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from internlm_lite.batch import Batch
+from internlm_lite.config.schema import Config
+from internlm_lite.data.loader import ValidationData
+from internlm_lite.layers.flash import choose_backend, packed
+from internlm_lite.mesh.mesh import Mesh
+from internlm_lite.models.initialise import initialise
+from internlm_lite.models.stages import Stages, build_stages, units_of
+from internlm_lite.monitor.metrics import Collected, FolderMetrics
+from internlm_lite.optim.norm import Requests
+from internlm_lite.optim.zero import HybridZeroOptimizer, StepOutcome
+from internlm_lite.pipeline.engine import Engine, HiddenShape, OneRank, Pipeline
+from internlm_lite.runtime.device import torch_dtype
+from internlm_lite.train.profiling import Stopwatch
+
+
+@dataclass(frozen=True)
+class BatchTask:
+    """The micro-batches of one batch through this rank's stages (`pipeline.engine.Task`)."""
+
+    stages: Stages
+    batch: Batch
+    scale: torch.Tensor
+    """Device scalar that multiplies the differentiable sum."""
+    metrics: FolderMetrics
+    """Gets the losses."""
+    loss_sum: torch.Tensor
+    """fp64 device scalar; the training loss is added to it."""
+
+    def forward(self, stage: int, micro: int, hidden: torch.Tensor | None) -> torch.Tensor:
+        batch, model = self.batch, self.stages[stage]
+        attend = packed(model.backend, batch.cu_seqlens[micro], batch.cu_seqlens_host[micro], batch.max_seqlen)
+        return model.hidden(batch.tokens[micro] if hidden is None else hidden, batch.positions[micro], attend)
+
+    def loss(self, micro: int, hidden: torch.Tensor) -> torch.Tensor:
+        labels, last = self.batch.labels[micro], self.stages[max(self.stages)]
+        losses = last.losses(hidden, labels, self.scale)
+        self.metrics.add(self.batch.folders[micro], labels, losses.token_loss, losses.correct, losses.train_loss_sum)
+        self.loss_sum.add_(losses.train_loss_sum.detach())
+        return losses.scaled_sum
+
+
+class Trainer:
+    """The stages of this rank, the engine that runs them, the optimizer that updates them. Methods are collective."""
+
+    def __init__(self, config: Config, mesh: Mesh, folders: Sequence[str] = ("data",)) -> None:
+        """Weights are drawn from `config.seed`. `folders`: names of the data folders that a batch refers to."""
+        self.mesh, dtype = mesh, torch_dtype(config.model.dtype)
+        self.backend = choose_backend(config.model, mesh.device)
+        self.stages = build_stages(config, mesh, self.backend)
+        if mesh.device.type != "meta":  # there are only shapes
+            initialise(nn.ModuleList(self.stages.values()), config.seed)
+        self.optimizer = HybridZeroOptimizer(units_of(self.stages), config, mesh, dtype)
+        self.engine = build_engine(config, mesh, self.stages)
+        self.metrics = FolderMetrics(folders, mesh)
+        """Losses of the training steps since they were last collected."""
+        self.fwd_bwd_time = Stopwatch(mesh.device)
+        """Time in forward and backward passes since it was last taken."""
+
+    def step(
+        self,
+        batch: Batch,
+        step: int,
+        *,
+        requests: Callable[[], Requests] = Requests,
+        before_update: Callable[[], object] = lambda: None,
+    ) -> StepOutcome:
+        """Train on `batch`; `step`: training steps before this one.
+
+        `requests` is called after the backward pass; its result is summed over all ranks along with the gradient norm.
+        `before_update` is called between backward and update, where ranks begin to wait for each other.
+        """
+        global_tokens = batch.tokens.numel() * self.mesh.dp.size
+        scale = self.optimizer.loss_scale.double() / global_tokens  # fp64: an fp64 model is exact to its own rounding
+        self.fwd_bwd_time.start()
+        self.optimizer.begin(batch.micro_num)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        self.engine.train(BatchTask(self.stages, batch, scale, self.metrics, loss_sum), batch.micro_num)
+        self.fwd_bwd_time.stop()
+        before_update()
+        return self.optimizer.step(step, batch.stats.num_labels, global_tokens, requests(), loss_sum)
+
+    @torch.no_grad()
+    def evaluate(self, data: ValidationData, batch_done: Callable[[], object] = lambda: None) -> Collected:
+        """Loss and accuracy per validation folder over the whole job.
+
+        Never changes training: no gradient, no random number, metrics of its own.
+        """
+        device, metrics = self.mesh.device, FolderMetrics(data.folders, self.mesh)
+        one, loss_sum = torch.ones((), device=device), torch.zeros((), dtype=torch.float64, device=device)
+        with closing(data.batches()) as batches:
+            for host_batch in batches:
+                batch = host_batch.to(device)
+                self.engine.evaluate(BatchTask(self.stages, batch, one, metrics, loss_sum), batch.micro_num)
+                batch_done()
+        return metrics.collect()
+
+
+def build_engine(config: Config, mesh: Mesh, stages: Stages) -> Engine:
+    """What runs micro-batches through the stages of this rank and its neighbours."""
+    if mesh.pp.size == 1:
+        return OneRank()
+    tp_ctx = next(iter(stages.values())).tp_ctx
+    return Pipeline(
+        stages,
+        mesh.pp,
+        schedule=config.schedule,
+        shape=HiddenShape(
+            rows=tp_ctx.rows(config.data.micro_bsz * config.data.seq_len),
+            hidden_size=config.model.hidden_size,
+            dtype=tp_ctx.dtype,
+            device=mesh.device,
+        ),
+        early_receive=config.parallel.pipeline.interleaved_overlap,
+        pop_deferred=tp_ctx.weight_grads.pop_deferred,
+    )

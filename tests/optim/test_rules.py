@@ -1,0 +1,244 @@
+"""Every update rule against a plain reimplementation, and what the optimizer asks of each of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from internlm_lite.config.schema import AdamConfig, Config
+from internlm_lite.mesh.mesh import Mesh, single_process_mesh
+from internlm_lite.optim.buckets import Bucket, build_buckets
+from internlm_lite.optim.lr_schedule import learning_rate
+from internlm_lite.optim.rules import RULES, AdamW, Shard, UpdateRule
+from internlm_lite.optim.zero import HybridZeroOptimizer
+from tests.corpus import write_corpus
+from tests.optim.test_zero import (
+    MICRO,
+    ROWS,
+    STEPS,
+    Unit,
+    assert_same_training,
+    config,
+    loss_of,
+    reference,
+    rows,
+    train,
+)
+from tests.train.layouts import LIMIT, Layout, config_of
+from tests.train.runs import curve, run_training
+from tests.world import run_world
+
+ADAM = AdamConfig(lr=1e-2, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.97)
+Bits = list[torch.Tensor]
+
+
+def with_rule(name: str, cfg: Config) -> Config:
+    return Config.model_validate({**cfg.model_dump(), "optimizer": {"name": name}})
+
+
+def build(rule: type[UpdateRule], dtype: torch.dtype = torch.float64) -> tuple[UpdateRule, list[Shard]]:
+    """A rule for two shards, one with weight decay; zeros of both signs are among the weights."""
+    generator = torch.Generator().manual_seed(1)
+    shards = []
+    for decay in (True, False):
+        weights = torch.randn(64, generator=generator, dtype=torch.float64).to(dtype)
+        weights[:2] = torch.tensor([0.0, -0.0])
+        shards.append(Shard(weights, decay, {role: torch.zeros_like(weights) for role in rule.roles}))
+    return rule(shards, ADAM), shards
+
+
+def update(rule: UpdateRule, shards: list[Shard], step: int, skipped: bool = False, value: float | None = None) -> None:
+    generator = torch.Generator().manual_seed(50 + step)
+    grads = [torch.randn(64, generator=generator, dtype=torch.float64).to(shard.weights.dtype) for shard in shards]
+    if value is not None:
+        grads = [torch.full_like(grad, value) for grad in grads]
+    lr = torch.tensor(1e-2 / (step + 1), dtype=torch.float64)
+    rule.update(grads, lr, 0.97, torch.tensor(skipped))
+
+
+def bits(shards: list[Shard]) -> Bits:
+    """Of all tensors: -0.0 differs from 0.0, and nan equals itself."""
+    integers = {4: torch.int32, 8: torch.int64}
+    tensors = [tensor for shard in shards for tensor in (shard.weights, *shard.state.values())]
+    return [tensor.view(integers[tensor.element_size()]).clone() for tensor in tensors]
+
+
+def same(a: Bits, b: Bits) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def lion(cfg: Config) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """The training of `tests.optim.test_zero.reference` with Lion, as its paper writes it."""
+    units = [Unit(f"layers.{i}", torch.float64) for i in range(4)]
+    params = [param for unit in units for param in (unit.weight, unit.bias)]
+    momenta = [torch.zeros_like(param) for param in params]
+    adam, norms = cfg.adam, []
+    for step in range(STEPS):
+        total = torch.stack([loss_of(units, rows(step, m)) for m in range(MICRO)]).sum() / (MICRO * ROWS / 2)
+        grads = torch.autograd.grad(total, params)
+        norms.append(torch.nn.utils.get_total_norm(grads).item())
+        lr = learning_rate(step, adam.lr, cfg.lr_scheduler)
+        for param, momentum, grad in zip(params, momenta, grads, strict=True):
+            clipped = grad * min(1.0, 0.5 / (norms[-1] + 1e-6))
+            direction = torch.sign(adam.adam_beta1 * momentum + (1 - adam.adam_beta1) * clipped)
+            decay = adam.weight_decay if param.dim() > 1 else 0.0
+            param.data -= lr * (direction + decay * param.data)
+            momentum.copy_(cfg.beta2_scheduler.init_beta2 * momentum + (1 - cfg.beta2_scheduler.init_beta2) * clipped)
+    return {p.part.name: p.detach() for p in params}, norms
+
+
+def test_lion_equals_the_algorithm_of_its_paper() -> None:
+    cfg = with_rule("lion", config())
+    result = train(single_process_mesh(), cfg)
+    assert_same_training(result, lion(cfg))
+    assert {role for _, role in result["pieces"]} == {"master", "exp_avg"}
+
+
+def _train_lion(mesh: Mesh) -> dict[str, Any]:
+    return train(mesh, with_rule("lion", config()))
+
+
+def test_lion_on_shards_equals_lion_on_one_process() -> None:
+    for result in run_world(_train_lion, 2):
+        assert_same_training(result, lion(with_rule("lion", config())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adamw_has_the_bits_of_torchs_optimizer(dtype: torch.dtype) -> None:
+    """A step that is skipped in between does not count."""
+    rule, ours = build(AdamW, dtype)
+    _, theirs = build(AdamW, dtype)
+    params = [torch.nn.Parameter(shard.weights) for shard in theirs]
+    groups = [
+        {"params": [param], "weight_decay": ADAM.weight_decay if shard.decay else 0.0}
+        for param, shard in zip(params, theirs, strict=True)
+    ]
+    torch_rule = torch.optim.AdamW(groups, betas=(0.9, 0.97), eps=ADAM.adam_eps, fused=True)
+    for step in range(8):
+        if step == 3:
+            update(rule, ours, step, skipped=True, value=float("nan"))
+            continue
+        update(rule, ours, step)
+        generator = torch.Generator().manual_seed(50 + step)
+        for param in params:
+            param.grad = torch.randn(64, generator=generator, dtype=torch.float64).to(dtype)
+        for group in torch_rule.param_groups:
+            group["lr"] = 1e-2 / (step + 1)
+        torch_rule.step()
+    for shard, param in zip(ours, params, strict=True):
+        assert torch.equal(shard.weights, param.detach())
+        assert all(torch.equal(shard.state[role], torch_rule.state[param][role]) for role in AdamW.roles)
+    assert rule.state_dict() == {"adam_steps": 7}
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+def test_a_skipped_update_changes_no_bit(name: str, value: float | None) -> None:
+    rule, shards = build(RULES[name])
+    update(rule, shards, 0, skipped=True, value=value)
+    assert same(bits(shards), bits(build(RULES[name])[1]))
+    update(rule, shards, 1)
+    before, counters = bits(shards), rule.state_dict()
+    update(rule, shards, 2, skipped=True, value=value)
+    assert same(bits(shards), before) and rule.state_dict() == counters
+    update(rule, shards, 3)
+    assert not same(bits(shards), before)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_resumes_bit_for_bit_or_starts_again(name: str) -> None:
+    cfg, mesh = with_rule(name, config()), single_process_mesh()
+
+    def fresh() -> tuple[HybridZeroOptimizer, list[Unit]]:
+        units = [Unit("layers.0", torch.float64)]
+        return HybridZeroOptimizer(list(units), cfg, mesh, torch.float64), units
+
+    def steps(optimizer: HybridZeroOptimizer, units: list[Unit], first: int, last: int) -> list[torch.Tensor]:
+        for step in range(first, last):
+            optimizer.begin(1)
+            loss_of(units, rows(step, 0)).backward()
+            optimizer.step(step, num_labels=8, global_tokens=8)
+        return [piece.tensor.clone() for piece in optimizer.pieces()]
+
+    first, units = fresh()
+    saved, counters = steps(first, units, 0, 3), first.state_dict()
+    whole = steps(first, units, 3, 6)
+    second, units = fresh()
+    for piece, tensor in zip(second.pieces(), saved, strict=True):
+        piece.tensor.copy_(tensor)
+    second.load_state_dict(counters, moments=True)
+    second.publish_weights()
+    assert all(torch.equal(a, b) for a, b in zip(steps(second, units, 3, 6), whole, strict=True))
+    second.load_state_dict(counters, moments=False)
+    assert all(not tensor.any() for _, state in second.shards() for role, tensor in state.items() if role != "master")
+    assert second.state_dict() == {**counters, **fresh()[0]._rule.state_dict()}
+
+
+class WholeAdamW(AdamW):
+    """A rule that asks for whole matrices; what it computes is AdamW, so that results can be compared."""
+
+    whole_matrices = True
+
+
+def _train_whole(mesh: Mesh) -> tuple[dict[str, Any], list[tuple[int, list[tuple[int, int]]]]]:
+    """(training, per bucket (shard size, [(start, stop)] of its parameters))."""
+    RULES["adamw"] = WholeAdamW  # in this rank's own process
+    cfg = config(reduce_bucket_size=1300)
+    params = [param for i in range(5) for param in Unit(f"layers.{i}", torch.float64).parameters()]
+    buckets: list[Bucket] = build_buckets(params, mesh.zero, cfg)  # type: ignore[arg-type]
+    layout = [(bucket.shard_size, [(slot.start, slot.stop) for slot in bucket.slots]) for bucket in buckets]
+    return train(mesh, cfg), layout
+
+
+def test_a_rule_for_whole_matrices_gets_them_whole() -> None:
+    results = run_world(_train_whole, 4)
+    for result, layout in results:
+        assert_same_training(result, reference(config()))
+        for shard_size, spans in layout:
+            assert all(start // shard_size == (stop - 1) // shard_size for start, stop in spans)
+            assert all(a[1] <= b[0] for a, b in zip(sorted(spans), sorted(spans)[1:], strict=False)), "no overlap"
+    owners = [{name for name, role in result["pieces"] if role == "master"} for result, _ in results]
+    assert sum(map(len, owners)) == len(set.union(*owners)) == 8, "each parameter has one owner"
+    assert sum(results[0][0]["elements"]) == 4 * (24 * 24 + 24)
+
+
+LAYOUTS = {
+    "one process": Layout(),
+    "dp2": Layout(dp=2, bucket=1500),
+    "tp2 sp": Layout(tp=2, sp=True),
+    "pp2": Layout(pp=2, bucket=1500),
+}
+Curve = list[tuple[float, float]]
+
+
+def _train_and_resume(mesh: Mesh, layout: Layout, corpus: Path, folder: Path) -> tuple[Curve, Curve]:
+    """Loss and gradient norm of all steps, and of those after the checkpoint of step 2, resumed from it."""
+    sections: dict[str, Any] = {"optimizer": {"name": "lion"}, "adam": {"lr": 1e-3, "weight_decay": 0.1}}
+    ckpt = {
+        "enable_save_ckpt": True,
+        "checkpoint_every": 2,
+        "async_upload": False,
+        "save_ckpt_folder": str(folder / "ckpt"),
+    }
+    whole = run_training(mesh, config_of(layout, corpus, ckpt=ckpt, **sections), folder / "whole")
+    (commit,) = (folder / "ckpt" / "commits").glob(f"{2:010d}-*.json")
+    resumed = config_of(layout, corpus, ckpt={"load_ckpt_folder": str(commit)}, **sections)
+    return curve(whole), curve(run_training(mesh, resumed, folder / "resumed"))
+
+
+def test_lion_trains_the_same_in_every_layout_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    curves: dict[str, Curve] = {}
+    for name, layout in LAYOUTS.items():
+        args = (layout, corpus, tmp_path / name)
+        sizes = {"tensor": layout.tp, "pipeline": layout.pp}
+        whole, resumed = run_world(_train_and_resume, layout.world, args, **sizes)[0]
+        assert len(whole) == 5 and resumed == whole[2:], name
+        curves[name] = whole
+    for name, found in curves.items():
+        for step, one in zip(found, curves["one process"], strict=True):
+            assert step == pytest.approx(one, rel=LIMIT), name
+    assert curves["dp2"][-1][0] < curves["dp2"][0][0], "the loss falls"

@@ -30,7 +30,7 @@ def build_stages(config: Config, mesh: Mesh, backend: AttentionBackend) -> Stage
     tied_over = ("ends",) if model.tie_word_embeddings and not ends_on_one_rank else ()
     stages: Stages = {}
     for number in rank_to_stages(mesh.pp.rank, mesh.pp.size, model.num_chunks, schedule):
-        spec = StageSpec(layers[number], number == 0, number == last, tied_over)
+        spec = StageSpec(layers[number], first=number == 0, last=number == last, tied_over=tied_over)
         embedding = stages[0].tok_embeddings if model.tie_word_embeddings and 0 in stages else None
         tied = None if embedding is None else embedding.weight
         if tied is not None and spec.last:
@@ -41,7 +41,7 @@ def build_stages(config: Config, mesh: Mesh, backend: AttentionBackend) -> Stage
 
 def layers_of_stages(config: Config) -> list[range]:
     """The layers of every stage of the pipeline, balanced by floating point operations."""
-    sample = model_to_ask(config.model.model_copy(update={"num_layers": 1}))
+    sample = meta_model(config.model.model_copy(update={"num_layers": 1}))
     assert sample.tok_embeddings is not None and sample.output is not None
     (block,), seq_len = sample.blocks(), config.data.seq_len
     return split_layers(
@@ -53,14 +53,14 @@ def layers_of_stages(config: Config) -> list[range]:
     )
 
 
-def model_to_ask(config: ModelConfig) -> Transformer:
+def meta_model(config: ModelConfig) -> Transformer:
     """The whole model as one process would hold it, on the meta device, which takes no memory: to ask what it costs."""
     return build_model(config, 0.0, single_process_mesh(torch.device("meta")), AttentionBackend.SDPA)
 
 
 def model_flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Forward and backward FLOPs of the model's own matrix products per token, nothing recomputed. MFU counts these."""
-    return 3 * model_to_ask(config).flops_per_token(seq_len)
+    return 3 * meta_model(config).flops_per_token(seq_len)
 
 
 def _stage_ranks(config: Config) -> tuple[int, ...]:

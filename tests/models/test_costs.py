@@ -29,7 +29,7 @@ from internlm_lite.mesh.mesh import plan_mesh, single_process_mesh, sizes_of
 from internlm_lite.models import decoder
 from internlm_lite.models.decoder import Block, StageSpec, Transformer, tensor_parallel_context
 from internlm_lite.models.head import Head
-from internlm_lite.models.stages import model_flops_per_token, model_to_ask
+from internlm_lite.models.stages import model_flops_per_token, meta_model
 from tests.apps.planner.test_memory import SHAPES
 from tests.apps.planner.test_traffic import LAYOUTS
 from tests.cli import ROOT
@@ -208,4 +208,4 @@ def test_the_models_of_configs_know_their_flops(name: str) -> None:
 def test_tensor_parallel_ranks_give_the_flops_of_all_ranks() -> None:
     mesh = plan_mesh(sizes_of(2, 2, 1, -1), 1, torch.device("meta"))
     half = decoder.build_model(small_config(), 0.0, mesh, AttentionBackend.SDPA)
-    assert half.flops_per_token(T) == model_to_ask(small_config()).flops_per_token(T)
+    assert half.flops_per_token(T) == meta_model(small_config()).flops_per_token(T)

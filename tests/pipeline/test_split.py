@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internlm_lite.config.schema import Config
-from internlm_lite.models.stages import layers_of_stages, model_to_ask
+from internlm_lite.models.stages import layers_of_stages, meta_model
 from internlm_lite.pipeline.split import rank_to_stages, split_layers, stage_to_rank
 
 LAYOUTS = [("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("zbv", 2)]
@@ -67,7 +67,7 @@ def test_the_20b_model_over_four_stages() -> None:
             "parallel": {"pipeline": {"size": 4}},
         }
     )
-    model = model_to_ask(config.model)
+    model = meta_model(config.model)
     costs = (
         model.blocks()[0].flops_per_token(2048),
         model.tok_embeddings.lookup_ops_per_token(),

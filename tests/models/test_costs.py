@@ -29,7 +29,7 @@ from internlm_lite.mesh.mesh import plan_mesh, single_process_mesh, sizes_of
 from internlm_lite.models import decoder
 from internlm_lite.models.decoder import Block, StageSpec, Transformer, tensor_parallel_context
 from internlm_lite.models.head import Head
-from internlm_lite.models.stages import model_flops_per_token, meta_model
+from internlm_lite.models.stages import meta_model, model_flops_per_token
 from tests.apps.planner.test_memory import SHAPES
 from tests.apps.planner.test_traffic import LAYOUTS
 from tests.cli import ROOT

@@ -1,7 +1,7 @@
-"""Keys and values of what was read so far, so that a new token costs one position instead of a whole forward pass.
+"""Keys and values of the tokens so far, so that a new token costs one position instead of a whole forward pass.
 
 prefill   all prompts packed in one row, as in training; each prompt's keys and values are kept
-decode    one new token of every sequence at once; sequence b looks at its own lengths[b] + 1 positions
+decode    one new token of every sequence at once; sequence b attends to its own lengths[b] + 1 positions
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from internlm_lite.layers.attention import Attend
+from internlm_lite.layers.flash import Attend
 
 
 class KVCache:
     """For `batch` sequences of at most `capacity` tokens. `prefill` once, then `decode` and `advance` in turn.
 
-    A rank keeps the layers and heads that it computes, and no others.
+    A rank keeps the layers and heads that it computes, only.
     """
 
     def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
@@ -32,11 +32,11 @@ class KVCache:
         self.lengths.copy_(torch.tensor(lengths))
         self._longest = max(lengths)
 
-        def remember(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def fill(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             self._keys[layer], self._values[layer] = self._rows(k, lengths), self._rows(v, lengths)
             return attend(layer, q, k, v)
 
-        return remember
+        return fill
 
     def _rows(self, packed: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """[sum of lengths, Hkv, D] -> [batch, capacity, Hkv, D]; zeros else: a masked value takes part as 0 * value."""
@@ -51,7 +51,7 @@ class KVCache:
         seen = torch.arange(self._longest + 1, device=self.lengths.device) <= self.lengths.unsqueeze(1)
         mask = seen[:, None, None]  # [B, 1, 1, longest + 1]
 
-        def look_up(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend_to_cache(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             self._keys[layer][rows, self.lengths] = k
             self._values[layer][rows, self.lengths] = v
             keys = self._keys[layer][:, : self._longest + 1].transpose(1, 2)  # [B, Hkv, longest + 1, D]
@@ -60,7 +60,7 @@ class KVCache:
             mixed = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=mask, enable_gqa=grouped)
             return mixed.squeeze(2)
 
-        return look_up
+        return attend_to_cache
 
     def advance(self) -> None:
         """The token of the last `decode` is now part of every sequence."""

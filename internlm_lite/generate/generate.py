@@ -64,9 +64,9 @@ def _prefill(model: WholeModel, prompts: list[list[int]], cache: KVCache) -> tor
     """Logits [B, vocab] of each prompt's last token."""
     device = cache.lengths.device
     lengths = [len(prompt) for prompt in prompts]
-    borders = (0, *accumulate(lengths))
+    boundaries = (0, *accumulate(lengths))
     tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
     positions = torch.cat([torch.arange(length, device=device) for length in lengths])
-    cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=device)
-    attend = packed(model.any_stage.backend, cu_seqlens, borders, max(lengths))
+    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
+    attend = packed(model.any_stage.backend, cu_seqlens, boundaries, max(lengths))
     return model.logits(tokens, positions, cache.prefill(lengths, attend), rows=cu_seqlens[1:].long() - 1)

@@ -11,7 +11,6 @@ from internlm_lite.mesh.layout import Parameter, Piece
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.decoder import build_model
 from internlm_lite.models.stages import WholeModel
-from internlm_lite.runtime.device import torch_dtype
 
 
 def load_model(
@@ -26,7 +25,7 @@ def load_model(
     found = loader.open(path)
     config = found.config()
     shape = config.model if dtype is None else config.model.model_copy(update={"dtype": dtype})
-    backend = choose_backend(shape.use_flash_attn, torch_dtype(shape.dtype), mesh.device, shape.head_dim)
+    backend = choose_backend(shape, mesh.device)
     model = build_model(shape, config.loss.label_smoothing, mesh, backend)
     loader.load(found, [piece_of(param) for param in model.parameters()])
     return WholeModel({0: model}, mesh), config

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from internlm_lite.errors import ConfigError
-from internlm_lite.layers.placement import accumulation_dtype
+from internlm_lite.layers.tensor_parallel import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Sampler:
         if self.sampling.temperature == 0:
             return logits.argmax(dim=-1)
         exact = logits.to(accumulation_dtype(logits.dtype)) / self.sampling.temperature
-        exact = exact.nan_to_num()  # looking at a sick model must not end the run
+        exact = exact.nan_to_num()  # sampling from a broken model must not end the run
         ordered, tokens = exact.sort(dim=-1, descending=True, stable=True)
         probabilities = keep_top(ordered.softmax(dim=-1), self.sampling.top_k, self.sampling.top_p)
         choice = torch.multinomial(probabilities, 1, generator=self._generator)

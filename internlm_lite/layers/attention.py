@@ -2,58 +2,60 @@
 
     wqkv:  [ q0 .. q(g-1) k v | q0 .. q(g-1) k v | ... ]      one block per key/value head, g query heads each
 
-so a tensor-parallel rank's share, whole key/value heads, is one range of rows.
-What the queries may look at is not decided here: `attend` is packed attention in training, a cache in generation.
+so a tensor-parallel rank's part, whole key/value heads, is one range of rows.
+Which positions a query attends to is not decided here: `attend` is packed attention in training, a cache in generation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import nn
 
+from internlm_lite.config.schema import ModelConfig
 from internlm_lite.errors import ConfigError
-from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns
-from internlm_lite.layers.placement import Placement
+from internlm_lite.layers.costs import Bytes, CostedLayer, RowShape, add_bytes
+from internlm_lite.layers.flash import Attend
+from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns, output_std
 from internlm_lite.layers.rope import Rotary
-
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(layer number, q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, H, D]; q, k are rotated, v may be strided."""
+from internlm_lite.layers.tensor_parallel import TensorParallelContext, accumulation_dtype
 
 
-class Attention(nn.Module):
+class Attention(CostedLayer):
     """[T, hidden] outside -> the same. Raises ConfigError when heads do not divide as they must."""
 
-    def __init__(
-        self,
-        name: str,
-        layer: int,
-        *,
-        hidden_size: int,
-        heads: int,
-        kv_heads: int,
-        bias: bool,
-        init_std: float,
-        out_std: float,
-        place: Placement,
-    ) -> None:
+    def __init__(self, name: str, layer: int, config: ModelConfig, tp_ctx: TensorParallelContext) -> None:
         super().__init__()
-        check_heads(hidden_size, heads, kv_heads, place.group.size)
+        hidden_size, kv_heads, bias = config.hidden_size, config.kv_heads, not config.no_bias
+        check_heads(hidden_size, config.num_attention_heads, kv_heads, tp_ctx.group.size)
         self.layer = layer
-        self.place = place
-        self.head_dim = hidden_size // heads
-        self.queries = heads // kv_heads  # per key/value head
+        self.head_dim = config.head_dim
+        self.queries = config.num_attention_heads // kv_heads  # per key/value head
         rows = kv_heads * (self.queries + 2) * self.head_dim
-        self.wqkv = ColumnLinear(f"{name}.wqkv", hidden_size, rows, bias, init_std, place)
-        self.wo = RowLinear(f"{name}.wo", hidden_size, hidden_size, bias, out_std, place)
+        self.wqkv = ColumnLinear(f"{name}.wqkv", hidden_size, rows, tp_ctx, init_std=config.init_std, bias=bias)
+        self.wo = RowLinear(f"{name}.wo", hidden_size, hidden_size, tp_ctx, init_std=output_std(config), bias=bias)
 
     def forward(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
-        (qkv,) = columns(x, self.place, self.wqkv)
+        (qkv,) = columns(x, self.wqkv)
         heads = qkv.view(qkv.shape[0], -1, self.queries + 2, self.head_dim)  # [T, Hkv, g + 2, D]
         q, k, v = heads.split([self.queries, 1, 1], dim=2)
         mixed = attend(self.layer, rotary(q).flatten(1, 2), rotary(k).squeeze(2), v.squeeze(2))
         return self.wo(mixed.flatten(1))
+
+    def flops_per_token(self, seq_len: int) -> int:
+        query_features = self.wo.weight.part.shape[1]
+        return super().flops_per_token(seq_len) + 4 * seq_len * query_features  # scores, and the mix of values
+
+    def saved_bytes(self, row: RowShape) -> Bytes:
+        weight, output = self.wqkv.weight, self.wo.saved_bytes(row)["projection inputs"]
+        kv_heads = weight.shape[0] // (self.queries + 2) // self.head_dim
+        rotated = kv_heads * (self.queries + 1) * self.head_dim
+        statistics = kv_heads * self.queries * accumulation_dtype(weight.dtype).itemsize
+        kept = {
+            "queries, keys, values": row.tokens * weight.shape[0] * weight.itemsize,  # wqkv's output: v is part of it
+            "rotated queries, keys": row.tokens * rotated * weight.itemsize,
+            "attention output": output * (1 + row.attention_by_document),  # the input of wo; before, the documents' own
+            "attention statistics": row.tokens * statistics,  # log of the softmax's denominator
+        }
+        return add_bytes(self.wqkv.saved_bytes(row), kept)
 
 
 def check_heads(hidden_size: int, heads: int, kv_heads: int, tp_size: int) -> None:

@@ -3,46 +3,38 @@
 split hidden:      each rank looks up its columns of every row, then the columns are gathered
 split vocabulary:  each rank looks up the tokens whose rows it holds, zero elsewhere, then the rows are summed
 
-With sequence parallelism a rank gets all columns of its share of the rows in either case.
+With sequence parallelism a rank gets all columns of its own rows in either case.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from internlm_lite.layers.placement import Placement
+from internlm_lite.config.schema import ModelConfig
+from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape
+from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.mesh.conjugate import columns_to_rows, gather_last
 from internlm_lite.mesh.layout import parameter, split
 
 
-class Embedding(nn.Module):
-    """tokens [T] int64 -> [T, hidden] outside split layers (layers/placement.py).
+class Embedding(CostedLayer):
+    """tokens [T] int64 -> [T, hidden] outside split layers (layers/tensor_parallel.py).
 
-    `grad_scale` = a gives a*e + (1-a)*e.detach(): the same values, a times the gradient (GLM-130B, arXiv:2210.02414,
-    section 2.2: embedding gradient shrink).
+    model.embed_grad_scale = a gives a*e + (1-a)*e.detach(): the same values, a times the gradient (GLM-130B,
+    arXiv:2210.02414, section 2.2: embedding gradient shrink). `summed`: see `Layout.summed`.
     """
 
     def __init__(
-        self,
-        name: str,
-        vocab_size: int,
-        hidden_size: int,
-        *,
-        split_hidden: bool,
-        grad_scale: float,
-        init_std: float,
-        place: Placement,
-        summed: tuple[str, ...] = (),
+        self, name: str, config: ModelConfig, tp_ctx: TensorParallelContext, summed: tuple[str, ...] = ()
     ) -> None:
         super().__init__()
-        self.place = place
-        self.split_hidden = split_hidden
-        self.grad_scale = grad_scale
-        shape = (vocab_size, hidden_size)
-        layout = split(f"{name}.weight", shape, 1 if split_hidden else 0, place.group, init_std=init_std, summed=summed)
-        self.weight = parameter(layout, place.dtype, place.device)
+        self.tp_ctx = tp_ctx
+        self.split_hidden = not config.embedding_by_vocabulary
+        self.grad_scale = config.embed_grad_scale
+        shape, dim = (config.vocab_size, config.hidden_size), 1 if self.split_hidden else 0
+        layout = split(f"{name}.weight", shape, dim, tp_ctx.group, init_std=config.init_std, summed=summed)
+        self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         e = self._gathered(tokens) if self.split_hidden else self._summed(tokens)
@@ -50,12 +42,29 @@ class Embedding(nn.Module):
         return e if self.grad_scale == 1 else torch.lerp(e.detach(), e, self.grad_scale)
 
     def _gathered(self, tokens: torch.Tensor) -> torch.Tensor:
-        mine, group = F.embedding(tokens, self.weight), self.place.group
-        return columns_to_rows(mine, group) if self.place.by_sequence else gather_last(mine, group)
+        mine, group = F.embedding(tokens, self.weight), self.tp_ctx.group
+        return columns_to_rows(mine, group) if self.tp_ctx.by_sequence else gather_last(mine, group)
 
     def _summed(self, tokens: torch.Tensor) -> torch.Tensor:
         rows = self.weight.shape[0]
-        local = tokens - self.place.group.rank * rows
+        local = tokens - self.tp_ctx.group.rank * rows
         here = (local >= 0) & (local < rows)
         looked_up = F.embedding(local.clamp(0, rows - 1), self.weight)
-        return self.place.leave(looked_up * here.unsqueeze(-1))
+        return self.tp_ctx.leave(looked_up * here.unsqueeze(-1))
+
+    def lookup_ops_per_token(self) -> int:
+        """To compare lookups with matrix products, which `flops_per_token` counts: one operation per number copied."""
+        return self.weight.part.shape[1]
+
+    def saved_bytes(self, row: RowShape) -> Bytes:
+        # By vocabulary: each token's row on this rank (int64) and whether it is here (bool). Else only the batch.
+        return {"embedding": 0 if self.split_hidden else row.tokens * (8 + 1)}
+
+    def messages(self, row: RowShape) -> list[Message]:
+        tp_ctx, n_outputs = self.tp_ctx, row.tokens * self.weight.part.shape[1]
+        if not self.split_hidden:
+            return tp_ctx.sum_messages(n_outputs) + tp_ctx.gather_messages(n_outputs, backward=True)
+        n_bytes = n_outputs * self.weight.itemsize
+        if not tp_ctx.by_sequence:
+            return [Message("tp", "all_gather", n_bytes)]
+        return [Message("tp", "all_to_all", n_bytes // tp_ctx.group.size, backward=back) for back in (False, True)]

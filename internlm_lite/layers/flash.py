@@ -1,10 +1,10 @@
-"""Packed causal attention: which kernel, chosen once at build time.
+"""Packed causal attention: which kernel, chosen once when the model is built.
 
     flash-attn   varlen kernel, if the package can be imported     half precision on CUDA
     torch        torch.nn.attention.varlen                         half precision on CUDA
     sdpa         the reference, one call per document              everywhere
 
-All take a row of T packed tokens and its borders, and no token looks across a border.
+All take a row of T packed tokens and the boundaries of its documents; no token attends across a boundary.
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ import inspect
 import logging
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from internlm_lite.layers.attention import Attend
-from internlm_lite.layers.sdpa import packed_sdpa
+from internlm_lite.config.schema import ModelConfig
+from internlm_lite.runtime.device import torch_dtype
 
 logger = logging.getLogger("internlm_lite")
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(layer number, q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, H, D]; q, k are rotated, v may be strided."""
 
 
 class AttentionBackend(enum.Enum):
@@ -32,25 +37,26 @@ class AttentionBackend(enum.Enum):
     SDPA = "scaled_dot_product_attention"
 
 
-def choose_backend(use_flash_attn: bool, dtype: torch.dtype, device: torch.device, head_dim: int) -> AttentionBackend:
-    """The fastest backend for this dtype, device and head; the reference when `use_flash_attn` is False.
+def choose_backend(config: ModelConfig, device: torch.device) -> AttentionBackend:
+    """The fastest backend for this model and device; the reference when model.use_flash_attn is False.
 
     The varlen kernels need half precision, compute capability 8.0 (A100) and a head_dim of a multiple of 8 up to 256.
     """
-    if device.type != "cuda" or not varlen_fits(use_flash_attn, dtype, head_dim):
+    if device.type != "cuda" or not varlen_fits(config):
         return AttentionBackend.SDPA
     if torch.cuda.get_device_capability(device) < (8, 0):
         return AttentionBackend.SDPA
     return AttentionBackend.FLASH_ATTN if _has_flash_attn() else AttentionBackend.TORCH_VARLEN
 
 
-def varlen_fits(use_flash_attn: bool, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether a varlen kernel takes a model like this, on a GPU of today."""
-    return use_flash_attn and dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
+def varlen_fits(config: ModelConfig) -> bool:
+    """Whether a varlen kernel can run this model on a current GPU."""
+    half = torch_dtype(config.dtype) in (torch.float16, torch.bfloat16)
+    return config.use_flash_attn and half and config.head_dim % 8 == 0 and config.head_dim <= 256
 
 
 def _has_flash_attn() -> bool:
-    """Found out by importing it: a mere folder of that name, or a build for another torch, is of no use."""
+    """Tested by importing it: a folder of that name, or a build for another torch, is not enough."""
     try:
         from flash_attn import flash_attn_varlen_func  # noqa: F401
     except ImportError as error:
@@ -65,8 +71,8 @@ def packed(
 ) -> Attend:
     """Attention inside each document of one packed row.
 
-    cu_seqlens [n + 1] int32 on the device, may end in repeats of T; `cu_seqlens_host` the same borders as host
-    integers, repeats or not; `max_seqlen` at least the longest document. See `batch.Batch`.
+    cu_seqlens [n + 1] int32 on the device, may end in repeats of T; `cu_seqlens_host` the same boundaries as
+    host integers, repeats or not; `max_seqlen` at least the longest document. See `batch.Batch`.
     """
     if backend is AttentionBackend.FLASH_ATTN:
         return _packed_flash_attn(cu_seqlens, max_seqlen)
@@ -88,7 +94,7 @@ def _packed_torch_varlen(cu_seqlens: torch.Tensor, max_seqlen: int) -> Attend:
     from torch.nn.attention.varlen import varlen_attn
 
     kernel: Callable[..., Any] = varlen_attn
-    # How "causal" and "grouped queries" are spelled changed between torch releases.
+    # The options for "causal" and "grouped queries" changed between torch releases.
     known = inspect.signature(varlen_attn).parameters
     options: dict[str, object] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if "enable_gqa" in known:
@@ -100,3 +106,33 @@ def _packed_torch_varlen(cu_seqlens: torch.Tensor, max_seqlen: int) -> Attend:
         return kernel(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
 
     return attend
+
+
+def packed_sdpa(boundaries: tuple[int, ...]) -> Attend:
+    """The reference: PyTorch's scaled_dot_product_attention on every document alone. `boundaries`: 0, ends of documents
+    ..., T, as host integers.
+
+    row:   [ 0 . . . | 1 . . . | 2 . . ]     neighbours of equal length go into one call: [2, length], then [1, length]
+
+    There is no mask over the row: work is the sum of the squared lengths, not T^2. Runs on every device and dtype.
+    """
+    lengths = [stop - start for start, stop in pairwise(boundaries) if stop > start]
+    runs = [(len(list(equal)), length) for length, equal in groupby(lengths)]
+    sizes = [count * length for count, length in runs]
+
+    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if len(runs) == 1:
+            return _causal(q, k, v, *runs[0])
+        # One split, not slices: the backward pass of a split is one concatenation.
+        parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), runs, strict=True)
+        return torch.cat([_causal(q, k, v, *run) for q, k, v, run in parts])
+
+    return attend
+
+
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, count: int, length: int) -> torch.Tensor:
+    """`count` documents of `length` tokens side by side: [count * length, heads, head_dim], without copies."""
+    q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return mixed.transpose(1, 2).flatten(0, 1)

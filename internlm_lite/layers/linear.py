@@ -1,110 +1,153 @@
 """Linear layers split over the tensor-parallel ranks; a group of one rank holds the whole.
 
-    ColumnLinear  y_i = x W_i^T + b_i      each rank makes its own features; x comes from outside (layers/placement.py)
+    ColumnLinear  y_i = x W_i^T + b_i      each rank makes its own features; x comes from outside
     RowLinear     y = sum_i x_i W_i^T + b  each rank has its own features of x; y goes outside
 
-Backward of column layers that share x: dx = sum_j dy_j W_j is on its way to the other ranks while dW_j = dy_j^T x is
+"Outside": see layers/tensor_parallel.py.
+
+Backward of column layers that share x: dx = sum_j dy_j W_j is sent to the other ranks while dW_j = dy_j^T x is
 computed. With sequence parallelism x is gathered again for dW instead of kept, while dx is computed.
 (Megatron-LM, arXiv:1909.08053, section 3; arXiv:2205.05198, section 4.2.)
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from internlm_lite.layers.placement import Placement
+from internlm_lite.config.schema import ModelConfig
+from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape
+from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.mesh.layout import parameter, split, whole
 
 
-class ColumnLinear(nn.Module):
-    """Holds weight [out / group size, in] and bias [out / group size]; `columns` applies it."""
+def output_std(config: ModelConfig) -> float:
+    """Initial standard deviation of matrices whose output is added to the residual stream."""
+    return config.init_std / math.sqrt(2 * config.num_layers)
+
+
+class _Linear(CostedLayer):
+    """A weight [out, in], split over the group along `split_dim`."""
+
+    split_dim: int
 
     def __init__(
-        self, name: str, in_features: int, out_features: int, bias: bool, init_std: float, place: Placement
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        tp_ctx: TensorParallelContext,
+        *,
+        init_std: float,
+        bias: bool = False,
     ) -> None:
         super().__init__()
-        layout = split(f"{name}.weight", (out_features, in_features), 0, place.group, init_std=init_std)
-        self.weight = parameter(layout, place.dtype, place.device)
-        self.weight.past_autograd = place.weight_grads.deferred
+        self.tp_ctx = tp_ctx
+        shape = (out_features, in_features)
+        layout = split(f"{name}.weight", shape, self.split_dim, tp_ctx.group, init_std=init_std)
+        self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)
+        self.weight.past_autograd = tp_ctx.weight_grads.deferred
         self.bias = None
         if bias:
-            self.bias = parameter(split(f"{name}.bias", (out_features,), 0, place.group), place.dtype, place.device)
+            name, whole_shape = f"{name}.bias", (out_features,)
+            if self.split_dim == 0:
+                layout = split(name, whole_shape, 0, tp_ctx.group)
+            else:
+                layout = whole(name, whole_shape, summed=tp_ctx.summed)
+            self.bias = parameter(layout, tp_ctx.dtype, tp_ctx.device)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        return 2 * math.prod(self.weight.part.shape)
+
+    def deferred_bytes(self, row: RowShape) -> int:
+        return row.tokens * sum(self.weight.shape) * self.weight.itemsize
 
 
-def columns(x: torch.Tensor, place: Placement, *linears: ColumnLinear) -> tuple[torch.Tensor, ...]:
-    """x from outside -> [T, out / group size] of every layer: one gather and one sum for all of them."""
+class ColumnLinear(_Linear):
+    """Holds weight [out / group size, in] and bias [out / group size]; `columns` applies it."""
+
+    split_dim = 0
+
+    def saved_bytes(self, row: RowShape) -> Bytes:
+        return {"projection inputs": self.tp_ctx.hidden_bytes(row.tokens, self.weight.shape[1])}
+
+    def messages(self, row: RowShape) -> list[Message]:
+        n_inputs, tp_ctx = row.tokens * self.weight.shape[1], self.tp_ctx
+        gathered_again = tp_ctx.gather_messages(n_inputs, backward=True)  # for the gradient of the weight
+        return tp_ctx.gather_messages(n_inputs) + gathered_again + tp_ctx.sum_messages(n_inputs, backward=True)
+
+
+def columns(x: torch.Tensor, *linears: ColumnLinear) -> tuple[torch.Tensor, ...]:
+    """x from outside -> [T, out / group size] of every layer: one gather, one sum and one saved x for all of them."""
     tensors = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
-    outputs: tuple[torch.Tensor, ...] = _Columns.apply(x, place, *tensors)
+    outputs: tuple[torch.Tensor, ...] = _Columns.apply(x, linears[0].tp_ctx, *tensors)
     return outputs
 
 
 class _Columns(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, place: Placement, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        ctx.place, ctx.tensors = place, tensors
+    def forward(
+        ctx: Any, x: torch.Tensor, tp_ctx: TensorParallelContext, *tensors: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.tp_ctx, ctx.tensors = tp_ctx, tensors
         ctx.save_for_backward(x)
-        full, gathered = place.start_gather(x)
+        full, gathered = tp_ctx.start_gather(x)
         gathered.wait()
         weights: Any = tensors[::2]
         return tuple(F.linear(full, w, b) for w, b in zip(weights, tensors[1::2], strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        place: Placement = ctx.place
+        tp_ctx: TensorParallelContext = ctx.tp_ctx
         weights, biases = ctx.tensors[::2], ctx.tensors[1::2]
-        full, gathered = place.start_gather(ctx.saved_tensors[0])
+        full, gathered = tp_ctx.start_gather(ctx.saved_tensors[0])
         dx = grads[0] @ weights[0]
         for dy, weight in zip(grads[1:], weights[1:], strict=True):
             dx.addmm_(dy, weight)
-        dx, summed = place.start_sum(dx)
+        dx, summed = tp_ctx.start_sum(dx)
         gathered.wait()
         made = []
         for dy, weight, bias in zip(grads, weights, biases, strict=True):
-            made += [place.weight_grads.of(weight, dy, full), None if bias is None else dy.sum(0)]
+            made += [tp_ctx.weight_grads.compute_or_defer(weight, dy, full), None if bias is None else dy.sum(0)]
         summed.wait()
         return dx, None, *made
 
 
-class RowLinear(nn.Module):
+class RowLinear(_Linear):
     """[T, in / group size] -> [T, in] outside, summed over the group.
 
     The bias is stored whole on every rank of the group and added once, after the sum.
     """
 
-    def __init__(
-        self, name: str, in_features: int, out_features: int, bias: bool, init_std: float, place: Placement
-    ) -> None:
-        super().__init__()
-        self.place = place
-        layout = split(f"{name}.weight", (out_features, in_features), 1, place.group, init_std=init_std)
-        self.weight = parameter(layout, place.dtype, place.device)
-        self.weight.past_autograd = place.weight_grads.deferred
-        self.bias = None
-        if bias:
-            layout = whole(f"{name}.bias", (out_features,), summed=place.summed)
-            self.bias = parameter(layout, place.dtype, place.device)
+    split_dim = 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = _Row.apply(x, self.place, self.weight)
+        y: torch.Tensor = _Row.apply(x, self.tp_ctx, self.weight)
         return y if self.bias is None else y + self.bias
+
+    def saved_bytes(self, row: RowShape) -> Bytes:
+        return {"projection inputs": row.tokens * self.weight.shape[1] * self.weight.itemsize}
+
+    def messages(self, row: RowShape) -> list[Message]:
+        n_outputs = row.tokens * self.weight.shape[0]
+        return self.tp_ctx.sum_messages(n_outputs) + self.tp_ctx.gather_messages(n_outputs, backward=True)
 
 
 class _Row(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, place: Placement, weight: torch.Tensor) -> torch.Tensor:
-        ctx.place, ctx.weight = place, weight
+    def forward(ctx: Any, x: torch.Tensor, tp_ctx: TensorParallelContext, weight: torch.Tensor) -> torch.Tensor:
+        ctx.tp_ctx, ctx.weight = tp_ctx, weight
         ctx.save_for_backward(x)
-        y, summed = place.start_sum(F.linear(x, weight))
+        y, summed = tp_ctx.start_sum(F.linear(x, weight))
         summed.wait()
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        place: Placement = ctx.place
-        dy, gathered = place.start_gather(grads[0])
+        tp_ctx: TensorParallelContext = ctx.tp_ctx
+        dy, gathered = tp_ctx.start_gather(grads[0])
         gathered.wait()
-        return dy @ ctx.weight, None, place.weight_grads.of(ctx.weight, dy, ctx.saved_tensors[0])
+        return dy @ ctx.weight, None, tp_ctx.weight_grads.compute_or_defer(ctx.weight, dy, ctx.saved_tensors[0])

@@ -3,10 +3,10 @@
     z = h W^T                  loss = log sum_v exp z_v - (1 - s) z_label - s/V sum_v z_v
     dh = dz W, dW = dz^T h     dz   = softmax(z) - (1 - s) [v = label] - s/V
 
-Where gradients are needed, a chunk's dz replaces its logits in place and goes straight into dh and dW, so the backward
+Where gradients are needed, a chunk's dz replaces its logits in place and is added to dh and dW at once, so the backward
 pass has nothing to recompute. W may be split by rows (vocabulary) over the tensor-parallel ranks: the maximum, the sum
 of exponentials and the label's logit are then reduced over them, and dh is a partial sum on each of them: the caller
-sends h in through `Placement.enter`.
+sends h in through `TensorParallelContext.enter`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from internlm_lite.batch import IGNORE
-from internlm_lite.layers.placement import accumulation_dtype
+from internlm_lite.layers.tensor_parallel import accumulation_dtype
 from internlm_lite.mesh.comm import all_reduce
 from internlm_lite.mesh.conjugate import gather_last
 from internlm_lite.mesh.mesh import Group
@@ -42,54 +42,56 @@ class TokenLosses:
 
 
 @dataclass(frozen=True)
+class LossOptions:
+    """What stays the same from call to call."""
+
+    group: Group
+    """The ranks over which the vocabulary is split."""
+    label_smoothing: float = 0.0
+    parallel_output: bool = True
+    """False: gather the logits of all ranks, then every rank computes the whole loss."""
+
+
+@dataclass(frozen=True)
 class _Terms:
-    """What all chunks of one call share."""
+    """What is the same for all chunks of one call."""
 
     scale: torch.Tensor
-    smoothing: float
     vocab_size: int
-    group: Group
-    parallel: bool
-    """False: gather the logits of all ranks, then every rank does the whole loss."""
+    options: LossOptions
+    needs_grad: bool
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    scale: torch.Tensor,
-    *,
-    label_smoothing: float,
-    group: Group,
-    parallel_output: bool,
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor, options: LossOptions
 ) -> TokenLosses:
     """hidden [T, d], weight [V / group size, d] of the same dtype, labels [T] int64 or IGNORE, scale scalar tensor.
 
-    `scale` multiplies the gradient before it is rounded to half precision. The gradient of one call can be taken once.
+    `scale` multiplies the gradient before it is rounded to half precision. One call gives its gradient once.
     """
     scale = scale.to(accumulation_dtype(hidden.dtype))
-    terms = _Terms(scale, label_smoothing, weight.shape[0] * group.size, group, parallel_output)
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return TokenLosses(*_LinearCrossEntropy.apply(hidden, weight, labels, terms, needs_grad))
+    terms = _Terms(scale, weight.shape[0] * options.group.size, options, needs_grad)
+    return TokenLosses(*_LinearCrossEntropy.apply(hidden, weight, labels, terms))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, terms: _Terms, needs_grad: bool
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, terms: _Terms
     ) -> tuple[torch.Tensor, ...]:
         wide = accumulation_dtype(hidden.dtype)
         chunk = tokens_per_chunk(hidden.shape[0], weight.shape[0], wide.itemsize, hidden.device.type)
         buffer = hidden.new_empty(chunk, weight.shape[0], dtype=wide)
-        gradients = _Gradients(hidden, weight, chunk) if needs_grad else None
+        gradients = _Gradients(hidden, weight, chunk) if terms.needs_grad else None
         losses = []
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, min(start + chunk, hidden.shape[0]))
             logits = _project(hidden[rows], weight, out=buffer[: rows.stop - start])
-            losses.append(_chunk_losses(logits, labels[rows], terms, needs_grad))
+            losses.append(_chunk_losses(logits, labels[rows], terms))
             if gradients is not None:
                 gradients.add(rows, logits)
-        ctx.gradients = None if gradients is None else gradients.taken()
+        ctx.gradients = None if gradients is None else gradients.finish()
         token_loss, train_loss, correct = (torch.cat(parts) for parts in zip(*losses, strict=True))
         train_loss_sum = train_loss.sum()
         ctx.mark_non_differentiable(train_loss_sum, token_loss, correct)
@@ -102,7 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("linear_cross_entropy: its gradient was taken already; call it again to take it again")
         dhidden, dweight = ctx.gradients
         ctx.gradients = None
-        return dhidden.mul_(grads[0]), dweight.mul_(grads[0]), None, None, None
+        return dhidden.mul_(grads[0]), dweight.mul_(grads[0]), None, None
 
 
 def tokens_per_chunk(tokens: int, vocab: int, itemsize: int, device_type: str) -> int:
@@ -120,11 +122,12 @@ def _project(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> t
 
 
 def _chunk_losses(
-    logits: torch.Tensor, labels: torch.Tensor, terms: _Terms, needs_grad: bool
+    logits: torch.Tensor, labels: torch.Tensor, terms: _Terms
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(token loss, training loss, correct), each [c]. logits [c, V / group size] become their gradient, or scratch."""
-    group, mine = terms.group, logits
-    if not terms.parallel:
+    options, mine = terms.options, logits
+    group, smoothing = options.group, options.label_smoothing
+    if not options.parallel_output:
         logits, group = gather_last(logits, group), Group(group.name, (group.ranks[group.rank],), 0, None)
     local = labels - group.rank * logits.shape[1]
     here = (local >= 0) & (local < logits.shape[1])
@@ -133,7 +136,7 @@ def _chunk_losses(
     peak = logits.amax(dim=1)
     all_reduce(peak, group, dist.ReduceOp.MAX).wait()
     target = torch.where(here, logits.gather(1, column).squeeze(1), 0)
-    total = logits.sum(dim=1) if terms.smoothing else torch.zeros_like(target)
+    total = logits.sum(dim=1) if smoothing else torch.zeros_like(target)
     exponentials = logits.sub_(peak.unsqueeze(1)).exp_()
     sums = torch.stack((exponentials.sum(dim=1), target, total))
     all_reduce(sums, group).wait()
@@ -142,16 +145,16 @@ def _chunk_losses(
     keep = labels != IGNORE
     log_z = peak + sum_exp.log()
     token_loss = torch.where(keep, log_z - target, 0)
-    smoothed = log_z - (1 - terms.smoothing) * target - terms.smoothing / terms.vocab_size * total
+    smoothed = log_z - (1 - smoothing) * target - smoothing / terms.vocab_size * total
     train_loss = torch.where(keep, smoothed, 0)
-    if needs_grad:
+    if terms.needs_grad:
         scale = keep * terms.scale
         exponentials.mul_((scale / sum_exp).unsqueeze(1))
-        exponentials.scatter_add_(1, column, ((terms.smoothing - 1) * scale * here).unsqueeze(1))
-        if terms.smoothing:
-            exponentials.sub_((scale * (terms.smoothing / terms.vocab_size)).unsqueeze(1))
-        if not terms.parallel:
-            mine.copy_(exponentials.chunk(terms.group.size, dim=1)[terms.group.rank])
+        exponentials.scatter_add_(1, column, ((smoothing - 1) * scale * here).unsqueeze(1))
+        if smoothing:
+            exponentials.sub_((scale * (smoothing / terms.vocab_size)).unsqueeze(1))
+        if not options.parallel_output:
+            mine.copy_(exponentials.chunk(options.group.size, dim=1)[options.group.rank])
     return token_loss, train_loss, keep & (target >= peak)
 
 
@@ -173,6 +176,6 @@ class _Gradients:
         else:
             self.dweight.add_(dlogits.t() @ self.hidden[rows])
 
-    def taken(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(dh, dW) in the dtypes of h and W."""
         return self.dhidden, self.dweight.to(self.weight.dtype)

@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns
-from internlm_lite.layers.placement import Placement
+from internlm_lite.config.schema import ModelConfig
+from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape, add_bytes
+from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns, output_std
+from internlm_lite.layers.tensor_parallel import TensorParallelContext
 
 
-class SwiGLU(nn.Module):
-    """[T, hidden] outside -> the same, `width` features inside, split over the tensor-parallel ranks."""
+class SwiGLU(CostedLayer):
+    """[T, hidden] outside -> the same; `mlp_hidden_size` features inside, split over the tensor-parallel ranks."""
 
-    def __init__(
-        self, name: str, hidden_size: int, width: int, *, init_std: float, out_std: float, place: Placement
-    ) -> None:
+    def __init__(self, name: str, config: ModelConfig, tp_ctx: TensorParallelContext) -> None:
         super().__init__()
-        self.place = place
-        self.w1 = ColumnLinear(f"{name}.w1", hidden_size, width, False, init_std, place)  # gate
-        self.w3 = ColumnLinear(f"{name}.w3", hidden_size, width, False, init_std, place)  # up
-        self.w2 = RowLinear(f"{name}.w2", width, hidden_size, False, out_std, place)
+        hidden_size, width = config.hidden_size, config.mlp_hidden_size
+        self.w1 = ColumnLinear(f"{name}.w1", hidden_size, width, tp_ctx, init_std=config.init_std)  # gate
+        self.w3 = ColumnLinear(f"{name}.w3", hidden_size, width, tp_ctx, init_std=config.init_std)  # up
+        self.w2 = RowLinear(f"{name}.w2", width, hidden_size, tp_ctx, init_std=output_std(config))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = columns(x, self.place, self.w1, self.w3)
+        gate, up = columns(x, self.w1, self.w3)
         return self.w2(F.silu(gate) * up)
+
+    # w1 and w3 have one input, which is kept, gathered and summed once.
+
+    def saved_bytes(self, row: RowShape) -> Bytes:
+        inner = self.w2.saved_bytes(row)["projection inputs"]  # of each of gate, silu(gate), up, and their product
+        return add_bytes(self.w1.saved_bytes(row), {"feed-forward": 4 * inner})
+
+    def messages(self, row: RowShape) -> list[Message]:
+        return self.w1.messages(row) + self.w2.messages(row)
+
+    def deferred_bytes(self, row: RowShape) -> int:
+        shared_input = row.tokens * self.w3.weight.shape[1] * self.w3.weight.itemsize
+        return super().deferred_bytes(row) - shared_input
+
+    def workspace_bytes(self, row: RowShape) -> int:
+        """Of its first backward steps; later gradients reuse the memory of activations that are freed."""
+        weight = self.w2.weight
+        factors = 2 * row.tokens * weight.shape[1]  # gradients of the product and of one factor
+        return (factors + weight.numel()) * weight.itemsize  # and of a weight before it is added to its bucket

@@ -1,4 +1,6 @@
-"""Root mean square normalisation: y = x / sqrt(mean(x^2) + eps) * w   (arXiv:1910.07467).
+"""Normalisation of each token's features; `build_norm` is where the model's norm is chosen.
+
+    RMSNorm   y = x / sqrt(mean(x^2) + eps) * w   (arXiv:1910.07467)
 
 CUDA has a fused kernel behind `F.rms_norm`. On the CPU its backward pass is a chain of autograd nodes, so there the
 gradient is written out: 3.6 times as fast forward and backward at [2048, 256] fp32.
@@ -12,9 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from internlm_lite.layers.placement import Placement, accumulation_dtype
+from internlm_lite.config.schema import ModelConfig
+from internlm_lite.layers.costs import Bytes, CostedLayer, RowShape
+from internlm_lite.layers.tensor_parallel import TensorParallelContext, accumulation_dtype
 from internlm_lite.mesh.layout import parameter, whole
 
 
@@ -40,17 +43,43 @@ class _RMSNorm(torch.autograd.Function):
         return dx.to(x.dtype), p.sum(0).to(weight.dtype), None
 
 
-class RMSNorm(nn.Module):
-    """[T, d] -> [T, d] in the dtype of x; `fp32_weight` keeps the weight of a half-precision model in float32."""
+class Norm(CostedLayer):
+    """[T, d] -> [T, d] in the dtype of x, with a weight [d]. A subclass computes `forward`.
 
-    def __init__(self, name: str, size: int, eps: float, fp32_weight: bool, place: Placement) -> None:
+    model.use_fp32_norm keeps the weight of a half-precision model in float32.
+    """
+
+    statistics = 1
+    """Numbers that are kept of each token for the backward pass, in the accumulation dtype."""
+
+    def __init__(self, name: str, config: ModelConfig, tp_ctx: TensorParallelContext) -> None:
         super().__init__()
-        self.eps = eps
-        dtype = accumulation_dtype(place.dtype) if fp32_weight else place.dtype
-        layout = whole(f"{name}.weight", (size,), fill=1.0, summed=place.summed)
-        self.weight = parameter(layout, dtype, place.device)
+        self.tp_ctx = tp_ctx
+        self.eps = config.layer_norm_epsilon
+        dtype = accumulation_dtype(tp_ctx.dtype) if config.use_fp32_norm else tp_ctx.dtype
+        layout = whole(f"{name}.weight", (config.hidden_size,), fill=1.0, summed=tp_ctx.summed)
+        self.weight = parameter(layout, dtype, tp_ctx.device)
+
+    def saved_bytes(self, row: RowShape) -> Bytes:
+        rows, wide = self.tp_ctx.rows(row.tokens), accumulation_dtype(self.tp_ctx.dtype)
+        kept = self.weight.dtype if row.device == "cuda" else self.tp_ctx.dtype  # CUDA kernels keep a copy they cast
+        n_inputs = rows * self.weight.numel()
+        return {"norm inputs": n_inputs * kept.itemsize, "norm statistics": self.statistics * rows * wide.itemsize}
+
+
+class RMSNorm(Norm):
+    """The norm of Llama and InternLM."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not x.is_cuda:
             return _RMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+NORMS: dict[str, type[Norm]] = {"rmsnorm": RMSNorm}
+"""By model.norm_type."""
+
+
+def build_norm(name: str, config: ModelConfig, tp_ctx: TensorParallelContext) -> Norm:
+    """The norm that `config` names."""
+    return NORMS[config.norm_type](name, config, tp_ctx)

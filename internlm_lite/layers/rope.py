@@ -2,8 +2,8 @@
 
     y = [x1 cos - x2 sin, x2 cos + x1 sin]     x1, x2 the halves of a head, angle_i = position * base^(-2i / head_dim)
 
-Cosines are computed once per forward pass for the positions at hand and shared by all layers: there is no table, hence
-no longest position. Angles are float64, so that far positions turn by the right angle in every dtype.
+Cosines are computed once per forward pass for the positions of the row and used by all layers, so there is no longest
+position. Angles are float64, so that large positions turn by the right angle in every dtype.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
+from internlm_lite.layers.costs import Bytes, RowShape
 
 
 class _Rotate(torch.autograd.Function):
@@ -32,12 +34,17 @@ class Rotary:
     """The rotation of T tokens at their positions, for heads of one size and dtype."""
 
     def __init__(self, positions: torch.Tensor, head_dim: int, base: float, dtype: torch.dtype) -> None:
-        """positions [T] int64, place of each token in its document."""
+        """positions [T] int64, of each token in its document."""
         pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
         angle = torch.outer(positions.double(), base ** (-pairs / head_dim))
         cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
         self.cos = torch.cat((cos, cos), dim=-1)[:, None, None]  # [T, 1, 1, head_dim]
         self.signed_sin = torch.cat((-sin, sin), dim=-1)[:, None, None]
+
+    @staticmethod
+    def saved_bytes(row: RowShape, head_dim: int, dtype: torch.dtype) -> Bytes:
+        """Cosines and sines, shared by the layers of a stage."""
+        return {"rotary table": 2 * row.tokens * head_dim * dtype.itemsize}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, groups, heads, head_dim], any strides -> the same, turned, contiguous."""

@@ -1,7 +1,7 @@
-"""Weight gradients of linear layers: at once, or put off for a zero-bubble pipeline schedule.
+"""Weight gradients of linear layers: computed at once, or deferred for a zero-bubble pipeline schedule.
 
 Such a schedule runs the two halves of a backward pass apart: dx = dy W, which the stage before waits for, and
-dW = dy^T x, which nobody waits for and which fills what would be idle time (arXiv:2401.10241).
+dW = dy^T x, which no rank waits for and which fills idle time (arXiv:2401.10241).
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from internlm_lite.mesh.layout import Parameter
 class WeightGrads:
     """One for all linear layers of a pipeline stage."""
 
-    def __init__(self, deferred: bool = False) -> None:
+    def __init__(self, *, deferred: bool = False) -> None:
         self.deferred = deferred
         self._waiting: list[tuple[Parameter, torch.Tensor, torch.Tensor]] = []
 
-    def of(self, weight: Parameter, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
-        """dW [out, in] of dy [T, out] and x [T, in]; None when it is put off."""
+    def compute_or_defer(self, weight: Parameter, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+        """dW [out, in] of dy [T, out] and x [T, in]; None when it is deferred."""
         if not self.deferred:
             return dy.t() @ x
         self._waiting.append((weight, dy, x))
         return None
 
-    def take(self) -> Callable[[], None]:
-        """A function that adds what was put off since the last call to each `weight.grad`."""
+    def pop_deferred(self) -> Callable[[], None]:
+        """A function that adds what was deferred since the last call to each `weight.grad`."""
         taken, self._waiting = self._waiting, []
 
         @torch.no_grad()

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from internlm_lite.config.schema import ModelConfig
-from internlm_lite.layers.loss import TokenLosses, linear_cross_entropy
-from internlm_lite.layers.placement import Placement
+from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape
+from internlm_lite.layers.loss import LossOptions, TokenLosses, linear_cross_entropy, tokens_per_chunk
+from internlm_lite.layers.tensor_parallel import TensorParallelContext, accumulation_dtype
 from internlm_lite.mesh.conjugate import gather_last
 from internlm_lite.mesh.layout import Parameter, parameter, split
 
 
-class Head(nn.Module):
+class Head(CostedLayer):
     """Rows of the vocabulary are split over the group.
 
     `tied`: the embedding's weight, where this rank has it. A tied head on another rank holds a copy, `tied_over`.
@@ -23,24 +25,23 @@ class Head(nn.Module):
         self,
         config: ModelConfig,
         label_smoothing: float,
-        tied: Parameter | None,
-        place: Placement,
-        tied_over: tuple[str, ...],
+        tp_ctx: TensorParallelContext,
+        tied: Parameter | None = None,
+        tied_over: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
-        self.place = place
-        self.label_smoothing = label_smoothing
-        self.parallel_output = config.parallel_output
+        self.tp_ctx = tp_ctx
+        self.loss_options = LossOptions(tp_ctx.group, label_smoothing, config.parallel_output)
         # A tied weight is a parameter of the embedding alone; the tuple keeps nn.Module from registering it here too.
         self._tied = None if tied is None else (tied,)
         if tied is None:
             shape = (config.vocab_size, config.hidden_size)
             name = "tok_embeddings.weight" if config.tie_word_embeddings else "output.weight"
-            layout = split(name, shape, 0, place.group, init_std=config.init_std, summed=tied_over)
-            self.weight = parameter(layout, place.dtype, place.device)
+            layout = split(name, shape, 0, tp_ctx.group, init_std=config.init_std, summed=tied_over)
+            self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)
 
     @property
-    def matrix(self) -> torch.Tensor:
+    def matrix(self) -> Parameter:
         """[vocab / group size, hidden]"""
         return self.weight if self._tied is None else self._tied[0]
 
@@ -48,15 +49,41 @@ class Head(nn.Module):
         self, hidden: torch.Tensor, labels: torch.Tensor | None = None, scale: torch.Tensor | None = None
     ) -> TokenLosses | torch.Tensor:
         """hidden from outside -> logits [T, vocab], gathered over the group. With labels [T] and scale: TokenLosses."""
-        hidden = self.place.enter(hidden)
+        hidden = self.tp_ctx.enter(hidden)
         if labels is None or scale is None:
-            return gather_last(F.linear(hidden, self.matrix), self.place.group)
-        return linear_cross_entropy(
-            hidden,
-            self.matrix,
-            labels,
-            scale,
-            label_smoothing=self.label_smoothing,
-            group=self.place.group,
-            parallel_output=self.parallel_output,
-        )
+            return gather_last(F.linear(hidden, self.matrix), self.tp_ctx.group)
+        return linear_cross_entropy(hidden, self.matrix, labels, scale, self.loss_options)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        return 2 * math.prod(self.matrix.part.shape)
+
+    def saved_bytes(self, row: RowShape) -> Bytes:
+        vocab, width = self.matrix.shape
+        # The gradients of its input and weight, made in the forward pass.
+        return {"head": (row.tokens + vocab) * width * self.matrix.itemsize}
+
+    def messages(self, row: RowShape) -> list[Message]:
+        n_inputs, wide = row.tokens * self.matrix.shape[1], accumulation_dtype(self.matrix.dtype).itemsize
+        found = self.tp_ctx.gather_messages(n_inputs) + self.tp_ctx.sum_messages(n_inputs, backward=True)
+        chunk = self._chunk(row)
+        for tokens, times in ((chunk, row.tokens // chunk), (row.tokens % chunk, int(row.tokens % chunk > 0))):
+            if self.loss_options.parallel_output:
+                # The largest logit of each token, then its sums over the vocabulary.
+                found += [Message("tp", "all_reduce", n * tokens * wide, times) for n in (1, 3)]
+            else:
+                found.append(Message("tp", "all_gather", tokens * self.matrix.part.shape[0] * wide, times))
+        return found
+
+    def workspace_bytes(self, row: RowShape) -> int:
+        """Logits of one chunk of tokens, and the sum of the weight's gradient in the accumulation dtype."""
+        (vocab, width), dtype = self.matrix.shape, self.matrix.dtype
+        chunk, wide = self._chunk(row), accumulation_dtype(dtype).itemsize
+        half = dtype.itemsize < wide
+        logits = chunk * vocab * (wide + half * dtype.itemsize)  # and their copy in half precision for the products
+        gathers = self.tp_ctx.group.size > 1 and not self.loss_options.parallel_output
+        gathered = gathers * chunk * self.matrix.part.shape[0] * wide
+        return logits + gathered + half * (chunk < row.tokens) * vocab * width * wide
+
+    def _chunk(self, row: RowShape) -> int:
+        wide = accumulation_dtype(self.matrix.dtype)
+        return tokens_per_chunk(row.tokens, self.matrix.shape[0], wide.itemsize, row.device)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from internlm_lite.config.schema import Config
-from internlm_lite.layers.attention import Attend
-from internlm_lite.layers.flash import AttentionBackend
+from internlm_lite.config.schema import Config, ModelConfig
+from internlm_lite.layers.flash import Attend, AttentionBackend
 from internlm_lite.mesh.comm import broadcast
-from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.models.decoder import Share, Transformer, placement
-from internlm_lite.monitor.flops import block_flops, embedding_flops, head_flops
-from internlm_lite.pipeline.split import home_of, split_layers, stages_on
+from internlm_lite.mesh.mesh import Mesh, single_process_mesh
+from internlm_lite.models.decoder import StageSpec, Transformer, build_model, tensor_parallel_context
+from internlm_lite.pipeline.split import rank_to_stages, split_layers, stage_to_rank
 
 Stages = dict[int, Transformer]
 """By stage number, in the order of the layers."""
@@ -24,45 +22,62 @@ def build_stages(config: Config, mesh: Mesh, backend: AttentionBackend) -> Stage
     """The uninitialised stages of this rank, on `mesh.device`."""
     model, schedule = config.model, config.schedule
     layers = layers_of_stages(config)
-    place = placement(model, mesh, config.parallel.sequence_parallel, defer_weight_grads=schedule == "zbv")
-    numbers = stages_on(mesh.pp.rank, mesh.pp.size, model.num_chunks, schedule)
+    tp_ctx = tensor_parallel_context(
+        model, mesh, by_sequence=config.parallel.sequence_parallel, defer_weight_grads=schedule == "zbv"
+    )
     last = len(layers) - 1
-    one_home = mesh.pp.size == 1 or schedule == "zbv"  # the first and the last stage are on one rank
-    tied_over = ("ends",) if model.tie_word_embeddings and not one_home else ()
+    ends_on_one_rank = mesh.pp.size == 1 or schedule == "zbv"
+    tied_over = ("ends",) if model.tie_word_embeddings and not ends_on_one_rank else ()
     stages: Stages = {}
-    for number in numbers:
-        share = Share(layers[number], number == 0, number == last, tied_over)
+    for number in rank_to_stages(mesh.pp.rank, mesh.pp.size, model.num_chunks, schedule):
+        spec = StageSpec(layers[number], first=number == 0, last=number == last, tied_over=tied_over)
         embedding = stages[0].tok_embeddings if model.tie_word_embeddings and 0 in stages else None
         tied = None if embedding is None else embedding.weight
-        if tied is not None and share.last:
+        if tied is not None and spec.last:
             tied.backwards = 2
-        stages[number] = Transformer(model, config.loss.label_smoothing, place, backend, share, tied)
+        stages[number] = Transformer(model, config.loss.label_smoothing, tp_ctx, backend, spec, tied)
     return stages
 
 
 def layers_of_stages(config: Config) -> list[range]:
     """The layers of every stage of the pipeline, balanced by floating point operations."""
-    model, seq_len, size = config.model, config.data.seq_len, config.parallel.pipeline.size
-    homes = [home_of(stage, size, config.schedule) for stage in range(size * model.num_chunks)]
-    return split_layers(model.num_layers, homes, block_flops(model, seq_len), embedding_flops(model), head_flops(model))
+    sample = meta_model(config.model.model_copy(update={"num_layers": 1}))
+    assert sample.tok_embeddings is not None and sample.output is not None
+    (block,), seq_len = sample.blocks(), config.data.seq_len
+    return split_layers(
+        config.model.num_layers,
+        _stage_ranks(config),
+        block=block.flops_per_token(seq_len),
+        embedding=sample.tok_embeddings.lookup_ops_per_token(),
+        head=sample.output.flops_per_token(seq_len),
+    )
+
+
+def meta_model(config: ModelConfig) -> Transformer:
+    """The whole model as one process would hold it, on the meta device, which takes no memory: to ask what it costs."""
+    return build_model(config, 0.0, single_process_mesh(torch.device("meta")), AttentionBackend.SDPA)
+
+
+def model_flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """Forward and backward FLOPs of the model's own matrix products per token, nothing recomputed. MFU counts these."""
+    return 3 * meta_model(config).flops_per_token(seq_len)
+
+
+def _stage_ranks(config: Config) -> tuple[int, ...]:
+    return stage_to_rank(config.parallel.pipeline.size, config.model.num_chunks, config.schedule)
 
 
 def units_of(stages: Stages) -> list[nn.Module]:
     """The modules that hold parameters, in the order of the layers; see `Transformer.units`."""
-
-    def units() -> Iterator[nn.Module]:
-        for stage in stages.values():
-            yield from stage.units()
-
-    return list(units())
+    return [unit for stage in stages.values() for unit in stage.units()]
 
 
 class WholeModel:
     """The stages of all pipeline ranks as one function, one after another: for use outside the training step."""
 
-    def __init__(self, stages: Stages, mesh: Mesh, homes: Sequence[int] = (0,)) -> None:
-        """`homes`: the pipeline rank of each stage of the model."""
-        self._stages, self._pp, self._homes = stages, mesh.pp, homes
+    def __init__(self, stages: Stages, mesh: Mesh, stage_ranks: Sequence[int] = (0,)) -> None:
+        """`stage_ranks`: the pipeline rank of each stage of the model."""
+        self._stages, self._pp, self._stage_ranks = stages, mesh.pp, stage_ranks
         self.any_stage = next(iter(stages.values()))
         self.device = mesh.device
 
@@ -70,30 +85,26 @@ class WholeModel:
         self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
         """[T, vocab] for tokens [T] at positions [T], or of `rows` [R] only, on every rank. Collective over tp, pp."""
-        place = self.any_stage.place
+        tp_ctx, hidden_size = self.any_stage.tp_ctx, self.any_stage.config.hidden_size
         x = tokens
-        with place.whole_activations():
-            for number, home in enumerate(self._homes):
+        with tp_ctx.whole_activations():
+            for number, rank in enumerate(self._stage_ranks):
                 if number in self._stages:
                     x = self._stages[number].hidden(x, positions, attend)
                 else:
-                    x = torch.empty(
-                        len(tokens), self.any_stage.config.hidden_size, dtype=place.dtype, device=self.device
-                    )
-                broadcast(x, self._pp, home).wait()
+                    x = torch.empty(len(tokens), hidden_size, dtype=tp_ctx.dtype, device=self.device)
+                broadcast(x, self._pp, rank).wait()
             if rows is not None:
                 x = x[rows]
-            last = len(self._homes) - 1
+            last = len(self._stage_ranks) - 1
             if last in self._stages:
                 logits = self._stages[last].logits(x)
             else:
-                logits = torch.empty(len(x), self.any_stage.config.vocab_size, dtype=place.dtype, device=self.device)
-            broadcast(logits, self._pp, self._homes[last]).wait()
+                logits = torch.empty(len(x), self.any_stage.config.vocab_size, dtype=tp_ctx.dtype, device=self.device)
+            broadcast(logits, self._pp, self._stage_ranks[last]).wait()
         return logits
 
 
 def whole_model(config: Config, mesh: Mesh, stages: Stages) -> WholeModel:
     """The model of a run."""
-    size, schedule = mesh.pp.size, config.schedule
-    homes = [home_of(stage, size, schedule) for stage in range(size * config.model.num_chunks)]
-    return WholeModel(stages, mesh, homes)
+    return WholeModel(stages, mesh, _stage_ranks(config))

@@ -1,11 +1,12 @@
-"""Floating point operations of a step, for the `tflops` and `mfu` of the step line.
+"""The `tflops` of the step line, by InternLM's formula, and `mfu`.
 
     F = c * ((8 + 4m) * B*s*h^2 + 4 * B*s^2*h) * L + 6 * B*s*h*V
     m = 1.5 * mlp_ratio (SwiGLU), c = 3 + share of layers recomputed, B*s tokens in the step
 
 from "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM" (Narayanan et al., 2021).
-`tflops` uses F, as the seed does. `mfu` counts what the model needs: no recomputation, and grouped key/value heads and
-the rounded SwiGLU width as they are. Both take attention over all of seq_len: an upper bound for packed documents.
+`tflops` uses F, as InternLM's logs do. `mfu` takes what the layers say (`models.stages.model_flops_per_token`): no
+recomputation, grouped key/value heads and the rounded SwiGLU width as they are. Both take attention over all of
+seq_len: an upper bound for packed documents.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from internlm_lite.config.schema import ModelConfig
 def step_flops(model: ModelConfig, seq_len: int, sequences: int) -> float:
     """F for one optimizer step over `sequences` windows of `seq_len` tokens on all data-parallel ranks."""
     h, tokens = model.hidden_size, sequences * seq_len
-    passes = 3 + float(model.checkpoint)  # forward, backward twice as dear, and the recomputed share of a forward
+    passes = 3 + float(model.checkpoint)  # forward, backward at twice the cost, and the recomputed share of a forward
     swiglu = model.mlp_ratio * 1.5
     block = (8 + 4 * swiglu) * tokens * h**2 + 4 * tokens * seq_len * h
     return passes * block * model.num_layers + 6 * tokens * h * model.vocab_size
@@ -25,29 +26,6 @@ def step_flops(model: ModelConfig, seq_len: int, sequences: int) -> float:
 def step_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """F per consumed token; the same for every batch size."""
     return step_flops(model, seq_len, 1) / seq_len
-
-
-def block_flops(model: ModelConfig, seq_len: int) -> float:
-    """Forward FLOPs per token of the matrix products of one block."""
-    h = model.hidden_size
-    kv = model.head_dim * model.kv_heads
-    weights = 2 * h * h + 2 * h * kv + 3 * h * model.mlp_hidden_size  # q and output, k and v, w1 w3 w2
-    return 2.0 * weights + 4.0 * seq_len * h
-
-
-def head_flops(model: ModelConfig) -> float:
-    """Forward FLOPs per token of the output projection."""
-    return 2.0 * model.hidden_size * model.vocab_size
-
-
-def embedding_flops(model: ModelConfig) -> float:
-    """Per token, where a lookup has to be weighed against matrix products: one operation for each number copied."""
-    return 1.0 * model.hidden_size
-
-
-def model_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Forward and backward FLOPs of the model's own matrix products per token, nothing recomputed."""
-    return 3.0 * (model.num_layers * block_flops(model, seq_len) + head_flops(model))
 
 
 def tflops_per_gpu(flops_per_token: float, tokens: int, seconds: float, world_size: int) -> float:

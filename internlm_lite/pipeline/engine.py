@@ -4,12 +4,13 @@
     several ranks:  the schedules of torch.distributed.pipelining, through their public step()
 
 Every rank of a pipeline has the whole batch of its data-parallel rank, so of a micro-batch only its number travels
-beside the hidden state; a `Task` looks the rest up.
+beside the hidden state; a `Task` has the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,9 +20,11 @@ from torch.distributed.pipelining import PipelineStage
 
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Group
-from internlm_lite.pipeline.errors import peer_or_own_error
 from internlm_lite.pipeline.schedules import new_schedule
-from internlm_lite.pipeline.split import home_of
+from internlm_lite.pipeline.split import stage_to_rank
+
+_TRANSPORT = ("gloo", "nccl", "connection", "timed out", "timeout")
+"""In lower case: words in error messages of the transport between two stages."""
 
 
 class Task(Protocol):
@@ -57,7 +60,7 @@ class OneRank:
 
 
 @dataclass(frozen=True)
-class Shape:
+class HiddenShape:
     """What goes from stage to stage."""
 
     rows: int
@@ -75,17 +78,17 @@ class Pipeline:
         stages: Mapping[int, nn.Module],
         pp: Group,
         *,
-        num_stages: int,
         schedule: str,
-        shape: Shape,
+        shape: HiddenShape,
         early_receive: bool,
-        take_weight_grads: Callable[[], Callable[[], None]],
+        pop_deferred: Callable[[], Callable[[], None]],
     ) -> None:
-        """`take_weight_grads`: see `layers.weight_grads.WeightGrads.take`; called after a stage's backward pass."""
+        """`pop_deferred`: that of `layers.weight_grads.WeightGrads`; called after a stage's backward pass."""
         self._modules = {number: _StageModule(number, module) for number, module in stages.items()}
-        self._num_stages, self._pp, self._schedule, self._shape = num_stages, pp, schedule, shape
+        self._pp, self._schedule, self._shape = pp, schedule, shape
+        self._stage_ranks = stage_to_rank(pp.size, len(stages), schedule)
         self._early_receive = early_receive
-        self._take_weight_grads = take_weight_grads
+        self._pop_deferred = pop_deferred
         self._built: tuple[int, Any] | None = None
         self._task: Task | None = None
 
@@ -108,19 +111,19 @@ class Pipeline:
         sent: list[tuple[comm.Work, torch.Tensor]] = []
         for stage in self._modules:
             inputs, outputs = self._inputs(stage, outputs, micro_num), []
-            last = stage == self._num_stages - 1
+            last = stage == len(self._stage_ranks) - 1
             for micro in range(micro_num):
                 hidden = task.forward(stage, micro, next(inputs))
                 if last:
                     task.loss(micro, hidden)
-                elif stage + 1 in self._modules or self._home(stage + 1) < self._pp.rank:
+                elif stage + 1 in self._modules or self._stage_ranks[stage + 1] < self._pp.rank:
                     outputs.append(hidden)
                 else:
-                    sent.append((comm.send(hidden, self._pp, self._home(stage + 1)), hidden))
-            if not last and self._home(stage + 1) < self._pp.rank:
-                sent += [(comm.send(hidden, self._pp, self._home(stage + 1)), hidden) for hidden in outputs]
-        for handed, _buffer in sent:
-            handed.wait()
+                    sent.append((comm.send(hidden, self._pp, self._stage_ranks[stage + 1]), hidden))
+            if not last and self._stage_ranks[stage + 1] < self._pp.rank:
+                sent += [(comm.send(hidden, self._pp, self._stage_ranks[stage + 1]), hidden) for hidden in outputs]
+        for work, _buffer in sent:
+            work.wait()
 
     def _inputs(self, stage: int, outputs: list[torch.Tensor], micro_num: int) -> Iterator[torch.Tensor | None]:
         """Of `stage`, micro-batch by micro-batch; `outputs`: of this rank's stage before it."""
@@ -128,7 +131,7 @@ class Pipeline:
             yield from [None] * micro_num
         elif stage - 1 in self._modules:
             yield from outputs
-        elif self._home(stage - 1) > self._pp.rank:
+        elif self._stage_ranks[stage - 1] > self._pp.rank:
             yield from [self._received(stage) for _ in range(micro_num)]
         else:
             for _ in range(micro_num):
@@ -137,17 +140,14 @@ class Pipeline:
     def _received(self, stage: int) -> torch.Tensor:
         shape = self._shape
         hidden = torch.empty(shape.rows, shape.hidden_size, dtype=shape.dtype, device=shape.device)
-        comm.receive(hidden, self._pp, self._home(stage - 1)).wait()
+        comm.receive(hidden, self._pp, self._stage_ranks[stage - 1]).wait()
         return hidden
 
-    def _home(self, stage: int) -> int:
-        return home_of(stage, self._pp.size, self._schedule)
-
     def _schedule_for(self, micro_num: int) -> Any:
-        """Schedules are for one number of micro-batches. The last one is kept, with its receive buffers."""
+        """A schedule is built for one number of micro-batches. The last one is kept, with its receive buffers."""
         if self._built is None or self._built[0] != micro_num:
             stages = [self._stage(number) for number in self._modules]
-            built = new_schedule(self._schedule, stages, micro_num, self._loss, self._early_receive)
+            built = new_schedule(self._schedule, stages, micro_num, self._loss, early_receive=self._early_receive)
             self._built = micro_num, built
         return self._built[1]
 
@@ -157,17 +157,17 @@ class Pipeline:
         return PipelineStage(
             self._modules[number],
             number,
-            self._num_stages,
+            len(self._stage_ranks),
             shape.device,
-            # Told, so that the first step needs no trial run to find out.
+            # Given here, so that the first step needs no trial run to find the shapes.
             input_args=() if first else (hidden,),
             output_args=(hidden,),
             group=self._pp.process_group,
-            dw_builder=self._take_weight_grads if self._schedule == "zbv" else None,
+            dw_builder=self._pop_deferred if self._schedule == "zbv" else None,
         )
 
     def _loss(self, hidden: torch.Tensor, micro: torch.Tensor) -> torch.Tensor:
-        assert self._task is not None, "set for the time of a step"
+        assert self._task is not None, "set during a step"
         return self._task.loss(int(micro), hidden)
 
 
@@ -183,3 +183,19 @@ class _StageModule(nn.Module):
 
     def forward(self, *hidden: torch.Tensor, micro: torch.Tensor) -> torch.Tensor:
         return self.task.forward(self.number, int(micro), hidden[0] if hidden else None)
+
+
+@contextmanager
+def peer_or_own_error(pp: Group) -> Iterator[None]:
+    """An error of a stage, which torch wraps once or more, is raised as it was; a lost neighbour as PeerLostError."""
+    try:
+        yield
+    except RuntimeError as error:
+        inner: BaseException = error
+        while isinstance(inner, RuntimeError) and inner.__cause__ is not None:
+            inner = inner.__cause__
+        if inner is not error:
+            raise inner from inner.__cause__
+        if not isinstance(error, comm.GPU_ERRORS) and any(word in str(error).lower() for word in _TRANSPORT):
+            raise comm.peer_lost(pp, error) from error
+        raise

@@ -31,7 +31,7 @@ def schedule_class(schedule: str, size: int, micro_num: int) -> type[Any]:
     return Schedule1F1B if micro_num >= size else ScheduleGPipe
 
 
-def new_schedule(schedule: str, stages: list[PipelineStage], micro_num: int, loss: Loss, early_receive: bool) -> Any:
+def new_schedule(schedule: str, stages: list[PipelineStage], micro_num: int, loss: Loss, *, early_receive: bool) -> Any:
     """A torch schedule over this rank's `stages`. `loss` sums, hence no scaling of gradients.
 
     Raises ConfigError without `early_receive` where torch is too old (`config.cross` refuses most such configs).

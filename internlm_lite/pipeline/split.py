@@ -11,39 +11,37 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 
-def stages_on(rank: int, size: int, chunks: int, schedule: str) -> tuple[int, ...]:
+def stage_to_rank(size: int, chunks: int, schedule: str) -> tuple[int, ...]:
+    """The pipeline rank that holds each stage, in the order of the layers."""
+    return (*range(size), *reversed(range(size))) if schedule == "zbv" else tuple(range(size)) * chunks
+
+
+def rank_to_stages(rank: int, size: int, chunks: int, schedule: str) -> tuple[int, ...]:
     """Numbers of the stages on pipeline rank `rank`, in the order of the layers."""
-    if schedule == "zbv":
-        return (rank, 2 * size - 1 - rank)
-    return tuple(range(rank, size * chunks, size))
+    return tuple(stage for stage, held_by in enumerate(stage_to_rank(size, chunks, schedule)) if held_by == rank)
 
 
-def home_of(stage: int, size: int, schedule: str) -> int:
-    """The pipeline rank that has a stage."""
-    if schedule == "zbv":
-        return min(stage, 2 * size - 1 - stage)
-    return stage % size
+def split_layers(
+    num_layers: int, stage_ranks: Sequence[int], *, block: float, embedding: float, head: float
+) -> list[range]:
+    """Contiguous layers for each stage, so that the busiest rank has as little work as possible; every micro-batch goes
+    through all stages of a rank. Among those splits, one whose most expensive stage of a rank costs least.
 
-
-def split_layers(num_layers: int, homes: Sequence[int], block: float, embedding: float, head: float) -> list[range]:
-    """Contiguous layers for each stage, so that the busiest rank has as little to do as can be; every micro-batch goes
-    through all stages of a rank. Next, so that the dearest of a rank's stages is as cheap as can be.
-
-    `homes`: the pipeline rank of each stage. `block`, `embedding`, `head`: cost of one layer, of what the first stage
-    has besides, and the last. Every stage gets at least one layer: num_layers >= stages.
+    `stage_ranks`: the pipeline rank of each stage. `block`, `embedding`, `head`: cost of one layer, of what the first
+    stage has besides, and the last. Every stage gets at least one layer: num_layers >= stages.
     """
-    stages = len(homes)
+    stages = len(stage_ranks)
     assert num_layers >= stages, (num_layers, stages)
     costs = [block] * stages
     costs[0] += embedding
     costs[-1] += head
-    busy = [0.0] * (max(homes) + 1)
-    for cost, home in zip(costs, homes, strict=True):
-        busy[home] += cost
+    busy = [0.0] * (max(stage_ranks) + 1)
+    for cost, rank in zip(costs, stage_ranks, strict=True):
+        busy[rank] += cost
     counts = [1] * stages
     for _ in range(num_layers - stages):
-        chosen = min(range(stages), key=lambda stage: (busy[homes[stage]], costs[stage]))
+        chosen = min(range(stages), key=lambda stage: (busy[stage_ranks[stage]], costs[stage]))
         costs[chosen] += block
-        busy[homes[chosen]] += block
+        busy[stage_ranks[chosen]] += block
         counts[chosen] += 1
     return [range(start, stop) for start, stop in pairwise((0, *accumulate(counts)))]

@@ -14,7 +14,8 @@ import torch
 from internlm_lite.batch import Batch
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.monitor.flops import mfu, model_flops_per_token, step_flops_per_token, tflops_per_gpu
+from internlm_lite.models.stages import model_flops_per_token
+from internlm_lite.monitor.flops import mfu, step_flops_per_token, tflops_per_gpu
 from internlm_lite.monitor.metrics import Collected
 from internlm_lite.monitor.record import Origin, Sample, StepRecord, ValidationRecord
 from internlm_lite.monitor.scalars import perplexity

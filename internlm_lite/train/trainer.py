@@ -25,7 +25,7 @@ from internlm_lite.models.stages import Stages, build_stages, units_of
 from internlm_lite.monitor.metrics import Collected, FolderMetrics
 from internlm_lite.optim.norm import Requests
 from internlm_lite.optim.zero import HybridZeroOptimizer, StepOutcome
-from internlm_lite.pipeline.engine import Engine, OneRank, Pipeline, Shape
+from internlm_lite.pipeline.engine import Engine, HiddenShape, OneRank, Pipeline
 from internlm_lite.runtime.device import torch_dtype
 from internlm_lite.train.profiling import Stopwatch
 
@@ -62,7 +62,7 @@ class Trainer:
     def __init__(self, config: Config, mesh: Mesh, folders: Sequence[str] = ("data",)) -> None:
         """Weights are drawn from `config.seed`. `folders`: names of the data folders that a batch refers to."""
         self.mesh, dtype = mesh, torch_dtype(config.model.dtype)
-        self.backend = choose_backend(config.model.use_flash_attn, dtype, mesh.device, config.model.head_dim)
+        self.backend = choose_backend(config.model, mesh.device)
         self.stages = build_stages(config, mesh, self.backend)
         if mesh.device.type != "meta":  # there are only shapes
             initialise(nn.ModuleList(self.stages.values()), config.seed)
@@ -116,19 +116,17 @@ def build_engine(config: Config, mesh: Mesh, stages: Stages) -> Engine:
     """What runs micro-batches through the stages of this rank and its neighbours."""
     if mesh.pp.size == 1:
         return OneRank()
-    place = next(iter(stages.values())).place
-    row_tokens = config.data.micro_bsz * config.data.seq_len
+    tp_ctx = next(iter(stages.values())).tp_ctx
     return Pipeline(
         stages,
         mesh.pp,
-        num_stages=mesh.pp.size * config.model.num_chunks,
         schedule=config.schedule,
-        shape=Shape(
-            rows=row_tokens // mesh.tp.size if place.by_sequence else row_tokens,
+        shape=HiddenShape(
+            rows=tp_ctx.rows(config.data.micro_bsz * config.data.seq_len),
             hidden_size=config.model.hidden_size,
-            dtype=place.dtype,
+            dtype=tp_ctx.dtype,
             device=mesh.device,
         ),
         early_receive=config.parallel.pipeline.interleaved_overlap,
-        take_weight_grads=place.weight_grads.take,
+        pop_deferred=tp_ctx.weight_grads.pop_deferred,
     )

@@ -15,7 +15,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from internlm_lite.data.loader import prefetch
 from internlm_lite.errors import PeerLostError
 from internlm_lite.mesh.mesh import single_process_mesh
-from internlm_lite.pipeline.errors import peer_or_own_error
+from internlm_lite.pipeline.engine import peer_or_own_error
 from tests import cli
 from tests.faults.worlds import Job, arguments, events, report
 

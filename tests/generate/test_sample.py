@@ -30,7 +30,7 @@ def frequencies(sampling: Sampling, draws: int = 20_000) -> torch.Tensor:
     ],
     ids=str,
 )
-def test_frequencies_are_the_probabilities_asked_for(sampling, expected):
+def test_frequencies_are_the_probabilities(sampling, expected):
     assert frequencies(sampling).tolist() == pytest.approx(expected, abs=0.02)
 
 
@@ -40,8 +40,8 @@ def test_top_k_of_equal_probabilities_keeps_k():
 
 @pytest.mark.parametrize("temperature", [0.5, 0])
 def test_a_sick_model_can_be_looked_at(temperature):
-    sick = torch.tensor([[torch.nan, 1.0], [torch.nan, torch.nan], [torch.inf, 0.0], [-torch.inf, -torch.inf]])
-    drawn = Sampler(Sampling(temperature), torch.device("cpu"))(sick)
+    broken = torch.tensor([[torch.nan, 1.0], [torch.nan, torch.nan], [torch.inf, 0.0], [-torch.inf, -torch.inf]])
+    drawn = Sampler(Sampling(temperature), torch.device("cpu"))(broken)
     assert drawn.shape == (4,) and set(drawn.tolist()) <= {0, 1} and drawn[2] == 0
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from internlm_lite.layers.flash import AttentionBackend, choose_backend, packed
+from tests.models.small import small_config
 
 
 def plain(q, k, v):
@@ -24,17 +25,24 @@ def heads(n_tokens, kv_heads, dtype=torch.float64):
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
-def attend(borders, q, k, v, backend=AttentionBackend.SDPA):
-    longest = max(b - a for a, b in pairwise(borders))
-    return packed(backend, torch.tensor(borders, dtype=torch.int32), tuple(borders), longest)(0, q, k, v)
+def choose(dtype, device, head_dim=64, use_flash_attn=True):
+    config = small_config(dtype=str(dtype), hidden_size=8 * head_dim, use_flash_attn=use_flash_attn)
+    return choose_backend(config, device)
+
+
+def attend(boundaries, q, k, v, backend=AttentionBackend.SDPA):
+    longest = max(b - a for a, b in pairwise(boundaries))
+    return packed(backend, torch.tensor(boundaries, dtype=torch.int32), tuple(boundaries), longest)(0, q, k, v)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("borders", [[0, 24], [0, 8, 16, 24], [0, 5, 10, 11, 12, 24], [0, 23, 24, 24, 24], [0, 1, 24]])
-def test_packed_equals_each_document_alone(borders, kv_heads):
+@pytest.mark.parametrize(
+    "boundaries", [[0, 24], [0, 8, 16, 24], [0, 5, 10, 11, 12, 24], [0, 23, 24, 24, 24], [0, 1, 24]]
+)
+def test_packed_equals_each_document_alone(boundaries, kv_heads):
     q, k, v = heads(24, kv_heads)
-    ours = attend(borders, q, k, v)
-    parts = [slice(a, b) for a, b in pairwise(borders)]
+    ours = attend(boundaries, q, k, v)
+    parts = [slice(a, b) for a, b in pairwise(boundaries)]
     expected = torch.cat([plain(q[part], k[part], v[part]) for part in parts])
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
     weights = torch.randn_like(ours)
@@ -65,29 +73,29 @@ def test_nothing_is_seen_across_a_border_or_ahead():
 
 def test_kernels_are_chosen_only_where_they_run(monkeypatch: pytest.MonkeyPatch):
     for dtype in (torch.bfloat16, torch.float64):
-        assert choose_backend(True, dtype, torch.device("cpu"), 64) is AttentionBackend.SDPA
+        assert choose(dtype, torch.device("cpu")) is AttentionBackend.SDPA
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    assert choose_backend(True, torch.bfloat16, cuda, 64) is AttentionBackend.SDPA
+    assert choose(torch.bfloat16, cuda) is AttentionBackend.SDPA
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert choose_backend(True, torch.bfloat16, cuda, 36) is AttentionBackend.SDPA
-    assert choose_backend(True, torch.bfloat16, cuda, 512) is AttentionBackend.SDPA
-    assert choose_backend(True, torch.float32, cuda, 64) is AttentionBackend.SDPA
-    assert choose_backend(False, torch.bfloat16, cuda, 64) is AttentionBackend.SDPA
-    assert choose_backend(True, torch.bfloat16, cuda, 64) is not AttentionBackend.SDPA
+    assert choose(torch.bfloat16, cuda, head_dim=36) is AttentionBackend.SDPA
+    assert choose(torch.bfloat16, cuda, head_dim=512) is AttentionBackend.SDPA
+    assert choose(torch.float32, cuda) is AttentionBackend.SDPA
+    assert choose(torch.bfloat16, cuda, use_flash_attn=False) is AttentionBackend.SDPA
+    assert choose(torch.bfloat16, cuda) is not AttentionBackend.SDPA
 
 
 @pytest.mark.parametrize(
-    ("content", "found", "told"),
+    ("content", "found", "logged"),
     [
         ({"__init__.py": "def flash_attn_varlen_func(): ..."}, AttentionBackend.FLASH_ATTN, None),
         ({"__init__.py": "raise ImportError('undefined symbol')"}, AttentionBackend.TORCH_VARLEN, "undefined symbol"),
         ({"notes.txt": ""}, AttentionBackend.TORCH_VARLEN, "flash_attn_varlen_func"),
         ({}, AttentionBackend.TORCH_VARLEN, None),
     ],
-    ids=["there", "of another torch", "a mere folder", "not there"],
+    ids=["there", "of another torch", "a folder without a package", "not there"],
 )
-def test_flash_attn_is_chosen_where_it_can_be_imported(content, found, told, tmp_path, monkeypatch, caplog):
+def test_flash_attn_is_chosen_where_it_can_be_imported(content, found, logged, tmp_path, monkeypatch, caplog):
     for name, text in content.items():
         (tmp_path / "flash_attn").mkdir()
         (tmp_path / "flash_attn" / name).write_text(text)
@@ -95,10 +103,12 @@ def test_flash_attn_is_chosen_where_it_can_be_imported(content, found, told, tmp
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with monkeypatch.context() as patch:
         patch.delitem(sys.modules, "flash_attn", raising=False)
-        assert choose_backend(True, torch.bfloat16, torch.device("cuda"), 64) is found
+        assert choose(torch.bfloat16, torch.device("cuda")) is found
         sys.modules.pop("flash_attn", None)
-    assert [record.getMessage() for record in caplog.records if told is None or told not in record.getMessage()] == []
-    assert len(caplog.records) == (told is not None)
+    assert [
+        record.getMessage() for record in caplog.records if logged is None or logged not in record.getMessage()
+    ] == []
+    assert len(caplog.records) == (logged is not None)
 
 
 @pytest.mark.gpu
@@ -107,11 +117,11 @@ def test_flash_attn_is_chosen_where_it_can_be_imported(content, found, told, tmp
 def test_the_chosen_kernel_equals_the_reference_on_a_gpu(kv_heads):
     device = torch.device("cuda")
     q, k, v = (x.detach().repeat(1, 1, 8).to(device).requires_grad_() for x in heads(24, kv_heads, torch.bfloat16))
-    borders = [0, 5, 10, 24, 24]
-    backend = choose_backend(True, torch.bfloat16, device, 64)
-    cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=device)
-    ours = packed(backend, cu_seqlens, tuple(borders), 14)(0, q, k, v)
-    expected = packed(AttentionBackend.SDPA, cu_seqlens, tuple(borders), 14)(0, q, k, v)
+    boundaries = [0, 5, 10, 24, 24]
+    backend = choose(torch.bfloat16, device)
+    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
+    ours = packed(backend, cu_seqlens, tuple(boundaries), 14)(0, q, k, v)
+    expected = packed(AttentionBackend.SDPA, cu_seqlens, tuple(boundaries), 14)(0, q, k, v)
     torch.testing.assert_close(ours, expected, rtol=0, atol=0.03)
     grads = torch.autograd.grad(ours.sum(), (q, k, v))
     for mine, theirs in zip(grads, torch.autograd.grad(expected.sum(), (q, k, v)), strict=True):

@@ -6,16 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from internlm_lite.layers import placement
+from internlm_lite.layers import tensor_parallel
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns
-from internlm_lite.layers.placement import Placement
+from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.layers.weight_grads import WeightGrads
 from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import single_process_mesh
 
 
-def place(deferred: bool = False) -> Placement:
-    return Placement(single_process_mesh().tp, torch.float64, torch.device("cpu"), weight_grads=WeightGrads(deferred))
+def context(deferred: bool = False) -> TensorParallelContext:
+    grads = WeightGrads(deferred=deferred)
+    return TensorParallelContext(single_process_mesh().tp, torch.float64, torch.device("cpu"), weight_grads=grads)
 
 
 def filled(layer: Any) -> Any:
@@ -29,15 +30,15 @@ def filled(layer: Any) -> Any:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("deferred", [False, True])
 def test_gradients_are_those_of_plain_linear_layers(bias, deferred):
-    at = place(deferred)
-    first, second = (filled(ColumnLinear(name, 6, 8, bias, 1.0, at)) for name in "ab")
-    row = filled(RowLinear("c", 8, 5, bias, 1.0, at))
+    tp_ctx = context(deferred)
+    first, second = (filled(ColumnLinear(name, 6, 8, tp_ctx, init_std=1.0, bias=bias)) for name in "ab")
+    row = filled(RowLinear("c", 8, 5, tp_ctx, init_std=1.0, bias=bias))
     x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
-    a, b = columns(x, at, first, second)
+    a, b = columns(x, first, second)
     row(a * b).square().sum().backward()
     if deferred:
         assert all(torch.equal(layer.weight.grad, torch.ones_like(layer.weight)) for layer in (first, second, row))
-        at.weight_grads.take()()
+        tp_ctx.weight_grads.pop_deferred()()
     ours = [x.grad, *(p.grad.clone() for layer in (first, second, row) for p in layer.parameters())]
 
     x.grad = None
@@ -50,40 +51,40 @@ def test_gradients_are_those_of_plain_linear_layers(bias, deferred):
         torch.testing.assert_close(mine, plain, rtol=1e-12, atol=1e-12)
 
 
-def test_put_off_gradients_belong_to_the_backward_pass_before():
-    at = place(deferred=True)
-    layer = filled(ColumnLinear("a", 3, 3, False, 1.0, at))
+def test_deferred_gradients_are_those_of_the_backward_pass_before():
+    tp_ctx = context(deferred=True)
+    layer = filled(ColumnLinear("a", 3, 3, tp_ctx, init_std=1.0))
     runs = []
     for scale in (1.0, 10.0):
-        columns(torch.full((2, 3), scale, dtype=torch.float64), at, layer)[0].sum().backward()
-        runs.append(at.weight_grads.take())
+        columns(torch.full((2, 3), scale, dtype=torch.float64), layer)[0].sum().backward()
+        runs.append(tp_ctx.weight_grads.pop_deferred())
     runs[1]()
     assert torch.equal(layer.weight.grad, torch.full((3, 3), 21.0, dtype=torch.float64))
     runs[0]()
     assert torch.equal(layer.weight.grad, torch.full((3, 3), 23.0, dtype=torch.float64))
 
 
-def test_the_input_gradient_travels_while_weight_gradients_are_computed(monkeypatch):
+def test_the_input_gradient_is_sent_before_weight_gradients(monkeypatch):
     events: list[str] = []
 
-    class Travelling:
+    class Pending:
         def wait(self) -> None:
             events.append("dx arrived")
 
-    def all_reduce(tensor: torch.Tensor, group: Any) -> Travelling:
+    def all_reduce(tensor: torch.Tensor, group: Any) -> Pending:
         events.append("dx sent")
-        return Travelling()
+        return Pending()
 
     class Recorded(WeightGrads):
-        def of(self, weight: Parameter, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+        def compute_or_defer(self, weight: Parameter, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
             events.append("dW")
-            return super().of(weight, dy, x)
+            return super().compute_or_defer(weight, dy, x)
 
-    at = place()
-    at.weight_grads = Recorded()
-    first, second = (filled(ColumnLinear(name, 6, 8, True, 1.0, at)) for name in "ab")
+    tp_ctx = context()
+    tp_ctx.weight_grads = Recorded()
+    first, second = (filled(ColumnLinear(name, 6, 8, tp_ctx, init_std=1.0, bias=True)) for name in "ab")
     x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
-    a, b = columns(x, at, first, second)
-    monkeypatch.setattr(placement.comm, "all_reduce", all_reduce)
+    a, b = columns(x, first, second)
+    monkeypatch.setattr(tensor_parallel.comm, "all_reduce", all_reduce)
     (a * b).sum().backward()
     assert events == ["dx sent", "dW", "dW", "dx arrived"]

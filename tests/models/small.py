@@ -31,9 +31,9 @@ def small_config(**changes: object) -> ModelConfig:
 def small_model(
     mesh: Mesh | None = None, label_smoothing: float = 0.0, by_sequence: bool = False, **changes: object
 ) -> Transformer:
-    """Initialised; biases and norm weights too get distinct values, so that their gradients are tested in earnest."""
+    """Initialised; biases and norm weights too get distinct values, so that a wrong gradient of theirs shows."""
     mesh = mesh or single_process_mesh()
-    model = build_model(small_config(**changes), label_smoothing, mesh, AttentionBackend.SDPA, by_sequence)
+    model = build_model(small_config(**changes), label_smoothing, mesh, AttentionBackend.SDPA, by_sequence=by_sequence)
     initialise(model, seed=7)
     with torch.no_grad():
         for param in model.parameters():
@@ -50,14 +50,14 @@ def documents(lengths: list[int], seed: int = 0) -> list[torch.Tensor]:
 
 def row_of(docs: list[torch.Tensor]) -> tuple:
     """(tokens, positions, labels, attend) of documents packed in one row; the last token of each has no label."""
-    borders = [0]
+    boundaries = [0]
     for doc in docs:
-        borders.append(borders[-1] + len(doc))
+        boundaries.append(boundaries[-1] + len(doc))
     labels = torch.cat([torch.cat((doc[1:], torch.tensor([IGNORE]))) for doc in docs])
     positions = torch.cat([torch.arange(len(doc)) for doc in docs])
     longest = max(len(doc) for doc in docs)
-    cu_seqlens = torch.tensor(borders, dtype=torch.int32)
-    return torch.cat(docs), positions, labels, packed(AttentionBackend.SDPA, cu_seqlens, tuple(borders), longest)
+    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
+    return torch.cat(docs), positions, labels, packed(AttentionBackend.SDPA, cu_seqlens, tuple(boundaries), longest)
 
 
 def run(model: Transformer, docs: list[torch.Tensor], scale: float = 0.5):

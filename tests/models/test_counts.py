@@ -43,7 +43,7 @@ def test_internlm_20b():
     assert sum(sizes(INTERNLM_20B).values()) == 20_089_943_040
 
 
-def test_every_rank_of_four_holds_as_much_of_internlm_20b():
+def test_four_ranks_hold_equal_parts_of_internlm_20b():
     """Row-parallel biases are stored on all ranks: 60 * 5120 elements more than on one rank alone."""
     assert [sum(sizes(INTERNLM_20B, rank, 4).values()) for rank in range(4)] == [5_023_180_800] * 4
 

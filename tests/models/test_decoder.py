@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from internlm_lite.batch import IGNORE
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.mesh import single_process_mesh
-from internlm_lite.models.decoder import Share, Transformer, build_model, placement
+from internlm_lite.models.decoder import StageSpec, Transformer, build_model, tensor_parallel_context
 from internlm_lite.models.initialise import initialise
 from tests.layers.test_flash import plain
 from tests.layers.test_rope import llama
@@ -100,7 +100,7 @@ def test_recomputation_changes_no_bit(fraction):
 @pytest.mark.parametrize(
     "changes", [{}, {"tie_word_embeddings": True, "checkpoint": True}, {"apply_post_layer_norm": True}]
 )
-def test_units_partition_the_parameters_and_each_runs_once_in_order(changes):
+def test_units_partition_the_parameters_and_run_in_order(changes):
     model, called = small_model(**changes), []
     units = list(model.units())
     for index, unit in enumerate(units):
@@ -120,9 +120,9 @@ def test_parameter_names_are_those_of_their_layout():
 def test_stages_in_a_row_equal_the_whole():
     config, mesh, docs = small_config(), single_process_mesh(), documents(LENGTHS)
     tokens, positions, labels, attend = row_of(docs)
-    shares = [Share(range(0, 1), True, False), Share(range(1, 2), False, False), Share(range(2, 3), False, True)]
-    place = placement(config, mesh, by_sequence=False)
-    stages = [Transformer(config, 0.0, place, AttentionBackend.SDPA, share) for share in shares]
+    specs = [StageSpec(range(n, n + 1), first=n == 0, last=n == 2) for n in range(3)]
+    tp_ctx = tensor_parallel_context(config, mesh, by_sequence=False)
+    stages = [Transformer(config, 0.0, tp_ctx, AttentionBackend.SDPA, spec) for spec in specs]
     whole = build_model(config, 0.0, mesh, AttentionBackend.SDPA)
     for model in (*stages, whole):
         initialise(model, 1)

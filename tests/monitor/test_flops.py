@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from internlm_lite.config.schema import ModelConfig
-from internlm_lite.monitor.flops import mfu, model_flops_per_token, step_flops, step_flops_per_token, tflops_per_gpu
+from internlm_lite.models.stages import model_flops_per_token
+from internlm_lite.monitor.flops import mfu, step_flops, step_flops_per_token, tflops_per_gpu
 from tests.monitor.test_line import SEED
 
 B20 = ModelConfig(hidden_size=5120, num_attention_heads=40, num_layers=60, vocab_size=103168, mlp_ratio=8 / 3)

@@ -13,8 +13,8 @@ from torch import nn
 
 from internlm_lite.errors import DataError, InternLMError
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.pipeline.engine import OneRank, Pipeline, Shape
-from internlm_lite.pipeline.split import stages_on
+from internlm_lite.pipeline.engine import HiddenShape, OneRank, Pipeline
+from internlm_lite.pipeline.split import rank_to_stages
 from tests.world import Leaves, run_world
 
 WIDTH, ROWS = 4, 3
@@ -67,16 +67,15 @@ def pipeline(mesh: Mesh, schedule: str, layers: dict[int, nn.Linear], early_rece
     return Pipeline(
         layers,
         mesh.pp,
-        num_stages=mesh.pp.size * SCHEDULES[schedule],
         schedule=schedule,
-        shape=Shape(ROWS, WIDTH, torch.float64, mesh.device),
+        shape=HiddenShape(ROWS, WIDTH, torch.float64, mesh.device),
         early_receive=early_receive,
-        take_weight_grads=lambda: lambda: None,
+        pop_deferred=lambda: lambda: None,
     )
 
 
 def layers_on(mesh: Mesh, schedule: str) -> dict[int, nn.Linear]:
-    return {n: layer(n) for n in stages_on(mesh.pp.rank, mesh.pp.size, SCHEDULES[schedule], schedule)}
+    return {n: layer(n) for n in rank_to_stages(mesh.pp.rank, mesh.pp.size, SCHEDULES[schedule], schedule)}
 
 
 MICRO_NUMS = (1, 4, 2, 3, 6)
@@ -186,6 +185,6 @@ def killed(mesh: Mesh, schedule: str, folder: Path) -> None:
 def test_a_killed_neighbour_is_a_lost_peer(schedule: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="rank 1: died without a word"):
         run_world(killed, 2, (schedule, tmp_path), pipeline=2)
-    told = (tmp_path / "0").read_text()
-    assert told.startswith("PeerLostError: rank 0 lost a peer of its pp group (ranks [0, 1]): ")
-    assert told.endswith("; the log of the rank that failed first says why")
+    printed = (tmp_path / "0").read_text()
+    assert printed.startswith("PeerLostError: rank 0 lost a peer of its pp group (ranks [0, 1]): ")
+    assert printed.endswith("; the log of the rank that failed first says why")

@@ -12,8 +12,8 @@ from torch import nn
 
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.pipeline.engine import Pipeline, Shape
-from internlm_lite.pipeline.split import stages_on
+from internlm_lite.pipeline.engine import HiddenShape, Pipeline
+from internlm_lite.pipeline.split import rank_to_stages
 from tests.world import run_world
 
 WIDTH, PATIENCE_SECONDS = 4, 10
@@ -78,16 +78,15 @@ def evaluate(mesh: Mesh, schedule: str, chunks: int, micro_num: int) -> list[flo
     order = InOrder()
     comm.send, comm.receive = order.wrap(SEND), order.wrap(RECEIVE)
     size = mesh.pp.size
-    numbers = stages_on(mesh.pp.rank, size, chunks, schedule)
-    shape = Shape(1, WIDTH, torch.float32, mesh.device)
+    numbers = rank_to_stages(mesh.pp.rank, size, chunks, schedule)
+    shape = HiddenShape(1, WIDTH, torch.float32, mesh.device)
     engine = Pipeline(
         {number: nn.Identity() for number in numbers},
         mesh.pp,
-        num_stages=size * chunks,
         schedule=schedule,
         shape=shape,
         early_receive=True,
-        take_weight_grads=lambda: lambda: None,
+        pop_deferred=lambda: lambda: None,
     )
     task = AddStage()
     engine.evaluate(task, micro_num)

@@ -19,7 +19,7 @@ from torch.distributed.pipelining import (
 from internlm_lite.errors import ConfigError
 from internlm_lite.pipeline import schedules
 from internlm_lite.pipeline.schedules import new_schedule, schedule_class
-from internlm_lite.pipeline.split import home_of, stages_on
+from internlm_lite.pipeline.split import rank_to_stages, stage_to_rank
 
 
 @pytest.mark.parametrize(
@@ -54,9 +54,10 @@ def built(schedule: str, size: int, chunks: int, micro_num: int, early_receive: 
             is_last=number == size * chunks - 1,
             submod=torch.nn.Identity(),
         )
-        for number in stages_on(0, size, chunks, schedule)
+        for number in rank_to_stages(0, size, chunks, schedule)
     ]
-    return new_schedule(schedule, stages, micro_num, lambda hidden, micro: hidden.sum(), early_receive)  # type: ignore[arg-type]
+    loss = lambda hidden, micro: hidden.sum()  # noqa: E731
+    return new_schedule(schedule, stages, micro_num, loss, early_receive=early_receive)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_messages_are_received_in_the_order_they_are_sent(
                     continue
                 # A send names the stage it comes from, a receive the stage it is for.
                 step = {"SEND_F": 1, "SEND_B": -1, "RECV_F": -1, "RECV_B": 1}[kind]
-                peer = home_of(action.stage_index + step, size, schedule)
+                peer = stage_to_rank(size, chunks, schedule)[action.stage_index + step]
                 if kind.startswith("SEND"):
                     sent[rank, peer].append((kind[-1], action.stage_index + step, action.microbatch_index))
                 else:

@@ -1,25 +1,26 @@
-"""The layer split: never dearer than any other split. Homes of stages: two functions that say the same."""
+"""The layer split: never more expensive than any other split. Ranks of stages: two functions that say the same."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate, combinations, pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internlm_lite.config.schema import ModelConfig
-from internlm_lite.monitor.flops import block_flops, embedding_flops, head_flops
-from internlm_lite.pipeline.split import home_of, split_layers, stages_on
+from internlm_lite.config.schema import Config
+from internlm_lite.models.stages import layers_of_stages, meta_model
+from internlm_lite.pipeline.split import rank_to_stages, split_layers, stage_to_rank
 
 LAYOUTS = [("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("zbv", 2)]
 
 
-def busiest(split: list[range], homes: list[int], block: float, embedding: float, head: float) -> float:
+def busiest(split: list[range], ranks: Sequence[int], block: float, embedding: float, head: float) -> float:
     costs = [len(layers) * block for layers in split]
     costs[0] += embedding
     costs[-1] += head
-    return max(sum(cost for cost, home in zip(costs, homes, strict=True) if home == rank) for rank in set(homes))
+    return max(sum(cost for cost, holder in zip(costs, ranks, strict=True) if holder == rank) for rank in set(ranks))
 
 
 def every_split(num_layers: int, stages: int) -> list[list[range]]:
@@ -40,44 +41,61 @@ def test_no_split_is_better(
     layout: tuple[str, int], size: int, extra: int, block: float, embedding: float, head: float
 ) -> None:
     schedule, chunks = layout
-    homes = [home_of(stage, size, schedule) for stage in range(size * chunks)]
-    num_layers = len(homes) + extra
-    split = split_layers(num_layers, homes, block, embedding, head)
+    ranks = stage_to_rank(size, chunks, schedule)
+    num_layers = len(ranks) + extra
+    split = split_layers(num_layers, ranks, block=block, embedding=embedding, head=head)
     assert [layer for layers in split for layer in layers] == list(range(num_layers))
-    assert len(split) == len(homes) and all(len(layers) > 0 for layers in split)
-    best = min(busiest(other, homes, block, embedding, head) for other in every_split(num_layers, len(homes)))
-    assert busiest(split, homes, block, embedding, head) == pytest.approx(best)
+    assert len(split) == len(ranks) and all(len(layers) > 0 for layers in split)
+    best = min(busiest(other, ranks, block, embedding, head) for other in every_split(num_layers, len(ranks)))
+    assert busiest(split, ranks, block, embedding, head) == pytest.approx(best)
 
 
 def test_the_head_makes_up_for_layers_of_its_rank() -> None:
-    """Six layers in four stages on two ranks, the head as dear as one and a half layers."""
-    assert [len(layers) for layers in split_layers(6, [0, 1, 0, 1], 1.0, 0.0, 1.5)] == [2, 1, 2, 1]
-    assert [len(layers) for layers in split_layers(6, [0, 1, 1, 0], 1.0, 0.0, 1.5)] == [1, 2, 2, 1]
+    """Six layers in four stages on two ranks, the head as expensive as one and a half layers."""
+    costs = {"block": 1.0, "embedding": 0.0, "head": 1.5}
+    assert [len(layers) for layers in split_layers(6, [0, 1, 0, 1], **costs)] == [2, 1, 2, 1]
+    assert [len(layers) for layers in split_layers(6, [0, 1, 1, 0], **costs)] == [1, 2, 2, 1]
 
 
 def test_the_20b_model_over_four_stages() -> None:
     """60 layers. The head (5120 x 103168) costs about 1.5 layers, so the last stage has fewer of them."""
-    model = ModelConfig(num_attention_heads=40, vocab_size=103168, hidden_size=5120, num_layers=60)
-    costs, homes = (block_flops(model, 2048), embedding_flops(model), head_flops(model)), [0, 1, 2, 3]
-    split = split_layers(60, homes, *costs)
+    config = Config.model_validate(
+        {
+            "data": {"seq_len": 2048, "micro_bsz": 1, "micro_num": 4, "total_steps": 1},
+            "lr_scheduler": {"total_steps": 1},
+            "model": {"num_attention_heads": 40, "vocab_size": 103168, "hidden_size": 5120, "num_layers": 60},
+            "parallel": {"pipeline": {"size": 4}},
+        }
+    )
+    model = meta_model(config.model)
+    costs = (
+        model.blocks()[0].flops_per_token(2048),
+        model.tok_embeddings.lookup_ops_per_token(),
+        model.output.flops_per_token(2048),
+    )
+    split = layers_of_stages(config)
     assert sum(map(len, split)) == 60
-    assert busiest(split, homes, *costs) == min(busiest(other, homes, *costs) for other in every_split(60, 4))
+    assert busiest(split, range(4), *costs) == min(busiest(other, range(4), *costs) for other in every_split(60, 4))
     assert len(split[-1]) < len(split[1]) <= 16
 
 
 @pytest.mark.parametrize(("schedule", "chunks"), LAYOUTS)
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
-def test_every_stage_has_one_home(schedule: str, chunks: int, size: int) -> None:
-    held = [stages_on(rank, size, chunks, schedule) for rank in range(size)]
+def test_every_stage_has_one_rank(schedule: str, chunks: int, size: int) -> None:
+    held = [rank_to_stages(rank, size, chunks, schedule) for rank in range(size)]
     assert sorted(stage for stages in held for stage in stages) == list(range(size * chunks))
     for rank, stages in enumerate(held):
         assert list(stages) == sorted(stages) and len(stages) == chunks
-        assert [home_of(stage, size, schedule) for stage in stages] == [rank] * chunks
+        assert [stage_to_rank(size, chunks, schedule)[stage] for stage in stages] == [rank] * chunks
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
 def test_zero_bubble_starts_and_ends_on_the_first_rank(size: int) -> None:
-    assert stages_on(0, size, 2, "zbv") == (0, 2 * size - 1)
-    homes = [home_of(stage, size, "zbv") for stage in range(2 * size)]
-    assert [abs(b - a) for a, b in pairwise(homes)] == [*[1] * (size - 1), 0, *[1] * (size - 1)], "a V"
-    assert list(accumulate(homes, max)) == sorted(accumulate(homes, max))
+    assert rank_to_stages(0, size, 2, "zbv") == (0, 2 * size - 1)
+    ranks = stage_to_rank(size, 2, "zbv")
+    assert [abs(b - a) for a, b in pairwise(ranks)] == [*[1] * (size - 1), 0, *[1] * (size - 1)], "a V"
+    assert list(accumulate(ranks, max)) == sorted(accumulate(ranks, max))
+
+
+def test_interleaved_stages_go_round_the_ranks() -> None:
+    assert stage_to_rank(3, 2, "interleaved") == (0, 1, 2, 0, 1, 2)

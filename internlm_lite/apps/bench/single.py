@@ -19,7 +19,8 @@ from internlm_lite.apps.bench.step import bare_side, our_side
 from internlm_lite.apps.bench.torch_layouts import Builder
 from internlm_lite.apps.bench.worlds import mesh_of, on_ranks, peak_bytes
 from internlm_lite.config.schema import Config
-from internlm_lite.monitor.flops import mfu, model_flops_per_token
+from internlm_lite.models.stages import model_flops_per_token
+from internlm_lite.monitor.flops import mfu
 from internlm_lite.runtime.device import device_name, peak_flops
 
 SHAPES: dict[str, dict[str, Any]] = {

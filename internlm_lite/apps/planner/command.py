@@ -6,8 +6,8 @@ import json
 import sys
 
 from internlm_lite.apps.planner.plan import make_plan
+from internlm_lite.apps.planner.render_plan import render
 from internlm_lite.apps.planner.report import Plan
-from internlm_lite.apps.planner.view import render
 from internlm_lite.config.schema import Config
 from internlm_lite.runtime.tool import ToolConsole, run_tool
 

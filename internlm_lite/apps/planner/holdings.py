@@ -16,21 +16,9 @@ from internlm_lite.config.schema import Config
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import Sizes, plan_mesh, rank_of
-from internlm_lite.models.stages import build_stages, layers_of_stages, units_of
+from internlm_lite.models.stages import Stages, build_stages, units_of
 from internlm_lite.optim.buckets import Bucket, build_buckets
 from internlm_lite.optim.rules import RULES
-
-
-@dataclass(frozen=True)
-class StageShare:
-    """One pipeline stage."""
-
-    number: int
-    layers: range
-    first: bool
-    """With the embedding."""
-    last: bool
-    """With the final norm and the head."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +40,12 @@ class BucketSizes:
 
 
 @dataclass(frozen=True)
-class Holding:
+class RankHoldings:
     """What every rank of one pipeline position holds."""
 
     pp: int
-    stages: tuple[StageShare, ...]
+    stages: Stages
+    """On the meta device."""
     parameters: int
     """Elements of the rank's parameters, without padding."""
     zero_elements: tuple[int, ...]
@@ -82,7 +71,7 @@ class Holding:
         return sum(bucket.update_grads for bucket in self.buckets)
 
 
-def holdings(config: Config, sizes: Sizes, backend: AttentionBackend) -> tuple[list[Holding], int]:
+def holdings(config: Config, sizes: Sizes, backend: AttentionBackend) -> tuple[list[RankHoldings], int]:
     """(what each pipeline position holds, parameters of the whole model).
 
     Raises ConfigError where building the model would.
@@ -96,20 +85,15 @@ def holdings(config: Config, sizes: Sizes, backend: AttentionBackend) -> tuple[l
         wholes.update({param.part.name: math.prod(param.part.shape) for param in params})
         buckets = build_buckets(params, mesh.zero, config)
         held.append(
-            Holding(
+            RankHoldings(
                 pp=pp,
-                stages=_shares(config, tuple(stages)),
+                stages=stages,
                 parameters=sum(bucket.numel for bucket in buckets),
                 zero_elements=tuple(sum(b.elements_on(rank) for b in buckets) for rank in range(sizes.zero)),
                 buckets=tuple(_sizes(bucket, len(RULES[config.optimizer.name].roles)) for bucket in buckets),
             )
         )
     return held, sum(wholes.values())
-
-
-def _shares(config: Config, numbers: tuple[int, ...]) -> tuple[StageShare, ...]:
-    layers = layers_of_stages(config)
-    return tuple(StageShare(n, layers[n], n == 0, n == len(layers) - 1) for n in numbers)
 
 
 def _sizes(bucket: Bucket, state_tensors: int) -> BucketSizes:

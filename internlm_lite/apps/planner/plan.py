@@ -4,30 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from internlm_lite.apps.planner.holdings import Holding, holdings
-from internlm_lite.apps.planner.memory import (
-    Shape,
-    Terms,
-    backward_workspace,
-    loss_workspace,
-    receive_buffers,
-    scaled,
-    shape_of,
-    stage_terms,
-    summed,
-    waiting_terms,
-)
+from internlm_lite.apps.planner.holdings import RankHoldings, holdings
+from internlm_lite.apps.planner.memory import most_kept, rank_bytes, row_shape
 from internlm_lite.apps.planner.report import GroupTable, Plan, RankBytes, RankPlan
-from internlm_lite.apps.planner.schedule import Action, actions_of, bubble_fraction, moments, stage_cost
+from internlm_lite.apps.planner.schedule import actions_of, bubble_fraction, stage_cost
 from internlm_lite.apps.planner.traffic import messages, traffic
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
 from internlm_lite.config.schema import Config
-from internlm_lite.data.loader import TrainingData, open_training_data, open_validation_data
+from internlm_lite.data.loader import open_training_data, open_validation_data
 from internlm_lite.data.render_batches import StepFigures, walk_steps
 from internlm_lite.layers.flash import AttentionBackend, varlen_fits
 from internlm_lite.mesh.mesh import Sizes, axis_groups, rank_of, sizes_of
 from internlm_lite.monitor.flops import step_flops
-from internlm_lite.runtime.device import torch_dtype
 
 LISTED_RANKS = 64
 """Worlds up to this size are listed rank by rank."""
@@ -47,24 +35,27 @@ def make_plan(config: Config, world_size: int, tflops: float | None, device: str
     batches = _first_batches(config, sizes)
     backend = _backend(config, device)
     held, parameters_total = holdings(config, sizes, backend)
-    x = shape_of(config, backend, device)
+    row = row_shape(config, backend, device)
     orders = actions_of(config.schedule, sizes.pp, config.model.num_chunks, data.micro_num)
-    n_again, n_layers = config.model.recomputed_layers, config.model.num_layers
+    recomputed = {"off": 0, "configured": config.model.recomputed_layers, "all": config.model.num_layers}
     kept = [
-        {n: _kept(x, own, order, n) for n in (0, n_again, n_layers)} for own, order in zip(held, orders, strict=True)
+        {case: most_kept(own, row, order, n) for case, n in recomputed.items()}
+        for own, order in zip(held, orders, strict=True)
     ]
-    fullest = max(range(sizes.pp), key=lambda pp: sum(kept[pp][n_again].values()))
-    costs = {stage.number: stage_cost(config, stage, n_again) for own in held for stage in own.stages}
+    n_bytes = [
+        rank_bytes(own, row, data.micro_num, sum(cases["configured"].values()))
+        for own, cases in zip(held, kept, strict=True)
+    ]
+    sent = [traffic(messages(row, sizes, own, data.micro_num), sizes) for own in held]
+    costs = {number: stage_cost(stage, data.seq_len) for own in held for number, stage in own.stages.items()}
     tokens_per_step = data.micro_num * data.micro_bsz * data.seq_len * sizes.dp
     return Plan(
         job=config.JOB_NAME,
         sizes=sizes,
         layout=_layout(config, sizes, backend),
         parameters_total=parameters_total,
-        ranks=tuple(_ranks(config, x, sizes, held, [kept[pp][n_again] for pp in range(sizes.pp)])),
-        activations=dict(
-            zip(("off", "configured", "all"), (kept[fullest][n] for n in (0, n_again, n_layers)), strict=True)
-        ),
+        ranks=tuple(_ranks(sizes, held, n_bytes, sent)),
+        activations=max(kept, key=lambda cases: sum(cases["configured"].values())),
         flops_per_step=step_flops(config.model, data.seq_len, tokens_per_step // data.seq_len),
         tokens_per_step=tokens_per_step,
         steps_total=data.total_steps,
@@ -73,14 +64,13 @@ def make_plan(config: Config, world_size: int, tflops: float | None, device: str
         tflops_per_gpu=tflops,
         batches=batches,
         groups=_groups(sizes),
-        notes=tuple(_notes(config, sizes)),
+        notes=list(_notes(config, sizes)),
     )
 
 
 def _backend(config: Config, device: str) -> AttentionBackend:
     """What the trainer chooses on a GPU of today; both varlen kernels keep the same tensors."""
-    model = config.model
-    varlen = device == "cuda" and varlen_fits(model.use_flash_attn, torch_dtype(model.dtype), model.head_dim)
+    varlen = device == "cuda" and varlen_fits(config.model)
     return AttentionBackend.FLASH_ATTN if varlen else AttentionBackend.SDPA
 
 
@@ -89,12 +79,8 @@ def _first_batches(config: Config, sizes: Sizes) -> tuple[StepFigures, ...]:
     opened = open_training_data(data, vocab_size, 0, sizes.dp, config.seed)
     if data.valid_every:
         open_validation_data(data, vocab_size, 0, sizes.dp, config.seed)  # for what it refuses
-    return tuple(_figures(opened, min(data.total_steps, SHOWN_STEPS, max(1, MOST_ROWS // (data.micro_num * sizes.dp)))))
-
-
-def _figures(data: TrainingData, steps: int) -> Iterator[StepFigures]:
-    for step in walk_steps(data, steps):
-        yield step.figures
+    steps = min(data.total_steps, SHOWN_STEPS, max(1, MOST_ROWS // (data.micro_num * sizes.dp)))
+    return tuple(step.figures for step in walk_steps(opened, steps))
 
 
 def _micro_batches(config: Config) -> int:
@@ -111,27 +97,13 @@ def _micro_batches(config: Config) -> int:
     return count
 
 
-def _kept(x: Shape, held: Holding, order: Sequence[Action], recomputed: int) -> Terms:
-    """Activations at the fullest moment of a step, by component."""
-    pipeline = len(order) > 0 and not (held.stages[0].first and held.stages[0].last)
-    each = {stage.number: stage_terms(x, stage, recomputed, pipeline) for stage in held.stages}
-    waits = {stage.number: waiting_terms(x, stage) for stage in held.stages}
-
-    def at(kept: dict[int, int], waiting: dict[int, int]) -> Terms:
-        parts = [scaled(each[number], count) for number, count in kept.items()]
-        parts += [scaled(waits[number], count) for number, count in waiting.items()]
-        return {name: size for name, size in summed(*parts).items() if size}
-
-    return max((at(*moment) for moment in moments(order)), key=lambda terms: sum(terms.values()))
-
-
 def _ranks(
-    config: Config, x: Shape, sizes: Sizes, held: Sequence[Holding], kept: Sequence[Terms]
+    sizes: Sizes, held: Sequence[RankHoldings], n_bytes: Sequence[RankBytes], sent: Sequence[dict[str, int]]
 ) -> Iterator[RankPlan]:
+    """`n_bytes` and `sent`: of a rank of each pipeline position."""
     listed = sizes.world <= LISTED_RANKS
-    for own, activations in zip(held, kept, strict=True):
-        n_bytes = _rank_bytes(config, x, own, sum(activations.values()))
-        sent = traffic(messages(config, x, sizes, own, config.data.micro_num), sizes)
+    for own in held:
+        specs = [stage.spec for stage in own.stages.values()]
         seen: dict[int, int] = {}
         for elements in own.zero_elements:
             seen[elements] = seen.get(elements, 0) + 1
@@ -150,29 +122,12 @@ def _ranks(
                     dp=dp,
                     zero=zero,
                     replica=replica,
-                    layers=tuple((stage.layers.start, stage.layers.stop) for stage in own.stages),
+                    layers=[[spec.layers.start, spec.layers.stop] for spec in specs],
                     parameters=own.parameters,
                     zero_elements=elements,
-                    bytes=n_bytes,
-                    traffic=sent,
+                    bytes=n_bytes[own.pp],
+                    traffic_bytes=sent[own.pp],
                 )
-
-
-def _rank_bytes(config: Config, x: Shape, own: Holding, activations: int) -> RankBytes:
-    data, again = config.data, config.model.recomputed_layers
-    top = own.stages[-1]
-    workspace = backward_workspace(x, top.last, recomputes=top.layers.stop <= again)
-    if top.last:
-        workspace = max(workspace, loss_workspace(x))
-    return RankBytes(
-        weights=own.weights,
-        gradients=own.gradients,
-        optimizer=own.optimizer,
-        activations=activations,
-        buffers=receive_buffers(x, own.stages, data.micro_num),
-        workspace=workspace,
-        update=own.update,
-    )
 
 
 def _layout(config: Config, sizes: Sizes, backend: AttentionBackend) -> dict[str, object]:
@@ -200,7 +155,7 @@ def _groups(sizes: Sizes) -> dict[str, GroupTable]:
         size = max(map(len, groups))
         joined = [group for group in groups if len(group) == size]  # middle stages have no partner in `ends`
         step = joined[0][1] - joined[0][0] if size > 1 else 1
-        tables[axis] = GroupTable(size, len(joined), step, tuple(group[0] for group in joined[:LISTED_RANKS]))
+        tables[axis] = GroupTable(size, len(joined), step, [group[0] for group in joined[:LISTED_RANKS]])
     return tables
 
 

@@ -5,9 +5,9 @@ layout               {tp, pp, dp, zero, replica, schedule, stages, sequence_para
                      micro_bsz, seq_len, dtype, attention}
 parameters_total     of the whole model
 ranks                in a world of up to 64 ranks each of them; beyond, one of each kind. Of each
-    rank, count      its number; so many ranks are like it, itself included (1 where each is listed)
-    tp, pp, dp, zero, replica    its places
-    layers           [first, behind the last] of each pipeline stage it holds
+    rank, count      its number; how many ranks are like it, itself included (1 where each is listed)
+    tp, pp, dp, zero, replica    its index on each axis
+    layers           [first, last + 1] of each pipeline stage it holds
     parameters       elements it holds
     zero_elements    elements that it optimizes, without padding
     bytes            {weights, gradients, optimizer, activations, buffers, workspace, update, peak}: see `RankBytes`
@@ -15,13 +15,13 @@ ranks                in a world of up to 64 ranks each of them; beyond, one of e
 activations          {off, configured, all}: bytes by component on the rank with the most, when no layer, the
                      configured layers, and every layer is recomputed in the backward pass
 traffic_bytes        {tp, pp, zero, replica, ends, world} of the rank that sends most, in a step
-flops_per_step       F of monitor/flops.py, all ranks together
+flops_per_step       F of monitor/flops.py (InternLM's formula), all ranks together
 flops_per_token      F per token of the step
 tokens_per_step      of all data-parallel ranks
 steps_total          of the run
 tokens_total         of the run, with its ramp-up of the batch size
 bubble_fraction      idle share of the pipeline's ranks in a step, see planner/schedule.py
-tflops_per_gpu       as asked, or null
+tflops_per_gpu       as given, or null
 seconds_per_step     at that speed, which is the `tflops` of the step line, all waiting included; or null
 days                 of the whole run at that speed, or null
 batches              the first steps: {step, tokens, num_samples_in_batch, largest_length, largest_batch,
@@ -38,8 +38,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from internlm_lite.apps.planner.memory import Terms
 from internlm_lite.data.render_batches import StepFigures
+from internlm_lite.layers.costs import Bytes
 from internlm_lite.mesh.mesh import Sizes
 
 
@@ -59,7 +59,7 @@ class RankBytes:
     workspace: int
     """Estimate of what a single computation takes for itself: logits of a chunk, or one layer's backward pass."""
     update: int
-    """fp32 gradients of the shard while the optimizer updates, when activations are gone."""
+    """fp32 gradients of the shard while the optimizer updates, when activations are freed."""
 
     @property
     def peak(self) -> int:
@@ -79,11 +79,11 @@ class RankPlan:
     dp: int
     zero: int
     replica: int
-    layers: tuple[tuple[int, int], ...]
+    layers: list[list[int]]
     parameters: int
     zero_elements: int
     bytes: RankBytes
-    traffic: Mapping[str, int]
+    traffic_bytes: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class GroupTable:
     size: int
     count: int
     step: int
-    first: tuple[int, ...]
+    first: list[int]
     """First ranks of the first groups."""
 
     def group(self, index: int) -> range:
@@ -104,14 +104,14 @@ class GroupTable:
 
 @dataclass(frozen=True)
 class Plan:
-    """See the module."""
+    """See the module's docstring."""
 
     job: str
     sizes: Sizes
     layout: Mapping[str, Any]
     parameters_total: int
     ranks: tuple[RankPlan, ...]
-    activations: Mapping[str, Terms]
+    activations: Mapping[str, Bytes]
     flops_per_step: float
     tokens_per_step: int
     steps_total: int
@@ -120,7 +120,7 @@ class Plan:
     tflops_per_gpu: float | None
     batches: tuple[StepFigures, ...]
     groups: Mapping[str, GroupTable]
-    notes: tuple[str, ...]
+    notes: list[str]
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -137,17 +137,17 @@ class Plan:
     @property
     def busiest(self) -> RankPlan:
         """The rank that sends most."""
-        return max(self.ranks, key=lambda rank: sum(rank.traffic.values()))
+        return max(self.ranks, key=lambda rank: sum(rank.traffic_bytes.values()))
 
     def to_json(self) -> dict[str, Any]:
         return {
             "job": self.job,
             "world_size": self.sizes.world,
-            "layout": dict(self.layout),
+            "layout": self.layout,
             "parameters_total": self.parameters_total,
             "ranks": [_rank_json(rank) for rank in self.ranks],
-            "activations": {name: dict(terms) for name, terms in self.activations.items()},
-            "traffic_bytes": dict(self.busiest.traffic),
+            "activations": self.activations,
+            "traffic_bytes": self.busiest.traffic_bytes,
             "flops_per_step": _whole(self.flops_per_step),
             "flops_per_token": self.flops_per_step / self.tokens_per_step,
             "tokens_per_step": self.tokens_per_step,
@@ -158,19 +158,14 @@ class Plan:
             "seconds_per_step": self.seconds_per_step,
             "days": self.days,
             "batches": [dataclasses.asdict(figures) for figures in self.batches],
-            "groups": {
-                axis: {"size": table.size, "count": table.count, "step": table.step, "first": list(table.first)}
-                for axis, table in self.groups.items()
-            },
-            "notes": list(self.notes),
+            "groups": {axis: dataclasses.asdict(table) for axis, table in self.groups.items()},
+            "notes": self.notes,
         }
 
 
 def _rank_json(rank: RankPlan) -> dict[str, Any]:
     values = dataclasses.asdict(rank)
     values["bytes"]["peak"] = rank.bytes.peak
-    values["layers"] = [list(borders) for borders in rank.layers]
-    values["traffic_bytes"] = values.pop("traffic")
     return values
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from internlm_lite.errors import ConfigError, MeshError
 
 EARLY_SECONDS = 60
-"""Slurm may signal that much earlier than asked, it says."""
+"""Slurm may send the signal up to this much earlier, by its documentation."""
 
 _NAME = re.compile(r"[\w.,+@-]+")
 _PATH = re.compile(r"[\w./,+@=:~-]+")
@@ -24,7 +24,7 @@ _CLOCK = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What stands in the file. Paths are absolute, on a file system that all nodes share."""
+    """The contents of the file. Paths are absolute, on a file system that all nodes share."""
 
     name: str
     about: str
@@ -39,7 +39,7 @@ class SlurmJob:
     time: str | None
     """As Slurm writes it; None: the partition's own limit."""
     lead_seconds: int
-    """Time before the limit at which the ranks are told to save and stop."""
+    """Time before the limit at which the ranks get the signal to save and stop."""
     logs: Path
     folder: Path
     """Where the job runs: relative paths of the config start there."""
@@ -64,7 +64,7 @@ def nodes_of(world_size: int, per_node: int) -> tuple[int, int]:
 
 
 def time_seconds(text: str) -> int:
-    """Seconds of a time limit in one of Slurm's spellings. Raises ConfigError."""
+    """Seconds of a time limit in one of Slurm's formats. Raises ConfigError."""
     match = _CLOCK.fullmatch(text)
     if match is None:
         raise ConfigError(f"--time {text!r}: expected MINUTES, MM:SS, HH:MM:SS, DAYS-HH, DAYS-HH:MM or DAYS-HH:MM:SS")

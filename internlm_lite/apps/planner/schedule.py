@@ -1,6 +1,6 @@
-"""The pipeline's order of work, played through: idle share of a step, and what is alive at the same time.
+"""The pipeline's order of work, simulated: idle share of a step, and what is in memory at the same time.
 
-The action lists are those of torch's schedules, as the trainer runs them. Played with these costs, communication free:
+The action lists are those of torch's schedules, as the trainer runs them. Costs, with communication free:
 
     forward F    the stage's layers; on the last stage also three times the head, whose gradient is made at once
     backward B   twice the layers, and once more those that are recomputed (forward : backward = 1 : 2)
@@ -17,11 +17,9 @@ from typing import Any, cast
 
 import torch
 
-from internlm_lite.apps.planner.holdings import StageShare
-from internlm_lite.config.schema import Config
-from internlm_lite.monitor.flops import block_flops, embedding_flops, head_flops
+from internlm_lite.models.decoder import Transformer
 from internlm_lite.pipeline.schedules import new_schedule
-from internlm_lite.pipeline.split import stages_on
+from internlm_lite.pipeline.split import rank_to_stages
 
 _LETTERS = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
 
@@ -57,8 +55,8 @@ def actions_of(schedule: str, size: int, chunks: int, micro_num: int) -> list[li
     """What each of `size` pipeline ranks computes, in order; without a pipeline, forward and backward in turns."""
     if size == 1:
         return [[Action(kind, 0, micro) for micro in range(micro_num) for kind in "FB"]]
-    numbers = stages_on(0, size, chunks, schedule)
-    # torch's schedules ask their stages for nothing but these when they lay out their order.
+    numbers = rank_to_stages(0, size, chunks, schedule)
+    # All that torch's schedules read from their stages when they compute their order.
     stubs = [
         SimpleNamespace(
             num_stages=size * chunks, group_size=size, group_rank=0, stage_index=number, submod=None, is_last=False
@@ -85,21 +83,20 @@ def _actions(entries: Sequence[Any]) -> list[Action]:
     return actions
 
 
-def stage_cost(config: Config, stage: StageShare, recomputed: int) -> StageCost:
-    """`recomputed`: so many of the model's first layers run again in the backward pass."""
-    model = config.model
-    block = block_flops(model, config.data.seq_len)
-    again = len(range(stage.layers.start, min(stage.layers.stop, recomputed)))
-    ends = embedding_flops(model) * stage.first + 3 * head_flops(model) * stage.last
-    layers = len(stage.layers) * block
-    return StageCost(layers + ends, layers + again * block, layers)
+def stage_cost(stage: Transformer, seq_len: int) -> StageCost:
+    """In FLOPs per token."""
+    layers = [(block.flops_per_token(seq_len), block.recompute) for block in stage.blocks()]
+    once, again = sum(flops for flops, _ in layers), sum(flops for flops, recompute in layers if recompute)
+    lookups = 0 if stage.tok_embeddings is None else stage.tok_embeddings.lookup_ops_per_token()
+    head = 0 if stage.output is None else stage.output.flops_per_token(seq_len)
+    return StageCost(once + lookups + 3 * head, once + again, once)
 
 
 def bubble_fraction(ranks: Sequence[Sequence[Action]], costs: Sequence[StageCost]) -> float:
     """Idle share of all ranks from the first action to the last; `costs` by stage number.
 
     An action starts when its rank is free and what it needs is there: F after F of the stage before, B and I after B or
-    I of the stage behind.
+    I of the stage after.
     """
     ends: dict[tuple[str, int, int], float] = {}
     clock, at = [0.0] * len(ranks), [0] * len(ranks)

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from internlm_lite.apps.planner.traffic import Message
+from internlm_lite.layers.costs import Message
 from internlm_lite.mesh.mesh import Mesh
 
 Key = tuple[str, str, int]
-"""(axis, call, bytes of the tensor handed over)"""
+"""(axis, call, bytes of the tensor passed)"""
 
 
 class Calls(TorchDispatchMode):

@@ -38,15 +38,15 @@ def random_batch(config: Config, mesh: Mesh) -> Batch:
     data, generator = config.data, torch.Generator().manual_seed(mesh.dp.rank)
     n, shape = data.micro_bsz * data.seq_len, (data.micro_num, data.micro_bsz * data.seq_len)
     tokens, labels = torch.randint(0, config.model.vocab_size, (2, *shape), generator=generator)
-    borders = (0, 5, *range(data.seq_len, n + 1, data.seq_len))
+    boundaries = (0, 5, *range(data.seq_len, n + 1, data.seq_len))
     positions = torch.arange(n).expand(shape)
     return Batch(
         tokens=tokens,
         labels=labels,
         positions=positions,
         folders=torch.zeros(shape, dtype=torch.int32),
-        cu_seqlens=torch.tensor([borders] * data.micro_num, dtype=torch.int32),
-        cu_seqlens_host=(borders,) * data.micro_num,
+        cu_seqlens=torch.tensor([boundaries] * data.micro_num, dtype=torch.int32),
+        cu_seqlens_host=(boundaries,) * data.micro_num,
         max_seqlen=data.seq_len,
         after=Position(),
         stats=BatchStats(data.micro_num * data.micro_bsz, data.seq_len, data.micro_bsz, data.micro_bsz, n, n),

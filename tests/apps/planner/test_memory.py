@@ -1,4 +1,4 @@
-"""The planner's formula for activations against what autograd keeps of the real model."""
+"""Saved bytes that the model states, against what autograd keeps of the real model."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
-from internlm_lite.apps.planner.holdings import StageShare
-from internlm_lite.apps.planner.memory import shape_of, waiting_terms
+from internlm_lite.apps.planner.memory import row_shape
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
-from tests.apps.planner.kept import config, kept_bytes, planned, waiting_bytes
+from tests.apps.planner.kept import config, kept_bytes, planned, planned_stage, waiting_bytes
 from tests.world import run_world
 
 SHAPES: list[dict[str, Any]] = [
@@ -29,24 +28,23 @@ SHAPES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_formula_is_what_autograd_keeps(shape: dict[str, Any]) -> None:
-    asked = config(**shape)
-    assert kept_bytes(single_process_mesh(), asked) == sum(planned(asked).values())
+def test_planned_bytes_are_what_autograd_keeps(shape: dict[str, Any]) -> None:
+    wanted = config(**shape)
+    assert kept_bytes(single_process_mesh(), wanted) == sum(planned(wanted).values())
 
 
-def test_with_every_layer_recomputed_only_the_rotary_table_is_kept_past_autograd() -> None:
-    asked = config(checkpoint=True)
-    terms = planned(asked)
+def test_full_recomputation_keeps_the_rotary_table_outside_autograd() -> None:
+    wanted = config(checkpoint=True)
+    terms = planned(wanted)
     # The closures of the recomputation hold the table; autograd never sees it.
-    assert kept_bytes(single_process_mesh(), asked) == sum(terms.values()) - terms["rotary table"]
+    assert kept_bytes(single_process_mesh(), wanted) == sum(terms.values()) - terms["rotary table"]
 
 
 @pytest.mark.parametrize("shape", [{}, {"num_kv_attention_heads": 2, "dtype": "torch.bfloat16"}], ids=str)
-def test_weight_gradients_that_wait_hold_what_is_planned(shape: dict[str, Any]) -> None:
-    asked = config(**shape)
-    stage = StageShare(0, range(asked.model.num_layers), first=True, last=True)
-    terms = waiting_terms(shape_of(asked, AttentionBackend.SDPA, "cpu"), stage)
-    assert waiting_bytes(asked) == sum(terms.values())
+def test_deferred_weight_gradients_hold_what_is_planned(shape: dict[str, Any]) -> None:
+    wanted = config(**shape)
+    row = row_shape(wanted, AttentionBackend.SDPA, "cpu")
+    assert waiting_bytes(wanted) == planned_stage(wanted).deferred_bytes(row)
 
 
 def _kept_on_ranks(mesh: Mesh, shape: dict[str, Any]) -> int:
@@ -57,11 +55,11 @@ def _kept_on_ranks(mesh: Mesh, shape: dict[str, Any]) -> int:
 @pytest.mark.parametrize(
     "shape", [{}, {"num_kv_attention_heads": 2, "embed_split_hidden": False}, {"parallel_output": False}], ids=str
 )
-def test_the_formula_holds_on_tensor_parallel_ranks(shape: dict[str, Any], sequence_parallel: bool) -> None:
+def test_planned_bytes_hold_on_tensor_parallel_ranks(shape: dict[str, Any], sequence_parallel: bool) -> None:
     shape = {**shape, "parallel": {"sequence_parallel": sequence_parallel}}
     found = run_world(_kept_on_ranks, 2, (shape,), tensor=2)
-    asked = config(**{**shape, "parallel": {"tensor": 2, "sequence_parallel": sequence_parallel}})
-    assert found == [sum(planned(asked).values())] * 2
+    wanted = config(**{**shape, "parallel": {"tensor": 2, "sequence_parallel": sequence_parallel}})
+    assert found == [sum(planned(wanted).values())] * 2
 
 
 def test_sequence_parallelism_keeps_less() -> None:

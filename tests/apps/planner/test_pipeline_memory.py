@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from internlm_lite.apps.planner.holdings import holdings
-from internlm_lite.apps.planner.memory import shape_of, stage_terms
+from internlm_lite.apps.planner.memory import row_shape, stage_bytes
 from internlm_lite.apps.planner.schedule import actions_of, moments
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.mesh import Mesh, sizes_of
@@ -18,7 +18,7 @@ from tests.world import run_world
 
 
 class Ledger:
-    """Bytes of saved tensors alive at a time, each storage once; `known` storages are somebody else's."""
+    """Bytes of saved tensors alive at a time, each storage once; `known` storages are not counted."""
 
     def __init__(self, known: set[int]) -> None:
         self._known = known
@@ -85,14 +85,14 @@ def _most_kept(mesh: Mesh, sections: dict[str, dict[str, Any]]) -> int:
 def test_a_rank_keeps_as_much_as_planned(world: int, sections: dict[str, dict[str, Any]]) -> None:
     config = small(**sections)
     held, _ = holdings(config, sizes_of(world, 1, world, -1), AttentionBackend.SDPA)
-    x = shape_of(config, AttentionBackend.SDPA, "cpu")
+    row = row_shape(config, AttentionBackend.SDPA, "cpu")
     orders = actions_of(config.schedule, world, config.model.num_chunks, config.data.micro_num)
     for own, order, found in zip(held, orders, run_world(_most_kept, world, (sections,), pipeline=world), strict=True):
         each = {}
-        for stage in own.stages:
-            terms = stage_terms(x, stage, 0, pipeline=True)
+        for number, stage in own.stages.items():
+            terms = stage_bytes(stage, row, 0)
             # Kept by torch's pipelining and by the loss, past the hooks of saved tensors.
-            each[stage.number] = sum(terms.values()) - terms["stage outputs"] - terms.get("head", 0)
-            if stage.number - 1 in each:  # its input is no receive buffer but the output of the stage before
-                each[stage.number] += terms["stage outputs"]
+            each[number] = sum(terms.values()) - terms["stage outputs"] - terms.get("head", 0)
+            if number - 1 in each:  # its input is no receive buffer but the output of the stage before
+                each[number] += terms["stage outputs"]
         assert found == max(sum(each[stage] * n for stage, n in kept.items()) for kept, _ in moments(order))

@@ -15,7 +15,7 @@ from torch.distributed.pipelining.stage import InferenceMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from internlm_lite.apps.planner.holdings import holdings
-from internlm_lite.apps.planner.memory import shape_of
+from internlm_lite.apps.planner.memory import row_shape
 from internlm_lite.apps.planner.plan import make_plan
 from internlm_lite.apps.planner.report import RankPlan
 from internlm_lite.apps.planner.traffic import messages
@@ -63,15 +63,15 @@ def test_a_20b_step_holds_and_sends_what_is_planned(layout: tuple[int, list[str]
     held, _ = holdings(config, sizes, AttentionBackend.SDPA)
     own = held[mesh.pp.rank]
     # The chunks of the loss on the meta device are those of the CPU.
-    planned = messages(config, shape_of(config, AttentionBackend.SDPA, "cpu"), sizes, own, config.data.micro_num)
+    planned = messages(row_shape(config, AttentionBackend.SDPA, "cpu"), sizes, own, config.data.micro_num)
     of_axis = {axis: mesh.axis(axis).size for axis in ("dp", "tp", "pp", "zero", "replica", "ends")} | {"world": WORLD}
     assert calls.counted == expected(planned, of_axis)
     totals = sent(calls.counted, of_axis)
     for device in ("cpu", "cuda"):  # fewer and larger messages on a GPU, the same bytes
         plan = make_plan(config, WORLD, None, device).ranks[rank]
         assert plan.rank == rank
-        assert {axis: round(totals.get(axis, 0)) for axis in plan.traffic} == plan.traffic
-        assert plan.traffic["tp"] > 10**10 and plan.traffic["zero"] > 10**9
+        assert {axis: round(totals.get(axis, 0)) for axis in plan.traffic_bytes} == plan.traffic_bytes
+        assert plan.traffic_bytes["tp"] > 10**10 and plan.traffic_bytes["zero"] > 10**9
         check_storages(trainer, plan)
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from internlm_lite.apps.planner.holdings import StageShare
 from internlm_lite.apps.planner.schedule import StageCost, actions_of, bubble_fraction, moments, stage_cost
+from internlm_lite.layers.flash import AttentionBackend
+from internlm_lite.mesh.mesh import single_process_mesh
+from internlm_lite.models.decoder import StageSpec, Transformer, tensor_parallel_context
 from tests.apps.planner.kept import config
 
 EVEN = StageCost(forward=1, backward_input=1, backward_weight=1)
@@ -33,8 +36,8 @@ def test_zero_bubble_idles_least() -> None:
 
 def test_uneven_stages_make_the_others_wait() -> None:
     ranks = actions_of("1f1b", 2, 1, 64)
-    dear = StageCost(2, 2, 2)
-    assert bubble_fraction(ranks, [EVEN, dear]) == pytest.approx(0.25, abs=0.02)
+    slow = StageCost(2, 2, 2)
+    assert bubble_fraction(ranks, [EVEN, slow]) == pytest.approx(0.25, abs=0.02)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zbv"])
@@ -48,18 +51,23 @@ def test_every_micro_batch_passes_every_stage_once(schedule: str) -> None:
         assert passed == [(stage, micro) for stage in range(size * chunks) for micro in range(micro_num)]
 
 
-def test_1f1b_keeps_as_many_micro_batches_as_stages_follow() -> None:
+def test_1f1b_keeps_one_micro_batch_per_remaining_stage() -> None:
     for rank, actions in enumerate(actions_of("1f1b", 4, 1, 8)):
         assert max(sum(kept.values()) for kept, _ in moments(actions)) == 4 - rank
         assert moments(actions)[-1] == ({rank: 0}, {rank: 0})
 
 
+def stage(spec: StageSpec, **changes: object) -> Transformer:
+    model = config(num_layers=4, **changes).model
+    tp_ctx = tensor_parallel_context(model, single_process_mesh(torch.device("meta")), by_sequence=False)
+    return Transformer(model, 0.0, tp_ctx, AttentionBackend.SDPA, spec)
+
+
 def test_costs_follow_the_layers_of_the_stage() -> None:
-    asked = config(num_layers=4)
-    first, last = StageShare(0, range(0, 3), True, False), StageShare(1, range(3, 4), False, True)
-    plain, again = (stage_cost(asked, first, recomputed) for recomputed in (0, 2))
+    first, last = StageSpec(range(0, 3), first=True, last=False), StageSpec(range(3, 4), first=False, last=True)
+    plain, again = (stage_cost(stage(first, checkpoint=recomputed), 16) for recomputed in (0, 0.5))
     assert again.forward == plain.forward
     assert again.backward_input == pytest.approx(plain.backward_input * 5 / 3)
     assert plain.of("B") == plain.of("I") + plain.of("W") == pytest.approx(2 * plain.forward, rel=1e-3)
-    head = 3 * 2 * asked.model.hidden_size * asked.model.vocab_size
-    assert stage_cost(asked, last, 0).forward == pytest.approx(plain.backward_weight / 3 + head)
+    head = 3 * 2 * 32 * 96
+    assert stage_cost(stage(last), 16).forward == pytest.approx(plain.backward_weight / 3 + head)

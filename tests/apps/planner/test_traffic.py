@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from internlm_lite.apps.planner.holdings import holdings
-from internlm_lite.apps.planner.memory import shape_of
+from internlm_lite.apps.planner.memory import row_shape
 from internlm_lite.apps.planner.plan import make_plan
 from internlm_lite.apps.planner.traffic import messages
 from internlm_lite.layers.flash import AttentionBackend
@@ -86,13 +86,13 @@ def test_every_collective_of_a_step_is_planned(name: str) -> None:
     parallel = config.parallel
     sizes = sizes_of(world, parallel.tensor, parallel.pipeline.size, parallel.zero1)
     held, _ = holdings(config, sizes, AttentionBackend.SDPA)
-    x = shape_of(config, AttentionBackend.SDPA, "cpu")
+    row = row_shape(config, AttentionBackend.SDPA, "cpu")
     of_axis = {axis: getattr(sizes, axis, 2) for axis in ("world", "dp", "tp", "pp", "zero", "replica", "ends")}
     layout = {"tensor": parallel.tensor, "pipeline": parallel.pipeline.size, "zero1": parallel.zero1}
-    plan = {rank.rank: rank.traffic for rank in make_plan(config, world, None, "cpu").ranks}
+    plan = {rank.rank: rank.traffic_bytes for rank in make_plan(config, world, None, "cpu").ranks}
     for rank, steps in enumerate(run_world(_count, world, (sections,), **layout)):
         own = held[rank // (sizes.dp * sizes.tp)]
-        planned = expected(messages(config, x, sizes, own, config.data.micro_num), of_axis)
+        planned = expected(messages(row, sizes, own, config.data.micro_num), of_axis)
         first, second = steps
         assert second == planned, (rank, second - planned, planned - second)
         assert all(key == GREETING for key in first - planned) and not planned - first

@@ -20,7 +20,7 @@ import torch
 
 from internlm_lite.apps.bench.gpu.measurement import Check
 from internlm_lite.apps.bench.gpu.variants import cudnn_varlen
-from internlm_lite.config.schema import Config
+from internlm_lite.config.schema import Config, ModelConfig
 from internlm_lite.faults.signals import StopSignals
 from internlm_lite.layers.flash import AttentionBackend, choose_backend, packed
 from internlm_lite.mesh.mesh import single_process_mesh
@@ -60,7 +60,9 @@ def environment(check: Check) -> None:
     peak = peak_flops(check.device, "torch.bfloat16")
     if peak is None:
         check.wrong(f"no peak FLOP/s is known for {device_name(check.device)}: mfu would be missing")
-    check.note(f"{choose_backend(True, torch.bfloat16, check.device, 128)}, peak {peak}")
+    shape = {"hidden_size": 1024, "num_attention_heads": 8, "num_layers": 1, "vocab_size": 128}
+    model = ModelConfig.model_validate({**shape, "dtype": "torch.bfloat16"})
+    check.note(f"{choose_backend(model, check.device)}, peak {peak}")
 
 
 def gpu_tests(check: Check) -> None:

@@ -15,7 +15,7 @@ from internlm_lite.apps.bench.gpu.measurement import Check
 from internlm_lite.apps.bench.gpu.variants import cudnn_varlen
 from internlm_lite.checkpoint.save.staging import Staging
 from internlm_lite.layers.flash import AttentionBackend, packed
-from internlm_lite.layers.loss import linear_cross_entropy
+from internlm_lite.layers.loss import LossOptions, linear_cross_entropy
 from internlm_lite.layers.rope import Rotary
 from internlm_lite.mesh.mesh import single_process_mesh
 
@@ -84,8 +84,7 @@ def _head(check: Check, x: torch.Tensor, vocab: int) -> None:
     group, flops = single_process_mesh(check.device).tp, 6 * x.numel() * vocab
 
     def ours() -> None:
-        options = {"label_smoothing": 0.0, "group": group, "parallel_output": True}
-        linear_cross_entropy(x, weight, labels, one, **options).scaled_sum.backward()  # type: ignore[arg-type]
+        linear_cross_entropy(x, weight, labels, one, LossOptions(group)).scaled_sum.backward()
 
     sides = {"ours": ours}
     if installed("liger_kernel"):

@@ -20,7 +20,8 @@ from internlm_lite.apps.bench.shapes import bench_config
 from internlm_lite.apps.bench.timing import Side
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh.mesh import single_process_mesh
-from internlm_lite.monitor.flops import mfu, model_flops_per_token
+from internlm_lite.models.stages import model_flops_per_token
+from internlm_lite.monitor.flops import mfu
 from internlm_lite.runtime.device import peak_flops
 
 SHAPES: dict[str, dict[str, Any]] = {

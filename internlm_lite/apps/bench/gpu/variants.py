@@ -53,7 +53,7 @@ def _islands(smoke: bool) -> None:
     rotate = _compile(lambda x, cos, sin: x * cos + x.roll(x.shape[-1] // 2, -1) * sin, smoke)
 
     def forward(self: mlp.SwiGLU, x: torch.Tensor) -> torch.Tensor:
-        gate, up = linear.columns(x, self.place, self.w1, self.w3)
+        gate, up = linear.columns(x, self.w1, self.w3)
         out: torch.Tensor = self.w2(swiglu(gate, up))
         return out
 
@@ -86,10 +86,10 @@ def _wgrad(smoke: bool) -> None:
     if smoke:
         return
 
-    def of(self: weight_grads.WeightGrads, weight: nn.Parameter, dy: torch.Tensor, x: torch.Tensor) -> None:
+    def compute(self: weight_grads.WeightGrads, weight: nn.Parameter, dy: torch.Tensor, x: torch.Tensor) -> None:
         torch.ops.aten.addmm.dtype_out(weight.grad, dy.t(), x, torch.float32, out=weight.grad)
 
-    _put(weight_grads.WeightGrads, "of", of)
+    _put(weight_grads.WeightGrads, "compute_or_defer", compute)
 
 
 def _loss(smoke: bool) -> None:
@@ -127,7 +127,7 @@ def _liger(smoke: bool) -> None:
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
     def forward(self: mlp.SwiGLU, x: torch.Tensor) -> torch.Tensor:
-        gate, up = linear.columns(x, self.place, self.w1, self.w3)
+        gate, up = linear.columns(x, self.w1, self.w3)
         out: torch.Tensor = self.w2(LigerSiLUMulFunction.apply(gate, up))
         return out
 

@@ -1,4 +1,4 @@
-"""Where a layer's parameters live, and what its activations look like outside the split part.
+"""Where a layer's parameters are, and what its activations look like outside the part that is split over the ranks.
 
                outside       enter: forward | backward       leave: forward | backward
 whole          [T, h]        identity | all-reduce           all-reduce | identity
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from internlm_lite.layers.costs import Message
 from internlm_lite.layers.weight_grads import WeightGrads
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.conjugate import (
@@ -27,8 +28,8 @@ from internlm_lite.mesh.mesh import Group
 
 
 @dataclass
-class Placement:
-    """Handed to every layer that owns parameters, one for all layers of a model."""
+class TensorParallelContext:
+    """Passed to every layer that owns parameters; one for all layers of a model."""
 
     group: Group
     """The tensor-parallel ranks that split the layer."""
@@ -40,7 +41,7 @@ class Placement:
 
     @contextmanager
     def whole_activations(self) -> Iterator[None]:
-        """Without sequence parallelism for a while: for forward passes over any number of tokens."""
+        """Without sequence parallelism inside the block: for forward passes over any number of tokens."""
         before, self.by_sequence = self.by_sequence, False
         try:
             yield
@@ -68,7 +69,25 @@ class Placement:
         """(activations outside, Work) of partial sums [T, h], which are overwritten; not differentiable."""
         return start_scatter_rows(y, self.group) if self.by_sequence else (y, comm.all_reduce(y, self.group))
 
+    def rows(self, tokens: int) -> int:
+        """Of activations outside, for a row of `tokens` tokens."""
+        return tokens // self.group.size if self.by_sequence else tokens
+
+    def hidden_bytes(self, tokens: int, hidden_size: int) -> int:
+        """Of activations outside."""
+        return self.rows(tokens) * hidden_size * self.dtype.itemsize
+
+    def gather_messages(self, n_elements: int, *, backward: bool = False) -> list[Message]:
+        """What one gather of [T, h] sends, T * h being `n_elements`."""
+        n_bytes = n_elements * self.dtype.itemsize
+        return [Message(self.group.name, "all_gather", n_bytes, backward=backward)] if self.by_sequence else []
+
+    def sum_messages(self, n_elements: int, *, backward: bool = False) -> list[Message]:
+        """What one sum of [T, h] over the group sends."""
+        kind = "reduce_scatter" if self.by_sequence else "all_reduce"
+        return [Message(self.group.name, kind, n_elements * self.dtype.itemsize, backward=backward)]
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over many elements are taken: float32 for half precision, else `dtype` itself."""
+    """The dtype of sums over many elements: float32 for half precision, else `dtype` itself."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

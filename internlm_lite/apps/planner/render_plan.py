@@ -14,10 +14,10 @@ from rich.text import Text
 from internlm_lite.apps.planner.report import GroupTable, Plan, RankPlan
 from internlm_lite.units import human_bytes, human_count, human_seconds
 
-_LEAST_SHARE = 0.005
-"""Components of activations below this share are shown together."""
+_LEAST_FRACTION = 0.005
+"""Components of activations below this fraction are shown in one row."""
 _MOST_POSITIONS = 8
-"""Pipeline positions with a line of their own; the middle of longer pipelines is left out."""
+"""Pipeline positions with their own line; the middle of longer pipelines is not shown."""
 
 
 def render(plan: Plan) -> RenderableType:
@@ -84,9 +84,9 @@ def _memory(plan: Plan) -> Iterator[RenderableType]:
     table = _table("pp", *columns)
     positions = list(_positions(plan))
     shown = _MOST_POSITIONS // 2
-    for index, (rank, places, count) in enumerate(positions):
+    for index, (rank, names, count) in enumerate(positions):
         if len(positions) <= _MOST_POSITIONS or not shown <= index < len(positions) - shown:
-            table.add_row(places, f"{count:,}", *_memory_cells(rank, unit))
+            table.add_row(names, f"{count:,}", *_memory_cells(rank, unit))
         elif index == shown:
             table.add_row(*["..."] * len(table.columns))
     yield table
@@ -111,12 +111,12 @@ def _unit(most: int) -> tuple[int, str]:
 
 
 def _positions(plan: Plan) -> Iterator[tuple[RankPlan, str, int]]:
-    """(a rank, the pipeline positions like it, how many ranks they are); alike neighbours are joined."""
+    """(a rank, the pipeline positions like it, how many ranks they are); neighbours with equal figures are joined."""
     firsts = [next(group) for _, group in groupby(plan.ranks, key=lambda rank: rank.pp)]
     for _, group in groupby(firsts, key=lambda rank: (rank.parameters, rank.bytes)):
         ranks = list(group)
-        places = str(ranks[0].pp) if len(ranks) == 1 else f"{ranks[0].pp}-{ranks[-1].pp}"
-        yield ranks[0], places, plan.sizes.world // plan.sizes.pp * len(ranks)
+        names = str(ranks[0].pp) if len(ranks) == 1 else f"{ranks[0].pp}-{ranks[-1].pp}"
+        yield ranks[0], names, plan.sizes.world // plan.sizes.pp * len(ranks)
 
 
 def _activations(plan: Plan) -> Iterator[RenderableType]:
@@ -130,7 +130,7 @@ def _activations(plan: Plan) -> Iterator[RenderableType]:
     def row(name: str, sizes: Sequence[int]) -> None:
         table.add_row(name, *(f"{size / unit:.2f}" if size else "-" for size in sizes))
 
-    names = [name for name in cases[0] if max(case.get(name, 0) for case in cases) >= _LEAST_SHARE * most]
+    names = [name for name in cases[0] if max(case.get(name, 0) for case in cases) >= _LEAST_FRACTION * most]
     for component in names:
         row(component, [case.get(component, 0) for case in cases])
     rest = [sum(size for component, size in case.items() if component not in names) for case in cases]
@@ -145,7 +145,7 @@ def _groups(plan: Plan) -> Iterator[RenderableType]:
     table = _table("axis", "groups", "of", "sent", "ranks of the first groups")
     table.columns[-1].justify = "left"
     for axis, groups in plan.groups.items():
-        sent = max(rank.traffic.get(axis, 0) for rank in plan.ranks)
+        sent = max(rank.traffic_bytes.get(axis, 0) for rank in plan.ranks)
         if sent and axis != "world":
             table.add_row(axis, f"{groups.count:,}", str(groups.size), human_bytes(sent), _first_groups(groups))
     yield table

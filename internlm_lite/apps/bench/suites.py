@@ -21,8 +21,8 @@ from internlm_lite.apps.bench.ranks import bench_ranks
 from internlm_lite.apps.bench.single import SHAPES, bench_single
 from internlm_lite.apps.bench.step import bench_step
 from internlm_lite.apps.bench.worlds import device_of
+from internlm_lite.monitor.sinks import SinkFactory
 from internlm_lite.runtime.device import device_name
-from internlm_lite.train.build import SinkFactory
 
 CORPORA = ((100, 50_000_000), (800, 1_000_000_000))
 """(mean document length, tokens): the second writes 2 GB to the temporary folder."""

@@ -103,7 +103,7 @@ def _shard(recipe: TensorRecipe) -> ShardDescriptor:
 
 
 def _checked_recipes(source: HFFolder, hf: HFConfig) -> list[TensorRecipe]:
-    """The recipes of our tensors. Raises CheckpointError naming missing and unknown tensors, and wrong shapes and types."""
+    """The recipes of our tensors. Raises CheckpointError that names missing, unknown and ill-shaped ones."""
     recipes = our_recipes(hf.model, hf.family)
     sizes: dict[str, tuple[int, ...]] = {}
     for recipe in recipes:

@@ -88,7 +88,7 @@ class BareStage(nn.Module):
         self.register_buffer("sin", angle.sin().to(dtype), persistent=False)
         for name, param in self.named_parameters():
             if param.dim() > 1:  # seeded by name: a stage starts with the weights that it has in the whole model
-                seeded = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                seeded = torch.Generator(param.device).manual_seed(zlib.crc32(name.encode()))
                 nn.init.normal_(param, std=config.init_std, generator=seeded)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,8 @@ def our_training(config: Config, mesh: Mesh, seed: int) -> tuple[Side, HybridZer
 def bare_side(config: Config, mesh: Mesh, seed: int) -> Side:
     """One call is one step of the bare loop on the same tokens: accumulate, clip, fused AdamW. It gives the norm."""
     device = mesh.device
-    model = BareDecoder(config.model, config.data.seq_len, torch_dtype(config.model.dtype)).to(device)
+    with device:  # drawing a billion weights on the CPU takes a minute
+        model = BareDecoder(config.model, config.data.seq_len, torch_dtype(config.model.dtype))
     adam = config.adam
     optimizer = torch.optim.AdamW(model.parameters(), lr=adam.lr, betas=(adam.adam_beta1, adam.adam_beta2), fused=True)
     batch = random_batch(config, seed, device)

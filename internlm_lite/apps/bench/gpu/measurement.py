@@ -33,6 +33,8 @@ class Check:
     result: Path
     scratch: Path
     repository: Path
+    out: Path
+    """For files that go beside the results."""
     smoke: bool
     found: dict[str, Any] = field(default_factory=dict)
     """`line`: the summary; `notes`: lines below it; `wrong`: what must not be; facts by name."""

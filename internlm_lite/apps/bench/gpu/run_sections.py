@@ -120,7 +120,7 @@ class Runner:
 
     def _in_process(self, name: str, scratch: Path, timeout: float) -> int | None:
         """Exit code; None after `timeout` seconds."""
-        cache = self.out / "cache"  # compiled kernels are shared by the sections
+        cache = Path(tempfile.gettempdir(), "gpu_check_cache")  # compiled kernels are shared by the sections
         environment = dict(
             os.environ,
             PYTHONUNBUFFERED="1",
@@ -129,7 +129,8 @@ class Runner:
             TORCHINDUCTOR_CACHE_DIR=str(cache / "inductor"),
             TRITON_CACHE_DIR=str(cache / "triton"),
         )
-        command = [sys.executable, __file__, name, str(scratch), str(self.repository), "smoke" if self.smoke else "gpu"]
+        folders = [str(scratch), str(self.repository), str(self.out)]
+        command = [sys.executable, __file__, name, *folders, "smoke" if self.smoke else "gpu"]
         with (scratch / "log").open("wb") as log:
             process = subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment, cwd=self.repository, start_new_session=True
@@ -166,9 +167,10 @@ class Runner:
         return "\n".join(lines) + "\n"
 
 
-def section_main(name: str, scratch: str, repository: str, mode: str) -> int:
+def section_main(name: str, scratch: str, repository: str, out: str, mode: str) -> int:
     """What the process of one section does; its exit code."""
-    check = Check(Path(scratch, "result.json"), Path(scratch), Path(repository), smoke=mode == "smoke")
+    folders = (Path(scratch), Path(repository), Path(out))
+    check = Check(Path(scratch, "result.json"), *folders, smoke=mode == "smoke")
     function, *arguments = name.split(":")
     try:
         SECTIONS[function](check, *arguments)

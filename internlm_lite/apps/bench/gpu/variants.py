@@ -5,6 +5,7 @@ Names of a variant are joined by "+": "islands+wgrad". "eager" is the step as it
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,7 +35,9 @@ def with_recomputation(config: Config, variant: str) -> Config:
 
 def _quickly_drawn(layout: Layout, std: float, seed: int) -> Iterator[tuple[tuple[slice, ...], Any]]:
     """Weights for a measurement; the real draws take a minute for a model of 7B parameters."""
-    rows = torch.randn(layout.local_shape, device="cuda" if torch.cuda.is_available() else "cpu").mul_(std)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator(device).manual_seed(zlib.crc32(layout.name.encode()))
+    rows = torch.randn(layout.local_shape, device=device, generator=generator).mul_(std)
     yield (slice(None),), rows.cpu().numpy()
 
 

@@ -68,6 +68,7 @@ class Watchdog:
         limits: Limits,
         end: Callable[[Verdict], object],
         hostname: str = UNKNOWN_HOST,
+        *,
         agent_store: bool = False,
     ) -> None:
         """Make it in the thread to watch. `store`: a connection of its own; None: watch nothing.

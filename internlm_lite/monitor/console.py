@@ -32,7 +32,7 @@ _BAR_TEXT = "eta {task.fields[eta]}  loss {task.fields[loss]}  tgs {task.fields[
 class Console(Sink):
     """Rank 0's sink for people. `close` removes the bar from the terminal."""
 
-    def __init__(self, total_steps: int, terminal: bool, save_every: Sequence[int] = (), done: int = 0) -> None:
+    def __init__(self, total_steps: int, *, terminal: bool, save_every: Sequence[int] = (), done: int = 0) -> None:
         """`terminal`: standard output is one, so show colours and the bar. `save_every`: intervals in steps."""
         self._total_steps = total_steps
         self._save_every = save_every

@@ -178,7 +178,7 @@ def open_sinks(
     save_every = [n for n in (ckpt.checkpoint_every, ckpt.oss_snapshot_freq) if n and ckpt.enable_save_ckpt]
     made = {name: make(folder, config) for name, make in own.items()}
     direct = {name: sink for name, sink in made.items() if sink is not None}
-    direct |= {**run_files(folder), "the console": Console(total, terminal, save_every, done)}
+    direct |= {**run_files(folder), "the console": Console(total, terminal=terminal, save_every=save_every, done=done)}
     fan_out = FanOut(direct, _queued(folder, config, done))
     title = f"{config.JOB_NAME} {folder.name}"
     fan_out.add("alerts", AlertMonitor(monitor.alerts, total, written_folders(folder, ckpt), title, fan_out.event))

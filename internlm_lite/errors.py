@@ -15,7 +15,7 @@ class InternLMError(Exception):
     """Base of all errors whose message is meant for the user: shown without a traceback."""
 
     exit_code = 1
-    guilty: tuple[int, ...] = ()
+    culprit_ranks: tuple[int, ...] = ()
     """For an error that all ranks raise together: the ranks that caused it. Empty: this rank."""
 
 

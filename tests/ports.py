@@ -7,7 +7,7 @@ import random
 import socket
 
 _ASKED_FOR = range(5_000, 15_000)
-"""Below those of Slurm jobs (runtime/place.py), and below those that the kernel hands out to whoever wants any."""
+"""Below those of Slurm jobs (runtime/dist_env.py), and below those that the kernel hands out to whoever wants any."""
 
 
 def free_ports(count: int) -> list[int]:

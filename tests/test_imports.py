@@ -177,7 +177,7 @@ def global_problems(trees: Trees) -> list[str]:
 
 
 def environment_problems(trees: Trees) -> list[str]:
-    """Reads of environment variables outside runtime/place.py; train.py and tools may hand os.environ on as a whole."""
+    """Reads of environment variables outside runtime/dist_env.py; programs may hand os.environ on as a whole."""
     problems = []
     for module, tree in trees.items():
         if module == f"{PACKAGE}.runtime.place":
@@ -194,7 +194,7 @@ def environment_problems(trees: Trees) -> list[str]:
             else:
                 continue
             if used:
-                problems.append(f"{module}:{node.lineno} {ast.unparse(node)}: belongs into runtime/place.py")
+                problems.append(f"{module}:{node.lineno} {ast.unparse(node)}: belongs into runtime/dist_env.py")
     return problems
 
 
@@ -264,7 +264,7 @@ def test_the_house_keeps_its_rules(check: Callable[[Trees], list[str]], trees: T
 
 OFFENCES: list[tuple[Callable[[Trees], list[str]], dict[str, str]]] = [
     (direction_problems, {"internlm_lite.mesh.comm": "from internlm_lite.optim import zero"}),
-    (direction_problems, {"internlm_lite.data.loader": "import internlm_lite.checkpoint.format.manifest"}),
+    (direction_problems, {"internlm_lite.data.data_loader": "import internlm_lite.checkpoint.format.manifest"}),
     (direction_problems, {"internlm_lite.generate.sample": "def f():\n    from internlm_lite.train import step"}),
     (direction_problems, {"internlm_lite.mesh.comm": "from .mesh import Group"}),
     (direction_problems, {"internlm_lite.extras.new": "from internlm_lite.errors import DataError"}),
@@ -313,8 +313,8 @@ def test_what_is_allowed_passes() -> None:
         "internlm_lite.data.b": "TABLE = {'x': 1}\ndef f():\n    seen = []\n    seen.append(TABLE['x'])",
         "internlm_lite.errors": "try:\n    f()\nexcept OSError:\n    pass",
         "internlm_lite.cli.main": "from internlm_lite import __version__",
-        "train": "import os\nplace = find_place(os.environ, launcher='auto')",
-        "tools.demo": "from internlm_lite.train import loop\nimport internlm_lite.generate.generate",
+        "train": "import os\nplace = read_dist_env(os.environ, launcher='auto')",
+        "tools.demo": "from internlm_lite.train import loop\nimport internlm_lite.generate.decode",
     }
     trees = {module: ast.parse(source) for module, source in sources.items()}
     assert [problem for check in CHECKS for problem in check(trees)] == []

@@ -14,7 +14,7 @@ from typing import Any
 
 from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.format.catalog import Found
-from internlm_lite.checkpoint.load.loader import Check, Loader, Restored
+from internlm_lite.checkpoint.load.checkpoint_loader import Check, Loader, Restored
 from internlm_lite.checkpoint.save.save_folder import SaveFolder
 from internlm_lite.checkpoint.save.saver import SaveOptions, Saver
 from internlm_lite.checkpoint.storage.base import Storage, UnreadableError
@@ -23,7 +23,7 @@ from internlm_lite.checkpoint.storage.run_lock import Lease, acquire
 from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import CheckpointError, ConfigError, DamagedError, StorageError
 from internlm_lite.mesh.consensus import on_all, on_main
-from internlm_lite.mesh.layout import Piece
+from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.mesh.mesh import Mesh
 
 logger = logging.getLogger("internlm_lite")
@@ -98,7 +98,7 @@ class CheckpointManager(Saver, Loader):
 
     def resume(
         self,
-        pieces: Sequence[Piece],
+        pieces: Sequence[LocalShard],
         check: Check | None = None,
         accept: Accept = lambda found: True,
     ) -> Restored | None:

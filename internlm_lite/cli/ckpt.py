@@ -31,7 +31,7 @@ from internlm_lite.checkpoint.storage.run_lock import LEASE_SECONDS, held, holde
 from internlm_lite.cli.options import check_at_least, new_parser, s3_settings
 from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import CheckpointError
-from internlm_lite.runtime.place import adopt_s3_keys
+from internlm_lite.runtime.dist_env import adopt_s3_keys
 from internlm_lite.runtime.tool import ToolConsole, add_s3_option, run_tool
 from internlm_lite.units import human_bytes, human_seconds
 

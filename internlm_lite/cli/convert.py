@@ -24,9 +24,9 @@ from internlm_lite.apps.convert.to_hf import open_checkpoint, write_hf
 from internlm_lite.cli.options import new_parser, s3_settings
 from internlm_lite.config.schema import Config, ModelConfig, S3Config
 from internlm_lite.data.tokenizer import Tokenizer
-from internlm_lite.generate.load import load_model
+from internlm_lite.generate.load_model import load_model
 from internlm_lite.mesh.mesh import single_process_mesh
-from internlm_lite.runtime.place import adopt_s3_keys
+from internlm_lite.runtime.dist_env import adopt_s3_keys
 from internlm_lite.runtime.tool import add_s3_option, run_tool
 from internlm_lite.units import human_bytes, human_seconds
 

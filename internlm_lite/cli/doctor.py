@@ -24,7 +24,7 @@ from internlm_lite.apps.doctor.render_findings import findings_text, last_line
 from internlm_lite.cli.options import add_config, add_launcher, new_parser
 from internlm_lite.config.load import load_config
 from internlm_lite.config.paths import is_s3
-from internlm_lite.runtime.place import adopt_s3_keys, find_place
+from internlm_lite.runtime.dist_env import adopt_s3_keys, read_dist_env
 from internlm_lite.runtime.tool import run_tool
 
 
@@ -70,9 +70,9 @@ class Shown:
 def work(arguments: argparse.Namespace) -> int:
     """Exit code."""
     adopt_s3_keys(os.environ)
-    place = find_place(os.environ, arguments.launcher, arguments.host, arguments.port)
+    dist_env = read_dist_env(os.environ, arguments.launcher, arguments.host, arguments.port)
     timeout = timedelta(seconds=arguments.timeout)
-    return examine(place, os.environ, folders_of(arguments), arguments.device, timeout, Shown(arguments.json))
+    return examine(dist_env, os.environ, folders_of(arguments), arguments.device, timeout, Shown(arguments.json))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from internlm_lite.cli.options import add_device, check_at_least, new_parser, s3_settings
 from internlm_lite.errors import ConfigError
-from internlm_lite.runtime.place import adopt_s3_keys, find_place
+from internlm_lite.runtime.dist_env import adopt_s3_keys, read_dist_env
 from internlm_lite.runtime.tool import add_s3_option, run_tool
 
 
@@ -46,8 +46,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def continue_prompts(arguments: argparse.Namespace) -> int:
     """Exit code."""
     from internlm_lite.data.tokenizer import Tokenizer
-    from internlm_lite.generate.generate import generate
-    from internlm_lite.generate.load import load_model
+    from internlm_lite.generate.decode import generate
+    from internlm_lite.generate.load_model import load_model
     from internlm_lite.generate.sample import Sampling
     from internlm_lite.mesh.mesh import single_process_mesh
     from internlm_lite.runtime.device import bind_device
@@ -55,7 +55,7 @@ def continue_prompts(arguments: argparse.Namespace) -> int:
     adopt_s3_keys(os.environ)
     temperature = 0.0 if arguments.greedy else arguments.temperature
     sampling = Sampling(temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    mesh = single_process_mesh(bind_device(find_place(os.environ, "single"), arguments.device))
+    mesh = single_process_mesh(bind_device(read_dist_env(os.environ, "single"), arguments.device))
     dtype = arguments.dtype and f"torch.{arguments.dtype}"
     model, config = load_model(arguments.checkpoint, mesh, dtype, s3_settings(arguments.s3))
     path = arguments.tokenizer or config.data.tokenizer

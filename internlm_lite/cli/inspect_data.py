@@ -18,7 +18,7 @@ from pathlib import Path
 
 from internlm_lite.cli.options import add_config, check_at_least, new_parser
 from internlm_lite.config.load import load_config
-from internlm_lite.data.loader import open_training_data
+from internlm_lite.data.data_loader import open_training_data
 from internlm_lite.data.render_batches import overview, sample, walk_steps
 from internlm_lite.data.tokenizer import Tokenizer
 from internlm_lite.runtime.tool import ToolConsole, run_tool

@@ -15,13 +15,13 @@ from functools import partial
 from pathlib import Path
 
 from internlm_lite.apps.planner.plan import make_plan
-from internlm_lite.apps.planner.report import Plan
+from internlm_lite.apps.planner.report import RunPlan
 from internlm_lite.apps.planner.sbatch import SlurmJob, nodes_of, sbatch_text
 from internlm_lite.cli.options import add_config, check_at_least, new_parser
 from internlm_lite.cli.starter import working_folder
 from internlm_lite.config.load import LoadedConfig, check_config, load_config
 from internlm_lite.errors import ConfigError, StorageError
-from internlm_lite.runtime.place import adopt_s3_keys
+from internlm_lite.runtime.dist_env import adopt_s3_keys
 from internlm_lite.runtime.tool import run_tool
 from internlm_lite.units import human_bytes
 
@@ -46,13 +46,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def plan_of(loaded: LoadedConfig, world_size: int, device: str) -> Plan:
+def plan_of(loaded: LoadedConfig, world_size: int, device: str) -> RunPlan:
     """Raises the errors that the run would: invalid config, layout or data."""
     check_config(loaded, world_size)
     return make_plan(loaded.config, world_size, None, device)
 
 
-def job_of(arguments: argparse.Namespace, loaded: LoadedConfig, plan: Plan, nodes: int, per_node: int) -> SlurmJob:
+def job_of(arguments: argparse.Namespace, loaded: LoadedConfig, plan: RunPlan, nodes: int, per_node: int) -> SlurmJob:
     sizes = plan.sizes
     on_gpus = arguments.device == "cuda"
     peak = human_bytes(max(rank.bytes.peak for rank in plan.ranks))

@@ -80,8 +80,8 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
     from internlm_lite.config.load import check_config, load_config
     from internlm_lite.config.render_config import print_config
     from internlm_lite.errors import ConfigError, InternLMError
-    from internlm_lite.runtime.place import adopt_s3_keys, error_file, find_place, set_defaults
-    from internlm_lite.runtime.torchrun import tell_agent
+    from internlm_lite.runtime.dist_env import adopt_s3_keys, error_file, read_dist_env, set_defaults
+    from internlm_lite.runtime.torchrun import write_agent_error
 
     overrides = [*arguments.cfg_options, *arguments.overrides]
     if arguments.seed is not None:
@@ -90,17 +90,17 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
     set_defaults(os.environ)
     try:
         adopt_s3_keys(os.environ)
-        place = find_place(os.environ, arguments.launcher, arguments.host, arguments.port)
-        quiet, who = place.local_rank > 0, f"rank {place.rank} on {place.hostname}: " if place.rank else ""
+        dist_env = read_dist_env(os.environ, arguments.launcher, arguments.host, arguments.port)
+        quiet, who = dist_env.local_rank > 0, f"rank {dist_env.rank} on {dist_env.hostname}: " if dist_env.rank else ""
         loaded = load_config(arguments.config, overrides)
-        world_size = arguments.world_size or place.world_size
+        world_size = arguments.world_size or dist_env.world_size
         check_config(loaded, None if arguments.print_config else world_size)
     except InternLMError as error:
         if not (quiet and isinstance(error, ConfigError)):  # it is wrong on the whole machine: said once
             print(f"{who}{type(error).__name__}: {error}", file=sys.stderr)
-        tell_agent(error_file(os.environ), f"{type(error).__name__}: {error}")
+        write_agent_error(error_file(os.environ), f"{type(error).__name__}: {error}")
         return error.exit_code
-    if place.rank > 0 and (arguments.print_config or arguments.dry_run):  # every rank would show the same
+    if dist_env.rank > 0 and (arguments.print_config or arguments.dry_run):  # every rank would show the same
         return 0
     if arguments.print_config:
         print(print_config(loaded, arguments.print_config))
@@ -124,4 +124,4 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
         profiling=arguments.profiling,
         sinks={"the report": open_report, **sinks},
     )
-    run_job(loaded, place, options)
+    run_job(loaded, dist_env, options)

@@ -11,9 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from packaging.version import InvalidVersion, Version
 
 from internlm_lite.config.paths import (
-    S3_SPELLING,
+    S3_FORM,
     is_folder,
-    spelt_out,
+    normalize_path,
     webhook_format,
     webhook_problem,
     without_password,
@@ -286,7 +286,7 @@ def _ckpt(ckpt: CkptConfig) -> Iterator[Problem]:
             ("ckpt.oss_snapshot_freq", "ckpt.snapshot_ckpt_folder"),
             f"found {ckpt.oss_snapshot_freq} without ckpt.snapshot_ckpt_folder; set the folder, or oss_snapshot_freq=0",
         )
-    both = {spelt_out(folder) for folder in (ckpt.save_ckpt_folder, ckpt.snapshot_ckpt_folder) if folder}
+    both = {normalize_path(folder) for folder in (ckpt.save_ckpt_folder, ckpt.snapshot_ckpt_folder) if folder}
     if ckpt.save_ckpt_folder and ckpt.snapshot_ckpt_folder and len(both) == 1:
         yield Problem(
             ("ckpt.snapshot_ckpt_folder", "ckpt.save_ckpt_folder"),
@@ -303,7 +303,7 @@ def _ckpt(ckpt: CkptConfig) -> Iterator[Problem]:
         if folder is not None and not inside and not is_folder(folder):
             yield Problem(
                 (f"ckpt.{name}",),
-                f"found {without_password(folder)!r}, expected local:PATH, a plain path, or {S3_SPELLING}",
+                f"found {without_password(folder)!r}, expected local:PATH, a plain path, or {S3_FORM}",
             )
 
 

@@ -20,7 +20,7 @@ _PREFIX = r"/+(?P<prefix>[A-Za-z0-9_-][A-Za-z0-9._-]*(?:/+[A-Za-z0-9_-][A-Za-z0-
 _WITH_ENDPOINT = re.compile(rf"boto3:s3://(?P<bucket>{_BUCKET})\.(?P<endpoint>[A-Za-z0-9.-]+(?::[0-9]+)?){_PREFIX}")
 _PLAIN = re.compile(rf"s3://(?P<bucket>{_BUCKET}(?:\.[A-Za-z0-9_-]+)*){_PREFIX}")
 
-S3_SPELLING = "boto3:s3://BUCKET.ENDPOINT/PREFIX or s3://BUCKET/PREFIX, in [A-Za-z0-9._-], without user or password"
+S3_FORM = "boto3:s3://BUCKET.ENDPOINT/PREFIX or s3://BUCKET/PREFIX, in [A-Za-z0-9._-], without user or password"
 
 ChatFormat = Literal["feishu", "slack"]
 _CHAT_FORMATS: dict[str, ChatFormat] = {"feishu.cn": "feishu", "larksuite.com": "feishu", "slack.com": "slack"}
@@ -48,7 +48,7 @@ def is_s3(text: str) -> bool:
 
 
 def parse_s3(text: str) -> S3Path | None:
-    """The folder that `text` names; None if it does not have the form of `S3_SPELLING`."""
+    """The folder that `text` names; None if it does not have the form of `S3_FORM`."""
     found = _WITH_ENDPOINT.fullmatch(text) or _PLAIN.fullmatch(text)
     if found is None:
         return None
@@ -61,7 +61,7 @@ def without_password(text: str) -> str:
     return re.sub(r"(://)[^/@\s]+@", r"\1***@", text)
 
 
-def spelt_out(folder: str) -> str:
+def normalize_path(folder: str) -> str:
     """The normal form of a folder: resolves `local:`, `..`, `~`, links and trailing slashes, so that equal folders
     compare equal.
     """

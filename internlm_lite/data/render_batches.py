@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from internlm_lite.batch import Batch, Position
-from internlm_lite.data.loader import TrainingData
+from internlm_lite.data.data_loader import TrainingData
 from internlm_lite.data.tokenizer import Tokenizer
 from internlm_lite.units import human_count
 

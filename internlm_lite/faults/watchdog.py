@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from internlm_lite.faults.beats import UNKNOWN_HOST, Heartbeat, Limits, Verdict, diagnose
+from internlm_lite.faults.heartbeats import UNKNOWN_HOST, Heartbeat, Limits, Verdict, diagnose
 from internlm_lite.faults.waiting import waits_for_others
 
 logger = logging.getLogger("internlm_lite")
@@ -107,7 +107,7 @@ class Watchdog:
         """The main thread begins a phase, which counts as progress."""
         self._mine = replace(self._mine, progress=self._mine.progress + 1, phase=phase, step=step)
 
-    def go_on(self) -> None:
+    def report_progress(self) -> None:
         """The main thread has done a part of its phase. All ranks must have the same number of parts."""
         self._mine = replace(self._mine, progress=self._mine.progress + 1)
 

@@ -41,7 +41,7 @@ class Attention(CostedLayer):
         return self.wo(mixed.flatten(1))
 
     def flops_per_token(self, seq_len: int) -> int:
-        query_features = self.wo.weight.part.shape[1]
+        query_features = self.wo.weight.shard_spec.shape[1]
         return super().flops_per_token(seq_len) + 4 * seq_len * query_features  # scores, and the mix of values
 
     def saved_bytes(self, row: RowShape) -> Bytes:

@@ -22,18 +22,18 @@ class Embedding(CostedLayer):
     """tokens [T] int64 -> [T, hidden] outside split layers (layers/tensor_parallel.py).
 
     model.embed_grad_scale = a gives a*e + (1-a)*e.detach(): the same values, a times the gradient (GLM-130B,
-    arXiv:2210.02414, section 2.2: embedding gradient shrink). `summed`: see `Layout.summed`.
+    arXiv:2210.02414, section 2.2: embedding gradient shrink). `partial_over`: see `ShardSpec.partial_over`.
     """
 
     def __init__(
-        self, name: str, config: ModelConfig, tp_ctx: TensorParallelContext, summed: tuple[str, ...] = ()
+        self, name: str, config: ModelConfig, tp_ctx: TensorParallelContext, partial_over: tuple[str, ...] = ()
     ) -> None:
         super().__init__()
         self.tp_ctx = tp_ctx
         self.split_hidden = not config.embedding_by_vocabulary
         self.grad_scale = config.embed_grad_scale
         shape, dim = (config.vocab_size, config.hidden_size), 1 if self.split_hidden else 0
-        layout = split(f"{name}.weight", shape, dim, tp_ctx.group, init_std=config.init_std, summed=summed)
+        layout = split(f"{name}.weight", shape, dim, tp_ctx.group, init_std=config.init_std, partial_over=partial_over)
         self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -54,14 +54,14 @@ class Embedding(CostedLayer):
 
     def lookup_ops_per_token(self) -> int:
         """To compare lookups with matrix products, which `flops_per_token` counts: one operation per number copied."""
-        return self.weight.part.shape[1]
+        return self.weight.shard_spec.shape[1]
 
     def saved_bytes(self, row: RowShape) -> Bytes:
         # By vocabulary: each token's row on this rank (int64) and whether it is here (bool). Else only the batch.
         return {"embedding": 0 if self.split_hidden else row.tokens * (8 + 1)}
 
     def messages(self, row: RowShape) -> list[Message]:
-        tp_ctx, n_outputs = self.tp_ctx, row.tokens * self.weight.part.shape[1]
+        tp_ctx, n_outputs = self.tp_ctx, row.tokens * self.weight.shard_spec.shape[1]
         if not self.split_hidden:
             return tp_ctx.sum_messages(n_outputs) + tp_ctx.gather_messages(n_outputs, backward=True)
         n_bytes = n_outputs * self.weight.itemsize

@@ -49,18 +49,18 @@ class _Linear(CostedLayer):
         shape = (out_features, in_features)
         layout = split(f"{name}.weight", shape, self.split_dim, tp_ctx.group, init_std=init_std)
         self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)
-        self.weight.past_autograd = tp_ctx.weight_grads.deferred
+        self.weight.manual_grad = tp_ctx.weight_grads.deferred
         self.bias = None
         if bias:
             name, whole_shape = f"{name}.bias", (out_features,)
             if self.split_dim == 0:
                 layout = split(name, whole_shape, 0, tp_ctx.group)
             else:
-                layout = whole(name, whole_shape, summed=tp_ctx.summed)
+                layout = whole(name, whole_shape, partial_over=tp_ctx.partial_over)
             self.bias = parameter(layout, tp_ctx.dtype, tp_ctx.device)
 
     def flops_per_token(self, seq_len: int) -> int:
-        return 2 * math.prod(self.weight.part.shape)
+        return 2 * math.prod(self.weight.shard_spec.shape)
 
     def deferred_bytes(self, row: RowShape) -> int:
         return row.tokens * sum(self.weight.shape) * self.weight.itemsize

@@ -57,7 +57,7 @@ class Norm(CostedLayer):
         self.tp_ctx = tp_ctx
         self.eps = config.layer_norm_epsilon
         dtype = accumulation_dtype(tp_ctx.dtype) if config.use_fp32_norm else tp_ctx.dtype
-        layout = whole(f"{name}.weight", (config.hidden_size,), fill=1.0, summed=tp_ctx.summed)
+        layout = whole(f"{name}.weight", (config.hidden_size,), fill=1.0, partial_over=tp_ctx.partial_over)
         self.weight = parameter(layout, dtype, tp_ctx.device)
 
     def saved_bytes(self, row: RowShape) -> Bytes:

@@ -49,7 +49,7 @@ class TensorParallelContext:
             self.by_sequence = before
 
     @property
-    def summed(self) -> tuple[str, ...]:
+    def partial_over(self) -> tuple[str, ...]:
         """Axes over which the gradient of a parameter that works on activations outside is a partial sum."""
         return ("tp",) if self.by_sequence else ()
 

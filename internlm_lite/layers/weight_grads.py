@@ -37,7 +37,7 @@ class WeightGrads:
                 weight, dy, x = taken.pop()
                 assert weight.grad is not None, "the optimizer gives every parameter its gradient buffer"
                 weight.grad.add_(dy.t() @ x)
-                if weight.grad_added is not None:
-                    weight.grad_added(weight)
+                if weight.on_manual_grad is not None:
+                    weight.on_manual_grad(weight)
 
         return run

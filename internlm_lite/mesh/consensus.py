@@ -71,7 +71,7 @@ def _raise_same(failures: Sequence[Failure | None], caught: Exception | None) ->
     else:
         text = "\n".join(_named(which, message) for message, which in ranks.items())
     agreed = next(kind for kind in _ORDER if kind in kinds)(text)
-    agreed.guilty = tuple(rank for rank, failure in enumerate(failures) if failure is not None)
+    agreed.culprit_ranks = tuple(rank for rank, failure in enumerate(failures) if failure is not None)
     raise agreed from caught
 
 

@@ -1,4 +1,4 @@
-"""Which part of a whole tensor this rank holds, written on the parameter once, as `param.part`.
+"""Which part of a whole tensor this rank holds, written on the parameter once, as `param.shard_spec`.
 
 Initialisation, gradient norm, ZeRO, checkpoints and planner read it; nothing matches substrings of names.
 """
@@ -22,19 +22,19 @@ Box = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardSpec:
     """`name` and `shape` are those of the whole tensor, the same in every layout of the run."""
 
     name: str
     shape: tuple[int, ...]
     box: Box
-    spread: bool
+    tp_sharded: bool
     """True: the tensor-parallel ranks hold different boxes. False: each of them holds the whole tensor."""
     init_std: float | None
     """Standard deviation of the initial normal draw; None: see `fill`."""
     fill: float = 0.0
     """Initial constant when `init_std` is None."""
-    summed: tuple[str, ...] = ()
+    partial_over: tuple[str, ...] = ()
     """Axes of the mesh, besides dp, over which its gradient on each rank is a partial sum: "tp", "ends"."""
 
     @property
@@ -48,11 +48,11 @@ def whole(
     *,
     init_std: float | None = None,
     fill: float = 0.0,
-    summed: tuple[str, ...] = (),
-) -> Layout:
+    partial_over: tuple[str, ...] = (),
+) -> ShardSpec:
     """Every rank holds the whole tensor."""
     box = tuple((0, n) for n in shape)
-    return Layout(name, shape, box, spread=False, init_std=init_std, fill=fill, summed=summed)
+    return ShardSpec(name, shape, box, tp_sharded=False, init_std=init_std, fill=fill, partial_over=partial_over)
 
 
 def split(
@@ -62,8 +62,8 @@ def split(
     group: Group,
     *,
     init_std: float | None = None,
-    summed: tuple[str, ...] = (),
-) -> Layout:
+    partial_over: tuple[str, ...] = (),
+) -> ShardSpec:
     """Each rank of `group` holds an equal range of dimension `dim`. Raises ConfigError if it does not divide."""
     if shape[dim] % group.size:
         raise ConfigError(
@@ -73,15 +73,15 @@ def split(
     part = shape[dim] // group.size
     box = [(0, n) for n in shape]
     box[dim] = (part * group.rank, part * (group.rank + 1))
-    return Layout(name, shape, tuple(box), spread=group.size > 1, init_std=init_std, summed=summed)
+    return ShardSpec(name, shape, tuple(box), tp_sharded=group.size > 1, init_std=init_std, partial_over=partial_over)
 
 
 @dataclass(frozen=True)
-class Piece:
+class LocalShard:
     """Something a checkpoint stores: the part of one named whole tensor that this rank holds in `tensor`.
 
-    `box` is the rank's region (tensor and pipeline parallel); `flat` = (a, b) narrows it to elements a..b of that box
-    in row-major order (ZeRO). `tensor` has the box's shape, or is 1-D of length b - a. Loading writes into `tensor`.
+    `box` is the rank's region (tensor and pipeline parallel); `flat_range` = (a, b) narrows it to elements a..b of
+    that box in row-major order (ZeRO). `tensor` has the box's shape, or is 1-D of length b - a. Loading writes to it.
     """
 
     name: str
@@ -89,24 +89,24 @@ class Piece:
     """"master", or one of the update rule's `roles`."""
     shape: tuple[int, ...]
     box: Box
-    flat: tuple[int, int] | None
+    flat_range: tuple[int, int] | None
     tensor: torch.Tensor
 
 
 class Parameter(nn.Parameter):
     """A parameter that knows which part of its whole tensor it is."""
 
-    part: Layout  # not `layout`: torch.Tensor has an attribute of that name
-    backwards: int = 1
+    shard_spec: ShardSpec  # not `layout`: torch.Tensor has an attribute of that name
+    grads_per_microbatch: int = 1
     """Gradients added per micro-batch: 2 for a tied weight whose two stages are on one rank."""
-    past_autograd: bool = False
-    """True: a layer adds to `grad` itself, then calls `grad_added`. Autograd still runs hooks, without a gradient."""
-    grad_added: Callable[[Parameter], object] | None = None
+    manual_grad: bool = False
+    """True: a layer adds to `grad` itself, then calls `on_manual_grad`; autograd runs hooks without a gradient."""
+    on_manual_grad: Callable[[Parameter], object] | None = None
     """Set by the optimizer, which counts gradients."""
 
 
-def parameter(layout: Layout, dtype: torch.dtype, device: torch.device | str) -> Parameter:
+def parameter(layout: ShardSpec, dtype: torch.dtype, device: torch.device | str) -> Parameter:
     """An uninitialised parameter of the local shape; `models/initialise.py` draws its value."""
     made = Parameter(torch.empty(layout.local_shape, dtype=dtype, device=device))
-    made.part = layout
+    made.shard_spec = layout
     return made

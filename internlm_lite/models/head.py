@@ -37,7 +37,7 @@ class Head(CostedLayer):
         if tied is None:
             shape = (config.vocab_size, config.hidden_size)
             name = "tok_embeddings.weight" if config.tie_word_embeddings else "output.weight"
-            layout = split(name, shape, 0, tp_ctx.group, init_std=config.init_std, summed=tied_over)
+            layout = split(name, shape, 0, tp_ctx.group, init_std=config.init_std, partial_over=tied_over)
             self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)
 
     @property
@@ -55,7 +55,7 @@ class Head(CostedLayer):
         return linear_cross_entropy(hidden, self.matrix, labels, scale, self.loss_options)
 
     def flops_per_token(self, seq_len: int) -> int:
-        return 2 * math.prod(self.matrix.part.shape)
+        return 2 * math.prod(self.matrix.shard_spec.shape)
 
     def saved_bytes(self, row: RowShape) -> Bytes:
         vocab, width = self.matrix.shape
@@ -71,7 +71,7 @@ class Head(CostedLayer):
                 # The largest logit of each token, then its sums over the vocabulary.
                 found += [Message("tp", "all_reduce", n * tokens * wide, times) for n in (1, 3)]
             else:
-                found.append(Message("tp", "all_gather", tokens * self.matrix.part.shape[0] * wide, times))
+                found.append(Message("tp", "all_gather", tokens * self.matrix.shard_spec.shape[0] * wide, times))
         return found
 
     def workspace_bytes(self, row: RowShape) -> int:
@@ -81,7 +81,7 @@ class Head(CostedLayer):
         half = dtype.itemsize < wide
         logits = chunk * vocab * (wide + half * dtype.itemsize)  # and their copy in half precision for the products
         gathers = self.tp_ctx.group.size > 1 and not self.loss_options.parallel_output
-        gathered = gathers * chunk * self.matrix.part.shape[0] * wide
+        gathered = gathers * chunk * self.matrix.shard_spec.shape[0] * wide
         return logits + gathered + half * (chunk < row.tokens) * vocab * width * wide
 
     def _chunk(self, row: RowShape) -> int:

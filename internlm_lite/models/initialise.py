@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from internlm_lite.mesh.layout import Layout, Parameter
+from internlm_lite.mesh.layout import Parameter, ShardSpec
 
 _TILE = 1024
 """Rows and columns drawn with one key. Part of the definition of the weights: changing it changes every run."""
@@ -26,7 +26,7 @@ def initialise(model: nn.Module, seed: int) -> None:
     """Fill every parameter as its layout says: normal with `init_std`, or the constant `fill`."""
     for parameter in model.parameters():
         assert isinstance(parameter, Parameter), "parameters of the model know their layout"
-        layout = parameter.part
+        layout = parameter.shard_spec
         if layout.init_std is None:
             parameter.fill_(layout.fill)
         else:
@@ -34,7 +34,7 @@ def initialise(model: nn.Module, seed: int) -> None:
                 parameter[region].copy_(torch.from_numpy(values))
 
 
-def _drawn(layout: Layout, std: float, seed: int) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
+def _drawn(layout: ShardSpec, std: float, seed: int) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
     """(region of this rank's tensor, its values) for every tile that the box touches."""
     assert len(layout.shape) == 2, f"{layout.name}: only matrices are drawn, found shape {layout.shape}"
     (top, bottom), (left, right) = layout.box

@@ -34,7 +34,7 @@ def build_stages(config: Config, mesh: Mesh, backend: AttentionBackend) -> Stage
         embedding = stages[0].tok_embeddings if model.tie_word_embeddings and 0 in stages else None
         tied = None if embedding is None else embedding.weight
         if tied is not None and spec.last:
-            tied.backwards = 2
+            tied.grads_per_microbatch = 2
         stages[number] = Transformer(model, config.loss.label_smoothing, tp_ctx, backend, spec, tied)
     return stages
 

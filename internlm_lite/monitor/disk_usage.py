@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from internlm_lite.config.paths import is_s3, spelt_out
+from internlm_lite.config.paths import is_s3, normalize_path
 from internlm_lite.config.schema import CkptConfig
 from internlm_lite.monitor.alerts import DiskFigures
 
@@ -17,7 +17,7 @@ def written_folders(run_folder: Path, ckpt: CkptConfig) -> list[Path]:
     if ckpt.enable_save_ckpt:
         names = [ckpt.save_ckpt_folder, ckpt.snapshot_ckpt_folder if ckpt.oss_snapshot_freq else None]
         names += [ckpt.async_upload_tmp_folder] if ckpt.async_upload else []
-    return [run_folder, *(Path(spelt_out(name)) for name in names if name and not is_s3(name))]
+    return [run_folder, *(Path(normalize_path(name)) for name in names if name and not is_s3(name))]
 
 
 def disks(folders: Sequence[Path]) -> list[DiskFigures]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from internlm_lite.config.schema import ModelConfig
 
 
-def step_flops(model: ModelConfig, seq_len: int, sequences: int) -> float:
+def internlm_step_flops(model: ModelConfig, seq_len: int, sequences: int) -> float:
     """F for one optimizer step over `sequences` windows of `seq_len` tokens on all data-parallel ranks."""
     h, tokens = model.hidden_size, sequences * seq_len
     passes = 3 + float(model.checkpoint)  # forward, backward at twice the cost, and the recomputed share of a forward
@@ -23,9 +23,9 @@ def step_flops(model: ModelConfig, seq_len: int, sequences: int) -> float:
     return passes * block * model.num_layers + 6 * tokens * h * model.vocab_size
 
 
-def step_flops_per_token(model: ModelConfig, seq_len: int) -> float:
+def internlm_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """F per consumed token; the same for every batch size."""
-    return step_flops(model, seq_len, 1) / seq_len
+    return internlm_step_flops(model, seq_len, 1) / seq_len
 
 
 def tflops_per_gpu(flops_per_token: float, tokens: int, seconds: float, world_size: int) -> float:

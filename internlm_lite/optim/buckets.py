@@ -33,9 +33,9 @@ class BucketSpec:
     dtype: torch.dtype
     decay: bool
     """Whether weight decay applies."""
-    spread: bool
+    tp_sharded: bool
     """True: tensor-parallel ranks hold different parts. False: each of them holds the same."""
-    summed: tuple[str, ...]
+    partial_over: tuple[str, ...]
     """Axes besides dp over which gradients are partial sums, see `mesh.layout.Layout`."""
 
 
@@ -133,7 +133,9 @@ def build_buckets(params: Sequence[Parameter], zero: Group, config: Config) -> l
     filling: dict[BucketSpec, list[int]] = {}
     for index in reversed(range(len(params))):
         param = params[index]
-        kind = BucketSpec(param.dtype, decay_all or param.dim() > 1, param.part.spread, param.part.summed)
+        kind = BucketSpec(
+            param.dtype, decay_all or param.dim() > 1, param.shard_spec.tp_sharded, param.shard_spec.partial_over
+        )
         indices = filling.get(kind)
         if indices is None or sum(params[i].numel() for i in indices) + param.numel() > bucket_size:
             indices = filling[kind] = []

@@ -27,13 +27,15 @@ class GradReducer:
         self._started: list[comm.Work] = []
         for index, bucket in enumerate(buckets):
             for slot in bucket.slots:
-                slot.param.grad_added = functools.partial(self._on_grad, index)
-                if not slot.param.past_autograd:
-                    slot.param.register_post_accumulate_grad_hook(slot.param.grad_added)
+                slot.param.on_manual_grad = functools.partial(self._on_grad, index)
+                if not slot.param.manual_grad:
+                    slot.param.register_post_accumulate_grad_hook(slot.param.on_manual_grad)
 
     def expect(self, micro_num: int) -> None:
         """Call before the step: the backward pass of each of `micro_num` micro-batches adds to every gradient."""
-        self._missing = [micro_num * sum(slot.param.backwards for slot in bucket.slots) for bucket in self._buckets]
+        self._missing = [
+            micro_num * sum(slot.param.grads_per_microbatch for slot in bucket.slots) for bucket in self._buckets
+        ]
         self._started = []
 
     def _on_grad(self, index: int, param: Parameter) -> None:
@@ -57,5 +59,5 @@ class GradReducer:
             replicas.append(comm.all_reduce(bucket.grad_shard, self._mesh.replica))
         for bucket, replicated in zip(self._buckets, replicas, strict=True):
             replicated.wait()
-            for axis in bucket.kind.summed:
+            for axis in bucket.kind.partial_over:
                 comm.all_reduce(bucket.grad_shard, self._mesh.axis(axis)).wait()

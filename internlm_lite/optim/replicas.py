@@ -47,7 +47,7 @@ def check_replicas(optimizer: HybridZeroOptimizer, mesh: Mesh, step: int) -> Non
         "flipped, or the device computes wrong; test its host (memory, GPU), leave it out, and go on from the last "
         "checkpoint"
     )
-    error.guilty = tuple(sorted({rank for each in found for rank in each.culprit_ranks}))
+    error.culprit_ranks = tuple(sorted({rank for each in found for rank in each.culprit_ranks}))
     raise error
 
 
@@ -65,7 +65,7 @@ def _sums(optimizer: HybridZeroOptimizer, mesh: Mesh) -> dict[Key, int]:
 
 def _holders(kind: BucketSpec, mesh: Mesh) -> Key:
     """Equal on two ranks exactly if their weights of this kind must be equal."""
-    return None if "ends" in kind.summed else mesh.pp.rank, mesh.tp.rank if kind.spread else None
+    return None if "ends" in kind.partial_over else mesh.pp.rank, mesh.tp.rank if kind.tp_sharded else None
 
 
 def mismatches(sums_of_ranks: Sequence[Mapping[Key, int]]) -> list[ReplicaMismatch]:

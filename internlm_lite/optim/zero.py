@@ -19,12 +19,12 @@ from torch import nn
 
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh import comm
-from internlm_lite.mesh.layout import Parameter, Piece
+from internlm_lite.mesh.layout import LocalShard, Parameter
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.buckets import Bucket, build_buckets
 from internlm_lite.optim.gather import WeightGatherer
+from internlm_lite.optim.grad_norm import Requests, clip_factor, reduce_totals
 from internlm_lite.optim.lr_schedule import beta2, learning_rate
-from internlm_lite.optim.norm import Requests, clip_factor, reduce_totals
 from internlm_lite.optim.reduce import GradReducer
 from internlm_lite.optim.rules import RULES, Shard, UpdateRule
 from internlm_lite.optim.scaler import LossScaler
@@ -45,9 +45,9 @@ class StepOutcome:
     """fp32, the scale this step's loss was multiplied with."""
     skipped_steps: torch.Tensor
     """int64, steps skipped since the run began (see skips.py)."""
-    skips_in_a_row: torch.Tensor
+    consecutive_skips: torch.Tensor
     """int64, steps skipped since the last update."""
-    overflows_in_a_row: torch.Tensor
+    consecutive_overflows: torch.Tensor
     """int64, consecutive steps up to this one whose gradient was not finite."""
     next_lr: torch.Tensor
     """Learning rate of the next step (the step line of InternLM prints this one)."""
@@ -131,8 +131,8 @@ class HybridZeroOptimizer:
             norm_fp32=totals.square_fp32.sqrt() * unscale,
             spikes=decision.spikes,
             skipped_steps=self._skips.skipped_steps.clone(),
-            skips_in_a_row=self._skips.consecutive_skips.clone(),
-            overflows_in_a_row=self._skips.consecutive_overflows.clone(),
+            consecutive_skips=self._skips.consecutive_skips.clone(),
+            consecutive_overflows=self._skips.consecutive_overflows.clone(),
             loss_scale=used_scale,
             next_lr=self._learning_rate(),
             beta2=second_beta,
@@ -171,14 +171,14 @@ class HybridZeroOptimizer:
         for shard, bucket in zip(self._shards, self.buckets, strict=True):
             yield bucket, {"master": shard.weights, **shard.state}
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[LocalShard]:
         """The tensors of `shards` by parameter name, for a checkpoint to save or to load into."""
         for bucket, tensors in self.shards():
             for slot, start, stop in bucket.owned():
-                part, here = slot.param.part, slice(start - bucket.shard_start, stop - bucket.shard_start)
+                part, here = slot.param.shard_spec, slice(start - bucket.shard_start, stop - bucket.shard_start)
                 for role, flat in tensors.items():
                     span = (start - slot.start, stop - slot.start)
-                    yield Piece(part.name, role, part.shape, part.box, span, flat[here])
+                    yield LocalShard(part.name, role, part.shape, part.box, span, flat[here])
 
     def is_finite(self) -> bool:
         """Whether all master weights of all ranks are. Collective; waits for the device."""

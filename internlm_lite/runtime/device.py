@@ -15,7 +15,7 @@ import torch
 
 from internlm_lite.config.schema import Config
 from internlm_lite.errors import MeshError
-from internlm_lite.runtime.place import Place
+from internlm_lite.runtime.dist_env import DistEnv
 
 logger = logging.getLogger("internlm_lite")
 
@@ -36,7 +36,7 @@ _PEAKS: tuple[tuple[str, float, float, float, float], ...] = (
 )
 
 
-def bind_device(place: Place, wanted: str = "auto") -> torch.device:
+def bind_device(dist_env: DistEnv, wanted: str = "auto") -> torch.device:
     """The device of this process, made current. `wanted`: auto (a GPU if there is one), cpu, cuda.
 
     Raises MeshError when GPUs are wanted and there is none, or fewer than processes on this host.
@@ -45,42 +45,42 @@ def bind_device(place: Place, wanted: str = "auto") -> torch.device:
     visible = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
     if wanted == "cuda" and visible == 0:
         raise MeshError(
-            f"--device cuda: no GPU is visible on host {place.hostname} to torch {torch.__version__}; "
+            f"--device cuda: no GPU is visible on host {dist_env.hostname} to torch {torch.__version__}; "
             "check the driver, CUDA_VISIBLE_DEVICES and the torch build, or pass --device cpu"
         )
     if visible == 0:
         device = torch.device("cpu")
     else:
-        device = torch.device("cuda", _gpu_index(place, visible))
+        device = torch.device("cuda", _gpu_index(dist_env, visible))
         torch.cuda.set_device(device)
     name = device.type if device.index is None else device.index
-    logger.info("process rank %d is bound to host:%s device: %s", place.rank, place.hostname, name)
+    logger.info("process rank %d is bound to host:%s device: %s", dist_env.rank, dist_env.hostname, name)
     return device
 
 
-def _gpu_index(place: Place, visible: int) -> int:
-    if visible >= place.local_world_size:
-        return place.local_rank
-    if visible == 1 and place.launcher == "slurm":
+def _gpu_index(dist_env: DistEnv, visible: int) -> int:
+    if visible >= dist_env.local_world_size:
+        return dist_env.local_rank
+    if visible == 1 and dist_env.launcher == "slurm":
         return 0  # --gpus-per-task=1 hides the GPUs of the other tasks
     raise MeshError(
-        f"host {place.hostname}: {place.local_world_size} processes but {visible} visible GPUs; "
+        f"host {dist_env.hostname}: {dist_env.local_world_size} processes but {visible} visible GPUs; "
         "start one process per GPU, or pass --device cpu"
     )
 
 
-def apply_numerics(config: Config, device: torch.device, place: Place) -> None:
+def apply_numerics(config: Config, device: torch.device, dist_env: DistEnv) -> None:
     """Set torch's process-wide switches: TF32, cudnn, and on the CPU the number of threads."""
     # fp32 matrix products stay fp32 unless the config says torch.tf32
     torch.set_float32_matmul_precision("high" if config.model.dtype == "torch.tf32" else "highest")
     torch.backends.cudnn.deterministic = config.cudnn_deterministic
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
-    torch.set_num_threads(cpu_threads(place, len(os.sched_getaffinity(0))))
+    torch.set_num_threads(cpu_threads(dist_env, len(os.sched_getaffinity(0))))
 
 
-def cpu_threads(place: Place, cores: int) -> int:
+def cpu_threads(dist_env: DistEnv, cores: int) -> int:
     """Threads for this process on a host with `cores` usable cores: as set, else an equal share."""
-    return place.cpu_threads or max(1, cores // place.local_world_size)
+    return dist_env.cpu_threads or max(1, cores // dist_env.local_world_size)
 
 
 def torch_dtype(name: str) -> torch.dtype:

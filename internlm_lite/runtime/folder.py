@@ -30,7 +30,7 @@ from internlm_lite.config.load import LoadedConfig
 from internlm_lite.config.masking import MASK, mask_source, masked, secrets_of
 from internlm_lite.config.render_config import origin_rows, resolved
 from internlm_lite.errors import ConfigError, StorageError
-from internlm_lite.runtime.place import Place
+from internlm_lite.runtime.dist_env import DistEnv
 
 logger = logging.getLogger("internlm_lite")
 
@@ -126,19 +126,19 @@ def _sources(files: Sequence[Path]) -> dict[str, str]:
 
 
 def environment(
-    place: Place, argv: Sequence[str], device: str, now: datetime, agents: Sequence[str] = ()
+    dist_env: DistEnv, argv: Sequence[str], device: str, now: datetime, agents: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The contents of env.json; `device` is the device's name, `agents` are those of all ranks (`Place.agent`)."""
+    """The contents of env.json; `device` is the device's name, `agents` are those of all ranks (`DistEnv.agent`)."""
     return {
         "time": now.isoformat(timespec="seconds"),
         "command": [_masked_argument(argument) for argument in argv],
         "folder": os.getcwd(),
-        "host": place.hostname,
-        "launcher": place.launcher,
-        "why": place.why,
-        "world_size": place.world_size,
-        "processes_per_host": place.local_world_size,
-        "attempt": place.attempt,
+        "host": dist_env.hostname,
+        "launcher": dist_env.launcher,
+        "why": dist_env.why,
+        "world_size": dist_env.world_size,
+        "processes_per_host": dist_env.local_world_size,
+        "attempt": dist_env.attempt,
         "agents": list(agents),
         "device": device,
         "cpus": os.cpu_count(),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 from internlm_lite.errors import StorageError
-from internlm_lite.runtime.place import Place
+from internlm_lite.runtime.dist_env import DistEnv
 
 Style = Literal["full", "compact"]
 
@@ -90,7 +90,7 @@ def resolve_style(style: str, stream: TextIO) -> Style:
     return "compact" if style == "compact" else "full"
 
 
-def setup_logging(place: Place, folder: Path | None, style: str = "auto") -> None:
+def setup_logging(dist_env: DistEnv, folder: Path | None, style: str = "auto") -> None:
     """Send this rank's records to stdout (rank 0: INFO, others: WARNING), and all of them to its file in folder/logs.
 
     Call it at start with folder None, and again once the run folder is known: earlier records then go to the file
@@ -105,7 +105,7 @@ def setup_logging(place: Place, folder: Path | None, style: str = "auto") -> Non
     logging.getLogger("torch.distributed.pipelining").setLevel(logging.CRITICAL)
 
     stdout = StdoutHandler()
-    stdout.setLevel(logging.INFO if place.is_main else logging.WARNING)
+    stdout.setLevel(logging.INFO if dist_env.is_main else logging.WARNING)
     compact = resolve_style(style, sys.stdout) == "compact"
     stdout.setFormatter(CompactFormatter(colour=sys.stdout.isatty()) if compact else FullFormatter())
     logger.addHandler(stdout)
@@ -113,7 +113,7 @@ def setup_logging(place: Place, folder: Path | None, style: str = "auto") -> Non
     if folder is None:
         logger.addHandler(early)
         return
-    file = _open_rank_file(folder / "logs" / f"rank-{place.rank:05d}.log")
+    file = _open_rank_file(folder / "logs" / f"rank-{dist_env.rank:05d}.log")
     early.setTarget(file)
     early.flush()
     logger.addHandler(file)

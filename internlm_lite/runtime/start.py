@@ -15,49 +15,49 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from internlm_lite.errors import MeshError, PeerLostError, first_line
+from internlm_lite.runtime.dist_env import DistEnv
 from internlm_lite.runtime.log import flush_logging
-from internlm_lite.runtime.meet import meet
-from internlm_lite.runtime.place import Place
+from internlm_lite.runtime.rendezvous import rendezvous
 
 logger = logging.getLogger("internlm_lite")
 
 
 def start_world(
-    place: Place,
+    dist_env: DistEnv,
     device: torch.device,
     timeout: timedelta,
     collectives: timedelta | None = None,
-    says: Mapping[str, str] = {},
+    fingerprint: Mapping[str, str] = {},
 ) -> Store | None:
     """Initialise `torch.distributed`: nccl on CUDA, gloo on the CPU; nothing for a world of one.
 
     `timeout` limits the rendezvous, `collectives` (None: the same) every later collective of the default group.
-    `says`: the job fingerprint, which must be equal on all ranks. Returns a separate connection to the store, for the
+    `fingerprint` of the job: must be equal on all ranks. Returns a separate connection to the store, for the
     watchdog. Raises MeshError when the port is taken, the master cannot be reached, ranks are missing after `timeout`,
     or fingerprints differ.
     """
-    if place.world_size == 1:
+    if dist_env.world_size == 1:
         return None
-    store = meet(place, timeout, says)
-    connect_ranks(store, place, device, collectives or timeout)
+    store = rendezvous(dist_env, timeout, fingerprint)
+    connect_ranks(store, dist_env, device, collectives or timeout)
     return PrefixStore("watchdog", store.clone())  # type: ignore[attr-defined]  # not in torch's stubs
 
 
-def connect_ranks(store: Store, place: Place, device: torch.device, timeout: timedelta) -> None:
+def connect_ranks(store: Store, dist_env: DistEnv, device: torch.device, timeout: timedelta) -> None:
     """Make the default process group, after the rendezvous. Raises MeshError."""
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=PrefixStore("process_group", store),
-            rank=place.rank,
-            world_size=place.world_size,
+            rank=dist_env.rank,
+            world_size=dist_env.world_size,
             timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
     except RuntimeError as error:  # torch.distributed's errors are RuntimeErrors
         raise MeshError(
-            f"rank {place.rank} on {place.hostname} met all {place.world_size} ranks but could not connect to them: "
-            f"{first_line(error)}; check that the hosts reach each other on the interface used "
+            f"rank {dist_env.rank} on {dist_env.hostname} met all {dist_env.world_size} ranks but could not connect to "
+            f"them: {first_line(error)}; check that the hosts reach each other on the interface used "
             "(NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
         ) from error
 

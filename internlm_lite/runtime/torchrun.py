@@ -21,20 +21,20 @@ logger = logging.getLogger("internlm_lite")
 
 
 @contextmanager
-def agent_told(file: Path | None) -> Iterator[None]:
+def report_to_agent(file: Path | None) -> Iterator[None]:
     """Report an error that leaves this block to the agent: our errors by their message, others with their traceback."""
     try:
         yield
     except InternLMError as error:
-        tell_agent(file, f"{type(error).__name__}: {error}", follows=isinstance(error, PeerLostError))
+        write_agent_error(file, f"{type(error).__name__}: {error}", follows=isinstance(error, PeerLostError))
         raise
     except Exception:
-        tell_agent(file, traceback.format_exc())
+        write_agent_error(file, traceback.format_exc())
         raise
 
 
-def tell_agent(file: Path | None, text: str, *, follows: bool = False) -> None:
-    """`file`: `Place.error_file`; None: do nothing. `follows`: a consequence of another rank's failure.
+def write_agent_error(file: Path | None, text: str, *, follows: bool = False) -> None:
+    """`file`: `DistEnv.error_file`; None: do nothing. `follows`: a consequence of another rank's failure.
 
     An error while writing is only logged, as the process is ending.
     """

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from internlm_lite.config.schema import Config
-from internlm_lite.data.loader import TrainingData, ValidationData, open_training_data, open_validation_data
+from internlm_lite.data.data_loader import TrainingData, ValidationData, open_training_data, open_validation_data
 from internlm_lite.faults.watchdog import Watchdog, unwatched
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.monitor.console import heartbeat

@@ -21,18 +21,18 @@ from typing import Any
 from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.format.catalog import Found
 from internlm_lite.checkpoint.format.manifest import Kind, Manifest
-from internlm_lite.checkpoint.load.loader import Restored
+from internlm_lite.checkpoint.load.checkpoint_loader import Restored
 from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.save.saver import SaveOptions
 from internlm_lite.checkpoint.save.write_job import Saved
 from internlm_lite.checkpoint.storage.base import Storage
 from internlm_lite.config.masking import masked
-from internlm_lite.config.paths import spelt_out
+from internlm_lite.config.paths import normalize_path
 from internlm_lite.config.render_config import resolved
 from internlm_lite.config.schema import CkptConfig, Config
 from internlm_lite.errors import CheckpointError, ConfigError, InternLMError, StorageError
 from internlm_lite.mesh.consensus import on_main
-from internlm_lite.mesh.layout import Piece
+from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.train.changes import LastRun, batch_keys, data_changes
 from internlm_lite.train.reporter import Reporter
@@ -60,7 +60,7 @@ class Contents:
     intended_batch_tokens: int
     """Of a step when the run began, perhaps with another number of ranks."""
 
-    def pieces(self, *, moments: bool = True) -> list[Piece]:
+    def pieces(self, *, moments: bool = True) -> list[LocalShard]:
         return [piece for piece in self.trainer.optimizer.pieces() if moments or piece.role == "master"]
 
     def to_json(self, state: TrainState) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class Checkpoints:
         self._in_background = self._ckpt.async_upload and self._ckpt.enable_save_ckpt
         staging = self._ckpt.async_upload_tmp_folder if self._in_background else None
         options = SaveOptions(
-            vote_timeout_seconds=timeout_seconds, staging_folder=Path(spelt_out(staging)) if staging else None
+            vote_timeout_seconds=timeout_seconds, staging_folder=Path(normalize_path(staging)) if staging else None
         )
         self.restored: str | None = None
         """Name of the checkpoint that this run resumed."""
@@ -354,4 +354,4 @@ def _newest_manifest(storages: Sequence[Storage]) -> Manifest | None:
 def _is_same_folder(theirs: Mapping[str, Any], ours: CkptConfig, key: str) -> bool:
     """Whether both configs mean the same folder by `key`."""
     here, there = getattr(ours, key), theirs.get(key)
-    return here == there or (here is not None and there is not None and spelt_out(here) == spelt_out(there))
+    return here == there or (here is not None and there is not None and normalize_path(here) == normalize_path(there))

@@ -22,7 +22,7 @@ from internlm_lite.checkpoint.format.manifest import Kind
 from internlm_lite.config.schema import CkptConfig, Config
 from internlm_lite.errors import NumericsError
 from internlm_lite.faults.signals import StopSignals
-from internlm_lite.optim.norm import Requests
+from internlm_lite.optim.grad_norm import Requests
 from internlm_lite.optim.zero import StepOutcome
 from internlm_lite.train.reporter import Reporter
 
@@ -92,8 +92,8 @@ class StepSignals:
             "stop_file": outcome.stop_file,
             "loss_z": outcome.spikes[0],
             "norm_z": outcome.spikes[1],
-            "consecutive_skips": outcome.skips_in_a_row,
-            "consecutive_overflows": outcome.overflows_in_a_row,
+            "consecutive_skips": outcome.consecutive_skips,
+            "consecutive_overflows": outcome.consecutive_overflows,
             "loss_scale": outcome.loss_scale,
         }
         return torch.stack([scalars[field.name].double() for field in fields(StepSignals)])
@@ -291,7 +291,7 @@ class Control:
 
 def _was_skipped(outcome: StepOutcome) -> bool:
     """Whether the update of this very step was. Waits for the device: asked only when a save is due."""
-    return outcome.skips_in_a_row.item() > 0
+    return outcome.consecutive_skips.item() > 0
 
 
 def due_kind(

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from internlm_lite.config.masking import masked
 from internlm_lite.errors import HANG, INTERRUPTED, InternLMError, PeerLostError
-from internlm_lite.faults.beats import Verdict
 from internlm_lite.faults.failure import Failure, read_failures, record, summary
+from internlm_lite.faults.heartbeats import Verdict
 from internlm_lite.faults.watchdog import unwatched, write_stacks
-from internlm_lite.runtime.place import Place
+from internlm_lite.runtime.dist_env import DistEnv
 from internlm_lite.runtime.start import leave_now
-from internlm_lite.runtime.torchrun import tell_agent
+from internlm_lite.runtime.torchrun import write_agent_error
 
 logger = logging.getLogger("internlm_lite")
 
@@ -43,10 +43,10 @@ def code_of(error: BaseException) -> int:
 class FailureHandler:
     """Of one rank. `folder` is set once the run folder is agreed on; without it nothing is written."""
 
-    def __init__(self, place: Place) -> None:
-        self._place = place
+    def __init__(self, dist_env: DistEnv) -> None:
+        self._place = dist_env
         self.folder: Path | None = None
-        self.watchdog = unwatched(place.rank)
+        self.watchdog = unwatched(dist_env.rank)
         self.reported_by_peer = False
         """A lower rank failed in the same way, and logs it."""
         self._hangs = threading.Event()
@@ -60,7 +60,7 @@ class FailureHandler:
         rank, folder = self._place.rank, self.folder
         logger.error("the job stands still: %s", verdict.why)
         follows = bool(verdict.ranks) and rank not in verdict.ranks
-        tell_agent(self._place.error_file, f"the job stands still: {verdict.why}", follows=follows)
+        write_agent_error(self._place.error_file, f"the job stands still: {verdict.why}", follows=follows)
         if folder is not None:
             self._write_stacks(folder)
             self._record(folder, "hang", verdict.why, HANG, follows=follows)
@@ -101,7 +101,7 @@ class FailureHandler:
             self._record(folder, "interrupted", "by Ctrl-C", code, follows=False)
             return
         lost = isinstance(error, PeerLostError)
-        culprits = error.guilty if isinstance(error, InternLMError) else ()
+        culprits = error.culprit_ranks if isinstance(error, InternLMError) else ()
         follows = lost or (bool(culprits) and self._place.rank not in culprits)
         message = str(masked(str(error)))
         trace = str(masked("".join(traceback.format_exception(error))))

@@ -25,8 +25,8 @@ from internlm_lite.config.masking import masked
 from internlm_lite.config.render_config import origin_rows
 from internlm_lite.config.schema import Config
 from internlm_lite.errors import STOPPED, PeerLostError
-from internlm_lite.faults.beats import Limits
 from internlm_lite.faults.failure import clear_failures, read_failures
+from internlm_lite.faults.heartbeats import Limits
 from internlm_lite.faults.signals import StopSignals
 from internlm_lite.faults.watchdog import Watchdog
 from internlm_lite.mesh import comm
@@ -37,10 +37,10 @@ from internlm_lite.monitor.packages import check_packages
 from internlm_lite.monitor.sinks import SinkFactory
 from internlm_lite.runtime import folder as run_folders
 from internlm_lite.runtime.device import apply_numerics, bind_device, device_name
+from internlm_lite.runtime.dist_env import DistEnv
 from internlm_lite.runtime.log import setup_logging
-from internlm_lite.runtime.place import Place
 from internlm_lite.runtime.start import announce_layout, end_process, start_world, stop_world
-from internlm_lite.runtime.torchrun import agent_told
+from internlm_lite.runtime.torchrun import report_to_agent
 from internlm_lite.train.build import Run, Surroundings, build_run
 from internlm_lite.train.changes import LastRun, keep_global_batch
 from internlm_lite.train.checkpoints import Checkpoints
@@ -80,7 +80,7 @@ class Job:
     """What is known once all ranks have met and hold the save folders."""
 
     loaded: LoadedConfig
-    place: Place
+    dist_env: DistEnv
     options: Options
     mesh: Mesh
     checkpoints: Checkpoints
@@ -106,50 +106,58 @@ class Plan:
     """Every step was done there: the folder is not to be written to."""
 
 
-def run_job(loaded: LoadedConfig, place: Place, options: Options) -> NoReturn:
+def run_job(loaded: LoadedConfig, dist_env: DistEnv, options: Options) -> NoReturn:
     """Train, and end this process: 0 when the last step is done, else the error's exit code.
 
     `loaded` has passed `check_config` for this world.
     """
-    setup_logging(place, None, options.log_style)
-    failures = FailureHandler(place)
+    setup_logging(dist_env, None, options.log_style)
+    failures = FailureHandler(dist_env)
     try:
-        with agent_told(place.error_file):
-            code = _run(loaded, place, options, failures)
+        with report_to_agent(dist_env.error_file):
+            code = _run(loaded, dist_env, options, failures)
     except (Exception, KeyboardInterrupt, SystemExit) as error:  # noqa: BLE001  the exit code says which
         failures.log(error)
         code = code_of(error)
-    end_process(code, place.world_size)
+    end_process(code, dist_env.world_size)
 
 
-def _run(loaded: LoadedConfig, place: Place, options: Options, failures: FailureHandler) -> int:
+def _run(loaded: LoadedConfig, dist_env: DistEnv, options: Options, failures: FailureHandler) -> int:
     """The list at the top of this file."""
     config, timeout = loaded.config, options.timeout_seconds
-    if place.is_main:
-        logger.log(logging.WARNING if place.idle_tasks else logging.INFO, place.why)
+    if dist_env.is_main:
+        logger.log(logging.WARNING if dist_env.idle_tasks else logging.INFO, dist_env.why)
         for note in loaded.notes:
             logger.info(note)
     check_packages(config.monitor)
     limits = limits_of(timeout)
     # Longer than the watchdog waits in any phase: it can name who is missing, a collective cannot.
     collectives = timedelta(seconds=max(limits.of.values()) + _GRACE_SECONDS)
-    device = bind_device(place, options.device)
-    apply_numerics(config, device, place)
-    store = start_world(place, device, timedelta(seconds=timeout), collectives, _fingerprint(loaded, options, device))
+    device = bind_device(dist_env, options.device)
+    apply_numerics(config, device, dist_env)
+    store = start_world(
+        dist_env, device, timedelta(seconds=timeout), collectives, _fingerprint(loaded, options, device)
+    )
     watchdog = failures.watchdog = Watchdog(
-        place.rank, place.world_size, store, limits, failures.hang, place.hostname, agent_store=place.agent_store
+        dist_env.rank,
+        dist_env.world_size,
+        store,
+        limits,
+        failures.hang,
+        dist_env.hostname,
+        agent_store=dist_env.agent_store,
     )
     with StopSignals() as signals, watchdog:
         parallel = config.parallel
-        sizes = sizes_of(place.world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1)
-        mesh = build_mesh(sizes, place.rank, device, collectives)
+        sizes = sizes_of(dist_env.world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1)
+        mesh = build_mesh(sizes, dist_env.rank, device, collectives)
         announce_layout(sizes.dp, sizes.pp, sizes.tp)
         # Before anything is written: the run folder may be the one that the run which holds them is writing to.
         with watchdog.inside(TAKING):
             checkpoints = Checkpoints(config, mesh, timeout)
         try:
-            agents = {str(agent) for agent in comm.gather_objects(place.agent, mesh.world) if agent}
-            job = Job(loaded, place, options, mesh, checkpoints, failures, tuple(sorted(agents)))
+            agents = {str(agent) for agent in comm.gather_objects(dist_env.agent, mesh.world) if agent}
+            job = Job(loaded, dist_env, options, mesh, checkpoints, failures, tuple(sorted(agents)))
             ended = _train(job, _plan(job), signals)
         finally:
             watchdog.enter("ending")
@@ -159,7 +167,7 @@ def _run(loaded: LoadedConfig, place: Place, options: Options, failures: Failure
         except PeerLostError as error:
             failures.failed(error)
             raise
-        return STOPPED if ended.stopped_by and not place.supervised else 0
+        return STOPPED if ended.stopped_by and not dist_env.supervised else 0
 
 
 def limits_of(timeout_seconds: float) -> Limits:
@@ -182,7 +190,7 @@ def _fingerprint(loaded: LoadedConfig, options: Options, device: torch.device) -
 
 def _plan(job: Job) -> Plan:
     """Decided by rank 0. Collective."""
-    restarted = any(comm.gather_objects(job.place.attempt, job.mesh.world))
+    restarted = any(comm.gather_objects(job.dist_env.attempt, job.mesh.world))
     return on_main(job.mesh, lambda: _plan_on_main(job, restarted=restarted))
 
 
@@ -258,14 +266,14 @@ def _open_run_folder(job: Job, folder: Path) -> None:
     """Describe this start in the run folder, and log to it from now on. Collective."""
     on_main(job.mesh, lambda: _describe_start(job, folder))
     job.failures.folder = folder
-    setup_logging(job.place, folder, job.options.log_style)
+    setup_logging(job.dist_env, folder, job.options.log_style)
 
 
 def _describe_start(job: Job, folder: Path) -> None:
     now, device = datetime.now().astimezone(), device_name(job.mesh.device)
     clear_failures(folder)
     run_folders.write_start(
-        folder, job.loaded, run_folders.environment(job.place, job.options.command, device, now, job.agents)
+        folder, job.loaded, run_folders.environment(job.dist_env, job.options.command, device, now, job.agents)
     )
 
 

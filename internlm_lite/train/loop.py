@@ -151,4 +151,4 @@ def _evaluate_if_due(run: Run, state: TrainState, *, skip_if_logged: bool = Fals
         return
     run.reporter.event("evaluating", step=state.step - 1)
     with run.watchdog.inside("evaluation"), run.reporter.excluded_from_timing():
-        run.reporter.validation(state, run.trainer.evaluate(run.valid, run.watchdog.go_on))
+        run.reporter.validation(state, run.trainer.evaluate(run.valid, run.watchdog.report_progress))

@@ -15,7 +15,7 @@ from internlm_lite.batch import Batch
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.stages import model_flops_per_token
-from internlm_lite.monitor.flops import mfu, step_flops_per_token, tflops_per_gpu
+from internlm_lite.monitor.flops import internlm_flops_per_token, mfu, tflops_per_gpu
 from internlm_lite.monitor.metrics import Collected
 from internlm_lite.monitor.record import Origin, Sample, StepRecord, ValidationRecord
 from internlm_lite.monitor.scalars import perplexity
@@ -38,7 +38,7 @@ class Reporter:
         self._config, self._mesh, self._trainer = config, mesh, trainer
         self._sinks: FanOut | None = None
         self._make_sinks: Callable[[int], FanOut] | None = None
-        self._flops_per_token = step_flops_per_token(config.model, config.data.seq_len)
+        self._flops_per_token = internlm_flops_per_token(config.model, config.data.seq_len)
         self._model_flops_per_token = model_flops_per_token(config.model, config.data.seq_len)
         self._peak = peak_flops(mesh.device, config.model.dtype)
         self._begin = time.perf_counter()

@@ -11,7 +11,7 @@ from pathlib import Path
 from internlm_lite.config.schema import Config
 from internlm_lite.data.tokenizer import Tokenizer
 from internlm_lite.errors import InternLMError
-from internlm_lite.generate.generate import check, generate
+from internlm_lite.generate.decode import check, generate
 from internlm_lite.generate.sample import Sampling
 from internlm_lite.mesh import comm
 from internlm_lite.models.stages import whole_model

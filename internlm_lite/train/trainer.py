@@ -3,7 +3,7 @@
     loss of a micro-batch = sum over its labels * loss_scale / tokens of the global batch
 
 The divisor is a constant known before the forward pass; the optimizer replaces it by the true number of labels, which
-it learns in the same collective as the gradient norm (optim/norm.py). Gradients are reduced in optim/reduce.py.
+it learns in the same collective as the gradient norm (optim/grad_norm.py). Gradients are reduced in optim/reduce.py.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import nn
 
 from internlm_lite.batch import Batch
 from internlm_lite.config.schema import Config
-from internlm_lite.data.loader import ValidationData
+from internlm_lite.data.data_loader import ValidationData
 from internlm_lite.layers.flash import choose_backend, packed
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.initialise import initialise
 from internlm_lite.models.stages import Stages, build_stages, units_of
 from internlm_lite.monitor.metrics import Collected, FolderMetrics
-from internlm_lite.optim.norm import Requests
+from internlm_lite.optim.grad_norm import Requests
 from internlm_lite.optim.zero import HybridZeroOptimizer, StepOutcome
 from internlm_lite.pipeline.engine import Engine, HiddenShape, OneRank, Pipeline
 from internlm_lite.runtime.device import torch_dtype

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from internlm_lite.checkpoint.format.regions import Region, volume
-from internlm_lite.mesh.layout import Box, Piece
+from internlm_lite.mesh.layout import Box, LocalShard
 
 ROLES = ("master", "exp_avg", "exp_avg_sq")
 # name -> (shape, dimension that tensor parallel ranks split or None)
@@ -37,7 +37,7 @@ def region_of(region: Region, tensor: torch.Tensor) -> torch.Tensor:
 
 def pieces_of(
     rank: int, *, tp: int = 1, zero: int = 1, roles: Sequence[str] = ROLES, fill: bool, uneven: bool = False
-) -> list[Piece]:
+) -> list[LocalShard]:
     """Rank = dp * tp_size + tp. Each rank has its boxes one after another, cut in `zero` equal ranges."""
     tp_rank, zero_rank = rank % tp, rank // tp % zero
     boxes: list[tuple[str, tuple[int, ...], Box]] = []
@@ -63,13 +63,15 @@ def pieces_of(
             if zero == 1:
                 tensor = tensor.view([b - a for a, b in box])
             found.append(
-                Piece(name, role, shape, box, region.flat_range, tensor if fill else torch.full_like(tensor, torch.nan))
+                LocalShard(
+                    name, role, shape, box, region.flat_range, tensor if fill else torch.full_like(tensor, torch.nan)
+                )
             )
     return found
 
 
-def assert_true_values(pieces: Sequence[Piece], dtype: torch.dtype = torch.float32) -> None:
+def assert_true_values(pieces: Sequence[LocalShard], dtype: torch.dtype = torch.float32) -> None:
     """Every piece holds, bit for bit, its part of the true tensor."""
     for piece in pieces:
-        expected = region_of(Region(piece.box, piece.flat), whole(piece.role, piece.name, piece.shape)).to(dtype)
-        assert torch.equal(piece.tensor.reshape(-1), expected), (piece.role, piece.name, piece.box, piece.flat)
+        expected = region_of(Region(piece.box, piece.flat_range), whole(piece.role, piece.name, piece.shape)).to(dtype)
+        assert torch.equal(piece.tensor.reshape(-1), expected), (piece.role, piece.name, piece.box, piece.flat_range)

@@ -13,11 +13,11 @@ import torch
 
 from internlm_lite.checkpoint.admin.verify import damages_in
 from internlm_lite.checkpoint.format.tensor_file import BLOCK_BYTES, parse_header
-from internlm_lite.checkpoint.load.loader import Restored
+from internlm_lite.checkpoint.load.checkpoint_loader import Restored
 from internlm_lite.checkpoint.load.reader import Reader
 from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.errors import CheckpointError, DamagedError
-from internlm_lite.mesh.layout import Piece
+from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.mesh.mesh import single_process_mesh
 from tests.checkpoint.pieces import assert_true_values, pieces_of
 from tests.faults.extent import number
@@ -193,7 +193,7 @@ def test_a_part_of_a_large_tensor_reads_and_checks_its_blocks_only(tmp_path: Pat
     whole = torch.randn(rows, columns)
     manager = CheckpointManager(str(tmp_path), single_process_mesh())
     box = ((0, rows), (0, columns))
-    name = manager.save(1, "final", [Piece("w", "master", (rows, columns), box, None, whole)], {})
+    name = manager.save(1, "final", [LocalShard("w", "master", (rows, columns), box, None, whole)], {})
     path = tmp_path / f"data/{name}/rank-00000.safetensors"
     good = path.read_bytes()
     start = len(good) - whole.nbytes
@@ -205,7 +205,7 @@ def test_a_part_of_a_large_tensor_reads_and_checks_its_blocks_only(tmp_path: Pat
         raw[start + place] ^= 1
         path.write_bytes(raw)
         reader = Reader(found)
-        piece = Piece("w", "master", (rows, columns), wanted, None, torch.empty(100, 990))
+        piece = LocalShard("w", "master", (rows, columns), wanted, None, torch.empty(100, 990))
         if BLOCK_BYTES <= place < 2 * BLOCK_BYTES:
             with pytest.raises(
                 DamagedError, match=f"tensor master/w: damaged in bytes {BLOCK_BYTES}..{2 * BLOCK_BYTES}"

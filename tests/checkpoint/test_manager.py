@@ -24,7 +24,7 @@ from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.checkpoint.storage.run_lock import holder
 from internlm_lite.errors import CheckpointError, ConfigError, PeerLostError, StorageError
 from internlm_lite.mesh import comm
-from internlm_lite.mesh.layout import Piece
+from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.mesh.mesh import single_process_mesh
 from tests.checkpoint.pieces import MODEL, assert_true_values, pieces_of
 
@@ -137,7 +137,7 @@ def test_dtype_is_cast_and_weights_alone_can_be_taken(tmp_path: Path) -> None:
     manager = _manager(tmp_path)
     _save(manager)
     weights = [
-        Piece(p.name, p.role, p.shape, p.box, p.flat, p.tensor.to(torch.bfloat16))
+        LocalShard(p.name, p.role, p.shape, p.box, p.flat_range, p.tensor.to(torch.bfloat16))
         for p in pieces_of(0, roles=["master"], fill=False)
     ]
     found = manager.latest()
@@ -160,9 +160,9 @@ def test_roles_that_a_checkpoint_does_not_have_are_named(tmp_path: Path) -> None
 def test_another_model_is_explained(tmp_path: Path) -> None:
     _save(_manager(tmp_path, config={"model": {"hidden_size": 8, "vocab_size": 12}, "seed": 1}))
     pieces = [piece for piece in pieces_of(0, fill=False) if piece.name != "norm.weight"]
-    wide = Piece("output.weight", "master", (12, 16), ((0, 12), (0, 16)), None, torch.zeros(12, 16))
+    wide = LocalShard("output.weight", "master", (12, 16), ((0, 12), (0, 16)), None, torch.zeros(12, 16))
     pieces = [wide if (p.name, p.role) == ("output.weight", "master") else p for p in pieces]
-    pieces.append(Piece("layers.1.new", "master", (3,), ((0, 3),), None, torch.zeros(3)))
+    pieces.append(LocalShard("layers.1.new", "master", (3,), ((0, 3),), None, torch.zeros(3)))
     manager = _manager(tmp_path, config={"model": {"hidden_size": 16, "vocab_size": 12}, "seed": 2})
     with pytest.raises(CheckpointError) as caught:
         manager.resume(pieces)
@@ -299,7 +299,7 @@ def test_incomplete_pieces_are_not_committed(tmp_path: Path) -> None:
     _save(manager, 1)
     pieces = pieces_of(0, fill=True)
     box = ((0, 12), (0, 4))
-    half = Piece("output.weight", "master", (12, 8), box, None, torch.zeros(12, 4))
+    half = LocalShard("output.weight", "master", (12, 8), box, None, torch.zeros(12, 4))
     pieces = [half if (p.name, p.role) == ("output.weight", "master") else p for p in pieces]
     with pytest.raises(CheckpointError, match=r"master of output.weight is not stored exactly once:\s+gap: 48 of 96"):
         manager.save(2, "snapshot", pieces, {})

@@ -11,7 +11,7 @@ import pytest
 from internlm_lite.checkpoint.storage.open import open_storage
 from internlm_lite.config.paths import S3Path, parse_s3
 from internlm_lite.errors import ConfigError, MissingPackageError
-from internlm_lite.runtime.place import adopt_s3_keys
+from internlm_lite.runtime.dist_env import adopt_s3_keys
 
 GOOD = [
     ("boto3:s3://weights.10.0.0.1:9000/internlm", S3Path("weights", "10.0.0.1:9000", "internlm")),

@@ -14,7 +14,7 @@ from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.errors import CheckpointError, InternLMError, StorageError
 from internlm_lite.mesh.consensus import on_all, on_main
-from internlm_lite.mesh.layout import Piece
+from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from tests.checkpoint.pieces import ROLES, assert_true_values, pieces_of
 from tests.world import run_world
@@ -27,7 +27,7 @@ LAYOUTS: dict[int, list[tuple[int, int, bool]]] = {
 }
 
 
-def _pieces(rank: int, layout: tuple[int, int, bool], fill: bool) -> list[Piece]:
+def _pieces(rank: int, layout: tuple[int, int, bool], fill: bool) -> list[LocalShard]:
     tp, zero, uneven = layout
     return pieces_of(rank, tp=tp, zero=zero, uneven=uneven, fill=fill)
 
@@ -120,7 +120,7 @@ def _fail_on_one_rank(mesh: Mesh, folder: str) -> list[tuple[str, str]]:
     answers.append(_error_of(lambda: manager.save(3, "snapshot", _pieces(mesh.rank, layout, True), state)))
     pieces = _pieces(mesh.rank, layout, False)
     if mesh.rank == 1:
-        pieces.append(Piece("extra", "master", (1,), ((0, 1),), None, torch.zeros(1)))
+        pieces.append(LocalShard("extra", "master", (1,), ((0, 1),), None, torch.zeros(1)))
     answers.append(_error_of(lambda: manager.resume(pieces)))
     manager.save(4, "snapshot", _pieces(mesh.rank, layout, True), {})
     pieces = _pieces(mesh.rank, layout, False)
@@ -210,7 +210,7 @@ def _same_layout_reads(mesh: Mesh, folder: str) -> list[str]:
     object.__setattr__(found, "storage", Watching(Path(folder)))
     pieces = _pieces(mesh.rank, (1, 4, False), False)
     manager.load(found, pieces)
-    assert {Region(piece.box, piece.flat).count > 0 for piece in pieces} == {True, False} and len(ROLES) == 3
+    assert {Region(piece.box, piece.flat_range).count > 0 for piece in pieces} == {True, False} and len(ROLES) == 3
     return sorted(read)
 
 

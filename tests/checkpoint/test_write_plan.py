@@ -11,7 +11,7 @@ from internlm_lite.checkpoint.format.regions import Region, tiling_problems, vol
 from internlm_lite.checkpoint.format.shards import describe
 from internlm_lite.checkpoint.save.write_plan import plan_writes
 from internlm_lite.errors import CheckpointError
-from internlm_lite.mesh.layout import Piece
+from internlm_lite.mesh.layout import LocalShard
 from tests.checkpoint.pieces import MODEL, ROLES, pieces_of, whole
 
 
@@ -54,8 +54,8 @@ def test_replicas_share_the_work() -> None:
 def test_ranges_cut_differently_are_cut_again() -> None:
     box = ((0, 10), (0, 2))
 
-    def piece(a: int, b: int) -> Piece:
-        return Piece("tied", "master", (10, 2), box, (a, b), torch.arange(float(a), float(b)))
+    def piece(a: int, b: int) -> LocalShard:
+        return LocalShard("tied", "master", (10, 2), box, (a, b), torch.arange(float(a), float(b)))
 
     held = [[piece(0, 10)], [piece(10, 20)], [piece(0, 15)], [piece(15, 20)], [piece(4, 4)]]
     items = plan_writes([[describe(p) for p in pieces] for pieces in held])
@@ -71,7 +71,7 @@ def test_any_overlapping_ranges_are_written_once(spans: list[list[tuple[int, int
     box = ((0, 12),)
     held = [
         [
-            describe(Piece("t", "master", (12,), box, (a, b), torch.zeros(b - a)))
+            describe(LocalShard("t", "master", (12,), box, (a, b), torch.zeros(b - a)))
             for a, b in (sorted(pair) for pair in theirs)
         ]
         for theirs in spans
@@ -95,16 +95,16 @@ def test_whole_boxes_are_stored_as_boxes() -> None:
 
 
 def test_disagreeing_ranks_and_wrong_sizes_are_named() -> None:
-    def piece(shape: tuple[int, ...], dtype: torch.dtype, numel: int) -> Piece:
+    def piece(shape: tuple[int, ...], dtype: torch.dtype, numel: int) -> LocalShard:
         box = tuple((0, n) for n in shape)
-        return Piece("w", "master", shape, box, None, torch.zeros(numel, dtype=dtype))
+        return LocalShard("w", "master", shape, box, None, torch.zeros(numel, dtype=dtype))
 
     one, two = describe(piece((4,), torch.float32, 4)), describe(piece((4,), torch.float16, 4))
     with pytest.raises(CheckpointError, match="master of w: rank 1 holds F16 of shape"):
         plan_writes([[one], [two]])
     with pytest.raises(CheckpointError, match="5 elements, expected a contiguous one of 4"):
         describe(piece((4,), torch.float32, 5))
-    strided = Piece("w", "master", (4, 4), ((0, 4), (0, 4)), None, torch.zeros(4, 4).t()[:, :])
+    strided = LocalShard("w", "master", (4, 4), ((0, 4), (0, 4)), None, torch.zeros(4, 4).t()[:, :])
     with pytest.raises(CheckpointError, match="strided"):
         describe(strided)
     with pytest.raises(CheckpointError, match="complex64 cannot be stored"):

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from internlm_lite.data.data_loader import open_training_data
 from internlm_lite.data.dummy import DummyDocuments
-from internlm_lite.data.loader import open_training_data
 from internlm_lite.data.render_batches import walk_steps
 from tests.data.corpora import data_config
 

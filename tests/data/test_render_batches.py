@@ -5,7 +5,7 @@ import re
 
 from rich.console import Console
 
-from internlm_lite.data.loader import open_training_data
+from internlm_lite.data.data_loader import open_training_data
 from internlm_lite.data.render_batches import overview, sample, walk_steps
 from tests.data.corpora import data_config, write_native
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internlm_lite.batch import IGNORE, Position
+from internlm_lite.data.data_loader import open_training_data
 from internlm_lite.data.documents import read_metadata
 from internlm_lite.data.encode import FolderEncoder
 from internlm_lite.data.folders import open_documents
-from internlm_lite.data.loader import open_training_data
 from internlm_lite.data.text import find_text, read_documents, sample_text
 from internlm_lite.data.tokenizer import Tokenizer, train_tokenizer
 from internlm_lite.errors import DataError

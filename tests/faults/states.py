@@ -14,7 +14,7 @@ from internlm_lite.checkpoint.admin.verify import damages_of
 from internlm_lite.checkpoint.format.catalog import committed
 from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.storage.local import LocalStorage
-from internlm_lite.mesh.layout import Piece
+from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.mesh.mesh import single_process_mesh
 from tests.checkpoint.pieces import pieces_of
 
@@ -22,7 +22,7 @@ AGE_SECONDS = 7200.0
 """Older than what a save that may still be alive can have left."""
 
 
-def state_at(step: int, rank: int = 0, ranks: int = 1) -> list[Piece]:
+def state_at(step: int, rank: int = 0, ranks: int = 1) -> list[LocalShard]:
     """What one of `ranks` ranks holds at `step`."""
     pieces = pieces_of(rank, zero=ranks, fill=True)
     for piece in pieces:
@@ -34,7 +34,9 @@ def random_at(step: int) -> dict[str, torch.Tensor]:
     return {"cpu": torch.full((64,), step, dtype=torch.uint8)}
 
 
-def assert_state_at(step: int, pieces: list[Piece], state: dict, rank_state: dict[str, torch.Tensor] | None) -> None:
+def assert_state_at(
+    step: int, pieces: list[LocalShard], state: dict, rank_state: dict[str, torch.Tensor] | None
+) -> None:
     """Everything of one process is that of `step`, bit for bit."""
     assert state == {"step": step}
     for found, expected in zip(pieces, state_at(step), strict=True):

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from internlm_lite.errors import CheckpointError, InternLMError, PeerLostError, StorageError
-from internlm_lite.faults.beats import Limits, Verdict
 from internlm_lite.faults.failure import Failure, read_failures, record
+from internlm_lite.faults.heartbeats import Limits, Verdict
 from internlm_lite.faults.watchdog import Watchdog
 from internlm_lite.mesh.consensus import _raise_same
-from internlm_lite.runtime.place import Place
+from internlm_lite.runtime.dist_env import DistEnv
 from internlm_lite.train.failure_handler import FailureHandler
 
 
@@ -27,7 +27,7 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def _handler(folder: Path, rank: int = 2) -> FailureHandler:
-    handler = FailureHandler(Place(rank, 3, rank, 3, f"node{rank}", "torch", "", "node0", 1))
+    handler = FailureHandler(DistEnv(rank, 3, rank, 3, f"node{rank}", "torch", "", "node0", 1))
     handler.folder = folder
     handler.watchdog = Watchdog(rank, 3, None, Limits(2.0, {}), lambda verdict: None, f"node{rank}")
     handler.watchdog.enter("training", 33)
@@ -78,13 +78,13 @@ def test_an_interrupted_rank_is_the_cause(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(("guilty", "follows"), [((0,), True), ((1, 2), False), ((), False)])
+@pytest.mark.parametrize(("culprit_ranks", "follows"), [((0,), True), ((1, 2), False), ((), False)])
 def test_error_of_other_rank_is_secondary(
-    guilty: tuple[int, ...], follows: bool, tmp_path: Path, slept: list[float]
+    culprit_ranks: tuple[int, ...], follows: bool, tmp_path: Path, slept: list[float]
 ) -> None:
     record(tmp_path, Failure(0, "node0", 33, "saving", "StorageError", "full", 6, follows=False))
     error = StorageError("full")
-    error.guilty = guilty
+    error.culprit_ranks = culprit_ranks
     handler = _handler(tmp_path)
     handler.failed(error)
     assert {each.rank: each.follows for each in read_failures(tmp_path)} == {0: False, 2: follows}
@@ -108,5 +108,5 @@ def test_agreed_error_names_culprits() -> None:
     with pytest.raises(StorageError) as several:
         _raise_same([(StorageError, "full"), stuck, (CheckpointError, "full"), None], None)
     assert str(named.value) == "rank 1: it hangs" and str(several.value) == "rank 0, 2: full\nrank 1: it hangs"
-    assert (named.value.guilty, several.value.guilty) == ((1,), (0, 1, 2))
-    assert InternLMError("mine").guilty == ()
+    assert (named.value.culprit_ranks, several.value.culprit_ranks) == ((1,), (0, 1, 2))
+    assert InternLMError("mine").culprit_ranks == ()

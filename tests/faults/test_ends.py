@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from internlm_lite.data.loader import prefetch
+from internlm_lite.data.data_loader import prefetch
 from internlm_lite.errors import PeerLostError
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.pipeline.engine import peer_or_own_error

@@ -106,22 +106,22 @@ def started_again(folder: Path, undisturbed: tuple[Any, Any]) -> int:
     return first
 
 
-@pytest.mark.parametrize(("size", "guilty", "how"), [(3, 2, "kill"), (2, 0, "kill"), (2, 1, "exit")])
-def test_killed_rank_is_named(size: int, guilty: int, how: str, undisturbed: Any, tmp_path: Path) -> None:
-    with Job(tmp_path, size, *arguments(SAVED), faults=f"{how} {guilty} {AT}") as job:
-        others = [rank for rank in range(size) if rank != guilty]
+@pytest.mark.parametrize(("size", "culprit_ranks", "how"), [(3, 2, "kill"), (2, 0, "kill"), (2, 1, "exit")])
+def test_killed_rank_is_named(size: int, culprit_ranks: int, how: str, undisturbed: Any, tmp_path: Path) -> None:
+    with Job(tmp_path, size, *arguments(SAVED), faults=f"{how} {culprit_ranks} {AT}") as job:
+        others = [rank for rank in range(size) if rank != culprit_ranks]
         begin = trained_until(job, AT - 1)
         assert job.codes(*others) == [5] * len(others), job.output()[-6000:]
-        assert job.codes(guilty) == [-signal.SIGKILL if how == "kill" else 0]
-        told(f"{how} of rank {guilty} of {size}", time.monotonic() - begin, job)
+        assert job.codes(culprit_ranks) == [-signal.SIGKILL if how == "kill" else 0]
+        told(f"{how} of rank {culprit_ranks} of {size}", time.monotonic() - begin, job)
     cause = report(tmp_path)["cause"]
-    assert (cause["rank"], cause["kind"], cause["follows"]) == (guilty, "lost", False)
+    assert (cause["rank"], cause["kind"], cause["follows"]) == (culprit_ranks, "lost", False)
     # Gradients are reduced in the backward pass already: the first who misses it may be there, or later.
     assert cause["step"] == AT and cause["phase"] in ("training", "updating")
     assert sorted(other["rank"] for other in report(tmp_path)["others"]) == others
     for rank in others:
         assert (
-            f"rank {guilty} on {cause['host']} failed first (code 5), at step {AT}, {cause['phase']}: lost"
+            f"rank {culprit_ranks} on {cause['host']} failed first (code 5), at step {AT}, {cause['phase']}: lost"
             in job.output(rank)
         )
     if how == "kill" and size == 2:
@@ -131,16 +131,16 @@ def test_killed_rank_is_named(size: int, guilty: int, how: str, undisturbed: Any
         assert started_again(tmp_path, undisturbed) == 20, "the newest snapshot is corrupted"
 
 
-@pytest.mark.parametrize(("size", "guilty"), [(3, 1), (2, 0)])
-def test_stopped_rank_is_named(size: int, guilty: int, tmp_path: Path) -> None:
-    with Job(tmp_path, size, *arguments(*HANG), faults=f"stop {guilty} {AT}") as job:
-        others = [rank for rank in range(size) if rank != guilty]
+@pytest.mark.parametrize(("size", "culprit_ranks"), [(3, 1), (2, 0)])
+def test_stopped_rank_is_named(size: int, culprit_ranks: int, tmp_path: Path) -> None:
+    with Job(tmp_path, size, *arguments(*HANG), faults=f"stop {culprit_ranks} {AT}") as job:
+        others = [rank for rank in range(size) if rank != culprit_ranks]
         begin = trained_until(job, AT - 1)
         codes = job.codes(*others)
-        told(f"SIGSTOP of rank {guilty} of {size}, time-out 4 s", time.monotonic() - begin, job)
+        told(f"SIGSTOP of rank {culprit_ranks} of {size}, time-out 4 s", time.monotonic() - begin, job)
         assert 4 in codes and set(codes) <= {4, 5}, job.output()  # 5: saw the first one end
     cause = report(tmp_path)["cause"]
-    assert (cause["rank"], cause["kind"], cause["follows"]) == (guilty, "hang", False), report(tmp_path)
+    assert (cause["rank"], cause["kind"], cause["follows"]) == (culprit_ranks, "hang", False), report(tmp_path)
     stacks = [file.name for file in (run_folder(tmp_path) / "logs").glob("*.stacks")]
     assert stacks and all("trainer.py" in (run_folder(tmp_path) / "logs" / file).read_text() for file in stacks)
 

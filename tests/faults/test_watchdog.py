@@ -19,8 +19,8 @@ import torch
 from torch.distributed import TCPStore, pipelining
 
 from internlm_lite.faults import failure as failures
-from internlm_lite.faults.beats import Heartbeat, Limits, Verdict, diagnose
 from internlm_lite.faults.failure import Failure, clear_failures, read_failures, record, summary
+from internlm_lite.faults.heartbeats import Heartbeat, Limits, Verdict, diagnose
 from internlm_lite.faults.waiting import waits_for_others
 from internlm_lite.faults.watchdog import Watchdog, write_stacks
 from internlm_lite.mesh import comm
@@ -295,7 +295,7 @@ def test_part_of_phase_is_progress() -> None:
     watchdog = Watchdog(0, 1, None, LIMITS, lambda verdict: None)
     watchdog.enter("evaluation", 7)
     before = watchdog.here
-    watchdog.go_on()
+    watchdog.report_progress()
     assert watchdog.here == replace(before, progress=before.progress + 1)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from internlm_lite.config.schema import Config, ParallelConfig
 from internlm_lite.errors import DataError
 from internlm_lite.generate.cache import KVCache
-from internlm_lite.generate.generate import generate
+from internlm_lite.generate.decode import generate
 from internlm_lite.generate.sample import Sampling
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh

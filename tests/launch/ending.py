@@ -9,14 +9,14 @@ from datetime import timedelta
 import torch
 
 from internlm_lite.faults.signals import StopSignals
-from internlm_lite.runtime.place import find_place
+from internlm_lite.runtime.dist_env import read_dist_env
 from internlm_lite.runtime.start import end_process, start_world, stop_world
 
 if __name__ == "__main__":
-    place = find_place(os.environ)
-    start_world(place, torch.device("cpu"), timedelta(seconds=60))
+    dist_env = read_dist_env(os.environ)
+    start_world(dist_env, torch.device("cpu"), timedelta(seconds=60))
     with StopSignals():
-        time.sleep(1.0 if place.is_main else 0.0)
-        print(f"rank {place.rank} ends", flush=True)
+        time.sleep(1.0 if dist_env.is_main else 0.0)
+        print(f"rank {dist_env.rank} ends", flush=True)
         stop_world()
-    end_process(3, place.world_size)
+    end_process(3, dist_env.world_size)

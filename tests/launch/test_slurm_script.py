@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore
 
-from internlm_lite.runtime.meet import _difference, _missing
-from internlm_lite.runtime.place import Place
+from internlm_lite.runtime.dist_env import DistEnv
+from internlm_lite.runtime.rendezvous import _difference, _missing
 from tests.cli import ROOT
 
 SRUN = """#!/bin/bash
@@ -226,7 +226,7 @@ def test_where_all_ranks_fail_alike_the_first_says_why(here: Path, begin: str):
     assert said == [why, "code 7: see ./slurm-7; not requeued"]
 
 
-PLACE = Place(0, 2, 0, 1, "node1", "slurm", "", "127.0.0.1", 18101)
+PLACE = DistEnv(0, 2, 0, 1, "node1", "slurm", "", "127.0.0.1", 18101)
 MISSING = _missing([1], PLACE, timedelta(seconds=8))
 
 

@@ -37,9 +37,9 @@ def small_model(
     initialise(model, seed=7)
     with torch.no_grad():
         for param in model.parameters():
-            if param.part.init_std is None:
-                whole = torch.linspace(0.5, 1.5, param.part.shape[0]).to(param.dtype)
-                param.copy_(whole[slice(*param.part.box[0])])
+            if param.shard_spec.init_std is None:
+                whole = torch.linspace(0.5, 1.5, param.shard_spec.shape[0]).to(param.dtype)
+                param.copy_(whole[slice(*param.shard_spec.box[0])])
     return model
 
 

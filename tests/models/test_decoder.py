@@ -114,7 +114,7 @@ def test_units_partition_the_parameters_and_run_in_order(changes):
 def test_parameter_names_are_those_of_their_layout():
     for changes in ({}, {"tie_word_embeddings": True}):
         for name, param in small_model(**changes).named_parameters():
-            assert name == param.part.name
+            assert name == param.shard_spec.name
 
 
 def test_stages_in_a_row_equal_the_whole():

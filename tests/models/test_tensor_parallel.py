@@ -28,7 +28,7 @@ CASES |= {f"by sequence, {name}": {**changes, "by_sequence": True} for name, cha
 
 def summed(param: Parameter, tp: Group) -> torch.Tensor:
     """The gradient, once partial sums over the tensor-parallel ranks are added up, as the optimizer does."""
-    if "tp" in param.part.summed:
+    if "tp" in param.shard_spec.partial_over:
         all_reduce(param.grad, tp).wait()
     return param.grad
 
@@ -44,7 +44,7 @@ def train_once(mesh: Mesh | None, changes: dict[str, Any]) -> dict[str, Any]:
         "train_loss_sum": losses.train_loss_sum,
         "token_loss": losses.token_loss,
         "correct": losses.correct,
-        "grads": {name: (param.part.box, summed(param, tp)) for name, param in model.named_parameters()},
+        "grads": {name: (param.shard_spec.box, summed(param, tp)) for name, param in model.named_parameters()},
     }
 
 

@@ -15,11 +15,11 @@ import pytest
 
 from internlm_lite.monitor.console import Console, compact_line, heartbeat, next_checkpoint
 from internlm_lite.monitor.record import FolderFigures
+from internlm_lite.runtime.dist_env import DistEnv
 from internlm_lite.runtime.log import close_logging, logger, setup_logging
-from internlm_lite.runtime.place import Place
 from tests.monitor.test_line import SEED, SEED_LINES
 
-PLACE = Place(0, 1, 0, 1, "host", "single", "", "localhost", 0)
+PLACE = DistEnv(0, 1, 0, 1, "host", "single", "", "localhost", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import pytest
 
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.models.stages import model_flops_per_token
-from internlm_lite.monitor.flops import mfu, step_flops, step_flops_per_token, tflops_per_gpu
+from internlm_lite.monitor.flops import internlm_flops_per_token, internlm_step_flops, mfu, tflops_per_gpu
 from tests.monitor.test_line import SEED
 
 B20 = ModelConfig(hidden_size=5120, num_attention_heads=40, num_layers=60, vocab_size=103168, mlp_ratio=8 / 3)
@@ -17,23 +17,23 @@ SMALL = ModelConfig(
 
 
 def test_20b_demo_per_step():
-    assert step_flops(B20, 2048, 32) == 8_124_188_338_421_760
-    assert step_flops_per_token(B20, 2048) / 1e12 == pytest.approx(0.12396527616, rel=1e-15)
+    assert internlm_step_flops(B20, 2048, 32) == 8_124_188_338_421_760
+    assert internlm_flops_per_token(B20, 2048) / 1e12 == pytest.approx(0.12396527616, rel=1e-15)
 
 
 def test_seed_tflops():
     for record in SEED:
         seconds = 65536 / 16 / record.speed.last_tgs_1
-        found = tflops_per_gpu(step_flops_per_token(B20, 2048), 65536, seconds, 16)
+        found = tflops_per_gpu(internlm_flops_per_token(B20, 2048), 65536, seconds, 16)
         assert found == pytest.approx(record.tflops, rel=2e-5)
 
 
 def test_recomputation_costs_one_more_forward():
     head = 6 * 2048 * 5120 * 103168
-    plain = step_flops(B20, 2048, 1) - head
+    plain = internlm_step_flops(B20, 2048, 1) - head
     for share, passes in ((True, 4), (0.5, 3.5), (False, 3)):
         model = B20.model_copy(update={"checkpoint": share})
-        assert step_flops(model, 2048, 1) - head == pytest.approx(plain * passes / 3, rel=1e-14)
+        assert internlm_step_flops(model, 2048, 1) - head == pytest.approx(plain * passes / 3, rel=1e-14)
         assert model_flops_per_token(model, 2048) == model_flops_per_token(B20, 2048)
 
 
@@ -45,7 +45,7 @@ def test_model_flops_count_grouped_heads_and_the_real_width():
 
 def test_both_formulas_agree_without_grouped_heads():
     exact = B20.model_copy(update={"mlp_ratio": 13824 / 5120})
-    assert model_flops_per_token(exact, 2048) == pytest.approx(step_flops_per_token(exact, 2048), rel=1e-12)
+    assert model_flops_per_token(exact, 2048) == pytest.approx(internlm_flops_per_token(exact, 2048), rel=1e-12)
 
 
 def test_mfu():

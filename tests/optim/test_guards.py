@@ -134,7 +134,7 @@ class _Tied(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = parameter(whole("head.weight", (24, 8), summed=("ends",)), torch.float64, "cpu")
+        self.weight = parameter(whole("head.weight", (24, 8), partial_over=("ends",)), torch.float64, "cpu")
         nn.init.ones_(self.weight)
 
 
@@ -149,7 +149,7 @@ def _flip(mesh: Mesh, rank: int, what: str, tied: bool = False) -> tuple[str, tu
     try:
         check_replicas(optimizer, mesh, 7)
     except NumericsError as error:
-        return str(error), error.guilty
+        return str(error), error.culprit_ranks
     return None
 
 

@@ -90,7 +90,7 @@ def lion(cfg: Config) -> tuple[dict[str, torch.Tensor], list[float]]:
             decay = adam.weight_decay if param.dim() > 1 else 0.0
             param.data -= lr * (direction + decay * param.data)
             momentum.copy_(cfg.beta2_scheduler.init_beta2 * momentum + (1 - cfg.beta2_scheduler.init_beta2) * clipped)
-    return {p.part.name: p.detach() for p in params}, norms
+    return {p.shard_spec.name: p.detach() for p in params}, norms
 
 
 def test_lion_equals_the_algorithm_of_its_paper() -> None:

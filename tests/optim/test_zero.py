@@ -8,8 +8,8 @@ from internlm_lite.config.schema import Config
 from internlm_lite.mesh.layout import Parameter, parameter, whole
 from internlm_lite.mesh.mesh import Mesh, build_mesh, single_process_mesh, sizes_of
 from internlm_lite.optim.buckets import build_buckets
+from internlm_lite.optim.grad_norm import Requests, reduce_totals, square_sum
 from internlm_lite.optim.lr_schedule import learning_rate
-from internlm_lite.optim.norm import Requests, reduce_totals, square_sum
 from internlm_lite.optim.zero import HybridZeroOptimizer
 from tests.world import TIMEOUT, run_world
 
@@ -72,11 +72,11 @@ def train(mesh: Mesh, cfg: Config, dtype: torch.dtype = torch.float64, bad_step:
         outcome = optimizer.step(step, num_labels=MICRO * ROWS // mesh.dp.size // 2, global_tokens=MICRO * ROWS)
         norms.append((outcome.norm_model_dtype.square() + outcome.norm_fp32.square()).sqrt().item())
         rates.append(outcome.next_lr.item())
-        skipped.append(outcome.skips_in_a_row.item() > 0)
+        skipped.append(outcome.consecutive_skips.item() > 0)
         scales.append(outcome.loss_scale.item())
     optimizer.wait_weights()
-    weights = {p.part.name: p.detach().clone() for u in units for p in u.parameters() if isinstance(p, Parameter)}
-    pieces = {(p.name, p.role): (p.flat, p.tensor.clone()) for p in optimizer.pieces()}
+    weights = {p.shard_spec.name: p.detach().clone() for u in units for p in u.parameters() if isinstance(p, Parameter)}
+    pieces = {(p.name, p.role): (p.flat_range, p.tensor.clone()) for p in optimizer.pieces()}
     return {
         "weights": weights,
         "norms": norms,
@@ -115,7 +115,7 @@ def reference(cfg: Config) -> tuple[dict[str, torch.Tensor], list[float]]:
         total.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(matrices + vectors, 0.5).item())
         optimizer.step()
-    return {p.part.name: p.detach() for u in units for p in (u.weight, u.bias)}, norms
+    return {p.shard_spec.name: p.detach() for u in units for p in (u.weight, u.bias)}, norms
 
 
 def assert_same_training(result: dict, expected: tuple[dict[str, torch.Tensor], list[float]]) -> None:
@@ -207,7 +207,7 @@ def test_an_overflow_on_one_rank_skips_the_step_everywhere():
 
 def squares(mesh: Mesh) -> list[float]:
     """Sums of squares of a gradient of ones; then with something else on rank 1 alone."""
-    copy = parameter(whole("copy", (8,), summed=("ends",)), torch.float64, "cpu")
+    copy = parameter(whole("copy", (8,), partial_over=("ends",)), torch.float64, "cpu")
     (bucket,) = build_buckets([copy], mesh.zero, config())
     found = []
     for value in (1.0, float("inf"), float("nan")):
@@ -230,7 +230,7 @@ def test_a_skipped_step_changes_nothing():
     optimizer.begin(1)
     (loss_of(units, rows(0, 0).half()) * float("nan")).backward()
     outcome = optimizer.step(0, num_labels=8, global_tokens=8)
-    assert outcome.skips_in_a_row.item() == 1
+    assert outcome.consecutive_skips.item() == 1
     assert all(torch.equal(a, p.tensor) for a, p in zip(before, optimizer.pieces(), strict=True))
     assert optimizer.state_dict()["good_steps"] == 0
     assert optimizer.state_dict()["adam_steps"] == 0
@@ -252,7 +252,7 @@ def test_the_learning_rate_of_a_skipped_step_is_used_again():
         optimizer.begin(1)
         outcome = optimizer.step(step, num_labels=8, global_tokens=8)
         assert outcome.next_lr.item() == learning_rate(max(0, step - 1), cfg.adam.lr, cfg.lr_scheduler)
-        assert outcome.skips_in_a_row.item() == (step + 1 if step < 2 else 0)
+        assert outcome.consecutive_skips.item() == (step + 1 if step < 2 else 0)
 
 
 def test_consecutive_overflows_are_counted_separately_and_resumed():
@@ -260,7 +260,7 @@ def test_consecutive_overflows_are_counted_separately_and_resumed():
         optimizer.buckets[0].grads.fill_(float("nan") if kind == "overflow" else 1.0)
         optimizer.begin(1)
         outcome = optimizer.step(0, 8, 8, loss_sum=1.0 if kind == "good" else float("nan"))
-        return int(outcome.skips_in_a_row), int(outcome.overflows_in_a_row)
+        return int(outcome.consecutive_skips), int(outcome.consecutive_overflows)
 
     def fresh() -> HybridZeroOptimizer:
         return HybridZeroOptimizer([Unit("layers.0", torch.float64)], config(), single_process_mesh(), torch.float64)

@@ -12,29 +12,29 @@ import torch
 import torch.distributed as dist
 
 from internlm_lite.errors import InternLMError
+from internlm_lite.runtime.dist_env import read_dist_env
 from internlm_lite.runtime.log import setup_logging
-from internlm_lite.runtime.place import find_place
 from internlm_lite.runtime.start import announce_layout, end_process, start_world, stop_world
 
 
 def main(environ: Mapping[str, str], seconds: float, die: bool = False) -> NoReturn:
-    place = find_place(environ)
-    setup_logging(place, None, "full")
+    dist_env = read_dist_env(environ)
+    setup_logging(dist_env, None, "full")
     torch.set_num_threads(1)
     try:
-        start_world(place, torch.device("cpu"), timedelta(seconds=seconds))
+        start_world(dist_env, torch.device("cpu"), timedelta(seconds=seconds))
     except InternLMError as error:
         print("MeshError:", error)
-        end_process(error.exit_code, place.world_size)
+        end_process(error.exit_code, dist_env.world_size)
     if dist.is_initialized():
-        total = torch.tensor([float(place.rank + 1)])
+        total = torch.tensor([float(dist_env.rank + 1)])
         dist.all_reduce(total)
-        print(f"sum {total.item()} {dist.get_backend()} {place.launcher} attempt {place.attempt}")
-    announce_layout(place.world_size, 1, 1)
-    if die and place.attempt == 0 and place.rank == place.world_size - 1:
-        end_process(7, place.world_size)
+        print(f"sum {total.item()} {dist.get_backend()} {dist_env.launcher} attempt {dist_env.attempt}")
+    announce_layout(dist_env.world_size, 1, 1)
+    if die and dist_env.attempt == 0 and dist_env.rank == dist_env.world_size - 1:
+        end_process(7, dist_env.world_size)
     stop_world()
-    end_process(0, place.world_size)
+    end_process(0, dist_env.world_size)
 
 
 def forked(output: str, environ: Mapping[str, str], seconds: float) -> NoReturn:

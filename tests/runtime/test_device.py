@@ -9,10 +9,10 @@ import torch
 
 from internlm_lite.errors import MeshError
 from internlm_lite.runtime.device import apply_numerics, bind_device, cpu_threads, device_name, peak_flops, peak_of
-from internlm_lite.runtime.place import Place
+from internlm_lite.runtime.dist_env import DistEnv
 from tests.runtime.test_folder import CONFIG
 
-PLACE = Place(3, 4, 3, 4, "HOST-10-140-60-69", "torch", "", "localhost", 1)
+PLACE = DistEnv(3, 4, 3, 4, "HOST-10-140-60-69", "torch", "", "localhost", 1)
 
 
 @pytest.fixture

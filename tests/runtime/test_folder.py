@@ -13,6 +13,7 @@ import yaml
 from internlm_lite.config.load import LoadedConfig
 from internlm_lite.config.schema import Config
 from internlm_lite.errors import ConfigError, StorageError
+from internlm_lite.runtime.dist_env import DistEnv
 from internlm_lite.runtime.folder import (
     agents_of,
     code_digest,
@@ -23,10 +24,9 @@ from internlm_lite.runtime.folder import (
     point_latest,
     write_start,
 )
-from internlm_lite.runtime.place import Place
 
 NOW = datetime(2023, 11, 10, 11, 45, 20, tzinfo=timezone.utc)
-PLACE = Place(0, 2, 0, 2, "gpu01", "torch", "started by torchrun", "gpu01", 29500)
+PLACE = DistEnv(0, 2, 0, 2, "gpu01", "torch", "started by torchrun", "gpu01", 29500)
 CONFIG = Config.model_validate(
     {
         "JOB_NAME": "20b_train",

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from internlm_lite.errors import StorageError
+from internlm_lite.runtime.dist_env import DistEnv
 from internlm_lite.runtime.log import close_logging, flush_logging, logger, resolve_style, setup_logging
-from internlm_lite.runtime.place import Place
 
 SEED_RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ([A-Z]+) (\w+\.py):\d+ in (\w+) -- (.*)")
 
@@ -24,8 +24,8 @@ def restored():
     logger.setLevel(logging.NOTSET)
 
 
-def place(rank: int) -> Place:
-    return Place(rank, 4, rank, 4, "host", "torch", "", "localhost", 1)
+def place(rank: int) -> DistEnv:
+    return DistEnv(rank, 4, rank, 4, "host", "torch", "", "localhost", 1)
 
 
 def speak() -> None:

@@ -8,11 +8,11 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from internlm_lite.errors import DataError, PeerLostError
-from internlm_lite.runtime.torchrun import agent_told
+from internlm_lite.runtime.torchrun import report_to_agent
 
 
 def _failed(file: Path, error: BaseException, code: int) -> ProcessFailure:
-    with pytest.raises(type(error)), agent_told(file):
+    with pytest.raises(type(error)), report_to_agent(file):
         raise error
     return ProcessFailure(local_rank=0, pid=1, exitcode=code, error_file=str(file))
 
@@ -33,5 +33,5 @@ def test_internal_error_has_traceback(tmp_path: Path) -> None:
 
 def test_no_error_file(tmp_path: Path) -> None:
     for file in (None, tmp_path / "absent" / "error.json"):
-        with pytest.raises(DataError, match="no data"), agent_told(file):
+        with pytest.raises(DataError, match="no data"), report_to_agent(file):
             raise DataError("no data")

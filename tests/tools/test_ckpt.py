@@ -21,7 +21,7 @@ from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.checkpoint.storage.run_lock import Lease
 from internlm_lite.cli import ckpt
 from internlm_lite.errors import StorageError
-from internlm_lite.mesh.layout import Piece
+from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.mesh.mesh import single_process_mesh
 from tests.checkpoint.pieces import pieces_of
 
@@ -185,7 +185,7 @@ def test_verify_of_missing_files(folder, capsys):
 def test_verify_reads_tensors_of_many_blocks(tmp_path, capsys):
     """The damage is in the second read of a tensor, in its third block."""
     big = torch.arange(5 * BLOCK_BYTES // 4 + 3, dtype=torch.float32)
-    piece = Piece("big", "master", tuple(big.shape), ((0, len(big)),), None, big)
+    piece = LocalShard("big", "master", tuple(big.shape), ((0, len(big)),), None, big)
     CheckpointManager(str(tmp_path), single_process_mesh()).save(1, "final", [piece], {})
     (name,) = names(tmp_path)
     assert run(capsys, "verify", tmp_path)[0] == 0

@@ -7,7 +7,7 @@ import torch
 from internlm_lite.cli import generate_text
 from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import StorageError
-from internlm_lite.generate import load
+from internlm_lite.generate import load_model
 
 
 def test_settings_of_s3_reach_the_storage(monkeypatch, capsys):
@@ -17,7 +17,7 @@ def test_settings_of_s3_reach_the_storage(monkeypatch, capsys):
         asked.append((path, mesh.device, dtype, s3))
         raise StorageError("it does not speak TLS (for plain http set ckpt.s3.insecure=True)")
 
-    monkeypatch.setattr(load, "load_model", refuse)
+    monkeypatch.setattr(load_model, "load_model", refuse)
     where = "boto3:s3://lab.127.0.0.1:1/x"
     options = ["--device", "cpu", "--dtype", "bfloat16", "--s3", "insecure=True"]
     assert generate_text.main(["--checkpoint", where, "--prompt", "a", *options]) == 6

@@ -17,7 +17,7 @@ import torch
 
 from internlm_lite.batch import Batch, Position
 from internlm_lite.config.schema import Config
-from internlm_lite.data.loader import TrainingData
+from internlm_lite.data.data_loader import TrainingData
 from internlm_lite.data.pack import PackedFolder
 from internlm_lite.faults.signals import StopSignals
 from internlm_lite.mesh.layout import Box
@@ -79,7 +79,7 @@ def digest(*tensors: torch.Tensor) -> bytes:
 
 def weights_of(stages: Stages) -> Weights:
     return {
-        (p.part.name, p.part.shape, p.part.box): digest(p)
+        (p.shard_spec.name, p.shard_spec.shape, p.shard_spec.box): digest(p)
         for stage in stages.values()
         for p in stage.parameters()  # type: ignore[misc]
     }
@@ -135,7 +135,7 @@ def run_one(mesh: Mesh, config: Config, folder: Path) -> Seen:
     seen.before, seen.buckets = weights_of(run.trainer.stages), len(run.trainer.optimizer.buckets)
     if mesh.world.size == 1:
         seen.initial = {
-            p.part.name: p.detach().clone() for stage in run.trainer.stages.values() for p in stage.parameters()
+            p.shard_spec.name: p.detach().clone() for stage in run.trainer.stages.values() for p in stage.parameters()
         }  # type: ignore[misc]
     _watch(run.trainer.optimizer._reducer, seen)
     try:

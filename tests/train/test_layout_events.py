@@ -158,7 +158,11 @@ def test_micro_num_may_be_traded_for_micro_bsz(tmp_path: Path) -> None:
     with writing(tmp_path / "corpus" / "all" / "part.bin", np.dtype(np.uint16)) as out:
         for _ in range(8):
             out.add(rng.integers(1, 96, size=32).astype(np.uint16))
-    split = [Layout(dp=2, rows=4, micro_bsz=2), Layout(pp=2, rows=2, micro_bsz=4), Layout(tp=2, rows=8, sp=True)]
+    split = [
+        Layout(dp=2, rows=4, micro_bsz=2),
+        Layout(pp=2, rows=2, micro_bsz=4),
+        Layout(tp=2, rows=8, sp=True),
+    ]
     whole = Layout(rows=8)
     single = run_references([Job(whole, config_of(whole, tmp_path / "corpus"))], tmp_path / "single")[whole]
     results = run_layouts([Job(layout, config_of(layout, tmp_path / "corpus")) for layout in split], tmp_path / "split")

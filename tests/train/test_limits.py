@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from internlm_lite.checkpoint.storage.run_lock import LEASE_SECONDS
-from internlm_lite.faults.beats import Heartbeat, diagnose
+from internlm_lite.faults.heartbeats import Heartbeat, diagnose
 from internlm_lite.train.job import TAKING, limits_of
 
 

@@ -56,7 +56,7 @@ Whole = dict[tuple[str, str], torch.Tensor]
 
 
 def held_by(optimizer: HybridZeroOptimizer) -> list[Held]:
-    return [Held(p.role, p.name, p.shape, p.box, p.flat, p.tensor.clone()) for p in optimizer.pieces()]
+    return [Held(p.role, p.name, p.shape, p.box, p.flat_range, p.tensor.clone()) for p in optimizer.pieces()]
 
 
 def assemble(pieces: Iterable[Held]) -> Whole:
@@ -189,7 +189,7 @@ def test_another_dtype_takes_the_fp32_masters(saved: str, loaded: str, tmp_path:
     assert_same(masters, assemble(held))
     for stage in run.trainer.stages.values():
         for param in stage.parameters():
-            master = masters["master", param.part.name]  # type: ignore[attr-defined]
+            master = masters["master", param.shard_spec.name]  # type: ignore[attr-defined]
             assert param.dtype == torch_dtype(f"torch.{loaded}") and torch.equal(param, master.to(param.dtype))
     train(run, StopSignals())
     run.reporter.close()

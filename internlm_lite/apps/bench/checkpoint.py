@@ -33,7 +33,7 @@ from internlm_lite.checkpoint.format.tensor_file import TensorFile
 from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.config.schema import Config
-from internlm_lite.mesh.layout import Piece
+from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.runtime.device import device_name
 
@@ -48,7 +48,7 @@ End = Callable[[], object]
 class Ours:
     """Saves in the background through `CheckpointManager`, as a training run does."""
 
-    def __init__(self, folder: Path, mesh: Mesh, pieces: list[Piece]) -> None:
+    def __init__(self, folder: Path, mesh: Mesh, pieces: list[LocalShard]) -> None:
         self._pieces, self._step = pieces, 0
         self._manager = CheckpointManager(str(folder), mesh)
         self._manager.prepare(pieces)
@@ -72,7 +72,7 @@ class Ours:
 class Torch:
     """torch.distributed.checkpoint. Every rank's pieces have names of their own, so that each byte is written once."""
 
-    def __init__(self, folder: Path, mesh: Mesh, pieces: list[Piece], mode: str) -> None:
+    def __init__(self, folder: Path, mesh: Mesh, pieces: list[LocalShard], mode: str) -> None:
         """`mode`: "save"; "async_save"; or "async_save warm", with memory for the copy that is made once."""
         self._folder, self._mode, self._step = folder, mode, 0
         self._state = {f"{piece.role}/{piece.name}/{mesh.rank}": piece.tensor for piece in pieces}
@@ -101,7 +101,7 @@ def _nothing() -> None:
 Kind = Ours | Torch
 
 
-def sides(folder: Path, mesh: Mesh, pieces: list[Piece]) -> dict[str, Kind]:
+def sides(folder: Path, mesh: Mesh, pieces: list[LocalShard]) -> dict[str, Kind]:
     """What is compared. Collective."""
     modes = ("async_save", "async_save warm", "save")
     theirs = {f"torch {mode}": Torch(folder / mode, mesh, pieces, mode) for mode in modes}

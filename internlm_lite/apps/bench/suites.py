@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from internlm_lite.apps.bench.checkpoint import bench_saves, bench_writer
+from internlm_lite.apps.bench.data_loading import bench_loader
 from internlm_lite.apps.bench.layouts import bench_layouts
-from internlm_lite.apps.bench.loader import bench_loader
-from internlm_lite.apps.bench.metrics import bench_metrics
+from internlm_lite.apps.bench.metrics_cost import bench_metrics
 from internlm_lite.apps.bench.ranks import bench_ranks
 from internlm_lite.apps.bench.single import SHAPES, bench_single
 from internlm_lite.apps.bench.step import bench_step

@@ -80,7 +80,7 @@ def our_shapes(model: ModelConfig) -> dict[str, Shape]:
     found = {}
     for param in build_model(model, 0.0, mesh, AttentionBackend.SDPA).parameters():
         assert isinstance(param, Parameter), "parameters of the model know their part"
-        found[param.part.name] = param.part.shape
+        found[param.shard_spec.name] = param.shard_spec.shape
     return found
 
 

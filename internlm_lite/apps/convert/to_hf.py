@@ -28,7 +28,7 @@ from internlm_lite.checkpoint.storage.open import open_storage
 from internlm_lite.config.schema import Config, S3Config
 from internlm_lite.data.tokenizer import Tokenizer
 from internlm_lite.errors import CheckpointError, StorageError
-from internlm_lite.mesh.layout import Piece
+from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.runtime.device import torch_dtype
 
 SHARD_BYTES = 5_000_000_000
@@ -83,7 +83,7 @@ class MasterRows:
         """Rows of the tensor from `start` on."""
         shape = self._entries[name].shape
         box = ((start, start + len(rows)), *((0, n) for n in shape[1:]))
-        self._reader.fill(Piece(name, "master", shape, box, None, rows))
+        self._reader.fill(LocalShard(name, "master", shape, box, None, rows))
         return rows
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from internlm_lite.errors import MeshError, first_line
-from internlm_lite.runtime.place import Place
+from internlm_lite.runtime.dist_env import DistEnv
 from internlm_lite.runtime.start import connect_ranks
 
 GPU_BYTES, CPU_BYTES = 256 * 2**20, 16 * 2**20
@@ -34,7 +34,7 @@ class AllReduceSpeed:
 
 @dataclass
 class _Probe:
-    place: Place
+    dist_env: DistEnv
     device: torch.device
     store: Store
     timeout: timedelta
@@ -46,12 +46,12 @@ class _Probe:
 
     def run(self) -> None:
         try:
-            connect_ranks(self.store, self.place, self.device, self.timeout)
+            connect_ranks(self.store, self.dist_env, self.device, self.timeout)
             seconds = self._measure()
         except (MeshError, RuntimeError) as error:  # torch.distributed's errors are RuntimeErrors
             self.reduced.problem = first_line(error)
             return
-        n = self.place.world_size
+        n = self.dist_env.world_size
         self.reduced.seconds = seconds
         self.reduced.bytes_per_second = 2 * (n - 1) / n * self.reduced.n_bytes / seconds
 
@@ -72,12 +72,12 @@ class _Probe:
             torch.cuda.synchronize(self.device)
 
 
-def all_reduce_speed(place: Place, device: torch.device, store: Store, timeout: timedelta) -> AllReduceSpeed:
+def all_reduce_speed(dist_env: DistEnv, device: torch.device, store: Store, timeout: timedelta) -> AllReduceSpeed:
     """Collective over two or more ranks. Errors, including time-outs, are returned in `problem`.
 
     A hanging thread is abandoned: end this process with os._exit.
     """
-    probe = _Probe(place, device, store, timeout)
+    probe = _Probe(dist_env, device, store, timeout)
     thread = threading.Thread(target=probe.run, name="all-reduce", daemon=True)
     thread.start()
     thread.join(timeout.total_seconds())

@@ -23,7 +23,7 @@ class Offset:
 
 def clock_offsets(exchange: Exchange, ranks: Sequence[int]) -> dict[int, Offset]:
     """Collective; rank 0 measures `ranks` one after the other. The result is empty on all other ranks."""
-    me = exchange.place.rank
+    me = exchange.dist_env.rank
     if me == 0:
         return {rank: min((_ask(exchange, rank, n) for n in range(ROUNDS)), key=lambda o: o.error) for rank in ranks}
     if me in ranks:

@@ -19,8 +19,8 @@ from internlm_lite.apps.doctor.diagnose import Finding, diagnose, diagnose_clock
 from internlm_lite.apps.doctor.exchange import Exchange
 from internlm_lite.apps.doctor.probe_folders import probe_folder
 from internlm_lite.apps.doctor.rank_info import RankInfo, rank_info
-from internlm_lite.runtime.meet import meet
-from internlm_lite.runtime.place import Place
+from internlm_lite.runtime.dist_env import DistEnv
+from internlm_lite.runtime.rendezvous import rendezvous
 
 OK, FAILED = 0, 2
 """Exit codes."""
@@ -30,7 +30,7 @@ OK, FAILED = 0, 2
 class Examination:
     """The results of all ranks, on rank 0."""
 
-    place: Place
+    dist_env: DistEnv
     infos: list[RankInfo] = field(default_factory=list)
     offsets: dict[int, Offset] = field(default_factory=dict)
     folders: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -44,8 +44,8 @@ class Examination:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "launcher": self.place.launcher,
-            "why": self.place.why,
+            "launcher": self.dist_env.launcher,
+            "why": self.dist_env.why,
             "hosts": self.hosts,
             "ranks": self.infos,
             "clock_offsets": {rank: vars(offset) for rank, offset in self.offsets.items()},
@@ -56,7 +56,7 @@ class Examination:
 
 
 def examine(
-    place: Place,
+    dist_env: DistEnv,
     environ: Mapping[str, str],
     folders: Mapping[str, Path],
     device: str,
@@ -68,10 +68,10 @@ def examine(
     `show(report, over)` is called on rank 0 before the all-reduce, which may end the process, and after it.
     Raises MeshError when ranks are missing, PeerLostError when one does not respond.
     """
-    store = meet(place, timeout, says={})
-    exchange = Exchange(store, place, timeout)
-    info, found = rank_info(place, environ, device)
-    report = Examination(place, exchange.gather("info", info))
+    store = rendezvous(dist_env, timeout, fingerprint={})
+    exchange = Exchange(store, dist_env, timeout)
+    info, found = rank_info(dist_env, environ, device)
+    report = Examination(dist_env, exchange.gather("info", info))
     first_ranks = exchange.broadcast("first", _first_ranks(report.infos))
     report.offsets = clock_offsets(exchange, first_ranks)
     report.findings += [*diagnose(report.infos), *diagnose_clocks(report.offsets, report.infos)]
@@ -79,12 +79,12 @@ def examine(
         probes = exchange.gather(f"probe/{name}", probe_folder(exchange, name, folder))
         report.folders[name] = probes
         report.findings += diagnose_folder(name, probes)
-    if place.is_main:
+    if dist_env.is_main:
         show(report, False)
     able = exchange.broadcast("able", not any(info["device.problem"] for info in report.infos))
-    if place.world_size > 1 and able and found is not None:
+    if dist_env.world_size > 1 and able and found is not None:
         _reduce(report, exchange, found, timeout)
-    if place.is_main:
+    if dist_env.is_main:
         show(report, True)
     return _agreed_code(report, exchange)
 
@@ -99,7 +99,7 @@ def _first_ranks(infos: list[RankInfo]) -> list[int]:
 
 def _reduce(report: Examination, exchange: Exchange, device: torch.device, timeout: timedelta) -> None:
     # Ranks that fail early wait in the store for ranks that hang, so the time-out here is shorter.
-    reduced = all_reduce_speed(exchange.place, device, exchange.store, timeout / 3)
+    reduced = all_reduce_speed(exchange.dist_env, device, exchange.store, timeout / 3)
     problems = exchange.gather("reduced", reduced.problem)
     report.reduced = reduced
     fix = "check that the hosts reach each other on the interface used (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME); "

@@ -10,7 +10,7 @@ from typing import Any
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from internlm_lite.errors import PeerLostError
-from internlm_lite.runtime.place import Place
+from internlm_lite.runtime.dist_env import DistEnv
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Exchange:
     """A store, and the time-out for values of other ranks."""
 
     store: Store
-    place: Place
+    dist_env: DistEnv
     timeout: timedelta
 
     def send(self, key: str, value: Any) -> None:
@@ -31,19 +31,19 @@ class Exchange:
             return json.loads(self.store.get(key))
         except RuntimeError as error:  # torch.distributed's errors are RuntimeErrors
             raise PeerLostError(
-                f"rank {self.place.rank} on {self.place.hostname} received nothing from rank {rank} for "
+                f"rank {self.dist_env.rank} on {self.dist_env.hostname} received nothing from rank {rank} for "
                 f"{self.timeout.total_seconds():g} s; the log of rank {rank} says what happened"
             ) from error
 
     def gather(self, key: str, value: Any) -> list[Any]:
         """On rank 0 the `value` of every rank in rank order, elsewhere an empty list. Values must be JSON-able."""
-        self.send(f"{key}/{self.place.rank}", value)
-        if not self.place.is_main:
+        self.send(f"{key}/{self.dist_env.rank}", value)
+        if not self.dist_env.is_main:
             return []
-        return [self.receive(f"{key}/{rank}", rank) for rank in range(self.place.world_size)]
+        return [self.receive(f"{key}/{rank}", rank) for rank in range(self.dist_env.world_size)]
 
     def broadcast(self, key: str, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
-        if self.place.is_main:
+        if self.dist_env.is_main:
             self.send(key, value)
         return self.receive(key)

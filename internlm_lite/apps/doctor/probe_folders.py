@@ -31,7 +31,7 @@ def probe_folder(exchange: Exchange, name: str, folder: Path) -> dict[str, Any]:
 
     `shared`: whether the file that rank 0 wrote is visible. None: not checked, or the check failed.
     """
-    place, where = exchange.place, existing(folder)
+    place, where = exchange.dist_env, existing(folder)
     found: dict[str, Any] = {"path": str(where), "free_bytes": None, "write_bytes_per_second": None}
     found |= {"shared": None, "problem": None}
     mark = where / f".doctor-{uuid.uuid4().hex}"  # a process id may be the same in containers on two hosts

@@ -18,24 +18,24 @@ import torch
 
 from internlm_lite.errors import MeshError, first_line
 from internlm_lite.runtime.device import bind_device, device_name
+from internlm_lite.runtime.dist_env import DistEnv, chosen_interfaces, common_variables
 from internlm_lite.runtime.folder import git_commit, package_versions
-from internlm_lite.runtime.place import Place, chosen_interfaces, common_variables
 
 RankInfo = dict[str, Any]
 _DRIVER = Path("/proc/driver/nvidia/version")
 _INFINIBAND = Path("/sys/class/infiniband")
 
 
-def rank_info(place: Place, environ: Mapping[str, str], wanted: str) -> tuple[RankInfo, torch.device | None]:
+def rank_info(dist_env: DistEnv, environ: Mapping[str, str], wanted: str) -> tuple[RankInfo, torch.device | None]:
     """The information, and the device of this rank; None if it cannot be used. `wanted`: auto, cpu, cuda."""
     device, about_it, problem = None, _device(None), None
     try:
-        device = bind_device(place, wanted)
+        device = bind_device(dist_env, wanted)
         about_it = _device(device)
     except (MeshError, RuntimeError) as error:  # a full or broken GPU fails even when asked for its free memory
         device, problem = None, first_line(error)
-    info = {"rank": place.rank, "host": place.hostname, "local_rank": place.local_rank}
-    info |= {"local_world_size": place.local_world_size, "device.asked": wanted, "device.problem": problem}
+    info = {"rank": dist_env.rank, "host": dist_env.hostname, "local_rank": dist_env.local_rank}
+    info |= {"local_world_size": dist_env.local_world_size, "device.asked": wanted, "device.problem": problem}
     info |= _versions() | _host() | about_it | _network(environ) | _limits()
     info |= {f"environment.{name}": value for name, value in common_variables(environ).items()}
     return info, device

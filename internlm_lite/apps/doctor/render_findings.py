@@ -54,7 +54,7 @@ def last_line(report: Examination) -> str:
     who = f"{n_ranks} rank{'s' if n_ranks > 1 else ''} on {n_hosts} host{'s' if n_hosts > 1 else ''}"
     n = len(report.findings)
     verdict = f"{n} thing{'s' if n > 1 else ''} to fix" if n else "nothing differs, nothing is wrong"
-    return f"{who} ({report.place.why}): {verdict}{_speed(report.reduced)}"
+    return f"{who} ({report.dist_env.why}): {verdict}{_speed(report.reduced)}"
 
 
 def _speed(reduced: AllReduceSpeed | None) -> str:

@@ -7,7 +7,7 @@ import sys
 
 from internlm_lite.apps.planner.plan import make_plan
 from internlm_lite.apps.planner.render_plan import render
-from internlm_lite.apps.planner.report import Plan
+from internlm_lite.apps.planner.report import RunPlan
 from internlm_lite.config.schema import Config
 from internlm_lite.runtime.tool import ToolConsole, run_tool
 
@@ -20,7 +20,7 @@ def dry_run(config: Config, world_size: int, *, tflops: float | None, device: st
     return run_tool(lambda: _show(make_plan(config, world_size, tflops, device), as_json))
 
 
-def _show(plan: Plan, as_json: bool) -> int:
+def _show(plan: RunPlan, as_json: bool) -> int:
     if as_json:
         print(json.dumps(plan.to_json(), indent=2))
     else:

@@ -35,7 +35,7 @@ class BucketSizes:
     """State of the update rule."""
     update_grads: int
     """fp32 copy of the shard's gradient that the update rule reads; lives only during the update."""
-    summed: tuple[str, ...]
+    partial_over: tuple[str, ...]
     """Axes over which the shard's gradient is summed besides dp."""
 
 
@@ -82,7 +82,7 @@ def holdings(config: Config, sizes: Sizes, backend: AttentionBackend) -> tuple[l
         mesh = plan_mesh(sizes, rank_of(sizes, dp=0, tp=0, pp=pp), torch.device("meta"))
         stages = build_stages(config, mesh, backend)
         params = [cast(Parameter, param) for unit in units_of(stages) for param in unit.parameters()]
-        wholes.update({param.part.name: math.prod(param.part.shape) for param in params})
+        wholes.update({param.shard_spec.name: math.prod(param.shard_spec.shape) for param in params})
         buckets = build_buckets(params, mesh.zero, config)
         held.append(
             RankHoldings(
@@ -107,5 +107,5 @@ def _sizes(bucket: Bucket, state_tensors: int) -> BucketSizes:
         masters=shard * exact if half else 0,
         moments=state_tensors * shard * exact,
         update_grads=shard * exact if bucket.grads.dtype.itemsize < exact else 0,
-        summed=bucket.kind.summed,
+        partial_over=bucket.kind.partial_over,
     )

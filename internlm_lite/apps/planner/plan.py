@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 
 from internlm_lite.apps.planner.holdings import RankHoldings, holdings
 from internlm_lite.apps.planner.memory import most_kept, rank_bytes, row_shape
-from internlm_lite.apps.planner.report import GroupTable, Plan, RankBytes, RankPlan
+from internlm_lite.apps.planner.report import GroupTable, RankBytes, RankPlan, RunPlan
 from internlm_lite.apps.planner.schedule import actions_of, bubble_fraction, stage_cost
 from internlm_lite.apps.planner.traffic import messages, traffic
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
 from internlm_lite.config.schema import Config
-from internlm_lite.data.loader import open_training_data, open_validation_data
+from internlm_lite.data.data_loader import open_training_data, open_validation_data
 from internlm_lite.data.render_batches import StepFigures, walk_steps
 from internlm_lite.layers.flash import AttentionBackend, varlen_fits
 from internlm_lite.mesh.mesh import Sizes, axis_groups, rank_of, sizes_of
-from internlm_lite.monitor.flops import step_flops
+from internlm_lite.monitor.flops import internlm_step_flops
 
 LISTED_RANKS = 64
 """Worlds up to this size are listed rank by rank."""
@@ -24,7 +24,7 @@ MOST_ROWS = 16_384
 """Packed rows that are read to describe the first steps; a larger batch shows fewer steps, at least one."""
 
 
-def make_plan(config: Config, world_size: int, tflops: float | None, device: str = "cuda") -> Plan:
+def make_plan(config: Config, world_size: int, tflops: float | None, device: str = "cuda") -> RunPlan:
     """The plan of `config`, which has passed `check_config`, for ranks that run on `device` ("cuda" or "cpu").
 
     `tflops`: TFLOP/s of one GPU, as the step line counts them. Raises what the trainer would: MeshError, ConfigError,
@@ -49,14 +49,14 @@ def make_plan(config: Config, world_size: int, tflops: float | None, device: str
     sent = [traffic(messages(row, sizes, own, data.micro_num), sizes) for own in held]
     costs = {number: stage_cost(stage, data.seq_len) for own in held for number, stage in own.stages.items()}
     tokens_per_step = data.micro_num * data.micro_bsz * data.seq_len * sizes.dp
-    return Plan(
+    return RunPlan(
         job=config.JOB_NAME,
         sizes=sizes,
         layout=_layout(config, sizes, backend),
         parameters_total=parameters_total,
         ranks=tuple(_ranks(sizes, held, n_bytes, sent)),
         activations=max(kept, key=lambda cases: sum(cases["configured"].values())),
-        flops_per_step=step_flops(config.model, data.seq_len, tokens_per_step // data.seq_len),
+        flops_per_step=internlm_step_flops(config.model, data.seq_len, tokens_per_step // data.seq_len),
         tokens_per_step=tokens_per_step,
         steps_total=data.total_steps,
         tokens_total=tokens_per_step // data.micro_num * _micro_batches(config),

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from internlm_lite.apps.planner.report import GroupTable, Plan, RankPlan
+from internlm_lite.apps.planner.report import GroupTable, RankPlan, RunPlan
 from internlm_lite.units import human_bytes, human_count, human_seconds
 
 _LEAST_FRACTION = 0.005
@@ -20,7 +20,7 @@ _MOST_POSITIONS = 8
 """Pipeline positions with their own line; the middle of longer pipelines is not shown."""
 
 
-def render(plan: Plan) -> RenderableType:
+def render(plan: RunPlan) -> RenderableType:
     """About two screens."""
     parts: list[RenderableType] = [_title(plan), _run(plan)]
     parts += [*_memory(plan), *_activations(plan)]
@@ -44,7 +44,7 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _title(plan: Plan) -> Text:
+def _title(plan: RunPlan) -> Text:
     sizes, layout = plan.sizes, plan.layout
     details = [f"zero {sizes.zero} x replica {sizes.replica}"]
     if layout["sequence_parallel"]:
@@ -58,7 +58,7 @@ def _title(plan: Plan) -> Text:
     return text.append(f"  ({'; '.join(details)})\n", "not bold default")
 
 
-def _run(plan: Plan) -> Table:
+def _run(plan: RunPlan) -> Table:
     grid = Table.grid(padding=(0, 2))
     seconds, days = plan.seconds_per_step, plan.days
     time = "give --tflops X for times"
@@ -77,7 +77,7 @@ def _run(plan: Plan) -> Table:
     return grid
 
 
-def _memory(plan: Plan) -> Iterator[RenderableType]:
+def _memory(plan: RunPlan) -> Iterator[RenderableType]:
     unit, name = _unit(max(rank.bytes.peak for rank in plan.ranks))
     yield _heading(f"Memory of a rank, {name}")
     columns = ("ranks", "layers", "elements", "weights", "gradients", "optimizer", "activations", "other", "peak")
@@ -110,7 +110,7 @@ def _unit(most: int) -> tuple[int, str]:
     return (2**30, "GiB") if most >= 2**29 else (2**20, "MiB")
 
 
-def _positions(plan: Plan) -> Iterator[tuple[RankPlan, str, int]]:
+def _positions(plan: RunPlan) -> Iterator[tuple[RankPlan, str, int]]:
     """(a rank, the pipeline positions like it, how many ranks they are); neighbours with equal figures are joined."""
     firsts = [next(group) for _, group in groupby(plan.ranks, key=lambda rank: rank.pp)]
     for _, group in groupby(firsts, key=lambda rank: (rank.parameters, rank.bytes)):
@@ -119,7 +119,7 @@ def _positions(plan: Plan) -> Iterator[tuple[RankPlan, str, int]]:
         yield ranks[0], names, plan.sizes.world // plan.sizes.pp * len(ranks)
 
 
-def _activations(plan: Plan) -> Iterator[RenderableType]:
+def _activations(plan: RunPlan) -> Iterator[RenderableType]:
     cases = [plan.activations[name] for name in ("off", "configured", "all")]
     most = max(sum(case.values()) for case in cases)
     unit, name = _unit(most)
@@ -140,7 +140,7 @@ def _activations(plan: Plan) -> Iterator[RenderableType]:
     yield table
 
 
-def _groups(plan: Plan) -> Iterator[RenderableType]:
+def _groups(plan: RunPlan) -> Iterator[RenderableType]:
     yield _heading("Who works with whom, and what a rank sends in a step")
     table = _table("axis", "groups", "of", "sent", "ranks of the first groups")
     table.columns[-1].justify = "left"
@@ -161,7 +161,7 @@ def _ranks(ranks: range) -> str:
     return " ".join(map(str, ranks)) if len(ranks) <= 4 else f"{ranks[0]} {ranks[1]} .. {ranks[-1]}"
 
 
-def _batches(plan: Plan) -> Iterator[RenderableType]:
+def _batches(plan: RunPlan) -> Iterator[RenderableType]:
     yield _heading("First batches, as the step lines will print them")
     table = _table("step", "tokens", "num_samples_in_batch", "largest_length", "largest_batch", "smallest_batch")
     for figures in plan.batches:

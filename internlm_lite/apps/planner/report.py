@@ -103,7 +103,7 @@ class GroupTable:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """See the module's docstring."""
 
     job: str

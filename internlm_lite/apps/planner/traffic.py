@@ -48,7 +48,7 @@ def _optimizer(holding: RankHoldings) -> Iterator[Message]:
     for bucket in holding.buckets:
         yield Message("zero", "reduce_scatter", bucket.grads)
         yield Message("replica", "all_reduce", bucket.shard_grads)
-        for axis in bucket.summed:  # partial gradients of whole parameters
+        for axis in bucket.partial_over:  # partial gradients of whole parameters
             yield Message(axis, "all_reduce", bucket.shard_grads)
         yield Message("zero", "all_gather", bucket.weights)
     yield Message("world", "all_reduce", 6 * 8)  # gradient norm, labels, loss, requests to stop

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from internlm_lite.checkpoint.format.regions import Region
 from internlm_lite.checkpoint.format.tensor_file import DTYPE_NAMES
 from internlm_lite.errors import CheckpointError
-from internlm_lite.mesh.layout import Box, Piece
+from internlm_lite.mesh.layout import Box, LocalShard
 
 
 class ShardDescriptor(NamedTuple):
@@ -23,9 +23,9 @@ class ShardDescriptor(NamedTuple):
     dtype: str
 
 
-def describe(piece: Piece) -> ShardDescriptor:
+def describe(piece: LocalShard) -> ShardDescriptor:
     """Raises CheckpointError when the tensor does not have the size its region says."""
-    region, tensor = Region(piece.box, piece.flat), piece.tensor
+    region, tensor = Region(piece.box, piece.flat_range), piece.tensor
     what = f"{piece.role} of {piece.name}"
     if tensor.numel() != region.count or not tensor.is_contiguous():
         raise CheckpointError(

@@ -15,7 +15,7 @@ from internlm_lite.checkpoint.format.regions import Region, overlaps
 from internlm_lite.checkpoint.format.tensor_file import BLOCK_BYTES, DTYPES, StoredTensor, bad_blocks, read_header
 from internlm_lite.checkpoint.storage.base import UnreadableError
 from internlm_lite.errors import DamagedError
-from internlm_lite.mesh.layout import Piece
+from internlm_lite.mesh.layout import LocalShard
 
 
 class Reader:
@@ -27,10 +27,10 @@ class Reader:
         self._headers: dict[str, dict[str, StoredTensor]] = {}
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def fill(self, piece: Piece) -> None:
+    def fill(self, piece: LocalShard) -> None:
         """Copy the stored elements into `piece.tensor`, cast to its dtype, on its device."""
         entry = self.found.manifest.tensors[piece.role][piece.name]
-        wanted = Region(piece.box, piece.flat)
+        wanted = Region(piece.box, piece.flat_range)
         filled = 0
         for stored in entry.pieces:
             views = overlaps(stored.region, wanted)

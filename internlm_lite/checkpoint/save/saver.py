@@ -33,7 +33,7 @@ from internlm_lite.checkpoint.save.write_plan import WriteItem, plan_writes
 from internlm_lite.errors import CheckpointError, InternLMError, StorageError
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.consensus import on_all, on_main
-from internlm_lite.mesh.layout import Piece
+from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.units import human_seconds
 
@@ -79,7 +79,7 @@ class Saver:
         self.skipped = 0
         """Saves that were left out because the one before was still being written."""
 
-    def prepare(self, pieces: Sequence[Piece]) -> None:
+    def prepare(self, pieces: Sequence[LocalShard]) -> None:
         """Plan who writes what and make the host memory, ahead of the first save."""
         self._plan(on_all(self.mesh, lambda: [describe(piece) for piece in pieces]))
         self._staging.reserve([item.of(pieces[item.index]) for item in self._items])
@@ -88,7 +88,7 @@ class Saver:
         self,
         step: int,
         kind: Kind,
-        pieces: Sequence[Piece],
+        pieces: Sequence[LocalShard],
         state: dict[str, Any],
         rank_state: Mapping[str, torch.Tensor] | None = None,
         *,
@@ -278,7 +278,7 @@ def _raise(error: InternLMError | None) -> None:
 
 
 def _check_input(
-    step: int, pieces: Sequence[Piece], state: dict[str, Any], rank_state: Mapping[str, torch.Tensor]
+    step: int, pieces: Sequence[LocalShard], state: dict[str, Any], rank_state: Mapping[str, torch.Tensor]
 ) -> list[ShardDescriptor]:
     if step < 0:
         raise CheckpointError(f"step {step}: expected 0 or more")

@@ -16,7 +16,7 @@ from internlm_lite.checkpoint.format.regions import Region, volume
 from internlm_lite.checkpoint.format.shards import ShardDescriptor
 from internlm_lite.checkpoint.format.tensor_file import DTYPES
 from internlm_lite.errors import CheckpointError
-from internlm_lite.mesh.layout import Box, Piece
+from internlm_lite.mesh.layout import Box, LocalShard
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class WriteItem:
     region: Region
     shard: ShardDescriptor
 
-    def of(self, piece: Piece) -> torch.Tensor:
+    def of(self, piece: LocalShard) -> torch.Tensor:
         """The part's elements: 1-D, or of the box's shape when it is a whole box."""
         first = self.shard.flat_range[0]
         start, stop = self.region.span

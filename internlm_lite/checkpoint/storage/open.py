@@ -7,7 +7,7 @@ from pathlib import Path
 
 from internlm_lite.checkpoint.storage.base import Storage
 from internlm_lite.checkpoint.storage.local import LocalStorage
-from internlm_lite.config.paths import S3_SPELLING, S3Path, is_s3, parse_s3, without_password
+from internlm_lite.config.paths import S3_FORM, S3Path, is_s3, parse_s3, without_password
 from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import ConfigError, MissingPackageError
 
@@ -20,13 +20,13 @@ def open_storage(where: str, s3: S3Config | None = None) -> Storage:
     if is_s3(where):
         path = parse_s3(where)
         if path is None:
-            raise ConfigError(f"checkpoint folder {without_password(where)!r}: expected {S3_SPELLING}")
+            raise ConfigError(f"checkpoint folder {without_password(where)!r}: expected {S3_FORM}")
         return _open_s3(path, s3 or S3Config())
     path_text = where.removeprefix("local:")
     scheme = re.match(r"([A-Za-z0-9+]+)://|([A-Za-z0-9]{2,}):(?!/)", path_text)
     if not path_text or scheme:
         raise ConfigError(
-            f"checkpoint folder {without_password(where)!r}: expected `local:PATH`, a plain path, or {S3_SPELLING}"
+            f"checkpoint folder {without_password(where)!r}: expected `local:PATH`, a plain path, or {S3_FORM}"
         )
     return LocalStorage(Path(path_text))
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from internlm_lite.apps.bench.bare import BareDecoder
+from internlm_lite.apps.bench.data_loading import bench_loader
 from internlm_lite.apps.bench.gemm import linear_layers
-from internlm_lite.apps.bench.loader import bench_loader
 from internlm_lite.apps.bench.ranks import bench_ranks
 from internlm_lite.apps.bench.shapes import bench_config, random_batch
 from internlm_lite.apps.bench.step import bench_step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from internlm_lite.apps.bench.metrics import FOLDERS, TURN_STEPS, bench_metrics
+from internlm_lite.apps.bench.metrics_cost import FOLDERS, TURN_STEPS, bench_metrics
 from internlm_lite.apps.report.writer import open_report
 from tests.apps.bench.test_bench import CPU, SHAPE
 from tests.steps import read_metrics

@@ -13,7 +13,7 @@ from internlm_lite.config.render_config import resolved
 from internlm_lite.config.schema import Config
 from internlm_lite.data.tokenizer import Tokenizer, train_tokenizer
 from internlm_lite.layers.flash import AttentionBackend, packed
-from internlm_lite.mesh.layout import Parameter, Piece
+from internlm_lite.mesh.layout import LocalShard, Parameter
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from internlm_lite.models.decoder import build_model
 from internlm_lite.models.initialise import initialise
@@ -54,11 +54,11 @@ def save_ours(folder: Path, mesh: Mesh | None = None, tokenizer: str | None = No
     pieces = []
     for number, param in enumerate(model.parameters()):
         assert isinstance(param, Parameter)
-        part = param.part
+        part = param.shard_spec
         if part.init_std is None:
             whole = 0.5 + torch.rand(part.shape, generator=torch.Generator().manual_seed(number))
             param.data.copy_(whole[slice(*part.box[0])])
-        pieces.append(Piece(part.name, "master", part.shape, part.box, None, param.data.float()))
+        pieces.append(LocalShard(part.name, "master", part.shape, part.box, None, param.data.float()))
     CheckpointManager(str(folder), mesh, config=resolved(config)).save(4, "final", pieces, {})
     return config
 

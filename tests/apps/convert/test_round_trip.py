@@ -14,7 +14,7 @@ from internlm_lite.apps.convert.from_hf import read_hf
 from internlm_lite.apps.convert.hf_folder import INDEX, HFFolder
 from internlm_lite.apps.convert.to_hf import open_checkpoint, write_hf
 from internlm_lite.errors import CheckpointError
-from internlm_lite.generate.load import load_model
+from internlm_lite.generate.load_model import load_model
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from tests.apps.convert.made import masters, our_logits, save_llama, save_ours, save_ours_on, their_logits
 from tests.train.runs import run_training, tiny

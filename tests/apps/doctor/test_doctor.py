@@ -12,7 +12,7 @@ import torch
 
 from internlm_lite.apps.doctor import rank_info
 from internlm_lite.apps.doctor.diagnose import diagnose
-from internlm_lite.runtime.place import find_place
+from internlm_lite.runtime.dist_env import read_dist_env
 from tests import cli
 from tests.cli import ROOT
 from tests.ports import free_port
@@ -79,9 +79,9 @@ def test_a_sick_gpu_is_a_finding(monkeypatch: pytest.MonkeyPatch):
     def full(device: torch.device) -> tuple[int, int]:
         raise torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
 
-    monkeypatch.setattr(rank_info, "bind_device", lambda place, wanted: torch.device("cuda", 0))
+    monkeypatch.setattr(rank_info, "bind_device", lambda dist_env, wanted: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", full)
-    found, device = rank_info.rank_info(find_place({}), {}, "auto")
+    found, device = rank_info.rank_info(read_dist_env({}), {}, "auto")
     assert device is None and found["device.name"] is None
     (finding,) = (finding for finding in diagnose([found]) if finding.what == "device")
     assert finding.problem == "CUDA error: out of memory" and "nvidia-smi" in finding.fix

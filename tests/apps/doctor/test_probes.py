@@ -20,10 +20,10 @@ from internlm_lite.apps.doctor.examine import Examination
 from internlm_lite.apps.doctor.exchange import Exchange
 from internlm_lite.apps.doctor.render_findings import findings_text, last_line, spans
 from internlm_lite.errors import PeerLostError
-from internlm_lite.runtime.place import common_variables, find_place
+from internlm_lite.runtime.dist_env import common_variables, read_dist_env
 from tests.apps.doctor.test_diagnose import info
 
-MAIN = find_place({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+MAIN = read_dist_env({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"})  # fmt: skip
 OTHER = replace(MAIN, rank=1, hostname="other")
 
@@ -32,7 +32,7 @@ OTHER = replace(MAIN, rank=1, hostname="other")
 def pair() -> tuple[Exchange, Exchange]:
     """Of two hosts."""
     store = HashStore()
-    return tuple(Exchange(store, place, timedelta(seconds=20)) for place in (MAIN, OTHER))
+    return tuple(Exchange(store, dist_env, timedelta(seconds=20)) for dist_env in (MAIN, OTHER))
 
 
 def both(*calls: Callable[[], Any]) -> list[Any]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from internlm_lite.apps.bench.gpu import correctness, kernels, speed, training_runs, two_ranks
+from internlm_lite.apps.bench.gpu import correctness, kernels, step_speed, training_runs, two_ranks
 from internlm_lite.apps.bench.gpu.measurement import Check, Measurement
 
 SECTIONS: dict[str, Callable[..., None]] = {
@@ -31,8 +31,8 @@ SECTIONS: dict[str, Callable[..., None]] = {
     "train_curves": training_runs.train_curves,
     "resume": training_runs.resume,
     "worlds": two_ranks.worlds,
-    "perf": speed.perf,
-    "profile": speed.profile,
+    "perf": step_speed.perf,
+    "profile": step_speed.profile,
     "ops": kernels.operations,
     "attention_speed": kernels.attention_speed,
     "staging": kernels.staging,

@@ -15,7 +15,7 @@ from torch import nn
 
 from internlm_lite.config.schema import Config
 from internlm_lite.layers import flash, linear, loss, mlp, norm, rope, weight_grads
-from internlm_lite.mesh.layout import Layout
+from internlm_lite.mesh.layout import ShardSpec
 from internlm_lite.models import decoder, initialise
 
 
@@ -33,7 +33,7 @@ def with_recomputation(config: Config, variant: str) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"checkpoint": True})})
 
 
-def _quickly_drawn(layout: Layout, std: float, seed: int) -> Iterator[tuple[tuple[slice, ...], Any]]:
+def _quickly_drawn(layout: ShardSpec, std: float, seed: int) -> Iterator[tuple[tuple[slice, ...], Any]]:
     """Weights for a measurement; the real draws take a minute for a model of 7B parameters."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device).manual_seed(zlib.crc32(layout.name.encode()))

@@ -26,7 +26,7 @@ FIRST_PORT, N_PORTS = 15_000, 15_000
 
 
 @dataclass(frozen=True)
-class Place:
+class DistEnv:
     """One process of the job."""
 
     rank: int
@@ -122,13 +122,13 @@ def resolves(name: str) -> bool:
     return True
 
 
-def find_place(
+def read_dist_env(
     environ: Environ,
     launcher: str = "auto",
     host: str | None = None,
     port: int | None = None,
     resolves: Callable[[str], bool] = resolves,
-) -> Place:
+) -> DistEnv:
     """What the launcher says of this process; `host` and `port` (of the command line) replace the launcher's.
 
     Raises MeshError naming the variables when they are missing or contradict each other.
@@ -140,12 +140,12 @@ def find_place(
     else:
         why = f"--launcher {launcher}"
     if launcher == "torch":
-        place = _from_torch(environ, why, host, port)
+        dist_env = _from_torch(environ, why, host, port)
     elif launcher == "slurm":
-        place = _from_slurm(environ, why, host, port, resolves)
+        dist_env = _from_slurm(environ, why, host, port, resolves)
     elif launcher == "single":
         threads = environ.get("OMP_NUM_THREADS", "")
-        place = Place(
+        dist_env = DistEnv(
             rank=0,
             world_size=1,
             local_rank=0,
@@ -160,8 +160,8 @@ def find_place(
         )
     else:
         raise MeshError(f"launcher {launcher!r}: expected auto, torch, slurm or single")
-    _check(place)
-    return place
+    _check(dist_env)
+    return dist_env
 
 
 def _recognise(environ: Environ) -> tuple[Launcher, str]:
@@ -190,7 +190,7 @@ def _is_shell(environ: Environ) -> bool:
     return step.isdecimal() and int(step) >= reserved
 
 
-def _from_torch(environ: Environ, why: str, host: str | None, port: int | None) -> Place:
+def _from_torch(environ: Environ, why: str, host: str | None, port: int | None) -> DistEnv:
     needed = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
     needed += ["MASTER_ADDR"] if host is None else []
     needed += ["MASTER_PORT"] if port is None else []
@@ -208,7 +208,7 @@ def _from_torch(environ: Environ, why: str, host: str | None, port: int | None) 
     threads = environ.get("OMP_NUM_THREADS")
     # torchrun sets OMP_NUM_THREADS=1 for several processes, so that value is not the user's choice
     by_torchrun = threads == "1" and "TORCHELASTIC_RUN_ID" in environ and local_world_size > 1
-    return Place(
+    return DistEnv(
         rank=_number(environ, "RANK"),
         world_size=world_size,
         local_rank=_number(environ, "LOCAL_RANK"),
@@ -241,7 +241,7 @@ def _agent(environ: Environ) -> str:
 
 def _from_slurm(
     environ: Environ, why: str, host: str | None, port: int | None, resolves: Callable[[str], bool]
-) -> Place:
+) -> DistEnv:
     _require(
         environ,
         ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"],
@@ -262,7 +262,7 @@ def _from_slurm(
         host, why = _rendezvous_host(environ, nodes[0], why, resolves)
     step = environ.get("SLURM_STEP_ID", "0")
     job = environ.get("SLURM_JOB_ID", "0")
-    return Place(
+    return DistEnv(
         rank=_number(environ, "SLURM_PROCID"),
         world_size=world_size,
         local_rank=_number(environ, "SLURM_LOCALID"),
@@ -334,17 +334,19 @@ def _number(environ: Environ, name: str, default: int | None = None) -> int:
     return int(text)
 
 
-def _check(place: Place) -> None:
-    if not (place.rank < place.world_size and place.local_rank < place.local_world_size <= place.world_size):
+def _check(dist_env: DistEnv) -> None:
+    if not (
+        dist_env.rank < dist_env.world_size and dist_env.local_rank < dist_env.local_world_size <= dist_env.world_size
+    ):
         names = {
             "torch": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
             "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "tasks on this node (SLURM_TASKS_PER_NODE)"),
             "single": ("rank", "world size", "local rank", "local world size"),
-        }[place.launcher]
-        values = (place.rank, place.world_size, place.local_rank, place.local_world_size)
+        }[dist_env.launcher]
+        values = (dist_env.rank, dist_env.world_size, dist_env.local_rank, dist_env.local_world_size)
         raise MeshError(
             f"found {', '.join(f'{name}={value}' for name, value in zip(names, values, strict=True))}: expected "
             f"{names[0]} < {names[1]} and {names[2]} < {names[3]} <= {names[1]}; start all processes by one launcher"
         )
-    if place.world_size > 1 and not 1 <= place.master_port < 65_536:
-        raise MeshError(f"master port {place.master_port}: expected 1 to 65535; give another --port or MASTER_PORT")
+    if dist_env.world_size > 1 and not 1 <= dist_env.master_port < 65_536:
+        raise MeshError(f"master port {dist_env.master_port}: expected 1 to 65535; give another --port or MASTER_PORT")

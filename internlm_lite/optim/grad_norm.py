@@ -71,8 +71,8 @@ def reduce_totals(
 
 def _counts(kind: BucketSpec, mesh: Mesh) -> bool:
     """Whether this rank contributes the squares of such a bucket, where they are finite."""
-    first_copy = "ends" not in kind.summed or mesh.ends.rank == 0
-    return mesh.replica.rank == 0 and (kind.spread or mesh.tp.rank == 0) and first_copy
+    first_copy = "ends" not in kind.partial_over or mesh.ends.rank == 0
+    return mesh.replica.rank == 0 and (kind.tp_sharded or mesh.tp.rank == 0) and first_copy
 
 
 def square_sum(shard: torch.Tensor) -> torch.Tensor:

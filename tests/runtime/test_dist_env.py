@@ -1,11 +1,11 @@
-"""The launcher's variables, as torchrun and Slurm really set them, become a Place or one clear error."""
+"""The launcher's variables, as torchrun and Slurm really set them, become a DistEnv or one clear error."""
 
 from __future__ import annotations
 
 import pytest
 
 from internlm_lite.errors import MeshError
-from internlm_lite.runtime.place import FIRST_PORT, N_PORTS, Place, find_place
+from internlm_lite.runtime.dist_env import FIRST_PORT, N_PORTS, DistEnv, read_dist_env
 
 TORCHRUN = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu01",
@@ -36,20 +36,22 @@ BATCH_SHELL = {
 }  # fmt: skip
 
 
-def place_of(environ: dict[str, str], launcher: str = "auto", resolves=True, **kwargs) -> Place:
-    return find_place(environ, launcher, resolves=lambda name: resolves, **kwargs)
+def place_of(environ: dict[str, str], launcher: str = "auto", resolves=True, **kwargs) -> DistEnv:
+    return read_dist_env(environ, launcher, resolves=lambda name: resolves, **kwargs)
 
 
 def test_torchrun():
-    place = place_of(TORCHRUN)
-    assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (5, 8, 1, 4)
-    assert (place.launcher, place.master_host, place.master_port) == ("torch", "gpu01", 29400)
-    assert (place.attempt, place.supervised, place.agent_store) == (2, True, True)
-    assert str(place.error_file) == TORCHRUN["TORCHELASTIC_ERROR_FILE"]
-    assert place.agent == "/tmp/torchelastic_a/none_b" == place_of(TORCHRUN | {"TORCHELASTIC_ERROR_FILE": LATER}).agent
+    dist_env = place_of(TORCHRUN)
+    assert (dist_env.rank, dist_env.world_size, dist_env.local_rank, dist_env.local_world_size) == (5, 8, 1, 4)
+    assert (dist_env.launcher, dist_env.master_host, dist_env.master_port) == ("torch", "gpu01", 29400)
+    assert (dist_env.attempt, dist_env.supervised, dist_env.agent_store) == (2, True, True)
+    assert str(dist_env.error_file) == TORCHRUN["TORCHELASTIC_ERROR_FILE"]
+    assert (
+        dist_env.agent == "/tmp/torchelastic_a/none_b" == place_of(TORCHRUN | {"TORCHELASTIC_ERROR_FILE": LATER}).agent
+    )
     assert place_of(TORCHRUN | {"TORCHELASTIC_ERROR_FILE": ""}).agent == "", "torchrun --log-dir /dev/null"
-    assert "TORCHELASTIC_RUN_ID" in place.why and "\n" not in place.why
-    assert place.cpu_threads is None, "torchrun's own OMP_NUM_THREADS=1 is not a wish"
+    assert "TORCHELASTIC_RUN_ID" in dist_env.why and "\n" not in dist_env.why
+    assert dist_env.cpu_threads is None, "torchrun's own OMP_NUM_THREADS=1 is not a wish"
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     assert place_of(TORCHRUN | alone).cpu_threads == 1, "for one process it does not set it"
 
@@ -63,24 +65,24 @@ def test_ranks_set_by_hand():
         "MASTER_PORT": "2",
         "OMP_NUM_THREADS": "1",
     }
-    place = place_of(environ)
-    assert (place.launcher, place.local_world_size, place.cpu_threads) == ("torch", 2, 1)
-    assert not place.supervised and not place.agent_store
-    assert "LOCAL_WORLD_SIZE is not set" in place.why
+    dist_env = place_of(environ)
+    assert (dist_env.launcher, dist_env.local_world_size, dist_env.cpu_threads) == ("torch", 2, 1)
+    assert not dist_env.supervised and not dist_env.agent_store
+    assert "LOCAL_WORLD_SIZE is not set" in dist_env.why
 
 
 def test_srun_task():
-    place = place_of(SRUN)
-    assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (2, 3, 0, 1)
-    assert (place.launcher, place.master_host, place.hostname) == ("slurm", "node1", "node2")
-    assert FIRST_PORT <= place.master_port < FIRST_PORT + N_PORTS
-    assert "SLURM_PROCID=2" in place.why
+    dist_env = place_of(SRUN)
+    assert (dist_env.rank, dist_env.world_size, dist_env.local_rank, dist_env.local_world_size) == (2, 3, 0, 1)
+    assert (dist_env.launcher, dist_env.master_host, dist_env.hostname) == ("slurm", "node1", "node2")
+    assert FIRST_PORT <= dist_env.master_port < FIRST_PORT + N_PORTS
+    assert "SLURM_PROCID=2" in dist_env.why
 
 
 def test_seed_srun():
-    place = place_of(SEED)
-    assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (11, 16, 3, 8)
-    assert (place.master_host, place.hostname) == ("HOST-10-140-60-69", "HOST-10-140-60-95")
+    dist_env = place_of(SEED)
+    assert (dist_env.rank, dist_env.world_size, dist_env.local_rank, dist_env.local_world_size) == (11, 16, 3, 8)
+    assert (dist_env.master_host, dist_env.hostname) == ("HOST-10-140-60-69", "HOST-10-140-60-95")
 
 
 def test_slurm_port():
@@ -93,22 +95,22 @@ def test_slurm_port():
 def test_host_and_port_options():
     by_hand = TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "False"}
     for environ in (SRUN, by_hand):
-        place = place_of(environ, host="10.0.0.7", port=12345, resolves=False)
-        assert (place.master_host, place.master_port) == ("10.0.0.7", 12345)
+        dist_env = place_of(environ, host="10.0.0.7", port=12345, resolves=False)
+        assert (dist_env.master_host, dist_env.master_port) == ("10.0.0.7", 12345)
     with pytest.raises(MeshError, match="agent serves the ranks' store; give torchrun --master-addr"):
         place_of(TORCHRUN, port=12345)
 
 
 def test_unresolvable_node_names():
-    place = place_of(SRUN, resolves=False)
-    assert place.master_host == "127.0.0.1" and "does not resolve" in place.why
+    dist_env = place_of(SRUN, resolves=False)
+    assert dist_env.master_host == "127.0.0.1" and "does not resolve" in dist_env.why
     with pytest.raises(MeshError, match="SLURM_LAUNCH_NODE_IPADDR is not set; pass --host"):
         place_of({key: value for key, value in SRUN.items() if key != "SLURM_LAUNCH_NODE_IPADDR"}, resolves=False)
 
 
 def test_torchrun_inside_srun():
-    place = place_of(SRUN | TORCHRUN)
-    assert place.launcher == "torch" and place.rank == 5 and "inside Slurm task 2" in place.why
+    dist_env = place_of(SRUN | TORCHRUN)
+    assert dist_env.launcher == "torch" and dist_env.rank == 5 and "inside Slurm task 2" in dist_env.why
 
 
 def test_srun_despite_exported_variables():
@@ -127,10 +129,10 @@ def test_srun_despite_exported_variables():
     ],
 )
 def test_single(environ, why):
-    place = place_of(environ)
-    assert (place.launcher, place.rank, place.world_size, place.local_world_size) == ("single", 0, 1, 1)
-    assert why in place.why and "\n" not in place.why
-    assert place.idle_tasks == int(environ.get("SLURM_NTASKS", "1")) - 1
+    dist_env = place_of(environ)
+    assert (dist_env.launcher, dist_env.rank, dist_env.world_size, dist_env.local_world_size) == ("single", 0, 1, 1)
+    assert why in dist_env.why and "\n" not in dist_env.why
+    assert dist_env.idle_tasks == int(environ.get("SLURM_NTASKS", "1")) - 1
     assert place_of(environ, "single").idle_tasks == 0
 
 

@@ -22,7 +22,7 @@ from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import CheckpointError, DamagedError
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.consensus import on_all, on_main
-from internlm_lite.mesh.layout import Piece
+from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.units import human_bytes, human_seconds
 
@@ -61,7 +61,7 @@ class Loader:
         assert found is not None
         return found
 
-    def load_at(self, path: str, pieces: Sequence[Piece], check: Check | None = None) -> Restored:
+    def load_at(self, path: str, pieces: Sequence[LocalShard], check: Check | None = None) -> Restored:
         """`open`, then `load`; from a save folder the newest checkpoint that proves good, as in `resume`."""
         while True:
             found = self.open(path)
@@ -72,7 +72,7 @@ class Loader:
                     raise
                 self._bad[found.name] = str(error)
 
-    def load(self, found: Found, pieces: Sequence[Piece], check: Check | None = None) -> Restored:
+    def load(self, found: Found, pieces: Sequence[LocalShard], check: Check | None = None) -> Restored:
         """Fill the pieces' tensors in place, cast to their dtype; roles that no rank asks for are not read.
 
         `check` may refuse what was found before anything is read, on all ranks alike, by raising CheckpointError.
@@ -124,7 +124,7 @@ class Loader:
         index, folder, data, rejected = packed
         return Found(storages[index], folder, load_with_crc(Manifest, data, storages[index].name), rejected)
 
-    def _wanted(self, pieces: Sequence[Piece]) -> Wanted:
+    def _wanted(self, pieces: Sequence[LocalShard]) -> Wanted:
         """What all ranks together want."""
         mine = {(piece.role, piece.name): tuple(piece.shape) for piece in pieces}
         wanted: dict[str, dict[str, tuple[int, ...]]] = {}

@@ -11,9 +11,9 @@ import pytest
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from internlm_lite.errors import MeshError
-from internlm_lite.runtime import meet as meeting
-from internlm_lite.runtime.meet import meet
-from internlm_lite.runtime.place import Place
+from internlm_lite.runtime import rendezvous as meeting
+from internlm_lite.runtime.dist_env import DistEnv
+from internlm_lite.runtime.rendezvous import rendezvous
 
 PATIENCE = timedelta(seconds=30)
 SAYS = {"version": "0.1.0", "seed": "1024", "adam.lr": "0.001", "JOB_NAME": "'7b'", "data.weights": "None"}
@@ -30,10 +30,13 @@ def start(agent: TCPStore, *said: Mapping[str, str], world: int | None = None) -
     size = world or len(said)
     pool = ThreadPoolExecutor(len(said))
     places = [
-        Place(rank, size, 0, 1, f"node{rank}", "torch", "", "127.0.0.1", agent.port, agent_store=True)
+        DistEnv(rank, size, 0, 1, f"node{rank}", "torch", "", "127.0.0.1", agent.port, agent_store=True)
         for rank in range(len(said))
     ]
-    ranks = [pool.submit(meet, place, PATIENCE, says) for place, says in zip(places, said, strict=True)]
+    ranks = [
+        pool.submit(rendezvous, dist_env, PATIENCE, fingerprint)
+        for dist_env, fingerprint in zip(places, said, strict=True)
+    ]
     pool.shutdown(wait=False)
     return ranks
 

@@ -11,7 +11,7 @@ import psutil
 
 from internlm_lite.batch import Position
 from internlm_lite.config.schema import DataConfig
-from internlm_lite.data.loader import open_training_data
+from internlm_lite.data.data_loader import open_training_data
 from internlm_lite.data.megatron import writing
 
 VOCAB = 50304

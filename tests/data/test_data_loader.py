@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from internlm_lite.batch import IGNORE, Batch, Position
-from internlm_lite.data.loader import TrainingData, open_training_data, open_validation_data, prefetch
+from internlm_lite.data.data_loader import TrainingData, open_training_data, open_validation_data, prefetch
 from internlm_lite.errors import DataError
 from tests.data.corpora import data_config, random_documents, write_internlm, write_native
 
@@ -175,7 +175,7 @@ def test_close_joins_thread(root):
 
 
 def test_close_does_not_wait_for_blocked_data(monkeypatch):
-    monkeypatch.setattr("internlm_lite.data.loader._LAST_ITEM_SECONDS", 0.01)
+    monkeypatch.setattr("internlm_lite.data.data_loader._LAST_ITEM_SECONDS", 0.01)
     come = threading.Event()
 
     def hanging():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from internlm_lite.checkpoint.load.loader import Loader
+from internlm_lite.checkpoint.load.checkpoint_loader import Loader
 from internlm_lite.config.schema import Config, S3Config
 from internlm_lite.layers.flash import choose_backend
-from internlm_lite.mesh.layout import Parameter, Piece
+from internlm_lite.mesh.layout import LocalShard, Parameter
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.decoder import build_model
 from internlm_lite.models.stages import WholeModel
@@ -31,8 +31,8 @@ def load_model(
     return WholeModel({0: model}, mesh), config
 
 
-def piece_of(param: torch.Tensor) -> Piece:
+def piece_of(param: torch.Tensor) -> LocalShard:
     """Where a checkpoint's master weights go: the whole local parameter, cast to its dtype."""
     assert isinstance(param, Parameter), "parameters of the model know their part"
-    part = param.part
-    return Piece(part.name, "master", part.shape, part.box, None, param.detach())
+    part = param.shard_spec
+    return LocalShard(part.name, "master", part.shape, part.box, None, param.detach())

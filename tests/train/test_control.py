@@ -35,8 +35,8 @@ def outcome(requests: Requests) -> StepOutcome:
         spikes=torch.zeros(2, dtype=torch.float64),
         loss_scale=torch.ones(()),
         skipped_steps=number,
-        skips_in_a_row=number,
-        overflows_in_a_row=number,
+        consecutive_skips=number,
+        consecutive_overflows=number,
         next_lr=zero,
         beta2=0.9,
         signalled=torch.tensor(requests.signalled, dtype=torch.float64),
@@ -226,7 +226,7 @@ def test_a_save_is_deferred_while_updates_are_skipped(tmp_path: Path) -> None:
     run = build_run(tiny(None, ckpt=ckpt), single_process_mesh(), tmp_path)
     with StopSignals() as signals:
         control = Control(run.config, run.reporter, signals, is_main=True)
-        skipped = replace(outcome(Requests()), skips_in_a_row=torch.tensor(1))
+        skipped = replace(outcome(Requests()), consecutive_skips=torch.tensor(1))
         outcomes = (outcome(Requests()), skipped, skipped, outcome(Requests()), outcome(Requests()))
         saves = [control.after_step(one, steps_done).save for steps_done, one in enumerate(outcomes, 1)]
         assert saves == [None, None, None, "milestone", None]

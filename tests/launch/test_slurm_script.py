@@ -263,7 +263,7 @@ def test_a_config_that_is_wrong_on_one_node_ends_the_job(here: Path):
 def test_ranks_that_were_not_started_alike_end_the_job(here: Path):
     came = [{"digest": digest, "host": f"node{digest}"} for digest in "12"]
     store = HashStore()
-    store.set("tell/1", '{"seed": "2"}')
+    store.set("fingerprint/1", '{"seed": "2"}')
     why = _difference(came, store, {"seed": "1"})
     assert "seed is 2, expected 1" in why
     code, output, requeued = run(here, 143, SAYS=f"{FULL}MeshError: {why}", SECONDS=601)

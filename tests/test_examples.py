@@ -13,7 +13,12 @@ import pytest
 from tests.cli import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-JOBS = {"own_data": "own_data/RUN/own_data", "own_sink": "RUN/own_sink", "own_update_rule": "RUN/signum"}
+JOBS = {
+    "own_data": "own_data/RUN/own_data",
+    "own_layer": "RUN/layernorm",
+    "own_sink": "RUN/own_sink",
+    "own_update_rule": "RUN/signum",
+}
 """Where each writes its run."""
 
 

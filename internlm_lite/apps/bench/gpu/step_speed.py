@@ -15,6 +15,7 @@ import torch
 
 from internlm_lite.apps.bench import step as bench_step
 from internlm_lite.apps.bench.gpu import variants
+from internlm_lite.apps.bench.gpu.correctness import installed
 from internlm_lite.apps.bench.gpu.measurement import Check
 from internlm_lite.apps.bench.shapes import bench_config
 from internlm_lite.apps.bench.timing import Side
@@ -45,6 +46,9 @@ _KINDS = {
 
 def perf(check: Check, shape: str, variant: str) -> None:
     """Median step with a wait after each, and steps without: what the host needs to start one, and what one takes."""
+    if "liger" in variant and not installed("liger_kernel"):
+        check.tell("not measured: liger-kernel is not installed")
+        return
     config, side, built = _build(check, shape, variant)
     begin = time.perf_counter()
     outcome: Any = side.step()

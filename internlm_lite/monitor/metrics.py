@@ -54,7 +54,7 @@ class FolderMetrics:
         correct: torch.Tensor,
         train_loss: torch.Tensor,
     ) -> None:
-        """Add a micro-batch, without host sync. [T] each; `token_loss` is 0 without label; `train_loss` is a scalar sum."""
+        """Add a micro-batch; no host sync. [T] each; `token_loss` is 0 without label; `train_loss` is a scalar sum."""
         if not self._counts:
             return
         learnt = labels != IGNORE

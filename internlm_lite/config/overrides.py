@@ -53,7 +53,7 @@ def _is_override(text: str) -> bool:
 
 
 def _value(key: str, written: str) -> Any:
-    """The literal's value; other text is a string. Numbers for a key that accepts strings stay text: `skip_batches=7`."""
+    """The literal's value; other text is a string. Numbers for keys that accept strings stay text: `skip_batches=7`."""
     try:
         value = ast.literal_eval(_Literals().visit(ast.parse(written.strip(), mode="eval")))
     except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -146,7 +146,7 @@ class MegatronWriter:
         self._sizes.append(lengths.astype(np.int32))
 
     def close(self) -> None:
-        """Sync both files and rename them. The index of an old pair is removed first, so it never describes other tokens."""
+        """Sync and rename both files. The index of an old pair is removed first, so it never describes other tokens."""
         sizes = np.concatenate([np.zeros(0, np.int32), *self._sizes])
         pointers = np.zeros(len(sizes), np.int64)
         np.cumsum(sizes[:-1], out=pointers[1:])

@@ -1,8 +1,8 @@
 """(f) One GPU, bf16: a 1B and a 7B shape, ours next to the bare loop: tokens per second, MFU, peak memory.
 
 Each side runs alone in a new process, so that the peak memory is its own. The bare loop keeps weights, gradients and
-moments in bf16 (8 bytes a parameter), ours fp32 masters, moments and gradients (18 bytes): a 7B model takes about 121 GB before
-activations. A model that does not fit is measured with fewer layers, equal for both sides; the row has their number.
+moments in bf16 (8 bytes a parameter), ours fp32 masters, moments and gradients (18 bytes): a 7B model takes
+about 121 GB before activations. A model that does not fit gets fewer layers, as stated in its row, on both sides.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ def _as_llama(transformers: Any, source: HFFolder, hf: HFConfig) -> Any:
 
 
 def _split(name: str, tensor: torch.Tensor, hf: HFConfig) -> dict[str, torch.Tensor]:
-    """An InternLM2 tensor as tensors with Llama's names. (modeling_internlm2.py: wqkv is "(h gs d)", k and v at -2 and -1)"""
+    """An InternLM2 tensor under Llama's names. (modeling_internlm2.py: wqkv is "(h gs d)", k and v at -2 and -1)"""
     renamed = name
     for theirs, llamas in (
         ("tok_embeddings", "embed_tokens"),

@@ -41,7 +41,7 @@ class ReadResult:
     """The checkpoint made from a folder."""
 
     name: str
-    """Size of the checkpoint in bytes."""
+    """Name of the checkpoint."""
     config: Config
     n_tensors: int
     n_bytes: int

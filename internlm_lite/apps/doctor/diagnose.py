@@ -133,7 +133,7 @@ def _few_cores(info: RankInfo) -> str | None:
 
 
 def _absent_interface(info: RankInfo) -> str | None:
-    """Problem of a configured interface that does not exist. NCCL: comma-separated prefixes, `=` exact, `^` excluded."""
+    """Problem of a chosen interface that does not exist. NCCL: comma-separated prefixes, `=` exact, `^` excluded."""
     for name, value in info["network.chosen"].items():
         wanted = value.lstrip("=^").split(",")
         there = info["network.interfaces"]

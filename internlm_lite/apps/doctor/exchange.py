@@ -36,7 +36,7 @@ class Exchange:
             ) from error
 
     def gather(self, key: str, value: Any) -> list[Any]:
-        """On rank 0 the values of all ranks in rank order, on others an empty list. Collective; values are JSON-able."""
+        """On rank 0 the values of all ranks in rank order, else an empty list. Collective; values are JSON-able."""
         self.send(f"{key}/{self.dist_env.rank}", value)
         if not self.dist_env.is_main:
             return []

@@ -2,7 +2,7 @@
 
 The action lists are those of torch's schedules, which the trainer runs. Costs, without communication:
 
-    forward F    the stage's layers; on the last stage also three times the head, whose gradient is computed in the forward pass
+    forward F    the stage's layers; on the last stage also three times the head: forward and gradient at once
     backward B   twice the layers, plus once the recomputed layers (forward : backward = 1 : 2)
     zero bubble  B is split into I, gradients of the input and recomputation, and W, gradients of the weights
 """

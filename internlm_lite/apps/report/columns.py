@@ -71,7 +71,7 @@ class Columns:
         self._total = MAX_STEP
         self.last_time: str | None = None
         self.segment = -1
-        """Of the newest line."""
+        """Segment of the newest line."""
         self._next = 0
         self._step, self._time = _GrowingColumn(None), _GrowingColumn(None)
         self._scalars: dict[str, _GrowingColumn] = {}

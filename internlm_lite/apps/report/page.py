@@ -47,7 +47,7 @@ class Assets:
             raise StorageError(f"cannot read {error.filename}: {error.strerror}; reinstall internlm_lite") from error
 
     def policy(self, live: bool) -> str:
-        """Content security policy: allows only this style and script; a live page may send requests to its own server."""
+        """Content security policy: allows only this style and script; a live page may call its own server."""
         return "; ".join(
             (
                 "default-src 'none'",

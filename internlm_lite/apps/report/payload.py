@@ -128,7 +128,7 @@ def folder_table(run: RunReader, checks: Sequence[dict[str, Any]]) -> list[dict[
 
 
 def _folder_figures(values: Numbers) -> dict[str, Any]:
-    """Figures of [lines, (tokens, loss, acc, seen)] of a folder; of the last line with tokens if the window has none."""
+    """Figures of [lines, (tokens, loss, acc, seen)] of a folder: of the window, or of the last line with tokens."""
     width = window(len(values))
     seen = np.flatnonzero((values[:, 0] > 0) & np.isfinite(values[:, 1]))
     loss, acc = _means(values[-width:])

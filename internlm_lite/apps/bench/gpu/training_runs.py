@@ -77,7 +77,7 @@ class _Job:
     log: TextIO
 
     def steps(self, codes: Sequence[int] = (0,)) -> Steps:
-        """Wait for the end; returns the steps. Raises RuntimeError, with its log's end, if the code is not in `codes`."""
+        """Wait for the end; returns the steps. Raises RuntimeError if its exit code is not in `codes`."""
         code = self.process.wait()
         self.log.close()
         if code not in codes:

@@ -1,4 +1,4 @@
-"""Run a program of the repository as a user does, in a process that has torch imported already."""
+"""Run a program of the repository like a user, in a process forked after torch was imported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Ended:
-    """Exit code, and standard output and error together."""
+    """Result of a process: exit code, and standard output and error in one text."""
 
     code: int
     output: str
@@ -27,7 +27,7 @@ def _main(program: str, arguments: tuple[str, ...], log: str, folder: str, envir
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.chdir(folder)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background of a shell
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for background jobs
     os.environ.update(environment)
     sys.argv = [program, *arguments]
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
@@ -35,7 +35,7 @@ def _main(program: str, arguments: tuple[str, ...], log: str, folder: str, envir
 
 
 def start(program: str, *arguments: str, folder: Path, log: Path, environment: dict[str, str] | None = None):
-    """The process, started: `python PROGRAM ARGUMENTS` in `folder`."""
+    """Start `python PROGRAM ARGUMENTS` in `folder`; its output goes to `log`. Returns the process."""
     target = (str(ROOT / program), arguments, str(log), str(folder), environment or {})
     process = fork_context.Process(target=_main, args=target, daemon=True)
     process.start()
@@ -43,14 +43,14 @@ def start(program: str, *arguments: str, folder: Path, log: Path, environment: d
 
 
 def run(program: str, *arguments: str, folder: Path, timeout_seconds: float = 120) -> Ended:
-    """Run to the end; fails the test when that takes longer than `timeout_seconds`."""
+    """Run a program to its end; the test fails when that takes longer than `timeout_seconds`."""
     log = folder / "output.log"
     process = start(program, *arguments, folder=folder, log=log)
     return ended(process, log, timeout_seconds)
 
 
 def ended(process, log: Path, timeout_seconds: float = 120) -> Ended:
-    """Wait for a started process."""
+    """Wait for the end of a started process; the test fails after `timeout_seconds`."""
     process.join(timeout_seconds)
     if process.is_alive():
         process.kill()

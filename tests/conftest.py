@@ -1,8 +1,8 @@
-"""FORBID_SKIPS=1 (set by .ci/run) turns every skip into a failure: a missing part must not pass for a tested one.
+"""FORBID_SKIPS=1 (set by .ci/run) turns every skip into a failure: a missing dependency must not hide tests.
 
 Tests marked `gpu` may still be skipped, since a machine without a GPU cannot run them at all.
 
-Tests become `slow`, which `make test-fast` leaves out, by where they are (SLOW_FOLDERS) or by what they ask for
+Tests are marked `slow`, which `make test-fast` leaves out, by their folder (SLOW_FOLDERS) or their fixtures
 (SLOW_FIXTURES).
 """
 
@@ -22,19 +22,19 @@ from tests.slurmlab import slurm
 __all__ = ["nothing_is_left_behind", "slurm"]
 
 SLOW_FOLDERS = {"bench", "faults", "launch", "tools", "train"}
-"""They start jobs, launchers, programs, or whole layouts."""
+"""Folders of tests that start jobs, launchers, programs, or whole layouts."""
 SLOW_FIXTURES = {"browser", "slurm", "s3_process"}
-"""Chromium, a Slurm cluster, an S3 server."""
+"""Fixtures that start Chromium, a Slurm cluster, an S3 server."""
 HERE = Path(__file__).parent
 FORBID_SKIPS = os.environ.get("FORBID_SKIPS", "") not in ("", "0")
 
-# The same examples each time, however slow the machine.
+# The same examples in every run, without a time limit.
 hypothesis.settings.register_profile(
     "suite", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("suite")
-# Tiny tensors: a second thread only waits, and worlds of ranks need the cores. Children read it when they load torch;
-# so does the fork server, whose own children cannot change it any more.
+# Tensors are tiny: a second thread only waits, and ranks need the cores. Child processes read it when they load torch,
+# as does the fork server; the children of the fork server cannot change it.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
@@ -70,5 +70,5 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 
 @pytest.fixture(autouse=True)
 def same_numbers() -> None:
-    """torch draws the same ones in a test, whichever ran before."""
+    """Seed torch before each test: its random numbers do not depend on earlier tests."""
     torch.manual_seed(0)

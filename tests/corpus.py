@@ -9,11 +9,11 @@ import numpy as np
 from internlm_lite.data.megatron import writing
 
 FOLDERS = {"code": 3, "docs": 5, "books": 7}
-"""Name -> stride: each next token is the last one plus the stride, with some noise."""
+"""Folder -> stride: each token is the previous one plus the stride, with some noise."""
 
 
 def write_corpus(root: Path, documents: int = 60, vocab: int = 96, seed: int = 0) -> Path:
-    """FOLDERS under `root`, `documents` of 8 to 60 tokens each."""
+    """Write FOLDERS under `root`, each with `documents` documents of 8 to 60 tokens. Returns `root`."""
     rng = np.random.default_rng(seed)
     for name, stride in FOLDERS.items():
         (root / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Programs of the system that some tests need: installed only where INSTALL_TEST_DEPS=1 allows it, as .ci/run does."""
+"""System packages that some tests need; installed only if INSTALL_TEST_DEPS=1 is set, as .ci/run does."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _LOCK = Path(tempfile.gettempdir()) / "internlm_lite-install.lock"
 
 
 def install(*packages: str) -> None:
-    """On Debian, as root and with INSTALL_TEST_DEPS=1; elsewhere, and without a package source, nothing happens."""
+    """Install packages on Debian, as root and with INSTALL_TEST_DEPS=1; else, or without package source, do nothing."""
     allowed = os.environ.get("INSTALL_TEST_DEPS") == "1"
     if not allowed or os.geteuid() != 0 or shutil.which("apt-get") is None:
         return
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     with open(_LOCK, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several workers of one test run
+        fcntl.flock(lock, fcntl.LOCK_EX)  # workers of one test run take turns
         for command in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 subprocess.run(
@@ -30,5 +30,5 @@ def install(*packages: str) -> None:
 
 
 def advice(*packages: str) -> str:
-    """What a skip says."""
+    """Reason of a skip: how to install the packages."""
     return f"apt-get install {' '.join(packages)} (INSTALL_TEST_DEPS=1 does it, as root)"

@@ -1,11 +1,11 @@
-"""Hosts for tests: network namespaces with a host name and an address each, joined by one link that can go down.
+"""Hosts for tests: network namespaces with a host name and an address each, connected by one link that can be cut.
 
     with NetLab() as lab:
         lab.start(0, "python", "-c", "...", log=path)
         lab.link(1, up=False)
 
-Two hosts on a pair of virtual interfaces called eth0. Nothing outside them can be reached. `close` ends what was
-started, by its ids, and takes the namespaces down; with them goes the link.
+Two hosts on a pair of virtual interfaces called eth0, isolated from all other networks. `close` ends the processes
+that were started, by their ids, and deletes the namespaces and with them the link.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _END_SECONDS = 20.0
 
 
 def missing_parts() -> str | None:
-    """One line naming what is not there; None if hosts can be made."""
+    """One line naming the missing requirements; None if hosts can be made."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     missing = [program for program in ("ip", "unshare", "hostname") if shutil.which(program) is None]
@@ -35,7 +35,7 @@ def missing_parts() -> str | None:
 
 
 class NetLab:
-    """Hosts 0 and 1."""
+    """Hosts 0 and 1. Use as a context manager."""
 
     def __init__(self) -> None:
         self.names = [f"lab{os.getpid()}n{number}" for number in range(2)]
@@ -56,7 +56,7 @@ class NetLab:
     def _make(self) -> None:
         for name in self.names:
             _ip("netns", "add", name)
-            # `ip netns exec` shows these to what runs there: names without a server that is asked in vain
+            # `ip netns exec` mounts these over /etc: names resolve without a name server
             own = Path("/etc/netns") / name
             own.mkdir(parents=True)
             (own / "resolv.conf").touch()
@@ -70,11 +70,11 @@ class NetLab:
                 _ip("-n", name, "link", "set", interface, "up")
 
     def link(self, host: int, up: bool) -> None:
-        """One end of the link; the other is without carrier then."""
+        """Switch one end of the link on or off; if it is off, the other end has no carrier."""
         _ip("-n", self.names[host], "link", "set", "eth0", "up" if up else "down")
 
     def start(self, host: int, *command: str, log: Path, folder: Path, **environment: str) -> subprocess.Popen[bytes]:
-        """In a session of its own, so that `close` finds its children."""
+        """Start a process on a host, in a session of its own, so that `close` finds its children."""
         inside = ["ip", "netns", "exec", self.names[host], "unshare", "--uts", "bash", "-c", _INSIDE, "_"]
         with open(log, "ab") as out:
             process = subprocess.Popen(
@@ -90,7 +90,7 @@ class NetLab:
         return process
 
     def processes(self, *hosts: int) -> dict[int, str]:
-        """Process id -> command line, on these hosts or on all."""
+        """Process id -> command line, on these hosts; without arguments on all."""
         names = [self.names[host] for host in hosts] or self.names
         found = {}
         for text in [_ip("netns", "pids", name) for name in names if Path("/run/netns", name).exists()]:
@@ -100,14 +100,14 @@ class NetLab:
         return found
 
     def kill(self, *hosts: int) -> None:
-        """End everything on these hosts, or on all, and wait until it has."""
+        """Kill all processes on these hosts, or on all hosts, and wait for their end."""
         deadline = time.monotonic() + _END_SECONDS
         while (left := self.processes(*hosts)) and time.monotonic() < deadline:
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             for process in self.started:
-                process.poll()  # takes the ended ones off the list
+                process.poll()  # reaps ended processes
             time.sleep(0.05)
 
     def close(self) -> None:
@@ -119,7 +119,7 @@ class NetLab:
                 _ip("netns", "delete", name)
             shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
         with contextlib.suppress(OSError):
-            Path("/etc/netns").rmdir()  # unless it was in use before
+            Path("/etc/netns").rmdir()  # fails if it has other entries
 
 
 def _ip(*arguments: str) -> str:

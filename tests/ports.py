@@ -1,4 +1,4 @@
-"""Ports of this machine that nobody listens on right now, and that nobody gets who does not ask for them by number."""
+"""Free ports of this machine that the kernel does not assign by itself."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import random
 import socket
 
 _ASKED_FOR = range(5_000, 15_000)
-"""Below those of Slurm jobs (runtime/dist_env.py), and below those that the kernel hands out to whoever wants any."""
+"""Below the ports of Slurm jobs (runtime/dist_env.py) and below the kernel's ephemeral range."""
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ones, at random, as other tests of this machine may look for some too."""
+    """`count` different ports, chosen at random, as tests of other processes look for ports too."""
     found: list[int] = []
     for port in random.SystemRandom().sample(_ASKED_FOR, len(_ASKED_FOR)):
         with contextlib.suppress(OSError), socket.socket() as one:

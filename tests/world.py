@@ -1,10 +1,10 @@
-"""Start a world of gloo ranks for a test and hand back what each rank returned.
+"""Runs a function on a world of gloo ranks in a test and returns the results of all ranks.
 
     results = run_world(fn, 4, args)      # fn(mesh, *args) on each rank, fn at module level of a test file
 
-Ranks come from one fork server that has imported everything already, so a fresh world costs about half a second. A rank
-that raises fails the test with its traceback; a world that hangs is killed after `timeout_seconds`. A rank that has
-answered stays until all have: one that ends while another still connects to it would break that one's process group.
+Ranks are forked from one server with all imports done, so a new world takes about half a second. A rank that raises
+fails the test with its traceback; a world that hangs is killed after `timeout_seconds`. A rank with a result waits for
+all results: if it ended while another rank still connects to it, that rank's process group would break.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from internlm_lite.mesh.mesh import build_mesh, sizes_of
 
 TIMEOUT = timedelta(seconds=60)
-"""For process groups that a test builds itself."""
+"""Time-out of process groups that a test creates itself."""
 
 fork_context = multiprocessing.get_context("forkserver")
 fork_context.set_forkserver_preload(["torch", "torch.distributed", "internlm_lite.train.job"])
@@ -34,7 +34,7 @@ fork_context.set_forkserver_preload(["torch", "torch.distributed", "internlm_lit
 
 @dataclass(frozen=True)
 class Leaves:
-    """Returned by a rank that is to end at once, as one does that fails: others wait for it."""
+    """Returned by a rank that must end at once, like a failing rank, while others wait for it."""
 
     value: Any
 
@@ -48,15 +48,15 @@ def _rank_main(pipe: Any, fn: Callable[..., Any], rank: int, size: int, layout: 
         mesh = build_mesh(sizes_of(size, **layout), rank, torch.device("cpu"), TIMEOUT)
         value = fn(mesh, *args)
         leaves = isinstance(value, Leaves)
-        # Plain pickle copies tensors into the message; the pipe's own would share memory of a process about to end.
+        # pickle copies tensors into the message; Connection.send would share memory of a process that is about to end.
         pipe.send_bytes(pickle.dumps(("ok", value.value if leaves else value)))
         if not leaves:
-            pipe.poll(None)  # until the test has all answers and closes its end, or has died
+            pipe.poll(None)  # until the test has all results and closes its end, or has ended
     except BaseException:
         code = 1
         pipe.send_bytes(pickle.dumps(("error", traceback.format_exc())))
     pipe.close()
-    os._exit(code)  # half-closed gloo pairs abort at interpreter exit
+    os._exit(code)  # half-closed gloo pairs abort a normal interpreter exit
 
 
 def run_world(
@@ -69,7 +69,7 @@ def run_world(
     zero1: int = -1,
     timeout_seconds: float = 120,
 ) -> list[Any]:
-    """fn(mesh, *args) on `size` ranks; the ranks' return values in rank order. Values must pickle (tensors do)."""
+    """Run fn(mesh, *args) on `size` ranks; returns their results in rank order, which must pickle (tensors do)."""
     layout = {"tensor": tensor, "pipeline": pipeline, "zero1": zero1}
     with tempfile.TemporaryDirectory() as folder:
         ranks = []

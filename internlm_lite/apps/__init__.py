@@ -1,1 +1,1 @@
-"""What looks at a run or plans it; nothing that trains imports it."""
+"""Programs around a run: planner, doctor, report, conversion, benchmarks. Training code does not import them."""

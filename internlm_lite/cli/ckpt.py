@@ -36,7 +36,7 @@ from internlm_lite.runtime.tool import ToolConsole, add_s3_option, run_tool
 from internlm_lite.units import human_bytes, human_seconds
 
 _PIPE_COLUMNS = 1000
-"""Width of tables off a terminal: their lines are not wrapped."""
+"""Width of tables if standard output is no terminal, so that lines are not wrapped."""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -60,7 +60,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def stores(where: str, s3: S3Config) -> list[Storage]:
-    """The save folder, and those inside it. Raises CheckpointError when there is no checkpoint at all."""
+    """The save folder, and save folders inside it. Raises CheckpointError when none has a checkpoint."""
     storage = open_storage(where, s3)
     folders = catalog.folders_in(storage.list(""))
     if not folders:
@@ -155,7 +155,7 @@ def _is_gone(storage: Storage, name: Name) -> bool:
 
 
 def _show(title: str, damages: Iterable[Damage], is_gone: Callable[[], bool] = lambda: False) -> bool:
-    """Print damages as they are found; True if there are none. `is_gone` is called only if there are."""
+    """Print damages as they are found; True if there are none. `is_gone` is called only if there are some."""
     begin, found = time.monotonic(), iter(damages)
     first = next(found, None)
     if first is None:

@@ -64,7 +64,7 @@ def size(text: str) -> int:
 
 
 class Progress:
-    """Prints a line every HEARTBEAT_SECONDS."""
+    """Prints the progress every HEARTBEAT_SECONDS."""
 
     def __init__(self) -> None:
         self.begin = self._last = time.monotonic()
@@ -119,7 +119,7 @@ def from_hf(arguments: argparse.Namespace, s3: S3Config) -> int:
 
 
 def usage(config: Config, out: str) -> str:
-    """The lines of a config that continues training from the weights."""
+    """Config lines for a run that starts from the converted weights."""
     model = config.model
     keys = [
         key

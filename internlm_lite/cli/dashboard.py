@@ -45,7 +45,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_token(arguments: argparse.Namespace) -> str | None:
-    """None: no token is required. Raises ConfigError."""
+    """The access token; None if none is required. Raises ConfigError."""
     if arguments.token and Path(arguments.token).exists():
         raise ConfigError(f"--token {arguments.token} is a file or folder; put runs first, or use --token-file")
     if arguments.token_file is None:
@@ -57,7 +57,7 @@ def read_token(arguments: argparse.Namespace) -> str | None:
 
 
 def serve(arguments: argparse.Namespace) -> int:
-    """Exit code, once Ctrl-C has ended it."""
+    """Serve until Ctrl-C; returns the exit code."""
     token = read_token(arguments)
     with closing(LiveRuns(arguments.runs)) as watch:
         for line in omitted_runs(arguments.runs):

@@ -41,7 +41,7 @@ LAST_STEPS = 20
 
 
 class Stage:
-    """A step of the demo. Its key, a hash of all that it depends on, is kept in a file next to its output."""
+    """A step of the demo. Its key, a hash of everything it depends on, is stored in a file next to its output."""
 
     def __init__(self, folder: Path, name: str, *depends_on: object) -> None:
         self.stamp = folder / f"{name}.key"
@@ -61,7 +61,7 @@ def run_command(*command: str | Path) -> None:
     with subprocess.Popen([sys.executable, "-m", "internlm_lite", *map(str, command)], cwd=checkout()) as child:
         try:
             code = child.wait()
-        except KeyboardInterrupt:  # the child gets Ctrl-C too: subprocess.run would kill it while it saves
+        except KeyboardInterrupt:  # the child also gets SIGINT; subprocess.run would kill it while it saves
             child.wait()
             raise
     if code:
@@ -122,7 +122,7 @@ def report(folder: Path, vocab_size: int) -> None:
 
 
 def installed() -> list[str]:
-    """Name and version of every installed package: the corpus is read from them."""
+    """Name and version of every installed package: the corpus is made from their files."""
     return sorted(f"{found.name}=={found.version}" for found in distributions())
 
 

@@ -42,7 +42,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def folders_of(arguments: argparse.Namespace) -> dict[str, Path]:
-    """Name -> folder that the run writes to, without those on S3. Raises ConfigError."""
+    """Name -> local folder that the run writes to; folders on S3 are left out. Raises ConfigError."""
     folders = {"run_dir": arguments.run_dir}
     if arguments.config is not None:
         ckpt = load_config(arguments.config, arguments.overrides).config.ckpt
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(argv: Sequence[str] | None = None) -> NoReturn:
-    """`main`, then the end of this process: a thread that hangs in a collective may hold up every other way out."""
+    """`main`, then os._exit: a thread that hangs in a collective would block a normal interpreter exit."""
     code = main(argv)
     sys.stdout.flush()
     os._exit(code)

@@ -32,7 +32,7 @@ def work(arguments: argparse.Namespace) -> int:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, target)
         if target.suffix == ".sh":
-            target.chmod(0o755)  # a wheel does not keep this
+            target.chmod(0o755)  # a wheel does not keep the executable bit
         print(f"wrote {target}")
     return 0
 

@@ -26,7 +26,7 @@ COMMANDS = {
     "bench": ("bench", "compare speed with common alternatives (in a checkout)"),
     "gpu-check": ("gpu_check", "check correctness and speed on a GPU (in a checkout)"),
 }
-"""Command -> (module of internlm_lite.cli, what it does)."""
+"""Command -> (module of internlm_lite.cli, one-line description)."""
 
 
 def usage() -> str:
@@ -36,7 +36,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code of the command; 2 for one that is unknown or not installed."""
+    """Run a command; returns its exit code, 2 for a command that is unknown or not installed."""
     command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     command = command.replace("_", "-")
     if command in ("-h", "--help"):

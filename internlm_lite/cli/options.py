@@ -1,4 +1,4 @@
-"""Options that several commands have in common, and their checks."""
+"""Options shared by several commands, and their checks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def new_parser(command: str, description: str | None) -> argparse.ArgumentParser
 
 
 def add_config(parser: argparse.ArgumentParser, *, required: bool = True, text: str = "Python config file") -> None:
-    """--config, and changes to it anywhere on the line: parse with `parse_intermixed_args`."""
+    """Add --config, and overrides anywhere on the command line: parse with `parse_intermixed_args`."""
     parser.add_argument("--config", type=Path, required=required, help=text)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config")
 
@@ -35,7 +35,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_launcher(parser: argparse.ArgumentParser, timeout: float) -> None:
-    """How this process finds the others of its job. `timeout`: default, in seconds."""
+    """Add the options of the launcher and the rendezvous. `timeout`: default, in seconds."""
     add, text = parser.add_argument, f"longest wait for other ranks ({timeout:g})"
     add("--launcher", choices=["auto", "slurm", "torch", "single"], default="auto", help="what started this process")
     add("--host", help="where rank 0 listens (default: from the launcher)")
@@ -45,7 +45,7 @@ def add_launcher(parser: argparse.ArgumentParser, timeout: float) -> None:
 
 
 def check_at_least(parser: argparse.ArgumentParser, arguments: argparse.Namespace, **least: int) -> None:
-    """Ends the process with a usage error for a number below the smallest allowed; None is not checked."""
+    """Exit with a usage error if an option is below its minimum in `least`; None is not checked."""
     for name, smallest in least.items():
         value = getattr(arguments, name, None)
         if value is not None and value < smallest:
@@ -53,7 +53,7 @@ def check_at_least(parser: argparse.ArgumentParser, arguments: argparse.Namespac
 
 
 def s3_settings(texts: Sequence[str]) -> S3Config:
-    """The keys of ckpt.s3 from --s3 of a command without a config: `insecure=True`. Raises ConfigError."""
+    """Parse the --s3 options of a command without a config, such as `insecure=True`. Raises ConfigError."""
     from pydantic import ValidationError
 
     from internlm_lite.config.overrides import parse_overrides

@@ -13,7 +13,7 @@ from internlm_lite.runtime.tool import run_tool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 shown, else that of the error the run would end with."""
+    """Exit code: 0 shown, else the exit code of the error that the run would raise."""
     parser = new_parser("plan", __doc__)
     add_config(parser)
     add_device(parser)

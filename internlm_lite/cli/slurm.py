@@ -47,7 +47,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def plan_of(loaded: LoadedConfig, world_size: int, device: str) -> RunPlan:
-    """Raises the errors that the run would: invalid config, layout or data."""
+    """The plan of the run. Raises the same errors as the run: invalid config, layout or data."""
     check_config(loaded, world_size)
     return make_plan(loaded.config, world_size, None, device)
 
@@ -76,7 +76,7 @@ def job_of(arguments: argparse.Namespace, loaded: LoadedConfig, plan: RunPlan, n
 
 
 def write(job: SlurmJob) -> Path:
-    """The file's path. Raises ConfigError, StorageError."""
+    """Write the batch file; returns its path. Raises ConfigError, StorageError."""
     if not (job.repository / "launch" / "slurm.sh").is_file():
         raise ConfigError(f"found no launch/slurm.sh in {job.repository}: say internlm-lite init . there first")
     text = sbatch_text(job)

@@ -11,15 +11,15 @@ _PACKED = _PACKAGE / "starter"
 
 
 def checkout() -> Path | None:
-    """The root of the checkout that this package is part of; None where it was installed from a wheel."""
+    """Root of the checkout that contains this package; None if it was installed from a wheel."""
     return None if _PACKED.is_dir() else _PACKAGE.parent
 
 
 def starter_folder() -> Path:
-    """Holds configs/, launch/ and train.py."""
+    """The folder with configs/, launch/ and train.py."""
     return checkout() or _PACKED
 
 
 def working_folder() -> Path:
-    """Where launch/ and train.py are looked for, and files go by default: the checkout, else the current folder."""
+    """Default folder of launch/, train.py and output files: the checkout, else the current folder."""
     return checkout() or Path.cwd()

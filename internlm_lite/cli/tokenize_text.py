@@ -83,7 +83,7 @@ def encode(arguments: argparse.Namespace) -> int:
 
 
 def _reporter(name: str, total_bytes: int, bars: Progress, console: Console) -> Callable[[int], None]:
-    """Advances a bar on a terminal; elsewhere prints a line every HEARTBEAT_SECONDS."""
+    """A progress callback: advances a bar on a terminal, else prints a line every HEARTBEAT_SECONDS."""
     task = bars.add_task(name, total=round(total_bytes / 1e6, 1))
     done, last = 0, time.monotonic()
 

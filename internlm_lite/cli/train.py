@@ -50,7 +50,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def add_plan_options(parser: argparse.ArgumentParser, when: str) -> None:
-    """`when`: goes before each explanation."""
+    """Add the options of the plan. `when`: text put before each help text."""
     parser.add_argument("--world-size", type=int, metavar="N", help=f"{when}ranks (default: as started)")
     parser.add_argument("--tflops", type=float, metavar="X", help=f"{when}TFLOP/s of one GPU, for the times")
     parser.add_argument("--json", action="store_true", help=f"{when}JSON instead of tables")
@@ -63,9 +63,9 @@ def check_plan_options(parser: argparse.ArgumentParser, arguments: argparse.Name
 
 
 def main(argv: Sequence[str] | None = None, sinks: Mapping[str, SinkFactory] | None = None) -> int:
-    """Exit code of --print-config, --dry-run and a wrong config; training ends the process itself.
+    """Returns the exit code of --print-config, --dry-run and an invalid config; training ends the process itself.
 
-    `sinks`: your own, by name, beside those of the config (`monitor.record.Sink`).
+    `sinks`: additional sinks by name (`monitor.record.Sink`).
     """
     try:
         return train_or_show(parse_arguments(argv), sinks or {})
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None, sinks: Mapping[str, SinkFactory] | N
 
 
 def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory]) -> int:
-    """Exit code where no training was started."""
+    """Exit code, if no training was started."""
     # Imported late: --help is quick, and a wrong config is reported before torch is loaded.
     from internlm_lite.config.load import check_config, load_config
     from internlm_lite.config.render_config import print_config
@@ -96,11 +96,11 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
         world_size = arguments.world_size or dist_env.world_size
         check_config(loaded, None if arguments.print_config else world_size)
     except InternLMError as error:
-        if not (quiet and isinstance(error, ConfigError)):  # it is wrong on the whole machine: said once
+        if not (quiet and isinstance(error, ConfigError)):  # the config is invalid on all ranks: one rank reports it
             print(f"{who}{type(error).__name__}: {error}", file=sys.stderr)
         write_agent_error(error_file(os.environ), f"{type(error).__name__}: {error}")
         return error.exit_code
-    if dist_env.rank > 0 and (arguments.print_config or arguments.dry_run):  # every rank would show the same
+    if dist_env.rank > 0 and (arguments.print_config or arguments.dry_run):  # all ranks would print the same
         return 0
     if arguments.print_config:
         print(print_config(loaded, arguments.print_config))

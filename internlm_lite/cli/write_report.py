@@ -40,7 +40,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_runs(arguments: argparse.Namespace) -> list[RunReader]:
-    """Raises ConfigError for a path without runs."""
+    """Readers of the requested runs. Raises ConfigError for a path without runs."""
     folders = require_runs(arguments.runs)
     for line in omitted_runs(arguments.runs):
         print(line)
@@ -53,7 +53,7 @@ def read_runs(arguments: argparse.Namespace) -> list[RunReader]:
 
 
 def places(arguments: argparse.Namespace, runs: Sequence[RunReader]) -> tuple[Path, Path]:
-    """Paths of the page and of the figure."""
+    """(path of the page, path of the figure)"""
     if arguments.output is None and len(runs) > 1:
         return Path("report.html"), Path("loss.png")
     if arguments.output is None and arguments.from_log:

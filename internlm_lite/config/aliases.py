@@ -41,7 +41,7 @@ _OWN_FORMATS = (None, "internlm", "internevo", "normal")
 
 
 class Translation:
-    """Rewrites one layer in place, and collects notes about translated keys and problems with others."""
+    """Rewrites one layer in place; collects notes about translated keys and problems with unsupported ones."""
 
     def __init__(self, layer: Layer, below: Layer) -> None:
         self.layer, self.below = layer, below
@@ -124,7 +124,7 @@ def _model_type(t: Translation) -> None:
 
 
 def _load_info(t: Translation, key: str) -> None:
-    """dict(path, content, ckpt_type), merged with the layers below as dicts are; `content` selects the key of ours."""
+    """dict(path, content, ckpt_type), merged key by key with the layers below; `content` selects our key."""
     written: dict[str, Any] = t.layer.get(key)
     info = written if written.get(DELETE) else {**_info_below(t.below), **written}
     content = info.get("content", "all")
@@ -152,7 +152,7 @@ def _load_info(t: Translation, key: str) -> None:
 
 
 def _info_below(below: Layer) -> dict[str, Any]:
-    """What the layers below load, in the form of `load_ckpt_info`; empty: nothing."""
+    """The load keys of the layers below, in the form of `load_ckpt_info`; empty if they load nothing."""
     if below.get(_MODEL_ONLY) is not None:
         return {"path": below.get(_MODEL_ONLY), "content": ("model",)}
     if below.get(_WHOLE) is not None:
@@ -217,7 +217,7 @@ def _pipeline(t: Translation) -> None:
 
 
 def _has_only(t: Translation, key: str, names: Sequence[str]) -> bool:
-    """Whether the dict at `key` has no other names; refuses it otherwise."""
+    """Whether the dict at `key` has only entries called `names`; otherwise it is refused."""
     found = t.layer.get(key)
     other = set(found) - set(names)
     if other:

@@ -1,4 +1,4 @@
-"""Cross checks: keys that are right one by one and do not fit together. Each check yields a Problem naming its keys.
+"""Cross checks: keys that are valid one by one but contradict each other. Each check yields a Problem naming them.
 
 world = data * tensor * pipeline        every split size divides what it splits
 """
@@ -31,7 +31,7 @@ _OVERLAP = "parallel.pipeline.interleaved_overlap"
 
 
 def cross_problems(config: Config, world_size: int | None) -> Iterator[Problem]:
-    """Everything that does not fit together."""
+    """A Problem for each contradiction between keys. `world_size` None: checks that need it are skipped."""
     if world_size is not None:
         yield from _world(config, world_size)
     yield from _heads(config)
@@ -81,7 +81,7 @@ def _heads(config: Config) -> Iterator[Problem]:
 
 
 def _tensor(config: Config) -> Iterator[Problem]:
-    """Everything that tensor parallelism splits."""
+    """Sizes that tensor parallelism splits must be divisible by parallel.tensor."""
     model, tensor = config.model, config.parallel.tensor
     split = {"model.num_attention_heads": model.num_attention_heads, "model.vocab_size": model.vocab_size}
     if model.num_kv_attention_heads is not None:
@@ -142,7 +142,7 @@ def _schedule(config: Config) -> Iterator[Problem]:
             f'found {chunks}, expected {number} with {_SCHEDULE} "{config.schedule}"; change one of them',
         )
     elif config.schedule == "zbv" and not pipeline.interleaved_overlap:
-        # torch 2.13 then receives hidden states and gradients from one neighbour in another order than they are sent.
+        # torch 2.13 would then receive hidden states and gradients of one neighbour in a different order than sent.
         yield Problem(
             (_OVERLAP, _SCHEDULE),
             f'found False with {_SCHEDULE} "zbv", which always receives early; set it to True, or take "interleaved"',
@@ -163,7 +163,7 @@ def _schedule(config: Config) -> Iterator[Problem]:
 
 
 def _torch() -> Version | None:
-    """Which one is installed; it is not imported for this. None: its metadata do not tell; the pipeline asks again."""
+    """The installed version of torch, read without importing it; None if unknown: the pipeline checks again."""
     try:
         return Version(version("torch") or "")
     except (PackageNotFoundError, InvalidVersion):

@@ -47,7 +47,7 @@ def section_of(field: FieldInfo) -> type[Section] | None:
 
 
 def accepts_text(key: str) -> bool:
-    """Whether a string is a right value of `key`."""
+    """Whether `key` accepts a string as its value."""
     field = known_keys().get(key)
     return field is not None and str in (field.annotation, *get_args(field.annotation))
 
@@ -82,7 +82,7 @@ def _describe(annotation: Any, constraints: Iterable[Any] = ()) -> str:
 
 
 def nearest_key(key: str) -> str | None:
-    """The known key that the unknown `key` was probably meant to be, preferably of the same section; None: no idea."""
+    """The known key most similar to the unknown `key`, preferably of the same section; None if none is similar."""
     parent, _, name = key.rpartition(".")
 
     def score(candidate: str) -> float:
@@ -108,5 +108,5 @@ def _similarity(name: str, candidate: str) -> float:
 
 
 def _threshold(name: str) -> float:
-    """One wrong letter of two is still a typing error."""
+    """Smallest similarity of a likely typing error: short names may differ in one of two letters."""
     return 0.5 if len(name) <= 2 else 0.6

@@ -35,7 +35,7 @@ _DEFAULT_FROM = {
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A config and how it came to be."""
+    """A checked config, the files it was read from, and the origin of each value."""
 
     config: Config
     files: tuple[Path, ...]
@@ -43,7 +43,7 @@ class LoadedConfig:
     origins: Mapping[str, str]
     """Key -> "configs/demo.py:31", "command line", "default" or "default (data.total_steps)"."""
     notes: tuple[str, ...]
-    """Lines to print: aliases and how they were understood, values that contradict each other."""
+    """Lines to print: how aliases were translated, and valid values that contradict each other."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -77,14 +77,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
 
 
 def check_config(loaded: LoadedConfig, world_size: int | None) -> None:
-    """Raises ConfigError with all problems, one a line. world_size None: checks that need it are not made."""
+    """Raises ConfigError with all problems, one a line. `world_size` None: checks that need it are skipped."""
     problems = list(cross_problems(loaded.config, world_size))
     if problems:
         raise ConfigError("\n".join(problem.line(loaded.origins, str(loaded.files[0])) for problem in problems))
 
 
 def _replaces(above: Layer, key: str) -> bool:
-    """Whether the layer sets a key that was wrong below to another value; a dict may change only a part of it."""
+    """Whether `above` sets `key`, invalid below it, to another value; a dict may replace only a part of the value."""
     return above.has(key) and not isinstance(above.get(key), dict)
 
 
@@ -115,7 +115,7 @@ def _origins(layer: Layer) -> dict[str, str]:
 
 
 def _fill_defaults(layer: Layer, origins: dict[str, str]) -> None:
-    """Set defaults that are another key's value. They get no origin in the layer, as they are written nowhere."""
+    """Set defaults that are taken from another key. They get no origin in the layer: no file contains them."""
     taken = {
         key: layer.get(source) for key, source in _DEFAULT_FROM.items() if layer.has(source) and not layer.has(key)
     }
@@ -130,7 +130,7 @@ def _fill_defaults(layer: Layer, origins: dict[str, str]) -> None:
 
 
 def _only_follows(key: str, faults: Sequence[Problem], origins: Mapping[str, str]) -> bool:
-    """Whether `key` is not written anywhere, and wrong only because the key that its default comes from is wrong."""
+    """Whether `key` is set in no file and is invalid only because the key that its default comes from is invalid."""
     source = _DEFAULT_FROM.get(key, "")
     causes = {source, source.rpartition(".")[0]} - {""}
     return origins.get(key, "").startswith("default") and any(fault.keys[0] in causes for fault in faults)
@@ -149,7 +149,7 @@ def _validate(layer: Layer) -> tuple[Config | None, list[Problem]]:
             rest.drop(key)
     try:
         config = Config.model_validate(rest.values)
-    except ValidationError:  # a required key is among the faulty ones
+    except ValidationError:  # a required key is missing or invalid
         return None, problems
     return None, problems + [other for other in cross_problems(config, None) if not faulty & set(other.keys)]
 

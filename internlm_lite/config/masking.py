@@ -47,7 +47,7 @@ def masked(values: Any, name: str = "") -> Any:
 
 
 def secrets_of(config: Config) -> list[str]:
-    """The values that `masked` changes. Their text is secret everywhere, for instance as the value of a variable."""
+    """The values that `masked` hides. They must be hidden everywhere, also as the value of an environment variable."""
 
     def changed(value: Any, name: str = "") -> Iterator[str]:
         if isinstance(value, dict):
@@ -63,7 +63,7 @@ def secrets_of(config: Config) -> list[str]:
 
 
 def mask_source(text: str) -> str:
-    """The same text with *** for secrets; without any it comes back unchanged. What cannot be parsed is all masked."""
+    """The text of a config file with secrets as ***; unchanged if it has none; all of it *** if it cannot be parsed."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):
@@ -92,12 +92,12 @@ def mask_source(text: str) -> str:
 
 
 def _secret_values(node: ast.AST) -> Iterator[ast.AST]:
-    """What `node` gives to a name that says it is a secret."""
+    """Value nodes that `node` assigns to names of secrets."""
     yield from (value for name, value in _given(node) if _is_secret(name))
 
 
 def _given(node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
-    """(name or place, value that it gets)"""
+    """(target, value) of each assignment in `node`: variables, attributes, arguments, dictionary entries."""
     match node:
         case ast.Assign(targets=targets, value=value):
             yield from ((target, value) for target in targets)
@@ -115,7 +115,7 @@ def _given(node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
 
 
 def _is_secret(target: ast.AST) -> bool:
-    """Whether a variable, `x.name`, `x["name"]`, a tuple of such, or a text is a secret's name."""
+    """Whether a variable, `x.name`, `x["name"]`, a tuple of these, or a string has the name of a secret."""
     if isinstance(target, ast.Tuple | ast.List):
         return any(map(_is_secret, target.elts))
     if isinstance(target, ast.Subscript):
@@ -125,7 +125,7 @@ def _is_secret(target: ast.AST) -> bool:
 
 
 def _strings(node: ast.AST) -> Iterator[ast.Constant | ast.JoinedStr]:
-    """String literals in `node`, those with fields as a whole."""
+    """String literals in `node`; an f-string is one node."""
     if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)):
         yield node
         return

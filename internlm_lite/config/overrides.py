@@ -20,7 +20,7 @@ COMMAND_LINE = "command line"
 
 @dataclass
 class Overrides:
-    """What the command line asks for."""
+    """The overrides of the command line, parsed."""
 
     variables: dict[str, ast.expr]
     """UPPER_CASE name -> the literal that replaces its assignment."""
@@ -53,7 +53,7 @@ def _is_override(text: str) -> bool:
 
 
 def _value(key: str, written: str) -> Any:
-    """The literal, or the text if it is none. For a key that accepts strings, `skip_batches=7` means "7"."""
+    """The literal's value; other text is a string. Numbers for keys that accept strings stay text: `skip_batches=7`."""
     try:
         value = ast.literal_eval(_Literals().visit(ast.parse(written.strip(), mode="eval")))
     except (ValueError, SyntaxError, MemoryError, RecursionError):

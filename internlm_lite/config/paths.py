@@ -1,4 +1,4 @@
-"""Folders and web addresses as a config writes them, read in one place for the checks and for those who use them.
+"""Parses folders and web addresses of a config, for the checks and for the code that uses them.
 
 local:PATH, PATH                     a folder of this machine or of a shared file system
 boto3:s3://BUCKET.ENDPOINT/PREFIX    a folder on S3; ENDPOINT is host[:port], BUCKET has no dot

@@ -18,7 +18,7 @@ from internlm_lite.config.source import Layer
 
 @dataclass(frozen=True)
 class Problem:
-    """One line. It is reported at `keys[0]`; `keys` are all keys that take part in it."""
+    """One problem, reported at `keys[0]`; `keys` are all keys involved."""
 
     keys: tuple[str, ...]
     text: str
@@ -79,7 +79,7 @@ def _unknown(key: str) -> str:
 
 
 def _remedy(value: Any, field: FieldInfo, name: str) -> str:
-    """What to change, as precisely as the value allows."""
+    """The change that makes the value valid, as precisely as the value allows."""
     wanted = _scalar_types(field.annotation)
     section = section_of(field)
     if section is not None:

@@ -57,7 +57,7 @@ def _section(prefix: str, section: type[Section]) -> Iterator[str]:
 
 
 def _default(field: FieldInfo) -> str:
-    """Its value, or the key that it is taken from: descriptions end with "left out: THAT KEY."."""
+    """The default as text, or the key it is taken from: descriptions end with "left out: THAT KEY."."""
     taken = _LEFT_OUT.search(field.description or "")
     if taken:
         return f"`{taken[1]}`"

@@ -1,4 +1,4 @@
-"""A loaded config as people and programs see it: all values, only what was changed, or where each came from.
+"""Prints a loaded config: all values, only those that differ from the defaults, or the origin of each.
 
 Printed as Python that `load_config` reads again (secrets masked): `train.py --print-config full > copy.py`.
 """
@@ -19,7 +19,7 @@ def resolved(config: Config) -> dict[str, Any]:
 
 
 def diff(config: Config) -> dict[str, Any]:
-    """Only the keys that have no default, or another value than it."""
+    """Only the keys whose value differs from the default, or that have no default."""
     changed: dict[str, Any] = {}
     for key, field in known_keys().items():
         value = value_of(config, key) if _section_is_set(config, key) else None
@@ -69,7 +69,7 @@ def _lookup(values: Any, key: str) -> Any:
 
 
 def _python(value: Any, indent: str = "") -> str:
-    """A value as source: dict(...) over several lines where the names allow it."""
+    """A value as Python source: dict(...) over several lines if all keys are identifiers, else a literal."""
     if not isinstance(value, dict) or not value or not all(str(name).isidentifier() for name in value):
         return repr(value)
     inner = indent + "    "

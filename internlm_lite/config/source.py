@@ -113,7 +113,7 @@ def _cause(error: BaseException) -> str:
 
 
 def _is_key(name: str, value: Any) -> bool:
-    """Modules, functions, classes, names with a leading _ and the user's variables are no keys."""
+    """Whether a top-level name is a config key: no module, function, class, _private name or UPPER_CASE variable."""
     if name.startswith("_") or isinstance(value, ModuleType) or callable(value):
         return False
     return not is_variable(name) or name == "JOB_NAME"
@@ -136,7 +136,7 @@ def _stored(node: ast.AST) -> list[str]:
 
 
 class _Replace(ast.NodeTransformer):
-    """Gives assignments of replaced names their new value; functions are left alone."""
+    """Replaces the values assigned to the replaced names; bodies of functions are unchanged."""
 
     def __init__(self, replacements: Mapping[str, ast.expr]) -> None:
         self.replacements = replacements
@@ -160,7 +160,7 @@ class _Replace(ast.NodeTransformer):
         return node
 
     def _restored(self, node: ast.stmt) -> ast.stmt | list[ast.stmt]:
-        """`A, B = ...` and `A += ...` run as they are, then replaced names get their value again."""
+        """`A, B = ...` and `A += ...` are kept; a statement that sets the replaced names again is added after them."""
         again = [
             ast.copy_location(ast.Assign([ast.Name(name, ast.Store())], self.replacements[name]), node)
             for name in _stored(node)
@@ -217,7 +217,7 @@ class _Writer(ast.NodeVisitor):
         self._read(path, value)
 
     def _read(self, path: KeyPath, value: ast.expr) -> None:
-        """Note the keys that the expression `value` writes below `path`."""
+        """Record the lines of the keys that the expression `value` writes below `path`."""
         if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "dict":
             self._read_call(path, value)
         elif isinstance(value, ast.Dict):
@@ -246,7 +246,7 @@ class _Writer(ast.NodeVisitor):
 
 
 def _path(target: ast.expr) -> KeyPath | None:
-    """`a["b"]["c"]` -> ("a", "b", "c"); None for anything else than a name and constant keys."""
+    """`a["b"]["c"]` -> ("a", "b", "c"); None unless it is a name with constant keys."""
     if isinstance(target, ast.Name):
         return (target.id,)
     if isinstance(target, ast.Subscript) and isinstance(target.slice, ast.Constant):
@@ -289,7 +289,7 @@ class Layer:
         return isinstance(section, dict) and name in section
 
     def drop(self, key: str) -> tuple[Any, str]:
-        """Remove a dotted key that is set; its value and origin."""
+        """Remove a dotted key that is set; returns its value and origin."""
         value, origin = self.get(key), self.origin(key)
         parent, _, name = key.rpartition(".")
         del (self.get(parent) if parent else self.values)[name]

@@ -1,1 +1,1 @@
-"""From tokenised files to batches."""
+"""Tokenised files, tokenizers, and the batches made from them."""

@@ -26,7 +26,7 @@ from internlm_lite.errors import DataError
 from internlm_lite.units import human_bytes
 
 HELD_OUT = 40
-"""One of this many documents goes to validation."""
+"""One of this number of documents is held out for validation."""
 SHORTEST_CHARACTERS, LONGEST_CHARACTERS = 200, 200_000
 """Shorter documents have little content; longer ones are tables and generated code."""
 SKIPPED_DIRECTORIES = frozenset({"site-packages", "dist-packages", "test", "tests", "testing", "__pycache__", "ops"})
@@ -36,12 +36,12 @@ LISTINGS = frozenset(
 )
 
 Sourced = tuple[str, str]
-"""(source, text): a name that is equal on all machines that have the file, and the content."""
+"""(source, text) of a document; the source is a name that does not depend on the machine."""
 
 
 @dataclass(frozen=True)
 class FolderSize:
-    """What a corpus folder holds."""
+    """The size of a corpus folder."""
 
     documents: int
     train_bytes: int
@@ -53,7 +53,7 @@ class FolderSize:
 
 
 def machine_folders() -> dict[str, Callable[[], Iterator[Sourced]]]:
-    """Folder name -> its documents, for the Python that runs this."""
+    """Folder name -> iterator of its documents, from the files of the running Python."""
     paths = sysconfig.get_paths()
     library, packages = Path(paths["stdlib"]), Path(paths["purelib"])
     is_python, is_prose = _ends_with(".py"), _ends_with(".md", ".rst", ".txt", "METADATA")
@@ -103,7 +103,7 @@ def build_corpus(
 
 
 def _write_folder(target: Path, name: str, documents: Iterable[Sourced], limit_bytes: int) -> FolderSize:
-    """Distinct documents of one folder, split into train and valid by their source's name."""
+    """Write the distinct documents of one folder, split into train and valid by their source."""
     written = {"train": 0, "valid": 0}
     seen: set[str] = set()
     files = {}
@@ -128,7 +128,7 @@ def _write_folder(target: Path, name: str, documents: Iterable[Sourced], limit_b
 
 
 def _files(root: Path, prefix: str, wanted: Callable[[str], bool]) -> list[tuple[str, Path]]:
-    """(source, path) of the wanted files below `root`, shuffled by name so that a prefix is a fair sample."""
+    """(source, path) of the wanted files below `root`, ordered by a hash of their names: a prefix is a fair sample."""
     found = []
     for directory, children, names in os.walk(root):
         children[:] = [child for child in children if child not in SKIPPED_DIRECTORIES]
@@ -139,7 +139,7 @@ def _files(root: Path, prefix: str, wanted: Callable[[str], bool]) -> list[tuple
 
 
 def _texts(files: Iterable[tuple[str, Path]]) -> Iterator[Sourced]:
-    """The files that are UTF-8 text, without carriage returns."""
+    """(source, text) of the files that are UTF-8 text, with carriage returns removed."""
     for source, path in files:
         try:
             yield source, path.read_text(encoding="utf-8")
@@ -148,11 +148,11 @@ def _texts(files: Iterable[tuple[str, Path]]) -> Iterator[Sourced]:
 
 
 def _docstrings(files: Iterable[tuple[str, Path]]) -> Iterator[Sourced]:
-    """All docstrings of each Python file as one document, each below the dotted name of what it describes."""
+    """One document per Python file: all its docstrings, each preceded by the dotted name of its object."""
     for source, text in _texts(files):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes in other people's sources
+                warnings.simplefilter("ignore")  # for invalid escapes in third-party sources
                 tree = ast.parse(text)
         except (SyntaxError, ValueError, RecursionError):
             continue
@@ -162,7 +162,7 @@ def _docstrings(files: Iterable[tuple[str, Path]]) -> Iterator[Sourced]:
 
 
 def _described(node: ast.AST, name: str) -> Iterator[str]:
-    """`name`, a blank line and the docstring, for the node and every class and function inside it."""
+    """Name, blank line and docstring of `node`, and of every class and function inside it."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         docstring = ast.get_docstring(node, clean=False)
         if docstring:

@@ -32,28 +32,28 @@ from internlm_lite.errors import DataError
 logger = logging.getLogger("internlm_lite")
 T = TypeVar("T")
 _LAST_ITEM_SECONDS = 2.0
-"""A batch takes milliseconds, unless its storage blocks."""
+"""Longest wait for the prefetch thread at the end; a batch takes milliseconds unless its storage blocks."""
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The training data as one data-parallel rank sees them."""
+    """The training data of one data-parallel rank."""
 
     packed: tuple[PackedFolder, ...]
     mix: Mix
     order: BatchOrder
     dp_rank: int
     fingerprint: dict
-    """Plain JSON values. Equal fingerprints: the same rows in the same order (for the same micro_num * dp)."""
+    """Plain JSON values; equal fingerprints mean the same rows in the same order, for equal micro_num * dp."""
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """Names; `Batch.folders` holds indices into them."""
+        """Names of the folders; `Batch.folders` holds indices into them."""
         return tuple(folder.name for folder in self.packed)
 
     @property
     def total_tokens(self) -> int:
-        """Tokens of all documents that are long enough, once."""
+        """Tokens in one pass over all documents of at least `min_length` tokens."""
         return sum(folder.tokens for folder in self.packed)
 
     def build(self, position: Position, *, pin: bool = False) -> Batch:
@@ -63,7 +63,7 @@ class TrainingData:
         return assemble(self.packed, rows_of_folders, after, pin=pin)
 
     def batches(self, position: Position, *, pin: bool = False) -> Generator[Batch, None, None]:
-        """Endless. `pin`: in page-locked memory. Close or delete it to join its thread."""
+        """Endless, from `position` on. `pin`: in page-locked memory. Close or delete it to join its thread."""
 
         def endless() -> Iterator[Batch]:
             at = position
@@ -91,7 +91,7 @@ class ValidationData:
         return tuple(folder.name for folder in self.packed)
 
     def batches(self, *, pin: bool = False) -> Generator[Batch, None, None]:
-        """Finite. Rows beyond a folder's last are padding: token 0 with label IGNORE."""
+        """All batches. Rows beyond the last row of a folder are padding: token 0 with label IGNORE."""
         return prefetch(chain.from_iterable(self._of_folder(index, pin=pin) for index in range(len(self.packed))))
 
     def _of_folder(self, index: int, *, pin: bool) -> Iterator[Batch]:
@@ -141,7 +141,7 @@ def _pack(config: DataConfig, folder: Folder, vocab_size: int, seed: int, *, kee
         row_tokens=config.micro_bsz * config.seq_len,
         seq_len=config.seq_len,
         vocab_size=vocab_size,
-        min_length=0 if folder.is_dummy else config.min_length,  # as in the runs whose logs we reproduce
+        min_length=0 if folder.is_dummy else config.min_length,  # as in the InternLM runs that the tests reproduce
         seed=seed,
         one_sample=config.pack_sample_into_one,
         keep_tail=keep_tail,
@@ -150,7 +150,7 @@ def _pack(config: DataConfig, folder: Folder, vocab_size: int, seed: int, *, kee
 
 
 def _usable(packed: Sequence[PackedFolder], key: str, config: DataConfig, *, log: bool) -> list[PackedFolder]:
-    """Folders with at least one row. Logs the others, and how many documents are dropped."""
+    """The folders with at least one row. `log`: log the others, and the number of dropped documents."""
     for folder in packed if log else ():
         if folder.rows == 0:
             text = (
@@ -190,7 +190,7 @@ def _fingerprint(config: DataConfig, folders: Sequence[Folder], packed: Sequence
 def assemble(
     packed: Sequence[PackedFolder], rows: Sequence[tuple[int, int]], after: Position, *, pin: bool = False
 ) -> Batch:
-    """`rows`, (folder, row of the folder) each, as one batch of len(rows) micro-batches."""
+    """One batch of len(rows) micro-batches; `rows` are (folder, row of the folder)."""
     shape = (len(rows), packed[0].row_tokens)
     empty = partial(torch.empty, shape, pin_memory=pin)
     tokens, labels, positions = (empty(dtype=torch.int64) for _ in range(3))
@@ -217,7 +217,7 @@ def assemble(
 
 
 def prefetch(items: Iterator[T]) -> Generator[T, None, None]:
-    """The same items, each computed in a thread while the consumer uses the one before. Errors are raised here.
+    """The same items, each computed in a thread while the consumer uses the previous one. Re-raises its errors.
 
     At the end the thread is joined, unless it is blocked in an item that is no longer needed.
     """

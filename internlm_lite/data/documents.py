@@ -31,11 +31,11 @@ class Metadata:
     tokens: int
     text_bytes: int
     longest: int
-    """Tokens of the longest document."""
+    """Number of tokens of the longest document."""
     max_token: int
     """Largest token id."""
     vocab_size: int
-    """Of the tokenizer."""
+    """Number of token ids of the tokenizer."""
     tokenizer_sha256: str
 
 
@@ -57,7 +57,7 @@ class Documents(Protocol):
         """[stop - start] of any integer dtype: tokens start..stop of a document, 0 <= start <= stop <= its length."""
 
     def digest(self) -> str:
-        """Changes when documents are added, removed, or change length."""
+        """Hash that changes when documents are added, removed, or change length."""
 
 
 def metadata_path(bin_path: Path) -> Path:
@@ -66,7 +66,7 @@ def metadata_path(bin_path: Path) -> Path:
 
 
 def read_metadata(bin_path: Path) -> Metadata | None:
-    """The metadata of a tokenised file; None: there is none. Raises DataError when it cannot be parsed."""
+    """The metadata of a tokenised file; None if it has no such file. Raises DataError when it cannot be parsed."""
     path = metadata_path(bin_path)
     try:
         return Metadata(**json.loads(path.read_text(encoding="utf-8")))
@@ -81,10 +81,10 @@ def read_metadata(bin_path: Path) -> Metadata | None:
 
 
 def map_tokens(path: Path) -> mmap.mmap:
-    """A read-only map of a file whose documents are read in shuffled order."""
+    """A read-only memory map, with read-ahead disabled as documents are read in shuffled order."""
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_RANDOM"):  # without it each first access reads ahead: measured 19 ms instead of 0.02 ms
+    if hasattr(mmap, "MADV_RANDOM"):  # read-ahead made a first access take 19 ms instead of 0.02 ms
         mapped.madvise(mmap.MADV_RANDOM)
     return mapped
 

@@ -16,7 +16,7 @@ DOCUMENTS = 10**6
 
 
 class DummyDocuments:
-    """The closed-form documents (see documents.Documents)."""
+    """The documents of the built-in set; implements documents.Documents."""
 
     path = Path("built-in dummy data set")
     metadata = None

@@ -3,7 +3,7 @@
     IN/code/**/*.py  ->  OUT/code/{code.bin, code.idx, code.meta.json}       document = bos + text + eos
 
 A folder is written to OUT/.code.partial and renamed when it is complete, so that an interrupted run leaves no partial
-folder. The folder it replaces is OUT/.code.replaced for a moment; an interrupted run is undone from it.
+folder. While it is replaced, the old folder is OUT/.code.replaced; the next run restores it after an interruption.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from internlm_lite.data.tokenizer import Tokenizer
 from internlm_lite.errors import DataError, StorageError
 
 BATCH_CHARACTERS = 1 << 18
-"""Text per task of a worker."""
+"""Characters of text per task of a worker process."""
 
 Encoded = tuple[np.ndarray, np.ndarray, int]
 """Token ids int32 of several documents back to back, their lengths int64, and the bytes of their text."""
@@ -64,10 +64,10 @@ class FolderEncoder:
 
     tokenizer_path: Path
     workers: int = 1
-    """Processes."""
+    """Number of worker processes."""
     text_key: str = "text"
     progress: Callable[[int], None] = lambda n_bytes: None
-    """Gets the bytes of text done since the last call."""
+    """Progress callback: called with the bytes of text encoded since its last call."""
 
     def encode(self, source: Path, target: Path, *, overwrite: bool = False) -> Metadata:
         """Tokenise all text below `source` into the data folder `target`.
@@ -76,7 +76,7 @@ class FolderEncoder:
         fails.
         """
         partial, replaced = (target.with_name(f".{target.name}.{state}") for state in ("partial", "replaced"))
-        _restore(replaced, target)  # left by a killed run, as are the folders removed below
+        _restore(replaced, target)  # a killed run may leave it, and the folders removed below
         if target.exists() and not overwrite:
             raise DataError(f"{target} exists already; choose another output folder, or replace it with --overwrite")
         files = find_text(source, self.text_key)
@@ -124,7 +124,7 @@ class FolderEncoder:
         return metadata
 
     def _encoded(self, batches: Iterator[list[TextDocument]]) -> Iterator[Encoded]:
-        """The batches tokenised, in order, at most two per worker in flight."""
+        """The tokenised batches in order; at most two per worker are in flight."""
         if self.workers == 1:
             yield from (encode_documents(self.tokenizer_path, batch) for batch in batches)
             return
@@ -142,7 +142,7 @@ class FolderEncoder:
 
 
 def _restore(replaced: Path, target: Path) -> None:
-    """Restore the old tokens if there are no new ones."""
+    """Restore the old data folder if the new one is missing."""
     if replaced.exists() and not target.exists():
         replaced.rename(target)
 
@@ -160,5 +160,5 @@ def _batched(documents: Iterable[TextDocument]) -> Iterator[list[TextDocument]]:
 
 
 def _ignore_interrupt() -> None:
-    """Ctrl-C goes to the parent, which cancels the work and cleans up."""
+    """Worker processes ignore SIGINT: the parent handles Ctrl-C, cancels the tasks and cleans up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

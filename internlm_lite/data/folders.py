@@ -22,7 +22,7 @@ from internlm_lite.errors import DataError
 logger = logging.getLogger("internlm_lite")
 
 FORMATS: dict[str, Callable[[Path], Documents]] = {".idx": MegatronDocuments, ".bin.meta": InternLMDocuments}
-"""Suffix of the index beside NAME.bin -> what reads the pair."""
+"""Suffix of the index file of NAME.bin -> reader of both files."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Folder:
     name: str
     files: Sequence[Documents]
     is_dummy: bool = False
-    """The built-in set: documents of all lengths are used, and label id 0 is ignored."""
+    """Whether it is the built-in set: documents of all lengths are used, and label id 0 is ignored."""
 
 
 def dummy_folder(seq_len: int) -> Folder:
-    """The built-in data set as the only folder."""
+    """The built-in data set as a data folder."""
     return Folder("dummy", (DummyDocuments(seq_len),), is_dummy=True)
 
 
@@ -91,7 +91,7 @@ def open_documents(bin_path: Path) -> Documents:
 
 
 def _bins(folder: Path) -> list[Path]:
-    """Every .bin path below a folder that exists, or whose index exists. Symbolic links are followed."""
+    """Paths of all .bin files below `folder`, also missing ones that have an index. Follows symbolic links."""
     found = []
     for where, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if name[0] != ".")

@@ -18,15 +18,15 @@ from internlm_lite.data.documents import file_digest, map_tokens, read_metadata
 from internlm_lite.errors import DataError
 
 CACHED_DOCUMENTS = 64
-"""Decoded documents in the cache: a document longer than a row is read once for each of its rows."""
+"""Decoded documents kept in the cache: a document longer than a row is read again for each of its rows."""
 REPAIR = "tokenise the folder again, or copy both files again"
 
 
 class InternLMDocuments:
-    """`name.bin` + `name.bin.meta` (see documents.Documents).
+    """`name.bin` + `name.bin.meta`; implements documents.Documents.
 
-    Raises DataError when the files are missing, damaged, or do not belong together; a damaged line inside the file
-    is found when it is read.
+    Raises DataError when the files are missing, damaged, or inconsistent; a damaged line inside the file raises it
+    only when it is read.
     """
 
     def __init__(self, bin_path: Path) -> None:

@@ -38,9 +38,9 @@ REPAIR = "tokenise the folder again, or copy both files again"
 
 
 class MegatronDocuments:
-    """`name.bin` + `name.idx` (see documents.Documents).
+    """`name.bin` + `name.idx`; implements documents.Documents.
 
-    Raises DataError when the files are missing, damaged, or do not belong together.
+    Raises DataError when the files are missing, damaged, or inconsistent.
     """
 
     def __init__(self, bin_path: Path) -> None:
@@ -146,7 +146,7 @@ class MegatronWriter:
         self._sizes.append(lengths.astype(np.int32))
 
     def close(self) -> None:
-        """Sync and rename. Of an old pair the index is removed first, so that it never describes other tokens."""
+        """Sync and rename both files. The index of an old pair is removed first, so it never describes other tokens."""
         sizes = np.concatenate([np.zeros(0, np.int32), *self._sizes])
         pointers = np.zeros(len(sizes), np.int64)
         np.cumsum(sizes[:-1], out=pointers[1:])
@@ -163,7 +163,7 @@ class MegatronWriter:
         _temporary(self._index_path).replace(self._index_path)
 
     def discard(self) -> None:
-        """Remove what was written so far."""
+        """Remove the temporary files."""
         self._file.close()
         _temporary(self._bin_path).unlink(missing_ok=True)
         _temporary(self._index_path).unlink(missing_ok=True)
@@ -171,7 +171,7 @@ class MegatronWriter:
 
 @contextmanager
 def writing(bin_path: Path, dtype: np.dtype) -> Iterator[MegatronWriter]:
-    """A writer whose files appear, synced, when the block ends, and not at all when it raises."""
+    """A writer whose files are synced and renamed into place when the block ends; nothing is left if it raises."""
     writer = MegatronWriter(bin_path, dtype)
     try:
         yield writer

@@ -1,4 +1,4 @@
-"""One endless sequence of rows out of several folders: row number -> (folder, row of the folder), in closed form.
+"""One endless sequence of rows from several folders: row number -> (folder, row of the folder), in closed form.
 
 EpochMix      all rows of all folders once per epoch, shuffled together
 WeightedMix   folder shares by weight; each folder is shuffled separately and has its own epochs
@@ -48,7 +48,7 @@ class EpochMix:
 
 
 class WeightedMix:
-    """Folder shares proportional to the weights, whatever the folders' sizes."""
+    """Folder shares proportional to the weights, independent of the folders' sizes."""
 
     def __init__(self, counts: Sequence[int], weights: Sequence[float], seed: int) -> None:
         """counts: rows of each folder, all > 0. weights: all > 0, in any unit."""
@@ -71,12 +71,12 @@ class WeightedMix:
         return found
 
     def _taken(self, block: int) -> np.ndarray:
-        """[folders] rows each folder has given before this block."""
+        """[folders] number of rows taken from each folder before this block."""
         ends = [(block * self._block_rows * bound + 2**39) >> 40 for bound in self._bounds]
         return np.diff(ends)
 
     def _draw_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each row of the block its folder, and how many rows that folder gave before."""
+        """For each row of the block: its folder, and the number of rows taken from that folder before."""
         before, after = self._taken(block), self._taken(block + 1)
         folders = np.repeat(np.arange(len(before)), after - before)
         np.random.RandomState([self._seed % 2**32, block]).shuffle(folders)

@@ -30,7 +30,7 @@ class BatchOrder:
     micro_num: int
     dp_size: int
     skip: tuple[range, ...] = ()
-    """Batch ids consumed from the order and dropped."""
+    """Ids of batches that are consumed but not trained on."""
     rampup: Rampup | None = None
 
     def take(self, position: Position) -> tuple[range, Position]:
@@ -45,9 +45,9 @@ class BatchOrder:
                 return rows, position
 
     def share(self, rows: range, dp_rank: int) -> range:
-        """One rank's rows of a global batch, one per micro-batch."""
+        """The rows of one rank in a global batch, one per micro-batch."""
         return rows[dp_rank :: self.dp_size]
 
     def micro_num_of(self, batch: int) -> int:
-        """Micro-batches of one rank in this batch."""
+        """Number of micro-batches per rank in batch `batch`."""
         return self.micro_num if self.rampup is None else self.rampup.micro_num(batch, self.micro_num)

@@ -23,19 +23,19 @@ from internlm_lite.errors import DataError
 
 @dataclass(frozen=True)
 class Packing:
-    """How documents become rows."""
+    """Parameters of packing."""
 
     row_tokens: int
     seq_len: int
     vocab_size: int
     seed: int
-    """Shuffles the documents."""
+    """Seed of the order of the documents."""
     min_length: int = 0
-    """Shorter documents are dropped."""
+    """Documents with fewer tokens are dropped."""
     one_sample: bool = False
-    """Attention spans are whole windows of seq_len."""
+    """Whether attention spans are whole windows of seq_len instead of documents."""
     keep_tail: bool = False
-    """The last, incomplete row is padded instead of dropped."""
+    """Whether the last, incomplete row is padded instead of dropped."""
 
 
 class PackedFolder:
@@ -48,7 +48,7 @@ class PackedFolder:
         self._bases = np.cumsum([0, *(len(file.lengths) for file in folder.files)]).tolist()
         self._order = np.flatnonzero(lengths >= max(1, packing.min_length))  # documents in stream order
         np.random.RandomState(packing.seed % 2**32).shuffle(self._order)
-        self._ends = np.cumsum(lengths[self._order])  # [documents kept] end of each in the stream
+        self._ends = np.cumsum(lengths[self._order])  # [kept documents] their ends in the stream
         self.documents, self.dropped = len(self._order), len(lengths) - len(self._order)
         self.tokens = int(self._ends[-1]) if self.documents else 0
         self.rows = -(-self.tokens // self.row_tokens) if packing.keep_tail else self.tokens // self.row_tokens
@@ -79,7 +79,7 @@ class PackedFolder:
         return self._segments(fragments, positions)
 
     def _locate(self, document: int) -> tuple[int, int]:
-        """Document of the folder -> (file, document of the file)."""
+        """Index of a document in the folder -> (file, index in the file)."""
         file = bisect_right(self._bases, document) - 1
         return file, document - self._bases[file]
 

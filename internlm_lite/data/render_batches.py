@@ -1,4 +1,4 @@
-"""Shows the batches of a run without a model: numbers per step, shares of the folders, a decoded sample.
+"""Tables about the batches of a run, without a model: figures per step, folder shares, a decoded sample.
 
 The numbers are those of the step line: `tokens` counts labels over all data-parallel ranks, the others describe the
 batch of rank 0.
@@ -22,7 +22,7 @@ from internlm_lite.data.tokenizer import Tokenizer
 from internlm_lite.units import human_count
 
 SHOWN_TOKENS = 400
-"""Longer segments of a sample are cut."""
+"""Most tokens of a segment in a sample."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def walk_steps(data: TrainingData, steps: int) -> Iterator[Step]:
 
 
 def overview(data: TrainingData, steps: list[Step]) -> Group:
-    """Tables for a terminal: the folders and their share of what the steps train on, and the steps."""
+    """Tables for a terminal: each folder with its share of the trained tokens, and the figures of each step."""
     rows = np.array(
         [sum(int((b.folders[:, 0] == f).sum()) for s in steps for b in s.batches) for f in range(len(data.packed))]
     )

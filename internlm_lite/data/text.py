@@ -26,7 +26,7 @@ TEXT_SUFFIXES = frozenset(
 
 @dataclass(frozen=True)
 class TextDocument:
-    """A text to train on, after a prompt that is only context."""
+    """A text to train on, and the prompt before it, which is context only."""
 
     text: str
     prompt: str = ""
@@ -34,7 +34,7 @@ class TextDocument:
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file that holds documents."""
+    """A file with one or more documents."""
 
     path: Path
     n_bytes: int
@@ -43,7 +43,7 @@ class TextFile:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Raises DataError when `path` cannot be read."""
+    """Context in which errors of reading `path` are raised as DataError."""
     try:
         yield
     except OSError as error:
@@ -53,7 +53,7 @@ def readable(path: Path) -> Iterator[None]:
 def find_text(folder: Path, text_key: str) -> list[TextFile]:
     """All files with text below `folder`, by path; hidden ones are skipped.
 
-    Raises DataError when the folder is missing or holds none, or a file cannot be read.
+    Raises DataError when the folder is missing or has no text, or a file cannot be read.
     """
     found = []
     for where, folders, names in os.walk(folder):
@@ -87,7 +87,7 @@ def read_documents(file: TextFile, text_key: str) -> Iterator[TextDocument]:
 
 
 def sample_text(folders: Sequence[Path], text_key: str, max_bytes: int) -> Iterator[str]:
-    """About max_bytes of text to train a tokenizer on, equal parts of each folder, selected by a document's hash."""
+    """About `max_bytes` of text to train a tokenizer on: equal parts per folder, documents selected by their hash."""
     for folder in folders:
         files = find_text(folder, text_key)
         kept = max_bytes / len(folders) / max(1, sum(file.n_bytes for file in files))

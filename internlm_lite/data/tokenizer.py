@@ -61,12 +61,12 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, without bos, eos, padding, and ids of the model's vocabulary padding."""
+        """Text of `ids`; bos, eos, padding, and ids beyond the tokenizer's vocabulary are skipped."""
         text: str = self._processor.decode([int(token) for token in ids if token < self.vocab_size])
         return text
 
     def piece(self, token: int) -> str:
-        """One token as sentencepiece writes it."""
+        """The sentencepiece piece of one token id."""
         piece: str = self._processor.id_to_piece(int(token))
         return piece
 
@@ -123,7 +123,7 @@ def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int, threads: 
 
 
 def _sentences(text: str) -> Iterator[str]:
-    """Groups of whole lines, so that line breaks and indentation get pieces of their own; long lines are cut."""
+    """Split text into groups of whole lines, so that line breaks and indentation become pieces; cuts long lines."""
     group: list[str] = []
     size = 0
     for line in text.encode("utf-8", "replace").decode().splitlines(keepends=True):

@@ -1,1 +1,1 @@
-"""What happens to a run from outside."""
+"""Failures of ranks: signals, hangs, lost ranks, and their records."""

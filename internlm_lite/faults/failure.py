@@ -26,7 +26,7 @@ logger = logging.getLogger("internlm_lite")
 REPORT = "FAILED.json"
 _FOLDER = "failed"
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
-"""Errors of file systems without hard links."""
+"""Values of errno that os.link raises on file systems without hard links."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,20 @@ class Failure:
     rank: int
     host: str
     step: int | None
-    """Index of the step under way; None before the first."""
+    """Index of the current step; None before the first."""
     phase: str
     kind: str
-    """Name of the error's type; "hang", "lost" or "interrupted" where there is no error."""
+    """Name of the exception's type; "hang", "lost" or "interrupted" if there is no exception."""
     message: str
     exit_code: int
     follows: bool
-    """A secondary failure: because another rank failed."""
+    """Whether it is a secondary failure, caused by the failure of another rank."""
     trace: str = ""
     """Traceback, or stacks of all threads."""
     time: float = field(default_factory=time.time)
     """Seconds since the epoch, by the clock of the host it was written on."""
     guessed: bool = False
-    """Inferred by another rank."""
+    """Whether another rank inferred it and wrote the record."""
 
 
 def record(folder: Path, failure: Failure) -> None:
@@ -68,7 +68,7 @@ def record(folder: Path, failure: Failure) -> None:
 
 
 def _keep_first(temporary: Path, file: Path) -> bool:
-    """Rename `temporary` to `file` unless that exists; whether it was renamed."""
+    """Rename `temporary` to `file` unless `file` exists; returns whether it was renamed."""
     try:
         os.link(temporary, file)
     except FileExistsError:
@@ -87,7 +87,7 @@ def _keep_first(temporary: Path, file: Path) -> bool:
 def write_report(folder: Path) -> None:
     """Write FAILED.json from all records so far. Raises OSError."""
     written: list[Failure] = []
-    # repeat if another rank added its record meanwhile; there are none if a new start removed them
+    # repeat if another rank added a record meanwhile; a new start may have removed all records
     while (failures := read_failures(folder)) and failures != written:
         cause, *others = map(asdict, failures)
         _written(folder / REPORT, {"cause": cause, "others": others}).replace(folder / REPORT)
@@ -95,13 +95,13 @@ def write_report(folder: Path) -> None:
 
 
 def read_failures(folder: Path) -> list[Failure]:
-    """The cause first. As clocks of hosts differ, secondary failures always come after others, and inferred after
-    recorded ones, whatever their times.
+    """All records, the cause first: by time, but primary before secondary and recorded before inferred failures, as
+    the clocks of hosts differ.
     """
     found: dict[int, Failure] = {}
     for pattern in ("guess-*.json", "rank-*.json"):  # a rank's own record replaces an inferred one
         for file in (folder / _FOLDER).glob(pattern):
-            with suppress(OSError, ValueError, TypeError):  # of another version, or damaged
+            with suppress(OSError, ValueError, TypeError):  # written by another version, or damaged
                 failure = Failure(**json.loads(file.read_text(encoding="utf-8")))
                 found[failure.rank] = failure
     return sorted(found.values(), key=lambda failure: (failure.follows, failure.guessed, failure.time, failure.rank))
@@ -115,7 +115,7 @@ def clear_failures(folder: Path) -> None:
 
 
 def summary(failures: Sequence[Failure]) -> str:
-    """One paragraph for people, and for launch/slurm.sh, which reads the exit code from it."""
+    """One paragraph for the log; launch/slurm.sh reads the exit code from it."""
     cause, *others = failures
     where = f"at step {cause.step}, {cause.phase}" if cause.step is not None else cause.phase
     text = f"rank {cause.rank} on {cause.host} failed first (code {cause.exit_code}), {where}: {cause.kind}: "
@@ -128,7 +128,7 @@ def summary(failures: Sequence[Failure]) -> str:
 
 def _written(path: Path, value: object) -> Path:
     """A temporary file beside `path` with the JSON of `value`, flushed."""
-    # not by process id: in containers on two nodes it is often the same, and both may write about one rank
+    # not named by process id: it may be equal in containers on two nodes, and both may write about one rank
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:

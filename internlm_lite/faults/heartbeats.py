@@ -13,18 +13,18 @@ _IF_SLOW = "; if it is only slow, raise --timeout"
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a rank publishes about itself at regular times."""
+    """The state that a rank publishes at regular intervals."""
 
     progress: int
-    """Counts phases entered and parts of phases done."""
+    """Increases with each phase entered and each part of a phase done."""
     phase: str
     step: int | None
-    """Index of the step under way; None before the first."""
+    """Index of the current step; None before the first."""
     beats: int
-    """Counts up as long as the process runs, even if its main thread is blocked."""
+    """Increases with each heartbeat while the process runs, even if its main thread is blocked."""
     host: str = UNKNOWN_HOST
     waits: bool = False
-    """The main thread waits for other ranks."""
+    """Whether the main thread waits for other ranks."""
 
     def to_json(self) -> str:
         return json.dumps([self.progress, self.phase, self.step, self.beats, self.host, self.waits])
@@ -39,12 +39,12 @@ class Verdict:
     """The diagnosis of a hanging job."""
 
     ranks: tuple[int, ...]
-    """The culprits; empty: cannot be told."""
+    """The culprits; empty if unknown."""
     why: str
     phase: str
     step: int | None
     hosts: tuple[str, ...] = ()
-    """Of `ranks`."""
+    """Host names of `ranks`."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -61,7 +61,7 @@ class Limits:
 
     usual: float
     of: Mapping[str, float]
-    """Phases with other limits; inf: no limit."""
+    """Phase -> its own limit in seconds; inf: no limit."""
 
     def __getitem__(self, phase: str) -> float:
         return self.of.get(phase, self.usual)
@@ -98,7 +98,7 @@ def diagnose(
 
 
 def _furthest_behind(table: Mapping[int, Heartbeat], ranks: Set[int]) -> list[int]:
-    """In order."""
+    """Those of `ranks` with the least progress, in rank order."""
     least = min((table[rank].progress for rank in ranks), default=0)
     return [rank for rank in sorted(ranks) if table[rank].progress == least]
 

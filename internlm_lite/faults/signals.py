@@ -4,7 +4,7 @@ SIGTERM   Slurm and torchrun before they kill        SIGUSR1   sbatch --signal=U
 SIGINT    Ctrl-C; again, at least a second later, interrupts at once
 
 Signals before the first step are handled after it, so that all ranks stop together; after the last step they have no
-effect. Nor have further signals: launchers send several, to the job and to each of its processes.
+effect. Further signals have no effect either: launchers send several, to the job and to each of its processes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _TWICE_SECONDS = 1.0
 
 
 class StopSignals:
-    """In its `with` block, signals are recorded in `received`; after it they are ignored, as the exit code is decided.
-    For the main thread.
+    """In its `with` block, signals are recorded in `received`; after it they are ignored: the exit code is decided.
+    Main thread only.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class StopSignals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received, self._first_seconds = signal.Signals(number).name, time.monotonic()
-            # In another thread: this one may be in the middle of a log record.
+            # Log in another thread: the interrupted main thread may hold the lock of a log handler.
             threading.Thread(target=_log, args=(self.received,), name="signal").start()
         elif number == signal.SIGINT and time.monotonic() - self._first_seconds > _TWICE_SECONDS:
             raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Whether a thread waits for other ranks: another thread reads its stack, at no cost for the first."""
+"""Whether a thread waits for other ranks, read from its stack by another thread without slowing it down."""
 
 from __future__ import annotations
 

@@ -34,14 +34,14 @@ _RANKS_PER_SECOND = 500
 _DEPUTY_SECONDS = 2.0
 """Delay of the second judge."""
 _SUSPENDED_PERIODS = 5
-"""If the monitor thread did not run for so long, the process was suspended, for instance by `scontrol suspend`."""
+"""Periods without a run of the monitor thread that mean the process was suspended, e.g. by `scontrol suspend`."""
 _VERDICT = "verdict"
 _ENDED = "ended"
-"""Phase of the last heartbeat of a rank that has ended."""
+"""Phase in the last heartbeat of a rank that has left the watchdog."""
 
 
 class Store(Protocol):
-    """The part of torch.distributed.Store that is used."""
+    """The methods of torch.distributed.Store that the watchdog uses."""
 
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
@@ -71,7 +71,7 @@ class Watchdog:
         *,
         agent_store: bool = False,
     ) -> None:
-        """Make it in the thread to watch. `store`: a connection of its own; None: watch nothing.
+        """Call it in the thread to watch. `store`: a connection used by nothing else; None: watch nothing.
 
         `hostname`: for messages. `agent_store`: torchrun's agent serves the store, not rank 0.
         """
@@ -81,7 +81,7 @@ class Watchdog:
         self._server = "torchrun's agent on the host of rank 0" if agent_store else "rank 0"
         self._watched_thread = threading.current_thread()
         self._lock = threading.Lock()
-        """For replacing `_seen` in two threads. Mappings are never changed, so reading needs no lock."""
+        """Guards replacement of `_seen` by two threads. Its mappings are never modified, so reading needs no lock."""
         self._seen: Mapping[int, _Seen] = {}
         self._hosts: Mapping[int, str] = {}
         self._verdict: Verdict | None = None
@@ -98,17 +98,17 @@ class Watchdog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop watching. A blocked heartbeat thread is abandoned, as a daemon."""
+        """Stop watching. A blocked heartbeat thread is not joined; it is a daemon."""
         self._stop.set()
         for thread in self._threads:
             thread.join(2 * self._period)
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """The main thread begins a phase, which counts as progress."""
+        """Begin a phase; counts as progress. Called by the main thread; never blocks."""
         self._mine = replace(self._mine, progress=self._mine.progress + 1, phase=phase, step=step)
 
     def report_progress(self) -> None:
-        """The main thread has done a part of its phase. All ranks must have the same number of parts."""
+        """A part of the phase is done: progress. Main thread only; all ranks need the same number of parts."""
         self._mine = replace(self._mine, progress=self._mine.progress + 1)
 
     @contextmanager
@@ -125,12 +125,12 @@ class Watchdog:
         return self._mine
 
     def host_of(self, rank: int) -> str:
-        """Judges know the hosts of all ranks with heartbeats, other ranks only that of rank 0."""
+        """Host name of a rank. Judges know those of all ranks with heartbeats, other ranks only that of rank 0."""
         return self._mine.host if rank == self._rank else self._hosts.get(rank, UNKNOWN_HOST)
 
     @property
     def silence_seconds(self) -> float:
-        """A rank without heartbeats for so long counts as silent."""
+        """Seconds without a heartbeat after which a rank counts as silent."""
         return 3 * self._period
 
     def silent(self) -> list[int]:
@@ -149,7 +149,7 @@ class Watchdog:
         while not ended:
             beats += 1
             mine = replace(self._mine, beats=beats, waits=waits_for_others(self._watched_thread))
-            with suppress(RuntimeError):  # of torch.distributed: rank 0 is gone or ending
+            with suppress(RuntimeError):  # torch.distributed raises it when rank 0 has ended or is ending
                 store.set(f"beat/{self._rank}", mine.to_json())
                 if store.check([_VERDICT]):
                     self._verdict = Verdict.from_json(store.get(_VERDICT))

@@ -1,1 +1,1 @@
-"""Metrics and where they go."""
+"""Metrics of a run and the sinks that write, show or send them."""

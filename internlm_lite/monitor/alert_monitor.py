@@ -23,11 +23,11 @@ from internlm_lite.monitor.webhook import Webhook
 logger = logging.getLogger("internlm_lite")
 
 DISK_SECONDS = 60.0
-"""Between checks of free space."""
+"""Interval between checks of free space."""
 JOIN_SECONDS = 2.0
-"""A call that blocks, for instance on a dead file system, is abandoned after this."""
+"""Longest wait for a timer thread at the end; a thread that is blocked, e.g. by a dead file system, is abandoned."""
 _CHECKS = 20
-"""Of the clock, in the time after which silence is an alert."""
+"""Checks of the clock within the time after which silence is an alert."""
 
 
 class SendEvent(Protocol):
@@ -37,7 +37,7 @@ class SendEvent(Protocol):
 
 
 class AlertMonitor(Sink):
-    """Rules, two timers, and the webhook. Disks have their own timer, which may block together with a disk."""
+    """Rules, two timer threads, and the webhook. Disks have a timer of their own, as reading them may block."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class AlertMonitor(Sink):
     def _apply(self, rules: Callable[[float], list[Alert]]) -> None:
         with self._lock:
             alerts = rules(time.monotonic())
-        for alert in alerts:  # without the lock: the event comes back to this sink
+        for alert in alerts:  # without holding the lock: the event also reaches this sink
             self._report(alert)
 
     def _report(self, alert: Alert) -> None:
@@ -95,7 +95,7 @@ class AlertMonitor(Sink):
 
 
 class Ticker:
-    """Calls `call` every `seconds` in a thread, first at once. An error is reported in one line and ends it."""
+    """Calls `call` at once and then every `seconds`, in a thread. An error is logged in one line and ends it."""
 
     def __init__(self, name: str, seconds: float, call: Callable[[], None]) -> None:
         self._name, self._seconds, self._call = name, seconds, call

@@ -27,12 +27,12 @@ from internlm_lite.monitor.record import StepRecord
 from internlm_lite.units import human_bytes
 
 WINDOW_LINES = 50
-"""Lines that means and medians are taken over."""
+"""Number of last lines in means and medians."""
 FEWEST_LINES = 10
-"""With fewer lines, loss and speed raise no alert."""
+"""Loss and speed raise no alert before this number of lines."""
 SLOW_LINES = 3
 SLOW_SECONDS = 60.0
-"""Low speed for fewer lines or seconds is no alert."""
+"""Low speed is an alert only after this number of lines and of seconds."""
 SILENT_FACTOR = 10
 DISK_SHARE = 0.05
 DISK_BYTES = 200 * 1024**3
@@ -46,9 +46,9 @@ class Alert:
 
     rule: str
     step: int | None
-    """The last step that was reported."""
+    """Index of the last step line."""
     text: str
-    """For people; when it ends, how long it lasted."""
+    """Message for the user; at the end of an alert, how long it lasted."""
     over: bool
 
 
@@ -78,10 +78,10 @@ class Rules:
         self._consecutive_skips = 0
         self._last_line: float | None = None
         self._last_seen: float | None = None
-        """Time of the last step or event; None: no step is expected."""
+        """Time of the last step or event; None while no step is expected."""
 
     def step(self, record: StepRecord, now: float) -> list[Alert]:
-        """After a step line."""
+        """Alerts that begin or end with a step line."""
         steps = 1 if self._step is None else max(1, record.step - self._step)
         self._step = record.step
         alerts = [*self._alive(now), *self._loss(record, now), *self._overflow(record, steps, now)]
@@ -94,7 +94,7 @@ class Rules:
         return alerts
 
     def event(self, kind: str, facts: Mapping[str, Any], now: float) -> list[Alert]:
-        """After an event. Events of alerts themselves are ignored."""
+        """Alerts that begin or end with an event; events of alerts themselves are ignored."""
         if kind in _ALERTS:
             return []
         alerts = self._alive(now) if self._last_seen is not None or kind == "start" else []
@@ -108,7 +108,7 @@ class Rules:
         return alerts
 
     def time(self, now: float) -> list[Alert]:
-        """At regular times, also between steps."""
+        """Alerts that begin or end by time alone. To be called at regular intervals, also between steps."""
         if self._last_seen is None:
             return []
         usual = median(self._intervals) if self._intervals else 0.0
@@ -118,7 +118,7 @@ class Rules:
         return self._update("silent", silence > limit, text, now)
 
     def disk(self, figures: DiskFigures, now: float) -> list[Alert]:
-        """After a check of free space."""
+        """Alerts that begin or end with a measurement of free space."""
         limit = min(DISK_SHARE * figures.total, DISK_BYTES)
         full = _either(on=figures.free < limit, off=figures.free > 1.25 * limit)
         share = figures.free / figures.total if figures.total else 0.0
@@ -147,7 +147,7 @@ class Rules:
         return alerts + self._update("loss_spike", spike, text, now)
 
     def _overflow(self, record: StepRecord, steps: int, now: float) -> list[Alert]:
-        """All updates since the last line were skipped if their number grew by the number of steps."""
+        """All `steps` updates since the last line were skipped if the count of skipped updates grew by `steps`."""
         before = record.inf_nan_skip_batches if self._skipped is None else self._skipped
         new, self._skipped = record.inf_nan_skip_batches - before, record.inf_nan_skip_batches
         self._consecutive_skips = self._consecutive_skips + steps if new >= steps else 0
@@ -184,5 +184,5 @@ class Rules:
 
 
 def _either(*, on: bool, off: bool) -> bool | None:
-    """True, False, or None between two thresholds."""
+    """True if `on`, False if `off`, None between the two thresholds."""
     return True if on else False if off else None

@@ -1,4 +1,4 @@
-"""Output for people: step lines, a progress bar on a terminal, and a heartbeat line in long phases.
+"""Console output: step lines, a progress bar on a terminal, and a heartbeat line in long phases.
 
     terminal:      11:46:20  step 1  loss 11.3380  tgs 965  ...          off it: the full step line
                    step 2/50000 ------------ 0% eta 1:02:05 loss 11.34 tgs 965 mfu 38% next checkpoint 50
@@ -30,10 +30,10 @@ _BAR_TEXT = "eta {task.fields[eta]}  loss {task.fields[loss]}  tgs {task.fields[
 
 
 class Console(Sink):
-    """Rank 0's sink for people. `close` removes the bar from the terminal."""
+    """The console sink of rank 0. `close` removes the bar from the terminal."""
 
     def __init__(self, total_steps: int, *, terminal: bool, save_every: Sequence[int] = (), done: int = 0) -> None:
-        """`terminal`: standard output is one, so show colours and the bar. `save_every`: intervals in steps."""
+        """`terminal`: show colours and the bar. `save_every`: checkpoint intervals in steps."""
         self._total_steps = total_steps
         self._save_every = save_every
         self._terminal = terminal

@@ -12,7 +12,7 @@ from internlm_lite.monitor.alerts import DiskFigures
 
 
 def written_folders(run_folder: Path, ckpt: CkptConfig) -> list[Path]:
-    """The run folder, and where checkpoints and their temporary files go, unless that is S3."""
+    """The local folders that a run writes to: the run folder, and those of checkpoints and their temporary files."""
     names: list[str | None] = []
     if ckpt.enable_save_ckpt:
         names = [ckpt.save_ckpt_folder, ckpt.snapshot_ckpt_folder if ckpt.oss_snapshot_freq else None]

@@ -34,5 +34,5 @@ def tflops_per_gpu(flops_per_token: float, tokens: int, seconds: float, world_si
 
 
 def mfu(flops_per_token: float, tokens: int, seconds: float, world_size: int, peak: float | None) -> float | None:
-    """Model FLOPs utilisation: share of `peak` (FLOP/s of one device) reached; None where the peak is not known."""
+    """Model FLOPs utilisation: fraction of `peak` (FLOP/s of one device) reached; None if the peak is unknown."""
     return None if peak is None else tflops_per_gpu(flops_per_token, tokens, seconds, world_size) * 1e12 / peak

@@ -1,4 +1,4 @@
-"""metrics.jsonl, events.jsonl, samples.jsonl: append-only files of one JSON object a line, safe to read as they grow.
+"""metrics.jsonl, events.jsonl, samples.jsonl: append-only, one JSON object a line, readable while they grow.
 
     {"seg":0,"step":12,"loss":3.21,...,"folders":{"code":[tokens,loss,acc]},"seen":{"code":tokens}}     never NaN: null
 
@@ -27,7 +27,7 @@ logger = logging.getLogger("internlm_lite")
 _NESTED = ("time", "speed", "folders", "origin")
 _PLAIN = tuple(field.name for field in dataclasses.fields(StepRecord) if field.name not in _NESTED)
 _SEGMENT = re.compile(rb'"seg":\s*(\d+)')
-"""Inside a JSON string the first quote would be escaped."""
+"""Cannot match inside a JSON string, where quotes are escaped."""
 
 
 class JsonlWriter:
@@ -38,10 +38,10 @@ class JsonlWriter:
         self._lock = threading.Lock()
         self._failed = False
         self._descriptor: int | None = None
-        self._torn = True  # the file may end in an incomplete line of this or an earlier process
+        self._torn = True  # whether the file may end in an incomplete line, of this or an earlier process
 
     def write(self, value: Mapping[str, Any]) -> None:
-        """Append `value`; nan and inf become null."""
+        """Append `value` as one line; nan and inf become null."""
         text = json.dumps(finite(value), allow_nan=False, separators=(",", ":"), ensure_ascii=False) + "\n"
         with self._lock:
             try:
@@ -61,7 +61,7 @@ class JsonlWriter:
             if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
                 line = b"\n" + line
             self._torn = False
-        while line:  # a nearly full disk may accept only a part
+        while line:  # a nearly full disk may write only a part
             line = line[os.write(self._descriptor, line) :]
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ class EventsFile(_RunFile):
 
 
 class SamplesFile(_RunFile):
-    """samples.jsonl: continuations of prompts after `step` steps; for a repeated step, the last lines count."""
+    """samples.jsonl: continuations of prompts after `step` steps; if a step is repeated, its last lines are valid."""
 
     def sample(self, sample: Sample) -> None:
         self._writer.write({"time": _now(), "seg": self._segment, **dataclasses.asdict(sample)})
@@ -124,7 +124,7 @@ def step_object(record: StepRecord, segment: int) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """The same nested value with nan and inf as None."""
+    """`value`, nested, with nan and inf replaced by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

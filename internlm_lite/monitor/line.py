@@ -27,20 +27,20 @@ _NORM = re.compile(r"'([^']*)': ([^,}]+)")
 
 @dataclass(frozen=True)
 class Figure:
-    """How one number of a `StepRecord` is shown."""
+    """Format of one number of a `StepRecord` in the step line, and its tag in TensorBoard and wandb."""
 
     name: str
-    """Attribute of the record or of its speed."""
+    """Attribute of the record or of `record.speed`."""
     read: Callable[[str], Any] = float
-    """Its value from the text of the line."""
+    """Parses the text of the line."""
     write: Callable[[Any], object] = float
-    """What the line prints."""
+    """Formats the value for the line."""
     key: str = ""
-    """In the line; empty: `name`."""
+    """Key in the line; empty: `name`."""
     tag: str = ""
-    """In TensorBoard and wandb; empty: not shown there."""
+    """Tag in TensorBoard and wandb; empty: not shown there."""
     optional: bool = False
-    """The seed's lines do not have it."""
+    """Whether a line may lack it, as the seed's lines do."""
 
     def of(self, record: StepRecord) -> Any:
         return getattr(record.speed if hasattr(record.speed, self.name) else record, self.name)

@@ -26,13 +26,13 @@ class Collected:
     """Sums over the log interval and the whole job, on the host."""
 
     folders: dict[str, FolderFigures]
-    """Per data folder, in the run's order."""
+    """Figures per data folder, in the run's order."""
     loss: float
     """Mean training loss per label, with label smoothing; nan without labels."""
     cross_entropy: float
     """Mean cross-entropy per label, without label smoothing."""
     accuracy: float
-    """Share of labels that were predicted as the most likely token."""
+    """Fraction of labels that the model predicted as the most likely token."""
     num_labels: int
 
 
@@ -43,7 +43,7 @@ class FolderMetrics:
         self._folders = tuple(folders)
         self._world = mesh.world
         self._counts = mesh.tp.rank == 0
-        # [labels, cross-entropy, correct, tokens] per folder, then the training loss: one tensor, so one collective.
+        # [labels, cross-entropy, correct, tokens] per folder, then the training loss, in one tensor for one all-reduce.
         self._sums = torch.zeros(4 * len(self._folders) + 1, dtype=torch.float64, device=mesh.device)
 
     def add(
@@ -54,7 +54,7 @@ class FolderMetrics:
         correct: torch.Tensor,
         train_loss: torch.Tensor,
     ) -> None:
-        """All [T] on the device; `folders` integer, `token_loss` 0 without label; `train_loss` a scalar sum."""
+        """Add a micro-batch; no host sync. [T] each; `token_loss` is 0 without label; `train_loss` is a scalar sum."""
         if not self._counts:
             return
         learnt = labels != IGNORE
@@ -69,18 +69,18 @@ class FolderMetrics:
         """The sums since the last `collect` over all ranks, JSON-able. Collective; waits for the device."""
         sums = self._sums.clone()
         comm.all_reduce(sums, self._world).wait()
-        # JSON has no nan, and one bad step makes a sum nan until the next line
+        # JSON has no nan; one non-finite step makes the sums nan until the next line
         values = [value if math.isfinite(value) else repr(value) for value in sums.tolist()]
         return {"folders": list(self._folders), "sums": values}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from these sums, unless the data folders have changed."""
+        """Continue from the sums of `state_dict`; ignored if the data folders have changed."""
         self._sums.zero_()
         if self._world.rank == 0 and tuple(state["folders"]) == self._folders:
             self._sums.copy_(torch.tensor([float(value) for value in state["sums"]], dtype=torch.float64))
 
     def collect(self) -> Collected:
-        """The sums since the last call. Collective; waits for the device."""
+        """The sums since the last call, over all ranks; resets them. Collective; waits for the device."""
         comm.all_reduce(self._sums, self._world).wait()
         *values, train_loss = self._sums.tolist()
         self._sums.zero_()

@@ -15,7 +15,7 @@ _OLDEST_WANDB = Version("0.31")
 
 
 def check_packages(monitor: MonitorConfig) -> None:
-    """Raises MissingPackageError when the package of a requested sink is not installed, or too old."""
+    """Raises MissingPackageError when the package of a requested sink is missing or too old."""
     if monitor.tensorboard and not is_installed("tensorboard"):
         raise MissingPackageError(
             "monitor.tensorboard=True needs tensorboard, which is not installed: pip install internlm_lite[tb]"
@@ -31,11 +31,11 @@ def check_packages(monitor: MonitorConfig) -> None:
 
 
 def writes_tensorboard(monitor: MonitorConfig) -> bool:
-    """monitor.tensorboard=None means: if tensorboard is installed."""
+    """Whether the run has a TensorBoard sink. monitor.tensorboard=None: if tensorboard is installed."""
     return is_installed("tensorboard") if monitor.tensorboard is None else monitor.tensorboard
 
 
 def is_installed(package: str) -> bool:
-    """A plain folder of that name, such as the one wandb writes to, has no origin and is not a package."""
+    """Whether package `name` is installed. A plain folder of that name, such as wandb's output, is no package."""
     spec = find_spec(package)
     return spec is not None and spec.origin is not None

@@ -1,4 +1,4 @@
-"""The records of a run, and `Sink`, the interface of what takes them: log, files, terminal, charts.
+"""The records of a run, and `Sink`, the interface of what receives them: log, files, terminal, charts.
 
 Plain numbers, read from the device once per line. A folder without tokens in the interval has loss nan and acc 0.
 """
@@ -35,16 +35,16 @@ class Origin:
 
 @dataclass(frozen=True)
 class FolderFigures:
-    """One data folder, over the steps of the line."""
+    """Figures of one data folder over the steps of the line."""
 
     tokens: int
     """Labels trained on, over all data-parallel ranks."""
     loss: float
     """Mean cross-entropy over them, without label smoothing; nan without tokens."""
     acc: float
-    """Share of them predicted correctly; 0 without tokens."""
+    """Fraction of the labels predicted correctly; 0 without tokens."""
     seen: int | None = None
-    """All tokens of the folder, including those without a label, such as prompts; None: not known."""
+    """All tokens of the folder, including those without a label, such as prompts; None: unknown."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,13 @@ class StepRecord:
     """One step line. Times in seconds, memory in bytes."""
 
     time: datetime
-    """With time zone."""
+    """When the line was made, with time zone."""
     step: int
     """Index of the step, from 0."""
     loss: float
     """Training loss, with label smoothing."""
     tflops: float
-    """Per GPU, by the formula in flops.py."""
+    """TFLOP/s per GPU, by InternLM's formula (flops.py)."""
     speed: SpeedFigures
     lr: float
     """Learning rate of the next step, as the seed prints it."""
@@ -86,7 +86,7 @@ class StepRecord:
     num_samples_in_batch: int
     """Attention spans (segments) in the batch of rank 0."""
     largest_length: int
-    """Tokens of its longest segment."""
+    """Tokens of the longest segment in the batch of rank 0."""
     largest_batch: int
     """Most segments in one micro-batch."""
     smallest_batch: int
@@ -94,19 +94,19 @@ class StepRecord:
     adam_beta2: float
     fwd_bwd_time: float
     acc: float
-    """Share of labels predicted correctly."""
+    """Fraction of labels predicted correctly."""
     perplexity: float
     """exp(loss_from_metric)."""
     loss_from_metric: float
     """Mean cross-entropy over the labels of the batch, without label smoothing."""
     folders: Mapping[str, FolderFigures] = field(default_factory=dict)
-    """In the order of the run's data folders."""
+    """Figures per data folder, in the run's order."""
     mfu: float | None = None
-    """Share of the device's peak FLOP/s; None: the peak is not known."""
+    """Fraction of the device's peak FLOP/s reached; None: the peak is unknown."""
     eta_seconds: float | None = None
-    """Time to the last step."""
+    """Estimated time to the last step."""
     pack_fill: float | None = None
-    """Share of the batch's tokens that have a label."""
+    """Fraction of the batch's tokens that have a label."""
     memory_bytes: int | None = None
     """Peak memory of rank 0's device since the last line."""
     origin: Origin = field(default_factory=lambda: Origin("train.py", 0, "main", os.getpid()))
@@ -135,7 +135,7 @@ class Sample:
 
 
 class Sink:
-    """Takes the records of a run. A sink overrides the methods for what it shows."""
+    """Receives the records of a run. A subclass overrides the methods for the records it needs."""
 
     def step(self, record: StepRecord) -> None:
         """A step line."""
@@ -150,4 +150,4 @@ class Sink:
         """A text that the model generated."""
 
     def close(self) -> None:
-        """Write what is buffered. No method is called afterwards."""
+        """Flush buffers and release resources. No method is called afterwards."""

@@ -1,4 +1,4 @@
-"""Hands rank 0's records to all sinks, so that no sink can stop training or make a step wait.
+"""Passes rank 0's records to all sinks, such that no sink can stop or delay training.
 
     direct   console, files, alerts        called at once, quick
     queued   TensorBoard, wandb            called by one daemon thread with a bounded queue; dropped when it is full
@@ -28,13 +28,13 @@ from internlm_lite.monitor.record import Sample, Sink, StepRecord, ValidationRec
 logger = logging.getLogger("internlm_lite")
 
 CAPACITY = 1000
-"""Most records that wait for queued sinks."""
+"""Most records in the queue; further ones are dropped."""
 CLOSE_SECONDS = 10.0
 """Longest time that `close` waits for queued sinks."""
 
 Call = Callable[[Sink], None]
 SinkFactory = Callable[[Path, Config], Sink | None]
-"""Makes a sink of your own for a run folder; None: the config does not ask for it. Its methods must be quick."""
+"""Makes a user's sink for a run folder; None: the config does not request it. Its methods must return quickly."""
 
 
 def run_files(folder: Path) -> dict[str, Sink]:
@@ -49,7 +49,7 @@ def run_files(folder: Path) -> dict[str, Sink]:
 
 
 class FanOut:
-    """Hands everything to all sinks. `event` may be called from any thread, the rest from the training thread."""
+    """Passes all records to all sinks. `event` may be called from any thread, the rest from the training thread."""
 
     def __init__(
         self,
@@ -65,14 +65,14 @@ class FanOut:
         self._dropped = 0
         self._abandoned = threading.Event()
         self._queued = " and ".join(queued)
-        """Their names, for messages."""
+        """Names of the queued sinks, for messages."""
         self._thread: threading.Thread | None = None
         if queued:
             self._thread = threading.Thread(target=self._work, args=(dict(queued),), name="sinks", daemon=True)
             self._thread.start()
 
     def add(self, name: str, sink: Sink) -> None:
-        """One more direct sink, after the others."""
+        """Add a direct sink, called after the others."""
         self._direct[name] = sink
 
     def step(self, record: StepRecord) -> None:
@@ -139,7 +139,7 @@ class FanOut:
         self.event("sink_failed", sink=name, why=why)
 
     def _close_broken(self, name: str, sink: Sink) -> None:
-        """Release the terminal, file or connection that it may hold."""
+        """Close a sink that raised, to release its terminal, file or connection; errors are ignored."""
         try:
             sink.close()
         except Exception as error:  # noqa: BLE001  as above
@@ -170,9 +170,9 @@ class FanOut:
 def open_sinks(
     folder: Path, config: Config, own: Mapping[str, SinkFactory], done: int, *, terminal: bool = False
 ) -> FanOut:
-    """Those of the config and `own`, for a run that has done `done` steps and goes on in `folder`. On rank 0.
+    """Open the sinks of the config and `own`, for a run that continues in `folder` after `done` steps. Rank 0 only.
 
-    `own` are closed last, the first of them after all others. Packages are checked already (`monitor.packages`).
+    `own` are closed last, the first of them after all others. Packages were checked before (`monitor.packages`).
     """
     monitor, ckpt, total = config.monitor, config.ckpt, config.data.total_steps
     save_every = [n for n in (ckpt.checkpoint_every, ckpt.oss_snapshot_freq) if n and ckpt.enable_save_ckpt]
@@ -186,7 +186,7 @@ def open_sinks(
 
 
 def _queued(folder: Path, config: Config, done: int) -> dict[str, Callable[[], Sink]]:
-    """Their packages are imported in the thread that makes them."""
+    """Factories of the queued sinks; they import their packages in the queue's thread."""
     monitor = config.monitor
 
     def tensorboard() -> Sink:

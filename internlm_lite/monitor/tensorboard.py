@@ -1,6 +1,6 @@
 """TensorBoard's event files, in the run folder: scalars, one chart for all folders, samples as text.
 
-A run that continues from a checkpoint tells TensorBoard to drop the steps that it will repeat, so that they are drawn
+A run that continues from a checkpoint makes TensorBoard drop the steps that it will repeat, so that each is shown
 once.
 """
 

@@ -34,7 +34,7 @@ class Wandb(Sink):
     """A run of wandb in `folder`/wandb."""
 
     def __init__(self, folder: Path, config: Config, settings: WandbConfig) -> None:
-        """Raises wandb's errors."""
+        """Start the run of wandb. Raises wandb's own errors."""
         mode = settings.mode
         if mode == "online" and not wandb.login(prompt=False):
             logger.warning("monitor.wandb: found no login, so it writes offline: run `wandb login`, then `wandb sync`")
@@ -70,7 +70,7 @@ class Wandb(Sink):
         self._run.log({"step": record.step, **validation_scalars(record)})
 
     def event(self, kind: str, facts: Mapping[str, Any]) -> None:
-        """The summary shows how the run ended."""
+        """The end of the run is written to wandb's summary."""
         if kind in ("done", "stopped", "failed"):
             self._run.summary["ended"] = kind
 

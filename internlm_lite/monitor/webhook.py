@@ -26,16 +26,16 @@ logger = logging.getLogger("internlm_lite")
 TIMEOUT_SECONDS = 10.0
 ATTEMPTS = 4
 FIRST_WAIT_SECONDS = 1.0
-"""Before the second attempt; doubled for each further one."""
+"""Wait before the second attempt; doubled before each further one."""
 CAPACITY = 100
-"""Most messages that wait."""
+"""Most messages in the queue."""
 CLOSE_SECONDS = 5.0
 _ANSWER_BYTES = 65536
 _TEMPORARY = frozenset({408, 425, 429})
 
 
 class Webhook:
-    """Sends texts in order. Texts that cannot be sent are dropped; the first of a series is logged."""
+    """Sends texts in order, in a thread. Texts that cannot be sent are dropped; the first of a series is logged."""
 
     def __init__(
         self,
@@ -64,16 +64,16 @@ class Webhook:
         return "Webhook(...)"
 
     def send(self, text: str) -> None:
-        """Returns at once; drops the text when too many wait."""
+        """Queue a text and return at once; it is dropped when the queue is full."""
         try:
             self._queue.put_nowait(text)
         except queue.Full:
             self._report_failure("too many messages wait")
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Try once more to send what waits, for at most `seconds`; then log how many texts were not sent."""
+        """Try once more to send the queued texts, for at most `seconds`; then log how many were not sent."""
         self._closing.set()
-        with suppress(queue.Full):  # a full queue wakes the thread as well
+        with suppress(queue.Full):  # with a full queue the thread is awake anyway
             self._queue.put_nowait(None)
         self._thread.join(seconds)
         with self._queue.mutex:

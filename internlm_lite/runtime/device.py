@@ -39,7 +39,7 @@ _PEAKS: tuple[tuple[str, float, float, float, float], ...] = (
 def bind_device(dist_env: DistEnv, wanted: str = "auto") -> torch.device:
     """The device of this process, made current. `wanted`: auto (a GPU if there is one), cpu, cuda.
 
-    Raises MeshError when GPUs are wanted and there is none, or fewer than processes on this host.
+    Raises MeshError when GPUs are wanted and the host has none, or fewer than processes.
     """
     assert wanted in ("auto", "cpu", "cuda"), wanted
     visible = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0

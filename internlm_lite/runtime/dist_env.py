@@ -1,8 +1,8 @@
-"""The rank of this process and all else that its launcher says, read once from environment variables.
+"""The rank of this process and other facts set by its launcher, read once from environment variables.
 
     torchrun, or RANK set by hand  >  a task of srun  >  a single process          (`auto` takes the first that applies)
 
-Only this file knows names of environment variables; it reads them from a mapping that it is given.
+Only this file knows the names of environment variables; they are read from a mapping passed by the caller.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ class DistEnv:
     rank: int
     world_size: int
     local_rank: int
-    """Index among the processes of this host."""
+    """Index of this process among those of its host."""
     local_world_size: int
     hostname: str
     launcher: Launcher
     why: str
-    """One line: which launcher was recognised, and by what."""
+    """One line: the launcher that was recognised, and the variables that identified it."""
     master_host: str
     """Host of the key-value store for the rendezvous, served by rank 0 or the launcher's agent."""
     master_port: int
     attempt: int = 0
     """Restarts so far, as the launcher counts them; an agent of torchrun counts only its own."""
     supervised: bool = False
-    """torchrun's agent treats any exit code but 0 as a failure, and may restart the ranks."""
+    """Whether torchrun's agent started this process: it treats exit codes other than 0 as failures and may restart."""
     agent_store: bool = False
-    """torchrun's agent already serves the store."""
+    """Whether torchrun's agent already serves the store."""
     agent: str = ""
-    """Identifies what started this process and will restart it: torchrun's agent by its log folder, or Slurm's step."""
+    """Identifies the launcher that restarts this process: the log folder of torchrun's agent, or Slurm's step."""
     error_file: Path | None = None
-    """See `error_file`."""
+    """File from which torchrun's agent reads the failure; see the function `error_file`."""
     idle_tasks: int = 0
     """Tasks of the surrounding Slurm job that stay unused by a single process without `--launcher single`."""
     cpu_threads: int | None = None
@@ -62,7 +62,7 @@ class DistEnv:
 
 
 def set_defaults(environ: MutableMapping[str, str]) -> None:
-    """Variables that libraries read when they are imported: call it before torch is. Values of the user win."""
+    """Set variables that libraries read on import: call it before importing torch. Values set by the user are kept."""
     # GNU OpenMP's threads busy-wait for each other. With two other busy processes that halved the training speed;
     # on idle cores a shorter busy-wait made no measurable difference.
     environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -75,7 +75,7 @@ def set_defaults(environ: MutableMapping[str, str]) -> None:
 def adopt_s3_keys(environ: MutableMapping[str, str]) -> None:
     """Copy InternLM's variables of the S3 credentials to those of boto3's default chain.
 
-    They are more specific, so they win, as a pair: a session token, which belongs to other keys, is removed.
+    InternLM's pair takes precedence; a session token, which belongs to other keys, is then removed.
     """
     ours = {"S3_ACCESS_KEY_ID": "AWS_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY_ID": "AWS_SECRET_ACCESS_KEY"}
     given = [name for name in ours if environ.get(name)]
@@ -91,7 +91,7 @@ def adopt_s3_keys(environ: MutableMapping[str, str]) -> None:
 _WITH_VALUES = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "CUDA_", "OMP_", "MKL_", "UCX_", "LD_LIBRARY_", "PYTHONPATH")
 _NAMES_ALONE = ("S3_", "AWS_", "BOTO3_", "HF_", "WANDB_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
 _OF_ONE_RANK = ("CUDA_VISIBLE_DEVICES", "NCCL_TOPO_FILE", "OMP_PLACES")
-"""May differ between ranks."""
+"""Variables that may differ between ranks."""
 
 
 def common_variables(environ: Environ) -> dict[str, str]:
@@ -129,7 +129,7 @@ def read_dist_env(
     port: int | None = None,
     resolves: Callable[[str], bool] = resolves,
 ) -> DistEnv:
-    """What the launcher says of this process; `host` and `port` (of the command line) replace the launcher's.
+    """Read the launcher's variables; `host` and `port`, from the command line, replace the launcher's.
 
     Raises MeshError naming the variables when they are missing or contradict each other.
     """

@@ -93,7 +93,7 @@ def write_start(folder: Path, loaded: LoadedConfig, environment: Mapping[str, An
     """Write what defines a start: config files to config/ (numbered if names repeat), all values to
     config.resolved.yaml, their origins to config.origins.json, and `environment` to env.json. Secrets are masked.
 
-    Files of the start before are kept as config.0/, config.resolved.0.yaml, ... if they differ. Raises StorageError.
+    Files of the previous start are kept as config.0/, config.resolved.0.yaml, ... if they differ. Raises StorageError.
     """
     texts = {f"config/{name}": text for name, text in _sources(loaded.files).items()}
     values = masked(resolved(loaded.config))
@@ -160,7 +160,7 @@ def agents_of(folder: Path) -> set[str]:
 
 
 def package_versions(names: Sequence[str] = PACKAGES) -> Mapping[str, str]:
-    """Versions of those packages that are installed."""
+    """Package -> version, for those of `names` that are installed."""
     versions: dict[str, str] = {}
     for name in names:
         try:
@@ -173,7 +173,7 @@ def package_versions(names: Sequence[str] = PACKAGES) -> Mapping[str, str]:
 def code_digest(folder: Path) -> str:
     """12 hex digits of sha256 over names and contents of the Python files below `folder`."""
     digest = sha256()
-    # Lock files of editors are broken links.
+    # Skips lock files of editors, which are broken links.
     for file in sorted(file for file in folder.rglob("*.py") if file.is_file()):
         content = file.read_bytes()
         digest.update(f"{file.relative_to(folder)} {len(content)}\n".encode() + content)
@@ -202,7 +202,7 @@ def _masked_argument(argument: str) -> str:
 
 
 def _backup(folder: Path, texts: Mapping[str, str]) -> None:
-    """Copy what differs from `texts` under the next number; env.json always, as it numbers the starts."""
+    """Copy the files that differ from `texts` under the next number, and env.json always: it counts the starts."""
     number = next(n for n in itertools.count() if not (folder / f"env.{n}.json").exists())
     for path in [folder / "config", *(folder / name for name in texts if "/" not in name)]:
         kept = path.with_name(f"{path.stem}.{number}{path.suffix}")

@@ -38,7 +38,7 @@ class FullFormatter(logging.Formatter):
 
 
 class CompactFormatter(logging.Formatter):
-    """`HH:MM:SS message` for people; warnings and errors name their level, in colour on a terminal."""
+    """`HH:MM:SS message`; warnings and errors are preceded by their level, in colour on a terminal."""
 
     def __init__(self, *, colour: bool) -> None:
         super().__init__("%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -72,7 +72,7 @@ class _ReportsOnce(logging.Handler):
 
 
 class StdoutHandler(_ReportsOnce, logging.StreamHandler[TextIO]):
-    """Writes to the current `sys.stdout`: a progress bar that replaces it keeps records above itself."""
+    """Writes to the current `sys.stdout`, which a progress bar may have replaced to print records above itself."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -83,7 +83,7 @@ class StdoutHandler(_ReportsOnce, logging.StreamHandler[TextIO]):
 
 
 def resolve_style(style: str, stream: TextIO) -> Style:
-    """`auto` is compact on a terminal and full off it."""
+    """Resolve `auto`: compact if `stream` is a terminal, else full."""
     if style == "auto":
         return "compact" if stream.isatty() else "full"
     assert style in ("full", "compact"), style

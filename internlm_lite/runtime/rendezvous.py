@@ -4,12 +4,12 @@
     others   wait for round, then          NAME/here/<rank> = introduction       wait until NAME/all has the own id
 
 An introduction is an id, the host, and a digest of the job fingerprint. If digests differ, rank 0 requests the
-fingerprint of the first rank that differs, and all ranks end with the difference (or with the list of missing ranks):
+fingerprint of the first rank that differs, and all ranks raise the difference (or the list of missing ranks):
 
     rank 0   NAME/request/<rank>           NAME/problem = the message
     <rank>   NAME/fingerprint/<rank> = its fingerprint
 
-With keys of our own, a missing rank can be told from all other failures. NAME is new for every start: the store of
+Keys of our own distinguish missing ranks from other failures. NAME is new for every start: the store of
 torchrun's agent still holds what earlier processes wrote, and the agents' restart counts may differ (an agent whose
 ranks were healthy, or that joined later, has counted fewer), so they cannot identify a start.
 """
@@ -32,7 +32,7 @@ from internlm_lite.runtime.dist_env import DistEnv
 
 _FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 0.02, 0.5
 _LAST_WORDS_SECONDS = 2.0
-"""Rank 0 keeps serving the store for so long after a problem, and the others wait so much longer to read it."""
+"""Time that rank 0 keeps serving the store after a problem, and that other ranks wait longer to read it."""
 _NAMED_KEYS = 4
 
 
@@ -53,7 +53,7 @@ def rendezvous(dist_env: DistEnv, timeout: timedelta, fingerprint: Mapping[str, 
 
 def _rendezvous_in_thread(dist_env: DistEnv, timeout: timedelta, fingerprint: Mapping[str, str]) -> Store:
     serves = dist_env.is_main and not dist_env.agent_store
-    # Ranks started for a world of another size must not take part in this one.
+    # Ranks that were started for another world size must not join.
     store = PrefixStore(f"world{dist_env.world_size}", _connect(dist_env, timeout, serves=serves))
     try:
         name = (
@@ -163,7 +163,7 @@ def _difference(introductions: Sequence[Mapping[str, str]], store: Store, finger
     first = others[0]
     store.set(f"request/{first}", "")
     found: list[str] = []
-    with suppress(RuntimeError):  # it may have ended since it connected
+    with suppress(RuntimeError):  # the rank may have ended since it connected
         store.wait([f"fingerprint/{first}"], timedelta(seconds=_LAST_WORDS_SECONDS))
         found = _differing(json.loads(store.get(f"fingerprint/{first}")), fingerprint)
     return (

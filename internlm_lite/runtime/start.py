@@ -31,7 +31,7 @@ def start_world(
 ) -> Store | None:
     """Initialise `torch.distributed`: nccl on CUDA, gloo on the CPU; nothing for a world of one.
 
-    `timeout` limits the rendezvous, `collectives` (None: the same) every later collective of the default group.
+    Collective. `timeout` limits the rendezvous, `collectives` (None: the same) later collectives of the default group.
     `fingerprint` of the job: must be equal on all ranks. Returns a separate connection to the store, for the
     watchdog. Raises MeshError when the port is taken, the master cannot be reached, ranks are missing after `timeout`,
     or fingerprints differ.
@@ -72,7 +72,7 @@ def announce_layout(data: int, pipeline: int, tensor: int) -> None:
 
 
 def stop_world() -> None:
-    """Wait for all ranks and destroy the process groups. Raises PeerLostError when a rank is gone."""
+    """Wait for all ranks and destroy the process groups. Collective. Raises PeerLostError when a rank has ended."""
     if not dist.is_initialized():
         return
     try:
@@ -85,7 +85,7 @@ def stop_world() -> None:
 def end_process(code: int, world_size: int = 1) -> NoReturn:
     """End this process with exit code `code`, after flushing logs, without waiting for other ranks (`stop_world` does).
 
-    One of several ranks leaves by `os._exit`: gloo's threads abort about half of all interpreter exits with signal 6,
+    With several ranks it calls `os._exit`: gloo's threads abort about half of all interpreter exits with signal 6,
     and NCCL waits for dead peers. So does a process with a running thread: such a thread has exceeded its time limit,
     and may be blocked in storage.
     """
@@ -101,8 +101,8 @@ def _must_be_joined(thread: threading.Thread) -> bool:
 
 
 def leave_now(code: int, last_words: Callable[[], object], seconds: float) -> NoReturn:
-    """End this process from any thread, even if others are blocked. `last_words`, which writes to the log and to files,
-    gets `seconds`, as a disk or a terminal may block it.
+    """End this process from any thread, even if others are blocked. `last_words` writes to the log and to files; it is
+    abandoned after `seconds`, as a disk or a terminal may block it.
     """
 
     def speak() -> None:

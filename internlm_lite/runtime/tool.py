@@ -24,8 +24,8 @@ class ToolConsole(Console):
 
 
 def run_tool(work: Callable[[], int], interrupted: str = "interrupted", *, has_s3_option: bool = False) -> int:
-    """The exit code of `work`. Errors of the user are one line on standard error instead of a traceback: our errors,
-    files and folders that the system refuses, and `interrupted` after Ctrl-C. A closed pipe is no error.
+    """Run `work`; returns its exit code. One line on standard error replaces the traceback of our errors, of OSErrors
+    about files, and of Ctrl-C (`interrupted`). A closed pipe is no error.
 
     `has_s3_option`: the tool has no config, so messages name --s3 KEY instead of ckpt.s3.KEY.
     """
@@ -65,13 +65,13 @@ def _flush_or_discard() -> None:
 
 
 def _discard_output() -> None:
-    """Redirect what Python flushes at exit to nowhere, so that it does not fail again."""
+    """Redirect standard output to /dev/null, so that flushing it at exit does not fail again."""
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def add_s3_option(parser: argparse.ArgumentParser) -> None:
-    """--s3 KEY=VALUE, for `s3_settings`."""
+    """Add --s3 KEY=VALUE, parsed by `s3_settings`."""
     parser.add_argument(
         "--s3", action="append", default=[], metavar="KEY=VALUE", help="a key of ckpt.s3, such as insecure=True"
     )

@@ -22,7 +22,7 @@ logger = logging.getLogger("internlm_lite")
 
 @contextmanager
 def report_to_agent(file: Path | None) -> Iterator[None]:
-    """Report an error that leaves this block to the agent: our errors by their message, others with their traceback."""
+    """Report an exception that leaves this block to the agent: our errors as their message, others with a traceback."""
     try:
         yield
     except InternLMError as error:

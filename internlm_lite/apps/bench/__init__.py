@@ -1,1 +1,1 @@
-"""Benchmarks: our parts against what a user would otherwise pick, as ratios measured in one run."""
+"""Benchmarks: our parts against the usual alternatives, as ratios measured in one run."""

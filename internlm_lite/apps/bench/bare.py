@@ -1,4 +1,4 @@
-"""The same decoder as a bare PyTorch loop: what a good engineer writes in an afternoon, and the yardstick for ours.
+"""The same decoder as a plain PyTorch training loop: the baseline of the benchmarks.
 
 No packing (rows of equal length), no layouts, no master weights, no metrics: nn.Linear, SDPA, F.cross_entropy, AdamW.
 Parameters have our names and shapes, so weights of one fit the other.
@@ -16,7 +16,7 @@ from internlm_lite.config.schema import ModelConfig
 
 
 class BareAttention(nn.Module):
-    """Rotary grouped-query attention; rows of wqkv: g queries, key and value of one key/value head after another."""
+    """Rotary grouped-query attention. Rows of wqkv, for each key/value head: g queries, one key, one value."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -65,13 +65,13 @@ class BareBlock(nn.Module):
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [..., length, head_dim] turned by the angles of cos and sin [length, head_dim / 2]."""
+    """x [..., length, head_dim] rotated by the angles of cos and sin [length, head_dim / 2]."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class BareStage(nn.Module):
-    """Some layers: tokens [batch, length], or the hidden state of the stage before, to logits or a hidden state."""
+    """Consecutive layers: tokens [batch, length] or a hidden state in, logits or a hidden state out."""
 
     def __init__(self, config: ModelConfig, length: int, dtype: torch.dtype, layers: range) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class BareStage(nn.Module):
         self.register_buffer("cos", angle.cos().to(dtype), persistent=False)
         self.register_buffer("sin", angle.sin().to(dtype), persistent=False)
         for name, param in self.named_parameters():
-            if param.dim() > 1:  # seeded by name: a stage starts with the weights that it has in the whole model
+            if param.dim() > 1:  # seeded by name: weights do not depend on the split into stages
                 seeded = torch.Generator(param.device).manual_seed(zlib.crc32(name.encode()))
                 nn.init.normal_(param, std=config.init_std, generator=seeded)
 
@@ -114,5 +114,5 @@ class BareDecoder(nn.Module):
 
 
 def mean_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """logits [batch, length, vocab], labels [batch, length]: the mean over the labels."""
+    """Mean cross-entropy over the labels. logits [batch, length, vocab], labels [batch, length]."""
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())

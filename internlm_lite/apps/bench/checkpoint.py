@@ -1,9 +1,9 @@
 """(g) Checkpoints of a training state: ours against torch.distributed.checkpoint, and our writer against `dd`.
 
-stall    from the call until training may change the tensors; in the background, memory made before
+stall    from the call until training may change the tensors, for a background save with its memory allocated before
 total    until the checkpoint exists on the disk, flushed
-load     back into the same tensors; ours checks every byte it uses
-cost     what a save adds to the steps that run beside it, at one save every `SAVE_EVERY` steps
+load     into the same tensors; ours verifies the checksum of every byte it uses
+cost     time that a save adds to concurrent steps, at one save every `SAVE_EVERY` steps
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from internlm_lite.runtime.device import device_name
 
 SAVE_EVERY = 100
 STEPS_BESIDE = 2
-"""Steps in which a save is expected to end; if it does not, the rest of it is counted as if training stood still."""
+"""Steps in which a save is expected to end; any time beyond them is counted as if training waited for it."""
 _MEGABYTE = 10**6
 
 End = Callable[[], object]
@@ -70,10 +70,10 @@ class Ours:
 
 
 class Torch:
-    """torch.distributed.checkpoint. Every rank's pieces have names of their own, so that each byte is written once."""
+    """torch.distributed.checkpoint. Names of pieces differ between ranks, so that each byte is written once."""
 
     def __init__(self, folder: Path, mesh: Mesh, pieces: list[LocalShard], mode: str) -> None:
-        """`mode`: "save"; "async_save"; or "async_save warm", with memory for the copy that is made once."""
+        """`mode`: "save"; "async_save"; or "async_save warm", which reuses the memory of the copy."""
         self._folder, self._mode, self._step = folder, mode, 0
         self._state = {f"{piece.role}/{piece.name}/{mesh.rank}": piece.tensor for piece in pieces}
         pinned = mesh.device.type == "cuda"
@@ -83,7 +83,7 @@ class Torch:
 
     def begin(self) -> End:
         self._step += 1
-        folder = self._folder / str(self._step % 2)  # two are kept, as by ours
+        folder = self._folder / str(self._step % 2)  # keeps two checkpoints, as ours does
         if self._mode == "save":
             save(self._state, checkpoint_id=folder)
             return _nothing
@@ -95,14 +95,14 @@ class Torch:
 
 
 def _nothing() -> None:
-    """What is left to do after a save that has waited."""
+    """The wait after a blocking save: there is nothing to wait for."""
 
 
 Kind = Ours | Torch
 
 
 def sides(folder: Path, mesh: Mesh, pieces: list[LocalShard]) -> dict[str, Kind]:
-    """What is compared. Collective."""
+    """The implementations to compare, by name. Collective."""
     modes = ("async_save", "async_save warm", "save")
     theirs = {f"torch {mode}": Torch(folder / mode, mesh, pieces, mode) for mode in modes}
     return {"ours": Ours(folder / "ours", mesh, pieces), **theirs}
@@ -116,12 +116,12 @@ class SaveRow:
     side: str
     device: str
     megabytes: float
-    """Of all ranks."""
+    """Size of the checkpoint over all ranks."""
     stall: float
     total: float
     load: float
     cost_percent: float
-    """At a save every SAVE_EVERY steps of `step_seconds`."""
+    """Cost as a share of training time, at a save every SAVE_EVERY steps of `step_seconds`."""
     step_seconds: float
 
 
@@ -143,7 +143,7 @@ def bench_saves(size: int, rounds: int, folder: Path, **shape: Any) -> list[Save
 
 
 def _saves(rank: int, device: torch.device, config: Config, rounds: int, folder: Path) -> list[SaveRow]:
-    warnings.filterwarnings("ignore", "Detected an existing checkpoint")  # at every save of torch's
+    warnings.filterwarnings("ignore", "Detected an existing checkpoint")  # raised by every save of torch
     mesh = mesh_of(config, rank, device)
     training, optimizer = our_training(config, mesh, seed=1)
     training.step()  # moments that are not all zero
@@ -156,7 +156,7 @@ def _saves(rank: int, device: torch.device, config: Config, rounds: int, folder:
     for number in range(rounds + 1):
         for name, side in found.items():
             measured = _once(side, device)
-            if number:  # the first is to warm up
+            if number:  # the first round is a warm-up
                 times[name].append(measured)
     costs, step_seconds = _costs(training, found, rounds, device)
     rows, where = [], device_name(device)

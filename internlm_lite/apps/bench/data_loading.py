@@ -27,7 +27,7 @@ class LoaderResult:
     corpus_tokens: int
     open_seconds: float
     open_resident_bytes: int
-    """Resident set of the whole process once opened; later the mapped part of the page cache is counted to it too."""
+    """Resident set of the process after opening, before mapped pages of the page cache add to it."""
     tokens_per_second: float
 
 
@@ -42,7 +42,7 @@ def write_corpus(folder: Path, n_tokens: int, mean_length: int, seed: int = 0) -
 
 
 def bench_loader(folder: Path, n_tokens: int, mean_length: int, n_batches: int = 300) -> LoaderResult:
-    """Writes a corpus under `folder`, opens it and builds batches without the read-ahead thread: one core's rate."""
+    """Write a corpus under `folder`, open it, and build batches without the prefetch thread: the rate of one core."""
     write_corpus(folder, n_tokens, mean_length)
     config = DataConfig.model_validate(
         {"seq_len": SEQ_LEN, "micro_num": MICRO_NUM, "total_steps": 1, "train_folder": str(folder)}

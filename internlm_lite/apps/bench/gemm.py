@@ -1,4 +1,4 @@
-"""This machine's matrix rate at the model's own shapes: forward, input-gradient and weight-gradient products."""
+"""FLOP/s of matrix products at the model's shapes: forward, input gradient and weight gradient."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def linear_layers(model: ModelConfig) -> list[LinearShape]:
 
 
 def measured_rate(layers: list[LinearShape], rows: int, dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s over all products of one forward and backward pass with `rows` tokens, each timed alone."""
+    """FLOP/s over all products of one forward and backward pass with `rows` tokens; each product is timed alone."""
     flops = seconds = 0.0
     for shape in layers:
         x = torch.randn(rows, shape.inputs, device=device).to(dtype)

@@ -1,4 +1,4 @@
-"""(e) Layouts of the same model over the same global batch, against the layouts that torch itself offers.
+"""(e) Layouts of the same model over the same global batch, against those of torch.
 
 Each world of ranks holds all sides of one kind of layout and alternates between them:
 
@@ -27,7 +27,7 @@ from internlm_lite.runtime.device import device_name
 
 @dataclass(frozen=True)
 class Entry:
-    """One side: who builds it, and how the ranks are used."""
+    """One side of a comparison: its builder and its layout."""
 
     build: Builder
     parallel: Mapping[str, Any] = field(default_factory=dict)
@@ -37,13 +37,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class World:
-    """Sides that are measured together."""
+    """Sides that are measured in the same processes."""
 
     ranks: int
     dp: int
     sides: Mapping[str, Entry]
     pairs: tuple[tuple[str, str], ...]
-    """(side, what it is compared with)."""
+    """(side, side to compare it with)."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _pipeline(schedule: str) -> dict[str, Any]:
 
 
 def worlds() -> list[World]:
-    """What is measured, on 2 ranks and, for hybrid ZeRO, on 4."""
+    """All worlds: of 2 ranks and, for hybrid ZeRO, of 4."""
     data = World(
         2,
         2,
@@ -116,7 +116,7 @@ def worlds() -> list[World]:
 
 
 def bench_layouts(rounds: int, most_ranks: int, **shape: Any) -> list[LayoutRow]:
-    """All worlds of up to `most_ranks` ranks.
+    """Measure all worlds of up to `most_ranks` ranks.
 
     shape: as `bench_config`; its micro_num micro-batches, a multiple of 4, are those of the whole step.
     """
@@ -141,7 +141,7 @@ def bench_layouts(rounds: int, most_ranks: int, **shape: Any) -> list[LayoutRow]
 
 
 def _measure(rank: int, device: torch.device, world: World, shape: dict[str, Any], rounds: int) -> dict[str, float]:
-    """Seconds of one step of every side of `world`."""
+    """Median seconds of one step of every side of `world`. Collective."""
     micro_num = shape["micro_num"] // world.dp
     sides = {}
     for name, entry in world.sides.items():

@@ -1,8 +1,8 @@
-"""(h) What looking at a run costs: the same training with a line a step to every sink, and with none.
+"""(h) Cost of monitoring: the same training with a step line per step to every sink, and without.
 
-Two answers. The ratio of alternating turns says what a user would notice; it cannot tell half a percent from noise. The
-share adds up what was spent: seconds of the training thread in the line, and CPU seconds of the threads behind it, as
-if nothing of theirs ran beside the step. Sums on the device are part of the ratio alone.
+Two measures. The ratio of step times of alternating turns includes everything, but its noise is about half a percent.
+The share is the sum of the training thread's seconds per line and the CPU seconds of the sinks' threads, as if these
+did not overlap with steps; it does not include sums on the device.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from internlm_lite.train.train_state import TrainState
 from internlm_lite.train.trainer import Trainer
 
 FOLDERS = 33
-"""As many data folders as InternLM's demo run has."""
+"""Number of data folders, as in InternLM's demo run."""
 TURN_STEPS = 5
-"""A thread may work off a line during the next step: with longer turns, that is counted to its own side."""
+"""Steps per turn. Threads process a line during the next step; longer turns attribute that to the right side."""
 
 
 @dataclass(frozen=True)
 class MetricsResult:
-    """Seconds of one step, and of what one line adds to it."""
+    """Seconds of one step, and seconds that one line adds."""
 
     shape: str
     device: str
@@ -51,22 +51,22 @@ class MetricsResult:
     ratio: float
     """logged / quiet"""
     line_seconds: float
-    """Training thread: collect, read, hand to all sinks."""
+    """Seconds of the training thread per line: collect, read, pass to all sinks."""
     thread_seconds: float
-    """CPU time of the sinks' threads for a line."""
+    """CPU seconds of the sinks' threads per line."""
     share: float
     """(line + thread) / quiet"""
 
 
 class _NoMetrics(FolderMetrics):
     def add(self, *_: torch.Tensor) -> None:
-        """Nothing is summed."""
+        """Ignore the values."""
 
 
 def bench_metrics(
     device: torch.device, rounds: int, folder: Path, sinks: Mapping[str, SinkFactory] = {}, **shape: Any
 ) -> MetricsResult:
-    """All sinks but wandb, and `sinks`, into `folder`; the step line into a file of it."""
+    """Measure with all sinks but wandb, and `sinks`, in `folder`; the console's step line goes to a file there."""
     config = bench_config(**shape)
     mesh = single_process_mesh(device)
     trainer = Trainer(config.model_copy(update={"seed": 1}), mesh, [f"folder-{n}" for n in range(FOLDERS)])
@@ -89,7 +89,7 @@ def bench_metrics(
             lines.write(trainer.step(batch, step=0))
 
     try:
-        logged()  # so that every sink is open, and every package imported
+        logged()  # opens every sink and imports every package
         trainer.fwd_bwd_time.take()
         time.sleep(1.0)
         lines.forget()
@@ -114,7 +114,7 @@ def bench_metrics(
 
 
 class _Lines:
-    """Writes step lines, and sums what they take."""
+    """Writes step lines and sums their time."""
 
     def __init__(self, reporter: Reporter, batch: Batch, mesh: Mesh) -> None:
         self._reporter, self._batch, self._mesh = reporter, batch, mesh
@@ -127,7 +127,7 @@ class _Lines:
     def write(self, outcome: StepOutcome) -> None:
         self._state = self._state.after(self._batch, 1)
         if self._mesh.device.type == "cuda":
-            torch.cuda.synchronize(self._mesh.device)  # the wait for the step itself is not the line's
+            torch.cuda.synchronize(self._mesh.device)  # waiting for the step is not part of the line
         begin = time.perf_counter()
         self._reporter.step_line(self._state, self._batch, outcome)
         self._seconds.append(time.perf_counter() - begin)
@@ -137,18 +137,18 @@ class _Lines:
         self._thread_seconds = _thread_seconds()
 
     def per_line(self) -> tuple[float, float]:
-        """Seconds of the training thread (median), and CPU seconds of the threads behind it (mean)."""
+        """(median seconds of the training thread, mean CPU seconds of the sinks' threads) per line."""
         return statistics.median(self._seconds), (_thread_seconds() - self._thread_seconds) / len(self._seconds)
 
 
 def _thread_seconds() -> float:
-    """CPU time of all Python threads but this one."""
+    """CPU seconds of all Python threads but this one."""
     others = [thread.ident for thread in threading.enumerate() if thread is not threading.current_thread()]
     return sum(time.clock_gettime(time.pthread_getcpuclockid(ident)) for ident in others if ident is not None)
 
 
 def _spread(batch: Batch) -> Batch:
-    """The same batch with its tokens dealt out over all folders."""
+    """The same batch with its tokens distributed over all folders."""
     tokens = torch.arange(batch.folders.numel(), device=batch.folders.device, dtype=batch.folders.dtype)
     return dataclasses.replace(batch, folders=(tokens % FOLDERS).view(batch.folders.shape))
 

@@ -1,6 +1,6 @@
 """(b) Two data-parallel ranks: ours against DistributedDataParallel + ZeroRedundancyOptimizer, time and peak memory.
 
-Time alternates both sides inside one pair of processes. Memory is measured in a fresh pair per side, as growth of the
+For times, both sides alternate in one pair of processes. Memory is measured in a new pair per side, as growth of the
 peak resident set (CPU) or of allocated memory (CUDA) from before the model is built.
 """
 
@@ -30,7 +30,7 @@ def _time_sides(rank: int, device: torch.device, config: Config, rounds: int) ->
 
 def _peak_bytes(rank: int, device: torch.device, config: Config, rounds: int, side: str) -> int:
     mesh = mesh_of(config, rank, device)
-    warm = torch.randn(256, 256) @ torch.randn(256, 256)  # loads the matrix library before the base line
+    warm = torch.randn(256, 256) @ torch.randn(256, 256)  # loads the matrix library before the baseline is measured
     del warm
     dist.barrier()
     base = peak_bytes(device)
@@ -55,7 +55,7 @@ class RanksResult:
 
 
 def bench_ranks(size: int, rounds: int, **shape: Any) -> RanksResult:
-    """`size` ranks on this machine."""
+    """Measure with `size` ranks on this machine."""
     config = bench_config(**shape)
     seconds = on_ranks(size, _time_sides, config, rounds)
     peaks = {side: on_ranks(size, _peak_bytes, config, 3, side) for side in SIDES}

@@ -24,7 +24,7 @@ def bench_config(
     num_chunks: int = 1,
     bucket_size: int = 4 * 1024**2,
 ) -> Config:
-    """A decoder without biases, its optimizer and batch; buckets of 4 M elements leave something to overlap.
+    """Config of a decoder without biases. Buckets of 4 M elements are small enough to overlap communication.
 
     `parallel`: that section of the config.
     """

@@ -1,8 +1,8 @@
 """(f) One GPU, bf16: a 1B and a 7B shape, ours next to the bare loop: tokens per second, MFU, peak memory.
 
-Each side runs alone in a fresh process, so that the peak is its own. The bare loop keeps weights, gradients and moments
-in bf16 (8 bytes a parameter), ours fp32 masters, moments and gradients (18 bytes): a 7B model takes about 121 GB before
-activations. What does not fit is tried with fewer layers, the same for both sides; the row says how many.
+Each side runs alone in a new process, so that the peak memory is its own. The bare loop keeps weights, gradients and
+moments in bf16 (8 bytes a parameter), ours fp32 masters, moments and gradients (18 bytes): a 7B model takes
+about 121 GB before activations. A model that does not fit gets fewer layers, as stated in its row, on both sides.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 SIDES: dict[str, Builder] = {"ours": our_side, "bare loop": bare_side}
 WARM_UP = 2
-"""Steps before the clock starts."""
+"""Steps before the measurement."""
 
 
 @dataclass(frozen=True)
 class SingleRow:
-    """One side at one shape. Both sides of a shape have the same layers."""
+    """One side at one shape. Both sides of a shape have the same number of layers."""
 
     model: str
     side: str
@@ -42,12 +42,12 @@ class SingleRow:
     layers: int
     tokens_per_second: float
     mfu: float | None
-    """Of the device's dense peak; None where that is not known."""
+    """Fraction of the device's dense peak FLOP/s; None if the peak is unknown."""
     peak_bytes: int
 
 
 def bench_single(shapes: dict[str, dict[str, Any]], dtype: str, steps: int) -> list[SingleRow]:
-    """Median of `steps` steps. Raises RuntimeError when not even a quarter of the layers fits."""
+    """Medians over `steps` steps. Raises RuntimeError when even a quarter of the layers does not fit."""
     rows = []
     for model, shape in shapes.items():
         layers = shape["layers"]
@@ -63,7 +63,7 @@ def bench_single(shapes: dict[str, dict[str, Any]], dtype: str, steps: int) -> l
 
 
 def _measure(rank: int, device: torch.device, config: Config, model: str, side: str, steps: int) -> SingleRow | None:
-    """None when the GPU's memory is not enough."""
+    """One measurement; None when the GPU runs out of memory."""
     mesh, seconds = mesh_of(config, rank, device), []
     try:
         built = SIDES[side](config, mesh, 1)

@@ -1,4 +1,4 @@
-"""(a) Our training step against the bare loop, and (d) how much of the machine's matrix rate it reaches."""
+"""(a) Our training step against the bare loop, and (d) its fraction of the machine's matrix-product rate."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def our_side(config: Config, mesh: Mesh, seed: int) -> Side:
 
 
 def our_training(config: Config, mesh: Mesh, seed: int) -> tuple[Side, HybridZeroOptimizer]:
-    """`our_side`, and what it trains."""
+    """(`our_side`, its optimizer)"""
     trainer = Trainer(config.model_copy(update={"seed": seed}), mesh)
     batch = random_batch(config, seed + mesh.dp.rank, mesh.device)
     return Side(lambda: trainer.step(batch, step=0), trainer.optimizer.wait_weights), trainer.optimizer
 
 
 def bare_side(config: Config, mesh: Mesh, seed: int) -> Side:
-    """One call is one step of the bare loop on the same tokens: accumulate, clip, fused AdamW. It gives the norm."""
+    """One call is one step of the bare loop on the same tokens: accumulate, clip, fused AdamW. It returns the norm."""
     device = mesh.device
     with device:  # drawing a billion weights on the CPU takes a minute
         model = BareDecoder(config.model, config.data.seq_len, torch_dtype(config.model.dtype))
@@ -68,7 +68,7 @@ class StepResult:
 
 
 def bench_step(device: torch.device, rounds: int, **shape: Any) -> StepResult:
-    """Alternate ours and bare on one process."""
+    """Alternate our step and the bare step in one process."""
     config = bench_config(**shape)
     mesh = single_process_mesh(device)
     seconds = alternate(

@@ -28,18 +28,18 @@ CORPORA = ((100, 50_000_000), (800, 1_000_000_000))
 """(mean document length, tokens): the second writes 2 GB to the temporary folder."""
 CPU_SHAPE = {"hidden": 384, "layers": 6, "heads": 6, "vocab": 8192, "seq_len": 512, "micro_bsz": 2, "micro_num": 2}
 SAVED_SHAPE = {**CPU_SHAPE, "layers": 8, "vocab": 12032, "micro_num": 1, "dtype": "torch.float32"}
-"""Weights and moments of 281 MB, trained on 1024 tokens a step and rank."""
+"""Weights and moments of 281 MB, trained on 1024 tokens per step and rank."""
 GPU_SHAPE = {"hidden": 2048, "layers": 16, "heads": 16, "vocab": 32768, "seq_len": 2048, "micro_bsz": 4, "micro_num": 2}
 
 
 def shape_for(gpus: int) -> dict[str, Any]:
-    """The model and batch where so many GPUs are needed at once: a smaller one when they are not there."""
+    """Shape of model and batch for benchmarks that use `gpus` GPUs; a smaller one for the CPU if there are fewer."""
     on_gpus = device_of(0, gpus).type == "cuda"
     return {**GPU_SHAPE, "dtype": "torch.bfloat16"} if on_gpus else {**CPU_SHAPE, "dtype": "torch.float32"}
 
 
 def machine() -> dict[str, Any]:
-    """What was measured on; where GPUs can be used, each result says whether they were."""
+    """The machine and versions of a measurement; each result says itself whether it used GPUs."""
     return {
         "cpu": device_name(torch.device("cpu")),
         "threads": torch.get_num_threads(),
@@ -49,7 +49,7 @@ def machine() -> dict[str, Any]:
 
 
 def run_basics(only: str | None, rounds: int) -> dict[str, Any]:
-    """All results but those of the layouts, as plain JSON values."""
+    """Results of step, ranks and loader, or of `only` one of them, as plain JSON values."""
     results: dict[str, Any] = {"machine": machine()}
     if only in (None, "loader"):
         with tempfile.TemporaryDirectory() as folder:
@@ -64,10 +64,10 @@ def run_basics(only: str | None, rounds: int) -> dict[str, Any]:
 
 
 def run_layouts(rounds: int) -> dict[str, Any]:
-    """The same for the layouts, each over 4 micro-batches a step."""
+    """Results of the layouts, with 4 micro-batches per step, as plain JSON values."""
     shape = {**shape_for(2), "micro_num": 4}
     gpus = torch.cuda.device_count()
-    most_ranks = gpus if gpus >= 2 else 4  # else all on the CPU
+    most_ranks = gpus if gpus >= 2 else 4  # fewer GPUs: all on the CPU
     results: dict[str, Any] = {"machine": machine(), "shape": shape}
     results["layouts"] = [asdict(row) for row in bench_layouts(rounds, most_ranks, **shape)]
     if gpus:
@@ -76,7 +76,7 @@ def run_layouts(rounds: int) -> dict[str, Any]:
 
 
 def run_checkpoint(rounds: int) -> dict[str, Any]:
-    """The same for checkpoints, in the temporary folder (TMPDIR) and, for the writer, in memory too."""
+    """Results of checkpoints in the temporary folder (TMPDIR); those of the writer also in memory."""
     results: dict[str, Any] = {"machine": machine(), "shape": SAVED_SHAPE}
     with tempfile.TemporaryDirectory() as folder:
         folders = [Path(folder, "writer")]
@@ -90,14 +90,14 @@ def run_checkpoint(rounds: int) -> dict[str, Any]:
 
 
 def run_metrics(rounds: int, sinks: Mapping[str, SinkFactory]) -> dict[str, Any]:
-    """What looking at a run costs. `sinks`: those beside the config's."""
+    """Results of the cost of monitoring. `sinks`: in addition to those of the config."""
     with tempfile.TemporaryDirectory() as folder:
         result = bench_metrics(device_of(0, 1), rounds, Path(folder), sinks, **shape_for(1))
     return {"machine": machine(), "metrics": asdict(result)}
 
 
 def show(results: dict[str, Any]) -> None:
-    """The results as tables: lists as rows, single results as two columns."""
+    """Print results as tables: lists as rows, single results as two columns."""
     console = Console()
     for name, found in results.items():
         if isinstance(found, list):

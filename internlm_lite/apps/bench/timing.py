@@ -1,4 +1,4 @@
-"""Alternating measurement: A B A B ..., medians, so that a noisy machine disturbs both sides alike."""
+"""Alternating measurement: A B A B ..., medians, so that noise of the machine affects both sides equally."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import torch
 import torch.distributed as dist
 
 STEPS_A_TURN = 2
-"""With one step a turn, work that overlaps the next step would be counted to the other side."""
+"""Steps per turn; with one, work that overlaps the next step would be counted for the other side."""
 
 
 def nothing() -> None:
-    """For sides that leave nothing under way."""
+    """For sides that leave no asynchronous work."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the things compared."""
+    """One side of a comparison."""
 
     step: Callable[[], object]
     """One full optimizer step."""
     finish: Callable[[], None] = nothing
-    """Wait for what the last step left under way."""
+    """Wait for asynchronous work of the last step."""
 
 
 def turns(side: Side) -> Callable[[], None]:
-    """One call is one turn of a side that runs on several ranks. It ends when the last rank is done."""
+    """A function that runs one turn of a side on all ranks and returns when the last rank is done. Collective."""
 
     def turn() -> None:
         for _ in range(STEPS_A_TURN):
@@ -41,7 +41,7 @@ def turns(side: Side) -> Callable[[], None]:
 
 
 def alternate_ranks(sides: dict[str, Side], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of one step of each side, when all ranks call this."""
+    """Median seconds of one step of each side. Collective."""
     seconds = alternate({name: turns(side) for name, side in sides.items()}, rounds, device)
     return {name: value / STEPS_A_TURN for name, value in seconds.items()}
 

@@ -1,4 +1,4 @@
-"""The bare decoder in the layouts that torch itself offers, each as a user would write it with torch's own parts.
+"""The bare decoder in torch's own layouts, each as a user would write it.
 
     ddp       DistributedDataParallel, fused AdamW on every rank
     ddp_zero  the same with ZeroRedundancyOptimizer
@@ -6,7 +6,7 @@
     tp        parallelize_module: column- and row-wise linear layers, loss parallel, SequenceParallel where asked for
     pp        Schedule1F1B
 
-All of them clip the global gradient norm, and take the same micro-batches as ours. `step` gives that norm.
+All clip the global gradient norm and use the same micro-batches as our step. `step` returns the norm.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _ddp_side(
 
 
 def fsdp(config: Config, mesh: Mesh, seed: int) -> Side:
-    """Weights are sharded over `zero` and replicated over `replica`; gathered once and reduced once in a step."""
+    """Weights are sharded over `zero` and replicated over `replica`; gathered and reduced once per step."""
     bare, device_mesh = _decoder(config, mesh), _data_mesh(mesh)
     for block in bare.model.layers.values():
         fully_shard(block, mesh=device_mesh, reshard_after_forward=False)
@@ -121,7 +121,7 @@ def _data_mesh(mesh: Mesh) -> DeviceMesh:
 
 
 def tp(config: Config, mesh: Mesh, seed: int) -> Side:
-    """Tensor parallel, with sequence parallelism where the config has it."""
+    """Tensor parallel, with sequence parallelism if the config enables it."""
     assert mesh.tp.process_group is not None, "tensor parallelism over one rank is no layout"
     device_mesh = DeviceMesh.from_group(mesh.tp.process_group, mesh.device.type)
     bare = _decoder(config, mesh)
@@ -183,7 +183,7 @@ def pp(config: Config, mesh: Mesh, seed: int) -> Side:
         rank,
         size,
         mesh.device,
-        # Told, so that the first step needs no trial run to find out.
+        # Shapes are given, so that the first step needs no trial run to infer them.
         input_args=(tokens if rank == 0 else hidden,),
         output_args=(logits if rank == size - 1 else hidden,),
         group=mesh.pp.process_group,
@@ -222,7 +222,7 @@ def _betas(config: Config) -> tuple[float, float]:
 
 
 def _kinds(params: Params) -> list[list[nn.Parameter]]:
-    """DTensors and plain tensors apart: torch's fused functions take no mixture."""
+    """DTensors and plain tensors as separate lists: torch's fused functions accept no mixture."""
     kinds = [[p for p in params if isinstance(p, DTensor) is sharded] for sharded in (True, False)]
     return [kind for kind in kinds if kind]
 
@@ -234,7 +234,7 @@ def _adamw(params: Params, config: Config) -> torch.optim.AdamW:
 
 @torch.no_grad()
 def _clip(params: Params, config: Config, pp: Group | None = None) -> torch.Tensor:
-    """Clip by the norm over all parameters, on all pipeline ranks; the norm before that."""
+    """Clip by the global norm over all parameters and pipeline ranks; returns the norm before. Collective."""
     kinds = _kinds(params)
     norms = [nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds]
     squares = torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]).square().sum()

@@ -1,4 +1,4 @@
-"""Fresh processes for a measurement: as many as a layout has ranks, each with its share of the cores or a GPU."""
+"""New processes for a measurement, one per rank, each with its share of the cores or a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TIMEOUT = timedelta(minutes=5)
 
 
 def on_ranks(size: int, work: Callable[..., Any], *args: Any) -> Any:
-    """work(rank, device, *args) on `size` fresh processes in one world; rank 0's answer.
+    """Run work(rank, device, *args) in `size` new processes of one world; returns rank 0's result.
 
     Raises RuntimeError with the traceback of a rank that failed.
     """
@@ -77,25 +77,25 @@ def _rank_main(
     except Exception:  # noqa: BLE001 (whatever it is, the parent shows it)
         pipe.send((False, traceback.format_exc()))
     else:
-        dist.barrier()  # nobody leaves while a neighbour may still be reading from it
+        dist.barrier()  # no rank exits while another may still read from it
     os._exit(0)
 
 
 def device_of(rank: int, size: int) -> torch.device:
-    """Of one of `size` ranks: a GPU each where there are enough, else the CPU for all."""
-    usable = torch.cuda.is_available()  # GPUs are also counted where CUDA cannot start
+    """Device of one of `size` ranks: its own GPU if there are enough for all, else the CPU."""
+    usable = torch.cuda.is_available()  # device_count may be positive although CUDA cannot start
     return torch.device("cuda", rank) if usable and torch.cuda.device_count() >= size else torch.device("cpu")
 
 
 def mesh_of(config: Config, rank: int, device: torch.device) -> Mesh:
-    """The groups of the config's layout. Collective."""
+    """The mesh of the config's layout. Collective."""
     parallel = config.parallel
     sizes = sizes_of(dist.get_world_size(), parallel.tensor, parallel.pipeline.size, parallel.zero1)
     return build_mesh(sizes, rank, device, TIMEOUT)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory so far: allocated on a GPU, resident on the CPU."""
+    """Peak bytes so far: allocated on a GPU, resident set on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))

@@ -1,1 +1,1 @@
-"""Weights to and from the folders of Hugging Face transformers."""
+"""Converts weights to and from folders of Hugging Face transformers."""

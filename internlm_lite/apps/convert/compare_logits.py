@@ -30,7 +30,7 @@ _TOKENS = 64
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """Between both sides' logits of the same random tokens."""
+    """Difference of both sides' logits for the same random tokens."""
 
     largest: float
     largest_logit: float
@@ -52,7 +52,7 @@ class LogitDifference:
 
 
 def require_transformers() -> Any:
-    """The package. Raises MissingPackageError."""
+    """Import transformers. Raises MissingPackageError."""
     try:
         transformers: Any = importlib.import_module("transformers")
     except ImportError:
@@ -127,7 +127,7 @@ def _as_llama(transformers: Any, source: HFFolder, hf: HFConfig) -> Any:
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     model.load_state_dict(weights, strict=True, assign=True)
-    # Only weights were loaded: the rotary embedding's own buffers are recomputed outside of the meta device.
+    # The folder has weights only; buffers of the rotary embedding are recomputed on a real device.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     return model
 

@@ -1,4 +1,4 @@
-"""A folder of Hugging Face weights as an ordinary checkpoint of ours: fp32 masters, no moments, step 0."""
+"""Converts a folder of Hugging Face weights to one of our checkpoints: fp32 masters, no moments, step 0."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ReadResult:
     """The checkpoint made from a folder."""
 
     name: str
-    """Of the checkpoint."""
+    """Name of the checkpoint."""
     config: Config
     n_tensors: int
     n_bytes: int
@@ -97,13 +97,13 @@ def _write(
 
 
 def _shard(recipe: TensorRecipe) -> ShardDescriptor:
-    """The whole tensor, on the one rank there is."""
+    """Descriptor of the whole tensor: the checkpoint has one rank."""
     box = tuple((0, n) for n in recipe.shape)
     return ShardDescriptor("master", recipe.name, recipe.shape, box, (0, recipe.numel), "F32")
 
 
 def _checked_recipes(source: HFFolder, hf: HFConfig) -> list[TensorRecipe]:
-    """The recipes of our tensors. Raises CheckpointError that names missing, unknown and ill-shaped ones."""
+    """The recipes of our tensors. Raises CheckpointError naming tensors that are missing, unknown or ill-shaped."""
     recipes = our_recipes(hf.model, hf.family)
     sizes: dict[str, tuple[int, ...]] = {}
     for recipe in recipes:
@@ -128,7 +128,7 @@ def _checked_recipes(source: HFFolder, hf: HFConfig) -> list[TensorRecipe]:
 
 
 def _check_tied(source: HFFolder, head: str, embedding: TensorRecipe) -> None:
-    """Some versions of transformers save a tied weight twice: both copies must be equal."""
+    """Raises CheckpointError if the two copies of a tied weight, saved by some versions of transformers, differ."""
     other = embedding.rows[0].name
     n_rows = embedding.shape[0]
     same = source.shapes[head] == embedding.shape and source.shapes.get(other) == embedding.shape
@@ -151,7 +151,7 @@ def _tokenizer(folder: Path, storage: Storage) -> tuple[str | None, tuple[str, .
 
 
 def _config(folder: Path, hf: HFConfig, tokenizer: str | None) -> Config:
-    """A complete config with this model: every checkpoint has one."""
+    """A complete config with this model, as every checkpoint contains one."""
     values: dict[str, Any] = {
         "JOB_NAME": folder.resolve().name,
         "data": {"seq_len": hf.max_positions, "total_steps": 1, "tokenizer": tokenizer},

@@ -1,6 +1,6 @@
-"""Our model config to Hugging Face's config.json and back.
+"""Converts our model config to Hugging Face's config.json and back.
 
-Refuses what one side cannot express: the same weights would compute another function there.
+Features that the other side cannot express are refused: the same weights would compute another function.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class HFConfig:
     model: ModelConfig
     max_positions: int
     notes: tuple[str, ...]
-    """Lines for the user."""
+    """Notes for the user, one a line."""
 
 
 def to_hf(model: ModelConfig, family: Family, max_positions: int, dtype: str) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def to_hf(model: ModelConfig, family: Family, max_positions: int, dtype: str) ->
         problems.append(f"{model.kv_heads} key/value heads: it has no grouped-query attention; take --model-type llama")
     if problems:
         raise CheckpointError(f"this model is no {family}:\n  " + "\n  ".join(problems))
-    # mlp_bias is Llama's alone; InternLM's own code reads the base of its rotary embedding from `rotary`.
+    # Only Llama has mlp_bias; InternLM's own code reads the base of its rotary embedding from `rotary`.
     special: dict[str, dict[str, Any]] = {
         "llama": {"mlp_bias": False},
         "internlm": {"rotary": {"base": float(model.rope_base), "type": "origin"}},
@@ -119,8 +119,8 @@ def from_hf(config: Mapping[str, Any], where: str) -> HFConfig:
 
 
 def mlp_width(hidden_size: int, width: int) -> tuple[float, int]:
-    """(mlp_ratio, multiple_of) whose SwiGLU width is exactly `width`. Raises CheckpointError when there are none."""
-    # The plain ratio first; then any, half a feature above so that int() does not fall below the width.
+    """(mlp_ratio, multiple_of) that give exactly this SwiGLU width. Raises CheckpointError if none does."""
+    # The exact ratio first; then others, half a feature higher, so that int() does not round below the width.
     candidates = [(8 / 3, multiple) for multiple in _MULTIPLES]
     candidates += [(width / hidden_size, multiple) for multiple in _MULTIPLES]
     candidates.append(((width + 0.5) / hidden_size, 1))

@@ -24,7 +24,7 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")
 _HEADER_LIMIT_BYTES = 100_000_000
 _JSON_LIMIT_BYTES = 64 * 1024 * 1024
 _IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
-"""Buffers saved by old versions; they follow from the config."""
+"""Buffers saved by old versions of transformers; they are computed from the config."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class HFFolder:
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """By name, without buffers that follow from the config."""
+        """Name -> shape, without buffers that are computed from the config."""
         return {name: place.stored.shape for name, place in self._locations.items() if not _IGNORED.fullmatch(name)}
 
     @property
@@ -96,7 +96,7 @@ class HFFolder:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError."""
+    """Read a file with a JSON object. Raises CheckpointError."""
     try:
         if path.stat().st_size > _JSON_LIMIT_BYTES:
             raise CheckpointError(f"{path}: larger than {_JSON_LIMIT_BYTES} bytes, which no such file is")
@@ -128,7 +128,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_exactly(path: Path, descriptor: int, start: int, buffer: memoryview) -> None:
-    """Fill `buffer` from byte `start` on."""
+    """Fill `buffer` with bytes of the file from `start` on. Raises CheckpointError naming `path`."""
     done = 0
     while done < len(buffer):
         count = os.preadv(descriptor, [buffer[done:]], start + done)

@@ -43,7 +43,7 @@ _QKV = "attention.wqkv"
 
 @dataclass(frozen=True)
 class RowRange:
-    """`count` rows that are the same in our tensor `ours` and in Hugging Face's tensor `theirs`."""
+    """`count` rows that are equal in our tensor `ours` and in Hugging Face's tensor `theirs`."""
 
     ours: str
     ours_start: int
@@ -63,7 +63,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class TensorRecipe:
-    """A tensor to make: rows of others, one below the other."""
+    """A tensor to make by concatenating rows of other tensors."""
 
     name: str
     shape: Shape
@@ -114,7 +114,7 @@ def _recipe(name: str, rest: Shape, pieces: Sequence[tuple[int, Rows]]) -> Tenso
 
 
 def _row_ranges(model: ModelConfig, family: Family, name: str, shape: Shape) -> Iterator[RowRange]:
-    """One of our tensors, in the order of its rows."""
+    """Sources of one of our tensors, in the order of its rows."""
     module, _, kind = name.rpartition(".")
     prefix = ""
     if module.startswith("layers."):

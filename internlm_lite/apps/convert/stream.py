@@ -1,4 +1,4 @@
-"""Tensor files converted while they are written, a few megabytes at a time, whatever the size of the model."""
+"""Tensor files converted while they are written, a few megabytes at a time, for models of any size."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _READ_BYTES = 2 * BLOCK_BYTES
 
 
 class RowSource(Protocol):
-    """Tensors that are read by rows."""
+    """A set of tensors that are read by rows."""
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start..stop of a tensor, in host memory that is valid until the next call."""
 
 
 class ConvertedFile(TensorFile):
-    """The recipes, by key, cast to `dtype`. `done` is called with the key of each written tensor.
+    """The tensors of the recipes, cast to `dtype`. `done` is called with the key of each written tensor.
 
-    Iterating raises CheckpointError naming a tensor with values too large for `dtype`, and what the source raises.
+    Iterating raises CheckpointError naming a tensor with values too large for `dtype`, and errors of the source.
     """
 
     def __init__(

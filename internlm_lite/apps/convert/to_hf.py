@@ -32,7 +32,7 @@ from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.runtime.device import torch_dtype
 
 SHARD_BYTES = 5_000_000_000
-"""Largest file of weights; a larger tensor gets its own file."""
+"""Largest size of a file of weights; a larger tensor gets a file of its own."""
 _KEPT_BYTES = 256 * 1024 * 1024
 
 
@@ -55,7 +55,7 @@ class MasterRows:
             self._reader.check_file(file)
         self._entries = found.manifest.tensors.get("master", {})
         sizes = [self._n_bytes(name) for name in self._entries]
-        # One buffer for all: freed buffers of many sizes would not be returned to the system.
+        # One buffer for all tensors: freed buffers of many sizes would not be returned to the system.
         self._buffer = torch.empty(max((n for n in sizes if n <= _KEPT_BYTES), default=0), dtype=torch.uint8)
         self._kept: tuple[str, torch.Tensor] | None = None
 
@@ -80,7 +80,7 @@ class MasterRows:
         return prod(entry.shape) * DTYPES[entry.dtype].itemsize
 
     def _fill(self, name: str, rows: torch.Tensor, start: int) -> torch.Tensor:
-        """Rows of the tensor from `start` on."""
+        """Fill `rows` with rows of the tensor from `start` on."""
         shape = self._entries[name].shape
         box = ((start, start + len(rows)), *((0, n) for n in shape[1:]))
         self._reader.fill(LocalShard(name, "master", shape, box, None, rows))
@@ -88,7 +88,7 @@ class MasterRows:
 
 
 def open_checkpoint(path: str, s3: S3Config | None = None) -> tuple[Found, Config, str]:
-    """The checkpoint at `path` (a save folder, or one checkpoint of it), its config, and the path of it alone.
+    """The checkpoint at `path` (a save folder, or one checkpoint in it), its config, and its own path.
 
     Raises CheckpointError.
     """
@@ -115,7 +115,7 @@ def write_hf(
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out} exists: choose a folder that does not exist, or is empty")
-    if out.resolve() == Path.cwd():  # it would be replaced, and the shell would be left in a removed folder
+    if out.resolve() == Path.cwd():  # renaming would replace the working directory of the shell
         raise CheckpointError(f"{out}: this is the folder you are in; give the name of one to make")
     hf_config = to_hf(config.model, family, config.data.seq_len, dtype)
     recipes = hf_recipes(config.model, family)

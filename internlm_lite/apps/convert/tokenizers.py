@@ -11,7 +11,7 @@ CONFIG = "tokenizer_config.json"
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
-    """For config.json."""
+    """Ids of bos, eos and padding, by their keys in config.json."""
     return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
 
 

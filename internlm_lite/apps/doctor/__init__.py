@@ -1,1 +1,1 @@
-"""What the ranks of a job run on: gathered from all of them, compared, diagnosed."""
+"""Gathers environment and hardware of all ranks of a job, compares and diagnoses them."""

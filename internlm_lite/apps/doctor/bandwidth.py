@@ -21,12 +21,12 @@ ROUNDS = 5
 
 @dataclass
 class AllReduceSpeed:
-    """`vars` gives its JSON form."""
+    """Result of the measurement. `vars` gives its JSON form."""
 
     backend: str
     n_bytes: int
     seconds: float | None = None
-    """Mean of ROUNDS."""
+    """Mean over ROUNDS."""
     bytes_per_second: float | None = None
     """Bus bandwidth of a ring: 2 (n - 1) / n * bytes / seconds."""
     problem: str | None = None
@@ -57,7 +57,7 @@ class _Probe:
 
     def _measure(self) -> float:
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # of this thread
+            torch.cuda.set_device(self.device)  # the current device is per thread
         tensor = torch.ones(self.reduced.n_bytes // 4, device=self.device)
         dist.all_reduce(tensor)
         self._synchronise()

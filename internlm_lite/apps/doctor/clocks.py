@@ -1,4 +1,4 @@
-"""Clock offsets between hosts, from round trips through the store; the shortest bounds the error."""
+"""Clock offsets between hosts, from round trips through the store; the shortest round trip bounds the error."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Offset:
     """The offset of one rank's clock from rank 0's."""
 
     seconds: float
-    """> 0: ahead of rank 0."""
+    """Seconds; positive if its clock is ahead of rank 0."""
     error: float
-    """Half of the shortest round trip."""
+    """Bound of the error: half of the shortest round trip."""
 
 
 def clock_offsets(exchange: Exchange, ranks: Sequence[int]) -> dict[int, Offset]:

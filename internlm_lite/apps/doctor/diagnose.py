@@ -14,7 +14,7 @@ from internlm_lite.units import human_bytes
 CLOCK_SECONDS = 1.0
 FREE_BYTES = 2**30
 SHARED_MEMORY_BYTES = 512 * 2**20
-"""Of /dev/shm on a host with several GPUs; containers have 64 MiB by default."""
+"""Least size of /dev/shm on a host with several GPUs; containers have 64 MiB by default."""
 LOCKED_BYTES = 2**36
 
 
@@ -23,11 +23,11 @@ class Finding:
     """One thing to fix."""
 
     what: str
-    """Its dotted name, such as versions.torch."""
+    """Dotted name of the value, such as versions.torch."""
     problem: str
-    """Empty: the ranks differ, see `values`."""
+    """Description; empty if ranks differ, see `values`."""
     values: Mapping[str, tuple[int, ...]]
-    """Value as text -> its ranks."""
+    """Value as text -> ranks with that value."""
     fix: str
 
     def to_json(self) -> dict[str, Any]:
@@ -49,12 +49,12 @@ _EQUAL = (
     ("limits.locked_memory", "set the same limits on all hosts (LimitMEMLOCK of slurmd)"),
     ("environment.*", "export it before srun or torchrun, the same on all hosts"),
 )
-"""What must be the same on every rank, and how to fix it; the first pattern that matches counts."""
+"""(pattern of names that must be equal on all ranks, how to fix a difference); the first match counts."""
 _IN_BYTES = ("memory_bytes", "locked_memory")
 
 
 def diagnose(infos: Sequence[RankInfo]) -> list[Finding]:
-    """`infos`: of all ranks, in rank order."""
+    """All findings. `infos`: of all ranks, in rank order."""
     return [*_differing(infos), *_wrong(infos)]
 
 
@@ -67,7 +67,7 @@ def _differing(infos: Sequence[RankInfo]) -> Iterator[Finding]:
 
 
 def ranks_by(texts: Iterable[str | None]) -> dict[str, tuple[int, ...]]:
-    """Text -> the ranks that have it, of texts in rank order; None is not counted."""
+    """Text -> ranks that have it. `texts`: one per rank, in rank order; None is ignored."""
     found: dict[str, tuple[int, ...]] = {}
     for rank, text in enumerate(texts):
         if text is not None:
@@ -76,7 +76,7 @@ def ranks_by(texts: Iterable[str | None]) -> dict[str, tuple[int, ...]]:
 
 
 def findings_of(what: str, problems: Iterable[str | None], fix: str) -> Iterator[Finding]:
-    """One for each different problem, of problems in rank order."""
+    """One finding for each distinct problem. `problems`: one per rank, in rank order; None: no problem."""
     return (Finding(what, problem, {problem: ranks}, fix) for problem, ranks in ranks_by(problems).items() if problem)
 
 
@@ -85,7 +85,7 @@ def _text(name: str, value: Any) -> str:
         return "no limit" if name.startswith("limits.") else "not there"
     if isinstance(value, dict):
         return ", ".join(f"{key} {state}" for key, state in value.items()) or "none"
-    if name.endswith(_IN_BYTES):  # rounded: equal GPUs differ by a few megabytes
+    if name.endswith(_IN_BYTES):  # rounded: memory of equal GPUs differs by a few megabytes
         return human_bytes(value) if value < 2**33 else f"{value / 2**30:.0f} GiB"
     return str(value)
 
@@ -133,7 +133,7 @@ def _few_cores(info: RankInfo) -> str | None:
 
 
 def _absent_interface(info: RankInfo) -> str | None:
-    """NCCL's syntax: prefixes with commas, `=` before exact names, `^` before excluded interfaces; gloo takes names."""
+    """Problem of a chosen interface that does not exist. NCCL: comma-separated prefixes, `=` exact, `^` excluded."""
     for name, value in info["network.chosen"].items():
         wanted = value.lstrip("=^").split(",")
         there = info["network.interfaces"]
@@ -187,7 +187,7 @@ def diagnose_clocks(offsets: Mapping[int, Offset], infos: Sequence[RankInfo]) ->
 
 
 def diagnose_folder(name: str, probes: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
-    """`probes`: what probe_folder found, in rank order."""
+    """Findings about a folder. `probes`: results of probe_folder, in rank order."""
     what = f"disk.{name}"
     fix = "choose another folder, or make sure that this user can write there and has room"
     yield from findings_of(what, (probe["problem"] for probe in probes), fix)
@@ -196,6 +196,6 @@ def diagnose_folder(name: str, probes: Sequence[Mapping[str, Any]]) -> Iterator[
     yield from findings_of(what, problems, "choose a folder on a file system that all hosts share")
     free = [probe["free_bytes"] for probe in probes]
     full = tuple(rank for rank, n_bytes in enumerate(free) if n_bytes is not None and n_bytes < FREE_BYTES)
-    if full and not any(probe["problem"] for probe in probes):  # /proc has no room either
+    if full and not any(probe["problem"] for probe in probes):  # /proc has no free space either
         problem = f"{probes[full[0]]['path']}: {human_bytes(free[full[0]])} free"
         yield Finding(what, problem, {problem: full}, "make room: python tools/ckpt.py prune, or choose another folder")

@@ -90,7 +90,7 @@ def examine(
 
 
 def _first_ranks(infos: list[RankInfo]) -> list[int]:
-    """The first rank of every host but rank 0's."""
+    """The first rank of every host except rank 0's host."""
     seen: dict[str, int] = {}
     for info in infos:
         seen.setdefault(info["host"], info["rank"])
@@ -108,7 +108,7 @@ def _reduce(report: Examination, exchange: Exchange, device: torch.device, timeo
 
 
 def _agreed_code(report: Examination, exchange: Exchange) -> int:
-    """Rank 0 leaves last: it may be serving the store."""
+    """Rank 0's exit code on all ranks. Collective; rank 0 returns last, as it may serve the store."""
     code: int = exchange.broadcast("code", FAILED if report.findings else OK)
     exchange.gather("bye", True)
     return code

@@ -1,4 +1,4 @@
-"""Ranks exchange small values through the job's key-value store, also where process groups do not connect."""
+"""Exchange of small values through the job's key-value store; works without process groups."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from internlm_lite.runtime.dist_env import DistEnv
 
 @dataclass(frozen=True)
 class Exchange:
-    """A store, and the time-out for values of other ranks."""
+    """Collectives over a store, with a time-out for values of other ranks."""
 
     store: Store
     dist_env: DistEnv
@@ -25,7 +25,7 @@ class Exchange:
         self.store.set(key, json.dumps(value))
 
     def receive(self, key: str, rank: int = 0) -> Any:
-        """What `rank` sent, or will send. Raises PeerLostError after the time-out."""
+        """Wait for the value that `rank` sends under `key`. Raises PeerLostError after the time-out."""
         try:
             self.store.wait([key], self.timeout)
             return json.loads(self.store.get(key))
@@ -36,14 +36,14 @@ class Exchange:
             ) from error
 
     def gather(self, key: str, value: Any) -> list[Any]:
-        """On rank 0 the `value` of every rank in rank order, elsewhere an empty list. Values must be JSON-able."""
+        """On rank 0 the values of all ranks in rank order, else an empty list. Collective; values are JSON-able."""
         self.send(f"{key}/{self.dist_env.rank}", value)
         if not self.dist_env.is_main:
             return []
         return [self.receive(f"{key}/{rank}", rank) for rank in range(self.dist_env.world_size)]
 
     def broadcast(self, key: str, value: Any) -> Any:
-        """Rank 0's `value`, on every rank."""
+        """Rank 0's `value` on every rank. Collective."""
         if self.dist_env.is_main:
             self.send(key, value)
         return self.receive(key)

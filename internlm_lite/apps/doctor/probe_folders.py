@@ -70,6 +70,6 @@ def _is_visible(path: Path) -> bool:
         if time.monotonic() > deadline:
             return False
         with suppress(OSError):
-            os.listdir(path.parent)  # makes NFS ask the server again
+            os.listdir(path.parent)  # makes the NFS client ask the server again
         time.sleep(0.1)
     return True

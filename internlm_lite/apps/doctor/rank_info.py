@@ -1,4 +1,4 @@
-"""What one rank runs on, as JSON-able values by dotted names. Nothing here fails: what cannot be read is None."""
+"""Environment and hardware of one rank, JSON-able values by dotted names. Never raises: unreadable values are None."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _INFINIBAND = Path("/sys/class/infiniband")
 
 
 def rank_info(dist_env: DistEnv, environ: Mapping[str, str], wanted: str) -> tuple[RankInfo, torch.device | None]:
-    """The information, and the device of this rank; None if it cannot be used. `wanted`: auto, cpu, cuda."""
+    """(information, device of this rank or None if it cannot be used). `wanted`: auto, cpu, cuda."""
     device, about_it, problem = None, _device(None), None
     try:
         device = bind_device(dist_env, wanted)
         about_it = _device(device)
-    except (MeshError, RuntimeError) as error:  # a full or broken GPU fails even when asked for its free memory
+    except (MeshError, RuntimeError) as error:  # a full or broken GPU fails even on a query of its free memory
         device, problem = None, first_line(error)
     info = {"rank": dist_env.rank, "host": dist_env.hostname, "local_rank": dist_env.local_rank}
     info |= {"local_world_size": dist_env.local_world_size, "device.asked": wanted, "device.problem": problem}
@@ -58,7 +58,7 @@ def _versions() -> RankInfo:
 
 
 def _driver() -> str | None:
-    """Of the NVIDIA kernel module."""
+    """Version of the NVIDIA kernel module."""
     try:
         match = re.search(r"\d+\.\d+(\.\d+)?", _DRIVER.read_text())
     except OSError:
@@ -109,7 +109,7 @@ def _network(environ: Mapping[str, str]) -> RankInfo:
 
 
 def _limits() -> RankInfo:
-    """None: no limit."""
+    """Resource limits of this process; None: unlimited."""
     limits = {"open_files": resource.RLIMIT_NOFILE, "locked_memory": resource.RLIMIT_MEMLOCK}
     found = {name: resource.getrlimit(limit)[0] for name, limit in limits.items()}
     try:

@@ -14,7 +14,7 @@ _WIDEST = 40
 
 
 def findings_text(report: Examination, findings: Sequence[Finding]) -> str:
-    """A paragraph per finding."""
+    """One paragraph per finding."""
     return "\n".join(line for finding in findings for line in _lines(report, finding))
 
 

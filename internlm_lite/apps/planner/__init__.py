@@ -1,1 +1,1 @@
-"""What a layout holds, sends and costs, before anything is started."""
+"""Memory, traffic and compute cost of a layout, computed without starting a run."""

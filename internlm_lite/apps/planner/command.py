@@ -12,11 +12,11 @@ from internlm_lite.config.schema import Config
 from internlm_lite.runtime.tool import ToolConsole, run_tool
 
 _WIDTH = 110
-"""Columns of the tables where standard output is no terminal."""
+"""Width of the tables if standard output is no terminal."""
 
 
 def dry_run(config: Config, world_size: int, *, tflops: float | None, device: str, as_json: bool) -> int:
-    """Show the plan of a checked config; the exit code: 0, or that of the error the trainer would end with."""
+    """Show the plan of a checked config. Returns 0, or the exit code of the error that the trainer would raise."""
     return run_tool(lambda: _show(make_plan(config, world_size, tflops, device), as_json))
 
 

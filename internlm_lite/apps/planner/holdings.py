@@ -1,6 +1,6 @@
-"""What the ranks hold: the real stages on the meta device, laid into the real buckets of the optimizer.
+"""What the ranks hold: the stages are built on the meta device and assigned to the optimizer's buckets.
 
-Nothing is allocated and nothing is assumed: parameters, padding and bytes are those of the tensors the trainer makes.
+Nothing is allocated; parameters, padding and bytes are exactly those of the trainer's tensors.
 Ranks that differ only in tp, zero or replica hold the same amounts, so one rank of each pipeline position is built.
 """
 
@@ -28,7 +28,7 @@ class BucketSizes:
     weights: int
     grads: int
     shard_grads: int
-    """The part of `grads` that this rank optimizes."""
+    """Bytes of the part of `grads` that this rank optimizes."""
     masters: int
     """fp32 copy of the shard's weights; 0 where the weights are their own masters."""
     moments: int
@@ -41,17 +41,17 @@ class BucketSizes:
 
 @dataclass(frozen=True)
 class RankHoldings:
-    """What every rank of one pipeline position holds."""
+    """Parameters and buckets of every rank of one pipeline position."""
 
     pp: int
     stages: Stages
-    """On the meta device."""
+    """The stages, on the meta device."""
     parameters: int
     """Elements of the rank's parameters, without padding."""
     zero_elements: tuple[int, ...]
     """Elements of parameters that each rank of `zero` optimizes, without padding."""
     buckets: tuple[BucketSizes, ...]
-    """In the order in which the backward pass completes them."""
+    """Buckets, in the order in which the backward pass completes them."""
 
     @property
     def weights(self) -> int:
@@ -63,7 +63,7 @@ class RankHoldings:
 
     @property
     def optimizer(self) -> int:
-        """Master weights of the shard and what the update rule keeps."""
+        """Bytes of the shard's master weights and of the update rule's state."""
         return sum(bucket.masters + bucket.moments for bucket in self.buckets)
 
     @property
@@ -72,11 +72,11 @@ class RankHoldings:
 
 
 def holdings(config: Config, sizes: Sizes, backend: AttentionBackend) -> tuple[list[RankHoldings], int]:
-    """(what each pipeline position holds, parameters of the whole model).
+    """(holdings of each pipeline position, parameters of the whole model).
 
-    Raises ConfigError where building the model would.
+    Raises the ConfigErrors of building the model.
     """
-    wholes: dict[str, int] = {}  # by name: a tied weight with two copies is one
+    wholes: dict[str, int] = {}  # by name, so that a tied weight with two copies counts once
     held = []
     for pp in range(sizes.pp):
         mesh = plan_mesh(sizes, rank_of(sizes, dp=0, tp=0, pp=pp), torch.device("meta"))

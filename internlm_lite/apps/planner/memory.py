@@ -1,6 +1,6 @@
-"""What a rank keeps in memory, computed from what its stages keep of one micro-batch.
+"""Memory of a rank, computed from the bytes that its stages keep per micro-batch.
 
-Scalars, the batch itself and the rounding of the allocator are left out.
+Scalars, the batch itself and rounding by the allocator are not included.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from internlm_lite.models.decoder import Transformer
 
 
 def row_shape(config: Config, backend: AttentionBackend, device: str) -> RowShape:
-    """A micro-batch of `config`."""
+    """Shape of a micro-batch of `config`."""
     tokens = config.data.micro_bsz * config.data.seq_len
     return RowShape(tokens, device, attention_by_document=backend is AttentionBackend.SDPA)
 
 
 def stage_bytes(stage: Transformer, row: RowShape, recomputed: int) -> Bytes:
-    """Of one micro-batch; the model's first `recomputed` layers are recomputed.
+    """Bytes kept for one micro-batch; the model's first `recomputed` layers are recomputed.
 
     In a pipeline the first layer's input lies in a receive buffer (`receive_buffers`), and the output is kept as well.
     """
@@ -37,7 +37,7 @@ def stage_bytes(stage: Transformer, row: RowShape, recomputed: int) -> Bytes:
 
 
 def most_kept(held: RankHoldings, row: RowShape, order: Sequence[Action], recomputed: int) -> Bytes:
-    """Activations at the fullest moment of a step, by component."""
+    """Activations in bytes by component, at the peak of a step."""
     kept_once = {number: stage_bytes(stage, row, recomputed) for number, stage in held.stages.items()}
     deferred_once = {number: stage.deferred_bytes(row) for number, stage in held.stages.items()}
 
@@ -52,7 +52,7 @@ def most_kept(held: RankHoldings, row: RowShape, order: Sequence[Action], recomp
 
 
 def receive_buffers(held: RankHoldings, row: RowShape, micro_num: int) -> int:
-    """Of torch's pipelining: one for every micro-batch and direction, kept from step to step."""
+    """Bytes of torch's pipeline receive buffers: one per micro-batch and direction, kept between steps."""
     boundaries = sum((not stage.spec.first) + (not stage.spec.last) for stage in held.stages.values())
     return boundaries * micro_num * next(iter(held.stages.values())).hidden_bytes(row)
 

@@ -1,4 +1,4 @@
-"""Puts a plan together: what `train.py --dry-run` runs. No GPU, no process group, no weights."""
+"""Computes the plan of `train.py --dry-run`. Needs no GPU, process group or weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MOST_ROWS = 16_384
 def make_plan(config: Config, world_size: int, tflops: float | None, device: str = "cuda") -> RunPlan:
     """The plan of `config`, which has passed `check_config`, for ranks that run on `device` ("cuda" or "cpu").
 
-    `tflops`: TFLOP/s of one GPU, as the step line counts them. Raises what the trainer would: MeshError, ConfigError,
+    `tflops`: TFLOP/s of one GPU, as in the step line. Raises the same errors as the trainer: MeshError, ConfigError,
     DataError.
     """
     parallel, data = config.parallel, config.data
@@ -69,7 +69,7 @@ def make_plan(config: Config, world_size: int, tflops: float | None, device: str
 
 
 def _backend(config: Config, device: str) -> AttentionBackend:
-    """What the trainer chooses on a GPU of today; both varlen kernels keep the same tensors."""
+    """The backend that the trainer selects on a current GPU; both varlen kernels keep the same tensors."""
     varlen = device == "cuda" and varlen_fits(config.model)
     return AttentionBackend.FLASH_ATTN if varlen else AttentionBackend.SDPA
 
@@ -78,13 +78,13 @@ def _first_batches(config: Config, sizes: Sizes) -> tuple[StepFigures, ...]:
     data, vocab_size = config.data, config.model.vocab_size
     opened = open_training_data(data, vocab_size, 0, sizes.dp, config.seed)
     if data.valid_every:
-        open_validation_data(data, vocab_size, 0, sizes.dp, config.seed)  # for what it refuses
+        open_validation_data(data, vocab_size, 0, sizes.dp, config.seed)  # raises its errors
     steps = min(data.total_steps, SHOWN_STEPS, max(1, MOST_ROWS // (data.micro_num * sizes.dp)))
     return tuple(step.figures for step in walk_steps(opened, steps))
 
 
 def _micro_batches(config: Config) -> int:
-    """Of one data-parallel rank in the whole run."""
+    """Micro-batches of one data-parallel rank in the whole run."""
     data = config.data
     rampup, skipped = parse_rampup(data.rampup_batch_size), parse_skip_batches(data.skip_batches)
     if rampup is None:
@@ -100,7 +100,7 @@ def _micro_batches(config: Config) -> int:
 def _ranks(
     sizes: Sizes, held: Sequence[RankHoldings], n_bytes: Sequence[RankBytes], sent: Sequence[dict[str, int]]
 ) -> Iterator[RankPlan]:
-    """`n_bytes` and `sent`: of a rank of each pipeline position."""
+    """The listed ranks. `n_bytes` and `sent`: one entry per pipeline position."""
     listed = sizes.world <= LISTED_RANKS
     for own in held:
         specs = [stage.spec for stage in own.stages.values()]
@@ -112,7 +112,7 @@ def _ranks(
             elements = own.zero_elements[zero]
             like_it = sizes.tp * sizes.replica * seen.get(elements, 0)
             if not listed and seen.pop(elements, None) is None:
-                continue  # a rank of this kind is there already
+                continue  # an equal rank is listed already
             for tp in range(sizes.tp if listed else 1):
                 yield RankPlan(
                     rank=rank_of(sizes, dp=dp, tp=tp, pp=own.pp),
@@ -153,7 +153,7 @@ def _groups(sizes: Sizes) -> dict[str, GroupTable]:
     tables = {}
     for axis, groups in axis_groups(sizes).items():
         size = max(map(len, groups))
-        joined = [group for group in groups if len(group) == size]  # middle stages have no partner in `ends`
+        joined = [group for group in groups if len(group) == size]  # middle stages have no other member in `ends`
         step = joined[0][1] - joined[0][0] if size > 1 else 1
         tables[axis] = GroupTable(size, len(joined), step, [group[0] for group in joined[:LISTED_RANKS]])
     return tables

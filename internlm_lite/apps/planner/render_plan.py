@@ -1,4 +1,4 @@
-"""A plan for a terminal: what the run is, what a rank holds, keeps and sends, its groups, the first batches."""
+"""A plan as text for a terminal: the run, memory and traffic of ranks, groups, the first batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MOST_POSITIONS = 8
 
 
 def render(plan: RunPlan) -> RenderableType:
-    """About two screens."""
+    """The whole plan, about two screens."""
     parts: list[RenderableType] = [_title(plan), _run(plan)]
     parts += [*_memory(plan), *_activations(plan)]
     if plan.sizes.world > 1:
@@ -106,12 +106,12 @@ def _memory_cells(rank: RankPlan, unit: int) -> Iterator[str]:
 
 
 def _unit(most: int) -> tuple[int, str]:
-    """In which to write sizes of up to `most` bytes."""
+    """(bytes, name) of the unit for sizes up to `most` bytes."""
     return (2**30, "GiB") if most >= 2**29 else (2**20, "MiB")
 
 
 def _positions(plan: RunPlan) -> Iterator[tuple[RankPlan, str, int]]:
-    """(a rank, the pipeline positions like it, how many ranks they are); neighbours with equal figures are joined."""
+    """(a rank, its pipeline positions as text, number of ranks); adjacent positions with equal figures are merged."""
     firsts = [next(group) for _, group in groupby(plan.ranks, key=lambda rank: rank.pp)]
     for _, group in groupby(firsts, key=lambda rank: (rank.parameters, rank.bytes)):
         ranks = list(group)

@@ -1,19 +1,19 @@
-"""A finished plan, and its JSON. Bytes are bytes, times are seconds; keys stay as they are here.
+"""A finished plan and its JSON form. Sizes in bytes, times in seconds; the keys are stable:
 
 job, world_size      the run
 layout               {tp, pp, dp, zero, replica, schedule, stages, sequence_parallel, recomputed_layers, micro_num,
                      micro_bsz, seq_len, dtype, attention}
 parameters_total     of the whole model
-ranks                in a world of up to 64 ranks each of them; beyond, one of each kind. Of each
-    rank, count      its number; how many ranks are like it, itself included (1 where each is listed)
+ranks                all ranks of a world of up to 64, else one of each kind. For each:
+    rank, count      its number; the number of ranks of its kind (1 if all are listed)
     tp, pp, dp, zero, replica    its index on each axis
     layers           [first, last + 1] of each pipeline stage it holds
     parameters       elements it holds
     zero_elements    elements that it optimizes, without padding
     bytes            {weights, gradients, optimizer, activations, buffers, workspace, update, peak}: see `RankBytes`
     traffic_bytes    {tp, pp, zero, replica, ends, world}: bytes it sends in a step
-activations          {off, configured, all}: bytes by component on the rank with the most, when no layer, the
-                     configured layers, and every layer is recomputed in the backward pass
+activations          {off, configured, all}: bytes by component on the rank with the most, if no layer, the
+                     configured layers, or every layer is recomputed in the backward pass
 traffic_bytes        {tp, pp, zero, replica, ends, world} of the rank that sends most, in a step
 flops_per_step       F of monitor/flops.py (InternLM's formula), all ranks together
 flops_per_token      F per token of the step
@@ -22,10 +22,10 @@ steps_total          of the run
 tokens_total         of the run, with its ramp-up of the batch size
 bubble_fraction      idle share of the pipeline's ranks in a step, see planner/schedule.py
 tflops_per_gpu       as given, or null
-seconds_per_step     at that speed, which is the `tflops` of the step line, all waiting included; or null
+seconds_per_step     at that speed, which is the `tflops` of the step line and includes all waiting; or null
 days                 of the whole run at that speed, or null
 batches              the first steps: {step, tokens, num_samples_in_batch, largest_length, largest_batch,
-                     smallest_batch}, as the step line has them
+                     smallest_batch}, as in the step line
 groups               {axis: {size, count, step, first}}: the ranks of a group are r, r + step, ... (`size` of them)
                      for each r in `first`, which names the first rank of up to 64 groups
 notes                sentences
@@ -48,22 +48,22 @@ class RankBytes:
     """Memory of one rank."""
 
     weights: int
-    """In the model's dtype, padding of the buckets included, as in the next two."""
+    """In the model's dtype; like the next two, with padding of the buckets."""
     gradients: int
     optimizer: int
     """fp32 masters and both moments of the rank's shard."""
     activations: int
-    """Kept for the backward passes of all micro-batches under way, at the fullest moment."""
+    """Kept for the backward passes of all micro-batches in flight, at the peak."""
     buffers: int
     """Receive buffers of the pipeline."""
     workspace: int
-    """Estimate of what a single computation takes for itself: logits of a chunk, or one layer's backward pass."""
+    """Estimate of the temporary memory of one operation: logits of a chunk, or one layer's backward pass."""
     update: int
-    """fp32 gradients of the shard while the optimizer updates, when activations are freed."""
+    """fp32 gradients of the shard during the optimizer's update, when activations are freed."""
 
     @property
     def peak(self) -> int:
-        """The most at a time."""
+        """Peak bytes at any time."""
         lasting = self.weights + self.gradients + self.optimizer + self.buffers
         return lasting + max(self.activations + self.workspace, self.update)
 
@@ -94,10 +94,10 @@ class GroupTable:
     count: int
     step: int
     first: list[int]
-    """First ranks of the first groups."""
+    """The first rank of each of the first groups."""
 
     def group(self, index: int) -> range:
-        """Ranks of group `index` of those in `first`."""
+        """Ranks of the group that starts at `first[index]`."""
         start = self.first[index]
         return range(start, start + self.size * self.step, self.step)
 
@@ -130,13 +130,13 @@ class RunPlan:
 
     @property
     def days(self) -> float | None:
-        """Of the whole run."""
+        """Days of the whole run at the given speed; None without a speed."""
         seconds = self.seconds_per_step
         return None if seconds is None else seconds * self.tokens_total / self.tokens_per_step / 86_400
 
     @property
     def busiest(self) -> RankPlan:
-        """The rank that sends most."""
+        """The rank that sends the most bytes."""
         return max(self.ranks, key=lambda rank: sum(rank.traffic_bytes.values()))
 
     def to_json(self) -> dict[str, Any]:
@@ -170,5 +170,5 @@ def _rank_json(rank: RankPlan) -> dict[str, Any]:
 
 
 def _whole(value: float) -> float | int:
-    """An integer where it is one, so that readers see all digits."""
+    """An int if the value is whole, so that JSON has all its digits."""
     return int(value) if value == int(value) else value

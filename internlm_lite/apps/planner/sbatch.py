@@ -1,4 +1,4 @@
-"""A batch file for Slurm: the options that Slurm reads, then a call of launch/slurm.sh, which holds what the job does.
+"""A batch file for Slurm: #SBATCH options, then a call of launch/slurm.sh, the script of the job.
 
 world 16, 8 per node  ->  --nodes=2 --ntasks-per-node=8 --gpus-per-node=8
 """
@@ -14,11 +14,11 @@ from pathlib import Path
 from internlm_lite.errors import ConfigError, MeshError
 
 EARLY_SECONDS = 60
-"""Slurm may send the signal up to this much earlier, by its documentation."""
+"""Seconds by which Slurm may send the signal early, according to its documentation."""
 
 _NAME = re.compile(r"[\w.,+@-]+")
 _PATH = re.compile(r"[\w./,+@=:~-]+")
-"""What needs no quoting in an #SBATCH line and holds none of Slurm's % patterns."""
+"""Paths that need no quoting in an #SBATCH line and contain none of Slurm's % patterns."""
 _CLOCK = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 
 
@@ -28,28 +28,28 @@ class SlurmJob:
 
     name: str
     about: str
-    """One line for people."""
+    """One line of description."""
     nodes: int
     per_node: int
-    """Tasks of a node, with a GPU each."""
+    """Tasks per node, with a GPU each."""
     on_gpus: bool
     cpus_per_task: int
     partition: str | None
     account: str | None
     time: str | None
-    """As Slurm writes it; None: the partition's own limit."""
+    """Time limit in Slurm's format; None: the partition's limit."""
     lead_seconds: int
-    """Time before the limit at which the ranks get the signal to save and stop."""
+    """Seconds before the limit at which Slurm signals the ranks to save and stop."""
     logs: Path
     folder: Path
-    """Where the job runs: relative paths of the config start there."""
+    """Working directory of the job; relative paths of the config refer to it."""
     repository: Path
     arguments: tuple[str, ...]
-    """The config, then what else train.py is given."""
+    """Arguments of train.py: the config, then others."""
 
 
 def nodes_of(world_size: int, per_node: int) -> tuple[int, int]:
-    """(nodes, tasks per node) of a world. Raises MeshError when the last node would be half full."""
+    """(nodes, tasks per node) of a world. Raises MeshError when the last node would be partly filled."""
     if world_size <= per_node:
         return 1, world_size
     if world_size % per_node:
@@ -79,7 +79,7 @@ def time_seconds(text: str) -> int:
 
 
 def sbatch_text(job: SlurmJob) -> str:
-    """The file. Raises ConfigError, with all problems, for what Slurm would misread."""
+    """Text of the file. Raises ConfigError with all values that Slurm would misread."""
     if problems := list(_problems(job)):
         raise ConfigError("\n".join(problems))
     options = "\n".join(f"#SBATCH --{option}" for option in _options(job))
@@ -105,7 +105,7 @@ def _options(job: SlurmJob) -> Iterator[str]:
     yield f"nodes={job.nodes}"
     yield f"ntasks-per-node={job.per_node}"
     if job.on_gpus:
-        # Of the node, not of each task: a GPU hidden from the other tasks cannot be reached by their NCCL directly.
+        # Per node, not per task: NCCL has no direct access to GPUs that are hidden from a task.
         yield f"gpus-per-node={job.per_node}"
     yield f"cpus-per-task={job.cpus_per_task}"
     yield f"chdir={job.folder}"

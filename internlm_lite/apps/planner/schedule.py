@@ -1,10 +1,10 @@
-"""The pipeline's order of work, simulated: idle share of a step, and what is in memory at the same time.
+"""Simulates the pipeline schedule: idle share of a step, and activations in memory at the same time.
 
-The action lists are those of torch's schedules, as the trainer runs them. Costs, with communication free:
+The action lists are those of torch's schedules, which the trainer runs. Costs, without communication:
 
-    forward F    the stage's layers; on the last stage also three times the head, whose gradient is made at once
-    backward B   twice the layers, and once more those that are recomputed (forward : backward = 1 : 2)
-    zero bubble  B is cut into I, gradients of the input and recomputation, and W, gradients of the weights
+    forward F    the stage's layers; on the last stage also three times the head: forward and gradient at once
+    backward B   twice the layers, plus once the recomputed layers (forward : backward = 1 : 2)
+    zero bubble  B is split into I, gradients of the input and recomputation, and W, gradients of the weights
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class Action:
     """One computation of a rank."""
 
     kind: str
-    """F, B, I or W."""
+    """One of F, B, I, W."""
     stage: int
     micro: int
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """FLOPs per token, or any unit."""
+    """Cost of a stage's actions, in FLOPs per token or any other unit."""
 
     forward: float
     backward_input: float
@@ -52,11 +52,11 @@ class StageCost:
 
 
 def actions_of(schedule: str, size: int, chunks: int, micro_num: int) -> list[list[Action]]:
-    """What each of `size` pipeline ranks computes, in order; without a pipeline, forward and backward in turns."""
+    """Actions of each of `size` pipeline ranks, in order; without a pipeline, forward and backward alternate."""
     if size == 1:
         return [[Action(kind, 0, micro) for micro in range(micro_num) for kind in "FB"]]
     numbers = rank_to_stages(0, size, chunks, schedule)
-    # All that torch's schedules read from their stages when they compute their order.
+    # The attributes of stages that torch's schedules read when they compute their order.
     stubs = [
         SimpleNamespace(
             num_stages=size * chunks, group_size=size, group_rank=0, stage_index=number, submod=None, is_last=False
@@ -84,7 +84,7 @@ def _actions(entries: Sequence[Any]) -> list[Action]:
 
 
 def stage_cost(stage: Transformer, seq_len: int) -> StageCost:
-    """In FLOPs per token."""
+    """Cost of a stage in FLOPs per token."""
     layers = [(block.flops_per_token(seq_len), block.recompute) for block in stage.blocks()]
     once, again = sum(flops for flops, _ in layers), sum(flops for flops, recompute in layers if recompute)
     lookups = 0 if stage.tok_embeddings is None else stage.tok_embeddings.lookup_ops_per_token()
@@ -95,8 +95,8 @@ def stage_cost(stage: Transformer, seq_len: int) -> StageCost:
 def bubble_fraction(ranks: Sequence[Sequence[Action]], costs: Sequence[StageCost]) -> float:
     """Idle share of all ranks from the first action to the last; `costs` by stage number.
 
-    An action starts when its rank is free and what it needs is there: F after F of the stage before, B and I after B or
-    I of the stage after.
+    An action starts when its rank is free and its input exists: F after F of the previous stage, B and I after B or I
+    of the next stage.
     """
     ends: dict[tuple[str, int, int], float] = {}
     clock, at = [0.0] * len(ranks), [0] * len(ranks)
@@ -121,7 +121,7 @@ def bubble_fraction(ranks: Sequence[Sequence[Action]], costs: Sequence[StageCost
 
 
 def _ready(action: Action, last: int, ends: dict[tuple[str, int, int], float]) -> float | None:
-    """When what `action` needs from another stage is there; None: not yet known."""
+    """Time at which the input of `action` from another stage exists; None: not yet known."""
     if action.kind == "W" or (action.kind == "F" and action.stage == 0):
         return 0.0
     if action.kind == "F":

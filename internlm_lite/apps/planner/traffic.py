@@ -1,4 +1,4 @@
-"""What a rank sends in one step, collective by collective."""
+"""Bytes that a rank sends in one step, per collective."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ AXES = ("tp", "pp", "zero", "replica", "ends", "world")
 
 
 def messages(row: RowShape, sizes: Sizes, holding: RankHoldings, micro_num: int) -> list[Message]:
-    """All that a rank of this pipeline position sends in a step of `micro_num` micro-batches."""
+    """Messages that a rank of this pipeline position sends in a step of `micro_num` micro-batches."""
     once = [message for stage in holding.stages.values() for message in stage.messages(row)]
     found = [replace(message, times=message.times * micro_num) for message in once]
     found += [*_pipeline(row, holding, micro_num), *_optimizer(holding)]

@@ -1,1 +1,1 @@
-"""What a run wrote, read again and shown as a page."""
+"""Reads the files of a run and shows them as an HTML page."""

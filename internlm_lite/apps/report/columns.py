@@ -1,6 +1,6 @@
-"""The figures of all step lines as columns of numbers, so that 50,000 steps of 33 folders fit and are cut quickly.
+"""The figures of all step lines as columns of numbers, compact and quick to slice for 50,000 steps of 33 folders.
 
-    scalar  "loss", "grad_norm/1_fp32", ...     float64 [lines]         nan where a line has none
+    scalar  "loss", "grad_norm/1_fp32", ...     float64 [lines]         nan if a line has no value
     folder  "code", ...                         float64 [lines, 4]      tokens learnt, loss, accuracy, tokens seen
 
 A restart repeats steps: lines of an earlier segment, from the first step of a later segment on, are superseded and
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 Numbers = NDArray[np.float64]
 Shape = tuple[tuple[str, ...], tuple[tuple[str, tuple[str, ...]], ...], tuple[str, ...]]
-"""Keys of a line: of scalars, of dicts of scalars with their own keys, of folders."""
+"""Keys of a line: scalars, dicts of scalars with their keys, folders."""
 
 _NOT_SCALARS = {"seg", "step", "time", "folders", "seen"}
 _WIDTH = 4
@@ -71,7 +71,7 @@ class Columns:
         self._total = MAX_STEP
         self.last_time: str | None = None
         self.segment = -1
-        """Of the newest line."""
+        """Segment of the newest line."""
         self._next = 0
         self._step, self._time = _GrowingColumn(None), _GrowingColumn(None)
         self._scalars: dict[str, _GrowingColumn] = {}
@@ -83,17 +83,17 @@ class Columns:
 
     @property
     def time(self) -> Numbers:
-        """Seconds since the epoch."""
+        """Time of each line, in seconds since the epoch."""
         return self._time.view(self.n)
 
     @property
     def scalars(self) -> dict[str, Numbers]:
-        """Those that ever had a number."""
+        """Name -> column, for scalars with at least one number."""
         return {key: column.view(self.n) for key, column in self._scalars.items() if column.any}
 
     @property
     def folders(self) -> dict[str, Numbers]:
-        """By name in the order of the lines."""
+        """Name -> columns of a folder, in the order of the lines."""
         return {name: column.view(self.n) for name, column in self._folders.items()}
 
     def start_segment(self, segment: int, step: int, total: int) -> None:
@@ -135,10 +135,10 @@ class Columns:
         return any(segment < later and step >= first for later, first in self._starts.items())
 
     def _is_in_order(self, segment: int, step: int) -> bool:
-        """Whether a line continues the run: a wrong one, once accepted, would reject all later ones."""
+        """Whether a line continues the run. Accepting a wrong line would reject all later ones."""
         if segment < self.segment or (segment == self.segment and step < self._next) or step >= self._total:
             return False
-        # A start takes the number after the highest in both files, so a gap means a damaged line.
+        # A start uses the number after the highest one in both files, so a gap means a damaged line.
         return self.max_segment < 0 or segment <= max(self.max_segment, self.segment) + 1
 
     def _restart(self, segment: int, step: int) -> None:
@@ -208,7 +208,7 @@ def _figures(value: Mapping[str, Any], shape: Shape) -> Iterable[Any]:
 
 
 def _is_complete(row: Sequence[Any], shape: Shape) -> bool:
-    """Whether a row has all figures of its shape, and only numbers."""
+    """Whether a row has all values of its shape, and only numbers."""
     return len(row) == _width(shape) and all(value is None or isinstance(value, int | float) for value in row)
 
 
@@ -232,7 +232,7 @@ def _as_block(rows: Sequence[Sequence[Any]], width: int) -> Numbers:
 
 
 def seconds(text: object) -> float | None:
-    """Seconds since the epoch of an ISO time with zone; None for anything else."""
+    """Seconds since the epoch of an ISO time with zone; None if it is no such text."""
     try:
         return datetime.fromisoformat(text).timestamp() if isinstance(text, str) else None
     except (ValueError, OverflowError, OSError):

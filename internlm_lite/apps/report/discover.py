@@ -11,7 +11,7 @@ from internlm_lite.apps.report.untrusted_files import printable
 from internlm_lite.errors import ConfigError
 
 MAX_RUNS = 8
-"""Runs taken from one job folder or folder of jobs: the newest."""
+"""Most runs taken from one job folder or folder of jobs; the newest are taken."""
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -32,7 +32,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 
 def require_runs(paths: Sequence[Path]) -> list[Path]:
-    """The same. Raises ConfigError where a path contains no run."""
+    """`find_runs`, but also raises ConfigError for a path without runs."""
     for path in paths:
         if not find_runs([path]):
             raise ConfigError(
@@ -53,7 +53,7 @@ def omitted_runs(paths: Sequence[Path]) -> list[str]:
 
 
 def run_name(folder: Path) -> str:
-    """JOB/TIME."""
+    """Name of a run for users: JOB/TIME."""
     return printable(Path(*folder.resolve().parts[-2:]))
 
 

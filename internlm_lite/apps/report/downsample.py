@@ -1,4 +1,4 @@
-"""Fewer points, with every spike kept: of each bucket of lines the smallest and the largest number, or their mean."""
+"""Reduces points but keeps spikes: each bucket of lines gives its minimum and maximum, or its mean."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from internlm_lite.apps.report.columns import Numbers
 
 
 class Buckets:
-    """Cuts `n` lines into points/2 buckets of equal line count, give or take one; up to `points` lines are kept.
+    """Splits `n` lines into points/2 buckets whose line counts differ by at most one; up to `points` lines are kept.
 
-    A bucket gives two positions, its first and its last line; a column has there its smallest and its largest number
-    in the order in which they occurred. So no outlier is lost, and all columns share their x.
+    A bucket has two positions, its first and last line. A column has there its minimum and maximum, in the order of
+    their occurrence. So outliers are kept, and all columns share their x values.
     """
 
     def __init__(self, n: int, points: int) -> None:
         self.n = n
         self._rows: NDArray[np.intp] | None = None
-        """[buckets, lines]: the lines of each; the last one again where a bucket is one line shorter."""
+        """[buckets, lines] indices of lines; a bucket that is one line shorter repeats its last line."""
         if n > max(2, points):
             edges = np.linspace(0, n, max(1, points // 2) + 1).astype(np.intp)
             first, last = edges[:-1, None], edges[1:, None] - 1
@@ -30,7 +30,7 @@ class Buckets:
         return x if self._rows is None else x[self._rows[:, [0, -1]]].reshape(-1)
 
     def extremes(self, y: Numbers) -> Numbers:
-        """Smallest and largest y of each bucket as they occurred; nan where it has none. [n] -> [positions]."""
+        """Minimum and maximum of y per bucket, in order of occurrence; nan without numbers. [n] -> [positions]."""
         if self._rows is None:
             return y
         values = y[self._rows]
@@ -41,9 +41,9 @@ class Buckets:
         return np.take_along_axis(values, order, axis=1).reshape(-1)
 
     def means(self, y: Numbers) -> Numbers:
-        """Sum of y over each bucket by its lines, at both positions; nan where it has none. [n] -> [positions].
+        """Sum of y over a bucket / its lines, at both positions; nan without numbers. [n] -> [positions].
 
-        Unlike extremes, which are of different lines, means of several columns may be added and divided.
+        Means of several columns may be added and divided; extremes may not, as they come from different lines.
         """
         if self._rows is None:
             return y

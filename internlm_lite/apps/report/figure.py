@@ -1,4 +1,4 @@
-"""loss.png: the loss of all data and of each folder as small multiples, runs overlaid."""
+"""loss.png: one panel for the loss of all data and one per folder, with all runs overlaid."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from internlm_lite.apps.report.untrusted_files import printable
 from internlm_lite.errors import MissingPackageError, StorageError
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
-"""One per run; distinguishable with colour blindness."""
+"""Colours of runs; distinguishable with colour blindness."""
 SMOOTHING = 0.9
 _CHINESE = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "SimHei")
 _RAW_BELOW = 30
@@ -27,7 +27,7 @@ def can_draw() -> bool:
 
 
 def write_figure(payload: Mapping[str, Any], path: Path) -> None:
-    """The figure at `path`, replaced in one rename. Raises MissingPackageError without matplotlib, StorageError."""
+    """Write the figure to `path` atomically. Raises MissingPackageError without matplotlib, StorageError."""
     try:
         from matplotlib import font_manager, rc_context
     except ImportError as error:
@@ -62,7 +62,7 @@ def _figure(runs: Sequence[Mapping[str, Any]]) -> Any:
         _draw(axis, name, runs)
     for axis in axes[len(names) + 1 :]:
         axis.set_axis_off()
-    for axis in axes[max(0, len(names) + 1 - columns) : len(names) + 1]:  # the lowest of each column
+    for axis in axes[max(0, len(names) + 1 - columns) : len(names) + 1]:  # the lowest panel of each column
         axis.tick_params(labelbottom=True)
     figure.supxlabel("step", fontsize="small")
     if len(runs) > 1:
@@ -74,7 +74,7 @@ def _figure(runs: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _draw(axis: Any, name: str | None, runs: Sequence[Mapping[str, Any]]) -> None:
-    """One panel: a folder, or the training loss of all."""
+    """Draw one panel: the loss of a folder, or the training loss of all data if `name` is None."""
     for at, run in enumerate(runs):
         series, colour = run["series"], COLOURS[at % len(COLOURS)]
         loss = series.get("loss", []) if name is None else series["folders"].get(name, {}).get("loss", [])
@@ -92,7 +92,7 @@ def _draw(axis: Any, name: str | None, runs: Sequence[Mapping[str, Any]]) -> Non
 
 
 def smoothed(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:
-    """Exponential moving average, without the pull to zero of its beginning."""
+    """Exponential moving average with bias correction of the first values."""
     average, missing, result = 0.0, 1.0, []
     for value in values:
         average, missing = weight * average + (1 - weight) * value, missing * weight

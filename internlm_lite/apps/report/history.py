@@ -1,4 +1,4 @@
-"""Lists made from events.jsonl and samples.jsonl: checkpoints, validation, alerts, restarts, samples.
+"""Lists computed from events.jsonl and samples.jsonl: checkpoints, validation, alerts, restarts, samples.
 
 Pure functions of the events in file order.
 """
@@ -25,7 +25,7 @@ def of_kind(events: Iterable[Event], *kinds: str) -> list[Event]:
 
 
 def restarts(events: Sequence[Event], first_steps: dict[int, int]) -> list[Event]:
-    """{"seg", "step", "time"} of every segment after the first. `first_steps`: of the segments' step lines."""
+    """{"seg", "step", "time"} of every segment after the first. `first_steps`: segment -> first step of its lines."""
     starts = {event["seg"]: event for event in of_kind(events, "start")}
     segments = sorted({*starts, *first_steps})
     return [
@@ -126,7 +126,7 @@ def _is_saved(event: Event) -> bool:
 
 
 def samples(lines: Iterable[dict[str, Any]], events: Iterable[Event]) -> list[dict[str, Any]]:
-    """By rising step, the newest of each step and prompt, without those that a restart superseded."""
+    """Samples by rising step: the newest per step and prompt, without those that a restart superseded."""
     starts = [(event["seg"], as_int(event.get("step")) or 0) for event in of_kind(events, "start")]
     newest: dict[tuple[int, str], dict[str, Any]] = {}
     for line in lines:

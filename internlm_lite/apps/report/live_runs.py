@@ -1,4 +1,4 @@
-"""The runs that a dashboard shows; one thread reads their files while pages are requested."""
+"""The runs of a dashboard; one thread reads their files, other threads answer requests."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from internlm_lite.errors import InternLMError
 logger = logging.getLogger("internlm_lite")
 
 PATIENCE_SECONDS = 0.3
-"""Longest wait of a request for the files to be read; then it is answered with what has been read."""
+"""Longest wait of a request for the files; then it is answered with the data read so far."""
 PAUSE_SECONDS = 0.1
-"""Shortest time between two rounds over the files, whatever the number of requests."""
+"""Shortest time between two reads of all files, for any number of requests."""
 JOIN_SECONDS = 10.0
 
 
@@ -36,7 +36,7 @@ class LiveRuns:
         self._known: dict[Path, tuple[str, RunReader]] = {}
         self._reported: set[str] = set()
         self._salt = secrets.token_hex(8)  # tokens of an earlier server must not match
-        self._lock = threading.Lock()  # held while data are added, and while they are read
+        self._lock = threading.Lock()  # held while data are added or read
         self._asked, self._read, self._ended = threading.Event(), threading.Event(), threading.Event()
         self._set_runs(require_runs(paths))
         self._asked.set()
@@ -49,14 +49,14 @@ class LiveRuns:
         self._thread.join(JOIN_SECONDS)
 
     def refresh(self) -> None:
-        """Request a read of the files and wait briefly for it; a first read, which may be long, is not waited for."""
+        """Request a read of the files and wait for it, at most PATIENCE_SECONDS; does not wait for the first read."""
         self._read.clear()
         self._asked.set()
         if all(run.parsed or run.error for _, run in self._runs):
             self._read.wait(PATIENCE_SECONDS)
 
     def payload(self) -> dict[str, Any]:
-        """The page's data, with a "token" of what it holds."""
+        """The page's data, with a "token" that identifies its state."""
         with self._lock:
             return {"token": self._token(), **make_payload(self._runs, live=True)}
 
@@ -92,14 +92,14 @@ class LiveRuns:
             self._report(error)
         for _, run in list(self._runs):
             try:
-                while self._advance(run) and not self._ended.wait(0.001):  # gives requests a chance to take the lock
+                while self._advance(run) and not self._ended.wait(0.001):  # lets requests take the lock
                     pass
                 run.error = None
             except Exception as error:  # noqa: BLE001  one run must not break the page of the others
                 run.error = self._report(error)
 
     def _advance(self, run: RunReader) -> bool:
-        delta = run.poll()  # without the lock: a disk may be slow
+        delta = run.poll()  # without holding the lock: a disk may be slow
         with self._lock:
             return run.ingest(delta)
 

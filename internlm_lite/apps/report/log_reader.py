@@ -1,4 +1,4 @@
-"""A run from its log, InternLM's or ours. Only step lines are read."""
+"""Reads a run from a log of InternLM or ours. Only step lines are used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from internlm_lite.monitor.line import parse_step_line
 
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _BEGIN = re.compile(r"\d{4}-\d{2}-\d{2}T\S+ INFO \[")
-"""The start of a step line: launchers may prefix it with a rank."""
+"""Start of a step line; launchers may put a rank before it."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The page as one self-contained HTML text: template, style, script, data, and a policy that allows nothing else.
+"""The page as one self-contained HTML text: template, style, script, data, and a policy that blocks all else.
 
 assets/page.html   with the marks <!--CSP--> <!--TITLE--> <!--STYLE--> <!--SCRIPT--> <!--PAYLOAD-->
 assets/uPlot*, assets/style.css, assets/app/*.js in the order of their names
@@ -47,7 +47,7 @@ class Assets:
             raise StorageError(f"cannot read {error.filename}: {error.strerror}; reinstall internlm_lite") from error
 
     def policy(self, live: bool) -> str:
-        """The content security policy: only this style and script; a live page may request its own server."""
+        """Content security policy: allows only this style and script; a live page may call its own server."""
         return "; ".join(
             (
                 "default-src 'none'",
@@ -62,7 +62,7 @@ class Assets:
 
 
 def render_page(payload: Mapping[str, Any], assets: Assets) -> str:
-    """HTML. Nothing of `payload` can end its script element or start another."""
+    """The HTML text. Values of `payload` cannot end its script element or start another."""
     parts = {
         "CSP": f'<meta http-equiv="Content-Security-Policy" content="{html.escape(assets.policy(payload["live"]))}">',
         "TITLE": html.escape(page_title(payload)),
@@ -74,7 +74,7 @@ def render_page(payload: Mapping[str, Any], assets: Assets) -> str:
 
 
 def encode(payload: Mapping[str, Any]) -> str:
-    """JSON in ASCII without <, > and &, so that it stands safely inside a script element."""
+    """JSON in ASCII without <, > and &, safe inside a script element."""
     return json.dumps(payload, allow_nan=False, separators=(",", ":")).translate(_IN_SCRIPT)
 
 
@@ -84,7 +84,7 @@ def page_title(payload: Mapping[str, Any]) -> str:
 
 
 def write_report(payload: Mapping[str, Any], path: Path, assets: Assets | None = None) -> None:
-    """The page at `path`, replaced in one rename: a reader sees the old one or the new one. Raises StorageError."""
+    """Write the page to `path` atomically: readers see the old or the new page. Raises StorageError."""
     text = render_page(payload, assets or Assets.read())
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

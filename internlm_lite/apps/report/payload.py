@@ -1,4 +1,4 @@
-"""The data of the page, as JSON can hold it.
+"""The data of the page, JSON-able.
 
 {"version", "generated", "live", "runs": [{"id", "name", "state", "folders", "series", "validation", ...}]}
 
@@ -28,10 +28,10 @@ UNREADABLE = "unreadable"
 """The phase of a run that cannot be shown; "why" holds the reason."""
 POINTS = 1000
 MAX_POINTS = 4000
-"""Of all runs of a page together."""
+"""Most points of a curve, summed over all runs of a page."""
 MAX_EVENTS = 500
 DIGITS = 7
-"""Significant digits of a curve."""
+"""Significant digits of numbers in a curve."""
 
 
 def make_payload(runs: Sequence[tuple[str, RunReader]], live: bool, now: datetime | None = None) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def make_payload(runs: Sequence[tuple[str, RunReader]], live: bool, now: datetim
 
 
 def safe_payload(identity: str, run: RunReader, now: datetime, points: int = POINTS) -> dict[str, Any]:
-    """One run; if its files cannot be interpreted, an empty one with the reason."""
+    """`run_payload`; if the run's files cannot be interpreted, an empty run with the reason."""
     why = run.error
     if why is None:
         try:
@@ -61,7 +61,7 @@ def safe_payload(identity: str, run: RunReader, now: datetime, points: int = POI
 
 
 def run_payload(identity: str, run: RunReader, now: datetime, points: int = POINTS) -> dict[str, Any]:
-    """One run. Loss of a folder is its mean over the last `window` lines."""
+    """The data of one run. The current loss of a folder is its mean over the last `window` lines."""
     columns = run.columns
     restarted = restarts(run.events, columns.starts)
     saves = checkpoints(run.events)
@@ -90,7 +90,7 @@ def run_payload(identity: str, run: RunReader, now: datetime, points: int = POIN
 
 
 def _short(event: dict[str, Any]) -> dict[str, Any]:
-    """Without the folders of an evaluation: those are in "validation"."""
+    """The event without the folders of an evaluation, which are in "validation"."""
     return {key: value for key, value in event.items() if key != "folders" or event["event"] != "evaluation"}
 
 
@@ -128,7 +128,7 @@ def folder_table(run: RunReader, checks: Sequence[dict[str, Any]]) -> list[dict[
 
 
 def _folder_figures(values: Numbers) -> dict[str, Any]:
-    """From [lines, (tokens, loss, acc, seen)] of a folder. Without tokens in the window, of the last line with some."""
+    """Figures of [lines, (tokens, loss, acc, seen)] of a folder: of the window, or of the last line with tokens."""
     width = window(len(values))
     seen = np.flatnonzero((values[:, 0] > 0) & np.isfinite(values[:, 1]))
     loss, acc = _means(values[-width:])
@@ -182,7 +182,7 @@ def series(columns: Columns, begin: float = -math.inf, end: float = math.inf, po
 
 
 def numbers(values: Numbers, digits: int | None = DIGITS) -> list[float | int | None]:
-    """For JSON: whole numbers as such, others to `digits` significant digits, nan as None."""
+    """Values for JSON: whole numbers as int, others to `digits` significant digits, nan as None."""
     there = np.isfinite(values)
     kept = values[there]
     whole = bool((kept == np.trunc(kept)).all()) and bool((np.abs(kept) < 2**53).all())
@@ -197,7 +197,7 @@ def numbers(values: Numbers, digits: int | None = DIGITS) -> list[float | int | 
 
 
 def significant(values: Numbers, digits: int) -> Numbers:
-    """Rounded to `digits` significant digits."""
+    """The values rounded to `digits` significant digits."""
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         scale = 10.0 ** (digits - 1 - np.floor(np.log10(np.abs(values))))
         rounded = np.round(values * scale) / scale

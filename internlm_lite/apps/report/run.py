@@ -24,10 +24,10 @@ _DOCUMENTS = ("config.resolved.yaml", "config.origins.json", "env.json", "FAILED
 
 @dataclass(frozen=True)
 class RunDelta:
-    """What was added to the files of a run since the last poll."""
+    """Data added to the files of a run since the last poll."""
 
     lines: Mapping[str, LineDelta]
-    """By file name."""
+    """File name -> new lines."""
     documents: Mapping[str, tuple[float | None, str]]
     """Small files that changed: (seconds since the epoch, text); (None, "") for a removed file."""
     problem: OSError | None
@@ -46,7 +46,7 @@ class RunReader:
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
         self.is_log = False
-        """Only step lines of a log are known, so not whether the run has ended."""
+        """Whether the run was read from a log: only step lines are known, not whether it has ended."""
         self.error: str | None = None
         """Why the data cannot be shown."""
         self.columns = Columns()
@@ -59,9 +59,9 @@ class RunReader:
         self.bad_lines = 0
         """Invalid lines of events.jsonl and samples.jsonl; those of metrics.jsonl: columns.bad."""
         self.version = 0
-        """Increases with every change of the data."""
+        """Version number, increased with every change of the data."""
         self.parsed = False
-        """The files have been read to their end once."""
+        """Whether the files have been read to their end at least once."""
         self._tails = {name: Tail(folder / name) for name in ("metrics.jsonl", "events.jsonl", "samples.jsonl")}
         self._seen: dict[str, tuple[int, int]] = {}
         self._origins: list[dict[str, Any]] = []
@@ -75,7 +75,7 @@ class RunReader:
         return self.ingest(self.poll())
 
     def poll(self) -> RunDelta:
-        """What is new since the last poll."""
+        """Read the data that were added since the last poll."""
         lines: dict[str, LineDelta] = {}
         documents: dict[str, tuple[float | None, str]] = {}
         problem = None
@@ -83,7 +83,7 @@ class RunReader:
             try:
                 if name in self._tails:
                     lines[name] = self._tails[name].read()
-                    # All of them, and after the step lines: start events decide which step lines are superseded.
+                    # All events, after the step lines: start events decide which step lines are superseded.
                     while name == "events.jsonl" and (more := self._tails[name].read()):
                         lines[name] = lines[name].merged(more)
                 else:
@@ -93,7 +93,7 @@ class RunReader:
         return RunDelta(lines, documents, problem)
 
     def ingest(self, delta: RunDelta) -> bool:
-        """False for an empty delta. Raises ConfigError, after everything else, when a file could not be read."""
+        """Add a delta to the data; False if it is empty. Finally raises ConfigError if a file could not be read."""
         takers = {"events.jsonl": self._events, "metrics.jsonl": self._metrics, "samples.jsonl": self._samples}
         for name, take in takers.items():
             if name in delta.lines:
@@ -149,7 +149,7 @@ class RunReader:
         return good
 
     def _changed(self, name: str) -> dict[str, tuple[float | None, str]]:
-        """A small file, if it changed since the last poll."""
+        """{name: (time, text)} of a small file if it changed since the last poll, else {}."""
         path = self.folder / name
         try:
             status = path.stat()
@@ -193,7 +193,7 @@ def _origins(rows: Any) -> list[dict[str, Any]]:
         return []
     good = [row for row in rows if isinstance(row, dict) and isinstance(row.get("key"), str)]
     inner = {row["key"].rpartition(".")[0] for row in good}
-    return [  # the keys of a section have rows of their own
+    return [  # sections are left out: their keys have rows of their own
         {"key": row["key"], "value": _text(row.get("value")), "origin": row.get("origin")}
         for row in good
         if row["key"] not in inner
@@ -201,7 +201,7 @@ def _origins(rows: Any) -> list[dict[str, Any]]:
 
 
 def _json(text: str | bytes) -> Any:
-    """The value with nan and inf as None; None for invalid JSON."""
+    """The parsed value with nan and inf as None; None for invalid JSON."""
     try:
         return finite(json.loads(text))
     except (ValueError, RecursionError):
@@ -209,7 +209,7 @@ def _json(text: str | bytes) -> Any:
 
 
 def _text(value: Any) -> str:
-    """As JSON; as str() for YAML values that JSON lacks, such as dates."""
+    """The value as JSON, or as str() for YAML types that JSON lacks, such as dates."""
     try:
         return json.dumps(value, ensure_ascii=False)
     except TypeError:

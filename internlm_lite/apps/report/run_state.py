@@ -13,11 +13,11 @@ from internlm_lite.apps.report.run import RunReader
 
 SILENT_SECONDS = 60.0
 SLOW_PHASE_SECONDS = 600.0
-"""A run without a line for this long is silent; the longer one applies while it is starting or evaluating."""
+"""Seconds without a line after which a run is silent; the longer limit holds while it starts or evaluates."""
 _DIGITS = 16
 """A number of steps has fewer."""
 SILENT_STEPS = 10.0
-"""Or this many usual intervals between step lines, if that is longer."""
+"""Or this number of usual intervals between step lines, if that is longer."""
 _OVER = (*ENDS, "log")
 """Phases in which no more lines are expected."""
 
@@ -48,7 +48,7 @@ def run_state(run: RunReader, now: datetime) -> dict[str, Any]:
 
 
 def _steps_done(run: RunReader, start: Event | None, phase: str) -> int | None:
-    """By the last line; after the end by the end event, as the last steps may have no line."""
+    """Steps done according to the last line, or to the end event: the last steps may have no line."""
     end = last_of(run.events, phase)
     step = as_int((end or {}).get("step") if phase in ENDS else (start or {}).get("step"))
     if run.columns.n and not (phase in ENDS and step is not None):
@@ -119,13 +119,13 @@ def last_of(events: list[Event], *kinds: str) -> Event | None:
 
 
 def last_number(run: RunReader, key: str) -> float | None:
-    """Of the last line; None if it has none."""
+    """The number at `key` in the last line; None if it has none."""
     column = run.columns.scalars.get(key)
     return None if column is None or not len(column) or np.isnan(column[-1]) else float(column[-1])
 
 
 def total_steps(run: RunReader) -> int | None:
-    """From the newest start event, else from the config."""
+    """Steps of the whole run, from the newest start event, else from the config."""
     start = last_of(run.events, "start")
     total = as_int(start.get("total_steps")) if start else None
     if total is None:
@@ -135,13 +135,13 @@ def total_steps(run: RunReader) -> int | None:
 
 
 def seconds_per_line(run: RunReader) -> float | None:
-    """Median over the newest lines, as a pause of days is nothing that a line usually takes; None below two."""
+    """Median interval of the newest lines, which ignores pauses of days; None with fewer than two lines."""
     gaps = np.diff(run.columns.time[-101:])
     return float(np.nanmedian(gaps)) if np.isfinite(gaps).any() else None
 
 
 def seconds_per_step(run: RunReader) -> float | None:
-    """The same for a step: a line may cover several."""
+    """Median seconds per step; a line may cover several steps."""
     gaps = np.diff(run.columns.time[-101:]) / np.diff(run.columns.step[-101:])
     return float(np.nanmedian(gaps)) if np.isfinite(gaps).any() else None
 

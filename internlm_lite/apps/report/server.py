@@ -94,7 +94,7 @@ class Dashboard(ThreadingHTTPServer):
             ) from error
 
     def server_bind(self) -> None:
-        """Without the lookup of the host's name in HTTPServer, which may be slow and is not needed."""
+        """Bind without HTTPServer's lookup of the host name, which may be slow and is not needed."""
         TCPServer.server_bind(self)
 
     @property
@@ -129,7 +129,7 @@ class Dashboard(ThreadingHTTPServer):
         return self._token is not None or name in {"127.0.0.1", "localhost", "::1", self._bind.lower()}
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Nothing: a closed connection is normal, and other errors were logged where they occurred."""
+        """Ignored: closed connections are normal, and other errors were logged where they occurred."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -169,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
         return any(hmac.compare_digest(value.encode(), expected.encode()) for value in values)
 
     def _log_in(self, token: str) -> Response:
-        """For the right token a cookie, and a redirect to the URL without the token."""
+        """For the right token, set a cookie and redirect to the URL without the token."""
         if not self.server.accepts_token(token):
             return Response.refusal(HTTPStatus.FORBIDDEN, "open the address with ?token=... that the dashboard printed")
         cookie = f"{self.server.cookie}={self.server.cookie_value}; Path=/; HttpOnly; SameSite=Strict"
@@ -229,7 +229,7 @@ class _Handler(BaseHTTPRequestHandler):
         return "internlm_lite"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: URLs may contain the token."""
+        """No access log: URLs may contain the token."""
 
 
 def _is_loopback(bind: str) -> bool:

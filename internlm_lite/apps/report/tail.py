@@ -11,7 +11,7 @@ from internlm_lite.apps.report.untrusted_files import open_file
 
 CHUNK_BYTES = 8 << 20
 MAX_LINE_BYTES = 64 << 20
-"""Longer data without a line break are returned in pieces."""
+"""Longest line in bytes; longer data without a line break are returned in pieces."""
 _MARK_BYTES = 64
 
 
@@ -26,7 +26,7 @@ class LineDelta:
         return self.replaced or bool(self.lines)
 
     def merged(self, later: LineDelta) -> LineDelta:
-        """This one and a later one as one."""
+        """This delta and a later one, merged."""
         return LineDelta(later.lines if later.replaced else self.lines + later.lines, self.replaced or later.replaced)
 
 
@@ -37,10 +37,10 @@ class Tail:
         self.path = path
         self._offset = 0
         self._file: tuple[int, int] | None = None
-        self._mark = b""  # the bytes before the offset: they differ in a file that was truncated and rewritten
+        self._mark = b""  # bytes before the offset; they change if the file is truncated and rewritten
 
     def read(self) -> LineDelta:
-        """At most about CHUNK_BYTES; nothing if the file does not exist. Raises OSError when it cannot be read."""
+        """Read about CHUNK_BYTES at most; nothing if the file does not exist. Raises OSError when it cannot be read."""
         try:
             with open_file(self.path) as file:
                 return self._read(file)

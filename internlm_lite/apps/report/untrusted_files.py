@@ -1,4 +1,4 @@
-"""Reading the files of a run folder such that nothing in it can block the reader or exhaust its memory."""
+"""Reads files of a run folder such that no file can block the reader or exhaust its memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_FILE_BYTES = 16 << 20
 
 
 def open_file(path: Path) -> BinaryIO:
-    """For reading. Raises OSError also for anything but a regular file, such as a pipe, which may never have data."""
+    """Open for reading. Raises OSError, also if it is no regular file: a pipe might block."""
     file = open(path, "rb", opener=_non_blocking)  # noqa: SIM115  the caller closes it
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
@@ -22,7 +22,7 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def read_file(path: Path) -> str:
-    """The whole text. Raises OSError, also for more than MAX_FILE_BYTES."""
+    """The whole text. Raises OSError, also for files larger than MAX_FILE_BYTES."""
     with open_file(path) as file:
         data = file.read(MAX_FILE_BYTES + 1)
     if len(data) > MAX_FILE_BYTES:

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("internlm_lite")
 
 MAX_SHARE = 0.003
-"""Largest share of the wall time that this thread may be busy: it shares the interpreter with training."""
+"""Largest fraction of wall time that the thread may be busy, as it shares the interpreter with training."""
 FIRST_SECONDS = 5.0
 """Delay of the first page."""
 CLOSE_SECONDS = 60.0
 
 
 def open_report(folder: Path, config: Config) -> Sink | None:
-    """report.html of a run, made from the files of its folder beside training (`monitor.sinks.SinkFactory`)."""
+    """A sink that writes report.html from the files of the run folder (a `monitor.sinks.SinkFactory`)."""
     every_seconds = config.monitor.report_every_seconds
     return ReportWriter(folder, every_seconds) if every_seconds else None
 

@@ -1,1 +1,1 @@
-"""The first minutes on a GPU: is it right, does it hang, how fast is it."""
+"""The GPU check: correctness, hangs, and speed on a new GPU."""

@@ -1,4 +1,4 @@
-"""Is it right on a GPU: what is installed, the tests marked gpu, every attention kernel, and where the host waits."""
+"""Correctness on a GPU: installed packages, tests marked gpu, every attention kernel, host-device syncs."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from internlm_lite.train.loop import train
 
 _PACKAGES = ("torch", "triton", "pydantic", "numpy", "rich", "sentencepiece", "liger_kernel", "flash_attn", "pytest")
 _LIMITS = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
-"""Relative error of attention against fp64; twice that for its gradient."""
+"""Largest allowed relative error of attention against fp64; twice that for its gradient."""
 
 
 def installed(package: str) -> str | None:
-    """Its version."""
+    """The version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -42,7 +42,7 @@ def installed(package: str) -> str | None:
 
 
 def environment(check: Check) -> None:
-    """What it runs on; a device whose peak is not known is wrong, as MFU would be missing."""
+    """Versions and device. A device with unknown peak FLOP/s fails the section: MFU would be missing."""
     query = "--query-gpu=name,memory.total,driver_version,power.limit"
     command = ["nvidia-smi", query, "--format=csv,noheader"]
     gpu = "cpu" if check.smoke else subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
@@ -66,14 +66,14 @@ def environment(check: Check) -> None:
 
 
 def gpu_tests(check: Check) -> None:
-    """The tests marked gpu."""
+    """Run the tests marked gpu."""
     folders = ["tests/layers", "tests/apps/doctor", "tests/optim", "tests/runtime"]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--timeout", "90", "-m", "gpu", "-rA"]
     done = subprocess.run([*command, *folders], cwd=check.repository, capture_output=True, text=True)
     text = done.stdout + done.stderr
     lines = text.strip().splitlines() or ["pytest said nothing"]
     check.tell(lines[-1], output=text[-4000:].replace(str(check.repository), "."))
-    if done.returncode not in (0, 5):  # 5: there was none to run
+    if done.returncode not in (0, 5):  # 5: no tests collected
         check.wrong(lines[-1])
 
 
@@ -90,7 +90,7 @@ def fp64_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, boundaries
 
 
 def attention(check: Check) -> None:
-    """Forward and gradient of every kernel against fp64, and whether a kernel gives the same bits each time."""
+    """Error of forward pass and gradient of every kernel against fp64, and whether it is deterministic."""
     shapes = [(64, 8, 2), (128, 8, 8), (128, 8, 1), (96, 4, 4), (256, 2, 2)]
     table: dict[str, list[Any]] = {}
     for head_dim, heads, kv_heads in shapes[: 2 if check.smoke else None]:
@@ -105,7 +105,7 @@ def attention(check: Check) -> None:
                     continue
                 forward, backward, _ = table[key]
                 if not (forward < _LIMITS[dtype] and backward < 2 * _LIMITS[dtype]):
-                    tell = check.note if name == "CUDNN" else check.wrong  # we do not train with it
+                    tell = check.note if name == "CUDNN" else check.wrong  # training does not use it
                     tell(f"{key}: relative error {forward:.1e} forward, {backward:.1e} of the gradient")
             check.tell(table=table)
     worst = max(row[1] for key, row in table.items() if not key.startswith("CUDNN"))
@@ -120,7 +120,7 @@ def _kernels(smoke: bool, dtype: torch.dtype) -> list[str]:
 
 
 class _Case:
-    """One row of documents, and what fp64 makes of it."""
+    """One row of documents, with the attention output and gradients in fp64."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int) -> None:
         self.boundaries = (0, 1, 130, 131, 500, 1000, 1536)
@@ -135,13 +135,13 @@ class _Case:
         (self.expected_grad,) = torch.autograd.grad((self.expected * self.weight.double()).sum(), leaf)
 
     def _inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Strided as the model hands them over."""
+        """q, k and v with the strides that the model passes."""
         leaf = self.qkv.clone().requires_grad_()
         q, k, v = leaf.split([self.queries, 1, 1], dim=2)
         return leaf, q.flatten(1, 2).contiguous(), k.squeeze(2).contiguous(), v.squeeze(2)
 
     def errors(self, name: str) -> list[Any]:
-        """[relative error, that of the gradient, whether three more calls gave the same bits]."""
+        """[relative error, relative error of the gradient, whether three more calls gave the same bits]."""
         longest = max(stop - start for start, stop in pairwise(self.boundaries))
         if name == "CUDNN":
             attend = cudnn_varlen(self.cu_seqlens, longest)
@@ -160,7 +160,7 @@ class _Case:
 
 
 def host_waits(check: Check) -> None:
-    """Which lines make the host wait for the device, in the real loop, with a line for each step or each tenth."""
+    """Source lines that sync host and device in the training loop, with a step line every step or every tenth."""
     counts = {}
     for every in (1, 10):
         places = _waits(check, every, steps=10)

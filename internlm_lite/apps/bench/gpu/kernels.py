@@ -1,4 +1,4 @@
-"""Ceilings of the device, and the operations that a faster step would stand on."""
+"""Peak rates of the device, and the operations that a training step consists of."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from internlm_lite.mesh.mesh import single_process_mesh
 
 
 def operations(check: Check) -> None:
-    """Products, copies, weight gradients, norm, SwiGLU, head and loss, rotary: time, and rate or bandwidth."""
+    """Time, and FLOP/s or bandwidth, of products, copies, weight gradients, norm, SwiGLU, head and loss, rotary."""
     tokens, hidden, width, vocab = (64, 32, 64, 512) if check.smoke else (8192, 2048, 5504, 50304)
     with torch.device(check.device):
         _ceilings(check)
@@ -53,7 +53,7 @@ def _weight_gradient(check: Check, dy: torch.Tensor, x: torch.Tensor) -> None:
     gradient = torch.zeros(dy.shape[1], x.shape[1])
     taken = check.milliseconds(lambda: gradient.add_((dy.t() @ x).float()))
     check.note(f"weight gradient {list(gradient.shape)}: product, cast and add {taken:.3f} ms")
-    if check.smoke:  # the operator is CUDA's alone
+    if check.smoke:  # the operator exists only for CUDA
         return
     expected = dy.t().float() @ x.float()
     added = torch.ops.aten.addmm.dtype_out
@@ -97,7 +97,7 @@ def _head(check: Check, x: torch.Tensor, vocab: int) -> None:
 
 
 def attention_speed(check: Check) -> None:
-    """One layer's attention over equal documents, and over 64 of mixed lengths."""
+    """Attention of one layer over documents of equal length, and over 64 of mixed lengths."""
     tokens, heads, head_dim = (256, 4, 32) if check.smoke else (8192, 16, 128)
     quarter = tokens // 4
     mixed = sorted({(i * i * tokens) // 4096 for i in range(1, 64)})
@@ -124,7 +124,7 @@ def attention_speed(check: Check) -> None:
 
 
 def _both_ways(check: Check, attend: Callable[..., torch.Tensor], qkv: tuple[torch.Tensor, ...]) -> tuple[float, float]:
-    """Milliseconds of the forward pass and of the backward pass."""
+    """(milliseconds of the forward pass, milliseconds of the backward pass)"""
     y = attend(*qkv)
     dy = torch.randn_like(y)
     backward = check.milliseconds(lambda: torch.autograd.grad(y, qkv, dy, retain_graph=True))
@@ -142,7 +142,7 @@ def _kernel(name: str, boundaries: Sequence[int], device: torch.device) -> Calla
 
 
 def staging(check: Check) -> None:
-    """Copies of 12 GB to host memory, as a save makes them: how long training would wait."""
+    """Seconds to copy 12 GB to host memory, as a save does while training waits."""
     size = 1 << 20 if check.smoke else 1 << 28
     parts = [torch.randn(size, device=check.device) for _ in range(2 if check.smoke else 12)]
     gigabytes = sum(part.nbytes for part in parts) / 1e9

@@ -1,4 +1,4 @@
-"""One section of the GPU check: what it finds is on disk at once, so that a section that is killed leaves it behind."""
+"""One section of the GPU check; results are written to disk at once, so that a killed section keeps them."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ class Measurement:
     name: str
     """A function of `run_sections.SECTIONS`, then its arguments: "perf:1b:eager"."""
     seconds: float
-    """Its time-out."""
+    """Time-out in seconds."""
     alone: bool
-    """False: other sections may run beside it (is it right); True: nothing may (how fast is it)."""
+    """Whether it must run alone because it measures speed; others may run concurrently."""
 
 
 @dataclass
 class Check:
-    """What a section works with. `smoke`: on the CPU with tiny shapes, to see that every section runs."""
+    """The context of a section. `smoke`: on the CPU with tiny shapes, to test that every section runs."""
 
     result: Path
     scratch: Path
     repository: Path
     out: Path
-    """For files that go beside the results."""
+    """Folder for files to keep with the results."""
     smoke: bool
     found: dict[str, Any] = field(default_factory=dict)
-    """`line`: the summary; `notes`: lines below it; `wrong`: what must not be; facts by name."""
+    """Results: `line`, the summary; `notes`, lines below it; `wrong`, failures; and facts by name."""
 
     @property
     def device(self) -> torch.device:
         return torch.device("cpu") if self.smoke else torch.device("cuda", 0)
 
     def tell(self, line: str | None = None, **facts: Any) -> None:
-        """Keep facts, and the summary line."""
+        """Store facts and the summary line."""
         self.found.update(facts)
         if line is not None:
             self.found["line"] = line
@@ -53,12 +53,12 @@ class Check:
         os.replace(temporary, self.result)
 
     def note(self, text: str) -> None:
-        """A line below the summary."""
+        """Add a line below the summary."""
         self.found.setdefault("notes", []).append(text)
         self.tell()
 
     def wrong(self, text: str) -> None:
-        """The section has failed."""
+        """Record a failure: the section fails."""
         self.found.setdefault("wrong", []).append(text)
         self.note(f"WRONG {text}")
 
@@ -67,7 +67,7 @@ class Check:
             torch.cuda.synchronize()
 
     def milliseconds(self, call: Callable[[], object], warm_up: int = 3, rounds: int = 10) -> float:
-        """Median of `rounds` calls, by events on the device."""
+        """Median milliseconds of `rounds` calls, measured by events on the device."""
         for _ in range(warm_up):
             call()
         self.synchronize()

@@ -66,9 +66,9 @@ PLAN = (
     Measurement("perf:1b:islands+wgrad+cudnn", 90, alone=True),
 )
 _LEAST_SECONDS = 25.0
-"""A section is not started with less of the budget left, unless it needs less."""
+"""A section is not started with fewer seconds of the budget left, unless its time-out is shorter."""
 _SMOKE_PATIENCE = 6
-"""Time-outs are longer by this factor on the CPU."""
+"""Factor of time-outs on the CPU."""
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Runner:
     repository: Path
     out: Path
     budget: float
-    """Seconds for all sections together."""
+    """Total seconds for all sections."""
     smoke: bool
     started: float = field(default_factory=time.monotonic)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -120,7 +120,7 @@ class Runner:
         self._write()
 
     def _in_process(self, name: str, scratch: Path, timeout: float) -> int | None:
-        """Exit code; None after `timeout` seconds."""
+        """Run a section; returns its exit code, None if it was killed after `timeout` seconds."""
         cache = Path(tempfile.gettempdir(), "gpu_check_cache")  # compiled kernels are shared by the sections
         environment = dict(
             os.environ,
@@ -156,7 +156,7 @@ class Runner:
         (self.out / "gpu_check.txt").write_text(self.summary())
 
     def summary(self) -> str:
-        """A line for each section, its notes, and the end of the log of what went wrong."""
+        """One line per section, its notes, and for failed sections the end of the log."""
         lines = []
         for name, result in self.results.items():
             value = result["value"]
@@ -169,7 +169,7 @@ class Runner:
 
 
 def section_main(name: str, scratch: str, repository: str, out: str, mode: str) -> int:
-    """What the process of one section does; its exit code."""
+    """Main function of a section's process; returns its exit code."""
     folders = (Path(scratch), Path(repository), Path(out))
     check = Check(Path(scratch, "result.json"), *folders, smoke=mode == "smoke")
     function, *arguments = name.split(":")

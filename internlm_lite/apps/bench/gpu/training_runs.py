@@ -1,4 +1,4 @@
-"""train.py itself on the GPU: curves of every dtype beside fp32 on the CPU, and the bits of a run that was resumed."""
+"""train.py on the GPU: loss curves of every dtype against fp32 on the CPU, and bitwise equality after a resume."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def lenient(self, *args):  # its medians have no deterministic kernel
 spikes.SpikeGuard.judge = lenient
 """
 _LIMITS = {"float32": 1e-4, "tf32": 5e-3, "bfloat16": 2e-2, "float16": 2e-2}
-"""Worst relative error of a loss over 12 steps."""
+"""Largest allowed relative error of the loss in 12 steps."""
 
 Steps = dict[int, dict[str, Any]]
 """Rows of metrics.jsonl by step."""
@@ -70,14 +70,14 @@ Steps = dict[int, dict[str, Any]]
 
 @dataclass
 class _Job:
-    """train.py, started."""
+    """A running process of train.py."""
 
     process: subprocess.Popen[bytes]
     folder: Path
     log: TextIO
 
     def steps(self, codes: Sequence[int] = (0,)) -> Steps:
-        """Once it has ended. Raises RuntimeError with the end of its log for another exit code than `codes`."""
+        """Wait for the end; returns the steps. Raises RuntimeError if its exit code is not in `codes`."""
         code = self.process.wait()
         self.log.close()
         if code not in codes:
@@ -91,7 +91,7 @@ class _Job:
 
 
 def _start(check: Check, tag: str, *overrides: str, device: str | None = None, first: str = "") -> _Job:
-    """`first`: code that runs before train.py in its process."""
+    """Start train.py. `first`: Python code to run before it in its process."""
     folder = check.scratch / tag
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.py"
@@ -109,7 +109,7 @@ def _start(check: Check, tag: str, *overrides: str, device: str | None = None, f
 
 
 def train_curves(check: Check) -> None:
-    """12 steps in every dtype; the loss of each step against fp32 on the CPU."""
+    """12 steps in every dtype; compares the loss of each step with fp32 on the CPU."""
     reference = _start(check, "cpu", device="cpu")
     jobs = {dtype: _start(check, dtype, f"DTYPE=torch.{dtype}") for dtype in _LIMITS}
     expected, worst = reference.steps(), {}
@@ -117,7 +117,7 @@ def train_curves(check: Check) -> None:
         got = job.steps()
         last = got[max(got)]
         skipped = last["inf_nan_skip_batches"]
-        # The first steps of fp16 are skipped while the loss scale comes down: the curve is behind by so many.
+        # fp16 skips the first steps until the loss scale is low enough: its curve is shifted by their number.
         errors = [abs(got[step]["loss"] / expected[step]["loss"] - 1) for step in got]
         worst[dtype] = 0.0 if skipped else max(errors)
         check.note(
@@ -132,7 +132,7 @@ def train_curves(check: Check) -> None:
 
 
 def resume(check: Check) -> None:
-    """Trained twice, and stopped after step 6 and resumed: the same bits? With and without deterministic algorithms."""
+    """Bitwise equality of two runs, and of one stopped after step 6 and resumed; with and without determinism."""
     found = {tag: _resumed(check, tag, first) for tag, first in (("plain", ""), ("deterministic", _DETERMINISTIC))}
     for tag, result in found.items():
         check.note(f"{tag}: {result}")
@@ -155,7 +155,7 @@ def _resumed(check: Check, tag: str, first: str) -> dict[str, Any]:
     one, two = straight.steps(), again.steps()
     stop.write_text("0\n")
     after = start(f"{tag}_c", f"STOP={stop}").steps()
-    after = {step: row for step, row in after.items() if row["seg"] == 1}  # of the second start
+    after = {step: row for step, row in after.items() if row["seg"] == 1}  # lines of the second start
     if len(one) != 12 or sorted(after) != list(range(6, 12)):
         check.wrong(f"{tag}: {len(one)} steps without a stop, steps {sorted(after)} after the resume, expected 6 to 11")
     return {

@@ -1,4 +1,4 @@
-"""Two ranks on one GPU, in every layout that two ranks have: gradient norms as on the CPU."""
+"""Two ranks on one GPU, in every layout of two ranks: gradient norms must equal those on the CPU."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2 interleaved": {"parallel": {"pipeline": {"size": 2}}, "num_chunks": 2},
 }
 _GLOO_ON_CUDA = ("dp2 zero1=1", "tp2", "dp2 zero")
-"""gloo has no send of CUDA tensors and no all_to_all of them."""
+"""Layouts that gloo can run on CUDA tensors: it has no send and no all_to_all for them."""
 _NCCL_ON_ONE_GPU = {
     **{"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1", "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"},
     **{"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"},
 }
-"""NCCL takes two ranks on one GPU when each says it is a host of its own; they talk through sockets."""
+"""NCCL accepts two ranks on one GPU if their host ids differ; they communicate through sockets."""
 
 Norms = dict[str, list[float] | str]
-"""By layout: three steps' gradient norms, or what went wrong."""
+"""Layout -> gradient norms of three steps, or an error message."""
 
 
 def worlds(check: Check, backend: str) -> None:
-    """`backend`: nccl or gloo."""
+    """Compare gradient norms of all layouts on the GPU and on the CPU. `backend`: nccl or gloo."""
     names = list(LAYOUTS) if backend == "nccl" else list(_GLOO_ON_CUDA)
     seconds = 400 if check.smoke else 100
     with ThreadPoolExecutor(2) as pool:
@@ -64,7 +64,7 @@ def worlds(check: Check, backend: str) -> None:
 
 
 def _world(folder: Path, backend: str, device: str, names: list[str], seconds: float) -> Norms:
-    """What rank 0 of two fresh processes finds within `seconds`."""
+    """Results that rank 0 of two new processes reports within `seconds`."""
     folder.mkdir()
     context = multiprocessing.get_context("spawn")
     pipes, processes, found = [], [], Norms()
@@ -93,7 +93,7 @@ def _world(folder: Path, backend: str, device: str, names: list[str], seconds: f
 
 def _rank(pipe: Connection, rank: int, backend: str, store: str, device_name: str, names: list[str]) -> None:
     device = torch.device(device_name)
-    torch.set_num_threads(1)  # four processes beside each other: more threads only wait for each other
+    torch.set_num_threads(1)  # four concurrent processes: more threads would only contend
     if backend == "nccl":
         _as_own_host(os.environ, rank)
     if device.type == "cuda":
@@ -112,7 +112,7 @@ def _rank(pipe: Connection, rank: int, backend: str, store: str, device_name: st
         except Exception as error:  # noqa: BLE001 (whatever it is, it is what was found)
             pipe.send((name, f"{type(error).__name__}: {str(error)[:300]}"))
             break
-    time.sleep(5)  # the parent ends both ranks when it has heard everything
+    time.sleep(5)  # the parent ends both ranks once it has all results
     os._exit(0)
 
 

@@ -1,6 +1,6 @@
-"""What the training step could do, put in place from outside, to be measured before it is built.
+"""Possible optimizations of the training step, as patches, to be measured before they are implemented.
 
-Names of a variant are joined by "+": "islands+wgrad". "eager" is the step as it is.
+Variants are combined by "+": "islands+wgrad". "eager" is the unchanged step.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from internlm_lite.models import decoder, initialise
 
 
 def apply(variant: str, smoke: bool) -> None:
-    """Patch the modules of this process. Raises KeyError for a name that is not known."""
+    """Patch the modules of this process. Raises KeyError for an unknown name."""
     _put(initialise, "_drawn", _quickly_drawn)
     for name in variant.split("+"):
         VARIANTS[name](smoke)
 
 
 def with_recomputation(config: Config, variant: str) -> Config:
-    """The config, with activations recomputed where the variant says so."""
+    """The config, with recomputed activations if the variant includes `recompute`."""
     if "recompute" not in variant.split("+"):
         return config
     return config.model_copy(update={"model": config.model.model_copy(update={"checkpoint": True})})
 
 
 def _quickly_drawn(layout: ShardSpec, std: float, seed: int) -> Iterator[tuple[tuple[slice, ...], Any]]:
-    """Weights for a measurement; the real draws take a minute for a model of 7B parameters."""
+    """Quick random weights; the normal initialisation of a 7B model takes a minute."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device).manual_seed(zlib.crc32(layout.name.encode()))
     rows = torch.randn(layout.local_shape, device=device, generator=generator).mul_(std)
@@ -42,16 +42,16 @@ def _quickly_drawn(layout: ShardSpec, std: float, seed: int) -> Iterator[tuple[t
 
 
 def _nothing(smoke: bool) -> None:
-    """Done elsewhere: `eager`, `recompute`, `bare`."""
+    """No patch: `eager`, `recompute` and `bare` are handled elsewhere."""
 
 
 def _compile(function: Callable[..., Any], smoke: bool, **options: Any) -> Callable[..., Any]:
-    """The C++ compiler takes minutes for what a smoke run only has to trace."""
+    """torch.compile; a smoke run only traces, as the C++ compiler would take minutes."""
     return torch.compile(function, dynamic=False, backend="aot_eager" if smoke else "inductor", **options)
 
 
 def _islands(smoke: bool) -> None:
-    """SwiGLU and rotary as one kernel each."""
+    """SwiGLU and rotary compiled to one kernel each."""
     swiglu = _compile(lambda gate, up: F.silu(gate) * up, smoke)
     rotate = _compile(lambda x, cos, sin: x * cos + x.roll(x.shape[-1] // 2, -1) * sin, smoke)
 
@@ -65,12 +65,12 @@ def _islands(smoke: bool) -> None:
 
 
 def _block(smoke: bool) -> None:
-    """Whole blocks compiled. The number of the layer, an int of the module, must not be a constant of the graph."""
+    """Compile whole blocks. The layer index, an int attribute, must not become a constant of the graph."""
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
     compiled = _compile(decoder.Block._run, smoke, fullgraph=True)
 
     def run(self: nn.Module, *args: Any) -> Any:
-        # Dynamo refuses a weight whose gradient has another dtype: it does not see the gradient meanwhile.
+        # Dynamo refuses a weight whose gradient has another dtype, so the gradient is hidden during the call.
         parameters = list(self.parameters())
         gradients = [parameter.grad for parameter in parameters]
         for parameter in parameters:
@@ -85,7 +85,7 @@ def _block(smoke: bool) -> None:
 
 
 def _wgrad(smoke: bool) -> None:
-    """The product of a weight's gradient adds to the fp32 buffer itself. (The operator is CUDA's alone.)"""
+    """The matrix product of a weight gradient accumulates into the fp32 buffer. CUDA only."""
     if smoke:
         return
 
@@ -96,18 +96,18 @@ def _wgrad(smoke: bool) -> None:
 
 
 def _loss(smoke: bool) -> None:
-    """The elementwise work on a chunk of logits compiled."""
+    """Compile the elementwise operations on a chunk of logits."""
     _put(loss, "_chunk_losses", _compile(loss._chunk_losses, smoke))
 
 
 def _cudnn(smoke: bool) -> None:
-    """cuDNN's kernel for documents of different lengths, which torch reaches through jagged nested tensors."""
+    """cuDNN's kernel for documents of different lengths, called through jagged nested tensors."""
     if not smoke:
         _put(flash, "_packed_torch_varlen", cudnn_varlen)
 
 
 def cudnn_varlen(cu_seqlens: torch.Tensor, longest: int) -> Callable[..., torch.Tensor]:
-    """Attention inside each document, [T, heads, head_dim] -> the same."""
+    """Attention inside each document; inputs and output [T, heads, head_dim]."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def jagged(x: torch.Tensor) -> torch.Tensor:
@@ -125,7 +125,7 @@ def cudnn_varlen(cu_seqlens: torch.Tensor, longest: int) -> Callable[..., torch.
 
 
 def _liger(smoke: bool) -> None:
-    """RMSNorm and SwiGLU of liger-kernel."""
+    """Replace RMSNorm and SwiGLU by those of liger-kernel."""
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
@@ -149,7 +149,7 @@ def _bare_compiled(smoke: bool) -> None:
 
 
 def _put(owner: Any, name: str, value: Any) -> None:
-    """Raises AttributeError where the code has moved on: a patch that replaces nothing measures nothing."""
+    """setattr that raises AttributeError if `owner` has no `name`: the patch would have no effect."""
     getattr(owner, name)
     setattr(owner, name, value)
 

@@ -13,6 +13,7 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 PYTEST_ARGS ?=
 GPU_ARGS ?=
+FIGURES_ARGS ?=
 DEMO_ARGS ?=
 
 DOCS := $(addprefix internlm_lite.,mesh layers models optim pipeline generate batch errors units)
@@ -95,7 +96,7 @@ gpu:
 	$(PYTHON) tools/gpu_check.py $(GPU_ARGS)
 
 figures: venv
-	$(BIN)/python -m tests.test_house
+	$(BIN)/python -m tests.test_house $(FIGURES_ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

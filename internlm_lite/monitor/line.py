@@ -1,8 +1,8 @@
-"""The step line as text, in the seed's format, and back.
+"""The step line as text, in InternLM's format, and back.
 
     ISO-time+zone INFO [file, line N, in func] - pid=N : tflops=... step=... ... loss/<folder>=... [mfu=...]<space>
 
-Rounding is the seed's: speeds and times to 2 digits, values of the metric (acc, perplexity, loss_from_metric and the
+Rounding is InternLM's: speeds and times to 2 digits, values of the metric (acc, perplexity, loss_from_metric and the
 folder blocks) to 4, everything else as Python prints the float. New keys are appended after the folder blocks.
 """
 
@@ -40,7 +40,7 @@ class Figure:
     tag: str = ""
     """Tag in TensorBoard and wandb; empty: not shown there."""
     optional: bool = False
-    """Whether a line may lack it, as the seed's lines do."""
+    """Whether a line may lack it, as InternLM's lines do."""
 
     def of(self, record: StepRecord) -> Any:
         return getattr(record.speed if hasattr(record.speed, self.name) else record, self.name)
@@ -51,7 +51,7 @@ def _digits(digits: int) -> Callable[[float], float]:
 
 
 def _block_speed(value: float) -> float:
-    """The seed prints 0, not 0.0, before the first block is full."""
+    """InternLM prints 0, not 0.0, before the first block is full."""
     return round(value, 2) or 0
 
 
@@ -112,7 +112,7 @@ FIGURES = (
 
 
 def format_step_line(record: StepRecord) -> str:
-    """The whole line of `record`, without a line break. It ends with a space, as the seed's do."""
+    """The whole line of `record`, without a line break. It ends with a space, as InternLM's do."""
     origin = record.origin
     header = (
         f"{record.time.isoformat(timespec='milliseconds')} INFO "
@@ -134,7 +134,7 @@ def _pairs(record: StepRecord) -> Iterator[tuple[str, object]]:
 
 
 def parse_step_line(text: str) -> StepRecord:
-    """The record of a line that `format_step_line` or the seed printed; printing it again gives the same text.
+    """The record of a line that `format_step_line` or InternLM printed; printing it again gives the same text.
 
     Raises DataError when `text` is no step line.
     """

@@ -74,7 +74,7 @@ class StepRecord:
     """TFLOP/s per GPU, by InternLM's formula (flops.py)."""
     speed: SpeedFigures
     lr: float
-    """Learning rate of the next step, as the seed prints it."""
+    """Learning rate of the next step, as InternLM prints it."""
     loss_scale: float
     grad_norm: Mapping[str, float]
     """'0_default': parameters in the model's dtype, '1_fp32': those kept in fp32; unscaled, before clipping."""

@@ -4,7 +4,7 @@
     tgs_avg           mean of last_tgs_1            tgs_SMA   the last 50 steps
     last_tgs_10, _50  the last full block of 10 or 50 steps, 0 before the first one is full
 
-The seed reads its clock separately for `tgs` and `last_tgs_1`, so its last digits differ; here both are equal.
+InternLM reads its clock separately for `tgs` and `last_tgs_1`, so its last digits differ; here both are equal.
 """
 
 from __future__ import annotations

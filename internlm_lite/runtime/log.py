@@ -1,4 +1,4 @@
-"""Log records of this process, in the seed's format: a file for every rank, and the terminal of rank 0.
+"""Log records of this process, in InternLM's format: a file for every rank, and the terminal of rank 0.
 
     2023-11-10 11:45:25,162 INFO launch.py:409 in launch -- Distributed environment is initialized, ...
 

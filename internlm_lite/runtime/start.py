@@ -63,7 +63,7 @@ def connect_ranks(store: Store, dist_env: DistEnv, device: torch.device, timeout
 
 
 def announce_layout(data: int, pipeline: int, tensor: int) -> None:
-    """Log the sizes of the mesh in the seed's format."""
+    """Log the sizes of the mesh in InternLM's format."""
     logger.info(
         "Distributed environment is initialized, data parallel size: %d, pipeline parallel size: %d, "
         "tensor parallel size: %d",

@@ -180,7 +180,7 @@ def environment_problems(trees: Trees) -> list[str]:
     """Reads of environment variables outside runtime/dist_env.py; programs may hand os.environ on as a whole."""
     problems = []
     for module, tree in trees.items():
-        if module == f"{PACKAGE}.runtime.place":
+        if module == f"{PACKAGE}.runtime.dist_env":
             continue
         handed_on: set[int] = set()
         if wing(module) in TOP:

@@ -44,7 +44,7 @@ class FailureHandler:
     """Of one rank. `folder` is set once the run folder is agreed on; without it nothing is written."""
 
     def __init__(self, dist_env: DistEnv) -> None:
-        self._place = dist_env
+        self._dist_env = dist_env
         self.folder: Path | None = None
         self.watchdog = unwatched(dist_env.rank)
         self.reported_by_peer = False
@@ -57,17 +57,17 @@ class FailureHandler:
         leave_now(HANG, lambda: self._report_hang(verdict), _LAST_WORDS_SECONDS)
 
     def _report_hang(self, verdict: Verdict) -> None:
-        rank, folder = self._place.rank, self.folder
+        rank, folder = self._dist_env.rank, self.folder
         logger.error("the job stands still: %s", verdict.why)
         follows = bool(verdict.ranks) and rank not in verdict.ranks
-        write_agent_error(self._place.error_file, f"the job stands still: {verdict.why}", follows=follows)
+        write_agent_error(self._dist_env.error_file, f"the job stands still: {verdict.why}", follows=follows)
         if folder is not None:
             self._write_stacks(folder)
             self._record(folder, "hang", verdict.why, HANG, follows=follows)
             for culprit, host in zip(verdict.ranks, verdict.hosts, strict=True):
                 where = (host, verdict.step, verdict.phase)
                 record(folder, Failure(culprit, *where, "hang", verdict.why, HANG, follows=False, guessed=True))
-        time.sleep(max(_VERDICT_SECONDS, self.watchdog.silence_seconds) * (2 if self._place.is_main else 1))
+        time.sleep(max(_VERDICT_SECONDS, self.watchdog.silence_seconds) * (2 if self._dist_env.is_main else 1))
 
     def log(self, error: BaseException) -> None:
         """Why this process ends, unless a lower rank logs the same."""
@@ -75,20 +75,20 @@ class FailureHandler:
             logger.error("interrupted; started again, the run goes on from its newest checkpoint if it has written one")
         elif isinstance(error, SystemExit):
             what = f"something called sys.exit({error.code!r}) in the middle of the run"
-            logger.error(f"rank {self._place.rank} failed: {what}")
+            logger.error(f"rank {self._dist_env.rank} failed: {what}")
         elif not isinstance(error, InternLMError):
-            logger.error(f"rank {self._place.rank} failed", exc_info=error)
+            logger.error(f"rank {self._dist_env.rank} failed", exc_info=error)
         elif not self.reported_by_peer:
             logger.error(f"{type(error).__name__}: {error}")
 
     def _write_stacks(self, folder: Path) -> None:
-        stacks = folder / "logs" / f"rank-{self._place.rank:05d}.stacks"
+        stacks = folder / "logs" / f"rank-{self._dist_env.rank:05d}.stacks"
         try:
             write_stacks(stacks)
         except OSError as error:
             logger.error("cannot write %s: %s", stacks, error.strerror)
         else:
-            logger.error("rank %d: the stacks of its threads are in %s", self._place.rank, stacks)
+            logger.error("rank %d: the stacks of its threads are in %s", self._dist_env.rank, stacks)
 
     def failed(self, error: BaseException) -> None:
         """Record why this rank ends, and log who failed first if it was another rank."""
@@ -102,7 +102,7 @@ class FailureHandler:
             return
         lost = isinstance(error, PeerLostError)
         culprits = error.culprit_ranks if isinstance(error, InternLMError) else ()
-        follows = lost or (bool(culprits) and self._place.rank not in culprits)
+        follows = lost or (bool(culprits) and self._dist_env.rank not in culprits)
         message = str(masked(str(error)))
         trace = str(masked("".join(traceback.format_exception(error))))
         if follows:
@@ -117,8 +117,8 @@ class FailureHandler:
     def _await_lower_rank(self, folder: Path, kind: str, message: str) -> bool:
         """Whether a lower rank failed in the same way, as all do by a wrong path: only the first logs it."""
         deadline = time.monotonic() + _SAME_FAILURE_SECONDS
-        while not self._place.is_main and time.monotonic() < deadline:
-            lower = [failure for failure in read_failures(folder) if failure.rank < self._place.rank]
+        while not self._dist_env.is_main and time.monotonic() < deadline:
+            lower = [failure for failure in read_failures(folder) if failure.rank < self._dist_env.rank]
             if any((failure.kind, failure.message) == (kind, message) for failure in lower):
                 return True
             time.sleep(0.05)
@@ -129,7 +129,7 @@ class FailureHandler:
         deadline = time.monotonic() + _CAUSE_SECONDS + self.watchdog.silence_seconds
         here, why = self.watchdog.here, "it is gone without a word: killed, out of memory, or its host is down"
         while time.monotonic() < deadline:
-            if any(not failure.follows and failure.rank != self._place.rank for failure in read_failures(folder)):
+            if any(not failure.follows and failure.rank != self._dist_env.rank for failure in read_failures(folder)):
                 return
             for rank in self.watchdog.silent():
                 # Its last beat may be many steps old; it is missed where this rank waits for it.
@@ -140,5 +140,5 @@ class FailureHandler:
 
     def _record(self, folder: Path, kind: str, message: str, code: int, *, follows: bool, trace: str = "") -> None:
         here = self.watchdog.here
-        where = (self._place.rank, here.host, here.step, here.phase)
+        where = (self._dist_env.rank, here.host, here.step, here.phase)
         record(folder, Failure(*where, kind, message, code, follows, trace))

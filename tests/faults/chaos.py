@@ -7,7 +7,6 @@ that failed are named. At the end: curve and final tensors are those of a run th
 from __future__ import annotations
 
 import random
-import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -83,8 +82,8 @@ class Chaos:
         with Job(self.folder, RANKS, *more, faults=fault(kind, rank, self.rng)) as job:
             if kind == "kill all at the start":
                 time.sleep(self.rng.uniform(0, 1.5))
-                for each in range(RANKS):
-                    job.signal(each, signal.SIGKILL)
+                for process in job.ranks.values():
+                    process.kill()  # one that finds all steps done has ended by then
             job.await_end(*(other for other in range(RANKS) if kind != "stop one" or other != rank))
             if kind == "stop one":  # as torchrun and Slurm do with what does not end
                 job.ranks[rank].kill()

@@ -41,7 +41,7 @@ ORPHAN_SECONDS = 3600.0
 
 @dataclass(frozen=True)
 class Found:
-    """A complete checkpoint, as far as inspection shows without reading tensors."""
+    """A checkpoint that inspection, which does not read tensors, found complete."""
 
     storage: Storage
     folder: str

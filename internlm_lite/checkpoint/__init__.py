@@ -1,1 +1,1 @@
-"""Checkpoints: format, commit protocol, save and load."""
+"""Checkpoints: format, commit protocol, saving, loading, storage."""

@@ -1,7 +1,7 @@
-"""Save and load the training state of all ranks: the door of this package.
+"""Saves and loads the training state of all ranks: the public interface of this package.
 
 save     save/: each rank copies its part, writes it and votes -> rank 0 commits -> old snapshots are removed
-resume   load/: newest commit -> check -> fill the pieces, any layout from any layout; if damaged, the one before
+resume   load/: newest commit -> check -> fill the pieces, from any mesh to any mesh; if damaged, the one before
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Accept = Callable[[Found], bool]
 
 
 class CheckpointManager(Saver, Loader):
-    """The checkpoints of a run, in one folder or two. Methods are collective unless they say otherwise."""
+    """The checkpoints of a run, in one folder or two. Methods are collective unless stated otherwise."""
 
     def __init__(
         self,
@@ -43,10 +43,10 @@ class CheckpointManager(Saver, Loader):
         saving: SaveOptions | None = SaveOptions(),
         s3: S3Config | None = None,
     ) -> None:
-        """`snapshot_folder`: for snapshots, which else lie in `folder`; `config`: the resolved config without secrets,
-        which is stored, and compared on load; `saving`: None to read only.
+        """`snapshot_folder`: folder of the snapshots, None: `folder`; `config`: resolved, without secrets, stored by
+        saves and compared by loads; `saving`: None for a read-only manager.
 
-        To save, writable folders are probed on all ranks: raises StorageError before any training is done.
+        Unless read-only, raises StorageError if a rank cannot write to a folder or sees another one than rank 0.
         """
         options = saving or SaveOptions()
         if options.keep_snapshots < 2:
@@ -61,21 +61,20 @@ class CheckpointManager(Saver, Loader):
 
     @property
     def storage(self) -> Storage:
-        """Of the first folder."""
+        """The storage of the first folder."""
         return self.folders[0].storage
 
     def hold(self) -> None:
-        """Take the leases of the folders. Raises StorageError when another run has one of them."""
+        """Acquire the leases of all folders. Raises StorageError if another run holds one."""
         leases = [Lease(folder.storage) for folder in self.folders]
         for folder, lease in zip(self.folders, leases, strict=True):
-            folder.lease = lease  # before it is taken: `release` gives it back if other ranks are lost meanwhile
+            folder.lease = lease  # set before acquiring, so that `release` frees it if a rank is lost meanwhile
         on_main(self.mesh, lambda: acquire(leases))
 
     def latest(self, accept: Accept = lambda found: True) -> Found | None:
-        """The newest checkpoint of the folders that looks whole; None if nothing was ever committed there that rank 0
-        accepts.
+        """The newest undamaged checkpoint of the folders for which `accept` is true on rank 0; None if there is none.
 
-        Raises CheckpointError when there are only damaged ones: a folder with checkpoints is never taken for empty.
+        Raises CheckpointError if there are only damaged ones: the run must not start from scratch by mistake.
         """
 
         def look() -> Found | None:
@@ -102,11 +101,10 @@ class CheckpointManager(Saver, Loader):
         check: Check | None = None,
         accept: Accept = lambda found: True,
     ) -> Restored | None:
-        """Load the newest checkpoint that proves good; None if none was ever committed.
+        """Load the newest undamaged checkpoint for which `accept` is true on rank 0; None if there is none.
 
-        `check` as for `load`; `accept` is asked on rank 0, and others are passed over. A damaged one is reported and
-        the one before is tried. Raises CheckpointError if only damaged ones are left, or if the newest belongs to
-        another model.
+        `check`: see `load`. If damage is found while loading, the one before is tried. Raises CheckpointError if only
+        damaged ones are left, or if the newest is of another model.
         """
         while (found := self.latest(accept)) is not None:
             try:
@@ -117,7 +115,7 @@ class CheckpointManager(Saver, Loader):
 
 
 def _probe(storage: Storage, mesh: Mesh) -> None:
-    """Every rank writes a small object and reads rank 0's: the folder is writable, and the same one for all."""
+    """Every rank writes a small object and reads rank 0's; StorageError on all ranks if one fails. Collective."""
     word = uuid.uuid4().bytes
 
     def put(key: str) -> None:

@@ -1,7 +1,7 @@
-"""Keys and values of the tokens so far, so that a new token costs one position instead of a whole forward pass.
+"""KV cache: keys and values of earlier tokens, so that a new token costs a forward pass over one position.
 
-prefill   all prompts packed in one row, as in training; each prompt's keys and values are kept
-decode    one new token of every sequence at once; sequence b attends to its own lengths[b] + 1 positions
+prefill   one packed row of all prompts, as in training; stores each prompt's keys and values
+decode    one new token per sequence; sequence b attends to its own lengths[b] + 1 positions
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from internlm_lite.layers.flash import Attend
 
 
 class KVCache:
-    """For `batch` sequences of at most `capacity` tokens. `prefill` once, then `decode` and `advance` in turn.
+    """For `batch` sequences of at most `capacity` tokens. Call `prefill` once, then `decode` and `advance` in turn.
 
-    A rank keeps the layers and heads that it computes, only.
+    A rank stores only the layers and heads that it computes.
     """
 
     def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
@@ -28,7 +28,7 @@ class KVCache:
         self._longest = 0
 
     def prefill(self, lengths: Sequence[int], attend: Attend) -> Attend:
-        """The packed attention `attend` of a row of prompts of these lengths, which also fills the cache."""
+        """`attend`, the packed attention of a row of prompts of these lengths, wrapped so that it fills the cache."""
         self.lengths.copy_(torch.tensor(lengths))
         self._longest = max(lengths)
 
@@ -39,14 +39,14 @@ class KVCache:
         return fill
 
     def _rows(self, packed: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """[sum of lengths, Hkv, D] -> [batch, capacity, Hkv, D]; zeros else: a masked value takes part as 0 * value."""
+        """[sum of lengths, Hkv, D] -> [batch, capacity, Hkv, D], zero-padded: 0 * a masked NaN would be NaN."""
         rows = packed.new_zeros(len(lengths), self._capacity, *packed.shape[1:])
         for row, sequence in zip(rows, packed.split(list(lengths)), strict=True):
             row[: len(sequence)] = sequence
         return rows
 
     def decode(self) -> Attend:
-        """Attention of one new token per sequence, [B, H, D], over the sequence's cache and itself."""
+        """Attention of one new token per sequence (q [B, H, D]) over the cached tokens and itself; stores its k, v."""
         rows = torch.arange(self.lengths.shape[0], device=self.lengths.device)
         seen = torch.arange(self._longest + 1, device=self.lengths.device) <= self.lengths.unsqueeze(1)
         mask = seen[:, None, None]  # [B, 1, 1, longest + 1]
@@ -63,6 +63,6 @@ class KVCache:
         return attend_to_cache
 
     def advance(self) -> None:
-        """The token of the last `decode` is now part of every sequence."""
+        """Count the token of the last `decode` in `lengths`. Call it after the forward pass."""
         self.lengths += 1
         self._longest += 1

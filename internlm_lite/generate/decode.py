@@ -1,4 +1,4 @@
-"""Continue prompts: one packed forward pass over all of them, then one token of every sequence per step."""
+"""Continues prompts: one packed forward pass over all prompts, then one token per sequence and step."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from internlm_lite.models.stages import WholeModel
 def generate(
     model: WholeModel, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, eos: int | None
 ) -> list[list[int]]:
-    """The continuation of each prompt, without the prompt; it stops before `eos` or after `max_new_tokens`.
+    """The continuation of each prompt, without the prompt: it ends before `eos` or after `max_new_tokens` tokens.
 
-    Every rank of tp and pp calls this with the same arguments and gets the same tokens. Raises DataError for a prompt
-    that is empty or holds an id outside the vocabulary.
+    Collective over tp and pp: same arguments and result on every rank. Reads the device once per token. Raises
+    DataError for a prompt that is empty or contains an id outside the vocabulary.
     """
     check(model, prompts)
     if not prompts or max_new_tokens < 1:
@@ -47,7 +47,7 @@ def generate(
 
 
 def check(model: WholeModel, prompts: list[list[int]]) -> None:
-    """Raises DataError; see `generate`."""
+    """Raises DataError for a prompt that is empty or contains an id outside the vocabulary."""
     vocab_size = model.any_stage.config.vocab_size
     for number, prompt in enumerate(prompts):
         if not prompt:

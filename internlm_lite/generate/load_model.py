@@ -16,10 +16,10 @@ from internlm_lite.models.stages import WholeModel
 def load_model(
     path: str, mesh: Mesh, dtype: str | None = None, s3: S3Config | None = None
 ) -> tuple[WholeModel, Config]:
-    """The model of the checkpoint at `path` (a save folder or one checkpoint of it), and the config it came from.
+    """The model with the master weights of the checkpoint at `path` (see `Loader.open`), and the checkpoint's config.
 
-    `dtype`: a config name such as "torch.bfloat16" instead of the trained one. Weights come from the fp32 masters.
-    Raises CheckpointError. Collective over the mesh.
+    `dtype`: a name as in the config, such as "torch.bfloat16", to use instead of the trained one. Raises
+    CheckpointError. Collective over the mesh.
     """
     loader = Loader(mesh, s3=s3)
     found = loader.open(path)
@@ -32,7 +32,7 @@ def load_model(
 
 
 def piece_of(param: torch.Tensor) -> LocalShard:
-    """Where a checkpoint's master weights go: the whole local parameter, cast to its dtype."""
+    """The local parameter as the destination of a checkpoint's master weights, which loading casts to its dtype."""
     assert isinstance(param, Parameter), "parameters of the model know their part"
     part = param.shard_spec
     return LocalShard(part.name, "master", part.shape, part.box, None, param.detach())

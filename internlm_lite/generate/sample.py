@@ -1,6 +1,6 @@
-"""Choosing the next token from logits: greedy, or a draw at a temperature from the top k and the top p.
+"""Chooses the next token from logits: greedy, or sampled with temperature, top-k and top-p.
 
-Tensor-parallel ranks hold the same gathered logits and the same seed, so they draw the same token without a message.
+Ranks of tp and pp have the same logits and the same seed, so they draw the same token without communication.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from internlm_lite.layers.tensor_parallel import accumulation_dtype
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw. Raises ConfigError when a value is out of range."""
+    """Sampling parameters. Raises ConfigError when a value is out of range."""
 
     temperature: float = 1.0
-    """Logits are divided by it; 0: always the most probable token."""
+    """Divides the logits; 0: greedy."""
     top_k: int = 0
-    """Only the k most probable tokens; 0: all."""
+    """Sample from the k most probable tokens; 0: from all."""
     top_p: float = 1.0
-    """Only the most probable tokens that together reach this probability; 1: all (arXiv:1904.09751)."""
+    """Sample from the fewest most probable tokens with at least this total probability (arXiv:1904.09751); 1: all."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -38,18 +38,18 @@ class Sampling:
 
 
 class Sampler:
-    """Draws one token after another; the same seed and logits give the same tokens."""
+    """Draws tokens; a sequence of calls is determined by the seed and the logits."""
 
     def __init__(self, sampling: Sampling, device: torch.device) -> None:
         self.sampling = sampling
         self._generator = torch.Generator(device=device).manual_seed(sampling.seed)
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """[B, vocab] -> [B] int64."""
+        """Logits [B, vocab] -> tokens [B] int64; does not read the device."""
         if self.sampling.temperature == 0:
             return logits.argmax(dim=-1)
         exact = logits.to(accumulation_dtype(logits.dtype)) / self.sampling.temperature
-        exact = exact.nan_to_num()  # sampling from a broken model must not end the run
+        exact = exact.nan_to_num()  # multinomial raises on NaN; samples of a diverged model must not end the run
         ordered, tokens = exact.sort(dim=-1, descending=True, stable=True)
         probabilities = keep_top(ordered.softmax(dim=-1), self.sampling.top_k, self.sampling.top_p)
         choice = torch.multinomial(probabilities, 1, generator=self._generator)
@@ -57,7 +57,7 @@ class Sampler:
 
 
 def keep_top(probabilities: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """[B, vocab] in falling order -> the same with the tail zeroed (no longer summing to 1). The first always stays."""
+    """[B, vocab] in descending order -> same, the tail set to 0, not renormalised. The first token is always kept."""
     before = probabilities.cumsum(dim=-1) - probabilities
     keep = before < top_p
     if top_k:

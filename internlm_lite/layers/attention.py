@@ -1,9 +1,9 @@
-"""Grouped-query attention with one fused projection, in InternLM2's order of rows:
+"""Grouped-query attention (arXiv:2305.13245) with one fused projection, whose rows are ordered as in InternLM2:
 
     wqkv:  [ q0 .. q(g-1) k v | q0 .. q(g-1) k v | ... ]      one block per key/value head, g query heads each
 
-so a tensor-parallel rank's part, whole key/value heads, is one range of rows.
-Which positions a query attends to is not decided here: `attend` is packed attention in training, a cache in generation.
+so a tensor-parallel rank, which holds whole blocks, holds one contiguous range of rows.
+The caller chooses the kernel and the mask with `attend`: packed attention in training, the KV cache in generation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from internlm_lite.layers.tensor_parallel import TensorParallelContext, accumula
 
 
 class Attention(CostedLayer):
-    """[T, hidden] outside -> the same. Raises ConfigError when heads do not divide as they must."""
+    """x -> same shape, both outside split layers (layers/tensor_parallel.py). Raises ConfigError as `check_heads`."""
 
     def __init__(self, name: str, layer: int, config: ModelConfig, tp_ctx: TensorParallelContext) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Attention(CostedLayer):
 
     def flops_per_token(self, seq_len: int) -> int:
         query_features = self.wo.weight.shard_spec.shape[1]
-        return super().flops_per_token(seq_len) + 4 * seq_len * query_features  # scores, and the mix of values
+        return super().flops_per_token(seq_len) + 4 * seq_len * query_features  # q k^T, and its softmax times v
 
     def saved_bytes(self, row: RowShape) -> Bytes:
         weight, output = self.wqkv.weight, self.wo.saved_bytes(row)["projection inputs"]
@@ -50,16 +50,16 @@ class Attention(CostedLayer):
         rotated = kv_heads * (self.queries + 1) * self.head_dim
         statistics = kv_heads * self.queries * accumulation_dtype(weight.dtype).itemsize
         kept = {
-            "queries, keys, values": row.tokens * weight.shape[0] * weight.itemsize,  # wqkv's output: v is part of it
+            "queries, keys, values": row.tokens * weight.shape[0] * weight.itemsize,  # the whole output: v is a view
             "rotated queries, keys": row.tokens * rotated * weight.itemsize,
-            "attention output": output * (1 + row.attention_by_document),  # the input of wo; before, the documents' own
-            "attention statistics": row.tokens * statistics,  # log of the softmax's denominator
+            "attention output": output * (1 + row.attention_by_document),  # input of wo; by document: its parts, too
+            "attention statistics": row.tokens * statistics,  # log-sum-exp of each query's scores
         }
         return add_bytes(self.wqkv.saved_bytes(row), kept)
 
 
 def check_heads(hidden_size: int, heads: int, kv_heads: int, tp_size: int) -> None:
-    """Raises ConfigError unless heads split hidden_size into even parts, kv_heads split heads, and tp_size kv_heads."""
+    """Raises ConfigError unless hidden_size / heads is even, heads % kv_heads == 0 and kv_heads % tp_size == 0."""
     problems = []
     if hidden_size % heads or (hidden_size // heads) % 2:
         problems.append(

@@ -1,8 +1,8 @@
-"""What a layer costs, said by the layer itself: operations, memory kept for the backward pass, messages.
+"""Each layer reports its own costs: floating-point operations, memory kept for the backward pass, messages.
 
-The planner, the step line, MFU and the split into pipeline stages add up what the layers say. A layer of other layers
-costs what they cost, unless it overrides a method. tests/models/test_costs.py compares every layer with torch's
-FlopCounterMode, with the tensors that autograd saves, and fails for a layer that it does not know.
+The planner, the step line, MFU and the split into pipeline stages sum these reports. By default a layer's cost is the
+sum over its child layers. tests/models/test_costs.py compares every layer with torch's FlopCounterMode and with the
+tensors that autograd saves; it fails for a layer without such a test.
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ from fractions import Fraction
 from torch import nn
 
 Bytes = dict[str, int]
-"""Bytes by component. The names appear in plans."""
+"""Component -> bytes. `plan` prints the names."""
 
 
 @dataclass(frozen=True)
 class RowShape:
-    """One micro-batch, a row of packed tokens, and what it runs on."""
+    """One micro-batch (a row of packed tokens) and the kernels that run it."""
 
     tokens: int
     device: str = "cuda"
-    """"cuda" or "cpu": a few kernels save other tensors, and the loss takes other chunks."""
+    """"cuda" or "cpu": a few kernels save different tensors, and the loss uses chunks of another size."""
     attention_by_document: bool = False
-    """The reference attention: one call per document, whose outputs are copied into one row."""
+    """True: the reference attention, which is called once per document and concatenates the outputs."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """`times` collectives of one kind over an axis of the mesh."""
+    """`times` equal collectives (or sends) over an axis of the mesh."""
 
     axis: str
     kind: str
     """all_reduce, reduce_scatter, all_gather, all_to_all or send."""
     n_bytes: int
-    """The whole tensor: what all ranks of the group hold together, or each of them for all_reduce."""
+    """Of one whole tensor: all shards together; for all_reduce, the tensor that every rank holds."""
     times: int = 1
     backward: bool = False
-    """Of the backward pass. A layer that is recomputed sends its forward messages twice."""
+    """True: sent in the backward pass. A recomputed layer sends its forward messages twice."""
 
     def sent(self, size: int) -> Fraction:
-        """Bytes that one rank of a group of `size` sends (ring or pairwise exchange, the least that is possible)."""
+        """Bytes that one rank of a group of `size` sends: the lower bound, which rings and pairwise exchange reach."""
         if self.kind == "send":
             return Fraction(self.times * self.n_bytes)
         passes = 2 if self.kind == "all_reduce" else 1  # a reduce-scatter, then an all-gather
@@ -50,33 +50,33 @@ class Message:
 
 
 class CostedLayer(nn.Module):
-    """A layer that says what it costs."""
+    """A module that reports its costs. Each method sums over `units` unless a subclass overrides it."""
 
     def units(self) -> Iterator[CostedLayer]:
-        """The layers that this one consists of."""
+        """The direct child layers that report costs."""
         for child in self.children():
             if isinstance(child, CostedLayer):
                 yield child
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Of its matrix products in a forward pass over documents of `seq_len` tokens, on all tensor-parallel ranks
-        together; attention counts all pairs of tokens. The backward pass takes twice as many."""
+        """FLOPs per token of the matrix products in a forward pass over documents of `seq_len` tokens, summed over the
+        tensor-parallel ranks; attention counts all pairs of tokens, masked or not. Backward: twice as many."""
         return sum(unit.flops_per_token(seq_len) for unit in self.units())
 
     def saved_bytes(self, row: RowShape) -> Bytes:
-        """Tensors that this rank keeps from the forward to the backward pass, each storage once."""
+        """Bytes of the tensors that this rank keeps for the backward pass; each storage is counted once."""
         return add_bytes(*(unit.saved_bytes(row) for unit in self.units()))
 
     def messages(self, row: RowShape) -> list[Message]:
-        """What this rank sends in a forward and a backward pass."""
+        """The messages of this rank in one forward and one backward pass."""
         return [message for unit in self.units() for message in unit.messages(row)]
 
     def deferred_bytes(self, row: RowShape) -> int:
-        """Inputs and output gradients that are kept after the backward pass while weight gradients are deferred."""
+        """Bytes of inputs and output gradients kept after the backward pass for deferred weight gradients."""
         return sum(unit.deferred_bytes(row) for unit in self.units())
 
     def workspace_bytes(self, row: RowShape) -> int:
-        """An estimate of the most that one of its computations takes for itself while it runs."""
+        """Estimated peak of temporary bytes: the maximum over its computations, which do not run at the same time."""
         return max((unit.workspace_bytes(row) for unit in self.units()), default=0)
 
 

@@ -1,9 +1,9 @@
 """Token embedding, split over the tensor-parallel ranks along the hidden dimension or along the vocabulary.
 
-split hidden:      each rank looks up its columns of every row, then the columns are gathered
-split vocabulary:  each rank looks up the tokens whose rows it holds, zero elsewhere, then the rows are summed
+split hidden:      each rank looks up its columns for every token; all-gather of columns
+split vocabulary:  each rank looks up the tokens whose rows it holds, zero for the others; sum over ranks
 
-With sequence parallelism a rank gets all columns of its own rows in either case.
+With sequence parallelism each rank ends with all columns of its own tokens in either case.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from internlm_lite.mesh.layout import parameter, split
 
 
 class Embedding(CostedLayer):
-    """tokens [T] int64 -> [T, hidden] outside split layers (layers/tensor_parallel.py).
+    """tokens [T] int64 -> embeddings [T, hidden], or this rank's rows of them (layers/tensor_parallel.py).
 
-    model.embed_grad_scale = a gives a*e + (1-a)*e.detach(): the same values, a times the gradient (GLM-130B,
-    arXiv:2210.02414, section 2.2: embedding gradient shrink). `partial_over`: see `ShardSpec.partial_over`.
+    model.embed_grad_scale = a multiplies the gradient by a: e <- a*e + (1-a)*e.detach() (embedding gradient shrink:
+    GLM-130B, arXiv:2210.02414, section 2.2). `partial_over`: see `ShardSpec.partial_over`.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class Embedding(CostedLayer):
         return self.tp_ctx.leave(looked_up * here.unsqueeze(-1))
 
     def lookup_ops_per_token(self) -> int:
-        """To compare lookups with matrix products, which `flops_per_token` counts: one operation per number copied."""
+        """Cost of a lookup in the unit of `flops_per_token`, to balance pipeline stages: one per element copied."""
         return self.weight.shard_spec.shape[1]
 
     def saved_bytes(self, row: RowShape) -> Bytes:
-        # By vocabulary: each token's row on this rank (int64) and whether it is here (bool). Else only the batch.
+        # Split vocabulary: each token's local row (int64) and whether it is on this rank (bool). Else the batch alone.
         return {"embedding": 0 if self.split_hidden else row.tokens * (8 + 1)}
 
     def messages(self, row: RowShape) -> list[Message]:

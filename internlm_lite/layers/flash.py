@@ -1,10 +1,10 @@
-"""Packed causal attention: which kernel, chosen once when the model is built.
+"""Packed causal attention. The kernel is chosen once, when the model is built:
 
     flash-attn   varlen kernel, if the package can be imported     half precision on CUDA
     torch        torch.nn.attention.varlen                         half precision on CUDA
-    sdpa         the reference, one call per document              everywhere
+    sdpa         the reference, one call per document              every device and dtype
 
-All take a row of T packed tokens and the boundaries of its documents; no token attends across a boundary.
+All take a row of T packed tokens and its document boundaries; no token attends to another document.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class AttentionBackend(enum.Enum):
-    """The value is the name for the log."""
+    """Attention kernels; the value is the name that the log shows."""
 
     FLASH_ATTN = "flash-attn"
     TORCH_VARLEN = "torch.nn.attention.varlen"
@@ -38,9 +38,9 @@ class AttentionBackend(enum.Enum):
 
 
 def choose_backend(config: ModelConfig, device: torch.device) -> AttentionBackend:
-    """The fastest backend for this model and device; the reference when model.use_flash_attn is False.
+    """The fastest backend for this model and device; SDPA when model.use_flash_attn is False.
 
-    The varlen kernels need half precision, compute capability 8.0 (A100) and a head_dim of a multiple of 8 up to 256.
+    Varlen kernels need half precision, compute capability >= 8.0 (A100), head_dim a multiple of 8 and at most 256.
     """
     if device.type != "cuda" or not varlen_fits(config):
         return AttentionBackend.SDPA
@@ -50,13 +50,13 @@ def choose_backend(config: ModelConfig, device: torch.device) -> AttentionBacken
 
 
 def varlen_fits(config: ModelConfig) -> bool:
-    """Whether a varlen kernel can run this model on a current GPU."""
+    """Whether a varlen kernel supports this model on a GPU of compute capability 8.0 or higher."""
     half = torch_dtype(config.dtype) in (torch.float16, torch.bfloat16)
     return config.use_flash_attn and half and config.head_dim % 8 == 0 and config.head_dim <= 256
 
 
 def _has_flash_attn() -> bool:
-    """Tested by importing it: a folder of that name, or a build for another torch, is not enough."""
+    """Imports it, because finding the package does not show that its build fits this torch."""
     try:
         from flash_attn import flash_attn_varlen_func  # noqa: F401
     except ImportError as error:
@@ -69,10 +69,10 @@ def _has_flash_attn() -> bool:
 def packed(
     backend: AttentionBackend, cu_seqlens: torch.Tensor, cu_seqlens_host: tuple[int, ...], max_seqlen: int
 ) -> Attend:
-    """Attention inside each document of one packed row.
+    """Attention within each document of one packed row.
 
-    cu_seqlens [n + 1] int32 on the device, may end in repeats of T; `cu_seqlens_host` the same boundaries as
-    host integers, repeats or not; `max_seqlen` at least the longest document. See `batch.Batch`.
+    `cu_seqlens` [n + 1] int32 on the device: 0, document ends ..., T, padded by repeats of T; `cu_seqlens_host`: the
+    same on the host, padded or not; `max_seqlen`: at least the longest document's length. See `batch.Batch`.
     """
     if backend is AttentionBackend.FLASH_ATTN:
         return _packed_flash_attn(cu_seqlens, max_seqlen)
@@ -94,7 +94,7 @@ def _packed_torch_varlen(cu_seqlens: torch.Tensor, max_seqlen: int) -> Attend:
     from torch.nn.attention.varlen import varlen_attn
 
     kernel: Callable[..., Any] = varlen_attn
-    # The options for "causal" and "grouped queries" changed between torch releases.
+    # torch releases name the causal and the grouped-query options differently.
     known = inspect.signature(varlen_attn).parameters
     options: dict[str, object] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if "enable_gqa" in known:
@@ -109,12 +109,11 @@ def _packed_torch_varlen(cu_seqlens: torch.Tensor, max_seqlen: int) -> Attend:
 
 
 def packed_sdpa(boundaries: tuple[int, ...]) -> Attend:
-    """The reference: PyTorch's scaled_dot_product_attention on every document alone. `boundaries`: 0, ends of documents
-    ..., T, as host integers.
+    """The reference: scaled_dot_product_attention on each document. `boundaries`: 0, document ends ..., T.
 
-    row:   [ 0 . . . | 1 . . . | 2 . . ]     neighbours of equal length go into one call: [2, length], then [1, length]
+    row:   [ 0 . . . | 1 . . . | 2 . . ]     neighbours of equal length share a call: [2, length], then [1, length]
 
-    There is no mask over the row: work is the sum of the squared lengths, not T^2. Runs on every device and dtype.
+    No mask over the row, so the work is the sum of the squared lengths, not T^2. Runs on every device and dtype.
     """
     lengths = [stop - start for start, stop in pairwise(boundaries) if stop > start]
     runs = [(len(list(equal)), length) for length, equal in groupby(lengths)]
@@ -123,7 +122,7 @@ def packed_sdpa(boundaries: tuple[int, ...]) -> Attend:
     def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if len(runs) == 1:
             return _causal(q, k, v, *runs[0])
-        # One split, not slices: the backward pass of a split is one concatenation.
+        # One split instead of slices, because its backward pass is one concatenation.
         parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), runs, strict=True)
         return torch.cat([_causal(q, k, v, *run) for q, k, v, run in parts])
 
@@ -131,7 +130,7 @@ def packed_sdpa(boundaries: tuple[int, ...]) -> Attend:
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, count: int, length: int) -> torch.Tensor:
-    """`count` documents of `length` tokens side by side: [count * length, heads, head_dim], without copies."""
+    """Attention of `count` consecutive documents of `length` tokens; q, k, v [count * length, heads, head_dim]."""
     q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)

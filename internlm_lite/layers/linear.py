@@ -1,12 +1,12 @@
-"""Linear layers split over the tensor-parallel ranks; a group of one rank holds the whole.
+"""Linear layers split over the tensor-parallel ranks; a group of one rank holds the whole weight.
 
-    ColumnLinear  y_i = x W_i^T + b_i      each rank makes its own features; x comes from outside
-    RowLinear     y = sum_i x_i W_i^T + b  each rank has its own features of x; y goes outside
+    ColumnLinear  y_i = x W_i^T + b_i      x is outside; rank i computes its range of output features
+    RowLinear     y = sum_i x_i W_i^T + b  rank i has its range of input features; y is outside
 
-"Outside": see layers/tensor_parallel.py.
+"Outside" split layers: see layers/tensor_parallel.py.
 
-Backward of column layers that share x: dx = sum_j dy_j W_j is sent to the other ranks while dW_j = dy_j^T x is
-computed. With sequence parallelism x is gathered again for dW instead of kept, while dx is computed.
+Backward of column layers that share x: the sum of dx = sum_j dy_j W_j over ranks overlaps with dW_j = dy_j^T x. With
+sequence parallelism x is not kept for dW but gathered a second time, which overlaps with the computation of dx.
 (Megatron-LM, arXiv:1909.08053, section 3; arXiv:2205.05198, section 4.2.)
 """
 
@@ -25,12 +25,12 @@ from internlm_lite.mesh.layout import parameter, split, whole
 
 
 def output_std(config: ModelConfig) -> float:
-    """Initial standard deviation of matrices whose output is added to the residual stream."""
+    """Initial standard deviation of matrices that write to the residual stream (GPT-2: init_std / sqrt(2 layers))."""
     return config.init_std / math.sqrt(2 * config.num_layers)
 
 
 class _Linear(CostedLayer):
-    """A weight [out, in], split over the group along `split_dim`."""
+    """A weight [out, in], split over the group along dimension `split_dim`. Raises ConfigError if not divisible."""
 
     split_dim: int
 
@@ -67,7 +67,7 @@ class _Linear(CostedLayer):
 
 
 class ColumnLinear(_Linear):
-    """Holds weight [out / group size, in] and bias [out / group size]; `columns` applies it."""
+    """Holds weight [out / group size, in] and bias [out / group size]; the function `columns` applies it."""
 
     split_dim = 0
 
@@ -81,7 +81,7 @@ class ColumnLinear(_Linear):
 
 
 def columns(x: torch.Tensor, *linears: ColumnLinear) -> tuple[torch.Tensor, ...]:
-    """x from outside -> [T, out / group size] of every layer: one gather, one sum and one saved x for all of them."""
+    """x outside -> [T, out / group size] for each layer; one gather of x, one sum of dx and one saved x for all."""
     tensors = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
     outputs: tuple[torch.Tensor, ...] = _Columns.apply(x, linears[0].tp_ctx, *tensors)
     return outputs
@@ -117,9 +117,9 @@ class _Columns(torch.autograd.Function):
 
 
 class RowLinear(_Linear):
-    """[T, in / group size] -> [T, in] outside, summed over the group.
+    """[T, in / group size] -> activations outside with `out` features, summed over the group.
 
-    The bias is stored whole on every rank of the group and added once, after the sum.
+    Every rank of the group holds the whole bias and adds it once, after the sum.
     """
 
     split_dim = 1

@@ -1,12 +1,12 @@
-"""Output projection and cross-entropy in one: the [T, V] logits exist a chunk of tokens at a time, and only once.
+"""Fused output projection and cross-entropy: logits exist for one chunk of tokens at a time, never as a whole [T, V].
 
     z = h W^T                  loss = log sum_v exp z_v - (1 - s) z_label - s/V sum_v z_v
     dh = dz W, dW = dz^T h     dz   = softmax(z) - (1 - s) [v = label] - s/V
 
-Where gradients are needed, a chunk's dz replaces its logits in place and is added to dh and dW at once, so the backward
-pass has nothing to recompute. W may be split by rows (vocabulary) over the tensor-parallel ranks: the maximum, the sum
-of exponentials and the label's logit are then reduced over them, and dh is a partial sum on each of them: the caller
-sends h in through `TensorParallelContext.enter`.
+(s: label smoothing, V: vocabulary size.) When gradients are needed, the forward pass overwrites a chunk's logits by dz
+and adds it to dh and dW, so the backward pass recomputes nothing. W may be split by rows (vocabulary) over the
+tensor-parallel ranks: the maximum, the sum of exponentials and the label's logit are all-reduced over them; each rank's
+dh is a partial sum, so the caller must pass h through `TensorParallelContext.enter`.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ from internlm_lite.mesh.conjugate import gather_last
 from internlm_lite.mesh.mesh import Group
 
 _CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
-"""Logits of one chunk: on the CPU they should stay in cache, on a GPU the products should stay large."""
+"""Bytes of one chunk's logits: small enough for a CPU's cache, large enough for efficient matrix products on a GPU."""
 
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """What a row of T tokens gives. All but `scaled_sum` are detached."""
+    """Losses of a row of T tokens. Only `scaled_sum` is differentiable."""
 
     scaled_sum: torch.Tensor
-    """Scalar to differentiate: scale * sum over labels of the training loss (with label smoothing)."""
+    """Scalar to differentiate: `scale` times the sum over tokens of the training loss (with label smoothing)."""
     train_loss_sum: torch.Tensor
-    """Scalar: the same without `scale`."""
+    """Scalar: `scaled_sum` without `scale`."""
     token_loss: torch.Tensor
-    """[T] cross-entropy without smoothing, 0 where the label is IGNORE. float32, for float64 models float64."""
+    """[T] cross-entropy without smoothing, 0 where the label is IGNORE; float32, or float64 for a float64 model."""
     correct: torch.Tensor
-    """[T] bool: no logit is larger than the label's."""
+    """[T] bool: the label's logit is the maximum; False where the label is IGNORE."""
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What stays the same from call to call."""
+    """Arguments that are the same for every call."""
 
     group: Group
     """The ranks over which the vocabulary is split."""
     label_smoothing: float = 0.0
     parallel_output: bool = True
-    """False: gather the logits of all ranks, then every rank computes the whole loss."""
+    """False: all-gather the logits; then every rank computes the whole loss."""
 
 
 @dataclass(frozen=True)
 class _Terms:
-    """What is the same for all chunks of one call."""
+    """Arguments that are the same for all chunks of one call."""
 
     scale: torch.Tensor
     vocab_size: int
@@ -65,10 +65,10 @@ class _Terms:
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor, options: LossOptions
 ) -> TokenLosses:
-    """hidden [T, d], weight [V / group size, d] of the same dtype, labels [T] int64 or IGNORE, scale scalar tensor.
+    """hidden [T, d], weight [V / group size, d] of the same dtype, labels [T] int64 or IGNORE, scale: scalar tensor.
 
-    `scale` multiplies the gradient before it is rounded to half precision. One call gives its gradient once.
-    """
+    `scale` multiplies the gradient before it is rounded to half precision. A second backward pass raises RuntimeError.
+    Collective over `options.group`."""
     scale = scale.to(accumulation_dtype(hidden.dtype))
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     terms = _Terms(scale, weight.shape[0] * options.group.size, options, needs_grad)
@@ -108,7 +108,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def tokens_per_chunk(tokens: int, vocab: int, itemsize: int, device_type: str) -> int:
-    """Tokens whose `vocab` logits of `itemsize` bytes are computed together, in chunks of equal length."""
+    """Tokens per chunk, given `vocab` logits of `itemsize` bytes per token; only the last chunk may be shorter."""
     limit = max(1, _CHUNK_BYTES.get(device_type, _CHUNK_BYTES["cpu"]) // (vocab * itemsize))
     n_tokens = max(1, tokens)
     n_chunks = -(-n_tokens // limit)
@@ -124,7 +124,7 @@ def _project(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> t
 def _chunk_losses(
     logits: torch.Tensor, labels: torch.Tensor, terms: _Terms
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(token loss, training loss, correct), each [c]. logits [c, V / group size] become their gradient, or scratch."""
+    """(token loss, training loss, correct), each [c]. Overwrites logits [c, V / group size] by dz or scratch values."""
     options, mine = terms.options, logits
     group, smoothing = options.group, options.label_smoothing
     if not options.parallel_output:
@@ -159,7 +159,7 @@ def _chunk_losses(
 
 
 class _Gradients:
-    """dh and dW, added up chunk by chunk; dW of half precision in float32 when there are several chunks."""
+    """Accumulates dh and dW over chunks; with several chunks, dW of a half-precision weight is summed in float32."""
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, chunk: int) -> None:
         self.hidden, self.weight = hidden, weight

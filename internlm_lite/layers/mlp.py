@@ -12,7 +12,7 @@ from internlm_lite.layers.tensor_parallel import TensorParallelContext
 
 
 class SwiGLU(CostedLayer):
-    """[T, hidden] outside -> the same; `mlp_hidden_size` features inside, split over the tensor-parallel ranks."""
+    """x -> same shape, both outside split layers; `mlp_hidden_size` inner features, split over the group."""
 
     def __init__(self, name: str, config: ModelConfig, tp_ctx: TensorParallelContext) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class SwiGLU(CostedLayer):
         gate, up = columns(x, self.w1, self.w3)
         return self.w2(F.silu(gate) * up)
 
-    # w1 and w3 have one input, which is kept, gathered and summed once.
+    # w1 and w3 share their input: it is saved and gathered once, and its gradient is summed once.
 
     def saved_bytes(self, row: RowShape) -> Bytes:
         inner = self.w2.saved_bytes(row)["projection inputs"]  # of each of gate, silu(gate), up, and their product
@@ -39,7 +39,7 @@ class SwiGLU(CostedLayer):
         return super().deferred_bytes(row) - shared_input
 
     def workspace_bytes(self, row: RowShape) -> int:
-        """Of its first backward steps; later gradients reuse the memory of activations that are freed."""
+        """Of the first steps of the backward pass; later gradients reuse the memory of freed activations."""
         weight = self.w2.weight
         factors = 2 * row.tokens * weight.shape[1]  # gradients of the product and of one factor
         return (factors + weight.numel()) * weight.itemsize  # and of a weight before it is added to its bucket

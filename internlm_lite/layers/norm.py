@@ -1,9 +1,9 @@
-"""Normalisation of each token's features; `build_norm` is where the model's norm is chosen.
+"""Normalisation of each token's features; `build_norm` chooses the model's norm.
 
     RMSNorm   y = x / sqrt(mean(x^2) + eps) * w   (arXiv:1910.07467)
 
-CUDA has a fused kernel behind `F.rms_norm`. On the CPU its backward pass is a chain of autograd nodes, so there the
-gradient is written out: 3.6 times as fast forward and backward at [2048, 256] fp32.
+On CUDA `F.rms_norm` is a fused kernel. On the CPU its backward pass is a chain of autograd nodes, so a hand-written
+gradient is used there: forward plus backward 3.6 times as fast at [2048, 256] fp32.
 
     with n = x / rms, p = dy * n:   dw = sum_t p,   dx = (dy * w - n * (p . w) / d) / rms
 """
@@ -22,7 +22,7 @@ from internlm_lite.mesh.layout import parameter, whole
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x [T, d], weight [d]; inside, half precision is float32."""
+    """x [T, d], weight [d] -> [T, d] in the dtype of x; half precision is computed in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -50,7 +50,7 @@ class Norm(CostedLayer):
     """
 
     statistics = 1
-    """Numbers that are kept of each token for the backward pass, in the accumulation dtype."""
+    """Numbers per token that are saved for the backward pass, in the accumulation dtype."""
 
     def __init__(self, name: str, config: ModelConfig, tp_ctx: TensorParallelContext) -> None:
         super().__init__()
@@ -62,13 +62,13 @@ class Norm(CostedLayer):
 
     def saved_bytes(self, row: RowShape) -> Bytes:
         rows, wide = self.tp_ctx.rows(row.tokens), accumulation_dtype(self.tp_ctx.dtype)
-        kept = self.weight.dtype if row.device == "cuda" else self.tp_ctx.dtype  # CUDA kernels keep a copy they cast
+        kept = self.weight.dtype if row.device == "cuda" else self.tp_ctx.dtype  # on CUDA x is cast before the kernel
         n_inputs = rows * self.weight.numel()
         return {"norm inputs": n_inputs * kept.itemsize, "norm statistics": self.statistics * rows * wide.itemsize}
 
 
 class RMSNorm(Norm):
-    """The norm of Llama and InternLM."""
+    """RMSNorm (see the module), as in Llama and InternLM."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not x.is_cuda:
@@ -77,9 +77,9 @@ class RMSNorm(Norm):
 
 
 NORMS: dict[str, type[Norm]] = {"rmsnorm": RMSNorm}
-"""By model.norm_type."""
+"""model.norm_type -> class."""
 
 
 def build_norm(name: str, config: ModelConfig, tp_ctx: TensorParallelContext) -> Norm:
-    """The norm that `config` names."""
+    """The norm of `config.norm_type`."""
     return NORMS[config.norm_type](name, config, tp_ctx)

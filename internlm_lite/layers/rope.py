@@ -2,8 +2,8 @@
 
     y = [x1 cos - x2 sin, x2 cos + x1 sin]     x1, x2 the halves of a head, angle_i = position * base^(-2i / head_dim)
 
-Cosines are computed once per forward pass for the positions of the row and used by all layers, so there is no longest
-position. Angles are float64, so that large positions turn by the right angle in every dtype.
+Cosines and sines are computed once per forward pass, for the row's positions, and shared by all layers: there is no
+table with a maximum position. Angles are float64, so large positions lose no precision in any dtype.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from internlm_lite.layers.costs import Bytes, RowShape
 
 
 class _Rotate(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back."""
+    """Rotates forward and applies the inverse rotation to the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
@@ -31,10 +31,10 @@ class _Rotate(torch.autograd.Function):
 
 
 class Rotary:
-    """The rotation of T tokens at their positions, for heads of one size and dtype."""
+    """The rotation of T tokens by their positions, for heads of size `head_dim`; `dtype` is that of q and k."""
 
     def __init__(self, positions: torch.Tensor, head_dim: int, base: float, dtype: torch.dtype) -> None:
-        """positions [T] int64, of each token in its document."""
+        """positions [T] int64: each token's position in its document."""
         pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
         angle = torch.outer(positions.double(), base ** (-pairs / head_dim))
         cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
@@ -43,9 +43,9 @@ class Rotary:
 
     @staticmethod
     def saved_bytes(row: RowShape, head_dim: int, dtype: torch.dtype) -> Bytes:
-        """Cosines and sines, shared by the layers of a stage."""
+        """Cosines and sines; saved once, because all layers of a stage share them."""
         return {"rotary table": 2 * row.tokens * head_dim * dtype.itemsize}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, groups, heads, head_dim], any strides -> the same, turned, contiguous."""
+        """x [T, groups, heads, head_dim], any strides -> rotated, contiguous, same shape."""
         return _Rotate.apply(x, self.cos, self.signed_sin)

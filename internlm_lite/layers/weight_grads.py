@@ -1,7 +1,7 @@
-"""Weight gradients of linear layers: computed at once, or deferred for a zero-bubble pipeline schedule.
+"""Weight gradients of linear layers: computed in the backward pass, or deferred for a zero-bubble pipeline schedule.
 
-Such a schedule runs the two halves of a backward pass apart: dx = dy W, which the stage before waits for, and
-dW = dy^T x, which no rank waits for and which fills idle time (arXiv:2401.10241).
+Such a schedule splits the backward pass: dx = dy W runs first, because the previous stage waits for it; dW = dy^T x,
+which no rank waits for, fills idle time (arXiv:2401.10241).
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from internlm_lite.mesh.layout import Parameter
 
 
 class WeightGrads:
-    """One for all linear layers of a pipeline stage."""
+    """Shared by all linear layers of this rank's pipeline stages."""
 
     def __init__(self, *, deferred: bool = False) -> None:
         self.deferred = deferred
         self._waiting: list[tuple[Parameter, torch.Tensor, torch.Tensor]] = []
 
     def compute_or_defer(self, weight: Parameter, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
-        """dW [out, in] of dy [T, out] and x [T, in]; None when it is deferred."""
+        """dW [out, in] = dy^T x for dy [T, out] and x [T, in]; if deferred, keeps dy and x and returns None."""
         if not self.deferred:
             return dy.t() @ x
         self._waiting.append((weight, dy, x))
         return None
 
     def pop_deferred(self) -> Callable[[], None]:
-        """A function that adds what was deferred since the last call to each `weight.grad`."""
+        """A function that computes the gradients deferred since the last call and adds them to `weight.grad`."""
         taken, self._waiting = self._waiting, []
 
         @torch.no_grad()

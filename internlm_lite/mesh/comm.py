@@ -1,11 +1,11 @@
-"""Collectives on a named group. On a group of size one each is the identity, so callers need not ask for sizes.
+"""Asynchronous collectives on a named group. On a group of size one they do nothing (`all_to_all` needs size >= 2).
 
     reduce_scatter: every rank holds n shards, rank i ends with the sum of all ranks' shard i
     all_gather:     every rank holds its shard in place and ends with all shards
-    all_to_all:     every rank holds n shards, shard i goes to rank i
+    all_to_all:     every rank holds n shards and sends shard i to rank i
 
-Gloo's own reduce-scatter and all-gather are rings that were measured 3.3x and 4x slower than exchanging the shards
-directly (64 MB, 2 and 4 processes on one host), so on CPU they are an all-to-all plus a local sum, and direct sends.
+On the CPU, reduce-scatter is an all-to-all plus a local sum, and all-gather is direct sends: Gloo's own ring versions
+measured 3.3x and 4x slower (64 MB, 2 and 4 processes on one host).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from internlm_lite.mesh.mesh import Group
 
 T = TypeVar("T")
 GPU_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
-"""Faults of this rank's own device. They surface in whichever collective comes next, and no peer is to blame."""
+"""Errors of this rank's own device. The next collective may raise them, but they do not mean that a peer was lost."""
 
 
 @contextmanager
 def peer_errors(group: Group) -> Iterator[None]:
-    """Turns what torch.distributed raises when a rank died or a wait expired into PeerLostError; `GPU_ERRORS` pass."""
+    """Raise PeerLostError for a RuntimeError of torch.distributed (lost peer, timeout); `GPU_ERRORS` pass unchanged."""
     try:
         yield
     except GPU_ERRORS:
@@ -45,9 +45,8 @@ def peer_lost(group: Group, error: Exception) -> PeerLostError:
 
 
 class Work:
-    """A collective in progress. After `wait()` its result may be used by what is enqueued next; a second call does
-    nothing.
-    """
+    """A collective in progress. After `wait()`, work enqueued on the current stream may use the result; on CUDA the
+    host does not block. `wait()` raises PeerLostError; a second call does nothing."""
 
     def __init__(self, handles: list[dist.Work], group: Group, finish: Callable[[], object] | None = None) -> None:
         self.handles = handles
@@ -71,20 +70,20 @@ def _start(collective: Callable[..., dist.Work | None], group: Group, *args: obj
 
 
 def all_reduce(tensor: torch.Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Work:
-    """Reduce `tensor` in place over `group`."""
+    """Reduce `tensor` in place over `group`; by default to the sum. Collective."""
     return Work([], group) if group.size == 1 else _start(dist.all_reduce, group, tensor, op=op)
 
 
 def broadcast(tensor: torch.Tensor, group: Group, source: int = 0) -> Work:
-    """Copy `tensor` of group rank `source` to every rank, in place."""
+    """Overwrite `tensor` on every rank by that of group rank `source`. Collective."""
     return Work([], group) if group.size == 1 else _start(dist.broadcast, group, tensor, src=group.ranks[source])
 
 
 def reduce_scatter(shard: torch.Tensor, full: torch.Tensor, group: Group) -> Work:
-    """shard [n] <- sum over ranks of full [size * n], this rank's part. `shard` may be that part of `full` itself,
-    and in a group of size one it must be.
+    """Fill `shard` [n] with this rank's part of the sum over ranks of `full` [size * n]. Collective.
 
-    `full` must stay untouched until `wait()`.
+    `shard` may be a view of this rank's part of `full`; in a group of size one it must be. Do not touch `full` before
+    `wait()`.
     """
     if group.size == 1:
         return Work([], group)
@@ -96,7 +95,7 @@ def reduce_scatter(shard: torch.Tensor, full: torch.Tensor, group: Group) -> Wor
 
 
 def all_gather(full: torch.Tensor, group: Group) -> Work:
-    """Fill full [size * n] in place; this rank's part holds its shard already."""
+    """Fill `full` [size * n] in place with the shards of all ranks; this rank's part must hold its own. Collective."""
     if group.size == 1:
         return Work([], group)
     parts = full.view(group.size, -1)
@@ -106,7 +105,7 @@ def all_gather(full: torch.Tensor, group: Group) -> Work:
 
 
 def _swap(parts: torch.Tensor, group: Group) -> Work:
-    """`_exchange` between two ranks as one operation, which takes half the time up to a few MB."""
+    """`_exchange` between two ranks as one all-to-all: half the time of a send and a receive, up to a few MB."""
     rank, peer = group.rank, 1 - group.rank
     counts = [0, 0]
     counts[peer] = parts.shape[1]
@@ -114,12 +113,12 @@ def _swap(parts: torch.Tensor, group: Group) -> Work:
 
 
 def all_to_all(received: torch.Tensor, sent: torch.Tensor, group: Group) -> Work:
-    """received [size * n]: its part i is this rank's part of rank i's `sent` [size * n]. For groups of two or more."""
+    """Part i of `received` [size * n] <- this rank's part of rank i's `sent` [size * n]. Collective; size >= 2."""
     return _start(dist.all_to_all_single, group, received, sent)
 
 
 def send(tensor: torch.Tensor, group: Group, to: int) -> Work:
-    """Send `tensor`, which must not be written to until `wait()`, to group rank `to`."""
+    """Send `tensor` to group rank `to`, which calls `receive`. Do not write to `tensor` before `wait()`."""
     with peer_errors(group):
         handle = dist.isend(tensor, group.ranks[to], group=group.process_group)
     assert handle is not None, "this process is a member of its own group"
@@ -127,7 +126,7 @@ def send(tensor: torch.Tensor, group: Group, to: int) -> Work:
 
 
 def receive(tensor: torch.Tensor, group: Group, source: int) -> Work:
-    """Fill `tensor` with what group rank `source` sends."""
+    """Fill `tensor` with what group rank `source` sends: same shape and dtype on both ranks."""
     with peer_errors(group):
         handle = dist.irecv(tensor, group.ranks[source], group=group.process_group)
     assert handle is not None, "this process is a member of its own group"
@@ -135,7 +134,7 @@ def receive(tensor: torch.Tensor, group: Group, source: int) -> Work:
 
 
 def _exchange(parts: torch.Tensor, group: Group) -> Work:
-    """Send our row of `parts` to every rank, and receive theirs in place."""
+    """All-gather of `parts` [size, n] by direct messages: send this rank's row, receive the others' in place."""
     works: list[Work] = []
     for distance in range(1, group.size):
         to, source = (group.rank + distance) % group.size, (group.rank - distance) % group.size
@@ -144,9 +143,9 @@ def _exchange(parts: torch.Tensor, group: Group) -> Work:
 
 
 def gather_objects(value: T, group: Group) -> list[T]:
-    """Every rank's `value` in group order, on every rank. For small host-side facts outside the step.
+    """The `value` of every rank, in group order. Collective; for small host objects outside the training step.
 
-    `torch.distributed` pickles between live ranks of one job; nothing of it is stored or read back.
+    Values are pickled between live ranks of one job; pickles are never stored or loaded.
     """
     if group.size == 1:
         return [value]
@@ -157,10 +156,10 @@ def gather_objects(value: T, group: Group) -> list[T]:
 
 
 def broadcast_object(value: T, group: Group) -> T:
-    """The `value` of group rank 0, on every rank. For small host-side facts outside the step, see `gather_objects`."""
+    """The `value` of group rank 0, on every rank. Collective; pickled as in `gather_objects`."""
     if group.size == 1:
         return value
-    values = [value]  # overwritten on all ranks but the first
+    values = [value]  # overwritten, except on the first rank
     with peer_errors(group):
         dist.broadcast_object_list(values, src=group.ranks[0], group=group.process_group)
     return values[0]

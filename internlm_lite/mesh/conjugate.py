@@ -1,10 +1,11 @@
 """Collectives inside the autograd graph. Each forward collective has its conjugate in the backward pass.
 
-    copy_to_group     identity       | all-reduce        what enters a split layer
-    reduce_from_group all-reduce     | identity          what leaves it
-    gather_rows       all-gather     | reduce-scatter    the same two with sequence parallelism,
-    scatter_rows      reduce-scatter | all-gather        where a rank holds a share of the rows outside
-    gather_last       all-gather     | own slice         after a layer split along its last dimension
+                      forward        | backward
+    copy_to_group     identity       | all-reduce        input of a split layer
+    reduce_from_group all-reduce     | identity          its output
+    gather_rows       all-gather     | reduce-scatter    input and output with sequence parallelism:
+    scatter_rows      reduce-scatter | all-gather        outside split layers a rank holds 1 / size of the rows
+    gather_last       all-gather     | own slice         output of a layer split along its last dimension
     columns_to_rows   all-to-all     | all-to-all        the same with sequence parallelism
 
 (Megatron-LM, arXiv:1909.08053, section 3: f and g; arXiv:2205.05198, section 4.2.2: g and its conjugate along rows.)
@@ -24,26 +25,26 @@ Collective = Callable[[torch.Tensor, Group], torch.Tensor]
 
 
 def start_gather_rows(part: torch.Tensor, group: Group) -> tuple[torch.Tensor, comm.Work]:
-    """part [n, ...] -> ([size * n, ...], Work): the ranks' rows one after another, usable after `wait()`."""
+    """part [n, ...] -> ([size * n, ...] in rank order, valid after `wait()`, Work). Collective; not differentiable."""
     full = part.new_empty(group.size, *part.shape)
     full[group.rank] = part
     return full.flatten(0, 1), comm.all_gather(full.view(-1), group)
 
 
 def start_scatter_rows(full: torch.Tensor, group: Group) -> tuple[torch.Tensor, comm.Work]:
-    """full [size * n, ...], contiguous -> ([n, ...], Work): this rank's rows of the sum over ranks, after `wait()`."""
+    """Contiguous full [size * n, ...], not to be touched before `wait()` -> (this rank's [n, ...] of the sum, Work)."""
     part = full.new_empty(full.shape[0] // group.size, *full.shape[1:])
     return part, comm.reduce_scatter(part.view(-1), full.view(-1), group)
 
 
 class _Pair(torch.autograd.Function):
-    """`there(x, group)` in the forward pass, `back(gradient, group)` in the backward pass."""
+    """Computes `there(x, group)` forward and `back(gradient, group)` backward."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Group, there: Collective, back: Collective) -> torch.Tensor:
         ctx.group, ctx.back = group, back
         y = there(x, group)
-        if y is x:  # changed in place
+        if y is x:  # autograd must know that x was changed in place
             ctx.mark_dirty(x)
         return y
 
@@ -57,27 +58,27 @@ def _pair(x: torch.Tensor, group: Group, there: Collective, back: Collective) ->
 
 
 def copy_to_group(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """x, whose gradient is summed over `group`."""
+    """x unchanged; its gradient is summed over `group`."""
     return _pair(x, group, _alias, _sum)
 
 
 def reduce_from_group(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """x, overwritten by its sum over `group`; the gradient is passed on unchanged. x is contiguous and no view."""
+    """Overwrite x, contiguous and not a view, by its sum over `group`; the gradient passes unchanged."""
     return _pair(x, group, _sum_in_place, _same)
 
 
 def gather_rows(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """[n, ...] -> [size * n, ...], the ranks' rows one after another; the gradient is summed over `group`, then cut."""
+    """[n, ...] -> [size * n, ...] in rank order; gradient: this rank's rows of the sum over `group`."""
     return _pair(x, group, _all_rows, _own_rows_of_sum)
 
 
 def scatter_rows(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """[size * n, ...] -> [n, ...]: this rank's rows of the sum over `group`; the gradient is gathered."""
+    """[size * n, ...] -> [n, ...]: this rank's rows of the sum over `group`; gradient: gathered in rank order."""
     return _pair(x, group, _own_rows_of_sum, _all_rows)
 
 
 def gather_last(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """[..., n] -> [..., size * n], the ranks' parts side by side; each rank keeps its own slice of the gradient."""
+    """[..., n] -> [..., size * n], concatenated in rank order; gradient: this rank's slice."""
     return _pair(x, group, _all_columns, _own_columns)
 
 
@@ -95,7 +96,7 @@ def _alias(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def _sum(x: torch.Tensor, group: Group) -> torch.Tensor:
-    # A copy: other parts of the graph may hold the same gradient, and it may be an expanded view.
+    # Copied, because other nodes of the graph may use the same gradient, and it may be an expanded view.
     return _sum_in_place(x.clone(memory_format=torch.contiguous_format), group)
 
 

@@ -1,4 +1,4 @@
-"""Work that may fail on some ranks, with one outcome for all: either every rank continues, or every rank raises.
+"""Run work that may fail on some ranks so that either every rank continues or every rank raises the same error.
 
 on_main(mesh, work)   rank 0 works, all get its result        on_all(mesh, work)   every rank works
 """
@@ -15,22 +15,22 @@ from internlm_lite.mesh.mesh import Mesh
 T = TypeVar("T")
 Failure = tuple[type[InternLMError], str]
 
-# When ranks fail differently, the first of these that occurs is raised: a failure of the storage says nothing about
-# the checkpoint, and an older checkpoint is tried only when all failures are damage.
+# When ranks fail with different errors, the first class of this list is raised: DamagedError, on which the loader tries
+# an older checkpoint, only when every failure is damage; a storage error does not mean that the checkpoint is bad.
 _ORDER = (StorageError, ConfigError, CheckpointError, DamagedError)
 
 
 def on_all(mesh: Mesh, work: Callable[[], T]) -> T:
-    """Result of `work()` on this rank; it must not contain collectives. If it raised on any rank, raises on all ranks
-    and names those that failed.
-    """
+    """Run `work` on every rank and return this rank's result. Collective, but `work` must not contain collectives.
+
+    If it fails on any rank, every rank raises the same InternLMError, which names the failed ranks."""
     result, failure, caught = _attempt(work)
     _raise_same(comm.gather_objects(failure, mesh.world), caught)
     return cast(T, result)
 
 
 def on_main(mesh: Mesh, work: Callable[[], T]) -> T:
-    """`work()` on rank 0; it must not contain collectives. Its result, or its error, on every rank."""
+    """Run `work`, which must not contain collectives, on rank 0; all ranks return its result or raise its error."""
     result, failure, caught = _attempt(work) if mesh.is_main else (None, None, None)
     result, failure = comm.broadcast_object((result, failure), mesh.world)
     _raise_same([failure], caught)
@@ -41,7 +41,7 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Failure | None, Exception
     try:
         return work(), None, None
     except Exception as error:  # noqa: BLE001  raised again, on all ranks
-        return None, (_kind(error), _text(error)), error
+        return None, (_kind(error), _text(error)), error  # raised by `_raise_same`
 
 
 def _kind(error: Exception) -> type[InternLMError]:
@@ -53,9 +53,8 @@ def _text(error: Exception) -> str:
 
 
 def _raise_same(failures: Sequence[Failure | None], caught: Exception | None) -> None:
-    """Raise the same error on all ranks if any failed. A rank whose own error is a bug of ours, not a message for the
-    user, raises that one.
-    """
+    """Raise the same error on all ranks if any failed. A rank whose own error is not an InternLMError, hence a bug,
+    raises that one, with its traceback."""
     if not any(failures):
         return
     if caught is not None and not isinstance(caught, InternLMError):
@@ -76,6 +75,6 @@ def _raise_same(failures: Sequence[Failure | None], caught: Exception | None) ->
 
 
 def _named(ranks: list[int], message: str) -> str:
-    """`message` behind the ranks it is about, unless it begins with them already."""
+    """`message` prefixed by its ranks, unless it already starts with them."""
     prefix = f"rank {', '.join(map(str, ranks))}: "
     return message if message.startswith(prefix) else prefix + message

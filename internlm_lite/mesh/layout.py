@@ -1,6 +1,6 @@
-"""Which part of a whole tensor this rank holds, written on the parameter once, as `param.shard_spec`.
+"""Which part of a whole tensor this rank holds: stored once on each parameter, as `param.shard_spec`.
 
-Initialisation, gradient norm, ZeRO, checkpoints and planner read it; nothing matches substrings of names.
+Initialisation, gradient norm, ZeRO, checkpoints and planner read it; no code matches substrings of parameter names.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
     from internlm_lite.mesh.mesh import Group
 
 Box = tuple[tuple[int, int], ...]
-"""A region of a tensor in whole-tensor coordinates: one (start, stop) per dimension."""
+"""A region of a tensor in whole-tensor coordinates: one (start, stop) per dimension, stop exclusive."""
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """`name` and `shape` are those of the whole tensor, the same in every layout of the run."""
+    """This rank's part of one parameter. `name` and `shape`: of the whole tensor, the same for every mesh."""
 
     name: str
     shape: tuple[int, ...]
     box: Box
     tp_sharded: bool
-    """True: the tensor-parallel ranks hold different boxes. False: each of them holds the whole tensor."""
+    """True: tensor-parallel ranks hold different boxes. False: each of them holds the same box."""
     init_std: float | None
-    """Standard deviation of the initial normal draw; None: see `fill`."""
+    """Standard deviation of the normal distribution that initial values are drawn from; None: see `fill`."""
     fill: float = 0.0
     """Initial constant when `init_std` is None."""
     partial_over: tuple[str, ...] = ()
-    """Axes of the mesh, besides dp, over which its gradient on each rank is a partial sum: "tp", "ends"."""
+    """Axes besides dp ("tp", "ends") over which this rank's gradient is a partial sum, to be all-reduced."""
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -50,7 +50,7 @@ def whole(
     fill: float = 0.0,
     partial_over: tuple[str, ...] = (),
 ) -> ShardSpec:
-    """Every rank holds the whole tensor."""
+    """The spec of a tensor that every rank holds whole; arguments as the fields of `ShardSpec`."""
     box = tuple((0, n) for n in shape)
     return ShardSpec(name, shape, box, tp_sharded=False, init_std=init_std, fill=fill, partial_over=partial_over)
 
@@ -64,7 +64,7 @@ def split(
     init_std: float | None = None,
     partial_over: tuple[str, ...] = (),
 ) -> ShardSpec:
-    """Each rank of `group` holds an equal range of dimension `dim`. Raises ConfigError if it does not divide."""
+    """The spec of a tensor split evenly along `dim` over `group`. Raises ConfigError if shape[dim] is not divisible."""
     if shape[dim] % group.size:
         raise ConfigError(
             f"{name}: dimension {dim} of size {shape[dim]} cannot be split over {group.size} {group.name} ranks: "
@@ -78,15 +78,15 @@ def split(
 
 @dataclass(frozen=True)
 class LocalShard:
-    """Something a checkpoint stores: the part of one named whole tensor that this rank holds in `tensor`.
+    """The part of one named whole tensor that this rank saves from, or loads into, `tensor`.
 
-    `box` is the rank's region (tensor and pipeline parallel); `flat_range` = (a, b) narrows it to elements a..b of
-    that box in row-major order (ZeRO). `tensor` has the box's shape, or is 1-D of length b - a. Loading writes to it.
+    `box` is the rank's region (tensor and pipeline parallelism); `flat_range` = (a, b) restricts it to elements
+    a..b-1 of that box in row-major order (ZeRO). `tensor` has the box's shape, or is 1-D of length b - a.
     """
 
     name: str
     role: str
-    """"master", or one of the update rule's `roles`."""
+    """"master" (the master weights) or one of the update rule's `roles` (its state)."""
     shape: tuple[int, ...]
     box: Box
     flat_range: tuple[int, int] | None
@@ -94,19 +94,19 @@ class LocalShard:
 
 
 class Parameter(nn.Parameter):
-    """A parameter that knows which part of its whole tensor it is."""
+    """An nn.Parameter with its `shard_spec`."""
 
-    shard_spec: ShardSpec  # not `layout`: torch.Tensor has an attribute of that name
+    shard_spec: ShardSpec  # not named `layout`: torch.Tensor has an attribute of that name
     grads_per_microbatch: int = 1
-    """Gradients added per micro-batch: 2 for a tied weight whose two stages are on one rank."""
+    """Gradient accumulations per micro-batch: 2 for a tied weight whose two stages are on one rank, else 1."""
     manual_grad: bool = False
-    """True: a layer adds to `grad` itself, then calls `on_manual_grad`; autograd runs hooks without a gradient."""
+    """True: a layer adds to `grad` itself and then calls `on_manual_grad`, instead of autograd and its hooks."""
     on_manual_grad: Callable[[Parameter], object] | None = None
-    """Set by the optimizer, which counts gradients."""
+    """Called with the parameter after each accumulation; set by the optimizer (`optim.reduce`)."""
 
 
 def parameter(layout: ShardSpec, dtype: torch.dtype, device: torch.device | str) -> Parameter:
-    """An uninitialised parameter of the local shape; `models/initialise.py` draws its value."""
+    """An uninitialised parameter of shape `layout.local_shape`; `models/initialise.py` fills it."""
     made = Parameter(torch.empty(layout.local_shape, dtype=dtype, device=device))
     made.shard_spec = layout
     return made

@@ -1,12 +1,12 @@
-"""Named process groups: which ranks work together on which axis.
+"""Named process groups: which ranks form a group along each axis of the mesh.
 
 Rank numbering, tensor parallel fastest, then data parallel, then pipeline:
 
     rank = (pp * dp_size + dp) * tp_size + tp          dp = replica * zero_size + zero
 
-so `zero` groups are neighbours inside `dp`. (`zero` and `replica` are called dp_shard and dp_replicate elsewhere.)
-`ends` joins the first and the last pipeline rank, which hold copies of a tied weight: Megatron's embedding group.
-A group of size one is a group: collectives on it are the identity.
+so the ranks of a `zero` group are consecutive dp ranks. (torchtitan calls these axes dp_shard and dp_replicate.)
+`ends` joins the first and the last pipeline rank, which hold copies of a tied weight (Megatron's embedding group).
+Every axis has a group, also of size one; see comm.py for collectives on it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from internlm_lite.errors import MeshError, PeerLostError, first_line
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks of one axis that this process works with."""
+    """The group of one axis that contains this process."""
 
     name: str
     ranks: tuple[int, ...]
     """Global ranks, in group order."""
     rank: int
-    """Index of this process in `ranks`."""
+    """This process's index in `ranks`."""
     process_group: dist.ProcessGroup | None
-    """None for a group of size one, and in `plan_mesh`."""
+    """None for a group of size one, and in a mesh of `plan_mesh`."""
 
     @property
     def size(self) -> int:
@@ -40,7 +40,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many ranks each axis has; `zero` divides `dp`, and dp * tp * pp is the world."""
+    """Number of ranks along each axis: dp * tp * pp is the world size, and `zero` divides `dp`."""
 
     dp: int = 1
     tp: int = 1
@@ -57,9 +57,9 @@ class Sizes:
 
 
 def sizes_of(world_size: int, tensor: int, pipeline: int, zero1: int) -> Sizes:
-    """Sizes from `parallel.tensor`, `parallel.pipeline.size` and `parallel.zero1` (<= 0: all of dp).
+    """Sizes from `parallel.tensor`, `parallel.pipeline.size` and `parallel.zero1` (<= 0: the data-parallel size).
 
-    Raises MeshError when the world is not a multiple of tensor * pipeline, or zero1 does not divide dp.
+    Raises MeshError when world_size is not a multiple of tensor * pipeline, or zero1 does not divide dp.
     """
     if world_size % (tensor * pipeline):
         raise MeshError(
@@ -78,7 +78,7 @@ def sizes_of(world_size: int, tensor: int, pipeline: int, zero1: int) -> Sizes:
 
 @dataclass(frozen=True)
 class Mesh:
-    """All groups of this process. Passed around instead of a global."""
+    """All groups of this process. Passed as an argument; there is no global mesh."""
 
     sizes: Sizes
     rank: int
@@ -96,17 +96,17 @@ class Mesh:
         return self.rank == 0
 
     def axis(self, name: str) -> Group:
-        """The group of an axis by its name."""
+        """The group of an axis ("dp", "tp", "pp", "zero", "replica", "ends"). Raises KeyError for other names."""
         return {group.name: group for group in (self.dp, self.tp, self.pp, self.zero, self.replica, self.ends)}[name]
 
 
 def rank_of(sizes: Sizes, *, dp: int, tp: int, pp: int) -> int:
-    """Global rank of a coordinate of the mesh."""
+    """Global rank at a coordinate of the mesh; the numbering is in the module's docstring."""
     return (pp * sizes.dp + dp) * sizes.tp + tp
 
 
 def axis_groups(sizes: Sizes) -> dict[str, list[tuple[int, ...]]]:
-    """For each axis, the rank tuples that partition the world. Pure arithmetic, the same on every rank."""
+    """Axis name -> its groups, as tuples of global ranks that partition the world. Pure; the same on every rank."""
     dps, tps, pps = range(sizes.dp), range(sizes.tp), range(sizes.pp)
 
     def at(dp: int, tp: int, pp: int) -> int:
@@ -133,7 +133,7 @@ def axis_groups(sizes: Sizes) -> dict[str, list[tuple[int, ...]]]:
 
 
 def _ends(pp_size: int) -> list[tuple[int, ...]]:
-    """Pipeline ranks of each group of `ends`: the first and the last together, every other one alone."""
+    """Pipeline ranks of each `ends` group: the first and the last rank form one, every other rank its own."""
     middle = [(pp,) for pp in range(1, pp_size - 1)]
     return [(0, pp_size - 1) if pp_size > 1 else (0,), *middle]
 
@@ -141,21 +141,21 @@ def _ends(pp_size: int) -> list[tuple[int, ...]]:
 def build_mesh(sizes: Sizes, rank: int, device: torch.device, timeout: timedelta) -> Mesh:
     """Create the process groups of all axes. Collective: every rank calls it with the same sizes.
 
-    `torch.distributed` must be initialised when the world is larger than one. Every axis has process groups
-    of its own, so that collectives of different axes may overlap in any order.
+    `torch.distributed` must be initialised unless the world size is one. Axes do not share process groups, so
+    collectives of different axes may overlap in any order. Raises PeerLostError when a rank is lost meanwhile.
     """
     return _mesh(sizes, rank, device, lambda ranks: _new_group(ranks, timeout))
 
 
 def plan_mesh(sizes: Sizes, rank: int, device: torch.device) -> Mesh:
-    """The mesh as `rank` would see it, without process groups: to build models and measure, not to communicate."""
+    """The mesh as seen by `rank`, without process groups: to build and measure models, not for collectives."""
     return _mesh(sizes, rank, device, lambda _ranks: None)
 
 
 def _mesh(
     sizes: Sizes, rank: int, device: torch.device, create: Callable[[tuple[int, ...]], dist.ProcessGroup | None]
 ) -> Mesh:
-    """`create` is called for every group of more than one rank of the world, in the same order on every rank."""
+    """Calls `create` for all groups of size > 1 in the same order on every rank, as `dist.new_group` requires."""
 
     def group(name: str, partition: list[tuple[int, ...]]) -> Group:
         mine: Group | None = None

@@ -1,12 +1,12 @@
-"""The decoder-only Transformer: one Block, one class, any mesh, any contiguous range of the layers.
+"""The decoder-only Transformer. One class serves every mesh and every contiguous range of layers.
 
     tokens [T] -> tok_embeddings -> Block 0 .. L-1 -> norm -> output -> losses [T]
 
     pre-norm   x + attention(norm(x));  x + ffn(norm(x))     and a norm before the head
-    post-norm  norm(x + attention(x));  norm(x + ffn(x))     and none before the head
+    post-norm  norm(x + attention(x));  norm(x + ffn(x))     and no norm before the head
 
-A row is T packed tokens without a batch dimension; `attend` keeps documents apart. With sequence parallelism the
-hidden state between blocks is [T / tp, hidden] (layers/tensor_parallel.py).
+Inputs are rows of T packed tokens without a batch dimension; `attend` masks other documents. With sequence parallelism
+the hidden state between blocks is [T / tp, hidden], else [T, hidden] (layers/tensor_parallel.py).
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from internlm_lite.runtime.device import torch_dtype
 
 @dataclass(frozen=True)
 class StageSpec:
-    """The part of a model that one pipeline stage holds."""
+    """Which part of a model one pipeline stage holds."""
 
     layers: range
     first: bool
-    """With the embedding."""
+    """Holds the embedding."""
     last: bool
-    """With the final norm and the head."""
+    """Holds the final norm and the head."""
     tied_over: tuple[str, ...] = ()
-    """("ends",) when a tied weight has two copies: the embedding and the head are on different pipeline ranks."""
+    """("ends",) when a tied weight has two copies, because embedding and head are on different pipeline ranks."""
 
 
 class Block(CostedLayer):
-    """x [T, hidden] or its rows -> the same shape. `recompute`: keep only x, and run again in the backward pass."""
+    """x -> same shape, both outside split layers. `recompute`: save only x, and run again in the backward pass."""
 
     def __init__(self, config: ModelConfig, layer: int, tp_ctx: TensorParallelContext) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Block(CostedLayer):
         self.feed_forward = SwiGLU(f"{name}.feed_forward", config, tp_ctx)
 
     def forward(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
-        # Inside the module's own call, so that forward hooks run once per step, not again with the recomputation.
+        # Checkpointing inside `forward`: forward hooks run once per step, and not again in the recomputation.
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._run, x, rotary, attend, use_reentrant=False, preserve_rng_state=False)
         return self._run(x, rotary, attend)
@@ -78,11 +78,11 @@ class Block(CostedLayer):
         return x + self.feed_forward(self.ffn_norm(x))
 
     def saved_bytes(self, row: RowShape, *, recompute: bool | None = None) -> Bytes:
-        """`recompute`: as if `self.recompute` were this."""
+        """`recompute` overrides `self.recompute`."""
         layer_input = self.tp_ctx.hidden_bytes(row.tokens, self.hidden_size)
         if self.recompute if recompute is None else recompute:
             return {"layer inputs": layer_input}
-        # Its input is that of its first layer, and counted there. It has its own name because every block keeps it.
+        # The first layer counts the block's input, too; it moves to "layer inputs", which recomputed blocks also have.
         return add_bytes({"layer inputs": layer_input}, super().saved_bytes(row), {"norm inputs": -layer_input})
 
     def messages(self, row: RowShape) -> list[Message]:
@@ -90,14 +90,14 @@ class Block(CostedLayer):
         return [m if m.backward else replace(m, times=twice * m.times) for m in super().messages(row)]
 
     def workspace_bytes(self, row: RowShape) -> int:
-        """Of its backward pass: that of the feed-forward part, which comes first, and what is recomputed before."""
-        gradients = 2 * row.tokens * self.hidden_size * self.tp_ctx.dtype.itemsize  # of its output and of its input
+        """Of the backward pass: the feed-forward part, which runs first, and the recomputed activations."""
+        gradients = 2 * row.tokens * self.hidden_size * self.tp_ctx.dtype.itemsize  # of the output and of the input
         kept, kept_anyway = (sum(self.saved_bytes(row, recompute=flag).values()) for flag in (False, True))
         return self.feed_forward.workspace_bytes(row) + gradients + (kept - kept_anyway) * self.recompute
 
 
 class Transformer(CostedLayer):
-    """The part `spec` of a model. `tied`: the embedding's weight for its head, when another stage here has it."""
+    """The part `spec` of a model. `tied`: the embedding's weight for the head, if another stage of this rank has it."""
 
     def __init__(
         self,
@@ -122,23 +122,23 @@ class Transformer(CostedLayer):
         self.output = Head(config, label_smoothing, tp_ctx, tied, spec.tied_over) if spec.last else None
 
     def hidden_bytes(self, row: RowShape) -> int:
-        """Of the hidden state that goes from stage to stage."""
+        """Bytes of the hidden state that one stage sends to the next."""
         return self.tp_ctx.hidden_bytes(row.tokens, self.config.hidden_size)
 
     def blocks(self) -> list[Block]:
-        """In order."""
+        """The blocks of this stage, in order."""
         return [block for block in self.layers.values() if isinstance(block, Block)]
 
     def units(self) -> Iterator[CostedLayer]:
-        """The modules that run, each once, in this order. Their parameters partition the model's."""
+        """The modules in forward order, each called once per forward pass; they partition the parameters."""
         for module in (self.tok_embeddings, *self.blocks(), self.norm, self.output):
             if module is not None:
                 yield module
 
     def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """The hidden state after this stage's layers, and after the final norm on the last stage.
+        """The hidden state after this stage's layers and, on the last stage, the final norm.
 
-        `tokens` [T] int64; without the embedding it is the hidden state of the stage before. positions [T].
+        `tokens`: [T] int64 on the first stage, else the hidden state of the previous stage. `positions`: [T] int64.
         """
         x = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
         rotary = Rotary(positions, self.config.head_dim, self.config.rope_base, x.dtype)
@@ -147,21 +147,21 @@ class Transformer(CostedLayer):
         return x if self.norm is None else self.norm(x)
 
     def losses(self, hidden: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> TokenLosses:
-        """Of the hidden state as `hidden()` of the last stage gives it; labels [T] int64.
+        """Losses from the output of `hidden` on the last stage; labels [T] int64 or IGNORE.
 
-        `scale`: a scalar tensor that multiplies the loss to differentiate.
+        `scale`: a scalar tensor that multiplies the loss to differentiate. Collective over tp.
         """
         assert self.output is not None, "only the last stage has a head"
         losses: TokenLosses = self.output(hidden, labels, scale)
         return losses
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[T, hidden] as `hidden()` of the last stage gives it -> [T, vocab], whole on every tensor-parallel rank."""
+        """Output of `hidden` on the last stage -> [T, vocab], whole on every tp rank. Collective over tp."""
         assert self.output is not None, "only the last stage has a head"
         return self.output(hidden)
 
     def saved_bytes(self, row: RowShape, *, recomputed: int | None = None) -> Bytes:
-        """`recomputed`: as if this number of the model's first layers were recomputed."""
+        """`recomputed`: the number of the model's first layers that are recomputed; None: as configured."""
         flags = [None if recomputed is None else block.attention.layer < recomputed for block in self.blocks()]
         parts = [block.saved_bytes(row, recompute=flag) for block, flag in zip(self.blocks(), flags, strict=True)]
         parts.append(Rotary.saved_bytes(row, self.config.head_dim, self.tp_ctx.dtype))
@@ -169,7 +169,7 @@ class Transformer(CostedLayer):
         return add_bytes(*parts)
 
     def workspace_bytes(self, row: RowShape) -> int:
-        """Of the backward pass of its last layer, when the activations of the head are freed, or of the loss."""
+        """The maximum of the loss and the last block's backward pass, less the head's activations, freed before it."""
         backward = self.blocks()[-1].workspace_bytes(row)
         if self.output is None:
             return backward
@@ -179,9 +179,9 @@ class Transformer(CostedLayer):
 def build_model(
     config: ModelConfig, label_smoothing: float, mesh: Mesh, backend: AttentionBackend, *, by_sequence: bool = False
 ) -> Transformer:
-    """A whole uninitialised model on `mesh.device`; models/stages.py cuts one into pipeline stages.
+    """All layers as one stage, uninitialised, on `mesh.device`; models/stages.py builds pipeline stages.
 
-    `by_sequence`: sequence parallelism. Raises ConfigError when the shape does not divide over `mesh.tp`.
+    `by_sequence`: sequence parallelism. Raises ConfigError when a shape is not divisible over `mesh.tp`.
     """
     spec = StageSpec(range(config.num_layers), first=True, last=True)
     tp_ctx = tensor_parallel_context(config, mesh, by_sequence=by_sequence)
@@ -191,7 +191,7 @@ def build_model(
 def tensor_parallel_context(
     config: ModelConfig, mesh: Mesh, *, by_sequence: bool, defer_weight_grads: bool = False
 ) -> TensorParallelContext:
-    """For all layers of a stage. Raises ConfigError when a tied weight cannot serve the embedding and the head."""
+    """The context of all layers of this rank. Raises ConfigError when a tied weight is split along hidden over tp."""
     if config.tie_word_embeddings and config.embed_split_hidden and mesh.tp.size > 1:
         raise ConfigError(
             f"model.tie_word_embeddings=True with embed_split_hidden=True over {mesh.tp.size} tensor-parallel ranks: "

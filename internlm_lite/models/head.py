@@ -1,4 +1,4 @@
-"""The output projection to the vocabulary, with the loss fused in. Its weight may be the embedding's."""
+"""The output projection to the vocabulary, fused with the loss. Its weight may be tied to the embedding's."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from internlm_lite.mesh.layout import Parameter, parameter, split
 
 
 class Head(CostedLayer):
-    """Rows of the vocabulary are split over the group.
+    """Weight [vocab / group size, hidden]: rows of the vocabulary are split over the group.
 
-    `tied`: the embedding's weight, where this rank has it. A tied head on another rank holds a copy, `tied_over`.
+    `tied`: the embedding's weight, if this rank has it. Otherwise a tied head holds a copy, partial over `tied_over`.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Head(CostedLayer):
         super().__init__()
         self.tp_ctx = tp_ctx
         self.loss_options = LossOptions(tp_ctx.group, label_smoothing, config.parallel_output)
-        # A tied weight is a parameter of the embedding alone; the tuple keeps nn.Module from registering it here too.
+        # A tied weight is registered by the embedding alone; the tuple hides it from nn.Module here.
         self._tied = None if tied is None else (tied,)
         if tied is None:
             shape = (config.vocab_size, config.hidden_size)
@@ -42,13 +42,13 @@ class Head(CostedLayer):
 
     @property
     def matrix(self) -> Parameter:
-        """[vocab / group size, hidden]"""
+        """The weight [vocab / group size, hidden]: this head's own, or the embedding's."""
         return self.weight if self._tied is None else self._tied[0]
 
     def forward(
         self, hidden: torch.Tensor, labels: torch.Tensor | None = None, scale: torch.Tensor | None = None
     ) -> TokenLosses | torch.Tensor:
-        """hidden from outside -> logits [T, vocab], gathered over the group. With labels [T] and scale: TokenLosses."""
+        """hidden outside -> logits [T, vocab], gathered over tp; with labels [T] and scale: TokenLosses. Collective."""
         hidden = self.tp_ctx.enter(hidden)
         if labels is None or scale is None:
             return gather_last(F.linear(hidden, self.matrix), self.tp_ctx.group)
@@ -59,7 +59,7 @@ class Head(CostedLayer):
 
     def saved_bytes(self, row: RowShape) -> Bytes:
         vocab, width = self.matrix.shape
-        # The gradients of its input and weight, made in the forward pass.
+        # The gradients of its input and weight, which the forward pass computes.
         return {"head": (row.tokens + vocab) * width * self.matrix.itemsize}
 
     def messages(self, row: RowShape) -> list[Message]:
@@ -68,18 +68,18 @@ class Head(CostedLayer):
         chunk = self._chunk(row)
         for tokens, times in ((chunk, row.tokens // chunk), (row.tokens % chunk, int(row.tokens % chunk > 0))):
             if self.loss_options.parallel_output:
-                # The largest logit of each token, then its sums over the vocabulary.
+                # Per token: the maximum, then three sums over the vocabulary (loss.py).
                 found += [Message("tp", "all_reduce", n * tokens * wide, times) for n in (1, 3)]
             else:
                 found.append(Message("tp", "all_gather", tokens * self.matrix.shard_spec.shape[0] * wide, times))
         return found
 
     def workspace_bytes(self, row: RowShape) -> int:
-        """Logits of one chunk of tokens, and the sum of the weight's gradient in the accumulation dtype."""
+        """Logits of one chunk, and the weight's gradient in the accumulation dtype when several chunks are summed."""
         (vocab, width), dtype = self.matrix.shape, self.matrix.dtype
         chunk, wide = self._chunk(row), accumulation_dtype(dtype).itemsize
         half = dtype.itemsize < wide
-        logits = chunk * vocab * (wide + half * dtype.itemsize)  # and their copy in half precision for the products
+        logits = chunk * vocab * (wide + half * dtype.itemsize)  # and a half-precision copy for the matrix products
         gathers = self.tp_ctx.group.size > 1 and not self.loss_options.parallel_output
         gathered = gathers * chunk * self.matrix.shard_spec.shape[0] * wide
         return logits + gathered + half * (chunk < row.tokens) * vocab * width * wide

@@ -1,9 +1,9 @@
-"""Initial weights that do not depend on the mesh: drawn by (seed, name, tile) of the whole tensor, then cut.
+"""Initial weights that do not depend on the mesh: the random key is (seed, name, tile of the whole tensor).
 
-    whole tensor:  [ tile 0,0 | tile 0,1 ]     a rank draws the tiles its box touches and keeps what lies inside
-                   [ tile 1,0 | tile 1,1 ]
+    whole tensor:  [ tile 0,0 | tile 0,1 ]     a rank draws the tiles that intersect its box and keeps the
+                   [ tile 1,0 | tile 1,1 ]     elements inside
 
-Draws are float32, then cast. They are NumPy's, because torch's depend on the vector units of the CPU.
+Values are drawn in float32, then cast. NumPy draws them, because torch's draws depend on the CPU's vector units.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import nn
 from internlm_lite.mesh.layout import Parameter, ShardSpec
 
 _TILE = 1024
-"""Rows and columns drawn with one key. Part of the definition of the weights: changing it changes every run."""
+"""Rows and columns of a tile, which one key draws. Changing it changes the initial weights of every run."""
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
-    """Fill every parameter as its layout says: normal with `init_std`, or the constant `fill`."""
+    """Fill every parameter as its `shard_spec` says: normal with `init_std` (matrices only), or the constant `fill`."""
     for parameter in model.parameters():
         assert isinstance(parameter, Parameter), "parameters of the model know their layout"
         layout = parameter.shard_spec
@@ -35,7 +35,7 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 
 def _drawn(layout: ShardSpec, std: float, seed: int) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
-    """(region of this rank's tensor, its values) for every tile that the box touches."""
+    """(region of this rank's tensor, its float32 values) for every tile that intersects the rank's box."""
     assert len(layout.shape) == 2, f"{layout.name}: only matrices are drawn, found shape {layout.shape}"
     (top, bottom), (left, right) = layout.box
     for row in range(top // _TILE * _TILE, bottom, _TILE):
@@ -49,7 +49,7 @@ def _drawn(layout: ShardSpec, std: float, seed: int) -> Iterator[tuple[tuple[sli
 
 
 def _tile(key: str, shape: tuple[int, int], std: float) -> np.ndarray:
-    """float32 normal draws."""
+    """[shape] float32 draws from a normal distribution of mean 0, a function of `key`."""
     digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
     generator = np.random.Generator(np.random.SFC64(int.from_bytes(digest, "little")))
     return generator.standard_normal(shape, dtype=np.float32) * np.float32(std)

@@ -1,4 +1,4 @@
-"""The pipeline stages of a model that one rank holds. One rank without a pipeline holds the one stage there is."""
+"""The pipeline stages of a model that one rank holds. Without pipeline parallelism, one stage has all layers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from internlm_lite.models.decoder import StageSpec, Transformer, build_model, te
 from internlm_lite.pipeline.split import rank_to_stages, split_layers, stage_to_rank
 
 Stages = dict[int, Transformer]
-"""By stage number, in the order of the layers."""
+"""Stage number -> stage, in layer order."""
 
 
 def build_stages(config: Config, mesh: Mesh, backend: AttentionBackend) -> Stages:
-    """The uninitialised stages of this rank, on `mesh.device`."""
+    """The uninitialised stages of this rank, on `mesh.device`. Raises ConfigError as `build_model` does."""
     model, schedule = config.model, config.schedule
     layers = layers_of_stages(config)
     tp_ctx = tensor_parallel_context(
@@ -40,7 +40,7 @@ def build_stages(config: Config, mesh: Mesh, backend: AttentionBackend) -> Stage
 
 
 def layers_of_stages(config: Config) -> list[range]:
-    """The layers of every stage of the pipeline, balanced by floating point operations."""
+    """The layer numbers of every stage of the pipeline, balanced by floating-point operations."""
     sample = meta_model(config.model.model_copy(update={"num_layers": 1}))
     assert sample.tok_embeddings is not None and sample.output is not None
     (block,), seq_len = sample.blocks(), config.data.seq_len
@@ -54,12 +54,12 @@ def layers_of_stages(config: Config) -> list[range]:
 
 
 def meta_model(config: ModelConfig) -> Transformer:
-    """The whole model as one process would hold it, on the meta device, which takes no memory: to ask what it costs."""
+    """The unsplit model on the meta device, which allocates no memory: to compute costs."""
     return build_model(config, 0.0, single_process_mesh(torch.device("meta")), AttentionBackend.SDPA)
 
 
 def model_flops_per_token(config: ModelConfig, seq_len: int) -> int:
-    """Forward and backward FLOPs of the model's own matrix products per token, nothing recomputed. MFU counts these."""
+    """Forward and backward FLOPs of the matrix products per token, without recomputation: the numerator of MFU."""
     return 3 * meta_model(config).flops_per_token(seq_len)
 
 
@@ -68,12 +68,12 @@ def _stage_ranks(config: Config) -> tuple[int, ...]:
 
 
 def units_of(stages: Stages) -> list[nn.Module]:
-    """The modules that hold parameters, in the order of the layers; see `Transformer.units`."""
+    """The modules that hold parameters, in layer order; see `Transformer.units`."""
     return [unit for stage in stages.values() for unit in stage.units()]
 
 
 class WholeModel:
-    """The stages of all pipeline ranks as one function, one after another: for use outside the training step."""
+    """Runs the stages of all pipeline ranks one after another, without micro-batches: for generation."""
 
     def __init__(self, stages: Stages, mesh: Mesh, stage_ranks: Sequence[int] = (0,)) -> None:
         """`stage_ranks`: the pipeline rank of each stage of the model."""
@@ -84,7 +84,7 @@ class WholeModel:
     def logits(
         self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[T, vocab] for tokens [T] at positions [T], or of `rows` [R] only, on every rank. Collective over tp, pp."""
+        """Logits [T, vocab], or [R, vocab] of tokens `rows` [R] only, on every rank. Collective over tp and pp."""
         tp_ctx, hidden_size = self.any_stage.tp_ctx, self.any_stage.config.hidden_size
         x = tokens
         with tp_ctx.whole_activations():
@@ -106,5 +106,5 @@ class WholeModel:
 
 
 def whole_model(config: Config, mesh: Mesh, stages: Stages) -> WholeModel:
-    """The model of a run."""
+    """The `WholeModel` of a run's stages."""
     return WholeModel(stages, mesh, _stage_ranks(config))

@@ -1,1 +1,1 @@
-"""Hybrid ZeRO-1 optimizer: buckets and their collectives, the decision to skip a step, update rules, schedules."""
+"""Hybrid ZeRO-1 optimizer: buckets and their collectives, skipping of steps, update rules, schedules."""

@@ -1,10 +1,10 @@
-"""Flat buckets: parameters with the same properties laid end to end, so that each collective moves one large tensor.
+"""Flat buckets: parameters with equal properties share one flat tensor, so that each collective moves a large tensor.
 
     weights [padded]   | p0 | p1 | p2 ......... | pad |     param.data are views
     grads   [padded]   | g0 | g1 | g2 ......... | pad |     param.grad are views, autograd accumulates into them
     zero rank:         |    0    |    1    |    2     |     each owns one shard; all shards have the same size
 
-Buckets are kept in the order in which the backward pass completes them.
+Buckets are ordered by when the backward pass completes them.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from internlm_lite.runtime.device import torch_dtype
 from internlm_lite.units import round_up
 
 SHARD_ALIGNMENT = 256
-"""Elements; every shard begins at a multiple of 512 bytes in half precision, and norms are summed in rows of this."""
+"""Elements; shards start at multiples of it (512 bytes in half precision), and norms are summed in rows of it."""
 
 
 @dataclass(frozen=True)
 class BucketSpec:
-    """What the parameters of one bucket have in common."""
+    """Properties that all parameters of a bucket share."""
 
     dtype: torch.dtype
     decay: bool
     """Whether weight decay applies."""
     tp_sharded: bool
-    """True: tensor-parallel ranks hold different parts. False: each of them holds the same."""
+    """See `mesh.layout.ShardSpec`."""
     partial_over: tuple[str, ...]
-    """Axes besides dp over which gradients are partial sums, see `mesh.layout.Layout`."""
+    """Axes besides dp over which gradients are partial sums; see `mesh.layout.ShardSpec`."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Slot:
 
 
 class Bucket:
-    """Flat storage of some parameters. Building it moves their values into `weights`."""
+    """Flat storage of parameters. Construction copies their values and makes `param.data` and `param.grad` views."""
 
     def __init__(
         self, kind: BucketSpec, params: Sequence[Parameter], zero: Group, grad_dtype: torch.dtype, *, whole: bool
     ) -> None:
-        """`whole`: no parameter is cut by the border of a shard."""
+        """`whole`: no parameter may cross a shard boundary."""
         self.kind = kind
         self.numel = sum(param.numel() for param in params)
         lay_out = _parameters_whole if whole else _end_to_end
@@ -78,20 +78,21 @@ class Bucket:
 
     @property
     def weight_shard(self) -> torch.Tensor:
-        """[shard_size] in the model's dtype: this rank's part of `weights`."""
+        """[shard_size] in `kind.dtype`: this rank's part of `weights`, a view."""
         return self.weights[self.shard_start : self.shard_start + self.shard_size]
 
     @property
     def grad_shard(self) -> torch.Tensor:
-        """[shard_size]: this rank's part of `grads`; after reduction the sum over all data-parallel ranks."""
+        """[shard_size]: this rank's part of `grads`, a view; after reduction the sum over all data-parallel ranks."""
         return self.grads[self.shard_start : self.shard_start + self.shard_size]
 
     def owned(self) -> Iterator[tuple[Slot, int, int]]:
-        """(slot, start, stop) for each parameter of which this rank owns elements start..stop of the bucket."""
+        """(slot, start, stop) for each parameter in this rank's shard: its elements there are start..stop-1 of the
+        bucket."""
         return self._in_shard(self.shard_start)
 
     def elements_on(self, zero_rank: int) -> int:
-        """Elements of real parameters (no padding) in the shard of `zero_rank`."""
+        """Elements in the shard of `zero_rank`, without padding."""
         return sum(stop - start for _, start, stop in self._in_shard(zero_rank * self.shard_size))
 
     def _in_shard(self, shard_start: int) -> Iterator[tuple[Slot, int, int]]:
@@ -102,15 +103,15 @@ class Bucket:
 
 
 def _end_to_end(numels: Sequence[int], zero_size: int) -> tuple[list[int], int]:
-    """(where each parameter starts, elements of a shard): no gaps, so padding is less than one alignment per shard."""
+    """(start of each parameter, elements per shard), without gaps: less than one alignment of padding per shard."""
     *starts, total = accumulate(numels, initial=0)
     return starts, round_up(total, zero_size * SHARD_ALIGNMENT) // zero_size
 
 
 def _parameters_whole(numels: Sequence[int], zero_size: int) -> tuple[list[int], int]:
-    """The same with each parameter in one shard: the largest first, to the shard that holds least so far.
+    """As `_end_to_end`, but each parameter lies in one shard: largest first, into the shard with the fewest elements.
 
-    Every shard is padded to the size of the fullest.
+    Every shard is padded to the size of the largest.
     """
     filled = [0] * zero_size
     taken: dict[int, tuple[int, int]] = {}
@@ -123,9 +124,9 @@ def _parameters_whole(numels: Sequence[int], zero_size: int) -> tuple[list[int],
 
 
 def build_buckets(params: Sequence[Parameter], zero: Group, config: Config) -> list[Bucket]:
-    """Buckets of at most `reduce_bucket_size` elements (a larger parameter gets its own), first-completed first.
+    """Buckets of at most `reduce_bucket_size` elements (a larger parameter gets its own), in completion order.
 
-    `params` in forward order; the backward pass completes them last to first.
+    `params`: in forward order; the backward pass completes them in reverse.
     """
     bucket_size = config.hybrid_zero_optimizer.reduce_bucket_size
     decay_all = config.adam.weight_decay_on == "all"
@@ -141,9 +142,9 @@ def build_buckets(params: Sequence[Parameter], zero: Group, config: Config) -> l
             indices = filling[kind] = []
             filled.append((kind, indices))
         indices.append(index)
-    # Buckets of different kinds fill at the same time. A bucket is complete when the parameter that comes first in the
-    # forward pass, its last index, has its gradient: the reducer, which starts buckets strictly in order, would
-    # otherwise wait for one that was begun early and completes late.
+    # Buckets of different kinds fill at the same time. A bucket is complete when its first parameter in forward order,
+    # which has its last index, has its gradient. Sort by that: the reducer starts buckets strictly in order, and would
+    # otherwise wait for a bucket that was begun early and completes late.
     filled.sort(key=lambda entry: -entry[1][-1])
     whole = RULES[config.optimizer.name].whole_matrices
     return [
@@ -153,7 +154,7 @@ def build_buckets(params: Sequence[Parameter], zero: Group, config: Config) -> l
 
 
 def _grad_dtype(weights: torch.dtype, config: Config) -> torch.dtype:
-    """What gradients of weights of this dtype are summed and reduced in."""
+    """The dtype in which gradients of weights of this dtype are accumulated and reduced."""
     if weights.itemsize >= 4:
         return weights
     if config.hybrid_zero_optimizer.grad_dtype is not None:

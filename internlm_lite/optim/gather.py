@@ -1,4 +1,4 @@
-"""Weights are gathered while the next forward pass starts: each unit waits for its own right before it runs."""
+"""All-gather of weights, overlapped with the next forward pass: each unit waits for its own weights before it runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class WeightGatherer:
     """All-gathers the updated shards of `buckets` over `zero`."""
 
     def __init__(self, buckets: Sequence[Bucket], units: Sequence[nn.Module], zero: Group, *, overlap: bool) -> None:
-        """`overlap` False: `start` waits for everything."""
+        """Registers a forward pre-hook on each of `units`. `overlap` False: `start` waits for all gathers."""
         self._buckets = buckets
         self._zero = zero
         self._overlap = overlap
@@ -27,18 +27,18 @@ class WeightGatherer:
             unit.register_forward_pre_hook(lambda _module, _args, needed=indices: self._wait(needed))
 
     def start(self, masters: Sequence[torch.Tensor]) -> None:
-        """Copy the master weights of this rank into its shards of the weights, and gather those of the others."""
-        # Buckets are in the order of the backward pass; reversed, those that the forward pass needs first come first.
+        """Copy this rank's master weights (one shard per bucket) into the weights and start all-gathers. Collective."""
+        # In reverse, because buckets are in backward order and the forward pass needs the last ones first.
         for index in reversed(range(len(self._buckets))):
             bucket, master = self._buckets[index], masters[index]
-            if master.dtype != bucket.kind.dtype:  # otherwise it is a view of the weights
+            if master.dtype != bucket.kind.dtype:  # else it is a view of the weights
                 bucket.weight_shard.copy_(master)
             self._gathers[index] = comm.all_gather(bucket.weights, self._zero)
         if not self._overlap:
             self.wait()
 
     def wait(self) -> None:
-        """Make all weights current."""
+        """Wait for all gathers: then all weights are current."""
         self._wait(range(len(self._buckets)))
 
     def _wait(self, indices: Iterable[int]) -> None:

@@ -1,8 +1,8 @@
-"""One global gradient norm for all layouts, and the factor that clips it.
+"""The global gradient norm, the same for every mesh, and the clip factor.
 
 Each element of the model counts once: a rank contributes its ZeRO shards, unless another rank contributes the same
-numbers (replicas of the shard, tensor-parallel ranks for parameters that are not split over them, and the second copy
-of a tied weight). Infinities and NaN count on every rank: one copy may be wrong while the others are right.
+elements (replicas of the shard, tensor-parallel ranks for parameters that are not split over them, the second copy of a
+tied weight). Infinities and NaN count on every rank, because they may be in one copy only.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from internlm_lite.optim.buckets import SHARD_ALIGNMENT, Bucket, BucketSpec
 
 @dataclass(frozen=True)
 class Requests:
-    """What a rank asks of the run during a step (`train.control`); summed over all ranks."""
+    """Requests of one rank to the run during a step (`train.control`); summed over all ranks."""
 
     signalled: float = 0.0
     """1: this rank received a signal."""
     stop_file: float = 0.0
-    """The number in the stop file, on the one rank that reads it."""
+    """The number in the stop file, on the rank that reads it; 0 on the others."""
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over the whole model and the global batch; device scalars, the same on every rank."""
+    """Sums over the whole model and the global batch: fp64 device scalars, the same on every rank."""
 
     square_model_dtype: torch.Tensor
     """Sum of squared gradients of parameters in the model's dtype."""
@@ -41,7 +41,7 @@ class Totals:
     stop_file: torch.Tensor
     """`Requests.stop_file` summed over all ranks."""
     loss: torch.Tensor
-    """Training loss summed over those tokens."""
+    """Training loss summed over the tokens with a label."""
 
 
 def reduce_totals(
@@ -52,17 +52,19 @@ def reduce_totals(
     loss_sum: torch.Tensor | float,
     mesh: Mesh,
 ) -> Totals:
-    """One all-reduce over the world of six fp64 numbers. `num_labels`, `requests`, `loss_sum`: of this rank."""
+    """One all-reduce of six fp64 numbers over the world; does not read the device. Collective.
+
+    `num_labels`, `requests`, `loss_sum`: this rank's."""
     counts = mesh.tp.rank == 0 and mesh.pp.rank == mesh.pp.size - 1
     sums = torch.zeros(6, dtype=torch.float64, device=mesh.device)
     for index, value in enumerate((num_labels * counts, requests.signalled, requests.stop_file), start=2):
-        sums[index] += value  # a host number becomes an argument of the kernel; copying a host tensor would wait
-    # Tensor-parallel ranks compute the same loss: one of them counts. The last stage needs no test, because other
-    # stages have computed none: theirs is 0.
+        sums[index] += value  # a host number is a kernel argument; copying a host tensor would synchronise
+    # Tensor-parallel ranks compute the same loss, so only one counts. No test for the last stage: on other stages the
+    # loss is 0.
     sums[5] += loss_sum * (mesh.tp.rank == 0)
     for bucket in buckets:
         square = square_sum(bucket.grad_shard)
-        if not _counts(bucket.kind, mesh):  # a copy contributes only what is wrong with it
+        if not _counts(bucket.kind, mesh):  # a copy contributes only infinities and NaN
             square = square.masked_fill(square.isfinite(), 0)
         sums[int(bucket.kind.dtype != model_dtype)] += square
     comm.all_reduce(sums, mesh.world).wait()
@@ -70,15 +72,15 @@ def reduce_totals(
 
 
 def _counts(kind: BucketSpec, mesh: Mesh) -> bool:
-    """Whether this rank contributes the squares of such a bucket, where they are finite."""
+    """Whether this rank, not another with a copy, contributes the finite squares of a bucket of this kind."""
     first_copy = "ends" not in kind.partial_over or mesh.ends.rank == 0
     return mesh.replica.rank == 0 and (kind.tp_sharded or mesh.tp.rank == 0) and first_copy
 
 
 def square_sum(shard: torch.Tensor) -> torch.Tensor:
-    """Sum of squares, fp64 scalar, of a 1-D tensor of a multiple of SHARD_ALIGNMENT elements.
+    """Sum of squares (fp64 device scalar) of a 1-D tensor whose length is a multiple of SHARD_ALIGNMENT.
 
-    Rows are summed in fp32 and their sums in fp64: one fp32 sum over 4 M elements was wrong by 2e-4 on the CPU.
+    Rows are summed in fp32, their sums in fp64: one fp32 sum over 4 M elements had an error of 2e-4 on the CPU.
     """
     wide = torch.float64 if shard.dtype == torch.float64 else torch.float32
     rows = torch.linalg.vector_norm(shard.view(-1, SHARD_ALIGNMENT), dim=1, dtype=wide)

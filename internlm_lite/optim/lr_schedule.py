@@ -1,4 +1,4 @@
-"""Schedules: learning rate and beta2 as pure functions of the step, without torch and without state.
+"""Learning rate and beta2 as pure functions of the step, without torch and without state.
 
 lr:  0 ... 0 | 1/w*lr, 2/w*lr ... lr | cosine from lr down to eta_min | eta_min
      init    | warm-up of w steps    | until total_steps              |
@@ -12,9 +12,9 @@ from internlm_lite.config.schema import Beta2SchedulerConfig, LrSchedulerConfig
 
 
 def learning_rate(step: int, peak: float, schedule: LrSchedulerConfig) -> float:
-    """Learning rate of optimizer step `step` (from 0; `last_epoch` + 1 steps of an earlier run are counted in).
+    """Learning rate of optimizer step `step`, which counts from 0; `last_epoch` + 1 steps are added to it.
 
-    InternLM's FineTuneCosineAnnealingWarmupLR, except that it rises again after total_steps and this stays at eta_min.
+    As InternLM's FineTuneCosineAnnealingWarmupLR up to total_steps; later it rises again, and this stays at eta_min.
     """
     epoch = step + schedule.last_epoch + 1
     warmup_steps = int(schedule.total_steps * schedule.warmup_ratio)
@@ -30,10 +30,10 @@ def learning_rate(step: int, peak: float, schedule: LrSchedulerConfig) -> float:
 
 
 def beta2(step: int, schedule: Beta2SchedulerConfig) -> float:
-    """beta2 of step `step` (from 0): max(init_beta2, 1 - i^-c), constant for c <= 0.
+    """beta2 of step `step`, from 0: max(init_beta2, 1 - i^-c) with i = step + cur_iter + 1; init_beta2 for c <= 0.
 
-    Skipped steps count here, unlike for the learning rate: update rules take beta2 as a host number, and how many steps
-    were skipped is known on the device only.
+    Skipped steps count here, but not for the learning rate: update rules take beta2 as a host number, and only the
+    device knows the number of skipped steps.
     """
     i = step + schedule.cur_iter + 1
     if schedule.c <= 0 or i < 1:

@@ -1,8 +1,8 @@
-"""Gradient reduction that overlaps the backward pass.
+"""Gradient reduction that overlaps with the backward pass.
 
 A hook on each parameter counts the gradients that its bucket still misses; a complete bucket is reduce-scattered over
 `zero`. At the end its shard is all-reduced over `replica`, and over `tp` or `ends` where ranks hold partial sums.
-Buckets start strictly in order, so that every rank issues the same collectives in the same order whatever its timing.
+Buckets start strictly in order, so every rank issues the same collectives in the same order, whatever its timing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class GradReducer:
     """Reduces the gradients of `buckets` once per optimizer step, during the last micro-batch's backward pass."""
 
     def __init__(self, buckets: list[Bucket], mesh: Mesh, *, overlap: bool) -> None:
-        """`overlap` False: `finish` does everything."""
+        """Registers a hook on every parameter. `overlap` False: `finish` starts all collectives."""
         self._buckets = buckets
         self._mesh = mesh
         self._overlap = overlap
@@ -32,7 +32,7 @@ class GradReducer:
                     slot.param.register_post_accumulate_grad_hook(slot.param.on_manual_grad)
 
     def expect(self, micro_num: int) -> None:
-        """Call before the step: the backward pass of each of `micro_num` micro-batches adds to every gradient."""
+        """Call before the first backward pass of a step of `micro_num` micro-batches."""
         self._missing = [
             micro_num * sum(slot.param.grads_per_microbatch for slot in bucket.slots) for bucket in self._buckets
         ]
@@ -50,7 +50,7 @@ class GradReducer:
         self._started.append(comm.reduce_scatter(bucket.grad_shard, bucket.grads, self._mesh.zero))
 
     def finish(self) -> None:
-        """Start the buckets that the backward pass did not complete (a missing gradient is zero), and wait for all."""
+        """Reduce the buckets that the backward pass did not complete (missing gradients are 0) and wait. Collective."""
         while len(self._started) < len(self._buckets):
             self._start_next()
         replicas = []

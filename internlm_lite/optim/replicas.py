@@ -1,11 +1,11 @@
-"""Checks that ranks which must hold the same bits do: finds a flipped bit, a bad GPU or a lost update, and its rank.
+"""Checks that copies of weights and state are bitwise equal: finds a flipped bit, a bad GPU or a lost update by rank.
 
-    weights                            equal on all data-parallel ranks              between two gathers
+    weights                            equal on all data-parallel ranks              while no gather is in progress
     master weights, optimizer state    equal on the ranks of `replica`               always
-    both, where tp splits nothing      equal on the tensor-parallel ranks as well
+    both, if not split over tp         equal on the tensor-parallel ranks as well
     both, of a tied weight             equal on the ranks of `ends` as well
 
-A bit that flips in the only copy of an optimizer shard reaches the weights of all ranks: no comparison can see that.
+A flipped bit in the only copy of an optimizer shard reaches the weights of all ranks, so no comparison can find it.
 """
 
 from __future__ import annotations
@@ -28,17 +28,16 @@ _AS_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class ReplicaMismatch:
-    """A tensor that must be equal on some ranks and is not."""
+    """Copies of a tensor that differ."""
 
     text: str
     culprit_ranks: tuple[int, ...] = ()
-    """Ranks that differ from a majority."""
+    """Ranks that differ from the majority; empty without a majority."""
 
 
 def check_replicas(optimizer: HybridZeroOptimizer, mesh: Mesh, step: int) -> None:
-    """Compare check sums over all ranks; weights must be current. Raises the same NumericsError on all ranks.
-    Collective; waits for the device.
-    """
+    """Raises the same NumericsError on all ranks when checksums differ; weights must be current. Collective; waits for
+    the device."""
     found = mismatches(comm.gather_objects(_sums(optimizer, mesh), mesh.world))
     if not found:
         return
@@ -52,7 +51,7 @@ def check_replicas(optimizer: HybridZeroOptimizer, mesh: Mesh, step: int) -> Non
 
 
 def _sums(optimizer: HybridZeroOptimizer, mesh: Mesh) -> dict[Key, int]:
-    """Check sums of everything this rank holds. Ranks with the same key must have the same sum."""
+    """Checksums of all weights and state of this rank; equal keys on two ranks require equal sums. Reads the device."""
     sums: dict[Key, torch.Tensor] = {}
     for bucket, shards in optimizer.shards():
         holders = _holders(bucket.kind, mesh)
@@ -64,12 +63,12 @@ def _sums(optimizer: HybridZeroOptimizer, mesh: Mesh) -> dict[Key, int]:
 
 
 def _holders(kind: BucketSpec, mesh: Mesh) -> Key:
-    """Equal on two ranks exactly if their weights of this kind must be equal."""
+    """A key that is equal on two ranks if and only if their weights of this kind must be equal."""
     return None if "ends" in kind.partial_over else mesh.pp.rank, mesh.tp.rank if kind.tp_sharded else None
 
 
 def mismatches(sums_of_ranks: Sequence[Mapping[Key, int]]) -> list[ReplicaMismatch]:
-    """What differs, given the check sums of each rank: those under the same key must be equal."""
+    """The differences between the checksums of all ranks (in rank order); sums under the same key must be equal."""
     seen: dict[Key, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for rank, sums in enumerate(sums_of_ranks):
         for key, value in sums.items():
@@ -92,7 +91,7 @@ def _ranks_text(ranks: Sequence[int]) -> str:
 
 
 def checksum(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """int64 scalar: the sum of all elements' bits as integers, modulo 2^64. One flipped bit always changes it."""
+    """int64 device scalar: the sum of all elements' bits as integers, modulo 2^64. Every single bit flip changes it."""
     total = torch.zeros((), dtype=torch.int64, device=device)
     for tensor in tensors:
         total += tensor.detach().view(_AS_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)

@@ -1,7 +1,7 @@
-"""Update rules: what is done to a shard of master weights, given its reduced gradient.
+"""Update rules: how a shard of master weights changes, given its reduced gradient.
 
-A rule names the state tensors it needs. The optimizer allocates, shards and saves them; the rule reads and writes them
-in `update`. A new elementwise rule is a class here, with its entry in `RULES`, and its name in `OptimizerConfig`.
+A rule names its state tensors. The optimizer allocates, shards and saves them; `update` reads and writes them. A new
+elementwise rule needs a class here, its entry in `RULES`, and its name in `OptimizerConfig`.
 """
 
 from __future__ import annotations
@@ -25,47 +25,47 @@ class Shard:
     decay: bool
     """Whether weight decay applies."""
     state: Mapping[str, torch.Tensor]
-    """One tensor for each of the rule's `roles`; zeros at the start."""
+    """Role -> tensor, for each of the rule's `roles`; zeros at the start."""
 
 
 class UpdateRule:
-    """Updates the shards of one rank. A rule has `roles` and `update`; the rest where it needs more."""
+    """Updates the shards of one rank. Subclasses define `roles` and `update`; the other members are optional."""
 
     roles: tuple[str, ...]
     """Names of the state tensors, as checkpoints store them."""
     whole_matrices = False
-    """True: no parameter is cut between the ranks of `zero`. False, for elementwise rules: shards are cut anywhere.
-    `buckets.build_buckets` obeys it, for the trainer and for the planner."""
+    """True: no parameter may be split between ranks of `zero`. False, for elementwise rules: shards are cut anywhere.
+    Read by `buckets.build_buckets`."""
 
     def __init__(self, shards: Sequence[Shard], config: AdamConfig) -> None:
         self._shards, self._config = shards, config
 
     def update(self, grads: Sequence[torch.Tensor], lr: torch.Tensor, beta2: float, skipped: torch.Tensor) -> None:
-        """Change weights and state of all shards in place.
+        """Update weights and state of all shards in place.
 
         `grads`: one per shard, clipped, in the dtype of its weights; may be overwritten. `lr` (fp64) and `skipped`
-        (bool) are scalars on the device that must not be read on the host. Where `skipped` is true, weights and state
-        keep their bits, and gradients may be anything.
+        (bool) are device scalars; an implementation must not read them on the host. If `skipped` is true, weights and
+        state must stay bitwise the same, although gradients may be NaN or infinite.
         """
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, int]:
-        """Counters to be saved beside the state tensors. Reads the device."""
+        """Counters to save besides the state tensors; JSON-able. Reads the device."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the counters; an empty `state` sets them to the start, as the state tensors are zero again."""
+        """Restore the counters; an empty `state` resets them, for state tensors that are zero again."""
 
 
 class AdamW(UpdateRule):
-    """Torch's fused kernel (arXiv:1711.05101)."""
+    """AdamW (arXiv:1711.05101) by torch's fused kernel."""
 
     roles = ("exp_avg", "exp_avg_sq")
 
     def __init__(self, shards: Sequence[Shard], config: AdamConfig) -> None:
         super().__init__(shards, config)
-        # Updates done, for the bias correction. On the device, because a skipped step does not count; one scalar per
-        # shard, because the kernel advances each of them.
+        # Number of updates, for the bias correction. On the device, because a skipped step does not count; one scalar
+        # per shard, because the kernel increments each.
         self._steps = [torch.zeros((), dtype=torch.float32, device=shard.weights.device) for shard in shards]
 
     def update(self, grads: Sequence[torch.Tensor], lr: torch.Tensor, beta2: float, skipped: torch.Tensor) -> None:
@@ -80,7 +80,7 @@ class AdamW(UpdateRule):
                 [],
                 [self._steps[index] for index in chosen],
                 fused=True,
-                found_inf=skipped.float(),  # 1 leaves weights, state and step count as they are
+                found_inf=skipped.float(),  # 1: weights, state and step count stay the same
                 amsgrad=False,
                 beta1=self._config.adam_beta1,
                 beta2=beta2,
@@ -100,13 +100,13 @@ class AdamW(UpdateRule):
 
 
 class Lion(UpdateRule):
-    """Sign of an interpolated momentum (arXiv:2302.06675, algorithm 2).
+    """Lion: the update is the sign of an interpolated momentum (arXiv:2302.06675, algorithm 2).
 
         weights -= lr * (sign(beta1 * exp_avg + (1 - beta1) * grad) + weight_decay * weights)
         exp_avg  = beta2 * exp_avg + (1 - beta2) * grad
 
-    Every element moves by lr, so Lion wants a smaller lr than AdamW (3 to 10 times, says the paper), and a weight decay
-    that is larger by the same factor.
+    Every element changes by lr, so Lion needs an lr 3 to 10 times smaller than AdamW (the paper), and a weight decay
+    larger by the same factor.
     """
 
     roles = ("exp_avg",)
@@ -116,11 +116,11 @@ class Lion(UpdateRule):
             step = shard.state["exp_avg"].lerp(grad, 1 - self._config.adam_beta1).sign_()
             if shard.decay:
                 step.add_(shard.weights, alpha=self._config.weight_decay)
-            # Where the step is skipped, +0 is subtracted, which keeps the bits of any number, -0.0 included.
+            # In a skipped step +0 is subtracted, which keeps the bits of every number, also of -0.0.
             shard.weights.sub_(step.mul_(lr).masked_fill_(skipped, 0.0))
             change = grad.sub_(shard.state["exp_avg"]).mul_(beta2 - 1)
             shard.state["exp_avg"].sub_(change.masked_fill_(skipped, 0.0))
 
 
 RULES: dict[str, type[UpdateRule]] = {"adamw": AdamW, "lion": Lion}
-"""By `optimizer.name` of the config."""
+"""optimizer.name of the config -> class."""

@@ -1,9 +1,9 @@
-"""Dynamic loss scaling for fp16, decided on the device: no host read, no branch.
+"""Dynamic loss scaling for fp16 (arXiv:1710.03740), computed on the device: no host read, no branch.
 
 overflow:                      counter += 1; counter >= hysteresis -> scale *= backoff   (not below min_scale)
 growth_interval good in a row: counter  = 0; scale *= growth                             (not above max_scale)
 
-A resumed fp16 run keeps the scale of its checkpoint; one resumed from another dtype begins with initial_scale.
+A resumed fp16 run restores its checkpoint's scale; an fp16 run that resumes another dtype starts at initial_scale.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from internlm_lite.config.schema import GradScalerConfig
 
 
 class LossScaler:
-    """`scale` multiplies the loss. With `config` None (bf16, fp32, fp64) it stays 1."""
+    """`scale`: fp32 device scalar that multiplies the loss. With `config` None (bf16, fp32, fp64) it stays 1."""
 
     def __init__(self, config: GradScalerConfig | None, device: torch.device) -> None:
         self.config = config
@@ -26,7 +26,7 @@ class LossScaler:
         self._overflows = torch.zeros((), dtype=torch.int64, device=device)
 
     def update(self, overflow: torch.Tensor) -> None:
-        """`overflow`: bool scalar on the device, true when this step was skipped."""
+        """Set the scale of the next step. `overflow`: bool device scalar, true if this step's norm is not finite."""
         if self.config is None:
             return
         config = self.config
@@ -41,7 +41,7 @@ class LossScaler:
         self.scale.copy_(torch.where(backs_off, smaller, torch.where(grows, larger, self.scale)))
 
     def state_dict(self) -> dict[str, float | int]:
-        """JSON-able; reads the device. Empty where nothing is scaled."""
+        """JSON-able; empty if the loss is not scaled. Reads the device."""
         if self.config is None:
             return {}
         return {

@@ -1,10 +1,10 @@
-"""Whether a step is skipped, decided on the device, and the counts of what was skipped: the host never waits.
+"""Decides on the device whether a step is skipped, and counts skipped steps there: the host never waits.
 
     overflow    the gradient norm is not finite           the loss scale may shrink
-    bad loss    the loss is not finite                    its gradient may be finite all the same
+    bad loss    the loss is not finite                    the gradient may still be finite
     outlier     loss or norm is a spike, and guard.spike is not "note"
 
-A skipped step changes no weight and no optimizer state, and its learning rate is used again.
+A skipped step changes neither weights nor optimizer state, and the next step uses the same learning rate.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from internlm_lite.optim.spikes import SpikeGuard
 
 @dataclass(frozen=True)
 class SkipDecision:
-    """About one step."""
+    """Device tensors about one step."""
 
     skipped: torch.Tensor
     """bool scalar."""
     spikes: torch.Tensor
-    """[2], see `spikes.SpikeGuard.judge`."""
+    """[2] fp64 z-scores; see `spikes.SpikeGuard.judge`."""
 
 
 class SkipDecider:
-    """Every rank decides the same, because it is given the same totals."""
+    """Decides the same on every rank, without communication, because all ranks pass the same totals."""
 
     def __init__(self, config: Config, model_dtype: torch.dtype, device: torch.device) -> None:
         self.scaler = LossScaler(config.grad_scaler if model_dtype == torch.float16 else None, device)
@@ -46,9 +46,8 @@ class SkipDecider:
         }
 
     def decide(self, mean_loss: torch.Tensor, norm: torch.Tensor) -> SkipDecision:
-        """Decide about a step and count it; the loss scale becomes that of the next step. Both arguments: scalars of
-        the whole global batch, the norm before clipping.
-        """
+        """Decide about one step, count it, and update the loss scale for the next. Arguments: device scalars of the
+        global batch, the norm before clipping. Does not read the device."""
         overflow = ~norm.isfinite()
         spikes, is_outlier = self._spikes.judge(mean_loss, norm)
         skipped = overflow | is_outlier

@@ -1,9 +1,9 @@
 """Spikes: steps whose loss or gradient norm is far above its running median. Detected on the device.
 
-    z = (log x - median) / (1.4826 * median absolute deviation),   over the last `window` steps that were finite
+    z = (log x - median) / (1.4826 * median absolute deviation),   both of log x over the last `window` finite steps
 
-Outliers move the median and the median deviation little (Iglewicz and Hoaglin, 1993); the logarithm makes losses and
-norms of any size comparable. Every rank computes the same from the same totals.
+Outliers hardly change the median and the median deviation (Iglewicz and Hoaglin, 1993); the logarithm makes z
+independent of the scale of x. Every rank computes the same from the same totals.
 """
 
 from __future__ import annotations
@@ -16,32 +16,30 @@ import torch
 from internlm_lite.config.schema import GuardConfig
 
 _NORMAL = 1.4826
-"""Standard deviations in a median absolute deviation of normally distributed values."""
+"""Standard deviation / median absolute deviation of a normal distribution."""
 _LEAST_DEVIATION = 0.02
-"""Of logarithms: two percent. In a curve without noise any change would be a spike otherwise."""
+"""Lower bound of the deviation of log x (2 %): without it any change of a curve without noise would be a spike."""
 _LEAST_HISTORY = 32
 """Steps before the first spike is reported."""
 
 
 class SpikeGuard:
-    """Watches loss and gradient norm. Outliers enter the history too, so after half a window at a new level the median
-    is there, and steps of that level are no outliers any more. Where outliers are skipped, guard.max_bad_steps of them
-    may end the run before that.
-    """
+    """Watches loss and gradient norm. Outliers also enter the history: after half a window at a new level the median
+    reaches it, and steps at that level stop being outliers. If outliers are skipped, guard.max_bad_steps may end the
+    run before."""
 
     def __init__(self, config: GuardConfig, device: torch.device) -> None:
         self._limit = config.spike_zscore
         self._skips_outliers = config.spike != "note"
-        # [loss, norm][step], a ring; nan where there is no history yet, which nanmedian ignores
+        # Ring buffer [loss, norm][step]; NaN in unused entries, which nanmedian ignores.
         self._logs = torch.full((2, config.spike_window), math.nan, dtype=torch.float64, device=device)
         self._count = torch.zeros((), dtype=torch.int64, device=device)
 
     def judge(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add one step's mean loss and gradient norm, device scalars, to the history.
+        """Add one step's mean loss and gradient norm, fp64 device scalars, to the history. Does not read the device.
 
-        Returns ([2] z-scores, 0 where there is no spike; bool scalar: skip this step, because it is an outlier and
-        those are skipped, or because its loss is not finite).
-        """
+        Returns ([2] z-scores of loss and norm, 0 without a spike; bool scalar: whether to skip this step, because it is
+        a spike and guard.spike is not "note", or because its loss is not finite)."""
         logs = torch.stack((loss, norm)).log()
         median = self._logs.nanmedian(dim=1).values
         deviation = _NORMAL * (self._logs - median[:, None]).abs().nanmedian(dim=1).values
@@ -64,9 +62,9 @@ class SpikeGuard:
         return {"count": count, "logs": self._logs[:, : min(count, self._logs.shape[1])].tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with that history; it is dropped if its length does not fit this window."""
+        """Restore the history; an unsuitable one (saved with another window) is ignored."""
         logs = torch.tensor(state["logs"], dtype=torch.float64).reshape(2, -1)
         if logs.shape[1] == min(state["count"], self._logs.shape[1]):
-            self._logs.fill_(math.nan)  # after a rollback it has steps that are undone
+            self._logs.fill_(math.nan)  # after a rollback it contains undone steps
             self._logs[:, : logs.shape[1]].copy_(logs)
             self._count.fill_(state["count"])

@@ -1,10 +1,10 @@
-"""Hybrid ZeRO-1: every rank holds all weights and gradients, but updates only its shard of each bucket.
+"""Hybrid ZeRO-1: every rank holds all weights and gradients of its stages, but updates only its shard of each bucket.
 
     gradients --reduce-scatter in zero, all-reduce in replica--> shard --update rule on fp32 master weights-->
     shard --all-gather in zero--> weights
 
-The loss was scaled by loss_scale / tokens, so the true gradient is shard * tokens / (labels * loss_scale); this factor,
-clipping, and the decision to skip are device scalars: the host never waits.
+The loss was multiplied by loss_scale / tokens, so the true gradient is shard * tokens / (labels * loss_scale). This
+factor, the clip factor and the decision to skip are device scalars: the host never waits.
 (ZeRO: arXiv:1910.02054, stage 1. Hybrid: shards are replicated over `replica` when zero1 < dp.)
 """
 
@@ -33,39 +33,39 @@ from internlm_lite.optim.skips import SkipDecider
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What happened in one optimizer step. Device scalars, fp64 unless said otherwise."""
+    """Results of one optimizer step: device scalars, fp64 unless stated otherwise."""
 
     norm_model_dtype: torch.Tensor
-    """Gradient norm before clipping, unscaled, of parameters in the model's dtype."""
+    """Gradient norm, unscaled and before clipping, of parameters in the model's dtype."""
     norm_fp32: torch.Tensor
-    """The same for parameters kept in fp32 in a half-precision model."""
+    """The same norm of parameters kept in fp32 in a half-precision model."""
     spikes: torch.Tensor
-    """[2], z-scores of the loss and the gradient norm where they are outliers, else 0 (see spikes.py)."""
+    """[2], z-scores of loss and gradient norm if they are spikes, else 0 (see spikes.py)."""
     loss_scale: torch.Tensor
-    """fp32, the scale this step's loss was multiplied with."""
+    """fp32, the scale that multiplied this step's loss."""
     skipped_steps: torch.Tensor
     """int64, steps skipped since the run began (see skips.py)."""
     consecutive_skips: torch.Tensor
     """int64, steps skipped since the last update."""
     consecutive_overflows: torch.Tensor
-    """int64, consecutive steps up to this one whose gradient was not finite."""
+    """int64, consecutive steps up to this one whose gradient norm was not finite."""
     next_lr: torch.Tensor
-    """Learning rate of the next step (the step line of InternLM prints this one)."""
+    """Learning rate of the next step, which the step line prints, as InternLM's does."""
     beta2: float
     signalled: torch.Tensor
-    """Ranks that received a signal."""
+    """Number of ranks that received a signal."""
     stop_file: torch.Tensor
-    """The number in the stop file."""
+    """The number in the stop file; 0 without one."""
 
 
 class HybridZeroOptimizer:
-    """An update rule on shards over the mesh's data-parallel ranks.
+    """Applies an update rule to parameters that are sharded over the mesh's data-parallel ranks.
 
-    One step: `begin()`, forward with `loss_scale` and backward per micro-batch, then `step()`.
+    One step: `begin()`; per micro-batch, forward with `loss_scale` and backward; then `step()`.
     """
 
     def __init__(self, units: list[nn.Module], config: Config, mesh: Mesh, model_dtype: torch.dtype) -> None:
-        """`units`: the modules in forward order, each called once per forward; they partition the parameters."""
+        """`units`: modules in forward order, each called once per forward pass; they partition the parameters."""
         self._mesh = mesh
         self._config = config
         self._model_dtype = model_dtype
@@ -76,7 +76,7 @@ class HybridZeroOptimizer:
         self._gatherer = WeightGatherer(self.buckets, units, mesh.zero, overlap=zero.overlap_sync_param)
         self._skips = SkipDecider(config, model_dtype, mesh.device)
         rule = RULES[config.optimizer.name]
-        # Allocated now, so that memory use is known and a checkpoint can be loaded before the first step.
+        # Allocated here, so that memory use is known and a checkpoint can be loaded before the first step.
         self._shards = [_shard(bucket, rule) for bucket in self.buckets]
         self._rule = rule(self._shards, config.adam)
         rates = [
@@ -90,11 +90,11 @@ class HybridZeroOptimizer:
 
     @property
     def loss_scale(self) -> torch.Tensor:
-        """fp32 device scalar to multiply the loss with."""
+        """fp32 device scalar by which to multiply the loss."""
         return self.scaler.scale
 
     def begin(self, micro_num: int) -> None:
-        """Call before the forward pass of the first of `micro_num` micro-batches."""
+        """Call before the first forward pass of a step of `micro_num` micro-batches."""
         self._reducer.expect(micro_num)
 
     @torch.no_grad()
@@ -106,11 +106,11 @@ class HybridZeroOptimizer:
         requests: Requests = Requests(),
         loss_sum: torch.Tensor | float = 0.0,
     ) -> StepOutcome:
-        """Update the weights from the accumulated gradients, and clear those.
+        """Update the weights from the accumulated gradients, then zero the gradients.
 
-        `index`: training steps before this one; `num_labels`: labels of this rank's batch; `global_tokens`:
-        the constant that the loss was divided by; `requests`: of this rank, summed over all ranks on the way;
-        `loss_sum`: training loss of this rank's batch, a device scalar. Collective over the mesh.
+        `index`: number of training steps before this one; `num_labels`, `requests`, `loss_sum`: this rank's labels,
+        requests and training loss (device scalar), summed over all ranks here; `global_tokens`: the divisor of the
+        loss. Collective over the mesh; does not read the device.
         """
         self._reducer.finish()
         totals = reduce_totals(self.buckets, self._model_dtype, num_labels, requests, loss_sum, self._mesh)
@@ -141,13 +141,13 @@ class HybridZeroOptimizer:
         )
 
     def _learning_rate(self) -> torch.Tensor:
-        """Of the next update."""
-        # Not self._rates[...]: indexing with a scalar tensor would read it on the host.
+        """Learning rate of the next update, fp64 device scalar."""
+        # index_select, because self._rates[step] would read `step` on the host.
         step = self._skips.good_steps.clamp(max=len(self._rates) - 1)
         return self._rates.index_select(0, step.unsqueeze(0)).squeeze(0)
 
     def _scaled_grads(self, factor: torch.Tensor) -> list[torch.Tensor]:
-        """Of all shards, in the dtype of their master weights; multiplied in place where that is the gradients' own."""
+        """Gradient shards times `factor`, in their master weights' dtype; in place if the gradients have that dtype."""
         return [
             bucket.grad_shard.to(shard.weights.dtype).mul_(factor)
             for shard, bucket in zip(self._shards, self.buckets, strict=True)
@@ -157,22 +157,22 @@ class HybridZeroOptimizer:
         self._gatherer.start([shard.weights for shard in self._shards])
 
     def wait_weights(self) -> None:
-        """Make all weights current. Needed before anything reads them other than by calling the model's units."""
+        """Wait until all weights are current. Call it before reading weights in any way except calling the units."""
         self._gatherer.wait()
 
     @torch.no_grad()
     def publish_weights(self) -> None:
-        """Make the model's weights those of the master weights, on every rank: after these were loaded. Collective."""
+        """Copy loaded master weights to the model's weights on every rank, and wait. Collective."""
         self._gather_weights()
         self.wait_weights()
 
     def shards(self) -> Iterator[tuple[Bucket, dict[str, torch.Tensor]]]:
-        """(bucket, {role: [shard_size]}): the master weights and the rule's state of this rank."""
+        """(bucket, {role: [shard_size]}) for each bucket: this rank's master weights and state of the rule."""
         for shard, bucket in zip(self._shards, self.buckets, strict=True):
             yield bucket, {"master": shard.weights, **shard.state}
 
     def pieces(self) -> Iterator[LocalShard]:
-        """The tensors of `shards` by parameter name, for a checkpoint to save or to load into."""
+        """The tensors of `shards` as views per parameter, for a checkpoint to save or to load into."""
         for bucket, tensors in self.shards():
             for slot, start, stop in bucket.owned():
                 part, here = slot.param.shard_spec, slice(start - bucket.shard_start, stop - bucket.shard_start)
@@ -181,7 +181,7 @@ class HybridZeroOptimizer:
                     yield LocalShard(part.name, role, part.shape, part.box, span, flat[here])
 
     def is_finite(self) -> bool:
-        """Whether all master weights of all ranks are. Collective; waits for the device."""
+        """Whether all master weights of all ranks are finite. Collective; waits for the device."""
         bad = torch.zeros((), dtype=torch.int64, device=self._mesh.device)
         for shard in self._shards:
             bad += (~shard.weights.isfinite()).sum()
@@ -189,25 +189,25 @@ class HybridZeroOptimizer:
         return bad.item() == 0
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able counters; the tensors are in `pieces()`. Reads the device."""
+        """Counters, JSON-able; `pieces()` has the tensors. Reads the device."""
         return {**self._skips.state_dict(), **self._rule.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any], *, moments: bool) -> None:
-        """Restore the counters. `moments` False: the rule starts again, because its state was not loaded."""
+        """Restore the counters. `moments` False: the rule's state was not loaded, so it and its counters are reset."""
         self._skips.load_state_dict(state)
         self._rule.load_state_dict(state if moments else {})
-        if not moments:  # after a rollback the state is that of the steps that are undone
+        if not moments:  # not zero already: after a rollback it is the state of undone steps
             for shard in self._shards:
                 for tensor in shard.state.values():
                     tensor.zero_()
 
     def elements_on_zero_ranks(self) -> list[int]:
-        """Elements of real parameters that each rank of `zero` updates."""
+        """Number of elements, without padding, that each rank of `zero` updates."""
         return [sum(bucket.elements_on(rank) for bucket in self.buckets) for rank in range(self._mesh.zero.size)]
 
 
 def _shard(bucket: Bucket, rule: type[UpdateRule]) -> Shard:
-    """A weight already in fp32 or fp64 is its own master weight: a view, no copy."""
+    """This rank's shard of `bucket`. Master weights of fp32 or fp64 weights are a view of them, not a copy."""
     shard = bucket.weight_shard
     weights = shard.float() if shard.dtype.itemsize < 4 else shard
     return Shard(weights, bucket.kind.decay, {role: torch.zeros_like(weights) for role in rule.roles})

@@ -1,10 +1,10 @@
-"""Micro-batches through the stages of a pipeline, forward and backward, or forward only.
+"""Runs micro-batches through the stages of a pipeline, forward and backward, or forward only.
 
     one rank:       for every micro-batch: forward, loss, backward
     several ranks:  the schedules of torch.distributed.pipelining, through their public step()
 
-Every rank of a pipeline has the whole batch of its data-parallel rank, so of a micro-batch only its number travels
-beside the hidden state; a `Task` has the rest.
+Every rank of a pipeline has the whole batch of its data-parallel rank. Stages therefore send only the hidden state; the
+schedule passes the micro-batch's number, with which a `Task` finds tokens and labels.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from internlm_lite.pipeline.schedules import new_schedule
 from internlm_lite.pipeline.split import stage_to_rank
 
 _TRANSPORT = ("gloo", "nccl", "connection", "timed out", "timeout")
-"""In lower case: words in error messages of the transport between two stages."""
+"""Lower-case words that occur in error messages of the transport between two stages."""
 
 
 class Task(Protocol):
-    """What is done with one batch."""
+    """The computation on one batch, by stage and micro-batch."""
 
     def forward(self, stage: int, micro: int, hidden: torch.Tensor | None) -> torch.Tensor:
-        """The hidden state after stage `stage` for micro-batch `micro`; `hidden`: after the stage before, if any."""
+        """Output of stage `stage` for micro-batch `micro`; `hidden`: output of the previous stage, None for stage 0."""
 
     def loss(self, micro: int, hidden: torch.Tensor) -> torch.Tensor:
-        """The scalar to differentiate, from the hidden state after the last stage."""
+        """The scalar to differentiate, from the output of the last stage."""
 
 
 class Engine(Protocol):
     """Runs a `Task`. Collective over the pipeline's ranks."""
 
     def train(self, task: Task, micro_num: int) -> None:
-        """Forward and backward of every micro-batch; gradients are added to those of the parameters."""
+        """Forward and backward of every micro-batch; accumulates gradients in the parameters."""
 
     def evaluate(self, task: Task, micro_num: int) -> None:
-        """Forward of every micro-batch, with its loss. Call it without gradients."""
+        """Forward and loss of every micro-batch. Call it under `torch.no_grad`."""
 
 
 class OneRank:
-    """The whole model is on this rank."""
+    """The engine without pipeline parallelism: one stage has the whole model."""
 
     def train(self, task: Task, micro_num: int) -> None:
         for micro in range(micro_num):
@@ -61,17 +61,17 @@ class OneRank:
 
 @dataclass(frozen=True)
 class HiddenShape:
-    """What goes from stage to stage."""
+    """Shape, dtype and device of the hidden state that stages send."""
 
     rows: int
-    """Of the hidden state on this rank: T, with sequence parallelism T / tp."""
+    """T, or T / tp with sequence parallelism."""
     hidden_size: int
     dtype: torch.dtype
     device: torch.device
 
 
 class Pipeline:
-    """This rank has some of the stages."""
+    """The engine of a rank that holds the stages `stages` (number -> module) of a pipeline over `pp`."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Pipeline:
         early_receive: bool,
         pop_deferred: Callable[[], Callable[[], None]],
     ) -> None:
-        """`pop_deferred`: that of `layers.weight_grads.WeightGrads`; called after a stage's backward pass."""
+        """`early_receive`: see `new_schedule`. `pop_deferred`: of `WeightGrads`, called after a stage's backward."""
         self._modules = {number: _StageModule(number, module) for number, module in stages.items()}
         self._pp, self._schedule, self._shape = pp, schedule, shape
         self._stage_ranks = stage_to_rank(pp.size, len(stages), schedule)
@@ -94,7 +94,7 @@ class Pipeline:
 
     def train(self, task: Task, micro_num: int) -> None:
         schedule = self._schedule_for(micro_num)
-        numbers = torch.arange(micro_num)  # on the host: cut into micro-batches by the schedule, read without a device
+        numbers = torch.arange(micro_num)  # the schedule splits it into micro-batches; on the host, to be read freely
         self._task = task
         for module in self._modules.values():
             module.task = task
@@ -102,10 +102,10 @@ class Pipeline:
             schedule.step(target=numbers, return_outputs=False, micro=numbers)
 
     def evaluate(self, task: Task, micro_num: int) -> None:
-        """Stage by stage, all micro-batches of each (torch's eval() does not run schedules in the shape of a V).
+        """One stage after the other, each for all micro-batches (torch's eval() does not support V-shaped schedules).
 
-        What goes to a lower rank is sent once the stage is done, and received as a whole: NCCL takes the messages of a
-        group in order, and in a ring two ranks would each wait for the other one to receive.
+        Messages to a lower rank are sent after the stage is done, and received together: NCCL executes the messages of
+        a group in order, so in a ring two ranks would each wait for the other to receive.
         """
         outputs: list[torch.Tensor] = []
         sent: list[tuple[comm.Work, torch.Tensor]] = []
@@ -126,7 +126,7 @@ class Pipeline:
             work.wait()
 
     def _inputs(self, stage: int, outputs: list[torch.Tensor], micro_num: int) -> Iterator[torch.Tensor | None]:
-        """Of `stage`, micro-batch by micro-batch; `outputs`: of this rank's stage before it."""
+        """The inputs of `stage`, one per micro-batch; `outputs`: those of this rank's previous stage."""
         if stage == 0:
             yield from [None] * micro_num
         elif stage - 1 in self._modules:
@@ -144,7 +144,7 @@ class Pipeline:
         return hidden
 
     def _schedule_for(self, micro_num: int) -> Any:
-        """A schedule is built for one number of micro-batches. The last one is kept, with its receive buffers."""
+        """The schedule for `micro_num` micro-batches. The last one is cached, because it owns receive buffers."""
         if self._built is None or self._built[0] != micro_num:
             stages = [self._stage(number) for number in self._modules]
             built = new_schedule(self._schedule, stages, micro_num, self._loss, early_receive=self._early_receive)
@@ -159,7 +159,7 @@ class Pipeline:
             number,
             len(self._stage_ranks),
             shape.device,
-            # Given here, so that the first step needs no trial run to find the shapes.
+            # Given here, so that torch needs no extra run in the first step to infer the shapes.
             input_args=() if first else (hidden,),
             output_args=(hidden,),
             group=self._pp.process_group,
@@ -172,7 +172,7 @@ class Pipeline:
 
 
 class _StageModule(nn.Module):
-    """A stage as torch's pipelining calls it: hidden state of the stage before, and the number of the micro-batch."""
+    """A stage as torch's pipelining calls it: with the previous stage's hidden state and the micro-batch's number."""
 
     task: Task
 
@@ -187,7 +187,7 @@ class _StageModule(nn.Module):
 
 @contextmanager
 def peer_or_own_error(pp: Group) -> Iterator[None]:
-    """An error of a stage, which torch wraps once or more, is raised as it was; a lost neighbour as PeerLostError."""
+    """Unwrap a stage's own error, which torch wraps in RuntimeErrors; raise PeerLostError for a transport error."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Which of torch's pipeline schedules runs a number of micro-batches."""
+"""Chooses and builds torch's pipeline schedule for a number of micro-batches."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def schedule_class(schedule: str, size: int, micro_num: int) -> type[Any]:
-    """For `size` pipeline ranks. Too few micro-batches for a schedule, as at the start of a ramp-up, run all forward
-    passes first, then all backward passes: the same gradients."""
+    """torch's class for `size` pipeline ranks. With too few micro-batches for the schedule, as at the start of a batch
+    ramp-up, a class that runs all forward passes, then all backward passes: same gradients."""
     if schedule == "zbv":
         return ScheduleZBVZeroBubble
     if schedule == "interleaved":
@@ -32,9 +32,9 @@ def schedule_class(schedule: str, size: int, micro_num: int) -> type[Any]:
 
 
 def new_schedule(schedule: str, stages: list[PipelineStage], micro_num: int, loss: Loss, *, early_receive: bool) -> Any:
-    """A torch schedule over this rank's `stages`. `loss` sums, hence no scaling of gradients.
+    """A torch schedule over this rank's `stages`. Gradients are not scaled, because `loss` is a sum over micro-batches.
 
-    Raises ConfigError without `early_receive` where torch is too old (`config.cross` refuses most such configs).
+    `early_receive` False: receives are posted late. Raises ConfigError if torch does not support that.
     """
     chosen = schedule_class(schedule, stages[0].group_size, micro_num)
     if schedule == "1f1b":
@@ -44,7 +44,7 @@ def new_schedule(schedule: str, stages: list[PipelineStage], micro_num: int, los
 
 
 def _late_receive(chosen: type[Any]) -> dict[str, bool]:
-    """Raises ConfigError where torch does not know how."""
+    """The schedule's option for late receives. Raises ConfigError if this torch does not have it."""
     if "defer_pp_recv" not in inspect.signature(chosen).parameters:
         raise ConfigError(
             f"parallel.pipeline.interleaved_overlap: found False with torch {torch.__version__}, expected torch 2.13 "

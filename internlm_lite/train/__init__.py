@@ -1,1 +1,1 @@
-"""The training loop."""
+"""A training run: building it, the loop, control, reports, checkpoints, failures."""

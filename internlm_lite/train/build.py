@@ -1,4 +1,4 @@
-"""Everything a run consists of, put together once, before the first step."""
+"""Builds all parts of a run before its first step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger("internlm_lite")
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run; `start` is the state that it begins or resumes from."""
+    """The parts of a run. `start`: the state to begin or resume from; `valid`: None without validation."""
 
     config: Config
     mesh: Mesh
@@ -46,15 +46,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a job provides to its run. Nothing of it changes what is trained."""
+    """What a job passes to its run. None of it changes the training."""
 
     checkpoints: Checkpoints | None = None
-    """None: those of the config."""
+    """None: opened from the config."""
     watchdog: Watchdog | None = None
     terminal: bool = False
-    """Someone looks at the output: the console shows colours and the steps to go."""
+    """The output is a terminal: the console shows colours and the remaining steps."""
     sinks: Mapping[str, SinkFactory] = field(default_factory=dict)
-    """More sinks by name; closed last, the first of them after all others."""
+    """Additional sinks by name; closed after all others, in reverse order."""
 
 
 def build_run(
@@ -62,8 +62,8 @@ def build_run(
 ) -> Run:
     """Open the data, build and initialise the model, restore a checkpoint. Collective.
 
-    `resume`: auto, none or a path. A `folder` whose run has ended is not written to if there is nothing left to do.
-    Raises DataError, CheckpointError or StorageError before any training is done.
+    `resume`: "auto", "none" or a path. Opens no sinks if the run in `folder` has ended and no steps are left. Raises
+    DataError, CheckpointError or StorageError.
     """
     checkpoints = around.checkpoints or Checkpoints(config, mesh)
     watchdog = around.watchdog or unwatched(mesh.rank)

@@ -1,4 +1,4 @@
-"""What differs between the run that wrote a checkpoint and the one that resumes it: its data, its number of ranks."""
+"""Differences between the run that wrote a checkpoint and the run that resumes it: data, number of ranks."""
 
 from __future__ import annotations
 
@@ -20,24 +20,23 @@ class LastRun:
     folder: str
     """Name of the run folder."""
     step: int
-    """Steps done."""
+    """Number of training steps done."""
     batch_tokens: int
-    """Of a step, over all ranks, when the run began."""
+    """Tokens per step over all ranks, when the run began."""
     data: Mapping[str, Any]
-    """That section of its config."""
+    """The `data` section of its config."""
 
 
 def batch_keys(data: Mapping[str, Any]) -> tuple[object, ...]:
-    """The keys of a resolved `data` section that, with the number of ranks, determine the size of a step's batch."""
+    """Values of the `data` keys that, with the number of ranks, determine the number of tokens per step."""
     return tuple(data.get(key) for key in ("micro_num", "micro_bsz", "seq_len", "rampup_batch_size"))
 
 
 def keep_global_batch(config: Config, last: LastRun | None, dp_size: int) -> Config:
-    """`config` with the `data.micro_num` that gives a step `last`'s number of tokens on `dp_size` data-parallel ranks.
+    """`config` with `data.micro_num` set so that a step on `dp_size` data-parallel ranks takes `last.batch_tokens`.
 
-    So the curve, and which data come when, stay the same. Only where nothing but the number of ranks has changed: an
-    edit of the batch's keys, or a ramp-up, is taken as it is. Where the tokens cannot be divided, the config stays as
-    it is, and the resume warns.
+    This keeps the loss curve and the data order when only the number of ranks changed. Returns `config` unchanged if
+    the batch's keys were edited, with a batch ramp-up, or if the tokens are not divisible (then `Checkpoints` warns).
     """
     data = config.data
     tokens_per_micro_num = data.micro_bsz * data.seq_len * dp_size
@@ -54,7 +53,7 @@ def keep_global_batch(config: Config, last: LastRun | None, dp_size: int) -> Con
 
 
 def data_changes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line for each key and each data folder that differs between two fingerprints of `data.loader`."""
+    """One line per key and per data folder that differs between two fingerprints of the training data."""
     keys = [key for key in sorted(stored.keys() | now.keys()) if key != "folders" and stored.get(key) != now.get(key)]
     lines = [f"{key}: {stored.get(key)!r} then, {now.get(key)!r} now" for key in keys]
     old, new = ({folder["name"]: folder for folder in one.get("folders", [])} for one in (stored, now))

@@ -1,10 +1,10 @@
-"""The checkpoints of a run: its save folders, what is written to them, and how a run comes back from one.
+"""The checkpoints of a run: its save folders, their contents, and resuming from them.
 
 checkpoint_every   -> milestones in save_ckpt_folder            --resume auto: the newest of both folders,
 oss_snapshot_freq  -> snapshots in snapshot_ckpt_folder                        else load_ckpt_folder,
 the end            -> a final one in save_ckpt_folder                          else load_model_only_folder
 
-Which kind is due when: control.py. How it is written and read: checkpoint/.
+control.py decides when a checkpoint is due and of which kind; checkpoint/ writes and reads it.
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ _FOLDER_KEYS = ("save_ckpt_folder", "snapshot_ckpt_folder")
 
 @dataclass
 class Contents:
-    """What a checkpoint of this run holds: tensors and random states of every rank, counters, facts about the data."""
+    """Source and destination of a checkpoint's data: tensors and random states of every rank, counters, data facts."""
 
     trainer: Trainer
     reporter: Reporter
     fingerprint: dict[str, Any]
-    """Of the training data."""
+    """Of the training data; a resume compares it."""
     run_folder: str
-    """Its name, for the run that resumes."""
+    """Name of the run folder, stored for the run that resumes."""
     batch_tokens: int
-    """Of a step now, over all ranks."""
+    """Tokens per step over all ranks, now."""
     intended_batch_tokens: int
-    """Of a step when the run began, perhaps with another number of ranks."""
+    """Tokens per step when the run began, perhaps with another number of ranks."""
 
     def pieces(self, *, moments: bool = True) -> list[LocalShard]:
         return [piece for piece in self.trainer.optimizer.pieces() if moments or piece.role == "master"]
 
     def to_json(self, state: TrainState) -> dict[str, Any]:
-        """Collective; reads the device."""
+        """The state that a checkpoint stores as JSON. Collective; reads the device."""
         return {
             "train": state.to_json(),
             "optimizer": self.trainer.optimizer.state_dict(),
@@ -75,7 +75,9 @@ class Contents:
         }
 
     def adopt(self, restored: Restored, *, moments: bool) -> TrainState:
-        """Take over the counters of a checkpoint whose tensors are loaded. Raises CheckpointError without them."""
+        """Restore counters and random states of a checkpoint whose tensors are loaded, and publish the weights.
+
+        Collective. Raises CheckpointError if the counters are missing or unreadable."""
         stored = restored.state
         try:
             state = TrainState.from_json(stored["train"])
@@ -93,23 +95,23 @@ class Contents:
 
 
 class Checkpoints:
-    """Saves to, and restores from, the folders of one run. Methods are collective unless they say otherwise.
+    """Saves to, and restores from, the folders of one run. Methods are collective unless stated otherwise.
 
-    Construction takes the save folders, before the run writes anything: a second run on them is refused with nothing
-    touched. `attach` comes before anything is saved or restored.
+    Construction locks the save folders before the run writes anything; it fails if another run holds them. Call
+    `attach` before saving or restoring.
     """
 
     contents: Contents
 
     def __init__(self, config: Config, mesh: Mesh, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
-        """Raises StorageError when a folder cannot be written, or another run holds it.
+        """Raises StorageError when a folder is not writable or another run holds it, ConfigError as `_check_owner`.
 
-        `timeout_seconds`: a checkpoint is given up when a rank has not written its part that long after rank 0; one
-        that training waits for is given three times as long, less than a collective takes to fail.
+        `timeout_seconds`: how long rank 0 waits for the other ranks' parts of a checkpoint after writing its own;
+        three times as long if training waits for it, which is less than the timeout of a collective.
         """
         self._ckpt, self._mesh = config.ckpt, mesh
         self._config = masked(resolved(config))
-        """As it is stored and compared."""
+        """The config as it is stored and compared: resolved, secrets masked."""
         self._in_background = self._ckpt.async_upload and self._ckpt.enable_save_ckpt
         staging = self._ckpt.async_upload_tmp_folder if self._in_background else None
         options = SaveOptions(
@@ -118,9 +120,9 @@ class Checkpoints:
         self.restored: str | None = None
         """Name of the checkpoint that this run resumed."""
         self._began_at: Found | None = None
-        """A checkpoint outside of the save folders that this run began from, and can roll back to."""
+        """The checkpoint outside the save folders that this run began from; a rollback may return to it."""
         self.manager = self._open(options, with_folders=self._ckpt.enable_save_ckpt)
-        """Without folders where nothing is saved."""
+        """Without folders if ckpt.enable_save_ckpt is False."""
         try:
             self.manager.hold()
             self._check_owner(self.manager)
@@ -129,16 +131,16 @@ class Checkpoints:
             raise
 
     def attach(self, contents: Contents) -> None:
-        """From now on `contents` are saved and restored."""
+        """Set the `contents` to save and restore. Reserves host memory if saves run in the background."""
         self.contents = contents
         if self._in_background and (self._ckpt.checkpoint_every or self._ckpt.oss_snapshot_freq):
             self.manager.prepare(contents.pieces())
 
     def save(self, state: TrainState, kind: Kind, *, blocking: bool) -> None:
-        """Write everything that resuming from here needs.
+        """Save a checkpoint of `state`. Reads the device.
 
-        `blocking`: return when the checkpoint exists, or raise StorageError or CheckpointError. Else it is written in
-        the background with `ckpt.async_upload`, and a failure is an alarm: training goes on, the next save tries again.
+        `blocking`: return when the checkpoint exists, or raise StorageError or CheckpointError. Otherwise it is written
+        in the background if `ckpt.async_upload`, and a failure is only logged and reported as an alarm.
         """
         begin = time.monotonic()
         self.contents.trainer.optimizer.wait_weights()
@@ -157,12 +159,12 @@ class Checkpoints:
         self.contents.reporter.event("checkpoint", step=state.step, **facts)
 
     def report_finished(self) -> None:
-        """Report how those saves in the background ended that have ended. Not collective, and quick."""
+        """Report the outcome of background saves that have ended. Not collective; does not block."""
         while saved := self.manager.finished():
             self._report(saved)
 
     def _wait(self) -> None:
-        """The same, once the save under way has ended."""
+        """Wait for the background save in progress, then report. Not collective."""
         while saved := self.manager.wait():
             self._report(saved)
 
@@ -178,17 +180,19 @@ class Checkpoints:
             logger.error("ALARM: checkpoint %s was not saved, training goes on: %s", which, error)
 
     def close(self, *, wait: bool) -> None:
-        """End with the save under way, or, without `wait`, as soon as possible, and give the folders free.
+        """End the writer thread and release the locks. `wait`: finish the save in progress first.
 
-        Without `wait` a storage that did not answer is not asked again: the next run finds that this one is dead. Not
-        collective; a second time does nothing.
+        Without `wait`, the lock of a storage that did not answer is left; the next run detects that this one is dead.
+        Not collective; a second call does nothing.
         """
         if wait:
             self._wait()
         self.manager.close(wait=wait)
 
     def restore(self, resume: str) -> TrainState:
-        """The state to start from. `resume`: auto, none (nothing of this run's own folders), or a path."""
+        """Load the checkpoint to start from and return its state, else the initial state. Raises CheckpointError.
+
+        `resume`: "auto", "none" (ignore this run's save folders) or a path."""
         if resume not in ("auto", "none"):
             return self._begin_at(resume)
         own = self.own() if resume == "auto" else None
@@ -196,7 +200,7 @@ class Checkpoints:
             self._warn_of_ignored_folders(restored.found)
             before = restored.found.manifest
             if batch_keys(before.config["data"]) == batch_keys(self._config["data"]):
-                # Fewer ranks for a while do not change what is intended once there are more again.
+                # Kept through a resume on fewer ranks, so that a later one on more ranks can return to it.
                 self.contents.intended_batch_tokens = before.state.get("batch_tokens", self.contents.batch_tokens)
             return self._adopt(restored, moments=True)
         if self._ckpt.load_ckpt_folder:
@@ -207,9 +211,8 @@ class Checkpoints:
         return TrainState()
 
     def roll_back(self, state: TrainState, spiked_step: int) -> TrainState | None:
-        """Restore the newest checkpoint of this run from before step `spiked_step`, or the one it began from; its state
-        with the data position of `state`. None where there is none.
-        """
+        """Restore this run's newest checkpoint from before step `spiked_step`, else the one it began from. Returns its
+        state with the data position of `state`; None if there is no such checkpoint. Raises CheckpointError."""
         self._wait()
         self.contents.trainer.optimizer.wait_weights()
         restored = self._own_from_before(spiked_step)
@@ -230,7 +233,7 @@ class Checkpoints:
             return None
 
     def _is_before(self, spiked_step: int, found: Found) -> bool:
-        """A folder may hold what other runs wrote, and what this one wrote before the spike was known."""
+        """Whether this run wrote or resumed `found` and it is from before the spike: folders may hold others."""
         run_folder = found.manifest.state.get("run_folder")
         return (found.name == self.restored or run_folder == self.contents.run_folder) and found.step <= spiked_step
 
@@ -246,9 +249,8 @@ class Checkpoints:
         return state
 
     def _check(self, found: Found) -> None:
-        """Compare with what is stored in a checkpoint. Raises CheckpointError when the data changed, or when there is
-        no training state; warns of what bends the curve.
-        """
+        """Compare this run with a checkpoint before loading. Raises CheckpointError when the data changed or the
+        training state is missing; warns of changes that affect the loss curve."""
         name, stored = found.name, found.manifest.state
         if "train" not in stored:
             raise CheckpointError(
@@ -275,7 +277,7 @@ class Checkpoints:
             )
 
     def _warn_of_ignored_folders(self, found: Found) -> None:
-        """A folder to begin from that was not in the config of the run that is resumed."""
+        """Warn of load folders that are new in the config, because a resume ignores them."""
         before = found.manifest.config.get("ckpt", {})
         for key in ("load_ckpt_folder", "load_model_only_folder"):
             path = getattr(self._ckpt, key)
@@ -286,10 +288,10 @@ class Checkpoints:
                 )
 
     def last_run(self) -> LastRun | None:
-        """The run that wrote the newest checkpoint that looks whole. Not collective.
+        """The run that wrote the newest complete checkpoint. Not collective.
 
-        None without one, or where it does not say, or when it was saved to other folders: then this is a copy, and the
-        run that wrote it may be alive.
+        None if there is none, if it does not name its run, or if it was saved to other folders: then this is a copy,
+        and the run that wrote it may still be running.
         """
         newest = _newest_manifest([folder.storage for folder in self.manager.folders])
         if newest is None:
@@ -302,9 +304,8 @@ class Checkpoints:
         return LastRun(folder, newest.step, tokens, newest.config["data"])
 
     def own(self) -> CheckpointManager | None:
-        """Resumes from the newest of both folders, also in a run that saves nothing: that one only reads there, and
-        does not keep out another run.
-        """
+        """The manager of this run's save folders; None without folders. A run that saves nothing opens them read-only,
+        without locking them."""
         manager = self.manager
         if not self._ckpt.enable_save_ckpt:
             manager = self._open(None)
@@ -322,14 +323,13 @@ class Checkpoints:
         )
 
     def _check_owner(self, manager: CheckpointManager) -> None:
-        """Raises ConfigError for snapshots of a run with other milestones: this run would resume from them, and delete
-        them.
-        """
+        """Raises ConfigError if the snapshots are those of a run with another milestone folder, because this run would
+        resume from them and delete them."""
         if len(manager.folders) == 2:
             on_main(self._mesh, lambda: self._check_snapshots(manager.folders[1].storage))
 
     def _check_snapshots(self, snapshots: Storage) -> None:
-        """Not collective. Where the snapshots were written to another folder too, both were moved here together."""
+        """See `_check_owner`. Not collective. No error if the snapshot folder differs, too: both were moved here."""
         newest = _newest_manifest([snapshots])
         theirs = newest.config.get("ckpt", {}) if newest else {}
         same_milestones, same_snapshots = (_is_same_folder(theirs, self._ckpt, key) for key in _FOLDER_KEYS)
@@ -343,7 +343,7 @@ class Checkpoints:
 
 
 def _newest_manifest(storages: Sequence[Storage]) -> Manifest | None:
-    """Of the newest checkpoint there that looks whole."""
+    """The manifest of the newest complete checkpoint in these storages; None if there is none."""
     named = [(name, storage) for storage in storages for name in catalog.committed(storage)]
     for name, storage in sorted(named, key=lambda one: one[0], reverse=True):
         with suppress(CheckpointError):  # reported when it is loaded
@@ -352,6 +352,6 @@ def _newest_manifest(storages: Sequence[Storage]) -> Manifest | None:
 
 
 def _is_same_folder(theirs: Mapping[str, Any], ours: CkptConfig, key: str) -> bool:
-    """Whether both configs mean the same folder by `key`."""
+    """Whether both configs have the same folder (by normalised path) under `key`."""
     here, there = getattr(ours, key), theirs.get(key)
     return here == there or (here is not None and there is not None and normalize_path(here) == normalize_path(there))

@@ -1,13 +1,12 @@
-"""What all ranks do after a step: go on, save, stop, or roll back. Everything that ends or redirects a run is here.
+"""Decides what all ranks do after a step: continue, save, stop, or roll back.
 
     a signal to any rank            -> save and stop
-    stop file, read by rank 0: N    -> save after step N and stop          -N -> save after step N and go on
-    loss or norm stands out         -> report it; with guard.spike=rollback also roll back
+    stop file, read by rank 0: N    -> save after step N and stop          -N -> save after step N and continue
+    spike of the loss or the norm   -> report it; with guard.spike=rollback also roll back
     too many updates were skipped   -> NumericsError
 
-Requests travel with the gradient norm's all-reduce; updates are skipped on the device (optim/zero.py, optim/spikes.py).
-Both are read on the host one step later: no collective of their own, and the host waits for the step before at most,
-never for the one under way.
+Requests are summed in the gradient norm's all-reduce, and updates are skipped on the device (optim/zero.py,
+optim/spikes.py). The host reads both one step later: no extra collective, and no wait for the current step.
 """
 
 from __future__ import annotations
@@ -29,23 +28,23 @@ from internlm_lite.train.reporter import Reporter
 logger = logging.getLogger("internlm_lite")
 
 _LAG_STEPS = 1
-"""Steps until the host knows what happened in a step."""
+"""Steps after which the host reads the results of a step."""
 _MAX_BAD_STEPS_FP16 = 50
-"""A loss scale of 2^24 needs 24 halvings and the hysteresis to come down to 1."""
+"""More than a loss scale needs to fall from 2^24 to 1: 24 halvings and the hysteresis."""
 _MAX_BAD_STEPS = 10
-"""Of dtypes without a loss scale: nothing changes between two tries but the data."""
+"""For dtypes without a loss scale: between two skipped steps only the data changes."""
 _LARGEST_STEP = 10**12
-"""In the stop file: it travels as a float."""
+"""Largest number in the stop file; it is exact as the float that ranks exchange."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """What a user or a launcher asks of the whole job."""
+    """A request of the user or the launcher to the whole job."""
 
     save: bool = False
     stop: bool = False
     source: str = ""
-    """Who asks; empty: nobody."""
+    """Where the request came from; empty: no request."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,13 @@ class Decision:
     """What all ranks do after a step."""
 
     save: Kind | None = None
-    """The checkpoint to write now."""
+    """Kind of the checkpoint to write now."""
     final: bool = False
-    """No step follows: all are done, or a stop was asked for."""
+    """No step follows: all steps are done, or a stop was requested."""
     stopped_by: str = ""
-    """Who asked to stop before all steps are done; empty: nobody."""
+    """Source of the request to stop before all steps are done; empty: none."""
     rollback_before: int | None = None
-    """The step whose spike is to be undone."""
+    """The step with a spike; the checkpoint to restore is from before it."""
 
     @property
     def stop(self) -> bool:
@@ -68,25 +67,25 @@ class Decision:
 
 @dataclass(frozen=True)
 class StepSignals:
-    """What the host must know of a step; the same on every rank."""
+    """The results of a step that control needs on the host; the same on every rank."""
 
     signalled: float = 0.0
-    """Ranks that received a signal."""
+    """Number of ranks that received a signal."""
     stop_file: float = 0.0
     """The number in the stop file."""
     loss_z: float = 0.0
     """z-score of the loss if it is a spike (`optim.spikes`), else 0."""
     norm_z: float = 0.0
-    """The same of the gradient norm."""
+    """z-score of the gradient norm if it is a spike, else 0."""
     consecutive_skips: float = 0.0
-    """Updates skipped since the last one that was made."""
+    """Steps skipped since the last update."""
     consecutive_overflows: float = 0.0
-    """Of them, those at the end whose gradient was not finite."""
+    """The most recent consecutive steps whose gradient norm was not finite."""
     loss_scale: float = 1.0
 
     @staticmethod
     def pack(outcome: StepOutcome) -> torch.Tensor:
-        """One fp64 tensor on the device."""
+        """The fields, in order, as one 1-D fp64 device tensor."""
         scalars = {
             "signalled": outcome.signalled,
             "stop_file": outcome.stop_file,
@@ -104,7 +103,7 @@ class StepSignals:
 
 
 class AsyncScalars:
-    """Numbers being copied to the host. Reading a device tensor later would also wait for all enqueued since."""
+    """An asynchronous copy to the host, started at construction; `wait` does not wait for work enqueued later."""
 
     def __init__(self, numbers: torch.Tensor) -> None:
         self._arrived: torch.cuda.Event | None = None
@@ -117,14 +116,14 @@ class AsyncScalars:
             self._host = numbers
 
     def wait(self) -> torch.Tensor:
-        """On the host, once they have arrived."""
+        """The tensor on the host; blocks until the copy is complete."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._host
 
 
 class StopFile:
-    """`ckpt.stop_file_path`: one integer. Without a path it always holds 0. What is wrong with it is logged once."""
+    """`ckpt.stop_file_path`: holds one integer. Without a path `read` returns 0. A problem is logged once."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -160,7 +159,7 @@ class StopFile:
 
 
 class ControlChannel:
-    """Requests of single ranks on their way to all ranks, and what a step leaves for the host to know."""
+    """Passes requests of single ranks to all ranks, and results of a step from the device to the host."""
 
     def __init__(self, signals: StopSignals, stop_file: Path | None) -> None:
         self._signals, self._stop_file = signals, StopFile(stop_file)
@@ -168,17 +167,17 @@ class ControlChannel:
         self._in_flight: AsyncScalars | None = None
 
     def requests(self) -> Requests:
-        """Of this rank now, to be summed over all ranks in the step under way."""
+        """This rank's requests now, to be summed over all ranks in the current step."""
         return Requests(float(self._signals.received is not None), float(self._stop_file.read()))
 
     def exchange(self, outcome: StepOutcome | None) -> StepSignals | None:
-        """Send off what is known of this step (None: no step follows); returns that of the step before, if any."""
+        """Start copying a step's results to the host (None: no step follows); wait for and return the previous ones."""
         sent = None if outcome is None else AsyncScalars(StepSignals.pack(outcome))
         before, self._in_flight = self._in_flight, sent
         return None if before is None else StepSignals.unpack(before.wait())
 
     def command(self, signals: StepSignals, steps_done: int) -> Command:
-        """What is asked for after `steps_done` steps. A number in the stop file is obeyed once, and set back to 0."""
+        """The request to follow after `steps_done` steps. A number in the stop file is followed once and reset to 0."""
         if signals.signalled:
             return Command(save=True, stop=True, source=self._signals.received or "a signal to another rank")
         number = signals.stop_file
@@ -192,16 +191,16 @@ class ControlChannel:
 
 
 class Control:
-    """Decides after every step. The same on every rank."""
+    """Decides after every step; the same on every rank."""
 
     def __init__(self, config: Config, reporter: Reporter, signals: StopSignals, *, is_main: bool) -> None:
-        """`is_main`: this rank reads the stop file, and reports."""
+        """`is_main`: this rank reads the stop file and writes reports."""
         self._config, self._reporter, self._is_main = config, reporter, is_main
         path = config.ckpt.stop_file_path
         self._channel = ControlChannel(signals, Path(path) if path and is_main else None)
         self.requests = self._channel.requests
         self.decision = Decision()
-        """The last one."""
+        """The last decision."""
         self._command = Command()
         self._requeued = Command()
         self._deferred: Kind | None = None
@@ -211,7 +210,8 @@ class Control:
         self._rollbacks: dict[int, int] = {}
 
     def after_step(self, outcome: StepOutcome, steps_done: int) -> Decision:
-        """Sets and returns `decision`. Raises NumericsError when too many updates were skipped."""
+        """Sets and returns `decision`. Waits for the previous step, and for this one if a save is due. Raises
+        NumericsError when too many consecutive updates were skipped."""
         arrived, known_step = self._channel.exchange(outcome), steps_done - 1 - _LAG_STEPS
         spiked = False
         if arrived is None:
@@ -223,7 +223,8 @@ class Control:
         all_done = steps_done == self._config.data.total_steps
         final = all_done or self._command.stop
         kind = due_kind(self._config.ckpt, steps_done, self._command, all_done=all_done, deferred=self._deferred)
-        # What made this update be skipped may be in the weights already, and would push a good snapshot out.
+        # If this update was skipped, its cause may be in the weights already; saving them could rotate out a good
+        # snapshot.
         self._deferred = kind if kind and not final and _was_skipped(outcome) else None
         self.decision = Decision(
             save=None if self._deferred else kind,
@@ -234,9 +235,8 @@ class Control:
         return self.decision
 
     def rolled_back(self, back_to: int) -> None:
-        """The run goes on from step `back_to`: what is in flight belongs to steps that are undone, and what was asked
-        for is obeyed after the next step. Raises NumericsError when it went back to that step too often.
-        """
+        """Call after restoring step `back_to`: drops results of undone steps, and defers a pending request to the next
+        step. Raises NumericsError after more than guard.max_rollbacks rollbacks to the same step."""
         count = self._rollbacks[back_to] = self._rollbacks.get(back_to, 0) + 1
         most = self._config.guard.max_rollbacks
         if count > most:
@@ -249,12 +249,12 @@ class Control:
         self._requeued, self._deferred, self.decision = self._command, None, Decision()
 
     def finish(self, steps_done: int) -> None:
-        """No step follows: report what is known of the last one."""
+        """Report the spikes of the last step. Call it after the loop."""
         if last := self._channel.exchange(None):
             self._report_spike(last, steps_done - 1)
 
     def _report_spike(self, signals: StepSignals, step: int) -> bool:
-        """Whether `step` stood out."""
+        """Report a spike in `step`, if there is one; returns whether."""
         scores = {"loss": signals.loss_z, "gradient norm": signals.norm_z}
         named = [f"{what} (z = {z:.0f})" for what, z in scores.items() if z]
         if named and self._is_main:
@@ -265,7 +265,7 @@ class Control:
         return bool(named)
 
     def check_skips(self, signals: StepSignals, step: int) -> None:
-        """Raises NumericsError when too many updates up to that of `step` were skipped."""
+        """Raises NumericsError when too many consecutive updates up to that of `step` were skipped."""
         skips = int(signals.consecutive_skips)
         if self._is_at_floor(signals):
             found = f"gradients still overflow with the smallest loss scale, {signals.loss_scale:g}"
@@ -290,14 +290,14 @@ class Control:
 
 
 def _was_skipped(outcome: StepOutcome) -> bool:
-    """Whether the update of this very step was. Waits for the device: asked only when a save is due."""
+    """Whether this step's update was skipped. Reads the device, so it is called only when a save is due."""
     return outcome.consecutive_skips.item() > 0
 
 
 def due_kind(
     ckpt: CkptConfig, steps_done: int, command: Command, *, all_done: bool, deferred: Kind | None = None
 ) -> Kind | None:
-    """Kind of the checkpoint due after `steps_done` steps: of several the one that is kept longest."""
+    """Kind of the checkpoint due after `steps_done` steps; if several are due, the one that is kept longest."""
     if not ckpt.enable_save_ckpt or steps_done == 0:
         return None
     if all_done:

@@ -1,7 +1,7 @@
-"""How a rank that fails ends: what it knows is written down, and the cause is looked for among all ranks.
+"""Ends a failing rank: records its error and finds the first cause among all ranks.
 
-an error on this rank     record it, wait a moment for a better explanation from others, log which rank failed first
-the job stands still      the watchdog's verdict: stacks, record, exit code 4
+an error on this rank     record it, wait a moment for other ranks' records, log which rank failed first
+the job hangs             on the watchdog's verdict: write stacks and a record, exit with code 4
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from internlm_lite.runtime.torchrun import write_agent_error
 logger = logging.getLogger("internlm_lite")
 
 _CAUSE_SECONDS = 3.0
-"""How long a rank that lost another one waits for that rank's own record, and for its heartbeat to stop."""
+"""How long a rank that lost a peer waits for the peer's own record, besides the time until a heartbeat is missed."""
 _SAME_FAILURE_SECONDS = 1.0
 """How long a rank waits for others to fail in the same way."""
 _LAST_WORDS_SECONDS = 15.0
 _VERDICT_SECONDS = 2.0
-"""Until all ranks have read a verdict: a rank that ends breaks the others' collectives. Rank 0 serves the store, and
-ends last."""
+"""Time for all ranks to read a verdict before one exits, because an exit breaks the others' collectives. Rank 0 serves
+the store, so it exits last."""
 
 
 def code_of(error: BaseException) -> int:
-    """The exit code that an error stands for."""
+    """The process exit code for an error."""
     if isinstance(error, InternLMError):
         return error.exit_code
     return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
 
 
 class FailureHandler:
-    """Of one rank. `folder` is set once the run folder is agreed on; without it nothing is written."""
+    """Handles the failures of this rank. Until `folder`, the run folder, is set, it writes no records."""
 
     def __init__(self, dist_env: DistEnv) -> None:
         self._dist_env = dist_env
         self.folder: Path | None = None
         self.watchdog = unwatched(dist_env.rank)
         self.reported_by_peer = False
-        """A lower rank failed in the same way, and logs it."""
+        """A lower rank failed with the same error and logs it."""
         self._hangs = threading.Event()
 
     def hang(self, verdict: Verdict) -> None:
-        """Called by the watchdog's thread; ends the process."""
+        """Report the verdict and end the process. Called by the watchdog's thread."""
         self._hangs.set()
         leave_now(HANG, lambda: self._report_hang(verdict), _LAST_WORDS_SECONDS)
 
@@ -70,7 +70,7 @@ class FailureHandler:
         time.sleep(max(_VERDICT_SECONDS, self.watchdog.silence_seconds) * (2 if self._dist_env.is_main else 1))
 
     def log(self, error: BaseException) -> None:
-        """Why this process ends, unless a lower rank logs the same."""
+        """Log why this process ends, unless a lower rank logs the same error."""
         if isinstance(error, KeyboardInterrupt):
             logger.error("interrupted; started again, the run goes on from its newest checkpoint if it has written one")
         elif isinstance(error, SystemExit):
@@ -91,9 +91,9 @@ class FailureHandler:
             logger.error("rank %d: the stacks of its threads are in %s", self._dist_env.rank, stacks)
 
     def failed(self, error: BaseException) -> None:
-        """Record why this rank ends, and log who failed first if it was another rank."""
+        """Record why this rank ends, and log which rank failed first if it was another one. Blocks for seconds."""
         if isinstance(error, PeerLostError) and self._hangs.is_set():
-            time.sleep(_LAST_WORDS_SECONDS)  # it was lost because the job stands still: that ends this process
+            time.sleep(_LAST_WORDS_SECONDS)  # the peer left because of a hang: `hang` ends this process meanwhile
         folder, code, kind = self.folder, code_of(error), type(error).__name__
         if folder is None:
             return
@@ -115,7 +115,7 @@ class FailureHandler:
             logger.error("%s", summary(failures))
 
     def _await_lower_rank(self, folder: Path, kind: str, message: str) -> bool:
-        """Whether a lower rank failed in the same way, as all do by a wrong path: only the first logs it."""
+        """Whether a lower rank failed with the same error (such as a wrong path): only the lowest rank logs it."""
         deadline = time.monotonic() + _SAME_FAILURE_SECONDS
         while not self._dist_env.is_main and time.monotonic() < deadline:
             lower = [failure for failure in read_failures(folder) if failure.rank < self._dist_env.rank]
@@ -125,14 +125,14 @@ class FailureHandler:
         return False
 
     def _await_cause(self, folder: Path) -> None:
-        """Until another rank has recorded why it failed, or is known to be gone without a record."""
+        """Wait until another rank has recorded its failure, or record for it that its heartbeat stopped."""
         deadline = time.monotonic() + _CAUSE_SECONDS + self.watchdog.silence_seconds
         here, why = self.watchdog.here, "it is gone without a word: killed, out of memory, or its host is down"
         while time.monotonic() < deadline:
             if any(not failure.follows and failure.rank != self._dist_env.rank for failure in read_failures(folder)):
                 return
             for rank in self.watchdog.silent():
-                # Its last beat may be many steps old; it is missed where this rank waits for it.
+                # Recorded with this rank's step and phase, because the lost rank's last beat may be many steps old.
                 where = (self.watchdog.host_of(rank), here.step, here.phase)
                 code = PeerLostError.exit_code
                 record(folder, Failure(rank, *where, "lost", why, code, follows=False, guessed=True))

@@ -1,9 +1,9 @@
 """One process of a training job, from the checked config to its exit code.
 
-    where we run -> world -> mesh -> save folders -> what to resume, in which run folder -> build -> train -> end
-    runtime/        mesh/    checkpoints.py                                         build.py loop.py
+    device, world -> mesh -> save folders -> what to resume, in which run folder -> build -> train -> end
+    runtime/         mesh/   checkpoints.py                                         build.py loop.py
 
-A step, from the batch to the update, is `Trainer.step` in trainer.py.
+`Trainer.step` in trainer.py is one step, from the batch to the update.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ logger = logging.getLogger("internlm_lite")
 
 _LONG_PHASES = ("starting", "building", "loading", "saving", "evaluation", "samples", "ending")
 _LONG_FACTOR = 4
-"""Times as long as others (--timeout) such a phase may take without progress."""
+"""A long phase may be without progress for this many times --timeout, the limit of other phases."""
 TAKING = "taking the save folders"
-"""A phase that may take longer still: rank 0 may have to watch the lock of a dead run."""
+"""A phase with a longer limit than the long ones: rank 0 may have to wait for a dead run's lock to expire."""
 _GRACE_SECONDS = 30.0
 MAX_WHY = 2000
-"""Characters of an error that go into events.jsonl; the log has all."""
+"""Characters of an error that events.jsonl keeps; the log has all."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says besides the config."""
+    """Command-line options besides the config."""
 
     resume: str | None
-    """auto, none or a path; None: as ckpt.auto_resume says."""
+    """One of "auto", "none", a path; None: ckpt.auto_resume decides."""
     device: str
     run_dir: Path
     timeout_seconds: float
@@ -77,7 +77,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """What is known once all ranks have met and hold the save folders."""
+    """The context of a job once all ranks are connected and hold the save folders."""
 
     loaded: LoadedConfig
     dist_env: DistEnv
@@ -95,22 +95,20 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the run starts from, and where it writes to."""
+    """Where the run starts from and where it writes to."""
 
     resume: str
-    """auto, none or a path."""
+    """One of "auto", "none", a path."""
     last: LastRun | None
-    """The run whose newest checkpoint is resumed, if it is this run's own."""
+    """The run that wrote the newest checkpoint of the save folders, with `resume` "auto"."""
     folder: Path
     done: bool
-    """Every step was done there: the folder is not to be written to."""
+    """The run in `folder` has done all steps: do not write to `folder`."""
 
 
 def run_job(loaded: LoadedConfig, dist_env: DistEnv, options: Options) -> NoReturn:
-    """Train, and end this process: 0 when the last step is done, else the error's exit code.
-
-    `loaded` has passed `check_config` for this world.
-    """
+    """Train, then exit: 0 when the last step is done, STOPPED after a stop (0 under a supervisor), else the error's
+    code. `loaded` has passed `check_config` for this world."""
     setup_logging(dist_env, None, options.log_style)
     failures = FailureHandler(dist_env)
     try:
@@ -123,7 +121,7 @@ def run_job(loaded: LoadedConfig, dist_env: DistEnv, options: Options) -> NoRetu
 
 
 def _run(loaded: LoadedConfig, dist_env: DistEnv, options: Options, failures: FailureHandler) -> int:
-    """The list at the top of this file."""
+    """The phases listed in the module's docstring; returns the exit code."""
     config, timeout = loaded.config, options.timeout_seconds
     if dist_env.is_main:
         logger.log(logging.WARNING if dist_env.idle_tasks else logging.INFO, dist_env.why)
@@ -131,7 +129,7 @@ def _run(loaded: LoadedConfig, dist_env: DistEnv, options: Options, failures: Fa
             logger.info(note)
     check_packages(config.monitor)
     limits = limits_of(timeout)
-    # Longer than the watchdog waits in any phase: it can name who is missing, a collective cannot.
+    # Longer than the watchdog's limit of any phase, because the watchdog can name the missing rank.
     collectives = timedelta(seconds=max(limits.of.values()) + _GRACE_SECONDS)
     device = bind_device(dist_env, options.device)
     apply_numerics(config, device, dist_env)
@@ -152,7 +150,7 @@ def _run(loaded: LoadedConfig, dist_env: DistEnv, options: Options, failures: Fa
         sizes = sizes_of(dist_env.world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1)
         mesh = build_mesh(sizes, dist_env.rank, device, collectives)
         announce_layout(sizes.dp, sizes.pp, sizes.tp)
-        # Before anything is written: the run folder may be the one that the run which holds them is writing to.
+        # Before anything is written: if another run holds the save folders, the run folder may be that run's, too.
         with watchdog.inside(TAKING):
             checkpoints = Checkpoints(config, mesh, timeout)
         try:
@@ -171,13 +169,13 @@ def _run(loaded: LoadedConfig, dist_env: DistEnv, options: Options, failures: Fa
 
 
 def limits_of(timeout_seconds: float) -> Limits:
-    """How long a rank may stay in each phase without progress."""
+    """The watchdog's limits: seconds that a rank may be in each phase without progress."""
     long = _LONG_FACTOR * timeout_seconds
     return Limits(timeout_seconds, {**dict.fromkeys(_LONG_PHASES, long), TAKING: long + 2 * LEASE_SECONDS})
 
 
 def _fingerprint(loaded: LoadedConfig, options: Options, device: torch.device) -> dict[str, str]:
-    """What must be the same on all ranks: another job, a stale file or a forgotten option must not train with them."""
+    """Values that must be equal on all ranks, to refuse ranks of another job, with stale code or other options."""
     return {
         "internlm_lite's code": run_folders.code_digest(Path(__file__).parents[1]),
         "torch": torch.__version__,
@@ -189,13 +187,13 @@ def _fingerprint(loaded: LoadedConfig, options: Options, device: torch.device) -
 
 
 def _plan(job: Job) -> Plan:
-    """Decided by rank 0. Collective."""
+    """The plan of rank 0, on all ranks. Collective."""
     restarted = any(comm.gather_objects(job.dist_env.attempt, job.mesh.world))
     return on_main(job.mesh, lambda: _plan_on_main(job, restarted=restarted))
 
 
 def _plan_on_main(job: Job, *, restarted: bool) -> Plan:
-    """The run folder is that of the checkpoint to resume from, if it is this run's own, else a new one."""
+    """Resuming from the save folders continues in the run folder of their newest checkpoint; else it is a new one."""
     config, root = job.config, job.options.run_dir
     resume = _resume_how(job, restarted=restarted)
     last = job.checkpoints.last_run() if resume == "auto" else None
@@ -210,10 +208,10 @@ def _plan_on_main(job: Job, *, restarted: bool) -> Plan:
 
 
 def _resume_how(job: Job, *, restarted: bool) -> str:
-    """auto, none or a path. A job that its launcher starts again resumes what it wrote itself, whatever is asked for.
+    """Where to resume: "auto", "none" or a path. "auto" for a job that its launcher restarts, if it has a checkpoint.
 
-    With torchrun, the newest checkpoint is the job's own if one of its agents started the run that wrote it; without,
-    `restarted`, the launcher's count of starts, decides.
+    With torchrun, the newest checkpoint is the job's own if one of its agents started the run that wrote it; otherwise
+    `restarted` (the launcher has counted a restart) decides.
     """
     wanted = job.options.resume or ("auto" if job.config.ckpt.auto_resume else "none")
     last = job.checkpoints.last_run() if wanted != "auto" else None
@@ -225,14 +223,14 @@ def _resume_how(job: Job, *, restarted: bool) -> str:
 
 
 def _train(job: Job, plan: Plan, signals: StopSignals) -> TrainingEnd:
-    """Build the run and train, or find that there is nothing left to do. Collective."""
+    """Build the run and train until the end; no training if no steps are left. Collective."""
     run, finished = None, False
     try:
         if not plan.done:
             _open_run_folder(job, plan.folder)
         run = _build(job, plan)
         if plan.done and run.start.step < run.config.data.total_steps:
-            _open_run_folder(job, plan.folder)  # the last checkpoint is damaged: some steps are trained again
+            _open_run_folder(job, plan.folder)  # the newest checkpoint was damaged: repeat some steps
         is_open = job.failures.folder is not None
         trace_folder = plan.folder if job.options.profiling else None
         ended = train(run, signals, trace_folder) if is_open else TrainingEnd(run.start)
@@ -263,7 +261,7 @@ def _build(job: Job, plan: Plan) -> Run:
 
 
 def _open_run_folder(job: Job, folder: Path) -> None:
-    """Describe this start in the run folder, and log to it from now on. Collective."""
+    """Record this start in the run folder, and log there from now on. Collective."""
     on_main(job.mesh, lambda: _describe_start(job, folder))
     job.failures.folder = folder
     setup_logging(job.dist_env, folder, job.options.log_style)
@@ -278,7 +276,7 @@ def _describe_start(job: Job, folder: Path) -> None:
 
 
 def _report_failure(job: Job, run: Run | None, error: BaseException) -> None:
-    """The event, of rank 0: through the sinks of the run, or into the file where there are none yet."""
+    """Rank 0 writes the event "failed": through the run's sinks, or to events.jsonl before there are sinks."""
     folder = job.failures.folder
     if folder is None or not job.mesh.is_main:
         return
@@ -293,7 +291,7 @@ def _report_failure(job: Job, run: Run | None, error: BaseException) -> None:
 
 
 def _failure(error: BaseException, folder: Path) -> dict[str, Any]:
-    """The cause, if rank 0, which reports it, knows it, else the error here."""
+    """The event's facts: the first failure on record, else this rank's error (rank 0's)."""
     if isinstance(error, KeyboardInterrupt):
         return {"why": "interrupted", "rank": 0}
     known = [(failure.rank, f"{failure.kind}: {failure.message}") for failure in read_failures(folder)]

@@ -1,4 +1,4 @@
-"""The main loop. A step: trainer.py. What is decided after it: control.py."""
+"""The main loop. trainer.py does a step; control.py decides what follows it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class TrainingEnd:
 
     state: TrainState
     stopped_by: str = ""
-    """Who asked to stop before the last step; empty: all steps are done."""
+    """Source of the request to stop before the last step; empty: all steps are done."""
 
 
 def train(run: Run, signals: StopSignals, trace_folder: Path | None = None) -> TrainingEnd:
-    """Train from `run.start` to the last step of the config, or until asked to stop. Collective.
+    """Train from `run.start` to the config's last step, or until a request to stop. Collective.
 
-    `trace_folder`: where a trace of a few steps goes.
+    `trace_folder`: folder for the trace of `traced_steps`; None: no trace. Raises NumericsError (control.py).
     """
     state, trainer, watchdog, total_steps = run.start, run.trainer, run.watchdog, run.config.data.total_steps
     control = Control(run.config, run.reporter, signals, is_main=run.mesh.is_main)
@@ -62,14 +62,14 @@ def train(run: Run, signals: StopSignals, trace_folder: Path | None = None) -> T
                 with watchdog.inside("saving"), run.reporter.excluded_from_timing():
                     run.checkpoints.save(state, decision.save, blocking=decision.final)
             run.checkpoints.report_finished()
-            if not decision.stop:  # the next start evaluates instead: a stop does not wait for it
+            if not decision.stop:  # a stop does not wait for an evaluation; the next start does it
                 _evaluate_and_sample(run, state)
     control.finish(state.step)
     return _end(run, TrainingEnd(state, control.decision.stopped_by))
 
 
 def _begin(run: Run, state: TrainState) -> None:
-    """At the start, and after a rollback: what a reader of events.jsonl needs to know about the steps to come."""
+    """At the start and after a rollback: start the timing and write the event "start" about the following steps."""
     run.reporter.start(state)
     tokens = {folder.name: folder.tokens for folder in run.data.packed}
     facts = {
@@ -82,12 +82,12 @@ def _begin(run: Run, state: TrainState) -> None:
         **({} if run.checkpoints.restored is None else {"restarted_from": run.checkpoints.restored}),
     }
     run.reporter.event("start", **facts)
-    if state.step:  # the start before this one may have ended between its save and its evaluation
+    if state.step:  # the previous start may have ended between its save and its evaluation
         _evaluate_if_due(run, state, skip_if_logged=True)
 
 
 def _end(run: Run, ended: TrainingEnd) -> TrainingEnd:
-    """The last samples, which a stop does not wait for, and the last event."""
+    """Show the last samples, except after a stop, and write the last event."""
     run.trainer.optimizer.wait_weights()
     if not ended.stopped_by:
         with run.watchdog.inside("samples"):
@@ -97,10 +97,10 @@ def _end(run: Run, ended: TrainingEnd) -> TrainingEnd:
 
 
 def _roll_back(run: Run, state: TrainState, control: Control) -> TrainState | None:
-    """Where a spike is to be undone: the state of a checkpoint from before it, but with the data that comes next now,
-    so that the data which led to it is left out.
+    """If the decision is to roll back: restore a checkpoint from before the spike, and return its state with the
+    present data position, so that the data that led to the spike is skipped.
 
-    None without a spike or such a checkpoint: training goes on as it is, as the update itself was skipped.
+    None without a rollback or such a checkpoint: training continues, since the spike's own update was skipped.
     """
     spiked_step = control.decision.rollback_before
     if spiked_step is None:
@@ -121,7 +121,7 @@ def _roll_back(run: Run, state: TrainState, control: Control) -> TrainState | No
 
 
 def _check_weights(run: Run, state: TrainState, decision: Decision) -> None:
-    """Before a save: raises NumericsError where a flipped bit, or weights that are not finite, would be in it."""
+    """Raises NumericsError if copies of weights differ (guard.check_replicas_every) or final weights are not finite."""
     optimizer, every = run.trainer.optimizer, run.config.guard.check_replicas_every
     if every and state.step % every == 0:
         with run.reporter.excluded_from_timing():
@@ -135,7 +135,7 @@ def _check_weights(run: Run, state: TrainState, decision: Decision) -> None:
 
 
 def _evaluate_and_sample(run: Run, state: TrainState) -> None:
-    """What is due of both after a step. Its save comes first: it is not lost when they fail."""
+    """Evaluate and sample if due. Called after the step's save, which a failure here must not prevent."""
     _evaluate_if_due(run, state)
     if run.samples.due(state.step):
         with run.watchdog.inside("samples"), run.reporter.excluded_from_timing():
@@ -143,7 +143,7 @@ def _evaluate_and_sample(run: Run, state: TrainState) -> None:
 
 
 def _evaluate_if_due(run: Run, state: TrainState, *, skip_if_logged: bool = False) -> None:
-    """`skip_if_logged`: only where the figures are not in events.jsonl yet."""
+    """`skip_if_logged`: not if events.jsonl already has the figures of this step."""
     data, file = run.config.data, run.folder / "events.jsonl"
     if not run.valid or not (state.step % data.valid_every == 0 or state.step == data.total_steps):
         return

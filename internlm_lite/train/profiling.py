@@ -1,4 +1,4 @@
-"""Where the time of steps goes: a stopwatch that does not wait for the device, and a trace of a few steps."""
+"""Profiling of steps: a stopwatch that does not wait for the device, and a trace of a few steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WAIT_STEPS, WARM_STEPS, TRACED_STEPS = 3, 1, 3
 
 
 class Stopwatch:
-    """Sums the stretches between `start` and `stop`. On CUDA by events, so that nothing waits before `take`."""
+    """Sums the intervals between `start` and `stop`. On CUDA it uses events, so only `take` waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -39,7 +39,7 @@ class Stopwatch:
             self._seconds += time.perf_counter() - self._begin
 
     def take(self) -> float:
-        """Seconds since the last call; waits for the device."""
+        """Seconds summed since the last call. Waits for the device."""
         seconds = self._seconds
         for begin, end in self._events:
             end.synchronize()
@@ -50,10 +50,10 @@ class Stopwatch:
 
 @contextmanager
 def traced_steps(folder: Path | None, rank: int) -> Iterator[Callable[[], object]]:
-    """`--profiling`: a trace for chrome://tracing or Perfetto. Gives a function to call after each step.
+    """`--profiling`: writes a trace for chrome://tracing or Perfetto. Yields a function to call after each step.
 
-    TRACED_STEPS steps after WAIT_STEPS + WARM_STEPS go to folder/trace-rank-NNNNN.json; `folder` None: no trace.
-    """
+    folder/trace-rank-NNNNN.json has the TRACED_STEPS steps after the first WAIT_STEPS + WARM_STEPS; `folder` None: no
+    trace."""
     if folder is None:
         yield lambda: None
         return

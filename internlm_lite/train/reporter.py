@@ -1,4 +1,4 @@
-"""From what steps leave on the device to one record per log line, handed to every sink of rank 0."""
+"""Collects metrics of steps from the device into one record per log line, and passes records to rank 0's sinks."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ logger = logging.getLogger("internlm_lite")
 
 
 class Reporter:
-    """Every rank has one: collecting is collective. Only rank 0 has sinks."""
+    """Every rank has one, because collecting metrics is collective. Only rank 0 has sinks."""
 
     def __init__(self, config: Config, mesh: Mesh, trainer: Trainer) -> None:
-        """`trainer`: whose metrics and times are reported."""
+        """`trainer`: the source of metrics and times."""
         self.speed = SpeedMeter(mesh.world.size)
         self._config, self._mesh, self._trainer = config, mesh, trainer
         self._sinks: FanOut | None = None
@@ -45,18 +45,18 @@ class Reporter:
         self._last: TrainState | None = None
 
     def open_sinks(self, make: Callable[[int], FanOut], done: int) -> None:
-        """On rank 0, once it is known that the run goes on after `done` steps."""
+        """Call on rank 0, once it is known that the run continues after `done` steps."""
         self._make_sinks = make
         self._sinks = make(done)
 
     def reopen_sinks(self, done: int) -> None:
-        """The run goes on from an earlier step, as after a restart."""
+        """Close the sinks and make them again, as in a restart after `done` steps: for a rollback."""
         if self._sinks is not None and self._make_sinks is not None:
             self._sinks.close()
             self._sinks = self._make_sinks(done)
 
     def state_dict(self) -> dict[str, Any]:
-        """Figures that go on through a resume, JSON-able. Collective."""
+        """Speed and metrics, which a resume restores; JSON-able. Collective."""
         return {"speed": self.speed.state_dict(), "metrics": self._trainer.metrics.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -64,13 +64,13 @@ class Reporter:
         self._trainer.metrics.load_state_dict(state["metrics"])
 
     def start(self, state: TrainState) -> None:
-        """The first step begins now."""
-        self._trainer.fwd_bwd_time.take()  # that of steps which are undone
+        """Start timing: the next step begins now, from `state`. Waits for the device."""
+        self._trainer.fwd_bwd_time.take()  # discards the time of undone steps
         self._begin, self._last = time.perf_counter(), state
 
     @contextmanager
     def excluded_from_timing(self) -> Iterator[None]:
-        """What happens inside (evaluation, saving) does not count as training time; steps under way still do."""
+        """Excludes the block (evaluation, saving) from training time. First waits for the steps in progress."""
         if self._mesh.device.type == "cuda":
             torch.cuda.synchronize(self._mesh.device)
         begin = time.perf_counter()
@@ -78,7 +78,7 @@ class Reporter:
         self._begin += time.perf_counter() - begin
 
     def step_line(self, state: TrainState, batch: Batch, outcome: StepOutcome) -> None:
-        """Record the steps since the last line, `batch` and `outcome` being the last one's. Collective."""
+        """Report the steps since the last line; `batch`, `outcome`: the last step's. Collective; reads the device."""
         assert self._last is not None, "start() was called"
         collected = self._trainer.metrics.collect()
         now = time.perf_counter()
@@ -123,7 +123,7 @@ class Reporter:
         self._sinks.step(record)
 
     def validation(self, state: TrainState, collected: Collected) -> None:
-        """One line and one event with the figures of every validation folder."""
+        """Report an evaluation after `state.step` steps, with the figures of every validation folder."""
         if self._sinks is None:
             return
         found = ValidationRecord(
@@ -142,13 +142,13 @@ class Reporter:
         self._sinks.validation(found)
 
     def sample(self, steps_done: int, prompt: str, text: str) -> None:
-        """Print what the model made of a prompt, and keep it."""
+        """Log the continuation `text` of a prompt and pass it to the sinks."""
         if self._sinks is not None:
             logger.info(f"sample after {steps_done} steps: {prompt!r} -> {text!r}")
             self._sinks.sample(Sample(steps_done, prompt, text))
 
     def event(self, kind: str, /, **facts: object) -> None:
-        """To all sinks of rank 0; events.jsonl keeps it."""
+        """Pass an event to all sinks of rank 0; events.jsonl stores it."""
         if self._sinks is not None:
             self._sinks.event(kind, **facts)
 
@@ -158,7 +158,7 @@ class Reporter:
 
 
 def _read(outcome: StepOutcome) -> list[float]:
-    """The device scalars of a step in one copy to the host."""
+    """Norms, skipped steps, loss scale and learning rate, in one copy to the host. Waits for the device."""
     scalars = (
         outcome.norm_model_dtype,
         outcome.norm_fp32,

@@ -1,7 +1,7 @@
-"""What the model makes of the config's prompts, while it is trained and at the end.
+"""Continues the config's prompts during training and at its end.
 
-Training does not notice: no gradient, a random generator of its own, the weights where they are. Copies of the model
-beside the first (data-parallel ranks) take no part.
+This does not change training: no gradients, a separate random generator, no copy of the weights. Only the first
+data-parallel rank (with its tp and pp ranks) generates.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ SAMPLING = Sampling(temperature=0.8, top_p=0.95, seed=1)
 
 
 class Samples:
-    """Continues `monitor.sample_prompts`; rank 0 shows what came out."""
+    """Continues `monitor.sample_prompts`; rank 0 reports the text."""
 
     def __init__(self, config: Config, trainer: Trainer, reporter: Reporter) -> None:
-        """Collective. Raises DataError on all ranks when the tokenizer or a prompt is of no use."""
+        """Collective. Raises DataError on all ranks if the tokenizer cannot be loaded or a prompt is invalid."""
         self._monitor, self._total_steps, self._mesh = config.monitor, config.data.total_steps, trainer.mesh
         self._optimizer, self._reporter = trainer.optimizer, reporter
         self._model = whole_model(config, trainer.mesh, trainer.stages)
@@ -36,7 +36,7 @@ class Samples:
             self._agree_on_prompts(Path(config.data.tokenizer))
 
     def _agree_on_prompts(self, tokenizer: Path) -> None:
-        """Rank 0's tokens are those of all ranks, whose files may differ."""
+        """Rank 0 encodes the prompts for all ranks, because their tokenizer files may differ."""
         agreed: object = None
         if self._mesh.is_main:
             try:
@@ -57,7 +57,7 @@ class Samples:
         return prompts, tokenizer.eos
 
     def due(self, steps_done: int) -> bool:
-        """Whether there are samples after this step, which is not the last."""
+        """Whether samples are due after `steps_done` steps; False after the last step, which always has them."""
         every = self._monitor.sample_every
         return bool(self._prompts and every) and steps_done % every == 0 and steps_done < self._total_steps
 

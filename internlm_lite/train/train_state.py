@@ -1,4 +1,4 @@
-"""Where a run stands: a value, replaced after every step, written into every checkpoint; and the random states."""
+"""The counters of a run (immutable, replaced after every step) and the random states; checkpoints store both."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class TrainState:
     """Counters of the whole job, over all ranks."""
 
     step: int = 0
-    """Training steps done; also the index of the next one."""
+    """Number of training steps done; also the index of the next step."""
     position: Position = field(default_factory=Position)
-    """Next batch in the data order."""
+    """Position of the next batch in the data order."""
     consumed_tokens: int = 0
-    """Tokens seen, with and without labels."""
+    """Tokens trained on, with and without labels."""
 
     def after(self, batch: Batch, dp_size: int) -> TrainState:
-        """The state once `batch` was trained on by each of `dp_size` ranks."""
+        """The state after a step in which each of `dp_size` ranks trained on a batch of the size of `batch`."""
         return replace(
             self,
             step=self.step + 1,
@@ -39,7 +39,7 @@ class TrainState:
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """States of this rank's random generators, uint8."""
+    """States of this rank's torch generators: "cpu" and, on a GPU, "cuda"; 1-D uint8 on the host."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -47,7 +47,7 @@ def random_states(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Undo `random_states`; a state of a device that this run does not use is left alone."""
+    """Restore what `random_states` returned; a "cuda" state is ignored if `device` is not a GPU."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)

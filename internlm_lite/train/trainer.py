@@ -1,9 +1,9 @@
-"""The model of a run on this rank: how it is wired together, one optimizer step, and an evaluation.
+"""Builds the model, the engine and the optimizer of this rank, and runs optimizer steps and evaluations.
 
-    loss of a micro-batch = sum over its labels * loss_scale / tokens of the global batch
+    loss of a micro-batch = (sum of losses over its labels) * loss_scale / tokens of the global batch
 
-The divisor is a constant known before the forward pass; the optimizer replaces it by the true number of labels, which
-it learns in the same collective as the gradient norm (optim/grad_norm.py). Gradients are reduced in optim/reduce.py.
+The divisor is known before the forward pass; the optimizer replaces it by the number of labels in the global batch,
+which is summed with the gradient norm (optim/grad_norm.py). Gradients are reduced in optim/reduce.py.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from internlm_lite.train.profiling import Stopwatch
 
 @dataclass(frozen=True)
 class BatchTask:
-    """The micro-batches of one batch through this rank's stages (`pipeline.engine.Task`)."""
+    """Runs one batch's micro-batches through this rank's stages: a `pipeline.engine.Task`."""
 
     stages: Stages
     batch: Batch
     scale: torch.Tensor
-    """Device scalar that multiplies the differentiable sum."""
+    """Device scalar that multiplies the loss to differentiate."""
     metrics: FolderMetrics
-    """Gets the losses."""
+    """Accumulates losses and accuracy."""
     loss_sum: torch.Tensor
-    """fp64 device scalar; the training loss is added to it."""
+    """fp64 device scalar that accumulates the training loss."""
 
     def forward(self, stage: int, micro: int, hidden: torch.Tensor | None) -> torch.Tensor:
         batch, model = self.batch, self.stages[stage]
@@ -60,18 +60,18 @@ class Trainer:
     """The stages of this rank, the engine that runs them, the optimizer that updates them. Methods are collective."""
 
     def __init__(self, config: Config, mesh: Mesh, folders: Sequence[str] = ("data",)) -> None:
-        """Weights are drawn from `config.seed`. `folders`: names of the data folders that a batch refers to."""
+        """Initialises weights from `config.seed`. `folders`: names of the data folders, by a batch's folder index."""
         self.mesh, dtype = mesh, torch_dtype(config.model.dtype)
         self.backend = choose_backend(config.model, mesh.device)
         self.stages = build_stages(config, mesh, self.backend)
-        if mesh.device.type != "meta":  # there are only shapes
+        if mesh.device.type != "meta":  # where tensors have no values
             initialise(nn.ModuleList(self.stages.values()), config.seed)
         self.optimizer = HybridZeroOptimizer(units_of(self.stages), config, mesh, dtype)
         self.engine = build_engine(config, mesh, self.stages)
         self.metrics = FolderMetrics(folders, mesh)
-        """Losses of the training steps since they were last collected."""
+        """Metrics of the training steps since they were last collected."""
         self.fwd_bwd_time = Stopwatch(mesh.device)
-        """Time in forward and backward passes since it was last taken."""
+        """Time of forward and backward passes since it was last taken."""
 
     def step(
         self,
@@ -81,13 +81,13 @@ class Trainer:
         requests: Callable[[], Requests] = Requests,
         before_update: Callable[[], object] = lambda: None,
     ) -> StepOutcome:
-        """Train on `batch`; `step`: training steps before this one.
+        """One optimizer step on `batch`; `step`: number of training steps before. Does not read the device.
 
-        `requests` is called after the backward pass; its result is summed over all ranks along with the gradient norm.
-        `before_update` is called between backward and update, where ranks begin to wait for each other.
+        `requests` is called after the backward pass; its result is summed over all ranks with the gradient norm.
+        `before_update` is called between backward pass and update, where ranks begin to wait for each other.
         """
         global_tokens = batch.tokens.numel() * self.mesh.dp.size
-        scale = self.optimizer.loss_scale.double() / global_tokens  # fp64: an fp64 model is exact to its own rounding
+        scale = self.optimizer.loss_scale.double() / global_tokens  # fp64: no rounding error in an fp64 model
         self.fwd_bwd_time.start()
         self.optimizer.begin(batch.micro_num)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
@@ -98,9 +98,9 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, data: ValidationData, batch_done: Callable[[], object] = lambda: None) -> Collected:
-        """Loss and accuracy per validation folder over the whole job.
+        """Loss and accuracy per validation folder, over all ranks; calls `batch_done` after each batch.
 
-        Never changes training: no gradient, no random number, metrics of its own.
+        Does not change training: no gradients, no random numbers, separate metrics. Reads the device at the end.
         """
         device, metrics = self.mesh.device, FolderMetrics(data.folders, self.mesh)
         one, loss_sum = torch.ones((), device=device), torch.zeros((), dtype=torch.float64, device=device)
@@ -113,7 +113,7 @@ class Trainer:
 
 
 def build_engine(config: Config, mesh: Mesh, stages: Stages) -> Engine:
-    """What runs micro-batches through the stages of this rank and its neighbours."""
+    """The engine for this rank's `stages`: `OneRank` without pipeline parallelism, else `Pipeline`."""
     if mesh.pp.size == 1:
         return OneRank()
     tp_ctx = next(iter(stages.values())).tp_ctx

@@ -1,1 +1,1 @@
-"""Looking at checkpoints from outside a run: list, verify, prune."""
+"""Tools for checkpoints outside a run: list, verify, prune."""

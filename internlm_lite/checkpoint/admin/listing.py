@@ -1,4 +1,4 @@
-"""What a save folder holds, for people and programs outside of a run."""
+"""Lists the checkpoints of a save folder, for tools outside a run."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ class Listed:
 
     name: Name
     kind: str | None
-    """None when neither commit nor manifest can be read."""
+    """None if neither commit nor manifest is readable."""
     n_bytes: int
     modified: float
-    """Seconds since the epoch, of the commit."""
+    """Modification time of the commit, seconds since the epoch."""
     layout: dict[str, int]
     problems: tuple[str, ...]
-    """Empty: nothing wrong was found."""
+    """Empty if no damage was found."""
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """Data without a commit: a save that is under way, or was interrupted."""
+    """Data without a commit: a save in progress, or an interrupted one."""
 
     name: Name
     n_bytes: int
     modified: float
-    """Seconds since the epoch, of its newest file."""
+    """Modification time of its newest file, seconds since the epoch."""
 
 
 def list_checkpoints(storage: Storage, *, deep: bool) -> Iterator[Listed]:
-    """Newest first. `deep`: read every byte; else hashes of documents, sizes of files, and their headers."""
+    """Committed checkpoints, newest first. `deep`: verify every byte; else only documents, file sizes and headers."""
     entries = storage.list("")
     modified = {entry.key: entry.modified for entry in entries}
     for name in committed(storage):
@@ -47,12 +47,12 @@ def list_checkpoints(storage: Storage, *, deep: bool) -> Iterator[Listed]:
         kind, layout = _facts(storage, name)
         problems = [str(damage) for damage in damages_of(storage, name)] if deep else quick_problems(storage, name)
         if problems and storage.size(name.commit) is None:
-            continue  # a run has removed it meanwhile
+            continue  # a run has removed it in the meantime
         yield Listed(name, kind, n_bytes, modified.get(name.commit, 0.0), layout, tuple(problems))
 
 
 def unfinished(storage: Storage) -> list[Unfinished]:
-    """Oldest first."""
+    """Saves without a commit, oldest first."""
     known = set(committed(storage))
     sizes: dict[Name, tuple[int, float]] = {}
     for entry in storage.list("data"):
@@ -64,7 +64,7 @@ def unfinished(storage: Storage) -> list[Unfinished]:
 
 
 def quick_problems(storage: Storage, name: Name) -> list[str]:
-    """What is wrong, found without reading tensors."""
+    """Descriptions of damage that is found without reading tensors; empty if none."""
     try:
         reader = Reader(inspect(storage, name))
     except CheckpointError as error:
@@ -79,7 +79,7 @@ def quick_problems(storage: Storage, name: Name) -> list[str]:
 
 
 def _facts(storage: Storage, name: Name) -> tuple[str | None, dict[str, int]]:
-    """(kind, layout), where the documents can be read."""
+    """(kind, layout) from the manifest, else (kind, {}) from the commit, else (None, {})."""
     try:
         manifest = load_with_crc(Manifest, read_bytes(storage, name.manifest), name.manifest)
         return manifest.kind, manifest.layout

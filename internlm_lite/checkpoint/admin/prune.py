@@ -1,4 +1,4 @@
-"""Removing old checkpoints by hand. Old snapshots are removed by the run itself: `catalog.rotate`."""
+"""Plans the manual removal of old checkpoints. A run removes its old snapshots itself: `catalog.rotate`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from internlm_lite.checkpoint.storage.base import Storage
 
 @dataclass(frozen=True)
 class Prune:
-    """What stays and what goes, newest first."""
+    """A partition of the committed checkpoints, each part newest first."""
 
     kept: tuple[Name, ...]
-    """Good ones."""
+    """Undamaged ones."""
     damaged: tuple[Name, ...]
-    """Newer than the oldest that is kept, but not good: kept for inspection."""
+    """Damaged ones that are newer than the oldest of `kept`: not removed, for inspection."""
     removed: tuple[Name, ...]
 
 
 def plan_prune(storage: Storage, keep: int) -> Prune:
-    """Keep the newest `keep` good checkpoints of every kind, remove all that are older than those.
+    """Keep the newest `keep` undamaged checkpoints, whatever their kind, and remove all older ones. Deletes nothing.
 
-    The newest of them is read whole and must be good to the last byte; nothing goes while there are fewer than `keep`.
+    Verifies every byte of the newest; `quick_problems` checks the others. Fewer than `keep`: nothing to remove.
     """
     names = committed(storage)
     kept: list[Name] = []

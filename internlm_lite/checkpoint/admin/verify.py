@@ -1,5 +1,5 @@
-"""Reading every byte of a checkpoint once and comparing every check sum: commit, manifest, votes, headers, each block
-of each tensor, each whole file. Damage is reported by file and tensor; one does not hide another.
+"""Verifies a checkpoint: reads every byte once and compares every checksum, of commit, manifest, votes, headers, each
+block of each tensor, each whole file. Reports all damage, by file and tensor.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Damage:
     """Something that differs from what was written."""
 
     file: str
-    """Whole name, with the storage's."""
+    """`<storage name>/<key>`."""
     tensor: str | None
-    """Its key in the file; None: the file as a whole."""
+    """Key of the tensor in the file; None: the file as a whole."""
     what: str
 
     def __str__(self) -> str:
@@ -36,16 +36,16 @@ class Damage:
 
 
 _Expected = tuple[tuple[int, ...], torch.dtype, int | None]
-"""(check sums, dtype, number of elements if it is known) that the manifest has for a tensor of a file."""
+"""A file's tensor as the manifest describes it: (crc32 of each block, dtype, number of elements or None if unknown)."""
 
 
 def damages_of(storage: Storage, name: Name) -> Iterator[Damage]:
-    """Everything that is wrong with a committed checkpoint. Raises StorageError when the storage fails."""
+    """All damage of a committed checkpoint. Raises StorageError when the storage fails."""
     reported: str | None = None
     try:
         found = inspect(storage, name)
     except DamagedError as error:
-        # The manifest may still say which tensors are gone.
+        # Continue if the manifest is readable: it names the tensors that are lost.
         damage = _as_damage(storage, name.folder, error)
         reported = damage.file
         yield damage
@@ -61,7 +61,7 @@ def damages_of(storage: Storage, name: Name) -> Iterator[Damage]:
 
 
 def damages_in(found: Found) -> Iterator[Damage]:
-    """Everything that is wrong with the files that a manifest names."""
+    """All damage of the files in the manifest. Raises StorageError when the storage fails."""
     reader = Reader(found)
     for file in found.manifest.files:
         try:
@@ -72,7 +72,7 @@ def damages_in(found: Found) -> Iterator[Damage]:
 
 
 def _as_damage(storage: Storage, folder: str, error: DamagedError) -> Damage:
-    """`error` names its file itself."""
+    """Extracts the file from the message of `error`."""
     found = re.search(re.escape(storage.name) + r"/[A-Za-z0-9._/-]+", str(error))
     where = found[0].rstrip(".") if found else f"{storage.name}/{folder}"
     return Damage(where, None, _without(str(error), where))
@@ -84,7 +84,7 @@ def _file(found: Found, file: str) -> Iterator[Damage]:
     try:
         header, raw = read_header(found.storage, key, facts)
     except DamagedError as error:
-        # Without its header nothing in the file can be found.
+        # Without the header no tensor of the file can be located.
         yield Damage(where, None, _without(str(error), where))
         yield from (Damage(where, tensor, "lost with its file's header") for tensor in expected)
         return
@@ -112,7 +112,7 @@ def _expected(found: Found, file: str) -> dict[str, _Expected]:
 
 
 def _tensor(found: Found, key: str, stored: StoredTensor, expected: _Expected | None, sha: hashlib._Hash) -> str | None:
-    """What is wrong with a tensor's bytes; they are added to `sha`."""
+    """A description of the damage of a tensor, or None. Adds its bytes to `sha`."""
     if expected is None:
         return "is not in the manifest"
     crc32, dtype, count = expected
@@ -136,5 +136,5 @@ def _tensor(found: Found, key: str, stored: StoredTensor, expected: _Expected | 
 
 
 def _without(text: str, where: str) -> str:
-    """A message without the file's name, which `Damage` has already."""
+    """`text` without the leading file name `where`, which `Damage` contains in a field."""
     return text.removeprefix(where).lstrip(": ") or text

@@ -1,1 +1,1 @@
-"""What a checkpoint looks like: regions, tensor files, manifest, and which checkpoints there are."""
+"""The format of a checkpoint: regions, tensor files, manifest, and the catalog of a folder."""

@@ -1,7 +1,7 @@
-"""Which checkpoints a folder holds, which of them are whole, and which are removed.
+"""Finds the checkpoints of a folder, inspects them, and removes old ones.
 
-Names alone order them (see `manifest.Name`). A checkpoint is inspected without reading tensors: commit and manifest by
-their hashes, every other file by its size. load/ compares the rest as it reads.
+Names determine their order (see `manifest.Name`). Inspection does not read tensors: it compares the hashes of commit
+and manifest and the sizes of all other files. load/ verifies the tensors when it reads them.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ logger = logging.getLogger("internlm_lite")
 _COMMIT = re.compile(r"(?:(?P<folder>.+)/)?commits/(?P<name>[^/]+)\.json")
 _NESTED = re.compile(r"/(?:commits/[^/]+\.json$|data/)")
 ORPHAN_SECONDS = 3600.0
-"""Age at which the leftovers of an interrupted save are removed: until then its writer may be alive."""
+"""Age after which files of an uncommitted save are removed; before, its writer may still be alive."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint that looks whole."""
+    """A checkpoint that inspection, which does not read tensors, found complete."""
 
     storage: Storage
     folder: str
-    """Key of its data folder; "" when it is the storage's root."""
+    """Key of its data folder; "" for the storage's root."""
     manifest: Manifest
     rejected: tuple[str, ...] = ()
-    """Newer checkpoints that were passed over, and why."""
+    """Newer damaged checkpoints that were skipped: "name: reason"."""
 
     @property
     def name(self) -> str:
@@ -56,7 +56,7 @@ class Found:
 
     @property
     def order(self) -> int:
-        """Rises with every save, also after a rollback to an earlier step."""
+        """Serial number: increases with every save, also after a rollback to an earlier step; 0 without one."""
         name = Name.parse(self.name)
         return name.serial if name else 0
 
@@ -66,11 +66,11 @@ class Found:
 
     @property
     def manifest_path(self) -> str:
-        """For messages."""
+        """Name of the manifest in messages."""
         return f"{self.storage.name}/{self.key('manifest.json')}"
 
     def config(self) -> Config:
-        """What it was saved with. Raises CheckpointError."""
+        """The config of the run that saved it. Raises CheckpointError if this version cannot read it."""
         try:
             return Config.model_validate(self.manifest.config)
         except ValidationError as error:
@@ -84,14 +84,14 @@ class Found:
 
 
 def committed(storage: Storage, inside: str = "") -> list[Name]:
-    """Names of all commits, newest first. `inside`: "" or a save folder in this one, as `folders_in` has it."""
+    """Names of all commits, newest first. `inside`: "" or a save folder inside the storage, from `folders_in`."""
     folder = _below(inside, "commits")
     keys = (entry.key.removeprefix(f"{folder}/").removesuffix(".json") for entry in storage.list(folder))
     return sorted((name for name in map(Name.parse, keys) if name is not None), reverse=True)
 
 
 def folders_in(entries: Iterable[StoredObject]) -> list[str]:
-    """Save folders below a folder of these entries, "" for itself: snapshots have one of their own by default."""
+    """Keys of all save folders in a listing, "" for its root. By default snapshots have their own folder inside."""
     matches = (_COMMIT.fullmatch(entry.key) for entry in entries)
     return sorted({match["folder"] or "" for match in matches if match and Name.parse(match["name"])})
 
@@ -101,7 +101,7 @@ def _below(inside: str, key: str) -> str:
 
 
 def inspect(storage: Storage, name: Name, inside: str = "") -> Found:
-    """A committed checkpoint. Raises DamagedError naming the file that is not as it was written."""
+    """Inspect a committed checkpoint. Raises DamagedError naming the damaged file, CheckpointError as `found_in`."""
     at_commit, at_manifest = _below(inside, name.commit), _below(inside, name.manifest)
     commit = load_with_crc(Commit, read_bytes(storage, at_commit), f"{storage.name}/{at_commit}")
     if (commit.name, commit.step, commit.manifest) != (str(name), name.step, name.manifest):
@@ -120,7 +120,8 @@ def inspect(storage: Storage, name: Name, inside: str = "") -> Found:
 
 
 def found_in(storage: Storage, folder: str, data: bytes) -> Found:
-    """The checkpoint whose manifest holds `data`, all its files there in full size. Raises DamagedError."""
+    """The checkpoint with the manifest `data`. Raises DamagedError naming a file that is missing or has the wrong size,
+    or a tensor that is not tiled; CheckpointError for another format."""
     prefix = f"{folder}/" if folder else ""
     manifest = load_with_crc(Manifest, data, f"{storage.name}/{prefix}manifest.json")
     if manifest.format != FORMAT:
@@ -148,10 +149,10 @@ def newest(
     folders: Sequence[str] = ("",),
     accept: Callable[[Found], bool] = lambda found: True,
 ) -> Found | None:
-    """The newest checkpoint of the save folders that looks whole; None if nothing was ever committed there.
+    """The newest undamaged checkpoint of `folders` for which `accept` is true; None if there is none.
 
-    `known_bad`: name -> reason, found bad while loading; `accept`: others are passed over silently. Raises
-    CheckpointError if there are only bad ones.
+    `known_bad`: name -> reason, checkpoints found damaged while loading. Raises CheckpointError if damaged ones were
+    skipped and no other is left.
     """
     named = [(name, inside) for inside in folders for name in committed(storage, inside)]
     rejected = []
@@ -178,9 +179,9 @@ def newest(
 
 
 def _warn_of_other_files(storage: Storage) -> None:
-    """For a folder without commits that is not empty."""
+    """Log what a folder without commits contains instead."""
     keys = [entry.key for entry in storage.list("")]
-    # By default the snapshot folder lies inside the milestone folder, and a run that starts holds the lock.
+    # Expected files: by default the snapshot folder is inside the milestone folder, and a starting run holds the lock.
     keys = [key for key in keys if not _NESTED.search(key) and key.split("/")[-1] != RUN_LOCK_KEY]
     unfinished = sorted({key.split("/")[1] for key in keys if key.startswith("data/") and key.count("/") > 1})
     if unfinished:
@@ -190,21 +191,21 @@ def _warn_of_other_files(storage: Storage) -> None:
 
 
 def remove(storage: Storage, name: Name) -> None:
-    """Delete a checkpoint, in the order that never leaves a commit without its data."""
+    """Delete a checkpoint: its commit first, so that there is never a commit without data."""
     storage.delete(name.commit)
     storage.delete(name.manifest)
     storage.delete_folder(name.folder)
 
 
 def rotate(storage: Storage, keep: int, known_bad: Collection[str], kinds: dict[Name, Kind]) -> list[Name]:
-    """Delete all snapshots older than the newest `keep` good ones; other kinds but rescues stay. Returns what is gone.
+    """Delete all snapshots and rescues older than the newest `keep` undamaged ones of these kinds; returns their names.
 
-    `kinds`: those known already, so that each commit is read once; updated here.
+    `kinds`: cache of known kinds, so that each commit is read once; updated in place.
     """
     names = committed(storage)
     for name in names:
         if name not in kinds:
-            with suppress(DamagedError):  # evidence for a person to look at
+            with suppress(DamagedError):  # kept for inspection: its kind is unknown
                 kinds[name] = load_with_crc(Commit, read_bytes(storage, name.commit), name.commit).kind
     temporary = [name for name in names if kinds.get(name) in ("snapshot", "rescue")]
     good = (name for name in temporary if str(name) not in known_bad and _looks_whole(storage, name))
@@ -225,7 +226,7 @@ def _looks_whole(storage: Storage, name: Name) -> bool:
 
 
 def sweep(storage: Storage, current: Name) -> None:
-    """Delete what interrupted saves and probes left behind."""
+    """Delete files of interrupted saves and probes that are older than ORPHAN_SECONDS, except of the save `current`."""
     storage.sweep(ORPHAN_SECONDS)
     kept = {name.folder for name in [*committed(storage), current]}
     latest: dict[str, float] = {}

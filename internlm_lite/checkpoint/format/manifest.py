@@ -1,10 +1,10 @@
-"""The JSON documents of a checkpoint. Each begins with a crc32 over the exact bytes of its body.
+"""The JSON documents of a checkpoint. Each starts with the crc32 of the exact bytes of its body.
 
 {"crc32":"89abcdef","body":{...}}
 
-vote      rank r wrote its file: sizes, check sums, its shards
-manifest  index of all tensors, config, state: the data folder is self-contained
-commit    the checkpoint exists; names the manifest by sha256
+vote      rank r has written its file: sizes, checksums, its shards
+manifest  index of all tensors, config, state: makes the data folder self-contained
+commit    the checkpoint exists; contains the manifest's sha256
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _CRC = re.compile(rb'\{"crc32":"([0-9a-f]{8})","body":')
 
 
 class StoredShard(JsonDocument):
-    """A shard of a whole tensor: tensor `key` of `file`."""
+    """A shard of a whole tensor, stored as tensor `key` of `file`."""
 
     file: FileName
     key: str
     box: Box
     flat: tuple[int, int] | None
     crc32: tuple[int, ...]
-    """One for each BLOCK_BYTES of the tensor."""
+    """One per BLOCK_BYTES of the tensor; the last block may be shorter."""
 
     @property
     def region(self) -> Region:
@@ -52,7 +52,7 @@ class StoredShard(JsonDocument):
 
 
 class VotedShard(StoredShard):
-    """A shard with what the manifest says about its whole tensor."""
+    """A shard with the facts about its whole tensor."""
 
     name: str
     role: str
@@ -61,7 +61,7 @@ class VotedShard(StoredShard):
 
 
 class StoredState(JsonDocument):
-    """A small uint8 tensor that belongs to one rank, such as the state of a random generator."""
+    """A small uint8 tensor of one rank, such as the state of a random generator."""
 
     file: FileName
     key: str
@@ -69,7 +69,7 @@ class StoredState(JsonDocument):
 
 
 class Vote(JsonDocument):
-    """Rank `rank` wrote its part of checkpoint `name`."""
+    """States that rank `rank` of `world_size` has written its part of checkpoint `name`."""
 
     name: NameText
     rank: int
@@ -80,7 +80,7 @@ class Vote(JsonDocument):
 
 
 class TensorEntry(JsonDocument):
-    """One role of one named tensor."""
+    """One role of one named whole tensor, and the shards that tile it."""
 
     dtype: DtypeName
     shape: tuple[int, ...]
@@ -88,7 +88,7 @@ class TensorEntry(JsonDocument):
 
 
 class ManifestFile(FileFacts):
-    """A rank's file and its vote."""
+    """Facts about a rank's file and its vote."""
 
     vote_size: int
     vote_sha256: str
@@ -104,17 +104,17 @@ class Manifest(JsonDocument):
     versions: dict[str, str]
     layout: dict[str, int]
     files: dict[FileName, ManifestFile]
-    """By name, in rank order."""
+    """File name -> facts, in rank order."""
     tensors: dict[str, dict[str, TensorEntry]]
     """role -> name -> entry."""
     rank_state: tuple[dict[str, StoredState], ...]
-    """By rank."""
+    """One per rank, in rank order."""
     config: dict[str, Any]
     state: dict[str, Any]
 
 
 class Commit(JsonDocument):
-    """Written last."""
+    """Makes the checkpoint exist; written last."""
 
     format: int
     name: NameText
@@ -128,10 +128,10 @@ class Commit(JsonDocument):
 
 @dataclass(frozen=True, order=True)
 class Name:
-    """`<step 010d>-<serial 05d>.<6 hex digits>`: the step, then what the protocol calls the incarnation.
+    """`<step 010d>-<serial 05d>.<6 hex digits>`. Names are ordered by serial number.
 
-    Serials rise with every save into a folder, so names alone tell which checkpoint is newest, also after a rollback to
-    an earlier step. The random digits keep two writers apart.
+    The serial number increases with every save to a folder, so the newest checkpoint has the largest name, also after a
+    rollback to an earlier step. The random digits distinguish concurrent writers.
     """
 
     serial: int
@@ -166,17 +166,17 @@ class Name:
 
 
 def file_of(rank: int) -> str:
-    """Name of a rank's tensor file in the data folder."""
+    """File name of a rank's tensors in the data folder."""
     return f"rank-{rank:05d}.safetensors"
 
 
 def vote_of(file: str) -> str:
-    """Name of the vote on a rank's tensor file, beside it."""
+    """File name of the vote on a rank's tensor file, in the same folder."""
     return f"{file.removesuffix('.safetensors')}.vote.json"
 
 
 def dump_with_crc(document: JsonDocument) -> bytes:
-    """The document as JSON with its check sum."""
+    """The document as JSON with its checksum."""
     body = document.model_dump_json().encode()
     return b'{"crc32":"%08x","body":%s}\n' % (zlib.crc32(body), body)
 
@@ -185,7 +185,7 @@ JsonDocumentT = TypeVar("JsonDocumentT", bound=JsonDocument)
 
 
 def load_with_crc(kind: type[JsonDocumentT], data: bytes, where: str) -> JsonDocumentT:
-    """The document in `data`. Raises DamagedError naming `where`."""
+    """The document in `data`. Raises DamagedError naming `where` if the crc32 or a field is wrong."""
     front = _CRC.match(data)
     body = data[front.end() : -2] if front else b""
     if not front or data[-2:] != b"}\n" or zlib.crc32(body) != int(front[1], 16):
@@ -199,7 +199,7 @@ def load_with_crc(kind: type[JsonDocumentT], data: bytes, where: str) -> JsonDoc
 
 
 def read_bytes(storage: Storage, key: str) -> bytes:
-    """A whole document. Raises DamagedError if it is absent or cut."""
+    """A whole document. Raises DamagedError if it is absent or unreadable."""
     try:
         return storage.read(key, _DOCUMENT_LIMIT_BYTES)
     except UnreadableError as error:
@@ -207,17 +207,17 @@ def read_bytes(storage: Storage, key: str) -> bytes:
 
 
 def versions() -> dict[str, str]:
-    """Of the software that writes a checkpoint."""
+    """Versions of the format, torch and Python that write a checkpoint."""
     return {"format": str(FORMAT), "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 def layout_of(mesh: Mesh) -> dict[str, int]:
-    """How many ranks save or load, and along which axes."""
+    """Axis -> number of ranks, with "world"."""
     return {"world": mesh.world.size, **asdict(mesh.sizes)}
 
 
 def check_json(value: Any, where: str = "state") -> None:
-    """Raise CheckpointError naming the first part of `value` that a round trip through JSON would change."""
+    """Raises CheckpointError naming the first part of `value` that a JSON round trip would change or reject."""
     if isinstance(value, dict):
         for key, part in value.items():
             if not isinstance(key, str):

@@ -1,13 +1,13 @@
-"""Arithmetic of shards of tensors: which elements do two shards share, and do shards tile a whole tensor?
+"""Arithmetic of shards of tensors: the elements that two shards share, and whether shards tile a whole tensor.
 
 A region is a box of the whole tensor, or a range `flat_range` of that box's elements in row-major order (ZeRO). A range
-of a box is at most 2 * dims - 1 boxes ("slabs"), each contiguous in the shard's memory:
+of a box consists of at most 2 * dims - 1 boxes ("slabs"), each contiguous in the shard's memory:
 
-    . . . a a a      head: rest of a row
+    . . . a a a      head: end of a row
     b b b b b b      middle: whole rows
-    c c . . . .      tail: begin of a row
+    c c . . . .      tail: start of a row
 
-so any two shards have a few boxes in common, and each of them is one strided copy from one memory to the other.
+so the elements that two shards share are a few boxes, and one strided copy transfers each box.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from internlm_lite.mesh.layout import Box
 
 @dataclass(frozen=True)
 class Region:
-    """Elements of a whole tensor, in the order in which a shard holds them."""
+    """Elements of a whole tensor, in the order of the shard's memory; `flat_range` None: the whole box."""
 
     box: Box
     flat_range: tuple[int, int] | None = None
 
     @property
     def span(self) -> tuple[int, int]:
-        """The range of the box's elements, explicit."""
+        """(start, stop) of the box's elements, also for a whole box."""
         return self.flat_range or (0, volume(self.box))
 
     @property
@@ -46,7 +46,7 @@ class Region:
 
 @dataclass(frozen=True)
 class View:
-    """A box of elements inside a shard's memory, as `torch.as_strided` takes it; all counted in elements."""
+    """A box of elements in a shard's memory: arguments of `torch.as_strided`, in elements."""
 
     offset: int
     size: tuple[int, ...]
@@ -54,20 +54,20 @@ class View:
 
     @property
     def extent(self) -> tuple[int, int]:
-        """First element touched and one past the last one."""
+        """(first element, one past the last element) of the view."""
         return self.offset, self.offset + sum(
             (n - 1) * step for n, step in zip(self.size, self.stride, strict=True)
         ) + 1
 
     def of(self, memory: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """The box as a view of `memory`, a contiguous tensor whose first element is element `first` of the shard."""
+        """The view of `memory`, a contiguous tensor whose first element is element `first` of the shard."""
         start = memory.storage_offset() + self.offset - first
         return memory.as_strided(self.size, self.stride, start)
 
 
 @dataclass(frozen=True)
 class Slab:
-    """A box whose elements are contiguous in a shard's memory, from element `start` on."""
+    """A box whose elements are contiguous in a shard's memory, starting at element `start`."""
 
     box: Box
     start: int
@@ -79,13 +79,13 @@ def volume(box: Box) -> int:
 
 
 def intersect(one: Box, other: Box) -> Box | None:
-    """The common box, or None when there is none."""
+    """The intersection of two boxes, or None if it is empty."""
     shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
     return shared if all(start < stop for start, stop in shared) else None
 
 
 def slabs(region: Region) -> list[Slab]:
-    """The region as boxes of the whole tensor, each contiguous in the shard's memory, in memory order."""
+    """The slabs of a region, in memory order."""
     found, start = [], 0
     for local in _cut(tuple(stop - start for start, stop in region.box), *region.span):
         box = tuple((low + a, low + b) for (low, _), (a, b) in zip(region.box, local, strict=True))
@@ -95,7 +95,7 @@ def slabs(region: Region) -> list[Slab]:
 
 
 def _cut(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """Boxes of a tensor of this shape that hold its elements start..stop in row-major order."""
+    """Boxes of a tensor of this shape that contain its elements start..stop-1 in row-major order."""
     if start >= stop:
         return
     if len(shape) <= 1:
@@ -116,8 +116,8 @@ def _cut(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
 
 
 def overlaps(stored: Region, wanted: Region) -> list[tuple[View, View]]:
-    """The shared elements as pairs of views: (in the stored shard's memory, in the wanted shard's memory)."""
-    if stored.box == wanted.box:  # the common case: two ranges of one box, one run
+    """The shared elements, as pairs of views: (of the stored shard's memory, of the wanted shard's memory)."""
+    if stored.box == wanted.box:  # fast path: two ranges of one box share one range
         (a, b), (c, d) = stored.span, wanted.span
         low, high = max(a, c), min(b, d)
         size = (high - low,)
@@ -144,7 +144,7 @@ def _view(slab: Slab, part: Box) -> View:
 
 
 def tiling_problems(shape: tuple[int, ...], shards: Sequence[tuple[str, Region]]) -> list[str]:
-    """Why the labelled shards do not cover every element of a tensor exactly once; empty if they do."""
+    """Descriptions of gaps and overlaps; empty if the (label, region) shards cover every element exactly once."""
     whole = tuple((0, n) for n in shape)
     by_box: dict[Box, list[tuple[int, int, str]]] = {}
     for label, region in shards:
@@ -183,7 +183,7 @@ def _overlaps_between_boxes(by_box: Mapping[Box, list[tuple[int, int, str]]]) ->
 
 
 def _first_gap(whole: Box, covered: list[Box]) -> Box:
-    """A box of `whole` that no box of `covered` touches; there must be one."""
+    """A box of `whole` that is disjoint from all boxes of `covered`; there must be one."""
     free = [whole]
     for box in covered:
         free = [rest for part in free for rest in _subtract(part, box)]

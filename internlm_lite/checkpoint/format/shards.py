@@ -1,4 +1,4 @@
-"""What a rank holds of a whole tensor, without its bytes."""
+"""Descriptions of the shards that a rank holds, without their bytes."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from internlm_lite.mesh.layout import Box, LocalShard
 
 
 class ShardDescriptor(NamedTuple):
-    """What ranks exchange about a shard."""
+    """The description of a shard that ranks exchange."""
 
     role: str
     name: str
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     box: Box
     flat_range: tuple[int, int]
-    """Elements of the box, explicit also for the whole box."""
+    """(start, stop) of the box's elements, also for a whole box."""
     dtype: str
 
 
 def describe(piece: LocalShard) -> ShardDescriptor:
-    """Raises CheckpointError when the tensor does not have the size its region says."""
+    """Raises CheckpointError if the tensor is not contiguous, not of its region's size, or of an unsupported dtype."""
     region, tensor = Region(piece.box, piece.flat_range), piece.tensor
     what = f"{piece.role} of {piece.name}"
     if tensor.numel() != region.count or not tensor.is_contiguous():

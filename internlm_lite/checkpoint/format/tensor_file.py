@@ -1,10 +1,10 @@
-"""One safetensors file, written as a stream and read by ranges.
+"""One safetensors file (https://github.com/huggingface/safetensors), written as a stream and read by ranges.
 
     8 bytes: header length | JSON header: key -> {dtype, shape, data_offsets} | tensor bytes, no gaps
 
-Check sums are taken while the bytes stream out: crc32 of the header, crc32 of every BLOCK_BYTES of every tensor (so
-that a partial read can still check all it uses), sha256 of the whole file. (https://github.com/huggingface/safetensors)
-sha256 is the slowest part, so it runs in a thread of its own, one block behind.
+Checksums are computed while the bytes are written: crc32 of the header, crc32 of every BLOCK_BYTES of every tensor (so
+that a partial read can verify all bytes it uses), sha256 of the whole file. sha256, the slowest, runs in a separate
+thread, one block behind.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class JsonDocument(BaseModel):
-    """Stored as JSON; unknown or missing fields and wrong types are refused."""
+    """Base of documents stored as JSON; validation rejects unknown or missing fields and wrong types."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class FileFacts(JsonDocument):
-    """What is known about a file after it was written."""
+    """Size and checksums of a written file."""
 
     size: int
     sha256: str
@@ -58,9 +58,9 @@ class FileFacts(JsonDocument):
 
 
 class TensorFile:
-    """The file's bytes as an iterable of chunks, which leaves `facts` and `crc32` behind; each pass starts over.
+    """The file's bytes as an iterable of chunks. A complete iteration sets `facts` and `crc32`; it may be repeated.
 
-    Tensors are copied to the host one at a time. Order: wider elements first, so that every tensor is aligned.
+    Tensors are copied to the host one at a time; those with wider elements come first, so that all are aligned.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -68,9 +68,9 @@ class TensorFile:
         self._tensors = {key: tensors[key].detach() for key in order}
         self._header = _header(self._tensors)
         self.facts: FileFacts | None = None
-        """After a whole pass."""
+        """None before a complete iteration."""
         self.crc32: dict[str, tuple[int, ...]] = {}
-        """Of each BLOCK_BYTES of each tensor, by key."""
+        """Key -> crc32 of each BLOCK_BYTES of the tensor."""
 
     def __iter__(self) -> Iterator[bytes | memoryview]:
         self.facts, self.crc32 = None, {}
@@ -93,14 +93,14 @@ class TensorFile:
         self.facts = FileFacts(size=size, sha256=sha.hexdigest(), header_bytes=header_bytes, header_crc32=header_crc32)
 
     def blocks_of(self, key: str, tensor: torch.Tensor) -> Iterator[bytes | memoryview]:
-        """A tensor's bytes, BLOCK_BYTES at a time. A subclass may make them on demand."""
+        """A tensor's bytes in blocks of BLOCK_BYTES. A subclass may compute them on demand."""
         data = _host_bytes(tensor)
         for start in range(0, len(data), BLOCK_BYTES):
             yield data[start : start + BLOCK_BYTES]
 
 
 def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """Length and JSON header, padded with spaces so that the data begin at a multiple of 8 bytes."""
+    """Header length and JSON header, padded with spaces so that the data start at a multiple of 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", "writer": "internlm_lite"}}
     offset = 0
     for key, tensor in tensors.items():
@@ -121,7 +121,7 @@ def _host_bytes(tensor: torch.Tensor) -> memoryview:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in its file, in bytes from the file's start."""
+    """A tensor in a file; `start` and `stop` are byte offsets from the start of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -133,7 +133,7 @@ class StoredTensor:
         return self.stop - self.start
 
     def problem(self, dtype: torch.dtype, count: int | None, crc32: Sequence[int]) -> str | None:
-        """How it differs from what the manifest says; `count` None: any number of elements."""
+        """A description of a difference from the manifest's values, or None; `count` None: any number of elements."""
         size = self.size if count is None else count * dtype.itemsize
         if self.dtype != dtype or self.size != size:
             return f"{self.dtype} of {self.size} bytes, the manifest says otherwise: {dtype} of {size} bytes"
@@ -143,15 +143,14 @@ class StoredTensor:
 
 
 def bad_blocks(data: memoryview, crc32: Sequence[int]) -> list[int]:
-    """Which blocks of `data` do not have these check sums."""
+    """Indices of the blocks of `data` whose crc32 differs."""
     blocks = (data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES))
     return [index for index, block in enumerate(blocks) if zlib.crc32(block) != crc32[index]]
 
 
 def read_header(storage: Storage, key: str, facts: FileFacts) -> tuple[dict[str, StoredTensor], bytes]:
-    """The checked header of file `key`, and its bytes. Raises DamagedError naming the file; trusts no number it has not
-    compared.
-    """
+    """The verified header of file `key`, and its bytes. Raises DamagedError naming the file; sizes are checked before
+    they are used."""
     where, header_bytes, size = f"{storage.name}/{key}", facts.header_bytes, facts.size
     if not 8 < header_bytes <= min(size, _HEADER_LIMIT_BYTES + 8):
         raise DamagedError(f"{where}: a header of {header_bytes} bytes in a file of {size}")
@@ -170,7 +169,7 @@ def read_header(storage: Storage, key: str, facts: FileFacts) -> tuple[dict[str,
 
 
 def parse_header(raw: bytes, size: int) -> dict[str, StoredTensor]:
-    """Length field and JSON header of a safetensors file of `size` bytes. Raises ValueError on anything irregular."""
+    """Key -> tensor, from length field and JSON header of a file of `size` bytes. Raises ValueError if malformed."""
     if int.from_bytes(raw[:8], "little") != len(raw) - 8:
         raise ValueError(f"its length field says {int.from_bytes(raw[:8], 'little')}, expected {len(raw) - 8}")
     try:
@@ -199,7 +198,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _stored_tensor(key: str, entry: Any, data_start: int) -> StoredTensor:
-    """A header entry with every field checked."""
+    """A validated header entry. Raises ValueError."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {key!r}: expected dtype, shape and data_offsets")
     shape, offsets = entry["shape"], entry["data_offsets"]

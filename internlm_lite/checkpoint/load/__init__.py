@@ -1,1 +1,1 @@
-"""Reading a checkpoint into any layout."""
+"""Loading a checkpoint into any mesh."""

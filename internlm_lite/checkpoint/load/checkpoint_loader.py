@@ -1,4 +1,4 @@
-"""Load a checkpoint, from any storage and saved by any layout, into the tensors of all ranks."""
+"""Loads a checkpoint, saved with any mesh, into the tensors of all ranks."""
 
 from __future__ import annotations
 
@@ -32,29 +32,28 @@ Check = Callable[[Found], None]
 
 @dataclass(frozen=True)
 class Restored:
-    """What a load returns besides the filled tensors."""
+    """Result of a load, besides the filled tensors."""
 
     found: Found
     state: dict[str, Any]
-    """As it was given to `save` on rank 0."""
+    """The `state` that rank 0 passed to `save`."""
     rank_state: dict[str, torch.Tensor] | None
-    """What this rank gave to `save`; None if fewer ranks saved."""
+    """The `rank_state` that this rank passed to `save`; None if fewer ranks saved."""
 
 
 class Loader:
-    """The loading half of a manager: reads, and remembers what it found damaged. Every method is collective."""
+    """The loading half of `CheckpointManager`; remembers checkpoints it found damaged. Every method is collective."""
 
     def __init__(self, mesh: Mesh, *, config: Mapping[str, Any] | None = None, s3: S3Config | None = None) -> None:
-        """`config`: of this run, to be compared; `s3`: how object stores are reached."""
+        """`config`: this run's, to compare with the checkpoint's; `s3`: settings for object stores."""
         self.mesh = mesh
         self._config, self._s3 = dict(config or {}), s3
         self._bad: dict[str, str] = {}
-        """Checkpoints found damaged, and why."""
+        """Name -> reason, for checkpoints found damaged."""
 
     def open(self, path: str) -> Found:
-        """The checkpoint at `path`: a save folder (its newest good one), `.../commits/NAME.json`, `.../data/NAME`, or a
-        copy of such a data folder. Raises CheckpointError if there is none, or it is damaged.
-        """
+        """The checkpoint at `path`: a save folder (its newest undamaged one), `.../commits/NAME.json`, `.../data/NAME`,
+        or a copy of such a data folder. Raises CheckpointError if there is none, DamagedError if it is damaged."""
         root, name = on_main(self.mesh, lambda: locate(path, self._s3))
         storage = open_storage(root, self._s3)
         found = self._agree_on([storage], lambda: open_at(storage, name, self._bad))
@@ -62,7 +61,7 @@ class Loader:
         return found
 
     def load_at(self, path: str, pieces: Sequence[LocalShard], check: Check | None = None) -> Restored:
-        """`open`, then `load`; from a save folder the newest checkpoint that proves good, as in `resume`."""
+        """`open`, then `load`. In a save folder, a checkpoint found damaged is skipped for the one before."""
         while True:
             found = self.open(path)
             try:
@@ -73,11 +72,11 @@ class Loader:
                 self._bad[found.name] = str(error)
 
     def load(self, found: Found, pieces: Sequence[LocalShard], check: Check | None = None) -> Restored:
-        """Fill the pieces' tensors in place, cast to their dtype; roles that no rank asks for are not read.
+        """Fill the pieces' tensors in place, cast to their dtype. Roles that no rank requests are not read.
 
-        `check` may refuse what was found before anything is read, on all ranks alike, by raising CheckpointError.
-        Raises the same error on all ranks: CheckpointError with the differing tensors and config keys if the checkpoint
-        belongs to another model, DamagedError with file and tensor (the tensors are then partly overwritten).
+        `check` is called before reading; it may raise CheckpointError, the same on all ranks. Raises the same error on
+        all ranks: CheckpointError listing the differing tensors and config keys if the checkpoint is of another model,
+        DamagedError naming file and tensor (the tensors may then be partly overwritten).
         """
         if check is not None:
             check(found)
@@ -110,7 +109,7 @@ class Loader:
         return Restored(found, manifest.state, private)
 
     def _agree_on(self, storages: Sequence[Storage], look: Callable[[], Found | None]) -> Found | None:
-        """What rank 0 finds in one of the storages, on all ranks; manifests travel as they are stored."""
+        """The result of `look` on rank 0, on all ranks; the manifest is broadcast in its stored form."""
 
         def pack() -> tuple[int, str, bytes, tuple[str, ...]] | None:
             found = look()
@@ -125,7 +124,7 @@ class Loader:
         return Found(storages[index], folder, load_with_crc(Manifest, data, storages[index].name), rejected)
 
     def _wanted(self, pieces: Sequence[LocalShard]) -> Wanted:
-        """What all ranks together want."""
+        """The tensors that all ranks together request. Collective."""
         mine = {(piece.role, piece.name): tuple(piece.shape) for piece in pieces}
         wanted: dict[str, dict[str, tuple[int, ...]]] = {}
         every: list[Any] = comm.gather_objects(mine, self.mesh.world)

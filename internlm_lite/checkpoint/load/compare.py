@@ -1,4 +1,4 @@
-"""What the user reads about a load: the LOAD PLAN, and how a checkpoint differs from the model that loads it."""
+"""Texts about a load for the user: the LOAD PLAN, and the differences between checkpoint and model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Wanted = Mapping[str, Mapping[str, Shape]]
 _LINES = 12
 _HEADS = "num_attention_heads"
 _FUNCTION = (_HEADS, "num_kv_attention_heads", "apply_post_layer_norm", "norm_type", "layer_norm_epsilon", "rope_base")
-"""Keys of the model that change what it computes, but no shape of a tensor."""
+"""Keys of the model config that change its function but not the shape of any tensor."""
 
 
 def mismatch(found: Found, wanted: Wanted, config: Mapping[str, Any]) -> str | None:
-    """Why the checkpoint cannot fill the model, in one readable text; None if it can."""
+    """An error message if the checkpoint does not fit the requested tensors, else None."""
     stored = found.manifest.tensors
     lines = []
     for role, names in wanted.items():
@@ -53,10 +53,10 @@ def mismatch(found: Found, wanted: Wanted, config: Mapping[str, Any]) -> str | N
 
 
 def other_function(found: Found, config: Mapping[str, Any]) -> list[str]:
-    """Keys by which the model of `config` computes something else from the same weights."""
+    """One line per config key with which the model computes another function of the same weights."""
     saved, ours = (dict(one.get("model") or {}) for one in (found.manifest.config, config))
     for model in (saved, ours):
-        if model.get("num_kv_attention_heads", "") is None:  # as many as there are heads
+        if model.get("num_kv_attention_heads", "") is None:  # None: as many as query heads
             model["num_kv_attention_heads"] = model[_HEADS]
     known = [(key, saved[key], ours[key]) for key in _FUNCTION if key in saved and key in ours]
     return [f"model.{key}: checkpoint {a!r}, this run {b!r}" for key, a, b in known if a != b]
@@ -73,7 +73,7 @@ def _first(items: Sequence[str]) -> list[str]:
 
 
 def differing_keys(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(dotted key, saved value, our value) where two configs differ, keys of the model first."""
+    """(dotted key, saved value, our value) for each difference of two configs, `model` keys first."""
     one, two = dict(_flatten(saved, "")), dict(_flatten(ours, ""))
     keys = sorted(one.keys() | two.keys(), key=lambda key: (not key.startswith("model."), key))
     return [(key, one.get(key), two.get(key)) for key in keys if one.get(key) != two.get(key)]
@@ -92,7 +92,7 @@ def _flatten(config: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
 def load_plan(
     found: Found, wanted: Wanted, layout: Mapping[str, int], rank_states: int, config: Mapping[str, Any]
 ) -> str:
-    """What was found and what is taken of it."""
+    """The LOAD PLAN: checkpoint, loaded parts, config differences. `rank_states`: number of rank states loaded."""
     manifest = found.manifest
     taken: list[str] = []
     left: list[str] = []

@@ -1,4 +1,4 @@
-"""From a path of the user to a checkpoint."""
+"""Finds the checkpoint that a user's path refers to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from internlm_lite.errors import CheckpointError
 
 
 def locate(path: str, s3: S3Config | None = None) -> tuple[str, Name | None]:
-    """(storage, name of the checkpoint in it or None) that a path of the user means."""
+    """(storage path, name of the checkpoint in it) for a user's path; name None: the path itself is to be opened."""
     *parents, last = path.removeprefix("local:").rstrip("/").split("/")
     name = Name.parse(last.removesuffix(".json"))
     if name is None:
@@ -26,15 +26,15 @@ def locate(path: str, s3: S3Config | None = None) -> tuple[str, Name | None]:
 
 
 def is_save_folder(path: str, s3: S3Config | None = None) -> bool:
-    """Whether a path of the user means a folder of checkpoints, not one of them."""
+    """Whether a user's path refers to a folder of checkpoints and not to one checkpoint."""
     root, name = locate(path, s3)
     return name is None and open_storage(root, s3).size("manifest.json") is None
 
 
 def open_at(storage: Storage, name: Name | None, known_bad: Mapping[str, str] | None = None) -> Found:
-    """What `locate` found: of a save folder the newest, also of those inside it.
+    """The checkpoint that `locate` found; in a save folder the newest, including save folders inside it.
 
-    `known_bad` as for `catalog.newest`. Raises CheckpointError if there is nothing, DamagedError if it is not whole.
+    `known_bad`: see `catalog.newest`. Raises CheckpointError if there is none, DamagedError if it is damaged.
     """
     if name is not None:
         return catalog.inspect(storage, name)

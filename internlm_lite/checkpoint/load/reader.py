@@ -1,5 +1,5 @@
-"""Reading a checkpoint into pieces of any layout. Only the blocks that hold wanted elements are read, and each block's
-crc32 is compared before any of its bytes is used; damage is reported with file and tensor.
+"""Reads a checkpoint into pieces of any mesh. Reads only the blocks that contain wanted elements, and verifies each
+block's crc32 before it uses any of its bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from internlm_lite.mesh.layout import LocalShard
 
 
 class Reader:
-    """Reads one checkpoint. All methods raise DamagedError naming the file, and the tensor where there is one."""
+    """Reads one checkpoint. All methods raise DamagedError naming the file and, if one is affected, the tensor."""
 
     def __init__(self, found: Found) -> None:
         self.found = found
@@ -28,7 +28,7 @@ class Reader:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def fill(self, piece: LocalShard) -> None:
-        """Copy the stored elements into `piece.tensor`, cast to its dtype, on its device."""
+        """Copy the stored elements to `piece.tensor`, cast to its dtype and moved to its device."""
         entry = self.found.manifest.tensors[piece.role][piece.name]
         wanted = Region(piece.box, piece.flat_range)
         filled = 0
@@ -85,7 +85,7 @@ class Reader:
         return f"{self.found.storage.name}/{self.found.key(piece.file)}: tensor {piece.key}"
 
     def _checked(self, piece: StoredShard | StoredState, dtype: torch.dtype, count: int | None) -> StoredTensor:
-        """Where it lies in its file, which has as many elements and check sums for it as the manifest says."""
+        """The header's entry for a tensor, after comparing dtype, size and number of checksums with the manifest."""
         stored = self._header(piece.file).get(piece.key)
         if stored is None:
             raise DamagedError(f"{self._where(piece)} is not in the file's header")
@@ -97,9 +97,9 @@ class Reader:
     def _elements(
         self, piece: StoredShard | StoredState, stored: StoredTensor, first: int, stop: int
     ) -> tuple[torch.Tensor, int]:
-        """Elements first..stop of a stored tensor, and some around them: (1-D memory, its first element).
+        """Read and verify the blocks with elements first..stop-1 of a stored tensor: (1-D memory, its first element).
 
-        The memory is valid until the next call.
+        The memory is overwritten by the next call.
         """
         itemsize = stored.dtype.itemsize
         low = first * itemsize // BLOCK_BYTES * BLOCK_BYTES

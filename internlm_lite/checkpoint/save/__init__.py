@@ -1,1 +1,1 @@
-"""Writing a checkpoint beside training: plan, staging, write, commit."""
+"""Saving a checkpoint while training continues: plan, staging, write, commit."""

@@ -1,5 +1,5 @@
-"""The commit protocol: every rank writes its file and then its vote; rank 0 sees all votes, writes the manifest and,
-last, the commit. Until then nothing exists; nothing is ever overwritten. No collectives: any thread may run this.
+"""The commit protocol: every rank writes its file, then its vote; rank 0 waits for all votes, writes the manifest and,
+last, the commit, which makes the checkpoint exist. Overwrites no file. No collectives, so any thread may run it.
 
     data/<name>/{rank-00003.safetensors, rank-00003.vote.json, manifest.json}   commits/<name>.json
 """
@@ -45,15 +45,15 @@ from internlm_lite.errors import CheckpointError, DamagedError, StorageError
 logger = logging.getLogger("internlm_lite")
 _REASON_BYTES = 4000
 _REASONS = 8
-"""At most this many are reported: thousands of ranks on a full disk have one each, naming their file."""
+"""Maximum number of distinct reasons reported; on a full disk every rank has its own, naming its file."""
 _LONGEST_POLL_SECONDS = 0.5
 _RANK_STATE = "rank_state/"
-"""Prefix of the keys of a rank's private tensors in its file."""
+"""Key prefix of a rank's private tensors in its file."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Contents of the manifest besides the tensors."""
+    """Contents of the manifest besides the tensors and files."""
 
     kind: Kind
     layout: dict[str, int]
@@ -62,7 +62,7 @@ class Facts:
 
 
 def stream_of(items: Sequence[tuple[WriteItem, torch.Tensor]], rank_state: Mapping[str, torch.Tensor]) -> TensorFile:
-    """One rank's file."""
+    """The stream of one rank's file: the items and the private tensors."""
     private = {f"{_RANK_STATE}{key}": tensor for key, tensor in rank_state.items()}
     return TensorFile({item.key: tensor for item, tensor in items} | private)
 
@@ -70,7 +70,7 @@ def stream_of(items: Sequence[tuple[WriteItem, torch.Tensor]], rank_state: Mappi
 def write_rank(
     storage: Storage, name: Name, rank: int, world_size: int, stream: TensorFile, items: Sequence[WriteItem]
 ) -> int:
-    """Write one rank's file, which holds the items, then its vote. Returns the file's bytes. Raises StorageError."""
+    """Write one rank's file (`stream` of `items`), then its vote. Returns the file's bytes. Raises StorageError."""
     file = file_of(rank)
     written = storage.put(f"{name.folder}/{file}", stream)
     facts, crc32 = stream.facts, stream.crc32
@@ -104,7 +104,7 @@ def _voted(file: str, item: WriteItem, crc32: tuple[int, ...]) -> VotedShard:
 
 
 def refuse(storage: Storage, name: Name, rank: int, reason: str) -> None:
-    """Instead of a vote: tell rank 0 why there will be none, if that can be written."""
+    """Write the reason why this rank will not vote, for rank 0. Ignores a StorageError."""
     with suppress(StorageError):
         storage.put(name.refusal(rank), [reason.encode()[:_REASON_BYTES]])
 
@@ -117,9 +117,9 @@ def await_votes(
     abandoned: threading.Event,
     poll_seconds: float = 0.01,
 ) -> None:
-    """Return when all ranks have voted. Polls the storage after `poll_seconds`, then at growing intervals.
+    """Block until all ranks have voted. Polls the storage after `poll_seconds`, then at increasing intervals.
 
-    Raises StorageError naming the ranks that refused, or did not vote before the deadline or until `abandoned` was set.
+    Raises StorageError when ranks refused (named), at the timeout (names those without a vote), or on `abandoned`.
     """
     deadline = time.monotonic() + timeout_seconds
     missing = list(range(world_size))
@@ -160,10 +160,10 @@ def _joined(ranks: Sequence[int]) -> str:
 
 
 def commit_votes(storage: Storage, name: Name, world_size: int, facts: Facts) -> Manifest:
-    """Make a checkpoint exist, given all votes, and read it back.
+    """Write manifest and commit, given all votes, and read them back.
 
-    Raises CheckpointError when the pieces do not tile every tensor, StorageError when storage fails. Once it is
-    committed it exists: only damage undoes that, not a storage that cannot read it back now.
+    Raises CheckpointError if the pieces do not tile every tensor, StorageError if the storage fails or damage is read
+    back. A read-back that the storage refuses is only logged, because the checkpoint is committed.
     """
     manifest = _manifest(storage, name, world_size, facts)
     data = dump_with_crc(manifest)

@@ -1,6 +1,6 @@
-"""A save folder while a run writes to it: what is known of it, and what is removed from it besides a save.
+"""A save folder that a run writes to: its state, and the removal of old and unfinished checkpoints.
 
-Nothing here fails a save: a checkpoint that is committed stays, whatever happens to older ones.
+Errors here are logged and do not fail a save, because the new checkpoint is already committed.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ logger = logging.getLogger("internlm_lite")
 
 @dataclass
 class SaveFolder:
-    """One of the folders that a manager saves to. What is known of it is up to date on rank 0."""
+    """One of the folders that a manager saves to. Its state is maintained on rank 0."""
 
     storage: Storage
     keep_snapshots: int
     bad: dict[str, str]
-    """Checkpoints found damaged, and why; they do not count when old ones are removed."""
+    """Name -> reason, for checkpoints found damaged; rotation does not count them as kept."""
     lease: Lease | None = None
-    """On rank 0, once it is taken."""
+    """Set by `hold`; acquired on rank 0."""
     unfinished: list[Name] = field(default_factory=list)
-    """Failed saves whose files may still be there."""
+    """Failed saves whose files may still exist."""
     kinds: dict[Name, Kind] = field(default_factory=dict)
-    """Of the commits that were read."""
+    """Cache of the kinds of commits."""
     reachable: bool = True
-    """False: the last save timed out; nothing less important than a checkpoint is tried then."""
+    """False: the last save timed out; then the storage is used only to save again."""
     _sweep_at: float = 0.0
-    """By time.monotonic()."""
+    """Time of the next sweep, by time.monotonic()."""
 
     def clear_unfinished(self, *, newer: bool = False) -> None:
-        """Remove what failed saves left, while no rank writes to them.
+        """Remove the files of failed saves. Call it only while no rank writes to them.
 
-        One that was committed nevertheless stays until there is a `newer` checkpoint.
+        A failed save that was committed nevertheless is removed only if there is a `newer` checkpoint.
         """
         if not (self.reachable or newer):
             return
@@ -52,7 +52,7 @@ class SaveFolder:
             logger.warning("%s: what failed saves left stays for now: %s", self.storage.name, error)
 
     def tidy(self, name: Name) -> None:
-        """After the commit of `name`: remove old snapshots, and what dead runs left once it is old enough."""
+        """After the commit of `name`: remove old snapshots, and old files that interrupted saves left."""
         self.clear_unfinished(newer=True)
         try:
             gone = catalog.rotate(self.storage, self.keep_snapshots, self.bad, self.kinds)

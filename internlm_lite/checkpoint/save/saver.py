@@ -1,10 +1,10 @@
-"""Writes checkpoints: the main thread copies, another one does the rest.
+"""Writes checkpoints: the main thread copies tensors, a writer thread does the rest.
 
-    main thread    agree that no rank still writes -> name -> copy to warm host memory         the only stall
-    writer thread  this rank's file -> vote -> on rank 0: all votes -> commit -> old snapshots are removed
+    main thread    agree that no rank still writes -> name -> copy to reserved host memory     training waits for this
+    writer thread  this rank's file -> vote -> on rank 0: all votes -> commit -> remove old snapshots
 
-Nothing in the writer thread is collective: votes meet in the storage. If the save before is still being written, a new
-one is skipped and counted. A failure is an alarm in the log, and training continues.
+The writer thread runs no collectives; ranks communicate by votes in the storage. If the previous save is still being
+written, a new one is skipped and counted. A failure in the background does not stop training.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from internlm_lite.units import human_seconds
 logger = logging.getLogger("internlm_lite")
 _HEARTBEAT_SECONDS = 30.0
 _PATIENCE = 3
-"""Training waits for a save this many times as long as rank 0 waits for a vote."""
+"""Timeout of a save that training waits for, as a multiple of the timeout for votes."""
 _END_SECONDS = 5.0
-"""Wait for a thread that was told to give up."""
+"""How long to wait for the writer thread after `abandoned` is set."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +51,19 @@ class SaveOptions:
 
     keep_snapshots: int = 2
     vote_timeout_seconds: float = 600.0
-    """For ranks that may be dead; a save that training waits for is given three times as long."""
+    """How long rank 0 waits for votes; three times as long in a save that training waits for."""
     staging_folder: Path | None = None
     """See `staging.Staging`."""
 
 
 class Saver:
-    """The saving half of a manager: one checkpoint at a time. Methods are collective unless they say otherwise."""
+    """The saving half of `CheckpointManager`: one save at a time. Methods are collective unless stated otherwise."""
 
     def __init__(
         self, mesh: Mesh, config: Mapping[str, Any], folders: Sequence[SaveFolder], options: SaveOptions
     ) -> None:
-        """`config` is stored in every checkpoint. `folders` share one numbering: snapshots go into the last, other
-        kinds into the first.
-        """
+        """`config` is stored in every checkpoint. Snapshots go to the last of `folders`, other kinds to the first;
+        all folders share one sequence of serial numbers."""
         self.mesh, self._config, self.folders = mesh, dict(config), tuple(folders)
         check_json(self._config, "config")
         self._vote_timeout_seconds = options.vote_timeout_seconds
@@ -77,10 +76,10 @@ class Saver:
         self._planned_for: list[object] = []
         self._items: list[WriteItem] = []
         self.skipped = 0
-        """Saves that were left out because the one before was still being written."""
+        """Number of saves skipped because the previous one was still being written."""
 
     def prepare(self, pieces: Sequence[LocalShard]) -> None:
-        """Plan who writes what and make the host memory, ahead of the first save."""
+        """Plan which rank writes which elements and reserve host memory, so that the first save is fast."""
         self._plan(on_all(self.mesh, lambda: [describe(piece) for piece in pieces]))
         self._staging.reserve([item.of(pieces[item.index]) for item in self._items])
 
@@ -94,11 +93,11 @@ class Saver:
         *,
         wait: bool = True,
     ) -> str | None:
-        """Write a checkpoint and return its name. `state` counts on rank 0; `rank_state`: uint8 tensors, 1-D.
+        """Write a checkpoint and return its name. `state`: JSON-able, rank 0's is stored; `rank_state`: 1-D uint8.
 
-        `wait`: return when it exists, or raise the same StorageError or CheckpointError on all ranks; older ones are
-        safe. Else return as soon as the tensors are copied, None if the save before is still under way. Waiting, or
-        where there is no memory for a copy, it reads the tensors in place.
+        `wait`: read the tensors in place and return when the checkpoint exists, or raise the same StorageError or
+        CheckpointError on all ranks. Otherwise return when the tensors are copied (written, if there is no memory for
+        copies); None if the previous save is still being written.
         """
         folder, deadline = self.folders[-1 if kind == "snapshot" else 0], self._deadline()
         private = {key: tensor.clone() for key, tensor in (rank_state or {}).items()}
@@ -136,7 +135,7 @@ class Saver:
 
     @property
     def write_in_progress(self) -> bool:
-        """A save timed out that still reads the tensors in place: they must not change any more."""
+        """A save that timed out still reads the tensors in place, so they must not change. Not collective."""
         return self._job is not None and self._job.in_place and not self._job.written.is_set()
 
     @property
@@ -145,12 +144,12 @@ class Saver:
         return all(folder.reachable for folder in self.folders)
 
     def finished(self) -> Saved | None:
-        """How a save in the background ended, each once, oldest first; else None. Not collective."""
+        """The outcome of a background save that has ended, each once, oldest first; else None. Not collective."""
         self._keep_ended()
         return self._ended.pop(0) if self._ended else None
 
     def wait(self) -> Saved | None:
-        """`finished`, after this rank's save in the background has ended, if it does in time. Not collective."""
+        """Wait for this rank's background save, until a timeout, then return `finished()`. Not collective."""
         try:
             self._await_running(self._deadline())
         except StorageError as error:
@@ -158,17 +157,17 @@ class Saver:
         return self.finished()
 
     def release(self, *, unreachable: bool = True) -> None:
-        """Give back the leases, those of `unreachable` folders, too. Not collective."""
+        """Release the leases; those of unreachable folders only if `unreachable`. Not collective."""
         for folder in self.folders:
             if folder.lease is not None and (unreachable or folder.reachable):
                 folder.lease.release()
 
     def close(self, *, wait: bool) -> None:
-        """End the thread, once it is idle or, without `wait`, as soon as it can, and give back the leases. Not
-        collective; a second time does nothing.
+        """End the writer thread and release the leases. `wait`: finish the save in progress first. Not collective; a
+        second call does nothing.
 
-        Without `wait` an unreachable storage is not asked again: the next run finds that this one is dead. A thread
-        that hangs is left alone: `runtime.start.end_process` does not wait for it.
+        Without `wait`, leases on unreachable storage are left; the next run detects that this one is dead. A hanging
+        thread is left running, because `runtime.start.end_process` does not wait for it.
         """
         if wait:
             self.wait()
@@ -180,13 +179,14 @@ class Saver:
         self.release(unreachable=wait)
 
     def _keep_ended(self) -> None:
-        """What has ended is reported by `finished`, whatever begins meanwhile."""
+        """Store the outcome of a background save that has ended, for `finished`, before another one starts."""
         if self._running is not None and self._running.done():
             ended, self._running, self._job = self._running, None, None
             self._ended.append(ended.result())
 
     def _plan(self, held: Sequence[ShardDescriptor]) -> bool:
-        """Plan what this rank writes, once for equal shards. True: some rank is still writing."""
+        """Plan what this rank writes, unless the shards are those of the last plan. Returns whether a rank is still
+        writing. Collective."""
         digest = hashlib.sha256(repr(held).encode()).hexdigest()
         writing = self._running is not None and not self._running.done()
         gathered: list[Any] = comm.gather_objects((digest, writing), self.mesh.world)
@@ -207,18 +207,18 @@ class Saver:
             )  # fmt: skip
 
     def _next_name(self, step: int) -> Name:
-        """On rank 0: a name newer than all that exist."""
+        """A name with a larger serial number than all existing ones. On rank 0."""
         if self._last_serial is None:
             for folder in self.folders:
                 if folder.lease is not None:
-                    folder.lease.check()  # storage that is away looks empty, and serials would begin at 1 again
+                    folder.lease.check()  # unmounted storage looks empty, and serials would restart at 1
             taken = [name.serial for folder in self.folders for name in catalog.committed(folder.storage)]
             self._last_serial = max(taken, default=0)
         self._last_serial += 1
         return Name(self._last_serial, step, uuid.uuid4().hex[:6])
 
     def _start_thread(self) -> None:
-        """So that none has to be started when ranks already count on each other."""
+        """Start the thread early: a failure to start it must be raised before ranks rely on each other's votes."""
         try:
             self._thread.submit(int)
         except RuntimeError as error:
@@ -228,7 +228,7 @@ class Saver:
         return time.monotonic() + _PATIENCE * self._vote_timeout_seconds
 
     def _finish_now(self, job: WriteJob, deadline: float) -> None:
-        """Wait for a save of all ranks. A rank that cannot write is known at once, not after the deadline for votes."""
+        """Wait for the save on all ranks. Exchanges write errors first, which is faster than the timeout for votes."""
 
         def own_part() -> None:
             self._await(job.written.wait, deadline)
@@ -244,12 +244,12 @@ class Saver:
         except InternLMError:
             job.abandoned.set()
             self._forget_running()
-            on_main(self.mesh, job.folder.clear_unfinished)  # no rank writes any more, or its thread hangs
+            on_main(self.mesh, job.folder.clear_unfinished)  # no rank is writing, except a thread that hangs
             raise
         self._forget_running()
 
     def _forget_running(self) -> None:
-        """`finished` does not report the save under way; one that hangs is kept in mind."""
+        """Keep `finished` from reporting the save in progress; it stays recorded as running if its thread hangs."""
         if self._running is not None and wait_for([self._running], _END_SECONDS).done:
             self._running = self._job = None
 
@@ -259,7 +259,8 @@ class Saver:
             self._await(lambda seconds: bool(wait_for([running], seconds).done), deadline)
 
     def _await(self, done: Callable[[float], bool], deadline: float) -> None:
-        """Wait until `done(seconds)`, with a warning now and then. Raises StorageError at the deadline."""
+        """Call `done(seconds)`, which blocks up to `seconds`, until true; warns every _HEARTBEAT_SECONDS. Raises
+        StorageError at the deadline."""
         begin, name = time.monotonic(), self._job.name if self._job else "?"
         which = f"rank {self.mesh.world.rank}: checkpoint {name}"
         while not done(max(0.0, min(_HEARTBEAT_SECONDS, deadline - time.monotonic()))):

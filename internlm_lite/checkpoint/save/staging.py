@@ -1,9 +1,9 @@
-"""Host memory into which a save is copied before a thread writes it: training waits for the copy alone.
+"""Host memory to which a save is copied before a thread writes it, so that training waits only for the copy.
 
 One buffer for all tensors of a save, allocated and touched once, so that later copies cause no page faults. With a
-folder (`ckpt.async_upload_tmp_folder`, such as /dev/shm) it is a file there without a name: nothing is left behind,
-however the process ends. For a GPU the buffer is page-locked in place: torch's own pinned memory comes in powers of
-two, and is never freed.
+folder (`ckpt.async_upload_tmp_folder`, such as /dev/shm) it is an unnamed file there, which disappears however the
+process ends. For a GPU the buffer is page-locked in place, because torch's pinned memory has sizes of powers of two and
+is never freed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ALIGNMENT_BYTES = 64
 
 
 class Staging:
-    """Copies of the tensors of one save. The next `hold` overwrites them."""
+    """Holds host copies of the tensors of one save; the next `hold` overwrites them."""
 
     def __init__(self, folder: Path | None, device: torch.device) -> None:
         self._folder = folder
@@ -33,11 +33,11 @@ class Staging:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Make the buffer large enough, so that the first `hold` is as fast as the others. Warns where it cannot."""
+        """Make the buffer large enough for `tensors`, ahead of the first `hold`. Logs a warning if that fails."""
         size = _size_of(tensors)
         if size <= self._buffer.numel():
             return
-        self.close()  # the old one goes first
+        self.close()  # never both buffers at a time
         try:
             self._buffer = self._allocate(size)
         except (RuntimeError, MemoryError) as error:  # what torch and CUDA raise
@@ -49,14 +49,14 @@ class Staging:
             self._lock()
 
     def close(self) -> None:
-        """Free the memory, once the copies in it are freed, too."""
+        """Release the buffer; its memory is freed when the copies in it are."""
         if self._locked:
             torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr())
             self._locked = False
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def hold(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
-        """Host copies, complete when this returns; same shapes and dtypes. None: there is no memory for them."""
+        """Host copies with the same shapes and dtypes; None if there is no memory. Waits for the device."""
         self.reserve(tensors)
         copies, offset = [], 0
         if _size_of(tensors) > self._buffer.numel():
@@ -81,7 +81,7 @@ class Staging:
         return torch.empty(size, dtype=torch.uint8).zero_()
 
     def _lock(self) -> None:
-        """Lock the buffer's pages for the GPU, which copies into others more slowly."""
+        """Page-lock the buffer, because the GPU copies to pageable memory more slowly."""
         if self._device.type != "cuda":
             return
         answer = int(torch.cuda.cudart().cudaHostRegister(self._buffer.data_ptr(), self._buffer.numel(), 0))
@@ -95,22 +95,22 @@ class Staging:
 
 
 def _forget_error(device: torch.device) -> None:
-    """CUDA keeps an error until it is queried: the next kernel would report it as its own."""
+    """Clear CUDA's last error, which the next kernel launch would otherwise raise."""
     with suppress(RuntimeError):
         torch.zeros(1, device=device)
 
 
 def _size_of(tensors: Sequence[torch.Tensor]) -> int:
-    """Bytes of the buffer that holds them."""
+    """Bytes of a buffer for `tensors`."""
     return sum(round_up(tensor.nbytes, _ALIGNMENT_BYTES) for tensor in tensors)
 
 
 def _mapped(folder: Path, size: int) -> torch.Tensor:
-    """[size] uint8 in a file of `folder` that never has a name. Raises OSError when it does not fit."""
+    """[size] uint8 tensor in an unnamed file of `folder`. Raises OSError when it does not fit."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
-        os.posix_fallocate(descriptor, 0, size)  # a full memory file system fails here, not by a signal later
+        os.posix_fallocate(descriptor, 0, size)  # fails here on a full tmpfs, instead of SIGBUS later
         return torch.frombuffer(mmap.mmap(descriptor, size, mmap.MAP_SHARED | mmap.MAP_POPULATE), dtype=torch.uint8)
     finally:
         os.close(descriptor)

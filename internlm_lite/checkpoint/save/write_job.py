@@ -1,6 +1,6 @@
-"""One save as the writer thread sees it: this rank's file, its vote, and on rank 0 the commit.
+"""One save in the writer thread: this rank's file, its vote, and on rank 0 the commit.
 
-Nothing is collective, and every failure is handed to the thread that trains.
+Nothing is collective; every failure is returned to the training thread.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger("internlm_lite")
 
 @dataclass(frozen=True)
 class Saved:
-    """How a save ended on this rank. On rank 0 without error: the checkpoint exists."""
+    """Outcome of a save on this rank. Without an error on rank 0, the checkpoint exists."""
 
     name: Name
     kind: Kind
@@ -35,7 +35,7 @@ class Saved:
 
 @dataclass
 class WriteJob:
-    """What is to be written, and the progress of it."""
+    """What to write, and the progress."""
 
     folder: SaveFolder
     name: Name
@@ -46,16 +46,16 @@ class WriteJob:
     rank_state: dict[str, torch.Tensor]
     vote_timeout_seconds: float
     in_place: bool
-    """The items are the tensors of the model themselves."""
+    """The items are the tensors of the training state, not copies."""
     written: threading.Event = field(default_factory=threading.Event)
-    """This rank's part is written, or has failed: the tensors are not read any more."""
+    """Set when this rank's part is written or has failed: from then on the tensors are not read."""
     abandoned: threading.Event = field(default_factory=threading.Event)
-    """Set from outside: stop waiting for votes."""
+    """Set by the training thread to stop the wait for votes."""
     failure: InternLMError | None = None
-    """Of this rank's part."""
+    """The error of this rank's part."""
 
     def run(self) -> Saved:
-        """Write it. No exception comes out of here."""
+        """Write this rank's part and, on rank 0, commit. Returns failures in `Saved` and raises none."""
         begin, is_main, folder = time.monotonic(), self.rank == 0, self.folder
         try:
             if is_main:
@@ -66,7 +66,7 @@ class WriteJob:
                 size = commit.write_rank(folder.storage, self.name, self.rank, self.world_size, stream, planned)
             except Exception as error:  # noqa: BLE001  as below, and rank 0 learns why there will be no vote
                 self.failure = self._as_known(error)
-                if not isinstance(self.failure, UnreachableError):  # or that could not be written, either
+                if not isinstance(self.failure, UnreachableError):  # then a refusal could not be written, either
                     commit.refuse(folder.storage, self.name, self.rank, str(self.failure))
                 raise self.failure from None
             self.written.set()
@@ -94,12 +94,12 @@ class WriteJob:
         self.folder.reachable = not isinstance(failure, UnreachableError)
         if self.rank == 0:
             self.folder.unfinished.append(self.name)
-        else:  # rank 0 reports the checkpoint, this rank why its part is missing
+        else:  # rank 0 reports that the checkpoint failed, this rank why
             logger.error("rank %d: its part of checkpoint %s was not saved: %s", self.rank, self.name, failure)
         return failure
 
     def _as_known(self, error: Exception) -> InternLMError:
-        """The log gets the traceback of an unexpected error."""
+        """`error` as an InternLMError; logs the traceback of an unexpected one."""
         if isinstance(error, InternLMError):
             return error
         logger.error("checkpoint %s: the thread that writes it failed", self.name, exc_info=error)

@@ -1,7 +1,7 @@
-"""Who writes what: every element that some ranks hold is written by exactly one of them, the bytes spread evenly.
+"""Assigns every stored element to exactly one of the ranks that hold it, and balances bytes over ranks.
 
-Ranks may hold the same range (replicas), or ranges of one box cut differently (a tensor that lives on two pipeline
-stages): the ranges are cut where any of them begins or ends, and each part goes to its holder with the least to write.
+Ranks may hold the same range (replicas) or different ranges of one box (a tensor on two pipeline stages). Ranges are
+cut wherever one of them starts or ends, and each part goes to the holder with the fewest bytes so far.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from internlm_lite.mesh.layout import Box, LocalShard
 
 @dataclass(frozen=True)
 class WriteItem:
-    """A part of shard number `index` of this rank that it writes, as tensor `key` of its file."""
+    """A part of this rank's shard number `index`, which it writes as tensor `key` of its file."""
 
     index: int
     key: str
@@ -29,7 +29,7 @@ class WriteItem:
     shard: ShardDescriptor
 
     def of(self, piece: LocalShard) -> torch.Tensor:
-        """The part's elements: 1-D, or of the box's shape when it is a whole box."""
+        """The part's elements as a view: of the box's shape if it is a whole box, else 1-D."""
         first = self.shard.flat_range[0]
         start, stop = self.region.span
         part = piece.tensor.detach().view(-1)[start - first : stop - first]
@@ -37,15 +37,16 @@ class WriteItem:
 
 
 Holder = tuple[int, int]
-"""(rank, index of the piece there)"""
+"""(rank, index of the shard on that rank)"""
 
 
 def plan_writes(every: Sequence[Sequence[ShardDescriptor]]) -> list[list[WriteItem]]:
-    """What each rank writes, given the shards of all ranks. Pure: the same on every rank."""
+    """What each rank writes, given the shards of all ranks. Pure; the same on every rank. Raises CheckpointError when
+    ranks disagree about a tensor's shape or dtype."""
     parts = _parts(every)
     n_bytes = [0] * len(every)
     written: list[list[tuple[int, ShardDescriptor, tuple[int, int]]]] = [[] for _ in every]
-    # Parts with one holder first: they leave no choice. Then large before small, which evens out best.
+    # First the parts with one holder, which leave no choice; then in order of decreasing size, for a better balance.
     for size, _, span, holders in sorted(parts, key=lambda part: (len(part[3]) > 1, -part[0], part[1:])):
         rank, index = min(holders, key=lambda holder: (n_bytes[holder[0]], holder))
         n_bytes[rank] += size
@@ -56,7 +57,7 @@ def plan_writes(every: Sequence[Sequence[ShardDescriptor]]) -> list[list[WriteIt
 def _parts(
     every: Sequence[Sequence[ShardDescriptor]],
 ) -> list[tuple[int, tuple[str, str, Box], tuple[int, int], list[Holder]]]:
-    """(bytes, (role, name, box), span, holders) of each part, no two of one box overlapping."""
+    """(bytes, (role, name, box), span, holders) of each part; parts of one box do not overlap."""
     facts: dict[tuple[str, str], tuple[tuple[int, ...], str]] = {}
     boxes: dict[tuple[str, str, Box], dict[tuple[int, int], list[Holder]]] = {}
     for rank, shards in enumerate(every):
@@ -79,7 +80,7 @@ def _parts(
 
 
 def _disjoint(spans: dict[tuple[int, int], list[Holder]]) -> list[tuple[tuple[int, int], list[Holder]]]:
-    """The spans cut at each other's ends."""
+    """(span, holders) after cutting the spans at each other's ends: disjoint, in order."""
     ordered = sorted(spans)
     if all(stop <= start for (_, stop), (start, _) in pairwise(ordered)):
         return [(span, spans[span]) for span in ordered]
@@ -93,7 +94,7 @@ def _disjoint(spans: dict[tuple[int, int], list[Holder]]) -> list[tuple[tuple[in
 
 
 def _with_keys(written: list[tuple[int, ShardDescriptor, tuple[int, int]]]) -> list[WriteItem]:
-    """Items of one rank in a stable order, with keys that are unique in its file."""
+    """The items of one rank in a deterministic order, with keys that are unique in its file."""
     items: list[WriteItem] = []
     seen: dict[str, int] = {}
     for index, held, span in sorted(written, key=lambda item: (item[1].role, item[1].name, item[1].box, item[2])):

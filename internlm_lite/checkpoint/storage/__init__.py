@@ -1,1 +1,1 @@
-"""Where checkpoints lie: a local folder or S3, and the lock that keeps a second run out."""
+"""Storage of checkpoints: a local folder or S3, and the lock that excludes a second run."""

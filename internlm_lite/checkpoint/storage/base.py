@@ -1,6 +1,7 @@
-"""Where checkpoints are stored: named objects. One protocol for the local disk and for object stores.
+"""The storage protocol: named objects, on a local disk or in an object store.
 
-Keys are `folder/folder/name` of [A-Za-z0-9._-], no part starting with a dot. An object appears whole or not at all.
+Keys are `folder/folder/name` of [A-Za-z0-9._-], no part starting with a dot. Writes are atomic: an object is never
+visible in part.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ from internlm_lite.errors import StorageError
 Bytes = bytes | bytearray | memoryview
 
 RUN_LOCK_KEY = "run.lock"
-"""In a save folder: which run writes to it. See `run_lock`."""
+"""Key of the lock in a save folder; see `run_lock`."""
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 
 
 class UnreadableError(StorageError):
-    """This object is absent, too short, or cannot be read back from its medium: the object is at fault."""
+    """One object is absent, too short, or unreadable, while the storage works."""
 
 
 class UnreachableError(StorageError):
-    """The storage did not answer before the deadline: other requests would wait as long, in vain."""
+    """The storage did not answer before the deadline, so further requests would probably time out, too."""
 
 
 @dataclass(frozen=True)
 class StoredObject:
-    """One stored object."""
+    """Listing entry of one object."""
 
     key: str
     size: int
@@ -39,44 +40,44 @@ class StoredObject:
 
 
 class Storage(Protocol):
-    """Methods raise StorageError when the storage refuses; reading raises UnreadableError when the object is bad."""
+    """Methods raise StorageError when the storage fails; reads raise UnreadableError when the object is at fault."""
 
     name: str
-    """For messages, such as `local:/runs/a`."""
+    """Name in messages, such as `local:/runs/a`."""
 
     def put(self, key: str, chunks: Iterable[Bytes]) -> int:
-        """Store the chunks, one after another, durably; returns the bytes written."""
+        """Store the concatenated chunks durably, replacing an existing object; returns the bytes written."""
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Store `data` durably unless the key exists; False if it does."""
 
     def replace(self, key: str, old: bytes, new: bytes) -> bool:
-        """Compare and swap: store `new` if the object holds `old`. False if it does not, or another replaces it now."""
+        """Compare and swap: store `new` if the object holds `old`; False if not, or during another `replace`."""
 
     def read(self, key: str, limit_bytes: int) -> bytes:
-        """The whole object, which is at most `limit_bytes` long."""
+        """The whole object. Raises UnreadableError if it is longer than `limit_bytes`."""
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` from byte `start` on."""
+        """Fill `buffer` with the object's bytes from `start` on. Raises UnreadableError if it ends before."""
 
     def size(self, key: str) -> int | None:
         """Bytes of the object; None if absent."""
 
     def list(self, folder: str) -> list[StoredObject]:
-        """All objects below `folder` ("" for all), sorted by key. Other names are left out."""
+        """All objects below `folder` ("" for all), sorted by key. Names that are not valid keys are left out."""
 
     def delete(self, key: str) -> None:
-        """Remove the object; fine if absent."""
+        """Remove the object; no error if absent."""
 
     def delete_folder(self, folder: str) -> None:
-        """Remove everything below `folder`, unfinished objects too; fine if absent."""
+        """Remove everything below `folder`, including unfinished uploads; no error if absent."""
 
     def sweep(self, older_than_seconds: float) -> None:
-        """Remove the leftovers of interrupted `put`s that are that old."""
+        """Remove temporary files or uploads of interrupted `put`s that are older than this."""
 
 
 def check_key(key: str) -> tuple[str, ...]:
-    """The segments of a key. Raises StorageError if it is not one (`..`, absolute, hidden, odd characters)."""
+    """The segments of a key. Raises StorageError if it is invalid (`..`, absolute, hidden, other characters)."""
     segments = tuple(key.split("/"))
     if not all(_SEGMENT.fullmatch(segment) for segment in segments):
         raise StorageError(

@@ -1,5 +1,5 @@
-"""Storage in a folder of a file system. An object is written to a hidden temporary file beside it, flushed to the
-medium, then renamed, and the folder is flushed: after a crash there is the whole object or none.
+"""Storage in a folder of a file system. An object is written to a hidden temporary file in the same folder, fsynced and
+renamed, and the folder is fsynced: after a crash the object exists completely or not at all.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from internlm_lite.errors import StorageError
 
 _TEMPORARY = ".tmp-"
 _GROUPS = ("data/*", "probe-*")
-"""Folders of one save or one probe: removed when empty. Others may lie beside them."""
+"""Folders of one save or one probe, which `sweep` removes when empty; it leaves other folders."""
 _WRITE_BYTES = 1024 * 1024
-"""Bytes of one write. Copies of 4 MB into ext4's large folios took ten times longer while a thread hashed beside."""
+"""Bytes per write. Writes of 4 MB to ext4's large folios took ten times longer while another thread hashed."""
 _HINTS = {
     errno.ENOSPC: "the disk is full: free space or choose another folder",
     errno.EDQUOT: "the quota is used up: free space or choose another folder",
@@ -34,12 +34,12 @@ _HINTS = {
     errno.EIO: "the medium failed",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another folder",
 }
-# Errors of file systems that cannot flush a folder, or have no hard links or locks.
+# Errors of file systems that cannot fsync a folder, or have no hard links or no locks.
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS, errno.EMLINK)
 
 
 class LocalStorage:
-    """Objects are files below `root`. Folders are made when needed; symbolic links inside are refused."""
+    """`Storage` of files below `root`. Creates folders when needed; rejects symbolic links inside."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().absolute()
@@ -60,7 +60,7 @@ class LocalStorage:
                 return False
             with _temporary(path, [data]) as (temporary, _):
                 try:
-                    os.link(temporary, path)  # unlike rename, it never replaces
+                    os.link(temporary, path)  # unlike rename, it fails if `path` exists
                 except FileExistsError:
                     return False
                 except OSError as error:
@@ -77,7 +77,7 @@ class LocalStorage:
                 with open(path, "r+b") as file:
                     if not _try_lock(file.fileno()):
                         return False
-                    # Whoever replaces the file holds the lock of the one that is replaced.
+                    # A writer replaces the file while it holds the old file's lock; check that this is still the file.
                     is_current = os.path.samestat(os.fstat(file.fileno()), path.lstat())
                     if not is_current or file.read(len(old) + 1) != old:
                         return False
@@ -116,7 +116,7 @@ class LocalStorage:
             for parent, names in _walk(top):
                 for name in names:
                     key = (parent / name).relative_to(self.root).as_posix()
-                    with suppress(StorageError, FileNotFoundError):  # foreign names; files that vanish meanwhile
+                    with suppress(StorageError, FileNotFoundError):  # invalid keys; files removed in the meantime
                         check_key(key)
                         found = (parent / name).lstat()
                         entries.append(StoredObject(key, found.st_size, found.st_mtime))
@@ -142,7 +142,7 @@ class LocalStorage:
             groups = {path for pattern in _GROUPS for path in self.root.glob(pattern)}
             for parent in filter(self._is_folder, (self.root, self.root / "commits", self.root / "data", *groups)):
                 with suppress(FileNotFoundError):
-                    unused = parent.stat().st_mtime < limit  # read before a removal changes it
+                    unused = parent.stat().st_mtime < limit  # read before `unlink` changes it
                     for path in parent.glob(f"{_TEMPORARY}*"):
                         if path.lstat().st_mtime < limit:
                             path.unlink()
@@ -150,11 +150,11 @@ class LocalStorage:
                         _remove_if_empty(parent)
 
     def _is_folder(self, path: Path) -> bool:
-        """No file, and no symbolic link on the way from the root."""
+        """Whether `path` is a folder, without a symbolic link between it and the root."""
         return path.is_dir() and path.resolve() == self.root.resolve() / path.relative_to(self.root)
 
     def _path(self, key: str) -> Path:
-        """The file of a key. Raises StorageError on a bad key or where a part of it is a symbolic link."""
+        """The file of a key. Raises StorageError for an invalid key, UnreadableError if a part is a symbolic link."""
         path = self.root
         for segment in check_key(key):
             path = path / segment
@@ -189,7 +189,7 @@ class LocalStorage:
 
     @contextmanager
     def _errors(self, verb: str, key: str) -> Iterator[None]:
-        """Turn the system's errors into ours."""
+        """Turn an OSError into a StorageError, or an UnreadableError if a read failed because of the object."""
         where = f"{self.name}/{key}" if key else self.name
         try:
             yield
@@ -202,7 +202,7 @@ class LocalStorage:
 
 @contextmanager
 def _temporary(path: Path, chunks: Iterable[Bytes]) -> Iterator[tuple[Path, int]]:
-    """(file beside `path` with the chunks, flushed; its bytes). At the end it is gone, whatever happened to it."""
+    """Yields (temporary file in the folder of `path` with the chunks, fsynced; its size). Removed at the end."""
     temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:12]}")
     written = 0
     try:
@@ -222,13 +222,13 @@ def _temporary(path: Path, chunks: Iterable[Bytes]) -> Iterator[tuple[Path, int]
 
 
 def _begin_flush(descriptor: int, start: int, count: int) -> None:
-    """Start writing these bytes out while the next are made, so that the flush at the end has little to do."""
+    """Start writeback of these bytes while the next are computed, so that the final fsync is short."""
     if sys.platform == "linux":
-        os.posix_fadvise(descriptor, start, count, os.POSIX_FADV_DONTNEED)  # drops only what is written already
+        os.posix_fadvise(descriptor, start, count, os.POSIX_FADV_DONTNEED)  # drops only clean pages
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Take the file's lock until it is closed; False if another process has it. A file system without is trusted."""
+    """Lock the file until it is closed; False if another process holds the lock. True if locks are not supported."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -237,7 +237,7 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _make_folder(path: Path) -> None:
-    """Make a folder and its parents so that they survive a crash; ranks may race to make it."""
+    """Create a folder and its parents, and fsync them. Several ranks may call it at the same time."""
     if path.is_dir():
         return
     if path.parent != path:
@@ -269,7 +269,7 @@ def _flush_folder(path: Path) -> None:
 
 
 def _walk(top: Path) -> Iterator[tuple[Path, list[str]]]:
-    """(folder, names of its files) below `top`, not through symbolic links; nothing if `top` does not exist."""
+    """(folder, names of its files) below `top`, without following symbolic links; empty if `top` does not exist."""
 
     def check(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):

@@ -1,4 +1,4 @@
-"""From the folder a user writes in a config to the storage behind it."""
+"""Opens the storage of a checkpoint folder from the config."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from internlm_lite.errors import ConfigError, MissingPackageError
 
 
 def open_storage(where: str, s3: S3Config | None = None) -> Storage:
-    """Storage behind `local:PATH`, a plain path, or a path on S3, which is reached as `s3` says.
+    """The storage at `local:PATH`, a plain path, or an S3 path, with the settings `s3`. Does not access it.
 
-    Raises ConfigError on other spellings, MissingPackageError where boto3 is needed and absent.
+    Raises ConfigError for other forms, MissingPackageError if boto3 is needed but not installed.
     """
     if is_s3(where):
         path = parse_s3(where)

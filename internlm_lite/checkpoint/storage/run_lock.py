@@ -1,11 +1,10 @@
-"""One run at a time writes to a save folder.
+"""A lease on a save folder: one run at a time writes to it.
 
     run.lock   {owner, host, pid, world, beat}     renewed every RENEW_SECONDS by a thread; removed at the end
 
-It is created only where there is none, and changed only by compare and swap (`Storage.replace`): of several runs that
-take over the same lock, one wins and the others are refused. It is taken over when its process is gone (known for the
-same boot and pid namespace) or when it does not change for LEASE_SECONDS while we watch; clocks of two hosts are never
-compared.
+It is created only if absent, and changed only by compare and swap (`Storage.replace`): if several runs take over the
+same lock, one succeeds. A lock may be taken over when its process does not exist (decidable for the same boot and pid
+namespace), or when it does not change for LEASE_SECONDS while we watch it. Clocks of different hosts are not compared.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _LIMIT_BYTES = 4096
 
 
 class Lease:
-    """The right to write to a folder, for rank 0 of a run."""
+    """The exclusive right to write to a save folder, held by rank 0 of a run."""
 
     def __init__(self, storage: Storage, lease_seconds: float = LEASE_SECONDS, renew_seconds: float = RENEW_SECONDS):
         self._storage = storage
@@ -42,13 +41,13 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Take the lease, waiting for a dead run's to run out. Raises StorageError naming the run that is alive."""
+        """Acquire the lease; waits up to `lease_seconds` to see that another run's lock does not change. Raises
+        StorageError naming a live holder."""
         acquire([self])
 
     def take(self, found: bytes | None, since: float) -> None:
-        """Write our lock in the place of `found`, which was seen at `since` by time.monotonic(), and renew it from now
-        on. Raises StorageError naming the run that is alive.
-        """
+        """Replace the lock `found` (None: absent), which was read at `since` by time.monotonic(), by ours, and start
+        renewing it. Waits as `acquire` does. Raises StorageError naming a live holder."""
         found = self._watch(found, since)
         if found is None:
             taken = self._storage.put_if_absent(RUN_LOCK_KEY, self._document())
@@ -60,13 +59,12 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises StorageError when another run has taken over, for instance after this one was suspended, or when the
-        lock is gone, for instance with the storage.
-        """
+        """Raises StorageError if another run has taken over (such as after this one was suspended) or the lock is gone
+        (such as with an unmounted storage)."""
         self._own_lock()
 
     def _own_lock(self) -> bytes:
-        """Our lock as it is stored; raises as `check` does."""
+        """Our lock's stored bytes; restores a lock that was deleted alone. Raises as `check` does."""
         found = read_lock(self._storage)
         if found is None and self._storage.list("commits"):
             if self._storage.put_if_absent(RUN_LOCK_KEY, self._document()):
@@ -82,7 +80,7 @@ class Lease:
         return found
 
     def release(self) -> None:
-        """Remove the lock and join the thread; nothing where the lease was not taken."""
+        """Stop renewing and remove the lock. Does nothing if the lease was not acquired."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(self._lease_seconds)
@@ -92,7 +90,8 @@ class Lease:
                 self._storage.delete(RUN_LOCK_KEY)
 
     def _watch(self, found: bytes | None, since: float) -> bytes | None:
-        """`found` once its run is dead, None if its run has ended. Raises StorageError when the lock changes."""
+        """Returns `found` once its run is known to be dead, None if the lock was removed. Raises StorageError when the
+        lock changes."""
         if found is None or _is_dead(_facts(found)):
             return found
         until, facts = since + self._lease_seconds, _facts(found)
@@ -117,7 +116,7 @@ class Lease:
                 self._beat += 1
                 if not self._storage.replace(RUN_LOCK_KEY, before, self._document()):
                     self.check()
-            except StorageError as error:  # the commit checks again and refuses
+            except StorageError as error:  # the next commit checks the lease and fails
                 logger.warning("the lease on %s could not be renewed: %s", self._storage.name, error)
 
     def _document(self) -> bytes:
@@ -132,9 +131,9 @@ class Lease:
 
 
 def acquire(leases: Sequence[Lease]) -> None:
-    """Take them all, or none, in the time of one: the locks of dead runs are watched side by side.
+    """Acquire all leases or none. Watches the locks of dead runs at the same time, so it takes as long as for one.
 
-    Raises StorageError naming the run that is alive.
+    Raises StorageError naming a live holder.
     """
     try:
         seen = [(lease, read_lock(lease._storage), time.monotonic()) for lease in leases]
@@ -148,7 +147,7 @@ def acquire(leases: Sequence[Lease]) -> None:
 
 @contextmanager
 def held(storage: Storage) -> Iterator[None]:
-    """The folder is locked for us inside. Raises StorageError naming the run that has it."""
+    """Holds the folder's lease inside the block. Raises StorageError naming a live holder."""
     lease = Lease(storage)
     lease.acquire()
     try:
@@ -158,7 +157,7 @@ def held(storage: Storage) -> Iterator[None]:
 
 
 def read_lock(storage: Storage) -> bytes | None:
-    """The lock as it is stored; None without one."""
+    """The lock's stored bytes; None if there is no readable lock."""
     try:
         return storage.read(RUN_LOCK_KEY, _LIMIT_BYTES)
     except UnreadableError:
@@ -166,13 +165,13 @@ def read_lock(storage: Storage) -> bytes | None:
 
 
 def holder(storage: Storage) -> dict[str, Any] | None:
-    """What the lock says; None without one."""
+    """The lock's facts; None if there is no readable lock, empty if it is damaged."""
     found = read_lock(storage)
     return None if found is None else _facts(found)
 
 
 def _facts(lock: bytes) -> dict[str, Any]:
-    """What a lock says: nothing if it is damaged."""
+    """A lock's facts; empty if it is damaged."""
     try:
         found = json.loads(lock)
     except ValueError:
@@ -181,7 +180,7 @@ def _facts(lock: bytes) -> dict[str, Any]:
 
 
 def _is_dead(found: dict[str, Any]) -> bool:
-    """Whether the holder was a process of this host that is gone."""
+    """Whether the holder was a process of this host and pid namespace that no longer exists or is a zombie."""
     pid = found.get("pid")
     here = (socket.gethostname(), _pid_namespace())
     if not here[1] or (found.get("host"), found.get("world")) != here or not isinstance(pid, int):
@@ -191,13 +190,13 @@ def _is_dead(found: dict[str, Any]) -> bool:
         status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except ProcessLookupError:
         return True
-    except OSError:  # it is another user's, or there is no /proc
+    except OSError:  # another user's process, or no /proc
         return False
     return status.rpartition(")")[2].split()[0] == "Z"
 
 
 def _pid_namespace() -> str:
-    """Where a pid names one process: this boot of this kernel, and the pid namespace in it; "" where it is unknown."""
+    """Identifies the boot and the pid namespace, within which a pid is unique; "" if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

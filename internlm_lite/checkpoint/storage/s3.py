@@ -1,5 +1,5 @@
-"""Storage in a folder of an S3 bucket. An object appears when its upload is complete, whole; until then, or if the
-writer dies, there is none. What dead writers leave are parts of unfinished uploads: invisible, and removed by `sweep`.
+"""Storage in a folder of an S3 bucket. An object becomes visible when its upload is complete. Writers that die leave
+only parts of unfinished uploads, which are not visible as objects; `sweep` removes them.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from internlm_lite.errors import StorageError
 logger = logging.getLogger("internlm_lite")
 
 _READ_BYTES = 16 * 1024 * 1024
-"""A longer range is read by several requests at a time."""
+"""Longer ranges are read by several concurrent requests."""
 _STEP_BYTES = 256 * 1024
 _BATCH = 1000
-"""Objects that one request may delete."""
+"""Maximum number of objects per delete request."""
 _NOT_MET = ("PreconditionFailed", "412")
 _NOT_KNOWN = ("NotImplemented", "501", "MethodNotAllowed", "405", "InvalidArgument", "InvalidRequest", "400")
 
 
 class S3Storage:
-    """Objects below a folder of a bucket. Safe to use from several threads."""
+    """`Storage` of objects below a folder of a bucket. Thread-safe."""
 
     def __init__(self, path: S3Path, settings: S3Config, part_bytes: int = PART_BYTES) -> None:
         self.name = str(path)
@@ -46,7 +46,7 @@ class S3Storage:
         self._with_md5 = settings.checksums == "md5"
         self._part_bytes = part_bytes
         self._heeds: dict[str, bool] = {}
-        """Whether the server refuses a put whose IfNoneMatch or IfMatch is not met; asked once."""
+        """IfNoneMatch or IfMatch -> whether the server enforces this condition of a put; tested once."""
 
     def put(self, key: str, chunks: Iterable[Bytes]) -> int:
         names = self._names(key)
@@ -75,13 +75,13 @@ class S3Storage:
         self._calls.run("write", key, request, body=body["Body"])
 
     def _put_if(self, key: str, data: bytes, condition: str, value: str) -> bool:
-        """Write the object if the condition is met, which a server that does not know it takes for granted."""
+        """Write the object if the condition holds; unconditionally if the server does not support conditions."""
         try:
             self._put(key, data, **({condition: value} if self._is_heeded(condition) else {}))
         except RefusedError as error:
             if error.code not in _NOT_MET:
                 raise
-            # It may be the answer to our own second attempt, after that to the first one was lost.
+            # A first attempt may have succeeded although its answer was lost; then the second one is refused.
             return self.size(key) == len(data) and self.read(key, len(data)) == data
         return True
 
@@ -110,7 +110,7 @@ class S3Storage:
         return self._get(key, limit_bytes)[1]
 
     def _get(self, key: str, limit_bytes: int) -> tuple[str, bytes]:
-        """(the server's tag of the object, its bytes)"""
+        """(ETag of the object, its bytes)"""
         names, deadline = self._names(key), self._calls.deadline()
 
         def request() -> tuple[str, bytes]:
@@ -144,7 +144,7 @@ class S3Storage:
                 raise
 
     def _read_range(self, key: str, start: int, buffer: memoryview) -> None:
-        """One range; after a broken connection it continues where it was."""
+        """Fill `buffer` from byte `start` on; after a broken connection, continues at the first missing byte."""
         names, stop, done, deadline = self._names(key), start + len(buffer), 0, self._calls.deadline()
 
         def request() -> None:
@@ -158,7 +158,7 @@ class S3Storage:
         self._calls.run("read", key, request)
 
     def _check_range(self, key: str, answer: Any, start: int, stop: int) -> None:
-        """The answer holds bytes start..stop of the object."""
+        """Raises StorageError unless the answer holds bytes start..stop-1 of the object."""
         said = answer.get("ContentRange", f"bytes 0-{answer['ContentLength'] - 1}/{answer['ContentLength']}")
         span, _, size = said.removeprefix("bytes ").partition("/")
         if size.isdecimal() and int(size) < stop:
@@ -176,7 +176,7 @@ class S3Storage:
         entries = []
         for item in self._pages("list_objects_v2", "Contents", self._below(folder)):
             key = item["Key"].removeprefix(self._prefix)
-            with suppress(StorageError):  # foreign names
+            with suppress(StorageError):  # invalid keys
                 check_key(key)
                 entries.append(StoredObject(key, item["Size"], item["LastModified"].timestamp()))
         return sorted(entries, key=lambda entry: entry.key)
@@ -197,7 +197,7 @@ class S3Storage:
         self._abort_uploads(self._prefix, time.time() - older_than_seconds)
 
     def _delete_batch(self, object_keys: Sequence[str]) -> None:
-        """Deleting what is gone already is no error, so that all of it may be repeated."""
+        """Ignores objects that do not exist, so that the request may be repeated."""
         wanted = {"Objects": [{"Key": object_key} for object_key in object_keys], "Quiet": True}
         errors = self._client.delete_objects(Bucket=self._bucket, Delete=wanted).get("Errors", [])
         for error in errors:
@@ -205,7 +205,7 @@ class S3Storage:
                 raise ClientError({"Error": error}, "DeleteObjects")
 
     def _abort_uploads(self, below: str, before: float) -> None:
-        """Abort unfinished uploads of objects named `below`..., begun before that time (seconds since the epoch)."""
+        """Abort uploads of objects whose name starts with `below`, begun before `before` (seconds since the epoch)."""
         try:
             found = self._pages("list_multipart_uploads", "Uploads", below)
         except RefusedError as error:
@@ -225,15 +225,15 @@ class S3Storage:
                         raise
 
     def _pages(self, what: str, field: str, below: str) -> Sequence[Any]:
-        """What the server lists of objects or uploads whose name begins with `below`."""
+        """All pages of a listing of objects or uploads whose name starts with `below`."""
         pages = self._client.get_paginator(what).paginate(Bucket=self._bucket, Prefix=below)
         key = below.removeprefix(self._prefix).rstrip("/")
         items = self._calls.run("list", key, lambda: [item for page in pages for item in page.get(field, [])])
-        # A server that ignores Prefix must not make us delete or abort what belongs to others.
+        # Filtered again: with a server that ignores Prefix we would delete or abort what belongs to others.
         return [item for item in items if item["Key"].startswith(below)]
 
     def _names(self, key: str) -> dict[str, str]:
-        """The object in the words of a request. Raises StorageError on a bad key."""
+        """The arguments Bucket and Key of a request. Raises StorageError for an invalid key."""
         check_key(key)
         return {"Bucket": self._bucket, "Key": self._prefix + key}
 
@@ -242,8 +242,8 @@ class S3Storage:
 
 
 def _steps(stream: Any, buffer: memoryview, deadline: float) -> Iterator[int]:
-    """Fill the buffer; yields the bytes of each step. Raises OSError when the answer ends early or takes too long."""
-    # read1 returns what has arrived, so that the deadline is looked at; `read`, all that an old urllib3 has, blocks.
+    """Fill the buffer; yields the size of each step. Raises OSError if the answer ends early or at the deadline."""
+    # read1 returns what has arrived, so the deadline is checked often; an old urllib3 has only `read`, which blocks.
     read = getattr(stream, "read1", stream.read)
     done = 0
     while done < len(buffer):

@@ -1,4 +1,4 @@
-"""The boto3 client of one checkpoint folder: where it connects, how it signs, and what it must not do by itself."""
+"""The boto3 client of one checkpoint folder: endpoint, credentials, timeouts, checksums; without boto3's retries."""
 
 from __future__ import annotations
 
@@ -18,33 +18,32 @@ from internlm_lite.errors import ConfigError, MissingPackageError
 
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 30.0
-"""Longest pause of a server within an answer."""
+"""Longest time without data within an answer."""
 _OLDEST = (1, 36)
 _CONNECTIONS = 16
 
 
 def connect(path: S3Path, settings: S3Config) -> tuple[Any, tuple[str, ...]]:
-    """(a client for `path`; its credentials, never to be shown). Nothing is sent yet. Credentials come from boto3's
-    default chain.
+    """(client for `path`; secrets that messages must not show). Credentials come from boto3's default chain.
 
-    Raises ConfigError where boto3 refuses the settings, MissingPackageError where it is too old.
+    Sends nothing to the server. Raises ConfigError if boto3 refuses the settings, MissingPackageError if it is too old.
     """
     if tuple(int(part) for part in boto3.__version__.split(".")[:2]) < _OLDEST:
         raise MissingPackageError(
             f"found boto3 {boto3.__version__}, expected {'.'.join(map(str, _OLDEST))} or newer: "
             "pip install --upgrade internlm_lite[s3]"
         )
-    # At DEBUG botocore logs the requests it signs, session tokens included.
+    # At DEBUG botocore logs signed requests, including session tokens.
     logging.getLogger("botocore").setLevel(max(logging.INFO, logging.getLogger("botocore").level))
     config = ClientConfig(
         connect_timeout=min(CONNECT_SECONDS, settings.deadline_seconds),
         read_timeout=min(READ_SECONDS, settings.deadline_seconds),
-        retries={"total_max_attempts": 1, "mode": "standard"},  # s3_retry.py repeats requests, until a deadline
+        retries={"total_max_attempts": 1, "mode": "standard"},  # s3_retry.py retries until a deadline
         max_pool_connections=_CONNECTIONS,
         tcp_keepalive=True,
         s3={"addressing_style": settings.addressing},
         request_checksum_calculation="when_supported" if settings.checksums == "crc32" else "when_required",
-        response_checksum_validation="when_required",  # every block's crc32 is compared when it is used
+        response_checksum_validation="when_required",  # the reader verifies every block's crc32
     )
     scheme = "http" if settings.insecure else "https"
     try:
@@ -59,7 +58,7 @@ def connect(path: S3Path, settings: S3Config) -> tuple[Any, tuple[str, ...]]:
     except (BotoCoreError, ValueError) as error:
         failure = f"{path}: boto3 refuses its settings ({type(error).__name__}); check the AWS_* variables, ~/.aws"
     else:
-        # Servers older than boto3's check sums ask for this header on a batch delete, and boto3 no longer sends it.
+        # Older servers require this header on a batch delete, but newer boto3 does not send it.
         client.meta.events.register("before-call.s3.DeleteObjects", _add_md5)
         return client, secrets
     raise ConfigError(failure)
@@ -74,7 +73,7 @@ def _secrets(session: Any) -> tuple[str, ...]:
 
 
 def md5_header(data: bytes | bytearray | memoryview) -> str:
-    """Content-MD5 of a body."""
+    """Value of the header Content-MD5 for a body."""
     return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
 
 

@@ -1,9 +1,9 @@
-"""Upload of a stream in parts, from memory: PARALLEL parts at a time, and no more of them held; aborted on failure.
+"""Multipart upload of a stream from memory: sends PARALLEL parts at a time; aborts on failure.
 
-create -> part 1, part 2, ...    (parallel)    -> complete: only now there is an object
+create -> part 1, part 2, ...    (parallel)    -> complete: from now on the object exists
 
-Written by hand instead of with s3transfer, which has no deadline per part, no Content-MD5, no word about an abort that
-failed, and does not look for the object when the last answer is lost.
+s3transfer is not used: it has no deadline per part, no Content-MD5, does not report an abort that failed, and does not
+look for the object when the answer to `complete` is lost.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ logger = logging.getLogger("internlm_lite")
 
 PART_BYTES = 64 * 1024 * 1024
 PARALLEL = 4
-"""Requests at a time; a writer holds at most PARALLEL + 2 parts in memory."""
+"""Concurrent requests; a writer holds at most PARALLEL + 2 parts in memory."""
 MOST_PARTS = 10_000
 _MARK = "written-by"
 
 
 class Body(io.RawIOBase):
-    """Bytes to send, as a file: boto3 takes it without a copy, and reading it past the deadline ends the request."""
+    """Bytes to send, as a file, which boto3 does not copy; reading after the deadline raises TimeoutError."""
 
     def __init__(self, data: bytes | bytearray, deadline: float) -> None:
         self._data, self._deadline, self._offset = memoryview(data), deadline, 0
@@ -63,7 +63,7 @@ class Body(io.RawIOBase):
 
 
 def cut(chunks: Iterable[Bytes], part_bytes: int) -> Iterator[bytearray]:
-    """The chunks' bytes, copied into parts of `part_bytes`; the last one may be shorter, none is empty."""
+    """The chunks' bytes, copied to parts of `part_bytes` bytes; the last may be shorter, none is empty."""
     part = bytearray()
     for chunk in chunks:
         rest = memoryview(chunk).cast("B")
@@ -79,22 +79,22 @@ def cut(chunks: Iterable[Bytes], part_bytes: int) -> Iterator[bytearray]:
 
 
 def content(data: bytes | bytearray, calls: Calls, *, with_md5: bool) -> dict[str, Any]:
-    """The arguments of a request that sends `data`, as soon as it is made."""
+    """The body arguments of a request that sends `data`. The body's deadline starts now."""
     return {"Body": Body(data, calls.deadline())} | ({"ContentMD5": md5_header(data)} if with_md5 else {})
 
 
 class MultipartUpload:
-    """One object that is being written. Raises StorageError; after a failure nothing stays, if the server answers."""
+    """The upload of one object. Methods raise StorageError; a failed upload is aborted, if the server answers."""
 
     def __init__(self, client: Any, calls: Calls, key: str, names: dict[str, str]) -> None:
-        """`key`: for messages; `names`: the object's Bucket and Key."""
+        """Starts the upload. `key`: the object's name in messages; `names`: its Bucket and Key."""
         self._client, self._calls, self._key, self._object = client, calls, key, names
         self._mark = uuid.uuid4().hex
         create = partial(client.create_multipart_upload, **names, Metadata={_MARK: self._mark})
         self._names = {**names, "UploadId": calls.run("write", key, create)["UploadId"]}
 
     def write(self, parts: Iterable[bytearray], *, with_md5: bool) -> int:
-        """Send all parts and complete the object; returns its bytes."""
+        """Send all parts and complete the upload; returns the object's size in bytes."""
         size, tags, waiting = 0, [], deque[Future[Any]]()
         try:
             with ThreadPoolExecutor(PARALLEL, thread_name_prefix="s3-put") as pool:
@@ -119,7 +119,7 @@ class MultipartUpload:
         return size
 
     def _complete(self, tags: list[str], size: int) -> None:
-        """If the answer is lost after the work was done, the upload is unknown from then on: look for the object."""
+        """Complete the upload. After a lost answer the upload may no longer exist: then look for the object."""
         parts = {"Parts": [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]}
         sent = False
 

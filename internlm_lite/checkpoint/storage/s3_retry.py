@@ -1,8 +1,8 @@
-"""Requests to S3 that fail: which are sent again, for how long, and what the user reads when that did not help.
+"""Retries failed requests to S3 until a deadline, and turns failures into messages for the user.
 
-`ckpt.s3.deadline_seconds` ends the attempts: botocore's retry modes count them instead, and draw on a quota shared by
-all requests of a client, which a server that is away for minutes uses up. No exception of boto3 leaves this file: their
-texts and arguments may hold what was signed.
+`ckpt.s3.deadline_seconds` limits the attempts by time. botocore's retry modes count attempts instead, and share a quota
+among all requests of a client, which an outage of minutes exhausts. Exceptions of boto3 are not passed on, because
+their texts and arguments may contain secrets.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ logger = logging.getLogger("internlm_lite")
 T = TypeVar("T")
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 8.0
-"""Seconds; doubled each time, then shortened by up to half at random so that ranks do not come back together."""
+"""Seconds between attempts; doubled each time, then shortened by up to half at random to spread the ranks' retries."""
 _FAILURES = (boto.BotoCoreError, boto.ClientError, ResponseParserError, HTTPError, OSError)
 _SETTINGS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError)
 _PASSING_STATUS = (408, 429)
 _LASTING_STATUS = (501, 505)
-# Refusals with a status of 4xx, or inside an answer of 200, that another attempt may not meet.
+# Error codes with status 4xx, or within an answer of status 200, for which another attempt may succeed.
 _PASSING_CODES = (
     *("RequestTimeout", "BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "OperationAborted"),
     *("ConditionalRequestConflict", "InternalError", "SlowDown", "ServiceUnavailable", "Throttling"),
@@ -60,52 +60,52 @@ _HINTS = {
 
 
 class RefusedError(StorageError):
-    """The server refused, or could not be reached for too long."""
+    """The server refused the request, or was not reachable until the deadline."""
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
         self.code = code
-        """The server's word for it, such as PreconditionFailed; "" if it did not answer."""
+        """The server's error code, such as PreconditionFailed; "" if it did not answer."""
 
 
 class NoAnswerError(RefusedError, UnreachableError):
-    """Every attempt timed out."""
+    """Requests timed out until the deadline."""
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """What went wrong with one attempt."""
+    """The failure of one attempt."""
 
     text: str
     passing: bool
-    """Another attempt may succeed."""
+    """Transient: another attempt may succeed."""
     code: str = ""
     timeout: bool = False
-    """No answer came in time."""
+    """There was no answer in time."""
 
     @property
     def absent(self) -> bool:
-        """There is no such object, or no such bytes of it."""
+        """The object, or the requested range of it, does not exist."""
         return self.code in _ABSENT
 
 
 class Calls:
-    """Sends requests of one storage. Safe to use from several threads."""
+    """Sends the requests of one storage. Thread-safe."""
 
     def __init__(self, name: str, deadline_seconds: float, secrets: Sequence[str]) -> None:
         self._name, self._deadline_seconds, self._secrets = name, deadline_seconds, secrets
 
     def deadline(self) -> float:
-        """Of a request that begins now, by time.monotonic()."""
+        """Deadline of a request that starts now, by time.monotonic()."""
         return time.monotonic() + self._deadline_seconds
 
     def run(
         self, verb: str, key: str, request: Callable[[], T], *, body: IO[bytes] | None = None, once: bool = False
     ) -> T:
-        """`request()`, repeated until it succeeds, cannot succeed, or the deadline is over. `body`: what it sends, to
-        be rewound before each attempt.
+        """`request()`, repeated until it succeeds, fails permanently, or the deadline is over; not if `once`. `body`:
+        the bytes it sends, rewound before each attempt.
 
-        Raises UnreadableError if the object is absent, else RefusedError; no exception that a request of boto3 raised.
+        Raises UnreadableError if the object is absent, else RefusedError (NoAnswerError after timeouts).
         """
         where = f"{self._name}/{key}" if key else self._name
         begin, deadline = time.monotonic(), self.deadline()
@@ -138,7 +138,7 @@ class Calls:
 
 
 def diagnose(error: Exception) -> Trouble:
-    """What a failure of boto3 means, in words of our own or of the server."""
+    """The failure that an exception of boto3 means; the text is our own or the server's."""
     if isinstance(error, boto.ClientError):
         return _refusal(error.response)
     if isinstance(error, _SETTINGS):

@@ -23,7 +23,7 @@ class LayerNorm(Norm):
 
 
 def main() -> None:
-    # To keep the layer, give it a name of its own in `ModelConfig.norm_type`; here it takes the place of "rmsnorm".
+    # Its checkpoints say "rmsnorm". To keep the layer, give it a name of its own in `ModelConfig.norm_type`.
     NORMS["rmsnorm"] = LayerNorm
     config = str(starter_folder() / "configs" / "tiny.py")
     train.main(["--config", config, "JOB_NAME=layernorm"])  # ends the process

@@ -49,8 +49,8 @@ class SkipDecider:
         """Decide about one step, count it, and update the loss scale for the next. Arguments: device scalars of the
         global batch, the norm before clipping. Does not read the device."""
         overflow = ~norm.isfinite()
-        spikes, is_outlier = self._spikes.judge(mean_loss, norm)
-        skipped = overflow | is_outlier
+        spikes, rejected = self._spikes.judge(mean_loss, norm)
+        skipped = overflow | rejected
         self.scaler.update(overflow)
         self.good_steps += ~skipped
         self.skipped_steps += skipped

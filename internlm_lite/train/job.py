@@ -313,6 +313,6 @@ def _log_end(run: Run, ended: TrainingEnd) -> None:
     if run.start.step >= total:
         logger.warning(
             f"nothing to do: the checkpoint stands at step {run.start.step} of {total}; raise data.total_steps, or "
-            "train anew with --resume none"
+            "train from the beginning with --resume none"
         )
     logger.info(f"done: {ended.state.step} steps; everything about this run is in {run.folder}")

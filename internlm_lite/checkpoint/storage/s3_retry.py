@@ -7,13 +7,11 @@ their texts and arguments may contain secrets.
 
 from __future__ import annotations
 
-import logging
-import random
 import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count
+from functools import partial
 from typing import IO, Any, TypeVar
 
 from botocore import exceptions as boto
@@ -22,13 +20,11 @@ from urllib3.exceptions import HTTPError
 from urllib3.exceptions import ReadTimeoutError as SilenceError
 
 from internlm_lite.checkpoint.storage.base import UnreachableError, UnreadableError
+from internlm_lite.checkpoint.storage.retry import Failure, keep_trying
 from internlm_lite.errors import StorageError
 
-logger = logging.getLogger("internlm_lite")
 T = TypeVar("T")
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 8.0
-"""Seconds between attempts; doubled each time, then shortened by up to half at random to spread the ranks' retries."""
 _FAILURES = (boto.BotoCoreError, boto.ClientError, ResponseParserError, HTTPError, OSError)
 _SETTINGS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError)
 _PASSING_STATUS = (408, 429)
@@ -108,28 +104,22 @@ class Calls:
         Raises UnreadableError if the object is absent, else RefusedError (NoAnswerError after timeouts).
         """
         where = f"{self._name}/{key}" if key else self._name
-        begin, deadline = time.monotonic(), self.deadline()
-        for attempt in count():
+
+        def attempt() -> T:
             if body is not None:
                 body.seek(0)
-            try:
-                return request()
-            except _FAILURES as error:
-                trouble = diagnose(error)
-            text = f"cannot {verb} {where}: {self._without_secrets(trouble.text)}"
-            if trouble.absent:
-                raise UnreadableError(text)
-            if not trouble.passing or once:
-                raise RefusedError(text, trouble.code)
-            pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1)
-            now = time.monotonic()
-            if now + pause >= deadline:
-                kind = NoAnswerError if trouble.timeout else RefusedError
-                raise kind(f"{text}; tried {attempt + 1} times in {now - begin:.0f} s", trouble.code)
-            level = logging.DEBUG if attempt else logging.WARNING
-            logger.log(level, "%s; trying again for up to %.0f s", text, deadline - now)
-            time.sleep(pause)
-        raise AssertionError("count() does not end")
+            return request()
+
+        def judge(error: Exception) -> Failure:
+            trouble = diagnose(error)
+            refused = partial(NoAnswerError if trouble.timeout else RefusedError, code=trouble.code)
+            return Failure(
+                text=f"cannot {verb} {where}: {self._without_secrets(trouble.text)}",
+                error=UnreadableError if trouble.absent else refused,
+                passing=trouble.passing and not once,
+            )
+
+        return keep_trying(attempt, _FAILURES, judge, self._deadline_seconds)
 
     def _without_secrets(self, text: str) -> str:
         for secret in self._secrets:

@@ -21,7 +21,7 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from internlm_lite.checkpoint.storage.base import Bytes, StoredObject, UnreadableError, check_key
+from internlm_lite.checkpoint.storage.base import Bytes, ForeignObjectError, StoredObject, UnreadableError, check_key
 from internlm_lite.checkpoint.storage.retry import Failure, keep_trying
 from internlm_lite.errors import StorageError
 
@@ -96,7 +96,9 @@ class LocalStorage:
                 os.link(temporary, path)  # unlike rename, it fails if `path` exists
             except OSError as error:
                 if temporary.stat().st_nlink < 2:  # 2: made, but the answer of NFS was lost
-                    if path.exists():  # of an earlier attempt, or of another writer
+                    if (
+                        isinstance(error, FileExistsError) or path.exists()
+                    ):  # of an earlier attempt, or of another writer
                         return self.size(key) == len(data) and self.read(key, len(data)) == data
                     if error.errno not in _NOT_SUPPORTED:
                         raise
@@ -128,7 +130,7 @@ class LocalStorage:
         with self._open(key) as descriptor:
             size = os.fstat(descriptor).st_size
             if size > limit_bytes:
-                raise UnreadableError(f"{self.name}/{key}: {size} bytes, expected at most {limit_bytes}")
+                raise ForeignObjectError(f"{self.name}/{key}: {size} bytes, expected at most {limit_bytes}")
             data = bytearray(size)
             self._fill(key, descriptor, 0, memoryview(data))
             return bytes(data)
@@ -198,7 +200,7 @@ class LocalStorage:
         for segment in check_key(key):
             path = path / segment
             if path.is_symlink():
-                raise UnreadableError(
+                raise ForeignObjectError(
                     f"{path} is a symbolic link: checkpoints hold none; replace it by what it points to"
                 )
         return path
@@ -213,7 +215,7 @@ class LocalStorage:
         descriptor = os.open(self._path(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise UnreadableError(f"{self.name}/{key} is not a regular file")
+                raise ForeignObjectError(f"{self.name}/{key} is not a regular file")
             yield descriptor
         finally:
             os.close(descriptor)

@@ -10,13 +10,14 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain
 from typing import Any
 
 from botocore.exceptions import ClientError
 
-from internlm_lite.checkpoint.storage.base import Bytes, StoredObject, UnreadableError, check_key
+from internlm_lite.checkpoint.storage.base import Bytes, ForeignObjectError, StoredObject, UnreadableError, check_key
 from internlm_lite.checkpoint.storage.s3_client import connect
 from internlm_lite.checkpoint.storage.s3_multipart import PARALLEL, PART_BYTES, MultipartUpload, content, cut
 from internlm_lite.checkpoint.storage.s3_retry import Calls, RefusedError
@@ -118,7 +119,7 @@ class S3Storage:
             with answer["Body"] as stream:
                 size = answer["ContentLength"]
                 if size > limit_bytes:
-                    raise UnreadableError(f"{self.name}/{key}: {size} bytes, expected at most {limit_bytes}")
+                    raise ForeignObjectError(f"{self.name}/{key}: {size} bytes, expected at most {limit_bytes}")
                 data = bytearray(size)
                 for _ in _steps(stream, memoryview(data), deadline):
                     pass
@@ -193,8 +194,8 @@ class S3Storage:
             self._calls.run("delete", folder, partial(self._delete_batch, object_keys[begin : begin + _BATCH]))
         self._abort_uploads(below, time.time() + 365 * 86_400)
 
-    def sweep(self, older_than_seconds: float) -> None:
-        self._abort_uploads(self._prefix, time.time() - older_than_seconds)
+    def sweep(self, older_than_seconds: float, ending: str = "") -> None:
+        self._abort_uploads(self._prefix, time.time() - older_than_seconds, f"data/*{ending}/*" if ending else "*")
 
     def _delete_batch(self, object_keys: Sequence[str]) -> None:
         """Ignores objects that do not exist, so that the request may be repeated."""
@@ -204,8 +205,9 @@ class S3Storage:
             if error.get("Code") != "NoSuchKey":
                 raise ClientError({"Error": error}, "DeleteObjects")
 
-    def _abort_uploads(self, below: str, before: float) -> None:
-        """Abort uploads of objects whose name starts with `below`, begun before `before` (seconds since the epoch)."""
+    def _abort_uploads(self, below: str, before: float, pattern: str = "*") -> None:
+        """Abort uploads whose object's name starts with `below` and whose key matches `pattern`, begun before `before`
+        (seconds since the epoch)."""
         try:
             found = self._pages("list_multipart_uploads", "Uploads", below)
         except RefusedError as error:
@@ -214,9 +216,9 @@ class S3Storage:
             logger.debug("%s: unfinished uploads stay: %s", self.name, error)
             return
         for upload in found:
-            if upload["Initiated"].timestamp() < before:
+            key = upload["Key"].removeprefix(self._prefix)
+            if upload["Initiated"].timestamp() < before and fnmatchcase(key, pattern):
                 names = {"Bucket": self._bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
-                key = upload["Key"].removeprefix(self._prefix)
                 abort = partial(self._client.abort_multipart_upload, **names)
                 try:
                     self._calls.run("abort the upload of", key, abort)

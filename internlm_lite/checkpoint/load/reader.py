@@ -109,15 +109,9 @@ class Reader:
         if self._buffer.numel() < high - low:
             self._buffer = torch.empty(high - low, dtype=torch.uint8)
         memory = self._buffer[: high - low]
-        view = memory.numpy().data
+        view, key, crc32 = memory.numpy().data, self.found.key(piece.file), piece.crc32[low // BLOCK_BYTES :]
         try:
-            bad = read_blocks(
-                self.found.storage,
-                self.found.key(piece.file),
-                stored.start + low,
-                view,
-                piece.crc32[low // BLOCK_BYTES :],
-            )
+            bad = read_blocks(self.found.storage, key, stored.start + low, view, crc32)
         except UnreadableError as error:
             raise DamagedError(f"{self._where(piece)}: {error}") from error
         self.bytes_read += high - low

@@ -306,7 +306,12 @@ def _make_folder(path: Path) -> None:
         path.mkdir()
     if not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
-    _flush_folder(path.parent)
+    try:
+        _flush_folder(path.parent)
+    except OSError:
+        with suppress(OSError):
+            path.rmdir()  # so that the next attempt flushes again
+        raise
 
 
 def _remove_if_empty(path: Path) -> None:

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, PaginationError
 
 from internlm_lite.checkpoint.storage.base import Bytes, ForeignObjectError, StoredObject, UnreadableError, check_key
 from internlm_lite.checkpoint.storage.s3_client import connect
@@ -32,6 +32,7 @@ _READ_BYTES = 16 * 1024 * 1024
 _STEP_BYTES = 256 * 1024
 _BATCH = 1000
 """Maximum number of objects per delete request."""
+_MOST_OBJECTS = 2_000_000
 _NOT_MET = ("PreconditionFailed", "412")
 _NOT_KNOWN = ("NotImplemented", "501", "MethodNotAllowed", "405", "InvalidArgument", "InvalidRequest", "400")
 
@@ -169,8 +170,8 @@ class S3Storage:
 
     def size(self, key: str) -> int | None:
         with suppress(UnreadableError):
-            found = self._calls.run("look up", key, partial(self._client.head_object, **self._names(key)))
-            return int(found["ContentLength"])
+            names = self._names(key)
+            return self._calls.run("look up", key, lambda: int(self._client.head_object(**names)["ContentLength"]))
         return None
 
     def list(self, folder: str) -> list[StoredObject]:
@@ -227,12 +228,26 @@ class S3Storage:
                         raise
 
     def _pages(self, what: str, field: str, below: str) -> Sequence[Any]:
-        """All pages of a listing of objects or uploads whose name starts with `below`."""
+        """All pages of a listing of objects or uploads whose name starts with `below`. Raises RefusedError if there is
+        no end of it."""
         pages = self._client.get_paginator(what).paginate(Bucket=self._bucket, Prefix=below)
         key = below.removeprefix(self._prefix).rstrip("/")
-        items = self._calls.run("list", key, lambda: [item for page in pages for item in page.get(field, [])])
-        # Filtered again: with a server that ignores Prefix we would delete or abort what belongs to others.
-        return [item for item in items if item["Key"].startswith(below)]
+        found: dict[tuple[str, str], Any] = {}
+
+        def request() -> None:
+            deadline = self._calls.deadline()
+            for page in pages:
+                before = len(found)
+                # Filtered again: with a server that ignores Prefix we would delete or abort what belongs to others.
+                items = (item for item in page.get(field, []) if item["Key"].startswith(below))
+                found.update({(item["Key"], item.get("UploadId", "")): item for item in items})
+                if len(found) > before:
+                    deadline = self._calls.deadline()
+                if time.monotonic() > deadline or len(found) > _MOST_OBJECTS:
+                    raise PaginationError(message="no end")
+
+        self._calls.run("list", key, request)
+        return list(found.values())
 
     def _names(self, key: str) -> dict[str, str]:
         """The arguments Bucket and Key of a request. Raises StorageError for an invalid key."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from internlm_lite.checkpoint.storage.base import Bytes, ForeignObjectError, StoredObject, UnreadableError, check_key
-from internlm_lite.checkpoint.storage.retry import FailedAttempt, keep_trying
+from internlm_lite.checkpoint.storage.retry import FailedAttempt, Patience
 from internlm_lite.errors import StorageError
 
 T = TypeVar("T")
@@ -231,19 +231,23 @@ class LocalStorage:
     def _run(self, verb: str, key: str, request: Callable[[], T], *, once: bool = False) -> T:
         """`request()`, repeated while its OSError may pass. Raises UnreadableError if a read failed because of the
         object, else StorageError."""
+        patience = Patience(self.deadline_seconds)
+        while True:
+            try:
+                return request()
+            except OSError as error:
+                failed = self._judge(verb, key, error, once=once)
+            patience.wait_after(failed)
+
+    def _judge(self, verb: str, key: str, error: OSError, *, once: bool) -> FailedAttempt:
+        lost = verb == "read" and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EIO)
+        hint = _HINTS.get(error.errno or 0, "see the system's log")
         where = f"{self.name}/{key}" if key else self.name
-
-        def judge(error: Exception) -> FailedAttempt:
-            assert isinstance(error, OSError)
-            lost = verb == "read" and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EIO)
-            hint = _HINTS.get(error.errno or 0, "see the system's log")
-            return FailedAttempt(
-                text=f"cannot {verb} {where}: {error.strerror or error} ({hint})",
-                error=UnreadableError if lost else StorageError,
-                passing=error.errno in _PASSING and not once,
-            )
-
-        return keep_trying(request, (OSError,), judge, self.deadline_seconds)
+        return FailedAttempt(
+            text=f"cannot {verb} {where}: {error.strerror or error} ({hint})",
+            error=UnreadableError if lost else StorageError,
+            passing=error.errno in _PASSING and not once,
+        )
 
 
 @contextmanager

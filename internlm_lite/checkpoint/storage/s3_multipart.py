@@ -95,7 +95,7 @@ class MultipartUpload:
 
     def write(self, parts: Iterable[bytearray], *, with_md5: bool) -> int:
         """Send all parts and complete the upload; returns the object's size in bytes."""
-        size, tags, waiting = 0, [], deque[Future[str]]()
+        size, tags, waiting = 0, [], deque[Future[Any]]()
         try:
             with ThreadPoolExecutor(PARALLEL, thread_name_prefix="s3-put") as pool:
                 for number, part in enumerate(parts, 1):
@@ -106,20 +106,23 @@ class MultipartUpload:
                         )
                     size += len(part)
                     if len(waiting) == PARALLEL:
-                        tags.append(waiting.popleft().result())
+                        tags.append(self._tag(waiting.popleft()))
                     body = content(part, self._calls, with_md5=with_md5)
-                    send = partial(self._send, PartNumber=number, **body)
+                    send = partial(self._client.upload_part, PartNumber=number, **body, **self._names)
                     run = partial(self._calls.run, f"write part {number} of", self._key, send, body=body["Body"])
                     waiting.append(pool.submit(run))
-                tags += [future.result() for future in waiting]
+                tags += map(self._tag, waiting)
             self._complete(tags, size)
         except BaseException:
             self._abort()
             raise
         return size
 
-    def _send(self, **part: Any) -> str:
-        return str(self._client.upload_part(**part, **self._names)["ETag"])
+    def _tag(self, sent: Future[Any]) -> str:
+        tag = sent.result().get("ETag")
+        if tag is None:
+            raise StorageError(f"cannot write {self._key}: what answers is no S3 server: is the endpoint right?")
+        return str(tag)
 
     def _complete(self, tags: list[str], size: int) -> None:
         """Complete the upload. After a lost answer the upload may no longer exist: then look for the object."""

@@ -20,7 +20,7 @@ from urllib3.exceptions import HTTPError
 from urllib3.exceptions import ReadTimeoutError as SilenceError
 
 from internlm_lite.checkpoint.storage.base import UnreachableError, UnreadableError
-from internlm_lite.checkpoint.storage.retry import FailedAttempt, keep_trying
+from internlm_lite.checkpoint.storage.retry import FailedAttempt, Patience
 from internlm_lite.errors import StorageError
 
 T = TypeVar("T")
@@ -102,23 +102,24 @@ class Calls:
 
         Raises UnreadableError if the object is absent, else RefusedError (NoAnswerError after timeouts).
         """
-        where = f"{self._name}/{key}" if key else self._name
-
-        def attempt() -> T:
+        patience = Patience(self._deadline_seconds)
+        while True:
             if body is not None:
                 body.seek(0)
-            return request()
+            try:
+                return request()
+            except _FAILURES as error:
+                failed = self._judge(f"cannot {verb} {f'{self._name}/{key}' if key else self._name}", error, once=once)
+            patience.wait_after(failed)
 
-        def judge(error: Exception) -> FailedAttempt:
-            trouble = diagnose(error)
-            refused = partial(NoAnswerError if trouble.timeout else RefusedError, code=trouble.code)
-            return FailedAttempt(
-                text=f"cannot {verb} {where}: {self._without_secrets(trouble.text)}{self._hint}",
-                error=UnreadableError if trouble.absent else refused,
-                passing=trouble.passing and not once,
-            )
-
-        return keep_trying(attempt, _FAILURES, judge, self._deadline_seconds)
+    def _judge(self, what: str, error: Exception, *, once: bool) -> FailedAttempt:
+        trouble = diagnose(error)
+        refused = partial(NoAnswerError if trouble.timeout else RefusedError, code=trouble.code)
+        return FailedAttempt(
+            text=f"{what}: {self._without_secrets(trouble.text)}{self._hint}",
+            error=UnreadableError if trouble.absent else refused,
+            passing=trouble.passing and not once,
+        )
 
     def _without_secrets(self, text: str) -> str:
         for secret in self._secrets:

@@ -321,10 +321,12 @@ class ParallelConfig(Section):
 
 
 class GuardConfig(Section):
-    """(new) What happens on numerical problems. A step whose loss or gradient is not finite is always skipped."""
+    """(new) What happens on numerical problems. A step whose loss or gradient is not finite, or that has no label, is
+    always skipped, and no checkpoint is saved whose numbers are not finite."""
 
     max_bad_steps: Positive | None = None
-    """More consecutive skipped steps than this end the run with exit code 7; None: 50 with torch.float16, else 10."""
+    """More consecutive skipped steps than this end the run with exit code 7; None: 50 for overflows with torch.float16,
+    else 10."""
     spike: Literal["note", "skip", "rollback"] = "note"
     """What to do about a step whose loss or gradient norm is an outlier. "note": a warning and an event. "skip": also
     skip its update. "rollback": also return to the newest checkpoint before it, and continue with the data after it.

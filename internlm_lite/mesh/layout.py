@@ -5,7 +5,7 @@ Initialisation, gradient norm, ZeRO, checkpoints and planner read it; no code ma
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -91,6 +91,25 @@ class LocalShard:
     box: Box
     flat_range: tuple[int, int] | None
     tensor: torch.Tensor
+    non_negative: bool = False
+    """Whether a negative number in `tensor` is an error."""
+
+
+def is_sound(tensor: torch.Tensor, *, non_negative: bool) -> torch.Tensor:
+    """Whether all elements (at least one) are finite and, if asked, none is negative: bool device scalar. One pass."""
+    low, high = tensor.detach().aminmax()  # both are NaN if an element is
+    return (low >= 0 if non_negative else low.isfinite()) & high.isfinite()
+
+
+def first_problem(shards: Sequence[LocalShard]) -> str | None:
+    """Names the first of `shards` that is not sound; None: all are. Waits for the device once."""
+    shards = [shard for shard in shards if shard.tensor.numel()]
+    flags = [is_sound(shard.tensor, non_negative=shard.non_negative) for shard in shards]
+    if not flags or torch.stack(flags).all():
+        return None
+    bad = shards[[flag.item() for flag in flags].index(False)]
+    finite = bool(bad.tensor.isfinite().all())
+    return f"{bad.role} of {bad.name} holds {'negative numbers' if finite else 'NaN or infinity'}"
 
 
 class Parameter(nn.Parameter):

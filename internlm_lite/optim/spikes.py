@@ -38,8 +38,8 @@ class SpikeGuard:
     def judge(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add one step's mean loss and gradient norm, fp64 device scalars, to the history. Does not read the device.
 
-        Returns ([2] z-scores of loss and norm, 0 without a spike; bool scalar: whether to skip this step, because it is
-        a spike and guard.spike is not "note", or because its loss is not finite)."""
+        Returns ([2] z-scores of loss and norm, 0 without a spike; bool scalar: whether to skip this step because it is
+        a spike and guard.spike is not "note")."""
         logs = torch.stack((loss, norm)).log()
         median = self._logs.nanmedian(dim=1).values
         deviation = _NORMAL * (self._logs - median[:, None]).abs().nanmedian(dim=1).values
@@ -47,7 +47,7 @@ class SpikeGuard:
         known = self._count >= min(_LEAST_HISTORY, self._logs.shape[1])
         spikes = torch.where(known & (scores > self._limit) & scores.isfinite(), scores, 0.0)
         self._remember(logs)
-        return spikes, (spikes > 0).any() & self._skips_outliers | ~loss.isfinite()
+        return spikes, (spikes > 0).any() & self._skips_outliers
 
     def _remember(self, logs: torch.Tensor) -> None:
         finite = logs.isfinite().all()

@@ -162,7 +162,7 @@ def _read(outcome: StepOutcome) -> list[float]:
     scalars = (
         outcome.norm_model_dtype,
         outcome.norm_fp32,
-        outcome.skipped_steps,
+        outcome.skips.skipped_steps,
         outcome.loss_scale,
         outcome.next_lr,
     )

@@ -4,7 +4,7 @@
     raise            an error of the program                      memory   asks for more than RLIMIT_AS allows
     sleep stuck      for ever in its data, in a forward pass      full     fills the disk of the working directory
     nan blow         gradient of one layer * nan, * 10000         flip     one bit of a weight, before they are compared
-    ruin             a nan in the master weights
+    ruin             a nan in the master weights      unlabelled     this rank's batch has no label
 
 Each comes before step FIRST is trained, or before every step of the range; FIRST of +5 counts from where this process
 begins. Signals come SECONDS later. Once, if steps are trained again after a rollback, or each time with a ! after KIND.
@@ -22,12 +22,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from internlm_lite.batch import IGNORE
 from internlm_lite.train import loop
 from internlm_lite.train.trainer import Trainer
 
@@ -111,6 +112,9 @@ def install(faults: list[Fault]) -> None:
         due = [fault for fault in faults if fault.due(step, first) and (step > last or fault.again)]
         last = max(last, step)
         undo = [before(fault, trainer) for fault in due]
+        if any(fault.kind == "unlabelled" for fault in due):
+            none = torch.full_like(batch.labels, IGNORE)
+            batch = replace(batch, labels=none, stats=replace(batch.stats, num_labels=0))
         outcome = train_step(trainer, batch, step, **hooks)
         for each in undo:
             each()

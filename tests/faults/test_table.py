@@ -17,6 +17,9 @@ full disk while a rank hangs   code 4 all the same                              
 corrupted shard at a restart   the snapshot before it, the same bits
 nan in a layer's gradient      left out and counted; the 11th in a row: code 7, snapshots kept  a step
 nan in one tensor rank's copy  left out and counted                                             a step
+nan or inf in the state        code 7 at the next save, which names the tensor and is not made  the next save
+forward pass not finite        left out; never saved, also in fp16, nor at a stop: code 7       11 steps
+batches without a label        left out; the 11th in a row: code 2                              11 steps
 overflow at the scale's floor  code 7                                                           a step
 one flipped bit of a weight    rank named, code 7                                               the next check
 a spike                        noted, left out, or rolled back; back too often: code 7          a step
@@ -239,7 +242,7 @@ def test_nan_in_one_layer_is_skipped_until_max_bad_steps(tmp_path: Path) -> None
 def test_no_snapshots_of_ruined_weights(undisturbed: Any, tmp_path: Path) -> None:
     with Job(tmp_path, 2, *arguments("monitor.log_every=60"), faults="ruin 1 21") as job:
         assert job.codes() == [7, 7], job.output()[-6000:]
-    assert "step 31: the last 11 updates were left out" in job.output(0), "whatever log_every is"
+    assert "step 31: the loss is not finite since step 21" in job.output(0), "whatever log_every is"
     assert [name.step for name in snapshots(tmp_path)] == [20, 10]
     with Job(tmp_path, 2, *arguments()) as job:
         job.finish()
@@ -250,9 +253,20 @@ def test_no_snapshots_of_ruined_weights(undisturbed: Any, tmp_path: Path) -> Non
 def test_no_final_checkpoint_of_ruined_weights(then: str, tmp_path: Path) -> None:
     with Job(tmp_path, 2, *arguments(steps=20), faults=f"ruin 1 13{then}") as job:
         assert job.codes() == [7, 7], job.output()[-6000:]
-    assert "the weights are not finite, so they are not saved" in job.output(0)
+    assert "rank 1: step " in job.output(0) and "holds NaN or infinity, so nothing is saved" in job.output(0)
     assert [name.step for name in snapshots(tmp_path)] == [10]
     assert not committed(LocalStorage(tmp_path / "saves"))
+
+
+def test_batches_without_labels_end_run(tmp_path: Path) -> None:
+    """Each rank has none in some steps, which is no reason; then no rank has."""
+    faults = "unlabelled 0 2-12;unlabelled * 14;unlabelled * 20-40"
+    with Job(tmp_path, 2, *arguments(), faults=faults) as job:
+        assert job.codes() == [2, 2], job.output()[-6000:]
+    assert "step 30: no token of the last 11 batches has a label" in report(tmp_path)["cause"]["message"]
+    lines = {line["step"]: line for line in metrics_of(tmp_path)}
+    assert [lines[step]["inf_nan_skip_batches"] for step in (13, 14, 19, 29)] == [0, 1, 1, 11]
+    assert lines[13]["lr"] != lines[12]["lr"] and lines[14]["lr"] == lines[13]["lr"], "lr of the next step"
 
 
 def test_overflow_at_min_loss_scale_ends_run(tmp_path: Path) -> None:

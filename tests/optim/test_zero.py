@@ -1,5 +1,7 @@
 """The hybrid ZeRO optimizer against torch.optim.AdamW on one process, in fp64, and its other guarantees."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -72,7 +74,7 @@ def train(mesh: Mesh, cfg: Config, dtype: torch.dtype = torch.float64, bad_step:
         outcome = optimizer.step(step, num_labels=MICRO * ROWS // mesh.dp.size // 2, global_tokens=MICRO * ROWS)
         norms.append((outcome.norm_model_dtype.square() + outcome.norm_fp32.square()).sqrt().item())
         rates.append(outcome.next_lr.item())
-        skipped.append(outcome.consecutive_skips.item() > 0)
+        skipped.append(outcome.skips.consecutive_skips.item() > 0)
         scales.append(outcome.loss_scale.item())
     optimizer.wait_weights()
     weights = {p.shard_spec.name: p.detach().clone() for u in units for p in u.parameters() if isinstance(p, Parameter)}
@@ -230,7 +232,7 @@ def test_a_skipped_step_changes_nothing():
     optimizer.begin(1)
     (loss_of(units, rows(0, 0).half()) * float("nan")).backward()
     outcome = optimizer.step(0, num_labels=8, global_tokens=8)
-    assert outcome.consecutive_skips.item() == 1
+    assert outcome.skips.consecutive_skips.item() == 1
     assert all(torch.equal(a, p.tensor) for a, p in zip(before, optimizer.pieces(), strict=True))
     assert optimizer.state_dict()["good_steps"] == 0
     assert optimizer.state_dict()["adam_steps"] == 0
@@ -252,15 +254,15 @@ def test_the_learning_rate_of_a_skipped_step_is_used_again():
         optimizer.begin(1)
         outcome = optimizer.step(step, num_labels=8, global_tokens=8)
         assert outcome.next_lr.item() == learning_rate(max(0, step - 1), cfg.adam.lr, cfg.lr_scheduler)
-        assert outcome.consecutive_skips.item() == (step + 1 if step < 2 else 0)
+        assert outcome.skips.consecutive_skips.item() == (step + 1 if step < 2 else 0)
 
 
 def test_consecutive_overflows_are_counted_separately_and_resumed():
     def step(kind: str) -> tuple[int, int]:
         optimizer.buckets[0].grads.fill_(float("nan") if kind == "overflow" else 1.0)
         optimizer.begin(1)
-        outcome = optimizer.step(0, 8, 8, loss_sum=1.0 if kind == "good" else float("nan"))
-        return int(outcome.consecutive_skips), int(outcome.consecutive_overflows)
+        outcome = optimizer.step(0, 8, 8, loss_sum=float("nan") if kind == "bad loss" else 1.0)
+        return int(outcome.skips.consecutive_skips), int(outcome.skips.consecutive_overflows)
 
     def fresh() -> HybridZeroOptimizer:
         return HybridZeroOptimizer([Unit("layers.0", torch.float64)], config(), single_process_mesh(), torch.float64)
@@ -272,6 +274,43 @@ def test_consecutive_overflows_are_counted_separately_and_resumed():
     optimizer = fresh()
     optimizer.load_state_dict(saved, moments=True)
     assert step("overflow") == (2, 2)
-    del saved["overflows_in_a_row"], saved["skips_in_a_row"]
+    for name in [name for name in saved if name.endswith("_in_a_row")]:
+        del saved[name]
     optimizer.load_state_dict(saved, moments=True)
     assert step("overflow") == (1, 1), "an older checkpoint"
+
+
+@pytest.mark.parametrize(("loss", "labels", "counter"), [(math.nan, 8, "bad_losses"), (0.0, 0, "unlabelled")])
+def test_a_bad_forward_pass_and_a_step_without_labels_say_nothing_about_the_loss_scale(
+    loss: float, labels: int, counter: str
+) -> None:
+    optimizer = HybridZeroOptimizer([Unit("layers.0", torch.float16)], config(), single_process_mesh(), torch.float16)
+    before = {(p.name, p.role): p.tensor.clone() for p in optimizer.pieces()}
+    counters = optimizer.state_dict()
+    optimizer.begin(1)
+    optimizer.buckets[0].grads.fill_(loss)
+    outcome = optimizer.step(0, num_labels=labels, global_tokens=8, loss_sum=loss)
+    assert getattr(outcome.skips, f"consecutive_{counter}").item() == outcome.skips.consecutive_skips.item() == 1
+    assert outcome.skips.consecutive_overflows.item() == 0
+    assert all(torch.equal(p.tensor, before[p.name, p.role]) for p in optimizer.pieces()), "no decay either"
+    assert optimizer.state_dict() == counters | {"skipped_steps": 1, "skips_in_a_row": 1, f"{counter}_in_a_row": 1}
+
+
+@pytest.mark.parametrize(
+    ("role", "value", "words"),
+    [
+        ("master", math.nan, "NaN or infinity"),
+        ("exp_avg", -math.inf, "NaN or infinity"),
+        ("exp_avg_sq", math.inf, "NaN or infinity"),
+        ("exp_avg_sq", -1e-30, "negative numbers"),
+        ("exp_avg", -1e-30, None),
+        ("exp_avg_sq", -0.0, None),
+    ],
+)
+def test_a_number_that_no_healthy_run_has_is_named(role: str, value: float, words: str | None) -> None:
+    units = [Unit(f"layers.{i}", torch.bfloat16) for i in range(2)]
+    optimizer = HybridZeroOptimizer(list(units), config(), single_process_mesh(), torch.bfloat16)
+    assert optimizer.problem() is None
+    piece = next(p for p in optimizer.pieces() if (p.role, p.name) == (role, "layers.1.weight"))
+    piece.tensor.view(-1)[-1] = value
+    assert optimizer.problem() == (None if words is None else f"{role} of layers.1.weight holds {words}")

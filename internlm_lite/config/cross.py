@@ -147,12 +147,13 @@ def _schedule(config: Config) -> Iterator[Problem]:
             (_OVERLAP, _SCHEDULE),
             f'found False with {_SCHEDULE} "zbv", which always receives early; set it to True, or take "interleaved"',
         )
-    elif (
-        config.schedule == "interleaved"
-        and not pipeline.interleaved_overlap
-        and (torch := _torch()) is not None
-        and torch.release < (2, 13)
-    ):
+    elif config.schedule == "zbv" and (torch := _old_torch()):
+        # It sends from one stage to the next on the same rank, which gloo refuses.
+        yield Problem(
+            (_SCHEDULE,),
+            f'found "zbv" with torch {torch}, expected torch 2.13 or newer; install it, or take "interleaved"',
+        )
+    elif config.schedule == "interleaved" and not pipeline.interleaved_overlap and (torch := _old_torch()):
         yield Problem((_OVERLAP,), f"found False with torch {torch}, expected torch 2.13 or newer; set it to True")
     elif config.schedule == "interleaved" and micro_num % pipeline.size:
         yield Problem(
@@ -162,12 +163,13 @@ def _schedule(config: Config) -> Iterator[Problem]:
         )
 
 
-def _torch() -> Version | None:
-    """The installed version of torch, read without importing it; None if unknown: the pipeline checks again."""
+def _old_torch() -> Version | None:
+    """The installed version of torch, read without importing it, if it is known to be older than 2.13."""
     try:
-        return Version(version("torch") or "")
+        found = Version(version("torch") or "")
     except (PackageNotFoundError, InvalidVersion):
         return None
+    return found if found.release < (2, 13) else None
 
 
 def _sequence(config: Config) -> Iterator[Problem]:

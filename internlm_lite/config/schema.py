@@ -434,6 +434,9 @@ class Config(Section):
     """Monitoring."""
     guard: GuardConfig = GuardConfig()
     """Guard."""
+    deterministic: bool = False
+    """(new) Repeat the same bits on a GPU: use only algorithms that add in a fixed order, which are slower, above all
+    in the backward pass of attention. Without it a repeated or resumed run agrees to rounding; on a CPU to the bit."""
     cudnn_deterministic: bool = False
     """torch.backends.cudnn.deterministic."""
     cudnn_benchmark: bool = False

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from internlm_lite.config.schema import Config
+from internlm_lite.mesh import comm
 from internlm_lite.mesh.layout import LocalShard, Parameter, first_problem, is_sound
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.buckets import Bucket, build_buckets
@@ -183,7 +184,7 @@ class HybridZeroOptimizer:
             for _, tensors in self.shards()
             for role, flat in tensors.items()
         ]
-        return None if torch.stack(flags).all() else first_problem(list(self.pieces()))
+        return None if comm.read(torch.stack(flags).all()) else first_problem(list(self.pieces()))
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, JSON-able; `pieces()` has the tensors. Reads the device."""

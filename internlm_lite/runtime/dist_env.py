@@ -68,6 +68,14 @@ def set_defaults(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("GOMP_SPINCOUNT", "10000")
     # torch's warnings about connections have 40 lines of C++ frames each; our errors explain the cause.
     environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Without these, NCCL's own threads end a process that lost a peer by SIGABRT, before the watchdog can say which.
+    environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
+    # Rows of changing composition would otherwise split the GPU's memory into pieces too small to use.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in environ:
+        environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # What `deterministic=True` needs before the first product; on Hopper also the default.
+    environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # wandb's own process must not send reports of its errors.
     environ.setdefault("WANDB_ERROR_REPORTING", "false")
 

@@ -22,6 +22,7 @@ from internlm_lite.checkpoint.format.manifest import Kind
 from internlm_lite.config.schema import CkptConfig, Config
 from internlm_lite.errors import DataError, NumericsError
 from internlm_lite.faults.signals import StopSignals
+from internlm_lite.mesh import comm
 from internlm_lite.optim.grad_norm import Requests
 from internlm_lite.optim.zero import StepOutcome
 from internlm_lite.train.reporter import Reporter
@@ -316,7 +317,7 @@ def bad_losses_error(count: int, step: int) -> NumericsError:
 
 def _was_skipped(outcome: StepOutcome) -> bool:
     """Whether this step's update was skipped. Reads the device, so it is called only when a save is due."""
-    return outcome.skips.consecutive_skips.item() > 0
+    return bool(comm.read(outcome.skips.consecutive_skips) > 0)
 
 
 def due_kind(

@@ -13,6 +13,7 @@ import torch
 
 from internlm_lite.batch import Batch
 from internlm_lite.config.schema import Config
+from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.stages import model_flops_per_token
 from internlm_lite.monitor.flops import internlm_flops_per_token, mfu, tflops_per_gpu
@@ -166,7 +167,7 @@ def _read(outcome: StepOutcome) -> list[float]:
         outcome.loss_scale,
         outcome.next_lr,
     )
-    values: list[float] = torch.stack([scalar.double() for scalar in scalars]).tolist()
+    values: list[float] = comm.read(torch.stack([scalar.double() for scalar in scalars]))
     return values
 
 

@@ -529,7 +529,7 @@ def test_zbv_needs_interleaved_overlap() -> None:
     ]
 
 
-def test_old_torch_needs_interleaved_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_torch_lacks_some_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross, "version", lambda package: "2.12.1+cu128")
     text = GOOD.replace("num_layers=4", "num_layers=4, num_chunks=2")
     assert problems(text.replace("tensor=2", "pipeline=dict(size=2, interleaved_overlap=False)")) == [
@@ -537,6 +537,10 @@ def test_old_torch_needs_interleaved_overlap(monkeypatch: pytest.MonkeyPatch) ->
         "newer; set it to True"
     ]
     assert problems(text.replace("tensor=2", "pipeline=dict(size=2)")) == []
+    assert problems(text.replace("tensor=2", "pipeline=dict(size=2, schedule='zbv')")) == [
+        'bad.py:23: parallel.pipeline.schedule: found "zbv" with torch 2.12.1+cu128, expected torch 2.13 or newer; '
+        'install it, or take "interleaved"'
+    ]
 
 
 @pytest.mark.parametrize("found", [None, "2.12.0-internal", PackageNotFoundError("torch")])

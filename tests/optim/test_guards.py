@@ -14,7 +14,7 @@ from internlm_lite.errors import NumericsError
 from internlm_lite.mesh.layout import parameter, whole
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.replicas import ReplicaMismatch, check_replicas, checksum, mismatches
-from internlm_lite.optim.spikes import SpikeGuard
+from internlm_lite.optim.spikes import SpikeGuard, nanmedians
 from internlm_lite.optim.zero import HybridZeroOptimizer
 from tests.optim.test_zero import Unit, config
 from tests.world import run_world
@@ -87,6 +87,15 @@ def test_a_step_that_is_not_finite_is_not_in_the_history() -> None:
     before = guard.state_dict()
     assert _judge(guard, math.nan, math.inf) == ([0.0, 0.0], False), "no spike: skips.py skips it"
     assert guard.state_dict() == before
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_medians_are_those_of_torch(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randn(3, 1 + seed, generator=draw, dtype=torch.float64)
+    rows[torch.rand(rows.shape, generator=draw) < 0.3] = math.nan
+    rows[2] = math.nan
+    assert torch.equal(nanmedians(rows).nan_to_num(7), rows.nanmedian(dim=1).values.nan_to_num(7))
 
 
 def test_no_spikes_without_history() -> None:

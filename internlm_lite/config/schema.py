@@ -255,6 +255,9 @@ class ModelConfig(Section):
     """(new) Keep norm weights in fp32 when the model is half precision."""
     use_flash_attn: bool = True
     """True: the fastest attention available (flash-attn, torch varlen, SDPA). False: the SDPA reference."""
+    compile: bool = False
+    """(new) torch.compile what is before and after attention in a block, and the loss: fewer kernels, less traffic, and
+    a start that takes a minute longer. Training passes only. Rounds differently. Needs parallel.tensor=1."""
     num_chunks: Positive = 1
     """Stages per pipeline rank; > 1: interleaved schedule, unless parallel.pipeline.schedule is "zbv"."""
     no_bias: bool = False

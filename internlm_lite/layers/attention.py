@@ -34,11 +34,19 @@ class Attention(CostedLayer):
         self.wo = RowLinear(f"{name}.wo", hidden_size, hidden_size, tp_ctx, init_std=output_std(config), bias=bias)
 
     def forward(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
+        return self.output(attend(self.layer, *self.project(x, rotary)))
+
+    def project(self, x: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated queries [T, heads, head_dim], rotated keys and values [T, kv_heads, head_dim], of this rank."""
         (qkv,) = columns(x, self.wqkv)
         heads = qkv.view(qkv.shape[0], -1, self.queries + 2, self.head_dim)  # [T, Hkv, g + 2, D]
         q, k, v = heads.split([self.queries, 1, 1], dim=2)
-        mixed = attend(self.layer, rotary(q).flatten(1, 2), rotary(k).squeeze(2), v.squeeze(2))
-        return self.wo(mixed.flatten(1))
+        return rotary(q).flatten(1, 2), rotary(k).squeeze(2), v.squeeze(2)
+
+    def output(self, mixed: torch.Tensor) -> torch.Tensor:
+        """What `attend` returned, [T, heads, head_dim] -> outside."""
+        y: torch.Tensor = self.wo(mixed.flatten(1))
+        return y
 
     def flops_per_token(self, seq_len: int) -> int:
         query_features = self.wo.weight.shard_spec.shape[1]

@@ -119,8 +119,12 @@ class Parameter(nn.Parameter):
     grads_per_microbatch: int = 1
     """Gradient accumulations per micro-batch: 2 for a tied weight whose two stages are on one rank, else 1."""
     manual_grad: bool = False
-    """True: a layer adds to `grad` itself and then calls `on_manual_grad`, instead of autograd and its hooks."""
-    on_manual_grad: Callable[[Parameter], object] | None = None
+    """True: its layer adds the gradient to `main_grad`, if there is one. False: autograd adds it to `grad`."""
+    deferred_grad: bool = False
+    """True: its gradient is added after the backward pass (`layers.weight_grads`), which then calls `on_grad`."""
+    main_grad: torch.Tensor | None = None
+    """The buffer of a `manual_grad` parameter, in the dtype of accumulation; None: there is no optimizer."""
+    on_grad: Callable[[Parameter], object] | None = None
     """Called with the parameter after each accumulation; set by the optimizer (`optim.reduce`)."""
 
 

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.attention import Attention
+from internlm_lite.layers.compiled import compiled
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape, add_bytes
 from internlm_lite.layers.embedding import Embedding
 from internlm_lite.layers.flash import Attend, AttentionBackend
@@ -50,7 +51,12 @@ class StageSpec:
 
 
 class Block(CostedLayer):
-    """x -> same shape, both outside split layers. `recompute`: save only x, and run again in the backward pass."""
+    """x -> same shape, both outside split layers. `recompute`: save only x, and run again in the backward pass.
+
+    With model.compile a training pass runs what is before attention and what is after it as one compiled graph each,
+    the same for all layers: elementwise work is fused. Attention stays outside, so that neither its kernel nor the
+    documents of a row are part of a graph.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, tp_ctx: TensorParallelContext) -> None:
         super().__init__()
@@ -63,6 +69,9 @@ class Block(CostedLayer):
         self.attention = Attention(f"{name}.attention", layer, config, tp_ctx)
         self.ffn_norm = build_norm(f"{name}.ffn_norm", config, tp_ctx)
         self.feed_forward = SwiGLU(f"{name}.feed_forward", config, tp_ctx)
+        self._halves = (Block._before_attention, Block._after_attention)
+        before, after = self._halves
+        self._training_halves = (compiled(before), compiled(after)) if config.compile else self._halves
 
     def forward(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
         # Checkpointing inside `forward`: forward hooks run once per step, and not again in the recomputation.
@@ -71,10 +80,17 @@ class Block(CostedLayer):
         return self._run(x, rotary, attend)
 
     def _run(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
+        before, after = self._training_halves if torch.is_grad_enabled() else self._halves
+        return after(self, x, attend(self.attention.layer, *before(self, x, rotary)))
+
+    def _before_attention(self, x: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.attention.project(x if self.post_norm else self.attention_norm(x), rotary)
+
+    def _after_attention(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention.output(mixed)
         if self.post_norm:
-            x = self.attention_norm(x + self.attention(x, rotary, attend))
+            x = self.attention_norm(x)
             return self.ffn_norm(x + self.feed_forward(x))
-        x = x + self.attention(self.attention_norm(x), rotary, attend)
         return x + self.feed_forward(self.ffn_norm(x))
 
     def saved_bytes(self, row: RowShape, *, recompute: bool | None = None) -> Bytes:

@@ -68,7 +68,7 @@ class HybridZeroOptimizer:
         zero = config.hybrid_zero_optimizer
         params = [cast(Parameter, param) for unit in units for param in unit.parameters()]
         self.buckets = build_buckets(params, mesh.zero, config)
-        self._reducer = GradReducer(self.buckets, mesh, overlap=zero.overlap_sync_grad)
+        self._reducer = GradReducer(self.buckets, units, mesh, overlap=zero.overlap_sync_grad)
         self._gatherer = WeightGatherer(self.buckets, units, mesh.zero, overlap=zero.overlap_sync_param)
         self._skips = SkipDecider(config, model_dtype, mesh.device)
         rule = RULES[config.optimizer.name]

@@ -47,7 +47,7 @@ model = dict(
 )
 parallel = dict(zero1=-1, tensor=1)
 """
-_LIMITS = {"float32": 1e-4, "tf32": 5e-3, "bfloat16": 2e-2, "float16": 2e-2}
+_LIMITS = {"float32": 1e-4, "tf32": 5e-3, "bfloat16": 2e-2, "float16": 2e-2, "bfloat16, compiled": 2e-2}
 """Largest allowed relative error of the loss in 12 steps."""
 
 Steps = dict[int, dict[str, Any]]
@@ -93,9 +93,13 @@ def _start(check: Check, tag: str, *overrides: str, device: str | None = None) -
 
 
 def train_curves(check: Check) -> None:
-    """12 steps in every dtype; compares the loss of each step with fp32 on the CPU."""
+    """12 steps in every dtype, eager and compiled; compares the loss of each step with fp32 on the CPU."""
     reference = _start(check, "cpu", device="cpu")
-    jobs = {dtype: _start(check, dtype, f"DTYPE=torch.{dtype}") for dtype in _LIMITS}
+    jobs = {}
+    for kind in _LIMITS:
+        dtype, _, compiled = kind.partition(", ")
+        if not (compiled and check.smoke):  # the C++ compiler would take minutes
+            jobs[kind] = _start(check, kind, f"DTYPE=torch.{dtype}", f"model.compile={bool(compiled)}")
     expected, worst = reference.steps(), {}
     for dtype, job in jobs.items():
         got = job.steps()

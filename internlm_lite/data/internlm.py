@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from internlm_lite.data.documents import file_digest, map_tokens, read_metadata
+from internlm_lite.data.documents import EmptyFileError, read_metadata
+from internlm_lite.data.files import TokenFile, file_digest, foreign, require_file
 from internlm_lite.errors import DataError
 
 CACHED_DOCUMENTS = 64
@@ -34,18 +35,17 @@ class InternLMDocuments:
         self.index_path = bin_path.with_name(bin_path.name + ".meta")
         self.metadata = read_metadata(bin_path)
         self._offsets, self.lengths = _read_meta(self.index_path)
-        n_bytes = bin_path.stat().st_size
-        if n_bytes == 0 or len(self.lengths) == 0:
+        self._file = TokenFile(bin_path)
+        n_bytes = self._file.n_bytes
+        if len(self.lengths) == 0 or n_bytes == 0:
+            kind = EmptyFileError if len(self.lengths) == n_bytes else DataError
+            raise kind(f"{bin_path}: found {n_bytes} bytes and {len(self.lengths)} documents, expected some; {REPAIR}")
+        last, n_tokens = int(self._offsets[-1]), sum(self.lengths.tolist())
+        if max(last + 1, n_tokens) > n_bytes:
             raise DataError(
-                f"{bin_path}: found {n_bytes} bytes and {len(self.lengths)} documents, expected some; {REPAIR}"
+                f"{bin_path}: found {n_bytes} bytes, but {self.index_path.name} points to byte {last} and promises "
+                f"{n_tokens} tokens: the .bin is truncated or the .meta belongs to another file; {REPAIR}"
             )
-        last = int(self._offsets[-1])
-        if last >= n_bytes:
-            raise DataError(
-                f"{bin_path}: found {n_bytes} bytes, but {self.index_path.name} points to byte {last}: the .bin is "
-                f"truncated or the .meta belongs to another file; {REPAIR}"
-            )
-        self._bytes = map_tokens(bin_path)
         self._decode = lru_cache(CACHED_DOCUMENTS)(self._read)
         self._decode(len(self.lengths) - 1)  # a truncated file ends in the middle of its last line
 
@@ -58,12 +58,13 @@ class InternLMDocuments:
     def _read(self, document: int) -> np.ndarray:
         """[length] int64"""
         start, length = int(self._offsets[document]), int(self.lengths[document])
-        stop = self._bytes.find(b"\n", start)
-        line = self._bytes[start : stop if stop >= 0 else len(self._bytes)]
+        is_last = document + 1 == len(self._offsets)
+        stop = self._file.n_bytes if is_last else int(self._offsets[document + 1])
+        line = self._file.read(start, stop - start).split(b"\n", 1)[0]
         where = f"{self.path}: document {document} at byte {start}"
         try:
             tokens = np.array(json.loads(line)["tokens"])
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise DataError(
                 f'{where}: expected {{"tokens": [...]}} on one line, found damage ({error}); {REPAIR}'
             ) from None
@@ -77,16 +78,20 @@ class InternLMDocuments:
 
 def _read_meta(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Byte offsets and lengths, both int64 [documents]."""
-    try:
-        meta = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{path}: expected a numpy array file, found damage ({error}); {REPAIR}") from None
-    if meta.ndim != 2 or meta.shape[1] != 2 or meta.dtype.kind not in "iu":
+    require_file(path)
+    try:  # mapped: a header may promise more rows than the file, and memory, holds
+        meta = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, TypeError, OverflowError, SyntaxError, EOFError, MemoryError, RecursionError) as error:
+        with path.open("rb") as file:
+            kind = foreign(file.read(32))
+        raise DataError(f"{path}: expected a numpy array file, found damage{kind} ({error}); {REPAIR}") from None
+    is_empty = meta.shape in ((0,), (0, 2))
+    if not is_empty and (meta.ndim != 2 or meta.shape[1] != 2 or meta.dtype.kind not in "iu"):
         raise DataError(
             f"{path}: found an array of shape {list(meta.shape)} and dtype {meta.dtype}, "
             f"expected integers [documents, 2]: (byte offset, number of tokens); {REPAIR}"
         )
-    offsets, lengths = meta.astype(np.int64).T
+    offsets, lengths = meta.astype(np.int64).reshape(-1, 2).T
     if np.any(lengths < 0) or np.any(offsets[:1] < 0) or np.any(np.diff(offsets) <= 0):
         raise DataError(f"{path}: offsets do not rise or a length is negative: the .meta is damaged; {REPAIR}")
     return np.ascontiguousarray(offsets), np.ascontiguousarray(lengths)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from internlm_lite.data.files import kind_of
 from internlm_lite.errors import DataError
 
 SPACE_MARK = "\u2581"
@@ -28,12 +29,15 @@ class Tokenizer:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            if (kind := kind_of(path)) != "a file":  # a FIFO blocks, a device may never end
+                raise DataError(
+                    f"tokenizer {path} is {kind}, expected a sentencepiece model; correct the path, or make one with "
+                    f"tools/tokenizer.py train"
+                )
             model = path.read_bytes()
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except OSError as error:
-            raise DataError(
-                f"tokenizer {path}: {error.strerror}; correct the path, or make one with tools/tokenizer.py train"
-            ) from None
+            raise DataError(f"tokenizer {path}: {error.strerror}; correct the path or its permissions") from None
         except RuntimeError:
             raise DataError(f"tokenizer {path}: found no sentencepiece model; give the .model file") from None
         self.sha256 = hashlib.sha256(model).hexdigest()
@@ -46,7 +50,7 @@ class Tokenizer:
         """Padding token; None: the model has none."""
         self.unk: int = self._processor.unk_id()
         """Token for unknown text."""
-        self.adds_space: bool = self._processor.encode("a", out_type=str)[0].startswith(SPACE_MARK)
+        self.adds_space: bool = "".join(self._processor.encode("a", out_type=str)).startswith(SPACE_MARK)
         """Whether the model adds a space before the text."""
         self._mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         if self._processor.unk_id() in self._mark_ids:  # a model without byte fallback

@@ -195,15 +195,19 @@ def tokenised(tmp_path_factory, tokenizer) -> Path:
     return root / "out"
 
 
-def test_vocabularies_must_agree(tokenised, tokenizer, tmp_path):
+def test_vocabularies_must_agree(tokenised, tokenizer, tmp_path, caplog):
     config = data_config(tokenised, tokenizer=str(tokenizer.path))
-    for fits in (VOCAB_SIZE, 512):  # the tokenizer's own, and padded to a multiple of 128
+    for fits in (VOCAB_SIZE, 512, 640, 103_168):
         assert open_training_data(config, fits, 0, 1, 0).folders == ("mine",)
-    for other in (400, 640):
-        with pytest.raises(DataError, match=rf"t\.model has a vocabulary of 500, but model.vocab_size is {other}"):
-            open_training_data(config, other, 0, 1, 0)
-        with pytest.raises(DataError, match=rf"mine\.bin: its tokenizer has a vocabulary of 500, but .* {other}"):
-            open_training_data(data_config(tokenised), other, 0, 1, 0)
+        open_training_data(config, fits, 1, 2, 0)
+    assert [record.getMessage()[:60] for record in caplog.records] == [
+        f"model.vocab_size={more}: {tokenizer.path}"[:60] for more in (640, 103_168)
+    ]
+    for fewer in (400, 499):
+        with pytest.raises(DataError, match=rf"t\.model has a vocabulary of 500, but model.vocab_size is {fewer}"):
+            open_training_data(config, fewer, 0, 1, 0)
+        with pytest.raises(DataError, match=rf"mine\.bin: its tokenizer has a vocabulary of 500, but .* {fewer}"):
+            open_training_data(data_config(tokenised), fewer, 0, 1, 0)
     texts = (path.read_text() for path in SOURCES[:-1])
     another = train_tokenizer(texts, tmp_path / "another.model", VOCAB_SIZE, threads=1)
     with pytest.raises(DataError, match=r"mine\.bin was tokenised with another tokenizer"):
@@ -211,7 +215,7 @@ def test_vocabularies_must_agree(tokenised, tokenizer, tmp_path):
 
 
 def test_invalid_tokenizer_files(tmp_path):
-    with pytest.raises(DataError, match="nowhere: No such file"):
+    with pytest.raises(DataError, match="nowhere is missing, expected a sentencepiece model"):
         Tokenizer(tmp_path / "nowhere")
     (tmp_path / "x.model").write_bytes(b"hello")
     with pytest.raises(DataError, match="found no sentencepiece model"):

@@ -9,6 +9,8 @@ Lines are decoded when they are read; the native format is the fast one.
 from __future__ import annotations
 
 import json
+import os
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,6 +22,14 @@ from internlm_lite.errors import DataError
 
 CACHED_DOCUMENTS = 64
 """Decoded documents kept in the cache: a document longer than a row is read again for each of its rows."""
+ARRAY_HEADER = re.compile(
+    rb"\x93NUMPY(?:\x01\0..|[\x02\x03]\0....)\{'descr': '([<>|][iu][1248]|<f8)', 'fortran_order': (True|False), "
+    rb"'shape': \((?:(\d{1,15}), 2|0,)\), \} *\n",
+    re.DOTALL,
+)
+"""What numpy writes before [documents, 2] integers, or before an empty list. numpy's own reader takes whatever Python
+expression stands there, and memory for as many rows as it says."""
+LONGEST_HEADER = 1 << 12
 REPAIR = "tokenise the folder again, or copy both files again"
 
 
@@ -79,19 +89,21 @@ class InternLMDocuments:
 def _read_meta(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Byte offsets and lengths, both int64 [documents]."""
     require_file(path)
-    try:  # mapped: a header may promise more rows than the file, and memory, holds
-        meta = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, TypeError, OverflowError, SyntaxError, EOFError, MemoryError, RecursionError) as error:
-        with path.open("rb") as file:
-            kind = foreign(file.read(32))
-        raise DataError(f"{path}: expected a numpy array file, found damage{kind} ({error}); {REPAIR}") from None
-    is_empty = meta.shape in ((0,), (0, 2))
-    if not is_empty and (meta.ndim != 2 or meta.shape[1] != 2 or meta.dtype.kind not in "iu"):
-        raise DataError(
-            f"{path}: found an array of shape {list(meta.shape)} and dtype {meta.dtype}, "
-            f"expected integers [documents, 2]: (byte offset, number of tokens); {REPAIR}"
-        )
-    offsets, lengths = meta.astype(np.int64).reshape(-1, 2).T
+    with path.open("rb") as file:
+        head = file.read(LONGEST_HEADER)
+        header = ARRAY_HEADER.match(head)
+        if header is None or (header[3] and header[1] == b"<f8"):
+            raise DataError(
+                f"{path}: expected a numpy array of integers [documents, 2]: (byte offset, number of tokens), "
+                f"found {head.partition(chr(10).encode())[0][:120]!r}{foreign(head)}; {REPAIR}"
+            )
+        dtype, columns_first, rows = np.dtype(header[1].decode()), header[2] == b"True", int(header[3] or 0)
+        n_bytes, expected = os.fstat(file.fileno()).st_size, header.end() + rows * 2 * dtype.itemsize
+        if n_bytes != expected:
+            raise DataError(f"{path}: found {n_bytes} bytes, expected {expected} for {rows} documents; {REPAIR}")
+        file.seek(header.end())
+        meta = np.fromfile(file, dtype, rows * 2).astype(np.int64)
+    offsets, lengths = meta.reshape(2, -1) if columns_first else meta.reshape(-1, 2).T
     if np.any(lengths < 0) or np.any(offsets[:1] < 0) or np.any(np.diff(offsets) <= 0):
         raise DataError(f"{path}: offsets do not rise or a length is negative: the .meta is damaged; {REPAIR}")
     return np.ascontiguousarray(offsets), np.ascontiguousarray(lengths)

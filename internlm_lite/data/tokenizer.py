@@ -38,7 +38,7 @@ class Tokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except OSError as error:
             raise DataError(f"tokenizer {path}: {error.strerror}; correct the path or its permissions") from None
-        except RuntimeError:
+        except (RuntimeError, UnicodeDecodeError):  # of a message about damaged pieces
             raise DataError(f"tokenizer {path}: found no sentencepiece model; give the .model file") from None
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()

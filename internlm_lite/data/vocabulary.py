@@ -38,7 +38,9 @@ def check_vocabulary(folders: Sequence[Folder], vocab_size: int, tokenizer_path:
                 _check_file(file.path, file.metadata, vocab_size, tokenizer)
                 found.setdefault(file.metadata.vocab_size, f"the tokenizer of {file.path}")
     if log and found and round_up(max(found), PADDING) < vocab_size:
-        text = "model.vocab_size=%d: %s has %d pieces, so the last %d rows of embedding and head are trained on no token"
+        text = (
+            "model.vocab_size=%d: %s has %d pieces, so the last %d rows of embedding and head are trained on no token"
+        )
         logger.warning(text, vocab_size, found[max(found)], max(found), vocab_size - max(found))
 
 

@@ -73,7 +73,7 @@ def walk_once(root: Path) -> Iterator[tuple[Path, list[str], int]]:
 
 
 class TokenFile:
-    """Reads parts of a file. No memory map: where a mapped file is cut or its disk fails, the process ends by SIGBUS."""
+    """Reads parts of a file. No memory map: a mapped file that is cut, or a disk that fails, is a SIGBUS."""
 
     def __init__(self, path: Path) -> None:
         require_file(path)

@@ -20,7 +20,6 @@ from internlm_lite.batch import IGNORE
 from internlm_lite.data.folders import Folder
 from internlm_lite.errors import DataError
 
-
 MOST_SEARCHED = 1 << 24
 """Tokens read in search of a label: seconds. A few labels in so many tokens are found while training, if at all."""
 

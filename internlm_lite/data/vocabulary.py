@@ -1,7 +1,7 @@
 """Checks before the first batch that data, tokenizer and model have the same vocabulary.
 
-The model may have more rows than the tokenizer has pieces. Files without metadata of our tokenizer are checked row by row
-when they are read (pack.py).
+The model may have more rows than the tokenizer has pieces. Files without metadata of our tokenizer are checked row by
+row when they are read (pack.py).
 """
 
 from __future__ import annotations

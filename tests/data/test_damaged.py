@@ -154,7 +154,7 @@ def test_an_empty_shard_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFix
     for name in "ab":
         for file in folder.glob(f"{name}.*"):
             file.unlink()
-    with pytest.raises(DataError, match="all tokenised files in .* are empty"):
+    with pytest.raises(DataError, match=r"all tokenised files in .* are empty"):
         find_folders(tmp_path, "train_folder")
 
 

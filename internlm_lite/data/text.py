@@ -208,7 +208,7 @@ def _how_to_read(path: Path, reader: Reader, options: TextOptions, tally: Tally)
     raise DataError(
         f"{place}: found keys {_names(record)}, expected text under {options.text_key!r}, or under {pair[0]!r} and "
         f"{pair[1]!r}; name them with --text-key, or --prompt-key and --response-key; "
-        f"--plain-text {suffix_of(path)} takes such files as they are"
+        f"--plain-text {suffix_of(path)} takes files as they are"
     )
 
 
@@ -308,7 +308,7 @@ def _read_parquet(path: Path, options: TextOptions, tally: Tally) -> Iterator[tu
             for record in batch.to_pylist():
                 yield f"{path} row {(row := row + 1)}", record
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: {error}; correct or remove it") from None
+        raise OSError(str(error)) from None
 
 
 READERS: dict[str, Reader] = {

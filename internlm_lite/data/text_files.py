@@ -89,7 +89,7 @@ class Tally:
 
 
 class ZstdFile(io.RawIOBase):
-    """The content of a .zst file of one or more frames."""
+    """The content of a .zst file of one or more frames. zstandard's own readers take a cut file for a whole one."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -97,19 +97,37 @@ class ZstdFile(io.RawIOBase):
         except ImportError:
             text = f"{path}: reading .zst needs zstandard: pip install 'internlm_lite[zstd]'"
             raise MissingPackageError(text) from None
-        self._error = zstandard.ZstdError
-        self._file = path.open("rb")
-        self._reader = zstandard.ZstdDecompressor().stream_reader(self._file, read_across_frames=True)
+        self._path, self._zstandard = path, zstandard
+        self._blocks, self._rest = self._decompress(), b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        try:
-            n_bytes: int = self._reader.readinto(buffer)
-            return n_bytes
-        except self._error as error:
-            raise OSError(str(error)) from None
+        while not self._rest:
+            block = next(self._blocks, None)
+            if block is None:
+                return 0
+            self._rest = block
+        n_bytes = min(len(buffer), len(self._rest))
+        buffer[:n_bytes], self._rest = self._rest[:n_bytes], self._rest[n_bytes:]
+        return n_bytes
+
+    def _decompress(self) -> Iterator[bytes]:
+        frame, at_end = self._zstandard.ZstdDecompressor().decompressobj(), True
+        with self._path.open("rb") as file:
+            while block := file.read(1 << 14):
+                while block:
+                    try:
+                        yield frame.decompress(block)
+                    except self._zstandard.ZstdError as error:
+                        raise OSError(str(error)) from None
+                    at_end = frame.eof
+                    block = frame.unused_data
+                    if at_end:
+                        frame = self._zstandard.ZstdDecompressor().decompressobj()
+        if not at_end:
+            raise EOFError("compressed file ended in the middle of a frame")
 
 
 DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {
@@ -131,8 +149,8 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: {why}; correct or remove it") from None
+        why = str(getattr(error, "strerror", None) or error)
+        raise DataError(f"{path}: {' '.join(why.split())}; correct or remove it") from None
 
 
 @contextmanager

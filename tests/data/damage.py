@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
 import pickle
 import random
@@ -186,9 +189,30 @@ DAMAGES: dict[str, tuple[Callable[[Draw, Path], None], ...]] = {
 }
 
 
+LINES = b"".join(b'{"text": "sentence %d, caf\xc3\xa9"}\n' % number for number in range(20))
+TEXTS = {
+    "a.jsonl": LINES,
+    "a.json": b"[" + LINES.strip().replace(b"\n", b",\n") + b"]",
+    "a.csv": b'text,n\n"quoted, text",1\nplain,2\n',
+    "wide.jsonl": LINES.decode().encode("utf-16"),
+    "a.jsonl.gz": gzip.compress(LINES),
+    "a.json.bz2": bz2.compress(LINES),
+    "a.txt.xz": lzma.compress(LINES),
+}
+
+
+def write_texts(root: Path) -> Path:
+    """A folder of text in several forms; returns it."""
+    folder = root / "docs"
+    folder.mkdir(parents=True)
+    for name, content in TEXTS.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
 def damage(folder: Path, draw: Draw) -> str:
-    """Damage one file of what `write_folder` made; returns what was done."""
-    name = draw.choice((*DAMAGES, "a.idx", "b.bin", "b.bin.meta"))
-    how = draw.choice(DAMAGES[name])
+    """Damage one file of what `write_folder` or `write_texts` made; returns what was done."""
+    name = draw.choice([path.name for path in sorted(folder.iterdir()) if path.name != "b.meta.json"])
+    how = draw.choice(DAMAGES.get(name, (_bytes, _bytes, _bytes, _other_kind, _foreign_content)))
     how(draw, folder / name)
     return f"{how.__name__} {name}"

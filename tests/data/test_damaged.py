@@ -25,12 +25,14 @@ import pytest
 from internlm_lite.batch import Position
 from internlm_lite.data.data_loader import open_training_data, open_validation_data
 from internlm_lite.data.folders import find_folders, open_documents
+from internlm_lite.data.text import DEFAULTS, find_text, read_documents
+from internlm_lite.data.text_files import BadLimit, Tally
 from internlm_lite.errors import DataError, InternLMError, StorageError
 from tests.data.corpora import data_config, write_internlm, write_native
-from tests.data.damage import METADATA, damage, write_folder
+from tests.data.damage import METADATA, damage, write_folder, write_texts
 from tests.world import fork_context
 
-SEED, COUNT = int(os.environ.get("FUZZ_SEED", "1")), int(os.environ.get("FUZZ_COUNT", "400"))
+SEED, COUNT = int(os.environ.get("FUZZ_SEED", "1")), int(os.environ.get("FUZZ_COUNT", "540"))
 LIMIT_SECONDS, LIMIT_BYTES = 10, 1 << 30
 
 
@@ -41,11 +43,18 @@ def _read_all(root: Path) -> None:
         position = data.build(position).after
 
 
-def _problem(root: Path) -> str | None:
+def _read_texts(root: Path) -> None:
+    tally = Tally(BadLimit())
+    for file in find_text(root / "docs", DEFAULTS, tally):
+        for _ in read_documents(file, DEFAULTS, tally):
+            pass
+
+
+def _problem(root: Path, read: Callable[[Path], None]) -> str | None:
     """What is wrong with how damaged data are answered; None if they are read or refused as they should be."""
     signal.alarm(LIMIT_SECONDS)
     try:
-        _read_all(root)
+        read(root)
     except InternLMError as error:
         if str(root) not in str(error) or len(str(error)) > 1500 or not str(error).isprintable():
             return f"message {error}"
@@ -65,8 +74,9 @@ def _fuzz(folder: Path, seeds: range, results: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + LIMIT_BYTES,) * 2)
     for seed in seeds:
         root = folder / str(seed)
-        done = damage(write_folder(root), random.Random(seed))
-        if problem := _problem(root):
+        write, read = (write_texts, _read_texts) if seed % 4 == 0 else (write_folder, _read_all)
+        done = damage(write(root), random.Random(seed))
+        if problem := _problem(root, read):
             results.send(f"seed {seed}, {done}: {problem}")
         shutil.rmtree(root)
     results.send(None)

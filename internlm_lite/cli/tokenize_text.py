@@ -120,6 +120,8 @@ def train(arguments: argparse.Namespace) -> int:
             progress = _reporter("reading text", bars, task, console)
             yield from sample_text(arguments.input, options, arguments.max_bytes, tally, progress)
             bars.update(task, description=f"training {arguments.vocab_size} pieces", total=None)
+            if not console.is_terminal:
+                print(f"training {arguments.vocab_size} pieces", flush=True)
 
         tokenizer = train_tokenizer(texts(), arguments.output, arguments.vocab_size, arguments.workers)
         bars.update(task, total=1, completed=1)

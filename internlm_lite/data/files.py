@@ -36,6 +36,8 @@ def kind_of(path: Path) -> str:
         mode = path.stat().st_mode
     except FileNotFoundError:
         return "missing"
+    except (OSError, ValueError) as error:  # a loop of links, a folder without permission, a zero byte
+        return f"unreadable ({getattr(error, 'strerror', None) or error})"
     return next((kind for is_kind, kind in KINDS if is_kind(mode)), "no file")
 
 

@@ -45,12 +45,16 @@ def find_folders(root: Path, key: str) -> list[Folder]:
 
     Raises DataError when `root` is missing, holds nothing tokenised, or holds a damaged file.
     """
-    if not root.is_dir():
+    if (kind := kind_of(root)) != "a folder":
         raise DataError(
-            f"data.{key}: {root} is {kind_of(root)}, expected a folder of tokenised data; "
+            f"data.{key}: {root} is {kind}, expected a folder of tokenised data; "
             f"correct the path, or make the data with tools/tokenizer.py encode"
         )
-    below = {path.name: _bins(path) for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != "."}
+    try:
+        shown = sorted(path for path in root.iterdir() if path.name[0] != ".")
+    except OSError as error:
+        raise DataError(f"data.{key}: {root}: {error.strerror}; correct its permissions") from None
+    below = {path.name: _bins(path) for path in shown if path.is_dir()}
     grouped = {name: bins for name, bins in below.items() if bins}
     for name in grouped:
         if not name.isprintable():
@@ -58,7 +62,7 @@ def find_folders(root: Path, key: str) -> list[Folder]:
                 f"data.{key}: folder {name!r} in {root} has a name that no log line can hold; expected printable "
                 "characters: rename it"
             )
-    direct = _bins_of(root, [path.name for path in root.iterdir() if path.name[0] != "."])
+    direct = _bins_of(root, [path.name for path in shown])
     if direct and grouped:
         logger.warning(
             "data.%s: %d tokenised files directly in %s are not used, as its sub-folders hold data: move them into one",

@@ -23,7 +23,7 @@ from internlm_lite.errors import DataError, MissingPackageError
 
 LONGEST_RECORD_BYTES = 1 << 30
 """Longest line, and largest file that is read as a whole; a compressed one may hold any number of bytes."""
-SHOWN_PLACES = 3
+SHOWN_PLACES, MOST_KINDS = 3, 30
 FEWEST_RECORDS = 1000
 """A share of records that may be bad is taken of at least this number, so that a few at the start end nothing."""
 BYTE_ORDER_MARKS = {
@@ -62,6 +62,8 @@ class Tally:
     places: dict[str, list[str]] = field(default_factory=dict)
 
     def note(self, what: str, place: object, count: int = 1) -> None:
+        if what not in self.counts and len(self.counts) >= MOST_KINDS:  # such as suffixes that are numbers
+            what = "others, left out"
         self.counts[what] = self.counts.get(what, 0) + count
         places = self.places.setdefault(what, [])
         if len(places) < SHOWN_PLACES:

@@ -189,6 +189,13 @@ def test_a_failing_disk_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyP
         documents.tokens(0, 0, 1)
 
 
+def test_a_root_that_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for name, found in (("x\0y", "unreadable"), ("loop", "unreadable"), ("x" * 300, "unreadable"), ("no", "missing")):
+        with pytest.raises(DataError, match=rf"is {found}.*, expected a folder of tokenised data"):
+            find_folders(tmp_path / name, "train_folder")
+
+
 @pytest.mark.parametrize("link", ["../docs", "..", "."])
 def test_links_in_a_loop_are_followed_once(tmp_path: Path, link: str) -> None:
     folder = write_folder(tmp_path)

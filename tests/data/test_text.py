@@ -167,7 +167,11 @@ def test_files_left_out_are_counted_by_suffix(tmp_path: Path) -> None:
     assert len(read(tmp_path, plain)[0]) == 6
     for name in ("settings.json", "x/t.txt"):
         (tmp_path / name).unlink()
-    with pytest.raises(DataError, match=r"holds no text, expected .*; found .*\.pdf, left out: 4"):
+    for number in range(100):
+        (tmp_path / f"part.{number}").touch()
+    with pytest.raises(
+        DataError, match=r"holds no text, expected .*; found .*\.pdf, left out: 4.*; others, left out: 7"
+    ):
         read(tmp_path)
 
 

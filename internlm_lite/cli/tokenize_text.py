@@ -58,34 +58,25 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tokenizer", type=Path, required=True, help="sentencepiece model")
     add("--overwrite", action="store_true", help="replace data folders that exist")
     text = "share of the documents for validation, written beside --output: .../train and .../valid, or DATA_valid"
-    add("--holdout", type=_holdout, default=0.0, metavar="P%", help=text)
+    add("--holdout", type=_share, default=0.0, metavar="P%", help=text)
     arguments = parser.parse_args(argv)
     check_at_least(parser, arguments, workers=1, max_bytes=1, vocab_size=261)
     return arguments
 
 
 def _share(text: str) -> float:
-    """'5%' or '0.05' -> 0.05. Raises ValueError."""
-    share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    """'5%' or '0.05' -> 0.05. Raises ArgumentTypeError."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
     if not 0 <= share <= 1:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a share such as 5%")
     return share
 
 
 def _limit(text: str) -> BadLimit:
-    try:
-        return BadLimit(count=int(text)) if text.isdecimal() else BadLimit(share=_share(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number, or a share such as 1%") from None
-
-
-def _holdout(text: str) -> float:
-    try:
-        if 0 < (share := _share(text)) < 1:
-            return share
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"found {text!r}, expected a share such as 5%")
+    return BadLimit(count=int(text)) if text.isdecimal() else BadLimit(share=_share(text))
 
 
 def _encoding(text: str) -> str:

@@ -20,6 +20,7 @@ from internlm_lite.data.documents import EmptyFileError, read_metadata
 from internlm_lite.data.files import TokenFile, file_digest, foreign, require_file
 from internlm_lite.errors import DataError
 
+USUAL_TOKEN_BYTES = 8
 CACHED_DOCUMENTS = 64
 """Decoded documents kept in the cache: a document longer than a row is read again for each of its rows."""
 ARRAY_HEADER = re.compile(
@@ -50,11 +51,11 @@ class InternLMDocuments:
         if len(self.lengths) == 0 or n_bytes == 0:
             kind = EmptyFileError if len(self.lengths) == n_bytes else DataError
             raise kind(f"{bin_path}: found {n_bytes} bytes and {len(self.lengths)} documents, expected some; {REPAIR}")
-        last, n_tokens = int(self._offsets[-1]), sum(self.lengths.tolist())
-        if max(last + 1, n_tokens) > n_bytes:
+        last, n_tokens = int(self._offsets[-1]), self.lengths.sum(dtype=np.float64)  # damaged ones overflow integers
+        if last >= n_bytes or n_tokens > n_bytes:
             raise DataError(
                 f"{bin_path}: found {n_bytes} bytes, but {self.index_path.name} points to byte {last} and promises "
-                f"{n_tokens} tokens: the .bin is truncated or the .meta belongs to another file; {REPAIR}"
+                f"{n_tokens:.0f} tokens: the .bin is truncated or the .meta belongs to another file; {REPAIR}"
             )
         self._decode = lru_cache(CACHED_DOCUMENTS)(self._read)
         self._decode(len(self.lengths) - 1)  # a truncated file ends in the middle of its last line
@@ -68,9 +69,7 @@ class InternLMDocuments:
     def _read(self, document: int) -> np.ndarray:
         """[length] int64"""
         start, length = int(self._offsets[document]), int(self.lengths[document])
-        is_last = document + 1 == len(self._offsets)
-        stop = self._file.n_bytes if is_last else int(self._offsets[document + 1])
-        line = self._file.read(start, stop - start).split(b"\n", 1)[0]
+        line = self._line(start, USUAL_TOKEN_BYTES * (length + 8))
         where = f"{self.path}: document {document} at byte {start}"
         try:
             tokens = np.array(json.loads(line)["tokens"])
@@ -84,6 +83,13 @@ class InternLMDocuments:
                 f"expected {length} integers as {self.index_path.name} says; {REPAIR}"
             )
         return tokens.astype(np.int64)
+
+    def _line(self, start: int, n_bytes: int) -> bytes:
+        """The line at `start`, which usually has not more than `n_bytes`."""
+        left = self._file.n_bytes - start
+        content = self._file.read(start, min(n_bytes, left))
+        line, end, _ = content.partition(b"\n")
+        return line if end or n_bytes >= left else self._line(start, 8 * n_bytes)
 
 
 def _read_meta(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -41,23 +41,16 @@ COMPRESSION = 4
 """Text bytes per compressed byte, to guess the work in a file."""
 SEARCHED_RECORDS = 100
 """Records at the start of a file in which the keys of its text are looked for."""
-SHAPES: tuple[tuple[str, frozenset[str], str], ...] = (
-    (
-        "a chat of OpenAI",
-        frozenset({"messages"}),
-        "write the turns into prompt and response as your chat template says",
-    ),
-    ("ShareGPT", frozenset({"conversations"}), "write the turns into prompt and response as your chat template says"),
-    ("Alpaca", frozenset({"instruction", "output"}), "write instruction and input into prompt, output into response"),
-    (
-        "preferences (DPO)",
-        frozenset({"chosen", "rejected"}),
-        "training is on text: --response-key chosen, if that is one",
-    ),
-    ("prompt and completion", frozenset({"prompt", "completion"}), "--response-key completion"),
-    ("questions", frozenset({"question", "answer"}), "--prompt-key question --response-key answer"),
-)
-"""Name of a shape of records, its keys, and what to do about it."""
+BY_TEMPLATE = "write the turns into prompt and response as your chat template says"
+SHAPES: dict[tuple[str, ...], tuple[str, str]] = {
+    ("messages",): ("a chat of OpenAI", BY_TEMPLATE),
+    ("conversations",): ("ShareGPT", BY_TEMPLATE),
+    ("instruction", "output"): ("Alpaca", "write instruction and input into prompt, output into response"),
+    ("chosen", "rejected"): ("preferences (DPO)", "training is on text: --response-key chosen, if that is one"),
+    ("prompt", "completion"): ("prompt and completion", "--response-key completion"),
+    ("question", "answer"): ("questions", "--prompt-key question --response-key answer"),
+}
+"""Keys of a known shape of records -> its name, and what to do about it."""
 
 Record = dict[str, object]
 
@@ -115,8 +108,8 @@ def find_text(folder: Path, options: TextOptions, tally: Tally) -> list[TextFile
 
     Raises DataError when the folder is missing or has no text, or a file cannot be read.
     """
-    if kind_of(folder) != "a folder":
-        raise DataError(f"{folder} is {kind_of(folder)}, expected a folder with text; correct the path")
+    if (kind := kind_of(folder)) != "a folder":
+        raise DataError(f"{folder} is {kind}, expected a folder with text; correct the path")
     found = []
     for where, names, n_hidden in walk_once(folder):
         if n_hidden:
@@ -199,9 +192,9 @@ def _how_to_read(path: Path, reader: Reader, options: TextOptions, tally: Tally)
     if not records:
         return reader, (options.text_key,)
     place, record = records[0]
-    shape = next(((name, what) for name, keys, what in SHAPES if keys <= record.keys()), None)
-    if shape:
-        raise DataError(f"{place}: this looks like {shape[0]}, found keys {_names(record)}: {shape[1]}")
+    for keys, (shape, what) in SHAPES.items():
+        if record.keys() >= set(keys):
+            raise DataError(f"{place}: this looks like {shape}, found keys {_names(record)}: {what}")
     if reader is _read_json and len(records) == 1:
         tally.note(f"JSON without {options.text_key!r}, read as one document", path)
         return _read_plain, (options.text_key,)

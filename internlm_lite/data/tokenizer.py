@@ -15,7 +15,7 @@ from pathlib import Path
 import sentencepiece
 
 from internlm_lite.data.files import kind_of
-from internlm_lite.errors import DataError
+from internlm_lite.errors import DataError, InternLMError
 
 SPACE_MARK = "\u2581"
 """sentencepiece writes a space as this character, so the character itself is encoded as its bytes."""
@@ -85,12 +85,12 @@ def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int, threads: 
     Ids 0..3 are <unk> <s> </s> <pad>, then the 256 bytes. Raises DataError when the text is too small for `vocab_size`.
     """
     model = io.BytesIO()
-    faults: list[DataError] = []
+    faults: list[InternLMError] = []
 
     def sentences() -> Iterator[str]:
         try:
             yield from (cut for text in texts for cut in _sentences(text))
-        except DataError as error:  # sentencepiece would replace the message
+        except InternLMError as error:  # sentencepiece would replace the message
             faults.append(error)
 
     try:

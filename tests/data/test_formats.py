@@ -150,6 +150,16 @@ def test_internlm_damage_is_named(tmp_path, name):
         open_documents(tmp_path / "a.bin")
 
 
+def test_internlm_index_of_some_lines(tmp_path, monkeypatch):
+    """Of the first ones, and with gaps; lines are read to their ends, however long, and not much further."""
+    path = write_internlm(tmp_path / "a.bin", [[100_000_000 + token for token in tokens] for tokens in DOCUMENTS])
+    meta = np.load(f"{path}.meta")
+    _save_meta(tmp_path, meta[1:12:5])
+    monkeypatch.setattr(internlm, "USUAL_TOKEN_BYTES", 1)
+    documents = open_documents(path)
+    assert _all(documents) == [[100_000_000 + token for token in DOCUMENTS[i]] for i in (1, 6, 11)]
+
+
 def test_internlm_damaged_line(tmp_path):
     path = write_internlm(tmp_path / "a.bin", DOCUMENTS)
     offset = len(json.dumps({"tokens": DOCUMENTS[0]})) + 1

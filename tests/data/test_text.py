@@ -315,9 +315,9 @@ def test_progress_of_training(source: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "told"),
     [
-        ("--max-bad-records -1", "expected a number, or a share such as 1%"),
-        ("--max-bad-records 200%", "expected a number, or a share such as 1%"),
-        ("--holdout 0", "expected a share such as 5%"),
+        ("--max-bad-records -1", "found '-1', expected a share such as 5%"),
+        ("--max-bad-records 200%", "found '200%', expected a share such as 5%"),
+        ("--holdout five", "expected a share such as 5%"),
         ("--holdout nan", "expected a share such as 5%"),
         ("--encoding utf-9", "found 'utf-9', expected an encoding of text such as"),
         ("--encoding hex", "found 'hex', expected an encoding of text such as"),

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -129,6 +130,8 @@ def encode(arguments: argparse.Namespace) -> int:
     targets = {source.resolve().name: source for source in arguments.input}
     if len(targets) < len(arguments.input):
         raise DataError("--input: two folders of the same name would become one data folder; rename one of them")
+    if unprintable := [name for name in targets if not name.isprintable()]:
+        raise DataError(f"--input: found folder {unprintable[0]!r}, expected a printable name; rename it")
     tokenizer = Tokenizer(arguments.tokenizer)
     options, console = _options(arguments), ToolConsole()
     found: dict[str, Metadata] = {}
@@ -152,7 +155,7 @@ def encode(arguments: argparse.Namespace) -> int:
 
 
 def _bars(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[size]}"))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[size]}"))
     return Progress(
         *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
     )
@@ -177,7 +180,7 @@ def _statistics(found: dict[str, Metadata]) -> Table:
     table = Table("folder", "documents", "tokens", "text", "bytes/token", "longest (tokens)", title="tokenised data")
     for name, data in found.items():
         table.add_row(
-            name,
+            escape(name),
             human_count(data.documents),
             human_count(data.tokens),
             human_bytes(data.text_bytes),

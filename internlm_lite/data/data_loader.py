@@ -122,7 +122,7 @@ def open_validation_data(config: DataConfig, vocab_size: int, dp_rank: int, dp_s
             "nothing about data.train_folder; set data.valid_folder, or data.valid_every=0",
             config.valid_every,
         )
-    found = _folders(config.valid_folder, "valid_folder", config, vocab_size, log=False)
+    found = _folders(config.valid_folder, "valid_folder", config, vocab_size, log=dp_rank == 0)
     packed = [_pack(config, folder, vocab_size, seed, keep_tail=True) for folder in found]
     used = _usable(packed, "valid_folder", config, log=dp_rank == 0)
     return ValidationData(
@@ -131,8 +131,8 @@ def open_validation_data(config: DataConfig, vocab_size: int, dp_rank: int, dp_s
 
 
 def _folders(root: str | None, key: str, config: DataConfig, vocab_size: int, *, log: bool) -> list[Folder]:
-    folders = [dummy_folder(config.seq_len)] if root is None else find_folders(Path(root), key)
-    check_vocabulary(folders, vocab_size, config.tokenizer, log=log)
+    folders = [dummy_folder(config.seq_len)] if root is None else find_folders(Path(root), key, log=log)
+    check_vocabulary(folders, vocab_size, config.tokenizer, log=log and key == "train_folder")
     return folders
 
 

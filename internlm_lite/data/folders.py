@@ -40,21 +40,23 @@ def dummy_folder(seq_len: int) -> Folder:
     return Folder("dummy", (DummyDocuments(seq_len),), is_dummy=True)
 
 
-def find_folders(root: Path, key: str) -> list[Folder]:
+def find_folders(root: Path, key: str, *, log: bool = True) -> list[Folder]:
     """The data folders below `root`, by name; `key` is the config key that names `root`, for messages.
+    `log`: warn of files that are not used.
 
     Raises DataError when `root` is missing, holds nothing tokenised, or holds a damaged file.
     """
+    level = logging.WARNING if log else logging.DEBUG
     if (kind := kind_of(root)) != "a folder":
         raise DataError(
             f"data.{key}: {root} is {kind}, expected a folder of tokenised data; "
             f"correct the path, or make the data with tools/tokenizer.py encode"
         )
     try:
-        shown = sorted(path for path in root.iterdir() if path.name[0] != ".")
+        shown = {path: path.is_dir() for path in sorted(root.iterdir()) if path.name[0] != "."}
     except OSError as error:
         raise DataError(f"data.{key}: {root}: {error.strerror}; correct its permissions") from None
-    below = {path.name: _bins(path) for path in shown if path.is_dir()}
+    below = {path.name: _bins(path) for path, is_folder in shown.items() if is_folder}
     grouped = {name: bins for name, bins in below.items() if bins}
     for name in grouped:
         if not name.isprintable():
@@ -62,9 +64,10 @@ def find_folders(root: Path, key: str) -> list[Folder]:
                 f"data.{key}: folder {name!r} in {root} has a name that no log line can hold; expected printable "
                 "characters: rename it"
             )
-    direct = _bins_of(root, [path.name for path in shown])
+    direct = _bins_of(root, [path.name for path, is_folder in shown.items() if not is_folder])
     if direct and grouped:
-        logger.warning(
+        logger.log(
+            level,
             "data.%s: %d tokenised files directly in %s are not used, as its sub-folders hold data: move them into one",
             *(key, len(direct), root),
         )
@@ -75,20 +78,20 @@ def find_folders(root: Path, key: str) -> list[Folder]:
             f"data.{key}: {root} holds no tokenised data (NAME.bin with NAME.idx or NAME.bin.meta) in any sub-folder; "
             f"make it with tools/tokenizer.py encode"
         )
-    opened = {name: _open_shards(bins) for name, bins in grouped.items()}
+    opened = {name: _open_shards(bins, level) for name, bins in grouped.items()}
     if not any(opened.values()):
         raise DataError(f"data.{key}: all tokenised files in {root} are empty; make them again from text")
     return [Folder(name, files) for name, files in opened.items() if files]
 
 
-def _open_shards(bins: Sequence[Path]) -> tuple[Documents, ...]:
-    """The files that hold tokens."""
+def _open_shards(bins: Sequence[Path], level: int) -> tuple[Documents, ...]:
+    """The files that hold tokens; others are logged with `level`."""
     opened = []
     for path in bins:
         try:
             opened.append(open_documents(path))
         except EmptyFileError:
-            logger.warning("%s: holds no document and is left out; tokenise it again if it should hold some", path)
+            logger.log(level, "%s: holds no document and is left out; tokenise it again if it should hold some", path)
     return tuple(opened)
 
 

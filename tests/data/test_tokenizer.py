@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internlm_lite.batch import IGNORE, Position
-from internlm_lite.data.data_loader import open_training_data
+from internlm_lite.data.data_loader import open_training_data, open_validation_data
 from internlm_lite.data.documents import read_metadata
 from internlm_lite.data.encode import FolderEncoder
 from internlm_lite.data.folders import open_documents
@@ -200,10 +200,11 @@ def tokenised(tmp_path_factory, tokenizer) -> Path:
 
 
 def test_vocabularies_must_agree(tokenised, tokenizer, tmp_path, caplog):
-    config = data_config(tokenised, tokenizer=str(tokenizer.path))
+    config = data_config(tokenised, tokenizer=str(tokenizer.path), valid_folder=str(tokenised))
     for fits in (VOCAB_SIZE, 512, 640, 103_168):
         assert open_training_data(config, fits, 0, 1, 0).folders == ("mine",)
         open_training_data(config, fits, 1, 2, 0)
+        open_validation_data(config, fits, 0, 1, 0)
     assert [record.getMessage()[:60] for record in caplog.records] == [
         f"model.vocab_size={more}: {tokenizer.path}"[:60] for more in (640, 103_168)
     ]

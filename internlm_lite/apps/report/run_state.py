@@ -60,7 +60,7 @@ def _phase(run: RunReader, now: datetime) -> tuple[str, str]:
     if not run.parsed:
         return "starting", "its files are still being read"
     if run.is_log:
-        return "log", f"ends at {last_time(run)}"
+        return "log", f"ends at {time}" if (time := last_time(run)) else ""
     start, end = last_of(run.events, "start"), last_of(run.events, *ENDS)
     started = seconds(start["time"]) if start else None
     if run.failed is not None and (started is None or run.failed["modified"] >= started):

@@ -154,8 +154,8 @@ def parse_step_line(text: str) -> dict[str, Any] | None:
 @cache
 def _pair(sign: str, comma: bool) -> re.Pattern[str]:
     """A key and its value. Lengths are bounded, so that no text takes long."""
-    value = r"\{[^}]{0,2000}\}|[+-]?(?:nan|inf|\d)[^\s,=]*" if comma else r"\{[^}]{0,2000}\}|[+-]?(?:nan|inf|\d)[^\s=]*"
-    key = r"(?:acc|tokens|loss)/.{1,1000}?|tgs \([^)]*\)|[\w/]+"
+    key = r"(?:acc|tokens|loss)/.{1,300}?|tgs \([^)]{1,30}\)|[\w/]+"
+    value = rf"\{{[^}}]{{0,2000}}\}}|[+-]?(?:nan|inf|\d)[^\s={',' if comma else ''}]*"
     return re.compile(rf"(?<![\w/])(?P<key>{key}) ?{sign} ?(?P<value>{value})(?=\s{'|,' if comma else ''}|$)")
 
 

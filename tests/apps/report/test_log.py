@@ -92,7 +92,7 @@ FORMATS = {
     "2024-08 experts": DASHES + f"tflops=1.5 step={{step}} loss={{loss}} real_tgs=9.5 {TGS} {AVERAGES} "
     "grad_norm={{'0_default': 2.5, '1_fp32': inf, '2_moe_ep_size_4': 0.13}} moe_loss=3.29 "
     f"{REST} adam_beta2=0.95 fwd_bwd_time=8.99 bwd_time=5.91 BPB=0.7 {ACC} {LOSSES} ",
-    "no time, cut short": f"INFO [record_metrics.py, line 341, in f] - pid=293 : step={{step}} loss={{loss}} {TGS} tgs/la",
+    "no time, cut short": f"INFO [metrics.py, line 341, in f] - pid=293 : step={{step}} loss={{loss}} {TGS} tgs/la",
     "commas and spaces": "step={step}, loss={loss}, tgs (tokens/gpu/second)=10.5, grad_norm=2.5",
     "colons": "[rank0]: step: {step}, loss: {loss}, tgs: 10.5, grad_norm: 2.5",
     "order": "loss={loss} tgs (tokens/gpu/second)=10.5 grad_norm=2.5 step={step}",

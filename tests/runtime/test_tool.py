@@ -26,6 +26,8 @@ def raising(error: BaseException):
         (StorageError("full"), 6, "StorageError: full"),
         (PermissionError(13, "Permission denied", "/x"), 6, "StorageError: /x: Permission denied; mend it, or give"),
         (OSError(28, "No space left on device"), 6, "StorageError: standard output, or a file that was"),
+        (StorageError("no \x1b[31m\u202e"), 6, "StorageError: no \\x1b[31m\\u202e"),
+        (PermissionError(13, "Permission denied", "/x\x07\n"), 6, "StorageError: /x\\x07\\n: Permission denied"),
         (KeyboardInterrupt(), 130, "interrupted: half is there"),
     ],
 )

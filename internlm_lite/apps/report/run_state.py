@@ -18,6 +18,7 @@ _DIGITS = 16
 """A number of steps has fewer."""
 SILENT_STEPS = 10.0
 """Or this number of usual intervals between step lines, if that is longer."""
+ACTIVE = ("training", "saving", "evaluating", "starting")
 _OVER = (*ENDS, "log")
 """Phases in which no more lines are expected."""
 

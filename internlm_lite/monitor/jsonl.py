@@ -2,8 +2,9 @@
 
     {"seg":0,"step":12,"loss":3.21,...,"folders":{"code":[tokens,loss,acc]},"seen":{"code":tokens}}     never NaN: null
 
-A folder that is not named had no token in the step. `seg` counts the starts of a run. A start continues from a checkpoint and repeats the steps after it: readers drop what
-earlier starts wrote at and after the first step of a later one.
+A folder that is not named had no token in the step. `seg` counts the starts of a run. A start continues from a
+checkpoint and repeats the steps after it: readers drop what earlier starts wrote at and after the first step of a later
+one.
 """
 
 from __future__ import annotations

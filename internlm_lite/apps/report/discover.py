@@ -15,7 +15,7 @@ MAX_RUNS = 8
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Run folders in the order of `paths`, those of a job as last active, each once. Links are followed to their folder.
+    """Run folders in the order of `paths`, those of a job as last active, each once, with links followed.
 
     Raises ConfigError for a path that is no folder or cannot be read.
     """

@@ -229,7 +229,7 @@ def test_a_run_that_cannot_be_shown_stands_beside_the_others(tmp_path: Path) -> 
         ("b", UNREADABLE),
         ("c", UNREADABLE),
     ]
-    assert [found["runs"][at]["state"]["why"] for at in (0, 2)] == ["KeyError: 'event'", unread.error]
+    assert [found["runs"][at]["state"]["why"] for at in (1, 2)] == ["KeyError: 'event'", unread.error]
     assert set(found["runs"][0]) == set(found["runs"][1])
 
 

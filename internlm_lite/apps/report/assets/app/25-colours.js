@@ -23,7 +23,7 @@ function folderColour(name) {
 
 // Over several runs the dash says which run, over one it sets the folders beyond the eighth apart.
 function lineDash(name, run) {
-  const index = manyRuns() ? payload.runs.indexOf(run) : Math.floor(folderNames().indexOf(name) / 8);
+  const index = manyRuns() ? runNumber(run) : Math.floor(folderNames().indexOf(name) / 8);
   return DASHES[Math.max(0, index) % DASHES.length];
 }
 

@@ -1,4 +1,4 @@
-"""report.html of any run, finished or still running, of several overlaid, or of an InternLM log.
+"""report.html of any run, finished or still running, of several overlaid, or of a log of InternLM or InternEvo.
 
 internlm-lite report RUN/demo/latest                   report.html in the run folder, loss.png with matplotlib
 internlm-lite report RUN/a/latest RUN/b/latest         report.html and loss.png here, or -o ab.html: and ab.png

@@ -39,8 +39,9 @@ function shaded(colour, amount) {
   return `#${mixed.map((value) => value.toString(16).padStart(2, "0")).join("")}`;
 }
 
-function faint(colour) {
-  return `${colour}38`;
+// So that what is behind does not hide what is before it, however many lines there are.
+function faint(colour, lines) {
+  return `${colour}${lines > MOST_NAMES ? "14" : "38"}`;
 }
 
 // The piece of line that stands before a name.

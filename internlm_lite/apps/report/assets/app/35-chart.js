@@ -135,7 +135,7 @@ function withSmoothing(lines) {
     (line) => state.smooth && !line.points && line.values.filter(isNumber).length >= FEWEST_TO_SMOOTH,
   );
   return [
-    ...averaged.map((line) => ({ ...line, colour: faint(line.colour), dash: [], width: 1 })),
+    ...averaged.map((line) => ({ ...line, colour: faint(line.colour, averaged.length), dash: [], width: 1 })),
     ...lines.map((line) =>
       averaged.includes(line) ? { ...line, values: smoothed(line.values, state.smooth) } : line,
     ),

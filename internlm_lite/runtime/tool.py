@@ -8,8 +8,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from internlm_lite.errors import INTERRUPTED, InternLMError, StorageError
 from internlm_lite.units import escaped
@@ -22,6 +24,9 @@ class ToolConsole(Console):
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
+
+    def render_str(self, text: str, **style: Any) -> Text:
+        return super().render_str(escaped(text, keep="\n\t"), **style)
 
 
 def run_tool(work: Callable[[], int], interrupted: str = "interrupted", *, has_s3_option: bool = False) -> int:

@@ -39,13 +39,13 @@ class _GrowingColumn:
 
     def __init__(self, width: int | None) -> None:
         self._tail = () if width is None else (width,)
-        self._values: Numbers = np.full((1024, *self._tail), np.nan)
+        self._values: Numbers = np.full((0, *self._tail), np.nan)
         self.any = False
 
     def put(self, start: int, block: Numbers) -> None:
         end = start + len(block)
         if end > len(self._values):
-            grown = np.full((max(end, 2 * len(self._values)), *self._tail), np.nan)
+            grown = np.full((max(end, 1024, 2 * len(self._values)), *self._tail), np.nan)
             grown[: len(self._values)] = self._values
             self._values = grown
         self._values[start:end] = block

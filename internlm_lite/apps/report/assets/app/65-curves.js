@@ -35,6 +35,7 @@ const CURVES = [
       ["grad_norm/0_default", "0_default"],
       ["grad_norm/1_fp32", "1_fp32"],
     ],
+    skipped: true,
   },
   { section: "memory", title: "chart_memory", keys: [["memory_bytes", "chart_memory"]], exact: true, part: 2 ** 30 },
 ];

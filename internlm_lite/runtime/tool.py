@@ -8,10 +8,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from internlm_lite.errors import INTERRUPTED, InternLMError, StorageError
+from internlm_lite.units import escaped
 
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
@@ -21,6 +24,9 @@ class ToolConsole(Console):
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
+
+    def render_str(self, text: str, **style: Any) -> Text:
+        return super().render_str(escaped(text, keep="\n\t"), **style)
 
 
 def run_tool(work: Callable[[], int], interrupted: str = "interrupted", *, has_s3_option: bool = False) -> int:
@@ -35,6 +41,7 @@ def run_tool(work: Callable[[], int], interrupted: str = "interrupted", *, has_s
         return code
     except InternLMError as error:
         text = str(error).replace("ckpt.s3.", "--s3 ") if has_s3_option else str(error)
+        text = escaped(text, keep="\n\t")
         print(f"{type(error).__name__}: {text}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # such as `| head`
@@ -44,7 +51,7 @@ def run_tool(work: Callable[[], int], interrupted: str = "interrupted", *, has_s
         if error.filename is None and error.errno not in _NOT_WRITTEN:
             raise
         _flush_or_discard()
-        where = error.filename or "standard output, or a file that was being written"
+        where = escaped(str(error.filename or "standard output, or a file that was being written"))
         print(f"StorageError: {where}: {error.strerror}; mend it, or give another path", file=sys.stderr)
         return StorageError.exit_code
     except KeyboardInterrupt:

@@ -16,12 +16,19 @@ import threading
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["500", "503", "501", "403", "reset", "hang", "slow", "truncate", "lost", "cut-upload", "slow-upload"]
+Kind = Literal[
+    "500", "503", "501", "403", "301", "302", "307", "308", "reset", "hang", "slow", "truncate", "lost",
+    "cut-upload", "slow-upload", "flip", "no-date", "endless",
+]  # fmt: skip
 _ERRORS = {
     "500": ("500 Internal Server Error", "InternalError", "We encountered an internal error."),
     "503": ("503 Service Unavailable", "SlowDown", "Please reduce your request rate."),
     "501": ("501 Not Implemented", "NotImplemented", "A header you provided implies functionality we lack."),
     "403": ("403 Forbidden", "AccessDenied", "Access Denied."),
+    "301": ("301 Moved Permanently", "PermanentRedirect", "Use another endpoint."),
+    "302": ("302 Found", "", ""),
+    "307": ("307 Temporary Redirect", "TemporaryRedirect", "Please re-send this request to the specified endpoint."),
+    "308": ("308 Permanent Redirect", "", ""),
 }
 _BLOCK = 65_536
 
@@ -33,12 +40,15 @@ class Fault:
     reset: connection reset before the server gets the request       lost: reset after the server has handled it
     hang: no answer       slow: `slow_bytes` per tenth of a second       truncate: half of the answer's body
     cut-upload: reset in the middle of the request's body       slow-upload: body read at 6 MB/s
+    flip: a bit of the answer's body, in its middle       no-date: dates of the answer are none
+    endless: a listing that says there is more       301 and so on: to `location`
     """
 
     kind: Kind
     match: str
     times: int = 1
     slow_bytes: int = 1
+    location: str = ""
     hits: int = field(default=0, init=False)
 
 
@@ -110,7 +120,7 @@ class FaultProxy:
             return _reset(writer)
         if kind in _ERRORS:
             await reader.readexactly(length)
-            return await _answer_error(kind, writer)
+            return await _answer_error(kind, writer, fault.location if fault else "")
         answer, server = await asyncio.open_connection("127.0.0.1", self.server_port)
         with contextlib.closing(server):  # a writer without references would close itself
             await _forward(line, headers, reader, length, server, 0.01 if kind == "slow-upload" else 0.0)
@@ -149,6 +159,8 @@ async def _forward(
 
 async def _answer(answer: asyncio.StreamReader, writer: asyncio.StreamWriter, fault: Fault | None) -> None:
     head = await answer.readuntil(b"\r\n\r\n")
+    if fault is not None and fault.kind in _CHANGES:
+        return writer.write(b"".join(_CHANGES[fault.kind](head, await answer.read())))
     writer.write(head)
     if fault is None or fault.kind == "slow-upload":
         while block := await answer.read(_BLOCK):
@@ -166,10 +178,36 @@ async def _answer(answer: asyncio.StreamReader, writer: asyncio.StreamWriter, fa
     await writer.drain()
 
 
-async def _answer_error(kind: str, writer: asyncio.StreamWriter) -> None:
+def _flipped(head: bytes, body: bytes) -> tuple[bytes, bytes]:
+    middle = len(body) // 2
+    return head, body[:middle] + bytes(byte ^ 4 for byte in body[middle : middle + 1]) + body[middle + 1 :]
+
+
+def _without_dates(head: bytes, body: bytes) -> tuple[bytes, bytes]:
+    body = re.sub(rb"<(LastModified|Initiated)>[^<]*", rb"<\1>soon", body)
+    return _resized(re.sub(rb"(?i)(last-modified): [^\r]*", rb"\1: soon", head), body)
+
+
+def _endless(head: bytes, body: bytes) -> tuple[bytes, bytes]:
+    more = b"<IsTruncated>true</IsTruncated><NextContinuationToken>more</NextContinuationToken>"
+    more += b"<NextKeyMarker>more</NextKeyMarker><NextUploadIdMarker>more</NextUploadIdMarker>"
+    return _resized(head, body.replace(b"<IsTruncated>false</IsTruncated>", more))
+
+
+def _resized(head: bytes, body: bytes) -> tuple[bytes, bytes]:
+    return re.sub(rb"(?i)(content-length): \d+", b"Content-Length: %d" % len(body), head), body
+
+
+_CHANGES = {"flip": _flipped, "no-date": _without_dates, "endless": _endless}
+
+
+async def _answer_error(kind: str, writer: asyncio.StreamWriter, location: str) -> None:
     status, code, message = _ERRORS[kind]
-    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+    body = (
+        f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode() if code else b""
+    )
     head = f"HTTP/1.1 {status}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
+    head += f"Location: {location}\r\n" if location else ""
     writer.write(head.encode() + b"\r\n" + body)
     await writer.drain()
 

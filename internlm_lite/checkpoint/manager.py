@@ -69,7 +69,13 @@ class CheckpointManager(Saver, Loader):
         leases = [Lease(folder.storage) for folder in self.folders]
         for folder, lease in zip(self.folders, leases, strict=True):
             folder.lease = lease  # set before acquiring, so that `release` frees it if a rank is lost meanwhile
-        on_main(self.mesh, lambda: acquire(leases))
+
+        def take() -> None:
+            acquire(leases)
+            for folder in self.folders:
+                folder.clear_abandoned()
+
+        on_main(self.mesh, take)
 
     def latest(self, accept: Accept = lambda found: True) -> Found | None:
         """The newest undamaged checkpoint of the folders for which `accept` is true on rank 0; None if there is none.

@@ -16,11 +16,15 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 _BUCKET = r"[A-Za-z0-9][A-Za-z0-9_-]*"
-_PREFIX = r"/+(?P<prefix>[A-Za-z0-9_-][A-Za-z0-9._-]*(?:/+[A-Za-z0-9_-][A-Za-z0-9._-]*)*)/*"
+_PART = r"[^\s./?#\\](?:[^/?#\\]*[^\s/?#\\])?"
+_PREFIX = rf"/+(?P<prefix>{_PART}(?:/+{_PART})*)/*"
 _WITH_ENDPOINT = re.compile(rf"boto3:s3://(?P<bucket>{_BUCKET})\.(?P<endpoint>[A-Za-z0-9.-]+(?::[0-9]+)?){_PREFIX}")
 _PLAIN = re.compile(rf"s3://(?P<bucket>{_BUCKET}(?:\.[A-Za-z0-9_-]+)*){_PREFIX}")
 
-S3_FORM = "boto3:s3://BUCKET.ENDPOINT/PREFIX or s3://BUCKET/PREFIX, in [A-Za-z0-9._-], without user or password"
+S3_FORM = (
+    "boto3:s3://BUCKET.ENDPOINT/PREFIX or s3://BUCKET/PREFIX, ENDPOINT being HOST or HOST:PORT without http://, user or "
+    "password, and PREFIX any letters and signs but ?, # and \\, no part of it starting with a dot"
+)
 
 ChatFormat = Literal["feishu", "slack"]
 _CHAT_FORMATS: dict[str, ChatFormat] = {"feishu.cn": "feishu", "larksuite.com": "feishu", "slack.com": "slack"}
@@ -50,7 +54,7 @@ def is_s3(text: str) -> bool:
 def parse_s3(text: str) -> S3Path | None:
     """The folder that `text` names; None if it does not have the form of `S3_FORM`."""
     found = _WITH_ENDPOINT.fullmatch(text) or _PLAIN.fullmatch(text)
-    if found is None:
+    if found is None or not text.isprintable():
         return None
     groups = found.groupdict()
     return S3Path(groups["bucket"], groups.get("endpoint"), re.sub("/+", "/", groups["prefix"]))

@@ -82,6 +82,17 @@ def assert_next_run_saves_and_cleans(folder: Path, step: int) -> None:
     assert_nothing_else(folder)
 
 
+def assert_next_run_removes_abandoned_data(folder: Path, before: set[str]) -> None:
+    """The next start on this machine removes at once what the killed run, whose lock it finds, has not committed.
+    `before`: what was in the data folder already."""
+    manager = CheckpointManager(str(folder), single_process_mesh())
+    manager.hold()
+    left = set(os.listdir(folder / "data")) - before
+    assert left <= {str(name) for name in committed(manager.storage)}, left
+    manager.release()
+    manager.close(wait=True)
+
+
 def assert_nothing_else(folder: Path) -> None:
     """Only committed checkpoints lie in the folder, no file and no folder besides."""
     names = {str(name) for name in committed(LocalStorage(folder))}

@@ -17,8 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internlm_lite.mesh.mesh import Mesh
-from tests.faults.states import assert_next_run_saves_and_cleans, assert_nothing_else, loaded_step
-from tests.faults.victims import ALL_SCENARIOS, NEW, OLD, TROUBLED, run_victim
+from tests.faults.states import (
+    assert_next_run_removes_abandoned_data,
+    assert_next_run_saves_and_cleans,
+    assert_nothing_else,
+    loaded_step,
+)
+from tests.faults.victims import ALL_SCENARIOS, LEASED, NEW, OLD, TROUBLED, run_victim
 from tests.installing import advice, install
 
 REMOVING = {"unlink", "unlinkat", "rmdir"}
@@ -81,7 +86,7 @@ def kill_at(mesh: Mesh, points: list[Point], room: Path) -> list[Outcome]:
         rehearse(scenario, room)
     for index, point in enumerate(points):
         folder = prepare(point.scenario, room)
-        existed = {name.name for name in (folder / "commits").iterdir()}
+        existed, data = {name.name for name in _commits(folder)}, set(os.listdir(folder / "data"))
         inject = f"inject={point.call}:signal=KILL:when={point.number}"
         status = attacked(point.scenario, folder, ["-o", "/dev/null", "-e", f"trace={point.call}", "-e", inject])
         assert status in (0, -signal.SIGKILL), f"{point}: the victim ended with {status}"
@@ -90,6 +95,8 @@ def kill_at(mesh: Mesh, points: list[Point], room: Path) -> list[Outcome]:
             committed = any(not path.name.startswith(".") and path.name not in existed for path in _commits(folder))
             assert step == (NEW if committed else OLD), f"step {step}, commit there: {committed}"
             assert status == -signal.SIGKILL or step == NEW, "nothing was killed"
+            if point.scenario in LEASED:
+                assert_next_run_removes_abandoned_data(folder, data)
             assert_next_run_saves_and_cleans(folder, NEW + 1)
             assert os.listdir(room / "staging") == []
         except Exception as error:

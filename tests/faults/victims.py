@@ -146,6 +146,8 @@ SCENARIOS = {
     "whole run, main thread": Scenario(several_and_leftovers, whole_run),
     "files of two ranks": Scenario(two_ranks_files, two_ranks),
 }
+LEASED = ("waiting, with a lease", "whole run, main thread")
+"""Those that hold the folder's lock."""
 TROUBLE = "three saves"
 ALL_SCENARIOS = SCENARIOS | {TROUBLE: Scenario(nothing, troubled)}
 

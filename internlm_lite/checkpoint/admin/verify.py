@@ -13,7 +13,7 @@ import torch
 
 from internlm_lite.checkpoint.format.catalog import Found, inspect
 from internlm_lite.checkpoint.format.manifest import Manifest, Name, load_with_crc, read_bytes
-from internlm_lite.checkpoint.format.tensor_file import BLOCK_BYTES, DTYPES, StoredTensor, bad_blocks, read_header
+from internlm_lite.checkpoint.format.tensor_file import BLOCK_BYTES, DTYPES, StoredTensor, read_blocks, read_header
 from internlm_lite.checkpoint.load.reader import Reader
 from internlm_lite.checkpoint.storage.base import Storage, UnreadableError
 from internlm_lite.errors import CheckpointError, DamagedError
@@ -125,11 +125,11 @@ def _tensor(found: Found, key: str, stored: StoredTensor, expected: _Expected | 
     for start in range(0, stored.size, _READ_BYTES):
         view, first = buffer[: min(_READ_BYTES, stored.size - start)], start // BLOCK_BYTES
         try:
-            found.storage.read_into(key, stored.start + start, view)
+            now = read_blocks(found.storage, key, stored.start + start, view, crc32[first:])
         except UnreadableError as error:
             return _without(str(error), f"{found.storage.name}/{key}")
         sha.update(view)
-        bad += [first + block for block in bad_blocks(view, crc32[first:])]
+        bad += [first + block for block in now]
         if dtype.is_floating_point:
             sound &= bool(is_sound(torch.frombuffer(view, dtype=dtype), non_negative=False))
     if not bad:

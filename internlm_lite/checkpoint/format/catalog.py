@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -27,6 +28,7 @@ from internlm_lite.checkpoint.format.manifest import (
     read_bytes,
     vote_of,
 )
+from internlm_lite.checkpoint.format.read_twice import read_twice
 from internlm_lite.checkpoint.format.regions import tiling_problems
 from internlm_lite.checkpoint.storage.base import RUN_LOCK_KEY, Storage, StoredObject
 from internlm_lite.config.schema import Config
@@ -100,6 +102,7 @@ def _below(inside: str, key: str) -> str:
     return f"{inside}/{key}" if inside else key
 
 
+@read_twice
 def inspect(storage: Storage, name: Name, inside: str = "") -> Found:
     """Inspect a committed checkpoint. Raises DamagedError naming the damaged file, CheckpointError as `found_in`."""
     at_commit, at_manifest = _below(inside, name.commit), _below(inside, name.manifest)
@@ -225,18 +228,20 @@ def _looks_whole(storage: Storage, name: Name) -> bool:
     return True
 
 
-def sweep(storage: Storage, current: Name) -> None:
-    """Delete files of interrupted saves and probes that are older than ORPHAN_SECONDS, except of the save `current`."""
-    storage.sweep(ORPHAN_SECONDS)
-    kept = {name.folder for name in [*committed(storage), current]}
+def sweep(storage: Storage, current: Name | None = None, random: str = "") -> None:
+    """Delete files of interrupted saves and probes that are older than ORPHAN_SECONDS, except of the save `current`;
+    with `random`, those of any age, of the names with these digits alone."""
+    age = -math.inf if random else ORPHAN_SECONDS
+    storage.sweep(age, f".{random}" if random else "")
+    kept = {name.folder for name in (*committed(storage), current) if name is not None}
     latest: dict[str, float] = {}
     for entry in storage.list(""):
         parts = entry.key.split("/")
         folder = parts[0] if parts[0].startswith("probe-") else "/".join(parts[:2])
         ours = folder.startswith("probe-") or (parts[0] == "data" and len(parts) > 2 and Name.parse(parts[1]))
-        if ours and folder not in kept:
+        if ours and folder.endswith(random) and folder not in kept:
             latest[folder] = max(entry.modified, latest.get(folder, 0.0))
     for folder, modified in latest.items():
-        if modified < time.time() - ORPHAN_SECONDS:
+        if modified < time.time() - age:
             logger.info("%s: removing %s, left by an interrupted save", storage.name, folder)
             storage.delete_folder(folder)

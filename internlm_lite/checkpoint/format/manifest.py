@@ -131,7 +131,7 @@ class Name:
     """`<step 010d>-<serial 05d>.<6 hex digits>`. Names are ordered by serial number.
 
     The serial number increases with every save to a folder, so the newest checkpoint has the largest name, also after a
-    rollback to an earlier step. The random digits distinguish concurrent writers.
+    rollback to an earlier step. The random digits distinguish writers: those of a run come from its lease.
     """
 
     serial: int

@@ -14,6 +14,7 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from internlm_lite.checkpoint.format.read_twice import read_twice
 from internlm_lite.checkpoint.storage.base import Storage, UnreadableError
 from internlm_lite.errors import CheckpointError, DamagedError
 
@@ -142,12 +144,24 @@ class StoredTensor:
         return None
 
 
-def bad_blocks(data: memoryview, crc32: Sequence[int]) -> list[int]:
-    """Indices of the blocks of `data` whose crc32 differs."""
-    blocks = (data[start : start + BLOCK_BYTES] for start in range(0, len(data), BLOCK_BYTES))
-    return [index for index, block in enumerate(blocks) if zlib.crc32(block) != crc32[index]]
+def read_blocks(storage: Storage, key: str, start: int, view: memoryview, crc32: Sequence[int]) -> list[int]:
+    """Fill `view` with the file's bytes from `start` on; the indices of its blocks whose crc32 differs."""
+    bad: list[int] = []
+
+    @read_twice
+    def read() -> None:
+        storage.read_into(key, start, view)
+        blocks = (view[at : at + BLOCK_BYTES] for at in range(0, len(view), BLOCK_BYTES))
+        bad[:] = [index for index, block in enumerate(blocks) if zlib.crc32(block) != crc32[index]]
+        if bad:
+            raise DamagedError(f"{storage.name}/{key}: damaged behind byte {start + bad[0] * BLOCK_BYTES}")
+
+    with suppress(DamagedError):
+        read()
+    return bad
 
 
+@read_twice
 def read_header(storage: Storage, key: str, facts: FileFacts) -> tuple[dict[str, StoredTensor], bytes]:
     """The verified header of file `key`, and its bytes. Raises DamagedError naming the file; sizes are checked before
     they are used."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.format.catalog import Found
 from internlm_lite.checkpoint.format.manifest import Name, read_bytes
+from internlm_lite.checkpoint.format.read_twice import read_twice
 from internlm_lite.checkpoint.storage.base import Storage
 from internlm_lite.checkpoint.storage.open import open_storage
 from internlm_lite.config.schema import S3Config
@@ -31,6 +32,7 @@ def is_save_folder(path: str, s3: S3Config | None = None) -> bool:
     return name is None and open_storage(root, s3).size("manifest.json") is None
 
 
+@read_twice
 def open_at(storage: Storage, name: Name | None, known_bad: Mapping[str, str] | None = None) -> Found:
     """The checkpoint that `locate` found; in a save folder the newest, including save folders inside it.
 

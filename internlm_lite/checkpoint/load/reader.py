@@ -11,8 +11,9 @@ import torch
 
 from internlm_lite.checkpoint.format.catalog import Found
 from internlm_lite.checkpoint.format.manifest import StoredShard, StoredState, read_bytes, vote_of
+from internlm_lite.checkpoint.format.read_twice import read_twice
 from internlm_lite.checkpoint.format.regions import Region, overlaps
-from internlm_lite.checkpoint.format.tensor_file import BLOCK_BYTES, DTYPES, StoredTensor, bad_blocks, read_header
+from internlm_lite.checkpoint.format.tensor_file import BLOCK_BYTES, DTYPES, StoredTensor, read_blocks, read_header
 from internlm_lite.checkpoint.storage.base import UnreadableError
 from internlm_lite.errors import DamagedError
 from internlm_lite.mesh.layout import LocalShard
@@ -61,6 +62,7 @@ class Reader:
         self._header(file)
         self.check_vote(file)
 
+    @read_twice
     def check_vote(self, file: str) -> None:
         """Compare the vote on a file with the manifest."""
         vote = self.found.key(vote_of(file))
@@ -107,13 +109,13 @@ class Reader:
         if self._buffer.numel() < high - low:
             self._buffer = torch.empty(high - low, dtype=torch.uint8)
         memory = self._buffer[: high - low]
-        view = memory.numpy().data
+        view, key, crc32 = memory.numpy().data, self.found.key(piece.file), piece.crc32[low // BLOCK_BYTES :]
         try:
-            self.found.storage.read_into(self.found.key(piece.file), stored.start + low, view)
+            bad = read_blocks(self.found.storage, key, stored.start + low, view, crc32)
         except UnreadableError as error:
             raise DamagedError(f"{self._where(piece)}: {error}") from error
         self.bytes_read += high - low
-        for block in bad_blocks(view, piece.crc32[low // BLOCK_BYTES :]):
+        for block in bad:
             start = low + block * BLOCK_BYTES
             raise DamagedError(
                 f"{self._where(piece)}: damaged in bytes {start}..{min(start + BLOCK_BYTES, stored.size)}: "

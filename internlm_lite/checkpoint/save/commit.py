@@ -36,6 +36,7 @@ from internlm_lite.checkpoint.format.manifest import (
     read_bytes,
     versions,
 )
+from internlm_lite.checkpoint.format.read_twice import read_twice
 from internlm_lite.checkpoint.format.regions import tiling_problems
 from internlm_lite.checkpoint.format.tensor_file import TensorFile
 from internlm_lite.checkpoint.save.write_plan import WriteItem
@@ -193,8 +194,7 @@ def _manifest(storage: Storage, name: Name, world_size: int, facts: Facts) -> Ma
     pieces: dict[str, dict[str, list[VotedShard]]] = {}
     private = []
     for rank in range(world_size):
-        data = read_bytes(storage, name.vote(rank))
-        vote = load_with_crc(Vote, data, f"{storage.name}/{name.vote(rank)}")
+        vote, data = _vote(storage, name, rank)
         if (vote.name, vote.rank, vote.world_size) != (str(name), rank, world_size):
             raise DamagedError(f"{storage.name}/{name.vote(rank)} is the vote of rank {vote.rank} on {vote.name}")
         sha256 = hashlib.sha256(data).hexdigest()
@@ -218,6 +218,12 @@ def _manifest(storage: Storage, name: Name, world_size: int, facts: Facts) -> Ma
         config=facts.config,
         state=facts.state,
     )
+
+
+@read_twice
+def _vote(storage: Storage, name: Name, rank: int) -> tuple[Vote, bytes]:
+    data = read_bytes(storage, name.vote(rank))
+    return load_with_crc(Vote, data, f"{storage.name}/{name.vote(rank)}"), data
 
 
 def _entry(role: str, name: str, pieces: Sequence[VotedShard]) -> TensorEntry:

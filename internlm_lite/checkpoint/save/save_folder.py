@@ -51,6 +51,14 @@ class SaveFolder:
         except Exception as error:  # noqa: BLE001  tried again with the next save
             logger.warning("%s: what failed saves left stays for now: %s", self.storage.name, error)
 
+    def clear_abandoned(self) -> None:
+        """Remove what the dead run whose lease was taken over has not committed, whatever its age."""
+        try:
+            if self.lease is not None and self.lease.dead_digits:
+                catalog.sweep(self.storage, random=self.lease.dead_digits)
+        except Exception as error:  # noqa: BLE001  removed later, as what others left
+            logger.warning("%s: what the run before left stays for now: %s", self.storage.name, error)
+
     def tidy(self, name: Name) -> None:
         """After the commit of `name`: remove old snapshots, and old files that interrupted saves left."""
         self.clear_unfinished(newer=True)

@@ -30,6 +30,7 @@ from internlm_lite.checkpoint.save.save_folder import SaveFolder
 from internlm_lite.checkpoint.save.staging import Staging
 from internlm_lite.checkpoint.save.write_job import Saved, WriteJob
 from internlm_lite.checkpoint.save.write_plan import WriteItem, plan_writes
+from internlm_lite.checkpoint.storage.run_lock import Lease
 from internlm_lite.errors import CheckpointError, InternLMError, StorageError
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.consensus import on_all, on_main
@@ -111,7 +112,7 @@ class Saver:
         if self._plan(on_all(self.mesh, look)):
             self._skip(folder, step)
             return None
-        name = on_main(self.mesh, lambda: self._next_name(step))
+        name = on_main(self.mesh, lambda: self._next_name(step, folder.lease))
         tensors = [item.of(pieces[item.index]) for item in self._items]
         self._keep_ended()
         copies = None if wait else self._staging.hold(tensors)
@@ -206,8 +207,8 @@ class Saver:
                 step, folder.storage.name, self.skipped,
             )  # fmt: skip
 
-    def _next_name(self, step: int) -> Name:
-        """A name with a larger serial number than all existing ones. On rank 0."""
+    def _next_name(self, step: int, lease: Lease | None) -> Name:
+        """A name with a larger serial number than all existing ones, and the digits of `lease`. On rank 0."""
         if self._last_serial is None:
             for folder in self.folders:
                 if folder.lease is not None:
@@ -215,7 +216,7 @@ class Saver:
             taken = [name.serial for folder in self.folders for name in catalog.committed(folder.storage)]
             self._last_serial = max(taken, default=0)
         self._last_serial += 1
-        return Name(self._last_serial, step, uuid.uuid4().hex[:6])
+        return Name(self._last_serial, step, lease.digits if lease else uuid.uuid4().hex[:6])
 
     def _start_thread(self) -> None:
         """Start the thread early: a failure to start it must be raised before ranks rely on each other's votes."""

@@ -24,6 +24,10 @@ class UnreadableError(StorageError):
     """One object is absent, too short, or unreadable, while the storage works."""
 
 
+class ForeignObjectError(UnreadableError):
+    """The object is none that was stored here: a folder, a link, or longer than expected."""
+
+
 class UnreachableError(StorageError):
     """The storage did not answer before the deadline, so further requests would probably time out, too."""
 
@@ -49,13 +53,13 @@ class Storage(Protocol):
         """Store the concatenated chunks durably, replacing an existing object; returns the bytes written."""
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Store `data` durably unless the key exists; False if it does."""
+        """Store `data` durably unless the key exists; False if it does, with other data."""
 
     def replace(self, key: str, old: bytes, new: bytes) -> bool:
         """Compare and swap: store `new` if the object holds `old`; False if not, or during another `replace`."""
 
     def read(self, key: str, limit_bytes: int) -> bytes:
-        """The whole object. Raises UnreadableError if it is longer than `limit_bytes`."""
+        """The whole object. Raises ForeignObjectError if it is longer than `limit_bytes`."""
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the object's bytes from `start` on. Raises UnreadableError if it ends before."""
@@ -72,8 +76,9 @@ class Storage(Protocol):
     def delete_folder(self, folder: str) -> None:
         """Remove everything below `folder`, including unfinished uploads; no error if absent."""
 
-    def sweep(self, older_than_seconds: float) -> None:
-        """Remove temporary files or uploads of interrupted `put`s that are older than this."""
+    def sweep(self, older_than_seconds: float, ending: str = "") -> None:
+        """Remove temporary files or uploads of interrupted `put`s that are older than this; with `ending`, only below
+        folders `data/*` whose name ends so."""
 
 
 def check_key(key: str) -> tuple[str, ...]:

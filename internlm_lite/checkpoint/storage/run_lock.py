@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -21,13 +22,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from internlm_lite.checkpoint.storage.base import RUN_LOCK_KEY, Storage, UnreadableError
+from internlm_lite.checkpoint.storage.base import RUN_LOCK_KEY, ForeignObjectError, Storage, UnreadableError
 from internlm_lite.errors import StorageError
 
 logger = logging.getLogger("internlm_lite")
 RENEW_SECONDS = 15.0
 LEASE_SECONDS = 60.0
 _LIMIT_BYTES = 4096
+_FACTS = {"owner": str, "host": str, "pid": int}
+_LARGEST_PID = 2**22
+_DIGITS = 6
+_REMOVE = "remove it if no run uses this folder"
 
 
 class Lease:
@@ -37,6 +42,10 @@ class Lease:
         self._storage = storage
         self._lease_seconds, self._renew_seconds = lease_seconds, renew_seconds
         self._owner, self._beat = uuid.uuid4().hex, 0
+        self.digits = self._owner[:_DIGITS]
+        """In the names of all checkpoints that are written under this lease."""
+        self.dead_digits = ""
+        """Those of the lease that was taken over because its process, on this machine, is dead; "" if there is none."""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -55,6 +64,9 @@ class Lease:
             taken = self._storage.replace(RUN_LOCK_KEY, found, self._document())
         if not taken:
             raise StorageError(_in_use(self._storage, holder(self._storage)))
+        before = {} if found is None else _facts(found)
+        if _is_dead(before) and re.fullmatch("[0-9a-f]{32}", before["owner"]):
+            self.dead_digits = before["owner"][:_DIGITS]
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
 
@@ -96,9 +108,12 @@ class Lease:
             return found
         until, facts = since + self._lease_seconds, _facts(found)
         if time.monotonic() < until:
+            by = (
+                f"{facts['host']} pid {facts['pid']}" if facts else f"an odd {RUN_LOCK_KEY}, {found[:60]!r} ({_REMOVE})"
+            )
             logger.info(
-                "%s is locked by %s pid %s: looking for up to %.0f s whether it is alive",
-                self._storage.name, facts.get("host"), facts.get("pid"), until - time.monotonic(),
+                "%s is locked by %s: looking for up to %.0f s whether it is alive",
+                self._storage.name, by, until - time.monotonic(),
             )  # fmt: skip
         while time.monotonic() < until:
             time.sleep(min(0.5, self._lease_seconds / 10))
@@ -157,9 +172,11 @@ def held(storage: Storage) -> Iterator[None]:
 
 
 def read_lock(storage: Storage) -> bytes | None:
-    """The lock's stored bytes; None if there is no readable lock."""
+    """The lock's stored bytes; None if no lock can be read. Raises StorageError for what no run has written."""
     try:
         return storage.read(RUN_LOCK_KEY, _LIMIT_BYTES)
+    except ForeignObjectError as error:
+        raise StorageError(f"{error}: an odd lock, which no run has written; {_REMOVE}") from error
     except UnreadableError:
         return None
 
@@ -171,20 +188,21 @@ def holder(storage: Storage) -> dict[str, Any] | None:
 
 
 def _facts(lock: bytes) -> dict[str, Any]:
-    """A lock's facts; empty if it is damaged."""
+    """A lock's facts; empty if it is damaged or odd."""
     try:
         found = json.loads(lock)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    known = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in _FACTS.items())
+    return found if known and found["host"].isprintable() and 0 < found["pid"] <= _LARGEST_PID else {}
 
 
 def _is_dead(found: dict[str, Any]) -> bool:
     """Whether the holder was a process of this host and pid namespace that no longer exists or is a zombie."""
-    pid = found.get("pid")
     here = (socket.gethostname(), _pid_namespace())
-    if not here[1] or (found.get("host"), found.get("world")) != here or not isinstance(pid, int):
+    if not here[1] or (found.get("host"), found.get("world")) != here:
         return False
+    pid = found["pid"]
     try:
         os.kill(pid, 0)
         status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")

@@ -10,13 +10,14 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain
 from typing import Any
 
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, PaginationError
 
-from internlm_lite.checkpoint.storage.base import Bytes, StoredObject, UnreadableError, check_key
+from internlm_lite.checkpoint.storage.base import Bytes, ForeignObjectError, StoredObject, UnreadableError, check_key
 from internlm_lite.checkpoint.storage.s3_client import connect
 from internlm_lite.checkpoint.storage.s3_multipart import PARALLEL, PART_BYTES, MultipartUpload, content, cut
 from internlm_lite.checkpoint.storage.s3_retry import Calls, RefusedError
@@ -31,6 +32,7 @@ _READ_BYTES = 16 * 1024 * 1024
 _STEP_BYTES = 256 * 1024
 _BATCH = 1000
 """Maximum number of objects per delete request."""
+_MOST_OBJECTS = 2_000_000
 _NOT_MET = ("PreconditionFailed", "412")
 _NOT_KNOWN = ("NotImplemented", "501", "MethodNotAllowed", "405", "InvalidArgument", "InvalidRequest", "400")
 
@@ -118,7 +120,7 @@ class S3Storage:
             with answer["Body"] as stream:
                 size = answer["ContentLength"]
                 if size > limit_bytes:
-                    raise UnreadableError(f"{self.name}/{key}: {size} bytes, expected at most {limit_bytes}")
+                    raise ForeignObjectError(f"{self.name}/{key}: {size} bytes, expected at most {limit_bytes}")
                 data = bytearray(size)
                 for _ in _steps(stream, memoryview(data), deadline):
                     pass
@@ -168,8 +170,8 @@ class S3Storage:
 
     def size(self, key: str) -> int | None:
         with suppress(UnreadableError):
-            found = self._calls.run("look up", key, partial(self._client.head_object, **self._names(key)))
-            return int(found["ContentLength"])
+            names = self._names(key)
+            return self._calls.run("look up", key, lambda: int(self._client.head_object(**names)["ContentLength"]))
         return None
 
     def list(self, folder: str) -> list[StoredObject]:
@@ -193,8 +195,8 @@ class S3Storage:
             self._calls.run("delete", folder, partial(self._delete_batch, object_keys[begin : begin + _BATCH]))
         self._abort_uploads(below, time.time() + 365 * 86_400)
 
-    def sweep(self, older_than_seconds: float) -> None:
-        self._abort_uploads(self._prefix, time.time() - older_than_seconds)
+    def sweep(self, older_than_seconds: float, ending: str = "") -> None:
+        self._abort_uploads(self._prefix, time.time() - older_than_seconds, f"data/*{ending}/*" if ending else "*")
 
     def _delete_batch(self, object_keys: Sequence[str]) -> None:
         """Ignores objects that do not exist, so that the request may be repeated."""
@@ -204,8 +206,9 @@ class S3Storage:
             if error.get("Code") != "NoSuchKey":
                 raise ClientError({"Error": error}, "DeleteObjects")
 
-    def _abort_uploads(self, below: str, before: float) -> None:
-        """Abort uploads of objects whose name starts with `below`, begun before `before` (seconds since the epoch)."""
+    def _abort_uploads(self, below: str, before: float, pattern: str = "*") -> None:
+        """Abort uploads whose object's name starts with `below` and whose key matches `pattern`, begun before `before`
+        (seconds since the epoch)."""
         try:
             found = self._pages("list_multipart_uploads", "Uploads", below)
         except RefusedError as error:
@@ -214,9 +217,9 @@ class S3Storage:
             logger.debug("%s: unfinished uploads stay: %s", self.name, error)
             return
         for upload in found:
-            if upload["Initiated"].timestamp() < before:
+            key = upload["Key"].removeprefix(self._prefix)
+            if upload["Initiated"].timestamp() < before and fnmatchcase(key, pattern):
                 names = {"Bucket": self._bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
-                key = upload["Key"].removeprefix(self._prefix)
                 abort = partial(self._client.abort_multipart_upload, **names)
                 try:
                     self._calls.run("abort the upload of", key, abort)
@@ -225,12 +228,26 @@ class S3Storage:
                         raise
 
     def _pages(self, what: str, field: str, below: str) -> Sequence[Any]:
-        """All pages of a listing of objects or uploads whose name starts with `below`."""
+        """All pages of a listing of objects or uploads whose name starts with `below`. Raises RefusedError if there is
+        no end of it."""
         pages = self._client.get_paginator(what).paginate(Bucket=self._bucket, Prefix=below)
         key = below.removeprefix(self._prefix).rstrip("/")
-        items = self._calls.run("list", key, lambda: [item for page in pages for item in page.get(field, [])])
-        # Filtered again: with a server that ignores Prefix we would delete or abort what belongs to others.
-        return [item for item in items if item["Key"].startswith(below)]
+        found: dict[tuple[str, str], Any] = {}
+
+        def request() -> None:
+            deadline = self._calls.deadline()
+            for page in pages:
+                before = len(found)
+                # Filtered again: with a server that ignores Prefix we would delete or abort what belongs to others.
+                items = (item for item in page.get(field, []) if item["Key"].startswith(below))
+                found.update({(item["Key"], item.get("UploadId", "")): item for item in items})
+                if len(found) > before:
+                    deadline = self._calls.deadline()
+                if time.monotonic() > deadline or len(found) > _MOST_OBJECTS:
+                    raise PaginationError(message="no end")
+
+        self._calls.run("list", key, request)
+        return list(found.values())
 
     def _names(self, key: str) -> dict[str, str]:
         """The arguments Bucket and Key of a request. Raises StorageError for an invalid key."""

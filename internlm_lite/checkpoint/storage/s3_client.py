@@ -6,11 +6,16 @@ import base64
 import hashlib
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
+from datetime import datetime, timezone
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
 from botocore.config import Config as ClientConfig
 from botocore.exceptions import BotoCoreError
+from botocore.session import get_session
+from botocore.utils import parse_timestamp
 
 from internlm_lite.config.paths import S3Path
 from internlm_lite.config.schema import S3Config
@@ -47,7 +52,9 @@ def connect(path: S3Path, settings: S3Config) -> tuple[Any, tuple[str, ...]]:
     )
     scheme = "http" if settings.insecure else "https"
     try:
-        session = boto3.session.Session()
+        core = get_session()
+        core.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_date)
+        session = boto3.session.Session(botocore_session=core)
         client = session.client(
             "s3",
             config=config,
@@ -60,6 +67,7 @@ def connect(path: S3Path, settings: S3Config) -> tuple[Any, tuple[str, ...]]:
     else:
         # Older servers require this header on a batch delete, but newer boto3 does not send it.
         client.meta.events.register("before-call.s3.DeleteObjects", _add_md5)
+        client.meta.events.register("before-call.s3.HeadBucket", _no_region)
         return client, secrets
     raise ConfigError(failure)
 
@@ -79,3 +87,17 @@ def md5_header(data: bytes | bytearray | memoryview) -> str:
 
 def _add_md5(params: Mapping[str, Any], **_: object) -> None:
     params["headers"]["Content-MD5"] = md5_header(params["body"])
+
+
+def _no_region(**_: object) -> tuple[Any, dict[str, Any]]:
+    """In place of an answer: boto3 asks for the bucket's region when it is redirected, and again when this is, too."""
+    return SimpleNamespace(status_code=200), {"ResponseMetadata": {"HTTPHeaders": {}}}
+
+
+def _date(text: Any) -> datetime:
+    """A date of an answer; now, if it is none: then nothing is removed for its age."""
+    with suppress(ValueError, TypeError, OverflowError, RuntimeError):
+        date = parse_timestamp(text)
+        date.timestamp()
+        return date
+    return datetime.now(timezone.utc)

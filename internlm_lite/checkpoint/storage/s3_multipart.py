@@ -91,11 +91,11 @@ class MultipartUpload:
         self._client, self._calls, self._key, self._object = client, calls, key, names
         self._mark = uuid.uuid4().hex
         create = partial(client.create_multipart_upload, **names, Metadata={_MARK: self._mark})
-        self._names = {**names, "UploadId": calls.run("write", key, create)["UploadId"]}
+        self._names = {**names, "UploadId": calls.run("write", key, lambda: create()["UploadId"])}
 
     def write(self, parts: Iterable[bytearray], *, with_md5: bool) -> int:
         """Send all parts and complete the upload; returns the object's size in bytes."""
-        size, tags, waiting = 0, [], deque[Future[Any]]()
+        size, tags, waiting = 0, [], deque[Future[str]]()
         try:
             with ThreadPoolExecutor(PARALLEL, thread_name_prefix="s3-put") as pool:
                 for number, part in enumerate(parts, 1):
@@ -106,17 +106,20 @@ class MultipartUpload:
                         )
                     size += len(part)
                     if len(waiting) == PARALLEL:
-                        tags.append(waiting.popleft().result()["ETag"])
+                        tags.append(waiting.popleft().result())
                     body = content(part, self._calls, with_md5=with_md5)
-                    send = partial(self._client.upload_part, PartNumber=number, **body, **self._names)
+                    send = partial(self._send, PartNumber=number, **body)
                     run = partial(self._calls.run, f"write part {number} of", self._key, send, body=body["Body"])
                     waiting.append(pool.submit(run))
-                tags += [future.result()["ETag"] for future in waiting]
+                tags += [future.result() for future in waiting]
             self._complete(tags, size)
         except BaseException:
             self._abort()
             raise
         return size
+
+    def _send(self, **part: Any) -> str:
+        return str(self._client.upload_part(**part, **self._names)["ETag"])
 
     def _complete(self, tags: list[str], size: int) -> None:
         """Complete the upload. After a lost answer the upload may no longer exist: then look for the object."""

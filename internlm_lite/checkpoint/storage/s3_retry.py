@@ -7,14 +7,13 @@ their texts and arguments may contain secrets.
 
 from __future__ import annotations
 
-import logging
-import random
 import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count
+from functools import partial
 from typing import IO, Any, TypeVar
+from urllib.parse import urlsplit
 
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
@@ -22,14 +21,12 @@ from urllib3.exceptions import HTTPError
 from urllib3.exceptions import ReadTimeoutError as SilenceError
 
 from internlm_lite.checkpoint.storage.base import UnreachableError, UnreadableError
+from internlm_lite.checkpoint.storage.retry import Failure, keep_trying
 from internlm_lite.errors import StorageError
 
-logger = logging.getLogger("internlm_lite")
 T = TypeVar("T")
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 8.0
-"""Seconds between attempts; doubled each time, then shortened by up to half at random to spread the ranks' retries."""
-_FAILURES = (boto.BotoCoreError, boto.ClientError, ResponseParserError, HTTPError, OSError)
+_FAILURES = (boto.BotoCoreError, boto.ClientError, ResponseParserError, HTTPError, OSError, KeyError, ValueError)
 _SETTINGS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError)
 _PASSING_STATUS = (408, 429)
 _LASTING_STATUS = (501, 505)
@@ -51,8 +48,6 @@ _HINTS = {
     "AccessDenied": "these credentials may not do that: change them, or the bucket's policy",
     "403": "these credentials may not do that: change them, or the bucket's policy",
     "RequestTimeTooSkewed": "the clock of this machine is wrong: set it",
-    "PermanentRedirect": "the bucket is in another region: set AWS_DEFAULT_REGION",
-    "301": "the bucket is in another region: set AWS_DEFAULT_REGION",
     "NotImplemented": "the server cannot do that: see ckpt.s3.checksums, or use another server",
     "XMinioStorageFull": "the server's disks are full: free space or choose another folder",
     "QuotaExceeded": "the quota is used up: free space or choose another folder",
@@ -108,28 +103,22 @@ class Calls:
         Raises UnreadableError if the object is absent, else RefusedError (NoAnswerError after timeouts).
         """
         where = f"{self._name}/{key}" if key else self._name
-        begin, deadline = time.monotonic(), self.deadline()
-        for attempt in count():
+
+        def attempt() -> T:
             if body is not None:
                 body.seek(0)
-            try:
-                return request()
-            except _FAILURES as error:
-                trouble = diagnose(error)
-            text = f"cannot {verb} {where}: {self._without_secrets(trouble.text)}"
-            if trouble.absent:
-                raise UnreadableError(text)
-            if not trouble.passing or once:
-                raise RefusedError(text, trouble.code)
-            pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1)
-            now = time.monotonic()
-            if now + pause >= deadline:
-                kind = NoAnswerError if trouble.timeout else RefusedError
-                raise kind(f"{text}; tried {attempt + 1} times in {now - begin:.0f} s", trouble.code)
-            level = logging.DEBUG if attempt else logging.WARNING
-            logger.log(level, "%s; trying again for up to %.0f s", text, deadline - now)
-            time.sleep(pause)
-        raise AssertionError("count() does not end")
+            return request()
+
+        def judge(error: Exception) -> Failure:
+            trouble = diagnose(error)
+            refused = partial(NoAnswerError if trouble.timeout else RefusedError, code=trouble.code)
+            return Failure(
+                text=f"cannot {verb} {where}: {self._without_secrets(trouble.text)}",
+                error=UnreadableError if trouble.absent else refused,
+                passing=trouble.passing and not once,
+            )
+
+        return keep_trying(attempt, _FAILURES, judge, self._deadline_seconds)
 
     def _without_secrets(self, text: str) -> str:
         for secret in self._secrets:
@@ -151,22 +140,32 @@ def diagnose(error: Exception) -> Trouble:
         return Trouble("the server fell silent, or is too slow", passing=True, timeout=True)
     if "TimeoutError" in repr(getattr(error, "kwargs", {}).get("error")):  # while sending: wrapped twice
         return Trouble("the server takes the bytes too slowly", passing=True, timeout=True)
+    if isinstance(error, boto.PaginationError):
+        return Trouble("its listing does not end: the same part comes again and again", passing=False)
     if isinstance(error, boto.IncompleteReadError | ResponseParserError):
         return Trouble("the answer was cut off", passing=True)
     if isinstance(error, boto.HTTPClientError | HTTPError | OSError):
         return Trouble("the connection broke", passing=True)
-    return Trouble(f"boto3 refused ({type(error).__name__})", passing=False)
+    if isinstance(error, boto.BotoCoreError):
+        return Trouble(f"boto3 refused ({type(error).__name__})", passing=False)
+    return Trouble("what answers is no S3 server: is the endpoint right?", passing=False)
 
 
 def _refusal(response: Any) -> Trouble:
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     said = response.get("Error", {})
     code = re.sub(r"[^A-Za-z0-9.]", "", str(said.get("Code", "")))[:60] or str(status)
-    message = " ".join(str(said.get("Message", "")).split())[:200]
+    message = "".join(filter(str.isprintable, " ".join(str(said.get("Message", "")).split())))[:200]
     passing = code in _PASSING_CODES or status in _PASSING_STATUS or (status >= 500 and status not in _LASTING_STATUS)
     words = [code if code == str(status) else f"{code}, status {status}"] if status else [code]
     words += [message] if message and message != code else []
     hint = f" ({_HINTS[code]})" if code in _HINTS else ""
+    if 300 <= status < 400:
+        target = urlsplit(response["ResponseMetadata"].get("HTTPHeaders", {}).get("location", "")).hostname
+        elsewhere = (
+            f"sends the request to {target}" if target and target.isprintable() else "sends the request elsewhere"
+        )
+        hint = f" (it {elsewhere}: correct the endpoint, or set AWS_DEFAULT_REGION to the bucket's region)"
     return Trouble(f"the server says {': '.join(words)}{hint}", passing, code)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -54,7 +55,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     """
     path = Path(path)
     wanted = parse_overrides(overrides)
-    sources = list(_run_with_bases(path, wanted, ()))
+    sources = list(_run_with_bases(path, wanted.variables, ()))
     problems = _unknown_variables(wanted, sources)
     layer, notes = Layer(), []
     for above in [*(source.layer for source in reversed(sources)), wanted.layer]:
@@ -88,15 +89,15 @@ def _replaces(above: Layer, key: str) -> bool:
     return above.has(key) and not isinstance(above.get(key), dict)
 
 
-def _run_with_bases(path: Path, wanted: Overrides, above: tuple[Path, ...]) -> Iterator[ConfigFile]:
-    """The file, then its bases, highest precedence first."""
+def _run_with_bases(path: Path, given: Mapping[str, Any], above: tuple[Path, ...]) -> Iterator[ConfigFile]:
+    """The file, then its bases, highest precedence first. `given`: variables of the command line and the files above."""
     if path.resolve() in above:
         chain = " -> ".join(file.name for file in (*above, path))
         raise ConfigError(f"{path}: _base_ runs in a circle: {chain}; remove one of them")
-    source = run_file(path, wanted.variables)
+    source = run_file(path, given)
     yield source
     for base in reversed(source.bases):
-        yield from _run_with_bases(base, wanted, (*above, path.resolve()))
+        yield from _run_with_bases(base, {**source.given, **given}, (*above, path.resolve()))
 
 
 def _unknown_variables(wanted: Overrides, sources: Sequence[ConfigFile]) -> list[Problem]:

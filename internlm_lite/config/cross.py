@@ -217,11 +217,6 @@ def _curves(config: Config) -> Iterator[Problem]:
             f"found {curve.init_steps} + {warmup} warm-up steps, expected at most lr_scheduler.total_steps "
             f"{curve.total_steps}; lower init_steps or warmup_ratio",
         )
-    if curve.eta_min > config.adam.lr:
-        yield Problem(
-            ("lr_scheduler.eta_min", "adam.lr"),
-            f"found {curve.eta_min:g}, expected at most adam.lr {config.adam.lr:g}; lower it or raise adam.lr",
-        )
 
 
 def _batches(config: Config) -> Iterator[Problem]:

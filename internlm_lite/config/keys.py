@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from internlm_lite.config.foreign import OTHER_NAMES
 from internlm_lite.config.schema import Config, Section
 
 _NOUNS = {int: "an integer", float: "a number", str: "a string", bool: "True or False", type(None): "None"}
@@ -82,8 +83,10 @@ def _describe(annotation: Any, constraints: Iterable[Any] = ()) -> str:
 
 
 def nearest_key(key: str) -> str | None:
-    """The known key most similar to the unknown `key`, preferably of the same section; None if none is similar."""
+    """The known key that `key` means elsewhere, or the most similar one, preferably of the same section; None: none."""
     parent, _, name = key.rpartition(".")
+    if name in OTHER_NAMES:
+        return OTHER_NAMES[name]
 
     def score(candidate: str) -> float:
         section, _, candidate_name = candidate.rpartition(".")

@@ -61,7 +61,8 @@ def _value(key: str, written: str) -> Any:
         value = ast.literal_eval(_Literals().visit(ast.parse(written.strip(), mode="eval")))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return written
-    return written if accepts_text(key) and isinstance(value, (int, float, complex)) else Reader().plain(value)
+    value = Reader().plain(value)
+    return written if accepts_text(key) and isinstance(value, (int, float)) else value
 
 
 class _Literals(ast.NodeTransformer):

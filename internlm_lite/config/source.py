@@ -147,9 +147,8 @@ def _source(path: Path, name: str) -> bytes:
 
 def _refuse_read_base(tree: ast.Module, path: Path, name: str) -> None:
     """mmengine's `with read_base(): from .x import *` is answered with the `_base_` that stands for it."""
-    for block in ast.walk(tree):
-        calls = [item.context_expr for item in block.items] if isinstance(block, ast.With) else []
-        if any(isinstance(call, ast.Call) and "read_base" in ast.unparse(call.func) for call in calls):
+    for block in (node for node in ast.walk(tree) if isinstance(node, ast.With)):
+        if any(ast.unparse(item.context_expr).endswith("read_base()") for item in block.items):
             modules = [node for node in ast.walk(block) if isinstance(node, ast.ImportFrom)]
             bases = [_file_of(node, path.parent) for node in modules]
             raise ConfigError(
@@ -185,7 +184,8 @@ def _cause(error: BaseException) -> str:
         text = str(error)
     except Exception:  # noqa: BLE001  the file's own code runs
         text = "its message cannot be shown"
-    return f"the config file failed while running: {type(error).__name__}: {text}"
+    hint = '; another config file is read by _base_ = "other.py"' if isinstance(error, ImportError) else ""
+    return f"the config file failed while running: {type(error).__name__}: {text}{hint}"
 
 
 def _is_key(name: str, value: Any) -> bool:

@@ -46,8 +46,16 @@ _WHOLE, _MODEL_ONLY = "ckpt.load_ckpt_folder", "ckpt.load_model_only_folder"
 _EVO_ALERT = {"enable_feishu_alert", "feishu_alert_address", "light_monitor_address", "alert_file_path"}
 _OWN_FORMATS = (None, "internlm", "internevo", "normal")
 _FROM_HF = "to make one of a Hugging Face folder: internlm-lite convert from-hf FOLDER OUT; then path=OUT"
-_MODES = {None: "mtp", "none": "mtp", "megatron": "msp", "flash-attn": "fsp", "intern": "isp"}
-"""What `sp` of 2023 was called later."""
+_MODES = {
+    None: "mtp",
+    "none": "mtp",
+    "origin_tp": "mtp",
+    "megatron": "msp",
+    "flash-attn": "fsp",
+    "intern": "isp",
+    "fstp": "isp",
+}
+"""Values of `sp` and `mode` of 2023, and what they were called later."""
 _BIASES = ("model.qkv_bias", "model.o_bias")
 _OVERLAPS = ("intern_overlap", "memory_pool")
 _SAME = {
@@ -133,7 +141,7 @@ def _placeholders(t: Translation) -> None:
     """ "" for a text that may be None, and None for a section that may not, leave them as they are by default."""
     for key, field in known_keys().items():
         value, optional = t.layer.get(key), not field.is_required() and field.get_default() is None
-        if value == "" and accepts_text(key) and optional:
+        if optional and (value == float("inf") or (value == "" and accepts_text(key))):
             t.replace(key, {key: None})
         elif value is None and t.layer.has(key) and section_of(field) is not None and not optional:
             t.replace(key, {}, "the section has its defaults")
@@ -149,6 +157,8 @@ def _foreign(t: Translation) -> None:
             t.drop(key)
         elif accepted:
             t.refuse(key, f"found {shown(value)}, expected {accepted[0]!r} or no such key; {why}")
+        elif same and not t.layer.has(same):
+            t.replace(key, {same: value})
         elif same:
             t.refuse(key, f"found {shown(value)}, but {same} is {shown(said)}: that one counts; remove this one")
         elif feature and asks_for_nothing(value):
@@ -276,8 +286,9 @@ def _parallel(t: Translation) -> None:
 
 
 def _tensor(t: Translation, tensor: dict[str, Any]) -> None:
-    size, sp = tensor.get("size", 1), tensor.get("sp")
-    mode = tensor.get("mode") or (_MODES.get(sp, sp) if isinstance(sp, str | None) else sp)
+    size, name = tensor.get("size", 1), "mode" if tensor.get("mode") else "sp"
+    mode = tensor.get(name)
+    mode = _MODES.get(mode, mode) if isinstance(mode, str | None) else mode
     new = {"parallel.tensor": size}
     if mode == "mtp" or size == 1:
         t.replace("parallel.tensor", new)
@@ -285,7 +296,6 @@ def _tensor(t: Translation, tensor: dict[str, Any]) -> None:
         t.replace("parallel.tensor", {**new, "parallel.sequence_parallel": True})
     else:
         meaning = ": sequences without tensor parallelism are not supported" if mode == "isp" else ""
-        name = "mode" if "mode" in tensor else "sp"
         t.refuse(
             "parallel.tensor",
             f"found {name}={shown(tensor[name])}{meaning}, expected mode='mtp', 'msp' or 'fsp'; 'msp' is nearest",

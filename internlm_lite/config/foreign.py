@@ -47,10 +47,12 @@ NO_EFFECT: Mapping[str, str] = {
     "hybrid_zero_optimizer.all_gather_size": "weights are gathered bucket by bucket",
     "hybrid_zero_optimizer.communication_dtype": "hybrid_zero_optimizer.grad_dtype says it",
     "hybrid_zero_optimizer.use_split_tensor_optim": "every bucket is divided evenly among the ranks",
+    "layerwise": "the order of the work changes no number",
     "loss.moe_loss_coeff": "there are no experts to balance",
     "loss.moe_z_loss_coeff": "there are no experts to balance",
     "loss.op_type": "the loss is the same; its kernel is chosen by the device",
     "metric_dtype": "metrics are always summed in float32",
+    "model.device": "--device chooses it",
     "model.dropout_selective_checkpoint": "there is no dropout",
     "model.enable_qkv_fusion": "the result is the same with and without",
     "model.fused_dropout_add_ln": "the result is the same with and without",
@@ -67,6 +69,7 @@ NO_EFFECT: Mapping[str, str] = {
     "parallel.expert_weight": "there are no experts",
     "parallel.expert_zero1": "there are no experts",
     "parallel_check_freq": "guard.check_replicas_every says how often replicas are compared",
+    "profile_fwd_bwd": "--profiling writes traces",
     "resume_tb_folder": "a restart goes on in its run folder",
     "selective_checkpoint": "model.checkpoint says which layers are recomputed",
     "tensorboard_folder": "event files are in the run folder",
@@ -110,9 +113,9 @@ NO_EFFECT_IF: Mapping[str, tuple[Sequence[Any], str]] = {
 }  # fmt: skip
 
 FEATURES: Mapping[str, tuple[str, str]] = {
-    r"(num|n)_(local_|routed_|shared_)?experts?|(use_)?moe(_.*)?|experts?(_.*)?|ep(_size)?|top_?k|router_.*|.*aux_loss.*|"
-    r"capacity_factor|first_k_dense_replace": ("a mixture of experts", "every block has one dense MLP"),
-    r"(ring|usp|ulysses|context)(_.*)?|cp(_size|_degree)?|sequence_2d|.*_(ring|ulysses)|ds_sequence_parallel.*": (
+    r"(num|n)_(local_|routed_|shared_)?experts?|(use_)?(moe|tutel)(_.*)?|experts?(_.*)?|ep(_size)?|top_?k|router_.*|"
+    r".*aux_loss.*|capacity_factor|first_k_dense_replace": ("a mixture of experts", "every block has one dense MLP"),
+    r"(ring|usp|ulysses|context)(_.*)?|cp(_size|_degree)?|sequence_2d|.*_(ring|ulysses)(_.*)?|(uly|ring)_sp|ds_sequence_parallel.*": (
         "context parallelism (ring, Ulysses)", "long rows: parallel.sequence_parallel and model.checkpoint"),
     r"weight_parallel.*|isp(_.*)?": (
         "weight parallelism (isp)", "parallel.zero1 spreads the optimizer state, parallel.tensor the weights"),

@@ -329,6 +329,9 @@ SPELLINGS = [
     ("model = dict(qkv_bias=False, o_bias=False)", {"model.no_bias": True}),
     ("model = dict(sequence_parallel=False, use_amp=None, use_lora=False, fp8='none', lora={})", {}),
     ("data = dict(gradient_accumulation=3, micro_num=3, packed_length=1)", {"data.micro_num": 3}),
+    ("model = dict(sequence_parallel=True)", {"parallel.sequence_parallel": True}),
+    ("ckpt = dict(checkpoint_every=float('inf'))", {"ckpt.checkpoint_every": None}),
+    ("parallel = dict(tensor=dict(size=2, mode='origin_tp'))", {"parallel.tensor": 2}),
     ("model_type = 'INTERNLM3'", {"model.no_bias": True}),
     ("alert_address = None", {"monitor.alerts.webhook": None}),
     ("alert_address = 'https://x.example/a'", {"monitor.alerts.format": "feishu"}),
@@ -450,7 +453,10 @@ def test_webhook_is_not_shown(tmp_path: Path, alert: str) -> None:
         ),
         ("model = dict(adapt_hf=False)", "x.py:2: model.adapt_hf: found False, expected True or no such key; adapt_hf"),
         ("model = dict(qkv_bias=True, o_bias=False)", "x.py:2: model.qkv_bias: found True, expected both alike"),
-        ("model = dict(sequence_parallel=True)", "x.py:2: model.sequence_parallel: found True, but parallel.sequence"),
+        (
+            "model = dict(sequence_parallel=True)\nparallel = dict(sequence_parallel=False)",
+            "x.py:2: model.sequence_parallel: found True, but parallel.sequence_parallel is False",
+        ),
         ("model_type = 'INTERNLM_MoE'", "only these are built: its blocks have experts"),
         (
             "ckpt = dict(load_ckpt_info=dict(path='p', ckpt_type='hf'))",

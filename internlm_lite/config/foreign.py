@@ -115,7 +115,8 @@ NO_EFFECT_IF: Mapping[str, tuple[Sequence[Any], str]] = {
 FEATURES: Mapping[str, tuple[str, str]] = {
     r"(num|n)_(local_|routed_|shared_)?experts?|(use_)?(moe|tutel)(_.*)?|experts?(_.*)?|ep(_size)?|top_?k|router_.*|"
     r".*aux_loss.*|capacity_factor|first_k_dense_replace": ("a mixture of experts", "every block has one dense MLP"),
-    r"(ring|usp|ulysses|context)(_.*)?|cp(_size|_degree)?|sequence_2d|.*_(ring|ulysses)(_.*)?|(uly|ring)_sp|ds_sequence_parallel.*": (
+    r"(ring|usp|ulysses|context)(_.*)?|cp(_size|_degree)?|sequence_2d|.*_(ring|ulysses)(_.*)?|(uly|ring)_sp|"
+    r"ds_sequence_parallel.*": (
         "context parallelism (ring, Ulysses)", "long rows: parallel.sequence_parallel and model.checkpoint"),
     r"weight_parallel.*|isp(_.*)?": (
         "weight parallelism (isp)", "parallel.zero1 spreads the optimizer state, parallel.tensor the weights"),
@@ -138,7 +139,8 @@ FEATURES: Mapping[str, tuple[str, str]] = {
     r"(use_)?ema(_.*)?": ("averaging of weights (EMA)", "checkpoints are kept by ckpt.checkpoint_every"),
     r"(use_)?(torch_)?compile(_.*)?|.*inductor.*|.*cuda_?graphs?.*": (
         "torch.compile and CUDA graphs", "the fast kernels are chosen by model.use_flash_attn"),
-    r"(.*_)?dropout(_.*)?|(attn_|hidden_|drop_path_)?drop(_rate|_prob)?|.*_pdrop|drop_path.*": ("dropout", "adam.weight_decay and loss.label_smoothing regularise"),
+    r"(.*_)?dropout(_.*)?|(attn_|hidden_|drop_path_)?drop(_rate|_prob)?|.*_pdrop|drop_path.*": (
+        "dropout", "adam.weight_decay and loss.label_smoothing regularise"),
     r"(use_)?sliding_window.*|window_size|attention_window|local_attention.*": (
         "sliding-window attention", "attention spans data.seq_len"),
     r"rope_(scaling|type|factor).*|(use_)?(yarn|ntk|alibi)(_.*)?|position_embedding_type": (

@@ -53,6 +53,14 @@ def accepts_text(key: str) -> bool:
     return field is not None and str in (field.annotation, *get_args(field.annotation))
 
 
+def value_of(config: Config, key: str) -> Any:
+    """The value of a dotted key; None in a section that is None."""
+    value: Any = config
+    for name in key.split("."):
+        value = value and getattr(value, name)
+    return value
+
+
 def expected(field: FieldInfo) -> str:
     """What a value of this key may be: "an integer > 0 or None"."""
     return _describe(field.annotation, field.metadata)

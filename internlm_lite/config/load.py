@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from internlm_lite.config.aliases import translate
 from internlm_lite.config.cross import cross_problems
-from internlm_lite.config.keys import known_keys, nearest_name, section_of
+from internlm_lite.config.keys import known_keys, nearest_name, section_of, value_of
 from internlm_lite.config.overrides import COMMAND_LINE, Overrides, parse_overrides
 from internlm_lite.config.problems import MOST_PROBLEMS, Problem, schema_problems
 from internlm_lite.config.schema import Config
@@ -169,11 +169,3 @@ def _disagreements(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
     if least > peak:
         key = "lr_scheduler.eta_min"
         yield f"{origins[key]}: {key}={least:g} is above adam.lr={peak:g}: the learning rate rises after the warm-up"
-
-
-def value_of(config: Config, key: str) -> object:
-    """The value of a dotted key."""
-    value: object = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from internlm_lite.config.keys import accepts_text
-from internlm_lite.config.plain import Reader, shown
+from internlm_lite.config.plain import plain, shown
 from internlm_lite.config.source import Layer, is_variable
 from internlm_lite.errors import ConfigError
 
@@ -61,7 +61,7 @@ def _value(key: str, written: str) -> Any:
         value = ast.literal_eval(_Literals().visit(ast.parse(written.strip(), mode="eval")))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return written
-    value = Reader().plain(value)
+    value = plain(value)
     return written if accepts_text(key) and isinstance(value, (int, float)) else value
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_LONGEST = 300
+_LONGEST, _LONGEST_KEY = 300, 100
 _LONGEST_LINE = 2000
 _DEEPEST, _MOST = 16, 20_000
 """Levels and entries of dicts and lists; a config has a few hundred entries."""
@@ -27,13 +27,16 @@ class Opaque:
         return self.text
 
 
-class Reader:
-    """Turns values into dicts, lists, tuples, strings, numbers, True, False and None, all of bounded size."""
+def plain(value: Any) -> Any:
+    """`value` as dicts, lists, tuples, strings, numbers, True, False and None, all of bounded size."""
+    return _Reader().read(value)
 
+
+class _Reader:
     def __init__(self) -> None:
         self.left = _MOST
 
-    def plain(self, value: Any, depth: int = 0) -> Any:
+    def read(self, value: Any, depth: int = 0) -> Any:
         if value is None or isinstance(value, bool):
             return value
         if isinstance(value, int):
@@ -49,12 +52,14 @@ class Reader:
         if depth == _DEEPEST or self.left < 0:
             return Opaque(f"a {type(value).__name__} of more than {_DEEPEST} levels or {_MOST} entries")
         if isinstance(value, dict):
-            return {self._key(name): self.plain(inner, depth + 1) for name, inner in dict.items(value)}
-        return (list if isinstance(value, list) else tuple)(self.plain(inner, depth + 1) for inner in value)
+            return {shown_key(name): self.read(inner, depth + 1) for name, inner in dict.items(value)}
+        return (list if isinstance(value, list) else tuple)(self.read(inner, depth + 1) for inner in value)
 
-    def _key(self, name: Any) -> Any:
-        bare = self.plain(name)
-        return shown(name) if isinstance(bare, Opaque | tuple) else bare
+
+def shown_key(name: Any) -> Any:
+    """A short string or integer as it is, any other key of a dict as text."""
+    bare = plain(name)
+    return bare[:_LONGEST_KEY] if isinstance(bare, str) else bare if isinstance(bare, int) else shown(name)
 
 
 def shown(value: Any) -> str:

@@ -77,7 +77,7 @@ def _unknown(key: str, listed: set[str]) -> str:
     near, parent = nearest_key(key), key.rpartition(".")[0]
     if near is not None:
         return f"unknown key; nearest known key: {near}"
-    if parent in listed:
+    if parent in listed or not names_in(parent):
         return "unknown key"
     listed.add(parent)
     if parent:
@@ -97,7 +97,7 @@ def _remedy(value: Any, field: FieldInfo, name: str) -> str:
         return "remove the quotes" if _is_number(value) else "write a value of this kind"
     if isinstance(value, bool) and wanted & {int, float}:
         return "write the number"
-    if isinstance(value, float) and int in wanted and value.is_integer():
+    if isinstance(value, float) and int in wanted and value.is_integer() and abs(value) < 2**53:
         return f"write {int(value)}"
     if value in (0, 1) and bool in wanted:
         return f"write {bool(value)}"

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
-from internlm_lite.config.plain import Opaque, Reader, one_line, shown
+from internlm_lite.config.plain import one_line, plain, shown, shown_key
 from internlm_lite.errors import ConfigError
 from internlm_lite.units import human_bytes
 
@@ -39,7 +39,7 @@ KeyPath = tuple[str, ...]
 
 
 LONGEST_RUN_SECONDS = 60.0
-_LARGEST_FILE = 16 * 2**20
+_LARGEST_FILE, _MOST_LINES = 2**22, 20_000
 _GIVEN = "__given__"
 """Variable of the running file that holds the values of the replaced assignments."""
 
@@ -82,10 +82,8 @@ def _run(path: Path, name: str, replacements: Mapping[str, Any]) -> ConfigFile:
     namespace: dict[str, Any] = {"__name__": "__config__", "__file__": str(path), _GIVEN: replacements}
     with _limited():
         exec(compile(tree, str(path), "exec"), namespace)
-        values = Reader().plain({name: value for name, value in namespace.items() if _is_key(name, value)})
-    if isinstance(values, Opaque):
-        raise ConfigError(f"{name}: found {values}, expected sections and their keys")
-    origins = {key: f"{name}:{line}" if (line := written.line_of(key)) else name for key in dotted(values)}
+        values = {shown_key(key): plain(value) for key, value in namespace.items() if _is_key(key, value)}
+    origins = {key: f"{name}:{written.line_of(key) or 1}" for key in dotted(values)}
     bases = _bases(path, namespace.get("_base_"), f"{name}:{written.line_of('_base_') or 1}")
     given = {variable: namespace[variable] for variable in variables & namespace.keys()}
     return ConfigFile(path, Layer(values, origins), bases, variables, given)
@@ -140,9 +138,14 @@ def _source(path: Path, name: str) -> bytes:
         if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_FILE:
             found = human_bytes(status.st_size) if stat.S_ISREG(status.st_mode) else "a pipe, device or socket"
             raise ConfigError(f"{name}: found {found}, expected a file of at most {human_bytes(_LARGEST_FILE)}")
-        return path.read_bytes()
+        source = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{name}: cannot read the config file: {error.strerror}; check the path") from error
+    if (lines := source.count(b"\n")) > _MOST_LINES:
+        raise ConfigError(
+            f"{name}:{_MOST_LINES}: found {lines} lines, expected at most {_MOST_LINES}: read data from a file"
+        )
+    return source
 
 
 def _refuse_read_base(tree: ast.Module, path: Path, name: str) -> None:
@@ -316,8 +319,15 @@ class _Writer(ast.NodeVisitor):
     def _assign(self, target: ast.expr, value: ast.expr) -> None:
         path = _path(target)
         entry = self.root.at(path[:-1])
-        if path and entry is not None:
+        if not path:
+            self.visit(target)
+        elif entry is not None:
             self._write(entry, path[-1], value, target.lineno)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        """A name that a loop, a tuple or `with` sets."""
+        if isinstance(node.ctx, ast.Store):
+            self.root.below[node.id] = Written(node.lineno)
 
     def _write(self, entry: Written, name: str, value: ast.expr, line: int) -> None:
         known = self.root.below.get(value.id) if isinstance(value, ast.Name) else None

@@ -460,8 +460,8 @@ def test_webhook_is_not_shown(tmp_path: Path, alert: str) -> None:
         ("model_type = 'INTERNLM_MoE'", "only these are built: its blocks have experts"),
         (
             "ckpt = dict(load_ckpt_info=dict(path='p', ckpt_type='hf'))",
-            "x.py:2: ckpt.load_ckpt_info: found ckpt_type='hf'; only the checkpoints written here are read; to make one "
-            "of a Hugging Face folder: internlm-lite convert from-hf",
+            "x.py:2: ckpt.load_ckpt_info: found ckpt_type='hf'; only the checkpoints written here are read; "
+            "to make one of a Hugging Face folder: internlm-lite convert from-hf",
         ),
         ("ckpt = dict(load_ckpt_info=dict(path='p', ckpt_type='llama'))", "convert_llama_weights_to_hf"),
         (

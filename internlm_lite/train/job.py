@@ -263,7 +263,7 @@ def _build(job: Job, plan: Plan) -> Run:
 def _open_run_folder(job: Job, folder: Path) -> None:
     """Record this start in the run folder, and log there from now on. Collective."""
     on_main(job.mesh, lambda: _describe_start(job, folder))
-    job.failures.folder = folder
+    job.failures.write_to(folder)
     setup_logging(job.dist_env, folder, job.options.log_style)
 
 

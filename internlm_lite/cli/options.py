@@ -34,12 +34,20 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help=text)
 
 
-def add_launcher(parser: argparse.ArgumentParser, timeout: float) -> None:
+def add_launcher(parser: argparse.ArgumentParser, timeout: float, world_size_help: str = "likewise") -> None:
     """Add the options of the launcher and the rendezvous. `timeout`: default, in seconds."""
     add, text = parser.add_argument, f"longest wait for other ranks ({timeout:g})"
-    add("--launcher", choices=["auto", "slurm", "torch", "single"], default="auto", help="what started this process")
+    add(
+        "--launcher",
+        choices=["auto", "slurm", "torch", "mpi", "single"],
+        default="auto",
+        help="what started this process",
+    )
     add("--host", help="where rank 0 listens (default: from the launcher)")
     add("--port", type=int, help="its port (default: from the launcher)")
+    add("--local-rank", "--local_rank", type=int, metavar="N", help="accepted for old launchers, and checked")
+    add("--rank", type=int, metavar="N", help="likewise")
+    add("--world-size", "--world_size", type=int, metavar="N", help=world_size_help)
     add("--timeout", type=wait_seconds, default=timeout, metavar="SECONDS", help=text)
     add_device(parser)
 

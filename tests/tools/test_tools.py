@@ -84,6 +84,25 @@ def test_a_timeout_is_a_number_of_seconds(
     assert f"argument --timeout: found '{value}', expected seconds: a number > 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("tool", [train, doctor], ids=["train.py", "doctor"])
+def test_options_of_old_launchers_are_checked(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.delenv("RANK", raising=False)
+    line = [
+        "--config",
+        str(ROOT / "configs/tiny.py"),
+        "--local-rank",
+        "0",
+        "--world-size=1",
+        "--rank=0",
+        "--local_rank=0",
+    ]
+    assert vars(tool.parse_arguments(line))["local_rank"] == 0
+    assert tool.main([*line, "--world_size", "8"]) == 2
+    assert "found --world_size 8, but this process has world size 1 (no variable of" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("tool", "called", "line"), EARLY, ids=lambda value: getattr(value, "__name__", None))
 def test_every_tool_ends_alike(
     tool: ModuleType, called: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -5,18 +5,27 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from internlm_lite.errors import ConfigError
+from internlm_lite.runtime.tool import flush_or_discard
 from internlm_lite.units import wait_seconds
 
 if TYPE_CHECKING:
     from internlm_lite.config.schema import S3Config
 
 
+class CommandParser(argparse.ArgumentParser):
+    """Ends well if nobody reads its help (`| head`)."""
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        flush_or_discard()
+        super().exit(status, message)
+
+
 def new_parser(command: str, description: str | None) -> argparse.ArgumentParser:
     """`description`: the docstring of the command's module, shown with its line breaks."""
-    return argparse.ArgumentParser(
+    return CommandParser(
         prog=f"internlm-lite {command}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

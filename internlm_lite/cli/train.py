@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from internlm_lite import __version__
 from internlm_lite.cli.options import add_config, add_launcher, new_parser
-from internlm_lite.errors import INTERRUPTED
+from internlm_lite.runtime.tool import run_tool
 
 if TYPE_CHECKING:
     from internlm_lite.monitor.sinks import SinkFactory
@@ -66,11 +66,7 @@ def main(argv: Sequence[str] | None = None, sinks: Mapping[str, SinkFactory] | N
 
     `sinks`: additional sinks by name (`monitor.record.Sink`).
     """
-    try:
-        return train_or_show(parse_arguments(argv), sinks or {})
-    except KeyboardInterrupt:
-        print("interrupted before the start", file=sys.stderr)
-        return INTERRUPTED
+    return run_tool(lambda: train_or_show(parse_arguments(argv), sinks or {}), "interrupted before the start")
 
 
 def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory]) -> int:

@@ -297,9 +297,9 @@ def check_options(dist_env: DistEnv, **given: int | None) -> None:
         found = getattr(dist_env, name)
         if value is not None and value != found:
             raise MeshError(
-                f"found --{name} {value}, but this process has {name.replace('_', ' ')} {found} ({dist_env.why}): leave "
-                "the option out, and start all ranks by one launcher: torchrun, srun, mpirun, or RANK, WORLD_SIZE, "
-                "LOCAL_RANK, MASTER_ADDR and MASTER_PORT set by hand"
+                f"found --{name} {value}, but this process has {name.replace('_', ' ')} {found} ({dist_env.why}): "
+                "leave the option out, and start all ranks by one launcher: torchrun, srun, mpirun, or RANK, "
+                "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set by hand"
             )
 
 

@@ -33,7 +33,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_config(parser)
     add_launcher(parser, timeout=600, world_size_help="likewise; with --dry-run: ranks to plan for")
     add("--backend", choices=["nccl", "gloo"], help="accepted for old command lines; follows the device")
-    add("--resume", metavar="auto|none|PATH", help="checkpoint to resume from (default: auto)")
+    add("--resume", metavar="auto|none|STEP|PATH", help="checkpoint to resume from (default: auto)")
     add("--seed", type=int, help="seed of weights and data order, instead of the config's")
     add("--run-dir", type=Path, default=Path("RUN"), help="logs and metrics go to RUN_DIR/<JOB_NAME>/<time>")
     add("--profiling", action="store_true", help="write a trace of three early steps per rank")

@@ -64,7 +64,7 @@ class Options:
     """Command-line options besides the config."""
 
     resume: str | None
-    """One of "auto", "none", a path; None: ckpt.auto_resume decides."""
+    """One of "auto", "none", a step, a path; None: ckpt.auto_resume decides."""
     device: str
     run_dir: Path
     timeout_seconds: float
@@ -98,7 +98,7 @@ class Plan:
     """Where the run starts from and where it writes to."""
 
     resume: str
-    """One of "auto", "none", a path."""
+    """One of "auto", "none", a step, a path."""
     last: LastRun | None
     """The run that wrote the newest checkpoint of the save folders, with `resume` "auto"."""
     folder: Path

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import signal
 from collections.abc import Iterator
 
 from pydantic.fields import FieldInfo
@@ -79,4 +80,5 @@ def _default(field: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head`
     print(reference(), end="")

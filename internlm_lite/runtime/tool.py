@@ -37,7 +37,8 @@ def run_tool(work: Callable[[], int], interrupted: str = "interrupted", *, has_s
     """
     try:
         code = work()
-        _flush()
+        if sys.stdout is not None:  # None if it was closed before the start
+            sys.stdout.flush()
         return code
     except InternLMError as error:
         text = str(error).replace("ckpt.s3.", "--s3 ") if has_s3_option else str(error)
@@ -50,7 +51,7 @@ def run_tool(work: Callable[[], int], interrupted: str = "interrupted", *, has_s
     except OSError as error:
         if error.filename is None and error.errno not in _NOT_WRITTEN:
             raise
-        _flush_or_discard()
+        flush_or_discard()
         where = escaped(str(error.filename or "standard output, or a file that was being written"))
         print(f"StorageError: {where}: {error.strerror}; mend it, or give another path", file=sys.stderr)
         return StorageError.exit_code
@@ -59,14 +60,11 @@ def run_tool(work: Callable[[], int], interrupted: str = "interrupted", *, has_s
         return INTERRUPTED
 
 
-def _flush() -> None:
-    if sys.stdout is not None:  # None if it was closed before the start
-        sys.stdout.flush()
-
-
-def _flush_or_discard() -> None:
+def flush_or_discard() -> None:
+    """Flush standard output; one that cannot be written, such as a closed pipe, must not fail again at exit."""
     try:
-        _flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:
         _discard_output()
 

@@ -62,8 +62,8 @@ def build_run(
 ) -> Run:
     """Open the data, build and initialise the model, restore a checkpoint. Collective.
 
-    `resume`: "auto", "none" or a path. Opens no sinks if the run in `folder` has ended and no steps are left. Raises
-    DataError, CheckpointError or StorageError.
+    `resume`: "auto", "none", a step or a path. Opens no sinks if the run in `folder` has ended and no steps are left.
+    Raises DataError, CheckpointError or StorageError.
     """
     checkpoints = around.checkpoints or Checkpoints(config, mesh)
     watchdog = around.watchdog or unwatched(mesh.rank)

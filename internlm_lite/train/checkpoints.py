@@ -22,6 +22,7 @@ from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.format.catalog import Found
 from internlm_lite.checkpoint.format.manifest import Kind, Manifest
 from internlm_lite.checkpoint.load.checkpoint_loader import Restored
+from internlm_lite.checkpoint.load.locate import find_step
 from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.save.saver import SaveOptions
 from internlm_lite.checkpoint.save.write_job import Saved
@@ -192,7 +193,9 @@ class Checkpoints:
     def restore(self, resume: str) -> TrainState:
         """Load the checkpoint to start from and return its state, else the initial state. Raises CheckpointError.
 
-        `resume`: "auto", "none" (ignore this run's save folders) or a path."""
+        `resume`: "auto", "none" (ignore this run's save folders), a step in these folders, or a path."""
+        if resume.isdecimal():
+            return self._begin_at(on_main(self._mesh, lambda: self._path_of_step(int(resume))))
         if resume not in ("auto", "none"):
             return self._begin_at(resume)
         own = self.own() if resume == "auto" else None
@@ -236,6 +239,12 @@ class Checkpoints:
         """Whether this run wrote or resumed `found` and it is from before the spike: folders may hold others."""
         run_folder = found.manifest.state.get("run_folder")
         return (found.name == self.restored or run_folder == self.contents.run_folder) and found.step <= spiked_step
+
+    def _path_of_step(self, step: int) -> str:
+        """Not collective. Raises CheckpointError naming the steps that there are."""
+        folders = dict.fromkeys(folder for key in _FOLDER_KEYS if (folder := getattr(self._ckpt, key)))
+        where, name = find_step(list(folders), step, self._ckpt.s3)
+        return f"{where}/{name.commit}"
 
     def _begin_at(self, path: str) -> TrainState:
         moments = self._ckpt.load_optimizer

@@ -64,7 +64,7 @@ class Options:
     """Command-line options besides the config."""
 
     resume: str | None
-    """One of "auto", "none", a path; None: ckpt.auto_resume decides."""
+    """One of "auto", "none", a step, a path; None: ckpt.auto_resume decides."""
     device: str
     run_dir: Path
     timeout_seconds: float
@@ -98,7 +98,7 @@ class Plan:
     """Where the run starts from and where it writes to."""
 
     resume: str
-    """One of "auto", "none", a path."""
+    """One of "auto", "none", a step, a path."""
     last: LastRun | None
     """The run that wrote the newest checkpoint of the save folders, with `resume` "auto"."""
     folder: Path
@@ -263,7 +263,7 @@ def _build(job: Job, plan: Plan) -> Run:
 def _open_run_folder(job: Job, folder: Path) -> None:
     """Record this start in the run folder, and log there from now on. Collective."""
     on_main(job.mesh, lambda: _describe_start(job, folder))
-    job.failures.folder = folder
+    job.failures.write_to(folder)
     setup_logging(job.dist_env, folder, job.options.log_style)
 
 

@@ -294,6 +294,23 @@ def test_open_takes_every_spelling_of_a_checkpoint(tmp_path: Path, monkeypatch: 
         other.open(str(tmp_path / "nowhere"))
 
 
+def test_a_step_names_its_newest_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = _manager(tmp_path / "save", snapshot_folder=str(tmp_path / "save" / "snapshot"))
+    names = [_save(manager, step, kind) for step, kind in ((1, "milestone"), (2, "snapshot"), (1, "milestone"))]
+    other = _manager(tmp_path / "other")
+    for path in (f"{tmp_path}/save/1", f"local:{tmp_path}/save/1/", f"{tmp_path}/save/0001"):
+        assert other.open(path).name == names[2], path
+    assert other.open(f"{tmp_path}/save/2").name == names[1], "in the folder inside"
+    monkeypatch.chdir(tmp_path / "save")
+    assert other.open("1").name == names[2]
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 3 in .*/save; the steps there: 1, 2"):
+        other.open(f"{tmp_path}/save/3")
+    with pytest.raises(CheckpointError, match="the steps there: none"):
+        other.open(f"{tmp_path}/nowhere/3")
+    _save(_manager(tmp_path / "save" / "9"), 5)
+    assert other.open(f"{tmp_path}/save/9").step == 5, "a folder of that name"
+
+
 def test_incomplete_pieces_are_not_committed(tmp_path: Path) -> None:
     manager = _manager(tmp_path)
     _save(manager, 1)

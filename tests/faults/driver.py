@@ -3,6 +3,7 @@
     kill stop term   this rank sends itself the signal            exit     leaves with code 0, as if all were done
     raise            an error of the program                      memory   asks for more than RLIMIT_AS allows
     sleep stuck      for ever in its data, in a forward pass      full     fills the disk of the working directory
+    spin             for ever, with the interpreter's lock held
     nan blow         gradient of one layer * nan, * 10000         flip     one bit of a weight, before they are compared
     ruin             a nan in the master weights      unlabelled     this rank's batch has no label
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import resource
 import runpy
 import signal
@@ -80,6 +82,8 @@ def before(fault: Fault, trainer: Trainer) -> Callable[[], object]:
     elif fault.kind == "stuck":
         for module in next(iter(trainer.stages.values())).modules():
             module.register_forward_pre_hook(lambda *_: time.sleep(3600))
+    elif fault.kind == "spin":
+        re.match("(a+)+$", "a" * 99 + "b")
     elif fault.kind == "raise":
         raise ValueError("this rank is broken")
     elif fault.kind == "memory":

@@ -6,6 +6,7 @@ SIGKILL of one rank            named by the others, code 5; started again: the s
 early exit of one rank         named by the others, code 5                                      2 s
 SIGSTOP of one rank            named with phase and step, code 4; stacks of the others          time-out + 5 s
 a rank hangs in data, forward  named with phase and step, code 4; its own stacks                time-out + 5 s
+a rank holds Python's lock     named, ended by a signal; its own stacks; code 4 of the others   time-out + 6 s
 exception, out of memory       its own error is the cause, code 1; the others follow, code 5    2 s
 SIGTERM to all                 saved, code 3; started again: the same bits                      10 s
 port in use                    code 2, with what to do                                          at once
@@ -157,6 +158,17 @@ def test_hanging_rank_is_named_with_stacks(how: str, phase: str, frame: str, tmp
     cause = report(tmp_path)["cause"]
     assert (cause["rank"], cause["kind"], cause["phase"], cause["step"]) == (1, "hang", phase, AT)
     assert frame in (run_folder(tmp_path) / "logs" / "rank-00001.stacks").read_text()
+
+
+def test_rank_that_holds_the_lock_is_ended(tmp_path: Path) -> None:
+    with Job(tmp_path, 2, *arguments(*HANG), faults=f"spin 1 {AT}") as job:
+        begin = trained_until(job, AT - 1)
+        assert job.codes() == [4, -signal.SIGUSR2], job.output()[-6000:]
+        told("rank 1 of 2 holds Python's lock, time-out 4 s", time.monotonic() - begin, job)
+    cause = report(tmp_path)["cause"]
+    assert (cause["rank"], cause["kind"], cause["follows"]) == (1, "hang", False)
+    assert "in match" in (run_folder(tmp_path) / "logs" / "rank-00001.stacks").read_text()
+    assert "one of its threads held Python's lock for" in job.output(1)
 
 
 def test_suspended_ranks_continue(undisturbed: Any, tmp_path: Path) -> None:

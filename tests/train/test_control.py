@@ -56,6 +56,7 @@ def commands(channel: ControlChannel, steps: int) -> list[Command]:
 def handlers() -> Iterator[None]:
     """Those of pytest, once a test has ended."""
     before = {number: signal.getsignal(number) for number in WATCHED}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -69,6 +70,13 @@ def test_a_signal_is_obeyed_one_step_later(number: signal.Signals):
         os.kill(os.getpid(), number)
         assert commands(channel, 2) == [Command(), Command(True, True, number.name)]
     _send(*WATCHED)  # and this process lives
+
+
+def test_nohup_is_obeyed():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignals() as signals:
+        _send(signal.SIGHUP)
+        assert signals.received is None
 
 
 def _send(*numbers: signal.Signals) -> None:

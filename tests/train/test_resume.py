@@ -159,6 +159,16 @@ def test_resume_none_starts_again(corpus: Path, tmp_path: Path):
     assert curve(again) == curve(first)
 
 
+def test_resume_at_a_step(corpus: Path, tmp_path: Path):
+    config = config_for(corpus, tmp_path / "saves", checkpoint_every=4, oss_snapshot_freq=3)
+    run_training(single_process_mesh(), config, tmp_path / "first")
+    for step in (4, 6):
+        resumed = run_training(single_process_mesh(), config, tmp_path / f"from-{step}", resume=str(step))
+        assert resumed[0]["step"] == step
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 5 in .*saves and .*snapshot; the steps there: "):
+        run_training(single_process_mesh(), config, tmp_path / "nowhere", resume="5")
+
+
 def test_weights_only_and_weights_with_counters(corpus: Path, tmp_path: Path):
     mesh = single_process_mesh()
     first = run_training(mesh, config_for(corpus, tmp_path / "saves", checkpoint_every=4), tmp_path / "first")

@@ -137,8 +137,7 @@ FEATURES: Mapping[str, tuple[str, str]] = {
     r"mm_.*|(use_)?(image|images|vision|vit|video|audio)(_.*)?|multi_?modal.*|projector.*": (
         "images, video and sound", "the model reads tokens of text"),
     r"(use_)?ema(_.*)?": ("averaging of weights (EMA)", "checkpoints are kept by ckpt.checkpoint_every"),
-    r"(use_)?(torch_)?compile(_.*)?|.*inductor.*|.*cuda_?graphs?.*": (
-        "torch.compile and CUDA graphs", "the fast kernels are chosen by model.use_flash_attn"),
+    r".*cuda_?graphs?.*|compile_.*|.*inductor.*": ("CUDA graphs and options of the compiler", "see model.compile"),
     r"(.*_)?dropout(_.*)?|(attn_|hidden_|drop_path_)?drop(_rate|_prob)?|.*_pdrop|drop_path.*": (
         "dropout", "adam.weight_decay and loss.label_smoothing regularise"),
     r"(use_)?sliding_window.*|window_size|attention_window|local_attention.*": (
@@ -186,6 +185,7 @@ _OTHER_NAMES = {
     "lr_scheduler.warmup_ratio": "warmup_steps lr_warmup_iters lr_warmup_steps warmup_iters num_warmup_steps",
     "model.checkpoint": "gradient_checkpointing activation_checkpoint activation_checkpointing recompute "
     "recompute_granularity",
+    "model.compile": "torch_compile use_torch_compile use_compile enable_compile",
     "model.dtype": "bf16 fp16 torch_dtype precision mixed_precision params_dtype",
     "model.init_std": "initializer_range init_method_std",
     "model.layer_norm_epsilon": "rms_norm_eps norm_eps norm_epsilon layernorm_epsilon",

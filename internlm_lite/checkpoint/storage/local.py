@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from internlm_lite.checkpoint.storage.base import Bytes, ForeignObjectError, StoredObject, UnreadableError, check_key
-from internlm_lite.checkpoint.storage.retry import Failure, keep_trying
+from internlm_lite.checkpoint.storage.retry import FailedAttempt, keep_trying
 from internlm_lite.errors import StorageError
 
 T = TypeVar("T")
@@ -233,11 +233,11 @@ class LocalStorage:
         object, else StorageError."""
         where = f"{self.name}/{key}" if key else self.name
 
-        def judge(error: Exception) -> Failure:
+        def judge(error: Exception) -> FailedAttempt:
             assert isinstance(error, OSError)
             lost = verb == "read" and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EIO)
             hint = _HINTS.get(error.errno or 0, "see the system's log")
-            return Failure(
+            return FailedAttempt(
                 text=f"cannot {verb} {where}: {error.strerror or error} ({hint})",
                 error=UnreadableError if lost else StorageError,
                 passing=error.errno in _PASSING and not once,

@@ -20,7 +20,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 8.0
 
 
 @dataclass(frozen=True)
-class Failure:
+class FailedAttempt:
     """The failure of one attempt."""
 
     text: str
@@ -33,7 +33,7 @@ class Failure:
 def keep_trying(
     request: Callable[[], T],
     failures: tuple[type[Exception], ...],
-    judge: Callable[[Exception], Failure],
+    judge: Callable[[Exception], FailedAttempt],
     seconds: float,
 ) -> T:
     """`request()`, repeated for `seconds` while `judge` calls its exceptions, of the types `failures`, passing.

@@ -21,7 +21,7 @@ from urllib3.exceptions import HTTPError
 from urllib3.exceptions import ReadTimeoutError as SilenceError
 
 from internlm_lite.checkpoint.storage.base import UnreachableError, UnreadableError
-from internlm_lite.checkpoint.storage.retry import Failure, keep_trying
+from internlm_lite.checkpoint.storage.retry import FailedAttempt, keep_trying
 from internlm_lite.errors import StorageError
 
 T = TypeVar("T")
@@ -109,10 +109,10 @@ class Calls:
                 body.seek(0)
             return request()
 
-        def judge(error: Exception) -> Failure:
+        def judge(error: Exception) -> FailedAttempt:
             trouble = diagnose(error)
             refused = partial(NoAnswerError if trouble.timeout else RefusedError, code=trouble.code)
-            return Failure(
+            return FailedAttempt(
                 text=f"cannot {verb} {where}: {self._without_secrets(trouble.text)}",
                 error=UnreadableError if trouble.absent else refused,
                 passing=trouble.passing and not once,

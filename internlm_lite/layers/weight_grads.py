@@ -17,13 +17,20 @@ import torch
 from internlm_lite.mesh.layout import Parameter
 
 
-@torch.library.custom_op("internlm_lite::add_product", mutates_args=("grad",))
 def add_product(grad: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> None:
-    """grad [out, in] += dy^T x for dy [T, out] and x [T, in], in the dtype of `grad`. One node of a compiled graph."""
-    if grad.is_cuda and grad.dtype != x.dtype:
+    """grad [out, in] += dy^T x for dy [T, out] and x [T, in], in the dtype of `grad`."""
+    if torch.compiler.is_compiling():
+        _add_product_in_graph(grad, dy, x)
+    elif grad.is_cuda and grad.dtype != x.dtype:
         torch.ops.aten.addmm.dtype_out(grad, dy.t(), x, grad.dtype, out=grad)
     else:
         grad.add_(dy.t() @ x)
+
+
+@torch.library.custom_op("internlm_lite::add_product", mutates_args=("grad",))
+def _add_product_in_graph(grad: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> None:
+    """`add_product` as one operation of a graph, which runs in its place and in place."""
+    add_product(grad, dy, x)
 
 
 class _AddToMainGrad(torch.autograd.Function):

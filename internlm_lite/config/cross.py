@@ -73,7 +73,6 @@ def cross_problems(config: Config, world_size: int | None) -> Iterator[Problem]:
     yield from _tensor(config)
     yield from _pipeline(config)
     yield from _sequence(config)
-    yield from _compile(config)
     yield from _precision(config)
     yield from _curves(config)
     yield from _batches(config)
@@ -226,21 +225,6 @@ def _old_torch() -> Version | None:
     except (PackageNotFoundError, InvalidVersion):
         return None
     return found if found.release < (2, 13) else None
-
-
-def _compile(config: Config) -> Iterator[Problem]:
-    if not config.model.compile:
-        return
-    if config.parallel.tensor > 1:
-        yield Problem(
-            ("model.compile", _TENSOR),
-            f"found True with {_TENSOR} {config.parallel.tensor}, whose collectives cannot be compiled; change one",
-        )
-    if config.schedule == "zbv":
-        yield Problem(
-            ("model.compile", _SCHEDULE),
-            f'found True with {_SCHEDULE} "zbv", which defers gradients of weights; remove it, or take "interleaved"',
-        )
 
 
 def _sequence(config: Config) -> Iterator[Problem]:

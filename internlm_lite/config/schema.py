@@ -257,7 +257,8 @@ class ModelConfig(Section):
     """True: the fastest attention available (flash-attn, torch varlen, SDPA). False: the SDPA reference."""
     compile: bool = False
     """(new) torch.compile what is before and after attention in a block, and the loss: fewer kernels, less traffic, and
-    a start that takes a minute longer. Training passes only. Rounds differently. Needs parallel.tensor=1."""
+    a start that takes a minute longer. Rounds differently. Training passes only; with parallel.tensor > 1, or zbv, only
+    the rotation and the product of the feed-forward part."""
     num_chunks: Positive = 1
     """Stages per pipeline rank; > 1: interleaved schedule, unless parallel.pipeline.schedule is "zbv"."""
     no_bias: bool = False

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.attention import Attention
-from internlm_lite.layers.compiled import compiled
+from internlm_lite.layers.compiled import compiled_in_training
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape, add_bytes
 from internlm_lite.layers.embedding import Embedding
 from internlm_lite.layers.flash import Attend, AttentionBackend
@@ -54,8 +54,8 @@ class Block(CostedLayer):
     """x -> same shape, both outside split layers. `recompute`: save only x, and run again in the backward pass.
 
     With model.compile a training pass runs what is before attention and what is after it as one compiled graph each,
-    the same for all layers: elementwise work is fused. Attention stays outside, so that neither its kernel nor the
-    documents of a row are part of a graph.
+    the same for all layers. Attention stays outside, so that neither its kernel nor the documents of a row are part of
+    a graph. Where collectives or deferred gradients would be inside, layers compile their elementwise work alone.
     """
 
     def __init__(self, config: ModelConfig, layer: int, tp_ctx: TensorParallelContext) -> None:
@@ -69,9 +69,9 @@ class Block(CostedLayer):
         self.attention = Attention(f"{name}.attention", layer, config, tp_ctx)
         self.ffn_norm = build_norm(f"{name}.ffn_norm", config, tp_ctx)
         self.feed_forward = SwiGLU(f"{name}.feed_forward", config, tp_ctx)
-        self._halves = (Block._before_attention, Block._after_attention)
-        before, after = self._halves
-        self._training_halves = (compiled(before), compiled(after)) if config.compile else self._halves
+        whole = config.compile and tp_ctx.group.size == 1 and not tp_ctx.weight_grads.deferred
+        self._before = compiled_in_training(Block._before_attention, whole)
+        self._after = compiled_in_training(Block._after_attention, whole)
 
     def forward(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
         # Checkpointing inside `forward`: forward hooks run once per step, and not again in the recomputation.
@@ -80,8 +80,7 @@ class Block(CostedLayer):
         return self._run(x, rotary, attend)
 
     def _run(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
-        before, after = self._training_halves if torch.is_grad_enabled() else self._halves
-        return after(self, x, attend(self.attention.layer, *before(self, x, rotary)))
+        return self._after(self, x, attend(self.attention.layer, *self._before(self, x, rotary)))
 
     def _before_attention(self, x: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.attention.project(x if self.post_norm else self.attention_norm(x), rotary)

@@ -54,7 +54,7 @@ def keep_global_batch(config: Config, last: LastRun | None, dp_size: int) -> Con
 
 
 def schedule_change(then: Config, now: Config, updates: int) -> str | None:
-    """The first difference of the learning rates after `updates` updates, and the keys that cause it; None: no difference.
+    """The first learning rate that differs after `updates` updates, and the keys that cause it; None: none differs.
 
     `then`: the config of the checkpoint that is resumed.
     """

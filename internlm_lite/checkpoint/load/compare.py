@@ -23,27 +23,25 @@ _FUNCTION = (_HEADS, "num_kv_attention_heads", "apply_post_layer_norm", "norm_ty
 def mismatch(found: Found, wanted: Wanted, config: Mapping[str, Any]) -> str | None:
     """An error message if the checkpoint does not fit the requested tensors, else None."""
     stored = found.manifest.tensors
-    lines = [
-        f"{role}: the checkpoint has none (it has {', '.join(stored) or 'no tensors'})"
-        for role in wanted
-        if role not in stored
-    ]
-    tensors: dict[str, dict[str, None]] = {"other shape": {}, "only in the model": {}, "only in the checkpoint": {}}
-    for role in (
-        role for role in wanted if role in stored
-    ):  # moments have the shapes of their weights: each tensor is listed once
-        names, have = wanted[role], stored[role]
-        shapes = [
+    lines: list[str] = []
+    tensors: dict[str, list[str]] = {"other shape": [], "only in the model": [], "only in the checkpoint": []}
+    for role, names in wanted.items():
+        have = stored.get(role)
+        if have is None:
+            lines.append(f"{role}: the checkpoint has none (it has {', '.join(stored) or 'no tensors'})")
+            continue
+        tensors["only in the model"] += [f"{name} {list(shape)}" for name, shape in names.items() if name not in have]
+        tensors["only in the checkpoint"] += [
+            f"{name} {list(entry.shape)}" for name, entry in have.items() if name not in names
+        ]
+        tensors["other shape"] += [
             f"{name}: checkpoint {list(have[name].shape)}, model {list(shape)}"
             for name, shape in names.items()
             if name in have and have[name].shape != shape
         ]
-        tensors["other shape"] |= dict.fromkeys(shapes)
-        tensors["only in the model"] |= {f"{name} {list(names[name])}": None for name in names if name not in have}
-        extra = {f"{name} {list(have[name].shape)}": None for name in have if name not in names}
-        tensors["only in the checkpoint"] |= extra
     for what, items in tensors.items():
-        lines += _block(f"{what} ({len(items)}):", list(items))
+        once = list(dict.fromkeys(items))  # the moments of a weight have its shape
+        lines += _block(f"{what} ({len(once)}):", once)
     if set(wanted) - {"master"}:
         title = "same shapes, another function (its weights alone are taken with ckpt.load_model_only_folder):"
         lines += _block(title, other_function(found, config))

@@ -35,7 +35,7 @@ from internlm_lite.errors import CheckpointError, ConfigError, InternLMError, St
 from internlm_lite.mesh.consensus import on_main
 from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.train.changes import LastRun, batch_keys, data_changes
+from internlm_lite.train.changes import LastRun, batch_keys, data_changes, schedule_change
 from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.train_state import TrainState, random_states, set_random_states
 from internlm_lite.train.trainer import Trainer
@@ -110,7 +110,7 @@ class Checkpoints:
         `timeout_seconds`: how long rank 0 waits for the other ranks' parts of a checkpoint after writing its own;
         three times as long if training waits for it, which is less than the timeout of a collective.
         """
-        self._ckpt, self._mesh = config.ckpt, mesh
+        self._given, self._ckpt, self._mesh = config, config.ckpt, mesh
         self._config = masked(resolved(config))
         """The config as it is stored and compared: resolved, secrets masked."""
         self._in_background = self._ckpt.async_upload and self._ckpt.enable_save_ckpt
@@ -278,6 +278,9 @@ class Checkpoints:
             return
         if changed:
             logger.warning(f"{listing}\nbatches from here on are drawn from the new data at the same position")
+        with suppress(CheckpointError, LookupError):  # a config of another version
+            if change := schedule_change(found.config(), self._given, stored["optimizer"]["good_steps"]):
+                logger.warning(f"the learning-rate schedule is not that of checkpoint {name}: {change}")
         tokens = self.contents.batch_tokens
         if stored.get("batch_tokens", tokens) != tokens:
             logger.warning(

@@ -90,6 +90,7 @@ class FailureHandler:
         stacks = self.watchdog.stacks_file
         assert stacks is not None
         try:
+            stacks.parent.mkdir(parents=True, exist_ok=True)
             write_stacks(stacks)
         except OSError as error:
             logger.error("cannot write %s: %s", stacks, error.strerror)

@@ -24,7 +24,7 @@ from internlm_lite.config.load import LoadedConfig
 from internlm_lite.config.masking import masked
 from internlm_lite.config.render_config import origin_rows
 from internlm_lite.config.schema import Config
-from internlm_lite.errors import STOPPED, PeerLostError
+from internlm_lite.errors import STOPPED, PeerLostError, StorageError
 from internlm_lite.faults.failure import clear_failures, read_failures
 from internlm_lite.faults.heartbeats import Limits
 from internlm_lite.faults.signals import StopSignals
@@ -102,6 +102,8 @@ class Plan:
     last: LastRun | None
     """The run that wrote the newest checkpoint of the save folders, with `resume` "auto"."""
     folder: Path
+    folder_if_failed: Path
+    """Instead of `folder` until the checkpoint of an earlier start is loaded: a start that fails must not touch it."""
     done: bool
     """The run in `folder` has done all steps: do not write to `folder`."""
 
@@ -194,17 +196,15 @@ def _plan(job: Job) -> Plan:
 
 def _plan_on_main(job: Job, *, restarted: bool) -> Plan:
     """Resuming from the save folders continues in the run folder of their newest checkpoint; else it is a new one."""
-    config, root = job.config, job.options.run_dir
+    config, root, now = job.config, job.options.run_dir, datetime.now().astimezone()
     resume = _resume_how(job, restarted=restarted)
     last = job.checkpoints.last_run() if resume == "auto" else None
     folder = run_folders.find_run_folder(root, config.JOB_NAME, last.folder) if last else None
     if last is None or folder is None:
-        new = run_folders.create_run_folder(root, config.JOB_NAME, datetime.now().astimezone())
-        return Plan(resume, last, new, done=False)
+        new = run_folders.create_run_folder(root, config.JOB_NAME, now)
+        return Plan(resume, last, new, new, done=False)
     done = last.step >= config.data.total_steps and has_ended(folder / "events.jsonl")
-    if not done:
-        run_folders.point_latest(folder.parent, folder.name)
-    return Plan(resume, last, folder, done)
+    return Plan(resume, last, folder, run_folders.failed_start_folder(folder, now), done)
 
 
 def _resume_how(job: Job, *, restarted: bool) -> str:
@@ -226,16 +226,21 @@ def _train(job: Job, plan: Plan, signals: StopSignals) -> TrainingEnd:
     """Build the run and train until the end; no training if no steps are left. Collective."""
     run, finished = None, False
     try:
-        if not plan.done:
+        if plan.folder_if_failed == plan.folder:
             _open_run_folder(job, plan.folder)
+        else:
+            job.failures.write_to(plan.folder_if_failed)
         run = _build(job, plan)
-        if plan.done and run.start.step < run.config.data.total_steps:
-            _open_run_folder(job, plan.folder)  # the newest checkpoint was damaged: repeat some steps
-        is_open = job.failures.folder is not None
+        # A run that is done goes on if the newest checkpoint was damaged: repeat some steps.
+        if job.failures.folder != plan.folder and (not plan.done or run.start.step < run.config.data.total_steps):
+            _open_run_folder(job, plan.folder)
+        is_open = job.failures.folder == plan.folder
         trace_folder = plan.folder if job.options.profiling else None
         ended = train(run, signals, trace_folder) if is_open else TrainingEnd(run.start)
         finished = True
     except BaseException as error:
+        if job.failures.folder != plan.folder:
+            _describe_failed_start(job, plan.folder_if_failed)
         job.failures.failed(error)
         _report_failure(job, run, error)
         raise
@@ -267,9 +272,23 @@ def _open_run_folder(job: Job, folder: Path) -> None:
     setup_logging(job.dist_env, folder, job.options.log_style)
 
 
+def _describe_failed_start(job: Job, folder: Path) -> None:
+    """Not collective."""
+    with suppress(StorageError):
+        setup_logging(job.dist_env, folder, job.options.log_style)
+        if job.mesh.is_main:
+            _write_start(job, folder)
+            logger.error(f"this start failed before it went on; everything about it is in {folder}")
+
+
 def _describe_start(job: Job, folder: Path) -> None:
-    now, device = datetime.now().astimezone(), device_name(job.mesh.device)
     clear_failures(folder)
+    run_folders.point_latest(folder.parent, folder.name)
+    _write_start(job, folder)
+
+
+def _write_start(job: Job, folder: Path) -> None:
+    now, device = datetime.now().astimezone(), device_name(job.mesh.device)
     run_folders.write_start(
         folder, job.loaded, run_folders.environment(job.dist_env, job.options.command, device, now, job.agents)
     )

@@ -186,6 +186,24 @@ def test_weights_only_and_weights_with_counters(corpus: Path, tmp_path: Path):
     assert rest[1]["loss"] != first[5]["loss"], "moments were not loaded"
 
 
+def test_another_schedule_is_told_with_both_rates(corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    config = config_for(corpus, tmp_path / "saves", oss_snapshot_freq=4)
+    run_training(single_process_mesh(), config, tmp_path / "first")
+
+    def resumed_at_4(**sections: dict[str, Any]) -> list[str]:
+        values = {**config.model_dump(), "ckpt": {**config.ckpt.model_dump(), "enable_save_ckpt": False}}
+        for section, changes in sections.items():
+            values[section] = {**values[section], **changes}
+        caplog.clear()
+        run_training(single_process_mesh(), Config.model_validate(values), tmp_path / "again", resume="4")
+        return [record.message for record in caplog.records if "schedule" in record.message]
+
+    assert resumed_at_4() == []
+    (told,) = resumed_at_4(adam={"lr": 0.02}, lr_scheduler={"eta_min": 0.0})
+    assert " has the learning rate 0.0" in told and "adam.lr 0.01 then, 0.02 now; lr_scheduler.eta_min 0.0001" in told
+    assert resumed_at_4(lr_scheduler={"init_steps": 0}) == []
+
+
 def test_another_model_shape_is_refused(corpus: Path, tmp_path: Path):
     run_training(single_process_mesh(), config_for(corpus, tmp_path / "saves"), tmp_path / "first")
     changed = config_for(corpus, tmp_path / "saves")

@@ -24,7 +24,7 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
     return torch.compile(function, backend=COMPILER, fullgraph=True, dynamic=False)
 
 
-def compiled_in_training(function: Callable[P, R], wanted: bool) -> Callable[P, R]:
+def compiled_in_training(function: Callable[P, R], *, wanted: bool) -> Callable[P, R]:
     """`function`, compiled where gradients are enabled: evaluation and generation have many shapes. As it is unless
     `wanted`."""
     if not wanted:

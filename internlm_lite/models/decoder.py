@@ -70,8 +70,8 @@ class Block(CostedLayer):
         self.ffn_norm = build_norm(f"{name}.ffn_norm", config, tp_ctx)
         self.feed_forward = SwiGLU(f"{name}.feed_forward", config, tp_ctx)
         whole = config.compile and tp_ctx.group.size == 1 and not tp_ctx.weight_grads.deferred
-        self._before = compiled_in_training(Block._before_attention, whole)
-        self._after = compiled_in_training(Block._after_attention, whole)
+        self._before = compiled_in_training(Block._before_attention, wanted=whole)
+        self._after = compiled_in_training(Block._after_attention, wanted=whole)
 
     def forward(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
         # Checkpointing inside `forward`: forward hooks run once per step, and not again in the recomputation.

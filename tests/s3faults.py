@@ -13,12 +13,13 @@ import socket
 import ssl
 import struct
 import threading
+import uuid
 from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal[
     "500", "503", "501", "403", "301", "302", "307", "308", "reset", "hang", "slow", "truncate", "lost",
-    "cut-upload", "slow-upload", "flip", "no-date", "endless",
+    "cut-upload", "slow-upload", "flip", "no-date", "endless", "circle", "html",
 ]  # fmt: skip
 _ERRORS = {
     "500": ("500 Internal Server Error", "InternalError", "We encountered an internal error."),
@@ -41,7 +42,8 @@ class Fault:
     hang: no answer       slow: `slow_bytes` per tenth of a second       truncate: half of the answer's body
     cut-upload: reset in the middle of the request's body       slow-upload: body read at 6 MB/s
     flip: a bit of the answer's body, in its middle       no-date: dates of the answer are none
-    endless: a listing that says there is more       301 and so on: to `location`
+    endless: a listing that says there is more, by one token       circle: the same by ever new ones
+    html: a page for people       301 and so on: to `location`
     """
 
     kind: Kind
@@ -188,17 +190,27 @@ def _without_dates(head: bytes, body: bytes) -> tuple[bytes, bytes]:
     return _resized(re.sub(rb"(?i)(last-modified): [^\r]*", rb"\1: soon", head), body)
 
 
-def _endless(head: bytes, body: bytes) -> tuple[bytes, bytes]:
-    more = b"<IsTruncated>true</IsTruncated><NextContinuationToken>more</NextContinuationToken>"
-    more += b"<NextKeyMarker>more</NextKeyMarker><NextUploadIdMarker>more</NextUploadIdMarker>"
-    return _resized(head, body.replace(b"<IsTruncated>false</IsTruncated>", more))
+def _endless(head: bytes, body: bytes, token: str = "more") -> tuple[bytes, bytes]:
+    names = ("NextContinuationToken", "NextKeyMarker", "NextUploadIdMarker")
+    more = "<IsTruncated>true</IsTruncated>" + "".join(f"<{name}>{token}</{name}>" for name in names)
+    body = re.sub(rb"<(Next\w+|IsTruncated)>[^<]*</\1>|<Next\w+/>", b"", body)
+    return _resized(head, re.sub(rb"</Name>|</Bucket>", lambda found: found[0] + more.encode(), body, count=1))
+
+
+def _circle(head: bytes, body: bytes) -> tuple[bytes, bytes]:
+    return _endless(head, body, uuid.uuid4().hex)
 
 
 def _resized(head: bytes, body: bytes) -> tuple[bytes, bytes]:
     return re.sub(rb"(?i)(content-length): \d+", b"Content-Length: %d" % len(body), head), body
 
 
-_CHANGES = {"flip": _flipped, "no-date": _without_dates, "endless": _endless}
+def _html(head: bytes, body: bytes) -> tuple[bytes, bytes]:
+    page = b"<!DOCTYPE html><html><body><p>Sign in</body></html>"
+    return b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n" % len(page), page
+
+
+_CHANGES = {"flip": _flipped, "no-date": _without_dates, "endless": _endless, "circle": _circle, "html": _html}
 
 
 async def _answer_error(kind: str, writer: asyncio.StreamWriter, location: str) -> None:

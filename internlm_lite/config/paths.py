@@ -23,8 +23,8 @@ _WITH_ENDPOINT = re.compile(rf"boto3:s3://(?P<bucket>{_BUCKET})\.(?P<endpoint>{_
 _PLAIN = re.compile(rf"s3://(?P<bucket>{_BUCKET}(?:\.[A-Za-z0-9_-]+)*){_PREFIX}")
 
 S3_FORM = (
-    "boto3:s3://BUCKET.ENDPOINT/PREFIX or s3://BUCKET/PREFIX, ENDPOINT being HOST or HOST:PORT without http://, user or"
-    " password, and PREFIX any letters and signs but ?, # and \\, no part of it starting with a dot"
+    "boto3:s3://BUCKET.ENDPOINT/PREFIX or s3://BUCKET/PREFIX, ENDPOINT being HOST[:PORT] without http://, user or "
+    "password, and PREFIX any letters and signs but ?, # and \\, no part of it starting with a dot"
 )
 
 ChatFormat = Literal["feishu", "slack"]

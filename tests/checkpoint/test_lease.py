@@ -139,13 +139,42 @@ def test_a_run_that_lost_its_lease_commits_no_more(tmp_path: Path) -> None:
     assert holder(LocalStorage(tmp_path)) == {"owner": "x", "host": "elsewhere", "pid": 7, "beat": 0}, "not ours"
 
 
-@pytest.mark.parametrize("text", [b"", b"not json", b"[1, 2]", b'{"pid": "text"}'])
-def test_a_damaged_lock_is_watched_like_any_other(tmp_path: Path, text: bytes) -> None:
+def odd(**facts: object) -> bytes:
+    here = {"owner": "x", "host": socket.gethostname(), "pid": 7, "world": _pid_namespace(), "beat": 0}
+    return json.dumps({**here, **facts}).encode()
+
+
+ODD = [
+    *(b"", b"not json", b"[1, 2]", b'{"pid": "text"}', b"\xff\x00", b"[" * 2000 + b"]" * 2000),
+    *(odd(pid=2**70), odd(pid=-1), odd(pid=0), odd(pid=True, host=3), odd(host="\x1b[31m\n"), odd(owner=["x"])),
+]
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_an_odd_lock_is_told_watched_and_taken(
+    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture, text: bytes
+) -> None:
     storage = LocalStorage(tmp_path)
     storage.put(KEY, [text])
-    lease = Lease(storage, lease_seconds=0.2)
-    lease.acquire()
+    lease = Lease(storage)
+    with caplog.at_level("INFO"):
+        lease.acquire()
+    assert "an odd run.lock" in caplog.text and "remove it if no run uses this folder" in caplog.text
+    assert "\x1b" not in caplog.text and clock.now == LEASE_SECONDS
     lease.release()
+
+
+@pytest.mark.parametrize("kind", ["long", "folder", "fifo", "link"])
+def test_what_no_run_can_have_written_as_a_lock_is_told(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / KEY
+    {
+        "long": lambda: path.write_bytes(b" " * 5000),
+        "folder": path.mkdir,
+        "fifo": lambda: os.mkfifo(path),
+        "link": lambda: path.symlink_to(tmp_path / "x"),
+    }[kind]()
+    with pytest.raises(StorageError, match=r"run\.lock.*an odd lock, .*remove it if no run uses this folder"):
+        Lease(LocalStorage(tmp_path)).acquire()
 
 
 class Clock:
@@ -225,6 +254,54 @@ def test_of_two_runs_that_take_over_one_lock_one_wins(
     assert (holder(LocalStorage(tmp_path)) or {})["owner"] == first._owner
     first.check()
     first.release()
+
+
+def test_a_bit_flipped_while_a_lock_is_read_ends_no_run(tmp_path: Path, clock: Clock) -> None:
+    class Flipping(LocalStorage):
+        times = 0
+
+        def read(self, key: str, limit_bytes: int) -> bytes:
+            found = super().read(key, limit_bytes)
+            self.times += 1
+            return found.replace(b"owner", b"ovner") if self.times % 2 == 0 else found
+
+    storage = Flipping(tmp_path)
+    lock(storage)
+    lease = Lease(storage)
+    lease.acquire()
+    lease.check()
+    lease.check()
+    lease.release()
+
+
+def test_abandoned_data_of_a_dead_run_goes_at_once(tmp_path: Path, gone: int | None) -> None:
+    """That of the lock's owner, whatever its age; of others, which may live elsewhere, nothing."""
+    from tests.checkpoint.pieces import pieces_of
+
+    def manager() -> CheckpointManager:
+        opened = CheckpointManager(str(tmp_path), single_process_mesh())
+        opened.hold()
+        return opened
+
+    first = manager()
+    kept = first.save(1, "snapshot", pieces_of(0, fill=True), {})
+    assert kept is not None
+    storage, digits = LocalStorage(tmp_path), kept.rpartition(".")[2]
+    facts = holder(storage)
+    first.release()
+    assert facts is not None and facts["owner"].startswith(digits)
+    left = [f"0000000002-00002.{digits}", f"0000000003-00003.{digits}", "0000000002-00002.0dd0dd"]
+    for name in left[1:]:
+        storage.put(f"data/{name}/rank-00000.vote.json", [b"left"])
+    (tmp_path / "data" / left[0]).mkdir()
+    (tmp_path / "data" / left[0] / ".tmp-1").write_bytes(b"left")
+    lock(storage, **{**facts, "pid": gone, "world": "another boot"})
+    Lease(storage, lease_seconds=0.1).acquire()
+    assert set(os.listdir(tmp_path / "data")) == {kept, *left}, "nobody knows whether it is dead"
+    lock(storage, **{**facts, "pid": gone})
+    second = manager()
+    assert set(os.listdir(tmp_path / "data")) == {kept, left[2]}
+    second.release()
 
 
 def test_a_lock_is_renewed_and_seen_to_be_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

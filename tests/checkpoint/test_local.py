@@ -5,14 +5,17 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from internlm_lite.checkpoint.storage import retry
 from internlm_lite.checkpoint.storage.base import UnreadableError
 from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.checkpoint.storage.open import open_storage
@@ -54,6 +57,95 @@ def test_put_if_absent_without_hard_links(storage: LocalStorage, monkeypatch: py
 
     monkeypatch.setattr(os, "link", refuse)
     assert storage.put_if_absent("x", b"one") and not storage.put_if_absent("x", b"two")
+
+
+def after(name: str, number: int, times: int = 1) -> Callable[..., Any]:
+    """os.`name` that does its work and reports a failure all the same, the first `times` times."""
+    original, left = getattr(os, name), [number] * times
+
+    def failing(*arguments: Any, **named: Any) -> Any:
+        found = original(*arguments, **named)
+        if left:
+            raise OSError(left[0], os.strerror(left.pop()))
+        return found
+
+    return failing
+
+
+def use(storage: LocalStorage) -> None:
+    """Every operation, with what must come of it."""
+    assert storage.put("data/x/a", [b"12", b"345"]) == 5 and storage.size("data/x/a") == 5
+    assert storage.put_if_absent("commits/x", b"one") and not storage.put_if_absent("commits/x", b"two")
+    assert storage.replace("commits/x", b"one", b"two") and not storage.replace("commits/x", b"one", b"three")
+    assert storage.read("commits/x", 9) == b"two"
+    assert [entry.key for entry in storage.list("")] == ["commits/x", "data/x/a"]
+    storage.sweep(0)
+    storage.delete("commits/x")
+    storage.delete_folder("data")
+    assert storage.list("") == []
+
+
+UNKNOWN = ("EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EBADF")
+
+
+@pytest.mark.parametrize("error", UNKNOWN)
+@pytest.mark.parametrize("call", ["posix_fadvise", "fsync"])
+def test_what_a_file_system_does_not_know_is_left_out(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, call: str, error: str
+) -> None:
+    """A hint, or the flush of a folder. That of a file must succeed."""
+    original = getattr(os, call)
+
+    def unknown(descriptor: int, *arguments: int) -> None:
+        if call == "fsync" and stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return original(descriptor)
+        raise OSError(getattr(errno, error), error)
+
+    monkeypatch.setattr(os, call, unknown)
+    use(storage)
+
+
+@pytest.mark.parametrize(("call", "error"), [("link", "EEXIST"), ("rename", "ENOENT")])
+def test_lost_answers_of_nfs(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, call: str, error: str) -> None:
+    """The work was done, the answer was lost, and the request that was sent again met what it had done."""
+    monkeypatch.setattr(os, call, after(call, getattr(errno, error), times=2))
+    use(storage)
+
+
+CALLS = ("open", "close", "fstat", "fsync", "link", "lstat", "mkdir", "preadv", "rename", "rmdir", "stat", "unlink")
+
+
+@pytest.mark.parametrize("error", ["EIO", "ESTALE", "ETIMEDOUT"])
+@pytest.mark.parametrize("call", CALLS)
+def test_passing_errors_are_ridden_out(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, call: str, error: str
+) -> None:
+    """They are reported after the call was made, as by a file server: the next attempt finds what it did."""
+    monkeypatch.setattr(retry, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(os, call, after(call, getattr(errno, error), times=2))
+    use(storage)
+
+
+def test_lasting_errors_end_at_the_deadline(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage.deadline_seconds = 0.5
+    storage.put("x", [b"1"])
+    monkeypatch.setattr(os, "fsync", after("fsync", errno.ESTALE, times=1000))
+    with pytest.raises(StorageError, match=r"cannot write .*the file server forgot it: .*; tried \d+ times in 0 s"):
+        storage.put("a/b", [b"1"])
+    assert "trying again for up to" in caplog.text and os.listdir(storage.root) == ["x"]
+    monkeypatch.setattr(os, "preadv", after("preadv", errno.EIO, times=1000))
+    with pytest.raises(UnreadableError, match=r"the medium failed.*tried \d+ times"):
+        storage.read("x", 1)
+
+
+def test_a_source_that_cannot_be_read_again_is_tried_once(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "rename", after("rename", errno.EIO))
+    with pytest.raises(StorageError, match=r"the medium failed\)$"):
+        storage.put("x", (letter for letter in (b"1", b"2")))
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,8 @@ class Lease:
     def _own_lock(self) -> bytes:
         """Our lock's stored bytes; restores a lock that was deleted alone. Raises as `check` does."""
         found = read_lock(self._storage)
+        if found is not None and _facts(found).get("owner") != self._owner:
+            found = read_lock(self._storage)  # a bit of the first reading may have been flipped on its way
         if found is None and self._storage.list("commits"):
             if self._storage.put_if_absent(RUN_LOCK_KEY, self._document()):
                 logger.warning("%s: this run's lock %s was gone, and is restored", self._storage.name, RUN_LOCK_KEY)
@@ -120,7 +122,7 @@ class Lease:
             now = read_lock(self._storage)
             if now is None:
                 return None
-            if now != found:
+            if now != found and read_lock(self._storage) != found:  # twice, for flipped bits
                 raise StorageError(_in_use(self._storage, _facts(now)))
         return found
 

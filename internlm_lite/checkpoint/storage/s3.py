@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain
 from typing import Any
+from urllib.parse import urlsplit
 
 from botocore.exceptions import ClientError, PaginationError
 
@@ -32,7 +33,8 @@ _READ_BYTES = 16 * 1024 * 1024
 _STEP_BYTES = 256 * 1024
 _BATCH = 1000
 """Maximum number of objects per delete request."""
-_MOST_OBJECTS = 2_000_000
+_PATIENCE_PAGES, _MOST_OBJECTS = 100, 2_000_000
+"""A listing with more pages in a row that bring nothing new, or with more objects, has no end."""
 _NOT_MET = ("PreconditionFailed", "412")
 _NOT_KNOWN = ("NotImplemented", "501", "MethodNotAllowed", "405", "InvalidArgument", "InvalidRequest", "400")
 
@@ -44,7 +46,13 @@ class S3Storage:
         self.name = str(path)
         self._bucket, self._prefix = path.bucket, f"{path.prefix}/"
         self._client, secrets = connect(path, settings)
-        self._calls = Calls(self.name, settings.deadline_seconds, secrets)
+        below = urlsplit(self._client.meta.endpoint_url).path.strip("/")
+        hint = (
+            f"; the endpoint has a path, /{below}: is S3 served there? Expected is http(s)://HOST[:PORT]"
+            if below
+            else ""
+        )
+        self._calls = Calls(self.name, settings.deadline_seconds, secrets, hint)
         self._with_md5 = settings.checksums == "md5"
         self._part_bytes = part_bytes
         self._heeds: dict[str, bool] = {}
@@ -235,15 +243,14 @@ class S3Storage:
         found: dict[tuple[str, str], Any] = {}
 
         def request() -> None:
-            deadline = self._calls.deadline()
+            pages_without_news = 0
             for page in pages:
                 before = len(found)
                 # Filtered again: with a server that ignores Prefix we would delete or abort what belongs to others.
                 items = (item for item in page.get(field, []) if item["Key"].startswith(below))
                 found.update({(item["Key"], item.get("UploadId", "")): item for item in items})
-                if len(found) > before:
-                    deadline = self._calls.deadline()
-                if time.monotonic() > deadline or len(found) > _MOST_OBJECTS:
+                pages_without_news = 0 if len(found) > before else pages_without_news + 1
+                if pages_without_news > _PATIENCE_PAGES or len(found) > _MOST_OBJECTS:
                     raise PaginationError(message="no end")
 
         self._calls.run("list", key, request)

@@ -63,7 +63,10 @@ def connect(path: S3Path, settings: S3Config) -> tuple[Any, tuple[str, ...]]:
         )
         secrets = _secrets(session)
     except (BotoCoreError, ValueError) as error:
-        failure = f"{path}: boto3 refuses its settings ({type(error).__name__}); check the AWS_* variables, ~/.aws"
+        failure = (
+            f"{path}: boto3 refuses its settings ({type(error).__name__}); check the AWS_* variables, ~/.aws; "
+            "AWS_ENDPOINT_URL is http(s)://HOST[:PORT]"
+        )
     else:
         # Older servers require this header on a batch delete, but newer boto3 does not send it.
         client.meta.events.register("before-call.s3.DeleteObjects", _add_md5)

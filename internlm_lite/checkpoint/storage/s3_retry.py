@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any, TypeVar
-from urllib.parse import urlsplit
 
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
@@ -87,8 +86,9 @@ class Trouble:
 class Calls:
     """Sends the requests of one storage. Thread-safe."""
 
-    def __init__(self, name: str, deadline_seconds: float, secrets: Sequence[str]) -> None:
-        self._name, self._deadline_seconds, self._secrets = name, deadline_seconds, secrets
+    def __init__(self, name: str, deadline_seconds: float, secrets: Sequence[str], hint: str = "") -> None:
+        """`hint`: ends every message about a failure."""
+        self._name, self._deadline_seconds, self._secrets, self._hint = name, deadline_seconds, secrets, hint
 
     def deadline(self) -> float:
         """Deadline of a request that starts now, by time.monotonic()."""
@@ -113,7 +113,7 @@ class Calls:
             trouble = diagnose(error)
             refused = partial(NoAnswerError if trouble.timeout else RefusedError, code=trouble.code)
             return FailedAttempt(
-                text=f"cannot {verb} {where}: {self._without_secrets(trouble.text)}",
+                text=f"cannot {verb} {where}: {self._without_secrets(trouble.text)}{self._hint}",
                 error=UnreadableError if trouble.absent else refused,
                 passing=trouble.passing and not once,
             )
@@ -161,11 +161,10 @@ def _refusal(response: Any) -> Trouble:
     words += [message] if message and message != code else []
     hint = f" ({_HINTS[code]})" if code in _HINTS else ""
     if 300 <= status < 400:
-        target = urlsplit(response["ResponseMetadata"].get("HTTPHeaders", {}).get("location", "")).hostname
-        elsewhere = (
-            f"sends the request to {target}" if target and target.isprintable() else "sends the request elsewhere"
-        )
-        hint = f" (it {elsewhere}: correct the endpoint, or set AWS_DEFAULT_REGION to the bucket's region)"
+        location = response["ResponseMetadata"].get("HTTPHeaders", {}).get("location", "")
+        target = re.match(r"https?://(?:[^/@]*@)?([A-Za-z0-9.:-]+)", location)
+        where = target[1] if target else "another place"
+        hint = f" (it redirects to {where}: correct the endpoint, or set AWS_DEFAULT_REGION to the bucket's region)"
     return Trouble(f"the server says {': '.join(words)}{hint}", passing, code)
 
 

@@ -38,7 +38,7 @@ _OTHER_MODELS = {
     "qwen": "it has biases on queries, keys and values alone",
     "gemma": "its MLP is GeGLU, and its embedding is scaled",
     "baichuan": "the rows of its head are normalised",
-    "hf": "it is built by transformers",
+    "hf|huggingface": "it is built by transformers",
 }
 _LOADED = {"model", "optimizer", "scheduler", "sampler"}
 _ALL, _NO_OPTIMIZER = ("all",), ("model", "sampler", "scheduler")
@@ -98,9 +98,9 @@ def translate(layer: Layer, below: Layer) -> Translation:
     """Rewrite all aliases in `layer`, which will cover `below`. Idempotent."""
     t = Translation(layer, below)
     _placeholders(t)
+    _model_type(t)
     _renamed(t)
     _foreign(t)
-    _model_type(t)
     for key in ("ckpt.load_ckpt_info", _WHOLE):
         if isinstance(layer.get(key), dict):
             _load_info(t, key)
@@ -295,7 +295,7 @@ def _tensor(t: Translation, tensor: dict[str, Any]) -> None:
     elif mode in ("msp", "fsp"):
         t.replace("parallel.tensor", {**new, "parallel.sequence_parallel": True})
     else:
-        meaning = ": sequences without tensor parallelism are not supported" if mode == "isp" else ""
+        meaning = ": weight parallelism is not supported" if mode == "isp" else ""
         t.refuse(
             "parallel.tensor",
             f"found {name}={shown(tensor[name])}{meaning}, expected mode='mtp', 'msp' or 'fsp'; 'msp' is nearest",

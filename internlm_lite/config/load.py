@@ -21,7 +21,9 @@ from pydantic import ValidationError
 from internlm_lite.config.aliases import translate
 from internlm_lite.config.cross import cross_problems
 from internlm_lite.config.keys import known_keys, nearest_name, section_of, value_of
+from internlm_lite.config.masking import masked
 from internlm_lite.config.overrides import COMMAND_LINE, Overrides, parse_overrides
+from internlm_lite.config.plain import one_line
 from internlm_lite.config.problems import MOST_PROBLEMS, Problem, schema_problems
 from internlm_lite.config.schema import Config
 from internlm_lite.config.source import ConfigFile, Layer, run_file
@@ -75,7 +77,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         lines = [problem.line({**origins, **layer.origins}, str(path)) for problem in problems[:MOST_PROBLEMS]]
         raise ConfigError("\n".join(dict.fromkeys(lines + more)))
     notes += _disagreements(config, origins)
-    return LoadedConfig(config, tuple(source.path for source in sources), origins, tuple(notes))
+    files = tuple(source.path for source in sources)
+    return LoadedConfig(config, files, origins, tuple(str(masked(one_line(note))) for note in notes))
 
 
 def check_config(loaded: LoadedConfig, world_size: int | None) -> None:

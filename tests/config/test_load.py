@@ -446,7 +446,10 @@ def test_webhook_is_not_shown(tmp_path: Path, alert: str) -> None:
         ("ckpt = dict(load_ckpt_info=dict(content=('model',)))", "x.py:2: ckpt.load_ckpt_info: found {'content'"),
         ("ckpt = dict(load_ckpt_info='p')", "x.py:2: ckpt.load_ckpt_info: found 'p', expected dict(path=...,"),
         ("parallel = dict(weight=2)", "x.py:2: parallel.weight: found 2, expected size 1"),
-        ("parallel = dict(tensor=dict(size=2, sp='intern'))", "x.py:2: parallel.tensor: found sp='intern': sequences"),
+        (
+            "parallel = dict(tensor=dict(size=2, sp='intern'))",
+            "x.py:2: parallel.tensor: found sp='intern': weight parallelism",
+        ),
         (
             "model = dict(num_experts=4)\nloss = dict(moe_loss_coeff=0.1)",
             "x.py:2: model.num_experts: found 4: this asks",

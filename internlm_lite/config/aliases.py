@@ -138,13 +138,13 @@ def _renamed(t: Translation) -> None:
 
 
 def _placeholders(t: Translation) -> None:
-    """ "" for a text that may be None, and None for a section that may not, leave them as they are by default."""
+    """Empty texts, infinity and None ask for the default where they are no values themselves."""
     for key, field in known_keys().items():
         value, optional = t.layer.get(key), not field.is_required() and field.get_default() is None
         if optional and (value == float("inf") or (value == "" and accepts_text(key))):
             t.replace(key, {key: None})
-        elif value is None and t.layer.has(key) and section_of(field) is not None and not optional:
-            t.replace(key, {}, "the section has its defaults")
+        elif value is None and t.layer.has(key) and not optional and (section_of(field) or field.default == ""):
+            t.replace(key, {}, "the default holds")
 
 
 def _foreign(t: Translation) -> None:

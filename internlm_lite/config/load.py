@@ -76,7 +76,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         more = [f"{path}: more problems follow; mend these first"] if len(problems) > MOST_PROBLEMS else []
         lines = [problem.line({**origins, **layer.origins}, str(path)) for problem in problems[:MOST_PROBLEMS]]
         raise ConfigError("\n".join(dict.fromkeys(lines + more)))
-    notes += _disagreements(config, origins)
+    notes += [*_replaced_variables(sources, wanted), *_disagreements(config, origins)]
     files = tuple(source.path for source in sources)
     return LoadedConfig(config, files, origins, tuple(str(masked(one_line(note))) for note in notes))
 
@@ -112,6 +112,15 @@ def _unknown_variables(wanted: Overrides, sources: Sequence[ConfigFile]) -> list
         hint = f"nearest: {near}" if near else f"it has {', '.join(sorted(known)) or 'none'}"
         problems.append(Problem((name,), f"the config file has no variable of this name; {hint}"))
     return problems
+
+
+def _replaced_variables(sources: Sequence[ConfigFile], wanted: Overrides) -> Iterator[str]:
+    above: set[str] = set()
+    for source in sources:
+        names = sorted(above & source.variables - wanted.variables.keys() - {"JOB_NAME"})
+        if names:
+            yield f"{source.path}: {', '.join(names)} replaced by the value of the file above it"
+        above |= source.given.keys()
 
 
 def _origins(layer: Layer) -> dict[str, str]:
@@ -168,6 +177,9 @@ def _disagreements(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
         first, second = value_of(config, winner), value_of(config, other)
         if first != second and origins[other] != "default":
             yield f"{origins[winner]}: {winner}={first} differs from {other}={second} ({origins[other]}): {effect}"
+    ckpt, saving = config.ckpt, "ckpt.enable_save_ckpt"
+    if ckpt.save_ckpt_folder and ckpt.checkpoint_every and origins[saving] == "default":
+        yield f"{origins['ckpt.checkpoint_every']}: nothing is saved: {saving} is False unless it is written"
     least, peak = config.lr_scheduler.eta_min, config.adam.lr
     if least > peak:
         key = "lr_scheduler.eta_min"

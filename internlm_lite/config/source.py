@@ -157,7 +157,8 @@ def _refuse_read_base(tree: ast.Module, path: Path, name: str) -> None:
             bases = [_file_of(node, path.parent) for node in modules]
             raise ConfigError(
                 f"{name}:{block.lineno}: found read_base(); write _base_ = {bases!r} instead of this block and its "
-                "import; dicts are then merged key by key, _delete_=True in a dict replaces the one below"
+                "import; dicts are then merged key by key (_delete_=True in a dict replaces the one below), and "
+                "UPPER_CASE variables of this file replace those of its bases: remove the ones that should not"
             )
 
 

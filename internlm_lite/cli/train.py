@@ -99,6 +99,8 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
         return error.exit_code
     if dist_env.rank > 0 and (arguments.print_config or arguments.dry_run):  # all ranks would print the same
         return 0
+    if arguments.print_config or arguments.dry_run:
+        print(*loaded.notes, sep="\n", end="\n" if loaded.notes else "", file=sys.stderr)
     if arguments.print_config:
         print(print_config(loaded, arguments.print_config))
         return 0

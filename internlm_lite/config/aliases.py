@@ -38,7 +38,7 @@ _OTHER_MODELS = {
     "qwen": "it has biases on queries, keys and values alone",
     "gemma": "its MLP is GeGLU, and its embedding is scaled",
     "baichuan": "the rows of its head are normalised",
-    "hf": "it is built by transformers",
+    "hf|huggingface": "it is built by transformers",
 }
 _LOADED = {"model", "optimizer", "scheduler", "sampler"}
 _ALL, _NO_OPTIMIZER = ("all",), ("model", "sampler", "scheduler")
@@ -98,9 +98,9 @@ def translate(layer: Layer, below: Layer) -> Translation:
     """Rewrite all aliases in `layer`, which will cover `below`. Idempotent."""
     t = Translation(layer, below)
     _placeholders(t)
+    _model_type(t)
     _renamed(t)
     _foreign(t)
-    _model_type(t)
     for key in ("ckpt.load_ckpt_info", _WHOLE):
         if isinstance(layer.get(key), dict):
             _load_info(t, key)
@@ -138,13 +138,13 @@ def _renamed(t: Translation) -> None:
 
 
 def _placeholders(t: Translation) -> None:
-    """ "" for a text that may be None, and None for a section that may not, leave them as they are by default."""
+    """Empty texts, infinity and None ask for the default where they are no values themselves."""
     for key, field in known_keys().items():
         value, optional = t.layer.get(key), not field.is_required() and field.get_default() is None
         if optional and (value == float("inf") or (value == "" and accepts_text(key))):
             t.replace(key, {key: None})
-        elif value is None and t.layer.has(key) and section_of(field) is not None and not optional:
-            t.replace(key, {}, "the section has its defaults")
+        elif value is None and t.layer.has(key) and not optional and (section_of(field) or field.default == ""):
+            t.replace(key, {}, "the default holds")
 
 
 def _foreign(t: Translation) -> None:
@@ -295,7 +295,7 @@ def _tensor(t: Translation, tensor: dict[str, Any]) -> None:
     elif mode in ("msp", "fsp"):
         t.replace("parallel.tensor", {**new, "parallel.sequence_parallel": True})
     else:
-        meaning = ": sequences without tensor parallelism are not supported" if mode == "isp" else ""
+        meaning = ": weight parallelism is not supported" if mode == "isp" else ""
         t.refuse(
             "parallel.tensor",
             f"found {name}={shown(tensor[name])}{meaning}, expected mode='mtp', 'msp' or 'fsp'; 'msp' is nearest",

@@ -34,6 +34,7 @@ NO_EFFECT: Mapping[str, str] = {
     "data.packed_length": "a row has micro_bsz * seq_len tokens",
     "data.probe_size": "the number of tokens is read from the index",
     "data.text_field": "training data are tokenised already",
+    "data.tokenizer_path": "training data are tokenised already; data.tokenizer names a model for samples",
     "data.tokenizer_chunk_num": "training data are tokenised already",
     "data.unit_schedule_size": "parallel.pipeline.schedule says the order of micro-batches",
     "data.use_shm": "tokenised files are memory-mapped, and shared by the page cache",
@@ -83,8 +84,12 @@ NO_EFFECT_IF: Mapping[str, tuple[Sequence[Any], str]] = {
     "data.break_mode": (("cut",), "a long document is cut and goes on in the next row; there is no padding"),
     "data.is_multimodal": ((False,), "images are not supported"),
     "data.max_length_per_sample": ((-1,), "documents are not shortened; a long one is cut and goes on in the next row"),
+    "data.repeat_dataset": ((1,), "data.total_steps says how long the data are repeated"),
+    "data.sft": ((False,), "all tokens of a document have labels, but those that the tokenised file marks"),
+    "data.train_one_epoch": ((False,), "data.total_steps says how long the data are repeated"),
     "data.type": (("tokenized",), "training data are tokenised folders: run tools/tokenizer.py first"),
     "data.use_flash_style_data_format": ((True,), "training rows are always packed"),
+    "data.valid_pack_mode": ((None,), "validation rows are packed as training rows are"),
     "data.use_packed_dataset": ((True,), "training rows are always packed"),
     "hybrid_zero_optimizer.partition_grad": ((False,), "gradients are whole on every rank, as in ZeRO-1"),
     "model.adapt_hf": ((True,), "adapt_hf=False pairs neighbouring elements in the rotary embedding, here element i "
@@ -212,7 +217,8 @@ def missing_feature(name: str) -> str | None:
 def asks_for_nothing(value: Any) -> bool:
     """Whether the value of a key of a feature leaves the feature off: None, False, "", "none", a size up to 1."""
     if isinstance(value, dict):
-        switch = [value[name] for name in ("enable", "enabled", "size") if name in value]
+        switches = ("enable", "enabled", "size", "use_sliding_window")
+        switch = [value[name] for name in switches if name in value]
         return asks_for_nothing(switch[0]) if switch else not value
     if isinstance(value, str):
         return value.lower() in ("", "none", "no", "off", "false", "disable", "disabled")

@@ -21,7 +21,9 @@ from pydantic import ValidationError
 from internlm_lite.config.aliases import translate
 from internlm_lite.config.cross import cross_problems
 from internlm_lite.config.keys import known_keys, nearest_name, section_of, value_of
+from internlm_lite.config.masking import masked
 from internlm_lite.config.overrides import COMMAND_LINE, Overrides, parse_overrides
+from internlm_lite.config.plain import one_line
 from internlm_lite.config.problems import MOST_PROBLEMS, Problem, schema_problems
 from internlm_lite.config.schema import Config
 from internlm_lite.config.source import ConfigFile, Layer, run_file
@@ -74,8 +76,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         more = [f"{path}: more problems follow; mend these first"] if len(problems) > MOST_PROBLEMS else []
         lines = [problem.line({**origins, **layer.origins}, str(path)) for problem in problems[:MOST_PROBLEMS]]
         raise ConfigError("\n".join(dict.fromkeys(lines + more)))
-    notes += _disagreements(config, origins)
-    return LoadedConfig(config, tuple(source.path for source in sources), origins, tuple(notes))
+    notes += [*_replaced_variables(sources, wanted), *_disagreements(config, origins)]
+    files = tuple(source.path for source in sources)
+    return LoadedConfig(config, files, origins, tuple(str(masked(one_line(note))) for note in notes))
 
 
 def check_config(loaded: LoadedConfig, world_size: int | None) -> None:
@@ -109,6 +112,15 @@ def _unknown_variables(wanted: Overrides, sources: Sequence[ConfigFile]) -> list
         hint = f"nearest: {near}" if near else f"it has {', '.join(sorted(known)) or 'none'}"
         problems.append(Problem((name,), f"the config file has no variable of this name; {hint}"))
     return problems
+
+
+def _replaced_variables(sources: Sequence[ConfigFile], wanted: Overrides) -> Iterator[str]:
+    above: set[str] = set()
+    for source in sources:
+        names = sorted(above & source.variables - wanted.variables.keys() - {"JOB_NAME"})
+        if names:
+            yield f"{source.path}: {', '.join(names)} replaced by the value of the file above it"
+        above |= source.given.keys()
 
 
 def _origins(layer: Layer) -> dict[str, str]:
@@ -165,6 +177,9 @@ def _disagreements(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
         first, second = value_of(config, winner), value_of(config, other)
         if first != second and origins[other] != "default":
             yield f"{origins[winner]}: {winner}={first} differs from {other}={second} ({origins[other]}): {effect}"
+    ckpt, saving = config.ckpt, "ckpt.enable_save_ckpt"
+    if ckpt.save_ckpt_folder and ckpt.checkpoint_every and origins[saving] == "default":
+        yield f"{origins['ckpt.checkpoint_every']}: nothing is saved: {saving} is False unless it is written"
     least, peak = config.lr_scheduler.eta_min, config.adam.lr
     if least > peak:
         key = "lr_scheduler.eta_min"

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from internlm_lite.config.keys import expected, known_keys, names_in, nearest_key, nearest_name, section_of
+from internlm_lite.config.masking import masked
 from internlm_lite.config.plain import one_line, shown
 from internlm_lite.config.source import Layer
 
@@ -32,7 +33,7 @@ class Problem:
         names = [*self.keys, *(key.rpartition(".")[0] for key in self.keys)]
         written = [origin for name in names if not (origin := origins.get(name, "default")).startswith("default")]
         where = next((origin for origin in written if origin.startswith("command line")), (*written, file)[0])
-        return one_line(f"{where}: {self.keys[0]}: {self.text}")
+        return str(masked(one_line(f"{where}: {self.keys[0]}: {self.text}")))
 
 
 def schema_problems(error: ValidationError, layer: Layer) -> list[Problem]:
@@ -69,7 +70,7 @@ def _text(key: str, kind: str, layer: Layer) -> str:
     if kind == "missing":
         return f"missing; expected {expected(field)}; add {name}=... to {parent} = dict(...)"
     value = layer.get(key)
-    return f"found {shown(value)}, expected {expected(field)}; {_remedy(value, field, name)}"
+    return f"found {shown(masked(value, name))}, expected {expected(field)}; {_remedy(value, field, name)}"
 
 
 def _unknown(key: str, listed: set[str]) -> str:

@@ -27,6 +27,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
+from internlm_lite.config.masking import masked
 from internlm_lite.config.plain import one_line, plain, shown, shown_key
 from internlm_lite.errors import ConfigError
 from internlm_lite.units import human_bytes
@@ -69,7 +70,7 @@ def run_file(path: Path, replacements: Mapping[str, Any]) -> ConfigFile:
         raise
     except BaseException as error:
         line = error.lineno or 1 if isinstance(error, SyntaxError) else _line_of(error, str(path))
-        raise ConfigError(one_line(f"{name}:{line}: {_cause(error)}")) from error
+        raise ConfigError(str(masked(one_line(f"{name}:{line}: {_cause(error)}")))) from error
 
 
 def _run(path: Path, name: str, replacements: Mapping[str, Any]) -> ConfigFile:
@@ -156,7 +157,8 @@ def _refuse_read_base(tree: ast.Module, path: Path, name: str) -> None:
             bases = [_file_of(node, path.parent) for node in modules]
             raise ConfigError(
                 f"{name}:{block.lineno}: found read_base(); write _base_ = {bases!r} instead of this block and its "
-                "import; dicts are then merged key by key, _delete_=True in a dict replaces the one below"
+                "import; dicts are then merged key by key (_delete_=True in a dict replaces the one below), and "
+                "UPPER_CASE variables of this file replace those of its bases: remove the ones that should not"
             )
 
 

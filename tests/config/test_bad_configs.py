@@ -229,7 +229,7 @@ BAD = [
     (
         "tensor=2",
         "tensor=dict(size=2, mode='isp')",
-        "23: parallel.tensor: found mode='isp': sequences without tensor parallelism are not supported,",
+        "23: parallel.tensor: found mode='isp': weight parallelism is not supported,",
     ),
     (
         "tensor=2",

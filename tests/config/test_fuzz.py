@@ -171,6 +171,7 @@ def test_what_ends_or_blocks_a_process_is_refused(tmp_path: Path) -> None:
     (tmp_path / "exit.py").write_text(TEXTS[0] + "import os\nos._exit(0)\n")
     (tmp_path / "reads.py").write_text(TEXTS[0] + "data['tokenizer'] = 'pipe.py'\n")
     code = (
+        "import faulthandler; faulthandler.dump_traceback_later(45, exit=True)\n"
         "from internlm_lite.cli.train import main\n"
         "for name in ('pipe', 'exit', 'reads'): print(main(['--config', name + '.py', '--print-config', 'diff']))"
     )

@@ -207,7 +207,9 @@ def test_variable_replaces_that_of_the_base(tmp_path: Path) -> None:
     )
     text = "_base_ = 'b.py'\nTOTAL_STEPS = 30 * 2\nLR = 2e-3\nN = len('abc')\nB = 7\nOTHER = open\nJOB_NAME = 'top'\n"
     (tmp_path / "a.py").write_text(text)
-    config = load_config(tmp_path / "a.py").config
+    loaded = load_config(tmp_path / "a.py")
+    config = loaded.config
+    assert loaded.notes[0].endswith("b.py: B, LR, N replaced by the value of the file above it")
     assert (config.data.total_steps, config.lr_scheduler.total_steps, config.JOB_NAME) == (60, 60, "top")
     assert (config.adam.lr, config.data.micro_num, config.data.micro_bsz) == (2e-3, 3, 7)
     config = load_config(tmp_path / "a.py", ["LR=4e-3", "SEQ_LEN=64"]).config
@@ -320,6 +322,7 @@ SPELLINGS = [
         f"ckpt = dict(auto_resume=True, load_ckpt_folder='local:q', {MODEL_ONLY})",
         {"ckpt.load_ckpt_folder": None, "ckpt.load_model_only_folder": None},
     ),
+    ("data = dict(rampup_batch_size=None)", {"data.rampup_batch_size": ""}),
     ("ckpt = dict(save_ckpt_folder='', load_ckpt_folder='')", {"ckpt.save_ckpt_folder": None}),
     ("loss = None\nmonitor = None", {"loss.label_smoothing": 0}),
     ("parallel = dict(tensor=dict(size=2, sp='none', intern_overlap=False))", {"parallel.sequence_parallel": False}),
@@ -385,6 +388,12 @@ def test_eta_min_above_lr_is_a_note(tmp_path: Path) -> None:
     assert "x.py:3: lr_scheduler.eta_min=1e-05 is above adam.lr=2e-06" in note
 
 
+def test_saving_that_is_not_switched_on_is_a_note(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text(TINY.read_text().replace("ckpt = dict(enable_save_ckpt=False)", ""))
+    loaded = load_config(tmp_path / "x.py", ["ckpt.save_ckpt_folder=local:s", "ckpt.checkpoint_every=5"])
+    assert loaded.notes == ("command line: nothing is saved: ckpt.enable_save_ckpt is False unless it is written",)
+
+
 def test_given_weights_are_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("p").mkdir()
@@ -446,7 +455,10 @@ def test_webhook_is_not_shown(tmp_path: Path, alert: str) -> None:
         ("ckpt = dict(load_ckpt_info=dict(content=('model',)))", "x.py:2: ckpt.load_ckpt_info: found {'content'"),
         ("ckpt = dict(load_ckpt_info='p')", "x.py:2: ckpt.load_ckpt_info: found 'p', expected dict(path=...,"),
         ("parallel = dict(weight=2)", "x.py:2: parallel.weight: found 2, expected size 1"),
-        ("parallel = dict(tensor=dict(size=2, sp='intern'))", "x.py:2: parallel.tensor: found sp='intern': sequences"),
+        (
+            "parallel = dict(tensor=dict(size=2, sp='intern'))",
+            "x.py:2: parallel.tensor: found sp='intern': weight parallelism",
+        ),
         (
             "model = dict(num_experts=4)\nloss = dict(moe_loss_coeff=0.1)",
             "x.py:2: model.num_experts: found 4: this asks",

@@ -56,7 +56,10 @@ class CheckpointManager(Saver, Loader):
         if saving is not None:
             for storage in storages:
                 _probe(storage, mesh)
-        folders = [SaveFolder(storage, options.keep_snapshots, self._bad) for storage in storages]
+        folders = [
+            SaveFolder(storage, options.keep_snapshots, self._bad, keep_milestones=options.keep_milestones)
+            for storage in storages
+        ]
         Saver.__init__(self, mesh, self._config, folders, options)
 
     @property

@@ -62,6 +62,9 @@ class CkptConfig(Section):
     """False: `load_ckpt_folder` gives weights and counters only, moments start at zero."""
     checkpoint_every: Positive | None = None
     """Steps between milestone checkpoints, which are kept. None: only the final one."""
+    keep: Positive | None = None
+    """(new) Newest milestones to keep; older ones are removed after a newer one is saved, except the final ones and
+    the one that the run went on from. None: all."""
     async_upload: bool = True
     """Write checkpoints in the background where the storage supports it."""
     async_upload_tmp_folder: str | None = None

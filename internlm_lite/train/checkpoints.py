@@ -116,7 +116,9 @@ class Checkpoints:
         self._in_background = self._ckpt.async_upload and self._ckpt.enable_save_ckpt
         staging = self._ckpt.async_upload_tmp_folder if self._in_background else None
         options = SaveOptions(
-            vote_timeout_seconds=timeout_seconds, staging_folder=Path(normalize_path(staging)) if staging else None
+            keep_milestones=self._ckpt.keep,
+            vote_timeout_seconds=timeout_seconds,
+            staging_folder=Path(normalize_path(staging)) if staging else None,
         )
         self.restored: str | None = None
         """Name of the checkpoint that this run resumed."""
@@ -255,6 +257,8 @@ class Checkpoints:
     def _adopt(self, restored: Restored, *, moments: bool) -> TrainState:
         state = self.contents.adopt(restored, moments=moments)
         self.restored = restored.found.name
+        for folder in self.manager.folders:
+            folder.resumed_from = self.restored
         return state
 
     def _check(self, found: Found) -> None:

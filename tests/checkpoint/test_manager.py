@@ -97,6 +97,21 @@ def test_rotation_keeps_snapshots_and_all_milestones(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "commits")) == sorted(f"{name}.json" for name in kept)
 
 
+def test_keep_removes_old_milestones(tmp_path: Path) -> None:
+    options = SaveOptions(keep_milestones=2)
+    manager = _manager(tmp_path, saving=options)
+    kinds = ["milestone", "final", "milestone", "snapshot", "milestone", "milestone"]
+    names = [_save(manager, step, kind) for step, kind in enumerate(kinds)]
+    assert sorted(os.listdir(tmp_path / "data")) == sorted([names[1], *names[3:]])
+    (tmp_path / f"data/{names[5]}/rank-00000.safetensors").write_bytes(b"")
+    newer = _save(manager, 6, "milestone")
+    assert {names[4], names[5], newer} <= set(os.listdir(tmp_path / "data")), "a damaged one is not counted"
+    for folder in manager.folders:
+        folder.resumed_from = names[4]
+    last = [_save(manager, step, "milestone") for step in (7, 8)]
+    assert sorted(os.listdir(tmp_path / "data")) == sorted([names[1], names[3], names[4], *last])
+
+
 def test_rotation_does_not_count_damaged_checkpoints(tmp_path: Path) -> None:
     manager = _manager(tmp_path)
     good, bad = _save(manager, 1), _save(manager, 2)

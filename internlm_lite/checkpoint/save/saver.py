@@ -51,6 +51,8 @@ class SaveOptions:
     """How checkpoints are written."""
 
     keep_snapshots: int = 2
+    keep_milestones: int | None = None
+    """None: all."""
     vote_timeout_seconds: float = 600.0
     """How long rank 0 waits for votes; three times as long in a save that training waits for."""
     staging_folder: Path | None = None

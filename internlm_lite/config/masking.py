@@ -110,8 +110,8 @@ def secrets_of(config: Config) -> list[str]:
 def mask_source(text: str) -> str:
     """The text of a config file with secrets as ***; unchanged if it has none; all of it *** if it cannot be parsed."""
     try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError):
+        tree, comments = ast.parse(text), list(_comments(text))
+    except (SyntaxError, ValueError, tokenize.TokenError):
         return f"# {MASK}: this file is not Python that can be read, so nothing of it is kept\n"
     secret = {id(string) for node in ast.walk(tree) for value in _secret_values(node) for string in _strings(value)}
     raw, edits, texts = text.encode(), [], set()
@@ -127,7 +127,7 @@ def mask_source(text: str) -> str:
         begin = starts[string.lineno - 1] + string.col_offset
         edits.append((begin, starts[string.end_lineno - 1] + string.end_col_offset, json.dumps(clean)))
         texts.add(content)
-    for row, column, comment in _comments(text):
+    for row, column, comment in comments:
         begin, clean = starts[row - 1] + column, _mask_text(comment, _PAIR_IN_COMMENT)
         if clean != comment:
             edits.append((begin, begin + len(comment.encode()), clean))

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from internlm_lite.batch import IGNORE
+from internlm_lite.mesh.layout import Parameter
 from internlm_lite.train import loop
 from internlm_lite.train.trainer import Trainer
 
@@ -102,7 +103,14 @@ def before(fault: Fault, trainer: Trainer) -> Callable[[], object]:
         next(piece for piece in trainer.optimizer.pieces() if piece.role == "master").tensor.view(-1)[0] = math.nan
     elif factor := _FACTORS.get(fault.kind):
         weight = next(param for name, param in list(trainer.stages.values())[-1].named_parameters() if "norm" in name)
-        return weight.register_hook(lambda grad: grad * factor).remove
+        reduce = weight.on_grad
+
+        def spoil(param: Parameter) -> None:
+            param.main_grad *= factor
+            reduce(param)
+
+        weight.on_grad = spoil
+        return lambda: setattr(weight, "on_grad", reduce)
     return lambda: None
 
 

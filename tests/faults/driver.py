@@ -1,6 +1,6 @@
 """train.py with faults put into it: FAULTS="KIND RANK FIRST[-LAST] [SECONDS];..." in the environment, RANK maybe *.
 
-    kill stop term   this rank sends itself the signal            exit     leaves with code 0, as if all were done
+    kill stop term hup   this rank sends itself the signal    exit   leaves with code 0, as if all were done
     raise            an error of the program                      memory   asks for more than RLIMIT_AS allows
     sleep stuck      for ever in its data, in a forward pass      full     fills the disk of the working directory
     spin             for ever, with the interpreter's lock held
@@ -36,7 +36,7 @@ from internlm_lite.train import loop
 from internlm_lite.train.trainer import Trainer
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
-_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
+_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "hup": signal.SIGHUP}
 _FACTORS = {"nan": math.nan, "blow": 1e4}
 
 

@@ -8,7 +8,7 @@ SIGSTOP of one rank            named with phase and step, code 4; stacks of the 
 a rank hangs in data, forward  named with phase and step, code 4; its own stacks                time-out + 5 s
 a rank holds Python's lock     named, ended by a signal; its own stacks; code 4 of the others   time-out + 6 s
 exception, out of memory       its own error is the cause, code 1; the others follow, code 5    2 s
-SIGTERM to all                 saved, code 3; started again: the same bits                      10 s
+SIGTERM, SIGHUP to all         saved, code 3; started again: the same bits                      10 s
 port in use                    code 2, with what to do                                          at once
 a rank starts late             waited for
 a rank never starts            named, code 2                                                    time-out
@@ -207,10 +207,10 @@ def test_error_of_one_rank_is_the_cause(how: str, words: str, tmp_path: Path) ->
 
 
 def test_stop_all_ranks(undisturbed: Any, tmp_path: Path) -> None:
-    with Job(tmp_path, 2, *arguments(), faults=f"term 0 {AT};term 1 {AT + 1}") as job:
+    with Job(tmp_path, 2, *arguments(), faults=f"hup 0 {AT};term 1 {AT + 1}") as job:
         begin = trained_until(job, AT - 1)
         assert job.codes() == [3, 3], job.output()[-6000:]
-        told("SIGTERM to all", time.monotonic() - begin, job)
+        told("SIGHUP to one, SIGTERM to another", time.monotonic() - begin, job)
     (stopped,) = events(tmp_path, "stopped")
     assert AT < stopped["step"] <= AT + 3
     assert started_again(tmp_path, undisturbed) == stopped["step"]

@@ -515,7 +515,7 @@ def test_aliases_of_unsupported_features(tmp_path: Path, text: str, expected: st
         ("load_in_4bit", "True", "quantised training"),
         ("model.vision_tower", "'clip'", "images, video and sound"),
         ("ema_decay", "0.999", "averaging of weights"),
-        ("torch_compile", "True", "torch.compile"),
+        ("use_cuda_graph", "True", "CUDA graphs"),
         ("model.attention_dropout", "0.1", "dropout"),
         ("model.rope_scaling", "dict(type='yarn')", "scaled or other position embeddings"),
         ("num_train_epochs", "3", "counting in epochs"),

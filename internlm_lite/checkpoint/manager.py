@@ -67,7 +67,7 @@ class CheckpointManager(Saver, Loader):
         """The storage of the first folder."""
         return self.folders[0].storage
 
-    def hold(self) -> None:
+    def lock(self) -> None:
         """Acquire the leases of all folders. Raises StorageError if another run holds one."""
         leases = [Lease(folder.storage) for folder in self.folders]
         for folder, lease in zip(self.folders, leases, strict=True):

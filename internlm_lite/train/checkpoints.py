@@ -127,7 +127,7 @@ class Checkpoints:
         self.manager = self._open(options, with_folders=self._ckpt.enable_save_ckpt)
         """Without folders if ckpt.enable_save_ckpt is False."""
         try:
-            self.manager.hold()
+            self.manager.lock()
             self._check_owner(self.manager)
         except BaseException:
             self.close(wait=False)

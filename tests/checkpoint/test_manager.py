@@ -569,6 +569,6 @@ def test_a_lease_is_given_back_when_the_others_are_lost_as_it_is_taken(
 
     monkeypatch.setattr(comm, "broadcast_object", lost)
     with pytest.raises(PeerLostError):
-        manager.hold()
+        manager.lock()
     manager.release()
     assert holder(manager.storage) is None

@@ -19,7 +19,7 @@ from internlm_lite.monitor.console import Console
 from internlm_lite.monitor.jsonl import read_objects
 from internlm_lite.monitor.record import Sink, StepRecord
 from internlm_lite.monitor.tensorboard import TensorBoard
-from internlm_lite.train.build import Surroundings, build_run
+from internlm_lite.train.build import RunServices, build_run
 from internlm_lite.train.loop import train
 from tests.corpus import FOLDERS, write_corpus
 from tests.monitor.test_wandb import history, inspect
@@ -108,14 +108,14 @@ def test_an_own_sink_gets_every_record_and_is_closed_last(tmp_path: Path) -> Non
         made.append(OwnSink(folder))
         return made[-1] if config.data.total_steps == STEPS else None
 
-    around = Surroundings(sinks={"own": own_sink})
-    run = build_run(tiny(None), single_process_mesh(), tmp_path, around=around)
+    services = RunServices(sinks={"own": own_sink})
+    run = build_run(tiny(None), single_process_mesh(), tmp_path, services=services)
     train(run, StopSignals())
     run.reporter.close()
     (sink,) = made
     assert sink.seen == ["start", *range(STEPS), "done", "closed after 2 events"]
     build_run(
-        tiny(None, data={"total_steps": 2}), single_process_mesh(), tmp_path / "none", around=around
+        tiny(None, data={"total_steps": 2}), single_process_mesh(), tmp_path / "none", services=services
     ).reporter.close()
     assert not made[1].seen, "the factory may decline"
 

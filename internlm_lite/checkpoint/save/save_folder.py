@@ -26,7 +26,7 @@ class SaveFolder:
     bad: dict[str, str]
     """Name -> reason, for checkpoints found damaged; rotation does not count them as kept."""
     lease: Lease | None = None
-    """Set by `hold`; acquired on rank 0."""
+    """Set by `lock`; acquired on rank 0."""
     keep_milestones: int | None = None
     """None: all."""
     resumed_from: str | None = None

@@ -117,7 +117,7 @@ class Saver:
         name = on_main(self.mesh, lambda: self._next_name(step, folder.lease))
         tensors = [item.of(pieces[item.index]) for item in self._items]
         self._keep_ended()
-        copies = None if wait else self._staging.hold(tensors)
+        copies = None if wait else self._staging.copy(tensors)
         job = WriteJob(
             folder=folder,
             name=name,

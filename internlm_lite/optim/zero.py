@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from internlm_lite.config.schema import Config
+from internlm_lite.errors import ConfigError
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.layout import LocalShard, Parameter, first_problem, is_sound
 from internlm_lite.mesh.mesh import Mesh
@@ -67,6 +68,11 @@ class HybridZeroOptimizer:
         self._model_dtype = model_dtype
         zero = config.hybrid_zero_optimizer
         params = [cast(Parameter, param) for unit in units for param in unit.parameters()]
+        if frozen := [param.shard_spec.name for param in params if not param.requires_grad]:
+            raise ConfigError(
+                f"{frozen[0]} has requires_grad=False, expected that every parameter is trained: "
+                "make a constant a buffer (register_buffer)"
+            )
         self.buckets = build_buckets(params, mesh.zero, config)
         self._reducer = GradReducer(self.buckets, units, mesh, overlap=zero.overlap_sync_grad)
         self._gatherer = WeightGatherer(self.buckets, units, mesh.zero, overlap=zero.overlap_sync_param)

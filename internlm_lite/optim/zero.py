@@ -10,6 +10,7 @@ factor, the clip factor and the decision to skip are device scalars: the host ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -178,16 +179,22 @@ class HybridZeroOptimizer:
                 part, here = slot.param.shard_spec, slice(start - bucket.shard_start, stop - bucket.shard_start)
                 for role, flat in tensors.items():
                     span = (start - slot.start, stop - slot.start)
-                    sign = role in self._rule.non_negative
-                    yield LocalShard(part.name, role, part.shape, part.box, span, flat[here], non_negative=sign)
+                    yield LocalShard(
+                        part.name, role, part.shape, part.box, span, flat[here], **self._bounds(bucket, role)
+                    )
+
+    def _bounds(self, bucket: Bucket, role: str) -> dict[str, Any]:
+        """What `is_sound` expects of a tensor of `shards`."""
+        largest = torch.finfo(bucket.kind.dtype).max if role == "master" else math.inf
+        return {"non_negative": role in self._rule.non_negative, "largest": largest}
 
     def problem(self) -> str | None:
         """The first tensor of this rank's shards with a number that no healthy run has; None: all are sound.
 
         One pass over the shards; waits for the device once. Not collective."""
         flags = [
-            is_sound(flat, non_negative=role in self._rule.non_negative)
-            for _, tensors in self.shards()
+            is_sound(flat, **self._bounds(bucket, role))
+            for bucket, tensors in self.shards()
             for role, flat in tensors.items()
         ]
         return None if comm.read(torch.stack(flags).all()) else first_problem(list(self.pieces()))

@@ -337,3 +337,17 @@ def test_a_parameter_that_is_not_to_be_trained_is_refused() -> None:
     unit.bias.requires_grad_(False)
     with pytest.raises(ConfigError, match=r"layers.0.bias has requires_grad=False"):
         HybridZeroOptimizer([unit], config(), single_process_mesh(), torch.float32)
+
+
+def test_master_weights_beyond_the_range_of_the_weights_are_named() -> None:
+    """They are finite, the weights made of them are not."""
+    for dtype in (torch.float16, torch.bfloat16):
+        optimizer = HybridZeroOptimizer([Unit("layers.0", dtype)], config(), single_process_mesh(), dtype)
+        (master,) = (p for p in optimizer.pieces() if (p.role, p.name) == ("master", "layers.0.bias"))
+        largest = torch.finfo(dtype).max
+        for value, found in (
+            (-largest, None),
+            (1.001 * largest, f"numbers beyond {largest:g}, too large for the weights"),
+        ):
+            master.tensor[-1] = value
+            assert optimizer.problem() == (found and f"master of layers.0.bias holds {found}")

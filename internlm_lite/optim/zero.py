@@ -67,6 +67,7 @@ class HybridZeroOptimizer:
         self._mesh = mesh
         self._config = config
         self._model_dtype = model_dtype
+        self._begun = False
         zero = config.hybrid_zero_optimizer
         params = [cast(Parameter, param) for unit in units for param in unit.parameters()]
         if frozen := [param.shard_spec.name for param in params if not param.requires_grad]:
@@ -98,7 +99,14 @@ class HybridZeroOptimizer:
 
     def begin(self, micro_num: int) -> None:
         """Call before the first forward pass of a step of `micro_num` micro-batches."""
+        if self._begun:  # an exception ended that step: what it added so far must not count in this one
+            self._zero_grads()
+        self._begun = True
         self._reducer.expect(micro_num)
+
+    def _zero_grads(self) -> None:
+        for bucket in self.buckets:
+            bucket.grads.zero_()
 
     @torch.no_grad()
     def step(
@@ -126,8 +134,8 @@ class HybridZeroOptimizer:
         factor = unscale * clip_factor(norm, self._config.hybrid_zero_optimizer.clip_grad_norm)
         second_beta = beta2(index, self._config.beta2_scheduler)
         self._rule.update(self._scaled_grads(factor), lr, second_beta, decision.skipped)
-        for bucket in self.buckets:
-            bucket.grads.zero_()
+        self._zero_grads()
+        self._begun = False
         self._gather_weights()
         return StepOutcome(
             norm_model_dtype=totals.square_model_dtype.sqrt() * unscale,

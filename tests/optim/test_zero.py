@@ -351,3 +351,19 @@ def test_master_weights_beyond_the_range_of_the_weights_are_named() -> None:
         ):
             master.tensor[-1] = value
             assert optimizer.problem() == (found and f"master of layers.0.bias holds {found}")
+
+
+def test_a_backward_pass_that_was_broken_off_does_not_count() -> None:
+    def norm(broken_off: bool) -> float:
+        units = [Unit(f"layers.{i}", torch.float64) for i in range(3)]
+        optimizer = HybridZeroOptimizer(list(units), config(), single_process_mesh(), torch.float64)
+        if broken_off:
+            optimizer.begin(1)
+            with units[1].register_full_backward_hook(lambda *_: 1 / 0), pytest.raises(ZeroDivisionError):
+                loss_of(units, rows(0, 0).requires_grad_()).backward()
+            assert any(bucket.grads.any() for bucket in optimizer.buckets)
+        optimizer.begin(1)
+        loss_of(units, rows(0, 0)).backward()
+        return optimizer.step(0, num_labels=ROWS, global_tokens=ROWS).norm_model_dtype.item()
+
+    assert norm(broken_off=True) == norm(broken_off=False)

@@ -5,6 +5,7 @@ Initialisation, gradient norm, ZeRO, checkpoints and planner read it; no code ma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -93,23 +94,27 @@ class LocalShard:
     tensor: torch.Tensor
     non_negative: bool = False
     """Whether a negative number in `tensor` is an error."""
+    largest: float = math.inf
+    """A finite number of larger magnitude is an error, too: the model's weights would be infinite."""
 
 
-def is_sound(tensor: torch.Tensor, *, non_negative: bool) -> torch.Tensor:
-    """Whether all elements (at least one) are finite and, if asked, none is negative: bool device scalar. One pass."""
+def is_sound(tensor: torch.Tensor, *, non_negative: bool, largest: float = math.inf) -> torch.Tensor:
+    """Whether all elements (at least one) are finite, of no larger magnitude than `largest` and, if asked, none is
+    negative: bool device scalar. One pass."""
     low, high = tensor.detach().aminmax()  # both are NaN if an element is
-    return (low >= 0 if non_negative else low.isfinite()) & high.isfinite()
+    least = 0 if non_negative else -largest
+    return low.isfinite() & high.isfinite() & (low >= least) & (high <= largest)
 
 
 def first_problem(shards: Sequence[LocalShard]) -> str | None:
     """Names the first of `shards` that is not sound; None: all are. Waits for the device once."""
     shards = [shard for shard in shards if shard.tensor.numel()]
-    flags = [is_sound(shard.tensor, non_negative=shard.non_negative) for shard in shards]
+    flags = [is_sound(shard.tensor, non_negative=shard.non_negative, largest=shard.largest) for shard in shards]
     if not flags or torch.stack(flags).all():
         return None
     bad = shards[[flag.item() for flag in flags].index(False)]
-    finite = bool(bad.tensor.isfinite().all())
-    return f"{bad.role} of {bad.name} holds {'negative numbers' if finite else 'NaN or infinity'}"
+    what = "negative numbers" if bad.non_negative else f"numbers beyond {bad.largest:g}, too large for the weights"
+    return f"{bad.role} of {bad.name} holds {what if bad.tensor.isfinite().all() else 'NaN or infinity'}"
 
 
 class Parameter(nn.Parameter):

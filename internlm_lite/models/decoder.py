@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import nn
@@ -70,8 +71,20 @@ class Block(CostedLayer):
         self.ffn_norm = build_norm(f"{name}.ffn_norm", config, tp_ctx)
         self.feed_forward = SwiGLU(f"{name}.feed_forward", config, tp_ctx)
         whole = config.compile and tp_ctx.group.size == 1 and not tp_ctx.weight_grads.deferred
+        if whole:
+            self._require_manual_grads()
         self._before = compiled_in_training(Block._before_attention, wanted=whole)
         self._after = compiled_in_training(Block._after_attention, wanted=whole)
+
+    def _require_manual_grads(self) -> None:
+        """Raises ConfigError for a parameter whose gradient may have another dtype, which torch.compile refuses."""
+        for param in cast(Iterator[Parameter], self.parameters()):
+            if param.dtype.itemsize < 4 and not param.manual_grad:
+                raise ConfigError(
+                    f"model.compile=True: the layer of {param.shard_spec.name} leaves its gradient to autograd, which "
+                    f"torch.compile refuses for {param.dtype}: let it use `accumulating` and set `manual_grad`, as "
+                    "RMSNorm does in layers/norm.py, or set model.compile=False"
+                )
 
     def forward(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
         # Checkpointing inside `forward`: forward hooks run once per step, and not again in the recomputation.

@@ -9,6 +9,7 @@ Buckets start strictly in order, so every rank issues the same collectives in th
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -61,7 +62,8 @@ class GradReducer:
         self._started: list[comm.Work] = []
         for index, bucket in enumerate(buckets):
             for slot in bucket.slots:
-                slot.param.on_grad = functools.partial(self._on_grad, index)
+                # A weak reference: torch holds hooks where the garbage collector does not find a cycle.
+                slot.param.on_grad = functools.partial(GradReducer._on_grad, weakref.proxy(self), index)
                 if not slot.param.manual_grad:
                     slot.param.register_post_accumulate_grad_hook(slot.param.on_grad)
         for unit in units:

@@ -1,8 +1,8 @@
 """Decides on the device whether a step is skipped, and counts skipped steps there: the host never waits.
 
     bad loss    the loss is not finite: the forward pass itself, which the loss scale has no part in
-    overflow    the loss is finite, the gradient norm is not      the loss scale may shrink
     unlabelled  no token of the global batch has a label
+    overflow    neither, and the gradient norm is not finite: the loss scale may shrink
     outlier     loss or norm is a spike, and guard.spike is not "note"
 
 A skipped step changes neither weights nor optimizer state, and the next step uses the same learning rate.
@@ -63,7 +63,7 @@ class SkipDecider:
         """Decide about one step, count it, and update the loss scale for the next. Arguments: device scalars of the
         global batch, the norm before clipping. Does not read the device."""
         bad_loss, unlabelled = ~mean_loss.isfinite(), num_labels == 0
-        overflow = ~norm.isfinite() & ~bad_loss
+        overflow = ~(norm.isfinite() | bad_loss | unlabelled)
         spikes, outlier = self._spikes.judge(mean_loss, norm)
         skipped = bad_loss | overflow | unlabelled | outlier
         self.scaler.update(overflow, counts=~(bad_loss | unlabelled))

@@ -10,6 +10,7 @@ factor, the clip factor and the decision to skip are device scalars: the host ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from internlm_lite.config.schema import Config
+from internlm_lite.errors import ConfigError
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.layout import LocalShard, Parameter, first_problem, is_sound
 from internlm_lite.mesh.mesh import Mesh
@@ -65,8 +67,14 @@ class HybridZeroOptimizer:
         self._mesh = mesh
         self._config = config
         self._model_dtype = model_dtype
+        self._begun = False
         zero = config.hybrid_zero_optimizer
         params = [cast(Parameter, param) for unit in units for param in unit.parameters()]
+        if frozen := [param.shard_spec.name for param in params if not param.requires_grad]:
+            raise ConfigError(
+                f"{frozen[0]} has requires_grad=False, expected that every parameter is trained: "
+                "make a constant a buffer (register_buffer)"
+            )
         self.buckets = build_buckets(params, mesh.zero, config)
         self._reducer = GradReducer(self.buckets, units, mesh, overlap=zero.overlap_sync_grad)
         self._gatherer = WeightGatherer(self.buckets, units, mesh.zero, overlap=zero.overlap_sync_param)
@@ -91,7 +99,14 @@ class HybridZeroOptimizer:
 
     def begin(self, micro_num: int) -> None:
         """Call before the first forward pass of a step of `micro_num` micro-batches."""
+        if self._begun:  # an exception ended that step: what it added so far must not count in this one
+            self._zero_grads()
+        self._begun = True
         self._reducer.expect(micro_num)
+
+    def _zero_grads(self) -> None:
+        for bucket in self.buckets:
+            bucket.grads.zero_()
 
     @torch.no_grad()
     def step(
@@ -119,8 +134,8 @@ class HybridZeroOptimizer:
         factor = unscale * clip_factor(norm, self._config.hybrid_zero_optimizer.clip_grad_norm)
         second_beta = beta2(index, self._config.beta2_scheduler)
         self._rule.update(self._scaled_grads(factor), lr, second_beta, decision.skipped)
-        for bucket in self.buckets:
-            bucket.grads.zero_()
+        self._zero_grads()
+        self._begun = False
         self._gather_weights()
         return StepOutcome(
             norm_model_dtype=totals.square_model_dtype.sqrt() * unscale,
@@ -172,16 +187,22 @@ class HybridZeroOptimizer:
                 part, here = slot.param.shard_spec, slice(start - bucket.shard_start, stop - bucket.shard_start)
                 for role, flat in tensors.items():
                     span = (start - slot.start, stop - slot.start)
-                    sign = role in self._rule.non_negative
-                    yield LocalShard(part.name, role, part.shape, part.box, span, flat[here], non_negative=sign)
+                    yield LocalShard(
+                        part.name, role, part.shape, part.box, span, flat[here], **self._bounds(bucket, role)
+                    )
+
+    def _bounds(self, bucket: Bucket, role: str) -> dict[str, Any]:
+        """What `is_sound` expects of a tensor of `shards`."""
+        largest = torch.finfo(bucket.kind.dtype).max if role == "master" else math.inf
+        return {"non_negative": role in self._rule.non_negative, "largest": largest}
 
     def problem(self) -> str | None:
         """The first tensor of this rank's shards with a number that no healthy run has; None: all are sound.
 
         One pass over the shards; waits for the device once. Not collective."""
         flags = [
-            is_sound(flat, non_negative=role in self._rule.non_negative)
-            for _, tensors in self.shards()
+            is_sound(flat, **self._bounds(bucket, role))
+            for bucket, tensors in self.shards()
             for role, flat in tensors.items()
         ]
         return None if comm.read(torch.stack(flags).all()) else first_problem(list(self.pieces()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch._dynamo.utils import counters
 
 from internlm_lite.data.data_loader import open_training_data
 from internlm_lite.data.order import Position
+from internlm_lite.errors import ConfigError
 from internlm_lite.layers import compiled
+from internlm_lite.layers.norm import NORMS, RMSNorm
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from internlm_lite.train.trainer import Trainer
 from tests.corpus import write_corpus
@@ -83,3 +86,17 @@ def test_layouts(layout: dict[str, int], corpus: Path) -> None:
 
 def test_code_of_the_compiler(corpus: Path) -> None:
     assert compare(single_process_mesh(), corpus, "inductor") < 1e-6
+
+
+def test_a_layer_that_leaves_its_gradients_to_autograd_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain(RMSNorm):
+        def __init__(self, *parts: Any) -> None:
+            super().__init__(*parts)
+            self.weight.manual_grad = False
+
+    monkeypatch.setitem(NORMS, "rmsnorm", Plain)
+    for dtype in ("float32", "bfloat16"):
+        config = tiny(None, model={"compile": True, "dtype": f"torch.{dtype}"})
+        refused = pytest.raises(ConfigError, match=r"layers.0.attention_norm.weight .*accumulating")
+        with refused if dtype == "bfloat16" else nullcontext():
+            Trainer(config, single_process_mesh())

@@ -1,12 +1,15 @@
 """The hybrid ZeRO optimizer against torch.optim.AdamW on one process, in fp64, and its other guarantees."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 from internlm_lite.config.schema import Config
+from internlm_lite.errors import ConfigError
 from internlm_lite.mesh.layout import Parameter, parameter, whole
 from internlm_lite.mesh.mesh import Mesh, build_mesh, single_process_mesh, sizes_of
 from internlm_lite.optim.buckets import build_buckets
@@ -280,15 +283,19 @@ def test_consecutive_overflows_are_counted_separately_and_resumed():
     assert step("overflow") == (1, 1), "an older checkpoint"
 
 
-@pytest.mark.parametrize(("loss", "labels", "counter"), [(math.nan, 8, "bad_losses"), (0.0, 0, "unlabelled")])
+@pytest.mark.parametrize(
+    ("loss", "grad", "labels", "counter"),
+    [(math.nan, math.nan, 8, "bad_losses"), (0.0, 0.0, 0, "unlabelled"), (0.0, math.nan, 0, "unlabelled")],
+)
 def test_a_bad_forward_pass_and_a_step_without_labels_say_nothing_about_the_loss_scale(
-    loss: float, labels: int, counter: str
+    loss: float, grad: float, labels: int, counter: str
 ) -> None:
+    """A token without a label has no part in the loss, but 0 times a number that is not finite is a gradient."""
     optimizer = HybridZeroOptimizer([Unit("layers.0", torch.float16)], config(), single_process_mesh(), torch.float16)
     before = {(p.name, p.role): p.tensor.clone() for p in optimizer.pieces()}
     counters = optimizer.state_dict()
     optimizer.begin(1)
-    optimizer.buckets[0].grads.fill_(loss)
+    optimizer.buckets[0].grads.fill_(grad)
     outcome = optimizer.step(0, num_labels=labels, global_tokens=8, loss_sum=loss)
     assert getattr(outcome.skips, f"consecutive_{counter}").item() == outcome.skips.consecutive_skips.item() == 1
     assert outcome.skips.consecutive_overflows.item() == 0
@@ -314,3 +321,49 @@ def test_a_number_that_no_healthy_run_has_is_named(role: str, value: float, word
     piece = next(p for p in optimizer.pieces() if (p.role, p.name) == (role, "layers.1.weight"))
     piece.tensor.view(-1)[-1] = value
     assert optimizer.problem() == (None if words is None else f"{role} of layers.1.weight holds {words}")
+
+
+def test_memory_of_an_optimizer_is_freed_with_it() -> None:
+    units = [Unit("layers.0", torch.float32)]
+    optimizer = HybridZeroOptimizer(list(units), config(), single_process_mesh(), torch.float32)
+    weights = weakref.ref(optimizer.buckets[0].weights)
+    del units, optimizer
+    gc.collect()
+    assert weights() is None
+
+
+def test_a_parameter_that_is_not_to_be_trained_is_refused() -> None:
+    unit = Unit("layers.0", torch.float32)
+    unit.bias.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"layers.0.bias has requires_grad=False"):
+        HybridZeroOptimizer([unit], config(), single_process_mesh(), torch.float32)
+
+
+def test_master_weights_beyond_the_range_of_the_weights_are_named() -> None:
+    """They are finite, the weights made of them are not."""
+    for dtype in (torch.float16, torch.bfloat16):
+        optimizer = HybridZeroOptimizer([Unit("layers.0", dtype)], config(), single_process_mesh(), dtype)
+        (master,) = (p for p in optimizer.pieces() if (p.role, p.name) == ("master", "layers.0.bias"))
+        largest = torch.finfo(dtype).max
+        for value, found in (
+            (-largest, None),
+            (1.001 * largest, f"numbers beyond {largest:g}, too large for the weights"),
+        ):
+            master.tensor[-1] = value
+            assert optimizer.problem() == (found and f"master of layers.0.bias holds {found}")
+
+
+def test_a_backward_pass_that_was_broken_off_does_not_count() -> None:
+    def norm(broken_off: bool) -> float:
+        units = [Unit(f"layers.{i}", torch.float64) for i in range(3)]
+        optimizer = HybridZeroOptimizer(list(units), config(), single_process_mesh(), torch.float64)
+        if broken_off:
+            optimizer.begin(1)
+            with units[1].register_full_backward_hook(lambda *_: 1 / 0), pytest.raises(ZeroDivisionError):
+                loss_of(units, rows(0, 0).requires_grad_()).backward()
+            assert any(bucket.grads.any() for bucket in optimizer.buckets)
+        optimizer.begin(1)
+        loss_of(units, rows(0, 0)).backward()
+        return optimizer.step(0, num_labels=ROWS, global_tokens=ROWS).norm_model_dtype.item()
+
+    assert norm(broken_off=True) == norm(broken_off=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import threading
 import time
 from pathlib import Path
@@ -11,11 +12,12 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import ClientError
 
+from internlm_lite.checkpoint.storage import s3
 from internlm_lite.checkpoint.storage import s3_client as s3client
 from internlm_lite.checkpoint.storage.s3 import S3Storage
 from internlm_lite.checkpoint.storage.s3_retry import diagnose
 from internlm_lite.config.schema import S3Config
-from internlm_lite.errors import StorageError
+from internlm_lite.errors import InternLMError, StorageError
 from tests.checkpoint.test_s3 import PART, open_s3
 from tests.s3faults import Fault, FaultProxy, Kind
 from tests.s3server import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server
@@ -269,3 +271,90 @@ def test_secrets_that_a_server_repeats_are_masked(s3_folder: str) -> None:
 
     with pytest.raises(StorageError, match=r"no \*\*\* with \*\*\*"):
         storage._calls.run("write", "x", request)
+
+
+@pytest.mark.parametrize("kind", ["301", "302", "307", "308"])
+@pytest.mark.parametrize("target", ["elsewhere", "itself", "nowhere", "http://[", "http://me:hunter2@there.example/x"])
+def test_redirects_are_told_and_not_followed(s3_folder: str, s3_proxy: FaultProxy, kind: Kind, target: str) -> None:
+    storage = _behind(s3_proxy, s3_folder)
+    places = {
+        "elsewhere": "http://sso.example/login?token=hunter2",
+        "itself": f"http://{s3_proxy.endpoint}/",
+        "nowhere": "",
+    }
+    s3_proxy.faults.append(Fault(kind, ".", times=10_000, location=places.get(target, target)))
+    where = {"elsewhere": "sso.example", "itself": s3_proxy.endpoint}.get(
+        target, "there.example" if "@" in target else ""
+    )
+    said = rf"{kind}.* \(it redirects to {re.escape(where or 'another place')}: correct the endpoint"
+    for attempt in (lambda: storage.put("x", [b"1"]), lambda: storage.size("x"), lambda: storage.list("")):
+        with pytest.raises(StorageError, match=said) as caught:
+            attempt()
+        assert "hunter2" not in str(caught.value)
+    assert len(s3_proxy.seen) <= 6
+
+
+def test_dates_that_are_none_remove_nothing(s3_server: S3Server, s3_folder: str, s3_proxy: FaultProxy) -> None:
+    storage = _behind(s3_proxy, s3_folder)
+    s3_proxy.faults.append(Fault("no-date", ".", times=10_000))
+    storage.put("data/big", [DATA])
+    assert storage.read("data/big", len(DATA)) == DATA and storage.size("data/big") == len(DATA)
+    (entry,) = storage.list("")
+    assert time.time() - 60 < entry.modified < time.time() + 60
+    s3_server.client().create_multipart_upload(Bucket=BUCKET, Key=f"{storage.name.rpartition('/')[2]}/data/x")
+    storage.sweep(60)
+    assert _unfinished(s3_server, storage) == 1
+    storage.delete_folder("data")
+
+
+@pytest.mark.parametrize("kind", ["endless", "circle"])
+def test_listings_without_an_end_are_told(s3_folder: str, s3_proxy: FaultProxy, kind: Kind) -> None:
+    storage = _behind(s3_proxy, s3_folder)
+    storage.put("x", [b"1"])
+    s3_proxy.faults.append(Fault(kind, "GET .*list-type", times=10**9))
+    for attempt in (lambda: storage.list(""), lambda: storage.delete_folder("x")):
+        with pytest.raises(StorageError, match="its listing does not end"):
+            attempt()
+
+
+def test_listings_of_ever_new_names_are_told(s3_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "_MOST_OBJECTS", 3)
+    storage = open_s3(s3_folder)
+    for name in "abcd":
+        storage.put(name, [b"1"])
+    with pytest.raises(StorageError, match="its listing does not end"):
+        storage.list("")
+
+
+def test_answers_of_no_s3_server_are_told(s3_folder: str, s3_proxy: FaultProxy) -> None:
+    storage = _behind(s3_proxy, s3_folder, IMPATIENT)
+    s3_proxy.faults.append(Fault("html", ".", times=10_000))
+    for attempt in (
+        *(lambda: storage.put("x", [b"1"]), lambda: storage.put("x", [DATA]), lambda: storage.read("x", 9)),
+        *(lambda: storage.read_into("x", 0, memoryview(bytearray(5))), lambda: storage.list("")),
+    ):
+        with pytest.raises(StorageError):
+            attempt()
+
+
+@pytest.mark.parametrize("place", ["path", "no scheme"])
+def test_endpoints_with_a_path_are_told(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    scheme = "http://" if place == "path" else ""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"{scheme}{s3_server.endpoint}/sub/path")
+    words = "the endpoint has a path, /sub/path" if place == "path" else "AWS_ENDPOINT_URL is http"
+    with pytest.raises(InternLMError, match=words):
+        open_s3(f"s3://{BUCKET}/x").list("")
+
+
+@pytest.mark.parametrize("prefix", ["run=1/a b/c+d", "实验/köln", "a%20b/(x)@y,z~'!*&$;:[]{}", "Ω\N{ROCKET}"])
+def test_prefixes_of_any_letters(s3_server: S3Server, s3_folder: str, prefix: str) -> None:
+    top, other = open_s3(s3_folder), open_s3(f"{s3_folder}/{prefix}")
+    other.put("data/big", [DATA])
+    assert other.put_if_absent("x", b"1") and not other.put_if_absent("x", b"2") and other.replace("x", b"1", b"3")
+    assert [entry.key for entry in other.list("")] == ["data/big", "x"]
+    assert other.read("x", 1) == b"3" and other.size("data/big") == len(DATA)
+    s3_server.client().create_multipart_upload(Bucket=BUCKET, Key=f"{other._prefix}data/9.abcdef/y")
+    other.sweep(-60, ".abcdef")
+    other.delete_folder("data")
+    other.delete("x")
+    assert other.list("") == [] and top.list("") == []

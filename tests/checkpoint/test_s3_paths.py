@@ -18,6 +18,7 @@ GOOD = [
     ("boto3:s3://model_weights.s3.host.org/a/b//c/", S3Path("model_weights", "s3.host.org", "a/b/c")),
     ("boto3:s3://b.host/run/data/0000000007-00001.abcdef", S3Path("b", "host", "run/data/0000000007-00001.abcdef")),
     ("s3://my.bucket-1/run_1", S3Path("my.bucket-1", None, "run_1")),
+    ("s3://b/year=2024/a b/c+d/实验/é", S3Path("b", None, "year=2024/a b/c+d/实验/é")),
 ]
 BAD = [
     *(
@@ -28,8 +29,17 @@ BAD = [
         "s3://bucket",
         "s3:x",
     ),
-    *("s3://bucket/../other", "s3://bucket/.hidden", "s3://bucket/a b", "s3://bucket/a?x=1", "boto3:s3://.host/a"),
-    *("boto3:s3://me:hunter2@bucket.host/a", "s3://me:hunter2@bucket/a", "boto3:https://bucket.host/a", "s3://b/é"),
+    *("s3://bucket/../other", "s3://bucket/.hidden", "s3://bucket/ a", "s3://bucket/a?x=1", "boto3:s3://.host/a"),
+    *("boto3:s3://me:hunter2@bucket.host/a", "s3://me:hunter2@bucket/a", "boto3:https://bucket.host/a", "s3://b/a\n"),
+    *(
+        "s3://bucket/a\x1b[31m",
+        "s3://bucket/a\u200b",
+        "s3://bucket/a\udcff",
+        "s3://bucket/a#b",
+        "s3://bucket/a\\b",
+        "s3://b/.",
+    ),
+    *("boto3:s3://bucket.http://host/a", "boto3:s3://bucket.host:80:90/a", "s3://bucket/a \u2028"),
 ]
 
 

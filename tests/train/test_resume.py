@@ -278,12 +278,12 @@ def test_a_damaged_milestone_falls_back_to_a_snapshot(corpus: Path, tmp_path: Pa
     assert [step["step"] for step in resumed] == [6, 7]
 
 
-def test_a_run_whose_gradients_stay_non_finite_ends(corpus: Path, tmp_path: Path):
+def test_a_run_whose_loss_stays_non_finite_ends(corpus: Path, tmp_path: Path):
     values = config_for(corpus, None).model_dump()
     values["adam"] |= {"lr": 1e30}
     values["data"] |= {"total_steps": 40, "rampup_batch_size": "", "skip_batches": ""}
     values["lr_scheduler"] |= {"total_steps": 40, "warmup_ratio": 0.0}
-    with pytest.raises(NumericsError, match="the loss is not finite since step"):
+    with pytest.raises(NumericsError, match="step 11: the loss is not finite since step 1;"):
         run_training(single_process_mesh(), Config.model_validate(values), tmp_path / "run")
 
 

@@ -202,6 +202,8 @@ def _circle(head: bytes, body: bytes) -> tuple[bytes, bytes]:
 
 
 def _resized(head: bytes, body: bytes) -> tuple[bytes, bytes]:
+    if not body:  # of HEAD
+        return head, body
     return re.sub(rb"(?i)(content-length): \d+", b"Content-Length: %d" % len(body), head), body
 
 

@@ -6,6 +6,8 @@
     spin             for ever, with the interpreter's lock held
     nan blow         gradient of one layer * nan, * 10000         flip     one bit of a weight, before they are compared
     ruin             a nan in the master weights      unlabelled     this rank's batch has no label
+    eio              the next file is put into the save folder, and EIO reported; at the start, too
+    nfs              from the start on, file servers lose the first answer to each link, and hints are unknown
 
 Each comes before step FIRST is trained, or before every step of the range; FIRST of +5 counts from where this process
 begins. Signals come SECONDS later. Once, if steps are trained again after a rollback, or each time with a ! after KIND.
@@ -14,6 +16,7 @@ Under torchrun each line of FAULTS is for one start; there are none after the la
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
@@ -99,6 +102,8 @@ def before(fault: Fault, trainer: Trainer) -> Callable[[], object]:
                     pass
             except OSError:
                 pass
+    elif fault.kind == "eio":
+        fail_once("rename", errno.EIO)
     elif fault.kind == "ruin":
         next(piece for piece in trainer.optimizer.pieces() if piece.role == "master").tensor.view(-1)[0] = math.nan
     elif factor := _FACTORS.get(fault.kind):
@@ -112,6 +117,25 @@ def before(fault: Fault, trainer: Trainer) -> Callable[[], object]:
         weight.on_grad = spoil
         return lambda: setattr(weight, "on_grad", reduce)
     return lambda: None
+
+
+def fail_once(name: str, number: int, times: int = 1) -> None:
+    """Let os.`name` do its work in the save folder, and report a failure all the same."""
+    original = getattr(os, name)
+
+    def failing(*arguments: Any, **named: Any) -> Any:
+        nonlocal times
+        found = original(*arguments, **named)
+        if times and "saves" in str(arguments[-1]):
+            times -= 1
+            raise OSError(number, os.strerror(number))
+        return found
+
+    setattr(os, name, failing)
+
+
+def unknown(*_: object) -> None:
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
 
 def install(faults: list[Fault]) -> None:
@@ -139,6 +163,11 @@ def install(faults: list[Fault]) -> None:
 
     Trainer.step, loop.check_replicas = disturbed_step, check
     for fault in faults:
+        if fault.kind == "eio":
+            fail_once("rename", errno.EIO)
+        if fault.kind == "nfs":
+            fail_once("link", errno.EEXIST, times=1000)
+            os.posix_fadvise = unknown
         if fault.kind == "sleep":
             delay_batches(fault.steps.start)
 

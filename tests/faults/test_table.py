@@ -15,6 +15,9 @@ a rank never starts            named, code 2                                    
 worlds of different sizes      who is missing, code 2                                           time-out
 all ranks suspended for long   go on when they may: the same bits
 full disk while a rank hangs   code 4 all the same                                              time-out + 5 s
+passing EIO: start, last save  tried again, warned of; the same bits                            1 s
+lost answers of NFS            noticed by the link count; a hint that is unknown is left out
+killed while it saves          its data go when it is started again on that host                at once
 corrupted shard at a restart   the snapshot before it, the same bits
 nan in a layer's gradient      left out and counted; the 11th in a row: code 7, snapshots kept  a step
 nan in one tensor rank's copy  left out and counted                                             a step
@@ -236,6 +239,22 @@ def test_failed_rendezvous(tmp_path: Path) -> None:
     assert "1 of 2 ranks came" in two.output() and "missing: 1;" in two.output()
     reasons = ("for a world of 3 ranks", "lost rank 0")  # which ends the store it serves
     assert "rank 1 on" in three.output() and any(reason in three.output() for reason in reasons), three.output()
+
+
+def test_passing_trouble_of_the_save_folder(tmp_path: Path) -> None:
+    """EIO at the start and in the last save, on a file server that loses answers; data of a killed run before."""
+    with Job(tmp_path, 1, *arguments(SAVED, steps=15), faults="kill 0 13") as job:
+        assert job.codes() == [-signal.SIGKILL]
+    (snapshot,) = snapshots(tmp_path)
+    data = tmp_path / "saves" / "snapshot" / "data"
+    (data / f"0000000013-00002.{snapshot.random}").mkdir()
+    (data / f"0000000013-00002.{snapshot.random}" / ".tmp-0").write_bytes(b"half")
+    with Job(tmp_path, 1, *arguments(SAVED, steps=15), faults="eio 0 14;nfs 0 0") as job:
+        job.finish()
+    assert job.output().count("the medium failed); trying again for up to") == 2, job.output()[-6000:]
+    assert [path.name for path in data.iterdir()] == [str(snapshot)]
+    (final,) = committed(LocalStorage(tmp_path / "saves"))
+    assert final.step == 15 and not list(damages_of(LocalStorage(tmp_path / "saves"), final))
 
 
 def test_nan_in_one_layer_is_skipped_until_max_bad_steps(tmp_path: Path) -> None:

@@ -110,9 +110,7 @@ class Lease:
             return found
         until, facts = since + self._lease_seconds, _facts(found)
         if time.monotonic() < until:
-            by = (
-                f"{facts['host']} pid {facts['pid']}" if facts else f"an odd {RUN_LOCK_KEY}, {found[:60]!r} ({_REMOVE})"
-            )
+            by = f"{facts['host']} pid {facts['pid']}" if facts else f"an odd run.lock, {found[:60]!r} ({_REMOVE})"
             logger.info(
                 "%s is locked by %s: looking for up to %.0f s whether it is alive",
                 self._storage.name, by, until - time.monotonic(),

@@ -44,7 +44,8 @@ class CheckpointError(InternLMError):
 
 
 class DamagedError(CheckpointError):
-    """The bytes of this checkpoint have changed since it was saved; an older checkpoint may be intact."""
+    """This checkpoint is of no use: its bytes have changed since it was saved, or it holds numbers that are not finite.
+    An older one may be good."""
 
 
 class StorageError(InternLMError):

@@ -1,4 +1,4 @@
-"""Numbers for people: bytes, counts and durations as text and back, and rounding to multiples."""
+"""Numbers and names for people: bytes, counts and durations as text and back, rounding, text for a terminal."""
 
 import argparse
 
@@ -45,3 +45,10 @@ def wait_seconds(text: str) -> float:
 def round_up(n: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is >= n."""
     return -(-n // multiple) * multiple
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """`text` as a terminal may show it: control and invisible characters as escapes, except those in `keep`."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)

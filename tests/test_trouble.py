@@ -6,8 +6,10 @@ import ast
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from internlm_lite.data.megatron import writing
 from internlm_lite.data.tokenizer import train_tokenizer
 from tests import cli
 from tests.cli import ROOT
@@ -27,7 +29,8 @@ PROVOKED = {
     "--dry-run --world-size=6 parallel.zero1=4": ["expected a divisor of the data parallel size"],
     "data.train_folder=nowhere": ["expected a folder of tokenised data"],
     "data.train_folder=empty": ["holds no tokenised data"],
-    "data.tokenizer=tokenizer.model": ["has a vocabulary of …, but model.vocab_size is"],
+    "VOCAB_SIZE=256 data.tokenizer=tokenizer.model": ["has a vocabulary of …, but model.vocab_size is"],
+    "data.train_folder=prompts": ["found no label in its … documents"],
     "data.train_folder=corpus data.min_length=61": [
         "is not used: its … documents of at least min_length",
         "fills one row of micro_bsz * seq_len",
@@ -60,6 +63,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     here = tmp_path_factory.mktemp("trouble")
     write_corpus(here / "corpus")
     (here / "empty").mkdir()
+    (here / "prompts" / "en").mkdir(parents=True)
+    with writing(here / "prompts" / "en" / "a.bin", np.dtype(np.int16)) as out:
+        for _ in range(40):
+            out.add(np.full(60, -5))
     train_tokenizer(["some words", "and others"], here / "tokenizer.model", 275, threads=1)
     return here
 

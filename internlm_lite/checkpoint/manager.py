@@ -56,7 +56,10 @@ class CheckpointManager(Saver, Loader):
         if saving is not None:
             for storage in storages:
                 _probe(storage, mesh)
-        folders = [SaveFolder(storage, options.keep_snapshots, self._bad) for storage in storages]
+        folders = [
+            SaveFolder(storage, options.keep_snapshots, self._bad, keep_milestones=options.keep_milestones)
+            for storage in storages
+        ]
         Saver.__init__(self, mesh, self._config, folders, options)
 
     @property
@@ -64,7 +67,7 @@ class CheckpointManager(Saver, Loader):
         """The storage of the first folder."""
         return self.folders[0].storage
 
-    def hold(self) -> None:
+    def lock(self) -> None:
         """Acquire the leases of all folders. Raises StorageError if another run holds one."""
         leases = [Lease(folder.storage) for folder in self.folders]
         for folder, lease in zip(self.folders, leases, strict=True):

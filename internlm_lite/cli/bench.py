@@ -8,12 +8,15 @@ internlm-lite bench --metrics [--json] [--rounds N]       a step line to every s
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 
 from internlm_lite.apps.bench.suites import run_basics, run_checkpoint, run_layouts, run_metrics, show
 from internlm_lite.apps.report.writer import open_report
 from internlm_lite.cli.options import new_parser
+from internlm_lite.runtime.tool import run_tool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     which.add_argument("--metrics", action="store_true", help="the cost of metrics and sinks instead")
     add("--rounds", type=int, default=9, help="alternating measurements per side (default 9)")
     add("--json", action="store_true", help="print JSON instead of tables")
-    args = parser.parse_args(argv)
+    return run_tool(partial(work, parser.parse_args(argv)))
+
+
+def work(args: argparse.Namespace) -> int:
+    """Exit code."""
     if args.layouts:
         results = run_layouts(args.rounds)
     elif args.checkpoint:

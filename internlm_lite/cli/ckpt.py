@@ -33,7 +33,7 @@ from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import CheckpointError
 from internlm_lite.runtime.dist_env import adopt_s3_keys
 from internlm_lite.runtime.tool import ToolConsole, add_s3_option, run_tool
-from internlm_lite.units import human_bytes, human_seconds
+from internlm_lite.units import escaped, human_bytes, human_seconds
 
 _PIPE_COLUMNS = 1000
 """Width of tables if standard output is no terminal, so that lines are not wrapped."""
@@ -80,7 +80,7 @@ def ls(arguments: argparse.Namespace, s3: S3Config) -> int:
     console = ToolConsole(width=None if on_terminal else _PIPE_COLUMNS)
     for storage, found in listed:
         looked = "every byte read" if arguments.deep else "hashes, sizes, headers; --deep reads every byte"
-        print(f"{storage.name}  ({looked})", flush=True)
+        print(escaped(f"{storage.name}  ({looked})"), flush=True)
         console.print(_table(found))
         for checkpoint in found:
             for problem in checkpoint.problems:
@@ -178,7 +178,7 @@ def prune(arguments: argparse.Namespace, s3: S3Config) -> int:
         hint = "".join(f"; {storage.name}/{folder} is one" for folder in inside)
         raise CheckpointError(f"{storage.name} holds no checkpoint; expected a save folder{hint}")
     for folder in inside:
-        print(f"left alone: {storage.name}/{folder}, a save folder of its own")
+        print(escaped(f"left alone: {storage.name}/{folder}, a save folder of its own"))
     if arguments.dry_run:
         return _prune(storage, arguments.keep, dry_run=True)
     if holder(storage) is not None:

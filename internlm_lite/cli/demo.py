@@ -4,9 +4,11 @@
     demo/tokenizer.model                  sentencepiece, trained on it
     demo/tokens/{train,valid}/<folder>    the text as tokens
     demo/RUN, demo/ckpts                  train --config configs/demo.py: logs and checkpoints
+    demo/training-2/{RUN,ckpts}           of a training with other arguments, another config or corpus, and so on
 
 A stage is skipped when nothing it depends on has changed; an interrupted training resumes where it stopped. Arguments
-that are not listed below are passed to train, such as `make demo DEMO_ARGS="STEPS=50"`.
+that are not listed below are passed to train, such as `make demo DEMO_ARGS="STEPS=50"`. Only --fresh removes a
+training.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import shutil
@@ -89,14 +92,19 @@ def make_tokens(folder: Path, vocab_size: int) -> None:
         run_command("tokenizer", "encode", "--input", *folders, "--output", output, "--tokenizer", model)
 
 
+def stage_of_training(folder: Path, *depends_on: object) -> Stage:
+    """The training that depends on just this, else one in a new folder: those of others are left alone."""
+    homes = itertools.chain([folder], (folder / f"training-{number}" for number in itertools.count(2)))
+    stages = (Stage(home, "training", *depends_on) for home in homes)
+    return next(stage for stage in stages if stage.is_current or not (stage.stamp.parent / "ckpts").exists())
+
+
 def train(folder: Path, arguments: Sequence[str], started: Stage) -> None:
-    """Train, or resume a training that was interrupted; checkpoints of another model or corpus are removed."""
-    if not started.is_current:
-        if (folder / "ckpts").exists():
-            print("  config, corpus or arguments are new: removing the checkpoints of the training before", flush=True)
-        shutil.rmtree(folder / "ckpts", ignore_errors=True)
-        started.record()
-    run_command("train", "--config", CONFIG, "--run-dir", folder / "RUN", f"DEMO_FOLDER={folder}", *arguments)
+    """Train, or resume a training that was interrupted."""
+    started.record()
+    home = started.stamp.parent
+    saves = f"ckpt.save_ckpt_folder=local:{home / 'ckpts'}"
+    run_command("train", "--config", CONFIG, "--run-dir", home / "RUN", f"DEMO_FOLDER={folder}", saves, *arguments)
 
 
 def report(folder: Path, vocab_size: int) -> None:
@@ -129,7 +137,7 @@ def installed() -> list[str]:
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = new_parser("demo", __doc__)
     parser.add_argument("--folder", type=Path, default=working_folder() / "demo", help="where everything goes (demo)")
-    parser.add_argument("--fresh", action="store_true", help="remove the checkpoints and train again from step 0")
+    parser.add_argument("--fresh", action="store_true", help="remove this training's checkpoints and start from step 0")
     return parser.parse_known_args(argv)
 
 
@@ -140,11 +148,14 @@ def work(arguments: argparse.Namespace, for_train: Sequence[str]) -> int:
     data_code = [file.read_text("utf-8") for file in sorted(Path(inspect.getfile(build_corpus)).parent.glob("*.py"))]
     text = Stage(folder, "text", data_code, FOLDER_BYTES, sys.version, installed())
     tokens = Stage(folder, "tokens", text.key, vocab_size)
-    started = Stage(folder, "training", tokens.key, CONFIG.read_text("utf-8"), for_train)
-    trained = Stage(folder, "trained", started.key)
+    started = stage_of_training(folder, tokens.key, CONFIG.read_text("utf-8"), for_train)
+    home = started.stamp.parent
+    trained = Stage(home, "trained", started.key)
     if arguments.fresh:
-        for stage in (started, trained):
-            stage.stamp.unlink(missing_ok=True)
+        trained.stamp.unlink(missing_ok=True)
+        shutil.rmtree(home / "ckpts", ignore_errors=True)
+    if home != folder:
+        print(f"other arguments, config or corpus than the training in {folder}: this one is in {home}", flush=True)
     stages = {
         text: ("1/3 text of this machine", lambda: make_text(folder)),
         tokens: ("2/3 tokenizer and tokens", lambda: make_tokens(folder, vocab_size)),
@@ -159,7 +170,7 @@ def work(arguments: argparse.Namespace, for_train: Sequence[str]) -> int:
         make()
         stage.record()
         print(f"{title}: {human_seconds(time.monotonic() - before)}\n", flush=True)
-    report(folder, vocab_size)
+    report(home, vocab_size)
     print(f"done in {human_seconds(time.monotonic() - start)}; train again with DEMO_ARGS=--fresh")
     return 0
 

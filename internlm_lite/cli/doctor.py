@@ -24,7 +24,7 @@ from internlm_lite.apps.doctor.render_findings import findings_text, last_line
 from internlm_lite.cli.options import add_config, add_launcher, new_parser
 from internlm_lite.config.load import load_config
 from internlm_lite.config.paths import is_s3
-from internlm_lite.runtime.dist_env import adopt_s3_keys, read_dist_env
+from internlm_lite.runtime.dist_env import adopt_s3_keys, check_options, read_dist_env
 from internlm_lite.runtime.tool import run_tool
 
 
@@ -71,6 +71,7 @@ def work(arguments: argparse.Namespace) -> int:
     """Exit code."""
     adopt_s3_keys(os.environ)
     dist_env = read_dist_env(os.environ, arguments.launcher, arguments.host, arguments.port)
+    check_options(dist_env, rank=arguments.rank, local_rank=arguments.local_rank, world_size=arguments.world_size)
     timeout = timedelta(seconds=arguments.timeout)
     return examine(dist_env, os.environ, folders_of(arguments), arguments.device, timeout, Shown(arguments.json))
 

@@ -24,9 +24,7 @@ from internlm_lite.runtime.tool import add_s3_option, run_tool
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("generate", __doc__)
     add = parser.add_argument
-    add(
-        "--checkpoint", required=True, metavar="FOLDER", help="a save folder (its newest checkpoint), or one checkpoint"
-    )
+    add("--checkpoint", required=True, metavar="FOLDER", help="save folder (its newest), FOLDER/STEP, one checkpoint")
     add("--prompt", action="append", metavar="TEXT", help="continue this; may be given again (default: standard input)")
     add("--tokenizer", metavar="FILE", help="sentencepiece model (default: the config's data.tokenizer)")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="longest continuation (128)")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from internlm_lite.apps.bench.gpu.run_sections import PLAN, Runner
 from internlm_lite.cli.options import new_parser
+from internlm_lite.runtime.tool import run_tool
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -29,8 +31,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    return run_tool(partial(work, parse_arguments(argv)))
+
+
+def work(arguments: argparse.Namespace) -> int:
     """Exit code: 0 every section that ran is right, 1 otherwise."""
-    arguments = parse_arguments(argv)
     repository = Path(__file__).resolve().parents[2]
     runner = Runner(repository, arguments.out.resolve(), arguments.budget, arguments.smoke)
     runner.run(arguments.wanted)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from internlm_lite import __version__
+from internlm_lite.runtime.tool import run_tool
 
 COMMANDS = {
     "train": ("train", "train a model from a config file"),
@@ -37,7 +38,11 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code, 2 for a command that is unknown or not installed."""
-    command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    return run_tool(lambda: _run_command(sys.argv[1:] if argv is None else argv))
+
+
+def _run_command(argv: Sequence[str]) -> int:
+    command, *arguments = argv or ["--help"]
     command = command.replace("_", "-")
     if command in ("-h", "--help"):
         print(usage())

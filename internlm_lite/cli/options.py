@@ -5,18 +5,27 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from internlm_lite.errors import ConfigError
+from internlm_lite.runtime.tool import flush_or_discard
 from internlm_lite.units import wait_seconds
 
 if TYPE_CHECKING:
     from internlm_lite.config.schema import S3Config
 
 
+class CommandParser(argparse.ArgumentParser):
+    """Ends well if nobody reads its help (`| head`)."""
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        flush_or_discard()
+        super().exit(status, message)
+
+
 def new_parser(command: str, description: str | None) -> argparse.ArgumentParser:
     """`description`: the docstring of the command's module, shown with its line breaks."""
-    return argparse.ArgumentParser(
+    return CommandParser(
         prog=f"internlm-lite {command}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -34,12 +43,20 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help=text)
 
 
-def add_launcher(parser: argparse.ArgumentParser, timeout: float) -> None:
+def add_launcher(parser: argparse.ArgumentParser, timeout: float, world_size_help: str = "likewise") -> None:
     """Add the options of the launcher and the rendezvous. `timeout`: default, in seconds."""
     add, text = parser.add_argument, f"longest wait for other ranks ({timeout:g})"
-    add("--launcher", choices=["auto", "slurm", "torch", "single"], default="auto", help="what started this process")
+    add(
+        "--launcher",
+        choices=["auto", "slurm", "torch", "mpi", "single"],
+        default="auto",
+        help="what started this process",
+    )
     add("--host", help="where rank 0 listens (default: from the launcher)")
     add("--port", type=int, help="its port (default: from the launcher)")
+    add("--local-rank", "--local_rank", type=int, metavar="N", help="accepted for old launchers, and checked")
+    add("--rank", type=int, metavar="N", help="likewise")
+    add("--world-size", "--world_size", type=int, metavar="N", help=world_size_help)
     add("--timeout", type=wait_seconds, default=timeout, metavar="SECONDS", help=text)
     add_device(parser)
 

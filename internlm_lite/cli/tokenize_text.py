@@ -3,7 +3,8 @@
     internlm-lite tokenizer train  --input corpus/code corpus/docs --output tokenizer.model --vocab-size 8000
     internlm-lite tokenizer encode --input corpus/code corpus/docs --output data/train --tokenizer tokenizer.model
 
-Text: .jsonl ({"text"} or {"prompt", "response"}), .parquet, .txt, .md and source files, at any depth.
+Text, at any depth: .jsonl, .json, .csv, .tsv and .parquet ({"text"} or {"prompt", "response"}), .txt, .md and source
+files, each also as .gz, .bz2, .xz or .zst. What is left out or read in doubt is counted at the end.
 """
 
 from __future__ import annotations
@@ -11,21 +12,23 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from internlm_lite.cli.options import check_at_least, new_parser
 from internlm_lite.data.documents import Metadata
 from internlm_lite.data.encode import FolderEncoder
-from internlm_lite.data.text import find_text, sample_text
+from internlm_lite.data.text import TextOptions, TextProgress, sample_text
+from internlm_lite.data.text_files import BadLimit, Tally
 from internlm_lite.data.tokenizer import Tokenizer, train_tokenizer
 from internlm_lite.errors import DataError
-from internlm_lite.runtime.tool import run_tool
+from internlm_lite.runtime.tool import ToolConsole, run_tool
 from internlm_lite.units import human_bytes, human_count
 
 HEARTBEAT_SECONDS = 15.0
@@ -40,6 +43,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         add = command.add_argument
         add("--input", type=Path, nargs="+", required=True, help="folders of text")
         add("--text-key", default="text", help="key or column that holds the text (text)")
+        add("--prompt-key", default="prompt", help="key or column of a prompt (prompt)")
+        add("--response-key", default="response", help="key or column of the response to it (response)")
+        add("--plain-text", nargs="+", default=[], metavar=".SUFFIX", help="files to take as one document each")
+        add("--encoding", type=_encoding, help="of files without a byte order mark (UTF-8, else Latin-1)")
+        text = "records without text, or damaged, that may be left out: a number, or a share (1%%)"
+        add("--max-bad-records", type=_limit, default="1%", metavar="N|P%", help=text)
         add("--workers", type=int, default=cores, help="processes, or threads of train (all cores)")
     add = train.add_argument
     add("--output", type=Path, required=True, help="the .model file to write")
@@ -49,48 +58,117 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, required=True, help="folder to write one data folder per input folder to")
     add("--tokenizer", type=Path, required=True, help="sentencepiece model")
     add("--overwrite", action="store_true", help="replace data folders that exist")
+    text = "share of the documents for validation, written beside --output: .../train and .../valid, or DATA_valid"
+    add("--holdout", type=_share, default=0.0, metavar="P%", help=text)
     arguments = parser.parse_args(argv)
     check_at_least(parser, arguments, workers=1, max_bytes=1, vocab_size=261)
     return arguments
 
 
+def _share(text: str) -> float:
+    """'5%' or '0.05' -> 0.05. Raises ArgumentTypeError."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a share such as 5%")
+    return share
+
+
+def _limit(text: str) -> BadLimit:
+    return BadLimit(count=int(text)) if text.isdecimal() else BadLimit(share=_share(text))
+
+
+def _encoding(text: str) -> str:
+    try:
+        "a".encode(text)
+    except LookupError:
+        example = "utf-16, gb18030, shift_jis, cp1251"
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected an encoding of text such as {example}") from None
+    return text
+
+
+def _options(arguments: argparse.Namespace) -> TextOptions:
+    plain = frozenset(f".{suffix.lower().lstrip('.')}" for suffix in arguments.plain_text)
+    return TextOptions(
+        text_key=arguments.text_key,
+        prompt_key=arguments.prompt_key,
+        response_key=arguments.response_key,
+        plain=plain,
+        encoding=arguments.encoding,
+        max_bad=arguments.max_bad_records,
+    )
+
+
 def train(arguments: argparse.Namespace) -> int:
     """Train and save a tokenizer. Exit code."""
-    texts = sample_text(arguments.input, arguments.text_key, arguments.max_bytes)
-    tokenizer = train_tokenizer(texts, arguments.output, arguments.vocab_size, arguments.workers)
+    options, tally = _options(arguments), Tally(arguments.max_bad_records)
+    console = ToolConsole()
+    with _bars(console) as bars:
+        task = bars.add_task("reading text", total=None, size="")
+
+        def texts() -> Iterator[str]:
+            progress = _reporter("reading text", bars, task, console)
+            yield from sample_text(arguments.input, options, arguments.max_bytes, tally, progress)
+            bars.update(task, description=f"training {arguments.vocab_size} pieces", total=None)
+            if not console.is_terminal:
+                print(f"training {arguments.vocab_size} pieces", flush=True)
+
+        tokenizer = train_tokenizer(texts(), arguments.output, arguments.vocab_size, arguments.workers)
+        bars.update(task, total=1, completed=1)
     print(f"{tokenizer.path}: {tokenizer.vocab_size} pieces, sha256 {tokenizer.sha256[:12]}")
+    for line in tally.lines():
+        print(line)
     return 0
 
 
 def encode(arguments: argparse.Namespace) -> int:
     """Tokenise each input folder and print statistics. Exit code."""
-    targets = {arguments.output / source.resolve().name: source for source in arguments.input}
+    output: Path = arguments.output
+    valid = output.with_name("valid" if output.name == "train" else f"{output.name}_valid")
+    targets = {source.resolve().name: source for source in arguments.input}
     if len(targets) < len(arguments.input):
         raise DataError("--input: two folders of the same name would become one data folder; rename one of them")
+    if unprintable := [name for name in targets if not name.isprintable()]:
+        raise DataError(f"--input: found folder {unprintable[0]!r}, expected a printable name; rename it")
     tokenizer = Tokenizer(arguments.tokenizer)
-    console = Console()
+    options, console = _options(arguments), ToolConsole()
     found: dict[str, Metadata] = {}
-    name, unit = TextColumn("{task.description}"), TextColumn("MB")
-    columns = (name, BarColumn(), MofNCompleteColumn(), unit, TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        for target, source in targets.items():
-            total = sum(file.n_bytes for file in find_text(source, arguments.text_key))
-            progress = _reporter(target.name, total, bars, console)
-            encoder = FolderEncoder(tokenizer.path, arguments.workers, arguments.text_key, progress)
-            found[target.name] = encoder.encode(source, target, overwrite=arguments.overwrite)
+    notes = []
+    with _bars(console) as bars:
+        for name, source in targets.items():
+            progress = _reporter(name, bars, bars.add_task(name, total=None, size=""), console)
+            encoder = FolderEncoder(tokenizer.path, arguments.workers, options, arguments.holdout, progress)
+            held_out = valid / name if arguments.holdout else None
+            made = encoder.encode(source, output / name, held_out=held_out, overwrite=arguments.overwrite)
+            found[name] = made.metadata
+            if made.held_out:
+                found[f"{name} (held out)"] = made.held_out
+            notes += [f"{name}: {line}" for line in made.notes]
     console.print(_statistics(found))
+    if arguments.holdout:
+        notes.append(f"train on them with data.train_folder={output} data.valid_folder={valid}")
+    for note in notes:
+        print(note)
     return 0
 
 
-def _reporter(name: str, total_bytes: int, bars: Progress, console: Console) -> Callable[[int], None]:
+def _bars(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[size]}"))
+    return Progress(
+        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    )
+
+
+def _reporter(name: str, bars: Progress, task: TaskID, console: Console) -> TextProgress:
     """A progress callback: advances a bar on a terminal, else prints a line every HEARTBEAT_SECONDS."""
-    task = bars.add_task(name, total=round(total_bytes / 1e6, 1))
     done, last = 0, time.monotonic()
 
-    def report(n_bytes: int) -> None:
+    def report(n_bytes: int, total_bytes: int) -> None:
         nonlocal done, last
         done += n_bytes
-        bars.update(task, completed=round(done / 1e6, 1))
+        bars.update(task, completed=done, total=max(done, total_bytes), size=human_bytes(done))
         if not console.is_terminal and time.monotonic() - last >= HEARTBEAT_SECONDS:
             last = time.monotonic()
             print(f"{name}: {human_bytes(done)} of about {human_bytes(total_bytes)}", flush=True)
@@ -102,7 +180,7 @@ def _statistics(found: dict[str, Metadata]) -> Table:
     table = Table("folder", "documents", "tokens", "text", "bytes/token", "longest (tokens)", title="tokenised data")
     for name, data in found.items():
         table.add_row(
-            name,
+            escape(name),
             human_count(data.documents),
             human_count(data.tokens),
             human_bytes(data.text_bytes),

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from internlm_lite import __version__
 from internlm_lite.cli.options import add_config, add_launcher, new_parser
-from internlm_lite.errors import INTERRUPTED
+from internlm_lite.runtime.tool import run_tool
 
 if TYPE_CHECKING:
     from internlm_lite.monitor.sinks import SinkFactory
@@ -31,9 +31,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--version", action="version", version=f"internlm-lite {__version__}")
     add_config(parser)
-    add_launcher(parser, timeout=600)
+    add_launcher(parser, timeout=600, world_size_help="likewise; with --dry-run: ranks to plan for")
     add("--backend", choices=["nccl", "gloo"], help="accepted for old command lines; follows the device")
-    add("--resume", metavar="auto|none|PATH", help="checkpoint to resume from (default: auto)")
+    add("--resume", metavar="auto|none|STEP|PATH", help="checkpoint to resume from (default: auto)")
     add("--seed", type=int, help="seed of weights and data order, instead of the config's")
     add("--run-dir", type=Path, default=Path("RUN"), help="logs and metrics go to RUN_DIR/<JOB_NAME>/<time>")
     add("--profiling", action="store_true", help="write a trace of three early steps per rank")
@@ -43,15 +43,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_plan_options(parser, "with --dry-run: ")
     add("--cfg-options", nargs="*", default=[], metavar="KEY=VALUE", help="same as the trailing ones")
     arguments = parser.parse_intermixed_args(argv)
-    if not arguments.dry_run and (arguments.world_size is not None or arguments.tflops is not None or arguments.json):
-        parser.error("--world-size, --tflops and --json belong to --dry-run: add it")
+    if not arguments.dry_run and (arguments.tflops is not None or arguments.json):
+        parser.error("--tflops and --json belong to --dry-run: add it")
     check_plan_options(parser, arguments)
     return arguments
 
 
 def add_plan_options(parser: argparse.ArgumentParser, when: str) -> None:
     """Add the options of the plan. `when`: text put before each help text."""
-    parser.add_argument("--world-size", type=int, metavar="N", help=f"{when}ranks (default: as started)")
     parser.add_argument("--tflops", type=float, metavar="X", help=f"{when}TFLOP/s of one GPU, for the times")
     parser.add_argument("--json", action="store_true", help=f"{when}JSON instead of tables")
 
@@ -67,11 +66,7 @@ def main(argv: Sequence[str] | None = None, sinks: Mapping[str, SinkFactory] | N
 
     `sinks`: additional sinks by name (`monitor.record.Sink`).
     """
-    try:
-        return train_or_show(parse_arguments(argv), sinks or {})
-    except KeyboardInterrupt:
-        print("interrupted before the start", file=sys.stderr)
-        return INTERRUPTED
+    return run_tool(lambda: train_or_show(parse_arguments(argv), sinks or {}), "interrupted before the start")
 
 
 def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory]) -> int:
@@ -80,7 +75,7 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
     from internlm_lite.config.load import check_config, load_config
     from internlm_lite.config.render_config import print_config
     from internlm_lite.errors import ConfigError, InternLMError
-    from internlm_lite.runtime.dist_env import adopt_s3_keys, error_file, read_dist_env, set_defaults
+    from internlm_lite.runtime.dist_env import adopt_s3_keys, check_options, error_file, read_dist_env, set_defaults
     from internlm_lite.runtime.torchrun import write_agent_error
 
     overrides = [*arguments.cfg_options, *arguments.overrides]
@@ -91,6 +86,8 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
     try:
         adopt_s3_keys(os.environ)
         dist_env = read_dist_env(os.environ, arguments.launcher, arguments.host, arguments.port)
+        world_size = None if arguments.dry_run else arguments.world_size
+        check_options(dist_env, rank=arguments.rank, local_rank=arguments.local_rank, world_size=world_size)
         quiet, who = dist_env.local_rank > 0, f"rank {dist_env.rank} on {dist_env.hostname}: " if dist_env.rank else ""
         loaded = load_config(arguments.config, overrides)
         world_size = arguments.world_size or dist_env.world_size
@@ -102,6 +99,8 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
         return error.exit_code
     if dist_env.rank > 0 and (arguments.print_config or arguments.dry_run):  # all ranks would print the same
         return 0
+    if arguments.print_config or arguments.dry_run:
+        print(*loaded.notes, sep="\n", end="\n" if loaded.notes else "", file=sys.stderr)
     if arguments.print_config:
         print(print_config(loaded, arguments.print_config))
         return 0

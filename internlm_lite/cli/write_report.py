@@ -1,4 +1,4 @@
-"""report.html of any run, finished or still running, of several overlaid, or of an InternLM log.
+"""report.html of any run, finished or still running, of several overlaid, or of a log of InternLM or InternEvo.
 
 internlm-lite report RUN/demo/latest                   report.html in the run folder, loss.png with matplotlib
 internlm-lite report RUN/a/latest RUN/b/latest         report.html and loss.png here, or -o ab.html: and ab.png
@@ -24,6 +24,7 @@ from internlm_lite.apps.report.untrusted_files import printable
 from internlm_lite.cli.options import new_parser
 from internlm_lite.errors import ConfigError
 from internlm_lite.runtime.tool import run_tool
+from internlm_lite.units import escaped
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -67,7 +68,7 @@ def check(payload: Mapping[str, Any]) -> None:
     """Print which runs cannot be shown. Raises ConfigError when none can."""
     broken = [run for run in payload["runs"] if run["state"]["phase"] == UNREADABLE]
     for run in broken:
-        print(f"{run['folder']} cannot be shown: {run['state']['why']}", file=sys.stderr)
+        print(escaped(f"{run['folder']} cannot be shown: {run['state']['why']}"), file=sys.stderr)
     if len(broken) == len(payload["runs"]):
         raise ConfigError("nothing to show; repair or remove the file that is damaged")
 

@@ -8,9 +8,15 @@ A key without effect here is dropped, with a note that says why. A request for a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from internlm_lite.config.foreign import NO_EFFECT, NO_EFFECT_IF, asks_for_nothing, missing_feature
+from internlm_lite.config.keys import accepts_text, known_keys, section_of
+from internlm_lite.config.paths import is_folder, is_s3, normalize_path
+from internlm_lite.config.plain import shown
 from internlm_lite.config.problems import Problem
 from internlm_lite.config.source import DELETE, Layer
 
@@ -18,26 +24,45 @@ _RENAMED = {
     "use_fp32_norm": "model.use_fp32_norm",
     "hybrid_zero_optimizer.zero_overlap_communication": "hybrid_zero_optimizer.overlap_sync_grad",
 }
-_NO_EFFECT = {
-    "ckpt.universal_ckpt": "every checkpoint loads into every layout",
-    "data.num_worker": "one thread prepares the next batch",
-    "data.empty_cache_and_diag_interval": "the memory allocator's cache is left alone during training",
-    "data.diag_outlier_ratio": "there is no periodic diagnosis of slow ranks",
-    "model.mlp_layer_fusion": "the result is the same with and without",
-    "metric_dtype": "metrics are always summed in float32",
-    "generation": "training does not generate with these; tools/generate.py takes them as arguments",
+_BIAS_FREE = {
+    "INTERNLM": False,
+    "INTERNLM2": True,
+    "INTERNLM2_PUBLIC": True,
+    "INTERNLM3": True,
+    "LLAMA": True,
+    "LLAMA2": True,
 }
-_ONLY = {
-    "data.type": ("tokenized", "training data are tokenised folders: run tools/tokenizer.py first"),
-    "data.use_packed_dataset": (True, "training rows are always packed"),
-    "model.qk_interleaved": (False, "rotary embedding pairs element i with i + head_dim/2: convert such weights first"),
+_OTHER_MODELS = {
+    "moe|mixtral|deepseek": "its blocks have experts",
+    "llava|chameleon|vl$|dit": "it reads images",
+    "qwen": "it has biases on queries, keys and values alone",
+    "gemma": "its MLP is GeGLU, and its embedding is scaled",
+    "baichuan": "the rows of its head are normalised",
+    "hf|huggingface": "it is built by transformers",
 }
-_BIAS_FREE = {"INTERNLM": False, "INTERNLM2": True, "INTERNLM2_PUBLIC": True, "LLAMA": True, "LLAMA2": True}
 _LOADED = {"model", "optimizer", "scheduler", "sampler"}
 _ALL, _NO_OPTIMIZER = ("all",), ("model", "sampler", "scheduler")
 _WHOLE, _MODEL_ONLY = "ckpt.load_ckpt_folder", "ckpt.load_model_only_folder"
 _EVO_ALERT = {"enable_feishu_alert", "feishu_alert_address", "light_monitor_address", "alert_file_path"}
 _OWN_FORMATS = (None, "internlm", "internevo", "normal")
+_FROM_HF = "to make one of a Hugging Face folder: internlm-lite convert from-hf FOLDER OUT; then path=OUT"
+_MODES = {
+    None: "mtp",
+    "none": "mtp",
+    "origin_tp": "mtp",
+    "megatron": "msp",
+    "flash-attn": "fsp",
+    "intern": "isp",
+    "fstp": "isp",
+}
+"""Values of `sp` and `mode` of 2023, and what they were called later."""
+_BIASES = ("model.qkv_bias", "model.o_bias")
+_OVERLAPS = ("intern_overlap", "memory_pool")
+_SAME = {
+    "data.batch_size": "data.micro_num",
+    "data.gradient_accumulation": "data.micro_num",
+    "model.sequence_parallel": "parallel.sequence_parallel",
+}
 
 
 class Translation:
@@ -46,6 +71,8 @@ class Translation:
     def __init__(self, layer: Layer, below: Layer) -> None:
         self.layer, self.below = layer, below
         self.notes: list[str] = []
+        self.dropped: dict[str, str] = {}
+        """Keys without effect here, and where they were written: they share a note."""
         self.problems: list[Problem] = []
 
     def replace(self, old: str, new: dict[str, Any], why: str = "") -> None:
@@ -55,7 +82,10 @@ class Translation:
             self.layer.put(key, new_value, origin)
         meaning = ", ".join(f"{key}={new_value!r}" for key, new_value in new.items())
         understood = f"understood as {meaning}" if new else "understood, without effect here"
-        self.notes.append(f"{origin}: {old}={value!r} {understood}{f': {why}' if why else ''}")
+        self.notes.append(f"{origin}: {old}={shown(value)} {understood}{f': {why}' if why else ''}")
+
+    def drop(self, key: str) -> None:
+        self.dropped[key] = self.layer.drop(key)[1]
 
     def refuse(self, key: str, text: str) -> None:
         """Report a problem and drop the key, so that the schema does not report it too. Its origin is kept."""
@@ -67,9 +97,10 @@ class Translation:
 def translate(layer: Layer, below: Layer) -> Translation:
     """Rewrite all aliases in `layer`, which will cover `below`. Idempotent."""
     t = Translation(layer, below)
-    _renamed(t)
-    _without_effect(t)
+    _placeholders(t)
     _model_type(t)
+    _renamed(t)
+    _foreign(t)
     for key in ("ckpt.load_ckpt_info", _WHOLE):
         if isinstance(layer.get(key), dict):
             _load_info(t, key)
@@ -84,8 +115,11 @@ def translate(layer: Layer, below: Layer) -> Translation:
         )
     _parallel(t)
     if isinstance(layer.get("monitor.tensorboard"), dict):
-        t.replace("monitor.tensorboard", {}, "there is one queue for all sinks")
+        t.drop("monitor.tensorboard")
     _alert(t)
+    if t.dropped:
+        where = next(iter(t.dropped.values()))
+        t.notes.append(f"{where}: understood, without effect here (docs/config.md says why): {', '.join(t.dropped)}")
     return t
 
 
@@ -93,20 +127,61 @@ def _renamed(t: Translation) -> None:
     for old, new in _RENAMED.items():
         if t.layer.has(old):
             t.replace(old, {new: t.layer.get(old)})
+    biases = [t.layer.get(key) for key in _BIASES if t.layer.has(key)]
+    for key in _BIASES:
+        if t.layer.has(key) and (all(bias is True for bias in biases) or all(bias is False for bias in biases)):
+            t.replace(key, {"model.no_bias": not biases[0]})
+        elif t.layer.has(key):
+            t.refuse(key, f"found {shown(t.layer.get(key))}, expected both alike: True, or False; see model.no_bias")
     if isinstance(t.layer.get("ckpt.load_given_ckpt"), bool):
         t.replace("ckpt.load_given_ckpt", {"ckpt.auto_resume": not t.layer.get("ckpt.load_given_ckpt")})
 
 
-def _without_effect(t: Translation) -> None:
-    for key, why in _NO_EFFECT.items():
-        if t.layer.has(key):
-            t.replace(key, {}, why)
-    for key, (value, why) in _ONLY.items():
-        if t.layer.has(key):
-            if t.layer.get(key) == value:
-                t.replace(key, {}, why)
-            else:
-                t.refuse(key, f"found {t.layer.get(key)!r}, expected {value!r} or no such key; {why}")
+def _placeholders(t: Translation) -> None:
+    """Empty texts, infinity and None ask for the default where they are no values themselves."""
+    for key, field in known_keys().items():
+        value, optional = t.layer.get(key), not field.is_required() and field.get_default() is None
+        if optional and (value == float("inf") or (value == "" and accepts_text(key))):
+            t.replace(key, {key: None})
+        elif value is None and t.layer.has(key) and not optional and (section_of(field) or field.default == ""):
+            t.replace(key, {}, "the default holds")
+
+
+def _foreign(t: Translation) -> None:
+    """Keys of other frameworks: one note names those that change nothing; the others are refused by what they mean."""
+    for key in list(_unknown_keys(t.layer.values)):
+        value, feature = t.layer.get(key), missing_feature(key.rpartition(".")[2])
+        accepted, why = NO_EFFECT_IF.get(key, ((), ""))
+        same, said = _said_by(t, key)
+        if key in NO_EFFECT or value in accepted or (same and value == said) or (accepted and value is None):
+            t.drop(key)
+        elif accepted:
+            t.refuse(key, f"found {shown(value)}, expected {accepted[0]!r} or no such key; {why}")
+        elif same and not t.layer.has(same):
+            t.replace(key, {same: value})
+        elif same:
+            t.refuse(key, f"found {shown(value)}, but {same} is {shown(said)}: that one counts; remove this one")
+        elif feature and asks_for_nothing(value):
+            t.drop(key)
+        elif feature:
+            t.refuse(key, f"found {shown(value)}: {feature}")
+
+
+def _said_by(t: Translation, key: str) -> tuple[str, Any]:
+    """The key of ours that says the same as `key`, and its value; "" if there is none."""
+    same = _SAME.get(key, "")
+    written = t.layer.get(same) if t.layer.has(same) else t.below.get(same)
+    return same, same and (known_keys()[same].default if written is None else written)
+
+
+def _unknown_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        field = known_keys().get(key)
+        if field is None and isinstance(name, str) and "." not in name and name != DELETE:
+            yield key
+        elif field is not None and section_of(field) is not None and isinstance(value, dict):
+            yield from _unknown_keys(value, f"{key}.")
 
 
 def _model_type(t: Translation) -> None:
@@ -114,9 +189,9 @@ def _model_type(t: Translation) -> None:
         return
     found = t.layer.get("model_type")
     if not isinstance(found, str) or found not in _BIAS_FREE:
-        t.refuse(
-            "model_type", f"found {found!r}, expected one of {', '.join(map(repr, _BIAS_FREE))}; only these are built"
-        )
+        text = f"found {shown(found)}, expected one of {', '.join(map(repr, _BIAS_FREE))}; only these are built"
+        why = [why for names, why in _OTHER_MODELS.items() if re.search(names, str(found), re.IGNORECASE)]
+        t.refuse("model_type", ": ".join([text, *why[:1]]))
     elif t.layer.has("model.no_bias"):
         t.replace("model_type", {}, "model.no_bias says which biases there are")
     else:
@@ -133,10 +208,18 @@ def _load_info(t: Translation, key: str) -> None:
     )
     parts = _LOADED if parts == {"all"} else parts
     wrong = set(info) - {"path", "content", "ckpt_type", DELETE}
-    if wrong or not isinstance(info.get("path"), str):
-        t.refuse(key, f"found {written!r}, expected a folder, or dict(path=..., content=..., ckpt_type=...)")
-    elif info.get("ckpt_type") not in _OWN_FORMATS:
-        t.refuse(key, f"found ckpt_type={info['ckpt_type']!r}; only the checkpoints written here are read")
+    path, kind = info.get("path", info or None), info.get("ckpt_type")
+    if not wrong and path in (None, ""):
+        _no_load_info(t, key)
+    elif wrong or not isinstance(path, str):
+        t.refuse(key, f"found {shown(written)}, expected a folder, or dict(path=..., content=..., ckpt_type=...)")
+    elif t.layer.get("ckpt.auto_resume") is True and _is_missing(path):
+        why = f"there is no folder {path!r}, and with auto_resume=True InternEvo never looks for it"
+        t.replace(key, {_MODEL_ONLY: None, _WHOLE: None}, why)
+    elif kind not in _OWN_FORMATS:
+        text = f"found ckpt_type={shown(kind)}; only the checkpoints written here are read"
+        first = "Meta's files become a Hugging Face folder by transformers' convert_llama_weights_to_hf; "
+        t.refuse(key, f"{text}; {first if kind == 'llama' else ''}{_FROM_HF}")
     elif parts == {"model"}:
         _give_way(t, key)
         t.replace(key, {_MODEL_ONLY: info["path"], _WHOLE: None})
@@ -146,9 +229,13 @@ def _load_info(t: Translation, key: str) -> None:
     else:
         t.refuse(
             key,
-            f"found content={content!r}, expected ('model',), {_ALL} or {_NO_OPTIMIZER}: "
+            f"found content={shown(content)}, expected ('model',), {_ALL} or {_NO_OPTIMIZER}: "
             "a run starts from weights alone, or goes on with everything, or with everything but the optimizer",
         )
+
+
+def _is_missing(path: str) -> bool:
+    return is_folder(path) and not is_s3(path) and not os.path.exists(normalize_path(path))
 
 
 def _info_below(below: Layer) -> dict[str, Any]:
@@ -169,36 +256,50 @@ def _give_way(t: Translation, key: str) -> None:
 
 
 def _no_load_info(t: Translation, key: str) -> None:
-    """None: the other keys of this layer decide, and those of layers below are reset."""
-    if t.layer.get(key) is None:
+    """Nothing to load: the other keys of this layer decide, and those of layers below are reset."""
+    if t.layer.get(key) is None or isinstance(t.layer.get(key), dict):
         t.replace(key, {folder: None for folder in (_MODEL_ONLY, _WHOLE) if not t.layer.has(folder)})
     else:
-        t.refuse(key, f"found {t.layer.get(key)!r}, expected dict(path=..., content=..., ckpt_type=...) or None")
+        t.refuse(key, f"found {shown(t.layer.get(key))}, expected dict(path=..., content=..., ckpt_type=...) or None")
 
 
 def _parallel(t: Translation) -> None:
     zero1, tensor = t.layer.get("parallel.zero1"), t.layer.get("parallel.tensor")
     if isinstance(zero1, dict) and _has_only(t, "parallel.zero1", ("size", "fsdp")):
         if zero1.get("fsdp"):
-            t.refuse("parallel.zero1", f"found {zero1!r}: fsdp is not available; write fsdp=False")
+            t.refuse("parallel.zero1", f"found {shown(zero1)}: fsdp is not available; write fsdp=False")
         else:
             t.replace("parallel.zero1", {"parallel.zero1": zero1.get("size", -1)})
-    if isinstance(tensor, dict) and _has_only(t, "parallel.tensor", ("size", "mode")):
-        mode = tensor.get("mode", "mtp")
-        new = {"parallel.tensor": tensor.get("size", 1)}
-        if mode in ("msp", "fsp"):
-            t.replace("parallel.tensor", {**new, "parallel.sequence_parallel": True})
-        elif mode == "mtp" or tensor.get("size", 1) == 1:
-            t.replace("parallel.tensor", new)
-        else:
-            t.refuse("parallel.tensor", f"found mode={mode!r}, expected 'mtp', 'msp' or 'fsp'; write mode='mtp'")
+    if isinstance(tensor, dict) and _has_only(t, "parallel.tensor", ("size", "mode", "sp", *_OVERLAPS)):
+        _tensor(t, tensor)
     _pipeline(t)
     weight = t.layer.get("parallel.weight")
     if t.layer.has("parallel.weight"):
-        if (weight.get("size", 1) if isinstance(weight, dict) else weight) in (1, None):
-            t.replace("parallel.weight", {}, "weights are not spread")
+        if asks_for_nothing(weight):
+            t.drop("parallel.weight")
         else:
-            t.refuse("parallel.weight", f"found {weight!r}, expected size 1: use parallel.tensor or parallel.pipeline")
+            t.refuse(
+                "parallel.weight",
+                f"found {shown(weight)}, expected size 1: weight parallelism is not supported; use parallel.tensor or "
+                "parallel.pipeline for the weights, parallel.zero1 for the optimizer state",
+            )
+
+
+def _tensor(t: Translation, tensor: dict[str, Any]) -> None:
+    size, name = tensor.get("size", 1), "mode" if tensor.get("mode") else "sp"
+    mode = tensor.get(name)
+    mode = _MODES.get(mode, mode) if isinstance(mode, str | None) else mode
+    new = {"parallel.tensor": size}
+    if mode == "mtp" or size == 1:
+        t.replace("parallel.tensor", new)
+    elif mode in ("msp", "fsp"):
+        t.replace("parallel.tensor", {**new, "parallel.sequence_parallel": True})
+    else:
+        meaning = ": weight parallelism is not supported" if mode == "isp" else ""
+        t.refuse(
+            "parallel.tensor",
+            f"found {name}={shown(tensor[name])}{meaning}, expected mode='mtp', 'msp' or 'fsp'; 'msp' is nearest",
+        )
 
 
 def _pipeline(t: Translation) -> None:
@@ -213,7 +314,7 @@ def _pipeline(t: Translation) -> None:
         elif name == "zbv":
             t.replace("parallel.pipeline.mode", {"parallel.pipeline.schedule": "zbv"})
         else:
-            t.refuse("parallel.pipeline.mode", f"found {mode!r}, expected '1f1b', 'zbv' or no such key")
+            t.refuse("parallel.pipeline.mode", f"found {shown(mode)}, expected '1f1b', 'zbv' or no such key")
 
 
 def _has_only(t: Translation, key: str, names: Sequence[str]) -> bool:
@@ -221,12 +322,15 @@ def _has_only(t: Translation, key: str, names: Sequence[str]) -> bool:
     found = t.layer.get(key)
     other = set(found) - set(names)
     if other:
-        t.refuse(key, f"found {found!r}, expected a number, or dict({', '.join(name + '=...' for name in names)})")
+        t.refuse(key, f"found {shown(found)}, expected a number, or dict({', '.join(name + '=...' for name in names)})")
     return not other
 
 
 def _alert(t: Translation) -> None:
     """InternEvo's Feishu alerts. The address is a secret: no note or problem contains it."""
+    if t.layer.has("alert_address"):
+        address, origin = t.layer.drop("alert_address")
+        t.layer.put("monitor.alert", {"feishu_alert_address": address or None}, origin)
     alert = t.layer.get("monitor.alert")
     if not isinstance(alert, dict) or not set(alert) <= _EVO_ALERT:
         return  # an unknown key, probably meant to be monitor.alerts

@@ -5,11 +5,14 @@ world = data * tensor * pipeline        every split size divides what it splits
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import InvalidVersion, Version
 
+from internlm_lite.config.keys import known_keys, value_of
 from internlm_lite.config.paths import (
     S3_FORM,
     is_folder,
@@ -18,6 +21,7 @@ from internlm_lite.config.paths import (
     webhook_problem,
     without_password,
 )
+from internlm_lite.config.plain import shown
 from internlm_lite.config.problems import Problem
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
 from internlm_lite.config.schema import AlertsConfig, CkptConfig, Config
@@ -28,10 +32,41 @@ _STAGES = "parallel.pipeline.size"
 _SCHEDULE = "parallel.pipeline.schedule"
 _CHUNKS = "model.num_chunks"
 _OVERLAP = "parallel.pipeline.interleaved_overlap"
+_NEVER_IN_PROMPTS = re.compile("[\x00\ud800-\udfff]")
+_NEVER_IN_NAMES = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_MOST = {
+    "ckpt.s3.deadline_seconds": 10**6,
+    "data.micro_bsz": 2**31 - 1,
+    "data.micro_num": 10**6,
+    "data.seq_len": 2**31 - 1,
+    "data.total_steps": 10**12,
+    "data.valid_batches": 10**9,
+    "data.valid_micro_num": 10**6,
+    "guard.spike_window": 10**6,
+    "hybrid_zero_optimizer.reduce_bucket_size": 2**40,
+    "lr_scheduler.total_steps": 10**12,
+    "model.hidden_size": 2**20,
+    "model.mlp_ratio": 1024,
+    "model.multiple_of": 2**20,
+    "model.num_attention_heads": 2**20,
+    "model.num_chunks": 10**4,
+    "model.num_layers": 2**11,
+    "model.vocab_size": 2**31 - 1,
+    "monitor.alerts.silent_seconds": 10**9,
+    "monitor.report_every_seconds": 10**9,
+    "monitor.sample_tokens": 10**6,
+    _STAGES: 10**6,
+    _TENSOR: 10**6,
+}
+"""Far above every run; larger values would fill the memory, or overflow, before anything is checked."""
 
 
 def cross_problems(config: Config, world_size: int | None) -> Iterator[Problem]:
     """A Problem for each contradiction between keys. `world_size` None: checks that need it are skipped."""
+    odd = [*_texts(config), *_sizes(config)]
+    if odd:
+        yield from odd
+        return
     if world_size is not None:
         yield from _world(config, world_size)
     yield from _heads(config)
@@ -45,6 +80,26 @@ def cross_problems(config: Config, world_size: int | None) -> Iterator[Problem]:
     yield from _ckpt(config.ckpt)
     yield from _guard(config)
     yield from _alerts(config.monitor.alerts)
+
+
+def _texts(config: Config) -> Iterator[Problem]:
+    """Paths and names that no file system or terminal takes, and paths of what can be read without end."""
+    for key in known_keys():
+        value = value_of(config, key)
+        texts = value if isinstance(value, list) else [value] if isinstance(value, str) else []
+        never = _NEVER_IN_PROMPTS if key == "monitor.sample_prompts" else _NEVER_IN_NAMES
+        for text in texts:
+            if never.search(text):
+                yield Problem((key,), f"found {shown(text)}, expected text without control characters; change it")
+            elif os.path.exists(text) and not (os.path.isfile(text) or os.path.isdir(text)):
+                yield Problem((key,), f"found {shown(text)}, a pipe, device or socket; expected a file or a folder")
+
+
+def _sizes(config: Config) -> Iterator[Problem]:
+    for key, most in _MOST.items():
+        value = value_of(config, key)
+        if isinstance(value, int | float) and value > most:
+            yield Problem((key,), f"found {value}, expected at most {most}; change the value")
 
 
 def _world(config: Config, world: int) -> Iterator[Problem]:
@@ -147,12 +202,13 @@ def _schedule(config: Config) -> Iterator[Problem]:
             (_OVERLAP, _SCHEDULE),
             f'found False with {_SCHEDULE} "zbv", which always receives early; set it to True, or take "interleaved"',
         )
-    elif (
-        config.schedule == "interleaved"
-        and not pipeline.interleaved_overlap
-        and (torch := _torch()) is not None
-        and torch.release < (2, 13)
-    ):
+    elif config.schedule == "zbv" and (torch := _old_torch()):
+        # It sends from one stage to the next on the same rank, which gloo refuses.
+        yield Problem(
+            (_SCHEDULE,),
+            f'found "zbv" with torch {torch}, expected torch 2.13 or newer; install it, or take "interleaved"',
+        )
+    elif config.schedule == "interleaved" and not pipeline.interleaved_overlap and (torch := _old_torch()):
         yield Problem((_OVERLAP,), f"found False with torch {torch}, expected torch 2.13 or newer; set it to True")
     elif config.schedule == "interleaved" and micro_num % pipeline.size:
         yield Problem(
@@ -162,12 +218,13 @@ def _schedule(config: Config) -> Iterator[Problem]:
         )
 
 
-def _torch() -> Version | None:
-    """The installed version of torch, read without importing it; None if unknown: the pipeline checks again."""
+def _old_torch() -> Version | None:
+    """The installed version of torch, read without importing it, if it is known to be older than 2.13."""
     try:
-        return Version(version("torch") or "")
+        found = Version(version("torch") or "")
     except (PackageNotFoundError, InvalidVersion):
         return None
+    return found if found.release < (2, 13) else None
 
 
 def _sequence(config: Config) -> Iterator[Problem]:
@@ -217,11 +274,6 @@ def _curves(config: Config) -> Iterator[Problem]:
             f"found {curve.init_steps} + {warmup} warm-up steps, expected at most lr_scheduler.total_steps "
             f"{curve.total_steps}; lower init_steps or warmup_ratio",
         )
-    if curve.eta_min > config.adam.lr:
-        yield Problem(
-            ("lr_scheduler.eta_min", "adam.lr"),
-            f"found {curve.eta_min:g}, expected at most adam.lr {config.adam.lr:g}; lower it or raise adam.lr",
-        )
 
 
 def _batches(config: Config) -> Iterator[Problem]:
@@ -234,7 +286,7 @@ def _batches(config: Config) -> Iterator[Problem]:
         if rampup and (rampup.start > full or (full - rampup.start) % rampup.increment):
             yield Problem(
                 (key, "data.micro_num"),
-                f"found {config.data.rampup_batch_size!r}, which does not reach data.micro_num {full} from "
+                f"found {shown(config.data.rampup_batch_size)}, which does not reach data.micro_num {full} from "
                 f"{rampup.start} in steps of {rampup.increment}; change one of them",
             )
     try:
@@ -261,7 +313,7 @@ def _data(config: Config) -> Iterator[Problem]:
         )
     if not config.JOB_NAME.strip(". ") or "/" in config.JOB_NAME or not config.JOB_NAME.isprintable():
         expected = "expected the name of a folder: printable, no '/', not empty"
-        yield Problem(("JOB_NAME",), f"found {config.JOB_NAME!r}, {expected}")
+        yield Problem(("JOB_NAME",), f"found {shown(config.JOB_NAME)}, {expected}")
 
 
 def _guard(config: Config) -> Iterator[Problem]:
@@ -303,7 +355,7 @@ def _ckpt(ckpt: CkptConfig) -> Iterator[Problem]:
         if folder is not None and not inside and not is_folder(folder):
             yield Problem(
                 (f"ckpt.{name}",),
-                f"found {without_password(folder)!r}, expected local:PATH, a plain path, or {S3_FORM}",
+                f"found {shown(without_password(folder))}, expected local:PATH, a plain path, or {S3_FORM}",
             )
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from internlm_lite.config.foreign import OTHER_NAMES
 from internlm_lite.config.schema import Config, Section
 
 _NOUNS = {int: "an integer", float: "a number", str: "a string", bool: "True or False", type(None): "None"}
@@ -52,6 +53,14 @@ def accepts_text(key: str) -> bool:
     return field is not None and str in (field.annotation, *get_args(field.annotation))
 
 
+def value_of(config: Config, key: str) -> Any:
+    """The value of a dotted key; None in a section that is None."""
+    value: Any = config
+    for name in key.split("."):
+        value = value and getattr(value, name)
+    return value
+
+
 def expected(field: FieldInfo) -> str:
     """What a value of this key may be: "an integer > 0 or None"."""
     return _describe(field.annotation, field.metadata)
@@ -82,8 +91,10 @@ def _describe(annotation: Any, constraints: Iterable[Any] = ()) -> str:
 
 
 def nearest_key(key: str) -> str | None:
-    """The known key most similar to the unknown `key`, preferably of the same section; None if none is similar."""
+    """The known key that `key` means elsewhere, or the most similar one, preferably of the same section; None: none."""
     parent, _, name = key.rpartition(".")
+    if name in OTHER_NAMES:
+        return OTHER_NAMES[name]
 
     def score(candidate: str) -> float:
         section, _, candidate_name = candidate.rpartition(".")

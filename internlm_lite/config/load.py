@@ -14,14 +14,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from internlm_lite.config.aliases import translate
 from internlm_lite.config.cross import cross_problems
-from internlm_lite.config.keys import known_keys, nearest_name, section_of
+from internlm_lite.config.keys import known_keys, nearest_name, section_of, value_of
+from internlm_lite.config.masking import masked
 from internlm_lite.config.overrides import COMMAND_LINE, Overrides, parse_overrides
-from internlm_lite.config.problems import Problem, schema_problems
+from internlm_lite.config.plain import one_line
+from internlm_lite.config.problems import MOST_PROBLEMS, Problem, schema_problems
 from internlm_lite.config.schema import Config
 from internlm_lite.config.source import ConfigFile, Layer, run_file
 from internlm_lite.errors import ConfigError
@@ -54,7 +57,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     """
     path = Path(path)
     wanted = parse_overrides(overrides)
-    sources = list(_run_with_bases(path, wanted, ()))
+    sources = list(_run_with_bases(path, wanted.variables, ()))
     problems = _unknown_variables(wanted, sources)
     layer, notes = Layer(), []
     for above in [*(source.layer for source in reversed(sources)), wanted.layer]:
@@ -70,10 +73,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     config, faults = _validate(layer)
     problems += [fault for fault in faults if not _only_follows(fault.keys[0], faults, origins)]
     if problems or config is None:
-        lines = [problem.line({**origins, **layer.origins}, str(path)) for problem in problems]
-        raise ConfigError("\n".join(dict.fromkeys(lines)))
-    notes += _disagreements(config, origins)
-    return LoadedConfig(config, tuple(source.path for source in sources), origins, tuple(notes))
+        more = [f"{path}: more problems follow; mend these first"] if len(problems) > MOST_PROBLEMS else []
+        lines = [problem.line({**origins, **layer.origins}, str(path)) for problem in problems[:MOST_PROBLEMS]]
+        raise ConfigError("\n".join(dict.fromkeys(lines + more)))
+    notes += [*_replaced_variables(sources, wanted), *_disagreements(config, origins)]
+    files = tuple(source.path for source in sources)
+    return LoadedConfig(config, files, origins, tuple(str(masked(one_line(note))) for note in notes))
 
 
 def check_config(loaded: LoadedConfig, world_size: int | None) -> None:
@@ -88,15 +93,15 @@ def _replaces(above: Layer, key: str) -> bool:
     return above.has(key) and not isinstance(above.get(key), dict)
 
 
-def _run_with_bases(path: Path, wanted: Overrides, above: tuple[Path, ...]) -> Iterator[ConfigFile]:
-    """The file, then its bases, highest precedence first."""
+def _run_with_bases(path: Path, given: Mapping[str, Any], above: tuple[Path, ...]) -> Iterator[ConfigFile]:
+    """The file, then its bases, highest precedence first. `given`: variables of command line and files above."""
     if path.resolve() in above:
         chain = " -> ".join(file.name for file in (*above, path))
         raise ConfigError(f"{path}: _base_ runs in a circle: {chain}; remove one of them")
-    source = run_file(path, wanted.variables)
+    source = run_file(path, given)
     yield source
     for base in reversed(source.bases):
-        yield from _run_with_bases(base, wanted, (*above, path.resolve()))
+        yield from _run_with_bases(base, {**source.given, **given}, (*above, path.resolve()))
 
 
 def _unknown_variables(wanted: Overrides, sources: Sequence[ConfigFile]) -> list[Problem]:
@@ -107,6 +112,15 @@ def _unknown_variables(wanted: Overrides, sources: Sequence[ConfigFile]) -> list
         hint = f"nearest: {near}" if near else f"it has {', '.join(sorted(known)) or 'none'}"
         problems.append(Problem((name,), f"the config file has no variable of this name; {hint}"))
     return problems
+
+
+def _replaced_variables(sources: Sequence[ConfigFile], wanted: Overrides) -> Iterator[str]:
+    above: set[str] = set()
+    for source in sources:
+        names = sorted(above & source.variables - wanted.variables.keys() - {"JOB_NAME"})
+        if names:
+            yield f"{source.path}: {', '.join(names)} replaced by the value of the file above it"
+        above |= source.given.keys()
 
 
 def _origins(layer: Layer) -> dict[str, str]:
@@ -163,11 +177,10 @@ def _disagreements(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
         first, second = value_of(config, winner), value_of(config, other)
         if first != second and origins[other] != "default":
             yield f"{origins[winner]}: {winner}={first} differs from {other}={second} ({origins[other]}): {effect}"
-
-
-def value_of(config: Config, key: str) -> object:
-    """The value of a dotted key."""
-    value: object = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
+    ckpt, saving = config.ckpt, "ckpt.enable_save_ckpt"
+    if ckpt.save_ckpt_folder and ckpt.checkpoint_every and origins[saving] == "default":
+        yield f"{origins['ckpt.checkpoint_every']}: nothing is saved: {saving} is False unless it is written"
+    least, peak = config.lr_scheduler.eta_min, config.adam.lr
+    if least > peak:
+        key = "lr_scheduler.eta_min"
+        yield f"{origins[key]}: {key}={least:g} is above adam.lr={peak:g}: the learning rate rises after the warm-up"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from internlm_lite.config.keys import accepts_text
+from internlm_lite.config.plain import plain, shown
 from internlm_lite.config.source import Layer, is_variable
 from internlm_lite.errors import ConfigError
 
@@ -22,8 +23,8 @@ COMMAND_LINE = "command line"
 class Overrides:
     """The overrides of the command line, parsed."""
 
-    variables: dict[str, ast.expr]
-    """UPPER_CASE name -> the literal that replaces its assignment."""
+    variables: dict[str, Any]
+    """UPPER_CASE name -> the value that replaces the one assigned."""
     layer: Layer
     """Keys set after the files have run."""
 
@@ -33,15 +34,17 @@ def parse_overrides(texts: Sequence[str]) -> Overrides:
     wrong = [text for text in texts if not _is_override(text)]
     if wrong:
         raise ConfigError(
-            "\n".join(f"{COMMAND_LINE}: found {text!r}, expected NAME=value or section.key=value" for text in wrong)
+            "\n".join(
+                f"{COMMAND_LINE}: found {shown(text)}, expected NAME=value or section.key=value" for text in wrong
+            )
         )
-    variables: dict[str, ast.expr] = {}
+    variables: dict[str, Any] = {}
     layer = Layer()
     for text in texts:
         key, _, written = text.partition("=")
         key, value = key.strip(), _value(key.strip(), written)
         if is_variable(key):
-            variables[key] = ast.parse(repr(value), mode="eval").body
+            variables[key] = value
         if not is_variable(key) or key == "JOB_NAME":
             layer.put(key, value, COMMAND_LINE)
     return Overrides(variables, layer)
@@ -58,7 +61,8 @@ def _value(key: str, written: str) -> Any:
         value = ast.literal_eval(_Literals().visit(ast.parse(written.strip(), mode="eval")))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return written
-    return written if accepts_text(key) and isinstance(value, (int, float, complex)) else value
+    value = plain(value)
+    return written if accepts_text(key) and isinstance(value, (int, float)) else value
 
 
 class _Literals(ast.NodeTransformer):

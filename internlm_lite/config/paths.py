@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 _BUCKET = r"[A-Za-z0-9][A-Za-z0-9_-]*"
 _PART = r"[^\s./?#\\](?:[^/?#\\]*[^\s/?#\\])?"
 _PREFIX = rf"/+(?P<prefix>{_PART}(?:/+{_PART})*)/*"
-_WITH_ENDPOINT = re.compile(rf"boto3:s3://(?P<bucket>{_BUCKET})\.(?P<endpoint>[A-Za-z0-9.-]+(?::[0-9]+)?){_PREFIX}")
+_ENDPOINT = r"[A-Za-z0-9.-]+(?::[0-9]+)?"
+_WITH_ENDPOINT = re.compile(rf"boto3:s3://(?P<bucket>{_BUCKET})\.(?P<endpoint>{_ENDPOINT}){_PREFIX}")
 _PLAIN = re.compile(rf"s3://(?P<bucket>{_BUCKET}(?:\.[A-Za-z0-9_-]+)*){_PREFIX}")
 
 S3_FORM = (

@@ -5,6 +5,7 @@ configs/x.py:31: data.seq_lenn: unknown key; nearest known key: data.seq_len
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
@@ -13,7 +14,11 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from internlm_lite.config.keys import expected, known_keys, names_in, nearest_key, nearest_name, section_of
+from internlm_lite.config.masking import masked
+from internlm_lite.config.plain import one_line, shown
 from internlm_lite.config.source import Layer
+
+MOST_PROBLEMS = 100
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Problem:
         names = [*self.keys, *(key.rpartition(".")[0] for key in self.keys)]
         written = [origin for name in names if not (origin := origins.get(name, "default")).startswith("default")]
         where = next((origin for origin in written if origin.startswith("command line")), (*written, file)[0])
-        return f"{where}: {self.keys[0]}: {self.text}"
+        return str(masked(one_line(f"{where}: {self.keys[0]}: {self.text}")))
 
 
 def schema_problems(error: ValidationError, layer: Layer) -> list[Problem]:
@@ -36,9 +41,11 @@ def schema_problems(error: ValidationError, layer: Layer) -> list[Problem]:
     kinds: dict[str, str] = {}
     for detail in error.errors(include_url=False, include_context=False):
         kinds.setdefault(_faulty_key(detail["loc"]), detail["type"])
+    kinds = dict(itertools.islice(kinds.items(), MOST_PROBLEMS + 1))
     misspelled = {nearest_key(key) for key in kinds if key not in known_keys()}
+    listed: set[str] = set()
     return [
-        Problem((key,), _text(key, kind, layer))
+        Problem((key,), _text(key, kind, layer) if key in known_keys() else _unknown(key, listed))
         for key, kind in kinds.items()
         if kind != "missing" or key not in misspelled
     ]
@@ -56,23 +63,24 @@ def _faulty_key(location: tuple[int | str, ...]) -> str:
 
 
 def _text(key: str, kind: str, layer: Layer) -> str:
-    field = known_keys().get(key)
-    if field is None:
-        return _unknown(key)
+    field = known_keys()[key]
     parent, _, name = key.rpartition(".")
     if kind == "missing" and section_of(field) is not None:
         return f"missing; add {name} = {expected(field)}"
     if kind == "missing":
         return f"missing; expected {expected(field)}; add {name}=... to {parent} = dict(...)"
     value = layer.get(key)
-    return f"found {value!r}, expected {expected(field)}; {_remedy(value, field, name)}"
+    return f"found {shown(masked(value, name))}, expected {expected(field)}; {_remedy(value, field, name)}"
 
 
-def _unknown(key: str) -> str:
-    near = nearest_key(key)
+def _unknown(key: str, listed: set[str]) -> str:
+    """`listed`: sections whose keys another problem lists; the one of this key is added."""
+    near, parent = nearest_key(key), key.rpartition(".")[0]
     if near is not None:
         return f"unknown key; nearest known key: {near}"
-    parent = key.rpartition(".")[0]
+    if parent in listed or not names_in(parent):
+        return "unknown key"
+    listed.add(parent)
     if parent:
         return f"unknown key; keys of {parent}: {', '.join(names_in(parent))}"
     return f"unknown key; expected one of {', '.join(names_in(''))}; your own names are UPPER_CASE or start with _"
@@ -90,7 +98,7 @@ def _remedy(value: Any, field: FieldInfo, name: str) -> str:
         return "remove the quotes" if _is_number(value) else "write a value of this kind"
     if isinstance(value, bool) and wanted & {int, float}:
         return "write the number"
-    if isinstance(value, float) and int in wanted and value.is_integer():
+    if isinstance(value, float) and int in wanted and value.is_integer() and abs(value) < 2**53:
         return f"write {int(value)}"
     if value in (0, 1) and bool in wanted:
         return f"write {bool(value)}"

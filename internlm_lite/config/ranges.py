@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from internlm_lite.config.plain import shown
 from internlm_lite.errors import ConfigError
+
+_MOST_RANGES, _MOST_BATCHES, _MOST_DIGITS = 10_000, 1_000_000, 18
+"""Each step looks through the ranges; batches left out are counted through one by one."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,11 @@ class Rampup:
 
 def parse_skip_batches(text: str) -> tuple[range, ...]:
     """ "1-3,7" -> (range(1, 4), range(7, 8)); "" -> (). Raises ConfigError."""
-    return tuple(_interval(part.strip(), text) for part in text.split(",")) if text.strip() else ()
+    parts = text.split(",") if text.strip() else []
+    intervals = tuple(_interval(part.strip(), text) for part in parts[: _MOST_RANGES + 1])
+    if len(parts) > _MOST_RANGES or sum(interval.stop - interval.start for interval in intervals) > _MOST_BATCHES:
+        raise ConfigError(f"found {shown(text)}, expected at most {_MOST_BATCHES} batches in {_MOST_RANGES} ranges")
+    return intervals
 
 
 def _interval(part: str, text: str) -> range:
@@ -34,10 +42,10 @@ def _interval(part: str, text: str) -> range:
     last = last if dash else first
     if not (_is_count(first) and _is_count(last)):
         raise ConfigError(
-            f'found {text!r}, expected batch ids and inclusive ranges such as "1-3,7"; {part!r} is neither'
+            f'found {shown(text)}, expected batch ids and inclusive ranges such as "1-3,7"; {shown(part)} is neither'
         )
     if int(first) > int(last):
-        raise ConfigError(f'found {text!r}, expected ranges that rise; write "{last}-{first}" for {part!r}')
+        raise ConfigError(f'found {shown(text)}, expected ranges that rise; write "{last}-{first}" for {part!r}')
     return range(int(first), int(last) + 1)
 
 
@@ -47,9 +55,11 @@ def parse_rampup(text: str) -> Rampup | None:
     if not words:
         return None
     if len(words) != 3 or not all(_is_count(word) and int(word) > 0 for word in words):
-        raise ConfigError(f'found {text!r}, expected three integers > 0, "start increment every", such as "2 2 100"')
+        raise ConfigError(
+            f'found {shown(text)}, expected three integers > 0, "start increment every", such as "2 2 100"'
+        )
     return Rampup(*map(int, words))
 
 
 def _is_count(word: str) -> bool:
-    return word.isascii() and word.isdigit()
+    return word.isascii() and word.isdigit() and len(word) <= _MOST_DIGITS

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import inspect
 import re
+import signal
 from collections.abc import Iterator
 
 from pydantic.fields import FieldInfo
 
+from internlm_lite.config.foreign import FEATURES, NO_EFFECT, NO_EFFECT_IF
 from internlm_lite.config.keys import expected, known_keys, section_of
 from internlm_lite.config.schema import Config, Section
 
@@ -27,7 +29,8 @@ names with a leading `_` are ignored. Any wrong key, type, range or combination 
 - `NAME=value` on the command line replaces the assignment of a variable **before** the file runs, so what is derived
   from it follows. `section.key=value` sets one key afterwards.
 - `_base_ = "other.py"` (or a list, later ones first in rank) loads other files below this one. Dicts merge key by key;
-  `_delete_=True` in a dict replaces the one below.
+  `_delete_=True` in a dict replaces the one below. An UPPER_CASE variable of a file replaces that of its bases before
+  they run.
 - `train.py --print-config {full,diff,origin}` shows what all this comes to, and where each value was written.
 - `skip_batches` is `"1-3,7"`: batch ids from 0, ends included. `rampup_batch_size` is `"start increment every"`.
 - Later spellings are understood, each with a note: `ckpt.load_ckpt_info`, `parallel.zero1=dict(size=...)`,
@@ -38,7 +41,19 @@ _LEFT_OUT = re.compile(r"left out: (\S+)\.$", re.IGNORECASE)
 
 def reference() -> str:
     """The whole document as Markdown."""
-    return "\n".join([_HEAD, *_section("", Config)])
+    return "\n".join([_HEAD, *_section("", Config), *_foreign()])
+
+
+def _foreign() -> Iterator[str]:
+    yield "## Keys of InternLM and InternEvo that change nothing here\n"
+    yield "They are dropped, and named by one note at the start.\n\n| key | why |\n|---|---|"
+    yield from (f"| `{key}` | {why} |" for key, why in sorted(NO_EFFECT.items()))
+    yield "\n## Keys of which one value is understood\n\n| key | value | because |\n|---|---|---|"
+    for key, (values, why) in sorted(NO_EFFECT_IF.items()):
+        yield f"| `{key}` | {' or '.join(f'`{value!r}`' for value in values)} | {why} |"
+    yield "\n## Features that are not supported\n\n| feature | nearest |\n|---|---|"
+    yield from (f"| {what} | {nearest} |" for what, nearest in FEATURES.values())
+    yield ""
 
 
 def _section(prefix: str, section: type[Section]) -> Iterator[str]:
@@ -65,4 +80,5 @@ def _default(field: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head`
     print(reference(), end="")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from internlm_lite.config.keys import known_keys, section_of
-from internlm_lite.config.load import LoadedConfig, value_of
+from internlm_lite.config.keys import known_keys, section_of, value_of
+from internlm_lite.config.load import LoadedConfig
 from internlm_lite.config.masking import masked
 from internlm_lite.config.schema import Config
 

@@ -62,6 +62,9 @@ class CkptConfig(Section):
     """False: `load_ckpt_folder` gives weights and counters only, moments start at zero."""
     checkpoint_every: Positive | None = None
     """Steps between milestone checkpoints, which are kept. None: only the final one."""
+    keep: Positive | None = None
+    """(new) Newest milestones to keep; older ones are removed after a newer one is saved, except the final ones and
+    the one that the run went on from. None: all."""
     async_upload: bool = True
     """Write checkpoints in the background where the storage supports it."""
     async_upload_tmp_folder: str | None = None
@@ -255,6 +258,10 @@ class ModelConfig(Section):
     """(new) Keep norm weights in fp32 when the model is half precision."""
     use_flash_attn: bool = True
     """True: the fastest attention available (flash-attn, torch varlen, SDPA). False: the SDPA reference."""
+    compile: bool = False
+    """(new) torch.compile what is before and after attention in a block, and the loss: fewer kernels, less traffic, and
+    a start that takes a minute longer. Rounds differently. Training passes only; with parallel.tensor > 1, or zbv, only
+    the rotation and the product of the feed-forward part."""
     num_chunks: Positive = 1
     """Stages per pipeline rank; > 1: interleaved schedule, unless parallel.pipeline.schedule is "zbv"."""
     no_bias: bool = False
@@ -321,10 +328,12 @@ class ParallelConfig(Section):
 
 
 class GuardConfig(Section):
-    """(new) What happens on numerical problems. A step whose loss or gradient is not finite is always skipped."""
+    """(new) What happens on numerical problems. A step whose loss or gradient is not finite, or that has no label, is
+    always skipped, and no checkpoint is saved whose numbers are not finite."""
 
     max_bad_steps: Positive | None = None
-    """More consecutive skipped steps than this end the run with exit code 7; None: 50 with torch.float16, else 10."""
+    """More consecutive skipped steps than this end the run with exit code 7; None: 50 for overflows with torch.float16,
+    else 10."""
     spike: Literal["note", "skip", "rollback"] = "note"
     """What to do about a step whose loss or gradient norm is an outlier. "note": a warning and an event. "skip": also
     skip its update. "rollback": also return to the newest checkpoint before it, and continue with the data after it.
@@ -432,6 +441,9 @@ class Config(Section):
     """Monitoring."""
     guard: GuardConfig = GuardConfig()
     """Guard."""
+    deterministic: bool = False
+    """(new) Repeat the same bits on a GPU: use only algorithms that add in a fixed order, which are slower, above all
+    in the backward pass of attention. Without it a repeated or resumed run agrees to rounding; on a CPU to the bit."""
     cudnn_deterministic: bool = False
     """torch.backends.cudnn.deterministic."""
     cudnn_benchmark: bool = False

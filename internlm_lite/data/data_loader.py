@@ -104,7 +104,7 @@ class ValidationData:
 
 def open_training_data(config: DataConfig, vocab_size: int, dp_rank: int, dp_size: int, seed: int) -> TrainingData:
     """The training data of dp rank `dp_rank`; only rank 0 logs. Raises DataError."""
-    found = _folders(config.train_folder, "train_folder", config, vocab_size)
+    found = _folders(config.train_folder, "train_folder", config, vocab_size, log=dp_rank == 0)
     packed = [_pack(config, folder, vocab_size, seed) for folder in found]
     used = _usable(packed, "train_folder", config, log=dp_rank == 0)
     rows = {folder.name: folder.rows for folder in used}
@@ -122,7 +122,7 @@ def open_validation_data(config: DataConfig, vocab_size: int, dp_rank: int, dp_s
             "nothing about data.train_folder; set data.valid_folder, or data.valid_every=0",
             config.valid_every,
         )
-    found = _folders(config.valid_folder, "valid_folder", config, vocab_size)
+    found = _folders(config.valid_folder, "valid_folder", config, vocab_size, log=dp_rank == 0)
     packed = [_pack(config, folder, vocab_size, seed, keep_tail=True) for folder in found]
     used = _usable(packed, "valid_folder", config, log=dp_rank == 0)
     return ValidationData(
@@ -130,9 +130,9 @@ def open_validation_data(config: DataConfig, vocab_size: int, dp_rank: int, dp_s
     )
 
 
-def _folders(root: str | None, key: str, config: DataConfig, vocab_size: int) -> list[Folder]:
-    folders = [dummy_folder(config.seq_len)] if root is None else find_folders(Path(root), key)
-    check_vocabulary(folders, vocab_size, config.tokenizer)
+def _folders(root: str | None, key: str, config: DataConfig, vocab_size: int, *, log: bool) -> list[Folder]:
+    folders = [dummy_folder(config.seq_len)] if root is None else find_folders(Path(root), key, log=log)
+    check_vocabulary(folders, vocab_size, config.tokenizer, log=log and key == "train_folder")
     return folders
 
 
@@ -170,6 +170,13 @@ def _usable(packed: Sequence[PackedFolder], key: str, config: DataConfig, *, log
             f"{config.micro_bsz * config.seq_len} tokens with documents of at least min_length = {config.min_length}; "
             f"add data, or lower data.min_length, micro_bsz or seq_len"
         )
+    for folder in used:
+        if folder.lacks_labels():
+            raise DataError(
+                f"data.{key}: folder {folder.name}: found no label in its {folder.documents} documents, only tokens of "
+                f"prompts (negative ids) or single tokens, so nothing can be learnt from it; tokenise it again with "
+                f"responses, or take it out of the folder"
+            )
     return used
 
 

@@ -11,16 +11,22 @@ is a label in a prompt too; it is usually `<unk>`, which our tokenizers never pr
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
+from internlm_lite.data.files import require_file
 from internlm_lite.errors import DataError
+
+LONGEST_METADATA = 1 << 16
+"""Bytes read of a metadata file."""
+
+
+class EmptyFileError(DataError):
+    """A tokenised file is whole and holds no token, as of a shard that had no text."""
 
 
 @dataclass(frozen=True)
@@ -68,31 +74,16 @@ def metadata_path(bin_path: Path) -> Path:
 def read_metadata(bin_path: Path) -> Metadata | None:
     """The metadata of a tokenised file; None if it has no such file. Raises DataError when it cannot be parsed."""
     path = metadata_path(bin_path)
-    try:
-        return Metadata(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (ValueError, TypeError) as error:
+    require_file(path)
+    try:
+        with path.open("rb") as file:
+            return TypeAdapter(Metadata).validate_json(file.read(LONGEST_METADATA), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
         keys = ", ".join(field.name for field in dataclasses.fields(Metadata))
         raise DataError(
-            f"{path}: found damaged metadata ({error}), expected a JSON object with {keys}; "
-            f"tokenise the folder again, or delete this file to train without its checks"
+            f"{path}: found damaged metadata ({' '.join(map(str, first['loc']))}: {first['msg']}), expected a JSON "
+            f"object with {keys}; tokenise the folder again, or delete this file to train without its checks"
         ) from None
-
-
-def map_tokens(path: Path) -> mmap.mmap:
-    """A read-only memory map, with read-ahead disabled as documents are read in shuffled order."""
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_RANDOM"):  # read-ahead made a first access take 19 ms instead of 0.02 ms
-        mapped.madvise(mmap.MADV_RANDOM)
-    return mapped
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

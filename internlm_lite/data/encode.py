@@ -2,6 +2,9 @@
 
     IN/code/**/*.py  ->  OUT/code/{code.bin, code.idx, code.meta.json}       document = bos + text + eos
 
+Documents held out for validation go to a second folder. A hash of their text chooses them, so that the choice depends
+on nothing else, and copies of a text are on one side.
+
 A folder is written to OUT/.code.partial and renamed when it is complete, so that an interrupted run leaves no partial
 folder. While it is replaced, the old folder is OUT/.code.replaced; the next run restores it after an interruption.
 """
@@ -9,13 +12,15 @@ folder. While it is replaced, the old folder is OUT/.code.replaced; the next run
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
@@ -24,8 +29,17 @@ from pathlib import Path
 import numpy as np
 
 from internlm_lite.data.documents import Metadata, metadata_path
-from internlm_lite.data.megatron import smallest_dtype, writing
-from internlm_lite.data.text import TextDocument, TextFile, find_text, read_documents
+from internlm_lite.data.megatron import MegatronWriter, smallest_dtype, writing
+from internlm_lite.data.text import (
+    DEFAULTS,
+    TextDocument,
+    TextFile,
+    TextOptions,
+    TextProgress,
+    find_text,
+    read_documents,
+)
+from internlm_lite.data.text_files import Tally
 from internlm_lite.data.tokenizer import Tokenizer
 from internlm_lite.errors import DataError, StorageError
 
@@ -58,6 +72,33 @@ def _tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(path)  # once per worker process
 
 
+class FolderPart:
+    """A data folder that is being written."""
+
+    def __init__(self, writer: MegatronWriter) -> None:
+        self._writer = writer
+        self.totals = dict.fromkeys(("documents", "tokens", "text_bytes", "longest", "max_token"), 0)
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, n_bytes: int) -> None:
+        self._writer.add_many(tokens, lengths)
+        self.totals["documents"] += len(lengths)
+        self.totals["tokens"] += len(tokens)
+        self.totals["text_bytes"] += n_bytes
+        self.totals["longest"] = max(self.totals["longest"], int(lengths.max()))
+        self.totals["max_token"] = max(self.totals["max_token"], int(np.abs(tokens).max()))
+
+
+@dataclass(frozen=True)
+class EncodedFolder:
+    """A data folder that was made."""
+
+    metadata: Metadata
+    held_out: Metadata | None
+    """Of the documents held out for validation."""
+    notes: list[str]
+    """What was left out of the text, or read in doubt."""
+
+
 @dataclass(frozen=True)
 class FolderEncoder:
     """Tokenises folders of text."""
@@ -65,80 +106,99 @@ class FolderEncoder:
     tokenizer_path: Path
     workers: int = 1
     """Number of worker processes."""
-    text_key: str = "text"
-    progress: Callable[[int], None] = lambda n_bytes: None
-    """Progress callback: called with the bytes of text encoded since its last call."""
+    options: TextOptions = DEFAULTS
+    holdout: float = 0.0
+    """Share of the documents, chosen by a hash of their text, that is held out for validation."""
+    progress: TextProgress = lambda n_bytes, total_bytes: None
 
-    def encode(self, source: Path, target: Path, *, overwrite: bool = False) -> Metadata:
-        """Tokenise all text below `source` into the data folder `target`.
+    def encode(
+        self, source: Path, target: Path, *, held_out: Path | None = None, overwrite: bool = False
+    ) -> EncodedFolder:
+        """Tokenise all text below `source` into the data folder `target`, and what is held out into `held_out`.
 
-        Raises DataError on unreadable input, or when `target` exists without `overwrite`; StorageError when writing
+        Raises DataError on unreadable input, or when a folder exists without `overwrite`; StorageError when writing
         fails.
         """
-        partial, replaced = (target.with_name(f".{target.name}.{state}") for state in ("partial", "replaced"))
-        _restore(replaced, target)  # a killed run may leave it, and the folders removed below
-        if target.exists() and not overwrite:
-            raise DataError(f"{target} exists already; choose another output folder, or replace it with --overwrite")
-        files = find_text(source, self.text_key)
-        for left in (partial, replaced):
-            shutil.rmtree(left, ignore_errors=True)
-        try:
-            partial.mkdir(parents=True)
-            metadata = self._write(files, partial / f"{target.name}.bin")
-            if target.exists():
-                target.rename(replaced)
-            partial.rename(target)
-        except OSError as error:
-            raise StorageError(
-                f"{target} could not be made ({error}); free space or choose another --output"
-            ) from error
-        finally:
-            _restore(replaced, target)
-            for left in (partial, replaced):
-                shutil.rmtree(left, ignore_errors=True)
-        return metadata
+        tally = Tally(self.options.max_bad)
+        files = find_text(source, self.options, tally)
+        with ExitStack() as folders:
+            targets = [target, *filter(None, [held_out])]
+            made = [folders.enter_context(replacing(folder, overwrite=overwrite)) for folder in targets]
+            metadata = self._write(files, [folder / f"{target.name}.bin" for folder in made], tally)
+        notes = [*_several_folders(source, files), *tally.lines()]
+        return EncodedFolder(metadata[0], metadata[1] if held_out else None, notes)
 
-    def _write(self, files: Sequence[TextFile], bin_path: Path) -> Metadata:
+    def _write(self, files: Sequence[TextFile], bin_paths: Sequence[Path], tally: Tally) -> list[Metadata]:
+        """Metadata of the documents to train on, and of those held out if there is a second path."""
         tokenizer = _tokenizer(self.tokenizer_path)
         dtype = smallest_dtype(tokenizer.vocab_size, signed=any(file.has_prompts for file in files))
-        documents = (document for file in files for document in read_documents(file, self.text_key))
-        totals = dict.fromkeys(("documents", "tokens", "text_bytes", "longest", "max_token"), 0)
-        with writing(bin_path, dtype) as writer:
-            for tokens, lengths, n_bytes in self._encoded(_batched(documents)):
-                writer.add_many(tokens, lengths)
-                totals["documents"] += len(lengths)
-                totals["tokens"] += len(tokens)
-                totals["text_bytes"] += n_bytes
-                totals["longest"] = max(totals["longest"], int(lengths.max()))
-                totals["max_token"] = max(totals["max_token"], int(np.abs(tokens).max()))
-                self.progress(n_bytes)
-            if not totals["documents"]:
+        total_bytes = sum(file.n_bytes for file in files)
+        documents = (document for file in files for document in read_documents(file, self.options, tally))
+        with ExitStack() as writers:
+            parts = [FolderPart(writers.enter_context(writing(path, dtype))) for path in bin_paths]
+            for index, encoded in self._encoded(_batched(documents, self.holdout if len(parts) > 1 else 0.0)):
+                parts[index].add(*encoded)
+                self.progress(encoded[2], total_bytes)
+            counts = [part.totals["documents"] for part in parts]
+            if not any(counts):
                 raise DataError(
-                    f"{files[0].path} and {len(files) - 1} more files hold no text, expected at least one document"
+                    f"{files[0].path} and {len(files) - 1} more files hold no text, expected at least one document; "
+                    f"found {'; '.join(tally.lines()) or 'none'}"
                 )
-            metadata = Metadata(**totals, vocab_size=tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256)
-            with metadata_path(bin_path).open("w", encoding="utf-8") as file:
-                json.dump(dataclasses.asdict(metadata), file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-        return metadata
+            if not all(counts):
+                raise DataError(
+                    f"{files[0].path.parent}: a holdout of {self.holdout:.4g} leaves {counts[0]} documents to train on "
+                    f"and {counts[1]} for validation, expected some of both; give another share, or more documents"
+                )
+            found = []
+            for path, part in zip(bin_paths, parts, strict=True):
+                found.append(
+                    Metadata(**part.totals, vocab_size=tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256)
+                )
+                _write_metadata(path, found[-1])
+        return found
 
-    def _encoded(self, batches: Iterator[list[TextDocument]]) -> Iterator[Encoded]:
-        """The tokenised batches in order; at most two per worker are in flight."""
+    def _encoded(self, batches: Iterator[tuple[int, list[TextDocument]]]) -> Iterator[tuple[int, Encoded]]:
+        """The tokenised batches in order, with their parts; at most two per worker are in flight."""
         if self.workers == 1:
-            yield from (encode_documents(self.tokenizer_path, batch) for batch in batches)
+            yield from ((part, encode_documents(self.tokenizer_path, batch)) for part, batch in batches)
             return
-        pending: deque[Future[Encoded]] = deque()
+        pending: deque[tuple[int, Future[Encoded]]] = deque()
         pool = ProcessPoolExecutor(self.workers, get_context("spawn"), initializer=_ignore_interrupt)
         try:
-            for batch in batches:
-                pending.append(pool.submit(encode_documents, self.tokenizer_path, batch))
+            for part, batch in batches:
+                pending.append((part, pool.submit(encode_documents, self.tokenizer_path, batch)))
                 if len(pending) >= 2 * self.workers:
-                    yield pending.popleft().result()
+                    part, first = pending.popleft()
+                    yield part, first.result()
             while pending:
-                yield pending.popleft().result()
+                part, first = pending.popleft()
+                yield part, first.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def replacing(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` when the block ends; nothing changes if it raises."""
+    partial, replaced = (target.with_name(f".{target.name}.{state}") for state in ("partial", "replaced"))
+    _restore(replaced, target)  # a killed run may leave it, and the folders removed below
+    if target.exists() and not overwrite:
+        raise DataError(f"{target} exists already; choose another output folder, or replace it with --overwrite")
+    for left in (partial, replaced):
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if target.exists():
+            target.rename(replaced)
+        partial.rename(target)
+    except OSError as error:
+        raise StorageError(f"{target} could not be made ({error}); free space or choose another --output") from error
+    finally:
+        _restore(replaced, target)
+        for left in (partial, replaced):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _restore(replaced: Path, target: Path) -> None:
@@ -147,16 +207,40 @@ def _restore(replaced: Path, target: Path) -> None:
         replaced.rename(target)
 
 
-def _batched(documents: Iterable[TextDocument]) -> Iterator[list[TextDocument]]:
-    batch, size = [], 0
+def _several_folders(source: Path, files: Sequence[TextFile]) -> Iterator[str]:
+    """A note if `source` holds nothing but folders with text: it may be the parent of those that were meant."""
+    parts = [file.path.relative_to(source).parts for file in files]
+    names = sorted({part[0] for part in parts})
+    if len(names) > 1 and all(len(part) > 1 for part in parts):
+        shown = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        yield f"{len(names)} folders ({shown}) became one data folder; for one each: --input {source}/*"
+
+
+def _is_held_out(document: TextDocument, share: float) -> bool:
+    text = f"{document.prompt}\0{document.text}".encode("utf-8", "replace")
+    digest = hashlib.blake2b(text, digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
+
+
+def _batched(documents: Iterable[TextDocument], holdout: float) -> Iterator[tuple[int, list[TextDocument]]]:
+    """(part, documents): part 0 to train on, part 1 held out."""
+    batches: list[list[TextDocument]] = [[], []]
+    sizes = [0, 0]
     for document in documents:
-        batch.append(document)
-        size += len(document.text) + len(document.prompt)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+        part = int(holdout > 0 and _is_held_out(document, holdout))
+        batches[part].append(document)
+        sizes[part] += len(document.text) + len(document.prompt)
+        if sizes[part] >= BATCH_CHARACTERS:
+            yield part, batches[part]
+            batches[part], sizes[part] = [], 0
+    yield from ((part, batch) for part, batch in enumerate(batches) if batch)
+
+
+def _write_metadata(bin_path: Path, metadata: Metadata) -> None:
+    with metadata_path(bin_path).open("w", encoding="utf-8") as file:
+        json.dump(dataclasses.asdict(metadata), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _ignore_interrupt() -> None:

@@ -8,13 +8,13 @@ train_folder/a.bin             -> folder "train_folder", if no sub-folder holds 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from internlm_lite.data.documents import Documents
+from internlm_lite.data.documents import Documents, EmptyFileError
 from internlm_lite.data.dummy import DummyDocuments
+from internlm_lite.data.files import kind_of, require_file, walk_once
 from internlm_lite.data.internlm import InternLMDocuments
 from internlm_lite.data.megatron import MegatronDocuments
 from internlm_lite.errors import DataError
@@ -40,17 +40,23 @@ def dummy_folder(seq_len: int) -> Folder:
     return Folder("dummy", (DummyDocuments(seq_len),), is_dummy=True)
 
 
-def find_folders(root: Path, key: str) -> list[Folder]:
+def find_folders(root: Path, key: str, *, log: bool = True) -> list[Folder]:
     """The data folders below `root`, by name; `key` is the config key that names `root`, for messages.
+    `log`: warn of files that are not used.
 
     Raises DataError when `root` is missing, holds nothing tokenised, or holds a damaged file.
     """
-    if not root.is_dir():
+    level = logging.WARNING if log else logging.DEBUG
+    if (kind := kind_of(root)) != "a folder":
         raise DataError(
-            f"data.{key}: {root} is {'a file' if root.exists() else 'missing'}, expected a folder of tokenised data; "
+            f"data.{key}: {root} is {kind}, expected a folder of tokenised data; "
             f"correct the path, or make the data with tools/tokenizer.py encode"
         )
-    below = {path.name: _bins(path) for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != "."}
+    try:
+        shown = {path: path.is_dir() for path in sorted(root.iterdir()) if path.name[0] != "."}
+    except OSError as error:
+        raise DataError(f"data.{key}: {root}: {error.strerror}; correct its permissions") from None
+    below = {path.name: _bins(path) for path, is_folder in shown.items() if is_folder}
     grouped = {name: bins for name, bins in below.items() if bins}
     for name in grouped:
         if not name.isprintable():
@@ -58,9 +64,10 @@ def find_folders(root: Path, key: str) -> list[Folder]:
                 f"data.{key}: folder {name!r} in {root} has a name that no log line can hold; expected printable "
                 "characters: rename it"
             )
-    direct = _bins_of(root, os.listdir(root))
+    direct = _bins_of(root, [path.name for path, is_folder in shown.items() if not is_folder])
     if direct and grouped:
-        logger.warning(
+        logger.log(
+            level,
             "data.%s: %d tokenised files directly in %s are not used, as its sub-folders hold data: move them into one",
             *(key, len(direct), root),
         )
@@ -71,16 +78,31 @@ def find_folders(root: Path, key: str) -> list[Folder]:
             f"data.{key}: {root} holds no tokenised data (NAME.bin with NAME.idx or NAME.bin.meta) in any sub-folder; "
             f"make it with tools/tokenizer.py encode"
         )
-    return [Folder(name, tuple(open_documents(path) for path in bins)) for name, bins in grouped.items()]
+    opened = {name: _open_shards(bins, level) for name, bins in grouped.items()}
+    if not any(opened.values()):
+        raise DataError(f"data.{key}: all tokenised files in {root} are empty; make them again from text")
+    return [Folder(name, files) for name, files in opened.items() if files]
+
+
+def _open_shards(bins: Sequence[Path], level: int) -> tuple[Documents, ...]:
+    """The files that hold tokens; others are logged with `level`."""
+    opened = []
+    for path in bins:
+        try:
+            opened.append(open_documents(path))
+        except EmptyFileError:
+            logger.log(level, "%s: holds no document and is left out; tokenise it again if it should hold some", path)
+    return tuple(opened)
 
 
 def open_documents(bin_path: Path) -> Documents:
     """Open a tokenised file in the format of its index. Raises DataError."""
-    if not bin_path.is_file():
-        raise DataError(f"{bin_path}: missing, although its index is there; copy both files, or delete the index")
     try:
+        if not bin_path.exists():
+            raise DataError(f"{bin_path}: missing, although its index is there; copy both files, or delete the index")
+        require_file(bin_path)
         for suffix, documents in FORMATS.items():
-            if bin_path.with_name(bin_path.stem + suffix).is_file():
+            if bin_path.with_name(bin_path.stem + suffix).exists():
                 return documents(bin_path)
     except OSError as error:
         raise DataError(f"{bin_path}: cannot be read ({error}); correct its permissions or copy it again") from None
@@ -92,15 +114,10 @@ def open_documents(bin_path: Path) -> Documents:
 
 def _bins(folder: Path) -> list[Path]:
     """Paths of all .bin files below `folder`, also missing ones that have an index. Follows symbolic links."""
-    found = []
-    for where, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        found += _bins_of(Path(where), files)
-    return found
+    return [path for where, names, _ in walk_once(folder) for path in _bins_of(where, names)]
 
 
-def _bins_of(folder: Path, files: list[str]) -> list[Path]:
-    visible = [name for name in files if name[0] != "."]
+def _bins_of(folder: Path, names: Sequence[str]) -> list[Path]:
     suffixes = (".bin", *FORMATS)
-    stems = {name.removesuffix(suffix) for suffix in suffixes for name in visible if name.endswith(suffix)}
+    stems = {name.removesuffix(suffix) for suffix in suffixes for name in names if name.endswith(suffix)}
     return [folder / f"{stem}.bin" for stem in sorted(stems)]

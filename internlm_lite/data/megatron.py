@@ -1,4 +1,4 @@
-"""Native tokenised data: Megatron-LM's indexed format, `MMapIndexedDataset`, read through a memory map.
+"""Native tokenised data: Megatron-LM's indexed format, `MMapIndexedDataset`.
 
     name.bin   the tokens of all sequences, back to back
     name.idx   magic 9s | version u64 | dtype code u8 | sequences u64 | document boundaries u64
@@ -19,7 +19,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from internlm_lite.data.documents import file_digest, map_tokens, read_metadata
+from internlm_lite.data.documents import EmptyFileError, read_metadata
+from internlm_lite.data.files import TokenFile, file_digest, foreign, require_file
 from internlm_lite.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -47,17 +48,18 @@ class MegatronDocuments:
         self.path = bin_path
         self.index_path = bin_path.with_suffix(".idx")
         self.metadata = read_metadata(bin_path)
-        dtype, sizes, pointers, boundaries = _read_index(self.index_path)
-        _check_bin(self.path, self.index_path, dtype, sizes, pointers)
+        self._dtype, sizes, pointers, boundaries = _read_index(self.index_path)
+        self._file = TokenFile(bin_path)
+        _check_bin(self._file, self.index_path, self._dtype.itemsize, sizes, pointers)
         cumulated = np.zeros(len(sizes) + 1, dtype=np.int64)
         np.cumsum(sizes, out=cumulated[1:])
         self.lengths = np.diff(cumulated[boundaries])
         self._starts = cumulated[boundaries[:-1]]
-        self._flat = np.frombuffer(map_tokens(self.path), dtype=dtype)
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
-        first = self._starts[document]
-        return self._flat[first + start : first + stop]
+        size = self._dtype.itemsize
+        content = self._file.read((int(self._starts[document]) + start) * size, (stop - start) * size)
+        return np.frombuffer(content, self._dtype)
 
     def digest(self) -> str:
         return file_digest(self.index_path)
@@ -65,6 +67,7 @@ class MegatronDocuments:
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
     """dtype of a token, sizes int32 [sequences], byte pointers int64 [sequences], boundaries int64 [documents + 1]."""
+    require_file(path)
     n_bytes = path.stat().st_size
     if n_bytes < HEADER.size:
         raise DataError(f"{path}: found {n_bytes} bytes, expected a header of {HEADER.size}; {REPAIR}")
@@ -73,16 +76,17 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
     magic, version, code, sequences, n_boundaries = HEADER.unpack_from(content)
     if magic != MAGIC or version != 1:
         raise DataError(
-            f"{path}: found magic {magic!r} version {version}, expected {MAGIC!r} version 1: this is no index "
-            f"of a Megatron-LM indexed dataset; tokenise the folder again"
+            f"{path}: found magic {magic!r} version {version}{foreign(magic)}, expected {MAGIC!r} version 1: this is "
+            f"no index of Megatron-LM's MMapIndexedDataset; {REPAIR}; in Megatron-LM: --dataset-impl mmap"
         )
     if code not in DTYPES or np.dtype(DTYPES[code]).kind == "f":
         raise DataError(f"{path}: found dtype code {code}, expected one of integers: 1, 2, 3, 4, 5, 8; {REPAIR}")
     expected = HEADER.size + 12 * sequences + 8 * n_boundaries
     if n_bytes != expected:
+        why = "it is of a multimodal dataset" if n_bytes == expected + sequences else "the index is damaged"
         raise DataError(
             f"{path}: found {n_bytes} bytes, expected {expected} for {sequences} sequences and {n_boundaries} document "
-            f"boundaries: the index is damaged; {REPAIR}"
+            f"boundaries: {why}; {REPAIR}"
         )
     sizes = np.frombuffer(content, np.int32, sequences, HEADER.size)
     pointers = np.frombuffer(content, np.int64, sequences, HEADER.size + 4 * sequences)
@@ -92,15 +96,16 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
     return np.dtype(DTYPES[code]), sizes, pointers, boundaries
 
 
-def _check_bin(bin_path: Path, index_path: Path, dtype: np.dtype, sizes: np.ndarray, pointers: np.ndarray) -> None:
+def _check_bin(file: TokenFile, index_path: Path, itemsize: int, sizes: np.ndarray, pointers: np.ndarray) -> None:
     """Check that the sequences of the index are adjacent and cover the whole .bin."""
-    n_bytes = bin_path.stat().st_size
+    bin_path, n_bytes = file.path, file.n_bytes
     if n_bytes == 0 or len(sizes) == 0:
-        raise DataError(f"{bin_path}: found {n_bytes} bytes and {len(sizes)} sequences, expected some; {REPAIR}")
-    ends = np.cumsum(sizes, dtype=np.int64) * dtype.itemsize
+        kind = DataError if n_bytes or sizes.any() else EmptyFileError
+        raise kind(f"{bin_path}: found {n_bytes} bytes and {len(sizes)} sequences, expected some; {REPAIR}")
+    ends = np.cumsum(sizes, dtype=np.int64) * itemsize
     if np.any(sizes < 0) or pointers[0] != 0 or np.any(pointers < 0):
         raise DataError(f"{index_path}: negative sizes or pointers: the index is damaged; {REPAIR}")
-    needed = max(int(ends[-1]), int(pointers[-1]) + int(sizes[-1]) * dtype.itemsize, int(pointers.max()))
+    needed = max(int(ends[-1]), int(pointers[-1]) + int(sizes[-1]) * itemsize, int(pointers.max()))
     if needed > n_bytes:
         raise DataError(
             f"{bin_path}: found {n_bytes} bytes, but {index_path.name} points to byte {needed}: the .bin is truncated "

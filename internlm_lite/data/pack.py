@@ -20,6 +20,9 @@ from internlm_lite.batch import IGNORE
 from internlm_lite.data.folders import Folder
 from internlm_lite.errors import DataError
 
+MOST_SEARCHED = 1 << 24
+"""Tokens read in search of a label: seconds. A few labels in so many tokens are found while training, if at all."""
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -77,6 +80,22 @@ class PackedFolder:
         labels[stop - start :] = IGNORE
         fragments = np.concatenate(([0], ends[:-1], [stop - start]))
         return self._segments(fragments, positions)
+
+    def lacks_labels(self) -> bool:
+        """Whether no token is a label. Reads documents until one has a label, usually the first.
+
+        False if none of MOST_SEARCHED tokens is: what follows is not looked at.
+        """
+        left = 0 if self._is_dummy else MOST_SEARCHED
+        for document in self._order.tolist():
+            if left <= 0:
+                return False
+            file, local = self._locate(document)
+            tokens = self._files[file].tokens(local, 0, int(self._files[file].lengths[local]))
+            if (tokens[1:] >= 0).any():
+                return False
+            left -= max(100, len(tokens))  # what a short one costs
+        return True
 
     def _locate(self, document: int) -> tuple[int, int]:
         """Index of a document in the folder -> (file, index in the file)."""

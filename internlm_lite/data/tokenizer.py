@@ -14,7 +14,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from internlm_lite.errors import DataError
+from internlm_lite.data.files import kind_of
+from internlm_lite.errors import DataError, InternLMError
 
 SPACE_MARK = "\u2581"
 """sentencepiece writes a space as this character, so the character itself is encoded as its bytes."""
@@ -28,13 +29,16 @@ class Tokenizer:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            if (kind := kind_of(path)) != "a file":  # a FIFO blocks, a device may never end
+                raise DataError(
+                    f"tokenizer {path} is {kind}, expected a sentencepiece model; correct the path, or make one with "
+                    f"tools/tokenizer.py train"
+                )
             model = path.read_bytes()
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except OSError as error:
-            raise DataError(
-                f"tokenizer {path}: {error.strerror}; correct the path, or make one with tools/tokenizer.py train"
-            ) from None
-        except RuntimeError:
+            raise DataError(f"tokenizer {path}: {error.strerror}; correct the path or its permissions") from None
+        except (RuntimeError, UnicodeDecodeError):  # of a message about damaged pieces
             raise DataError(f"tokenizer {path}: found no sentencepiece model; give the .model file") from None
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
@@ -46,7 +50,7 @@ class Tokenizer:
         """Padding token; None: the model has none."""
         self.unk: int = self._processor.unk_id()
         """Token for unknown text."""
-        self.adds_space: bool = self._processor.encode("a", out_type=str)[0].startswith(SPACE_MARK)
+        self.adds_space: bool = "".join(self._processor.encode("a", out_type=str)).startswith(SPACE_MARK)
         """Whether the model adds a space before the text."""
         self._mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         if self._processor.unk_id() in self._mark_ids:  # a model without byte fallback
@@ -81,12 +85,12 @@ def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int, threads: 
     Ids 0..3 are <unk> <s> </s> <pad>, then the 256 bytes. Raises DataError when the text is too small for `vocab_size`.
     """
     model = io.BytesIO()
-    faults: list[DataError] = []
+    faults: list[InternLMError] = []
 
     def sentences() -> Iterator[str]:
         try:
             yield from (cut for text in texts for cut in _sentences(text))
-        except DataError as error:  # sentencepiece would replace the message
+        except InternLMError as error:  # sentencepiece would replace the message
             faults.append(error)
 
     try:

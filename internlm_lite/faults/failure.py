@@ -59,7 +59,7 @@ def record(folder: Path, failure: Failure) -> None:
     """
     file = folder / _FOLDER / f"{'guess' if failure.guessed else 'rank'}-{failure.rank:05d}.json"
     try:
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         temporary = _written(file, asdict(failure))
         if _keep_first(temporary, file):
             write_report(folder)

@@ -2,6 +2,7 @@
 
 SIGTERM   Slurm and torchrun before they kill        SIGUSR1   sbatch --signal=USR1@90, before the time limit
 SIGINT    Ctrl-C; again, at least a second later, interrupts at once
+SIGHUP    the terminal or the connection is gone; ignored, as before the start, under nohup
 
 Signals before the first step are handled after it, so that all ranks stop together; after the last step they have no
 effect. Further signals have no effect either: launchers send several, to the job and to each of its processes.
@@ -16,7 +17,7 @@ import time
 from types import FrameType
 
 logger = logging.getLogger("internlm_lite")
-WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _TWICE_SECONDS = 1.0
 """A second SIGINT within this time comes from the launcher, not from the user."""
 
@@ -33,7 +34,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         for number in WATCHED:
-            signal.signal(number, self._receive)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -4,6 +4,7 @@
     heartbeat thread   writes this rank's heartbeat to the store; reads the verdict and, on judges, all heartbeats;
                        may block together with the store
     monitor thread     ends the process on a verdict, on a rank beyond the limit of its phase, or on a silent store
+    LockTimer          ends the process if none of its threads gets the interpreter's lock
 
 Ranks 0 and 1 are judges, the second with a delay, as either may be the one that hangs. Each rank ends with stacks of
 all threads in its log folder, a failure record, and exit code 4. Time-outs of collectives could not do that: gloo and
@@ -19,11 +20,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 from internlm_lite.faults.heartbeats import UNKNOWN_HOST, Heartbeat, Limits, Verdict, diagnose
+from internlm_lite.faults.lock_timer import LockTimer
 from internlm_lite.faults.waiting import waits_for_others
 
 logger = logging.getLogger("internlm_lite")
@@ -35,6 +38,8 @@ _DEPUTY_SECONDS = 2.0
 """Delay of the second judge."""
 _SUSPENDED_PERIODS = 5
 """Periods without a run of the monitor thread that mean the process was suspended, e.g. by `scontrol suspend`."""
+_LOCK_PERIODS = 10
+"""Periods after the time-out until a rank that holds the interpreter's lock is ended: the others name it before."""
 _VERDICT = "verdict"
 _ENDED = "ended"
 """Phase in the last heartbeat of a rank that has left the watchdog."""
@@ -77,6 +82,8 @@ class Watchdog:
         """
         self._rank, self._size, self._store, self._limits, self._end = rank, world_size, store, limits, end
         self._mine = Heartbeat(0, "starting", None, 0, hostname)
+        self.stacks_file: Path | None = None
+        """Where the stacks of this rank go if it hangs; None: standard error."""
         self._period = max(_BEAT_SECONDS, world_size / _RANKS_PER_SECOND)
         self._server = "torchrun's agent on the host of rank 0" if agent_store else "rank 0"
         self._watched_thread = threading.current_thread()
@@ -171,17 +178,24 @@ class Watchdog:
         self._hosts = {**self._hosts, **{rank: beat.host for rank, beat in beats.items()}}
 
     def _monitor(self, store: Store) -> None:
+        with closing(LockTimer(self._limits.usual + _LOCK_PERIODS * self._period)) as timer:
+            verdict = self._await_verdict(timer)
+        if verdict is not None:
+            self._publish(verdict, store)
+            self._end(verdict)
+
+    def _await_verdict(self, timer: LockTimer) -> Verdict | None:
+        """The verdict on a hanging job; None at the end of the watch."""
         looked = time.monotonic()
         while not self._stop.wait(self._period / 2):
+            timer.restart(self.stacks_file)
             now = time.monotonic()
             if now - looked > _SUSPENDED_PERIODS * self._period:
                 self._add_time(now - looked)
             looked = now
-            verdict = self._verdict or self._diagnose(now)
-            if verdict is not None:
-                self._publish(verdict, store)
-                self._end(verdict)
-                return
+            if (verdict := self._verdict or self._diagnose(now)) is not None:
+                return verdict
+        return None
 
     def _add_time(self, seconds: float) -> None:
         """This process, and perhaps all others, was suspended: do not count that time as idle."""

@@ -12,6 +12,7 @@ import torch
 
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.errors import ConfigError
+from internlm_lite.layers.compiled import compiled_in_training
 from internlm_lite.layers.costs import Bytes, CostedLayer, RowShape, add_bytes
 from internlm_lite.layers.flash import Attend
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns, output_std
@@ -32,13 +33,22 @@ class Attention(CostedLayer):
         rows = kv_heads * (self.queries + 2) * self.head_dim
         self.wqkv = ColumnLinear(f"{name}.wqkv", hidden_size, rows, tp_ctx, init_std=config.init_std, bias=bias)
         self.wo = RowLinear(f"{name}.wo", hidden_size, hidden_size, tp_ctx, init_std=output_std(config), bias=bias)
+        self._rotated = compiled_in_training(Rotary.__call__, wanted=config.compile)
 
     def forward(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
+        return self.output(attend(self.layer, *self.project(x, rotary)))
+
+    def project(self, x: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated queries [T, heads, head_dim], rotated keys and values [T, kv_heads, head_dim], of this rank."""
         (qkv,) = columns(x, self.wqkv)
         heads = qkv.view(qkv.shape[0], -1, self.queries + 2, self.head_dim)  # [T, Hkv, g + 2, D]
         q, k, v = heads.split([self.queries, 1, 1], dim=2)
-        mixed = attend(self.layer, rotary(q).flatten(1, 2), rotary(k).squeeze(2), v.squeeze(2))
-        return self.wo(mixed.flatten(1))
+        return self._rotated(rotary, q).flatten(1, 2), self._rotated(rotary, k).squeeze(2), v.squeeze(2)
+
+    def output(self, mixed: torch.Tensor) -> torch.Tensor:
+        """What `attend` returned, [T, heads, head_dim] -> outside."""
+        y: torch.Tensor = self.wo(mixed.flatten(1))
+        return y
 
     def flops_per_token(self, seq_len: int) -> int:
         query_features = self.wo.weight.shard_spec.shape[1]

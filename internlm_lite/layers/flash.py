@@ -85,7 +85,11 @@ def _packed_flash_attn(cu_seqlens: torch.Tensor, max_seqlen: int) -> Attend:
     from flash_attn import flash_attn_varlen_func
 
     def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True)
+        return flash_attn_varlen_func(
+            *(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen),
+            causal=True,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
 
     return attend
 
@@ -133,5 +137,8 @@ def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, count: int, lengt
     """Attention of `count` consecutive documents of `length` tokens; q, k, v [count * length, heads, head_dim]."""
     q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
+    if grouped and q.is_cuda and q.dtype.itemsize > 2:  # grouped heads would take the kernel that stores all scores
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        grouped = False
     mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     return mixed.transpose(1, 2).flatten(0, 1)

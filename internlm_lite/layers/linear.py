@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
+from internlm_lite.layers.weight_grads import accumulating
 from internlm_lite.mesh.layout import parameter, split, whole
 
 
@@ -49,7 +50,8 @@ class _Linear(CostedLayer):
         shape = (out_features, in_features)
         layout = split(f"{name}.weight", shape, self.split_dim, tp_ctx.group, init_std=init_std)
         self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)
-        self.weight.manual_grad = tp_ctx.weight_grads.deferred
+        self.weight.manual_grad = True
+        self.weight.deferred_grad = tp_ctx.weight_grads.deferred
         self.bias = None
         if bias:
             name, whole_shape = f"{name}.bias", (out_features,)
@@ -58,6 +60,11 @@ class _Linear(CostedLayer):
             else:
                 layout = whole(name, whole_shape, partial_over=tp_ctx.partial_over)
             self.bias = parameter(layout, tp_ctx.dtype, tp_ctx.device)
+            self.bias.manual_grad = True
+
+    def output_bias(self) -> torch.Tensor | None:
+        """The bias, to be used once in a forward pass."""
+        return None if self.bias is None else accumulating(self.bias)
 
     def flops_per_token(self, seq_len: int) -> int:
         return 2 * math.prod(self.weight.shard_spec.shape)
@@ -82,7 +89,7 @@ class ColumnLinear(_Linear):
 
 def columns(x: torch.Tensor, *linears: ColumnLinear) -> tuple[torch.Tensor, ...]:
     """x outside -> [T, out / group size] for each layer; one gather of x, one sum of dx and one saved x for all."""
-    tensors = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
+    tensors = [tensor for linear in linears for tensor in (linear.weight, linear.output_bias())]
     outputs: tuple[torch.Tensor, ...] = _Columns.apply(x, linears[0].tp_ctx, *tensors)
     return outputs
 
@@ -126,7 +133,8 @@ class RowLinear(_Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = _Row.apply(x, self.tp_ctx, self.weight)
-        return y if self.bias is None else y + self.bias
+        bias = self.output_bias()
+        return y if bias is None else y + bias
 
     def saved_bytes(self, row: RowShape) -> Bytes:
         return {"projection inputs": row.tokens * self.weight.shape[1] * self.weight.itemsize}

@@ -11,6 +11,7 @@ dh is a partial sum, so the caller must pass h through `TensorParallelContext.en
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.distributed as dist
 
 from internlm_lite.batch import IGNORE
 from internlm_lite.layers.tensor_parallel import accumulation_dtype
+from internlm_lite.layers.weight_grads import add_product
 from internlm_lite.mesh.comm import all_reduce
 from internlm_lite.mesh.conjugate import gather_last
 from internlm_lite.mesh.mesh import Group
@@ -50,6 +52,8 @@ class LossOptions:
     label_smoothing: float = 0.0
     parallel_output: bool = True
     """False: all-gather the logits; then every rank computes the whole loss."""
+    fused: Callable[..., tuple[torch.Tensor, ...]] | None = None
+    """`losses_and_gradient`, compiled; used where gradients are needed. For a group of one rank."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         wide = accumulation_dtype(hidden.dtype)
         chunk = tokens_per_chunk(hidden.shape[0], weight.shape[0], wide.itemsize, hidden.device.type)
-        buffer = hidden.new_empty(chunk, weight.shape[0], dtype=wide)
         gradients = _Gradients(hidden, weight, chunk) if terms.needs_grad else None
+        fused = terms.options.fused if terms.needs_grad else None
+        buffer = hidden.new_empty(0 if fused else chunk, weight.shape[0], dtype=wide)
         losses = []
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, min(start + chunk, hidden.shape[0]))
-            logits = _project(hidden[rows], weight, out=buffer[: rows.stop - start])
-            losses.append(_chunk_losses(logits, labels[rows], terms))
+            if fused is not None:
+                *found, logits = fused(hidden[rows] @ weight.t(), labels[rows], terms)
+            else:
+                logits = _project(hidden[rows], weight, out=buffer[: rows.stop - start])
+                found = [*_chunk_losses(logits, labels[rows], terms)]
+            losses.append(found)
             if gradients is not None:
                 gradients.add(rows, logits)
         ctx.gradients = None if gradients is None else gradients.finish()
@@ -158,6 +167,13 @@ def _chunk_losses(
     return token_loss, train_loss, keep & (target >= peak)
 
 
+def losses_and_gradient(logits: torch.Tensor, labels: torch.Tensor, terms: _Terms) -> tuple[torch.Tensor, ...]:
+    """`_chunk_losses` of logits in any dtype, which stay, and dz in their dtype. To be compiled: then bf16 logits are
+    read twice and dz is written once, 6 bytes a logit, where the single operations move 50."""
+    scratch = logits.to(accumulation_dtype(logits.dtype), copy=True)
+    return (*_chunk_losses(scratch, labels, terms), scratch.to(logits.dtype))
+
+
 class _Gradients:
     """Accumulates dh and dW over chunks; with several chunks, dW of a half-precision weight is summed in float32."""
 
@@ -174,7 +190,7 @@ class _Gradients:
         if self.dweight.dtype == dlogits.dtype:
             self.dweight.addmm_(dlogits.t(), self.hidden[rows])
         else:
-            self.dweight.add_(dlogits.t() @ self.hidden[rows])
+            add_product(self.dweight, dlogits, self.hidden[rows])
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(dh, dW) in the dtypes of h and W."""

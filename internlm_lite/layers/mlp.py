@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from internlm_lite.config.schema import ModelConfig
+from internlm_lite.layers.compiled import compiled_in_training
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape, add_bytes
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns, output_std
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
@@ -20,10 +21,10 @@ class SwiGLU(CostedLayer):
         self.w1 = ColumnLinear(f"{name}.w1", hidden_size, width, tp_ctx, init_std=config.init_std)  # gate
         self.w3 = ColumnLinear(f"{name}.w3", hidden_size, width, tp_ctx, init_std=config.init_std)  # up
         self.w2 = RowLinear(f"{name}.w2", width, hidden_size, tp_ctx, init_std=output_std(config))
+        self._gated = compiled_in_training(_gated, wanted=config.compile)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = columns(x, self.w1, self.w3)
-        return self.w2(F.silu(gate) * up)
+        return self.w2(self._gated(*columns(x, self.w1, self.w3)))
 
     # w1 and w3 share their input: it is saved and gathered once, and its gradient is summed once.
 
@@ -43,3 +44,7 @@ class SwiGLU(CostedLayer):
         weight = self.w2.weight
         factors = 2 * row.tokens * weight.shape[1]  # gradients of the product and of one factor
         return (factors + weight.numel()) * weight.itemsize  # and of a weight before it is added to its bucket
+
+
+def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate) * up

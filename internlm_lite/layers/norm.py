@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.layers.costs import Bytes, CostedLayer, RowShape
 from internlm_lite.layers.tensor_parallel import TensorParallelContext, accumulation_dtype
+from internlm_lite.layers.weight_grads import accumulating
 from internlm_lite.mesh.layout import parameter, whole
 
 
@@ -70,10 +71,15 @@ class Norm(CostedLayer):
 class RMSNorm(Norm):
     """RMSNorm (see the module), as in Llama and InternLM."""
 
+    def __init__(self, name: str, config: ModelConfig, tp_ctx: TensorParallelContext) -> None:
+        super().__init__(name, config, tp_ctx)
+        self.weight.manual_grad = True
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = accumulating(self.weight)
         if not x.is_cuda:
-            return _RMSNorm.apply(x, self.weight, self.eps)
-        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(x.dtype)
+            return _RMSNorm.apply(x, weight, self.eps)
+        return F.rms_norm(x.to(weight.dtype), weight.shape, weight, self.eps).to(x.dtype)
 
 
 NORMS: dict[str, type[Norm]] = {"rmsnorm": RMSNorm}

@@ -1,16 +1,53 @@
-"""Weight gradients of linear layers: computed in the backward pass, or deferred for a zero-bubble pipeline schedule.
+"""Gradients of weights, which layers add to the optimizer's buffers themselves.
 
-Such a schedule splits the backward pass: dx = dy W runs first, because the previous stage waits for it; dW = dy^T x,
-which no rank waits for, fills idle time (arXiv:2401.10241).
+Autograd would write dW in the dtype of the weight, cast it to that of the buffer and add it: 20 bytes an element with
+bf16. On CUDA the matrix product adds into the fp32 buffer instead. Nor does autograd see a gradient of another dtype
+than its weight, which torch.compile refuses. Linear layers may also defer dW for a zero-bubble pipeline schedule, which
+splits the backward pass: dx = dy W runs first, because the previous stage waits for it; dW = dy^T x, which no rank
+waits for, fills idle time (arXiv:2401.10241).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from internlm_lite.mesh.layout import Parameter
+
+
+def add_product(grad: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> None:
+    """grad [out, in] += dy^T x for dy [T, out] and x [T, in], in the dtype of `grad`."""
+    if torch.compiler.is_compiling():
+        _add_product_in_graph(grad, dy, x)
+    elif grad.is_cuda and grad.dtype != x.dtype:
+        torch.ops.aten.addmm.dtype_out(grad, dy.t(), x, grad.dtype, out=grad)
+    else:
+        grad.add_(dy.t() @ x)
+
+
+@torch.library.custom_op("internlm_lite::add_product", mutates_args=("grad",))
+def _add_product_in_graph(grad: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> None:
+    """`add_product` as one operation of a graph, which runs in its place and in place."""
+    add_product(grad, dy, x)
+
+
+class _AddToMainGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, main_grad: torch.Tensor) -> torch.Tensor:
+        ctx.main_grad = main_grad  # not a saved tensor: other backward passes change it in between
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ctx.main_grad.add_(grads[0])
+        return None, None
+
+
+def accumulating(weight: Parameter) -> torch.Tensor:
+    """`weight`, to be used once; its gradient is added to `weight.main_grad`, if there is one."""
+    return weight if weight.main_grad is None else _AddToMainGrad.apply(weight, weight.main_grad)
 
 
 class WeightGrads:
@@ -21,10 +58,15 @@ class WeightGrads:
         self._waiting: list[tuple[Parameter, torch.Tensor, torch.Tensor]] = []
 
     def compute_or_defer(self, weight: Parameter, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
-        """dW [out, in] = dy^T x for dy [T, out] and x [T, in]; if deferred, keeps dy and x and returns None."""
-        if not self.deferred:
+        """dW [out, in] = dy^T x for dy [T, out] and x [T, in], for autograd to add.
+
+        None: it is added to `weight.main_grad` already; or, if deferred, dy and x are kept."""
+        if self.deferred:
+            self._waiting.append((weight, dy, x))
+        elif weight.main_grad is None:
             return dy.t() @ x
-        self._waiting.append((weight, dy, x))
+        else:
+            add_product(weight.main_grad, dy, x)
         return None
 
     def pop_deferred(self) -> Callable[[], None]:
@@ -35,9 +77,9 @@ class WeightGrads:
         def run() -> None:
             while taken:
                 weight, dy, x = taken.pop()
-                assert weight.grad is not None, "the optimizer gives every parameter its gradient buffer"
-                weight.grad.add_(dy.t() @ x)
-                if weight.on_manual_grad is not None:
-                    weight.on_manual_grad(weight)
+                assert weight.main_grad is not None, "the optimizer gives every such parameter its gradient buffer"
+                add_product(weight.main_grad, dy, x)
+                if weight.on_grad is not None:
+                    weight.on_grad(weight)
 
         return run

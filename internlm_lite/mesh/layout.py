@@ -5,7 +5,8 @@ Initialisation, gradient norm, ZeRO, checkpoints and planner read it; no code ma
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -91,6 +92,29 @@ class LocalShard:
     box: Box
     flat_range: tuple[int, int] | None
     tensor: torch.Tensor
+    non_negative: bool = False
+    """Whether a negative number in `tensor` is an error."""
+    largest: float = math.inf
+    """A finite number of larger magnitude is an error, too: the model's weights would be infinite."""
+
+
+def is_sound(tensor: torch.Tensor, *, non_negative: bool, largest: float = math.inf) -> torch.Tensor:
+    """Whether all elements (at least one) are finite, of no larger magnitude than `largest` and, if asked, none is
+    negative: bool device scalar. One pass."""
+    low, high = tensor.detach().aminmax()  # both are NaN if an element is
+    least = 0 if non_negative else -largest
+    return low.isfinite() & high.isfinite() & (low >= least) & (high <= largest)
+
+
+def first_problem(shards: Sequence[LocalShard]) -> str | None:
+    """Names the first of `shards` that is not sound; None: all are. Waits for the device once."""
+    shards = [shard for shard in shards if shard.tensor.numel()]
+    flags = [is_sound(shard.tensor, non_negative=shard.non_negative, largest=shard.largest) for shard in shards]
+    if not flags or torch.stack(flags).all():
+        return None
+    bad = shards[[flag.item() for flag in flags].index(False)]
+    what = "negative numbers" if bad.non_negative else f"numbers beyond {bad.largest:g}, too large for the weights"
+    return f"{bad.role} of {bad.name} holds {what if bad.tensor.isfinite().all() else 'NaN or infinity'}"
 
 
 class Parameter(nn.Parameter):
@@ -100,8 +124,12 @@ class Parameter(nn.Parameter):
     grads_per_microbatch: int = 1
     """Gradient accumulations per micro-batch: 2 for a tied weight whose two stages are on one rank, else 1."""
     manual_grad: bool = False
-    """True: a layer adds to `grad` itself and then calls `on_manual_grad`, instead of autograd and its hooks."""
-    on_manual_grad: Callable[[Parameter], object] | None = None
+    """True: its layer adds the gradient to `main_grad`, if there is one. False: autograd adds it to `grad`."""
+    deferred_grad: bool = False
+    """True: its gradient is added after the backward pass (`layers.weight_grads`), which then calls `on_grad`."""
+    main_grad: torch.Tensor | None = None
+    """The buffer of a `manual_grad` parameter, in the dtype of accumulation; None: there is no optimizer."""
+    on_grad: Callable[[Parameter], object] | None = None
     """Called with the parameter after each accumulation; set by the optimizer (`optim.reduce`)."""
 
 

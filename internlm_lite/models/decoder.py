@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.attention import Attention
+from internlm_lite.layers.compiled import compiled_in_training
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape, add_bytes
 from internlm_lite.layers.embedding import Embedding
 from internlm_lite.layers.flash import Attend, AttentionBackend
@@ -50,7 +52,12 @@ class StageSpec:
 
 
 class Block(CostedLayer):
-    """x -> same shape, both outside split layers. `recompute`: save only x, and run again in the backward pass."""
+    """x -> same shape, both outside split layers. `recompute`: save only x, and run again in the backward pass.
+
+    With model.compile a training pass runs what is before attention and what is after it as one compiled graph each,
+    the same for all layers. Attention stays outside, so that neither its kernel nor the documents of a row are part of
+    a graph. Where collectives or deferred gradients would be inside, layers compile their elementwise work alone.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, tp_ctx: TensorParallelContext) -> None:
         super().__init__()
@@ -63,6 +70,21 @@ class Block(CostedLayer):
         self.attention = Attention(f"{name}.attention", layer, config, tp_ctx)
         self.ffn_norm = build_norm(f"{name}.ffn_norm", config, tp_ctx)
         self.feed_forward = SwiGLU(f"{name}.feed_forward", config, tp_ctx)
+        whole = config.compile and tp_ctx.group.size == 1 and not tp_ctx.weight_grads.deferred
+        if whole:
+            self._require_manual_grads()
+        self._before = compiled_in_training(Block._before_attention, wanted=whole)
+        self._after = compiled_in_training(Block._after_attention, wanted=whole)
+
+    def _require_manual_grads(self) -> None:
+        """Raises ConfigError for a parameter whose gradient may have another dtype, which torch.compile refuses."""
+        for param in cast(Iterator[Parameter], self.parameters()):
+            if param.dtype.itemsize < 4 and not param.manual_grad:
+                raise ConfigError(
+                    f"model.compile=True: the layer of {param.shard_spec.name} leaves its gradient to autograd, which "
+                    f"torch.compile refuses for {param.dtype}: let it use `accumulating` and set `manual_grad`, as "
+                    "RMSNorm does in layers/norm.py, or set model.compile=False"
+                )
 
     def forward(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
         # Checkpointing inside `forward`: forward hooks run once per step, and not again in the recomputation.
@@ -71,10 +93,16 @@ class Block(CostedLayer):
         return self._run(x, rotary, attend)
 
     def _run(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
+        return self._after(self, x, attend(self.attention.layer, *self._before(self, x, rotary)))
+
+    def _before_attention(self, x: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.attention.project(x if self.post_norm else self.attention_norm(x), rotary)
+
+    def _after_attention(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention.output(mixed)
         if self.post_norm:
-            x = self.attention_norm(x + self.attention(x, rotary, attend))
+            x = self.attention_norm(x)
             return self.ffn_norm(x + self.feed_forward(x))
-        x = x + self.attention(self.attention_norm(x), rotary, attend)
         return x + self.feed_forward(self.ffn_norm(x))
 
     def saved_bytes(self, row: RowShape, *, recompute: bool | None = None) -> Bytes:

@@ -8,8 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from internlm_lite.config.schema import ModelConfig
+from internlm_lite.layers.compiled import compiled
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape
-from internlm_lite.layers.loss import LossOptions, TokenLosses, linear_cross_entropy, tokens_per_chunk
+from internlm_lite.layers.loss import (
+    LossOptions,
+    TokenLosses,
+    linear_cross_entropy,
+    losses_and_gradient,
+    tokens_per_chunk,
+)
 from internlm_lite.layers.tensor_parallel import TensorParallelContext, accumulation_dtype
 from internlm_lite.mesh.conjugate import gather_last
 from internlm_lite.mesh.layout import Parameter, parameter, split
@@ -31,7 +38,8 @@ class Head(CostedLayer):
     ) -> None:
         super().__init__()
         self.tp_ctx = tp_ctx
-        self.loss_options = LossOptions(tp_ctx.group, label_smoothing, config.parallel_output)
+        fused = compiled(losses_and_gradient) if config.compile and tp_ctx.group.size == 1 else None
+        self.loss_options = LossOptions(tp_ctx.group, label_smoothing, config.parallel_output, fused)
         # A tied weight is registered by the embedding alone; the tuple hides it from nn.Module here.
         self._tied = None if tied is None else (tied,)
         if tied is None:

@@ -152,7 +152,8 @@ class Rules:
         new, self._skipped = record.inf_nan_skip_batches - before, record.inf_nan_skip_batches
         self._consecutive_skips = self._consecutive_skips + steps if new >= steps else 0
         on = _either(on=self._consecutive_skips >= self._config.skips_in_a_row, off=self._consecutive_skips == 0)
-        text = f"{self._consecutive_skips} updates skipped in a row up to step {record.step}: gradients are not finite"
+        why = "gradients or losses are not finite, or no token has a label"
+        text = f"{self._consecutive_skips} updates skipped in a row up to step {record.step}: {why}"
         return self._update("overflow_run", on, text, now)
 
     def _speed(self, tgs: float, now: float) -> list[Alert]:

@@ -2,8 +2,9 @@
 
     {"seg":0,"step":12,"loss":3.21,...,"folders":{"code":[tokens,loss,acc]},"seen":{"code":tokens}}     never NaN: null
 
-`seg` counts the starts of a run. A start continues from a checkpoint and repeats the steps after it: readers drop what
-earlier starts wrote at and after the first step of a later one.
+A folder that is not named had no token in the step. `seg` counts the starts of a run. A start continues from a
+checkpoint and repeats the steps after it: readers drop what earlier starts wrote at and after the first step of a later
+one.
 """
 
 from __future__ import annotations
@@ -108,17 +109,18 @@ def _now() -> str:
 
 
 def step_object(record: StepRecord, segment: int) -> dict[str, Any]:
-    """The object of one step; keys as in the step line, speeds flat, folders as name: [labels, loss, acc].
+    """The object of one step; keys as in the step line, speeds flat, folders with tokens as name: [labels, loss, acc].
 
-    "seen": all tokens of each folder, with and without labels; absent if not known.
+    "seen": all tokens of the folders of which some have no label; of the others all are labels, or it is not known.
     """
-    seen = {name: folder.seen for name, folder in record.folders.items() if folder.seen is not None}
+    folders = {name: folder for name, folder in record.folders.items() if folder.tokens or folder.seen}
+    seen = {name: folder.seen for name, folder in folders.items() if folder.seen not in (None, folder.tokens)}
     return {
         "seg": segment,
         "time": record.time.isoformat(timespec="milliseconds"),
         **{key: getattr(record, key) for key in _PLAIN},
         **dataclasses.asdict(record.speed),
-        "folders": {name: [folder.tokens, folder.loss, folder.acc] for name, folder in record.folders.items()},
+        "folders": {name: [folder.tokens, folder.loss, folder.acc] for name, folder in folders.items()},
         **({"seen": seen} if seen else {}),
     }
 

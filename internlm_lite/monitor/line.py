@@ -1,4 +1,4 @@
-"""The step line as text, in InternLM's format, and back.
+"""The step line as text, in InternLM's format, and the figures of any step line of InternLM and InternEvo.
 
     ISO-time+zone INFO [file, line N, in func] - pid=N : tflops=... step=... ... loss/<folder>=... [mfu=...]<space>
 
@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from typing import Any
 
-from internlm_lite.errors import DataError
-from internlm_lite.monitor.record import FolderFigures, Origin, SpeedFigures, StepRecord
+from internlm_lite.monitor.record import StepRecord
 
 _GIB = 2**30
-_HEADER = re.compile(r"(\S+) INFO \[(.*), line (\d+), in (.*)\] - pid=(\d+) : ")
-_PAIR = re.compile(
-    r"(?P<key>(?:acc|tokens|loss)/.+?|tgs \(tokens/gpu/second\)|[\w/]+)=(?P<value>\{.*?\}|[+-]?(?:nan|inf|\d)[^\s=]*) "
-)
+_STEP = re.compile(r"(?P<before>,?) ?(?<![\w/])step ?(?P<sign>[=:]) ?\d+(?![\w.])(?P<after>,?)")
+_TIME = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:[.,](\d{1,6}))?(Z|[+-]\d\d:?\d\d)?")
+_FOLDER_KEYS = ("tokens/", "loss/", "acc/")
 _NORM = re.compile(r"'([^']*)': ([^,}]+)")
 
 
@@ -39,8 +39,6 @@ class Figure:
     """Key in the line; empty: `name`."""
     tag: str = ""
     """Tag in TensorBoard and wandb; empty: not shown there."""
-    optional: bool = False
-    """Whether a line may lack it, as InternLM's lines do."""
 
     def of(self, record: StepRecord) -> Any:
         return getattr(record.speed if hasattr(record.speed, self.name) else record, self.name)
@@ -81,7 +79,7 @@ FIGURES = (
     Figure("loss_scale", tag="loss_scale"),
     Figure(
         "grad_norm",
-        read=lambda text: {name: float(norm) for name, norm in _NORM.findall(text)},
+        read=lambda text: {name: float(norm) for name, norm in _NORM.findall(text)} or {"0_default": float(text)},
         write=lambda norms: {name: float(norm) for name, norm in norms.items()},
     ),
     Figure("micro_num", int, int),
@@ -96,16 +94,15 @@ FIGURES = (
     Figure("acc", write=_digits(4), tag="train/acc"),
     Figure("perplexity", write=_digits(4), tag="train/perplexity"),
     Figure("loss_from_metric", write=_digits(4), tag="train/loss_from_metric"),
-    Figure("mfu", write=_digits(4), tag="mfu", optional=True),
-    Figure("eta_seconds", read=_seconds, write=clock, key="eta", optional=True),
-    Figure("pack_fill", write=_digits(4), tag="pack_fill", optional=True),
+    Figure("mfu", write=_digits(4), tag="mfu"),
+    Figure("eta_seconds", read=_seconds, write=clock, key="eta"),
+    Figure("pack_fill", write=_digits(4), tag="pack_fill"),
     Figure(
         "memory_bytes",
         read=lambda text: round(float(text.removesuffix("GiB")) * _GIB),
         write=lambda n_bytes: f"{n_bytes / _GIB:.2f}GiB",
         key="memory",
         tag="memory_bytes",
-        optional=True,
     ),
 )
 """In the order of the line."""
@@ -133,32 +130,55 @@ def _pairs(record: StepRecord) -> Iterator[tuple[str, object]]:
             yield from ((f"loss/{name}", round(float(folder.loss), 4)) for name, folder in folders)
 
 
-def parse_step_line(text: str) -> StepRecord:
-    """The record of a line that `format_step_line` or InternLM printed; printing it again gives the same text.
+def parse_step_line(text: str) -> dict[str, Any] | None:
+    """The object of metrics.jsonl, without "seg", of any step line of InternLM, InternEvo or ours; None for other text.
 
-    Raises DataError when `text` is no step line.
+    A step line has at least "step" and "loss", as key=value or key: value, separated by spaces or commas.
     """
-    header = _HEADER.match(text)
-    if header is None:
-        raise DataError(f"not a step line: {text[:80]!r}; expected 'TIME INFO [file, line N, in func] - pid=N : ...'")
-    pairs = {match["key"]: match["value"] for match in _PAIR.finditer(text.rstrip() + " ", header.end())}
-    time, file, line, function, pid = header.groups()
+    mark = _STEP.search(text)
+    if mark is None:
+        return None
+    comma, sign = bool(mark["before"] or mark["after"]), mark["sign"]
+    pairs = {_plain_key(pair["key"]): pair["value"] for pair in _pair(sign, comma).finditer(text)}
+    figures: dict[str, Any] = {}
+    for figure in FIGURES:
+        with suppress(KeyError, ValueError):  # versions differ in what they print
+            figures[figure.name] = figure.read(pairs[figure.key or figure.name])
+    if not {"step", "loss"} <= figures.keys():
+        return None
+    names = dict.fromkeys(key.partition("/")[2] for key in pairs if key.startswith(_FOLDER_KEYS))
+    folders = {name: [_number(pairs.get(f"{key}{name}")) for key in _FOLDER_KEYS] for name in names}
+    return {"time": _time(text[: mark.start()]), **figures, "folders": folders}
+
+
+@cache
+def _pair(sign: str, comma: bool) -> re.Pattern[str]:
+    """A key and its value. Lengths are bounded, so that no text takes long."""
+    key = r"(?:acc|tokens|loss)/.{1,300}?|tgs \([^)]{1,30}\)|[\w/]+"
+    value = rf"\{{[^}}]{{0,2000}}\}}|[+-]?(?:nan|inf|\d)[^\s={',' if comma else ''}]*"
+    return re.compile(rf"(?<![\w/])(?P<key>{key}) ?{sign} ?(?P<value>{value})(?=\s{'|,' if comma else ''}|$)")
+
+
+def _plain_key(key: str) -> str:
+    """The key without the unit of a speed, of which InternLM had two spellings."""
+    return "tgs (tokens/gpu/second)" if key.startswith("tgs (") else key
+
+
+def _number(text: str | None) -> float | None:
     try:
-        return _record(pairs, datetime.fromisoformat(time), Origin(file, int(line), function, int(pid)))
-    except (KeyError, ValueError) as error:
-        raise DataError(f"a step line lacks or garbles {error}: {text[:80]!r}") from error
+        return None if text is None else float(text)
+    except ValueError:
+        return None
 
 
-def _record(pairs: dict[str, str], time: datetime, origin: Origin) -> StepRecord:
-    values = {
-        figure.name: figure.read(pairs[figure.key or figure.name])
-        for figure in FIGURES
-        if not figure.optional or (figure.key or figure.name) in pairs
-    }
-    speed = SpeedFigures(**{name: values.pop(name) for name in SpeedFigures.__annotations__})
-    names = [key.removeprefix("tokens/") for key in pairs if key.startswith("tokens/")]
-    folders = {
-        name: FolderFigures(int(pairs[f"tokens/{name}"]), float(pairs[f"loss/{name}"]), float(pairs[f"acc/{name}"]))
-        for name in names
-    }
-    return StepRecord(time=time, origin=origin, speed=speed, folders=folders, **values)
+def _time(text: str) -> str | None:
+    """The last time in a text, as ISO text with zone; one without zone is that of this machine."""
+    found = list(_TIME.finditer(text))
+    if not found:
+        return None
+    day, clock_time, fraction, zone = found[-1].groups(default="")
+    try:
+        time = datetime.strptime(f"{day} {clock_time}.{fraction or 0}{zone}", f"%Y-%m-%d %H:%M:%S.%f{zone and '%z'}")
+        return (time if zone else time.astimezone()).isoformat(timespec="milliseconds")
+    except (ValueError, OverflowError, OSError):
+        return None

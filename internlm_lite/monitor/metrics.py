@@ -70,7 +70,7 @@ class FolderMetrics:
         sums = self._sums.clone()
         comm.all_reduce(sums, self._world).wait()
         # JSON has no nan; one non-finite step makes the sums nan until the next line
-        values = [value if math.isfinite(value) else repr(value) for value in sums.tolist()]
+        values = [value if math.isfinite(value) else repr(value) for value in comm.read(sums)]
         return {"folders": list(self._folders), "sums": values}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -82,7 +82,7 @@ class FolderMetrics:
     def collect(self) -> Collected:
         """The sums since the last call, over all ranks; resets them. Collective; waits for the device."""
         comm.all_reduce(self._sums, self._world).wait()
-        *values, train_loss = self._sums.tolist()
+        *values, train_loss = comm.read(self._sums)
         self._sums.zero_()
         n = len(self._folders)
         labels, losses, correct, seen = (values[row * n : (row + 1) * n] for row in range(4))

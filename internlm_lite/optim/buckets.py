@@ -1,7 +1,7 @@
 """Flat buckets: parameters with equal properties share one flat tensor, so that each collective moves a large tensor.
 
     weights [padded]   | p0 | p1 | p2 ......... | pad |     param.data are views
-    grads   [padded]   | g0 | g1 | g2 ......... | pad |     param.grad are views, autograd accumulates into them
+    grads   [padded]   | g0 | g1 | g2 ......... | pad |     param.main_grad or param.grad are views
     zero rank:         |    0    |    1    |    2     |     each owns one shard; all shards have the same size
 
 Buckets are ordered by when the backward pass completes them.
@@ -49,7 +49,8 @@ class Slot:
 
 
 class Bucket:
-    """Flat storage of parameters. Construction copies their values and makes `param.data` and `param.grad` views."""
+    """Flat storage of parameters. Construction copies their values and makes `param.data` a view of `weights`, and
+    `param.main_grad`, to which its layer adds, or `param.grad`, to which autograd adds, a view of `grads`."""
 
     def __init__(
         self, kind: BucketSpec, params: Sequence[Parameter], zero: Group, grad_dtype: torch.dtype, *, whole: bool
@@ -73,8 +74,12 @@ class Bucket:
             weight = self.weights[slot.start : slot.stop].view(param.shape)
             weight.copy_(param)
             param.data = weight
-        param.grad_dtype = self.grads.dtype
-        param.grad = self.grads[slot.start : slot.stop].view(param.shape)
+        grad = self.grads[slot.start : slot.stop].view(param.shape)
+        if param.manual_grad:
+            param.main_grad = grad
+        else:
+            param.grad_dtype = grad.dtype
+            param.grad = grad
 
     @property
     def weight_shard(self) -> torch.Tensor:

@@ -1,13 +1,20 @@
 """Gradient reduction that overlaps with the backward pass.
 
-A hook on each parameter counts the gradients that its bucket still misses; a complete bucket is reduce-scattered over
-`zero`. At the end its shard is all-reduced over `replica`, and over `tp` or `ends` where ranks hold partial sums.
+A bucket counts the gradients that it still misses; a complete one is reduce-scattered over `zero`. A gradient has come
+when autograd has added it, when a deferred one was added, or when the backward pass has left the unit whose layers add
+it. At the end its shard is all-reduced over `replica`, and over `tp` or `ends` where ranks hold partial sums.
 Buckets start strictly in order, so every rank issues the same collectives in the same order, whatever its timing.
 """
 
 from __future__ import annotations
 
 import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
 
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.layout import Parameter
@@ -15,11 +22,39 @@ from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.buckets import Bucket
 
 
+class _BackwardReached(torch.autograd.Function):
+    """The identity; calls a function when the backward pass arrives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, call: Callable[[], None]) -> torch.Tensor:
+        ctx.call = call
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ctx.call()
+        return grads[0], None
+
+
+def _report_backward(params: Sequence[Parameter], _unit: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """A forward pre-hook of a unit: when the gradient of its first input is there, those of `params` are, too."""
+    if not torch.is_grad_enabled():
+        return None
+    assert inputs[0].requires_grad, "a unit whose layers add their gradients themselves comes after the embedding"
+
+    def done() -> None:
+        for param in params:
+            assert param.on_grad is not None
+            param.on_grad(param)
+
+    return _BackwardReached.apply(inputs[0], done), *inputs[1:]
+
+
 class GradReducer:
     """Reduces the gradients of `buckets` once per optimizer step, during the last micro-batch's backward pass."""
 
-    def __init__(self, buckets: list[Bucket], mesh: Mesh, *, overlap: bool) -> None:
-        """Registers a hook on every parameter. `overlap` False: `finish` starts all collectives."""
+    def __init__(self, buckets: list[Bucket], units: Sequence[nn.Module], mesh: Mesh, *, overlap: bool) -> None:
+        """Registers hooks on parameters and `units`. `overlap` False: `finish` starts all collectives."""
         self._buckets = buckets
         self._mesh = mesh
         self._overlap = overlap
@@ -27,9 +62,14 @@ class GradReducer:
         self._started: list[comm.Work] = []
         for index, bucket in enumerate(buckets):
             for slot in bucket.slots:
-                slot.param.on_manual_grad = functools.partial(self._on_grad, index)
+                # A weak reference: torch holds hooks where the garbage collector does not find a cycle.
+                slot.param.on_grad = functools.partial(GradReducer._on_grad, weakref.proxy(self), index)
                 if not slot.param.manual_grad:
-                    slot.param.register_post_accumulate_grad_hook(slot.param.on_manual_grad)
+                    slot.param.register_post_accumulate_grad_hook(slot.param.on_grad)
+        for unit in units:
+            params = [cast(Parameter, param) for param in unit.parameters()]
+            if added := [param for param in params if param.manual_grad and not param.deferred_grad]:
+                unit.register_forward_pre_hook(functools.partial(_report_backward, added))
 
     def expect(self, micro_num: int) -> None:
         """Call before the first backward pass of a step of `micro_num` micro-batches."""

@@ -58,7 +58,7 @@ def _sums(optimizer: HybridZeroOptimizer, mesh: Mesh) -> dict[Key, int]:
         weights, state = ("weights", *holders), ("optimizer state", *holders, mesh.zero.rank)
         sums[weights] = sums.get(weights, 0) + checksum([bucket.weights], mesh.device)
         sums[state] = sums.get(state, 0) + checksum(shards.values(), mesh.device)
-    values: list[int] = torch.stack(list(sums.values())).tolist()
+    values: list[int] = comm.read(torch.stack(list(sums.values())))
     return dict(zip(sums, values, strict=True))
 
 

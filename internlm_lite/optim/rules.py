@@ -33,6 +33,8 @@ class UpdateRule:
 
     roles: tuple[str, ...]
     """Names of the state tensors, as checkpoints store them."""
+    non_negative: tuple[str, ...] = ()
+    """Those of `roles` that never hold a negative number; checked before a save and after a load."""
     whole_matrices = False
     """True: no parameter may be split between ranks of `zero`. False, for elementwise rules: shards are cut anywhere.
     Read by `buckets.build_buckets`."""
@@ -61,6 +63,7 @@ class AdamW(UpdateRule):
     """AdamW (arXiv:1711.05101) by torch's fused kernel."""
 
     roles = ("exp_avg", "exp_avg_sq")
+    non_negative = ("exp_avg_sq",)
 
     def __init__(self, shards: Sequence[Shard], config: AdamConfig) -> None:
         super().__init__(shards, config)

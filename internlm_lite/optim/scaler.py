@@ -25,13 +25,14 @@ class LossScaler:
         self._good_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self._overflows = torch.zeros((), dtype=torch.int64, device=device)
 
-    def update(self, overflow: torch.Tensor) -> None:
-        """Set the scale of the next step. `overflow`: bool device scalar, true if this step's norm is not finite."""
+    def update(self, overflow: torch.Tensor, *, counts: torch.Tensor) -> None:
+        """Set the scale of the next step. Bool device scalars: `overflow`, this step's gradients overflowed; `counts`
+        false: it says nothing about the scale, which stays."""
         if self.config is None:
             return
         config = self.config
         self._overflows += overflow
-        self._good_in_a_row.add_(1).masked_fill_(overflow, 0)
+        self._good_in_a_row.add_(counts).masked_fill_(overflow, 0)
         backs_off = overflow & (self._overflows >= config.hysteresis)
         grows = self._good_in_a_row == config.fp16.growth_interval
         self._good_in_a_row.masked_fill_(grows, 0)

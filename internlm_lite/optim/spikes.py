@@ -38,16 +38,16 @@ class SpikeGuard:
     def judge(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add one step's mean loss and gradient norm, fp64 device scalars, to the history. Does not read the device.
 
-        Returns ([2] z-scores of loss and norm, 0 without a spike; bool scalar: whether to skip this step, because it is
-        a spike and guard.spike is not "note", or because its loss is not finite)."""
+        Returns ([2] z-scores of loss and norm, 0 without a spike; bool scalar: whether to skip this step because it is
+        a spike and guard.spike is not "note")."""
         logs = torch.stack((loss, norm)).log()
-        median = self._logs.nanmedian(dim=1).values
-        deviation = _NORMAL * (self._logs - median[:, None]).abs().nanmedian(dim=1).values
+        median = nanmedians(self._logs)
+        deviation = _NORMAL * nanmedians((self._logs - median[:, None]).abs())
         scores = (logs - median) / deviation.clamp(min=_LEAST_DEVIATION)
         known = self._count >= min(_LEAST_HISTORY, self._logs.shape[1])
         spikes = torch.where(known & (scores > self._limit) & scores.isfinite(), scores, 0.0)
         self._remember(logs)
-        return spikes, (spikes > 0).any() & self._skips_outliers | ~loss.isfinite()
+        return spikes, (spikes > 0).any() & self._skips_outliers
 
     def _remember(self, logs: torch.Tensor) -> None:
         finite = logs.isfinite().all()
@@ -68,3 +68,10 @@ class SpikeGuard:
             self._logs.fill_(math.nan)  # after a rollback it contains undone steps
             self._logs[:, : logs.shape[1]].copy_(logs)
             self._count.fill_(state["count"])
+
+
+def nanmedians(rows: torch.Tensor) -> torch.Tensor:
+    """[n] from [n, m]: `rows.nanmedian(dim=1)`, the lower median, which has no deterministic kernel on CUDA."""
+    ordered = rows.sort(dim=1).values  # NaN last
+    middle = ((~rows.isnan()).sum(dim=1) - 1).clamp(min=0) // 2
+    return ordered.gather(1, middle[:, None]).squeeze(1)

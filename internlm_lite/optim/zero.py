@@ -10,6 +10,7 @@ factor, the clip factor and the decision to skip are device scalars: the host ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,8 +19,9 @@ import torch
 from torch import nn
 
 from internlm_lite.config.schema import Config
+from internlm_lite.errors import ConfigError
 from internlm_lite.mesh import comm
-from internlm_lite.mesh.layout import LocalShard, Parameter
+from internlm_lite.mesh.layout import LocalShard, Parameter, first_problem, is_sound
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.buckets import Bucket, build_buckets
 from internlm_lite.optim.gather import WeightGatherer
@@ -28,7 +30,7 @@ from internlm_lite.optim.lr_schedule import beta2, learning_rate
 from internlm_lite.optim.reduce import GradReducer
 from internlm_lite.optim.rules import RULES, Shard, UpdateRule
 from internlm_lite.optim.scaler import LossScaler
-from internlm_lite.optim.skips import SkipDecider
+from internlm_lite.optim.skips import SkipCounts, SkipDecider
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,8 @@ class StepOutcome:
     """[2], z-scores of loss and gradient norm if they are spikes, else 0 (see spikes.py)."""
     loss_scale: torch.Tensor
     """fp32, the scale that multiplied this step's loss."""
-    skipped_steps: torch.Tensor
-    """int64, steps skipped since the run began (see skips.py)."""
-    consecutive_skips: torch.Tensor
-    """int64, steps skipped since the last update."""
-    consecutive_overflows: torch.Tensor
-    """int64, consecutive steps up to this one whose gradient norm was not finite."""
+    skips: SkipCounts
+    """Skipped steps up to this one."""
     next_lr: torch.Tensor
     """Learning rate of the next step, which the step line prints, as InternLM's does."""
     beta2: float
@@ -69,10 +67,16 @@ class HybridZeroOptimizer:
         self._mesh = mesh
         self._config = config
         self._model_dtype = model_dtype
+        self._begun = False
         zero = config.hybrid_zero_optimizer
         params = [cast(Parameter, param) for unit in units for param in unit.parameters()]
+        if frozen := [param.shard_spec.name for param in params if not param.requires_grad]:
+            raise ConfigError(
+                f"{frozen[0]} has requires_grad=False, expected that every parameter is trained: "
+                "make a constant a buffer (register_buffer)"
+            )
         self.buckets = build_buckets(params, mesh.zero, config)
-        self._reducer = GradReducer(self.buckets, mesh, overlap=zero.overlap_sync_grad)
+        self._reducer = GradReducer(self.buckets, units, mesh, overlap=zero.overlap_sync_grad)
         self._gatherer = WeightGatherer(self.buckets, units, mesh.zero, overlap=zero.overlap_sync_param)
         self._skips = SkipDecider(config, model_dtype, mesh.device)
         rule = RULES[config.optimizer.name]
@@ -95,7 +99,14 @@ class HybridZeroOptimizer:
 
     def begin(self, micro_num: int) -> None:
         """Call before the first forward pass of a step of `micro_num` micro-batches."""
+        if self._begun:  # an exception ended that step: what it added so far must not count in this one
+            self._zero_grads()
+        self._begun = True
         self._reducer.expect(micro_num)
+
+    def _zero_grads(self) -> None:
+        for bucket in self.buckets:
+            bucket.grads.zero_()
 
     @torch.no_grad()
     def step(
@@ -119,20 +130,18 @@ class HybridZeroOptimizer:
         unscale = global_tokens / (labels * used_scale)
         norm = (totals.square_model_dtype + totals.square_fp32).sqrt() * unscale
         lr = self._learning_rate()  # before `decide` counts this step
-        decision = self._skips.decide(totals.loss / labels, norm)
+        decision = self._skips.decide(totals.loss / labels, norm, totals.num_labels)
         factor = unscale * clip_factor(norm, self._config.hybrid_zero_optimizer.clip_grad_norm)
         second_beta = beta2(index, self._config.beta2_scheduler)
         self._rule.update(self._scaled_grads(factor), lr, second_beta, decision.skipped)
-        for bucket in self.buckets:
-            bucket.grads.zero_()
+        self._zero_grads()
+        self._begun = False
         self._gather_weights()
         return StepOutcome(
             norm_model_dtype=totals.square_model_dtype.sqrt() * unscale,
             norm_fp32=totals.square_fp32.sqrt() * unscale,
             spikes=decision.spikes,
-            skipped_steps=self._skips.skipped_steps.clone(),
-            consecutive_skips=self._skips.consecutive_skips.clone(),
-            consecutive_overflows=self._skips.consecutive_overflows.clone(),
+            skips=self._skips.counts(),
             loss_scale=used_scale,
             next_lr=self._learning_rate(),
             beta2=second_beta,
@@ -178,15 +187,25 @@ class HybridZeroOptimizer:
                 part, here = slot.param.shard_spec, slice(start - bucket.shard_start, stop - bucket.shard_start)
                 for role, flat in tensors.items():
                     span = (start - slot.start, stop - slot.start)
-                    yield LocalShard(part.name, role, part.shape, part.box, span, flat[here])
+                    yield LocalShard(
+                        part.name, role, part.shape, part.box, span, flat[here], **self._bounds(bucket, role)
+                    )
 
-    def is_finite(self) -> bool:
-        """Whether all master weights of all ranks are finite. Collective; waits for the device."""
-        bad = torch.zeros((), dtype=torch.int64, device=self._mesh.device)
-        for shard in self._shards:
-            bad += (~shard.weights.isfinite()).sum()
-        comm.all_reduce(bad, self._mesh.world).wait()
-        return bad.item() == 0
+    def _bounds(self, bucket: Bucket, role: str) -> dict[str, Any]:
+        """What `is_sound` expects of a tensor of `shards`."""
+        largest = torch.finfo(bucket.kind.dtype).max if role == "master" else math.inf
+        return {"non_negative": role in self._rule.non_negative, "largest": largest}
+
+    def problem(self) -> str | None:
+        """The first tensor of this rank's shards with a number that no healthy run has; None: all are sound.
+
+        One pass over the shards; waits for the device once. Not collective."""
+        flags = [
+            is_sound(flat, **self._bounds(bucket, role))
+            for bucket, tensors in self.shards()
+            for role, flat in tensors.items()
+        ]
+        return None if comm.read(torch.stack(flags).all()) else first_problem(list(self.pieces()))
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, JSON-able; `pieces()` has the tensors. Reads the device."""

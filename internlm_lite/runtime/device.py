@@ -20,8 +20,11 @@ from internlm_lite.runtime.dist_env import DistEnv
 logger = logging.getLogger("internlm_lite")
 
 # Dense peak FLOP/s in units of 1e12, from the makers' data sheets: (name contains, half precision, tf32, fp32, fp64).
-# The first matching name wins, so longer names come first.
+# The first matching name wins, so longer names come first. Half precision with sums in fp32.
 _PEAKS: tuple[tuple[str, float, float, float, float], ...] = (
+    ("GB300", 2500, 1250, 80, 1.3),
+    ("GB200", 2500, 1250, 80, 40),
+    ("B300", 2250, 1125, 75, 1.2),
     ("B200", 2250, 1125, 75, 37),
     ("H200", 989.4, 494.7, 67, 67),
     ("H100 NVL", 835, 417.5, 60, 60),
@@ -31,7 +34,17 @@ _PEAKS: tuple[tuple[str, float, float, float, float], ...] = (
     ("H20", 148, 74, 44, 1),
     ("A100", 312, 156, 19.5, 19.5),
     ("A800", 312, 156, 19.5, 19.5),
+    ("A40", 149.7, 74.8, 37.4, 0.6),
+    ("A30", 165, 82, 10.3, 10.3),
+    ("A10", 125, 62.5, 31.2, 0.5),
     ("L40S", 362, 183, 91.6, 1.4),
+    ("L40", 181, 90.5, 90.5, 1.4),
+    ("L4", 121, 60, 30.3, 0.5),
+    ("RTX 6000 Ada", 364, 182, 91.1, 1.4),
+    ("RTX 4090", 165.2, 82.6, 82.6, 1.3),
+    ("RTX 3090", 71, 35.6, 35.6, 0.6),
+    ("MI325X", 1307.4, 653.7, 163.4, 163.4),
+    ("MI300X", 1307.4, 653.7, 163.4, 163.4),
     ("V100", 125, 15.7, 15.7, 7.8),
 )
 
@@ -70,10 +83,11 @@ def _gpu_index(dist_env: DistEnv, visible: int) -> int:
 
 
 def apply_numerics(config: Config, device: torch.device, dist_env: DistEnv) -> None:
-    """Set torch's process-wide switches: TF32, cudnn, and on the CPU the number of threads."""
+    """Set torch's process-wide switches: TF32, determinism, cudnn, and on the CPU the number of threads."""
     # fp32 matrix products stay fp32 unless the config says torch.tf32
     torch.set_float32_matmul_precision("high" if config.model.dtype == "torch.tf32" else "highest")
-    torch.backends.cudnn.deterministic = config.cudnn_deterministic
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.backends.cudnn.deterministic = config.cudnn_deterministic or config.deterministic
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     torch.set_num_threads(cpu_threads(dist_env, len(os.sched_getaffinity(0))))
 
@@ -105,9 +119,15 @@ def device_name(device: torch.device) -> str:
 def peak_flops(device: torch.device, dtype: torch.dtype | str) -> float | None:
     """Dense peak FLOP/s of one device for matrix products in `dtype` (a torch dtype, or a config's "torch.tf32").
 
-    None for CPUs and GPUs that are not in the table.
+    None for CPUs, and with a warning for GPUs that are not in the table.
     """
-    return peak_of(torch.cuda.get_device_name(device), str(dtype)) if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peak = peak_of(name, str(dtype))
+    if peak is None:
+        logger.warning("no peak speed is known for %s, so no MFU is shown; add a row to runtime/device.py:_PEAKS", name)
+    return peak
 
 
 def peak_of(gpu: str, dtype: str) -> float | None:

@@ -1,6 +1,8 @@
 """The rank of this process and other facts set by its launcher, read once from environment variables.
 
-    torchrun, or RANK set by hand  >  a task of srun  >  a single process          (`auto` takes the first that applies)
+    torchrun, or RANK set by hand  >  mpirun  >  a task of srun  >  a single process
+
+`auto` takes the first that applies.
 
 Only this file knows the names of environment variables; they are read from a mapping passed by the caller.
 """
@@ -18,11 +20,26 @@ from internlm_lite.config.masking import masked
 from internlm_lite.errors import ConfigError, MeshError
 from internlm_lite.runtime.nodes import expand_node_list, expand_task_counts
 
-Launcher = Literal["torch", "slurm", "single"]
+Launcher = Literal["torch", "mpi", "slurm", "single"]
 Environ = Mapping[str, str]
 
 FIRST_PORT, N_PORTS = 15_000, 15_000
-"""Ports under Slurm: above most registered services, below Linux' ephemeral range (32768 up)."""
+"""Ports under Slurm and mpirun: above most registered services, below Linux' ephemeral range (32768 up)."""
+
+
+@dataclass(frozen=True)
+class _MpiNames:
+    """The variables that one kind of mpirun sets for each process."""
+
+    rank: str
+    world_size: str
+    local_rank: str
+    local_world_size: str
+
+
+_OPEN_MPI = _MpiNames(*(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")))
+_HYDRA = _MpiNames("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+"""Hydra: the mpirun of MPICH, Intel MPI and others."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +85,14 @@ def set_defaults(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("GOMP_SPINCOUNT", "10000")
     # torch's warnings about connections have 40 lines of C++ frames each; our errors explain the cause.
     environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Without these, NCCL's own threads end a process that lost a peer by SIGABRT, before the watchdog can say which.
+    environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
+    # Rows of changing composition would otherwise split the GPU's memory into pieces too small to use.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in environ:
+        environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # What `deterministic=True` needs before the first product; on Hopper also the default.
+    environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # wandb's own process must not send reports of its errors.
     environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
@@ -141,6 +166,8 @@ def read_dist_env(
         why = f"--launcher {launcher}"
     if launcher == "torch":
         dist_env = _from_torch(environ, why, host, port)
+    elif launcher == "mpi":
+        dist_env = _from_mpi(environ, why, host, port)
     elif launcher == "slurm":
         dist_env = _from_slurm(environ, why, host, port, resolves)
     elif launcher == "single":
@@ -159,8 +186,8 @@ def read_dist_env(
             cpu_threads=int(threads) if threads.isdecimal() else None,
         )
     else:
-        raise MeshError(f"launcher {launcher!r}: expected auto, torch, slurm or single")
-    _check(dist_env)
+        raise MeshError(f"launcher {launcher!r}: expected auto, torch, mpi, slurm or single")
+    _check(dist_env, environ)
     return dist_env
 
 
@@ -170,6 +197,8 @@ def _recognise(environ: Environ) -> tuple[Launcher, str]:
         return "torch", f"started by torchrun: TORCHELASTIC_RUN_ID is set{inside}"
     if "RANK" in environ:
         return "torch", f"RANK={environ['RANK']} is set{inside}"
+    if (names := _mpi_names(environ)).local_rank in environ:
+        return "mpi", f"started by mpirun: {names.rank}={environ.get(names.rank)} is set{inside}"
     if "SLURM_PROCID" in environ and not _is_shell(environ):
         return "slurm", f"a task of srun: SLURM_PROCID={environ['SLURM_PROCID']} is set"
     if "SLURM_JOB_ID" in environ:
@@ -178,7 +207,13 @@ def _recognise(environ: Environ) -> tuple[Launcher, str]:
         return "single", f"{inside}, not a task of srun; to use the whole job: srun python train.py"
     if environ.get("WORLD_SIZE", "1") != "1":
         return "torch", f"WORLD_SIZE={environ['WORLD_SIZE']} is set"
-    return "single", "no variable of torchrun or Slurm is set"
+    if environ.get(_HYDRA.world_size, "1") != "1":
+        return "mpi", f"{_HYDRA.world_size}={environ[_HYDRA.world_size]} is set"
+    return "single", "no variable of torchrun, mpirun or Slurm is set"
+
+
+def _mpi_names(environ: Environ) -> _MpiNames:
+    return _OPEN_MPI if _OPEN_MPI.rank in environ else _HYDRA
 
 
 def _is_shell(environ: Environ) -> bool:
@@ -239,6 +274,43 @@ def _agent(environ: Environ) -> str:
     return agent if attempt else ""
 
 
+def _from_mpi(environ: Environ, why: str, host: str | None, port: int | None) -> DistEnv:
+    names = _mpi_names(environ)
+    _require(environ, [*vars(names).values()], "mpirun sets them all; or start with torchrun or srun")
+    world_size, local_world_size = _number(environ, names.world_size), _number(environ, names.local_world_size)
+    host = host or environ.get("MASTER_ADDR") or ("localhost" if local_world_size >= world_size else None)
+    if host is None:
+        raise MeshError(
+            f"mpirun: found {local_world_size} of {world_size} ranks on host {_hostname(environ)} and no address of "
+            "rank 0: pass --host with one of its host, or set MASTER_ADDR for all ranks"
+        )
+    job = environ.get("PMIX_NAMESPACE", "")  # of Open MPI, the same on all hosts
+    return DistEnv(
+        rank=_number(environ, names.rank),
+        world_size=world_size,
+        local_rank=_number(environ, names.local_rank),
+        local_world_size=local_world_size,
+        hostname=_hostname(environ),
+        launcher="mpi",
+        why=why,
+        master_host=host,
+        master_port=port or _number(environ, "MASTER_PORT", FIRST_PORT + zlib.crc32(job.encode()) % N_PORTS),
+        cpu_threads=_number(environ, "OMP_NUM_THREADS") if "OMP_NUM_THREADS" in environ else None,
+    )
+
+
+def check_options(dist_env: DistEnv, **given: int | None) -> None:
+    """Raises MeshError if an option that older launchers pass, such as `local_rank`, contradicts the environment."""
+    for name, value in given.items():
+        found = getattr(dist_env, name)
+        if value is not None and value != found:
+            raise MeshError(
+                f"found --{name} {value}, but this process has {name.replace('_', ' ')} {found} ({dist_env.why}): "
+                "leave the option out, and start all ranks by one launcher: torchrun, srun, mpirun, or RANK, "
+                "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set by hand"
+            )
+
+
 def _from_slurm(
     environ: Environ, why: str, host: str | None, port: int | None, resolves: Callable[[str], bool]
 ) -> DistEnv:
@@ -247,6 +319,12 @@ def _from_slurm(
         ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"],
         "srun sets them for each of its tasks; start with srun, or pass --launcher single for one process",
     )
+    components = environ.get("SLURM_HET_SIZE") or environ.get("SLURM_PACK_SIZE") or "1"
+    if components != "1":
+        raise MeshError(
+            f"found a heterogeneous Slurm job of {components} components (SLURM_HET_SIZE), expected one: "
+            "ask for equal nodes, without ':' and #SBATCH hetjob, or start the ranks with torchrun"
+        )
     if _is_shell(environ) and _number(environ, "SLURM_NTASKS") > 1:
         raise MeshError(
             f"Slurm: found a batch script or interactive shell, expected one of the {environ['SLURM_NTASKS']} tasks of "
@@ -334,12 +412,13 @@ def _number(environ: Environ, name: str, default: int | None = None) -> int:
     return int(text)
 
 
-def _check(dist_env: DistEnv) -> None:
+def _check(dist_env: DistEnv, environ: Environ) -> None:
     if not (
         dist_env.rank < dist_env.world_size and dist_env.local_rank < dist_env.local_world_size <= dist_env.world_size
     ):
         names = {
             "torch": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+            "mpi": tuple(vars(_mpi_names(environ)).values()),
             "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "tasks on this node (SLURM_TASKS_PER_NODE)"),
             "single": ("rank", "world size", "local rank", "local world size"),
         }[dist_env.launcher]

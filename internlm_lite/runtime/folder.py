@@ -3,6 +3,7 @@
 RUN/<JOB_NAME>/<time>/{config/, config.resolved.yaml, config.origins.json, env.json, logs/, metrics.jsonl, events.jsonl,
                        samples.jsonl}      config.0/, config.resolved.0.yaml, env.0.json, ...: of earlier starts
 RUN/<JOB_NAME>/latest -> <time>
+RUN/<JOB_NAME>/<time>-failed/     of a start that failed before it went on in a run folder, which it left alone
 """
 
 from __future__ import annotations
@@ -58,6 +59,11 @@ def create_run_folder(root: Path, job_name: str, now: datetime) -> Path:
         raise StorageError(f"cannot make a run folder in {job}: {error.strerror}; choose another --run-dir") from error
     point_latest(job, folder.name)
     return folder
+
+
+def failed_start_folder(folder: Path, now: datetime) -> Path:
+    """Where a start records its failure if it fails before it goes on in the run folder `folder`. Not made here."""
+    return folder.parent / f"{now:%Y-%m-%d_%H-%M-%S}-failed"
 
 
 def find_run_folder(root: Path, job_name: str, name: str) -> Path | None:

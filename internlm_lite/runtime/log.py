@@ -17,6 +17,7 @@ from typing import Literal, TextIO
 
 from internlm_lite.errors import StorageError
 from internlm_lite.runtime.dist_env import DistEnv
+from internlm_lite.units import escaped
 
 Style = Literal["full", "compact"]
 
@@ -34,7 +35,9 @@ class FullFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(filename)s:%(lineno)d in %(funcName)s -- %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        return record.getMessage() if getattr(record, "verbatim", False) else super().format(record)
+        if getattr(record, "verbatim", False):
+            return record.getMessage()
+        return escaped(super().format(record), keep="\n\t")
 
 
 class CompactFormatter(logging.Formatter):
@@ -48,7 +51,7 @@ class CompactFormatter(logging.Formatter):
         compact: str | None = getattr(record, "compact", None)
         if compact is not None:
             return compact
-        text = super().format(record)
+        text = escaped(super().format(record), keep="\n\t")
         if record.levelno < logging.WARNING:
             return text
         text = f"{record.levelname} {text}"

@@ -84,7 +84,7 @@ def _connect(dist_env: DistEnv, timeout: timedelta, *, serves: bool) -> Store:
         if serves and ("EADDRINUSE" in str(error) or "in use" in str(error)):
             raise MeshError(
                 f"rank 0 on {dist_env.hostname}: port {dist_env.master_port} is in use, perhaps by another job; "
-                "choose another (--port under Slurm, --master-port of torchrun)"
+                "choose another (--port under Slurm and mpirun, --master-port of torchrun)"
             ) from error
         if serves:
             raise MeshError(f"rank 0 on {dist_env.hostname} cannot serve at {_where(dist_env)}: {problem}") from error

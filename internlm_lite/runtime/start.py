@@ -18,6 +18,7 @@ from internlm_lite.errors import MeshError, PeerLostError, first_line
 from internlm_lite.runtime.dist_env import DistEnv
 from internlm_lite.runtime.log import flush_logging
 from internlm_lite.runtime.rendezvous import rendezvous
+from internlm_lite.runtime.tool import flush_or_discard
 
 logger = logging.getLogger("internlm_lite")
 
@@ -90,6 +91,7 @@ def end_process(code: int, world_size: int = 1) -> NoReturn:
     and may be blocked in storage.
     """
     flush_logging()
+    flush_or_discard()
     if world_size > 1 or any(_must_be_joined(thread) for thread in threading.enumerate()):
         os._exit(code)
     sys.exit(code)

@@ -8,10 +8,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from internlm_lite.errors import INTERRUPTED, InternLMError, StorageError
+from internlm_lite.units import escaped
 
 _NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
@@ -22,6 +25,9 @@ class ToolConsole(Console):
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
+    def render_str(self, text: str, **style: Any) -> Text:
+        return super().render_str(escaped(text, keep="\n\t"), **style)
+
 
 def run_tool(work: Callable[[], int], interrupted: str = "interrupted", *, has_s3_option: bool = False) -> int:
     """Run `work`; returns its exit code. One line on standard error replaces the traceback of our errors, of OSErrors
@@ -31,10 +37,12 @@ def run_tool(work: Callable[[], int], interrupted: str = "interrupted", *, has_s
     """
     try:
         code = work()
-        _flush()
+        if sys.stdout is not None:  # None if it was closed before the start
+            sys.stdout.flush()
         return code
     except InternLMError as error:
         text = str(error).replace("ckpt.s3.", "--s3 ") if has_s3_option else str(error)
+        text = escaped(text, keep="\n\t")
         print(f"{type(error).__name__}: {text}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # such as `| head`
@@ -43,8 +51,8 @@ def run_tool(work: Callable[[], int], interrupted: str = "interrupted", *, has_s
     except OSError as error:
         if error.filename is None and error.errno not in _NOT_WRITTEN:
             raise
-        _flush_or_discard()
-        where = error.filename or "standard output, or a file that was being written"
+        flush_or_discard()
+        where = escaped(str(error.filename or "standard output, or a file that was being written"))
         print(f"StorageError: {where}: {error.strerror}; mend it, or give another path", file=sys.stderr)
         return StorageError.exit_code
     except KeyboardInterrupt:
@@ -52,14 +60,11 @@ def run_tool(work: Callable[[], int], interrupted: str = "interrupted", *, has_s
         return INTERRUPTED
 
 
-def _flush() -> None:
-    if sys.stdout is not None:  # None if it was closed before the start
-        sys.stdout.flush()
-
-
-def _flush_or_discard() -> None:
+def flush_or_discard() -> None:
+    """Flush standard output; one that cannot be written, such as a closed pipe, must not fail again at exit."""
     try:
-        _flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:
         _discard_output()
 

@@ -45,7 +45,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class RunServices:
     """What a job passes to its run. None of it changes the training."""
 
     checkpoints: Checkpoints | None = None
@@ -58,15 +58,15 @@ class Surroundings:
 
 
 def build_run(
-    config: Config, mesh: Mesh, folder: Path, resume: str = "auto", around: Surroundings = Surroundings()
+    config: Config, mesh: Mesh, folder: Path, resume: str = "auto", services: RunServices = RunServices()
 ) -> Run:
     """Open the data, build and initialise the model, restore a checkpoint. Collective.
 
-    `resume`: "auto", "none" or a path. Opens no sinks if the run in `folder` has ended and no steps are left. Raises
-    DataError, CheckpointError or StorageError.
+    `resume`: "auto", "none", a step or a path. Opens no sinks if the run in `folder` has ended and no steps are left.
+    Raises DataError, CheckpointError or StorageError.
     """
-    checkpoints = around.checkpoints or Checkpoints(config, mesh)
-    watchdog = around.watchdog or unwatched(mesh.rank)
+    checkpoints = services.checkpoints or Checkpoints(config, mesh)
+    watchdog = services.watchdog or unwatched(mesh.rank)
     watchdog.enter("building")
     dp, vocab_size = mesh.dp, config.model.vocab_size
     with heartbeat("opening the training data"):
@@ -85,7 +85,7 @@ def build_run(
         start = checkpoints.restore(resume)
     nothing_to_report = start.step >= config.data.total_steps and has_ended(folder / "events.jsonl")
     if mesh.is_main and not nothing_to_report:
-        reporter.open_sinks(partial(open_sinks, folder, config, around.sinks, terminal=around.terminal), start.step)
+        reporter.open_sinks(partial(open_sinks, folder, config, services.sinks, terminal=services.terminal), start.step)
     return Run(config, mesh, folder, trainer, data, valid, reporter, samples, checkpoints, start, watchdog)
 
 

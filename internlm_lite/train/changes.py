@@ -1,4 +1,4 @@
-"""Differences between the run that wrote a checkpoint and the run that resumes it: data, number of ranks."""
+"""Differences between the run that wrote a checkpoint and the run that resumes it: data, ranks, learning rate."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from internlm_lite.config.schema import Config
+from internlm_lite.optim.lr_schedule import learning_rate
 
 logger = logging.getLogger("internlm_lite")
 _MAX_LISTED_FILES = 5
@@ -50,6 +51,26 @@ def keep_global_batch(config: Config, last: LastRun | None, dp_size: int) -> Con
         f"the same {last.batch_tokens} tokens as before"
     )
     return config.model_copy(update={"data": data.model_copy(update={"micro_num": micro_num})})
+
+
+def schedule_change(then: Config, now: Config, updates: int) -> str | None:
+    """The first learning rate that differs after `updates` updates, and the keys that cause it; None: none differs.
+
+    `then`: the config of the checkpoint that is resumed.
+    """
+    if (then.adam.lr, then.lr_scheduler) == (now.adam.lr, now.lr_scheduler):
+        return None
+    for update in range(updates, now.lr_scheduler.total_steps):
+        before, after = (learning_rate(update, one.adam.lr, one.lr_scheduler) for one in (then, now))
+        if before != after:
+            break
+    else:
+        return None
+    olds, news = ({"adam.lr": one.adam.lr, **one.lr_scheduler.model_dump()} for one in (then, now))
+    keys = [key for key in olds if olds[key] != news[key]]
+    named = [f"{key if '.' in key else f'lr_scheduler.{key}'} {olds[key]} then, {news[key]} now" for key in keys]
+    first = "the next update" if update == updates else f"update {update}"
+    return f"{first} has the learning rate {after:g} instead of {before:g} ({'; '.join(named)})"
 
 
 def data_changes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -22,6 +22,7 @@ from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.format.catalog import Found
 from internlm_lite.checkpoint.format.manifest import Kind, Manifest
 from internlm_lite.checkpoint.load.checkpoint_loader import Restored
+from internlm_lite.checkpoint.load.locate import find_step
 from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.save.saver import SaveOptions
 from internlm_lite.checkpoint.save.write_job import Saved
@@ -34,7 +35,7 @@ from internlm_lite.errors import CheckpointError, ConfigError, InternLMError, St
 from internlm_lite.mesh.consensus import on_main
 from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.train.changes import LastRun, batch_keys, data_changes
+from internlm_lite.train.changes import LastRun, batch_keys, data_changes, schedule_change
 from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.train_state import TrainState, random_states, set_random_states
 from internlm_lite.train.trainer import Trainer
@@ -109,13 +110,15 @@ class Checkpoints:
         `timeout_seconds`: how long rank 0 waits for the other ranks' parts of a checkpoint after writing its own;
         three times as long if training waits for it, which is less than the timeout of a collective.
         """
-        self._ckpt, self._mesh = config.ckpt, mesh
+        self._given, self._ckpt, self._mesh = config, config.ckpt, mesh
         self._config = masked(resolved(config))
         """The config as it is stored and compared: resolved, secrets masked."""
         self._in_background = self._ckpt.async_upload and self._ckpt.enable_save_ckpt
         staging = self._ckpt.async_upload_tmp_folder if self._in_background else None
         options = SaveOptions(
-            vote_timeout_seconds=timeout_seconds, staging_folder=Path(normalize_path(staging)) if staging else None
+            keep_milestones=self._ckpt.keep,
+            vote_timeout_seconds=timeout_seconds,
+            staging_folder=Path(normalize_path(staging)) if staging else None,
         )
         self.restored: str | None = None
         """Name of the checkpoint that this run resumed."""
@@ -124,7 +127,7 @@ class Checkpoints:
         self.manager = self._open(options, with_folders=self._ckpt.enable_save_ckpt)
         """Without folders if ckpt.enable_save_ckpt is False."""
         try:
-            self.manager.hold()
+            self.manager.lock()
             self._check_owner(self.manager)
         except BaseException:
             self.close(wait=False)
@@ -192,7 +195,9 @@ class Checkpoints:
     def restore(self, resume: str) -> TrainState:
         """Load the checkpoint to start from and return its state, else the initial state. Raises CheckpointError.
 
-        `resume`: "auto", "none" (ignore this run's save folders) or a path."""
+        `resume`: "auto", "none" (ignore this run's save folders), a step in these folders, or a path."""
+        if resume.isdecimal():
+            return self._begin_at(on_main(self._mesh, lambda: self._path_of_step(int(resume))))
         if resume not in ("auto", "none"):
             return self._begin_at(resume)
         own = self.own() if resume == "auto" else None
@@ -237,6 +242,12 @@ class Checkpoints:
         run_folder = found.manifest.state.get("run_folder")
         return (found.name == self.restored or run_folder == self.contents.run_folder) and found.step <= spiked_step
 
+    def _path_of_step(self, step: int) -> str:
+        """Not collective. Raises CheckpointError naming the steps that there are."""
+        folders = dict.fromkeys(folder for key in _FOLDER_KEYS if (folder := getattr(self._ckpt, key)))
+        where, name = find_step(list(folders), step, self._ckpt.s3)
+        return f"{where}/{name.commit}"
+
     def _begin_at(self, path: str) -> TrainState:
         moments = self._ckpt.load_optimizer
         restored = self.manager.load_at(path, self.contents.pieces(moments=moments), self._check)
@@ -246,6 +257,8 @@ class Checkpoints:
     def _adopt(self, restored: Restored, *, moments: bool) -> TrainState:
         state = self.contents.adopt(restored, moments=moments)
         self.restored = restored.found.name
+        for folder in self.manager.folders:
+            folder.resumed_from = self.restored
         return state
 
     def _check(self, found: Found) -> None:
@@ -269,6 +282,9 @@ class Checkpoints:
             return
         if changed:
             logger.warning(f"{listing}\nbatches from here on are drawn from the new data at the same position")
+        with suppress(CheckpointError, LookupError):  # a config of another version
+            if change := schedule_change(found.config(), self._given, stored["optimizer"]["good_steps"]):
+                logger.warning(f"the learning-rate schedule is not that of checkpoint {name}: {change}")
         tokens = self.contents.batch_tokens
         if stored.get("batch_tokens", tokens) != tokens:
             logger.warning(

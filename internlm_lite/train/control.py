@@ -3,7 +3,8 @@
     a signal to any rank            -> save and stop
     stop file, read by rank 0: N    -> save after step N and stop          -N -> save after step N and continue
     spike of the loss or the norm   -> report it; with guard.spike=rollback also roll back
-    too many updates were skipped   -> NumericsError
+    too many updates were skipped   -> NumericsError, DataError
+    the end, after a bad forward    -> NumericsError: nothing is saved
 
 Requests are summed in the gradient norm's all-reduce, and updates are skipped on the device (optim/zero.py,
 optim/spikes.py). The host reads both one step later: no extra collective, and no wait for the current step.
@@ -19,8 +20,9 @@ import torch
 
 from internlm_lite.checkpoint.format.manifest import Kind
 from internlm_lite.config.schema import CkptConfig, Config
-from internlm_lite.errors import NumericsError
+from internlm_lite.errors import DataError, NumericsError
 from internlm_lite.faults.signals import StopSignals
+from internlm_lite.mesh import comm
 from internlm_lite.optim.grad_norm import Requests
 from internlm_lite.optim.zero import StepOutcome
 from internlm_lite.train.reporter import Reporter
@@ -32,7 +34,7 @@ _LAG_STEPS = 1
 _MAX_BAD_STEPS_FP16 = 50
 """More than a loss scale needs to fall from 2^24 to 1: 24 halvings and the hysteresis."""
 _MAX_BAD_STEPS = 10
-"""For dtypes without a loss scale: between two skipped steps only the data changes."""
+"""Where the loss scale plays no part: between two skipped steps only the data changes."""
 _LARGEST_STEP = 10**12
 """Largest number in the stop file; it is exact as the float that ranks exchange."""
 
@@ -59,6 +61,8 @@ class Decision:
     """Source of the request to stop before all steps are done; empty: none."""
     rollback_before: int | None = None
     """The step with a spike; the checkpoint to restore is from before it."""
+    bad_losses: int = 0
+    """If no step follows: the most recent consecutive steps whose loss was not finite."""
 
     @property
     def stop(self) -> bool:
@@ -80,7 +84,11 @@ class StepSignals:
     consecutive_skips: float = 0.0
     """Steps skipped since the last update."""
     consecutive_overflows: float = 0.0
-    """The most recent consecutive steps whose gradient norm was not finite."""
+    """The most recent consecutive steps with a finite loss whose gradient norm was not finite."""
+    consecutive_bad_losses: float = 0.0
+    """The most recent consecutive steps whose loss was not finite."""
+    consecutive_unlabelled: float = 0.0
+    """The most recent consecutive steps without a label."""
     loss_scale: float = 1.0
 
     @staticmethod
@@ -91,8 +99,7 @@ class StepSignals:
             "stop_file": outcome.stop_file,
             "loss_z": outcome.spikes[0],
             "norm_z": outcome.spikes[1],
-            "consecutive_skips": outcome.consecutive_skips,
-            "consecutive_overflows": outcome.consecutive_overflows,
+            **vars(outcome.skips),
             "loss_scale": outcome.loss_scale,
         }
         return torch.stack([scalars[field.name].double() for field in fields(StepSignals)])
@@ -206,12 +213,13 @@ class Control:
         self._deferred: Kind | None = None
         is_fp16 = config.model.torch_dtype_name == "float16"
         self._scaler = config.grad_scaler if is_fp16 else None
-        self._max_bad_steps = config.guard.max_bad_steps or (_MAX_BAD_STEPS_FP16 if is_fp16 else _MAX_BAD_STEPS)
+        self._max_bad_steps = config.guard.max_bad_steps or _MAX_BAD_STEPS
+        self._max_skips = config.guard.max_bad_steps or (_MAX_BAD_STEPS_FP16 if is_fp16 else _MAX_BAD_STEPS)
         self._rollbacks: dict[int, int] = {}
 
     def after_step(self, outcome: StepOutcome, steps_done: int) -> Decision:
         """Sets and returns `decision`. Waits for the previous step, and for this one if a save is due. Raises
-        NumericsError when too many consecutive updates were skipped."""
+        NumericsError or DataError when too many consecutive updates were skipped (`check_skips`)."""
         arrived, known_step = self._channel.exchange(outcome), steps_done - 1 - _LAG_STEPS
         spiked = False
         if arrived is None:
@@ -231,6 +239,7 @@ class Control:
             final=final,
             stopped_by=self._command.source if self._command.stop and not all_done else "",
             rollback_before=known_step if spiked and self._config.guard.spike == "rollback" else None,
+            bad_losses=int(outcome.skips.consecutive_bad_losses) if final else 0,
         )
         return self.decision
 
@@ -265,14 +274,22 @@ class Control:
         return bool(named)
 
     def check_skips(self, signals: StepSignals, step: int) -> None:
-        """Raises NumericsError when too many consecutive updates up to that of `step` were skipped."""
+        """Raises NumericsError when too many consecutive updates up to that of `step` were skipped, DataError if they
+        had no label."""
         skips = int(signals.consecutive_skips)
+        if signals.consecutive_unlabelled > self._max_bad_steps:
+            raise DataError(
+                f"step {step}: no token of the last {signals.consecutive_unlabelled:.0f} batches has a label, so they "
+                "teach nothing: look at how their folders were tokenised (a token with a negative id has no label)"
+            )
+        if signals.consecutive_bad_losses > self._max_bad_steps:
+            raise bad_losses_error(int(signals.consecutive_bad_losses), step)
         if self._is_at_floor(signals):
             found = f"gradients still overflow with the smallest loss scale, {signals.loss_scale:g}"
-        elif skips > self._max_bad_steps:
+        elif skips > self._max_skips:
             found = (
                 f"the last {skips} updates were left out because a gradient was not finite or stood out, "
-                f"expected at most {self._max_bad_steps} in a row with {self._config.model.dtype}"
+                f"expected at most {self._max_skips} in a row with {self._config.model.dtype}"
             )
         else:
             return
@@ -289,9 +306,18 @@ class Control:
         return signals.consecutive_overflows > self._scaler.hysteresis
 
 
+def bad_losses_error(count: int, step: int) -> NumericsError:
+    """The error for `count` consecutive steps up to `step` whose forward pass was not finite."""
+    return NumericsError(
+        f"step {step}: the loss is not finite since step {step - count + 1}; the loss scale has no part in that: the "
+        "weights may be ruined and are not saved; started again, the run goes on from its newest checkpoint; lower "
+        "adam.lr, look at the data of these steps, or go on from an older checkpoint with --resume PATH"
+    )
+
+
 def _was_skipped(outcome: StepOutcome) -> bool:
     """Whether this step's update was skipped. Reads the device, so it is called only when a save is due."""
-    return outcome.consecutive_skips.item() > 0
+    return bool(comm.read(outcome.skips.consecutive_skips) > 0)
 
 
 def due_kind(

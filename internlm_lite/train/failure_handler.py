@@ -51,6 +51,11 @@ class FailureHandler:
         """A lower rank failed with the same error and logs it."""
         self._hangs = threading.Event()
 
+    def write_to(self, folder: Path) -> None:
+        """Records go to this run folder from now on."""
+        self.folder = folder
+        self.watchdog.stacks_file = folder / "logs" / f"rank-{self._dist_env.rank:05d}.stacks"
+
     def hang(self, verdict: Verdict) -> None:
         """Report the verdict and end the process. Called by the watchdog's thread."""
         self._hangs.set()
@@ -62,7 +67,7 @@ class FailureHandler:
         follows = bool(verdict.ranks) and rank not in verdict.ranks
         write_agent_error(self._dist_env.error_file, f"the job stands still: {verdict.why}", follows=follows)
         if folder is not None:
-            self._write_stacks(folder)
+            self._write_stacks()
             self._record(folder, "hang", verdict.why, HANG, follows=follows)
             for culprit, host in zip(verdict.ranks, verdict.hosts, strict=True):
                 where = (host, verdict.step, verdict.phase)
@@ -81,9 +86,11 @@ class FailureHandler:
         elif not self.reported_by_peer:
             logger.error(f"{type(error).__name__}: {error}")
 
-    def _write_stacks(self, folder: Path) -> None:
-        stacks = folder / "logs" / f"rank-{self._dist_env.rank:05d}.stacks"
+    def _write_stacks(self) -> None:
+        stacks = self.watchdog.stacks_file
+        assert stacks is not None
         try:
+            stacks.parent.mkdir(parents=True, exist_ok=True)
             write_stacks(stacks)
         except OSError as error:
             logger.error("cannot write %s: %s", stacks, error.strerror)

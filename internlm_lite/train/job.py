@@ -24,7 +24,7 @@ from internlm_lite.config.load import LoadedConfig
 from internlm_lite.config.masking import masked
 from internlm_lite.config.render_config import origin_rows
 from internlm_lite.config.schema import Config
-from internlm_lite.errors import STOPPED, PeerLostError
+from internlm_lite.errors import STOPPED, PeerLostError, StorageError
 from internlm_lite.faults.failure import clear_failures, read_failures
 from internlm_lite.faults.heartbeats import Limits
 from internlm_lite.faults.signals import StopSignals
@@ -41,7 +41,7 @@ from internlm_lite.runtime.dist_env import DistEnv
 from internlm_lite.runtime.log import setup_logging
 from internlm_lite.runtime.start import announce_layout, end_process, start_world, stop_world
 from internlm_lite.runtime.torchrun import report_to_agent
-from internlm_lite.train.build import Run, Surroundings, build_run
+from internlm_lite.train.build import Run, RunServices, build_run
 from internlm_lite.train.changes import LastRun, keep_global_batch
 from internlm_lite.train.checkpoints import Checkpoints
 from internlm_lite.train.failure_handler import FailureHandler, code_of
@@ -52,7 +52,7 @@ logger = logging.getLogger("internlm_lite")
 _LONG_PHASES = ("starting", "building", "loading", "saving", "evaluation", "samples", "ending")
 _LONG_FACTOR = 4
 """A long phase may be without progress for this many times --timeout, the limit of other phases."""
-TAKING = "taking the save folders"
+LOCKING = "taking the save folders"
 """A phase with a longer limit than the long ones: rank 0 may have to wait for a dead run's lock to expire."""
 _GRACE_SECONDS = 30.0
 MAX_WHY = 2000
@@ -64,7 +64,7 @@ class Options:
     """Command-line options besides the config."""
 
     resume: str | None
-    """One of "auto", "none", a path; None: ckpt.auto_resume decides."""
+    """One of "auto", "none", a step, a path; None: ckpt.auto_resume decides."""
     device: str
     run_dir: Path
     timeout_seconds: float
@@ -72,7 +72,7 @@ class Options:
     command: tuple[str, ...]
     profiling: bool
     sinks: Mapping[str, SinkFactory] = field(default_factory=dict)
-    """See `build.Surroundings`."""
+    """See `build.RunServices`."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,16 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StartPlan:
     """Where the run starts from and where it writes to."""
 
     resume: str
-    """One of "auto", "none", a path."""
+    """One of "auto", "none", a step, a path."""
     last: LastRun | None
     """The run that wrote the newest checkpoint of the save folders, with `resume` "auto"."""
     folder: Path
+    folder_if_failed: Path
+    """Instead of `folder` until the checkpoint of an earlier start is loaded: a start that fails must not touch it."""
     done: bool
     """The run in `folder` has done all steps: do not write to `folder`."""
 
@@ -151,7 +153,7 @@ def _run(loaded: LoadedConfig, dist_env: DistEnv, options: Options, failures: Fa
         mesh = build_mesh(sizes, dist_env.rank, device, collectives)
         announce_layout(sizes.dp, sizes.pp, sizes.tp)
         # Before anything is written: if another run holds the save folders, the run folder may be that run's, too.
-        with watchdog.inside(TAKING):
+        with watchdog.inside(LOCKING):
             checkpoints = Checkpoints(config, mesh, timeout)
         try:
             agents = {str(agent) for agent in comm.gather_objects(dist_env.agent, mesh.world) if agent}
@@ -171,7 +173,7 @@ def _run(loaded: LoadedConfig, dist_env: DistEnv, options: Options, failures: Fa
 def limits_of(timeout_seconds: float) -> Limits:
     """The watchdog's limits: seconds that a rank may be in each phase without progress."""
     long = _LONG_FACTOR * timeout_seconds
-    return Limits(timeout_seconds, {**dict.fromkeys(_LONG_PHASES, long), TAKING: long + 2 * LEASE_SECONDS})
+    return Limits(timeout_seconds, {**dict.fromkeys(_LONG_PHASES, long), LOCKING: long + 2 * LEASE_SECONDS})
 
 
 def _fingerprint(loaded: LoadedConfig, options: Options, device: torch.device) -> dict[str, str]:
@@ -186,25 +188,23 @@ def _fingerprint(loaded: LoadedConfig, options: Options, device: torch.device) -
     }
 
 
-def _plan(job: Job) -> Plan:
+def _plan(job: Job) -> StartPlan:
     """The plan of rank 0, on all ranks. Collective."""
     restarted = any(comm.gather_objects(job.dist_env.attempt, job.mesh.world))
     return on_main(job.mesh, lambda: _plan_on_main(job, restarted=restarted))
 
 
-def _plan_on_main(job: Job, *, restarted: bool) -> Plan:
+def _plan_on_main(job: Job, *, restarted: bool) -> StartPlan:
     """Resuming from the save folders continues in the run folder of their newest checkpoint; else it is a new one."""
-    config, root = job.config, job.options.run_dir
+    config, root, now = job.config, job.options.run_dir, datetime.now().astimezone()
     resume = _resume_how(job, restarted=restarted)
     last = job.checkpoints.last_run() if resume == "auto" else None
     folder = run_folders.find_run_folder(root, config.JOB_NAME, last.folder) if last else None
     if last is None or folder is None:
-        new = run_folders.create_run_folder(root, config.JOB_NAME, datetime.now().astimezone())
-        return Plan(resume, last, new, done=False)
+        new = run_folders.create_run_folder(root, config.JOB_NAME, now)
+        return StartPlan(resume, last, new, new, done=False)
     done = last.step >= config.data.total_steps and has_ended(folder / "events.jsonl")
-    if not done:
-        run_folders.point_latest(folder.parent, folder.name)
-    return Plan(resume, last, folder, done)
+    return StartPlan(resume, last, folder, run_folders.failed_start_folder(folder, now), done)
 
 
 def _resume_how(job: Job, *, restarted: bool) -> str:
@@ -222,20 +222,25 @@ def _resume_how(job: Job, *, restarted: bool) -> str:
     return "auto" if ours else wanted
 
 
-def _train(job: Job, plan: Plan, signals: StopSignals) -> TrainingEnd:
+def _train(job: Job, plan: StartPlan, signals: StopSignals) -> TrainingEnd:
     """Build the run and train until the end; no training if no steps are left. Collective."""
     run, finished = None, False
     try:
-        if not plan.done:
+        if plan.folder_if_failed == plan.folder:
             _open_run_folder(job, plan.folder)
+        else:
+            job.failures.write_to(plan.folder_if_failed)
         run = _build(job, plan)
-        if plan.done and run.start.step < run.config.data.total_steps:
-            _open_run_folder(job, plan.folder)  # the newest checkpoint was damaged: repeat some steps
-        is_open = job.failures.folder is not None
+        # A run that is done goes on if the newest checkpoint was damaged: repeat some steps.
+        if job.failures.folder != plan.folder and (not plan.done or run.start.step < run.config.data.total_steps):
+            _open_run_folder(job, plan.folder)
+        is_open = job.failures.folder == plan.folder
         trace_folder = plan.folder if job.options.profiling else None
         ended = train(run, signals, trace_folder) if is_open else TrainingEnd(run.start)
         finished = True
     except BaseException as error:
+        if job.failures.folder != plan.folder:
+            _describe_failed_start(job, plan.folder_if_failed)
         job.failures.failed(error)
         _report_failure(job, run, error)
         raise
@@ -249,27 +254,41 @@ def _train(job: Job, plan: Plan, signals: StopSignals) -> TrainingEnd:
     return ended
 
 
-def _build(job: Job, plan: Plan) -> Run:
-    around = Surroundings(
+def _build(job: Job, plan: StartPlan) -> Run:
+    services = RunServices(
         checkpoints=job.checkpoints,
         watchdog=job.failures.watchdog,
         terminal=sys.stdout.isatty() and job.mesh.is_main,
         sinks=job.options.sinks,
     )
     config = keep_global_batch(job.config, plan.last, job.mesh.dp.size)
-    return build_run(config, job.mesh, plan.folder, plan.resume, around)
+    return build_run(config, job.mesh, plan.folder, plan.resume, services)
 
 
 def _open_run_folder(job: Job, folder: Path) -> None:
     """Record this start in the run folder, and log there from now on. Collective."""
     on_main(job.mesh, lambda: _describe_start(job, folder))
-    job.failures.folder = folder
+    job.failures.write_to(folder)
     setup_logging(job.dist_env, folder, job.options.log_style)
 
 
+def _describe_failed_start(job: Job, folder: Path) -> None:
+    """Not collective."""
+    with suppress(StorageError):
+        setup_logging(job.dist_env, folder, job.options.log_style)
+        if job.mesh.is_main:
+            _write_start(job, folder)
+            logger.error(f"this start failed before it went on; everything about it is in {folder}")
+
+
 def _describe_start(job: Job, folder: Path) -> None:
-    now, device = datetime.now().astimezone(), device_name(job.mesh.device)
     clear_failures(folder)
+    run_folders.point_latest(folder.parent, folder.name)
+    _write_start(job, folder)
+
+
+def _write_start(job: Job, folder: Path) -> None:
+    now, device = datetime.now().astimezone(), device_name(job.mesh.device)
     run_folders.write_start(
         folder, job.loaded, run_folders.environment(job.dist_env, job.options.command, device, now, job.agents)
     )

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from internlm_lite.errors import NumericsError
 from internlm_lite.faults.signals import StopSignals
-from internlm_lite.mesh.consensus import on_main
+from internlm_lite.mesh.consensus import on_all, on_main
 from internlm_lite.monitor.jsonl import is_evaluated
 from internlm_lite.optim.replicas import check_replicas
+from internlm_lite.optim.zero import HybridZeroOptimizer
 from internlm_lite.train.build import Run
-from internlm_lite.train.control import Control, Decision
+from internlm_lite.train.control import Control, Decision, bad_losses_error
 from internlm_lite.train.profiling import traced_steps
 from internlm_lite.train.train_state import TrainState
 
@@ -121,16 +122,25 @@ def _roll_back(run: Run, state: TrainState, control: Control) -> TrainState | No
 
 
 def _check_weights(run: Run, state: TrainState, decision: Decision) -> None:
-    """Raises NumericsError if copies of weights differ (guard.check_replicas_every) or final weights are not finite."""
+    """Raises NumericsError if copies of weights differ (guard.check_replicas_every), or if a save is due and the master
+    weights or the optimizer's state are not sound, or the forward pass was not finite: a ruined state must not replace
+    a good checkpoint."""
     optimizer, every = run.trainer.optimizer, run.config.guard.check_replicas_every
     if every and state.step % every == 0:
         with run.reporter.excluded_from_timing():
             optimizer.wait_weights()
             check_replicas(optimizer, run.mesh, state.step - 1)
-    if decision.final and not optimizer.is_finite():
+    if decision.save or decision.final:
+        on_all(run.mesh, partial(_require_sound_state, optimizer, state.step - 1))
+    if decision.bad_losses:
+        raise bad_losses_error(decision.bad_losses, state.step - 1)
+
+
+def _require_sound_state(optimizer: HybridZeroOptimizer, step: int) -> None:
+    if problem := optimizer.problem():
         raise NumericsError(
-            f"step {state.step - 1}: the weights are not finite, so they are not saved: started again, the run goes on "
-            "from its newest checkpoint; lower adam.lr, or go on from an older one with --resume PATH"
+            f"step {step}: {problem}, so nothing is saved: started again, the run goes on from its newest checkpoint; "
+            "lower adam.lr, or go on from an older one with --resume PATH"
         )
 
 

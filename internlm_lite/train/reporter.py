@@ -13,6 +13,7 @@ import torch
 
 from internlm_lite.batch import Batch
 from internlm_lite.config.schema import Config
+from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.stages import model_flops_per_token
 from internlm_lite.monitor.flops import internlm_flops_per_token, mfu, tflops_per_gpu
@@ -162,11 +163,11 @@ def _read(outcome: StepOutcome) -> list[float]:
     scalars = (
         outcome.norm_model_dtype,
         outcome.norm_fp32,
-        outcome.skipped_steps,
+        outcome.skips.skipped_steps,
         outcome.loss_scale,
         outcome.next_lr,
     )
-    values: list[float] = torch.stack([scalar.double() for scalar in scalars]).tolist()
+    values: list[float] = comm.read(torch.stack([scalar.double() for scalar in scalars]))
     return values
 
 

@@ -104,7 +104,7 @@ class Trainer:
         """
         device, metrics = self.mesh.device, FolderMetrics(data.folders, self.mesh)
         one, loss_sum = torch.ones((), device=device), torch.zeros((), dtype=torch.float64, device=device)
-        with closing(data.batches()) as batches:
+        with closing(data.batches(pin=device.type == "cuda")) as batches:
             for host_batch in batches:
                 batch = host_batch.to(device)
                 self.engine.evaluate(BatchTask(self.stages, batch, one, metrics, loss_sum), batch.micro_num)

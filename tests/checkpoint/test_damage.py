@@ -162,6 +162,22 @@ def test_damages_lists_every_damaged_thing(tmp_path: Path, names: list[str]) -> 
         assert any(words in line for line in lines), lines
 
 
+def test_numbers_that_are_not_finite_are_reported_and_passed_over(tmp_path: Path, names: list[str]) -> None:
+    pieces = pieces_of(0, fill=True)
+    piece = next(piece for piece in pieces if (piece.role, piece.name) == ("exp_avg", "norm.weight"))
+    piece.tensor.view(-1)[3] = -torch.inf
+    manager = CheckpointManager(str(tmp_path), single_process_mesh())
+    ruined = manager.save(3, "milestone", pieces, {"step": 3})
+    found = manager.latest()
+    assert found is not None and found.name == ruined
+    (line,) = [str(damage) for damage in damages_in(found)]
+    assert line.endswith("tensor exp_avg/norm.weight: holds NaN or infinity: the run had diverged when it was saved")
+    restored = _resume(tmp_path)
+    assert restored.found.name == names[1]
+    (reason,) = restored.found.rejected
+    assert reason.endswith("exp_avg of norm.weight holds NaN or infinity: the run had diverged"), reason
+
+
 def test_a_resealed_lie_is_found(tmp_path: Path, names: list[str]) -> None:
     """A manifest whose dump_with_crc fits but whose pieces leave a gap or point elsewhere is refused all the same."""
     from internlm_lite.checkpoint.format.manifest import Manifest, dump_with_crc, load_with_crc

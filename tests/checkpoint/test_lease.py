@@ -129,7 +129,7 @@ def test_a_run_that_lost_its_lease_commits_no_more(tmp_path: Path) -> None:
     from tests.checkpoint.pieces import pieces_of
 
     manager = CheckpointManager(str(tmp_path), single_process_mesh())
-    manager.hold()
+    manager.lock()
     manager.save(1, "snapshot", pieces_of(0, fill=True), {})
     lock(LocalStorage(tmp_path))
     with pytest.raises(StorageError, match="this run does not write there any more"):
@@ -280,7 +280,7 @@ def test_abandoned_data_of_a_dead_run_goes_at_once(tmp_path: Path, gone: int | N
 
     def manager() -> CheckpointManager:
         opened = CheckpointManager(str(tmp_path), single_process_mesh())
-        opened.hold()
+        opened.lock()
         return opened
 
     first = manager()

@@ -97,6 +97,21 @@ def test_rotation_keeps_snapshots_and_all_milestones(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "commits")) == sorted(f"{name}.json" for name in kept)
 
 
+def test_keep_removes_old_milestones(tmp_path: Path) -> None:
+    options = SaveOptions(keep_milestones=2)
+    manager = _manager(tmp_path, saving=options)
+    kinds = ["milestone", "final", "milestone", "snapshot", "milestone", "milestone"]
+    names = [_save(manager, step, kind) for step, kind in enumerate(kinds)]
+    assert sorted(os.listdir(tmp_path / "data")) == sorted([names[1], *names[3:]])
+    (tmp_path / f"data/{names[5]}/rank-00000.safetensors").write_bytes(b"")
+    newer = _save(manager, 6, "milestone")
+    assert {names[4], names[5], newer} <= set(os.listdir(tmp_path / "data")), "a damaged one is not counted"
+    for folder in manager.folders:
+        folder.resumed_from = names[4]
+    last = [_save(manager, step, "milestone") for step in (7, 8)]
+    assert sorted(os.listdir(tmp_path / "data")) == sorted([names[1], names[3], names[4], *last])
+
+
 def test_rotation_does_not_count_damaged_checkpoints(tmp_path: Path) -> None:
     manager = _manager(tmp_path)
     good, bad = _save(manager, 1), _save(manager, 2)
@@ -172,11 +187,12 @@ def test_another_model_is_explained(tmp_path: Path) -> None:
         "output.weight: checkpoint [12, 8], model [12, 16]",
         "only in the model (1):\n    layers.1.new [3]",
         "only in the checkpoint (1):\n    norm.weight [7]",
-        "model.hidden_size: checkpoint 8, this run 16",
+        "belongs to another model:\n  model.hidden_size 8 in the checkpoint, 16 in this run\n",
         "use the config the checkpoint was saved with",
     ):
         assert words in text, text
-    assert "vocab_size" not in text and text.index("model.hidden_size") < text.index("seed")
+    assert "vocab_size" not in text and "seed" not in text
+    assert len(set(lines := text.splitlines())) == len(lines), "each tensor once"
 
 
 def test_another_function_of_the_same_shapes_is_refused_but_for_its_weights_alone(
@@ -292,6 +308,23 @@ def test_open_takes_every_spelling_of_a_checkpoint(tmp_path: Path, monkeypatch: 
         other.open(f"{save}/data/{first}")
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         other.open(str(tmp_path / "nowhere"))
+
+
+def test_a_step_names_its_newest_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = _manager(tmp_path / "save", snapshot_folder=str(tmp_path / "save" / "snapshot"))
+    names = [_save(manager, step, kind) for step, kind in ((1, "milestone"), (2, "snapshot"), (1, "milestone"))]
+    other = _manager(tmp_path / "other")
+    for path in (f"{tmp_path}/save/1", f"local:{tmp_path}/save/1/", f"{tmp_path}/save/0001"):
+        assert other.open(path).name == names[2], path
+    assert other.open(f"{tmp_path}/save/2").name == names[1], "in the folder inside"
+    monkeypatch.chdir(tmp_path / "save")
+    assert other.open("1").name == names[2]
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 3 in .*/save; the steps there: 1, 2"):
+        other.open(f"{tmp_path}/save/3")
+    with pytest.raises(CheckpointError, match="the steps there: none"):
+        other.open(f"{tmp_path}/nowhere/3")
+    _save(_manager(tmp_path / "save" / "9"), 5)
+    assert other.open(f"{tmp_path}/save/9").step == 5, "a folder of that name"
 
 
 def test_incomplete_pieces_are_not_committed(tmp_path: Path) -> None:
@@ -536,6 +569,6 @@ def test_a_lease_is_given_back_when_the_others_are_lost_as_it_is_taken(
 
     monkeypatch.setattr(comm, "broadcast_object", lost)
     with pytest.raises(PeerLostError):
-        manager.hold()
+        manager.lock()
     manager.release()
     assert holder(manager.storage) is None

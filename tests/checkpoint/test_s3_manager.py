@@ -242,7 +242,7 @@ def test_a_background_save_fails_while_s3_is_away_and_the_next_one_works(
 ) -> None:
     folder = s3_folder.replace(s3_server.endpoint, s3_proxy.endpoint)
     manager = _manager(folder, S3Config(insecure=True, deadline_seconds=4))
-    manager.hold()
+    manager.lock()
     try:
         s3_proxy.faults.append(Fault("reset", "PUT .*data", times=1000))
         assert manager.save(1, "snapshot", pieces_of(0, fill=True), {}, wait=False) is not None
@@ -340,7 +340,7 @@ def test_a_server_that_fell_silent_is_not_asked_for_more(
 ) -> None:
     folder = s3_folder.replace(s3_server.endpoint, s3_proxy.endpoint)
     manager = _manager(folder, S3Config(insecure=True, deadline_seconds=3))
-    manager.hold()
+    manager.lock()
     _save(manager, 0)
     s3_proxy.faults.append(Fault("hang", ".", times=1000))
     begun = len(s3_proxy.seen)

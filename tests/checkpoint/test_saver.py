@@ -169,7 +169,7 @@ def test_staging_copies_every_dtype_and_shape(tmp_path: Path) -> None:
         staging = Staging(folder, CPU)
         staging.reserve(tensors)
         memory = staging._buffer.data_ptr()
-        copies = staging.hold(tensors)
+        copies = staging.copy(tensors)
         assert staging._buffer.data_ptr() == memory, "made once"
         for copy, tensor in zip(copies, tensors, strict=True):
             assert torch.equal(copy, tensor) and copy.dtype == tensor.dtype and copy.shape == tensor.shape
@@ -185,7 +185,7 @@ def test_staging_without_room_uses_ordinary_memory(
     monkeypatch.setattr(os, "posix_fallocate", full)
     tensor = torch.randn(100)
     with caplog.at_level(logging.WARNING):
-        (copy,) = Staging(tmp_path, CPU).hold([tensor])
+        (copy,) = Staging(tmp_path, CPU).copy([tensor])
     assert torch.equal(copy, tensor) and "No space left on device" in caplog.text and not os.listdir(tmp_path)
 
 

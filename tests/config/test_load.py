@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from internlm_lite.config import foreign
 from internlm_lite.config.keys import known_keys
 from internlm_lite.config.load import LoadedConfig, check_config, load_config
 from internlm_lite.config.masking import masked
@@ -199,6 +200,22 @@ def test_base_merges_and_delete_replaces(tmp_path: Path) -> None:
     assert load_config(tmp_path / "c.py").config.data.weights == {"x": 1, "y": 2, "z": 3}
 
 
+def test_variable_replaces_that_of_the_base(tmp_path: Path) -> None:
+    (tmp_path / "b.py").write_text(
+        f"_base_ = {str(TINY)!r}\nLR = 1e-3\nN: int = 1\nA, B = 1, 2\nB += 1\n"
+        "adam = dict(lr=LR)\ndata = dict(micro_num=N, micro_bsz=B)\n"
+    )
+    text = "_base_ = 'b.py'\nTOTAL_STEPS = 30 * 2\nLR = 2e-3\nN = len('abc')\nB = 7\nOTHER = open\nJOB_NAME = 'top'\n"
+    (tmp_path / "a.py").write_text(text)
+    loaded = load_config(tmp_path / "a.py")
+    config = loaded.config
+    assert loaded.notes[0].endswith("b.py: B, LR, N replaced by the value of the file above it")
+    assert (config.data.total_steps, config.lr_scheduler.total_steps, config.JOB_NAME) == (60, 60, "top")
+    assert (config.adam.lr, config.data.micro_num, config.data.micro_bsz) == (2e-3, 3, 7)
+    config = load_config(tmp_path / "a.py", ["LR=4e-3", "SEQ_LEN=64"]).config
+    assert (config.adam.lr, config.data.seq_len, config.data.total_steps) == (4e-3, 64, 60)
+
+
 def test_circular_base(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("_base_ = 'b.py'\n")
     (tmp_path / "b.py").write_text("_base_ = 'a.py'\n")
@@ -296,6 +313,31 @@ SPELLINGS = [
     ("model_type = 'INTERNLM'", {"model.no_bias": False}),
     ("model_type = 'INTERNLM2_PUBLIC'", {"model.no_bias": True}),
     ("model_type = 'LLAMA2'\nmodel = dict(no_bias=False)", {"model.no_bias": False}),
+    (
+        "ckpt = dict(load_ckpt_info=dict(path=None, content=('model',), ckpt_type='hf'))",
+        {"ckpt.load_ckpt_folder": None},
+    ),
+    ("ckpt = dict(load_ckpt_info=dict(path=''), load_ckpt_folder='q')", {"ckpt.load_ckpt_folder": "q"}),
+    (
+        f"ckpt = dict(auto_resume=True, load_ckpt_folder='local:q', {MODEL_ONLY})",
+        {"ckpt.load_ckpt_folder": None, "ckpt.load_model_only_folder": None},
+    ),
+    ("data = dict(rampup_batch_size=None)", {"data.rampup_batch_size": ""}),
+    ("ckpt = dict(save_ckpt_folder='', load_ckpt_folder='')", {"ckpt.save_ckpt_folder": None}),
+    ("loss = None\nmonitor = None", {"loss.label_smoothing": 0}),
+    ("parallel = dict(tensor=dict(size=2, sp='none', intern_overlap=False))", {"parallel.sequence_parallel": False}),
+    ("parallel = dict(tensor=dict(size=2, sp='flash-attn', memory_pool=True))", {"parallel.sequence_parallel": True}),
+    ("parallel = dict(expert=dict(size=-1), sequence_2D=dict(enable=False, head_size=2))", {"parallel.tensor": 1}),
+    ("model = dict(num_experts=1, moe_type='GShard', adapt_hf=True, norm_head=False)", {}),
+    ("model = dict(qkv_bias=False, o_bias=False)", {"model.no_bias": True}),
+    ("model = dict(sequence_parallel=False, use_amp=None, use_lora=False, fp8='none', lora={})", {}),
+    ("data = dict(gradient_accumulation=3, micro_num=3, packed_length=1)", {"data.micro_num": 3}),
+    ("model = dict(sequence_parallel=True)", {"parallel.sequence_parallel": True}),
+    ("ckpt = dict(checkpoint_every=float('inf'))", {"ckpt.checkpoint_every": None}),
+    ("parallel = dict(tensor=dict(size=2, mode='origin_tp'))", {"parallel.tensor": 2}),
+    ("model_type = 'INTERNLM3'", {"model.no_bias": True}),
+    ("alert_address = None", {"monitor.alerts.webhook": None}),
+    ("alert_address = 'https://x.example/a'", {"monitor.alerts.format": "feishu"}),
     ("data = dict(num_worker=4, diag_outlier_ratio=1.1, type='tokenized')", {}),
     ("data = dict(empty_cache_and_diag_interval=10)", {}),
     ("model = dict(qk_interleaved=False, mlp_layer_fusion=True)", {}),
@@ -314,7 +356,8 @@ SPELLINGS = [
 
 
 @pytest.mark.parametrize(("text", "expected"), SPELLINGS, ids=[text for text, _ in SPELLINGS])
-def test_aliases(tmp_path: Path, text: str, expected: dict[str, object]) -> None:
+def test_aliases(tmp_path: Path, text: str, expected: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     loaded = load(tmp_path, text + "\n")
     for key, value in expected.items():
         found: object = loaded.config
@@ -322,6 +365,39 @@ def test_aliases(tmp_path: Path, text: str, expected: dict[str, object]) -> None
             found = getattr(found, name)
         assert found == value, key
     assert loaded.notes and all("x.py:" in note and "understood" in note for note in loaded.notes)
+
+
+def test_keys_without_effect_share_a_note(tmp_path: Path) -> None:
+    """The keys that InternEvo's newest dense configs have beside ours, with the values those files have."""
+    text = (
+        "ckpt = dict(enable_save_ckpt=False, enable_internevo2hf_ckpt=False)\ndata = dict(use_shm=False)\n"
+        "hybrid_zero_optimizer = dict(use_split_tensor_optim=False, all_gather_size=2**29)\n"
+        "parallel = dict(pipeline=dict(size=1, zero_bubble=False), weight=dict(size=1, overlap=True))\n"
+        "model = dict(enable_qkv_fusion=True, sequence_parallel=False, use_amp=False, num_experts=1)\n"
+        "loss = dict(label_smoothing=0, op_type='py_vocab_parallel')\nadam = dict(lr=1e-4, foreach=False)\n"
+        "use_apex_adam = False\nenable_tb = True\n"
+    )
+    loaded = load(tmp_path, text)
+    (note,) = (note for note in loaded.notes if "without effect" in note)
+    assert note.partition("x.py:2: ")[2].count(", ") == 14 and "data.use_shm" in note
+    assert loaded.config.adam.lr == 1e-4 and loaded.config.parallel.pipeline.size == 1
+
+
+def test_eta_min_above_lr_is_a_note(tmp_path: Path) -> None:
+    (note,) = load(tmp_path, "adam = dict(lr=2e-6)\nlr_scheduler = dict(eta_min=1e-5)\n").notes
+    assert "x.py:3: lr_scheduler.eta_min=1e-05 is above adam.lr=2e-06" in note
+
+
+def test_saving_that_is_not_switched_on_is_a_note(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text(TINY.read_text().replace("ckpt = dict(enable_save_ckpt=False)", ""))
+    loaded = load_config(tmp_path / "x.py", ["ckpt.save_ckpt_folder=local:s", "ckpt.checkpoint_every=5"])
+    assert loaded.notes == ("command line: nothing is saved: ckpt.enable_save_ckpt is False unless it is written",)
+
+
+def test_given_weights_are_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("p").mkdir()
+    assert load(tmp_path, f"ckpt = dict(auto_resume=True, {MODEL_ONLY})\n").config.ckpt.load_model_only_folder == "p"
 
 
 MODEL_OF_Q = "ckpt = dict(load_ckpt_info=dict(path='q', content=('model',), ckpt_type='internlm'))\n"
@@ -380,6 +456,32 @@ def test_webhook_is_not_shown(tmp_path: Path, alert: str) -> None:
         ("ckpt = dict(load_ckpt_info='p')", "x.py:2: ckpt.load_ckpt_info: found 'p', expected dict(path=...,"),
         ("parallel = dict(weight=2)", "x.py:2: parallel.weight: found 2, expected size 1"),
         (
+            "parallel = dict(tensor=dict(size=2, sp='intern'))",
+            "x.py:2: parallel.tensor: found sp='intern': weight parallelism",
+        ),
+        (
+            "model = dict(num_experts=4)\nloss = dict(moe_loss_coeff=0.1)",
+            "x.py:2: model.num_experts: found 4: this asks",
+        ),
+        ("model = dict(adapt_hf=False)", "x.py:2: model.adapt_hf: found False, expected True or no such key; adapt_hf"),
+        ("model = dict(qkv_bias=True, o_bias=False)", "x.py:2: model.qkv_bias: found True, expected both alike"),
+        (
+            "model = dict(sequence_parallel=True)\nparallel = dict(sequence_parallel=False)",
+            "x.py:2: model.sequence_parallel: found True, but parallel.sequence_parallel is False",
+        ),
+        ("model_type = 'INTERNLM_MoE'", "only these are built: its blocks have experts"),
+        (
+            "ckpt = dict(load_ckpt_info=dict(path='p', ckpt_type='hf'))",
+            "x.py:2: ckpt.load_ckpt_info: found ckpt_type='hf'; only the checkpoints written here are read; "
+            "to make one of a Hugging Face folder: internlm-lite convert from-hf",
+        ),
+        ("ckpt = dict(load_ckpt_info=dict(path='p', ckpt_type='llama'))", "convert_llama_weights_to_hf"),
+        (
+            "from mmengine.config import read_base\nwith read_base():\n    from .b.c import *\n    from ..d import x\n",
+            "x.py:3: found read_base(); write _base_ = ['b/c.py', '../d.py'] instead of this block",
+        ),
+        ("from configs.other import *", "No module named 'configs.other'; another config file is read by _base_ ="),
+        (
             "parallel = dict(pipeline=dict(mode='zbh1'))",
             "x.py:2: parallel.pipeline.mode: found 'zbh1', expected '1f1b'",
         ),
@@ -396,6 +498,64 @@ def test_webhook_is_not_shown(tmp_path: Path, alert: str) -> None:
 )
 def test_aliases_of_unsupported_features(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in problem(tmp_path, text + "\n")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "feature"),
+    [
+        ("model.num_local_experts", "8", "a mixture of experts"),
+        ("parallel.context_parallel_size", "2", "context parallelism"),
+        ("parallel.fsdp", "True", "sharding of weights"),
+        ("zero_optimization", "dict(stage=3)", "sharding of weights"),
+        ("adam.cpu_offload", "True", "offloading"),
+        ("lora", "dict(rank=8)", "LoRA"),
+        ("model.kv_lora_rank", "512", "multi-head latent attention"),
+        ("use_dpo", "True", "training on preferences"),
+        ("model.fp8", "'hybrid'", "FP8"),
+        ("load_in_4bit", "True", "quantised training"),
+        ("model.vision_tower", "'clip'", "images, video and sound"),
+        ("ema_decay", "0.999", "averaging of weights"),
+        ("use_cuda_graph", "True", "CUDA graphs"),
+        ("model.attention_dropout", "0.1", "dropout"),
+        ("model.rope_scaling", "dict(type='yarn')", "scaled or other position embeddings"),
+        ("num_train_epochs", "3", "counting in epochs"),
+        ("deepspeed", "'ds.json'", "another framework's settings"),
+    ],
+)
+def test_features_of_other_frameworks_are_named(tmp_path: Path, key: str, value: str, feature: str) -> None:
+    *section, name = key.split(".")
+    found = problem(tmp_path, f"{section[0]} = dict({name}={value})\n" if section else f"{name} = {value}\n")
+    assert f"x.py:2: {key}: found " in found and f"this asks for {feature}" in found and "not supported; " in found
+    assert load(tmp_path, f"{section[0]} = dict({name}=None)\n" if section else f"{name} = None\n").config
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [
+        ("learning_rate", "adam.lr"),
+        ("data.gradient_accumulation_steps", "data.micro_num"),
+        ("per_device_train_batch_size", "data.micro_bsz"),
+        ("model.num_key_value_heads", "model.num_kv_attention_heads"),
+        ("parallel.tensor_model_parallel_size", "parallel.tensor"),
+        ("max_grad_norm", "hybrid_zero_optimizer.clip_grad_norm"),
+        ("gradient_checkpointing", "model.checkpoint"),
+        ("bf16", "model.dtype"),
+    ],
+)
+def test_names_of_other_frameworks_lead_to_ours(tmp_path: Path, key: str, ours: str) -> None:
+    assert f"{key}: unknown key; nearest known key: {ours}" in problem(tmp_path, "", f"{key}=7")
+
+
+def test_tables_of_other_frameworks_name_keys_that_do_not_exist() -> None:
+    assert not {*foreign.NO_EFFECT, *foreign.NO_EFFECT_IF} & set(known_keys())
+    assert set(foreign.OTHER_NAMES.values()) <= set(known_keys())
+    ours = {key.rpartition(".")[2] for key in known_keys()} - {"fp16"}
+    assert not [name for name in ours if foreign.missing_feature(name) or name in foreign.OTHER_NAMES]
+
+
+def test_keys_of_a_section_are_listed_once(tmp_path: Path) -> None:
+    found = problem(tmp_path, "data = dict(qqq=1, zzz=2)\n")
+    assert found.count("keys of data: seq_len") == 1 and "x.py:2: data.zzz: unknown key" in found
 
 
 def test_override_of_unsupported_feature(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from internlm_lite.errors import DataError
 from tests.data.corpora import write_internlm, write_native
 
 
-def test_sub_folders_with_data_are_folders(tmp_path):
+def test_sub_folders_with_data_are_folders(tmp_path, caplog):
     write_native(tmp_path / "docs" / "x" / "y" / "b.bin", [[1, 2]])
     write_native(tmp_path / "docs" / "a.bin", [[3]])
     write_internlm(tmp_path / "code" / "c.bin", [[4, 5, 6]])
@@ -19,7 +19,9 @@ def test_sub_folders_with_data_are_folders(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "readme.txt").write_text("no data")
     (tmp_path / "README.md").write_text("a file")
+    (tmp_path / "folder.bin").mkdir()
     folders = find_folders(tmp_path, "train_folder")
+    assert caplog.records == []
     assert [(f.name, [d.path.name for d in f.files]) for f in folders] == [
         ("code", ["c.bin"]),
         ("docs", ["a.bin", "b.bin"]),

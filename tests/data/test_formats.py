@@ -121,10 +121,16 @@ INTERNLM_DAMAGE = {
     "truncated bin": (lambda p: _cut(p / "a.bin", (p / "a.bin").stat().st_size - 4), r"a\.bin: document 19 .* damage"),
     "bin cut at a line": (lambda p: _cut(p / "a.bin", 40), r"a\.bin\.meta points to byte"),
     "empty bin": (lambda p: _cut(p / "a.bin", 0), r"a\.bin: found 0 bytes"),
-    "truncated meta": (lambda p: _cut(p / "a.bin.meta", 200), r"a\.bin\.meta: expected a numpy array"),
+    "truncated meta": (
+        lambda p: _cut(p / "a.bin.meta", 200),
+        r"a\.bin\.meta: found 200 bytes, expected 448 for 20 doc",
+    ),
     "no numpy": (lambda p: (p / "a.bin.meta").write_bytes(b"hello"), r"a\.bin\.meta: expected a numpy array"),
     "pickle": (lambda p: _save_meta(p, np.array([{}], dtype=object)), r"a\.bin\.meta: expected a numpy array"),
-    "other shape": (lambda p: _save_meta(p, np.zeros((3, 3), int)), r"expected integers \[documents, 2\]"),
+    "other shape": (
+        lambda p: _save_meta(p, np.zeros((3, 3), int)),
+        r"expected a numpy array of integers \[documents, 2\]",
+    ),
     "falling offsets": (lambda p: _save_meta(p, np.array([[9, 1], [0, 1]])), "offsets do not rise"),
     "another file's meta": (lambda p: _save_meta(p, np.array([[0, 3]])), "expected 3 integers"),
     "floats": (
@@ -142,6 +148,16 @@ def test_internlm_damage_is_named(tmp_path, name):
     damage(tmp_path)
     with pytest.raises(DataError, match=message):
         open_documents(tmp_path / "a.bin")
+
+
+def test_internlm_index_of_some_lines(tmp_path, monkeypatch):
+    """Of the first ones, and with gaps; lines are read to their ends, however long, and not much further."""
+    path = write_internlm(tmp_path / "a.bin", [[100_000_000 + token for token in tokens] for tokens in DOCUMENTS])
+    meta = np.load(f"{path}.meta")
+    _save_meta(tmp_path, meta[1:12:5])
+    monkeypatch.setattr(internlm, "USUAL_TOKEN_BYTES", 1)
+    documents = open_documents(path)
+    assert _all(documents) == [[100_000_000 + token for token in DOCUMENTS[i]] for i in (1, 6, 11)]
 
 
 def test_internlm_damaged_line(tmp_path):

@@ -1,5 +1,6 @@
 """Training a tokenizer, tokenising folders of text, and the checks between tokenizer, data and model."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -12,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internlm_lite.batch import IGNORE, Position
-from internlm_lite.data.data_loader import open_training_data
+from internlm_lite.data.data_loader import open_training_data, open_validation_data
 from internlm_lite.data.documents import read_metadata
 from internlm_lite.data.encode import FolderEncoder
 from internlm_lite.data.folders import open_documents
-from internlm_lite.data.text import find_text, read_documents, sample_text
+from internlm_lite.data.text import DEFAULTS, find_text, read_documents, sample_text
+from internlm_lite.data.text_files import BadLimit, Tally
 from internlm_lite.data.tokenizer import Tokenizer, train_tokenizer
 from internlm_lite.errors import DataError
 from tests.data.corpora import data_config
@@ -84,7 +86,8 @@ def test_encode_folder(tmp_path, tokenizer, workers):
     reported = []
     target = tmp_path / "out" / "mine"
     source = _source(tmp_path / "in")
-    metadata = FolderEncoder(tokenizer.path, workers=workers, progress=reported.append).encode(source, target)
+    encoder = FolderEncoder(tokenizer.path, workers=workers, progress=lambda n_bytes, _: reported.append(n_bytes))
+    metadata = encoder.encode(source, target).metadata
     texts = [source.joinpath("a.py").read_text(), *(f"line {i} " * 20 for i in range(40)), "# Title\n\n  text "]
     assert _decoded(target / "mine.bin", tokenizer) == texts
     assert sorted(path.name for path in target.iterdir()) == ["mine.bin", "mine.idx", "mine.meta.json"]
@@ -115,16 +118,16 @@ def test_prompts(tmp_path, tokenizer):
     )
 
 
-def test_damaged_input_leaves_nothing(tmp_path, tokenizer):
+@pytest.mark.parametrize(("workers", "line"), [(1, '{"text": null}'), (2, '{"text": ')])
+def test_too_many_bad_records_leave_nothing(tmp_path, tokenizer, workers, line):
     source = _source(tmp_path / "in")
-    lines = ['{"text": "good"}', '{"other": 1}']
-    source.joinpath("z.jsonl").write_text("\n".join(lines))
-    with pytest.raises(DataError, match=r"z\.jsonl:2: found keys other, expected text under 'text'"):
-        FolderEncoder(tokenizer.path, workers=1).encode(source, tmp_path / "out" / "x")
-    source.joinpath("z.jsonl").write_text('{"text": "good"}\n{"text": ')
-    with pytest.raises(DataError, match=r"z\.jsonl:2: expected a JSON object, found damage"):
-        FolderEncoder(tokenizer.path, workers=2).encode(source, tmp_path / "out" / "x")
+    source.joinpath("z.jsonl").write_text("\n".join(['{"text": "good"}', *[line] * 11]))
+    with pytest.raises(DataError, match=r"11 of 53 records are bad, .*z\.jsonl:2.*z\.jsonl:4.*\.\.\.\); correct them"):
+        FolderEncoder(tokenizer.path, workers=workers).encode(source, tmp_path / "out" / "x")
     assert list((tmp_path / "out").iterdir()) == []
+    options = dataclasses.replace(DEFAULTS, max_bad=BadLimit(count=11))
+    made = FolderEncoder(tokenizer.path, workers, options).encode(source, tmp_path / "out" / "x")
+    assert made.metadata.documents == 43 and any(": 11 (" in note for note in made.notes)
 
 
 @pytest.mark.parametrize("name", ["z.txt", "z.jsonl"])
@@ -135,15 +138,16 @@ def test_unreadable_file(tmp_path, tokenizer, name):
     with pytest.raises(DataError, match=expected):
         FolderEncoder(tokenizer.path, workers=1).encode(source, tmp_path / "out" / "x")
     with pytest.raises(DataError, match=expected):
-        next(sample_text([source], "text", 1000))
+        next(sample_text([source], DEFAULTS, 1000, Tally(BadLimit()), lambda *_: None))
     assert not (tmp_path / "out").exists()
 
 
 def test_vanished_file(tmp_path):
-    (file,) = find_text(_source(tmp_path / "in") / "sub", "text")
+    tally = Tally(BadLimit())
+    (file,) = find_text(_source(tmp_path / "in") / "sub", DEFAULTS, tally)
     file.path.unlink()
     with pytest.raises(DataError, match=r"b\.md: No such file or directory; correct or remove it"):
-        list(read_documents(file, "text"))
+        list(read_documents(file, DEFAULTS, tally))
 
 
 def test_existing_output(tmp_path, tokenizer):
@@ -154,7 +158,7 @@ def test_existing_output(tmp_path, tokenizer):
     source.joinpath("d.jsonl").unlink()
     (target.parent / ".x.partial").mkdir()
     (target.parent / ".x.partial" / "x.bin").write_bytes(b"left by a killed run")
-    assert FolderEncoder(tokenizer.path, workers=1).encode(source, target, overwrite=True).documents == 2
+    assert FolderEncoder(tokenizer.path, workers=1).encode(source, target, overwrite=True).metadata.documents == 2
     assert [path.name for path in target.parent.iterdir()] == ["x"]
 
 
@@ -180,7 +184,7 @@ def test_old_tokens_are_restored_after_error(tmp_path, tokenizer, monkeypatch):
 
 
 def test_missing_and_empty_sources(tmp_path, tokenizer):
-    with pytest.raises(DataError, match="nowhere: is no folder"):
+    with pytest.raises(DataError, match="nowhere is missing, expected a folder with text"):
         FolderEncoder(tokenizer.path, workers=1).encode(tmp_path / "nowhere", tmp_path / "x")
     with pytest.raises(DataError, match="holds no text"):
         FolderEncoder(tokenizer.path, workers=1).encode(tmp_path, tmp_path / "x")
@@ -195,15 +199,20 @@ def tokenised(tmp_path_factory, tokenizer) -> Path:
     return root / "out"
 
 
-def test_vocabularies_must_agree(tokenised, tokenizer, tmp_path):
-    config = data_config(tokenised, tokenizer=str(tokenizer.path))
-    for fits in (VOCAB_SIZE, 512):  # the tokenizer's own, and padded to a multiple of 128
+def test_vocabularies_must_agree(tokenised, tokenizer, tmp_path, caplog):
+    config = data_config(tokenised, tokenizer=str(tokenizer.path), valid_folder=str(tokenised))
+    for fits in (VOCAB_SIZE, 512, 640, 103_168):
         assert open_training_data(config, fits, 0, 1, 0).folders == ("mine",)
-    for other in (400, 640):
-        with pytest.raises(DataError, match=rf"t\.model has a vocabulary of 500, but model.vocab_size is {other}"):
-            open_training_data(config, other, 0, 1, 0)
-        with pytest.raises(DataError, match=rf"mine\.bin: its tokenizer has a vocabulary of 500, but .* {other}"):
-            open_training_data(data_config(tokenised), other, 0, 1, 0)
+        open_training_data(config, fits, 1, 2, 0)
+        open_validation_data(config, fits, 0, 1, 0)
+    assert [record.getMessage()[:60] for record in caplog.records] == [
+        f"model.vocab_size={more}: {tokenizer.path}"[:60] for more in (640, 103_168)
+    ]
+    for fewer in (400, 499):
+        with pytest.raises(DataError, match=rf"t\.model has a vocabulary of 500, but model.vocab_size is {fewer}"):
+            open_training_data(config, fewer, 0, 1, 0)
+        with pytest.raises(DataError, match=rf"mine\.bin: its tokenizer has a vocabulary of 500, but .* {fewer}"):
+            open_training_data(data_config(tokenised), fewer, 0, 1, 0)
     texts = (path.read_text() for path in SOURCES[:-1])
     another = train_tokenizer(texts, tmp_path / "another.model", VOCAB_SIZE, threads=1)
     with pytest.raises(DataError, match=r"mine\.bin was tokenised with another tokenizer"):
@@ -211,7 +220,7 @@ def test_vocabularies_must_agree(tokenised, tokenizer, tmp_path):
 
 
 def test_invalid_tokenizer_files(tmp_path):
-    with pytest.raises(DataError, match="nowhere: No such file"):
+    with pytest.raises(DataError, match="nowhere is missing, expected a sentencepiece model"):
         Tokenizer(tmp_path / "nowhere")
     (tmp_path / "x.model").write_bytes(b"hello")
     with pytest.raises(DataError, match="found no sentencepiece model"):

@@ -1,10 +1,11 @@
 """train.py with faults put into it: FAULTS="KIND RANK FIRST[-LAST] [SECONDS];..." in the environment, RANK maybe *.
 
-    kill stop term   this rank sends itself the signal            exit     leaves with code 0, as if all were done
+    kill stop term hup   this rank sends itself the signal    exit   leaves with code 0, as if all were done
     raise            an error of the program                      memory   asks for more than RLIMIT_AS allows
     sleep stuck      for ever in its data, in a forward pass      full     fills the disk of the working directory
+    spin             for ever, with the interpreter's lock held
     nan blow         gradient of one layer * nan, * 10000         flip     one bit of a weight, before they are compared
-    ruin             a nan in the master weights
+    ruin             a nan in the master weights      unlabelled     this rank's batch has no label
     eio              the next file is put into the save folder, and EIO reported; at the start, too
     nfs              from the start on, file servers lose the first answer to each link, and hints are unknown
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import re
 import resource
 import runpy
 import signal
@@ -25,17 +27,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from internlm_lite.batch import IGNORE
+from internlm_lite.mesh.layout import Parameter
 from internlm_lite.train import loop
 from internlm_lite.train.trainer import Trainer
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
-_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
+_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "hup": signal.SIGHUP}
 _FACTORS = {"nan": math.nan, "blow": 1e4}
 
 
@@ -82,6 +86,8 @@ def before(fault: Fault, trainer: Trainer) -> Callable[[], object]:
     elif fault.kind == "stuck":
         for module in next(iter(trainer.stages.values())).modules():
             module.register_forward_pre_hook(lambda *_: time.sleep(3600))
+    elif fault.kind == "spin":
+        re.match("(a+)+$", "a" * 99 + "b")
     elif fault.kind == "raise":
         raise ValueError("this rank is broken")
     elif fault.kind == "memory":
@@ -102,7 +108,14 @@ def before(fault: Fault, trainer: Trainer) -> Callable[[], object]:
         next(piece for piece in trainer.optimizer.pieces() if piece.role == "master").tensor.view(-1)[0] = math.nan
     elif factor := _FACTORS.get(fault.kind):
         weight = next(param for name, param in list(trainer.stages.values())[-1].named_parameters() if "norm" in name)
-        return weight.register_hook(lambda grad: grad * factor).remove
+        reduce = weight.on_grad
+
+        def spoil(param: Parameter) -> None:
+            param.main_grad *= factor
+            reduce(param)
+
+        weight.on_grad = spoil
+        return lambda: setattr(weight, "on_grad", reduce)
     return lambda: None
 
 
@@ -135,6 +148,9 @@ def install(faults: list[Fault]) -> None:
         due = [fault for fault in faults if fault.due(step, first) and (step > last or fault.again)]
         last = max(last, step)
         undo = [before(fault, trainer) for fault in due]
+        if any(fault.kind == "unlabelled" for fault in due):
+            none = torch.full_like(batch.labels, IGNORE)
+            batch = replace(batch, labels=none, stats=replace(batch.stats, num_labels=0))
         outcome = train_step(trainer, batch, step, **hooks)
         for each in undo:
             each()

@@ -74,7 +74,7 @@ def assert_next_run_saves_and_cleans(folder: Path, step: int) -> None:
     """The next run, some hours later, takes the folder over, saves, and leaves whole checkpoints and nothing else."""
     age(folder)
     manager = CheckpointManager(str(folder), single_process_mesh())
-    manager.hold()
+    manager.lock()
     save_at(manager, step)
     manager.release()
     manager.close(wait=True)
@@ -86,7 +86,7 @@ def assert_next_run_removes_abandoned_data(folder: Path, before: set[str]) -> No
     """The next start on this machine removes at once what the killed run, whose lock it finds, has not committed.
     `before`: what was in the data folder already."""
     manager = CheckpointManager(str(folder), single_process_mesh())
-    manager.hold()
+    manager.lock()
     left = set(os.listdir(folder / "data")) - before
     assert left <= {str(name) for name in committed(manager.storage)}, left
     manager.release()

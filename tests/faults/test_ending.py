@@ -28,8 +28,8 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def _handler(folder: Path, rank: int = 2) -> FailureHandler:
     handler = FailureHandler(DistEnv(rank, 3, rank, 3, f"node{rank}", "torch", "", "node0", 1))
-    handler.folder = folder
     handler.watchdog = Watchdog(rank, 3, None, Limits(2.0, {}), lambda verdict: None, f"node{rank}")
+    handler.write_to(folder)
     handler.watchdog.enter("training", 33)
     return handler
 

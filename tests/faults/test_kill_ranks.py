@@ -91,7 +91,7 @@ def save_and_die(mesh: Mesh, folder: Path, moments: dict[int, int], delay_second
 def go_on(mesh: Mesh, folder: Path, expected: int) -> None:
     """Another world of the same size loads and saves."""
     manager = CheckpointManager(str(folder), mesh)
-    manager.hold()
+    manager.lock()
     pieces = pieces_of(mesh.rank, zero=RANKS, fill=False)
     restored = manager.resume(pieces)
     assert restored is not None and restored.found.step == expected and restored.rank_state is not None

@@ -6,8 +6,9 @@ SIGKILL of one rank            named by the others, code 5; started again: the s
 early exit of one rank         named by the others, code 5                                      2 s
 SIGSTOP of one rank            named with phase and step, code 4; stacks of the others          time-out + 5 s
 a rank hangs in data, forward  named with phase and step, code 4; its own stacks                time-out + 5 s
+a rank holds Python's lock     named, ended by a signal; its own stacks; code 4 of the others   time-out + 6 s
 exception, out of memory       its own error is the cause, code 1; the others follow, code 5    2 s
-SIGTERM to all                 saved, code 3; started again: the same bits                      10 s
+SIGTERM, SIGHUP to all         saved, code 3; started again: the same bits                      10 s
 port in use                    code 2, with what to do                                          at once
 a rank starts late             waited for
 a rank never starts            named, code 2                                                    time-out
@@ -20,6 +21,9 @@ killed while it saves          its data go when it is started again on that host
 corrupted shard at a restart   the snapshot before it, the same bits
 nan in a layer's gradient      left out and counted; the 11th in a row: code 7, snapshots kept  a step
 nan in one tensor rank's copy  left out and counted                                             a step
+nan or inf in the state        code 7 at the next save, which names the tensor and is not made  the next save
+forward pass not finite        left out; never saved, also in fp16, nor at a stop: code 7       11 steps
+batches without a label        left out; the 11th in a row: code 2                              11 steps
 overflow at the scale's floor  code 7                                                           a step
 one flipped bit of a weight    rank named, code 7                                               the next check
 a spike                        noted, left out, or rolled back; back too often: code 7          a step
@@ -159,6 +163,17 @@ def test_hanging_rank_is_named_with_stacks(how: str, phase: str, frame: str, tmp
     assert frame in (run_folder(tmp_path) / "logs" / "rank-00001.stacks").read_text()
 
 
+def test_rank_that_holds_the_lock_is_ended(tmp_path: Path) -> None:
+    with Job(tmp_path, 2, *arguments(*HANG), faults=f"spin 1 {AT}") as job:
+        begin = trained_until(job, AT - 1)
+        assert job.codes() == [4, -signal.SIGUSR2], job.output()[-6000:]
+        told("rank 1 of 2 holds Python's lock, time-out 4 s", time.monotonic() - begin, job)
+    cause = report(tmp_path)["cause"]
+    assert (cause["rank"], cause["kind"], cause["follows"]) == (1, "hang", False)
+    assert "in match" in (run_folder(tmp_path) / "logs" / "rank-00001.stacks").read_text()
+    assert "one of its threads held Python's lock for" in job.output(1)
+
+
 def test_suspended_ranks_continue(undisturbed: Any, tmp_path: Path) -> None:
     """As by `scontrol suspend`, for longer than the time-out."""
     with Job(tmp_path, 2, *arguments(*HANG)) as job:
@@ -195,10 +210,10 @@ def test_error_of_one_rank_is_the_cause(how: str, words: str, tmp_path: Path) ->
 
 
 def test_stop_all_ranks(undisturbed: Any, tmp_path: Path) -> None:
-    with Job(tmp_path, 2, *arguments(), faults=f"term 0 {AT};term 1 {AT + 1}") as job:
+    with Job(tmp_path, 2, *arguments(), faults=f"hup 0 {AT};term 1 {AT + 1}") as job:
         begin = trained_until(job, AT - 1)
         assert job.codes() == [3, 3], job.output()[-6000:]
-        told("SIGTERM to all", time.monotonic() - begin, job)
+        told("SIGHUP to one, SIGTERM to another", time.monotonic() - begin, job)
     (stopped,) = events(tmp_path, "stopped")
     assert AT < stopped["step"] <= AT + 3
     assert started_again(tmp_path, undisturbed) == stopped["step"]
@@ -258,7 +273,7 @@ def test_nan_in_one_layer_is_skipped_until_max_bad_steps(tmp_path: Path) -> None
 def test_no_snapshots_of_ruined_weights(undisturbed: Any, tmp_path: Path) -> None:
     with Job(tmp_path, 2, *arguments("monitor.log_every=60"), faults="ruin 1 21") as job:
         assert job.codes() == [7, 7], job.output()[-6000:]
-    assert "step 31: the last 11 updates were left out" in job.output(0), "whatever log_every is"
+    assert "step 31: the loss is not finite since step 21" in job.output(0), "whatever log_every is"
     assert [name.step for name in snapshots(tmp_path)] == [20, 10]
     with Job(tmp_path, 2, *arguments()) as job:
         job.finish()
@@ -269,9 +284,20 @@ def test_no_snapshots_of_ruined_weights(undisturbed: Any, tmp_path: Path) -> Non
 def test_no_final_checkpoint_of_ruined_weights(then: str, tmp_path: Path) -> None:
     with Job(tmp_path, 2, *arguments(steps=20), faults=f"ruin 1 13{then}") as job:
         assert job.codes() == [7, 7], job.output()[-6000:]
-    assert "the weights are not finite, so they are not saved" in job.output(0)
+    assert "rank 1: step " in job.output(0) and "holds NaN or infinity, so nothing is saved" in job.output(0)
     assert [name.step for name in snapshots(tmp_path)] == [10]
     assert not committed(LocalStorage(tmp_path / "saves"))
+
+
+def test_batches_without_labels_end_run(tmp_path: Path) -> None:
+    """Each rank has none in some steps, which is no reason; then no rank has."""
+    faults = "unlabelled 0 2-12;unlabelled * 14;unlabelled * 20-40"
+    with Job(tmp_path, 2, *arguments(), faults=faults) as job:
+        assert job.codes() == [2, 2], job.output()[-6000:]
+    assert "step 30: no token of the last 11 batches has a label" in report(tmp_path)["cause"]["message"]
+    lines = {line["step"]: line for line in metrics_of(tmp_path)}
+    assert [lines[step]["inf_nan_skip_batches"] for step in (13, 14, 19, 29)] == [0, 1, 1, 11]
+    assert lines[13]["lr"] != lines[12]["lr"] and lines[14]["lr"] == lines[13]["lr"], "lr of the next step"
 
 
 def test_overflow_at_min_loss_scale_ends_run(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def _open(folder: Path, exclusive: bool = False) -> CheckpointManager:
     options = SaveOptions(vote_timeout_seconds=20, staging_folder=folder.parent / "staging")
     manager = CheckpointManager(str(folder), single_process_mesh(), saving=options)
     if exclusive:
-        manager.hold()
+        manager.lock()
     return manager
 
 

@@ -23,7 +23,7 @@ def filled(layer: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     for param in layer.parameters():
         param.data.normal_(generator=generator)
-        param.grad = torch.ones_like(param)  # gradients are added to what is there
+        param.main_grad = torch.ones_like(param)  # gradients are added to what is there
     return layer
 
 
@@ -37,13 +37,15 @@ def test_gradients_are_those_of_plain_linear_layers(bias, deferred):
     a, b = columns(x, first, second)
     row(a * b).square().sum().backward()
     if deferred:
-        assert all(torch.equal(layer.weight.grad, torch.ones_like(layer.weight)) for layer in (first, second, row))
+        assert all(torch.equal(layer.weight.main_grad, torch.ones_like(layer.weight)) for layer in (first, second, row))
         tp_ctx.weight_grads.pop_deferred()()
-    ours = [x.grad, *(p.grad.clone() for layer in (first, second, row) for p in layer.parameters())]
+    assert all(p.grad is None for layer in (first, second, row) for p in layer.parameters())
+    ours = [x.grad, *(p.main_grad for layer in (first, second, row) for p in layer.parameters())]
 
     x.grad = None
     for layer in (first, second, row):
-        filled(layer)
+        for p in filled(layer).parameters():
+            p.grad = torch.ones_like(p)
     a, b = F.linear(x, first.weight, first.bias), F.linear(x, second.weight, second.bias)
     F.linear(a * b, row.weight, row.bias).square().sum().backward()
     expected = [x.grad, *(p.grad for layer in (first, second, row) for p in layer.parameters())]
@@ -59,9 +61,9 @@ def test_deferred_gradients_are_those_of_the_backward_pass_before():
         columns(torch.full((2, 3), scale, dtype=torch.float64), layer)[0].sum().backward()
         runs.append(tp_ctx.weight_grads.pop_deferred())
     runs[1]()
-    assert torch.equal(layer.weight.grad, torch.full((3, 3), 21.0, dtype=torch.float64))
+    assert torch.equal(layer.weight.main_grad, torch.full((3, 3), 21.0, dtype=torch.float64))
     runs[0]()
-    assert torch.equal(layer.weight.grad, torch.full((3, 3), 23.0, dtype=torch.float64))
+    assert torch.equal(layer.weight.main_grad, torch.full((3, 3), 23.0, dtype=torch.float64))
 
 
 def test_the_input_gradient_is_sent_before_weight_gradients(monkeypatch):

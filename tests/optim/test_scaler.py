@@ -9,6 +9,7 @@ from internlm_lite.config.schema import GradScalerConfig
 from internlm_lite.optim.scaler import LossScaler
 
 CPU = torch.device("cpu")
+YES, NO = torch.tensor(True), torch.tensor(False)
 
 
 def reference(config: GradScalerConfig, overflows: list[bool]) -> list[float]:
@@ -41,7 +42,7 @@ def test_random_overflows_follow_the_rules(hysteresis: int, seed: int):
     overflows = [draw.random() < 0.4 for _ in range(200)]
     scaler, scales = LossScaler(config, CPU), []
     for overflow in overflows:
-        scaler.update(torch.tensor(overflow))
+        scaler.update(torch.tensor(overflow), counts=YES)
         scales.append(scaler.scale.item())
     assert scales == reference(config, overflows)
     assert min(scales) == 2.0 or max(scales) == 256.0
@@ -55,13 +56,24 @@ def test_the_state_survives_a_round_trip():
     for overflow in overflows:
         fresh = LossScaler(config, CPU)
         fresh.load_state_dict(scaler.state_dict())
-        fresh.update(torch.tensor(overflow))
+        fresh.update(torch.tensor(overflow), counts=YES)
         scaler = fresh
         scales.append(scaler.scale.item())
     assert scales == reference(config, overflows)
 
 
+def test_a_step_that_does_not_count_leaves_the_scale_and_its_counters():
+    config = GradScalerConfig.model_validate({"fp16": {"initial_scale": 8.0, "growth_interval": 2}})
+    scaler = LossScaler(config, CPU)
+    scaler.update(NO, counts=YES)
+    before = scaler.state_dict()
+    scaler.update(NO, counts=NO)
+    assert scaler.state_dict() == before
+    scaler.update(NO, counts=YES)
+    assert scaler.scale.item() == 16
+
+
 def test_without_a_config_the_scale_is_one():
     scaler = LossScaler(None, CPU)
-    scaler.update(torch.tensor(True))
+    scaler.update(torch.tensor(True), counts=YES)
     assert scaler.scale.item() == 1

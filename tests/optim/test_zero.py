@@ -1,10 +1,15 @@
 """The hybrid ZeRO optimizer against torch.optim.AdamW on one process, in fp64, and its other guarantees."""
 
+import gc
+import math
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
 from internlm_lite.config.schema import Config
+from internlm_lite.errors import ConfigError
 from internlm_lite.mesh.layout import Parameter, parameter, whole
 from internlm_lite.mesh.mesh import Mesh, build_mesh, single_process_mesh, sizes_of
 from internlm_lite.optim.buckets import build_buckets
@@ -72,7 +77,7 @@ def train(mesh: Mesh, cfg: Config, dtype: torch.dtype = torch.float64, bad_step:
         outcome = optimizer.step(step, num_labels=MICRO * ROWS // mesh.dp.size // 2, global_tokens=MICRO * ROWS)
         norms.append((outcome.norm_model_dtype.square() + outcome.norm_fp32.square()).sqrt().item())
         rates.append(outcome.next_lr.item())
-        skipped.append(outcome.consecutive_skips.item() > 0)
+        skipped.append(outcome.skips.consecutive_skips.item() > 0)
         scales.append(outcome.loss_scale.item())
     optimizer.wait_weights()
     weights = {p.shard_spec.name: p.detach().clone() for u in units for p in u.parameters() if isinstance(p, Parameter)}
@@ -230,7 +235,7 @@ def test_a_skipped_step_changes_nothing():
     optimizer.begin(1)
     (loss_of(units, rows(0, 0).half()) * float("nan")).backward()
     outcome = optimizer.step(0, num_labels=8, global_tokens=8)
-    assert outcome.consecutive_skips.item() == 1
+    assert outcome.skips.consecutive_skips.item() == 1
     assert all(torch.equal(a, p.tensor) for a, p in zip(before, optimizer.pieces(), strict=True))
     assert optimizer.state_dict()["good_steps"] == 0
     assert optimizer.state_dict()["adam_steps"] == 0
@@ -252,15 +257,15 @@ def test_the_learning_rate_of_a_skipped_step_is_used_again():
         optimizer.begin(1)
         outcome = optimizer.step(step, num_labels=8, global_tokens=8)
         assert outcome.next_lr.item() == learning_rate(max(0, step - 1), cfg.adam.lr, cfg.lr_scheduler)
-        assert outcome.consecutive_skips.item() == (step + 1 if step < 2 else 0)
+        assert outcome.skips.consecutive_skips.item() == (step + 1 if step < 2 else 0)
 
 
 def test_consecutive_overflows_are_counted_separately_and_resumed():
     def step(kind: str) -> tuple[int, int]:
         optimizer.buckets[0].grads.fill_(float("nan") if kind == "overflow" else 1.0)
         optimizer.begin(1)
-        outcome = optimizer.step(0, 8, 8, loss_sum=1.0 if kind == "good" else float("nan"))
-        return int(outcome.consecutive_skips), int(outcome.consecutive_overflows)
+        outcome = optimizer.step(0, 8, 8, loss_sum=float("nan") if kind == "bad loss" else 1.0)
+        return int(outcome.skips.consecutive_skips), int(outcome.skips.consecutive_overflows)
 
     def fresh() -> HybridZeroOptimizer:
         return HybridZeroOptimizer([Unit("layers.0", torch.float64)], config(), single_process_mesh(), torch.float64)
@@ -272,6 +277,93 @@ def test_consecutive_overflows_are_counted_separately_and_resumed():
     optimizer = fresh()
     optimizer.load_state_dict(saved, moments=True)
     assert step("overflow") == (2, 2)
-    del saved["overflows_in_a_row"], saved["skips_in_a_row"]
+    for name in [name for name in saved if name.endswith("_in_a_row")]:
+        del saved[name]
     optimizer.load_state_dict(saved, moments=True)
     assert step("overflow") == (1, 1), "an older checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("loss", "grad", "labels", "counter"),
+    [(math.nan, math.nan, 8, "bad_losses"), (0.0, 0.0, 0, "unlabelled"), (0.0, math.nan, 0, "unlabelled")],
+)
+def test_a_bad_forward_pass_and_a_step_without_labels_say_nothing_about_the_loss_scale(
+    loss: float, grad: float, labels: int, counter: str
+) -> None:
+    """A token without a label has no part in the loss, but 0 times a number that is not finite is a gradient."""
+    optimizer = HybridZeroOptimizer([Unit("layers.0", torch.float16)], config(), single_process_mesh(), torch.float16)
+    before = {(p.name, p.role): p.tensor.clone() for p in optimizer.pieces()}
+    counters = optimizer.state_dict()
+    optimizer.begin(1)
+    optimizer.buckets[0].grads.fill_(grad)
+    outcome = optimizer.step(0, num_labels=labels, global_tokens=8, loss_sum=loss)
+    assert getattr(outcome.skips, f"consecutive_{counter}").item() == outcome.skips.consecutive_skips.item() == 1
+    assert outcome.skips.consecutive_overflows.item() == 0
+    assert all(torch.equal(p.tensor, before[p.name, p.role]) for p in optimizer.pieces()), "no decay either"
+    assert optimizer.state_dict() == counters | {"skipped_steps": 1, "skips_in_a_row": 1, f"{counter}_in_a_row": 1}
+
+
+@pytest.mark.parametrize(
+    ("role", "value", "words"),
+    [
+        ("master", math.nan, "NaN or infinity"),
+        ("exp_avg", -math.inf, "NaN or infinity"),
+        ("exp_avg_sq", math.inf, "NaN or infinity"),
+        ("exp_avg_sq", -1e-30, "negative numbers"),
+        ("exp_avg", -1e-30, None),
+        ("exp_avg_sq", -0.0, None),
+    ],
+)
+def test_a_number_that_no_healthy_run_has_is_named(role: str, value: float, words: str | None) -> None:
+    units = [Unit(f"layers.{i}", torch.bfloat16) for i in range(2)]
+    optimizer = HybridZeroOptimizer(list(units), config(), single_process_mesh(), torch.bfloat16)
+    assert optimizer.problem() is None
+    piece = next(p for p in optimizer.pieces() if (p.role, p.name) == (role, "layers.1.weight"))
+    piece.tensor.view(-1)[-1] = value
+    assert optimizer.problem() == (None if words is None else f"{role} of layers.1.weight holds {words}")
+
+
+def test_memory_of_an_optimizer_is_freed_with_it() -> None:
+    units = [Unit("layers.0", torch.float32)]
+    optimizer = HybridZeroOptimizer(list(units), config(), single_process_mesh(), torch.float32)
+    weights = weakref.ref(optimizer.buckets[0].weights)
+    del units, optimizer
+    gc.collect()
+    assert weights() is None
+
+
+def test_a_parameter_that_is_not_to_be_trained_is_refused() -> None:
+    unit = Unit("layers.0", torch.float32)
+    unit.bias.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"layers.0.bias has requires_grad=False"):
+        HybridZeroOptimizer([unit], config(), single_process_mesh(), torch.float32)
+
+
+def test_master_weights_beyond_the_range_of_the_weights_are_named() -> None:
+    """They are finite, the weights made of them are not."""
+    for dtype in (torch.float16, torch.bfloat16):
+        optimizer = HybridZeroOptimizer([Unit("layers.0", dtype)], config(), single_process_mesh(), dtype)
+        (master,) = (p for p in optimizer.pieces() if (p.role, p.name) == ("master", "layers.0.bias"))
+        largest = torch.finfo(dtype).max
+        for value, found in (
+            (-largest, None),
+            (1.001 * largest, f"numbers beyond {largest:g}, too large for the weights"),
+        ):
+            master.tensor[-1] = value
+            assert optimizer.problem() == (found and f"master of layers.0.bias holds {found}")
+
+
+def test_a_backward_pass_that_was_broken_off_does_not_count() -> None:
+    def norm(broken_off: bool) -> float:
+        units = [Unit(f"layers.{i}", torch.float64) for i in range(3)]
+        optimizer = HybridZeroOptimizer(list(units), config(), single_process_mesh(), torch.float64)
+        if broken_off:
+            optimizer.begin(1)
+            with units[1].register_full_backward_hook(lambda *_: 1 / 0), pytest.raises(ZeroDivisionError):
+                loss_of(units, rows(0, 0).requires_grad_()).backward()
+            assert any(bucket.grads.any() for bucket in optimizer.buckets)
+        optimizer.begin(1)
+        loss_of(units, rows(0, 0)).backward()
+        return optimizer.step(0, num_labels=ROWS, global_tokens=ROWS).norm_model_dtype.item()
+
+    assert norm(broken_off=True) == norm(broken_off=False)

@@ -61,6 +61,17 @@ def test_threads_per_process():
     assert cpu_threads(dataclasses.replace(PLACE, cpu_threads=6), 2) == 6
 
 
+def test_determinism_is_asked_of_torch():
+    threads = torch.get_num_threads()
+    try:
+        for wanted in (True, False):
+            apply_numerics(CONFIG.model_copy(update={"deterministic": wanted}), torch.device("cpu"), PLACE)
+            assert torch.are_deterministic_algorithms_enabled() is torch.backends.cudnn.deterministic is wanted
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_numerics_follow_the_config():
     before = torch.get_num_threads()
     try:
@@ -84,13 +95,20 @@ def test_numerics_follow_the_config():
         ("NVIDIA H100 PCIe", "torch.bfloat16", 756),
         ("NVIDIA H100 80GB HBM3", "torch.float64", 67),
         ("NVIDIA H20", "torch.bfloat16", 148),
+        ("NVIDIA GB200", "torch.bfloat16", 2500),
+        ("NVIDIA L40S", "torch.bfloat16", 362),
+        ("NVIDIA L4", "torch.bfloat16", 121),
+        ("AMD Instinct MI300X", "torch.bfloat16", 1307.4),
     ],
 )
 def test_peaks(gpu, dtype, tera):
     assert peak_of(gpu, dtype) == pytest.approx(tera * 1e12)
 
 
-def test_unknown_peaks():
+def test_unknown_peaks(monkeypatch, caplog):
     assert peak_of("Some GPU", "torch.bfloat16") is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    assert peak_flops(torch.device("cuda"), "torch.bfloat16") is None
+    assert "no peak speed is known for Some GPU, so no MFU is shown" in caplog.text
     assert peak_flops(torch.device("cpu"), torch.float32) is None
     assert device_name(torch.device("cpu"))

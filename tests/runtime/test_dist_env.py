@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from internlm_lite.errors import MeshError
-from internlm_lite.runtime.dist_env import FIRST_PORT, N_PORTS, DistEnv, read_dist_env
+from internlm_lite.runtime.dist_env import FIRST_PORT, N_PORTS, DistEnv, check_options, read_dist_env
 
 TORCHRUN = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu01",
@@ -34,6 +34,14 @@ BATCH_SHELL = {
     "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_ID": "1",
     "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_TASKS_PER_NODE": "2(x2)", "ENVIRONMENT": "BATCH",
 }  # fmt: skip
+
+
+# Rank 1 of 2 under Open MPI 4.1, and under Hydra of MPICH 4.0.
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": "836567041", "PMIX_ID": "836567041.1",
+}  # fmt: skip
+HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "PMI_FD": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 
 
 def place_of(environ: dict[str, str], launcher: str = "auto", resolves=True, **kwargs) -> DistEnv:
@@ -108,6 +116,36 @@ def test_unresolvable_node_names():
         place_of({key: value for key, value in SRUN.items() if key != "SLURM_LAUNCH_NODE_IPADDR"}, resolves=False)
 
 
+@pytest.mark.parametrize(("environ", "name"), [(OPEN_MPI, "OMPI_COMM_WORLD_RANK=1"), (HYDRA, "PMI_RANK=1")])
+def test_mpirun(environ, name):
+    for around in ({}, BATCH_SHELL, SRUN):  # mpirun starts its daemons with srun
+        dist_env = place_of(around | environ)
+        assert (dist_env.rank, dist_env.world_size, dist_env.local_rank, dist_env.local_world_size) == (1, 2, 1, 2)
+        assert (dist_env.launcher, dist_env.master_host) == ("mpi", "localhost") and name in dist_env.why
+        assert FIRST_PORT <= dist_env.master_port < FIRST_PORT + N_PORTS
+    assert place_of(TORCHRUN | environ).launcher == "torch", "the user set RANK from mpirun's"
+    far = environ | dict.fromkeys(set(environ) & {"OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"}, "1")
+    far |= dict.fromkeys(set(environ) & {"OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"}, "0")
+    with pytest.raises(MeshError, match=r"1 of 2 ranks on host .* no address of rank 0: pass --host"):
+        place_of(far)
+    assert place_of(far, host="gpu01", port=7).master_host == "gpu01"
+    dist_env = place_of(far | {"MASTER_ADDR": "gpu02", "MASTER_PORT": "29500"})
+    assert (dist_env.master_host, dist_env.master_port) == ("gpu02", 29500)
+
+
+def test_mpirun_jobs_have_ports_of_their_own():
+    assert place_of(OPEN_MPI).master_port != place_of(OPEN_MPI | {"PMIX_NAMESPACE": "836567042"}).master_port
+
+
+def test_options_of_old_launchers():
+    check_options(place_of(TORCHRUN), rank=5, world_size=8, local_rank=1)
+    check_options(place_of({}), rank=None, world_size=None, local_rank=0)
+    with pytest.raises(MeshError, match="found --world_size 8, but this process has world size 1 "):
+        check_options(place_of({}), rank=0, world_size=8)
+    with pytest.raises(MeshError, match="found --local_rank 0, but this process has local rank 1 "):
+        check_options(place_of(TORCHRUN), local_rank=0)
+
+
 def test_torchrun_inside_srun():
     dist_env = place_of(SRUN | TORCHRUN)
     assert dist_env.launcher == "torch" and dist_env.rank == 5 and "inside Slurm task 2" in dist_env.why
@@ -121,7 +159,7 @@ def test_srun_despite_exported_variables():
 @pytest.mark.parametrize(
     ("environ", "why"),
     [
-        ({}, "no variable of torchrun or Slurm"),
+        ({}, "no variable of torchrun, mpirun or Slurm"),
         ({"WORLD_SIZE": "1"}, "no variable"),
         ({"SLURM_JOB_ID": "9", "SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "n[1-2]"}, "a shell inside Slurm job 9"),
         (BATCH_SHELL, "batch script or interactive shell inside Slurm job 1"),
@@ -148,8 +186,8 @@ def test_launcher_option():
         place_of(SRUN, "torch")
     with pytest.raises(MeshError, match="not set: SLURM_PROCID"):
         place_of({}, "slurm")
-    with pytest.raises(MeshError, match="expected auto, torch, slurm or single"):
-        place_of({}, "mpi")
+    with pytest.raises(MeshError, match="expected auto, torch, mpi, slurm or single"):
+        place_of({}, "ssh")
 
 
 @pytest.mark.parametrize(
@@ -164,6 +202,11 @@ def test_launcher_option():
         (TORCHRUN | {"MASTER_PORT": "70000"}, "master port 70000"),
         ({"WORLD_SIZE": "8"}, "not set: RANK, LOCAL_RANK"),
         ({"RANK": "0"}, "not set: WORLD_SIZE"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, "OMPI_COMM_WORLD_RANK=1, OMPI_COMM_WORLD_SIZE=1"),
+        (HYDRA | {"MPI_LOCALRANKID": ""}, "not set: MPI_LOCALRANKID"),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "not set: MPI_LOCALRANKID, MPI_LOCALNRANKS"),
+        (SRUN | {"SLURM_HET_SIZE": "2"}, "a heterogeneous Slurm job of 2 components"),
+        (SRUN | {"SLURM_PACK_SIZE": "3"}, "a heterogeneous Slurm job of 3 components"),
         (SRUN | {"SLURM_PROCID": "3"}, "SLURM_PROCID=3, SLURM_NTASKS=3"),
         (SRUN | {"SLURM_LOCALID": "1"}, "SLURM_LOCALID=1"),
         (SRUN | {"SLURM_NTASKS": ""}, "not set: SLURM_NTASKS"),

@@ -74,6 +74,14 @@ def test_verbatim_and_compact(capsys, tmp_path):
     assert (tmp_path / "logs" / "rank-00000.log").read_text().startswith("100 % whole line \n")
 
 
+@pytest.mark.parametrize("style", ["full", "compact"])
+def test_a_terminal_obeys_no_name(capsys, tmp_path, style):
+    setup_logging(place(0), tmp_path, style)
+    logger.info("wrote %s\nin two lines", "a\x1b[31m\x9b31m\r中文")
+    assert capsys.readouterr().out.endswith("wrote a\\x1b[31m\\x9b31m\\r中文\nin two lines\n")
+    assert "\x1b" not in (tmp_path / "logs" / "rank-00000.log").read_text()
+
+
 def test_auto_style(monkeypatch):
     assert resolve_style("auto", sys.stdout) == "full"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)

@@ -7,6 +7,7 @@ import signal
 import sys
 
 import pytest
+from rich.table import Table
 
 from internlm_lite.errors import CheckpointError, StorageError
 from internlm_lite.runtime.tool import ToolConsole, run_tool
@@ -26,6 +27,8 @@ def raising(error: BaseException):
         (StorageError("full"), 6, "StorageError: full"),
         (PermissionError(13, "Permission denied", "/x"), 6, "StorageError: /x: Permission denied; mend it, or give"),
         (OSError(28, "No space left on device"), 6, "StorageError: standard output, or a file that was"),
+        (StorageError("no \x1b[31m\u202e"), 6, "StorageError: no \\x1b[31m\\u202e"),
+        (PermissionError(13, "Permission denied", "/x\x07\n"), 6, "StorageError: /x\\x07\\n: Permission denied"),
         (KeyboardInterrupt(), 130, "interrupted: half is there"),
     ],
 )
@@ -71,3 +74,11 @@ def test_full_standard_output(monkeypatch, capsys):
 def test_closed_standard_output(show, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert run_tool(lambda: show("a line") or 0) == 0
+
+
+def test_a_table_obeys_no_name(capsys):
+    table = Table("folder")
+    table.add_row("a\x1b[31m[bold]b[/]")
+    ToolConsole(width=40).print(table)
+    out = capsys.readouterr().out
+    assert "a\\x1b[31mb" in out and "\x1b" not in out

@@ -26,17 +26,30 @@ def test_a_stage_is_current_until_what_it_depends_on_changes(tmp_path: Path) -> 
     assert not demo.Stage(tmp_path, "tokens", changed.key, 4096).is_current
 
 
-def test_checkpoints_of_another_corpus_or_model_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_training_is_removed_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every arguments have a training of their own, which is found again."""
     commands: list[tuple] = []
-    monkeypatch.setattr(demo, "run_command", lambda *command: commands.append(command))
-    (tmp_path / "ckpts").mkdir()
-    demo.train(tmp_path, ["STEPS=5"], demo.Stage(tmp_path, "training", "a"))
-    assert not (tmp_path / "ckpts").exists()
-    (tmp_path / "ckpts").mkdir()
-    demo.train(tmp_path, ["STEPS=5"], demo.Stage(tmp_path, "training", "a"))
-    assert (tmp_path / "ckpts").exists(), "an interrupted training goes on from them"
-    assert commands[0] == commands[1]
-    assert commands[0][-2:] == (f"DEMO_FOLDER={tmp_path}", "STEPS=5")
+
+    def run_command(*command: str | Path) -> None:
+        commands.append(command)
+        (saves := Path(str(command[-2]).partition("=local:")[2])).mkdir(parents=True, exist_ok=True)
+        with (saves / "steps").open("a") as file:
+            file.write(f"{command[-1]}\n")
+
+    monkeypatch.setattr(demo, "run_command", run_command)
+    monkeypatch.setattr(demo, "make_text", lambda folder: None)
+    monkeypatch.setattr(demo, "make_tokens", lambda folder, vocab_size: None)
+    monkeypatch.setattr(demo, "report", lambda *_: None)
+    for line in ("STEPS=5", "STEPS=6", "STEPS=5", "STEPS=6 --fresh", "STEPS=7"):
+        assert demo.main(["--folder", str(tmp_path), *line.split()]) == 0
+    assert [command[-1] for command in commands] == ["STEPS=5", "STEPS=6", "STEPS=6", "STEPS=7"], "the third is done"
+    homes = {home: (tmp_path / home / "ckpts" / "steps").read_text() for home in ("", "training-2", "training-3")}
+    assert homes == {"": "STEPS=5\n", "training-2": "STEPS=6\n", "training-3": "STEPS=7\n"}
+    (tmp_path / "trained.key").unlink()
+    assert demo.main(["--folder", str(tmp_path), "STEPS=5"]) == 0
+    assert (tmp_path / "ckpts" / "steps").read_text() == "STEPS=5\n" * 2, "an interrupted training goes on"
+    assert commands[1][3:5] == ("--run-dir", tmp_path / "training-2" / "RUN")
+    assert commands[1][5] == f"DEMO_FOLDER={tmp_path}"
 
 
 def test_ctrl_c_leaves_the_training_time_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from internlm_lite.errors import ConfigError
 from tests.cli import ROOT
 
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
+TINY = str(ROOT / "configs/tiny.py")
 TRAIN_TOKENIZER = ["train", "--input", "a", "--output", "b", "--vocab-size", "300"]
 EARLY: list[tuple[ModuleType, str, str]] = [
     (ckpt, "adopt_s3_keys", "ls x"),
@@ -82,6 +84,37 @@ def test_a_timeout_is_a_number_of_seconds(
         parse(["--config", "x.py", "--timeout", value])
     assert ended.value.code == 2
     assert f"argument --timeout: found '{value}', expected seconds: a number > 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool", [train, doctor], ids=["train.py", "doctor"])
+def test_options_of_old_launchers_are_checked(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.delenv("RANK", raising=False)
+    line = ["--config", TINY, "--local-rank", "0", "--world-size=1", "--rank=0", "--local_rank=0"]
+    assert vars(tool.parse_arguments(line))["local_rank"] == 0
+    assert tool.main([*line, "--world_size", "8"]) == 2
+    assert "found --world_size 8, but this process has world size 1 (no variable of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "--help", "--version", "train --version", f"train --config {TINY} --print-config full"]
+    + [f"{command} --help" for command in [*cli.COMMANDS, "ckpt ls"]],
+)
+def test_output_that_nobody_reads_is_no_error(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        try:
+            assert cli.main(line.split()) == 128 + signal.SIGPIPE
+        except SystemExit as ended:  # of argparse
+            assert ended.code == 0
+        print("what the interpreter flushes at exit")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("tool", "called", "line"), EARLY, ids=lambda value: getattr(value, "__name__", None))

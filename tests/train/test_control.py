@@ -18,6 +18,7 @@ from internlm_lite.faults.signals import WATCHED, StopSignals
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.monitor.jsonl import read_objects
 from internlm_lite.optim.grad_norm import Requests
+from internlm_lite.optim.skips import SkipCounts
 from internlm_lite.optim.zero import StepOutcome
 from internlm_lite.train.build import build_run
 from internlm_lite.train.control import Command, Control, ControlChannel, Decision
@@ -34,9 +35,7 @@ def outcome(requests: Requests) -> StepOutcome:
         norm_fp32=zero,
         spikes=torch.zeros(2, dtype=torch.float64),
         loss_scale=torch.ones(()),
-        skipped_steps=number,
-        consecutive_skips=number,
-        consecutive_overflows=number,
+        skips=SkipCounts(*[number] * 5),
         next_lr=zero,
         beta2=0.9,
         signalled=torch.tensor(requests.signalled, dtype=torch.float64),
@@ -57,6 +56,7 @@ def commands(channel: ControlChannel, steps: int) -> list[Command]:
 def handlers() -> Iterator[None]:
     """Those of pytest, once a test has ended."""
     before = {number: signal.getsignal(number) for number in WATCHED}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -70,6 +70,13 @@ def test_a_signal_is_obeyed_one_step_later(number: signal.Signals):
         os.kill(os.getpid(), number)
         assert commands(channel, 2) == [Command(), Command(True, True, number.name)]
     _send(*WATCHED)  # and this process lives
+
+
+def test_nohup_is_obeyed():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignals() as signals:
+        _send(signal.SIGHUP)
+        assert signals.received is None
 
 
 def _send(*numbers: signal.Signals) -> None:
@@ -226,7 +233,8 @@ def test_a_save_is_deferred_while_updates_are_skipped(tmp_path: Path) -> None:
     run = build_run(tiny(None, ckpt=ckpt), single_process_mesh(), tmp_path)
     with StopSignals() as signals:
         control = Control(run.config, run.reporter, signals, is_main=True)
-        skipped = replace(outcome(Requests()), consecutive_skips=torch.tensor(1))
+        good = outcome(Requests())
+        skipped = replace(good, skips=replace(good.skips, consecutive_skips=torch.tensor(1)))
         outcomes = (outcome(Requests()), skipped, skipped, outcome(Requests()), outcome(Requests()))
         saves = [control.after_step(one, steps_done).save for steps_done, one in enumerate(outcomes, 1)]
         assert saves == [None, None, None, "milestone", None]

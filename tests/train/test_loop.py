@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from internlm_lite.errors import CheckpointError, NumericsError
+from internlm_lite.errors import CheckpointError, DataError, NumericsError
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.monitor.jsonl import read_objects
 from internlm_lite.optim.spikes import SpikeGuard
+from internlm_lite.optim.zero import HybridZeroOptimizer, StepOutcome
 from internlm_lite.train import loop
 from internlm_lite.train.build import build_run
 from internlm_lite.train.control import Control, StepSignals
 from internlm_lite.train.train_state import TrainState
 from internlm_lite.train.trainer import Trainer
-from tests.train.runs import STEPS, run_training, tiny
+from tests.steps import read_metrics
+from tests.train.runs import STEPS, curve, run_training, tiny
 
+UNUSED = "tok_embeddings.weight"
+"""Its last row belongs to a token that no batch of the dummy data has."""
 ROLLBACK = {"guard": {"spike": "rollback"}}
 
 
@@ -139,3 +145,89 @@ def test_more_than_max_bad_steps_end_the_run(step: int, last: str, tmp_path: Pat
     with pytest.raises(NumericsError, match=f"step {step}: the last 11 updates were left out .*; {last}: lower"):
         control.check_skips(StepSignals(consecutive_skips=11), step)
     run.reporter.close()
+
+
+@pytest.mark.parametrize(
+    ("skips", "error", "words"),
+    [
+        (
+            {"consecutive_bad_losses": 11},
+            NumericsError,
+            "step 11: the loss is not finite since step 1; the loss scale",
+        ),
+        ({"consecutive_unlabelled": 11}, DataError, "step 11: no token of the last 11 batches has a label"),
+        ({"consecutive_bad_losses": 10, "consecutive_unlabelled": 10}, None, ""),
+    ],
+)
+def test_fp16_waits_no_longer_where_the_loss_scale_plays_no_part(
+    skips: dict[str, float], error: type[Exception] | None, words: str, tmp_path: Path
+) -> None:
+    run = build_run(tiny(None, model={"dtype": "torch.float16"}), single_process_mesh(), tmp_path, "none")
+    control = Control(run.config, run.reporter, loop.StopSignals(), is_main=True)
+    with pytest.raises(error, match=words) if error else nullcontext():
+        control.check_skips(StepSignals(consecutive_skips=11, **skips), 11)
+    run.reporter.close()
+
+
+def ruins_after(step: int, role: str, value: float, patch: pytest.MonkeyPatch, name: str = UNUSED) -> None:
+    """The last number of a tensor, once, after the step and before it may be saved."""
+    train_step, done = Trainer.step, iter(range(100))
+
+    def ruining(trainer: Trainer, *args: Any, **kwargs: Any) -> StepOutcome:
+        outcome = train_step(trainer, *args, **kwargs)
+        if next(done) == step:
+            pieces = (p for p in trainer.optimizer.pieces() if (p.role, p.name) == (role, name))
+            next(pieces).tensor[-1] = value
+        return outcome
+
+    patch.setattr(Trainer, "step", ruining)
+
+
+@pytest.mark.parametrize(("role", "value"), [("master", math.nan), ("exp_avg_sq", math.inf), ("exp_avg_sq", -1.0)])
+def test_ruined_state_is_named_and_never_saved(
+    role: str, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(None, ckpt=saving(tmp_path / "saves", checkpoint_every=2))
+    with monkeypatch.context() as patch:
+        ruins_after(3, role, value, patch)
+        with pytest.raises(
+            NumericsError, match=f"step 3: {role} of tok_embeddings.weight holds .* so nothing is saved"
+        ):
+            run_training(single_process_mesh(), config, tmp_path / "run")
+    assert logged(tmp_path / "run", "checkpoint") == [("checkpoint", 2)]
+    run_training(single_process_mesh(), config, tmp_path / "run")
+    assert logged(tmp_path / "run", "start") == [("start", 0), ("start", 2)]
+    undisturbed = run_training(single_process_mesh(), config, tmp_path / "undisturbed", "none")
+    assert curve(read_metrics(tmp_path / "run" / "metrics.jsonl")) == curve(undisturbed)
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_nothing_is_saved_after_a_forward_pass_that_is_not_finite(
+    stops: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are finite in fp16, what they are multiplied with is not."""
+    config = tiny(
+        None,
+        ckpt=saving(tmp_path / "saves", checkpoint_every=3, stop_file_path=str(tmp_path / "stop")),
+        model={"dtype": "torch.float16"},
+    )
+    (tmp_path / "stop").write_text("6" if stops else "0")
+    ruins_after(3, "master", 6e4, monkeypatch, "norm.weight")
+    with pytest.raises(NumericsError, match=f"step {5 if stops else 7}: the loss is not finite since step 5"):
+        run_training(single_process_mesh(), config, tmp_path)
+    assert logged(tmp_path, "checkpoint", "stopped", "done") == [("checkpoint", 3)]
+
+
+def test_a_ruined_checkpoint_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that was saved before saves were checked."""
+    config = tiny(None, ckpt=saving(tmp_path / "saves", checkpoint_every=4))
+    with monkeypatch.context() as patch:
+        patch.setattr(HybridZeroOptimizer, "problem", lambda _: None)
+        ruins_after(STEPS - 1, "exp_avg_sq", -1.0, patch)
+        run_training(single_process_mesh(), config, tmp_path / "run")
+    assert len(list((tmp_path / "saves" / "commits").iterdir())) == 2
+    run_training(single_process_mesh(), config, tmp_path / "run")
+    assert logged(tmp_path / "run", "start") == [("start", 0), ("start", 4)]
+    assert "exp_avg_sq of tok_embeddings.weight holds negative numbers" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,16 @@ def test_resume_none_starts_again(corpus: Path, tmp_path: Path):
     assert curve(again) == curve(first)
 
 
+def test_resume_at_a_step(corpus: Path, tmp_path: Path):
+    config = config_for(corpus, tmp_path / "saves", checkpoint_every=4, oss_snapshot_freq=3)
+    run_training(single_process_mesh(), config, tmp_path / "first")
+    for step in (4, 6):
+        resumed = run_training(single_process_mesh(), config, tmp_path / f"from-{step}", resume=str(step))
+        assert resumed[0]["step"] == step
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 5 in .*saves and .*snapshot; the steps there: "):
+        run_training(single_process_mesh(), config, tmp_path / "nowhere", resume="5")
+
+
 def test_weights_only_and_weights_with_counters(corpus: Path, tmp_path: Path):
     mesh = single_process_mesh()
     first = run_training(mesh, config_for(corpus, tmp_path / "saves", checkpoint_every=4), tmp_path / "first")
@@ -174,6 +185,24 @@ def test_weights_only_and_weights_with_counters(corpus: Path, tmp_path: Path):
     assert rest[0]["loss"] == first[4]["loss"], "the same weights on the same batch"
     assert rest[0]["lr"] == first[4]["lr"]
     assert rest[1]["loss"] != first[5]["loss"], "moments were not loaded"
+
+
+def test_another_schedule_is_told_with_both_rates(corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    config = config_for(corpus, tmp_path / "saves", oss_snapshot_freq=4)
+    run_training(single_process_mesh(), config, tmp_path / "first")
+
+    def resumed_at_4(**sections: dict[str, Any]) -> list[str]:
+        values = {**config.model_dump(), "ckpt": {**config.ckpt.model_dump(), "enable_save_ckpt": False}}
+        for section, changes in sections.items():
+            values[section] = {**values[section], **changes}
+        caplog.clear()
+        run_training(single_process_mesh(), Config.model_validate(values), tmp_path / "again", resume="4")
+        return [record.message for record in caplog.records if "schedule" in record.message]
+
+    assert resumed_at_4() == []
+    (told,) = resumed_at_4(adam={"lr": 0.02}, lr_scheduler={"eta_min": 0.0})
+    assert " has the learning rate 0.0" in told and "adam.lr 0.01 then, 0.02 now; lr_scheduler.eta_min 0.0001" in told
+    assert resumed_at_4(lr_scheduler={"init_steps": 0}) == []
 
 
 def test_another_model_shape_is_refused(corpus: Path, tmp_path: Path):
@@ -249,12 +278,12 @@ def test_a_damaged_milestone_falls_back_to_a_snapshot(corpus: Path, tmp_path: Pa
     assert [step["step"] for step in resumed] == [6, 7]
 
 
-def test_a_run_whose_gradients_stay_non_finite_ends(corpus: Path, tmp_path: Path):
+def test_a_run_whose_loss_stays_non_finite_ends(corpus: Path, tmp_path: Path):
     values = config_for(corpus, None).model_dump()
     values["adam"] |= {"lr": 1e30}
     values["data"] |= {"total_steps": 40, "rampup_batch_size": "", "skip_batches": ""}
     values["lr_scheduler"] |= {"total_steps": 40, "warmup_ratio": 0.0}
-    with pytest.raises(NumericsError, match="11 updates were left out"):
+    with pytest.raises(NumericsError, match="step 11: the loss is not finite since step 1;"):
         run_training(single_process_mesh(), Config.model_validate(values), tmp_path / "run")
 
 
@@ -277,8 +306,18 @@ def test_what_is_due_when():
     assert [due(6, command, done) for command in (nothing, save, stop) for done in (False, True)] == [None] * 6
 
 
-def test_non_finite_step_keeps_interval_metrics_of_a_save(tmp_path: Path, corpus: Path) -> None:
-    diverging = {"adam": {"lr": 1e300}, "monitor": {"log_every": 4}}
+def test_non_finite_step_keeps_interval_metrics_of_a_save(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step_of = Trainer.step
+
+    def bad_once(trainer: Trainer, batch: Any, step: int, **hooks: Any) -> Any:
+        outcome = step_of(trainer, batch, step, **hooks)
+        trainer.metrics._sums[-1] += math.nan if step == 4 else 0.0
+        return outcome
+
+    monkeypatch.setattr(Trainer, "step", bad_once)
+    diverging = {"monitor": {"log_every": 4}}
     whole = run_training(single_process_mesh(), tiny(corpus, **diverging), tmp_path / "run")
     (tmp_path / "stop").write_text("6")
     ckpt = {"enable_save_ckpt": True, "save_ckpt_folder": f"local:{tmp_path / 'saves'}", "async_upload": False}

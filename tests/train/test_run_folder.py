@@ -209,14 +209,24 @@ def test_a_run_that_fails_says_why(folder: Path):
     (run,) = runs_in(folder)
     (failed,) = events_of(run, "failed")
     assert failed["why"].startswith("NumericsError: ") and (failed["rank"], failed["seg"]) == (0, 1)
-    lines = len(read_metrics(run / "metrics.jsonl"))
+
+
+def test_a_failed_start_leaves_no_trace_in_the_good_run(folder: Path):
+    assert trained(folder).code == 0
+    (run,) = runs_in(folder)
+    before = digests(folder / "RUN")
     (folder / "corpus").rename(folder / "moved")
     missing = trained(folder, "STEPS=60")
     assert missing.code == 2 and "Traceback" not in missing.output
-    assert runs_in(folder) == [run]
-    failed = events_of(run, "failed")[1]
-    assert failed["why"].startswith("DataError: ") and "corpus" in failed["why"] and failed["seg"] == 2
-    assert len(read_metrics(run / "metrics.jsonl")) == lines
+    assert before.items() <= digests(folder / "RUN").items(), "latest, too"
+    _, left = runs_in(folder)
+    assert left.name.endswith("-failed") and f"everything about it is in RUN/launch/{left.name}" in missing.output
+    (failed,) = events_of(left, "failed")
+    assert failed["why"].startswith("DataError: ") and "corpus" in failed["why"]
+    assert json.loads((left / "FAILED.json").read_text())["cause"]["kind"] == "DataError"
+    assert "DataError" in (left / "logs" / "rank-00000.log").read_text() and (left / "config" / "config.py").exists()
+    (folder / "moved").rename(folder / "corpus")
+    assert trained(folder, "STEPS=6").code == 0 and runs_in(folder) == [run, left]
 
 
 def saving_to(saves: Path, **ckpt: Any) -> Config:

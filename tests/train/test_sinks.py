@@ -19,11 +19,14 @@ from internlm_lite.monitor.console import Console
 from internlm_lite.monitor.jsonl import read_objects
 from internlm_lite.monitor.record import Sink, StepRecord
 from internlm_lite.monitor.tensorboard import TensorBoard
-from internlm_lite.train.build import Surroundings, build_run
+from internlm_lite.train.build import RunServices, build_run
 from internlm_lite.train.loop import train
 from tests.corpus import FOLDERS, write_corpus
 from tests.monitor.test_wandb import history, inspect
 from tests.train.runs import STEPS, curve, run_training, tiny
+
+NO_TOKENS = (0, None, 0.0)
+"""Tokens, loss and accuracy of a folder that a line does not name."""
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +61,9 @@ def test_tensorboard_holds_metrics_jsonl(run: tuple[Path, list[dict[str, Any]]])
     for name in FOLDERS:
         for index, figure in enumerate(("tokens", "loss", "acc")):
             series = [(event.step, event.value) for event in found.Scalars(f"{figure}/{name}")]
-            lines = [line for line in metrics if index == 0 or line["folders"][name][0]]
-            assert series == [(line["step"], pytest.approx(line["folders"][name][index])) for line in lines]
+            lines = [line for line in metrics if index == 0 or name in line["folders"]]
+            figures = [(line["step"], line["folders"].get(name, NO_TOKENS)[index]) for line in lines]
+            assert series == [(step, pytest.approx(value)) for step, value in figures]
     assert [event.value for event in found.Scalars("train/loss")] == pytest.approx([line["loss"] for line in metrics])
 
 
@@ -73,7 +77,7 @@ def test_wandb_holds_metrics_jsonl(run: tuple[Path, list[dict[str, Any]]]) -> No
     for row, line in zip(lines, metrics, strict=True):
         assert row["train/loss"] == line["loss"]
         for name in FOLDERS:
-            tokens, loss, acc = line["folders"][name]
+            tokens, loss, acc = line["folders"].get(name, NO_TOKENS)
             assert [row[f"tokens/{name}"], row.get(f"loss/{name}")] == [tokens, loss]
             assert row.get(f"acc/{name}") == (acc if tokens else None)
     evaluations = [event for event in read_objects(folder / "events.jsonl") if event["event"] == "evaluation"]
@@ -104,14 +108,14 @@ def test_an_own_sink_gets_every_record_and_is_closed_last(tmp_path: Path) -> Non
         made.append(OwnSink(folder))
         return made[-1] if config.data.total_steps == STEPS else None
 
-    around = Surroundings(sinks={"own": own_sink})
-    run = build_run(tiny(None), single_process_mesh(), tmp_path, around=around)
+    services = RunServices(sinks={"own": own_sink})
+    run = build_run(tiny(None), single_process_mesh(), tmp_path, services=services)
     train(run, StopSignals())
     run.reporter.close()
     (sink,) = made
     assert sink.seen == ["start", *range(STEPS), "done", "closed after 2 events"]
     build_run(
-        tiny(None, data={"total_steps": 2}), single_process_mesh(), tmp_path / "none", around=around
+        tiny(None, data={"total_steps": 2}), single_process_mesh(), tmp_path / "none", services=services
     ).reporter.close()
     assert not made[1].seen, "the factory may decline"
 

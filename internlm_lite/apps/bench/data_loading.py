@@ -1,4 +1,4 @@
-"""(c) The loader alone: tokens per second from memory-mapped files, on one core, and opening a large corpus."""
+"""(c) The loader alone: tokens per second from files, on one core, and opening a large corpus."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LoaderResult:
     corpus_tokens: int
     open_seconds: float
     open_resident_bytes: int
-    """Resident set of the process after opening, before mapped pages of the page cache add to it."""
+    """Resident set of the process after opening."""
     tokens_per_second: float
 
 

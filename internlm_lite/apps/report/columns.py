@@ -1,7 +1,8 @@
 """The figures of all step lines as columns of numbers, compact and quick to slice for 50,000 steps of 33 folders.
 
     scalar  "loss", "grad_norm/1_fp32", ...     float64 [lines]         nan if a line has no value
-    folder  "code", ...                         float64 [lines, 4]      tokens learnt, loss, accuracy, tokens seen
+    folder  "code", ...                         float64 [lines, 4]      tokens learnt, loss, accuracy, tokens seen;
+                                                                        nan if a line does not name it: no tokens
 
 A restart repeats steps: lines of an earlier segment, from the first step of a later segment on, are superseded and
 dropped, so steps rise strictly. Where a line has no "seen", the tokens seen are the tokens learnt.
@@ -11,22 +12,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime
-from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Numbers = NDArray[np.float64]
-Shape = tuple[tuple[str, ...], tuple[tuple[str, tuple[str, ...]], ...], tuple[str, ...]]
-"""Keys of a line: scalars, dicts of scalars with their keys, folders."""
+Shape = tuple[tuple[str, ...], tuple[tuple[str, tuple[str, ...]], ...]]
+"""Keys of a line: scalars, dicts of scalars with their keys. Its folders differ from line to line."""
+Folders = dict[str, tuple[Any, ...]]
+"""Name -> tokens learnt, loss, accuracy, tokens seen."""
 
 _NOT_SCALARS = {"seg", "step", "time", "folders", "seen"}
 _WIDTH = 4
 _MAX_NUMBER = 1e100
 """Larger numbers count as missing, so that sums and products stay finite."""
+_MAX_INT = 10**300
+"""A line with a larger integer, which is no float, is invalid."""
 MAX_STEP = 10**12
 """A line with a larger step or segment is invalid: accepting it would reject all later ones."""
 
@@ -36,13 +39,13 @@ class _GrowingColumn:
 
     def __init__(self, width: int | None) -> None:
         self._tail = () if width is None else (width,)
-        self._values: Numbers = np.full((1024, *self._tail), np.nan)
+        self._values: Numbers = np.full((0, *self._tail), np.nan)
         self.any = False
 
     def put(self, start: int, block: Numbers) -> None:
         end = start + len(block)
         if end > len(self._values):
-            grown = np.full((max(end, 2 * len(self._values)), *self._tail), np.nan)
+            grown = np.full((max(end, 1024, 2 * len(self._values)), *self._tail), np.nan)
             grown[: len(self._values)] = self._values
             self._values = grown
         self._values[start:end] = block
@@ -93,8 +96,13 @@ class Columns:
 
     @property
     def folders(self) -> dict[str, Numbers]:
-        """Name -> columns of a folder, in the order of the lines."""
+        """Name -> columns of a folder, in the order of `declare` and the lines."""
         return {name: column.view(self.n) for name, column in self._folders.items()}
+
+    def declare(self, folders: Iterable[str]) -> None:
+        """The folders of the run, of which a line names those with tokens."""
+        for name in folders:
+            self._folders.setdefault(name, _GrowingColumn(_WIDTH))
 
     def start_segment(self, segment: int, step: int, total: int) -> None:
         """A start event: from `step` on, lines of earlier segments are superseded. `total`: steps of the whole run."""
@@ -106,7 +114,7 @@ class Columns:
 
     def append(self, lines: Iterable[bytes]) -> None:
         """Add lines of metrics.jsonl. Lines that are no step lines are counted in `bad` and dropped."""
-        batch: list[list[Any]] = []
+        batch: list[tuple[list[Any], Folders]] = []
         now: Shape | None = None
         for line in lines:
             value = _parse(line)
@@ -117,7 +125,8 @@ class Columns:
             if self._is_superseded(segment, step):
                 continue
             row = [step, seconds(value.get("time")), *_figures(value, shape)]
-            if not self._is_in_order(segment, step) or not _is_complete(row, shape):
+            folders = _folders(value)
+            if not self._is_in_order(segment, step) or folders is None or not _are_numbers(row):
                 self.bad += 1
                 continue
             if segment != self.segment or shape != now:
@@ -128,7 +137,7 @@ class Columns:
             self._next = step + 1
             if isinstance(value.get("time"), str):
                 self.last_time = value["time"]
-            batch.append(row)
+            batch.append((row, folders))
         self._flush(now, batch)
 
     def _is_superseded(self, segment: int, step: int) -> bool:
@@ -153,22 +162,27 @@ class Columns:
                 column.cut(kept)
             self.n = kept
 
-    def _flush(self, shape: Shape | None, batch: list[list[Any]]) -> None:
+    def _flush(self, shape: Shape | None, batch: list[tuple[list[Any], Folders]]) -> None:
         if not batch or shape is None:
             return
-        scalars, nested, folders = shape
+        scalars, nested = shape
         names = [*scalars, *(f"{key}/{name}" for key, inner in nested for name in inner)]
-        block = _as_block(batch, _width(shape))
-        self.bad += len(batch) - len(block)
-        self._step.put(self.n, block[:, 0])
-        self._time.put(self.n, block[:, 1])
-        for name, figures in zip(names, block.T[2 : 2 + len(names)], strict=True):
-            self._scalars.setdefault(name, _GrowingColumn(None)).put(self.n, figures)
-        first = 2 + len(names)
-        for at, name in enumerate(folders):
-            figures = block[:, first + _WIDTH * at : first + _WIDTH * (at + 1)]
-            self._folders.setdefault(name, _GrowingColumn(_WIDTH)).put(self.n, figures)
-        self.n += len(block)
+        step, time, *figures = _as_block([row for row, _ in batch]).T
+        self._step.put(self.n, step)
+        self._time.put(self.n, time)
+        for name, values in zip(names, figures, strict=True):
+            self._scalars.setdefault(name, _GrowingColumn(None)).put(self.n, values)
+        tables: dict[str, list[tuple[Any, ...]]] = {}
+        for at, (_, folders) in enumerate(batch):
+            for name, values in folders.items():
+                tables.setdefault(name, []).append((at, *values))
+        self.declare(tables)
+        for name, rows in tables.items():
+            table = _as_block(rows)
+            block = np.full((len(batch), _WIDTH), np.nan)
+            block[table[:, 0].astype(np.intp)] = table[:, 1:]
+            self._folders[name].put(self.n, block)
+        self.n += len(batch)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -182,51 +196,44 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _shape(value: Mapping[str, Any]) -> Shape:
-    folders = value.get("folders")
     scalars = tuple(
         key for key, item in value.items() if not isinstance(item, str | list | dict) and key not in _NOT_SCALARS
     )
     nested = tuple(
         (key, tuple(item)) for key, item in value.items() if isinstance(item, dict) and key not in _NOT_SCALARS
     )
-    return scalars, nested, tuple(folders) if isinstance(folders, dict) else ()
+    return scalars, nested
 
 
 def _figures(value: Mapping[str, Any], shape: Shape) -> Iterable[Any]:
-    scalars, nested, folders = shape
+    scalars, nested = shape
     row = [value[key] for key in scalars]
     for key, _ in nested:
         row += value[key].values()
-    if folders:
-        seen = value.get("seen")
-        seen = seen if isinstance(seen, dict) else {}
-        row += chain.from_iterable(
-            (*figures, seen.get(name, figures[0])) if isinstance(figures, list) and figures else ()
-            for name, figures in value["folders"].items()
-        )
     return row
 
 
-def _is_complete(row: Sequence[Any], shape: Shape) -> bool:
-    """Whether a row has all values of its shape, and only numbers."""
-    return len(row) == _width(shape) and all(value is None or isinstance(value, int | float) for value in row)
+def _folders(value: Mapping[str, Any]) -> Folders | None:
+    """The figures of the folders that a line names; None if they are invalid."""
+    folders, seen = value.get("folders"), value.get("seen")
+    seen = seen if isinstance(seen, dict) else {}
+    if not isinstance(folders, dict):
+        return {}
+    if not all(isinstance(figures, list) and len(figures) == _WIDTH - 1 for figures in folders.values()):
+        return None
+    found = {name: (*figures, seen.get(name, figures[0])) for name, figures in folders.items()}
+    return found if all(map(_are_numbers, found.values())) else None
 
 
-def _width(shape: Shape) -> int:
-    scalars, nested, folders = shape
-    return 2 + len(scalars) + sum(len(inner) for _, inner in nested) + _WIDTH * len(folders)
+def _are_numbers(values: Iterable[Any]) -> bool:
+    return all(
+        value is None or type(value) is float or (isinstance(value, int) and abs(value) < _MAX_INT) for value in values
+    )
 
 
-def _as_block(rows: Sequence[Sequence[Any]], width: int) -> Numbers:
-    """float64 [rows, width]; None and numbers beyond _MAX_NUMBER become nan. Drops rows with integers beyond it."""
-    try:
-        block = np.array(rows, dtype=np.float64).reshape(-1, width)
-    except OverflowError:
-        good = []
-        for row in rows:
-            with suppress(OverflowError):
-                good.append(np.array(row, dtype=np.float64))
-        block = np.array(good).reshape(-1, width)
+def _as_block(rows: Sequence[Sequence[Any]]) -> Numbers:
+    """float64 [rows, width]; None and numbers beyond _MAX_NUMBER become nan."""
+    block = np.array(rows, dtype=np.float64)
     block[~(np.abs(block) <= _MAX_NUMBER)] = np.nan
     return block
 

@@ -6,16 +6,16 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from internlm_lite.apps.report.run import is_run
+from internlm_lite.apps.report.run import RUN_FILES, is_run
 from internlm_lite.apps.report.untrusted_files import printable
 from internlm_lite.errors import ConfigError
 
 MAX_RUNS = 8
-"""Most runs taken from one job folder or folder of jobs; the newest are taken."""
+"""Most runs taken from one job folder or folder of jobs: of those with a step the last active ones, then others."""
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Run folders in the order of `paths`, those of a job newest first, each once. Links are followed to their folder.
+    """Run folders in the order of `paths`, those of a job as last active, each once, with links followed.
 
     Raises ConfigError for a path that is no folder or cannot be read.
     """
@@ -46,7 +46,7 @@ def omitted_runs(paths: Sequence[Path]) -> list[str]:
     """A line for each path with more than MAX_RUNS runs. Raises OSError."""
     counts = {path: len(_all_in(path)) for path in paths}
     return [
-        f"{printable(path)}: the newest {MAX_RUNS} of {count} runs; name others to see them"
+        f"{printable(path)}: the last active {MAX_RUNS} of {count} runs; name others to see them"
         for path, count in counts.items()
         if count > MAX_RUNS
     ]
@@ -65,7 +65,15 @@ def _all_in(path: Path) -> list[Path]:
     runs = {folder for folder in inner if is_run(folder)}
     if not runs:
         runs = {folder for job in inner for folder in _folders(job) if is_run(folder)}
-    return sorted(runs, key=lambda folder: (folder.name, folder), reverse=True)
+    return sorted(runs, key=lambda folder: (*_activity(folder), folder.name, folder), reverse=True)
+
+
+def _activity(folder: Path) -> tuple[bool, int]:
+    """Whether a run has step lines, and when it last wrote."""
+    status = [file.stat() for name in RUN_FILES if (file := folder / name).is_file()]
+    metrics = folder / RUN_FILES[0]
+    has_steps = metrics.is_file() and metrics.stat().st_size > 0
+    return has_steps, max((found.st_mtime_ns for found in status), default=0)
 
 
 def _folders(path: Path) -> list[Path]:

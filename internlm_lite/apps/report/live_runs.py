@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from internlm_lite.apps.report.discover import find_runs, require_runs, run_name
-from internlm_lite.apps.report.payload import UNREADABLE, make_payload, series
+from internlm_lite.apps.report.payload import UNREADABLE, curves, make_payload
 from internlm_lite.apps.report.run import RunReader
 from internlm_lite.apps.report.run_state import run_state
 from internlm_lite.errors import InternLMError
@@ -69,7 +69,7 @@ class LiveRuns:
         """The curves of a run; None for an unknown id."""
         with self._lock:
             run = next((run for known, run in self._runs if known == identity), None)
-            return None if run is None else series(run.columns, begin, end, points)
+            return None if run is None else curves(run, begin, end, points)
 
     def _token(self) -> str:
         now = datetime.now(timezone.utc)

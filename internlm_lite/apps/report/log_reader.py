@@ -1,4 +1,4 @@
-"""Reads a run from a log of InternLM or ours. Only step lines are used."""
+"""Reads a run from a log of InternLM, InternEvo or ours. Only step lines are used."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from pathlib import Path
 
 from internlm_lite.apps.report.run import RunReader
 from internlm_lite.apps.report.untrusted_files import printable
-from internlm_lite.errors import ConfigError, DataError
-from internlm_lite.monitor.jsonl import step_object
+from internlm_lite.errors import ConfigError
+from internlm_lite.monitor.jsonl import finite
 from internlm_lite.monitor.line import parse_step_line
 
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-_BEGIN = re.compile(r"\d{4}-\d{2}-\d{2}T\S+ INFO \[")
-"""Start of a step line; launchers may put a rank before it."""
 
 
 @dataclass(frozen=True)
@@ -33,29 +31,23 @@ def read_log(path: Path) -> LogRun:
     run = RunReader(path.parent, printable(path.name))
     run.is_log = True
     lines: list[bytes] = []
-    why, n_skipped, segment, last = "", 0, 0, -1
+    n_skipped, segment, last = 0, 0, -1
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             for text in file:
-                text = _COLOUR.sub("", text)
-                begin = _BEGIN.search(text)
-                try:
-                    record = parse_step_line(text[begin.start() :] if begin else text)
-                except DataError as error:
-                    why = why or (str(error) if begin else "")
+                figures = parse_step_line(_COLOUR.sub("", text))
+                if figures is None:
                     n_skipped += 1
-                    continue
-                if record.step == last:
-                    continue
-                segment += record.step < last
-                last = record.step
-                lines.append(json.dumps(step_object(record, segment)).encode())
+                elif figures["step"] != last:
+                    segment += figures["step"] < last
+                    last = figures["step"]
+                    lines.append(json.dumps(finite({"seg": segment, **figures})).encode())
     except OSError as error:
         raise ConfigError(f"cannot read {printable(path)}: {error.strerror}; expected a log with step lines") from error
     if not lines:
         raise ConfigError(
-            f"found no step line in the {n_skipped} lines of {printable(path)}; expected InternLM's, "
-            f"'TIME INFO [FILE, line N, in FUNCTION] - pid=N : tflops=... step=0 loss=...'{why and f' ({why})'}"
+            f"found no step line in the {n_skipped} lines of {printable(path)}; expected lines with step and loss, "
+            "as InternLM and InternEvo print them: '... step=0 loss=11.5 ...'"
         )
     run.columns.append(lines)
     run.parsed = True

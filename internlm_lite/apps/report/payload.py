@@ -9,17 +9,17 @@ in different columns. Tokens, which the page divides into shares, are therefore 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
 
-from internlm_lite.apps.report.columns import Columns, Numbers
+from internlm_lite.apps.report.columns import Columns, Numbers, seconds
 from internlm_lite.apps.report.downsample import Buckets
 from internlm_lite.apps.report.history import alerts, checkpoints, restarts, samples, validation
 from internlm_lite.apps.report.run import RunReader
-from internlm_lite.apps.report.run_state import last_of, run_state
+from internlm_lite.apps.report.run_state import ACTIVE, last_of, run_state
 from internlm_lite.apps.report.untrusted_files import printable
 from internlm_lite.monitor.jsonl import finite
 
@@ -30,20 +30,27 @@ POINTS = 1000
 MAX_POINTS = 4000
 """Most points of a curve, summed over all runs of a page."""
 MAX_EVENTS = 500
+_FP16 = ('"torch.float16"', '"torch.half"')
 DIGITS = 7
 """Significant digits of numbers in a curve."""
 
 
 def make_payload(runs: Sequence[tuple[str, RunReader]], live: bool, now: datetime | None = None) -> dict[str, Any]:
-    """The whole page's data; `runs` are (id, run)."""
+    """The whole page's data; `runs` are (id, run). They come as last active; those that train, as started."""
     now = (now or datetime.now(timezone.utc)).astimezone()
     points = min(POINTS, MAX_POINTS // max(1, len(runs)))
+    found = [safe_payload(name, run, now, points) for name, run in runs]
     return {
         "version": VERSION,
         "generated": now.isoformat(timespec="seconds"),
         "live": live,
-        "runs": [safe_payload(name, run, now, points) for name, run in runs],
+        "runs": sorted(found, key=lambda run: _activity(run["state"]), reverse=True),
     }
+
+
+def _activity(state: Mapping[str, Any]) -> tuple[bool, float]:
+    active = state["phase"] in ACTIVE and state["started"] is not None
+    return active, seconds(state["started" if active else "last_time"]) or 0.0
 
 
 def safe_payload(identity: str, run: RunReader, now: datetime, points: int = POINTS) -> dict[str, Any]:
@@ -76,6 +83,7 @@ def run_payload(identity: str, run: RunReader, now: datetime, points: int = POIN
         "bad_lines": columns.bad + run.bad_lines,
         "state": {**run_state(run, now), "restarts": len(restarted), "last_checkpoint": last},
         "window": window(columns.n),
+        "change_from": None if columns.n <= lookback(columns.n) else int(columns.step[-1 - lookback(columns.n)]),
         "folders": folder_table(run, checks),
         "validation": checks,
         "checkpoints": saves,
@@ -86,7 +94,7 @@ def run_payload(identity: str, run: RunReader, now: datetime, points: int = POIN
         "config": run.config,
         "env": run.environment,
     }
-    return {**finite(facts), "series": series(columns, points=points)}
+    return {**finite(facts), "series": curves(run, points=points)}
 
 
 def _short(event: dict[str, Any]) -> dict[str, Any]:
@@ -97,6 +105,11 @@ def _short(event: dict[str, Any]) -> dict[str, Any]:
 def window(lines: int) -> int:
     """Lines averaged for the current value: 10 or 2 %, at most a quarter of all, at least one."""
     return max(1, min(max(10, lines // 50), lines // 4))
+
+
+def lookback(lines: int) -> int:
+    """Lines from the window that a change is counted from to the last one: a tenth of all, or the window."""
+    return max(window(lines), lines // 10)
 
 
 def folder_table(run: RunReader, checks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -134,7 +147,8 @@ def _folder_figures(values: Numbers) -> dict[str, Any]:
     loss, acc = _means(values[-width:])
     if loss is None and len(seen):
         loss, acc = _means(values[seen[-1:]])
-    before, _ = _means(values[-2 * width : -width])
+    back = lookback(len(values))
+    before, _ = _means(values[-width - back : -back])
     return {
         "loss": loss,
         "first_loss": float(values[seen[0], 1]) if len(seen) else None,
@@ -152,6 +166,16 @@ def _means(values: Numbers) -> tuple[float | None, float | None]:
     tokens = values[:, 0]
     means = tokens @ values[:, 1] / tokens.sum(), tokens @ np.nan_to_num(values[:, 2]) / tokens.sum()
     return float(means[0]), float(means[1])
+
+
+def curves(run: RunReader, begin: float = -math.inf, end: float = math.inf, points: int = POINTS) -> dict[str, Any]:
+    """`series` of a run, with the loss scale only of fp16 training, or, without a config, where it changes."""
+    found = series(run.columns, begin, end, points)
+    dtype = next((row["value"] for row in run.config if row["key"] == "model.dtype"), None)
+    scale = run.columns.scalars.get("loss_scale", np.empty(0))
+    if not (np.nanmin(scale) < np.nanmax(scale) if dtype is None and len(scale) else dtype in _FP16):
+        found.pop("loss_scale", None)
+    return found
 
 
 def series(columns: Columns, begin: float = -math.inf, end: float = math.inf, points: int = POINTS) -> dict[str, Any]:

@@ -134,6 +134,8 @@ class RunReader:
         for event in events:
             self.columns.max_segment = max(self.columns.max_segment, event["seg"])
             step, total = as_int(event.get("step")), as_int(event.get("total_steps"))
+            if event["event"] == "start" and isinstance(event.get("folders"), list):
+                self.columns.declare(str(name) for name in event["folders"])
             if event["event"] == "start" and step is not None:
                 self.columns.start_segment(event["seg"], step, total if total and total > 0 else MAX_STEP)
 

@@ -18,6 +18,7 @@ _DIGITS = 16
 """A number of steps has fewer."""
 SILENT_STEPS = 10.0
 """Or this number of usual intervals between step lines, if that is longer."""
+ACTIVE = ("training", "saving", "evaluating", "starting")
 _OVER = (*ENDS, "log")
 """Phases in which no more lines are expected."""
 
@@ -60,7 +61,7 @@ def _phase(run: RunReader, now: datetime) -> tuple[str, str]:
     if not run.parsed:
         return "starting", "its files are still being read"
     if run.is_log:
-        return "log", f"ends at {last_time(run)}"
+        return "log", f"ends at {time}" if (time := last_time(run)) else ""
     start, end = last_of(run.events, "start"), last_of(run.events, *ENDS)
     started = seconds(start["time"]) if start else None
     if run.failed is not None and (started is None or run.failed["modified"] >= started):

@@ -16,8 +16,9 @@ import json
 import logging
 import math
 import socket
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -55,6 +56,8 @@ class Response:
     kind: str = "text/plain; charset=utf-8"
     policy: str = _NOTHING
     headers: Mapping[str, str] = field(default_factory=dict)
+    packed: bytes = b""
+    """The body compressed, if many ask for it."""
 
     @staticmethod
     def refusal(status: HTTPStatus, text: str) -> Response:
@@ -70,6 +73,8 @@ class Dashboard(ThreadingHTTPServer):
     """Serves the data of `runs` until `shutdown`. Use as a context manager. The caller closes `runs`."""
 
     daemon_threads = True
+    request_queue_size = 512
+    """Connections that may wait to be accepted."""
 
     def __init__(
         self, runs: LiveRuns, port: int, bind: str = "127.0.0.1", token: str | None = None, assets: Path = ASSETS
@@ -83,6 +88,8 @@ class Dashboard(ThreadingHTTPServer):
             raise ConfigError(
                 f"--bind {bind}: others can reach that address; add --token-file FILE (or --token) to keep them out"
             )
+        self._made: dict[str, tuple[str, Response]] = {}
+        self._making = threading.Lock()
         self._bind = bind
         if ":" in bind:
             self.address_family = socket.AF_INET6
@@ -113,6 +120,21 @@ class Dashboard(ThreadingHTTPServer):
     def cookie_value(self) -> str | None:
         """The cookie's value for a browser that has sent the token."""
         return None if self._token is None else hashlib.sha256(f"dashboard {self._token}".encode()).hexdigest()
+
+    def current(self, path: str) -> Response:
+        """The page, or its data, made once for all who ask before anything changes."""
+        with self._making:
+            token, made = self._made.get(path, ("", None))
+            if made is None or token != self.runs.token():
+                payload = self.runs.payload()
+                made = self._page(payload) if path == "/" else Response.json(payload)
+                made = replace(made, packed=gzip.compress(made.body, 1))
+                self._made[path] = payload["token"], made
+            return made
+
+    def _page(self, payload: Mapping[str, Any]) -> Response:
+        policy = f"{self.assets.policy(live=True)}; frame-ancestors 'none'"
+        return Response(HTTPStatus.OK, render_page(payload, self.assets).encode(), "text/html; charset=utf-8", policy)
 
     def accepts_token(self, token: str) -> bool:
         return self._token is not None and hmac.compare_digest(token.encode(), self._token.encode())
@@ -184,13 +206,9 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/series":
             return self._series(query)
         runs.refresh()
-        if path == "/":
-            html = render_page(runs.payload(), self.server.assets).encode()
-            policy = f"{self.server.assets.policy(live=True)}; frame-ancestors 'none'"
-            return Response(HTTPStatus.OK, html, "text/html; charset=utf-8", policy)
         if path == "/api/since" and query.get("after") == runs.token():
             return Response(HTTPStatus.NOT_MODIFIED)
-        return Response.json(runs.payload())
+        return self.server.current("/" if path == "/" else "/api/runs")
 
     def _series(self, query: Mapping[str, str]) -> Response:
         try:
@@ -211,7 +229,7 @@ class _Handler(BaseHTTPRequestHandler):
         if answer.status not in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED):
             accepted = getattr(self, "headers", None) and self.headers.get("Accept-Encoding", "")
             if accepted and "gzip" in accepted and len(body) > 1024:
-                body = gzip.compress(body, 1)
+                body = answer.packed or gzip.compress(body, 1)
                 headers |= {"Content-Encoding": "gzip", "Vary": "Accept-Encoding"}
             headers |= {"Content-Type": answer.kind, "Content-Length": str(len(body))}
         self.send_response(answer.status)

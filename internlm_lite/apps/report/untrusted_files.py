@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from internlm_lite.units import escaped
+
 MAX_FILE_BYTES = 16 << 20
 """Largest file that is read at once."""
 
@@ -31,8 +33,9 @@ def read_file(path: Path) -> str:
 
 
 def printable(path: str | Path) -> str:
-    """A path as valid Unicode: bytes that are not UTF-8 become replacement characters."""
-    return os.fsencode(path).decode("utf-8", "replace")
+    """A path for pages and terminals: bytes that are not UTF-8 become replacement characters, control characters
+    escapes."""
+    return escaped(os.fsencode(path).decode("utf-8", "replace"))
 
 
 def _non_blocking(path: str, flags: int) -> int:

@@ -1,5 +1,5 @@
 """Verifies a checkpoint: reads every byte once and compares every checksum, of commit, manifest, votes, headers, each
-block of each tensor, each whole file. Reports all damage, by file and tensor.
+block of each tensor, each whole file. Reports all damage, by file and tensor, and numbers that are not finite.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from internlm_lite.checkpoint.format.tensor_file import BLOCK_BYTES, DTYPES, Sto
 from internlm_lite.checkpoint.load.reader import Reader
 from internlm_lite.checkpoint.storage.base import Storage, UnreadableError
 from internlm_lite.errors import CheckpointError, DamagedError
+from internlm_lite.mesh.layout import is_sound
 
 _READ_BYTES = 16 * BLOCK_BYTES
 
@@ -119,6 +120,7 @@ def _tensor(found: Found, key: str, stored: StoredTensor, expected: _Expected | 
     if problem := stored.problem(dtype, count, crc32):
         return problem
     bad: list[int] = []
+    sound = True
     buffer = memoryview(bytearray(min(stored.size, _READ_BYTES)))
     for start in range(0, stored.size, _READ_BYTES):
         view, first = buffer[: min(_READ_BYTES, stored.size - start)], start // BLOCK_BYTES
@@ -128,8 +130,10 @@ def _tensor(found: Found, key: str, stored: StoredTensor, expected: _Expected | 
             return _without(str(error), f"{found.storage.name}/{key}")
         sha.update(view)
         bad += [first + block for block in now]
+        if dtype.is_floating_point:
+            sound &= bool(is_sound(torch.frombuffer(view, dtype=dtype), non_negative=False))
     if not bad:
-        return None
+        return None if sound else "holds NaN or infinity: the run had diverged when it was saved"
     begin = bad[0] * BLOCK_BYTES
     rest = f" and {len(bad) - 1} more blocks" if len(bad) > 1 else ""
     return f"bytes {begin}..{min(begin + BLOCK_BYTES, stored.size)}{rest} differ from their crc32"

@@ -200,20 +200,27 @@ def remove(storage: Storage, name: Name) -> None:
     storage.delete_folder(name.folder)
 
 
-def rotate(storage: Storage, keep: int, known_bad: Collection[str], kinds: dict[Name, Kind]) -> list[Name]:
-    """Delete all snapshots and rescues older than the newest `keep` undamaged ones of these kinds; returns their names.
+def rotate(
+    storage: Storage,
+    of: Collection[Kind],
+    keep: int,
+    known_bad: Collection[str],
+    kinds: dict[Name, Kind],
+    pinned: str | None = None,
+) -> list[Name]:
+    """Delete the checkpoints of the kinds `of` older than the newest `keep` undamaged ones; returns their names.
 
-    `kinds`: cache of known kinds, so that each commit is read once; updated in place.
+    `kinds`: cache of known kinds, so that each commit is read once; updated in place. `pinned`: one that stays.
     """
     names = committed(storage)
     for name in names:
         if name not in kinds:
             with suppress(DamagedError):  # kept for inspection: its kind is unknown
                 kinds[name] = load_with_crc(Commit, read_bytes(storage, name.commit), name.commit).kind
-    temporary = [name for name in names if kinds.get(name) in ("snapshot", "rescue")]
-    good = (name for name in temporary if str(name) not in known_bad and _looks_whole(storage, name))
+    rotating = [name for name in names if kinds.get(name) in of]
+    good = (name for name in rotating if str(name) not in known_bad and _looks_whole(storage, name))
     kept = list(islice(good, keep))
-    old = [name for name in temporary if name < kept[-1]] if len(kept) == keep else []
+    old = [name for name in rotating if name < kept[-1] and str(name) != pinned] if len(kept) == keep else []
     for name in old:
         remove(storage, name)
         del kinds[name]

@@ -22,7 +22,7 @@ from internlm_lite.config.schema import S3Config
 from internlm_lite.errors import CheckpointError, DamagedError
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.consensus import on_all, on_main
-from internlm_lite.mesh.layout import LocalShard
+from internlm_lite.mesh.layout import LocalShard, first_problem
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.units import human_bytes, human_seconds
 
@@ -76,7 +76,8 @@ class Loader:
 
         `check` is called before reading; it may raise CheckpointError, the same on all ranks. Raises the same error on
         all ranks: CheckpointError listing the differing tensors and config keys if the checkpoint is of another model,
-        DamagedError naming file and tensor (the tensors may then be partly overwritten).
+        DamagedError naming file and tensor (the tensors may then be partly overwritten), also if a number is not
+        finite: such a checkpoint is of a run that had diverged.
         """
         if check is not None:
             check(found)
@@ -94,6 +95,8 @@ class Loader:
             for piece in pieces:
                 describe(piece)
                 reader.fill(piece)
+            if problem := first_problem(pieces):
+                raise DamagedError(f"checkpoint {found.name} in {found.storage.name}: {problem}: the run had diverged")
             return reader.rank_state(rank)
 
         if self.mesh.is_main:

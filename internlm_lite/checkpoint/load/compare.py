@@ -23,31 +23,36 @@ _FUNCTION = (_HEADS, "num_kv_attention_heads", "apply_post_layer_norm", "norm_ty
 def mismatch(found: Found, wanted: Wanted, config: Mapping[str, Any]) -> str | None:
     """An error message if the checkpoint does not fit the requested tensors, else None."""
     stored = found.manifest.tensors
-    lines = []
+    lines: list[str] = []
+    tensors: dict[str, list[str]] = {"other shape": [], "only in the model": [], "only in the checkpoint": []}
     for role, names in wanted.items():
         have = stored.get(role)
         if have is None:
             lines.append(f"{role}: the checkpoint has none (it has {', '.join(stored) or 'no tensors'})")
             continue
-        missing = [f"{name} {list(shape)}" for name, shape in names.items() if name not in have]
-        extra = [f"{name} {list(entry.shape)}" for name, entry in have.items() if name not in names]
-        shapes = [
+        tensors["only in the model"] += [f"{name} {list(shape)}" for name, shape in names.items() if name not in have]
+        tensors["only in the checkpoint"] += [
+            f"{name} {list(entry.shape)}" for name, entry in have.items() if name not in names
+        ]
+        tensors["other shape"] += [
             f"{name}: checkpoint {list(have[name].shape)}, model {list(shape)}"
             for name, shape in names.items()
             if name in have and have[name].shape != shape
         ]
-        for what, items in (("other shape", shapes), ("only in the model", missing), ("only in the checkpoint", extra)):
-            lines += _block(f"{role}, {what} ({len(items)}):", items)
+    for what, items in tensors.items():
+        once = list(dict.fromkeys(items))  # the moments of a weight have its shape
+        lines += _block(f"{what} ({len(once)}):", once)
     if set(wanted) - {"master"}:
         title = "same shapes, another function (its weights alone are taken with ckpt.load_model_only_folder):"
         lines += _block(title, other_function(found, config))
     if not lines:
         return None
     keys = differing_keys(found.manifest.config, config)
-    lines += _block("config keys that differ:", [f"{key}: checkpoint {a!r}, this run {b!r}" for key, a, b in keys])
+    keys = [one for one in keys if one[0].startswith("model.")] or keys
+    causes = [f"{key} {a!r} in the checkpoint, {b!r} in this run" for key, a, b in keys]
     return (
         f"checkpoint {found.name} in {found.storage.name} belongs to another model:\n  "
-        + "\n  ".join(lines)
+        + "\n  ".join([*_first(causes), *lines])
         + "\nuse the config the checkpoint was saved with, or choose another checkpoint or save folder"
     )
 

@@ -26,7 +26,11 @@ class SaveFolder:
     bad: dict[str, str]
     """Name -> reason, for checkpoints found damaged; rotation does not count them as kept."""
     lease: Lease | None = None
-    """Set by `hold`; acquired on rank 0."""
+    """Set by `lock`; acquired on rank 0."""
+    keep_milestones: int | None = None
+    """None: all."""
+    resumed_from: str | None = None
+    """Name of the checkpoint that the run went on from; as a milestone it stays."""
     unfinished: list[Name] = field(default_factory=list)
     """Failed saves whose files may still exist."""
     kinds: dict[Name, Kind] = field(default_factory=dict)
@@ -60,14 +64,18 @@ class SaveFolder:
             logger.warning("%s: what the run before left stays for now: %s", self.storage.name, error)
 
     def tidy(self, name: Name) -> None:
-        """After the commit of `name`: remove old snapshots, and old files that interrupted saves left."""
+        """After the commit of `name`: remove old checkpoints, and old files that interrupted saves left."""
         self.clear_unfinished(newer=True)
         try:
-            gone = catalog.rotate(self.storage, self.keep_snapshots, self.bad, self.kinds)
-            if gone:
-                logger.info("removed old snapshots and rescues: %s", ", ".join(map(str, gone)))
+            self._rotate(("snapshot", "rescue"), self.keep_snapshots)
+            if self.keep_milestones is not None:
+                self._rotate(("milestone",), self.keep_milestones, self.resumed_from)
             if time.monotonic() >= self._sweep_at:
                 catalog.sweep(self.storage, name)
                 self._sweep_at = time.monotonic() + catalog.ORPHAN_SECONDS
         except Exception as error:  # noqa: BLE001  the new checkpoint exists
             logger.warning("removing old checkpoints failed: %s", error)
+
+    def _rotate(self, of: tuple[Kind, ...], keep: int, pinned: str | None = None) -> None:
+        if gone := catalog.rotate(self.storage, of, keep, self.bad, self.kinds, pinned):
+            logger.info("removed old %ss: %s", "s and ".join(of), ", ".join(map(str, gone)))

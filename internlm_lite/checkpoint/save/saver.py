@@ -51,6 +51,8 @@ class SaveOptions:
     """How checkpoints are written."""
 
     keep_snapshots: int = 2
+    keep_milestones: int | None = None
+    """None: all."""
     vote_timeout_seconds: float = 600.0
     """How long rank 0 waits for votes; three times as long in a save that training waits for."""
     staging_folder: Path | None = None
@@ -115,7 +117,7 @@ class Saver:
         name = on_main(self.mesh, lambda: self._next_name(step, folder.lease))
         tensors = [item.of(pieces[item.index]) for item in self._items]
         self._keep_ended()
-        copies = None if wait else self._staging.hold(tensors)
+        copies = None if wait else self._staging.copy(tensors)
         job = WriteJob(
             folder=folder,
             name=name,

@@ -24,7 +24,7 @@ _ALIGNMENT_BYTES = 64
 
 
 class Staging:
-    """Holds host copies of the tensors of one save; the next `hold` overwrites them."""
+    """Holds host copies of the tensors of one save; the next `copy` overwrites them."""
 
     def __init__(self, folder: Path | None, device: torch.device) -> None:
         self._folder = folder
@@ -33,7 +33,7 @@ class Staging:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Make the buffer large enough for `tensors`, ahead of the first `hold`. Logs a warning if that fails."""
+        """Make the buffer large enough for `tensors`, ahead of the first `copy`. Logs a warning if that fails."""
         size = _size_of(tensors)
         if size <= self._buffer.numel():
             return
@@ -55,7 +55,7 @@ class Staging:
             self._locked = False
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def hold(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+    def copy(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
         """Host copies with the same shapes and dtypes; None if there is no memory. Waits for the device."""
         self.reserve(tensors)
         copies, offset = [], 0

@@ -16,7 +16,7 @@ from tests.cli import ROOT
 
 ONE_OF_A_KIND = (
     *("env", "attention", "syncs", "train_curves", "resume", "worlds:nccl", "ops", "attention_speed", "staging"),
-    *("perf:1b:eager", "perf:1b:bare+compiled", "perf:1b:block", "perf:1b:islands+wgrad+loss", "profile:1b:eager"),
+    *("perf:1b:eager", "perf:1b:bare+compiled", "perf:1b:compile", "profile:1b:eager"),
     "perf:1b:liger",
 )
 
@@ -51,6 +51,6 @@ def test_smoke(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     results = json.loads((tmp_path / "gpu_check.json").read_text("utf-8"))
     assert {result["status"] for result in results.values()} == {"ok"} and len(results) >= len(ONE_OF_A_KIND)
-    assert results["perf:1b:block"]["value"]["norm"] == pytest.approx(
+    assert results["perf:1b:compile"]["value"]["norm"] == pytest.approx(
         results["perf:1b:eager"]["value"]["norm"], rel=1e-6
     )

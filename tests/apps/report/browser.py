@@ -97,8 +97,17 @@ class Tab:
         return self.page.evaluate("page.state")
 
     def chart(self, title: str) -> dict[str, Any]:
+        """A chart. Its lines are each one: as drawn, with the values that were measured, and their average if any."""
         self.settle()
-        return next(chart for chart in self.page.evaluate("page.charts") if chart["title"] == title)
+        chart = next(chart for chart in self.page.evaluate("page.charts") if chart["title"] == title)
+        measured: dict[str, list[float | None]] = {}
+        for line in chart["lines"]:
+            measured.setdefault(line["key"], line["values"])
+        chart["lines"] = [
+            {**line, "values": measured[line["key"]], "average": line["values"]}
+            for line in chart["lines"][-len(measured) :]
+        ]
+        return chart
 
     def small_charts(self) -> list[dict[str, Any]]:
         self.settle()

@@ -157,3 +157,16 @@ def test_columns_grow_beyond_their_first_size() -> None:
     assert columns.scalars["late"][3000] == 1
     columns.append(encoded([line(step) for step in range(3001, 9000)]))
     assert len(columns.scalars["late"]) == len(columns.folders["code"]) == 8999 + 1
+
+
+def test_a_folder_that_a_line_does_not_name_had_no_tokens() -> None:
+    columns = Columns()
+    columns.declare(["never", "web"])
+    code, web = {"code": [10, 2.0, 0.5]}, {"web": [4, 3.0, 0.25]}
+    columns.append(encoded([line(0, folders=code), line(1, folders=web, seen={"web": 6}), line(2, folders={})]))
+    columns.append(encoded([line(3, folders={**web, **code})]))
+    assert (columns.n, columns.bad, list(columns.folders)) == (4, 0, ["never", "web", "code"])
+    assert np.nansum(columns.folders["code"], axis=0).tolist() == [20, 4.0, 1.0, 20]
+    assert np.isnan(columns.folders["web"][[0, 2]]).all()
+    assert columns.folders["web"][[1, 3], 3].tolist() == [6, 4]
+    assert np.isnan(columns.folders["never"]).all()

@@ -49,13 +49,24 @@ def test_a_click_on_a_line_isolates_its_folder(tab: Tab, runs: Path) -> None:
 def test_smoothing_axes_and_tabs_change_the_chart_and_the_address(tab: Tab, runs: Path) -> None:
     lines = read_metrics(runs / "one/metrics.jsonl")
     tab.open(report(runs / "one"))
+    for weight in (0.9, 0.5, 0.0):  # as it opens, and as it is set to
+        if weight != 0.9:
+            tab.page.locator("#controls input[type=range]").fill(str(weight))
+        code = tab.chart("loss")["lines"][0]
+        assert code["values"] == [line["folders"]["code"][1] for line in lines]
+        assert code["average"] == pytest.approx(debiased(code["values"], weight))
+        assert tab.page.url.endswith(f"#smooth={weight:g}") or weight == 0.9
+    drawn = next(chart["lines"] for chart in tab.page.evaluate("page.charts") if chart["title"] == "loss")
+    assert len(drawn) == len(SIX)
     tab.page.locator("#controls input[type=range]").fill("0.9")
-    chart = tab.chart("loss")
-    assert len(chart["lines"]) == 2 * len(SIX)  # the averages, and the values faint behind them
-    raw, average = chart["lines"][0], chart["lines"][len(SIX)]
-    assert raw["values"] == [line["folders"]["code"][1] for line in lines]
-    assert average["values"] == pytest.approx(debiased(raw["values"], 0.9))
-    assert "smooth=0.9" in tab.page.url
+    drawn = next(chart["lines"] for chart in tab.page.evaluate("page.charts") if chart["title"] == "loss")
+    assert len(drawn) == 2 * len(SIX)  # the averages, and the values faint behind them
+    assert [line["colour"].removesuffix("38") for line in drawn[: len(SIX)]] == [
+        line["colour"] for line in drawn[len(SIX) :]
+    ]
+    for exact in ("Learning rate", "Loss scale", "Peak memory, GiB"):
+        (line,) = tab.chart(exact)["lines"]
+        assert line["average"] == line["values"]
     ends = {"tokens": lines[-1]["num_consumed_tokens"], "time": made.STEP_SECONDS * (STEPS - 1), "step": STEPS - 1}
     for x, end in ends.items():
         tab.press(f'#controls button[data-focus="x:{x}"]')
@@ -65,7 +76,7 @@ def test_smoothing_axes_and_tabs_change_the_chart_and_the_address(tab: Tab, runs
     tab.press('#metric button[data-focus="tab:ppl"]')
     tab.reload()
     chart = tab.chart("perplexity")
-    assert chart["log"] and len(chart["lines"]) == 2 * len(SIX)
+    assert chart["log"] and len(chart["lines"]) == len(SIX)
     assert chart["lines"][1]["values"][0] == pytest.approx(math.exp(lines[0]["folders"]["docs"][1]), rel=1e-6)
     tab.press('#metric button[data-focus="tab:share"]')
     shares = [line["values"][-1] for line in tab.chart("share of tokens")["lines"][: len(SIX)]]
@@ -209,5 +220,5 @@ def test_a_hash_that_somebody_bent_is_survived(tab: Tab, runs: Path) -> None:
         "#zoom=NaN,1",
     ):
         tab.open(path + bent)
-        assert len(tab.chart("loss")["lines"]) in (len(SIX), 2 * len(SIX))
+        assert len(tab.chart("loss")["lines"]) == len(SIX)
         tab.page.goto("about:blank")

@@ -66,6 +66,7 @@ def test_an_example_of_everything(tmp_path: Path) -> None:
             "last_checkpoint": {"step": 2, "name": "c", "time": at(1.6), "kind": "milestone"},
         },
         "window": 1,
+        "change_from": 0,
         "folders": [
             {
                 "name": "code",
@@ -224,11 +225,11 @@ def test_a_run_that_cannot_be_shown_stands_beside_the_others(tmp_path: Path) -> 
     found = make_payload([("r0", bad), ("r1", good), ("r2", unread)], live=True)
     json.dumps(found, allow_nan=False)
     assert [(run["name"], run["state"]["phase"]) for run in found["runs"]] == [
-        ("b", UNREADABLE),
         ("a", "silent"),
+        ("b", UNREADABLE),
         ("c", UNREADABLE),
     ]
-    assert [found["runs"][at]["state"]["why"] for at in (0, 2)] == ["KeyError: 'event'", unread.error]
+    assert [found["runs"][at]["state"]["why"] for at in (1, 2)] == ["KeyError: 'event'", unread.error]
     assert set(found["runs"][0]) == set(found["runs"][1])
 
 
@@ -283,3 +284,50 @@ def test_events_with_odd_facts_do_no_harm(tmp_path: Path) -> None:
     found = payload_of(tmp_path, [line(0)], events)
     assert found["folders"][0]["val_loss"] is None
     assert found["state"]["total_steps"] is None
+
+
+def test_runs_come_as_last_active_and_those_that_train_as_started(tmp_path: Path) -> None:
+    made = {
+        "old": ([line(0)], [event("start", 0, step=0), event("done", 5, step=1)]),
+        "first": ([line(50)], [event("start", 1, step=0)]),
+        "failed": ([], [event("start", 20, step=0), event("failed", 21)]),
+        "second": ([line(40)], [event("start", 30, step=0)]),
+        "unknown": ([], []),
+    }
+    runs = [(name, RunReader(run_folder(tmp_path / name, *content), name).read_all()) for name, content in made.items()]
+    found = make_payload(runs, live=True, now=BEGIN + timedelta(seconds=60))
+    assert [run["id"] for run in found["runs"]] == ["second", "first", "failed", "old", "unknown"]
+
+
+def test_a_change_is_counted_from_a_tenth_of_the_run_ago(tmp_path: Path) -> None:
+    lines = [line(step, loss=9.0, folders={"a": [1, 1000.0 - step, 0.5]}) for step in range(500)]
+    found = payload_of(tmp_path, lines)
+    assert (found["window"], found["change_from"], found["folders"][0]["change"]) == (10, 449, -50.0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scales", "shown"),
+    [
+        ("torch.float16", [65536.0, 65536.0], True),
+        ("torch.half", [1.0, 2.0], True),
+        ("torch.bfloat16", [65536.0, 32768.0], False),
+        ("torch.float32", [1.0, 1.0], False),
+        (None, [65536.0, 65536.0], False),
+        (None, [65536.0, None, 32768.0], True),
+        (None, [None], False),
+        ("torch.float16", [], False),
+    ],
+)
+def test_the_loss_scale_is_one_of_fp16(tmp_path: Path, dtype: str | None, scales: list, shown: bool) -> None:
+    if dtype is not None:
+        (tmp_path / "config.resolved.yaml").write_text(f"model: {{dtype: {dtype}}}")
+    found = payload_of(tmp_path, [line(step, loss_scale=scale) for step, scale in enumerate(scales)])
+    assert ("loss_scale" in found["series"]) == shown
+    assert found["series"].get("loss_scale", scales) == scales
+
+
+def test_folders_without_any_token_are_rows_of_the_table(tmp_path: Path) -> None:
+    lines = [line(0, folders={"web": [4, 2.0, 0.5]}), line(1, folders={})]
+    found = payload_of(tmp_path, lines, [event("start", 0, step=0, folders=["code", "web"])])
+    assert [(row["name"], row["tokens"], row["loss"]) for row in found["folders"]] == [("code", 0, None), ("web", 4, 2)]
+    assert found["series"]["folders"]["web"] == {"tokens": [4, None], "loss": [2, None], "acc": [0.5, None]}

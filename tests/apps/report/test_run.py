@@ -148,15 +148,26 @@ def test_lines_written_anew_begin_where_the_events_say(tmp_path: Path) -> None:
     assert run.read_all().columns.step.tolist() == [0]
 
 
-def test_runs_of_a_job_newest_first_and_of_all_jobs(tmp_path: Path) -> None:
+def wrote(folder: Path, seconds: float) -> None:
+    """Set when a run last wrote."""
+    for file in folder.iterdir():
+        os.utime(file, (seconds, seconds))
+
+
+def test_runs_of_a_job_as_last_active_and_of_all_jobs(tmp_path: Path) -> None:
     old, new = tmp_path / "job" / "2026-11-20_10-00-00", tmp_path / "job" / "2026-11-21_10-00-00"
     other = tmp_path / "other" / "2026-11-20_12-00-00"
-    for folder in (old, new, other):
-        run_folder(folder, [])
+    for seconds, folder in enumerate((old, new, other)):
+        run_folder(folder, [line(0)])
+        wrote(folder, seconds)
     (tmp_path / "job" / "latest").symlink_to(new.name)
     (tmp_path / "job" / "notes").mkdir()
     assert find_runs([tmp_path / "job"]) == [new, old]
-    assert find_runs([tmp_path]) == [new, other, old]
+    assert find_runs([tmp_path]) == [other, new, old]
+    wrote(old, 9)
+    (other / "metrics.jsonl").write_bytes(b"")  # active, but without a step
+    assert find_runs([tmp_path]) == [old, new, other]
+    wrote(old, 0)
     assert find_runs([tmp_path / "job" / "latest"]) == [new]
     assert find_runs([old, tmp_path / "job", old]) == [old, new]
     assert run_name(tmp_path / "job" / "latest") == "job/2026-11-21_10-00-00"
@@ -170,11 +181,13 @@ def test_links_to_runs_are_runs_each_once(tmp_path: Path) -> None:
     assert sorted(find_runs([tmp_path / "both"])) == sorted(runs)
 
 
-def test_only_the_newest_runs_of_a_job_are_taken(tmp_path: Path) -> None:
+def test_only_the_last_active_runs_of_a_job_are_taken(tmp_path: Path) -> None:
     folders = [run_folder(tmp_path / f"{number:02d}", []) for number in range(MAX_RUNS + 3)]
+    for folder in folders:
+        wrote(folder, 1)  # then by name
     assert find_runs([tmp_path]) == folders[: -MAX_RUNS - 1 : -1]
     assert omitted_runs([tmp_path, folders[0]]) == [
-        f"{tmp_path}: the newest {MAX_RUNS} of {MAX_RUNS + 3} runs; name others to see them"
+        f"{tmp_path}: the last active {MAX_RUNS} of {MAX_RUNS + 3} runs; name others to see them"
     ]
 
 

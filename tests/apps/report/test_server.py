@@ -10,8 +10,9 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +308,21 @@ def test_a_token_opens_the_page_once_and_a_cookie_from_then_on(job: Path) -> Non
         assert ask("/", "POST", Cookie=cookie).status == 405
 
 
+def test_200_connections_at_once_are_answered(ask: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    make = LiveRuns.payload
+    monkeypatch.setattr(LiveRuns, "payload", lambda runs: made.append("") or make(runs))
+    address = ("127.0.0.1", ask.port)
+    with ExitStack() as stack:
+        connections = [stack.enter_context(socket.create_connection(address, timeout=60)) for _ in range(200)]
+        for connection in connections:
+            connection.sendall(b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        for connection in connections:
+            body = b"".join(iter(partial(connection.recv, 1 << 20), b""))
+            assert body.startswith(b"HTTP/1.0 200 ") and body.endswith(b"</html>\n")
+    assert len(made) <= 1  # what is the same for all is made once
+
+
 def test_what_is_refused_before_listening(job: Path) -> None:
     watch = LiveRuns([job])
     try:
@@ -328,6 +344,6 @@ def test_an_error_inside_is_one_short_answer(ask: Client, monkeypatch: pytest.Mo
     def fail(*_: object) -> None:
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr(LiveRuns, "payload", fail)
+    monkeypatch.setattr(LiveRuns, "token", fail)
     reply = ask("/api/runs")
     assert (reply.status, reply.body) == (500, b"ZeroDivisionError\n")

@@ -65,8 +65,8 @@ def test_a_run_gets_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_several_runs_are_overlaid_here(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], plain: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in "ab":
-        run_folder(tmp_path / "job" / name, [line(0)])
+    for seconds, name in enumerate("ab"):
+        run_folder(tmp_path / "job" / name, [line(seconds)])
     monkeypatch.chdir(tmp_path)
     assert run(write_report, capsys, "job")[0] == 0
     assert [found["name"] for found in payload_in(tmp_path / "report.html")["runs"]] == ["job/b", "job/a"]
@@ -121,7 +121,7 @@ def test_of_many_runs_it_says_which_are_taken(tmp_path: Path, capsys: pytest.Cap
     for number in range(10):
         run_folder(tmp_path / f"run-{number}", [])
     _, output = run(write_report, capsys, tmp_path, "-o", tmp_path / "x.html")
-    assert output.splitlines()[0] == f"{tmp_path}: the newest 8 of 10 runs; name others to see them"
+    assert output.splitlines()[0] == f"{tmp_path}: the last active 8 of 10 runs; name others to see them"
 
 
 def test_a_token_is_no_path_and_may_stand_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,3 +246,11 @@ def test_a_port_in_use_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
         f"ConfigError: cannot listen on 127.0.0.1 port {port}: Address already in use; "
         "choose another --port (0: any free one)\n"
     )
+
+
+def test_a_terminal_obeys_no_name_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run_folder(tmp_path / "job\x1b[31m" / "run\x07\n\u202e", [line(0)])
+    (folder / "FAILED.json").mkdir()
+    for arguments in ([folder], [tmp_path / "no\x1b[2J"], ["--from-log", folder / "metrics.jsonl"]):
+        text = run(write_report, capsys, *arguments)[1]
+        assert text and text.replace("\n", "").isprintable()

@@ -155,7 +155,7 @@ def staging(check: Check) -> None:
         for _ in range(3):
             check.synchronize()
             begin = time.perf_counter()
-            copies = stage.hold(parts)
+            copies = stage.copy(parts)
             seconds.append(time.perf_counter() - begin)
         right = copies is not None and all(
             torch.equal(copy[::4097], part.cpu()[::4097]) for copy, part in zip(copies, parts, strict=True)

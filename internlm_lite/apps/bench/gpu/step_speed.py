@@ -86,7 +86,7 @@ def _build(check: Check, shape: str, variant: str) -> tuple[Config, Side, float]
     """(config, what is measured, seconds it took to build)."""
     dtype = "torch.float32" if check.smoke else "torch.bfloat16"
     config = bench_config(**(_TINY if check.smoke else SHAPES[shape]), dtype=dtype, bucket_size=_BUCKET)
-    config = variants.with_recomputation(config, variant)
+    config = variants.configured(config, variant)
     variants.apply(variant, check.smoke)
     begin, mesh = time.perf_counter(), single_process_mesh(check.device)
     make = bench_step.bare_side if variant.startswith("bare") else bench_step.our_side

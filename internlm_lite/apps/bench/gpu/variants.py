@@ -1,6 +1,6 @@
-"""Possible optimizations of the training step, as patches, to be measured before they are implemented.
+"""Ways to run the training step: keys of the model, and patches that are measured before they are implemented.
 
-Variants are combined by "+": "islands+wgrad". "eager" is the unchanged step.
+Variants are combined by "+": "compile+cudnn". "eager" is the unchanged step.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from internlm_lite.config.schema import Config
-from internlm_lite.layers import flash, linear, loss, mlp, norm, rope, weight_grads
+from internlm_lite.layers import compiled, flash, linear, mlp, norm
 from internlm_lite.mesh.layout import ShardSpec
-from internlm_lite.models import decoder, initialise
+from internlm_lite.models import initialise
 
 
 def apply(variant: str, smoke: bool) -> None:
@@ -26,11 +25,11 @@ def apply(variant: str, smoke: bool) -> None:
         VARIANTS[name](smoke)
 
 
-def with_recomputation(config: Config, variant: str) -> Config:
-    """The config, with recomputed activations if the variant includes `recompute`."""
-    if "recompute" not in variant.split("+"):
-        return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"checkpoint": True})})
+def configured(config: Config, variant: str) -> Config:
+    """The config with the keys of the model that the variant sets."""
+    names = variant.split("+")
+    keys = {"compile": "compile" in names, "checkpoint": "recompute" in names}
+    return config.model_copy(update={"model": config.model.model_copy(update=keys)})
 
 
 def _quickly_drawn(layout: ShardSpec, std: float, seed: int) -> Iterator[tuple[tuple[slice, ...], Any]]:
@@ -45,59 +44,10 @@ def _nothing(smoke: bool) -> None:
     """No patch: `eager`, `recompute` and `bare` are handled elsewhere."""
 
 
-def _compile(function: Callable[..., Any], smoke: bool, **options: Any) -> Callable[..., Any]:
-    """torch.compile; a smoke run only traces, as the C++ compiler would take minutes."""
-    return torch.compile(function, dynamic=False, backend="aot_eager" if smoke else "inductor", **options)
-
-
-def _islands(smoke: bool) -> None:
-    """SwiGLU and rotary compiled to one kernel each."""
-    swiglu = _compile(lambda gate, up: F.silu(gate) * up, smoke)
-    rotate = _compile(lambda x, cos, sin: x * cos + x.roll(x.shape[-1] // 2, -1) * sin, smoke)
-
-    def forward(self: mlp.SwiGLU, x: torch.Tensor) -> torch.Tensor:
-        gate, up = linear.columns(x, self.w1, self.w3)
-        out: torch.Tensor = self.w2(swiglu(gate, up))
-        return out
-
-    _put(mlp.SwiGLU, "forward", forward)
-    _put(rope.Rotary, "__call__", lambda self, x: rotate(x, self.cos, self.signed_sin))
-
-
-def _block(smoke: bool) -> None:
-    """Compile whole blocks. The layer index, an int attribute, must not become a constant of the graph."""
-    torch._dynamo.config.allow_unspec_int_on_nn_module = True
-    compiled = _compile(decoder.Block._run, smoke, fullgraph=True)
-
-    def run(self: nn.Module, *args: Any) -> Any:
-        # Dynamo refuses a weight whose gradient has another dtype, so the gradient is hidden during the call.
-        parameters = list(self.parameters())
-        gradients = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = None
-        try:
-            return compiled(self, *args)
-        finally:
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
-
-    _put(decoder.Block, "_run", run)
-
-
-def _wgrad(smoke: bool) -> None:
-    """The matrix product of a weight gradient accumulates into the fp32 buffer. CUDA only."""
+def _only_trace(smoke: bool) -> None:
+    """model.compile; a smoke run only traces, as the C++ compiler would take minutes."""
     if smoke:
-        return
-
-    def compute(self: weight_grads.WeightGrads, weight: nn.Parameter, dy: torch.Tensor, x: torch.Tensor) -> None:
-        torch.ops.aten.addmm.dtype_out(weight.grad, dy.t(), x, torch.float32, out=weight.grad)
-
-    _put(weight_grads.WeightGrads, "compute_or_defer", compute)
-
-
-def _loss(smoke: bool) -> None:
-    """Compile the elementwise operations on a chunk of logits."""
-    _put(loss, "_chunk_losses", _compile(loss._chunk_losses, smoke))
+        _put(compiled, "COMPILER", "aot_eager")
 
 
 def _cudnn(smoke: bool) -> None:
@@ -145,7 +95,8 @@ def _liger(smoke: bool) -> None:
 def _bare_compiled(smoke: bool) -> None:
     from internlm_lite.apps.bench import bare
 
-    _put(bare.BareBlock, "forward", _compile(bare.BareBlock.forward, smoke))
+    _only_trace(smoke)
+    _put(bare.BareBlock, "forward", compiled.compiled(bare.BareBlock.forward))
 
 
 def _put(owner: Any, name: str, value: Any) -> None:
@@ -158,11 +109,8 @@ VARIANTS: dict[str, Callable[[bool], None]] = {
     "eager": _nothing,
     "bare": _nothing,
     "recompute": _nothing,
+    "compile": _only_trace,
     "compiled": _bare_compiled,
-    "islands": _islands,
-    "block": _block,
-    "wgrad": _wgrad,
-    "loss": _loss,
     "cudnn": _cudnn,
     "liger": _liger,
 }

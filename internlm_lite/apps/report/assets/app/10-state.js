@@ -4,7 +4,7 @@ const DEFAULTS = {
   tab: "loss",
   only: [],
   runs: [],
-  smooth: 0,
+  smooth: 0.9,
   x: "step",
   y: "linear",
   scale: "common",
@@ -21,6 +21,7 @@ const DEFAULTS = {
   find: "",
   key: "",
   diff: "",
+  fold: "",
 };
 
 const ALLOWED = {

@@ -63,12 +63,13 @@ function checkbox(name, label, checked, onchange, before = null) {
   return make("label", { class: "check" }, input, before, label);
 }
 
-// A table of plain text, without sorting.
-function table(caption, heads, rows) {
+// A table of plain text, without sorting. On a narrow screen a "list" has its rows as text, each cell after its head.
+function table(caption, heads, rows, list = false) {
+  for (const row of rows) for (const [index, cell] of [...row.children].entries()) cell.dataset.head = heads[index];
   const head = make("tr", {}, ...heads.map((text) => make("th", { scope: "col" }, text)));
   return make(
     "table",
-    {},
+    { class: list ? "list-table" : null },
     make("caption", { class: "hidden" }, caption),
     make("thead", {}, head),
     make("tbody", {}, ...rows),

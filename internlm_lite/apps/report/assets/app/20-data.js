@@ -10,10 +10,28 @@ function usePayload(value) {
 
 const RUNS_AT_FIRST = 4;
 
-// Those that the reader chose, else the first few: a job folder may hold dozens.
+// Those that the reader chose, else the last active few with a step: a job folder may hold dozens.
 function shownRuns() {
   const chosen = payload.runs.filter((run) => state.runs.includes(run.name));
-  return chosen.length ? chosen : payload.runs.slice(0, RUNS_AT_FIRST);
+  return chosen.length ? chosen : payload.runs.filter((run) => !isFolded(run)).slice(0, RUNS_AT_FIRST);
+}
+
+function hasSteps(run) {
+  return run.series.points > 0 || run.state.step > 0;
+}
+
+// Starts that failed before their first step are many, and say little about the runs beside them.
+function isFolded(run) {
+  return !hasSteps(run) && !state.runs.includes(run.name) && payload.runs.some(hasSteps);
+}
+
+// The place of a run among all, in the order they were found: it keeps its look while others overtake it.
+function runNumber(run) {
+  return runsAsFound().indexOf(run);
+}
+
+function runsAsFound() {
+  return [...payload.runs].sort((a, b) => a.id.localeCompare(b.id, "en", { numeric: true }));
 }
 
 // Changes with these parts of the shown runs, not with every step line: what is drawn anew loses the reader's place.
@@ -37,7 +55,7 @@ function shortName(run) {
 
 // All folder names, in the order of the first run that has them: a folder keeps its colour.
 function folderNames() {
-  return [...new Set(payload.runs.flatMap((run) => run.folders.map((folder) => folder.name)))];
+  return [...new Set(runsAsFound().flatMap((run) => run.folders.map((folder) => folder.name)))];
 }
 
 function shownFolders() {

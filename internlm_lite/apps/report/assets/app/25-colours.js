@@ -23,7 +23,7 @@ function folderColour(name) {
 
 // Over several runs the dash says which run, over one it sets the folders beyond the eighth apart.
 function lineDash(name, run) {
-  const index = manyRuns() ? payload.runs.indexOf(run) : Math.floor(folderNames().indexOf(name) / 8);
+  const index = manyRuns() ? runNumber(run) : Math.floor(folderNames().indexOf(name) / 8);
   return DASHES[Math.max(0, index) % DASHES.length];
 }
 
@@ -39,8 +39,9 @@ function shaded(colour, amount) {
   return `#${mixed.map((value) => value.toString(16).padStart(2, "0")).join("")}`;
 }
 
-function faint(colour) {
-  return `${colour}38`;
+// So that what is behind does not hide what is before it, however many lines there are.
+function faint(colour, lines) {
+  return `${colour}${lines > MOST_NAMES ? "14" : "38"}`;
 }
 
 // The piece of line that stands before a name.

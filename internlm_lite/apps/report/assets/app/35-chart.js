@@ -5,6 +5,7 @@
 const charts = new Set();
 const SYNC = "page";
 const MOST_NAMES = 12; // more lines are named at the cursor alone
+const FEWEST_TO_SMOOTH = 30;
 
 class Chart {
   // options: height; small: no legend and few labels; legend: false for none; hides: no figure without values;
@@ -64,7 +65,7 @@ class Chart {
     this.plot = null;
     this.shape = "";
     if (!this.options.small) this.head.replaceChildren(make("span", { class: "name" }, this.content.title));
-    this.options.oncursor?.(() => null);
+    this.options.oncursor?.(() => null, null);
   }
 
   resize() {
@@ -85,7 +86,7 @@ class Chart {
       ...(this.content.notes ?? []),
       where,
     );
-    this.options.oncursor?.((key) => this.valueOf(this.line(key), index));
+    this.options.oncursor?.((key) => this.valueOf(this.line(key), index), index);
   }
 
   line(key) {
@@ -112,7 +113,7 @@ class Chart {
     return make("span", { class: "key" }, swatch(line.colour, line.dash ?? []), line.name, " ", value);
   }
 
-  // The value drawn of a line at an index of the plot's data; where the line has no point there, the one before.
+  // The value of a line, not its average, at an index of the plot's data; where it has no point there, the one before.
   valueOf(line, index) {
     if (!line || !this.plot) return null;
     const at = this.plot.series.findIndex((series) => series.key === line.key);
@@ -128,14 +129,16 @@ class Chart {
   }
 }
 
-// The average in the line's colour, the values themselves faint behind it.
+// The average in the line's colour, the values themselves faint behind it, first, so that they are what is read.
 function withSmoothing(lines) {
-  if (!state.smooth) return lines;
-  const averages = lines.map((line) => ({ ...line, values: smoothed(line.values, state.smooth) }));
-  const raw = lines.filter((line) => !line.points);
+  const averaged = lines.filter(
+    (line) => state.smooth && !line.points && line.values.filter(isNumber).length >= FEWEST_TO_SMOOTH,
+  );
   return [
-    ...raw.map((line) => ({ ...line, key: `raw ${line.key}`, colour: faint(line.colour), dash: [], width: 1 })),
-    ...averages.map((line, index) => (lines[index].points ? lines[index] : line)),
+    ...averaged.map((line) => ({ ...line, colour: faint(line.colour, averaged.length), dash: [], width: 1 })),
+    ...lines.map((line) =>
+      averaged.includes(line) ? { ...line, values: smoothed(line.values, state.smooth) } : line,
+    ),
   ];
 }
 

@@ -30,13 +30,29 @@ function stale(run) {
 
 function drawStrip() {
   const host = byId("state");
-  fill(host, `${version} ${language()} ${state.runs} ${Math.floor(now() / 5)}`, () =>
-    payload.runs.length ? shownRuns().map(runStrip) : make("p", { class: "empty" }, t("no_runs")),
+  fill(host, `${version} ${language()} ${state.runs} ${state.fold} ${Math.floor(now() / 5)}`, () =>
+    payload.runs.length
+      ? [...shownRuns().map((run) => runStrip(run)), ...foldedRuns(payload.runs.filter(isFolded))]
+      : make("p", { class: "empty" }, t("no_runs")),
   );
 }
 
-// Several runs have a line each, one run has room.
-function runStrip(run) {
+function foldedRuns(runs) {
+  if (!runs.length) return [];
+  const details = make(
+    "details",
+    { open: state.fold === "1" },
+    make("summary", { "data-focus": "fold" }, t("runs_without_step", runs.length)),
+    ...runs.map((run) => runStrip(run, runCheckbox(run))),
+  );
+  details.addEventListener("toggle", () => {
+    if (details.open !== (state.fold === "1")) choose({ fold: details.open ? "1" : "" });
+  });
+  return [details];
+}
+
+// Several runs have a line each, one run has room. Of one without a step the reason is all there is to say.
+function runStrip(run, title = shortName(run)) {
   const facts = factsNow(run);
   const phase = make(
     "p",
@@ -46,12 +62,12 @@ function runStrip(run) {
     facts.why ? make("span", { class: "why", title: facts.why }, facts.why) : null,
     run.bad_lines ? make("span", { class: "label" }, t("bad_lines", integer(run.bad_lines))) : null,
   );
+  const bare = manyRuns() && !hasSteps(run);
   return make(
     "article",
-    { class: manyRuns() ? "run slim" : "run", "aria-label": run.name },
-    make("div", { class: "who" }, manyRuns() ? make("h2", { title: run.name }, shortName(run)) : null, phase),
-    progress(facts, run.name),
-    make("dl", { class: "figures" }, ...figures(facts)),
+    { class: bare ? "run slim bare" : manyRuns() ? "run slim" : "run", "aria-label": run.name },
+    make("div", { class: "who" }, manyRuns() ? make("h2", { title: run.name }, title) : null, phase),
+    ...(bare ? [] : [progress(facts, run.name), make("dl", { class: "figures" }, ...figures(facts))]),
   );
 }
 
@@ -78,7 +94,7 @@ function progress(facts, name) {
 
 // For the title of the browser's tab: 42 % of the first run.
 function progressText() {
-  const facts = payload.runs[0]?.state;
+  const facts = shownRuns()[0]?.state;
   return facts?.total_steps && isNumber(facts.step) ? percent(facts.step / facts.total_steps, 0) : "";
 }
 

@@ -64,15 +64,17 @@ function smoothingControl() {
 function runList() {
   return group(
     "runs",
-    payload.runs.map((run) =>
-      checkbox(
-        `run:${run.name}`,
-        shortName(run),
-        shownRuns().includes(run),
-        () => toggleRun(run),
-        swatch(cssColour("--ink"), lineDash("", run)),
-      ),
-    ),
+    payload.runs.filter((run) => !isFolded(run)).map(runCheckbox),
+  );
+}
+
+function runCheckbox(run) {
+  return checkbox(
+    `run:${run.name}`,
+    shortName(run),
+    shownRuns().includes(run),
+    () => toggleRun(run),
+    swatch(cssColour("--ink"), lineDash("", run)),
   );
 }
 

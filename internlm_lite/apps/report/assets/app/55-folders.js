@@ -7,9 +7,9 @@ const FORMATS = {
   loss: (v) => fixed(v, 4),
   acc: (v) => percent(v, 2),
   ppl: perplexityText,
-  share: (v) => percent(v, 2),
+  share: (v) => percent(v, 1),
 };
-const SHORT = { loss: (v) => fixed(v, 3), acc: (v) => percent(v, 1), ppl: perplexityText, share: (v) => percent(v, 1) };
+const IN_TABLE = { loss: "loss", acc: "acc", ppl: "perplexity", share: "share" };
 const TICKS = { loss: tick, acc: percentTick, ppl: tick, share: percentTick };
 
 // The short name of what the folder charts show.
@@ -114,16 +114,25 @@ function folderButton(name, where, run = null, ...more) {
   return button;
 }
 
-// The overlay's cursor, or its end, as values in the legend.
-function legendValues(read) {
-  const runs = shownRuns();
+// The values at the overlay's cursor in the legend, or those of the table.
+function legendValues(read, index) {
+  const format = FORMATS[state.tab];
   for (const button of byId("legend").querySelectorAll("button")) {
-    const values = runs.map((run) => read(`${button.title}\n${run.id}`));
-    button.classList.toggle("near", overlay.near?.folder === button.title);
-    button.lastChild.textContent = values.some(isNumber)
-      ? values.map((manyRuns() ? SHORT : FORMATS)[state.tab]).join(" · ")
-      : "";
+    const name = button.title;
+    const values = shownRuns()
+      .map((run) => [run, index === null ? tableValue(run, name) : read(`${name}\n${run.id}`)])
+      .filter(([, value]) => isNumber(value));
+    button.classList.toggle("near", overlay.near?.folder === name);
+    button.lastChild.replaceChildren(
+      ...values.map(([run, value]) =>
+        make("span", {}, ...(manyRuns() ? [`${shortName(run)} `, make("b", {}, format(value))] : [format(value)])),
+      ),
+    );
   }
+}
+
+function tableValue(run, name) {
+  return run.folders.find((folder) => folder.name === name)?.[IN_TABLE[state.tab]];
 }
 
 function drawMultiples() {

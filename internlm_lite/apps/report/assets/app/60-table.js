@@ -18,6 +18,16 @@ function drawTable() {
     const rows = sortedRows();
     return rows.length ? folderTable(rows) : make("p", { class: "empty" }, t("no_values"));
   });
+  const runs = shownRuns().filter(hasSteps);
+  const note = t("table_note", ofRuns(runs, "window"), ofRuns(runs, "change_from"));
+  byId("table-note").textContent = runs.length ? note : "";
+}
+
+// A number of the runs: one for all, or each with the name of its run.
+function ofRuns(runs, key) {
+  const texts = runs.map((run) => integer(run[key]));
+  if (new Set(texts).size === 1) return texts[0];
+  return runs.map((run, index) => `${shortName(run)} ${texts[index]}`).join(", ");
 }
 
 function folderTable(rows) {
@@ -37,11 +47,11 @@ function sortHead(key) {
   const down = state.sort.startsWith("-");
   const arrow = make("span", { class: "arrow", "aria-hidden": "true" }, sorted ? (down ? "▼" : "▲") : "");
   const next = !sorted ? key : down ? "" : `-${key}`;
-  const lines = payload.runs[0]?.window;
+  const { window: lines, change_from: step } = shownRuns()[0];
   const hints = {
     epochs: t("hint_epochs"),
-    loss_now: lines && t("hint_window", lines),
-    change: lines && t("hint_change", lines),
+    loss_now: t("hint_window", integer(lines)),
+    change: isNumber(step) ? t("hint_change", integer(lines), integer(step)) : null,
   };
   return make(
     "th",

@@ -26,8 +26,8 @@ const CURVES = [
     ticks: percentTick,
     format: (value) => percent(value),
   },
-  { section: "optimizer", title: "chart_lr", keys: [["lr", "chart_lr"]] },
-  { section: "optimizer", title: "chart_scale", keys: [["loss_scale", "chart_scale"]], skipped: true },
+  { section: "optimizer", title: "chart_lr", keys: [["lr", "chart_lr"]], exact: true },
+  { section: "optimizer", title: "chart_scale", keys: [["loss_scale", "chart_scale"]], exact: true, skipped: true },
   {
     section: "optimizer",
     title: "chart_norm",
@@ -35,8 +35,9 @@ const CURVES = [
       ["grad_norm/0_default", "0_default"],
       ["grad_norm/1_fp32", "1_fp32"],
     ],
+    skipped: true,
   },
-  { section: "memory", title: "chart_memory", keys: [["memory_bytes", "chart_memory"]], part: 2 ** 30 },
+  { section: "memory", title: "chart_memory", keys: [["memory_bytes", "chart_memory"]], exact: true, part: 2 ** 30 },
 ];
 
 const curves = new Map(); // title -> chart
@@ -58,6 +59,7 @@ function drawCurves() {
       lines: keyLines(spec),
       format: spec.ticks ?? tick,
       single: spec.keys.length === 1,
+      unsmoothed: spec.exact,
       marks: [...currentMarks(), ...(spec.skipped ? skippedMarks() : [])],
       notes: spec.skipped && skippedMarks().length ? [make("span", { class: "key bad" }, t("line_overflow"))] : [],
     });
@@ -96,8 +98,7 @@ function drawnValues(run, key, part) {
 // Charts without folders have colours to spare: over several runs each has its own, besides its dash.
 function runLook(run, index) {
   if (!manyRuns()) return { colour: plainColour(index), dash: [] };
-  const at = payload.runs.indexOf(run);
-  return { colour: plainColour(at % 8), dash: lineDash("", run) };
+  return { colour: plainColour(runNumber(run) % 8), dash: lineDash("", run) };
 }
 
 function runName(name, run) {

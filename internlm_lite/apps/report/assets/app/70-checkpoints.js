@@ -105,6 +105,7 @@ function checkpointTable(runs) {
       t("checkpoints"),
       heads.map((key) => t(key)),
       lines,
+      true,
     ),
   );
 }

@@ -27,7 +27,7 @@ function alertList() {
   );
   return make(
     "ul",
-    {},
+    { tabindex: "0", "aria-label": t("alerts") },
     ...alerts
       .slice(0, EVENTS_SHOWN)
       .map(({ run, alert }) =>
@@ -91,7 +91,7 @@ function eventList(all) {
   const scroll = make(
     "div",
     { class: "wide tall", tabindex: "0", role: "region", "aria-label": t("events") },
-    table(t("events"), heads, lines),
+    table(t("events"), heads, lines, true),
   );
   return rows.length > EVENTS_SHOWN
     ? [scroll, make("p", { class: "hint" }, t("more_rows", rows.length - EVENTS_SHOWN))]

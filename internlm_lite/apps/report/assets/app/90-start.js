@@ -44,7 +44,8 @@ function drawWords() {
   const themes = ["auto", "light", "dark"];
   byId("theme").textContent = t(`theme_${state.theme}`);
   byId("theme").onclick = () => choose({ theme: themes[(themes.indexOf(state.theme) + 1) % 3] });
-  byId("language").textContent = t("other_language");
+  fill(byId("language"), language(), () => (language() === "zh" ? t("other_language") : chineseMark()));
+  byId("language").setAttribute("aria-label", t("other_language"));
   byId("language").onclick = () => choose({ lang: language() === "zh" ? "en" : "zh" });
   fill(byId("sections"), language(), () =>
     [...document.querySelectorAll("section[data-title]")].map((section) =>
@@ -54,6 +55,16 @@ function drawWords() {
         t(WORDS[`short_${section.dataset.title}`] ? `short_${section.dataset.title}` : section.dataset.title),
       ),
     ),
+  );
+}
+
+// The two characters of "Chinese" as strokes: many machines have no font for them.
+function chineseMark() {
+  const strokes = "M2 4.5h11v6h-11z M7.5 1v14 M25 1v3 M18 4.5h14 M21 4.5c1 5 5 9 10 10.5 M29 4.5c-1 5-5 9-10 10.5";
+  return draw(
+    "svg",
+    { viewBox: "0 0 34 16", width: 34, height: 16, "aria-hidden": "true" },
+    draw("path", { d: strokes, fill: "none", stroke: "currentColor", "stroke-width": 1.5 }),
   );
 }
 

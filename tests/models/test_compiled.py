@@ -1,0 +1,102 @@
+"""model.compile: one graph for each function, no graph break, no recompilation, and the numbers of eager steps."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from internlm_lite.data.data_loader import open_training_data
+from internlm_lite.data.order import Position
+from internlm_lite.errors import ConfigError
+from internlm_lite.layers import compiled
+from internlm_lite.layers.norm import NORMS, RMSNorm
+from internlm_lite.mesh.mesh import Mesh, single_process_mesh
+from internlm_lite.train.trainer import Trainer
+from tests.corpus import write_corpus
+from tests.train.runs import tiny
+from tests.world import run_world
+
+GRAPHS = 3
+"""Before attention, after it, and the loss of a chunk."""
+ISLANDS = 3
+"""The rotation of queries, that of keys, and the product in the feed-forward part."""
+STEPS = 20
+
+
+def curve(mesh: Mesh, corpus: Path | None, **model: Any) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of the first steps; rows of the corpus are of many compositions."""
+    sections = {"data": {"micro_num": 4 // mesh.dp.size, "total_steps": STEPS}, "lr_scheduler": {"total_steps": STEPS}}
+    layout = {"tensor": mesh.tp.size, "sequence_parallel": mesh.tp.size > 1, "pipeline": {"size": mesh.pp.size}}
+    model = {"dtype": "torch.float32", "num_layers": 3, **model}
+    config = tiny(corpus, model=model, parallel=layout, **sections)
+    data = open_training_data(config.data, config.model.vocab_size, mesh.dp.rank, mesh.dp.size, config.seed)
+    trainer = Trainer(config, mesh, [folder.name for folder in data.packed])
+    batches, found = data.batches(Position()), []
+    for step in range(STEPS):
+        outcome = trainer.step(next(batches), step)
+        found.append((trainer.metrics.collect().loss, outcome.norm_model_dtype.item()))
+    batches.close()
+    return found
+
+
+def compare(mesh: Mesh, corpus: Path | None, backend: str = "aot_eager", **model: Any) -> float:
+    """Largest relative difference between compiled and eager steps."""
+    compiled.COMPILER = backend  # in a process of a world, or put back by the fixture
+    torch._dynamo.reset()
+    counters.clear()
+    eager, ours = (curve(mesh, corpus, compile=flag, **model) for flag in (False, True))
+    assert not counters["graph_break"]
+    expected = GRAPHS - (mesh.pp.rank < mesh.pp.size - 1) if mesh.tp.size == 1 else ISLANDS
+    assert counters["stats"]["unique_graphs"] == expected, "for all layers and rows"
+    return max(abs(a / b - 1) for pair in zip(ours, eager, strict=True) for a, b in zip(*pair, strict=True))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return write_corpus(tmp_path / "corpus")
+
+
+@pytest.fixture(autouse=True)
+def backend_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "COMPILER", compiled.COMPILER)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [{}, {"no_bias": True, "checkpoint": 0.5}, {"apply_post_layer_norm": True, "tie_word_embeddings": True}],
+)
+def test_compiled_steps_are_those_of_eager_ones(model: dict[str, Any], corpus: Path) -> None:
+    assert compare(single_process_mesh(), corpus, **model) < 1e-6
+
+
+def test_half_precision_accumulates_in_float32(corpus: Path) -> None:
+    """Weights in bf16, their gradients in fp32: dynamo refuses such a `.grad`, so layers add to `main_grad`."""
+    assert compare(single_process_mesh(), corpus, dtype="torch.bfloat16") < 1e-5
+
+
+@pytest.mark.parametrize("layout", [{}, {"pipeline": 2}, {"tensor": 2}])
+def test_layouts(layout: dict[str, int], corpus: Path) -> None:
+    assert all(worst < 1e-6 for worst in run_world(compare, 2, (corpus,), **layout))
+
+
+def test_code_of_the_compiler(corpus: Path) -> None:
+    assert compare(single_process_mesh(), corpus, "inductor") < 1e-6
+
+
+def test_a_layer_that_leaves_its_gradients_to_autograd_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain(RMSNorm):
+        def __init__(self, *parts: Any) -> None:
+            super().__init__(*parts)
+            self.weight.manual_grad = False
+
+    monkeypatch.setitem(NORMS, "rmsnorm", Plain)
+    for dtype in ("float32", "bfloat16"):
+        config = tiny(None, model={"compile": True, "dtype": f"torch.{dtype}"})
+        refused = pytest.raises(ConfigError, match=r"layers.0.attention_norm.weight .*accumulating")
+        with refused if dtype == "bfloat16" else nullcontext():
+            Trainer(config, single_process_mesh())

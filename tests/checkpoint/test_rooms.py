@@ -114,5 +114,4 @@ def test_few_frames_from_a_save_to_the_server(s3_folder: str, monkeypatch: pytes
         manager.wait()
     finally:
         manager.close(wait=True)
-    # The storage's write and what it takes to try it again are its own affair.
-    assert frames.deepest.index("s3_multipart.write") < FRAMES, frames.deepest
+    assert "s3_multipart.write" in frames.deepest and len(frames.deepest) <= FRAMES, frames.deepest

@@ -21,8 +21,8 @@ def add_product(grad: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> None:
     """grad [out, in] += dy^T x for dy [T, out] and x [T, in], in the dtype of `grad`."""
     if torch.compiler.is_compiling():
         _add_product_in_graph(grad, dy, x)
-    elif grad.is_cuda and grad.dtype != x.dtype:
-        torch.ops.aten.addmm.dtype_out(grad, dy.t(), x, grad.dtype, out=grad)
+    elif grad.is_cuda and grad.dtype == torch.float32 and x.dtype.itemsize == 2:
+        torch.ops.aten.addmm.dtype_out(grad, dy.t(), x, torch.float32, out=grad)
     else:
         grad.add_(dy.t() @ x)
 

@@ -94,10 +94,12 @@ def test_every_layout_gives_the_curve_of_one_process(
 def check_overlap(layout: Layout, ranks: list[Seen]) -> None:
     """With overlap_sync_grad all buckets start inside the last backward passes, in every schedule; without it, none."""
     for seen in ranks:
+        blocks = {name.split(".")[1] for name, *_ in seen.before if name.startswith("layers.")}
         for started in seen.reduced:
             assert len(started) == (seen.buckets if layout.overlap_grad else 0), layout
-            # The first one while gradients of others are still missing. (One large bucket is complete at the very end.)
-            assert not started or seen.buckets < 4 or started[0] > 0, layout
+            # The first one while gradients of others are still missing. (One large bucket is complete at the very end;
+            # what layers add themselves counts when the backward pass leaves their block.)
+            assert not started or seen.buckets < 4 or len(blocks) < 2 or started[0] > 0, layout
 
 
 def test_the_loss_falls_and_every_folder_is_seen(references: dict[Layout, Seen]) -> None:

@@ -47,7 +47,10 @@ def counted(mesh: Mesh, corpus: Path, folder: Path) -> list[tuple[Counter[Key], 
         return original_step(*args, **hooks)
 
     def tolist(tensor: torch.Tensor) -> Any:  # no operator on a CPU tensor
-        reads.reads[sys._getframe(1).f_globals["__name__"].removeprefix("internlm_lite."), "tolist"] += 1
+        frame: Any = sys._getframe(1)
+        if frame.f_globals["__name__"] == "internlm_lite.mesh.comm":  # comm.read
+            frame = frame.f_back
+        reads.reads[frame.f_globals["__name__"].removeprefix("internlm_lite."), "tolist"] += 1
         return original_list(tensor)
 
     config = tiny(corpus, data={"total_steps": STEPS, "micro_num": 2}, monitor={"log_every": EVERY})

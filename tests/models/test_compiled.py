@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def test_layouts(layout: dict[str, int], corpus: Path) -> None:
     assert all(worst < 1e-6 for worst in run_world(compare, 2, (corpus,), **layout))
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++: on Debian and Ubuntu: apt-get install g++")
 def test_code_of_the_compiler(corpus: Path) -> None:
     assert compare(single_process_mesh(), corpus, "inductor") < 1e-6
 

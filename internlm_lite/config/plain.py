@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from internlm_lite.units import escaped
+
 _LONGEST, _LONGEST_KEY = 300, 100
 _LONGEST_LINE = 2000
 _DEEPEST, _MOST = 16, 20_000
@@ -73,8 +75,7 @@ def shown(value: Any) -> str:
 
 def one_line(text: str) -> str:
     """`text` on a line of bounded length, with control characters escaped."""
-    text = _cut(text, _LONGEST_LINE)
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return escaped(_cut(text, _LONGEST_LINE))
 
 
 def _cut(text: str, longest: int) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from internlm_lite.errors import DataError, MissingPackageError
+from internlm_lite.units import escaped
 
 LONGEST_RECORD_BYTES = 1 << 30
 """Longest line, and largest file that is read as a whole; a compressed one may hold any number of bytes."""
@@ -86,7 +87,7 @@ class Tally:
         for what, count in self.counts.items():
             more = ", ..." if count > len(self.places[what]) else ""
             line = f"{what}: {count} ({', '.join(self.places[what])}{more})"
-            lines.append("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
+            lines.append(escaped(line))
         return lines
 
 

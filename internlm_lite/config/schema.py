@@ -258,10 +258,10 @@ class ModelConfig(Section):
     """(new) Keep norm weights in fp32 when the model is half precision."""
     use_flash_attn: bool = True
     """True: the fastest attention available (flash-attn, torch varlen, SDPA). False: the SDPA reference."""
-    compile: bool = False
+    compile: bool | None = None
     """(new) torch.compile what is before and after attention in a block, and the loss: fewer kernels, less traffic, and
     a start that takes a minute longer. Rounds differently. Training passes only; with parallel.tensor > 1, or zbv, only
-    the rotation and the product of the feed-forward part."""
+    the rotation and the product of the feed-forward part. None: on GPUs where Triton and a C compiler are installed."""
     num_chunks: Positive = 1
     """Stages per pipeline rank; > 1: interleaved schedule, unless parallel.pipeline.schedule is "zbv"."""
     no_bias: bool = False

@@ -33,7 +33,7 @@ class Attention(CostedLayer):
         rows = kv_heads * (self.queries + 2) * self.head_dim
         self.wqkv = ColumnLinear(f"{name}.wqkv", hidden_size, rows, tp_ctx, init_std=config.init_std, bias=bias)
         self.wo = RowLinear(f"{name}.wo", hidden_size, hidden_size, tp_ctx, init_std=output_std(config), bias=bias)
-        self._rotated = compiled_in_training(Rotary.__call__, wanted=config.compile)
+        self._rotated = compiled_in_training(Rotary.__call__, wanted=tp_ctx.compiled)
 
     def forward(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
         return self.output(attend(self.layer, *self.project(x, rotary)))

@@ -21,7 +21,7 @@ class SwiGLU(CostedLayer):
         self.w1 = ColumnLinear(f"{name}.w1", hidden_size, width, tp_ctx, init_std=config.init_std)  # gate
         self.w3 = ColumnLinear(f"{name}.w3", hidden_size, width, tp_ctx, init_std=config.init_std)  # up
         self.w2 = RowLinear(f"{name}.w2", width, hidden_size, tp_ctx, init_std=output_std(config))
-        self._gated = compiled_in_training(_gated, wanted=config.compile)
+        self._gated = compiled_in_training(_gated, wanted=tp_ctx.compiled)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.w2(self._gated(*columns(x, self.w1, self.w3)))

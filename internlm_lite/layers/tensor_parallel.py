@@ -38,6 +38,8 @@ class TensorParallelContext:
     by_sequence: bool = False
     """Sequence parallelism: outside split layers a rank holds T / tp tokens. False in a group of size one."""
     weight_grads: WeightGrads = field(default_factory=WeightGrads)
+    compiled: bool = False
+    """Training passes are compiled, where no collective is inside (model.compile)."""
 
     @contextmanager
     def whole_activations(self) -> Iterator[None]:

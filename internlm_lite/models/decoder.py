@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.attention import Attention
-from internlm_lite.layers.compiled import compiled_in_training
+from internlm_lite.layers.compiled import compiled_in_training, is_wanted
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape, add_bytes
 from internlm_lite.layers.embedding import Embedding
 from internlm_lite.layers.flash import Attend, AttentionBackend
@@ -70,7 +70,7 @@ class Block(CostedLayer):
         self.attention = Attention(f"{name}.attention", layer, config, tp_ctx)
         self.ffn_norm = build_norm(f"{name}.ffn_norm", config, tp_ctx)
         self.feed_forward = SwiGLU(f"{name}.feed_forward", config, tp_ctx)
-        whole = config.compile and tp_ctx.group.size == 1 and not tp_ctx.weight_grads.deferred
+        whole = tp_ctx.compiled and tp_ctx.group.size == 1 and not tp_ctx.weight_grads.deferred
         if whole:
             self._require_manual_grads()
         self._before = compiled_in_training(Block._before_attention, wanted=whole)
@@ -231,4 +231,5 @@ def tensor_parallel_context(
         mesh.device,
         by_sequence=by_sequence and mesh.tp.size > 1,
         weight_grads=WeightGrads(deferred=defer_weight_grads),
+        compiled=is_wanted(config.compile, mesh.device),
     )

@@ -112,7 +112,8 @@ class DataConfig(Section):
     valid_folder: str | None = None
     """Like train_folder, for evaluation. None with valid_every > 0: the built-in dummy set."""
     tokenizer: str | None = None
-    """(new) sentencepiece model the data were tokenised with: checked against vocab_size, used for samples."""
+    """(new) Tokenizer the data were tokenised with: a sentencepiece .model, a tokenizer.json, vocab.json beside
+    merges.txt, a .tiktoken file, or a folder with one of these. Checked against vocab_size, used for samples."""
     weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
     """(new) Share of each data folder in the training mix, normalised; None: every document once per epoch."""
     valid_batches: Positive = 16

@@ -91,7 +91,8 @@ def _without(option: str, function: Any) -> Any:
 def fake_batch(batch: Batch, device: torch.device) -> Batch:
     """`batch` with tensors on the fake `device`; call it inside `fake_cuda`."""
     tensors = {f.name: x for f in fields(batch) if isinstance(x := getattr(batch, f.name), torch.Tensor)}
-    return replace(batch, **{n: torch.empty(x.shape, dtype=x.dtype, device=device) for n, x in tensors.items()})
+    made: dict[str, Any] = {n: torch.empty(x.shape, dtype=x.dtype, device=device) for n, x in tensors.items()}
+    return replace(batch, **made)
 
 
 class HostWaits(TorchDispatchMode):

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape
+from internlm_lite.layers.recompute import Recipe, made_again
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.layers.weight_grads import accumulating
 from internlm_lite.mesh.layout import parameter, split, whole
@@ -87,20 +88,23 @@ class ColumnLinear(_Linear):
         return tp_ctx.gather_messages(n_inputs) + gathered_again + tp_ctx.sum_messages(n_inputs, backward=True)
 
 
-def columns(x: torch.Tensor, *linears: ColumnLinear) -> tuple[torch.Tensor, ...]:
-    """x outside -> [T, out / group size] for each layer; one gather of x, one sum of dx and one saved x for all."""
+def columns(x: torch.Tensor, *linears: ColumnLinear, recipe: Recipe | None = None) -> tuple[torch.Tensor, ...]:
+    """x outside -> [T, out / group size] for each layer; one gather of x, one sum of dx and one saved x for all.
+
+    `recipe`: of x, which is then not kept for the backward pass but made again."""
     tensors = [tensor for linear in linears for tensor in (linear.weight, linear.output_bias())]
-    outputs: tuple[torch.Tensor, ...] = _Columns.apply(x, linears[0].tp_ctx, *tensors)
+    outputs: tuple[torch.Tensor, ...] = _Columns.apply(x, linears[0].tp_ctx, recipe, *tensors)
     return outputs
 
 
 class _Columns(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, tp_ctx: TensorParallelContext, *tensors: torch.Tensor | None
+        ctx: Any, x: torch.Tensor, tp_ctx: TensorParallelContext, recipe: Recipe | None, *tensors: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
         ctx.tp_ctx, ctx.tensors = tp_ctx, tensors
-        ctx.save_for_backward(x)
+        ctx.function, kept = recipe or (None, (x,))
+        ctx.save_for_backward(*kept)
         full, gathered = tp_ctx.start_gather(x)
         gathered.wait()
         weights: Any = tensors[::2]
@@ -110,7 +114,7 @@ class _Columns(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         tp_ctx: TensorParallelContext = ctx.tp_ctx
         weights, biases = ctx.tensors[::2], ctx.tensors[1::2]
-        full, gathered = tp_ctx.start_gather(ctx.saved_tensors[0])
+        full, gathered = tp_ctx.start_gather(made_again(ctx.function, ctx.saved_tensors))
         dx = grads[0] @ weights[0]
         for dy, weight in zip(grads[1:], weights[1:], strict=True):
             dx.addmm_(dy, weight)
@@ -120,7 +124,7 @@ class _Columns(torch.autograd.Function):
         for dy, weight, bias in zip(grads, weights, biases, strict=True):
             made += [tp_ctx.weight_grads.compute_or_defer(weight, dy, full), None if bias is None else dy.sum(0)]
         summed.wait()
-        return dx, None, *made
+        return dx, None, None, *made
 
 
 class RowLinear(_Linear):
@@ -131,8 +135,9 @@ class RowLinear(_Linear):
 
     split_dim = 1
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = _Row.apply(x, self.tp_ctx, self.weight)
+    def forward(self, x: torch.Tensor, recipe: Recipe | None = None) -> torch.Tensor:
+        """`recipe`: as `columns`."""
+        y: torch.Tensor = _Row.apply(x, self.tp_ctx, recipe, self.weight)
         bias = self.output_bias()
         return y if bias is None else y + bias
 
@@ -146,9 +151,12 @@ class RowLinear(_Linear):
 
 class _Row(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, tp_ctx: TensorParallelContext, weight: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, tp_ctx: TensorParallelContext, recipe: Recipe | None, weight: torch.Tensor
+    ) -> torch.Tensor:
         ctx.tp_ctx, ctx.weight = tp_ctx, weight
-        ctx.save_for_backward(x)
+        ctx.function, kept = recipe or (None, (x,))
+        ctx.save_for_backward(*kept)
         y, summed = tp_ctx.start_sum(F.linear(x, weight))
         summed.wait()
         return y
@@ -158,4 +166,5 @@ class _Row(torch.autograd.Function):
         tp_ctx: TensorParallelContext = ctx.tp_ctx
         dy, gathered = tp_ctx.start_gather(grads[0])
         gathered.wait()
-        return dy @ ctx.weight, None, tp_ctx.weight_grads.compute_or_defer(ctx.weight, dy, ctx.saved_tensors[0])
+        dx, x = dy @ ctx.weight, made_again(ctx.function, ctx.saved_tensors)
+        return dx, None, None, tp_ctx.weight_grads.compute_or_defer(ctx.weight, dy, x)

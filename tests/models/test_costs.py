@@ -179,7 +179,7 @@ def model_shapes() -> list[dict[str, Any]]:
     """The `model` sections of this suite."""
     of_ranks = [{k: v for k, v in case.items() if k in ModelConfig.model_fields} for case in CASES.values()]
     sections = [*SHAPES, *of_ranks, *(sections.get("model", {}) for _, sections in LAYOUTS.values())]
-    return [dict(items) for items in dict.fromkeys(tuple(section.items()) for section in sections)]
+    return [section for number, section in enumerate(sections) if section not in sections[:number]]
 
 
 def expected_flops(model: Transformer, forward: int) -> tuple[int, int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from internlm_lite.apps.convert.hf_config import default_family, from_hf, mlp_width, to_hf
-from internlm_lite.apps.convert.recipes import FAMILIES
+from internlm_lite.apps.convert.recipes import FAMILIES, our_shapes
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.errors import CheckpointError
 from internlm_lite.units import round_up
@@ -180,3 +182,51 @@ def test_another_model_is_refused(changes, words):
 def test_what_has_no_form_there_is_refused(family, changes, words):
     with pytest.raises(CheckpointError, match=words):
         to_hf(ModelConfig.model_validate({**MODEL, **changes}), family, 64, "float32")
+
+
+PUBLISHED = {
+    "meta-llama/Llama-3.1-8B": (
+        {**LLAMA3_8B, "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8192}},
+        8_030_261_248,
+    ),
+    "mistralai/Mistral-7B-v0.3": (
+        {**LLAMA3_8B, "model_type": "mistral", "vocab_size": 32768, "sliding_window": None, "rope_parameters": None},
+        7_248_023_552,
+    ),
+    "Qwen/Qwen2.5-7B": (
+        {
+            **{"model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944},
+            **{"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
+        },
+        7_615_616_512,
+    ),
+    "Qwen/Qwen3-8B": (
+        {
+            **{"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288},
+            **{"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+        },
+        8_190_735_360,
+    ),
+    "Qwen/Qwen3-14B": (
+        {
+            **{"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 5120, "intermediate_size": 17408},
+            **{"num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128},
+        },
+        14_768_307_200,
+    ),
+    "Qwen/Qwen3-0.6B": (
+        {
+            **{"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072},
+            **{"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
+            "tie_word_embeddings": True,
+        },
+        596_049_920,
+    ),
+}
+"""config.json, shortened, and the number of parameters in the published safetensors files."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_those_of_the_published_files(name):
+    config, count = PUBLISHED[name]
+    assert sum(math.prod(shape) for shape in our_shapes(from_hf(config, name).model).values()) == count

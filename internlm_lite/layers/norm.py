@@ -41,7 +41,7 @@ class _RMSNorm(torch.autograd.Function):
         dy, w = grads[0].to(inverse_rms.dtype), weight.to(inverse_rms.dtype)
         n = x * inverse_rms
         p = dy * n
-        projection = torch.matmul(p, w).div_(x.shape[-1]).unsqueeze(-1)
+        projection = torch.mv(p.flatten(0, -2), w).div_(x.shape[-1]).view(inverse_rms.shape)
         dx = (dy * w).addcmul_(n, projection, value=-1).mul_(inverse_rms)
         return dx.to(x.dtype), p.flatten(0, -2).sum(0).to(weight.dtype), None
 

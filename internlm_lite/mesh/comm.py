@@ -74,6 +74,30 @@ def read(tensor: torch.Tensor) -> Any:
     return tensor.tolist()
 
 
+class SideStream:
+    """A CUDA stream for what follows enqueued work without delaying the current stream. On the CPU it does nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.is_real = device.type == "cuda"
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def current_work(self) -> Iterator[None]:
+        """The block's work runs on this stream, behind what the current stream has now."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """The current stream waits for the blocks so far."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+
 class Pending:
     """The values that a tensor has now, on their way to the host. Nothing enqueued later changes or delays them."""
 

@@ -83,9 +83,12 @@ def _gpu_index(dist_env: DistEnv, visible: int) -> int:
 
 
 def apply_numerics(config: Config, device: torch.device, dist_env: DistEnv) -> None:
-    """Set torch's process-wide switches: TF32, determinism, cudnn, and on the CPU the number of threads."""
+    """Set torch's process-wide switches: how products are summed, determinism, cudnn, the number of CPU threads."""
     # fp32 matrix products stay fp32 unless the config says torch.tf32
     torch.set_float32_matmul_precision("high" if config.model.dtype == "torch.tf32" else "highest")
+    # Parts of a half-precision product that a GPU sums apart are not rounded to half precision in between.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.deterministic = config.cudnn_deterministic or config.deterministic
     torch.backends.cudnn.benchmark = config.cudnn_benchmark

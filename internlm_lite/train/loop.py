@@ -61,8 +61,11 @@ def train(run: Run, signals: StopSignals, trace_folder: Path | None = None) -> T
                 continue
             _check_replicas(run, state)
             if decision.save or decision.final:
-                moment = run.checkpoints.contents.moment(state)
-                saving.after_step(moment, outcome, put_off=not _is_looked_at(run, state))
+                saving.note(state, outcome)
+                if _is_looked_at(run, state) or not saving.can_wait():
+                    trainer.optimizer.wait_weights()
+                    with watchdog.inside("saving"), run.reporter.excluded_from_timing():
+                        saving.do()
             run.checkpoints.report_finished()
             if not decision.stop:  # a stop does not wait for an evaluation; the next start does it
                 _evaluate_and_sample(run, state)

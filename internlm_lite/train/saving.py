@@ -23,11 +23,12 @@ from internlm_lite.optim.zero import HybridZeroOptimizer, StepOutcome
 from internlm_lite.train.build import Run
 from internlm_lite.train.checkpoints import Moment
 from internlm_lite.train.control import Control, Decision, bad_losses_error
+from internlm_lite.train.train_state import TrainState
 
 
 @dataclass(frozen=True)
 class _Due:
-    """A save, or at the end of training without one the check alone, of what was after a step."""
+    """A save of what was after a step; at the end of training perhaps without a save the checks alone."""
 
     moment: Moment
     outcome: StepOutcome
@@ -43,39 +44,36 @@ class Saving:
         self._run, self._control = run, control
         device = run.mesh.device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._put_off: _Due | None = None
+        self._due: _Due | None = None
 
-    def after_step(self, moment: Moment, outcome: StepOutcome, *, put_off: bool) -> None:
-        """Do what is due after the last decision. `put_off`: if that gains time, in `before_update` of the next step.
-
-        Raises NumericsError if the state is not sound, StorageError or CheckpointError for a final checkpoint."""
-        decision, mark = self._control.decision, None
+    def note(self, state: TrainState, outcome: StepOutcome) -> None:
+        """Call after a step, if something is due by control's last decision: remember it for `do`."""
+        mark = None
         if self._stream is not None:
             mark = torch.cuda.Event()
             mark.record()
-        due = _Due(moment, outcome, decision, mark)
-        if put_off and not decision.final and self._gains_time:
-            self._put_off = due
-            return
-        self._run.trainer.optimizer.wait_weights()
-        with self._run.watchdog.inside("saving"), self._run.reporter.excluded_from_timing():
-            self._do(due)
+        self._due = _Due(self._run.checkpoints.contents.moment(state), outcome, self._control.decision, mark)
 
-    @property
-    def _gains_time(self) -> bool:
-        return self._stream is not None and self._run.config.ckpt.async_upload
+    def can_wait(self) -> bool:
+        """Whether what is due gains by waiting for `before_update` of the next step."""
+        in_background = self._stream is not None and self._run.config.ckpt.async_upload
+        return self._due is not None and in_background and not self._due.decision.final
 
     def before_update(self) -> None:
-        """Call in every step between the backward pass and the update, which waits for the copy of a save."""
-        if (due := self._put_off) is not None:
-            self._put_off = None
+        """Call in every step between the backward pass and the update, which then waits for the copy of a save."""
+        if self._due is not None:
             with self._run.watchdog.inside("saving"):
-                self._do(due)
+                self.do()
         self._run.checkpoints.manager.allow_changes()
 
-    def _do(self, due: _Due) -> None:
-        """A ruined state must not replace a good checkpoint, nor one after a skipped update, whose cause may be in the
-        weights already."""
+    def do(self) -> None:
+        """Do what is due, unless its update was skipped: the cause may be in the weights already, and saving them could
+        rotate out a good snapshot.
+
+        Raises NumericsError if the state is not sound, since it must not replace a good checkpoint, or if the forward
+        pass was not finite; StorageError or CheckpointError for a final checkpoint."""
+        due, self._due = self._due, None
+        assert due is not None, "note() was called"
         decision, step = due.decision, due.moment.state.step - 1
         with self._beside(due.mark):
             if not decision.final and self._control.defer_if_skipped(due.outcome, decision):

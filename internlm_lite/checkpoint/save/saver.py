@@ -1,10 +1,11 @@
 """Writes checkpoints: the main thread copies tensors, a writer thread does the rest.
 
     main thread    agree that no rank still writes -> name -> copy to reserved host memory     training waits for this
-    writer thread  copied (on CUDA) -> this rank's file -> vote -> on rank 0: all votes -> commit -> remove old snapshots
+    writer thread  this rank's file -> vote -> on rank 0: all votes -> commit -> remove old snapshots
 
-The writer thread runs no collectives; ranks communicate by votes in the storage. If the previous save is still being
-written, a new one is skipped and counted. A failure in the background does not stop training.
+On CUDA the copy is enqueued, and the writer thread waits for it. That thread runs no collectives; ranks communicate by
+votes in the storage. If the previous save is still being written, a new one is skipped and counted. A failure in the
+background does not stop training.
 """
 
 from __future__ import annotations

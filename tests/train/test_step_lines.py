@@ -1,4 +1,4 @@
-"""Step lines whose numbers arrive late, as on a GPU: the same lines, at most a step later, before what refers to them."""
+"""Step lines whose numbers arrive late, as on a GPU: the same lines, at most a step later, before what names them."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def gather_objects(value: T, group: Group) -> list[T]:
         return [value]
     gathered = [value] * group.size  # overwritten
     with peer_errors(group):
-        dist.all_gather_object(gathered, value, group=group.process_group)
+        dist.all_gather_object(gathered, value, group=group.object_group or group.process_group)
     return gathered
 
 
@@ -166,5 +166,5 @@ def broadcast_object(value: T, group: Group) -> T:
         return value
     values = [value]  # overwritten, except on the first rank
     with peer_errors(group):
-        dist.broadcast_object_list(values, src=group.ranks[0], group=group.process_group)
+        dist.broadcast_object_list(values, src=group.ranks[0], group=group.object_group or group.process_group)
     return values[0]

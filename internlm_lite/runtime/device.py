@@ -55,7 +55,7 @@ def bind_device(dist_env: DistEnv, wanted: str = "auto") -> torch.device:
     Raises MeshError when GPUs are wanted and the host has none, or fewer than processes.
     """
     assert wanted in ("auto", "cpu", "cuda"), wanted
-    visible = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
+    visible = usable_gpus(wanted)
     if wanted == "cuda" and visible == 0:
         raise MeshError(
             f"--device cuda: no GPU is visible on host {dist_env.hostname} to torch {torch.__version__}; "
@@ -69,6 +69,11 @@ def bind_device(dist_env: DistEnv, wanted: str = "auto") -> torch.device:
     name = device.type if device.index is None else device.index
     logger.info("process rank %d is bound to host:%s device: %s", dist_env.rank, dist_env.hostname, name)
     return device
+
+
+def usable_gpus(wanted: str = "auto") -> int:
+    """How many GPUs `bind_device` chooses from; 0: it takes the CPU, or refuses."""
+    return torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
 
 
 def _gpu_index(dist_env: DistEnv, visible: int) -> int:

@@ -171,20 +171,20 @@ Partition = Sequence[tuple[int, ...]]
 def _mesh(
     sizes: Sizes, rank: int, device: torch.device, create: Callable[[str, Partition], dist.ProcessGroup | None]
 ) -> Mesh:
-    """Calls `create` for every axis with groups of size > 1, in the same order on every rank."""
+    """Calls `create` for every axis with a group of size > 1, in the same order on every rank."""
 
     def group(axis: str, partition: Partition) -> Group:
         mine = next(ranks for ranks in partition if rank in ranks)
-        larger = [ranks for ranks in partition if len(ranks) > 1]
-        return Group(axis, mine, mine.index(rank), create(axis, larger) if larger else None)
+        made = create(axis, partition) if any(len(ranks) > 1 for ranks in partition) else None
+        return Group(axis, mine, mine.index(rank), made if len(mine) > 1 else None)
 
     groups = {axis: group(axis, partition) for axis, partition in axis_groups(sizes).items()}
     return Mesh(sizes=sizes, rank=rank, device=device, **groups)
 
 
 def _new_group(axis: str, partition: Partition, rank: int, timeout: timedelta) -> dist.ProcessGroup | None:
-    """The group of `partition` with this rank, if any. Names that torch gives to groups count those of a rank, so every
-    rank must have been in the same number of groups: axes where some ranks are in none come last."""
+    """The group of `partition` with this rank. A rank alone makes one, too: torch names a group by its ranks and by how
+    many groups the rank that makes it is in, a number that must be equal on all ranks."""
     world = dist.group.WORLD
     assert world is not None, "torch.distributed is initialised"
     if axis == "world":
@@ -192,9 +192,7 @@ def _new_group(axis: str, partition: Partition, rank: int, timeout: timedelta) -
     with _peer_lost(f"of the {axis} axis"):
         if world.bound_device_id is not None:
             return dist.split_group(split_ranks=[list(ranks) for ranks in partition], timeout=timeout, group_desc=axis)
-        mine = next((ranks for ranks in partition if rank in ranks), None)
-        if mine is None:
-            return None
+        mine = next(ranks for ranks in partition if rank in ranks)
         return dist.new_group(mine, timeout=timeout, use_local_synchronization=True, group_desc=axis)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from internlm_lite.apps.bench.gpu.two_ranks import as_own_host
 from internlm_lite.errors import PeerLostError
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.consensus import on_all, on_main
@@ -190,3 +192,40 @@ def test_messages_are_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     comm.all_gather(torch.ones(6), group).wait()
     send, receive = dist.isend, dist.irecv
     assert batches == [[(send, 8)], [(receive, 4)], [(send, 8), (receive, 4), (send, 4), (receive, 8)]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_two_ranks_on_one_gpu_split_the_world_and_exchange_objects_beside_it(tmp_path: Path) -> None:
+    for found in run_world(ranks_on_one_gpu, 2, (str(tmp_path / "store"),)):
+        assert found == {
+            **{"zero": 3.0, "replica": 3.0, "tp": 3.0, "pp": 3.0, "communicators": {"zero", "replica", "tp", "pp"}},
+            **{"received": [1.0, 2.0], "objects": ["of 0", "of 1"], "the GPU was still busy": True},
+        }
+
+
+def ranks_on_one_gpu(default: Mesh, store: str) -> dict[str, Any]:
+    dist.destroy_process_group()
+    rank = default.rank
+    as_own_host(os.environ, rank)
+    torch.cuda.set_device(GPU)
+    files = dist.FileStore(store, 2)
+    dist.init_process_group("nccl", store=files, rank=rank, world_size=2, timeout=TIMEOUT, device_id=GPU)
+    found: dict[str, Any] = {"communicators": set()}
+    layouts = {"zero": Sizes(dp=2, zero=2), "replica": Sizes(dp=2), "tp": Sizes(tp=2), "pp": Sizes(pp=2)}
+    for axis, sizes in layouts.items():
+        mesh = build_mesh(sizes, rank, GPU, TIMEOUT)
+        numbers = torch.full((256,), rank + 1.0, device=GPU)
+        comm.all_reduce(numbers, mesh.axis(axis)).wait()
+        found[axis] = numbers[-1].item()
+        if mesh.axis(axis).process_group is not mesh.world.process_group:
+            found["communicators"].add(axis)
+    mine, theirs = torch.full((1,), rank + 1.0, device=GPU), torch.zeros(1, device=GPU)
+    messages = [(comm.send, mine), (comm.receive, theirs)]
+    for message, tensor in messages if rank == 0 else reversed(messages):
+        message(tensor, mesh.pp, 1 - rank).wait()
+    found["received"] = sorted([mine.item(), theirs.item()])
+    torch.cuda._sleep(10**10)  # several seconds
+    found["objects"] = comm.gather_objects(f"of {rank}", mesh.world)
+    found["the GPU was still busy"] = not torch.cuda.current_stream().query()
+    return found

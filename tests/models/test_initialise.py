@@ -18,9 +18,9 @@ from tests.models.small import small_config
 
 
 class Holder(torch.nn.Module):
-    def __init__(self, layout, dtype=torch.float32):
+    def __init__(self, layout, dtype=torch.float32, device="cpu"):
         super().__init__()
-        self.weight = parameter(layout, dtype, "cpu")
+        self.weight = parameter(layout, dtype, device)
         initialise(self, seed=3)
 
 
@@ -109,3 +109,11 @@ def test_a_model_follows_its_layouts():
         else:
             std = 0.02 / math.sqrt(4) if name.endswith(("wo.weight", "w2.weight")) else 0.02
             assert param.std().item() == pytest.approx(std, rel=0.05), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_gpu_holds_the_weights_of_the_cpu(dtype: torch.dtype) -> None:
+    layout = split("a", (3000, 4000), 1, group(1, 4), init_std=0.1)
+    assert torch.equal(Holder(layout, dtype, "cuda").weight.cpu(), Holder(layout, dtype).weight)

@@ -4,7 +4,7 @@ internlm-lite bench [--only step|ranks|loader] [--json] [--rounds N]
 internlm-lite bench --layouts [--json] [--rounds N]       data, tensor, pipeline parallel, ZeRO, and models on one GPU
 internlm-lite bench --checkpoint [--json] [--rounds N]    280 MB saved and loaded: stall, writer, load, cost
 internlm-lite bench --metrics [--json] [--rounds N]       a step line to every sink, beside a step without
-internlm-lite bench --launches [--json]                   kernels of a step on a GPU and bytes they move, counted without
+internlm-lite bench --launches [--json]                   kernels of a GPU's step and bytes they move, counted on a CPU
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Kernel launches of a training step and bytes that they move, counted without a GPU.
 
-Eager: a step on fake CUDA tensors (`fake_cuda`). Every operation that is neither a view nor an allocation is one launch;
-it reads each input once, writes each output once, and reads only the chosen rows of a table. Attention, the fused
+Eager: a step on fake CUDA tensors (`fake_cuda`). An operation that is neither a view nor an allocation is one launch; it
+reads each input once, writes each output once, and reads only the chosen rows of a table. Attention, the fused
 update and a norm are one operation each; products and attention are counted, but their bytes are not.
 
 Compiled: the nodes that inductor's scheduler leaves after fusion, for a block and a chunk of the loss on the CPU. Each
@@ -221,9 +221,7 @@ def _scheduled(graph: torch.fx.GraphModule, inputs: Sequence[Any], backward: boo
     record_original_output_strides(graph)
     lowered = GraphLowering(graph, example_inputs=inputs, is_backward=backward)
     mode = V.set_fake_mode(torch._guards.detect_fake_mode(inputs))
-    as_on_a_gpu = mock.patch.object(
-        ir, "is_cpu", lambda node: False
-    )  # which keeps results of exp, as they are dear there
+    as_on_a_gpu = mock.patch.object(ir, "is_cpu", lambda node: False)  # a CPU keeps results of exp
     with as_on_a_gpu, V.set_graph_handler(lowered), V.set_debug_handler(DebugContext()), mode:
         lowered.run(*inputs)
         lowered._update_scheduler()

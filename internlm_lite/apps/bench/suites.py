@@ -100,11 +100,8 @@ def run_metrics(rounds: int, sinks: Mapping[str, SinkFactory]) -> dict[str, Any]
 
 def run_launches() -> dict[str, Any]:
     """Launches of a step of the GPU check's models."""
-    rows = [
-        asdict(row)
-        for name, layers in (("1b", 24), ("7b", 32))
-        for row in count_launches(name, **{**GPU_SHAPES[name], "layers": layers})
-    ]
+    shapes = {name: {**GPU_SHAPES[name], "layers": layers} for name, layers in (("1b", 24), ("7b", 32))}
+    rows = [asdict(row) for name, shape in shapes.items() for row in count_launches(name, **shape)]
     return {"machine": machine(), "launches": rows}
 
 

@@ -71,16 +71,15 @@ def bind_device(dist_env: DistEnv, wanted: str = "auto") -> torch.device:
     return device
 
 
-<<<<<<< HEAD
 def use_device(device: torch.device) -> None:
     """Make `device` current in a new thread, where CUDA's first call would otherwise make a context on GPU 0."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-=======
+
+
 def usable_gpus(wanted: str = "auto") -> int:
     """How many GPUs `bind_device` chooses from; 0: it takes the CPU, or refuses."""
     return torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
->>>>>>> mesh
 
 
 def _gpu_index(dist_env: DistEnv, visible: int) -> int:

@@ -225,8 +225,8 @@ class ModelConfig(Section):
     """The decoder: RMSNorm, rotary attention, SwiGLU."""
 
     checkpoint: bool | Fraction | Literal["selective"] = False
-    """Share of layers whose activations are recomputed in the backward pass (True: all). (new) "selective": of all
-    layers, what costs no matrix product, attention or message: about half of the memory for 2 % of the time."""
+    """Share of layers whose activations are recomputed in the backward pass (True: all). (new) "selective": of
+    every layer what takes no matrix product, attention or message, which frees about half of the memory."""
     num_attention_heads: Positive
     """Query heads."""
     num_kv_attention_heads: Positive | None = None
@@ -288,9 +288,14 @@ class ModelConfig(Section):
         return round_up(int(self.hidden_size * self.mlp_ratio), self.multiple_of)
 
     @property
+    def recomputed_share(self) -> float:
+        """Of the layers, whose matrix products run again in the backward pass."""
+        return 0.0 if self.checkpoint == "selective" else float(self.checkpoint)
+
+    @property
     def recomputed_layers(self) -> int:
         """How many of the first layers run again in the backward pass."""
-        return 0 if self.checkpoint == "selective" else round(float(self.checkpoint) * self.num_layers)
+        return round(self.recomputed_share * self.num_layers)
 
     @property
     def embedding_by_vocabulary(self) -> bool:

@@ -112,7 +112,8 @@ class DataConfig(Section):
     valid_folder: str | None = None
     """Like train_folder, for evaluation. None with valid_every > 0: the built-in dummy set."""
     tokenizer: str | None = None
-    """(new) sentencepiece model the data were tokenised with: checked against vocab_size, used for samples."""
+    """(new) Tokenizer the data were tokenised with: a sentencepiece .model, a tokenizer.json, vocab.json beside
+    merges.txt, a .tiktoken file, or a folder with one of these. Checked against vocab_size, used for samples."""
     weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
     """(new) Share of each data folder in the training mix, normalised; None: every document once per epoch."""
     valid_batches: Positive = 16
@@ -263,6 +264,10 @@ class ModelConfig(Section):
     """(new) torch.compile what is before and after attention in a block, and the loss: fewer kernels, less traffic, and
     a start that takes a minute longer. Rounds differently. Training passes only; with parallel.tensor > 1, or zbv, only
     the rotation and the product of the feed-forward part. None: on GPUs where Triton and a C compiler are installed."""
+    fp8: bool = False
+    """(new) Matrix products of the blocks in float8 (e4m3, gradients e5m2) with a scale per tensor; weights, checkpoints,
+    embedding, head and attention stay in dtype, which must be bf16. GPUs: H100, L40S, RTX 4090 and newer; on the CPU the
+    rounding is emulated. Fast with compile. Training passes only; MFU still counts against the peak of bf16."""
     num_chunks: Positive = 1
     """Stages per pipeline rank; > 1: interleaved schedule, unless parallel.pipeline.schedule is "zbv"."""
     no_bias: bool = False

@@ -20,11 +20,11 @@ class SwiGLU(CostedLayer):
 
     def __init__(self, name: str, config: ModelConfig, tp_ctx: TensorParallelContext) -> None:
         super().__init__()
+        self.tp_ctx = tp_ctx
         hidden_size, width = config.hidden_size, config.mlp_hidden_size
         self.w1 = ColumnLinear(f"{name}.w1", hidden_size, width, tp_ctx, init_std=config.init_std)  # gate
         self.w3 = ColumnLinear(f"{name}.w3", hidden_size, width, tp_ctx, init_std=config.init_std)  # up
         self.w2 = RowLinear(f"{name}.w2", width, hidden_size, tp_ctx, init_std=output_std(config))
-        self.tp_ctx = tp_ctx
         self._gated = compiled_in_training(_lean_gated if tp_ctx.selective else _gated, wanted=tp_ctx.compiled)
 
     def forward(self, x: torch.Tensor, recipe: Recipe | None = None) -> torch.Tensor:
@@ -43,7 +43,8 @@ class SwiGLU(CostedLayer):
         return self.w1.messages(row) + self.w2.messages(row)
 
     def deferred_bytes(self, row: RowShape) -> int:
-        shared_input = row.tokens * self.w3.weight.shape[1] * self.w3.weight.itemsize
+        weight = self.w3.weight
+        shared_input = row.tokens * weight.shape[1] * self.tp_ctx.products.itemsize(weight.dtype)
         return super().deferred_bytes(row) - shared_input
 
     def workspace_bytes(self, row: RowShape) -> int:

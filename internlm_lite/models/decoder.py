@@ -26,9 +26,11 @@ from internlm_lite.layers.compiled import compiled_in_training, is_wanted
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape, add_bytes
 from internlm_lite.layers.embedding import Embedding
 from internlm_lite.layers.flash import Attend, AttentionBackend
+from internlm_lite.layers.fp8 import Float8Products
 from internlm_lite.layers.loss import TokenLosses
 from internlm_lite.layers.mlp import SwiGLU
 from internlm_lite.layers.norm import build_norm
+from internlm_lite.layers.products import Products
 from internlm_lite.layers.recompute import with_recipe
 from internlm_lite.layers.rope import Rotary
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
@@ -232,12 +234,14 @@ def tensor_parallel_context(
             f"model.tie_word_embeddings=True with embed_split_hidden=True over {mesh.tp.size} tensor-parallel ranks: "
             "the head needs the shared weight split along the vocabulary; set model.embed_split_hidden=False"
         )
+    products = Float8Products() if config.fp8 else Products()
     return TensorParallelContext(
         mesh.tp,
         torch_dtype(config.dtype),
         mesh.device,
         by_sequence=by_sequence and mesh.tp.size > 1,
-        weight_grads=WeightGrads(deferred=defer_weight_grads),
+        products=products,
+        weight_grads=WeightGrads(deferred=defer_weight_grads, add=products.add_weight_grad),
         compiled=is_wanted(config.compile, mesh.device),
         selective=config.checkpoint == "selective",
     )

@@ -258,8 +258,12 @@ class ModelConfig(Section):
     """Added to the mean square."""
     use_fp32_norm: bool = False
     """(new) Keep norm weights in fp32 when the model is half precision."""
+    attention: Literal["auto", "flash_attn_3", "flash_attn_4", "cudnn", "flash_attn", "torch_varlen", "sdpa"] = "auto"
+    """(new) Attention kernel. "auto": the first of the following that is installed and fits model and GPU. "cudnn":
+    cuDNN's kernel over documents of 2048 and more tokens whose number is a multiple of 128, torch's varlen kernel over
+    the others. "sdpa": the reference, one call per document."""
     use_flash_attn: bool = True
-    """True: the fastest attention available (flash-attn, torch varlen, SDPA). False: the SDPA reference."""
+    """False: as attention="sdpa"."""
     compile: bool | None = None
     """(new) torch.compile what is before and after attention in a block, and the loss: fewer kernels, less traffic, and
     a start that takes a minute longer. Rounds differently. Training passes only; with parallel.tensor > 1, or zbv, only

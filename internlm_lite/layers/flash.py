@@ -129,7 +129,14 @@ def varlen_fits(config: ModelConfig) -> bool:
 
 
 def _refusal(backend: AttentionBackend, config: ModelConfig, device: torch.device) -> str:
-    """Why `backend` cannot run this model on `device`; empty: it can."""
+    """Why `backend` cannot run this model on `device`, or must not; empty: it can."""
+    own = backend in (AttentionBackend.TORCH_VARLEN, AttentionBackend.SDPA)
+    tried = torch.cuda.is_available() and not own
+    return unmet(backend, config, device) or (kernel_problem(backend, config, device) if tried else "")
+
+
+def unmet(backend: AttentionBackend, config: ModelConfig, device: torch.device) -> str:
+    """What `backend` needs for this model and lacks on `device`; empty: nothing."""
     needs = NEEDS.get(backend)
     if needs is None:
         return ""
@@ -143,7 +150,7 @@ def _refusal(backend: AttentionBackend, config: ModelConfig, device: torch.devic
         return unfit
     if torch.are_deterministic_algorithms_enabled() and not needs.repeats:
         return "needs deterministic=False: its backward pass adds in any order"
-    return _import_problem(needs) or (kernel_problem(backend, config, device) if torch.cuda.is_available() else "")
+    return _import_problem(needs)
 
 
 def _unfit(needs: Needs, config: ModelConfig) -> str:

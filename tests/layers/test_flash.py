@@ -319,9 +319,8 @@ GPU = [
 def test_kernels_equal_the_reference_on_a_gpu(backend, kv_heads, head_dim):
     device = torch.device("cuda")
     config = small_config(dtype="torch.bfloat16", hidden_size=8 * head_dim, num_kv_attention_heads=kv_heads)
-    refusal = flash._refusal(backend, config, device)
-    if refusal and "went wrong" not in refusal:
-        pytest.skip(f"{backend.name} {refusal}")
+    if missing := flash.unmet(backend, config, device):
+        pytest.skip(f"{backend.name} {missing}")
     assert kernel_problem(backend, config, device) == ""
 
 

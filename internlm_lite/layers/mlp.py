@@ -25,7 +25,8 @@ class SwiGLU(CostedLayer):
         self.w1 = ColumnLinear(f"{name}.w1", hidden_size, width, tp_ctx, init_std=config.init_std)  # gate
         self.w3 = ColumnLinear(f"{name}.w3", hidden_size, width, tp_ctx, init_std=config.init_std)  # up
         self.w2 = RowLinear(f"{name}.w2", width, hidden_size, tp_ctx, init_std=output_std(config))
-        self._gated = compiled_in_training(_lean_gated if tp_ctx.selective else _gated, wanted=tp_ctx.compiled)
+        lean = tp_ctx.selective and not tp_ctx.compiled  # the compiler keeps no silu(gate)
+        self._gated = _lean_gated if lean else compiled_in_training(_gated, wanted=tp_ctx.compiled)
 
     def forward(self, x: torch.Tensor, recipe: Recipe | None = None) -> torch.Tensor:
         """`recipe`: of x, as in `columns`."""

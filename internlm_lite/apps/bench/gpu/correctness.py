@@ -19,10 +19,9 @@ from typing import Any
 import torch
 
 from internlm_lite.apps.bench.gpu.measurement import Check
-from internlm_lite.apps.bench.gpu.variants import cudnn_varlen
 from internlm_lite.config.schema import Config, ModelConfig
 from internlm_lite.faults.signals import StopSignals
-from internlm_lite.layers.flash import AttentionBackend, choose_backend, packed
+from internlm_lite.layers.flash import NEEDS, AttentionBackend, choose_backend, packed, unmet
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.runtime.device import device_name, peak_flops
 from internlm_lite.train.build import build_run
@@ -97,34 +96,34 @@ def attention(check: Check) -> None:
     for head_dim, heads, kv_heads in shapes[: 2 if check.smoke else None]:
         for dtype in _LIMITS:
             case = _Case(check.device, dtype, head_dim, heads, kv_heads)
-            for name in _kernels(check.smoke, dtype):
-                key = f"{name} D{head_dim} H{heads}/{kv_heads} {dtype}"
+            for backend in kernels(check, dtype, head_dim):
+                key = f"{backend.name} D{head_dim} H{heads}/{kv_heads} {dtype}"
                 try:
-                    table[key] = case.errors(name)
+                    table[key] = case.errors(backend)
                 except RuntimeError as error:
                     check.wrong(f"{key}: {str(error)[:200]}")
                     continue
                 forward, backward, _ = table[key]
                 if not (forward < _LIMITS[dtype] and backward < 2 * _LIMITS[dtype]):
-                    tell = check.note if name == "CUDNN" else check.wrong  # training does not use it
-                    tell(f"{key}: relative error {forward:.1e} forward, {backward:.1e} of the gradient")
+                    check.wrong(f"{key}: relative error {forward:.1e} forward, {backward:.1e} of the gradient")
             check.tell(table=table)
-    worst = max(row[1] for key, row in table.items() if not key.startswith("CUDNN"))
+    worst = max(row[1] for row in table.values())
     unstable = sorted({key.split()[0] for key, row in table.items() if not row[2]})
     check.tell(f"{len(table)} cases, worst gradient error {worst:.1e}; other bits each time: {unstable}")
 
 
-def _kernels(smoke: bool, dtype: torch.dtype) -> list[str]:
-    if smoke or dtype == torch.float32:
-        return ["SDPA"]
-    return ["TORCH_VARLEN", "SDPA", "CUDNN", *(["FLASH_ATTN"] if installed("flash_attn") else [])]
+def kernels(check: Check, dtype: torch.dtype, head_dim: int) -> list[AttentionBackend]:
+    """Those that such a model can take on this device, right or wrong."""
+    shape = {"num_attention_heads": 1, "hidden_size": head_dim, "num_layers": 1, "vocab_size": 128}
+    model = ModelConfig.model_validate({**shape, "dtype": str(dtype)})
+    return [*(backend for backend in NEEDS if not unmet(backend, model, check.device)), AttentionBackend.SDPA]
 
 
 class _Case:
     """One row of documents, with the attention output and gradients in fp64."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int) -> None:
-        self.boundaries = (0, 1, 130, 131, 500, 1000, 1536)
+        self.boundaries = (0, 1, 130, 131, 500, 1000, 1536, 3584)
         tokens, self.queries = self.boundaries[-1], heads // kv_heads
         generator = torch.Generator().manual_seed(head_dim)
         qkv = torch.randn(tokens, kv_heads, self.queries + 2, head_dim, generator=generator)
@@ -141,13 +140,10 @@ class _Case:
         q, k, v = leaf.split([self.queries, 1, 1], dim=2)
         return leaf, q.flatten(1, 2).contiguous(), k.squeeze(2).contiguous(), v.squeeze(2)
 
-    def errors(self, name: str) -> list[Any]:
+    def errors(self, backend: AttentionBackend) -> list[Any]:
         """[relative error, relative error of the gradient, whether three more calls gave the same bits]."""
         longest = max(stop - start for start, stop in pairwise(self.boundaries))
-        if name == "CUDNN":
-            attend = cudnn_varlen(self.cu_seqlens, longest)
-        else:
-            attend = packed(AttentionBackend[name], self.cu_seqlens, self.boundaries, longest)
+        attend = packed(backend, self.cu_seqlens, self.boundaries, longest)
 
         def run() -> tuple[torch.Tensor, torch.Tensor]:
             leaf, q, k, v = self._inputs()

@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from internlm_lite.apps.bench.gpu.correctness import installed
+from internlm_lite.apps.bench.gpu.correctness import installed, kernels
 from internlm_lite.apps.bench.gpu.measurement import Check
-from internlm_lite.apps.bench.gpu.variants import cudnn_varlen
 from internlm_lite.checkpoint.save.staging import Staging
 from internlm_lite.layers.flash import AttentionBackend, packed
 from internlm_lite.layers.loss import LossOptions, linear_cross_entropy
@@ -97,27 +96,30 @@ def _head(check: Check, x: torch.Tensor, vocab: int) -> None:
 
 
 def attention_speed(check: Check) -> None:
-    """Attention of one layer over documents of equal length, and over 64 of mixed lengths."""
+    """Attention of one layer over documents of equal length, over 64 of mixed lengths, and over long and short ones."""
     tokens, heads, head_dim = (256, 4, 32) if check.smoke else (8192, 16, 128)
     quarter = tokens // 4
     mixed = sorted({(i * i * tokens) // 4096 for i in range(1, 64)})
-    rows = {"4 equal": [0, quarter, 2 * quarter, 3 * quarter, tokens], "64 mixed": [0, *mixed, tokens]}
-    kernels = ["SDPA"] if check.smoke else ["TORCH_VARLEN", "SDPA", "CUDNN"]
+    rows = {
+        "4 equal": [0, quarter, 2 * quarter, 3 * quarter, tokens],
+        "64 mixed": [0, *mixed, tokens],
+        "2 long, 64 short": [0, quarter, *(quarter + n * tokens // 128 for n in range(1, 65)), tokens],
+    }
     for label, boundaries in rows.items():
         flops = sum(2 * heads * head_dim * (stop - start) ** 2 for start, stop in pairwise(boundaries))
-        for name in [*kernels, *(["FLASH_ATTN"] if installed("flash_attn") else [])]:
+        for backend in kernels(check, torch.bfloat16, head_dim):
             q, k, v = (
                 torch.randn(tokens, heads, head_dim, device=check.device, dtype=torch.bfloat16, requires_grad=True)
                 for _ in range(3)
             )
-            attend = _kernel(name, boundaries, check.device)
+            attend = _kernel(backend, boundaries, check.device)
             try:
                 forward, backward = _both_ways(check, attend, (q, k, v))
             except RuntimeError as error:
-                check.note(f"{name} {label}: {str(error)[:200]}")
+                check.note(f"{backend.name} {label}: {str(error)[:200]}")
                 continue
             check.note(
-                f"{name:13s} {label}: forward {forward:.3f} ms = {flops / forward / 1e9:.0f} TFLOP/s, "
+                f"{backend.name:13s} {label}: forward {forward:.3f} ms = {flops / forward / 1e9:.0f} TFLOP/s, "
                 f"backward {backward:.3f} ms = {2.5 * flops / backward / 1e9:.0f} TFLOP/s"
             )
     check.tell(check.found["notes"][0])
@@ -131,13 +133,10 @@ def _both_ways(check: Check, attend: Callable[..., torch.Tensor], qkv: tuple[tor
     return check.milliseconds(lambda: attend(*qkv)), backward
 
 
-def _kernel(name: str, boundaries: Sequence[int], device: torch.device) -> Callable[..., torch.Tensor]:
+def _kernel(backend: AttentionBackend, boundaries: Sequence[int], device: torch.device) -> Callable[..., torch.Tensor]:
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
     longest = max(stop - start for start, stop in pairwise(boundaries))
-    if name == "CUDNN":
-        attend = cudnn_varlen(cu_seqlens, longest)
-    else:
-        attend = packed(AttentionBackend[name], cu_seqlens, tuple(boundaries), longest)
+    attend = packed(backend, cu_seqlens, tuple(boundaries), longest)
     return lambda q, k, v: attend(0, q, k, v)
 
 

@@ -62,7 +62,8 @@ PLAN = (
     Measurement("perf:7b:bare+compiled", 100, alone=True),
     Measurement("perf:7b:recompute", 60, alone=True),
     Measurement("perf:1b:liger", 90, alone=True),
-    Measurement("perf:1b:compile+cudnn", 90, alone=True),
+    Measurement("perf:1b:compile+varlen", 90, alone=True),
+    Measurement("perf:7b:compile+selective", 90, alone=True),
 )
 _LEAST_SECONDS = 25.0
 """A section is not started with fewer seconds of the budget left, unless its time-out is shorter."""

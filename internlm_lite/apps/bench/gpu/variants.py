@@ -1,6 +1,6 @@
 """Ways to run the training step: keys of the model, and patches that are measured before they are implemented.
 
-Variants are combined by "+": "compile+cudnn". "eager" is the unchanged step.
+Variants are combined by "+": "compile+varlen". "eager" is the unchanged step.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from internlm_lite.config.schema import Config
-from internlm_lite.layers import compiled, flash, linear, mlp, norm
+from internlm_lite.layers import compiled, linear, mlp, norm
 from internlm_lite.mesh.layout import ShardSpec
 from internlm_lite.models import initialise
 
@@ -28,7 +27,11 @@ def apply(variant: str, smoke: bool) -> None:
 def configured(config: Config, variant: str) -> Config:
     """The config with the keys of the model that the variant sets."""
     names = variant.split("+")
-    keys = {"compile": "compile" in names, "checkpoint": "recompute" in names}
+    keys = {
+        "compile": "compile" in names,
+        "checkpoint": "selective" if "selective" in names else "recompute" in names,
+        "attention": "torch_varlen" if "varlen" in names else "auto",
+    }
     return config.model_copy(update={"model": config.model.model_copy(update=keys)})
 
 
@@ -41,37 +44,13 @@ def _quickly_drawn(layout: ShardSpec, std: float, seed: int) -> Iterator[tuple[t
 
 
 def _nothing(smoke: bool) -> None:
-    """No patch: `eager`, `recompute` and `bare` are handled elsewhere."""
+    """No patch: keys of the model (`configured`), and `bare`."""
 
 
 def _only_trace(smoke: bool) -> None:
     """model.compile; a smoke run only traces, as the C++ compiler would take minutes."""
     if smoke:
         _put(compiled, "COMPILER", "aot_eager")
-
-
-def _cudnn(smoke: bool) -> None:
-    """cuDNN's kernel for documents of different lengths, called through jagged nested tensors."""
-    if not smoke:
-        _put(flash, "_packed_torch_varlen", cudnn_varlen)
-
-
-def cudnn_varlen(cu_seqlens: torch.Tensor, longest: int) -> Callable[..., torch.Tensor]:
-    """Attention inside each document; inputs and output [T, heads, head_dim]."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def jagged(x: torch.Tensor) -> torch.Tensor:
-        nested = torch.nested.nested_tensor_from_jagged(x.contiguous(), cu_seqlens, min_seqlen=1, max_seqlen=longest)
-        return nested.transpose(1, 2)
-
-    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) if x.shape[1] != q.shape[1] else x for x in (k, v))
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            out = F.scaled_dot_product_attention(jagged(q), jagged(k), jagged(v), is_causal=True)
-        values: torch.Tensor = out.transpose(1, 2).values()
-        return values
-
-    return attend
 
 
 def _liger(smoke: bool) -> None:
@@ -109,8 +88,9 @@ VARIANTS: dict[str, Callable[[bool], None]] = {
     "eager": _nothing,
     "bare": _nothing,
     "recompute": _nothing,
+    "selective": _nothing,
+    "varlen": _nothing,
     "compile": _only_trace,
     "compiled": _bare_compiled,
-    "cudnn": _cudnn,
     "liger": _liger,
 }

@@ -13,7 +13,7 @@ import torch
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.compiled import compiled_in_training
-from internlm_lite.layers.costs import Bytes, CostedLayer, RowShape, add_bytes
+from internlm_lite.layers.costs import Bytes, CostedLayer, Pass, RowShape, add_bytes
 from internlm_lite.layers.flash import Attend
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns, output_std
 from internlm_lite.layers.rope import Rotary
@@ -66,6 +66,27 @@ class Attention(CostedLayer):
             "attention statistics": row.tokens * statistics,  # log-sum-exp of each query's scores
         }
         return add_bytes(self.wqkv.saved_bytes(row), kept)
+
+    def passes(self, row: RowShape) -> list[Pass]:
+        """Attention itself, the rotations, and the gradients of queries, keys and values joined to one tensor."""
+        kept = self.saved_bytes(row)
+        joined, rotated = kept["queries, keys, values"], kept["rotated queries, keys"]
+        kernels = [Pass("attention", 0), Pass("attention", 0, 5, backward=True)]
+        if "rotary" in row.fused:
+            back = 2 * (rotated if "block" not in row.fused else joined)
+            moved = [Pass("fused", 2 * rotated, 2), Pass("fused", back, 2, backward=True)]
+        else:  # x * cos; x copied and rolled by half a head; addcmul
+            moved = [
+                Pass("strided", 5 * rotated, 4),
+                Pass("strided_copy", 2 * rotated, 2),
+                Pass("roll", 2 * rotated, 2),
+                Pass("strided", 5 * rotated, 4, backward=True),
+                Pass("roll", 2 * rotated, 2, backward=True),
+            ]
+        if "block" not in row.fused:
+            moved.append(Pass("contiguous_copy", 2 * joined, backward=True))
+            moved.append(Pass("strided_copy", 2 * (joined - rotated), backward=True))
+        return super().passes(row) + kernels + moved
 
 
 def check_heads(hidden_size: int, heads: int, kv_heads: int, tp_size: int) -> None:

@@ -1,0 +1,149 @@
+"""How long the units of a model and the optimizer take on a device: a roofline from what the layers say they cost.
+
+A kernel takes either the time of its operations (matrix products, attention) or that of the memory that it moves, and
+the gap before the next one. Nothing overlaps on the GPU but what overlap.py counts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from internlm_lite.apps.planner.device_file import DeviceFile
+from internlm_lite.apps.planner.holdings import BucketSizes
+from internlm_lite.apps.planner.schedule import StageCost
+from internlm_lite.batch import Batch
+from internlm_lite.layers.costs import CostedLayer, Message, Pass, RowShape
+from internlm_lite.models.decoder import Block, Transformer
+from internlm_lite.models.head import Head
+
+Seconds = Counter[tuple[str, str]]
+"""(row of the plan, kind of kernel) -> seconds. Kinds, as a profile shows them: products, attention, elementwise,
+copies, norms, optimizer, gaps, messages."""
+
+KIND_OF_PASS = {
+    **dict.fromkeys(("elementwise", "broadcast", "strided", "fused"), "elementwise"),
+    **dict.fromkeys(("contiguous_copy", "strided_copy", "cast", "roll"), "copies"),
+    **dict.fromkeys(("norm", "reduce"), "norms"),
+    **dict.fromkeys(("product", "accumulate"), "products"),
+    "attention": "attention",
+    "update": "optimizer",
+}
+DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "bf16", "torch.half": "bf16", "torch.tf32": "tf32"}
+"""model.dtype -> key of `peak_tflops`; others: fp32."""
+LEAST_KEYS = 128
+"""Keys of a tile of the attention kernels: a shorter document takes as long."""
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How a step computes."""
+
+    row: RowShape
+    dtype: str
+    """Key of `peak_tflops`."""
+    attention: str
+    """Key of `attention_tflops`."""
+    keys: float
+    """Keys that a query attends to on average."""
+    one_pass_update: bool = False
+    """Gradients are scaled inside the fused update."""
+
+
+@dataclass(frozen=True)
+class UnitSeconds:
+    """Times of one micro-batch in a unit of the model."""
+
+    forward: Seconds
+    backward: Seconds
+    weights: float
+    """The part of `backward` that a zero-bubble schedule may put off."""
+
+
+@dataclass(frozen=True)
+class Roofline:
+    device: DeviceFile
+    ways: Ways
+    tp: int
+    message_seconds: Callable[[Message], float]
+
+    def unit(self, unit: CostedLayer) -> UnitSeconds:
+        """`unit`: an embedding, a block, a norm or a head."""
+        forward, backward = self.passes(unit.passes(self.ways.row))
+        made_at_once = 3 if isinstance(unit, Head) else 1  # the head makes its gradients in the forward pass
+        product = self._products(unit)
+        forward["products", "products"] += made_at_once * product
+        backward["products", "products"] += (3 - made_at_once) * product
+        for share, times in (("forward", forward), ("backward", backward)):
+            times["attention", "attention"] += self._attention(unit, share)
+        recompute = isinstance(unit, Block) and unit.recompute
+        for message in unit.messages(self.ways.row):
+            times = backward if message.backward else forward
+            once = 0.5 if recompute and not message.backward else 1  # the layer says what it sends twice
+            times["tensor parallel", "messages"] += once * self.message_seconds(message)
+        added = sum(seconds for (part, _), seconds in backward.items() if part == "weight gradients")
+        weights = (product if made_at_once == 1 else 0) + added
+        if recompute:
+            for (_, kind), seconds in forward.items():
+                backward["recomputation", kind] += seconds
+        return UnitSeconds(+forward, +backward, weights)
+
+    def _products(self, unit: CostedLayer) -> float:
+        """Seconds of the products of a forward pass."""
+        dtype = "fp8" if self.ways.row.fp8 and isinstance(unit, Block) else self.ways.dtype
+        rate = self.device.peak_tflops[dtype] * 1e12 * self.device.product_fraction
+        return unit.flops_per_token(0) * self.ways.row.tokens / self.tp / rate
+
+    def _attention(self, unit: CostedLayer, direction: str) -> float:
+        pairs = (unit.flops_per_token(1) - unit.flops_per_token(0)) * self.ways.row.tokens * self.ways.keys / self.tp
+        passes, rates = {"forward": 1.0, "backward": 2.5}, self.device.attention_tflops[self.ways.attention]
+        rate: float = getattr(rates, direction)
+        return passes[direction] * pairs / (rate * 1e12)
+
+    def passes(self, passes: Iterable[Pass]) -> tuple[Seconds, Seconds]:
+        """(forward, backward) of kernels and the gaps before them."""
+        times = Seconds(), Seconds()
+        for one in passes:
+            direction = times[one.backward]
+            direction[one.part, KIND_OF_PASS[one.kind]] += self.device.passes_seconds(one.kind, one.n_bytes)
+            direction["gaps", "gaps"] += one.kernels * self.device.launch_us * 1e-6
+        return times
+
+    def optimizer(self, buckets: Sequence[BucketSizes]) -> Seconds:
+        """The step of the optimizer on one rank, collectives apart."""
+        return self.passes(one for bucket in buckets for one in update_passes(bucket, self.ways.one_pass_update))[0]
+
+    def stage(self, stage: Transformer) -> StageCost:
+        """Seconds of a stage's actions."""
+        units = [self.unit(unit) for unit in stage.units()]
+        weights = sum(unit.weights for unit in units)
+        backward = sum(unit.backward.total() for unit in units)
+        return StageCost(sum(unit.forward.total() for unit in units), backward - weights, weights)
+
+
+def update_passes(bucket: BucketSizes, one_pass: bool) -> list[Pass]:
+    """Norm; scale, in the dtype of the masters; update; cast of the new weights; zeros for the next step's gradients."""
+    exact = bucket.update_grads or bucket.shard_grads
+    masters = bucket.masters or exact
+    found = [Pass("reduce", bucket.shard_grads, 8)]
+    if bucket.update_grads:
+        found.append(Pass("cast", bucket.shard_grads + bucket.update_grads))
+    if not one_pass:
+        found.append(Pass("broadcast", 2 * exact))
+    found.append(Pass("update", 2 * masters + 2 * bucket.moments + exact, max(1, exact // 250_000_000)))
+    if bucket.masters:
+        found.append(Pass("contiguous_copy", bucket.masters + bucket.shard_weights))
+    found.append(Pass("contiguous_copy", bucket.grads))
+    return [Pass(one.kind, one.n_bytes, one.kernels, part="optimizer") for one in found]
+
+
+def mean_keys(batches: Iterable[Batch]) -> float:
+    """Keys a query attends to on average: half of its document, or of a tile."""
+    pairs = tokens = 0
+    for batch in batches:
+        for borders in batch.cu_seqlens_host:
+            lengths = [stop - start for start, stop in zip(borders, borders[1:], strict=False)]
+            pairs += sum(length * max(length, LEAST_KEYS) for length in lengths)
+            tokens += sum(lengths)
+    return pairs / tokens / 2

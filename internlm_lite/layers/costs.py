@@ -27,7 +27,7 @@ class RowShape:
     attention_by_document: bool = False
     """True: the reference attention, which is called once per document and concatenates the outputs."""
     fused: frozenset[str] = frozenset()
-    """What takes one kernel instead of several, of `FUSIONS`."""
+    """What takes one kernel instead of several, see `FUSIONS`."""
     fp8: bool = False
     """The products of the blocks are those of layers/fp8.py."""
 
@@ -35,11 +35,10 @@ class RowShape:
 FUSIONS = {
     "off": frozenset[str](),
     "parts": frozenset({"rotary", "swiglu"}),
-    "blocks": frozenset({"rotary", "swiglu", "block", "loss"}),
-    "gradients": frozenset({"gradients"}),
+    "blocks": frozenset({"rotary", "swiglu", "block"}),
 }
-"""What model.compile fuses in parts of blocks (beside tensor parallelism and zbv) and in whole ones; "gradients": those
-of weights are added in the matrix product, as always in half precision on CUDA."""
+"""What model.compile fuses in parts of blocks (beside tensor parallelism and zbv), and in whole ones. Others: "loss",
+and "gradients" of weights that are added in the matrix product, as always in half precision on CUDA."""
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from internlm_lite.apps.planner.device_file import DeviceFile
 from internlm_lite.apps.planner.holdings import BucketSizes
 from internlm_lite.apps.planner.schedule import StageCost
-from internlm_lite.batch import Batch
 from internlm_lite.layers.costs import CostedLayer, Message, Pass, RowShape
 from internlm_lite.models.decoder import Block, Transformer
 from internlm_lite.models.head import Head
@@ -112,7 +112,9 @@ class Roofline:
 
     def optimizer(self, buckets: Sequence[BucketSizes]) -> Seconds:
         """The step of the optimizer on one rank, collectives apart."""
-        return self.passes(one for bucket in buckets for one in update_passes(bucket, self.ways.one_pass_update))[0]
+        return self.passes(
+            one for bucket in buckets for one in update_passes(bucket, one_pass=self.ways.one_pass_update)
+        )[0]
 
     def stage(self, stage: Transformer) -> StageCost:
         """Seconds of a stage's actions."""
@@ -122,8 +124,8 @@ class Roofline:
         return StageCost(sum(unit.forward.total() for unit in units), backward - weights, weights)
 
 
-def update_passes(bucket: BucketSizes, one_pass: bool) -> list[Pass]:
-    """Norm; scale, in the dtype of the masters; update; cast of the new weights; zeros for the next step's gradients."""
+def update_passes(bucket: BucketSizes, *, one_pass: bool) -> list[Pass]:
+    """Norm; scale, in the dtype of the masters; update; cast of the new weights; zeros for the next gradients."""
     exact = bucket.update_grads or bucket.shard_grads
     masters = bucket.masters or exact
     found = [Pass("reduce", bucket.shard_grads, 8)]
@@ -135,15 +137,10 @@ def update_passes(bucket: BucketSizes, one_pass: bool) -> list[Pass]:
     if bucket.masters:
         found.append(Pass("contiguous_copy", bucket.masters + bucket.shard_weights))
     found.append(Pass("contiguous_copy", bucket.grads))
-    return [Pass(one.kind, one.n_bytes, one.kernels, part="optimizer") for one in found]
+    return [replace(one, part="optimizer") for one in found]
 
 
-def mean_keys(batches: Iterable[Batch]) -> float:
-    """Keys a query attends to on average: half of its document, or of a tile."""
-    pairs = tokens = 0
-    for batch in batches:
-        for borders in batch.cu_seqlens_host:
-            lengths = [stop - start for start, stop in zip(borders, borders[1:], strict=False)]
-            pairs += sum(length * max(length, LEAST_KEYS) for length in lengths)
-            tokens += sum(lengths)
-    return pairs / tokens / 2
+def mean_keys(rows: Iterable[Sequence[int]]) -> float:
+    """Keys a query attends to on average: half of its document, or of a tile. `rows`: boundaries of documents."""
+    lengths = [stop - start for borders in rows for start, stop in pairwise(borders)]
+    return sum(length * max(length, LEAST_KEYS) for length in lengths) / sum(lengths) / 2

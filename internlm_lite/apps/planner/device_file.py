@@ -1,4 +1,4 @@
-"""What a GPU and its links can do, as a JSON file: those of `--device NAME` lie in devices/, `--device FILE` is a user's.
+"""What a GPU and its links can do, as a JSON file: `--device NAME` takes one of devices/, `--device FILE` a user's.
 
 The figures of one H100 were measured (docs/benchmarks); for other devices its fractions are applied to data sheets.
 `sources` says where each figure comes from.
@@ -125,8 +125,22 @@ def _parse(name: str, text: str) -> DeviceFile:
         raise ConfigError("\n".join([f"--device {name}: {problem}" for problem in problems] + [text])) from None
 
 
+_OTHERS = {
+    "name": "a text",
+    "peak_tflops": "an object of numbers by dtype",
+    "attention_tflops": "an object of {forward, backward} by kernel",
+    "kernel_fraction": f"an object of {', '.join(KernelFractions.model_fields)}",
+    "gpus_per_node": "a whole number above 0",
+    **dict.fromkeys(("intra_node", "inter_node"), "an object of gb_per_s and latency_us"),
+    "sources": "an object of texts",
+}
+"""What a key of a file holds that is no number."""
+
+
 def _problem(error: dict[str, Any]) -> str:
-    key = ".".join(map(str, error["loc"])) or "the file"
+    if not error["loc"]:
+        return "expected a JSON object"
+    key = ".".join(map(str, error["loc"]))
     if error["type"] == "missing":
         return f"{key} is missing, expected {_expected(error['loc'])}"
     if error["type"] == "extra_forbidden":
@@ -136,19 +150,8 @@ def _problem(error: dict[str, Any]) -> str:
 
 def _expected(loc: tuple[int | str, ...]) -> str:
     """What a key holds, in words."""
-    if loc and loc[-1] in KernelFractions.model_fields or loc[-1:] == ("product_fraction",):
+    if loc[0:1] == ("product_fraction",) or (len(loc) == 2 and loc[0] == "kernel_fraction"):
         return "a number above 0, up to 1"
-    objects = {
-        "peak_tflops": "an object of numbers by dtype",
-        "attention_tflops": "an object of {forward, backward} by kernel",
-        "kernel_fraction": f"an object of {', '.join(KernelFractions.model_fields)}",
-        "intra_node": "an object of gb_per_s and latency_us",
-        "inter_node": "an object of gb_per_s and latency_us",
-        "sources": "an object of texts",
-        "name": "a text",
-        "gpus_per_node": "a whole number above 0",
-    }
-    if not loc:
-        return "an object"
-    return objects.get(str(loc[-1]), "an object of forward and backward" if len(loc) == 2 and loc[0] == "attention_tflops"
-                       else "a number above 0")
+    if len(loc) == 2 and loc[0] == "attention_tflops":
+        return "an object of forward and backward"
+    return _OTHERS.get(str(loc[0]), "a number above 0") if len(loc) == 1 else "a number above 0"

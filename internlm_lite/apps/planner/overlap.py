@@ -1,9 +1,9 @@
-"""What a rank waits for others: buckets reduced behind the backward pass, weights gathered behind the next forward pass.
+"""How long a rank waits for others: buckets are reduced behind the backward pass, weights gathered behind the forward.
 
-    backward   | head | block n | ... | block 0 |
-    scatter           | bucket 0 |   | bucket 1 | bucket 2 |            the end, after the backward pass, is exposed
-    gather     | bucket 2 | bucket 1 | bucket 0 |
-    forward               | embedding |    | block 0 | ...              each unit waits for its own weights
+backward   | head | block n | ... | block 0 |
+scatter           | bucket 0 |   | bucket 1 | bucket 2 |            the end, after the backward pass, is exposed
+gather     | bucket 2 | bucket 1 | bucket 0 |
+forward               | embedding |    | block 0 | ...              each unit waits for its own weights
 """
 
 from __future__ import annotations

@@ -117,8 +117,8 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
     if arguments.dry_run:
         from internlm_lite.apps.planner.command import dry_run
 
-        options = {"tflops": arguments.tflops, "device": arguments.device, "as_json": arguments.json}
-        return dry_run(loaded.config, world_size, **options)
+        named, as_json = arguments.device, arguments.json
+        return dry_run(loaded.config, world_size, tflops=arguments.tflops, device=named, as_json=as_json)
 
     from internlm_lite.apps.report.writer import open_report
     from internlm_lite.train.job import Options, run_job

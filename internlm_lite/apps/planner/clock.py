@@ -6,7 +6,6 @@ the gap before the next one. Nothing overlaps on the GPU but what overlap.py cou
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -18,9 +17,35 @@ from internlm_lite.layers.costs import CostedLayer, Message, Pass, RowShape
 from internlm_lite.models.decoder import Block, Transformer
 from internlm_lite.models.head import Head
 
-Seconds = Counter[tuple[str, str]]
-"""(row of the plan, kind of kernel) -> seconds. Kinds, as a profile shows them: products, attention, elementwise,
-copies, norms, optimizer, gaps, messages."""
+
+class Seconds(dict[tuple[str, str], float]):
+    """(row of the plan, kind of kernel) -> seconds. Kinds, as a profile shows them: products, attention, elementwise,
+    copies, norms, optimizer, gaps, messages."""
+
+    def add(self, part: str, kind: str, seconds: float) -> None:
+        if seconds:
+            self[part, kind] = self.get((part, kind), 0.0) + seconds
+
+    def add_all(self, other: Seconds, times: int = 1) -> None:
+        for (part, kind), seconds in other.items():
+            self.add(part, kind, times * seconds)
+
+    def total(self) -> float:
+        return sum(self.values())
+
+    def by_part(self) -> dict[str, float]:
+        return self._summed(0)
+
+    def by_kind(self) -> dict[str, float]:
+        return self._summed(1)
+
+    def _summed(self, index: int) -> dict[str, float]:
+        """Longest first."""
+        found: dict[str, float] = {}
+        for key, seconds in self.items():
+            found[key[index]] = found.get(key[index], 0.0) + seconds
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
 
 KIND_OF_PASS = {
     **dict.fromkeys(("elementwise", "broadcast", "strided", "fused"), "elementwise"),
@@ -73,21 +98,23 @@ class Roofline:
         forward, backward = self.passes(unit.passes(self.ways.row))
         made_at_once = 3 if isinstance(unit, Head) else 1  # the head makes its gradients in the forward pass
         product = self._products(unit)
-        forward["products", "products"] += made_at_once * product
-        backward["products", "products"] += (3 - made_at_once) * product
-        for share, times in (("forward", forward), ("backward", backward)):
-            times["attention", "attention"] += self._attention(unit, share)
+        for direction, times, products in (
+            ("forward", forward, made_at_once),
+            ("backward", backward, 3 - made_at_once),
+        ):
+            times.add("products", "products", products * product)
+            times.add("attention", "attention", self._attention(unit, direction))
         recompute = isinstance(unit, Block) and unit.recompute
         for message in unit.messages(self.ways.row):
             times = backward if message.backward else forward
             once = 0.5 if recompute and not message.backward else 1  # the layer says what it sends twice
-            times["tensor parallel", "messages"] += once * self.message_seconds(message)
+            times.add("tensor parallel", "messages", once * self.message_seconds(message))
         added = sum(seconds for (part, _), seconds in backward.items() if part == "weight gradients")
         weights = (product if made_at_once == 1 else 0) + added
         if recompute:
             for (_, kind), seconds in forward.items():
-                backward["recomputation", kind] += seconds
-        return UnitSeconds(+forward, +backward, weights)
+                backward.add("recomputation", kind, seconds)
+        return UnitSeconds(forward, backward, weights)
 
     def _products(self, unit: CostedLayer) -> float:
         """Seconds of the products of a forward pass."""
@@ -106,8 +133,8 @@ class Roofline:
         times = Seconds(), Seconds()
         for one in passes:
             direction = times[one.backward]
-            direction[one.part, KIND_OF_PASS[one.kind]] += self.device.passes_seconds(one.kind, one.n_bytes)
-            direction["gaps", "gaps"] += one.kernels * self.device.launch_us * 1e-6
+            direction.add(one.part, KIND_OF_PASS[one.kind], self.device.passes_seconds(one.kind, one.n_bytes))
+            direction.add("gaps", "gaps", one.kernels * self.device.launch_us * 1e-6)
         return times
 
     def optimizer(self, buckets: Sequence[BucketSizes]) -> Seconds:

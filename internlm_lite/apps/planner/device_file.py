@@ -92,16 +92,23 @@ class DeviceFile(_Strict):
         return n_bytes / (self.copy_tb_per_s * 1e12 * fraction)
 
 
+_BUILT_IN = files("internlm_lite.apps.planner").joinpath("devices")
+
+
 def device_names() -> list[str]:
-    folder = files("internlm_lite.apps.planner").joinpath("devices")
-    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+    return sorted(entry.name.removesuffix(".json") for entry in _BUILT_IN.iterdir() if entry.name.endswith(".json"))
+
+
+def device_of(gpu: str) -> DeviceFile | None:
+    """The built-in device of a GPU's name, such as "NVIDIA H100 80GB HBM3"."""
+    return next((load_device(name) for name in device_names() if name in gpu.lower()), None)
 
 
 def load_device(name: str) -> DeviceFile:
     """The built-in device of that name, or the file. Raises ConfigError."""
     known = device_names()
     if name.lower() in known:
-        return _parse(name, files("internlm_lite.apps.planner").joinpath("devices", f"{name.lower()}.json").read_text())
+        return _parse(name, _BUILT_IN.joinpath(f"{name.lower()}.json").read_text("utf-8"))
     path = Path(name)
     if not path.is_file():
         raise ConfigError(

@@ -170,8 +170,8 @@ def _ranks(ranks: range) -> str:
 def _clock(clock: ClockPlan) -> Iterator[RenderableType]:
     yield _heading(f"A step on {clock.device}, predicted")
     yield _note(
-        f"{clock.seconds_per_step * 1e3:,.0f} ms; {clock.tokens_per_gpu_second:,.0f} tokens/s a GPU; MFU {clock.mfu:.1%}, "
-        f"{clock.mfu_causal:.1%} with half of attention; tflops {clock.tflops:.0f}"
+        f"{clock.seconds_per_step * 1e3:,.0f} ms; {clock.tokens_per_gpu_second:,.0f} tokens/s a GPU; MFU "
+        f"{clock.mfu:.1%}, {clock.mfu_causal:.1%} with half of attention; tflops {clock.tflops:.0f}"
     )
     yield _note(f"attention: {clock.attention}, over {clock.keys_per_query:,.0f} keys a query, {clock.documents}")
     table = _table("what takes time", "ms", "share")

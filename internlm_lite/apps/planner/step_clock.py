@@ -10,14 +10,16 @@ from dataclasses import dataclass, replace
 
 from internlm_lite.apps.planner.clock import DTYPES, Roofline, Seconds, Ways
 from internlm_lite.apps.planner.device_file import DeviceFile
-from internlm_lite.apps.planner.holdings import BucketSizes, RankHoldings, rebucketed
+from internlm_lite.apps.planner.holdings import BucketSizes, RankHoldings, holdings, rebucketed
+from internlm_lite.apps.planner.memory import row_shape
 from internlm_lite.apps.planner.overlap import Exposed, exposed, network
 from internlm_lite.apps.planner.report import BucketClock, Change, ClockPlan, ExpensiveTerm
-from internlm_lite.apps.planner.schedule import Action, busy_time, last_end
+from internlm_lite.apps.planner.schedule import Action, actions_of, busy_time, last_end
 from internlm_lite.config.schema import Config
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.costs import FUSIONS, CostedLayer, Message, RowShape
-from internlm_lite.mesh.mesh import Sizes
+from internlm_lite.layers.flash import AttentionBackend, varlen_fits
+from internlm_lite.mesh.mesh import Sizes, sizes_of
 from internlm_lite.models.stages import model_flops_per_token
 from internlm_lite.monitor.flops import internlm_flops_per_token, mfu, tflops_per_gpu
 
@@ -47,15 +49,15 @@ class StepClock:
         for own, order in zip(self.held, self.orders, strict=True):
             buckets = self._buckets(own, bucket_size)
             times = self._busy(own, roofline)
-            times["bubble", "messages"] += end - busy_time(order, costs)
+            times.add("bubble", "messages", end - busy_time(order, costs))
             waits = self._exposed(own, roofline, buckets)
-            times["reduce-scatter", "messages"] += waits.scatter
-            times["all-reduce of replicas", "messages"] += waits.replicas
-            times["gather of weights", "messages"] += waits.gather
-            times["optimizer", "messages"] += axes["world"].seconds(Message("world", "all_reduce", 48))
-            times.update(roofline.optimizer(buckets))
+            times.add("reduce-scatter", "messages", waits.scatter)
+            times.add("all-reduce of replicas", "messages", waits.replicas)
+            times.add("gather of weights", "messages", waits.gather)
+            times.add("optimizer", "messages", axes["world"].seconds(Message("world", "all_reduce", 48)))
+            times.add_all(roofline.optimizer(buckets))
             found.append(times)
-        return +max(found, key=Seconds.total)
+        return max(found, key=Seconds.total)
 
     def buckets(self, ways: Ways) -> Iterator[BucketClock]:
         """What each size of buckets leaves exposed, on the rank that waits most."""
@@ -81,8 +83,8 @@ class StepClock:
         times = Seconds()
         for unit in _units(own):
             one = roofline.unit(unit)
-            for key, seconds in (one.forward + one.backward).items():
-                times[key] += seconds * self.config.data.micro_num
+            for direction in (one.forward, one.backward):
+                times.add_all(direction, self.config.data.micro_num)
         return times
 
     def _exposed(self, own: RankHoldings, roofline: Roofline, buckets: Sequence[BucketSizes]) -> Exposed:
@@ -99,6 +101,17 @@ class StepClock:
 
 def _units(own: RankHoldings) -> list[CostedLayer]:
     return [unit for stage in own.stages.values() for unit in stage.units()]
+
+
+def full_rows(config: Config, world_size: int, device: DeviceFile) -> tuple[StepClock, Ways]:
+    """A clock of `config`, and how its step computes over documents of seq_len tokens, as benchmarks have them."""
+    parallel, data = config.parallel, config.data
+    sizes = sizes_of(world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1)
+    backend = AttentionBackend.FLASH_ATTN if varlen_fits(config.model) else AttentionBackend.SDPA
+    held, _ = holdings(config, sizes, backend)
+    orders = actions_of(config.schedule, sizes.pp, config.model.num_chunks, data.micro_num)
+    row = row_shape(config, backend, "cuda")
+    return StepClock(device, config, sizes, held, orders), present_ways(config, row, data.seq_len / 2, device)
 
 
 def _compiled(config: Config) -> frozenset[str]:
@@ -146,19 +159,12 @@ def clock_plan(clock: StepClock, ways: Ways, documents: str) -> ClockPlan:
         mfu=reached,
         mfu_causal=causal,
         tflops=tflops_per_gpu(internlm, tokens, seconds, sizes.world),
-        terms=_summed(times, 0),
-        kinds=_summed(times, 1),
-        expensive=_expensive(_summed(times, 0), clock, ways),
+        terms=times.by_part(),
+        kinds=times.by_kind(),
+        expensive=_expensive(times.by_part(), clock, ways),
         buckets=list(clock.buckets(ways)) if sizes.zero > 1 else [],
         changes=[Change(name, taken, reached * seconds / taken) for name, taken in _changes(clock, ways)],
     )
-
-
-def _summed(times: Seconds, index: int) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for key, seconds in times.items():
-        found[key[index]] = found.get(key[index], 0.0) + seconds
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def _changes(clock: StepClock, ways: Ways) -> Iterator[tuple[str, float]]:

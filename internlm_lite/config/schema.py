@@ -225,8 +225,9 @@ class Beta2SchedulerConfig(Section):
 class ModelConfig(Section):
     """The decoder: RMSNorm, rotary attention, SwiGLU."""
 
-    checkpoint: bool | Fraction = False
-    """Share of layers whose activations are recomputed in the backward pass (True: all)."""
+    checkpoint: bool | Fraction | Literal["selective"] = False
+    """Share of layers whose activations are recomputed in the backward pass (True: all). (new) "selective": of all
+    layers, what costs no matrix product, attention or message: about half of the memory for 2 % of the time."""
     num_attention_heads: Positive
     """Query heads."""
     num_kv_attention_heads: Positive | None = None
@@ -263,6 +264,10 @@ class ModelConfig(Section):
     """(new) torch.compile what is before and after attention in a block, and the loss: fewer kernels, less traffic, and
     a start that takes a minute longer. Rounds differently. Training passes only; with parallel.tensor > 1, or zbv, only
     the rotation and the product of the feed-forward part. None: on GPUs where Triton and a C compiler are installed."""
+    fp8: bool = False
+    """(new) Matrix products of the blocks in float8 (e4m3, gradients e5m2) with a scale per tensor; weights, checkpoints,
+    embedding, head and attention stay in dtype, which must be bf16. GPUs: H100, L40S, RTX 4090 and newer; on the CPU the
+    rounding is emulated. Fast with compile. Training passes only; MFU still counts against the peak of bf16."""
     num_chunks: Positive = 1
     """Stages per pipeline rank; > 1: interleaved schedule, unless parallel.pipeline.schedule is "zbv"."""
     no_bias: bool = False
@@ -290,7 +295,7 @@ class ModelConfig(Section):
     @property
     def recomputed_layers(self) -> int:
         """How many of the first layers run again in the backward pass."""
-        return round(float(self.checkpoint) * self.num_layers)
+        return 0 if self.checkpoint == "selective" else round(float(self.checkpoint) * self.num_layers)
 
     @property
     def embedding_by_vocabulary(self) -> bool:

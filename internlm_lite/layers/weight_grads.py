@@ -36,10 +36,11 @@ def _add_product_in_graph(grad: torch.Tensor, dy: torch.Tensor, x: torch.Tensor)
 
 def gradient_passes(weight: Parameter, row: RowShape) -> list[Pass]:
     """What adding a gradient to its fp32 buffer moves, besides the product that makes it: a read and a write of the
-    buffer in the product, or a cast and an addition."""
+    buffer in the product, or an addition, after a cast where autograd adds it."""
     item, part = weight.itemsize, "weight gradients"
-    if "gradients" in row.fused and item == 2 and not row.fp8:
-        return [Pass("accumulate", 8 * weight.numel(), 0, backward=True, part=part)]
+    if "gradients" in row.fused and item == 2:
+        n_bytes, kernels = weight.numel() * (10 if row.fp8 else 8), int(row.fp8)
+        return [Pass("broadcast" if row.fp8 else "accumulate", n_bytes, kernels, backward=True, part=part)]
     cast = [Pass("cast", 6 * weight.numel(), backward=True, part=part)] if item == 2 else []
     return [*cast, Pass("elementwise", 3 * max(4, item) * weight.numel(), backward=True, part=part)]
 
@@ -64,21 +65,23 @@ def accumulating(weight: Parameter) -> torch.Tensor:
 class WeightGrads:
     """Shared by all linear layers of this rank's pipeline stages."""
 
-    def __init__(self, *, deferred: bool = False) -> None:
-        self.deferred = deferred
-        self._waiting: list[tuple[Parameter, torch.Tensor, torch.Tensor]] = []
+    def __init__(self, *, deferred: bool = False, add: Callable[[torch.Tensor, Any, Any], None] = add_product) -> None:
+        """`add(grad, dy, x)`: grad += dy^T x for dy and x in the form in which `compute_or_defer` is given them."""
+        self.deferred, self._add = deferred, add
+        self._waiting: list[tuple[Parameter, Any, Any]] = []
 
-    def compute_or_defer(self, weight: Parameter, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+    def compute_or_defer(self, weight: Parameter, dy: Any, x: Any) -> torch.Tensor | None:
         """dW [out, in] = dy^T x for dy [T, out] and x [T, in], for autograd to add.
 
         None: it is added to `weight.main_grad` already; or, if deferred, dy and x are kept."""
         if self.deferred:
             self._waiting.append((weight, dy, x))
-        elif weight.main_grad is None:
-            return dy.t() @ x
-        else:
-            add_product(weight.main_grad, dy, x)
-        return None
+            return None
+        if weight.main_grad is not None:
+            self._add(weight.main_grad, dy, x)
+            return None
+        self._add(grad := torch.zeros_like(weight), dy, x)
+        return grad
 
     def pop_deferred(self) -> Callable[[], None]:
         """A function that computes the gradients deferred since the last call and adds them to `weight.grad`."""
@@ -89,7 +92,7 @@ class WeightGrads:
             while taken:
                 weight, dy, x = taken.pop()
                 assert weight.main_grad is not None, "the optimizer gives every such parameter its gradient buffer"
-                add_product(weight.main_grad, dy, x)
+                self._add(weight.main_grad, dy, x)
                 if weight.on_grad is not None:
                     weight.on_grad(weight)
 

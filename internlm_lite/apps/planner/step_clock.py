@@ -125,14 +125,15 @@ def _compiled(config: Config) -> frozenset[str]:
 
 def present_ways(config: Config, row: RowShape, keys: float, device: DeviceFile) -> Ways:
     """How a step of `config` computes on a GPU with the tools of model.compile. Raises ConfigError."""
-    row = replace(row, fused=_compiled(config) | {"gradients"})
+    row = replace(row, fused=_compiled(config) | {"gradients"}, fp8=config.model.fp8)
     ways = Ways(row, DTYPES.get(config.model.dtype, "fp32"), "sdpa" if row.attention_by_document else "varlen", keys)
-    needed = {f"peak_tflops.{ways.dtype}": ways.dtype in device.peak_tflops}
+    dtypes = [ways.dtype, *(["fp8"] if row.fp8 else [])]
+    needed = {f"peak_tflops.{dtype}": dtype in device.peak_tflops for dtype in dtypes}
     needed[f"attention_tflops.{ways.attention}"] = ways.attention in device.attention_tflops
     if absent := [key for key, there in needed.items() if not there]:
         raise ConfigError(
-            f"--device: {device.name} says nothing about {' and '.join(absent)}, which model.dtype "
-            f"{config.model.dtype} needs; add it to the device file"
+            f"--device: {device.name} says nothing about {' and '.join(absent)}, which this config "
+            "needs (model.dtype, model.fp8, model.use_flash_attn); add it to the device file"
         )
     return ways
 

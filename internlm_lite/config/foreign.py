@@ -78,7 +78,7 @@ NO_EFFECT: Mapping[str, str] = {
     "parallel_check_freq": "guard.check_replicas_every says how often replicas are compared",
     "profile_fwd_bwd": "--profiling writes traces",
     "resume_tb_folder": "a restart goes on in its run folder",
-    "selective_checkpoint": "model.checkpoint says which layers are recomputed",
+    "selective_checkpoint": "model.checkpoint='selective' recomputes what is cheap, or a share of the layers",
     "tensorboard_folder": "event files are in the run folder",
     "timer_diag_interval": "there is no periodic diagnosis of slow ranks",
     "tokenizer_path": "training data are tokenised already; data.tokenizer names a model for samples",

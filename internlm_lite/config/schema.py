@@ -226,8 +226,8 @@ class ModelConfig(Section):
     """The decoder: RMSNorm, rotary attention, SwiGLU."""
 
     checkpoint: bool | Fraction | Literal["selective"] = False
-    """Share of layers whose activations are recomputed in the backward pass (True: all). (new) "selective": of all
-    layers, what costs no matrix product, attention or message: about half of the memory for 2 % of the time."""
+    """Share of layers whose activations are recomputed in the backward pass (True: all). (new) "selective": of
+    every layer what takes no matrix product, attention or message, which frees about half of the memory."""
     num_attention_heads: Positive
     """Query heads."""
     num_kv_attention_heads: Positive | None = None
@@ -258,8 +258,12 @@ class ModelConfig(Section):
     """Added to the mean square."""
     use_fp32_norm: bool = False
     """(new) Keep norm weights in fp32 when the model is half precision."""
+    attention: Literal["auto", "flash_attn_3", "flash_attn_4", "cudnn", "flash_attn", "torch_varlen", "sdpa"] = "auto"
+    """(new) Attention kernel. "auto": the first of the following that is installed and fits model and GPU. "cudnn":
+    cuDNN's kernel over documents of 2048 and more tokens whose number is a multiple of 128, torch's varlen kernel over
+    the others. "sdpa": the reference, one call per document."""
     use_flash_attn: bool = True
-    """True: the fastest attention available (flash-attn, torch varlen, SDPA). False: the SDPA reference."""
+    """False: as attention="sdpa"."""
     compile: bool | None = None
     """(new) torch.compile what is before and after attention in a block, and the loss: fewer kernels, less traffic, and
     a start that takes a minute longer. Rounds differently. Training passes only; with parallel.tensor > 1, or zbv, only
@@ -293,9 +297,14 @@ class ModelConfig(Section):
         return round_up(int(self.hidden_size * self.mlp_ratio), self.multiple_of)
 
     @property
+    def recomputed_share(self) -> float:
+        """Of the layers, whose matrix products run again in the backward pass."""
+        return 0.0 if self.checkpoint == "selective" else float(self.checkpoint)
+
+    @property
     def recomputed_layers(self) -> int:
         """How many of the first layers run again in the backward pass."""
-        return 0 if self.checkpoint == "selective" else round(float(self.checkpoint) * self.num_layers)
+        return round(self.recomputed_share * self.num_layers)
 
     @property
     def embedding_by_vocabulary(self) -> bool:

@@ -1,26 +1,36 @@
-"""Packed causal attention. The kernel is chosen once, when the model is built:
+"""Packed causal attention. The kernel is chosen once, when the model is built (model.attention):
 
-    flash-attn   varlen kernel, if the package can be imported     half precision on CUDA
-    torch        torch.nn.attention.varlen                         half precision on CUDA
-    sdpa         the reference, one call per document              every device and dtype
+    flash_attn_3   varlen kernel of flash-attn 3                       Hopper
+    flash_attn_4   varlen kernel of flash-attn 4                       Hopper, Blackwell
+    flash_attn     varlen kernel of flash-attn 2                       half precision on CUDA
+    cudnn          cuDNN's kernel over long documents, torch's varlen  half precision on Hopper and Blackwell
+                   kernel over the short ones between them
+    torch_varlen   torch.nn.attention.varlen                           half precision on CUDA
+    sdpa           the reference, one call per document                every device and dtype
 
-All take a row of T packed tokens and its document boundaries; no token attends to another document.
+All take a row of T packed tokens and its document boundaries; no token attends to another document. A kernel other than
+torch's varlen kernel and the reference is compared with the reference on the rank's GPU before it is used.
 """
 
 from __future__ import annotations
 
 import enum
+import importlib
 import inspect
 import logging
 from collections.abc import Callable
-from importlib.util import find_spec
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from internlm_lite.config.schema import ModelConfig
+from internlm_lite.errors import ConfigError
 from internlm_lite.runtime.device import torch_dtype
 
 logger = logging.getLogger("internlm_lite")
@@ -28,73 +38,198 @@ logger = logging.getLogger("internlm_lite")
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer number, q [T, H, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, H, D]; q, k are rotated, v may be strided."""
 
+Varlen = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(q, k, v of neighbouring documents) -> their attention."""
+Dense = Callable[..., torch.Tensor]
+"""(q, k, v, count, length), of `count` documents of one length -> their attention."""
+LONG = 2048
+"""Documents of so many tokens are worth a call of their own to cuDNN's kernel: on an H100 four of 2048 tokens take
+0.79 ms where the varlen kernel takes 1.42 (docs/benchmarks), and a call costs the host 0.2 ms."""
+TILE = 128
+"""Lengths that are no multiple of this end inside a tile of keys; cuDNN's backward pass has made NaNs of such tails."""
+
+
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
 
 class AttentionBackend(enum.Enum):
     """Attention kernels; the value is the name that the log shows."""
 
+    FLASH_ATTN_3 = "flash-attn 3"
+    FLASH_ATTN_4 = "flash-attn 4"
     FLASH_ATTN = "flash-attn"
+    CUDNN = "cuDNN over long documents, torch.nn.attention.varlen over short ones"
     TORCH_VARLEN = "torch.nn.attention.varlen"
     SDPA = "scaled_dot_product_attention"
 
 
-def choose_backend(config: ModelConfig, device: torch.device) -> AttentionBackend:
-    """The fastest backend for this model and device; SDPA when model.use_flash_attn is False.
+@dataclass(frozen=True)
+class Needs:
+    """What a kernel runs on, forward and backward, in half precision."""
 
-    Varlen kernels need half precision, compute capability >= 8.0 (A100), head_dim a multiple of 8 and at most 256.
+    majors: tuple[int, ...]
+    """Compute capabilities, by their first number."""
+    head_dim: int = 256
+    """Largest."""
+    multiple: int = 8
+    """Of which head_dim must be."""
+    repeats: bool = True
+    """Its backward pass can give the same bits each time."""
+    module: str = ""
+    """The package with its `flash_attn_varlen_func`."""
+    install: str = ""
+
+
+REPEATS = 10
+"""Backward passes whose bits are compared."""
+AMPERE_AND_LATER = (8, 9, 10, 11, 12)
+NEEDS = {
+    AttentionBackend.FLASH_ATTN_3: Needs(
+        (9,), module="flash_attn_interface", install="build the folder hopper of github.com/Dao-AILab/flash-attention"
+    ),
+    AttentionBackend.FLASH_ATTN_4: Needs(
+        (9, 10), 128, 32, module="flash_attn.cute", install="pip install flash-attn-4"
+    ),
+    AttentionBackend.CUDNN: Needs((9, 10), 128, repeats=False),
+    AttentionBackend.FLASH_ATTN: Needs(AMPERE_AND_LATER, module="flash_attn", install="pip install flash-attn"),
+    AttentionBackend.TORCH_VARLEN: Needs(AMPERE_AND_LATER),
+}
+"""In the order in which "auto" tries them."""
+
+
+def choose_backend(config: ModelConfig, device: torch.device, *, strict: bool = True) -> AttentionBackend:
+    """The backend of model.attention. "auto": the first of `NEEDS` that fits this model and device, else SDPA.
+
+    Raises ConfigError for a named kernel that does not fit; takes "auto" instead unless `strict`.
     """
-    if device.type != "cuda" or not varlen_fits(config):
-        return AttentionBackend.SDPA
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return AttentionBackend.SDPA
-    return AttentionBackend.FLASH_ATTN if _has_flash_attn() else AttentionBackend.TORCH_VARLEN
+    wanted = config.attention if config.use_flash_attn else "sdpa"
+    if wanted != "auto":
+        backend = AttentionBackend[wanted.upper()]
+        refusal = _refusal(backend, config, device)
+        if not refusal:
+            return backend
+        if strict:
+            raise ConfigError(f"model.attention='{wanted}' {refusal}; or set model.attention='auto'")
+    for backend in NEEDS:
+        refusal = _refusal(backend, config, device)
+        if not refusal:
+            return backend
+        if "went wrong" in refusal:
+            logger.warning(f"attention: {backend.value} {refusal}; another kernel is used")
+    return AttentionBackend.SDPA
 
 
 def varlen_fits(config: ModelConfig) -> bool:
     """Whether a varlen kernel supports this model on a GPU of compute capability 8.0 or higher."""
-    half = torch_dtype(config.dtype) in (torch.float16, torch.bfloat16)
-    return config.use_flash_attn and half and config.head_dim % 8 == 0 and config.head_dim <= 256
+    return (
+        config.use_flash_attn
+        and config.attention != "sdpa"
+        and not _unfit(NEEDS[AttentionBackend.TORCH_VARLEN], config)
+    )
 
 
-def _has_flash_attn() -> bool:
-    """Imports it, because finding the package does not show that its build fits this torch."""
+def _refusal(backend: AttentionBackend, config: ModelConfig, device: torch.device) -> str:
+    """Why `backend` cannot run this model on `device`; empty: it can."""
+    needs = NEEDS.get(backend)
+    if needs is None:
+        return ""
+    capabilities = " or ".join(f"{major}.x" for major in needs.majors)
+    if device.type != "cuda":
+        return f"needs a GPU of compute capability {capabilities}, found {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major not in needs.majors:
+        return f"needs a GPU of compute capability {capabilities}, found {major}.{minor}"
+    if unfit := _unfit(needs, config):
+        return unfit
+    if torch.are_deterministic_algorithms_enabled() and not needs.repeats:
+        return "needs deterministic=False: its backward pass adds in any order"
+    return _import_problem(needs) or (kernel_problem(backend, config, device) if torch.cuda.is_available() else "")
+
+
+def _unfit(needs: Needs, config: ModelConfig) -> str:
+    if torch_dtype(config.dtype) not in (torch.float16, torch.bfloat16):
+        return f"needs model.dtype torch.bfloat16 or torch.float16, found {config.dtype}"
+    if config.head_dim % needs.multiple or config.head_dim > needs.head_dim:
+        wanted = f"a multiple of {needs.multiple} up to {needs.head_dim}"
+        return f"needs hidden_size / num_attention_heads to be {wanted}, found {config.head_dim}"
+    return ""
+
+
+def _import_problem(needs: Needs) -> str:
+    """Imports the package, because finding it does not show that its build fits this torch."""
+    if not needs.module:
+        return ""
     try:
-        from flash_attn import flash_attn_varlen_func  # noqa: F401
-    except ImportError as error:
-        if find_spec("flash_attn"):
-            logger.warning(f"flash_attn is there, but cannot be imported: {error}; torch's own attention is used")
-        return False
-    return True
+        importlib.import_module(needs.module).flash_attn_varlen_func  # noqa: B018
+    except ModuleNotFoundError as error:
+        if error.name and needs.module.startswith(error.name):
+            return f"needs {needs.module}, which is not installed: {needs.install}"
+        return f"went wrong: {needs.module} cannot be imported: {error}; {needs.install}"
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        return f"went wrong: {needs.module} cannot be imported: {error}; {needs.install}"
+    return ""
 
 
 def packed(
     backend: AttentionBackend, cu_seqlens: torch.Tensor, cu_seqlens_host: tuple[int, ...], max_seqlen: int
 ) -> Attend:
-    """Attention within each document of one packed row.
+    """Attention within each document of one packed row. Does not read the device.
 
     `cu_seqlens` [n + 1] int32 on the device: 0, document ends ..., T, padded by repeats of T; `cu_seqlens_host`: the
     same on the host, padded or not; `max_seqlen`: at least the longest document's length. See `batch.Batch`.
     """
-    if backend is AttentionBackend.FLASH_ATTN:
-        return _packed_flash_attn(cu_seqlens, max_seqlen)
-    if backend is AttentionBackend.TORCH_VARLEN:
-        return _packed_torch_varlen(cu_seqlens, max_seqlen)
-    return packed_sdpa(cu_seqlens_host)
-
-
-def _packed_flash_attn(cu_seqlens: torch.Tensor, max_seqlen: int) -> Attend:
-    from flash_attn import flash_attn_varlen_func
-
-    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return flash_attn_varlen_func(
-            *(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen),
-            causal=True,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
+    if backend is AttentionBackend.SDPA:
+        return packed_sdpa(cu_seqlens_host)
+    last = cu_seqlens_host.index(cu_seqlens_host[-1])  # kernels have failed at documents without tokens
+    boundaries, cu_seqlens = cu_seqlens_host[: last + 1], cu_seqlens[: last + 1]
+    if backend is AttentionBackend.CUDNN:
+        varlen = partial(_torch_varlen, max_seqlen=max_seqlen)
+        return in_runs(
+            boundaries, _suits_cudnn, _causal_cudnn, lambda run: partial(varlen, _from_zero(cu_seqlens, run))
         )
+    kernel = _torch_varlen if backend is AttentionBackend.TORCH_VARLEN else partial(_flash_attn, NEEDS[backend].module)
+    kernel = partial(kernel, cu_seqlens, max_seqlen=max_seqlen)
+    return lambda layer, q, k, v: kernel(q, k, v)
 
-    return attend
+
+def _from_zero(cu_seqlens: torch.Tensor, run: slice) -> torch.Tensor:
+    own = cu_seqlens[run]
+    return own - own[0] if run.start else own
 
 
-def _packed_torch_varlen(cu_seqlens: torch.Tensor, max_seqlen: int) -> Attend:
+def _suits_cudnn(length: int) -> bool:
+    return length >= LONG and length % TILE == 0
+
+
+def _causal_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, count: int, length: int) -> torch.Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _causal(q, k, v, count, length)
+
+
+def _flash_attn(
+    module: str, cu_seqlens: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, max_seqlen: int
+) -> torch.Tensor:
+    """A flash-attn package's kernel; its versions 2 to 4 name these arguments alike."""
+    if q.numel() >= 2**31:
+        raise ConfigError(
+            f"a row of {q.shape[0]} tokens with {q.shape[1]} heads of {q.shape[2]} has {q.numel()} numbers, and the "
+            "kernels of flash-attn count in 32 bits: lower data.micro_bsz, or set model.attention='torch_varlen'"
+        )
+    out = importlib.import_module(module).flash_attn_varlen_func(
+        *(q, k, v),
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return out[0] if isinstance(out, tuple) else out  # some releases also return the log-sum-exp
+
+
+def _torch_varlen(
+    cu_seqlens: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, max_seqlen: int
+) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     kernel: Callable[..., Any] = varlen_attn
@@ -103,32 +238,46 @@ def _packed_torch_varlen(cu_seqlens: torch.Tensor, max_seqlen: int) -> Attend:
     options: dict[str, object] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if "enable_gqa" in known:
         options["enable_gqa"] = True
-
-    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        if "enable_gqa" not in known:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return kernel(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
-
-    return attend
+    else:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return kernel(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
 
 
 def packed_sdpa(boundaries: tuple[int, ...]) -> Attend:
     """The reference: scaled_dot_product_attention on each document. `boundaries`: 0, document ends ..., T.
 
-    row:   [ 0 . . . | 1 . . . | 2 . . ]     neighbours of equal length share a call: [2, length], then [1, length]
-
     No mask over the row, so the work is the sum of the squared lengths, not T^2. Runs on every device and dtype.
     """
-    lengths = [stop - start for start, stop in pairwise(boundaries) if stop > start]
-    runs = [(len(list(equal)), length) for length, equal in groupby(lengths)]
-    sizes = [count * length for count, length in runs]
+    return in_runs(boundaries, lambda length: True, _causal, _no_varlen)
+
+
+def _no_varlen(run: slice) -> Varlen:
+    raise AssertionError("every document has a call of its own")
+
+
+def in_runs(
+    boundaries: tuple[int, ...], alone: Callable[[int], bool], dense: Dense, varlen: Callable[[slice], Varlen]
+) -> Attend:
+    """Attention in the calls that suit the documents' lengths.
+
+    row:   [ 0 . . . | 1 . . . | 2 . | 3 . . ]   neighbours of one length that is to be called `alone` share a call,
+             dense(count 2)    |  varlen         other neighbours another: varlen(the slice of their boundaries)
+    """
+    documents = [(n, length) for n, (start, stop) in enumerate(pairwise(boundaries)) if (length := stop - start)]
+    calls: list[Varlen] = []
+    sizes = []
+    for length, group in groupby(documents, key=lambda document: document[1] if alone(document[1]) else 0):
+        numbers = [number for number, _ in group]
+        run = slice(numbers[0], numbers[-1] + 2)
+        calls.append(partial(dense, count=len(numbers), length=length) if length else varlen(run))
+        sizes.append(boundaries[run][-1] - boundaries[run.start])
 
     def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        if len(runs) == 1:
-            return _causal(q, k, v, *runs[0])
+        if len(calls) == 1:
+            return calls[0](q, k, v)
         # One split instead of slices, because its backward pass is one concatenation.
-        parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), runs, strict=True)
-        return torch.cat([_causal(q, k, v, *run) for q, k, v, run in parts])
+        parts = zip(calls, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+        return torch.cat([call(q, k, v) for call, q, k, v in parts])
 
     return attend
 
@@ -140,5 +289,44 @@ def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, count: int, lengt
     if grouped and q.is_cuda and q.dtype.itemsize > 2:  # grouped heads would take the kernel that stores all scores
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = False
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    with sdpa_kernel(WITHOUT_CUDNN) if q.is_cuda and length % TILE else nullcontext():
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     return mixed.transpose(1, 2).flatten(0, 1)
+
+
+def kernel_problem(backend: AttentionBackend, config: ModelConfig, device: torch.device) -> str:
+    """What is wrong with the kernel for this model on this device; empty: nothing. It is compared with the reference in
+    float32, forward and backward; with deterministic algorithms its gradients must repeat bit by bit."""
+    boundaries = (0, 1, 130, 130 + LONG, 130 + 2 * LONG, 200 + 2 * LONG, 900 + 2 * LONG)
+    generator = torch.Generator(device).manual_seed(0)
+    groups = config.num_attention_heads // config.kv_heads
+    inputs = [
+        torch.randn(boundaries[-1], heads, config.head_dim, generator=generator, device=device)
+        for heads in (2 * groups, 2, 2, 2 * groups)
+    ]
+    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
+    attend = packed(backend, cu_seqlens, boundaries, max_seqlen=LONG)
+    dtype, limit = torch_dtype(config.dtype), 2e-2
+    try:
+        found = _with_gradients(attend, inputs, dtype)
+        expected = _with_gradients(packed_sdpa(boundaries), [x.to(dtype).float() for x in inputs], torch.float32)
+        pairs = zip(found, expected, strict=True)
+        for error in [((ours.float() - right).norm() / right.norm()).item() for ours, right in pairs]:
+            if not error < limit:
+                return f"went wrong: relative error {error:.1e} against the reference, expected at most {limit}"
+        if torch.are_deterministic_algorithms_enabled():
+            for _ in range(REPEATS):
+                if not all(map(torch.equal, found, _with_gradients(attend, inputs, dtype))):
+                    return "went wrong: with deterministic=True it gives other gradients each time"
+    except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
+        return f"went wrong: {type(error).__name__}: {str(error)[:300]}"
+    return ""
+
+
+def _with_gradients(attend: Attend, inputs: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """[output, gradients of q, k and v] of `inputs`: q, k, v and the gradient of the output."""
+    q, k, v, weight = (x.to(dtype, copy=True) for x in inputs)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    with torch.enable_grad():
+        out = attend(0, *leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, weight)]

@@ -1,5 +1,5 @@
-"""Selective recomputation (model.checkpoint="selective"): outputs of matrix products and of attention are kept, and what
-is cheap to compute between them is computed again in the backward pass.
+"""Selective recomputation (model.checkpoint="selective"): outputs of matrix products and of attention are kept; what is
+cheap to compute between them is computed again in the backward pass.
 
     x -> norm -> product         keeps x, not the norm's output
     gate, up -> silu(gate) * up -> product        keeps gate and up
@@ -26,7 +26,7 @@ class Recipe(NamedTuple):
 def with_recipe(
     function: Callable[..., torch.Tensor], *inputs: torch.Tensor, wanted: bool
 ) -> tuple[torch.Tensor, Recipe | None]:
-    """function(*inputs) and, if `wanted`, the recipe to keep in its place. Within a graph of torch.compile the operations
+    """function(*inputs) and, if `wanted`, the recipe to keep in its place. In a graph of torch.compile the operations
     themselves are marked, because the compiler decides what a graph keeps."""
     if not wanted or not torch.is_grad_enabled():
         return function(*inputs), None

@@ -17,7 +17,7 @@ from internlm_lite.config.schema import ModelConfig
 def internlm_step_flops(model: ModelConfig, seq_len: int, sequences: int) -> float:
     """F for one optimizer step over `sequences` windows of `seq_len` tokens on all data-parallel ranks."""
     h, tokens = model.hidden_size, sequences * seq_len
-    passes = 3 + float(model.checkpoint)  # forward, backward at twice the cost, and the recomputed share of a forward
+    passes = 3 + model.recomputed_share  # forward, backward at twice the cost, and the recomputed share of a forward
     swiglu = model.mlp_ratio * 1.5
     block = (8 + 4 * swiglu) * tokens * h**2 + 4 * tokens * seq_len * h
     return passes * block * model.num_layers + 6 * tokens * h * model.vocab_size

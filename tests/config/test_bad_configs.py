@@ -142,12 +142,12 @@ BAD = [
     (
         "num_layers=4",
         "num_layers=4, checkpoint=2",
-        "18: model.checkpoint: found 2, expected True or False or a number >= 0 and <= 1; leave",
+        "18: model.checkpoint: found 2, expected True or False or a number >= 0 and <= 1 or 'selective'; leave",
     ),
     (
         "num_layers=4",
         "num_layers=4, checkpoint='all'",
-        "18: model.checkpoint: found 'all', expected True or False or a number >= 0 and <= 1; write",
+        "18: model.checkpoint: found 'all', expected True or False or a number >= 0 and <= 1 or 'selective'; write",
     ),
     (
         "torch.float16",

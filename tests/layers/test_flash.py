@@ -1,5 +1,6 @@
 """Packed attention: the reference against plain softmax per document, and the choice of a kernel."""
 
+import importlib
 import math
 import sys
 from itertools import pairwise
@@ -7,7 +8,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from internlm_lite.layers.flash import AttentionBackend, choose_backend, packed
+from internlm_lite.errors import ConfigError
+from internlm_lite.layers import flash
+from internlm_lite.layers.flash import AttentionBackend, choose_backend, kernel_problem, packed
 from tests.models.small import small_config
 
 
@@ -109,6 +112,217 @@ def test_flash_attn_is_chosen_where_it_can_be_imported(content, found, logged, t
         record.getMessage() for record in caplog.records if logged is None or logged not in record.getMessage()
     ] == []
     assert len(caplog.records) == (logged is not None)
+
+
+def by_value(cu_seqlens, q, k, v, max_seqlen):
+    """A varlen kernel for the CPU: reads the boundaries that it is given."""
+    assert type(max_seqlen) is int, "flash-attn 4 compiles again for every tensor that it is given as a length"
+    boundaries = cu_seqlens.tolist()
+    assert boundaries[0] == 0 and boundaries[-1] == len(q) and all(a < b for a, b in pairwise(boundaries))
+    return packed(AttentionBackend.SDPA, cu_seqlens, tuple(boundaries), max_seqlen)(0, q, k, v)
+
+
+def random_boundaries(generator, tokens=96):
+    """Many short documents, documents of 32 and 48 tokens alone and side by side, and padding."""
+    lengths = []
+    while sum(lengths) < tokens:
+        lengths.append([1, 2, 5, 32, 32, 48][int(torch.randint(6, (), generator=generator))])
+    ends = torch.tensor(lengths).cumsum(0).clamp(max=tokens).tolist()
+    return [0, *ends, *[tokens] * int(torch.randint(3, (), generator=generator))]
+
+
+def test_long_and_short_documents_of_a_row_take_different_kernels(monkeypatch: pytest.MonkeyPatch):
+    dense = []
+
+    def causal(q, k, v, count, length):
+        dense.append((count, length))
+        return flash._causal(q, k, v, count, length)
+
+    monkeypatch.setattr(flash, "LONG", 32)
+    monkeypatch.setattr(flash, "TILE", 16)
+    monkeypatch.setattr(flash, "_causal_cudnn", causal)
+    monkeypatch.setattr(flash, "_torch_varlen", by_value)
+    generator = torch.Generator().manual_seed(0)
+    for boundaries in ([0, 96], [0, 32, 64, 96], [0, 1, 2, 96, 96], *(random_boundaries(generator) for _ in range(20))):
+        q, k, v = heads(96, 2)
+        weights = torch.randn(96, 4, 8, generator=generator, dtype=torch.float64)
+        dense.clear()
+        sides = []
+        for backend in (AttentionBackend.CUDNN, AttentionBackend.SDPA):
+            y = attend(boundaries, q, k, v, backend)
+            sides.append([y, *torch.autograd.grad((y * weights).sum(), (q, k, v))])
+        for ours, reference in zip(*sides, strict=True):
+            torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-13)
+        lengths = [b - a for a, b in pairwise(boundaries)]
+        long = [length for length in lengths if length >= 32 and length % 16 == 0]
+        assert [length for count, length in dense for _ in range(count)] == long, boundaries
+
+
+def test_cudnn_gets_no_tail_of_a_tile():
+    """Its backward pass has made NaNs where the last tile of keys is half full, and of single queries."""
+    assert [n for n in (1, 64, 704, 2048, 2049, 2112, 4096) if flash._suits_cudnn(n)] == [2048, 4096]
+
+
+PACKAGES = {
+    AttentionBackend.FLASH_ATTN: ["flash_attn/__init__.py"],
+    AttentionBackend.FLASH_ATTN_3: ["flash_attn_interface.py"],
+    AttentionBackend.FLASH_ATTN_4: ["flash_attn/__init__.py", "flash_attn/cute/__init__.py"],
+}
+KERNEL = """
+from itertools import pairwise
+import torch
+from internlm_lite.layers.flash import packed_sdpa
+calls = []
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+                           causal=False, deterministic=False):
+    assert cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k and causal
+    calls.append((cu_seqlens_q.tolist(), max_seqlen_q, deterministic))
+    return {result}
+"""
+RIGHT = "packed_sdpa(tuple(cu_seqlens_q.tolist()))(0, q, k, v)"
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """package(backend, result): that flash-attn is installed, whose kernel returns `result`."""
+    ours = [name for name in sys.modules if name.split(".")[0] in ("flash_attn", "flash_attn_interface")]
+    for name in ours:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def install(backend, result=RIGHT):
+        for name in PACKAGES[backend]:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text("")
+        (tmp_path / PACKAGES[backend][-1]).write_text(KERNEL.format(result=result))
+        importlib.invalidate_caches()
+
+    yield install
+    for name in [name for name in sys.modules if name.split(".")[0] in ("flash_attn", "flash_attn_interface")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("backend", PACKAGES)
+@pytest.mark.parametrize("result", [RIGHT, f"({RIGHT}, None)"], ids=["output", "output and statistics"])
+def test_packages_are_called_alike(backend, result, package):
+    package(backend, result)
+    q, k, v = heads(24, 2)
+    boundaries = [0, 5, 10, 24, 24, 24]  # kernels have hung at documents without tokens
+    assert torch.equal(attend(boundaries, q, k, v, backend), attend(boundaries, q, k, v))
+    torch.use_deterministic_algorithms(True)
+    try:
+        attend(boundaries, q, k, v, backend)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    calls = sys.modules[flash.NEEDS[backend].module].calls
+    assert calls == [([0, 5, 10, 24], 14, False), ([0, 5, 10, 24], 14, True)]
+
+
+def test_rows_whose_offsets_leave_32_bits_are_refused(package):
+    package(AttentionBackend.FLASH_ATTN_4)
+    q = torch.empty(2**17, 128, 128, device="meta")
+    with pytest.raises(ConfigError, match=r"131072 tokens .*lower data.micro_bsz, or .*torch_varlen"):
+        attend([0, 2**17], q, q, q, AttentionBackend.FLASH_ATTN_4)
+
+
+NOISE = f"{RIGHT} + 0.5 * torch.randn_like(q)"
+ORDER = f"{RIGHT} * (1 + 0.008 * len(calls))"
+
+
+@pytest.mark.parametrize(
+    ("result", "deterministic", "problem"),
+    [
+        (RIGHT, True, ""),
+        (NOISE, False, "relative error"),
+        (f"{RIGHT} * float('nan')", False, "relative error nan"),
+        ("1 / 0", False, None),
+        ("torch.ones(3) + torch.ones(2)", False, "RuntimeError"),
+        (ORDER, False, ""),
+        (ORDER, True, "other gradients each time"),
+    ],
+)
+def test_a_kernel_is_compared_with_the_reference_before_it_is_used(
+    result, deterministic, problem, package, monkeypatch
+):
+    """A release of flash-attn 3 dropped `deterministic` on the way to its backward pass."""
+    monkeypatch.setattr(flash, "LONG", 128)
+    package(AttentionBackend.FLASH_ATTN_3, result)
+    config = small_config(dtype="torch.bfloat16")
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        if problem is None:
+            with pytest.raises(ZeroDivisionError):
+                kernel_problem(AttentionBackend.FLASH_ATTN_3, config, torch.device("cpu"))
+            return
+        found = kernel_problem(AttentionBackend.FLASH_ATTN_3, config, torch.device("cpu"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert problem in found and bool(found) == bool(problem)
+
+
+@pytest.mark.parametrize(
+    ("attention", "model", "device", "capability", "refusal"),
+    [
+        ("flash_attn_3", {}, "cpu", (9, 0), "needs a GPU of compute capability 9.x, found cpu"),
+        ("flash_attn_3", {}, "cuda", (10, 0), "needs a GPU of compute capability 9.x, found 10.0"),
+        (
+            "flash_attn_3",
+            {},
+            "cuda",
+            (9, 0),
+            "needs flash_attn_interface, which is not installed: build the folder hopper",
+        ),
+        ("flash_attn_4", {}, "cuda", (9, 0), "needs flash_attn.cute, which is not installed: pip install flash-attn-4"),
+        ("flash_attn_4", {"hidden_size": 320}, "cuda", (9, 0), ".*to be a multiple of 32 up to 128, found 40"),
+        ("flash_attn", {"dtype": "torch.float32"}, "cuda", (9, 0), "needs model.dtype torch.bfloat16 or torch.float16"),
+        ("torch_varlen", {}, "cuda", (7, 5), "needs a GPU of compute capability 8.x or 9.x .* found 7.5"),
+        ("cudnn", {"hidden_size": 2048}, "cuda", (9, 0), ".*to be a multiple of 8 up to 128, found 256"),
+    ],
+)
+def test_a_named_kernel_that_cannot_run_is_refused(attention, model, device, capability, refusal, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    config = small_config(**{"dtype": "torch.bfloat16", "hidden_size": 512, **model}, attention=attention)
+    with pytest.raises(ConfigError, match=f"model.attention='{attention}' {refusal}"):
+        choose_backend(config, torch.device(device))
+    assert choose_backend(config, torch.device(device), strict=False) is not None
+
+
+def test_what_auto_takes(package, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cuda = torch.device("cuda")
+    assert choose(torch.bfloat16, cuda) is AttentionBackend.CUDNN
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choose(torch.bfloat16, cuda) is AttentionBackend.TORCH_VARLEN, "cuDNN adds in any order"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    package(AttentionBackend.FLASH_ATTN_4)
+    assert choose(torch.bfloat16, cuda) is AttentionBackend.FLASH_ATTN_4
+    package(AttentionBackend.FLASH_ATTN_3)
+    assert choose(torch.bfloat16, cuda) is AttentionBackend.FLASH_ATTN_3
+    with monkeypatch.context() as patch:  # on a GPU that gives wrong results, the next one
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        problems = {AttentionBackend.FLASH_ATTN_3: "went wrong: relative error 3e-1"}
+        patch.setattr(flash, "kernel_problem", lambda backend, config, device: problems.get(backend, ""))
+        assert choose(torch.bfloat16, cuda) is AttentionBackend.FLASH_ATTN_4
+
+
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen kernels need a GPU"),
+]
+
+
+@pytest.mark.parametrize("backend", [pytest.param(backend, marks=GPU, id=backend.name) for backend in flash.NEEDS])
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_kernels_equal_the_reference_on_a_gpu(backend, kv_heads, head_dim):
+    device = torch.device("cuda")
+    config = small_config(dtype="torch.bfloat16", hidden_size=8 * head_dim, num_kv_attention_heads=kv_heads)
+    refusal = flash._refusal(backend, config, device)
+    if refusal and "went wrong" not in refusal:
+        pytest.skip(f"{backend.name} {refusal}")
+    assert kernel_problem(backend, config, device) == ""
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,12 @@ def backend_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "model",
-    [{}, {"no_bias": True, "checkpoint": 0.5}, {"apply_post_layer_norm": True, "tie_word_embeddings": True}],
+    [
+        {},
+        {"no_bias": True, "checkpoint": 0.5},
+        {"no_bias": True, "checkpoint": "selective"},
+        {"apply_post_layer_norm": True, "tie_word_embeddings": True},
+    ],
 )
 def test_compiled_steps_are_those_of_eager_ones(model: dict[str, Any], corpus: Path) -> None:
     assert compare(single_process_mesh(), corpus, **model) < 1e-6
@@ -80,9 +86,13 @@ def test_half_precision_accumulates_in_float32(corpus: Path) -> None:
     assert compare(single_process_mesh(), corpus, dtype="torch.bfloat16") < 1e-5
 
 
-@pytest.mark.parametrize("layout", [{}, {"pipeline": 2}, {"tensor": 2}])
-def test_layouts(layout: dict[str, int], corpus: Path) -> None:
-    assert all(worst < 1e-6 for worst in run_world(compare, 2, (corpus,), **layout))
+@pytest.mark.parametrize(
+    ("layout", "checkpoint"),
+    [({}, False), ({"pipeline": 2}, False), ({"tensor": 2}, False), ({"tensor": 2}, "selective")],
+)
+def test_layouts(layout: dict[str, int], checkpoint: bool | str, corpus: Path) -> None:
+    ours = partial(compare, checkpoint=checkpoint)
+    assert all(worst < 1e-6 for worst in run_world(ours, 2, (corpus,), **layout))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++: on Debian and Ubuntu: apt-get install g++")

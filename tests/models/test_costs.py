@@ -167,11 +167,17 @@ def test_a_layer_knows_its_flops(cls: type[nn.Module], shape: dict[str, Any]) ->
 @pytest.mark.parametrize("cls", BUILDS, ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("boundaries", [(0, T), (0, 5, 16, T)], ids=["one document", "several"])
 @pytest.mark.parametrize(
-    "shape", [{}, {"dtype": "torch.bfloat16", "use_fp32_norm": True, "embed_split_hidden": False}], ids=str
+    "shape",
+    [
+        {},
+        {"checkpoint": "selective"},
+        {"dtype": "torch.bfloat16", "use_fp32_norm": True, "embed_split_hidden": False},
+    ],
+    ids=str,
 )
 def test_a_layer_knows_what_it_saves(cls: type[nn.Module], boundaries: tuple[int, ...], shape: dict[str, Any]) -> None:
     made, _ = ready(BUILDS[cls], small_config(**shape), boundaries)
-    row = RowShape(T, "cpu", attention_by_document=len(boundaries) > 2)
+    row = RowShape(T, "cpu", attention_by_document=len(boundaries) > 2, selective="checkpoint" in shape)
     assert saved_bytes(made.run, made.layer, made.known) == sum(made.layer.saved_bytes(row).values())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from internlm_lite.apps.planner.clock import mean_keys
 from internlm_lite.apps.planner.device_file import DeviceFile
@@ -42,9 +43,15 @@ def make_plan(
     held, parameters_total = holdings(config, sizes, backend)
     row = row_shape(config, backend, device)
     orders = actions_of(config.schedule, sizes.pp, config.model.num_chunks, data.micro_num)
-    recomputed = {"off": 0, "configured": config.model.recomputed_layers, "all": config.model.num_layers}
+    model, whole = config.model, replace(row, selective=False)
+    cases = {
+        "off": (whole, 0),
+        "selective": (replace(row, selective=True), 0),
+        "configured": (row, model.recomputed_layers),
+        "all": (whole, model.num_layers),
+    }
     kept = [
-        {case: most_kept(own, row, order, n) for case, n in recomputed.items()}
+        {case: most_kept(own, shape, order, n) for case, (shape, n) in cases.items()}
         for own, order in zip(held, orders, strict=True)
     ]
     n_bytes = [
@@ -158,6 +165,7 @@ def _layout(config: Config, sizes: Sizes, backend: AttentionBackend) -> dict[str
         "stages": sizes.pp * config.model.num_chunks,
         "sequence_parallel": config.parallel.sequence_parallel,
         "recomputed_layers": config.model.recomputed_layers,
+        "selective_recomputation": config.model.checkpoint == "selective",
         "micro_num": config.data.micro_num,
         "micro_bsz": config.data.micro_bsz,
         "seq_len": config.data.seq_len,

@@ -126,12 +126,14 @@ def _positions(plan: RunPlan) -> Iterator[tuple[RankPlan, str, int]]:
 
 
 def _activations(plan: RunPlan) -> Iterator[RenderableType]:
-    cases = [plan.activations[name] for name in ("off", "configured", "all")]
+    layout = plan.layout
+    this_run = "selective" if layout["selective_recomputation"] else f"{layout['recomputed_layers']} layers"
+    shown = {"off": "nothing", "selective": "selective", "configured": f"{this_run}, this run", "all": "all layers"}
+    cases = [plan.activations[name] for name in shown]
     most = max(sum(case.values()) for case in cases)
     unit, name = _unit(most)
-    yield _heading(f"Activations of the rank that keeps most, {name}, by how many layers are recomputed")
-    configured = int(plan.layout["recomputed_layers"])
-    table = _table("component", "none", f"{configured}, this run", "all")
+    yield _heading(f"Activations of the rank that keeps most, {name}, by what is recomputed")
+    table = _table("component", *shown.values())
 
     def row(name: str, sizes: Sequence[int]) -> None:
         table.add_row(name, *(f"{size / unit:.2f}" if size else "-" for size in sizes))

@@ -1,8 +1,8 @@
 """A finished plan and its JSON form. Sizes in bytes, times in seconds; the keys are stable:
 
 job, world_size      the run
-layout               {tp, pp, dp, zero, replica, schedule, stages, sequence_parallel, recomputed_layers, micro_num,
-                     micro_bsz, seq_len, dtype, attention}
+layout               {tp, pp, dp, zero, replica, schedule, stages, sequence_parallel, recomputed_layers,
+                     selective_recomputation, micro_num, micro_bsz, seq_len, dtype, attention}
 parameters_total     of the whole model
 ranks                all ranks of a world of up to 64, else one of each kind. For each:
     rank, count      its number; the number of ranks of its kind (1 if all are listed)
@@ -12,8 +12,8 @@ ranks                all ranks of a world of up to 64, else one of each kind. Fo
     zero_elements    elements that it optimizes, without padding
     bytes            {weights, gradients, optimizer, activations, buffers, workspace, update, peak}: see `RankBytes`
     traffic_bytes    {tp, pp, zero, replica, ends, world}: bytes it sends in a step
-activations          {off, configured, all}: bytes by component on the rank with the most, if no layer, the
-                     configured layers, or every layer is recomputed in the backward pass
+activations          {off, selective, configured, all}: bytes by component on the rank with the most, if nothing,
+                     what is cheap, what is configured, or every layer is recomputed in the backward pass
 traffic_bytes        {tp, pp, zero, replica, ends, world} of the rank that sends most, in a step
 flops_per_step       F of monitor/flops.py (InternLM's formula), all ranks together
 flops_per_token      F per token of the step

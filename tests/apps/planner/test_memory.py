@@ -23,6 +23,9 @@ SHAPES: list[dict[str, Any]] = [
     {"embed_split_hidden": False},
     {"embed_split_hidden": False, "tie_word_embeddings": True, "embed_grad_scale": 0.5},
     {"checkpoint": 1 / 3},
+    {"checkpoint": "selective"},
+    {"checkpoint": "selective", "dtype": "torch.bfloat16", "use_fp32_norm": True, "num_kv_attention_heads": 2},
+    {"checkpoint": "selective", "apply_post_layer_norm": True},
     {"checkpoint": 2 / 3, "apply_post_layer_norm": True, "num_kv_attention_heads": 2},
 ]
 
@@ -40,7 +43,7 @@ def test_full_recomputation_keeps_the_rotary_table_outside_autograd() -> None:
     assert kept_bytes(single_process_mesh(), wanted) == sum(terms.values()) - terms["rotary table"]
 
 
-@pytest.mark.parametrize("shape", [{}, {"num_kv_attention_heads": 2, "dtype": "torch.bfloat16"}], ids=str)
+@pytest.mark.parametrize("shape", [{}, {"num_kv_attention_heads": 2, "checkpoint": "selective"}], ids=str)
 def test_deferred_weight_gradients_hold_what_is_planned(shape: dict[str, Any]) -> None:
     wanted = config(**shape)
     row = row_shape(wanted, AttentionBackend.SDPA, "cpu")
@@ -53,7 +56,13 @@ def _kept_on_ranks(mesh: Mesh, shape: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize(
-    "shape", [{}, {"num_kv_attention_heads": 2, "embed_split_hidden": False}, {"parallel_output": False}], ids=str
+    "shape",
+    [
+        {},
+        {"num_kv_attention_heads": 2, "embed_split_hidden": False, "checkpoint": "selective"},
+        {"parallel_output": False},
+    ],
+    ids=str,
 )
 def test_planned_bytes_hold_on_tensor_parallel_ranks(shape: dict[str, Any], sequence_parallel: bool) -> None:
     shape = {**shape, "parallel": {"sequence_parallel": sequence_parallel}}

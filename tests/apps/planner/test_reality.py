@@ -64,9 +64,15 @@ def test_predicted_memory_is_what_a_100m_model_takes(dtype: str) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "checkpoint", "within"),
-    [("torch.float32", False, 0.03), ("torch.bfloat16", False, 0.03), ("torch.bfloat16", True, 0.1)],
+    [
+        ("torch.float32", False, 0.03),
+        ("torch.bfloat16", False, 0.03),
+        ("torch.float32", "selective", 0.03),
+        ("torch.bfloat16", "selective", 0.03),
+        ("torch.bfloat16", True, 0.1),
+    ],
 )
-def test_the_peak_of_a_step_is_the_planned_one(dtype: str, checkpoint: bool, within: float) -> None:
+def test_the_peak_of_a_step_is_the_planned_one(dtype: str, checkpoint: bool | str, within: float) -> None:
     """The peak, besides what lasts, in tensors alive: without what kernels and the allocator take for themselves."""
     model = {"hidden_size": 256, "num_layers": 6, "vocab_size": 16384, "dtype": dtype, "checkpoint": checkpoint}
     config = small(model=model, data={"seq_len": 512, "micro_bsz": 2, "micro_num": 2})

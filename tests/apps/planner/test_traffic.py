@@ -52,6 +52,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         {"parallel": {"tensor": 2}, "model": {"checkpoint": True, "apply_post_layer_norm": True}},
     ),
     "sp": (2, {"parallel": {"tensor": 2, "sequence_parallel": True}}),
+    "sp, selective": (
+        2,
+        {"parallel": {"tensor": 2, "sequence_parallel": True}, "model": {"checkpoint": "selective"}},
+    ),
     "sp, vocabulary, tied, recomputed": (
         2,
         {

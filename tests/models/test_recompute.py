@@ -1,0 +1,138 @@
+"""model.checkpoint="selective": the bits of a step that keeps everything, in every layout, for less memory and no more
+products, attention or messages."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from internlm_lite.data.data_loader import open_training_data
+from internlm_lite.data.order import Position
+from internlm_lite.layers import compiled
+from internlm_lite.layers.flash import packed_sdpa
+from internlm_lite.layers.rope import Rotary
+from internlm_lite.mesh.mesh import Mesh, single_process_mesh
+from internlm_lite.models.decoder import Block, tensor_parallel_context
+from internlm_lite.train.trainer import Trainer
+from tests.corpus import write_corpus
+from tests.models.counted import saved_bytes
+from tests.models.small import small_config
+from tests.train.runs import tiny
+from tests.world import run_world
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tensor": {"tensor": 2},
+    "sequence": {"tensor": 2, "sequence_parallel": True},
+    "1f1b": {"pipeline": {"size": 2}},
+    "interleaved": {"pipeline": {"size": 2}, "num_chunks": 2},
+    "zbv": {"pipeline": {"size": 2, "schedule": "zbv"}, "num_chunks": 2},
+}
+BY_VOCABULARY = {"embed_split_hidden": False}
+T = 48
+
+
+def steps(mesh: Mesh, corpus: Path | None, layout: dict[str, Any], **model: Any) -> list[tuple[Any, ...]]:
+    """(loss, gradient norm) of three steps on rows of many documents, and a sum over the weights after them."""
+    parallel = {key: value for key, value in layout.items() if key != "num_chunks"}
+    model = {"num_layers": 4, "num_chunks": layout.get("num_chunks", 1), **model}
+    config = tiny(corpus, model=model, parallel=parallel, data={"micro_num": 4 // mesh.dp.size})
+    data = open_training_data(config.data, config.model.vocab_size, mesh.dp.rank, mesh.dp.size, config.seed)
+    trainer = Trainer(config, mesh, [folder.name for folder in data.packed])
+    batches, found = data.batches(Position()), []
+    for step in range(3):
+        outcome = trainer.step(next(batches), step)
+        found.append((trainer.metrics.collect().loss, outcome.norm_model_dtype.item()))
+    batches.close()
+    trainer.optimizer.wait_weights()
+    weights = [p.double().sum().item() for stage in trainer.stages.values() for p in stage.parameters()]
+    return [*found, tuple(weights)]
+
+
+def differing(mesh: Mesh, corpus: Path | None, layouts: list[dict[str, Any]]) -> list[str]:
+    """Cases in which selective recomputation changes a bit."""
+    cases = [
+        (layout, model)
+        for layout in layouts
+        for model in (
+            {"dtype": "torch.float32"},
+            {"dtype": "torch.bfloat16", "no_bias": True, "use_fp32_norm": True},
+            {"dtype": "torch.float32", "apply_post_layer_norm": True, "tie_word_embeddings": True, **BY_VOCABULARY},
+        )
+    ]
+    return [
+        str(case)
+        for case in cases
+        if steps(mesh, corpus, case[0], **case[1]) != steps(mesh, corpus, case[0], **case[1], checkpoint="selective")
+    ]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return write_corpus(tmp_path / "corpus")
+
+
+def test_the_bits_of_one_process(corpus: Path) -> None:
+    assert differing(single_process_mesh(), corpus, [{}]) == []
+
+
+@pytest.mark.parametrize("layouts", [("tensor", "sequence"), ("1f1b", "interleaved", "zbv")], ids=" ".join)
+def test_the_bits_of_every_layout(layouts: tuple[str, ...], corpus: Path) -> None:
+    sections = [LAYOUTS[name] for name in layouts]
+    tensor, pipeline = sections[0].get("tensor", 1), sections[0].get("pipeline", {}).get("size", 1)
+    assert run_world(differing, 2, (corpus, sections), tensor=tensor, pipeline=pipeline) == [[], []]
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def block_run(**model: Any) -> tuple[Block, Any, tuple[torch.Tensor, ...]]:
+    """(a block, what runs it on a row of two documents, the tensors of the rotary table)."""
+    config = small_config(**{"dtype": "torch.float32", "compile": False, **model})
+    block = Block(config, 0, tensor_parallel_context(config, single_process_mesh(), by_sequence=False))
+    generator = torch.Generator().manual_seed(0)
+    for param in block.parameters():
+        torch.nn.init.normal_(param, 0, 0.2, generator=generator)
+        param.main_grad = torch.zeros_like(param)
+    x = torch.randn(T, config.hidden_size, generator=generator).requires_grad_()
+    rotary = Rotary(torch.arange(T), config.head_dim, 1e4, x.dtype)
+    return block, lambda: block(x, rotary, packed_sdpa((0, 20, T))), (rotary.cos, rotary.signed_sin)
+
+
+def test_no_product_and_no_attention_runs_again() -> None:
+    counts = {}
+    for checkpoint in (False, "selective", True):
+        _, run, _ = block_run(checkpoint=checkpoint)
+        with Operators() as operators:
+            run().sum().backward()
+        counts[checkpoint] = operators.counts
+    costly = [name for name in counts[True] if name.endswith("mm") or name.endswith("mm_") or "attention" in name]
+    assert len(costly) >= 3
+    for name in costly:
+        assert counts["selective"][name] == counts[False][name] <= counts[True][name], name
+    assert counts["selective"]["silu"] > counts[False]["silu"]
+
+
+def test_compiled_blocks_keep_as_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy of operators that wraps a compiled function sees none of them: nothing would be recomputed. So what is
+    cheap is marked inside the graph. The compiler also drops the statistics of the norms."""
+    monkeypatch.setattr(compiled, "COMPILER", "aot_eager")
+    torch._dynamo.reset()
+    kept = {}
+    for compiles in (False, True):
+        block, run, known = block_run(checkpoint="selective", compile=compiles)
+        kept[compiles] = saved_bytes(run, block, known)
+    assert kept[True] == kept[False] - 2 * T * 4

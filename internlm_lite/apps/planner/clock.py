@@ -14,6 +14,7 @@ from internlm_lite.apps.planner.device_file import DeviceFile
 from internlm_lite.apps.planner.holdings import BucketSizes
 from internlm_lite.apps.planner.schedule import StageCost
 from internlm_lite.layers.costs import CostedLayer, Message, Pass, RowShape
+from internlm_lite.layers.flash import LONG, TILE
 from internlm_lite.models.decoder import Block, Transformer
 from internlm_lite.models.head import Head
 
@@ -57,8 +58,25 @@ KIND_OF_PASS = {
 }
 DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "bf16", "torch.half": "bf16", "torch.tf32": "tf32"}
 """model.dtype -> key of `peak_tflops`; others: fp32."""
-LEAST_KEYS = 128
-"""Keys of a tile of the attention kernels: a shorter document takes as long."""
+
+
+@dataclass(frozen=True)
+class DocumentLengths:
+    """What attention depends on."""
+
+    keys: float
+    """Keys that a query attends to on average: half of its document, or of a tile of the kernels, if that is longer."""
+    long: float
+    """Share of the pairs of tokens in documents that cuDNN's kernel takes, see layers/flash.py."""
+
+
+def document_lengths(rows: Iterable[Sequence[int]]) -> DocumentLengths:
+    """`rows`: boundaries of documents."""
+    lengths = [stop - start for borders in rows for start, stop in pairwise(borders)]
+    pairs = [(length, length * max(length, TILE)) for length in lengths]
+    total = sum(count for _, count in pairs)
+    long = sum(count for length, count in pairs if length >= LONG and length % TILE == 0)
+    return DocumentLengths(total / sum(lengths) / 2, long / total)
 
 
 @dataclass(frozen=True)
@@ -69,9 +87,8 @@ class Ways:
     dtype: str
     """Key of `peak_tflops`."""
     attention: str
-    """Key of `attention_tflops`."""
-    keys: float
-    """Keys that a query attends to on average."""
+    """Key of `attention_tflops`; "cudnn": beside varlen for other documents than long ones."""
+    documents: DocumentLengths
     one_pass_update: bool = False
     """Gradients are scaled inside the fused update."""
 
@@ -123,10 +140,17 @@ class Roofline:
         return unit.flops_per_token(0) * self.ways.row.tokens / self.tp / rate
 
     def _attention(self, unit: CostedLayer, direction: str) -> float:
-        pairs = (unit.flops_per_token(1) - unit.flops_per_token(0)) * self.ways.row.tokens * self.ways.keys / self.tp
-        passes, rates = {"forward": 1.0, "backward": 2.5}, self.device.attention_tflops[self.ways.attention]
-        rate: float = getattr(rates, direction)
-        return passes[direction] * pairs / (rate * 1e12)
+        """Seconds in one direction. Figures of the device are those of half precision."""
+        ways, device = self.ways, self.device
+        per_key = (unit.flops_per_token(1) - unit.flops_per_token(0)) * ways.row.tokens / self.tp
+        operations = {"forward": 1.0, "backward": 2.5}[direction] * per_key * ways.documents.keys
+        shares = {ways.attention: 1.0}
+        if ways.attention == "cudnn":
+            shares = {"cudnn": ways.documents.long, "varlen": 1 - ways.documents.long}
+        slower = device.peak_tflops["bf16"] / device.peak_tflops[ways.dtype]
+        rates = {kernel: getattr(device.attention_tflops[kernel], direction) for kernel in shares}
+        seconds: float = sum(share * operations / (rates[kernel] * 1e12) for kernel, share in shares.items())
+        return slower * seconds
 
     def passes(self, passes: Iterable[Pass]) -> tuple[Seconds, Seconds]:
         """(forward, backward) of kernels and the gaps before them."""
@@ -165,9 +189,3 @@ def update_passes(bucket: BucketSizes, *, one_pass: bool) -> list[Pass]:
         found.append(Pass("contiguous_copy", bucket.masters + bucket.shard_weights))
     found.append(Pass("contiguous_copy", bucket.grads))
     return [replace(one, part="optimizer") for one in found]
-
-
-def mean_keys(rows: Iterable[Sequence[int]]) -> float:
-    """Keys a query attends to on average: half of its document, or of a tile. `rows`: boundaries of documents."""
-    lengths = [stop - start for borders in rows for start, stop in pairwise(borders)]
-    return sum(length * max(length, LEAST_KEYS) for length in lengths) / sum(lengths) / 2

@@ -73,7 +73,7 @@ class DeviceFile(_Strict):
     product_fraction: Share
     """Of the peak, by large matrix products inside a training step."""
     attention_tflops: dict[str, Directions]
-    """By kernel: varlen (flash-attn 2, torch's varlen kernel), sdpa (one call a document), and others to compare."""
+    """By kernel: varlen (flash-attn 2, torch), cudnn (also the reference), flash_attn_3, flash_attn_4."""
     copy_tb_per_s: Rate
     kernel_fraction: KernelFractions
     launch_us: Rate

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from internlm_lite.apps.planner.clock import mean_keys
+from internlm_lite.apps.planner.clock import DocumentLengths, document_lengths
 from internlm_lite.apps.planner.device_file import DeviceFile
 from internlm_lite.apps.planner.holdings import RankHoldings, holdings
 from internlm_lite.apps.planner.memory import most_kept, rank_bytes, row_shape
@@ -38,7 +38,7 @@ def make_plan(
     """
     parallel, data = config.parallel, config.data
     sizes = sizes_of(world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1)
-    batches, keys = _first_batches(config, sizes)
+    batches, lengths = _first_batches(config, sizes)
     backend = _backend(config, device)
     held, parameters_total = holdings(config, sizes, backend)
     row = row_shape(config, backend, device)
@@ -80,7 +80,7 @@ def make_plan(
         if timed is None
         else clock_plan(
             StepClock(timed, config, sizes, held, orders),
-            present_ways(config, row, keys, timed),
+            present_ways(config, row, lengths, timed),
             f"of the first {len(batches)} batches",
         ),
         notes=list(_notes(config, sizes)),
@@ -93,8 +93,8 @@ def _backend(config: Config, device: str) -> AttentionBackend:
     return AttentionBackend.FLASH_ATTN if varlen else AttentionBackend.SDPA
 
 
-def _first_batches(config: Config, sizes: Sizes) -> tuple[tuple[StepFigures, ...], float]:
-    """(figures of the first steps, keys of a query in them)"""
+def _first_batches(config: Config, sizes: Sizes) -> tuple[tuple[StepFigures, ...], DocumentLengths]:
+    """(figures of the first steps, lengths of their documents)"""
     data, vocab_size = config.data, config.model.vocab_size
     opened = open_training_data(data, vocab_size, 0, sizes.dp, config.seed)
     if data.valid_every:
@@ -104,7 +104,7 @@ def _first_batches(config: Config, sizes: Sizes) -> tuple[tuple[StepFigures, ...
     for step in walk_steps(opened, steps):
         figures.append(step.figures)
         rows += [borders for batch in step.batches for borders in batch.cu_seqlens_host]
-    return tuple(figures), mean_keys(rows)
+    return tuple(figures), document_lengths(rows)
 
 
 def _micro_batches(config: Config) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from internlm_lite.apps.planner.clock import DTYPES, Roofline, Seconds, Ways
+from internlm_lite.apps.planner.clock import DTYPES, DocumentLengths, Roofline, Seconds, Ways, document_lengths
 from internlm_lite.apps.planner.device_file import DeviceFile
 from internlm_lite.apps.planner.holdings import BucketSizes, RankHoldings, holdings, rebucketed
 from internlm_lite.apps.planner.memory import row_shape
@@ -24,6 +24,8 @@ from internlm_lite.models.stages import model_flops_per_token
 from internlm_lite.monitor.flops import internlm_flops_per_token, mfu, tflops_per_gpu
 
 MILLION = 1024**2
+KERNEL_OF = {"flash_attn": "varlen", "torch_varlen": "varlen", "sdpa": "cudnn"}
+"""model.attention -> key of `attention_tflops`, where they differ."""
 BUCKETS = (512 * MILLION, 128 * MILLION, 64 * MILLION, 32 * MILLION)
 """Values of reduce_bucket_size that are compared, in elements."""
 
@@ -111,7 +113,9 @@ def full_rows(config: Config, world_size: int, device: DeviceFile) -> tuple[Step
     held, _ = holdings(config, sizes, backend)
     orders = actions_of(config.schedule, sizes.pp, config.model.num_chunks, data.micro_num)
     row = row_shape(config, backend, "cuda")
-    return StepClock(device, config, sizes, held, orders), present_ways(config, row, data.seq_len / 2, device)
+    return StepClock(device, config, sizes, held, orders), present_ways(
+        config, row, document_lengths([(0, data.seq_len)]), device
+    )
 
 
 def _compiled(config: Config) -> frozenset[str]:
@@ -123,19 +127,24 @@ def _compiled(config: Config) -> frozenset[str]:
     return FUSIONS["parts" if config.schedule == "zbv" else "blocks"] | {"loss"}
 
 
-def present_ways(config: Config, row: RowShape, keys: float, device: DeviceFile) -> Ways:
+def present_ways(config: Config, row: RowShape, documents: DocumentLengths, device: DeviceFile) -> Ways:
     """How a step of `config` computes on a GPU with the tools of model.compile. Raises ConfigError."""
-    row = replace(row, fused=_compiled(config) | {"gradients"}, fp8=config.model.fp8)
-    ways = Ways(row, DTYPES.get(config.model.dtype, "fp32"), "sdpa" if row.attention_by_document else "varlen", keys)
-    dtypes = [ways.dtype, *(["fp8"] if row.fp8 else [])]
-    needed = {f"peak_tflops.{dtype}": dtype in device.peak_tflops for dtype in dtypes}
-    needed[f"attention_tflops.{ways.attention}"] = ways.attention in device.attention_tflops
+    model = config.model
+    row = replace(row, fused=_compiled(config) | {"gradients"}, fp8=model.fp8)
+    dtype, kernel = DTYPES.get(model.dtype, "fp32"), KERNEL_OF.get(model.attention, model.attention)
+    if row.attention_by_document:
+        kernel, documents = "cudnn", replace(documents, long=1.0)
+    elif kernel == "auto":
+        kernel = "cudnn" if "cudnn" in device.attention_tflops and not config.deterministic else "varlen"
+    needed = {f"peak_tflops.{name}": name in device.peak_tflops for name in (dtype, "bf16", *["fp8"][: row.fp8])}
+    kernels = (kernel, "varlen") if kernel == "cudnn" and documents.long < 1 else (kernel,)
+    needed |= {f"attention_tflops.{name}": name in device.attention_tflops for name in kernels}
     if absent := [key for key, there in needed.items() if not there]:
         raise ConfigError(
-            f"--device: {device.name} says nothing about {' and '.join(absent)}, which this config "
-            "needs (model.dtype, model.fp8, model.use_flash_attn); add it to the device file"
+            f"--device: {device.name} says nothing about {' and '.join(absent)}, which this config needs (model.dtype, "
+            "model.fp8, model.attention); add it to a device file"
         )
-    return ways
+    return Ways(row, dtype, kernel, documents)
 
 
 def clock_plan(clock: StepClock, ways: Ways, documents: str) -> ClockPlan:
@@ -154,7 +163,7 @@ def clock_plan(clock: StepClock, ways: Ways, documents: str) -> ClockPlan:
         device=clock.device.name,
         attention=ways.attention,
         documents=documents,
-        keys_per_query=ways.keys,
+        keys_per_query=ways.documents.keys,
         seconds_per_step=seconds,
         tokens_per_gpu_second=tokens / seconds / sizes.world,
         mfu=reached,
@@ -184,7 +193,12 @@ def _changes(clock: StepClock, ways: Ways) -> Iterator[tuple[str, float]]:
     if "loss" in compiled:
         now = fused({"loss"})
         yield "loss in one pass over the logits", clock.seconds(now, size).total()
-    for kernel, name in (("sdpa", "cuDNN's kernel"), ("flash3", "flash-attn 3")):
+    kernels = {
+        "cudnn": "cuDNN's kernel, long documents",
+        "flash_attn_3": "flash-attn 3",
+        "flash_attn_4": "flash-attn 4",
+    }
+    for kernel, name in kernels.items():
         if kernel in known:
             now = replace(now, attention=kernel)
             yield f"attention by {name}", clock.seconds(now, size).total()

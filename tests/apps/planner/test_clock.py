@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from internlm_lite.apps.bench.gpu.step_speed import shape_config
-from internlm_lite.apps.planner.clock import KIND_OF_PASS, Seconds, Ways, mean_keys
+from internlm_lite.apps.planner.clock import KIND_OF_PASS, DocumentLengths, Seconds, Ways, document_lengths
 from internlm_lite.apps.planner.device_file import (
     DeviceFile,
     KernelFractions,
@@ -54,7 +54,7 @@ BARE = 289.9
 
 def timed(shape: str, fused: Iterable[str], **changes: object) -> tuple[StepClock, Ways, Seconds]:
     clock, ways = full_rows(shape_config(shape, "eager"), 1, load_device("h100"))
-    ways = replace(ways, row=replace(ways.row, fused=frozenset(fused)), **changes)
+    ways = replace(ways, row=replace(ways.row, fused=frozenset(fused)), **{"attention": "varlen", **changes})
     return clock, ways, clock.seconds(ways)
 
 
@@ -76,7 +76,7 @@ def test_a_layer_of_the_7b_shape_takes_what_was_measured() -> None:
 
 def test_the_compiled_bare_loop_takes_what_was_measured() -> None:
     """apps/bench/bare.py: the same layers, but whole logits in fp32, gradients, weights and moments in bf16, SDPA."""
-    clock, ways, ours = timed("1b", FUSIONS["blocks"], attention="sdpa")
+    clock, ways, ours = timed("1b", FUSIONS["blocks"], attention="cudnn")
     parts = ours.by_part()
     shared = sum(seconds for part, seconds in parts.items() if part not in ("weight gradients", "loss", "optimizer"))
     logits, weights, micro_num = ways.row.tokens * 50304, clock.held[0].parameters, 2
@@ -250,6 +250,6 @@ def test_a_collective_takes_its_bytes_and_a_latency_for_each_doubling() -> None:
 
 
 def test_keys_of_a_query_are_half_its_document_or_a_tile() -> None:
-    assert mean_keys([(0, 2048, 4096)]) == 1024
-    assert mean_keys([(0, 100), (0, 300)]) == (100 * 128 + 300 * 300) / 400 / 2
-    assert mean_keys([(0, 2048, 2048)]) == 1024  # padded boundaries
+    assert document_lengths([(0, 2048, 4096)]) == DocumentLengths(1024, 1)
+    assert document_lengths([(0, 100), (0, 300)]) == DocumentLengths((100 * 128 + 300 * 300) / 400 / 2, 0)
+    assert document_lengths([(0, 2048, 2048)]) == DocumentLengths(1024, 1)  # padded boundaries

@@ -60,17 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def work(arguments: argparse.Namespace) -> int:
     """Exit code: 0 every section that ran is right, 1 otherwise."""
     if arguments.predict:
-        print(*_waterfall(load_device(arguments.predict)), sep="\n")
+        print(*waterfall(load_device(arguments.predict)), sep="\n")
         return 0
     repository = Path(__file__).resolve().parents[2]
     runner = Runner(repository, arguments.out.resolve(), arguments.budget, arguments.smoke)
     runner.run(arguments.wanted)
-    runner.add("predicted", list(_compared(runner.results, smoke=arguments.smoke)))
+    if compared := list(predicted_and_measured(runner.results, smoke=arguments.smoke)):
+        runner.add("predicted", compared)
     print(runner.summary())
     return 0 if runner.good else 1
 
 
-def _waterfall(device: DeviceFile) -> Iterator[str]:
+def waterfall(device: DeviceFile) -> Iterator[str]:
     """A table in Markdown of a step after each change, by shape."""
     plans = []
     for world, shape in PREDICTED.values():
@@ -91,8 +92,8 @@ def _waterfall(device: DeviceFile) -> Iterator[str]:
             yield f"{title}: {size.count} buckets of {size.elements / 2**20:g} M: {size.fraction:.1%} exposed, {waits}"
 
 
-def _compared(results: Mapping[str, dict[str, Any]], *, smoke: bool) -> Iterator[str]:
-    """Predicted against measured, and measured / predicted, of the sections `perf` and `profile`."""
+def predicted_and_measured(results: Mapping[str, dict[str, Any]], *, smoke: bool) -> Iterator[str]:
+    """One line for each step, and for each kind of kernel, that the sections `perf` and `profile` measured."""
     for name, result in results.items():
         section, *arguments = name.split(":")
         known = section in ("perf", "profile") and arguments[1] in ("eager", "compile", "recompute")

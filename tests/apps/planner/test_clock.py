@@ -11,6 +11,7 @@ import pytest
 
 from internlm_lite.apps.bench.gpu.step_speed import shape_config
 from internlm_lite.apps.planner.clock import KIND_OF_PASS, DocumentLengths, Seconds, Ways, document_lengths
+from internlm_lite.apps.planner.command import dry_run
 from internlm_lite.apps.planner.device_file import (
     DeviceFile,
     KernelFractions,
@@ -253,3 +254,13 @@ def test_keys_of_a_query_are_half_its_document_or_a_tile() -> None:
     assert document_lengths([(0, 2048, 4096)]) == DocumentLengths(1024, 1)
     assert document_lengths([(0, 100), (0, 300)]) == DocumentLengths((100 * 128 + 300 * 300) / 400 / 2, 0)
     assert document_lengths([(0, 2048, 2048)]) == DocumentLengths(1024, 1)  # padded boundaries
+
+
+def test_the_tables_show_the_step(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config(CONFIG, ["model.dtype=torch.bfloat16"]).config
+    assert dry_run(config, 8, tflops=None, device=str(H100), as_json=False) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 110
+    for part in ("A step on NVIDIA H100", "tokens/s a GPU; MFU", "reduce_bucket_size", "What each change gives"):
+        assert part in text
+    assert "as predicted below" in text

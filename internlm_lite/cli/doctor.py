@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from internlm_lite.apps.doctor.examine import Examination, examine
 from internlm_lite.apps.doctor.render_findings import findings_text, last_line
-from internlm_lite.cli.options import add_config, add_launcher, new_parser
+from internlm_lite.cli.options import add_config, add_device, add_launcher, new_parser
 from internlm_lite.config.load import load_config
 from internlm_lite.config.paths import is_s3
 from internlm_lite.runtime.dist_env import adopt_s3_keys, check_options, read_dist_env
@@ -33,6 +33,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add_config(parser, required=False, text="config file: look at its checkpoint folders too")
     add_launcher(parser, timeout=120)
+    add_device(parser)
     add("--run-dir", type=Path, default=Path("RUN"), help="as for train.py")
     add("--json", action="store_true", help="everything that was found, as one JSON document")
     arguments = parser.parse_intermixed_args(argv)

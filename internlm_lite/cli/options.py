@@ -38,9 +38,12 @@ def add_config(parser: argparse.ArgumentParser, *, required: bool = True, text: 
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the config")
 
 
+DEVICES = ("auto", "cpu", "cuda")
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     text = "default: a GPU if there is one"
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help=text)
+    parser.add_argument("--device", choices=DEVICES, default="auto", help=text)
 
 
 def add_launcher(parser: argparse.ArgumentParser, timeout: float, world_size_help: str = "likewise") -> None:
@@ -58,7 +61,6 @@ def add_launcher(parser: argparse.ArgumentParser, timeout: float, world_size_hel
     add("--rank", type=int, metavar="N", help="likewise")
     add("--world-size", "--world_size", type=int, metavar="N", help=world_size_help)
     add("--timeout", type=wait_seconds, default=timeout, metavar="SECONDS", help=text)
-    add_device(parser)
 
 
 def check_at_least(parser: argparse.ArgumentParser, arguments: argparse.Namespace, **least: int) -> None:

@@ -1,13 +1,14 @@
 """Show what a training run will hold, send and cost, without starting it: the same as train --dry-run.
 
 internlm-lite plan --config configs/20B_sft.py --world-size 16
+internlm-lite plan --config configs/20B_sft.py --world-size 16 --device h100       how long a step takes, and why
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from internlm_lite.cli.options import add_config, add_device, new_parser
+from internlm_lite.cli.options import add_config, new_parser
 from internlm_lite.cli.train import add_plan_options, check_plan_options, train_or_show
 from internlm_lite.runtime.tool import run_tool
 
@@ -16,7 +17,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 shown, else the exit code of the error that the run would raise."""
     parser = new_parser("plan", __doc__)
     add_config(parser)
-    add_device(parser)
     parser.add_argument("--world-size", type=int, metavar="N", help="ranks (default: as started)")
     add_plan_options(parser, "")
     parser.set_defaults(dry_run=True, print_config=None, seed=None, cfg_options=[])

@@ -5,6 +5,7 @@
     srun -N 2 -n 16 --ntasks-per-node=8 --gpus-per-task=1 python train.py --config configs/20B_sft.py
 
     python train.py --config configs/20B_sft.py --dry-run --world-size 16    shows what it will hold, send and cost
+    python train.py --config configs/20B_sft.py --dry-run --world-size 16 --device h100    and how long a step takes
 
 Trailing NAME=value replaces a variable before the config runs, section.key=value sets one key after it.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from internlm_lite import __version__
-from internlm_lite.cli.options import add_config, add_launcher, new_parser
+from internlm_lite.cli.options import DEVICES, add_config, add_launcher, new_parser
 from internlm_lite.runtime.tool import run_tool
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_intermixed_args(argv)
     if not arguments.dry_run and (arguments.tflops is not None or arguments.json):
         parser.error("--tflops and --json belong to --dry-run: add it")
+    if not arguments.dry_run and arguments.device not in DEVICES:
+        named = "the name or file of a GPU belongs to --dry-run"
+        parser.error(f"--device {arguments.device}: expected {', '.join(DEVICES)}; {named}")
     check_plan_options(parser, arguments)
     return arguments
 
@@ -52,6 +56,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def add_plan_options(parser: argparse.ArgumentParser, when: str) -> None:
     """Add the options of the plan. `when`: text put before each help text."""
     parser.add_argument("--tflops", type=float, metavar="X", help=f"{when}TFLOP/s of one GPU, for the times")
+    text = (
+        "auto, cpu or cuda (auto: a GPU if there is one); "
+        + when
+        + "also h100, h200, a100, b200 or a JSON file: a GPU "
+    )
+    parser.add_argument("--device", default="auto", metavar="NAME", help=text + "on which to predict the step")
     parser.add_argument("--json", action="store_true", help=f"{when}JSON instead of tables")
 
 
@@ -107,8 +117,8 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
     if arguments.dry_run:
         from internlm_lite.apps.planner.command import dry_run
 
-        device = "cpu" if arguments.device == "cpu" else "cuda"
-        return dry_run(loaded.config, world_size, tflops=arguments.tflops, device=device, as_json=arguments.json)
+        named, as_json = arguments.device, arguments.json
+        return dry_run(loaded.config, world_size, tflops=arguments.tflops, device=named, as_json=as_json)
 
     from internlm_lite.apps.report.writer import open_report
     from internlm_lite.runtime.device import usable_gpus

@@ -13,7 +13,7 @@ import torch
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.compiled import compiled_in_training
-from internlm_lite.layers.costs import Bytes, CostedLayer, RowShape, add_bytes
+from internlm_lite.layers.costs import Bytes, CostedLayer, Pass, RowShape, add_bytes
 from internlm_lite.layers.flash import Attend
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns, output_std
 from internlm_lite.layers.norm import RMSNorm
@@ -87,6 +87,27 @@ class Attention(CostedLayer):
             "norm statistics": row.tokens * normed * accumulation_dtype(weight.dtype).itemsize,
         }
         return add_bytes(self.wqkv.saved_bytes(row), kept)
+
+    def passes(self, row: RowShape) -> list[Pass]:
+        """Attention itself, the rotations, and the gradients of queries, keys and values joined to one tensor."""
+        joined = row.tokens * self.wqkv.weight.shape[0] * self.wqkv.weight.itemsize
+        rotated = joined // (self.queries + 2) * (self.queries + 1)
+        kernels = [Pass("attention", 0), Pass("attention", 0, 5, backward=True)]
+        if "rotary" in row.fused:
+            back = 2 * (rotated if "block" not in row.fused else joined)
+            moved = [Pass("fused", 2 * rotated, 2), Pass("fused", back, 2, backward=True)]
+        else:  # x * cos; x copied and rolled by half a head; addcmul
+            moved = [
+                Pass("strided", 5 * rotated, 4),
+                Pass("strided_copy", 2 * rotated, 2),
+                Pass("roll", 2 * rotated, 2),
+                Pass("strided", 5 * rotated, 4, backward=True),
+                Pass("roll", 2 * rotated, 2, backward=True),
+            ]
+        if "block" not in row.fused:
+            moved.append(Pass("contiguous_copy", 2 * joined, backward=True))
+            moved.append(Pass("strided_copy", 2 * (joined - rotated), backward=True))
+        return super().passes(row) + kernels + moved
 
 
 def check_heads(config: ModelConfig, tp_size: int) -> None:

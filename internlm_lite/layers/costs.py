@@ -1,4 +1,4 @@
-"""Each layer reports its own costs: floating-point operations, memory kept for the backward pass, messages.
+"""Each layer reports its own costs: FLOPs, memory kept for the backward pass, messages, passes over memory.
 
 The planner, the step line, MFU and the split into pipeline stages sum these reports. By default a layer's cost is the
 sum over its child layers. tests/models/test_costs.py compares every layer with torch's FlopCounterMode and with the
@@ -28,6 +28,19 @@ class RowShape:
     """True: the reference attention, which is called once per document and concatenates the outputs."""
     selective: bool = False
     """True: what is cheap to compute is computed again in the backward pass (layers/recompute.py)."""
+    fused: frozenset[str] = frozenset()
+    """What takes one kernel instead of several, see `FUSIONS`."""
+    fp8: bool = False
+    """The products of the blocks are those of layers/fp8.py."""
+
+
+FUSIONS = {
+    "off": frozenset[str](),
+    "parts": frozenset({"rotary", "swiglu"}),
+    "blocks": frozenset({"rotary", "swiglu", "block"}),
+}
+"""What model.compile fuses in parts of blocks (beside tensor parallelism and zbv), and in whole ones. Others: "loss",
+and "gradients" of weights that are added in the matrix product, as always in half precision on CUDA."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,20 @@ class Message:
         return Fraction(passes * (size - 1) * self.times * self.n_bytes, size)
 
 
+@dataclass(frozen=True)
+class Pass:
+    """Kernels that together read and write `n_bytes` of device memory, of which their time consists."""
+
+    kind: str
+    """How they go through memory: a field of apps/planner/device_file.py:KernelFractions, which states how fast that
+    is. "product" and "attention" with 0 bytes: kernels whose time follows from their operations."""
+    n_bytes: int
+    kernels: int = 1
+    backward: bool = False
+    part: str = "elementwise"
+    """Row of the plan that counts them."""
+
+
 class CostedLayer(nn.Module):
     """A module that reports its costs. Each method sums over `units` unless a subclass overrides it."""
 
@@ -72,6 +99,10 @@ class CostedLayer(nn.Module):
     def messages(self, row: RowShape) -> list[Message]:
         """The messages of this rank in one forward and one backward pass."""
         return [message for unit in self.units() for message in unit.messages(row)]
+
+    def passes(self, row: RowShape) -> list[Pass]:
+        """The kernels of this rank in one forward and one backward pass on a GPU."""
+        return [found for unit in self.units() for found in unit.passes(row)]
 
     def deferred_bytes(self, row: RowShape) -> int:
         """Bytes of inputs and output gradients kept after the backward pass for deferred weight gradients."""

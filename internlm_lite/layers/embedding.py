@@ -8,12 +8,15 @@ With sequence parallelism each rank ends with all columns of its own tokens in e
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
 from internlm_lite.config.schema import ModelConfig
-from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape
+from internlm_lite.layers.costs import Bytes, CostedLayer, Message, Pass, RowShape
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
+from internlm_lite.layers.weight_grads import gradient_passes
 from internlm_lite.mesh.conjugate import columns_to_rows, gather_last
 from internlm_lite.mesh.layout import parameter, split
 
@@ -59,6 +62,13 @@ class Embedding(CostedLayer):
     def saved_bytes(self, row: RowShape) -> Bytes:
         # Split vocabulary: each token's local row (int64) and whether it is on this rank (bool). Else the batch alone.
         return {"embedding": 0 if self.split_hidden else row.tokens * (8 + 1)}
+
+    def passes(self, row: RowShape) -> list[Pass]:
+        looked_up = row.tokens * self.weight.shape[1] * self.weight.itemsize
+        back = 3 * looked_up + self.weight.nbytes  # a dense gradient: zeros, and the tokens' rows added
+        found = [Pass("contiguous_copy", 2 * looked_up), Pass("contiguous_copy", back, 8, backward=True)]
+        found += gradient_passes(self.weight, replace(row, fused=frozenset()))
+        return [replace(one, part="embedding") for one in found]
 
     def messages(self, row: RowShape) -> list[Message]:
         tp_ctx, n_outputs = self.tp_ctx, row.tokens * self.weight.shard_spec.shape[1]

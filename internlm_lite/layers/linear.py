@@ -18,11 +18,11 @@ from typing import Any, cast
 import torch
 
 from internlm_lite.config.schema import ModelConfig
-from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape
+from internlm_lite.layers.costs import Bytes, CostedLayer, Message, Pass, RowShape
 from internlm_lite.layers.products import Products
 from internlm_lite.layers.recompute import Recipe, made_again
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
-from internlm_lite.layers.weight_grads import accumulating
+from internlm_lite.layers.weight_grads import accumulating, gradient_passes
 from internlm_lite.mesh.layout import parameter, split, whole
 
 
@@ -74,6 +74,16 @@ class _Linear(CostedLayer):
 
     def flops_per_token(self, seq_len: int) -> int:
         return 2 * math.prod(self.weight.shard_spec.shape)
+
+    def passes(self, row: RowShape, *, shared_input: bool = False) -> list[Pass]:
+        """`shared_input`: another layer counts what x takes."""
+        kernels = [Pass("product", 0), Pass("product", 0, 2, backward=True)]
+        if row.fp8:  # each operand: its largest magnitude (2), cast (3); transposed for the backward pass (2)
+            operands = self.weight.numel() + row.tokens * self.weight.shape[1] * (not shared_input)
+            kernels.append(Pass("fused", 5 * operands, 4, part="casts to float8"))
+            operands += row.tokens * self.weight.shape[0]
+            kernels.append(Pass("fused", 7 * operands, 9, backward=True, part="casts to float8"))
+        return kernels + gradient_passes(self.weight, row)
 
     def deferred_bytes(self, row: RowShape) -> int:
         return row.tokens * sum(self.weight.shape) * self.tp_ctx.products.itemsize(self.weight.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.layers.compiled import compiled_in_training
-from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape, add_bytes
+from internlm_lite.layers.costs import Bytes, CostedLayer, Message, Pass, RowShape, add_bytes
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns, output_std
 from internlm_lite.layers.recompute import Recipe, with_recipe
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
@@ -42,6 +43,16 @@ class SwiGLU(CostedLayer):
 
     def messages(self, row: RowShape) -> list[Message]:
         return self.w1.messages(row) + self.w2.messages(row)
+
+    def passes(self, row: RowShape) -> list[Pass]:
+        inner = self.w2.saved_bytes(row)["projection inputs"]  # gate, silu(gate), up, their product, or a gradient
+        if "swiglu" in row.fused:
+            gated = [Pass("fused", 3 * inner), Pass("fused", 5 * inner, backward=True)]
+        else:
+            gated = [Pass("elementwise", 5 * inner, 2), Pass("elementwise", 9 * inner, 3, backward=True)]
+        if row.selective:
+            gated.append(replace(gated[0], backward=True, part="recomputation"))
+        return [*self.w1.passes(row), *self.w3.passes(row, shared_input=True), *self.w2.passes(row), *gated]
 
     def deferred_bytes(self, row: RowShape) -> int:
         weight = self.w3.weight

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from internlm_lite.config.schema import ModelConfig
-from internlm_lite.layers.costs import Bytes, CostedLayer, RowShape
+from internlm_lite.layers.costs import Bytes, CostedLayer, Pass, RowShape
 from internlm_lite.layers.tensor_parallel import TensorParallelContext, accumulation_dtype
 from internlm_lite.layers.weight_grads import accumulating
 from internlm_lite.mesh.layout import parameter, whole
@@ -72,6 +72,18 @@ class Norm(CostedLayer):
         kept = self.weight.dtype if row.device == "cuda" else self.tp_ctx.dtype  # on CUDA x is cast before the kernel
         n_inputs = rows * self.weight.numel()
         return {"norm inputs": n_inputs * kept.itemsize, "norm statistics": self.statistics * rows * wide.itemsize}
+
+    def passes(self, row: RowShape) -> list[Pass]:
+        """Backward: the input's gradient, then the weight's. A weight in fp32 casts input and output, both ways."""
+        x, fused = self.tp_ctx.hidden_bytes(row.tokens, self.weight.numel()), "block" in row.fused
+        kind = "fused" if fused else "norm"
+        kept = x if fused else x // self.tp_ctx.dtype.itemsize * self.weight.itemsize
+        found = [Pass(kind, 2 * kept), Pass(kind, 5 * kept, 4, backward=True)]
+        if row.selective:
+            found.append(Pass(kind, 2 * kept, backward=True, part="recomputation"))
+        if kept != x:
+            found += [Pass("cast", 2 * (x + kept), 2), Pass("cast", 2 * (x + kept), 2, backward=True)]
+        return found
 
 
 class RMSNorm(Norm):

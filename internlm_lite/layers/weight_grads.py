@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from internlm_lite.layers.costs import Pass, RowShape
 from internlm_lite.mesh.layout import Parameter
 
 
@@ -31,6 +32,17 @@ def add_product(grad: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> None:
 def _add_product_in_graph(grad: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> None:
     """`add_product` as one operation of a graph, which runs in its place and in place."""
     add_product(grad, dy, x)
+
+
+def gradient_passes(weight: Parameter, row: RowShape) -> list[Pass]:
+    """What adding a gradient to its fp32 buffer moves, besides the product that makes it: a read and a write of the
+    buffer in the product, or an addition, after a cast where autograd adds it."""
+    item, part = weight.itemsize, "weight gradients"
+    if "gradients" in row.fused and item == 2:
+        n_bytes, kernels = weight.numel() * (10 if row.fp8 else 8), int(row.fp8)
+        return [Pass("broadcast" if row.fp8 else "accumulate", n_bytes, kernels, backward=True, part=part)]
+    cast = [Pass("cast", 6 * weight.numel(), backward=True, part=part)] if item == 2 else []
+    return [*cast, Pass("elementwise", 3 * max(4, item) * weight.numel(), backward=True, part=part)]
 
 
 class _AddToMainGrad(torch.autograd.Function):

@@ -23,7 +23,7 @@ from internlm_lite.config.schema import ModelConfig
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.attention import Attention
 from internlm_lite.layers.compiled import compiled_in_training, is_wanted
-from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape, add_bytes
+from internlm_lite.layers.costs import Bytes, CostedLayer, Message, Pass, RowShape, add_bytes
 from internlm_lite.layers.embedding import Embedding
 from internlm_lite.layers.flash import Attend, AttentionBackend
 from internlm_lite.layers.fp8 import Float8Products
@@ -125,6 +125,16 @@ class Block(CostedLayer):
     def messages(self, row: RowShape) -> list[Message]:
         twice = 2 if self.recompute else 1
         return [m if m.backward else replace(m, times=twice * m.times) for m in super().messages(row)]
+
+    def passes(self, row: RowShape) -> list[Pass]:
+        """Two additions to the hidden state and two of its gradients; a compiled block joins one of each to a norm."""
+        x = self.tp_ctx.hidden_bytes(row.tokens, self.hidden_size)
+        if "block" in row.fused:
+            adds = [Pass("fused", 5 * x), Pass("fused", x, 0, backward=True)]
+            adds.append(Pass("elementwise", 3 * x, backward=True))
+        else:
+            adds = [Pass("elementwise", 6 * x, 2), Pass("elementwise", 6 * x, 2, backward=True)]
+        return super().passes(row) + adds
 
     def workspace_bytes(self, row: RowShape) -> int:
         """Of the backward pass: the feed-forward part, which runs first, and the recomputed activations."""

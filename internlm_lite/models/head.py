@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.layers.compiled import compiled
-from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape
+from internlm_lite.layers.costs import Bytes, CostedLayer, Message, Pass, RowShape
 from internlm_lite.layers.loss import (
     LossOptions,
     TokenLosses,
@@ -18,6 +19,7 @@ from internlm_lite.layers.loss import (
     tokens_per_chunk,
 )
 from internlm_lite.layers.tensor_parallel import TensorParallelContext, accumulation_dtype
+from internlm_lite.layers.weight_grads import gradient_passes
 from internlm_lite.mesh.conjugate import gather_last
 from internlm_lite.mesh.layout import Parameter, parameter, split
 
@@ -81,6 +83,31 @@ class Head(CostedLayer):
             else:
                 found.append(Message("tp", "all_gather", tokens * self.matrix.shard_spec.shape[0] * wide, times))
         return found
+
+    def passes(self, row: RowShape) -> list[Pass]:
+        """Forward, chunk by chunk: the loss and its gradient over the logits, and the sum of the weight's gradients in
+        the accumulation dtype; backward: what came out is scaled, and added to the optimizer's buffer."""
+        (vocab, width), item = self.matrix.shape, self.matrix.itemsize
+        wide, half = accumulation_dtype(self.matrix.dtype).itemsize, self.matrix.dtype.itemsize == 2
+        logits, chunks = row.tokens * vocab, -(-row.tokens // self._chunk(row))
+        found = [Pass("product", 0, 3 * chunks)]
+        if "loss" in row.fused:
+            found.append(Pass("fused", 3 * item * logits, 2 * chunks))
+        else:  # peak; minus peak; exp; sum; times scale; and the casts to and from fp32
+            found += [Pass("reduce", 2 * wide * logits, 2 * chunks), Pass("broadcast", 4 * wide * logits, 30 * chunks)]
+            found.append(Pass("elementwise", 2 * wide * logits, chunks))
+            found += [Pass(kind, (item + wide) * logits, chunks) for kind in ("cast", "contiguous_copy") if half]
+        if chunks > 1:
+            found.append(Pass("contiguous_copy", wide * vocab * width))
+            if half and "gradients" not in row.fused:
+                found.append(Pass("broadcast", chunks * (2 * wide + item) * vocab * width, chunks))
+            else:
+                found.append(Pass("accumulate", chunks * 2 * wide * vocab * width, 0))
+            found.append(Pass("contiguous_copy", (item + wide) * vocab * width))
+        results = [self.matrix.nbytes, self.tp_ctx.hidden_bytes(row.tokens, width)]
+        found += [Pass("broadcast", 2 * size, backward=True) for size in results]
+        found += gradient_passes(self.matrix, replace(row, fused=frozenset()))
+        return [replace(one, part="loss") for one in found]
 
     def workspace_bytes(self, row: RowShape) -> int:
         """Logits of one chunk, and the weight's gradient in the accumulation dtype when several chunks are summed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+from internlm_lite.apps.planner.device_file import load_device
 from internlm_lite.apps.planner.plan import make_plan
 from internlm_lite.apps.planner.render_plan import render
 from internlm_lite.apps.planner.report import RunPlan
@@ -16,8 +17,15 @@ _WIDTH = 110
 
 
 def dry_run(config: Config, world_size: int, *, tflops: float | None, device: str, as_json: bool) -> int:
-    """Show the plan of a checked config. Returns 0, or the exit code of the error that the trainer would raise."""
-    return run_tool(lambda: _show(make_plan(config, world_size, tflops, device), as_json))
+    """Show the plan of a checked config. Returns 0, or the exit code of the error that the trainer would raise.
+
+    `device`: "cpu", "cuda" or "auto"; or a name or file of `load_device`, on which the step is timed."""
+
+    def plan() -> RunPlan:
+        timed = None if device in ("auto", "cpu", "cuda") else load_device(device)
+        return make_plan(config, world_size, tflops, "cpu" if device == "cpu" else "cuda", timed)
+
+    return run_tool(lambda: _show(plan(), as_json))
 
 
 def _show(plan: RunPlan, as_json: bool) -> int:

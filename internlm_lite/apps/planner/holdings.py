@@ -37,6 +37,10 @@ class BucketSizes:
     """fp32 copy of the shard's gradient that the update rule reads; lives only during the update."""
     partial_over: tuple[str, ...]
     """Axes over which the shard's gradient is summed besides dp."""
+    shard_weights: int
+    """Bytes of the part of `weights` that this rank optimizes."""
+    units: tuple[int, ...]
+    """Units of the rank's stages, in forward order, with parameters in this bucket."""
 
 
 @dataclass(frozen=True)
@@ -81,22 +85,35 @@ def holdings(config: Config, sizes: Sizes, backend: AttentionBackend) -> tuple[l
     for pp in range(sizes.pp):
         mesh = plan_mesh(sizes, rank_of(sizes, dp=0, tp=0, pp=pp), torch.device("meta"))
         stages = build_stages(config, mesh, backend)
-        params = [cast(Parameter, param) for unit in units_of(stages) for param in unit.parameters()]
+        params = _parameters(stages)
         wholes.update({param.shard_spec.name: math.prod(param.shard_spec.shape) for param in params})
-        buckets = build_buckets(params, mesh.zero, config)
+        buckets = build_buckets(list(params), mesh.zero, config)
         held.append(
             RankHoldings(
                 pp=pp,
                 stages=stages,
                 parameters=sum(bucket.numel for bucket in buckets),
                 zero_elements=tuple(sum(b.elements_on(rank) for b in buckets) for rank in range(sizes.zero)),
-                buckets=tuple(_sizes(bucket, len(RULES[config.optimizer.name].roles)) for bucket in buckets),
+                buckets=tuple(_sizes(bucket, params, len(RULES[config.optimizer.name].roles)) for bucket in buckets),
             )
         )
     return held, sum(wholes.values())
 
 
-def _sizes(bucket: Bucket, state_tensors: int) -> BucketSizes:
+def rebucketed(held: RankHoldings, config: Config, sizes: Sizes) -> tuple[BucketSizes, ...]:
+    """Buckets of these stages with another `config`, such as another reduce_bucket_size."""
+    mesh = plan_mesh(sizes, rank_of(sizes, dp=0, tp=0, pp=held.pp), torch.device("meta"))
+    params = _parameters(held.stages)
+    state_tensors = len(RULES[config.optimizer.name].roles)
+    return tuple(_sizes(bucket, params, state_tensors) for bucket in build_buckets(list(params), mesh.zero, config))
+
+
+def _parameters(stages: Stages) -> dict[Parameter, int]:
+    """Parameters in forward order, with the number of their unit."""
+    return {cast(Parameter, param): n for n, unit in enumerate(units_of(stages)) for param in unit.parameters()}
+
+
+def _sizes(bucket: Bucket, unit_of: dict[Parameter, int], state_tensors: int) -> BucketSizes:
     shard, dtype = bucket.shard_size, bucket.kind.dtype
     exact = max(4, dtype.itemsize)  # updates are computed in fp32, or in the weights' own dtype if that is wider
     half = dtype.itemsize < 4
@@ -108,4 +125,6 @@ def _sizes(bucket: Bucket, state_tensors: int) -> BucketSizes:
         moments=state_tensors * shard * exact,
         update_grads=shard * exact if bucket.grads.dtype.itemsize < exact else 0,
         partial_over=bucket.kind.partial_over,
+        shard_weights=bucket.weight_shard.nbytes,
+        units=tuple(sorted({unit_of[slot.param] for slot in bucket.slots})),
     )

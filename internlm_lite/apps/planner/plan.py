@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from internlm_lite.apps.planner.clock import DocumentLengths, document_lengths
+from internlm_lite.apps.planner.device_file import DeviceFile
 from internlm_lite.apps.planner.holdings import RankHoldings, holdings
 from internlm_lite.apps.planner.memory import most_kept, rank_bytes, row_shape
 from internlm_lite.apps.planner.report import GroupTable, RankBytes, RankPlan, RunPlan
 from internlm_lite.apps.planner.schedule import actions_of, bubble_fraction, stage_cost
+from internlm_lite.apps.planner.step_clock import StepClock, clock_plan, present_ways
 from internlm_lite.apps.planner.traffic import messages, traffic
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
 from internlm_lite.config.schema import Config
@@ -25,15 +28,17 @@ MOST_ROWS = 16_384
 """Packed rows that are read to describe the first steps; a larger batch shows fewer steps, at least one."""
 
 
-def make_plan(config: Config, world_size: int, tflops: float | None, device: str = "cuda") -> RunPlan:
+def make_plan(
+    config: Config, world_size: int, tflops: float | None, device: str = "cuda", timed: DeviceFile | None = None
+) -> RunPlan:
     """The plan of `config`, which has passed `check_config`, for ranks that run on `device` ("cuda" or "cpu").
 
-    `tflops`: TFLOP/s of one GPU, as in the step line. Raises the same errors as the trainer: MeshError, ConfigError,
-    DataError.
+    `tflops`: TFLOP/s of one GPU, as in the step line. `timed`: predict the step on this GPU. Raises the same errors as
+    the trainer: MeshError, ConfigError, DataError.
     """
     parallel, data = config.parallel, config.data
     sizes = sizes_of(world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1)
-    batches = _first_batches(config, sizes)
+    batches, lengths = _first_batches(config, sizes)
     backend = _backend(config, device)
     held, parameters_total = holdings(config, sizes, backend)
     row = row_shape(config, backend, device)
@@ -71,6 +76,13 @@ def make_plan(config: Config, world_size: int, tflops: float | None, device: str
         tflops_per_gpu=tflops,
         batches=batches,
         groups=_groups(sizes),
+        clock=None
+        if timed is None
+        else clock_plan(
+            StepClock(timed, config, sizes, held, orders),
+            present_ways(config, row, lengths, timed),
+            f"of the first {len(batches)} batches",
+        ),
         notes=list(_notes(config, sizes)),
     )
 
@@ -81,13 +93,18 @@ def _backend(config: Config, device: str) -> AttentionBackend:
     return AttentionBackend.FLASH_ATTN if varlen else AttentionBackend.SDPA
 
 
-def _first_batches(config: Config, sizes: Sizes) -> tuple[StepFigures, ...]:
+def _first_batches(config: Config, sizes: Sizes) -> tuple[tuple[StepFigures, ...], DocumentLengths]:
+    """(figures of the first steps, lengths of their documents)"""
     data, vocab_size = config.data, config.model.vocab_size
     opened = open_training_data(data, vocab_size, 0, sizes.dp, config.seed)
     if data.valid_every:
         open_validation_data(data, vocab_size, 0, sizes.dp, config.seed)  # raises its errors
     steps = min(data.total_steps, SHOWN_STEPS, max(1, MOST_ROWS // (data.micro_num * sizes.dp)))
-    return tuple(step.figures for step in walk_steps(opened, steps))
+    figures, rows = [], []
+    for step in walk_steps(opened, steps):
+        figures.append(step.figures)
+        rows += [borders for batch in step.batches for borders in batch.cu_seqlens_host]
+    return tuple(figures), document_lengths(rows)
 
 
 def _micro_batches(config: Config) -> int:

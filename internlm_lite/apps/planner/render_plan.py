@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from internlm_lite.apps.planner.report import GroupTable, RankPlan, RunPlan
+from internlm_lite.apps.planner.report import ClockPlan, GroupTable, RankPlan, RunPlan
 from internlm_lite.units import human_bytes, human_count, human_seconds
 
 _LEAST_FRACTION = 0.005
@@ -26,6 +26,8 @@ def render(plan: RunPlan) -> RenderableType:
     parts += [*_memory(plan), *_activations(plan)]
     if plan.sizes.world > 1:
         parts += _groups(plan)
+    if plan.clock is not None:
+        parts += _clock(plan.clock)
     return Group(*parts, *_batches(plan), *(_note(note) for note in plan.notes))
 
 
@@ -61,8 +63,12 @@ def _title(plan: RunPlan) -> Text:
 def _run(plan: RunPlan) -> Table:
     grid = Table.grid(padding=(0, 2))
     seconds, days = plan.seconds_per_step, plan.days
-    time = "give --tflops X for times"
-    if seconds is not None and days is not None:
+    time = "give --device NAME or --tflops X for times"
+    if plan.clock is not None:
+        seconds = plan.clock.seconds_per_step
+        days = seconds * plan.tokens_total / plan.tokens_per_step / 86_400
+        time = f"{human_seconds(seconds)} a step, {days:.3g} days, as predicted below"
+    elif seconds is not None and days is not None:
         time = f"{human_seconds(seconds)} a step, {days:.3g} days at {plan.tflops_per_gpu:g} TFLOP/s per GPU"
     rows = {
         "parameters": f"{plan.parameters_total:,}",
@@ -161,6 +167,37 @@ def _first_groups(groups: GroupTable) -> str:
 def _ranks(ranks: range) -> str:
     """0 1 2 3, or 0 8 .. 504."""
     return " ".join(map(str, ranks)) if len(ranks) <= 4 else f"{ranks[0]} {ranks[1]} .. {ranks[-1]}"
+
+
+def _clock(clock: ClockPlan) -> Iterator[RenderableType]:
+    yield _heading(f"A step on {clock.device}, predicted")
+    yield _note(
+        f"{clock.seconds_per_step * 1e3:,.0f} ms; {clock.tokens_per_gpu_second:,.0f} tokens/s a GPU; MFU "
+        f"{clock.mfu:.1%}, {clock.mfu_causal:.1%} with half of attention; tflops {clock.tflops:.0f}"
+    )
+    yield _note(f"attention: {clock.attention}, over {clock.keys_per_query:,.0f} keys a query, {clock.documents}")
+    table = _table("what takes time", "ms", "share")
+    for name, seconds in clock.terms.items():
+        table.add_row(name, f"{seconds * 1e3:.1f}", f"{seconds / clock.seconds_per_step:.1%}")
+    yield table
+    for term in clock.expensive:
+        yield _note(f"{term.term}, {term.seconds / clock.seconds_per_step:.1%}: {term.change}")
+    if clock.buckets:
+        yield _heading("Buckets: what is left of reduce-scatter and gather where nothing hides it")
+        table = _table("reduce_bucket_size", "buckets", "reduce-scatter, ms", "gather, ms", "exposed")
+        for size in clock.buckets:
+            waits = (f"{seconds * 1e3:.2f}" for seconds in (size.scatter, size.gather))
+            table.add_row(f"{size.elements / 2**20:,.4g} M", str(size.count), *waits, f"{size.fraction:.1%}")
+        yield table
+    yield _heading("What each change gives, on top of those above it")
+    yield changes_table(clock)
+
+
+def changes_table(clock: ClockPlan) -> Table:
+    table = _table("change", "step, ms", "MFU")
+    for change in clock.changes:
+        table.add_row(change.change, f"{change.seconds_per_step * 1e3:,.1f}", f"{change.mfu:.1%}")
+    return table
 
 
 def _batches(plan: RunPlan) -> Iterator[RenderableType]:

@@ -28,6 +28,19 @@ batches              the first steps: {step, tokens, num_samples_in_batch, large
                      smallest_batch}, as in the step line
 groups               {axis: {size, count, step, first}}: the ranks of a group are r, r + step, ... (`size` of them)
                      for each r in `first`, which names the first rank of up to 64 groups
+clock                null without --device NAME or FILE; else the predicted step:
+    device           name in the device file
+    attention        its kernel there
+    documents        whose lengths attention is counted for
+    keys_per_query   tokens that a query attends to on average
+    seconds_per_step, tokens_per_gpu_second, mfu (as in the step line: attention over all of seq_len), mfu_causal (half
+                     of it), tflops (InternLM's formula, as in the step line)
+    terms            {what takes time: seconds}; the sum is seconds_per_step
+    kinds            {kind of kernel, as a profile shows them: seconds}; the same sum
+    expensive        [{term, seconds, change}]: the two longest besides matrix products, and what shortens them
+    buckets          [{elements, count, scatter, gather, fraction}] by reduce_bucket_size: exposed seconds of the
+                     reduce-scatter and of the gather of weights, and their share of what both take
+    changes          [{change, seconds_per_step, mfu}]: each on top of those before it, beginning with an eager step
 notes                sentences
 """
 
@@ -103,6 +116,49 @@ class GroupTable:
 
 
 @dataclass(frozen=True)
+class ExpensiveTerm:
+    term: str
+    seconds: float
+    change: str
+
+
+@dataclass(frozen=True)
+class BucketClock:
+    elements: int
+    count: int
+    scatter: float
+    gather: float
+    fraction: float
+
+
+@dataclass(frozen=True)
+class Change:
+    change: str
+    seconds_per_step: float
+    mfu: float
+
+
+@dataclass(frozen=True)
+class ClockPlan:
+    """`clock` of the module's docstring."""
+
+    device: str
+    attention: str
+    documents: str
+    keys_per_query: float
+    seconds_per_step: float
+    tokens_per_gpu_second: float
+    mfu: float
+    mfu_causal: float
+    tflops: float
+    terms: dict[str, float]
+    kinds: dict[str, float]
+    expensive: list[ExpensiveTerm]
+    buckets: list[BucketClock]
+    changes: list[Change]
+
+
+@dataclass(frozen=True)
 class RunPlan:
     """See the module's docstring."""
 
@@ -120,6 +176,7 @@ class RunPlan:
     tflops_per_gpu: float | None
     batches: tuple[StepFigures, ...]
     groups: Mapping[str, GroupTable]
+    clock: ClockPlan | None
     notes: list[str]
 
     @property
@@ -159,6 +216,7 @@ class RunPlan:
             "days": self.days,
             "batches": [dataclasses.asdict(figures) for figures in self.batches],
             "groups": {axis: dataclasses.asdict(table) for axis, table in self.groups.items()},
+            "clock": None if self.clock is None else dataclasses.asdict(self.clock),
             "notes": self.notes,
         }
 

@@ -93,11 +93,23 @@ def stage_cost(stage: Transformer, seq_len: int) -> StageCost:
 
 
 def bubble_fraction(ranks: Sequence[Sequence[Action]], costs: Sequence[StageCost]) -> float:
-    """Idle share of all ranks from the first action to the last; `costs` by stage number.
+    """Idle share of all ranks from the first action to the last; `costs` by stage number."""
+    busy = sum(busy_time(rank, costs) for rank in ranks)
+    return 1 - busy / (len(ranks) * last_end(ranks, costs))
+
+
+def busy_time(rank: Sequence[Action], costs: Sequence[StageCost]) -> float:
+    """The sum of a rank's actions."""
+    return sum(costs[action.stage].of(action.kind) for action in rank)
+
+
+def last_end(ranks: Sequence[Sequence[Action]], costs: Sequence[StageCost], sending: float = 0.0) -> float:
+    """Time from the first action to the end of the last.
 
     An action starts when its rank is free and its input exists: F after F of the previous stage, B and I after B or I
-    of the next stage.
+    of the next stage, and `sending` later where that stage is on another rank.
     """
+    home = {action.stage: index for index, rank in enumerate(ranks) for action in rank}
     ends: dict[tuple[str, int, int], float] = {}
     clock, at = [0.0] * len(ranks), [0] * len(ranks)
     last = len(costs) - 1
@@ -109,6 +121,9 @@ def bubble_fraction(ranks: Sequence[Sequence[Action]], costs: Sequence[StageCost
                 ready = _ready(action, last, ends)
                 if ready is None:
                     break
+                source = action.stage + (-1 if action.kind == "F" else 1)
+                if ready and home.get(source) != index:
+                    ready += sending
                 clock[index] = max(clock[index], ready) + costs[action.stage].of(action.kind)
                 ends["F" if action.kind == "F" else action.kind.replace("I", "B"), action.stage, action.micro] = clock[
                     index
@@ -116,8 +131,7 @@ def bubble_fraction(ranks: Sequence[Sequence[Action]], costs: Sequence[StageCost
                 at[index] += 1
                 moved = True
         assert moved, "every action of a schedule becomes possible"
-    busy = sum(costs[action.stage].of(action.kind) for rank in ranks for action in rank)
-    return 1 - busy / (len(ranks) * max(clock))
+    return max(clock)
 
 
 def _ready(action: Action, last: int, ends: dict[tuple[str, int, int], float]) -> float | None:

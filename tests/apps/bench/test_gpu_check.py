@@ -12,6 +12,7 @@ import pytest
 
 from internlm_lite.apps.bench.gpu import variants
 from internlm_lite.apps.bench.gpu.run_sections import PLAN, SECTIONS
+from internlm_lite.cli.gpu_check import KINDS_OF_PROFILE, PREDICTED, main, predicted_and_measured
 from tests.cli import ROOT
 
 ONE_OF_A_KIND = (
@@ -36,6 +37,32 @@ def test_a_patch_that_replaces_nothing_is_refused() -> None:
         variants._put(variants, "moved_elsewhere", None)
 
 
+def test_predicted_stands_beside_measured() -> None:
+    gpu = "NVIDIA H100 80GB HBM3"
+    kinds = {"gemm": 172.0, "attention": 54.0, "elementwise": 73.4, "reduce, norm": 11.4, "optimizer": 15.3}
+    kinds |= {"copy, cat, fill": 50.7, "other": 4.5}
+    results = {
+        "env": {"status": "ok", "value": {}},
+        "perf:1b:eager": {"status": "ok", "value": {"gpu": gpu, "seconds": [9.0, 0.4, 0.3, 0.2]}},
+        "perf:1b:bare": {"status": "ok", "value": {"gpu": gpu, "seconds": [9.0, 0.3]}},
+        "perf:7b:eager": {"status": "TIMEOUT", "value": {}},
+        "perf:1b:compile": {"status": "ok", "value": {"gpu": "NVIDIA L4", "seconds": [9.0, 0.3]}},
+        "profile:1b:eager": {"status": "ok", "value": {"gpu": gpu, "kinds": kinds, "gaps": 10.7}},
+    }
+    step, unknown, *terms = predicted_and_measured(results, smoke=False)
+    assert step.startswith("perf:1b:eager: predicted 3") and "measured 300.0 ms, ratio 0." in step
+    assert unknown == "perf:1b:compile: no device file of NVIDIA L4"
+    assert [line.partition(":eager ")[2].partition(":")[0] for line in terms] == [*KINDS_OF_PROFILE, "gaps"]
+    assert "measured 140.0 ms" in terms[2]
+
+
+def test_the_changes_are_printed_for_every_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--predict", "a100"]) == 0
+    head, _, *rows = capsys.readouterr().out.partition("\n\n")[0].splitlines()
+    assert head.count("|") == 2 + len(PREDICTED) and len(rows) == 6
+    assert all(row.count(" ms, ") >= 2 for row in rows)
+
+
 def test_smoke(tmp_path: Path) -> None:
     command = [
         sys.executable,
@@ -51,6 +78,7 @@ def test_smoke(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     results = json.loads((tmp_path / "gpu_check.json").read_text("utf-8"))
     assert {result["status"] for result in results.values()} == {"ok"} and len(results) >= len(ONE_OF_A_KIND)
+    assert results["predicted"]["value"]["notes"]
     assert results["perf:1b:compile"]["value"]["norm"] == pytest.approx(
         results["perf:1b:eager"]["value"]["norm"], rel=1e-6
     )

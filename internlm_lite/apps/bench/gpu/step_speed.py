@@ -23,7 +23,7 @@ from internlm_lite.config.schema import Config
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.models.stages import model_flops_per_token
 from internlm_lite.monitor.flops import mfu
-from internlm_lite.runtime.device import peak_flops
+from internlm_lite.runtime.device import device_name, peak_flops
 
 SHAPES: dict[str, dict[str, Any]] = {
     "1b": {"hidden": 2048, "layers": 24, "heads": 16, "vocab": 50304, "seq_len": 2048, "micro_bsz": 4, "micro_num": 2},
@@ -78,15 +78,25 @@ def perf(check: Check, shape: str, variant: str) -> None:
         f"step {median * 1e3:.1f} ms, host {host * 1e3:.1f} ms, peak {memory or 0:.1f} GiB, norm {norm:.4f}, "
         f"first step {first:.1f} s, built in {built:.1f} s",
         **{"seconds": seconds, "free": free, "host": host, "memory_gib": memory, "mfu": reached, "norm": norm},
-        **{"layers": config.model.num_layers, "tokens": tokens, "flops_per_token": flops},
+        **{
+            "gpu": device_name(check.device),
+            "layers": config.model.num_layers,
+            "tokens": tokens,
+            "flops_per_token": flops,
+        },
     )
+
+
+def shape_config(shape: str, variant: str, *, smoke: bool = False) -> Config:
+    """What `perf` and `profile` measure."""
+    dtype = "torch.float32" if smoke else "torch.bfloat16"
+    config = bench_config(**(_TINY if smoke else SHAPES[shape]), dtype=dtype, bucket_size=_BUCKET)
+    return variants.configured(config, variant)
 
 
 def _build(check: Check, shape: str, variant: str) -> tuple[Config, Side, float]:
     """(config, what is measured, seconds it took to build)."""
-    dtype = "torch.float32" if check.smoke else "torch.bfloat16"
-    config = bench_config(**(_TINY if check.smoke else SHAPES[shape]), dtype=dtype, bucket_size=_BUCKET)
-    config = variants.configured(config, variant)
+    config = shape_config(shape, variant, smoke=check.smoke)
     variants.apply(variant, check.smoke)
     begin, mesh = time.perf_counter(), single_process_mesh(check.device)
     make = bench_step.bare_side if variant.startswith("bare") else bench_step.our_side
@@ -140,5 +150,7 @@ def _describe(check: Check, events: list[dict[str, Any]], wall: float) -> None:
     check.tell(
         f"{len(events)} kernels, {busy:.1f} of {wall * 1e3:.1f} ms, gaps {gaps / 1e3:.1f} ms; {by_kind}",
         kinds=by_kind,
+        gpu=device_name(check.device),
+        gaps=gaps / 1e3,
         kernels={name: [calls[name], microseconds] for name, microseconds in times.most_common(80)},
     )

@@ -1,0 +1,118 @@
+"""How long a rank waits for others: buckets are reduced behind the backward pass, weights gathered behind the forward.
+
+backward   | head | block n | ... | block 0 |
+scatter           | bucket 0 |   | bucket 1 | bucket 2 |            the end, after the backward pass, is exposed
+gather     | bucket 2 | bucket 1 | bucket 0 |
+forward               | embedding |    | block 0 | ...              each unit waits for its own weights
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from internlm_lite.apps.planner.device_file import DeviceFile, Link
+from internlm_lite.apps.planner.holdings import BucketSizes
+from internlm_lite.layers.costs import Message
+from internlm_lite.mesh.mesh import Sizes, axis_groups
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The groups of one axis."""
+
+    size: int
+    link: Link
+    """Between nodes, if any group has ranks on two."""
+
+    def seconds(self, message: Message) -> float:
+        if self.size == 1:
+            return 0.0
+        hops = 1 if message.kind == "send" else math.ceil(math.log2(self.size))
+        latency = message.times * hops * self.link.latency_us * 1e-6
+        return latency + float(message.sent(self.size)) / (self.link.gb_per_s * 1e9)
+
+
+def network(device: DeviceFile, sizes: Sizes) -> dict[str, Axis]:
+    """Axis -> its groups; node k holds ranks k * gpus_per_node and the next ones."""
+    found = {}
+    for axis, groups in axis_groups(sizes).items():
+        nodes = [{rank // device.gpus_per_node for rank in group} for group in groups]
+        link = device.inter_node if max(map(len, nodes)) > 1 else device.intra_node
+        found[axis] = Axis(max(map(len, groups)), link)
+    neighbours = [pair for group in axis_groups(sizes)["pp"] for pair in pairwise(group)]
+    crosses = any(a // device.gpus_per_node != b // device.gpus_per_node for a, b in neighbours)
+    found["pp"] = Axis(sizes.pp, device.inter_node if crosses else device.intra_node)
+    return found
+
+
+@dataclass(frozen=True)
+class Exposed:
+    """Seconds of one step in which a rank waits for its collectives."""
+
+    scatter: float
+    replicas: float
+    """All-reduces over `replica`, and over axes with partial sums."""
+    gather: float
+    total: float
+    """Of reduce-scatter and gather, exposed or not."""
+
+    @property
+    def fraction(self) -> float:
+        """Of reduce-scatter and gather."""
+        return (self.scatter + self.gather) / self.total if self.total else 0.0
+
+
+def exposed(
+    buckets: Sequence[BucketSizes],
+    axes: dict[str, Axis],
+    backward: Sequence[float],
+    forward: Sequence[float],
+    *,
+    hidden: tuple[bool, bool],
+) -> Exposed:
+    """`backward`, `forward`: seconds of the rank's units, in forward order, in the last and in the first micro-batch;
+    `hidden`: whether gradients, and weights, are sent while others are computed."""
+    zero = axes["zero"]
+    scatters = [zero.seconds(Message("zero", "reduce_scatter", bucket.grads)) for bucket in buckets]
+    gathers = [zero.seconds(Message("zero", "all_gather", bucket.weights)) for bucket in buckets]
+    scatter_ends, backward_end = _scatter(buckets, scatters, backward, overlap=hidden[0])
+    clock = max([backward_end, *scatter_ends[-1:]])
+    scattered = clock - backward_end
+    replicas = 0.0
+    for bucket in buckets:
+        for axis in ("replica", *bucket.partial_over):
+            replicas += axes[axis].seconds(Message(axis, "all_reduce", bucket.shard_grads))
+    gathered = _gather(buckets, gathers, forward) if hidden[1] else sum(gathers)
+    return Exposed(scattered, replicas, gathered, sum(scatters) + sum(gathers))
+
+
+def _scatter(
+    buckets: Sequence[BucketSizes], seconds: Sequence[float], backward: Sequence[float], *, overlap: bool
+) -> tuple[list[float], float]:
+    """(end of each bucket's reduce-scatter, end of the backward pass); buckets start strictly in order."""
+    done, clock = [0.0] * len(backward), 0.0
+    for index in reversed(range(len(backward))):
+        clock += backward[index]
+        done[index] = clock
+    ends, free = [], 0.0
+    for bucket, taken in zip(buckets, seconds, strict=True):
+        ready = max(done[unit] for unit in bucket.units) if overlap else clock
+        free = max(free, ready) + taken
+        ends.append(free)
+    return ends, clock
+
+
+def _gather(buckets: Sequence[BucketSizes], seconds: Sequence[float], forward: Sequence[float]) -> float:
+    """Seconds by which the forward pass is late, because units wait for their weights."""
+    arrived, free = [0.0] * len(forward), 0.0
+    for bucket, taken in zip(reversed(buckets), reversed(seconds), strict=True):
+        free += taken
+        for unit in bucket.units:
+            arrived[unit] = max(arrived[unit], free)
+    clock = 0.0
+    for weights, taken in zip(arrived, forward, strict=True):
+        clock = max(clock, weights) + taken
+    return clock - sum(forward)

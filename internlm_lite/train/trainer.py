@@ -19,6 +19,7 @@ from internlm_lite.batch import Batch
 from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import ValidationData
 from internlm_lite.layers.flash import choose_backend, packed
+from internlm_lite.layers.fp8 import require_float8
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.initialise import initialise
 from internlm_lite.models.stages import Stages, build_stages, units_of
@@ -63,6 +64,8 @@ class Trainer:
         """Initialises weights from `config.seed`. `folders`: names of the data folders, by a batch's folder index."""
         self.mesh, dtype = mesh, torch_dtype(config.model.dtype)
         self.backend = choose_backend(config.model, mesh.device)
+        if config.model.fp8:
+            require_float8(mesh.device)
         self.stages = build_stages(config, mesh, self.backend)
         if mesh.device.type != "meta":  # where tensors have no values
             initialise(nn.ModuleList(self.stages.values()), config.seed)

@@ -84,7 +84,7 @@ def perf(check: Check, shape: str, variant: str) -> None:
 
 def _build(check: Check, shape: str, variant: str) -> tuple[Config, Side, float]:
     """(config, what is measured, seconds it took to build)."""
-    dtype = "torch.float32" if check.smoke else "torch.bfloat16"
+    dtype = "torch.float32" if check.smoke and "fp8" not in variant else "torch.bfloat16"
     config = bench_config(**(_TINY if check.smoke else SHAPES[shape]), dtype=dtype, bucket_size=_BUCKET)
     config = variants.configured(config, variant)
     variants.apply(variant, check.smoke)

@@ -28,7 +28,7 @@ def apply(variant: str, smoke: bool) -> None:
 def configured(config: Config, variant: str) -> Config:
     """The config with the keys of the model that the variant sets."""
     names = variant.split("+")
-    keys = {"compile": "compile" in names, "checkpoint": "recompute" in names}
+    keys = {"compile": "compile" in names, "checkpoint": "recompute" in names, "fp8": "fp8" in names}
     return config.model_copy(update={"model": config.model.model_copy(update=keys)})
 
 
@@ -41,7 +41,7 @@ def _quickly_drawn(layout: ShardSpec, std: float, seed: int) -> Iterator[tuple[t
 
 
 def _nothing(smoke: bool) -> None:
-    """No patch: `eager`, `recompute` and `bare` are handled elsewhere."""
+    """No patch: `eager`, `recompute`, `fp8` and `bare` are handled elsewhere."""
 
 
 def _only_trace(smoke: bool) -> None:
@@ -109,6 +109,7 @@ VARIANTS: dict[str, Callable[[bool], None]] = {
     "eager": _nothing,
     "bare": _nothing,
     "recompute": _nothing,
+    "fp8": _nothing,
     "compile": _only_trace,
     "compiled": _bare_compiled,
     "cudnn": _cudnn,

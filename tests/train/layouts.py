@@ -55,6 +55,7 @@ class Layout:
     smoothing: float = 0
     embed_scale: float = 1
     fp32_norm: bool = False
+    fp8: bool = False
     layers: int = 5
 
     @property
@@ -76,7 +77,7 @@ class Layout:
         return " ".join(f"{name}={value}" for name, value in changed) or "one process"
 
 
-MODEL = ("rows", "micro_bsz", "tied", "bias", "post_norm", "smoothing", "embed_scale", "fp32_norm", "layers")
+MODEL = ("rows", "micro_bsz", "tied", "bias", "post_norm", "smoothing", "embed_scale", "fp32_norm", "fp8", "layers")
 """Options that change the model or the batches. The others must not change a figure."""
 
 BOUND: dict[str, tuple[Any, ...]] = {
@@ -138,6 +139,7 @@ def config_of(layout: Layout, corpus: Path | None, dtype: str = "torch.float64",
         "apply_post_layer_norm": layout.post_norm,
         "embed_grad_scale": layout.embed_scale,
         "use_fp32_norm": layout.fp32_norm,
+        "fp8": layout.fp8,
         "dtype": dtype,
     }
     pipeline = {"size": layout.pp, "schedule": layout.schedule, "interleaved_overlap": layout.early_receive}

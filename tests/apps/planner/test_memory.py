@@ -22,6 +22,7 @@ SHAPES: list[dict[str, Any]] = [
     {"apply_post_layer_norm": True},
     {"embed_split_hidden": False},
     {"embed_split_hidden": False, "tie_word_embeddings": True, "embed_grad_scale": 0.5},
+    {"dtype": "torch.bfloat16", "fp8": True},
     {"checkpoint": 1 / 3},
     {"checkpoint": 2 / 3, "apply_post_layer_norm": True, "num_kv_attention_heads": 2},
 ]
@@ -40,7 +41,10 @@ def test_full_recomputation_keeps_the_rotary_table_outside_autograd() -> None:
     assert kept_bytes(single_process_mesh(), wanted) == sum(terms.values()) - terms["rotary table"]
 
 
-@pytest.mark.parametrize("shape", [{}, {"num_kv_attention_heads": 2, "dtype": "torch.bfloat16"}], ids=str)
+BF16 = {"num_kv_attention_heads": 2, "dtype": "torch.bfloat16"}
+
+
+@pytest.mark.parametrize("shape", [{}, BF16, {**BF16, "fp8": True}], ids=str)
 def test_deferred_weight_gradients_hold_what_is_planned(shape: dict[str, Any]) -> None:
     wanted = config(**shape)
     row = row_shape(wanted, AttentionBackend.SDPA, "cpu")

@@ -269,7 +269,9 @@ def _float8(config: Config) -> Iterator[Problem]:
         return
     if model.torch_dtype_name != "bfloat16":
         keys = "model.fp8", "model.dtype"
-        yield Problem(keys, f'found True with model.dtype "{model.dtype}", expected "torch.bfloat16"; change one of them')
+        yield Problem(
+            keys, f'found True with model.dtype "{model.dtype}", expected "torch.bfloat16"; change one of them'
+        )
     head_rows = model.head_dim * (model.num_attention_heads + 2 * model.kv_heads)
     sizes = {
         ("model.hidden_size",): model.hidden_size,

@@ -561,9 +561,17 @@ FLOAT8 = GOOD.replace('"torch.float16"', '"torch.bfloat16", fp8=True')
     [
         ('"torch.bfloat16"', '"torch.float32"', 'with model.dtype "torch.float32", expected "torch.bfloat16"'),
         ("hidden_size=128", "hidden_size=144", "matrices of 72 (model.hidden_size, parallel.tensor) and 216"),
-        ("hidden_size=128", "hidden_size=128, multiple_of=8", "172 (model.multiple_of, model.mlp_ratio, parallel.tensor)"),
+        (
+            "hidden_size=128",
+            "hidden_size=128, multiple_of=8",
+            "172 (model.multiple_of, model.mlp_ratio, parallel.tensor)",
+        ),
         ("num_attention_heads=8", "num_attention_heads=16, num_kv_attention_heads=2", ""),
-        ("num_attention_heads=8", "num_attention_heads=32, num_kv_attention_heads=2", "72 (model.num_kv_attention_heads"),
+        (
+            "num_attention_heads=8",
+            "num_attention_heads=32, num_kv_attention_heads=2",
+            "72 (model.num_kv_attention_heads",
+        ),
         ("SEQ_LEN = 128", "SEQ_LEN = 127", "127 (data.micro_bsz, data.seq_len) rows or columns on a rank, expected"),
     ],
 )

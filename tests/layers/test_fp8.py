@@ -113,8 +113,8 @@ def test_a_layer_computes_what_the_rounded_operands_give(how: str, tokens: int) 
     weights = [reference(layer.weight.detach(), E4M3) for layer in layers]
     operands, grads = [reference(t.detach(), E4M3) for t in inputs], [reference(dy, E5M2) for dy in dys]
     for y, layer, w, a in zip(ys, layers, weights, operands, strict=True):
-        shift = 0 if layer.bias is None else layer.bias.double()
-        assert close(y, a @ w.t() + shift, a.abs() @ w.abs().t() + abs(a @ w.t()) * 2**10)  # rounded before the bias, too
+        product, shift = a @ w.t(), 0 if layer.bias is None else layer.bias.double()
+        assert close(y, product + shift, a.abs() @ w.abs().t() + product.abs() * 2**10)  # rounded before the bias, too
     for layer, a, dy in zip(layers, operands, grads, strict=True):
         found = layer.weight.grad if how == "returned" else layer.weight.main_grad - 1
         assert (layer.weight.grad is None) == (how != "returned")
@@ -157,7 +157,7 @@ def test_older_gpus_are_refused(monkeypatch: pytest.MonkeyPatch, capability: tup
     if fine:
         require_float8(torch.device("cuda", 0))
     else:
-        with pytest.raises(ConfigError, match=r"model.fp8=True: found NVIDIA A100 .* 8\.\d, expected .* 8.9 .*H100"):
+        with pytest.raises(ConfigError, match=r"model.fp8=True: found NVIDIA A100, expected .* 8.9 .*H100"):
             require_float8(torch.device("cuda", 0))
 
 

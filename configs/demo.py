@@ -61,6 +61,7 @@ model = dict(
     layer_norm_epsilon=1e-5,
     checkpoint=False,
     use_flash_attn=True,
+    compile=False,  # compiling takes longer than this model trains on a GPU
 )
 
 parallel = dict(

@@ -37,6 +37,7 @@ model = dict(
     num_layers=2,
     multiple_of=32,  # SwiGLU width 192
     dtype="torch.float32",
+    compile=False,  # on a GPU compiling would take longer than the run
 )
 
 parallel = dict(zero1=-1, tensor=1)

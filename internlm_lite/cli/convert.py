@@ -43,7 +43,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("out", type=Path, help="folder to make")
     add("--dtype", choices=dtypes, help="of the weights (as the model was trained)")
     add("--model-type", choices=FAMILIES, default="llama", help="which model it becomes (llama)")
-    add("--tokenizer", help="sentencepiece model, or none (the config's data.tokenizer)")
+    add("--tokenizer", help="tokenizer file or folder, or none (the config's data.tokenizer)")
     add("--shard-size", type=size, default=size("5GB"), help="largest file of weights (5GB)")
     from_hf = commands.add_parser("from-hf", help="a Hugging Face folder to a checkpoint of ours")
     from_hf.add_argument("folder", type=Path, help="config.json, *.safetensors")
@@ -103,7 +103,7 @@ def to_hf(arguments: argparse.Namespace, s3: S3Config) -> int:
     files = written.files[0] if len(written.files) == 1 else f"{len(written.files)} files"
     print(f"{arguments.out}: {files}, {progress.summary(written.n_tensors, written.n_bytes)}")
     if tokenizer is None:
-        print("no tokenizer copied: the config names none; give one with --tokenizer FILE.model")
+        print("no tokenizer copied: the config names none; give one with --tokenizer FILE")
     return verify(path, arguments.out, s3) if arguments.verify else 0
 
 

@@ -26,7 +26,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="FOLDER", help="save folder (its newest), FOLDER/STEP, one checkpoint")
     add("--prompt", action="append", metavar="TEXT", help="continue this; may be given again (default: standard input)")
-    add("--tokenizer", metavar="FILE", help="sentencepiece model (default: the config's data.tokenizer)")
+    add("--tokenizer", metavar="FILE", help="tokenizer file or folder (default: the config's data.tokenizer)")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="longest continuation (128)")
     add("--greedy", action="store_true", help="always the most likely token; same as --temperature 0")
     add("--temperature", type=float, default=0.8, metavar="T", help="lower: likelier tokens (0.8)")
@@ -58,7 +58,7 @@ def continue_prompts(arguments: argparse.Namespace) -> int:
     model, config = load_model(arguments.checkpoint, mesh, dtype, s3_settings(arguments.s3))
     path = arguments.tokenizer or config.data.tokenizer
     if path is None:
-        raise ConfigError("the model's config names no data.tokenizer: give one with --tokenizer FILE.model")
+        raise ConfigError("the model's config names no data.tokenizer: give one with --tokenizer FILE")
     tokenizer = Tokenizer(Path(path))
     if arguments.prompt is None and sys.stdin.isatty():
         print("text to continue, then Ctrl-D on a line of its own:", file=sys.stderr)

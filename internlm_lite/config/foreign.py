@@ -82,7 +82,7 @@ NO_EFFECT: Mapping[str, str] = {
     "tensorboard_folder": "event files are in the run folder",
     "timer_diag_interval": "there is no periodic diagnosis of slow ranks",
     "tokenizer_path": "training data are tokenised already; data.tokenizer names a model for samples",
-    "tokenizer_type": "training data are tokenised already; data.tokenizer names a sentencepiece model for samples",
+    "tokenizer_type": "training data are tokenised already; data.tokenizer names the tokenizer for samples",
     "use_apex_adam": "there is one fused update",
 }
 _STD = ((0.02,), "model.init_std is the standard deviation of all matrices")

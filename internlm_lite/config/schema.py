@@ -112,7 +112,8 @@ class DataConfig(Section):
     valid_folder: str | None = None
     """Like train_folder, for evaluation. None with valid_every > 0: the built-in dummy set."""
     tokenizer: str | None = None
-    """(new) sentencepiece model the data were tokenised with: checked against vocab_size, used for samples."""
+    """(new) Tokenizer the data were tokenised with: a sentencepiece .model, a tokenizer.json, vocab.json beside
+    merges.txt, a .tiktoken file, or a folder with one of these. Checked against vocab_size, used for samples."""
     weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
     """(new) Share of each data folder in the training mix, normalised; None: every document once per epoch."""
     valid_batches: Positive = 16
@@ -224,8 +225,9 @@ class Beta2SchedulerConfig(Section):
 class ModelConfig(Section):
     """The decoder: RMSNorm, rotary attention, SwiGLU."""
 
-    checkpoint: bool | Fraction = False
-    """Share of layers whose activations are recomputed in the backward pass (True: all)."""
+    checkpoint: bool | Fraction | Literal["selective"] = False
+    """Share of layers whose activations are recomputed in the backward pass (True: all). (new) "selective": of all
+    layers, what costs no matrix product, attention or message: about half of the memory for 2 % of the time."""
     num_attention_heads: Positive
     """Query heads."""
     num_kv_attention_heads: Positive | None = None
@@ -258,10 +260,10 @@ class ModelConfig(Section):
     """(new) Keep norm weights in fp32 when the model is half precision."""
     use_flash_attn: bool = True
     """True: the fastest attention available (flash-attn, torch varlen, SDPA). False: the SDPA reference."""
-    compile: bool = False
+    compile: bool | None = None
     """(new) torch.compile what is before and after attention in a block, and the loss: fewer kernels, less traffic, and
     a start that takes a minute longer. Rounds differently. Training passes only; with parallel.tensor > 1, or zbv, only
-    the rotation and the product of the feed-forward part."""
+    the rotation and the product of the feed-forward part. None: on GPUs where Triton and a C compiler are installed."""
     fp8: bool = False
     """(new) Matrix products of the blocks in float8 (e4m3, gradients e5m2), a scale per tensor. Weights, checkpoints,
     attention, embedding and head stay in dtype, which must be bf16. On H100, L40S, RTX 4090 and newer; the CPU emulates
@@ -293,7 +295,7 @@ class ModelConfig(Section):
     @property
     def recomputed_layers(self) -> int:
         """How many of the first layers run again in the backward pass."""
-        return round(float(self.checkpoint) * self.num_layers)
+        return 0 if self.checkpoint == "selective" else round(float(self.checkpoint) * self.num_layers)
 
     @property
     def embedding_by_vocabulary(self) -> bool:

@@ -20,6 +20,7 @@ import torch
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape
 from internlm_lite.layers.products import Products
+from internlm_lite.layers.recompute import Recipe, made_again
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.layers.weight_grads import accumulating
 from internlm_lite.mesh.layout import parameter, split, whole
@@ -92,20 +93,29 @@ class ColumnLinear(_Linear):
         return tp_ctx.gather_messages(n_inputs) + gathered_again + tp_ctx.sum_messages(n_inputs, backward=True)
 
 
-def columns(x: torch.Tensor, *linears: ColumnLinear) -> tuple[torch.Tensor, ...]:
-    """x outside -> [T, out / group size] for each layer; one gather of x, one sum of dx and one saved x for all."""
+def columns(x: torch.Tensor, *linears: ColumnLinear, recipe: Recipe | None = None) -> tuple[torch.Tensor, ...]:
+    """x outside -> [T, out / group size] for each layer; one gather of x, one sum of dx and one saved x for all.
+
+    `recipe`: of x, which is then not kept for the backward pass but made again."""
     tensors = [tensor for linear in linears for tensor in (linear.weight, linear.output_bias())]
-    outputs: tuple[torch.Tensor, ...] = _Columns.apply(x, linears[0].tp_ctx, linears[0].products, *tensors)
+    context = (linears[0].tp_ctx, linears[0].products, recipe)
+    outputs: tuple[torch.Tensor, ...] = _Columns.apply(x, *context, *tensors)
     return outputs
 
 
 class _Columns(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, tp_ctx: TensorParallelContext, products: Products, *tensors: torch.Tensor | None
+        ctx: Any,
+        x: torch.Tensor,
+        tp_ctx: TensorParallelContext,
+        products: Products,
+        recipe: Recipe | None,
+        *tensors: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
         ctx.tp_ctx, ctx.products, ctx.tensors = tp_ctx, products, tensors
-        ctx.save_for_backward(x)
+        ctx.function, kept = recipe or (None, (x,))
+        ctx.save_for_backward(*kept)
         full, gathered = tp_ctx.start_gather(x)
         gathered.wait()
         operand, weights = products.operand(full), cast(Any, tensors[::2])
@@ -116,7 +126,7 @@ class _Columns(torch.autograd.Function):
         tp_ctx: TensorParallelContext = ctx.tp_ctx
         products: Products = ctx.products
         weights, biases = ctx.tensors[::2], ctx.tensors[1::2]
-        full, gathered = tp_ctx.start_gather(ctx.saved_tensors[0])
+        full, gathered = tp_ctx.start_gather(made_again(ctx.function, ctx.saved_tensors))
         dys = [products.gradient(dy) for dy in grads]
         dx, summed = tp_ctx.start_sum(products.input_grad(dys, weights))
         gathered.wait()
@@ -124,7 +134,7 @@ class _Columns(torch.autograd.Function):
         for weight, dy, bias, grad in zip(weights, dys, biases, grads, strict=True):
             made += [tp_ctx.weight_grads.compute_or_defer(weight, dy, operand), None if bias is None else grad.sum(0)]
         summed.wait()
-        return dx, None, None, *made
+        return dx, None, None, None, *made
 
 
 class RowLinear(_Linear):
@@ -135,8 +145,9 @@ class RowLinear(_Linear):
 
     split_dim = 1
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = _Row.apply(x, self.tp_ctx, self.products, self.weight)
+    def forward(self, x: torch.Tensor, recipe: Recipe | None = None) -> torch.Tensor:
+        """`recipe`: as `columns`."""
+        y: torch.Tensor = _Row.apply(x, self.tp_ctx, self.products, recipe, self.weight)
         bias = self.output_bias()
         return y if bias is None else y + bias
 
@@ -151,10 +162,16 @@ class RowLinear(_Linear):
 class _Row(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, tp_ctx: TensorParallelContext, products: Products, weight: torch.Tensor
+        ctx: Any,
+        x: torch.Tensor,
+        tp_ctx: TensorParallelContext,
+        products: Products,
+        recipe: Recipe | None,
+        weight: torch.Tensor,
     ) -> torch.Tensor:
         ctx.tp_ctx, ctx.products, ctx.weight = tp_ctx, products, weight
-        ctx.save_for_backward(x)
+        ctx.function, kept = recipe or (None, (x,))
+        ctx.save_for_backward(*kept)
         y, summed = tp_ctx.start_sum(products.output(products.operand(x), weight))
         summed.wait()
         return y
@@ -165,6 +182,6 @@ class _Row(torch.autograd.Function):
         products: Products = ctx.products
         full, gathered = tp_ctx.start_gather(grads[0])
         gathered.wait()
-        dy, x = products.gradient(full), products.operand(ctx.saved_tensors[0])
+        dy, x = products.gradient(full), products.operand(made_again(ctx.function, ctx.saved_tensors))
         dx = products.input_grad([dy], [ctx.weight])
-        return dx, None, None, tp_ctx.weight_grads.compute_or_defer(ctx.weight, dy, x)
+        return dx, None, None, None, tp_ctx.weight_grads.compute_or_defer(ctx.weight, dy, x)

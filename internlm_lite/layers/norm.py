@@ -31,7 +31,9 @@ class _RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
         inverse_rms = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse_rms)
-        return (exact * inverse_rms).mul_(weight).to(x.dtype)
+        # Compiled by torch 2.11, an output of an operation in place, or of a `to` without effect, loses its gradient.
+        y = exact * inverse_rms * weight
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -41,6 +41,10 @@ class TensorParallelContext:
     products: Products = field(default_factory=Products)
     """Matrix products of the linear layers, in training."""
     weight_grads: WeightGrads = field(default_factory=WeightGrads)
+    compiled: bool = False
+    """Training passes are compiled, where no collective is inside (model.compile)."""
+    selective: bool = False
+    """Layers keep what made their inputs instead of them (layers/recompute.py)."""
 
     @contextmanager
     def whole_activations(self) -> Iterator[None]:

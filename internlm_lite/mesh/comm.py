@@ -74,6 +74,33 @@ def read(tensor: torch.Tensor) -> Any:
     return tensor.tolist()
 
 
+class Pending:
+    """The values that a tensor has now, on their way to the host. Nothing enqueued later changes or delays them."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        self._host.copy_(tensor, non_blocking=True)
+        self._arrived: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def ready(self) -> bool:
+        """Whether `value` returns at once."""
+        return self._arrived is None or self._arrived.query()
+
+    def value(self) -> Any:
+        """As `read` of the tensor then. Waits for the copy, as visibly as `read`."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host.tolist()
+
+
+def read_later(tensor: torch.Tensor) -> Pending:
+    """`read` without a wait: begins to copy `tensor` to pinned memory."""
+    return Pending(tensor.detach())
+
+
 def all_reduce(tensor: torch.Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Work:
     """Reduce `tensor` in place over `group`; by default to the sum. Collective."""
     return Work([], group) if group.size == 1 else _start(dist.all_reduce, group, tensor, op=op)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.attention import Attention
-from internlm_lite.layers.compiled import compiled_in_training
+from internlm_lite.layers.compiled import compiled_in_training, is_wanted
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape, add_bytes
 from internlm_lite.layers.embedding import Embedding
 from internlm_lite.layers.flash import Attend, AttentionBackend
@@ -31,6 +31,7 @@ from internlm_lite.layers.loss import TokenLosses
 from internlm_lite.layers.mlp import SwiGLU
 from internlm_lite.layers.norm import build_norm
 from internlm_lite.layers.products import Products
+from internlm_lite.layers.recompute import with_recipe
 from internlm_lite.layers.rope import Rotary
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.layers.weight_grads import WeightGrads
@@ -72,7 +73,7 @@ class Block(CostedLayer):
         self.attention = Attention(f"{name}.attention", layer, config, tp_ctx)
         self.ffn_norm = build_norm(f"{name}.ffn_norm", config, tp_ctx)
         self.feed_forward = SwiGLU(f"{name}.feed_forward", config, tp_ctx)
-        whole = config.compile and tp_ctx.group.size == 1 and not tp_ctx.weight_grads.deferred
+        whole = tp_ctx.compiled and tp_ctx.group.size == 1 and not tp_ctx.weight_grads.deferred
         if whole:
             self._require_manual_grads()
         self._before = compiled_in_training(Block._before_attention, wanted=whole)
@@ -98,14 +99,17 @@ class Block(CostedLayer):
         return self._after(self, x, attend(self.attention.layer, *self._before(self, x, rotary)))
 
     def _before_attention(self, x: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.attention.project(x if self.post_norm else self.attention_norm(x), rotary)
+        if self.post_norm:
+            return self.attention.project(x, rotary)
+        normed, recipe = with_recipe(self.attention_norm, x, wanted=self.tp_ctx.selective)
+        return self.attention.project(normed, rotary, recipe)
 
     def _after_attention(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         x = x + self.attention.output(mixed)
-        if self.post_norm:
-            x = self.attention_norm(x)
-            return self.ffn_norm(x + self.feed_forward(x))
-        return x + self.feed_forward(self.ffn_norm(x))
+        norm = self.attention_norm if self.post_norm else self.ffn_norm
+        normed, recipe = with_recipe(norm, x, wanted=self.tp_ctx.selective)
+        y = self.feed_forward(normed, recipe)
+        return self.ffn_norm(normed + y) if self.post_norm else x + y
 
     def saved_bytes(self, row: RowShape, *, recompute: bool | None = None) -> Bytes:
         """`recompute` overrides `self.recompute`."""
@@ -113,7 +117,10 @@ class Block(CostedLayer):
         if self.recompute if recompute is None else recompute:
             return {"layer inputs": layer_input}
         # The first layer counts the block's input, too; it moves to "layer inputs", which recomputed blocks also have.
-        return add_bytes({"layer inputs": layer_input}, super().saved_bytes(row), {"norm inputs": -layer_input})
+        kept = add_bytes({"layer inputs": layer_input}, super().saved_bytes(row), {"norm inputs": -layer_input})
+        if row.selective:  # outputs of norms are made again
+            kept["projection inputs"] -= layer_input * (1 if self.post_norm else 2)
+        return kept
 
     def messages(self, row: RowShape) -> list[Message]:
         twice = 2 if self.recompute else 1
@@ -235,4 +242,6 @@ def tensor_parallel_context(
         by_sequence=by_sequence and mesh.tp.size > 1,
         products=products,
         weight_grads=WeightGrads(deferred=defer_weight_grads, add=products.add_weight_grad),
+        compiled=is_wanted(config.compile, mesh.device),
+        selective=config.checkpoint == "selective",
     )

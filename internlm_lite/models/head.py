@@ -38,7 +38,7 @@ class Head(CostedLayer):
     ) -> None:
         super().__init__()
         self.tp_ctx = tp_ctx
-        fused = compiled(losses_and_gradient) if config.compile and tp_ctx.group.size == 1 else None
+        fused = compiled(losses_and_gradient) if tp_ctx.compiled and tp_ctx.group.size == 1 else None
         self.loss_options = LossOptions(tp_ctx.group, label_smoothing, config.parallel_output, fused)
         # A tied weight is registered by the embedding alone; the tuple hides it from nn.Module here.
         self._tied = None if tied is None else (tied,)

@@ -104,30 +104,6 @@ class StepSignals:
         }
         return torch.stack([scalars[field.name].double() for field in fields(StepSignals)])
 
-    @classmethod
-    def unpack(cls, packed: torch.Tensor) -> StepSignals:
-        return cls(*packed.tolist())
-
-
-class AsyncScalars:
-    """An asynchronous copy to the host, started at construction; `wait` does not wait for work enqueued later."""
-
-    def __init__(self, numbers: torch.Tensor) -> None:
-        self._arrived: torch.cuda.Event | None = None
-        if numbers.is_cuda:
-            self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self._host.copy_(numbers, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-        else:
-            self._host = numbers
-
-    def wait(self) -> torch.Tensor:
-        """The tensor on the host; blocks until the copy is complete."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._host
-
 
 class StopFile:
     """`ckpt.stop_file_path`: holds one integer. Without a path `read` returns 0. A problem is logged once."""
@@ -171,7 +147,7 @@ class ControlChannel:
     def __init__(self, signals: StopSignals, stop_file: Path | None) -> None:
         self._signals, self._stop_file = signals, StopFile(stop_file)
         self._obeyed = 0.0
-        self._in_flight: AsyncScalars | None = None
+        self._in_flight: comm.Pending | None = None
 
     def requests(self) -> Requests:
         """This rank's requests now, to be summed over all ranks in the current step."""
@@ -179,9 +155,9 @@ class ControlChannel:
 
     def exchange(self, outcome: StepOutcome | None) -> StepSignals | None:
         """Start copying a step's results to the host (None: no step follows); wait for and return the previous ones."""
-        sent = None if outcome is None else AsyncScalars(StepSignals.pack(outcome))
+        sent = None if outcome is None else comm.read_later(StepSignals.pack(outcome))
         before, self._in_flight = self._in_flight, sent
-        return None if before is None else StepSignals.unpack(before.wait())
+        return None if before is None else StepSignals(*before.value())
 
     def command(self, signals: StepSignals, steps_done: int) -> Command:
         """The request to follow after `steps_done` steps. A number in the stop file is followed once and reset to 0."""
@@ -221,6 +197,7 @@ class Control:
         """Sets and returns `decision`. Waits for the previous step, and for this one if a save is due. Raises
         NumericsError or DataError when too many consecutive updates were skipped (`check_skips`)."""
         arrived, known_step = self._channel.exchange(outcome), steps_done - 1 - _LAG_STEPS
+        self._reporter.write_lines()
         spiked = False
         if arrived is None:
             self._command, self._requeued = self._requeued, Command()
@@ -239,7 +216,7 @@ class Control:
             final=final,
             stopped_by=self._command.source if self._command.stop and not all_done else "",
             rollback_before=known_step if spiked and self._config.guard.spike == "rollback" else None,
-            bad_losses=int(outcome.skips.consecutive_bad_losses) if final else 0,
+            bad_losses=comm.read(outcome.skips.consecutive_bad_losses) if final else 0,
         )
         return self.decision
 

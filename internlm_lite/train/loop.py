@@ -43,6 +43,7 @@ def train(run: Run, signals: StopSignals, trace_folder: Path | None = None) -> T
     with (
         closing(run.data.batches(state.position, pin=pin)) as batches,
         traced_steps(trace_folder, run.mesh.rank) as traced,
+        run.reporter.all_lines_written(),
     ):
         while state.step < total_steps and not control.decision.stop:
             watchdog.enter("data", state.step)

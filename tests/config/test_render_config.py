@@ -43,6 +43,7 @@ def test_diff() -> None:
             "num_layers": 2,
             "multiple_of": 32,
             "dtype": "torch.float32",
+            "compile": False,
         },
     }
 

@@ -128,3 +128,14 @@ def test_a_layer_that_leaves_its_gradients_to_autograd_is_explained(monkeypatch:
         refused = pytest.raises(ConfigError, match=r"layers.0.attention_norm.weight .*accumulating")
         with refused if dtype == "bfloat16" else nullcontext():
             Trainer(config, single_process_mesh())
+
+
+@pytest.mark.parametrize("key", [None, True, False])
+@pytest.mark.parametrize("missing", ["", "triton", "compiler"])
+def test_on_gpus_it_is_on_where_its_tools_are(key: bool | None, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "has_triton", lambda: missing != "triton")
+    monkeypatch.setattr(shutil, "which", lambda name: "" if missing == "compiler" else name)
+    refused = pytest.raises(ConfigError, match=r"Triton.*set model.compile=False") if key and missing else nullcontext()
+    with refused:
+        assert compiled.is_wanted(key, torch.device("cuda")) is (key is not False and not missing)
+    assert compiled.is_wanted(key, torch.device("cpu")) is bool(key)

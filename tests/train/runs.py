@@ -37,6 +37,7 @@ def tiny(corpus: Path | None, **sections: dict[str, Any]) -> Config:
             "vocab_size": 96 if corpus else 256,
             "multiple_of": 16,
             "dtype": "torch.float64",
+            "compile": False,
         },
     }
     for section, changes in sections.items():

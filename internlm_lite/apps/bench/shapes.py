@@ -24,7 +24,8 @@ def bench_config(
     num_chunks: int = 1,
     bucket_size: int = 4 * 1024**2,
 ) -> Config:
-    """Config of a decoder without biases. Buckets of 4 M elements are small enough to overlap communication.
+    """Config of a decoder without biases, eager as its peers. Buckets of 4 M elements are small enough to overlap
+    communication.
 
     `parallel`: that section of the config.
     """
@@ -44,6 +45,7 @@ def bench_config(
                 "multiple_of": 64,
                 "dtype": dtype,
                 "num_chunks": num_chunks,
+                "compile": False,
             },
             "parallel": parallel or {},
         }

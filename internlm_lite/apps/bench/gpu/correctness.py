@@ -183,6 +183,7 @@ def _waits(check: Check, log_every: int, steps: int) -> Counter[str]:
             "model": {
                 **{"num_attention_heads": 4, "hidden_size": 256, "num_layers": 2, "vocab_size": 512, "multiple_of": 64},
                 "no_bias": True,
+                "compile": False,
                 "dtype": "torch.float32" if check.smoke else "torch.bfloat16",
             },
         }

@@ -44,6 +44,7 @@ model = dict(
     multiple_of=64,
     no_bias=True,
     dtype=DTYPE,
+    compile=False,
 )
 parallel = dict(zero1=-1, tensor=1)
 """

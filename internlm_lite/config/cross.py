@@ -75,6 +75,7 @@ def cross_problems(config: Config, world_size: int | None) -> Iterator[Problem]:
     yield from _pipeline(config)
     yield from _sequence(config)
     yield from _precision(config)
+    yield from _float8(config)
     yield from _curves(config)
     yield from _batches(config)
     yield from _data(config)
@@ -276,6 +277,34 @@ def _precision(config: Config) -> Iterator[Problem]:
             ("grad_scaler.fp16.initial_scale", "grad_scaler.fp16.min_scale", "grad_scaler.max_scale"),
             f"found {start:g}, expected at least grad_scaler.fp16.min_scale {_number(low)} "
             f"and at most grad_scaler.max_scale {_number(high)}; change one of them",
+        )
+
+
+def _float8(config: Config) -> Iterator[Problem]:
+    """Products in float8 take multiples of 16 along every dimension of a tensor-parallel rank's part."""
+    model, tensor, data = config.model, config.parallel.tensor, config.data
+    if not model.fp8:
+        return
+    if model.torch_dtype_name != "bfloat16":
+        keys = "model.fp8", "model.dtype"
+        yield Problem(
+            keys, f'found True with model.dtype "{model.dtype}", expected "torch.bfloat16"; change one of them'
+        )
+    head_rows = model.head_dim * (model.num_attention_heads + 2 * model.kv_heads)
+    sizes = {
+        ("model.hidden_size",): model.hidden_size,
+        ("model.hidden_size", _TENSOR): model.hidden_size // tensor,
+        ("model.num_kv_attention_heads", _TENSOR): head_rows // tensor,
+        ("model.multiple_of", "model.mlp_ratio", _TENSOR): model.mlp_hidden_size // tensor,
+        ("data.micro_bsz", "data.seq_len"): data.micro_bsz * data.seq_len,
+    }
+    odd = {keys: size for keys, size in sizes.items() if size % 16}
+    if odd:
+        found = " and ".join(f"{size} ({', '.join(keys)})" for keys, size in odd.items())
+        yield Problem(
+            ("model.fp8", *(key for keys in odd for key in keys)),
+            f"found True with matrices of {found} rows or columns on a rank, expected multiples of 16; "
+            "change these keys, or set model.fp8=False",
         )
 
 

@@ -144,7 +144,8 @@ FEATURES: Mapping[str, tuple[str, str]] = {
         "LoRA and other adapters", "all weights are trained"),
     r"(use_|enable_|do_)?(dpo|rlhf|ppo|grpo|kto|orpo|rloo|reward|rl)(_.*)?|is_reward|ref_model|beta_dpo": (
         "training on preferences or rewards (DPO, PPO, reward models)", "the loss is next-token cross-entropy"),
-    r".*fp8.*|.*float8.*|.*mxfp.*|transformer_engine.*": ("FP8", "model.dtype='torch.bfloat16'"),
+    r".+fp8.*|fp8.+|.*float8.*|.*mxfp.*|transformer_engine.*": (
+        "another form of FP8", "model.fp8=True is for the products of the blocks"),
     r"(load_in_)?[48]_?bit.*|quant.*|.*(gptq|awq|bnb|bitsandbytes).*": ("quantised training", "see model.dtype"),
     r"mm_.*|(use_)?(image|images|vision|vit|video|audio)(_.*)?|multi_?modal.*|projector.*": (
         "images, video and sound", "the model reads tokens of text"),

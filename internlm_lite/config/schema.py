@@ -295,9 +295,9 @@ class ModelConfig(Section):
     a start that takes a minute longer. Rounds differently. Training passes only; with parallel.tensor > 1, or zbv, only
     the rotation and the product of the feed-forward part. None: on GPUs where Triton and a C compiler are installed."""
     fp8: bool = False
-    """(new) Matrix products of the blocks in float8 (e4m3, gradients e5m2) with a scale per tensor; weights, checkpoints,
-    embedding, head and attention stay in dtype, which must be bf16. GPUs: H100, L40S, RTX 4090 and newer; on the CPU the
-    rounding is emulated. Fast with compile. Training passes only; MFU still counts against the peak of bf16."""
+    """(new) Matrix products of the blocks in float8 (e4m3, gradients e5m2), a scale per tensor. Weights, checkpoints,
+    attention, embedding and head stay in dtype, which must be bf16. On H100, L40S, RTX 4090 and newer; the CPU emulates
+    the rounding. Fast with compile. Training passes only; MFU still counts against the peak of bf16."""
     num_chunks: Positive = 1
     """Stages per pipeline rank; > 1: interleaved schedule, unless parallel.pipeline.schedule is "zbv"."""
     no_bias: bool = False

@@ -308,7 +308,7 @@ def kernel_problem(backend: AttentionBackend, config: ModelConfig, device: torch
     generator = torch.Generator(device).manual_seed(0)
     groups = config.num_attention_heads // config.kv_heads
     inputs = [
-        torch.randn(boundaries[-1], heads, config.head_dim, generator=generator, device=device)
+        torch.randn(boundaries[-1], heads, config.head_size, generator=generator, device=device)
         for heads in (2 * groups, 2, 2, 2 * groups)
     ]
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)

@@ -4,9 +4,9 @@
     dx = dy W       dy in e5m2: 2 bits, and the range that gradients need
     dW = dy^T x
 
-Each operand is multiplied by one scale, computed from its own largest magnitude whenever it is cast. Nothing is kept from
-one step to the next, so recomputed layers, resumed runs and pipelines give the same bits. A tensor-parallel rank scales
-its own shard: layouts agree to the rounding of float8, and no collective is needed.
+Each operand is multiplied by one scale, computed from its own largest magnitude whenever it is cast. Nothing is kept
+from step to step, so recomputed layers, resumed runs and pipelines give the same bits. A tensor-parallel rank scales
+its own shard, without a collective: layouts agree as in bf16, but for numbers too small for float8's full mantissa.
 
 One scale for a tensor instead of one for a row: dW sums over tokens, so x and dy would need a second cast with scales
 by column, and the kernels with scales by row are slower. Llama 3 8B on 8 H100, compiled: bf16 5,760 tokens/s, by row
@@ -27,8 +27,8 @@ from internlm_lite.layers.products import Products
 
 _E4M3, _E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 _LEAST = 2.0**-64
-"""Least magnitude that is scaled to the largest float8 number: zeros have a finite scale, and the product of two inverse
-scales does not underflow."""
+"""Least magnitude that is scaled to the largest float8 number, so that zeros have a finite scale and the product of
+two inverse scales does not underflow."""
 _EXPONENT = 0x7F800000
 """The exponent's bits of an fp32 number; without the others, a positive number is rounded down to a power of two."""
 
@@ -42,7 +42,7 @@ class Scaled(NamedTuple):
     """fp32 scalar, a power of two."""
 
     def transposed(self) -> Scaled:
-        return Scaled(self.values.t().contiguous(), self.inverse)
+        return Scaled(self.values.t().clone(memory_format=torch.contiguous_format), self.inverse)
 
 
 def scaled(x: torch.Tensor, dtype: torch.dtype) -> Scaled:
@@ -105,13 +105,15 @@ _add_scaled_product_in_graph = torch.library.custom_op(
 """One operation of a graph, which runs in its place and in place."""
 
 
+def has_float8(device: torch.device) -> bool:
+    """Whether the device multiplies float8 numbers; a CPU emulates it."""
+    return device.type != "cuda" or (not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9))
+
+
 def require_float8(device: torch.device) -> None:
-    """Raises ConfigError for a GPU that cannot multiply float8 numbers; on the CPU they are emulated."""
-    if device.type != "cuda":
-        return
-    capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip or capability < (8, 9):
+    """Raises ConfigError for a GPU without `has_float8`."""
+    if not has_float8(device):
         raise ConfigError(
-            f"model.fp8=True on {torch.cuda.get_device_name(device)} of compute capability {capability[0]}.{capability[1]}: "
-            "expected an NVIDIA GPU of 8.9 (L40S, RTX 4090) or newer (H100, B200); set model.fp8=False"
+            f"model.fp8=True: found {torch.cuda.get_device_name(device)}, expected an NVIDIA GPU of compute capability "
+            "8.9 or higher (L40S, RTX 4090, H100, B200); set model.fp8=False"
         )

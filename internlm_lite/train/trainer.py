@@ -19,6 +19,7 @@ from internlm_lite.batch import Batch
 from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import ValidationData
 from internlm_lite.layers.flash import choose_backend, packed
+from internlm_lite.layers.fp8 import require_float8
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.initialise import initialise
 from internlm_lite.models.stages import Stages, build_stages, units_of
@@ -66,6 +67,8 @@ class Trainer:
         loaded, or drawn by the method of that name, they are arbitrary numbers."""
         self.mesh, self._seed, dtype = mesh, config.seed, torch_dtype(config.model.dtype)
         self.backend = choose_backend(config.model, mesh.device)
+        if config.model.fp8:
+            require_float8(mesh.device)
         self.stages = build_stages(config, mesh, self.backend)
         self.optimizer = HybridZeroOptimizer(units_of(self.stages), config, mesh, dtype)
         if draw_weights and mesh.device.type != "meta":  # where tensors have no values

@@ -553,6 +553,34 @@ def test_sequence_parallel_divisibility() -> None:
     assert problems(text.replace("micro_num=4", "micro_num=4, micro_bsz=2")) == []
 
 
+FLOAT8 = GOOD.replace('"torch.float16"', '"torch.bfloat16", fp8=True')
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ('"torch.bfloat16"', '"torch.float32"', 'with model.dtype "torch.float32", expected "torch.bfloat16"'),
+        ("hidden_size=128", "hidden_size=144", "matrices of 72 (model.hidden_size, parallel.tensor) and 216"),
+        (
+            "hidden_size=128",
+            "hidden_size=128, multiple_of=8",
+            "172 (model.multiple_of, model.mlp_ratio, parallel.tensor)",
+        ),
+        ("num_attention_heads=8", "num_attention_heads=16, num_kv_attention_heads=2", ""),
+        (
+            "num_attention_heads=8",
+            "num_attention_heads=32, num_kv_attention_heads=2",
+            "72 (model.num_kv_attention_heads",
+        ),
+        ("SEQ_LEN = 128", "SEQ_LEN = 127", "127 (data.micro_bsz, data.seq_len) rows or columns on a rank, expected"),
+    ],
+)
+def test_shapes_that_float8_products_do_not_take(old: str, new: str, found: str) -> None:
+    assert problems(FLOAT8) == []
+    told = problems(FLOAT8.replace(old, new))
+    assert len(told) == bool(found) and all("model.fp8: found True " in line and found in line for line in told)
+
+
 def test_interleaved_micro_num() -> None:
     text = GOOD.replace("num_layers=4", "num_layers=4, num_chunks=2").replace("tensor=2", "pipeline=2")
     assert problems(text.replace("micro_num=4", "micro_num=3"), 4)[0].startswith(

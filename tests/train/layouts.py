@@ -61,6 +61,7 @@ class Layout:
     smoothing: float = 0
     embed_scale: float = 1
     fp32_norm: bool = False
+    fp8: bool = False
     layers: int = 5
 
     @property
@@ -84,7 +85,7 @@ class Layout:
 
 MODEL = (
     *("rows", "micro_bsz", "tied", "bias", "qk_norm", "head_dim", "rope", "post_norm", "smoothing", "embed_scale"),
-    *("fp32_norm", "layers"),
+    *("fp32_norm", "fp8", "layers"),
 )
 """Options that change the model or the batches. The others must not change a figure."""
 
@@ -163,6 +164,7 @@ def config_of(layout: Layout, corpus: Path | None, dtype: str = "torch.float64",
         "apply_post_layer_norm": layout.post_norm,
         "embed_grad_scale": layout.embed_scale,
         "use_fp32_norm": layout.fp32_norm,
+        "fp8": layout.fp8,
         "dtype": dtype,
     }
     pipeline = {"size": layout.pp, "schedule": layout.schedule, "interleaved_overlap": layout.early_receive}

@@ -18,7 +18,7 @@ from tests.cli import ROOT
 ONE_OF_A_KIND = (
     *("env", "attention", "syncs", "train_curves", "resume", "worlds:nccl", "ops", "attention_speed", "staging"),
     *("perf:1b:eager", "perf:1b:bare+compiled", "perf:1b:compile", "profile:1b:eager"),
-    "perf:1b:liger",
+    *("perf:1b:liger", "perf:7b:compile+fp8"),
 )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from internlm_lite.apps.planner.memory import row_shape
 from internlm_lite.config.schema import Config
@@ -62,13 +63,13 @@ def kept_bytes(mesh: Mesh, config: Config) -> int:
 
 
 def waiting_bytes(config: Config) -> int:
-    """Storages that deferred weight gradients keep after the backward pass of one micro-batch."""
+    """Storages that deferred weight gradients keep after the backward pass of one micro-batch, without scalars."""
     tp_ctx = tensor_parallel_context(config.model, single_process_mesh(), by_sequence=False, defer_weight_grads=True)
     spec = StageSpec(range(config.model.num_layers), first=True, last=True)
     stage = Transformer(config.model, 0.0, tp_ctx, AttentionBackend.SDPA, spec)
     run, _ = row_of_stage(stage, config)
     run().backward()
-    tensors = [tensor for _, *pair in tp_ctx.weight_grads._waiting for tensor in pair]
+    tensors = [leaf for _, *pair in tp_ctx.weight_grads._waiting for leaf in tree_leaves(pair) if leaf.dim()]
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 

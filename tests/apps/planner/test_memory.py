@@ -24,6 +24,7 @@ SHAPES: list[dict[str, Any]] = [
     {"embed_split_hidden": False, "tie_word_embeddings": True, "embed_grad_scale": 0.5},
     {"num_kv_attention_heads": 2, "qk_norm": "head", "head_dim": 6, "qkv_bias": False},
     {"dtype": "torch.bfloat16", "qk_norm": "head", "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    {"dtype": "torch.bfloat16", "fp8": True},
     {"checkpoint": 1 / 3},
     {"checkpoint": "selective"},
     {"checkpoint": "selective", "dtype": "torch.bfloat16", "use_fp32_norm": True, "num_kv_attention_heads": 2},
@@ -45,7 +46,10 @@ def test_full_recomputation_keeps_the_rotary_table_outside_autograd() -> None:
     assert kept_bytes(single_process_mesh(), wanted) == sum(terms.values()) - terms["rotary table"]
 
 
-@pytest.mark.parametrize("shape", [{}, {"num_kv_attention_heads": 2, "checkpoint": "selective"}], ids=str)
+BF16 = {"num_kv_attention_heads": 2, "dtype": "torch.bfloat16"}
+
+
+@pytest.mark.parametrize("shape", [{}, {**BF16, "checkpoint": "selective"}, {**BF16, "fp8": True}], ids=str)
 def test_deferred_weight_gradients_hold_what_is_planned(shape: dict[str, Any]) -> None:
     wanted = config(**shape)
     row = row_shape(wanted, AttentionBackend.SDPA, "cpu")

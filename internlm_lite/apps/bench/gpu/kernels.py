@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from internlm_lite.apps.bench.gpu.correctness import installed, kernels
 from internlm_lite.apps.bench.gpu.measurement import Check
 from internlm_lite.checkpoint.save.staging import Staging
 from internlm_lite.layers.flash import AttentionBackend, packed
+from internlm_lite.layers.fp8 import has_float8, scaled, scaled_product
 from internlm_lite.layers.loss import LossOptions, linear_cross_entropy
 from internlm_lite.layers.rope import RopeFrequencies, Rotary, plain_frequencies
 from internlm_lite.mesh.mesh import single_process_mesh
@@ -43,6 +45,12 @@ def _ceilings(check: Check) -> None:
     n = 256 if check.smoke else 8192
     a, b = torch.randn(n, n, dtype=torch.bfloat16), torch.randn(n, n, dtype=torch.bfloat16)
     check.note(f"bf16 product {n}^3: {2 * n**3 / check.milliseconds(lambda: a @ b) / 1e9:.0f} TFLOP/s")
+    if has_float8(a.device):
+        x, w = scaled(a, torch.float8_e4m3fn), scaled(b, torch.float8_e4m3fn)
+        for fast in (True, False):
+            taken = check.milliseconds(partial(scaled_product, x, w, fast=fast))
+            check.note(f"float8 product {n}^3, fast sums {fast}: {2 * n**3 / taken / 1e9:.0f} TFLOP/s")
+        _bandwidth(check, "cast to float8", lambda: scaled(a, torch.float8_e4m3fn), 5 * a.numel())
     source = torch.empty(1 << 20 if check.smoke else 1 << 30)
     target = torch.empty_like(source)
     _bandwidth(check, "copy", lambda: target.copy_(source), 2 * source.nbytes)

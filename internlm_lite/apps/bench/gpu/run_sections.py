@@ -50,6 +50,7 @@ PLAN = (
     Measurement("perf:1b:bare+compiled", 100, alone=True),
     Measurement("perf:1b:compile", 110, alone=True),
     Measurement("perf:7b:compile", 100, alone=True),
+    Measurement("perf:7b:compile+fp8", 110, alone=True),
     Measurement("perf:7bhalf:compile", 80, alone=True),
     Measurement("attention_speed", 45, alone=True),
     Measurement("profile:1b:compile", 90, alone=True),
@@ -62,6 +63,7 @@ PLAN = (
     Measurement("perf:7b:bare+compiled", 100, alone=True),
     Measurement("perf:7b:recompute", 60, alone=True),
     Measurement("perf:1b:liger", 90, alone=True),
+    Measurement("perf:1b:compile+fp8", 110, alone=True),
     Measurement("perf:1b:compile+varlen", 90, alone=True),
     Measurement("perf:7b:compile+selective", 90, alone=True),
 )

@@ -20,6 +20,7 @@ from internlm_lite.apps.bench.gpu.measurement import Check
 from internlm_lite.apps.bench.shapes import bench_config
 from internlm_lite.apps.bench.timing import Side
 from internlm_lite.config.schema import Config
+from internlm_lite.layers.fp8 import has_float8
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.models.stages import model_flops_per_token
 from internlm_lite.monitor.flops import mfu
@@ -48,6 +49,9 @@ def perf(check: Check, shape: str, variant: str) -> None:
     """Median step with a wait after each, and steps without: what the host needs to start one, and what one takes."""
     if "liger" in variant and not installed("liger_kernel"):
         check.tell("not measured: liger-kernel is not installed")
+        return
+    if "fp8" in variant and not has_float8(check.device):
+        check.tell("not measured: this GPU has no products in float8")
         return
     config, side, built = _build(check, shape, variant)
     begin = time.perf_counter()
@@ -89,7 +93,7 @@ def perf(check: Check, shape: str, variant: str) -> None:
 
 def shape_config(shape: str, variant: str, *, smoke: bool = False) -> Config:
     """What `perf` and `profile` measure."""
-    dtype = "torch.float32" if smoke else "torch.bfloat16"
+    dtype = "torch.float32" if smoke and "fp8" not in variant else "torch.bfloat16"
     config = bench_config(**(_TINY if smoke else SHAPES[shape]), dtype=dtype, bucket_size=_BUCKET)
     return variants.configured(config, variant)
 

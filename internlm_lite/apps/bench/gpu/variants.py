@@ -31,6 +31,7 @@ def configured(config: Config, variant: str) -> Config:
         "compile": "compile" in names,
         "checkpoint": "selective" if "selective" in names else "recompute" in names,
         "attention": "torch_varlen" if "varlen" in names else "auto",
+        "fp8": "fp8" in names,
     }
     return config.model_copy(update={"model": config.model.model_copy(update=keys)})
 
@@ -90,6 +91,7 @@ VARIANTS: dict[str, Callable[[bool], None]] = {
     "recompute": _nothing,
     "selective": _nothing,
     "varlen": _nothing,
+    "fp8": _nothing,
     "compile": _only_trace,
     "compiled": _bare_compiled,
     "liger": _liger,

@@ -26,6 +26,9 @@ class BuildWithStarter(build_py):
 
 setup(
     packages=find_packages(include=["internlm_lite", "internlm_lite.*"], exclude=["internlm_lite.apps.bench*"]),
-    package_data={"internlm_lite.apps.report": ["assets/*", "assets/app/*"]},
+    package_data={
+        "internlm_lite.apps.report": ["assets/*", "assets/app/*"],
+        "internlm_lite.apps.attention_maps": ["maps.html"],
+    },
     cmdclass={"build_py": BuildWithStarter},
 )

@@ -201,13 +201,14 @@ def draw_attention(
 ) -> None:
     """Write the file of --attention. Raises ConfigError for several prompts, layers and heads that are not there."""
     from internlm_lite.apps.attention_maps.weights import attention_weights, numbers_of
-    from internlm_lite.apps.attention_maps.write_maps import Maps, write_maps
+    from internlm_lite.apps.attention_maps.write_maps import Maps, check_size, write_maps
 
     if len(requests) != 1:
         raise ConfigError(f"--attention with {len(requests)} prompts: expected one")
     shape, (request,) = model.any_stage.config, requests
     layers = numbers_of("--layers", arguments.layers, shape.num_layers)
     heads = numbers_of("--heads", arguments.heads, shape.num_attention_heads)
+    check_size(arguments.attention.suffix, len(layers) * len(heads), len(request.prompt))
     weights = attention_weights(model, [request.prompt], layers, heads)[0]
     labels = [tokenizer.piece(token) for token in request.prompt]
     write_maps(Maps(labels, layers, heads, weights), arguments.attention)

@@ -52,6 +52,19 @@ def check_target(path: Path) -> None:
         )
 
 
+def check_size(suffix: str, n_maps: int, n_tokens: int) -> None:
+    """Raises ConfigError for more than a page or a picture can show."""
+    n_bytes = n_maps * n_tokens * (n_tokens + 1)
+    pixels = math.prod(_grid(n_maps)) * (_side(n_tokens) * _DPI) ** 2
+    found = ""
+    if suffix == ".html" and n_bytes > LARGEST_PAGE:
+        found = f"{human_bytes(n_bytes)}, more than {human_bytes(LARGEST_PAGE)}"
+    if suffix == ".png" and pixels > LARGEST_PICTURE:
+        found = f"{pixels / 1e6:.0f} megapixels, more than {LARGEST_PICTURE / 1e6:.0f}"
+    if found:
+        raise ConfigError(f"{n_maps} maps of {n_tokens} tokens: {found}; choose some with --layers and --heads")
+
+
 def write_maps(maps: Maps, path: Path) -> None:
     """Write the file atomically. Raises as `check_target`, ConfigError for more than a page or picture can show."""
     check_target(path)
@@ -67,12 +80,10 @@ def write_maps(maps: Maps, path: Path) -> None:
 
 def page(maps: Maps) -> str:
     """HTML that asks nothing of any network; a content security policy allows its own script and style alone."""
-    tokens = len(maps.labels)
+    check_size(".html", len(maps.layers) * len(maps.heads), len(maps.labels))
     numbers = (maps.weights.double() * 65535).round().to(torch.int32)
-    rows, columns = torch.tril_indices(tokens, tokens)
+    rows, columns = torch.tril_indices(len(maps.labels), len(maps.labels))
     lower = numbers[:, :, rows, columns].numpy().astype("<u2")  # row by row, without the keys after a query
-    if lower.nbytes > LARGEST_PAGE:
-        raise ConfigError(_too_much(maps, f"{human_bytes(lower.nbytes)}, more than {human_bytes(LARGEST_PAGE)}"))
     payload = {
         "labels": [escaped(label) for label in maps.labels],
         "layers": list(maps.layers),
@@ -91,18 +102,16 @@ def picture(maps: Maps) -> bytes:
     from matplotlib import font_manager, rc_context
     from matplotlib.figure import Figure
 
-    count, side = len(maps.layers) * len(maps.heads), len(maps.labels) * _CELL + _MARGIN
-    columns = min(count, math.ceil(math.sqrt(count)))
-    size = (columns * max(side, 2.5), math.ceil(count / columns) * max(side, 2.5))
-    pixels = size[0] * size[1] * _DPI**2
-    if pixels > LARGEST_PICTURE:
-        raise ConfigError(_too_much(maps, f"{pixels / 1e6:.0f} megapixels, more than {LARGEST_PICTURE / 1e6:.0f}"))
+    count = len(maps.layers) * len(maps.heads)
+    check_size(".png", count, len(maps.labels))
+    rows, columns = _grid(count)
+    side = _side(len(maps.labels))
     fonts = ["DejaVu Sans", *(name for name in _FONTS if name in set(font_manager.get_font_names()))]
     file = io.BytesIO()
     with rc_context({"font.family": fonts, "font.size": 6}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a missing glyph is drawn as a box
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(math.ceil(count / columns), columns, squeeze=False).ravel()
+        figure = Figure(figsize=(columns * side, rows * side), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for axis in axes[count:]:
             axis.set_axis_off()
         names = [f"layer {layer}, head {head}" for layer in maps.layers for head in maps.heads]
@@ -123,9 +132,15 @@ def _draw(axis: Any, name: str, labels: Sequence[str], weights: torch.Tensor) ->
         label.set_parse_math(False)
 
 
-def _too_much(maps: Maps, found: str) -> str:
-    count = len(maps.layers) * len(maps.heads)
-    return f"{count} maps of {len(maps.labels)} tokens: {found}; choose some with --layers and --heads"
+def _grid(count: int) -> tuple[int, int]:
+    """(rows, columns)"""
+    columns = math.ceil(math.sqrt(count))
+    return math.ceil(count / columns), columns
+
+
+def _side(n_tokens: int) -> float:
+    """Inches of a map in a picture."""
+    return max(n_tokens * _CELL + _MARGIN, 2.5)
 
 
 def _hash(text: str) -> str:

@@ -30,6 +30,7 @@ from internlm_lite.config.masking import masked
 from internlm_lite.config.render_config import resolved
 from internlm_lite.config.schema import Config, S3Config
 from internlm_lite.errors import CheckpointError, InternLMError
+from internlm_lite.generate.prompts import GENERATION_CONFIG
 from internlm_lite.mesh.mesh import Sizes
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -64,8 +65,9 @@ def read_hf(
     with held(storage):
         if catalog.committed(storage):
             raise CheckpointError(f"{storage.name} holds checkpoints already: choose a folder without any")
-        if (folder / MODEL).is_file():
-            storage.put(MODEL, [(folder / MODEL).read_bytes()])
+        for file in (MODEL, GENERATION_CONFIG):
+            if (folder / file).is_file():
+                storage.put(file, [(folder / file).read_bytes()])
         name, n_bytes = _write(storage, source, hf, recipes, config, done)
     return ReadResult(str(name), config, len(recipes), n_bytes, (*hf.notes, *notes))
 

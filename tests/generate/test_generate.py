@@ -120,6 +120,15 @@ def test_the_seed_decides_the_draw_and_the_length_does_not():
     assert [row[:7] for row in drawn] == tokens_of(model, PROMPTS, 7, DRAWN)
 
 
+def test_a_short_prompt_has_the_same_answer_before_and_after_a_long_one():
+    """Nothing of a prompt stays: neither a rotary table that was made longer, nor keys."""
+    model, long = small_model(), documents([500])[0].tolist()
+    before, logits = tokens_of(whole(model), PROMPTS, 8, DRAWN), all_logits(model, PROMPTS[1])
+    tokens_of(whole(model), [long], 8, DRAWN)
+    assert tokens_of(whole(model), PROMPTS, 8, DRAWN) == before
+    assert torch.equal(all_logits(model, PROMPTS[1]), logits)
+
+
 def test_a_repetition_penalty_is_that_of_the_whole_sequence():
     model, penalty = small_model(init_std=1.0), 1.8
     expected = []
@@ -203,7 +212,8 @@ def generate_on_rank(mesh: Mesh, parallel: dict[str, Any], chunks: int) -> Any:
     stages = build_stages(config, mesh, AttentionBackend.SDPA)
     initialise(nn.ModuleList(stages.values()), 7)
     model = whole_model(config, mesh, stages)
-    return [tokens_of(model, PROMPTS, 8, how) for how in (GREEDY, DRAWN, BEAMS)]
+    long = generate(model, [Request(prompt, 8) for prompt in PROMPTS], GREEDY, chunk=2)
+    return [tokens_of(model, PROMPTS, 8, how) for how in (GREEDY, DRAWN, BEAMS)] + [[row.tokens for row in long]]
 
 
 @pytest.fixture(scope="module")

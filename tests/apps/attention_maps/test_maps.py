@@ -18,6 +18,7 @@ from internlm_lite.errors import ConfigError, DataError, MissingPackageError
 from internlm_lite.layers.flash import packed_sdpa
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.models.stages import WholeModel
+from tests.apps.report.browser import chromium
 from tests.models.small import documents, small_model
 
 HOSTILE = ["</script><img src=x onerror=alert(1)>", "<b>", "\x1b[2J\u202e", "$\\frac{", "你好", "&amp;", "▁def"]
@@ -149,3 +150,26 @@ def test_lists_of_numbers():
     for text in ("", "5", "2-1", "0-5", "-1", "a", "1,,2", "1-2-3", "²"):
         with pytest.raises(ConfigError, match=r"--layers .*expected numbers from 0 to 4, such as 0,2-4"):
             numbers_of("--layers", text, 5)
+
+
+def test_a_browser_draws_the_page(tmp_path):
+    """Clicks and arrow keys choose a map and a pair of tokens; hostile labels are text; nothing is fetched."""
+    maps, faults = maps_of(HOSTILE * 4, heads=3), []
+    write_maps(maps, tmp_path / "maps.html")
+    with chromium() as browser:
+        tab = browser.new_page()
+        tab.on("pageerror", lambda error: faults.append(str(error)))
+        tab.on("console", lambda message: faults.append(message.text))
+        tab.on("request", lambda request: request.url.startswith("file:") or faults.append(request.url))
+        tab.goto((tmp_path / "maps.html").as_uri())
+        assert tab.locator("#grid button").all_inner_texts() == [f"layer 3, head {head}" for head in range(3)]
+        tab.locator("#grid button").nth(1).click()
+        tab.locator("#large").focus()
+        for key in ("ArrowUp", "ArrowRight", "ArrowRight"):
+            tab.keyboard.press(key)
+        weight = maps.weights[0, 1, 26, 2].item()
+        told = f'layer 3, head 1: 26 "{HOSTILE[26 % 7]}" looks at 2 "\\x1b[2J\\u202e": {weight:.4f}'
+        assert tab.locator("#readout").inner_text() == told
+        side = tab.locator("#large").bounding_box()["width"]
+        assert side > 28 * 11, "at least eleven pixels a token"
+    assert faults == []

@@ -180,7 +180,9 @@ def continue_prompts(arguments: argparse.Namespace) -> int:
 
 def show(text: str) -> None:
     """Write text as it is; to a terminal with escapes for what would control it."""
-    sys.stdout.write(escaped(text, KEPT) if sys.stdout.isatty() else text)
+    shown = escaped(text, KEPT) if sys.stdout.isatty() else text
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(shown.encode(encoding, "backslashreplace").decode(encoding))  # a locale may lack characters
     sys.stdout.flush()
 
 

@@ -14,6 +14,9 @@ import torch.nn.functional as F
 
 from internlm_lite.layers.flash import Attend
 
+_GROWTH = 512
+"""Fewest positions that are added at a time: not all that a text may have, which most texts do not reach."""
+
 
 class KVCache:
     """For `batch` sequences of at most `capacity` tokens. After the forward pass of `extend` or `decode`, `advance`.
@@ -36,17 +39,24 @@ class KVCache:
         known = list(self._known)
 
         def attend_to_all(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            if layer not in self._keys:  # zeros, because 0 * a masked NaN would be NaN
-                shape = (len(counts), self._capacity, *k.shape[1:])
-                self._keys[layer], self._values[layer] = k.new_zeros(shape), v.new_zeros(shape)
-            for store, new in ((self._keys[layer], k), (self._values[layer], v)):
-                for row, start, piece in zip(store, known, new.split(list(counts)), strict=True):
+            stop = max(start + count for start, count in zip(known, counts, strict=True))
+            for stores, new in ((self._keys, k), (self._values, v)):
+                rows = self._reserve(stores, layer, stop, new)
+                for row, start, piece in zip(rows, known, new.split(list(counts)), strict=True):
                     row[start : start + len(piece)] = piece
             if not any(known):
                 return packed(layer, q, k, v)
             return torch.cat([self._attend_alone(layer, b, piece) for b, piece in enumerate(q.split(list(counts)))])
 
         return attend_to_all
+
+    def _reserve(self, stores: dict[int, torch.Tensor], layer: int, stop: int, like: torch.Tensor) -> torch.Tensor:
+        """The rows of a layer, with room for `stop` positions: zeros, because 0 * a masked NaN would be NaN."""
+        old = stores.get(layer, like.new_zeros(len(self._known), 0, *like.shape[1:]))
+        if old.shape[1] < stop:
+            size = min(self._capacity, max(2 * old.shape[1], stop + _GROWTH))
+            stores[layer] = torch.cat([old, old.new_zeros(len(old), size - old.shape[1], *old.shape[2:])], dim=1)
+        return stores[layer]
 
     def _attend_alone(self, layer: int, b: int, q: torch.Tensor) -> torch.Tensor:
         """The queries [n, H, D] of the newest n tokens of sequence b, over all its tokens up to their own."""
@@ -65,8 +75,8 @@ class KVCache:
         mask = seen[:, None, None]  # [B, 1, 1, stop]
 
         def attend_to_cache(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            self._keys[layer][rows, self.lengths] = k
-            self._values[layer][rows, self.lengths] = v
+            self._reserve(self._keys, layer, stop, k)[rows, self.lengths] = k
+            self._reserve(self._values, layer, stop, v)[rows, self.lengths] = v
             keys, values = (store[layer][:, :stop].transpose(1, 2) for store in (self._keys, self._values))
             grouped = q.shape[1] != k.shape[1]
             mixed = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=mask, enable_gqa=grouped)
@@ -74,10 +84,13 @@ class KVCache:
 
         return attend_to_cache
 
-    def advance(self, counts: Sequence[int]) -> None:
-        """Count the tokens of the last `extend` or `decode` in `lengths`."""
-        self._known = [known + count for known, count in zip(self._known, counts, strict=True)]
-        self.lengths = torch.tensor(self._known, device=self.lengths.device)
+    def advance(self, counts: Sequence[int] | None = None) -> None:
+        """Count the tokens of the last `extend`, or with None of the last `decode`, in `lengths`."""
+        if counts is None:
+            self._known, self.lengths = [known + 1 for known in self._known], self.lengths + 1
+        else:
+            self._known = [known + count for known, count in zip(self._known, counts, strict=True)]
+            self.lengths = torch.tensor(self._known, device=self.lengths.device)
 
     def select(self, parents: Sequence[int]) -> None:
         """Sequence b becomes a copy of sequence parents[b]; the number of sequences may change."""

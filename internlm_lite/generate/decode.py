@@ -37,17 +37,16 @@ class Sampled:
 
     def __init__(self, rows: Sequence[Growing], sampling: Sampling, seen: SeenTokens, listen: Listener) -> None:
         self._rows, self._sampling, self._seen, self._listen = list(enumerate(rows)), sampling, seen, listen
-        steps = max(row.request.max_new_tokens for row in rows)
-        self._numbers = random_numbers([row.request.seed for row in rows], steps)
+        self._generators = [torch.Generator().manual_seed(row.request.seed) for row in rows]
 
     def choose(self, logits: torch.Tensor) -> tuple[list[int], list[int]]:
-        numbers, self._numbers = self._numbers[0].to(logits.device), self._numbers[1:]
+        numbers = random_numbers(self._generators).to(logits.device)
         drawn: list[int] = draw(self._seen.penalised(logits), self._sampling, numbers).tolist()
         for (number, row), token in zip(self._rows, drawn, strict=True):
             if piece := row.add(token):
                 self._listen(number, piece)
         going = [b for b, (_, row) in enumerate(self._rows) if not row.ended_by]
-        self._rows, self._numbers = [self._rows[b] for b in going], self._numbers[:, going]
+        self._rows, self._generators = [self._rows[b] for b in going], [self._generators[b] for b in going]
         tokens = [drawn[b] for b in going]
         self._seen.follow(going, tokens)
         return going, tokens
@@ -101,7 +100,7 @@ def _run(model: WholeModel, rows: Sequence[Growing], search: Search, chunk: int 
     while tokens:
         cache.select(parents)
         logits = model.logits(torch.tensor(tokens, device=model.device), cache.lengths, cache.decode())
-        cache.advance([1] * len(tokens))
+        cache.advance()
         parents, tokens = search.choose(logits)
 
 

@@ -47,10 +47,9 @@ class Sampling:
             raise ConfigError("\n".join(problems))
 
 
-def random_numbers(seeds: Sequence[int], steps: int) -> torch.Tensor:
-    """[steps, rows] float64 in [0, 1): those of a row depend on its seed alone, and are the same on every device."""
-    columns = [torch.rand(steps, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(columns, dim=1)
+def random_numbers(generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """The next number of each row, [rows] float64 in [0, 1): drawn on the host, so the same on every device."""
+    return torch.stack([torch.rand((), dtype=torch.float64, generator=generator) for generator in generators])
 
 
 def draw(logits: torch.Tensor, sampling: Sampling, numbers: torch.Tensor) -> torch.Tensor:

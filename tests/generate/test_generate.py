@@ -69,7 +69,7 @@ def test_cached_logits_equal_a_full_pass(changes):
             order, at = [order[parent] for parent in parents], [at[parent] + 1 for parent in parents]
             given = torch.stack([docs[doc][i] for doc, i in zip(order, at, strict=True)])
             logits = whole(model).logits(given, cache.lengths, cache.decode())
-            cache.advance([1] * len(order))
+            cache.advance()
 
 
 def test_a_long_prompt_in_chunks_has_the_logits_of_one_pass():
@@ -118,6 +118,16 @@ def test_the_seed_decides_the_draw_and_the_length_does_not():
     assert drawn == tokens_of(model, PROMPTS, 20, DRAWN)
     assert drawn != tokens_of(model, PROMPTS, 20, DRAWN, seed=12)
     assert [row[:7] for row in drawn] == tokens_of(model, PROMPTS, 7, DRAWN)
+
+
+def test_a_cache_grows_with_the_text_and_not_with_what_is_allowed(monkeypatch):
+    """A length of 10**12 takes no memory before it is reached; growing changes nothing."""
+    model, row = whole(small_model()), PROMPTS[0]
+    stop = frozenset({tokens_of(model, [row], 40, DRAWN)[0][30]})
+    (expected,) = tokens_of(model, [row], 40, DRAWN, stop_ids=stop)
+    monkeypatch.setattr("internlm_lite.generate.cache._GROWTH", 2)
+    assert tokens_of(model, [row], 10**12, DRAWN, stop_ids=stop) == [expected]
+    assert tokens_of(model, [*PROMPTS, row], 40, DRAWN, stop_ids=stop)[3] == expected
 
 
 def test_a_short_prompt_has_the_same_answer_before_and_after_a_long_one():

@@ -11,7 +11,8 @@ PROBABILITIES = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64)
 
 def frequencies(sampling: Sampling, draws: int = 20_000) -> torch.Tensor:
     logits = PROBABILITIES.log().expand(draws, 4)
-    return draw(logits, sampling, random_numbers([1], draws)[:, 0]).bincount(minlength=4) / draws
+    numbers = torch.rand(draws, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return draw(logits, sampling, numbers).bincount(minlength=4) / draws
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_top_k_of_equal_probabilities_keeps_k():
 @pytest.mark.parametrize("temperature", [0.5, 0])
 def test_a_sick_model_can_be_looked_at(temperature):
     broken = torch.tensor([[torch.nan, 1.0], [torch.nan, torch.nan], [torch.inf, 0.0], [-torch.inf, -torch.inf]])
-    drawn = draw(broken, Sampling(temperature), random_numbers([1, 2, 3, 4], 1)[0])
+    drawn = draw(broken, Sampling(temperature), torch.tensor([0.1, 0.4, 0.6, 0.9], dtype=torch.float64))
     assert drawn.shape == (4,) and set(drawn.tolist()) <= {0, 1} and drawn[2] == 0
 
 
@@ -60,8 +61,13 @@ def test_the_ends_of_the_random_numbers_draw_tokens_that_are_sampled():
 
 
 def test_random_numbers_of_a_row_are_its_own():
-    both = random_numbers([5, 7], 30)
-    assert torch.equal(both[:, 1], random_numbers([7], 50)[:30, 0]) and not torch.equal(both[:, 0], both[:, 1])
+    def numbers(*seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return torch.stack([random_numbers(generators) for _ in range(30)])
+
+    both = numbers(5, 7)
+    assert torch.equal(both[:, 1:], numbers(7)) and not torch.equal(both[:, 0], both[:, 1])
+    assert both.dtype == torch.float64 and both.unique().numel() == 60
 
 
 def test_all_values_out_of_range_are_named():

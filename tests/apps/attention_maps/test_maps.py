@@ -152,24 +152,29 @@ def test_lists_of_numbers():
             numbers_of("--layers", text, 5)
 
 
-def test_a_browser_draws_the_page(tmp_path):
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as found:
+        yield found
+
+
+def test_a_browser_draws_the_page(browser, tmp_path):
     """Clicks and arrow keys choose a map and a pair of tokens; hostile labels are text; nothing is fetched."""
     maps, faults = maps_of(HOSTILE * 4, heads=3), []
     write_maps(maps, tmp_path / "maps.html")
-    with chromium() as browser:
-        tab = browser.new_page()
-        tab.on("pageerror", lambda error: faults.append(str(error)))
-        tab.on("console", lambda message: faults.append(message.text))
-        tab.on("request", lambda request: request.url.startswith("file:") or faults.append(request.url))
-        tab.goto((tmp_path / "maps.html").as_uri())
-        assert tab.locator("#grid button").all_inner_texts() == [f"layer 3, head {head}" for head in range(3)]
-        tab.locator("#grid button").nth(1).click()
-        tab.locator("#large").focus()
-        for key in ("ArrowUp", "ArrowRight", "ArrowRight"):
-            tab.keyboard.press(key)
-        weight = maps.weights[0, 1, 26, 2].item()
-        told = f'layer 3, head 1: 26 "{HOSTILE[26 % 7]}" looks at 2 "\\x1b[2J\\u202e": {weight:.4f}'
-        assert tab.locator("#readout").inner_text() == told
-        side = tab.locator("#large").bounding_box()["width"]
-        assert side > 28 * 11, "at least eleven pixels a token"
+    tab = browser.new_page()
+    tab.on("pageerror", lambda error: faults.append(str(error)))
+    tab.on("console", lambda message: faults.append(message.text))
+    tab.on("request", lambda request: request.url.startswith("file:") or faults.append(request.url))
+    tab.goto((tmp_path / "maps.html").as_uri())
+    assert tab.locator("#grid button").all_inner_texts() == [f"layer 3, head {head}" for head in range(3)]
+    tab.locator("#grid button").nth(1).click()
+    tab.locator("#large").focus()
+    for key in ("ArrowUp", "ArrowRight", "ArrowRight"):
+        tab.keyboard.press(key)
+    weight = maps.weights[0, 1, 26, 2].item()
+    told = f'layer 3, head 1: 26 "{HOSTILE[26 % 7]}" looks at 2 "\\x1b[2J\\u202e": {weight:.4f}'
+    assert tab.locator("#readout").inner_text() == told
+    side = tab.locator("#large").bounding_box()["width"]
+    assert side > 28 * 11, "at least eleven pixels a token"
     assert faults == []

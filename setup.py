@@ -29,6 +29,7 @@ setup(
     package_data={
         "internlm_lite.apps.report": ["assets/*", "assets/app/*"],
         "internlm_lite.apps.planner": ["devices/*.json"],
+        "internlm_lite.apps.attention_maps": ["maps.html"],
     },
     cmdclass={"build_py": BuildWithStarter},
 )

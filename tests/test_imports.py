@@ -22,7 +22,7 @@ FLOORS = {
     6: {"models"},
     7: {"generate"},
     8: {"train"},
-    9: {"apps.planner", "apps.convert", "apps.report", "apps.doctor", "apps.bench"},
+    9: {"apps.planner", "apps.convert", "apps.report", "apps.doctor", "apps.bench", "apps.attention_maps"},
     10: {"cli"},
     11: {"train.py", "tools", "__main__"},
 }

@@ -2,6 +2,12 @@
 
     internlm-lite generate --checkpoint demo/ckpts --prompt "def main" --prompt "The following"
     echo "import os" | internlm-lite generate --checkpoint demo/ckpts --greedy
+    internlm-lite generate --checkpoint demo/ckpts --prompts prompts.txt --stop "\\n\\n" --json > answers.jsonl
+    internlm-lite generate --checkpoint demo/ckpts --prompt "def main" --beams 4 --length-penalty 0.6
+    internlm-lite generate --checkpoint demo/ckpts --prompt "def main" --attention maps.html --layers 0,2-3
+
+The text of a prompt depends on its seed, not on the prompts beside it. That of a single one is shown while it is drawn.
+A line of --requests is an object with "prompt" and, if it differs, max_new_tokens, stop, stop_ids, seed.
 
 Its checkpoint may lie on S3, with the keys in the environment as for train.py.
 """
@@ -9,16 +15,32 @@ Its checkpoint may lie on S3, with the keys in the environment as for train.py.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from internlm_lite.cli.options import add_device, check_at_least, new_parser, s3_settings
-from internlm_lite.errors import ConfigError
+from internlm_lite.errors import ConfigError, DataError
 from internlm_lite.runtime.dist_env import adopt_s3_keys, read_dist_env
 from internlm_lite.runtime.tool import add_s3_option, run_tool
+from internlm_lite.units import escaped
+
+if TYPE_CHECKING:
+    from internlm_lite.data.tokenizer import Tokenizer
+    from internlm_lite.generate.beams import Beams
+    from internlm_lite.generate.prompts import Defaults, PromptLine
+    from internlm_lite.generate.request import Continuation, Request
+    from internlm_lite.generate.sample import Sampling
+    from internlm_lite.models.stages import WholeModel
+
+SAMPLED = {"temperature": 0.8, "top_k": 0, "top_p": 0.95, "min_p": 0.0}
+"""Defaults of what only sampling has."""
+KEPT = "\n\t\u3000"
+"""Shown as they are on a terminal: line break, tabulator, the space of Chinese text."""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -26,33 +48,107 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="FOLDER", help="save folder (its newest), FOLDER/STEP, one checkpoint")
     add("--prompt", action="append", metavar="TEXT", help="continue this; may be given again (default: standard input)")
+    add("--prompts", metavar="FILE", help="prompts, one a line; -: standard input")
+    add("--requests", metavar="FILE", help="prompts as JSON lines; -: standard input")
     add("--tokenizer", metavar="FILE", help="tokenizer file or folder (default: the config's data.tokenizer)")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="longest continuation (128)")
+    add("--max-positions", type=int, metavar="N", help="longest prompt in tokens (default: the model's data.seq_len)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again")
+    add("--stop-id", action="append", default=[], type=int, metavar="ID", help="likewise, before this token")
+    add("--no-eos", action="store_true", help="do not end at the tokenizer's and generation_config.json's end tokens")
     add("--greedy", action="store_true", help="always the most likely token; same as --temperature 0")
-    add("--temperature", type=float, default=0.8, metavar="T", help="lower: likelier tokens (0.8)")
-    add("--top-k", type=int, default=0, metavar="K", help="only the K most likely tokens (0: all)")
-    add("--top-p", type=float, default=0.95, metavar="P", help="only the likeliest tokens of this probability (0.95)")
+    add("--temperature", type=float, metavar="T", help="lower: likelier tokens (0.8)")
+    add("--top-k", type=int, metavar="K", help="only the K most likely tokens (0: all)")
+    add("--top-p", type=float, metavar="P", help="only the likeliest tokens of this probability (0.95)")
+    add("--min-p", type=float, metavar="P", help="only tokens at least P times as likely as the likeliest (0: all)")
+    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="> 1: less of what is there (1)")
     add("--seed", type=int, default=0, metavar="N", help="the same one draws the same tokens (0)")
+    add("--beams", type=int, metavar="K", help="beam search with K sequences, instead of drawing")
+    add("--length-penalty", type=float, metavar="A", help="beams: > 0 favours long texts, < 0 short ones (1)")
+    add("--batch-size", type=int, default=16, metavar="N", help="prompts at a time (16)")
+    add("--chunk", type=int, metavar="N", help="prompt tokens per forward pass, for long prompts (all)")
+    add("--json", action="store_true", help="one JSON object a line instead of text")
+    add("--attention", type=Path, metavar="FILE", help="instead: maps of the prompt's attention, .html or .png")
+    add("--layers", metavar="LIST", help="of the maps, such as 0,2-5 (all)")
+    add("--heads", metavar="LIST", help="likewise (all)")
     add_device(parser)
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as it was trained")
     add_s3_option(parser)
     arguments = parser.parse_args(argv)
-    check_at_least(parser, arguments, max_new_tokens=1)
+    if sum(bool(given) for given in (arguments.prompt, arguments.prompts, arguments.requests)) > 1:
+        parser.error("--prompt, --prompts, --requests: expected one of them")
+    if arguments.attention is None and (arguments.layers or arguments.heads):
+        parser.error("--layers, --heads: expected also --attention FILE")
+    check_at_least(parser, arguments, max_new_tokens=1, max_positions=1, batch_size=1, chunk=1)
     return arguments
+
+
+def chosen_search(arguments: argparse.Namespace) -> Sampling | Beams:
+    """Raises ConfigError for values out of range, and for options of drawing together with beams."""
+    from internlm_lite.generate.beams import Beams
+    from internlm_lite.generate.sample import Sampling
+
+    given = {name: value for name in SAMPLED if (value := getattr(arguments, name)) is not None}
+    if arguments.beams is None:
+        if arguments.length_penalty is not None:
+            raise ConfigError("--length-penalty: expected also --beams K; drawing has no length penalty")
+        if arguments.greedy:
+            given["temperature"] = 0.0
+        return Sampling(**{**SAMPLED, **given}, repetition_penalty=arguments.repetition_penalty)
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"--beams with {names}: beam search draws nothing; give one or the other")
+    penalty = 1.0 if arguments.length_penalty is None else arguments.length_penalty
+    return Beams(arguments.beams, penalty, arguments.repetition_penalty)
+
+
+def read_lines(arguments: argparse.Namespace) -> list[PromptLine]:
+    from internlm_lite.generate.prompts import PromptLine, read_prompts
+
+    path = arguments.prompts or arguments.requests
+    if path is not None:
+        as_json = arguments.requests is not None
+        if path == "-":
+            return list(read_prompts(sys.stdin.buffer, "standard input", as_json=as_json))
+        with open(path, "rb") as file:
+            return list(read_prompts(file, path, as_json=as_json))
+    if arguments.prompt is None and sys.stdin.isatty():
+        print("text to continue, then Ctrl-D on a line of its own:", file=sys.stderr)
+    texts = arguments.prompt or [sys.stdin.read()]
+    return [PromptLine(prompt=text.encode("utf-8", "replace").decode()) for text in texts]
+
+
+def defaults_of(arguments: argparse.Namespace, tokenizer: Tokenizer) -> Defaults:
+    from internlm_lite.generate.prompts import Defaults, end_ids
+
+    ids = frozenset(arguments.stop_id) | (frozenset() if arguments.no_eos else end_ids(tokenizer))
+    return Defaults(arguments.max_new_tokens, ids, tuple(arguments.stop), arguments.seed)
+
+
+def check_lengths(requests: Sequence[Request], longest: int) -> None:
+    """Raises DataError for a prompt that the model has no positions for."""
+    for number, request in enumerate(requests):
+        if len(request.prompt) > longest:
+            raise DataError(
+                f"prompt {number} has {len(request.prompt)} tokens: the model was trained on {longest} (data.seq_len); "
+                f"shorten it, or try what the model makes of it with --max-positions {len(request.prompt)}"
+            )
 
 
 def continue_prompts(arguments: argparse.Namespace) -> int:
     """Exit code."""
+    from internlm_lite.apps.attention_maps.write_maps import check_target
     from internlm_lite.data.tokenizer import Tokenizer
-    from internlm_lite.generate.decode import generate
+    from internlm_lite.generate.decode import Listener, generate
     from internlm_lite.generate.load_model import load_model
     from internlm_lite.generate.sample import Sampling
     from internlm_lite.mesh.mesh import single_process_mesh
     from internlm_lite.runtime.device import bind_device
 
     adopt_s3_keys(os.environ)
-    temperature = 0.0 if arguments.greedy else arguments.temperature
-    sampling = Sampling(temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    if arguments.attention is not None:
+        check_target(arguments.attention)
+    how, lines = chosen_search(arguments), read_lines(arguments)
     mesh = single_process_mesh(bind_device(read_dist_env(os.environ, "single"), arguments.device))
     dtype = arguments.dtype and f"torch.{arguments.dtype}"
     model, config = load_model(arguments.checkpoint, mesh, dtype, s3_settings(arguments.s3))
@@ -60,18 +156,65 @@ def continue_prompts(arguments: argparse.Namespace) -> int:
     if path is None:
         raise ConfigError("the model's config names no data.tokenizer: give one with --tokenizer FILE")
     tokenizer = Tokenizer(Path(path))
-    if arguments.prompt is None and sys.stdin.isatty():
-        print("text to continue, then Ctrl-D on a line of its own:", file=sys.stderr)
-    prompts = arguments.prompt or [sys.stdin.read()]
-    start = [] if tokenizer.bos is None else [tokenizer.bos]
-    continued = generate(
-        model, [start + tokenizer.encode(text) for text in prompts], arguments.max_new_tokens, sampling, tokenizer.eos
-    )
-    for prompt, tokens in zip(prompts, continued, strict=True):
-        print(f"{prompt}{tokenizer.decode(tokens)}")
-        if len(prompts) > 1:
-            print("-" * 40)
+    defaults = defaults_of(arguments, tokenizer)
+    requests = [defaults.request(line, tokenizer) for line in lines]
+    check_lengths(requests, arguments.max_positions or config.data.seq_len)
+    if arguments.attention is not None:
+        draw_attention(arguments, model, tokenizer, requests)
+        return 0
+    for start in range(0, len(requests), arguments.batch_size):
+        batch = slice(start, start + arguments.batch_size)
+        shown = isinstance(how, Sampling) and not arguments.json and len(requests[batch]) == 1
+        if shown:
+            show(lines[start].prompt)
+        listen: Listener = (lambda number, piece: show(piece)) if shown else (lambda number, piece: None)
+        continued = generate(model, requests[batch], how, tokenizer.decode, listen, arguments.chunk)
+        for line, request, continuation in zip(lines[batch], requests[batch], continued, strict=True):
+            if arguments.json:
+                print(json.dumps(as_record(line.prompt, request, continuation)), flush=True)
+            else:
+                show("\n" if shown else f"{line.prompt}{continuation.text}\n")
+                show("-" * 40 + "\n" if len(requests) > 1 else "")
     return 0
+
+
+def show(text: str) -> None:
+    """Write text as it is; to a terminal with escapes for what would control it."""
+    shown = escaped(text, KEPT) if sys.stdout.isatty() else text
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(shown.encode(encoding, "backslashreplace").decode(encoding))  # a locale may lack characters
+    sys.stdout.flush()
+
+
+def as_record(prompt: str, request: Request, continuation: Continuation) -> dict[str, object]:
+    """The object of a line of --json."""
+    score = {"seed": request.seed} if continuation.score is None else {"score": continuation.score}
+    return {
+        "prompt": prompt,
+        "text": continuation.text,
+        "tokens": continuation.tokens,
+        "ended_by": continuation.ended_by,
+        **score,
+    }
+
+
+def draw_attention(
+    arguments: argparse.Namespace, model: WholeModel, tokenizer: Tokenizer, requests: Sequence[Request]
+) -> None:
+    """Write the file of --attention. Raises ConfigError for several prompts, layers and heads that are not there."""
+    from internlm_lite.apps.attention_maps.weights import attention_weights, numbers_of
+    from internlm_lite.apps.attention_maps.write_maps import Maps, check_size, write_maps
+
+    if len(requests) != 1:
+        raise ConfigError(f"--attention with {len(requests)} prompts: expected one")
+    shape, (request,) = model.any_stage.config, requests
+    layers = numbers_of("--layers", arguments.layers, shape.num_layers)
+    heads = numbers_of("--heads", arguments.heads, shape.num_attention_heads)
+    check_size(arguments.attention.suffix, len(layers) * len(heads), len(request.prompt))
+    weights = attention_weights(model, [request.prompt], layers, heads)[0]
+    labels = [tokenizer.piece(token) for token in request.prompt]
+    write_maps(Maps(labels, layers, heads, weights), arguments.attention)
+    print(f"{len(layers) * len(heads)} maps of {len(labels)} tokens: {escaped(str(arguments.attention))}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -290,10 +290,11 @@ def _float8(config: Config) -> Iterator[Problem]:
         yield Problem(
             keys, f'found True with model.dtype "{model.dtype}", expected "torch.bfloat16"; change one of them'
         )
-    head_rows = model.head_dim * (model.num_attention_heads + 2 * model.kv_heads)
+    head_rows = model.head_size * (model.num_attention_heads + 2 * model.kv_heads)
+    width = "model.hidden_size" if model.head_dim is None else "model.head_dim"
     sizes = {
         ("model.hidden_size",): model.hidden_size,
-        ("model.hidden_size", _TENSOR): model.hidden_size // tensor,
+        (width, _TENSOR): model.head_size * model.num_attention_heads // tensor,
         ("model.num_kv_attention_heads", _TENSOR): head_rows // tensor,
         ("model.multiple_of", "model.mlp_ratio", _TENSOR): model.mlp_hidden_size // tensor,
         ("data.micro_bsz", "data.seq_len"): data.micro_bsz * data.seq_len,

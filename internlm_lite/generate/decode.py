@@ -1,53 +1,111 @@
-"""Continues prompts: one packed forward pass over all prompts, then one token per sequence and step."""
+"""Continues prompts: a packed forward pass over all prompts, then one token per sequence and step.
+
+One loop for sampling and beam search: a `Search` sees the logits and says which sequences go on, with which tokens.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 
-from internlm_lite.errors import DataError
+from internlm_lite.errors import ConfigError, DataError
+from internlm_lite.generate.beams import Beams, BeamSearch
 from internlm_lite.generate.cache import KVCache
-from internlm_lite.generate.sample import Sampler, Sampling
+from internlm_lite.generate.request import Continuation, Decode, Growing, Request
+from internlm_lite.generate.sample import Sampling, SeenTokens, draw, random_numbers
 from internlm_lite.layers.flash import packed
 from internlm_lite.mesh import comm
 from internlm_lite.models.stages import WholeModel
 
+Listener = Callable[[int, str], None]
+"""(number of the request, the next piece of its text)."""
+
+
+class Search(Protocol):
+    """Decides how sequences go on."""
+
+    def choose(self, logits: torch.Tensor) -> tuple[list[int], list[int]]:
+        """Logits [sequences, vocab] -> (parents, tokens): sequence b of the next step is sequence parents[b] of this
+        one and tokens[b]. Empty: done."""
+        ...
+
+
+class Sampled:
+    """The search that draws one token per sequence; a sequence that ends leaves the batch."""
+
+    def __init__(self, rows: Sequence[Growing], sampling: Sampling, seen: SeenTokens, listen: Listener) -> None:
+        self._rows, self._sampling, self._seen, self._listen = list(enumerate(rows)), sampling, seen, listen
+        self._generators = [torch.Generator().manual_seed(row.request.seed) for row in rows]
+
+    def choose(self, logits: torch.Tensor) -> tuple[list[int], list[int]]:
+        numbers = random_numbers(self._generators).to(logits.device)
+        drawn: list[int] = comm.read(draw(self._seen.penalised(logits), self._sampling, numbers))
+        for (number, row), token in zip(self._rows, drawn, strict=True):
+            if piece := row.add(token):
+                self._listen(number, piece)
+        going = [b for b, (_, row) in enumerate(self._rows) if not row.ended_by]
+        self._rows, self._generators = [self._rows[b] for b in going], [self._generators[b] for b in going]
+        tokens = [drawn[b] for b in going]
+        self._seen.follow(going, tokens)
+        return going, tokens
+
+
+def generate(
+    model: WholeModel,
+    requests: Sequence[Request],
+    how: Sampling | Beams,
+    decode: Decode | None = None,
+    listen: Listener = lambda number, piece: None,
+    chunk: int | None = None,
+) -> list[Continuation]:
+    """The continuation of each request. `listen` hears texts while they are drawn; of a beam search nothing.
+
+    `decode`: for texts and stop strings. `chunk`: tokens of a prompt per forward pass; None: all. Collective over tp
+    and pp: same arguments and result on every rank, but for `listen`, and for `decode` without stop strings. Reads the
+    device once per token. Raises DataError for ids outside the vocabulary, ConfigError for values that do not fit.
+    """
+    check(model, [request.prompt for request in requests])
+    if decode is None and any(request.stop_strings for request in requests):
+        raise ConfigError("stop_strings: expected also `decode`, the tokenizer's, which turns tokens into text")
+    if chunk is not None and chunk < 1:
+        raise ConfigError(f"chunk {chunk}: expected at least 1 token of a prompt per forward pass")
+    rows = [Growing(request, decode) for request in requests if request.max_new_tokens]
+    numbers = [number for number, request in enumerate(requests) if request.max_new_tokens]
+    results = [Continuation([], "", "length") for _ in requests]
+    if not rows:
+        return results
+    prompts = [row.request.prompt for row in rows]
+    vocab_size = model.any_stage.config.vocab_size
+    seen = SeenTokens(prompts, how.repetition_penalty, vocab_size, model.device)
+    if isinstance(how, Beams):
+        beam_search = BeamSearch(rows, how, seen)
+        _run(model, rows, beam_search, chunk)
+        found = beam_search.results()
+    else:
+        _run(model, rows, Sampled(rows, how, seen, lambda at, piece: listen(numbers[at], piece)), chunk)
+        found = [row.result() for row in rows]
+    for number, continuation in zip(numbers, found, strict=True):
+        results[number] = continuation
+    return results
+
 
 @torch.no_grad()
-def generate(
-    model: WholeModel, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, eos: int | None
-) -> list[list[int]]:
-    """The continuation of each prompt, without the prompt: it ends before `eos` or after `max_new_tokens` tokens.
-
-    Collective over tp and pp: same arguments and result on every rank. Reads the device once per token. Raises
-    DataError for a prompt that is empty or contains an id outside the vocabulary.
-    """
-    check(model, prompts)
-    if not prompts or max_new_tokens < 1:
-        return [[] for _ in prompts]
-    lengths = [len(prompt) for prompt in prompts]
-    cache = KVCache(len(prompts), max(lengths) + max_new_tokens, model.device)
-    draw = Sampler(sampling, cache.lengths.device)
-    new_tokens: list[list[int]] = [[] for _ in prompts]
-    running = set(range(len(prompts)))
-
-    logits = _prefill(model, prompts, cache)
-    for step in range(max_new_tokens):
-        drawn = draw(logits)
-        for row, token in enumerate(comm.read(drawn)):
-            if token == eos:
-                running.discard(row)
-            elif row in running:
-                new_tokens[row].append(token)
-        if not running or step + 1 == max_new_tokens:
-            break
-        logits = model.logits(drawn, cache.lengths, cache.decode())
+def _run(model: WholeModel, rows: Sequence[Growing], search: Search, chunk: int | None) -> None:
+    prompts = [row.request.prompt for row in rows]
+    capacity = max(len(row.request.prompt) + row.request.max_new_tokens for row in rows)
+    cache = KVCache(len(rows), capacity, model.device)
+    parents, tokens = search.choose(prefill(model, prompts, cache, chunk))
+    while tokens:
+        cache.select(parents)
+        logits = model.logits(torch.tensor(tokens, device=model.device), cache.lengths, cache.decode())
         cache.advance()
-    return new_tokens
+        parents, tokens = search.choose(logits)
 
 
-def check(model: WholeModel, prompts: list[list[int]]) -> None:
+def check(model: WholeModel, prompts: Sequence[Sequence[int]]) -> None:
     """Raises DataError for a prompt that is empty or contains an id outside the vocabulary."""
     vocab_size = model.any_stage.config.vocab_size
     for number, prompt in enumerate(prompts):
@@ -61,13 +119,24 @@ def check(model: WholeModel, prompts: list[list[int]]) -> None:
             )
 
 
-def _prefill(model: WholeModel, prompts: list[list[int]], cache: KVCache) -> torch.Tensor:
-    """Logits [B, vocab] of each prompt's last token."""
-    device = cache.lengths.device
-    lengths = [len(prompt) for prompt in prompts]
-    boundaries = (0, *accumulate(lengths))
-    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-    positions = torch.cat([torch.arange(length, device=device) for length in lengths])
-    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
-    attend = packed(model.any_stage.backend, cu_seqlens, boundaries, max(lengths))
-    return model.logits(tokens, positions, cache.prefill(lengths, attend), rows=cu_seqlens[1:].long() - 1)
+@torch.no_grad()
+def prefill(
+    model: WholeModel, prompts: Sequence[Sequence[int]], cache: KVCache, chunk: int | None = None
+) -> torch.Tensor:
+    """Logits [B, vocab] of each prompt's last token; `chunk` tokens of each prompt per forward pass."""
+    longest, device = max(map(len, prompts)), model.device
+    chunk = chunk or longest
+    last: dict[int, torch.Tensor] = {}
+    for start in range(0, longest, chunk):
+        pieces = [list(prompt[start : start + chunk]) for prompt in prompts]
+        counts = [len(piece) for piece in pieces]
+        boundaries = (0, *accumulate(counts))
+        tokens = torch.tensor([token for piece in pieces for token in piece], device=device)
+        positions = torch.cat([torch.arange(start, start + count, device=device) for count in counts])
+        cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
+        attend = packed(model.any_stage.backend, cu_seqlens, boundaries, max(counts))
+        rows = [b for b, count in enumerate(counts) if count]
+        ends = torch.tensor([boundaries[b + 1] - 1 for b in rows], device=device)
+        last |= dict(zip(rows, model.logits(tokens, positions, cache.extend(counts, attend), rows=ends), strict=True))
+        cache.advance(counts)
+    return torch.stack([last[b] for b in range(len(prompts))])

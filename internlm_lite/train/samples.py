@@ -12,13 +12,16 @@ from internlm_lite.config.schema import Config
 from internlm_lite.data.tokenizer import Tokenizer
 from internlm_lite.errors import InternLMError
 from internlm_lite.generate.decode import check, generate
+from internlm_lite.generate.prompts import end_ids
+from internlm_lite.generate.request import Request
 from internlm_lite.generate.sample import Sampling
 from internlm_lite.mesh import comm
 from internlm_lite.models.stages import whole_model
 from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.trainer import Trainer
 
-SAMPLING = Sampling(temperature=0.8, top_p=0.95, seed=1)
+SAMPLING = Sampling(temperature=0.8, top_p=0.95)
+SEED = 1
 
 
 class Samples:
@@ -31,7 +34,7 @@ class Samples:
         self._model = whole_model(config, trainer.mesh, trainer.stages)
         self._tokenizer: Tokenizer | None = None
         self._prompts: list[list[int]] = []
-        self._eos: int | None = None
+        self._stop_ids: frozenset[int] = frozenset()
         if config.monitor.sample_prompts and config.data.tokenizer is not None:
             self._agree_on_prompts(Path(config.data.tokenizer))
 
@@ -48,13 +51,13 @@ class Samples:
         if isinstance(agreed, InternLMError):
             raise agreed
         assert isinstance(agreed, tuple)
-        self._prompts, self._eos = agreed
+        self._prompts, self._stop_ids = agreed
 
-    def _encode(self, tokenizer: Tokenizer) -> tuple[list[list[int]], int | None]:
+    def _encode(self, tokenizer: Tokenizer) -> tuple[list[list[int]], frozenset[int]]:
         start = [] if tokenizer.bos is None else [tokenizer.bos]
         prompts = [start + tokenizer.encode(text) for text in self._monitor.sample_prompts]
         check(self._model, prompts)
-        return prompts, tokenizer.eos
+        return prompts, end_ids(tokenizer)
 
     def due(self, steps_done: int) -> bool:
         """Whether samples are due after `steps_done` steps; False after the last step, which always has them."""
@@ -68,7 +71,10 @@ class Samples:
         self._optimizer.wait_weights()
         if self._mesh.dp.rank != 0:
             return
-        continued = generate(self._model, self._prompts, self._monitor.sample_tokens, SAMPLING, self._eos)
-        if self._tokenizer is not None:
-            for prompt, tokens in zip(self._monitor.sample_prompts, continued, strict=True):
-                self._reporter.sample(steps_done, prompt, self._tokenizer.decode(tokens))
+        length, stop_ids = self._monitor.sample_tokens, self._stop_ids
+        requests = [Request(prompt, length, stop_ids, seed=SEED) for prompt in self._prompts]
+        decode = None if self._tokenizer is None else self._tokenizer.decode
+        continued = generate(self._model, requests, SAMPLING, decode)
+        if self._mesh.is_main:
+            for prompt, continuation in zip(self._monitor.sample_prompts, continued, strict=True):
+                self._reporter.sample(steps_done, prompt, continuation.text)

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from internlm_lite.config.schema import Config, ParallelConfig
-from internlm_lite.errors import DataError
+from internlm_lite.errors import ConfigError, DataError
+from internlm_lite.generate.beams import Beams
 from internlm_lite.generate.cache import KVCache
-from internlm_lite.generate.decode import generate
+from internlm_lite.generate.decode import generate, prefill
+from internlm_lite.generate.request import Request
 from internlm_lite.generate.sample import Sampling
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
@@ -21,7 +23,8 @@ from tests.world import run_world
 
 PROMPTS = [doc.tolist() for doc in documents([3, 7, 1], seed=5)]
 GREEDY = Sampling(temperature=0)
-DRAWN = Sampling(temperature=1.5, top_k=20, top_p=0.9, seed=11)
+DRAWN = Sampling(temperature=1.5, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
+BEAMS = Beams(3, length_penalty=0.7)
 
 
 @torch.no_grad()
@@ -32,6 +35,11 @@ def all_logits(model: Transformer, sequence: list[int]) -> torch.Tensor:
 
 def whole(model: Transformer) -> WholeModel:
     return WholeModel({0: model}, single_process_mesh())
+
+
+def tokens_of(model: WholeModel, prompts: list[list[int]], count: int, how: Any, **more: Any) -> list[list[int]]:
+    requests = [Request(prompt, count, **{"seed": 11, **more}) for prompt in prompts]
+    return [continuation.tokens for continuation in generate(model, requests, how)]
 
 
 def greedy_without_cache(model: Transformer, prompt: list[int], count: int) -> list[int]:
@@ -47,57 +55,150 @@ def test_cached_logits_equal_a_full_pass(changes):
     model = small_model(**changes)
     docs = documents([11, 15, 9])
     prompt_lengths = [3, 7, 1]
-    cache = KVCache(3, 20, torch.device("cpu"))
-    tokens, positions, _, attend = row_of([doc[:n] for doc, n in zip(docs, prompt_lengths, strict=True)])
-    model.hidden(tokens, positions, cache.prefill(prompt_lengths, attend))
     full = [all_logits(model, doc.tolist()) for doc in docs]
-    for step in range(8):
-        at = [n + step for n in prompt_lengths]
-        given = torch.stack([doc[i] for doc, i in zip(docs, at, strict=True)])
-        logits = model.logits(model.hidden(given, cache.lengths, cache.decode()))
-        cache.advance()
-        expected = torch.stack([rows[i] for rows, i in zip(full, at, strict=True)])
+    prompts = [doc[:n].tolist() for doc, n in zip(docs, prompt_lengths, strict=True)]
+    for chunk in (None, 1, 2, 3, 7):
+        cache = KVCache(3, 20, torch.device("cpu"))
+        at, order = [n - 1 for n in prompt_lengths], [0, 1, 2]
+        logits = prefill(whole(model), prompts, cache, chunk)
+        for step in range(8):
+            expected = torch.stack([full[doc][i] for doc, i in zip(order, at, strict=True)])
+            torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+            parents = {3: [2, 0, 0, 1], 5: [1, 3]}.get(step, list(range(len(order))))
+            cache.select(parents)
+            order, at = [order[parent] for parent in parents], [at[parent] + 1 for parent in parents]
+            given = torch.stack([docs[doc][i] for doc, i in zip(order, at, strict=True)])
+            logits = whole(model).logits(given, cache.lengths, cache.decode())
+            cache.advance()
+
+
+def test_a_long_prompt_in_chunks_has_the_logits_of_one_pass():
+    model = small_model(num_layers=1)
+    prompts = [doc.tolist() for doc in documents([70, 33])]
+    expected = torch.stack([all_logits(model, prompt)[-1] for prompt in prompts])
+    for chunk in (1, 16, 33, 34, 69, 70, 100):
+        logits = prefill(whole(model), prompts, KVCache(2, 70, torch.device("cpu")), chunk)
         torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_greedy_of_a_batch_is_greedy_of_each_prompt():
     model = small_model(init_std=1.0)
     expected = [greedy_without_cache(model, prompt, 12) for prompt in PROMPTS]
-    assert generate(whole(model), PROMPTS, 12, GREEDY, eos=None) == expected
+    assert tokens_of(whole(model), PROMPTS, 12, GREEDY) == expected
     assert len({tuple(tokens) for tokens in expected}) == 3
 
 
-def test_a_sequence_ends_before_eos_and_the_others_go_on():
-    model = small_model()
-    free = generate(whole(model), PROMPTS, 12, GREEDY, eos=None)
-    eos = free[0][4]
-    ended = [tokens[: tokens.index(eos)] if eos in tokens else tokens for tokens in free]
-    assert generate(whole(model), PROMPTS, 12, GREEDY, eos) == ended
-    assert len(ended[0]) <= 4
+def test_rows_end_at_their_own_stop_tokens_and_lengths():
+    model = small_model(init_std=1.0)
+    free = tokens_of(whole(model), PROMPTS, 12, GREEDY)
+    stops = [frozenset({free[0][4], free[0][2]}), frozenset({free[1][6]}), frozenset[int]()]
+    requests = [Request(prompt, length, ids) for prompt, length, ids in zip(PROMPTS, (12, 12, 5), stops, strict=True)]
+    ended = [next((i for i, token in enumerate(row) if token in ids), 99) for row, ids in zip(free, stops, strict=True)]
+    found = generate(whole(model), requests, GREEDY)
+    assert [row.tokens for row in found] == [free[0][: ended[0]], free[1][: ended[1]], free[2][:5]]
+    assert [row.ended_by for row in found] == ["stop", "stop", "length"] and ended[0] <= 2 and ended[1] <= 6
 
 
-def test_the_seed_decides_the_draw():
-    model = small_model()
-    drawn = generate(whole(model), PROMPTS, 12, DRAWN, eos=None)
-    assert drawn == generate(whole(model), PROMPTS, 12, DRAWN, eos=None)
-    assert drawn != generate(whole(model), PROMPTS, 12, Sampling(temperature=1.5, seed=12), eos=None)
+@pytest.mark.parametrize("how", [DRAWN, Sampling(), GREEDY, BEAMS], ids=lambda how: type(how).__name__)
+def test_what_is_generated_does_not_depend_on_what_is_beside_it(how):
+    model = whole(small_model())
+    prompts = [*PROMPTS, *(doc.tolist() for doc in documents([19, 2, 7, 3], seed=8))]
+    requests = [Request(prompt, 4 + 3 * row, frozenset({row, 40}), seed=row % 3) for row, prompt in enumerate(prompts)]
+    alone = [generate(model, [request], how)[0] for request in requests]
+    order = [4, 2, 6, 0, 1, 5, 3]
+    for batch in (range(7), order, [5, 1], [3, 3]):
+        for row, found in zip(batch, generate(model, [requests[row] for row in batch], how), strict=True):
+            assert (found.tokens, found.ended_by) == (alone[row].tokens, alone[row].ended_by)
+    assert generate(model, requests, how, chunk=4)[5].tokens == alone[5].tokens
+
+
+def test_the_seed_decides_the_draw_and_the_length_does_not():
+    model = whole(small_model())
+    drawn = tokens_of(model, PROMPTS, 20, DRAWN)
+    assert drawn == tokens_of(model, PROMPTS, 20, DRAWN)
+    assert drawn != tokens_of(model, PROMPTS, 20, DRAWN, seed=12)
+    assert [row[:7] for row in drawn] == tokens_of(model, PROMPTS, 7, DRAWN)
+
+
+def test_a_cache_grows_with_the_text_and_not_with_what_is_allowed(monkeypatch):
+    """A length of 10**12 takes no memory before it is reached; growing changes nothing."""
+    model, row = whole(small_model()), PROMPTS[0]
+    stop = frozenset({tokens_of(model, [row], 40, DRAWN)[0][30]})
+    (expected,) = tokens_of(model, [row], 40, DRAWN, stop_ids=stop)
+    monkeypatch.setattr("internlm_lite.generate.cache._GROWTH", 2)
+    assert tokens_of(model, [row], 10**12, DRAWN, stop_ids=stop) == [expected]
+    assert tokens_of(model, [*PROMPTS, row], 40, DRAWN, stop_ids=stop)[3] == expected
+
+
+def test_a_short_prompt_has_the_same_answer_before_and_after_a_long_one():
+    """Nothing of a prompt stays: neither a rotary table that was made longer, nor keys."""
+    model, long = small_model(), documents([500])[0].tolist()
+    before, logits = tokens_of(whole(model), PROMPTS, 8, DRAWN), all_logits(model, PROMPTS[1])
+    tokens_of(whole(model), [long], 8, DRAWN)
+    assert tokens_of(whole(model), PROMPTS, 8, DRAWN) == before
+    assert torch.equal(all_logits(model, PROMPTS[1]), logits)
+
+
+def test_a_repetition_penalty_is_that_of_the_whole_sequence():
+    model, penalty = small_model(init_std=1.0), 1.8
+    expected = []
+    for prompt in PROMPTS:
+        sequence = list(prompt)
+        for _ in range(10):
+            logits = all_logits(model, sequence)[-1]
+            for token in set(sequence):
+                logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+            sequence.append(int(logits.argmax()))
+        expected.append(sequence[len(prompt) :])
+    penalised = Sampling(temperature=0, repetition_penalty=penalty)
+    assert tokens_of(whole(model), PROMPTS, 10, penalised) == expected
+    assert expected != tokens_of(whole(model), PROMPTS, 10, GREEDY)
 
 
 def test_nothing_to_do_gives_nothing():
-    model = small_model()
-    assert generate(whole(model), [], 5, GREEDY, None) == []
-    assert generate(whole(model), PROMPTS, 0, GREEDY, None) == [[], [], []]
+    model = whole(small_model())
+    assert generate(model, [], GREEDY) == []
+    requests = [Request(prompt, count) for prompt, count in zip(PROMPTS, (0, 2, 0), strict=True)]
+    heard = []
+    found = generate(model, requests, GREEDY, lambda ids: "." * len(ids), lambda number, piece: heard.append(number))
+    assert [len(row.tokens) for row in found] == [0, 2, 0] and set(heard) == {1}
 
 
-@pytest.mark.parametrize(("prompt", "found"), [([], "prompt 1 is empty"), ([3, VOCAB], f"token id {VOCAB}")])
-def test_bad_prompts_are_named(prompt, found):
-    with pytest.raises(DataError, match=found):
-        generate(whole(small_model()), [[1], prompt], 5, GREEDY, None)
+BAD = {
+    "an empty prompt": (lambda: [Request([1], 5), Request([], 5)], {}, DataError, "prompt 1 is empty"),
+    "an id too large": (lambda: [Request([3, VOCAB], 5)], {}, DataError, f"token id {VOCAB}: expected 0..63"),
+    "a negative length": (lambda: [Request([1], -1)], {}, ConfigError, "max_new_tokens -1: expected 0 or more"),
+    "a number as stop string": (lambda: [Request([1], 5, stop_strings=(5,))], {}, ConfigError, r"stop_strings \(5,\)"),
+    "one text as stop strings": (lambda: [Request([1], 5, stop_strings="ab")], {}, ConfigError, "stop_strings 'ab'"),
+    "an empty stop string": (lambda: [Request([1], 5, stop_strings=("",))], {}, ConfigError, "none of them empty"),
+    "a text as stop id": (lambda: [Request([1], 5, frozenset({"a"}))], {}, ConfigError, r"stop_ids \['a'\]"),
+    "a seed of 70 bits": (lambda: [Request([1], 5, seed=2**70)], {}, ConfigError, "expected a whole number of 64 bits"),
+    "no tokenizer": (lambda: [Request([1], 5, stop_strings=("a",))], {}, ConfigError, "expected also `decode`"),
+    "chunks of nothing": (lambda: [Request([1], 5)], {"chunk": 0}, ConfigError, "chunk 0: expected at least 1"),
+    "no beams": (lambda: [], {"how": lambda: Beams(0)}, ConfigError, "beams 0: expected at least 1"),
+    "too much penalty": (
+        lambda: [],
+        {"how": lambda: Beams(1, 99)},
+        ConfigError,
+        "length_penalty 99: expected a number",
+    ),
+    "no number": (lambda: [], {"how": lambda: Beams(1, float("nan"))}, ConfigError, "length_penalty nan: expected"),
+    "beams, penalty 0": (lambda: [], {"how": lambda: Beams(1, 1, 0)}, ConfigError, "repetition_penalty 0: expected"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_error(case):
+    requests, more, error, found = BAD[case]
+    how = more.pop("how", lambda: GREEDY) if "how" in more else (lambda: GREEDY)
+    with pytest.raises(error, match=found):
+        generate(whole(small_model(num_layers=1)), requests(), how(), **more)
 
 
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16", "torch.float16"])
-def test_every_dtype_generates(dtype):
-    tokens = generate(whole(small_model(dtype=dtype)), PROMPTS, 4, DRAWN, eos=None)
+@pytest.mark.parametrize("how", [DRAWN, BEAMS])
+def test_every_dtype_generates(dtype, how):
+    tokens = tokens_of(whole(small_model(dtype=dtype)), PROMPTS, 4, how)
     assert all(len(row) == 4 and all(0 <= token < VOCAB for token in row) for row in tokens)
 
 
@@ -121,7 +222,8 @@ def generate_on_rank(mesh: Mesh, parallel: dict[str, Any], chunks: int) -> Any:
     stages = build_stages(config, mesh, AttentionBackend.SDPA)
     initialise(nn.ModuleList(stages.values()), 7)
     model = whole_model(config, mesh, stages)
-    return [generate(model, PROMPTS, 8, sampling, None) for sampling in (GREEDY, DRAWN)]
+    long = generate(model, [Request(prompt, 8) for prompt in PROMPTS], GREEDY, chunk=2)
+    return [tokens_of(model, PROMPTS, 8, how) for how in (GREEDY, DRAWN, BEAMS)] + [[row.tokens for row in long]]
 
 
 @pytest.fixture(scope="module")

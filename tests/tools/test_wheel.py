@@ -67,6 +67,7 @@ def test_what_is_in_it(wheel: Path) -> None:
     assert not [name for name in names if re.search(r"/bench/|(^|/)tests?[/_]", name)]
     assert {"internlm_lite/starter/configs/tiny.py", "internlm_lite/starter/launch/slurm.sh"} <= set(names)
     assert "internlm_lite/starter/train.py" in names and "internlm_lite/apps/report/assets/app/00-words.js" in names
+    assert "internlm_lite/apps/attention_maps/maps.html" in names
     metadata = zipfile.ZipFile(wheel).read(f"internlm_lite-{__version__}.dist-info/METADATA").decode()
     assert re.search(r"^Provides-Extra: s3$", metadata, re.M) and re.search(r"^Requires-Dist: torch", metadata, re.M)
 

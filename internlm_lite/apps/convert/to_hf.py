@@ -28,6 +28,7 @@ from internlm_lite.checkpoint.storage.open import open_storage
 from internlm_lite.config.schema import Config, S3Config
 from internlm_lite.data.tokenizer import Tokenizer
 from internlm_lite.errors import CheckpointError, StorageError
+from internlm_lite.generate.prompts import GENERATION_CONFIG, end_ids
 from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.runtime.device import torch_dtype
 
@@ -125,6 +126,7 @@ def write_hf(
     documents: dict[str, Any] = {"config.json": hf_config}
     if tokenizer is not None:
         hf_config |= special_ids(tokenizer)
+        documents[GENERATION_CONFIG] = special_ids(tokenizer) | {"eos_token_id": sorted(end_ids(tokenizer)) or None}
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         storage = LocalStorage(partial)

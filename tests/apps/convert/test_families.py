@@ -22,6 +22,7 @@ from internlm_lite.apps.convert.to_hf import open_checkpoint, write_hf
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.generate.decode import generate
 from internlm_lite.generate.load_model import load_model
+from internlm_lite.generate.request import Request
 from internlm_lite.generate.sample import Sampling
 from internlm_lite.layers.flash import AttentionBackend, packed
 from internlm_lite.layers.rope import rope_frequencies
@@ -123,12 +124,12 @@ def test_logits_gradients_and_greedy_tokens_are_theirs(pair: tuple[Any, WholeMod
         wanted = torch.cat([gradients[rows.name][rows.start : rows.stop] for rows in recipe.rows])
         torch.testing.assert_close(found[recipe.name], wanted, rtol=0, atol=1e-9, msg=recipe.name)
     prompt = TOKENS[:7].tolist()
-    (continued,) = generate(ours, [prompt], 50, Sampling(temperature=0.0), None)
+    (continued,) = generate(ours, [Request(prompt, 50)], Sampling(temperature=0.0))
     tokens = torch.tensor([prompt])
     with torch.no_grad():
         for _ in range(50):
             tokens = torch.cat([tokens, theirs(tokens).logits[:, -1:].argmax(-1)], dim=1)
-    assert continued == tokens[0, 7:].tolist(), "also beyond the positions it was trained on"
+    assert list(continued.tokens) == tokens[0, 7:].tolist(), "also beyond the positions it was trained on"
 
 
 def family_of(model: Any) -> Any:

@@ -15,6 +15,7 @@ from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.cli import convert, generate_text
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.data.tokenizer import Tokenizer
+from internlm_lite.generate.prompts import end_ids
 from tests.apps.convert.made import save_ours, small_tokenizer
 
 TEXT = "def f7(x):\n    return x + 7\n  two  spaces, Größe 你好"
@@ -66,6 +67,15 @@ def test_generate_takes_what_from_hf_made(ours, tmp_path, capsys, monkeypatch):
         generate_text.main()
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] and len(texts[0]) > 12
+
+
+def test_all_end_tokens_go_there_and_back(ours, tmp_path):
+    """A chat model has a token for the end of a turn besides that of a text: in generation_config.json alone."""
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 77]}')
+    assert run("to-hf", ours, tmp_path / "hf") == 0 and run("from-hf", tmp_path / "hf", tmp_path / "back") == 0
+    written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert written == {"bos_token_id": 1, "eos_token_id": [2, 77], "pad_token_id": 3}
+    assert end_ids(Tokenizer(tmp_path / "back" / "tokenizer.model")) == {2, 77}
 
 
 def test_a_difference_is_exit_code_2(ours, tmp_path, capsys):

@@ -1,0 +1,1 @@
+"""Maps of the attention of a model: which token looks at which."""

@@ -1,0 +1,180 @@
+"""Attention maps: the weights against those of the model's own kernel, and what the page and the picture hold."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+from internlm_lite.apps.attention_maps.weights import attention_weights, numbers_of
+from internlm_lite.apps.attention_maps.write_maps import Maps, page, picture, write_maps
+from internlm_lite.errors import ConfigError, DataError, MissingPackageError
+from internlm_lite.layers.flash import packed_sdpa
+from internlm_lite.mesh.mesh import single_process_mesh
+from internlm_lite.models.stages import WholeModel
+from tests.apps.report.browser import chromium
+from tests.models.small import documents, small_model
+
+HOSTILE = ["</script><img src=x onerror=alert(1)>", "<b>", "\x1b[2J\u202e", "$\\frac{", "你好", "&amp;", "▁def"]
+
+
+def whole(**changes: object) -> WholeModel:
+    return WholeModel({0: small_model(**changes)}, single_process_mesh())
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_kv_attention_heads": None}, {"apply_post_layer_norm": True}])
+@torch.no_grad()
+def test_the_weights_are_those_of_the_kernel(changes, monkeypatch):
+    """Unit vectors as values make attention return its own weights, head by head and document by document."""
+    model, docs = whole(**changes), documents([5, 1, 9])
+    prompts = [doc.tolist() for doc in docs]
+    expected: dict[int, torch.Tensor] = {}
+
+    def looked_at(layer, q, k, v):
+        units = torch.eye(len(v), dtype=v.dtype)[:, None].expand(-1, k.shape[1], -1)
+        # value vectors of another size than the keys': the reference kernel takes them
+        expected[layer] = packed_sdpa((0, 5, 6, 15))(layer, q, k, units).transpose(0, 1)  # [heads, query, key]
+        return packed_sdpa((0, 5, 6, 15))(layer, q, k, v)
+
+    positions = torch.cat([torch.arange(len(doc)) for doc in docs])
+    model.logits(torch.cat(docs), positions, looked_at)
+    layers, heads = [2, 0], [7, 0, 3]
+    for weights, (start, stop) in zip(
+        attention_weights(model, prompts, layers, heads), [(0, 5), (5, 6), (6, 15)], strict=True
+    ):
+        part = torch.stack([expected[layer][heads, start:stop, start:stop] for layer in layers])
+        torch.testing.assert_close(weights, part, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)), rtol=1e-12, atol=1e-12)
+        assert not weights.triu(1).any() and (weights.diagonal(dim1=-2, dim2=-1) > 0).all()
+
+
+def test_a_document_is_the_same_alone():
+    model, prompts = whole(), [doc.tolist() for doc in documents([4, 20])]
+    together = attention_weights(model, prompts, [0, 2], [1])
+    for prompt, weights in zip(prompts, together, strict=True):
+        (alone,) = attention_weights(model, [prompt], [0, 2], [1])
+        torch.testing.assert_close(weights, alone, rtol=1e-12, atol=1e-12)
+    with pytest.raises(DataError, match="prompt 1 is empty"):
+        attention_weights(model, [[1], []], [0], [0])
+
+
+@pytest.mark.parametrize("dtype", ["torch.bfloat16", "torch.float16"])
+def test_half_precision_weights_sum_to_one(dtype):
+    (weights,) = attention_weights(whole(dtype=dtype), [list(range(30))], [1], list(range(8)))
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 8, 30), rtol=1e-6, atol=1e-6)
+
+
+class Elements(HTMLParser):
+    """The elements of a page, and the text of each script."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.scripts, self._inside = list[str](), list[str](), False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self._inside = tag == "script"
+
+    def handle_endtag(self, tag):
+        self._inside = False
+
+    def handle_data(self, data):
+        if self._inside:
+            self.scripts.append(data)
+
+
+def maps_of(labels: list[str], heads: int = 2) -> Maps:
+    scores = torch.randn(1, heads, len(labels), len(labels), generator=torch.Generator().manual_seed(2)) * 3
+    later = torch.ones(scores.shape[2:], dtype=torch.bool).triu(1)
+    weights = scores.double().masked_fill(later, -torch.inf).softmax(-1)
+    return Maps(labels, [3], list(range(heads)), weights)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 7, 20, 200])
+def test_the_page_holds_the_weights_and_asks_no_network(n_tokens):
+    labels = [HOSTILE[n % len(HOSTILE)] for n in range(n_tokens)]
+    maps = maps_of(labels)
+    text = page(maps)
+    elements = Elements(text)
+    assert elements.tags.count("script") == 2 and "img" not in elements.tags and "b" not in elements.tags
+    payload = json.loads(elements.scripts[0])
+    assert payload["layers"] == [3] and payload["heads"] == [0, 1] and len(payload["labels"]) == n_tokens
+    assert all(label.isprintable() for label in payload["labels"]) and "\x1b" not in text
+    stored = np.frombuffer(base64.b64decode(payload["weights"]), dtype="<u2").reshape(2, -1) / 65535
+    rows, columns = np.tril_indices(n_tokens)
+    assert np.abs(stored - maps.weights[0].numpy()[:, rows, columns]).max() <= 0.5 / 65535 + 1e-12
+    assert "default-src &#x27;none&#x27;" in text and not re.search(
+        r"https?://|src=|href=|@import|url\(", re.sub(r'type="application/json">.*', "", text)
+    )
+
+
+def test_a_page_too_large_says_what_to_do():
+    many = Maps(["a"] * 3000, [0], list(range(16)), torch.zeros(1).expand(1, 16, 3000, 3000))
+    with pytest.raises(ConfigError, match=r"16 maps of 3000 tokens: .*; choose some with --layers and --heads"):
+        page(many)
+    with pytest.raises(ConfigError, match=r"16 maps of 3000 tokens: .* megapixels, more than 100; choose some"):
+        picture(many)
+
+
+@pytest.mark.parametrize("n_tokens", [7, 60])
+def test_the_picture_is_a_png(tmp_path, n_tokens):
+    write_maps(maps_of([HOSTILE[n % len(HOSTILE)] for n in range(n_tokens)], heads=3), tmp_path / "maps.png")
+    data = (tmp_path / "maps.png").read_bytes()
+    assert data.startswith(b"\x89PNG\r\n") and [path.name for path in tmp_path.iterdir()] == ["maps.png"]
+    width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
+    assert width == height and width >= 2 * max(250, 14 * n_tokens)
+
+
+def test_without_matplotlib_a_picture_names_the_command(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    with pytest.raises(MissingPackageError, match=r"needs matplotlib: pip install internlm_lite\[report\]"):
+        write_maps(maps_of(["a"]), tmp_path / "maps.png")
+    write_maps(maps_of(["a"]), tmp_path / "maps.html")
+    with pytest.raises(ConfigError, match=r"maps.jpg: expected a file that ends in .html or .png"):
+        write_maps(maps_of(["a"]), tmp_path / "maps.jpg")
+    assert [path.name for path in tmp_path.iterdir()] == ["maps.html"]
+
+
+def test_lists_of_numbers():
+    assert numbers_of("--layers", None, 3) == [0, 1, 2]
+    assert numbers_of("--layers", "4, 0-2,1", 5) == [4, 0, 1, 2]
+    for text in ("", "5", "2-1", "0-5", "-1", "a", "1,,2", "1-2-3", "²"):
+        with pytest.raises(ConfigError, match=r"--layers .*expected numbers from 0 to 4, such as 0,2-4"):
+            numbers_of("--layers", text, 5)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as found:
+        yield found
+
+
+def test_a_browser_draws_the_page(browser, tmp_path):
+    """Clicks and arrow keys choose a map and a pair of tokens; hostile labels are text; nothing is fetched."""
+    maps, faults = maps_of(HOSTILE * 4, heads=3), []
+    write_maps(maps, tmp_path / "maps.html")
+    tab = browser.new_page()
+    tab.on("pageerror", lambda error: faults.append(str(error)))
+    tab.on("console", lambda message: faults.append(message.text))
+    tab.on("request", lambda request: request.url.startswith("file:") or faults.append(request.url))
+    tab.goto((tmp_path / "maps.html").as_uri())
+    assert tab.locator("#grid button").all_inner_texts() == [f"layer 3, head {head}" for head in range(3)]
+    tab.locator("#grid button").nth(1).click()
+    tab.locator("#large").focus()
+    for key in ("ArrowUp", "ArrowRight", "ArrowRight"):
+        tab.keyboard.press(key)
+    weight = maps.weights[0, 1, 26, 2].item()
+    told = f'layer 3, head 1: 26 "{HOSTILE[26 % 7]}" looks at 2 "\\x1b[2J\\u202e": {weight:.4f}'
+    assert tab.locator("#readout").inner_text() == told
+    side = tab.locator("#large").bounding_box()["width"]
+    assert side > 28 * 11, "at least eleven pixels a token"
+    assert faults == []

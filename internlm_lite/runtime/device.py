@@ -71,12 +71,6 @@ def bind_device(dist_env: DistEnv, wanted: str = "auto") -> torch.device:
     return device
 
 
-def use_device(device: torch.device) -> None:
-    """Make `device` current in a new thread, where CUDA's first call would otherwise make a context on GPU 0."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-
-
 def _gpu_index(dist_env: DistEnv, visible: int) -> int:
     if visible >= dist_env.local_world_size:
         return dist_env.local_rank
@@ -86,6 +80,12 @@ def _gpu_index(dist_env: DistEnv, visible: int) -> int:
         f"host {dist_env.hostname}: {dist_env.local_world_size} processes but {visible} visible GPUs; "
         "start one process per GPU, or pass --device cpu"
     )
+
+
+def use_device(device: torch.device) -> None:
+    """Make `device` current in a new thread, where CUDA's first call would otherwise make a context on GPU 0."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def apply_numerics(config: Config, device: torch.device, dist_env: DistEnv) -> None:

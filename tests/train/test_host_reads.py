@@ -12,7 +12,7 @@ from pathlib import Path
 import internlm_lite
 
 PACKAGE = Path(internlm_lite.__file__).parent
-ROOMS = ("batch.py", "checkpoint/save", "generate", "layers", "mesh", "models", "monitor", "optim", "pipeline", "train")
+ROOMS = ("batch.py", "checkpoint/save", "layers", "mesh", "models", "monitor", "optim", "pipeline", "train")
 READS = {"item", "tolist", "cpu", "numpy", "nonzero", "synchronize"}
 ALLOWED = {
     ("mesh/comm.py", "read", "tolist"): 1,

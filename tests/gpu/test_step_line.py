@@ -98,9 +98,7 @@ def test_no_copy_beside_the_compute_stream_sees_the_next_update() -> None:
 
 @pytest.mark.gpu
 @on_gpu
-def test_steps_with_lines_under_torchs_own_watch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_with_lines_under_torchs_own_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch raises for an operation that makes the host wait; events may be waited for."""
     step, line = Trainer.step, Reporter.step_line
 

@@ -208,7 +208,8 @@ class Checkpoints:
         self.manager.close(wait=wait)
 
     def restore(self, resume: str) -> TrainState:
-        """Load the checkpoint to start from and return its state, else the initial state. Raises CheckpointError.
+        """Load the checkpoint to start from and return its state, else the initial state, with weights loaded from
+        ckpt.load_model_only_folder or drawn. Raises CheckpointError.
 
         `resume`: "auto", "none" (ignore this run's save folders), a step in these folders, or a path."""
         if resume.isdecimal():
@@ -228,6 +229,8 @@ class Checkpoints:
         if self._ckpt.load_model_only_folder:
             self.manager.load_at(self._ckpt.load_model_only_folder, self.contents.pieces(moments=False))
             self.contents.trainer.optimizer.publish_weights()
+        else:
+            self.contents.trainer.draw_weights()
         return TrainState()
 
     def roll_back(self, state: TrainState, spiked_step: int) -> TrainState | None:

@@ -16,7 +16,7 @@ from internlm_lite.apps.bench.gpu.variants import cudnn_varlen
 from internlm_lite.checkpoint.save.staging import Staging
 from internlm_lite.layers.flash import AttentionBackend, packed
 from internlm_lite.layers.loss import LossOptions, linear_cross_entropy
-from internlm_lite.layers.rope import Rotary
+from internlm_lite.layers.rope import RopeFrequencies, Rotary, plain_frequencies
 from internlm_lite.mesh.mesh import single_process_mesh
 
 
@@ -29,7 +29,7 @@ def operations(check: Check) -> None:
         _weight_gradient(check, torch.randn(tokens, width, dtype=torch.bfloat16), x)
         _elementwise(check, x, width)
         _head(check, x.requires_grad_(), vocab)
-        rotary = Rotary(torch.arange(tokens), hidden // 16, 10000.0, torch.bfloat16)
+        rotary = Rotary(torch.arange(tokens), RopeFrequencies(plain_frequencies(hidden // 16, 10000.0)), torch.bfloat16)
         q = torch.randn(tokens, 16, 1, hidden // 16, dtype=torch.bfloat16)
         _bandwidth(check, "rotary of the queries", lambda: rotary(q), 2 * q.nbytes)
     check.tell("; ".join(check.found["notes"][:2]))

@@ -158,7 +158,7 @@ def _unfit(needs: Needs, config: ModelConfig) -> str:
         return f"needs model.dtype torch.bfloat16 or torch.float16, found {config.dtype}"
     if config.head_size % needs.multiple or config.head_size > needs.head_dim:
         wanted = f"a multiple of {needs.multiple} up to {needs.head_dim}"
-        return f"needs heads of {wanted}, found {config.head_size}"
+        return f"needs heads to be {wanted}, found {config.head_size}"
     return ""
 
 

@@ -120,7 +120,7 @@ BAD = [
     (
         "num_attention_heads=8",
         "num_attention_heads=128",
-        "17: model.hidden_size: found 128 / 128 heads = 1 per head, expected an even number for the",
+        "17: model.hidden_size: found 1 features per head, expected an even number for the rotary",
     ),
     (
         "vocab_size=512",

@@ -149,9 +149,9 @@ def _refusal(backend: AttentionBackend, config: ModelConfig, device: torch.devic
 def _unfit(needs: Needs, config: ModelConfig) -> str:
     if torch_dtype(config.dtype) not in (torch.float16, torch.bfloat16):
         return f"needs model.dtype torch.bfloat16 or torch.float16, found {config.dtype}"
-    if config.head_dim % needs.multiple or config.head_dim > needs.head_dim:
+    if config.head_size % needs.multiple or config.head_size > needs.head_dim:
         wanted = f"a multiple of {needs.multiple} up to {needs.head_dim}"
-        return f"needs hidden_size / num_attention_heads to be {wanted}, found {config.head_dim}"
+        return f"needs hidden_size / num_attention_heads to be {wanted}, found {config.head_size}"
     return ""
 
 
@@ -301,7 +301,7 @@ def kernel_problem(backend: AttentionBackend, config: ModelConfig, device: torch
     generator = torch.Generator(device).manual_seed(0)
     groups = config.num_attention_heads // config.kv_heads
     inputs = [
-        torch.randn(boundaries[-1], heads, config.head_dim, generator=generator, device=device)
+        torch.randn(boundaries[-1], heads, config.head_size, generator=generator, device=device)
         for heads in (2 * groups, 2, 2, 2 * groups)
     ]
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)

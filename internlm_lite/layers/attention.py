@@ -107,6 +107,9 @@ class Attention(CostedLayer):
         if "block" not in row.fused:
             moved.append(Pass("contiguous_copy", 2 * joined, backward=True))
             moved.append(Pass("strided_copy", 2 * (joined - rotated), backward=True))
+        if self.q_norm is not None:
+            kind = "fused" if "block" in row.fused else "norm"
+            moved += [Pass(kind, 2 * rotated, 2), Pass(kind, 5 * rotated, 8, backward=True)]
         return super().passes(row) + kernels + moved
 
 

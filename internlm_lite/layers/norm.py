@@ -81,6 +81,8 @@ class RMSNorm(Norm):
         weight = accumulating(self.weight)
         if not x.is_cuda and not torch.compiler.is_compiling():
             return _RMSNorm.apply(x, weight, self.eps)
+        if not x.is_cuda:  # its operations round one by one there
+            weight = weight.to(accumulation_dtype(x.dtype))
         return F.rms_norm(x.to(weight.dtype), weight.shape, weight, self.eps).to(x.dtype)
 
 

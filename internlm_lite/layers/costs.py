@@ -25,7 +25,7 @@ class RowShape:
     device: str = "cuda"
     """"cuda" or "cpu": a few kernels save different tensors, and the loss uses chunks of another size."""
     attention_by_document: bool = False
-    """True: the reference attention, which is called once per document and concatenates the outputs."""
+    """True: attention in several calls, whose outputs are concatenated."""
     selective: bool = False
     """True: what is cheap to compute is computed again in the backward pass (layers/recompute.py)."""
     fused: frozenset[str] = frozenset()

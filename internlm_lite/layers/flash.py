@@ -58,7 +58,7 @@ class AttentionBackend(enum.Enum):
     FLASH_ATTN_3 = "flash-attn 3"
     FLASH_ATTN_4 = "flash-attn 4"
     FLASH_ATTN = "flash-attn"
-    CUDNN = "cuDNN over long documents, torch.nn.attention.varlen over short ones"
+    CUDNN = "cuDNN and torch.nn.attention.varlen"
     TORCH_VARLEN = "torch.nn.attention.varlen"
     SDPA = "scaled_dot_product_attention"
 
@@ -119,13 +119,15 @@ def choose_backend(config: ModelConfig, device: torch.device, *, strict: bool = 
     return AttentionBackend.SDPA
 
 
-def varlen_fits(config: ModelConfig) -> bool:
-    """Whether a varlen kernel supports this model on a GPU of compute capability 8.0 or higher."""
-    return (
-        config.use_flash_attn
-        and config.attention != "sdpa"
-        and not _unfit(NEEDS[AttentionBackend.TORCH_VARLEN], config)
-    )
+def expected_backend(config: ModelConfig, *, deterministic: bool) -> AttentionBackend:
+    """What an H100 without flash-attn takes, for a plan; of a named kernel, whether or not it is installed."""
+    wanted = config.attention if config.use_flash_attn else "sdpa"
+    if wanted != "auto":
+        return AttentionBackend[wanted.upper()]
+    for backend in (AttentionBackend.CUDNN, AttentionBackend.TORCH_VARLEN):
+        if not _unfit(NEEDS[backend], config) and (NEEDS[backend].repeats or not deterministic):
+            return backend
+    return AttentionBackend.SDPA
 
 
 def _refusal(backend: AttentionBackend, config: ModelConfig, device: torch.device) -> str:

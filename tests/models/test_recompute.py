@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from internlm_lite.data.data_loader import open_training_data
 from internlm_lite.data.order import Position
 from internlm_lite.layers import compiled
 from internlm_lite.layers.flash import packed_sdpa
+from internlm_lite.layers.norm import RMSNorm
 from internlm_lite.layers.rope import Rotary
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from internlm_lite.models.decoder import Block, tensor_parallel_context
@@ -129,11 +131,12 @@ def test_no_product_and_no_attention_runs_again() -> None:
 
 def test_compiled_blocks_keep_as_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """A policy of operators that wraps a compiled function sees none of them: nothing would be recomputed. So what is
-    cheap is marked inside the graph. The compiler also drops the statistics of the norms."""
+    cheap is marked inside the graph. The compiler also drops the statistics of the norms. The norm is that of CUDA: torch
+    2.11 does not mark operations inside an autograd function."""
     monkeypatch.setattr(compiled, "COMPILER", "aot_eager")
     torch._dynamo.reset()
-    kept = {}
-    for compiles in (False, True):
-        block, run, known = block_run(checkpoint="selective", compile=compiles)
-        kept[compiles] = saved_bytes(run, block, known)
-    assert kept[True] == kept[False] - 2 * T * 4
+    block, run, known = block_run(checkpoint="selective")
+    eager = saved_bytes(run, block, known)
+    monkeypatch.setattr(RMSNorm, "forward", lambda norm, x: F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps))
+    block, run, known = block_run(checkpoint="selective", compile=True)
+    assert saved_bytes(run, block, known) == eager - 2 * T * 4

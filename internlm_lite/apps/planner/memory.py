@@ -23,7 +23,7 @@ def row_shape(config: Config, backend: AttentionBackend, device: str) -> RowShap
     return RowShape(
         tokens,
         device,
-        attention_by_document=backend is AttentionBackend.SDPA,
+        attention_by_document=backend in (AttentionBackend.SDPA, AttentionBackend.CUDNN),
         selective=config.model.checkpoint == "selective",
     )
 

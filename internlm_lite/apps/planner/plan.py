@@ -17,7 +17,7 @@ from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
 from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import open_training_data, open_validation_data
 from internlm_lite.data.render_batches import StepFigures, walk_steps
-from internlm_lite.layers.flash import AttentionBackend, varlen_fits
+from internlm_lite.layers.flash import AttentionBackend, expected_backend
 from internlm_lite.mesh.mesh import Sizes, axis_groups, rank_of, sizes_of
 from internlm_lite.monitor.flops import internlm_step_flops
 
@@ -88,9 +88,8 @@ def make_plan(
 
 
 def _backend(config: Config, device: str) -> AttentionBackend:
-    """The backend that the trainer selects on a current GPU; both varlen kernels keep the same tensors."""
-    varlen = device == "cuda" and varlen_fits(config.model)
-    return AttentionBackend.FLASH_ATTN if varlen else AttentionBackend.SDPA
+    on_gpu = device == "cuda"
+    return expected_backend(config.model, deterministic=config.deterministic) if on_gpu else AttentionBackend.SDPA
 
 
 def _first_batches(config: Config, sizes: Sizes) -> tuple[tuple[StepFigures, ...], DocumentLengths]:
@@ -170,7 +169,7 @@ def _layout(config: Config, sizes: Sizes, backend: AttentionBackend) -> dict[str
         "micro_bsz": config.data.micro_bsz,
         "seq_len": config.data.seq_len,
         "dtype": config.model.dtype,
-        "attention": "varlen kernel" if backend is AttentionBackend.FLASH_ATTN else backend.value,
+        "attention": backend.value,
     }
 
 

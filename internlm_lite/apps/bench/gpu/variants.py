@@ -30,7 +30,7 @@ def configured(config: Config, variant: str) -> Config:
     keys = {
         "compile": "compile" in names,
         "checkpoint": "selective" if "selective" in names else "recompute" in names,
-        "attention": "torch_varlen" if "varlen" in names else "auto",
+        "attention": "torch_varlen" if "varlen" in names and torch.cuda.is_available() else "auto",
         "fp8": "fp8" in names,
     }
     return config.model_copy(update={"model": config.model.model_copy(update=keys)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -32,8 +33,11 @@ def built(dtype: str, device: torch.device, monkeypatch: pytest.MonkeyPatch, **m
     return trainer, config
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "tf32"])
-@pytest.mark.parametrize("model", [{}, {"use_fp32_norm": True, "checkpoint": 1.0, "tie_word_embeddings": True}])
+DTYPES = ["bfloat16", "float16", "float32", "tf32"]
+MODELS = [{}, {"use_fp32_norm": True, "checkpoint": 1.0, "tie_word_embeddings": True}]
+
+
+@pytest.mark.parametrize(("dtype", "model"), [*product(DTYPES, MODELS), ("bfloat16", {"fp8": True})])
 def test_a_step_mixes_no_devices_and_reads_nothing(
     dtype: str, model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

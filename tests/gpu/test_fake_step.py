@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import product
 from typing import Any
 
 import pytest
@@ -33,18 +32,23 @@ def built(dtype: str, device: torch.device, monkeypatch: pytest.MonkeyPatch, **m
     return trainer, config
 
 
-DTYPES = ["bfloat16", "float16", "float32", "tf32"]
-MODELS = [{}, {"use_fp32_norm": True, "checkpoint": 1.0, "tie_word_embeddings": True}]
-
-
-@pytest.mark.parametrize(("dtype", "model"), [*product(DTYPES, MODELS), ("bfloat16", {"fp8": True})])
+@pytest.mark.parametrize(
+    ("dtype", "model"),
+    [
+        ("bfloat16", {}),
+        ("bfloat16", {"fp8": True}),
+        ("float16", {}),
+        ("float32", {}),
+        ("bfloat16", {"use_fp32_norm": True, "checkpoint": 1.0, "tie_word_embeddings": True}),
+    ],
+)
 def test_a_step_mixes_no_devices_and_reads_nothing(
     dtype: str, model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host = random_batch(bench_config(**SHAPE, dtype="torch.float32"), 0, torch.device("cpu"))
     with fake_cuda() as device:
         trainer, _ = built(dtype, device, monkeypatch, **model)
-        assert (trainer.backend is AttentionBackend.SDPA) == (dtype in ("float32", "tf32"))
+        assert (trainer.backend is AttentionBackend.SDPA) == (dtype == "float32")
         batch = fake_batch(host, device)
         with HostWaits() as waits:
             outcomes = [trainer.step(batch, step) for step in range(2)]

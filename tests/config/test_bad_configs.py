@@ -560,7 +560,11 @@ FLOAT8 = GOOD.replace('"torch.float16"', '"torch.bfloat16", fp8=True')
     ("old", "new", "found"),
     [
         ('"torch.bfloat16"', '"torch.float32"', 'with model.dtype "torch.float32", expected "torch.bfloat16"'),
-        ("hidden_size=128", "hidden_size=144", "matrices of 72 (model.hidden_size, parallel.tensor) and 216"),
+        (
+            "hidden_size=128",
+            "hidden_size=144",
+            "matrices of 72 (model.num_attention_heads, model.head_dim, parallel.tensor) and 216",
+        ),
         (
             "hidden_size=128",
             "hidden_size=128, multiple_of=8",

@@ -36,6 +36,7 @@ def built(dtype: str, device: torch.device, monkeypatch: pytest.MonkeyPatch, **m
     ("dtype", "model"),
     [
         ("bfloat16", {}),
+        ("bfloat16", {"fp8": True}),
         ("float16", {}),
         ("float32", {}),
         ("bfloat16", {"use_fp32_norm": True, "checkpoint": 1.0, "tie_word_embeddings": True}),

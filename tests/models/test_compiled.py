@@ -19,7 +19,7 @@ from internlm_lite.errors import ConfigError
 from internlm_lite.layers import compiled
 from internlm_lite.layers.flash import packed_sdpa
 from internlm_lite.layers.norm import NORMS, RMSNorm
-from internlm_lite.layers.rope import Rotary
+from internlm_lite.layers.rope import Rotary, rope_frequencies
 from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from internlm_lite.models.decoder import Block, tensor_parallel_context
@@ -104,7 +104,7 @@ def test_no_weight_is_kept_in_float8() -> None:
     for param in cast(Iterator[Parameter], block.parameters()):
         param.data.fill_(0.01)
         param.main_grad = torch.zeros(param.shape)
-    rotary = Rotary(torch.arange(tokens), config.head_dim, config.rope_base, tp_ctx.dtype)
+    rotary = Rotary(torch.arange(tokens), rope_frequencies(config, mesh.device), tp_ctx.dtype)
     x = torch.randn(tokens, config.hidden_size).bfloat16().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         block(x, rotary, packed_sdpa((0, tokens)))

@@ -21,6 +21,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import DebugLevel, get_debug_level  # type: ignore[attr-defined]
 
 from internlm_lite.errors import MeshError, PeerLostError, first_line
 
@@ -148,8 +149,8 @@ def build_mesh(sizes: Sizes, rank: int, device: torch.device, timeout: timedelta
     """Create the process groups of all axes. Collective: every rank calls it with the same sizes.
 
     `torch.distributed` must be initialised unless the world size is one; its default group is that of the world. Axes
-    do not share process groups, so collectives of different axes may overlap in any order. Raises PeerLostError when a
-    rank is lost meanwhile.
+    do not share process groups, so collectives of different axes may overlap in any order. Where the groups take only
+    tensors of a GPU, the world has another one for objects. Raises PeerLostError when a rank is lost meanwhile.
     """
     mesh = _mesh(sizes, rank, device, lambda axis, partition: _new_group(axis, partition, rank, timeout))
     if sizes.world == 1 or "cpu:" in dist.get_backend_config():
@@ -189,11 +190,14 @@ def _new_group(axis: str, partition: Partition, rank: int, timeout: timedelta) -
     assert world is not None, "torch.distributed is initialised"
     if axis == "world":
         return world
+    mine = next(ranks for ranks in partition if rank in ranks)
     with _peer_lost(f"of the {axis} axis"):
-        if world.bound_device_id is not None:
-            return dist.split_group(split_ranks=[list(ranks) for ranks in partition], timeout=timeout, group_desc=axis)
-        mine = next(ranks for ranks in partition if rank in ranks)
-        return dist.new_group(mine, timeout=timeout, use_local_synchronization=True, group_desc=axis)
+        if world.bound_device_id is None:
+            return dist.new_group(mine, timeout=timeout, use_local_synchronization=True, group_desc=axis)
+        if get_debug_level() == DebugLevel.DETAIL:  # torch wraps NCCL in what has no split of its own
+            made = [dist.new_group(ranks, timeout=timeout, group_desc=axis) for ranks in partition]
+            return made[partition.index(mine)]
+        return dist.split_group(split_ranks=[list(ranks) for ranks in partition], timeout=timeout, group_desc=axis)
 
 
 @contextmanager

@@ -97,6 +97,27 @@ def test_all_ranks_split_the_communicator_of_the_world_in_the_same_order(sizes: 
         assert all(ranks == sorted(ranks) for ranks in partition), "split_group sorts them, so ours must be sorted"
 
 
+# TORCH_DISTRIBUTED_DEBUG=DETAIL puts a wrapper around NCCL that split_group refuses.
+@pytest.mark.parametrize("sizes", LAYOUTS)
+def test_with_torchs_checks_of_collectives_all_ranks_make_every_group(
+    sizes: Sizes, calls: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("internlm_lite.mesh.mesh.get_debug_level", lambda: dist.DebugLevel.DETAIL)
+    logs = []
+    for rank in range(sizes.world):
+        with fake_world(rank, sizes.world, bound=GPU):
+            mesh = build_mesh(sizes, rank, GPU, TIMEOUT)
+            for group in (mesh.axis(axis) for axis in AXES if mesh.axis(axis).size > 1):
+                assert group.process_group is not None
+                assert dist.get_process_group_ranks(group.process_group) == list(group.ranks)
+        logs.append(calls.copy())
+        calls.clear()
+    assert all(log == logs[0] for log in logs)
+    made = [(options["group_desc"], options["ranks"]) for _, options in logs[0]]
+    partitions = [(axis, part) for axis, part in axis_groups(sizes).items() if axis != "world"]
+    assert made == [(axis, ranks) for axis, part in partitions if len(part) < sizes.world for ranks in part]
+
+
 # Where only members make a group, torch names it by its ranks and by how many groups a rank has made: ranks that count
 # differently would wait for each other under different names.
 @pytest.mark.parametrize("sizes", LAYOUTS)

@@ -222,6 +222,30 @@ class Beta2SchedulerConfig(Section):
     """Index of the last step already done by another run; -1: none."""
 
 
+class RopeScaling(Section):
+    """Rotary frequencies for rows longer than those a model was first trained on; `rope_scaling` in Hugging Face's
+    config.json. Formulas: layers/rope.py."""
+
+    rope_type: Literal["linear", "llama3", "yarn"]
+    """linear: positions / factor. llama3: of long wavelengths alone, as in Llama 3.1. yarn: arXiv:2309.00071."""
+    factor: Annotated[float, Field(ge=1)]
+    """How much longer rows may be."""
+    original_max_position_embeddings: Positive | None = None
+    """llama3, yarn: longest row of the first training."""
+    low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
+    """llama3: wavelengths above original length / low_freq_factor are divided by factor."""
+    high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
+    """llama3: wavelengths below original length / high_freq_factor stay; in between, a linear mix."""
+    beta_fast: Annotated[float, Field(gt=0)] = 32.0
+    """yarn: frequencies that turn more often than this within the original length stay."""
+    beta_slow: Annotated[float, Field(gt=0)] = 1.0
+    """yarn: those that turn less often than this are divided by factor."""
+    truncate: bool = True
+    """yarn: round both borders to whole pairs."""
+    attention_factor: Annotated[float, Field(gt=0)] | None = None
+    """yarn: multiplies queries and keys. None: 0.1 ln(factor) + 1."""
+
+
 class ModelConfig(Section):
     """The decoder: RMSNorm, rotary attention, SwiGLU."""
 
@@ -232,6 +256,8 @@ class ModelConfig(Section):
     """Query heads."""
     num_kv_attention_heads: Positive | None = None
     """(new) Key/value heads of grouped-query attention; None: num_attention_heads."""
+    head_dim: Positive | None = None
+    """(new) Features of a head; None: hidden_size / num_attention_heads."""
     embed_split_hidden: bool = True
     """Tensor parallel: split the embedding along hidden_size (True) or along the vocabulary (False)."""
     vocab_size: Positive
@@ -272,8 +298,16 @@ class ModelConfig(Section):
     """Stages per pipeline rank; > 1: interleaved schedule, unless parallel.pipeline.schedule is "zbv"."""
     no_bias: bool = False
     """(new) True: attention without biases (Llama, InternLM2). False: biases on QKV and output (InternLM)."""
+    qkv_bias: bool | None = None
+    """(new) Biases on queries, keys and values (Qwen2). None: as no_bias says."""
+    out_bias: bool | None = None
+    """(new) Bias on attention's output. None: as no_bias says."""
+    qk_norm: Literal[False, "head"] = False
+    """(new) "head": RMSNorm of each query and key head before its rotation, one weight for all heads (Qwen3)."""
     rope_base: Annotated[float, Field(gt=0)] = 10000
     """(new) Base of the rotary embedding."""
+    rope_scaling: RopeScaling | None = None
+    """(new) Scaled rotary frequencies, as in Llama 3.1."""
     tie_word_embeddings: bool = False
     """(new) The head shares the embedding's weight."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
@@ -284,8 +318,17 @@ class ModelConfig(Section):
         return self.num_kv_attention_heads or self.num_attention_heads
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+    def head_size(self) -> int:
+        """Features of a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return not self.no_bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def has_out_bias(self) -> bool:
+        return not self.no_bias if self.out_bias is None else self.out_bias
 
     @property
     def mlp_hidden_size(self) -> int:

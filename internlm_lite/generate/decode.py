@@ -10,6 +10,7 @@ from internlm_lite.errors import DataError
 from internlm_lite.generate.cache import KVCache
 from internlm_lite.generate.sample import Sampler, Sampling
 from internlm_lite.layers.flash import packed
+from internlm_lite.mesh import comm
 from internlm_lite.models.stages import WholeModel
 
 
@@ -34,7 +35,7 @@ def generate(
     logits = _prefill(model, prompts, cache)
     for step in range(max_new_tokens):
         drawn = draw(logits)
-        for row, token in enumerate(drawn.tolist()):
+        for row, token in enumerate(comm.read(drawn)):
             if token == eos:
                 running.discard(row)
             elif row in running:

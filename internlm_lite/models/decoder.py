@@ -32,7 +32,7 @@ from internlm_lite.layers.mlp import SwiGLU
 from internlm_lite.layers.norm import build_norm
 from internlm_lite.layers.products import Products
 from internlm_lite.layers.recompute import with_recipe
-from internlm_lite.layers.rope import Rotary
+from internlm_lite.layers.rope import Rotary, rope_frequencies
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.layers.weight_grads import WeightGrads
 from internlm_lite.mesh.layout import Parameter
@@ -151,6 +151,7 @@ class Transformer(CostedLayer):
         self.backend = backend
         self.spec = spec
         self.tok_embeddings = Embedding("tok_embeddings", config, tp_ctx, spec.tied_over) if spec.first else None
+        self._frequencies = rope_frequencies(config, tp_ctx.device)
         self.layers = nn.ModuleDict({str(n): Block(config, n, tp_ctx) for n in spec.layers})
         has_norm = spec.last and not config.apply_post_layer_norm
         self.norm = build_norm("norm", config, tp_ctx) if has_norm else None
@@ -178,7 +179,7 @@ class Transformer(CostedLayer):
         `tokens`: [T] int64 on the first stage, else the hidden state of the previous stage. `positions`: [T] int64.
         """
         x = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
-        rotary = Rotary(positions, self.config.head_dim, self.config.rope_base, x.dtype)
+        rotary = Rotary(positions, self._frequencies, x.dtype)
         for block in self.layers.values():
             x = block(x, rotary, attend)
         return x if self.norm is None else self.norm(x)
@@ -201,7 +202,7 @@ class Transformer(CostedLayer):
         """`recomputed`: the number of the model's first layers that are recomputed; None: as configured."""
         flags = [None if recomputed is None else block.attention.layer < recomputed for block in self.blocks()]
         parts = [block.saved_bytes(row, recompute=flag) for block, flag in zip(self.blocks(), flags, strict=True)]
-        parts.append(Rotary.saved_bytes(row, self.config.head_dim, self.tp_ctx.dtype))
+        parts.append(Rotary.saved_bytes(row, self.config.head_size, self.tp_ctx.dtype))
         parts += [unit.saved_bytes(row) for unit in (self.tok_embeddings, self.output, self.norm) if unit is not None]
         return add_bytes(*parts)
 

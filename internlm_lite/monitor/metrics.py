@@ -1,7 +1,7 @@
 """Loss and accuracy per data folder, summed on the device and read once per log interval.
 
 sums[folder] = (labels, cross-entropy, correct, tokens)      added per micro-batch, in place, no host read
-take():        one all-reduce over the world, a copy on the device, reset to zero
+take():        a copy on the device, one all-reduce over the world, reset to zero
 figures():     what such sums mean, once they are on the host
 
 Only the last pipeline stage has losses; tensor-parallel ranks all have the same ones, so only the first counts.
@@ -66,10 +66,14 @@ class FolderMetrics:
             row.scatter_add_(0, index, values.double())
         self._sums[-1] += train_loss
 
-    def state_dict(self) -> dict[str, Any]:
-        """The sums since the last `take` over all ranks, JSON-able. Collective; waits for the device."""
+    def total(self) -> torch.Tensor:
+        """The sums since the last `take`, over all ranks, on the device. Collective; no host read."""
         sums = self._sums.clone()
         comm.all_reduce(sums, self._world).wait()
+        return sums
+
+    def state_dict(self, sums: torch.Tensor) -> dict[str, Any]:
+        """`sums` as `total` returned them, JSON-able. Waits for the device."""
         # JSON has no nan; one non-finite step makes the sums nan until the next line
         values = [value if math.isfinite(value) else repr(value) for value in comm.read(sums)]
         return {"folders": list(self._folders), "sums": values}
@@ -81,9 +85,8 @@ class FolderMetrics:
             self._sums.copy_(torch.tensor([float(value) for value in state["sums"]], dtype=torch.float64))
 
     def take(self) -> torch.Tensor:
-        """The sums since the last call, over all ranks, for `figures`; resets them. Collective; no host read."""
-        comm.all_reduce(self._sums, self._world).wait()
-        sums = self._sums.clone()
+        """`total`, for `figures`; resets the sums. Collective; no host read."""
+        sums = self.total()
         self._sums.zero_()
         return sums
 

@@ -194,7 +194,7 @@ class Control:
         self._rollbacks: dict[int, int] = {}
 
     def after_step(self, outcome: StepOutcome, steps_done: int) -> Decision:
-        """Sets and returns `decision`. Waits for the previous step, and for this one if a save is due. Raises
+        """Sets and returns `decision`. Waits for the previous step, and for this one if it is the last. Raises
         NumericsError or DataError when too many consecutive updates were skipped (`check_skips`)."""
         arrived, known_step = self._channel.exchange(outcome), steps_done - 1 - _LAG_STEPS
         self._reporter.write_lines()
@@ -208,17 +208,22 @@ class Control:
         all_done = steps_done == self._config.data.total_steps
         final = all_done or self._command.stop
         kind = due_kind(self._config.ckpt, steps_done, self._command, all_done=all_done, deferred=self._deferred)
-        # If this update was skipped, its cause may be in the weights already; saving them could rotate out a good
-        # snapshot.
-        self._deferred = kind if kind and not final and _was_skipped(outcome) else None
+        self._deferred = None
         self.decision = Decision(
-            save=None if self._deferred else kind,
+            save=kind,
             final=final,
             stopped_by=self._command.source if self._command.stop and not all_done else "",
             rollback_before=known_step if spiked and self._config.guard.spike == "rollback" else None,
             bad_losses=comm.read(outcome.skips.consecutive_bad_losses) if final else 0,
         )
         return self.decision
+
+    def defer_if_skipped(self, outcome: StepOutcome, decision: Decision) -> bool:
+        """Whether this step's update was skipped; then the save of `decision` is due after the next step, too."""
+        skipped = comm.read(outcome.skips.consecutive_skips) > 0
+        if skipped:
+            self._deferred = decision.save
+        return bool(skipped)
 
     def rolled_back(self, back_to: int) -> None:
         """Call after restoring step `back_to`: drops results of undone steps, and defers a pending request to the next
@@ -290,11 +295,6 @@ def bad_losses_error(count: int, step: int) -> NumericsError:
         "weights may be ruined and are not saved; started again, the run goes on from its newest checkpoint; lower "
         "adam.lr, look at the data of these steps, or go on from an older checkpoint with --resume PATH"
     )
-
-
-def _was_skipped(outcome: StepOutcome) -> bool:
-    """Whether this step's update was skipped. Reads the device, so it is called only when a save is due."""
-    return bool(comm.read(outcome.skips.consecutive_skips) > 0)
 
 
 def due_kind(

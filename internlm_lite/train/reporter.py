@@ -78,10 +78,10 @@ class Reporter:
             self._sinks.close()
             self._sinks = self._make_sinks(done)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Speed and metrics, which a resume restores; JSON-able. Collective; waits for the device."""
+    def state_dict(self, sums: torch.Tensor) -> dict[str, Any]:
+        """Speed, and metrics as their `total` was; JSON-able, for a resume. Waits for the device."""
         self.write_lines(math.inf)
-        return {"speed": self.speed.state_dict(), "metrics": self._trainer.metrics.state_dict()}
+        return {"speed": self.speed.state_dict(), "metrics": self._trainer.metrics.state_dict(sums)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.write_lines(math.inf)  # the speed of undone steps must not count
@@ -137,7 +137,7 @@ class Reporter:
 
     @contextmanager
     def all_lines_written(self) -> Iterator[None]:
-        """Write the lines of the block before its end; after an error those that arrive soon: the device may be lost."""
+        """Write all lines at the end of the block; after an error those that arrive soon, as the device may be lost."""
         try:
             yield
             self.write_lines(math.inf)

@@ -11,7 +11,7 @@ from internlm_lite.batch import IGNORE
 from internlm_lite.config.schema import AdamConfig
 from internlm_lite.layers.compiled import compiled
 from internlm_lite.layers.loss import LossOptions, linear_cross_entropy, losses_and_gradient
-from internlm_lite.layers.rope import Rotary
+from internlm_lite.layers.rope import RopeFrequencies, Rotary, plain_frequencies
 from internlm_lite.layers.weight_grads import add_product
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.optim.rules import RULES, Shard
@@ -96,8 +96,9 @@ def test_norm(dtype: torch.dtype, device: torch.device) -> None:
 def test_rotation_of_far_positions(device: torch.device) -> None:
     positions = torch.tensor([0, 1, 4095, 10**6])
     x = drawn(4, 2, 2, 64, dtype=torch.float32, device=device)
-    found = Rotary(positions.to(device), 64, 10000.0, torch.float32)(x)
-    assert error(found, Rotary(positions, 64, 10000.0, torch.float64)(x.double().cpu())) < 1e-6
+    fast, exact = (RopeFrequencies(plain_frequencies(64, 10000.0, where)) for where in (device, torch.device("cpu")))
+    found = Rotary(positions.to(device), fast, torch.float32)(x)
+    assert error(found, Rotary(positions, exact, torch.float64)(x.double().cpu())) < 1e-6
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -51,7 +51,12 @@ class Layout:
     overlap_grad: bool = True
     overlap_param: bool = True
     bucket: int = 1 << 29
-    bias: bool = True
+    bias: bool | str = True
+    """"qkv": on queries, keys and values alone."""
+    qk_norm: bool | str = False
+    head_dim: int | None = None
+    rope: str | None = None
+    """rope_type of the scaling."""
     post_norm: bool = False
     smoothing: float = 0
     embed_scale: float = 1
@@ -77,7 +82,10 @@ class Layout:
         return " ".join(f"{name}={value}" for name, value in changed) or "one process"
 
 
-MODEL = ("rows", "micro_bsz", "tied", "bias", "post_norm", "smoothing", "embed_scale", "fp32_norm", "layers")
+MODEL = (
+    *("rows", "micro_bsz", "tied", "bias", "qk_norm", "head_dim", "rope", "post_norm", "smoothing", "embed_scale"),
+    *("fp32_norm", "layers"),
+)
 """Options that change the model or the batches. The others must not change a figure."""
 
 BOUND: dict[str, tuple[Any, ...]] = {
@@ -102,7 +110,10 @@ FREE: dict[str, tuple[Any, ...]] = {
     "overlap_grad": (True, False),
     "overlap_param": (True, False),
     "bucket": (1 << 29, 1500),
-    "bias": (True, False),
+    "bias": (True, False, "qkv"),
+    "qk_norm": (False, "head"),
+    "head_dim": (None, 6),
+    "rope": (None, "linear", "llama3", "yarn"),
     "post_norm": (False, True),
     "smoothing": (0, 0.1),
     "embed_scale": (1, 0.5),
@@ -144,6 +155,11 @@ def config_of(layout: Layout, corpus: Path | None, dtype: str = "torch.float64",
         "embed_split_hidden": layout.split_hidden,
         "tie_word_embeddings": layout.tied,
         "no_bias": not layout.bias,
+        "out_bias": None if layout.bias != "qkv" else False,
+        "qk_norm": layout.qk_norm,
+        "head_dim": layout.head_dim,
+        "rope_scaling": layout.rope
+        and {"rope_type": layout.rope, "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 2.0},
         "apply_post_layer_norm": layout.post_norm,
         "embed_grad_scale": layout.embed_scale,
         "use_fp32_norm": layout.fp32_norm,

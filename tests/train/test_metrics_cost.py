@@ -1,4 +1,4 @@
-"""What metrics may do to training: a collective per line, one read per line on rank 0 (no wait), no read between lines."""
+"""What metrics may do to training: a collective per line, one read per line on rank 0, no read between lines."""
 
 from __future__ import annotations
 

@@ -110,6 +110,8 @@ class HostWaits(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        if func is torch.ops.aten.copy_.default and args[2:] == (True,):
+            return out  # non_blocking, which the project uses with pinned memory
         copies = func._schema.name in ("aten::copy_", "aten::_to_copy")
         # A number in a tensor of the host is an argument of the kernel, unless it is copied.
         if len({x.device.type for x in tensors if copies or x.dim()}) > 1:

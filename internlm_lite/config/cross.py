@@ -290,11 +290,11 @@ def _float8(config: Config) -> Iterator[Problem]:
         yield Problem(
             keys, f'found True with model.dtype "{model.dtype}", expected "torch.bfloat16"; change one of them'
         )
-    queries, head_rows = (model.head_size * n for n in (heads := model.num_attention_heads, heads + 2 * model.kv_heads))
+    queries, keys_values = (heads * model.head_size for heads in (model.num_attention_heads, 2 * model.kv_heads))
     sizes = {
         ("model.hidden_size",): model.hidden_size,
         ("model.num_attention_heads", "model.head_dim", _TENSOR): queries // tensor,
-        ("model.num_kv_attention_heads", _TENSOR): head_rows // tensor,
+        ("model.num_kv_attention_heads", _TENSOR): (queries + keys_values) // tensor,
         ("model.multiple_of", "model.mlp_ratio", _TENSOR): model.mlp_hidden_size // tensor,
         ("data.micro_bsz", "data.seq_len"): data.micro_bsz * data.seq_len,
     }

@@ -21,7 +21,7 @@ from internlm_lite.faults.waiting import waits_for_others
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import build_mesh, sizes_of
 from internlm_lite.runtime.device import bind_device, peak_flops
-from internlm_lite.runtime.dist_env import read_dist_env
+from internlm_lite.runtime.dist_env import read_dist_env, set_defaults
 from internlm_lite.train.trainer import Trainer
 from tests.corpus import write_corpus
 from tests.gpu.pieces import config_of, losses_and_norms, trainer_of, waits_raise
@@ -80,6 +80,15 @@ def test_memory_is_what_is_planned(gpu: torch.device) -> None:
     found = torch.cuda.max_memory_allocated() - before
     planned = make_plan(config, 1, None, "cuda").ranks[0].bytes.peak
     assert 0.8 < found / planned < 1.15, (found, planned)
+
+
+def test_nccl_leaves_a_lost_peer_to_the_watchdog() -> None:
+    """Its monitor ends a process even where its error handling is off; what the user sets is kept."""
+    environ = {"TORCH_NCCL_ENABLE_MONITORING": "1"}
+    set_defaults(environ)
+    assert environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0" and environ["TORCH_NCCL_ENABLE_MONITORING"] == "1"
+    set_defaults(environ := {})
+    assert environ["TORCH_NCCL_ENABLE_MONITORING"] == "0"
 
 
 def test_a_rank_that_reads_a_busy_device_waits_for_others(gpu: torch.device) -> None:

@@ -63,7 +63,7 @@ def fake_cuda() -> Iterator[torch.device]:
     """While it lasts, tensors made on the device it yields are fake ones."""
     subclass = torch.Tensor._make_subclass
     like_parameters = {name: getattr(Parameter, name) for name in Parameter.__annotations__ if hasattr(Parameter, name)}
-    cuda = {
+    cuda: dict[str, Any] = {
         "Event": _Stream,
         "Stream": _Stream,
         "current_stream": _Stream,
@@ -73,15 +73,18 @@ def fake_cuda() -> Iterator[torch.device]:
     with ExitStack() as patches:
         enter = patches.enter_context
         enter(mock.patch.object(torch.Tensor, "_make_subclass", _without("dispatch_device", subclass)))
-        enter(
-            mock.patch.object(F, "rms_norm", lambda x, shape, *rest: torch.ops.aten._fused_rms_norm(x, shape, *rest)[0])
-        )
+        enter(mock.patch.object(F, "rms_norm", _fused_norm))
         for name, value in {**like_parameters, "is_cuda": property(lambda x: x.device.type == "cuda")}.items():
             enter(mock.patch.object(FakeTensor, name, value, create=True))
         for name, value in cuda.items():
             enter(mock.patch.object(torch.cuda, name, value))
         enter(_FakeCuda())
         yield DEVICE
+
+
+def _fused_norm(x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor, eps: float) -> torch.Tensor:
+    normed: torch.Tensor = torch.ops.aten._fused_rms_norm(x, shape, weight, eps)[0]
+    return normed
 
 
 def _without(option: str, function: Any) -> Any:

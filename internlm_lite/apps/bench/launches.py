@@ -1,6 +1,6 @@
 """Kernel launches of a training step and bytes that they move, counted without a GPU.
 
-Eager: a step on fake CUDA tensors (`fake_cuda`). An operation that is neither a view nor an allocation is one launch; it
+Eager: a step on fake CUDA tensors (`fake_cuda`). An operation that is no view and no allocation is one launch; it
 reads each input once, writes each output once, and reads only the chosen rows of a table. Attention, the fused
 update and a norm are one operation each; products and attention are counted, but their bytes are not.
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -192,7 +192,7 @@ def _counting() -> Iterator[tuple[Nodes, Nodes]]:
 
     nodes: tuple[Nodes, Nodes] = ([], [])
 
-    def count(graph: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+    def count(graph: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
         unchanged = copy.deepcopy(graph)
         nodes[bool(options.get("is_backward"))].extend(_scheduled(graph, inputs, bool(options.get("is_backward"))))
 

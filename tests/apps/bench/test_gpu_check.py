@@ -16,7 +16,18 @@ from internlm_lite.cli.gpu_check import KINDS_OF_PROFILE, PREDICTED, main, predi
 from tests.cli import ROOT
 
 ONE_OF_A_KIND = (
-    *("env", "attention", "syncs", "train_curves", "resume", "worlds:nccl", "ops", "attention_speed", "staging"),
+    *(
+        "env",
+        "gpu_tests",
+        "attention",
+        "syncs",
+        "train_curves",
+        "resume",
+        "worlds:nccl",
+        "ops",
+        "attention_speed",
+        "staging",
+    ),
     *("perf:1b:eager", "perf:1b:bare+compiled", "perf:1b:compile", "profile:1b:eager"),
     *("perf:1b:liger", "perf:7b:compile+fp8"),
 )
@@ -28,8 +39,15 @@ def test_every_section_and_variant_of_the_plan_is_known() -> None:
         assert section in SECTIONS
         if section in ("perf", "profile"):
             assert set(arguments[1].split("+")) <= set(variants.VARIANTS)
-    kinds = {part.name.split(":")[0] for part in PLAN} - {"gpu_tests"}
+    kinds = {part.name.split(":")[0] for part in PLAN}
     assert kinds == {name.split(":")[0] for name in ONE_OF_A_KIND}
+
+
+def test_correctness_comes_first_then_what_is_compiled() -> None:
+    alone = [part.alone for part in PLAN]
+    assert alone == sorted(alone)
+    speeds = [part.name for part in PLAN if part.alone]
+    assert speeds[:2] == ["perf:1b:compile", "perf:7b:compile"]
 
 
 def test_a_patch_that_replaces_nothing_is_refused() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from internlm_lite.apps.convert.compare_logits import compare, require_transformers
 from internlm_lite.apps.convert.from_hf import read_hf
+from internlm_lite.apps.convert.hf_config import default_family
 from internlm_lite.apps.convert.recipes import FAMILIES
 from internlm_lite.apps.convert.to_hf import open_checkpoint, write_hf
 from internlm_lite.cli.options import new_parser, s3_settings
@@ -42,8 +43,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("checkpoint", help="a save folder (its newest checkpoint), or one checkpoint of it")
     add("out", type=Path, help="folder to make")
     add("--dtype", choices=dtypes, help="of the weights (as the model was trained)")
-    add("--model-type", choices=FAMILIES, default="llama", help="which model it becomes (llama)")
-    add("--tokenizer", help="sentencepiece model, or none (the config's data.tokenizer)")
+    add("--model-type", choices=FAMILIES, help="which model it becomes (the first that can express it)")
+    add("--tokenizer", help="tokenizer file or folder, or none (the config's data.tokenizer)")
     add("--shard-size", type=size, default=size("5GB"), help="largest file of weights (5GB)")
     from_hf = commands.add_parser("from-hf", help="a Hugging Face folder to a checkpoint of ours")
     from_hf.add_argument("folder", type=Path, help="config.json, *.safetensors")
@@ -94,7 +95,7 @@ def to_hf(arguments: argparse.Namespace, s3: S3Config) -> int:
         found,
         config,
         arguments.out,
-        family=arguments.model_type,
+        family=arguments.model_type or default_family(config.model),
         dtype=arguments.dtype or ("float32" if trained == "float64" else trained),
         tokenizer=None if tokenizer in (None, "none") else Tokenizer(Path(tokenizer)),
         shard_bytes=arguments.shard_size,
@@ -103,7 +104,7 @@ def to_hf(arguments: argparse.Namespace, s3: S3Config) -> int:
     files = written.files[0] if len(written.files) == 1 else f"{len(written.files)} files"
     print(f"{arguments.out}: {files}, {progress.summary(written.n_tensors, written.n_bytes)}")
     if tokenizer is None:
-        print("no tokenizer copied: the config names none; give one with --tokenizer FILE.model")
+        print("no tokenizer copied: the config names none; give one with --tokenizer FILE")
     return verify(path, arguments.out, s3) if arguments.verify else 0
 
 

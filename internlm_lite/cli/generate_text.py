@@ -50,7 +50,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--prompt", action="append", metavar="TEXT", help="continue this; may be given again (default: standard input)")
     add("--prompts", metavar="FILE", help="prompts, one a line; -: standard input")
     add("--requests", metavar="FILE", help="prompts as JSON lines; -: standard input")
-    add("--tokenizer", metavar="FILE", help="sentencepiece model (default: the config's data.tokenizer)")
+    add("--tokenizer", metavar="FILE", help="tokenizer file or folder (default: the config's data.tokenizer)")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="longest continuation (128)")
     add("--max-positions", type=int, metavar="N", help="longest prompt in tokens (default: the model's data.seq_len)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again")
@@ -154,7 +154,7 @@ def continue_prompts(arguments: argparse.Namespace) -> int:
     model, config = load_model(arguments.checkpoint, mesh, dtype, s3_settings(arguments.s3))
     path = arguments.tokenizer or config.data.tokenizer
     if path is None:
-        raise ConfigError("the model's config names no data.tokenizer: give one with --tokenizer FILE.model")
+        raise ConfigError("the model's config names no data.tokenizer: give one with --tokenizer FILE")
     tokenizer = Tokenizer(Path(path))
     defaults = defaults_of(arguments, tokenizer)
     requests = [defaults.request(line, tokenizer) for line in lines]

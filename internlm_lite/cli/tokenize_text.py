@@ -56,7 +56,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-bytes", type=int, default=20_000_000, help="text to train on, spread over the folders (20000000)")
     add = encode.add_argument
     add("--output", type=Path, required=True, help="folder to write one data folder per input folder to")
-    add("--tokenizer", type=Path, required=True, help="sentencepiece model")
+    add("--tokenizer", type=Path, required=True, help="tokenizer.model, tokenizer.json, ... or a folder")
     add("--overwrite", action="store_true", help="replace data folders that exist")
     text = "share of the documents for validation, written beside --output: .../train and .../valid, or DATA_valid"
     add("--holdout", type=_share, default=0.0, metavar="P%", help=text)

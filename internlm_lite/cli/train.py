@@ -111,8 +111,12 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
         return dry_run(loaded.config, world_size, tflops=arguments.tflops, device=device, as_json=arguments.json)
 
     from internlm_lite.apps.report.writer import open_report
+    from internlm_lite.runtime.device import usable_gpus
+    from internlm_lite.runtime.dist_env import set_gpu_defaults
     from internlm_lite.train.job import Options, run_job
 
+    if usable_gpus(arguments.device):
+        set_gpu_defaults(os.environ, deterministic=loaded.config.deterministic)
     options = Options(
         resume=arguments.resume,
         device=arguments.device,

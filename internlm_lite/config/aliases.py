@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from internlm_lite.config.foreign import NO_EFFECT, NO_EFFECT_IF, asks_for_nothing, missing_feature
@@ -23,19 +23,20 @@ from internlm_lite.config.source import DELETE, Layer
 _RENAMED = {
     "use_fp32_norm": "model.use_fp32_norm",
     "hybrid_zero_optimizer.zero_overlap_communication": "hybrid_zero_optimizer.overlap_sync_grad",
+    "model.o_bias": "model.out_bias",
 }
-_BIAS_FREE = {
-    "INTERNLM": False,
-    "INTERNLM2": True,
-    "INTERNLM2_PUBLIC": True,
-    "INTERNLM3": True,
-    "LLAMA": True,
-    "LLAMA2": True,
+_MODELS: Mapping[str, Mapping[str, object]] = {
+    "INTERNLM": {"model.no_bias": False},
+    "INTERNLM2": {"model.no_bias": True},
+    "INTERNLM2_PUBLIC": {"model.no_bias": True},
+    "INTERNLM3": {"model.no_bias": True},
+    "LLAMA": {"model.no_bias": True},
+    "LLAMA2": {"model.no_bias": True},
+    "QWEN2": {"model.no_bias": True, "model.qkv_bias": True},
 }
 _OTHER_MODELS = {
     "moe|mixtral|deepseek": "its blocks have experts",
     "llava|chameleon|vl$|dit": "it reads images",
-    "qwen": "it has biases on queries, keys and values alone",
     "gemma": "its MLP is GeGLU, and its embedding is scaled",
     "baichuan": "the rows of its head are normalised",
     "hf|huggingface": "it is built by transformers",
@@ -56,7 +57,6 @@ _MODES = {
     "fstp": "isp",
 }
 """Values of `sp` and `mode` of 2023, and what they were called later."""
-_BIASES = ("model.qkv_bias", "model.o_bias")
 _OVERLAPS = ("intern_overlap", "memory_pool")
 _SAME = {
     "data.batch_size": "data.micro_num",
@@ -127,12 +127,6 @@ def _renamed(t: Translation) -> None:
     for old, new in _RENAMED.items():
         if t.layer.has(old):
             t.replace(old, {new: t.layer.get(old)})
-    biases = [t.layer.get(key) for key in _BIASES if t.layer.has(key)]
-    for key in _BIASES:
-        if t.layer.has(key) and (all(bias is True for bias in biases) or all(bias is False for bias in biases)):
-            t.replace(key, {"model.no_bias": not biases[0]})
-        elif t.layer.has(key):
-            t.refuse(key, f"found {shown(t.layer.get(key))}, expected both alike: True, or False; see model.no_bias")
     if isinstance(t.layer.get("ckpt.load_given_ckpt"), bool):
         t.replace("ckpt.load_given_ckpt", {"ckpt.auto_resume": not t.layer.get("ckpt.load_given_ckpt")})
 
@@ -188,14 +182,14 @@ def _model_type(t: Translation) -> None:
     if not t.layer.has("model_type"):
         return
     found = t.layer.get("model_type")
-    if not isinstance(found, str) or found not in _BIAS_FREE:
-        text = f"found {shown(found)}, expected one of {', '.join(map(repr, _BIAS_FREE))}; only these are built"
+    if not isinstance(found, str) or found not in _MODELS:
+        text = f"found {shown(found)}, expected one of {', '.join(map(repr, _MODELS))}; only these are built"
         why = [why for names, why in _OTHER_MODELS.items() if re.search(names, str(found), re.IGNORECASE)]
         t.refuse("model_type", ": ".join([text, *why[:1]]))
     elif t.layer.has("model.no_bias"):
         t.replace("model_type", {}, "model.no_bias says which biases there are")
     else:
-        t.replace("model_type", {"model.no_bias": _BIAS_FREE[found]})
+        t.replace("model_type", {key: value for key, value in _MODELS[found].items() if not t.layer.has(key)})
 
 
 def _load_info(t: Translation, key: str) -> None:

@@ -70,6 +70,7 @@ def cross_problems(config: Config, world_size: int | None) -> Iterator[Problem]:
     if world_size is not None:
         yield from _world(config, world_size)
     yield from _heads(config)
+    yield from _rope(config)
     yield from _tensor(config)
     yield from _pipeline(config)
     yield from _sequence(config)
@@ -123,16 +124,33 @@ def _world(config: Config, world: int) -> Iterator[Problem]:
 def _heads(config: Config) -> Iterator[Problem]:
     model = config.model
     heads = "model.num_attention_heads"
-    if model.hidden_size % model.num_attention_heads:
+    if model.head_dim is None and model.hidden_size % model.num_attention_heads:
         yield _indivisible("model.hidden_size", model.hidden_size, heads, model.num_attention_heads)
-    elif model.head_dim % 2:
+    elif model.head_size % 2:
+        keys = ("model.hidden_size", heads) if model.head_dim is None else ("model.head_dim",)
         yield Problem(
-            ("model.hidden_size", heads),
-            f"found {model.hidden_size} / {model.num_attention_heads} heads = {model.head_dim} per head, "
-            "expected an even number for the rotary embedding; change one of them",
+            keys,
+            f"found {model.head_size} features per head, expected an even number for the rotary embedding; change "
+            f"{' or '.join(keys)}",
         )
     if model.num_attention_heads % model.kv_heads:
         yield _indivisible(heads, model.num_attention_heads, "model.num_kv_attention_heads", model.kv_heads)
+
+
+def _rope(config: Config) -> Iterator[Problem]:
+    scaling, base, key = config.model.rope_scaling, config.model.rope_base, "model.rope_scaling"
+    if scaling is None:
+        return
+    if scaling.rope_type != "linear" and scaling.original_max_position_embeddings is None:
+        why = f"rope_type {scaling.rope_type!r} needs it"
+        text = f"found None, expected the longest row of the first training: {why}"
+        yield Problem((f"{key}.original_max_position_embeddings",), text)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if scaling.rope_type == "llama3" and low >= high:
+        keys = (f"{key}.low_freq_factor", f"{key}.high_freq_factor")
+        yield Problem(keys, f"found {low} and {high}, expected the first to be smaller")
+    if scaling.rope_type == "yarn" and base <= 1:
+        yield Problem(("model.rope_base",), f"found {base}, expected more than 1 for rope_type 'yarn'")
 
 
 def _tensor(config: Config) -> Iterator[Problem]:

@@ -82,7 +82,7 @@ NO_EFFECT: Mapping[str, str] = {
     "tensorboard_folder": "event files are in the run folder",
     "timer_diag_interval": "there is no periodic diagnosis of slow ranks",
     "tokenizer_path": "training data are tokenised already; data.tokenizer names a model for samples",
-    "tokenizer_type": "training data are tokenised already; data.tokenizer names a sentencepiece model for samples",
+    "tokenizer_type": "training data are tokenised already; data.tokenizer names the tokenizer for samples",
     "use_apex_adam": "there is one fused update",
 }
 _STD = ((0.02,), "model.init_std is the standard deviation of all matrices")
@@ -137,8 +137,6 @@ FEATURES: Mapping[str, tuple[str, str]] = {
     r"(use_)?(fsdp|hsdp)\d?(_.*)?|zero_?3.*|zero_?stage|zero_optimization|dp_shard.*|data_parallel_shard_degree": (
         "sharding of weights between steps (FSDP, ZeRO-2 and 3)",
         "parallel.zero1 spreads the optimizer state, parallel.tensor and parallel.pipeline the weights"),
-    r"head_dim|kv_channels": (
-        "heads of another size", "a head has model.hidden_size / model.num_attention_heads elements"),
     r".*offload.*": ("offloading to host memory", "model.checkpoint and parallel.zero1 save device memory"),
     r"(q_|kv_)lora_rank|(use_)?mla|qk_(nope|rope)_head_dim|v_head_dim|multi_latent_attention": (
         "multi-head latent attention", "model.num_kv_attention_heads gives grouped-query attention"),
@@ -156,17 +154,16 @@ FEATURES: Mapping[str, tuple[str, str]] = {
         "dropout", "adam.weight_decay and loss.label_smoothing regularise"),
     r"(use_)?sliding_window.*|window_size|attention_window|local_attention.*": (
         "sliding-window attention", "attention spans data.seq_len"),
-    r"rope_(scaling|type|factor).*|(use_)?(yarn|ntk|alibi)(_.*)?|position_embedding_type": (
-        "scaled or other position embeddings", "model.rope_base sets the rotary frequencies"),
+    r"(use_)?(yarn|ntk|alibi)(_.*)?|position_embedding_type": (
+        "other position embeddings", "model.rope_base and model.rope_scaling set the rotary frequencies"),
     r"mtp(_.*)?|num_nextn_predict_layers|multi_token.*": ("multi-token prediction", "one token is predicted"),
-    r"(use_)?(qk_(layer)?norm|qk_layernorm).*": ("norms of queries and keys", "see model.norm_type"),
     r"(logits?|attn_logit)_soft_?cap.*|final_logit_softcapping|z_loss.*": (
         "caps and penalties of logits", "loss.label_smoothing"),
     r"(num_)?(train_)?epochs?": ("counting in epochs", "data.total_steps counts steps"),
     r"early_stopping.*|load_best_model.*|metric_for_best.*": (
         "stopping by a metric", "data.valid_every shows it, ckpt.stop_file_path stops"),
     r"hf|hf_model|huggingface.*|trust_remote_code|attn_implementation": (
-        "models of transformers", "`internlm-lite convert from-hf` reads weights of Llama, InternLM and InternLM2"),
+        "models of transformers", "`internlm-lite convert from-hf` reads weights of Llama, Mistral, Qwen and InternLM"),
     r"deepspeed.*|ds_config|megatron.*|accelerate.*|auto_parallel.*|trainer_type": (
         "another framework's settings", "write the keys of docs/config.md"),
     r"hooks?|default_hooks|custom_hooks|train_cfg|val_cfg|test_cfg|optim_wrapper|param_scheduler": (
@@ -201,11 +198,13 @@ _OTHER_NAMES = {
     "recompute_granularity",
     "model.compile": "torch_compile use_torch_compile use_compile enable_compile",
     "model.dtype": "bf16 fp16 torch_dtype precision mixed_precision params_dtype",
+    "model.head_dim": "kv_channels",
     "model.init_std": "initializer_range init_method_std",
     "model.layer_norm_epsilon": "rms_norm_eps norm_eps norm_epsilon layernorm_epsilon",
     "model.mlp_ratio": "intermediate_size ffn_hidden_size ffn_dim",
     "model.num_kv_attention_heads": "num_key_value_heads num_query_groups n_kv_heads",
     "model.num_layers": "num_hidden_layers n_layers",
+    "model.qk_norm": "qk_layernorm use_qk_norm",
     "model.rope_base": "rope_theta rotary_base",
     "model.tie_word_embeddings": "tie_embeddings_and_output_weights share_embeddings_and_output_weights",
     "monitor.log_every": "logging_steps log_interval log_freq iteration_step_info_interval",

@@ -103,7 +103,7 @@ def _remedy(value: Any, field: FieldInfo, name: str) -> str:
     if value in (0, 1) and bool in wanted:
         return f"write {bool(value)}"
     if isinstance(value, str) and get_origin(field.annotation) is Literal:
-        near = nearest_name(value, get_args(field.annotation))
+        near = nearest_name(value, filter(lambda choice: isinstance(choice, str), get_args(field.annotation)))
         return f"write {near!r}" if near else f"leave {name} out for {field.get_default()!r}"
     if isinstance(value, (int, float)) and str in wanted:
         return f'write "{value}"'

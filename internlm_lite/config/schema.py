@@ -112,7 +112,8 @@ class DataConfig(Section):
     valid_folder: str | None = None
     """Like train_folder, for evaluation. None with valid_every > 0: the built-in dummy set."""
     tokenizer: str | None = None
-    """(new) sentencepiece model the data were tokenised with: checked against vocab_size, used for samples."""
+    """(new) Tokenizer the data were tokenised with: a sentencepiece .model, a tokenizer.json, vocab.json beside
+    merges.txt, a .tiktoken file, or a folder with one of these. Checked against vocab_size, used for samples."""
     weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
     """(new) Share of each data folder in the training mix, normalised; None: every document once per epoch."""
     valid_batches: Positive = 16
@@ -221,15 +222,42 @@ class Beta2SchedulerConfig(Section):
     """Index of the last step already done by another run; -1: none."""
 
 
+class RopeScaling(Section):
+    """Rotary frequencies for rows longer than those a model was first trained on; `rope_scaling` in Hugging Face's
+    config.json. Formulas: layers/rope.py."""
+
+    rope_type: Literal["linear", "llama3", "yarn"]
+    """linear: positions / factor. llama3: of long wavelengths alone, as in Llama 3.1. yarn: arXiv:2309.00071."""
+    factor: Annotated[float, Field(ge=1)]
+    """How much longer rows may be."""
+    original_max_position_embeddings: Positive | None = None
+    """llama3, yarn: longest row of the first training."""
+    low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
+    """llama3: wavelengths above original length / low_freq_factor are divided by factor."""
+    high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
+    """llama3: wavelengths below original length / high_freq_factor stay; in between, a linear mix."""
+    beta_fast: Annotated[float, Field(gt=0)] = 32.0
+    """yarn: frequencies that turn more often than this within the original length stay."""
+    beta_slow: Annotated[float, Field(gt=0)] = 1.0
+    """yarn: those that turn less often than this are divided by factor."""
+    truncate: bool = True
+    """yarn: round both borders to whole pairs."""
+    attention_factor: Annotated[float, Field(gt=0)] | None = None
+    """yarn: multiplies queries and keys. None: 0.1 ln(factor) + 1."""
+
+
 class ModelConfig(Section):
     """The decoder: RMSNorm, rotary attention, SwiGLU."""
 
-    checkpoint: bool | Fraction = False
-    """Share of layers whose activations are recomputed in the backward pass (True: all)."""
+    checkpoint: bool | Fraction | Literal["selective"] = False
+    """Share of layers whose activations are recomputed in the backward pass (True: all). (new) "selective": of all
+    layers, what costs no matrix product, attention or message: about half of the memory for 2 % of the time."""
     num_attention_heads: Positive
     """Query heads."""
     num_kv_attention_heads: Positive | None = None
     """(new) Key/value heads of grouped-query attention; None: num_attention_heads."""
+    head_dim: Positive | None = None
+    """(new) Features of a head; None: hidden_size / num_attention_heads."""
     embed_split_hidden: bool = True
     """Tensor parallel: split the embedding along hidden_size (True) or along the vocabulary (False)."""
     vocab_size: Positive
@@ -262,12 +290,24 @@ class ModelConfig(Section):
     """(new) torch.compile what is before and after attention in a block, and the loss: fewer kernels, less traffic, and
     a start that takes a minute longer. Rounds differently. Training passes only; with parallel.tensor > 1, or zbv, only
     the rotation and the product of the feed-forward part. None: on GPUs where Triton and a C compiler are installed."""
+    fp8: bool = False
+    """(new) Matrix products of the blocks in float8 (e4m3, gradients e5m2) with a scale per tensor; weights, checkpoints,
+    embedding, head and attention stay in dtype, which must be bf16. GPUs: H100, L40S, RTX 4090 and newer; on the CPU the
+    rounding is emulated. Fast with compile. Training passes only; MFU still counts against the peak of bf16."""
     num_chunks: Positive = 1
     """Stages per pipeline rank; > 1: interleaved schedule, unless parallel.pipeline.schedule is "zbv"."""
     no_bias: bool = False
     """(new) True: attention without biases (Llama, InternLM2). False: biases on QKV and output (InternLM)."""
+    qkv_bias: bool | None = None
+    """(new) Biases on queries, keys and values (Qwen2). None: as no_bias says."""
+    out_bias: bool | None = None
+    """(new) Bias on attention's output. None: as no_bias says."""
+    qk_norm: Literal[False, "head"] = False
+    """(new) "head": RMSNorm of each query and key head before its rotation, one weight for all heads (Qwen3)."""
     rope_base: Annotated[float, Field(gt=0)] = 10000
     """(new) Base of the rotary embedding."""
+    rope_scaling: RopeScaling | None = None
+    """(new) Scaled rotary frequencies, as in Llama 3.1."""
     tie_word_embeddings: bool = False
     """(new) The head shares the embedding's weight."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
@@ -278,8 +318,17 @@ class ModelConfig(Section):
         return self.num_kv_attention_heads or self.num_attention_heads
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+    def head_size(self) -> int:
+        """Features of a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return not self.no_bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def has_out_bias(self) -> bool:
+        return not self.no_bias if self.out_bias is None else self.out_bias
 
     @property
     def mlp_hidden_size(self) -> int:
@@ -289,7 +338,7 @@ class ModelConfig(Section):
     @property
     def recomputed_layers(self) -> int:
         """How many of the first layers run again in the backward pass."""
-        return round(float(self.checkpoint) * self.num_layers)
+        return 0 if self.checkpoint == "selective" else round(float(self.checkpoint) * self.num_layers)
 
     @property
     def embedding_by_vocabulary(self) -> bool:

@@ -43,6 +43,8 @@ class Metadata:
     vocab_size: int
     """Number of token ids of the tokenizer."""
     tokenizer_sha256: str
+    tokenizer_kind: str = "sentencepiece"
+    """Format of the tokenizer's file."""
 
 
 class Documents(Protocol):

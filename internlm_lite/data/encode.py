@@ -152,10 +152,10 @@ class FolderEncoder:
                 )
             found = []
             for path, part in zip(bin_paths, parts, strict=True):
-                found.append(
-                    Metadata(**part.totals, vocab_size=tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256)
-                )
-                _write_metadata(path, found[-1])
+                size, digest, kind = tokenizer.vocab_size, tokenizer.sha256, tokenizer.kind
+                made = Metadata(**part.totals, vocab_size=size, tokenizer_sha256=digest, tokenizer_kind=kind)
+                found.append(made)
+                _write_metadata(path, made)
         return found
 
     def _encoded(self, batches: Iterator[tuple[int, list[TextDocument]]]) -> Iterator[tuple[int, Encoded]]:

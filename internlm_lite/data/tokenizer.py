@@ -1,145 +1,120 @@
-"""A sentencepiece tokenizer: loading, encoding, decoding, and training a new one.
+"""Text <-> token ids, by the tokenizer file that a user has.
 
-Byte-pair encoding of unchanged text (no normalisation, no added space), with bytes as the fallback:
-decode(encode(text)) == text for every text.
+    tokenizer.model              sentencepiece (sentencepiece_model.py)
+    tokenizer.json               Hugging Face's tokenizers (json_tokenizer.py)
+    vocab.json + merges.txt      GPT-2's byte-pair encoding; also encoder.json + vocab.bpe
+    NAME.tiktoken                ranks of byte pairs (tiktoken_ranks.py); Llama 3 calls this one tokenizer.model, too
+
+What a file is follows from its first bytes. A folder stands for the first of these files in it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-
-import sentencepiece
+from typing import Protocol
 
 from internlm_lite.data.files import kind_of
-from internlm_lite.errors import DataError, InternLMError
+from internlm_lite.data.json_tokenizer import JsonTokenizer, byte_pairs
+from internlm_lite.data.sentencepiece_model import SentencePieceModel, train_sentencepiece
+from internlm_lite.data.tiktoken_ranks import TiktokenRanks, is_ranks
+from internlm_lite.errors import DataError
 
-SPACE_MARK = "\u2581"
-"""sentencepiece writes a space as this character, so the character itself is encoded as its bytes."""
-LONGEST_SENTENCE_BYTES = 4000
-"""Longest piece of training text; sentencepiece drops sentences longer than 4192."""
+MERGES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
+"""A vocabulary of GPT-2's form -> the file beside it with its merges."""
+NAMES = ("tokenizer.json", "tokenizer.model", *MERGES)
+"""Files looked for in a folder, in this order."""
+
+
+class TokenizerModel(Protocol):
+    """What the formats have in common."""
+
+    kind: str
+    vocab_size: int
+    """All ids are below it."""
+    bos: int | None
+    eos: int | None
+    pad: int | None
+    unk: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, which has no lone surrogates; what looks like a special token in it is ordinary text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, all below `vocab_size`; special tokens are skipped."""
+
+    def piece(self, token: int) -> str:
+        """The tokenizer's own name of one token."""
 
 
 class Tokenizer:
-    """Text <-> token ids. Raises DataError when `path` is missing or no sentencepiece model."""
+    """Text <-> token ids. Raises DataError when `path` is missing or no tokenizer."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            if (kind := kind_of(path)) != "a file":  # a FIFO blocks, a device may never end
-                raise DataError(
-                    f"tokenizer {path} is {kind}, expected a sentencepiece model; correct the path, or make one with "
-                    f"tools/tokenizer.py train"
-                )
-            model = path.read_bytes()
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except OSError as error:
-            raise DataError(f"tokenizer {path}: {error.strerror}; correct the path or its permissions") from None
-        except (RuntimeError, UnicodeDecodeError):  # of a message about damaged pieces
-            raise DataError(f"tokenizer {path}: found no sentencepiece model; give the .model file") from None
-        self.sha256 = hashlib.sha256(model).hexdigest()
-        self.vocab_size: int = self._processor.vocab_size()
-        self.bos: int | None = _or_none(self._processor.bos_id())
-        """Token at the start of a document; None: the model has none."""
-        self.eos: int | None = _or_none(self._processor.eos_id())
+        self.path = _in_folder(path)
+        """The file; where a folder was given, the one in it."""
+        data = _read(self.path)
+        self.model: TokenizerModel = _format(self.path, data)(self.path, data)
+        self.kind = self.model.kind
+        """Format of the file."""
+        merges = MERGES.get(self.path.name)
+        self.files = {self.path.name: data} | ({merges: _read(self.path.with_name(merges))} if merges else {})
+        """The files of the tokenizer, to be copied as they are."""
+        self.sha256 = hashlib.sha256(b"".join(self.files.values())).hexdigest()
+        self.vocab_size = self.model.vocab_size
+        self.bos = self.model.bos
+        """Token at the start of a document; None: this tokenizer puts none there."""
+        self.eos = self.model.eos
         """Token at the end of a document; None: the model has none."""
-        self.pad: int | None = _or_none(self._processor.pad_id())
+        self.pad = self.model.pad
         """Padding token; None: the model has none."""
-        self.unk: int = self._processor.unk_id()
-        """Token for unknown text."""
-        self.adds_space: bool = "".join(self._processor.encode("a", out_type=str)).startswith(SPACE_MARK)
-        """Whether the model adds a space before the text."""
-        self._mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-        if self._processor.unk_id() in self._mark_ids:  # a model without byte fallback
-            self._mark_ids = [self._processor.unk_id()]
+        self.unk = self.model.unk
+        """Token for unknown text; None: there is none."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without bos or eos. A lone surrogate becomes '?'."""
-        parts = text.encode("utf-8", "replace").decode().split(SPACE_MARK)
-        ids: list[int] = self._processor.encode(parts[0])
-        for part in parts[1:]:
-            ids += self._mark_ids + self._processor.encode(part)
-        return ids
+        return self.model.encode(text.encode("utf-8", "replace").decode())
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; bos, eos, padding, and ids beyond the tokenizer's vocabulary are skipped."""
-        text: str = self._processor.decode([int(token) for token in ids if token < self.vocab_size])
-        return text
+        return self.model.decode([int(token) for token in ids if token < self.vocab_size])
 
     def piece(self, token: int) -> str:
-        """The sentencepiece piece of one token id."""
-        piece: str = self._processor.id_to_piece(int(token))
-        return piece
-
-
-def _or_none(token: int) -> int | None:
-    return token if token >= 0 else None
+        """The tokenizer's own name of one token id."""
+        return self.model.piece(int(token))
 
 
 def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int, threads: int) -> Tokenizer:
-    """Train byte-pair encoding on `texts` and write it to `path` atomically.
-
-    Ids 0..3 are <unk> <s> </s> <pad>, then the 256 bytes. Raises DataError when the text is too small for `vocab_size`.
-    """
-    model = io.BytesIO()
-    faults: list[InternLMError] = []
-
-    def sentences() -> Iterator[str]:
-        try:
-            yield from (cut for text in texts for cut in _sentences(text))
-        except InternLMError as error:  # sentencepiece would replace the message
-            faults.append(error)
-
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences(),
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type="bpe",
-            byte_fallback=True,
-            split_digits=True,
-            character_coverage=0.9995,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            pad_id=3,
-            num_threads=threads,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        if faults:
-            raise faults[0] from None
-        raise DataError(f"sentencepiece could not train a vocabulary of {vocab_size}: {str(error).strip()}") from None
-    if faults:
-        raise faults[0]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(model.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """Train a sentencepiece model of byte pairs on `texts` and write it to `path`; raises as `train_sentencepiece`."""
+    train_sentencepiece(texts, path, vocab_size, threads)
     return Tokenizer(path)
 
 
-def _sentences(text: str) -> Iterator[str]:
-    """Split text into groups of whole lines, so that line breaks and indentation become pieces; cuts long lines."""
-    group: list[str] = []
-    size = 0
-    for line in text.encode("utf-8", "replace").decode().splitlines(keepends=True):
-        n_bytes = len(line.encode())
-        if size + n_bytes > LONGEST_SENTENCE_BYTES and group:
-            yield "".join(group)
-            group, size = [], 0
-        if n_bytes > LONGEST_SENTENCE_BYTES:
-            width = LONGEST_SENTENCE_BYTES // 4  # characters of at most 4 bytes
-            yield from (line[i : i + width] for i in range(0, len(line), width))
-        else:
-            group.append(line)
-            size += n_bytes
-    if group:
-        yield "".join(group)
+def _in_folder(path: Path) -> Path:
+    if kind_of(path) != "a folder":
+        return path
+    found = next((path / name for name in NAMES if (path / name).exists()), None)
+    if found is None:
+        raise DataError(f"tokenizer {path}: found none of {', '.join(NAMES)} in this folder; give the tokenizer's file")
+    return found
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if (kind := kind_of(path)) != "a file":  # a FIFO blocks, a device may never end
+            raise DataError(
+                f"tokenizer {path} is {kind}, expected a sentencepiece model, a tokenizer.json, vocab.json beside "
+                "merges.txt, or a .tiktoken file; correct the path, or make one with tools/tokenizer.py train"
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"tokenizer {path}: {error.strerror}; correct the path or its permissions") from None
+
+
+def _format(path: Path, data: bytes) -> Callable[[Path, bytes], TokenizerModel]:
+    if path.name in MERGES:
+        return lambda path, data: byte_pairs(path, data, _read(path.with_name(MERGES[path.name])))
+    if data.lstrip()[:1] == b"{":
+        return JsonTokenizer
+    return TiktokenRanks if is_ranks(data) else SentencePieceModel

@@ -53,8 +53,9 @@ def _check_file(path: Path, metadata: Metadata, vocab_size: int, tokenizer: Toke
         )
     if tokenizer is not None and metadata.tokenizer_sha256 != tokenizer.sha256:
         raise DataError(
-            f"{path} was tokenised with another tokenizer (sha256 {metadata.tokenizer_sha256[:12]}) than "
-            f"data.tokenizer {tokenizer.path} (sha256 {tokenizer.sha256[:12]}); "
+            f"{path} was tokenised with another tokenizer "
+            f"({metadata.tokenizer_kind}, sha256 {metadata.tokenizer_sha256[:12]}) than "
+            f"data.tokenizer {tokenizer.path} ({tokenizer.kind}, sha256 {tokenizer.sha256[:12]}); "
             f"set data.tokenizer, or tokenise the folder again"
         )
 

@@ -20,6 +20,7 @@ from internlm_lite.errors import ConfigError
 from internlm_lite.generate.request import Continuation, Growing
 from internlm_lite.generate.sample import SeenTokens
 from internlm_lite.layers.tensor_parallel import accumulation_dtype
+from internlm_lite.mesh import comm
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class BeamSearch:
             part.flatten().topk(min(part.numel(), prompt.candidates))
             for part, prompt in zip(sums.split(sizes), running, strict=True)
         ]
-        values = torch.cat([top.values for top in best]).tolist()
-        indices = torch.cat([top.indices for top in best]).tolist()
+        values = comm.read(torch.cat([top.values for top in best]))
+        indices = comm.read(torch.cat([top.indices for top in best]))
         parents, tokens, start = list[int](), list[int](), 0
         for prompt, top, offset in zip(running, best, accumulate(sizes, initial=0), strict=False):
             stop = start + len(top.values)

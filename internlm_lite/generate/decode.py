@@ -17,6 +17,7 @@ from internlm_lite.generate.cache import KVCache
 from internlm_lite.generate.request import Continuation, Decode, Growing, Request
 from internlm_lite.generate.sample import Sampling, SeenTokens, draw, random_numbers
 from internlm_lite.layers.flash import packed
+from internlm_lite.mesh import comm
 from internlm_lite.models.stages import WholeModel
 
 Listener = Callable[[int, str], None]
@@ -41,7 +42,7 @@ class Sampled:
 
     def choose(self, logits: torch.Tensor) -> tuple[list[int], list[int]]:
         numbers = random_numbers(self._generators).to(logits.device)
-        drawn: list[int] = draw(self._seen.penalised(logits), self._sampling, numbers).tolist()
+        drawn: list[int] = comm.read(draw(self._seen.penalised(logits), self._sampling, numbers))
         for (number, row), token in zip(self._rows, drawn, strict=True):
             if piece := row.add(token):
                 self._listen(number, piece)

@@ -16,6 +16,8 @@ from internlm_lite.layers.compiled import compiled_in_training
 from internlm_lite.layers.costs import Bytes, CostedLayer, RowShape, add_bytes
 from internlm_lite.layers.flash import Attend
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns, output_std
+from internlm_lite.layers.norm import RMSNorm
+from internlm_lite.layers.recompute import Recipe
 from internlm_lite.layers.rope import Rotary
 from internlm_lite.layers.tensor_parallel import TensorParallelContext, accumulation_dtype
 
@@ -25,24 +27,39 @@ class Attention(CostedLayer):
 
     def __init__(self, name: str, layer: int, config: ModelConfig, tp_ctx: TensorParallelContext) -> None:
         super().__init__()
-        hidden_size, kv_heads, bias = config.hidden_size, config.kv_heads, not config.no_bias
-        check_heads(hidden_size, config.num_attention_heads, kv_heads, tp_ctx.group.size)
-        self.layer = layer
-        self.head_dim = config.head_dim
-        self.queries = config.num_attention_heads // kv_heads  # per key/value head
-        rows = kv_heads * (self.queries + 2) * self.head_dim
+        check_heads(config, tp_ctx.group.size)
+        hidden_size, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.kv_heads
+        self.layer, self.tp_ctx = layer, tp_ctx
+        self.head_dim = config.head_size
+        self.queries = heads // kv_heads  # per key/value head
+        rows, bias = kv_heads * (self.queries + 2) * self.head_dim, config.has_qkv_bias
         self.wqkv = ColumnLinear(f"{name}.wqkv", hidden_size, rows, tp_ctx, init_std=config.init_std, bias=bias)
-        self.wo = RowLinear(f"{name}.wo", hidden_size, hidden_size, tp_ctx, init_std=output_std(config), bias=bias)
+        rows, bias = heads * self.head_dim, config.has_out_bias
+        self.wo = RowLinear(f"{name}.wo", rows, hidden_size, tp_ctx, init_std=output_std(config), bias=bias)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (
+                RMSNorm(f"{name}.{which}_norm", config, tp_ctx, head_size=self.head_dim) for which in ("q", "k")
+            )
         self._rotated = compiled_in_training(Rotary.__call__, wanted=tp_ctx.compiled)
 
     def forward(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
         return self.output(attend(self.layer, *self.project(x, rotary)))
 
-    def project(self, x: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rotated queries [T, heads, head_dim], rotated keys and values [T, kv_heads, head_dim], of this rank."""
-        (qkv,) = columns(x, self.wqkv)
+    def project(
+        self, x: torch.Tensor, rotary: Rotary, recipe: Recipe | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated queries [T, heads, head_dim], rotated keys and values [T, kv_heads, head_dim], of this rank.
+
+        `recipe`: of x, as in `columns`."""
+        (qkv,) = columns(x, self.wqkv, recipe=recipe)
         heads = qkv.view(qkv.shape[0], -1, self.queries + 2, self.head_dim)  # [T, Hkv, g + 2, D]
         q, k, v = heads.split([self.queries, 1, 1], dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.tp_ctx.selective:  # a view would keep all of qkv, which only the rotation reads
+            v = v.contiguous()
         return self._rotated(rotary, q).flatten(1, 2), self._rotated(rotary, k).squeeze(2), v.squeeze(2)
 
     def output(self, mixed: torch.Tensor) -> torch.Tensor:
@@ -59,19 +76,24 @@ class Attention(CostedLayer):
         kv_heads = weight.shape[0] // (self.queries + 2) // self.head_dim
         rotated = kv_heads * (self.queries + 1) * self.head_dim
         statistics = kv_heads * self.queries * accumulation_dtype(weight.dtype).itemsize
+        lean = row.selective and self.q_norm is None
+        projected = kv_heads * self.head_dim if lean else weight.shape[0]  # v is a view of the whole output
+        normed = 0 if self.q_norm is None else kv_heads * (self.queries + 1)
         kept = {
-            "queries, keys, values": row.tokens * weight.shape[0] * weight.itemsize,  # the whole output: v is a view
+            "queries, keys, values": row.tokens * projected * weight.itemsize,
             "rotated queries, keys": row.tokens * rotated * weight.itemsize,
             "attention output": output * (1 + row.attention_by_document),  # input of wo; by document: its parts, too
             "attention statistics": row.tokens * statistics,  # log-sum-exp of each query's scores
+            "norm statistics": row.tokens * normed * accumulation_dtype(weight.dtype).itemsize,
         }
         return add_bytes(self.wqkv.saved_bytes(row), kept)
 
 
-def check_heads(hidden_size: int, heads: int, kv_heads: int, tp_size: int) -> None:
-    """Raises ConfigError unless hidden_size / heads is even, heads % kv_heads == 0 and kv_heads % tp_size == 0."""
+def check_heads(config: ModelConfig, tp_size: int) -> None:
+    """Raises ConfigError unless heads have an even size, heads % kv_heads == 0 and kv_heads % tp_size == 0."""
+    hidden_size, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.kv_heads
     problems = []
-    if hidden_size % heads or (hidden_size // heads) % 2:
+    if (config.head_dim is None and hidden_size % heads) or config.head_size % 2:
         problems.append(
             f"model.hidden_size {hidden_size} over {heads} heads: expected an even number of features per head"
         )

@@ -6,7 +6,6 @@ A compiled function within a compiled function becomes a part of its graph.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from functools import wraps
@@ -39,10 +38,7 @@ def _missing_tools() -> str:
     """What the compiler for GPUs lacks on this host; empty: nothing."""
     if not has_triton():
         return f"torch {torch.__version__} finds no Triton for this GPU"
-    commands = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
-    if not any(map(shutil.which, commands)):
-        return f"Triton finds no C compiler ({' or '.join(commands)})"
-    return ""
+    return "" if any(map(shutil.which, ("gcc", "clang"))) else "Triton needs a C compiler, gcc or clang"
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:

@@ -26,6 +26,8 @@ class RowShape:
     """"cuda" or "cpu": a few kernels save different tensors, and the loss uses chunks of another size."""
     attention_by_document: bool = False
     """True: the reference attention, which is called once per document and concatenates the outputs."""
+    selective: bool = False
+    """True: what is cheap to compute is computed again in the backward pass (layers/recompute.py)."""
 
 
 @dataclass(frozen=True)

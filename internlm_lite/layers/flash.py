@@ -52,7 +52,7 @@ def choose_backend(config: ModelConfig, device: torch.device) -> AttentionBacken
 def varlen_fits(config: ModelConfig) -> bool:
     """Whether a varlen kernel supports this model on a GPU of compute capability 8.0 or higher."""
     half = torch_dtype(config.dtype) in (torch.float16, torch.bfloat16)
-    return config.use_flash_attn and half and config.head_dim % 8 == 0 and config.head_dim <= 256
+    return config.use_flash_attn and half and config.head_size % 8 == 0 and config.head_size <= 256
 
 
 def _has_flash_attn() -> bool:

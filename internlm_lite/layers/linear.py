@@ -13,13 +13,14 @@ sequence parallelism x is not kept for dW but gathered a second time, which over
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape
+from internlm_lite.layers.products import Products
+from internlm_lite.layers.recompute import Recipe, made_again
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.layers.weight_grads import accumulating
 from internlm_lite.mesh.layout import parameter, split, whole
@@ -66,11 +67,16 @@ class _Linear(CostedLayer):
         """The bias, to be used once in a forward pass."""
         return None if self.bias is None else accumulating(self.bias)
 
+    @property
+    def products(self) -> Products:
+        """The context's in training; evaluation and generation use those in the dtype of the weights."""
+        return self.tp_ctx.products if torch.is_grad_enabled() else Products()
+
     def flops_per_token(self, seq_len: int) -> int:
         return 2 * math.prod(self.weight.shard_spec.shape)
 
     def deferred_bytes(self, row: RowShape) -> int:
-        return row.tokens * sum(self.weight.shape) * self.weight.itemsize
+        return row.tokens * sum(self.weight.shape) * self.tp_ctx.products.itemsize(self.weight.dtype)
 
 
 class ColumnLinear(_Linear):
@@ -87,40 +93,48 @@ class ColumnLinear(_Linear):
         return tp_ctx.gather_messages(n_inputs) + gathered_again + tp_ctx.sum_messages(n_inputs, backward=True)
 
 
-def columns(x: torch.Tensor, *linears: ColumnLinear) -> tuple[torch.Tensor, ...]:
-    """x outside -> [T, out / group size] for each layer; one gather of x, one sum of dx and one saved x for all."""
+def columns(x: torch.Tensor, *linears: ColumnLinear, recipe: Recipe | None = None) -> tuple[torch.Tensor, ...]:
+    """x outside -> [T, out / group size] for each layer; one gather of x, one sum of dx and one saved x for all.
+
+    `recipe`: of x, which is then not kept for the backward pass but made again."""
     tensors = [tensor for linear in linears for tensor in (linear.weight, linear.output_bias())]
-    outputs: tuple[torch.Tensor, ...] = _Columns.apply(x, linears[0].tp_ctx, *tensors)
+    context = (linears[0].tp_ctx, linears[0].products, recipe)
+    outputs: tuple[torch.Tensor, ...] = _Columns.apply(x, *context, *tensors)
     return outputs
 
 
 class _Columns(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, tp_ctx: TensorParallelContext, *tensors: torch.Tensor | None
+        ctx: Any,
+        x: torch.Tensor,
+        tp_ctx: TensorParallelContext,
+        products: Products,
+        recipe: Recipe | None,
+        *tensors: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        ctx.tp_ctx, ctx.tensors = tp_ctx, tensors
-        ctx.save_for_backward(x)
+        ctx.tp_ctx, ctx.products, ctx.tensors = tp_ctx, products, tensors
+        ctx.function, kept = recipe or (None, (x,))
+        ctx.save_for_backward(*kept)
         full, gathered = tp_ctx.start_gather(x)
         gathered.wait()
-        weights: Any = tensors[::2]
-        return tuple(F.linear(full, w, b) for w, b in zip(weights, tensors[1::2], strict=True))
+        operand, weights = products.operand(full), cast(Any, tensors[::2])
+        return tuple(products.output(operand, w, b) for w, b in zip(weights, tensors[1::2], strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         tp_ctx: TensorParallelContext = ctx.tp_ctx
+        products: Products = ctx.products
         weights, biases = ctx.tensors[::2], ctx.tensors[1::2]
-        full, gathered = tp_ctx.start_gather(ctx.saved_tensors[0])
-        dx = grads[0] @ weights[0]
-        for dy, weight in zip(grads[1:], weights[1:], strict=True):
-            dx.addmm_(dy, weight)
-        dx, summed = tp_ctx.start_sum(dx)
+        full, gathered = tp_ctx.start_gather(made_again(ctx.function, ctx.saved_tensors))
+        dys = [products.gradient(dy) for dy in grads]
+        dx, summed = tp_ctx.start_sum(products.input_grad(dys, weights))
         gathered.wait()
-        made = []
-        for dy, weight, bias in zip(grads, weights, biases, strict=True):
-            made += [tp_ctx.weight_grads.compute_or_defer(weight, dy, full), None if bias is None else dy.sum(0)]
+        operand, made = products.operand(full), []
+        for weight, dy, bias, grad in zip(weights, dys, biases, grads, strict=True):
+            made += [tp_ctx.weight_grads.compute_or_defer(weight, dy, operand), None if bias is None else grad.sum(0)]
         summed.wait()
-        return dx, None, *made
+        return dx, None, None, None, *made
 
 
 class RowLinear(_Linear):
@@ -131,8 +145,9 @@ class RowLinear(_Linear):
 
     split_dim = 1
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = _Row.apply(x, self.tp_ctx, self.weight)
+    def forward(self, x: torch.Tensor, recipe: Recipe | None = None) -> torch.Tensor:
+        """`recipe`: as `columns`."""
+        y: torch.Tensor = _Row.apply(x, self.tp_ctx, self.products, recipe, self.weight)
         bias = self.output_bias()
         return y if bias is None else y + bias
 
@@ -146,16 +161,27 @@ class RowLinear(_Linear):
 
 class _Row(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, tp_ctx: TensorParallelContext, weight: torch.Tensor) -> torch.Tensor:
-        ctx.tp_ctx, ctx.weight = tp_ctx, weight
-        ctx.save_for_backward(x)
-        y, summed = tp_ctx.start_sum(F.linear(x, weight))
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        tp_ctx: TensorParallelContext,
+        products: Products,
+        recipe: Recipe | None,
+        weight: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.tp_ctx, ctx.products, ctx.weight = tp_ctx, products, weight
+        ctx.function, kept = recipe or (None, (x,))
+        ctx.save_for_backward(*kept)
+        y, summed = tp_ctx.start_sum(products.output(products.operand(x), weight))
         summed.wait()
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         tp_ctx: TensorParallelContext = ctx.tp_ctx
-        dy, gathered = tp_ctx.start_gather(grads[0])
+        products: Products = ctx.products
+        full, gathered = tp_ctx.start_gather(grads[0])
         gathered.wait()
-        return dy @ ctx.weight, None, tp_ctx.weight_grads.compute_or_defer(ctx.weight, dy, ctx.saved_tensors[0])
+        dy, x = products.gradient(full), products.operand(made_again(ctx.function, ctx.saved_tensors))
+        dx = products.input_grad([dy], [ctx.weight])
+        return dx, None, None, None, tp_ctx.weight_grads.compute_or_defer(ctx.weight, dy, x)

@@ -159,7 +159,11 @@ def _chunk_losses(
     if terms.needs_grad:
         scale = keep * terms.scale
         exponentials.mul_((scale / sum_exp).unsqueeze(1))
-        exponentials.scatter_add_(1, column, ((smoothing - 1) * scale * here).unsqueeze(1))
+        of_label = ((smoothing - 1) * scale * here).unsqueeze(1)
+        if torch.compiler.is_compiling():  # a scatter would write all logits to memory before it, and read them again
+            exponentials.add_(torch.where(torch.arange(logits.shape[1], device=logits.device) == column, of_label, 0))
+        else:
+            exponentials.scatter_add_(1, column, of_label)
         if smoothing:
             exponentials.sub_((scale * (smoothing / terms.vocab_size)).unsqueeze(1))
         if not options.parallel_output:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -9,6 +11,7 @@ from internlm_lite.config.schema import ModelConfig
 from internlm_lite.layers.compiled import compiled_in_training
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape, add_bytes
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns, output_std
+from internlm_lite.layers.recompute import Recipe, with_recipe
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 
 
@@ -17,26 +20,31 @@ class SwiGLU(CostedLayer):
 
     def __init__(self, name: str, config: ModelConfig, tp_ctx: TensorParallelContext) -> None:
         super().__init__()
+        self.tp_ctx = tp_ctx
         hidden_size, width = config.hidden_size, config.mlp_hidden_size
         self.w1 = ColumnLinear(f"{name}.w1", hidden_size, width, tp_ctx, init_std=config.init_std)  # gate
         self.w3 = ColumnLinear(f"{name}.w3", hidden_size, width, tp_ctx, init_std=config.init_std)  # up
         self.w2 = RowLinear(f"{name}.w2", width, hidden_size, tp_ctx, init_std=output_std(config))
-        self._gated = compiled_in_training(_gated, wanted=tp_ctx.compiled)
+        self._gated = compiled_in_training(_lean_gated if tp_ctx.selective else _gated, wanted=tp_ctx.compiled)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(self._gated(*columns(x, self.w1, self.w3)))
+    def forward(self, x: torch.Tensor, recipe: Recipe | None = None) -> torch.Tensor:
+        """`recipe`: of x, as in `columns`."""
+        gate, up = columns(x, self.w1, self.w3, recipe=recipe)
+        y: torch.Tensor = self.w2(*with_recipe(self._gated, gate, up, wanted=self.tp_ctx.selective))
+        return y
 
     # w1 and w3 share their input: it is saved and gathered once, and its gradient is summed once.
 
     def saved_bytes(self, row: RowShape) -> Bytes:
         inner = self.w2.saved_bytes(row)["projection inputs"]  # of each of gate, silu(gate), up, and their product
-        return add_bytes(self.w1.saved_bytes(row), {"feed-forward": 4 * inner})
+        return add_bytes(self.w1.saved_bytes(row), {"feed-forward": (2 if row.selective else 4) * inner})
 
     def messages(self, row: RowShape) -> list[Message]:
         return self.w1.messages(row) + self.w2.messages(row)
 
     def deferred_bytes(self, row: RowShape) -> int:
-        shared_input = row.tokens * self.w3.weight.shape[1] * self.w3.weight.itemsize
+        weight = self.w3.weight
+        shared_input = row.tokens * weight.shape[1] * self.tp_ctx.products.itemsize(weight.dtype)
         return super().deferred_bytes(row) - shared_input
 
     def workspace_bytes(self, row: RowShape) -> int:
@@ -48,3 +56,23 @@ class SwiGLU(CostedLayer):
 
 def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
+
+
+class _Gated(torch.autograd.Function):
+    """The same bits, forward and backward, without silu(gate) among what is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return _gated(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        gate, up = ctx.saved_tensors
+        d_gate = torch.ops.aten.silu_backward(grads[0] * up, gate)
+        return d_gate, F.silu(gate).mul_(grads[0])
+
+
+def _lean_gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    y: torch.Tensor = _Gated.apply(gate, up)
+    return y

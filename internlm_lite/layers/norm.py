@@ -23,7 +23,7 @@ from internlm_lite.mesh.layout import parameter, whole
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x [T, d], weight [d] -> [T, d] in the dtype of x; half precision is computed in float32."""
+    """x [..., d], weight [d] -> [..., d] in the dtype of x; half precision is computed in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -31,7 +31,9 @@ class _RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
         inverse_rms = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse_rms)
-        return (exact * inverse_rms).mul_(weight).to(x.dtype)
+        # Compiled by torch 2.11, an output of an operation in place, or of a `to` without effect, loses its gradient.
+        y = exact * inverse_rms * weight
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -39,13 +41,13 @@ class _RMSNorm(torch.autograd.Function):
         dy, w = grads[0].to(inverse_rms.dtype), weight.to(inverse_rms.dtype)
         n = x * inverse_rms
         p = dy * n
-        projection = torch.mv(p, w).div_(x.shape[-1]).unsqueeze(-1)
+        projection = torch.mv(p.flatten(0, -2), w).div_(x.shape[-1]).view(inverse_rms.shape)
         dx = (dy * w).addcmul_(n, projection, value=-1).mul_(inverse_rms)
-        return dx.to(x.dtype), p.sum(0).to(weight.dtype), None
+        return dx.to(x.dtype), p.flatten(0, -2).sum(0).to(weight.dtype), None
 
 
 class Norm(CostedLayer):
-    """[T, d] -> [T, d] in the dtype of x, with a weight [d]. A subclass computes `forward`.
+    """[..., d] -> [..., d] in the dtype of x, with a weight [d]. A subclass computes `forward`.
 
     model.use_fp32_norm keeps the weight of a half-precision model in float32.
     """
@@ -53,12 +55,16 @@ class Norm(CostedLayer):
     statistics = 1
     """Numbers per token that are saved for the backward pass, in the accumulation dtype."""
 
-    def __init__(self, name: str, config: ModelConfig, tp_ctx: TensorParallelContext) -> None:
+    def __init__(
+        self, name: str, config: ModelConfig, tp_ctx: TensorParallelContext, *, head_size: int | None = None
+    ) -> None:
+        """`head_size`: the number of features if those of single heads are normalised, which tp ranks split."""
         super().__init__()
         self.tp_ctx = tp_ctx
         self.eps = config.layer_norm_epsilon
         dtype = accumulation_dtype(tp_ctx.dtype) if config.use_fp32_norm else tp_ctx.dtype
-        layout = whole(f"{name}.weight", (config.hidden_size,), fill=1.0, partial_over=tp_ctx.partial_over)
+        partial_over = tp_ctx.partial_over if head_size is None else ("tp",)
+        layout = whole(f"{name}.weight", (head_size or config.hidden_size,), fill=1.0, partial_over=partial_over)
         self.weight = parameter(layout, dtype, tp_ctx.device)
 
     def saved_bytes(self, row: RowShape) -> Bytes:
@@ -71,8 +77,10 @@ class Norm(CostedLayer):
 class RMSNorm(Norm):
     """RMSNorm (see the module), as in Llama and InternLM."""
 
-    def __init__(self, name: str, config: ModelConfig, tp_ctx: TensorParallelContext) -> None:
-        super().__init__(name, config, tp_ctx)
+    def __init__(
+        self, name: str, config: ModelConfig, tp_ctx: TensorParallelContext, *, head_size: int | None = None
+    ) -> None:
+        super().__init__(name, config, tp_ctx, head_size=head_size)
         self.weight.manual_grad = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -4,15 +4,80 @@
 
 Cosines and sines are computed once per forward pass, for the row's positions, and shared by all layers: there is no
 table with a maximum position. Angles are float64, so large positions lose no precision in any dtype.
+
+With model.rope_scaling the frequencies f_i = base^(-2i / head_dim) become, for w_i = 2 pi / f_i and L the original
+length (as in transformers' modeling_rope_utils.py):
+
+    linear   f / factor
+    llama3   f if w < L / high, f / factor if w > L / low, else a mix that is linear in L / w
+    yarn     f for pairs i below `pair(beta_fast)`, f / factor above `pair(beta_slow)`, else a mix that is linear in
+             i; pair(n) = head_dim ln(L / (2 pi n)) / (2 ln base) turns n times in L; q, k grow by attention_factor
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from internlm_lite.config.schema import ModelConfig, RopeScaling
 from internlm_lite.layers.costs import Bytes, RowShape
+
+
+@dataclass(frozen=True)
+class RopeFrequencies:
+    """The rotation of a head: how fast each pair turns, and how much queries and keys grow."""
+
+    radians: torch.Tensor
+    """[head_dim / 2] float64, per position. A plain tensor: a buffer would be cast with the model."""
+    growth: float = 1.0
+
+
+def plain_frequencies(head_dim: int, base: float, device: torch.device | None = None) -> torch.Tensor:
+    """base^(-2i / head_dim): [head_dim / 2] float64."""
+    return base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+
+
+def rope_frequencies(config: ModelConfig, device: torch.device) -> RopeFrequencies:
+    """The frequencies of model.rope_base and model.rope_scaling."""
+    plain, scaling = plain_frequencies(config.head_size, config.rope_base, device), config.rope_scaling
+    if scaling is None:
+        return RopeFrequencies(plain)
+    if scaling.rope_type == "linear":
+        return RopeFrequencies(plain / scaling.factor)
+    if scaling.rope_type == "llama3":
+        return RopeFrequencies(_mixed(plain, scaling.factor, _llama3_kept(plain, scaling)))
+    growth = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1
+    return RopeFrequencies(_mixed(plain, scaling.factor, _yarn_kept(plain, config.rope_base, scaling)), growth)
+
+
+def _mixed(plain: torch.Tensor, factor: float, kept: torch.Tensor) -> torch.Tensor:
+    """`kept` 1: the frequency as it was; 0: divided by `factor`."""
+    return plain * kept + plain / factor * (1 - kept)
+
+
+def _llama3_kept(plain: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    assert scaling.original_max_position_embeddings is not None, "checked with the config"
+    turns = scaling.original_max_position_embeddings * plain / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    return ((turns - low) / (high - low)).clamp(0, 1)
+
+
+def _yarn_kept(plain: torch.Tensor, base: float, scaling: RopeScaling) -> torch.Tensor:
+    assert scaling.original_max_position_embeddings is not None, "checked with the config"
+    length, head_dim = scaling.original_max_position_embeddings, 2 * len(plain)
+
+    def pair(turns: float) -> float:
+        return head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    index = torch.arange(len(plain), dtype=torch.float64, device=plain.device)
+    return 1 - ((index - low) / max(high - low, 0.001)).clamp(0, 1)
 
 
 class _Rotate(torch.autograd.Function):
@@ -31,13 +96,13 @@ class _Rotate(torch.autograd.Function):
 
 
 class Rotary:
-    """The rotation of T tokens by their positions, for heads of size `head_dim`; `dtype` is that of q and k."""
+    """The rotation of T tokens by their positions; `dtype` is that of q and k."""
 
-    def __init__(self, positions: torch.Tensor, head_dim: int, base: float, dtype: torch.dtype) -> None:
+    def __init__(self, positions: torch.Tensor, frequencies: RopeFrequencies, dtype: torch.dtype) -> None:
         """positions [T] int64: each token's position in its document."""
-        pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
-        angle = torch.outer(positions.double(), base ** (-pairs / head_dim))
-        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+        angle = torch.outer(positions.double(), frequencies.radians)
+        growth = frequencies.growth
+        cos, sin = (angle.cos() * growth).to(dtype), (angle.sin() * growth).to(dtype)
         self.cos = torch.cat((cos, cos), dim=-1)[:, None, None]  # [T, 1, 1, head_dim]
         self.signed_sin = torch.cat((-sin, sin), dim=-1)[:, None, None]
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from internlm_lite.layers.costs import Message
+from internlm_lite.layers.products import Products
 from internlm_lite.layers.weight_grads import WeightGrads
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.conjugate import (
@@ -37,9 +38,13 @@ class TensorParallelContext:
     device: torch.device
     by_sequence: bool = False
     """Sequence parallelism: outside split layers a rank holds T / tp tokens. False in a group of size one."""
+    products: Products = field(default_factory=Products)
+    """Matrix products of the linear layers, in training."""
     weight_grads: WeightGrads = field(default_factory=WeightGrads)
     compiled: bool = False
     """Training passes are compiled, where no collective is inside (model.compile)."""
+    selective: bool = False
+    """Layers keep what made their inputs instead of them (layers/recompute.py)."""
 
     @contextmanager
     def whole_activations(self) -> Iterator[None]:

@@ -53,21 +53,23 @@ def accumulating(weight: Parameter) -> torch.Tensor:
 class WeightGrads:
     """Shared by all linear layers of this rank's pipeline stages."""
 
-    def __init__(self, *, deferred: bool = False) -> None:
-        self.deferred = deferred
-        self._waiting: list[tuple[Parameter, torch.Tensor, torch.Tensor]] = []
+    def __init__(self, *, deferred: bool = False, add: Callable[[torch.Tensor, Any, Any], None] = add_product) -> None:
+        """`add(grad, dy, x)`: grad += dy^T x for dy and x in the form in which `compute_or_defer` is given them."""
+        self.deferred, self._add = deferred, add
+        self._waiting: list[tuple[Parameter, Any, Any]] = []
 
-    def compute_or_defer(self, weight: Parameter, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+    def compute_or_defer(self, weight: Parameter, dy: Any, x: Any) -> torch.Tensor | None:
         """dW [out, in] = dy^T x for dy [T, out] and x [T, in], for autograd to add.
 
         None: it is added to `weight.main_grad` already; or, if deferred, dy and x are kept."""
         if self.deferred:
             self._waiting.append((weight, dy, x))
-        elif weight.main_grad is None:
-            return dy.t() @ x
-        else:
-            add_product(weight.main_grad, dy, x)
-        return None
+            return None
+        if weight.main_grad is not None:
+            self._add(weight.main_grad, dy, x)
+            return None
+        self._add(grad := torch.zeros_like(weight), dy, x)
+        return grad
 
     def pop_deferred(self) -> Callable[[], None]:
         """A function that computes the gradients deferred since the last call and adds them to `weight.grad`."""
@@ -78,7 +80,7 @@ class WeightGrads:
             while taken:
                 weight, dy, x = taken.pop()
                 assert weight.main_grad is not None, "the optimizer gives every such parameter its gradient buffer"
-                add_product(weight.main_grad, dy, x)
+                self._add(weight.main_grad, dy, x)
                 if weight.on_grad is not None:
                     weight.on_grad(weight)
 

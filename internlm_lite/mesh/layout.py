@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from internlm_lite.errors import ConfigError
+from internlm_lite.mesh import comm
 
 if TYPE_CHECKING:
     from internlm_lite.mesh.mesh import Group
@@ -110,11 +111,12 @@ def first_problem(shards: Sequence[LocalShard]) -> str | None:
     """Names the first of `shards` that is not sound; None: all are. Waits for the device once."""
     shards = [shard for shard in shards if shard.tensor.numel()]
     flags = [is_sound(shard.tensor, non_negative=shard.non_negative, largest=shard.largest) for shard in shards]
-    if not flags or torch.stack(flags).all():
+    sound: list[bool] = comm.read(torch.stack(flags)) if flags else []
+    if all(sound):
         return None
-    bad = shards[[flag.item() for flag in flags].index(False)]
+    bad = shards[sound.index(False)]
     what = "negative numbers" if bad.non_negative else f"numbers beyond {bad.largest:g}, too large for the weights"
-    return f"{bad.role} of {bad.name} holds {what if bad.tensor.isfinite().all() else 'NaN or infinity'}"
+    return f"{bad.role} of {bad.name} holds {what if comm.read(bad.tensor.isfinite().all()) else 'NaN or infinity'}"
 
 
 class Parameter(nn.Parameter):

@@ -7,12 +7,16 @@ Rank numbering, tensor parallel fastest, then data parallel, then pipeline:
 so the ranks of a `zero` group are consecutive dp ranks. (torchtitan calls these axes dp_shard and dp_replicate.)
 `ends` joins the first and the last pipeline rank, which hold copies of a tied weight (Megatron's embedding group).
 Every axis has a group, also of size one; see comm.py for collectives on it.
+
+All groups of an axis are made by one call. With NCCL it splits the communicator of the world, which all ranks must do
+together; else only the members of a group make it, axis by axis in the same order on every rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -32,6 +36,8 @@ class Group:
     """This process's index in `ranks`."""
     process_group: dist.ProcessGroup | None
     """None for a group of size one, and in a mesh of `plan_mesh`."""
+    object_group: dist.ProcessGroup | None = None
+    """Of the same ranks, on the CPU: objects exchanged over it do not wait for the GPU. None: `process_group`."""
 
     @property
     def size(self) -> int:
@@ -141,41 +147,62 @@ def _ends(pp_size: int) -> list[tuple[int, ...]]:
 def build_mesh(sizes: Sizes, rank: int, device: torch.device, timeout: timedelta) -> Mesh:
     """Create the process groups of all axes. Collective: every rank calls it with the same sizes.
 
-    `torch.distributed` must be initialised unless the world size is one. Axes do not share process groups, so
-    collectives of different axes may overlap in any order. Raises PeerLostError when a rank is lost meanwhile.
+    `torch.distributed` must be initialised unless the world size is one; its default group is that of the world. Axes
+    do not share process groups, so collectives of different axes may overlap in any order. Raises PeerLostError when a
+    rank is lost meanwhile.
     """
-    return _mesh(sizes, rank, device, lambda ranks: _new_group(ranks, timeout))
+    mesh = _mesh(sizes, rank, device, lambda axis, partition: _new_group(axis, partition, rank, timeout))
+    if sizes.world == 1 or "cpu:" in dist.get_backend_config():
+        return mesh
+    with _peer_lost("for objects"):
+        object_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="objects")
+    return replace(mesh, world=replace(mesh.world, object_group=object_group))
 
 
 def plan_mesh(sizes: Sizes, rank: int, device: torch.device) -> Mesh:
     """The mesh as seen by `rank`, without process groups: to build and measure models, not for collectives."""
-    return _mesh(sizes, rank, device, lambda _ranks: None)
+    return _mesh(sizes, rank, device, lambda _axis, _partition: None)
+
+
+Partition = Sequence[tuple[int, ...]]
+"""All groups of an axis, as global ranks."""
 
 
 def _mesh(
-    sizes: Sizes, rank: int, device: torch.device, create: Callable[[tuple[int, ...]], dist.ProcessGroup | None]
+    sizes: Sizes, rank: int, device: torch.device, create: Callable[[str, Partition], dist.ProcessGroup | None]
 ) -> Mesh:
-    """Calls `create` for all groups of size > 1 in the same order on every rank, as `dist.new_group` requires."""
+    """Calls `create` for every axis with a group of size > 1, in the same order on every rank."""
 
-    def group(name: str, partition: list[tuple[int, ...]]) -> Group:
-        mine: Group | None = None
-        for ranks in partition:
-            process_group = create(ranks) if len(ranks) > 1 else None
-            if rank in ranks:
-                mine = Group(name, ranks, ranks.index(rank), process_group)
-        assert mine is not None, (name, rank, partition)
-        return mine
+    def group(axis: str, partition: Partition) -> Group:
+        mine = next(ranks for ranks in partition if rank in ranks)
+        made = create(axis, partition) if any(len(ranks) > 1 for ranks in partition) else None
+        return Group(axis, mine, mine.index(rank), made if len(mine) > 1 else None)
 
-    groups = {name: group(name, partition) for name, partition in axis_groups(sizes).items()}
+    groups = {axis: group(axis, partition) for axis, partition in axis_groups(sizes).items()}
     return Mesh(sizes=sizes, rank=rank, device=device, **groups)
 
 
-def _new_group(ranks: tuple[int, ...], timeout: timedelta) -> dist.ProcessGroup | None:
+def _new_group(axis: str, partition: Partition, rank: int, timeout: timedelta) -> dist.ProcessGroup | None:
+    """The group of `partition` with this rank. A rank alone makes one, too: torch names a group by its ranks and by how
+    many groups the rank that makes it is in, a number that must be equal on all ranks."""
+    world = dist.group.WORLD
+    assert world is not None, "torch.distributed is initialised"
+    if axis == "world":
+        return world
+    with _peer_lost(f"of the {axis} axis"):
+        if world.bound_device_id is not None:
+            return dist.split_group(split_ranks=[list(ranks) for ranks in partition], timeout=timeout, group_desc=axis)
+        mine = next(ranks for ranks in partition if rank in ranks)
+        return dist.new_group(mine, timeout=timeout, use_local_synchronization=True, group_desc=axis)
+
+
+@contextmanager
+def _peer_lost(which: str) -> Iterator[None]:
     try:
-        return dist.new_group(ranks, timeout=timeout)
+        yield
     except RuntimeError as error:  # torch.distributed's errors are RuntimeErrors
         raise PeerLostError(
-            f"a rank was lost while the group of ranks {list(ranks)} was set up: {first_line(error)}; "
+            f"a rank was lost while the process groups {which} were made: {first_line(error)}; "
             "the log of the rank that failed first says why"
         ) from error
 

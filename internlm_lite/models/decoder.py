@@ -26,10 +26,13 @@ from internlm_lite.layers.compiled import compiled_in_training, is_wanted
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape, add_bytes
 from internlm_lite.layers.embedding import Embedding
 from internlm_lite.layers.flash import Attend, AttentionBackend
+from internlm_lite.layers.fp8 import Float8Products
 from internlm_lite.layers.loss import TokenLosses
 from internlm_lite.layers.mlp import SwiGLU
 from internlm_lite.layers.norm import build_norm
-from internlm_lite.layers.rope import Rotary
+from internlm_lite.layers.products import Products
+from internlm_lite.layers.recompute import with_recipe
+from internlm_lite.layers.rope import Rotary, rope_frequencies
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.layers.weight_grads import WeightGrads
 from internlm_lite.mesh.layout import Parameter
@@ -96,14 +99,17 @@ class Block(CostedLayer):
         return self._after(self, x, attend(self.attention.layer, *self._before(self, x, rotary)))
 
     def _before_attention(self, x: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.attention.project(x if self.post_norm else self.attention_norm(x), rotary)
+        if self.post_norm:
+            return self.attention.project(x, rotary)
+        normed, recipe = with_recipe(self.attention_norm, x, wanted=self.tp_ctx.selective)
+        return self.attention.project(normed, rotary, recipe)
 
     def _after_attention(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         x = x + self.attention.output(mixed)
-        if self.post_norm:
-            x = self.attention_norm(x)
-            return self.ffn_norm(x + self.feed_forward(x))
-        return x + self.feed_forward(self.ffn_norm(x))
+        norm = self.attention_norm if self.post_norm else self.ffn_norm
+        normed, recipe = with_recipe(norm, x, wanted=self.tp_ctx.selective)
+        y = self.feed_forward(normed, recipe)
+        return self.ffn_norm(normed + y) if self.post_norm else x + y
 
     def saved_bytes(self, row: RowShape, *, recompute: bool | None = None) -> Bytes:
         """`recompute` overrides `self.recompute`."""
@@ -111,7 +117,10 @@ class Block(CostedLayer):
         if self.recompute if recompute is None else recompute:
             return {"layer inputs": layer_input}
         # The first layer counts the block's input, too; it moves to "layer inputs", which recomputed blocks also have.
-        return add_bytes({"layer inputs": layer_input}, super().saved_bytes(row), {"norm inputs": -layer_input})
+        kept = add_bytes({"layer inputs": layer_input}, super().saved_bytes(row), {"norm inputs": -layer_input})
+        if row.selective:  # outputs of norms are made again
+            kept["projection inputs"] -= layer_input * (1 if self.post_norm else 2)
+        return kept
 
     def messages(self, row: RowShape) -> list[Message]:
         twice = 2 if self.recompute else 1
@@ -142,6 +151,7 @@ class Transformer(CostedLayer):
         self.backend = backend
         self.spec = spec
         self.tok_embeddings = Embedding("tok_embeddings", config, tp_ctx, spec.tied_over) if spec.first else None
+        self._frequencies = rope_frequencies(config, tp_ctx.device)
         self.layers = nn.ModuleDict({str(n): Block(config, n, tp_ctx) for n in spec.layers})
         has_norm = spec.last and not config.apply_post_layer_norm
         self.norm = build_norm("norm", config, tp_ctx) if has_norm else None
@@ -169,7 +179,7 @@ class Transformer(CostedLayer):
         `tokens`: [T] int64 on the first stage, else the hidden state of the previous stage. `positions`: [T] int64.
         """
         x = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
-        rotary = Rotary(positions, self.config.head_dim, self.config.rope_base, x.dtype)
+        rotary = Rotary(positions, self._frequencies, x.dtype)
         for block in self.layers.values():
             x = block(x, rotary, attend)
         return x if self.norm is None else self.norm(x)
@@ -192,7 +202,7 @@ class Transformer(CostedLayer):
         """`recomputed`: the number of the model's first layers that are recomputed; None: as configured."""
         flags = [None if recomputed is None else block.attention.layer < recomputed for block in self.blocks()]
         parts = [block.saved_bytes(row, recompute=flag) for block, flag in zip(self.blocks(), flags, strict=True)]
-        parts.append(Rotary.saved_bytes(row, self.config.head_dim, self.tp_ctx.dtype))
+        parts.append(Rotary.saved_bytes(row, self.config.head_size, self.tp_ctx.dtype))
         parts += [unit.saved_bytes(row) for unit in (self.tok_embeddings, self.output, self.norm) if unit is not None]
         return add_bytes(*parts)
 
@@ -225,11 +235,14 @@ def tensor_parallel_context(
             f"model.tie_word_embeddings=True with embed_split_hidden=True over {mesh.tp.size} tensor-parallel ranks: "
             "the head needs the shared weight split along the vocabulary; set model.embed_split_hidden=False"
         )
+    products = Float8Products() if config.fp8 else Products()
     return TensorParallelContext(
         mesh.tp,
         torch_dtype(config.dtype),
         mesh.device,
         by_sequence=by_sequence and mesh.tp.size > 1,
-        weight_grads=WeightGrads(deferred=defer_weight_grads),
+        products=products,
+        weight_grads=WeightGrads(deferred=defer_weight_grads, add=products.add_weight_grad),
         compiled=is_wanted(config.compile, mesh.device),
+        selective=config.checkpoint == "selective",
     )

@@ -1,7 +1,8 @@
 """Loss and accuracy per data folder, summed on the device and read once per log interval.
 
 sums[folder] = (labels, cross-entropy, correct, tokens)      added per micro-batch, in place, no host read
-collect():     one all-reduce over the world, one copy to the host, reset to zero
+take():        a copy on the device, one all-reduce over the world, reset to zero
+figures():     what such sums mean, once they are on the host
 
 Only the last pipeline stage has losses; tensor-parallel ranks all have the same ones, so only the first counts.
 """
@@ -65,10 +66,14 @@ class FolderMetrics:
             row.scatter_add_(0, index, values.double())
         self._sums[-1] += train_loss
 
-    def state_dict(self) -> dict[str, Any]:
-        """The sums since the last `collect` over all ranks, JSON-able. Collective; waits for the device."""
+    def total(self) -> torch.Tensor:
+        """The sums since the last `take`, over all ranks, on the device. Collective; no host read."""
         sums = self._sums.clone()
         comm.all_reduce(sums, self._world).wait()
+        return sums
+
+    def state_dict(self, sums: torch.Tensor) -> dict[str, Any]:
+        """`sums` as `total` returned them, JSON-able. Waits for the device."""
         # JSON has no nan; one non-finite step makes the sums nan until the next line
         values = [value if math.isfinite(value) else repr(value) for value in comm.read(sums)]
         return {"folders": list(self._folders), "sums": values}
@@ -79,11 +84,18 @@ class FolderMetrics:
         if self._world.rank == 0 and tuple(state["folders"]) == self._folders:
             self._sums.copy_(torch.tensor([float(value) for value in state["sums"]], dtype=torch.float64))
 
-    def collect(self) -> Collected:
-        """The sums since the last call, over all ranks; resets them. Collective; waits for the device."""
-        comm.all_reduce(self._sums, self._world).wait()
-        *values, train_loss = comm.read(self._sums)
+    def take(self) -> torch.Tensor:
+        """`total`, for `figures`; resets the sums. Collective; no host read."""
+        sums = self.total()
         self._sums.zero_()
+        return sums
+
+    def collect(self) -> Collected:
+        """`figures` of the sums since the last call; resets them. Collective; waits for the device."""
+        return self.figures(comm.read(self.take()))
+
+    def figures(self, sums: Sequence[float]) -> Collected:
+        *values, train_loss = sums
         n = len(self._folders)
         labels, losses, correct, seen = (values[row * n : (row + 1) * n] for row in range(4))
         total = sum(labels)

@@ -2,7 +2,9 @@
 
 A bucket counts the gradients that it still misses; a complete one is reduce-scattered over `zero`. A gradient has come
 when autograd has added it, when a deferred one was added, or when the backward pass has left the unit whose layers add
-it. At the end its shard is all-reduced over `replica`, and over `tp` or `ends` where ranks hold partial sums.
+it. Its shard is then all-reduced over `replica`: on CUDA behind the reduce-scatter, on a stream of its own, so that
+neither the backward pass nor the host waits; on the CPU at the end, because the host would wait. At the end it is also
+all-reduced over `tp` or `ends` where ranks hold partial sums.
 Buckets start strictly in order, so every rank issues the same collectives in the same order, whatever its timing.
 """
 
@@ -60,6 +62,8 @@ class GradReducer:
         self._overlap = overlap
         self._missing: list[int] = []
         self._started: list[comm.Work] = []
+        self._replicated: list[comm.Work] = []
+        self._behind = comm.SideStream(mesh.device)
         for index, bucket in enumerate(buckets):
             for slot in bucket.slots:
                 # A weak reference: torch holds hooks where the garbage collector does not find a cycle.
@@ -76,7 +80,7 @@ class GradReducer:
         self._missing = [
             micro_num * sum(slot.param.grads_per_microbatch for slot in bucket.slots) for bucket in self._buckets
         ]
-        self._started = []
+        self._started, self._replicated = [], []
 
     def _on_grad(self, index: int, param: Parameter) -> None:
         if not self._overlap:
@@ -88,16 +92,23 @@ class GradReducer:
     def _start_next(self) -> None:
         bucket = self._buckets[len(self._started)]
         self._started.append(comm.reduce_scatter(bucket.grad_shard, bucket.grads, self._mesh.zero))
+        if self._behind.is_real:
+            self._replicate_next()
+
+    def _replicate_next(self) -> None:
+        index = len(self._replicated)
+        with self._behind.current_work():
+            self._started[index].wait()
+            self._replicated.append(comm.all_reduce(self._buckets[index].grad_shard, self._mesh.replica))
 
     def finish(self) -> None:
         """Reduce the buckets that the backward pass did not complete (missing gradients are 0) and wait. Collective."""
         while len(self._started) < len(self._buckets):
             self._start_next()
-        replicas = []
-        for bucket, scattered in zip(self._buckets, self._started, strict=True):
-            scattered.wait()
-            replicas.append(comm.all_reduce(bucket.grad_shard, self._mesh.replica))
-        for bucket, replicated in zip(self._buckets, replicas, strict=True):
+        while len(self._replicated) < len(self._buckets):
+            self._replicate_next()
+        self._behind.join()
+        for bucket, replicated in zip(self._buckets, self._replicated, strict=True):
             replicated.wait()
             for axis in bucket.kind.partial_over:
                 comm.all_reduce(bucket.grad_shard, self._mesh.axis(axis)).wait()

@@ -14,6 +14,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from internlm_lite.config.schema import AdamConfig
+from internlm_lite.mesh import comm
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class AdamW(UpdateRule):
             )
 
     def state_dict(self) -> dict[str, int]:
-        return {"adam_steps": int(self._steps[0].item())}
+        return {"adam_steps": int(comm.read(self._steps[0]))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for step in self._steps:

@@ -13,6 +13,7 @@ import math
 import torch
 
 from internlm_lite.config.schema import GradScalerConfig
+from internlm_lite.mesh import comm
 
 
 class LossScaler:
@@ -46,9 +47,9 @@ class LossScaler:
         if self.config is None:
             return {}
         return {
-            "scale": self.scale.item(),
-            "good_in_a_row": int(self._good_in_a_row.item()),
-            "overflows": int(self._overflows.item()),
+            "scale": comm.read(self.scale),
+            "good_in_a_row": comm.read(self._good_in_a_row),
+            "overflows": comm.read(self._overflows),
         }
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:

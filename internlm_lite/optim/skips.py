@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from internlm_lite.config.schema import Config
+from internlm_lite.mesh import comm
 from internlm_lite.optim.scaler import LossScaler
 from internlm_lite.optim.spikes import SpikeGuard
 
@@ -81,7 +82,7 @@ class SkipDecider:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able; reads the device."""
-        counts = {name: int(counter.item()) for name, counter in self._counters.items()}
+        counts = {name: comm.read(counter) for name, counter in self._counters.items()}
         return {**counts, "scaler": self.scaler.state_dict(), "spikes": self._spikes.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from internlm_lite.config.schema import GuardConfig
+from internlm_lite.mesh import comm
 
 _NORMAL = 1.4826
 """Standard deviation / median absolute deviation of a normal distribution."""
@@ -58,8 +59,8 @@ class SpikeGuard:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able; reads the device."""
-        count = int(self._count.item())
-        return {"count": count, "logs": self._logs[:, : min(count, self._logs.shape[1])].tolist()}
+        count = comm.read(self._count)
+        return {"count": count, "logs": comm.read(self._logs[:, : min(count, self._logs.shape[1])])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the history; an unsuitable one (saved with another window) is ignored."""

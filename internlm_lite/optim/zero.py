@@ -170,6 +170,13 @@ class HybridZeroOptimizer:
         self._gatherer.wait()
 
     @torch.no_grad()
+    def adopt_weights(self) -> None:
+        """Copy the model's weights, as drawn, to the master weights."""
+        for shard, bucket in zip(self._shards, self.buckets, strict=True):
+            if shard.weights.dtype != bucket.kind.dtype:  # else they are a view of the model's
+                shard.weights.copy_(bucket.weight_shard)
+
+    @torch.no_grad()
     def publish_weights(self) -> None:
         """Copy loaded master weights to the model's weights on every rank, and wait. Collective."""
         self._gather_weights()

@@ -55,7 +55,7 @@ def bind_device(dist_env: DistEnv, wanted: str = "auto") -> torch.device:
     Raises MeshError when GPUs are wanted and the host has none, or fewer than processes.
     """
     assert wanted in ("auto", "cpu", "cuda"), wanted
-    visible = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
+    visible = usable_gpus(wanted)
     if wanted == "cuda" and visible == 0:
         raise MeshError(
             f"--device cuda: no GPU is visible on host {dist_env.hostname} to torch {torch.__version__}; "
@@ -71,6 +71,17 @@ def bind_device(dist_env: DistEnv, wanted: str = "auto") -> torch.device:
     return device
 
 
+def use_device(device: torch.device) -> None:
+    """Make `device` current in a new thread, where CUDA's first call would otherwise make a context on GPU 0."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def usable_gpus(wanted: str = "auto") -> int:
+    """How many GPUs `bind_device` chooses from; 0: it takes the CPU, or refuses."""
+    return torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
+
+
 def _gpu_index(dist_env: DistEnv, visible: int) -> int:
     if visible >= dist_env.local_world_size:
         return dist_env.local_rank
@@ -83,9 +94,12 @@ def _gpu_index(dist_env: DistEnv, visible: int) -> int:
 
 
 def apply_numerics(config: Config, device: torch.device, dist_env: DistEnv) -> None:
-    """Set torch's process-wide switches: TF32, determinism, cudnn, and on the CPU the number of threads."""
+    """Set torch's process-wide switches: how products are summed, determinism, cudnn, the number of CPU threads."""
     # fp32 matrix products stay fp32 unless the config says torch.tf32
     torch.set_float32_matmul_precision("high" if config.model.dtype == "torch.tf32" else "highest")
+    # Parts of a half-precision product that a GPU sums apart are not rounded to half precision in between.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.deterministic = config.cudnn_deterministic or config.deterministic
     torch.backends.cudnn.benchmark = config.cudnn_benchmark

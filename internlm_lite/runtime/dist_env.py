@@ -97,6 +97,16 @@ def set_defaults(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 
+def set_gpu_defaults(environ: MutableMapping[str, str], *, deterministic: bool) -> None:
+    """Set variables that gloo and NCCL read when the first process group of a run on GPUs is made: call it before.
+    Values set by the user are kept."""
+    # Objects travel over gloo beside NCCL. Ranks connect when they first exchange one, not each to thousands of others.
+    environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    if deterministic:
+        # NVLink switches add in any order. torch itself excludes NVLS, but not the trees that use it inside a node.
+        environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
+
+
 def adopt_s3_keys(environ: MutableMapping[str, str]) -> None:
     """Copy InternLM's variables of the S3 credentials to those of boto3's default chain.
 

@@ -106,7 +106,7 @@ def _host_round(store: Store, dist_env: DistEnv, timeout: timedelta, fingerprint
     except RuntimeError:
         problem = _missing([rank for rank, key in enumerate(keys) if not store.check([key])], dist_env, timeout)
     else:
-        introductions = [json.loads(store.get(key)) for key in keys]
+        introductions = [json.loads(one) for one in store.multi_get(keys)]
         problem = _difference(introductions, PrefixStore(name, store), fingerprint)
     if problem:
         store.set(f"{name}/problem", problem)

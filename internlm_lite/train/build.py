@@ -75,13 +75,13 @@ def build_run(
         if config.data.valid_every:
             valid = open_validation_data(config.data, vocab_size, dp.rank, dp.size, config.seed)
     with heartbeat("building the model"):
-        trainer = Trainer(config, mesh, data.folders)
+        trainer = Trainer(config, mesh, data.folders, draw_weights=False)  # `restore` loads or draws them
     tokens = config.data.micro_num * config.data.micro_bsz * config.data.seq_len * dp.size
     _log_facts(config, data, trainer, tokens)
     reporter = Reporter(config, mesh, trainer)
     samples = Samples(config, trainer, reporter)
     checkpoints.attach(Contents(trainer, reporter, data.fingerprint, folder.name, tokens, intended_batch_tokens=tokens))
-    with heartbeat("loading a checkpoint"):
+    with heartbeat("loading a checkpoint, or drawing the weights"):
         start = checkpoints.restore(resume)
     nothing_to_report = start.step >= config.data.total_steps and has_ended(folder / "events.jsonl")
     if mesh.is_main and not nothing_to_report:

@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.format.catalog import Found
 from internlm_lite.checkpoint.format.manifest import Kind, Manifest
@@ -46,6 +48,16 @@ TIMEOUT_SECONDS = 600.0
 _FOLDER_KEYS = ("save_ckpt_folder", "snapshot_ckpt_folder")
 
 
+@dataclass(frozen=True)
+class Moment:
+    """What the next forward pass changes, as it was after a step."""
+
+    state: TrainState
+    sums: torch.Tensor
+    """`FolderMetrics.total`."""
+    random_states: dict[str, torch.Tensor]
+
+
 @dataclass
 class Contents:
     """Source and destination of a checkpoint's data: tensors and random states of every rank, counters, data facts."""
@@ -64,12 +76,16 @@ class Contents:
     def pieces(self, *, moments: bool = True) -> list[LocalShard]:
         return [piece for piece in self.trainer.optimizer.pieces() if moments or piece.role == "master"]
 
-    def to_json(self, state: TrainState) -> dict[str, Any]:
-        """The state that a checkpoint stores as JSON. Collective; reads the device."""
+    def moment(self, state: TrainState) -> Moment:
+        """Collective; no host read."""
+        return Moment(state, self.trainer.metrics.total(), random_states(self.trainer.mesh.device))
+
+    def to_json(self, moment: Moment) -> dict[str, Any]:
+        """The state that a checkpoint stores as JSON. Reads the device."""
         return {
-            "train": state.to_json(),
+            "train": moment.state.to_json(),
             "optimizer": self.trainer.optimizer.state_dict(),
-            "reporter": self.reporter.state_dict(),
+            "reporter": self.reporter.state_dict(moment.sums),
             "data": self.fingerprint,
             "batch_tokens": self.intended_batch_tokens,
             "run_folder": self.run_folder,
@@ -139,27 +155,26 @@ class Checkpoints:
         if self._in_background and (self._ckpt.checkpoint_every or self._ckpt.oss_snapshot_freq):
             self.manager.prepare(contents.pieces())
 
-    def save(self, state: TrainState, kind: Kind, *, blocking: bool) -> None:
-        """Save a checkpoint of `state`. Reads the device.
+    def save(self, moment: Moment, kind: Kind, *, blocking: bool) -> None:
+        """Save a checkpoint of `moment`. Reads the device.
 
         `blocking`: return when the checkpoint exists, or raise StorageError or CheckpointError. Otherwise it is written
         in the background if `ckpt.async_upload`, and a failure is only logged and reported as an alarm.
         """
-        begin = time.monotonic()
-        self.contents.trainer.optimizer.wait_weights()
-        stored, pieces = self.contents.to_json(state), self.contents.pieces()
+        begin, step = time.monotonic(), moment.state.step
+        stored, pieces = self.contents.to_json(moment), self.contents.pieces()
         wait = blocking or not self._ckpt.async_upload
         try:
-            name = self.manager.save(state.step, kind, pieces, stored, random_states(self._mesh.device), wait=wait)
+            name = self.manager.save(step, kind, pieces, stored, moment.random_states, wait=wait)
         except (StorageError, CheckpointError) as error:
             self.report_finished()
             if blocking or self.manager.write_in_progress:
                 raise
-            self._alarm(f"step {state.step}", error)
+            self._alarm(f"step {step}", error)
             return
         self.report_finished()
         facts = {"saved": kind, "name": name, "waited": wait, "stall_seconds": round(time.monotonic() - begin, 4)}
-        self.contents.reporter.event("checkpoint", step=state.step, **facts)
+        self.contents.reporter.event("checkpoint", step=step, **facts)
 
     def report_finished(self) -> None:
         """Report the outcome of background saves that have ended. Not collective; does not block."""
@@ -193,7 +208,8 @@ class Checkpoints:
         self.manager.close(wait=wait)
 
     def restore(self, resume: str) -> TrainState:
-        """Load the checkpoint to start from and return its state, else the initial state. Raises CheckpointError.
+        """Load the checkpoint to start from and return its state, else the initial state, with weights loaded from
+        ckpt.load_model_only_folder or drawn. Raises CheckpointError.
 
         `resume`: "auto", "none" (ignore this run's save folders), a step in these folders, or a path."""
         if resume.isdecimal():
@@ -213,12 +229,15 @@ class Checkpoints:
         if self._ckpt.load_model_only_folder:
             self.manager.load_at(self._ckpt.load_model_only_folder, self.contents.pieces(moments=False))
             self.contents.trainer.optimizer.publish_weights()
+        else:
+            self.contents.trainer.draw_weights()
         return TrainState()
 
     def roll_back(self, state: TrainState, spiked_step: int) -> TrainState | None:
         """Restore this run's newest checkpoint from before step `spiked_step`, else the one it began from. Returns its
         state with the data position of `state`; None if there is no such checkpoint. Raises CheckpointError."""
         self._wait()
+        self.manager.allow_changes()
         self.contents.trainer.optimizer.wait_weights()
         restored = self._own_from_before(spiked_step)
         moments = restored is not None or self._ckpt.load_optimizer

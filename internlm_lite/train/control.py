@@ -104,30 +104,6 @@ class StepSignals:
         }
         return torch.stack([scalars[field.name].double() for field in fields(StepSignals)])
 
-    @classmethod
-    def unpack(cls, packed: torch.Tensor) -> StepSignals:
-        return cls(*packed.tolist())
-
-
-class AsyncScalars:
-    """An asynchronous copy to the host, started at construction; `wait` does not wait for work enqueued later."""
-
-    def __init__(self, numbers: torch.Tensor) -> None:
-        self._arrived: torch.cuda.Event | None = None
-        if numbers.is_cuda:
-            self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self._host.copy_(numbers, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-        else:
-            self._host = numbers
-
-    def wait(self) -> torch.Tensor:
-        """The tensor on the host; blocks until the copy is complete."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._host
-
 
 class StopFile:
     """`ckpt.stop_file_path`: holds one integer. Without a path `read` returns 0. A problem is logged once."""
@@ -171,7 +147,7 @@ class ControlChannel:
     def __init__(self, signals: StopSignals, stop_file: Path | None) -> None:
         self._signals, self._stop_file = signals, StopFile(stop_file)
         self._obeyed = 0.0
-        self._in_flight: AsyncScalars | None = None
+        self._in_flight: comm.Pending | None = None
 
     def requests(self) -> Requests:
         """This rank's requests now, to be summed over all ranks in the current step."""
@@ -179,9 +155,9 @@ class ControlChannel:
 
     def exchange(self, outcome: StepOutcome | None) -> StepSignals | None:
         """Start copying a step's results to the host (None: no step follows); wait for and return the previous ones."""
-        sent = None if outcome is None else AsyncScalars(StepSignals.pack(outcome))
+        sent = None if outcome is None else comm.read_later(StepSignals.pack(outcome))
         before, self._in_flight = self._in_flight, sent
-        return None if before is None else StepSignals.unpack(before.wait())
+        return None if before is None else StepSignals(*before.value())
 
     def command(self, signals: StepSignals, steps_done: int) -> Command:
         """The request to follow after `steps_done` steps. A number in the stop file is followed once and reset to 0."""
@@ -218,9 +194,10 @@ class Control:
         self._rollbacks: dict[int, int] = {}
 
     def after_step(self, outcome: StepOutcome, steps_done: int) -> Decision:
-        """Sets and returns `decision`. Waits for the previous step, and for this one if a save is due. Raises
+        """Sets and returns `decision`. Waits for the previous step, and for this one if it is the last. Raises
         NumericsError or DataError when too many consecutive updates were skipped (`check_skips`)."""
         arrived, known_step = self._channel.exchange(outcome), steps_done - 1 - _LAG_STEPS
+        self._reporter.write_lines()
         spiked = False
         if arrived is None:
             self._command, self._requeued = self._requeued, Command()
@@ -231,17 +208,22 @@ class Control:
         all_done = steps_done == self._config.data.total_steps
         final = all_done or self._command.stop
         kind = due_kind(self._config.ckpt, steps_done, self._command, all_done=all_done, deferred=self._deferred)
-        # If this update was skipped, its cause may be in the weights already; saving them could rotate out a good
-        # snapshot.
-        self._deferred = kind if kind and not final and _was_skipped(outcome) else None
+        self._deferred = None
         self.decision = Decision(
-            save=None if self._deferred else kind,
+            save=kind,
             final=final,
             stopped_by=self._command.source if self._command.stop and not all_done else "",
             rollback_before=known_step if spiked and self._config.guard.spike == "rollback" else None,
-            bad_losses=int(outcome.skips.consecutive_bad_losses) if final else 0,
+            bad_losses=comm.read(outcome.skips.consecutive_bad_losses) if final else 0,
         )
         return self.decision
+
+    def defer_if_skipped(self, outcome: StepOutcome, decision: Decision) -> bool:
+        """Whether this step's update was skipped; then the save of `decision` is due after the next step, too."""
+        skipped = comm.read(outcome.skips.consecutive_skips) > 0
+        if skipped:
+            self._deferred = decision.save
+        return bool(skipped)
 
     def rolled_back(self, back_to: int) -> None:
         """Call after restoring step `back_to`: drops results of undone steps, and defers a pending request to the next
@@ -313,11 +295,6 @@ def bad_losses_error(count: int, step: int) -> NumericsError:
         "weights may be ruined and are not saved; started again, the run goes on from its newest checkpoint; lower "
         "adam.lr, look at the data of these steps, or go on from an older checkpoint with --resume PATH"
     )
-
-
-def _was_skipped(outcome: StepOutcome) -> bool:
-    """Whether this step's update was skipped. Reads the device, so it is called only when a save is due."""
-    return bool(comm.read(outcome.skips.consecutive_skips) > 0)
 
 
 def due_kind(

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from internlm_lite.errors import NumericsError
 from internlm_lite.faults.signals import StopSignals
-from internlm_lite.mesh.consensus import on_all, on_main
+from internlm_lite.mesh.consensus import on_main
 from internlm_lite.monitor.jsonl import is_evaluated
 from internlm_lite.optim.replicas import check_replicas
-from internlm_lite.optim.zero import HybridZeroOptimizer
 from internlm_lite.train.build import Run
-from internlm_lite.train.control import Control, Decision, bad_losses_error
+from internlm_lite.train.control import Control
 from internlm_lite.train.profiling import traced_steps
+from internlm_lite.train.saving import Saving
 from internlm_lite.train.train_state import TrainState
 
 logger = logging.getLogger("internlm_lite")
@@ -38,17 +37,19 @@ def train(run: Run, signals: StopSignals, trace_folder: Path | None = None) -> T
     """
     state, trainer, watchdog, total_steps = run.start, run.trainer, run.watchdog, run.config.data.total_steps
     control = Control(run.config, run.reporter, signals, is_main=run.mesh.is_main)
+    saving = Saving(run, control)
     _begin(run, state)
     pin = run.mesh.device.type == "cuda"
     with (
         closing(run.data.batches(state.position, pin=pin)) as batches,
         traced_steps(trace_folder, run.mesh.rank) as traced,
+        run.reporter.all_lines_written(),
     ):
         while state.step < total_steps and not control.decision.stop:
             watchdog.enter("data", state.step)
             batch = next(batches).to(run.mesh.device)
             watchdog.enter("training", state.step)
-            updating = partial(watchdog.enter, "updating", state.step)
+            updating = partial(_before_update, run, saving, state)
             outcome = trainer.step(batch, state.step, requests=control.requests, before_update=updating)
             traced()
             state = state.after(batch, run.mesh.dp.size)
@@ -58,10 +59,13 @@ def train(run: Run, signals: StopSignals, trace_folder: Path | None = None) -> T
             if restored := _roll_back(run, state, control):
                 state = restored
                 continue
-            _check_weights(run, state, decision)
-            if decision.save:
-                with watchdog.inside("saving"), run.reporter.excluded_from_timing():
-                    run.checkpoints.save(state, decision.save, blocking=decision.final)
+            _check_replicas(run, state)
+            if decision.save or decision.final:
+                saving.note(state, outcome)
+                if _is_looked_at(run, state) or not saving.can_wait():
+                    trainer.optimizer.wait_weights()
+                    with watchdog.inside("saving"), run.reporter.excluded_from_timing():
+                        saving.do()
             run.checkpoints.report_finished()
             if not decision.stop:  # a stop does not wait for an evaluation; the next start does it
                 _evaluate_and_sample(run, state)
@@ -85,6 +89,11 @@ def _begin(run: Run, state: TrainState) -> None:
     run.reporter.event("start", **facts)
     if state.step:  # the previous start may have ended between its save and its evaluation
         _evaluate_if_due(run, state, skip_if_logged=True)
+
+
+def _before_update(run: Run, saving: Saving, state: TrainState) -> None:
+    saving.before_update()
+    run.watchdog.enter("updating", state.step)
 
 
 def _end(run: Run, ended: TrainingEnd) -> TrainingEnd:
@@ -121,27 +130,18 @@ def _roll_back(run: Run, state: TrainState, control: Control) -> TrainState | No
     return restored
 
 
-def _check_weights(run: Run, state: TrainState, decision: Decision) -> None:
-    """Raises NumericsError if copies of weights differ (guard.check_replicas_every), or if a save is due and the master
-    weights or the optimizer's state are not sound, or the forward pass was not finite: a ruined state must not replace
-    a good checkpoint."""
+def _check_replicas(run: Run, state: TrainState) -> None:
+    """Raises NumericsError if copies of weights differ, every guard.check_replicas_every steps."""
     optimizer, every = run.trainer.optimizer, run.config.guard.check_replicas_every
     if every and state.step % every == 0:
         with run.reporter.excluded_from_timing():
             optimizer.wait_weights()
             check_replicas(optimizer, run.mesh, state.step - 1)
-    if decision.save or decision.final:
-        on_all(run.mesh, partial(_require_sound_state, optimizer, state.step - 1))
-    if decision.bad_losses:
-        raise bad_losses_error(decision.bad_losses, state.step - 1)
 
 
-def _require_sound_state(optimizer: HybridZeroOptimizer, step: int) -> None:
-    if problem := optimizer.problem():
-        raise NumericsError(
-            f"step {step}: {problem}, so nothing is saved: started again, the run goes on from its newest checkpoint; "
-            "lower adam.lr, or go on from an older one with --resume PATH"
-        )
+def _is_looked_at(run: Run, state: TrainState) -> bool:
+    """Whether `_evaluate_and_sample` has something to do."""
+    return _evaluation_is_due(run, state) or run.samples.due(state.step)
 
 
 def _evaluate_and_sample(run: Run, state: TrainState) -> None:
@@ -154,11 +154,16 @@ def _evaluate_and_sample(run: Run, state: TrainState) -> None:
 
 def _evaluate_if_due(run: Run, state: TrainState, *, skip_if_logged: bool = False) -> None:
     """`skip_if_logged`: not if events.jsonl already has the figures of this step."""
-    data, file = run.config.data, run.folder / "events.jsonl"
-    if not run.valid or not (state.step % data.valid_every == 0 or state.step == data.total_steps):
+    file = run.folder / "events.jsonl"
+    if not _evaluation_is_due(run, state) or run.valid is None:
         return
     if skip_if_logged and on_main(run.mesh, lambda: is_evaluated(file, state.step - 1)):
         return
     run.reporter.event("evaluating", step=state.step - 1)
     with run.watchdog.inside("evaluation"), run.reporter.excluded_from_timing():
         run.reporter.validation(state, run.trainer.evaluate(run.valid, run.watchdog.report_progress))
+
+
+def _evaluation_is_due(run: Run, state: TrainState) -> bool:
+    data = run.config.data
+    return run.valid is not None and (state.step % data.valid_every == 0 or state.step == data.total_steps)

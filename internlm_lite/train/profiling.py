@@ -17,7 +17,7 @@ WAIT_STEPS, WARM_STEPS, TRACED_STEPS = 3, 1, 3
 
 
 class Stopwatch:
-    """Sums the intervals between `start` and `stop`. On CUDA it uses events, so only `take` waits for the device."""
+    """Sums the intervals between `start` and `stop`: on CUDA those of the device, which may be behind the host."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -38,14 +38,11 @@ class Stopwatch:
         else:
             self._seconds += time.perf_counter() - self._begin
 
-    def take(self) -> float:
-        """Seconds summed since the last call. Waits for the device."""
-        seconds = self._seconds
-        for begin, end in self._events:
-            end.synchronize()
-            seconds += begin.elapsed_time(end) / 1000
+    def take(self) -> Callable[[], float]:
+        """What was measured since the last call: a function for its seconds, to be called when the device is done."""
+        seconds, events = self._seconds, self._events
         self._events, self._seconds = [], 0.0
-        return seconds
+        return lambda: seconds + sum(begin.elapsed_time(end) for begin, end in events) / 1000
 
 
 @contextmanager

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -24,10 +27,29 @@ from internlm_lite.monitor.sinks import FanOut
 from internlm_lite.monitor.speed import SpeedMeter
 from internlm_lite.optim.zero import StepOutcome
 from internlm_lite.runtime.device import peak_flops
+from internlm_lite.train.profiling import Stopwatch
 from internlm_lite.train.train_state import TrainState
 from internlm_lite.train.trainer import Trainer
 
 logger = logging.getLogger("internlm_lite")
+_LAST_LINES_SECONDS = 10.0
+"""How long a failing rank waits for the numbers of lines that are due."""
+_POLL_SECONDS = 0.01
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A step line whose numbers are on their way to the host."""
+
+    numbers: comm.Pending
+    """`_scalars`, then the sums of the metrics."""
+    seconds: Callable[[], float]
+    """Known once the numbers have arrived, as the next one."""
+    fwd_bwd_seconds: Callable[[], float]
+    tokens: int
+    steps: int
+    known: dict[str, Any]
+    """Those fields of the `StepRecord` that the host knew when the line was due."""
 
 
 class Reporter:
@@ -42,8 +64,8 @@ class Reporter:
         self._flops_per_token = internlm_flops_per_token(config.model, config.data.seq_len)
         self._model_flops_per_token = model_flops_per_token(config.model, config.data.seq_len)
         self._peak = peak_flops(mesh.device, config.model.dtype)
-        self._begin = time.perf_counter()
-        self._last: TrainState | None = None
+        self._time, self._last = Stopwatch(mesh.device), TrainState()
+        self._lines: deque[_Line] = deque()
 
     def open_sinks(self, make: Callable[[int], FanOut], done: int) -> None:
         """Call on rank 0, once it is known that the run continues after `done` steps."""
@@ -56,70 +78,104 @@ class Reporter:
             self._sinks.close()
             self._sinks = self._make_sinks(done)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Speed and metrics, which a resume restores; JSON-able. Collective."""
-        return {"speed": self.speed.state_dict(), "metrics": self._trainer.metrics.state_dict()}
+    def state_dict(self, sums: torch.Tensor) -> dict[str, Any]:
+        """Speed, and metrics as their `total` was; JSON-able, for a resume. Waits for the device."""
+        self.write_lines(math.inf)
+        return {"speed": self.speed.state_dict(), "metrics": self._trainer.metrics.state_dict(sums)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.write_lines(math.inf)  # the speed of undone steps must not count
         self.speed.load_state_dict(state["speed"])
         self._trainer.metrics.load_state_dict(state["metrics"])
 
     def start(self, state: TrainState) -> None:
-        """Start timing: the next step begins now, from `state`. Waits for the device."""
+        """Start timing: the next step begins now, from `state`."""
         self._trainer.fwd_bwd_time.take()  # discards the time of undone steps
-        self._begin, self._last = time.perf_counter(), state
+        self._time, self._last = Stopwatch(self._mesh.device), state
+        self._time.start()
 
     @contextmanager
     def excluded_from_timing(self) -> Iterator[None]:
-        """Excludes the block (evaluation, saving) from training time. First waits for the steps in progress."""
-        if self._mesh.device.type == "cuda":
-            torch.cuda.synchronize(self._mesh.device)
-        begin = time.perf_counter()
+        """Excludes the block (evaluation, saving) from training time, on CUDA from the time of the device."""
+        self._time.stop()
         yield
-        self._begin += time.perf_counter() - begin
+        self._time.start()
 
     def step_line(self, state: TrainState, batch: Batch, outcome: StepOutcome) -> None:
-        """Report the steps since the last line; `batch`, `outcome`: the last step's. Collective; reads the device."""
-        assert self._last is not None, "start() was called"
-        collected = self._trainer.metrics.collect()
-        now = time.perf_counter()
-        seconds, steps = now - self._begin, state.step - self._last.step
-        tokens = state.consumed_tokens - self._last.consumed_tokens
-        speed = self.speed.add(tokens, seconds, steps)
-        self._begin, self._last = now, state
-        fwd_bwd_seconds = self._trainer.fwd_bwd_time.take() / steps
+        """Report the steps since the last line; `batch`, `outcome`: the last step's. Collective.
+
+        Does not wait for the device: `write_lines` writes the line when its numbers are on the host."""
+        sums, last = self._trainer.metrics.take(), self._last
+        self._time.stop()
+        seconds, fwd_bwd_seconds = self._time.take(), self._trainer.fwd_bwd_time.take()
+        self._time.start()
+        self._last = state
         if self._sinks is None:
             return
-        norm, norm_fp32, skipped, loss_scale, next_lr = _read(outcome)
-        world, remaining = self._mesh.world.size, self._config.data.total_steps - state.step
+        known = {
+            "step": state.step - 1,
+            "micro_num": batch.micro_num,
+            "num_consumed_tokens": state.consumed_tokens,
+            "num_samples_in_batch": batch.stats.num_samples,
+            "largest_length": batch.stats.largest_length,
+            "largest_batch": batch.stats.largest_batch,
+            "smallest_batch": batch.stats.smallest_batch,
+            "adam_beta2": outcome.beta2,
+            "pack_fill": batch.stats.num_labels / batch.stats.num_tokens,
+            "memory_bytes": _peak_memory(self._mesh.device),
+            "origin": Origin.here(),
+        }
+        numbers = comm.read_later(torch.cat([_scalars(outcome), sums]))
+        tokens, steps = state.consumed_tokens - last.consumed_tokens, state.step - last.step
+        self._lines.append(_Line(numbers, seconds, fwd_bwd_seconds, tokens, steps, known))
+        self.write_lines()
+
+    def write_lines(self, until: float = -1) -> None:
+        """Write the lines whose numbers have arrived; wait for those of steps up to index `until`."""
+        while self._lines and (self._lines[0].known["step"] <= until or self._lines[0].numbers.ready()):
+            self._write(self._lines.popleft())
+
+    @contextmanager
+    def all_lines_written(self) -> Iterator[None]:
+        """Write all lines at the end of the block; after an error those that arrive soon, as the device may be lost."""
+        try:
+            yield
+            self.write_lines(math.inf)
+        except BaseException:
+            deadline = time.monotonic() + _LAST_LINES_SECONDS
+            with suppress(*comm.GPU_ERRORS):
+                self.write_lines()
+                while self._lines and time.monotonic() < deadline:
+                    time.sleep(_POLL_SECONDS)
+                    self.write_lines()
+            self._lines.clear()
+            raise
+
+    def _write(self, line: _Line) -> None:
+        if self._sinks is None:
+            return
+        norm, norm_fp32, skipped, loss_scale, next_lr, *sums = line.numbers.value()
+        collected, seconds = self._trainer.metrics.figures(sums), line.seconds()
+        speed = self.speed.add(line.tokens, seconds, line.steps)
+        world, remaining = self._mesh.world.size, self._config.data.total_steps - 1 - line.known["step"]
         per_step = self.speed.seconds_per_step
         record = StepRecord(
             time=datetime.now().astimezone(),
-            step=state.step - 1,
             loss=collected.loss,
-            tflops=tflops_per_gpu(self._flops_per_token, tokens, seconds, world),
+            tflops=tflops_per_gpu(self._flops_per_token, line.tokens, seconds, world),
             speed=speed,
             lr=next_lr,
             loss_scale=loss_scale,
             grad_norm={"0_default": norm, "1_fp32": norm_fp32},
-            micro_num=batch.micro_num,
-            num_consumed_tokens=state.consumed_tokens,
             inf_nan_skip_batches=int(skipped),
-            num_samples_in_batch=batch.stats.num_samples,
-            largest_length=batch.stats.largest_length,
-            largest_batch=batch.stats.largest_batch,
-            smallest_batch=batch.stats.smallest_batch,
-            adam_beta2=outcome.beta2,
-            fwd_bwd_time=fwd_bwd_seconds,
+            fwd_bwd_time=line.fwd_bwd_seconds() / line.steps,
             acc=collected.accuracy,
             perplexity=perplexity(collected.cross_entropy),
             loss_from_metric=collected.cross_entropy,
             folders=collected.folders,
-            mfu=mfu(self._model_flops_per_token, tokens, seconds, world, self._peak),
+            mfu=mfu(self._model_flops_per_token, line.tokens, seconds, world, self._peak),
             eta_seconds=None if per_step is None else per_step * remaining,
-            pack_fill=batch.stats.num_labels / batch.stats.num_tokens,
-            memory_bytes=_peak_memory(self._mesh.device),
-            origin=Origin.here(),
+            **line.known,
         )
         self._sinks.step(record)
 
@@ -127,6 +183,7 @@ class Reporter:
         """Report an evaluation after `state.step` steps, with the figures of every validation folder."""
         if self._sinks is None:
             return
+        self.write_lines(math.inf)
         found = ValidationRecord(
             step=state.step - 1,
             loss=collected.cross_entropy,
@@ -145,11 +202,14 @@ class Reporter:
     def sample(self, steps_done: int, prompt: str, text: str) -> None:
         """Log the continuation `text` of a prompt and pass it to the sinks."""
         if self._sinks is not None:
+            self.write_lines(math.inf)
             logger.info(f"sample after {steps_done} steps: {prompt!r} -> {text!r}")
             self._sinks.sample(Sample(steps_done, prompt, text))
 
-    def event(self, kind: str, /, **facts: object) -> None:
-        """Pass an event to all sinks of rank 0; events.jsonl stores it."""
+    def event(self, kind: str, /, **facts: Any) -> None:
+        """Pass an event to all sinks of rank 0; events.jsonl stores it. Lines of steps up to the one that it names come
+        before it."""
+        self.write_lines(facts.get("step", -1))
         if self._sinks is not None:
             self._sinks.event(kind, **facts)
 
@@ -158,17 +218,11 @@ class Reporter:
             self._sinks.close()
 
 
-def _read(outcome: StepOutcome) -> list[float]:
-    """Norms, skipped steps, loss scale and learning rate, in one copy to the host. Waits for the device."""
-    scalars = (
-        outcome.norm_model_dtype,
-        outcome.norm_fp32,
-        outcome.skips.skipped_steps,
-        outcome.loss_scale,
-        outcome.next_lr,
-    )
-    values: list[float] = comm.read(torch.stack([scalar.double() for scalar in scalars]))
-    return values
+def _scalars(outcome: StepOutcome) -> torch.Tensor:
+    """Norms, skipped steps, loss scale and learning rate: [5] fp64 on the device."""
+    skipped = outcome.skips.skipped_steps
+    scalars = (outcome.norm_model_dtype, outcome.norm_fp32, skipped, outcome.loss_scale, outcome.next_lr)
+    return torch.stack([scalar.double() for scalar in scalars])
 
 
 def _peak_memory(device: torch.device) -> int | None:

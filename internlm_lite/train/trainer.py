@@ -59,19 +59,27 @@ class BatchTask:
 class Trainer:
     """The stages of this rank, the engine that runs them, the optimizer that updates them. Methods are collective."""
 
-    def __init__(self, config: Config, mesh: Mesh, folders: Sequence[str] = ("data",)) -> None:
-        """Initialises weights from `config.seed`. `folders`: names of the data folders, by a batch's folder index."""
-        self.mesh, dtype = mesh, torch_dtype(config.model.dtype)
+    def __init__(
+        self, config: Config, mesh: Mesh, folders: Sequence[str] = ("data",), *, draw_weights: bool = True
+    ) -> None:
+        """`folders`: names of the data folders, by a batch's folder index. `draw_weights` False: until all weights are
+        loaded, or drawn by the method of that name, they are arbitrary numbers."""
+        self.mesh, self._seed, dtype = mesh, config.seed, torch_dtype(config.model.dtype)
         self.backend = choose_backend(config.model, mesh.device)
         self.stages = build_stages(config, mesh, self.backend)
-        if mesh.device.type != "meta":  # where tensors have no values
-            initialise(nn.ModuleList(self.stages.values()), config.seed)
         self.optimizer = HybridZeroOptimizer(units_of(self.stages), config, mesh, dtype)
+        if draw_weights and mesh.device.type != "meta":  # where tensors have no values
+            self.draw_weights()
         self.engine = build_engine(config, mesh, self.stages)
         self.metrics = FolderMetrics(folders, mesh)
         """Metrics of the training steps since they were last collected."""
         self.fwd_bwd_time = Stopwatch(mesh.device)
         """Time of forward and backward passes since it was last taken."""
+
+    def draw_weights(self) -> None:
+        """Initialise the weights from `config.seed`. Not collective."""
+        initialise(nn.ModuleList(self.stages.values()), self._seed)
+        self.optimizer.adopt_weights()
 
     def step(
         self,

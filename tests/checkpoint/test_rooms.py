@@ -97,8 +97,8 @@ def test_few_frames_from_the_loop_to_the_disk(
     monkeypatch.setattr(LocalStorage, "put", watched)
     saves = {"enable_save_ckpt": True, "save_ckpt_folder": f"local:{tmp_path}/saves", "async_upload": in_background}
     run_training(single_process_mesh(), tiny(None, ckpt={"checkpoint_every": 4, **saves}), tmp_path / "run")
-    assert frames.deepest[:2] == ["loop.train", "checkpoints.save"], frames.deepest
-    assert len(frames.deepest) + 1 <= FRAMES + 2, frames.deepest  # and LocalStorage.put itself
+    assert frames.deepest[:3] == ["loop.train", "saving.do", "checkpoints.save"], frames.deepest
+    assert len(frames.deepest) + 1 <= FRAMES + 3, frames.deepest  # and LocalStorage.put itself
 
 
 def test_few_frames_from_a_save_to_the_server(s3_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

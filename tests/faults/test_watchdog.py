@@ -29,6 +29,7 @@ from tests.ports import free_port
 from tests.world import fork_context
 
 LIMITS = Limits(2.0, {"building": math.inf})
+on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
 
 def _table(*beats: tuple[int, str], waiting: tuple[int, ...] = ()) -> dict[int, Heartbeat]:
@@ -141,6 +142,8 @@ def _rank(rank: int, size: int, port: int, folder: str, trouble: str) -> None:
     timeout = timedelta(seconds=20)
     served = TCPStore("127.0.0.1", port, size, rank == 0, timeout, False) if rank == 0 else None
     store = TCPStore("127.0.0.1", port, size, False, timeout, False)
+    if trouble == f"kernel {rank}":
+        torch.zeros(1, device="cuda")  # the driver starts before anybody watches
     store.add("here", 1)
     while store.add("here", 0) < size:  # nobody is watched before all are there
         time.sleep(0.02)
@@ -149,6 +152,9 @@ def _rank(rank: int, size: int, port: int, folder: str, trouble: str) -> None:
             watchdog.enter("data", step)
             if step == 20 and trouble == f"hang {rank}":
                 time.sleep(60)
+            if step == 20 and trouble == f"kernel {rank}":
+                torch.cuda._sleep(3 * 10**10)  # about 15 seconds
+                torch.cuda.synchronize()
             if step == 20 and trouble == f"stop {rank}":
                 os.kill(os.getpid(), signal.SIGSTOP)
             watchdog.enter("training", step)
@@ -190,9 +196,11 @@ def test_job_without_hang(tmp_path: Path) -> None:
         _end(ranks)
 
 
-@pytest.mark.parametrize("culprit", [0, 1, 2])
-def test_hanging_rank_ends_job(tmp_path: Path, culprit: int) -> None:
-    ranks = _start(tmp_path, f"hang {culprit}")
+@pytest.mark.parametrize(
+    ("trouble", "culprit"), [("hang", 0), ("hang", 1), ("hang", 2), pytest.param("kernel", 1, marks=on_a_gpu)]
+)
+def test_hanging_rank_ends_job(tmp_path: Path, trouble: str, culprit: int) -> None:
+    ranks = _start(tmp_path, f"{trouble} {culprit}")
     try:
         for rank in ranks:
             rank.join(30)

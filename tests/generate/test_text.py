@@ -40,7 +40,7 @@ def spaced(tmp_path_factory) -> Tokenizer:
     )
     path = tmp_path_factory.mktemp("text") / "spaced.model"
     path.write_bytes(model.getvalue())
-    assert Tokenizer(path).adds_space
+    assert Tokenizer(path).model.adds_space
     return Tokenizer(path)
 
 

@@ -108,7 +108,7 @@ def test_a_layer_that_leaves_its_gradients_to_autograd_is_explained(monkeypatch:
 @pytest.mark.parametrize("missing", ["", "triton", "compiler"])
 def test_on_gpus_it_is_on_where_its_tools_are(key: bool | None, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "has_triton", lambda: missing != "triton")
-    monkeypatch.setenv("CC", "no-such-compiler" if missing == "compiler" else "sh")
+    monkeypatch.setattr(shutil, "which", lambda name: "" if missing == "compiler" else name)
     refused = pytest.raises(ConfigError, match=r"Triton.*set model.compile=False") if key and missing else nullcontext()
     with refused:
         assert compiled.is_wanted(key, torch.device("cuda")) is (key is not False and not missing)

@@ -23,7 +23,7 @@ from internlm_lite.layers.flash import AttentionBackend, packed_sdpa
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns
 from internlm_lite.layers.mlp import SwiGLU
 from internlm_lite.layers.norm import NORMS
-from internlm_lite.layers.rope import Rotary
+from internlm_lite.layers.rope import Rotary, rope_frequencies
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.mesh.mesh import plan_mesh, single_process_mesh, sizes_of
 from internlm_lite.models import decoder
@@ -60,7 +60,7 @@ def hidden(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.dev
 
 
 def rotary_of(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device) -> Rotary:
-    return Rotary(torch.arange(T, device=device), config.head_dim, config.rope_base, tp_ctx.dtype)
+    return Rotary(torch.arange(T, device=device), rope_frequencies(config, torch.device(device)), tp_ctx.dtype)
 
 
 def plain(make: Callable[[ModelConfig, TensorParallelContext], Any]) -> Build:
@@ -179,7 +179,7 @@ def model_shapes() -> list[dict[str, Any]]:
     """The `model` sections of this suite."""
     of_ranks = [{k: v for k, v in case.items() if k in ModelConfig.model_fields} for case in CASES.values()]
     sections = [*SHAPES, *of_ranks, *(sections.get("model", {}) for _, sections in LAYOUTS.values())]
-    return [dict(items) for items in dict.fromkeys(tuple(section.items()) for section in sections)]
+    return [section for number, section in enumerate(sections) if section not in sections[:number]]
 
 
 def expected_flops(model: Transformer, forward: int) -> tuple[int, int]:

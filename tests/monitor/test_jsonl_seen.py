@@ -20,7 +20,7 @@ def test_seen_includes_tokens_without_label() -> None:
     for _ in range(2):
         metrics.add(torch.tensor([0, 0, 0, 0, 1, 1]), labels, 2.0 * learnt, learnt, torch.tensor(4.0))
     again = FolderMetrics(("code", "docs", "empty"), single_process_mesh(torch.device("cpu")))
-    again.load_state_dict(metrics.state_dict())
+    again.load_state_dict(metrics.state_dict(metrics.total()))
     for one in (metrics, again):
         collected = one.collect()
         assert (collected.num_labels, collected.loss, collected.accuracy) == (4, 2.0, 1.0)

@@ -3,6 +3,10 @@
 import gc
 import math
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +14,11 @@ from torch import nn
 
 from internlm_lite.config.schema import Config
 from internlm_lite.errors import ConfigError
+from internlm_lite.mesh import comm
 from internlm_lite.mesh.layout import Parameter, parameter, whole
-from internlm_lite.mesh.mesh import Mesh, build_mesh, single_process_mesh, sizes_of
+from internlm_lite.mesh.mesh import Group, Mesh, build_mesh, single_process_mesh, sizes_of
 from internlm_lite.optim.buckets import build_buckets
-from internlm_lite.optim.grad_norm import Requests, reduce_totals, square_sum
+from internlm_lite.optim.grad_norm import Requests, reduce_totals, square_sums
 from internlm_lite.optim.lr_schedule import learning_rate
 from internlm_lite.optim.zero import HybridZeroOptimizer
 from tests.world import TIMEOUT, run_world
@@ -135,7 +140,10 @@ def test_the_norm_of_many_small_numbers_is_exact():
     numbers = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 1e-3
     expected = numbers.double().square().sum().item()
     for dtype, rel in ((torch.float32, 1e-8), (torch.float16, 1e-3), (torch.bfloat16, 1e-3), (torch.float64, 1e-12)):
-        assert square_sum(numbers.to(dtype)).item() == pytest.approx(expected, rel=rel)
+        halves = [numbers.to(dtype)[: 1 << 21], numbers.to(dtype)[1 << 21 :]]
+        assert square_sums(halves).sum().item() == pytest.approx(expected, rel=rel)
+        on_gpus = torch.stack(torch._foreach_norm(halves, 2, dtype=torch.float64)).square()
+        torch.testing.assert_close(on_gpus, square_sums(halves), rtol=1e-7, atol=0)
 
 
 def test_one_process_equals_plain_adamw():
@@ -367,3 +375,64 @@ def test_a_backward_pass_that_was_broken_off_does_not_count() -> None:
         return optimizer.step(0, num_labels=ROWS, global_tokens=ROWS).norm_model_dtype.item()
 
     assert norm(broken_off=True) == norm(broken_off=False)
+
+
+def logged(mesh: Mesh, *, beside: bool) -> tuple[dict, list[tuple[str, str, int]]]:
+    """`train`, and the collectives on shards in the order of their start: (collective, axis, bytes).
+
+    `beside`: all-reduces over replicas start as on CUDA, while the backward pass goes on."""
+    log: list[tuple[str, str, int]] = []
+
+    def seen(name: str) -> None:
+        start = getattr(comm, name)
+
+        def call(tensor: torch.Tensor, *rest: Any) -> comm.Work:
+            group = next(one for one in rest if isinstance(one, Group))
+            log.append((name, group.name, tensor.nbytes))
+            return start(tensor, *rest)
+
+        setattr(comm, name, call)
+
+    for name in ("reduce_scatter", "all_reduce"):
+        seen(name)
+    if beside:
+        comm.SideStream.is_real = property(lambda self: True, lambda self, value: None)
+    return train(mesh, config()), log
+
+
+def test_replicas_are_reduced_behind_the_scatter_in_the_same_order_on_every_rank():
+    alone, beside = (run_world(partial(logged, beside=flag), 4, zero1=2) for flag in (False, True))
+    for (plain, _), (result, log) in zip(alone, beside, strict=True):
+        assert log == beside[0][1] and plain["norms"] == result["norms"]
+        assert all(torch.equal(result["weights"][name], weight) for name, weight in plain["weights"].items())
+        shards = [(name, axis) for name, axis, _ in log if axis in ("zero", "replica")]
+        assert shards == [("reduce_scatter", "zero"), ("all_reduce", "replica")] * (len(shards) // 2)
+        n_buckets = len(shards) // 2 // STEPS
+        assert n_buckets > 2 and len(log) == STEPS * (2 * n_buckets + 1), "one reduction of the sum over micro-batches"
+
+
+def test_a_side_stream_waits_for_the_current_one_and_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+    """The current stream must be asked for before the switch: inside it, the side stream would wait for itself."""
+    current, log = ["compute"], []
+
+    class Stream:
+        def __init__(self, name: object) -> None:
+            self.name = "side" if isinstance(name, torch.device) else name
+
+        def wait_stream(self, other: Any) -> None:
+            log.append((self.name, "waits for", other.name))
+
+    @contextmanager
+    def switched(stream: Stream) -> Iterator[None]:
+        current.append(stream.name)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", switched)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(current[-1]))
+    side = comm.SideStream(torch.device("cuda"))
+    with side.current_work():
+        log.append((current[-1], "runs", "all_reduce"))
+    side.join()
+    assert log == [("side", "waits for", "compute"), ("side", "runs", "all_reduce"), ("compute", "waits for", "side")]

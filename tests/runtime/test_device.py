@@ -55,6 +55,20 @@ def test_cpu(gpus, caplog):
     assert bind_device(PLACE, "cpu") == torch.device("cpu")
 
 
+def test_half_precision_products_are_summed_in_fp32(monkeypatch):
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = {name: getattr(matmul, name) for name in names}
+    try:
+        for name in names:
+            setattr(matmul, name, True)
+        apply_numerics(CONFIG, torch.device("cpu"), dataclasses.replace(PLACE, cpu_threads=1))
+        assert not any(getattr(matmul, name) for name in names)
+    finally:
+        for name, value in before.items():
+            setattr(matmul, name, value)
+
+
 def test_threads_per_process():
     assert cpu_threads(PLACE, 16) == 4
     assert cpu_threads(PLACE, 2) == 1

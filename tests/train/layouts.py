@@ -18,6 +18,7 @@ import numpy as np
 from internlm_lite.config.cross import cross_problems
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh.mesh import Sizes, sizes_of
+from tests.torches import HAS_ZBV
 from tests.train.runs import tiny
 
 MAX_RANKS = 8
@@ -50,7 +51,12 @@ class Layout:
     overlap_grad: bool = True
     overlap_param: bool = True
     bucket: int = 1 << 29
-    bias: bool = True
+    bias: bool | str = True
+    """"qkv": on queries, keys and values alone."""
+    qk_norm: bool | str = False
+    head_dim: int | None = None
+    rope: str | None = None
+    """rope_type of the scaling."""
     post_norm: bool = False
     smoothing: float = 0
     embed_scale: float = 1
@@ -76,20 +82,23 @@ class Layout:
         return " ".join(f"{name}={value}" for name, value in changed) or "one process"
 
 
-MODEL = ("rows", "micro_bsz", "tied", "bias", "post_norm", "smoothing", "embed_scale", "fp32_norm", "layers")
+MODEL = (
+    *("rows", "micro_bsz", "tied", "bias", "qk_norm", "head_dim", "rope", "post_norm", "smoothing", "embed_scale"),
+    *("fp32_norm", "layers"),
+)
 """Options that change the model or the batches. The others must not change a figure."""
 
 BOUND: dict[str, tuple[Any, ...]] = {
     "dp": (1, 2, 3, 4, 8),
     "tp": (1, 2, 4),
     "pp": (1, 2, 3, 4, 8),
-    "schedule": (None, "1f1b", "interleaved", "zbv"),
+    "schedule": (None, "1f1b", "interleaved", *["zbv"] * HAS_ZBV),
     "chunks": (1, 2, 3),
     "zero1": (-1, 1, 2),
     "rows": (4, 6, 8),
     "tied": (False, True),
     "split_hidden": (True, False),
-    "early_receive": (True, False),
+    "early_receive": (True, False) if HAS_ZBV else (True,),
 }
 """Options that rule each other out."""
 
@@ -101,7 +110,10 @@ FREE: dict[str, tuple[Any, ...]] = {
     "overlap_grad": (True, False),
     "overlap_param": (True, False),
     "bucket": (1 << 29, 1500),
-    "bias": (True, False),
+    "bias": (True, False, "qkv"),
+    "qk_norm": (False, "head"),
+    "head_dim": (None, 6),
+    "rope": (None, "linear", "llama3", "yarn"),
     "post_norm": (False, True),
     "smoothing": (0, 0.1),
     "embed_scale": (1, 0.5),
@@ -111,14 +123,22 @@ FREE: dict[str, tuple[Any, ...]] = {
 
 OPTIONS = {**BOUND, **FREE}
 
-BESIDES = [
-    Layout(pp=5, layers=6, tied=True, bucket=1500),  # fewer micro-batches than stages
-    Layout(pp=7, rows=8, layers=11, sp=True, checkpoint=0.5),  # stages of one and of two layers
-    Layout(dp=5, rows=5, tp=1, zero1=5, bucket=1500),
-    Layout(dp=6, rows=6, zero1=3, tied=True),  # shards over three, replicas over two
-    Layout(dp=2, pp=2, tp=2, rows=8, schedule="zbv", chunks=2, sp=True, tied=True, split_hidden=False, bucket=1500),
-    Layout(pp=2, rows=4, schedule="interleaved", chunks=4, layers=9),
-]
+
+def runnable(layouts: list[Layout]) -> list[Layout]:
+    """Those for which the installed torch has the schedule."""
+    return [layout for layout in layouts if HAS_ZBV or layout.schedule != "zbv"]
+
+
+BESIDES = runnable(
+    [
+        Layout(pp=5, layers=6, tied=True, bucket=1500),  # fewer micro-batches than stages
+        Layout(pp=7, rows=8, layers=11, sp=True, checkpoint=0.5),  # stages of one and of two layers
+        Layout(dp=5, rows=5, tp=1, zero1=5, bucket=1500),
+        Layout(dp=6, rows=6, zero1=3, tied=True),  # shards over three, replicas over two
+        Layout(dp=2, pp=2, tp=2, rows=8, schedule="zbv", chunks=2, sp=True, tied=True, split_hidden=False, bucket=1500),
+        Layout(pp=2, rows=4, schedule="interleaved", chunks=4, layers=9),
+    ]
+)
 """Corners that the pairs do not ask for."""
 
 
@@ -135,6 +155,11 @@ def config_of(layout: Layout, corpus: Path | None, dtype: str = "torch.float64",
         "embed_split_hidden": layout.split_hidden,
         "tie_word_embeddings": layout.tied,
         "no_bias": not layout.bias,
+        "out_bias": None if layout.bias != "qkv" else False,
+        "qk_norm": layout.qk_norm,
+        "head_dim": layout.head_dim,
+        "rope_scaling": layout.rope
+        and {"rope_type": layout.rope, "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 2.0},
         "apply_post_layer_norm": layout.post_norm,
         "embed_grad_scale": layout.embed_scale,
         "use_fp32_norm": layout.fp32_norm,

@@ -10,7 +10,7 @@ import pytest
 
 from tests.corpus import write_corpus
 from tests.train.layout_runs import Job, Seen, check, run_layouts, run_references
-from tests.train.layouts import Layout, config_of
+from tests.train.layouts import Layout, config_of, runnable
 
 FP32_LIMIT = 1e-5
 BF16_LIMITS = 2**-10, 2**-7
@@ -26,19 +26,21 @@ ADAM = {"lr": 1e-3, "adam_eps": 1e-4}
 """eps above the rounding noise of gradients: AdamW with a smaller one moves an element whose gradient is nothing but
 noise by a whole lr in a random direction, and curves part for no fault of the layout (fp32 by more than 1e-5 here)."""
 
-LAYOUTS = [
-    Layout(dp=2, bucket=1500),
-    Layout(tp=2, overlap_grad=False),
-    Layout(tp=2, sp=True, tied=True, split_hidden=False),
-    Layout(pp=2, schedule="zbv", chunks=2),
-    Layout(dp=4, zero1=2, fp32_norm=True, bucket=1500),
-    Layout(tp=4, sp=True, parallel_output=False),
-    Layout(dp=2, tp=2, zero1=1, sp=True, fp32_norm=True, checkpoint=0.5),
-    Layout(dp=2, pp=2, tied=True, overlap_param=False),
-    Layout(tp=2, pp=2, schedule="zbv", chunks=2, sp=True, fp32_norm=True, bucket=1500),
-    Layout(tp=2, pp=2, schedule="interleaved", chunks=2, post_norm=True, checkpoint=1),
-    Layout(pp=4, tied=True),
-]
+LAYOUTS = runnable(
+    [
+        Layout(dp=2, bucket=1500),
+        Layout(tp=2, overlap_grad=False),
+        Layout(tp=2, sp=True, tied=True, split_hidden=False),
+        Layout(pp=2, schedule="zbv", chunks=2),
+        Layout(dp=4, zero1=2, fp32_norm=True, bucket=1500),
+        Layout(tp=4, sp=True, parallel_output=False),
+        Layout(dp=2, tp=2, zero1=1, sp=True, fp32_norm=True, checkpoint=0.5),
+        Layout(dp=2, pp=2, tied=True, overlap_param=False),
+        Layout(tp=2, pp=2, schedule="zbv", chunks=2, sp=True, fp32_norm=True, bucket=1500),
+        Layout(tp=2, pp=2, schedule="interleaved", chunks=2, post_norm=True, checkpoint=1),
+        Layout(pp=4, tied=True),
+    ]
+)
 
 LOSS_SCALE = {
     # 2^60 and 2^35 overflow whatever the layout, 2^10 and the 2^11 it grows to do not: no layout is near the border.

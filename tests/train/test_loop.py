@@ -133,7 +133,7 @@ def test_undone_steps_do_not_count_as_time(tmp_path: Path) -> None:
     run.trainer.fwd_bwd_time.start()
     run.trainer.fwd_bwd_time.stop()
     run.reporter.start(TrainState())
-    assert run.trainer.fwd_bwd_time.take() == 0.0
+    assert run.trainer.fwd_bwd_time.take()() == 0.0
     run.reporter.close()
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.errors import CheckpointError
 from internlm_lite.mesh.mesh import single_process_mesh
+from internlm_lite.models.initialise import initialise
+from internlm_lite.train import trainer
 from internlm_lite.train.build import Run, build_run
 from internlm_lite.train.changes import data_changes
 from tests.corpus import write_corpus
@@ -61,6 +65,49 @@ def test_a_run_without_saves_resumes_from_its_folder(room: Path, damaged: Path, 
     assert steps(again) == list(range(4, STEPS)) and files(damaged) == before, "no lock, no probe, nothing"
     anew = run_training(MESH, quiet, tmp_path / "anew", resume="none")
     assert steps(anew) == list(range(STEPS)) and curve(anew)[4:] == curve(again)
+
+
+@pytest.fixture
+def draws(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The seeds with which weights were drawn. Memory that nobody writes is NaN."""
+    seeds: list[int] = []
+    monkeypatch.setattr(trainer, "initialise", lambda model, seed: seeds.append(seed) or initialise(model, seed))
+    torch.use_deterministic_algorithms(True)
+    yield seeds
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("how", "drawn"),
+    [("auto", 0), ("4", 0), ("load_ckpt_folder", 0), ("load_model_only_folder", 0), ("nothing there", 1), ("none", 1)],
+)
+@pytest.mark.parametrize("dtype", ["torch.float64", "torch.bfloat16"])
+def test_weights_are_drawn_only_where_no_checkpoint_is_loaded(
+    how: str, drawn: int, dtype: str, room: Path, tmp_path: Path, draws: list[int]
+):
+    ckpt = {} if how in ("auto", "4", "none") else {"save_ckpt_folder": None, "enable_save_ckpt": False}
+    ckpt |= {how: f"local:{room}/saves"} if how.startswith("load") else {}
+    wanted = config(room, **ckpt)
+    wanted = wanted.model_copy(update={"model": wanted.model.model_copy(update={"dtype": dtype})})
+    run = build_run(wanted, MESH, tmp_path / "run", how if how in ("4", "none") else "auto")
+    run.checkpoints.close(wait=True)
+    assert draws == [wanted.seed] * drawn and run.trainer.optimizer.problem() is None
+    fresh, ours = (
+        [param for stage in one.stages.values() for param in stage.parameters()]
+        for one in (trainer.Trainer(wanted, MESH), run.trainer)
+    )
+    assert all(param.isfinite().all() for param in ours)
+    assert all(torch.equal(a, b) for a, b in zip(fresh, ours, strict=True)) == bool(drawn)
+
+
+def test_no_weights_are_drawn_for_a_start_whose_checkpoints_are_damaged(
+    room: Path, damaged: Path, tmp_path: Path, draws: list[int]
+):
+    for shard in damaged.glob("data/*/rank-00000.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match="damaged"):
+        build_run(config(room, save_ckpt_folder=f"local:{damaged}"), MESH, tmp_path / "run", "auto")
+    assert draws == []
 
 
 def test_a_run_without_saves_rolls_back_to_its_origin(room: Path, damaged: Path, tmp_path: Path):

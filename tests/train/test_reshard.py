@@ -21,6 +21,7 @@ from internlm_lite.train.build import Run, build_run
 from internlm_lite.train.loop import train
 from tests.corpus import write_corpus
 from tests.steps import read_metrics
+from tests.torches import HAS_ZBV
 from tests.train.layouts import LIMIT, Layout, config_of
 from tests.train.runs import curve
 from tests.world import TIMEOUT, run_world
@@ -35,7 +36,7 @@ LAYOUTS = {
     "tp sp": Layout(tp=4, sp=True, split_hidden=False, bucket=1500),
     "pp 1f1b": Layout(pp=2),
     "pp interleaved": Layout(pp=2, schedule="interleaved", chunks=2),
-    "zbv": Layout(pp=2, schedule="zbv", chunks=2, bucket=1500),
+    **({"zbv": Layout(pp=2, schedule="zbv", chunks=2, bucket=1500)} if HAS_ZBV else {}),
     "mix": Layout(dp=2, pp=2, schedule="interleaved", chunks=2, zero1=2, bucket=1500),
 }
 

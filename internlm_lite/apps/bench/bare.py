@@ -21,7 +21,7 @@ class BareAttention(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         hidden, kv_heads, bias = config.hidden_size, config.kv_heads, not config.no_bias
-        self.head_dim, self.queries = config.head_dim, config.num_attention_heads // kv_heads
+        self.head_dim, self.queries = config.head_size, config.num_attention_heads // kv_heads
         self.wqkv = nn.Linear(hidden, kv_heads * (self.queries + 2) * self.head_dim, bias=bias, dtype=dtype)
         self.wo = nn.Linear(hidden, hidden, bias=bias, dtype=dtype)
 
@@ -82,7 +82,7 @@ class BareStage(nn.Module):
         if layers.stop == config.num_layers:
             self.norm = nn.RMSNorm(config.hidden_size, config.layer_norm_epsilon, dtype=dtype)
             self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
-        half = config.head_dim // 2
+        half = config.head_size // 2
         angle = torch.arange(length)[:, None] * config.rope_base ** (-torch.arange(half) / half)
         self.register_buffer("cos", angle.cos().to(dtype), persistent=False)
         self.register_buffer("sin", angle.sin().to(dtype), persistent=False)

@@ -22,10 +22,10 @@ class LinearShape:
 
 def linear_layers(model: ModelConfig) -> list[LinearShape]:
     """Every matrix product with weights in one forward pass."""
-    hidden, layers = model.hidden_size, model.num_layers
+    hidden, layers, queries = model.hidden_size, model.num_layers, model.num_attention_heads * model.head_size
     return [
-        LinearShape(hidden, (model.num_attention_heads + 2 * model.kv_heads) * model.head_dim, layers),
-        LinearShape(hidden, hidden, layers),
+        LinearShape(hidden, queries + 2 * model.kv_heads * model.head_size, layers),
+        LinearShape(queries, hidden, layers),
         LinearShape(hidden, model.mlp_hidden_size, 2 * layers),
         LinearShape(model.mlp_hidden_size, hidden, layers),
         LinearShape(hidden, model.vocab_size, 1),

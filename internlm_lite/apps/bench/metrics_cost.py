@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import statistics
 import threading
 import time
@@ -130,6 +131,7 @@ class _Lines:
             torch.cuda.synchronize(self._mesh.device)  # waiting for the step is not part of the line
         begin = time.perf_counter()
         self._reporter.step_line(self._state, self._batch, outcome)
+        self._reporter.write_lines(math.inf)
         self._seconds.append(time.perf_counter() - begin)
 
     def forget(self) -> None:

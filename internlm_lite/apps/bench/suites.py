@@ -15,6 +15,8 @@ from rich.table import Table
 
 from internlm_lite.apps.bench.checkpoint import bench_saves, bench_writer
 from internlm_lite.apps.bench.data_loading import bench_loader
+from internlm_lite.apps.bench.gpu.step_speed import SHAPES as GPU_SHAPES
+from internlm_lite.apps.bench.launches import count_launches
 from internlm_lite.apps.bench.layouts import bench_layouts
 from internlm_lite.apps.bench.metrics_cost import bench_metrics
 from internlm_lite.apps.bench.ranks import bench_ranks
@@ -94,6 +96,13 @@ def run_metrics(rounds: int, sinks: Mapping[str, SinkFactory]) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         result = bench_metrics(device_of(0, 1), rounds, Path(folder), sinks, **shape_for(1))
     return {"machine": machine(), "metrics": asdict(result)}
+
+
+def run_launches() -> dict[str, Any]:
+    """Launches of a step of the GPU check's models."""
+    shapes = {name: {**GPU_SHAPES[name], "layers": layers} for name, layers in (("1b", 24), ("7b", 32))}
+    rows = [asdict(row) for name, shape in shapes.items() for row in count_launches(name, **shape)]
+    return {"machine": machine(), "launches": rows}
 
 
 def show(results: dict[str, Any]) -> None:

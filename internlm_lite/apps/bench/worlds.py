@@ -70,7 +70,12 @@ def _rank_main(
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo", init_method=f"file://{file}", rank=rank, world_size=size, timeout=TIMEOUT
+        "nccl" if on_gpu else "gloo",
+        init_method=f"file://{file}",
+        rank=rank,
+        world_size=size,
+        timeout=TIMEOUT,
+        device_id=device if on_gpu else None,
     )
     try:
         pipe.send((True, work(rank, device, *args)))

@@ -4,6 +4,7 @@ Both sides get the weights of the folder: ours are rounded to its dtype first. T
 order of floating point operations, far below BOUND; a misplaced tensor gives differences as large as the logits.
 
 InternLM's models are remote code in transformers, which is not run: their weights are loaded into a Llama.
+transformers computes rotary angles in fp32.
 """
 
 from __future__ import annotations
@@ -91,8 +92,8 @@ def _our_logits(model: WholeModel, tokens: torch.Tensor, stored: torch.dtype) ->
 
 def _their_logits(source: HFFolder, hf: HFConfig, tokens: torch.Tensor) -> torch.Tensor:
     transformers = require_transformers()
-    if hf.family == "llama":
-        model = transformers.LlamaForCausalLM.from_pretrained(
+    if not hf.family.startswith("internlm"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
             source.path, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
     else:
@@ -115,13 +116,14 @@ def _as_llama(transformers: Any, source: HFFolder, hf: HFConfig) -> Any:
         max_position_embeddings=hf.max_positions,
         rms_norm_eps=shape.layer_norm_epsilon,
         rope_theta=shape.rope_base,
+        head_dim=shape.head_size,
         attention_bias=not shape.no_bias,
         tie_word_embeddings=shape.tie_word_embeddings,
     )
     weights: dict[str, torch.Tensor] = {}
     for name, size in source.shapes.items():
         tensor = source.read(name, 0, size[0]).float()
-        weights |= {name: tensor} if hf.family == "internlm" else _split(name, tensor, hf)
+        weights |= _split(name, tensor, hf) if hf.family == "internlm2" else {name: tensor}
     if shape.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     with torch.device("meta"):
@@ -149,7 +151,7 @@ def _split(name: str, tensor: torch.Tensor, hf: HFConfig) -> dict[str, torch.Ten
         renamed = "lm_head.weight"
     if ".wqkv." not in renamed:
         return {renamed: tensor}
-    heads = tensor.unflatten(0, (hf.model.kv_heads, -1, hf.model.head_dim))
+    heads = tensor.unflatten(0, (hf.model.kv_heads, -1, hf.model.head_size))
     parts = {"q_proj": heads[:, :-2], "k_proj": heads[:, -2], "v_proj": heads[:, -1]}
     return {
         renamed.replace("attention.wqkv", f"self_attn.{part}"): rows.reshape(-1, *tensor.shape[1:])

@@ -16,7 +16,7 @@ from internlm_lite.apps.convert.hf_folder import HFFolder, read_json
 from internlm_lite.apps.convert.recipes import TensorRecipe, our_recipes
 from internlm_lite.apps.convert.stream import ConvertedFile
 from internlm_lite.apps.convert.to_hf import compare_names
-from internlm_lite.apps.convert.tokenizers import MODEL
+from internlm_lite.apps.convert.tokenizers import files_in, main_file
 from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.format.manifest import Name
 from internlm_lite.checkpoint.format.shards import ShardDescriptor
@@ -30,7 +30,6 @@ from internlm_lite.config.masking import masked
 from internlm_lite.config.render_config import resolved
 from internlm_lite.config.schema import Config, S3Config
 from internlm_lite.errors import CheckpointError, InternLMError
-from internlm_lite.generate.prompts import GENERATION_CONFIG
 from internlm_lite.mesh.mesh import Sizes
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -65,9 +64,8 @@ def read_hf(
     with held(storage):
         if catalog.committed(storage):
             raise CheckpointError(f"{storage.name} holds checkpoints already: choose a folder without any")
-        for file in (MODEL, GENERATION_CONFIG):
-            if (folder / file).is_file():
-                storage.put(file, [(folder / file).read_bytes()])
+        for file, content in files_in(folder).items():
+            storage.put(file, [content])
         name, n_bytes = _write(storage, source, hf, recipes, config, done)
     return ReadResult(str(name), config, len(recipes), n_bytes, (*hf.notes, *notes))
 
@@ -145,11 +143,12 @@ def _check_tied(source: HFFolder, head: str, embedding: TensorRecipe) -> None:
 
 def _tokenizer(folder: Path, storage: Storage) -> tuple[str | None, tuple[str, ...]]:
     """(path of the copy for data.tokenizer, lines for the user)"""
-    if not (folder / MODEL).is_file():
-        return None, (f"no {MODEL} there: set data.tokenizer, or give --tokenizer, where text is needed",)
+    name = main_file(folder)
+    if name is None:
+        return None, ("no tokenizer there: set data.tokenizer, or give --tokenizer, where text is needed",)
     if isinstance(storage, LocalStorage):
-        return str(storage.root / MODEL), ()
-    return None, (f"the tokenizer is {storage.name}/{MODEL}: fetch it and set data.tokenizer where text is needed",)
+        return str(storage.root / name), ()
+    return None, (f"the tokenizer is {storage.name}/{name}: fetch it and set data.tokenizer where text is needed",)
 
 
 def _config(folder: Path, hf: HFConfig, tokenizer: str | None) -> Config:

@@ -1,8 +1,8 @@
 """The correspondence of rows between our tensors and Hugging Face's: one table for both directions.
 
-    llama, internlm   one tensor each for q, k and v; ours has them by key/value head (layers/attention.py):
-                      wqkv [ q0 .. q(g-1) k v | ... ]  <->  q_proj [ q0 .. q(g-1) | ... ]  k_proj [ k | ... ]  v_proj
     internlm2         our tensors under other names
+    the others        one tensor each for q, k and v; ours has them by key/value head (layers/attention.py):
+                      wqkv [ q0 .. q(g-1) k v | ... ]  <->  q_proj [ q0 .. q(g-1) | ... ]  k_proj [ k | ... ]  v_proj
 
 All rotate queries and keys by halves, as we do, so rows keep their order inside a head.
 """
@@ -21,7 +21,7 @@ from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.models.decoder import build_model
 
-Family = Literal["llama", "internlm", "internlm2"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "internlm", "internlm2", "internlm3"]
 """`model_type` in Hugging Face's config.json."""
 FAMILIES: tuple[Family, ...] = get_args(Family)
 Shape = tuple[int, ...]
@@ -32,6 +32,8 @@ _SPLIT = {
     "output": "lm_head",
     "attention_norm": "input_layernorm",
     "attention.wo": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "feed_forward.w1": "mlp.gate_proj",
     "feed_forward.w3": "mlp.up_proj",
@@ -126,7 +128,7 @@ def _row_ranges(model: ModelConfig, family: Family, name: str, shape: Shape) -> 
     if module != _QKV:
         yield RowRange(name, 0, f"{prefix}{_SPLIT[module]}.{kind}", 0, shape[0])
         return
-    head, queries = model.head_dim, model.num_attention_heads // model.kv_heads
+    head, queries = model.head_size, model.num_attention_heads // model.kv_heads
     start = 0
     for group in range(model.kv_heads):
         for letter, heads in (("q", queries), ("k", 1), ("v", 1)):

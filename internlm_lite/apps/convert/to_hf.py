@@ -18,7 +18,7 @@ from internlm_lite.apps.convert.hf_config import to_hf
 from internlm_lite.apps.convert.hf_folder import INDEX, ONE_FILE
 from internlm_lite.apps.convert.recipes import Family, TensorRecipe, hf_recipes
 from internlm_lite.apps.convert.stream import ConvertedFile
-from internlm_lite.apps.convert.tokenizers import CONFIG, MODEL, special_ids, tokenizer_config
+from internlm_lite.apps.convert.tokenizers import files_of, special_ids
 from internlm_lite.checkpoint.format.catalog import Found
 from internlm_lite.checkpoint.format.tensor_file import DTYPES
 from internlm_lite.checkpoint.load.locate import locate, open_at
@@ -127,7 +127,6 @@ def write_hf(
     if tokenizer is not None:
         hf_config |= special_ids(tokenizer)
         documents[GENERATION_CONFIG] = special_ids(tokenizer) | {"eos_token_id": sorted(end_ids(tokenizer)) or None}
-        documents[CONFIG] = tokenizer_config(tokenizer, config.data.seq_len)
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         storage = LocalStorage(partial)
@@ -140,7 +139,8 @@ def write_hf(
         for file, value in documents.items():
             storage.put(file, [json.dumps(value, indent=2).encode() + b"\n"])
         if tokenizer is not None:
-            storage.put(MODEL, [tokenizer.path.read_bytes()])
+            for file, content in files_of(tokenizer, config.data.seq_len).items():
+                storage.put(file, [content])
         os.rename(partial, out)
     except OSError as error:
         raise StorageError(f"cannot write {out}: {error.strerror}") from error

@@ -1,13 +1,19 @@
-"""The tokenizer files of a Hugging Face folder: the sentencepiece model and tokenizer_config.json."""
+"""The tokenizer files of a Hugging Face folder, carried in both directions."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
-from internlm_lite.data.tokenizer import Tokenizer
+from internlm_lite.data.sentencepiece_model import SentencePieceModel
+from internlm_lite.data.tokenizer import MERGES, Tokenizer
+from internlm_lite.generate.prompts import GENERATION_CONFIG
 
 MODEL = "tokenizer.model"
 CONFIG = "tokenizer_config.json"
+COPIED = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+"""Files beside a tokenizer that are copied as they are, in every case."""
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
@@ -15,17 +21,39 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
     return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
 
 
-def tokenizer_config(tokenizer: Tokenizer, max_positions: int) -> dict[str, Any]:
+def main_file(folder: Path) -> str | None:
+    """Name of the tokenizer's file in a Hugging Face folder, for data.tokenizer; None: there is none."""
+    return next((name for name in (MODEL, "tokenizer.json", *MERGES) if (folder / name).is_file()), None)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """File name -> content of the tokenizer in a Hugging Face folder, with what stands beside it."""
+    names = (MODEL, "tokenizer.json", CONFIG, GENERATION_CONFIG, *MERGES, *MERGES.values(), *COPIED)
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+
+
+def files_of(tokenizer: Tokenizer, max_positions: int) -> dict[str, bytes]:
+    """File name -> content of the files by which transformers loads `tokenizer`."""
+    beside = files_in(tokenizer.path.parent)
+    copied = {name: beside[name] for name in COPIED if name in beside}
+    if not isinstance(tokenizer.model, SentencePieceModel):
+        return tokenizer.files | copied | ({CONFIG: beside[CONFIG]} if CONFIG in beside else {})
+    config = _llama_tokenizer(tokenizer.model, max_positions)
+    if template := json.loads(beside.get(CONFIG, b"{}")).get("chat_template"):
+        config["chat_template"] = template
+    return {MODEL: tokenizer.files[tokenizer.path.name], CONFIG: json.dumps(config, indent=2).encode() + b"\n"} | copied
+
+
+def _llama_tokenizer(model: SentencePieceModel, max_positions: int) -> dict[str, Any]:
     """tokenizer_config.json for transformers' LlamaTokenizer, which reads sentencepiece models."""
-    ids = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "pad_token": tokenizer.pad}
+    ids = {"bos_token": model.bos, "eos_token": model.eos, "pad_token": model.pad, "unk_token": model.unk}
     return {
         "tokenizer_class": "LlamaTokenizer",
         "model_max_length": max_positions,
         "legacy": False,
-        "add_prefix_space": tokenizer.adds_space,
-        "add_bos_token": tokenizer.bos is not None,
+        "add_prefix_space": model.adds_space,
+        "add_bos_token": model.bos is not None,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
-        **{name: None if token is None else tokenizer.piece(token) for name, token in ids.items()},
-        "unk_token": tokenizer.piece(tokenizer.unk),
+        **{name: None if token is None else model.piece(token) for name, token in ids.items()},
     }

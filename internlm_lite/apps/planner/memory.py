@@ -20,7 +20,12 @@ from internlm_lite.models.decoder import Transformer
 def row_shape(config: Config, backend: AttentionBackend, device: str) -> RowShape:
     """Shape of a micro-batch of `config`."""
     tokens = config.data.micro_bsz * config.data.seq_len
-    return RowShape(tokens, device, attention_by_document=backend is AttentionBackend.SDPA)
+    return RowShape(
+        tokens,
+        device,
+        attention_by_document=backend is AttentionBackend.SDPA,
+        selective=config.model.checkpoint == "selective",
+    )
 
 
 def stage_bytes(stage: Transformer, row: RowShape, recomputed: int) -> Bytes:

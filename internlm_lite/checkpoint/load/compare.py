@@ -16,7 +16,10 @@ Wanted = Mapping[str, Mapping[str, Shape]]
 
 _LINES = 12
 _HEADS = "num_attention_heads"
-_FUNCTION = (_HEADS, "num_kv_attention_heads", "apply_post_layer_norm", "norm_type", "layer_norm_epsilon", "rope_base")
+_FUNCTION = (
+    *(_HEADS, "num_kv_attention_heads", "head_dim", "apply_post_layer_norm", "norm_type", "layer_norm_epsilon"),
+    *("rope_base", "rope_scaling"),
+)
 """Keys of the model config that change its function but not the shape of any tensor."""
 
 

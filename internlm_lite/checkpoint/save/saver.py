@@ -3,8 +3,9 @@
     main thread    agree that no rank still writes -> name -> copy to reserved host memory     training waits for this
     writer thread  this rank's file -> vote -> on rank 0: all votes -> commit -> remove old snapshots
 
-The writer thread runs no collectives; ranks communicate by votes in the storage. If the previous save is still being
-written, a new one is skipped and counted. A failure in the background does not stop training.
+On CUDA the copy is enqueued, and the writer thread waits for it. That thread runs no collectives; ranks communicate by
+votes in the storage. If the previous save is still being written, a new one is skipped and counted. A failure in the
+background does not stop training.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from internlm_lite.mesh import comm
 from internlm_lite.mesh.consensus import on_all, on_main
 from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.mesh.mesh import Mesh
+from internlm_lite.runtime.device import use_device
 from internlm_lite.units import human_seconds
 
 logger = logging.getLogger("internlm_lite")
@@ -72,7 +74,7 @@ class Saver:
         self._vote_timeout_seconds = options.vote_timeout_seconds
         self._staging = Staging(options.staging_folder, mesh.device)
         self._last_serial: int | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(1, "checkpoint", use_device, (mesh.device,))
         self._running: Future[Saved] | None = None
         self._job: WriteJob | None = None
         self._ended: list[Saved] = []
@@ -100,7 +102,7 @@ class Saver:
 
         `wait`: read the tensors in place and return when the checkpoint exists, or raise the same StorageError or
         CheckpointError on all ranks. Otherwise return when the tensors are copied (written, if there is no memory for
-        copies); None if the previous save is still being written.
+        copies), on CUDA when that is enqueued, see `allow_changes`; None if the previous save is still being written.
         """
         folder, deadline = self.folders[-1 if kind == "snapshot" else 0], self._deadline()
         private = {key: tensor.clone() for key, tensor in (rank_state or {}).items()}
@@ -127,6 +129,7 @@ class Saver:
             items=list(zip(self._items, tensors if copies is None else copies, strict=True)),
             rank_state=private,
             vote_timeout_seconds=(_PATIENCE if wait else 1) * self._vote_timeout_seconds,
+            wait_copied=self._staging.wait_copied,
             in_place=copies is None,
         )
         self._job, self._running = job, self._thread.submit(job.run)
@@ -135,6 +138,10 @@ class Saver:
         elif job.in_place:
             self._await(job.written.wait, deadline)
         return str(name)
+
+    def allow_changes(self) -> None:
+        """Work enqueued from now on may change the tensors of the last save. Not collective; does not wait."""
+        self._staging.allow_changes()
 
     @property
     def write_in_progress(self) -> bool:

@@ -1,4 +1,4 @@
-"""Host memory to which a save is copied before a thread writes it, so that training waits only for the copy.
+"""Host memory to which a save is copied before a thread writes it, so that training waits at most for the copy.
 
 One buffer for all tensors of a save, allocated and touched once, so that later copies cause no page faults. With a
 folder (`ckpt.async_upload_tmp_folder`, such as /dev/shm) it is an unnamed file there, which disappears however the
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from internlm_lite.mesh.comm import GPU_ERRORS
 from internlm_lite.units import human_bytes, round_up
 
 logger = logging.getLogger("internlm_lite")
@@ -31,6 +32,9 @@ class Staging:
         self._device = device
         self._locked = False
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._copied: torch.cuda.Event | None = None
+        self._sources: list[torch.Tensor] = []
+        """What the copy under way reads; its memory must not be freed before `_copied`."""
 
     def reserve(self, tensors: Sequence[torch.Tensor]) -> None:
         """Make the buffer large enough for `tensors`, ahead of the first `copy`. Logs a warning if that fails."""
@@ -50,13 +54,19 @@ class Staging:
 
     def close(self) -> None:
         """Release the buffer; its memory is freed when the copies in it are."""
+        with suppress(*GPU_ERRORS):
+            self.wait_copied()
         if self._locked:
             torch.cuda.cudart().cudaHostUnregister(self._buffer.data_ptr())
             self._locked = False
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def copy(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
-        """Host copies with the same shapes and dtypes; None if there is no memory. Waits for the device."""
+        """Host copies with the same shapes and dtypes; None if there is no memory.
+
+        On CUDA the copying is enqueued on the current stream: call `wait_copied` before reading the copies, and
+        `allow_changes` before changing `tensors`."""
+        self.wait_copied()
         self.reserve(tensors)
         copies, offset = [], 0
         if _size_of(tensors) > self._buffer.numel():
@@ -66,8 +76,20 @@ class Staging:
             copies.append(slot.copy_(tensor.detach(), non_blocking=True))
             offset += round_up(tensor.nbytes, _ALIGNMENT_BYTES)
         if self._device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
+            self._sources, self._copied = list(tensors), torch.cuda.Event()
+            self._copied.record()
         return copies
+
+    def wait_copied(self) -> None:
+        """Block until the last copy is complete. Any thread."""
+        if (copied := self._copied) is not None:
+            copied.synchronize()
+            self._copied, self._sources = None, []
+
+    def allow_changes(self) -> None:
+        """Work enqueued on the current stream from now on may change what the last copy reads: it runs after it."""
+        if (copied := self._copied) is not None:
+            torch.cuda.current_stream(self._device).wait_event(copied)
 
     def _allocate(self, size: int) -> torch.Tensor:
         if self._folder is not None:

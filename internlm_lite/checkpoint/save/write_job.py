@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -45,6 +45,8 @@ class WriteJob:
     items: Sequence[tuple[WriteItem, torch.Tensor]]
     rank_state: dict[str, torch.Tensor]
     vote_timeout_seconds: float
+    wait_copied: Callable[[], None]
+    """Blocks until the items hold what is to be written."""
     in_place: bool
     """The items are the tensors of the training state, not copies."""
     written: threading.Event = field(default_factory=threading.Event)
@@ -63,6 +65,7 @@ class WriteJob:
             stream = commit.stream_of(self.items, self.rank_state)
             planned = [item for item, _ in self.items]
             try:
+                self.wait_copied()
                 size = commit.write_rank(folder.storage, self.name, self.rank, self.world_size, stream, planned)
             except Exception as error:  # noqa: BLE001  as below, and rank 0 learns why there will be no vote
                 self.failure = self._as_known(error)

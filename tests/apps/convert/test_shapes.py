@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internlm_lite.apps.convert.hf_config import from_hf, mlp_width, to_hf
-from internlm_lite.apps.convert.recipes import FAMILIES
+from internlm_lite.apps.convert.hf_config import default_family, from_hf, mlp_width, to_hf
+from internlm_lite.apps.convert.recipes import FAMILIES, our_shapes
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.errors import CheckpointError
 from internlm_lite.units import round_up
@@ -94,30 +96,66 @@ def test_published_configs_are_understood(config, changes):
     assert any("dynamic" in note for note in hf.notes) == ("dynamic" in str(config))
 
 
+BIASES = {"qwen2": {"no_bias": True, "qkv_bias": True}, "internlm3": {"no_bias": True, "qkv_bias": True}}
+NORMS = {"qwen3": {"qk_norm": "head"}}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("changes", [{}, {"no_bias": True, "tie_word_embeddings": True}, {"init_std": 0.006}])
-def test_there_and_back_is_the_same_model(family, changes):
-    ours = ModelConfig.model_validate({**MODEL, "num_kv_attention_heads": 8, **changes})
+@pytest.mark.parametrize("heads", [{}, {"head_dim": 10, "rope_scaling": YARN}, {"head_dim": 8, "rope_scaling": LLAMA3}])
+def test_there_and_back_is_the_same_model(family, changes, heads):
+    if heads and family in ("internlm", "internlm2"):
+        heads = {}
+    own = BIASES.get(family, {"no_bias": True} if family in ("mistral", "internlm3") else {}) | NORMS.get(family, {})
+    ours = ModelConfig.model_validate({**MODEL, "num_kv_attention_heads": 8, **changes, **own, **heads})
     back = from_hf(to_hf(ours, family, 64, "float32"), "here").model
-    assert back.mlp_hidden_size == ours.mlp_hidden_size
-    same = {"mlp_ratio": 1.0, "multiple_of": 1}
+    assert back.mlp_hidden_size == ours.mlp_hidden_size and back.head_size == ours.head_size
+    same = {"mlp_ratio": 1.0, "multiple_of": 1, "head_dim": None}
     assert back.model_copy(update=same) == ours.model_copy(update=same)
+
+
+@pytest.mark.parametrize(
+    ("changes", "family"),
+    [
+        ({}, "llama"),
+        ({"no_bias": True, "qkv_bias": True}, "qwen2"),
+        ({"qk_norm": "head"}, "qwen3"),
+        ({"qk_norm": "head", "qkv_bias": False}, "llama"),
+    ],
+)
+def test_the_family_is_the_first_that_can_express_the_model(changes, family):
+    assert default_family(ModelConfig.model_validate({**MODEL, **changes})) == family
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "qwen2"}, "model_type 'qwen2': expected one of llama, internlm, internlm2"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2': expected one of llama, mistral, qwen2, qwen3, internlm"),
         ({"hidden_size": None}, "hidden_size: found None, expected a positive integer"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers: found '2'"),
         ({"hidden_act": "gelu"}, "hidden_act: found 'gelu', expected 'silu'"),
         ({"mlp_bias": True}, "mlp_bias: found True"),
         ({"quantization_config": {"bits": 4}}, "quantised weights are not read"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope: found type 'llama3'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "rope: found type 'longrope'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "mscale": 1.0}}, "found type 'yarn with mscale'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor"),
+        ({"model_type": "internlm2", "rope_scaling": {"type": "linear", "factor": 2.0}}, "own code"),
+        ({"model_type": "internlm3", "bias": True}, "bias: found True"),
+        ({"model_type": "mistral", "max_position_embeddings": 8192}, "sliding_window: found 4096 for 8192 positions"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            "sliding_window: found 8 for 2048 positions",
+        ),
+        (
+            {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8},
+            "sliding_window: found 8",
+        ),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
         ({"partial_rotary_factor": 0.5}, "rope: found type 'partial (0.5)'"),
         ({"rope_theta": -1}, "rope_theta: found -1"),
-        ({"head_dim": 16}, "head_dim: found 16 for hidden_size 64 and 8 heads"),
+        ({"head_dim": 15}, "head_dim: found 15 for hidden_size 64 and 8 heads"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: found 3, expected a divisor"),
         ({"rms_norm_eps": 0}, "layer_norm_epsilon"),
         ({"max_position_embeddings": "long"}, "max_position_embeddings: found 'long'"),
@@ -134,8 +172,61 @@ def test_another_model_is_refused(changes, words):
     [
         ("llama", {"apply_post_layer_norm": True}, "apply_post_layer_norm"),
         ("internlm", {"num_kv_attention_heads": 2}, "2 key/value heads"),
+        ("llama", {"qk_norm": "head"}, r"model.qk_norm='head': it has False"),
+        ("qwen3", {}, r"model.qk_norm=False: it has 'head'"),
+        ("qwen2", {}, "biases on queries, keys, values: True, on the output: True: it cannot have these"),
+        ("internlm2", {"head_dim": 16}, r"model.head_dim=16: its heads have"),
+        ("internlm2", {"rope_scaling": LLAMA3}, "model.rope_scaling: its own code has no llama3"),
     ],
 )
 def test_what_has_no_form_there_is_refused(family, changes, words):
     with pytest.raises(CheckpointError, match=words):
         to_hf(ModelConfig.model_validate({**MODEL, **changes}), family, 64, "float32")
+
+
+PUBLISHED = {
+    "meta-llama/Llama-3.1-8B": (
+        {**LLAMA3_8B, "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8192}},
+        8_030_261_248,
+    ),
+    "mistralai/Mistral-7B-v0.3": (
+        {**LLAMA3_8B, "model_type": "mistral", "vocab_size": 32768, "sliding_window": None, "rope_parameters": None},
+        7_248_023_552,
+    ),
+    "Qwen/Qwen2.5-7B": (
+        {
+            **{"model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944},
+            **{"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
+        },
+        7_615_616_512,
+    ),
+    "Qwen/Qwen3-8B": (
+        {
+            **{"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288},
+            **{"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+        },
+        8_190_735_360,
+    ),
+    "Qwen/Qwen3-14B": (
+        {
+            **{"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 5120, "intermediate_size": 17408},
+            **{"num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128},
+        },
+        14_768_307_200,
+    ),
+    "Qwen/Qwen3-0.6B": (
+        {
+            **{"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072},
+            **{"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
+            "tie_word_embeddings": True,
+        },
+        596_049_920,
+    ),
+}
+"""config.json, shortened, and the number of parameters in the published safetensors files."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_those_of_the_published_files(name):
+    config, count = PUBLISHED[name]
+    assert sum(math.prod(shape) for shape in our_shapes(from_hf(config, name).model).values()) == count

@@ -22,6 +22,8 @@ SHAPES: list[dict[str, Any]] = [
     {"apply_post_layer_norm": True},
     {"embed_split_hidden": False},
     {"embed_split_hidden": False, "tie_word_embeddings": True, "embed_grad_scale": 0.5},
+    {"num_kv_attention_heads": 2, "qk_norm": "head", "head_dim": 6, "qkv_bias": False},
+    {"dtype": "torch.bfloat16", "qk_norm": "head", "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     {"checkpoint": 1 / 3},
     {"checkpoint": 2 / 3, "apply_post_layer_norm": True, "num_kv_attention_heads": 2},
 ]

@@ -16,7 +16,7 @@ from internlm_lite.apps.bench.gpu.variants import cudnn_varlen
 from internlm_lite.checkpoint.save.staging import Staging
 from internlm_lite.layers.flash import AttentionBackend, packed
 from internlm_lite.layers.loss import LossOptions, linear_cross_entropy
-from internlm_lite.layers.rope import Rotary
+from internlm_lite.layers.rope import RopeFrequencies, Rotary, plain_frequencies
 from internlm_lite.mesh.mesh import single_process_mesh
 
 
@@ -29,7 +29,7 @@ def operations(check: Check) -> None:
         _weight_gradient(check, torch.randn(tokens, width, dtype=torch.bfloat16), x)
         _elementwise(check, x, width)
         _head(check, x.requires_grad_(), vocab)
-        rotary = Rotary(torch.arange(tokens), hidden // 16, 10000.0, torch.bfloat16)
+        rotary = Rotary(torch.arange(tokens), RopeFrequencies(plain_frequencies(hidden // 16, 10000.0)), torch.bfloat16)
         q = torch.randn(tokens, 16, 1, hidden // 16, dtype=torch.bfloat16)
         _bandwidth(check, "rotary of the queries", lambda: rotary(q), 2 * q.nbytes)
     check.tell("; ".join(check.found["notes"][:2]))
@@ -142,7 +142,7 @@ def _kernel(name: str, boundaries: Sequence[int], device: torch.device) -> Calla
 
 
 def staging(check: Check) -> None:
-    """Seconds to copy 12 GB to host memory, as a save does while training waits."""
+    """Seconds to copy 12 GB to host memory, as a save does beside the next step."""
     size = 1 << 20 if check.smoke else 1 << 28
     parts = [torch.randn(size, device=check.device) for _ in range(2 if check.smoke else 12)]
     gigabytes = sum(part.nbytes for part in parts) / 1e9
@@ -156,6 +156,7 @@ def staging(check: Check) -> None:
             check.synchronize()
             begin = time.perf_counter()
             copies = stage.copy(parts)
+            stage.wait_copied()
             seconds.append(time.perf_counter() - begin)
         right = copies is not None and all(
             torch.equal(copy[::4097], part.cpu()[::4097]) for copy, part in zip(copies, parts, strict=True)

@@ -39,7 +39,7 @@ SECTIONS: dict[str, Callable[..., None]] = {
 }
 PLAN = (
     Measurement("env", 60, alone=False),
-    Measurement("gpu_tests", 120, alone=False),
+    Measurement("gpu_tests", 150, alone=False),
     Measurement("train_curves", 150, alone=False),
     Measurement("attention", 100, alone=False),
     Measurement("worlds:nccl", 130, alone=False),

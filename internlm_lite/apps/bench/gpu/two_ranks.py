@@ -95,7 +95,7 @@ def _rank(pipe: Connection, rank: int, backend: str, store: str, device_name: st
     device = torch.device(device_name)
     torch.set_num_threads(1)  # four concurrent processes: more threads would only contend
     if backend == "nccl":
-        _as_own_host(os.environ, rank)
+        as_own_host(os.environ, rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
@@ -116,7 +116,8 @@ def _rank(pipe: Connection, rank: int, backend: str, store: str, device_name: st
     os._exit(0)
 
 
-def _as_own_host(environment: MutableMapping[str, str], rank: int) -> None:
+def as_own_host(environment: MutableMapping[str, str], rank: int) -> None:
+    """Let NCCL take the GPU of another rank."""
     environment.update(_NCCL_ON_ONE_GPU, NCCL_HOSTID=f"gpucheck{rank}")
 
 

@@ -1,0 +1,180 @@
+"""Models of transformers, whole, in float64: the same logits, gradients and greedy tokens as ours.
+
+transformers computes norms and rotary angles in float32 whatever the model's dtype; in these tests both are replaced by
+the same formulas in float64, so that everything else has to agree to 1e-10. The frequencies themselves are compared
+with transformers' own to single precision.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from internlm_lite.apps.convert.from_hf import read_hf
+from internlm_lite.apps.convert.recipes import our_recipes
+from internlm_lite.apps.convert.to_hf import open_checkpoint, write_hf
+from internlm_lite.config.schema import ModelConfig
+from internlm_lite.generate.decode import generate
+from internlm_lite.generate.load_model import load_model
+from internlm_lite.generate.sample import Sampling
+from internlm_lite.layers.flash import AttentionBackend, packed
+from internlm_lite.layers.rope import rope_frequencies
+from internlm_lite.mesh.mesh import single_process_mesh
+from internlm_lite.models.stages import WholeModel
+from tests.apps.convert.made import TOKENS
+
+SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 60,
+    "intermediate_size": 100,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+PLAIN = {"rope_type": "default"}
+MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama 2": ("llama", PLAIN, {}),
+    "llama 3.1": ("llama", {**LLAMA3, "original_max_position_embeddings": 16, "rope_theta": 500.0}, {}),
+    "llama 3.2, tied": ("llama", PLAIN, {"tie_word_embeddings": True, "head_dim": 14}),
+    "llama, linear": ("llama", {"rope_type": "linear", "factor": 3.0}, {"attention_bias": True}),
+    "mistral": ("mistral", PLAIN, {"sliding_window": None, "head_dim": 16}),
+    "qwen2": ("qwen2", PLAIN, {"tie_word_embeddings": True}),
+    "qwen2, yarn": ("qwen2", YARN, {}),
+    "qwen3": ("qwen3", PLAIN, {"head_dim": 18}),
+    "qwen3, yarn": ("qwen3", {**YARN, "factor": 8.0, "beta_fast": 4.0, "truncate": False}, {"head_dim": 8}),
+}
+"""Name -> model_type, rope_parameters, further keys of config.json."""
+
+
+def theirs_of(kind: str, folder: Path) -> Any:
+    """A random model of transformers, saved; biases and norms have values of their own."""
+    family, rope, more = MODELS[kind]
+    rope = {"rope_theta": 10000.0, **rope}
+    config = transformers.AutoConfig.for_model(family, **SHAPE, **more, rope_parameters=rope)
+    torch.manual_seed(5)
+    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
+    for name, param in model.named_parameters():
+        if param.dim() == 1:
+            torch.nn.init.uniform_(param, -0.3, 0.3)
+            param.data += 1.0 if "norm" in name else 0.0
+        else:
+            torch.nn.init.normal_(param, std=0.15)
+    model.float().save_pretrained(folder, max_shard_size="60KB")
+    return model.double()
+
+
+def in_float64(model: Any, ours: WholeModel) -> None:
+    """Norms and angles of transformers' `model` in float64."""
+    frequencies = rope_frequencies(ours.any_stage.config, torch.device("cpu"))
+    rotary = model.model.rotary_emb
+    torch.testing.assert_close(rotary.inv_freq.double(), frequencies.radians, rtol=1e-6, atol=1e-12)
+    assert rotary.attention_scaling == pytest.approx(frequencies.growth)
+
+    def angles(x: torch.Tensor, position_ids: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        angle = position_ids[..., None].double() * frequencies.radians
+        angle = torch.cat((angle, angle), dim=-1)
+        return angle.cos() * frequencies.growth, angle.sin() * frequencies.growth
+
+    def normalised(module: Any) -> Any:
+        eps = module.variance_epsilon
+        return lambda x: module.weight * (x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt())
+
+    rotary.forward = angles
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = normalised(module)
+
+
+@pytest.fixture(params=MODELS)
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, WholeModel, ModelConfig]:
+    """A model of transformers, and the same one as ours, in float64."""
+    theirs = theirs_of(request.param, tmp_path / "hf")
+    read_hf(tmp_path / "hf", str(tmp_path / "ours"))
+    ours, config = load_model(str(tmp_path / "ours"), single_process_mesh(), "torch.float64")
+    in_float64(theirs, ours)
+    return theirs, ours, config.model
+
+
+def test_logits_gradients_and_greedy_tokens_are_theirs(pair: tuple[Any, WholeModel, ModelConfig]) -> None:
+    theirs, ours, model = pair
+    stage, labels = ours.any_stage, TOKENS.roll(-1)
+    expected = theirs(TOKENS[None]).logits[0]
+    torch.nn.functional.cross_entropy(expected, labels, reduction="sum").backward()
+    borders = (0, len(TOKENS))
+    attend = packed(AttentionBackend.SDPA, torch.tensor(borders, dtype=torch.int32), borders, len(TOKENS))
+    positions = torch.arange(len(TOKENS))
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(TOKENS, positions, attend), expected, rtol=0, atol=1e-10)
+    for param in stage.parameters():
+        param.requires_grad_()
+    stage.losses(stage.hidden(TOKENS, positions, attend), labels, torch.ones(())).scaled_sum.backward()
+    gradients = {name: param.grad for name, param in theirs.named_parameters()}
+    found = {param.shard_spec.name: param.grad for param in stage.parameters()}
+    for recipe in our_recipes(model, family_of(theirs)):
+        wanted = torch.cat([gradients[rows.name][rows.start : rows.stop] for rows in recipe.rows])
+        torch.testing.assert_close(found[recipe.name], wanted, rtol=0, atol=1e-9, msg=recipe.name)
+    prompt = TOKENS[:7].tolist()
+    (continued,) = generate(ours, [prompt], 50, Sampling(temperature=0.0), None)
+    tokens = torch.tensor([prompt])
+    with torch.no_grad():
+        for _ in range(50):
+            tokens = torch.cat([tokens, theirs(tokens).logits[:, -1:].argmax(-1)], dim=1)
+    assert continued == tokens[0, 7:].tolist(), "also beyond the positions it was trained on"
+
+
+def family_of(model: Any) -> Any:
+    return model.config.model_type
+
+
+def test_packed_documents_are_as_alone(pair: tuple[Any, WholeModel, ModelConfig]) -> None:
+    _, ours, _ = pair
+    borders = (0, 9, 10, 40)
+    attend = packed(AttentionBackend.SDPA, torch.tensor(borders, dtype=torch.int32), borders, 30)
+    positions = torch.cat([torch.arange(stop - start) for start, stop in pairwise(borders)])
+    with torch.no_grad():
+        row = ours.logits(TOKENS, positions, attend)
+        for start, stop in pairwise(borders):
+            alone = (0, stop - start)
+            own = packed(AttentionBackend.SDPA, torch.tensor(alone, dtype=torch.int32), alone, stop - start)
+            logits = ours.logits(TOKENS[start:stop], torch.arange(stop - start), own)
+            torch.testing.assert_close(row[start:stop], logits, rtol=0, atol=1e-12)
+
+
+def test_exported_it_is_the_same_model(pair: tuple[Any, WholeModel, ModelConfig], tmp_path: Path) -> None:
+    theirs, _, _ = pair
+    found, config, _ = open_checkpoint(str(tmp_path / "ours"))
+    write_hf(found, config, tmp_path / "back", family=family_of(theirs), dtype="float32", tokenizer=None)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "back", local_files_only=True, output_loading_info=True
+    )
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(model) is type(theirs)
+    before = dict(theirs.named_parameters())
+    for name, param in model.named_parameters():
+        assert torch.equal(param.double(), before[name].double()), name
+    one, other = model.model.rotary_emb, transformers.AutoModelForCausalLM.from_config(theirs.config).model.rotary_emb
+    assert torch.equal(one.inv_freq, other.inv_freq) and one.attention_scaling == other.attention_scaling
+
+
+def test_frequencies_of_llama_3_1() -> None:
+    """The published parameters: wavelengths under 2,048 stay, those over 8,192 are 8 times as long."""
+    scaling = {**LLAMA3, "original_max_position_embeddings": 8192}
+    shape = {"num_attention_heads": 32, "hidden_size": 4096, "num_layers": 1, "vocab_size": 8, "rope_base": 500000.0}
+    plain, scaled = (
+        rope_frequencies(ModelConfig.model_validate({**shape, "rope_scaling": one}), torch.device("cpu")).radians
+        for one in (None, scaling)
+    )
+    wavelength = 2 * math.pi / plain
+    assert torch.equal(scaled[wavelength < 2048], plain[wavelength < 2048])
+    torch.testing.assert_close(scaled[wavelength > 8192], plain[wavelength > 8192] / 8)
+    between = (wavelength > 2048) & (wavelength < 8192)
+    assert between.any() and ((scaled < plain) & (scaled > plain / 8))[between].all()

@@ -30,7 +30,6 @@ from internlm_lite.config.masking import masked
 from internlm_lite.config.render_config import resolved
 from internlm_lite.config.schema import Config, S3Config
 from internlm_lite.errors import CheckpointError, InternLMError
-from internlm_lite.generate.prompts import GENERATION_CONFIG
 from internlm_lite.mesh.mesh import Sizes
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -67,8 +66,6 @@ def read_hf(
             raise CheckpointError(f"{storage.name} holds checkpoints already: choose a folder without any")
         for file, content in files_in(folder).items():
             storage.put(file, [content])
-        if (folder / GENERATION_CONFIG).is_file():
-            storage.put(GENERATION_CONFIG, [(folder / GENERATION_CONFIG).read_bytes()])
         name, n_bytes = _write(storage, source, hf, recipes, config, done)
     return ReadResult(str(name), config, len(recipes), n_bytes, (*hf.notes, *notes))
 

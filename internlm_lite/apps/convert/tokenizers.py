@@ -8,6 +8,7 @@ from typing import Any
 
 from internlm_lite.data.sentencepiece_model import SentencePieceModel
 from internlm_lite.data.tokenizer import MERGES, Tokenizer
+from internlm_lite.generate.prompts import GENERATION_CONFIG
 
 MODEL = "tokenizer.model"
 CONFIG = "tokenizer_config.json"
@@ -27,7 +28,7 @@ def main_file(folder: Path) -> str | None:
 
 def files_in(folder: Path) -> dict[str, bytes]:
     """File name -> content of the tokenizer in a Hugging Face folder, with what stands beside it."""
-    names = (MODEL, "tokenizer.json", CONFIG, *MERGES, *MERGES.values(), *COPIED)
+    names = (MODEL, "tokenizer.json", CONFIG, GENERATION_CONFIG, *MERGES, *MERGES.values(), *COPIED)
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 

@@ -18,7 +18,7 @@ from internlm_lite.apps.planner.schedule import Action, actions_of, busy_time, l
 from internlm_lite.config.schema import Config
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.costs import FUSIONS, CostedLayer, Message, RowShape
-from internlm_lite.layers.flash import AttentionBackend, varlen_fits
+from internlm_lite.layers.flash import expected_backend
 from internlm_lite.mesh.mesh import Sizes, sizes_of
 from internlm_lite.models.stages import model_flops_per_token
 from internlm_lite.monitor.flops import internlm_flops_per_token, mfu, tflops_per_gpu
@@ -109,7 +109,7 @@ def full_rows(config: Config, world_size: int, device: DeviceFile) -> tuple[Step
     """A clock of `config`, and how its step computes over documents of seq_len tokens, as benchmarks have them."""
     parallel, data = config.parallel, config.data
     sizes = sizes_of(world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1)
-    backend = AttentionBackend.FLASH_ATTN if varlen_fits(config.model) else AttentionBackend.SDPA
+    backend = expected_backend(config.model, deterministic=config.deterministic)
     held, _ = holdings(config, sizes, backend)
     orders = actions_of(config.schedule, sizes.pp, config.model.num_chunks, data.micro_num)
     row = row_shape(config, backend, "cuda")

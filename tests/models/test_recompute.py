@@ -131,7 +131,7 @@ def test_no_product_and_no_attention_runs_again() -> None:
 
 def test_compiled_blocks_keep_as_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """A policy of operators that wraps a compiled function sees none of them: nothing would be recomputed. So what is
-    cheap is marked inside the graph. The compiler also drops the statistics of the norms. The norm is that of CUDA: torch
+    cheap is marked inside the graph. The compiler also drops the statistics of norms. The norm is that of CUDA: torch
     2.11 does not mark operations inside an autograd function."""
     monkeypatch.setattr(compiled, "COMPILER", "aot_eager")
     torch._dynamo.reset()

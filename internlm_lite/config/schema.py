@@ -154,8 +154,8 @@ class HybridZeroConfig(Section):
     overlap_sync_param: bool = True
     """Gather updated parameters while the next forward pass starts."""
     reduce_bucket_size: Positive = 64 * 1024 * 1024
-    """Elements per gradient bucket. Smaller ones hide more of their reduction behind the backward pass (--dry-run --device
-    h100 prints how much); the collectives of much smaller ones cost more than they hide."""
+    """Elements per gradient bucket. Small ones hide more of their reduction behind the backward pass, which --dry-run
+    --device h100 prints; much smaller ones cost more than they hide."""
     clip_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0: no clipping."""
     grad_dtype: Dtype | None = None

@@ -153,7 +153,7 @@ class HybridZeroConfig(Section):
     """Reduce gradient buckets while the backward pass still runs."""
     overlap_sync_param: bool = True
     """Gather updated parameters while the next forward pass starts."""
-    reduce_bucket_size: Positive = 512 * 1024 * 1024
+    reduce_bucket_size: Positive = 32 * 1024 * 1024
     """Elements per gradient bucket."""
     clip_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0: no clipping."""

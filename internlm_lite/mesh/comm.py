@@ -53,6 +53,10 @@ class Work:
         self._group = group
         self._finish = finish
 
+    def completed(self) -> bool:
+        """Whether `wait` would not block the host."""
+        return all(handle.is_completed() for handle in self.handles)
+
     def wait(self) -> None:
         with peer_errors(self._group):
             for handle in self.handles:

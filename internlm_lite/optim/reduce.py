@@ -2,8 +2,10 @@
 
 A bucket counts the gradients that it still misses; a complete one is reduce-scattered over `zero`. A gradient has come
 when autograd has added it, when a deferred one was added, or when the backward pass has left the unit whose layers add
-it. At the end its shard is all-reduced over `replica`, and over `tp` or `ends` where ranks hold partial sums.
-Buckets start strictly in order, so every rank issues the same collectives in the same order, whatever its timing.
+it. Its shard is all-reduced over `replica` as soon as it is scattered, while the backward pass goes on: on CUDA behind
+the scatter on a stream of its own, on the CPU when a later gradient arrives. Partial sums over `tp` or `ends` are added
+after the backward pass, which uses those groups itself. In every group buckets come strictly in order, so every rank
+issues the same collectives in the same order, whatever its timing.
 """
 
 from __future__ import annotations
@@ -60,6 +62,9 @@ class GradReducer:
         self._overlap = overlap
         self._missing: list[int] = []
         self._started: list[comm.Work] = []
+        self._replicated: list[comm.Work] = []
+        # Waits for scatters, so that the stream of the backward pass does not.
+        self._side = torch.cuda.Stream(mesh.device) if mesh.device.type == "cuda" and mesh.replica.size > 1 else None
         for index, bucket in enumerate(buckets):
             for slot in bucket.slots:
                 # A weak reference: torch holds hooks where the garbage collector does not find a cycle.
@@ -76,7 +81,7 @@ class GradReducer:
         self._missing = [
             micro_num * sum(slot.param.grads_per_microbatch for slot in bucket.slots) for bucket in self._buckets
         ]
-        self._started = []
+        self._started, self._replicated = [], []
 
     def _on_grad(self, index: int, param: Parameter) -> None:
         if not self._overlap:
@@ -84,20 +89,33 @@ class GradReducer:
         self._missing[index] -= 1
         while len(self._started) < len(self._buckets) and self._missing[len(self._started)] == 0:
             self._start_next()
+        while len(self._replicated) < len(self._started) and self._scattered():
+            self._replicate_next()
 
     def _start_next(self) -> None:
         bucket = self._buckets[len(self._started)]
         self._started.append(comm.reduce_scatter(bucket.grad_shard, bucket.grads, self._mesh.zero))
 
+    def _scattered(self) -> bool:
+        """Whether `_replicate_next` would not block the host."""
+        return self._side is not None or self._started[len(self._replicated)].completed()
+
+    def _replicate_next(self) -> None:
+        index = len(self._replicated)
+        if self._mesh.replica.size == 1:  # then `finish` waits for the scatter
+            self._replicated.append(self._started[index])
+            return
+        with torch.cuda.stream(self._side):
+            self._started[index].wait()
+            self._replicated.append(comm.all_reduce(self._buckets[index].grad_shard, self._mesh.replica))
+
     def finish(self) -> None:
         """Reduce the buckets that the backward pass did not complete (missing gradients are 0) and wait. Collective."""
         while len(self._started) < len(self._buckets):
             self._start_next()
-        replicas = []
-        for bucket, scattered in zip(self._buckets, self._started, strict=True):
-            scattered.wait()
-            replicas.append(comm.all_reduce(bucket.grad_shard, self._mesh.replica))
-        for bucket, replicated in zip(self._buckets, replicas, strict=True):
+        while len(self._replicated) < len(self._buckets):
+            self._replicate_next()
+        for bucket, replicated in zip(self._buckets, self._replicated, strict=True):
             replicated.wait()
             for axis in bucket.kind.partial_over:
                 comm.all_reduce(bucket.grad_shard, self._mesh.axis(axis)).wait()

@@ -86,6 +86,9 @@ def apply_numerics(config: Config, device: torch.device, dist_env: DistEnv) -> N
     """Set torch's process-wide switches: TF32, determinism, cudnn, and on the CPU the number of threads."""
     # fp32 matrix products stay fp32 unless the config says torch.tf32
     torch.set_float32_matmul_precision("high" if config.model.dtype == "torch.tf32" else "highest")
+    # torch's default lets a product that is split along its sum add the parts in half precision.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.deterministic = config.cudnn_deterministic or config.deterministic
     torch.backends.cudnn.benchmark = config.cudnn_benchmark

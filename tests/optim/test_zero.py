@@ -135,7 +135,7 @@ def test_the_norm_of_many_small_numbers_is_exact():
     numbers = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 1e-3
     expected = numbers.double().square().sum().item()
     for dtype, rel in ((torch.float32, 1e-8), (torch.float16, 1e-3), (torch.bfloat16, 1e-3), (torch.float64, 1e-12)):
-        assert square_sum(numbers.to(dtype)).item() == pytest.approx(expected, rel=rel)
+        assert square_sum(list(numbers.to(dtype).chunk(2))).item() == pytest.approx(expected, rel=rel)
 
 
 def test_one_process_equals_plain_adamw():

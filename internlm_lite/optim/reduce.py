@@ -89,6 +89,9 @@ class GradReducer:
         self._missing[index] -= 1
         while len(self._started) < len(self._buckets) and self._missing[len(self._started)] == 0:
             self._start_next()
+        self._advance()
+
+    def _advance(self) -> None:
         while len(self._replicated) < len(self._started) and self._scattered():
             self._replicate_next()
 

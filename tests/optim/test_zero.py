@@ -3,6 +3,11 @@
 import gc
 import math
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,8 +15,9 @@ from torch import nn
 
 from internlm_lite.config.schema import Config
 from internlm_lite.errors import ConfigError
+from internlm_lite.mesh import comm
 from internlm_lite.mesh.layout import Parameter, parameter, whole
-from internlm_lite.mesh.mesh import Mesh, build_mesh, single_process_mesh, sizes_of
+from internlm_lite.mesh.mesh import Group, Mesh, build_mesh, single_process_mesh, sizes_of
 from internlm_lite.optim.buckets import build_buckets
 from internlm_lite.optim.grad_norm import Requests, reduce_totals, square_sum
 from internlm_lite.optim.lr_schedule import learning_rate
@@ -367,3 +373,130 @@ def test_a_backward_pass_that_was_broken_off_does_not_count() -> None:
         return optimizer.step(0, num_labels=ROWS, global_tokens=ROWS).norm_model_dtype.item()
 
     assert norm(broken_off=True) == norm(broken_off=False)
+
+
+def recorded(world: Mesh) -> tuple[list[str], int]:
+    """(collectives of one step of two micro-batches on a 2 x 2 mesh, how many of them the backward passes started)."""
+    mesh = build_mesh(sizes_of(world.world.size, 1, 1, 2), world.rank, world.device, TIMEOUT)
+    calls: list[str] = []
+
+    def record(name: str, real: Any) -> Any:
+        def call(tensor: torch.Tensor, *rest: Any) -> comm.Work:
+            group = rest[-1]
+            calls.append(f"{name} {group.name} {tensor.numel()}")
+            work = real(tensor, *rest)
+            for handle in work.handles:
+                handle.wait()  # so that no timing decides what is complete
+            return work
+
+        return call
+
+    units = [Unit(f"layers.{i}", torch.float64) for i in range(4)]
+    optimizer = HybridZeroOptimizer(list(units), config(), mesh, torch.float64)
+    with (
+        mock.patch.object(comm, "reduce_scatter", record("scatter", comm.reduce_scatter)),
+        mock.patch.object(comm, "all_reduce", record("reduce", comm.all_reduce)),
+    ):
+        optimizer.begin(MICRO)
+        for micro in range(MICRO):
+            loss_of(units, rows(0, micro)).backward()
+            assert bool(calls) == (micro == MICRO - 1), "only the sum over micro-batches is reduced"
+        early = len(calls)
+        optimizer.step(0, num_labels=ROWS, global_tokens=ROWS)
+    return calls, early
+
+
+def test_replicas_add_up_each_bucket_behind_its_scatter_in_one_order_on_all_ranks() -> None:
+    """Cause of the hangs this prevents: ranks that issue collectives of two groups in an order that timing decides."""
+    (calls, early), *others = run_world(recorded, 4)
+    assert all(found == (calls, early) for found in others)
+    reduction = ["scatter zero {0}", "reduce replica {0}"]
+    sizes = [call.split()[-1] for call in calls if call.startswith("scatter")]
+    assert len(sizes) == 5
+    assert calls[:early] == [line.format(size) for size in sizes for line in reduction]
+    assert calls[early:] == ["reduce world 6"]
+
+
+def test_no_gradient_waits_for_a_scatter_and_none_is_overtaken() -> None:
+    """A scatter that is not through is left for a later gradient, or the end, and those behind it wait their turn."""
+    started, through = [], set()
+
+    class Slow(comm.Work):
+        def __init__(self, index: int) -> None:
+            super().__init__([], mesh.zero)
+            self.index = index
+
+        def completed(self) -> bool:
+            return self.index in through
+
+        def wait(self) -> None:
+            assert finishing or self.index in through, "a backward pass waited"
+
+    mesh, finishing = replace(single_process_mesh(), replica=Group("replica", (0, 1), 0, None)), False
+    units = [Unit(f"layers.{i}", torch.float64) for i in range(4)]
+    optimizer = HybridZeroOptimizer(list(units), config(), mesh, torch.float64)
+    reducer = optimizer._reducer
+    indices = {bucket.grad_shard.data_ptr(): index for index, bucket in enumerate(optimizer.buckets)}
+
+    def all_reduce(shard: torch.Tensor, group: Group) -> comm.Work:
+        started.append(indices[shard.data_ptr()])
+        return comm.Work([], group)
+
+    with (
+        mock.patch.object(comm, "reduce_scatter", lambda shard, *_: Slow(indices[shard.data_ptr()])),
+        mock.patch.object(comm, "all_reduce", all_reduce),
+    ):
+        optimizer.begin(2)
+        loss_of(units, rows(0, 0)).backward()
+        through.update({1, 2})
+        loss_of(units, rows(0, 1)).backward()
+        assert started == [], "bucket 0 is not through"
+        through.add(0)
+        reducer._advance()
+        assert started == [0, 1, 2]
+        finishing = True
+        reducer.finish()
+    assert started == [0, 1, 2, 3, 4]
+
+
+class _Streams:
+    """Stands for torch.cuda's streams: which one is current when something happens."""
+
+    def __init__(self) -> None:
+        self.current, self.log = "backward", []
+
+    @contextmanager
+    def stream(self, name: str | None) -> Iterator[None]:
+        before, self.current = self.current, name or self.current
+        yield
+        self.current = before
+
+
+def test_on_a_gpu_a_side_stream_waits_for_the_scatter_and_the_backward_pass_does_not() -> None:
+    """Cause of silent corruption elsewhere: a wait on the stream that was switched to is none on the other."""
+    streams = _Streams()
+
+    class Logged(comm.Work):
+        def __init__(self, name: str, group: Group) -> None:
+            super().__init__([], group)
+            self.name = name
+            streams.log.append((f"start {name}", streams.current))
+
+        def wait(self) -> None:
+            streams.log.append((f"wait {self.name}", streams.current))
+
+    mesh = replace(single_process_mesh(), replica=Group("replica", (0, 1), 0, None))
+    units = [Unit("layers.0", torch.float64)]
+    optimizer = HybridZeroOptimizer(list(units), config(), mesh, torch.float64)
+    optimizer._reducer._side = "side"  # type: ignore[assignment]
+    with (
+        mock.patch.object(torch.cuda, "stream", streams.stream),
+        mock.patch.object(comm, "reduce_scatter", lambda *_: Logged("scatter", mesh.zero)),
+        mock.patch.object(comm, "all_reduce", lambda *_: Logged("reduce", mesh.replica)),
+    ):
+        optimizer.begin(1)
+        loss_of(units, rows(0, 0)).backward()
+        one = [("start scatter", "backward"), ("wait scatter", "side"), ("start reduce", "side")]
+        assert streams.log == one * 2
+        optimizer._reducer.finish()
+    assert streams.log[6:] == [("wait reduce", "backward")] * 2

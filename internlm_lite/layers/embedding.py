@@ -8,14 +8,40 @@ With sequence parallelism each rank ends with all columns of its own tokens in e
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, RowShape
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
+from internlm_lite.layers.weight_grads import report_grad
 from internlm_lite.mesh.conjugate import columns_to_rows, gather_last
-from internlm_lite.mesh.layout import parameter, split
+from internlm_lite.mesh.layout import Parameter, parameter, split
+
+
+
+class _LookUp(torch.autograd.Function):
+    """Adds the gradients of rows to `main_grad`: autograd would make a gradient of the whole vocabulary for them."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Parameter, tokens: torch.Tensor) -> torch.Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(tokens)
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (tokens,), grad = ctx.saved_tensors, ctx.weight.main_grad
+        grad.index_add_(0, tokens, grads[0].to(grad.dtype))
+        report_grad(ctx.weight)
+        return None, None
+
+
+def _look_up(weight: Parameter, tokens: torch.Tensor) -> torch.Tensor:
+    """[T, width]: rows `tokens` [T] of `weight`."""
+    return F.embedding(tokens, weight) if weight.main_grad is None else _LookUp.apply(weight, tokens)
 
 
 class Embedding(CostedLayer):
@@ -35,6 +61,7 @@ class Embedding(CostedLayer):
         shape, dim = (config.vocab_size, config.hidden_size), 1 if self.split_hidden else 0
         layout = split(f"{name}.weight", shape, dim, tp_ctx.group, init_std=config.init_std, partial_over=partial_over)
         self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)
+        self.weight.manual_grad = self.weight.deferred_grad = True
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         e = self._gathered(tokens) if self.split_hidden else self._summed(tokens)
@@ -42,14 +69,14 @@ class Embedding(CostedLayer):
         return e if self.grad_scale == 1 else torch.lerp(e.detach(), e, self.grad_scale)
 
     def _gathered(self, tokens: torch.Tensor) -> torch.Tensor:
-        mine, group = F.embedding(tokens, self.weight), self.tp_ctx.group
+        mine, group = _look_up(self.weight, tokens), self.tp_ctx.group
         return columns_to_rows(mine, group) if self.tp_ctx.by_sequence else gather_last(mine, group)
 
     def _summed(self, tokens: torch.Tensor) -> torch.Tensor:
         rows = self.weight.shape[0]
         local = tokens - self.tp_ctx.group.rank * rows
         here = (local >= 0) & (local < rows)
-        looked_up = F.embedding(local.clamp(0, rows - 1), self.weight)
+        looked_up = _look_up(self.weight, local.clamp(0, rows - 1))
         return self.tp_ctx.leave(looked_up * here.unsqueeze(-1))
 
     def lookup_ops_per_token(self) -> int:

@@ -50,6 +50,12 @@ def accumulating(weight: Parameter) -> torch.Tensor:
     return weight if weight.main_grad is None else _AddToMainGrad.apply(weight, weight.main_grad)
 
 
+def report_grad(weight: Parameter) -> None:
+    """Tell the optimizer, if there is one, that a gradient of `weight` was added."""
+    if weight.on_grad is not None:
+        weight.on_grad(weight)
+
+
 class WeightGrads:
     """Shared by all linear layers of this rank's pipeline stages."""
 
@@ -72,7 +78,8 @@ class WeightGrads:
         return grad
 
     def pop_deferred(self) -> Callable[[], None]:
-        """A function that computes the gradients deferred since the last call and adds them to `weight.grad`."""
+        """A function that computes the gradients deferred since the last call and adds them to
+        `weight.main_grad`."""
         taken, self._waiting = self._waiting, []
 
         @torch.no_grad()
@@ -81,7 +88,6 @@ class WeightGrads:
                 weight, dy, x = taken.pop()
                 assert weight.main_grad is not None, "the optimizer gives every such parameter its gradient buffer"
                 self._add(weight.main_grad, dy, x)
-                if weight.on_grad is not None:
-                    weight.on_grad(weight)
+                report_grad(weight)
 
         return run

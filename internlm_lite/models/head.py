@@ -47,6 +47,9 @@ class Head(CostedLayer):
             name = "tok_embeddings.weight" if config.tie_word_embeddings else "output.weight"
             layout = split(name, shape, 0, tp_ctx.group, init_std=config.init_std, partial_over=tied_over)
             self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)
+            self.weight.manual_grad = self.weight.deferred_grad = True
+        else:
+            tied.grads_per_microbatch = 2
 
     @property
     def matrix(self) -> Parameter:
@@ -66,9 +69,8 @@ class Head(CostedLayer):
         return 2 * math.prod(self.matrix.shard_spec.shape)
 
     def saved_bytes(self, row: RowShape) -> Bytes:
-        vocab, width = self.matrix.shape
-        # The gradients of its input and weight, which the forward pass computes.
-        return {"head": (row.tokens + vocab) * width * self.matrix.itemsize}
+        # The gradient of its input, which the forward pass computes.
+        return {"head": row.tokens * self.matrix.shape[1] * self.matrix.itemsize}
 
     def messages(self, row: RowShape) -> list[Message]:
         n_inputs, wide = row.tokens * self.matrix.shape[1], accumulation_dtype(self.matrix.dtype).itemsize
@@ -83,14 +85,14 @@ class Head(CostedLayer):
         return found
 
     def workspace_bytes(self, row: RowShape) -> int:
-        """Logits of one chunk, and the weight's gradient in the accumulation dtype when several chunks are summed."""
+        """Logits of one chunk, and on the CPU the product that is added to a buffer of another dtype."""
         (vocab, width), dtype = self.matrix.shape, self.matrix.dtype
         chunk, wide = self._chunk(row), accumulation_dtype(dtype).itemsize
         half = dtype.itemsize < wide
         logits = chunk * vocab * (wide + half * dtype.itemsize)  # and a half-precision copy for the matrix products
         gathers = self.tp_ctx.group.size > 1 and not self.loss_options.parallel_output
         gathered = gathers * chunk * self.matrix.shard_spec.shape[0] * wide
-        return logits + gathered + half * (chunk < row.tokens) * vocab * width * wide
+        return logits + gathered + half * (row.device != "cuda") * vocab * width * dtype.itemsize
 
     def _chunk(self, row: RowShape) -> int:
         wide = accumulation_dtype(self.matrix.dtype)

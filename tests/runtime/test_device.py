@@ -112,3 +112,17 @@ def test_unknown_peaks(monkeypatch, caplog):
     assert "no peak speed is known for Some GPU, so no MFU is shown" in caplog.text
     assert peak_flops(torch.device("cpu"), torch.float32) is None
     assert device_name(torch.device("cpu"))
+
+
+def test_products_do_not_add_in_half_precision() -> None:
+    """torch's default lets a product that is split along its sum add the parts in bf16 or fp16."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+    threads = torch.get_num_threads()
+    try:
+        apply_numerics(CONFIG, torch.device("cpu"), PLACE)
+        assert not matmul.allow_bf16_reduced_precision_reduction
+        assert not matmul.allow_fp16_reduced_precision_reduction
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = before
+        torch.set_num_threads(threads)

@@ -21,7 +21,6 @@ from internlm_lite.mesh.conjugate import columns_to_rows, gather_last
 from internlm_lite.mesh.layout import Parameter, parameter, split
 
 
-
 class _LookUp(torch.autograd.Function):
     """Adds the gradients of rows to `main_grad`: autograd would make a gradient of the whole vocabulary for them."""
 

@@ -9,6 +9,7 @@ waits for, fills idle time (arXiv:2401.10241).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +22,24 @@ def add_product(grad: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> None:
     """grad [out, in] += dy^T x for dy [T, out] and x [T, in], in the dtype of `grad`."""
     if torch.compiler.is_compiling():
         _add_product_in_graph(grad, dy, x)
-    elif grad.is_cuda and grad.dtype == torch.float32 and x.dtype.itemsize == 2:
+    elif grad.is_cuda and grad.dtype == torch.float32 and x.dtype.itemsize == 2 and adds_in_fp32(x.dtype, x.device):
         torch.ops.aten.addmm.dtype_out(grad, dy.t(), x, torch.float32, out=grad)
     else:
         grad.add_(dy.t() @ x)
+
+
+@functools.cache
+def adds_in_fp32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of `dtype` can be added to an fp32 matrix in one operation: builds of torch raise or are wrong.
+
+    Tried once; the host waits for the answer."""
+    ones = torch.ones(16, 16, dtype=dtype, device=device)
+    total = torch.full((16, 16), 0.125, dtype=torch.float32, device=device)
+    try:
+        torch.ops.aten.addmm.dtype_out(total, ones.t(), ones, torch.float32, out=total)
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+    return bool((total == 16.125).all())
 
 
 @torch.library.custom_op("internlm_lite::add_product", mutates_args=("grad",))

@@ -263,7 +263,11 @@ def test_the_planner_counts_the_state_of_each_rule(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_scaled_update_has_the_bits_of_scaling_first(name: str, dtype: torch.dtype) -> None:
     found = []
-    factor, lr, no = torch.tensor(0.3, dtype=torch.float64), torch.tensor(1e-2, dtype=torch.float64), torch.tensor(False)
+    factor, lr, no = (
+        torch.tensor(0.3, dtype=torch.float64),
+        torch.tensor(1e-2, dtype=torch.float64),
+        torch.tensor(False),
+    )
     for scaled in (True, False):
         rule, shards = build(RULES[name], dtype)
         grads = [torch.arange(64.0, dtype=dtype).sub_(20) for _ in shards]

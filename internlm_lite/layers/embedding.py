@@ -9,16 +9,39 @@ With sequence parallelism each rank ends with all columns of its own tokens in e
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, Pass, RowShape
-from internlm_lite.layers.tensor_parallel import TensorParallelContext
-from internlm_lite.layers.weight_grads import gradient_passes
+from internlm_lite.layers.tensor_parallel import TensorParallelContext, accumulation_dtype
+from internlm_lite.layers.weight_grads import gradient_passes, report_grad
 from internlm_lite.mesh.conjugate import columns_to_rows, gather_last
-from internlm_lite.mesh.layout import parameter, split
+from internlm_lite.mesh.layout import Parameter, parameter, split
+
+
+class _LookUp(torch.autograd.Function):
+    """Adds the gradients of rows to `main_grad`: autograd would make a gradient of the whole vocabulary for them."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Parameter, tokens: torch.Tensor) -> torch.Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(tokens)
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (tokens,), grad = ctx.saved_tensors, ctx.weight.main_grad
+        grad.index_add_(0, tokens, grads[0].to(grad.dtype))
+        report_grad(ctx.weight)
+        return None, None
+
+
+def _look_up(weight: Parameter, tokens: torch.Tensor) -> torch.Tensor:
+    """[T, width]: rows `tokens` [T] of `weight`."""
+    return F.embedding(tokens, weight) if weight.main_grad is None else _LookUp.apply(weight, tokens)
 
 
 class Embedding(CostedLayer):
@@ -38,6 +61,7 @@ class Embedding(CostedLayer):
         shape, dim = (config.vocab_size, config.hidden_size), 1 if self.split_hidden else 0
         layout = split(f"{name}.weight", shape, dim, tp_ctx.group, init_std=config.init_std, partial_over=partial_over)
         self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)
+        self.weight.manual_grad = self.weight.deferred_grad = True
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         e = self._gathered(tokens) if self.split_hidden else self._summed(tokens)
@@ -45,14 +69,14 @@ class Embedding(CostedLayer):
         return e if self.grad_scale == 1 else torch.lerp(e.detach(), e, self.grad_scale)
 
     def _gathered(self, tokens: torch.Tensor) -> torch.Tensor:
-        mine, group = F.embedding(tokens, self.weight), self.tp_ctx.group
+        mine, group = _look_up(self.weight, tokens), self.tp_ctx.group
         return columns_to_rows(mine, group) if self.tp_ctx.by_sequence else gather_last(mine, group)
 
     def _summed(self, tokens: torch.Tensor) -> torch.Tensor:
         rows = self.weight.shape[0]
         local = tokens - self.tp_ctx.group.rank * rows
         here = (local >= 0) & (local < rows)
-        looked_up = F.embedding(local.clamp(0, rows - 1), self.weight)
+        looked_up = _look_up(self.weight, local.clamp(0, rows - 1))
         return self.tp_ctx.leave(looked_up * here.unsqueeze(-1))
 
     def lookup_ops_per_token(self) -> int:
@@ -64,10 +88,14 @@ class Embedding(CostedLayer):
         return {"embedding": 0 if self.split_hidden else row.tokens * (8 + 1)}
 
     def passes(self, row: RowShape) -> list[Pass]:
-        looked_up = row.tokens * self.weight.shape[1] * self.weight.itemsize
-        back = 3 * looked_up + self.weight.nbytes  # a dense gradient: zeros, and the tokens' rows added
-        found = [Pass("contiguous_copy", 2 * looked_up), Pass("contiguous_copy", back, 8, backward=True)]
-        found += gradient_passes(self.weight, replace(row, fused=frozenset()))
+        n_looked_up, item = row.tokens * self.weight.shape[1], self.weight.itemsize
+        found = [Pass("contiguous_copy", 2 * item * n_looked_up)]
+        if "gradients" in row.fused:  # rows are cast and added
+            wide = accumulation_dtype(self.weight.dtype).itemsize
+            found.append(Pass("contiguous_copy", (item + 4 * wide) * n_looked_up, 2, backward=True))
+        else:  # a dense gradient: zeros, and the tokens' rows added
+            dense = 3 * item * n_looked_up + self.weight.nbytes
+            found += [Pass("contiguous_copy", dense, 8, backward=True), *gradient_passes(self.weight, row)]
         return [replace(one, part="embedding") for one in found]
 
     def messages(self, row: RowShape) -> list[Message]:

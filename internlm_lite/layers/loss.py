@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from internlm_lite.batch import IGNORE
 from internlm_lite.layers.tensor_parallel import accumulation_dtype
-from internlm_lite.layers.weight_grads import add_product
+from internlm_lite.layers.weight_grads import add_product, report_grad
 from internlm_lite.mesh.comm import all_reduce
 from internlm_lite.mesh.conjugate import gather_last
 from internlm_lite.mesh.mesh import Group
@@ -72,6 +72,7 @@ def linear_cross_entropy(
     """hidden [T, d], weight [V / group size, d] of the same dtype, labels [T] int64 or IGNORE, scale: scalar tensor.
 
     `scale` multiplies the gradient before it is rounded to half precision. A second backward pass raises RuntimeError.
+    The forward pass adds dW to `weight.main_grad`, if there is one: then the gradient of `scaled_sum` must be 1.
     Collective over `options.group`."""
     scale = scale.to(accumulation_dtype(hidden.dtype))
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
@@ -100,7 +101,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses.append(found)
             if gradients is not None:
                 gradients.add(rows, logits)
-        ctx.gradients = None if gradients is None else gradients.finish()
+        ctx.gradients, ctx.weight = None if gradients is None else gradients.finish(), weight
         token_loss, train_loss, correct = (torch.cat(parts) for parts in zip(*losses, strict=True))
         train_loss_sum = train_loss.sum()
         ctx.mark_non_differentiable(train_loss_sum, token_loss, correct)
@@ -111,9 +112,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy: its gradient was taken already; call it again to take it again")
-        dhidden, dweight = ctx.gradients
-        ctx.gradients = None
-        return dhidden.mul_(grads[0]), dweight.mul_(grads[0]), None, None
+        gradients, ctx.gradients = ctx.gradients, None
+        dhidden, *dweight = (gradient.mul_(grads[0]) for gradient in gradients)
+        if dweight:
+            return dhidden, dweight[0], None, None
+        if grads[0].device.type == "cpu" and grads[0] != 1:  # on CUDA the host would wait
+            raise RuntimeError("linear_cross_entropy: multiply `scale`, not the loss: dW was added in the forward pass")
+        report_grad(ctx.weight)
+        return dhidden, None, None, None
 
 
 def tokens_per_chunk(tokens: int, vocab: int, itemsize: int, device_type: str) -> int:
@@ -179,13 +185,18 @@ def losses_and_gradient(logits: torch.Tensor, labels: torch.Tensor, terms: _Term
 
 
 class _Gradients:
-    """Accumulates dh and dW over chunks; with several chunks, dW of a half-precision weight is summed in float32."""
+    """Accumulates dh and dW over chunks, dW in `main_grad`, if there is one. Several chunks of a half-precision weight
+    are summed in float32, if need be before they are added to `main_grad`."""
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, chunk: int) -> None:
         self.hidden, self.weight = hidden, weight
-        several = chunk < hidden.shape[0]
         self.dhidden = torch.empty_like(hidden)
-        self.dweight = torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype) if several else weight.dtype)
+        self.main_grad: torch.Tensor | None = getattr(weight, "main_grad", None)
+        several, wide = chunk < hidden.shape[0], accumulation_dtype(weight.dtype)
+        if self.main_grad is not None and not (several and self.main_grad.dtype != wide):
+            self.dweight = self.main_grad
+        else:
+            self.dweight = torch.zeros_like(weight, dtype=wide if several else weight.dtype)
 
     def add(self, rows: slice, dlogits: torch.Tensor) -> None:
         """dlogits [c, V / group size] of the tokens `rows`."""
@@ -196,6 +207,10 @@ class _Gradients:
         else:
             add_product(self.dweight, dlogits, self.hidden[rows])
 
-    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(dh, dW) in the dtypes of h and W."""
-        return self.dhidden, self.dweight.to(self.weight.dtype)
+    def finish(self) -> tuple[torch.Tensor, ...]:
+        """(dh, dW) in the dtypes of h and W; (dh,) if dW is in `main_grad`."""
+        if self.main_grad is None:
+            return self.dhidden, self.dweight.to(self.weight.dtype)
+        if self.dweight is not self.main_grad:
+            self.main_grad.add_(self.dweight)
+        return (self.dhidden,)

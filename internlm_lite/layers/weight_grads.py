@@ -9,6 +9,7 @@ waits for, fills idle time (arXiv:2401.10241).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,10 +23,24 @@ def add_product(grad: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> None:
     """grad [out, in] += dy^T x for dy [T, out] and x [T, in], in the dtype of `grad`."""
     if torch.compiler.is_compiling():
         _add_product_in_graph(grad, dy, x)
-    elif grad.is_cuda and grad.dtype == torch.float32 and x.dtype.itemsize == 2:
+    elif grad.is_cuda and grad.dtype == torch.float32 and x.dtype.itemsize == 2 and adds_in_fp32(x.dtype, x.device):
         torch.ops.aten.addmm.dtype_out(grad, dy.t(), x, torch.float32, out=grad)
     else:
         grad.add_(dy.t() @ x)
+
+
+@functools.cache
+def adds_in_fp32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of `dtype` can be added to an fp32 matrix in one operation: builds of torch raise or are wrong.
+
+    Tried once; the host waits for the answer."""
+    ones = torch.ones(16, 16, dtype=dtype, device=device)
+    total = torch.full((16, 16), 0.125, dtype=torch.float32, device=device)
+    try:
+        torch.ops.aten.addmm.dtype_out(total, ones.t(), ones, torch.float32, out=total)
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+    return bool((total == 16.125).all())
 
 
 @torch.library.custom_op("internlm_lite::add_product", mutates_args=("grad",))
@@ -62,6 +77,12 @@ def accumulating(weight: Parameter) -> torch.Tensor:
     return weight if weight.main_grad is None else _AddToMainGrad.apply(weight, weight.main_grad)
 
 
+def report_grad(weight: Parameter) -> None:
+    """Tell the optimizer, if there is one, that a gradient of `weight` was added."""
+    if weight.on_grad is not None:
+        weight.on_grad(weight)
+
+
 class WeightGrads:
     """Shared by all linear layers of this rank's pipeline stages."""
 
@@ -84,7 +105,8 @@ class WeightGrads:
         return grad
 
     def pop_deferred(self) -> Callable[[], None]:
-        """A function that computes the gradients deferred since the last call and adds them to `weight.grad`."""
+        """A function that computes the gradients deferred since the last call and adds them to
+        `weight.main_grad`."""
         taken, self._waiting = self._waiting, []
 
         @torch.no_grad()
@@ -93,7 +115,6 @@ class WeightGrads:
                 weight, dy, x = taken.pop()
                 assert weight.main_grad is not None, "the optimizer gives every such parameter its gradient buffer"
                 self._add(weight.main_grad, dy, x)
-                if weight.on_grad is not None:
-                    weight.on_grad(weight)
+                report_grad(weight)
 
         return run

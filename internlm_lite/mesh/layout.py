@@ -124,11 +124,11 @@ class Parameter(nn.Parameter):
 
     shard_spec: ShardSpec  # not named `layout`: torch.Tensor has an attribute of that name
     grads_per_microbatch: int = 1
-    """Gradient accumulations per micro-batch: 2 for a tied weight whose two stages are on one rank, else 1."""
+    """Gradient accumulations per micro-batch: 2 for a weight of embedding and head, else 1."""
     manual_grad: bool = False
     """True: its layer adds the gradient to `main_grad`, if there is one. False: autograd adds it to `grad`."""
     deferred_grad: bool = False
-    """True: its gradient is added after the backward pass (`layers.weight_grads`), which then calls `on_grad`."""
+    """True: what adds its gradient calls `on_grad` then, because that is not when the backward pass leaves its unit."""
     main_grad: torch.Tensor | None = None
     """The buffer of a `manual_grad` parameter, in the dtype of accumulation; None: there is no optimizer."""
     on_grad: Callable[[Parameter], object] | None = None

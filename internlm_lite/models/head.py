@@ -49,6 +49,9 @@ class Head(CostedLayer):
             name = "tok_embeddings.weight" if config.tie_word_embeddings else "output.weight"
             layout = split(name, shape, 0, tp_ctx.group, init_std=config.init_std, partial_over=tied_over)
             self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)
+            self.weight.manual_grad = self.weight.deferred_grad = True
+        else:
+            tied.grads_per_microbatch = 2
 
     @property
     def matrix(self) -> Parameter:
@@ -68,9 +71,8 @@ class Head(CostedLayer):
         return 2 * math.prod(self.matrix.shard_spec.shape)
 
     def saved_bytes(self, row: RowShape) -> Bytes:
-        vocab, width = self.matrix.shape
-        # The gradients of its input and weight, which the forward pass computes.
-        return {"head": (row.tokens + vocab) * width * self.matrix.itemsize}
+        # The gradient of its input, which the forward pass computes.
+        return {"head": row.tokens * self.matrix.shape[1] * self.matrix.itemsize}
 
     def messages(self, row: RowShape) -> list[Message]:
         n_inputs, wide = row.tokens * self.matrix.shape[1], accumulation_dtype(self.matrix.dtype).itemsize
@@ -85,8 +87,8 @@ class Head(CostedLayer):
         return found
 
     def passes(self, row: RowShape) -> list[Pass]:
-        """Forward, chunk by chunk: the loss and its gradient over the logits, and the sum of the weight's gradients in
-        the accumulation dtype; backward: what came out is scaled, and added to the optimizer's buffer."""
+        """Forward, chunk by chunk: the loss and its gradient over the logits, and the weight's gradient, added to the
+        optimizer's buffer or to a sum, which the backward pass scales and adds; it scales the input's gradient."""
         (vocab, width), item = self.matrix.shape, self.matrix.itemsize
         wide, half = accumulation_dtype(self.matrix.dtype).itemsize, self.matrix.dtype.itemsize == 2
         logits, chunks = row.tokens * vocab, -(-row.tokens // self._chunk(row))
@@ -97,27 +99,35 @@ class Head(CostedLayer):
             found += [Pass("reduce", 2 * wide * logits, 2 * chunks), Pass("broadcast", 4 * wide * logits, 30 * chunks)]
             found.append(Pass("elementwise", 2 * wide * logits, chunks))
             found += [Pass(kind, (item + wide) * logits, chunks) for kind in ("cast", "contiguous_copy") if half]
-        if chunks > 1:
-            found.append(Pass("contiguous_copy", wide * vocab * width))
-            if half and "gradients" not in row.fused:
-                found.append(Pass("broadcast", chunks * (2 * wide + item) * vocab * width, chunks))
-            else:
-                found.append(Pass("accumulate", chunks * 2 * wide * vocab * width, 0))
-            found.append(Pass("contiguous_copy", (item + wide) * vocab * width))
-        results = [self.matrix.nbytes, self.tp_ctx.hidden_bytes(row.tokens, width)]
+        results = [self.tp_ctx.hidden_bytes(row.tokens, width)]
+        if "gradients" in row.fused:
+            found.append(Pass("accumulate", chunks * 2 * wide * vocab * width, 0))
+        else:
+            found += self._summed_gradient(chunks)
+            results.append(self.matrix.nbytes)
+            found += gradient_passes(self.matrix, row)
         found += [Pass("broadcast", 2 * size, backward=True) for size in results]
-        found += gradient_passes(self.matrix, replace(row, fused=frozenset()))
         return [replace(one, part="loss") for one in found]
 
+    def _summed_gradient(self, chunks: int) -> list[Pass]:
+        """The sum over chunks of the weight's gradient, of its own."""
+        if chunks == 1:
+            return []
+        n, item, wide = self.matrix.numel(), self.matrix.itemsize, accumulation_dtype(self.matrix.dtype).itemsize
+        added = Pass("accumulate", chunks * 2 * wide * n, 0)
+        if item < wide:
+            added = Pass("broadcast", chunks * (2 * wide + item) * n, chunks)
+        return [Pass("contiguous_copy", wide * n), added, Pass("contiguous_copy", (item + wide) * n)]
+
     def workspace_bytes(self, row: RowShape) -> int:
-        """Logits of one chunk, and the weight's gradient in the accumulation dtype when several chunks are summed."""
+        """Logits of one chunk, and on the CPU the product that is added to a buffer of another dtype."""
         (vocab, width), dtype = self.matrix.shape, self.matrix.dtype
         chunk, wide = self._chunk(row), accumulation_dtype(dtype).itemsize
         half = dtype.itemsize < wide
         logits = chunk * vocab * (wide + half * dtype.itemsize)  # and a half-precision copy for the matrix products
         gathers = self.tp_ctx.group.size > 1 and not self.loss_options.parallel_output
         gathered = gathers * chunk * self.matrix.shard_spec.shape[0] * wide
-        return logits + gathered + half * (chunk < row.tokens) * vocab * width * wide
+        return logits + gathered + half * (row.device != "cuda") * vocab * width * dtype.itemsize
 
     def _chunk(self, row: RowShape) -> int:
         wide = accumulation_dtype(self.matrix.dtype)

@@ -33,8 +33,6 @@ def build_stages(config: Config, mesh: Mesh, backend: AttentionBackend) -> Stage
         spec = StageSpec(layers[number], first=number == 0, last=number == last, tied_over=tied_over)
         embedding = stages[0].tok_embeddings if model.tie_word_embeddings and 0 in stages else None
         tied = None if embedding is None else embedding.weight
-        if tied is not None and spec.last:
-            tied.grads_per_microbatch = 2
         stages[number] = Transformer(model, config.loss.label_smoothing, tp_ctx, backend, spec, tied)
     return stages
 

@@ -52,6 +52,13 @@ class UpdateRule:
         """
         raise NotImplementedError
 
+    def update_scaled(
+        self, grads: Sequence[torch.Tensor], factor: torch.Tensor, lr: torch.Tensor, beta2: float, skipped: torch.Tensor
+    ) -> None:
+        """`update` by `grads` times `factor` (fp64 device scalar). For rules that can multiply in passing."""
+        torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+        self.update(grads, lr, beta2, skipped)
+
     def state_dict(self) -> dict[str, int]:
         """Counters to save besides the state tensors; JSON-able. Reads the device."""
         return {}
@@ -72,7 +79,28 @@ class AdamW(UpdateRule):
         # per shard, because the kernel increments each.
         self._steps = [torch.zeros((), dtype=torch.float32, device=shard.weights.device) for shard in shards]
 
+    def update_scaled(
+        self, grads: Sequence[torch.Tensor], factor: torch.Tensor, lr: torch.Tensor, beta2: float, skipped: torch.Tensor
+    ) -> None:
+        if grads[0].is_cuda and grads[0].dtype == torch.float32:
+            self._update(grads, lr, beta2, skipped, factor.reciprocal().float())
+        else:  # the kernels divide by an fp32 number, which fp64 would notice, and the bits of a CPU stay
+            super().update_scaled(grads, factor, lr, beta2, skipped)
+
     def update(self, grads: Sequence[torch.Tensor], lr: torch.Tensor, beta2: float, skipped: torch.Tensor) -> None:
+        self._update(grads, lr, beta2, skipped)
+
+    def _update(
+        self,
+        grads: Sequence[torch.Tensor],
+        lr: torch.Tensor,
+        beta2: float,
+        skipped: torch.Tensor,
+        divisor: torch.Tensor | None = None,
+    ) -> None:
+        found_inf = skipped.float()  # 1: weights, state and step count stay the same
+        if lr.device.type == "cuda":
+            lr = lr.float()  # the CUDA kernel reads it in single precision, the CPU kernel in double
         for decay in (True, False):
             chosen = [index for index, shard in enumerate(self._shards) if shard.decay is decay]
             shards = [self._shards[index] for index in chosen]
@@ -84,12 +112,12 @@ class AdamW(UpdateRule):
                 [],
                 [self._steps[index] for index in chosen],
                 fused=True,
-                found_inf=skipped.float(),  # 1: weights, state and step count stay the same
+                grad_scale=divisor,  # the kernel divides gradients by it, and writes them back
+                found_inf=found_inf,
                 amsgrad=False,
                 beta1=self._config.adam_beta1,
                 beta2=beta2,
-                # The CUDA kernel reads lr in single precision, the CPU kernel in double.
-                lr=lr.float() if lr.device.type == "cuda" else lr,
+                lr=lr,
                 weight_decay=self._config.weight_decay if decay else 0.0,
                 eps=self._config.adam_eps,
                 maximize=False,

@@ -105,8 +105,7 @@ class HybridZeroOptimizer:
         self._reducer.expect(micro_num)
 
     def _zero_grads(self) -> None:
-        for bucket in self.buckets:
-            bucket.grads.zero_()
+        torch._foreach_zero_([bucket.grads for bucket in self.buckets])
 
     @torch.no_grad()
     def step(
@@ -133,7 +132,7 @@ class HybridZeroOptimizer:
         decision = self._skips.decide(totals.loss / labels, norm, totals.num_labels)
         factor = unscale * clip_factor(norm, self._config.hybrid_zero_optimizer.clip_grad_norm)
         second_beta = beta2(index, self._config.beta2_scheduler)
-        self._rule.update(self._scaled_grads(factor), lr, second_beta, decision.skipped)
+        self._rule.update_scaled(self._exact_grads(), factor, lr, second_beta, decision.skipped)
         self._zero_grads()
         self._begun = False
         self._gather_weights()
@@ -155,11 +154,10 @@ class HybridZeroOptimizer:
         step = self._skips.good_steps.clamp(max=len(self._rates) - 1)
         return self._rates.index_select(0, step.unsqueeze(0)).squeeze(0)
 
-    def _scaled_grads(self, factor: torch.Tensor) -> list[torch.Tensor]:
-        """Gradient shards times `factor`, in their master weights' dtype; in place if the gradients have that dtype."""
+    def _exact_grads(self) -> list[torch.Tensor]:
+        """Gradient shards in their master weights' dtype; copies only if the gradients have another."""
         return [
-            bucket.grad_shard.to(shard.weights.dtype).mul_(factor)
-            for shard, bucket in zip(self._shards, self.buckets, strict=True)
+            bucket.grad_shard.to(shard.weights.dtype) for shard, bucket in zip(self._shards, self.buckets, strict=True)
         ]
 
     def _gather_weights(self) -> None:

@@ -1,6 +1,7 @@
 """Column and row layers: the gradients of plain linear layers, and when the sum of dx travels."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from internlm_lite.layers import tensor_parallel
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
-from internlm_lite.layers.weight_grads import WeightGrads
+from internlm_lite.layers.weight_grads import WeightGrads, adds_in_fp32
 from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import single_process_mesh
 
@@ -90,3 +91,20 @@ def test_the_input_gradient_is_sent_before_weight_gradients(monkeypatch):
     monkeypatch.setattr(tensor_parallel.comm, "all_reduce", all_reduce)
     (a * b).sum().backward()
     assert events == ["dx sent", "dW", "dW", "dx arrived"]
+
+
+@pytest.mark.parametrize(
+    ("operation", "expected"),
+    [
+        (lambda grad, a, b, dtype, out: out.add_(a.float() @ b.float()), True),
+        (lambda grad, a, b, dtype, out: out.copy_(a.float() @ b.float()), False),
+        (mock.Mock(side_effect=RuntimeError("self must have the dtype of mat1")), False),
+    ],
+    ids=["adds", "overwrites", "raises"],
+)
+def test_an_operation_that_older_builds_do_not_have_right_is_tried_once(operation, expected, monkeypatch):
+    """Cause: addmm with an fp32 sum of half-precision factors raises, or is wrong, in some builds."""
+    adds_in_fp32.cache_clear()
+    monkeypatch.setattr(torch.ops.aten.addmm, "dtype_out", operation, raising=False)
+    assert adds_in_fp32(torch.bfloat16, torch.device("cpu")) is expected
+    adds_in_fp32.cache_clear()

@@ -134,3 +134,20 @@ def test_chunks_are_even_and_within_the_limit(monkeypatch):
     assert loss_module.tokens_per_chunk(100, weight.shape[0], 8, "cpu") == 100
     assert loss_module.tokens_per_chunk(101, weight.shape[0], 8, "cpu") == 51
     assert loss_module.tokens_per_chunk(1, weight.shape[0], 8, "cpu") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_weights_gradient_is_added_to_its_buffer_chunk_by_chunk(chunk_tokens, dtype):
+    """Micro-batches add up, autograd sees no gradient, and the optimizer is told once a backward pass."""
+    hidden, weight, labels = inputs(dtype=dtype)
+    (expected,) = torch.autograd.grad(fused(hidden, weight, labels).scaled_sum, weight)
+    told = []
+    weight.main_grad = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32))
+    weight.on_grad = told.append
+    for _ in range(2):
+        fused(hidden, weight, labels).scaled_sum.backward()
+    assert weight.grad is None and len(told) == 2
+    tolerance = {"rtol": 1e-12, "atol": 1e-14} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-3}
+    torch.testing.assert_close(weight.main_grad, 2 * expected.to(weight.main_grad.dtype), **tolerance)
+    with pytest.raises(RuntimeError, match="multiply `scale`, not the loss"):
+        (3 * fused(hidden, weight, labels).scaled_sum).backward()

@@ -97,6 +97,7 @@ def build_with_attention(make: Callable[[ModelConfig, TensorParallelContext], An
 
 def build_head(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, _: Any) -> Ready:
     layer, x = Head(config, 0.1, tp_ctx), hidden(config, tp_ctx, device)
+    layer.weight.main_grad = torch.zeros_like(layer.weight)
     labels, scale = torch.zeros(T, dtype=torch.int64, device=device), torch.ones((), device=device)
     return Ready(layer, lambda: layer(x, labels, scale).scaled_sum, (labels,))
 
@@ -108,6 +109,8 @@ def build_model(
     layer = Transformer(config, 0.1, tp_ctx, AttentionBackend.SDPA, spec)
     tokens, labels, positions = (torch.zeros(T, dtype=torch.int64, device=device) for _ in range(3))
     attend, scale = packed_sdpa(boundaries), torch.ones((), device=device)
+    assert layer.output is not None
+    layer.output.matrix.main_grad = torch.zeros_like(layer.output.matrix)
 
     def run() -> torch.Tensor:
         return layer.losses(layer.hidden(tokens, positions, attend), labels, scale).scaled_sum

@@ -257,3 +257,37 @@ def test_the_planner_counts_the_state_of_each_rule(name: str) -> None:
     tensors = [tensor for _, state in optimizer.shards() for tensor in state.values()]
     assert len(tensors) == len(optimizer.buckets) * (1 + len(RULES[name].roles))
     assert held.optimizer == sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_scaled_update_has_the_bits_of_scaling_first(name: str, dtype: torch.dtype) -> None:
+    found = []
+    factor, lr, no = (
+        torch.tensor(0.3, dtype=torch.float64),
+        torch.tensor(1e-2, dtype=torch.float64),
+        torch.tensor(False),
+    )
+    for scaled in (True, False):
+        rule, shards = build(RULES[name], dtype)
+        grads = [torch.arange(64.0, dtype=dtype).sub_(20) for _ in shards]
+        if scaled:
+            rule.update_scaled(grads, factor, lr, 0.97, no)
+        else:
+            rule.update([grad.mul_(factor) for grad in grads], lr, 0.97, no)
+        found.append(bits(shards))
+    assert same(*found)
+
+
+def test_adamw_on_a_gpu_divides_gradients_in_its_kernel() -> None:
+    """The same kernel on the CPU, asked as on CUDA: the factor's reciprocal in fp32, 1 ulp from multiplying."""
+    lr, no = torch.tensor(1e-2, dtype=torch.float64), torch.tensor(False)
+    (rule, ours), (other, expected) = build(AdamW, torch.float32), build(AdamW, torch.float32)
+    for step in range(3):
+        grads = [torch.arange(64.0).sub_(20 + step) for _ in ours]
+        factor = torch.tensor(0.3 + step, dtype=torch.float64)
+        rule._update([grad.clone() for grad in grads], lr, 0.97, no, factor.reciprocal().float())
+        other.update_scaled(grads, factor, lr, 0.97, no)
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine.weights, theirs.weights, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(mine.state["exp_avg_sq"], theirs.state["exp_avg_sq"], rtol=1e-6, atol=0)

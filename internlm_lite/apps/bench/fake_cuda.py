@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from internlm_lite.batch import Batch
+from internlm_lite.layers import weight_grads
 from internlm_lite.mesh.layout import Parameter
 
 DEVICE = torch.device("cuda", 0)
@@ -78,6 +79,7 @@ def fake_cuda() -> Iterator[torch.device]:
             enter(mock.patch.object(FakeTensor, name, value, create=True))
         for name, value in cuda.items():
             enter(mock.patch.object(torch.cuda, name, value))
+        enter(mock.patch.object(weight_grads, "adds_in_fp32", lambda dtype, device: True))
         enter(_FakeCuda())
         yield DEVICE
 

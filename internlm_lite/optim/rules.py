@@ -56,7 +56,7 @@ class UpdateRule:
         self, grads: Sequence[torch.Tensor], factor: torch.Tensor, lr: torch.Tensor, beta2: float, skipped: torch.Tensor
     ) -> None:
         """`update` by `grads` times `factor` (fp64 device scalar). For rules that can multiply in passing."""
-        torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+        torch._foreach_mul_(list(grads), factor.to(grads[0].dtype))
         self.update(grads, lr, beta2, skipped)
 
     def state_dict(self) -> dict[str, int]:

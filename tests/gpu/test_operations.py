@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from internlm_lite.apps.bench.gpu.correctness import _LIMITS, _Case, _kernels
+from internlm_lite.apps.bench.gpu.correctness import _LIMITS, _Case, kernels
 from internlm_lite.batch import IGNORE
 from internlm_lite.config.schema import AdamConfig
 from internlm_lite.layers.compiled import compiled
@@ -36,10 +36,9 @@ def drawn(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0, 
 def test_attention(dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, gpu: torch.device) -> None:
     """Every kernel, forward and backward, over documents of one token to several hundred; strides as in the model."""
     case = _Case(gpu, dtype, head_dim, heads, kv_heads)
-    for name in _kernels(False, dtype):
-        if name != "CUDNN":  # measured, not used
-            forward, backward, _ = case.errors(name)
-            assert forward < _LIMITS[dtype] and backward < 2 * _LIMITS[dtype], name
+    for backend in kernels(gpu, dtype, head_dim):
+        forward, backward, _ = case.errors(backend)
+        assert forward < _LIMITS[dtype] and backward < 2 * _LIMITS[dtype], backend
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

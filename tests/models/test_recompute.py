@@ -17,7 +17,7 @@ from internlm_lite.data.order import Position
 from internlm_lite.layers import compiled
 from internlm_lite.layers.flash import packed_sdpa
 from internlm_lite.layers.norm import RMSNorm
-from internlm_lite.layers.rope import Rotary
+from internlm_lite.layers.rope import Rotary, rope_frequencies
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from internlm_lite.models.decoder import Block, tensor_parallel_context
 from internlm_lite.train.trainer import Trainer
@@ -111,7 +111,7 @@ def block_run(**model: Any) -> tuple[Block, Any, tuple[torch.Tensor, ...]]:
         torch.nn.init.normal_(param, 0, 0.2, generator=generator)
         param.main_grad = torch.zeros_like(param)
     x = torch.randn(T, config.hidden_size, generator=generator).requires_grad_()
-    rotary = Rotary(torch.arange(T), config.head_dim, 1e4, x.dtype)
+    rotary = Rotary(torch.arange(T), rope_frequencies(config, x.device), x.dtype)
     return block, lambda: block(x, rotary, packed_sdpa((0, 20, T))), (rotary.cos, rotary.signed_sin)
 
 

@@ -43,6 +43,8 @@ def config(**changes: Any) -> Config:
 def row_of_stage(stage: Transformer, config: Config) -> tuple[Callable[[], torch.Tensor], list[torch.Tensor]]:
     """(what computes the loss of one row by a whole model, the row's tensors)."""
     initialise(stage, seed=1)
+    if stage.output is not None:  # as an optimizer gives it: the head keeps no gradient of its own
+        stage.output.matrix.main_grad = torch.zeros_like(stage.output.matrix)
     n_tokens = config.data.micro_bsz * config.data.seq_len
     generator = torch.Generator().manual_seed(0)
     tokens, labels = torch.randint(0, config.model.vocab_size, (2, n_tokens), generator=generator)

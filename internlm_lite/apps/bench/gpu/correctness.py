@@ -96,7 +96,7 @@ def attention(check: Check) -> None:
     for head_dim, heads, kv_heads in shapes[: 2 if check.smoke else None]:
         for dtype in _LIMITS:
             case = _Case(check.device, dtype, head_dim, heads, kv_heads)
-            for backend in kernels(check, dtype, head_dim):
+            for backend in kernels(check.device, dtype, head_dim):
                 key = f"{backend.name} D{head_dim} H{heads}/{kv_heads} {dtype}"
                 try:
                     table[key] = case.errors(backend)
@@ -112,11 +112,11 @@ def attention(check: Check) -> None:
     check.tell(f"{len(table)} cases, worst gradient error {worst:.1e}; other bits each time: {unstable}")
 
 
-def kernels(check: Check, dtype: torch.dtype, head_dim: int) -> list[AttentionBackend]:
-    """Those that such a model can take on this device, right or wrong."""
+def kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[AttentionBackend]:
+    """Those that such a model can take on `device`, right or wrong."""
     shape = {"num_attention_heads": 1, "hidden_size": head_dim, "num_layers": 1, "vocab_size": 128}
     model = ModelConfig.model_validate({**shape, "dtype": str(dtype)})
-    return [*(backend for backend in NEEDS if not unmet(backend, model, check.device)), AttentionBackend.SDPA]
+    return [*(backend for backend in NEEDS if not unmet(backend, model, device)), AttentionBackend.SDPA]
 
 
 class _Case:

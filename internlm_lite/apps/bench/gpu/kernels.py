@@ -115,7 +115,7 @@ def attention_speed(check: Check) -> None:
     }
     for label, boundaries in rows.items():
         flops = sum(2 * heads * head_dim * (stop - start) ** 2 for start, stop in pairwise(boundaries))
-        for backend in kernels(check, torch.bfloat16, head_dim):
+        for backend in kernels(check.device, torch.bfloat16, head_dim):
             q, k, v = (
                 torch.randn(tokens, heads, head_dim, device=check.device, dtype=torch.bfloat16, requires_grad=True)
                 for _ in range(3)

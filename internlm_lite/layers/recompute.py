@@ -10,17 +10,12 @@ A linear layer's input is therefore passed on with its `Recipe`. No product, att
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-
-class Recipe(NamedTuple):
-    """How a tensor was made: function(*inputs)."""
-
-    function: Callable[..., torch.Tensor]
-    inputs: tuple[torch.Tensor, ...]
+Recipe = tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]
+"""How a tensor was made: function(*inputs)."""
 
 
 def with_recipe(
@@ -32,7 +27,7 @@ def with_recipe(
         return function(*inputs), None
     if torch.compiler.is_compiling():
         return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False), None
-    return function(*inputs), Recipe(function, inputs)
+    return function(*inputs), (function, inputs)
 
 
 def made_again(function: Callable[..., torch.Tensor] | None, kept: Sequence[torch.Tensor]) -> torch.Tensor:

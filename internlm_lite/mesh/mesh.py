@@ -148,9 +148,9 @@ def _ends(pp_size: int) -> list[tuple[int, ...]]:
 def build_mesh(sizes: Sizes, rank: int, device: torch.device, timeout: timedelta) -> Mesh:
     """Create the process groups of all axes. Collective: every rank calls it with the same sizes.
 
-    `torch.distributed` must be initialised unless the world size is one; its default group is that of the world. Axes
-    do not share process groups, so collectives of different axes may overlap in any order. Where the groups take only
-    tensors of a GPU, the world has another one for objects. Raises PeerLostError when a rank is lost meanwhile.
+    `torch.distributed` must be initialised unless the world size is one. No axis shares its process group, not even
+    with the default group, which other libraries use: collectives of different axes may overlap in any order. Where
+    groups take only tensors of a GPU, the world has another one for objects. Raises PeerLostError when a rank is lost.
     """
     mesh = _mesh(sizes, rank, device, lambda axis, partition: _new_group(axis, partition, rank, timeout))
     if sizes.world == 1 or "cpu:" in dist.get_backend_config():
@@ -188,8 +188,6 @@ def _new_group(axis: str, partition: Partition, rank: int, timeout: timedelta) -
     many groups the rank that makes it is in, a number that must be equal on all ranks."""
     world = dist.group.WORLD
     assert world is not None, "torch.distributed is initialised"
-    if axis == "world":
-        return world
     mine = next(ranks for ranks in partition if rank in ranks)
     with _peer_lost(f"of the {axis} axis"):
         if world.bound_device_id is None:

@@ -105,7 +105,7 @@ def test_the_20b_file(slurm: SlurmLab, here: Path, capsys):
     assert out.splitlines()[-1] == f"sbatch {here}/slurm/20b_train.sbatch"
     assert "note: ckpt.enable_save_ckpt=False" in out
     text = (here / "slurm" / "20b_train.sbatch").read_text()
-    assert "# 20b_train: 2 x 8 GPUs = dp 4 x tp 4 x pp 1; about 52.89 GiB on the fullest rank" in text
+    assert "# 20b_train: 2 x 8 GPUs = dp 4 x tp 4 x pp 1; about 53.23 GiB on the fullest rank" in text
     assert options(text) == [
         "job-name=20b_train", "partition=main", "time=1-00:00:00", "nodes=2", "ntasks-per-node=8", "gpus-per-node=8",
         "cpus-per-task=8", f"chdir={here}", f"output={here}/slurm/slurm-%j.log", "open-mode=append", "requeue",

@@ -18,7 +18,7 @@ from internlm_lite.apps.planner.schedule import Action, actions_of, busy_time, l
 from internlm_lite.config.schema import Config
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.costs import FUSIONS, CostedLayer, Message, RowShape
-from internlm_lite.layers.flash import expected_backend
+from internlm_lite.layers.flash import AttentionBackend, expected_backend
 from internlm_lite.mesh.mesh import Sizes, sizes_of
 from internlm_lite.models.stages import model_flops_per_token
 from internlm_lite.monitor.flops import internlm_flops_per_token, mfu, tflops_per_gpu
@@ -132,7 +132,7 @@ def present_ways(config: Config, row: RowShape, documents: DocumentLengths, devi
     model = config.model
     row = replace(row, fused=_compiled(config) | {"gradients"}, fp8=model.fp8)
     dtype, kernel = DTYPES.get(model.dtype, "fp32"), KERNEL_OF.get(model.attention, model.attention)
-    if row.attention_by_document:
+    if expected_backend(model, deterministic=config.deterministic) is AttentionBackend.SDPA:
         kernel, documents = "cudnn", replace(documents, long=1.0)
     elif kernel == "auto":
         kernel = "cudnn" if "cudnn" in device.attention_tflops and not config.deterministic else "varlen"

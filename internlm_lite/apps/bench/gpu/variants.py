@@ -5,21 +5,17 @@ Variants are combined by "+": "compile+varlen". "eager" is the unchanged step.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from internlm_lite.config.schema import Config
 from internlm_lite.layers import compiled, linear, mlp, norm
-from internlm_lite.mesh.layout import ShardSpec
-from internlm_lite.models import initialise
 
 
 def apply(variant: str, smoke: bool) -> None:
     """Patch the modules of this process. Raises KeyError for an unknown name."""
-    _put(initialise, "_drawn", _quickly_drawn)
     for name in variant.split("+"):
         VARIANTS[name](smoke)
 
@@ -34,14 +30,6 @@ def configured(config: Config, variant: str) -> Config:
         "fp8": "fp8" in names,
     }
     return config.model_copy(update={"model": config.model.model_copy(update=keys)})
-
-
-def _quickly_drawn(layout: ShardSpec, std: float, seed: int) -> Iterator[tuple[tuple[slice, ...], Any]]:
-    """Quick random weights; the normal initialisation of a 7B model takes a minute."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = torch.Generator(device).manual_seed(zlib.crc32(layout.name.encode()))
-    rows = torch.randn(layout.local_shape, device=device, generator=generator).mul_(std)
-    yield (slice(None),), rows.cpu().numpy()
 
 
 def _nothing(smoke: bool) -> None:

@@ -119,7 +119,8 @@ def check_heads(config: ModelConfig, tp_size: int) -> None:
     problems = []
     if (config.head_dim is None and hidden_size % heads) or config.head_size % 2:
         problems.append(
-            f"model.hidden_size {hidden_size} over {heads} heads: expected an even number of features per head"
+            f"model.hidden_size {hidden_size} over {heads} heads, model.head_dim {config.head_dim}: "
+            "expected an even number of features per head"
         )
     if heads % kv_heads:
         problems.append(f"model.num_kv_attention_heads {kv_heads}: expected a divisor of num_attention_heads {heads}")

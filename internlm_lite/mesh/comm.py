@@ -80,9 +80,12 @@ class SideStream:
     """A CUDA stream for what follows enqueued work without delaying the current stream. On the CPU it does nothing."""
 
     def __init__(self, device: torch.device) -> None:
-        self.is_real = device.type == "cuda"
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @property
+    def is_real(self) -> bool:
+        return self._stream is not None
 
     @contextmanager
     def current_work(self) -> Iterator[None]:

@@ -84,6 +84,7 @@ class Needs:
     install: str = ""
 
 
+_NO_DROPOUT = "drops attention weights by numbers of its own, which no other layout or start repeats"
 REPEATS = 10
 """Backward passes whose bits are compared."""
 AMPERE_AND_LATER = (8, 9, 10, 11, 12)
@@ -120,6 +121,8 @@ def choose_backend(config: ModelConfig, device: torch.device, *, strict: bool = 
             return backend
         if "went wrong" in refusal:
             logger.warning(f"attention: {backend.value} {refusal}; another kernel is used")
+    if config.attention_dropout and device.type == "cuda":
+        logger.warning(f"attention: every kernel {_NO_DROPOUT}: plain operations take its place, which are slower")
     return AttentionBackend.SDPA
 
 
@@ -165,6 +168,8 @@ def _unfit(needs: Needs, config: ModelConfig) -> str:
     if config.head_size % needs.multiple or config.head_size > needs.head_dim:
         wanted = f"a multiple of {needs.multiple} up to {needs.head_dim}"
         return f"needs heads to be {wanted}, found {config.head_size}"
+    if config.attention_dropout:
+        return f"{_NO_DROPOUT}, found model.attention_dropout={config.attention_dropout:g}"
     for key in needs.lacks:
         if (found := getattr(config, key)) is not None:
             return f"knows no model.{key}, found {found}"

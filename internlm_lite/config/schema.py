@@ -346,6 +346,12 @@ class ModelConfig(Section):
         """Tokens that a query of the layer sees, its own among them; None: all of its document."""
         return self.sliding_window if self.is_sliding(layer) else None
 
+    def attention_pairs(self, layer: int, seq_len: int) -> int:
+        """Pairs of query and key that FLOPs count in a document of S tokens. Full attention: all S^2, masked or not. A
+        window W < S: the W * S - W * (W - 1) / 2 pairs in it and, likewise, their mirrors beyond the diagonal."""
+        window = min(self.window(layer) or seq_len, seq_len)
+        return window * (2 * seq_len - window + 1) - seq_len
+
     @property
     def has_qkv_bias(self) -> bool:
         return not self.no_bias if self.qkv_bias is None else self.qkv_bias

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from internlm_lite.units import round_up
 
+UNKNOWN_TO_KERNELS = {"cudnn": ("sliding_window", "attention_softcap"), "torch_varlen": ("attention_softcap",)}
+"""model.attention -> keys of `model` that this kernel does not have."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]

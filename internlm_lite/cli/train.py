@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_launcher(parser, timeout=600, world_size_help="likewise; with --dry-run: ranks to plan for")
     add("--backend", choices=["nccl", "gloo"], help="accepted for old command lines; follows the device")
     add("--resume", metavar="auto|none|STEP|PATH", help="checkpoint to resume from (default: auto)")
+    add("--eval-only", action="store_true", help="evaluate the checkpoint to resume from, and stop")
     add("--seed", type=int, help="seed of weights and data order, instead of the config's")
     add("--run-dir", type=Path, default=Path("RUN"), help="logs and metrics go to RUN_DIR/<JOB_NAME>/<time>")
     add("--profiling", action="store_true", help="write a trace of three early steps per rank")
@@ -123,6 +125,7 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
     from internlm_lite.apps.report.writer import open_report
     from internlm_lite.runtime.device import usable_gpus
     from internlm_lite.runtime.dist_env import set_gpu_defaults
+    from internlm_lite.train.evaluation import without_saves
     from internlm_lite.train.job import Options, run_job
 
     if usable_gpus(arguments.device):
@@ -136,5 +139,8 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
         command=tuple(sys.argv),
         profiling=arguments.profiling,
         sinks={"the report": open_report, **sinks},
+        eval_only=arguments.eval_only,
     )
+    if arguments.eval_only:
+        loaded = replace(loaded, config=without_saves(loaded.config))
     run_job(loaded, dist_env, options)

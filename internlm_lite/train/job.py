@@ -44,6 +44,7 @@ from internlm_lite.runtime.torchrun import report_to_agent
 from internlm_lite.train.build import Run, RunServices, build_run
 from internlm_lite.train.changes import LastRun, keep_global_batch
 from internlm_lite.train.checkpoints import Checkpoints
+from internlm_lite.train.evaluation import evaluate_only
 from internlm_lite.train.failure_handler import FailureHandler, code_of
 from internlm_lite.train.loop import TrainingEnd, train
 
@@ -73,6 +74,8 @@ class Options:
     profiling: bool
     sinks: Mapping[str, SinkFactory] = field(default_factory=dict)
     """See `build.RunServices`."""
+    eval_only: bool = False
+    """Evaluate a checkpoint instead of training; the config is one of `evaluation.without_saves`."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,12 @@ def _run(loaded: LoadedConfig, dist_env: DistEnv, options: Options, failures: Fa
         try:
             agents = {str(agent) for agent in comm.gather_objects(dist_env.agent, mesh.world) if agent}
             job = Job(loaded, dist_env, options, mesh, checkpoints, failures, tuple(sorted(agents)))
-            ended = _train(job, _plan(job), signals)
+            if options.eval_only:
+                services = RunServices(checkpoints=checkpoints, watchdog=watchdog)
+                evaluate_only(config, mesh, options.resume, services)
+                stopped_by = ""
+            else:
+                stopped_by = _train(job, _plan(job), signals).stopped_by
         finally:
             watchdog.enter("ending")
             checkpoints.close(wait=False)
@@ -167,7 +175,7 @@ def _run(loaded: LoadedConfig, dist_env: DistEnv, options: Options, failures: Fa
         except PeerLostError as error:
             failures.failed(error)
             raise
-        return STOPPED if ended.stopped_by and not dist_env.supervised else 0
+        return STOPPED if stopped_by and not dist_env.supervised else 0
 
 
 def limits_of(timeout_seconds: float) -> Limits:
@@ -184,6 +192,7 @@ def _fingerprint(loaded: LoadedConfig, options: Options, device: torch.device) -
         "device": device.type,
         "--resume": options.resume or "not given",
         "--timeout": f"{options.timeout_seconds:g}",
+        "--eval-only": str(options.eval_only),
         **{row["key"]: repr(row["value"]) for row in origin_rows(loaded)},
     }
 

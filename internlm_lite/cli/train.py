@@ -16,7 +16,6 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,7 +124,6 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
     from internlm_lite.apps.report.writer import open_report
     from internlm_lite.runtime.device import usable_gpus
     from internlm_lite.runtime.dist_env import set_gpu_defaults
-    from internlm_lite.train.evaluation import without_saves
     from internlm_lite.train.job import Options, run_job
 
     if usable_gpus(arguments.device):
@@ -141,6 +139,4 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
         sinks={"the report": open_report, **sinks},
         eval_only=arguments.eval_only,
     )
-    if arguments.eval_only:
-        loaded = replace(loaded, config=without_saves(loaded.config))
     run_job(loaded, dist_env, options)

@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,7 +44,7 @@ from internlm_lite.runtime.torchrun import report_to_agent
 from internlm_lite.train.build import Run, RunServices, build_run
 from internlm_lite.train.changes import LastRun, keep_global_batch
 from internlm_lite.train.checkpoints import Checkpoints
-from internlm_lite.train.evaluation import evaluate_only
+from internlm_lite.train.evaluation import evaluate_only, without_saves
 from internlm_lite.train.failure_handler import FailureHandler, code_of
 from internlm_lite.train.loop import TrainingEnd, train
 
@@ -75,7 +75,7 @@ class Options:
     sinks: Mapping[str, SinkFactory] = field(default_factory=dict)
     """See `build.RunServices`."""
     eval_only: bool = False
-    """Evaluate a checkpoint instead of training; the config is one of `evaluation.without_saves`."""
+    """Evaluate a checkpoint instead of training."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,8 @@ def run_job(loaded: LoadedConfig, dist_env: DistEnv, options: Options) -> NoRetu
     code. `loaded` has passed `check_config` for this world."""
     setup_logging(dist_env, None, options.log_style)
     failures = FailureHandler(dist_env)
+    if options.eval_only:
+        loaded = replace(loaded, config=without_saves(loaded.config))
     try:
         with report_to_agent(dist_env.error_file):
             code = _run(loaded, dist_env, options, failures)

@@ -259,7 +259,11 @@ Curve = list[tuple[float, float]]
 
 def _train_and_resume(mesh: Mesh, layout: Layout, corpus: Path, folder: Path, kind: str) -> tuple[Curve, Curve]:
     """Loss and gradient norm of all steps, and of those after the checkpoint of step 2, resumed from it."""
-    adam = {"lr": 0.05 if "sgd" in kind else 1e-3, "weight_decay": 0.1, "weight_decay_on": "matrices_without_embeddings"}
+    adam = {
+        "lr": 0.05 if "sgd" in kind else 1e-3,
+        "weight_decay": 0.1,
+        "weight_decay_on": "matrices_without_embeddings",
+    }
     sections: dict[str, Any] = {"optimizer": options_of(kind).model_dump(), "adam": adam}
     ckpt = {
         "enable_save_ckpt": True,

@@ -36,6 +36,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_launcher(parser, timeout=600, world_size_help="likewise; with --dry-run: ranks to plan for")
     add("--backend", choices=["nccl", "gloo"], help="accepted for old command lines; follows the device")
     add("--resume", metavar="auto|none|STEP|PATH", help="checkpoint to resume from (default: auto)")
+    add("--eval-only", action="store_true", help="evaluate the checkpoint to resume from, and stop")
     add("--seed", type=int, help="seed of weights and data order, instead of the config's")
     add("--run-dir", type=Path, default=Path("RUN"), help="logs and metrics go to RUN_DIR/<JOB_NAME>/<time>")
     add("--profiling", action="store_true", help="write a trace of three early steps per rank")
@@ -159,5 +160,6 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
         command=tuple(sys.argv),
         profiling=arguments.profiling,
         sinks={"the report": open_report, **sinks},
+        eval_only=arguments.eval_only,
     )
     run_job(loaded, dist_env, options)

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
-from internlm_lite.apps.convert.recipes import FAMILIES, Family
+from internlm_lite.apps.convert.families import FAMILIES, Family
 from internlm_lite.config.schema import Dtype, ModelConfig, RopeScaling
 from internlm_lite.errors import CheckpointError
 from internlm_lite.units import round_up

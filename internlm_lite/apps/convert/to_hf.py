@@ -16,7 +16,8 @@ import torch
 
 from internlm_lite.apps.convert.hf_config import to_hf
 from internlm_lite.apps.convert.hf_folder import INDEX, ONE_FILE
-from internlm_lite.apps.convert.recipes import Family, TensorRecipe, hf_recipes
+from internlm_lite.apps.convert.families import Family
+from internlm_lite.apps.convert.recipes import TensorRecipe, hf_recipes
 from internlm_lite.apps.convert.stream import ConvertedFile
 from internlm_lite.apps.convert.tokenizers import files_of, special_ids
 from internlm_lite.checkpoint.format.catalog import Found

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internlm_lite.apps.convert.hf_config import default_family, from_hf, mlp_width, to_hf
-from internlm_lite.apps.convert.recipes import FAMILIES, our_shapes
+from internlm_lite.apps.convert.families import FAMILIES
+from internlm_lite.apps.convert.recipes import our_shapes
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.errors import CheckpointError
 from internlm_lite.units import round_up

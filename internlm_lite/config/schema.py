@@ -309,6 +309,11 @@ class ModelConfig(Section):
     """(new) Bias on attention's output. None: as no_bias says."""
     qk_norm: Literal[False, "head"] = False
     """(new) "head": RMSNorm of each query and key head before its rotation, one weight for all heads (Qwen3)."""
+    attention_softcap: Annotated[float, Field(gt=0)] | None = None
+    """(new) c: a score s of query and key becomes c * tanh(s / c) (Gemma 2). Of the kernels, flash-attn's alone know
+    it; without them scores are computed block by block, exactly but slowly."""
+    attention_scale: Annotated[float, Field(gt=0)] | None = None
+    """(new) Scale of the scores; None: head_dim ** -0.5. Gemma's is query_pre_attn_scalar ** -0.5."""
     rope_base: Annotated[float, Field(gt=0)] = 10000
     """(new) Base of the rotary embedding."""
     rope_scaling: RopeScaling | None = None
@@ -326,6 +331,10 @@ class ModelConfig(Section):
     def head_size(self) -> int:
         """Features of a head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a query of the layer sees, its own among them; None: all of its document."""
+        return self.sliding_window if self.is_sliding(layer) else None
 
     @property
     def has_qkv_bias(self) -> bool:

@@ -19,6 +19,7 @@ from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns, output
 from internlm_lite.layers.norm import RMSNorm
 from internlm_lite.layers.recompute import Recipe
 from internlm_lite.layers.rope import Rotary
+from internlm_lite.layers.scores import attention_rule
 from internlm_lite.layers.tensor_parallel import TensorParallelContext, accumulation_dtype
 
 
@@ -30,6 +31,7 @@ class Attention(CostedLayer):
         check_heads(config, tp_ctx.group.size)
         hidden_size, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.kv_heads
         self.layer, self.tp_ctx = layer, tp_ctx
+        self.rule = attention_rule(config, layer)
         self.head_dim = config.head_size
         self.queries = heads // kv_heads  # per key/value head
         rows, bias = kv_heads * (self.queries + 2) * self.head_dim, config.has_qkv_bias
@@ -45,7 +47,7 @@ class Attention(CostedLayer):
         self._rotated = compiled_in_training(Rotary.__call__, wanted=tp_ctx.compiled)
 
     def forward(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
-        return self.output(attend(self.layer, *self.project(x, rotary)))
+        return self.output(attend(self.rule, *self.project(x, rotary)))
 
     def project(
         self, x: torch.Tensor, rotary: Rotary, recipe: Recipe | None = None

@@ -96,7 +96,7 @@ class Block(CostedLayer):
         return self._run(x, rotary, attend)
 
     def _run(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
-        return self._after(self, x, attend(self.attention.layer, *self._before(self, x, rotary)))
+        return self._after(self, x, attend(self.attention.rule, *self._before(self, x, rotary)))
 
     def _before_attention(self, x: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if self.post_norm:

@@ -11,6 +11,7 @@ import torch
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers import flash
 from internlm_lite.layers.flash import AttentionBackend, choose_backend, kernel_problem, packed
+from internlm_lite.layers.scores import AttentionRule
 from tests.models.small import small_config
 
 
@@ -33,9 +34,12 @@ def choose(dtype, device, head_dim=64, use_flash_attn=True):
     return choose_backend(config, device)
 
 
+PLAIN = AttentionRule()
+
+
 def attend(boundaries, q, k, v, backend=AttentionBackend.SDPA):
     longest = max(b - a for a, b in pairwise(boundaries))
-    return packed(backend, torch.tensor(boundaries, dtype=torch.int32), tuple(boundaries), longest)(0, q, k, v)
+    return packed(backend, torch.tensor(boundaries, dtype=torch.int32), tuple(boundaries), longest)(PLAIN, q, k, v)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
@@ -114,12 +118,12 @@ def test_flash_attn_is_chosen_where_it_can_be_imported(content, found, logged, t
     assert len(caplog.records) == (logged is not None)
 
 
-def by_value(cu_seqlens, q, k, v, max_seqlen):
+def by_value(cu_seqlens, rule, q, k, v, max_seqlen):
     """A varlen kernel for the CPU: reads the boundaries that it is given."""
     assert type(max_seqlen) is int, "flash-attn 4 compiles again for every tensor that it is given as a length"
     boundaries = cu_seqlens.tolist()
     assert boundaries[0] == 0 and boundaries[-1] == len(q) and all(a < b for a, b in pairwise(boundaries))
-    return packed(AttentionBackend.SDPA, cu_seqlens, tuple(boundaries), max_seqlen)(0, q, k, v)
+    return packed(AttentionBackend.SDPA, cu_seqlens, tuple(boundaries), max_seqlen)(rule, q, k, v)
 
 
 def random_boundaries(generator, tokens=96):
@@ -134,9 +138,9 @@ def random_boundaries(generator, tokens=96):
 def test_long_and_short_documents_of_a_row_take_different_kernels(monkeypatch: pytest.MonkeyPatch):
     dense = []
 
-    def causal(q, k, v, count, length):
-        dense.append((count, length))
-        return flash._causal(q, k, v, count, length)
+    def causal(rule, q, k, v, docs):
+        dense.append((docs.count, docs.length))
+        return flash._causal(rule, q, k, v, docs)
 
     monkeypatch.setattr(flash, "LONG", 32)
     monkeypatch.setattr(flash, "TILE", 16)
@@ -172,6 +176,7 @@ KERNEL = """
 from itertools import pairwise
 import torch
 from internlm_lite.layers.flash import packed_sdpa
+from internlm_lite.layers.scores import AttentionRule
 calls = []
 def flash_attn_varlen_func(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
                            causal=False, deterministic=False):
@@ -179,7 +184,7 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_se
     calls.append((cu_seqlens_q.tolist(), max_seqlen_q, deterministic))
     return {result}
 """
-RIGHT = "packed_sdpa(tuple(cu_seqlens_q.tolist()))(0, q, k, v)"
+RIGHT = "packed_sdpa(tuple(cu_seqlens_q.tolist()))(AttentionRule(), q, k, v)"
 
 
 @pytest.fixture
@@ -333,8 +338,8 @@ def test_the_chosen_kernel_equals_the_reference_on_a_gpu(kv_heads):
     boundaries = [0, 5, 10, 24, 24]
     backend = choose(torch.bfloat16, device)
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
-    ours = packed(backend, cu_seqlens, tuple(boundaries), 14)(0, q, k, v)
-    expected = packed(AttentionBackend.SDPA, cu_seqlens, tuple(boundaries), 14)(0, q, k, v)
+    ours = packed(backend, cu_seqlens, tuple(boundaries), 14)(PLAIN, q, k, v)
+    expected = packed(AttentionBackend.SDPA, cu_seqlens, tuple(boundaries), 14)(PLAIN, q, k, v)
     torch.testing.assert_close(ours, expected, rtol=0, atol=0.03)
     grads = torch.autograd.grad(ours.sum(), (q, k, v))
     for mine, theirs in zip(grads, torch.autograd.grad(expected.sum(), (q, k, v)), strict=True):

@@ -36,11 +36,11 @@ def test_the_weights_are_those_of_the_kernel(changes, monkeypatch):
     prompts = [doc.tolist() for doc in docs]
     expected: dict[int, torch.Tensor] = {}
 
-    def looked_at(layer, q, k, v):
+    def looked_at(rule, q, k, v):
         units = torch.eye(len(v), dtype=v.dtype)[:, None].expand(-1, k.shape[1], -1)
         # value vectors of another size than the keys': the reference kernel takes them
-        expected[layer] = packed_sdpa((0, 5, 6, 15))(layer, q, k, units).transpose(0, 1)  # [heads, query, key]
-        return packed_sdpa((0, 5, 6, 15))(layer, q, k, v)
+        expected[rule.layer] = packed_sdpa((0, 5, 6, 15))(rule, q, k, units).transpose(0, 1)  # [heads, query, key]
+        return packed_sdpa((0, 5, 6, 15))(rule, q, k, v)
 
     positions = torch.cat([torch.arange(len(doc)) for doc in docs])
     model.logits(torch.cat(docs), positions, looked_at)

@@ -309,15 +309,19 @@ class ModelConfig(Section):
     """(new) Bias on attention's output. None: as no_bias says."""
     qk_norm: Literal[False, "head"] = False
     """(new) "head": RMSNorm of each query and key head before its rotation, one weight for all heads (Qwen3)."""
+    rope_base: Annotated[float, Field(gt=0)] = 10000
+    """(new) Base of the rotary embedding."""
+    rope_scaling: RopeScaling | None = None
+    """(new) Scaled rotary frequencies, as in Llama 3.1."""
+    sliding_window: Positive | None = None
+    """(new) Sliding layers: a token attends to itself and the sliding_window - 1 tokens before it. None: no layer."""
+    layer_types: Annotated[list[Literal["full_attention", "sliding_attention"]], Field(min_length=1)] | None = None
+    """(new) Kinds of the layers, repeated over them. None: with sliding_window, all are sliding."""
     attention_softcap: Annotated[float, Field(gt=0)] | None = None
     """(new) c: a score s of query and key becomes c * tanh(s / c) (Gemma 2). Of the kernels, flash-attn's alone know
     it; without them scores are computed block by block, exactly but slowly."""
     attention_scale: Annotated[float, Field(gt=0)] | None = None
     """(new) Scale of the scores; None: head_dim ** -0.5. Gemma's is query_pre_attn_scalar ** -0.5."""
-    rope_base: Annotated[float, Field(gt=0)] = 10000
-    """(new) Base of the rotary embedding."""
-    rope_scaling: RopeScaling | None = None
-    """(new) Scaled rotary frequencies, as in Llama 3.1."""
     tie_word_embeddings: bool = False
     """(new) The head shares the embedding's weight."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
@@ -331,6 +335,12 @@ class ModelConfig(Section):
     def head_size(self) -> int:
         """Features of a head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def is_sliding(self, layer: int) -> bool:
+        """Whether layer `layer` of the whole model attends to a window of sliding_window tokens."""
+        if self.sliding_window is None:
+            return False
+        return self.layer_types is None or self.layer_types[layer % len(self.layer_types)] == "sliding_attention"
 
     def window(self, layer: int) -> int | None:
         """Tokens that a query of the layer sees, its own among them; None: all of its document."""

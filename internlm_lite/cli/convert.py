@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 
 from internlm_lite.apps.convert.compare_logits import compare, require_transformers
+from internlm_lite.apps.convert.families import FAMILIES
 from internlm_lite.apps.convert.from_hf import read_hf
 from internlm_lite.apps.convert.hf_config import default_family
-from internlm_lite.apps.convert.families import FAMILIES
 from internlm_lite.apps.convert.to_hf import open_checkpoint, write_hf
 from internlm_lite.cli.options import new_parser, s3_settings
 from internlm_lite.config.schema import Config, ModelConfig, S3Config

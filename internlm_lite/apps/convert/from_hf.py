@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from internlm_lite.apps.convert.families import NAMES
+from internlm_lite.apps.convert.families import FORMS
 from internlm_lite.apps.convert.hf_config import HFConfig, from_hf
 from internlm_lite.apps.convert.hf_folder import HFFolder, read_json
 from internlm_lite.apps.convert.recipes import TensorRecipe, our_recipes, sources_of
@@ -108,7 +108,7 @@ def _checked_recipes(source: HFFolder, hf: HFConfig) -> list[TensorRecipe]:
     recipes = our_recipes(hf.model, hf.family)
     sizes = sources_of(recipes)
     shapes = source.shapes
-    head = f"{NAMES[hf.family]['output']}.weight"
+    head = f"{FORMS[hf.family].names['output']}.weight"
     if hf.model.tie_word_embeddings and head in shapes:
         _check_tied(source, head, next(recipe for recipe in recipes if recipe.name == "tok_embeddings.weight"))
         del shapes[head]

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from internlm_lite.apps.convert.families import NAMES, TRANSPOSED, Family
+from internlm_lite.apps.convert.families import FORMS, Family
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.layout import Parameter
@@ -97,7 +97,9 @@ def our_recipes(model: ModelConfig, family: Family) -> list[TensorRecipe]:
     made = []
     for name, shape in our_shapes(model).items():
         parts = list(_row_ranges(model, family, name, shape))
-        found = [(part.ours_start, Rows(part.theirs, part.theirs_start, part.theirs_start + part.count)) for part in parts]
+        found = [
+            (part.ours_start, Rows(part.theirs, part.theirs_start, part.theirs_start + part.count)) for part in parts
+        ]
         made.append(TensorRecipe(*_joined(name, shape[1:], found), "sources" if parts[0].transposed else None))
     return made
 
@@ -122,12 +124,13 @@ def _joined(name: str, rest: Shape, pieces: Sequence[tuple[int, Rows]]) -> tuple
 
 def _row_ranges(model: ModelConfig, family: Family, name: str, shape: Shape) -> Iterator[RowRange]:
     """Sources of one of our tensors, in the order of its rows."""
-    names, prefix = NAMES[family], ""
+    form, prefix = FORMS[family], ""
+    names = form.names
     module, _, kind = name.rpartition(".")
     if module.startswith("layers."):
         _, layer, module = module.split(".", 2)
         prefix = f"{names['layers']}.{layer}."
-    transposed = kind == "weight" and module in TRANSPOSED.get(family, ())
+    transposed = kind == "weight" and module in form.transposed
     if module != _QKV or module in names:
         start = shape[0] if module == _UP and names[_UP] == names[_GATE] else 0
         yield RowRange(name, 0, f"{prefix}{names[module]}.{kind}", start, shape[0], transposed)

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from internlm_lite.apps.convert.families import Family
 from internlm_lite.apps.convert.hf_config import to_hf
 from internlm_lite.apps.convert.hf_folder import INDEX, ONE_FILE
-from internlm_lite.apps.convert.families import Family
 from internlm_lite.apps.convert.recipes import TensorRecipe, hf_recipes
 from internlm_lite.apps.convert.stream import ConvertedFile
 from internlm_lite.apps.convert.tokenizers import files_of, special_ids

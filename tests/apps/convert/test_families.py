@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from internlm_lite.apps.convert.from_hf import read_hf
-from internlm_lite.apps.convert.recipes import our_recipes
+from internlm_lite.apps.convert.recipes import our_recipes, sources_of
 from internlm_lite.apps.convert.to_hf import open_checkpoint, write_hf
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.generate.decode import generate
@@ -42,15 +42,21 @@ SHAPE = {
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 PLAIN = {"rope_type": "default"}
+MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+NO_PADDING = {"pad_token_id": None}
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama 2": ("llama", PLAIN, {}),
     "llama 3.1": ("llama", {**LLAMA3, "original_max_position_embeddings": 16, "rope_theta": 500.0}, {}),
     "llama 3.2, tied": ("llama", PLAIN, {"tie_word_embeddings": True, "head_dim": 14}),
     "llama, linear": ("llama", {"rope_type": "linear", "factor": 3.0}, {"attention_bias": True}),
     "mistral": ("mistral", PLAIN, {"sliding_window": None, "head_dim": 16}),
+    "mistral, windows": ("mistral", PLAIN, {"sliding_window": 7}),
     "qwen2": ("qwen2", PLAIN, {"tie_word_embeddings": True}),
+    "qwen2, windows": ("qwen2", PLAIN, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
     "qwen2, yarn": ("qwen2", YARN, {}),
     "qwen3": ("qwen3", PLAIN, {"head_dim": 18}),
+    "qwen3, windows": ("qwen3", PLAIN, {"head_dim": 12, "use_sliding_window": True, "sliding_window": 4, **MIXED}),
+    "phi3": ("phi3", PLAIN, {**NO_PADDING, "sliding_window": 6}),
     "qwen3, yarn": ("qwen3", {**YARN, "factor": 8.0, "beta_fast": 4.0, "truncate": False}, {"head_dim": 8}),
 }
 """Name -> model_type, rope_parameters, further keys of config.json."""
@@ -121,7 +127,8 @@ def test_logits_gradients_and_greedy_tokens_are_theirs(pair: tuple[Any, WholeMod
     gradients = {name: param.grad for name, param in theirs.named_parameters()}
     found = {param.shard_spec.name: param.grad for param in stage.parameters()}
     for recipe in our_recipes(model, family_of(theirs)):
-        wanted = torch.cat([gradients[rows.name][rows.start : rows.stop] for rows in recipe.rows])
+        sources = {name: gradients[name].T if recipe.transposed else gradients[name] for name in sources_of([recipe])}
+        wanted = torch.cat([sources[rows.name][rows.start : rows.stop] for rows in recipe.rows])
         torch.testing.assert_close(found[recipe.name], wanted, rtol=0, atol=1e-9, msg=recipe.name)
     prompt = TOKENS[:7].tolist()
     (continued,) = generate(ours, [Request(prompt, 50)], Sampling(temperature=0.0))

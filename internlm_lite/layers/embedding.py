@@ -61,7 +61,7 @@ class Embedding(CostedLayer):
         shape, dim = (config.vocab_size, config.hidden_size), 1 if self.split_hidden else 0
         layout = split(f"{name}.weight", shape, dim, tp_ctx.group, init_std=config.init_std, partial_over=partial_over)
         self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)
-        self.weight.manual_grad = self.weight.deferred_grad = True
+        self.weight.manual_grad = self.weight.deferred_grad = self.weight.looked_up = True
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         e = self._gathered(tokens) if self.split_hidden else self._summed(tokens)

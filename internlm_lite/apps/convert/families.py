@@ -52,7 +52,7 @@ GROUPED = {
 }
 
 
-class Section(Protocol):
+class KeyGroup(Protocol):
     """Features that several keys say together."""
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Form:
     """Features that all models of the family have."""
     constants: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     """Key -> the one value that we can express, and its default."""
-    sections: tuple[Section, ...] = (Activation(), Rotation())
+    groups: tuple[KeyGroup, ...] = (Activation(), Rotation())
     transposed: frozenset[str] = frozenset()
     """Our modules whose weight is stored as [inputs, outputs]."""
 
@@ -132,40 +132,40 @@ FORMS: Mapping[Family, Form] = {
         SEPARATE,
         _keys(max_positions=131072),
         _UNBIASED,
-        sections=(Activation(), Rotation(), Windows(4096, has_types=False)),
+        groups=(Activation(), Rotation(), Windows(4096, has_types=False)),
     ),
     "qwen2": Form(
         "Qwen2ForCausalLM",
         SEPARATE,
         _keys(max_positions=32768),
         {"qkv_bias": True, "out_bias": False},
-        sections=(Activation(), Rotation(), _QWEN),
+        groups=(Activation(), Rotation(), _QWEN),
     ),
     "qwen3": Form(
         "Qwen3ForCausalLM",
         SEPARATE,
         _keys(_ATTENTION, head_dim=128, max_positions=32768),
         {"qk_norm": "head"},
-        sections=(Activation(), Rotation(), _QWEN),
+        groups=(Activation(), Rotation(), _QWEN),
     ),
     "phi3": Form(
         "Phi3ForCausalLM",
         STACKED,
         _keys(layer_norm_epsilon=1e-5, max_positions=4096),
         _UNBIASED,
-        sections=(Activation(), Rotation(kinds=()), Windows(None, has_types=False)),
+        groups=(Activation(), Rotation(kinds=()), Windows(None, has_types=False)),
     ),
     "internlm": Form(
         "InternLMForCausalLM",
         SEPARATE,
         _without(_keys(_BIASED), "num_kv_attention_heads", "head_dim"),
-        sections=(Activation(), Rotation(kinds=(), has_rotary=True)),
+        groups=(Activation(), Rotation(kinds=(), has_rotary=True)),
     ),
     "internlm2": Form(
         "InternLM2ForCausalLM",
         GROUPED,
         _without(_keys(_BIASED), "head_dim"),
-        sections=(Activation(), Rotation(kinds=())),
+        groups=(Activation(), Rotation(kinds=())),
     ),
     "internlm3": Form(
         "InternLM3ForCausalLM",

@@ -76,8 +76,8 @@ def _written(model: ModelConfig, family: Family, max_positions: int) -> dict[str
     config |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     config |= {name: ours[feature] for feature, (name, _) in form.keys.items()}
     config |= {name: value for name, (value, _) in form.constants.items()}
-    for section in form.sections:
-        config |= section.write(ours)
+    for group in form.groups:
+        config |= group.write(ours)
     return config
 
 
@@ -158,7 +158,7 @@ def _read(form: Form, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
     ]
     if config.get("quantization_config"):
         problems.append("quantization_config: quantised weights are not read; convert the original model")
-    for read, given in ((_heads, found), *((section.read, config) for section in form.sections)):
+    for read, given in ((_heads, found), *((group.read, config) for group in form.groups)):
         try:
             found |= read(given)
         except CheckpointError as error:

@@ -36,6 +36,10 @@ class ConvertedFile(TensorFile):
         self._kept: tuple[str, torch.Tensor] | None = None
 
     def blocks_of(self, key: str, tensor: torch.Tensor) -> Iterator[bytes]:
+        return self.converted(key)
+
+    def converted(self, key: str) -> Iterator[bytes]:
+        """The bytes of one tensor in blocks of BLOCK_BYTES."""
         block = bytearray()
         for part in self._parts(self._recipes[key]):
             data = part.contiguous().view(-1).view(torch.uint8).numpy().data

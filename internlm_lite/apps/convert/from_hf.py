@@ -68,7 +68,7 @@ def read_hf(
         for file, content in files_in(folder).items():
             storage.put(file, [content])
         name, n_bytes = _write(storage, source, hf, recipes, config, done)
-    return ReadResult(str(name), config, len(recipes), n_bytes, (*hf.notes, *notes))
+    return ReadResult(str(name), config, len(recipes), n_bytes, notes)
 
 
 def _write(

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from internlm_lite.apps.convert.families import FAMILIES, FORMS, Family, Form
-from internlm_lite.apps.convert.hf_rope import scaling_section
+from internlm_lite.apps.convert.hf_rope import scaling_features
 from internlm_lite.apps.convert.hf_windows import FULL, SLIDING
 from internlm_lite.config.schema import Dtype, ModelConfig
 from internlm_lite.errors import CheckpointError
@@ -22,10 +22,13 @@ from internlm_lite.units import round_up
 _NO_FEATURES = {
     *("checkpoint", "dtype", "attention", "use_flash_attn", "compile", "fp8", "use_fp32_norm", "init_std"),
     *("num_chunks", "embed_split_hidden", "embed_grad_scale", "parallel_output"),
+    *("embedding_dropout", "attention_dropout", "residual_dropout"),
     *("mlp_ratio", "multiple_of", "no_bias"),
 }
 """Fields of the model section that do not change what a trained model computes, or that others say as well."""
-_COUNTS = ("vocab_size", "hidden_size", "mlp_width", "num_layers", "num_attention_heads", "max_positions")
+_OF_ROTATION = ("rope_base", "rope_scaling", "rope_local_base", "partial_rotary_factor", "no_rope_every")
+_COUNTS = {"vocab_size", "hidden_size", "mlp_width", "num_layers", "num_attention_heads", "max_positions"}
+_SWITCHES = ("qkv_bias", "out_bias", "mlp_bias", "tie_word_embeddings")
 _MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 
 
@@ -36,24 +39,31 @@ class HFConfig:
     family: Family
     model: ModelConfig
     max_positions: int
-    notes: tuple[str, ...]
-    """Notes for the user, one a line."""
 
 
 def features(model: ModelConfig) -> dict[str, Any]:
     """What decides which function a model computes: fields of the model section, each in one spelling."""
     found = {name: getattr(model, name) for name in ModelConfig.model_fields if name not in _NO_FEATURES}
     sliding = [model.is_sliding(layer) for layer in range(model.num_layers)]
-    return found | {
+    found |= {
         "num_kv_attention_heads": model.kv_heads,
         "head_dim": model.head_size,
         "mlp_width": model.mlp_hidden_size,
         "qkv_bias": model.has_qkv_bias,
         "out_bias": model.has_out_bias,
-        "rope_scaling": scaling_section(model.rope_scaling),
+        "attention_scale": model.attention_scale or model.head_size**-0.5,
+        "rope_scaling": scaling_features(model),
         "sliding_window": model.sliding_window if any(sliding) else None,
         "layer_types": [SLIDING if kind else FULL for kind in sliding] if any(sliding) else None,
+        "max_position_embeddings": model.most_positions,
     }
+    if model.position != "rope":
+        return found | dict.fromkeys(_OF_ROTATION)
+    if model.no_rope_every > model.num_layers:
+        found["no_rope_every"] = 0
+    if not any(sliding) or (model.rope_scaling is None and model.rope_local_base == model.rope_base):
+        found["rope_local_base"] = None
+    return found
 
 
 def to_hf(model: ModelConfig, family: Family, max_positions: int, dtype: str) -> dict[str, Any]:
@@ -70,15 +80,24 @@ def default_family(model: ModelConfig) -> Family:
 
 def _written(model: ModelConfig, family: Family, max_positions: int) -> dict[str, Any]:
     """config.json with what the family has a key for."""
-    form, ours = FORMS[family], features(model) | {"init_std": model.init_std, "max_positions": max_positions}
+    form, ours = FORMS[family], features(model)
+    ours |= {name: getattr(model, name) for name in form.keys if name in _NO_FEATURES and hasattr(model, name)}
+    ours["max_positions"] = _positions(model, max_positions)
     config: dict[str, Any] = {"architectures": [form.architecture], "model_type": family}
     # Families have defaults for these, which need not be in our vocabulary.
     config |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    config |= {name: ours[feature] for feature, (name, _) in form.keys.items()}
+    config |= {name: ours[feature] for feature, (name, _) in form.keys.items() if feature in ours}
     config |= {name: value for name, (value, _) in form.constants.items()}
     for group in form.groups:
         config |= group.write(ours)
     return config
+
+
+def _positions(model: ModelConfig, max_positions: int) -> int:
+    """max_position_embeddings: of learned positions their number, of dynamic rotations the original length."""
+    scaling = scaling_features(model) or {}
+    original = scaling["original_max_position_embeddings"] if scaling.get("rope_type") == "dynamic" else None
+    return model.most_positions or original or max_positions
 
 
 def _not_expressed(model: ModelConfig, family: Family) -> Iterator[str]:
@@ -112,7 +131,7 @@ def from_hf(config: Mapping[str, Any], where: str) -> HFConfig:
         raise CheckpointError(
             f"{where}: {'.'.join(map(str, first['loc']))}: found {first['input']!r}: {first['msg']}"
         ) from error
-    return HFConfig(family, model, found["max_positions"], tuple(_notes(config, found["max_positions"])))
+    return HFConfig(family, model, found["max_positions"])
 
 
 def _section(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,6 +143,11 @@ def _section(found: Mapping[str, Any]) -> dict[str, Any]:
         values["qkv_bias"] = None
     if values["head_dim"] * values["num_attention_heads"] == values["hidden_size"]:
         values["head_dim"] = None
+    if values.get("attention_scale") == found["head_dim"] ** -0.5:
+        values["attention_scale"] = None
+    is_local = values.get("rope_scaling") is not None or values.get("rope_local_base") != values.get("rope_base")
+    if values.get("sliding_window") is None or not is_local:
+        values["rope_local_base"] = None
     return values
 
 
@@ -142,12 +166,12 @@ def mlp_width(hidden_size: int, width: int) -> tuple[float, int]:
 
 def _read(form: Form, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Our features, and what is said that our decoder lacks, or that contradicts itself."""
-    found = {**form.fixed, **{feature: config.get(key, default) for feature, (key, default) in form.keys.items()}}
-    counts = {form.keys[feature][0]: found[feature] for feature in _COUNTS}
+    config = {**dict(form.keys.values()), **config}
+    found = {**form.fixed, **{feature: config[key] for feature, (key, _) in form.keys.items()}}
     problems = [
-        f"{key}: found {value!r}, expected a positive integer"
-        for key, value in counts.items()
-        if type(value) is not int or value < 1
+        f"{form.keys[feature][0]}: found {found[feature]!r}, expected a positive integer"
+        for feature in _COUNTS & form.keys.keys()
+        if type(found[feature]) is not int or found[feature] < 1
     ]
     if problems:
         return found, problems
@@ -158,16 +182,24 @@ def _read(form: Form, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
     ]
     if config.get("quantization_config"):
         problems.append("quantization_config: quantised weights are not read; convert the original model")
+    found |= {feature: bool(found[feature]) for feature in _SWITCHES if feature in found}
+    problems += [  # TRANSITION
+        f"{feature}: found {value!r}, which is not supported yet"
+        for feature, value in found.items()
+        if feature not in ModelConfig.model_fields and feature not in ("mlp_width", "max_positions") and value
+    ]
     for read, given in ((_heads, found), *((group.read, config) for group in form.groups)):
         try:
             found |= read(given)
         except CheckpointError as error:
             problems.append(str(error))
+    if found.get("mlp_type", "swiglu") != "swiglu" and "mlp_type" not in ModelConfig.model_fields:  # TRANSITION
+        problems.append(f"hidden_act: {found['mlp_type']} is not supported yet")
     return found, problems
 
 
 def _heads(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Features that have another form where they are left out, or null. Raises CheckpointError."""
+    """Features that may be left out, or null. Raises CheckpointError."""
     hidden, heads = found["hidden_size"], found["num_attention_heads"]
     kv_heads = found.get("num_kv_attention_heads") or heads
     head_dim = found.get("head_dim") or hidden // heads
@@ -179,16 +211,4 @@ def _heads(found: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"head_dim: found {head_dim!r} for hidden_size {hidden} and {heads} heads, expected an even number"
         )
-    switches = ("qkv_bias", "out_bias", "tie_word_embeddings")
-    return {
-        "num_kv_attention_heads": kv_heads,
-        "head_dim": head_dim,
-        "init_std": found["init_std"] or 0.02,
-        **{feature: bool(found[feature]) for feature in switches},
-    }
-
-
-def _notes(config: Mapping[str, Any], max_positions: int) -> Iterator[str]:
-    sections = [config.get(key) for key in ("rotary", "rope_scaling", "rope_parameters")]
-    if any(isinstance(one, Mapping) and "dynamic" in one.values() for one in sections):
-        yield f"rope scaling is dynamic there and absent here: the same up to {max_positions} tokens, not beyond"
+    return {"num_kv_attention_heads": kv_heads, "head_dim": head_dim, "init_std": found["init_std"] or 0.02}

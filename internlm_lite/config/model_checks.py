@@ -102,8 +102,9 @@ def _tensor(config: Config) -> Iterator[Problem]:
     if model.mlp_hidden_size % tensor:
         yield Problem(
             ("model.mlp_ratio", "model.hidden_size", "model.multiple_of", _TENSOR),
-            f"found a SwiGLU width of {model.mlp_hidden_size} (hidden_size * mlp_ratio rounded up to a multiple of "
-            f"{model.multiple_of}), expected a multiple of {_TENSOR} {tensor}; change mlp_ratio or multiple_of",
+            f"found a feed-forward width of {model.mlp_hidden_size} (hidden_size * mlp_ratio rounded up to a "
+            f"multiple of {model.multiple_of}), expected a multiple of {_TENSOR} {tensor}; change mlp_ratio or "
+            "multiple_of",
         )
     if model.tie_word_embeddings and model.embed_split_hidden and tensor > 1:
         yield Problem(

@@ -176,6 +176,9 @@ class LossConfig(Section):
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0
     """Share of the probability mass spread evenly over the vocabulary."""
+    z_loss: Annotated[float, Field(ge=0)] = 0
+    """(new) c: adds c * log(sum of exp(logits))^2 to the loss of each token, which keeps logits small (PaLM,
+    arXiv:2204.02311: 1e-4). Part of `loss`, not of `loss_from_metric`."""
 
 
 class OptimizerConfig(Section):
@@ -275,7 +278,7 @@ class RopeScaling(Section):
 
 
 class ModelConfig(Section):
-    """The decoder: RMSNorm, rotary attention, SwiGLU."""
+    """The decoder."""
 
     checkpoint: bool | Fraction | Literal["selective"] = False
     """Share of layers whose activations are recomputed in the backward pass (True: all). (new) "selective": of
@@ -290,8 +293,17 @@ class ModelConfig(Section):
     """Tensor parallel: split the embedding along hidden_size (True) or along the vocabulary (False)."""
     vocab_size: Positive
     """Rows of the embedding and of the head."""
+    embed_scale: Annotated[float, Field(gt=0)] | None = None
+    """(new) Multiplies the token embedding, rounded to dtype first; sqrt(hidden_size) in Gemma. The weight of a tied
+    head stays as it is. None: 1."""
     embed_grad_scale: Annotated[float, Field(ge=0)] = 1
     """a: the embedding output is a*e + (1-a)*e.detach(), which scales its gradient."""
+    head_bias: bool = False
+    """(new) A bias on the logits."""
+    logit_scale: Annotated[float, Field(gt=0)] | None = None
+    """(new) Multiplies the logits, their bias included. None: 1."""
+    logit_softcap: Annotated[float, Field(gt=0)] | None = None
+    """(new) c: logits z become c * tanh(z / c), after logit_scale (Gemma 2)."""
     parallel_output: bool = True
     """Tensor parallel: keep logits split along the vocabulary in the loss."""
     hidden_size: Positive
@@ -299,9 +311,14 @@ class ModelConfig(Section):
     num_layers: Positive
     """Blocks."""
     mlp_ratio: Annotated[float, Field(gt=0)] = 8 / 3
-    """SwiGLU width = round_up(int(hidden_size * mlp_ratio), multiple_of)."""
+    """Width of the feed-forward part = round_up(int(hidden_size * mlp_ratio), multiple_of)."""
     multiple_of: Positive = 256
     """(new) See mlp_ratio."""
+    mlp_type: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"] = "swiglu"
+    """(new) Activation of the feed-forward part. The first three multiply it by a second projection: three matrices
+    instead of two. "_tanh": gelu approximated by a tanh (GPT-2, Gemma)."""
+    mlp_bias: bool = False
+    """(new) Biases on all projections of the feed-forward part."""
     apply_post_layer_norm: bool = False
     """Normalise after each residual addition instead of before each sub-layer; there is then no final norm."""
     dtype: Dtype = "torch.float16"
@@ -407,7 +424,7 @@ class ModelConfig(Section):
 
     @property
     def mlp_hidden_size(self) -> int:
-        """SwiGLU width; 13824 for the 20B model."""
+        """Width of the feed-forward part; 13824 for the 20B model."""
         return round_up(int(self.hidden_size * self.mlp_ratio), self.multiple_of)
 
     @property

@@ -26,7 +26,7 @@ def load_model(
     config = found.config()
     shape = config.model if dtype is None else config.model.model_copy(update={"dtype": dtype})
     backend = choose_backend(shape, mesh.device, strict=False)  # this machine may be another one
-    model = build_model(shape, config.loss.label_smoothing, mesh, backend)
+    model = build_model(shape, config.loss, mesh, backend)
     loader.load(found, [piece_of(param) for param in model.parameters()])
     return WholeModel({0: model}, mesh), config
 

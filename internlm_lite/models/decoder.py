@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from internlm_lite.config.schema import ModelConfig
+from internlm_lite.config.schema import LossConfig, ModelConfig
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.attention import Attention
 from internlm_lite.layers.compiled import compiled_in_training, is_wanted
@@ -28,7 +28,7 @@ from internlm_lite.layers.embedding import Embedding
 from internlm_lite.layers.flash import Attend, AttentionBackend
 from internlm_lite.layers.fp8 import Float8Products
 from internlm_lite.layers.loss import TokenLosses
-from internlm_lite.layers.mlp import SwiGLU
+from internlm_lite.layers.mlp import FeedForward
 from internlm_lite.layers.norm import build_norm
 from internlm_lite.layers.products import Products
 from internlm_lite.layers.recompute import with_recipe
@@ -74,7 +74,7 @@ class Block(CostedLayer):
         self.attention_norm = build_norm(f"{name}.attention_norm", config, tp_ctx)
         self.attention = Attention(f"{name}.attention", layer, config, tp_ctx)
         self.ffn_norm = build_norm(f"{name}.ffn_norm", config, tp_ctx)
-        self.feed_forward = SwiGLU(f"{name}.feed_forward", config, tp_ctx)
+        self.feed_forward = FeedForward(f"{name}.feed_forward", config, tp_ctx)
         whole = tp_ctx.compiled and tp_ctx.group.size == 1 and not tp_ctx.weight_grads.deferred
         if whole:
             self._require_manual_grads()
@@ -153,7 +153,7 @@ class Transformer(CostedLayer):
     def __init__(
         self,
         config: ModelConfig,
-        label_smoothing: float,
+        loss: LossConfig,
         tp_ctx: TensorParallelContext,
         backend: AttentionBackend,
         spec: StageSpec,
@@ -171,7 +171,7 @@ class Transformer(CostedLayer):
         self.norm = build_norm("norm", config, tp_ctx) if has_norm else None
         if config.tie_word_embeddings and self.tok_embeddings is not None:
             tied = self.tok_embeddings.weight
-        self.output = Head(config, label_smoothing, tp_ctx, tied, spec.tied_over) if spec.last else None
+        self.output = Head(config, loss, tp_ctx, tied, spec.tied_over) if spec.last else None
 
     def hidden_bytes(self, row: RowShape) -> int:
         """Bytes of the hidden state that one stage sends to the next."""
@@ -232,7 +232,7 @@ class Transformer(CostedLayer):
 
 
 def build_model(
-    config: ModelConfig, label_smoothing: float, mesh: Mesh, backend: AttentionBackend, *, by_sequence: bool = False
+    config: ModelConfig, loss: LossConfig, mesh: Mesh, backend: AttentionBackend, *, by_sequence: bool = False
 ) -> Transformer:
     """All layers as one stage, uninitialised, on `mesh.device`; models/stages.py builds pipeline stages.
 
@@ -240,7 +240,7 @@ def build_model(
     """
     spec = StageSpec(range(config.num_layers), first=True, last=True)
     tp_ctx = tensor_parallel_context(config, mesh, by_sequence=by_sequence)
-    return Transformer(config, label_smoothing, tp_ctx, backend, spec)
+    return Transformer(config, loss, tp_ctx, backend, spec)
 
 
 def tensor_parallel_context(

@@ -179,7 +179,7 @@ BAD = [
     (
         "num_layers=4",
         "num_layers=4, multiple_of=27",
-        "17: model.mlp_ratio: found a SwiGLU width of 351 (hidden_size * mlp_ratio rounded up to a",
+        "17: model.mlp_ratio: found a feed-forward width of 351 (hidden_size * mlp_ratio rounded up to a",
     ),
     (
         "num_layers=4",

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from internlm_lite.apps.convert.families import FORMS, Family
-from internlm_lite.config.schema import ModelConfig
+from internlm_lite.config.schema import LossConfig, ModelConfig
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import single_process_mesh
@@ -68,7 +68,7 @@ def our_shapes(model: ModelConfig) -> dict[str, Shape]:
     """Name -> shape of every weight of a model, in the order of the layers. Builds it on the meta device."""
     mesh = single_process_mesh(torch.device("meta"))
     found = {}
-    for param in build_model(model, 0.0, mesh, AttentionBackend.SDPA).parameters():
+    for param in build_model(model, LossConfig(), mesh, AttentionBackend.SDPA).parameters():
         assert isinstance(param, Parameter), "parameters of the model know their part"
         found[param.shard_spec.name] = param.shard_spec.shape
     return found

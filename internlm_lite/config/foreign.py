@@ -62,7 +62,6 @@ NO_EFFECT: Mapping[str, str] = {
     "model.dropout_selective_checkpoint": "there is no dropout",
     "model.enable_qkv_fusion": "the result is the same with and without",
     "model.fused_dropout_add_ln": "the result is the same with and without",
-    "model.max_position_embeddings": "rotary positions have no table",
     "model.mlp_layer_fusion": "the result is the same with and without",
     "model.moe_gate_k": "there are no experts",
     "model.moe_layer_kwargs": "there are no experts",
@@ -116,7 +115,7 @@ NO_EFFECT_IF: Mapping[str, tuple[Sequence[Any], str]] = {
     "model.qk_interleaved": ((False,), "the rotary embedding pairs element i with i + head_dim/2: convert weights"),
     "model.residual_in_fp32": ((False,), "residuals have model.dtype"),
     "model.use_amp": ((False,), "model.dtype is the one dtype of weights and activations"),
-    "model.use_dynamic_ntk_rope": ((False,), "rotary frequencies are fixed, see model.rope_base"),
+    "model.use_dynamic_ntk_rope": ((False,), "model.rope_scaling with rope_type 'dynamic' is it"),
     "model.use_scaled_init": ((True,), "output projections are scaled by 1/sqrt(2*num_layers)"),
     "model.use_swiglu": ((True,), "the MLP is SwiGLU"),
     "npu_fixedlen_flash_2d": ((False,), "rows are packed documents"),
@@ -153,12 +152,12 @@ FEATURES: Mapping[str, tuple[str, str]] = {
     r".*cuda_?graphs?.*|compile_.*|.*inductor.*": ("CUDA graphs and options of the compiler", "see model.compile"),
     r"(.*_)?dropout(_.*)?|(attn_|hidden_|drop_path_)?drop(_rate|_prob)?|.*_pdrop|drop_path.*": (
         "dropout", "adam.weight_decay and loss.label_smoothing regularise"),
-    r"(use_)?sliding_window.*|window_size|attention_window|local_attention.*": (
-        "sliding-window attention", "attention spans data.seq_len"),
+    r"local_attention.*|attention_sinks?|sink_.*": (
+        "another form of local attention", "model.sliding_window and model.layer_types set windows"),
     r"(use_)?(yarn|ntk|alibi)(_.*)?|position_embedding_type": (
-        "other position embeddings", "model.rope_base and model.rope_scaling set the rotary frequencies"),
+        "other position embeddings", "model.position names the kind, model.rope_scaling scales rotary frequencies"),
     r"mtp(_.*)?|num_nextn_predict_layers|multi_token.*": ("multi-token prediction", "one token is predicted"),
-    r"(logits?|attn_logit)_soft_?cap.*|final_logit_softcapping|z_loss.*": (
+    r"logits?_soft_?cap.*|final_logit_softcapping|z_loss.*": (
         "caps and penalties of logits", "loss.label_smoothing"),
     r"(num_)?(train_)?epochs?": ("counting in epochs", "data.total_steps counts steps"),
     r"early_stopping.*|load_best_model.*|metric_for_best.*": (
@@ -195,6 +194,8 @@ _OTHER_NAMES = {
     "hybrid_zero_optimizer.clip_grad_norm": "max_grad_norm gradient_clipping clip_grad max_norm",
     "lr_scheduler.eta_min": "min_lr min_decay_lr lr_min",
     "lr_scheduler.warmup_steps": "lr_warmup_iters lr_warmup_steps warmup_iters num_warmup_steps",
+    "model.attention_scale": "softmax_scale attention_multiplier query_pre_attn_scalar",
+    "model.attention_softcap": "attn_logit_softcapping attn_logit_softcap attention_logit_cap",
     "model.checkpoint": "gradient_checkpointing activation_checkpoint activation_checkpointing recompute "
     "recompute_granularity",
     "model.compile": "torch_compile use_torch_compile use_compile enable_compile",
@@ -207,6 +208,7 @@ _OTHER_NAMES = {
     "model.num_layers": "num_hidden_layers n_layers",
     "model.qk_norm": "qk_layernorm use_qk_norm",
     "model.rope_base": "rope_theta rotary_base",
+    "model.sliding_window": "use_sliding_window window_size attention_window sliding_window_size",
     "model.tie_word_embeddings": "tie_embeddings_and_output_weights share_embeddings_and_output_weights",
     "monitor.log_every": "logging_steps log_interval log_freq iteration_step_info_interval",
     "monitor.wandb": "report_to",

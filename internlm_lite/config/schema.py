@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from internlm_lite.units import round_up
 
+UNKNOWN_TO_KERNELS = {"cudnn": ("sliding_window", "attention_softcap"), "torch_varlen": ("attention_softcap",)}
+"""model.attention -> keys of `model` that this kernel does not have."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -176,6 +178,9 @@ class LossConfig(Section):
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0
     """Share of the probability mass spread evenly over the vocabulary."""
+    z_loss: Annotated[float, Field(ge=0)] = 0
+    """(new) c: adds c * log(sum of exp(logits))^2 to the loss of each token, which keeps logits small (PaLM,
+    arXiv:2204.02311: 1e-4). Part of `loss`, not of `loss_from_metric`."""
 
 
 class OptimizerConfig(Section):
@@ -253,12 +258,13 @@ class RopeScaling(Section):
     """Rotary frequencies for rows longer than those a model was first trained on; `rope_scaling` in Hugging Face's
     config.json. Formulas: layers/rope.py."""
 
-    rope_type: Literal["linear", "llama3", "yarn"]
-    """linear: positions / factor. llama3: of long wavelengths alone, as in Llama 3.1. yarn: arXiv:2309.00071."""
+    rope_type: Literal["linear", "llama3", "yarn", "dynamic"]
+    """linear: positions / factor. llama3: of long wavelengths alone, as in Llama 3.1. yarn: arXiv:2309.00071.
+    dynamic: a larger base for documents beyond the original length, by their length (InternLM2 and 3)."""
     factor: Annotated[float, Field(ge=1)]
     """How much longer rows may be."""
     original_max_position_embeddings: Positive | None = None
-    """llama3, yarn: longest row of the first training."""
+    """llama3, yarn, dynamic: longest row of the first training. None, for dynamic: model.max_position_embeddings."""
     low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
     """llama3: wavelengths above original length / low_freq_factor are divided by factor."""
     high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
@@ -274,7 +280,7 @@ class RopeScaling(Section):
 
 
 class ModelConfig(Section):
-    """The decoder: RMSNorm, rotary attention, SwiGLU."""
+    """The decoder."""
 
     checkpoint: bool | Fraction | Literal["selective"] = False
     """Share of layers whose activations are recomputed in the backward pass (True: all). (new) "selective": of
@@ -289,8 +295,17 @@ class ModelConfig(Section):
     """Tensor parallel: split the embedding along hidden_size (True) or along the vocabulary (False)."""
     vocab_size: Positive
     """Rows of the embedding and of the head."""
+    embed_scale: Annotated[float, Field(gt=0)] | None = None
+    """(new) Multiplies the token embedding, rounded to dtype first; sqrt(hidden_size) in Gemma. The weight of a tied
+    head stays as it is. None: 1."""
     embed_grad_scale: Annotated[float, Field(ge=0)] = 1
     """a: the embedding output is a*e + (1-a)*e.detach(), which scales its gradient."""
+    head_bias: bool = False
+    """(new) A bias on the logits."""
+    logit_scale: Annotated[float, Field(gt=0)] | None = None
+    """(new) Multiplies the logits, their bias included. None: 1."""
+    logit_softcap: Annotated[float, Field(gt=0)] | None = None
+    """(new) c: logits z become c * tanh(z / c), after logit_scale (Gemma 2)."""
     parallel_output: bool = True
     """Tensor parallel: keep logits split along the vocabulary in the loss."""
     hidden_size: Positive
@@ -298,9 +313,14 @@ class ModelConfig(Section):
     num_layers: Positive
     """Blocks."""
     mlp_ratio: Annotated[float, Field(gt=0)] = 8 / 3
-    """SwiGLU width = round_up(int(hidden_size * mlp_ratio), multiple_of)."""
+    """Width of the feed-forward part = round_up(int(hidden_size * mlp_ratio), multiple_of)."""
     multiple_of: Positive = 256
     """(new) See mlp_ratio."""
+    mlp_type: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"] = "swiglu"
+    """(new) Activation of the feed-forward part. The first three multiply it by a second projection: three matrices
+    instead of two. "_tanh": gelu approximated by a tanh (GPT-2, Gemma)."""
+    mlp_bias: bool = False
+    """(new) Biases on all projections of the feed-forward part."""
     apply_post_layer_norm: bool = False
     """Normalise after each residual addition instead of before each sub-layer; there is then no final norm."""
     dtype: Dtype = "torch.float16"
@@ -335,10 +355,24 @@ class ModelConfig(Section):
     """(new) Bias on attention's output. None: as no_bias says."""
     qk_norm: Literal[False, "head"] = False
     """(new) "head": RMSNorm of each query and key head before its rotation, one weight for all heads (Qwen3)."""
+    position: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
+    """(new) "rope": rotary queries and keys. "learned": a weight per position, added to the token's embedding (GPT-2).
+    "sinusoidal": fixed values instead, sines in even and cosines in odd columns (layers/positions.py). "none": the
+    causal mask alone."""
+    max_position_embeddings: Positive | None = None
+    """Positions that position="learned" has weights for, at least data.seq_len; the original length of rope_type
+    "dynamic", if that does not name it. Others have no largest position."""
     rope_base: Annotated[float, Field(gt=0)] = 10000
     """(new) Base of the rotary embedding."""
+    rope_local_base: Annotated[float, Field(gt=0)] | None = None
+    """(new) Base in sliding layers, whose frequencies rope_scaling does not change then (Gemma 3, OLMo 3). None: they
+    are rotated as the others."""
     rope_scaling: RopeScaling | None = None
     """(new) Scaled rotary frequencies, as in Llama 3.1."""
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = 1
+    """(new) Of a head, the first int(head_dim * factor) features are rotated."""
+    no_rope_every: NonNegative = 0
+    """(new) n: every n-th layer (n, 2n, ...) has no rotary embedding (SmolLM3: 4). 0: all have it."""
     sliding_window: Positive | None = None
     """(new) Sliding layers: a token attends to itself and the sliding_window - 1 tokens before it. None: no layer."""
     layer_types: Annotated[list[Literal["full_attention", "sliding_attention"]], Field(min_length=1)] | None = None
@@ -354,7 +388,7 @@ class ModelConfig(Section):
     residual_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
     """(new) Share of what attention and feed-forward part add to the residual stream that is dropped in training."""
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
-    """(new) Share of the attention weights that is dropped in training. No kernel drops by such masks: attention is then
+    """(new) Share of the attention weights that is dropped in training. No kernel has such masks: attention is then
     computed in plain operations, block by block, which is slower."""
     tie_word_embeddings: bool = False
     """(new) The head shares the embedding's weight."""
@@ -380,6 +414,22 @@ class ModelConfig(Section):
         """Tokens that a query of the layer sees, its own among them; None: all of its document."""
         return self.sliding_window if self.is_sliding(layer) else None
 
+    def attention_pairs(self, layer: int, seq_len: int) -> int:
+        """Pairs of query and key that FLOPs count in a document of S tokens. Full attention: all S^2, masked or not. A
+        window W < S: the W * S - W * (W - 1) / 2 pairs in it and, likewise, their mirrors beyond the diagonal."""
+        window = min(self.window(layer) or seq_len, seq_len)
+        return window * (2 * seq_len - window + 1) - seq_len
+
+    @property
+    def most_positions(self) -> int | None:
+        """Longest document that the model can read; None: of any length."""
+        return self.max_position_embeddings if self.position == "learned" else None
+
+    @property
+    def rotary_size(self) -> int:
+        """Features of a head that are rotated."""
+        return int(self.head_size * self.partial_rotary_factor)
+
     @property
     def has_qkv_bias(self) -> bool:
         return not self.no_bias if self.qkv_bias is None else self.qkv_bias
@@ -390,7 +440,7 @@ class ModelConfig(Section):
 
     @property
     def mlp_hidden_size(self) -> int:
-        """SwiGLU width; 13824 for the 20B model."""
+        """Width of the feed-forward part; 13824 for the 20B model."""
         return round_up(int(self.hidden_size * self.mlp_ratio), self.multiple_of)
 
     @property

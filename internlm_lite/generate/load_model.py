@@ -27,7 +27,7 @@ def load_model(
     shape = config.model if dtype is None else config.model.model_copy(update={"dtype": dtype})
     kept = shape.model_copy(update={"attention_dropout": 0.0})  # nothing is dropped in generation
     backend = choose_backend(kept, mesh.device, strict=False)  # this machine may be another one
-    model = build_model(shape, config.loss.label_smoothing, mesh, backend)
+    model = build_model(shape, config.loss, mesh, backend)
     loader.load(found, [piece_of(param) for param in model.parameters()])
     return WholeModel({0: model}, mesh), config
 

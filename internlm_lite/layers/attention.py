@@ -8,6 +8,8 @@ The caller chooses the kernel and the mask with `attend`: packed attention in tr
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from internlm_lite.config.schema import ModelConfig
@@ -18,7 +20,7 @@ from internlm_lite.layers.flash import Attend
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns, output_std
 from internlm_lite.layers.norm import RMSNorm
 from internlm_lite.layers.recompute import Recipe
-from internlm_lite.layers.rope import Rotary
+from internlm_lite.layers.rope import Rotary, rotation_of
 from internlm_lite.layers.scores import attention_rule
 from internlm_lite.layers.tensor_parallel import TensorParallelContext, accumulation_dtype
 
@@ -32,6 +34,8 @@ class Attention(CostedLayer):
         hidden_size, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.kv_heads
         self.layer, self.tp_ctx = layer, tp_ctx
         self.rule = attention_rule(config, layer)
+        self._pairs = partial(config.attention_pairs, layer)
+        self._has_dropout = config.attention_dropout > 0
         self.head_dim = config.head_size
         self.queries = heads // kv_heads  # per key/value head
         rows, bias = kv_heads * (self.queries + 2) * self.head_dim, config.has_qkv_bias
@@ -45,16 +49,17 @@ class Attention(CostedLayer):
                 RMSNorm(f"{name}.{which}_norm", config, tp_ctx, head_size=self.head_dim) for which in ("q", "k")
             )
         self._rotated = compiled_in_training(Rotary.__call__, wanted=tp_ctx.compiled)
+        self._rotated_features = config.rotary_size if rotation_of(config, layer) is not None else 0
 
-    def forward(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rotary: Rotary | None, attend: Attend) -> torch.Tensor:
         return self.output(attend(self.rule, *self.project(x, rotary)))
 
     def project(
-        self, x: torch.Tensor, rotary: Rotary, recipe: Recipe | None = None
+        self, x: torch.Tensor, rotary: Rotary | None, recipe: Recipe | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rotated queries [T, heads, head_dim], rotated keys and values [T, kv_heads, head_dim], of this rank.
 
-        `recipe`: of x, as in `columns`."""
+        `rotary` None: they are not rotated. `recipe`: of x, as in `columns`."""
         (qkv,) = columns(x, self.wqkv, recipe=recipe)
         heads = qkv.view(qkv.shape[0], -1, self.queries + 2, self.head_dim)  # [T, Hkv, g + 2, D]
         q, k, v = heads.split([self.queries, 1, 1], dim=2)
@@ -62,7 +67,11 @@ class Attention(CostedLayer):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.tp_ctx.selective:  # a view would keep all of qkv, which only the rotation reads
             v = v.contiguous()
-        return self._rotated(rotary, q).flatten(1, 2), self._rotated(rotary, k).squeeze(2), v.squeeze(2)
+        if rotary is None:
+            q, k = q.contiguous(), k.contiguous()
+        else:
+            q, k = self._rotated(rotary, q), self._rotated(rotary, k)
+        return q.flatten(1, 2), k.squeeze(2), v.squeeze(2)
 
     def output(self, mixed: torch.Tensor) -> torch.Tensor:
         """What `attend` returned, [T, heads, head_dim] -> outside."""
@@ -70,10 +79,11 @@ class Attention(CostedLayer):
         return y
 
     def flops_per_token(self, seq_len: int) -> int:
-        query_features = self.wo.weight.shard_spec.shape[1]
-        return super().flops_per_token(seq_len) + 4 * seq_len * query_features  # q k^T, and its softmax times v
+        products = 4 * self._pairs(seq_len) * self.wo.weight.shard_spec.shape[1]  # q k^T, and its softmax times v
+        return super().flops_per_token(seq_len) + products // max(seq_len, 1)
 
     def saved_bytes(self, row: RowShape) -> Bytes:
+        """With a window, of documents that are not longer: of others the reference keeps less."""
         weight, output = self.wqkv.weight, self.wo.saved_bytes(row)["projection inputs"]
         kv_heads = weight.shape[0] // (self.queries + 2) // self.head_dim
         rotated = kv_heads * (self.queries + 1) * self.head_dim
@@ -81,11 +91,14 @@ class Attention(CostedLayer):
         lean = row.selective and self.q_norm is None
         projected = kv_heads * self.head_dim if lean else weight.shape[0]  # v is a view of the whole output
         normed = 0 if self.q_norm is None else kv_heads * (self.queries + 1)
+        in_blocks = row.reference and (self.rule.softcap is not None or self._has_dropout)
+        of_kernel = not in_blocks  # else neither parts nor statistics are kept
         kept = {
             "queries, keys, values": row.tokens * projected * weight.itemsize,
             "rotated queries, keys": row.tokens * rotated * weight.itemsize,
-            "attention output": output * (1 + row.attention_by_document),  # input of wo; by document: its parts, too
-            "attention statistics": row.tokens * statistics,  # log-sum-exp of each query's scores
+            "attention output": output
+            * (1 + (row.attention_by_document and of_kernel)),  # input of wo; by document: its parts, too
+            "attention statistics": row.tokens * statistics * of_kernel,  # log-sum-exp of each query's scores
             "norm statistics": row.tokens * normed * accumulation_dtype(weight.dtype).itemsize,
         }
         return add_bytes(self.wqkv.saved_bytes(row), kept)
@@ -95,17 +108,7 @@ class Attention(CostedLayer):
         joined = row.tokens * self.wqkv.weight.shape[0] * self.wqkv.weight.itemsize
         rotated = joined // (self.queries + 2) * (self.queries + 1)
         kernels = [Pass("attention", 0), Pass("attention", 0, 5, backward=True)]
-        if "rotary" in row.fused:
-            back = 2 * (rotated if "block" not in row.fused else joined)
-            moved = [Pass("fused", 2 * rotated, 2), Pass("fused", back, 2, backward=True)]
-        else:  # x * cos; x copied and rolled by half a head; addcmul
-            moved = [
-                Pass("strided", 5 * rotated, 4),
-                Pass("strided_copy", 2 * rotated, 2),
-                Pass("roll", 2 * rotated, 2),
-                Pass("strided", 5 * rotated, 4, backward=True),
-                Pass("roll", 2 * rotated, 2, backward=True),
-            ]
+        moved = self._rotation_passes(row, rotated, joined)
         if "block" not in row.fused:
             moved.append(Pass("contiguous_copy", 2 * joined, backward=True))
             moved.append(Pass("strided_copy", 2 * (joined - rotated), backward=True))
@@ -113,6 +116,26 @@ class Attention(CostedLayer):
             kind = "fused" if "block" in row.fused else "norm"
             moved += [Pass(kind, 2 * rotated, 2), Pass(kind, 5 * rotated, 8, backward=True)]
         return super().passes(row) + kernels + moved
+
+    def _rotation_passes(self, row: RowShape, rotated: int, joined: int) -> list[Pass]:
+        """`rotated`: bytes of queries and keys; `joined`: with those of values."""
+        if "block" in row.fused or ("rotary" in row.fused and self._rotated_features):
+            back = 2 * (rotated if "block" not in row.fused else joined)
+            return [Pass("fused", 2 * rotated, 2), Pass("fused", back, 2, backward=True)]
+        if not self._rotated_features:
+            return [Pass("strided_copy", 2 * rotated, 2)]
+        # x * cos; x copied and rolled by half a head; addcmul; what is not rotated is joined to it
+        turned = rotated * self._rotated_features // self.head_dim
+        found = [
+            Pass("strided", 5 * turned, 4),
+            Pass("strided_copy", 2 * turned, 2),
+            Pass("roll", 2 * turned, 2),
+            Pass("strided", 5 * turned, 4, backward=True),
+            Pass("roll", 2 * turned, 2, backward=True),
+        ]
+        if turned < rotated:
+            found += [Pass("strided_copy", 2 * rotated, 2, backward=backward) for backward in (False, True)]
+        return found
 
 
 def check_heads(config: ModelConfig, tp_size: int) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from internlm_lite.config.schema import ModelConfig
+from internlm_lite.config.schema import LossConfig, ModelConfig
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.attention import Attention
 from internlm_lite.layers.compiled import compiled_in_training, is_wanted
@@ -29,11 +29,11 @@ from internlm_lite.layers.embedding import Embedding
 from internlm_lite.layers.flash import Attend, AttentionBackend
 from internlm_lite.layers.fp8 import Float8Products
 from internlm_lite.layers.loss import TokenLosses
-from internlm_lite.layers.mlp import SwiGLU
+from internlm_lite.layers.mlp import FeedForward
 from internlm_lite.layers.norm import build_norm
 from internlm_lite.layers.products import Products
 from internlm_lite.layers.recompute import with_recipe
-from internlm_lite.layers.rope import Rotary, rope_frequencies
+from internlm_lite.layers.rope import Rotary, Rotations, rotation_of
 from internlm_lite.layers.scores import Drop
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.layers.weight_grads import WeightGrads
@@ -60,8 +60,9 @@ class Block(CostedLayer):
     """x -> same shape, both outside split layers. `recompute`: save only x, and run again in the backward pass.
 
     With model.compile a training pass runs what is before attention and what is after it as one compiled graph each,
-    the same for all layers. Attention stays outside, so that neither its kernel nor the documents of a row are part of
-    a graph. Where collectives or deferred gradients would be inside, layers compile their elementwise work alone.
+    the same for all layers of a kind. Attention stays outside, so that neither its kernel nor the documents of a row
+    are part of a graph. Where collectives or deferred gradients would be inside, layers compile their elementwise work
+    alone.
     """
 
     def __init__(self, config: ModelConfig, layer: int, tp_ctx: TensorParallelContext) -> None:
@@ -70,11 +71,12 @@ class Block(CostedLayer):
         self.hidden_size = config.hidden_size
         self.post_norm = config.apply_post_layer_norm
         self.recompute = layer < config.recomputed_layers
+        self.rotation = rotation_of(config, layer)
         name = f"layers.{layer}"
         self.attention_norm = build_norm(f"{name}.attention_norm", config, tp_ctx)
         self.attention = Attention(f"{name}.attention", layer, config, tp_ctx)
         self.ffn_norm = build_norm(f"{name}.ffn_norm", config, tp_ctx)
-        self.feed_forward = SwiGLU(f"{name}.feed_forward", config, tp_ctx)
+        self.feed_forward = FeedForward(f"{name}.feed_forward", config, tp_ctx)
         self.attention_dropout, self.ffn_dropout = (
             Dropout(config.residual_dropout, layer, site, config.hidden_size, tp_ctx)
             for site in (Site.ATTENTION_OUTPUT, Site.FEED_FORWARD)
@@ -96,7 +98,7 @@ class Block(CostedLayer):
                 )
 
     def forward(
-        self, x: torch.Tensor, rotary: Rotary, attend: Attend, token_keys: torch.Tensor | None = None
+        self, x: torch.Tensor, rotary: Rotary | None, attend: Attend, token_keys: torch.Tensor | None = None
     ) -> torch.Tensor:
         """`token_keys`: of the tokens of x, for dropout."""
         # Checkpointing inside `forward`: forward hooks run once per step, and not again in the recomputation.
@@ -104,10 +106,14 @@ class Block(CostedLayer):
             return checkpoint(self._run, x, rotary, attend, token_keys, use_reentrant=False, preserve_rng_state=False)
         return self._run(x, rotary, attend, token_keys)
 
-    def _run(self, x: torch.Tensor, rotary: Rotary, attend: Attend, token_keys: torch.Tensor | None) -> torch.Tensor:
+    def _run(
+        self, x: torch.Tensor, rotary: Rotary | None, attend: Attend, token_keys: torch.Tensor | None
+    ) -> torch.Tensor:
         return self._after(self, x, attend(self.attention.rule, *self._before(self, x, rotary)), token_keys)
 
-    def _before_attention(self, x: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _before_attention(
+        self, x: torch.Tensor, rotary: Rotary | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if self.post_norm:
             return self.attention.project(x, rotary)
         normed, recipe = with_recipe(self.attention_norm, x, wanted=self.tp_ctx.selective)
@@ -158,7 +164,7 @@ class Transformer(CostedLayer):
     def __init__(
         self,
         config: ModelConfig,
-        label_smoothing: float,
+        loss: LossConfig,
         tp_ctx: TensorParallelContext,
         backend: AttentionBackend,
         spec: StageSpec,
@@ -172,13 +178,13 @@ class Transformer(CostedLayer):
         self.tok_embeddings = Embedding("tok_embeddings", config, tp_ctx, spec.tied_over) if spec.first else None
         p = config.embedding_dropout
         self.embedding_dropout = Dropout(p, 0, Site.EMBEDDING, config.hidden_size, tp_ctx) if spec.first else None
-        self._frequencies = rope_frequencies(config, tp_ctx.device)
+        self._rotations = Rotations(config, spec.layers, tp_ctx.device)
         self.layers = nn.ModuleDict({str(n): Block(config, n, tp_ctx) for n in spec.layers})
         has_norm = spec.last and not config.apply_post_layer_norm
         self.norm = build_norm("norm", config, tp_ctx) if has_norm else None
         if config.tie_word_embeddings and self.tok_embeddings is not None:
             tied = self.tok_embeddings.weight
-        self.output = Head(config, label_smoothing, tp_ctx, tied, spec.tied_over) if spec.last else None
+        self.output = Head(config, loss, tp_ctx, tied, spec.tied_over) if spec.last else None
 
     def hidden_bytes(self, row: RowShape) -> int:
         """Bytes of the hidden state that one stage sends to the next."""
@@ -206,21 +212,22 @@ class Transformer(CostedLayer):
         tokens: torch.Tensor,
         positions: torch.Tensor,
         attend: Attend,
+        lengths: torch.Tensor | None = None,
         token_keys: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The hidden state after this stage's layers and, on the last stage, the final norm.
 
         `tokens`: [T] int64 on the first stage, else the hidden state of the previous stage. `positions`: [T] int64.
-        `token_keys` [2, T]: of layers/dropout.py; None: nothing is dropped here.
+        `lengths`: see `Rotary`. `token_keys` [2, T]: of layers/dropout.py; None: nothing is dropped here.
         """
-        x = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
+        x = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens, positions)
         if token_keys is not None:
             token_keys = self.tp_ctx.own_tokens(token_keys, 1)
         if self.embedding_dropout is not None:
             x = self.embedding_dropout(x, token_keys)
-        rotary = Rotary(positions, self._frequencies, x.dtype)
-        for block in self.layers.values():
-            x = block(x, rotary, attend, token_keys)
+        rotaries = self._rotations.at(positions, x.dtype, lengths)
+        for block in self.blocks():
+            x = block(x, rotaries[block.rotation], attend, token_keys)
         return x if self.norm is None else self.norm(x)
 
     def losses(self, hidden: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> TokenLosses:
@@ -241,7 +248,7 @@ class Transformer(CostedLayer):
         """`recomputed`: the number of the model's first layers that are recomputed; None: as configured."""
         flags = [None if recomputed is None else block.attention.layer < recomputed for block in self.blocks()]
         parts = [block.saved_bytes(row, recompute=flag) for block, flag in zip(self.blocks(), flags, strict=True)]
-        parts.append(Rotary.saved_bytes(row, self.config.head_size, self.tp_ctx.dtype))
+        parts.append(self._rotations.saved_bytes(row, self.tp_ctx.dtype))
         parts += [unit.saved_bytes(row) for unit in (self.tok_embeddings, self.output, self.norm) if unit is not None]
         return add_bytes(*parts)
 
@@ -254,7 +261,7 @@ class Transformer(CostedLayer):
 
 
 def build_model(
-    config: ModelConfig, label_smoothing: float, mesh: Mesh, backend: AttentionBackend, *, by_sequence: bool = False
+    config: ModelConfig, loss: LossConfig, mesh: Mesh, backend: AttentionBackend, *, by_sequence: bool = False
 ) -> Transformer:
     """All layers as one stage, uninitialised, on `mesh.device`; models/stages.py builds pipeline stages.
 
@@ -262,7 +269,7 @@ def build_model(
     """
     spec = StageSpec(range(config.num_layers), first=True, last=True)
     tp_ctx = tensor_parallel_context(config, mesh, by_sequence=by_sequence)
-    return Transformer(config, label_smoothing, tp_ctx, backend, spec)
+    return Transformer(config, loss, tp_ctx, backend, spec)
 
 
 def tensor_parallel_context(

@@ -46,5 +46,6 @@ def saved_bytes(run: Callable[[], torch.Tensor], module: nn.Module, known: Itera
     for tensor in (*module.parameters(), *module.buffers(), *known):
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     # The fused loss keeps its gradients on its node, past the hooks of saved tensors.
-    kept.update((made.data_ptr(), made.untyped_storage()) for made in getattr(y.grad_fn, "gradients", ()))
+    gradients = [made for made in getattr(y.grad_fn, "gradients", ()) if made is not None]
+    kept.update((made.data_ptr(), made.untyped_storage()) for made in gradients)
     return sum(storage.nbytes() for storage in kept.values())

@@ -15,14 +15,14 @@ from torch import nn
 import internlm_lite.layers
 import internlm_lite.models
 from internlm_lite.config.load import load_config
-from internlm_lite.config.schema import ModelConfig
+from internlm_lite.config.schema import LossConfig, ModelConfig
 from internlm_lite.layers.attention import Attention
 from internlm_lite.layers.costs import CostedLayer, RowShape
 from internlm_lite.layers.dropout import Dropout, Site, token_keys
 from internlm_lite.layers.embedding import Embedding
 from internlm_lite.layers.flash import AttentionBackend, packed_sdpa
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns
-from internlm_lite.layers.mlp import SwiGLU
+from internlm_lite.layers.mlp import FeedForward
 from internlm_lite.layers.norm import NORMS
 from internlm_lite.layers.rope import Rotary, rope_frequencies
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
@@ -103,7 +103,7 @@ def build_with_attention(make: Callable[[ModelConfig, TensorParallelContext], An
 
 
 def build_head(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, _: Any) -> Ready:
-    layer, x = Head(config, 0.1, tp_ctx), hidden(config, tp_ctx, device)
+    layer, x = Head(config, LossConfig(label_smoothing=0.1), tp_ctx), hidden(config, tp_ctx, device)
     layer.weight.main_grad = torch.zeros_like(layer.weight)
     labels, scale = torch.zeros(T, dtype=torch.int64, device=device), torch.ones((), device=device)
     return Ready(layer, lambda: layer(x, labels, scale).scaled_sum, (labels,))
@@ -113,7 +113,7 @@ def build_model(
     config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, boundaries: tuple[int, ...]
 ) -> Ready:
     spec = StageSpec(range(config.num_layers), first=True, last=True)
-    layer = Transformer(config, 0.1, tp_ctx, AttentionBackend.SDPA, spec)
+    layer = Transformer(config, LossConfig(label_smoothing=0.1), tp_ctx, AttentionBackend.SDPA, spec)
     tokens, labels, positions = (torch.zeros(T, dtype=torch.int64, device=device) for _ in range(3))
     attend, scale = packed_sdpa(boundaries), torch.ones((), device=device)
     assert layer.output is not None
@@ -128,7 +128,7 @@ def build_model(
 BUILDS: dict[type[nn.Module], Build] = {
     ColumnLinear: build_columns,
     RowLinear: plain(lambda c, ctx: RowLinear("r", c.hidden_size, 40, ctx, init_std=0.1, bias=True)),
-    SwiGLU: plain(lambda c, ctx: SwiGLU("f", c, ctx)),
+    FeedForward: plain(lambda c, ctx: FeedForward("f", c, ctx)),
     Dropout: build_dropout,
     Embedding: build_embedding,
     Attention: build_with_attention(lambda c, ctx: Attention("a", 0, c, ctx)),
@@ -224,5 +224,5 @@ def test_the_models_of_configs_know_their_flops(name: str) -> None:
 
 def test_tensor_parallel_ranks_give_the_flops_of_all_ranks() -> None:
     mesh = plan_mesh(sizes_of(2, 2, 1, -1), 1, torch.device("meta"))
-    half = decoder.build_model(small_config(), 0.0, mesh, AttentionBackend.SDPA)
+    half = decoder.build_model(small_config(), LossConfig(), mesh, AttentionBackend.SDPA)
     assert half.flops_per_token(T) == meta_model(small_config()).flops_per_token(T)

@@ -21,6 +21,14 @@ CASES: dict[str, dict[str, Any]] = {
     "recomputed": {"checkpoint": True},
     "half recomputed, no bias": {"checkpoint": 0.5, "no_bias": True},
     "post norm": {"apply_post_layer_norm": True},
+    "gelu, biases": {"mlp_type": "gelu", "mlp_bias": True, "head_bias": True, "z_loss": 0.01},
+    "geglu, capped logits": {"mlp_type": "geglu_tanh", "logit_softcap": 0.5, "logit_scale": 0.7, "embed_scale": 2.5},
+    "relu, tied with bias": {
+        "mlp_type": "relu",
+        "mlp_bias": True,
+        **{"tie_word_embeddings": True, "embed_split_hidden": False, "embed_scale": 5.0, "z_loss": 0.1},
+        **{"head_bias": True, "logit_softcap": 2.0, "parallel_output": False, "label_smoothing": 0.1},
+    },
     "one query per key": {"num_kv_attention_heads": None},
 }
 CASES |= {f"by sequence, {name}": {**changes, "by_sequence": True} for name, changes in CASES.items()}

@@ -33,6 +33,22 @@ def _scaled(kind: str) -> Keys:
 PARTS: dict[str, tuple[Keys, ...]] = {
     "qk_norm": (_keys(), _keys(qk_norm="head")),
     "position": (_keys(), _scaled("linear"), _scaled("llama3"), _scaled("yarn")),
+    "mlp": (
+        _keys(),
+        _keys(mlp_type="geglu"),
+        _keys(mlp_type="geglu_tanh", mlp_bias=True),
+        _keys(mlp_type="gelu", mlp_bias=True),
+        _keys(mlp_type="gelu_tanh"),
+        _keys(mlp_type="relu"),
+    ),
+    "head": (
+        _keys(),
+        _keys(head_bias=True),
+        _keys(logit_softcap=0.7),
+        _keys(logit_scale=0.4, head_bias=True, logit_softcap=2.0),
+    ),
+    "embedding": (_keys(), _keys(embed_scale=5.6)),
+    "z_loss": ((), (("loss.z_loss", 0.01),)),
     "window": (
         _keys(),
         _keys(sliding_window=5),

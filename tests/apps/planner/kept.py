@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from internlm_lite.apps.planner.memory import row_shape
-from internlm_lite.config.schema import Config
+from internlm_lite.config.schema import Config, LossConfig
 from internlm_lite.layers.costs import Bytes
 from internlm_lite.layers.dropout import token_keys
 from internlm_lite.layers.flash import AttentionBackend, packed
@@ -72,7 +72,7 @@ def waiting_bytes(config: Config) -> int:
     """Storages that deferred weight gradients keep after the backward pass of one micro-batch, without scalars."""
     tp_ctx = tensor_parallel_context(config.model, single_process_mesh(), by_sequence=False, defer_weight_grads=True)
     spec = StageSpec(range(config.model.num_layers), first=True, last=True)
-    stage = Transformer(config.model, 0.0, tp_ctx, AttentionBackend.SDPA, spec)
+    stage = Transformer(config.model, LossConfig(), tp_ctx, AttentionBackend.SDPA, spec)
     run, _ = row_of_stage(stage, config)
     run().backward()
     tensors = [leaf for _, *pair in tp_ctx.weight_grads._waiting for leaf in tree_leaves(pair) if leaf.dim()]

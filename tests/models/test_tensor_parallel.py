@@ -22,6 +22,10 @@ CASES: dict[str, dict[str, Any]] = {
     "half recomputed, no bias": {"checkpoint": 0.5, "no_bias": True},
     "post norm": {"apply_post_layer_norm": True},
     "one query per key": {"num_kv_attention_heads": None},
+    "layer norms, also of heads": {"norm_type": "layernorm", "qk_norm": "head", "norm_position": "post"},
+    "norms over all heads": {"norm_position": "reordered", "qk_norm": "full", "zero_centered_norm": True},
+    "norms over all heads, recomputed": {"norm_position": "sandwich", "qk_norm": "full", "checkpoint": 0.5},
+    "norms over all heads, made again": {"norm_position": "reordered", "qk_norm": "full", "checkpoint": "selective"},
 }
 CASES |= {f"by sequence, {name}": {**changes, "by_sequence": True} for name, changes in CASES.items()}
 

@@ -2,8 +2,10 @@
 
     tokens [T] -> tok_embeddings -> Block 0 .. L-1 -> norm -> output -> losses [T]
 
-    pre-norm   x + attention(norm(x));  x + ffn(norm(x))     and a norm before the head
-    post-norm  norm(x + attention(x));  norm(x + ffn(x))     and no norm before the head
+    pre         x + attention(norm(x));        x + ffn(norm(x))           and a norm before the head
+    post        norm(x + attention(x));        norm(x + ffn(x))           and no norm before the head
+    reordered   x + norm(attention(x));        x + norm(ffn(x))           and a norm before the head
+    sandwich    x + norm(attention(norm(x)));  x + norm(ffn(norm(x)))     and a norm before the head
 
 Inputs are rows of T packed tokens without a batch dimension; `attend` masks other documents. With sequence parallelism
 the hidden state between blocks is [T / tp, hidden], else [T, hidden] (layers/tensor_parallel.py).
@@ -29,9 +31,9 @@ from internlm_lite.layers.flash import Attend, AttentionBackend
 from internlm_lite.layers.fp8 import Float8Products
 from internlm_lite.layers.loss import TokenLosses
 from internlm_lite.layers.mlp import FeedForward
-from internlm_lite.layers.norm import build_norm
+from internlm_lite.layers.norm import Norm, build_norm
 from internlm_lite.layers.products import Products
-from internlm_lite.layers.recompute import with_recipe
+from internlm_lite.layers.recompute import Recipe, with_recipe
 from internlm_lite.layers.rope import Rotary, Rotations, rotation_of
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.layers.weight_grads import WeightGrads
@@ -67,7 +69,8 @@ class Block(CostedLayer):
         super().__init__()
         self.tp_ctx = tp_ctx
         self.hidden_size = config.hidden_size
-        self.post_norm = config.apply_post_layer_norm
+        self.norms_at = config.norms_at
+        self.norms_inputs = config.norms_at in ("pre", "sandwich")
         self.recompute = layer < config.recomputed_layers
         self.rotation = rotation_of(config, layer)
         name = f"layers.{layer}"
@@ -75,6 +78,11 @@ class Block(CostedLayer):
         self.attention = Attention(f"{name}.attention", layer, config, tp_ctx)
         self.ffn_norm = build_norm(f"{name}.ffn_norm", config, tp_ctx)
         self.feed_forward = FeedForward(f"{name}.feed_forward", config, tp_ctx)
+        self.attention_post_norm: Norm | None = None
+        self.ffn_post_norm: Norm | None = None
+        if self.norms_at == "sandwich":
+            self.attention_post_norm = build_norm(f"{name}.attention_post_norm", config, tp_ctx)
+            self.ffn_post_norm = build_norm(f"{name}.ffn_post_norm", config, tp_ctx)
         whole = tp_ctx.compiled and tp_ctx.group.size == 1 and not tp_ctx.weight_grads.deferred
         if whole:
             self._require_manual_grads()
@@ -103,17 +111,38 @@ class Block(CostedLayer):
     def _before_attention(
         self, x: torch.Tensor, rotary: Rotary | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if self.post_norm:
+        if not self.norms_inputs:
             return self.attention.project(x, rotary)
         normed, recipe = with_recipe(self.attention_norm, x, wanted=self.tp_ctx.selective)
         return self.attention.project(normed, rotary, recipe)
 
     def _after_attention(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
-        x = x + self.attention.output(mixed)
-        norm = self.attention_norm if self.post_norm else self.ffn_norm
-        normed, recipe = with_recipe(norm, x, wanted=self.tp_ctx.selective)
-        y = self.feed_forward(normed, recipe)
-        return self.ffn_norm(normed + y) if self.post_norm else x + y
+        x, entering, recipe = self._into_feed_forward(x, self.attention.output(mixed))
+        x = self._add(x, self.feed_forward(entering, recipe), self.ffn_norm, self.ffn_post_norm)
+        return self.ffn_norm(x) if self.norms_at == "post" else x
+
+    def _into_feed_forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Recipe | None]:
+        """x and attention's output -> (their sum, the input of the feed-forward part, its recipe)."""
+        wanted = self.tp_ctx.selective
+        if self.norms_at == "reordered":  # the norm keeps y, so the sum need not be kept
+            x, recipe = with_recipe(self._add_attention, x, y, wanted=wanted)
+            return x, x, recipe
+        x = self._add_attention(x, y)
+        if self.norms_at == "post":
+            x, recipe = with_recipe(self.attention_norm, x, wanted=wanted)
+            return x, x, recipe
+        return x, *with_recipe(self.ffn_norm, x, wanted=wanted)
+
+    def _add_attention(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self._add(x, y, self.attention_norm, self.attention_post_norm)
+
+    def _add(self, x: torch.Tensor, y: torch.Tensor, norm: Norm, post_norm: Norm | None) -> torch.Tensor:
+        """The hidden state plus the output of a sub-layer with these norms."""
+        if self.norms_at == "reordered":
+            y = norm(y)
+        elif post_norm is not None:
+            y = post_norm(y)
+        return x + y
 
     def saved_bytes(self, row: RowShape, *, recompute: bool | None = None) -> Bytes:
         """`recompute` overrides `self.recompute`."""
@@ -122,8 +151,8 @@ class Block(CostedLayer):
             return {"layer inputs": layer_input}
         # The first layer counts the block's input, too; it moves to "layer inputs", which recomputed blocks also have.
         kept = add_bytes({"layer inputs": layer_input}, super().saved_bytes(row), {"norm inputs": -layer_input})
-        if row.selective:  # outputs of norms are made again
-            kept["projection inputs"] -= layer_input * (1 if self.post_norm else 2)
+        if row.selective:  # outputs of norms, and their sums, are made again
+            kept["projection inputs"] -= layer_input * (2 if self.norms_inputs else 1)
         return kept
 
     def messages(self, row: RowShape) -> list[Message]:
@@ -167,7 +196,7 @@ class Transformer(CostedLayer):
         self.tok_embeddings = Embedding("tok_embeddings", config, tp_ctx, spec.tied_over) if spec.first else None
         self._rotations = Rotations(config, spec.layers, tp_ctx.device)
         self.layers = nn.ModuleDict({str(n): Block(config, n, tp_ctx) for n in spec.layers})
-        has_norm = spec.last and not config.apply_post_layer_norm
+        has_norm = spec.last and config.norms_at != "post"
         self.norm = build_norm("norm", config, tp_ctx) if has_norm else None
         if config.tie_word_embeddings and self.tok_embeddings is not None:
             tied = self.tok_embeddings.weight

@@ -24,6 +24,7 @@ from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns
 from internlm_lite.layers.mlp import FeedForward
 from internlm_lite.layers.norm import NORMS
 from internlm_lite.layers.positions import LearnedPositions
+from internlm_lite.layers.norm import NORMS, FullRMSNorm, full_norms
 from internlm_lite.layers.rope import Rotary, rope_frequencies
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.mesh.mesh import plan_mesh, single_process_mesh, sizes_of
@@ -80,6 +81,11 @@ def build_columns(config: ModelConfig, tp_ctx: TensorParallelContext, device: to
     return Ready(layer, lambda: columns(x, layer)[0], ())
 
 
+def build_full_norm(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, _: Any) -> Ready:
+    layer, x = FullRMSNorm("n", config, tp_ctx, heads=(4, 6)), hidden(config, tp_ctx, device, 24)
+    return Ready(layer, lambda: full_norms((x,), (layer,))[0], ())
+
+
 def build_embedding(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, _: Any) -> Ready:
     layer, tokens = Embedding("e", config, tp_ctx), torch.zeros(T, dtype=torch.int64, device=device)
     return Ready(layer, lambda: layer(tokens), (tokens,))
@@ -131,6 +137,7 @@ BUILDS: dict[type[nn.Module], Build] = {
     FeedForward: plain(lambda c, ctx: FeedForward("f", c, ctx)),
     Embedding: build_embedding,
     LearnedPositions: build_positions,
+    FullRMSNorm: build_full_norm,
     Attention: build_with_attention(lambda c, ctx: Attention("a", 0, c, ctx)),
     Block: build_with_attention(lambda c, ctx: Block(c, 0, ctx)),
     Head: build_head,
@@ -183,6 +190,8 @@ def test_a_layer_knows_its_flops(cls: type[nn.Module], shape: dict[str, Any]) ->
         {},
         {"checkpoint": "selective"},
         {"dtype": "torch.bfloat16", "use_fp32_norm": True, "embed_split_hidden": False},
+        {"checkpoint": "selective", "norm_position": "reordered", "qk_norm": "full"},
+        {"dtype": "torch.bfloat16", "norm_position": "sandwich", "zero_centered_norm": True, "norm_type": "layernorm"},
     ],
     ids=str,
 )

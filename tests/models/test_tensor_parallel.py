@@ -30,6 +30,10 @@ CASES: dict[str, dict[str, Any]] = {
         **{"head_bias": True, "logit_softcap": 2.0, "parallel_output": False, "label_smoothing": 0.1},
     },
     "one query per key": {"num_kv_attention_heads": None},
+    "layer norms, also of heads": {"norm_type": "layernorm", "qk_norm": "head", "norm_position": "post"},
+    "norms over all heads": {"norm_position": "reordered", "qk_norm": "full", "zero_centered_norm": True},
+    "norms over all heads, recomputed": {"norm_position": "sandwich", "qk_norm": "full", "checkpoint": 0.5},
+    "norms over all heads, made again": {"norm_position": "reordered", "qk_norm": "full", "checkpoint": "selective"},
 }
 CASES |= {f"by sequence, {name}": {**changes, "by_sequence": True} for name, changes in CASES.items()}
 

@@ -92,23 +92,13 @@ class Attention(CostedLayer):
         statistics = kv_heads * self.queries * accumulation_dtype(weight.dtype).itemsize
         lean = row.selective and self.q_norm is None
         projected = kv_heads * self.head_dim if lean else weight.shape[0]  # v is a view of the whole output
-<<<<<<< HEAD
-        normed = 0 if self.q_norm is None else kv_heads * (self.queries + 1)
-        of_kernel = self.rule.softcap is None or not row.reference  # else neither parts nor statistics are kept
+        by_kernel = self.rule.softcap is None or not row.reference  # else neither parts nor statistics are kept
+        parts = 1 + (row.attention_by_document and by_kernel)  # the input of wo; by document: its parts, too
         kept = {
             "queries, keys, values": row.tokens * projected * weight.itemsize,
             "rotated queries, keys": row.tokens * rotated * weight.itemsize,
-            "attention output": output
-            * (1 + (row.attention_by_document and of_kernel)),  # input of wo; by document: its parts, too
-            "attention statistics": row.tokens * statistics * of_kernel,  # log-sum-exp of each query's scores
-            "norm statistics": row.tokens * normed * accumulation_dtype(weight.dtype).itemsize,
-=======
-        kept = {
-            "queries, keys, values": row.tokens * projected * weight.itemsize,
-            "rotated queries, keys": row.tokens * rotated * weight.itemsize,
-            "attention output": output * (1 + row.attention_by_document),  # input of wo; by document: its parts, too
-            "attention statistics": row.tokens * statistics,  # log-sum-exp of each query's scores
->>>>>>> jobs
+            "attention output": output * parts,
+            "attention statistics": row.tokens * statistics * by_kernel,  # log-sum-exp of each query's scores
         }
         normed = [norm.saved_bytes(row) for norm in (self.q_norm, self.k_norm) if norm is not None]
         if self.q_norm is not None and self.q_norm.kept_dtype(row.device) == self.tp_ctx.dtype:

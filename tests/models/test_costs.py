@@ -22,9 +22,8 @@ from internlm_lite.layers.embedding import Embedding
 from internlm_lite.layers.flash import AttentionBackend, packed_sdpa
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns
 from internlm_lite.layers.mlp import FeedForward
-from internlm_lite.layers.norm import NORMS
-from internlm_lite.layers.positions import LearnedPositions
 from internlm_lite.layers.norm import NORMS, FullRMSNorm, full_norms
+from internlm_lite.layers.positions import LearnedPositions
 from internlm_lite.layers.rope import Rotary, rope_frequencies
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.mesh.mesh import plan_mesh, single_process_mesh, sizes_of

@@ -61,7 +61,7 @@ class Attention(CostedLayer):
         q, k, v = heads.split([self.queries, 1, 1], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.tp_ctx.selective:  # a view would keep all of qkv, which only the rotation reads
+        if self.tp_ctx.selective and self.q_norm is None:  # a view would keep all of qkv, which nothing else keeps
             v = v.contiguous()
         if rotary is None:
             q, k = q.contiguous(), k.contiguous()

@@ -47,6 +47,7 @@ _MOST = {
     "hybrid_zero_optimizer.reduce_bucket_size": 2**40,
     "lr_scheduler.total_steps": 10**12,
     "model.hidden_size": 2**20,
+    "model.max_position_embeddings": 2**31 - 1,
     "model.mlp_ratio": 1024,
     "model.multiple_of": 2**20,
     "model.num_attention_heads": 2**20,

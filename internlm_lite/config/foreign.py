@@ -62,7 +62,6 @@ NO_EFFECT: Mapping[str, str] = {
     "model.dropout_selective_checkpoint": "there is no dropout",
     "model.enable_qkv_fusion": "the result is the same with and without",
     "model.fused_dropout_add_ln": "the result is the same with and without",
-    "model.max_position_embeddings": "rotary positions have no table",
     "model.mlp_layer_fusion": "the result is the same with and without",
     "model.moe_gate_k": "there are no experts",
     "model.moe_layer_kwargs": "there are no experts",
@@ -116,7 +115,7 @@ NO_EFFECT_IF: Mapping[str, tuple[Sequence[Any], str]] = {
     "model.qk_interleaved": ((False,), "the rotary embedding pairs element i with i + head_dim/2: convert weights"),
     "model.residual_in_fp32": ((False,), "residuals have model.dtype"),
     "model.use_amp": ((False,), "model.dtype is the one dtype of weights and activations"),
-    "model.use_dynamic_ntk_rope": ((False,), "rotary frequencies are fixed, see model.rope_base"),
+    "model.use_dynamic_ntk_rope": ((False,), "model.rope_scaling with rope_type 'dynamic' is it"),
     "model.use_scaled_init": ((True,), "output projections are scaled by 1/sqrt(2*num_layers)"),
     "model.use_swiglu": ((True,), "the MLP is SwiGLU"),
     "npu_fixedlen_flash_2d": ((False,), "rows are packed documents"),
@@ -156,7 +155,7 @@ FEATURES: Mapping[str, tuple[str, str]] = {
     r"local_attention.*|attention_sinks?|sink_.*": (
         "another form of local attention", "model.sliding_window and model.layer_types set windows"),
     r"(use_)?(yarn|ntk|alibi)(_.*)?|position_embedding_type": (
-        "other position embeddings", "model.rope_base and model.rope_scaling set the rotary frequencies"),
+        "other position embeddings", "model.position names the kind, model.rope_scaling scales rotary frequencies"),
     r"mtp(_.*)?|num_nextn_predict_layers|multi_token.*": ("multi-token prediction", "one token is predicted"),
     r"logits?_soft_?cap.*|final_logit_softcapping|z_loss.*": (
         "caps and penalties of logits", "loss.label_smoothing"),

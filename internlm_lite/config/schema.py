@@ -255,12 +255,13 @@ class RopeScaling(Section):
     """Rotary frequencies for rows longer than those a model was first trained on; `rope_scaling` in Hugging Face's
     config.json. Formulas: layers/rope.py."""
 
-    rope_type: Literal["linear", "llama3", "yarn"]
-    """linear: positions / factor. llama3: of long wavelengths alone, as in Llama 3.1. yarn: arXiv:2309.00071."""
+    rope_type: Literal["linear", "llama3", "yarn", "dynamic"]
+    """linear: positions / factor. llama3: of long wavelengths alone, as in Llama 3.1. yarn: arXiv:2309.00071.
+    dynamic: a larger base for documents beyond the original length, by their length (InternLM2 and 3)."""
     factor: Annotated[float, Field(ge=1)]
     """How much longer rows may be."""
     original_max_position_embeddings: Positive | None = None
-    """llama3, yarn: longest row of the first training."""
+    """llama3, yarn, dynamic: longest row of the first training. None, for dynamic: model.max_position_embeddings."""
     low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
     """llama3: wavelengths above original length / low_freq_factor are divided by factor."""
     high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
@@ -337,10 +338,24 @@ class ModelConfig(Section):
     """(new) Bias on attention's output. None: as no_bias says."""
     qk_norm: Literal[False, "head"] = False
     """(new) "head": RMSNorm of each query and key head before its rotation, one weight for all heads (Qwen3)."""
+    position: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
+    """(new) "rope": rotary queries and keys. "learned": a weight per position, added to the token's embedding (GPT-2).
+    "sinusoidal": fixed values instead, sines in even and cosines in odd columns (layers/positions.py). "none": the
+    causal mask alone."""
+    max_position_embeddings: Positive | None = None
+    """Positions that position="learned" has weights for, at least data.seq_len; the original length of rope_type
+    "dynamic", if that does not name it. Others have no largest position."""
     rope_base: Annotated[float, Field(gt=0)] = 10000
     """(new) Base of the rotary embedding."""
+    rope_local_base: Annotated[float, Field(gt=0)] | None = None
+    """(new) Base in sliding layers, whose frequencies rope_scaling does not change then (Gemma 3, OLMo 3). None: they
+    are rotated as the others."""
     rope_scaling: RopeScaling | None = None
     """(new) Scaled rotary frequencies, as in Llama 3.1."""
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = 1
+    """(new) Of a head, the first int(head_dim * factor) features are rotated."""
+    no_rope_every: NonNegative = 0
+    """(new) n: every n-th layer (n, 2n, ...) has no rotary embedding (SmolLM3: 4). 0: all have it."""
     sliding_window: Positive | None = None
     """(new) Sliding layers: a token attends to itself and the sliding_window - 1 tokens before it. None: no layer."""
     layer_types: Annotated[list[Literal["full_attention", "sliding_attention"]], Field(min_length=1)] | None = None
@@ -379,6 +394,16 @@ class ModelConfig(Section):
         window W < S: the W * S - W * (W - 1) / 2 pairs in it and, likewise, their mirrors beyond the diagonal."""
         window = min(self.window(layer) or seq_len, seq_len)
         return window * (2 * seq_len - window + 1) - seq_len
+
+    @property
+    def most_positions(self) -> int | None:
+        """Longest document that the model can read; None: of any length."""
+        return self.max_position_embeddings if self.position == "learned" else None
+
+    @property
+    def rotary_size(self) -> int:
+        """Features of a head that are rotated."""
+        return int(self.head_size * self.partial_rotary_factor)
 
     @property
     def has_qkv_bias(self) -> bool:

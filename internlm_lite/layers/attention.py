@@ -20,7 +20,7 @@ from internlm_lite.layers.flash import Attend
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns, output_std
 from internlm_lite.layers.norm import RMSNorm
 from internlm_lite.layers.recompute import Recipe
-from internlm_lite.layers.rope import Rotary
+from internlm_lite.layers.rope import Rotary, rotation_of
 from internlm_lite.layers.scores import attention_rule
 from internlm_lite.layers.tensor_parallel import TensorParallelContext, accumulation_dtype
 
@@ -48,24 +48,29 @@ class Attention(CostedLayer):
                 RMSNorm(f"{name}.{which}_norm", config, tp_ctx, head_size=self.head_dim) for which in ("q", "k")
             )
         self._rotated = compiled_in_training(Rotary.__call__, wanted=tp_ctx.compiled)
+        self._rotated_features = config.rotary_size if rotation_of(config, layer) is not None else 0
 
-    def forward(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rotary: Rotary | None, attend: Attend) -> torch.Tensor:
         return self.output(attend(self.rule, *self.project(x, rotary)))
 
     def project(
-        self, x: torch.Tensor, rotary: Rotary, recipe: Recipe | None = None
+        self, x: torch.Tensor, rotary: Rotary | None, recipe: Recipe | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rotated queries [T, heads, head_dim], rotated keys and values [T, kv_heads, head_dim], of this rank.
 
-        `recipe`: of x, as in `columns`."""
+        `rotary` None: they are not rotated. `recipe`: of x, as in `columns`."""
         (qkv,) = columns(x, self.wqkv, recipe=recipe)
         heads = qkv.view(qkv.shape[0], -1, self.queries + 2, self.head_dim)  # [T, Hkv, g + 2, D]
         q, k, v = heads.split([self.queries, 1, 1], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.tp_ctx.selective:  # a view would keep all of qkv, which only the rotation reads
+        if self.tp_ctx.selective and self.q_norm is None:  # a view would keep all of qkv, which nothing else keeps
             v = v.contiguous()
-        return self._rotated(rotary, q).flatten(1, 2), self._rotated(rotary, k).squeeze(2), v.squeeze(2)
+        if rotary is None:
+            q, k = q.contiguous(), k.contiguous()
+        else:
+            q, k = self._rotated(rotary, q), self._rotated(rotary, k)
+        return q.flatten(1, 2), k.squeeze(2), v.squeeze(2)
 
     def output(self, mixed: torch.Tensor) -> torch.Tensor:
         """What `attend` returned, [T, heads, head_dim] -> outside."""
@@ -101,17 +106,7 @@ class Attention(CostedLayer):
         joined = row.tokens * self.wqkv.weight.shape[0] * self.wqkv.weight.itemsize
         rotated = joined // (self.queries + 2) * (self.queries + 1)
         kernels = [Pass("attention", 0), Pass("attention", 0, 5, backward=True)]
-        if "rotary" in row.fused:
-            back = 2 * (rotated if "block" not in row.fused else joined)
-            moved = [Pass("fused", 2 * rotated, 2), Pass("fused", back, 2, backward=True)]
-        else:  # x * cos; x copied and rolled by half a head; addcmul
-            moved = [
-                Pass("strided", 5 * rotated, 4),
-                Pass("strided_copy", 2 * rotated, 2),
-                Pass("roll", 2 * rotated, 2),
-                Pass("strided", 5 * rotated, 4, backward=True),
-                Pass("roll", 2 * rotated, 2, backward=True),
-            ]
+        moved = self._rotation_passes(row, rotated, joined)
         if "block" not in row.fused:
             moved.append(Pass("contiguous_copy", 2 * joined, backward=True))
             moved.append(Pass("strided_copy", 2 * (joined - rotated), backward=True))
@@ -119,6 +114,26 @@ class Attention(CostedLayer):
             kind = "fused" if "block" in row.fused else "norm"
             moved += [Pass(kind, 2 * rotated, 2), Pass(kind, 5 * rotated, 8, backward=True)]
         return super().passes(row) + kernels + moved
+
+    def _rotation_passes(self, row: RowShape, rotated: int, joined: int) -> list[Pass]:
+        """`rotated`: bytes of queries and keys; `joined`: with those of values."""
+        if "block" in row.fused or ("rotary" in row.fused and self._rotated_features):
+            back = 2 * (rotated if "block" not in row.fused else joined)
+            return [Pass("fused", 2 * rotated, 2), Pass("fused", back, 2, backward=True)]
+        if not self._rotated_features:
+            return [Pass("strided_copy", 2 * rotated, 2)]
+        # x * cos; x copied and rolled by half a head; addcmul; what is not rotated is joined to it
+        turned = rotated * self._rotated_features // self.head_dim
+        found = [
+            Pass("strided", 5 * turned, 4),
+            Pass("strided_copy", 2 * turned, 2),
+            Pass("roll", 2 * turned, 2),
+            Pass("strided", 5 * turned, 4, backward=True),
+            Pass("roll", 2 * turned, 2, backward=True),
+        ]
+        if turned < rotated:
+            found += [Pass("strided_copy", 2 * rotated, 2, backward=backward) for backward in (False, True)]
+        return found
 
 
 def check_heads(config: ModelConfig, tp_size: int) -> None:

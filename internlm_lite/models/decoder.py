@@ -32,7 +32,7 @@ from internlm_lite.layers.mlp import SwiGLU
 from internlm_lite.layers.norm import build_norm
 from internlm_lite.layers.products import Products
 from internlm_lite.layers.recompute import with_recipe
-from internlm_lite.layers.rope import Rotary, rope_frequencies
+from internlm_lite.layers.rope import Rotary, Rotations, rotation_of
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.layers.weight_grads import WeightGrads
 from internlm_lite.mesh.layout import Parameter
@@ -58,8 +58,9 @@ class Block(CostedLayer):
     """x -> same shape, both outside split layers. `recompute`: save only x, and run again in the backward pass.
 
     With model.compile a training pass runs what is before attention and what is after it as one compiled graph each,
-    the same for all layers. Attention stays outside, so that neither its kernel nor the documents of a row are part of
-    a graph. Where collectives or deferred gradients would be inside, layers compile their elementwise work alone.
+    the same for all layers of a kind. Attention stays outside, so that neither its kernel nor the documents of a row
+    are part of a graph. Where collectives or deferred gradients would be inside, layers compile their elementwise work
+    alone.
     """
 
     def __init__(self, config: ModelConfig, layer: int, tp_ctx: TensorParallelContext) -> None:
@@ -68,6 +69,7 @@ class Block(CostedLayer):
         self.hidden_size = config.hidden_size
         self.post_norm = config.apply_post_layer_norm
         self.recompute = layer < config.recomputed_layers
+        self.rotation = rotation_of(config, layer)
         name = f"layers.{layer}"
         self.attention_norm = build_norm(f"{name}.attention_norm", config, tp_ctx)
         self.attention = Attention(f"{name}.attention", layer, config, tp_ctx)
@@ -89,16 +91,18 @@ class Block(CostedLayer):
                     "RMSNorm does in layers/norm.py, or set model.compile=False"
                 )
 
-    def forward(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rotary: Rotary | None, attend: Attend) -> torch.Tensor:
         # Checkpointing inside `forward`: forward hooks run once per step, and not again in the recomputation.
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._run, x, rotary, attend, use_reentrant=False, preserve_rng_state=False)
         return self._run(x, rotary, attend)
 
-    def _run(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
+    def _run(self, x: torch.Tensor, rotary: Rotary | None, attend: Attend) -> torch.Tensor:
         return self._after(self, x, attend(self.attention.rule, *self._before(self, x, rotary)))
 
-    def _before_attention(self, x: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _before_attention(
+        self, x: torch.Tensor, rotary: Rotary | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if self.post_norm:
             return self.attention.project(x, rotary)
         normed, recipe = with_recipe(self.attention_norm, x, wanted=self.tp_ctx.selective)
@@ -161,7 +165,7 @@ class Transformer(CostedLayer):
         self.backend = backend
         self.spec = spec
         self.tok_embeddings = Embedding("tok_embeddings", config, tp_ctx, spec.tied_over) if spec.first else None
-        self._frequencies = rope_frequencies(config, tp_ctx.device)
+        self._rotations = Rotations(config, spec.layers, tp_ctx.device)
         self.layers = nn.ModuleDict({str(n): Block(config, n, tp_ctx) for n in spec.layers})
         has_norm = spec.last and not config.apply_post_layer_norm
         self.norm = build_norm("norm", config, tp_ctx) if has_norm else None
@@ -183,15 +187,18 @@ class Transformer(CostedLayer):
             if module is not None:
                 yield module
 
-    def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def hidden(
+        self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, lengths: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The hidden state after this stage's layers and, on the last stage, the final norm.
 
         `tokens`: [T] int64 on the first stage, else the hidden state of the previous stage. `positions`: [T] int64.
+        `lengths`: see `Rotary`.
         """
-        x = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
-        rotary = Rotary(positions, self._frequencies, x.dtype)
-        for block in self.layers.values():
-            x = block(x, rotary, attend)
+        x = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens, positions)
+        rotaries = self._rotations.at(positions, x.dtype, lengths)
+        for block in self.blocks():
+            x = block(x, rotaries[block.rotation], attend)
         return x if self.norm is None else self.norm(x)
 
     def losses(self, hidden: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> TokenLosses:
@@ -212,7 +219,7 @@ class Transformer(CostedLayer):
         """`recomputed`: the number of the model's first layers that are recomputed; None: as configured."""
         flags = [None if recomputed is None else block.attention.layer < recomputed for block in self.blocks()]
         parts = [block.saved_bytes(row, recompute=flag) for block, flag in zip(self.blocks(), flags, strict=True)]
-        parts.append(Rotary.saved_bytes(row, self.config.head_size, self.tp_ctx.dtype))
+        parts.append(self._rotations.saved_bytes(row, self.tp_ctx.dtype))
         parts += [unit.saved_bytes(row) for unit in (self.tok_embeddings, self.output, self.norm) if unit is not None]
         return add_bytes(*parts)
 

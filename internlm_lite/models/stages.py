@@ -82,15 +82,22 @@ class WholeModel:
         self.device = mesh.device
 
     def logits(
-        self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, rows: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        attend: Attend,
+        rows: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits [T, vocab], or [R, vocab] of tokens `rows` [R] only, on every rank. Collective over tp and pp."""
+        """Logits [T, vocab], or [R, vocab] of tokens `rows` [R] only, on every rank. Collective over tp and pp.
+
+        `lengths`: see `layers.rope.Rotary`; needed where the row has parts of documents."""
         tp_ctx, hidden_size = self.any_stage.tp_ctx, self.any_stage.config.hidden_size
         x = tokens
         with tp_ctx.whole_activations():
             for number, rank in enumerate(self._stage_ranks):
                 if number in self._stages:
-                    x = self._stages[number].hidden(x, positions, attend)
+                    x = self._stages[number].hidden(x, positions, attend, lengths)
                 else:
                     x = torch.empty(len(tokens), hidden_size, dtype=tp_ctx.dtype, device=self.device)
                 broadcast(x, self._pp, rank).wait()

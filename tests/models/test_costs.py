@@ -23,6 +23,7 @@ from internlm_lite.layers.flash import AttentionBackend, packed_sdpa
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns
 from internlm_lite.layers.mlp import SwiGLU
 from internlm_lite.layers.norm import NORMS
+from internlm_lite.layers.positions import LearnedPositions
 from internlm_lite.layers.rope import Rotary, rope_frequencies
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.mesh.mesh import plan_mesh, single_process_mesh, sizes_of
@@ -84,6 +85,12 @@ def build_embedding(config: ModelConfig, tp_ctx: TensorParallelContext, device: 
     return Ready(layer, lambda: layer(tokens), (tokens,))
 
 
+def build_positions(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, _: Any) -> Ready:
+    config = config.model_copy(update={"max_position_embeddings": T})
+    layer, positions = LearnedPositions("p", config, tp_ctx), torch.arange(T, device=device)
+    return Ready(layer, lambda: layer(positions), (positions,))
+
+
 def build_with_attention(make: Callable[[ModelConfig, TensorParallelContext], Any]) -> Build:
     def build(
         config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, boundaries: tuple[int, ...]
@@ -123,6 +130,7 @@ BUILDS: dict[type[nn.Module], Build] = {
     RowLinear: plain(lambda c, ctx: RowLinear("r", c.hidden_size, 40, ctx, init_std=0.1, bias=True)),
     SwiGLU: plain(lambda c, ctx: SwiGLU("f", c, ctx)),
     Embedding: build_embedding,
+    LearnedPositions: build_positions,
     Attention: build_with_attention(lambda c, ctx: Attention("a", 0, c, ctx)),
     Block: build_with_attention(lambda c, ctx: Block(c, 0, ctx)),
     Head: build_head,

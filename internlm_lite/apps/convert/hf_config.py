@@ -45,7 +45,7 @@ _FORMS: dict[Family, _Form] = {
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _PLAIN_ROPE = ("default", "origin", "dynamic")
 """Kinds of unscaled rotary embedding; "dynamic" is one only up to the trained sequence length."""
-_SCALED_ROPE = get_args(RopeScaling.model_fields["rope_type"].annotation)
+_SCALED_ROPE = tuple(kind for kind in get_args(RopeScaling.model_fields["rope_type"].annotation) if kind != "dynamic")
 _MISTRAL_WINDOW = 4096
 """Of a Mistral whose config.json does not name its sliding window."""
 _MULTIPLES = (256, 128, 64, 32, 16, 8, 4, 2, 1)

@@ -12,6 +12,12 @@ from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from tests.apps.planner.kept import config, kept_bytes, planned, planned_stage, waiting_bytes
 from tests.world import run_world
 
+LOCAL = {
+    "sliding_window": 32,
+    "layer_types": ["full_attention", "sliding_attention"],
+    "rope_local_base": 50.0,
+}
+"""Two rotary tables."""
 SHAPES: list[dict[str, Any]] = [
     {},
     {"num_kv_attention_heads": 2},
@@ -25,6 +31,18 @@ SHAPES: list[dict[str, Any]] = [
     {"num_kv_attention_heads": 2, "qk_norm": "head", "head_dim": 6, "qkv_bias": False},
     {"dtype": "torch.bfloat16", "qk_norm": "head", "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     {"dtype": "torch.bfloat16", "fp8": True},
+    {"position": "learned", "max_position_embeddings": 32},
+    {"position": "learned", "max_position_embeddings": 40, "embed_split_hidden": False, "embed_grad_scale": 0.5},
+    {"position": "sinusoidal", "dtype": "torch.bfloat16", "checkpoint": "selective"},
+    {"position": "none", "embed_split_hidden": False},
+    {"no_rope_every": 2, "num_kv_attention_heads": 1},
+    {"no_rope_every": 2, "checkpoint": "selective", "num_kv_attention_heads": 2},
+    {"no_rope_every": 3, "qk_norm": "head", "checkpoint": "selective"},
+    {"no_rope_every": 1},
+    {"partial_rotary_factor": 0.25},
+    {"partial_rotary_factor": 0.5, "qk_norm": "head", "dtype": "torch.bfloat16"},
+    {**LOCAL, "partial_rotary_factor": 0.5, "no_rope_every": 3},
+    {**LOCAL, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}},
     {"attention_softcap": 0.7, "attention_scale": 0.4},
     {"attention_softcap": 0.7, "num_kv_attention_heads": 2, "dtype": "torch.bfloat16"},
     {"sliding_window": 24},

@@ -67,7 +67,7 @@ class Attention(CostedLayer):
             q, k = full_norms((q, k), (self.q_norm, self.k_norm))
         elif self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        elif self.tp_ctx.selective:  # a view would keep all of qkv, which only the rotation reads
+        if self.tp_ctx.selective and self.q_norm is None:  # a view would keep all of qkv, which nothing else keeps
             v = v.contiguous()
         if rotary is None:
             q, k = q.contiguous(), k.contiguous()

@@ -222,12 +222,18 @@ def _number(value: float | None) -> str:
 
 def _curves(config: Config) -> Iterator[Problem]:
     curve = config.lr_scheduler
-    warmup = int(curve.total_steps * curve.warmup_ratio)
-    if curve.init_steps + warmup > curve.total_steps:
+    given = "lr_scheduler.warmup_ratio" if curve.warmup_steps is None else "lr_scheduler.warmup_steps"
+    warmup = curve.num_warmup_steps
+    if curve.warmup_ratio is not None and curve.warmup_steps is not None:
         yield Problem(
-            ("lr_scheduler.init_steps", "lr_scheduler.warmup_ratio", "lr_scheduler.total_steps"),
+            (given, "lr_scheduler.warmup_ratio"),
+            f"found {warmup} beside warmup_ratio {curve.warmup_ratio}; leave one of them out, or set it to None",
+        )
+    elif curve.init_steps + warmup > curve.total_steps:
+        yield Problem(
+            ("lr_scheduler.init_steps", given, "lr_scheduler.total_steps"),
             f"found {curve.init_steps} + {warmup} warm-up steps, expected at most lr_scheduler.total_steps "
-            f"{curve.total_steps}; lower init_steps or warmup_ratio",
+            f"{curve.total_steps}; lower init_steps or {given.partition('.')[2]}",
         )
 
 

@@ -193,7 +193,7 @@ _OTHER_NAMES = {
     "data.weights": "dataset_weights data_weights blend",
     "hybrid_zero_optimizer.clip_grad_norm": "max_grad_norm gradient_clipping clip_grad max_norm",
     "lr_scheduler.eta_min": "min_lr min_decay_lr lr_min",
-    "lr_scheduler.warmup_ratio": "warmup_steps lr_warmup_iters lr_warmup_steps warmup_iters num_warmup_steps",
+    "lr_scheduler.warmup_steps": "lr_warmup_iters lr_warmup_steps warmup_iters num_warmup_steps",
     "model.checkpoint": "gradient_checkpointing activation_checkpoint activation_checkpointing recompute "
     "recompute_granularity",
     "model.compile": "torch_compile use_torch_compile use_compile enable_compile",

@@ -65,6 +65,9 @@ class CkptConfig(Section):
     keep: Positive | None = None
     """(new) Newest milestones to keep; older ones are removed after a newer one is saved, except the final ones and
     the one that the run went on from. None: all."""
+    keep_best: bool = False
+    """(new) After an evaluation with a lower loss than any before, save a checkpoint of the kind "best". It stays until
+    a better one is saved, besides those that the other keys ask for."""
     async_upload: bool = True
     """Write checkpoints in the background where the storage supports it."""
     async_upload_tmp_folder: str | None = None
@@ -118,6 +121,11 @@ class DataConfig(Section):
     """(new) Share of each data folder in the training mix, normalised; None: every document once per epoch."""
     valid_batches: Positive = 16
     """(new) At most this many validation batches per data folder."""
+    valid_at_start: bool = False
+    """(new) Evaluate before the first step, too."""
+    valid_train_batches: NonNegative = 0
+    """(new) Every evaluation also measures the loss on this many batches of training data, always the first of the data
+    order. Moves neither the data position nor the curve."""
 
 
 class Fp16ScalerConfig(Section):
@@ -173,9 +181,12 @@ class LossConfig(Section):
 class OptimizerConfig(Section):
     """(new) What is done with a gradient. Learning rate, betas and weight decay come from `adam` for every rule."""
 
-    name: Literal["adamw", "lion"] = "adamw"
+    name: Literal["adamw", "lion", "sgd"] = "adamw"
     """Update rule. "lion": the sign of a momentum (arXiv:2302.06675), half the optimizer state; wants a smaller adam.lr
-    and a larger adam.weight_decay than AdamW; adam.adam_beta2 is the decay of the momentum."""
+    and a larger adam.weight_decay than AdamW; adam.adam_beta2 is the decay of the momentum. "sgd": the gradient itself,
+    or its momentum; no other key of `adam` than lr and the weight decay, which is decoupled, too."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0
+    """sgd: momentum = this * momentum + gradient, as torch's. 0: without, and then without optimizer state."""
 
 
 class AdamConfig(Section):
@@ -193,23 +204,38 @@ class AdamConfig(Section):
     """Added to the denominator (AdamW)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled weight decay."""
-    weight_decay_on: Literal["matrices", "all"] = "matrices"
-    """(new) "matrices": no decay of biases and norm weights."""
+    weight_decay_on: Literal["matrices", "matrices_without_embeddings", "all"] = "matrices"
+    """(new) "matrices": no decay of biases and norm weights. "matrices_without_embeddings": nor of tables of which rows
+    are looked up: the embedding, also where the head shares it, and learned positions; a head of its own decays."""
 
 
 class LrSchedulerConfig(Section):
-    """Linear warm-up, then cosine down to eta_min."""
+    """Linear warm-up, then `decay`."""
 
     total_steps: Positive
-    """Step at which the learning rate reaches eta_min; left out: data.total_steps."""
+    """Step at which the cosine reaches eta_min; left out: data.total_steps."""
     init_steps: NonNegative = 0
     """Steps with learning rate 0 before the warm-up."""
-    warmup_ratio: Fraction = 0.01
-    """Share of total_steps used for warm-up."""
+    warmup_ratio: Fraction | None = None
+    """Share of total_steps used for warm-up. None: 0.01, unless warmup_steps is given."""
+    warmup_steps: NonNegative | None = None
+    """(new) Steps of the warm-up, instead of warmup_ratio."""
+    warmup_from_zero: bool = False
+    """(new) The first of w warm-up steps has the learning rate 0 and the last adam.lr * (w - 1) / w (Megatron, Hugging
+    Face). False: adam.lr / w and adam.lr (InternLM)."""
+    decay: Literal["cosine", "constant", "inverse_sqrt"] = "cosine"
+    """(new) What follows the warm-up. "cosine": down to eta_min at total_steps. "constant": adam.lr. "inverse_sqrt":
+    adam.lr / sqrt(t + 1) in step t after the warm-up, at least eta_min."""
     eta_min: Annotated[float, Field(ge=0)] = 0.0
     """Final learning rate."""
     last_epoch: Annotated[int, Field(ge=-1)] = -1
     """Index of the last step already done by another run; -1: none."""
+
+    @property
+    def num_warmup_steps(self) -> int:
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return int(self.total_steps * (0.01 if self.warmup_ratio is None else self.warmup_ratio))
 
 
 class Beta2SchedulerConfig(Section):
@@ -497,8 +523,9 @@ class MonitorConfig(Section):
     """Steps between step lines; metrics are read from the device once per line."""
     sample_prompts: list[str] = []
     """Prompts continued at the end of the run, and every sample_every steps; needs data.tokenizer."""
-    sample_every: NonNegative = 0
-    """Steps between continuations of the prompts; 0: only at the end."""
+    sample_every: NonNegative | Literal["epoch"] = 0
+    """Steps between continuations of the prompts; 0: only at the end. "epoch": after each pass over the training data,
+    which data.weights exclude."""
     sample_tokens: Positive = 64
     """Tokens generated per prompt."""
     report_every_seconds: Annotated[float, Field(ge=0)] = 60.0

@@ -35,7 +35,7 @@ class Embedding(CostedLayer):
         shape, dim = (config.vocab_size, config.hidden_size), 1 if self.split_hidden else 0
         layout = split(f"{name}.weight", shape, dim, tp_ctx.group, init_std=config.init_std, partial_over=partial_over)
         self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)
-        self.weight.manual_grad = self.weight.deferred_grad = True
+        self.weight.manual_grad = self.weight.deferred_grad = self.weight.looked_up = True
         self.position = config.position
         self.positions = LearnedPositions(f"{name}.positions", config, tp_ctx) if self.position == "learned" else None
 

@@ -50,6 +50,7 @@ class Head(CostedLayer):
             layout = split(name, shape, 0, tp_ctx.group, init_std=config.init_std, partial_over=tied_over)
             self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)
             self.weight.manual_grad = self.weight.deferred_grad = True
+            self.weight.looked_up = config.tie_word_embeddings
         else:
             tied.grads_per_microbatch = 2
 

@@ -103,6 +103,17 @@ BAD = [
         "13: lr_scheduler.init_steps: found 99 + 50 warm-up steps, expected at most",
     ),
     (
+        "eta_min=1e-5",
+        "warmup_steps=101",
+        "13: lr_scheduler.init_steps: found 0 + 101 warm-up steps, expected at most",
+    ),
+    (
+        "eta_min=1e-5",
+        "warmup_steps=5, warmup_ratio=0.05",
+        "13: lr_scheduler.warmup_steps: found 5 beside warmup_ratio 0.05; leave one of them out",
+    ),
+    ("eta_min=1e-5", "decay='linear'", "13: lr_scheduler.decay: found 'linear', expected one of 'cosine', 'constant'"),
+    (
         "num_attention_heads=8",
         "num_attention_heads=7",
         "17: model.hidden_size: found 128, expected a multiple of model.num_attention_heads 7;",

@@ -33,6 +33,12 @@ def _scaled(kind: str) -> Keys:
 PARTS: dict[str, tuple[Keys, ...]] = {
     "qk_norm": (_keys(), _keys(qk_norm="head")),
     "position": (_keys(), _scaled("linear"), _scaled("llama3"), _scaled("yarn")),
+    "window": (
+        _keys(),
+        _keys(sliding_window=5),
+        _keys(sliding_window=9, layer_types=("sliding_attention", "full_attention")),
+    ),
+    "scores": (_keys(), _keys(attention_softcap=0.5), _keys(attention_scale=0.7)),
 }
 """Values of the parts of a model; the first is the default."""
 DROPOUT: Keys = ()

@@ -94,7 +94,7 @@ def holdings(config: Config, sizes: Sizes, backend: AttentionBackend) -> tuple[l
                 stages=stages,
                 parameters=sum(bucket.numel for bucket in buckets),
                 zero_elements=tuple(sum(b.elements_on(rank) for b in buckets) for rank in range(sizes.zero)),
-                buckets=tuple(_sizes(bucket, params, len(RULES[config.optimizer.name].roles)) for bucket in buckets),
+                buckets=tuple(_sizes(bucket, params, _state_tensors(config)) for bucket in buckets),
             )
         )
     return held, sum(wholes.values())
@@ -104,8 +104,13 @@ def rebucketed(held: RankHoldings, config: Config, sizes: Sizes) -> tuple[Bucket
     """Buckets of these stages with another `config`, such as another reduce_bucket_size."""
     mesh = plan_mesh(sizes, rank_of(sizes, dp=0, tp=0, pp=held.pp), torch.device("meta"))
     params = _parameters(held.stages)
-    state_tensors = len(RULES[config.optimizer.name].roles)
-    return tuple(_sizes(bucket, params, state_tensors) for bucket in build_buckets(list(params), mesh.zero, config))
+    made = build_buckets(list(params), mesh.zero, config)
+    return tuple(_sizes(bucket, params, _state_tensors(config)) for bucket in made)
+
+
+def _state_tensors(config: Config) -> int:
+    """Tensors of the update rule's state per shard."""
+    return len(RULES[config.optimizer.name].roles_with(config.optimizer))
 
 
 def _parameters(stages: Stages) -> dict[Parameter, int]:

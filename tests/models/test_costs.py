@@ -182,13 +182,14 @@ def test_a_layer_knows_its_flops(cls: type[nn.Module], shape: dict[str, Any]) ->
     [
         {},
         {"checkpoint": "selective"},
+        {"attention_softcap": 0.7},
         {"dtype": "torch.bfloat16", "use_fp32_norm": True, "embed_split_hidden": False},
     ],
     ids=str,
 )
 def test_a_layer_knows_what_it_saves(cls: type[nn.Module], boundaries: tuple[int, ...], shape: dict[str, Any]) -> None:
     made, _ = ready(BUILDS[cls], small_config(**shape), boundaries)
-    row = RowShape(T, "cpu", attention_by_document=len(boundaries) > 2, selective="checkpoint" in shape)
+    row = RowShape(T, "cpu", attention_by_document=len(boundaries) > 2, reference=True, selective="checkpoint" in shape)
     assert saved_bytes(made.run, made.layer, made.known) == sum(made.layer.saved_bytes(row).values())
 
 
@@ -202,6 +203,9 @@ def model_shapes() -> list[dict[str, Any]]:
 def expected_flops(model: Transformer, forward: int) -> tuple[int, int]:
     """(forward without gradients, forward and backward) of one row: recomputed layers run twice."""
     again = sum(T * block.flops_per_token(T) for block in model.blocks() if block.recompute)
+    for block in model.blocks():
+        if block.attention.rule.softcap is not None:  # scores are made again
+            again += T * (block.flops_per_token(T) - block.flops_per_token(0))
     return forward, 3 * forward + again
 
 

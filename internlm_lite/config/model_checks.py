@@ -18,6 +18,7 @@ def model_problems(config: Config) -> Iterator[Problem]:
     yield from _norms(config)
     yield from _tensor(config)
     yield from _float8(config)
+    yield from _dropout(config)
 
 
 def _heads(config: Config) -> Iterator[Problem]:
@@ -176,4 +177,16 @@ def _float8(config: Config) -> Iterator[Problem]:
             ("model.fp8", *(key for keys in odd for key in keys)),
             f"found True with matrices of {found} rows or columns on a rank, expected multiples of 16; "
             "change these keys, or set model.fp8=False",
+        )
+
+
+def _dropout(config: Config) -> Iterator[Problem]:
+    """A kernel's own masks would not be those of another layout, nor those of a layer that runs again."""
+    model = config.model
+    kernel = model.attention if model.use_flash_attn else "sdpa"
+    if model.attention_dropout and kernel not in ("auto", "sdpa"):
+        yield Problem(
+            ("model.attention_dropout", "model.attention"),
+            f'found {model.attention_dropout:g} with model.attention "{kernel}", which drops attention weights by '
+            'numbers of its own; set model.attention="auto", or attention_dropout=0',
         )

@@ -392,6 +392,14 @@ class ModelConfig(Section):
     it; without them scores are computed block by block, exactly but slowly."""
     attention_scale: Annotated[float, Field(gt=0)] | None = None
     """(new) Scale of the scores; None: head_dim ** -0.5. Gemma's is query_pre_attn_scalar ** -0.5."""
+    embedding_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
+    """(new) Share of the embedding's output that is dropped in training. Masks of all dropout are a function of seed,
+    step, layer, token and feature: the same in every layout, after a resume, and where layers run again."""
+    residual_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
+    """(new) Share of what attention and feed-forward part add to the residual stream that is dropped in training."""
+    attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
+    """(new) Share of the attention weights that is dropped in training. No kernel has such masks: attention is then
+    computed in plain operations, block by block, which is slower."""
     tie_word_embeddings: bool = False
     """(new) The head shares the embedding's weight."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
@@ -453,6 +461,10 @@ class ModelConfig(Section):
     def mlp_hidden_size(self) -> int:
         """Width of the feed-forward part; 13824 for the 20B model."""
         return round_up(int(self.hidden_size * self.mlp_ratio), self.multiple_of)
+
+    @property
+    def has_dropout(self) -> bool:
+        return bool(self.embedding_dropout or self.residual_dropout or self.attention_dropout)
 
     @property
     def recomputed_share(self) -> float:

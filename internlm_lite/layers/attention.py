@@ -36,6 +36,7 @@ class Attention(CostedLayer):
         self.layer, self.tp_ctx = layer, tp_ctx
         self.rule = attention_rule(config, layer)
         self._pairs = partial(config.attention_pairs, layer)
+        self._has_dropout = config.attention_dropout > 0
         self.head_dim = config.head_size
         self.queries = heads // kv_heads  # per key/value head
         rows, bias = kv_heads * (self.queries + 2) * self.head_dim, config.has_qkv_bias
@@ -92,13 +93,14 @@ class Attention(CostedLayer):
         statistics = kv_heads * self.queries * accumulation_dtype(weight.dtype).itemsize
         lean = row.selective and self.q_norm is None
         projected = kv_heads * self.head_dim if lean else weight.shape[0]  # v is a view of the whole output
-        by_kernel = self.rule.softcap is None or not row.reference  # else neither parts nor statistics are kept
-        parts = 1 + (row.attention_by_document and by_kernel)  # the input of wo; by document: its parts, too
+        # In blocks neither statistics nor the parts of the output are kept.
+        in_blocks = row.reference and (self.rule.softcap is not None or self._has_dropout)
+        parts = 1 + (row.attention_by_document and not in_blocks)  # the input of wo; by document: its parts, too
         kept = {
             "queries, keys, values": row.tokens * projected * weight.itemsize,
             "rotated queries, keys": row.tokens * rotated * weight.itemsize,
             "attention output": output * parts,
-            "attention statistics": row.tokens * statistics * by_kernel,  # log-sum-exp of each query's scores
+            "attention statistics": row.tokens * statistics * (not in_blocks),  # log-sum-exp of each query's scores
         }
         normed = [norm.saved_bytes(row) for norm in (self.q_norm, self.k_norm) if norm is not None]
         if self.q_norm is not None and self.q_norm.kept_dtype(row.device) == self.tp_ctx.dtype:

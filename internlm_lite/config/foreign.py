@@ -59,7 +59,7 @@ NO_EFFECT: Mapping[str, str] = {
     "loss.op_type": "the loss is the same; its kernel is chosen by the device",
     "metric_dtype": "metrics are always summed in float32",
     "model.device": "--device chooses it",
-    "model.dropout_selective_checkpoint": "there is no dropout",
+    "model.dropout_selective_checkpoint": "masks are always computed again",
     "model.enable_qkv_fusion": "the result is the same with and without",
     "model.fused_dropout_add_ln": "the result is the same with and without",
     "model.mlp_layer_fusion": "the result is the same with and without",
@@ -148,8 +148,8 @@ FEATURES: Mapping[str, tuple[str, str]] = {
         "images, video and sound", "the model reads tokens of text"),
     r"(use_)?ema(_.*)?": ("averaging of weights (EMA)", "checkpoints are kept by ckpt.checkpoint_every"),
     r".*cuda_?graphs?.*|compile_.*|.*inductor.*": ("CUDA graphs and options of the compiler", "see model.compile"),
-    r"(.*_)?dropout(_.*)?|(attn_|hidden_|drop_path_)?drop(_rate|_prob)?|.*_pdrop|drop_path.*": (
-        "dropout", "adam.weight_decay and loss.label_smoothing regularise"),
+    r"drop_?path.*|(use_)?layer_?drop.*|stochastic_depth.*": (
+        "dropout of whole layers", "model.residual_dropout drops features"),
     r"local_attention.*|attention_sinks?|sink_.*": (
         "another form of local attention", "model.sliding_window and model.layer_types set windows"),
     r"(use_)?(yarn|ntk|alibi)(_.*)?|position_embedding_type": (
@@ -191,6 +191,9 @@ _OTHER_NAMES = {
     "lr_scheduler.eta_min": "min_lr min_decay_lr lr_min",
     "lr_scheduler.warmup_steps": "lr_warmup_iters lr_warmup_steps warmup_iters num_warmup_steps",
     "model.attention_scale": "softmax_scale attention_multiplier query_pre_attn_scalar",
+    "model.attention_dropout": "attn_drop_rate attn_pdrop attn_dropout attention_probs_dropout_prob",
+    "model.residual_dropout": "drop_rate resid_pdrop hidden_dropout hidden_dropout_prob resid_dropout dropout",
+    "model.embedding_dropout": "embed_dropout embd_pdrop embd_dropout",
     "model.logit_softcap": "final_logit_softcapping logits_soft_cap",
     "loss.z_loss": "z_loss_weight z_loss_multiplier",
     "model.attention_softcap": "attn_logit_softcapping attn_logit_softcap attention_logit_cap",

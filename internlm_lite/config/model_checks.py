@@ -15,6 +15,7 @@ def model_problems(config: Config) -> Iterator[Problem]:
     yield from _heads(config)
     yield from _positions(config)
     yield from _windows(config.model)
+    yield from _norms(config)
     yield from _tensor(config)
     yield from _float8(config)
     yield from _dropout(config)
@@ -56,6 +57,21 @@ def _positions(config: Config) -> Iterator[Problem]:
             found = "" if name == "rope_scaling" else f" {value!r}"
             text = f"found{found} with model.position {model.position!r}, which rotates nothing; remove it"
             yield Problem((f"model.{name}", "model.position"), text)
+
+
+def _norms(config: Config) -> Iterator[Problem]:
+    model, kind = config.model, "model.norm_type"
+    if model.apply_post_layer_norm and model.norms_at != "post":
+        keys = "model.norm_position", "model.apply_post_layer_norm"
+        yield Problem(keys, f'found "{model.norms_at}" with {keys[1]}=True, which says "post"; remove one of them')
+    if model.norm_bias and model.norm_type == "rmsnorm":
+        text = f'found True with {kind} "rmsnorm", which has no bias; set {kind}="layernorm", or remove norm_bias'
+        yield Problem(("model.norm_bias", kind), text)
+    if model.qk_norm == "full" and model.norm_type == "layernorm":
+        yield Problem(
+            ("model.qk_norm", kind),
+            f'found "full" with {kind} "layernorm", expected "rmsnorm", as in OLMo 2; change it, or set qk_norm="head"',
+        )
 
 
 def _rope(config: Config) -> Iterator[Problem]:

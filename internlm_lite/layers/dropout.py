@@ -94,7 +94,8 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _drop_features(grads[0], *ctx.saved_tensors, ctx.p), None, None, None
+        keys, key = ctx.saved_tensors
+        return _drop_features(grads[0], keys, key, ctx.p), None, None, None
 
 
 def _dropout(x: torch.Tensor, keys: torch.Tensor, key: torch.Tensor, p: float) -> torch.Tensor:

@@ -2,8 +2,10 @@
 
     tokens [T] -> tok_embeddings -> Block 0 .. L-1 -> norm -> output -> losses [T]
 
-    pre-norm   x + attention(norm(x));  x + ffn(norm(x))     and a norm before the head
-    post-norm  norm(x + attention(x));  norm(x + ffn(x))     and no norm before the head
+    pre         x + attention(norm(x));        x + ffn(norm(x))           and a norm before the head
+    post        norm(x + attention(x));        norm(x + ffn(x))           and no norm before the head
+    reordered   x + norm(attention(x));        x + norm(ffn(x))           and a norm before the head
+    sandwich    x + norm(attention(norm(x)));  x + norm(ffn(norm(x)))     and a norm before the head
 
 Inputs are rows of T packed tokens without a batch dimension; `attend` masks other documents. With sequence parallelism
 the hidden state between blocks is [T / tp, hidden], else [T, hidden] (layers/tensor_parallel.py).
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -30,9 +33,9 @@ from internlm_lite.layers.flash import Attend, AttentionBackend
 from internlm_lite.layers.fp8 import Float8Products
 from internlm_lite.layers.loss import TokenLosses
 from internlm_lite.layers.mlp import FeedForward
-from internlm_lite.layers.norm import build_norm
+from internlm_lite.layers.norm import Norm, build_norm
 from internlm_lite.layers.products import Products
-from internlm_lite.layers.recompute import with_recipe
+from internlm_lite.layers.recompute import Recipe, with_recipe
 from internlm_lite.layers.rope import Rotary, Rotations, rotation_of
 from internlm_lite.layers.scores import Drop
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
@@ -69,7 +72,8 @@ class Block(CostedLayer):
         super().__init__()
         self.tp_ctx = tp_ctx
         self.hidden_size = config.hidden_size
-        self.post_norm = config.apply_post_layer_norm
+        self.norms_at = config.norms_at
+        self.norms_inputs = config.norms_at in ("pre", "sandwich")
         self.recompute = layer < config.recomputed_layers
         self.rotation = rotation_of(config, layer)
         name = f"layers.{layer}"
@@ -77,6 +81,11 @@ class Block(CostedLayer):
         self.attention = Attention(f"{name}.attention", layer, config, tp_ctx)
         self.ffn_norm = build_norm(f"{name}.ffn_norm", config, tp_ctx)
         self.feed_forward = FeedForward(f"{name}.feed_forward", config, tp_ctx)
+        self.attention_post_norm: Norm | None = None
+        self.ffn_post_norm: Norm | None = None
+        if self.norms_at == "sandwich":
+            self.attention_post_norm = build_norm(f"{name}.attention_post_norm", config, tp_ctx)
+            self.ffn_post_norm = build_norm(f"{name}.ffn_post_norm", config, tp_ctx)
         self.attention_dropout, self.ffn_dropout = (
             Dropout(config.residual_dropout, layer, site, config.hidden_size, tp_ctx)
             for site in (Site.ATTENTION_OUTPUT, Site.FEED_FORWARD)
@@ -114,17 +123,41 @@ class Block(CostedLayer):
     def _before_attention(
         self, x: torch.Tensor, rotary: Rotary | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if self.post_norm:
+        if not self.norms_inputs:
             return self.attention.project(x, rotary)
         normed, recipe = with_recipe(self.attention_norm, x, wanted=self.tp_ctx.selective)
         return self.attention.project(normed, rotary, recipe)
 
     def _after_attention(self, x: torch.Tensor, mixed: torch.Tensor, token_keys: torch.Tensor | None) -> torch.Tensor:
-        x = x + self.attention_dropout(self.attention.output(mixed), token_keys)
-        norm = self.attention_norm if self.post_norm else self.ffn_norm
-        normed, recipe = with_recipe(norm, x, wanted=self.tp_ctx.selective)
-        y = self.ffn_dropout(self.feed_forward(normed, recipe), token_keys)
-        return self.ffn_norm(normed + y) if self.post_norm else x + y
+        x, entering, recipe = self._into_feed_forward(x, self.attention.output(mixed), token_keys)
+        y = self._normed(self.feed_forward(entering, recipe), self.ffn_norm, self.ffn_post_norm)
+        x = x + self.ffn_dropout(y, token_keys)
+        return self.ffn_norm(x) if self.norms_at == "post" else x
+
+    def _into_feed_forward(
+        self, x: torch.Tensor, y: torch.Tensor, token_keys: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, Recipe | None]:
+        """x and attention's output -> (their sum, the input of the feed-forward part, its recipe)."""
+        wanted = self.tp_ctx.selective
+        add = partial(self._add_attention, token_keys)
+        if self.norms_at == "reordered":  # the norm keeps y, so the sum need not be kept
+            x, recipe = with_recipe(add, x, y, wanted=wanted)
+            return x, x, recipe
+        x = add(x, y)
+        if self.norms_at == "post":
+            x, recipe = with_recipe(self.attention_norm, x, wanted=wanted)
+            return x, x, recipe
+        return x, *with_recipe(self.ffn_norm, x, wanted=wanted)
+
+    def _add_attention(self, token_keys: torch.Tensor | None, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        y = self._normed(y, self.attention_norm, self.attention_post_norm)
+        return x + self.attention_dropout(y, token_keys)
+
+    def _normed(self, y: torch.Tensor, norm: Norm, post_norm: Norm | None) -> torch.Tensor:
+        """What is added to the hidden state of the output of a sub-layer with these norms."""
+        if self.norms_at == "reordered":
+            return cast(torch.Tensor, norm(y))
+        return y if post_norm is None else cast(torch.Tensor, post_norm(y))
 
     def saved_bytes(self, row: RowShape, *, recompute: bool | None = None) -> Bytes:
         """`recompute` overrides `self.recompute`."""
@@ -133,8 +166,8 @@ class Block(CostedLayer):
             return {"layer inputs": layer_input}
         # The first layer counts the block's input, too; it moves to "layer inputs", which recomputed blocks also have.
         kept = add_bytes({"layer inputs": layer_input}, super().saved_bytes(row), {"norm inputs": -layer_input})
-        if row.selective:  # outputs of norms are made again
-            kept["projection inputs"] -= layer_input * (1 if self.post_norm else 2)
+        if row.selective:  # outputs of norms, and their sums, are made again
+            kept["projection inputs"] -= layer_input * (2 if self.norms_inputs else 1)
         return kept
 
     def messages(self, row: RowShape) -> list[Message]:
@@ -180,7 +213,7 @@ class Transformer(CostedLayer):
         self.embedding_dropout = Dropout(p, 0, Site.EMBEDDING, config.hidden_size, tp_ctx) if spec.first else None
         self._rotations = Rotations(config, spec.layers, tp_ctx.device)
         self.layers = nn.ModuleDict({str(n): Block(config, n, tp_ctx) for n in spec.layers})
-        has_norm = spec.last and not config.apply_post_layer_norm
+        has_norm = spec.last and config.norms_at != "post"
         self.norm = build_norm("norm", config, tp_ctx) if has_norm else None
         if config.tie_word_embeddings and self.tok_embeddings is not None:
             tied = self.tok_embeddings.weight

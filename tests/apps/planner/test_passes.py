@@ -63,12 +63,18 @@ def own_bytes(x: torch.Tensor) -> int:
     return x.itemsize * prod(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_an_eager_step_moves_what_the_layers_say(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "model"),
+    [("bfloat16", {}), ("float32", {}), ("bfloat16", {"embedding_dropout": 0.1, "residual_dropout": 0.1})],
+)
+def test_an_eager_step_moves_what_the_layers_say(
+    dtype: str, model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the CPU, where single operations are those of CUDA, but for norms, which do nothing here, and for gradients of
     weights, which are 2 bytes more: an addition of a bf16 product."""
     monkeypatch.setattr(norm.RMSNorm, "forward", lambda self, x: x.view_as(x))
     config = bench_config(**SHAPE, dtype=f"torch.{dtype}", bucket_size=10**9)
+    config = config.model_copy(update={"model": config.model.model_copy(update=model)})
     trainer = Trainer(config, single_process_mesh())
     with Traffic() as counted:
         trainer.step(random_batch(config, 0, torch.device("cpu")), 0)

@@ -162,8 +162,43 @@ BAD = [
     ),
     (
         "num_layers=4",
-        "num_layers=4, norm_type='layernorm'",
-        "18: model.norm_type: found 'layernorm', expected 'rmsnorm'; write 'rmsnorm'",
+        "num_layers=4, norm_type='batchnorm'",
+        "18: model.norm_type: found 'batchnorm', expected one of 'rmsnorm', 'layernorm'; leave",
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, norm_bias=True",
+        "18: model.norm_bias: found True with model.norm_type \"rmsnorm\", which has no bias; set model.norm_type=",
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, norm_position='middle'",
+        "18: model.norm_position: found 'middle', expected one of 'pre', 'post', 'reordered', 'sandwich'",
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, norm_position='sandwich', apply_post_layer_norm=True",
+        "18: model.norm_position: found \"sandwich\" with model.apply_post_layer_norm=True, which says \"post\"; remove",
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, norm_type='layernorm', qk_norm='full'",
+        "18: model.qk_norm: found \"full\" with model.norm_type \"layernorm\", expected \"rmsnorm\", as in OLMo 2;",
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, qk_norm=True",
+        "18: model.qk_norm: found True, expected one of False, 'head', 'full'",
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, qk_norm='head', head_dim=7",
+        "18: model.head_dim: found 7 features per head, expected an even number for the rotary embedding; change",
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, layernorm_zero_centered_gamma=True",
+        "18: model.layernorm_zero_centered_gamma: unknown key; nearest known key: model.zero_centered_norm",
     ),
     (
         "num_layers=4",

@@ -31,7 +31,14 @@ def _scaled(kind: str) -> Keys:
 
 
 PARTS: dict[str, tuple[Keys, ...]] = {
-    "qk_norm": (_keys(), _keys(qk_norm="head")),
+    "qk_norm": (_keys(), _keys(qk_norm="head"), _keys(qk_norm="full")),
+    "norm": (
+        _keys(),
+        _keys(norm_type="layernorm"),
+        _keys(norm_type="layernorm", norm_bias=False),
+        _keys(zero_centered_norm=True),
+    ),
+    "norm_position": (_keys(), _keys(norm_position="reordered"), _keys(norm_position="sandwich")),
     "position": (_keys(), _scaled("linear"), _scaled("llama3"), _scaled("yarn")),
 }
 """Values of the parts of a model; the first is the default."""

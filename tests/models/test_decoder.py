@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from internlm_lite.batch import IGNORE
+from internlm_lite.config.schema import LossConfig
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.models.decoder import StageSpec, Transformer, build_model, tensor_parallel_context
@@ -193,8 +194,8 @@ def test_stages_in_a_row_equal_the_whole():
     tokens, positions, labels, attend = row_of(docs)
     specs = [StageSpec(range(n, n + 1), first=n == 0, last=n == 2) for n in range(3)]
     tp_ctx = tensor_parallel_context(config, mesh, by_sequence=False)
-    stages = [Transformer(config, 0.0, tp_ctx, AttentionBackend.SDPA, spec) for spec in specs]
-    whole = build_model(config, 0.0, mesh, AttentionBackend.SDPA)
+    stages = [Transformer(config, LossConfig(), tp_ctx, AttentionBackend.SDPA, spec) for spec in specs]
+    whole = build_model(config, LossConfig(), mesh, AttentionBackend.SDPA)
     for model in (*stages, whole):
         initialise(model, 1)
     names = [name for stage in stages for name, _ in stage.named_parameters()]
@@ -223,7 +224,7 @@ def test_every_dtype_agrees_with_double(dtype):
 def test_the_first_loss_is_that_of_guessing():
     """ln V, plus half the variance of logits (a normed row times weights of std 0.02)."""
     config = small_config(vocab_size=4096, hidden_size=288, init_std=0.02, dtype="torch.float32")
-    model = build_model(config, 0.0, single_process_mesh(), AttentionBackend.SDPA)
+    model = build_model(config, LossConfig(), single_process_mesh(), AttentionBackend.SDPA)
     initialise(model, 0)
     doc = torch.randint(0, 4096, (512,), generator=torch.Generator().manual_seed(0))
     losses = run(model, [doc])

@@ -115,7 +115,7 @@ NO_EFFECT_IF: Mapping[str, tuple[Sequence[Any], str]] = {
     "model.qk_interleaved": ((False,), "the rotary embedding pairs element i with i + head_dim/2: convert weights"),
     "model.residual_in_fp32": ((False,), "residuals have model.dtype"),
     "model.use_amp": ((False,), "model.dtype is the one dtype of weights and activations"),
-    "model.use_dynamic_ntk_rope": ((False,), "model.rope_scaling with rope_type 'dynamic' is it"),
+    "model.use_dynamic_ntk_rope": ((False,), "model.rope_scaling=dict(rope_type='dynamic', ...) is its name here"),
     "model.use_scaled_init": ((True,), "output projections are scaled by 1/sqrt(2*num_layers)"),
     "model.use_swiglu": ((True,), "the MLP is SwiGLU"),
     "npu_fixedlen_flash_2d": ((False,), "rows are packed documents"),
@@ -154,7 +154,7 @@ FEATURES: Mapping[str, tuple[str, str]] = {
         "dropout", "adam.weight_decay and loss.label_smoothing regularise"),
     r"local_attention.*|attention_sinks?|sink_.*": (
         "another form of local attention", "model.sliding_window and model.layer_types set windows"),
-    r"(use_)?(yarn|ntk|alibi)(_.*)?|position_embedding_type": (
+    r"(use_)?(yarn|ntk|alibi)(_.*)?": (
         "other position embeddings", "model.position names the kind, model.rope_scaling scales rotary frequencies"),
     r"mtp(_.*)?|num_nextn_predict_layers|multi_token.*": ("multi-token prediction", "one token is predicted"),
     r"logits?_soft_?cap.*|final_logit_softcapping|z_loss.*": (
@@ -204,10 +204,15 @@ _OTHER_NAMES = {
     "model.init_std": "initializer_range init_method_std",
     "model.layer_norm_epsilon": "rms_norm_eps norm_eps norm_epsilon layernorm_epsilon",
     "model.mlp_ratio": "intermediate_size ffn_hidden_size ffn_dim",
+    "model.max_position_embeddings": "n_positions n_ctx max_seq_len max_sequence_length",
+    "model.no_rope_every": "no_rope_layer_interval nope_layer_interval no_rope_freq",
     "model.num_kv_attention_heads": "num_key_value_heads num_query_groups n_kv_heads",
     "model.num_layers": "num_hidden_layers n_layers",
+    "model.partial_rotary_factor": "rotary_pct rotary_percent",
+    "model.position": "position_embedding_type",
     "model.qk_norm": "qk_layernorm use_qk_norm",
     "model.rope_base": "rope_theta rotary_base",
+    "model.rope_local_base": "rope_local_base_freq rope_local_theta",
     "model.sliding_window": "use_sliding_window window_size attention_window sliding_window_size",
     "model.tie_word_embeddings": "tie_embeddings_and_output_weights share_embeddings_and_output_weights",
     "monitor.log_every": "logging_steps log_interval log_freq iteration_step_info_interval",

@@ -32,7 +32,14 @@ def _scaled(kind: str) -> Keys:
 
 PARTS: dict[str, tuple[Keys, ...]] = {
     "qk_norm": (_keys(), _keys(qk_norm="head")),
-    "position": (_keys(), _scaled("linear"), _scaled("llama3"), _scaled("yarn")),
+    "position": (
+        *(_keys(), _scaled("linear"), _scaled("llama3"), _scaled("yarn"), _scaled("dynamic")),
+        *(_keys(position="learned", max_position_embeddings=37), _keys(position="sinusoidal"), _keys(position="none")),
+    ),
+    "rotation": (
+        *(_keys(), _keys(partial_rotary_factor=2 / 3), _keys(no_rope_every=2)),
+        _keys(sliding_window=7, layer_types=("sliding_attention", "full_attention"), rope_local_base=50.0),
+    ),
     "window": (
         _keys(),
         _keys(sliding_window=5),

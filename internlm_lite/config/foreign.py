@@ -101,7 +101,6 @@ NO_EFFECT_IF: Mapping[str, tuple[Sequence[Any], str]] = {
     "hybrid_zero_optimizer.partition_grad": ((False,), "gradients are whole on every rank, as in ZeRO-1"),
     "model.adapt_hf": ((True,), "adapt_hf=False pairs neighbouring elements in the rotary embedding, here element i "
                                 "with i + head_dim/2: remove it to train anew; convert weights trained with it"),
-    "model.add_unit_offset": ((False,), "norm weights are used as they are"),
     "model.attention_type": (("GQA", "MHA"), "model.num_kv_attention_heads is the number of key and value heads"),
     "model.attn_other_init_std": _STD,
     "model.attn_wqkv_init_std": _STD,
@@ -109,7 +108,6 @@ NO_EFFECT_IF: Mapping[str, tuple[Sequence[Any], str]] = {
     "model.ffn_other_init_std": _STD,
     "model.ffn_uplayer_init_std": _STD,
     "model.init_type": (("normal",), "matrices are drawn from a normal distribution, see model.init_std"),
-    "model.mlp_bias": ((False,), "the MLP has no biases"),
     "model.norm_head": ((False,), "the head's rows are not normalised"),
     "model.out_head_init_std": _STD,
     "model.qk_interleaved": ((False,), "the rotary embedding pairs element i with i + head_dim/2: convert weights"),
@@ -157,8 +155,6 @@ FEATURES: Mapping[str, tuple[str, str]] = {
     r"(use_)?(yarn|ntk|alibi)(_.*)?": (
         "other position embeddings", "model.position names the kind, model.rope_scaling scales rotary frequencies"),
     r"mtp(_.*)?|num_nextn_predict_layers|multi_token.*": ("multi-token prediction", "one token is predicted"),
-    r"logits?_soft_?cap.*|final_logit_softcapping|z_loss.*": (
-        "caps and penalties of logits", "loss.label_smoothing"),
     r"(num_)?(train_)?epochs?": ("counting in epochs", "data.total_steps counts steps"),
     r"early_stopping.*|load_best_model.*|metric_for_best.*": (
         "stopping by a metric", "data.valid_every shows it, ckpt.stop_file_path stops"),
@@ -195,6 +191,8 @@ _OTHER_NAMES = {
     "lr_scheduler.eta_min": "min_lr min_decay_lr lr_min",
     "lr_scheduler.warmup_steps": "lr_warmup_iters lr_warmup_steps warmup_iters num_warmup_steps",
     "model.attention_scale": "softmax_scale attention_multiplier query_pre_attn_scalar",
+    "model.logit_softcap": "final_logit_softcapping logits_soft_cap",
+    "loss.z_loss": "z_loss_weight z_loss_multiplier",
     "model.attention_softcap": "attn_logit_softcapping attn_logit_softcap attention_logit_cap",
     "model.checkpoint": "gradient_checkpointing activation_checkpoint activation_checkpointing recompute "
     "recompute_granularity",
@@ -207,6 +205,7 @@ _OTHER_NAMES = {
     "model.max_position_embeddings": "n_positions n_ctx max_seq_len max_sequence_length",
     "model.no_rope_every": "no_rope_layer_interval nope_layer_interval no_rope_freq",
     "model.num_kv_attention_heads": "num_key_value_heads num_query_groups n_kv_heads",
+    "model.norm_type": "normalization",
     "model.num_layers": "num_hidden_layers n_layers",
     "model.partial_rotary_factor": "rotary_pct rotary_percent",
     "model.position": "position_embedding_type",
@@ -215,6 +214,7 @@ _OTHER_NAMES = {
     "model.rope_local_base": "rope_local_base_freq rope_local_theta",
     "model.sliding_window": "use_sliding_window window_size attention_window sliding_window_size",
     "model.tie_word_embeddings": "tie_embeddings_and_output_weights share_embeddings_and_output_weights",
+    "model.zero_centered_norm": "layernorm_zero_centered_gamma apply_layernorm_1p",
     "monitor.log_every": "logging_steps log_interval log_freq iteration_step_info_interval",
     "monitor.wandb": "report_to",
     "parallel.pipeline.size": "pipeline_model_parallel_size pp_size pp pipeline_parallel_degree",

@@ -38,8 +38,8 @@ class RowShape:
 
 FUSIONS = {
     "off": frozenset[str](),
-    "parts": frozenset({"rotary", "swiglu"}),
-    "blocks": frozenset({"rotary", "swiglu", "block"}),
+    "parts": frozenset({"rotary", "activation"}),
+    "blocks": frozenset({"rotary", "activation", "block"}),
 }
 """What model.compile fuses in parts of blocks (beside tensor parallelism and zbv), and in whole ones. Others: "loss",
 and "gradients" of weights that are added in the matrix product, as always in half precision on CUDA."""

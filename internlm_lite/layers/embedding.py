@@ -32,6 +32,7 @@ class Embedding(CostedLayer):
         self.tp_ctx = tp_ctx
         self.split_hidden = not config.embedding_by_vocabulary
         self.grad_scale = config.embed_grad_scale
+        self.scale = 1.0 if config.embed_scale is None else torch.tensor(config.embed_scale, dtype=tp_ctx.dtype).item()
         shape, dim = (config.vocab_size, config.hidden_size), 1 if self.split_hidden else 0
         layout = split(f"{name}.weight", shape, dim, tp_ctx.group, init_std=config.init_std, partial_over=partial_over)
         self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)
@@ -60,7 +61,8 @@ class Embedding(CostedLayer):
 
     def _graded(self, e: torch.Tensor) -> torch.Tensor:
         # lerp(e, e, a) = e + a*(e - e): exactly e, in every dtype.
-        return e if self.grad_scale == 1 else torch.lerp(e.detach(), e, self.grad_scale)
+        e = e if self.grad_scale == 1 else torch.lerp(e.detach(), e, self.grad_scale)
+        return e if self.scale == 1 else e * self.scale
 
     def _added(self, positions: torch.Tensor | None) -> torch.Tensor | None:
         """This rank's columns of what is added to the token embedding."""
@@ -88,6 +90,9 @@ class Embedding(CostedLayer):
 
     def passes(self, row: RowShape) -> list[Pass]:
         found = look_up_passes(self.weight, row) + super().passes(row)
+        if self.scale != 1:
+            n_bytes = 2 * row.tokens * self.weight.shape[1] * self.weight.itemsize
+            found += [Pass("elementwise", n_bytes, backward=back, part="embedding") for back in (False, True)]
         if self.position == "sinusoidal":  # angles, sines and cosines in float64, cast to one tensor, which is added
             n = row.tokens * len(self._columns)
             n_bytes = 8 * n // 2 * 5 + self.weight.itemsize * n * 6

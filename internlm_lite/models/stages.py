@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from internlm_lite.config.schema import Config, ModelConfig
+from internlm_lite.config.schema import Config, LossConfig, ModelConfig
 from internlm_lite.layers.flash import Attend, AttentionBackend
 from internlm_lite.mesh.comm import broadcast
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
@@ -33,7 +33,7 @@ def build_stages(config: Config, mesh: Mesh, backend: AttentionBackend) -> Stage
         spec = StageSpec(layers[number], first=number == 0, last=number == last, tied_over=tied_over)
         embedding = stages[0].tok_embeddings if model.tie_word_embeddings and 0 in stages else None
         tied = None if embedding is None else embedding.weight
-        stages[number] = Transformer(model, config.loss.label_smoothing, tp_ctx, backend, spec, tied)
+        stages[number] = Transformer(model, config.loss, tp_ctx, backend, spec, tied)
     return stages
 
 
@@ -55,7 +55,7 @@ def layers_of_stages(config: Config) -> list[range]:
 
 def meta_model(config: ModelConfig) -> Transformer:
     """The unsplit model on the meta device, which allocates no memory: to compute costs."""
-    return build_model(config, 0.0, single_process_mesh(torch.device("meta")), AttentionBackend.SDPA)
+    return build_model(config, LossConfig(), single_process_mesh(torch.device("meta")), AttentionBackend.SDPA)
 
 
 def model_flops_per_token(config: ModelConfig, seq_len: int) -> int:

@@ -82,6 +82,8 @@ def backend_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
         {"no_bias": True, "checkpoint": 0.5},
         {"no_bias": True, "checkpoint": "selective"},
         {"apply_post_layer_norm": True, "tie_word_embeddings": True},
+        {"norm_position": "reordered", "qk_norm": "full", "checkpoint": "selective", "dtype": "torch.float64"},
+        {"norm_position": "sandwich", "norm_type": "layernorm", "qk_norm": "head", "zero_centered_norm": True},
     ],
 )
 def test_compiled_steps_are_those_of_eager_ones(model: dict[str, Any], corpus: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from internlm_lite.batch import IGNORE
+from internlm_lite.config.schema import LossConfig
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.models.decoder import StageSpec, Transformer, build_model, tensor_parallel_context
@@ -116,6 +117,40 @@ def test_packed_equals_a_plain_model_document_by_document(changes):
         torch.testing.assert_close(grads[name], param.grad, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": 3},
+        {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "attention_softcap": 0.6},
+        {"attention_softcap": 2.0, "attention_scale": 0.9, "num_kv_attention_heads": None},
+    ],
+    ids=str,
+)
+def test_packed_equals_alone_with_windows(changes):
+    """A window takes away from what a document allows; it does not replace its borders."""
+    model, docs = small_model(**changes), documents(LENGTHS)
+    losses, grads = gradients(model, docs)
+    packed_grads = {name: grad.clone() for name, grad in grads.items()}
+    model.zero_grad()
+    for doc, mine in zip(docs, losses.token_loss.split(LENGTHS), strict=True):
+        alone = run(model, [doc])
+        alone.scaled_sum.backward()
+        torch.testing.assert_close(mine, alone.token_loss, rtol=1e-12, atol=1e-13)
+    for name, param in model.named_parameters():
+        torch.testing.assert_close(packed_grads[name], param.grad, rtol=1e-10, atol=1e-12)
+    plain = run(small_model(), docs).token_loss
+    assert (losses.token_loss - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("changes", [{"checkpoint": True}, {"checkpoint": "selective"}], ids=str)
+def test_recomputation_with_windows_changes_no_bit(changes):
+    windows = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "attention_softcap": 0.6}
+    docs = documents(LENGTHS)
+    _, kept = gradients(small_model(**windows), docs)
+    _, again = gradients(small_model(**windows, **changes), docs)
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
 def test_another_document_changes_no_bit():
     model, docs = small_model(), documents(LENGTHS)
     before = run(model, docs).token_loss.split(LENGTHS)
@@ -159,8 +194,8 @@ def test_stages_in_a_row_equal_the_whole():
     tokens, positions, labels, attend = row_of(docs)
     specs = [StageSpec(range(n, n + 1), first=n == 0, last=n == 2) for n in range(3)]
     tp_ctx = tensor_parallel_context(config, mesh, by_sequence=False)
-    stages = [Transformer(config, 0.0, tp_ctx, AttentionBackend.SDPA, spec) for spec in specs]
-    whole = build_model(config, 0.0, mesh, AttentionBackend.SDPA)
+    stages = [Transformer(config, LossConfig(), tp_ctx, AttentionBackend.SDPA, spec) for spec in specs]
+    whole = build_model(config, LossConfig(), mesh, AttentionBackend.SDPA)
     for model in (*stages, whole):
         initialise(model, 1)
     names = [name for stage in stages for name, _ in stage.named_parameters()]
@@ -189,7 +224,7 @@ def test_every_dtype_agrees_with_double(dtype):
 def test_the_first_loss_is_that_of_guessing():
     """ln V, plus half the variance of logits (a normed row times weights of std 0.02)."""
     config = small_config(vocab_size=4096, hidden_size=288, init_std=0.02, dtype="torch.float32")
-    model = build_model(config, 0.0, single_process_mesh(), AttentionBackend.SDPA)
+    model = build_model(config, LossConfig(), single_process_mesh(), AttentionBackend.SDPA)
     initialise(model, 0)
     doc = torch.randint(0, 4096, (512,), generator=torch.Generator().manual_seed(0))
     losses = run(model, [doc])

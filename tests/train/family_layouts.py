@@ -40,6 +40,22 @@ PARTS: dict[str, tuple[Keys, ...]] = {
         *(_keys(), _keys(partial_rotary_factor=2 / 3), _keys(no_rope_every=2)),
         _keys(sliding_window=7, layer_types=("sliding_attention", "full_attention"), rope_local_base=50.0),
     ),
+    "mlp": (
+        _keys(),
+        _keys(mlp_type="geglu"),
+        _keys(mlp_type="geglu_tanh", mlp_bias=True),
+        _keys(mlp_type="gelu", mlp_bias=True),
+        _keys(mlp_type="gelu_tanh"),
+        _keys(mlp_type="relu"),
+    ),
+    "head": (
+        _keys(),
+        _keys(head_bias=True),
+        _keys(logit_softcap=0.7),
+        _keys(logit_scale=0.4, head_bias=True, logit_softcap=2.0),
+    ),
+    "embedding": (_keys(), _keys(embed_scale=5.6)),
+    "z_loss": ((), (("loss.z_loss", 0.01),)),
     "window": (
         _keys(),
         _keys(sliding_window=5),
@@ -48,7 +64,7 @@ PARTS: dict[str, tuple[Keys, ...]] = {
     "scores": (_keys(), _keys(attention_softcap=0.5), _keys(attention_scale=0.7)),
 }
 """Values of the parts of a model; the first is the default."""
-DROPOUT: Keys = ()
+DROPOUT = _keys(embedding_dropout=0.1, residual_dropout=0.2, attention_dropout=0.1)
 """In every second run."""
 OLD = {name: FREE.get(name) or BOUND[name] for name in (*BOUND, *FREE) if name not in ("rows", "fp32_norm")}
 """Options of layouts, whose values meet those of every part."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from internlm_lite.config.problems import Problem
-from internlm_lite.config.schema import Config, ModelConfig
+from internlm_lite.config.schema import UNKNOWN_TO_KERNELS, Config, ModelConfig
 
 _TENSOR = "parallel.tensor"
 
@@ -15,8 +15,10 @@ def model_problems(config: Config) -> Iterator[Problem]:
     yield from _heads(config)
     yield from _positions(config)
     yield from _norms(config)
+    yield from _windows(config.model)
     yield from _tensor(config)
     yield from _float8(config)
+    yield from _dropout(config)
 
 
 def _heads(config: Config) -> Iterator[Problem]:
@@ -104,6 +106,20 @@ def _original_length(model: ModelConfig) -> Iterator[Problem]:
         yield Problem((key,), f"found None, expected the longest row of the first training: {why}")
 
 
+def _windows(model: ModelConfig) -> Iterator[Problem]:
+    window, kinds = "model.sliding_window", "model.layer_types"
+    sliding = model.layer_types is not None and "sliding_attention" in model.layer_types
+    if sliding and model.sliding_window is None:
+        yield Problem((window, kinds), f"found None with sliding layers in {kinds}, expected their tokens; add it")
+    if model.sliding_window is not None and not any(map(model.is_sliding, range(model.num_layers))):
+        text = f"found {model.sliding_window}, but no layer is sliding by {kinds}; remove one of them"
+        yield Problem((window, kinds), text)
+    for key in UNKNOWN_TO_KERNELS.get(model.attention, ()):
+        if (value := getattr(model, key)) is not None:
+            text = f'found {value} with model.attention "{model.attention}", whose kernel does not have it; take "auto"'
+            yield Problem((f"model.{key}", "model.attention"), text)
+
+
 def _tensor(config: Config) -> Iterator[Problem]:
     """Sizes that tensor parallelism splits must be divisible by parallel.tensor."""
     model, tensor = config.model, config.parallel.tensor
@@ -161,4 +177,16 @@ def _float8(config: Config) -> Iterator[Problem]:
             ("model.fp8", *(key for keys in odd for key in keys)),
             f"found True with matrices of {found} rows or columns on a rank, expected multiples of 16; "
             "change these keys, or set model.fp8=False",
+        )
+
+
+def _dropout(config: Config) -> Iterator[Problem]:
+    """A kernel's own masks would not be those of another layout, nor those of a layer that runs again."""
+    model = config.model
+    kernel = model.attention if model.use_flash_attn else "sdpa"
+    if model.attention_dropout and kernel not in ("auto", "sdpa"):
+        yield Problem(
+            ("model.attention_dropout", "model.attention"),
+            f'found {model.attention_dropout:g} with model.attention "{kernel}", which drops attention weights by '
+            'numbers of its own; set model.attention="auto", or attention_dropout=0',
         )

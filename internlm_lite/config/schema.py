@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from internlm_lite.units import round_up
 
+UNKNOWN_TO_KERNELS = {"cudnn": ("sliding_window", "attention_softcap"), "torch_varlen": ("attention_softcap",)}
+"""model.attention -> keys of `model` that this kernel does not have."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -390,6 +392,14 @@ class ModelConfig(Section):
     it; without them scores are computed block by block, exactly but slowly."""
     attention_scale: Annotated[float, Field(gt=0)] | None = None
     """(new) Scale of the scores; None: head_dim ** -0.5. Gemma's is query_pre_attn_scalar ** -0.5."""
+    embedding_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
+    """(new) Share of the embedding's output that is dropped in training. Masks of all dropout are a function of seed,
+    step, layer, token and feature: the same in every layout, after a resume, and where layers run again."""
+    residual_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
+    """(new) Share of what attention and feed-forward part add to the residual stream that is dropped in training."""
+    attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
+    """(new) Share of the attention weights that is dropped in training. No kernel has such masks: attention is then
+    computed in plain operations, block by block, which is slower."""
     tie_word_embeddings: bool = False
     """(new) The head shares the embedding's weight."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
@@ -413,6 +423,12 @@ class ModelConfig(Section):
     def window(self, layer: int) -> int | None:
         """Tokens that a query of the layer sees, its own among them; None: all of its document."""
         return self.sliding_window if self.is_sliding(layer) else None
+
+    def attention_pairs(self, layer: int, seq_len: int) -> int:
+        """Pairs of query and key that FLOPs count in a document of S tokens. Full attention: all S^2, masked or not. A
+        window W < S: the W * S - W * (W - 1) / 2 pairs in it and, likewise, their mirrors beyond the diagonal."""
+        window = min(self.window(layer) or seq_len, seq_len)
+        return window * (2 * seq_len - window + 1) - seq_len
 
     @property
     def most_positions(self) -> int | None:
@@ -445,6 +461,10 @@ class ModelConfig(Section):
     def mlp_hidden_size(self) -> int:
         """Width of the feed-forward part; 13824 for the 20B model."""
         return round_up(int(self.hidden_size * self.mlp_ratio), self.multiple_of)
+
+    @property
+    def has_dropout(self) -> bool:
+        return bool(self.embedding_dropout or self.residual_dropout or self.attention_dropout)
 
     @property
     def recomputed_share(self) -> float:

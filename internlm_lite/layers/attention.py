@@ -9,6 +9,8 @@ The caller chooses the kernel and the mask with `attend`: packed attention in tr
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from internlm_lite.config.schema import ModelConfig
@@ -33,6 +35,8 @@ class Attention(CostedLayer):
         hidden_size, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.kv_heads
         self.layer, self.tp_ctx = layer, tp_ctx
         self.rule = attention_rule(config, layer)
+        self._pairs = partial(config.attention_pairs, layer)
+        self._has_dropout = config.attention_dropout > 0
         self.head_dim = config.head_size
         self.queries = heads // kv_heads  # per key/value head
         rows, bias = kv_heads * (self.queries + 2) * self.head_dim, config.has_qkv_bias
@@ -78,21 +82,25 @@ class Attention(CostedLayer):
         return y
 
     def flops_per_token(self, seq_len: int) -> int:
-        query_features = self.wo.weight.shard_spec.shape[1]
-        return super().flops_per_token(seq_len) + 4 * seq_len * query_features  # q k^T, and its softmax times v
+        products = 4 * self._pairs(seq_len) * self.wo.weight.shard_spec.shape[1]  # q k^T, and its softmax times v
+        return super().flops_per_token(seq_len) + products // max(seq_len, 1)
 
     def saved_bytes(self, row: RowShape) -> Bytes:
+        """With a window, of documents that are not longer: of others the reference keeps less."""
         weight, output = self.wqkv.weight, self.wo.saved_bytes(row)["projection inputs"]
         kv_heads = weight.shape[0] // (self.queries + 2) // self.head_dim
         rotated = kv_heads * (self.queries + 1) * self.head_dim
         statistics = kv_heads * self.queries * accumulation_dtype(weight.dtype).itemsize
         lean = row.selective and self.q_norm is None
         projected = kv_heads * self.head_dim if lean else weight.shape[0]  # v is a view of the whole output
+        in_blocks = row.reference and (self.rule.softcap is not None or self._has_dropout)
+        of_kernel = not in_blocks  # else neither parts nor statistics are kept
         kept = {
             "queries, keys, values": row.tokens * projected * weight.itemsize,
             "rotated queries, keys": row.tokens * rotated * weight.itemsize,
-            "attention output": output * (1 + row.attention_by_document),  # input of wo; by document: its parts, too
-            "attention statistics": row.tokens * statistics,  # log-sum-exp of each query's scores
+            "attention output": output
+            * (1 + (row.attention_by_document and of_kernel)),  # input of wo; by document: its parts, too
+            "attention statistics": row.tokens * statistics * of_kernel,  # log-sum-exp of each query's scores
         }
         normed = [norm.saved_bytes(row) for norm in (self.q_norm, self.k_norm) if norm is not None]
         if self.q_norm is not None and self.q_norm.kept_dtype(row.device) == self.tp_ctx.dtype:

@@ -26,6 +26,7 @@ from internlm_lite.errors import ConfigError
 from internlm_lite.layers.attention import Attention
 from internlm_lite.layers.compiled import compiled_in_training, is_wanted
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, Pass, RowShape, add_bytes
+from internlm_lite.layers.dropout import Dropout, Site, dropped_weights
 from internlm_lite.layers.embedding import Embedding
 from internlm_lite.layers.flash import Attend, AttentionBackend
 from internlm_lite.layers.fp8 import Float8Products
@@ -35,6 +36,7 @@ from internlm_lite.layers.norm import Norm, build_norm
 from internlm_lite.layers.products import Products
 from internlm_lite.layers.recompute import Recipe, with_recipe
 from internlm_lite.layers.rope import Rotary, Rotations, rotation_of
+from internlm_lite.layers.scores import Drop
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.layers.weight_grads import WeightGrads
 from internlm_lite.mesh.layout import Parameter
@@ -83,6 +85,10 @@ class Block(CostedLayer):
         if self.norms_at == "sandwich":
             self.attention_post_norm = build_norm(f"{name}.attention_post_norm", config, tp_ctx)
             self.ffn_post_norm = build_norm(f"{name}.ffn_post_norm", config, tp_ctx)
+        self.attention_dropout, self.ffn_dropout = (
+            Dropout(config.residual_dropout, layer, site, config.hidden_size, tp_ctx)
+            for site in (Site.ATTENTION_OUTPUT, Site.FEED_FORWARD)
+        )
         whole = tp_ctx.compiled and tp_ctx.group.size == 1 and not tp_ctx.weight_grads.deferred
         if whole:
             self._require_manual_grads()
@@ -99,14 +105,19 @@ class Block(CostedLayer):
                     "RMSNorm does in layers/norm.py, or set model.compile=False"
                 )
 
-    def forward(self, x: torch.Tensor, rotary: Rotary | None, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rotary: Rotary | None, attend: Attend, token_keys: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`token_keys`: of the tokens of x, for dropout."""
         # Checkpointing inside `forward`: forward hooks run once per step, and not again in the recomputation.
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._run, x, rotary, attend, use_reentrant=False, preserve_rng_state=False)
-        return self._run(x, rotary, attend)
+            return checkpoint(self._run, x, rotary, attend, token_keys, use_reentrant=False, preserve_rng_state=False)
+        return self._run(x, rotary, attend, token_keys)
 
-    def _run(self, x: torch.Tensor, rotary: Rotary | None, attend: Attend) -> torch.Tensor:
-        return self._after(self, x, attend(self.attention.rule, *self._before(self, x, rotary)))
+    def _run(
+        self, x: torch.Tensor, rotary: Rotary | None, attend: Attend, token_keys: torch.Tensor | None
+    ) -> torch.Tensor:
+        return self._after(self, x, attend(self.attention.rule, *self._before(self, x, rotary)), token_keys)
 
     def _before_attention(
         self, x: torch.Tensor, rotary: Rotary | None
@@ -116,9 +127,11 @@ class Block(CostedLayer):
         normed, recipe = with_recipe(self.attention_norm, x, wanted=self.tp_ctx.selective)
         return self.attention.project(normed, rotary, recipe)
 
-    def _after_attention(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
-        x, entering, recipe = self._into_feed_forward(x, self.attention.output(mixed))
-        x = self._add(x, self.feed_forward(entering, recipe), self.ffn_norm, self.ffn_post_norm)
+    def _after_attention(self, x: torch.Tensor, mixed: torch.Tensor, token_keys: torch.Tensor | None) -> torch.Tensor:
+        y = self.attention_dropout(self.attention.output(mixed), token_keys)
+        x, entering, recipe = self._into_feed_forward(x, y)
+        y = self.ffn_dropout(self.feed_forward(entering, recipe), token_keys)
+        x = self._add(x, y, self.ffn_norm, self.ffn_post_norm)
         return self.ffn_norm(x) if self.norms_at == "post" else x
 
     def _into_feed_forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Recipe | None]:
@@ -194,6 +207,8 @@ class Transformer(CostedLayer):
         self.backend = backend
         self.spec = spec
         self.tok_embeddings = Embedding("tok_embeddings", config, tp_ctx, spec.tied_over) if spec.first else None
+        p = config.embedding_dropout
+        self.embedding_dropout = Dropout(p, 0, Site.EMBEDDING, config.hidden_size, tp_ctx) if spec.first else None
         self._rotations = Rotations(config, spec.layers, tp_ctx.device)
         self.layers = nn.ModuleDict({str(n): Block(config, n, tp_ctx) for n in spec.layers})
         has_norm = spec.last and config.norms_at != "post"
@@ -216,18 +231,34 @@ class Transformer(CostedLayer):
             if module is not None:
                 yield module
 
+    def weight_drop(self, token_keys: torch.Tensor | None) -> Drop | None:
+        """What drops attention weights of a row whose tokens have these keys; None: nothing."""
+        p, group = self.config.attention_dropout, self.tp_ctx.group
+        if token_keys is None or not p:
+            return None
+        return dropped_weights(p, token_keys, group.rank * self.config.num_attention_heads // group.size)
+
     def hidden(
-        self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, lengths: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        attend: Attend,
+        lengths: torch.Tensor | None = None,
+        token_keys: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The hidden state after this stage's layers and, on the last stage, the final norm.
 
         `tokens`: [T] int64 on the first stage, else the hidden state of the previous stage. `positions`: [T] int64.
-        `lengths`: see `Rotary`.
+        `lengths`: see `Rotary`. `token_keys` [2, T]: of layers/dropout.py; None: nothing is dropped here.
         """
         x = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens, positions)
+        if token_keys is not None:
+            token_keys = self.tp_ctx.own_tokens(token_keys, 1)
+        if self.embedding_dropout is not None:
+            x = self.embedding_dropout(x, token_keys)
         rotaries = self._rotations.at(positions, x.dtype, lengths)
         for block in self.blocks():
-            x = block(x, rotaries[block.rotation], attend)
+            x = block(x, rotaries[block.rotation], attend, token_keys)
         return x if self.norm is None else self.norm(x)
 
     def losses(self, hidden: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> TokenLosses:

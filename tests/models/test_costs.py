@@ -18,6 +18,7 @@ from internlm_lite.config.load import load_config
 from internlm_lite.config.schema import LossConfig, ModelConfig
 from internlm_lite.layers.attention import Attention
 from internlm_lite.layers.costs import CostedLayer, RowShape
+from internlm_lite.layers.dropout import Dropout, Site, token_keys
 from internlm_lite.layers.embedding import Embedding
 from internlm_lite.layers.flash import AttentionBackend, packed_sdpa
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns
@@ -71,6 +72,12 @@ def plain(make: Callable[[ModelConfig, TensorParallelContext], Any]) -> Build:
         return Ready(layer, lambda: layer(x), ())
 
     return build
+
+
+def build_dropout(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, _: Any) -> Ready:
+    layer, x = Dropout(0.5, 0, Site.EMBEDDING, config.hidden_size, tp_ctx), hidden(config, tp_ctx, device)
+    keys = token_keys(1, 0, torch.tensor([0], device=device), T)
+    return Ready(layer, lambda: layer(x, keys[0]), (keys,))
 
 
 def build_columns(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, _: Any) -> Ready:
@@ -127,6 +134,7 @@ BUILDS: dict[type[nn.Module], Build] = {
     ColumnLinear: build_columns,
     RowLinear: plain(lambda c, ctx: RowLinear("r", c.hidden_size, 40, ctx, init_std=0.1, bias=True)),
     FeedForward: plain(lambda c, ctx: FeedForward("f", c, ctx)),
+    Dropout: build_dropout,
     Embedding: build_embedding,
     FullRMSNorm: build_full_norm,
     Attention: build_with_attention(lambda c, ctx: Attention("a", 0, c, ctx)),

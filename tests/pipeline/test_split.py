@@ -43,7 +43,7 @@ def test_no_split_is_better(
     schedule, chunks = layout
     ranks = stage_to_rank(size, chunks, schedule)
     num_layers = len(ranks) + extra
-    split = split_layers(num_layers, ranks, block=block, embedding=embedding, head=head)
+    split = split_layers([block] * num_layers, ranks, embedding=embedding, head=head)
     assert [layer for layers in split for layer in layers] == list(range(num_layers))
     assert len(split) == len(ranks) and all(len(layers) > 0 for layers in split)
     best = min(busiest(other, ranks, block, embedding, head) for other in every_split(num_layers, len(ranks)))
@@ -52,9 +52,9 @@ def test_no_split_is_better(
 
 def test_the_head_makes_up_for_layers_of_its_rank() -> None:
     """Six layers in four stages on two ranks, the head as expensive as one and a half layers."""
-    costs = {"block": 1.0, "embedding": 0.0, "head": 1.5}
-    assert [len(layers) for layers in split_layers(6, [0, 1, 0, 1], **costs)] == [2, 1, 2, 1]
-    assert [len(layers) for layers in split_layers(6, [0, 1, 1, 0], **costs)] == [1, 2, 2, 1]
+    ends = {"embedding": 0.0, "head": 1.5}
+    assert [len(layers) for layers in split_layers([1.0] * 6, [0, 1, 0, 1], **ends)] == [2, 1, 2, 1]
+    assert [len(layers) for layers in split_layers([1.0] * 6, [0, 1, 1, 0], **ends)] == [1, 2, 2, 1]
 
 
 def test_the_20b_model_over_four_stages() -> None:

@@ -57,7 +57,7 @@ PARTS: dict[str, tuple[Keys, ...]] = {
     "scores": (_keys(), _keys(attention_softcap=0.5), _keys(attention_scale=0.7)),
 }
 """Values of the parts of a model; the first is the default."""
-DROPOUT: Keys = ()
+DROPOUT = _keys(embedding_dropout=0.1, residual_dropout=0.2, attention_dropout=0.1)
 """In every second run."""
 OLD = {name: FREE.get(name) or BOUND[name] for name in (*BOUND, *FREE) if name not in ("rows", "fp32_norm")}
 """Options of layouts, whose values meet those of every part."""

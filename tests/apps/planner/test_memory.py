@@ -25,6 +25,9 @@ SHAPES: list[dict[str, Any]] = [
     {"num_kv_attention_heads": 2, "qk_norm": "head", "head_dim": 6, "qkv_bias": False},
     {"dtype": "torch.bfloat16", "qk_norm": "head", "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     {"dtype": "torch.bfloat16", "fp8": True},
+    {"embedding_dropout": 0.1, "residual_dropout": 0.1},
+    {"embedding_dropout": 0.1, "residual_dropout": 0.1, "checkpoint": "selective", "dtype": "torch.bfloat16"},
+    {"attention_dropout": 0.1, "num_kv_attention_heads": 2, "apply_post_layer_norm": True, "residual_dropout": 0.1},
     {"mlp_type": "gelu", "mlp_bias": True, "head_bias": True},
     {"mlp_type": "geglu_tanh", "dtype": "torch.bfloat16", "logit_softcap": 3.0, "embed_scale": 5.6},
     {"mlp_type": "relu", "checkpoint": "selective", "logit_scale": 0.5},
@@ -83,9 +86,9 @@ def _kept_on_ranks(mesh: Mesh, shape: dict[str, Any]) -> int:
     [
         {},
         {"num_kv_attention_heads": 2, "embed_split_hidden": False, "checkpoint": "selective"},
-        {"parallel_output": False},
         {"norm_position": "reordered", "qk_norm": "full", "checkpoint": "selective", "num_kv_attention_heads": 2},
         {"norm_position": "sandwich", "norm_type": "layernorm", "qk_norm": "head"},
+        {"parallel_output": False, "embedding_dropout": 0.1, "residual_dropout": 0.1},
     ],
     ids=str,
 )

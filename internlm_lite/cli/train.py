@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from internlm_lite import __version__
 from internlm_lite.cli.options import DEVICES, add_config, add_launcher, new_parser
 from internlm_lite.runtime.tool import run_tool
+from internlm_lite.units import memory_bytes
 
 if TYPE_CHECKING:
     from internlm_lite.monitor.sinks import SinkFactory
@@ -45,8 +46,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_plan_options(parser, "with --dry-run: ")
     add("--cfg-options", nargs="*", default=[], metavar="KEY=VALUE", help="same as the trailing ones")
     arguments = parser.parse_intermixed_args(argv)
-    if not arguments.dry_run and (arguments.tflops is not None or arguments.json):
-        parser.error("--tflops and --json belong to --dry-run: add it")
+    plan_only = ("tflops", "json", "components", "lengths", "memory")
+    if not arguments.dry_run and (given := [name for name in plan_only if getattr(arguments, name)]):
+        parser.error(f"--{given[0]} belongs to --dry-run: add it")
     if not arguments.dry_run and arguments.device not in DEVICES:
         named = "the name or file of a GPU belongs to --dry-run"
         parser.error(f"--device {arguments.device}: expected {', '.join(DEVICES)}; {named}")
@@ -64,6 +66,20 @@ def add_plan_options(parser: argparse.ArgumentParser, when: str) -> None:
     )
     parser.add_argument("--device", default="auto", metavar="NAME", help=text + "on which to predict the step")
     parser.add_argument("--json", action="store_true", help=f"{when}JSON instead of tables")
+    text = "parameters, memory and FLOPs of every component of the model"
+    parser.add_argument("--components", action="store_true", help=f"{when}{text}")
+    text = "as --components, with FLOPs over documents of these lengths, too, such as 1024,16384"
+    parser.add_argument("--lengths", type=_lengths, default=(), metavar="N,N", help=f"{when}{text}")
+    text = "the largest data.micro_bsz that fits this memory of a GPU, such as 80GB or 79.6GiB"
+    parser.add_argument("--memory", type=memory_bytes, metavar="SIZE", help=f"{when}{text}")
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    """'1024,16384' -> (1024, 16384). Raises ArgumentTypeError."""
+    parts = text.replace("_", "").split(",")
+    if not all(part.isascii() and part.isdecimal() and 0 < int(part) < 2**31 for part in parts):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected tokens, such as 1024,16384")
+    return tuple(map(int, parts))
 
 
 def check_plan_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
@@ -116,10 +132,17 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
         print(print_config(loaded, arguments.print_config))
         return 0
     if arguments.dry_run:
-        from internlm_lite.apps.planner.command import dry_run
+        from internlm_lite.apps.planner.command import PlanOptions, dry_run
 
-        named, as_json = arguments.device, arguments.json
-        return dry_run(loaded.config, world_size, tflops=arguments.tflops, device=named, as_json=as_json)
+        asked = PlanOptions(
+            tflops=arguments.tflops,
+            device=arguments.device,
+            as_json=arguments.json,
+            components=arguments.components,
+            lengths=arguments.lengths,
+            memory=arguments.memory,
+        )
+        return dry_run(loaded.config, world_size, asked)
 
     from internlm_lite.apps.report.writer import open_report
     from internlm_lite.runtime.device import usable_gpus

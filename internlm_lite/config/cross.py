@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from packaging.version import InvalidVersion, Version
 
 from internlm_lite.config.keys import known_keys, value_of
+from internlm_lite.config.model_checks import model_problems
 from internlm_lite.config.paths import (
     S3_FORM,
     is_folder,
@@ -47,11 +48,13 @@ _MOST = {
     "hybrid_zero_optimizer.reduce_bucket_size": 2**40,
     "lr_scheduler.total_steps": 10**12,
     "model.hidden_size": 2**20,
+    "model.max_position_embeddings": 2**31 - 1,
     "model.mlp_ratio": 1024,
     "model.multiple_of": 2**20,
     "model.num_attention_heads": 2**20,
     "model.num_chunks": 10**4,
     "model.num_layers": 2**11,
+    "model.sliding_window": 2**31 - 1,
     "model.vocab_size": 2**31 - 1,
     "monitor.alerts.silent_seconds": 10**9,
     "monitor.report_every_seconds": 10**9,
@@ -70,13 +73,10 @@ def cross_problems(config: Config, world_size: int | None) -> Iterator[Problem]:
         return
     if world_size is not None:
         yield from _world(config, world_size)
-    yield from _heads(config)
-    yield from _rope(config)
-    yield from _tensor(config)
+    yield from model_problems(config)
     yield from _pipeline(config)
     yield from _sequence(config)
     yield from _precision(config)
-    yield from _float8(config)
     yield from _curves(config)
     yield from _rule(config)
     yield from _evaluation(config)
@@ -123,69 +123,6 @@ def _world(config: Config, world: int) -> Iterator[Problem]:
             f"found {parallel.zero1}, expected a divisor of the data parallel size {world // ranks} "
             f"({world} processes / {ranks} per model), -1 for all of it, or 1 for none",
         )
-
-
-def _heads(config: Config) -> Iterator[Problem]:
-    model = config.model
-    heads = "model.num_attention_heads"
-    if model.head_dim is None and model.hidden_size % model.num_attention_heads:
-        yield _indivisible("model.hidden_size", model.hidden_size, heads, model.num_attention_heads)
-    elif model.head_size % 2:
-        keys = ("model.hidden_size", heads) if model.head_dim is None else ("model.head_dim",)
-        yield Problem(
-            keys,
-            f"found {model.head_size} features per head, expected an even number for the rotary embedding; change "
-            f"{' or '.join(keys)}",
-        )
-    if model.num_attention_heads % model.kv_heads:
-        yield _indivisible(heads, model.num_attention_heads, "model.num_kv_attention_heads", model.kv_heads)
-
-
-def _rope(config: Config) -> Iterator[Problem]:
-    scaling, base, key = config.model.rope_scaling, config.model.rope_base, "model.rope_scaling"
-    if scaling is None:
-        return
-    if scaling.rope_type != "linear" and scaling.original_max_position_embeddings is None:
-        why = f"rope_type {scaling.rope_type!r} needs it"
-        text = f"found None, expected the longest row of the first training: {why}"
-        yield Problem((f"{key}.original_max_position_embeddings",), text)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    if scaling.rope_type == "llama3" and low >= high:
-        keys = (f"{key}.low_freq_factor", f"{key}.high_freq_factor")
-        yield Problem(keys, f"found {low} and {high}, expected the first to be smaller")
-    if scaling.rope_type == "yarn" and base <= 1:
-        yield Problem(("model.rope_base",), f"found {base}, expected more than 1 for rope_type 'yarn'")
-
-
-def _tensor(config: Config) -> Iterator[Problem]:
-    """Sizes that tensor parallelism splits must be divisible by parallel.tensor."""
-    model, tensor = config.model, config.parallel.tensor
-    split = {"model.num_attention_heads": model.num_attention_heads, "model.vocab_size": model.vocab_size}
-    if model.num_kv_attention_heads is not None:
-        split["model.num_kv_attention_heads"] = model.num_kv_attention_heads
-    if model.embed_split_hidden:
-        split["model.hidden_size"] = model.hidden_size
-    for key, value in split.items():
-        if value % tensor:
-            yield _indivisible(key, value, _TENSOR, tensor)
-    if model.mlp_hidden_size % tensor:
-        yield Problem(
-            ("model.mlp_ratio", "model.hidden_size", "model.multiple_of", _TENSOR),
-            f"found a SwiGLU width of {model.mlp_hidden_size} (hidden_size * mlp_ratio rounded up to a multiple of "
-            f"{model.multiple_of}), expected a multiple of {_TENSOR} {tensor}; change mlp_ratio or multiple_of",
-        )
-    if model.tie_word_embeddings and model.embed_split_hidden and tensor > 1:
-        yield Problem(
-            ("model.tie_word_embeddings", "model.embed_split_hidden", _TENSOR),
-            f"found True with {_TENSOR} {tensor} and model.embed_split_hidden=True: the head is split along the "
-            "vocabulary, so a shared embedding must be too; set model.embed_split_hidden=False",
-        )
-
-
-def _indivisible(key: str, value: int, divisor_key: str, divisor: int) -> Problem:
-    return Problem(
-        (key, divisor_key), f"found {value}, expected a multiple of {divisor_key} {divisor}; change one of them"
-    )
 
 
 def _pipeline(config: Config) -> Iterator[Problem]:
@@ -280,34 +217,6 @@ def _precision(config: Config) -> Iterator[Problem]:
             ("grad_scaler.fp16.initial_scale", "grad_scaler.fp16.min_scale", "grad_scaler.max_scale"),
             f"found {start:g}, expected at least grad_scaler.fp16.min_scale {_number(low)} "
             f"and at most grad_scaler.max_scale {_number(high)}; change one of them",
-        )
-
-
-def _float8(config: Config) -> Iterator[Problem]:
-    """Products in float8 take multiples of 16 along every dimension of a tensor-parallel rank's part."""
-    model, tensor, data = config.model, config.parallel.tensor, config.data
-    if not model.fp8:
-        return
-    if model.torch_dtype_name != "bfloat16":
-        keys = "model.fp8", "model.dtype"
-        yield Problem(
-            keys, f'found True with model.dtype "{model.dtype}", expected "torch.bfloat16"; change one of them'
-        )
-    queries, keys_values = (heads * model.head_size for heads in (model.num_attention_heads, 2 * model.kv_heads))
-    sizes = {
-        ("model.hidden_size",): model.hidden_size,
-        ("model.num_attention_heads", "model.head_dim", _TENSOR): queries // tensor,
-        ("model.num_kv_attention_heads", _TENSOR): (queries + keys_values) // tensor,
-        ("model.multiple_of", "model.mlp_ratio", _TENSOR): model.mlp_hidden_size // tensor,
-        ("data.micro_bsz", "data.seq_len"): data.micro_bsz * data.seq_len,
-    }
-    odd = {keys: size for keys, size in sizes.items() if size % 16}
-    if odd:
-        found = " and ".join(f"{size} ({', '.join(keys)})" for keys, size in odd.items())
-        yield Problem(
-            ("model.fp8", *(key for keys in odd for key in keys)),
-            f"found True with matrices of {found} rows or columns on a rank, expected multiples of 16; "
-            "change these keys, or set model.fp8=False",
         )
 
 

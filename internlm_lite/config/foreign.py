@@ -62,7 +62,6 @@ NO_EFFECT: Mapping[str, str] = {
     "model.dropout_selective_checkpoint": "there is no dropout",
     "model.enable_qkv_fusion": "the result is the same with and without",
     "model.fused_dropout_add_ln": "the result is the same with and without",
-    "model.max_position_embeddings": "rotary positions have no table",
     "model.mlp_layer_fusion": "the result is the same with and without",
     "model.moe_gate_k": "there are no experts",
     "model.moe_layer_kwargs": "there are no experts",
@@ -102,7 +101,6 @@ NO_EFFECT_IF: Mapping[str, tuple[Sequence[Any], str]] = {
     "hybrid_zero_optimizer.partition_grad": ((False,), "gradients are whole on every rank, as in ZeRO-1"),
     "model.adapt_hf": ((True,), "adapt_hf=False pairs neighbouring elements in the rotary embedding, here element i "
                                 "with i + head_dim/2: remove it to train anew; convert weights trained with it"),
-    "model.add_unit_offset": ((False,), "norm weights are used as they are"),
     "model.attention_type": (("GQA", "MHA"), "model.num_kv_attention_heads is the number of key and value heads"),
     "model.attn_other_init_std": _STD,
     "model.attn_wqkv_init_std": _STD,
@@ -110,13 +108,12 @@ NO_EFFECT_IF: Mapping[str, tuple[Sequence[Any], str]] = {
     "model.ffn_other_init_std": _STD,
     "model.ffn_uplayer_init_std": _STD,
     "model.init_type": (("normal",), "matrices are drawn from a normal distribution, see model.init_std"),
-    "model.mlp_bias": ((False,), "the MLP has no biases"),
     "model.norm_head": ((False,), "the head's rows are not normalised"),
     "model.out_head_init_std": _STD,
     "model.qk_interleaved": ((False,), "the rotary embedding pairs element i with i + head_dim/2: convert weights"),
     "model.residual_in_fp32": ((False,), "residuals have model.dtype"),
     "model.use_amp": ((False,), "model.dtype is the one dtype of weights and activations"),
-    "model.use_dynamic_ntk_rope": ((False,), "rotary frequencies are fixed, see model.rope_base"),
+    "model.use_dynamic_ntk_rope": ((False,), "model.rope_scaling with rope_type 'dynamic' is it"),
     "model.use_scaled_init": ((True,), "output projections are scaled by 1/sqrt(2*num_layers)"),
     "model.use_swiglu": ((True,), "the MLP is SwiGLU"),
     "npu_fixedlen_flash_2d": ((False,), "rows are packed documents"),
@@ -153,13 +150,11 @@ FEATURES: Mapping[str, tuple[str, str]] = {
     r".*cuda_?graphs?.*|compile_.*|.*inductor.*": ("CUDA graphs and options of the compiler", "see model.compile"),
     r"(.*_)?dropout(_.*)?|(attn_|hidden_|drop_path_)?drop(_rate|_prob)?|.*_pdrop|drop_path.*": (
         "dropout", "adam.weight_decay and loss.label_smoothing regularise"),
-    r"(use_)?sliding_window.*|window_size|attention_window|local_attention.*": (
-        "sliding-window attention", "attention spans data.seq_len"),
+    r"local_attention.*|attention_sinks?|sink_.*": (
+        "another form of local attention", "model.sliding_window and model.layer_types set windows"),
     r"(use_)?(yarn|ntk|alibi)(_.*)?|position_embedding_type": (
-        "other position embeddings", "model.rope_base and model.rope_scaling set the rotary frequencies"),
+        "other position embeddings", "model.position names the kind, model.rope_scaling scales rotary frequencies"),
     r"mtp(_.*)?|num_nextn_predict_layers|multi_token.*": ("multi-token prediction", "one token is predicted"),
-    r"(logits?|attn_logit)_soft_?cap.*|final_logit_softcapping|z_loss.*": (
-        "caps and penalties of logits", "loss.label_smoothing"),
     r"(num_)?(train_)?epochs?": ("counting in epochs", "data.total_steps counts steps"),
     r"early_stopping.*|load_best_model.*|metric_for_best.*": (
         "stopping by a metric", "data.valid_every shows it, ckpt.stop_file_path stops"),
@@ -195,6 +190,10 @@ _OTHER_NAMES = {
     "hybrid_zero_optimizer.clip_grad_norm": "max_grad_norm gradient_clipping clip_grad max_norm",
     "lr_scheduler.eta_min": "min_lr min_decay_lr lr_min",
     "lr_scheduler.warmup_steps": "lr_warmup_iters lr_warmup_steps warmup_iters num_warmup_steps",
+    "model.attention_scale": "softmax_scale attention_multiplier query_pre_attn_scalar",
+    "model.logit_softcap": "final_logit_softcapping logits_soft_cap",
+    "loss.z_loss": "z_loss_weight z_loss_multiplier",
+    "model.attention_softcap": "attn_logit_softcapping attn_logit_softcap attention_logit_cap",
     "model.checkpoint": "gradient_checkpointing activation_checkpoint activation_checkpointing recompute "
     "recompute_granularity",
     "model.compile": "torch_compile use_torch_compile use_compile enable_compile",
@@ -204,10 +203,13 @@ _OTHER_NAMES = {
     "model.layer_norm_epsilon": "rms_norm_eps norm_eps norm_epsilon layernorm_epsilon",
     "model.mlp_ratio": "intermediate_size ffn_hidden_size ffn_dim",
     "model.num_kv_attention_heads": "num_key_value_heads num_query_groups n_kv_heads",
+    "model.norm_type": "normalization",
     "model.num_layers": "num_hidden_layers n_layers",
     "model.qk_norm": "qk_layernorm use_qk_norm",
     "model.rope_base": "rope_theta rotary_base",
+    "model.sliding_window": "use_sliding_window window_size attention_window sliding_window_size",
     "model.tie_word_embeddings": "tie_embeddings_and_output_weights share_embeddings_and_output_weights",
+    "model.zero_centered_norm": "layernorm_zero_centered_gamma apply_layernorm_1p",
     "monitor.log_every": "logging_steps log_interval log_freq iteration_step_info_interval",
     "monitor.wandb": "report_to",
     "parallel.pipeline.size": "pipeline_model_parallel_size pp_size pp pipeline_parallel_degree",

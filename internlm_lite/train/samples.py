@@ -56,7 +56,7 @@ class Samples:
     def _encode(self, tokenizer: Tokenizer) -> tuple[list[list[int]], frozenset[int]]:
         start = [] if tokenizer.bos is None else [tokenizer.bos]
         prompts = [start + tokenizer.encode(text) for text in self._monitor.sample_prompts]
-        check(self._model, prompts)
+        check(self._model, prompts, [self._monitor.sample_tokens] * len(prompts))
         return prompts, end_ids(tokenizer)
 
     def due(self, steps_done: int, *, ended_epoch: bool) -> bool:

@@ -28,6 +28,9 @@ LIMIT = 1e-10
 """Relative, of an fp64 figure against the one of a single process."""
 
 
+Keys = tuple[tuple[str, Any], ...]
+
+
 @dataclass(frozen=True)
 class Layout:
     """Values of all options. The defaults are one process."""
@@ -63,6 +66,8 @@ class Layout:
     fp32_norm: bool = False
     fp8: bool = False
     layers: int = 5
+    keys: Keys = ()
+    """(config key, value) of further sections and keys."""
 
     @property
     def world(self) -> int:
@@ -85,7 +90,7 @@ class Layout:
 
 MODEL = (
     *("rows", "micro_bsz", "tied", "bias", "qk_norm", "head_dim", "rope", "post_norm", "smoothing", "embed_scale"),
-    *("fp32_norm", "fp8", "layers"),
+    *("fp32_norm", "fp8", "layers", "keys"),
 )
 """Options that change the model or the batches. The others must not change a figure."""
 
@@ -167,6 +172,11 @@ def config_of(layout: Layout, corpus: Path | None, dtype: str = "torch.float64",
         "fp8": layout.fp8,
         "dtype": dtype,
     }
+    loss: dict[str, Any] = {"label_smoothing": layout.smoothing}
+    for key, value in layout.keys:
+        section, _, name = key.partition(".")
+        target = {"model": model, "loss": loss}[section]
+        target[name] = dict(value) if name == "rope_scaling" else list(value) if isinstance(value, tuple) else value
     pipeline = {"size": layout.pp, "schedule": layout.schedule, "interleaved_overlap": layout.early_receive}
     zero = {
         "overlap_sync_grad": layout.overlap_grad,
@@ -184,7 +194,7 @@ def config_of(layout: Layout, corpus: Path | None, dtype: str = "torch.float64",
             "sequence_parallel": layout.sp,
         },
         hybrid_zero_optimizer=zero,
-        loss={"label_smoothing": layout.smoothing},
+        loss=loss,
         lr_scheduler={"total_steps": STEPS},
         **sections,
     )

@@ -108,7 +108,6 @@ NO_EFFECT_IF: Mapping[str, tuple[Sequence[Any], str]] = {
     "model.ffn_other_init_std": _STD,
     "model.ffn_uplayer_init_std": _STD,
     "model.init_type": (("normal",), "matrices are drawn from a normal distribution, see model.init_std"),
-    "model.mlp_bias": ((False,), "the MLP has no biases"),
     "model.norm_head": ((False,), "the head's rows are not normalised"),
     "model.out_head_init_std": _STD,
     "model.qk_interleaved": ((False,), "the rotary embedding pairs element i with i + head_dim/2: convert weights"),
@@ -156,8 +155,6 @@ FEATURES: Mapping[str, tuple[str, str]] = {
     r"(use_)?(yarn|ntk|alibi)(_.*)?|position_embedding_type": (
         "other position embeddings", "model.position names the kind, model.rope_scaling scales rotary frequencies"),
     r"mtp(_.*)?|num_nextn_predict_layers|multi_token.*": ("multi-token prediction", "one token is predicted"),
-    r"logits?_soft_?cap.*|final_logit_softcapping|z_loss.*": (
-        "caps and penalties of logits", "loss.label_smoothing"),
     r"(num_)?(train_)?epochs?": ("counting in epochs", "data.total_steps counts steps"),
     r"early_stopping.*|load_best_model.*|metric_for_best.*": (
         "stopping by a metric", "data.valid_every shows it, ckpt.stop_file_path stops"),
@@ -194,6 +191,8 @@ _OTHER_NAMES = {
     "lr_scheduler.eta_min": "min_lr min_decay_lr lr_min",
     "lr_scheduler.warmup_steps": "lr_warmup_iters lr_warmup_steps warmup_iters num_warmup_steps",
     "model.attention_scale": "softmax_scale attention_multiplier query_pre_attn_scalar",
+    "model.logit_softcap": "final_logit_softcapping logits_soft_cap",
+    "loss.z_loss": "z_loss_weight z_loss_multiplier",
     "model.attention_softcap": "attn_logit_softcapping attn_logit_softcap attention_logit_cap",
     "model.checkpoint": "gradient_checkpointing activation_checkpoint activation_checkpointing recompute "
     "recompute_granularity",

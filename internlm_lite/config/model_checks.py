@@ -14,8 +14,8 @@ def model_problems(config: Config) -> Iterator[Problem]:
     """A Problem for each contradiction."""
     yield from _heads(config)
     yield from _positions(config)
-    yield from _norms(config)
     yield from _windows(config.model)
+    yield from _norms(config)
     yield from _tensor(config)
     yield from _float8(config)
     yield from _dropout(config)

@@ -68,7 +68,7 @@ class Attention(CostedLayer):
             q, k = full_norms((q, k), (self.q_norm, self.k_norm))
         elif self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        elif self.tp_ctx.selective:  # a view would keep all of qkv, which only the rotation reads
+        if self.tp_ctx.selective and self.q_norm is None:  # a view would keep all of qkv, which nothing else keeps
             v = v.contiguous()
         if rotary is None:
             q, k = q.contiguous(), k.contiguous()
@@ -93,14 +93,14 @@ class Attention(CostedLayer):
         statistics = kv_heads * self.queries * accumulation_dtype(weight.dtype).itemsize
         lean = row.selective and self.q_norm is None
         projected = kv_heads * self.head_dim if lean else weight.shape[0]  # v is a view of the whole output
+        # In blocks neither statistics nor the parts of the output are kept.
         in_blocks = row.reference and (self.rule.softcap is not None or self._has_dropout)
-        of_kernel = not in_blocks  # else neither parts nor statistics are kept
+        parts = 1 + (row.attention_by_document and not in_blocks)  # the input of wo; by document: its parts, too
         kept = {
             "queries, keys, values": row.tokens * projected * weight.itemsize,
             "rotated queries, keys": row.tokens * rotated * weight.itemsize,
-            "attention output": output
-            * (1 + (row.attention_by_document and of_kernel)),  # input of wo; by document: its parts, too
-            "attention statistics": row.tokens * statistics * of_kernel,  # log-sum-exp of each query's scores
+            "attention output": output * parts,
+            "attention statistics": row.tokens * statistics * (not in_blocks),  # log-sum-exp of each query's scores
         }
         normed = [norm.saved_bytes(row) for norm in (self.q_norm, self.k_norm) if norm is not None]
         if self.q_norm is not None and self.q_norm.kept_dtype(row.device) == self.tp_ctx.dtype:

@@ -98,7 +98,7 @@ class Activation:
         return {"mlp_type": self.types[found]}
 
     def write(self, features: Mapping[str, Any]) -> dict[str, Any]:
-        names = [name for name, kind in self.types.items() if kind == features.get("mlp_type", "swiglu")]
+        names = [name for name, kind in self.types.items() if kind == features["mlp_type"]]
         return {self.key: self.default if not names or self.default in names else names[0]}
 
 

@@ -51,6 +51,8 @@ def features(model: ModelConfig) -> dict[str, Any]:
         "mlp_width": model.mlp_hidden_size,
         "qkv_bias": model.has_qkv_bias,
         "out_bias": model.has_out_bias,
+        "embed_scale": model.embed_scale or 1.0,
+        "logit_scale": model.logit_scale or 1.0,
         "attention_scale": model.attention_scale or model.head_size**-0.5,
         "rope_scaling": scaling_features(model),
         "sliding_window": model.sliding_window if any(sliding) else None,
@@ -58,7 +60,7 @@ def features(model: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": model.most_positions,
     }
     if model.position != "rope":
-        return found | dict.fromkeys(_OF_ROTATION)
+        return found | {name: ModelConfig.model_fields[name].default for name in _OF_ROTATION}
     if model.no_rope_every > model.num_layers:
         found["no_rope_every"] = 0
     if not any(sliding) or (model.rope_scaling is None and model.rope_local_base == model.rope_base):
@@ -183,18 +185,11 @@ def _read(form: Form, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
     if config.get("quantization_config"):
         problems.append("quantization_config: quantised weights are not read; convert the original model")
     found |= {feature: bool(found[feature]) for feature in _SWITCHES if feature in found}
-    problems += [  # TRANSITION
-        f"{feature}: found {value!r}, which is not supported yet"
-        for feature, value in found.items()
-        if feature not in ModelConfig.model_fields and feature not in ("mlp_width", "max_positions") and value
-    ]
     for read, given in ((_heads, found), *((group.read, config) for group in form.groups)):
         try:
             found |= read(given)
         except CheckpointError as error:
             problems.append(str(error))
-    if found.get("mlp_type", "swiglu") != "swiglu" and "mlp_type" not in ModelConfig.model_fields:  # TRANSITION
-        problems.append(f"hidden_act: {found['mlp_type']} is not supported yet")
     return found, problems
 
 

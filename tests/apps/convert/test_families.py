@@ -50,6 +50,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama 3.1": ("llama", {**LLAMA3, "original_max_position_embeddings": 16, "rope_theta": 500.0}, {}),
     "llama 3.2, tied": ("llama", PLAIN, {"tie_word_embeddings": True, "head_dim": 14}),
     "llama, linear": ("llama", {"rope_type": "linear", "factor": 3.0}, {"attention_bias": True}),
+    "llama, gelu, biases": ("llama", PLAIN, {"hidden_act": "gelu", "attention_bias": True, "mlp_bias": True}),
     "llama, dynamic": ("llama", {"rope_type": "dynamic", "factor": 2.0}, {"max_position_embeddings": 32}),
     "mistral": ("mistral", PLAIN, {"sliding_window": None, "head_dim": 16}),
     "mistral, windows": ("mistral", PLAIN, {"sliding_window": 7}),

@@ -75,7 +75,8 @@ def _describe(annotation: Any, constraints: Iterable[Any] = ()) -> str:
     if origin is Literal:
         return ("one of " if len(arguments) > 1 else "") + ", ".join(map(repr, arguments))
     if origin is list:
-        return f"a list of {_PLURALS[arguments[0]]}"
+        of = arguments[0]
+        return f"a list of {_PLURALS.get(of) or ', '.join(map(repr, get_args(of)))}"
     if origin is dict:
         return f"a dict (name: {_describe(arguments[1])})"
     if isinstance(annotation, type) and issubclass(annotation, Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from internlm_lite.config.problems import Problem
-from internlm_lite.config.schema import Config
+from internlm_lite.config.schema import UNKNOWN_TO_KERNELS, Config, ModelConfig
 
 _TENSOR = "parallel.tensor"
 
@@ -13,10 +13,12 @@ _TENSOR = "parallel.tensor"
 def model_problems(config: Config) -> Iterator[Problem]:
     """A Problem for each contradiction."""
     yield from _heads(config)
+    yield from _positions(config)
+    yield from _windows(config.model)
     yield from _norms(config)
-    yield from _rope(config)
     yield from _tensor(config)
     yield from _float8(config)
+    yield from _dropout(config)
 
 
 def _heads(config: Config) -> Iterator[Problem]:
@@ -35,6 +37,28 @@ def _heads(config: Config) -> Iterator[Problem]:
         yield _indivisible(heads, model.num_attention_heads, "model.num_kv_attention_heads", model.kv_heads)
 
 
+def _positions(config: Config) -> Iterator[Problem]:
+    model, most, key = config.model, config.model.max_position_embeddings, "model.max_position_embeddings"
+    if model.position == "learned":
+        if most is None:
+            yield Problem((key, "model.position"), "found None, expected the number of positions for 'learned' ones")
+        elif most < config.data.seq_len:
+            text = f"found {most}, expected at least data.seq_len {config.data.seq_len}; change one of them"
+            yield Problem((key, "data.seq_len"), text)
+        elif config.monitor.sample_prompts and config.monitor.sample_tokens >= most:
+            text = f"found {config.monitor.sample_tokens}, expected less than {key} {most}, with room for a prompt"
+            yield Problem(("monitor.sample_tokens", key), text)
+    if model.position == "rope":
+        yield from _rope(config)
+        return
+    for name in ("rope_scaling", "rope_local_base", "partial_rotary_factor", "no_rope_every"):
+        value, default = getattr(model, name), ModelConfig.model_fields[name].default
+        if value != default:
+            found = "" if name == "rope_scaling" else f" {value!r}"
+            text = f"found{found} with model.position {model.position!r}, which rotates nothing; remove it"
+            yield Problem((f"model.{name}", "model.position"), text)
+
+
 def _norms(config: Config) -> Iterator[Problem]:
     model, kind = config.model, "model.norm_type"
     if model.apply_post_layer_norm and model.norms_at != "post":
@@ -51,19 +75,49 @@ def _norms(config: Config) -> Iterator[Problem]:
 
 
 def _rope(config: Config) -> Iterator[Problem]:
-    scaling, base, key = config.model.rope_scaling, config.model.rope_base, "model.rope_scaling"
+    model, key = config.model, "model.rope_scaling"
+    scaling, base, rotated = model.rope_scaling, model.rope_base, model.rotary_size
+    if model.partial_rotary_factor < 1 and (rotated % 2 or not rotated):
+        text = f"found {model.partial_rotary_factor}, which rotates {rotated} of {model.head_size} features per head"
+        yield Problem(("model.partial_rotary_factor",), f"{text}, expected an even number, at least 2")
+    if model.rope_local_base is not None and not any(map(model.is_sliding, range(model.num_layers))):
+        text = f"found {model.rope_local_base}, but no layer is sliding; remove it, or set model.sliding_window"
+        yield Problem(("model.rope_local_base", "model.sliding_window", "model.layer_types"), text)
     if scaling is None:
         return
-    if scaling.rope_type != "linear" and scaling.original_max_position_embeddings is None:
-        why = f"rope_type {scaling.rope_type!r} needs it"
-        text = f"found None, expected the longest row of the first training: {why}"
-        yield Problem((f"{key}.original_max_position_embeddings",), text)
+    yield from _original_length(model)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     if scaling.rope_type == "llama3" and low >= high:
         keys = (f"{key}.low_freq_factor", f"{key}.high_freq_factor")
         yield Problem(keys, f"found {low} and {high}, expected the first to be smaller")
     if scaling.rope_type == "yarn" and base <= 1:
         yield Problem(("model.rope_base",), f"found {base}, expected more than 1 for rope_type 'yarn'")
+    if scaling.rope_type == "dynamic" and rotated < 4:
+        text = f"found 'dynamic' with {rotated} rotated features per head, expected at least 4"
+        yield Problem((f"{key}.rope_type",), text)
+
+
+def _original_length(model: ModelConfig) -> Iterator[Problem]:
+    scaling, key = model.rope_scaling, "model.rope_scaling.original_max_position_embeddings"
+    if scaling is None or scaling.rope_type == "linear" or scaling.original_max_position_embeddings is not None:
+        return
+    if scaling.rope_type != "dynamic" or model.max_position_embeddings is None:
+        why = f"rope_type {scaling.rope_type!r} needs it"
+        yield Problem((key,), f"found None, expected the longest row of the first training: {why}")
+
+
+def _windows(model: ModelConfig) -> Iterator[Problem]:
+    window, kinds = "model.sliding_window", "model.layer_types"
+    sliding = model.layer_types is not None and "sliding_attention" in model.layer_types
+    if sliding and model.sliding_window is None:
+        yield Problem((window, kinds), f"found None with sliding layers in {kinds}, expected their tokens; add it")
+    if model.sliding_window is not None and not any(map(model.is_sliding, range(model.num_layers))):
+        text = f"found {model.sliding_window}, but no layer is sliding by {kinds}; remove one of them"
+        yield Problem((window, kinds), text)
+    for key in UNKNOWN_TO_KERNELS.get(model.attention, ()):
+        if (value := getattr(model, key)) is not None:
+            text = f'found {value} with model.attention "{model.attention}", whose kernel does not have it; take "auto"'
+            yield Problem((f"model.{key}", "model.attention"), text)
 
 
 def _tensor(config: Config) -> Iterator[Problem]:
@@ -72,7 +126,7 @@ def _tensor(config: Config) -> Iterator[Problem]:
     split = {"model.num_attention_heads": model.num_attention_heads, "model.vocab_size": model.vocab_size}
     if model.num_kv_attention_heads is not None:
         split["model.num_kv_attention_heads"] = model.num_kv_attention_heads
-    if model.embed_split_hidden:
+    if model.embed_split_hidden or model.position == "learned":
         split["model.hidden_size"] = model.hidden_size
     for key, value in split.items():
         if value % tensor:
@@ -80,8 +134,9 @@ def _tensor(config: Config) -> Iterator[Problem]:
     if model.mlp_hidden_size % tensor:
         yield Problem(
             ("model.mlp_ratio", "model.hidden_size", "model.multiple_of", _TENSOR),
-            f"found a SwiGLU width of {model.mlp_hidden_size} (hidden_size * mlp_ratio rounded up to a multiple of "
-            f"{model.multiple_of}), expected a multiple of {_TENSOR} {tensor}; change mlp_ratio or multiple_of",
+            f"found a feed-forward width of {model.mlp_hidden_size} (hidden_size * mlp_ratio rounded up to a "
+            f"multiple of {model.multiple_of}), expected a multiple of {_TENSOR} {tensor}; change mlp_ratio or "
+            "multiple_of",
         )
     if model.tie_word_embeddings and model.embed_split_hidden and tensor > 1:
         yield Problem(
@@ -122,4 +177,16 @@ def _float8(config: Config) -> Iterator[Problem]:
             ("model.fp8", *(key for keys in odd for key in keys)),
             f"found True with matrices of {found} rows or columns on a rank, expected multiples of 16; "
             "change these keys, or set model.fp8=False",
+        )
+
+
+def _dropout(config: Config) -> Iterator[Problem]:
+    """A kernel's own masks would not be those of another layout, nor those of a layer that runs again."""
+    model = config.model
+    kernel = model.attention if model.use_flash_attn else "sdpa"
+    if model.attention_dropout and kernel not in ("auto", "sdpa"):
+        yield Problem(
+            ("model.attention_dropout", "model.attention"),
+            f'found {model.attention_dropout:g} with model.attention "{kernel}", which drops attention weights by '
+            'numbers of its own; set model.attention="auto", or attention_dropout=0',
         )

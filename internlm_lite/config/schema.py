@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from internlm_lite.units import round_up
 
+UNKNOWN_TO_KERNELS = {"cudnn": ("sliding_window", "attention_softcap"), "torch_varlen": ("attention_softcap",)}
+"""model.attention -> keys of `model` that this kernel does not have."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -65,6 +67,9 @@ class CkptConfig(Section):
     keep: Positive | None = None
     """(new) Newest milestones to keep; older ones are removed after a newer one is saved, except the final ones and
     the one that the run went on from. None: all."""
+    keep_best: bool = False
+    """(new) After an evaluation with a lower loss than any before, save a checkpoint of the kind "best". It stays until
+    a better one is saved, besides those that the other keys ask for."""
     async_upload: bool = True
     """Write checkpoints in the background where the storage supports it."""
     async_upload_tmp_folder: str | None = None
@@ -118,6 +123,11 @@ class DataConfig(Section):
     """(new) Share of each data folder in the training mix, normalised; None: every document once per epoch."""
     valid_batches: Positive = 16
     """(new) At most this many validation batches per data folder."""
+    valid_at_start: bool = False
+    """(new) Evaluate before the first step, too."""
+    valid_train_batches: NonNegative = 0
+    """(new) Every evaluation also measures the loss on this many batches of training data, always the first of the data
+    order. Moves neither the data position nor the curve."""
 
 
 class Fp16ScalerConfig(Section):
@@ -168,14 +178,20 @@ class LossConfig(Section):
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0
     """Share of the probability mass spread evenly over the vocabulary."""
+    z_loss: Annotated[float, Field(ge=0)] = 0
+    """(new) c: adds c * log(sum of exp(logits))^2 to the loss of each token, which keeps logits small (PaLM,
+    arXiv:2204.02311: 1e-4). Part of `loss`, not of `loss_from_metric`."""
 
 
 class OptimizerConfig(Section):
     """(new) What is done with a gradient. Learning rate, betas and weight decay come from `adam` for every rule."""
 
-    name: Literal["adamw", "lion"] = "adamw"
+    name: Literal["adamw", "lion", "sgd"] = "adamw"
     """Update rule. "lion": the sign of a momentum (arXiv:2302.06675), half the optimizer state; wants a smaller adam.lr
-    and a larger adam.weight_decay than AdamW; adam.adam_beta2 is the decay of the momentum."""
+    and a larger adam.weight_decay than AdamW; adam.adam_beta2 is the decay of the momentum. "sgd": the gradient itself,
+    or its momentum; no other key of `adam` than lr and the weight decay, which is decoupled, too."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0
+    """sgd: momentum = this * momentum + gradient, as torch's. 0: without, and then without optimizer state."""
 
 
 class AdamConfig(Section):
@@ -193,23 +209,38 @@ class AdamConfig(Section):
     """Added to the denominator (AdamW)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled weight decay."""
-    weight_decay_on: Literal["matrices", "all"] = "matrices"
-    """(new) "matrices": no decay of biases and norm weights."""
+    weight_decay_on: Literal["matrices", "matrices_without_embeddings", "all"] = "matrices"
+    """(new) "matrices": no decay of biases and norm weights. "matrices_without_embeddings": nor of tables of which rows
+    are looked up: the embedding, also where the head shares it, and learned positions; a head of its own decays."""
 
 
 class LrSchedulerConfig(Section):
-    """Linear warm-up, then cosine down to eta_min."""
+    """Linear warm-up, then `decay`."""
 
     total_steps: Positive
-    """Step at which the learning rate reaches eta_min; left out: data.total_steps."""
+    """Step at which the cosine reaches eta_min; left out: data.total_steps."""
     init_steps: NonNegative = 0
     """Steps with learning rate 0 before the warm-up."""
-    warmup_ratio: Fraction = 0.01
-    """Share of total_steps used for warm-up."""
+    warmup_ratio: Fraction | None = None
+    """Share of total_steps used for warm-up. None: 0.01, unless warmup_steps is given."""
+    warmup_steps: NonNegative | None = None
+    """(new) Steps of the warm-up, instead of warmup_ratio."""
+    warmup_from_zero: bool = False
+    """(new) The first of w warm-up steps has the learning rate 0 and the last adam.lr * (w - 1) / w (Megatron, Hugging
+    Face). False: adam.lr / w and adam.lr (InternLM)."""
+    decay: Literal["cosine", "constant", "inverse_sqrt"] = "cosine"
+    """(new) What follows the warm-up. "cosine": down to eta_min at total_steps. "constant": adam.lr. "inverse_sqrt":
+    adam.lr / sqrt(t + 1) in step t after the warm-up, at least eta_min."""
     eta_min: Annotated[float, Field(ge=0)] = 0.0
     """Final learning rate."""
     last_epoch: Annotated[int, Field(ge=-1)] = -1
     """Index of the last step already done by another run; -1: none."""
+
+    @property
+    def num_warmup_steps(self) -> int:
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return int(self.total_steps * (0.01 if self.warmup_ratio is None else self.warmup_ratio))
 
 
 class Beta2SchedulerConfig(Section):
@@ -227,12 +258,13 @@ class RopeScaling(Section):
     """Rotary frequencies for rows longer than those a model was first trained on; `rope_scaling` in Hugging Face's
     config.json. Formulas: layers/rope.py."""
 
-    rope_type: Literal["linear", "llama3", "yarn"]
-    """linear: positions / factor. llama3: of long wavelengths alone, as in Llama 3.1. yarn: arXiv:2309.00071."""
+    rope_type: Literal["linear", "llama3", "yarn", "dynamic"]
+    """linear: positions / factor. llama3: of long wavelengths alone, as in Llama 3.1. yarn: arXiv:2309.00071.
+    dynamic: a larger base for documents beyond the original length, by their length (InternLM2 and 3)."""
     factor: Annotated[float, Field(ge=1)]
     """How much longer rows may be."""
     original_max_position_embeddings: Positive | None = None
-    """llama3, yarn: longest row of the first training."""
+    """llama3, yarn, dynamic: longest row of the first training. None, for dynamic: model.max_position_embeddings."""
     low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
     """llama3: wavelengths above original length / low_freq_factor are divided by factor."""
     high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
@@ -263,8 +295,17 @@ class ModelConfig(Section):
     """Tensor parallel: split the embedding along hidden_size (True) or along the vocabulary (False)."""
     vocab_size: Positive
     """Rows of the embedding and of the head."""
+    embed_scale: Annotated[float, Field(gt=0)] | None = None
+    """(new) Multiplies the token embedding, rounded to dtype first; sqrt(hidden_size) in Gemma. The weight of a tied
+    head stays as it is. None: 1."""
     embed_grad_scale: Annotated[float, Field(ge=0)] = 1
     """a: the embedding output is a*e + (1-a)*e.detach(), which scales its gradient."""
+    head_bias: bool = False
+    """(new) A bias on the logits."""
+    logit_scale: Annotated[float, Field(gt=0)] | None = None
+    """(new) Multiplies the logits, their bias included. None: 1."""
+    logit_softcap: Annotated[float, Field(gt=0)] | None = None
+    """(new) c: logits z become c * tanh(z / c), after logit_scale (Gemma 2)."""
     parallel_output: bool = True
     """Tensor parallel: keep logits split along the vocabulary in the loss."""
     hidden_size: Positive
@@ -272,9 +313,14 @@ class ModelConfig(Section):
     num_layers: Positive
     """Blocks."""
     mlp_ratio: Annotated[float, Field(gt=0)] = 8 / 3
-    """SwiGLU width = round_up(int(hidden_size * mlp_ratio), multiple_of)."""
+    """Width of the feed-forward part = round_up(int(hidden_size * mlp_ratio), multiple_of)."""
     multiple_of: Positive = 256
     """(new) See mlp_ratio."""
+    mlp_type: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"] = "swiglu"
+    """(new) Activation of the feed-forward part. The first three multiply it by a second projection: three matrices
+    instead of two. "_tanh": gelu approximated by a tanh (GPT-2, Gemma)."""
+    mlp_bias: bool = False
+    """(new) Biases on all projections of the feed-forward part."""
     apply_post_layer_norm: bool = False
     """True: as norm_position "post"."""
     norm_position: Literal["pre", "post", "reordered", "sandwich"] | None = None
@@ -319,10 +365,41 @@ class ModelConfig(Section):
     qk_norm: Literal[False, "head", "full"] = False
     """(new) Norms of queries and of keys, of norm_type, before the rotation. "head": over each head, one weight for all
     heads (Qwen3). "full": over the features of all heads (OLMo 2)."""
+    position: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
+    """(new) "rope": rotary queries and keys. "learned": a weight per position, added to the token's embedding (GPT-2).
+    "sinusoidal": fixed values instead, sines in even and cosines in odd columns (layers/positions.py). "none": the
+    causal mask alone."""
+    max_position_embeddings: Positive | None = None
+    """Positions that position="learned" has weights for, at least data.seq_len; the original length of rope_type
+    "dynamic", if that does not name it. Others have no largest position."""
     rope_base: Annotated[float, Field(gt=0)] = 10000
     """(new) Base of the rotary embedding."""
+    rope_local_base: Annotated[float, Field(gt=0)] | None = None
+    """(new) Base in sliding layers, whose frequencies rope_scaling does not change then (Gemma 3, OLMo 3). None: they
+    are rotated as the others."""
     rope_scaling: RopeScaling | None = None
     """(new) Scaled rotary frequencies, as in Llama 3.1."""
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = 1
+    """(new) Of a head, the first int(head_dim * factor) features are rotated."""
+    no_rope_every: NonNegative = 0
+    """(new) n: every n-th layer (n, 2n, ...) has no rotary embedding (SmolLM3: 4). 0: all have it."""
+    sliding_window: Positive | None = None
+    """(new) Sliding layers: a token attends to itself and the sliding_window - 1 tokens before it. None: no layer."""
+    layer_types: Annotated[list[Literal["full_attention", "sliding_attention"]], Field(min_length=1)] | None = None
+    """(new) Kinds of the layers, repeated over them. None: with sliding_window, all are sliding."""
+    attention_softcap: Annotated[float, Field(gt=0)] | None = None
+    """(new) c: a score s of query and key becomes c * tanh(s / c) (Gemma 2). Of the kernels, flash-attn's alone know
+    it; without them scores are computed block by block, exactly but slowly."""
+    attention_scale: Annotated[float, Field(gt=0)] | None = None
+    """(new) Scale of the scores; None: head_dim ** -0.5. Gemma's is query_pre_attn_scalar ** -0.5."""
+    embedding_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
+    """(new) Share of the embedding's output that is dropped in training. Masks of all dropout are a function of seed,
+    step, layer, token and feature: the same in every layout, after a resume, and where layers run again."""
+    residual_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
+    """(new) Share of what attention and feed-forward part add to the residual stream that is dropped in training."""
+    attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
+    """(new) Share of the attention weights that is dropped in training. No kernel has such masks: attention is then
+    computed in plain operations, block by block, which is slower."""
     tie_word_embeddings: bool = False
     """(new) The head shares the embedding's weight."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
@@ -336,6 +413,32 @@ class ModelConfig(Section):
     def head_size(self) -> int:
         """Features of a head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def is_sliding(self, layer: int) -> bool:
+        """Whether layer `layer` of the whole model attends to a window of sliding_window tokens."""
+        if self.sliding_window is None:
+            return False
+        return self.layer_types is None or self.layer_types[layer % len(self.layer_types)] == "sliding_attention"
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a query of the layer sees, its own among them; None: all of its document."""
+        return self.sliding_window if self.is_sliding(layer) else None
+
+    def attention_pairs(self, layer: int, seq_len: int) -> int:
+        """Pairs of query and key that FLOPs count in a document of S tokens. Full attention: all S^2, masked or not. A
+        window W < S: the W * S - W * (W - 1) / 2 pairs in it and, likewise, their mirrors beyond the diagonal."""
+        window = min(self.window(layer) or seq_len, seq_len)
+        return window * (2 * seq_len - window + 1) - seq_len
+
+    @property
+    def most_positions(self) -> int | None:
+        """Longest document that the model can read; None: of any length."""
+        return self.max_position_embeddings if self.position == "learned" else None
+
+    @property
+    def rotary_size(self) -> int:
+        """Features of a head that are rotated."""
+        return int(self.head_size * self.partial_rotary_factor)
 
     @property
     def norms_at(self) -> Literal["pre", "post", "reordered", "sandwich"]:
@@ -356,8 +459,12 @@ class ModelConfig(Section):
 
     @property
     def mlp_hidden_size(self) -> int:
-        """SwiGLU width; 13824 for the 20B model."""
+        """Width of the feed-forward part; 13824 for the 20B model."""
         return round_up(int(self.hidden_size * self.mlp_ratio), self.multiple_of)
+
+    @property
+    def has_dropout(self) -> bool:
+        return bool(self.embedding_dropout or self.residual_dropout or self.attention_dropout)
 
     @property
     def recomputed_share(self) -> float:
@@ -472,8 +579,9 @@ class MonitorConfig(Section):
     """Steps between step lines; metrics are read from the device once per line."""
     sample_prompts: list[str] = []
     """Prompts continued at the end of the run, and every sample_every steps; needs data.tokenizer."""
-    sample_every: NonNegative = 0
-    """Steps between continuations of the prompts; 0: only at the end."""
+    sample_every: NonNegative | Literal["epoch"] = 0
+    """Steps between continuations of the prompts; 0: only at the end. "epoch": after each pass over the training data,
+    which data.weights exclude."""
     sample_tokens: Positive = 64
     """Tokens generated per prompt."""
     report_every_seconds: Annotated[float, Field(ge=0)] = 60.0

@@ -67,7 +67,7 @@ def generate(
     and pp: same arguments and result on every rank, but for `listen`, and for `decode` without stop strings. Reads the
     device once per token. Raises DataError for ids outside the vocabulary, ConfigError for values that do not fit.
     """
-    check(model, [request.prompt for request in requests])
+    check(model, [request.prompt for request in requests], [request.max_new_tokens for request in requests])
     if decode is None and any(request.stop_strings for request in requests):
         raise ConfigError("stop_strings: expected also `decode`, the tokenizer's, which turns tokens into text")
     if chunk is not None and chunk < 1:
@@ -100,14 +100,17 @@ def _run(model: WholeModel, rows: Sequence[Growing], search: Search, chunk: int 
     parents, tokens = search.choose(prefill(model, prompts, cache, chunk))
     while tokens:
         cache.select(parents)
-        logits = model.logits(torch.tensor(tokens, device=model.device), cache.lengths, cache.decode())
+        given, lengths = torch.tensor(tokens, device=model.device), cache.lengths
+        logits = model.logits(given, lengths, cache.decode(), lengths=lengths + 1)
         cache.advance()
         parents, tokens = search.choose(logits)
 
 
-def check(model: WholeModel, prompts: Sequence[Sequence[int]]) -> None:
-    """Raises DataError for a prompt that is empty or contains an id outside the vocabulary."""
-    vocab_size = model.any_stage.config.vocab_size
+def check(model: WholeModel, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int] | None = None) -> None:
+    """Raises DataError for a prompt that is empty, contains an id outside the vocabulary, or has more tokens, with its
+    `new_tokens`, than the model has positions."""
+    config = model.any_stage.config
+    vocab_size, most = config.vocab_size, config.most_positions
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise DataError(f"prompt {number} is empty: expected at least one token, for instance the tokenizer's BOS")
@@ -116,6 +119,13 @@ def check(model: WholeModel, prompts: Sequence[Sequence[int]]) -> None:
             raise DataError(
                 f"prompt {number} holds token id {wrong[0]}: expected 0..{vocab_size - 1}; "
                 "use the tokenizer that the model was trained with"
+            )
+        more = 0 if new_tokens is None else new_tokens[number]
+        if most is not None and len(prompt) + more > most:
+            raise DataError(
+                f"prompt {number} has {len(prompt)} tokens{f', and {more} more are asked for' if more else ''}: the "
+                f"model has {most} positions (model.max_position_embeddings); shorten the prompt"
+                f"{', or ask for fewer' if more else ''}"
             )
 
 
@@ -133,10 +143,13 @@ def prefill(
         boundaries = (0, *accumulate(counts))
         tokens = torch.tensor([token for piece in pieces for token in piece], device=device)
         positions = torch.cat([torch.arange(start, start + count, device=device) for count in counts])
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        lengths = lengths.repeat_interleave(torch.tensor(counts, device=device), output_size=len(tokens))
         cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
         attend = packed(model.any_stage.backend, cu_seqlens, boundaries, max(counts))
         rows = [b for b, count in enumerate(counts) if count]
         ends = torch.tensor([boundaries[b + 1] - 1 for b in rows], device=device)
-        last |= dict(zip(rows, model.logits(tokens, positions, cache.extend(counts, attend), rows=ends), strict=True))
+        logits = model.logits(tokens, positions, cache.extend(counts, attend), ends, lengths)
+        last |= dict(zip(rows, logits, strict=True))
         cache.advance(counts)
     return torch.stack([last[b] for b in range(len(prompts))])

@@ -9,6 +9,8 @@ The caller chooses the kernel and the mask with `attend`: packed attention in tr
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from internlm_lite.config.schema import ModelConfig
@@ -19,7 +21,8 @@ from internlm_lite.layers.flash import Attend
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns, output_std
 from internlm_lite.layers.norm import NORMS, FullRMSNorm, Norm, full_norms
 from internlm_lite.layers.recompute import Recipe
-from internlm_lite.layers.rope import Rotary
+from internlm_lite.layers.rope import Rotary, rotation_of
+from internlm_lite.layers.scores import attention_rule
 from internlm_lite.layers.tensor_parallel import TensorParallelContext, accumulation_dtype
 
 
@@ -31,6 +34,9 @@ class Attention(CostedLayer):
         check_heads(config, tp_ctx.group.size)
         hidden_size, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.kv_heads
         self.layer, self.tp_ctx = layer, tp_ctx
+        self.rule = attention_rule(config, layer)
+        self._pairs = partial(config.attention_pairs, layer)
+        self._has_dropout = config.attention_dropout > 0
         self.head_dim = config.head_size
         self.queries = heads // kv_heads  # per key/value head
         rows, bias = kv_heads * (self.queries + 2) * self.head_dim, config.has_qkv_bias
@@ -44,16 +50,17 @@ class Attention(CostedLayer):
             self.q_norm = norm(f"{name}.q_norm", config, tp_ctx, heads=(heads, size))
             self.k_norm = norm(f"{name}.k_norm", config, tp_ctx, heads=(kv_heads, size))
         self._rotated = compiled_in_training(Rotary.__call__, wanted=tp_ctx.compiled)
+        self._rotated_features = config.rotary_size if rotation_of(config, layer) is not None else 0
 
-    def forward(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
-        return self.output(attend(self.layer, *self.project(x, rotary)))
+    def forward(self, x: torch.Tensor, rotary: Rotary | None, attend: Attend) -> torch.Tensor:
+        return self.output(attend(self.rule, *self.project(x, rotary)))
 
     def project(
-        self, x: torch.Tensor, rotary: Rotary, recipe: Recipe | None = None
+        self, x: torch.Tensor, rotary: Rotary | None, recipe: Recipe | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rotated queries [T, heads, head_dim], rotated keys and values [T, kv_heads, head_dim], of this rank.
 
-        `recipe`: of x, as in `columns`."""
+        `rotary` None: they are not rotated. `recipe`: of x, as in `columns`."""
         (qkv,) = columns(x, self.wqkv, recipe=recipe)
         heads = qkv.view(qkv.shape[0], -1, self.queries + 2, self.head_dim)  # [T, Hkv, g + 2, D]
         q, k, v = heads.split([self.queries, 1, 1], dim=2)
@@ -61,9 +68,13 @@ class Attention(CostedLayer):
             q, k = full_norms((q, k), (self.q_norm, self.k_norm))
         elif self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        elif self.tp_ctx.selective:  # a view would keep all of qkv, which only the rotation reads
+        if self.tp_ctx.selective and self.q_norm is None:  # a view would keep all of qkv, which nothing else keeps
             v = v.contiguous()
-        return self._rotated(rotary, q).flatten(1, 2), self._rotated(rotary, k).squeeze(2), v.squeeze(2)
+        if rotary is None:
+            q, k = q.contiguous(), k.contiguous()
+        else:
+            q, k = self._rotated(rotary, q), self._rotated(rotary, k)
+        return q.flatten(1, 2), k.squeeze(2), v.squeeze(2)
 
     def output(self, mixed: torch.Tensor) -> torch.Tensor:
         """What `attend` returned, [T, heads, head_dim] -> outside."""
@@ -71,21 +82,25 @@ class Attention(CostedLayer):
         return y
 
     def flops_per_token(self, seq_len: int) -> int:
-        query_features = self.wo.weight.shard_spec.shape[1]
-        return super().flops_per_token(seq_len) + 4 * seq_len * query_features  # q k^T, and its softmax times v
+        products = 4 * self._pairs(seq_len) * self.wo.weight.shard_spec.shape[1]  # q k^T, and its softmax times v
+        return super().flops_per_token(seq_len) + products // max(seq_len, 1)
 
     def saved_bytes(self, row: RowShape) -> Bytes:
+        """With a window, of documents that are not longer: of others the reference keeps less."""
         weight, output = self.wqkv.weight, self.wo.saved_bytes(row)["projection inputs"]
         kv_heads = weight.shape[0] // (self.queries + 2) // self.head_dim
         rotated = kv_heads * (self.queries + 1) * self.head_dim
         statistics = kv_heads * self.queries * accumulation_dtype(weight.dtype).itemsize
         lean = row.selective and self.q_norm is None
         projected = kv_heads * self.head_dim if lean else weight.shape[0]  # v is a view of the whole output
+        # In blocks neither statistics nor the parts of the output are kept.
+        in_blocks = row.reference and (self.rule.softcap is not None or self._has_dropout)
+        parts = 1 + (row.attention_by_document and not in_blocks)  # the input of wo; by document: its parts, too
         kept = {
             "queries, keys, values": row.tokens * projected * weight.itemsize,
             "rotated queries, keys": row.tokens * rotated * weight.itemsize,
-            "attention output": output * (1 + row.attention_by_document),  # input of wo; by document: its parts, too
-            "attention statistics": row.tokens * statistics,  # log-sum-exp of each query's scores
+            "attention output": output * parts,
+            "attention statistics": row.tokens * statistics * (not in_blocks),  # log-sum-exp of each query's scores
         }
         normed = [norm.saved_bytes(row) for norm in (self.q_norm, self.k_norm) if norm is not None]
         if self.q_norm is not None and self.q_norm.kept_dtype(row.device) == self.tp_ctx.dtype:
@@ -105,21 +120,31 @@ class Attention(CostedLayer):
         joined = row.tokens * self.wqkv.weight.shape[0] * self.wqkv.weight.itemsize
         rotated = joined // (self.queries + 2) * (self.queries + 1)
         kernels = [Pass("attention", 0), Pass("attention", 0, 5, backward=True)]
-        if "rotary" in row.fused:
-            back = 2 * (rotated if "block" not in row.fused else joined)
-            moved = [Pass("fused", 2 * rotated, 2), Pass("fused", back, 2, backward=True)]
-        else:  # x * cos; x copied and rolled by half a head; addcmul
-            moved = [
-                Pass("strided", 5 * rotated, 4),
-                Pass("strided_copy", 2 * rotated, 2),
-                Pass("roll", 2 * rotated, 2),
-                Pass("strided", 5 * rotated, 4, backward=True),
-                Pass("roll", 2 * rotated, 2, backward=True),
-            ]
+        moved = self._rotation_passes(row, rotated, joined)
         if "block" not in row.fused:
             moved.append(Pass("contiguous_copy", 2 * joined, backward=True))
             moved.append(Pass("strided_copy", 2 * (joined - rotated), backward=True))
         return super().passes(row) + kernels + moved
+
+    def _rotation_passes(self, row: RowShape, rotated: int, joined: int) -> list[Pass]:
+        """`rotated`: bytes of queries and keys; `joined`: with those of values."""
+        if "block" in row.fused or ("rotary" in row.fused and self._rotated_features):
+            back = 2 * (rotated if "block" not in row.fused else joined)
+            return [Pass("fused", 2 * rotated, 2), Pass("fused", back, 2, backward=True)]
+        if not self._rotated_features:
+            return [Pass("strided_copy", 2 * rotated, 2)]
+        # x * cos; x copied and rolled by half a head; addcmul; what is not rotated is joined to it
+        turned = rotated * self._rotated_features // self.head_dim
+        found = [
+            Pass("strided", 5 * turned, 4),
+            Pass("strided_copy", 2 * turned, 2),
+            Pass("roll", 2 * turned, 2),
+            Pass("strided", 5 * turned, 4, backward=True),
+            Pass("roll", 2 * turned, 2, backward=True),
+        ]
+        if turned < rotated:
+            found += [Pass("strided_copy", 2 * rotated, 2, backward=backward) for backward in (False, True)]
+        return found
 
 
 def check_heads(config: ModelConfig, tp_size: int) -> None:

@@ -8,47 +8,21 @@ With sequence parallelism each rank ends with all columns of its own tokens in e
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, Pass, RowShape
-from internlm_lite.layers.tensor_parallel import TensorParallelContext, accumulation_dtype
-from internlm_lite.layers.weight_grads import gradient_passes, report_grad
+from internlm_lite.layers.positions import LearnedPositions, look_up, look_up_passes, sinusoidal
+from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.mesh.conjugate import columns_to_rows, gather_last
-from internlm_lite.mesh.layout import Parameter, parameter, split
-
-
-class _LookUp(torch.autograd.Function):
-    """Adds the gradients of rows to `main_grad`: autograd would make a gradient of the whole vocabulary for them."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Parameter, tokens: torch.Tensor) -> torch.Tensor:
-        ctx.weight = weight
-        ctx.save_for_backward(tokens)
-        return F.embedding(tokens, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (tokens,), grad = ctx.saved_tensors, ctx.weight.main_grad
-        grad.index_add_(0, tokens, grads[0].to(grad.dtype))
-        report_grad(ctx.weight)
-        return None, None
-
-
-def _look_up(weight: Parameter, tokens: torch.Tensor) -> torch.Tensor:
-    """[T, width]: rows `tokens` [T] of `weight`."""
-    return F.embedding(tokens, weight) if weight.main_grad is None else _LookUp.apply(weight, tokens)
+from internlm_lite.mesh.layout import parameter, split
 
 
 class Embedding(CostedLayer):
     """tokens [T] int64 -> embeddings [T, hidden], or this rank's rows of them (layers/tensor_parallel.py).
 
     model.embed_grad_scale = a multiplies the gradient by a: e <- a*e + (1-a)*e.detach() (embedding gradient shrink:
-    GLM-130B, arXiv:2210.02414, section 2.2). `partial_over`: see `ShardSpec.partial_over`.
+    GLM-130B, arXiv:2210.02414, section 2.2), before positions are added. `partial_over`: see `ShardSpec.partial_over`.
     """
 
     def __init__(
@@ -58,45 +32,72 @@ class Embedding(CostedLayer):
         self.tp_ctx = tp_ctx
         self.split_hidden = not config.embedding_by_vocabulary
         self.grad_scale = config.embed_grad_scale
+        self.scale = 1.0 if config.embed_scale is None else torch.tensor(config.embed_scale, dtype=tp_ctx.dtype).item()
         shape, dim = (config.vocab_size, config.hidden_size), 1 if self.split_hidden else 0
         layout = split(f"{name}.weight", shape, dim, tp_ctx.group, init_std=config.init_std, partial_over=partial_over)
         self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)
-        self.weight.manual_grad = self.weight.deferred_grad = True
+        self.weight.manual_grad = self.weight.deferred_grad = self.weight.looked_up = True
+        self.position = config.position
+        self.positions = LearnedPositions(f"{name}.positions", config, tp_ctx) if self.position == "learned" else None
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        e = self._gathered(tokens) if self.split_hidden else self._summed(tokens)
-        # lerp(e, e, a) = e + a*(e - e): exactly e, in every dtype.
-        return e if self.grad_scale == 1 else torch.lerp(e.detach(), e, self.grad_scale)
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """`positions` [T] int64: each token's in its document, for learned and sinusoidal ones."""
+        return self._gathered(tokens, positions) if self.split_hidden else self._summed(tokens, positions)
 
-    def _gathered(self, tokens: torch.Tensor) -> torch.Tensor:
-        mine, group = _look_up(self.weight, tokens), self.tp_ctx.group
+    def _gathered(self, tokens: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        mine, group = self._graded(look_up(self.weight, tokens)), self.tp_ctx.group
+        if (added := self._added(positions)) is not None:
+            mine = mine + added
         return columns_to_rows(mine, group) if self.tp_ctx.by_sequence else gather_last(mine, group)
 
-    def _summed(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _summed(self, tokens: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         rows = self.weight.shape[0]
         local = tokens - self.tp_ctx.group.rank * rows
         here = (local >= 0) & (local < rows)
-        looked_up = _look_up(self.weight, local.clamp(0, rows - 1))
-        return self.tp_ctx.leave(looked_up * here.unsqueeze(-1))
+        mine = self._graded(look_up(self.weight, local.clamp(0, rows - 1))) * here.unsqueeze(-1)
+        if (added := self._added(positions)) is not None:
+            mine[:, self._columns.start : self._columns.stop] += added
+        return self.tp_ctx.leave(mine)
+
+    def _graded(self, e: torch.Tensor) -> torch.Tensor:
+        # lerp(e, e, a) = e + a*(e - e): exactly e, in every dtype.
+        e = e if self.grad_scale == 1 else torch.lerp(e.detach(), e, self.grad_scale)
+        return e if self.scale == 1 else e * self.scale
+
+    def _added(self, positions: torch.Tensor | None) -> torch.Tensor | None:
+        """This rank's columns of what is added to the token embedding."""
+        if self.position not in ("learned", "sinusoidal"):
+            return None
+        assert positions is not None, "the first stage is given the positions of its tokens"
+        if self.positions is not None:
+            added: torch.Tensor = self.positions(positions)
+            return added
+        return sinusoidal(positions, self.weight.shard_spec.shape[1], self._columns, self.weight.dtype)
+
+    @property
+    def _columns(self) -> range:
+        """The columns to which this rank adds positions."""
+        width, group = self.weight.shard_spec.shape[1], self.tp_ctx.group
+        return range(width * group.rank // group.size, width * (group.rank + 1) // group.size)
 
     def lookup_ops_per_token(self) -> int:
         """Cost of a lookup in the unit of `flops_per_token`, to balance pipeline stages: one per element copied."""
-        return self.weight.shard_spec.shape[1]
+        return self.weight.shard_spec.shape[1] * (2 if self.position in ("learned", "sinusoidal") else 1)
 
     def saved_bytes(self, row: RowShape) -> Bytes:
         # Split vocabulary: each token's local row (int64) and whether it is on this rank (bool). Else the batch alone.
         return {"embedding": 0 if self.split_hidden else row.tokens * (8 + 1)}
 
     def passes(self, row: RowShape) -> list[Pass]:
-        n_looked_up, item = row.tokens * self.weight.shape[1], self.weight.itemsize
-        found = [Pass("contiguous_copy", 2 * item * n_looked_up)]
-        if "gradients" in row.fused:  # rows are cast and added
-            wide = accumulation_dtype(self.weight.dtype).itemsize
-            found.append(Pass("contiguous_copy", (item + 4 * wide) * n_looked_up, 2, backward=True))
-        else:  # a dense gradient: zeros, and the tokens' rows added
-            dense = 3 * item * n_looked_up + self.weight.nbytes
-            found += [Pass("contiguous_copy", dense, 8, backward=True), *gradient_passes(self.weight, row)]
-        return [replace(one, part="embedding") for one in found]
+        found = look_up_passes(self.weight, row) + super().passes(row)
+        if self.scale != 1:
+            n_bytes = 2 * row.tokens * self.weight.shape[1] * self.weight.itemsize
+            found += [Pass("elementwise", n_bytes, backward=back, part="embedding") for back in (False, True)]
+        if self.position == "sinusoidal":  # angles, sines and cosines in float64, cast to one tensor, which is added
+            n = row.tokens * len(self._columns)
+            n_bytes = 8 * n // 2 * 5 + self.weight.itemsize * n * 6
+            found.append(Pass("elementwise", n_bytes, 7, part="embedding"))
+        return found
 
     def messages(self, row: RowShape) -> list[Message]:
         tp_ctx, n_outputs = self.tp_ctx, row.tokens * self.weight.shard_spec.shape[1]

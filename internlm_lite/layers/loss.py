@@ -1,9 +1,14 @@
 """Fused output projection and cross-entropy: logits exist for one chunk of tokens at a time, never as a whole [T, V].
 
-    z = h W^T                  loss = log sum_v exp z_v - (1 - s) z_label - s/V sum_v z_v
+    z = h W^T + b              loss = log sum_v exp z_v - (1 - s) z_label - s/V sum_v z_v
     dh = dz W, dW = dz^T h     dz   = softmax(z) - (1 - s) [v = label] - s/V
 
-(s: label smoothing, V: vocabulary size.) When gradients are needed, the forward pass overwrites a chunk's logits by dz
+(s: label smoothing, V: vocabulary size.) A model may scale and cap its logits, and a run add a z-loss:
+
+    z <- a z, then c tanh(z / c)       dz <- a (1 - (z / c)^2) dz
+    loss <- loss + k lse^2             dz <- dz + 2 k lse softmax(z)         lse = log sum_v exp z_v
+
+When gradients are needed, the forward pass overwrites a chunk's logits by dz
 and adds it to dh and dW, so the backward pass recomputes nothing. W may be split by rows (vocabulary) over the
 tensor-parallel ranks: the maximum, the sum of exponentials and the label's logit are all-reduced over them; each rank's
 dh is a partial sum, so the caller must pass h through `TensorParallelContext.enter`.
@@ -34,11 +39,11 @@ class TokenLosses:
     """Losses of a row of T tokens. Only `scaled_sum` is differentiable."""
 
     scaled_sum: torch.Tensor
-    """Scalar to differentiate: `scale` times the sum over tokens of the training loss (with label smoothing)."""
+    """Scalar to differentiate: `scale` times the sum over tokens of the training loss (label smoothing, z-loss)."""
     train_loss_sum: torch.Tensor
     """Scalar: `scaled_sum` without `scale`."""
     token_loss: torch.Tensor
-    """[T] cross-entropy without smoothing, 0 where the label is IGNORE; float32, or float64 for a float64 model."""
+    """[T] cross-entropy without either, 0 where the label is IGNORE; float32, or float64 for a float64 model."""
     correct: torch.Tensor
     """[T] bool: the label's logit is the maximum; False where the label is IGNORE."""
 
@@ -50,6 +55,9 @@ class LossOptions:
     group: Group
     """The ranks over which the vocabulary is split."""
     label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    logit_scale: float | None = None
+    logit_softcap: float | None = None
     parallel_output: bool = True
     """False: all-gather the logits; then every rank computes the whole loss."""
     fused: Callable[..., tuple[torch.Tensor, ...]] | None = None
@@ -67,9 +75,15 @@ class _Terms:
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor, options: LossOptions
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    scale: torch.Tensor,
+    options: LossOptions,
+    bias: torch.Tensor | None = None,
 ) -> TokenLosses:
-    """hidden [T, d], weight [V / group size, d] of the same dtype, labels [T] int64 or IGNORE, scale: scalar tensor.
+    """hidden [T, d], weight [V / group size, d] and bias [V / group size] of the same dtype, labels [T] int64 or
+    IGNORE, scale: scalar tensor.
 
     `scale` multiplies the gradient before it is rounded to half precision. A second backward pass raises RuntimeError.
     The forward pass adds dW to `weight.main_grad`, if there is one: then the gradient of `scaled_sum` must be 1.
@@ -77,27 +91,32 @@ def linear_cross_entropy(
     scale = scale.to(accumulation_dtype(hidden.dtype))
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     terms = _Terms(scale, weight.shape[0] * options.group.size, options, needs_grad)
-    return TokenLosses(*_LinearCrossEntropy.apply(hidden, weight, labels, terms))
+    return TokenLosses(*_LinearCrossEntropy.apply(hidden, weight, bias, labels, terms))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, terms: _Terms
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        terms: _Terms,
     ) -> tuple[torch.Tensor, ...]:
         wide = accumulation_dtype(hidden.dtype)
         chunk = tokens_per_chunk(hidden.shape[0], weight.shape[0], wide.itemsize, hidden.device.type)
-        gradients = _Gradients(hidden, weight, chunk) if terms.needs_grad else None
+        gradients = _Gradients(hidden, weight, bias, chunk) if terms.needs_grad else None
         fused = terms.options.fused if terms.needs_grad else None
         buffer = hidden.new_empty(0 if fused else chunk, weight.shape[0], dtype=wide)
         losses = []
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, min(start + chunk, hidden.shape[0]))
             if fused is not None:
-                *found, logits = fused(hidden[rows] @ weight.t(), labels[rows], terms)
+                *found, logits = fused(hidden[rows] @ weight.t(), bias, labels[rows], terms)
             else:
                 logits = _project(hidden[rows], weight, out=buffer[: rows.stop - start])
-                found = [*_chunk_losses(logits, labels[rows], terms)]
+                found = [*_chunk_losses(logits, bias, labels[rows], terms)]
             losses.append(found)
             if gradients is not None:
                 gradients.add(rows, logits)
@@ -113,13 +132,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy: its gradient was taken already; call it again to take it again")
         gradients, ctx.gradients = ctx.gradients, None
-        dhidden, *dweight = (gradient.mul_(grads[0]) for gradient in gradients)
-        if dweight:
-            return dhidden, dweight[0], None, None
+        dhidden, dbias, dweight = (None if gradient is None else gradient.mul_(grads[0]) for gradient in gradients)
+        if dweight is not None:
+            return dhidden, dweight, dbias, None, None
         if grads[0].device.type == "cpu" and grads[0] != 1:  # on CUDA the host would wait
             raise RuntimeError("linear_cross_entropy: multiply `scale`, not the loss: dW was added in the forward pass")
         report_grad(ctx.weight)
-        return dhidden, None, None, None
+        return dhidden, None, dbias, None, None
 
 
 def tokens_per_chunk(tokens: int, vocab: int, itemsize: int, device_type: str) -> int:
@@ -136,11 +155,30 @@ def _project(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> t
     return out.copy_(hidden @ weight.t())
 
 
+def final_logits(logits: torch.Tensor, bias: torch.Tensor | None, options: LossOptions) -> torch.Tensor:
+    """z of h W^T [c, V / group size], in place."""
+    if bias is not None:
+        logits.add_(bias)
+    if options.logit_scale is not None:
+        logits.mul_(options.logit_scale)
+    if (cap := options.logit_softcap) is not None:
+        logits.div_(cap).tanh_().mul_(cap)
+    return logits
+
+
+def _slope(logits: torch.Tensor, options: LossOptions) -> torch.Tensor | float:
+    """The derivative of `final_logits`, of whose result."""
+    scale = 1.0 if options.logit_scale is None else options.logit_scale
+    return scale if options.logit_softcap is None else (logits / options.logit_softcap).square_().neg_().add_(1) * scale
+
+
 def _chunk_losses(
-    logits: torch.Tensor, labels: torch.Tensor, terms: _Terms
+    logits: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, terms: _Terms
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(token loss, training loss, correct), each [c]. Overwrites logits [c, V / group size] by dz or scratch values."""
-    options, mine = terms.options, logits
+    """(token loss, training loss, correct), each [c]. Overwrites h W^T [c, V / group size] by its gradient or scratch
+    values."""
+    options, mine = terms.options, final_logits(logits, bias, terms.options)
+    slope = _slope(mine, options) if terms.needs_grad else 1.0
     group, smoothing = options.group, options.label_smoothing
     if not options.parallel_output:
         logits, group = gather_last(logits, group), Group(group.name, (group.ranks[group.rank],), 0, None)
@@ -161,10 +199,13 @@ def _chunk_losses(
     log_z = peak + sum_exp.log()
     token_loss = torch.where(keep, log_z - target, 0)
     smoothed = log_z - (1 - smoothing) * target - smoothing / terms.vocab_size * total
+    if options.z_loss:
+        smoothed = smoothed + options.z_loss * log_z.square()
     train_loss = torch.where(keep, smoothed, 0)
     if terms.needs_grad:
         scale = keep * terms.scale
-        exponentials.mul_((scale / sum_exp).unsqueeze(1))
+        of_softmax = scale * (1 + 2 * options.z_loss * log_z) if options.z_loss else scale
+        exponentials.mul_((of_softmax / sum_exp).unsqueeze(1))
         of_label = ((smoothing - 1) * scale * here).unsqueeze(1)
         if torch.compiler.is_compiling():  # a scatter would write all logits to memory before it, and read them again
             exponentials.add_(torch.where(torch.arange(logits.shape[1], device=logits.device) == column, of_label, 0))
@@ -174,23 +215,28 @@ def _chunk_losses(
             exponentials.sub_((scale * (smoothing / terms.vocab_size)).unsqueeze(1))
         if not options.parallel_output:
             mine.copy_(exponentials.chunk(options.group.size, dim=1)[options.group.rank])
+        if not isinstance(slope, float) or slope != 1:
+            mine.mul_(slope)
     return token_loss, train_loss, keep & (target >= peak)
 
 
-def losses_and_gradient(logits: torch.Tensor, labels: torch.Tensor, terms: _Terms) -> tuple[torch.Tensor, ...]:
-    """`_chunk_losses` of logits in any dtype, which stay, and dz in their dtype. To be compiled: then bf16 logits are
-    read twice and dz is written once, 6 bytes a logit, where the single operations move 50."""
+def losses_and_gradient(
+    logits: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, terms: _Terms
+) -> tuple[torch.Tensor, ...]:
+    """`_chunk_losses` of h W^T in any dtype, which stays, and its gradient in its dtype. To be compiled: then bf16
+    logits are read twice and dz is written once, 6 bytes a logit, where the single operations move 50."""
     scratch = logits.to(accumulation_dtype(logits.dtype), copy=True)
-    return (*_chunk_losses(scratch, labels, terms), scratch.to(logits.dtype))
+    return (*_chunk_losses(scratch, bias, labels, terms), scratch.to(logits.dtype))
 
 
 class _Gradients:
     """Accumulates dh and dW over chunks, dW in `main_grad`, if there is one. Several chunks of a half-precision weight
     are summed in float32, if need be before they are added to `main_grad`."""
 
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, chunk: int) -> None:
-        self.hidden, self.weight = hidden, weight
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, chunk: int) -> None:
+        self.hidden, self.weight, self.bias = hidden, weight, bias
         self.dhidden = torch.empty_like(hidden)
+        self.dbias = None if bias is None else torch.zeros_like(bias, dtype=accumulation_dtype(bias.dtype))
         self.main_grad: torch.Tensor | None = getattr(weight, "main_grad", None)
         several, wide = chunk < hidden.shape[0], accumulation_dtype(weight.dtype)
         if self.main_grad is not None and not (several and self.main_grad.dtype != wide):
@@ -200,6 +246,8 @@ class _Gradients:
 
     def add(self, rows: slice, dlogits: torch.Tensor) -> None:
         """dlogits [c, V / group size] of the tokens `rows`."""
+        if self.dbias is not None:
+            self.dbias += dlogits.sum(0, dtype=self.dbias.dtype)
         dlogits = dlogits.to(self.hidden.dtype)
         torch.mm(dlogits, self.weight, out=self.dhidden[rows])
         if self.dweight.dtype == dlogits.dtype:
@@ -207,10 +255,11 @@ class _Gradients:
         else:
             add_product(self.dweight, dlogits, self.hidden[rows])
 
-    def finish(self) -> tuple[torch.Tensor, ...]:
-        """(dh, dW) in the dtypes of h and W; (dh,) if dW is in `main_grad`."""
+    def finish(self) -> tuple[torch.Tensor | None, ...]:
+        """(dh, db, dW) in the dtypes of h, b and W; None for dW if it is in `main_grad`."""
+        dbias = None if self.bias is None or self.dbias is None else self.dbias.to(self.bias.dtype)
         if self.main_grad is None:
-            return self.dhidden, self.dweight.to(self.weight.dtype)
+            return self.dhidden, dbias, self.dweight.to(self.weight.dtype)
         if self.dweight is not self.main_grad:
             self.main_grad.add_(self.dweight)
-        return (self.dhidden,)
+        return self.dhidden, dbias, None

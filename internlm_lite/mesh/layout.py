@@ -126,6 +126,8 @@ class Parameter(nn.Parameter):
     shard_spec: ShardSpec  # not named `layout`: torch.Tensor has an attribute of that name
     grads_per_microbatch: int = 1
     """Gradient accumulations per micro-batch: 2 for a weight of embedding and head, else 1."""
+    looked_up: bool = False
+    """Whether rows of it are looked up, as of an embedding; also for the copy of one that a tied head multiplies by."""
     manual_grad: bool = False
     """True: its layer adds the gradient to `main_grad`, if there is one. False: autograd adds it to `grad`."""
     deferred_grad: bool = False

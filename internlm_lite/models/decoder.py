@@ -15,26 +15,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from internlm_lite.config.schema import ModelConfig
+from internlm_lite.config.schema import LossConfig, ModelConfig
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.attention import Attention
 from internlm_lite.layers.compiled import compiled_in_training, is_wanted
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, Pass, RowShape, add_bytes
+from internlm_lite.layers.dropout import Dropout, Site, dropped_weights
 from internlm_lite.layers.embedding import Embedding
 from internlm_lite.layers.flash import Attend, AttentionBackend
 from internlm_lite.layers.fp8 import Float8Products
 from internlm_lite.layers.loss import TokenLosses
-from internlm_lite.layers.mlp import SwiGLU
+from internlm_lite.layers.mlp import FeedForward
 from internlm_lite.layers.norm import Norm, build_norm
 from internlm_lite.layers.products import Products
 from internlm_lite.layers.recompute import Recipe, with_recipe
-from internlm_lite.layers.rope import Rotary, rope_frequencies
+from internlm_lite.layers.rope import Rotary, Rotations, rotation_of
+from internlm_lite.layers.scores import Drop
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.layers.weight_grads import WeightGrads
 from internlm_lite.mesh.layout import Parameter
@@ -60,8 +63,9 @@ class Block(CostedLayer):
     """x -> same shape, both outside split layers. `recompute`: save only x, and run again in the backward pass.
 
     With model.compile a training pass runs what is before attention and what is after it as one compiled graph each,
-    the same for all layers. Attention stays outside, so that neither its kernel nor the documents of a row are part of
-    a graph. Where collectives or deferred gradients would be inside, layers compile their elementwise work alone.
+    the same for all layers of a kind. Attention stays outside, so that neither its kernel nor the documents of a row
+    are part of a graph. Where collectives or deferred gradients would be inside, layers compile their elementwise work
+    alone.
     """
 
     def __init__(self, config: ModelConfig, layer: int, tp_ctx: TensorParallelContext) -> None:
@@ -71,16 +75,21 @@ class Block(CostedLayer):
         self.norms_at = config.norms_at
         self.norms_inputs = config.norms_at in ("pre", "sandwich")
         self.recompute = layer < config.recomputed_layers
+        self.rotation = rotation_of(config, layer)
         name = f"layers.{layer}"
         self.attention_norm = build_norm(f"{name}.attention_norm", config, tp_ctx)
         self.attention = Attention(f"{name}.attention", layer, config, tp_ctx)
         self.ffn_norm = build_norm(f"{name}.ffn_norm", config, tp_ctx)
-        self.feed_forward = SwiGLU(f"{name}.feed_forward", config, tp_ctx)
+        self.feed_forward = FeedForward(f"{name}.feed_forward", config, tp_ctx)
         self.attention_post_norm: Norm | None = None
         self.ffn_post_norm: Norm | None = None
         if self.norms_at == "sandwich":
             self.attention_post_norm = build_norm(f"{name}.attention_post_norm", config, tp_ctx)
             self.ffn_post_norm = build_norm(f"{name}.ffn_post_norm", config, tp_ctx)
+        self.attention_dropout, self.ffn_dropout = (
+            Dropout(config.residual_dropout, layer, site, config.hidden_size, tp_ctx)
+            for site in (Site.ATTENTION_OUTPUT, Site.FEED_FORWARD)
+        )
         whole = tp_ctx.compiled and tp_ctx.group.size == 1 and not tp_ctx.weight_grads.deferred
         if whole:
             self._require_manual_grads()
@@ -97,48 +106,58 @@ class Block(CostedLayer):
                     "RMSNorm does in layers/norm.py, or set model.compile=False"
                 )
 
-    def forward(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rotary: Rotary | None, attend: Attend, token_keys: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`token_keys`: of the tokens of x, for dropout."""
         # Checkpointing inside `forward`: forward hooks run once per step, and not again in the recomputation.
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._run, x, rotary, attend, use_reentrant=False, preserve_rng_state=False)
-        return self._run(x, rotary, attend)
+            return checkpoint(self._run, x, rotary, attend, token_keys, use_reentrant=False, preserve_rng_state=False)
+        return self._run(x, rotary, attend, token_keys)
 
-    def _run(self, x: torch.Tensor, rotary: Rotary, attend: Attend) -> torch.Tensor:
-        return self._after(self, x, attend(self.attention.layer, *self._before(self, x, rotary)))
+    def _run(
+        self, x: torch.Tensor, rotary: Rotary | None, attend: Attend, token_keys: torch.Tensor | None
+    ) -> torch.Tensor:
+        return self._after(self, x, attend(self.attention.rule, *self._before(self, x, rotary)), token_keys)
 
-    def _before_attention(self, x: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _before_attention(
+        self, x: torch.Tensor, rotary: Rotary | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if not self.norms_inputs:
             return self.attention.project(x, rotary)
         normed, recipe = with_recipe(self.attention_norm, x, wanted=self.tp_ctx.selective)
         return self.attention.project(normed, rotary, recipe)
 
-    def _after_attention(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
-        x, entering, recipe = self._into_feed_forward(x, self.attention.output(mixed))
-        x = self._add(x, self.feed_forward(entering, recipe), self.ffn_norm, self.ffn_post_norm)
+    def _after_attention(self, x: torch.Tensor, mixed: torch.Tensor, token_keys: torch.Tensor | None) -> torch.Tensor:
+        x, entering, recipe = self._into_feed_forward(x, self.attention.output(mixed), token_keys)
+        y = self._normed(self.feed_forward(entering, recipe), self.ffn_norm, self.ffn_post_norm)
+        x = x + self.ffn_dropout(y, token_keys)
         return self.ffn_norm(x) if self.norms_at == "post" else x
 
-    def _into_feed_forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Recipe | None]:
+    def _into_feed_forward(
+        self, x: torch.Tensor, y: torch.Tensor, token_keys: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, Recipe | None]:
         """x and attention's output -> (their sum, the input of the feed-forward part, its recipe)."""
         wanted = self.tp_ctx.selective
+        add = partial(self._add_attention, token_keys)
         if self.norms_at == "reordered":  # the norm keeps y, so the sum need not be kept
-            x, recipe = with_recipe(self._add_attention, x, y, wanted=wanted)
+            x, recipe = with_recipe(add, x, y, wanted=wanted)
             return x, x, recipe
-        x = self._add_attention(x, y)
+        x = add(x, y)
         if self.norms_at == "post":
             x, recipe = with_recipe(self.attention_norm, x, wanted=wanted)
             return x, x, recipe
         return x, *with_recipe(self.ffn_norm, x, wanted=wanted)
 
-    def _add_attention(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self._add(x, y, self.attention_norm, self.attention_post_norm)
+    def _add_attention(self, token_keys: torch.Tensor | None, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        y = self._normed(y, self.attention_norm, self.attention_post_norm)
+        return x + self.attention_dropout(y, token_keys)
 
-    def _add(self, x: torch.Tensor, y: torch.Tensor, norm: Norm, post_norm: Norm | None) -> torch.Tensor:
-        """The hidden state plus the output of a sub-layer with these norms."""
+    def _normed(self, y: torch.Tensor, norm: Norm, post_norm: Norm | None) -> torch.Tensor:
+        """What is added to the hidden state of the output of a sub-layer with these norms."""
         if self.norms_at == "reordered":
-            y = norm(y)
-        elif post_norm is not None:
-            y = post_norm(y)
-        return x + y
+            return cast(torch.Tensor, norm(y))
+        return y if post_norm is None else cast(torch.Tensor, post_norm(y))
 
     def saved_bytes(self, row: RowShape, *, recompute: bool | None = None) -> Bytes:
         """`recompute` overrides `self.recompute`."""
@@ -178,7 +197,7 @@ class Transformer(CostedLayer):
     def __init__(
         self,
         config: ModelConfig,
-        label_smoothing: float,
+        loss: LossConfig,
         tp_ctx: TensorParallelContext,
         backend: AttentionBackend,
         spec: StageSpec,
@@ -190,13 +209,15 @@ class Transformer(CostedLayer):
         self.backend = backend
         self.spec = spec
         self.tok_embeddings = Embedding("tok_embeddings", config, tp_ctx, spec.tied_over) if spec.first else None
-        self._frequencies = rope_frequencies(config, tp_ctx.device)
+        p = config.embedding_dropout
+        self.embedding_dropout = Dropout(p, 0, Site.EMBEDDING, config.hidden_size, tp_ctx) if spec.first else None
+        self._rotations = Rotations(config, spec.layers, tp_ctx.device)
         self.layers = nn.ModuleDict({str(n): Block(config, n, tp_ctx) for n in spec.layers})
         has_norm = spec.last and config.norms_at != "post"
         self.norm = build_norm("norm", config, tp_ctx) if has_norm else None
         if config.tie_word_embeddings and self.tok_embeddings is not None:
             tied = self.tok_embeddings.weight
-        self.output = Head(config, label_smoothing, tp_ctx, tied, spec.tied_over) if spec.last else None
+        self.output = Head(config, loss, tp_ctx, tied, spec.tied_over) if spec.last else None
 
     def hidden_bytes(self, row: RowShape) -> int:
         """Bytes of the hidden state that one stage sends to the next."""
@@ -212,15 +233,34 @@ class Transformer(CostedLayer):
             if module is not None:
                 yield module
 
-    def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def weight_drop(self, token_keys: torch.Tensor | None) -> Drop | None:
+        """What drops attention weights of a row whose tokens have these keys; None: nothing."""
+        p, group = self.config.attention_dropout, self.tp_ctx.group
+        if token_keys is None or not p:
+            return None
+        return dropped_weights(p, token_keys, group.rank * self.config.num_attention_heads // group.size)
+
+    def hidden(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        attend: Attend,
+        lengths: torch.Tensor | None = None,
+        token_keys: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The hidden state after this stage's layers and, on the last stage, the final norm.
 
         `tokens`: [T] int64 on the first stage, else the hidden state of the previous stage. `positions`: [T] int64.
+        `lengths`: see `Rotary`. `token_keys` [2, T]: of layers/dropout.py; None: nothing is dropped here.
         """
-        x = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens)
-        rotary = Rotary(positions, self._frequencies, x.dtype)
-        for block in self.layers.values():
-            x = block(x, rotary, attend)
+        x = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens, positions)
+        if token_keys is not None:
+            token_keys = self.tp_ctx.own_tokens(token_keys, 1)
+        if self.embedding_dropout is not None:
+            x = self.embedding_dropout(x, token_keys)
+        rotaries = self._rotations.at(positions, x.dtype, lengths)
+        for block in self.blocks():
+            x = block(x, rotaries[block.rotation], attend, token_keys)
         return x if self.norm is None else self.norm(x)
 
     def losses(self, hidden: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> TokenLosses:
@@ -241,7 +281,7 @@ class Transformer(CostedLayer):
         """`recomputed`: the number of the model's first layers that are recomputed; None: as configured."""
         flags = [None if recomputed is None else block.attention.layer < recomputed for block in self.blocks()]
         parts = [block.saved_bytes(row, recompute=flag) for block, flag in zip(self.blocks(), flags, strict=True)]
-        parts.append(Rotary.saved_bytes(row, self.config.head_size, self.tp_ctx.dtype))
+        parts.append(self._rotations.saved_bytes(row, self.tp_ctx.dtype))
         parts += [unit.saved_bytes(row) for unit in (self.tok_embeddings, self.output, self.norm) if unit is not None]
         return add_bytes(*parts)
 
@@ -254,7 +294,7 @@ class Transformer(CostedLayer):
 
 
 def build_model(
-    config: ModelConfig, label_smoothing: float, mesh: Mesh, backend: AttentionBackend, *, by_sequence: bool = False
+    config: ModelConfig, loss: LossConfig, mesh: Mesh, backend: AttentionBackend, *, by_sequence: bool = False
 ) -> Transformer:
     """All layers as one stage, uninitialised, on `mesh.device`; models/stages.py builds pipeline stages.
 
@@ -262,7 +302,7 @@ def build_model(
     """
     spec = StageSpec(range(config.num_layers), first=True, last=True)
     tp_ctx = tensor_parallel_context(config, mesh, by_sequence=by_sequence)
-    return Transformer(config, label_smoothing, tp_ctx, backend, spec)
+    return Transformer(config, loss, tp_ctx, backend, spec)
 
 
 def tensor_parallel_context(

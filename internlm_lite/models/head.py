@@ -8,24 +8,25 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from internlm_lite.config.schema import ModelConfig
+from internlm_lite.config.schema import LossConfig, ModelConfig
 from internlm_lite.layers.compiled import compiled
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, Pass, RowShape
 from internlm_lite.layers.loss import (
     LossOptions,
     TokenLosses,
+    final_logits,
     linear_cross_entropy,
     losses_and_gradient,
     tokens_per_chunk,
 )
 from internlm_lite.layers.tensor_parallel import TensorParallelContext, accumulation_dtype
-from internlm_lite.layers.weight_grads import gradient_passes
+from internlm_lite.layers.weight_grads import accumulating, gradient_passes
 from internlm_lite.mesh.conjugate import gather_last
 from internlm_lite.mesh.layout import Parameter, parameter, split
 
 
 class Head(CostedLayer):
-    """Weight [vocab / group size, hidden]: rows of the vocabulary are split over the group.
+    """Weight [vocab / group size, hidden] and bias [vocab / group size]: the vocabulary is split over the group.
 
     `tied`: the embedding's weight, if this rank has it. Otherwise a tied head holds a copy, partial over `tied_over`.
     """
@@ -33,7 +34,7 @@ class Head(CostedLayer):
     def __init__(
         self,
         config: ModelConfig,
-        label_smoothing: float,
+        loss: LossConfig,
         tp_ctx: TensorParallelContext,
         tied: Parameter | None = None,
         tied_over: tuple[str, ...] = (),
@@ -41,7 +42,15 @@ class Head(CostedLayer):
         super().__init__()
         self.tp_ctx = tp_ctx
         fused = compiled(losses_and_gradient) if tp_ctx.compiled and tp_ctx.group.size == 1 else None
-        self.loss_options = LossOptions(tp_ctx.group, label_smoothing, config.parallel_output, fused)
+        self.loss_options = LossOptions(
+            tp_ctx.group,
+            loss.label_smoothing,
+            loss.z_loss,
+            config.logit_scale,
+            config.logit_softcap,
+            config.parallel_output,
+            fused,
+        )
         # A tied weight is registered by the embedding alone; the tuple hides it from nn.Module here.
         self._tied = None if tied is None else (tied,)
         if tied is None:
@@ -50,8 +59,14 @@ class Head(CostedLayer):
             layout = split(name, shape, 0, tp_ctx.group, init_std=config.init_std, partial_over=tied_over)
             self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)
             self.weight.manual_grad = self.weight.deferred_grad = True
+            self.weight.looked_up = config.tie_word_embeddings
         else:
             tied.grads_per_microbatch = 2
+        self.bias: Parameter | None = None
+        if config.head_bias:
+            layout = split("output.bias", (config.vocab_size,), 0, tp_ctx.group)
+            self.bias = parameter(layout, tp_ctx.dtype, tp_ctx.device)
+            self.bias.manual_grad = True
 
     @property
     def matrix(self) -> Parameter:
@@ -64,15 +79,23 @@ class Head(CostedLayer):
         """hidden outside -> logits [T, vocab], gathered over tp; with labels [T] and scale: TokenLosses. Collective."""
         hidden = self.tp_ctx.enter(hidden)
         if labels is None or scale is None:
-            return gather_last(F.linear(hidden, self.matrix), self.tp_ctx.group)
-        return linear_cross_entropy(hidden, self.matrix, labels, scale, self.loss_options)
+            return gather_last(self._logits(hidden), self.tp_ctx.group)
+        bias = None if self.bias is None else accumulating(self.bias)
+        return linear_cross_entropy(hidden, self.matrix, labels, scale, self.loss_options, bias)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of this rank's part of the vocabulary; scaled and capped in the dtype of sums, as in the loss."""
+        wide, bias = accumulation_dtype(hidden.dtype), None if self.bias is None else self.bias.to(hidden.dtype)
+        logits = F.linear(hidden, self.matrix)
+        return final_logits(logits.to(wide), bias, self.loss_options).to(hidden.dtype)
 
     def flops_per_token(self, seq_len: int) -> int:
         return 2 * math.prod(self.matrix.shard_spec.shape)
 
     def saved_bytes(self, row: RowShape) -> Bytes:
-        # The gradient of its input, which the forward pass computes.
-        return {"head": row.tokens * self.matrix.shape[1] * self.matrix.itemsize}
+        # The gradients of its input and of its bias, which the forward pass computes.
+        n_bias = 0 if self.bias is None else self.bias.numel()
+        return {"head": (row.tokens * self.matrix.shape[1] + n_bias) * self.matrix.itemsize}
 
     def messages(self, row: RowShape) -> list[Message]:
         n_inputs, wide = row.tokens * self.matrix.shape[1], accumulation_dtype(self.matrix.dtype).itemsize
@@ -93,11 +116,14 @@ class Head(CostedLayer):
         wide, half = accumulation_dtype(self.matrix.dtype).itemsize, self.matrix.dtype.itemsize == 2
         logits, chunks = row.tokens * vocab, -(-row.tokens // self._chunk(row))
         found = [Pass("product", 0, 3 * chunks)]
+        if self.bias is not None:  # the sum of its gradient over the tokens; unless fused, its addition
+            found.append(Pass("reduce", (item if "loss" in row.fused else wide) * logits, 2 * chunks))
         if "loss" in row.fused:
             found.append(Pass("fused", 3 * item * logits, 2 * chunks))
         else:  # peak; minus peak; exp; sum; times scale; and the casts to and from fp32
             found += [Pass("reduce", 2 * wide * logits, 2 * chunks), Pass("broadcast", 4 * wide * logits, 30 * chunks)]
             found.append(Pass("elementwise", 2 * wide * logits, chunks))
+            found.append(Pass("elementwise", self._transform_passes() * wide * logits, 7 * chunks))
             found += [Pass(kind, (item + wide) * logits, chunks) for kind in ("cast", "contiguous_copy") if half]
         results = [self.tp_ctx.hidden_bytes(row.tokens, width)]
         if "gradients" in row.fused:
@@ -108,6 +134,13 @@ class Head(CostedLayer):
             found += gradient_passes(self.matrix, row)
         found += [Pass("broadcast", 2 * size, backward=True) for size in results]
         return [replace(one, part="loss") for one in found]
+
+    def _transform_passes(self) -> int:
+        """How often bias, scale, cap and their derivative go through logits that no compiler fuses."""
+        options = self.loss_options
+        of_cap = 6 + 6 if options.logit_softcap else 0  # /, tanh, *; square, 1 -, *
+        scaled = options.logit_softcap is not None or options.logit_scale is not None
+        return 2 * (self.bias is not None) + 2 * (options.logit_scale is not None) + of_cap + 3 * scaled
 
     def _summed_gradient(self, chunks: int) -> list[Pass]:
         """The sum over chunks of the weight's gradient, of its own."""

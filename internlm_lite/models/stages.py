@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from internlm_lite.config.schema import Config, ModelConfig
+from internlm_lite.config.schema import Config, LossConfig, ModelConfig
 from internlm_lite.layers.flash import Attend, AttentionBackend
 from internlm_lite.mesh.comm import broadcast
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
-from internlm_lite.models.decoder import StageSpec, Transformer, build_model, tensor_parallel_context
+from internlm_lite.models.decoder import Block, StageSpec, Transformer, build_model, tensor_parallel_context
 from internlm_lite.pipeline.split import rank_to_stages, split_layers, stage_to_rank
 
 Stages = dict[int, Transformer]
@@ -33,19 +33,21 @@ def build_stages(config: Config, mesh: Mesh, backend: AttentionBackend) -> Stage
         spec = StageSpec(layers[number], first=number == 0, last=number == last, tied_over=tied_over)
         embedding = stages[0].tok_embeddings if model.tie_word_embeddings and 0 in stages else None
         tied = None if embedding is None else embedding.weight
-        stages[number] = Transformer(model, config.loss.label_smoothing, tp_ctx, backend, spec, tied)
+        stages[number] = Transformer(model, config.loss, tp_ctx, backend, spec, tied)
     return stages
 
 
 def layers_of_stages(config: Config) -> list[range]:
     """The layer numbers of every stage of the pipeline, balanced by floating-point operations."""
-    sample = meta_model(config.model.model_copy(update={"num_layers": 1}))
+    model, seq_len = config.model, config.data.seq_len
+    sample = meta_model(model.model_copy(update={"num_layers": 1}))
     assert sample.tok_embeddings is not None and sample.output is not None
-    (block,), seq_len = sample.blocks(), config.data.seq_len
+    layers = range(model.num_layers)
+    kinds = {model.window(layer): layer for layer in layers}
+    costs = {kind: Block(model, layer, sample.tp_ctx).flops_per_token(seq_len) for kind, layer in kinds.items()}
     return split_layers(
-        config.model.num_layers,
+        [costs[model.window(layer)] for layer in layers],
         _stage_ranks(config),
-        block=block.flops_per_token(seq_len),
         embedding=sample.tok_embeddings.lookup_ops_per_token(),
         head=sample.output.flops_per_token(seq_len),
     )
@@ -53,7 +55,7 @@ def layers_of_stages(config: Config) -> list[range]:
 
 def meta_model(config: ModelConfig) -> Transformer:
     """The unsplit model on the meta device, which allocates no memory: to compute costs."""
-    return build_model(config, 0.0, single_process_mesh(torch.device("meta")), AttentionBackend.SDPA)
+    return build_model(config, LossConfig(), single_process_mesh(torch.device("meta")), AttentionBackend.SDPA)
 
 
 def model_flops_per_token(config: ModelConfig, seq_len: int) -> int:
@@ -80,15 +82,22 @@ class WholeModel:
         self.device = mesh.device
 
     def logits(
-        self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, rows: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        attend: Attend,
+        rows: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits [T, vocab], or [R, vocab] of tokens `rows` [R] only, on every rank. Collective over tp and pp."""
+        """Logits [T, vocab], or [R, vocab] of tokens `rows` [R] only, on every rank. Collective over tp and pp.
+
+        `lengths`: see `layers.rope.Rotary`; needed where the row has parts of documents."""
         tp_ctx, hidden_size = self.any_stage.tp_ctx, self.any_stage.config.hidden_size
         x = tokens
         with tp_ctx.whole_activations():
             for number, rank in enumerate(self._stage_ranks):
                 if number in self._stages:
-                    x = self._stages[number].hidden(x, positions, attend)
+                    x = self._stages[number].hidden(x, positions, attend, lengths)
                 else:
                     x = torch.empty(len(tokens), hidden_size, dtype=tp_ctx.dtype, device=self.device)
                 broadcast(x, self._pp, rank).wait()

@@ -9,7 +9,7 @@ Buckets are ordered by when the backward pass completes them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -24,6 +24,12 @@ from internlm_lite.units import round_up
 
 SHARD_ALIGNMENT = 256
 """Elements; shards start at multiples of it (512 bytes in half precision), and norms are summed in rows of it."""
+_DECAYS: dict[str, Callable[[Parameter], bool]] = {
+    "matrices": lambda param: param.dim() > 1,
+    "matrices_without_embeddings": lambda param: param.dim() > 1 and not param.looked_up,
+    "all": lambda param: True,
+}
+"""adam.weight_decay_on of the config -> whether weight decay applies to a parameter."""
 
 
 @dataclass(frozen=True)
@@ -134,14 +140,13 @@ def build_buckets(params: Sequence[Parameter], zero: Group, config: Config) -> l
     `params`: in forward order; the backward pass completes them in reverse.
     """
     bucket_size = config.hybrid_zero_optimizer.reduce_bucket_size
-    decay_all = config.adam.weight_decay_on == "all"
+    decays = _DECAYS[config.adam.weight_decay_on]
     filled: list[tuple[BucketSpec, list[int]]] = []
     filling: dict[BucketSpec, list[int]] = {}
     for index in reversed(range(len(params))):
         param = params[index]
-        kind = BucketSpec(
-            param.dtype, decay_all or param.dim() > 1, param.shard_spec.tp_sharded, param.shard_spec.partial_over
-        )
+        spec = param.shard_spec
+        kind = BucketSpec(param.dtype, decays(param), spec.tp_sharded, spec.partial_over)
         indices = filling.get(kind)
         if indices is None or sum(params[i].numel() for i in indices) + param.numel() > bucket_size:
             indices = filling[kind] = []

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
-from internlm_lite.config.schema import AdamConfig
+from internlm_lite.config.schema import AdamConfig, OptimizerConfig
 from internlm_lite.mesh import comm
 
 
@@ -40,8 +40,21 @@ class UpdateRule:
     """True: no parameter may be split between ranks of `zero`. False, for elementwise rules: shards are cut anywhere.
     Read by `buckets.build_buckets`."""
 
-    def __init__(self, shards: Sequence[Shard], config: AdamConfig) -> None:
-        self._shards, self._config = shards, config
+    def __init__(
+        self, shards: Sequence[Shard], config: AdamConfig, options: OptimizerConfig = OptimizerConfig()
+    ) -> None:
+        self._shards, self._config, self._options = shards, config, options
+
+    @classmethod
+    def roles_with(cls, options: OptimizerConfig) -> tuple[str, ...]:
+        """Those of `roles` that there are with these options."""
+        return cls.roles
+
+    @classmethod
+    def operations(cls, options: OptimizerConfig) -> int | None:
+        """Of an update of one element, as the rule's formulas are written: sums, products, roots and the like. Weight
+        decay takes two more. None: not said."""
+        return None
 
     def update(self, grads: Sequence[torch.Tensor], lr: torch.Tensor, beta2: float, skipped: torch.Tensor) -> None:
         """Update weights and state of all shards in place.
@@ -73,8 +86,14 @@ class AdamW(UpdateRule):
     roles = ("exp_avg", "exp_avg_sq")
     non_negative = ("exp_avg_sq",)
 
-    def __init__(self, shards: Sequence[Shard], config: AdamConfig) -> None:
-        super().__init__(shards, config)
+    @classmethod
+    def operations(cls, options: OptimizerConfig) -> int:
+        return 3 + 4 + 5  # first moment; second; root, plus eps, quotient, times lr, minus
+
+    def __init__(
+        self, shards: Sequence[Shard], config: AdamConfig, options: OptimizerConfig = OptimizerConfig()
+    ) -> None:
+        super().__init__(shards, config, options)
         # Number of updates, for the bias correction. On the device, because a skipped step does not count; one scalar
         # per shard, because the kernel increments each.
         self._steps = [torch.zeros((), dtype=torch.float32, device=shard.weights.device) for shard in shards]
@@ -143,6 +162,10 @@ class Lion(UpdateRule):
 
     roles = ("exp_avg",)
 
+    @classmethod
+    def operations(cls, options: OptimizerConfig) -> int:
+        return 6 + 3  # interpolation (3), sign, times lr, minus; momentum
+
     def update(self, grads: Sequence[torch.Tensor], lr: torch.Tensor, beta2: float, skipped: torch.Tensor) -> None:
         for shard, grad in zip(self._shards, grads, strict=True):
             step = shard.state["exp_avg"].lerp(grad, 1 - self._config.adam_beta1).sign_()
@@ -154,5 +177,33 @@ class Lion(UpdateRule):
             shard.state["exp_avg"].sub_(change.masked_fill_(skipped, 0.0))
 
 
-RULES: dict[str, type[UpdateRule]] = {"adamw": AdamW, "lion": Lion}
+class SGD(UpdateRule):
+    """Gradient descent, with a momentum as torch's; weight decay is decoupled, and so no part of the momentum.
+
+    momentum = optimizer.momentum * momentum + grad
+    weights -= lr * (momentum + weight_decay * weights)
+    """
+
+    roles = ("momentum",)
+
+    @classmethod
+    def roles_with(cls, options: OptimizerConfig) -> tuple[str, ...]:
+        return cls.roles if options.momentum else ()
+
+    @classmethod
+    def operations(cls, options: OptimizerConfig) -> int:
+        return 2 + 2 * (options.momentum > 0)  # times lr, minus; momentum
+
+    def update(self, grads: Sequence[torch.Tensor], lr: torch.Tensor, beta2: float, skipped: torch.Tensor) -> None:
+        for shard, step in zip(self._shards, grads, strict=True):
+            if self._options.momentum:
+                before = shard.state["momentum"]
+                step = torch.where(skipped, before, before.mul(self._options.momentum).add_(step))
+                before.copy_(step)
+            if shard.decay:
+                step.add_(shard.weights, alpha=self._config.weight_decay)
+            shard.weights.sub_(step.mul_(lr).masked_fill_(skipped, 0.0))
+
+
+RULES: dict[str, type[UpdateRule]] = {"adamw": AdamW, "lion": Lion, "sgd": SGD}
 """optimizer.name of the config -> class."""

@@ -11,7 +11,7 @@ factor, the clip factor and the decision to skip are device scalars: the host ne
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ from internlm_lite.optim.gather import WeightGatherer
 from internlm_lite.optim.grad_norm import Requests, clip_factor, reduce_totals
 from internlm_lite.optim.lr_schedule import beta2, learning_rate
 from internlm_lite.optim.reduce import GradReducer
-from internlm_lite.optim.rules import RULES, Shard, UpdateRule
+from internlm_lite.optim.rules import RULES, Shard
 from internlm_lite.optim.scaler import LossScaler
 from internlm_lite.optim.skips import SkipCounts, SkipDecider
 
@@ -79,13 +79,12 @@ class HybridZeroOptimizer:
         self._reducer = GradReducer(self.buckets, units, mesh, overlap=zero.overlap_sync_grad)
         self._gatherer = WeightGatherer(self.buckets, units, mesh.zero, overlap=zero.overlap_sync_param)
         self._skips = SkipDecider(config, model_dtype, mesh.device)
-        rule = RULES[config.optimizer.name]
+        rule, options = RULES[config.optimizer.name], config.optimizer
         # Allocated here, so that memory use is known and a checkpoint can be loaded before the first step.
-        self._shards = [_shard(bucket, rule) for bucket in self.buckets]
-        self._rule = rule(self._shards, config.adam)
-        rates = [
-            learning_rate(i, config.adam.lr, config.lr_scheduler) for i in range(config.lr_scheduler.total_steps + 2)
-        ]
+        self._shards = [_shard(bucket, rule.roles_with(options)) for bucket in self.buckets]
+        self._rule = rule(self._shards, config.adam, options)
+        steps = max(config.lr_scheduler.total_steps, config.data.total_steps)
+        rates = [learning_rate(i, config.adam.lr, config.lr_scheduler) for i in range(steps + 2)]
         self._rates = torch.tensor(rates, dtype=torch.float64, device=mesh.device)
 
     @property
@@ -230,8 +229,8 @@ class HybridZeroOptimizer:
         return [sum(bucket.elements_on(rank) for bucket in self.buckets) for rank in range(self._mesh.zero.size)]
 
 
-def _shard(bucket: Bucket, rule: type[UpdateRule]) -> Shard:
+def _shard(bucket: Bucket, roles: Sequence[str]) -> Shard:
     """This rank's shard of `bucket`. Master weights of fp32 or fp64 weights are a view of them, not a copy."""
     shard = bucket.weight_shard
     weights = shard.float() if shard.dtype.itemsize < 4 else shard
-    return Shard(weights, bucket.kind.decay, {role: torch.zeros_like(weights) for role in rule.roles})
+    return Shard(weights, bucket.kind.decay, {role: torch.zeros_like(weights) for role in roles})

@@ -95,13 +95,24 @@ BAD = [
     (
         "eta_min=1e-5",
         "warmup_ratio=1.5",
-        "13: lr_scheduler.warmup_ratio: found 1.5, expected a number >= 0 and <= 1; leave",
+        "13: lr_scheduler.warmup_ratio: found 1.5, expected a number >= 0 and <= 1 or None; leave",
     ),
     (
         "eta_min=1e-5",
         "init_steps=99, warmup_ratio=0.5",
         "13: lr_scheduler.init_steps: found 99 + 50 warm-up steps, expected at most",
     ),
+    (
+        "eta_min=1e-5",
+        "warmup_steps=101",
+        "13: lr_scheduler.init_steps: found 0 + 101 warm-up steps, expected at most",
+    ),
+    (
+        "eta_min=1e-5",
+        "warmup_steps=5, warmup_ratio=0.05",
+        "13: lr_scheduler.warmup_steps: found 5 beside warmup_ratio 0.05; leave one of them out",
+    ),
+    ("eta_min=1e-5", "decay='linear'", "13: lr_scheduler.decay: found 'linear', expected one of 'cosine', 'constant'"),
     (
         "num_attention_heads=8",
         "num_attention_heads=7",
@@ -168,7 +179,7 @@ BAD = [
     (
         "num_layers=4",
         "num_layers=4, norm_bias=True",
-        "18: model.norm_bias: found True with model.norm_type \"rmsnorm\", which has no bias; set model.norm_type=",
+        '18: model.norm_bias: found True with model.norm_type "rmsnorm", which has no bias; set model.norm_type=',
     ),
     (
         "num_layers=4",
@@ -178,12 +189,12 @@ BAD = [
     (
         "num_layers=4",
         "num_layers=4, norm_position='sandwich', apply_post_layer_norm=True",
-        "18: model.norm_position: found \"sandwich\" with model.apply_post_layer_norm=True, which says \"post\"; remove",
+        '18: model.norm_position: found "sandwich" with model.apply_post_layer_norm=True, which says "post"; remove',
     ),
     (
         "num_layers=4",
         "num_layers=4, norm_type='layernorm', qk_norm='full'",
-        "18: model.qk_norm: found \"full\" with model.norm_type \"layernorm\", expected \"rmsnorm\", as in OLMo 2;",
+        '18: model.qk_norm: found "full" with model.norm_type "layernorm", expected "rmsnorm", as in OLMo 2;',
     ),
     (
         "num_layers=4",
@@ -203,7 +214,7 @@ BAD = [
     (
         "num_layers=4",
         "num_layers=4, multiple_of=27",
-        "17: model.mlp_ratio: found a SwiGLU width of 351 (hidden_size * mlp_ratio rounded up to a",
+        "17: model.mlp_ratio: found a feed-forward width of 351 (hidden_size * mlp_ratio rounded up to a",
     ),
     (
         "num_layers=4",
@@ -300,7 +311,28 @@ BAD = [
         "25: hybrid_optimizer: unknown key; nearest known key: hybrid_zero_optimizer",
     ),
     ("", "optimizer = dict(lr=1)", "25: optimizer.lr: unknown key; nearest known key: adam.lr"),
-    ("", "optimizer = dict(name='sgd')", "25: optimizer.name: found 'sgd', expected one of 'adamw', 'lion'"),
+    ("", "optimizer = dict(name='sdg')", "25: optimizer.name: found 'sdg', expected one of 'adamw', 'lion', 'sgd'"),
+    ("", "optimizer = dict(momentum=0.9)", '25: optimizer.momentum: found 0.9 with "adamw", expected "sgd"; change'),
+    (
+        "",
+        "optimizer = dict(name='sgd', momentum=1.0)",
+        "25: optimizer.momentum: found 1.0, expected a number >= 0 and < 1",
+    ),
+    ("", "adam['weight_decay_on'] = 'none'", "25: adam.weight_decay_on: found 'none', expected one of 'matrices', "),
+    ("", "data['valid_at_start'] = True", "25: data.valid_at_start: found True with data.valid_every 0: there are no"),
+    ("", "data['valid_train_batches'] = 5", "25: data.valid_train_batches: found 5 with data.valid_every 0: there are"),
+    ("", "ckpt = dict(keep_best=True)", "25: ckpt.keep_best: found True with data.valid_every 0: there are no"),
+    (
+        "",
+        "ckpt, data['valid_every'] = dict(keep_best=True), 5",
+        "25: ckpt.keep_best: found True with ckpt.enable_save_ckpt=False; change one of them",
+    ),
+    (
+        "",
+        "monitor = dict(sample_every='epoch', sample_prompts=['a']); data.update(weights={'a': 1}, tokenizer='t')",
+        '25: monitor.sample_every: found "epoch" with data.weights, with which each folder has passes of its own;',
+    ),
+    ("", "monitor = dict(sample_every='era')", "25: monitor.sample_every: found 'era', expected"),
     ("", "i = 3", "25: i: unknown key; expected one of JOB_NAME, seed, ckpt, data, grad_scaler,"),
     ("", "seeed = 3", "25: seeed: unknown key; nearest known key: seed"),
     ("", "seed = -1", "25: seed: found -1, expected an integer >= 0; leave seed out for 1024"),
@@ -586,6 +618,113 @@ def test_sequence_parallel_divisibility() -> None:
         "multiple of parallel.tensor 2; change one of them"
     ]
     assert problems(text.replace("micro_num=4", "micro_num=4, micro_bsz=2")) == []
+
+
+WINDOWS = [
+    ("sliding_window=0", "model.sliding_window: found 0, expected an integer > 0"),
+    ("sliding_window=2.5", "model.sliding_window: found 2.5, expected an integer > 0"),
+    ("sliding_window=2**40", "model.sliding_window: found 1099511627776, expected at most 2147483647"),
+    ("layer_types=['sliding_attention']", "model.sliding_window: found None with sliding layers in model.layer_types"),
+    ("sliding_window=9, layer_types=[]", "model.layer_types: found []"),
+    ("sliding_window=9, layer_types=['chunked_attention']", "model.layer_types: found"),
+    (
+        "sliding_window=9, layer_types=['full_attention'] * 4 + ['sliding_attention']",
+        "model.sliding_window: found 9, but no layer is sliding by model.layer_types; remove one of them",
+    ),
+    ("attention_softcap=0", "model.attention_softcap: found 0, expected"),
+    ("attention_softcap=-1.0", "model.attention_softcap: found -1.0, expected"),
+    ("attention_scale=0.0", "model.attention_scale: found 0.0, expected"),
+    (
+        "sliding_window=9, attention='cudnn'",
+        'model.sliding_window: found 9 with model.attention "cudnn", whose kernel does not have it; take "auto"',
+    ),
+    (
+        "attention_softcap=9.0, attention='torch_varlen'",
+        'model.attention_softcap: found 9.0 with model.attention "torch_varlen", whose kernel does not have it',
+    ),
+    ("window_size=9", "model.window_size: unknown key; nearest known key: model.sliding_window"),
+    (
+        "attn_logit_softcapping=50.0",
+        "model.attn_logit_softcapping: unknown key; nearest known key: model.attention_softcap",
+    ),
+    ("sliding_window=9, layer_types=['full_attention', 'sliding_attention'], attention_scale=0.2", None),
+    ("layer_types=['full_attention']", None),
+]
+
+
+@pytest.mark.parametrize(("keys", "found"), WINDOWS, ids=[keys for keys, _ in WINDOWS])
+def test_windows_caps_and_scales_that_cannot_be(keys: str, found: str | None) -> None:
+    told = problems(GOOD.replace("num_layers=4", f"num_layers=4, {keys}"))
+    assert len(told) == (found is not None), told
+    assert found is None or found in told[0]
+
+
+LOCAL = "sliding_window=9, layer_types=['full_attention', 'sliding_attention']"
+ROPE = "rope_scaling=dict(rope_type={!r}, factor=2.0{})".format
+POSITIONS = [
+    ("position='alibi'", "model.position: found 'alibi', expected one of 'rope', 'learned', 'sinusoidal', 'none'"),
+    ("position='learned'", "model.max_position_embeddings: found None, expected the number of positions for 'learned'"),
+    (
+        "position='learned', max_position_embeddings=127",
+        "model.max_position_embeddings: found 127, expected at least data.seq_len 128; change one of them",
+    ),
+    ("max_position_embeddings=0", "model.max_position_embeddings: found 0, expected an integer > 0"),
+    ("max_position_embeddings=2**31", "model.max_position_embeddings: found 2147483648, expected at most 2147483647"),
+    ("partial_rotary_factor=0", "model.partial_rotary_factor: found 0, expected"),
+    ("partial_rotary_factor=1.5", "model.partial_rotary_factor: found 1.5, expected"),
+    (
+        "partial_rotary_factor=0.2",
+        "model.partial_rotary_factor: found 0.2, which rotates 3 of 16 features per head, expected an even number",
+    ),
+    ("partial_rotary_factor=0.01", "which rotates 0 of 16 features per head, expected an even number, at least 2"),
+    ("no_rope_every=-1", "model.no_rope_every: found -1, expected an integer >= 0"),
+    ("rope_local_base=0", "model.rope_local_base: found 0, expected a number > 0"),
+    ("rope_local_base=5e5", "model.rope_local_base: found 500000.0, but no layer is sliding; remove it, or set"),
+    (
+        "position='none', rope_scaling=dict(rope_type='linear', factor=2.0)",
+        "model.rope_scaling: found with model.position 'none', which rotates nothing; remove it",
+    ),
+    ("position='sinusoidal', no_rope_every=4", "model.no_rope_every: found 4 with model.position 'sinusoidal', which"),
+    ("position='none', partial_rotary_factor=0.5", "model.partial_rotary_factor: found 0.5 with model.position 'none'"),
+    (f"position='none', rope_local_base=5.0, {LOCAL}", "model.rope_local_base: found 5.0 with model.position 'none'"),
+    (ROPE("dynamic", ""), "original_max_position_embeddings: found None, expected the longest row of the first"),
+    (ROPE("ntk", ""), "model.rope_scaling.rope_type: found 'ntk', expected one of"),
+    (
+        f"max_position_embeddings=9, partial_rotary_factor=0.125, {ROPE('dynamic', '')}",
+        "model.rope_scaling.rope_type: found 'dynamic' with 2 rotated features per head, expected at least 4",
+    ),
+    ("position_embedding_type='absolute'", "nearest known key: model.position"),
+    ("n_positions=1024", "model.n_positions: unknown key; nearest known key: model.max_position_embeddings"),
+    ("use_dynamic_ntk_rope=True", "model.rope_scaling=dict(rope_type='dynamic', ...) is its name here"),
+    ("position='learned', max_position_embeddings=128", None),
+    ("max_position_embeddings=64", None),
+    (f"max_position_embeddings=64, {ROPE('dynamic', '')}", None),
+    (ROPE("dynamic", ", original_max_position_embeddings=64"), None),
+    (f"rope_local_base=5e5, partial_rotary_factor=0.25, no_rope_every=4, {LOCAL}", None),
+]
+
+
+@pytest.mark.parametrize(("keys", "found"), POSITIONS, ids=[keys for keys, _ in POSITIONS])
+def test_positions_that_cannot_be(keys: str, found: str | None) -> None:
+    told = problems(GOOD.replace("num_layers=4", f"num_layers=4, {keys}"))
+    assert len(told) == (found is not None), told
+    assert found is None or found in told[0]
+
+
+def test_learned_positions_end_where_samples_would() -> None:
+    text = GOOD.replace("num_layers=4", "num_layers=4, position='learned', max_position_embeddings=128")
+    samples = "monitor = dict(sample_prompts=['x'], sample_tokens={})\n".format
+    text = text.replace("seq_len=SEQ_LEN", "seq_len=SEQ_LEN, tokenizer='small.model'")
+    assert "monitor.sample_tokens: found 128, expected less than model.max_pos" in problems(text + samples(128))[0]
+    assert problems(text + samples(127)) == []
+
+
+def test_a_learned_table_is_split_over_tensor_parallel_ranks() -> None:
+    text = GOOD.replace("num_attention_heads=8", "num_attention_heads=8, head_dim=16, embed_split_hidden=False")
+    text = text.replace("hidden_size=128", "hidden_size=129")
+    assert problems(text) == []
+    (told,) = problems(text.replace("num_layers=4", "num_layers=4, position='learned', max_position_embeddings=128"))
+    assert "model.hidden_size: found 129, expected a multiple of parallel.tensor 2" in told
 
 
 FLOAT8 = GOOD.replace('"torch.float16"', '"torch.bfloat16", fp8=True')

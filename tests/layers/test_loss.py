@@ -1,5 +1,7 @@
 """The fused head and loss against F.linear + F.cross_entropy."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,6 +51,42 @@ def test_losses_and_gradients_equal_torchs(chunk_tokens, smoothing):
     assert torch.equal(ours.correct, logits.argmax(dim=-1) == labels)
     for mine, theirs in zip(ours_grads, grads, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+
+
+OPTIONS = {
+    "bias": {},
+    "scale": {"logit_scale": 0.3},
+    "cap": {"logit_softcap": 0.8},
+    "all": {"logit_scale": 1.7, "logit_softcap": 2.0, "z_loss": 0.3, "label_smoothing": 0.2},
+    "z_loss": {"z_loss": 0.05},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_bias_scale_cap_and_z_loss_equal_torchs(chunk_tokens, options):
+    hidden, weight, labels = inputs(size=3.0)
+    bias = torch.linspace(-1, 1, len(weight), dtype=torch.float64).requires_grad_()
+    ours = linear_cross_entropy(hidden, weight, labels, SCALE, LossOptions(TP, **options), bias)
+    ours_grads = torch.autograd.grad(ours.scaled_sum, (hidden, weight, bias))
+    logits = F.linear(hidden, weight, bias) * options.get("logit_scale", 1)
+    if cap := options.get("logit_softcap"):
+        logits = cap * torch.tanh(logits / cap)
+    kept = labels != IGNORE
+    pure = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE)
+    smoothed = F.cross_entropy(logits[kept], labels[kept], label_smoothing=options.get("label_smoothing", 0.0))
+    of_z = options.get("z_loss", 0) * logits[kept].logsumexp(1).square()
+    expected = smoothed * kept.sum() + of_z.sum()
+    grads = torch.autograd.grad(SCALE.double() * expected, (hidden, weight, bias))
+    torch.testing.assert_close(ours.train_loss_sum, expected.detach(), rtol=1e-13, atol=0)
+    torch.testing.assert_close(ours.token_loss, pure.detach(), rtol=1e-12, atol=1e-14)
+    for mine, theirs in zip(ours_grads, grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-13)
+
+
+def test_a_cap_bounds_large_logits_instead_of_leaving_them_as_they_are():
+    hidden, weight, labels = inputs(size=1e4)
+    found = linear_cross_entropy(hidden, weight, labels, SCALE, LossOptions(TP, logit_softcap=5.0))
+    assert found.token_loss.max() <= 2 * 5.0 + math.log(len(weight))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])

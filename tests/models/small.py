@@ -3,7 +3,7 @@
 import torch
 
 from internlm_lite.batch import IGNORE
-from internlm_lite.config.schema import ModelConfig
+from internlm_lite.config.schema import LossConfig, ModelConfig
 from internlm_lite.layers.flash import AttentionBackend, packed
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from internlm_lite.models.decoder import Transformer, build_model
@@ -29,11 +29,21 @@ def small_config(**changes: object) -> ModelConfig:
 
 
 def small_model(
-    mesh: Mesh | None = None, label_smoothing: float = 0.0, by_sequence: bool = False, **changes: object
+    mesh: Mesh | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    by_sequence: bool = False,
+    **changes: object,
 ) -> Transformer:
     """Initialised; biases and norm weights too get distinct values, so that a wrong gradient of theirs shows."""
     mesh = mesh or single_process_mesh()
-    model = build_model(small_config(**changes), label_smoothing, mesh, AttentionBackend.SDPA, by_sequence=by_sequence)
+    model = build_model(
+        small_config(**changes),
+        LossConfig(label_smoothing=label_smoothing, z_loss=z_loss),
+        mesh,
+        AttentionBackend.SDPA,
+        by_sequence=by_sequence,
+    )
     initialise(model, seed=7)
     with torch.no_grad():
         for param in model.parameters():

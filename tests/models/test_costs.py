@@ -15,14 +15,16 @@ from torch import nn
 import internlm_lite.layers
 import internlm_lite.models
 from internlm_lite.config.load import load_config
-from internlm_lite.config.schema import ModelConfig
+from internlm_lite.config.schema import LossConfig, ModelConfig
 from internlm_lite.layers.attention import Attention
 from internlm_lite.layers.costs import CostedLayer, RowShape
+from internlm_lite.layers.dropout import Dropout, Site, token_keys
 from internlm_lite.layers.embedding import Embedding
 from internlm_lite.layers.flash import AttentionBackend, packed_sdpa
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns
-from internlm_lite.layers.mlp import SwiGLU
+from internlm_lite.layers.mlp import FeedForward
 from internlm_lite.layers.norm import NORMS, FullRMSNorm, full_norms
+from internlm_lite.layers.positions import LearnedPositions
 from internlm_lite.layers.rope import Rotary, rope_frequencies
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.mesh.mesh import plan_mesh, single_process_mesh, sizes_of
@@ -73,6 +75,12 @@ def plain(make: Callable[[ModelConfig, TensorParallelContext], Any]) -> Build:
     return build
 
 
+def build_dropout(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, _: Any) -> Ready:
+    layer, x = Dropout(0.5, 0, Site.EMBEDDING, config.hidden_size, tp_ctx), hidden(config, tp_ctx, device)
+    keys = token_keys(1, 0, torch.tensor([0], device=device), T)
+    return Ready(layer, lambda: layer(x, keys[0]), (keys,))
+
+
 def build_columns(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, _: Any) -> Ready:
     layer = ColumnLinear("c", config.hidden_size, 40, tp_ctx, init_std=0.1, bias=True)
     x = hidden(config, tp_ctx, device)
@@ -89,6 +97,12 @@ def build_embedding(config: ModelConfig, tp_ctx: TensorParallelContext, device: 
     return Ready(layer, lambda: layer(tokens), (tokens,))
 
 
+def build_positions(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, _: Any) -> Ready:
+    config = config.model_copy(update={"max_position_embeddings": T})
+    layer, positions = LearnedPositions("p", config, tp_ctx), torch.arange(T, device=device)
+    return Ready(layer, lambda: layer(positions), (positions,))
+
+
 def build_with_attention(make: Callable[[ModelConfig, TensorParallelContext], Any]) -> Build:
     def build(
         config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, boundaries: tuple[int, ...]
@@ -101,7 +115,7 @@ def build_with_attention(make: Callable[[ModelConfig, TensorParallelContext], An
 
 
 def build_head(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, _: Any) -> Ready:
-    layer, x = Head(config, 0.1, tp_ctx), hidden(config, tp_ctx, device)
+    layer, x = Head(config, LossConfig(label_smoothing=0.1), tp_ctx), hidden(config, tp_ctx, device)
     layer.weight.main_grad = torch.zeros_like(layer.weight)
     labels, scale = torch.zeros(T, dtype=torch.int64, device=device), torch.ones((), device=device)
     return Ready(layer, lambda: layer(x, labels, scale).scaled_sum, (labels,))
@@ -111,7 +125,7 @@ def build_model(
     config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, boundaries: tuple[int, ...]
 ) -> Ready:
     spec = StageSpec(range(config.num_layers), first=True, last=True)
-    layer = Transformer(config, 0.1, tp_ctx, AttentionBackend.SDPA, spec)
+    layer = Transformer(config, LossConfig(label_smoothing=0.1), tp_ctx, AttentionBackend.SDPA, spec)
     tokens, labels, positions = (torch.zeros(T, dtype=torch.int64, device=device) for _ in range(3))
     attend, scale = packed_sdpa(boundaries), torch.ones((), device=device)
     assert layer.output is not None
@@ -126,8 +140,10 @@ def build_model(
 BUILDS: dict[type[nn.Module], Build] = {
     ColumnLinear: build_columns,
     RowLinear: plain(lambda c, ctx: RowLinear("r", c.hidden_size, 40, ctx, init_std=0.1, bias=True)),
-    SwiGLU: plain(lambda c, ctx: SwiGLU("f", c, ctx)),
+    FeedForward: plain(lambda c, ctx: FeedForward("f", c, ctx)),
+    Dropout: build_dropout,
     Embedding: build_embedding,
+    LearnedPositions: build_positions,
     FullRMSNorm: build_full_norm,
     Attention: build_with_attention(lambda c, ctx: Attention("a", 0, c, ctx)),
     Block: build_with_attention(lambda c, ctx: Block(c, 0, ctx)),
@@ -180,6 +196,7 @@ def test_a_layer_knows_its_flops(cls: type[nn.Module], shape: dict[str, Any]) ->
     [
         {},
         {"checkpoint": "selective"},
+        {"attention_softcap": 0.7},
         {"dtype": "torch.bfloat16", "use_fp32_norm": True, "embed_split_hidden": False},
         {"checkpoint": "selective", "norm_position": "reordered", "qk_norm": "full"},
         {"dtype": "torch.bfloat16", "norm_position": "sandwich", "zero_centered_norm": True, "norm_type": "layernorm"},
@@ -188,20 +205,24 @@ def test_a_layer_knows_its_flops(cls: type[nn.Module], shape: dict[str, Any]) ->
 )
 def test_a_layer_knows_what_it_saves(cls: type[nn.Module], boundaries: tuple[int, ...], shape: dict[str, Any]) -> None:
     made, _ = ready(BUILDS[cls], small_config(**shape), boundaries)
-    row = RowShape(T, "cpu", attention_by_document=len(boundaries) > 2, selective="checkpoint" in shape)
+    row = RowShape(T, "cpu", attention_by_document=len(boundaries) > 2, reference=True, selective="checkpoint" in shape)
     assert saved_bytes(made.run, made.layer, made.known) == sum(made.layer.saved_bytes(row).values())
 
 
 def model_shapes() -> list[dict[str, Any]]:
-    """The `model` sections of this suite."""
+    """The `model` sections of this suite, with windows of the whole row: blocks reach further than shorter ones."""
     of_ranks = [{k: v for k, v in case.items() if k in ModelConfig.model_fields} for case in CASES.values()]
     sections = [*SHAPES, *of_ranks, *(sections.get("model", {}) for _, sections in LAYOUTS.values())]
+    sections = [{**section, "sliding_window": T} if "sliding_window" in section else section for section in sections]
     return [section for number, section in enumerate(sections) if section not in sections[:number]]
 
 
 def expected_flops(model: Transformer, forward: int) -> tuple[int, int]:
     """(forward without gradients, forward and backward) of one row: recomputed layers run twice."""
     again = sum(T * block.flops_per_token(T) for block in model.blocks() if block.recompute)
+    for block in model.blocks():
+        if block.attention.rule.softcap is not None:  # scores are made again
+            again += T * (block.flops_per_token(T) - block.flops_per_token(0))
     return forward, 3 * forward + again
 
 
@@ -224,5 +245,5 @@ def test_the_models_of_configs_know_their_flops(name: str) -> None:
 
 def test_tensor_parallel_ranks_give_the_flops_of_all_ranks() -> None:
     mesh = plan_mesh(sizes_of(2, 2, 1, -1), 1, torch.device("meta"))
-    half = decoder.build_model(small_config(), 0.0, mesh, AttentionBackend.SDPA)
+    half = decoder.build_model(small_config(), LossConfig(), mesh, AttentionBackend.SDPA)
     assert half.flops_per_token(T) == meta_model(small_config()).flops_per_token(T)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from internlm_lite.config.schema import ModelConfig
+from internlm_lite.config.schema import LossConfig, ModelConfig
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.mesh import Group, single_process_mesh
@@ -34,7 +34,7 @@ SMALL_LLAMA = {
 def sizes(shape: dict, tp_rank: int = 0, tp_size: int = 1) -> dict[str, int]:
     tp = Group("tp", tuple(range(tp_size)), tp_rank, None)
     mesh = dataclasses.replace(single_process_mesh(torch.device("meta")), tp=tp)
-    model = build_model(ModelConfig(**shape), 0.0, mesh, AttentionBackend.SDPA)
+    model = build_model(ModelConfig(**shape), LossConfig(), mesh, AttentionBackend.SDPA)
     assert all(param.device.type == "meta" for param in model.parameters())
     return {name: param.numel() for name, param in model.named_parameters()}
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from internlm_lite.batch import IGNORE
+from internlm_lite.config.schema import LossConfig
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.models.decoder import StageSpec, Transformer, build_model, tensor_parallel_context
@@ -16,6 +17,19 @@ from tests.layers.test_rope import llama
 from tests.models.small import VOCAB, documents, row_of, run, small_config, small_model
 
 LENGTHS = [5, 9, 9, 1, 12]
+POSITIONS = {
+    "learned": {"position": "learned", "max_position_embeddings": 12},
+    "learned, by vocabulary": {"position": "learned", "max_position_embeddings": 99, "embed_split_hidden": False},
+    "sinusoidal": {"position": "sinusoidal", "tie_word_embeddings": True},
+    "none": {"position": "none"},
+    "every second layer without": {"no_rope_every": 2, "partial_rotary_factor": 0.5},
+    "dynamic": {
+        "rope_scaling": {"rope_type": "dynamic", "factor": 3.0, "original_max_position_embeddings": 6},
+        "rope_local_base": 50.0,
+        "sliding_window": 12,  # as long as the longest document
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+}
 
 
 def gradients(model, docs, **options):
@@ -36,6 +50,25 @@ def plain_norm(x, weight, bias, config):
     return F.rms_norm(features, weight.shape, weight, config.layer_norm_epsilon).view(x.shape)
 
 
+def turned(config, layer, x):
+    """x [T, .., head_dim] of one document, rotated as layer number `layer` does."""
+    if config.position != "rope" or (config.no_rope_every and (layer + 1) % config.no_rope_every == 0):
+        return x
+    size, base, scaling = int(config.head_size * config.partial_rotary_factor), config.rope_base, config.rope_scaling
+    if config.rope_local_base is not None and config.is_sliding(layer):
+        base, scaling = config.rope_local_base, None
+    if scaling is not None and len(x) > scaling.original_max_position_embeddings:
+        stretch = scaling.factor * len(x) / scaling.original_max_position_embeddings - (scaling.factor - 1)
+        base = base * stretch ** (size / (size - 2))
+    return torch.cat((llama(x[..., :size], torch.arange(len(x)), base), x[..., size:]), dim=-1)
+
+
+def sines(length, width):
+    angle = [[t / 10000 ** (column // 2 * 2 / width) for column in range(width)] for t in range(length)]
+    both = [[(math.cos if column % 2 else math.sin)(a) for column, a in enumerate(row)] for row in angle]
+    return torch.tensor(both, dtype=torch.float64)
+
+
 def plain_losses(model, doc):
     """One document through the architecture written out from its weights alone."""
     config, weights = model.config, dict(model.named_parameters())
@@ -48,13 +81,17 @@ def plain_losses(model, doc):
         q, k = qkv[:, :, :group], qkv[:, :, -2:-1]
         if config.qk_norm:
             q, k = norm(q, f"{name}.q_norm"), norm(k, f"{name}.k_norm")
-        q, k = (llama(part, torch.arange(len(x)), config.rope_base) for part in (q, k))
+        q, k = (turned(config, int(name.split(".")[1]), part) for part in (q, k))
         return linear(plain(q.flatten(1, 2), k.flatten(1, 2), qkv[:, :, -1]).flatten(1), f"{name}.wo")
 
     def feed_forward(x, name):
         return linear(F.silu(linear(x, f"{name}.w1")) * linear(x, f"{name}.w3"), f"{name}.w2")
 
     x = weights["tok_embeddings.weight"][doc]
+    if config.position == "learned":
+        x = x + weights["tok_embeddings.positions.weight"][: len(doc)]
+    if config.position == "sinusoidal":
+        x = x + sines(len(doc), config.hidden_size)
     for n in range(config.num_layers):
         at = f"layers.{n}"
         for name, f in (("attention", attention), ("feed_forward", feed_forward)):
@@ -85,6 +122,7 @@ def plain_losses(model, doc):
         {"norm_position": "sandwich", "num_kv_attention_heads": 1, "zero_centered_norm": True, "qk_norm": "full"},
         {"norm_type": "layernorm", "qk_norm": "head", "zero_centered_norm": True},
         {"norm_type": "layernorm", "norm_bias": False, "norm_position": "post"},
+        *POSITIONS.values(),
     ],
     ids=str,
 )
@@ -100,6 +138,40 @@ def test_packed_equals_a_plain_model_document_by_document(changes):
     (0.5 * torch.cat(expected).sum()).backward()
     for name, param in model.named_parameters():
         torch.testing.assert_close(grads[name], param.grad, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": 3},
+        {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "attention_softcap": 0.6},
+        {"attention_softcap": 2.0, "attention_scale": 0.9, "num_kv_attention_heads": None},
+    ],
+    ids=str,
+)
+def test_packed_equals_alone_with_windows(changes):
+    """A window takes away from what a document allows; it does not replace its borders."""
+    model, docs = small_model(**changes), documents(LENGTHS)
+    losses, grads = gradients(model, docs)
+    packed_grads = {name: grad.clone() for name, grad in grads.items()}
+    model.zero_grad()
+    for doc, mine in zip(docs, losses.token_loss.split(LENGTHS), strict=True):
+        alone = run(model, [doc])
+        alone.scaled_sum.backward()
+        torch.testing.assert_close(mine, alone.token_loss, rtol=1e-12, atol=1e-13)
+    for name, param in model.named_parameters():
+        torch.testing.assert_close(packed_grads[name], param.grad, rtol=1e-10, atol=1e-12)
+    plain = run(small_model(), docs).token_loss
+    assert (losses.token_loss - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("changes", [{"checkpoint": True}, {"checkpoint": "selective"}], ids=str)
+def test_recomputation_with_windows_changes_no_bit(changes):
+    windows = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "attention_softcap": 0.6}
+    docs = documents(LENGTHS)
+    _, kept = gradients(small_model(**windows), docs)
+    _, again = gradients(small_model(**windows, **changes), docs)
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
 
 
 def test_another_document_changes_no_bit():
@@ -151,8 +223,8 @@ def test_stages_in_a_row_equal_the_whole():
     tokens, positions, labels, attend = row_of(docs)
     specs = [StageSpec(range(n, n + 1), first=n == 0, last=n == 2) for n in range(3)]
     tp_ctx = tensor_parallel_context(config, mesh, by_sequence=False)
-    stages = [Transformer(config, 0.0, tp_ctx, AttentionBackend.SDPA, spec) for spec in specs]
-    whole = build_model(config, 0.0, mesh, AttentionBackend.SDPA)
+    stages = [Transformer(config, LossConfig(), tp_ctx, AttentionBackend.SDPA, spec) for spec in specs]
+    whole = build_model(config, LossConfig(), mesh, AttentionBackend.SDPA)
     for model in (*stages, whole):
         initialise(model, 1)
     names = [name for stage in stages for name, _ in stage.named_parameters()]
@@ -191,7 +263,7 @@ def test_every_dtype_agrees_with_double(dtype, changes):
 def test_the_first_loss_is_that_of_guessing():
     """ln V, plus half the variance of logits (a normed row times weights of std 0.02)."""
     config = small_config(vocab_size=4096, hidden_size=288, init_std=0.02, dtype="torch.float32")
-    model = build_model(config, 0.0, single_process_mesh(), AttentionBackend.SDPA)
+    model = build_model(config, LossConfig(), single_process_mesh(), AttentionBackend.SDPA)
     initialise(model, 0)
     doc = torch.randint(0, 4096, (512,), generator=torch.Generator().manual_seed(0))
     losses = run(model, [doc])

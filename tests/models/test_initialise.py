@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from internlm_lite.config.schema import LossConfig
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.layout import parameter, split, whole
 from internlm_lite.mesh.mesh import Group, single_process_mesh
@@ -99,7 +100,7 @@ def test_half_precision_is_the_rounded_draw():
 
 def test_a_model_follows_its_layouts():
     config = small_config(hidden_size=128, init_std=0.02, num_layers=2)
-    model = build_model(config, 0.0, single_process_mesh(), AttentionBackend.SDPA)
+    model = build_model(config, LossConfig(), single_process_mesh(), AttentionBackend.SDPA)
     initialise(model, 0)
     for name, param in model.named_parameters():
         if name.endswith("norm.weight"):

@@ -12,6 +12,7 @@ from tests.models.small import documents, run, small_model
 from tests.world import run_world
 
 LENGTHS = [5, 9, 9, 1, 12]
+LEARNED = {"position": "learned", "max_position_embeddings": 15}
 CASES: dict[str, dict[str, Any]] = {
     "hidden-split embedding": {"embed_split_hidden": True},
     "vocabulary-split embedding": {"embed_split_hidden": False, "embed_grad_scale": 0.1},
@@ -21,11 +22,31 @@ CASES: dict[str, dict[str, Any]] = {
     "recomputed": {"checkpoint": True},
     "half recomputed, no bias": {"checkpoint": 0.5, "no_bias": True},
     "post norm": {"apply_post_layer_norm": True},
+    "gelu, biases": {"mlp_type": "gelu", "mlp_bias": True, "head_bias": True, "z_loss": 0.01},
+    "geglu, capped logits": {"mlp_type": "geglu_tanh", "logit_softcap": 0.5, "logit_scale": 0.7, "embed_scale": 2.5},
+    "relu, tied with bias": {
+        "mlp_type": "relu",
+        "mlp_bias": True,
+        **{"tie_word_embeddings": True, "embed_split_hidden": False, "embed_scale": 5.0, "z_loss": 0.1},
+        **{"head_bias": True, "logit_softcap": 2.0, "parallel_output": False, "label_smoothing": 0.1},
+    },
     "one query per key": {"num_kv_attention_heads": None},
     "layer norms, also of heads": {"norm_type": "layernorm", "qk_norm": "head", "norm_position": "post"},
     "norms over all heads": {"norm_position": "reordered", "qk_norm": "full", "zero_centered_norm": True},
     "norms over all heads, recomputed": {"norm_position": "sandwich", "qk_norm": "full", "checkpoint": 0.5},
     "norms over all heads, made again": {"norm_position": "reordered", "qk_norm": "full", "checkpoint": "selective"},
+    "learned positions": LEARNED,
+    "learned positions, by vocabulary": {**LEARNED, "embed_split_hidden": False, "embed_grad_scale": 0.1},
+    "sinusoidal": {"position": "sinusoidal"},
+    "sinusoidal, by vocabulary": {"position": "sinusoidal", "embed_split_hidden": False},
+    "kinds of rotations": {
+        "partial_rotary_factor": 0.5,
+        "no_rope_every": 3,
+        "sliding_window": 99,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "rope_local_base": 50.0,
+    },
+    "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0, "original_max_position_embeddings": 6}},
 }
 CASES |= {f"by sequence, {name}": {**changes, "by_sequence": True} for name, changes in CASES.items()}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from internlm_lite.apps.planner.holdings import holdings
-from internlm_lite.config.schema import AdamConfig, Config
+from internlm_lite.config.schema import AdamConfig, Config, OptimizerConfig
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.mesh import Mesh, Sizes, plan_mesh, single_process_mesh
 from internlm_lite.models.stages import build_stages, units_of
@@ -38,19 +38,30 @@ ADAM = AdamConfig(lr=1e-2, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.97)
 Bits = list[torch.Tensor]
 
 
-def with_rule(name: str, cfg: Config) -> Config:
-    return Config.model_validate({**cfg.model_dump(), "optimizer": {"name": name}})
+KINDS = ["adamw", "lion", "sgd", "sgd 0.9"]
+"""optimizer.name of every rule, and its momentum."""
 
 
-def build(rule: type[UpdateRule], dtype: torch.dtype = torch.float64) -> tuple[UpdateRule, list[Shard]]:
+def options_of(kind: str) -> OptimizerConfig:
+    name, _, momentum = kind.partition(" ")
+    return OptimizerConfig.model_validate({"name": name, "momentum": float(momentum or 0)})
+
+
+def with_rule(kind: str, cfg: Config) -> Config:
+    return Config.model_validate({**cfg.model_dump(), "optimizer": options_of(kind).model_dump()})
+
+
+def build(kind: str, dtype: torch.dtype = torch.float64) -> tuple[UpdateRule, list[Shard]]:
     """A rule for two shards, one with weight decay; zeros of both signs are among the weights."""
+    options = options_of(kind)
+    rule = RULES[options.name]
     generator = torch.Generator().manual_seed(1)
     shards = []
     for decay in (True, False):
         weights = torch.randn(64, generator=generator, dtype=torch.float64).to(dtype)
         weights[:2] = torch.tensor([0.0, -0.0])
-        shards.append(Shard(weights, decay, {role: torch.zeros_like(weights) for role in rule.roles}))
-    return rule(shards, ADAM), shards
+        shards.append(Shard(weights, decay, {role: torch.zeros_like(weights) for role in rule.roles_with(options)}))
+    return rule(shards, ADAM, options), shards
 
 
 def update(rule: UpdateRule, shards: list[Shard], step: int, skipped: bool = False, value: float | None = None) -> None:
@@ -100,6 +111,33 @@ def test_lion_equals_the_algorithm_of_its_paper() -> None:
     assert {role for _, role in result["pieces"]} == {"master", "exp_avg"}
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sgd_equals_torchs(momentum: float, dtype: torch.dtype) -> None:
+    """A step that is skipped in between counts neither in the weights nor in the momentum. torch's decay is part of the
+    momentum, and so is compared without one."""
+    rule, ours = build(f"sgd {momentum}", dtype)
+    compared = [(shard, torch.nn.Parameter(shard.weights.clone())) for shard in ours if not (shard.decay and momentum)]
+    theirs = [
+        torch.optim.SGD([param], momentum=momentum, weight_decay=ADAM.weight_decay if shard.decay else 0)
+        for shard, param in compared
+    ]
+    for step in range(8):
+        if step == 3:
+            update(rule, ours, step, skipped=True, value=float("nan"))
+            continue
+        update(rule, ours, step)
+        generator = torch.Generator().manual_seed(50 + step)
+        grads = [torch.randn(64, generator=generator, dtype=torch.float64).to(dtype) for _ in ours]
+        for (shard, param), optimizer in zip(compared, theirs, strict=True):
+            param.grad = grads[0 if shard is ours[0] else 1]
+            optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
+            optimizer.step()
+    for shard, param in compared:
+        torch.testing.assert_close(shard.weights, param.detach())
+    assert [len(shard.state) for shard in ours] == [bool(momentum)] * 2
+
+
 def _train_lion(mesh: Mesh) -> dict[str, Any]:
     return train(mesh, with_rule("lion", config()))
 
@@ -112,8 +150,8 @@ def test_lion_on_shards_equals_lion_on_one_process() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_adamw_has_the_bits_of_torchs_optimizer(dtype: torch.dtype) -> None:
     """A step that is skipped in between does not count."""
-    rule, ours = build(AdamW, dtype)
-    _, theirs = build(AdamW, dtype)
+    rule, ours = build("adamw", dtype)
+    _, theirs = build("adamw", dtype)
     params = [torch.nn.Parameter(shard.weights) for shard in theirs]
     groups = [
         {"params": [param], "weight_decay": ADAM.weight_decay if shard.decay else 0.0}
@@ -137,12 +175,12 @@ def test_adamw_has_the_bits_of_torchs_optimizer(dtype: torch.dtype) -> None:
     assert rule.state_dict() == {"adam_steps": 7}
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
 def test_a_skipped_update_changes_no_bit(name: str, value: float | None) -> None:
-    rule, shards = build(RULES[name])
+    rule, shards = build(name)
     update(rule, shards, 0, skipped=True, value=value)
-    assert same(bits(shards), bits(build(RULES[name])[1]))
+    assert same(bits(shards), bits(build(name)[1]))
     update(rule, shards, 1)
     before, counters = bits(shards), rule.state_dict()
     update(rule, shards, 2, skipped=True, value=value)
@@ -151,7 +189,7 @@ def test_a_skipped_update_changes_no_bit(name: str, value: float | None) -> None
     assert not same(bits(shards), before)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_rule_resumes_bit_for_bit_or_starts_again(name: str) -> None:
     cfg, mesh = with_rule(name, config()), single_process_mesh()
 
@@ -213,13 +251,20 @@ LAYOUTS = {
     "dp2": Layout(dp=2, bucket=1500),
     "tp2 sp": Layout(tp=2, sp=True),
     "pp2": Layout(pp=2, bucket=1500),
+    "one process, tied": Layout(tied=True),
+    "pp2, tied": Layout(pp=2, bucket=1500, tied=True),
 }
 Curve = list[tuple[float, float]]
 
 
-def _train_and_resume(mesh: Mesh, layout: Layout, corpus: Path, folder: Path) -> tuple[Curve, Curve]:
+def _train_and_resume(mesh: Mesh, layout: Layout, corpus: Path, folder: Path, kind: str) -> tuple[Curve, Curve]:
     """Loss and gradient norm of all steps, and of those after the checkpoint of step 2, resumed from it."""
-    sections: dict[str, Any] = {"optimizer": {"name": "lion"}, "adam": {"lr": 1e-3, "weight_decay": 0.1}}
+    adam = {
+        "lr": 0.05 if "sgd" in kind else 1e-3,
+        "weight_decay": 0.1,
+        "weight_decay_on": "matrices_without_embeddings",
+    }
+    sections: dict[str, Any] = {"optimizer": options_of(kind).model_dump(), "adam": adam}
     ckpt = {
         "enable_save_ckpt": True,
         "checkpoint_every": 2,
@@ -232,34 +277,35 @@ def _train_and_resume(mesh: Mesh, layout: Layout, corpus: Path, folder: Path) ->
     return curve(whole), curve(run_training(mesh, resumed, folder / "resumed"))
 
 
-def test_lion_trains_the_same_in_every_layout_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["lion", "sgd 0.9"])
+def test_a_rule_trains_the_same_in_every_layout_and_resumes_bit_for_bit(kind: str, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
     curves: dict[str, Curve] = {}
     for name, layout in LAYOUTS.items():
-        args = (layout, corpus, tmp_path / name)
+        args = (layout, corpus, tmp_path / name, kind)
         sizes = {"tensor": layout.tp, "pipeline": layout.pp}
         whole, resumed = run_world(_train_and_resume, layout.world, args, **sizes)[0]
         assert len(whole) == 5 and resumed == whole[2:], name
         curves[name] = whole
     for name, found in curves.items():
-        for step, one in zip(found, curves["one process"], strict=True):
+        for step, one in zip(found, curves["one process" + ", tied" * LAYOUTS[name].tied], strict=True):
             assert step == pytest.approx(one, rel=LIMIT), name
     assert curves["dp2"][-1][0] < curves["dp2"][0][0], "the loss falls"
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", KINDS)
 def test_the_planner_counts_the_state_of_each_rule(name: str) -> None:
-    cfg = tiny(None, model={"dtype": "torch.bfloat16"}, grad_scaler={}, optimizer={"name": name})
+    cfg = with_rule(name, tiny(None, model={"dtype": "torch.bfloat16"}, grad_scaler={}))
     mesh = plan_mesh(Sizes(), 0, torch.device("meta"))
     units = units_of(build_stages(cfg, mesh, AttentionBackend.SDPA))
     optimizer = HybridZeroOptimizer(units, cfg, mesh, torch.bfloat16)
     ((held,), _) = holdings(cfg, Sizes(), AttentionBackend.SDPA)
     tensors = [tensor for _, state in optimizer.shards() for tensor in state.values()]
-    assert len(tensors) == len(optimizer.buckets) * (1 + len(RULES[name].roles))
+    assert len(tensors) == len(optimizer.buckets) * (1 + {"adamw": 2, "lion": 1, "sgd": 0, "sgd 0.9": 1}[name])
     assert held.optimizer == sum(tensor.nbytes for tensor in tensors)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_scaled_update_has_the_bits_of_scaling_first(name: str, dtype: torch.dtype) -> None:
     found = []
@@ -269,7 +315,7 @@ def test_a_scaled_update_has_the_bits_of_scaling_first(name: str, dtype: torch.d
         torch.tensor(False),
     )
     for scaled in (True, False):
-        rule, shards = build(RULES[name], dtype)
+        rule, shards = build(name, dtype)
         grads = [torch.arange(64.0, dtype=dtype).sub_(20) for _ in shards]
         if scaled:
             rule.update_scaled(grads, factor, lr, 0.97, no)
@@ -282,7 +328,7 @@ def test_a_scaled_update_has_the_bits_of_scaling_first(name: str, dtype: torch.d
 def test_adamw_on_a_gpu_divides_gradients_in_its_kernel() -> None:
     """The same kernel on the CPU, asked as on CUDA: the factor's reciprocal in fp32, 1 ulp from multiplying."""
     lr, no = torch.tensor(1e-2, dtype=torch.float64), torch.tensor(False)
-    (rule, ours), (other, expected) = build(AdamW, torch.float32), build(AdamW, torch.float32)
+    (rule, ours), (other, expected) = build("adamw", torch.float32), build("adamw", torch.float32)
     for step in range(3):
         grads = [torch.arange(64.0).sub_(20 + step) for _ in ours]
         factor = torch.tensor(0.3 + step, dtype=torch.float64)
@@ -291,3 +337,35 @@ def test_adamw_on_a_gpu_divides_gradients_in_its_kernel() -> None:
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine.weights, theirs.weights, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(mine.state["exp_avg_sq"], theirs.state["exp_avg_sq"], rtol=1e-6, atol=0)
+
+
+LLAMA_8M = {
+    **{"num_layers": 8, "hidden_size": 288, "num_attention_heads": 8, "num_kv_attention_heads": 4, "vocab_size": 4096},
+    **{"multiple_of": 32, "no_bias": True, "tie_word_embeddings": True, "embed_split_hidden": False},
+}
+EMBEDDING = 4096 * 288
+
+
+def decayed(on: str, pp: int = 1, **model: Any) -> list[dict[bool, int]]:
+    """Per pipeline rank: parameters with and without weight decay."""
+    cfg = tiny(None, model={**LLAMA_8M, **model}, adam={"weight_decay_on": on}, parallel={"pipeline": {"size": pp}})
+    found = []
+    for rank in range(pp):
+        mesh = plan_mesh(Sizes(pp=pp), rank, torch.device("meta"))
+        units = units_of(build_stages(cfg, mesh, AttentionBackend.SDPA))
+        buckets = build_buckets([param for unit in units for param in unit.parameters()], mesh.zero, cfg)  # type: ignore[misc]
+        found.append({decay: sum(b.numel for b in buckets if b.kind.decay is decay) for decay in (True, False)})
+    return found
+
+
+def test_which_parameters_decay() -> None:
+    """8,483,616 in all; a copy of a tied embedding, and an untied head, count as the places they are read in."""
+    assert decayed("matrices") == [{True: 8_478_720, False: 4_896}]
+    assert decayed("all") == [{True: 8_483_616, False: 0}]
+    assert decayed("matrices_without_embeddings") == [{True: 8_478_720 - EMBEDDING, False: 4_896 + EMBEDDING}]
+    assert decayed("matrices_without_embeddings", tie_word_embeddings=False) == [
+        {True: 8_478_720, False: 4_896 + EMBEDDING}
+    ]
+    first, last = decayed("matrices_without_embeddings", pp=2)
+    assert first[False] + last[False] == 4_896 + 2 * EMBEDDING, "both copies of a tied weight are updated alike"
+    assert first[True] + last[True] == 8_478_720 - EMBEDDING

@@ -1,8 +1,7 @@
-"""The attention weights of a forward pass: softmax(q k^T / sqrt(head_dim)) of chosen layers and heads."""
+"""The attention weights of a forward pass, of chosen layers and heads."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -12,7 +11,7 @@ import torch
 from internlm_lite.errors import ConfigError
 from internlm_lite.generate.decode import check
 from internlm_lite.layers.flash import Attend, packed
-from internlm_lite.layers.tensor_parallel import accumulation_dtype
+from internlm_lite.layers.scores import AttentionRule, in_sight, softmax_weights
 from internlm_lite.models.stages import WholeModel
 
 
@@ -42,25 +41,24 @@ def _recording(
 ) -> Attend:
     """`attend`, which leaves the weights of the `wanted` layers' heads in `found`, document by document."""
 
-    def attend_and_record(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        if layer in wanted:
-            heads = list(wanted[layer])
+    def attend_and_record(rule: AttentionRule, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if rule.layer in wanted:
+            heads = list(wanted[rule.layer])
             of_group = [head * k.shape[1] // q.shape[1] for head in heads]
-            found[layer] = [
-                causal_weights(q[start:stop, heads], k[start:stop, of_group]).cpu()
+            found[rule.layer] = [
+                weights_within(rule, q[start:stop, heads], k[start:stop, of_group]).cpu()
                 for start, stop in pairwise(boundaries)
             ]
-        return attend(layer, q, k, v)
+        return attend(rule, q, k, v)
 
     return attend_and_record
 
 
-def causal_weights(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """q, k [T, H, D] -> [H, T, T], each row of which sums to 1."""
-    wide = accumulation_dtype(q.dtype)
-    scores = torch.einsum("qhd,khd->hqk", q.to(wide), k.to(wide)) / math.sqrt(q.shape[-1])
-    later = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
-    return scores.masked_fill(later, -math.inf).softmax(dim=-1)
+def weights_within(rule: AttentionRule, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """q, k [T, H, D] of one document -> [H, T, T], each row of which sums to 1."""
+    at = torch.arange(len(q), device=q.device)
+    heads = q.transpose(0, 1).unsqueeze(1)
+    return softmax_weights(rule, heads, k.transpose(0, 1), in_sight(rule, at[:, None], at)).squeeze(1)
 
 
 def numbers_of(option: str, text: str | None, count: int) -> list[int]:

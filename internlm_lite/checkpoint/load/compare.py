@@ -18,7 +18,9 @@ _LINES = 12
 _HEADS = "num_attention_heads"
 _FUNCTION = (
     *(_HEADS, "num_kv_attention_heads", "head_dim", "norm_position", "norm_type", "layer_norm_epsilon"),
-    *("zero_centered_norm", "rope_base", "rope_scaling"),
+    *("zero_centered_norm", "position", "rope_base", "rope_local_base", "rope_scaling", "partial_rotary_factor"),
+    *("no_rope_every", "sliding_window", "layer_types", "attention_softcap", "attention_scale", "mlp_type"),
+    *("embed_scale", "logit_scale", "logit_softcap"),
 )
 """Keys of the model config that change its function but not the shape of any tensor."""
 

@@ -28,7 +28,13 @@ def whole(**changes: object) -> WholeModel:
     return WholeModel({0: small_model(**changes)}, single_process_mesh())
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_kv_attention_heads": None}, {"apply_post_layer_norm": True}])
+WINDOWED = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"], "attention_softcap": 0.8}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_kv_attention_heads": None}, {"apply_post_layer_norm": True}, {**WINDOWED, "attention_scale": 1}],
+)
 @torch.no_grad()
 def test_the_weights_are_those_of_the_kernel(changes, monkeypatch):
     """Unit vectors as values make attention return its own weights, head by head and document by document."""
@@ -36,11 +42,11 @@ def test_the_weights_are_those_of_the_kernel(changes, monkeypatch):
     prompts = [doc.tolist() for doc in docs]
     expected: dict[int, torch.Tensor] = {}
 
-    def looked_at(layer, q, k, v):
+    def looked_at(rule, q, k, v):
         units = torch.eye(len(v), dtype=v.dtype)[:, None].expand(-1, k.shape[1], -1)
         # value vectors of another size than the keys': the reference kernel takes them
-        expected[layer] = packed_sdpa((0, 5, 6, 15))(layer, q, k, units).transpose(0, 1)  # [heads, query, key]
-        return packed_sdpa((0, 5, 6, 15))(layer, q, k, v)
+        expected[rule.layer] = packed_sdpa((0, 5, 6, 15))(rule, q, k, units).transpose(0, 1)  # [heads, query, key]
+        return packed_sdpa((0, 5, 6, 15))(rule, q, k, v)
 
     positions = torch.cat([torch.arange(len(doc)) for doc in docs])
     model.logits(torch.cat(docs), positions, looked_at)
@@ -52,6 +58,8 @@ def test_the_weights_are_those_of_the_kernel(changes, monkeypatch):
         torch.testing.assert_close(weights, part, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)), rtol=1e-12, atol=1e-12)
         assert not weights.triu(1).any() and (weights.diagonal(dim1=-2, dim2=-1) > 0).all()
+        if changes.keys() >= WINDOWED.keys():  # of layers 2 and 0, both sliding
+            assert not weights.tril(-3).any()
 
 
 def test_a_document_is_the_same_alone():

@@ -15,6 +15,7 @@ from internlm_lite.apps.bench.ranks import bench_ranks
 from internlm_lite.apps.bench.shapes import bench_config, random_batch
 from internlm_lite.apps.bench.step import bench_step
 from internlm_lite.apps.bench.worlds import device_of
+from internlm_lite.config.schema import LossConfig
 from internlm_lite.layers.flash import AttentionBackend, packed
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.models.decoder import build_model
@@ -29,7 +30,7 @@ SHAPE |= {"seq_len": 16, "micro_bsz": 2, "micro_num": 2}
 def test_the_bare_decoder_is_the_same_model():
     """Same weights, same batch, same loss: the bench compares equals."""
     config = bench_config(**{**SHAPE, "dtype": "torch.float64"})
-    ours = build_model(config.model, 0.0, single_process_mesh(), AttentionBackend.SDPA)
+    ours = build_model(config.model, LossConfig(), single_process_mesh(), AttentionBackend.SDPA)
     initialise(ours, seed=3)
     bare = BareDecoder(config.model, config.data.seq_len, torch.float64)
     bare.model.load_state_dict(ours.state_dict())
@@ -51,7 +52,7 @@ def test_step_reports_ratios():
 
 def test_linear_layers_hold_all_matrices():
     config = bench_config(**SHAPE)
-    model = build_model(config.model, 0.0, single_process_mesh(), AttentionBackend.SDPA)
+    model = build_model(config.model, LossConfig(), single_process_mesh(), AttentionBackend.SDPA)
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and n != "tok_embeddings.weight")
     assert sum(layer.inputs * layer.outputs * layer.count for layer in linear_layers(config.model)) == matrices
 

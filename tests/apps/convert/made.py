@@ -10,7 +10,7 @@ import torch
 from internlm_lite.apps.convert.to_hf import MasterRows, open_checkpoint
 from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.config.render_config import resolved
-from internlm_lite.config.schema import Config
+from internlm_lite.config.schema import Config, LossConfig
 from internlm_lite.data.tokenizer import Tokenizer, train_tokenizer
 from internlm_lite.layers.flash import AttentionBackend, packed
 from internlm_lite.mesh.layout import LocalShard, Parameter
@@ -49,7 +49,7 @@ def save_ours(folder: Path, mesh: Mesh | None = None, tokenizer: str | None = No
     """A checkpoint of random masters; every norm and bias has values of its own."""
     mesh = mesh or single_process_mesh()
     config = config_of(tokenizer, **changes)
-    model = build_model(config.model, 0.0, mesh, AttentionBackend.SDPA)
+    model = build_model(config.model, LossConfig(), mesh, AttentionBackend.SDPA)
     initialise(model, seed=11)
     pieces = []
     for number, param in enumerate(model.parameters()):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from internlm_lite.apps.planner.schedule import StageCost, actions_of, bubble_fraction, moments, stage_cost
+from internlm_lite.config.schema import LossConfig
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.models.decoder import StageSpec, Transformer, tensor_parallel_context
@@ -60,7 +61,7 @@ def test_1f1b_keeps_one_micro_batch_per_remaining_stage() -> None:
 def stage(spec: StageSpec, **changes: object) -> Transformer:
     model = config(num_layers=4, **changes).model
     tp_ctx = tensor_parallel_context(model, single_process_mesh(torch.device("meta")), by_sequence=False)
-    return Transformer(model, 0.0, tp_ctx, AttentionBackend.SDPA, spec)
+    return Transformer(model, LossConfig(), tp_ctx, AttentionBackend.SDPA, spec)
 
 
 def test_costs_follow_the_layers_of_the_stage() -> None:

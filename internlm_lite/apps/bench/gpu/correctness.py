@@ -22,6 +22,7 @@ from internlm_lite.apps.bench.gpu.measurement import Check
 from internlm_lite.config.schema import Config, ModelConfig
 from internlm_lite.faults.signals import StopSignals
 from internlm_lite.layers.flash import NEEDS, AttentionBackend, choose_backend, packed, unmet
+from internlm_lite.layers.scores import AttentionRule
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.runtime.device import device_name, peak_flops
 from internlm_lite.train.build import build_run
@@ -148,7 +149,7 @@ class _Case:
 
         def run() -> tuple[torch.Tensor, torch.Tensor]:
             leaf, q, k, v = self._inputs()
-            out = attend(0, q, k, v)
+            out = attend(AttentionRule(), q, k, v)
             return out, torch.autograd.grad((out * self.weight).sum(), leaf)[0]
 
         out, grad = run()

@@ -18,6 +18,7 @@ from internlm_lite.layers.flash import AttentionBackend, packed
 from internlm_lite.layers.fp8 import has_float8, scaled, scaled_product
 from internlm_lite.layers.loss import LossOptions, linear_cross_entropy
 from internlm_lite.layers.rope import RopeFrequencies, Rotary, plain_frequencies
+from internlm_lite.layers.scores import AttentionRule
 from internlm_lite.mesh.mesh import single_process_mesh
 
 
@@ -145,7 +146,7 @@ def _kernel(backend: AttentionBackend, boundaries: Sequence[int], device: torch.
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
     longest = max(stop - start for start, stop in pairwise(boundaries))
     attend = packed(backend, cu_seqlens, tuple(boundaries), longest)
-    return lambda q, k, v: attend(0, q, k, v)
+    return lambda q, k, v: attend(AttentionRule(), q, k, v)
 
 
 def staging(check: Check) -> None:

@@ -1,0 +1,169 @@
+"""Attention that no kernel computes: sliding windows, capped scores, dropped weights. Exact, on every device and dtype.
+
+    scores q k^T -> * scale -> softcap -> mask -> softmax -> * drop -> values
+
+of a block of queries and the keys in their reach at a time, so that the work is that of the window, and no matrix of
+all pairs exists. The backward pass computes a block again: only q, k and v are kept for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from internlm_lite.config.schema import ModelConfig
+from internlm_lite.layers.tensor_parallel import accumulation_dtype
+
+Drop = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(layer, weights, heads of this rank, tokens of the queries, tokens of the keys) -> the weights that dropout leaves.
+
+The last three tensors are numbers from 0, tokens those of the row; they broadcast to the shape of the weights. Called
+in the forward pass and again in the backward pass: the same numbers must drop the same weights."""
+
+_AT_ONCE = 2**20
+"""Scores of a block: 4 MiB in fp32."""
+_FEWEST = 16
+"""Queries of a block."""
+
+
+@dataclass(frozen=True)
+class AttentionRule:
+    """How the queries of one layer look at keys of their document. The defaults are causal attention."""
+
+    layer: int = 0
+    """Number in the whole model."""
+    window: int | None = None
+    """A query sees so many tokens: its own and those before it."""
+    softcap: float | None = None
+    """c: a score s becomes c * tanh(s / c)."""
+    scale: float | None = None
+    """Of q k^T; None: head_dim ** -0.5."""
+
+
+def attention_rule(config: ModelConfig, layer: int) -> AttentionRule:
+    """The rule of layer number `layer` of the model."""
+    return AttentionRule(layer, config.window(layer), config.attention_softcap, config.attention_scale)
+
+
+def in_sight(rule: AttentionRule, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Whether a query at one position sees the key at another of its document; the two broadcast."""
+    seen = keys <= queries
+    return seen if rule.window is None else seen & (queries - keys < rule.window)
+
+
+def softmax_weights(rule: AttentionRule, q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Of the g query heads of each key head: q [.., g, n, D], k [.., m, D], seen that broadcasts -> [.., g, n, m],
+    whose rows sum to 1, in the dtype of sums."""
+    wide = accumulation_dtype(q.dtype)
+    scale = q.shape[-1] ** -0.5 if rule.scale is None else rule.scale
+    scores = _of_groups(q.to(wide) * scale, k.to(wide).mT)
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    return scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
+
+
+def weighted_values(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """weights [.., g, n, m], v [.., m, D] -> [.., g, n, D], in the dtype of `weights`."""
+    return _of_groups(weights, v.to(weights.dtype))
+
+
+def _of_groups(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """[.., g, n, a] times [.., a, b]: all heads of a group in one product, so that the matrix is not repeated."""
+    return (rows.flatten(-3, -2) @ matrix).unflatten(-2, rows.shape[-3:-1])
+
+
+@dataclass(frozen=True)
+class EqualDocuments:
+    """Neighbouring documents of one length in a row."""
+
+    count: int
+    length: int
+    start: int
+    """The first token's number in the row."""
+
+
+def attend_in_blocks(
+    rule: AttentionRule,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    docs: EqualDocuments,
+    drop: Drop | None = None,
+) -> torch.Tensor:
+    """Attention within each of `docs`: q [count * length, H, D], k, v [count * length, Hkv, D] -> as q."""
+    q = q.unflatten(1, (k.shape[1], -1))  # [T, Hkv, g, D]
+    mixed: torch.Tensor = _InBlocks.apply(q, k.unsqueeze(2), v.unsqueeze(2), _Blocks(rule, docs, drop))
+    return mixed.flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    rule: AttentionRule
+    docs: EqualDocuments
+    drop: Drop | None
+
+    def __call__(self, heads: int) -> Iterator[tuple[slice, slice]]:
+        """(queries, keys in their reach) of each block; positions in a document."""
+        length, window = self.docs.length, self.rule.window or self.docs.length
+        n = _AT_ONCE // (self.docs.count * heads * min(length, 2 * window))
+        n = min(max(n, _FEWEST), max(window, _FEWEST))
+        for start in range(0, length, n):
+            stop = min(start + n, length)
+            yield slice(start, stop), slice(max(0, start - window + 1), stop)
+
+    def mix(self, block: tuple[slice, slice], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The values of one block: q [count, Hkv, g, n, D], k, v [count, Hkv, 1, m, D] -> as q."""
+        queries, keys = (torch.arange(part.start, part.stop, device=q.device) for part in block)
+        weights = softmax_weights(self.rule, q, k.squeeze(2), in_sight(self.rule, queries[:, None], keys))
+        if self.drop is not None:
+            first = self.docs.start + self.docs.length * torch.arange(self.docs.count, device=q.device)
+            first = first.view(-1, 1, 1, 1, 1)
+            heads = torch.arange(q.shape[1] * q.shape[2], device=q.device).view(-1, q.shape[2], 1, 1)
+            weights = self.drop(self.rule.layer, weights, heads, first + queries[:, None], first + keys)
+        return weighted_values(weights, v.squeeze(2))
+
+
+class _InBlocks(torch.autograd.Function):
+    """q [T, Hkv, g, D], k, v [T, Hkv, 1, D] -> as q."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: _Blocks) -> torch.Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.blocks = blocks
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        views = [_by_document(x, blocks.docs) for x in (q, k, v)]
+        for block in blocks(q.shape[1] * q.shape[2]):
+            _by_document(out, blocks.docs)[..., block[0], :] = blocks.mix(block, *_parts(views, block))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        blocks, inputs = ctx.blocks, ctx.saved_tensors
+        q = inputs[0]
+        *views, grad = (_by_document(x, blocks.docs) for x in (*inputs, *grads))
+        sums = [torch.zeros_like(x, dtype=accumulation_dtype(x.dtype)) for x in inputs]
+        totals = [_by_document(x, blocks.docs) for x in sums]
+        for block in blocks(q.shape[1] * q.shape[2]):
+            # In the dtype of sums, in which the gradients of a key from several blocks are added.
+            leaves = [x.to(sums[0].dtype, copy=True).requires_grad_() for x in _parts(views, block)]
+            with torch.enable_grad():
+                mixed = blocks.mix(block, *leaves)
+            own = torch.autograd.grad(mixed, leaves, grad[..., block[0], :].to(mixed.dtype))
+            for total, part in zip(_parts(totals, block), own, strict=True):
+                total += part
+        return *(total.to(x.dtype) for total, x in zip(sums, inputs, strict=True)), None
+
+
+def _by_document(x: torch.Tensor, docs: EqualDocuments) -> torch.Tensor:
+    """[T, Hkv, g, D] -> [count, Hkv, g, length, D], a view."""
+    return x.unflatten(0, (docs.count, docs.length)).movedim(1, 3)
+
+
+def _parts(views: list[torch.Tensor], block: tuple[slice, slice]) -> list[torch.Tensor]:
+    """Of q, k and v."""
+    queries, keys = block
+    return [x[..., part, :] for x, part in zip(views, (queries, keys, keys), strict=True)]

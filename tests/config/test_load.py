@@ -517,7 +517,7 @@ def test_aliases_of_unsupported_features(tmp_path: Path, text: str, expected: st
         ("model.vision_tower", "'clip'", "images, video and sound"),
         ("ema_decay", "0.999", "averaging of weights"),
         ("use_cuda_graph", "True", "CUDA graphs"),
-        ("model.attention_dropout", "0.1", "dropout"),
+        ("model.drop_path_rate", "0.1", "dropout of whole layers"),
         ("model.use_alibi", "True", "other position embeddings"),
         ("num_train_epochs", "3", "counting in epochs"),
         ("deepspeed", "'ds.json'", "another framework's settings"),

@@ -157,7 +157,7 @@ FEATURES: Mapping[str, tuple[str, str]] = {
     r"mtp(_.*)?|num_nextn_predict_layers|multi_token.*": ("multi-token prediction", "one token is predicted"),
     r"(num_)?(train_)?epochs?": ("counting in epochs", "data.total_steps counts steps"),
     r"early_stopping.*|load_best_model.*|metric_for_best.*": (
-        "stopping by a metric", "data.valid_every shows it, ckpt.stop_file_path stops"),
+        "stopping by a metric", "ckpt.keep_best keeps what was best, ckpt.stop_file_path stops"),
     r"hf|hf_model|huggingface.*|trust_remote_code|attn_implementation": (
         "models of transformers", "`internlm-lite convert from-hf` reads weights of Llama, Mistral, Qwen and InternLM"),
     r"deepspeed.*|ds_config|megatron.*|accelerate.*|auto_parallel.*|trainer_type": (
@@ -185,9 +185,12 @@ _OTHER_NAMES = {
     "data.tokenizer": "vocab_file tokenizer_model tokenizer_name_or_path",
     "data.total_steps": "max_steps train_iters train_steps max_iters total_iters training_steps",
     "data.train_folder": "data_path dataset dataset_path train_data_path train_file",
+    "data.valid_at_start": "eval_on_start",
+    "data.valid_batches": "eval_iters",
     "data.valid_every": "eval_steps eval_interval",
     "data.weights": "dataset_weights data_weights blend",
     "hybrid_zero_optimizer.clip_grad_norm": "max_grad_norm gradient_clipping clip_grad max_norm",
+    "lr_scheduler.decay": "lr_scheduler_type lr_decay_style",
     "lr_scheduler.eta_min": "min_lr min_decay_lr lr_min",
     "lr_scheduler.warmup_steps": "lr_warmup_iters lr_warmup_steps warmup_iters num_warmup_steps",
     "model.attention_scale": "softmax_scale attention_multiplier query_pre_attn_scalar",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
 
-from internlm_lite.apps.convert.hf_rope import Rotary, Unrotated
+from internlm_lite.apps.convert.hf_rope import RotaryKeys, Unrotated
 from internlm_lite.apps.convert.hf_windows import Windows
 from internlm_lite.errors import CheckpointError
 
@@ -148,7 +148,7 @@ class Form:
     """Features that all models of the family have."""
     constants: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     """Key -> the one value that we can express, and its default."""
-    groups: tuple[KeyGroup, ...] = (Activation(), Rotary())
+    groups: tuple[KeyGroup, ...] = (Activation(), RotaryKeys())
     transposed: frozenset[str] = frozenset()
     """Our modules whose weight is stored as [inputs, outputs]."""
 
@@ -232,21 +232,21 @@ FORMS: Mapping[Family, Form] = {
         SEPARATE,
         _keys(max_positions=131072),
         _UNBIASED,
-        groups=(Activation(), Rotary(), Windows(4096, has_types=False)),
+        groups=(Activation(), RotaryKeys(), Windows(4096, has_types=False)),
     ),
     "qwen2": Form(
         "Qwen2ForCausalLM",
         SEPARATE,
         _keys(max_positions=32768),
         {"qkv_bias": True, "out_bias": False},
-        groups=(Activation(), Rotary(), _QWEN),
+        groups=(Activation(), RotaryKeys(), _QWEN),
     ),
     "qwen3": Form(
         "Qwen3ForCausalLM",
         SEPARATE,
         _keys(_ATTENTION, head_dim=128, max_positions=32768),
         {"qk_norm": "head"},
-        groups=(Activation(), Rotary(), _QWEN),
+        groups=(Activation(), RotaryKeys(), _QWEN),
     ),
     "olmo2": Form(
         "Olmo2ForCausalLM",
@@ -261,7 +261,7 @@ FORMS: Mapping[Family, Form] = {
         {"norm_position": "reordered", "qk_norm": "full"},
         groups=(
             Activation(),
-            Rotary(("rope_theta", 500000.0), by_layer=True),
+            RotaryKeys(("rope_theta", 500000.0), by_layer=True),
             Windows(4096, lambda config, layer: (layer + 1) % 4 > 0),
         ),
     ),
@@ -271,7 +271,7 @@ FORMS: Mapping[Family, Form] = {
         _keys({**_ATTENTION, **_MLP}, num_kv_attention_heads=4, tie_word_embeddings=True, max_positions=32768),
         groups=(
             Activation(),
-            Rotary(("rope_theta", 2000000.0)),
+            RotaryKeys(("rope_theta", 2000000.0)),
             Unrotated(),
             Windows(None, has_unrotated, flag="use_sliding_window"),
         ),
@@ -287,7 +287,7 @@ FORMS: Mapping[Family, Form] = {
         _UNBIASED,
         groups=(
             Activation(),
-            Rotary(kinds=(), share=("partial_rotary_factor", 1.0)),
+            RotaryKeys(kinds=(), share=("partial_rotary_factor", 1.0)),
             Windows(None, has_types=False),
         ),
     ),
@@ -303,7 +303,7 @@ FORMS: Mapping[Family, Form] = {
         ),
         _GEMMA_FIXED,
         {"use_bidirectional_attention": (None, None)},
-        (_GEMMA_ACTIVATION, GemmaScales(), Rotary(), Windows(4096, lambda config, layer: (layer + 1) % 2 > 0)),
+        (_GEMMA_ACTIVATION, GemmaScales(), RotaryKeys(), Windows(4096, lambda config, layer: (layer + 1) % 2 > 0)),
     ),
     "gemma3_text": Form(
         "Gemma3ForCausalLM",
@@ -314,7 +314,7 @@ FORMS: Mapping[Family, Form] = {
         (
             _GEMMA_ACTIVATION,
             GemmaScales(),
-            Rotary(("rope_theta", 1000000.0), by_layer=True, local_base=10000.0),
+            RotaryKeys(("rope_theta", 1000000.0), by_layer=True, local_base=10000.0),
             Windows(4096, lambda config, layer: (layer + 1) % config.get("sliding_window_pattern", 6) > 0),
         ),
     ),
@@ -359,19 +359,19 @@ FORMS: Mapping[Family, Form] = {
         ),
         {"norm_type": "layernorm", "mlp_bias": True},
         {"use_parallel_residual": (False, True)},
-        (Activation(default="gelu", types=PLAIN), Rotary(("rotary_emb_base", 10000.0), share=("rotary_pct", 0.25))),
+        (Activation(default="gelu", types=PLAIN), RotaryKeys(("rotary_emb_base", 10000.0), share=("rotary_pct", 0.25))),
     ),
     "internlm": Form(
         "InternLMForCausalLM",
         SEPARATE,
         _without(_keys(_BIASED), "num_kv_attention_heads", "head_dim"),
-        groups=(Activation(), Rotary(kinds=("dynamic",), has_rotary=True)),
+        groups=(Activation(), RotaryKeys(kinds=("dynamic",), has_rotary=True)),
     ),
     "internlm2": Form(
         "InternLM2ForCausalLM",
         GROUPED,
         _without(_keys(_BIASED), "head_dim"),
-        groups=(Activation(), Rotary(kinds=("linear", "dynamic"))),
+        groups=(Activation(), RotaryKeys(kinds=("linear", "dynamic"))),
     ),
     "internlm3": Form(
         "InternLM3ForCausalLM",

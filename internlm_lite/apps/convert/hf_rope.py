@@ -20,7 +20,7 @@ _NAMES = {"type": "rope_type", "base": "rope_theta", "scaling_factor": "factor"}
 
 
 @dataclass(frozen=True)
-class Rotary:
+class RotaryKeys:
     """How a family describes its rotary embedding."""
 
     base: tuple[str, float] = ("rope_theta", 10000.0)

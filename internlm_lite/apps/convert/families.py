@@ -15,8 +15,14 @@ Family = Literal[
     "mistral",
     "qwen2",
     "qwen3",
+    "olmo2",
+    "olmo3",
     "smollm3",
     "phi3",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
     "internlm",
     "internlm2",
     "internlm3",
@@ -219,7 +225,7 @@ _GEMMA_DEFAULTS = {"num_attention_heads": 8, "num_kv_attention_heads": 4, "head_
 _GEMMA_FIXED = {"norm_position": "sandwich", "zero_centered_norm": True}
 _GEMMA_ACTIVATION = Activation("hidden_activation", "gelu_pytorch_tanh")
 
-FORMS: Mapping[Any, Form] = {
+FORMS: Mapping[Family, Form] = {
     "llama": Form("LlamaForCausalLM", SEPARATE, _keys({**_ATTENTION, **_MLP})),
     "mistral": Form(
         "MistralForCausalLM",

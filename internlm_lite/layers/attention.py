@@ -36,7 +36,7 @@ class Attention(CostedLayer):
         self.layer, self.tp_ctx = layer, tp_ctx
         self.rule = attention_rule(config, layer)
         self._pairs = partial(config.attention_pairs, layer)
-        self._has_dropout = config.attention_dropout > 0
+        self.has_dropout = config.attention_dropout > 0
         self.head_dim = config.head_size
         self.queries = heads // kv_heads  # per key/value head
         rows, bias = kv_heads * (self.queries + 2) * self.head_dim, config.has_qkv_bias
@@ -87,7 +87,7 @@ class Attention(CostedLayer):
 
     def in_blocks(self, row: RowShape) -> bool:
         """Whether layers/scores.py computes attention, for whatever documents."""
-        return row.reference and (self.rule.softcap is not None or self._has_dropout)
+        return row.reference and (self.rule.softcap is not None or self.has_dropout)
 
     def saved_bytes(self, row: RowShape) -> Bytes:
         """With a window, of documents that are not longer: of others the reference keeps less."""

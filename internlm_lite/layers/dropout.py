@@ -128,7 +128,7 @@ class Dropout(CostedLayer):
         x, numbers = self.tp_ctx.hidden_bytes(row.tokens, self.hidden_size), self._numbers(row)
         if "block" in row.fused:  # joined to the addition; of two gradients one is joined to others
             return [Pass("fused", 3 * x // 2, backward=True)]
-        if "swiglu" in row.fused:
+        if "activation" in row.fused:
             return [Pass("fused", 2 * x), Pass("fused", 2 * x, backward=True)]
         return [Pass("elementwise", 138 * numbers + 4 * x, 16, backward=back) for back in (False, True)]
 

@@ -13,6 +13,7 @@ from itertools import pairwise
 from internlm_lite.apps.planner.device_file import DeviceFile
 from internlm_lite.apps.planner.holdings import BucketSizes
 from internlm_lite.apps.planner.schedule import StageCost
+from internlm_lite.layers.attention import Attention
 from internlm_lite.layers.costs import CostedLayer, Message, Pass, RowShape
 from internlm_lite.layers.flash import LONG, TILE
 from internlm_lite.models.decoder import Block, Transformer
@@ -150,7 +151,7 @@ class Roofline:
         per_key = (unit.flops_per_token(1) - unit.flops_per_token(0)) * ways.row.tokens / self.tp
         keys = ways.documents.keys_within(unit.attention.rule.window if isinstance(unit, Block) else None)
         if isinstance(unit, Block) and unit.attention.in_blocks(ways.row):
-            return self._in_blocks(direction, per_key * keys, unit.attention.head_dim)
+            return self._in_blocks(direction, per_key * keys, unit.attention)
         operations = {"forward": 1.0, "backward": 2.5}[direction] * per_key * keys
         shares = {ways.attention: 1.0}
         if ways.attention == "cudnn":
@@ -160,13 +161,14 @@ class Roofline:
         seconds: float = sum(share * operations / (rates[kernel] * 1e12) for kernel, share in shares.items())
         return slower * seconds
 
-    def _in_blocks(self, direction: str, operations: float, head_dim: int) -> float:
-        """Of layers/scores.py, in fp32: one kernel after another reads and writes the scores. The backward pass makes
-        them again."""
+    def _in_blocks(self, direction: str, operations: float, attention: Attention) -> float:
+        """Of layers/scores.py, in fp32: one kernel after another reads and writes the scores, and for dropout numbers
+        twice as wide. The backward pass makes them again."""
         products, kernels = {"forward": (1, 12), "backward": (3, 27)}[direction]
+        kernels += attention.has_dropout * {"forward": 39, "backward": 44}[direction]
         peaks = self.device.peak_tflops
         rate = peaks.get("fp32", peaks[self.ways.dtype]) * 1e12 * self.device.product_fraction
-        scores = 4 * operations / (4 * head_dim)
+        scores = 4 * operations / (4 * attention.head_dim)
         return products * operations / rate + self.device.passes_seconds("elementwise", kernels * scores)
 
     def passes(self, passes: Iterable[Pass]) -> tuple[Seconds, Seconds]:

@@ -25,6 +25,7 @@ from internlm_lite.runtime.tool import run_tool
 from internlm_lite.units import memory_bytes
 
 if TYPE_CHECKING:
+    from internlm_lite.config.schema import Config
     from internlm_lite.monitor.sinks import SinkFactory
 
 
@@ -132,17 +133,7 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
         print(print_config(loaded, arguments.print_config))
         return 0
     if arguments.dry_run:
-        from internlm_lite.apps.planner.command import PlanOptions, dry_run
-
-        asked = PlanOptions(
-            tflops=arguments.tflops,
-            device=arguments.device,
-            as_json=arguments.json,
-            components=arguments.components,
-            lengths=arguments.lengths,
-            memory=arguments.memory,
-        )
-        return dry_run(loaded.config, world_size, asked)
+        return _dry_run(arguments, loaded.config, world_size)
 
     from internlm_lite.apps.report.writer import open_report
     from internlm_lite.runtime.device import usable_gpus
@@ -163,3 +154,17 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
         eval_only=arguments.eval_only,
     )
     run_job(loaded, dist_env, options)
+
+
+def _dry_run(arguments: argparse.Namespace, config: Config, world_size: int) -> int:
+    from internlm_lite.apps.planner.command import PlanOptions, dry_run
+
+    options = PlanOptions(
+        tflops=arguments.tflops,
+        device=arguments.device,
+        as_json=arguments.json,
+        components=arguments.components,
+        lengths=arguments.lengths,
+        memory=arguments.memory,
+    )
+    return dry_run(config, world_size, options)

@@ -23,7 +23,7 @@ _NO_FEATURES = {
     *("checkpoint", "dtype", "attention", "use_flash_attn", "compile", "fp8", "use_fp32_norm", "init_std"),
     *("num_chunks", "embed_split_hidden", "embed_grad_scale", "parallel_output"),
     *("embedding_dropout", "attention_dropout", "residual_dropout"),
-    *("mlp_ratio", "multiple_of", "no_bias"),
+    *("mlp_ratio", "multiple_of", "no_bias", "apply_post_layer_norm"),
 }
 """Fields of the model section that do not change what a trained model computes, or that others say as well."""
 _OF_ROTATION = ("rope_base", "rope_scaling", "rope_local_base", "partial_rotary_factor", "no_rope_every")
@@ -39,6 +39,13 @@ class HFConfig:
     family: Family
     model: ModelConfig
     max_positions: int
+    has_images: bool
+    """It is the part for text of a model that reads images, too."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """For the user, one a line."""
+        return ("the part of the model that reads images is left out",) * self.has_images
 
 
 def features(model: ModelConfig) -> dict[str, Any]:
@@ -51,6 +58,8 @@ def features(model: ModelConfig) -> dict[str, Any]:
         "mlp_width": model.mlp_hidden_size,
         "qkv_bias": model.has_qkv_bias,
         "out_bias": model.has_out_bias,
+        "norm_position": model.norms_at,
+        "norm_bias": model.has_norm_bias,
         "embed_scale": model.embed_scale or 1.0,
         "logit_scale": model.logit_scale or 1.0,
         "attention_scale": model.attention_scale or model.head_size**-0.5,
@@ -83,12 +92,12 @@ def default_family(model: ModelConfig) -> Family:
 def _written(model: ModelConfig, family: Family, max_positions: int) -> dict[str, Any]:
     """config.json with what the family has a key for."""
     form, ours = FORMS[family], features(model)
-    ours |= {name: getattr(model, name) for name in form.keys if name in _NO_FEATURES and hasattr(model, name)}
+    ours |= {name: getattr(model, name) for name in form.keys if name in _NO_FEATURES}
     ours["max_positions"] = _positions(model, max_positions)
     config: dict[str, Any] = {"architectures": [form.architecture], "model_type": family}
     # Families have defaults for these, which need not be in our vocabulary.
     config |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    config |= {name: ours[feature] for feature, (name, _) in form.keys.items() if feature in ours}
+    config |= {name: ours[feature] for feature, (name, _) in form.keys.items()}
     config |= {name: value for name, (value, _) in form.constants.items()}
     for group in form.groups:
         config |= group.write(ours)
@@ -116,6 +125,9 @@ def _not_expressed(model: ModelConfig, family: Family) -> Iterator[str]:
 
 def from_hf(config: Mapping[str, Any], where: str) -> HFConfig:
     """Our model config from config.json. Raises CheckpointError naming `where` and every unsupported key."""
+    has_images = config.get("model_type") == "gemma3" and isinstance(config.get("text_config"), Mapping)
+    if has_images:
+        config = {**config, **config["text_config"], "model_type": "gemma3_text"}
     family = next((known for known in FAMILIES if known == config.get("model_type")), None)
     if family is None:
         raise CheckpointError(
@@ -133,7 +145,7 @@ def from_hf(config: Mapping[str, Any], where: str) -> HFConfig:
         raise CheckpointError(
             f"{where}: {'.'.join(map(str, first['loc']))}: found {first['input']!r}: {first['msg']}"
         ) from error
-    return HFConfig(family, model, found["max_positions"])
+    return HFConfig(family, model, found["max_positions"], has_images)
 
 
 def _section(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,9 +183,9 @@ def _read(form: Form, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
     config = {**dict(form.keys.values()), **config}
     found = {**form.fixed, **{feature: config[key] for feature, (key, _) in form.keys.items()}}
     problems = [
-        f"{form.keys[feature][0]}: found {found[feature]!r}, expected a positive integer"
-        for feature in _COUNTS & form.keys.keys()
-        if type(found[feature]) is not int or found[feature] < 1
+        f"{key}: found {config[key]!r}, expected a positive integer"
+        for feature, (key, _) in form.keys.items()
+        if feature in _COUNTS and (type(config[key]) is not int or config[key] < 1)
     ]
     if problems:
         return found, problems

@@ -19,7 +19,7 @@ from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
 from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import open_training_data, open_validation_data
 from internlm_lite.data.render_batches import StepFigures, walk_steps
-from internlm_lite.layers.costs import RowShape
+from internlm_lite.layers.costs import Bytes, RowShape
 from internlm_lite.layers.flash import AttentionBackend, expected_backend
 from internlm_lite.mesh.mesh import Sizes, axis_groups, rank_of, sizes_of
 from internlm_lite.monitor.flops import internlm_step_flops
@@ -63,17 +63,6 @@ def make_plan(
     held, parameters_total = holdings(config, sizes, backend)
     row = row_shape(config, backend, device)
     orders = actions_of(config.schedule, sizes.pp, config.model.num_chunks, data.micro_num)
-    model, whole = config.model, replace(row, selective=False)
-    cases = {
-        "off": (whole, 0),
-        "selective": (replace(row, selective=True), 0),
-        "configured": (row, model.recomputed_layers),
-        "all": (whole, model.num_layers),
-    }
-    kept = [
-        {case: most_kept(own, shape, order, n) for case, (shape, n) in cases.items()}
-        for own, order in zip(held, orders, strict=True)
-    ]
     n_bytes = _rank_bytes(config, held, orders, row)
     sent = [traffic(messages(row, sizes, own, data.micro_num), sizes) for own in held]
     costs = {number: stage_cost(stage, data.seq_len) for own in held for number, stage in own.stages.items()}
@@ -84,7 +73,7 @@ def make_plan(
         layout=_layout(config, sizes, backend),
         parameters_total=parameters_total,
         ranks=tuple(_ranks(sizes, held, n_bytes, sent)),
-        activations=max(kept, key=lambda cases: sum(cases["configured"].values())),
+        activations=_activations(config, held, orders, row),
         flops_per_step=internlm_step_flops(config.model, data.seq_len, tokens_per_step // data.seq_len),
         tokens_per_step=tokens_per_step,
         steps_total=data.total_steps,
@@ -110,6 +99,24 @@ def make_plan(
         ),
         notes=list(_notes(config, sizes)),
     )
+
+
+def _activations(
+    config: Config, held: Sequence[RankHoldings], orders: Sequence[Sequence[Action]], row: RowShape
+) -> dict[str, Bytes]:
+    """Of the rank that keeps most, by what is recomputed."""
+    whole = replace(row, selective=False)
+    cases = {
+        "off": (whole, 0),
+        "selective": (replace(row, selective=True), 0),
+        "configured": (row, config.model.recomputed_layers),
+        "all": (whole, config.model.num_layers),
+    }
+    kept = [
+        {case: most_kept(own, shape, order, n) for case, (shape, n) in cases.items()}
+        for own, order in zip(held, orders, strict=True)
+    ]
+    return max(kept, key=lambda found: sum(found["configured"].values()))
 
 
 def _rank_bytes(

@@ -67,11 +67,6 @@ def make_plan(
     sent = [traffic(messages(row, sizes, own, data.micro_num), sizes) for own in held]
     costs = {number: stage_cost(stage, data.seq_len) for own in held for number, stage in own.stages.items()}
     tokens_per_step = data.micro_num * data.micro_bsz * data.seq_len * sizes.dp
-
-    def peak(micro_bsz: int) -> int:
-        row_of = replace(row, tokens=micro_bsz * data.seq_len)
-        return max(one.peak for one in _rank_bytes(config, held, orders, row_of))
-
     return RunPlan(
         job=config.JOB_NAME,
         sizes=sizes,
@@ -89,7 +84,12 @@ def make_plan(
         groups=_groups(sizes),
         components=components_of(config, sorted({data.seq_len, *questions.lengths})),
         learning_rates=dict(_learning_rates(config)),
-        largest_batch=largest_batch(peak, questions.memory) if questions.memory else None,
+        largest_batch=None
+        if questions.memory is None
+        else largest_batch(
+            lambda n: max(one.peak for one in _rank_bytes(config, held, orders, replace(row, tokens=n * data.seq_len))),
+            questions.memory,
+        ),
         clock=None
         if questions.timed is None
         else clock_plan(

@@ -53,6 +53,7 @@ _MOST = {
     "model.num_attention_heads": 2**20,
     "model.num_chunks": 10**4,
     "model.num_layers": 2**11,
+    "model.sliding_window": 2**31 - 1,
     "model.vocab_size": 2**31 - 1,
     "monitor.alerts.silent_seconds": 10**9,
     "monitor.report_every_seconds": 10**9,

@@ -152,12 +152,12 @@ FEATURES: Mapping[str, tuple[str, str]] = {
     r".*cuda_?graphs?.*|compile_.*|.*inductor.*": ("CUDA graphs and options of the compiler", "see model.compile"),
     r"(.*_)?dropout(_.*)?|(attn_|hidden_|drop_path_)?drop(_rate|_prob)?|.*_pdrop|drop_path.*": (
         "dropout", "adam.weight_decay and loss.label_smoothing regularise"),
-    r"(use_)?sliding_window.*|window_size|attention_window|local_attention.*": (
-        "sliding-window attention", "attention spans data.seq_len"),
+    r"local_attention.*|attention_sinks?|sink_.*": (
+        "another form of local attention", "model.sliding_window and model.layer_types set windows"),
     r"(use_)?(yarn|ntk|alibi)(_.*)?|position_embedding_type": (
         "other position embeddings", "model.position names the kind, model.rope_scaling scales rotary frequencies"),
     r"mtp(_.*)?|num_nextn_predict_layers|multi_token.*": ("multi-token prediction", "one token is predicted"),
-    r"(logits?|attn_logit)_soft_?cap.*|final_logit_softcapping|z_loss.*": (
+    r"logits?_soft_?cap.*|final_logit_softcapping|z_loss.*": (
         "caps and penalties of logits", "loss.label_smoothing"),
     r"(num_)?(train_)?epochs?": ("counting in epochs", "data.total_steps counts steps"),
     r"early_stopping.*|load_best_model.*|metric_for_best.*": (
@@ -194,6 +194,8 @@ _OTHER_NAMES = {
     "hybrid_zero_optimizer.clip_grad_norm": "max_grad_norm gradient_clipping clip_grad max_norm",
     "lr_scheduler.eta_min": "min_lr min_decay_lr lr_min",
     "lr_scheduler.warmup_steps": "lr_warmup_iters lr_warmup_steps warmup_iters num_warmup_steps",
+    "model.attention_scale": "softmax_scale attention_multiplier query_pre_attn_scalar",
+    "model.attention_softcap": "attn_logit_softcapping attn_logit_softcap attention_logit_cap",
     "model.checkpoint": "gradient_checkpointing activation_checkpoint activation_checkpointing recompute "
     "recompute_granularity",
     "model.compile": "torch_compile use_torch_compile use_compile enable_compile",
@@ -206,6 +208,7 @@ _OTHER_NAMES = {
     "model.num_layers": "num_hidden_layers n_layers",
     "model.qk_norm": "qk_layernorm use_qk_norm",
     "model.rope_base": "rope_theta rotary_base",
+    "model.sliding_window": "use_sliding_window window_size attention_window sliding_window_size",
     "model.tie_word_embeddings": "tie_embeddings_and_output_weights share_embeddings_and_output_weights",
     "monitor.log_every": "logging_steps log_interval log_freq iteration_step_info_interval",
     "monitor.wandb": "report_to",

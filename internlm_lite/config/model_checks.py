@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from internlm_lite.config.problems import Problem
-from internlm_lite.config.schema import Config, ModelConfig
+from internlm_lite.config.schema import UNKNOWN_TO_KERNELS, Config, ModelConfig
 
 _TENSOR = "parallel.tensor"
 
@@ -14,6 +14,7 @@ def model_problems(config: Config) -> Iterator[Problem]:
     """A Problem for each contradiction."""
     yield from _heads(config)
     yield from _positions(config)
+    yield from _windows(config.model)
     yield from _tensor(config)
     yield from _float8(config)
 
@@ -86,6 +87,20 @@ def _original_length(model: ModelConfig) -> Iterator[Problem]:
     if scaling.rope_type != "dynamic" or model.max_position_embeddings is None:
         why = f"rope_type {scaling.rope_type!r} needs it"
         yield Problem((key,), f"found None, expected the longest row of the first training: {why}")
+
+
+def _windows(model: ModelConfig) -> Iterator[Problem]:
+    window, kinds = "model.sliding_window", "model.layer_types"
+    sliding = model.layer_types is not None and "sliding_attention" in model.layer_types
+    if sliding and model.sliding_window is None:
+        yield Problem((window, kinds), f"found None with sliding layers in {kinds}, expected their tokens; add it")
+    if model.sliding_window is not None and not any(map(model.is_sliding, range(model.num_layers))):
+        text = f"found {model.sliding_window}, but no layer is sliding by {kinds}; remove one of them"
+        yield Problem((window, kinds), text)
+    for key in UNKNOWN_TO_KERNELS.get(model.attention, ()):
+        if (value := getattr(model, key)) is not None:
+            text = f'found {value} with model.attention "{model.attention}", whose kernel does not have it; take "auto"'
+            yield Problem((f"model.{key}", "model.attention"), text)
 
 
 def _tensor(config: Config) -> Iterator[Problem]:

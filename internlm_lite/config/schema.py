@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from internlm_lite.units import round_up
 
+UNKNOWN_TO_KERNELS = {"cudnn": ("sliding_window", "attention_softcap"), "torch_varlen": ("attention_softcap",)}
+"""model.attention -> keys of `model` that this kernel does not have."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -404,6 +406,12 @@ class ModelConfig(Section):
         """Tokens that a query of the layer sees, its own among them; None: all of its document."""
         return self.sliding_window if self.is_sliding(layer) else None
 
+    def attention_pairs(self, layer: int, seq_len: int) -> int:
+        """Pairs of query and key that FLOPs count in a document of S tokens. Full attention: all S^2, masked or not. A
+        window W < S: the W * S - W * (W - 1) / 2 pairs in it and, likewise, their mirrors beyond the diagonal."""
+        window = min(self.window(layer) or seq_len, seq_len)
+        return window * (2 * seq_len - window + 1) - seq_len
+
     @property
     def most_positions(self) -> int | None:
         """Longest document that the model can read; None: of any length."""
@@ -421,6 +429,11 @@ class ModelConfig(Section):
     @property
     def has_out_bias(self) -> bool:
         return not self.no_bias if self.out_bias is None else self.out_bias
+
+    @property
+    def gated_mlp(self) -> bool:
+        """The feed-forward part has a second projection, by which the activation is multiplied."""
+        return "glu" in self.mlp_type
 
     @property
     def mlp_hidden_size(self) -> int:

@@ -8,6 +8,8 @@ The caller chooses the kernel and the mask with `attend`: packed attention in tr
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from internlm_lite.config.schema import ModelConfig
@@ -32,6 +34,7 @@ class Attention(CostedLayer):
         hidden_size, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.kv_heads
         self.layer, self.tp_ctx = layer, tp_ctx
         self.rule = attention_rule(config, layer)
+        self._pairs = partial(config.attention_pairs, layer)
         self.head_dim = config.head_size
         self.queries = heads // kv_heads  # per key/value head
         rows, bias = kv_heads * (self.queries + 2) * self.head_dim, config.has_qkv_bias
@@ -61,7 +64,7 @@ class Attention(CostedLayer):
         q, k, v = heads.split([self.queries, 1, 1], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.tp_ctx.selective:  # a view would keep all of qkv, which only the rotation reads
+        if self.tp_ctx.selective and self.q_norm is None:  # a view would keep all of qkv, which nothing else keeps
             v = v.contiguous()
         if rotary is None:
             q, k = q.contiguous(), k.contiguous()
@@ -75,10 +78,11 @@ class Attention(CostedLayer):
         return y
 
     def flops_per_token(self, seq_len: int) -> int:
-        query_features = self.wo.weight.shard_spec.shape[1]
-        return super().flops_per_token(seq_len) + 4 * seq_len * query_features  # q k^T, and its softmax times v
+        products = 4 * self._pairs(seq_len) * self.wo.weight.shard_spec.shape[1]  # q k^T, and its softmax times v
+        return super().flops_per_token(seq_len) + products // max(seq_len, 1)
 
     def saved_bytes(self, row: RowShape) -> Bytes:
+        """With a window, of documents that are not longer: of others the reference keeps less."""
         weight, output = self.wqkv.weight, self.wo.saved_bytes(row)["projection inputs"]
         kv_heads = weight.shape[0] // (self.queries + 2) // self.head_dim
         rotated = kv_heads * (self.queries + 1) * self.head_dim
@@ -86,11 +90,13 @@ class Attention(CostedLayer):
         lean = row.selective and self.q_norm is None
         projected = kv_heads * self.head_dim if lean else weight.shape[0]  # v is a view of the whole output
         normed = 0 if self.q_norm is None else kv_heads * (self.queries + 1)
+        of_kernel = self.rule.softcap is None or not row.reference  # else neither parts nor statistics are kept
         kept = {
             "queries, keys, values": row.tokens * projected * weight.itemsize,
             "rotated queries, keys": row.tokens * rotated * weight.itemsize,
-            "attention output": output * (1 + row.attention_by_document),  # input of wo; by document: its parts, too
-            "attention statistics": row.tokens * statistics,  # log-sum-exp of each query's scores
+            "attention output": output
+            * (1 + (row.attention_by_document and of_kernel)),  # input of wo; by document: its parts, too
+            "attention statistics": row.tokens * statistics * of_kernel,  # log-sum-exp of each query's scores
             "norm statistics": row.tokens * normed * accumulation_dtype(weight.dtype).itemsize,
         }
         return add_bytes(self.wqkv.saved_bytes(row), kept)

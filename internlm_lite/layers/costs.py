@@ -26,6 +26,8 @@ class RowShape:
     """"cuda" or "cpu": a few kernels save different tensors, and the loss uses chunks of another size."""
     attention_by_document: bool = False
     """True: attention in several calls, whose outputs are concatenated."""
+    reference: bool = False
+    """True: attention of no kernel that knows a soft cap, which layers/scores.py computes."""
     selective: bool = False
     """True: what is cheap to compute is computed again in the backward pass (layers/recompute.py)."""
     fused: frozenset[str] = frozenset()
@@ -89,7 +91,7 @@ class CostedLayer(nn.Module):
 
     def flops_per_token(self, seq_len: int) -> int:
         """FLOPs per token of the matrix products in a forward pass over documents of `seq_len` tokens, summed over the
-        tensor-parallel ranks; attention counts all pairs of tokens, masked or not. Backward: twice as many."""
+        tensor-parallel ranks; attention counts pairs as `ModelConfig.attention_pairs`. Backward: twice as many."""
         return sum(unit.flops_per_token(seq_len) for unit in self.units())
 
     def saved_bytes(self, row: RowShape) -> Bytes:

@@ -10,9 +10,9 @@
                    layers/scores.py takes the place of SDPA where a
                    rule has what that lacks
 
-All take a row of T packed tokens and its document boundaries; no token attends to another document. A layer's
-`AttentionRule` goes with every call. A kernel other than torch's varlen kernel and the reference is compared with the
-reference on the rank's GPU, by the rules of the model, before it is used.
+All take a row of T packed tokens and its document boundaries; no token attends to another document. The window, soft
+cap and scale of a layer come with each call. A kernel is compared with the reference on the rank's GPU, by the rules of
+the model, before it is used: all but torch's varlen kernel without windows and scales.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from internlm_lite.config.schema import ModelConfig
+from internlm_lite.config.schema import UNKNOWN_TO_KERNELS, ModelConfig
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.scores import AttentionRule, Drop, EqualDocuments, attend_in_blocks, attention_rule
 from internlm_lite.runtime.device import torch_dtype
@@ -77,8 +77,6 @@ class Needs:
     """Of which head_dim must be."""
     repeats: bool = True
     """Its backward pass can give the same bits each time."""
-    lacks: tuple[str, ...] = ()
-    """Keys of `model` that it knows nothing of."""
     module: str = ""
     """The package with its `flash_attn_varlen_func`."""
     install: str = ""
@@ -94,9 +92,9 @@ NEEDS = {
     AttentionBackend.FLASH_ATTN_4: Needs(
         (9, 10), 128, 32, module="flash_attn.cute", install="pip install flash-attn-4"
     ),
-    AttentionBackend.CUDNN: Needs((9, 10), 128, repeats=False, lacks=("sliding_window", "attention_softcap")),
+    AttentionBackend.CUDNN: Needs((9, 10), 128, repeats=False),
     AttentionBackend.FLASH_ATTN: Needs(AMPERE_AND_LATER, module="flash_attn", install="pip install flash-attn"),
-    AttentionBackend.TORCH_VARLEN: Needs(AMPERE_AND_LATER, lacks=("attention_softcap",)),
+    AttentionBackend.TORCH_VARLEN: Needs(AMPERE_AND_LATER),
 }
 """In the order in which "auto" tries them."""
 
@@ -120,6 +118,11 @@ def choose_backend(config: ModelConfig, device: torch.device, *, strict: bool = 
             return backend
         if "went wrong" in refusal:
             logger.warning(f"attention: {backend.value} {refusal}; another kernel is used")
+    if config.attention_softcap is not None and device.type == "cuda":
+        logger.warning(
+            "attention: no kernel here has model.attention_softcap: scores are computed block by block, exactly but "
+            "slowly; flash-attn has it, in half precision"
+        )
     return AttentionBackend.SDPA
 
 
@@ -129,14 +132,15 @@ def expected_backend(config: ModelConfig, *, deterministic: bool) -> AttentionBa
     if wanted != "auto":
         return AttentionBackend[wanted.upper()]
     for backend in (AttentionBackend.CUDNN, AttentionBackend.TORCH_VARLEN):
-        if not _unfit(NEEDS[backend], config) and (NEEDS[backend].repeats or not deterministic):
+        if not _unfit(backend, config) and (NEEDS[backend].repeats or not deterministic):
             return backend
     return AttentionBackend.SDPA
 
 
 def _refusal(backend: AttentionBackend, config: ModelConfig, device: torch.device) -> str:
     """Why `backend` cannot run this model on `device`, or must not; empty: it can."""
-    own = backend in (AttentionBackend.TORCH_VARLEN, AttentionBackend.SDPA)
+    plain = config.sliding_window is None and config.attention_scale is None
+    own = backend is AttentionBackend.SDPA or (backend is AttentionBackend.TORCH_VARLEN and plain)
     tried = torch.cuda.is_available() and not own
     return unmet(backend, config, device) or (kernel_problem(backend, config, device) if tried else "")
 
@@ -152,22 +156,23 @@ def unmet(backend: AttentionBackend, config: ModelConfig, device: torch.device) 
     major, minor = torch.cuda.get_device_capability(device)
     if major not in needs.majors:
         return f"needs a GPU of compute capability {capabilities}, found {major}.{minor}"
-    if unfit := _unfit(needs, config):
+    if unfit := _unfit(backend, config):
         return unfit
     if torch.are_deterministic_algorithms_enabled() and not needs.repeats:
         return "needs deterministic=False: its backward pass adds in any order"
     return _import_problem(needs) if needs.module else _varlen_problem(config)
 
 
-def _unfit(needs: Needs, config: ModelConfig) -> str:
+def _unfit(backend: AttentionBackend, config: ModelConfig) -> str:
+    needs = NEEDS[backend]
     if torch_dtype(config.dtype) not in (torch.float16, torch.bfloat16):
         return f"needs model.dtype torch.bfloat16 or torch.float16, found {config.dtype}"
     if config.head_size % needs.multiple or config.head_size > needs.head_dim:
         wanted = f"a multiple of {needs.multiple} up to {needs.head_dim}"
         return f"needs heads to be {wanted}, found {config.head_size}"
-    for key in needs.lacks:
+    for key in UNKNOWN_TO_KERNELS.get(backend.name.lower(), ()):
         if (found := getattr(config, key)) is not None:
-            return f"knows no model.{key}, found {found}"
+            return f"needs model.{key}=None, found {found}: its kernel does not have it"
     return ""
 
 

@@ -24,8 +24,8 @@ Drop = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 The three tensors are numbers from 0, tokens those of the row; they broadcast to the shape of the result. Called in the
 forward pass and again in the backward pass: the same arguments must give the same factors."""
 
-_AT_ONCE = 2**23
-"""Scores of a block: 32 MiB in fp32."""
+_AT_ONCE = 2**20
+"""Scores of a block: 4 MiB in fp32."""
 _FEWEST = 16
 """Queries of a block."""
 

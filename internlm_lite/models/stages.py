@@ -11,7 +11,7 @@ from internlm_lite.config.schema import Config, LossConfig, ModelConfig
 from internlm_lite.layers.flash import Attend, AttentionBackend
 from internlm_lite.mesh.comm import broadcast
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
-from internlm_lite.models.decoder import StageSpec, Transformer, build_model, tensor_parallel_context
+from internlm_lite.models.decoder import Block, StageSpec, Transformer, build_model, tensor_parallel_context
 from internlm_lite.pipeline.split import rank_to_stages, split_layers, stage_to_rank
 
 Stages = dict[int, Transformer]
@@ -39,13 +39,15 @@ def build_stages(config: Config, mesh: Mesh, backend: AttentionBackend) -> Stage
 
 def layers_of_stages(config: Config) -> list[range]:
     """The layer numbers of every stage of the pipeline, balanced by floating-point operations."""
-    sample = meta_model(config.model.model_copy(update={"num_layers": 1}))
+    model, seq_len = config.model, config.data.seq_len
+    sample = meta_model(model.model_copy(update={"num_layers": 1}))
     assert sample.tok_embeddings is not None and sample.output is not None
-    (block,), seq_len = sample.blocks(), config.data.seq_len
+    layers = range(model.num_layers)
+    kinds = {model.window(layer): layer for layer in layers}
+    costs = {kind: Block(model, layer, sample.tp_ctx).flops_per_token(seq_len) for kind, layer in kinds.items()}
     return split_layers(
-        config.model.num_layers,
+        [costs[model.window(layer)] for layer in layers],
         _stage_ranks(config),
-        block=block.flops_per_token(seq_len),
         embedding=sample.tok_embeddings.lookup_ops_per_token(),
         head=sample.output.flops_per_token(seq_len),
     )

@@ -2,11 +2,12 @@
 
     F = c * ((8 + 4m) * B*s*h^2 + 4 * B*s^2*h) * L + 6 * B*s*h*V
     m = mlp_ratio, times 1.5 with a gate (SwiGLU), c = 3 + share of layers recomputed, B*s tokens in the step
+    s^2: of a sliding layer the pairs in its window (`ModelConfig.attention_pairs`), on average over the layers
 
 from "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM" (Narayanan et al., 2021).
 `tflops` uses F, as InternLM's logs do. `mfu` takes what the layers say (`models.stages.model_flops_per_token`): no
 recomputation, grouped key/value heads and the rounded feed-forward width as they are. Both take attention over all of
-seq_len: an upper bound for packed documents.
+seq_len, masked pairs too (not halved for causality): an upper bound for packed documents.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ def internlm_step_flops(model: ModelConfig, seq_len: int, sequences: int) -> flo
     """F for one optimizer step over `sequences` windows of `seq_len` tokens on all data-parallel ranks."""
     h, tokens = model.hidden_size, sequences * seq_len
     passes = 3 + model.recomputed_share  # forward, backward at twice the cost, and the recomputed share of a forward
-    mlp = model.mlp_ratio * (1.5 if "glu" in model.mlp_type else 1)
-    block = (8 + 4 * mlp) * tokens * h**2 + 4 * tokens * seq_len * h
+    mlp = model.mlp_ratio * (1.5 if model.gated_mlp else 1)
+    pairs = sum(model.attention_pairs(layer, seq_len) for layer in range(model.num_layers)) // model.num_layers
+    block = (8 + 4 * mlp) * tokens * h**2 + 4 * sequences * pairs * h
     return passes * block * model.num_layers + 6 * tokens * h * model.vocab_size
 
 

@@ -564,6 +564,43 @@ def test_sequence_parallel_divisibility() -> None:
     assert problems(text.replace("micro_num=4", "micro_num=4, micro_bsz=2")) == []
 
 
+WINDOWS = [
+    ("sliding_window=0", "model.sliding_window: found 0, expected an integer > 0"),
+    ("sliding_window=2.5", "model.sliding_window: found 2.5, expected an integer > 0"),
+    ("sliding_window=2**40", "model.sliding_window: found 1099511627776, expected at most 2147483647"),
+    ("layer_types=['sliding_attention']", "model.sliding_window: found None with sliding layers in model.layer_types"),
+    ("sliding_window=9, layer_types=[]", "model.layer_types: found []"),
+    ("sliding_window=9, layer_types=['chunked_attention']", "model.layer_types: found"),
+    (
+        "sliding_window=9, layer_types=['full_attention'] * 4 + ['sliding_attention']",
+        "model.sliding_window: found 9, but no layer is sliding by model.layer_types; remove one of them",
+    ),
+    ("attention_softcap=0", "model.attention_softcap: found 0, expected"),
+    ("attention_softcap=-1.0", "model.attention_softcap: found -1.0, expected"),
+    ("attention_scale=0.0", "model.attention_scale: found 0.0, expected"),
+    ("attention_scale=float('inf')", "model.attention_scale: found inf, expected"),
+    (
+        "sliding_window=9, attention='cudnn'",
+        'model.sliding_window: found 9 with model.attention "cudnn", whose kernel does not have it; take "auto"',
+    ),
+    (
+        "attention_softcap=9.0, attention='torch_varlen'",
+        'model.attention_softcap: found 9.0 with model.attention "torch_varlen", whose kernel does not have it',
+    ),
+    ("window_size=9", "model.window_size: unknown key; here it is called model.sliding_window"),
+    ("attn_logit_softcapping=50.0", "model.attn_logit_softcapping: unknown key; here it is called"),
+    ("sliding_window=9, layer_types=['full_attention', 'sliding_attention'], attention_scale=0.2", None),
+    ("layer_types=['full_attention']", None),
+]
+
+
+@pytest.mark.parametrize(("keys", "found"), WINDOWS, ids=[keys for keys, _ in WINDOWS])
+def test_windows_caps_and_scales_that_cannot_be(keys: str, found: str | None) -> None:
+    told = problems(GOOD.replace("num_layers=4", f"num_layers=4, {keys}"))
+    assert len(told) == (found is not None), told
+    assert found is None or found in told[0]
+
+
 FLOAT8 = GOOD.replace('"torch.float16"', '"torch.bfloat16", fp8=True')
 
 

@@ -16,12 +16,13 @@ from internlm_lite.models.decoder import Transformer
 from tests.generate.test_generate import all_logits, whole
 from tests.models.small import small_model
 
+WINDOWED = {"sliding_window": 3, "attention_softcap": 0.8}
 ENDS = frozenset({1, 4})
 PENALTIES = (-1.0, -0.3, 0.0, 0.5, 1.0, 2.0)
 
 
-def tiny() -> Transformer:
-    return small_model(vocab_size=5, num_layers=1, init_std=0.4)
+def tiny(**changes: object) -> Transformer:
+    return small_model(vocab_size=5, num_layers=1, init_std=0.4, **changes)
 
 
 class LogProbabilities:
@@ -79,10 +80,10 @@ def test_the_penalty_decides_how_long_the_best_is():
     assert lengths == [0, 0, 0, 5, 5, 12]
 
 
-@pytest.mark.parametrize("penalty", PENALTIES)
-def test_few_beams_find_what_a_search_without_cache_and_bound_finds(penalty):
+@pytest.mark.parametrize(("penalty", "changes"), [*((penalty, {}) for penalty in PENALTIES), (0.5, WINDOWED)])
+def test_few_beams_find_what_a_search_without_cache_and_bound_finds(penalty, changes):
     """A bound of the wrong length ends early, a cache left in its order changes scores, few candidates lose beams."""
-    model = tiny()
+    model = tiny(**changes)
     log_p, prompts = LogProbabilities(model), [(2, 0, 3), (0,), (3, 3), (0, 2, 2, 3, 0)]
     for beams in (1, 2, 3):
         how = Beams(beams, penalty)

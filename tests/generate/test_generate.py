@@ -49,7 +49,15 @@ def greedy_without_cache(model: Transformer, prompt: list[int], count: int) -> l
     return sequence[len(prompt) :]
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_kv_attention_heads": None}, {"apply_post_layer_norm": True}])
+WINDOWS = [
+    {"sliding_window": 5},
+    {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "attention_softcap": 0.7},
+    {"sliding_window": 1, "attention_scale": 0.6, "num_kv_attention_heads": None},
+    {"attention_softcap": 1.5, "attention_scale": 0.6},
+]
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_kv_attention_heads": None}, {"apply_post_layer_norm": True}, *WINDOWS])
 @torch.no_grad()
 def test_cached_logits_equal_a_full_pass(changes):
     model = small_model(**changes)
@@ -70,6 +78,41 @@ def test_cached_logits_equal_a_full_pass(changes):
             given = torch.stack([docs[doc][i] for doc, i in zip(order, at, strict=True)])
             logits = whole(model).logits(given, cache.lengths, cache.decode())
             cache.advance()
+
+
+@pytest.mark.parametrize("changes", [{"sliding_window": 8}, {"attention_softcap": 1.5}, WINDOWS[1]], ids=str)
+@torch.no_grad()
+def test_windows_see_the_same_with_and_without_a_cache(changes, monkeypatch):
+    """By absolute position, in chunks and one by one, also when what is behind the window is dropped."""
+    monkeypatch.setattr("internlm_lite.generate.cache._GROWTH", 2)
+    model, window = small_model(**changes), changes.get("sliding_window", 8)
+    docs = documents([3 * window + 9, 3 * window + 4])
+    full = [all_logits(model, doc.tolist()) for doc in docs]
+    for length in (window - 1, window, window + 1, 3 * window):
+        for chunk in (None, 1, 3, 7):
+            cache = KVCache(2, 4 * window + 9, torch.device("cpu"))
+            lengths = [length, length - 2]  # of two texts at different places
+            prompts = [doc[:n].tolist() for doc, n in zip(docs, lengths, strict=True)]
+            logits = prefill(whole(model), prompts, cache, chunk)
+            for step in range(6):
+                expected = torch.stack([rows[n - 1 + step] for rows, n in zip(full, lengths, strict=True)])
+                torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+                given = torch.stack([doc[n + step] for doc, n in zip(docs, lengths, strict=True)])
+                logits = whole(model).logits(given, cache.lengths, cache.decode())
+                cache.advance()
+
+
+@torch.no_grad()
+def test_a_sliding_layer_keeps_its_window_alone(monkeypatch):
+    monkeypatch.setattr("internlm_lite.generate.cache._GROWTH", 4)
+    model = whole(small_model(sliding_window=6, layer_types=["sliding_attention", "full_attention"]))
+    cache = KVCache(1, 10**6, torch.device("cpu"))
+    prefill(model, [documents([90])[0].tolist()], cache, chunk=8)
+    for _ in range(60):
+        model.logits(torch.tensor([1]), cache.lengths, cache.decode())
+        cache.advance()
+    kept = [cache._stores[layer].keys.shape[1] for layer in range(3)]
+    assert kept[1] >= 150 and kept[0] == kept[2] < 40
 
 
 def test_a_long_prompt_in_chunks_has_the_logits_of_one_pass():

@@ -10,7 +10,7 @@ import torch
 
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers import flash
-from internlm_lite.layers.flash import AttentionBackend, choose_backend, kernel_problem, packed
+from internlm_lite.layers.flash import AttentionBackend, choose_backend, kernel_problem, packed, packed_sdpa
 from internlm_lite.layers.scores import AttentionRule
 from tests.models.small import small_config
 
@@ -177,14 +177,18 @@ from itertools import pairwise
 import torch
 from internlm_lite.layers.flash import packed_sdpa
 from internlm_lite.layers.scores import AttentionRule
-calls = []
+calls, options = [], []
 def flash_attn_varlen_func(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
-                           causal=False, deterministic=False):
+                           causal=False, deterministic=False, **more):
     assert cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k and causal
+    options.append(more)
+    left, right = more.get("window_size", (-1, 0))
+    assert right == 0
+    rule = AttentionRule(0, left + 1 or None, more.get("softcap"), more.get("softmax_scale"))
     calls.append((cu_seqlens_q.tolist(), max_seqlen_q, deterministic))
     return {result}
 """
-RIGHT = "packed_sdpa(tuple(cu_seqlens_q.tolist()))(AttentionRule(), q, k, v)"
+RIGHT = "packed_sdpa(tuple(cu_seqlens_q.tolist()))(rule, q, k, v)"
 
 
 @pytest.fixture
@@ -221,6 +225,71 @@ def test_packages_are_called_alike(backend, result, package):
         torch.use_deterministic_algorithms(False)
     calls = sys.modules[flash.NEEDS[backend].module].calls
     assert calls == [([0, 5, 10, 24], 14, False), ([0, 5, 10, 24], 14, True)]
+
+
+RULES = {
+    "window": (AttentionRule(2, window=6), {"window_size": (5, 0)}),
+    "cap": (AttentionRule(2, softcap=0.5), {"softcap": 0.5}),
+    "scale": (AttentionRule(2, scale=0.9), {"softmax_scale": 0.9}),
+    "all": (AttentionRule(2, 3, 0.5, 0.9), {"window_size": (2, 0), "softcap": 0.5, "softmax_scale": 0.9}),
+}
+
+
+@pytest.mark.parametrize("backend", PACKAGES)
+def test_packages_are_given_the_rule_of_each_layer(backend, package):
+    package(backend)
+    q, k, v = heads(24, 2)
+    kernel = packed(backend, torch.tensor([0, 5, 10, 24], dtype=torch.int32), (0, 5, 10, 24), 14)
+    for rule in [PLAIN, *(rule for rule, _ in RULES.values())]:
+        assert torch.equal(kernel(rule, q, k, v), packed_sdpa((0, 5, 10, 24))(rule, q, k, v))
+    options = sys.modules[flash.NEEDS[backend].module].options
+    assert options == [{}, *(expected for _, expected in RULES.values())]
+
+
+def test_torchs_varlen_kernel_is_given_windows_and_scales(monkeypatch):
+    given = []
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        given.append((scale, window_size))
+        return q
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    q, k, v = heads(24, 2)
+    kernel = packed(AttentionBackend.TORCH_VARLEN, torch.tensor([0, 24], dtype=torch.int32), (0, 24), 24)
+    for rule in (PLAIN, AttentionRule(window=6), AttentionRule(scale=0.9), AttentionRule(0, 1, None, 0.5)):
+        kernel(rule, q, k, v)
+    assert given == [(None, (-1, 0)), (None, (5, 0)), (0.9, (-1, 0)), (0.5, (0, 0))]
+
+
+def test_an_older_torch_has_no_windows_in_its_varlen_kernel(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v, is_causal=False: q)
+    cuda = torch.device("cuda")
+    for key, option in (("sliding_window", "window_size"), ("attention_scale", "scale")):
+        config = small_config(dtype="torch.bfloat16", hidden_size=512, attention="torch_varlen", **{key: 5})
+        with pytest.raises(ConfigError, match=f"newer torch for model.{key}: varlen_attn has no {option}"):
+            choose_backend(config, cuda)
+        assert choose_backend(config, cuda, strict=False) is AttentionBackend.SDPA
+
+
+@pytest.mark.parametrize(
+    ("model", "found", "logged"),
+    [
+        ({"sliding_window": 5}, AttentionBackend.TORCH_VARLEN, 0),
+        ({"sliding_window": 5, "attention_scale": 0.2}, AttentionBackend.TORCH_VARLEN, 0),
+        ({"attention_scale": 0.2}, AttentionBackend.CUDNN, 0),
+        ({"attention_softcap": 5.0}, AttentionBackend.SDPA, 1),
+    ],
+)
+def test_auto_takes_a_kernel_that_has_what_the_model_asks_for(model, found, logged, monkeypatch, caplog, package):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    config = small_config(dtype="torch.bfloat16", hidden_size=512, **model)
+    assert choose_backend(config, torch.device("cuda")) is found
+    assert flash.expected_backend(config, deterministic=False) is found
+    assert len(caplog.records) == logged
+    package(AttentionBackend.FLASH_ATTN_3)
+    assert choose_backend(config, torch.device("cuda")) is AttentionBackend.FLASH_ATTN_3
+    assert len(caplog.records) == logged
 
 
 def test_rows_whose_offsets_leave_32_bits_are_refused(package):
@@ -266,6 +335,30 @@ def test_a_kernel_is_compared_with_the_reference_before_it_is_used(
 
 
 @pytest.mark.parametrize(
+    ("model", "forgotten"),
+    [
+        ({"sliding_window": 4096}, "window=None"),
+        ({"sliding_window": 40, "layer_types": ["full_attention", "sliding_attention"]}, "window=None"),
+        ({"attention_softcap": 50.0}, "softcap=None"),
+        ({"attention_scale": 0.7}, "scale=None"),
+    ],
+    ids=str,
+)
+def test_a_kernel_that_forgets_an_option_is_found_out(model, forgotten, package, monkeypatch):
+    """Scores around 1 tell nothing about a cap of 50, nor documents about a longer window: the check lowers both."""
+    monkeypatch.setattr(flash, "LONG", 128)
+    config = small_config(dtype="torch.bfloat16", **model)
+    package(AttentionBackend.FLASH_ATTN_3, RIGHT)
+    assert kernel_problem(AttentionBackend.FLASH_ATTN_3, config, torch.device("cpu")) == ""
+    del sys.modules["flash_attn_interface"]
+    package(
+        AttentionBackend.FLASH_ATTN_3, RIGHT.replace("rule", f"__import__('dataclasses').replace(rule, {forgotten})")
+    )
+    problem = kernel_problem(AttentionBackend.FLASH_ATTN_3, config, torch.device("cpu"))
+    assert problem.startswith("went wrong: relative error")
+
+
+@pytest.mark.parametrize(
     ("attention", "model", "device", "capability", "refusal"),
     [
         ("flash_attn_3", {}, "cpu", (9, 0), "needs a GPU of compute capability 9.x, found cpu"),
@@ -282,6 +375,15 @@ def test_a_kernel_is_compared_with_the_reference_before_it_is_used(
         ("flash_attn", {"dtype": "torch.float32"}, "cuda", (9, 0), "needs model.dtype torch.bfloat16 or torch.float16"),
         ("torch_varlen", {}, "cuda", (7, 5), "needs a GPU of compute capability 8.x or 9.x .* found 7.5"),
         ("cudnn", {"hidden_size": 2048}, "cuda", (9, 0), ".*to be a multiple of 8 up to 128, found 256"),
+        (
+            "cudnn",
+            {"sliding_window": 9},
+            "cuda",
+            (9, 0),
+            "needs model.sliding_window=None, found 9: its kernel does not",
+        ),
+        ("cudnn", {"attention_softcap": 9}, "cuda", (9, 0), "needs model.attention_softcap=None, found 9.0: "),
+        ("torch_varlen", {"attention_softcap": 9.0}, "cuda", (9, 0), "needs model.attention_softcap=None, found 9.0: "),
     ],
 )
 def test_a_named_kernel_that_cannot_run_is_refused(attention, model, device, capability, refusal, monkeypatch):
@@ -321,9 +423,12 @@ GPU = [
 @pytest.mark.parametrize("backend", [pytest.param(backend, marks=GPU, id=backend.name) for backend in flash.NEEDS])
 @pytest.mark.parametrize("kv_heads", [8, 2])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_kernels_equal_the_reference_on_a_gpu(backend, kv_heads, head_dim):
-    device = torch.device("cuda")
-    config = small_config(dtype="torch.bfloat16", hidden_size=8 * head_dim, num_kv_attention_heads=kv_heads)
+@pytest.mark.parametrize(
+    "rule", [{}, {"sliding_window": 300}, {"attention_softcap": 5.0}, {"attention_scale": 0.2}], ids=str
+)
+def test_kernels_equal_the_reference_on_a_gpu(backend, kv_heads, head_dim, rule):
+    device, heads = torch.device("cuda"), {"hidden_size": 8 * head_dim, "num_kv_attention_heads": kv_heads}
+    config = small_config(dtype="torch.bfloat16", **heads, **rule)
     if missing := flash.unmet(backend, config, device):
         pytest.skip(f"{backend.name} {missing}")
     assert kernel_problem(backend, config, device) == ""

@@ -34,6 +34,7 @@ GRAPHS = 3
 ISLANDS = 3
 """The rotation of queries, that of keys, and the product in the feed-forward part."""
 STEPS = 20
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}
 
 
 def curve(mesh: Mesh, corpus: Path | None, **model: Any) -> list[tuple[float, float]]:
@@ -52,15 +53,15 @@ def curve(mesh: Mesh, corpus: Path | None, **model: Any) -> list[tuple[float, fl
     return found
 
 
-def compare(mesh: Mesh, corpus: Path | None, backend: str = "aot_eager", **model: Any) -> float:
-    """Largest relative difference between compiled and eager steps."""
+def compare(mesh: Mesh, corpus: Path | None, backend: str = "aot_eager", kinds: int = 1, **model: Any) -> float:
+    """Largest relative difference between compiled and eager steps. `kinds`: of layers, by their graphs."""
     compiled.COMPILER = backend  # in a process of a world, or put back by the fixture
     torch._dynamo.reset()
     counters.clear()
     eager, ours = (curve(mesh, corpus, compile=flag, **model) for flag in (False, True))
     assert not counters["graph_break"]
-    expected = GRAPHS - (mesh.pp.rank < mesh.pp.size - 1) if mesh.tp.size == 1 else ISLANDS
-    assert counters["stats"]["unique_graphs"] == expected, "for all layers and rows"
+    expected = GRAPHS - 1 + kinds - (mesh.pp.rank < mesh.pp.size - 1) if mesh.tp.size == 1 else ISLANDS
+    assert counters["stats"]["unique_graphs"] == expected, "for all layers of a kind and rows"
     return max(abs(a / b - 1) for pair in zip(ours, eager, strict=True) for a, b in zip(*pair, strict=True))
 
 
@@ -85,6 +86,22 @@ def backend_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_compiled_steps_are_those_of_eager_ones(model: dict[str, Any], corpus: Path) -> None:
     assert compare(single_process_mesh(), corpus, **model) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kinds", "model"),
+    [
+        (1, {"position": "learned", "max_position_embeddings": 64, "tie_word_embeddings": True}),
+        (1, {"position": "sinusoidal"}),
+        (2, {"no_rope_every": 2, "num_layers": 5}),
+        (2, {"no_rope_every": 2, "num_layers": 5, "checkpoint": "selective", "qk_norm": "head"}),
+        (1, {"partial_rotary_factor": 0.5, "head_dim": 8, "rope_scaling": DYNAMIC}),
+        (1, {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"], "rope_local_base": 50.0}),
+    ],
+)
+def test_layers_of_a_kind_share_their_graphs(kinds: int, model: dict[str, Any], corpus: Path) -> None:
+    """A graph for those that are rotated, whatever the base, and one for those that are not: none for each layer."""
+    assert compare(single_process_mesh(), corpus, kinds=kinds, dtype="torch.float64", **model) < 1e-10
 
 
 @pytest.mark.parametrize("fp8", [False, True])

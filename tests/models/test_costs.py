@@ -23,6 +23,7 @@ from internlm_lite.layers.flash import AttentionBackend, packed_sdpa
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns
 from internlm_lite.layers.mlp import FeedForward
 from internlm_lite.layers.norm import NORMS
+from internlm_lite.layers.positions import LearnedPositions
 from internlm_lite.layers.rope import Rotary, rope_frequencies
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.mesh.mesh import plan_mesh, single_process_mesh, sizes_of
@@ -84,6 +85,12 @@ def build_embedding(config: ModelConfig, tp_ctx: TensorParallelContext, device: 
     return Ready(layer, lambda: layer(tokens), (tokens,))
 
 
+def build_positions(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, _: Any) -> Ready:
+    config = config.model_copy(update={"max_position_embeddings": T})
+    layer, positions = LearnedPositions("p", config, tp_ctx), torch.arange(T, device=device)
+    return Ready(layer, lambda: layer(positions), (positions,))
+
+
 def build_with_attention(make: Callable[[ModelConfig, TensorParallelContext], Any]) -> Build:
     def build(
         config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, boundaries: tuple[int, ...]
@@ -123,6 +130,7 @@ BUILDS: dict[type[nn.Module], Build] = {
     RowLinear: plain(lambda c, ctx: RowLinear("r", c.hidden_size, 40, ctx, init_std=0.1, bias=True)),
     FeedForward: plain(lambda c, ctx: FeedForward("f", c, ctx)),
     Embedding: build_embedding,
+    LearnedPositions: build_positions,
     Attention: build_with_attention(lambda c, ctx: Attention("a", 0, c, ctx)),
     Block: build_with_attention(lambda c, ctx: Block(c, 0, ctx)),
     Head: build_head,
@@ -174,13 +182,14 @@ def test_a_layer_knows_its_flops(cls: type[nn.Module], shape: dict[str, Any]) ->
     [
         {},
         {"checkpoint": "selective"},
+        {"attention_softcap": 0.7},
         {"dtype": "torch.bfloat16", "use_fp32_norm": True, "embed_split_hidden": False},
     ],
     ids=str,
 )
 def test_a_layer_knows_what_it_saves(cls: type[nn.Module], boundaries: tuple[int, ...], shape: dict[str, Any]) -> None:
     made, _ = ready(BUILDS[cls], small_config(**shape), boundaries)
-    row = RowShape(T, "cpu", attention_by_document=len(boundaries) > 2, selective="checkpoint" in shape)
+    row = RowShape(T, "cpu", attention_by_document=len(boundaries) > 2, reference=True, selective="checkpoint" in shape)
     assert saved_bytes(made.run, made.layer, made.known) == sum(made.layer.saved_bytes(row).values())
 
 
@@ -194,6 +203,9 @@ def model_shapes() -> list[dict[str, Any]]:
 def expected_flops(model: Transformer, forward: int) -> tuple[int, int]:
     """(forward without gradients, forward and backward) of one row: recomputed layers run twice."""
     again = sum(T * block.flops_per_token(T) for block in model.blocks() if block.recompute)
+    for block in model.blocks():
+        if block.attention.rule.softcap is not None:  # scores are made again
+            again += T * (block.flops_per_token(T) - block.flops_per_token(0))
     return forward, 3 * forward + again
 
 

@@ -17,6 +17,19 @@ from tests.layers.test_rope import llama
 from tests.models.small import VOCAB, documents, row_of, run, small_config, small_model
 
 LENGTHS = [5, 9, 9, 1, 12]
+POSITIONS = {
+    "learned": {"position": "learned", "max_position_embeddings": 12},
+    "learned, by vocabulary": {"position": "learned", "max_position_embeddings": 99, "embed_split_hidden": False},
+    "sinusoidal": {"position": "sinusoidal", "tie_word_embeddings": True},
+    "none": {"position": "none"},
+    "every second layer without": {"no_rope_every": 2, "partial_rotary_factor": 0.5},
+    "dynamic": {
+        "rope_scaling": {"rope_type": "dynamic", "factor": 3.0, "original_max_position_embeddings": 6},
+        "rope_local_base": 50.0,
+        "sliding_window": 12,  # as long as the longest document
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+}
 
 
 def gradients(model, docs, **options):
@@ -24,6 +37,25 @@ def gradients(model, docs, **options):
     losses = run(model, docs, **options)
     losses.scaled_sum.backward()
     return losses, {name: param.grad for name, param in model.named_parameters()}
+
+
+def turned(config, layer, x):
+    """x [T, .., head_dim] of one document, rotated as layer number `layer` does."""
+    if config.position != "rope" or (config.no_rope_every and (layer + 1) % config.no_rope_every == 0):
+        return x
+    size, base, scaling = int(config.head_size * config.partial_rotary_factor), config.rope_base, config.rope_scaling
+    if config.rope_local_base is not None and config.is_sliding(layer):
+        base, scaling = config.rope_local_base, None
+    if scaling is not None and len(x) > scaling.original_max_position_embeddings:
+        stretch = scaling.factor * len(x) / scaling.original_max_position_embeddings - (scaling.factor - 1)
+        base = base * stretch ** (size / (size - 2))
+    return torch.cat((llama(x[..., :size], torch.arange(len(x)), base), x[..., size:]), dim=-1)
+
+
+def sines(length, width):
+    angle = [[t / 10000 ** (column // 2 * 2 / width) for column in range(width)] for t in range(length)]
+    both = [[(math.cos if column % 2 else math.sin)(a) for column, a in enumerate(row)] for row in angle]
+    return torch.tensor(both, dtype=torch.float64)
 
 
 def plain_losses(model, doc):
@@ -35,13 +67,17 @@ def plain_losses(model, doc):
 
     def attention(x, name):
         qkv = linear(x, f"{name}.wqkv").view(len(x), config.kv_heads, group + 2, head_dim)
-        q, k = (llama(part, torch.arange(len(x)), config.rope_base) for part in (qkv[:, :, :group], qkv[:, :, -2:-1]))
+        q, k = (turned(config, int(name.split(".")[1]), part) for part in (qkv[:, :, :group], qkv[:, :, -2:-1]))
         return linear(plain(q.flatten(1, 2), k.flatten(1, 2), qkv[:, :, -1]).flatten(1), f"{name}.wo")
 
     def feed_forward(x, name):
         return linear(F.silu(linear(x, f"{name}.w1")) * linear(x, f"{name}.w3"), f"{name}.w2")
 
     x = weights["tok_embeddings.weight"][doc]
+    if config.position == "learned":
+        x = x + weights["tok_embeddings.positions.weight"][: len(doc)]
+    if config.position == "sinusoidal":
+        x = x + sines(len(doc), config.hidden_size)
     for n in range(config.num_layers):
         at = f"layers.{n}"
         if config.apply_post_layer_norm:
@@ -63,8 +99,9 @@ def plain_losses(model, doc):
         {"num_kv_attention_heads": None, "no_bias": True, "rope_base": 1e6},
         {"apply_post_layer_norm": True},
         {"tie_word_embeddings": True},
+        *POSITIONS.values(),
     ],
-    ids=["grouped queries", "llama", "post norm", "tied"],
+    ids=["grouped queries", "llama", "post norm", "tied", *POSITIONS],
 )
 def test_packed_equals_a_plain_model_document_by_document(changes):
     model, docs = small_model(**changes), documents(LENGTHS)

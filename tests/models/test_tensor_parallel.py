@@ -12,6 +12,7 @@ from tests.models.small import documents, run, small_model
 from tests.world import run_world
 
 LENGTHS = [5, 9, 9, 1, 12]
+LEARNED = {"position": "learned", "max_position_embeddings": 15}
 CASES: dict[str, dict[str, Any]] = {
     "hidden-split embedding": {"embed_split_hidden": True},
     "vocabulary-split embedding": {"embed_split_hidden": False, "embed_grad_scale": 0.1},
@@ -30,6 +31,18 @@ CASES: dict[str, dict[str, Any]] = {
         **{"head_bias": True, "logit_softcap": 2.0, "parallel_output": False, "label_smoothing": 0.1},
     },
     "one query per key": {"num_kv_attention_heads": None},
+    "learned positions": LEARNED,
+    "learned positions, by vocabulary": {**LEARNED, "embed_split_hidden": False, "embed_grad_scale": 0.1},
+    "sinusoidal": {"position": "sinusoidal"},
+    "sinusoidal, by vocabulary": {"position": "sinusoidal", "embed_split_hidden": False},
+    "kinds of rotations": {
+        "partial_rotary_factor": 0.5,
+        "no_rope_every": 3,
+        "sliding_window": 99,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "rope_local_base": 50.0,
+    },
+    "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0, "original_max_position_embeddings": 6}},
 }
 CASES |= {f"by sequence, {name}": {**changes, "by_sequence": True} for name, changes in CASES.items()}
 

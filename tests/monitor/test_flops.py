@@ -48,6 +48,20 @@ def test_both_formulas_agree_without_grouped_heads():
     assert model_flops_per_token(exact, 2048) == pytest.approx(internlm_flops_per_token(exact, 2048), rel=1e-12)
 
 
+def test_a_window_counts_its_pairs_and_not_the_whole_row():
+    """2048 tokens, windows of 512: 917,760 pairs of 2,098,176; both, with their mirrors, as S^2 counts them."""
+    features, full, window = 64, 2048**2, 2 * 917_760 - 2048
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    for types, pairs in ((None, 3 * window), (kinds, 2 * window + full), (["full_attention"], 3 * full)):
+        model = SMALL.model_copy(update={"sliding_window": 512, "layer_types": types})
+        lower = model_flops_per_token(SMALL, 2048) - model_flops_per_token(model, 2048)
+        assert lower == 3 * 4 * (3 * full - pairs) * features // 2048
+        inside = internlm_step_flops(SMALL, 2048, 5) - internlm_step_flops(model, 2048, 5)
+        assert inside == pytest.approx(3 * 5 * 4 * (3 * full - pairs) * 64, rel=1e-9)
+        short = model.model_copy(update={"sliding_window": 4096})
+        assert model_flops_per_token(short, 2048) == model_flops_per_token(SMALL, 2048)
+
+
 def test_mfu():
     assert mfu(1e9, 1000, 2.0, 4, 1e12) == pytest.approx(0.125)
     assert mfu(1e9, 1000, 2.0, 4, None) is None

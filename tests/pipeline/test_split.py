@@ -43,18 +43,57 @@ def test_no_split_is_better(
     schedule, chunks = layout
     ranks = stage_to_rank(size, chunks, schedule)
     num_layers = len(ranks) + extra
-    split = split_layers(num_layers, ranks, block=block, embedding=embedding, head=head)
+    split = split_layers([block] * num_layers, ranks, embedding=embedding, head=head)
     assert [layer for layers in split for layer in layers] == list(range(num_layers))
     assert len(split) == len(ranks) and all(len(layers) > 0 for layers in split)
     best = min(busiest(other, ranks, block, embedding, head) for other in every_split(num_layers, len(ranks)))
     assert busiest(split, ranks, block, embedding, head) == pytest.approx(best)
 
 
+def load(split: list[range], ranks: Sequence[int], blocks: Sequence[float], embedding: float, head: float) -> float:
+    """Of the busiest rank."""
+    costs = [sum(blocks[layer] for layer in layers) for layers in split]
+    costs[0] += embedding
+    costs[-1] += head
+    return max(sum(cost for cost, holder in zip(costs, ranks, strict=True) if holder == rank) for rank in set(ranks))
+
+
+@given(
+    layout=st.sampled_from(LAYOUTS),
+    size=st.integers(2, 3),
+    extra=st.integers(0, 7),
+    pattern=st.sampled_from([(1.0, 1.0, 1.0, 1.4), (1.2, 1.0), (1.0, 1.0, 1.6), (1.0, 1.0, 1.0, 1.0, 1.0, 1.3)]),
+    embedding=st.sampled_from([0.0, 0.5, 3.0]),
+    head=st.sampled_from([0.0, 1.0, 4.5]),
+)
+def test_unequal_layers_are_split_nearly_as_well_as_can_be(
+    layout: tuple[str, int], size: int, extra: int, pattern: tuple[float, ...], embedding: float, head: float
+) -> None:
+    """Layers with and without a window, in their own order."""
+    schedule, chunks = layout
+    ranks = stage_to_rank(size, chunks, schedule)
+    blocks = [pattern[layer % len(pattern)] for layer in range(len(ranks) + extra)]
+    split = split_layers(blocks, ranks, embedding=embedding, head=head)
+    assert [layer for layers in split for layer in layers] == list(range(len(blocks)))
+    assert len(split) == len(ranks) and all(len(layers) > 0 for layers in split)
+    costs = (ranks, blocks, embedding, head)
+    assert load(split, *costs) <= 1.09 * min(load(other, *costs) for other in every_split(len(blocks), len(ranks)))
+
+
+def test_a_rank_of_full_layers_has_fewer_of_them() -> None:
+    """Half of the layers slide, in one part of the model: their ranks get more."""
+    blocks = [1.0] * 12 + [3.0] * 12
+    split = split_layers(blocks, range(4), embedding=0.0, head=0.0)
+    assert load(split, range(4), blocks, 0.0, 0.0) == 12 and len(split[0]) == 12 and len(split[-1]) == 4
+    alternating = split_layers([1.0, 2.0] * 8, range(4), embedding=0.0, head=0.0)
+    assert [len(layers) for layers in alternating] == [4, 4, 4, 4]
+
+
 def test_the_head_makes_up_for_layers_of_its_rank() -> None:
     """Six layers in four stages on two ranks, the head as expensive as one and a half layers."""
-    costs = {"block": 1.0, "embedding": 0.0, "head": 1.5}
-    assert [len(layers) for layers in split_layers(6, [0, 1, 0, 1], **costs)] == [2, 1, 2, 1]
-    assert [len(layers) for layers in split_layers(6, [0, 1, 1, 0], **costs)] == [1, 2, 2, 1]
+    ends = {"embedding": 0.0, "head": 1.5}
+    assert [len(layers) for layers in split_layers([1.0] * 6, [0, 1, 0, 1], **ends)] == [2, 1, 2, 1]
+    assert [len(layers) for layers in split_layers([1.0] * 6, [0, 1, 1, 0], **ends)] == [1, 2, 2, 1]
 
 
 def test_the_20b_model_over_four_stages() -> None:
@@ -77,6 +116,23 @@ def test_the_20b_model_over_four_stages() -> None:
     assert sum(map(len, split)) == 60
     assert busiest(split, range(4), *costs) == min(busiest(other, range(4), *costs) for other in every_split(60, 4))
     assert len(split[-1]) < len(split[1]) <= 16
+
+
+def test_layers_cost_what_their_windows_cost() -> None:
+    """Long rows, a narrow model: sliding layers first, full ones at the end."""
+    model = {"num_attention_heads": 4, "vocab_size": 8, "hidden_size": 32, "num_layers": 12, "multiple_of": 16}
+    kinds = ["sliding_attention"] * 6 + ["full_attention"] * 6
+    config = Config.model_validate(
+        {
+            "data": {"seq_len": 8192, "micro_bsz": 1, "micro_num": 4, "total_steps": 1},
+            "lr_scheduler": {"total_steps": 1},
+            "model": {**model, "sliding_window": 64, "layer_types": kinds},
+            "parallel": {"pipeline": {"size": 2}},
+        }
+    )
+    assert layers_of_stages(config) == [range(9), range(9, 12)]
+    full = config.model_copy(update={"model": config.model.model_copy(update={"layer_types": ["full_attention"]})})
+    assert layers_of_stages(full) == [range(6), range(6, 12)]
 
 
 @pytest.mark.parametrize(("schedule", "chunks"), LAYOUTS)

@@ -69,6 +69,11 @@ class DocumentLengths:
     long: float
     """Share of the pairs of tokens in documents that cuDNN's kernel takes, see layers/flash.py."""
 
+    def keys_within(self, window: int | None) -> float:
+        """`keys` of a layer with this window, as if all documents were of one length."""
+        length = 2 * self.keys
+        return self.keys if window is None or window >= length else window - window**2 / (2 * length)
+
 
 def document_lengths(rows: Iterable[Sequence[int]]) -> DocumentLengths:
     """`rows`: boundaries of documents."""
@@ -143,7 +148,8 @@ class Roofline:
         """Seconds in one direction. Figures of the device are those of half precision."""
         ways, device = self.ways, self.device
         per_key = (unit.flops_per_token(1) - unit.flops_per_token(0)) * ways.row.tokens / self.tp
-        operations = {"forward": 1.0, "backward": 2.5}[direction] * per_key * ways.documents.keys
+        keys = ways.documents.keys_within(unit.attention.rule.window if isinstance(unit, Block) else None)
+        operations = {"forward": 1.0, "backward": 2.5}[direction] * per_key * keys
         shares = {ways.attention: 1.0}
         if ways.attention == "cudnn":
             shares = {"cudnn": ways.documents.long, "varlen": 1 - ways.documents.long}

@@ -24,6 +24,7 @@ def row_shape(config: Config, backend: AttentionBackend, device: str) -> RowShap
         tokens,
         device,
         attention_by_document=backend in (AttentionBackend.SDPA, AttentionBackend.CUDNN),
+        reference=backend is AttentionBackend.SDPA,
         selective=config.model.checkpoint == "selective",
     )
 

@@ -28,7 +28,13 @@ def whole(**changes: object) -> WholeModel:
     return WholeModel({0: small_model(**changes)}, single_process_mesh())
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_kv_attention_heads": None}, {"apply_post_layer_norm": True}])
+WINDOWED = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"], "attention_softcap": 0.8}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_kv_attention_heads": None}, {"apply_post_layer_norm": True}, {**WINDOWED, "attention_scale": 1}],
+)
 @torch.no_grad()
 def test_the_weights_are_those_of_the_kernel(changes, monkeypatch):
     """Unit vectors as values make attention return its own weights, head by head and document by document."""
@@ -52,6 +58,8 @@ def test_the_weights_are_those_of_the_kernel(changes, monkeypatch):
         torch.testing.assert_close(weights, part, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)), rtol=1e-12, atol=1e-12)
         assert not weights.triu(1).any() and (weights.diagonal(dim1=-2, dim2=-1) > 0).all()
+        if changes.keys() >= WINDOWED.keys():  # of layers 2 and 0, both sliding
+            assert not weights.tril(-3).any()
 
 
 def test_a_document_is_the_same_alone():

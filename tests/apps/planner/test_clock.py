@@ -256,6 +256,12 @@ def test_keys_of_a_query_are_half_its_document_or_a_tile() -> None:
     assert document_lengths([(0, 2048, 2048)]) == DocumentLengths(1024, 1)  # padded boundaries
 
 
+def test_keys_of_a_sliding_layer_are_those_of_its_window() -> None:
+    documents = document_lengths([(0, 2048, 4096)])
+    assert [documents.keys_within(window) for window in (None, 4096, 2048)] == [1024] * 3
+    assert documents.keys_within(512) == pytest.approx(917_760 / 2048, rel=1e-3)
+
+
 def test_the_tables_show_the_step(capsys: pytest.CaptureFixture[str]) -> None:
     config = load_config(CONFIG, ["model.dtype=torch.bfloat16"]).config
     assert dry_run(config, 8, tflops=None, device=str(H100), as_json=False) == 0

@@ -12,6 +12,12 @@ from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from tests.apps.planner.kept import config, kept_bytes, planned, planned_stage, waiting_bytes
 from tests.world import run_world
 
+LOCAL = {
+    "sliding_window": 32,
+    "layer_types": ["full_attention", "sliding_attention"],
+    "rope_local_base": 50.0,
+}
+"""Two rotary tables."""
 SHAPES: list[dict[str, Any]] = [
     {},
     {"num_kv_attention_heads": 2},
@@ -36,10 +42,26 @@ SHAPES: list[dict[str, Any]] = [
         "head_bias": True,
     },
     {"mlp_type": "geglu", "checkpoint": "selective"},
+    {"position": "learned", "max_position_embeddings": 32},
+    {"position": "learned", "max_position_embeddings": 40, "embed_split_hidden": False, "embed_grad_scale": 0.5},
+    {"position": "sinusoidal", "dtype": "torch.bfloat16", "checkpoint": "selective"},
+    {"position": "none", "embed_split_hidden": False},
+    {"no_rope_every": 2, "num_kv_attention_heads": 1},
+    {"no_rope_every": 2, "checkpoint": "selective", "num_kv_attention_heads": 2},
+    {"no_rope_every": 3, "qk_norm": "head", "checkpoint": "selective"},
+    {"no_rope_every": 1},
+    {"partial_rotary_factor": 0.25},
+    {"partial_rotary_factor": 0.5, "qk_norm": "head", "dtype": "torch.bfloat16"},
+    {**LOCAL, "partial_rotary_factor": 0.5, "no_rope_every": 3},
+    {**LOCAL, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}},
+    {"attention_softcap": 0.7, "attention_scale": 0.4},
+    {"attention_softcap": 0.7, "num_kv_attention_heads": 2, "dtype": "torch.bfloat16"},
+    {"sliding_window": 24},
     {"checkpoint": 1 / 3},
     {"checkpoint": "selective"},
     {"checkpoint": "selective", "dtype": "torch.bfloat16", "use_fp32_norm": True, "num_kv_attention_heads": 2},
     {"checkpoint": "selective", "apply_post_layer_norm": True},
+    {"checkpoint": "selective", "attention_softcap": 0.7, "sliding_window": 24},
     {"checkpoint": 2 / 3, "apply_post_layer_norm": True, "num_kv_attention_heads": 2},
 ]
 
@@ -48,6 +70,19 @@ SHAPES: list[dict[str, Any]] = [
 def test_planned_bytes_are_what_autograd_keeps(shape: dict[str, Any]) -> None:
     wanted = config(**shape)
     assert kept_bytes(single_process_mesh(), wanted) == sum(planned(wanted).values())
+
+
+def test_windows_shorter_than_documents_keep_at_most_what_is_planned() -> None:
+    """Of documents of 5, 11 and 16 tokens the reference keeps an output and statistics of the first alone."""
+    wanted = config(sliding_window=10, layer_types=["sliding_attention", "full_attention"])
+    (of_layer,) = {
+        unit.attention.saved_bytes(row_shape(wanted, AttentionBackend.SDPA, "cpu"))["attention statistics"]
+        for unit in planned_stage(wanted).blocks()
+    }
+    outputs = 2 * 27 * 32 * 4
+    assert (
+        kept_bytes(single_process_mesh(), wanted) == sum(planned(wanted).values()) - outputs - 2 * of_layer * 27 // 32
+    )
 
 
 def test_full_recomputation_keeps_the_rotary_table_outside_autograd() -> None:

@@ -73,11 +73,13 @@ def test_bias_scale_cap_and_z_loss_equal_torchs(chunk_tokens, options):
         logits = cap * torch.tanh(logits / cap)
     kept = labels != IGNORE
     pure = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE)
-    smoothed = F.cross_entropy(logits[kept], labels[kept], label_smoothing=options.get("label_smoothing", 0.0))
-    of_z = options.get("z_loss", 0) * logits[kept].logsumexp(1).square()
-    expected = smoothed * kept.sum() + of_z.sum()
-    grads = torch.autograd.grad(SCALE.double() * expected, (hidden, weight, bias))
-    torch.testing.assert_close(ours.train_loss_sum, expected.detach(), rtol=1e-13, atol=0)
+    smoothed = F.cross_entropy(
+        logits, labels, reduction="sum", ignore_index=IGNORE, label_smoothing=options.get("label_smoothing", 0.0)
+    )
+    expected = SCALE.double() * (smoothed + options.get("z_loss", 0) * logits[kept].logsumexp(1).square().sum())
+    grads = torch.autograd.grad(expected, (hidden, weight, bias))
+    torch.testing.assert_close(ours.scaled_sum, expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(ours.train_loss_sum, smoothed.detach(), rtol=1e-13, atol=0)
     torch.testing.assert_close(ours.token_loss, pure.detach(), rtol=1e-12, atol=1e-14)
     for mine, theirs in zip(ours_grads, grads, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-13)

@@ -19,6 +19,7 @@ _HEADS = "num_attention_heads"
 _FUNCTION = (
     *(_HEADS, "num_kv_attention_heads", "head_dim", "apply_post_layer_norm", "norm_type", "layer_norm_epsilon"),
     *("position", "rope_base", "rope_local_base", "rope_scaling", "partial_rotary_factor", "no_rope_every"),
+    *("mlp_type", "embed_scale", "logit_scale", "logit_softcap"),
 )
 """Keys of the model config that change its function but not the shape of any tensor."""
 

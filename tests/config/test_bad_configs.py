@@ -578,7 +578,6 @@ WINDOWS = [
     ("attention_softcap=0", "model.attention_softcap: found 0, expected"),
     ("attention_softcap=-1.0", "model.attention_softcap: found -1.0, expected"),
     ("attention_scale=0.0", "model.attention_scale: found 0.0, expected"),
-    ("attention_scale=float('inf')", "model.attention_scale: found inf, expected"),
     (
         "sliding_window=9, attention='cudnn'",
         'model.sliding_window: found 9 with model.attention "cudnn", whose kernel does not have it; take "auto"',
@@ -587,8 +586,11 @@ WINDOWS = [
         "attention_softcap=9.0, attention='torch_varlen'",
         'model.attention_softcap: found 9.0 with model.attention "torch_varlen", whose kernel does not have it',
     ),
-    ("window_size=9", "model.window_size: unknown key; here it is called model.sliding_window"),
-    ("attn_logit_softcapping=50.0", "model.attn_logit_softcapping: unknown key; here it is called"),
+    ("window_size=9", "model.window_size: unknown key; nearest known key: model.sliding_window"),
+    (
+        "attn_logit_softcapping=50.0",
+        "model.attn_logit_softcapping: unknown key; nearest known key: model.attention_softcap",
+    ),
     ("sliding_window=9, layer_types=['full_attention', 'sliding_attention'], attention_scale=0.2", None),
     ("layer_types=['full_attention']", None),
 ]

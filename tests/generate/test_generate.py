@@ -249,7 +249,9 @@ SEQUENCE = Config.model_validate(
     {
         "data": {"seq_len": 32, "total_steps": 1},
         "lr_scheduler": {"total_steps": 1},
-        "model": small_config(num_layers=4).model_dump(),
+        "model": small_config(
+            num_layers=4, sliding_window=5, layer_types=["sliding_attention"] * 2 + ["full_attention"]
+        ).model_dump(),
     }
 )
 

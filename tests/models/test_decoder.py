@@ -117,6 +117,40 @@ def test_packed_equals_a_plain_model_document_by_document(changes):
         torch.testing.assert_close(grads[name], param.grad, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": 3},
+        {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "attention_softcap": 0.6},
+        {"attention_softcap": 2.0, "attention_scale": 0.9, "num_kv_attention_heads": None},
+    ],
+    ids=str,
+)
+def test_packed_equals_alone_with_windows(changes):
+    """A window takes away from what a document allows; it does not replace its borders."""
+    model, docs = small_model(**changes), documents(LENGTHS)
+    losses, grads = gradients(model, docs)
+    packed_grads = {name: grad.clone() for name, grad in grads.items()}
+    model.zero_grad()
+    for doc, mine in zip(docs, losses.token_loss.split(LENGTHS), strict=True):
+        alone = run(model, [doc])
+        alone.scaled_sum.backward()
+        torch.testing.assert_close(mine, alone.token_loss, rtol=1e-12, atol=1e-13)
+    for name, param in model.named_parameters():
+        torch.testing.assert_close(packed_grads[name], param.grad, rtol=1e-10, atol=1e-12)
+    plain = run(small_model(), docs).token_loss
+    assert (losses.token_loss - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("changes", [{"checkpoint": True}, {"checkpoint": "selective"}], ids=str)
+def test_recomputation_with_windows_changes_no_bit(changes):
+    windows = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "attention_softcap": 0.6}
+    docs = documents(LENGTHS)
+    _, kept = gradients(small_model(**windows), docs)
+    _, again = gradients(small_model(**windows, **changes), docs)
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
 def test_another_document_changes_no_bit():
     model, docs = small_model(), documents(LENGTHS)
     before = run(model, docs).token_loss.split(LENGTHS)

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from itertools import accumulate, combinations, pairwise
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from internlm_lite.config.schema import Config
-from internlm_lite.models.stages import layers_of_stages, meta_model
+from internlm_lite.layers.flash import AttentionBackend
+from internlm_lite.mesh.mesh import plan_mesh, sizes_of
+from internlm_lite.models.stages import build_stages, layers_of_stages, meta_model
 from internlm_lite.pipeline.split import rank_to_stages, split_layers, stage_to_rank
 
 LAYOUTS = [("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("zbv", 2)]
@@ -133,6 +136,30 @@ def test_layers_cost_what_their_windows_cost() -> None:
     assert layers_of_stages(config) == [range(9), range(9, 12)]
     full = config.model_copy(update={"model": config.model.model_copy(update={"layer_types": ["full_attention"]})})
     assert layers_of_stages(full) == [range(6), range(6, 12)]
+
+
+def test_a_stage_goes_on_with_the_pattern_of_layers() -> None:
+    """By the number in the whole model: unequal stages of 3:1 would begin again inside of it."""
+    model = {"num_attention_heads": 4, "vocab_size": 8, "hidden_size": 32, "num_layers": 7, "multiple_of": 16}
+    config = Config.model_validate(
+        {
+            "data": {"seq_len": 64, "micro_bsz": 1, "micro_num": 4, "total_steps": 1},
+            "lr_scheduler": {"total_steps": 1},
+            "model": {
+                **model,
+                "num_chunks": 2,
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+            },
+            "parallel": {"pipeline": {"size": 2}},
+        }
+    )
+    windows = {}
+    for rank in range(2):
+        mesh = plan_mesh(sizes_of(2, 1, 2, -1), rank, torch.device("meta"))
+        for stage in build_stages(config, mesh, AttentionBackend.SDPA).values():
+            windows |= {block.attention.layer: block.attention.rule.window for block in stage.blocks()}
+    assert [windows[layer] for layer in range(7)] == [8, 8, 8, None, 8, 8, 8]
 
 
 @pytest.mark.parametrize(("schedule", "chunks"), LAYOUTS)

@@ -42,6 +42,19 @@ def wait_seconds(text: str) -> float:
     return seconds
 
 
+def memory_bytes(text: str) -> int:
+    """'80GB' -> 80000000000, '2GiB' -> 2147483648: the type of a command-line size. Raises ArgumentTypeError."""
+    units = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+    number, unit = text.rstrip("MGTBi"), text[len(text.rstrip("MGTBi")) :]
+    try:
+        n_bytes = float(number) * units[unit]
+    except (ValueError, KeyError):
+        n_bytes = 0
+    if not 1 <= n_bytes < 2**60:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a size with its unit, such as 80GB or 79.6GiB")
+    return int(n_bytes)
+
+
 def round_up(n: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is >= n."""
     return -(-n // multiple) * multiple

@@ -2,7 +2,7 @@
 
 internlm-lite ckpt ls ckpts                   step, kind, size, age, layout, state; --deep reads every byte
 internlm-lite ckpt verify ckpts               every check sum of every checkpoint; exit code 2 if one is damaged
-internlm-lite ckpt prune ckpts --keep 3       remove what is older than the newest 3 good ones
+internlm-lite ckpt prune ckpts --keep 3       remove what is older than the newest 3 good ones, except the best
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def _table(found: Sequence[Listed]) -> Table:
         layout = " ".join([f"{world or '?'} rank{'' if world == 1 else 's'}", *axes])
         state = "[red]damaged[/]" if one.problems else "good"
         age = human_seconds(max(0.0, time.time() - one.modified))
-        table.add_row(str(one.name.step), human_bytes(one.n_bytes), age, one.kind or "?", layout, state, str(one.name))
+        kind = (one.kind or "?") + ("" if one.valid_loss is None else f" (loss {one.valid_loss:.4f})")
+        table.add_row(str(one.name.step), human_bytes(one.n_bytes), age, kind, layout, state, str(one.name))
     return table
 
 
@@ -116,6 +117,7 @@ def _as_json(storage: Storage, found: Sequence[Listed], deep: bool) -> dict[str,
             "name": str(one.name),
             "step": one.name.step,
             "kind": one.kind,
+            **({} if one.valid_loss is None else {"valid_loss": one.valid_loss}),
             "bytes": one.n_bytes,
             "age_seconds": round(now - one.modified, 1),
             "layout": one.layout,

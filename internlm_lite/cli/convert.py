@@ -1,7 +1,8 @@
-"""Checkpoints to Hugging Face safetensors and back: Llama, InternLM, InternLM2.
+"""Checkpoints to Hugging Face safetensors and back, and to the files of llama2.c.
 
     internlm-lite convert to-hf ckpts hf-model --dtype bfloat16 --verify
     internlm-lite convert from-hf hf-model ckpts-from-hf --verify
+    internlm-lite convert to-llama2c ckpts llama2c
 
 from-hf writes weights alone: train on with ckpt.load_model_only_folder, or give the folder to `internlm-lite generate`.
 --verify computes the same logits here and in transformers; exit code 2 when they differ by more than it states.
@@ -18,10 +19,12 @@ from functools import partial
 from pathlib import Path
 
 from internlm_lite.apps.convert.compare_logits import compare, require_transformers
+from internlm_lite.apps.convert.families import FAMILIES
 from internlm_lite.apps.convert.from_hf import read_hf
 from internlm_lite.apps.convert.hf_config import default_family
-from internlm_lite.apps.convert.recipes import FAMILIES
+from internlm_lite.apps.convert.llama2c import write_llama2c
 from internlm_lite.apps.convert.to_hf import open_checkpoint, write_hf
+from internlm_lite.checkpoint.format.catalog import Found
 from internlm_lite.cli.options import new_parser, s3_settings
 from internlm_lite.config.schema import Config, ModelConfig, S3Config
 from internlm_lite.data.tokenizer import Tokenizer
@@ -39,19 +42,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("convert", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     to_hf = commands.add_parser("to-hf", help="a checkpoint of ours to a Hugging Face folder")
+    to_llama2c = commands.add_parser("to-llama2c", help="a checkpoint of ours to model.bin and tokenizer.bin")
+    for command in (to_hf, to_llama2c):
+        command.add_argument("checkpoint", help="a save folder (its newest checkpoint), or one checkpoint of it")
+        command.add_argument("out", type=Path, help="folder to make")
+        command.add_argument("--tokenizer", help="tokenizer file or folder, or none (the config's data.tokenizer)")
     add, dtypes = to_hf.add_argument, ["float32", "bfloat16", "float16"]
-    add("checkpoint", help="a save folder (its newest checkpoint), or one checkpoint of it")
-    add("out", type=Path, help="folder to make")
     add("--dtype", choices=dtypes, help="of the weights (as the model was trained)")
     add("--model-type", choices=FAMILIES, help="which model it becomes (the first that can express it)")
-    add("--tokenizer", help="tokenizer file or folder, or none (the config's data.tokenizer)")
     add("--shard-size", type=size, default=size("5GB"), help="largest file of weights (5GB)")
     from_hf = commands.add_parser("from-hf", help="a Hugging Face folder to a checkpoint of ours")
     from_hf.add_argument("folder", type=Path, help="config.json, *.safetensors")
     from_hf.add_argument("out", help="save folder without checkpoints")
     for command in (to_hf, from_hf):
-        add_s3_option(command)
         command.add_argument("--verify", action="store_true", help="compare logits with transformers'")
+    for command in (to_hf, to_llama2c, from_hf):
+        add_s3_option(command)
     return parser.parse_args(argv)
 
 
@@ -82,13 +88,32 @@ class Progress:
         return f"{n_tensors} tensors, {human_bytes(n_bytes)}, {human_seconds(seconds)}"
 
 
-def to_hf(arguments: argparse.Namespace, s3: S3Config) -> int:
-    """Exit code."""
+def opened(arguments: argparse.Namespace, s3: S3Config) -> tuple[Found, Config, str, Tokenizer | None]:
+    """The checkpoint, its config, its own path, and the tokenizer that goes with it."""
     found, config, path = open_checkpoint(arguments.checkpoint, s3)
     for reason in found.rejected:
         print(f"passed over {reason}")
     print(f"checkpoint {found.name} ({found.manifest.kind}, step {found.step})")
     tokenizer = arguments.tokenizer or config.data.tokenizer
+    if tokenizer is None:
+        print("no tokenizer copied: the config names none; give one with --tokenizer FILE")
+    return found, config, path, None if tokenizer in (None, "none") else Tokenizer(Path(tokenizer))
+
+
+def to_llama2c(arguments: argparse.Namespace, s3: S3Config) -> int:
+    """Exit code."""
+    found, config, _, tokenizer = opened(arguments, s3)
+    progress = Progress()
+    written, notes = write_llama2c(found, config, arguments.out, tokenizer, done=progress)
+    print(f"{arguments.out}: {', '.join(written.files)}, {progress.summary(written.n_tensors, written.n_bytes)}")
+    for note in notes:
+        print(f"note: {note}")
+    return 0
+
+
+def to_hf(arguments: argparse.Namespace, s3: S3Config) -> int:
+    """Exit code."""
+    found, config, path, tokenizer = opened(arguments, s3)
     trained = config.model.torch_dtype_name
     progress = Progress()
     written = write_hf(
@@ -97,14 +122,12 @@ def to_hf(arguments: argparse.Namespace, s3: S3Config) -> int:
         arguments.out,
         family=arguments.model_type or default_family(config.model),
         dtype=arguments.dtype or ("float32" if trained == "float64" else trained),
-        tokenizer=None if tokenizer in (None, "none") else Tokenizer(Path(tokenizer)),
+        tokenizer=tokenizer,
         shard_bytes=arguments.shard_size,
         done=progress,
     )
     files = written.files[0] if len(written.files) == 1 else f"{len(written.files)} files"
     print(f"{arguments.out}: {files}, {progress.summary(written.n_tensors, written.n_bytes)}")
-    if tokenizer is None:
-        print("no tokenizer copied: the config names none; give one with --tokenizer FILE")
     return verify(path, arguments.out, s3) if arguments.verify else 0
 
 
@@ -142,9 +165,10 @@ def verify(checkpoint: str, folder: Path, s3: S3Config) -> int:
 def work(arguments: argparse.Namespace) -> int:
     """Exit code."""
     adopt_s3_keys(os.environ)
-    if arguments.verify:
+    if "verify" in arguments and arguments.verify:
         require_transformers()
-    return {"to-hf": to_hf, "from-hf": from_hf}[arguments.command](arguments, s3_settings(arguments.s3))
+    commands = {"to-hf": to_hf, "from-hf": from_hf, "to-llama2c": to_llama2c}
+    return commands[arguments.command](arguments, s3_settings(arguments.s3))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

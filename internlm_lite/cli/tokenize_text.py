@@ -59,7 +59,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tokenizer", type=Path, required=True, help="tokenizer.model, tokenizer.json, ... or a folder")
     add("--overwrite", action="store_true", help="replace data folders that exist")
     text = "share of the documents for validation, written beside --output: .../train and .../valid, or DATA_valid"
-    add("--holdout", type=_share, default=0.0, metavar="P%", help=text)
+    held_out = encode.add_mutually_exclusive_group()
+    held_out.add_argument("--holdout", type=_share, default=0.0, metavar="P%", help=text)
+    text = "cut every text after this share of its characters: the rest is for validation, written as with --holdout"
+    held_out.add_argument("--split-at", type=_share, metavar="P%", help=text)
+    text = "documents are their text alone: with a text in one file, rows of a batch are its windows, end to end"
+    add("--without-bos-eos", action="store_true", help=text)
     arguments = parser.parse_args(argv)
     check_at_least(parser, arguments, workers=1, max_bytes=1, vocab_size=261)
     return arguments
@@ -134,20 +139,29 @@ def encode(arguments: argparse.Namespace) -> int:
         raise DataError(f"--input: found folder {unprintable[0]!r}, expected a printable name; rename it")
     tokenizer = Tokenizer(arguments.tokenizer)
     options, console = _options(arguments), ToolConsole()
+    holds_out = arguments.holdout or arguments.split_at is not None
     found: dict[str, Metadata] = {}
     notes = []
     with _bars(console) as bars:
         for name, source in targets.items():
             progress = _reporter(name, bars, bars.add_task(name, total=None, size=""), console)
-            encoder = FolderEncoder(tokenizer.path, arguments.workers, options, arguments.holdout, progress)
-            held_out = valid / name if arguments.holdout else None
+            encoder = FolderEncoder(
+                tokenizer.path,
+                arguments.workers,
+                options,
+                arguments.holdout,
+                split_at=arguments.split_at,
+                bare=arguments.without_bos_eos,
+                progress=progress,
+            )
+            held_out = valid / name if holds_out else None
             made = encoder.encode(source, output / name, held_out=held_out, overwrite=arguments.overwrite)
             found[name] = made.metadata
             if made.held_out:
                 found[f"{name} (held out)"] = made.held_out
             notes += [f"{name}: {line}" for line in made.notes]
     console.print(_statistics(found))
-    if arguments.holdout:
+    if holds_out:
         notes.append(f"train on them with data.train_folder={output} data.valid_folder={valid}")
     for note in notes:
         print(note)

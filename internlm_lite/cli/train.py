@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from internlm_lite import __version__
 from internlm_lite.cli.options import DEVICES, add_config, add_launcher, new_parser
 from internlm_lite.runtime.tool import run_tool
+from internlm_lite.units import memory_bytes
 
 if TYPE_CHECKING:
     from internlm_lite.monitor.sinks import SinkFactory
@@ -35,6 +36,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_launcher(parser, timeout=600, world_size_help="likewise; with --dry-run: ranks to plan for")
     add("--backend", choices=["nccl", "gloo"], help="accepted for old command lines; follows the device")
     add("--resume", metavar="auto|none|STEP|PATH", help="checkpoint to resume from (default: auto)")
+    add("--eval-only", action="store_true", help="evaluate the checkpoint to resume from, and stop")
     add("--seed", type=int, help="seed of weights and data order, instead of the config's")
     add("--run-dir", type=Path, default=Path("RUN"), help="logs and metrics go to RUN_DIR/<JOB_NAME>/<time>")
     add("--profiling", action="store_true", help="write a trace of three early steps per rank")
@@ -44,8 +46,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_plan_options(parser, "with --dry-run: ")
     add("--cfg-options", nargs="*", default=[], metavar="KEY=VALUE", help="same as the trailing ones")
     arguments = parser.parse_intermixed_args(argv)
-    if not arguments.dry_run and (arguments.tflops is not None or arguments.json):
-        parser.error("--tflops and --json belong to --dry-run: add it")
+    plan_only = ("tflops", "json", "components", "lengths", "memory")
+    if not arguments.dry_run and (given := [name for name in plan_only if getattr(arguments, name)]):
+        parser.error(f"--{given[0]} belongs to --dry-run: add it")
     if not arguments.dry_run and arguments.device not in DEVICES:
         named = "the name or file of a GPU belongs to --dry-run"
         parser.error(f"--device {arguments.device}: expected {', '.join(DEVICES)}; {named}")
@@ -63,6 +66,20 @@ def add_plan_options(parser: argparse.ArgumentParser, when: str) -> None:
     )
     parser.add_argument("--device", default="auto", metavar="NAME", help=text + "on which to predict the step")
     parser.add_argument("--json", action="store_true", help=f"{when}JSON instead of tables")
+    text = "parameters, memory and FLOPs of every component of the model"
+    parser.add_argument("--components", action="store_true", help=f"{when}{text}")
+    text = "as --components, with FLOPs over documents of these lengths, too, such as 1024,16384"
+    parser.add_argument("--lengths", type=_lengths, default=(), metavar="N,N", help=f"{when}{text}")
+    text = "the largest data.micro_bsz that fits this memory of a GPU, such as 80GB or 79.6GiB"
+    parser.add_argument("--memory", type=memory_bytes, metavar="SIZE", help=f"{when}{text}")
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    """'1024,16384' -> (1024, 16384). Raises ArgumentTypeError."""
+    parts = text.replace("_", "").split(",")
+    if not all(part.isascii() and part.isdecimal() and 0 < int(part) < 2**31 for part in parts):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected tokens, such as 1024,16384")
+    return tuple(map(int, parts))
 
 
 def check_plan_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
@@ -115,10 +132,17 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
         print(print_config(loaded, arguments.print_config))
         return 0
     if arguments.dry_run:
-        from internlm_lite.apps.planner.command import dry_run
+        from internlm_lite.apps.planner.command import PlanOptions, dry_run
 
-        named, as_json = arguments.device, arguments.json
-        return dry_run(loaded.config, world_size, tflops=arguments.tflops, device=named, as_json=as_json)
+        asked = PlanOptions(
+            tflops=arguments.tflops,
+            device=arguments.device,
+            as_json=arguments.json,
+            components=arguments.components,
+            lengths=arguments.lengths,
+            memory=arguments.memory,
+        )
+        return dry_run(loaded.config, world_size, asked)
 
     from internlm_lite.apps.report.writer import open_report
     from internlm_lite.runtime.device import usable_gpus
@@ -136,5 +160,6 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
         command=tuple(sys.argv),
         profiling=arguments.profiling,
         sinks={"the report": open_report, **sinks},
+        eval_only=arguments.eval_only,
     )
     run_job(loaded, dist_env, options)

@@ -43,6 +43,7 @@ _MOST = {
     "data.total_steps": 10**12,
     "data.valid_batches": 10**9,
     "data.valid_micro_num": 10**6,
+    "data.valid_train_batches": 10**9,
     "guard.spike_window": 10**6,
     "hybrid_zero_optimizer.reduce_bucket_size": 2**40,
     "lr_scheduler.total_steps": 10**12,
@@ -77,6 +78,8 @@ def cross_problems(config: Config, world_size: int | None) -> Iterator[Problem]:
     yield from _sequence(config)
     yield from _precision(config)
     yield from _curves(config)
+    yield from _rule(config)
+    yield from _evaluation(config)
     yield from _batches(config)
     yield from _data(config)
     yield from _ckpt(config.ckpt)
@@ -238,6 +241,25 @@ def _curves(config: Config) -> Iterator[Problem]:
         )
 
 
+def _rule(config: Config) -> Iterator[Problem]:
+    rule = config.optimizer
+    if rule.momentum and rule.name != "sgd":
+        keys = "optimizer.momentum", "optimizer.name"
+        yield Problem(keys, f'found {rule.momentum} with "{rule.name}", expected "sgd"; change one of them')
+
+
+def _evaluation(config: Config) -> Iterator[Problem]:
+    data = config.data
+    asked = {"data.valid_at_start": data.valid_at_start, "data.valid_train_batches": data.valid_train_batches}
+    for key, value in {**asked, "ckpt.keep_best": config.ckpt.keep_best}.items():
+        if value and not data.valid_every:
+            why = "there are no evaluations; set data.valid_every"
+            yield Problem((key, "data.valid_every"), f"found {value} with data.valid_every 0: {why}, or remove it")
+    if config.ckpt.keep_best and not config.ckpt.enable_save_ckpt:
+        text = "found True with ckpt.enable_save_ckpt=False; change one of them"
+        yield Problem(("ckpt.keep_best", "ckpt.enable_save_ckpt"), text)
+
+
 def _batches(config: Config) -> Iterator[Problem]:
     key, full = "data.rampup_batch_size", config.data.micro_num
     try:
@@ -272,6 +294,11 @@ def _data(config: Config) -> Iterator[Problem]:
     if config.monitor.sample_every and not config.monitor.sample_prompts:
         yield Problem(
             ("monitor.sample_every", "monitor.sample_prompts"), "found without prompts; give some, or set it to 0"
+        )
+    if config.monitor.sample_every == "epoch" and data.weights is not None:
+        yield Problem(
+            ("monitor.sample_every", "data.weights"),
+            'found "epoch" with data.weights, with which each folder has passes of its own; give a number of steps',
         )
     if not config.JOB_NAME.strip(". ") or "/" in config.JOB_NAME or not config.JOB_NAME.isprintable():
         expected = "expected the name of a folder: printable, no '/', not empty"

@@ -56,6 +56,10 @@ class TrainingData:
         """Tokens in one pass over all documents of at least `min_length` tokens."""
         return sum(folder.tokens for folder in self.packed)
 
+    def epoch(self, position: Position) -> int:
+        """Passes over all rows that end at or before `position`; 0 with weights."""
+        return 0 if self.mix.epoch_rows is None else position.packs // self.mix.epoch_rows
+
     def build(self, position: Position, *, pin: bool = False) -> Batch:
         """The next batch to train on at `position`. Raises DataError on damaged data or ids outside the vocabulary."""
         rows, after = self.order.take(position)
@@ -100,6 +104,33 @@ class ValidationData:
         for start in range(0, rows, per_batch):
             mine = range(start, start + per_batch)[self.dp_rank :: self.dp_size]
             yield assemble(self.packed, [(index, row) for row in mine], Position(), pin=pin)
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """The first `n_batches` batches of the training order, as large as those of the validation, always the same."""
+
+    data: TrainingData
+    micro_num: int
+    n_batches: int
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        return self.data.folders
+
+    def batches(self, *, pin: bool = False) -> Generator[Batch, None, None]:
+        return prefetch(self._build(start, pin=pin) for start in self._starts())
+
+    def _starts(self) -> range:
+        """First rows of the batches: at most one pass over the data, and at least one batch."""
+        per_batch, all_rows = self.micro_num * self.data.order.dp_size, self.data.mix.epoch_rows
+        most = self.n_batches if all_rows is None else max(1, min(self.n_batches, all_rows // per_batch))
+        return range(0, most * per_batch, per_batch)
+
+    def _build(self, start: int, *, pin: bool) -> Batch:
+        rows = range(start, start + self.micro_num * self.data.order.dp_size)
+        mine = self.data.mix.rows_of_folders(self.data.order.share(rows, self.data.dp_rank))
+        return assemble(self.data.packed, mine, Position(), pin=pin)
 
 
 def open_training_data(config: DataConfig, vocab_size: int, dp_rank: int, dp_size: int, seed: int) -> TrainingData:

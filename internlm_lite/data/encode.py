@@ -3,7 +3,7 @@
     IN/code/**/*.py  ->  OUT/code/{code.bin, code.idx, code.meta.json}       document = bos + text + eos
 
 Documents held out for validation go to a second folder. A hash of their text chooses them, so that the choice depends
-on nothing else, and copies of a text are on one side.
+on nothing else, and copies of a text are on one side. Or every text is cut, and its end goes there.
 
 A folder is written to OUT/.code.partial and renamed when it is complete, so that an interrupted run leaves no partial
 folder. While it is replaced, the old folder is OUT/.code.replaced; the next run restores it after an interruption.
@@ -50,11 +50,10 @@ Encoded = tuple[np.ndarray, np.ndarray, int]
 """Token ids int32 of several documents back to back, their lengths int64, and the bytes of their text."""
 
 
-def encode_documents(tokenizer_path: Path, documents: Sequence[TextDocument]) -> Encoded:
-    """Tokenise documents. Prompts, including bos, become negative ids, see documents.py."""
+def encode_documents(tokenizer_path: Path, documents: Sequence[TextDocument], *, bare: bool = False) -> Encoded:
+    """Tokenise documents. Prompts, including bos, become negative ids, see documents.py. `bare`: no bos and no eos."""
     tokenizer = _tokenizer(tokenizer_path)
-    bos = [] if tokenizer.bos is None else [tokenizer.bos]
-    eos = [] if tokenizer.eos is None else [tokenizer.eos]
+    bos, eos = ([] if bare or token is None else [token] for token in (tokenizer.bos, tokenizer.eos))
     ids: list[list[int]] = []
     n_bytes = 0
     for document in documents:
@@ -109,6 +108,10 @@ class FolderEncoder:
     options: TextOptions = DEFAULTS
     holdout: float = 0.0
     """Share of the documents, chosen by a hash of their text, that is held out for validation."""
+    split_at: float | None = None
+    """Instead: share of the characters of every text after which it is cut; the rest is held out."""
+    bare: bool = False
+    """Documents are their text alone, without bos and eos."""
     progress: TextProgress = lambda n_bytes, total_bytes: None
 
     def encode(
@@ -136,7 +139,8 @@ class FolderEncoder:
         documents = (document for file in files for document in read_documents(file, self.options, tally))
         with ExitStack() as writers:
             parts = [FolderPart(writers.enter_context(writing(path, dtype))) for path in bin_paths]
-            for index, encoded in self._encoded(_batched(documents, self.holdout if len(parts) > 1 else 0.0)):
+            all_parts = self._parts(documents, files) if len(parts) > 1 else ((0, document) for document in documents)
+            for index, encoded in self._encoded(_batched(all_parts)):
                 parts[index].add(*encoded)
                 self.progress(encoded[2], total_bytes)
             counts = [part.totals["documents"] for part in parts]
@@ -147,7 +151,7 @@ class FolderEncoder:
                 )
             if not all(counts):
                 raise DataError(
-                    f"{files[0].path.parent}: a holdout of {self.holdout:.4g} leaves {counts[0]} documents to train on "
+                    f"{files[0].path.parent}: this holdout leaves {counts[0]} documents to train on "
                     f"and {counts[1]} for validation, expected some of both; give another share, or more documents"
                 )
             found = []
@@ -158,16 +162,33 @@ class FolderEncoder:
                 _write_metadata(path, made)
         return found
 
+    def _parts(
+        self, documents: Iterable[TextDocument], files: Sequence[TextFile]
+    ) -> Iterator[tuple[int, TextDocument]]:
+        """Part 0: to train on, part 1: held out."""
+        if self.split_at is None:
+            yield from ((int(_is_held_out(document, self.holdout)), document) for document in documents)
+            return
+        if with_prompts := [file.path for file in files if file.has_prompts]:
+            raise DataError(
+                f"{with_prompts[0]}: found prompts and responses, expected text alone to cut it into training and "
+                "validation; hold whole documents out with --holdout"
+            )
+        for document in documents:
+            cut = int(self.split_at * len(document.text))
+            halves = enumerate((document.text[:cut], document.text[cut:]))
+            yield from ((part, TextDocument(text)) for part, text in halves if text)
+
     def _encoded(self, batches: Iterator[tuple[int, list[TextDocument]]]) -> Iterator[tuple[int, Encoded]]:
         """The tokenised batches in order, with their parts; at most two per worker are in flight."""
         if self.workers == 1:
-            yield from ((part, encode_documents(self.tokenizer_path, batch)) for part, batch in batches)
+            yield from ((part, encode_documents(self.tokenizer_path, batch, bare=self.bare)) for part, batch in batches)
             return
         pending: deque[tuple[int, Future[Encoded]]] = deque()
         pool = ProcessPoolExecutor(self.workers, get_context("spawn"), initializer=_ignore_interrupt)
         try:
             for part, batch in batches:
-                pending.append((part, pool.submit(encode_documents, self.tokenizer_path, batch)))
+                pending.append((part, pool.submit(encode_documents, self.tokenizer_path, batch, bare=self.bare)))
                 if len(pending) >= 2 * self.workers:
                     part, first = pending.popleft()
                     yield part, first.result()
@@ -222,12 +243,11 @@ def _is_held_out(document: TextDocument, share: float) -> bool:
     return int.from_bytes(digest, "big") < share * 2**64
 
 
-def _batched(documents: Iterable[TextDocument], holdout: float) -> Iterator[tuple[int, list[TextDocument]]]:
-    """(part, documents): part 0 to train on, part 1 held out."""
+def _batched(documents: Iterable[tuple[int, TextDocument]]) -> Iterator[tuple[int, list[TextDocument]]]:
+    """(part, its next documents)"""
     batches: list[list[TextDocument]] = [[], []]
     sizes = [0, 0]
-    for document in documents:
-        part = int(holdout > 0 and _is_held_out(document, holdout))
+    for part, document in documents:
         batches[part].append(document)
         sizes[part] += len(document.text) + len(document.prompt)
         if sizes[part] >= BATCH_CHARACTERS:

@@ -27,6 +27,10 @@ BLOCK_ROWS = 1024
 class Mix(Protocol):
     """An endless sequence of rows."""
 
+    @property
+    def epoch_rows(self) -> int | None:
+        """Rows of one pass over all folders; None: each folder has passes of its own."""
+
     def rows_of_folders(self, rows: range) -> list[tuple[int, int]]:
         """(folder, row of the folder) for each row number."""
 
@@ -37,18 +41,20 @@ class EpochMix:
     def __init__(self, counts: Sequence[int], seed: int, batch_rows: int) -> None:
         """counts: rows of each folder, sum >= batch_rows."""
         total = sum(counts)
-        self._length = total - total % batch_rows
+        self.epoch_rows = total - total % batch_rows
         self._starts = np.cumsum([0, *counts])
         self._order = lru_cache(2)(lambda epoch: shuffled(total, seed, epoch))
 
     def rows_of_folders(self, rows: range) -> list[tuple[int, int]]:
-        ids = np.array([self._order(row // self._length)[row % self._length] for row in rows])
+        ids = np.array([self._order(row // self.epoch_rows)[row % self.epoch_rows] for row in rows])
         folders = np.searchsorted(self._starts, ids, side="right") - 1
         return list(zip(folders.tolist(), (ids - self._starts[folders]).tolist(), strict=True))
 
 
 class WeightedMix:
     """Folder shares proportional to the weights, independent of the folders' sizes."""
+
+    epoch_rows = None
 
     def __init__(self, counts: Sequence[int], weights: Sequence[float], seed: int) -> None:
         """counts: rows of each folder, all > 0. weights: all > 0, in any unit."""

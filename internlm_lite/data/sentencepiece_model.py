@@ -59,6 +59,11 @@ class SentencePieceModel:
         piece: str = self._processor.id_to_piece(token)
         return piece
 
+    def score(self, token: int) -> float:
+        """Pairs of pieces with a higher score are merged first."""
+        score: float = self._processor.get_score(token)
+        return score
+
 
 def _or_none(token: int) -> int | None:
     return token if token >= 0 else None

@@ -69,7 +69,7 @@ class LearnedPositions(CostedLayer):
         shape = (config.max_position_embeddings, config.hidden_size)
         layout = split(f"{name}.weight", shape, 1, tp_ctx.group, init_std=config.init_std)
         self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)
-        self.weight.manual_grad = self.weight.deferred_grad = True
+        self.weight.manual_grad = self.weight.deferred_grad = self.weight.looked_up = True
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
         return look_up(self.weight, positions)

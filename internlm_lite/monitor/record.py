@@ -115,7 +115,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class ValidationRecord:
-    """One evaluation. `step` is the index of the last step before it."""
+    """One evaluation. `step` is the index of the last step before it; -1: none."""
 
     step: int
     loss: float
@@ -123,6 +123,17 @@ class ValidationRecord:
     acc: float
     perplexity: float
     folders: Mapping[str, FolderFigures]
+    train_loss: float | None = None
+    """Mean cross-entropy over batches of training data; None: not measured."""
+
+    def __str__(self) -> str:
+        """The line of the log."""
+        on_train = "" if self.train_loss is None else f" train_loss={self.train_loss:.4f}"
+        folders = "".join(f" loss/{name}={figures.loss:.4f}" for name, figures in self.folders.items())
+        return (
+            f"evaluation after {self.step + 1} steps: loss={self.loss:.4f} perplexity={self.perplexity:.4f} "
+            f"acc={self.acc:.4f}{on_train}{folders}"
+        )
 
 
 @dataclass(frozen=True)

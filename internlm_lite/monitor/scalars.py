@@ -27,6 +27,7 @@ def validation_scalars(record: ValidationRecord) -> dict[str, float]:
         "valid/loss": record.loss,
         "valid/acc": record.acc,
         "valid/perplexity": record.perplexity,
+        **({} if record.train_loss is None else {"valid/train_loss": record.train_loss}),
         **_folders(record.folders, "val_"),
     }
 

@@ -50,6 +50,12 @@ class UpdateRule:
         """Those of `roles` that there are with these options."""
         return cls.roles
 
+    @classmethod
+    def operations(cls, options: OptimizerConfig) -> int | None:
+        """Of an update of one element, as the rule's formulas are written: sums, products, roots and the like. Weight
+        decay takes two more. None: not said."""
+        return None
+
     def update(self, grads: Sequence[torch.Tensor], lr: torch.Tensor, beta2: float, skipped: torch.Tensor) -> None:
         """Update weights and state of all shards in place.
 
@@ -79,6 +85,10 @@ class AdamW(UpdateRule):
 
     roles = ("exp_avg", "exp_avg_sq")
     non_negative = ("exp_avg_sq",)
+
+    @classmethod
+    def operations(cls, options: OptimizerConfig) -> int:
+        return 3 + 4 + 5  # first moment; second; root, plus eps, quotient, times lr, minus
 
     def __init__(
         self, shards: Sequence[Shard], config: AdamConfig, options: OptimizerConfig = OptimizerConfig()
@@ -152,6 +162,10 @@ class Lion(UpdateRule):
 
     roles = ("exp_avg",)
 
+    @classmethod
+    def operations(cls, options: OptimizerConfig) -> int:
+        return 6 + 3  # interpolation (3), sign, times lr, minus; momentum
+
     def update(self, grads: Sequence[torch.Tensor], lr: torch.Tensor, beta2: float, skipped: torch.Tensor) -> None:
         for shard, grad in zip(self._shards, grads, strict=True):
             step = shard.state["exp_avg"].lerp(grad, 1 - self._config.adam_beta1).sign_()
@@ -175,6 +189,10 @@ class SGD(UpdateRule):
     @classmethod
     def roles_with(cls, options: OptimizerConfig) -> tuple[str, ...]:
         return cls.roles if options.momentum else ()
+
+    @classmethod
+    def operations(cls, options: OptimizerConfig) -> int:
+        return 2 + 2 * (options.momentum > 0)  # times lr, minus; momentum
 
     def update(self, grads: Sequence[torch.Tensor], lr: torch.Tensor, beta2: float, skipped: torch.Tensor) -> None:
         for shard, step in zip(self._shards, grads, strict=True):

@@ -60,10 +60,22 @@ class RunServices:
 def build_run(
     config: Config, mesh: Mesh, folder: Path, resume: str = "auto", services: RunServices = RunServices()
 ) -> Run:
-    """Open the data, build and initialise the model, restore a checkpoint. Collective.
+    """`load_run`, with sinks in `folder`, unless the run there has ended and no steps are left. Collective."""
+    run = load_run(config, mesh, folder, resume, services)
+    if not mesh.is_main:
+        return run
+    if not config.ckpt.enable_save_ckpt:
+        logger.warning("ckpt.enable_save_ckpt=False: nothing that is trained will be kept")
+    if run.start.step < config.data.total_steps or not has_ended(folder / "events.jsonl"):
+        make = partial(open_sinks, folder, config, services.sinks, terminal=services.terminal)
+        run.reporter.open_sinks(make, run.start.step)
+    return run
 
-    `resume`: "auto", "none", a step or a path. Opens no sinks if the run in `folder` has ended and no steps are left.
-    Raises DataError, CheckpointError or StorageError.
+
+def load_run(config: Config, mesh: Mesh, folder: Path, resume: str, services: RunServices) -> Run:
+    """Open the data, build the model, restore a checkpoint or draw the weights. Collective; writes nothing.
+
+    `resume`: "auto", "none", a step or a path. Raises DataError, CheckpointError or StorageError.
     """
     checkpoints = services.checkpoints or Checkpoints(config, mesh)
     watchdog = services.watchdog or unwatched(mesh.rank)
@@ -83,9 +95,6 @@ def build_run(
     checkpoints.attach(Contents(trainer, reporter, data.fingerprint, folder.name, tokens, intended_batch_tokens=tokens))
     with heartbeat("loading a checkpoint, or drawing the weights"):
         start = checkpoints.restore(resume)
-    nothing_to_report = start.step >= config.data.total_steps and has_ended(folder / "events.jsonl")
-    if mesh.is_main and not nothing_to_report:
-        reporter.open_sinks(partial(open_sinks, folder, config, services.sinks, terminal=services.terminal), start.step)
     return Run(config, mesh, folder, trainer, data, valid, reporter, samples, checkpoints, start, watchdog)
 
 
@@ -98,5 +107,3 @@ def _log_facts(config: Config, data: TrainingData, trainer: Trainer, batch_token
             f"{human_count(data.total_tokens)} training tokens in folders {', '.join(data.folders)}; "
             f"{batch_tokens} tokens a step"
         )
-        if not config.ckpt.enable_save_ckpt:
-            logger.warning("ckpt.enable_save_ckpt=False: nothing that is trained will be kept")

@@ -10,6 +10,7 @@ control.py decides when a checkpoint is due and of which kind; checkpoint/ write
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -56,6 +57,8 @@ class Moment:
     sums: torch.Tensor
     """`FolderMetrics.total`."""
     random_states: dict[str, torch.Tensor]
+    valid_loss: float | None = None
+    """Of the evaluation that a checkpoint of the kind "best" is saved for."""
 
 
 @dataclass
@@ -89,6 +92,7 @@ class Contents:
             "data": self.fingerprint,
             "batch_tokens": self.intended_batch_tokens,
             "run_folder": self.run_folder,
+            **({} if moment.valid_loss is None else {"valid_loss": moment.valid_loss}),
         }
 
     def adopt(self, restored: Restored, *, moments: bool) -> TrainState:
@@ -140,6 +144,8 @@ class Checkpoints:
         """Name of the checkpoint that this run resumed."""
         self._began_at: Found | None = None
         """The checkpoint outside the save folders that this run began from; a rollback may return to it."""
+        self._from_run_folder: str | None = None
+        """The run folder that `restored` comes from."""
         self.manager = self._open(options, with_folders=self._ckpt.enable_save_ckpt)
         """Without folders if ckpt.enable_save_ckpt is False."""
         try:
@@ -175,6 +181,18 @@ class Checkpoints:
         self.report_finished()
         facts = {"saved": kind, "name": name, "waited": wait, "stall_seconds": round(time.monotonic() - begin, 4)}
         self.contents.reporter.event("checkpoint", step=step, **facts)
+
+    def best_loss(self) -> float:
+        """Validation loss of this run's newest checkpoint of the kind "best", infinite without one. Waits for the save
+        in progress, so that it counts, and that one of the same step does not take the place of a better one."""
+        self._wait()
+        try:
+            best = on_main(self._mesh, lambda: self.manager.folders[0].newest("best"))
+        except (StorageError, CheckpointError) as error:
+            self._alarm("best", error)
+            return -math.inf
+        is_ours = best and best.state["run_folder"] in (self.contents.run_folder, self._from_run_folder)
+        return float(best.state["valid_loss"]) if best and is_ours else math.inf
 
     def report_finished(self) -> None:
         """Report the outcome of background saves that have ended. Not collective; does not block."""
@@ -276,6 +294,7 @@ class Checkpoints:
     def _adopt(self, restored: Restored, *, moments: bool) -> TrainState:
         state = self.contents.adopt(restored, moments=moments)
         self.restored = restored.found.name
+        self._from_run_folder = restored.found.manifest.state.get("run_folder")
         for folder in self.manager.folders:
             folder.resumed_from = self.restored
         return state

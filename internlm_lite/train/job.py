@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,6 +44,7 @@ from internlm_lite.runtime.torchrun import report_to_agent
 from internlm_lite.train.build import Run, RunServices, build_run
 from internlm_lite.train.changes import LastRun, keep_global_batch
 from internlm_lite.train.checkpoints import Checkpoints
+from internlm_lite.train.evaluation import evaluate_only, without_saves
 from internlm_lite.train.failure_handler import FailureHandler, code_of
 from internlm_lite.train.loop import TrainingEnd, train
 
@@ -73,6 +74,8 @@ class Options:
     profiling: bool
     sinks: Mapping[str, SinkFactory] = field(default_factory=dict)
     """See `build.RunServices`."""
+    eval_only: bool = False
+    """Evaluate a checkpoint instead of training."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,8 @@ def run_job(loaded: LoadedConfig, dist_env: DistEnv, options: Options) -> NoRetu
     code. `loaded` has passed `check_config` for this world."""
     setup_logging(dist_env, None, options.log_style)
     failures = FailureHandler(dist_env)
+    if options.eval_only:
+        loaded = replace(loaded, config=without_saves(loaded.config))
     try:
         with report_to_agent(dist_env.error_file):
             code = _run(loaded, dist_env, options, failures)
@@ -158,7 +163,12 @@ def _run(loaded: LoadedConfig, dist_env: DistEnv, options: Options, failures: Fa
         try:
             agents = {str(agent) for agent in comm.gather_objects(dist_env.agent, mesh.world) if agent}
             job = Job(loaded, dist_env, options, mesh, checkpoints, failures, tuple(sorted(agents)))
-            ended = _train(job, _plan(job), signals)
+            if options.eval_only:
+                services = RunServices(checkpoints=checkpoints, watchdog=watchdog)
+                evaluate_only(config, mesh, options.resume, services)
+                stopped_by = ""
+            else:
+                stopped_by = _train(job, _plan(job), signals).stopped_by
         finally:
             watchdog.enter("ending")
             checkpoints.close(wait=False)
@@ -167,7 +177,7 @@ def _run(loaded: LoadedConfig, dist_env: DistEnv, options: Options, failures: Fa
         except PeerLostError as error:
             failures.failed(error)
             raise
-        return STOPPED if ended.stopped_by and not dist_env.supervised else 0
+        return STOPPED if stopped_by and not dist_env.supervised else 0
 
 
 def limits_of(timeout_seconds: float) -> Limits:
@@ -184,6 +194,7 @@ def _fingerprint(loaded: LoadedConfig, options: Options, device: torch.device) -
         "device": device.type,
         "--resume": options.resume or "not given",
         "--timeout": f"{options.timeout_seconds:g}",
+        "--eval-only": str(options.eval_only),
         **{row["key"]: repr(row["value"]) for row in origin_rows(loaded)},
     }
 

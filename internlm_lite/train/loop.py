@@ -14,6 +14,7 @@ from internlm_lite.monitor.jsonl import is_evaluated
 from internlm_lite.optim.replicas import check_replicas
 from internlm_lite.train.build import Run
 from internlm_lite.train.control import Control
+from internlm_lite.train.evaluation import evaluate
 from internlm_lite.train.profiling import traced_steps
 from internlm_lite.train.saving import Saving
 from internlm_lite.train.train_state import TrainState
@@ -38,7 +39,7 @@ def train(run: Run, signals: StopSignals, trace_folder: Path | None = None) -> T
     state, trainer, watchdog, total_steps = run.start, run.trainer, run.watchdog, run.config.data.total_steps
     control = Control(run.config, run.reporter, signals, is_main=run.mesh.is_main)
     saving = Saving(run, control)
-    _begin(run, state)
+    _begin(run, state, saving)
     pin = run.mesh.device.type == "cuda"
     with (
         closing(run.data.batches(state.position, pin=pin)) as batches,
@@ -52,28 +53,32 @@ def train(run: Run, signals: StopSignals, trace_folder: Path | None = None) -> T
             updating = partial(_before_update, run, saving, state)
             outcome = trainer.step(batch, state.step, requests=control.requests, before_update=updating)
             traced()
-            state = state.after(batch, run.mesh.dp.size)
+            epoch, state = run.data.epoch(state.position), state.after(batch, run.mesh.dp.size)
+            samples_due = run.samples.due(state.step, ended_epoch=run.data.epoch(state.position) > epoch)
             if state.step % run.config.monitor.log_every == 0 or state.step == total_steps:
                 run.reporter.step_line(state, batch, outcome)
             decision = control.after_step(outcome, state.step)
-            if restored := _roll_back(run, state, control):
+            if restored := _roll_back(run, state, control, saving):
                 state = restored
                 continue
             _check_replicas(run, state)
             if decision.save or decision.final:
                 saving.note(state, outcome)
-                if _is_looked_at(run, state) or not saving.can_wait():
+                if samples_due or _evaluation_is_due(run, state) or not saving.can_wait():
                     trainer.optimizer.wait_weights()
                     with watchdog.inside("saving"), run.reporter.excluded_from_timing():
                         saving.do()
             run.checkpoints.report_finished()
             if not decision.stop:  # a stop does not wait for an evaluation; the next start does it
-                _evaluate_and_sample(run, state)
+                _evaluate_if_due(run, state, saving)
+                if samples_due:
+                    with watchdog.inside("samples"), run.reporter.excluded_from_timing():
+                        run.samples.show(state.step)
     control.finish(state.step)
     return _end(run, TrainingEnd(state, control.decision.stopped_by))
 
 
-def _begin(run: Run, state: TrainState) -> None:
+def _begin(run: Run, state: TrainState, saving: Saving) -> None:
     """At the start and after a rollback: start the timing and write the event "start" about the following steps."""
     run.reporter.start(state)
     tokens = {folder.name: folder.tokens for folder in run.data.packed}
@@ -87,8 +92,8 @@ def _begin(run: Run, state: TrainState) -> None:
         **({} if run.checkpoints.restored is None else {"restarted_from": run.checkpoints.restored}),
     }
     run.reporter.event("start", **facts)
-    if state.step:  # the previous start may have ended between its save and its evaluation
-        _evaluate_if_due(run, state, skip_if_logged=True)
+    # The previous start may have ended between its save and its evaluation.
+    _evaluate_if_due(run, state, saving, skip_if_logged=True)
 
 
 def _before_update(run: Run, saving: Saving, state: TrainState) -> None:
@@ -106,7 +111,7 @@ def _end(run: Run, ended: TrainingEnd) -> TrainingEnd:
     return ended
 
 
-def _roll_back(run: Run, state: TrainState, control: Control) -> TrainState | None:
+def _roll_back(run: Run, state: TrainState, control: Control, saving: Saving) -> TrainState | None:
     """If the decision is to roll back: restore a checkpoint from before the spike, and return its state with the
     present data position, so that the data that led to the spike is skipped.
 
@@ -126,7 +131,7 @@ def _roll_back(run: Run, state: TrainState, control: Control) -> TrainState | No
     control.rolled_back(restored.step)
     run.reporter.event("rollback", step=spiked_step, back_to=restored.step)
     run.reporter.reopen_sinks(restored.step)
-    _begin(run, restored)
+    _begin(run, restored, saving)
     return restored
 
 
@@ -139,31 +144,23 @@ def _check_replicas(run: Run, state: TrainState) -> None:
             check_replicas(optimizer, run.mesh, state.step - 1)
 
 
-def _is_looked_at(run: Run, state: TrainState) -> bool:
-    """Whether `_evaluate_and_sample` has something to do."""
-    return _evaluation_is_due(run, state) or run.samples.due(state.step)
-
-
-def _evaluate_and_sample(run: Run, state: TrainState) -> None:
-    """Evaluate and sample if due. Called after the step's save, which a failure here must not prevent."""
-    _evaluate_if_due(run, state)
-    if run.samples.due(state.step):
-        with run.watchdog.inside("samples"), run.reporter.excluded_from_timing():
-            run.samples.show(state.step)
-
-
-def _evaluate_if_due(run: Run, state: TrainState, *, skip_if_logged: bool = False) -> None:
-    """`skip_if_logged`: not if events.jsonl already has the figures of this step."""
+def _evaluate_if_due(run: Run, state: TrainState, saving: Saving, *, skip_if_logged: bool = False) -> None:
+    """Called after the step's save, which a failure here must not prevent. `skip_if_logged`: not if events.jsonl
+    already has the figures of this step."""
     file = run.folder / "events.jsonl"
-    if not _evaluation_is_due(run, state) or run.valid is None:
+    if not _evaluation_is_due(run, state):
         return
     if skip_if_logged and on_main(run.mesh, lambda: is_evaluated(file, state.step - 1)):
         return
     run.reporter.event("evaluating", step=state.step - 1)
     with run.watchdog.inside("evaluation"), run.reporter.excluded_from_timing():
-        run.reporter.validation(state, run.trainer.evaluate(run.valid, run.watchdog.report_progress))
+        found = evaluate(run, state)
+        run.reporter.validation(found)
+        saving.keep_if_best(state, found.loss)
 
 
 def _evaluation_is_due(run: Run, state: TrainState) -> bool:
     data = run.config.data
+    if state.step == 0:
+        return data.valid_at_start
     return run.valid is not None and (state.step % data.valid_every == 0 or state.step == data.total_steps)

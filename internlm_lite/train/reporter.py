@@ -20,7 +20,6 @@ from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.stages import model_flops_per_token
 from internlm_lite.monitor.flops import internlm_flops_per_token, mfu, tflops_per_gpu
-from internlm_lite.monitor.metrics import Collected
 from internlm_lite.monitor.record import Origin, Sample, StepRecord, ValidationRecord
 from internlm_lite.monitor.scalars import perplexity
 from internlm_lite.monitor.sinks import FanOut
@@ -179,24 +178,14 @@ class Reporter:
         )
         self._sinks.step(record)
 
-    def validation(self, state: TrainState, collected: Collected) -> None:
-        """Report an evaluation after `state.step` steps, with the figures of every validation folder."""
+    def validation(self, found: ValidationRecord) -> None:
         if self._sinks is None:
             return
         self.write_lines(math.inf)
-        found = ValidationRecord(
-            step=state.step - 1,
-            loss=collected.cross_entropy,
-            acc=collected.accuracy,
-            perplexity=perplexity(collected.cross_entropy),
-            folders=collected.folders,
-        )
-        logger.info(
-            f"evaluation after {found.step + 1} steps: loss={found.loss:.4f} perplexity={found.perplexity:.4f} "
-            f"acc={found.acc:.4f} " + " ".join(f"loss/{name}={f.loss:.4f}" for name, f in found.folders.items())
-        )
+        logger.info(str(found))
         folders = {name: [f.tokens, f.loss, f.acc] for name, f in found.folders.items()}
-        self._sinks.event("evaluation", step=found.step, loss=found.loss, acc=found.acc, folders=folders)
+        on_train = {} if found.train_loss is None else {"train_loss": found.train_loss}
+        self._sinks.event("evaluation", step=found.step, loss=found.loss, acc=found.acc, folders=folders, **on_train)
         self._sinks.validation(found)
 
     def sample(self, steps_done: int, prompt: str, text: str) -> None:

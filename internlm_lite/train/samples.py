@@ -59,10 +59,11 @@ class Samples:
         check(self._model, prompts, [self._monitor.sample_tokens] * len(prompts))
         return prompts, end_ids(tokenizer)
 
-    def due(self, steps_done: int) -> bool:
+    def due(self, steps_done: int, *, ended_epoch: bool) -> bool:
         """Whether samples are due after `steps_done` steps; False after the last step, which always has them."""
         every = self._monitor.sample_every
-        return bool(self._prompts and every) and steps_done % every == 0 and steps_done < self._total_steps
+        now = ended_epoch if every == "epoch" else bool(every) and steps_done % every == 0
+        return bool(self._prompts) and now and steps_done < self._total_steps
 
     def show(self, steps_done: int) -> None:
         """Continue every prompt; print it and append it to samples.jsonl on rank 0. Collective."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -83,6 +83,16 @@ class Saving:
                 raise bad_losses_error(decision.bad_losses, step)
             if decision.save:
                 self._run.checkpoints.save(due.moment, decision.save, blocking=decision.final)
+
+    def keep_if_best(self, state: TrainState, loss: float) -> None:
+        """With ckpt.keep_best: call after an evaluation that changed nothing since `state`; saves what is better than
+        all before. Raises NumericsError as `do`."""
+        checkpoints = self._run.checkpoints
+        if not (self._run.config.ckpt.keep_best and state.step and loss < checkpoints.best_loss()):
+            return
+        with self._run.watchdog.inside("saving"):
+            on_all(self._run.mesh, partial(_require_sound_state, self._run.trainer.optimizer, state.step - 1))
+            checkpoints.save(replace(checkpoints.contents.moment(state), valid_loss=loss), "best", blocking=False)
 
     @contextmanager
     def _beside(self, mark: torch.cuda.Event | None) -> Iterator[None]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from internlm_lite.batch import Batch
 from internlm_lite.config.schema import Config
-from internlm_lite.data.data_loader import ValidationData
+from internlm_lite.data.data_loader import TrainingSample, ValidationData
 from internlm_lite.layers.flash import choose_backend, packed
 from internlm_lite.layers.fp8 import require_float8
 from internlm_lite.mesh.mesh import Mesh
@@ -108,8 +108,10 @@ class Trainer:
         return self.optimizer.step(step, batch.stats.num_labels, global_tokens, requests(), loss_sum)
 
     @torch.no_grad()
-    def evaluate(self, data: ValidationData, batch_done: Callable[[], object] = lambda: None) -> Collected:
-        """Loss and accuracy per validation folder, over all ranks; calls `batch_done` after each batch.
+    def evaluate(
+        self, data: ValidationData | TrainingSample, batch_done: Callable[[], object] = lambda: None
+    ) -> Collected:
+        """Loss and accuracy per folder, over all ranks; calls `batch_done` after each batch.
 
         Does not change training: no gradients, no random numbers, separate metrics. Reads the device at the end.
         """

@@ -95,7 +95,7 @@ BAD = [
     (
         "eta_min=1e-5",
         "warmup_ratio=1.5",
-        "13: lr_scheduler.warmup_ratio: found 1.5, expected a number >= 0 and <= 1; leave",
+        "13: lr_scheduler.warmup_ratio: found 1.5, expected a number >= 0 and <= 1 or None; leave",
     ),
     (
         "eta_min=1e-5",
@@ -276,7 +276,28 @@ BAD = [
         "25: hybrid_optimizer: unknown key; nearest known key: hybrid_zero_optimizer",
     ),
     ("", "optimizer = dict(lr=1)", "25: optimizer.lr: unknown key; nearest known key: adam.lr"),
-    ("", "optimizer = dict(name='sgd')", "25: optimizer.name: found 'sgd', expected one of 'adamw', 'lion'"),
+    ("", "optimizer = dict(name='sdg')", "25: optimizer.name: found 'sdg', expected one of 'adamw', 'lion', 'sgd'"),
+    ("", "optimizer = dict(momentum=0.9)", '25: optimizer.momentum: found 0.9 with "adamw", expected "sgd"; change'),
+    (
+        "",
+        "optimizer = dict(name='sgd', momentum=1.0)",
+        "25: optimizer.momentum: found 1.0, expected a number >= 0 and < 1",
+    ),
+    ("", "adam['weight_decay_on'] = 'none'", "25: adam.weight_decay_on: found 'none', expected one of 'matrices', "),
+    ("", "data['valid_at_start'] = True", "25: data.valid_at_start: found True with data.valid_every 0: there are no"),
+    ("", "data['valid_train_batches'] = 5", "25: data.valid_train_batches: found 5 with data.valid_every 0: there are"),
+    ("", "ckpt = dict(keep_best=True)", "25: ckpt.keep_best: found True with data.valid_every 0: there are no"),
+    (
+        "",
+        "ckpt, data['valid_every'] = dict(keep_best=True), 5",
+        "25: ckpt.keep_best: found True with ckpt.enable_save_ckpt=False; change one of them",
+    ),
+    (
+        "",
+        "monitor = dict(sample_every='epoch', sample_prompts=['a']); data.update(weights={'a': 1}, tokenizer='t')",
+        '25: monitor.sample_every: found "epoch" with data.weights, with which each folder has passes of its own;',
+    ),
+    ("", "monitor = dict(sample_every='era')", "25: monitor.sample_every: found 'era', expected"),
     ("", "i = 3", "25: i: unknown key; expected one of JOB_NAME, seed, ckpt, data, grad_scaler,"),
     ("", "seeed = 3", "25: seeed: unknown key; nearest known key: seed"),
     ("", "seed = -1", "25: seed: found -1, expected an integer >= 0; leave seed out for 1024"),

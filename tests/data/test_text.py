@@ -10,11 +10,14 @@ import types
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from internlm_lite.batch import IGNORE
 from internlm_lite.cli import tokenize_text
 from internlm_lite.data.encode import FolderEncoder
 from internlm_lite.data.folders import find_folders
+from internlm_lite.data.pack import PackedFolder, Packing
 from internlm_lite.data.text import DEFAULTS, TextOptions, find_text, read_documents, sample_text
 from internlm_lite.data.text_files import BadLimit, Tally
 from internlm_lite.data.tokenizer import Tokenizer, train_tokenizer
@@ -295,6 +298,41 @@ def test_odd_names_of_folders(tmp_path: Path, tokenizer: Tokenizer, capsys) -> N
         assert tokenize_text.main([*line, str(tmp_path / name)]) == code
         said = capsys.readouterr()
         assert shown in said.out + said.err and "\x1b" not in said.out + said.err
+
+
+def test_a_split_text_gives_its_windows_end_to_end(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Cut by characters, without bos and eos: row n of the data is window n of the text, its labels one token later."""
+    text = "To be, or not to be; that is the question \u2014 \u4f60\u597d. " * 40
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book" / "a.txt").write_text(text, encoding="utf-8")
+    line = ["encode", "--tokenizer", str(tokenizer.path), "--input", str(tmp_path / "book"), "--without-bos-eos"]
+    assert tokenize_text.main([*line, "--split-at", "90%", "--workers", "1", "--output", str(tmp_path / "train")]) == 0
+    cut, n_windows, width = int(0.9 * len(text)), 0, 16
+    for name, part in (("train", text[:cut]), ("valid", text[cut:])):
+        (folder,) = find_folders(tmp_path / name, "train_folder", log=False)
+        packing = Packing(row_tokens=2 * width, seq_len=width, vocab_size=tokenizer.vocab_size, seed=3)
+        packed, expected = PackedFolder(folder, packing), tokenizer.encode(part)
+        assert packed.tokens == len(expected)
+        for row in range(packed.rows):
+            tokens, labels, positions = (np.empty(2 * width, np.int64) for _ in range(3))
+            borders = packed.fill(row, tokens, labels, positions)
+            assert borders.tolist() == [0, width, 2 * width] and positions.tolist() == [*range(width)] * 2
+            first = 2 * width * row
+            assert tokens.tolist() == expected[first : first + 2 * width]
+            following = expected[first + 1 : first + 2 * width + 1]
+            assert labels.tolist() == following + [IGNORE] * (2 * width - len(following))
+            n_windows += 2
+    assert n_windows > 20
+    with pytest.raises(SystemExit):
+        tokenize_text.main([*line, "--split-at", "90%", "--holdout", "5%", "--output", str(tmp_path / "x")])
+
+
+def test_prompts_are_not_split(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    encoder = FolderEncoder(tokenizer.path, split_at=0.5)
+    with pytest.raises(DataError, match=r"a\.jsonl: found prompts and responses, expected text alone to cut it"):
+        encoder.encode(tmp_path / "in", tmp_path / "out", held_out=tmp_path / "valid")
 
 
 def test_a_holdout_of_nothing_leaves_nothing(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -9,6 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.gpt_neox import modeling_gpt_neox
 
+from internlm_lite.config.schema import LossConfig
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.layers.rope import (
     RopeFrequencies,
@@ -104,7 +105,9 @@ def test_a_model_that_gets_its_memory_later_has_its_tables():
     keys = {"rope_scaling": DYNAMIC, "no_rope_every": 3, "sliding_window": 99, "rope_local_base": 100.0}
     keys["layer_types"] = ["full_attention", "sliding_attention"]
     direct, docs = small_model(**keys), documents([40, 9])
-    late = build_model(small_config(**keys), 0.0, single_process_mesh(torch.device("meta")), AttentionBackend.SDPA)
+    late = build_model(
+        small_config(**keys), LossConfig(), single_process_mesh(torch.device("meta")), AttentionBackend.SDPA
+    )
     for name, param in direct.named_parameters():
         owner, _, leaf = name.rpartition(".")
         setattr(late.get_submodule(owner), leaf, param)
@@ -234,7 +237,9 @@ def test_a_stage_knows_its_layers_by_their_numbers_in_the_model():
     whole = ["scaled", "local", None, "local", "scaled", None, "scaled"]
     for cuts in ([0, 7], [0, 1, 4, 7], [0, 2, 3, 6, 7]):
         stages = [
-            Transformer(config, 0.0, tp_ctx, AttentionBackend.SDPA, StageSpec(range(a, b), first=a == 0, last=b == 7))
+            Transformer(
+                config, LossConfig(), tp_ctx, AttentionBackend.SDPA, StageSpec(range(a, b), first=a == 0, last=b == 7)
+            )
             for a, b in pairwise(cuts)
         ]
         assert [block.rotation for stage in stages for block in stage.blocks()] == whole

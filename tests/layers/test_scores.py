@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from internlm_lite.config.schema import LossConfig
 from internlm_lite.layers import scores
 from internlm_lite.layers.flash import AttentionBackend, packed_sdpa
 from internlm_lite.layers.scores import AttentionRule, attention_rule
@@ -154,7 +155,7 @@ def test_windows_caps_and_scales_are_those_of_transformers(window):
 def test_the_pattern_of_layers_counts_from_the_first_of_the_model():
     config = small_config(num_layers=7, sliding_window=5, layer_types=["sliding_attention"] * 2 + ["full_attention"])
     assert [attention_rule(config, layer).window for layer in range(7)] == [5, 5, None, 5, 5, None, 5]
-    model = build_model(config, 0.0, single_process_mesh(), AttentionBackend.SDPA)
+    model = build_model(config, LossConfig(), single_process_mesh(), AttentionBackend.SDPA)
     assert [block.attention.rule for block in model.blocks()] == [attention_rule(config, n) for n in range(7)]
     everywhere = small_config(sliding_window=5)
     assert [attention_rule(everywhere, layer).window for layer in range(3)] == [5, 5, 5]

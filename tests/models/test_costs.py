@@ -86,8 +86,8 @@ def build_embedding(config: ModelConfig, tp_ctx: TensorParallelContext, device: 
 
 
 def build_positions(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, _: Any) -> Ready:
-    config = config.model_copy(update={"max_position_embeddings": T})
-    layer, positions = LearnedPositions("p", config, tp_ctx), torch.arange(T, device=device)
+    layer = LearnedPositions("p", config.model_copy(update={"max_position_embeddings": T}), tp_ctx)
+    positions = torch.arange(T, device=device)
     return Ready(layer, lambda: layer(positions), (positions,))
 
 

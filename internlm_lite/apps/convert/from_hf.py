@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from internlm_lite.apps.convert.families import FORMS
 from internlm_lite.apps.convert.hf_config import HFConfig, from_hf
 from internlm_lite.apps.convert.hf_folder import HFFolder, read_json
-from internlm_lite.apps.convert.recipes import TensorRecipe, our_recipes
+from internlm_lite.apps.convert.recipes import TensorRecipe, our_recipes, sources_of
 from internlm_lite.apps.convert.stream import ConvertedFile
 from internlm_lite.apps.convert.to_hf import compare_names
 from internlm_lite.apps.convert.tokenizers import files_in, main_file
@@ -67,7 +68,7 @@ def read_hf(
         for file, content in files_in(folder).items():
             storage.put(file, [content])
         name, n_bytes = _write(storage, source, hf, recipes, config, done)
-    return ReadResult(str(name), config, len(recipes), n_bytes, (*hf.notes, *notes))
+    return ReadResult(str(name), config, len(recipes), n_bytes, notes)
 
 
 def _write(
@@ -105,13 +106,9 @@ def _shard(recipe: TensorRecipe) -> ShardDescriptor:
 def _checked_recipes(source: HFFolder, hf: HFConfig) -> list[TensorRecipe]:
     """The recipes of our tensors. Raises CheckpointError naming tensors that are missing, unknown or ill-shaped."""
     recipes = our_recipes(hf.model, hf.family)
-    sizes: dict[str, tuple[int, ...]] = {}
-    for recipe in recipes:
-        for rows in recipe.rows:
-            stop = max(rows.stop, *sizes.get(rows.name, (0,))[:1])
-            sizes[rows.name] = (stop, *recipe.shape[1:])
+    sizes = sources_of(recipes)
     shapes = source.shapes
-    head = "output.weight" if hf.family == "internlm2" else "lm_head.weight"
+    head = f"{FORMS[hf.family].names['output']}.weight"
     if hf.model.tie_word_embeddings and head in shapes:
         _check_tied(source, head, next(recipe for recipe in recipes if recipe.name == "tok_embeddings.weight"))
         del shapes[head]

@@ -1,8 +1,9 @@
 """The correspondence of rows between our tensors and Hugging Face's: one table for both directions.
 
-    internlm2         our tensors under other names
-    the others        one tensor each for q, k and v; ours has them by key/value head (layers/attention.py):
-                      wqkv [ q0 .. q(g-1) k v | ... ]  <->  q_proj [ q0 .. q(g-1) | ... ]  k_proj [ k | ... ]  v_proj
+    grouped    our tensors under other names (InternLM2)
+    separate   one tensor each for q, k and v; ours has them by key/value head (layers/attention.py):
+               wqkv [ q0 .. q(g-1) k v | ... ]  <->  q_proj [ q0 .. q(g-1) | ... ]  k_proj [ k | ... ]  v_proj
+    stacked    the same three after each other in one tensor (Phi-3), and so the two of the feed-forward part
 
 All rotate queries and keys by halves, as we do, so rows keep their order inside a head.
 """
@@ -11,36 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
+from internlm_lite.apps.convert.families import FORMS, Family
 from internlm_lite.config.schema import LossConfig, ModelConfig
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.models.decoder import build_model
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "internlm", "internlm2", "internlm3"]
-"""`model_type` in Hugging Face's config.json."""
-FAMILIES: tuple[Family, ...] = get_args(Family)
 Shape = tuple[int, ...]
-
-_SPLIT = {
-    "tok_embeddings": "model.embed_tokens",
-    "norm": "model.norm",
-    "output": "lm_head",
-    "attention_norm": "input_layernorm",
-    "attention.wo": "self_attn.o_proj",
-    "attention.q_norm": "self_attn.q_norm",
-    "attention.k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "feed_forward.w2": "mlp.down_proj",
-}
-_FUSED = {"tok_embeddings": "model.tok_embeddings", "norm": "model.norm", "output": "output"}
-_QKV = "attention.wqkv"
+_QKV, _GATE, _UP = "attention.wqkv", "feed_forward.w1", "feed_forward.w3"
 
 
 @dataclass(frozen=True)
@@ -52,6 +36,8 @@ class RowRange:
     theirs: str
     theirs_start: int
     count: int
+    transposed: bool
+    """Theirs is stored transposed; its rows are counted before that."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +56,8 @@ class TensorRecipe:
     name: str
     shape: Shape
     rows: tuple[Rows, ...]
+    transposed: Literal["sources", "result"] | None = None
+    """What is stored transposed: the tensors with the rows, or the tensor that is made of them."""
 
     @property
     def numel(self) -> int:
@@ -88,50 +76,73 @@ def our_shapes(model: ModelConfig) -> dict[str, Shape]:
 
 def hf_recipes(model: ModelConfig, family: Family) -> list[TensorRecipe]:
     """Hugging Face's tensors, made of ours."""
-    rows: dict[str, list[tuple[int, Rows]]] = {}
+    pieces: dict[str, list[tuple[int, Rows]]] = {}
     rest: dict[str, Shape] = {}
+    transposed = set()
     for name, shape in our_shapes(model).items():
-        for strip in _row_ranges(model, family, name, shape):
-            piece = Rows(strip.ours, strip.ours_start, strip.ours_start + strip.count)
-            rows.setdefault(strip.theirs, []).append((strip.theirs_start, piece))
-            rest[strip.theirs] = shape[1:]
-    return [_recipe(name, rest[name], pieces) for name, pieces in rows.items()]
+        for part in _row_ranges(model, family, name, shape):
+            rows = Rows(part.ours, part.ours_start, part.ours_start + part.count)
+            pieces.setdefault(part.theirs, []).append((part.theirs_start, rows))
+            rest[part.theirs] = shape[1:]
+            if part.transposed:
+                transposed.add(part.theirs)
+    return [
+        TensorRecipe(name, shape[::-1], rows, "result") if name in transposed else TensorRecipe(name, shape, rows)
+        for name, shape, rows in (_joined(name, rest[name], found) for name, found in pieces.items())
+    ]
 
 
 def our_recipes(model: ModelConfig, family: Family) -> list[TensorRecipe]:
     """Our tensors, made of Hugging Face's."""
     made = []
     for name, shape in our_shapes(model).items():
-        pieces = [
-            (strip.ours_start, Rows(strip.theirs, strip.theirs_start, strip.theirs_start + strip.count))
-            for strip in _row_ranges(model, family, name, shape)
+        parts = list(_row_ranges(model, family, name, shape))
+        found = [
+            (part.ours_start, Rows(part.theirs, part.theirs_start, part.theirs_start + part.count)) for part in parts
         ]
-        made.append(_recipe(name, shape[1:], pieces))
+        made.append(TensorRecipe(*_joined(name, shape[1:], found), "sources" if parts[0].transposed else None))
     return made
 
 
-def _recipe(name: str, rest: Shape, pieces: Sequence[tuple[int, Rows]]) -> TensorRecipe:
+def sources_of(recipes: Sequence[TensorRecipe]) -> dict[str, Shape]:
+    """Name -> shape of the tensors that recipes are made of, all of whose rows they use."""
+    found: dict[str, Shape] = {}
+    transposed = set()
+    for recipe in recipes:
+        for rows in recipe.rows:
+            found[rows.name] = (max(rows.stop, *found.get(rows.name, (0,))[:1]), *recipe.shape[1:])
+            if recipe.transposed == "sources":
+                transposed.add(rows.name)
+    return {name: shape[::-1] if name in transposed else shape for name, shape in found.items()}
+
+
+def _joined(name: str, rest: Shape, pieces: Sequence[tuple[int, Rows]]) -> tuple[str, Shape, tuple[Rows, ...]]:
+    """Name, shape and rows of a tensor; a piece: (its first row there, where it comes from)."""
     rows = tuple(piece for _, piece in sorted(pieces, key=lambda item: item[0]))
-    return TensorRecipe(name, (sum(piece.stop - piece.start for piece in rows), *rest), rows)
+    return name, (sum(piece.stop - piece.start for piece in rows), *rest), rows
 
 
 def _row_ranges(model: ModelConfig, family: Family, name: str, shape: Shape) -> Iterator[RowRange]:
     """Sources of one of our tensors, in the order of its rows."""
+    form, prefix = FORMS[family], ""
+    names = form.names
     module, _, kind = name.rpartition(".")
-    prefix = ""
     if module.startswith("layers."):
         _, layer, module = module.split(".", 2)
-        prefix = f"model.layers.{layer}."
-    if family == "internlm2":
-        yield RowRange(name, 0, f"{prefix}{_FUSED.get(module, module)}.{kind}", 0, shape[0])
-        return
-    if module != _QKV:
-        yield RowRange(name, 0, f"{prefix}{_SPLIT[module]}.{kind}", 0, shape[0])
+        prefix = f"{names['layers']}.{layer}."
+    transposed = kind == "weight" and module in form.transposed
+    if module != _QKV or module in names:
+        start = shape[0] if module == _UP and names[_UP] == names[_GATE] else 0
+        yield RowRange(name, 0, f"{prefix}{names[module]}.{kind}", start, shape[0], transposed)
         return
     head, queries = model.head_size, model.num_attention_heads // model.kv_heads
+    sources = [f"attention.{letter}" for letter in "qkv"]
+    stacked = names[sources[0]] == names[sources[1]]
     start = 0
     for group in range(model.kv_heads):
-        for letter, heads in (("q", queries), ("k", 1), ("v", 1)):
+        before = 0
+        for source, heads in zip(sources, (queries, 1, 1), strict=True):
             count = heads * head
-            yield RowRange(name, start, f"{prefix}self_attn.{letter}_proj.{kind}", group * count, count)
+            yield RowRange(name, start, f"{prefix}{names[source]}.{kind}", before + group * count, count, transposed)
             start += count
+            before += stacked * model.kv_heads * count

@@ -33,8 +33,13 @@ class ConvertedFile(TensorFile):
     ) -> None:
         super().__init__({key: torch.empty(t.shape, dtype=dtype, device="meta") for key, t in recipes.items()})
         self._recipes, self._dtype, self._source, self._done = recipes, dtype, source, done
+        self._kept: tuple[str, torch.Tensor] | None = None
 
     def blocks_of(self, key: str, tensor: torch.Tensor) -> Iterator[bytes]:
+        return self.converted(key)
+
+    def converted(self, key: str) -> Iterator[bytes]:
+        """The bytes of one tensor in blocks of BLOCK_BYTES."""
         block = bytearray()
         for part in self._parts(self._recipes[key]):
             data = part.contiguous().view(-1).view(torch.uint8).numpy().data
@@ -53,9 +58,25 @@ class ConvertedFile(TensorFile):
     def _parts(self, recipe: TensorRecipe) -> Iterator[torch.Tensor]:
         row_bytes = torch.Size(recipe.shape[1:]).numel() * 4
         step = max(1, _READ_BYTES // row_bytes)
+        if recipe.transposed == "result":
+            pieces = [self._source.read(rows.name, rows.start, rows.stop).clone() for rows in recipe.rows]
+            yield from (self._cast(part, recipe.name) for part in torch.cat(pieces).T.split(step))
+            return
         for rows in recipe.rows:
             for start in range(rows.start, rows.stop, step):
-                yield self._cast(self._source.read(rows.name, start, min(start + step, rows.stop)), recipe.name)
+                stop = min(start + step, rows.stop)
+                if recipe.transposed:
+                    part = self._transposed(rows.name, recipe.shape[1])[start:stop]
+                else:
+                    part = self._source.read(rows.name, start, stop)
+                yield self._cast(part, recipe.name)
+
+    def _transposed(self, name: str, n_rows: int) -> torch.Tensor:
+        """A whole tensor of `n_rows` rows, transposed; the last one is kept."""
+        if self._kept is None or self._kept[0] != name:
+            self._kept = None
+            self._kept = name, self._source.read(name, 0, n_rows).T
+        return self._kept[1]
 
     def _cast(self, rows: torch.Tensor, name: str) -> torch.Tensor:
         made = rows.to(self._dtype)

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any
 
 import torch
 
+from internlm_lite.apps.convert.families import Family
 from internlm_lite.apps.convert.hf_config import to_hf
 from internlm_lite.apps.convert.hf_folder import INDEX, ONE_FILE
-from internlm_lite.apps.convert.recipes import Family, TensorRecipe, hf_recipes
+from internlm_lite.apps.convert.recipes import TensorRecipe, hf_recipes
 from internlm_lite.apps.convert.stream import ConvertedFile
 from internlm_lite.apps.convert.tokenizers import files_of, special_ids
 from internlm_lite.checkpoint.format.catalog import Found
@@ -114,10 +116,6 @@ def write_hf(
 
     Raises CheckpointError when `family` cannot express the model, or the checkpoint is damaged; StorageError.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(f"{out} exists: choose a folder that does not exist, or is empty")
-    if out.resolve() == Path.cwd():  # renaming would replace the working directory of the shell
-        raise CheckpointError(f"{out}: this is the folder you are in; give the name of one to make")
     hf_config = to_hf(config.model, family, config.data.seq_len, dtype)
     recipes = hf_recipes(config.model, family)
     source = MasterRows(found)
@@ -127,9 +125,7 @@ def write_hf(
     if tokenizer is not None:
         hf_config |= special_ids(tokenizer)
         documents[GENERATION_CONFIG] = special_ids(tokenizer) | {"eos_token_id": sorted(end_ids(tokenizer)) or None}
-    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        storage = LocalStorage(partial)
+    with new_folder(out) as storage:
         n_bytes = 0
         for file, part in shards.items():
             stream = ConvertedFile({recipe.name: recipe for recipe in part}, torch_dtype(dtype), source, done)
@@ -141,12 +137,25 @@ def write_hf(
         if tokenizer is not None:
             for file, content in files_of(tokenizer, config.data.seq_len).items():
                 storage.put(file, [content])
+    return WriteResult(tuple(shards), len(recipes), n_bytes)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[LocalStorage]:
+    """Writes the folder `out`, which must be missing or empty, completely or not at all. Raises CheckpointError,
+    StorageError."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(f"{out} exists: choose a folder that does not exist, or is empty")
+    if out.resolve() == Path.cwd():  # renaming would replace the working directory of the shell
+        raise CheckpointError(f"{out}: this is the folder you are in; give the name of one to make")
+    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield LocalStorage(partial)
         os.rename(partial, out)
     except OSError as error:
         raise StorageError(f"cannot write {out}: {error.strerror}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return WriteResult(tuple(shards), len(recipes), n_bytes)
 
 
 def split_shards(recipes: Sequence[TensorRecipe], itemsize: int, shard_bytes: int) -> dict[str, list[TensorRecipe]]:

@@ -94,7 +94,7 @@ def holdings(config: Config, sizes: Sizes, backend: AttentionBackend) -> tuple[l
                 stages=stages,
                 parameters=sum(bucket.numel for bucket in buckets),
                 zero_elements=tuple(sum(b.elements_on(rank) for b in buckets) for rank in range(sizes.zero)),
-                buckets=tuple(_sizes(bucket, params, _state_tensors(config)) for bucket in buckets),
+                buckets=tuple(bucket_sizes(bucket, params, config) for bucket in buckets),
             )
         )
     return held, sum(wholes.values())
@@ -104,13 +104,7 @@ def rebucketed(held: RankHoldings, config: Config, sizes: Sizes) -> tuple[Bucket
     """Buckets of these stages with another `config`, such as another reduce_bucket_size."""
     mesh = plan_mesh(sizes, rank_of(sizes, dp=0, tp=0, pp=held.pp), torch.device("meta"))
     params = _parameters(held.stages)
-    made = build_buckets(list(params), mesh.zero, config)
-    return tuple(_sizes(bucket, params, _state_tensors(config)) for bucket in made)
-
-
-def _state_tensors(config: Config) -> int:
-    """Tensors of the update rule's state per shard."""
-    return len(RULES[config.optimizer.name].roles_with(config.optimizer))
+    return tuple(bucket_sizes(bucket, params, config) for bucket in build_buckets(list(params), mesh.zero, config))
 
 
 def _parameters(stages: Stages) -> dict[Parameter, int]:
@@ -118,8 +112,10 @@ def _parameters(stages: Stages) -> dict[Parameter, int]:
     return {cast(Parameter, param): n for n, unit in enumerate(units_of(stages)) for param in unit.parameters()}
 
 
-def _sizes(bucket: Bucket, unit_of: dict[Parameter, int], state_tensors: int) -> BucketSizes:
+def bucket_sizes(bucket: Bucket, unit_of: dict[Parameter, int], config: Config) -> BucketSizes:
+    """`unit_of`: the number of the unit of each parameter, in forward order."""
     shard, dtype = bucket.shard_size, bucket.kind.dtype
+    state_tensors = len(RULES[config.optimizer.name].roles_with(config.optimizer))
     exact = max(4, dtype.itemsize)  # updates are computed in fp32, or in the weights' own dtype if that is wider
     half = dtype.itemsize < 4
     return BucketSizes(

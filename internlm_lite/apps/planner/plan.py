@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from internlm_lite.apps.planner.clock import DocumentLengths, document_lengths
+from internlm_lite.apps.planner.components import components_of
 from internlm_lite.apps.planner.device_file import DeviceFile
 from internlm_lite.apps.planner.holdings import RankHoldings, holdings
+from internlm_lite.apps.planner.largest_batch import largest_batch
 from internlm_lite.apps.planner.memory import most_kept, rank_bytes, row_shape
 from internlm_lite.apps.planner.report import GroupTable, RankBytes, RankPlan, RunPlan
-from internlm_lite.apps.planner.schedule import actions_of, bubble_fraction, stage_cost
+from internlm_lite.apps.planner.schedule import Action, actions_of, bubble_fraction, stage_cost
 from internlm_lite.apps.planner.step_clock import StepClock, clock_plan, present_ways
 from internlm_lite.apps.planner.traffic import messages, traffic
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
 from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import open_training_data, open_validation_data
 from internlm_lite.data.render_batches import StepFigures, walk_steps
+from internlm_lite.layers.costs import RowShape
 from internlm_lite.layers.flash import AttentionBackend, expected_backend
 from internlm_lite.mesh.mesh import Sizes, axis_groups, rank_of, sizes_of
 from internlm_lite.monitor.flops import internlm_step_flops
+from internlm_lite.optim.lr_schedule import learning_rate
 
 LISTED_RANKS = 64
 """Worlds up to this size are listed rank by rank."""
@@ -28,13 +32,29 @@ MOST_ROWS = 16_384
 """Packed rows that are read to describe the first steps; a larger batch shows fewer steps, at least one."""
 
 
+@dataclass(frozen=True)
+class Questions:
+    """What a plan answers besides."""
+
+    timed: DeviceFile | None = None
+    """How long does a step take on this GPU?"""
+    lengths: tuple[int, ...] = ()
+    """Which FLOPs do documents of so many tokens take, besides those of seq_len?"""
+    memory: int | None = None
+    """Which data.micro_bsz fits this many bytes of a rank?"""
+
+
 def make_plan(
-    config: Config, world_size: int, tflops: float | None, device: str = "cuda", timed: DeviceFile | None = None
+    config: Config,
+    world_size: int,
+    tflops: float | None,
+    device: str = "cuda",
+    questions: Questions = Questions(),
 ) -> RunPlan:
     """The plan of `config`, which has passed `check_config`, for ranks that run on `device` ("cuda" or "cpu").
 
-    `tflops`: TFLOP/s of one GPU, as in the step line. `timed`: predict the step on this GPU. Raises the same errors as
-    the trainer: MeshError, ConfigError, DataError.
+    `tflops`: TFLOP/s of one GPU, as in the step line. Raises the same errors as the trainer: MeshError, ConfigError,
+    DataError.
     """
     parallel, data = config.parallel, config.data
     sizes = sizes_of(world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1)
@@ -54,10 +74,7 @@ def make_plan(
         {case: most_kept(own, shape, order, n) for case, (shape, n) in cases.items()}
         for own, order in zip(held, orders, strict=True)
     ]
-    n_bytes = [
-        rank_bytes(own, row, data.micro_num, sum(cases["configured"].values()))
-        for own, cases in zip(held, kept, strict=True)
-    ]
+    n_bytes = _rank_bytes(config, held, orders, row)
     sent = [traffic(messages(row, sizes, own, data.micro_num), sizes) for own in held]
     costs = {number: stage_cost(stage, data.seq_len) for own in held for number, stage in own.stages.items()}
     tokens_per_step = data.micro_num * data.micro_bsz * data.seq_len * sizes.dp
@@ -76,15 +93,43 @@ def make_plan(
         tflops_per_gpu=tflops,
         batches=batches,
         groups=_groups(sizes),
+        components=components_of(config, sorted({data.seq_len, *questions.lengths})),
+        learning_rates=dict(_learning_rates(config)),
+        largest_batch=None
+        if questions.memory is None
+        else largest_batch(
+            lambda n: max(one.peak for one in _rank_bytes(config, held, orders, replace(row, tokens=n * data.seq_len))),
+            questions.memory,
+        ),
         clock=None
-        if timed is None
+        if questions.timed is None
         else clock_plan(
-            StepClock(timed, config, sizes, held, orders),
-            present_ways(config, row, lengths, timed),
+            StepClock(questions.timed, config, sizes, held, orders),
+            present_ways(config, row, lengths, questions.timed),
             f"of the first {len(batches)} batches",
         ),
         notes=list(_notes(config, sizes)),
     )
+
+
+def _rank_bytes(
+    config: Config, held: Sequence[RankHoldings], orders: Sequence[Sequence[Action]], row: RowShape
+) -> list[RankBytes]:
+    """Memory of a rank of each pipeline position."""
+    recomputed, micro_num = config.model.recomputed_layers, config.data.micro_num
+    kept = [most_kept(own, row, order, recomputed) for own, order in zip(held, orders, strict=True)]
+    return [rank_bytes(own, row, micro_num, sum(sizes.values())) for own, sizes in zip(held, kept, strict=True)]
+
+
+def _learning_rates(config: Config) -> Iterator[tuple[int, float]]:
+    """(step, its learning rate) at the ends and in the middle of the warm-up, and at quarters of what follows."""
+    curve = config.lr_scheduler
+    start, warmup = curve.init_steps, curve.num_warmup_steps
+    after = curve.total_steps - start - warmup
+    steps = [start, start + warmup // 2, *(start + warmup + after * quarter // 4 for quarter in range(5))]
+    for step in sorted({step - curve.last_epoch - 1 for step in steps}):
+        if step >= 0:
+            yield step, learning_rate(step, config.adam.lr, curve)
 
 
 def _backend(config: Config, device: str) -> AttentionBackend:

@@ -11,6 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from internlm_lite.apps.planner.components import Component, Components
+from internlm_lite.apps.planner.largest_batch import LargestBatch
 from internlm_lite.apps.planner.report import ClockPlan, GroupTable, RankPlan, RunPlan
 from internlm_lite.units import human_bytes, human_count, human_seconds
 
@@ -20,10 +22,12 @@ _MOST_POSITIONS = 8
 """Pipeline positions with their own line; the middle of longer pipelines is not shown."""
 
 
-def render(plan: RunPlan) -> RenderableType:
-    """The whole plan, about two screens."""
+def render(plan: RunPlan, *, components: bool = False) -> RenderableType:
+    """The whole plan, about two screens; and what every component of the model holds and computes."""
     parts: list[RenderableType] = [_title(plan), _run(plan)]
     parts += [*_memory(plan), *_activations(plan)]
+    if components:
+        parts += [*_component_bytes(plan.components), *_component_flops(plan.components)]
     if plan.sizes.world > 1:
         parts += _groups(plan)
     if plan.clock is not None:
@@ -70,17 +74,32 @@ def _run(plan: RunPlan) -> Table:
         time = f"{human_seconds(seconds)} a step, {days:.3g} days, as predicted below"
     elif seconds is not None and days is not None:
         time = f"{human_seconds(seconds)} a step, {days:.3g} days at {plan.tflops_per_gpu:g} TFLOP/s per GPU"
+    total, decayed = plan.parameters_total, plan.components.total.decayed
+    (first, start), *later = plan.learning_rates.items()
+    rates = [f"{start:.7g} in step {first:,}", *(f"{rate:.7g} in {step:,}" for step, rate in later)]
     rows = {
-        "parameters": f"{plan.parameters_total:,}",
+        "parameters": f"{total:,}: {decayed:,} with weight decay, {total - decayed:,} without",
         "tokens": f"{plan.tokens_per_step:,} a step; {human_count(plan.tokens_total)} in {plan.steps_total:,} steps",
         "FLOPs": f"{plan.flops_per_step:.4e} a step; {plan.flops_per_step / plan.tokens_per_step:.4e} a token",
         "time": time,
+        "lr": ", ".join(rates),
     }
     if plan.sizes.pp > 1:
         rows["bubble"] = f"{plan.bubble_fraction:.1%} of a step, with backward twice as long as forward, sending free"
+    if plan.largest_batch is not None:
+        rows["micro_bsz"] = _largest(plan.largest_batch)
     for name, value in rows.items():
         grid.add_row(Text(f"  {name}", style="dim"), value)
     return grid
+
+
+def _largest(batch: LargestBatch) -> str:
+    unit, name = _unit(batch.memory)
+    peak, row, memory = (size / unit for size in (batch.peak, batch.per_row, batch.memory))
+    if not batch.micro_bsz:
+        return f"not even 1 fits {memory:.2f} {name}: it takes {peak:.2f}"
+    fixed = peak - row * batch.micro_bsz
+    return f"{batch.micro_bsz} fits {memory:.2f} {name}: {peak:.2f} = {fixed:.2f} + {row:.4g} * micro_bsz"
 
 
 def _memory(plan: RunPlan) -> Iterator[RenderableType]:
@@ -146,6 +165,43 @@ def _activations(plan: RunPlan) -> Iterator[RenderableType]:
         row("the rest", rest)
     row("[bold]sum[/]", [sum(case.values()) for case in cases])
     yield table
+
+
+def _component_bytes(components: Components) -> Iterator[RenderableType]:
+    total = components.total
+    unit, name = _unit(total.optimizer)
+    yield _heading(f"Components of the model, whole and once, {name}")
+    table = _table("component", "parameters", "share", "weights", "gradients", "optimizer")
+    for row in (*components.rows, total):
+        if row.parameters:
+            sizes = (f"{size / unit:.2f}" for size in (row.weights, row.gradients, row.optimizer))
+            share = f"{row.parameters / total.parameters:.1%}"
+            table.add_row(_row_name(row, total), f"{row.parameters:,}", share, *sizes)
+    yield table
+    if components.update_flops is not None:
+        yield _note(
+            f"the update: {components.update_flops:,} FLOPs, {components.update_flops / total.parameters:.4g} each"
+        )
+
+
+def _component_flops(components: Components) -> Iterator[RenderableType]:
+    total = components.total
+    yield _heading("FLOPs of a forward pass over one document; backward: twice as many")
+    table = _table("component", *(text for n in components.lengths for text in (f"{n:,} tokens", "share")))
+    for row in (*components.rows, total):
+        if row.flops:
+            pairs = zip(components.lengths, row.flops, total.flops, strict=True)
+            cells = [(f"{n * flops:.4e}", f"{flops / most:.1%}") for n, flops, most in pairs]
+            table.add_row(_row_name(row, total), *(text for cell in cells for text in cell))
+    yield table
+    yield _note("attention: queries times keys, and their weights times values, of all pairs of tokens, masked or not")
+    for index, n in enumerate(components.lengths):
+        both_ways, estimate = 3 * total.flops[index], components.flops_6n(index)
+        yield _note(f"a token of {n:,}, both ways: {both_ways:,}, as mfu counts; {estimate:,} as 6 N + attention")
+
+
+def _row_name(row: Component, total: Component) -> str:
+    return "[bold]sum[/]" if row is total else row.name
 
 
 def _groups(plan: RunPlan) -> Iterator[RenderableType]:

@@ -4,6 +4,16 @@ job, world_size      the run
 layout               {tp, pp, dp, zero, replica, schedule, stages, sequence_parallel, recomputed_layers,
                      selective_recomputation, micro_num, micro_bsz, seq_len, dtype, attention}
 parameters_total     of the whole model
+components           of the whole model, once, whatever the layout, without padding:
+    lengths          tokens of documents that FLOPs are counted for: seq_len, and those asked for
+    rows             [{name, parameters, decayed, weights, gradients, optimizer, flops}]: module, parameters, those of
+                     them with weight decay, bytes, FLOPs per token of a forward pass for each of `lengths`
+    total            the same, of all rows
+    update_flops     operations of the update rule in a step; null if it does not say
+    flops_6n         6 * parameters + attention, per token, forward and backward, for each of `lengths`
+learning_rates       {step: learning rate} at the ends and in the middle of the warm-up, and at quarters of what follows
+largest_batch        null without --memory; else {memory, micro_bsz, peak, per_row}: the largest data.micro_bsz that
+                     fits (0: not even 1), bytes of the fullest rank with it, and those of one row more
 ranks                all ranks of a world of up to 64, else one of each kind. For each:
     rank, count      its number; the number of ranks of its kind (1 if all are listed)
     tp, pp, dp, zero, replica    its index on each axis
@@ -51,6 +61,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from internlm_lite.apps.planner.components import Component, Components
+from internlm_lite.apps.planner.largest_batch import LargestBatch
 from internlm_lite.data.render_batches import StepFigures
 from internlm_lite.layers.costs import Bytes
 from internlm_lite.mesh.mesh import Sizes
@@ -176,6 +188,9 @@ class RunPlan:
     tflops_per_gpu: float | None
     batches: tuple[StepFigures, ...]
     groups: Mapping[str, GroupTable]
+    components: Components
+    learning_rates: Mapping[int, float]
+    largest_batch: LargestBatch | None
     clock: ClockPlan | None
     notes: list[str]
 
@@ -202,6 +217,9 @@ class RunPlan:
             "world_size": self.sizes.world,
             "layout": self.layout,
             "parameters_total": self.parameters_total,
+            "components": _components_json(self.components),
+            "learning_rates": {str(step): rate for step, rate in self.learning_rates.items()},
+            "largest_batch": None if self.largest_batch is None else dataclasses.asdict(self.largest_batch),
             "ranks": [_rank_json(rank) for rank in self.ranks],
             "activations": self.activations,
             "traffic_bytes": self.busiest.traffic_bytes,
@@ -219,6 +237,20 @@ class RunPlan:
             "clock": None if self.clock is None else dataclasses.asdict(self.clock),
             "notes": self.notes,
         }
+
+
+def _components_json(components: Components) -> dict[str, Any]:
+    return {
+        "lengths": list(components.lengths),
+        "rows": [_component_json(row) for row in components.rows],
+        "total": _component_json(components.total),
+        "update_flops": components.update_flops,
+        "flops_6n": [components.flops_6n(index) for index in range(len(components.lengths))],
+    }
+
+
+def _component_json(row: Component) -> dict[str, Any]:
+    return {**dataclasses.asdict(row), "flops": list(row.flops)}
 
 
 def _rank_json(rank: RankPlan) -> dict[str, Any]:

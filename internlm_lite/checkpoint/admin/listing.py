@@ -24,6 +24,8 @@ class Listed:
     modified: float
     """Modification time of the commit, seconds since the epoch."""
     layout: dict[str, int]
+    valid_loss: float | None
+    """Of the evaluation that one of the kind "best" was saved for; None: of another kind."""
     problems: tuple[str, ...]
     """Empty if no damage was found."""
 
@@ -44,11 +46,11 @@ def list_checkpoints(storage: Storage, *, deep: bool) -> Iterator[Listed]:
     modified = {entry.key: entry.modified for entry in entries}
     for name in committed(storage):
         n_bytes = sum(entry.size for entry in entries if entry.key.startswith(f"{name.folder}/"))
-        kind, layout = _facts(storage, name)
+        kind, layout, valid_loss = _facts(storage, name)
         problems = [str(damage) for damage in damages_of(storage, name)] if deep else quick_problems(storage, name)
         if problems and storage.size(name.commit) is None:
             continue  # a run has removed it in the meantime
-        yield Listed(name, kind, n_bytes, modified.get(name.commit, 0.0), layout, tuple(problems))
+        yield Listed(name, kind, n_bytes, modified.get(name.commit, 0.0), layout, valid_loss, tuple(problems))
 
 
 def unfinished(storage: Storage) -> list[Unfinished]:
@@ -78,14 +80,14 @@ def quick_problems(storage: Storage, name: Name) -> list[str]:
     return problems
 
 
-def _facts(storage: Storage, name: Name) -> tuple[str | None, dict[str, int]]:
-    """(kind, layout) from the manifest, else (kind, {}) from the commit, else (None, {})."""
+def _facts(storage: Storage, name: Name) -> tuple[str | None, dict[str, int], float | None]:
+    """(kind, layout, validation loss) from the manifest, else the kind alone from the commit, if that is readable."""
     try:
         manifest = load_with_crc(Manifest, read_bytes(storage, name.manifest), name.manifest)
-        return manifest.kind, manifest.layout
+        return manifest.kind, manifest.layout, manifest.state.get("valid_loss")
     except DamagedError:
         pass
     try:
-        return load_with_crc(Commit, read_bytes(storage, name.commit), name.commit).kind, {}
+        return load_with_crc(Commit, read_bytes(storage, name.commit), name.commit).kind, {}, None
     except DamagedError:
-        return None, {}
+        return None, {}, None

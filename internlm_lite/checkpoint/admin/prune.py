@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from internlm_lite.checkpoint.admin.listing import quick_problems
 from internlm_lite.checkpoint.admin.verify import damages_of
-from internlm_lite.checkpoint.format.catalog import committed
+from internlm_lite.checkpoint.format.catalog import committed, newest_of
 from internlm_lite.checkpoint.format.manifest import Name
 from internlm_lite.checkpoint.storage.base import Storage
 
@@ -23,7 +23,8 @@ class Prune:
 
 
 def plan_prune(storage: Storage, keep: int) -> Prune:
-    """Keep the newest `keep` undamaged checkpoints, whatever their kind, and remove all older ones. Deletes nothing.
+    """Keep the newest `keep` undamaged checkpoints, whatever their kind, and the best; remove all older ones. Deletes
+    nothing.
 
     Verifies every byte of the newest; `quick_problems` checks the others. Fewer than `keep`: nothing to remove.
     """
@@ -36,4 +37,6 @@ def plan_prune(storage: Storage, keep: int) -> Prune:
         problems = quick_problems(storage, name) or (not kept and any(damages_of(storage, name)))
         (damaged if problems else kept).append(name)
     removed = names[len(kept) + len(damaged) :] if len(kept) == keep else []
-    return Prune(tuple(kept), tuple(damaged), tuple(removed))
+    best = newest_of(storage, "best", {}) if removed else None
+    kept += [name for name in removed if best and str(name) == best.name]
+    return Prune(tuple(kept), tuple(damaged), tuple(name for name in removed if name not in kept))

@@ -212,12 +212,7 @@ def rotate(
 
     `kinds`: cache of known kinds, so that each commit is read once; updated in place. `pinned`: one that stays.
     """
-    names = committed(storage)
-    for name in names:
-        if name not in kinds:
-            with suppress(DamagedError):  # kept for inspection: its kind is unknown
-                kinds[name] = load_with_crc(Commit, read_bytes(storage, name.commit), name.commit).kind
-    rotating = [name for name in names if kinds.get(name) in of]
+    rotating = _of_kinds(storage, of, kinds)
     good = (name for name in rotating if str(name) not in known_bad and _looks_whole(storage, name))
     kept = list(islice(good, keep))
     old = [name for name in rotating if name < kept[-1] and str(name) != pinned] if len(kept) == keep else []
@@ -225,6 +220,24 @@ def rotate(
         remove(storage, name)
         del kinds[name]
     return old
+
+
+def newest_of(storage: Storage, kind: Kind, kinds: dict[Name, Kind]) -> Manifest | None:
+    """The manifest of the newest undamaged checkpoint of `kind`; `kinds` as in `rotate`."""
+    for name in _of_kinds(storage, (kind,), kinds):
+        with suppress(CheckpointError):
+            return inspect(storage, name).manifest
+    return None
+
+
+def _of_kinds(storage: Storage, of: Collection[Kind], kinds: dict[Name, Kind]) -> list[Name]:
+    """Newest first. Those whose commit is damaged are of no kind, and so are kept for inspection."""
+    names = committed(storage)
+    for name in names:
+        if name not in kinds:
+            with suppress(DamagedError):
+                kinds[name] = load_with_crc(Commit, read_bytes(storage, name.commit), name.commit).kind
+    return [name for name in names if kinds.get(name) in of]
 
 
 def _looks_whole(storage: Storage, name: Name) -> bool:

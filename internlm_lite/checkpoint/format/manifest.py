@@ -27,7 +27,7 @@ from internlm_lite.mesh.layout import Box
 from internlm_lite.mesh.mesh import Mesh
 
 FORMAT = 1
-Kind = Literal["snapshot", "milestone", "final", "rescue"]
+Kind = Literal["snapshot", "milestone", "final", "rescue", "best"]
 _NAME = r"([0-9]{10,15})-([0-9]{5,9})\.([0-9a-f]{6})"
 NameText = Annotated[str, Field(pattern=f"^{_NAME}$")]
 FileName = Annotated[str, Field(pattern=r"^rank-[0-9]{5,9}\.safetensors$")]

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 
 from internlm_lite.checkpoint.format import catalog
-from internlm_lite.checkpoint.format.manifest import Kind, Name
+from internlm_lite.checkpoint.format.manifest import Kind, Manifest, Name
 from internlm_lite.checkpoint.storage.base import Storage
 from internlm_lite.checkpoint.storage.run_lock import Lease
 
@@ -63,10 +63,16 @@ class SaveFolder:
         except Exception as error:  # noqa: BLE001  removed later, as what others left
             logger.warning("%s: what the run before left stays for now: %s", self.storage.name, error)
 
-    def tidy(self, name: Name) -> None:
+    def newest(self, kind: Kind) -> Manifest | None:
+        """The newest undamaged checkpoint of this kind. Raises StorageError."""
+        return catalog.newest_of(self.storage, kind, self.kinds)
+
+    def tidy(self, name: Name, kind: Kind) -> None:
         """After the commit of `name`: remove old checkpoints, and old files that interrupted saves left."""
         self.clear_unfinished(newer=True)
         try:
+            if kind == "best":
+                self._rotate(("best",), 1)
             self._rotate(("snapshot", "rescue"), self.keep_snapshots)
             if self.keep_milestones is not None:
                 self._rotate(("milestone",), self.keep_milestones, self.resumed_from)

@@ -83,7 +83,7 @@ class WriteJob:
         if is_main:
             took = human_seconds(time.monotonic() - begin)
             logger.info("saved %s checkpoint %s: %s on rank 0, %s", self.facts.kind, self.name, human_bytes(size), took)
-            folder.tidy(self.name)
+            folder.tidy(self.name, self.facts.kind)
         return Saved(self.name, self.facts.kind, None)
 
     def _commit(self) -> None:

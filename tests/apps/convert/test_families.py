@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from internlm_lite.apps.convert.from_hf import read_hf
-from internlm_lite.apps.convert.recipes import our_recipes
+from internlm_lite.apps.convert.recipes import our_recipes, sources_of
 from internlm_lite.apps.convert.to_hf import open_checkpoint, write_hf
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.generate.decode import generate
@@ -42,15 +43,29 @@ SHAPE = {
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 PLAIN = {"rope_type": "default"}
+MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+NO_PADDING = {"pad_token_id": None}
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama 2": ("llama", PLAIN, {}),
     "llama 3.1": ("llama", {**LLAMA3, "original_max_position_embeddings": 16, "rope_theta": 500.0}, {}),
     "llama 3.2, tied": ("llama", PLAIN, {"tie_word_embeddings": True, "head_dim": 14}),
     "llama, linear": ("llama", {"rope_type": "linear", "factor": 3.0}, {"attention_bias": True}),
+    "llama, dynamic": ("llama", {"rope_type": "dynamic", "factor": 2.0}, {"max_position_embeddings": 32}),
     "mistral": ("mistral", PLAIN, {"sliding_window": None, "head_dim": 16}),
+    "mistral, windows": ("mistral", PLAIN, {"sliding_window": 7}),
     "qwen2": ("qwen2", PLAIN, {"tie_word_embeddings": True}),
+    "qwen2, windows": ("qwen2", PLAIN, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
     "qwen2, yarn": ("qwen2", YARN, {}),
     "qwen3": ("qwen3", PLAIN, {"head_dim": 18}),
+    "qwen3, windows": ("qwen3", PLAIN, {"head_dim": 12, "use_sliding_window": True, "sliding_window": 4, **MIXED}),
+    "smollm3": ("smollm3", PLAIN, {**NO_PADDING, "no_rope_layer_interval": 2}),
+    "smollm3, windows": (
+        "smollm3",
+        YARN,
+        {**NO_PADDING, "no_rope_layers": [1, 1, 0], "use_sliding_window": True, "sliding_window": 5},
+    ),
+    "phi3": ("phi3", PLAIN, {**NO_PADDING, "sliding_window": 6}),
+    "phi3, partial": ("phi3", {**PLAIN, "partial_rotary_factor": 0.4}, {**NO_PADDING, "num_key_value_heads": 3}),
     "qwen3, yarn": ("qwen3", {**YARN, "factor": 8.0, "beta_fast": 4.0, "truncate": False}, {"head_dim": 8}),
 }
 """Name -> model_type, rope_parameters, further keys of config.json."""
@@ -60,7 +75,7 @@ def theirs_of(kind: str, folder: Path) -> Any:
     """A random model of transformers, saved; biases and norms have values of their own."""
     family, rope, more = MODELS[kind]
     rope = {"rope_theta": 10000.0, **rope}
-    config = transformers.AutoConfig.for_model(family, **SHAPE, **more, rope_parameters=rope)
+    config = transformers.AutoConfig.for_model(family, **{**SHAPE, **more}, rope_parameters=rope)
     torch.manual_seed(5)
     model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
     for name, param in model.named_parameters():
@@ -74,25 +89,53 @@ def theirs_of(kind: str, folder: Path) -> Any:
 
 
 def in_float64(model: Any, ours: WholeModel) -> None:
-    """Norms and angles of transformers' `model` in float64."""
-    frequencies = rope_frequencies(ours.any_stage.config, torch.device("cpu"))
-    rotary = model.model.rotary_emb
-    torch.testing.assert_close(rotary.inv_freq.double(), frequencies.radians, rtol=1e-6, atol=1e-12)
-    assert rotary.attention_scaling == pytest.approx(frequencies.growth)
-
-    def angles(x: torch.Tensor, position_ids: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        angle = position_ids[..., None].double() * frequencies.radians
-        angle = torch.cat((angle, angle), dim=-1)
-        return angle.cos() * frequencies.growth, angle.sin() * frequencies.growth
-
-    def normalised(module: Any) -> Any:
-        eps = module.variance_epsilon
-        return lambda x: module.weight * (x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt())
-
-    rotary.forward = angles
+    """Norms, angles and the scale of embeddings of transformers' `model` in float64."""
+    config = ours.any_stage.config
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = normalised(module)
+        name = type(module).__name__
+        if name.endswith("RMSNorm"):
+            module.forward = normalised(module, 1.0 if name.startswith("Gemma") else 0.0)
+        elif name.endswith("ScaledWordEmbedding"):
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64)
+        elif name.endswith("RotaryEmbedding"):
+            module.forward = angles(module, config)
+
+
+def normalised(module: Any, offset: float) -> Any:
+    eps = getattr(module, "variance_epsilon", None) or module.eps
+    return lambda x: (offset + module.weight) * (x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt())
+
+
+def angles(module: Any, config: ModelConfig) -> Any:
+    """Cosines and sines of our frequencies, which are theirs to single precision."""
+    kinds = {None: "", "full_attention": "full_attention_", "sliding_attention": "sliding_attention_"}
+    ours = {}
+    for kind, prefix in kinds.items():
+        if hasattr(module, f"{prefix}inv_freq"):
+            is_local = kind == "sliding_attention" and config.rope_local_base is not None
+            ours[kind] = rope_frequencies(config, torch.device("cpu"), "local" if is_local else "scaled")
+            theirs = getattr(module, f"{prefix}inv_freq").double()
+            torch.testing.assert_close(theirs, ours[kind].radians, rtol=1e-6, atol=1e-12)
+            assert getattr(module, f"{prefix}attention_scaling") == pytest.approx(ours[kind].growth)
+    assert ours
+
+    def forward(x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
+        lengths = torch.full_like(position_ids[0], int(position_ids.max()) + 1)
+        angle = ours[layer_type].angles(position_ids[0], lengths)
+        if ours[layer_type].dynamic is not None:
+            theirs, _ = ROPE_INIT_FUNCTIONS["dynamic"](module.config, seq_len=int(lengths[0]))
+            torch.testing.assert_close(angle, torch.outer(position_ids[0], theirs).double(), rtol=1e-5, atol=1e-9)
+        angle = torch.cat((angle, angle), dim=-1)[None]
+        return angle.cos() * ours[layer_type].growth, angle.sin() * ours[layer_type].growth
+
+    return forward
+
+
+@pytest.fixture(autouse=True)
+def softmax_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of transformers' attention rounds to float32 before the softmax."""
+    softmax = torch.nn.functional.softmax
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
 
 
 @pytest.fixture(params=MODELS)
@@ -121,15 +164,16 @@ def test_logits_gradients_and_greedy_tokens_are_theirs(pair: tuple[Any, WholeMod
     gradients = {name: param.grad for name, param in theirs.named_parameters()}
     found = {param.shard_spec.name: param.grad for param in stage.parameters()}
     for recipe in our_recipes(model, family_of(theirs)):
-        wanted = torch.cat([gradients[rows.name][rows.start : rows.stop] for rows in recipe.rows])
+        sources = {name: gradients[name].T if recipe.transposed else gradients[name] for name in sources_of([recipe])}
+        wanted = torch.cat([sources[rows.name][rows.start : rows.stop] for rows in recipe.rows])
         torch.testing.assert_close(found[recipe.name], wanted, rtol=0, atol=1e-9, msg=recipe.name)
     prompt = TOKENS[:7].tolist()
     (continued,) = generate(ours, [Request(prompt, 50)], Sampling(temperature=0.0))
-    tokens = torch.tensor([prompt])
-    with torch.no_grad():
-        for _ in range(50):
-            tokens = torch.cat([tokens, theirs(tokens).logits[:, -1:].argmax(-1)], dim=1)
-    assert list(continued.tokens) == tokens[0, 7:].tolist(), "also beyond the positions it was trained on"
+    given, options = torch.tensor([prompt]), {"pad_token_id": 0, "eos_token_id": None}
+    expected = theirs.generate(
+        given, attention_mask=torch.ones_like(given), max_new_tokens=50, do_sample=False, **options
+    )
+    assert list(continued.tokens) == expected[0, 7:].tolist(), "also beyond the positions it was trained on"
 
 
 def family_of(model: Any) -> Any:
@@ -162,8 +206,13 @@ def test_exported_it_is_the_same_model(pair: tuple[Any, WholeModel, ModelConfig]
     before = dict(theirs.named_parameters())
     for name, param in model.named_parameters():
         assert torch.equal(param.double(), before[name].double()), name
-    one, other = model.model.rotary_emb, transformers.AutoModelForCausalLM.from_config(theirs.config).model.rotary_emb
-    assert torch.equal(one.inv_freq, other.inv_freq) and one.attention_scaling == other.attention_scaling
+    one, other = (
+        {name: value for name, value in vars(found.model.rotary_emb).items() if name.endswith("attention_scaling")}
+        | dict(found.model.rotary_emb.named_buffers())
+        for found in (model, transformers.AutoModelForCausalLM.from_config(theirs.config))
+    )
+    assert one.keys() == other.keys() and len(one) > 1
+    assert all(torch.equal(torch.as_tensor(one[name]), torch.as_tensor(other[name])) for name in one)
 
 
 def test_frequencies_of_llama_3_1() -> None:

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from internlm_lite.apps.convert.families import FAMILIES
 from internlm_lite.apps.convert.hf_config import default_family, from_hf, mlp_width, to_hf
-from internlm_lite.apps.convert.recipes import FAMILIES, our_shapes
-from internlm_lite.config.schema import ModelConfig
+from internlm_lite.apps.convert.hf_windows import FULL, SLIDING
+from internlm_lite.apps.convert.recipes import our_shapes
+from internlm_lite.config.schema import ModelConfig, RopeScaling
 from internlm_lite.errors import CheckpointError
 from internlm_lite.units import round_up
 from tests.apps.convert.made import MODEL
@@ -79,11 +81,27 @@ def test_known_widths_get_the_plain_ratio():
     assert mlp_width(4096, 14336) == (3.5, 256)
 
 
+def dynamic(factor: float, length: int) -> RopeScaling:
+    return RopeScaling(rope_type="dynamic", factor=factor, original_max_position_embeddings=length)
+
+
 @pytest.mark.parametrize(
     ("config", "changes"),
     [
-        (INTERNLM_7B, {"no_bias": False, "rope_base": 10000, "num_kv_attention_heads": 32, "dtype": "torch.float16"}),
-        (INTERNLM2_20B, {"no_bias": True, "rope_base": 1000000, "num_kv_attention_heads": 8}),
+        (
+            INTERNLM_7B,
+            {
+                "no_bias": False,
+                "rope_base": 10000,
+                "num_kv_attention_heads": 32,
+                "dtype": "torch.float16",
+                "rope_scaling": dynamic(1.0, 2048),
+            },
+        ),
+        (
+            INTERNLM2_20B,
+            {"no_bias": True, "rope_base": 1000000, "num_kv_attention_heads": 8, "rope_scaling": dynamic(2.0, 32768)},
+        ),
         (LLAMA3_8B, {"no_bias": True, "rope_base": 500000, "num_kv_attention_heads": 8, "layer_norm_epsilon": 1e-5}),
     ],
 )
@@ -93,11 +111,16 @@ def test_published_configs_are_understood(config, changes):
     assert hf.model.mlp_hidden_size == config["intermediate_size"]
     assert hf.max_positions == config["max_position_embeddings"]
     assert {key: getattr(hf.model, key) for key in changes} == changes
-    assert any("dynamic" in note for note in hf.notes) == ("dynamic" in str(config))
 
 
-BIASES = {"qwen2": {"no_bias": True, "qkv_bias": True}, "internlm3": {"no_bias": True, "qkv_bias": True}}
-NORMS = {"qwen3": {"qk_norm": "head"}}
+OWN = {
+    "mistral": {"no_bias": True, "sliding_window": 4},
+    "qwen2": {"no_bias": True, "qkv_bias": True, "sliding_window": 8, "layer_types": [FULL, SLIDING]},
+    "qwen3": {"qk_norm": "head"},
+    "phi3": {"no_bias": True},
+    "internlm3": {"no_bias": True, "qkv_bias": True},
+}
+"""What a model of the family has."""
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}
 
@@ -106,10 +129,9 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embedding
 @pytest.mark.parametrize("changes", [{}, {"no_bias": True, "tie_word_embeddings": True}, {"init_std": 0.006}])
 @pytest.mark.parametrize("heads", [{}, {"head_dim": 10, "rope_scaling": YARN}, {"head_dim": 8, "rope_scaling": LLAMA3}])
 def test_there_and_back_is_the_same_model(family, changes, heads):
-    if heads and family in ("internlm", "internlm2"):
+    if heads and family in ("internlm", "internlm2", "phi3"):
         heads = {}
-    own = BIASES.get(family, {"no_bias": True} if family in ("mistral", "internlm3") else {}) | NORMS.get(family, {})
-    ours = ModelConfig.model_validate({**MODEL, "num_kv_attention_heads": 8, **changes, **own, **heads})
+    ours = ModelConfig.model_validate({**MODEL, "num_kv_attention_heads": 8, **changes, **OWN.get(family, {}), **heads})
     back = from_hf(to_hf(ours, family, 64, "float32"), "here").model
     assert back.mlp_hidden_size == ours.mlp_hidden_size and back.head_size == ours.head_size
     same = {"mlp_ratio": 1.0, "multiple_of": 1, "head_dim": None}
@@ -132,28 +154,22 @@ def test_the_family_is_the_first_that_can_express_the_model(changes, family):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2': expected one of llama, mistral, qwen2, qwen3, internlm"),
+        ({"model_type": "bloom"}, "model_type 'bloom': expected one of llama, mistral, qwen2, qwen3, "),
         ({"hidden_size": None}, "hidden_size: found None, expected a positive integer"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers: found '2'"),
-        ({"hidden_act": "gelu"}, "hidden_act: found 'gelu', expected 'silu'"),
+        ({"hidden_act": "tanh"}, "hidden_act: found 'tanh', expected 'silu'"),
         ({"mlp_bias": True}, "mlp_bias: found True"),
         ({"quantization_config": {"bits": 4}}, "quantised weights are not read"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "rope: found type 'longrope'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "mscale": 1.0}}, "found type 'yarn with mscale'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor"),
-        ({"model_type": "internlm2", "rope_scaling": {"type": "linear", "factor": 2.0}}, "own code"),
+        ({"model_type": "internlm2", "rope_scaling": {"type": "llama3", "factor": 2.0}}, "rope: found type 'llama3'"),
         ({"model_type": "internlm3", "bias": True}, "bias: found True"),
-        ({"model_type": "mistral", "max_position_embeddings": 8192}, "sliding_window: found 4096 for 8192 positions"),
-        (
-            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-            "sliding_window: found 8 for 2048 positions",
-        ),
-        (
-            {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8},
-            "sliding_window: found 8",
-        ),
+        ({"model_type": "qwen3", "use_sliding_window": True, "layer_types": [FULL]}, "layer_types: found ['full_"),
+        ({"model_type": "qwen3", "use_sliding_window": True, "layer_types": [FULL, "chunked_attention"]}, "chunked"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
-        ({"partial_rotary_factor": 0.5}, "rope: found type 'partial (0.5)'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: found 0.5, expected 1"),
         ({"rope_theta": -1}, "rope_theta: found -1"),
         ({"head_dim": 15}, "head_dim: found 15 for hidden_size 64 and 8 heads"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: found 3, expected a divisor"),
@@ -170,13 +186,16 @@ def test_another_model_is_refused(changes, words):
 @pytest.mark.parametrize(
     ("family", "changes", "words"),
     [
-        ("llama", {"apply_post_layer_norm": True}, "apply_post_layer_norm"),
-        ("internlm", {"num_kv_attention_heads": 2}, "2 key/value heads"),
+        ("llama", {"apply_post_layer_norm": True}, "apply_post_layer_norm=True: it has False"),
+        ("llama", {"sliding_window": 4}, "model.sliding_window=4: it has None"),
+        ("mistral", {"no_bias": True, "sliding_window": 4, "layer_types": [SLIDING, FULL]}, "model.layer_types="),
+        ("internlm", {"num_kv_attention_heads": 2}, "num_kv_attention_heads=2: it has 8"),
         ("llama", {"qk_norm": "head"}, r"model.qk_norm='head': it has False"),
         ("qwen3", {}, r"model.qk_norm=False: it has 'head'"),
-        ("qwen2", {}, "biases on queries, keys, values: True, on the output: True: it cannot have these"),
-        ("internlm2", {"head_dim": 16}, r"model.head_dim=16: its heads have"),
-        ("internlm2", {"rope_scaling": LLAMA3}, "model.rope_scaling: its own code has no llama3"),
+        ("qwen2", {}, "model.out_bias=True: it has False"),
+        ("internlm2", {"head_dim": 16}, r"model.head_dim=16: it has 8"),
+        ("internlm2", {"rope_scaling": LLAMA3}, "rope: found type 'llama3', expected"),
+        ("phi3", {"no_bias": True, "rope_scaling": YARN}, "rope: found type 'yarn'"),
     ],
 )
 def test_what_has_no_form_there_is_refused(family, changes, words):

@@ -111,7 +111,7 @@ def test_without_transformers_conversion_works(ours, tmp_path, monkeypatch):
         (["to-hf", "{}/nothing", "{}/out"], "holds no checkpoint"),
         (["to-hf", "{}/ours", "{}/ours"], "exists: choose a folder"),
         (["to-hf", "{}/ours", "{}/out", "--tokenizer", "{}/no.model"], "tokenizer"),
-        (["to-hf", "{}/ours", "{}/out", "--model-type", "internlm"], "2 key/value heads"),
+        (["to-hf", "{}/ours", "{}/out", "--model-type", "internlm"], "num_kv_attention_heads=2: it has 8"),
         (["from-hf", "{}/ours", "{}/out"], "expected model.safetensors"),
         (["from-hf", "{}/ours", "{}/out", "--s3", "insecur=True"], "--s3 insecur"),
     ],

@@ -11,7 +11,7 @@ import pytest
 
 from internlm_lite.apps.bench.gpu.step_speed import shape_config
 from internlm_lite.apps.planner.clock import KIND_OF_PASS, DocumentLengths, Seconds, Ways, document_lengths
-from internlm_lite.apps.planner.command import dry_run
+from internlm_lite.apps.planner.command import PlanOptions, dry_run
 from internlm_lite.apps.planner.device_file import (
     DeviceFile,
     KernelFractions,
@@ -22,7 +22,7 @@ from internlm_lite.apps.planner.device_file import (
 )
 from internlm_lite.apps.planner.holdings import BucketSizes
 from internlm_lite.apps.planner.overlap import Axis, exposed
-from internlm_lite.apps.planner.plan import make_plan
+from internlm_lite.apps.planner.plan import Questions, make_plan
 from internlm_lite.apps.planner.step_clock import StepClock, clock_plan, full_rows
 from internlm_lite.config.load import load_config
 from internlm_lite.errors import ConfigError
@@ -175,7 +175,7 @@ def test_a_dtype_that_the_device_file_lacks() -> None:
     config = load_config(CONFIG, ["model.dtype=torch.float32"]).config
     device = load_device("h100").model_copy(update={"peak_tflops": {"bf16": 1.0}})
     with pytest.raises(ConfigError, match=r"says nothing about peak_tflops\.fp32"):
-        make_plan(config, 1, None, timed=device)
+        make_plan(config, 1, None, questions=Questions(device))
 
 
 LAYOUTS = {
@@ -198,7 +198,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_has_its_terms(name: str) -> None:
-    plan = make_plan(load_config(CONFIG, LAYOUTS[name]).config, 8, None, timed=load_device("h100"))
+    plan = make_plan(load_config(CONFIG, LAYOUTS[name]).config, 8, None, questions=Questions(load_device("h100")))
     assert plan.clock is not None
     terms = plan.clock.terms
     assert EXPECTED[name] <= set(terms)
@@ -214,7 +214,7 @@ def test_zero_bubble_waits_least_in_seconds_too() -> None:
     def bubble(schedule: str, chunks: int) -> float:
         overrides = [f"parallel.pipeline=dict(size=2, schedule='{schedule}')", f"model.num_chunks={chunks}"]
         config = load_config(CONFIG, [*overrides, "model.num_layers=8", "data.micro_num=8"]).config
-        plan = make_plan(config, 2, None, timed=load_device("h100"))
+        plan = make_plan(config, 2, None, questions=Questions(load_device("h100")))
         assert plan.clock is not None
         return plan.clock.terms["bubble"] / plan.clock.seconds_per_step
 
@@ -264,7 +264,7 @@ def test_keys_of_a_sliding_layer_are_those_of_its_window() -> None:
 
 def test_the_tables_show_the_step(capsys: pytest.CaptureFixture[str]) -> None:
     config = load_config(CONFIG, ["model.dtype=torch.bfloat16"]).config
-    assert dry_run(config, 8, tflops=None, device=str(H100), as_json=False) == 0
+    assert dry_run(config, 8, PlanOptions(device=str(H100))) == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 110
     for part in ("A step on NVIDIA H100", "tokens/s a GPU; MFU", "reduce_bucket_size", "What each change gives"):

@@ -1,0 +1,122 @@
+"""Parameters, memory and FLOPs of the components of a whole model: once, whatever the layout, without padding.
+
+A component is a module of every layer, named as in checkpoints: `feed_forward.w1` are the matrices of that name of all
+layers. What a module computes beside its parts is a component, too: `attention` are the products of queries and keys,
+and of their weights and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from internlm_lite.apps.planner.holdings import bucket_sizes
+from internlm_lite.config.schema import Config
+from internlm_lite.layers.costs import CostedLayer
+from internlm_lite.mesh.layout import Parameter
+from internlm_lite.mesh.mesh import single_process_mesh
+from internlm_lite.models.decoder import Transformer
+from internlm_lite.models.stages import meta_model
+from internlm_lite.optim.buckets import build_buckets
+from internlm_lite.optim.rules import RULES
+
+
+@dataclass(frozen=True)
+class Component:
+    name: str
+    parameters: int = 0
+    decayed: int = 0
+    """Those with weight decay."""
+    weights: int = 0
+    """Bytes, as the next two."""
+    gradients: int = 0
+    optimizer: int = 0
+    """Master weights and the state of the update rule."""
+    flops: tuple[int, ...] = ()
+    """Per token of a forward pass, for each of the lengths of `Components`."""
+
+
+@dataclass(frozen=True)
+class Components:
+    lengths: tuple[int, ...]
+    """Tokens of the documents that `flops` are counted for."""
+    rows: tuple[Component, ...]
+    flops_without_attention: int
+    """Of all rows, per token of a forward pass."""
+    update_flops: int | None
+    """Operations of the update rule in a step; None: it does not say."""
+
+    @property
+    def total(self) -> Component:
+        return _sum("sum", self.rows)
+
+    def flops_6n(self, index: int) -> int:
+        """6 * parameters + attention: FLOPs of a token, forward and backward, by the estimate of PaLM's paper
+        (arXiv:2204.02311, appendix B), which counts norms and an embedding like matrices."""
+        total = self.total
+        return 6 * total.parameters + 3 * (total.flops[index] - self.flops_without_attention)
+
+
+def components_of(config: Config, lengths: Sequence[int]) -> Components:
+    """Of the model of `config`, whose FLOPs are counted for documents of each of `lengths`."""
+    model = meta_model(config.model)
+    rows: dict[str, list[Component]] = {}
+    for row in (*_held(config, model), *_computed(model, lengths)):
+        rows.setdefault(row.name, []).append(row)
+    in_order = dict.fromkeys(_name(path) for path, _ in model.named_modules())
+    summed = tuple(_sum(name, rows[name]) for name in in_order if name in rows)
+    operations, decays = RULES[config.optimizer.name].operations(config.optimizer), 2 * (config.adam.weight_decay > 0)
+    parameters, decayed = (sum(getattr(row, key) for row in summed) for key in ("parameters", "decayed"))
+    return Components(
+        lengths=tuple(lengths),
+        rows=summed,
+        flops_without_attention=model.flops_per_token(0),
+        update_flops=None if operations is None else operations * parameters + decays * decayed,
+    )
+
+
+def _held(config: Config, model: Transformer) -> Iterator[Component]:
+    """A row for every parameter, with the bytes per element of the bucket that it would be in."""
+    params = {cast(Parameter, param): name.rpartition(".")[0] for name, param in model.named_parameters()}
+    owner = dict.fromkeys(params, 0)
+    for bucket in build_buckets(list(params), single_process_mesh(torch.device("meta")).zero, config):
+        sizes, padded = bucket_sizes(bucket, owner, config), bucket.shard_size
+        for slot in bucket.slots:
+            n = slot.stop - slot.start
+            yield Component(
+                name=_name(params[slot.param]),
+                parameters=n,
+                decayed=n * bucket.kind.decay,
+                weights=n * sizes.weights // padded,
+                gradients=n * sizes.grads // padded,
+                optimizer=n * (sizes.masters + sizes.moments) // padded,
+            )
+
+
+def _computed(model: Transformer, lengths: Sequence[int]) -> Iterator[Component]:
+    """A row for every layer that computes something beside what its parts compute."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, CostedLayer):
+            parts = list(layer.units())
+            own = [layer.flops_per_token(n) - sum(part.flops_per_token(n) for part in parts) for n in lengths]
+            if any(own):
+                yield Component(_name(path), flops=tuple(own))
+
+
+def _name(path: str) -> str:
+    """layers.3.feed_forward.w1 -> feed_forward.w1"""
+    return ".".join(part for part in path.split(".") if part != "layers" and not part.isdigit())
+
+
+def _sum(name: str, rows: Iterable[Component]) -> Component:
+    rows = list(rows)
+    flops = [row.flops for row in rows if row.flops]
+    counts = ("parameters", "decayed", "weights", "gradients", "optimizer")
+    return Component(
+        name,
+        **{key: sum(getattr(row, key) for row in rows) for key in counts},
+        flops=tuple(map(sum, zip(*flops, strict=True))),
+    )

@@ -121,7 +121,8 @@ class FeedForward(CostedLayer):
         elif "activation" in row.fused:
             made = [Pass("fused", 3 * inner), Pass("fused", 5 * inner, backward=True)]
         else:
-            made = [Pass("elementwise", 5 * inner, 2), Pass("elementwise", 9 * inner, 3, backward=True)]
+            again = 2 * inner if row.selective else 0  # act(gate), which is not kept
+            made = [Pass("elementwise", 5 * inner, 2), Pass("elementwise", 9 * inner + again, 3, backward=True)]
         if row.selective and self._inner is not F.relu:
             made.append(replace(made[0], backward=True, part="recomputation"))
         shared = [] if self.w3 is None else self.w3.passes(row, shared_input=True)

@@ -138,11 +138,10 @@ class Head(CostedLayer):
         return [replace(one, part="loss") for one in found]
 
     def _transform_passes(self) -> int:
-        """How often bias, scale, cap and their derivative go through logits that no compiler fuses."""
-        options = self.loss_options
-        of_cap = 6 + 6 if options.logit_softcap else 0  # /, tanh, *; square, 1 -, *
-        scaled = options.logit_softcap is not None or options.logit_scale is not None
-        return 2 * (self.bias is not None) + 2 * (options.logit_scale is not None) + of_cap + 3 * scaled
+        """How often bias, scale, cap and their derivatives read or write logits that no compiler fuses."""
+        scaled, capped = self.loss_options.logit_scale is not None, self.loss_options.logit_softcap is not None
+        derivative = 8 + 3 if capped else 2 * scaled  # /, square, *, +; times dz
+        return 2 * (self.bias is not None) + 2 * scaled + 6 * capped + derivative
 
     def _summed_gradient(self, chunks: int) -> list[Pass]:
         """The sum over chunks of the weight's gradient, of its own."""

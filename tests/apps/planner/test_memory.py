@@ -42,6 +42,7 @@ SHAPES: list[dict[str, Any]] = [
         "head_bias": True,
     },
     {"mlp_type": "geglu", "checkpoint": "selective"},
+    {"mlp_type": "gelu", "mlp_bias": True, "dtype": "torch.bfloat16", "fp8": True},
     {"position": "learned", "max_position_embeddings": 32},
     {"position": "learned", "max_position_embeddings": 40, "embed_split_hidden": False, "embed_grad_scale": 0.5},
     {"position": "sinusoidal", "dtype": "torch.bfloat16", "checkpoint": "selective"},
@@ -95,7 +96,17 @@ def test_full_recomputation_keeps_the_rotary_table_outside_autograd() -> None:
 BF16 = {"num_kv_attention_heads": 2, "dtype": "torch.bfloat16"}
 
 
-@pytest.mark.parametrize("shape", [{}, {**BF16, "checkpoint": "selective"}, {**BF16, "fp8": True}], ids=str)
+DEFERRED: list[dict[str, Any]] = [
+    {},
+    {**BF16, "checkpoint": "selective"},
+    {**BF16, "fp8": True},
+    {"mlp_type": "relu", "mlp_bias": True, "head_bias": True},
+    {**BF16, "mlp_type": "gelu_tanh", "checkpoint": "selective"},
+    {**BF16, "mlp_type": "gelu", "mlp_bias": True, "fp8": True},
+]
+
+
+@pytest.mark.parametrize("shape", DEFERRED, ids=str)
 def test_deferred_weight_gradients_hold_what_is_planned(shape: dict[str, Any]) -> None:
     wanted = config(**shape)
     row = row_shape(wanted, AttentionBackend.SDPA, "cpu")
@@ -113,6 +124,7 @@ def _kept_on_ranks(mesh: Mesh, shape: dict[str, Any]) -> int:
         {},
         {"num_kv_attention_heads": 2, "embed_split_hidden": False, "checkpoint": "selective"},
         {"parallel_output": False},
+        {"mlp_type": "gelu", "mlp_bias": True, "head_bias": True, "logit_softcap": 2.0, "embed_scale": 2.0},
     ],
     ids=str,
 )

@@ -180,8 +180,8 @@ def _slope(logits: torch.Tensor, options: LossOptions) -> torch.Tensor | float |
 def _chunk_losses(
     logits: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, terms: _Terms
 ) -> tuple[torch.Tensor, ...]:
-    """(token loss, training loss, correct) and z-loss, if there is one, each [c]. Overwrites h W^T [c, V / group size] by its gradient or scratch
-    values."""
+    """(token loss, training loss, correct) and z-loss, if there is one, each [c]. Overwrites h W^T [c, V / group size]
+    by its gradient or scratch values."""
     options, mine = terms.options, final_logits(logits, bias, terms.options)
     slope = _slope(mine, options) if terms.needs_grad else None
     group, smoothing = options.group, options.label_smoothing

@@ -154,7 +154,8 @@ class Head(CostedLayer):
         return [Pass("contiguous_copy", wide * n), added, Pass("contiguous_copy", (item + wide) * n)]
 
     def workspace_bytes(self, row: RowShape) -> int:
-        """Logits of one chunk, the derivative of their cap, and on the CPU the product that is added to a buffer of another dtype."""
+        """Logits of one chunk, the derivative of their cap, and on the CPU the product that is added to a buffer of
+        another dtype."""
         (vocab, width), dtype = self.matrix.shape, self.matrix.dtype
         chunk, wide = self._chunk(row), accumulation_dtype(dtype).itemsize
         half = dtype.itemsize < wide

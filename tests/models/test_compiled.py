@@ -40,6 +40,7 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddi
 def curve(mesh: Mesh, corpus: Path | None, **model: Any) -> list[tuple[float, float]]:
     """(loss, gradient norm) of the first steps; rows of the corpus are of many compositions."""
     sections = {"data": {"micro_num": 4 // mesh.dp.size, "total_steps": STEPS}, "lr_scheduler": {"total_steps": STEPS}}
+    sections["loss"] = {"z_loss": model.pop("z_loss", 0)}
     layout = {"tensor": mesh.tp.size, "sequence_parallel": mesh.tp.size > 1, "pipeline": {"size": mesh.pp.size}}
     model = {"dtype": "torch.float32", "num_layers": 3, **model}
     config = tiny(corpus, model=model, parallel=layout, **sections)
@@ -82,6 +83,8 @@ def backend_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
         {"no_bias": True, "checkpoint": 0.5},
         {"no_bias": True, "checkpoint": "selective"},
         {"apply_post_layer_norm": True, "tie_word_embeddings": True},
+        {"mlp_type": "gelu_tanh", "mlp_bias": True, "head_bias": True, "z_loss": 0.1},
+        {"mlp_type": "geglu", "checkpoint": "selective", "logit_scale": 0.6, "logit_softcap": 1.5, "embed_scale": 3.0},
     ],
 )
 def test_compiled_steps_are_those_of_eager_ones(model: dict[str, Any], corpus: Path) -> None:

@@ -91,7 +91,9 @@ def test_an_eager_step_moves_what_the_layers_say(
         trainer.optimizer.wait_weights()
     (held,), _ = holdings(config, Sizes(), AttentionBackend.FLASH_ATTN)
     data, (stage,) = config.data, held.stages.values()
-    row = RowShape(data.micro_bsz * data.seq_len, "cpu", fused=frozenset({"gradients"}), selective="checkpoint" in model)
+    row = RowShape(
+        data.micro_bsz * data.seq_len, "cpu", fused=frozenset({"gradients"}), selective="checkpoint" in model
+    )
     passes: list[Pass] = [one for unit in stage.units() for one in unit.passes(row)] * data.micro_num
     passes += [one for bucket in held.buckets for one in update_passes(bucket, one_pass=False)]
     kinds = {"norm": 0.0, "update": 0.0, "accumulate": 10 / 8}

@@ -9,7 +9,7 @@ Data, from a folder of stories (.jsonl, .txt, ...); then what it will cost, befo
     python tools/tokenizer.py train  --input stories --output jobs/llama_8m/tokenizer.model --vocab-size 4096
     python tools/tokenizer.py encode --input stories --output jobs/llama_8m/tokens/train --holdout 1% \\
         --tokenizer jobs/llama_8m/tokenizer.model
-    python train.py --config configs/llama_8m.py --dry-run --components
+    python train.py --config configs/llama_8m.py --dry-run --components    # FOLDER=None: before there are data
 
 Train; evaluate what was kept, alone; continue a prompt from it; curves as a page and a picture:
 
@@ -22,7 +22,7 @@ configs/llama_8m_tiny.py is the same job on this checkout's own sources, in a mi
 """
 
 JOB_NAME = "llama_8m"
-FOLDER = "jobs/llama_8m"  # tokenizer.model, tokens/{train,valid}; ckpts
+FOLDER = "jobs/llama_8m"  # tokenizer.model, tokens/{train,valid}; ckpts. None: dummy data, and nothing is kept
 
 VOCAB_SIZE = 4096
 SEQ_LEN = 256
@@ -40,13 +40,14 @@ MICRO_BSZ = 8
 MICRO_NUM = 4  # gradient accumulation
 EVAL_EVERY = 2000
 EVAL_BATCHES = 100  # of one micro-batch, of training and of validation data each
+PROMPT = "Once upon a time"
 
 seed = 1337
 
 ckpt = dict(
-    enable_save_ckpt=True,
-    save_ckpt_folder=f"local:{FOLDER}/ckpts",
-    keep_best=True,  # after every evaluation that is better than all before
+    enable_save_ckpt=bool(FOLDER),
+    save_ckpt_folder=FOLDER and f"local:{FOLDER}/ckpts",
+    keep_best=bool(FOLDER),  # after every evaluation that is better than all before
 )
 
 data = dict(
@@ -55,14 +56,14 @@ data = dict(
     micro_num=MICRO_NUM,
     total_steps=STEPS,
     pack_sample_into_one=True,  # stories end to end, cut into windows of SEQ_LEN
-    train_folder=f"{FOLDER}/tokens/train",
-    valid_folder=f"{FOLDER}/tokens/valid",
+    train_folder=FOLDER and f"{FOLDER}/tokens/train",
+    valid_folder=FOLDER and f"{FOLDER}/tokens/valid",
     valid_at_start=True,
     valid_every=EVAL_EVERY,
     valid_micro_num=1,
     valid_batches=EVAL_BATCHES,
     valid_train_batches=EVAL_BATCHES,
-    tokenizer=f"{FOLDER}/tokenizer.model",
+    tokenizer=FOLDER and f"{FOLDER}/tokenizer.model",
 )
 
 model = dict(
@@ -104,7 +105,7 @@ parallel = dict(zero1=-1, tensor=1)
 
 monitor = dict(
     log_every=1,
-    sample_prompts=["Once upon a time"],
-    sample_every=EVAL_EVERY,
+    sample_prompts=[PROMPT] if FOLDER else [],
+    sample_every=EVAL_EVERY if FOLDER else 0,
     sample_tokens=64,
 )

@@ -23,8 +23,8 @@ WARMUP_STEPS = 20
 LEARNING_RATE = 4e-3
 EVAL_EVERY = 50
 EVAL_BATCHES = 8
+PROMPT = "def "
 
 _base_ = "llama_8m.py"
 
 model = dict(init_std=0.06, compile=False)
-monitor = dict(sample_prompts=["def "])

@@ -52,6 +52,7 @@ class Batch:
     labels: torch.Tensor  # [M, T] int64, already shifted, IGNORE: no label
     positions: torch.Tensor  # [M, T] int64, position inside the segment, from 0
     folders: torch.Tensor  # [M, T] int32, index into the run's list of data folders
+    rows: torch.Tensor  # [M] int64, number of each row in the step's global batch; evaluation uses none
     cu_seqlens: torch.Tensor  # [M, max_docs + 1] int32, boundaries of segments, padded with T
     cu_seqlens_host: tuple[tuple[int, ...], ...]  # the same without padding, M tuples of Python ints
     max_seqlen: int  # longest segment of all micro-batches
@@ -66,7 +67,7 @@ class Batch:
         """The same batch on `device`; asynchronous from pinned memory."""
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("tokens", "labels", "positions", "folders", "cu_seqlens")
+            for name in ("tokens", "labels", "positions", "folders", "rows", "cu_seqlens")
         }
         return Batch(
             **moved,

@@ -24,6 +24,7 @@ _RENAMED = {
     "use_fp32_norm": "model.use_fp32_norm",
     "hybrid_zero_optimizer.zero_overlap_communication": "hybrid_zero_optimizer.overlap_sync_grad",
     "model.o_bias": "model.out_bias",
+    "model.add_unit_offset": "model.zero_centered_norm",
 }
 _MODELS: Mapping[str, Mapping[str, object]] = {
     "INTERNLM": {"model.no_bias": False},

@@ -19,8 +19,10 @@ def model_problems(config: Config) -> Iterator[Problem]:
     yield from _positions(config)
     yield from _windows(config.model)
     yield from _embedding(config.model)
+    yield from _norms(config)
     yield from _tensor(config)
     yield from _float8(config)
+    yield from _dropout(config)
 
 
 def _heads(config: Config) -> Iterator[Problem]:
@@ -59,6 +61,21 @@ def _positions(config: Config) -> Iterator[Problem]:
             found = "" if name == "rope_scaling" else f" {value!r}"
             text = f"found{found} with model.position {model.position!r}, which rotates nothing; remove it"
             yield Problem((f"model.{name}", "model.position"), text)
+
+
+def _norms(config: Config) -> Iterator[Problem]:
+    model, kind = config.model, "model.norm_type"
+    if model.apply_post_layer_norm and model.norms_at != "post":
+        keys = "model.norm_position", "model.apply_post_layer_norm"
+        yield Problem(keys, f'found "{model.norms_at}" with {keys[1]}=True, which says "post"; remove one of them')
+    if model.norm_bias and model.norm_type == "rmsnorm":
+        text = f'found True with {kind} "rmsnorm", which has no bias; set {kind}="layernorm", or remove norm_bias'
+        yield Problem(("model.norm_bias", kind), text)
+    if model.qk_norm == "full" and model.norm_type == "layernorm":
+        yield Problem(
+            ("model.qk_norm", kind),
+            f'found "full" with {kind} "layernorm", expected "rmsnorm", as in OLMo 2; change it, or set qk_norm="head"',
+        )
 
 
 def _rope(config: Config) -> Iterator[Problem]:
@@ -171,4 +188,16 @@ def _float8(config: Config) -> Iterator[Problem]:
             ("model.fp8", *(key for keys in odd for key in keys)),
             f"found True with matrices of {found} rows or columns on a rank, expected multiples of 16; "
             "change these keys, or set model.fp8=False",
+        )
+
+
+def _dropout(config: Config) -> Iterator[Problem]:
+    """A kernel's own masks would not be those of another layout, nor those of a layer that runs again."""
+    model = config.model
+    kernel = model.attention if model.use_flash_attn else "sdpa"
+    if model.attention_dropout and kernel not in ("auto", "sdpa"):
+        yield Problem(
+            ("model.attention_dropout", "model.attention"),
+            f'found {model.attention_dropout:g} with model.attention "{kernel}", which drops attention weights by '
+            'numbers of its own; set model.attention="auto", or attention_dropout=0',
         )

@@ -280,7 +280,7 @@ class RopeScaling(Section):
 
 
 class ModelConfig(Section):
-    """The decoder."""
+    """The decoder: by default RMSNorm before each sub-layer, rotary attention, SwiGLU."""
 
     checkpoint: bool | Fraction | Literal["selective"] = False
     """Share of layers whose activations are recomputed in the backward pass (True: all). (new) "selective": of
@@ -322,13 +322,22 @@ class ModelConfig(Section):
     mlp_bias: bool = False
     """(new) Biases on all projections of the feed-forward part."""
     apply_post_layer_norm: bool = False
-    """Normalise after each residual addition instead of before each sub-layer; there is then no final norm."""
+    """True: as norm_position "post"."""
+    norm_position: Literal["pre", "post", "reordered", "sandwich"] | None = None
+    """(new) Norms of a sub-layer f. "pre": x + f(norm(x)). "post": norm(x + f(x)), and no final norm. "reordered":
+    x + norm(f(x)) (OLMo 2). "sandwich": x + norm2(f(norm1(x))) (Gemma 2). None: "pre", or as apply_post_layer_norm
+    says."""
     dtype: Dtype = "torch.float16"
     """Weights and activations. torch.tf32: float32 weights, TF32 matrix products."""
-    norm_type: Literal["rmsnorm"] = "rmsnorm"
-    """Normalisation."""
+    norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Normalisation, of all norms. (new) "layernorm": subtracts the mean, too (GPT-2)."""
+    norm_bias: bool | None = None
+    """(new) Biases of norms. None: with norm_type="layernorm"."""
+    zero_centered_norm: bool = False
+    """(new) Norms multiply by 1 + weight, added in fp32; weights start at 0 (Gemma; Megatron's
+    layernorm_zero_centered_gamma)."""
     layer_norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
-    """Added to the mean square."""
+    """Added to the mean square, or to the variance."""
     use_fp32_norm: bool = False
     """(new) Keep norm weights in fp32 when the model is half precision."""
     attention: Literal["auto", "flash_attn_3", "flash_attn_4", "cudnn", "flash_attn", "torch_varlen", "sdpa"] = "auto"
@@ -353,8 +362,9 @@ class ModelConfig(Section):
     """(new) Biases on queries, keys and values (Qwen2). None: as no_bias says."""
     out_bias: bool | None = None
     """(new) Bias on attention's output. None: as no_bias says."""
-    qk_norm: Literal[False, "head"] = False
-    """(new) "head": RMSNorm of each query and key head before its rotation, one weight for all heads (Qwen3)."""
+    qk_norm: Literal[False, "head", "full"] = False
+    """(new) Norms of queries and of keys, of norm_type, before the rotation. "head": over each head, one weight for all
+    heads (Qwen3). "full": over the features of all heads (OLMo 2)."""
     position: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
     """(new) "rope": rotary queries and keys. "learned": a weight per position, added to the token's embedding (GPT-2).
     "sinusoidal": fixed values instead, sines in even and cosines in odd columns (layers/positions.py). "none": the
@@ -382,6 +392,14 @@ class ModelConfig(Section):
     it; without them scores are computed block by block, exactly but slowly."""
     attention_scale: Annotated[float, Field(gt=0)] | None = None
     """(new) Scale of the scores; None: head_dim ** -0.5. Gemma's is query_pre_attn_scalar ** -0.5."""
+    embedding_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
+    """(new) Share of the embedding's output that is dropped in training. Masks of all dropout are a function of seed,
+    step, layer, token and feature: the same in every layout, after a resume, and where layers run again."""
+    residual_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
+    """(new) Share of what attention and feed-forward part add to the residual stream that is dropped in training."""
+    attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
+    """(new) Share of the attention weights that is dropped in training. No kernel has such masks: attention is then
+    computed in plain operations, block by block, which is slower."""
     tie_word_embeddings: bool = False
     """(new) The head shares the embedding's weight."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
@@ -423,6 +441,15 @@ class ModelConfig(Section):
         return int(self.head_size * self.partial_rotary_factor)
 
     @property
+    def norms_at(self) -> Literal["pre", "post", "reordered", "sandwich"]:
+        """`norm_position`, said by one of its two keys."""
+        return self.norm_position or ("post" if self.apply_post_layer_norm else "pre")
+
+    @property
+    def has_norm_bias(self) -> bool:
+        return self.norm_type == "layernorm" if self.norm_bias is None else self.norm_bias
+
+    @property
     def has_qkv_bias(self) -> bool:
         return not self.no_bias if self.qkv_bias is None else self.qkv_bias
 
@@ -439,6 +466,10 @@ class ModelConfig(Section):
     def mlp_hidden_size(self) -> int:
         """Width of the feed-forward part; 13824 for the 20B model."""
         return round_up(int(self.hidden_size * self.mlp_ratio), self.multiple_of)
+
+    @property
+    def has_dropout(self) -> bool:
+        return bool(self.embedding_dropout or self.residual_dropout or self.attention_dropout)
 
     @property
     def recomputed_share(self) -> float:

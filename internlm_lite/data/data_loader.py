@@ -63,8 +63,8 @@ class TrainingData:
     def build(self, position: Position, *, pin: bool = False) -> Batch:
         """The next batch to train on at `position`. Raises DataError on damaged data or ids outside the vocabulary."""
         rows, after = self.order.take(position)
-        rows_of_folders = self.mix.rows_of_folders(self.order.share(rows, self.dp_rank))
-        return assemble(self.packed, rows_of_folders, after, pin=pin)
+        mine, numbers = (self.order.share(some, self.dp_rank) for some in (rows, range(len(rows))))
+        return assemble(self.packed, self.mix.rows_of_folders(mine), numbers, after, pin=pin)
 
     def batches(self, position: Position, *, pin: bool = False) -> Generator[Batch, None, None]:
         """Endless, from `position` on. `pin`: in page-locked memory. Close or delete it to join its thread."""
@@ -103,7 +103,7 @@ class ValidationData:
         rows = min(self.packed[index].rows, self.max_batches * per_batch)
         for start in range(0, rows, per_batch):
             mine = range(start, start + per_batch)[self.dp_rank :: self.dp_size]
-            yield assemble(self.packed, [(index, row) for row in mine], Position(), pin=pin)
+            yield assemble(self.packed, [(index, row) for row in mine], mine, Position(), pin=pin)
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ class TrainingSample:
 
     def _build(self, start: int, *, pin: bool) -> Batch:
         rows = range(start, start + self.micro_num * self.data.order.dp_size)
-        mine = self.data.mix.rows_of_folders(self.data.order.share(rows, self.data.dp_rank))
-        return assemble(self.data.packed, mine, Position(), pin=pin)
+        mine = self.data.order.share(rows, self.data.dp_rank)
+        return assemble(self.data.packed, self.data.mix.rows_of_folders(mine), mine, Position(), pin=pin)
 
 
 def open_training_data(config: DataConfig, vocab_size: int, dp_rank: int, dp_size: int, seed: int) -> TrainingData:
@@ -226,13 +226,19 @@ def _fingerprint(config: DataConfig, folders: Sequence[Folder], packed: Sequence
 
 
 def assemble(
-    packed: Sequence[PackedFolder], rows: Sequence[tuple[int, int]], after: Position, *, pin: bool = False
+    packed: Sequence[PackedFolder],
+    rows: Sequence[tuple[int, int]],
+    numbers: Sequence[int],
+    after: Position,
+    *,
+    pin: bool = False,
 ) -> Batch:
-    """One batch of len(rows) micro-batches; `rows` are (folder, row of the folder)."""
+    """One batch of len(rows) micro-batches; `rows` are (folder, row of the folder), `numbers` those of `Batch.rows`."""
     shape = (len(rows), packed[0].row_tokens)
     empty = partial(torch.empty, shape, pin_memory=pin)
     tokens, labels, positions = (empty(dtype=torch.int64) for _ in range(3))
     folders = empty(dtype=torch.int32)
+    of_batch = torch.tensor(numbers, pin_memory=pin)
     boundaries = []
     for i, (folder, row) in enumerate(rows):
         boundaries.append(packed[folder].fill(row, tokens[i].numpy(), labels[i].numpy(), positions[i].numpy()))
@@ -251,7 +257,7 @@ def assemble(
         num_labels=int(np.count_nonzero(labels.numpy() != IGNORE)),
     )
     hosts = tuple(tuple(of_row.tolist()) for of_row in boundaries)
-    return Batch(tokens, labels, positions, folders, padded, hosts, longest, after, stats)
+    return Batch(tokens, labels, positions, folders, of_batch, padded, hosts, longest, after, stats)
 
 
 def prefetch(items: Iterator[T]) -> Generator[T, None, None]:

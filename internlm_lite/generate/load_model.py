@@ -25,7 +25,8 @@ def load_model(
     found = loader.open(path)
     config = found.config()
     shape = config.model if dtype is None else config.model.model_copy(update={"dtype": dtype})
-    backend = choose_backend(shape, mesh.device, strict=False)  # this machine may be another one
+    kept = shape.model_copy(update={"attention_dropout": 0.0})  # nothing is dropped in generation
+    backend = choose_backend(kept, mesh.device, strict=False)  # this machine may be another one
     model = build_model(shape, config.loss, mesh, backend)
     loader.load(found, [piece_of(param) for param in model.parameters()])
     return WholeModel({0: model}, mesh), config

@@ -2,7 +2,8 @@
 
     wqkv:  [ q0 .. q(g-1) k v | q0 .. q(g-1) k v | ... ]      one block per key/value head, g query heads each
 
-so a tensor-parallel rank, which holds whole blocks, holds one contiguous range of rows.
+so a tensor-parallel rank, which holds whole blocks, holds one contiguous range of rows. Queries alone are in the order
+of the heads, as in transformers; so is the weight of their norm with model.qk_norm="full", and that of the keys'.
 The caller chooses the kernel and the mask with `attend`: packed attention in training, the KV cache in generation.
 """
 
@@ -15,10 +16,10 @@ import torch
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.compiled import compiled_in_training
-from internlm_lite.layers.costs import Bytes, CostedLayer, Pass, RowShape, add_bytes
+from internlm_lite.layers.costs import Bytes, CostedLayer, Message, Pass, RowShape, add_bytes
 from internlm_lite.layers.flash import Attend
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns, output_std
-from internlm_lite.layers.norm import RMSNorm
+from internlm_lite.layers.norm import NORMS, FullRMSNorm, Norm, full_norms
 from internlm_lite.layers.recompute import Recipe
 from internlm_lite.layers.rope import Rotary, rotation_of
 from internlm_lite.layers.scores import attention_rule
@@ -35,18 +36,19 @@ class Attention(CostedLayer):
         self.layer, self.tp_ctx = layer, tp_ctx
         self.rule = attention_rule(config, layer)
         self._pairs = partial(config.attention_pairs, layer)
+        self._has_dropout = config.attention_dropout > 0
         self.head_dim = config.head_size
         self.queries = heads // kv_heads  # per key/value head
         rows, bias = kv_heads * (self.queries + 2) * self.head_dim, config.has_qkv_bias
         self.wqkv = ColumnLinear(f"{name}.wqkv", hidden_size, rows, tp_ctx, init_std=config.init_std, bias=bias)
         rows, bias = heads * self.head_dim, config.has_out_bias
         self.wo = RowLinear(f"{name}.wo", rows, hidden_size, tp_ctx, init_std=output_std(config), bias=bias)
-        self.q_norm: RMSNorm | None = None
-        self.k_norm: RMSNorm | None = None
+        self.q_norm: Norm | None = None
+        self.k_norm: Norm | None = None
         if config.qk_norm:
-            self.q_norm, self.k_norm = (
-                RMSNorm(f"{name}.{which}_norm", config, tp_ctx, head_size=self.head_dim) for which in ("q", "k")
-            )
+            norm, size = FullRMSNorm if config.qk_norm == "full" else NORMS[config.norm_type], self.head_dim
+            self.q_norm = norm(f"{name}.q_norm", config, tp_ctx, heads=(heads, size))
+            self.k_norm = norm(f"{name}.k_norm", config, tp_ctx, heads=(kv_heads, size))
         self._rotated = compiled_in_training(Rotary.__call__, wanted=tp_ctx.compiled)
         self._rotated_features = config.rotary_size if rotation_of(config, layer) is not None else 0
 
@@ -62,7 +64,9 @@ class Attention(CostedLayer):
         (qkv,) = columns(x, self.wqkv, recipe=recipe)
         heads = qkv.view(qkv.shape[0], -1, self.queries + 2, self.head_dim)  # [T, Hkv, g + 2, D]
         q, k, v = heads.split([self.queries, 1, 1], dim=2)
-        if self.q_norm is not None and self.k_norm is not None:
+        if isinstance(self.q_norm, FullRMSNorm) and isinstance(self.k_norm, FullRMSNorm):
+            q, k = full_norms((q, k), (self.q_norm, self.k_norm))
+        elif self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.tp_ctx.selective and self.q_norm is None:  # a view would keep all of qkv, which nothing else keeps
             v = v.contiguous()
@@ -81,6 +85,10 @@ class Attention(CostedLayer):
         products = 4 * self._pairs(seq_len) * self.wo.weight.shard_spec.shape[1]  # q k^T, and its softmax times v
         return super().flops_per_token(seq_len) + products // max(seq_len, 1)
 
+    def in_blocks(self, row: RowShape) -> bool:
+        """Whether layers/scores.py computes attention, for whatever documents."""
+        return row.reference and (self.rule.softcap is not None or self._has_dropout)
+
     def saved_bytes(self, row: RowShape) -> Bytes:
         """With a window, of documents that are not longer: of others the reference keeps less."""
         weight, output = self.wqkv.weight, self.wo.saved_bytes(row)["projection inputs"]
@@ -89,17 +97,26 @@ class Attention(CostedLayer):
         statistics = kv_heads * self.queries * accumulation_dtype(weight.dtype).itemsize
         lean = row.selective and self.q_norm is None
         projected = kv_heads * self.head_dim if lean else weight.shape[0]  # v is a view of the whole output
-        normed = 0 if self.q_norm is None else kv_heads * (self.queries + 1)
-        of_kernel = self.rule.softcap is None or not row.reference  # else neither parts nor statistics are kept
+        in_blocks = self.in_blocks(row)  # neither statistics nor the parts of the output are kept then
+        parts = 1 + (row.attention_by_document and not in_blocks)  # the input of wo; by document: its parts, too
         kept = {
             "queries, keys, values": row.tokens * projected * weight.itemsize,
             "rotated queries, keys": row.tokens * rotated * weight.itemsize,
-            "attention output": output
-            * (1 + (row.attention_by_document and of_kernel)),  # input of wo; by document: its parts, too
-            "attention statistics": row.tokens * statistics * of_kernel,  # log-sum-exp of each query's scores
-            "norm statistics": row.tokens * normed * accumulation_dtype(weight.dtype).itemsize,
+            "attention output": output * parts,
+            "attention statistics": row.tokens * statistics * (not in_blocks),  # log-sum-exp of each query's scores
         }
-        return add_bytes(self.wqkv.saved_bytes(row), kept)
+        normed = [norm.saved_bytes(row) for norm in (self.q_norm, self.k_norm) if norm is not None]
+        if self.q_norm is not None and self.q_norm.kept_dtype(row.device) == self.tp_ctx.dtype:
+            for one in normed:  # views of the whole output
+                del one["norm inputs"]
+        return add_bytes(self.wqkv.saved_bytes(row), kept, *normed)
+
+    def messages(self, row: RowShape) -> list[Message]:
+        if not isinstance(self.q_norm, FullRMSNorm):
+            return super().messages(row)
+        n_bytes = 2 * row.tokens * accumulation_dtype(self.tp_ctx.dtype).itemsize  # a sum of each token's q and k
+        sums = [Message(self.tp_ctx.group.name, "all_reduce", n_bytes, backward=back) for back in (False, True)]
+        return super().messages(row) + sums
 
     def passes(self, row: RowShape) -> list[Pass]:
         """Attention itself, the rotations, and the gradients of queries, keys and values joined to one tensor."""
@@ -110,9 +127,6 @@ class Attention(CostedLayer):
         if "block" not in row.fused:
             moved.append(Pass("contiguous_copy", 2 * joined, backward=True))
             moved.append(Pass("strided_copy", 2 * (joined - rotated), backward=True))
-        if self.q_norm is not None:
-            kind = "fused" if "block" in row.fused else "norm"
-            moved += [Pass(kind, 2 * rotated, 2), Pass(kind, 5 * rotated, 8, backward=True)]
         return super().passes(row) + kernels + moved
 
     def _rotation_passes(self, row: RowShape, rotated: int, joined: int) -> list[Pass]:

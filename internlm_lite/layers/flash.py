@@ -82,6 +82,7 @@ class Needs:
     install: str = ""
 
 
+_NO_DROPOUT = "drops attention weights by numbers of its own, which no other layout or start repeats"
 REPEATS = 10
 """Backward passes whose bits are compared."""
 AMPERE_AND_LATER = (8, 9, 10, 11, 12)
@@ -118,7 +119,9 @@ def choose_backend(config: ModelConfig, device: torch.device, *, strict: bool = 
             return backend
         if "went wrong" in refusal:
             logger.warning(f"attention: {backend.value} {refusal}; another kernel is used")
-    if config.attention_softcap is not None and device.type == "cuda":
+    if config.attention_dropout and device.type == "cuda":
+        logger.warning(f"attention: every kernel {_NO_DROPOUT}: plain operations take its place, which are slower")
+    elif config.attention_softcap is not None and device.type == "cuda":
         logger.warning(
             "attention: no kernel here has model.attention_softcap: scores are computed block by block, exactly but "
             "slowly; flash-attn has it, in half precision"
@@ -132,7 +135,7 @@ def expected_backend(config: ModelConfig, *, deterministic: bool) -> AttentionBa
     if wanted != "auto":
         return AttentionBackend[wanted.upper()]
     for backend in (AttentionBackend.CUDNN, AttentionBackend.TORCH_VARLEN):
-        if not _unfit(backend, config) and (NEEDS[backend].repeats or not deterministic):
+        if not unfit(backend, config) and (NEEDS[backend].repeats or not deterministic):
             return backend
     return AttentionBackend.SDPA
 
@@ -156,20 +159,23 @@ def unmet(backend: AttentionBackend, config: ModelConfig, device: torch.device) 
     major, minor = torch.cuda.get_device_capability(device)
     if major not in needs.majors:
         return f"needs a GPU of compute capability {capabilities}, found {major}.{minor}"
-    if unfit := _unfit(backend, config):
-        return unfit
+    if problem := unfit(backend, config):
+        return problem
     if torch.are_deterministic_algorithms_enabled() and not needs.repeats:
         return "needs deterministic=False: its backward pass adds in any order"
     return _import_problem(needs) if needs.module else _varlen_problem(config)
 
 
-def _unfit(backend: AttentionBackend, config: ModelConfig) -> str:
+def unfit(backend: AttentionBackend, config: ModelConfig) -> str:
+    """What `backend` cannot compute of this model, on whatever GPU; empty: nothing."""
     needs = NEEDS[backend]
     if torch_dtype(config.dtype) not in (torch.float16, torch.bfloat16):
         return f"needs model.dtype torch.bfloat16 or torch.float16, found {config.dtype}"
     if config.head_size % needs.multiple or config.head_size > needs.head_dim:
         wanted = f"a multiple of {needs.multiple} up to {needs.head_dim}"
         return f"needs heads to be {wanted}, found {config.head_size}"
+    if config.attention_dropout:
+        return f"{_NO_DROPOUT}, found model.attention_dropout={config.attention_dropout:g}"
     for key in UNKNOWN_TO_KERNELS.get(backend.name.lower(), ()):
         if (found := getattr(config, key)) is not None:
             return f"needs model.{key}=None, found {found}: its kernel does not have it"

@@ -18,11 +18,11 @@ import torch
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.layers.tensor_parallel import accumulation_dtype
 
-Drop = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(layer, heads of this rank, tokens of the queries, tokens of the keys) -> factors of the weights, 0 or 1 / (1 - p).
+Drop = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(layer, weights, heads of this rank, tokens of the queries, tokens of the keys) -> the weights that dropout leaves.
 
-The three tensors are numbers from 0, tokens those of the row; they broadcast to the shape of the result. Called in the
-forward pass and again in the backward pass: the same arguments must give the same factors."""
+The last three tensors are numbers from 0, tokens those of the row; they broadcast to the shape of the weights. Called
+in the forward pass and again in the backward pass: the same numbers must drop the same weights."""
 
 _AT_ONCE = 2**20
 """Scores of a block: 4 MiB in fp32."""
@@ -123,8 +123,7 @@ class _Blocks:
             first = self.docs.start + self.docs.length * torch.arange(self.docs.count, device=q.device)
             first = first.view(-1, 1, 1, 1, 1)
             heads = torch.arange(q.shape[1] * q.shape[2], device=q.device).view(-1, q.shape[2], 1, 1)
-            factors = self.drop(self.rule.layer, heads, first + queries[:, None], first + keys)
-            weights = weights * factors.to(weights.dtype)
+            weights = self.drop(self.rule.layer, weights, heads, first + queries[:, None], first + keys)
         return weighted_values(weights, v.squeeze(2))
 
 

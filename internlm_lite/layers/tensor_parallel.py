@@ -76,6 +76,10 @@ class TensorParallelContext:
         """`leave` without autograd: (activations outside, Work); overwrites y; valid after `wait()`."""
         return start_scatter_rows(y, self.group) if self.by_sequence else (y, comm.all_reduce(y, self.group))
 
+    def own_tokens(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """The part, along `dim`, of a tensor about all tokens that is about those of this rank outside split layers."""
+        return x.chunk(self.group.size, dim)[self.group.rank] if self.by_sequence else x
+
     def rows(self, tokens: int) -> int:
         """Rows of activations outside, for `tokens` packed tokens."""
         return tokens // self.group.size if self.by_sequence else tokens

@@ -2,8 +2,10 @@
 
     tokens [T] -> tok_embeddings -> Block 0 .. L-1 -> norm -> output -> losses [T]
 
-    pre-norm   x + attention(norm(x));  x + ffn(norm(x))     and a norm before the head
-    post-norm  norm(x + attention(x));  norm(x + ffn(x))     and no norm before the head
+    pre         x + attention(norm(x));        x + ffn(norm(x))           and a norm before the head
+    post        norm(x + attention(x));        norm(x + ffn(x))           and no norm before the head
+    reordered   x + norm(attention(x));        x + norm(ffn(x))           and a norm before the head
+    sandwich    x + norm(attention(norm(x)));  x + norm(ffn(norm(x)))     and a norm before the head
 
 Inputs are rows of T packed tokens without a batch dimension; `attend` masks other documents. With sequence parallelism
 the hidden state between blocks is [T / tp, hidden], else [T, hidden] (layers/tensor_parallel.py).
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -24,15 +27,17 @@ from internlm_lite.errors import ConfigError
 from internlm_lite.layers.attention import Attention
 from internlm_lite.layers.compiled import compiled_in_training, is_wanted
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, Pass, RowShape, add_bytes
+from internlm_lite.layers.dropout import Dropout, Site, dropped_weights
 from internlm_lite.layers.embedding import Embedding
 from internlm_lite.layers.flash import Attend, AttentionBackend
 from internlm_lite.layers.fp8 import Float8Products
 from internlm_lite.layers.loss import TokenLosses
 from internlm_lite.layers.mlp import FeedForward
-from internlm_lite.layers.norm import build_norm
+from internlm_lite.layers.norm import Norm, build_norm
 from internlm_lite.layers.products import Products
-from internlm_lite.layers.recompute import with_recipe
+from internlm_lite.layers.recompute import Recipe, with_recipe
 from internlm_lite.layers.rope import Rotary, Rotations, rotation_of
+from internlm_lite.layers.scores import Drop
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.layers.weight_grads import WeightGrads
 from internlm_lite.mesh.layout import Parameter
@@ -67,7 +72,8 @@ class Block(CostedLayer):
         super().__init__()
         self.tp_ctx = tp_ctx
         self.hidden_size = config.hidden_size
-        self.post_norm = config.apply_post_layer_norm
+        self.norms_at = config.norms_at
+        self.norms_inputs = config.norms_at in ("pre", "sandwich")
         self.recompute = layer < config.recomputed_layers
         self.rotation = rotation_of(config, layer)
         name = f"layers.{layer}"
@@ -75,6 +81,15 @@ class Block(CostedLayer):
         self.attention = Attention(f"{name}.attention", layer, config, tp_ctx)
         self.ffn_norm = build_norm(f"{name}.ffn_norm", config, tp_ctx)
         self.feed_forward = FeedForward(f"{name}.feed_forward", config, tp_ctx)
+        self.attention_post_norm: Norm | None = None
+        self.ffn_post_norm: Norm | None = None
+        if self.norms_at == "sandwich":
+            self.attention_post_norm = build_norm(f"{name}.attention_post_norm", config, tp_ctx)
+            self.ffn_post_norm = build_norm(f"{name}.ffn_post_norm", config, tp_ctx)
+        self.attention_dropout, self.ffn_dropout = (
+            Dropout(config.residual_dropout, layer, site, config.hidden_size, tp_ctx)
+            for site in (Site.ATTENTION_OUTPUT, Site.FEED_FORWARD)
+        )
         whole = tp_ctx.compiled and tp_ctx.group.size == 1 and not tp_ctx.weight_grads.deferred
         if whole:
             self._require_manual_grads()
@@ -91,29 +106,58 @@ class Block(CostedLayer):
                     "RMSNorm does in layers/norm.py, or set model.compile=False"
                 )
 
-    def forward(self, x: torch.Tensor, rotary: Rotary | None, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rotary: Rotary | None, attend: Attend, token_keys: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`token_keys`: of the tokens of x, for dropout."""
         # Checkpointing inside `forward`: forward hooks run once per step, and not again in the recomputation.
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._run, x, rotary, attend, use_reentrant=False, preserve_rng_state=False)
-        return self._run(x, rotary, attend)
+            return checkpoint(self._run, x, rotary, attend, token_keys, use_reentrant=False, preserve_rng_state=False)
+        return self._run(x, rotary, attend, token_keys)
 
-    def _run(self, x: torch.Tensor, rotary: Rotary | None, attend: Attend) -> torch.Tensor:
-        return self._after(self, x, attend(self.attention.rule, *self._before(self, x, rotary)))
+    def _run(
+        self, x: torch.Tensor, rotary: Rotary | None, attend: Attend, token_keys: torch.Tensor | None
+    ) -> torch.Tensor:
+        return self._after(self, x, attend(self.attention.rule, *self._before(self, x, rotary)), token_keys)
 
     def _before_attention(
         self, x: torch.Tensor, rotary: Rotary | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if self.post_norm:
+        if not self.norms_inputs:
             return self.attention.project(x, rotary)
         normed, recipe = with_recipe(self.attention_norm, x, wanted=self.tp_ctx.selective)
         return self.attention.project(normed, rotary, recipe)
 
-    def _after_attention(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
-        x = x + self.attention.output(mixed)
-        norm = self.attention_norm if self.post_norm else self.ffn_norm
-        normed, recipe = with_recipe(norm, x, wanted=self.tp_ctx.selective)
-        y = self.feed_forward(normed, recipe)
-        return self.ffn_norm(normed + y) if self.post_norm else x + y
+    def _after_attention(self, x: torch.Tensor, mixed: torch.Tensor, token_keys: torch.Tensor | None) -> torch.Tensor:
+        x, entering, recipe = self._into_feed_forward(x, self.attention.output(mixed), token_keys)
+        y = self._normed(self.feed_forward(entering, recipe), self.ffn_norm, self.ffn_post_norm)
+        x = x + self.ffn_dropout(y, token_keys)
+        return self.ffn_norm(x) if self.norms_at == "post" else x
+
+    def _into_feed_forward(
+        self, x: torch.Tensor, y: torch.Tensor, token_keys: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, Recipe | None]:
+        """x and attention's output -> (their sum, the input of the feed-forward part, its recipe)."""
+        wanted = self.tp_ctx.selective
+        add = partial(self._add_attention, token_keys)
+        if self.norms_at == "reordered":  # the norm keeps y, so the sum need not be kept
+            x, recipe = with_recipe(add, x, y, wanted=wanted)
+            return x, x, recipe
+        x = add(x, y)
+        if self.norms_at == "post":
+            x, recipe = with_recipe(self.attention_norm, x, wanted=wanted)
+            return x, x, recipe
+        return x, *with_recipe(self.ffn_norm, x, wanted=wanted)
+
+    def _add_attention(self, token_keys: torch.Tensor | None, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        y = self._normed(y, self.attention_norm, self.attention_post_norm)
+        return x + self.attention_dropout(y, token_keys)
+
+    def _normed(self, y: torch.Tensor, norm: Norm, post_norm: Norm | None) -> torch.Tensor:
+        """What is added to the hidden state of the output of a sub-layer with these norms."""
+        if self.norms_at == "reordered":
+            return cast(torch.Tensor, norm(y))
+        return y if post_norm is None else cast(torch.Tensor, post_norm(y))
 
     def saved_bytes(self, row: RowShape, *, recompute: bool | None = None) -> Bytes:
         """`recompute` overrides `self.recompute`."""
@@ -122,8 +166,8 @@ class Block(CostedLayer):
             return {"layer inputs": layer_input}
         # The first layer counts the block's input, too; it moves to "layer inputs", which recomputed blocks also have.
         kept = add_bytes({"layer inputs": layer_input}, super().saved_bytes(row), {"norm inputs": -layer_input})
-        if row.selective:  # outputs of norms are made again
-            kept["projection inputs"] -= layer_input * (1 if self.post_norm else 2)
+        if row.selective:  # outputs of norms, and their sums, are made again
+            kept["projection inputs"] -= layer_input * (2 if self.norms_inputs else 1)
         return kept
 
     def messages(self, row: RowShape) -> list[Message]:
@@ -165,9 +209,11 @@ class Transformer(CostedLayer):
         self.backend = backend
         self.spec = spec
         self.tok_embeddings = Embedding("tok_embeddings", config, tp_ctx, spec.tied_over) if spec.first else None
+        p = config.embedding_dropout
+        self.embedding_dropout = Dropout(p, 0, Site.EMBEDDING, config.hidden_size, tp_ctx) if spec.first else None
         self._rotations = Rotations(config, spec.layers, tp_ctx.device)
         self.layers = nn.ModuleDict({str(n): Block(config, n, tp_ctx) for n in spec.layers})
-        has_norm = spec.last and not config.apply_post_layer_norm
+        has_norm = spec.last and config.norms_at != "post"
         self.norm = build_norm("norm", config, tp_ctx) if has_norm else None
         if config.tie_word_embeddings and self.tok_embeddings is not None:
             tied = self.tok_embeddings.weight
@@ -187,18 +233,34 @@ class Transformer(CostedLayer):
             if module is not None:
                 yield module
 
+    def weight_drop(self, token_keys: torch.Tensor | None) -> Drop | None:
+        """What drops attention weights of a row whose tokens have these keys; None: nothing."""
+        p, group = self.config.attention_dropout, self.tp_ctx.group
+        if token_keys is None or not p:
+            return None
+        return dropped_weights(p, token_keys, group.rank * self.config.num_attention_heads // group.size)
+
     def hidden(
-        self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, lengths: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        attend: Attend,
+        lengths: torch.Tensor | None = None,
+        token_keys: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The hidden state after this stage's layers and, on the last stage, the final norm.
 
         `tokens`: [T] int64 on the first stage, else the hidden state of the previous stage. `positions`: [T] int64.
-        `lengths`: see `Rotary`.
+        `lengths`: see `Rotary`. `token_keys` [2, T]: of layers/dropout.py; None: nothing is dropped here.
         """
         x = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens, positions)
+        if token_keys is not None:
+            token_keys = self.tp_ctx.own_tokens(token_keys, 1)
+        if self.embedding_dropout is not None:
+            x = self.embedding_dropout(x, token_keys)
         rotaries = self._rotations.at(positions, x.dtype, lengths)
         for block in self.blocks():
-            x = block(x, rotaries[block.rotation], attend)
+            x = block(x, rotaries[block.rotation], attend, token_keys)
         return x if self.norm is None else self.norm(x)
 
     def losses(self, hidden: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> TokenLosses:

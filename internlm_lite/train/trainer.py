@@ -18,6 +18,7 @@ from torch import nn
 from internlm_lite.batch import Batch
 from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import TrainingSample, ValidationData
+from internlm_lite.layers.dropout import token_keys
 from internlm_lite.layers.flash import choose_backend, packed
 from internlm_lite.layers.fp8 import require_float8
 from internlm_lite.mesh.mesh import Mesh
@@ -43,11 +44,16 @@ class BatchTask:
     """Accumulates losses and accuracy."""
     loss_sum: torch.Tensor
     """fp64 device scalar that accumulates the training loss."""
+    token_keys: torch.Tensor | None = None
+    """[M, 2, T], for dropout; None: nothing is dropped."""
 
     def forward(self, stage: int, micro: int, hidden: torch.Tensor | None) -> torch.Tensor:
         batch, model = self.batch, self.stages[stage]
-        attend = packed(model.backend, batch.cu_seqlens[micro], batch.cu_seqlens_host[micro], batch.max_seqlen)
-        return model.hidden(batch.tokens[micro] if hidden is None else hidden, batch.positions[micro], attend)
+        keys = None if self.token_keys is None else self.token_keys[micro]
+        boundaries = batch.cu_seqlens[micro], batch.cu_seqlens_host[micro]
+        attend = packed(model.backend, *boundaries, batch.max_seqlen, model.weight_drop(keys))
+        tokens = batch.tokens[micro] if hidden is None else hidden
+        return model.hidden(tokens, batch.positions[micro], attend, token_keys=keys)
 
     def loss(self, micro: int, hidden: torch.Tensor) -> torch.Tensor:
         labels, last = self.batch.labels[micro], self.stages[max(self.stages)]
@@ -66,6 +72,7 @@ class Trainer:
         """`folders`: names of the data folders, by a batch's folder index. `draw_weights` False: until all weights are
         loaded, or drawn by the method of that name, they are arbitrary numbers."""
         self.mesh, self._seed, dtype = mesh, config.seed, torch_dtype(config.model.dtype)
+        self._has_dropout = config.model.has_dropout
         self.backend = choose_backend(config.model, mesh.device)
         if config.model.fp8:
             require_float8(mesh.device)
@@ -102,7 +109,8 @@ class Trainer:
         self.fwd_bwd_time.start()
         self.optimizer.begin(batch.micro_num)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        self.engine.train(BatchTask(self.stages, batch, scale, self.metrics, loss_sum), batch.micro_num)
+        keys = token_keys(self._seed, step, batch.rows, batch.tokens.shape[1]) if self._has_dropout else None
+        self.engine.train(BatchTask(self.stages, batch, scale, self.metrics, loss_sum, keys), batch.micro_num)
         self.fwd_bwd_time.stop()
         before_update()
         return self.optimizer.step(step, batch.stats.num_labels, global_tokens, requests(), loss_sum)

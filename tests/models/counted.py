@@ -33,7 +33,7 @@ def counted_flops(run: Callable[[], torch.Tensor]) -> tuple[int, int]:
 
 
 def saved_bytes(run: Callable[[], torch.Tensor], module: nn.Module, known: Iterable[torch.Tensor] = ()) -> int:
-    """Storages that a forward pass keeps for its backward pass, each once; not the parameters, not `known` ones."""
+    """Storages that a forward pass keeps for its backward pass, each once; not those of the module or of `known`."""
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -43,7 +43,7 @@ def saved_bytes(run: Callable[[], torch.Tensor], module: nn.Module, known: Itera
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         y = run()
-    for tensor in (*module.parameters(), *known):
+    for tensor in (*module.parameters(), *module.buffers(), *known):
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     # The fused loss keeps its gradients on its node, past the hooks of saved tensors.
     gradients = [made for made in getattr(y.grad_fn, "gradients", ()) if made is not None]

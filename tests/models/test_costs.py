@@ -18,11 +18,12 @@ from internlm_lite.config.load import load_config
 from internlm_lite.config.schema import LossConfig, ModelConfig
 from internlm_lite.layers.attention import Attention
 from internlm_lite.layers.costs import CostedLayer, RowShape
+from internlm_lite.layers.dropout import Dropout, Site, token_keys
 from internlm_lite.layers.embedding import Embedding
 from internlm_lite.layers.flash import AttentionBackend, packed_sdpa
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns
 from internlm_lite.layers.mlp import FeedForward
-from internlm_lite.layers.norm import NORMS
+from internlm_lite.layers.norm import NORMS, FullRMSNorm, full_norms
 from internlm_lite.layers.positions import LearnedPositions
 from internlm_lite.layers.rope import Rotary, rope_frequencies
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
@@ -74,10 +75,21 @@ def plain(make: Callable[[ModelConfig, TensorParallelContext], Any]) -> Build:
     return build
 
 
+def build_dropout(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, _: Any) -> Ready:
+    layer, x = Dropout(0.5, 0, Site.EMBEDDING, config.hidden_size, tp_ctx), hidden(config, tp_ctx, device)
+    keys = token_keys(1, 0, torch.tensor([0], device=device), T)
+    return Ready(layer, lambda: layer(x, keys[0]), (keys,))
+
+
 def build_columns(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, _: Any) -> Ready:
     layer = ColumnLinear("c", config.hidden_size, 40, tp_ctx, init_std=0.1, bias=True)
     x = hidden(config, tp_ctx, device)
     return Ready(layer, lambda: columns(x, layer)[0], ())
+
+
+def build_full_norm(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, _: Any) -> Ready:
+    layer, x = FullRMSNorm("n", config, tp_ctx, heads=(4, 6)), hidden(config, tp_ctx, device, 24)
+    return Ready(layer, lambda: full_norms((x,), (layer,))[0], ())
 
 
 def build_embedding(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, _: Any) -> Ready:
@@ -86,8 +98,8 @@ def build_embedding(config: ModelConfig, tp_ctx: TensorParallelContext, device: 
 
 
 def build_positions(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, _: Any) -> Ready:
-    layer = LearnedPositions("p", config.model_copy(update={"max_position_embeddings": T}), tp_ctx)
-    positions = torch.arange(T, device=device)
+    config = config.model_copy(update={"max_position_embeddings": T})
+    layer, positions = LearnedPositions("p", config, tp_ctx), torch.arange(T, device=device)
     return Ready(layer, lambda: layer(positions), (positions,))
 
 
@@ -129,8 +141,10 @@ BUILDS: dict[type[nn.Module], Build] = {
     ColumnLinear: build_columns,
     RowLinear: plain(lambda c, ctx: RowLinear("r", c.hidden_size, 40, ctx, init_std=0.1, bias=True)),
     FeedForward: plain(lambda c, ctx: FeedForward("f", c, ctx)),
+    Dropout: build_dropout,
     Embedding: build_embedding,
     LearnedPositions: build_positions,
+    FullRMSNorm: build_full_norm,
     Attention: build_with_attention(lambda c, ctx: Attention("a", 0, c, ctx)),
     Block: build_with_attention(lambda c, ctx: Block(c, 0, ctx)),
     Head: build_head,
@@ -187,6 +201,8 @@ def test_a_layer_knows_its_flops(cls: type[nn.Module], shape: dict[str, Any]) ->
         {"mlp_type": "relu", "mlp_bias": True, "checkpoint": "selective", "logit_scale": 0.5},
         {"mlp_type": "geglu_tanh", "checkpoint": "selective", "head_bias": True, "tie_word_embeddings": True},
         {"dtype": "torch.bfloat16", "use_fp32_norm": True, "embed_split_hidden": False},
+        {"checkpoint": "selective", "norm_position": "reordered", "qk_norm": "full"},
+        {"dtype": "torch.bfloat16", "norm_position": "sandwich", "zero_centered_norm": True, "norm_type": "layernorm"},
     ],
     ids=str,
 )
@@ -197,9 +213,10 @@ def test_a_layer_knows_what_it_saves(cls: type[nn.Module], boundaries: tuple[int
 
 
 def model_shapes() -> list[dict[str, Any]]:
-    """The `model` sections of this suite."""
+    """The `model` sections of this suite, with windows of the whole row: blocks reach further than shorter ones."""
     of_ranks = [{k: v for k, v in case.items() if k in ModelConfig.model_fields} for case in CASES.values()]
     sections = [*SHAPES, *of_ranks, *(sections.get("model", {}) for _, sections in LAYOUTS.values())]
+    sections = [{**section, "sliding_window": T} if "sliding_window" in section else section for section in sections]
     return [section for number, section in enumerate(sections) if section not in sections[:number]]
 
 

@@ -68,6 +68,8 @@ def differing(mesh: Mesh, corpus: Path | None, layouts: list[dict[str, Any]]) ->
             {"dtype": "torch.bfloat16", "mlp_type": "geglu"},
             {"dtype": "torch.float32", "mlp_type": "relu"},
             {"dtype": "torch.float32", "apply_post_layer_norm": True, "tie_word_embeddings": True, **BY_VOCABULARY},
+            {"dtype": "torch.bfloat16", "norm_position": "reordered", "qk_norm": "full"},
+            {"dtype": "torch.bfloat16", "norm_position": "sandwich", "norm_type": "layernorm", "qk_norm": "head"},
         )
     ]
     return [

@@ -31,8 +31,23 @@ def _scaled(kind: str) -> Keys:
 
 
 PARTS: dict[str, tuple[Keys, ...]] = {
-    "qk_norm": (_keys(), _keys(qk_norm="head")),
-    "position": (_keys(), _scaled("linear"), _scaled("llama3"), _scaled("yarn")),
+    "qk_norm": (_keys(), _keys(qk_norm="head"), _keys(qk_norm="full")),
+    "norm": (
+        _keys(),
+        _keys(norm_type="layernorm"),
+        _keys(norm_type="layernorm", norm_bias=False, zero_centered_norm=True),
+        _keys(zero_centered_norm=True),
+    ),
+    "norm_position": (_keys(), *(_keys(norm_position=where) for where in ("post", "reordered", "sandwich"))),
+    "position": (
+        _keys(),
+        *(_scaled(kind) for kind in ("linear", "llama3", "yarn", "dynamic")),
+        _keys(position="learned", max_position_embeddings=64),
+        _keys(position="sinusoidal"),
+        _keys(position="none"),
+        _keys(no_rope_every=2),
+        _keys(partial_rotary_factor=0.5),
+    ),
     "mlp": (
         _keys(),
         _keys(mlp_type="geglu"),
@@ -53,11 +68,12 @@ PARTS: dict[str, tuple[Keys, ...]] = {
         _keys(),
         _keys(sliding_window=5),
         _keys(sliding_window=9, layer_types=("sliding_attention", "full_attention")),
+        _keys(sliding_window=9, layer_types=("full_attention", "sliding_attention"), rope_local_base=50.0),
     ),
     "scores": (_keys(), _keys(attention_softcap=0.5), _keys(attention_scale=0.7)),
 }
 """Values of the parts of a model; the first is the default."""
-DROPOUT: Keys = ()
+DROPOUT = _keys(embedding_dropout=0.1, residual_dropout=0.2, attention_dropout=0.1)
 """In every second run."""
 OLD = {name: FREE.get(name) or BOUND[name] for name in (*BOUND, *FREE) if name not in ("rows", "fp32_norm")}
 """Options of layouts, whose values meet those of every part."""

@@ -66,6 +66,7 @@ def random_batch(config: Config, seed: int, device: torch.device) -> Batch:
         labels=labels,
         positions=torch.arange(row).remainder(data.seq_len).expand(data.micro_num, row).contiguous(),
         folders=torch.zeros(data.micro_num, row, dtype=torch.int32),
+        rows=torch.arange(data.micro_num),
         cu_seqlens=torch.tensor(borders, dtype=torch.int32).expand(data.micro_num, -1).contiguous(),
         cu_seqlens_host=(borders,) * data.micro_num,
         max_seqlen=data.seq_len,

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from internlm_lite.apps.convert.hf_config import HFConfig, from_hf
+from internlm_lite.apps.convert.hf_config import HFConfig, from_hf, to_hf
 from internlm_lite.apps.convert.hf_folder import HFFolder, read_json
 from internlm_lite.errors import CheckpointError, MissingPackageError
 from internlm_lite.layers.flash import packed
@@ -104,30 +104,19 @@ def _their_logits(source: HFFolder, hf: HFConfig, tokens: torch.Tensor) -> torch
 
 
 def _as_llama(transformers: Any, source: HFFolder, hf: HFConfig) -> Any:
-    """A Llama with biases on q, k, v and o computes what InternLM does; InternLM2's fused rows are split."""
-    shape = hf.model
-    config = transformers.LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.mlp_hidden_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=hf.max_positions,
-        rms_norm_eps=shape.layer_norm_epsilon,
-        rope_theta=shape.rope_base,
-        head_dim=shape.head_size,
-        attention_bias=not shape.no_bias,
-        tie_word_embeddings=shape.tie_word_embeddings,
-    )
+    """A Llama with biases computes what InternLM does; biases that it lacks are 0. InternLM2's fused rows are split."""
+    biased = hf.model.model_copy(update={"qkv_bias": True, "out_bias": True, "mlp_bias": True})
+    config = transformers.LlamaConfig(**to_hf(biased, "llama", hf.max_positions, "float32"))
     weights: dict[str, torch.Tensor] = {}
     for name, size in source.shapes.items():
         tensor = source.read(name, 0, size[0]).float()
         weights |= _split(name, tensor, hf) if hf.family == "internlm2" else {name: tensor}
-    if shape.tie_word_embeddings:
+    if hf.model.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
+    missing = {name: param.shape for name, param in model.named_parameters() if name not in weights}
+    weights |= {name: torch.zeros(shape) for name, shape in missing.items() if name.endswith(".bias")}
     model.load_state_dict(weights, strict=True, assign=True)
     # The folder has weights only; buffers of the rotary embedding are recomputed on a real device.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)

@@ -15,8 +15,14 @@ Family = Literal[
     "mistral",
     "qwen2",
     "qwen3",
+    "olmo2",
+    "olmo3",
     "smollm3",
     "phi3",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
     "internlm",
     "internlm2",
     "internlm3",
@@ -98,7 +104,7 @@ class Activation:
         return {"mlp_type": self.types[found]}
 
     def write(self, features: Mapping[str, Any]) -> dict[str, Any]:
-        names = [name for name, kind in self.types.items() if kind == features.get("mlp_type", "swiglu")]
+        names = [name for name, kind in self.types.items() if kind == features["mlp_type"]]
         return {self.key: self.default if not names or self.default in names else names[0]}
 
 
@@ -219,7 +225,7 @@ _GEMMA_DEFAULTS = {"num_attention_heads": 8, "num_kv_attention_heads": 4, "head_
 _GEMMA_FIXED = {"norm_position": "sandwich", "zero_centered_norm": True}
 _GEMMA_ACTIVATION = Activation("hidden_activation", "gelu_pytorch_tanh")
 
-FORMS: Mapping[Any, Form] = {
+FORMS: Mapping[Family, Form] = {
     "llama": Form("LlamaForCausalLM", SEPARATE, _keys({**_ATTENTION, **_MLP})),
     "mistral": Form(
         "MistralForCausalLM",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -35,6 +36,9 @@ from internlm_lite.mesh.mesh import Sizes
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _COMPARE_ROWS = 1024
+_OF_IMAGES = ("vision_tower.", "multi_modal_projector.")
+_TEXT_PREFIX = re.compile(r"^(language_model\.model|model\.language_model)\.")
+"""By transformers 4.50, and since."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,12 @@ def read_hf(
     """
     source = HFFolder(folder)
     hf = from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    if hf.has_images:
+        source.rename(_name_of_text)
+    names = FORMS[hf.family].names
+    prefix = names["layers"].partition(".")[0] + "."
+    if not any(name.startswith(prefix) for name in source.shapes):  # of the model without its head, as GPT-2's own
+        source.rename(lambda name: name if name.startswith(names["output"]) else prefix + name)
     recipes = _checked_recipes(source, hf)
     storage = open_storage(out, s3)
     tokenizer, notes = _tokenizer(folder, storage)
@@ -68,7 +78,14 @@ def read_hf(
         for file, content in files_in(folder).items():
             storage.put(file, [content])
         name, n_bytes = _write(storage, source, hf, recipes, config, done)
-    return ReadResult(str(name), config, len(recipes), n_bytes, notes)
+    return ReadResult(str(name), config, len(recipes), n_bytes, (*hf.notes, *notes))
+
+
+def _name_of_text(name: str) -> str | None:
+    """A tensor of a model of images and text by its name in that of text alone; None: it is of images."""
+    if name.removeprefix("model.").startswith(_OF_IMAGES):
+        return None
+    return _TEXT_PREFIX.sub("model.", name).removeprefix("language_model.")
 
 
 def _write(

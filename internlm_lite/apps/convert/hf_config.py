@@ -23,7 +23,7 @@ _NO_FEATURES = {
     *("checkpoint", "dtype", "attention", "use_flash_attn", "compile", "fp8", "use_fp32_norm", "init_std"),
     *("num_chunks", "embed_split_hidden", "embed_grad_scale", "parallel_output"),
     *("embedding_dropout", "attention_dropout", "residual_dropout"),
-    *("mlp_ratio", "multiple_of", "no_bias"),
+    *("mlp_ratio", "multiple_of", "no_bias", "apply_post_layer_norm"),
 }
 """Fields of the model section that do not change what a trained model computes, or that others say as well."""
 _OF_ROTATION = ("rope_base", "rope_scaling", "rope_local_base", "partial_rotary_factor", "no_rope_every")
@@ -39,6 +39,13 @@ class HFConfig:
     family: Family
     model: ModelConfig
     max_positions: int
+    has_images: bool
+    """It is the part for text of a model that reads images, too."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """For the user, one a line."""
+        return ("the part of the model that reads images is left out",) * self.has_images
 
 
 def features(model: ModelConfig) -> dict[str, Any]:
@@ -51,6 +58,10 @@ def features(model: ModelConfig) -> dict[str, Any]:
         "mlp_width": model.mlp_hidden_size,
         "qkv_bias": model.has_qkv_bias,
         "out_bias": model.has_out_bias,
+        "norm_position": model.norms_at,
+        "norm_bias": model.has_norm_bias,
+        "embed_scale": model.embed_scale or 1.0,
+        "logit_scale": model.logit_scale or 1.0,
         "attention_scale": model.attention_scale or model.head_size**-0.5,
         "rope_scaling": scaling_features(model),
         "sliding_window": model.sliding_window if any(sliding) else None,
@@ -58,7 +69,7 @@ def features(model: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": model.most_positions,
     }
     if model.position != "rope":
-        return found | dict.fromkeys(_OF_ROTATION)
+        return found | {name: ModelConfig.model_fields[name].default for name in _OF_ROTATION}
     if model.no_rope_every > model.num_layers:
         found["no_rope_every"] = 0
     if not any(sliding) or (model.rope_scaling is None and model.rope_local_base == model.rope_base):
@@ -81,12 +92,12 @@ def default_family(model: ModelConfig) -> Family:
 def _written(model: ModelConfig, family: Family, max_positions: int) -> dict[str, Any]:
     """config.json with what the family has a key for."""
     form, ours = FORMS[family], features(model)
-    ours |= {name: getattr(model, name) for name in form.keys if name in _NO_FEATURES and hasattr(model, name)}
+    ours |= {name: getattr(model, name) for name in form.keys if name in _NO_FEATURES}
     ours["max_positions"] = _positions(model, max_positions)
     config: dict[str, Any] = {"architectures": [form.architecture], "model_type": family}
     # Families have defaults for these, which need not be in our vocabulary.
     config |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    config |= {name: ours[feature] for feature, (name, _) in form.keys.items() if feature in ours}
+    config |= {name: ours[feature] for feature, (name, _) in form.keys.items()}
     config |= {name: value for name, (value, _) in form.constants.items()}
     for group in form.groups:
         config |= group.write(ours)
@@ -114,6 +125,9 @@ def _not_expressed(model: ModelConfig, family: Family) -> Iterator[str]:
 
 def from_hf(config: Mapping[str, Any], where: str) -> HFConfig:
     """Our model config from config.json. Raises CheckpointError naming `where` and every unsupported key."""
+    has_images = config.get("model_type") == "gemma3" and isinstance(config.get("text_config"), Mapping)
+    if has_images:
+        config = {**config, **config["text_config"], "model_type": "gemma3_text"}
     family = next((known for known in FAMILIES if known == config.get("model_type")), None)
     if family is None:
         raise CheckpointError(
@@ -131,7 +145,7 @@ def from_hf(config: Mapping[str, Any], where: str) -> HFConfig:
         raise CheckpointError(
             f"{where}: {'.'.join(map(str, first['loc']))}: found {first['input']!r}: {first['msg']}"
         ) from error
-    return HFConfig(family, model, found["max_positions"])
+    return HFConfig(family, model, found["max_positions"], has_images)
 
 
 def _section(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,18 +197,11 @@ def _read(form: Form, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
     if config.get("quantization_config"):
         problems.append("quantization_config: quantised weights are not read; convert the original model")
     found |= {feature: bool(found[feature]) for feature in _SWITCHES if feature in found}
-    problems += [  # TRANSITION
-        f"{feature}: found {value!r}, which is not supported yet"
-        for feature, value in found.items()
-        if feature not in ModelConfig.model_fields and feature not in ("mlp_width", "max_positions") and value
-    ]
     for read, given in ((_heads, found), *((group.read, config) for group in form.groups)):
         try:
             found |= read(given)
         except CheckpointError as error:
             problems.append(str(error))
-    if found.get("mlp_type", "swiglu") != "swiglu" and "mlp_type" not in ModelConfig.model_fields:  # TRANSITION
-        problems.append(f"hidden_act: {found['mlp_type']} is not supported yet")
     return found, problems
 
 

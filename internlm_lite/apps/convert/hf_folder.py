@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,8 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")
 _HEADER_LIMIT_BYTES = 100_000_000
 _JSON_LIMIT_BYTES = 64 * 1024 * 1024
-_IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
-"""Buffers saved by old versions of transformers; they are computed from the config."""
+_IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)")
+"""Buffers saved by old versions of transformers: frequencies, causal masks; they are computed from the config."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ class HFFolder:
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
         return {name: self._locations[name].stored.dtype for name in self.shapes}
+
+    def rename(self, new_name: Callable[[str], str | None]) -> None:
+        """Change the names of the tensors; None: leave one out."""
+        renamed = {new_name(name): place for name, place in self._locations.items()}
+        self._locations = {name: place for name, place in renamed.items() if name is not None}
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """See `stream.RowSource`."""

@@ -43,6 +43,8 @@ class Windows:
         window, types = features["sliding_window"], features["layer_types"]
         keys: dict[str, Any] = {"sliding_window": window}
         if self.has_types:
+            if window is None and self.flag is None:  # their code makes a mask with it, also where no layer takes it
+                keys["sliding_window"] = self.default
             keys["layer_types"] = types or [FULL] * features["num_layers"]
         if self.flag is not None:
             first = types.index(SLIDING) if types else features["num_layers"]

@@ -20,7 +20,7 @@ from internlm_lite.apps.convert.hf_config import to_hf
 from internlm_lite.apps.convert.hf_folder import INDEX, ONE_FILE
 from internlm_lite.apps.convert.recipes import TensorRecipe, hf_recipes
 from internlm_lite.apps.convert.stream import ConvertedFile
-from internlm_lite.apps.convert.tokenizers import files_of, special_ids
+from internlm_lite.apps.convert.tokenizers import files_of, generation_config, special_ids
 from internlm_lite.checkpoint.format.catalog import Found
 from internlm_lite.checkpoint.format.tensor_file import DTYPES
 from internlm_lite.checkpoint.load.locate import locate, open_at
@@ -30,7 +30,7 @@ from internlm_lite.checkpoint.storage.open import open_storage
 from internlm_lite.config.schema import Config, S3Config
 from internlm_lite.data.tokenizer import Tokenizer
 from internlm_lite.errors import CheckpointError, StorageError
-from internlm_lite.generate.prompts import GENERATION_CONFIG, end_ids
+from internlm_lite.generate.prompts import GENERATION_CONFIG
 from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.runtime.device import torch_dtype
 
@@ -124,7 +124,7 @@ def write_hf(
     documents: dict[str, Any] = {"config.json": hf_config}
     if tokenizer is not None:
         hf_config |= special_ids(tokenizer)
-        documents[GENERATION_CONFIG] = special_ids(tokenizer) | {"eos_token_id": sorted(end_ids(tokenizer)) or None}
+        documents[GENERATION_CONFIG] = generation_config(tokenizer)
     with new_folder(out) as storage:
         n_bytes = 0
         for file, part in shards.items():

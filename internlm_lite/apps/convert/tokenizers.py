@@ -8,7 +8,7 @@ from typing import Any
 
 from internlm_lite.data.sentencepiece_model import SentencePieceModel
 from internlm_lite.data.tokenizer import MERGES, Tokenizer
-from internlm_lite.generate.prompts import GENERATION_CONFIG
+from internlm_lite.generate.prompts import GENERATION_CONFIG, end_ids
 
 MODEL = "tokenizer.model"
 CONFIG = "tokenizer_config.json"
@@ -33,15 +33,23 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 def files_of(tokenizer: Tokenizer, max_positions: int) -> dict[str, bytes]:
-    """File name -> content of the files by which transformers loads `tokenizer`."""
+    """File name -> content of the files by which transformers loads `tokenizer`: those it came with, as they are; for
+    one of our own, made from its model."""
     beside = files_in(tokenizer.path.parent)
+    if CONFIG in beside and tokenizer.path.name in beside:
+        return {name: content for name, content in beside.items() if name != GENERATION_CONFIG}
     copied = {name: beside[name] for name in COPIED if name in beside}
     if not isinstance(tokenizer.model, SentencePieceModel):
-        return tokenizer.files | copied | ({CONFIG: beside[CONFIG]} if CONFIG in beside else {})
-    config = _llama_tokenizer(tokenizer.model, max_positions)
-    if template := json.loads(beside.get(CONFIG, b"{}")).get("chat_template"):
-        config["chat_template"] = template
-    return {MODEL: tokenizer.files[tokenizer.path.name], CONFIG: json.dumps(config, indent=2).encode() + b"\n"} | copied
+        return tokenizer.files | copied
+    config = json.dumps(_llama_tokenizer(tokenizer.model, max_positions), indent=2)
+    return {MODEL: tokenizer.files[tokenizer.path.name], CONFIG: config.encode() + b"\n"} | copied
+
+
+def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """generation_config.json: the one that the tokenizer came with, with the ids of this tokenizer."""
+    path = tokenizer.path.with_name(GENERATION_CONFIG)
+    found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return found | special_ids(tokenizer) | {"eos_token_id": sorted(end_ids(tokenizer)) or None}
 
 
 def _llama_tokenizer(model: SentencePieceModel, max_positions: int) -> dict[str, Any]:

@@ -235,4 +235,6 @@ def _notes(config: Config, sizes: Sizes) -> Iterator[str]:
     if sizes.pp > 1 and data.micro_num < sizes.pp:
         yield f"data.micro_num {data.micro_num} is less than the {sizes.pp} pipeline ranks: most of them wait"
     if data.valid_every:
-        yield f"evaluation every {data.valid_every} steps and checkpoints are not in the times"
+        when = f"every {data.valid_every} steps" + " and before the first" * data.valid_at_start
+        train = f", and on {data.valid_train_batches} batches of training data" * bool(data.valid_train_batches)
+        yield f"evaluations ({when}, on {data.valid_batches} batches of a folder{train}) and saves are not in the times"

@@ -71,9 +71,9 @@ def _run(plan: RunPlan) -> Table:
     if plan.clock is not None:
         seconds = plan.clock.seconds_per_step
         days = seconds * plan.tokens_total / plan.tokens_per_step / 86_400
-        time = f"{human_seconds(seconds)} a step, {days:.3g} days, as predicted below"
+        time = f"{human_seconds(seconds)} a step, {_days(days)} days, as predicted below"
     elif seconds is not None and days is not None:
-        time = f"{human_seconds(seconds)} a step, {days:.3g} days at {plan.tflops_per_gpu:g} TFLOP/s per GPU"
+        time = f"{human_seconds(seconds)} a step, {_days(days)} days at {plan.tflops_per_gpu:g} TFLOP/s per GPU"
     total, decayed = plan.parameters_total, plan.components.total.decayed
     (first, start), *later = plan.learning_rates.items()
     rates = [f"{start:.7g} in step {first:,}", *(f"{rate:.7g} in {step:,}" for step, rate in later)]
@@ -91,6 +91,10 @@ def _run(plan: RunPlan) -> Table:
     for name, value in rows.items():
         grid.add_row(Text(f"  {name}", style="dim"), value)
     return grid
+
+
+def _days(days: float) -> str:
+    return f"{days:,.0f}" if days >= 1000 else f"{days:.3g}"
 
 
 def _largest(batch: LargestBatch) -> str:

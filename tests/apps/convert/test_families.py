@@ -8,6 +8,7 @@ with transformers' own to single precision.
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from internlm_lite.apps.convert.compare_logits import compare
 from internlm_lite.apps.convert.from_hf import read_hf
 from internlm_lite.apps.convert.recipes import our_recipes, sources_of
 from internlm_lite.apps.convert.to_hf import open_checkpoint, write_hf
@@ -29,7 +32,7 @@ from internlm_lite.layers.flash import AttentionBackend, packed
 from internlm_lite.layers.rope import rope_frequencies
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.models.stages import WholeModel
-from tests.apps.convert.made import TOKENS
+from tests.apps.convert.made import TOKENS, our_logits
 
 SHAPE = {
     "vocab_size": 96,
@@ -45,11 +48,24 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 PLAIN = {"rope_type": "default"}
 MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 NO_PADDING = {"pad_token_id": None}
-MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+LINEAR = {"rope_type": "linear", "factor": 3.0}
+GEMMA = {"num_key_value_heads": 3, "head_dim": 8, "query_pre_attn_scalar": 7}
+CAPS = {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0}
+GPT2 = {"n_embd": 60, "n_layer": 3, "n_head": 6, "n_positions": 64, "bos_token_id": None, "eos_token_id": None}
+NEOX = {"use_parallel_residual": False, "bos_token_id": None, "eos_token_id": None}
+
+
+def by_layer(full: dict[str, Any], local_base: float = 10000.0) -> dict[str, Any]:
+    local = {"rope_type": "default", "rope_theta": local_base}
+    return {"full_attention": {"rope_theta": 10000.0, **full}, "sliding_attention": local}
+
+
+MODELS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "llama 2": ("llama", PLAIN, {}),
     "llama 3.1": ("llama", {**LLAMA3, "original_max_position_embeddings": 16, "rope_theta": 500.0}, {}),
     "llama 3.2, tied": ("llama", PLAIN, {"tie_word_embeddings": True, "head_dim": 14}),
     "llama, linear": ("llama", {"rope_type": "linear", "factor": 3.0}, {"attention_bias": True}),
+    "llama, gelu, biases": ("llama", PLAIN, {"hidden_act": "gelu", "attention_bias": True, "mlp_bias": True}),
     "llama, dynamic": ("llama", {"rope_type": "dynamic", "factor": 2.0}, {"max_position_embeddings": 32}),
     "mistral": ("mistral", PLAIN, {"sliding_window": None, "head_dim": 16}),
     "mistral, windows": ("mistral", PLAIN, {"sliding_window": 7}),
@@ -58,6 +74,23 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2, yarn": ("qwen2", YARN, {}),
     "qwen3": ("qwen3", PLAIN, {"head_dim": 18}),
     "qwen3, windows": ("qwen3", PLAIN, {"head_dim": 12, "use_sliding_window": True, "sliding_window": 4, **MIXED}),
+    "olmo2": ("olmo2", PLAIN, {**NO_PADDING, "attention_bias": True}),
+    "olmo2, every head": ("olmo2", YARN, {**NO_PADDING, "num_key_value_heads": 6}),
+    "olmo3": ("olmo3", by_layer(YARN), {**NO_PADDING, "sliding_window": 6, **MIXED}),
+    "olmo3, one rotation": ("olmo3", by_layer(PLAIN), {**NO_PADDING, "sliding_window": 9, "num_hidden_layers": 4}),
+    "gemma2": ("gemma2", PLAIN, {**NO_PADDING, **GEMMA, **CAPS, "sliding_window": 7}),
+    "gemma2, biases": ("gemma2", YARN, {**NO_PADDING, **GEMMA, **CAPS, "head_dim": 10, "attention_bias": True}),
+    "gemma3": ("gemma3_text", by_layer(LINEAR, 100.0), {**NO_PADDING, **GEMMA, "sliding_window": 5, **MIXED}),
+    "gemma3, untied": (
+        "gemma3_text",
+        by_layer(PLAIN, 100.0),
+        {**NO_PADDING, **GEMMA, "head_dim": 16, "final_logit_softcapping": 3.0, "tie_word_embeddings": False},
+    ),
+    "gpt2": ("gpt2", None, GPT2),
+    "gpt2, untied": ("gpt2", None, {**GPT2, "n_inner": 100, "tie_word_embeddings": False}),
+    "gpt2, relu": ("gpt2", None, {**GPT2, "activation_function": "relu"}),
+    "gpt_neox": ("gpt_neox", {**PLAIN, "partial_rotary_factor": 0.4}, NEOX),
+    "gpt_neox, no biases": ("gpt_neox", {**LINEAR, "partial_rotary_factor": 0.6}, {**NEOX, "attention_bias": False}),
     "smollm3": ("smollm3", PLAIN, {**NO_PADDING, "no_rope_layer_interval": 2}),
     "smollm3, windows": (
         "smollm3",
@@ -74,14 +107,17 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 def theirs_of(kind: str, folder: Path) -> Any:
     """A random model of transformers, saved; biases and norms have values of their own."""
     family, rope, more = MODELS[kind]
-    rope = {"rope_theta": 10000.0, **rope}
-    config = transformers.AutoConfig.for_model(family, **{**SHAPE, **more}, rope_parameters=rope)
+    if family == "gpt2":
+        config = transformers.GPT2Config(vocab_size=SHAPE["vocab_size"], **more)
+    else:
+        rope = rope if "full_attention" in rope else {"rope_theta": 10000.0, **rope}
+        config = transformers.AutoConfig.for_model(family, **{**SHAPE, **more}, rope_parameters=rope)
     torch.manual_seed(5)
     model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
     for name, param in model.named_parameters():
         if param.dim() == 1:
             torch.nn.init.uniform_(param, -0.3, 0.3)
-            param.data += 1.0 if "norm" in name else 0.0
+            param.data += 1.0 if "norm" in name and not family.startswith("gemma") else 0.0
         else:
             torch.nn.init.normal_(param, std=0.15)
     model.float().save_pretrained(folder, max_shard_size="60KB")
@@ -162,6 +198,8 @@ def test_logits_gradients_and_greedy_tokens_are_theirs(pair: tuple[Any, WholeMod
         param.requires_grad_()
     stage.losses(stage.hidden(TOKENS, positions, attend), labels, torch.ones(())).scaled_sum.backward()
     gradients = {name: param.grad for name, param in theirs.named_parameters()}
+    if family_of(theirs) == "gpt_neox":  # another name in files
+        gradients["embed_out.weight"] = gradients["lm_head.weight"]
     found = {param.shard_spec.name: param.grad for param in stage.parameters()}
     for recipe in our_recipes(model, family_of(theirs)):
         sources = {name: gradients[name].T if recipe.transposed else gradients[name] for name in sources_of([recipe])}
@@ -206,13 +244,18 @@ def test_exported_it_is_the_same_model(pair: tuple[Any, WholeModel, ModelConfig]
     before = dict(theirs.named_parameters())
     for name, param in model.named_parameters():
         assert torch.equal(param.double(), before[name].double()), name
-    one, other = (
-        {name: value for name, value in vars(found.model.rotary_emb).items() if name.endswith("attention_scaling")}
-        | dict(found.model.rotary_emb.named_buffers())
-        for found in (model, transformers.AutoModelForCausalLM.from_config(theirs.config))
-    )
-    assert one.keys() == other.keys() and len(one) > 1
-    assert all(torch.equal(torch.as_tensor(one[name]), torch.as_tensor(other[name])) for name in one)
+    one, other = map(rotations, (model, transformers.AutoModelForCausalLM.from_config(theirs.config)))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert bool(one) == (family_of(theirs) != "gpt2")
+
+
+def rotations(model: Any) -> dict[str, torch.Tensor]:
+    """What a model rotates by: frequencies and factors, for each kind of layer."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            scalars = {name: torch.tensor(value) for name, value in vars(module).items() if name.endswith("scaling")}
+            return dict(module.named_buffers()) | scalars
+    return {}
 
 
 def test_frequencies_of_llama_3_1() -> None:
@@ -228,3 +271,39 @@ def test_frequencies_of_llama_3_1() -> None:
     torch.testing.assert_close(scaled[wavelength > 8192], plain[wavelength > 8192] / 8)
     between = (wavelength > 2048) & (wavelength < 8192)
     assert between.any() and ((scaled < plain) & (scaled > plain / 8))[between].all()
+
+
+def in_float32(folder: Path) -> WholeModel:
+    return load_model(str(folder), single_process_mesh(), "torch.float32")[0]
+
+
+def test_the_text_part_of_a_gemma_3_that_reads_images(tmp_path: Path) -> None:
+    """The larger ones are published with a part for images alone, and with what is not the default in config.json."""
+    text = {**SHAPE, **NO_PADDING, **GEMMA, "sliding_window": 5, "rope_scaling": {**LINEAR, "factor": 8.0}}
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    torch.manual_seed(5)
+    theirs = transformers.Gemma3ForConditionalGeneration(config).eval()
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size="60KB")
+    taken = read_hf(tmp_path / "hf", str(tmp_path / "ours"))
+    assert taken.notes[0] == "the part of the model that reads images is left out"
+    with torch.no_grad():
+        torch.testing.assert_close(
+            our_logits(in_float32(tmp_path / "ours")), theirs(TOKENS[None]).logits[0], rtol=0, atol=1e-5
+        )
+    assert compare(partial(in_float32, tmp_path / "ours"), tmp_path / "hf").is_small
+
+
+def test_a_folder_without_the_head_and_with_masks(tmp_path: Path) -> None:
+    """GPT-2's own: names without "transformer.", and the causal masks of its attention among the weights."""
+    theirs = theirs_of("gpt2", tmp_path / "whole")
+    weights = {name: tensor.float().contiguous() for name, tensor in theirs.transformer.state_dict().items()}
+    weights |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 64, 64).tril() for layer in range(3)}
+    (tmp_path / "hf").mkdir()
+    save_file(weights, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "hf" / "config.json").write_bytes((tmp_path / "whole" / "config.json").read_bytes())
+    read_hf(tmp_path / "hf", str(tmp_path / "ours"))
+    ours, _ = load_model(str(tmp_path / "ours"), single_process_mesh(), "torch.float64")
+    with torch.no_grad():
+        torch.testing.assert_close(our_logits(ours), theirs(TOKENS[None]).logits[0], rtol=0, atol=1e-10)
+    assert compare(partial(in_float32, tmp_path / "ours"), tmp_path / "hf").is_small

@@ -17,6 +17,7 @@ from internlm_lite.errors import CheckpointError
 from internlm_lite.generate.load_model import load_model
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from tests.apps.convert.made import masters, our_logits, save_llama, save_ours, save_ours_on, their_logits
+from tests.apps.convert.test_shapes import OWN
 from tests.train.runs import run_training, tiny
 from tests.world import run_world
 
@@ -27,8 +28,12 @@ SHAPES = {
     "every head, biases": {"num_kv_attention_heads": None},
     "every head, biases, tied": {"num_kv_attention_heads": None, "tie_word_embeddings": True},
 }
-CASES = [(family, shape) for family in ("llama", "internlm2") for shape in SHAPES]
+SHAPES |= {f"as {family}": own for family, own in OWN.items()}
+WHOLE = ("as gpt2", "as gpt_neox")
+"""Families without grouped queries."""
+CASES = [(family, shape) for family in ("llama", "internlm2") for shape in SHAPES if not shape.startswith("as ")]
 CASES += [("internlm", shape) for shape in SHAPES if shape.startswith("every head")]
+CASES += [(family, f"as {family}") for family in OWN]
 
 
 def convert(ours: Path, out: Path, family: str = "llama", dtype: str = "float32", shard_bytes: int = 60_000):
@@ -42,7 +47,7 @@ def fp32(folder: Path):
 
 @pytest.mark.parametrize(("family", "shape"), CASES)
 def test_there_and_back_bit_for_bit_and_the_same_logits(tmp_path, family, shape):
-    save_ours(tmp_path / "ours", **SHAPES[shape])
+    save_ours(tmp_path / "ours", **({"num_kv_attention_heads": None} if shape in WHOLE else {}) | SHAPES[shape])
     written = convert(tmp_path / "ours", tmp_path / "hf", family)
     assert len(written.files) > 2
     difference = compare(lambda: fp32(tmp_path / "ours"), tmp_path / "hf")

@@ -133,3 +133,33 @@ def test_no_sizes(ours, text, capsys):
     with pytest.raises(SystemExit):
         run("to-hf", ours, "out", f"--shard-size={text}")
     assert "expected a size such as 5GB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("merges", [list, " ".join], ids=["pairs", "strings"])
+@pytest.mark.parametrize("main", ["tokenizer.json", "tokenizer.model"])
+def test_what_a_tokenizer_came_with_goes_there_and_back_byte_for_byte(ours, tmp_path, main, merges):
+    """Merges are pairs since tokenizers 0.20; writing a file anew would change its form, and lose what is unknown."""
+    assert run("to-hf", ours, tmp_path / "hf") == 0
+    vocabulary = {character: token for token, character in enumerate(["</s>", "\n", " ", *"abdefx"])} | {"ab": 9}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": [merges(["a", "b"])]}
+    given = {
+        "tokenizer.json": {"version": "1.0", "model": model, "added_tokens": []},
+        "tokenizer_config.json": {"chat_template": "{{ messages }}", "eos_token": "</s>", "kept": "ñ"},
+        "special_tokens_map.json": {"eos_token": "</s>"},
+        "added_tokens.json": {"<turn>": 299},
+        "chat_template.jinja": "{{ messages }}",
+        "generation_config.json": {"eos_token_id": [0, 106], "temperature": 0.5},
+    }
+    for name, content in given.items():
+        (tmp_path / "hf" / name).write_text(json.dumps(content, indent=3))
+    if main == "tokenizer.json":
+        (tmp_path / "hf" / "tokenizer.model").unlink()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir() if "token" in path.name}
+    before["chat_template.jinja"] = (tmp_path / "hf" / "chat_template.jinja").read_bytes()
+    assert run("from-hf", tmp_path / "hf", tmp_path / "back") == 0
+    assert Path(open_checkpoint(str(tmp_path / "back"))[1].data.tokenizer).name == main
+    assert run("to-hf", tmp_path / "back", tmp_path / "again") == 0
+    assert {name: (tmp_path / "again" / name).read_bytes() for name in before} == before and main in before
+    written = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    ends = {0, 106} | ({2} if main == "tokenizer.model" else set())
+    assert written["temperature"] == 0.5 and set(written["eos_token_id"]) == ends

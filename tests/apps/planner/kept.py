@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from internlm_lite.apps.planner.memory import row_shape
 from internlm_lite.config.schema import Config, LossConfig
 from internlm_lite.layers.costs import Bytes
+from internlm_lite.layers.dropout import token_keys
 from internlm_lite.layers.flash import AttentionBackend, packed
 from internlm_lite.mesh.mesh import Mesh, plan_mesh, single_process_mesh, sizes_of
 from internlm_lite.models.decoder import StageSpec, Transformer, tensor_parallel_context
@@ -49,12 +50,15 @@ def row_of_stage(stage: Transformer, config: Config) -> tuple[Callable[[], torch
     generator = torch.Generator().manual_seed(0)
     tokens, labels = torch.randint(0, config.model.vocab_size, (2, n_tokens), generator=generator)
     positions, boundaries = torch.arange(n_tokens), (0, 5, 16, n_tokens)
-    attend = packed(AttentionBackend.SDPA, torch.tensor(boundaries, dtype=torch.int32), boundaries, n_tokens)
+    keys = token_keys(1, 0, torch.tensor([0]), n_tokens)
+    drop = stage.weight_drop(keys[0])
+    attend = packed(AttentionBackend.SDPA, torch.tensor(boundaries, dtype=torch.int32), boundaries, n_tokens, drop)
 
     def run() -> torch.Tensor:
-        return stage.losses(stage.hidden(tokens, positions, attend), labels, torch.tensor(1.0)).scaled_sum
+        hidden = stage.hidden(tokens, positions, attend, token_keys=keys[0])
+        return stage.losses(hidden, labels, torch.tensor(1.0)).scaled_sum
 
-    return run, [tokens, labels, positions]
+    return run, [tokens, labels, positions, keys]
 
 
 def kept_bytes(mesh: Mesh, config: Config) -> int:

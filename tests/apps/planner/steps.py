@@ -45,6 +45,7 @@ def random_batch(config: Config, mesh: Mesh) -> Batch:
         labels=labels,
         positions=positions,
         folders=torch.zeros(shape, dtype=torch.int32),
+        rows=torch.arange(data.micro_num),
         cu_seqlens=torch.tensor([boundaries] * data.micro_num, dtype=torch.int32),
         cu_seqlens_host=(boundaries,) * data.micro_num,
         max_seqlen=data.seq_len,

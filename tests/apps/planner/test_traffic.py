@@ -52,6 +52,20 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         2,
         {"parallel": {"tensor": 2}, "model": {"checkpoint": True, "apply_post_layer_norm": True}},
     ),
+    "tp, norms over all heads, reordered, recomputed": (
+        2,
+        {
+            "parallel": {"tensor": 2},
+            "model": {"checkpoint": 0.5, "norm_position": "reordered", "qk_norm": "full", "num_kv_attention_heads": 2},
+        },
+    ),
+    "sp, norms over all heads, sandwich, selective": (
+        2,
+        {
+            "parallel": {"tensor": 2, "sequence_parallel": True},
+            "model": {"checkpoint": "selective", "norm_position": "sandwich", "qk_norm": "full"},
+        },
+    ),
     "sp": (2, {"parallel": {"tensor": 2, "sequence_parallel": True}}),
     "sp, selective": (
         2,

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
 
-from internlm_lite.apps.convert.hf_rope import Rotary, Unrotated
-from internlm_lite.apps.convert.hf_windows import Windows
+from internlm_lite.apps.convert.hf_rope import NoRopeKeys, RopeKeys
+from internlm_lite.apps.convert.hf_windows import WindowKeys
 from internlm_lite.errors import CheckpointError
 
 Family = Literal[
@@ -89,7 +89,7 @@ PLAIN = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tan
 
 
 @dataclass(frozen=True)
-class Activation:
+class ActivationKeys:
     """That of the feed-forward part."""
 
     key: str = "hidden_act"
@@ -109,7 +109,7 @@ class Activation:
 
 
 @dataclass(frozen=True)
-class GemmaScales:
+class GemmaScaleKeys:
     """Embeddings times sqrt(hidden size), rounded to their dtype; scores times query_pre_attn_scalar^-0.5."""
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class GemmaScales:
 
 
 @dataclass(frozen=True)
-class InnerWidth:
+class InnerWidthKeys:
     """GPT-2's n_inner, which may be null."""
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class Form:
     """Features that all models of the family have."""
     constants: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     """Key -> the one value that we can express, and its default."""
-    groups: tuple[KeyGroup, ...] = (Activation(), Rotary())
+    groups: tuple[KeyGroup, ...] = (ActivationKeys(), RopeKeys())
     transposed: frozenset[str] = frozenset()
     """Our modules whose weight is stored as [inputs, outputs]."""
 
@@ -220,10 +220,10 @@ _MLP: dict[str, Key] = {"mlp_bias": ("mlp_bias", False)}
 _UNBIASED = {"qkv_bias": False, "out_bias": False}
 _BIASED: dict[str, Key] = dict.fromkeys(("qkv_bias", "out_bias"), ("bias", True))
 _SOFTCAP: dict[str, Key] = {"logit_softcap": ("final_logit_softcapping", None)}
-_QWEN = Windows(4096, lambda config, layer: layer >= config.get("max_window_layers", 28), flag="use_sliding_window")
+_QWEN = WindowKeys(4096, lambda config, layer: layer >= config.get("max_window_layers", 28), flag="use_sliding_window")
 _GEMMA_DEFAULTS = {"num_attention_heads": 8, "num_kv_attention_heads": 4, "head_dim": 256, "tie_word_embeddings": True}
 _GEMMA_FIXED = {"norm_position": "sandwich", "zero_centered_norm": True}
-_GEMMA_ACTIVATION = Activation("hidden_activation", "gelu_pytorch_tanh")
+_GEMMA_ACTIVATION = ActivationKeys("hidden_activation", "gelu_pytorch_tanh")
 
 FORMS: Mapping[Family, Form] = {
     "llama": Form("LlamaForCausalLM", SEPARATE, _keys({**_ATTENTION, **_MLP})),
@@ -232,21 +232,21 @@ FORMS: Mapping[Family, Form] = {
         SEPARATE,
         _keys(max_positions=131072),
         _UNBIASED,
-        groups=(Activation(), Rotary(), Windows(4096, has_types=False)),
+        groups=(ActivationKeys(), RopeKeys(), WindowKeys(4096, has_types=False)),
     ),
     "qwen2": Form(
         "Qwen2ForCausalLM",
         SEPARATE,
         _keys(max_positions=32768),
         {"qkv_bias": True, "out_bias": False},
-        groups=(Activation(), Rotary(), _QWEN),
+        groups=(ActivationKeys(), RopeKeys(), _QWEN),
     ),
     "qwen3": Form(
         "Qwen3ForCausalLM",
         SEPARATE,
         _keys(_ATTENTION, head_dim=128, max_positions=32768),
         {"qk_norm": "head"},
-        groups=(Activation(), Rotary(), _QWEN),
+        groups=(ActivationKeys(), RopeKeys(), _QWEN),
     ),
     "olmo2": Form(
         "Olmo2ForCausalLM",
@@ -260,9 +260,9 @@ FORMS: Mapping[Family, Form] = {
         _keys(_ATTENTION, layer_norm_epsilon=1e-5),
         {"norm_position": "reordered", "qk_norm": "full"},
         groups=(
-            Activation(),
-            Rotary(("rope_theta", 500000.0), by_layer=True),
-            Windows(4096, lambda config, layer: (layer + 1) % 4 > 0),
+            ActivationKeys(),
+            RopeKeys(("rope_theta", 500000.0), by_layer=True),
+            WindowKeys(4096, lambda config, layer: (layer + 1) % 4 > 0),
         ),
     ),
     "smollm3": Form(
@@ -270,10 +270,10 @@ FORMS: Mapping[Family, Form] = {
         SEPARATE,
         _keys({**_ATTENTION, **_MLP}, num_kv_attention_heads=4, tie_word_embeddings=True, max_positions=32768),
         groups=(
-            Activation(),
-            Rotary(("rope_theta", 2000000.0)),
-            Unrotated(),
-            Windows(None, has_unrotated, flag="use_sliding_window"),
+            ActivationKeys(),
+            RopeKeys(("rope_theta", 2000000.0)),
+            NoRopeKeys(),
+            WindowKeys(None, has_unrotated, flag="use_sliding_window"),
         ),
     ),
     "phi3": Form(
@@ -286,9 +286,9 @@ FORMS: Mapping[Family, Form] = {
         ),
         _UNBIASED,
         groups=(
-            Activation(),
-            Rotary(kinds=(), share=("partial_rotary_factor", 1.0)),
-            Windows(None, has_types=False),
+            ActivationKeys(),
+            RopeKeys(kinds=(), share=("partial_rotary_factor", 1.0)),
+            WindowKeys(None, has_types=False),
         ),
     ),
     "gemma2": Form(
@@ -303,7 +303,7 @@ FORMS: Mapping[Family, Form] = {
         ),
         _GEMMA_FIXED,
         {"use_bidirectional_attention": (None, None)},
-        (_GEMMA_ACTIVATION, GemmaScales(), Rotary(), Windows(4096, lambda config, layer: (layer + 1) % 2 > 0)),
+        (_GEMMA_ACTIVATION, GemmaScaleKeys(), RopeKeys(), WindowKeys(4096, lambda config, layer: (layer + 1) % 2 > 0)),
     ),
     "gemma3_text": Form(
         "Gemma3ForCausalLM",
@@ -313,9 +313,9 @@ FORMS: Mapping[Family, Form] = {
         {"use_bidirectional_attention": (False, False), "attn_logit_softcapping": (None, None)},
         (
             _GEMMA_ACTIVATION,
-            GemmaScales(),
-            Rotary(("rope_theta", 1000000.0), by_layer=True, local_base=10000.0),
-            Windows(4096, lambda config, layer: (layer + 1) % config.get("sliding_window_pattern", 6) > 0),
+            GemmaScaleKeys(),
+            RopeKeys(("rope_theta", 1000000.0), by_layer=True, local_base=10000.0),
+            WindowKeys(4096, lambda config, layer: (layer + 1) % config.get("sliding_window_pattern", 6) > 0),
         ),
     ),
     "gpt2": Form(
@@ -341,7 +341,7 @@ FORMS: Mapping[Family, Form] = {
             "scale_attn_by_inverse_layer_idx": (False, False),
             "add_cross_attention": (False, False),
         },
-        (Activation("activation_function", "gelu_new", PLAIN), InnerWidth()),
+        (ActivationKeys("activation_function", "gelu_new", PLAIN), InnerWidthKeys()),
         frozenset(("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2")),
     ),
     "gpt_neox": Form(
@@ -359,19 +359,22 @@ FORMS: Mapping[Family, Form] = {
         ),
         {"norm_type": "layernorm", "mlp_bias": True},
         {"use_parallel_residual": (False, True)},
-        (Activation(default="gelu", types=PLAIN), Rotary(("rotary_emb_base", 10000.0), share=("rotary_pct", 0.25))),
+        (
+            ActivationKeys(default="gelu", types=PLAIN),
+            RopeKeys(("rotary_emb_base", 10000.0), share=("rotary_pct", 0.25)),
+        ),
     ),
     "internlm": Form(
         "InternLMForCausalLM",
         SEPARATE,
         _without(_keys(_BIASED), "num_kv_attention_heads", "head_dim"),
-        groups=(Activation(), Rotary(kinds=("dynamic",), has_rotary=True)),
+        groups=(ActivationKeys(), RopeKeys(kinds=("dynamic",), has_rotary=True)),
     ),
     "internlm2": Form(
         "InternLM2ForCausalLM",
         GROUPED,
         _without(_keys(_BIASED), "head_dim"),
-        groups=(Activation(), Rotary(kinds=("linear", "dynamic"))),
+        groups=(ActivationKeys(), RopeKeys(kinds=("linear", "dynamic"))),
     ),
     "internlm3": Form(
         "InternLM3ForCausalLM",

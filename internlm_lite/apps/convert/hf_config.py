@@ -183,9 +183,9 @@ def _read(form: Form, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
     config = {**dict(form.keys.values()), **config}
     found = {**form.fixed, **{feature: config[key] for feature, (key, _) in form.keys.items()}}
     problems = [
-        f"{form.keys[feature][0]}: found {found[feature]!r}, expected a positive integer"
-        for feature in _COUNTS & form.keys.keys()
-        if type(found[feature]) is not int or found[feature] < 1
+        f"{key}: found {config[key]!r}, expected a positive integer"
+        for feature, (key, _) in form.keys.items()
+        if feature in _COUNTS and (type(config[key]) is not int or config[key] < 1)
     ]
     if problems:
         return found, problems

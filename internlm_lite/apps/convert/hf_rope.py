@@ -20,7 +20,7 @@ _NAMES = {"type": "rope_type", "base": "rope_theta", "scaling_factor": "factor"}
 
 
 @dataclass(frozen=True)
-class Rotary:
+class RopeKeys:
     """How a family describes its rotary embedding."""
 
     base: tuple[str, float] = ("rope_theta", 10000.0)
@@ -107,7 +107,7 @@ class Rotary:
 
 
 @dataclass(frozen=True)
-class Unrotated:
+class NoRopeKeys:
     """Which layers have no rotary embedding (SmolLM3): those with 0 in the list no_rope_layers."""
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
-class Windows:
+class WindowKeys:
     """Which layers of a family have a window."""
 
     default: int | None

@@ -21,9 +21,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from internlm_lite.apps.convert.compare_logits import compare
 from internlm_lite.apps.convert.from_hf import read_hf
+from internlm_lite.apps.convert.hf_config import from_hf
 from internlm_lite.apps.convert.recipes import our_recipes, sources_of
 from internlm_lite.apps.convert.to_hf import open_checkpoint, write_hf
-from internlm_lite.config.schema import ModelConfig
+from internlm_lite.config.schema import LossConfig, ModelConfig
 from internlm_lite.generate.decode import generate
 from internlm_lite.generate.load_model import load_model
 from internlm_lite.generate.request import Request
@@ -31,6 +32,7 @@ from internlm_lite.generate.sample import Sampling
 from internlm_lite.layers.flash import AttentionBackend, packed
 from internlm_lite.layers.rope import rope_frequencies
 from internlm_lite.mesh.mesh import single_process_mesh
+from internlm_lite.models.decoder import build_model
 from internlm_lite.models.stages import WholeModel
 from tests.apps.convert.made import TOKENS, our_logits
 
@@ -75,9 +77,13 @@ MODELS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "qwen3": ("qwen3", PLAIN, {"head_dim": 18}),
     "qwen3, windows": ("qwen3", PLAIN, {"head_dim": 12, "use_sliding_window": True, "sliding_window": 4, **MIXED}),
     "olmo2": ("olmo2", PLAIN, {**NO_PADDING, "attention_bias": True}),
-    "olmo2, every head": ("olmo2", YARN, {**NO_PADDING, "num_key_value_heads": 6}),
+    "olmo2, every head": ("olmo2", YARN, {**NO_PADDING, "num_key_value_heads": 6, "head_dim": 12}),
     "olmo3": ("olmo3", by_layer(YARN), {**NO_PADDING, "sliding_window": 6, **MIXED}),
-    "olmo3, one rotation": ("olmo3", by_layer(PLAIN), {**NO_PADDING, "sliding_window": 9, "num_hidden_layers": 4}),
+    "olmo3, one rotation": (
+        "olmo3",
+        by_layer(PLAIN),
+        {**NO_PADDING, "sliding_window": 9, "num_hidden_layers": 4, "head_dim": 14},
+    ),
     "gemma2": ("gemma2", PLAIN, {**NO_PADDING, **GEMMA, **CAPS, "sliding_window": 7}),
     "gemma2, biases": ("gemma2", YARN, {**NO_PADDING, **GEMMA, **CAPS, "head_dim": 10, "attention_bias": True}),
     "gemma3": ("gemma3_text", by_layer(LINEAR, 100.0), {**NO_PADDING, **GEMMA, "sliding_window": 5, **MIXED}),
@@ -95,7 +101,7 @@ MODELS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "smollm3, windows": (
         "smollm3",
         YARN,
-        {**NO_PADDING, "no_rope_layers": [1, 1, 0], "use_sliding_window": True, "sliding_window": 5},
+        {**NO_PADDING, "no_rope_layers": [1, 1, 0], "use_sliding_window": True, "sliding_window": 5, "head_dim": 8},
     ),
     "phi3": ("phi3", PLAIN, {**NO_PADDING, "sliding_window": 6}),
     "phi3, partial": ("phi3", {**PLAIN, "partial_rotary_factor": 0.4}, {**NO_PADDING, "num_key_value_heads": 3}),
@@ -307,3 +313,30 @@ def test_a_folder_without_the_head_and_with_masks(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(our_logits(ours), theirs(TOKENS[None]).logits[0], rtol=0, atol=1e-10)
     assert compare(partial(in_float32, tmp_path / "ours"), tmp_path / "hf").is_small
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_frequencies_of_yarn_at_its_published_size(truncate: bool) -> None:
+    """Heads of 128 features, 131,072 positions: the ends of the ramp, and the given factor."""
+    scaling = {**YARN, "original_max_position_embeddings": 32768, "truncate": truncate}
+    shape = {"num_attention_heads": 32, "hidden_size": 4096, "num_layers": 1, "vocab_size": 8, "rope_base": 1e6}
+    rope = {**scaling, "rope_theta": 1e6}
+    expected, growth = ROPE_INIT_FUNCTIONS["yarn"](transformers.Qwen3Config(rope_parameters=rope))
+    ours = rope_frequencies(ModelConfig.model_validate({**shape, "rope_scaling": scaling}), torch.device("cpu"))
+    torch.testing.assert_close(expected.double(), ours.radians, rtol=1e-6, atol=0)
+    assert growth == ours.growth and len({*(ours.radians / expected).round(decimals=3).tolist()}) == 1
+
+
+@pytest.mark.parametrize("width", [1152, 3072])
+def test_embeddings_of_gemma_in_half_precision(width: int) -> None:
+    """Their factor is rounded to bf16 first: sqrt(3072) to 55.5, sqrt(1152) to 34."""
+    more = {"hidden_size": width, "num_hidden_layers": 1, "intermediate_size": 8, **GEMMA, **NO_PADDING}
+    theirs = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**{**SHAPE, **more})).bfloat16()
+    model = from_hf({**theirs.config.to_dict(), "model_type": "gemma2"}, "here").model
+    embedding = build_model(model, LossConfig(), single_process_mesh(), AttentionBackend.SDPA).tok_embeddings
+    assert embedding is not None and embedding.weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        embedding.weight.copy_(theirs.model.embed_tokens.weight)
+        found = embedding(TOKENS)
+        assert torch.equal(found, theirs.model.embed_tokens(TOKENS))
+        assert torch.equal(found[0], embedding.weight[TOKENS[0]] * {1152: 34.0, 3072: 55.5}[width])

@@ -16,6 +16,7 @@ from internlm_lite.apps.planner.holdings import holdings
 from internlm_lite.config.schema import Config, ModelConfig, RopeScaling
 from internlm_lite.errors import CheckpointError
 from internlm_lite.layers.flash import AttentionBackend
+from internlm_lite.layers.rope import rotation_of
 from internlm_lite.mesh.mesh import sizes_of
 from internlm_lite.units import round_up
 from tests.apps.convert.made import MODEL
@@ -143,6 +144,7 @@ OWN = {
 }
 """What a model of the family has."""
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}
 
 
@@ -187,6 +189,29 @@ def test_the_family_is_the_first_that_can_express_the_model(changes, family):
         ({"model_type": "qwen3", "use_sliding_window": True, "layer_types": [FULL, "chunked_attention"]}, "chunked"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "found type 'longrope'"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "su", "long_factor": [1.0]}}, "rope: found type 'su'"),
+        ({"rope_parameters": {FULL: {"rope_theta": 1e4}}}, "rope_parameters: found one for each kind of layer"),
+        ({"model_type": "olmo3", "rope_parameters": {SLIDING: YARN}}, f"rope_parameters.{SLIDING}: found type 'yarn'"),
+        (
+            {"model_type": "smollm3", "no_rope_layers": [0, 1]},
+            "no_rope_layers: found [0, 1], expected 0",
+        ),
+        ({"model_type": "smollm3", "no_rope_layer_interval": "4"}, "no_rope_layers"),
+        ({"model_type": "gpt_neox"}, "use_parallel_residual: found True, expected False"),
+        (
+            {"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx",
+        ),
+        ({"model_type": "gpt2", "scale_attn_weights": False}, "scale_attn_weights: found False"),
+        ({"model_type": "gpt2", "add_cross_attention": True}, "add_cross_attention: found True"),
+        ({"model_type": "gpt2", "activation_function": "silu"}, "activation_function: found 'silu', expected 'gelu'"),
+        ({"model_type": "gpt2", "n_inner": "wide"}, "n_inner: found 'wide'"),
+        ({"model_type": "gpt2", "n_embd": 0}, "n_embd: found 0, expected a positive integer"),
+        ({"model_type": "gemma2", "head_dim": 8, "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 0}, "query_pre_attn_scalar: found 0"),
+        ({"model_type": "gemma2", "head_dim": 8, "attn_logit_softcapping": -1.0}, "attention_softcap: found -1.0"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping: found 50.0"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: found 0.5, expected 1"),
         ({"rope_theta": -1}, "rope_theta: found -1"),
         ({"head_dim": 15}, "head_dim: found 15 for hidden_size 64 and 8 heads"),
@@ -199,6 +224,95 @@ def test_another_model_is_refused(changes, words):
     with pytest.raises(CheckpointError, match="here: ") as caught:
         from_hf({**SMALL, **changes}, "here")
     assert words in str(caught.value)
+
+
+def windows(config: dict[str, object]) -> list[int | None]:
+    model = from_hf(config, "here").model
+    return [model.window(layer) for layer in range(model.num_layers)]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_layers_of_qwen_slide_from_max_window_layers_on(family):
+    """The other way round than its documentation said; and a window without the switch is none."""
+    config = {**SMALL, "model_type": family, "num_hidden_layers": 4, "sliding_window": 6, "use_sliding_window": True}
+    assert windows({**config, "max_window_layers": 0}) == [6, 6, 6, 6]
+    assert windows({**config, "max_window_layers": 2}) == [None, None, 6, 6]
+    assert windows({**config, "max_window_layers": 4}) == windows(config) == [None] * 4
+    assert windows({**config, "max_window_layers": 4, "layer_types": [SLIDING, FULL] * 2}) == [6, None, 6, None]
+    off = {**config, "max_window_layers": 0, "use_sliding_window": False}
+    assert windows(off) == windows({**off, "layer_types": [SLIDING] * 4}) == [None] * 4
+
+
+def test_layers_of_gemma_3_slide_by_list_by_number_or_by_default():
+    """One of these alone would be read as all sliding, or none."""
+    config = {**SMALL, "model_type": "gemma3_text", "num_hidden_layers": 8, "sliding_window": 5}
+    expected = [5, 5, 5, 5, 5, None, 5, 5]
+    assert windows(config) == windows({**config, "sliding_window_pattern": 6}) == expected
+    assert windows({**config, "layer_types": [SLIDING] * 5 + [FULL] + [SLIDING] * 2}) == expected
+    assert windows({**config, "sliding_window_pattern": 2}) == [5, None] * 4
+    assert windows({**config, "sliding_window": None}) == [None] * 8
+    assert windows({**config, "layer_types": [FULL] * 8}) == [None] * 8
+
+
+@pytest.mark.parametrize(
+    ("family", "old", "new"),
+    [
+        ("llama", {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}}, LINEAR),
+        ("gpt_neox", {"rotary_emb_base": 500.0, "rotary_pct": 0.5}, {"partial_rotary_factor": 0.5}),
+        ("phi3", {"rope_theta": 500.0, "partial_rotary_factor": 0.5}, {"partial_rotary_factor": 0.5}),
+    ],
+)
+def test_rotations_in_both_spellings(family, old, new):
+    new = {"rope_type": "linear", "factor": 2.0} if "linear" in new else new
+    config = {**SMALL, "model_type": family, "use_parallel_residual": False}
+    both = [
+        from_hf({**config, **keys}, "here").model for keys in (old, {"rope_parameters": {"rope_theta": 500.0, **new}})
+    ]
+    assert both[0] == both[1] and both[0].rope_base == 500.0
+    assert both[0].rope_scaling is not None or both[0].partial_rotary_factor == 0.5
+
+
+@pytest.mark.parametrize(("family", "local"), [("gemma3_text", 300.0), ("olmo3", 500.0)])
+def test_rotations_of_each_kind_of_layer_in_both_spellings(family, local):
+    """Sliding layers turn by a base of their own, and unscaled; OLMo 3 scales the others with yarn."""
+    config = {**SMALL, "model_type": family, "num_hidden_layers": 6, "head_dim": 8}
+    old = {**config, "rope_theta": 500.0, "rope_local_base_freq": local, "rope_scaling": YARN}
+    kinds = {FULL: {**YARN, "rope_theta": 500.0}, SLIDING: {"rope_type": "default", "rope_theta": local}}
+    both = [from_hf(keys, "here").model for keys in (old, {**config, "rope_parameters": kinds})]
+    assert both[0] == both[1] and (both[0].rope_base, both[0].rope_local_base) == (500.0, local)
+    assert both[0].rope_scaling is not None and rotation_of(both[0], 0) == "local"
+
+
+def test_defaults_of_gemma_3s_rotations_and_scales():
+    model = from_hf({**SMALL, "model_type": "gemma3_text", "num_hidden_layers": 6, "hidden_size": 1152}, "here").model
+    assert (model.rope_base, model.rope_local_base, model.rope_scaling) == (1e6, 1e4, None)
+    assert (model.embed_scale, model.attention_scale, model.head_size) == (1152**0.5, None, 256)
+    scales = {"google/gemma-2-9b": 256**-0.5, "google/gemma-2-27b": 144**-0.5}
+    for name, scale in scales.items():
+        family, config, _ = PUBLISHED[name]
+        model = from_hf({**config, "model_type": family}, name).model
+        assert (model.attention_scale or model.head_size**-0.5) == scale, "not that of head_dim where another is said"
+
+
+def test_layers_without_rotation_are_those_with_0():
+    """In no_rope_layers a 1 says that there is a rotation."""
+    family, config, _ = PUBLISHED["HuggingFaceTB/SmolLM3-3B"]
+    for keys in ({}, {"no_rope_layers": [1, 1, 1, 0] * 9}, {"no_rope_layer_interval": 4, "no_rope_layers": None}):
+        model = from_hf({**config, "model_type": family, **keys}, "here").model
+        without = [layer for layer in range(36) if rotation_of(model, layer) is None]
+        assert without == [3, 7, 11, 15, 19, 23, 27, 31, 35]
+    model = from_hf({**config, "model_type": family, "no_rope_layers": [1] * 36}, "here").model
+    assert all(rotation_of(model, layer) for layer in range(36))
+
+
+def test_config_json_says_what_readers_would_derive():
+    """head_dim; and no special tokens of a family's default vocabulary, which need not be in ours."""
+    written = to_hf(ModelConfig.model_validate({**MODEL, "no_bias": True, "head_dim": 10}), "phi3", 64, "float32")
+    assert written["head_dim"] == 10 and written["pad_token_id"] is None and written["eos_token_id"] is None
+    natural = to_hf(ModelConfig.model_validate({**MODEL, "no_bias": True}), "llama", 64, "float32")
+    assert natural["head_dim"] == 8
+    null = from_hf({**natural, "head_dim": None}, "here").model
+    assert features(null) == features(ModelConfig.model_validate({**MODEL, "no_bias": True}))
 
 
 @pytest.mark.parametrize(

@@ -49,13 +49,13 @@ EVAL_BATCHES = 5
 PROMPT = "Every effort moves you"
 
 
-def _tokens():
+def _corpus_size():
     """Training tokens; those of a short story if there are no data yet."""
     paths = glob.glob(f"{FOLDER}/tokens/train/*/*.meta.json")
     return sum(json.loads(Path(path).read_text())["tokens"] for path in paths) or 4608
 
 
-STEPS = EPOCHS * max(1, _tokens() // (MICRO_NUM * MICRO_BSZ * SEQ_LEN))
+STEPS = EPOCHS * max(1, _corpus_size() // (MICRO_NUM * MICRO_BSZ * SEQ_LEN))
 
 seed = 123
 

@@ -1,4 +1,4 @@
-"""Train with a layer of your own: LayerNorm without a bias, in the place of RMSNorm.
+"""Train with a layer of your own: a norm by the mean magnitude, in the place of RMSNorm.
 
     python examples/own_layer.py
 
@@ -6,27 +6,26 @@ The weight knows that gradients of sequence-parallel ranks are partial sums, so 
 """
 
 import torch
-import torch.nn.functional as F
 
 from internlm_lite.cli import train
 from internlm_lite.cli.starter import starter_folder
 from internlm_lite.layers.norm import NORMS, Norm
 
 
-class LayerNorm(Norm):
-    """y = (x - mean(x)) / sqrt(var(x) + eps) * w   (arXiv:1607.06450)"""
+class MagnitudeNorm(Norm):
+    """y = x / (mean(|x|) + eps) * w"""
 
-    statistics = 2  # mean and standard deviation are kept of each token: the planner asks for it
+    statistics = 1  # the divisor is kept of each token: the planner asks for it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, None, self.eps).to(x.dtype)
+        return (x / (x.abs().mean(dim=-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
 
 
 def main() -> None:
     # Its checkpoints say "rmsnorm". To keep the layer, give it a name of its own in `ModelConfig.norm_type`.
-    NORMS["rmsnorm"] = LayerNorm
+    NORMS["rmsnorm"] = MagnitudeNorm
     config = str(starter_folder() / "configs" / "tiny.py")
-    train.main(["--config", config, "JOB_NAME=layernorm"])  # ends the process
+    train.main(["--config", config, "JOB_NAME=own_layer"])  # ends the process
 
 
 if __name__ == "__main__":

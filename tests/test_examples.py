@@ -15,7 +15,7 @@ from tests.cli import ROOT
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 JOBS = {
     "own_data": "own_data/RUN/own_data",
-    "own_layer": "RUN/layernorm",
+    "own_layer": "RUN/own_layer",
     "own_sink": "RUN/own_sink",
     "own_update_rule": "RUN/signum",
 }

@@ -25,6 +25,7 @@ from internlm_lite.runtime.tool import run_tool
 from internlm_lite.units import memory_bytes
 
 if TYPE_CHECKING:
+    from internlm_lite.config.schema import Config
     from internlm_lite.monitor.sinks import SinkFactory
 
 
@@ -96,6 +97,21 @@ def main(argv: Sequence[str] | None = None, sinks: Mapping[str, SinkFactory] | N
     return run_tool(lambda: train_or_show(parse_arguments(argv), sinks or {}), "interrupted before the start")
 
 
+def show_plan(arguments: argparse.Namespace, config: Config, world_size: int) -> int:
+    """Exit code of --dry-run."""
+    from internlm_lite.apps.planner.command import PlanOptions, dry_run
+
+    asked = PlanOptions(
+        tflops=arguments.tflops,
+        device=arguments.device,
+        as_json=arguments.json,
+        components=arguments.components,
+        lengths=arguments.lengths,
+        memory=arguments.memory,
+    )
+    return dry_run(config, world_size, asked)
+
+
 def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory]) -> int:
     """Exit code, if no training was started."""
     # Imported late: --help is quick, and a wrong config is reported before torch is loaded.
@@ -132,17 +148,7 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
         print(print_config(loaded, arguments.print_config))
         return 0
     if arguments.dry_run:
-        from internlm_lite.apps.planner.command import PlanOptions, dry_run
-
-        asked = PlanOptions(
-            tflops=arguments.tflops,
-            device=arguments.device,
-            as_json=arguments.json,
-            components=arguments.components,
-            lengths=arguments.lengths,
-            memory=arguments.memory,
-        )
-        return dry_run(loaded.config, world_size, asked)
+        return show_plan(arguments, loaded.config, world_size)
 
     from internlm_lite.apps.report.writer import open_report
     from internlm_lite.runtime.device import usable_gpus

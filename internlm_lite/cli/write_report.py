@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from internlm_lite.apps.report.discover import omitted_runs, require_runs, run_name
-from internlm_lite.apps.report.figure import can_draw, write_figure
+from internlm_lite.apps.report.figure import AXES, can_draw, write_figure
 from internlm_lite.apps.report.log_reader import read_log
 from internlm_lite.apps.report.page import write_report
 from internlm_lite.apps.report.payload import UNREADABLE, make_payload
@@ -33,6 +33,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("runs", nargs="*", type=Path, metavar="RUN", help="run folders, job folders, or RUN itself")
     add("--from-log", action="append", default=[], type=Path, metavar="FILE", help="a log's step lines")
     add("-o", "--output", type=Path, metavar="FILE", help="default: in the run folder, beside the log")
+    add("--over", choices=list(AXES), default="step", help="what loss.png is drawn over (step)")
     add("--png", action="store_true", help="insist on loss.png (else: when matplotlib is installed)")
     arguments = parser.parse_args(argv)
     if not arguments.runs and not arguments.from_log:
@@ -82,7 +83,7 @@ def work(arguments: argparse.Namespace) -> int:
     write_report(payload, page)
     print(f"wrote {printable(page)}")
     if arguments.png or can_draw():
-        write_figure(payload, figure)
+        write_figure(payload, figure, arguments.over)
         print(f"wrote {printable(figure)}")
     return 0
 

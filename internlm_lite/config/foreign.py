@@ -113,7 +113,7 @@ NO_EFFECT_IF: Mapping[str, tuple[Sequence[Any], str]] = {
     "model.qk_interleaved": ((False,), "the rotary embedding pairs element i with i + head_dim/2: convert weights"),
     "model.residual_in_fp32": ((False,), "residuals have model.dtype"),
     "model.use_amp": ((False,), "model.dtype is the one dtype of weights and activations"),
-    "model.use_dynamic_ntk_rope": ((False,), "model.rope_scaling with rope_type 'dynamic' is it"),
+    "model.use_dynamic_ntk_rope": ((False,), "model.rope_scaling=dict(rope_type='dynamic', ...) is its name here"),
     "model.use_scaled_init": ((True,), "output projections are scaled by 1/sqrt(2*num_layers)"),
     "model.use_swiglu": ((True,), "the MLP is SwiGLU"),
     "npu_fixedlen_flash_2d": ((False,), "rows are packed documents"),
@@ -152,12 +152,12 @@ FEATURES: Mapping[str, tuple[str, str]] = {
         "dropout of whole layers", "model.residual_dropout drops features"),
     r"local_attention.*|attention_sinks?|sink_.*": (
         "another form of local attention", "model.sliding_window and model.layer_types set windows"),
-    r"(use_)?(yarn|ntk|alibi)(_.*)?|position_embedding_type": (
+    r"(use_)?(yarn|ntk|alibi)(_.*)?": (
         "other position embeddings", "model.position names the kind, model.rope_scaling scales rotary frequencies"),
     r"mtp(_.*)?|num_nextn_predict_layers|multi_token.*": ("multi-token prediction", "one token is predicted"),
     r"(num_)?(train_)?epochs?": ("counting in epochs", "data.total_steps counts steps"),
     r"early_stopping.*|load_best_model.*|metric_for_best.*": (
-        "stopping by a metric", "data.valid_every shows it, ckpt.stop_file_path stops"),
+        "stopping by a metric", "ckpt.keep_best keeps what was best, ckpt.stop_file_path stops"),
     r"hf|hf_model|huggingface.*|trust_remote_code|attn_implementation": (
         "models of transformers", "`internlm-lite convert from-hf` reads weights of 15 families, from GPT-2 to Qwen3"),
     r"deepspeed.*|ds_config|megatron.*|accelerate.*|auto_parallel.*|trainer_type": (
@@ -185,9 +185,12 @@ _OTHER_NAMES = {
     "data.tokenizer": "vocab_file tokenizer_model tokenizer_name_or_path",
     "data.total_steps": "max_steps train_iters train_steps max_iters total_iters training_steps",
     "data.train_folder": "data_path dataset dataset_path train_data_path train_file",
+    "data.valid_at_start": "eval_on_start",
+    "data.valid_batches": "eval_iters",
     "data.valid_every": "eval_steps eval_interval",
     "data.weights": "dataset_weights data_weights blend",
     "hybrid_zero_optimizer.clip_grad_norm": "max_grad_norm gradient_clipping clip_grad max_norm",
+    "lr_scheduler.decay": "lr_scheduler_type lr_decay_style",
     "lr_scheduler.eta_min": "min_lr min_decay_lr lr_min",
     "lr_scheduler.warmup_steps": "lr_warmup_iters lr_warmup_steps warmup_iters num_warmup_steps",
     "model.attention_scale": "softmax_scale attention_multiplier query_pre_attn_scalar",
@@ -205,11 +208,16 @@ _OTHER_NAMES = {
     "model.init_std": "initializer_range init_method_std",
     "model.layer_norm_epsilon": "rms_norm_eps norm_eps norm_epsilon layernorm_epsilon",
     "model.mlp_ratio": "intermediate_size ffn_hidden_size ffn_dim",
+    "model.max_position_embeddings": "n_positions n_ctx max_seq_len max_sequence_length",
+    "model.no_rope_every": "no_rope_layer_interval nope_layer_interval no_rope_freq",
     "model.num_kv_attention_heads": "num_key_value_heads num_query_groups n_kv_heads",
     "model.norm_type": "normalization",
     "model.num_layers": "num_hidden_layers n_layers",
+    "model.partial_rotary_factor": "rotary_pct rotary_percent",
+    "model.position": "position_embedding_type",
     "model.qk_norm": "qk_layernorm use_qk_norm",
     "model.rope_base": "rope_theta rotary_base",
+    "model.rope_local_base": "rope_local_base_freq rope_local_theta",
     "model.sliding_window": "use_sliding_window window_size attention_window sliding_window_size",
     "model.tie_word_embeddings": "tie_embeddings_and_output_weights share_embeddings_and_output_weights",
     "model.zero_centered_norm": "layernorm_zero_centered_gamma apply_layernorm_1p",

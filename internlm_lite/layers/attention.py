@@ -85,6 +85,10 @@ class Attention(CostedLayer):
         products = 4 * self._pairs(seq_len) * self.wo.weight.shard_spec.shape[1]  # q k^T, and its softmax times v
         return super().flops_per_token(seq_len) + products // max(seq_len, 1)
 
+    def in_blocks(self, row: RowShape) -> bool:
+        """Whether layers/scores.py computes attention, for whatever documents."""
+        return row.reference and (self.rule.softcap is not None or self._has_dropout)
+
     def saved_bytes(self, row: RowShape) -> Bytes:
         """With a window, of documents that are not longer: of others the reference keeps less."""
         weight, output = self.wqkv.weight, self.wo.saved_bytes(row)["projection inputs"]
@@ -93,8 +97,7 @@ class Attention(CostedLayer):
         statistics = kv_heads * self.queries * accumulation_dtype(weight.dtype).itemsize
         lean = row.selective and self.q_norm is None
         projected = kv_heads * self.head_dim if lean else weight.shape[0]  # v is a view of the whole output
-        # In blocks neither statistics nor the parts of the output are kept.
-        in_blocks = row.reference and (self.rule.softcap is not None or self._has_dropout)
+        in_blocks = self.in_blocks(row)  # neither statistics nor the parts of the output are kept then
         parts = 1 + (row.attention_by_document and not in_blocks)  # the input of wo; by document: its parts, too
         kept = {
             "queries, keys, values": row.tokens * projected * weight.itemsize,

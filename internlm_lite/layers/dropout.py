@@ -11,9 +11,10 @@ every device and in graphs of torch.compile. The mixing is "lowbias32" (github.c
 from __future__ import annotations
 
 import enum
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from internlm_lite.layers.compiled import compiled_in_training
 from internlm_lite.layers.costs import CostedLayer, Pass, RowShape
@@ -78,28 +79,31 @@ def _drop(x: torch.Tensor, dropped: torch.Tensor, p: float) -> torch.Tensor:
     return (x * (1 / (1 - p))).masked_fill(dropped, 0)
 
 
+def _drop_features(x: torch.Tensor, keys: torch.Tensor, key: torch.Tensor, p: float) -> torch.Tensor:
+    """x [T, n], keys [2, T], key [2] -> as x."""
+    first, second = (keys ^ key[:, None]).unsqueeze(-1)
+    return _drop(x, _is_dropped(first, second, torch.arange(x.shape[-1], device=x.device), p), p)
+
+
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, keys: torch.Tensor, key: torch.Tensor, p: float) -> torch.Tensor:
         ctx.save_for_backward(keys, key)
         ctx.p = p
-        return _drop(x, _of_features(x, keys, key, p), p)
+        return _drop_features(x, keys, key, p)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         keys, key = ctx.saved_tensors
-        return _drop(grads[0], _of_features(grads[0], keys, key, ctx.p), ctx.p), None, None, None
-
-
-def _of_features(x: torch.Tensor, keys: torch.Tensor, key: torch.Tensor, p: float) -> torch.Tensor:
-    """Which features of x [T, n] are dropped; keys [2, T], key [2]."""
-    first, second = (keys ^ key[:, None]).unsqueeze(-1)
-    return _is_dropped(first, second, torch.arange(x.shape[-1], device=x.device), p)
+        return _drop_features(grads[0], keys, key, ctx.p), None, None, None
 
 
 def _dropout(x: torch.Tensor, keys: torch.Tensor, key: torch.Tensor, p: float) -> torch.Tensor:
-    y: torch.Tensor = _Dropout.apply(x, keys, key, p)
-    return y
+    if torch.compiler.is_compiling():  # the compiler would keep the mask
+        dropped = checkpoint(_drop_features, x, keys, key, p, use_reentrant=False, preserve_rng_state=False)
+    else:
+        dropped = _Dropout.apply(x, keys, key, p)
+    return cast(torch.Tensor, dropped)
 
 
 class Dropout(CostedLayer):
@@ -121,19 +125,19 @@ class Dropout(CostedLayer):
     def passes(self, row: RowShape) -> list[Pass]:
         if not self.p:
             return []
-        x = self.tp_ctx.hidden_bytes(row.tokens, self.hidden_size)
+        x, numbers = self.tp_ctx.hidden_bytes(row.tokens, self.hidden_size), self._numbers(row)
         if "block" in row.fused:  # beside the addition; its gradient is written once more
             return [Pass("fused", x, backward=True)]
         if "swiglu" in row.fused:
             return [Pass("fused", 2 * x), Pass("fused", 2 * x, backward=True)]
-        word = x // self.tp_ctx.dtype.itemsize * 8
-        both = Pass("elementwise", 19 * word + 4 * x, 18)
-        return [both, Pass(both.kind, both.n_bytes, both.kernels, backward=True)]
+        return [Pass("elementwise", 138 * numbers + 4 * x, 16, backward=back) for back in (False, True)]
 
     def workspace_bytes(self, row: RowShape) -> int:
         """Two words of each number, unless compiled."""
-        numbers = self.tp_ctx.rows(row.tokens) * self.hidden_size
-        return 16 * numbers if self.p and not row.fused else 0
+        return 16 * self._numbers(row) if self.p and not row.fused else 0
+
+    def _numbers(self, row: RowShape) -> int:
+        return self.tp_ctx.rows(row.tokens) * self.hidden_size
 
 
 def dropped_weights(p: float, keys: torch.Tensor, first_head: int) -> Drop:

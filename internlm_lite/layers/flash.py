@@ -135,7 +135,7 @@ def expected_backend(config: ModelConfig, *, deterministic: bool) -> AttentionBa
     if wanted != "auto":
         return AttentionBackend[wanted.upper()]
     for backend in (AttentionBackend.CUDNN, AttentionBackend.TORCH_VARLEN):
-        if not _unfit(backend, config) and (NEEDS[backend].repeats or not deterministic):
+        if not unfit(backend, config) and (NEEDS[backend].repeats or not deterministic):
             return backend
     return AttentionBackend.SDPA
 
@@ -159,14 +159,15 @@ def unmet(backend: AttentionBackend, config: ModelConfig, device: torch.device) 
     major, minor = torch.cuda.get_device_capability(device)
     if major not in needs.majors:
         return f"needs a GPU of compute capability {capabilities}, found {major}.{minor}"
-    if unfit := _unfit(backend, config):
-        return unfit
+    if problem := unfit(backend, config):
+        return problem
     if torch.are_deterministic_algorithms_enabled() and not needs.repeats:
         return "needs deterministic=False: its backward pass adds in any order"
     return _import_problem(needs) if needs.module else _varlen_problem(config)
 
 
-def _unfit(backend: AttentionBackend, config: ModelConfig) -> str:
+def unfit(backend: AttentionBackend, config: ModelConfig) -> str:
+    """What `backend` cannot compute of this model, on whatever GPU; empty: nothing."""
     needs = NEEDS[backend]
     if torch_dtype(config.dtype) not in (torch.float16, torch.bfloat16):
         return f"needs model.dtype torch.bfloat16 or torch.float16, found {config.dtype}"

@@ -209,8 +209,8 @@ class FullRMSNorm(RMSNorm):
         if "block" in row.fused:
             return [Pass("fused", 2 * x, 2), Pass("fused", 5 * x, 4, backward=True)]
         half = self.tp_ctx.dtype.itemsize == 2
-        kernels = Pass("elementwise", (11 if half else 5) * x, 4 if half else 3)
-        return [kernels, Pass("elementwise", (28 if half else 14) * x, 8 if half else 7, backward=True)]
+        forward = Pass("elementwise", (11 if half else 5) * x, 8 if half else 7)
+        return [forward, Pass("elementwise", (28 if half else 14) * x, 11 if half else 8, backward=True)]
 
 
 def full_norms(xs: Sequence[torch.Tensor], norms: Sequence[FullRMSNorm]) -> tuple[torch.Tensor, ...]:

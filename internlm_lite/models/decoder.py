@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -128,34 +129,35 @@ class Block(CostedLayer):
         return self.attention.project(normed, rotary, recipe)
 
     def _after_attention(self, x: torch.Tensor, mixed: torch.Tensor, token_keys: torch.Tensor | None) -> torch.Tensor:
-        y = self.attention_dropout(self.attention.output(mixed), token_keys)
-        x, entering, recipe = self._into_feed_forward(x, y)
-        y = self.ffn_dropout(self.feed_forward(entering, recipe), token_keys)
-        x = self._add(x, y, self.ffn_norm, self.ffn_post_norm)
+        x, entering, recipe = self._into_feed_forward(x, self.attention.output(mixed), token_keys)
+        y = self._normed(self.feed_forward(entering, recipe), self.ffn_norm, self.ffn_post_norm)
+        x = x + self.ffn_dropout(y, token_keys)
         return self.ffn_norm(x) if self.norms_at == "post" else x
 
-    def _into_feed_forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Recipe | None]:
+    def _into_feed_forward(
+        self, x: torch.Tensor, y: torch.Tensor, token_keys: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, Recipe | None]:
         """x and attention's output -> (their sum, the input of the feed-forward part, its recipe)."""
         wanted = self.tp_ctx.selective
+        add = partial(self._add_attention, token_keys)
         if self.norms_at == "reordered":  # the norm keeps y, so the sum need not be kept
-            x, recipe = with_recipe(self._add_attention, x, y, wanted=wanted)
+            x, recipe = with_recipe(add, x, y, wanted=wanted)
             return x, x, recipe
-        x = self._add_attention(x, y)
+        x = add(x, y)
         if self.norms_at == "post":
             x, recipe = with_recipe(self.attention_norm, x, wanted=wanted)
             return x, x, recipe
         return x, *with_recipe(self.ffn_norm, x, wanted=wanted)
 
-    def _add_attention(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self._add(x, y, self.attention_norm, self.attention_post_norm)
+    def _add_attention(self, token_keys: torch.Tensor | None, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        y = self._normed(y, self.attention_norm, self.attention_post_norm)
+        return x + self.attention_dropout(y, token_keys)
 
-    def _add(self, x: torch.Tensor, y: torch.Tensor, norm: Norm, post_norm: Norm | None) -> torch.Tensor:
-        """The hidden state plus the output of a sub-layer with these norms."""
+    def _normed(self, y: torch.Tensor, norm: Norm, post_norm: Norm | None) -> torch.Tensor:
+        """What is added to the hidden state of the output of a sub-layer with these norms."""
         if self.norms_at == "reordered":
-            y = norm(y)
-        elif post_norm is not None:
-            y = post_norm(y)
-        return x + y
+            return cast(torch.Tensor, norm(y))
+        return y if post_norm is None else cast(torch.Tensor, post_norm(y))
 
     def saved_bytes(self, row: RowShape, *, recompute: bool | None = None) -> Bytes:
         """`recompute` overrides `self.recompute`."""

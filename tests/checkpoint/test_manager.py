@@ -198,17 +198,19 @@ def test_another_model_is_explained(tmp_path: Path) -> None:
 def test_another_function_of_the_same_shapes_is_refused_but_for_its_weights_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = {"num_attention_heads": 4, "num_kv_attention_heads": None, "rope_base": 10000}
+    model = {"num_attention_heads": 4, "num_kv_attention_heads": None, "apply_post_layer_norm": True}
     _save(_manager(tmp_path, config={"model": model}))
-    _manager(tmp_path, config={"model": model | {"num_kv_attention_heads": 4}}).resume(pieces_of(0, fill=False))
-    manager, pieces = _manager(tmp_path, config={"model": model | {"rope_base": 500}}), pieces_of(0, fill=False)
-    with pytest.raises(
-        CheckpointError, match=r"another function .*\n.*model\.rope_base: checkpoint 10000, this run 500"
-    ):
+    same = {"num_kv_attention_heads": 4, "norm_position": "post", "apply_post_layer_norm": False}
+    _manager(tmp_path, config={"model": model | same}).resume(pieces_of(0, fill=False))
+    other = model | {"norm_position": "reordered", "apply_post_layer_norm": False, "zero_centered_norm": True}
+    manager, pieces = _manager(tmp_path, config={"model": other}), pieces_of(0, fill=False)
+    found = "model.norm_position: checkpoint 'post', this run 'reordered'"
+    with pytest.raises(CheckpointError, match=rf"another function .*\n.*{found}"):
         manager.resume(pieces)
     manager.load_at(str(tmp_path), [piece for piece in pieces if piece.role == "master"])
     assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [
-        "another function of the same weights: model.rope_base: checkpoint 10000, this run 500"
+        f"another function of the same weights: {found}",
+        "another function of the same weights: model.zero_centered_norm: checkpoint False, this run True",
     ]
 
 

@@ -173,8 +173,43 @@ BAD = [
     ),
     (
         "num_layers=4",
-        "num_layers=4, norm_type='layernorm'",
-        "18: model.norm_type: found 'layernorm', expected 'rmsnorm'; write 'rmsnorm'",
+        "num_layers=4, norm_type='batchnorm'",
+        "18: model.norm_type: found 'batchnorm', expected one of 'rmsnorm', 'layernorm'; leave",
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, norm_bias=True",
+        '18: model.norm_bias: found True with model.norm_type "rmsnorm", which has no bias; set model.norm_type=',
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, norm_position='middle'",
+        "18: model.norm_position: found 'middle', expected one of 'pre', 'post', 'reordered', 'sandwich'",
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, norm_position='sandwich', apply_post_layer_norm=True",
+        '18: model.norm_position: found "sandwich" with model.apply_post_layer_norm=True, which says "post"; remove',
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, norm_type='layernorm', qk_norm='full'",
+        '18: model.qk_norm: found "full" with model.norm_type "layernorm", expected "rmsnorm", as in OLMo 2;',
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, qk_norm=True",
+        "18: model.qk_norm: found True, expected one of False, 'head', 'full'",
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, qk_norm='head', head_dim=7",
+        "18: model.head_dim: found 7 features per head, expected an even number for the rotary embedding; change",
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, layernorm_zero_centered_gamma=True",
+        "18: model.layernorm_zero_centered_gamma: unknown key; nearest known key: model.zero_centered_norm",
     ),
     (
         "num_layers=4",
@@ -622,6 +657,74 @@ def test_windows_caps_and_scales_that_cannot_be(keys: str, found: str | None) ->
     told = problems(GOOD.replace("num_layers=4", f"num_layers=4, {keys}"))
     assert len(told) == (found is not None), told
     assert found is None or found in told[0]
+
+
+LOCAL = "sliding_window=9, layer_types=['full_attention', 'sliding_attention']"
+ROPE = "rope_scaling=dict(rope_type={!r}, factor=2.0{})".format
+POSITIONS = [
+    ("position='alibi'", "model.position: found 'alibi', expected one of 'rope', 'learned', 'sinusoidal', 'none'"),
+    ("position='learned'", "model.max_position_embeddings: found None, expected the number of positions for 'learned'"),
+    (
+        "position='learned', max_position_embeddings=127",
+        "model.max_position_embeddings: found 127, expected at least data.seq_len 128; change one of them",
+    ),
+    ("max_position_embeddings=0", "model.max_position_embeddings: found 0, expected an integer > 0"),
+    ("max_position_embeddings=2**31", "model.max_position_embeddings: found 2147483648, expected at most 2147483647"),
+    ("partial_rotary_factor=0", "model.partial_rotary_factor: found 0, expected"),
+    ("partial_rotary_factor=1.5", "model.partial_rotary_factor: found 1.5, expected"),
+    (
+        "partial_rotary_factor=0.2",
+        "model.partial_rotary_factor: found 0.2, which rotates 3 of 16 features per head, expected an even number",
+    ),
+    ("partial_rotary_factor=0.01", "which rotates 0 of 16 features per head, expected an even number, at least 2"),
+    ("no_rope_every=-1", "model.no_rope_every: found -1, expected an integer >= 0"),
+    ("rope_local_base=0", "model.rope_local_base: found 0, expected a number > 0"),
+    ("rope_local_base=5e5", "model.rope_local_base: found 500000.0, but no layer is sliding; remove it, or set"),
+    (
+        "position='none', rope_scaling=dict(rope_type='linear', factor=2.0)",
+        "model.rope_scaling: found with model.position 'none', which rotates nothing; remove it",
+    ),
+    ("position='sinusoidal', no_rope_every=4", "model.no_rope_every: found 4 with model.position 'sinusoidal', which"),
+    ("position='none', partial_rotary_factor=0.5", "model.partial_rotary_factor: found 0.5 with model.position 'none'"),
+    (f"position='none', rope_local_base=5.0, {LOCAL}", "model.rope_local_base: found 5.0 with model.position 'none'"),
+    (ROPE("dynamic", ""), "original_max_position_embeddings: found None, expected the longest row of the first"),
+    (ROPE("ntk", ""), "model.rope_scaling.rope_type: found 'ntk', expected one of"),
+    (
+        f"max_position_embeddings=9, partial_rotary_factor=0.125, {ROPE('dynamic', '')}",
+        "model.rope_scaling.rope_type: found 'dynamic' with 2 rotated features per head, expected at least 4",
+    ),
+    ("position_embedding_type='absolute'", "nearest known key: model.position"),
+    ("n_positions=1024", "model.n_positions: unknown key; nearest known key: model.max_position_embeddings"),
+    ("use_dynamic_ntk_rope=True", "model.rope_scaling=dict(rope_type='dynamic', ...) is its name here"),
+    ("position='learned', max_position_embeddings=128", None),
+    ("max_position_embeddings=64", None),
+    (f"max_position_embeddings=64, {ROPE('dynamic', '')}", None),
+    (ROPE("dynamic", ", original_max_position_embeddings=64"), None),
+    (f"rope_local_base=5e5, partial_rotary_factor=0.25, no_rope_every=4, {LOCAL}", None),
+]
+
+
+@pytest.mark.parametrize(("keys", "found"), POSITIONS, ids=[keys for keys, _ in POSITIONS])
+def test_positions_that_cannot_be(keys: str, found: str | None) -> None:
+    told = problems(GOOD.replace("num_layers=4", f"num_layers=4, {keys}"))
+    assert len(told) == (found is not None), told
+    assert found is None or found in told[0]
+
+
+def test_learned_positions_end_where_samples_would() -> None:
+    text = GOOD.replace("num_layers=4", "num_layers=4, position='learned', max_position_embeddings=128")
+    samples = "monitor = dict(sample_prompts=['x'], sample_tokens={})\n".format
+    text = text.replace("seq_len=SEQ_LEN", "seq_len=SEQ_LEN, tokenizer='small.model'")
+    assert "monitor.sample_tokens: found 128, expected less than model.max_pos" in problems(text + samples(128))[0]
+    assert problems(text + samples(127)) == []
+
+
+def test_a_learned_table_is_split_over_tensor_parallel_ranks() -> None:
+    text = GOOD.replace("num_attention_heads=8", "num_attention_heads=8, head_dim=16, embed_split_hidden=False")
+    text = text.replace("hidden_size=128", "hidden_size=129")
+    assert problems(text) == []
+    (told,) = problems(text.replace("num_layers=4", "num_layers=4, position='learned', max_position_embeddings=128"))
+    assert "model.hidden_size: found 129, expected a multiple of parallel.tensor 2" in told
 
 
 FLOAT8 = GOOD.replace('"torch.float16"', '"torch.bfloat16", fp8=True')

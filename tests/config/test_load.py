@@ -310,6 +310,7 @@ SPELLINGS = [
         {"hybrid_zero_optimizer.overlap_sync_grad": False},
     ),
     ("use_fp32_norm = True", {"model.use_fp32_norm": True}),
+    ("model = dict(add_unit_offset=True)", {"model.zero_centered_norm": True}),
     ("model_type = 'INTERNLM'", {"model.no_bias": False}),
     ("model_type = 'INTERNLM2_PUBLIC'", {"model.no_bias": True}),
     ("model_type = 'LLAMA2'\nmodel = dict(no_bias=False)", {"model.no_bias": False}),

@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from internlm_lite.config.schema import Config, ParallelConfig
 from internlm_lite.errors import ConfigError, DataError
 from internlm_lite.generate.beams import Beams
 from internlm_lite.generate.cache import KVCache
-from internlm_lite.generate.decode import generate, prefill
+from internlm_lite.generate.decode import check, generate, prefill
 from internlm_lite.generate.request import Request
 from internlm_lite.generate.sample import Sampling
 from internlm_lite.layers.flash import AttentionBackend
@@ -25,6 +26,7 @@ PROMPTS = [doc.tolist() for doc in documents([3, 7, 1], seed=5)]
 GREEDY = Sampling(temperature=0)
 DRAWN = Sampling(temperature=1.5, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
 BEAMS = Beams(3, length_penalty=0.7)
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 12}
 
 
 @torch.no_grad()
@@ -286,3 +288,110 @@ def test_tensor_parallel_ranks_agree_with_one_process(alone, by_sequence):
 def test_pipeline_ranks_agree_with_one_process(alone, schedule, chunks):
     args = ({"pipeline": {"size": 2, "schedule": schedule}}, chunks)
     assert run_world(generate_on_rank, 2, args, pipeline=2) == [alone, alone]
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "learned": {"position": "learned", "max_position_embeddings": 20, "embed_split_hidden": False},
+    "sinusoidal": {"position": "sinusoidal"},
+    "none": {"position": "none"},
+    "some layers without": {"no_rope_every": 2, "partial_rotary_factor": 0.5},
+    "two bases": {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"], "rope_local_base": 50.0},
+    "dynamic, within its length": {"rope_scaling": {**DYNAMIC, "original_max_position_embeddings": 20}},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_cached_tokens_have_the_positions_of_a_full_pass(kind):
+    model = small_model(**KINDS[kind])
+    docs = [doc.tolist() for doc in documents([20, 13])]
+    full = [all_logits(model, doc) for doc in docs]
+    for chunk in (None, 1, 3):
+        cache = KVCache(2, 20, torch.device("cpu"))
+        logits = prefill(whole(model), [docs[0][:9], docs[1][:2]], cache, chunk)
+        for step in range(11):
+            torch.testing.assert_close(
+                logits, torch.stack([full[0][8 + step], full[1][1 + step]]), rtol=1e-10, atol=1e-10
+            )
+            given = torch.tensor([docs[0][9 + step], docs[1][2 + step]])
+            logits = whole(model).logits(given, cache.lengths, cache.decode(), lengths=cache.lengths + 1)
+            cache.advance()
+
+
+def keys_as_they_came(model: Transformer, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens with dynamic frequencies, without a cache: a token of the prompt has the prompt's length, each
+    further one that of the text which ends with it."""
+    sequence, lengths = list(prompt), [len(prompt)] * len(prompt)
+    for _ in range(count):
+        tokens, positions, _, attend = row_of([torch.tensor(sequence)])
+        logits = model.logits(model.hidden(tokens, positions, attend, torch.tensor(lengths)))
+        sequence.append(int(logits[-1].argmax()))
+        lengths.append(len(sequence))
+    return sequence[len(prompt) :]
+
+
+@torch.no_grad()
+def test_dynamic_frequencies_follow_the_text():
+    """Whatever may still come, what is beside it, in which chunks its prompt came, and what came before it."""
+    model = small_model(init_std=1.0, rope_scaling=DYNAMIC)
+    prompts = [doc.tolist() for doc in documents([9, 3, 30])]
+    expected = [keys_as_they_came(model, prompt, 20) for prompt in prompts]
+    assert tokens_of(whole(model), prompts, 20, GREEDY) == expected
+    assert [tokens_of(whole(model), [prompt], 20, GREEDY)[0] for prompt in prompts] == expected
+    requests = [Request(prompt, 20) for prompt in prompts]
+    assert [found.tokens for found in generate(whole(model), requests, GREEDY, chunk=4)] == expected
+    assert [row[:20] for row in tokens_of(whole(model), prompts, 26, GREEDY)] == expected
+    before = all_logits(model, prompts[0])
+    tokens_of(whole(model), [documents([500])[0].tolist()], 3, GREEDY)
+    assert torch.equal(all_logits(model, prompts[0]), before)
+    assert tokens_of(whole(model), prompts, 20, GREEDY) == expected
+
+
+@torch.no_grad()
+def test_dynamic_frequencies_are_those_of_transformers_while_it_generates():
+    ours = small_model(rope_scaling=DYNAMIC, no_bias=True, init_std=0.5, num_layers=2)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=12,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+        eos_token_id=None,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    theirs = transformers.LlamaForCausalLM(config).double().eval()
+    weights = dict(ours.named_parameters())
+    names = {"embed_tokens": "tok_embeddings", "lm_head": "output", "input_layernorm": "attention_norm"}
+    names |= {"post_attention_layernorm": "ffn_norm", "o_proj": "attention.wo", "gate_proj": "feed_forward.w1"}
+    names |= {"up_proj": "feed_forward.w3", "down_proj": "feed_forward.w2"}
+    for name, param in theirs.named_parameters():
+        *_, leaf = (parts := name.removeprefix("model.").removesuffix(".weight").split("."))
+        prefix = f"layers.{parts[1]}." if parts[0] == "layers" else ""
+        if leaf in ("q_proj", "k_proj", "v_proj"):
+            rows = weights[f"{prefix}attention.wqkv.weight"].view(4, 4, 4, 32)
+            param.copy_(
+                rows[:, {"q_proj": slice(0, 2), "k_proj": slice(2, 3), "v_proj": slice(3, 4)}[leaf]].reshape_as(param)
+            )
+        else:
+            param.copy_(weights[f"{prefix}{names.get(leaf, leaf)}.weight"])
+    for length in (3, 12, 25):
+        prompt = documents([length], seed=length)[0]
+        expected = theirs.generate(prompt[None], max_new_tokens=30, do_sample=False)[0, length:].tolist()
+        assert tokens_of(whole(ours), [prompt.tolist()], 30, GREEDY) == [expected]
+        theirs.model.rotary_emb.__init__(config)  # its table stays grown
+
+
+def test_texts_longer_than_the_learned_positions_are_refused():
+    model = whole(small_model(position="learned", max_position_embeddings=12))
+    prompt = documents([9])[0].tolist()
+    for how in (GREEDY, BEAMS):
+        assert len(generate(model, [Request(prompt, 3)], how)[0].tokens) == 3
+        with pytest.raises(DataError, match=r"prompt 1 has 9 tokens, and 4 more .* has 12 positions .*ask for fewer"):
+            generate(model, [Request(prompt, 3), Request(prompt, 4)], how)
+    with pytest.raises(DataError, match=r"prompt 0 has 13 tokens: the model has 12 positions .*; shorten the prompt$"):
+        check(model, [documents([13])[0].tolist()])

@@ -102,6 +102,10 @@ def factors_of(layer, heads, queries, keys):
     return 2.0 * ((mixed >> 7) % 2)
 
 
+def dropped(layer, weights, *numbers):
+    return weights * factors_of(layer, *numbers)
+
+
 @pytest.mark.parametrize("rule", [AttentionRule(5), RULES["window"], RULES["all"]], ids=["plain", "window", "all"])
 @pytest.mark.parametrize("boundaries", ROWS.values(), ids=ROWS)
 def test_weights_are_dropped_by_layer_head_and_tokens_of_the_row(rule, boundaries, monkeypatch):
@@ -112,7 +116,7 @@ def test_weights_are_dropped_by_layer_head_and_tokens_of_the_row(rule, boundarie
         monkeypatch.setattr(scores, "_AT_ONCE", block)
         monkeypatch.setattr(scores, "_FEWEST", min(block, 16))
         qkv, weight = inputs()
-        ours = with_gradients(packed_sdpa(boundaries, factors_of)(rule, *qkv), qkv, weight)
+        ours = with_gradients(packed_sdpa(boundaries, dropped)(rule, *qkv), qkv, weight)
         assert_close(ours, with_gradients(over_all_pairs(rule, boundaries, *qkv, factors), qkv, weight))
 
 

@@ -82,6 +82,8 @@ def backend_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
         {"no_bias": True, "checkpoint": 0.5},
         {"no_bias": True, "checkpoint": "selective"},
         {"apply_post_layer_norm": True, "tie_word_embeddings": True},
+        {"mlp_type": "geglu_tanh", "mlp_bias": True, "head_bias": True, "logit_softcap": 3.0, "embed_scale": 2.0},
+        {"mlp_type": "gelu", "mlp_bias": True, "logit_scale": 0.5, "checkpoint": "selective", "dtype": "torch.float64"},
         {"norm_position": "reordered", "qk_norm": "full", "checkpoint": "selective", "dtype": "torch.float64"},
         {"norm_position": "sandwich", "norm_type": "layernorm", "qk_norm": "head", "zero_centered_norm": True},
     ],

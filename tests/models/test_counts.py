@@ -54,6 +54,14 @@ def test_small_tied_llama():
     assert sum(n for name, n in counts.items() if "norm" in name) == 4_896
 
 
+def test_olmo2_7b():
+    norms = {"norm_position": "reordered", "qk_norm": "full"}
+    shape = {"num_attention_heads": 32, "vocab_size": 100352, "hidden_size": 4096, "num_layers": 32, "no_bias": True}
+    counts = sizes(shape | norms)
+    assert sum(counts.values()) == 7_298_617_344
+    assert sum(n for name, n in counts.items() if "norm" in name) == 32 * 4 * 4096 + 4096
+
+
 @pytest.mark.parametrize(
     ("changes", "tp_size", "found"),
     [

@@ -42,7 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
     "kinds of rotations": {
         "partial_rotary_factor": 0.5,
         "no_rope_every": 3,
-        "sliding_window": 4,
+        "sliding_window": 99,
         "layer_types": ["full_attention", "sliding_attention"],
         "rope_local_base": 50.0,
     },

@@ -95,6 +95,9 @@ class _Watched:
     def packed(self) -> tuple[PackedFolder, ...]:
         return self._data.packed
 
+    def epoch(self, position: Position) -> int:
+        return self._data.epoch(position)
+
     def batches(self, position: Position, pin: bool = False) -> Generator[Batch, None, None]:
         with closing(self._data.batches(position, pin=pin)) as batches:
             for batch in batches:

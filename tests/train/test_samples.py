@@ -152,6 +152,16 @@ def test_unusable_prompt_is_refused_on_all_ranks(data: Path, tmp_path: Path):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_a_sample_that_would_outgrow_the_learned_positions_is_refused_at_the_start(data: Path, tmp_path: Path):
+    config = config_for(data, 4, model={"position": "learned", "max_position_embeddings": 32})
+    prompts = {"sample_prompts": ["x" * 400]}
+    config = config.model_copy(update={"monitor": config.monitor.model_copy(update=prompts)})
+    with pytest.raises(
+        DataError, match=r"prompt 0 has \d+ tokens, and 6 more are asked for: the model has 32 positions"
+    ):
+        run_training(single_process_mesh(), config, tmp_path)
+
+
 def test_a_run_that_is_stopped_shows_no_last_samples(data: Path, tmp_path: Path):
     stop = tmp_path / "stop"
     stop.write_text("3")

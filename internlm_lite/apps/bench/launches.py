@@ -29,7 +29,7 @@ from internlm_lite.config.schema import Config
 from internlm_lite.layers import compiled
 from internlm_lite.layers.flash import packed_sdpa
 from internlm_lite.layers.loss import LossOptions, linear_cross_entropy, losses_and_gradient
-from internlm_lite.layers.rope import Rotary, rope_frequencies
+from internlm_lite.layers.rope import Rotations
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.models.decoder import Block, tensor_parallel_context
 from internlm_lite.train import trainer as trainer_module
@@ -168,8 +168,8 @@ def _run_block(config: Config) -> None:
         if param.manual_grad:  # type: ignore[attr-defined]
             param.main_grad = torch.zeros(param.shape)  # type: ignore[attr-defined]
     x = torch.zeros(_COMPILED_TOKENS, model.hidden_size, dtype=context.dtype, requires_grad=True)
-    rotary = Rotary(torch.arange(_COMPILED_TOKENS), rope_frequencies(model, torch.device("cpu")), context.dtype)
-    block(x, rotary, packed_sdpa((0, _COMPILED_TOKENS))).backward(torch.zeros_like(x))
+    rotations = Rotations(model, (0,), torch.device("cpu")).at(torch.arange(_COMPILED_TOKENS), context.dtype)
+    block(x, rotations[block.rotation], packed_sdpa((0, _COMPILED_TOKENS))).backward(torch.zeros_like(x))
 
 
 def _run_loss(config: Config) -> None:

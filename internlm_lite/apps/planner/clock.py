@@ -149,6 +149,8 @@ class Roofline:
         ways, device = self.ways, self.device
         per_key = (unit.flops_per_token(1) - unit.flops_per_token(0)) * ways.row.tokens / self.tp
         keys = ways.documents.keys_within(unit.attention.rule.window if isinstance(unit, Block) else None)
+        if isinstance(unit, Block) and unit.attention.in_blocks(ways.row):
+            return self._in_blocks(direction, per_key * keys, unit.attention.head_dim)
         operations = {"forward": 1.0, "backward": 2.5}[direction] * per_key * keys
         shares = {ways.attention: 1.0}
         if ways.attention == "cudnn":
@@ -157,6 +159,15 @@ class Roofline:
         rates = {kernel: getattr(device.attention_tflops[kernel], direction) for kernel in shares}
         seconds: float = sum(share * operations / (rates[kernel] * 1e12) for kernel, share in shares.items())
         return slower * seconds
+
+    def _in_blocks(self, direction: str, operations: float, head_dim: int) -> float:
+        """Of layers/scores.py, in fp32: one kernel after another reads and writes the scores. The backward pass makes
+        them again."""
+        products, kernels = {"forward": (1, 12), "backward": (3, 27)}[direction]
+        peaks = self.device.peak_tflops
+        rate = peaks.get("fp32", peaks[self.ways.dtype]) * 1e12 * self.device.product_fraction
+        scores = 4 * operations / (4 * head_dim)
+        return products * operations / rate + self.device.passes_seconds("elementwise", kernels * scores)
 
     def passes(self, passes: Iterable[Pass]) -> tuple[Seconds, Seconds]:
         """(forward, backward) of kernels and the gaps before them."""

@@ -16,10 +16,10 @@ from internlm_lite.apps.planner.schedule import Action, actions_of, bubble_fract
 from internlm_lite.apps.planner.step_clock import StepClock, clock_plan, present_ways
 from internlm_lite.apps.planner.traffic import messages, traffic
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
-from internlm_lite.config.schema import Config
+from internlm_lite.config.schema import Config, ModelConfig
 from internlm_lite.data.data_loader import open_training_data, open_validation_data
 from internlm_lite.data.render_batches import StepFigures, walk_steps
-from internlm_lite.layers.costs import RowShape
+from internlm_lite.layers.costs import Bytes, RowShape
 from internlm_lite.layers.flash import AttentionBackend, expected_backend
 from internlm_lite.mesh.mesh import Sizes, axis_groups, rank_of, sizes_of
 from internlm_lite.monitor.flops import internlm_step_flops
@@ -63,21 +63,16 @@ def make_plan(
     held, parameters_total = holdings(config, sizes, backend)
     row = row_shape(config, backend, device)
     orders = actions_of(config.schedule, sizes.pp, config.model.num_chunks, data.micro_num)
-    model, whole = config.model, replace(row, selective=False)
-    cases = {
-        "off": (whole, 0),
-        "selective": (replace(row, selective=True), 0),
-        "configured": (row, model.recomputed_layers),
-        "all": (whole, model.num_layers),
-    }
-    kept = [
-        {case: most_kept(own, shape, order, n) for case, (shape, n) in cases.items()}
-        for own, order in zip(held, orders, strict=True)
-    ]
+    kept = _kept_by_recomputation(config.model, held, orders, row)
     n_bytes = _rank_bytes(config, held, orders, row)
     sent = [traffic(messages(row, sizes, own, data.micro_num), sizes) for own in held]
     costs = {number: stage_cost(stage, data.seq_len) for own in held for number, stage in own.stages.items()}
     tokens_per_step = data.micro_num * data.micro_bsz * data.seq_len * sizes.dp
+
+    def peak(micro_bsz: int) -> int:
+        row_of = replace(row, tokens=micro_bsz * data.seq_len)
+        return max(one.peak for one in _rank_bytes(config, held, orders, row_of))
+
     return RunPlan(
         job=config.JOB_NAME,
         sizes=sizes,
@@ -95,12 +90,7 @@ def make_plan(
         groups=_groups(sizes),
         components=components_of(config, sorted({data.seq_len, *questions.lengths})),
         learning_rates=dict(_learning_rates(config)),
-        largest_batch=None
-        if questions.memory is None
-        else largest_batch(
-            lambda n: max(one.peak for one in _rank_bytes(config, held, orders, replace(row, tokens=n * data.seq_len))),
-            questions.memory,
-        ),
+        largest_batch=largest_batch(peak, questions.memory) if questions.memory else None,
         clock=None
         if questions.timed is None
         else clock_plan(
@@ -110,6 +100,23 @@ def make_plan(
         ),
         notes=list(_notes(config, sizes)),
     )
+
+
+def _kept_by_recomputation(
+    model: ModelConfig, held: Sequence[RankHoldings], orders: Sequence[Sequence[Action]], row: RowShape
+) -> list[dict[str, Bytes]]:
+    """Of each pipeline position, the activations it keeps, by what is recomputed."""
+    whole = replace(row, selective=False)
+    cases = {
+        "off": (whole, 0),
+        "selective": (replace(row, selective=True), 0),
+        "configured": (row, model.recomputed_layers),
+        "all": (whole, model.num_layers),
+    }
+    return [
+        {case: most_kept(own, shape, order, n) for case, (shape, n) in cases.items()}
+        for own, order in zip(held, orders, strict=True)
+    ]
 
 
 def _rank_bytes(
@@ -235,4 +242,6 @@ def _notes(config: Config, sizes: Sizes) -> Iterator[str]:
     if sizes.pp > 1 and data.micro_num < sizes.pp:
         yield f"data.micro_num {data.micro_num} is less than the {sizes.pp} pipeline ranks: most of them wait"
     if data.valid_every:
-        yield f"evaluation every {data.valid_every} steps and checkpoints are not in the times"
+        when = f"every {data.valid_every} steps" + " and before the first" * data.valid_at_start
+        train = f", and on {data.valid_train_batches} batches of training data" * bool(data.valid_train_batches)
+        yield f"evaluations ({when}, on {data.valid_batches} batches of a folder{train}) and saves are not in the times"

@@ -18,7 +18,7 @@ from internlm_lite.apps.planner.schedule import Action, actions_of, busy_time, l
 from internlm_lite.config.schema import Config
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.costs import FUSIONS, CostedLayer, Message, RowShape
-from internlm_lite.layers.flash import AttentionBackend, expected_backend
+from internlm_lite.layers.flash import AttentionBackend, expected_backend, unfit
 from internlm_lite.mesh.mesh import Sizes, sizes_of
 from internlm_lite.models.stages import model_flops_per_token
 from internlm_lite.monitor.flops import internlm_flops_per_token, mfu, tflops_per_gpu
@@ -132,10 +132,11 @@ def present_ways(config: Config, row: RowShape, documents: DocumentLengths, devi
     model = config.model
     row = replace(row, fused=_compiled(config) | {"gradients"}, fp8=model.fp8)
     dtype, kernel = DTYPES.get(model.dtype, "fp32"), KERNEL_OF.get(model.attention, model.attention)
-    if expected_backend(model, deterministic=config.deterministic) is AttentionBackend.SDPA:
+    expected = expected_backend(model, deterministic=config.deterministic)
+    if expected is AttentionBackend.SDPA:
         kernel, documents = "cudnn", replace(documents, long=1.0)
     elif kernel == "auto":
-        kernel = "cudnn" if "cudnn" in device.attention_tflops and not config.deterministic else "varlen"
+        kernel = "cudnn" if "cudnn" in device.attention_tflops and expected is AttentionBackend.CUDNN else "varlen"
     needed = {f"peak_tflops.{name}": name in device.peak_tflops for name in (dtype, "bf16", *["fp8"][: row.fp8])}
     kernels = (kernel, "varlen") if kernel == "cudnn" and documents.long < 1 else (kernel,)
     needed |= {f"attention_tflops.{name}": name in device.attention_tflops for name in kernels}
@@ -199,8 +200,8 @@ def _changes(clock: StepClock, ways: Ways) -> Iterator[tuple[str, float]]:
         "flash_attn_4": "flash-attn 4",
     }
     for kernel, name in kernels.items():
-        if kernel in known:
-            now = replace(now, attention=kernel)
+        if kernel in known and not unfit(AttentionBackend[kernel.upper()], clock.config.model):
+            now = replace(now, row=replace(now.row, reference=False), attention=kernel)
             yield f"attention by {name}", clock.seconds(now, size).total()
     now = replace(now, one_pass_update=True)
     yield "optimizer in one pass", clock.seconds(now, size).total()

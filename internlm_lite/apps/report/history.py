@@ -96,7 +96,8 @@ def validation(events: Iterable[Event]) -> list[Event]:
         if event["event"] == "evaluation":
             folders = event.get("folders")
             folders = folders if isinstance(folders, dict) else {}
-            kept.append({"step": step, "loss": event.get("loss"), "acc": event.get("acc"), "folders": folders})
+            figures = {key: event.get(key) for key in ("loss", "train_loss", "acc")}
+            kept.append({"step": step, **figures, "folders": folders})
     return kept
 
 

@@ -84,6 +84,7 @@ def run_payload(identity: str, run: RunReader, now: datetime, points: int = POIN
         "state": {**run_state(run, now), "restarts": len(restarted), "last_checkpoint": last},
         "window": window(columns.n),
         "change_from": None if columns.n <= lookback(columns.n) else int(columns.step[-1 - lookback(columns.n)]),
+        "epoch_tokens": sum(_folder_tokens(run).values()) or None,
         "folders": folder_table(run, checks),
         "validation": checks,
         "checkpoints": saves,
@@ -112,11 +113,16 @@ def lookback(lines: int) -> int:
     return max(window(lines), lines // 10)
 
 
+def _folder_tokens(run: RunReader) -> dict[str, float]:
+    """Tokens of each training folder, where they are known."""
+    sizes = (last_of(run.events, "start") or {}).get("folder_tokens")
+    sizes = sizes if isinstance(sizes, dict) else {}
+    return {name: size for name, size in sizes.items() if isinstance(size, int | float) and size > 0}
+
+
 def folder_table(run: RunReader, checks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per folder, in the order of the run's data."""
-    start = last_of(run.events, "start") or {}
-    sizes = start.get("folder_tokens")
-    sizes = sizes if isinstance(sizes, dict) else {}
+    sizes = _folder_tokens(run)
     last_check = checks[-1]["folders"] if checks else {}
     columns = run.columns.folders
     sums = {name: int(np.nansum(values[:, 0])) for name, values in columns.items()}
@@ -131,7 +137,7 @@ def folder_table(run: RunReader, checks: Sequence[dict[str, Any]]) -> list[dict[
                 "tokens": sums[name],
                 "share": sums[name] / total if total else 0.0,
                 "seen": seen[name],
-                "epochs": seen[name] / size if isinstance(size, int | float) and size > 0 else None,
+                "epochs": seen[name] / size if size else None,
                 **_folder_figures(values),
                 "val_loss": check[1] if isinstance(check, list) and len(check) == 3 else None,
                 "val_acc": check[2] if isinstance(check, list) and len(check) == 3 else None,

@@ -17,8 +17,10 @@ Wanted = Mapping[str, Mapping[str, Shape]]
 _LINES = 12
 _HEADS = "num_attention_heads"
 _FUNCTION = (
-    *(_HEADS, "num_kv_attention_heads", "head_dim", "apply_post_layer_norm", "norm_type", "layer_norm_epsilon"),
-    *("position", "rope_base", "rope_local_base", "rope_scaling", "partial_rotary_factor", "no_rope_every"),
+    *(_HEADS, "num_kv_attention_heads", "head_dim", "norm_position", "norm_type", "layer_norm_epsilon"),
+    *("zero_centered_norm", "position", "rope_base", "rope_local_base", "rope_scaling", "partial_rotary_factor"),
+    *("no_rope_every", "sliding_window", "layer_types", "attention_softcap", "attention_scale", "mlp_type"),
+    *("embed_scale", "logit_scale", "logit_softcap"),
 )
 """Keys of the model config that change its function but not the shape of any tensor."""
 
@@ -66,6 +68,9 @@ def other_function(found: Found, config: Mapping[str, Any]) -> list[str]:
     for model in (saved, ours):
         if model.get("num_kv_attention_heads", "") is None:  # None: as many as query heads
             model["num_kv_attention_heads"] = model[_HEADS]
+        if model.get("norm_position") is None and "apply_post_layer_norm" in model:
+            model["norm_position"] = "post" if model["apply_post_layer_norm"] else "pre"
+        model.setdefault("zero_centered_norm", False)
     known = [(key, saved[key], ours[key]) for key in _FUNCTION if key in saved and key in ours]
     return [f"model.{key}: checkpoint {a!r}, this run {b!r}" for key, a, b in known if a != b]
 

@@ -23,6 +23,7 @@ from internlm_lite.apps.planner.device_file import (
 from internlm_lite.apps.planner.holdings import BucketSizes
 from internlm_lite.apps.planner.overlap import Axis, exposed
 from internlm_lite.apps.planner.plan import Questions, make_plan
+from internlm_lite.apps.planner.report import ClockPlan
 from internlm_lite.apps.planner.step_clock import StepClock, clock_plan, full_rows
 from internlm_lite.config.load import load_config
 from internlm_lite.errors import ConfigError
@@ -260,6 +261,27 @@ def test_keys_of_a_sliding_layer_are_those_of_its_window() -> None:
     documents = document_lengths([(0, 2048, 4096)])
     assert [documents.keys_within(window) for window in (None, 4096, 2048)] == [1024] * 3
     assert documents.keys_within(512) == pytest.approx(917_760 / 2048, rel=1e-3)
+
+
+def planned(*overrides: str) -> ClockPlan:
+    config = load_config(CONFIG, ["model.dtype=torch.bfloat16", "data.seq_len=8192", *overrides]).config
+    clock, ways = full_rows(config, 8, load_device("h100"))
+    return clock_plan(clock, ways, "full rows")
+
+
+def test_windows_take_the_time_of_their_pairs_and_soft_caps_that_of_their_scores() -> None:
+    plain, sliding, capped = planned(), planned("model.sliding_window=512"), planned("model.attention_softcap=50.0")
+    assert (plain.attention, sliding.attention) == ("cudnn", "varlen")
+    assert sliding.terms["attention"] < plain.terms["attention"] / 4 and sliding.mfu < plain.mfu
+    assert capped.terms["attention"] > 8 * plain.terms["attention"]
+    names = [
+        [change.change for change in plan.changes if "attention by" in change.change] for plan in (sliding, capped)
+    ]
+    assert names == [["attention by flash-attn 3"]] * 2
+    (with_kernel,) = (
+        change.seconds_per_step for change in capped.changes if change.change == "attention by flash-attn 3"
+    )
+    assert with_kernel < capped.seconds_per_step / 2
 
 
 def test_the_tables_show_the_step(capsys: pytest.CaptureFixture[str]) -> None:

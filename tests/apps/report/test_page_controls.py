@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from internlm_lite.monitor.jsonl import read_objects
 from tests.apps.report import made
 from tests.apps.report.browser import Tab, legend
 from tests.apps.report.made import SIX, STEPS, report
@@ -44,6 +45,27 @@ def test_a_click_on_a_line_isolates_its_folder(tab: Tab, runs: Path) -> None:
     tab.page.mouse.click(box["x"] + x, box["y"] + y)
     tab.settle()
     assert tab.state["only"] == ["web"]
+
+
+def test_passes_over_the_data_with_tokens_above(tab: Tab, tmp_path: Path, pictures: Path) -> None:
+    """Loss and perplexity of training and of evaluations, one of them before the first step."""
+    run = made.make_run(tmp_path / "run")
+    start = {"time": made.time_of(-1), "seg": 0, "event": "evaluation", "step": -1, "loss": 9.0, "train_loss": 9.1}
+    first, *others = read_objects(run / "events.jsonl")
+    made.write_lines(run / "events.jsonl", [first, {**start, "acc": 0.0, "folders": {}}, *others], "w")
+    tab.open(report(run))
+    tab.press('#controls button[data-focus="x:epoch"]')
+    lines = read_metrics(run / "metrics.jsonl")
+    unit = 500_000 * len(SIX)
+    for title, key in (("Loss", "loss"), ("Perplexity", "perplexity")):
+        train = tab.chart(title)["lines"][0]
+        assert train["name"] == "training" and train["values"][-1] == pytest.approx(lines[-1][key], rel=1e-4)
+    names = [line["name"] for line in tab.chart("Perplexity")["lines"]]
+    assert names == ["training", "validation", "training, evaluated"]
+    assert tab.chart("Loss")["x"][1] == pytest.approx(lines[-1]["num_consumed_tokens"] / unit)
+    assert tab.page.locator("#training .chart").first.locator(".u-axis").count() == 3
+    tab.picture(pictures, "epochs", whole=True)
+    assert tab.faults == []
 
 
 def test_smoothing_axes_and_tabs_change_the_chart_and_the_address(tab: Tab, runs: Path) -> None:

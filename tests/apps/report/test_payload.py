@@ -36,7 +36,7 @@ def test_an_example_of_everything(tmp_path: Path) -> None:
     (tmp_path / "env.json").write_text('{"host": "h"}')
     events = [
         event("start", -1, step=0, total_steps=4, folder_tokens={"code": 200}),
-        event("evaluation", 1.5, step=1, loss=2.4, acc=0.3, folders={"code": [9, 2.4, 0.3]}),
+        event("evaluation", 1.5, step=1, loss=2.4, acc=0.3, train_loss=2.6, folders={"code": [9, 2.4, 0.3]}),
         event("checkpoint", 1.6, step=2, saved="milestone", name="c", waited=True, stall_seconds=0.5),
         event("alert", 1.7, rule="loss", step=1, text="loss is up"),
     ]
@@ -67,6 +67,7 @@ def test_an_example_of_everything(tmp_path: Path) -> None:
         },
         "window": 1,
         "change_from": 0,
+        "epoch_tokens": 200,
         "folders": [
             {
                 "name": "code",
@@ -97,7 +98,9 @@ def test_an_example_of_everything(tmp_path: Path) -> None:
             "folders": {"code": {"tokens": [10, 10], "loss": [3, 2.5], "acc": [0.5, 0.5]}},
             "skipped": [1],
         },
-        "validation": [{"step": 1, "loss": 2.4, "acc": 0.3, "folders": {"code": [9, 2.4, 0.3]}}],
+        "validation": [
+            {"step": 1, "loss": 2.4, "train_loss": 2.6, "acc": 0.3, "folders": {"code": [9, 2.4, 0.3]}},
+        ],
         "checkpoints": [
             {
                 "step": 2,
@@ -111,7 +114,7 @@ def test_an_example_of_everything(tmp_path: Path) -> None:
             }
         ],
         "samples": [],
-        "events": [events[0], {**event("evaluation", 1.5, step=1, loss=2.4, acc=0.3)}, *events[2:]],
+        "events": [events[0], {**event("evaluation", 1.5, step=1, loss=2.4, acc=0.3, train_loss=2.6)}, *events[2:]],
         "alerts": [{"rule": "loss", "step": 1, "text": "loss is up", "time": at(1.7), "over": False}],
         "restarts": [],
         "config": [],

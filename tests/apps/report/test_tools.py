@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -156,6 +157,32 @@ def test_the_figure_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     run_folder(tmp_path / "empty", [])
     assert run(write_report, capsys, tmp_path / "empty", "--png")[0] == 0
     assert (tmp_path / "empty" / "loss.png").exists()
+
+
+def test_the_figure_over_epochs_has_the_tokens_above(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Points of evaluations, also of the one before the first step, and perplexities."""
+    lines = [line(step, num_consumed_tokens=100 * (step + 1), perplexity=7.0) for step in range(40)]
+    checks = [
+        {"time": lines[0]["time"], "seg": 0, "event": "evaluation", "step": step, "loss": loss, "acc": 0, **more}
+        for step, loss, more in [(-1, 2.0, {"train_loss": 3.0}), (19, 1.0, {"folders": {"a": [1, 4.0, 0]}})]
+    ]
+    start = {"time": lines[0]["time"], "seg": 0, "event": "start", "step": 0, "folder_tokens": {"a": 1500, "b": 500}}
+    folder = run_folder(tmp_path / "run", lines, [start, *checks])
+    assert run(write_report, capsys, folder, "--png", "--over", "epoch")[0] == 0
+    (drawn,) = payload.make_payload([("r0", RunReader(folder, "run").read_all())], live=False)["runs"]
+    assert drawn["epoch_tokens"] == 2000
+    made = figure._figure([drawn], "epoch")
+    loss, ppl = made.axes[:2]
+    curves = {line.get_linestyle(): line.get_xydata().tolist() for line in loss.get_lines()}
+    assert curves["-."] == [[0.0, 2.0], [1.0, 1.0]] and curves[":"] == [[0.0, 3.0]]
+    assert curves["-"][-1][0] == 2.0
+    ((_, first), (_, second)) = next(li for li in ppl.get_lines() if li.get_linestyle() == "-.").get_xydata()
+    assert (first, second) == pytest.approx((math.exp(2), math.e))
+    assert loss.child_axes[0].get_xlabel() == "tokens"
+    assert loss.child_axes[0]._functions[0](2.0) == 4000
+    run_folder(tmp_path / "old", lines)
+    code, output = run(write_report, capsys, tmp_path / "old", "--png", "--over", "epoch")
+    assert code == 2 and "does not say how many tokens its data have; take --over tokens" in output
 
 
 def test_smoothing_begins_at_the_first_value() -> None:

@@ -26,7 +26,7 @@ const DEFAULTS = {
 
 const ALLOWED = {
   tab: ["loss", "acc", "ppl", "share"],
-  x: ["step", "tokens", "time"],
+  x: ["step", "epoch", "tokens", "time"],
   y: ["linear", "log"],
   scale: ["common", "own"],
   theme: ["auto", "light", "dark"],

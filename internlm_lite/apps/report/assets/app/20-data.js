@@ -76,14 +76,20 @@ function seriesOf(run) {
   return details.get(run.id) ?? run.series;
 }
 
-// x of each point in the chosen unit: steps, tokens, or seconds since the run's first line. Never falls.
+// x of each point in the chosen unit: steps, passes over the data, tokens, or seconds since the run's first line. Never
+// falls.
 const xCache = new WeakMap();
+const VALUES_OF_X = {
+  tokens: (run, series) => series.num_consumed_tokens,
+  epoch: (run, series) => run.epoch_tokens && series.num_consumed_tokens?.map((tokens) => tokens / run.epoch_tokens),
+  time: elapsed,
+};
 
 function xOf(run, series = seriesOf(run)) {
   if (state.x === "step") return series.step;
   let units = xCache.get(series);
   if (!units) xCache.set(series, (units = {}));
-  return (units[state.x] ??= rising(state.x === "tokens" ? series.num_consumed_tokens : elapsed(run, series), series));
+  return (units[state.x] ??= rising(VALUES_OF_X[state.x](run, series), series));
 }
 
 function elapsed(run, series) {
@@ -99,7 +105,7 @@ function rising(values, series) {
 
 // x of a step, between the two points around it.
 function xOfStep(run, step) {
-  if (state.x === "step") return step;
+  if (state.x === "step") return Math.max(0, step); // an evaluation before the first step is one after step -1
   return between(run.series.step, xOf(run, run.series), step);
 }
 
@@ -118,7 +124,14 @@ function between(from, to, value) {
 
 function xLabel(value) {
   if (state.x === "time") return duration(value);
+  if (state.x === "epoch") return significant(value, 3);
   return state.x === "tokens" ? compact(value) : integer(value);
+}
+
+// Tokens of one pass over the data, if all shown runs have the same number.
+function epochTokens() {
+  const [first, ...others] = shownRuns().map((run) => run.epoch_tokens);
+  return first && others.every((tokens) => tokens === first) ? first : null;
 }
 
 // One folder's values for a tab. Perplexity and share are computed here, so that they need no place in the file.

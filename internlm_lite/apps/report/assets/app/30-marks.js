@@ -1,6 +1,6 @@
 // Vertical marks on charts: restarts, checkpoints, alerts, skipped steps.
 
-const SYMBOLS = { milestone: "◆", snapshot: "●", final: "■", failed: "✕", restart: "↻", alert: "▲" };
+const SYMBOLS = { milestone: "◆", snapshot: "●", final: "■", best: "★", failed: "✕", restart: "↻", alert: "▲" };
 
 // [{x, kind, colour, text}] of the shown runs, in the unit of the x axis.
 function currentMarks() {
@@ -50,7 +50,7 @@ function paintMarks(plot, marks) {
     if (item.x < plot.scales.x.min || item.x > plot.scales.x.max) continue;
     const x = plot.valToPos(item.x, "x", true);
     ctx.fillStyle = ctx.strokeStyle = cssColour(item.colour);
-    const low = ["milestone", "snapshot", "final", "skipped"].includes(item.kind);
+    const low = ["milestone", "snapshot", "final", "best", "skipped"].includes(item.kind);
     if (!low) paintLine(ctx, x, bbox, ratio);
     ctx.fillText(SYMBOLS[item.kind] ?? "×", x, low ? bbox.top + bbox.height - 4 * ratio : bbox.top + 11 * ratio);
   }

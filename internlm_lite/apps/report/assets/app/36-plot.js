@@ -17,7 +17,7 @@ function plotOptions(chart, drawn) {
     },
     focus: { alpha: 0.35 },
     scales: { x: { time: false, range: () => xRange() }, y: yScale(chart) },
-    axes: [xAxis(small), yAxis(chart)],
+    axes: [xAxis(small), yAxis(chart), ...(state.x === "epoch" && !small && epochTokens() ? [tokensAxis()] : [])],
     series: [{}, ...drawn.map((line) => lineOptions(line, small, drawn.length > 12))],
     hooks: {
       setSelect: [(plot) => zoomTo(plot)],
@@ -60,24 +60,32 @@ function padded(low, high, log) {
   return [low >= 0 ? Math.max(0, low - room) : low - room, high + room];
 }
 
-// Distances of grid lines on the x axis: whole steps, round times.
+// Distances of grid lines on the x axis: whole steps, parts of a pass over the data, round times.
 const ROUND = Array.from({ length: 16 }, (_, power) => [1, 2, 5].map((digit) => digit * 10 ** power)).flat();
+const PARTS_OF_EPOCHS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, ...ROUND];
 const PARTS_OF_DAYS = [1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 10800, 21600, 43200];
 const ROUND_TIMES = [...PARTS_OF_DAYS, ...ROUND.map((days) => 86400 * days)];
 
 function xAxis(small) {
-  const text = { step: integer, tokens: tick, time: duration }[state.x];
+  const text = { step: integer, epoch: tick, tokens: tick, time: duration }[state.x];
   const label = (plot, ticks) => ticks.map((value) => (value === null ? "" : text(value)));
   return {
     ...axisColours(),
     size: small ? 20 : 26,
     space: small ? 56 : 80,
-    incrs: state.x === "time" ? ROUND_TIMES : ROUND,
+    incrs: { time: ROUND_TIMES, epoch: PARTS_OF_EPOCHS }[state.x] ?? ROUND,
     values: label,
     font: axisFont(small),
     gap: 4,
     ticks: { show: false },
   };
+}
+
+// Above a chart over passes: the tokens trained on, at the same places.
+function tokensAxis() {
+  const text = (value) => (value === null ? "" : compact(value * epochTokens()));
+  const values = (plot, ticks) => ticks.map(text);
+  return { ...xAxis(false), scale: "x", side: 0, values, grid: { show: false }, label: t("x_tokens"), labelSize: 16 };
 }
 
 function yAxis(chart) {
@@ -130,7 +138,7 @@ function zoomTo(plot) {
 }
 
 function zoomOn(low, high) {
-  const digits = state.x === "time" ? 1 : 0;
+  const digits = { time: 1, epoch: 4 }[state.x] ?? 0;
   const range = [low, high].map((value) => Number(value.toFixed(digits)));
   if (range[0] < range[1]) choose({ zoom: range });
 }

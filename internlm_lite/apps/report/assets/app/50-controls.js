@@ -17,7 +17,7 @@ function drawControls() {
       "x_axis",
       choices(
         "x",
-        ["step", "tokens", "time"].map((value) => [value, t(`x_${value}`)]),
+        ["step", ...(payload.runs.some((run) => run.epoch_tokens) ? ["epoch"] : []), "tokens", "time"].map((value) => [value, t(`x_${value}`)]),
         state.x,
         (x) => choose({ x }),
       ),

@@ -113,29 +113,8 @@ function skippedMarks() {
 
 function drawTraining() {
   const runs = shownRuns();
-  curve("training", "chart_loss", { height: 260, hides: true }).show({
-    title: t("chart_loss"),
-    log: isLog("loss"),
-    marks: currentMarks(),
-    lines: [
-      ...runs.map((run) => ({
-        key: `loss ${run.id}`,
-        name: runName(t("line_train"), run),
-        x: xOf(run),
-        values: seriesOf(run).loss ?? [],
-        ...runLook(run, 0),
-        format: FORMATS.loss,
-      })),
-      ...runs.map((run) =>
-        validationLine(
-          run,
-          runName(t("line_val"), run),
-          manyRuns() ? runLook(run, 0).colour : plainColour(1),
-          (item) => item.loss,
-        ),
-      ),
-    ],
-  });
+  drawTotals("chart_loss", "loss", FORMATS.loss, (loss) => loss);
+  drawTotals("chart_ppl", "perplexity", FORMATS.ppl, perplexity);
   curve("training", "chart_val_loss", { height: 260, hides: true }).show({
     title: t("chart_val_loss"),
     log: isLog("loss"),
@@ -152,6 +131,32 @@ function drawTraining() {
         ),
       ),
     ),
+  });
+}
+
+// Training and evaluations of each run in one chart; `read` makes its values of losses.
+function drawTotals(title, key, format, read) {
+  const evaluated = (run, name, place, loss) => {
+    const colour = manyRuns() ? runLook(run, 0).colour : plainColour(place);
+    const line = validationLine(run, runName(t(name), run), colour, (item) => read(loss(item)), [6, 3]);
+    return { ...line, key: `${key} ${line.key}`, format };
+  };
+  curve("training", title, { height: 260, hides: true }).show({
+    title: t(title),
+    log: isLog("loss"),
+    marks: currentMarks(),
+    lines: shownRuns().flatMap((run) => [
+      {
+        key: `${key} ${run.id}`,
+        name: runName(t("line_train"), run),
+        x: xOf(run),
+        values: seriesOf(run)[key] ?? [],
+        ...runLook(run, 0),
+        format,
+      },
+      evaluated(run, "line_val", 1, (item) => item.loss),
+      evaluated(run, "line_checked", 2, (item) => item.train_loss),
+    ]),
   });
 }
 

@@ -25,7 +25,7 @@ function checkpointKey() {
   return make(
     "p",
     { class: "key-list" },
-    ...["milestone", "snapshot", "final", "failed"].map((kind) =>
+    ...["milestone", "snapshot", "final", "best", "failed"].map((kind) =>
       make(
         "span",
         { class: kind },

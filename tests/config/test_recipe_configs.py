@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.config.test_bad_configs import GOOD, problems
@@ -89,7 +91,8 @@ REST = [
 
 
 @pytest.mark.parametrize(("keys", "found"), [*MODEL, *REST], ids=lambda value: str(value)[:60])
-def test_one_error_each(keys: str, found: str | None) -> None:
+def test_one_error_each(keys: str, found: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     of_model = (keys, found) in MODEL
     told = problems(GOOD.replace("num_layers=4", f"num_layers=4, {keys}") if of_model else f"{GOOD}{keys}\n")
     assert len(told) == (found is not None), told

@@ -659,7 +659,6 @@ def test_windows_caps_and_scales_that_cannot_be(keys: str, found: str | None) ->
     assert found is None or found in told[0]
 
 
-<<<<<<< HEAD
 FEED_FORWARD_AND_HEAD = [
     ("mlp_type='geglu'", None),
     ("mlp_type='gelu_tanh', mlp_bias=True, head_bias=True, logit_scale=0.5, logit_softcap=30, embed_scale=11.3", None),
@@ -692,7 +691,11 @@ FEED_FORWARD_AND_HEAD = [
 
 @pytest.mark.parametrize(("keys", "found"), FEED_FORWARD_AND_HEAD, ids=[keys for keys, _ in FEED_FORWARD_AND_HEAD])
 def test_feed_forward_parts_and_heads_that_cannot_be(keys: str, found: str | None) -> None:
-=======
+    told = problems(GOOD.replace("num_layers=4", f"num_layers=4, {keys}"))
+    assert len(told) == (found is not None), told
+    assert found is None or found in told[0]
+
+
 DROPOUT = [
     ("embedding_dropout=1", "model.embedding_dropout: found 1, expected a number >= 0 and < 1"),
     ("residual_dropout=1.0", "model.residual_dropout: found 1.0, expected a number >= 0 and < 1"),
@@ -720,7 +723,6 @@ DROPOUT = [
 
 @pytest.mark.parametrize(("keys", "found"), DROPOUT, ids=[keys for keys, _ in DROPOUT])
 def test_dropout_that_cannot_be(keys: str, found: str | None) -> None:
->>>>>>> dropout
     told = problems(GOOD.replace("num_layers=4", f"num_layers=4, {keys}"))
     assert len(told) == (found is not None), told
     assert found is None or found in told[0]

@@ -41,6 +41,7 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddi
 def curve(mesh: Mesh, corpus: Path | None, **model: Any) -> list[tuple[float, float]]:
     """(loss, gradient norm) of the first steps; rows of the corpus are of many compositions."""
     sections = {"data": {"micro_num": 4 // mesh.dp.size, "total_steps": STEPS}, "lr_scheduler": {"total_steps": STEPS}}
+    sections["loss"] = {"z_loss": model.pop("z_loss", 0)}
     layout = {"tensor": mesh.tp.size, "sequence_parallel": mesh.tp.size > 1, "pipeline": {"size": mesh.pp.size}}
     model = {"dtype": "torch.float32", "num_layers": 3, **model}
     config = tiny(corpus, model=model, parallel=layout, **sections)
@@ -85,7 +86,14 @@ def backend_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
         {"no_bias": True, "checkpoint": 0.5},
         {"no_bias": True, "checkpoint": "selective"},
         {"apply_post_layer_norm": True, "tie_word_embeddings": True},
-        {"mlp_type": "geglu_tanh", "mlp_bias": True, "head_bias": True, "logit_softcap": 3.0, "embed_scale": 2.0},
+        {
+            "mlp_type": "geglu_tanh",
+            "mlp_bias": True,
+            "head_bias": True,
+            "logit_softcap": 3.0,
+            "embed_scale": 2.0,
+            "z_loss": 0.1,
+        },
         {"mlp_type": "gelu", "mlp_bias": True, "logit_scale": 0.5, "checkpoint": "selective", "dtype": "torch.float64"},
         {"norm_position": "reordered", "qk_norm": "full", "checkpoint": "selective", "dtype": "torch.float64"},
         {"norm_position": "sandwich", "norm_type": "layernorm", "qk_norm": "head", "zero_centered_norm": True},

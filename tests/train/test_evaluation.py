@@ -110,7 +110,8 @@ def test_a_worse_evaluation_after_going_back_keeps_the_better_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saves = tmp_path / "saves"
-    config = tiny(None, ckpt=saving(saves, checkpoint_every=2, auto_resume=False), data={"valid_every": 2})
+    ckpt = saving(saves, checkpoint_every=2, auto_resume=False, async_upload=False)
+    config = tiny(None, ckpt=ckpt, data={"valid_every": 2})
     train_with([5.0, 4.0, 2.0, 3.0], monkeypatch, config, tmp_path / "run")
     assert bests(saves) == [(6, 2.0)]
     train_with([4.0, 2.5, 2.2], monkeypatch, config, tmp_path / "again", "4")
@@ -123,7 +124,7 @@ def test_tools_show_and_keep_the_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saves = tmp_path / "saves"
-    config = tiny(None, ckpt=saving(saves, checkpoint_every=2), data={"valid_every": 2})
+    config = tiny(None, ckpt=saving(saves, checkpoint_every=2, async_upload=False), data={"valid_every": 2})
     train_with([2.0, 3.0, 4.0, 5.0], monkeypatch, config, tmp_path / "run")
     assert ckpt_tool.main(["ls", str(saves)]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if " best" in line]

@@ -16,7 +16,15 @@ from internlm_lite.apps.convert.to_hf import open_checkpoint, write_hf
 from internlm_lite.errors import CheckpointError
 from internlm_lite.generate.load_model import load_model
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
-from tests.apps.convert.made import masters, our_logits, save_llama, save_ours, save_ours_on, their_logits
+from tests.apps.convert.made import (
+    masters,
+    our_logits,
+    save_llama,
+    save_ours,
+    save_ours_on,
+    small_tokenizer,
+    their_logits,
+)
 from tests.apps.convert.test_shapes import OWN
 from tests.train.runs import run_training, tiny
 from tests.world import run_world
@@ -25,6 +33,7 @@ SHAPES = {
     "grouped": {"no_bias": True},
     "grouped, biases": {},
     "tied": {"no_bias": True, "tie_word_embeddings": True},
+    "three queries a head": {"num_attention_heads": 6, "hidden_size": 60, "no_bias": True},
     "every head, biases": {"num_kv_attention_heads": None},
     "every head, biases, tied": {"num_kv_attention_heads": None, "tie_word_embeddings": True},
 }
@@ -91,6 +100,21 @@ def test_transformers_reads_every_tensor_of_ours(tmp_path, shard_bytes):
         headers = {file: safe_open(tmp_path / "hf" / file, "pt").keys() for file in written.files}
         assert index["weight_map"] == {name: file for file, names in headers.items() for name in names}
         assert max(sizes) < 60_000 + 4096 and sum(sizes) > index["metadata"]["total_size"]
+
+
+def test_the_vocabulary_is_that_of_the_model_not_of_the_tokenizer(tmp_path):
+    """Rows beyond the tokenizer's tokens were trained, too: none is cut, and none is added for tensor parallelism."""
+    tokenizer = small_tokenizer(tmp_path)
+    save_ours(tmp_path / "ours", vocab_size=311, tokenizer=str(tokenizer.path))
+    found, config, _ = open_checkpoint(str(tmp_path / "ours"))
+    write_hf(found, config, tmp_path / "hf", family="llama", dtype="float32", tokenizer=tokenizer)
+    shapes = HFFolder(tmp_path / "hf").shapes
+    assert (
+        tokenizer.vocab_size == 300 and json.loads((tmp_path / "hf" / "config.json").read_text())["vocab_size"] == 311
+    )
+    assert shapes["lm_head.weight"] == shapes["model.embed_tokens.weight"] == (311, 64)
+    read_hf(tmp_path / "hf", str(tmp_path / "back"))
+    assert all(torch.equal(masters(tmp_path / "back")[name], rows) for name, rows in masters(tmp_path / "ours").items())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -115,7 +115,7 @@ NO_EFFECT_IF: Mapping[str, tuple[Sequence[Any], str]] = {
     "model.use_amp": ((False,), "model.dtype is the one dtype of weights and activations"),
     "model.use_dynamic_ntk_rope": ((False,), "model.rope_scaling=dict(rope_type='dynamic', ...) is its name here"),
     "model.use_scaled_init": ((True,), "output projections are scaled by 1/sqrt(2*num_layers)"),
-    "model.use_swiglu": ((True,), "the MLP is SwiGLU"),
+    "model.use_swiglu": ((True,), "model.mlp_type names the feed-forward part, by default SwiGLU"),
     "npu_fixedlen_flash_2d": ((False,), "rows are packed documents"),
     "output_tf32": ((False,), "the head has model.dtype; model.dtype='torch.tf32' is for the whole model"),
     "parallel.pipeline.decouple_grad": ((False,), "parallel.pipeline.schedule='zbv' separates the weight gradients"),
@@ -126,7 +126,7 @@ NO_EFFECT_IF: Mapping[str, tuple[Sequence[Any], str]] = {
 FEATURES: Mapping[str, tuple[str, str]] = {
     r"(num|n)_(local_|routed_|shared_)?experts?|(use_)?(moe|tutel)(_.*)?|experts?(_.*)?|ep(_size)?|top_?k|router_.*|"
     r".*aux_loss.*|capacity_factor|first_k_dense_replace": ("a mixture of experts", "every block has one dense MLP"),
-    r"(ring|usp|ulysses|context)(_.*)?|cp(_size|_degree)?|sequence_2d|.*_(ring|ulysses)(_.*)?|(uly|ring)_sp|"
+    r"(ring|usp|ulysses|context)(_(?!length).*)?|cp(_size|_degree)?|sequence_2d|.*_(ring|ulysses)(_.*)?|(uly|ring)_sp|"
     r"ds_sequence_parallel.*": (
         "context parallelism (ring, Ulysses)", "long rows: parallel.sequence_parallel and model.checkpoint"),
     r"weight_parallel.*|isp(_.*)?": (
@@ -154,6 +154,8 @@ FEATURES: Mapping[str, tuple[str, str]] = {
         "another form of local attention", "model.sliding_window and model.layer_types set windows"),
     r"(use_)?(yarn|ntk|alibi)(_.*)?": (
         "other position embeddings", "model.position names the kind, model.rope_scaling scales rotary frequencies"),
+    r"(use_)?parallel_(residual|attn|attention|block).*": (
+        "attention and feed-forward part side by side", "a block runs one after the other"),
     r"mtp(_.*)?|num_nextn_predict_layers|multi_token.*": ("multi-token prediction", "one token is predicted"),
     r"(num_)?(train_)?epochs?": ("counting in epochs", "data.total_steps counts steps"),
     r"early_stopping.*|load_best_model.*|metric_for_best.*": (
@@ -181,7 +183,8 @@ _OTHER_NAMES = {
     "data.micro_bsz": "per_device_train_batch_size micro_batch_size train_micro_batch_size_per_gpu local_batch_size",
     "data.micro_num": "gradient_accumulation_steps batch_accumulation_per_replica num_microbatches global_batch_size "
     "train_batch_size",
-    "data.seq_len": "seq_length max_seq_len max_seq_length max_length sequence_length model_max_length block_size",
+    "data.seq_len": "seq_length max_seq_len max_seq_length max_length sequence_length model_max_length block_size "
+    "context_length",
     "data.tokenizer": "vocab_file tokenizer_model tokenizer_name_or_path",
     "data.total_steps": "max_steps train_iters train_steps max_iters total_iters training_steps",
     "data.train_folder": "data_path dataset dataset_path train_data_path train_file",
@@ -190,6 +193,7 @@ _OTHER_NAMES = {
     "data.valid_every": "eval_steps eval_interval",
     "data.weights": "dataset_weights data_weights blend",
     "hybrid_zero_optimizer.clip_grad_norm": "max_grad_norm gradient_clipping clip_grad max_norm",
+    "loss.z_loss": "z_loss_weight z_loss_multiplier z_loss_coefficient z_loss_coeff",
     "lr_scheduler.decay": "lr_scheduler_type lr_decay_style",
     "lr_scheduler.eta_min": "min_lr min_decay_lr lr_min",
     "lr_scheduler.warmup_steps": "lr_warmup_iters lr_warmup_steps warmup_iters num_warmup_steps",
@@ -197,22 +201,29 @@ _OTHER_NAMES = {
     "model.attention_dropout": "attn_drop_rate attn_pdrop attn_dropout attention_probs_dropout_prob",
     "model.residual_dropout": "drop_rate resid_pdrop hidden_dropout hidden_dropout_prob resid_dropout dropout",
     "model.embedding_dropout": "embed_dropout embd_pdrop embd_dropout",
-    "model.logit_softcap": "final_logit_softcapping logits_soft_cap",
-    "loss.z_loss": "z_loss_weight z_loss_multiplier",
     "model.attention_softcap": "attn_logit_softcapping attn_logit_softcap attention_logit_cap",
     "model.checkpoint": "gradient_checkpointing activation_checkpoint activation_checkpointing recompute "
     "recompute_granularity",
     "model.compile": "torch_compile use_torch_compile use_compile enable_compile",
     "model.dtype": "bf16 fp16 torch_dtype precision mixed_precision params_dtype",
+    "model.embed_scale": "embedding_multiplier embedding_scale",
+    "model.head_bias": "lm_head_bias output_bias",
     "model.head_dim": "kv_channels",
+    "model.hidden_size": "n_embd d_model emb_dim embedding_dim dim",
     "model.init_std": "initializer_range init_method_std",
     "model.layer_norm_epsilon": "rms_norm_eps norm_eps norm_epsilon layernorm_epsilon",
+    "model.layer_types": "sliding_window_pattern max_window_layers",
+    "model.logit_scale": "logits_scale logit_multiplier lm_head_multiplier",
+    "model.logit_softcap": "final_logit_softcapping final_logit_softcap final_logits_soft_cap logits_soft_cap",
+    "model.mlp_bias": "ffn_bias",
     "model.mlp_ratio": "intermediate_size ffn_hidden_size ffn_dim",
+    "model.mlp_type": "hidden_act hidden_activation activation_function activation_func ffn_act_type swiglu",
     "model.max_position_embeddings": "n_positions n_ctx max_seq_len max_sequence_length",
     "model.no_rope_every": "no_rope_layer_interval nope_layer_interval no_rope_freq",
+    "model.num_attention_heads": "n_head n_heads num_heads",
     "model.num_kv_attention_heads": "num_key_value_heads num_query_groups n_kv_heads",
     "model.norm_type": "normalization",
-    "model.num_layers": "num_hidden_layers n_layers",
+    "model.num_layers": "num_hidden_layers n_layers n_layer",
     "model.partial_rotary_factor": "rotary_pct rotary_percent",
     "model.position": "position_embedding_type",
     "model.qk_norm": "qk_layernorm use_qk_norm",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import inf
 
 from internlm_lite.config.problems import Problem
 from internlm_lite.config.schema import UNKNOWN_TO_KERNELS, Config, ModelConfig
 
 _TENSOR = "parallel.tensor"
+_RANGES = {"float16": (2.0**-24, 65504.0), "bfloat16": (2.0**-126, 3.38e38), "float32": (2.0**-126, 3.4e38)}
+"""Least and greatest numbers of a dtype."""
 
 
 def model_problems(config: Config) -> Iterator[Problem]:
@@ -15,6 +18,7 @@ def model_problems(config: Config) -> Iterator[Problem]:
     yield from _heads(config)
     yield from _positions(config)
     yield from _windows(config.model)
+    yield from _embedding(config.model)
     yield from _norms(config)
     yield from _tensor(config)
     yield from _float8(config)
@@ -118,6 +122,13 @@ def _windows(model: ModelConfig) -> Iterator[Problem]:
         if (value := getattr(model, key)) is not None:
             text = f'found {value} with model.attention "{model.attention}", whose kernel does not have it; take "auto"'
             yield Problem((f"model.{key}", "model.attention"), text)
+
+
+def _embedding(model: ModelConfig) -> Iterator[Problem]:
+    low, high = _RANGES.get(model.torch_dtype_name, (0.0, inf))
+    if model.embed_scale is not None and not low <= model.embed_scale <= high:
+        text = f'found {model.embed_scale} with model.dtype "{model.dtype}", expected a number between {low} and {high}'
+        yield Problem(("model.embed_scale", "model.dtype"), f"{text}; change one of them")
 
 
 def _tensor(config: Config) -> Iterator[Problem]:

@@ -179,8 +179,8 @@ class LossConfig(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0
     """Share of the probability mass spread evenly over the vocabulary."""
     z_loss: Annotated[float, Field(ge=0)] = 0
-    """(new) c: adds c * log(sum of exp(logits))^2 to the loss of each token, which keeps logits small (PaLM,
-    arXiv:2204.02311: 1e-4). Part of `loss`, not of `loss_from_metric`."""
+    """(new) c: adds c * log(sum of exp(logits))^2 to the loss of each label, which keeps logits small (PaLM,
+    arXiv:2204.02311: 1e-4). The step line's `loss` and `loss_from_metric` leave it out."""
 
 
 class OptimizerConfig(Section):
@@ -456,6 +456,11 @@ class ModelConfig(Section):
     @property
     def has_out_bias(self) -> bool:
         return not self.no_bias if self.out_bias is None else self.out_bias
+
+    @property
+    def gated_mlp(self) -> bool:
+        """The feed-forward part has a second projection, by which the activation is multiplied."""
+        return "glu" in self.mlp_type
 
     @property
     def mlp_hidden_size(self) -> int:

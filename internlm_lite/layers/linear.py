@@ -83,7 +83,16 @@ class _Linear(CostedLayer):
             kernels.append(Pass("fused", 5 * operands, 4, part="casts to float8"))
             operands += row.tokens * self.weight.shape[0]
             kernels.append(Pass("fused", 7 * operands, 9, backward=True, part="casts to float8"))
-        return kernels + gradient_passes(self.weight, row)
+        return kernels + self._bias_passes(row) + gradient_passes(self.weight, row)
+
+    def _bias_passes(self, row: RowShape) -> list[Pass]:
+        """The sum of a bias's gradient over the tokens; of a row layer also the addition, which no product makes."""
+        if self.bias is None or "block" in row.fused:
+            return []
+        if self.split_dim == 0:
+            return [Pass("reduce", row.tokens * self.weight.shape[0] * self.weight.itemsize, backward=True)]
+        outside = self.tp_ctx.hidden_bytes(row.tokens, self.weight.shape[0])
+        return [Pass("elementwise", 2 * outside), Pass("reduce", outside, backward=True)]
 
     def deferred_bytes(self, row: RowShape) -> int:
         return row.tokens * sum(self.weight.shape) * self.tp_ctx.products.itemsize(self.weight.dtype)

@@ -8,10 +8,10 @@
     z <- a z, then c tanh(z / c)       dz <- a (1 - (z / c)^2) dz
     loss <- loss + k lse^2             dz <- dz + 2 k lse softmax(z)         lse = log sum_v exp z_v
 
-When gradients are needed, the forward pass overwrites a chunk's logits by dz
-and adds it to dh and dW, so the backward pass recomputes nothing. W may be split by rows (vocabulary) over the
-tensor-parallel ranks: the maximum, the sum of exponentials and the label's logit are all-reduced over them; each rank's
-dh is a partial sum, so the caller must pass h through `TensorParallelContext.enter`.
+When gradients are needed, the forward pass overwrites a chunk's logits by dz and adds it to dh and dW, so the backward
+pass recomputes nothing. W may be split by rows (vocabulary) over the tensor-parallel ranks: the maximum, the sum of
+exponentials and the label's logit are all-reduced over them; each rank's dh is a partial sum, so the caller must pass h
+through `TensorParallelContext.enter`.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class TokenLosses:
     """Losses of a row of T tokens. Only `scaled_sum` is differentiable."""
 
     scaled_sum: torch.Tensor
-    """Scalar to differentiate: `scale` times the sum over tokens of the training loss (label smoothing, z-loss)."""
+    """Scalar to differentiate: `scale` times the sum over tokens of the loss with label smoothing and z-loss."""
     train_loss_sum: torch.Tensor
-    """Scalar: `scaled_sum` without `scale`."""
+    """Scalar: the sum over tokens of the loss with label smoothing, without z-loss: that is no error of the model."""
     token_loss: torch.Tensor
-    """[T] cross-entropy without either, 0 where the label is IGNORE; float32, or float64 for a float64 model."""
+    """[T] cross-entropy without smoothing, 0 where the label is IGNORE; float32, or float64 for a float64 model."""
     correct: torch.Tensor
     """[T] bool: the label's logit is the maximum; False where the label is IGNORE."""
 
@@ -121,11 +121,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gradients is not None:
                 gradients.add(rows, logits)
         ctx.gradients, ctx.weight = None if gradients is None else gradients.finish(), weight
-        token_loss, train_loss, correct = (torch.cat(parts) for parts in zip(*losses, strict=True))
+        token_loss, train_loss, correct, *z_loss = (torch.cat(parts) for parts in zip(*losses, strict=True))
         train_loss_sum = train_loss.sum()
+        whole_sum = sum((part.sum() for part in z_loss), train_loss_sum)
         ctx.mark_non_differentiable(train_loss_sum, token_loss, correct)
         ctx.set_materialize_grads(False)
-        return train_loss_sum * terms.scale, train_loss_sum, token_loss, correct
+        return whole_sum * terms.scale, train_loss_sum, token_loss, correct
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -156,29 +157,33 @@ def _project(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> t
 
 
 def final_logits(logits: torch.Tensor, bias: torch.Tensor | None, options: LossOptions) -> torch.Tensor:
-    """z of h W^T [c, V / group size], in place."""
+    """z of h W^T [c, V / group size], in its place."""
     if bias is not None:
         logits.add_(bias)
     if options.logit_scale is not None:
         logits.mul_(options.logit_scale)
     if (cap := options.logit_softcap) is not None:
-        logits.div_(cap).tanh_().mul_(cap)
+        logits.div_(cap).tanh_()
+        return logits * cap if logits.requires_grad else logits.mul_(cap)  # autograd keeps the tanh
     return logits
 
 
-def _slope(logits: torch.Tensor, options: LossOptions) -> torch.Tensor | float:
-    """The derivative of `final_logits`, of whose result."""
-    scale = 1.0 if options.logit_scale is None else options.logit_scale
-    return scale if options.logit_softcap is None else (logits / options.logit_softcap).square_().neg_().add_(1) * scale
+def _slope(logits: torch.Tensor, options: LossOptions) -> torch.Tensor | float | None:
+    """The derivative of `final_logits` where that returned `logits`; None: 1."""
+    scale, cap = options.logit_scale, options.logit_softcap
+    if cap is None:
+        return scale
+    scale = 1.0 if scale is None else scale
+    return (logits / cap).square_().mul_(-scale).add_(scale)
 
 
 def _chunk_losses(
     logits: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, terms: _Terms
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(token loss, training loss, correct), each [c]. Overwrites h W^T [c, V / group size] by its gradient or scratch
-    values."""
+) -> tuple[torch.Tensor, ...]:
+    """(token loss, training loss, correct) and z-loss, if there is one, each [c]. Overwrites h W^T [c, V / group size]
+    by its gradient or scratch values."""
     options, mine = terms.options, final_logits(logits, bias, terms.options)
-    slope = _slope(mine, options) if terms.needs_grad else 1.0
+    slope = _slope(mine, options) if terms.needs_grad else None
     group, smoothing = options.group, options.label_smoothing
     if not options.parallel_output:
         logits, group = gather_last(logits, group), Group(group.name, (group.ranks[group.rank],), 0, None)
@@ -199,9 +204,8 @@ def _chunk_losses(
     log_z = peak + sum_exp.log()
     token_loss = torch.where(keep, log_z - target, 0)
     smoothed = log_z - (1 - smoothing) * target - smoothing / terms.vocab_size * total
-    if options.z_loss:
-        smoothed = smoothed + options.z_loss * log_z.square()
     train_loss = torch.where(keep, smoothed, 0)
+    z_loss = [torch.where(keep, options.z_loss * log_z.square(), 0)] if options.z_loss else []
     if terms.needs_grad:
         scale = keep * terms.scale
         of_softmax = scale * (1 + 2 * options.z_loss * log_z) if options.z_loss else scale
@@ -215,9 +219,9 @@ def _chunk_losses(
             exponentials.sub_((scale * (smoothing / terms.vocab_size)).unsqueeze(1))
         if not options.parallel_output:
             mine.copy_(exponentials.chunk(options.group.size, dim=1)[options.group.rank])
-        if not isinstance(slope, float) or slope != 1:
+        if slope is not None:
             mine.mul_(slope)
-    return token_loss, train_loss, keep & (target >= peak)
+    return token_loss, train_loss, keep & (target >= peak), *z_loss
 
 
 def losses_and_gradient(

@@ -83,7 +83,7 @@ class FeedForward(CostedLayer):
         hidden_size, width, bias = config.hidden_size, config.mlp_hidden_size, config.mlp_bias
         column = partial(ColumnLinear, init_std=config.init_std, bias=bias)
         self.w1 = column(f"{name}.w1", hidden_size, width, tp_ctx)  # gate, if there is one
-        self.w3 = column(f"{name}.w3", hidden_size, width, tp_ctx) if config.mlp_type in _GATED else None  # up
+        self.w3 = column(f"{name}.w3", hidden_size, width, tp_ctx) if config.gated_mlp else None  # up
         self.w2 = RowLinear(f"{name}.w2", width, hidden_size, tp_ctx, init_std=output_std(config), bias=bias)
         # The output of relu is all that its gradient takes.
         self._remade = tp_ctx.selective and config.mlp_type != "relu"
@@ -121,7 +121,8 @@ class FeedForward(CostedLayer):
         elif "activation" in row.fused:
             made = [Pass("fused", 3 * inner), Pass("fused", 5 * inner, backward=True)]
         else:
-            made = [Pass("elementwise", 5 * inner, 2), Pass("elementwise", 9 * inner, 3, backward=True)]
+            again = 2 * inner if row.selective else 0  # act(gate), which is not kept
+            made = [Pass("elementwise", 5 * inner, 2), Pass("elementwise", 9 * inner + again, 3, backward=True)]
         if row.selective and self._inner is not F.relu:
             made.append(replace(made[0], backward=True, part="recomputation"))
         shared = [] if self.w3 is None else self.w3.passes(row, shared_input=True)

@@ -84,10 +84,12 @@ class Head(CostedLayer):
         return linear_cross_entropy(hidden, self.matrix, labels, scale, self.loss_options, bias)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Of this rank's part of the vocabulary; scaled and capped in the dtype of sums, as in the loss."""
-        wide, bias = accumulation_dtype(hidden.dtype), None if self.bias is None else self.bias.to(hidden.dtype)
-        logits = F.linear(hidden, self.matrix)
-        return final_logits(logits.to(wide), bias, self.loss_options).to(hidden.dtype)
+        """Of this rank's part of the vocabulary; bias, scale and cap in the dtype of sums, as in the loss."""
+        logits, options = F.linear(hidden, self.matrix), self.loss_options
+        if self.bias is None and options.logit_scale is None and options.logit_softcap is None:
+            return logits
+        wide = logits.to(accumulation_dtype(logits.dtype))
+        return final_logits(wide, self.bias, options).to(logits.dtype)
 
     def flops_per_token(self, seq_len: int) -> int:
         return 2 * math.prod(self.matrix.shard_spec.shape)
@@ -136,11 +138,10 @@ class Head(CostedLayer):
         return [replace(one, part="loss") for one in found]
 
     def _transform_passes(self) -> int:
-        """How often bias, scale, cap and their derivative go through logits that no compiler fuses."""
-        options = self.loss_options
-        of_cap = 6 + 6 if options.logit_softcap else 0  # /, tanh, *; square, 1 -, *
-        scaled = options.logit_softcap is not None or options.logit_scale is not None
-        return 2 * (self.bias is not None) + 2 * (options.logit_scale is not None) + of_cap + 3 * scaled
+        """How often bias, scale, cap and their derivatives read or write logits that no compiler fuses."""
+        scaled, capped = self.loss_options.logit_scale is not None, self.loss_options.logit_softcap is not None
+        derivative = 8 + 3 if capped else 2 * scaled  # /, square, *, +; times dz
+        return 2 * (self.bias is not None) + 2 * scaled + 6 * capped + derivative
 
     def _summed_gradient(self, chunks: int) -> list[Pass]:
         """The sum over chunks of the weight's gradient, of its own."""
@@ -153,14 +154,16 @@ class Head(CostedLayer):
         return [Pass("contiguous_copy", wide * n), added, Pass("contiguous_copy", (item + wide) * n)]
 
     def workspace_bytes(self, row: RowShape) -> int:
-        """Logits of one chunk, and on the CPU the product that is added to a buffer of another dtype."""
+        """Logits of one chunk, the derivative of their cap, and on the CPU the product that is added to a buffer of
+        another dtype."""
         (vocab, width), dtype = self.matrix.shape, self.matrix.dtype
         chunk, wide = self._chunk(row), accumulation_dtype(dtype).itemsize
         half = dtype.itemsize < wide
         logits = chunk * vocab * (wide + half * dtype.itemsize)  # and a half-precision copy for the matrix products
         gathers = self.tp_ctx.group.size > 1 and not self.loss_options.parallel_output
         gathered = gathers * chunk * self.matrix.shard_spec.shape[0] * wide
-        return logits + gathered + half * (row.device != "cuda") * vocab * width * dtype.itemsize
+        slope = (self.loss_options.logit_softcap is not None) * chunk * vocab * wide
+        return logits + slope + gathered + half * (row.device != "cuda") * vocab * width * dtype.itemsize
 
     def _chunk(self, row: RowShape) -> int:
         wide = accumulation_dtype(self.matrix.dtype)

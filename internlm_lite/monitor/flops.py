@@ -19,7 +19,7 @@ def internlm_step_flops(model: ModelConfig, seq_len: int, sequences: int) -> flo
     """F for one optimizer step over `sequences` windows of `seq_len` tokens on all data-parallel ranks."""
     h, tokens = model.hidden_size, sequences * seq_len
     passes = 3 + model.recomputed_share  # forward, backward at twice the cost, and the recomputed share of a forward
-    mlp = model.mlp_ratio * (1.5 if "glu" in model.mlp_type else 1)
+    mlp = model.mlp_ratio * (1.5 if model.gated_mlp else 1)
     pairs = sum(model.attention_pairs(layer, seq_len) for layer in range(model.num_layers)) / model.num_layers
     block = (8 + 4 * mlp) * tokens * h**2 + 4 * sequences * pairs * h
     return passes * block * model.num_layers + 6 * tokens * h * model.vocab_size

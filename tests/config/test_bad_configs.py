@@ -659,6 +659,75 @@ def test_windows_caps_and_scales_that_cannot_be(keys: str, found: str | None) ->
     assert found is None or found in told[0]
 
 
+FEED_FORWARD_AND_HEAD = [
+    ("mlp_type='geglu'", None),
+    ("mlp_type='gelu_tanh', mlp_bias=True, head_bias=True, logit_scale=0.5, logit_softcap=30, embed_scale=11.3", None),
+    ("mlp_type='swiglo'", "model.mlp_type: found 'swiglo', expected one of 'swiglu', 'geglu', 'geglu_tanh', 'gelu', "),
+    ("mlp_type='gelu_new'", "model.mlp_type: found 'gelu_new', expected one of "),
+    ("mlp_type=None", "model.mlp_type: found None, expected one of "),
+    ("mlp_bias=1", "model.mlp_bias: found 1, expected True or False"),
+    ("mlp_bias=None", "model.mlp_bias: found None, expected True or False"),
+    ("head_bias='no'", "model.head_bias: found 'no', expected True or False"),
+    ("logit_scale=0", "model.logit_scale: found 0, expected a number > 0 or None"),
+    ("logit_scale=-0.5", "model.logit_scale: found -0.5, expected a number > 0 or None"),
+    ("logit_softcap=0.0", "model.logit_softcap: found 0.0, expected a number > 0 or None"),
+    ("logit_softcap=-30", "model.logit_softcap: found -30, expected a number > 0 or None"),
+    ("logit_softcap=True", "model.logit_softcap: found True, expected a number > 0 or None"),
+    ("embed_scale=0", "model.embed_scale: found 0, expected a number > 0 or None"),
+    ("embed_scale=float('nan')", "model.embed_scale: found nan, expected"),
+    (
+        "embed_scale=1e5",
+        'model.embed_scale: found 100000.0 with model.dtype "torch.float16", expected a number between',
+    ),
+    (
+        "embed_scale=1e-9",
+        'model.embed_scale: found 1e-09 with model.dtype "torch.float16", expected a number between',
+    ),
+    ("hidden_act='silu'", "model.hidden_act: unknown key; nearest known key: model.mlp_type"),
+    ("final_logit_softcapping=30.0", "nearest known key: model.logit_softcap"),
+    ("z_loss_weight=1e-4", "nearest known key: loss.z_loss"),
+]
+
+
+@pytest.mark.parametrize(("keys", "found"), FEED_FORWARD_AND_HEAD, ids=[keys for keys, _ in FEED_FORWARD_AND_HEAD])
+def test_feed_forward_parts_and_heads_that_cannot_be(keys: str, found: str | None) -> None:
+    told = problems(GOOD.replace("num_layers=4", f"num_layers=4, {keys}"))
+    assert len(told) == (found is not None), told
+    assert found is None or found in told[0]
+
+
+DROPOUT = [
+    ("embedding_dropout=1", "model.embedding_dropout: found 1, expected a number >= 0 and < 1"),
+    ("residual_dropout=1.0", "model.residual_dropout: found 1.0, expected a number >= 0 and < 1"),
+    ("residual_dropout=-0.1", "model.residual_dropout: found -0.1, expected a number >= 0 and < 1"),
+    ("attention_dropout=10", "model.attention_dropout: found 10, expected a number >= 0 and < 1"),
+    ("attention_dropout=None", "model.attention_dropout: found None, expected a number >= 0 and < 1"),
+    ("embedding_dropout='0.1'", "model.embedding_dropout: found '0.1', expected a number >= 0 and < 1"),
+    ("residual_dropout=True", "model.residual_dropout: found True, expected a number >= 0 and < 1"),
+    ("residual_dropout=float('nan')", "model.residual_dropout: found nan, expected a number"),
+    *(
+        (
+            f"attention_dropout=0.1, attention='{kernel}'",
+            f'model.attention_dropout: found 0.1 with model.attention "{kernel}", which drops attention weights by',
+        )
+        for kernel in ("flash_attn_3", "flash_attn_4", "flash_attn", "cudnn", "torch_varlen")
+    ),
+    ("resid_pdrop=0.1", "model.resid_pdrop: unknown key; nearest known key: model.residual_dropout"),
+    ("attn_pdrop=0.1", "model.attn_pdrop: unknown key; nearest known key: model.attention_dropout"),
+    ("embd_pdrop=0.1", "model.embd_pdrop: unknown key; nearest known key: model.embedding_dropout"),
+    ("attention_dropout=0.1, attention='flash_attn', use_flash_attn=False", None),
+    ("attention_dropout=0.1, attention='sdpa', embedding_dropout=0.5, residual_dropout=0.999", None),
+    ("attention_dropout=0, attention='flash_attn', residual_dropout=0", None),
+]
+
+
+@pytest.mark.parametrize(("keys", "found"), DROPOUT, ids=[keys for keys, _ in DROPOUT])
+def test_dropout_that_cannot_be(keys: str, found: str | None) -> None:
+    told = problems(GOOD.replace("num_layers=4", f"num_layers=4, {keys}"))
+    assert len(told) == (found is not None), told
+    assert found is None or found in told[0]
+
+
 LOCAL = "sliding_window=9, layer_types=['full_attention', 'sliding_attention']"
 ROPE = "rope_scaling=dict(rope_type={!r}, factor=2.0{})".format
 POSITIONS = [
@@ -711,6 +780,12 @@ def test_positions_that_cannot_be(keys: str, found: str | None) -> None:
     assert found is None or found in told[0]
 
 
+@pytest.mark.parametrize("value", ["-1e-4", "True", "None", "'1e-4'", "float('inf')"])
+def test_a_z_loss_that_cannot_be(value: str) -> None:
+    (told,) = problems(f"{GOOD}loss = dict(z_loss={value})\n")
+    assert "bad.py:25: loss.z_loss: found" in told and "expected a number >= 0" in told
+
+
 def test_learned_positions_end_where_samples_would() -> None:
     text = GOOD.replace("num_layers=4", "num_layers=4, position='learned', max_position_embeddings=128")
     samples = "monitor = dict(sample_prompts=['x'], sample_tokens={})\n".format
@@ -743,6 +818,16 @@ FLOAT8 = GOOD.replace('"torch.float16"', '"torch.bfloat16", fp8=True')
             "hidden_size=128",
             "hidden_size=128, multiple_of=8",
             "172 (model.multiple_of, model.mlp_ratio, parallel.tensor)",
+        ),
+        (
+            "hidden_size=128",
+            "hidden_size=128, mlp_type='gelu_tanh', mlp_ratio=4, multiple_of=1",
+            "",
+        ),
+        (
+            "hidden_size=128",
+            "hidden_size=128, mlp_type='relu', mlp_ratio=4.1, multiple_of=4, mlp_bias=True",
+            "262 (model.multiple_of, model.mlp_ratio, parallel.tensor)",
         ),
         ("num_attention_heads=8", "num_attention_heads=16, num_kv_attention_heads=2", ""),
         (

@@ -59,7 +59,15 @@ WINDOWS = [
 ]
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_kv_attention_heads": None}, {"apply_post_layer_norm": True}, *WINDOWS])
+HEADS = [
+    {"head_bias": True, "logit_scale": 0.6, "logit_softcap": 1.5, "embed_scale": 3.0, "mlp_type": "geglu_tanh"},
+    {"head_bias": True, "tie_word_embeddings": True, "mlp_type": "gelu_tanh", "mlp_bias": True},
+]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_kv_attention_heads": None}, {"apply_post_layer_norm": True}, *WINDOWS, *HEADS], ids=str
+)
 @torch.no_grad()
 def test_cached_logits_equal_a_full_pass(changes):
     model = small_model(**changes)
@@ -252,7 +260,7 @@ SEQUENCE = Config.model_validate(
         "data": {"seq_len": 32, "total_steps": 1},
         "lr_scheduler": {"total_steps": 1},
         "model": small_config(
-            num_layers=4, sliding_window=5, layer_types=["sliding_attention"] * 2 + ["full_attention"]
+            num_layers=4, sliding_window=5, layer_types=["sliding_attention"] * 2 + ["full_attention"], **HEADS[0]
         ).model_dump(),
     }
 )

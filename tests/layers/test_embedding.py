@@ -1,8 +1,9 @@
-"""The embedding's gradient scale."""
+"""The embedding's scale, the scale of its gradient, and gradients in the optimizer's buffer."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from internlm_lite.layers.embedding import Embedding
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
@@ -26,6 +27,23 @@ def test_the_scale_changes_gradients_and_no_value(split_hidden, dtype):
         assert torch.equal(layer(tokens), F.embedding(tokens, weights))
         layer(tokens).sum().backward()
     assert torch.equal(layers[1].weight.grad, layers[0].weight.grad * 0.25)
+
+
+@pytest.mark.parametrize("split_hidden", [True, False])
+@pytest.mark.parametrize(("width", "rounded"), [(3072, 55.5), (1152, 34.0)])
+def test_the_scale_of_embeddings_is_rounded_first(width, rounded, split_hidden):
+    """In bf16 Gemma multiplies by 55.5 and 34 instead of sqrt(3072) and sqrt(1152): another scale drifts with depth."""
+    tp_ctx, tokens = (
+        TensorParallelContext(single_process_mesh().tp, torch.bfloat16, torch.device("cpu")),
+        torch.arange(9),
+    )
+    config = small_config(hidden_size=width, embed_scale=width**0.5, embed_split_hidden=split_hidden)
+    ours, theirs = Embedding("e", config, tp_ctx), Gemma3TextScaledWordEmbedding(VOCAB, width, 0, width**0.5).bfloat16()
+    with torch.no_grad():
+        ours.weight.copy_(theirs.weight)
+    assert ours.scale == rounded
+    assert torch.equal(ours(tokens), theirs(tokens))
+    assert torch.equal(ours(tokens), (ours.weight[:9].float() * rounded).bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from internlm_lite.batch import IGNORE
+from internlm_lite.config.schema import LossConfig
 from internlm_lite.layers import loss as loss_module
 from internlm_lite.layers.loss import LossOptions, linear_cross_entropy
 from internlm_lite.mesh.mesh import single_process_mesh
@@ -73,14 +74,37 @@ def test_bias_scale_cap_and_z_loss_equal_torchs(chunk_tokens, options):
         logits = cap * torch.tanh(logits / cap)
     kept = labels != IGNORE
     pure = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE)
-    smoothed = F.cross_entropy(logits[kept], labels[kept], label_smoothing=options.get("label_smoothing", 0.0))
-    of_z = options.get("z_loss", 0) * logits[kept].logsumexp(1).square()
-    expected = smoothed * kept.sum() + of_z.sum()
-    grads = torch.autograd.grad(SCALE.double() * expected, (hidden, weight, bias))
-    torch.testing.assert_close(ours.train_loss_sum, expected.detach(), rtol=1e-13, atol=0)
+    smoothed = F.cross_entropy(
+        logits, labels, reduction="sum", ignore_index=IGNORE, label_smoothing=options.get("label_smoothing", 0.0)
+    )
+    expected = SCALE.double() * (smoothed + options.get("z_loss", 0) * logits[kept].logsumexp(1).square().sum())
+    grads = torch.autograd.grad(expected, (hidden, weight, bias))
+    torch.testing.assert_close(ours.scaled_sum, expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(ours.train_loss_sum, smoothed.detach(), rtol=1e-13, atol=0)
     torch.testing.assert_close(ours.token_loss, pure.detach(), rtol=1e-12, atol=1e-14)
     for mine, theirs in zip(ours_grads, grads, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bias_scale_and_cap_are_computed_in_float32(dtype):
+    """In bf16 the cap alone would round the logits to 8 bits."""
+    hidden, weight, labels = inputs(dtype=dtype)
+    bias = torch.linspace(-1, 1, len(weight)).to(dtype)
+    options = LossOptions(TP, logit_scale=0.7, logit_softcap=2.0)
+    ours = linear_cross_entropy(hidden, weight, labels, SCALE, options, bias)
+    logits = 2 * torch.tanh((F.linear(hidden, weight).double() + bias) * 0.7 / 2)
+    expected = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE).float()
+    torch.testing.assert_close(ours.token_loss, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_without_z_loss_no_bit_changes():
+    assert LossConfig().z_loss == 0
+    found = [fused(*inputs(), smoothing=0.1), linear_cross_entropy(*inputs(), SCALE, LossOptions(TP, 0.1, z_loss=0.1))]
+    for name in ("train_loss_sum", "token_loss", "correct"):
+        assert torch.equal(*(getattr(one, name) for one in found)), "the loss that is shown has no z-loss in it"
+    assert torch.equal(found[0].scaled_sum, found[0].train_loss_sum * SCALE)
+    assert found[1].scaled_sum > found[0].scaled_sum
 
 
 def test_a_cap_bounds_large_logits_instead_of_leaving_them_as_they_are():

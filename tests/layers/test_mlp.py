@@ -1,4 +1,4 @@
-"""The feed-forward part against its formula in torch: values, gradients, biases, in every type."""
+"""The feed-forward part against its formula with transformers' activations: values, gradients, biases, every type."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.activations import ACT2FN
 
 from internlm_lite.layers.mlp import FeedForward
 from internlm_lite.mesh.mesh import single_process_mesh
@@ -14,12 +15,12 @@ from internlm_lite.models.decoder import tensor_parallel_context
 from tests.models.small import small_config
 
 ACTIVATIONS: dict[str, Any] = {
-    "swiglu": F.silu,
-    "geglu": F.gelu,
-    "geglu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
+    "swiglu": ACT2FN["silu"],
+    "geglu": ACT2FN["gelu"],
+    "geglu_tanh": ACT2FN["gelu_pytorch_tanh"],  # Gemma
+    "gelu": ACT2FN["gelu"],
+    "gelu_tanh": ACT2FN["gelu_new"],  # GPT-2
+    "relu": ACT2FN["relu"],
 }
 
 

@@ -13,6 +13,7 @@ from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.models.decoder import StageSpec, Transformer, build_model, tensor_parallel_context
 from internlm_lite.models.initialise import initialise
 from tests.layers.test_flash import plain
+from tests.layers.test_mlp import ACTIVATIONS
 from tests.layers.test_rope import llama
 from tests.models.small import VOCAB, documents, row_of, run, small_config, small_model
 
@@ -29,6 +30,16 @@ POSITIONS = {
         "sliding_window": 12,  # as long as the longest document
         "layer_types": ["full_attention", "sliding_attention"],
     },
+}
+
+
+SCALES = {"logit_scale": 0.6, "logit_softcap": 1.5, "embed_scale": 3.0}
+FEED_FORWARDS_AND_HEADS = {
+    "geglu, scales": {"mlp_type": "geglu_tanh", "mlp_bias": True, "tie_word_embeddings": True, **SCALES},
+    "exact geglu": {"mlp_type": "geglu", "embed_grad_scale": 0.5, "embed_scale": 3.0},
+    "GPT-2's": {"mlp_type": "gelu_tanh", "mlp_bias": True, "head_bias": True, "mlp_ratio": 4},
+    "gelu": {"mlp_type": "gelu", "head_bias": True, "logit_scale": 2.0},
+    "relu": {"mlp_type": "relu", "mlp_bias": True, "head_bias": True, "tie_word_embeddings": True, **SCALES},
 }
 
 
@@ -85,9 +96,13 @@ def plain_losses(model, doc):
         return linear(plain(q.flatten(1, 2), k.flatten(1, 2), qkv[:, :, -1]).flatten(1), f"{name}.wo")
 
     def feed_forward(x, name):
-        return linear(F.silu(linear(x, f"{name}.w1")) * linear(x, f"{name}.w3"), f"{name}.w2")
+        inner = ACTIVATIONS[config.mlp_type](linear(x, f"{name}.w1"))
+        return linear(inner * linear(x, f"{name}.w3") if f"{name}.w3.weight" in weights else inner, f"{name}.w2")
 
     x = weights["tok_embeddings.weight"][doc]
+    if config.embed_scale is not None:
+        a = config.embed_grad_scale
+        x = (a * x + (1 - a) * x.detach()) * config.embed_scale
     if config.position == "learned":
         x = x + weights["tok_embeddings.positions.weight"][: len(doc)]
     if config.position == "sinusoidal":
@@ -107,7 +122,10 @@ def plain_losses(model, doc):
     if config.norms_at != "post":
         x = norm(x, "norm")
     head = "tok_embeddings" if config.tie_word_embeddings else "output"
-    return F.cross_entropy(linear(x, head)[:-1], doc[1:], reduction="none")
+    logits = F.linear(x, weights[f"{head}.weight"], weights.get("output.bias")) * (config.logit_scale or 1)
+    if config.logit_softcap is not None:
+        logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
+    return F.cross_entropy(logits[:-1], doc[1:], reduction="none")
 
 
 @pytest.mark.parametrize(
@@ -123,6 +141,7 @@ def plain_losses(model, doc):
         {"norm_type": "layernorm", "qk_norm": "head", "zero_centered_norm": True},
         {"norm_type": "layernorm", "norm_bias": False, "norm_position": "post"},
         *POSITIONS.values(),
+        *FEED_FORWARDS_AND_HEADS.values(),
     ],
     ids=str,
 )
@@ -172,6 +191,26 @@ def test_recomputation_with_windows_changes_no_bit(changes):
     _, kept = gradients(small_model(**windows), docs)
     _, again = gradients(small_model(**windows, **changes), docs)
     assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+@pytest.mark.parametrize("dtype", ["torch.float64", "torch.bfloat16"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"head_bias": True}, *({name: SCALES[name]} for name in SCALES), SCALES], ids=str
+)
+def test_logits_are_those_of_the_loss(changes, dtype):
+    model, docs = small_model(dtype=dtype, **changes), documents(LENGTHS)
+    tokens, positions, labels, attend = row_of(docs)
+    losses, grads = gradients(model, docs, scale=1.0)
+    model.zero_grad()
+    logits = model.logits(model.hidden(tokens, positions, attend))
+    assert logits.dtype == model.output.matrix.dtype
+    expected = F.cross_entropy(logits.double(), labels, reduction="none", ignore_index=IGNORE)
+    rtol = 1e-12 if dtype == "torch.float64" else 0.03
+    torch.testing.assert_close(losses.token_loss.double(), expected.detach(), rtol=rtol, atol=rtol)
+    if dtype == "torch.float64":
+        expected.sum().backward()
+        for name, param in model.named_parameters():
+            torch.testing.assert_close(grads[name], param.grad, rtol=1e-10, atol=1e-12)
 
 
 def test_another_document_changes_no_bit():

@@ -48,6 +48,17 @@ def test_both_formulas_agree_without_grouped_heads():
     assert model_flops_per_token(exact, 2048) == pytest.approx(internlm_flops_per_token(exact, 2048), rel=1e-12)
 
 
+@pytest.mark.parametrize("mlp_type", ["gelu", "gelu_tanh", "relu"])
+def test_a_feed_forward_part_without_a_gate_has_two_matrices(mlp_type):
+    """GPT-2's block is 24 h^2 products a token with a width of 4 h: that of SwiGLU with 8/3 h."""
+    plain = SMALL.model_copy(update={"mlp_type": mlp_type, "num_kv_attention_heads": None, "mlp_ratio": 4})
+    block = 24 * 64**2 + 4 * 128 * 64
+    assert internlm_flops_per_token(plain, 128) == pytest.approx(3 * 3 * block + 6 * 64 * 100, rel=1e-14)
+    assert model_flops_per_token(plain, 128) == 3 * (3 * block + 2 * 64 * 100)
+    gated = plain.model_copy(update={"mlp_type": "geglu"})
+    assert model_flops_per_token(gated, 128) - model_flops_per_token(plain, 128) == 3 * 3 * 2 * 64 * 256
+
+
 def test_a_window_counts_its_pairs_and_not_the_whole_row():
     """2048 tokens, windows of 512: 917,760 pairs of 2,098,176; both, with their mirrors, as S^2 counts them."""
     features, full, window = 64, 2048**2, 2 * 917_760 - 2048

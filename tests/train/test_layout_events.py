@@ -161,12 +161,13 @@ def test_micro_num_may_be_traded_for_micro_bsz(tmp_path: Path) -> None:
     with writing(tmp_path / "corpus" / "all" / "part.bin", np.dtype(np.uint16)) as out:
         for _ in range(8):
             out.add(rng.integers(1, 96, size=32).astype(np.uint16))
+    keys = (("loss.z_loss", 0.05), ("loss.label_smoothing", 0.1))
     split = [
-        Layout(dp=2, rows=4, micro_bsz=2),
-        Layout(pp=2, rows=2, micro_bsz=4),
-        Layout(tp=2, rows=8, sp=True),
+        Layout(dp=2, rows=4, micro_bsz=2, keys=keys),
+        Layout(pp=2, rows=2, micro_bsz=4, keys=keys),
+        Layout(tp=2, rows=8, sp=True, keys=keys),
     ]
-    whole = Layout(rows=8)
+    whole = Layout(rows=8, keys=keys)
     single = run_references([Job(whole, config_of(whole, tmp_path / "corpus"))], tmp_path / "single")[whole]
     results = run_layouts([Job(layout, config_of(layout, tmp_path / "corpus")) for layout in split], tmp_path / "split")
     for layout, seen in zip(split, results, strict=True):

@@ -45,6 +45,7 @@ SHAPES: list[dict[str, Any]] = [
         "head_bias": True,
     },
     {"mlp_type": "geglu", "checkpoint": "selective"},
+    {"mlp_type": "gelu", "mlp_bias": True, "dtype": "torch.bfloat16", "fp8": True},
     {"norm_type": "layernorm", "qk_norm": "head", "dtype": "torch.bfloat16"},
     {"norm_type": "layernorm", "norm_bias": False, "zero_centered_norm": True, "dtype": "torch.float64"},
     {"norm_position": "reordered", "qk_norm": "full", "num_kv_attention_heads": 2, "dtype": "torch.bfloat16"},
@@ -104,7 +105,17 @@ def test_full_recomputation_keeps_the_rotary_table_outside_autograd() -> None:
 BF16 = {"num_kv_attention_heads": 2, "dtype": "torch.bfloat16"}
 
 
-@pytest.mark.parametrize("shape", [{}, {**BF16, "checkpoint": "selective"}, {**BF16, "fp8": True}], ids=str)
+DEFERRED: list[dict[str, Any]] = [
+    {},
+    {**BF16, "checkpoint": "selective"},
+    {**BF16, "fp8": True},
+    {"mlp_type": "relu", "mlp_bias": True, "head_bias": True},
+    {**BF16, "mlp_type": "gelu_tanh", "checkpoint": "selective"},
+    {**BF16, "mlp_type": "gelu", "mlp_bias": True, "fp8": True},
+]
+
+
+@pytest.mark.parametrize("shape", DEFERRED, ids=str)
 def test_deferred_weight_gradients_hold_what_is_planned(shape: dict[str, Any]) -> None:
     wanted = config(**shape)
     row = row_shape(wanted, AttentionBackend.SDPA, "cpu")
@@ -121,6 +132,7 @@ def _kept_on_ranks(mesh: Mesh, shape: dict[str, Any]) -> int:
     [
         {},
         {"num_kv_attention_heads": 2, "embed_split_hidden": False, "checkpoint": "selective"},
+        {"mlp_type": "gelu", "mlp_bias": True, "head_bias": True, "logit_softcap": 2.0, "embed_scale": 2.0},
         {"parallel_output": False, "embedding_dropout": 0.1, "residual_dropout": 0.1},
         {"norm_position": "reordered", "qk_norm": "full", "checkpoint": "selective", "num_kv_attention_heads": 2},
         {"norm_position": "sandwich", "norm_type": "layernorm", "qk_norm": "head"},

@@ -68,6 +68,25 @@ def test_there_and_back_bit_for_bit_and_the_same_logits(tmp_path, caplog, family
     assert "another function" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("family", "lacks"),
+    [
+        ("gpt2", {"no_bias": True, "mlp_bias": False, "norm_bias": False}),
+        ("gpt2", {"no_bias": False, "qkv_bias": False}),
+        ("gpt_neox", {"no_bias": True, "mlp_bias": False}),
+        ("qwen2", {"no_bias": True, "qkv_bias": False}),
+    ],
+)
+def test_biases_that_every_model_of_a_family_has_are_0_where_ours_has_none(tmp_path, family, lacks):
+    save_ours(tmp_path / "ours", **{**OWN[family], "num_kv_attention_heads": None, **lacks})
+    convert(tmp_path / "ours", tmp_path / "hf", family)
+    assert compare(lambda: fp32(tmp_path / "ours"), tmp_path / "hf").is_small
+    read_hf(tmp_path / "hf", str(tmp_path / "back"))
+    before, after = masters(tmp_path / "ours"), masters(tmp_path / "back")
+    assert before.keys() < after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert not any(after[name].any() for name in after.keys() - before.keys())
+
+
 @pytest.mark.parametrize(("tied", "bias", "kv_heads"), [(False, False, 2), (True, False, 8), (False, True, 1)])
 def test_a_llama_of_transformers_gives_the_same_logits_here(tmp_path, tied, bias, kv_heads):
     theirs = save_llama(tmp_path / "hf", tied=tied, bias=bias, kv_heads=kv_heads)

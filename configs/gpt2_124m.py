@@ -18,7 +18,7 @@ Train; evaluate the last checkpoint alone; continue a prompt; curves over epochs
     python train.py --config configs/gpt2_124m.py
     python train.py --config configs/gpt2_124m.py --eval-only
     python tools/generate.py --checkpoint jobs/gpt2_124m/ckpts --prompt "Every effort moves you" --max-new-tokens 50
-    python tools/report.py RUN/gpt2_124m/latest
+    python tools/report.py RUN/gpt2_124m/latest --over epoch
 
 configs/gpt2_124m_tiny.py is the same job on this checkout's README, in a minute on a laptop.
 """

@@ -8,7 +8,7 @@
     python train.py --config configs/gpt2_124m_tiny.py
     python train.py --config configs/gpt2_124m_tiny.py --eval-only
     python tools/generate.py --checkpoint jobs/gpt2_124m_tiny/ckpts --prompt "The model" --max-new-tokens 50
-    python tools/report.py RUN/gpt2_124m_tiny/latest
+    python tools/report.py RUN/gpt2_124m_tiny/latest --over epoch
 """
 
 JOB_NAME = "gpt2_124m_tiny"

@@ -147,17 +147,18 @@ def events(folder: Path, name: str) -> list[dict[str, Any]]:
 def test_the_tiny_llama(tmp_path: Path) -> None:
     printed = follow("llama_8m_tiny.py", tmp_path, "STEPS=24", "EVAL_EVERY=8", "EVAL_BATCHES=3", "WARMUP_STEPS=4")
     folder = tmp_path / "RUN/llama_8m_tiny/latest"
-    found = events(folder, "evaluation")
-    *trained, alone = found
+    trained = events(folder, "evaluation")
     assert [event["step"] for event in trained] == [-1, 7, 15, 23]
     for key in ("loss", "train_loss"):
         assert all(later[key] < earlier[key] for earlier, later in pairwise(trained)), key
     steps = read_metrics(folder / "metrics.jsonl")
     assert len(steps) == 24 and [step["lr"] for step in steps[:4]] == pytest.approx([1e-3, 2e-3, 3e-3, 4e-3])
-    assert alone["loss"] == pytest.approx(trained[-1]["loss"], rel=1e-5)
-    assert any(path.is_dir() for path in (tmp_path / "jobs/llama_8m_tiny/ckpts").iterdir())
-    assert "def " in printed[-2], "text that goes on"
-    assert (folder / "report.html").is_file()
+    alone, text = printed[3], printed[4]
+    assert f"evaluation after 24 steps: loss={trained[-1]['loss']:.4f}" in alone
+    assert "def " in text
+    saved = [(event["step"], event["saved"]) for event in events(folder, "checkpoint")]
+    assert [step for step, kind in saved if kind == "best"] == [8, 16, 24] and (24, "final") in saved
+    assert (folder / "report.html").is_file() and (folder / "loss.png").is_file()
 
 
 def test_the_tiny_gpt2(tmp_path: Path) -> None:

@@ -97,21 +97,6 @@ def main(argv: Sequence[str] | None = None, sinks: Mapping[str, SinkFactory] | N
     return run_tool(lambda: train_or_show(parse_arguments(argv), sinks or {}), "interrupted before the start")
 
 
-def show_plan(arguments: argparse.Namespace, config: Config, world_size: int) -> int:
-    """Exit code of --dry-run."""
-    from internlm_lite.apps.planner.command import PlanOptions, dry_run
-
-    asked = PlanOptions(
-        tflops=arguments.tflops,
-        device=arguments.device,
-        as_json=arguments.json,
-        components=arguments.components,
-        lengths=arguments.lengths,
-        memory=arguments.memory,
-    )
-    return dry_run(config, world_size, asked)
-
-
 def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory]) -> int:
     """Exit code, if no training was started."""
     # Imported late: --help is quick, and a wrong config is reported before torch is loaded.
@@ -148,7 +133,7 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
         print(print_config(loaded, arguments.print_config))
         return 0
     if arguments.dry_run:
-        return show_plan(arguments, loaded.config, world_size)
+        return _dry_run(arguments, loaded.config, world_size)
 
     from internlm_lite.apps.report.writer import open_report
     from internlm_lite.runtime.device import usable_gpus
@@ -169,3 +154,17 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
         eval_only=arguments.eval_only,
     )
     run_job(loaded, dist_env, options)
+
+
+def _dry_run(arguments: argparse.Namespace, config: Config, world_size: int) -> int:
+    from internlm_lite.apps.planner.command import PlanOptions, dry_run
+
+    options = PlanOptions(
+        tflops=arguments.tflops,
+        device=arguments.device,
+        as_json=arguments.json,
+        components=arguments.components,
+        lengths=arguments.lengths,
+        memory=arguments.memory,
+    )
+    return dry_run(config, world_size, options)

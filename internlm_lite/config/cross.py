@@ -35,6 +35,11 @@ _CHUNKS = "model.num_chunks"
 _OVERLAP = "parallel.pipeline.interleaved_overlap"
 _NEVER_IN_PROMPTS = re.compile("[\x00\ud800-\udfff]")
 _NEVER_IN_NAMES = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_UNREAD = {
+    "lion": ("adam.adam_eps",),
+    "sgd": ("adam.adam_beta1", "adam.adam_beta2", "adam.adam_beta2_c", "adam.adam_eps", "beta2_scheduler.c"),
+}
+"""Keys of AdamW that other update rules have no use for."""
 _MOST = {
     "ckpt.s3.deadline_seconds": 10**6,
     "data.micro_bsz": 2**31 - 1,
@@ -246,6 +251,11 @@ def _rule(config: Config) -> Iterator[Problem]:
     if rule.momentum and rule.name != "sgd":
         keys = "optimizer.momentum", "optimizer.name"
         yield Problem(keys, f'found {rule.momentum} with "{rule.name}", expected "sgd"; change one of them')
+    for key in _UNREAD.get(rule.name, ()):
+        value, default = value_of(config, key), known_keys()[key].get_default()
+        if value != default:
+            text = f'found {value:g} with optimizer.name "{rule.name}", which does not read it; expected {default:g}'
+            yield Problem((key, "optimizer.name"), f"{text}; remove it, or change the rule")
 
 
 def _evaluation(config: Config) -> Iterator[Problem]:

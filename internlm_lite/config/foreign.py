@@ -126,7 +126,7 @@ NO_EFFECT_IF: Mapping[str, tuple[Sequence[Any], str]] = {
 FEATURES: Mapping[str, tuple[str, str]] = {
     r"(num|n)_(local_|routed_|shared_)?experts?|(use_)?(moe|tutel)(_.*)?|experts?(_.*)?|ep(_size)?|top_?k|router_.*|"
     r".*aux_loss.*|capacity_factor|first_k_dense_replace": ("a mixture of experts", "every block has one dense MLP"),
-    r"(ring|usp|ulysses|context)(_.*)?|cp(_size|_degree)?|sequence_2d|.*_(ring|ulysses)(_.*)?|(uly|ring)_sp|"
+    r"(ring|usp|ulysses|context)(_(?!length).*)?|cp(_size|_degree)?|sequence_2d|.*_(ring|ulysses)(_.*)?|(uly|ring)_sp|"
     r"ds_sequence_parallel.*": (
         "context parallelism (ring, Ulysses)", "long rows: parallel.sequence_parallel and model.checkpoint"),
     r"weight_parallel.*|isp(_.*)?": (
@@ -154,12 +154,14 @@ FEATURES: Mapping[str, tuple[str, str]] = {
         "another form of local attention", "model.sliding_window and model.layer_types set windows"),
     r"(use_)?(yarn|ntk|alibi)(_.*)?": (
         "other position embeddings", "model.position names the kind, model.rope_scaling scales rotary frequencies"),
+    r"(use_)?parallel_(residual|attn|attention|block).*": (
+        "attention and feed-forward part side by side", "a block runs one after the other"),
     r"mtp(_.*)?|num_nextn_predict_layers|multi_token.*": ("multi-token prediction", "one token is predicted"),
     r"(num_)?(train_)?epochs?": ("counting in epochs", "data.total_steps counts steps"),
     r"early_stopping.*|load_best_model.*|metric_for_best.*": (
         "stopping by a metric", "ckpt.keep_best keeps what was best, ckpt.stop_file_path stops"),
     r"hf|hf_model|huggingface.*|trust_remote_code|attn_implementation": (
-        "models of transformers", "`internlm-lite convert from-hf` reads weights of Llama, Mistral, Qwen and InternLM"),
+        "models of transformers", "`internlm-lite convert from-hf` reads weights of 15 families, from GPT-2 to Qwen3"),
     r"deepspeed.*|ds_config|megatron.*|accelerate.*|auto_parallel.*|trainer_type": (
         "another framework's settings", "write the keys of docs/config.md"),
     r"hooks?|default_hooks|custom_hooks|train_cfg|val_cfg|test_cfg|optim_wrapper|param_scheduler": (
@@ -181,7 +183,8 @@ _OTHER_NAMES = {
     "data.micro_bsz": "per_device_train_batch_size micro_batch_size train_micro_batch_size_per_gpu local_batch_size",
     "data.micro_num": "gradient_accumulation_steps batch_accumulation_per_replica num_microbatches global_batch_size "
     "train_batch_size",
-    "data.seq_len": "seq_length max_seq_len max_seq_length max_length sequence_length model_max_length block_size",
+    "data.seq_len": "seq_length max_seq_len max_seq_length max_length sequence_length model_max_length block_size "
+    "context_length",
     "data.tokenizer": "vocab_file tokenizer_model tokenizer_name_or_path",
     "data.total_steps": "max_steps train_iters train_steps max_iters total_iters training_steps",
     "data.train_folder": "data_path dataset dataset_path train_data_path train_file",
@@ -206,8 +209,10 @@ _OTHER_NAMES = {
     "model.embed_scale": "embedding_multiplier embedding_scale",
     "model.head_bias": "lm_head_bias output_bias",
     "model.head_dim": "kv_channels",
+    "model.hidden_size": "n_embd d_model emb_dim embedding_dim dim",
     "model.init_std": "initializer_range init_method_std",
     "model.layer_norm_epsilon": "rms_norm_eps norm_eps norm_epsilon layernorm_epsilon",
+    "model.layer_types": "sliding_window_pattern max_window_layers",
     "model.logit_scale": "logits_scale logit_multiplier lm_head_multiplier",
     "model.logit_softcap": "final_logit_softcapping final_logit_softcap final_logits_soft_cap logits_soft_cap",
     "model.mlp_bias": "ffn_bias",
@@ -215,9 +220,10 @@ _OTHER_NAMES = {
     "model.mlp_type": "hidden_act hidden_activation activation_function activation_func ffn_act_type swiglu",
     "model.max_position_embeddings": "n_positions n_ctx max_seq_len max_sequence_length",
     "model.no_rope_every": "no_rope_layer_interval nope_layer_interval no_rope_freq",
+    "model.num_attention_heads": "n_head n_heads num_heads",
     "model.num_kv_attention_heads": "num_key_value_heads num_query_groups n_kv_heads",
     "model.norm_type": "normalization",
-    "model.num_layers": "num_hidden_layers n_layers",
+    "model.num_layers": "num_hidden_layers n_layers n_layer",
     "model.partial_rotary_factor": "rotary_pct rotary_percent",
     "model.position": "position_embedding_type",
     "model.qk_norm": "qk_layernorm use_qk_norm",

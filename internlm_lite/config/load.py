@@ -173,6 +173,8 @@ def _disagreements(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
     for winner, other in _DEFAULT_FROM.items():
         effect = "the schedule decides"
         if winner == "lr_scheduler.total_steps":
+            if config.lr_scheduler.decay != "cosine":
+                continue
             effect = "the learning rate reaches eta_min at another step than the last"
         first, second = value_of(config, winner), value_of(config, other)
         if first != second and origins[other] != "default":

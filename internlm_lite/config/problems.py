@@ -104,7 +104,8 @@ def _remedy(value: Any, field: FieldInfo, name: str) -> str:
         return f"write {bool(value)}"
     if isinstance(value, str) and get_origin(field.annotation) is Literal:
         near = nearest_name(value, filter(lambda choice: isinstance(choice, str), get_args(field.annotation)))
-        return f"write {near!r}" if near else f"leave {name} out for {field.get_default()!r}"
+        if near is not None:
+            return f"write {near!r}"
     if isinstance(value, (int, float)) and str in wanted:
         return f'write "{value}"'
     return "change the value" if field.is_required() else f"leave {name} out for {field.get_default()!r}"

@@ -126,15 +126,15 @@ class Dropout(CostedLayer):
         if not self.p:
             return []
         x, numbers = self.tp_ctx.hidden_bytes(row.tokens, self.hidden_size), self._numbers(row)
-        if "block" in row.fused:  # beside the addition; its gradient is written once more
-            return [Pass("fused", x, backward=True)]
+        if "block" in row.fused:  # joined to the addition; of two gradients one is joined to others
+            return [Pass("fused", 3 * x // 2, backward=True)]
         if "swiglu" in row.fused:
             return [Pass("fused", 2 * x), Pass("fused", 2 * x, backward=True)]
         return [Pass("elementwise", 138 * numbers + 4 * x, 16, backward=back) for back in (False, True)]
 
     def workspace_bytes(self, row: RowShape) -> int:
         """Two words of each number, unless compiled."""
-        return 16 * self._numbers(row) if self.p and not row.fused else 0
+        return 16 * self._numbers(row) if self.p and not self.tp_ctx.compiled else 0
 
     def _numbers(self, row: RowShape) -> int:
         return self.tp_ctx.rows(row.tokens) * self.hidden_size

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -194,7 +195,7 @@ class FullRMSNorm(RMSNorm):
     def _layouts(self, name: str, config: ModelConfig, heads: tuple[int, int] | None) -> tuple[ShardSpec, ShardSpec]:
         assert heads is not None, "the features of single heads have one norm"
         shape, group = (math.prod(heads),), self.tp_ctx.group
-        weight = split(f"{name}.weight", shape, 0, group, fill=1 - self.offset)
+        weight = replace(split(f"{name}.weight", shape, 0, group), fill=1 - self.offset)
         return weight, split(f"{name}.bias", shape, 0, group)
 
     def rows(self, row: RowShape) -> int:

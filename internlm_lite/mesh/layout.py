@@ -64,7 +64,6 @@ def split(
     group: Group,
     *,
     init_std: float | None = None,
-    fill: float = 0.0,
     partial_over: tuple[str, ...] = (),
 ) -> ShardSpec:
     """The spec of a tensor split evenly along `dim` over `group`. Raises ConfigError if shape[dim] is not divisible."""
@@ -76,7 +75,7 @@ def split(
     part = shape[dim] // group.size
     box = [(0, n) for n in shape]
     box[dim] = (part * group.rank, part * (group.rank + 1))
-    return ShardSpec(name, shape, tuple(box), group.size > 1, init_std, fill, partial_over)
+    return ShardSpec(name, shape, tuple(box), tp_sharded=group.size > 1, init_std=init_std, partial_over=partial_over)
 
 
 @dataclass(frozen=True)

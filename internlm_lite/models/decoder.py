@@ -188,7 +188,8 @@ class Block(CostedLayer):
         """Of the backward pass: the feed-forward part, which runs first, and the recomputed activations."""
         gradients = 2 * row.tokens * self.hidden_size * self.tp_ctx.dtype.itemsize  # of the output and of the input
         kept, kept_anyway = (sum(self.saved_bytes(row, recompute=flag).values()) for flag in (False, True))
-        return self.feed_forward.workspace_bytes(row) + gradients + (kept - kept_anyway) * self.recompute
+        first = max(self.feed_forward.workspace_bytes(row), self.ffn_dropout.workspace_bytes(row))
+        return first + gradients + (kept - kept_anyway) * self.recompute
 
 
 class Transformer(CostedLayer):
@@ -209,8 +210,9 @@ class Transformer(CostedLayer):
         self.backend = backend
         self.spec = spec
         self.tok_embeddings = Embedding("tok_embeddings", config, tp_ctx, spec.tied_over) if spec.first else None
-        p = config.embedding_dropout
-        self.embedding_dropout = Dropout(p, 0, Site.EMBEDDING, config.hidden_size, tp_ctx) if spec.first else None
+        self.embedding_dropout = None
+        if spec.first and config.embedding_dropout:
+            self.embedding_dropout = Dropout(config.embedding_dropout, 0, Site.EMBEDDING, config.hidden_size, tp_ctx)
         self._rotations = Rotations(config, spec.layers, tp_ctx.device)
         self.layers = nn.ModuleDict({str(n): Block(config, n, tp_ctx) for n in spec.layers})
         has_norm = spec.last and config.norms_at != "post"
@@ -229,7 +231,7 @@ class Transformer(CostedLayer):
 
     def units(self) -> Iterator[CostedLayer]:
         """The modules in forward order, each called once per forward pass; they partition the parameters."""
-        for module in (self.tok_embeddings, *self.blocks(), self.norm, self.output):
+        for module in (self.tok_embeddings, self.embedding_dropout, *self.blocks(), self.norm, self.output):
             if module is not None:
                 yield module
 

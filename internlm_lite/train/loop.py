@@ -92,7 +92,7 @@ def _begin(run: Run, state: TrainState, saving: Saving) -> None:
         **({} if run.checkpoints.restored is None else {"restarted_from": run.checkpoints.restored}),
     }
     run.reporter.event("start", **facts)
-    # The previous start may have ended between its save and its evaluation.
+    # Before the first step, if asked; and the previous start may have ended between its save and its evaluation.
     _evaluate_if_due(run, state, saving, skip_if_logged=True)
 
 

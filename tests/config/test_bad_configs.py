@@ -696,6 +696,38 @@ def test_feed_forward_parts_and_heads_that_cannot_be(keys: str, found: str | Non
     assert found is None or found in told[0]
 
 
+DROPOUT = [
+    ("embedding_dropout=1", "model.embedding_dropout: found 1, expected a number >= 0 and < 1"),
+    ("residual_dropout=1.0", "model.residual_dropout: found 1.0, expected a number >= 0 and < 1"),
+    ("residual_dropout=-0.1", "model.residual_dropout: found -0.1, expected a number >= 0 and < 1"),
+    ("attention_dropout=10", "model.attention_dropout: found 10, expected a number >= 0 and < 1"),
+    ("attention_dropout=None", "model.attention_dropout: found None, expected a number >= 0 and < 1"),
+    ("embedding_dropout='0.1'", "model.embedding_dropout: found '0.1', expected a number >= 0 and < 1"),
+    ("residual_dropout=True", "model.residual_dropout: found True, expected a number >= 0 and < 1"),
+    ("residual_dropout=float('nan')", "model.residual_dropout: found nan, expected a number"),
+    *(
+        (
+            f"attention_dropout=0.1, attention='{kernel}'",
+            f'model.attention_dropout: found 0.1 with model.attention "{kernel}", which drops attention weights by',
+        )
+        for kernel in ("flash_attn_3", "flash_attn_4", "flash_attn", "cudnn", "torch_varlen")
+    ),
+    ("resid_pdrop=0.1", "model.resid_pdrop: unknown key; nearest known key: model.residual_dropout"),
+    ("attn_pdrop=0.1", "model.attn_pdrop: unknown key; nearest known key: model.attention_dropout"),
+    ("embd_pdrop=0.1", "model.embd_pdrop: unknown key; nearest known key: model.embedding_dropout"),
+    ("attention_dropout=0.1, attention='flash_attn', use_flash_attn=False", None),
+    ("attention_dropout=0.1, attention='sdpa', embedding_dropout=0.5, residual_dropout=0.999", None),
+    ("attention_dropout=0, attention='flash_attn', residual_dropout=0", None),
+]
+
+
+@pytest.mark.parametrize(("keys", "found"), DROPOUT, ids=[keys for keys, _ in DROPOUT])
+def test_dropout_that_cannot_be(keys: str, found: str | None) -> None:
+    told = problems(GOOD.replace("num_layers=4", f"num_layers=4, {keys}"))
+    assert len(told) == (found is not None), told
+    assert found is None or found in told[0]
+
+
 LOCAL = "sliding_window=9, layer_types=['full_attention', 'sliding_attention']"
 ROPE = "rope_scaling=dict(rope_type={!r}, factor=2.0{})".format
 POSITIONS = [

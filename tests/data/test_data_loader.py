@@ -38,7 +38,7 @@ def _take(data: TrainingData, steps: int, position: Position = Position()) -> li
 
 
 def _same(one: Batch, other: Batch) -> bool:
-    tensors = ("tokens", "labels", "positions", "folders", "cu_seqlens")
+    tensors = ("tokens", "labels", "positions", "folders", "rows", "cu_seqlens")
     rest = ("cu_seqlens_host", "max_seqlen", "after", "stats")
     equal = all(torch.equal(getattr(one, name), getattr(other, name)) for name in tensors)
     return equal and all(getattr(one, name) == getattr(other, name) for name in rest)
@@ -67,6 +67,19 @@ def test_batch_is_consistent(root):
         )
         assert batch.stats.num_tokens == 48
         assert batch.stats.num_labels == int((batch.labels != IGNORE).sum())
+
+
+@pytest.mark.parametrize("dp", [1, 2, 4])
+def test_rows_are_numbered_in_their_global_batch(root, dp):
+    """Whatever the layout, the ramp-up and what is skipped."""
+    data = [
+        _open(root, dp_rank, dp, micro_num=8 // dp, rampup_batch_size=f"{4 // dp} {4 // dp} 2", skip_batches="1")
+        for dp_rank in range(dp)
+    ]
+    for parts in zip(*(_take(ranks_data, 4) for ranks_data in data), strict=True):
+        numbers = torch.stack([batch.rows for batch in parts], dim=1)  # [micro, dp]
+        assert numbers.dtype == torch.int64 and numbers.flatten().tolist() == list(range(numbers.numel()))
+        assert numbers.numel() == (4 if parts[0].after.batch == 1 else 8)
 
 
 def test_epoch_has_every_row_once(root):

@@ -40,6 +40,8 @@ def built(dtype: str, device: torch.device, monkeypatch: pytest.MonkeyPatch, **m
         ("float16", {}),
         ("float32", {}),
         ("bfloat16", {"use_fp32_norm": True, "checkpoint": 1.0, "tie_word_embeddings": True}),
+        ("bfloat16", {"embedding_dropout": 0.1, "residual_dropout": 0.2}),
+        ("bfloat16", {"attention_dropout": 0.1, "checkpoint": "selective"}),
     ],
 )
 def test_a_step_mixes_no_devices_and_reads_nothing(
@@ -48,7 +50,7 @@ def test_a_step_mixes_no_devices_and_reads_nothing(
     host = random_batch(bench_config(**SHAPE, dtype="torch.float32"), 0, torch.device("cpu"))
     with fake_cuda() as device:
         trainer, _ = built(dtype, device, monkeypatch, **model)
-        assert (trainer.backend is AttentionBackend.SDPA) == (dtype == "float32")
+        assert (trainer.backend is AttentionBackend.SDPA) == (dtype == "float32" or "attention_dropout" in model)
         batch = fake_batch(host, device)
         with HostWaits() as waits:
             outcomes = [trainer.step(batch, step) for step in range(2)]

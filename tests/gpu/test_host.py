@@ -30,9 +30,9 @@ from tests.train.runs import tiny
 DTYPES = ["bfloat16", "float16", "float32"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_host_waits_for_nothing_in_a_step(dtype: str, gpu: torch.device) -> None:
-    config = config_of(dtype)
+@pytest.mark.parametrize(("dtype", "p"), [*((dtype, 0.0) for dtype in DTYPES), ("bfloat16", 0.1)])
+def test_the_host_waits_for_nothing_in_a_step(dtype: str, p: float, gpu: torch.device) -> None:
+    config = config_of(dtype, embedding_dropout=p, residual_dropout=p, attention_dropout=p)
     trainer, batch = trainer_of(config, gpu), random_batch(config, 0, gpu)
     for step in range(2):
         trainer.step(batch, step)

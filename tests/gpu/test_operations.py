@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,12 +11,16 @@ from internlm_lite.apps.bench.gpu.correctness import _LIMITS, _Case, kernels
 from internlm_lite.batch import IGNORE
 from internlm_lite.config.schema import AdamConfig
 from internlm_lite.layers.compiled import compiled
+from internlm_lite.layers.dropout import Dropout, Site, token_keys
 from internlm_lite.layers.loss import LossOptions, linear_cross_entropy, losses_and_gradient
 from internlm_lite.layers.rope import RopeFrequencies, Rotary, plain_frequencies
 from internlm_lite.layers.weight_grads import add_product
 from internlm_lite.mesh.mesh import single_process_mesh
+from internlm_lite.models.decoder import tensor_parallel_context
 from internlm_lite.optim.rules import RULES, Shard
+from tests.layers.test_dropout import reference
 from tests.layers.test_norm import norm
+from tests.models.small import small_config
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -98,6 +103,28 @@ def test_rotation_of_far_positions(device: torch.device) -> None:
     fast, exact = (RopeFrequencies(plain_frequencies(64, 10000.0, where)) for where in (device, torch.device("cpu")))
     found = Rotary(positions.to(device), fast, torch.float32)(x)
     assert error(found, Rotary(positions, exact, torch.float64)(x.double().cpu())) < 1e-6
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["eager", "compiled"])
+def test_dropout_has_the_bits_of_a_second_implementation(
+    fused: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward; so a run may go on with other devices, or compiled."""
+    if device.type == "cpu":
+        monkeypatch.setattr("internlm_lite.layers.compiled.COMPILER", "aot_eager")
+    torch._dynamo.reset()
+    config = small_config(dtype="torch.float32", compile=fused)
+    tp_ctx = tensor_parallel_context(config, single_process_mesh(device), by_sequence=False)
+    rows = torch.tensor([1, 2**21 + 3], device=device)
+    for row, keys in zip(rows.tolist(), token_keys(7, 11, rows, 600), strict=True):
+        x = torch.ones(600, 512, device=device, requires_grad=True)
+        y = Dropout(0.3, 5, Site.FEED_FORWARD, 512, tp_ctx)(x, keys)
+        y.backward(torch.ones_like(y))
+        assert x.grad is not None
+        numbers = row * 600 + np.arange(600)[:, None]
+        expected = reference(0.3, 7, 11, 5, Site.FEED_FORWARD, numbers, np.arange(512))
+        for found in (y, x.grad):
+            assert np.array_equal((found == 0).cpu().numpy(), expected)
 
 
 @pytest.mark.parametrize("rule", RULES)

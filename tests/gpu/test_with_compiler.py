@@ -9,11 +9,12 @@ from internlm_lite.apps.bench.shapes import random_batch
 from tests.gpu.pieces import config_of, losses_and_norms, trainer_of, waits_raise
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_compiled_steps_are_those_of_eager_ones(dtype: str, gpu: torch.device) -> None:
+@pytest.mark.parametrize(("dtype", "p"), [("bfloat16", 0.0), ("float32", 0.0), ("float32", 0.1)])
+def test_compiled_steps_are_those_of_eager_ones(dtype: str, p: float, gpu: torch.device) -> None:
     """And wait for nothing either. bf16: inductor keeps intermediate results in fp32, which eager steps round."""
     torch._dynamo.reset()
-    eager, config = config_of(dtype), config_of(dtype, compile=True)
+    dropout = {"embedding_dropout": p, "residual_dropout": p}
+    eager, config = config_of(dtype, **dropout), config_of(dtype, compile=True, **dropout)
     expected = losses_and_norms(trainer_of(eager, gpu), eager)
     trainer = trainer_of(config, gpu)
     found = losses_and_norms(trainer, config)

@@ -10,7 +10,14 @@ import torch
 
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers import flash
-from internlm_lite.layers.flash import AttentionBackend, choose_backend, kernel_problem, packed, packed_sdpa
+from internlm_lite.layers.flash import (
+    AttentionBackend,
+    choose_backend,
+    expected_backend,
+    kernel_problem,
+    packed,
+    packed_sdpa,
+)
 from internlm_lite.layers.scores import AttentionRule
 from tests.models.small import small_config
 
@@ -384,6 +391,7 @@ def test_a_kernel_that_forgets_an_option_is_found_out(model, forgotten, package,
         ),
         ("cudnn", {"attention_softcap": 9}, "cuda", (9, 0), "needs model.attention_softcap=None, found 9.0: "),
         ("torch_varlen", {"attention_softcap": 9.0}, "cuda", (9, 0), "needs model.attention_softcap=None, found 9.0: "),
+        ("torch_varlen", {"attention_dropout": 0.1}, "cuda", (9, 0), "drops attention weights by numbers of its own,"),
     ],
 )
 def test_a_named_kernel_that_cannot_run_is_refused(attention, model, device, capability, refusal, monkeypatch):
@@ -392,6 +400,17 @@ def test_a_named_kernel_that_cannot_run_is_refused(attention, model, device, cap
     with pytest.raises(ConfigError, match=f"model.attention='{attention}' {refusal}"):
         choose_backend(config, torch.device(device))
     assert choose_backend(config, torch.device(device), strict=False) is not None
+
+
+def test_no_kernel_drops_weights(package, monkeypatch, caplog):
+    """And the log says what that costs."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    package(AttentionBackend.FLASH_ATTN_3)
+    config, cuda = small_config(dtype="torch.bfloat16", hidden_size=512, attention_dropout=0.1), torch.device("cuda")
+    assert choose_backend(config, cuda) is AttentionBackend.SDPA
+    assert expected_backend(config, deterministic=False) is AttentionBackend.SDPA
+    assert "every kernel drops attention weights by numbers of its own" in caplog.text and "slower" in caplog.text
+    assert choose_backend(config.model_copy(update={"attention_dropout": 0.0}), cuda) is AttentionBackend.FLASH_ATTN_3
 
 
 def test_what_auto_takes(package, monkeypatch):

@@ -34,6 +34,7 @@ GRAPHS = 3
 ISLANDS = 3
 """The rotation of queries, that of keys, and the product in the feed-forward part."""
 STEPS = 20
+DROPOUT: dict[str, Any] = {"embedding_dropout": 0.1, "residual_dropout": 0.2, "attention_dropout": 0.1}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}
 
 
@@ -62,6 +63,8 @@ def compare(mesh: Mesh, corpus: Path | None, backend: str = "aot_eager", kinds: 
     eager, ours = (curve(mesh, corpus, compile=flag, **model) for flag in (False, True))
     assert not counters["graph_break"]
     expected = GRAPHS - 1 + kinds - (mesh.pp.rank < mesh.pp.size - 1) if mesh.tp.size == 1 else ISLANDS
+    expected += "embedding_dropout" in model and mesh.pp.rank == 0  # a graph of its own, outside of blocks
+    expected += "residual_dropout" in model and mesh.tp.size > 1
     assert counters["stats"]["unique_graphs"] == expected, "for all layers of a kind and rows"
     return max(abs(a / b - 1) for pair in zip(ours, eager, strict=True) for a, b in zip(*pair, strict=True))
 
@@ -94,6 +97,8 @@ def backend_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
         {"mlp_type": "gelu", "mlp_bias": True, "logit_scale": 0.5, "checkpoint": "selective", "dtype": "torch.float64"},
         {"norm_position": "reordered", "qk_norm": "full", "checkpoint": "selective", "dtype": "torch.float64"},
         {"norm_position": "sandwich", "norm_type": "layernorm", "qk_norm": "head", "zero_centered_norm": True},
+        DROPOUT,
+        {**DROPOUT, "checkpoint": "selective", "norm_position": "reordered"},
     ],
 )
 def test_compiled_steps_are_those_of_eager_ones(model: dict[str, Any], corpus: Path) -> None:
@@ -142,11 +147,16 @@ def test_no_weight_is_kept_in_float8() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "checkpoint"),
-    [({}, False), ({"pipeline": 2}, False), ({"tensor": 2}, False), ({"tensor": 2}, "selective")],
+    ("layout", "model"),
+    [
+        ({}, {}),
+        ({"pipeline": 2}, DROPOUT),
+        ({"tensor": 2}, {}),
+        ({"tensor": 2}, {"checkpoint": "selective", **DROPOUT}),
+    ],
 )
-def test_layouts(layout: dict[str, int], checkpoint: bool | str, corpus: Path) -> None:
-    ours = partial(compare, checkpoint=checkpoint)
+def test_layouts(layout: dict[str, int], model: dict[str, Any], corpus: Path) -> None:
+    ours = partial(compare, **model)
     assert all(worst < 1e-6 for worst in run_world(ours, 2, (corpus,), **layout))
 
 

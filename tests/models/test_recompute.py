@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from internlm_lite.data.data_loader import open_training_data
 from internlm_lite.data.order import Position
 from internlm_lite.layers import compiled
+from internlm_lite.layers.dropout import token_keys
 from internlm_lite.layers.flash import packed_sdpa
 from internlm_lite.layers.norm import RMSNorm
 from internlm_lite.layers.rope import Rotary, rope_frequencies
@@ -66,7 +67,7 @@ def differing(mesh: Mesh, corpus: Path | None, layouts: list[dict[str, Any]]) ->
             {"dtype": "torch.bfloat16", "no_bias": True, "use_fp32_norm": True},
             {"dtype": "torch.float32", "mlp_type": "gelu_tanh", "mlp_bias": True},
             {"dtype": "torch.bfloat16", "mlp_type": "geglu"},
-            {"dtype": "torch.float32", "mlp_type": "relu"},
+            {"dtype": "torch.float32", "mlp_type": "relu", "residual_dropout": 0.1, "attention_dropout": 0.1},
             {"dtype": "torch.float32", "apply_post_layer_norm": True, "tie_word_embeddings": True, **BY_VOCABULARY},
             {"dtype": "torch.bfloat16", "norm_position": "reordered", "qk_norm": "full"},
             {"dtype": "torch.bfloat16", "norm_position": "sandwich", "norm_type": "layernorm", "qk_norm": "head"},
@@ -108,7 +109,7 @@ class Operators(TorchDispatchMode):
 
 
 def block_run(**model: Any) -> tuple[Block, Any, tuple[torch.Tensor, ...]]:
-    """(a block, what runs it on a row of two documents, the tensors of the rotary table)."""
+    """(a block, what runs it on a row of two documents, the tensors of the rotary table and for dropout)."""
     config = small_config(**{"dtype": "torch.float32", "compile": False, **model})
     block = Block(config, 0, tensor_parallel_context(config, single_process_mesh(), by_sequence=False))
     generator = torch.Generator().manual_seed(0)
@@ -117,7 +118,8 @@ def block_run(**model: Any) -> tuple[Block, Any, tuple[torch.Tensor, ...]]:
         param.main_grad = torch.zeros_like(param)
     x = torch.randn(T, config.hidden_size, generator=generator).requires_grad_()
     rotary = Rotary(torch.arange(T), rope_frequencies(config, x.device), x.dtype)
-    return block, lambda: block(x, rotary, packed_sdpa((0, 20, T))), (rotary.cos, rotary.signed_sin)
+    keys = token_keys(1, 0, torch.tensor([0]), T)[0]
+    return block, lambda: block(x, rotary, packed_sdpa((0, 20, T)), keys), (rotary.cos, rotary.signed_sin, keys)
 
 
 def test_no_product_and_no_attention_runs_again() -> None:
@@ -145,3 +147,5 @@ def test_compiled_blocks_keep_as_little(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(RMSNorm, "forward", lambda norm, x: F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps))
     block, run, known = block_run(checkpoint="selective", compile=True)
     assert saved_bytes(run, block, known) == eager - 2 * T * 4
+    block, run, known = block_run(checkpoint="selective", compile=True, residual_dropout=0.1)
+    assert saved_bytes(run, block, known) <= eager - 2 * T * 4 + 8 * block.hidden_size, "the masks are made again"

@@ -15,7 +15,7 @@ from internlm_lite.monitor.sinks import FanOut, run_files
 from tests.monitor.test_line import SEED
 from tests.steps import read_metrics
 
-VALID = ValidationRecord(step=5, loss=2.0, acc=0.5, perplexity=7.4, folders=SEED[5].folders)
+VALID = ValidationRecord(step=5, loss=2.0, acc=0.5, perplexity=7.4, folders=SEED[5].folders, train_loss=1.5)
 SAMPLE = Sample(step=6, prompt="def", text=" f(x):")
 
 

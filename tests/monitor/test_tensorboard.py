@@ -65,7 +65,7 @@ def test_all_scalars(seed: EventAccumulator) -> None:
 
 
 def test_validation(seed: EventAccumulator) -> None:
-    assert series(seed, "valid/loss") == [(5, 2.0)]
+    assert series(seed, "valid/loss") == [(5, 2.0)] and series(seed, "valid/train_loss") == [(5, 1.5)]
     assert series(seed, "val_loss/.git") == [(5, pytest.approx(VALID.folders[".git"].loss))]
 
 

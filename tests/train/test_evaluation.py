@@ -21,7 +21,7 @@ from tests import cli
 from tests.corpus import write_corpus
 from tests.train.layouts import LIMIT, Layout, config_of
 from tests.train.runs import STEPS, curve, run_training, tiny
-from tests.train.test_launch import CONFIG
+from tests.train.test_launch import CONFIG, start_ranks
 from tests.world import run_world
 
 EVERYTHING = {"valid_every": 3, "valid_at_start": True, "valid_train_batches": 2, "valid_micro_num": 4}
@@ -56,13 +56,15 @@ def _evaluated(mesh: Mesh, config: Config, folder: Path) -> None:
 
 def test_every_layout_measures_the_same_batches(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
-    found = []
+    found, labels = [], []
     for layout in (Layout(), Layout(dp=2, bucket=1500), Layout(tp=2, sp=True), Layout(pp=2)):
         data = {**EVERYTHING, "valid_folder": str(corpus), "valid_micro_num": 4 // layout.dp, "valid_batches": 1}
         folder = tmp_path / str(layout)
         args = (config_of(layout, corpus, data=data), folder)
         run_world(_evaluated, layout.world, args, tensor=layout.tp, pipeline=layout.pp)
         found.append([(event["step"], event["loss"], event["train_loss"]) for event in evaluations(folder)])
+        labels.append([[figures[0] for figures in event["folders"].values()] for event in evaluations(folder)])
+    assert all(others == labels[0] for others in labels), "also where the last batch is not full on all ranks"
     for other in found:
         assert [figures[0] for figures in other] == [-1, 2, 4]
         assert other == [pytest.approx(figures, rel=LIMIT) for figures in found[0]]
@@ -108,7 +110,8 @@ def test_a_worse_evaluation_after_going_back_keeps_the_better_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saves = tmp_path / "saves"
-    config = tiny(None, ckpt=saving(saves, checkpoint_every=2, auto_resume=False), data={"valid_every": 2})
+    ckpt = saving(saves, checkpoint_every=2, auto_resume=False, async_upload=False)
+    config = tiny(None, ckpt=ckpt, data={"valid_every": 2})
     train_with([5.0, 4.0, 2.0, 3.0], monkeypatch, config, tmp_path / "run")
     assert bests(saves) == [(6, 2.0)]
     train_with([4.0, 2.5, 2.2], monkeypatch, config, tmp_path / "again", "4")
@@ -121,7 +124,7 @@ def test_tools_show_and_keep_the_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saves = tmp_path / "saves"
-    config = tiny(None, ckpt=saving(saves, checkpoint_every=2), data={"valid_every": 2})
+    config = tiny(None, ckpt=saving(saves, checkpoint_every=2, async_upload=False), data={"valid_every": 2})
     train_with([2.0, 3.0, 4.0, 5.0], monkeypatch, config, tmp_path / "run")
     assert ckpt_tool.main(["ls", str(saves)]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if " best" in line]
@@ -131,19 +134,6 @@ def test_tools_show_and_keep_the_best(
     plan = plan_prune(LocalStorage(saves), keep=1)
     assert [name.step for name in plan.kept] == [8, 2] and [name.step for name in plan.removed] == [6, 4, 2]
     assert all(isinstance(name, Name) for name in plan.kept)
-
-
-def test_samples_after_each_epoch(tmp_path: Path) -> None:
-    """Also where a skipped batch ends it, and where the batch of the ramp-up is smaller."""
-    from internlm_lite.batch import Position
-    from internlm_lite.data.data_loader import open_training_data
-
-    corpus = write_corpus(tmp_path / "corpus")
-    data = open_training_data(tiny(corpus).data, 96, 0, 1, 1)
-    rows = data.mix.epoch_rows
-    assert rows is not None and rows % 4 == 0
-    ends = [data.epoch(Position(0, packs)) for packs in (0, rows - 1, rows, rows + 1, 3 * rows - 1, 3 * rows)]
-    assert ends == [0, 0, 1, 1, 2, 3]
 
 
 def test_eval_only_writes_nothing(tmp_path: Path) -> None:
@@ -164,5 +154,8 @@ def test_eval_only_writes_nothing(tmp_path: Path) -> None:
     older = cli.run(*command, "--eval-only", "--resume", "2", folder=tmp_path)
     assert older.code == 0 and "evaluation after 2 steps: loss=" in older.output
     assert files() == before
+    ranks = start_ranks(tmp_path, 2, "--eval-only", "MICRO_NUM=2")
+    (code, said), (other, _) = [(end.code, end.output) for end in (cli.ended(*rank) for rank in ranks)]
+    assert code == other == 0 and f"evaluation after 4 steps: loss={logged['loss']:.4f}" in said
     nothing = cli.run(*command, "--eval-only", "ckpt.save_ckpt_folder=local:other", folder=tmp_path)
     assert nothing.code == 2 and "--eval-only: found no checkpoint" in nothing.output

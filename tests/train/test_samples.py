@@ -38,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config_for(folder: Path, every: int | None, **sections: dict[str, Any]) -> Config:
+def config_for(folder: Path, every: int | str | None, **sections: dict[str, Any]) -> Config:
     """`every` None: no prompts."""
     prompts = PROMPTS if every is not None else []
     return tiny(
@@ -74,6 +74,13 @@ def test_training_is_the_same_with_samples(data: Path, tmp_path: Path):
     assert [sample["text"] for sample in end[2]] == [sample["text"] for sample in often[2][4:]]
     assert all(sample["seg"] == 0 and sample["time"][:2] == "20" for sample in often[2])
     assert often[2][0]["text"] != often[2][4]["text"], "another model by then"
+
+
+@pytest.mark.parametrize(("skip", "steps"), [("", [2, 4, 6, 8]), ("0", [1, 3, 5, 7, 8]), ("1-2", [2, 4, 6, 8])])
+def test_samples_after_each_pass_over_the_data(skip: str, steps: list[int], data: Path, tmp_path: Path) -> None:
+    """Two batches each; a skipped batch counts, and one that ends a pass does with the next that is trained on."""
+    config = config_for(data, "epoch", data={"micro_bsz": 16, "skip_batches": skip})
+    assert [sample["step"] for sample in trained(single_process_mesh(), config, tmp_path)[2][::2]] == steps
 
 
 def both(mesh: Mesh, config: Config, changed: Config, folder: Path) -> list:

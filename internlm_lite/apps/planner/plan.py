@@ -16,7 +16,7 @@ from internlm_lite.apps.planner.schedule import Action, actions_of, bubble_fract
 from internlm_lite.apps.planner.step_clock import StepClock, clock_plan, present_ways
 from internlm_lite.apps.planner.traffic import messages, traffic
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
-from internlm_lite.config.schema import Config, ModelConfig
+from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import open_training_data, open_validation_data
 from internlm_lite.data.render_batches import StepFigures, walk_steps
 from internlm_lite.layers.costs import Bytes, RowShape
@@ -63,23 +63,17 @@ def make_plan(
     held, parameters_total = holdings(config, sizes, backend)
     row = row_shape(config, backend, device)
     orders = actions_of(config.schedule, sizes.pp, config.model.num_chunks, data.micro_num)
-    kept = _kept_by_recomputation(config.model, held, orders, row)
     n_bytes = _rank_bytes(config, held, orders, row)
     sent = [traffic(messages(row, sizes, own, data.micro_num), sizes) for own in held]
     costs = {number: stage_cost(stage, data.seq_len) for own in held for number, stage in own.stages.items()}
     tokens_per_step = data.micro_num * data.micro_bsz * data.seq_len * sizes.dp
-
-    def peak(micro_bsz: int) -> int:
-        row_of = replace(row, tokens=micro_bsz * data.seq_len)
-        return max(one.peak for one in _rank_bytes(config, held, orders, row_of))
-
     return RunPlan(
         job=config.JOB_NAME,
         sizes=sizes,
         layout=_layout(config, sizes, backend),
         parameters_total=parameters_total,
         ranks=tuple(_ranks(sizes, held, n_bytes, sent)),
-        activations=max(kept, key=lambda cases: sum(cases["configured"].values())),
+        activations=_activations(config, held, orders, row),
         flops_per_step=internlm_step_flops(config.model, data.seq_len, tokens_per_step // data.seq_len),
         tokens_per_step=tokens_per_step,
         steps_total=data.total_steps,
@@ -90,7 +84,12 @@ def make_plan(
         groups=_groups(sizes),
         components=components_of(config, sorted({data.seq_len, *questions.lengths})),
         learning_rates=dict(_learning_rates(config)),
-        largest_batch=largest_batch(peak, questions.memory) if questions.memory else None,
+        largest_batch=None
+        if questions.memory is None
+        else largest_batch(
+            lambda n: max(one.peak for one in _rank_bytes(config, held, orders, replace(row, tokens=n * data.seq_len))),
+            questions.memory,
+        ),
         clock=None
         if questions.timed is None
         else clock_plan(
@@ -102,21 +101,22 @@ def make_plan(
     )
 
 
-def _kept_by_recomputation(
-    model: ModelConfig, held: Sequence[RankHoldings], orders: Sequence[Sequence[Action]], row: RowShape
-) -> list[dict[str, Bytes]]:
-    """Of each pipeline position, the activations it keeps, by what is recomputed."""
+def _activations(
+    config: Config, held: Sequence[RankHoldings], orders: Sequence[Sequence[Action]], row: RowShape
+) -> dict[str, Bytes]:
+    """Of the rank that keeps most, by what is recomputed."""
     whole = replace(row, selective=False)
     cases = {
         "off": (whole, 0),
         "selective": (replace(row, selective=True), 0),
-        "configured": (row, model.recomputed_layers),
-        "all": (whole, model.num_layers),
+        "configured": (row, config.model.recomputed_layers),
+        "all": (whole, config.model.num_layers),
     }
-    return [
+    kept = [
         {case: most_kept(own, shape, order, n) for case, (shape, n) in cases.items()}
         for own, order in zip(held, orders, strict=True)
     ]
+    return max(kept, key=lambda found: sum(found["configured"].values()))
 
 
 def _rank_bytes(

@@ -141,7 +141,7 @@ def _draw(axis: Any, panel: _Panel, runs: Sequence[Mapping[str, Any]], over: str
         for style, read in panel.checks.items():
             checked = [(place(check["step"]), y) for check in run["validation"] if (y := read(check)) is not None]
             if checked:
-                label = f"{run['name']}, {_CHECKED[style]}"
+                label = _CHECKED[style] if len(runs) == 1 else f"{run['name']}, {_CHECKED[style]}"
                 axis.plot(*zip(*checked, strict=True), style, color=colour, linewidth=1.0, marker=".", label=label)
     axis.set_title(panel.title, fontsize="small", loc="left", parse_math=False)
     axis.grid(alpha=0.25, linewidth=0.6)

@@ -70,7 +70,8 @@ def other_function(found: Found, config: Mapping[str, Any]) -> list[str]:
             model["num_kv_attention_heads"] = model[_HEADS]
         if model.get("norm_position") is None and "apply_post_layer_norm" in model:
             model["norm_position"] = "post" if model["apply_post_layer_norm"] else "pre"
-        model.setdefault("zero_centered_norm", False)
+        if model:  # a load that says nothing of its model compares nothing
+            model.setdefault("zero_centered_norm", False)
     known = [(key, saved[key], ours[key]) for key in _FUNCTION if key in saved and key in ours]
     return [f"model.{key}: checkpoint {a!r}, this run {b!r}" for key, a, b in known if a != b]
 

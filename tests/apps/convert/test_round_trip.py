@@ -46,7 +46,7 @@ def fp32(folder: Path):
 
 
 @pytest.mark.parametrize(("family", "shape"), CASES)
-def test_there_and_back_bit_for_bit_and_the_same_logits(tmp_path, family, shape):
+def test_there_and_back_bit_for_bit_and_the_same_logits(tmp_path, caplog, family, shape):
     save_ours(tmp_path / "ours", **({"num_kv_attention_heads": None} if shape in WHOLE else {}) | SHAPES[shape])
     written = convert(tmp_path / "ours", tmp_path / "hf", family)
     assert len(written.files) > 2
@@ -56,6 +56,7 @@ def test_there_and_back_bit_for_bit_and_the_same_logits(tmp_path, family, shape)
     before, after = masters(tmp_path / "ours"), masters(tmp_path / "back")
     assert before.keys() == after.keys() and taken.n_tensors == len(before)
     assert all(torch.equal(before[name], after[name]) and after[name].dtype == torch.float32 for name in before)
+    assert "another function" not in caplog.text
 
 
 @pytest.mark.parametrize(("tied", "bias", "kv_heads"), [(False, False, 2), (True, False, 8), (False, True, 1)])

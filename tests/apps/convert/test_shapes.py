@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internlm_lite.apps.convert.families import FAMILIES
-from internlm_lite.apps.convert.hf_config import default_family, features, from_hf, mlp_width, to_hf
+from internlm_lite.apps.convert.hf_config import HFConfig, default_family, features, from_hf, mlp_width, to_hf
 from internlm_lite.apps.convert.hf_windows import FULL, SLIDING
 from internlm_lite.apps.convert.recipes import our_shapes
 from internlm_lite.apps.planner.holdings import holdings
+from internlm_lite.config.cross import cross_problems
 from internlm_lite.config.schema import Config, ModelConfig, RopeScaling
 from internlm_lite.errors import CheckpointError
 from internlm_lite.layers.flash import AttentionBackend
@@ -167,9 +168,12 @@ def test_there_and_back_is_the_same_model(family, changes, heads):
         ({"no_bias": True, "qkv_bias": True}, "qwen2"),
         ({"qk_norm": "head"}, "qwen3"),
         ({"qk_norm": "head", "qkv_bias": False}, "llama"),
+        *((own, family) for family, own in OWN.items() if family not in ("phi3", "internlm3")),
     ],
 )
 def test_the_family_is_the_first_that_can_express_the_model(changes, family):
+    if family in ("gpt2", "gpt_neox"):
+        changes = {**changes, "num_kv_attention_heads": 8}
     assert default_family(ModelConfig.model_validate({**MODEL, **changes})) == family
 
 
@@ -452,8 +456,15 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_those_of_the_published_files(name):
     family, config, count = PUBLISHED[name]
-    model = from_hf({**config, "model_type": family}, name).model
-    assert sum(math.prod(shape) for shape in our_shapes(model).values()) == count
+    hf = from_hf({**config, "model_type": family}, name)
+    assert sum(math.prod(shape) for shape in our_shapes(hf.model).values()) == count
+    assert hf.family in (family, "gemma3_text") and features(hf.model) == features(there_and_back(hf))
+    run = {"data": {"seq_len": hf.max_positions, "total_steps": 4}, "lr_scheduler": {"total_steps": 4}}
+    assert not list(cross_problems(Config.model_validate({**run, "grad_scaler": None, "model": hf.model}), None))
+
+
+def there_and_back(hf: HFConfig) -> ModelConfig:
+    return from_hf(to_hf(hf.model, hf.family, hf.max_positions, "bfloat16"), "back").model
 
 
 @pytest.mark.parametrize("name", [name for name, (*_, count) in PUBLISHED.items() if count > 7e9])

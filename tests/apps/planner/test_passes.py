@@ -71,6 +71,7 @@ WITH_BIASES = {"mlp_type": "gelu_tanh", "mlp_bias": True, "head_bias": True, "no
     ("dtype", "model", "within"),
     [
         ("bfloat16", {}, 0.1),
+        ("bfloat16", {"embedding_dropout": 0.1, "residual_dropout": 0.1}, 0.1),
         ("float32", {}, 0.01),
         ("float32", {**WITH_BIASES, **SCALED}, 0.02),
         ("float32", {"mlp_type": "geglu", "logit_scale": 0.5, "checkpoint": "selective"}, 0.02),

@@ -13,8 +13,10 @@ Data: a folder `story` with one .txt, and GPT-2's tokenizer, a folder `gpt2` wit
     python tools/tokenizer.py encode --input story --output jobs/gpt2_124m/tokens/train --tokenizer gpt2 \\
         --split-at 90% --without-bos-eos
 
-Train; evaluate the last checkpoint alone; continue a prompt; curves over epochs and tokens, loss and perplexity:
+The loss of untrained weights, near ln(50,257) = 10.8; train; evaluate the last checkpoint alone; continue a prompt;
+curves of loss and perplexity over epochs and tokens:
 
+    python train.py --config configs/gpt2_124m.py --eval-only --resume none
     python train.py --config configs/gpt2_124m.py
     python train.py --config configs/gpt2_124m.py --eval-only
     python tools/generate.py --checkpoint jobs/gpt2_124m/ckpts --prompt "Every effort moves you" --max-new-tokens 50

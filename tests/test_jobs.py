@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -175,6 +176,7 @@ def test_the_tiny_gpt2(tmp_path: Path) -> None:
     samples = read_objects(folder / "samples.jsonl")
     assert [sample["step"] for sample in samples] == [an_epoch, 2 * an_epoch], "after each epoch"
     found = events(folder, "evaluation")
+    assert found[0]["loss"] == pytest.approx(math.log(512), abs=0.15), "untrained: any token alike"
     assert found[0]["step"] == -1 and found[-1]["train_loss"] < found[0]["train_loss"] - 0.5
     assert found[-1]["loss"] < found[0]["loss"] - 0.5
 

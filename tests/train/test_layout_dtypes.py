@@ -26,14 +26,17 @@ ADAM = {"lr": 1e-3, "adam_eps": 1e-4}
 """eps above the rounding noise of gradients: AdamW with a smaller one moves an element whose gradient is nothing but
 noise by a whole lr in a random direction, and curves part for no fault of the layout (fp32 by more than 1e-5 here)."""
 
+GPT2 = (("model.mlp_type", "gelu_tanh"), ("model.mlp_bias", True), ("model.head_bias", True), ("loss.z_loss", 1e-3))
+GEMMA = (("model.mlp_type", "geglu_tanh"), ("model.logit_softcap", 3.0), ("model.embed_scale", 5.6))
+
 LAYOUTS = runnable(
     [
         Layout(dp=2, bucket=1500),
         Layout(tp=2, overlap_grad=False),
         Layout(tp=2, sp=True, tied=True, split_hidden=False),
-        Layout(pp=2, schedule="zbv", chunks=2),
+        Layout(pp=2, schedule="zbv", chunks=2, keys=GPT2),
         Layout(dp=4, zero1=2, fp32_norm=True, bucket=1500),
-        Layout(tp=4, sp=True, parallel_output=False),
+        Layout(tp=4, sp=True, parallel_output=False, keys=GEMMA),
         Layout(dp=2, tp=2, zero1=1, sp=True, fp32_norm=True, checkpoint=0.5),
         Layout(dp=2, pp=2, tied=True, overlap_param=False),
         Layout(tp=2, pp=2, schedule="zbv", chunks=2, sp=True, fp32_norm=True, bucket=1500),
@@ -59,7 +62,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 FLOAT8 = [
     Layout(fp8=True, dp=2, bucket=1500, checkpoint=0.5),
     Layout(fp8=True, tp=2, sp=True),
-    Layout(fp8=True, pp=2, schedule="zbv", chunks=2),
+    Layout(fp8=True, pp=2, schedule="zbv", chunks=2, keys=GPT2),
     Layout(fp8=True, tp=2, pp=2, schedule="zbv", chunks=2, sp=True),
     Layout(fp8=True, tp=2, pp=2, schedule="interleaved", chunks=2, checkpoint=1),
 ]

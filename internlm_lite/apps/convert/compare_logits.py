@@ -93,9 +93,14 @@ def _our_logits(model: WholeModel, tokens: torch.Tensor, stored: torch.dtype) ->
 def _their_logits(source: HFFolder, hf: HFConfig, tokens: torch.Tensor) -> torch.Tensor:
     transformers = require_transformers()
     if not hf.family.startswith("internlm"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source.path, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                source.path, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+            )
+        except (ValueError, OSError, RuntimeError) as error:  # such as a family that is newer
+            what = str(error).strip().partition("\n")[0]
+            text = f"transformers {transformers.__version__} does not load {source.path}: {what}"
+            raise CheckpointError(f"{text}; the conversion itself is done, see whether a newer one loads it") from error
     else:
         model = _as_llama(transformers, source, hf)
     logits = model.float().eval()(tokens[None]).logits[0]

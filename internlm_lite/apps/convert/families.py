@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from internlm_lite.apps.convert.hf_rope import NoRopeKeys, RopeKeys
 from internlm_lite.apps.convert.hf_windows import WindowKeys
+from internlm_lite.config.schema import ModelConfig
 from internlm_lite.errors import CheckpointError
 
 Family = Literal[
@@ -382,3 +383,11 @@ FORMS: Mapping[Family, Form] = {
         _keys({"qkv_bias": ("qkv_bias", False), **dict.fromkeys(("out_bias", "mlp_bias"), ("bias", False))}),
     ),
 }
+
+
+def with_biases(model: ModelConfig, family: Family) -> ModelConfig:
+    """The model with all biases that every model of the family has: those that it lacks are 0 there."""
+    always = {name: True for name, value in FORMS[family].fixed.items() if name.endswith("_bias") and value}
+    if FORMS[family].fixed.get("norm_type") == model.norm_type == "layernorm":
+        always["norm_bias"] = True
+    return model.model_copy(update=always)

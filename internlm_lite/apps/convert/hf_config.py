@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from internlm_lite.apps.convert.families import FAMILIES, FORMS, Family, Form
+from internlm_lite.apps.convert.families import FAMILIES, FORMS, Family, Form, with_biases
 from internlm_lite.apps.convert.hf_rope import scaling_features
 from internlm_lite.apps.convert.hf_windows import FULL, SLIDING
 from internlm_lite.config.schema import Dtype, ModelConfig
@@ -91,7 +91,7 @@ def default_family(model: ModelConfig) -> Family:
 
 def _written(model: ModelConfig, family: Family, max_positions: int) -> dict[str, Any]:
     """config.json with what the family has a key for."""
-    form, ours = FORMS[family], features(model)
+    form, ours = FORMS[family], features(with_biases(model, family))
     ours |= {name: getattr(model, name) for name in form.keys if name in _NO_FEATURES}
     ours["max_positions"] = _positions(model, max_positions)
     config: dict[str, Any] = {"architectures": [form.architecture], "model_type": family}
@@ -118,7 +118,7 @@ def _not_expressed(model: ModelConfig, family: Family) -> Iterator[str]:
         yield from problems
         return
     theirs = features(ModelConfig.model_validate(_section(found)))
-    for name, value in features(model).items():
+    for name, value in features(with_biases(model, family)).items():
         if value != theirs[name]:
             yield f"model.{name}={value!r}: it has {theirs[name]!r}"
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from internlm_lite.apps.convert.families import FORMS, Family
+from internlm_lite.apps.convert.families import FORMS, Family, with_biases
 from internlm_lite.config.schema import LossConfig, ModelConfig
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.layout import Parameter
@@ -51,7 +51,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class TensorRecipe:
-    """A tensor to make by concatenating rows of other tensors."""
+    """A tensor to make by concatenating rows of other tensors; without any it is 0."""
 
     name: str
     shape: Shape
@@ -75,11 +75,12 @@ def our_shapes(model: ModelConfig) -> dict[str, Shape]:
 
 
 def hf_recipes(model: ModelConfig, family: Family) -> list[TensorRecipe]:
-    """Hugging Face's tensors, made of ours."""
+    """Hugging Face's tensors, made of ours; biases that our model lacks, but every model of the family has, are 0."""
+    ours = our_shapes(model).keys()
     pieces: dict[str, list[tuple[int, Rows]]] = {}
     rest: dict[str, Shape] = {}
     transposed = set()
-    for name, shape in our_shapes(model).items():
+    for name, shape in our_shapes(with_biases(model, family)).items():
         for part in _row_ranges(model, family, name, shape):
             rows = Rows(part.ours, part.ours_start, part.ours_start + part.count)
             pieces.setdefault(part.theirs, []).append((part.theirs_start, rows))
@@ -87,7 +88,9 @@ def hf_recipes(model: ModelConfig, family: Family) -> list[TensorRecipe]:
             if part.transposed:
                 transposed.add(part.theirs)
     return [
-        TensorRecipe(name, shape[::-1], rows, "result") if name in transposed else TensorRecipe(name, shape, rows)
+        TensorRecipe(name, shape[::-1], rows, "result")
+        if name in transposed
+        else TensorRecipe(name, shape, rows if rows[0].name in ours else ())
         for name, shape, rows in (_joined(name, rest[name], found) for name, found in pieces.items())
     ]
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from internlm_lite.apps.convert.recipes import TensorRecipe
+from internlm_lite.apps.convert.recipes import Shape, TensorRecipe
 from internlm_lite.checkpoint.format.tensor_file import BLOCK_BYTES, TensorFile
 from internlm_lite.errors import CheckpointError
 from internlm_lite.units import human_count
@@ -17,6 +17,10 @@ _READ_BYTES = 2 * BLOCK_BYTES
 
 class RowSource(Protocol):
     """A set of tensors that are read by rows."""
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Name -> shape."""
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start..stop of a tensor, in host memory that is valid until the next call."""
@@ -58,6 +62,8 @@ class ConvertedFile(TensorFile):
     def _parts(self, recipe: TensorRecipe) -> Iterator[torch.Tensor]:
         row_bytes = torch.Size(recipe.shape[1:]).numel() * 4
         step = max(1, _READ_BYTES // row_bytes)
+        if not recipe.rows:
+            yield torch.zeros(recipe.shape, dtype=self._dtype)
         if recipe.transposed == "result":
             pieces = [self._source.read(rows.name, rows.start, rows.stop).clone() for rows in recipe.rows]
             yield from (self._cast(part, recipe.name) for part in torch.cat(pieces).T.split(step))
@@ -65,18 +71,15 @@ class ConvertedFile(TensorFile):
         for rows in recipe.rows:
             for start in range(rows.start, rows.stop, step):
                 stop = min(start + step, rows.stop)
-                if recipe.transposed:
-                    part = self._transposed(rows.name, recipe.shape[1])[start:stop]
-                else:
-                    part = self._source.read(rows.name, start, stop)
-                yield self._cast(part, recipe.name)
+                part = self._source.read if recipe.transposed is None else self._read_transposed
+                yield self._cast(part(rows.name, start, stop), recipe.name)
 
-    def _transposed(self, name: str, n_rows: int) -> torch.Tensor:
-        """A whole tensor of `n_rows` rows, transposed; the last one is kept."""
+    def _read_transposed(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """As `RowSource.read`, of the transposed tensor; the last one is kept, whole."""
         if self._kept is None or self._kept[0] != name:
             self._kept = None
-            self._kept = name, self._source.read(name, 0, n_rows).T
-        return self._kept[1]
+            self._kept = name, self._source.read(name, 0, self._source.shapes[name][0]).T
+        return self._kept[1][start:stop]
 
     def _cast(self, rows: torch.Tensor, name: str) -> torch.Tensor:
         made = rows.to(self._dtype)

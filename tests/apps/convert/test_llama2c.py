@@ -13,16 +13,19 @@ import pytest
 from internlm_lite.apps.convert.llama2c import write_llama2c
 from internlm_lite.apps.convert.to_hf import open_checkpoint
 from internlm_lite.cli import convert
+from internlm_lite.config.load import load_config
 from internlm_lite.data.tokenizer import Tokenizer
 from internlm_lite.errors import CheckpointError
 from internlm_lite.generate.load_model import load_model
 from internlm_lite.mesh.mesh import single_process_mesh
 from tests.apps.convert.made import TOKENS, our_logits, save_ours, small_tokenizer
+from tests.cli import ROOT
 
 ENGINE = {"no_bias": True, "rope_base": 10000, "layer_norm_epsilon": 1e-5}
 SHAPES: dict[str, dict[str, Any]] = {
     "grouped, tied": {**ENGINE, "tie_word_embeddings": True},
     "grouped": ENGINE,
+    "the shipped config": load_config(str(ROOT / "configs" / "llama_8m_tiny.py")).config.model.model_dump(),
     "every head": {**ENGINE, "num_kv_attention_heads": None, "num_layers": 3},
 }
 
@@ -92,7 +95,7 @@ class Engine:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_its_engine_gives_our_logits(tmp_path: Path, shape: str) -> None:
-    save_ours(tmp_path / "ours", **SHAPES[shape])
+    save_ours(tmp_path / "ours", **{**SHAPES[shape], "dtype": "torch.float32"})
     found, config, _ = open_checkpoint(str(tmp_path / "ours"))
     written, _ = write_llama2c(found, config, tmp_path / "out", None)
     engine = Engine(tmp_path / "out" / "model.bin")

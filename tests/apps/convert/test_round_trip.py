@@ -16,7 +16,15 @@ from internlm_lite.apps.convert.to_hf import open_checkpoint, write_hf
 from internlm_lite.errors import CheckpointError
 from internlm_lite.generate.load_model import load_model
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
-from tests.apps.convert.made import masters, our_logits, save_llama, save_ours, save_ours_on, their_logits
+from tests.apps.convert.made import (
+    masters,
+    our_logits,
+    save_llama,
+    save_ours,
+    save_ours_on,
+    small_tokenizer,
+    their_logits,
+)
 from tests.apps.convert.test_shapes import OWN
 from tests.train.runs import run_training, tiny
 from tests.world import run_world
@@ -25,6 +33,7 @@ SHAPES = {
     "grouped": {"no_bias": True},
     "grouped, biases": {},
     "tied": {"no_bias": True, "tie_word_embeddings": True},
+    "three queries a head": {"num_attention_heads": 6, "hidden_size": 60, "no_bias": True},
     "every head, biases": {"num_kv_attention_heads": None},
     "every head, biases, tied": {"num_kv_attention_heads": None, "tie_word_embeddings": True},
 }
@@ -59,6 +68,25 @@ def test_there_and_back_bit_for_bit_and_the_same_logits(tmp_path, caplog, family
     assert "another function" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("family", "lacks"),
+    [
+        ("gpt2", {"no_bias": True, "mlp_bias": False, "norm_bias": False}),
+        ("gpt2", {"no_bias": False, "qkv_bias": False}),
+        ("gpt_neox", {"no_bias": True, "mlp_bias": False}),
+        ("qwen2", {"no_bias": True, "qkv_bias": False}),
+    ],
+)
+def test_biases_that_every_model_of_a_family_has_are_0_where_ours_has_none(tmp_path, family, lacks):
+    save_ours(tmp_path / "ours", **{**OWN[family], "num_kv_attention_heads": None, **lacks})
+    convert(tmp_path / "ours", tmp_path / "hf", family)
+    assert compare(lambda: fp32(tmp_path / "ours"), tmp_path / "hf").is_small
+    read_hf(tmp_path / "hf", str(tmp_path / "back"))
+    before, after = masters(tmp_path / "ours"), masters(tmp_path / "back")
+    assert before.keys() < after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert not any(after[name].any() for name in after.keys() - before.keys())
+
+
 @pytest.mark.parametrize(("tied", "bias", "kv_heads"), [(False, False, 2), (True, False, 8), (False, True, 1)])
 def test_a_llama_of_transformers_gives_the_same_logits_here(tmp_path, tied, bias, kv_heads):
     theirs = save_llama(tmp_path / "hf", tied=tied, bias=bias, kv_heads=kv_heads)
@@ -91,6 +119,21 @@ def test_transformers_reads_every_tensor_of_ours(tmp_path, shard_bytes):
         headers = {file: safe_open(tmp_path / "hf" / file, "pt").keys() for file in written.files}
         assert index["weight_map"] == {name: file for file, names in headers.items() for name in names}
         assert max(sizes) < 60_000 + 4096 and sum(sizes) > index["metadata"]["total_size"]
+
+
+def test_the_vocabulary_is_that_of_the_model_not_of_the_tokenizer(tmp_path):
+    """Rows beyond the tokenizer's tokens were trained, too: none is cut, and none is added for tensor parallelism."""
+    tokenizer = small_tokenizer(tmp_path)
+    save_ours(tmp_path / "ours", vocab_size=311, tokenizer=str(tokenizer.path))
+    found, config, _ = open_checkpoint(str(tmp_path / "ours"))
+    write_hf(found, config, tmp_path / "hf", family="llama", dtype="float32", tokenizer=tokenizer)
+    shapes = HFFolder(tmp_path / "hf").shapes
+    assert (
+        tokenizer.vocab_size == 300 and json.loads((tmp_path / "hf" / "config.json").read_text())["vocab_size"] == 311
+    )
+    assert shapes["lm_head.weight"] == shapes["model.embed_tokens.weight"] == (311, 64)
+    read_hf(tmp_path / "hf", str(tmp_path / "back"))
+    assert all(torch.equal(masters(tmp_path / "back")[name], rows) for name, rows in masters(tmp_path / "ours").items())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -14,6 +14,7 @@ from internlm_lite.apps.convert.hf_windows import FULL, SLIDING
 from internlm_lite.apps.convert.recipes import our_shapes
 from internlm_lite.apps.planner.holdings import holdings
 from internlm_lite.config.cross import cross_problems
+from internlm_lite.config.load import load_config
 from internlm_lite.config.schema import Config, ModelConfig, RopeScaling
 from internlm_lite.errors import CheckpointError
 from internlm_lite.layers.flash import AttentionBackend
@@ -21,6 +22,7 @@ from internlm_lite.layers.rope import rotation_of
 from internlm_lite.mesh.mesh import sizes_of
 from internlm_lite.units import round_up
 from tests.apps.convert.made import MODEL
+from tests.cli import ROOT
 
 SMALL = {
     "model_type": "llama",
@@ -175,6 +177,13 @@ def test_the_family_is_the_first_that_can_express_the_model(changes, family):
     if family in ("gpt2", "gpt_neox"):
         changes = {**changes, "num_kv_attention_heads": 8}
     assert default_family(ModelConfig.model_validate({**MODEL, **changes})) == family
+
+
+@pytest.mark.parametrize(("name", "family"), [("7B_sft", "llama"), ("gpt2_124m", "gpt2"), ("llama_8m", "llama")])
+def test_shipped_configs_can_be_exported(name, family):
+    model = load_config(str(ROOT / "configs" / f"{name}.py")).config.model
+    assert default_family(model) == family
+    assert to_hf(model, family, 64, "float32")["model_type"] == family
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,19 @@ def test_without_transformers_nothing_is_begun(ours, tmp_path, capsys, monkeypat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_family_that_transformers_does_not_know_is_one_error(ours, tmp_path, capsys, monkeypatch):
+    import transformers
+
+    def refuse(*arguments, **options):
+        raise ValueError("The checkpoint has model type `olmo9`, but Transformers does not recognize it.\n\nUpdate.")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    assert run("to-hf", ours, tmp_path / "hf", "--verify") == 2
+    error = capsys.readouterr().err
+    assert "does not load" in error and "`olmo9`" in error and error.count("\n") == 1
+    assert (tmp_path / "hf" / "config.json").exists()
+
+
 def test_without_transformers_conversion_works(ours, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert run("to-hf", ours, tmp_path / "hf") == 0 and run("from-hf", tmp_path / "hf", tmp_path / "back") == 0

@@ -14,6 +14,7 @@ from internlm_lite.config.schema import ModelConfig
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, Pass, RowShape
 from internlm_lite.layers.positions import LearnedPositions, look_up, look_up_passes, sinusoidal
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
+from internlm_lite.mesh import comm
 from internlm_lite.mesh.conjugate import columns_to_rows, gather_last
 from internlm_lite.mesh.layout import parameter, split
 
@@ -32,7 +33,8 @@ class Embedding(CostedLayer):
         self.tp_ctx = tp_ctx
         self.split_hidden = not config.embedding_by_vocabulary
         self.grad_scale = config.embed_grad_scale
-        self.scale = 1.0 if config.embed_scale is None else torch.tensor(config.embed_scale, dtype=tp_ctx.dtype).item()
+        scale = 1.0 if config.embed_scale is None else config.embed_scale
+        self.scale: float = comm.read(torch.tensor(scale, dtype=tp_ctx.dtype))  # rounded, on the host
         shape, dim = (config.vocab_size, config.hidden_size), 1 if self.split_hidden else 0
         layout = split(f"{name}.weight", shape, dim, tp_ctx.group, init_std=config.init_std, partial_over=partial_over)
         self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)

@@ -60,8 +60,11 @@ def test_a_weight_gradient_is_added_every_time(dtype: torch.dtype, device: torch
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("capped", [False, True], ids=["plain", "bias, scale, cap, z-loss"])
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_cross_entropy(dtype: torch.dtype, fused: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cross_entropy(
+    dtype: torch.dtype, capped: bool, fused: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Losses and gradients of several chunks of logits; a chunk may be shorter than the others."""
     monkeypatch.setattr("internlm_lite.layers.loss._CHUNK_BYTES", dict.fromkeys(("cpu", "cuda"), 1000 * 4 * 128))
     if device.type == "cpu":
@@ -71,14 +74,24 @@ def test_cross_entropy(dtype: torch.dtype, fused: bool, device: torch.device, mo
     weight = drawn(1000, 64, dtype=dtype, device=device, seed=1, scale=0.1).requires_grad_()
     labels = torch.arange(300, device=device) * 3
     labels[::7] = IGNORE
-    options = LossOptions(single_process_mesh().tp, 0.1, fused=compiled(losses_and_gradient) if fused else None)
-    ours = linear_cross_entropy(hidden, weight, labels, torch.tensor(0.5, device=device), options)
-    grads = torch.autograd.grad(ours.scaled_sum, (hidden, weight))
-    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    loss = F.cross_entropy(F.linear(*exact), labels, label_smoothing=0.1, reduction="sum", ignore_index=IGNORE)
+    bias = drawn(1000, dtype=dtype, device=device, seed=2).requires_grad_() if capped else None
+    given = [x for x in (hidden, weight, bias) if x is not None]
+    options = LossOptions(
+        single_process_mesh().tp,
+        0.1,
+        *((1e-2, 0.7, 2.0) if capped else ()),
+        fused=compiled(losses_and_gradient) if fused else None,
+    )
+    ours = linear_cross_entropy(hidden, weight, labels, torch.tensor(0.5, device=device), options, bias)
+    grads = torch.autograd.grad(ours.scaled_sum, given)
+    exact = [x.detach().double().requires_grad_() for x in given]
+    logits = F.linear(*exact)
+    logits = 2.0 * torch.tanh(logits * 0.7 / 2.0) if capped else logits
+    loss = F.cross_entropy(logits, labels, label_smoothing=0.1, reduction="sum", ignore_index=IGNORE)
+    of_z = 1e-2 * logits[labels != IGNORE].logsumexp(1).square().sum() if capped else 0.0
     limit = 1e-5 if dtype == torch.float32 else 1e-2
     assert error(ours.train_loss_sum, loss.detach()) < limit
-    for found, expected in zip(grads, torch.autograd.grad(0.5 * loss, exact), strict=True):
+    for found, expected in zip(grads, torch.autograd.grad(0.5 * (loss + of_z), exact), strict=True):
         assert error(found, expected) < 2 * limit
 
 

@@ -197,7 +197,7 @@ def test_another_schedule_is_told_with_both_rates(corpus: Path, tmp_path: Path, 
             values[section] = {**values[section], **changes}
         caplog.clear()
         run_training(single_process_mesh(), Config.model_validate(values), tmp_path / "again", resume="4")
-        return [record.message for record in caplog.records if "schedule" in record.message]
+        return [record.message for record in caplog.records if " has the learning rate " in record.message]
 
     assert resumed_at_4() == []
     (told,) = resumed_at_4(adam={"lr": 0.02}, lr_scheduler={"eta_min": 0.0})

@@ -45,13 +45,14 @@ def _positions(config: Config) -> Iterator[Problem]:
     model, most, key = config.model, config.model.max_position_embeddings, "model.max_position_embeddings"
     if model.position == "learned":
         if most is None:
-            yield Problem((key, "model.position"), "found None, expected the number of positions for 'learned' ones")
+            text = "found None, expected the number of positions for 'learned' ones; set it to data.seq_len or more"
+            yield Problem((key, "model.position"), text)
         elif most < config.data.seq_len:
             text = f"found {most}, expected at least data.seq_len {config.data.seq_len}; change one of them"
             yield Problem((key, "data.seq_len"), text)
         elif config.monitor.sample_prompts and config.monitor.sample_tokens >= most:
             text = f"found {config.monitor.sample_tokens}, expected less than {key} {most}, with room for a prompt"
-            yield Problem(("monitor.sample_tokens", key), text)
+            yield Problem(("monitor.sample_tokens", key), f"{text}; lower it")
     if model.position == "rope":
         yield from _rope(config)
         return
@@ -83,7 +84,7 @@ def _rope(config: Config) -> Iterator[Problem]:
     scaling, base, rotated = model.rope_scaling, model.rope_base, model.rotary_size
     if model.partial_rotary_factor < 1 and (rotated % 2 or not rotated):
         text = f"found {model.partial_rotary_factor}, which rotates {rotated} of {model.head_size} features per head"
-        yield Problem(("model.partial_rotary_factor",), f"{text}, expected an even number, at least 2")
+        yield Problem(("model.partial_rotary_factor",), f"{text}, expected an even number, at least 2; change it")
     if model.rope_local_base is not None and not any(map(model.is_sliding, range(model.num_layers))):
         text = f"found {model.rope_local_base}, but no layer is sliding; remove it, or set model.sliding_window"
         yield Problem(("model.rope_local_base", "model.sliding_window", "model.layer_types"), text)
@@ -93,11 +94,11 @@ def _rope(config: Config) -> Iterator[Problem]:
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     if scaling.rope_type == "llama3" and low >= high:
         keys = (f"{key}.low_freq_factor", f"{key}.high_freq_factor")
-        yield Problem(keys, f"found {low} and {high}, expected the first to be smaller")
+        yield Problem(keys, f"found {low} and {high}, expected the first to be smaller; change one")
     if scaling.rope_type == "yarn" and base <= 1:
-        yield Problem(("model.rope_base",), f"found {base}, expected more than 1 for rope_type 'yarn'")
+        yield Problem(("model.rope_base",), f"found {base}, expected more than 1 for rope_type 'yarn'; raise it")
     if scaling.rope_type == "dynamic" and rotated < 4:
-        text = f"found 'dynamic' with {rotated} rotated features per head, expected at least 4"
+        text = f"found 'dynamic' with {rotated} rotated features per head, expected at least 4; take 'yarn'"
         yield Problem((f"{key}.rope_type",), text)
 
 
@@ -107,7 +108,7 @@ def _original_length(model: ModelConfig) -> Iterator[Problem]:
         return
     if scaling.rope_type != "dynamic" or model.max_position_embeddings is None:
         why = f"rope_type {scaling.rope_type!r} needs it"
-        yield Problem((key,), f"found None, expected the longest row of the first training: {why}")
+        yield Problem((key,), f"found None, expected the longest row of the first training: {why}; set it")
 
 
 def _windows(model: ModelConfig) -> Iterator[Problem]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from internlm_lite.checkpoint.format.weights import MASTER, require_role
+from internlm_lite.checkpoint.format.weight_roles import MASTER, require_role
 from internlm_lite.checkpoint.load.checkpoint_loader import Loader
 from internlm_lite.config.schema import Config, S3Config
 from internlm_lite.layers.flash import choose_backend

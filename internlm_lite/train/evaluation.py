@@ -18,7 +18,7 @@ logger = logging.getLogger("internlm_lite")
 
 
 def evaluate(run: Run, state: TrainState) -> ValidationRecord:
-    """Figures of the model after `state`, and of the averaged weights if there are any. Collective; reads the device."""
+    """Figures of the model after `state`, and of the averaged weights if there are any. Collective; waits for them."""
     assert run.valid is not None, "an evaluation is due only with validation data"
     found = run.trainer.evaluate(run.valid, run.watchdog.report_progress)
     train_loss, n_batches = None, run.config.data.valid_train_batches

@@ -1,4 +1,4 @@
-"""The average of the weights: against a recomputation in float64, in layouts, through a resume, and while it is used."""
+"""The average of the weights: against a recomputation in float64, in layouts, through a resume, while it is in use."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def stored(found: Found, role: str) -> Tensors:
 
 def initial(config: Config) -> Tensors:
     optimizer = Trainer(config, single_process_mesh()).optimizer
-    return {piece.name: piece.tensor.clone().view(piece.shape) for piece in optimizer.pieces() if piece.role == "master"}
+    return {
+        piece.name: piece.tensor.clone().view(piece.shape) for piece in optimizer.pieces() if piece.role == "master"
+    }
 
 
 def assert_equal(found: Tensors, expected: Tensors) -> None:
@@ -69,7 +71,9 @@ def assert_equal(found: Tensors, expected: Tensors) -> None:
         assert torch.equal(found[name], tensor), name
 
 
-def by_hand(ema: dict[str, Any], start: Tensors, masters: dict[int, Tensors], applied: list[bool]) -> dict[int, Tensors]:
+def by_hand(
+    ema: dict[str, Any], start: Tensors, masters: dict[int, Tensors], applied: list[bool]
+) -> dict[int, Tensors]:
     """Step -> averages, in float64, one update of the weights after the other by the formula of the documentation."""
     average = {name: tensor.double() for name, tensor in start.items()}
     every, decay, taken_in, new, found = ema.get("every", 1), ema.get("decay", 0.999), 0, 0, {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from internlm_lite.checkpoint.format.weight_roles import MASTER, require_role
+from internlm_lite.checkpoint.format.weight_roles import MASTER, Weights, with_weights
 from internlm_lite.checkpoint.load.checkpoint_loader import Loader
 from internlm_lite.config.schema import Config, S3Config
 from internlm_lite.layers.flash import choose_backend
@@ -15,27 +15,26 @@ from internlm_lite.models.stages import WholeModel
 
 
 def load_model(
-    path: str, mesh: Mesh, dtype: str | None = None, s3: S3Config | None = None, *, role: str = MASTER
+    path: str, mesh: Mesh, dtype: str | None = None, s3: S3Config | None = None, *, weights: Weights = "model"
 ) -> tuple[WholeModel, Config]:
     """The model with the weights of the checkpoint at `path` (see `Loader.open`), and the checkpoint's config.
 
-    `dtype`: a name as in the config, such as "torch.bfloat16", to use instead of the trained one; `role`: "master", or
-    "ema" for the averaged weights. Raises CheckpointError. Collective over the mesh.
+    `dtype`: a name as in the config, such as "torch.bfloat16", to use instead of the trained one; `weights`: "ema" for
+    the averaged ones. Raises CheckpointError. Collective over the mesh.
     """
     loader = Loader(mesh, s3=s3)
-    found = loader.open(path)
-    require_role(found, role)
+    found = with_weights(loader.open(path), weights)
     config = found.config()
     shape = config.model if dtype is None else config.model.model_copy(update={"dtype": dtype})
     kept = shape.model_copy(update={"attention_dropout": 0.0})  # nothing is dropped in generation
     backend = choose_backend(kept, mesh.device, strict=False)  # this machine may be another one
     model = build_model(shape, config.loss, mesh, backend)
-    loader.load(found, [piece_of(param, role) for param in model.parameters()])
+    loader.load(found, [piece_of(param) for param in model.parameters()])
     return WholeModel({0: model}, mesh), config
 
 
-def piece_of(param: torch.Tensor, role: str = MASTER) -> LocalShard:
-    """The local parameter as the destination of a checkpoint's weights, which loading casts to its dtype."""
+def piece_of(param: torch.Tensor) -> LocalShard:
+    """The local parameter as the destination of a checkpoint's master weights, which loading casts to its dtype."""
     assert isinstance(param, Parameter), "parameters of the model know their part"
     part = param.shard_spec
-    return LocalShard(part.name, role, part.shape, part.box, None, param.detach())
+    return LocalShard(part.name, MASTER, part.shape, part.box, None, param.detach())

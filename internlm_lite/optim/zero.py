@@ -11,12 +11,8 @@ factor, the clip factor and the decision to skip are device scalars: the host ne
 from __future__ import annotations
 
 import math
-<<<<<<< HEAD
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-=======
-from collections.abc import Iterator, Mapping
->>>>>>> main
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -86,19 +82,10 @@ class HybridZeroOptimizer:
         self._reducer = GradReducer(self.buckets, units, mesh, overlap=zero.overlap_sync_grad)
         self._gatherer = WeightGatherer(self.buckets, units, mesh.zero, overlap=zero.overlap_sync_param)
         self._skips = SkipDecider(config, model_dtype, mesh.device)
-<<<<<<< HEAD
-        rule, options = RULES[config.optimizer.name], config.optimizer
-        # Allocated here, so that memory use is known and a checkpoint can be loaded before the first step.
-        self._shards = [_shard(bucket, rule.roles_with(options)) for bucket in self.buckets]
-        self._rule = rule(self._shards, config.adam, options)
-        self.average = None if config.ema is None else WeightAverage(config.ema, [s.weights for s in self._shards])
-        self._holds_averages = False
-        steps = max(config.lr_scheduler.total_steps, config.data.total_steps)
-        rates = [learning_rate(i, config.adam.lr, config.lr_scheduler) for i in range(steps + 2)]
-        self._rates = torch.tensor(rates, dtype=torch.float64, device=mesh.device)
-=======
         self._updates = GroupUpdates(self.buckets, config, mesh.device)
->>>>>>> main
+        masters = [shard.weights for shard in self._updates.shards]
+        self.average = None if config.ema is None else WeightAverage(config.ema, masters)
+        self._holds_averages = False
 
     @property
     def scaler(self) -> LossScaler:
@@ -145,13 +132,9 @@ class HybridZeroOptimizer:
         decision = self._skips.decide(totals.loss / labels, norm, totals.num_labels)
         factor = unscale * clip_factor(norm, self._config.hybrid_zero_optimizer.clip_grad_norm)
         second_beta = beta2(index, self._config.beta2_scheduler)
-<<<<<<< HEAD
         if self.average is not None:
             self.average.wait()  # until it has read the weights that change now
-        self._rule.update_scaled(self._exact_grads(), factor, lr, second_beta, decision.skipped)
-=======
         self._updates.update(self._exact_grads(), UpdateStep(rates, second_beta, factor, decision.skipped))
->>>>>>> main
         self._zero_grads()
         self._begun = False
         self._gather_weights()
@@ -185,13 +168,8 @@ class HybridZeroOptimizer:
 
     @torch.no_grad()
     def adopt_weights(self) -> None:
-<<<<<<< HEAD
         """Copy the model's weights, as drawn, to the master weights; an average begins there."""
-        for shard, bucket in zip(self._shards, self.buckets, strict=True):
-=======
-        """Copy the model's weights, as drawn, to the master weights."""
         for shard, bucket in zip(self._updates.shards, self.buckets, strict=True):
->>>>>>> main
             if shard.weights.dtype != bucket.kind.dtype:  # else they are a view of the model's
                 shard.weights.copy_(bucket.weight_shard)
         self.restart_average()
@@ -215,11 +193,12 @@ class HybridZeroOptimizer:
         self._require_masters()
         self.wait_weights()
         average.wait()
-        views = [n for n, s in enumerate(self._shards) if s.weights.dtype == self.buckets[n].kind.dtype]
+        shards = self._updates.shards
+        views = [n for n, s in enumerate(shards) if s.weights.dtype == self.buckets[n].kind.dtype]
         with average.exchanged(views):
             self._holds_averages = True
             try:
-                now = [s.weights if n in views else average.values[n] for n, s in enumerate(self._shards)]
+                now = [s.weights if n in views else average.values[n] for n, s in enumerate(shards)]
                 self._publish(now)
                 yield
             finally:
@@ -233,7 +212,7 @@ class HybridZeroOptimizer:
     @torch.no_grad()
     def publish_weights(self) -> None:
         """Copy loaded master weights to the model's weights on every rank, and wait. Collective."""
-        self._publish([shard.weights for shard in self._shards])
+        self._publish([shard.weights for shard in self._updates.shards])
 
     @torch.no_grad()
     def _publish(self, weights: Sequence[torch.Tensor]) -> None:
@@ -241,19 +220,13 @@ class HybridZeroOptimizer:
         self.wait_weights()
 
     def shards(self) -> Iterator[tuple[Bucket, dict[str, torch.Tensor]]]:
-<<<<<<< HEAD
         """(bucket, {role: [shard_size]}) for each bucket: this rank's master weights, state of the rule, average."""
         self._require_masters()
         if self.average is not None:
             self.average.wait()
-        for index, (shard, bucket) in enumerate(zip(self._shards, self.buckets, strict=True)):
+        for index, (shard, bucket) in enumerate(zip(self._updates.shards, self.buckets, strict=True)):
             averages = {} if self.average is None else {ROLE: self.average.values[index]}
             yield bucket, {"master": shard.weights, **shard.state, **averages}
-=======
-        """(bucket, {role: [shard_size]}) for each bucket: this rank's master weights and state of the rule."""
-        for shard, bucket in zip(self._updates.shards, self.buckets, strict=True):
-            yield bucket, {"master": shard.weights, **shard.state}
->>>>>>> main
 
     def pieces(self) -> Iterator[LocalShard]:
         """The tensors of `shards` as views per parameter, for a checkpoint to save or to load into."""
@@ -270,13 +243,8 @@ class HybridZeroOptimizer:
 
     def _bounds(self, bucket: Bucket, role: str) -> dict[str, Any]:
         """What `is_sound` expects of a tensor of `shards`."""
-<<<<<<< HEAD
         largest = torch.finfo(bucket.kind.dtype).max if role in ("master", ROLE) else math.inf
-        return {"non_negative": role in self._rule.non_negative, "largest": largest}
-=======
-        largest = torch.finfo(bucket.kind.dtype).max if role == "master" else math.inf
         return {"non_negative": role in RULES[bucket.kind.group.rule].non_negative, "largest": largest}
->>>>>>> main
 
     def problem(self) -> str | None:
         """The first tensor of this rank's shards with a number that no healthy run has; None: all are sound.
@@ -291,30 +259,18 @@ class HybridZeroOptimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, JSON-able; `pieces()` has the tensors. Reads the device."""
-<<<<<<< HEAD
         averages = {} if self.average is None else {ROLE: self.average.state_dict()}
-        return {**self._skips.state_dict(), **self._rule.state_dict(), **averages}
-=======
-        return {**self._skips.state_dict(), **self._updates.state_dict()}
->>>>>>> main
+        return {**self._skips.state_dict(), **self._updates.state_dict(), **averages}
 
     def load_state_dict(self, state: Mapping[str, Any], *, moments: bool, averages: bool = True) -> None:
         """Restore the counters. `moments` False: the rule's state was not loaded, so it and its counters are reset.
         `averages` False: nor was the average, which begins at the master weights."""
         self._skips.load_state_dict(state)
-<<<<<<< HEAD
         if self.average is not None and averages and ROLE in state:
             self.average.load_state_dict(state[ROLE])
         else:
             self.restart_average()
-        self._rule.load_state_dict(state if moments else {})
-        if not moments:  # not zero already: after a rollback it is the state of undone steps
-            for shard in self._shards:
-                for tensor in shard.state.values():
-                    tensor.zero_()
-=======
         self._updates.load_state_dict(state, moments=moments)
->>>>>>> main
 
     def elements_on_zero_ranks(self) -> list[int]:
         """Number of elements, without padding, that each rank of `zero` updates."""

@@ -271,7 +271,7 @@ def test_an_evaluation_measures_both_and_a_save_beside_it_holds_the_masters(corp
     assert run.valid is not None
     for event in events:
         assert event["ema"].keys() == {"loss", "acc", "perplexity"} and event["ema"]["loss"] != event["loss"]
-        model, _ = load_model(str(tmp_path / "saves" / str(event["step"] + 1)), mesh, role="ema")
+        model, _ = load_model(str(tmp_path / "saves" / str(event["step"] + 1)), mesh, weights="ema")
         for stage in run.trainer.stages.values():
             stage.load_state_dict(model.any_stage.state_dict())
         again = run.trainer.evaluate(run.valid)

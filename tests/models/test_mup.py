@@ -20,13 +20,13 @@ from internlm_lite.optim.groups import ParamGroups
 from internlm_lite.optim.zero import HybridZeroOptimizer
 
 WIDTHS = (64, 128, 256, 512, 1024)
-VOCAB, TOKENS, STEPS, SEEDS = 128, 128, 10, 2
+VOCAB, TOKENS, STEPS, SEEDS = 64, 256, 10, 3
 
 
 def config(width: int, *, head_dim: int = 32, rule: str = "adamw", **model: Any) -> Config:
     sections = {
         "data": {"seq_len": TOKENS, "total_steps": STEPS},
-        "adam": {"lr": 1e-2, "weight_decay": 0.1},
+        "adam": {"lr": 5e-3, "weight_decay": 0.1},
         "optimizer": {"name": rule},
         "lr_scheduler": {"total_steps": STEPS, "warmup_steps": 0, "decay": "constant"},
         "model": {
@@ -37,7 +37,7 @@ def config(width: int, *, head_dim: int = 32, rule: str = "adamw", **model: Any)
             "mlp_ratio": 2,
             "multiple_of": 32,
             "no_bias": True,
-            "init_std": 0.02,
+            "init_std": 0.05,
             "dtype": "torch.float32",
             **model,
         },
@@ -54,6 +54,8 @@ def sizes_after_training(of: Config, seed: int) -> dict[str, float]:
     mesh = single_process_mesh()
     model = build_model(of.model, LossConfig(), mesh, AttentionBackend.SDPA)
     initialise(model, seed)
+    with torch.no_grad():
+        model.output.weight.zero_()  # else narrow models have larger logits from the start, by chance
     optimizer = HybridZeroOptimizer(model.units(), of, mesh, torch.float32)
     optimizer.adopt_weights()
     tokens = torch.randint(0, VOCAB, (TOKENS + 1,), generator=torch.Generator().manual_seed(seed))
@@ -132,7 +134,7 @@ def test_at_the_base_width_nothing_changes() -> None:
 def test_a_shared_embedding_starts_as_large_at_every_width() -> None:
     models = (meta_model(mup(width, tie_word_embeddings=True).model) for width in (64, 1024))
     stds = {param.shard_spec.init_std for model in models for param in model.parameters() if param.looked_up}
-    assert stds == {0.02}
+    assert stds == {0.05}
 
 
 def test_multipliers_that_are_given_stay() -> None:

@@ -227,10 +227,10 @@ class AdamConfig(Section):
 
 
 class LrSchedulerConfig(Section):
-    """Linear warm-up, then `decay`."""
+    """Linear warm-up, then `kind`."""
 
     total_steps: Positive
-    """Step at which the cosine reaches eta_min; left out: data.total_steps."""
+    """Step at which the rate reaches eta_min; left out: data.total_steps."""
     init_steps: NonNegative = 0
     """Steps with learning rate 0 before the warm-up."""
     warmup_ratio: Fraction | None = None
@@ -240,9 +240,23 @@ class LrSchedulerConfig(Section):
     warmup_from_zero: bool = False
     """(new) The first of w warm-up steps has the learning rate 0 and the last adam.lr * (w - 1) / w (Megatron, Hugging
     Face). False: adam.lr / w and adam.lr (InternLM)."""
-    decay: Literal["cosine", "constant", "inverse_sqrt"] = "cosine"
-    """(new) What follows the warm-up. "cosine": down to eta_min at total_steps. "constant": adam.lr. "inverse_sqrt":
-    adam.lr / sqrt(t + 1) in step t after the warm-up, at least eta_min."""
+    kind: Literal["cosine", "wsd", "linear", "inverse_sqrt", "noam", "constant", "steps"] = "cosine"
+    """(new) What follows a warm-up of W steps, t steps after it. "cosine", "linear": down to eta_min at total_steps.
+    "wsd": adam.lr, and down to eta_min in the last decay_steps (warm-up, stable, decay: arXiv:2404.06395).
+    "inverse_sqrt": adam.lr * sqrt(W / (W + t)), with W at least 1, and at least eta_min. "noam", warm-up included:
+    adam.lr * d_model^-0.5 * min(k^-0.5, k * W^-1.5) in step k = 1, 2, ... (arXiv:1706.03762). "constant": adam.lr.
+    "steps": adam.lr times the factors of `step_factors`."""
+    decay_steps: Positive | None = None
+    """(new) wsd: steps of the decay, which ends at total_steps. None: decay_ratio says."""
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    """(new) wsd: share of total_steps in which the rate falls. None: 0.1, unless decay_steps is given."""
+    decay_shape: Literal["linear", "cosine", "1-sqrt", "exponential"] = "linear"
+    """(new) wsd: how it falls, x from 0 to 1: 1 - x, (1 + cos(pi x)) / 2, 1 - sqrt(x) (arXiv:2405.18392), or by the
+    same factor in each step, which takes an eta_min above 0."""
+    step_factors: list[Annotated[list[float], Field(min_length=2, max_length=2)]] | None = None
+    """(new) steps: [[step, factor], ...]: from each step on the rate is adam.lr * factor; 1 before the first."""
+    d_model: Positive | None = None
+    """(new) noam: width in the formula; left out: model.hidden_size."""
     eta_min: Annotated[float, Field(ge=0)] = 0.0
     """Final learning rate."""
     last_epoch: Annotated[int, Field(ge=-1)] = -1
@@ -253,6 +267,13 @@ class LrSchedulerConfig(Section):
         if self.warmup_steps is not None:
             return self.warmup_steps
         return int(self.total_steps * (0.01 if self.warmup_ratio is None else self.warmup_ratio))
+
+    @property
+    def num_decay_steps(self) -> int:
+        """Steps of the decay of "wsd"."""
+        if self.decay_steps is not None:
+            return self.decay_steps
+        return max(1, int(self.total_steps * (0.1 if self.decay_ratio is None else self.decay_ratio)))
 
 
 class Beta2SchedulerConfig(Section):

@@ -51,6 +51,7 @@ class _Linear(CostedLayer):
         shape = (out_features, in_features)
         layout = split(f"{name}.weight", shape, self.split_dim, tp_ctx.group, init_std=init_std)
         self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)
+        self.weight.matrix_rows = (out_features,)
         self.weight.manual_grad = True
         self.weight.deferred_grad = tp_ctx.weight_grads.deferred
         self.bias = None

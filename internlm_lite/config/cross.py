@@ -256,7 +256,9 @@ def _rule(config: Config) -> Iterator[Problem]:
     for name in _OF_MUON if rule.name != "muon" else ():
         value, keys = getattr(rule, name), (f"optimizer.{name}", "optimizer.name")
         if value != OptimizerConfig.model_fields[name].get_default():
-            yield Problem(keys, f'found {shown(value)} with "{rule.name}", expected "muon"; remove it, or change the rule')
+            yield Problem(
+                keys, f'found {shown(value)} with "{rule.name}", expected "muon"; remove it, or change the rule'
+            )
     for key in _UNREAD.get(rule.name, ()):
         value, default = value_of(config, key), known_keys()[key].get_default()
         if value != default:

@@ -18,7 +18,7 @@ import torch
 from internlm_lite.mesh.layout import Parameter
 from internlm_lite.optim.groups import ParamGroup
 from internlm_lite.optim.newton_schulz import iteration_flops, orthogonalised, update_scale
-from internlm_lite.optim.rules import Shard, UpdateRule
+from internlm_lite.optim.update_rule import Shard, UpdateRule
 from internlm_lite.optim.whole import WholeParameters
 from internlm_lite.runtime.device import torch_dtype
 
@@ -31,12 +31,12 @@ class Muon(UpdateRule):
 
     def __init__(self, shards: Sequence[Shard], group: ParamGroup) -> None:
         super().__init__(shards, group)
-        loads: list[int] = []
+        loads: dict[int, list[int]] = {}
         self._wholes = []
         for shard in shards:
-            loads = loads or [0] * shard.holders.size
+            size = shard.holders.size if shard.holders else 1
             costs = [self.cost(piece.param, group) for piece in shard.pieces]
-            self._wholes.append(WholeParameters(shard, costs, loads))
+            self._wholes.append(WholeParameters(shard, costs, loads.setdefault(size, [0] * size)))
 
     @classmethod
     def operations(cls, group: ParamGroup) -> int:

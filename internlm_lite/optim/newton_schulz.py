@@ -3,8 +3,9 @@
     X <- G / |G|                      Frobenius norm, so that no singular value is above 1
     X <- a X + (b A + c A A) X        with A = X X^T, a few times
 
-(K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; arXiv:2502.16982, section 2.1.) The
-coefficients are those with the steepest slope at 0: five steps leave singular values between about 0.5 and 1.5, not U V^T.
+(K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; arXiv:2502.16982, section 2.1.)
+The coefficients have the steepest slope at 0: after five steps most singular values are between 0.5 and 1.5, and the
+matrix is not U V^T.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ TINY = 1e-30
 
 
 def orthogonalised(gradient: torch.Tensor, steps: int, dtype: torch.dtype) -> torch.Tensor:
-    """[rows, cols] in `dtype` for `gradient` [rows, cols] in fp32 or fp64, which is divided by its norm before it is cast.
+    """[rows, cols] in `dtype` for `gradient` [rows, cols] in fp32 or fp64.
 
-    The gradient's scale does not matter. Zeros stay zero. The smaller side is that of A.
+    It is divided by its norm before it is cast, so its scale does not matter. Zeros stay zero.
     """
     x = gradient / torch.linalg.vector_norm(gradient, dtype=torch.float64).clamp(min=TINY).to(gradient.dtype)
     tall = gradient.shape[0] > gradient.shape[1]
@@ -42,6 +43,6 @@ def iteration_flops(rows: int, cols: int, steps: int) -> int:
 
 
 def update_scale(kind: str, rows: int, cols: int) -> float:
-    """Factor of a direction [rows, cols]. "rms": its elements have an RMS of about 0.2, as AdamW's updates, so that both
-    take one learning rate (arXiv:2502.16982, section 2.2). "spectral": it changes outputs by as much in each layer."""
+    """Factor of an orthogonalised [rows, cols]. "rms": its elements get an RMS of about 0.2, that of AdamW's updates,
+    so that both take one learning rate (arXiv:2502.16982, section 2.2). "spectral": K. Jordan's."""
     return 0.2 * math.sqrt(max(rows, cols)) if kind == "rms" else math.sqrt(max(1, rows / cols))

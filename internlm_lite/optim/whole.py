@@ -14,7 +14,7 @@ import torch
 
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.layout import Parameter
-from internlm_lite.optim.rules import Shard
+from internlm_lite.optim.update_rule import Shard
 
 
 def share_out(costs: Sequence[int], loads: list[int]) -> list[int]:
@@ -30,22 +30,23 @@ class WholeParameters:
     """Those of one shard, in which no parameter is split but over `shard.holders`."""
 
     def __init__(self, shard: Shard, costs: Sequence[int], loads: list[int]) -> None:
-        """`costs`: of the work on each of the shard's pieces. `loads`: on each of the holders by earlier shards; adds to
-        it."""
-        self._holders = shard.holders
+        """`costs`: of the work on each of the shard's pieces. `loads`: of each holder's work on earlier shards; that on
+        this one is added."""
+        self._holders = shard.holders if shard.pieces else None  # nothing is exchanged of a shard of padding
+        size, rank = (self._holders.size, self._holders.rank) if self._holders else (1, 0)
         by_owner = sorted(zip(share_out(costs, loads), shard.pieces, strict=True), key=lambda pair: pair[0])
         self._pieces = [piece for _, piece in by_owner]
-        self.owned = [piece.param for owner, piece in by_owner if owner == self._holders.rank]
+        self.owned = [piece.param for owner, piece in by_owner if owner == rank]
         """Parameters on which this rank works."""
-        self._counts = [0] * self._holders.size  # elements of this rank that go to each owner
+        self._counts = [0] * size  # elements of this rank that go to each owner
         for owner, piece in by_owner:
             self._counts[owner] += piece.stop - piece.start
 
     def collect(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """The whole tensors of `owned` out of every holder's `flat`, which is laid out as the shard; views of it in a
-        group of one rank. Collective."""
+        """The whole tensors of `owned` out of every holder's `flat`, which is laid out as the shard; views of it
+        without other holders. Collective."""
         parts = [flat[piece.start : piece.stop] for piece in self._pieces]
-        if self._holders.size == 1:
+        if self._holders is None:
             return [part.view(param.shape) for part, param in zip(parts, self.owned, strict=True)]
         size, mine = self._holders.size, self._counts[self._holders.rank]
         received = flat.new_empty(size, mine)
@@ -55,10 +56,10 @@ class WholeParameters:
 
     def hand_out(self, wholes: Sequence[torch.Tensor], flat: torch.Tensor) -> None:
         """Overwrite every holder's `flat` with its parts of the owners' `wholes`, which have its dtype. Collective."""
-        size, mine = self._holders.size, self._counts[self._holders.rank]
-        if size == 1:
+        if self._holders is None:
             parts: Sequence[torch.Tensor] = [whole.reshape(-1) for whole in wholes]
         else:
+            size, mine = self._holders.size, self._counts[self._holders.rank]
             columns = [_parted(whole, param, size) for whole, param in zip(wholes, self.owned, strict=True)]
             sent = torch.cat(columns, dim=1) if columns else flat.new_empty(size, 0)
             received = flat.new_empty(sum(self._counts))

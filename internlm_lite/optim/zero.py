@@ -28,9 +28,10 @@ from internlm_lite.optim.gather import WeightGatherer
 from internlm_lite.optim.grad_norm import Requests, clip_factor, reduce_totals
 from internlm_lite.optim.lr_schedule import beta2
 from internlm_lite.optim.reduce import GradReducer
-from internlm_lite.optim.rules import RULES, UpdateStep
+from internlm_lite.optim.rules import RULES
 from internlm_lite.optim.scaler import LossScaler
 from internlm_lite.optim.skips import SkipCounts, SkipDecider
+from internlm_lite.optim.update_rule import UpdateStep
 from internlm_lite.optim.updates import GroupUpdates
 
 
@@ -80,7 +81,7 @@ class HybridZeroOptimizer:
         self._reducer = GradReducer(self.buckets, units, mesh, overlap=zero.overlap_sync_grad)
         self._gatherer = WeightGatherer(self.buckets, units, mesh.zero, overlap=zero.overlap_sync_param)
         self._skips = SkipDecider(config, model_dtype, mesh.device)
-        self._updates = GroupUpdates(self.buckets, config, mesh.device)
+        self._updates = GroupUpdates(self.buckets, config, mesh)
 
     @property
     def scaler(self) -> LossScaler:

@@ -18,8 +18,8 @@ def gradient(rows: int, cols: int, dtype: torch.dtype = torch.float64, seed: int
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_singular_values_are_those_of_the_polynomial(shape: tuple[int, int]) -> None:
-    """x -> a x + b x^3 + c x^5, five times, on each singular value of the normalised matrix; the vectors stay. The values
-    end between 0.3 and 1.3: U V^T is not what is computed."""
+    """x -> a x + b x^3 + c x^5, five times, on each singular value of the normalised matrix; the vectors stay. U V^T is
+    not what is computed."""
     g = gradient(*shape)
     u, s, vt = torch.linalg.svd(g, full_matrices=False)
     s = s / s.square().sum().sqrt()
@@ -35,7 +35,6 @@ def test_singular_values_are_those_of_the_polynomial(shape: tuple[int, int]) -> 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_transpose_of_a_gradient_gives_the_transpose(shape: tuple[int, int]) -> None:
-    """The product that is taken is that of the smaller side: of a tall matrix the other one would be large and singular."""
     g = gradient(*shape)
     torch.testing.assert_close(orthogonalised(g.t(), 5, torch.float64), orthogonalised(g, 5, torch.float64).t())
 

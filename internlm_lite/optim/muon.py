@@ -1,6 +1,6 @@
 """Muon: the momentum of a matrix, orthogonalised (arXiv:2502.16982, section 2).
 
-    momentum = mu * momentum + (1 - mu) * grad                          as torch.optim.Muon keeps it
+    momentum = mu * momentum + (1 - mu) * grad                          as torch.optim.Muon keeps it; the role "exp_avg"
     direction = mu * momentum + (1 - mu) * grad                         Nesterov; else the momentum
     weights -= lr * (scale * orthogonalised(direction) + weight_decay * weights)
 
@@ -26,7 +26,7 @@ from internlm_lite.runtime.device import torch_dtype
 class Muon(UpdateRule):
     """For parameters with `matrix_rows`; those of a shard are whole or split over `shard.holders` alone."""
 
-    roles = ("momentum",)
+    roles = ("exp_avg",)
     whole_matrices = True
 
     def __init__(self, shards: Sequence[Shard], group: ParamGroup) -> None:
@@ -48,7 +48,7 @@ class Muon(UpdateRule):
 
     def update(self, grads: Sequence[torch.Tensor], lr: torch.Tensor, beta2: float, skipped: torch.Tensor) -> None:
         for shard, grad, wholes in zip(self._shards, grads, self._wholes, strict=True):
-            before, mu = shard.state["momentum"], self._group.momentum
+            before, mu = shard.state["exp_avg"], self._group.momentum
             momentum = before.lerp(grad, 1 - mu)
             step = grad.lerp_(momentum, mu) if _nesterov(self._group) else momentum.clone()
             before.copy_(torch.where(skipped, before, momentum))

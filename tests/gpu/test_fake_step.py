@@ -67,15 +67,15 @@ def test_a_step_mixes_no_devices_and_reads_nothing(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_an_average_is_updated_and_used_without_a_wait(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a stream of its own, behind the step; the next step, and what reads the average, wait for that on the device."""
+    """Behind the step, on a stream of its own: the next update, and what reads the average, wait on the device."""
     host = random_batch(bench_config(**SHAPE, dtype="torch.float32"), 0, torch.device("cpu"))
     with fake_cuda() as device:
         trainer, _ = built(dtype, device, monkeypatch, EmaConfig(every=2))
         batch, average = fake_batch(host, device), trainer.optimizer.average
         assert average is not None
         order: list[str] = []
-        monkeypatch.setattr(average, "_move", lambda rate: order.append("move"))
-        waiting, updating = average.wait, trainer.optimizer._updates.update
+        moving, waiting, updating = average._move, average.wait, trainer.optimizer._updates.update
+        monkeypatch.setattr(average, "_move", lambda rate: (order.append("move"), moving(rate)))
         monkeypatch.setattr(average, "wait", lambda: (order.append("wait"), waiting()))
         monkeypatch.setattr(
             trainer.optimizer._updates, "update", lambda *given: (order.append("update"), updating(*given))

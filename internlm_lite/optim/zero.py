@@ -11,7 +11,7 @@ factor, the clip factor and the decision to skip are device scalars: the host ne
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -30,9 +30,10 @@ from internlm_lite.optim.gather import WeightGatherer
 from internlm_lite.optim.grad_norm import Requests, clip_factor, reduce_totals
 from internlm_lite.optim.lr_schedule import beta2
 from internlm_lite.optim.reduce import GradReducer
-from internlm_lite.optim.rules import RULES, UpdateStep
+from internlm_lite.optim.rules import RULES
 from internlm_lite.optim.scaler import LossScaler
 from internlm_lite.optim.skips import SkipCounts, SkipDecider
+from internlm_lite.optim.update_rule import UpdateStep
 from internlm_lite.optim.updates import GroupUpdates
 
 
@@ -82,10 +83,12 @@ class HybridZeroOptimizer:
         self._reducer = GradReducer(self.buckets, units, mesh, overlap=zero.overlap_sync_grad)
         self._gatherer = WeightGatherer(self.buckets, units, mesh.zero, overlap=zero.overlap_sync_param)
         self._skips = SkipDecider(config, model_dtype, mesh.device)
-        self._updates = GroupUpdates(self.buckets, config, mesh.device)
+        self._updates = GroupUpdates(self.buckets, config, mesh)
         masters = [shard.weights for shard in self._updates.shards]
         self.average = None if config.ema is None else WeightAverage(config.ema, masters)
         self._holds_averages = False
+        self.before_exchange: Callable[[], object] = lambda: None
+        """Called before `averaged` changes master weights: a save beside this work may still be reading them."""
 
     @property
     def scaler(self) -> LossScaler:
@@ -193,6 +196,7 @@ class HybridZeroOptimizer:
         self._require_masters()
         self.wait_weights()
         average.wait()
+        self.before_exchange()
         shards = self._updates.shards
         views = [n for n, s in enumerate(shards) if s.weights.dtype == self.buckets[n].kind.dtype]
         with average.exchanged(views):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from internlm_lite.units import round_up
 
@@ -17,6 +17,11 @@ UNKNOWN_TO_KERNELS = {"cudnn": ("sliding_window", "attention_softcap"), "torch_v
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+Pair = Annotated[
+    list[Annotated[float, Field(ge=0, lt=1)]],
+    Field(min_length=2, max_length=2),
+    BeforeValidator(lambda value: list(value) if isinstance(value, tuple) else value),
+]
 Dtype = Literal["torch.float16", "torch.half", "torch.bfloat16", "torch.float32", "torch.tf32", "torch.float64"]
 
 
@@ -183,6 +188,21 @@ class LossConfig(Section):
     arXiv:2204.02311: 1e-4). The step line's `loss` and `loss_from_metric` leave it out."""
 
 
+class GroupConfig(Section):
+    """Parameters with a learning rate, weight decay or betas of their own. Keys left out are those that the parameters
+    have otherwise."""
+
+    pattern: Annotated[str, Field(min_length=1)]
+    """Names of parameters, as in checkpoints, with * ? [] as in file names: "*norm*", "layers.0.*". A parameter is in
+    the first group that matches; a pattern for which none is left is an error."""
+    lr: Annotated[float, Field(ge=0)] | None = None
+    """Peak learning rate, instead of adam.lr. The whole schedule, eta_min too, is scaled by lr / adam.lr."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Instead of adam.weight_decay, and whatever adam.weight_decay_on says."""
+    betas: Pair | None = None
+    """[beta1, beta2] instead of adam.adam_beta1 and beta2_scheduler: this beta2 stays."""
+
+
 class OptimizerConfig(Section):
     """(new) What is done with a gradient. Learning rate, betas and weight decay come from `adam` for every rule."""
 
@@ -192,6 +212,8 @@ class OptimizerConfig(Section):
     or its momentum; no other key of `adam` than lr and the weight decay, which is decoupled, too."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0
     """sgd: momentum = this * momentum + gradient, as torch's. 0: without, and then without optimizer state."""
+    groups: list[GroupConfig] = []
+    """Parameters with hyperparameters of their own, by patterns of their names."""
 
 
 class AdamConfig(Section):

@@ -105,7 +105,7 @@ BAD = [
     (
         "lr=1e-4",
         "lr=1e-4)\noptimizer = dict(groups=[dict(pattern='a', betas=[0.9])]",
-        "13: optimizer.groups[0].betas: found [0.9], expected a list of 2 numbers >= 0 and < 1 or None; leave betas out",
+        "13: optimizer.groups[0].betas: found [0.9], expected a list of 2 numbers >= 0 and < 1 or None; leave betas",
     ),
     (
         "lr=1e-4",
@@ -347,6 +347,13 @@ BAD = [
         "",
         "optimizer = dict(name='sgd', momentum=1.0)",
         "25: optimizer.momentum: found 1.0, expected a number >= 0 and < 1",
+    ),
+    ("", "model['scaling'] = 'mup'", "25: model.mup_base_width: found None, expected the hidden_size at which"),
+    ("", "model['mup_base_width'] = 64", '25: model.mup_base_width: found 64 with scaling "standard", expected "mup"'),
+    (
+        "",
+        "model |= dict(scaling='mup', mup_base_width=64); optimizer = dict(name='sgd')",
+        '25: optimizer.name: found "sgd", whose updates grow with the gradient, with model.scaling="mup"; expected',
     ),
     ("", "adam['weight_decay_on'] = 'none'", "25: adam.weight_decay_on: found 'none', expected one of 'matrices', "),
     ("", "data['valid_at_start'] = True", "25: data.valid_at_start: found True with data.valid_every 0: there are no"),

@@ -88,6 +88,9 @@ class CkptConfig(Section):
     continue; 0: nothing. It is reset to 0 when handled."""
     allow_changed_data: bool = False
     """(new) Resume although the training data differ from those of the checkpoint."""
+    allow_changed_optimizer: bool = False
+    """(new) Resume although optimizer.name is not that of the checkpoint: state that has the same meaning is kept, the
+    rest starts at zero, as one line says."""
     auto_resume: bool = True
     """(new) Without `--resume`: True: continue from the newest checkpoint in save_ckpt_folder; False: ignore it."""
     s3: S3Config = S3Config()
@@ -206,10 +209,12 @@ class GroupConfig(Section):
 class OptimizerConfig(Section):
     """(new) What is done with a gradient. Learning rate, betas and weight decay come from `adam` for every rule."""
 
-    name: Literal["adamw", "lion", "sgd"] = "adamw"
-    """Update rule. "lion": the sign of a momentum (arXiv:2302.06675), half the optimizer state; wants a smaller adam.lr
-    and a larger adam.weight_decay than AdamW; adam.adam_beta2 is the decay of the momentum. "sgd": the gradient itself,
-    or its momentum; no other key of `adam` than lr and the weight decay, which is decoupled, too."""
+    name: Literal["adamw", "adamw_cs336", "lion", "sgd"] = "adamw"
+    """Update rule. "adamw": in torch's order. "adamw_cs336": in the order of the handout of Stanford's CS336, with eps
+    outside the bias correction and the decay after the step. "lion": the sign of a momentum (arXiv:2302.06675), half
+    the optimizer state; wants a smaller adam.lr and a larger adam.weight_decay than AdamW; adam.adam_beta2 is the decay
+    of the momentum. "sgd": the gradient itself, or its momentum; no other key of `adam` than lr and the weight decay,
+    which is decoupled, too."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0
     """sgd: momentum = this * momentum + gradient, as torch's. 0: without, and then without optimizer state."""
     groups: list[GroupConfig] = []

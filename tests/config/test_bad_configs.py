@@ -341,7 +341,11 @@ BAD = [
         "25: hybrid_optimizer: unknown key; nearest known key: hybrid_zero_optimizer",
     ),
     ("", "optimizer = dict(lr=1)", "25: optimizer.lr: unknown key; nearest known key: adam.lr"),
-    ("", "optimizer = dict(name='sdg')", "25: optimizer.name: found 'sdg', expected one of 'adamw', 'lion', 'sgd'"),
+    (
+        "",
+        "optimizer = dict(name='sdg')",
+        "25: optimizer.name: found 'sdg', expected one of 'adamw', 'adamw_cs336', 'lion', 'sgd'",
+    ),
     ("", "optimizer = dict(momentum=0.9)", '25: optimizer.momentum: found 0.9 with "adamw", expected "sgd"; change'),
     (
         "",

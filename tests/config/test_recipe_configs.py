@@ -57,7 +57,10 @@ REST = [
         "optimizer = dict(name='sgd', nesterov=True)",
         "optimizer.nesterov: unknown key; keys of optimizer: name, momentum",
     ),
-    ("optimizer = dict(name='adam')", "optimizer.name: found 'adam', expected one of 'adamw', 'lion', 'sgd'; write"),
+    (
+        "optimizer = dict(name='adam')",
+        "optimizer.name: found 'adam', expected one of 'adamw', 'adamw_cs336', 'lion', 'sgd'; write",
+    ),
     (
         f"{SGD}; adam['adam_beta2'] = 0.999",
         'adam.adam_beta2: found 0.999 with optimizer.name "sgd", which does not read it; expected 0.95; remove it, or',

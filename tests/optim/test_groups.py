@@ -127,15 +127,14 @@ def test_the_dry_run_and_the_start_show_the_groups(tmp_path: Path, caplog: pytes
     planned = run("train.py", "--config", str(ROOT / "configs" / "tiny.py"), "--dry-run", given, folder=tmp_path)
     assert planned.code == 0, planned.output
     (row,) = [line.split() for line in planned.output.splitlines() if "*norm*" in line]
-    assert row == ["*norm*", "(no_decay)", "adamw", "0.003", "0.5", "0.8,", "0.9", "320", "0.00", "0.01"]
+    assert row == ["*norm*", "(no_decay)", "adamw", "0.003", "0.5", "betas", "0.8,", "0.9", "320", "0.00", "0.01"]
     caplog.set_level("INFO")
     run_training(single_process_mesh(), grouped(tiny(None), [{"pattern": "*norm*", "lr": 5e-3}]), tmp_path / "run")
     lines = [record.message for record in caplog.records if record.message.startswith("group ")]
     (line,) = [line for line in lines if "*norm*" in line]
     assert len(lines) == 3
     assert line == (
-        "group *norm* (no_decay): adamw, lr 0.005, weight decay 0, betas 0.9 and beta2_scheduler; 160 parameters in 5 "
-        "tensors"
+        "group *norm* (no_decay): adamw, lr 0.005, weight decay 0, betas 0.9, by step; 160 parameters in 5 tensors"
     )
 
 

@@ -49,9 +49,8 @@ class GroupShare:
     lr: float
     """Peak learning rate."""
     weight_decay: float
-    beta1: float
-    beta2: float | None
-    """None: by beta2_scheduler."""
+    averages: str
+    """Its momentum, or its betas; "by step": beta2_scheduler."""
     parameters: int
     tensors: int
     state: int
@@ -114,8 +113,7 @@ def _group_shares(buckets: Sequence[Bucket], params: Mapping[Parameter, str]) ->
             rule=group.rule,
             lr=group.lr,
             weight_decay=group.weight_decay,
-            beta1=group.beta1,
-            beta2=group.beta2,
+            averages=group.averages,
             parameters=sum(bucket.numel for bucket in own),
             tensors=sum(len(bucket.slots) for bucket in own),
             state=round(sum(share * sizes.moments for share, sizes in held)),

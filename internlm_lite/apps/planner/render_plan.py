@@ -109,10 +109,9 @@ def _largest(batch: LargestBatch) -> str:
 def _param_groups(components: Components) -> Iterator[RenderableType]:
     unit, name = _unit(max(group.traffic for group in components.groups))
     yield _heading(f"Parameter groups, whole and once; state, and what an update reads and writes, {name}")
-    table = _table("group", "rule", "lr", "decay", "betas", "parameters", "state", "update")
+    table = _table("group", "rule", "lr", "decay", "averages", "parameters", "state", "update")
     for group in components.groups:
-        beta2 = "by step" if group.beta2 is None else f"{group.beta2:g}"
-        facts = (group.rule, f"{group.lr:g}", f"{group.weight_decay:g}", f"{group.beta1:g}, {beta2}")
+        facts = (group.rule, f"{group.lr:g}", f"{group.weight_decay:g}", group.averages)
         sizes = (f"{size / unit:.2f}" for size in (group.state, group.traffic))
         table.add_row(group.name, *facts, f"{group.parameters:,}", *sizes)
     yield table
@@ -210,7 +209,8 @@ def _component_flops(components: Components) -> Iterator[RenderableType]:
             cells = [(f"{n * flops:.4e}", f"{flops / most:.1%}") for n, flops, most in pairs]
             table.add_row(_row_name(row, total), *(text for cell in cells for text in cell))
     yield table
-    yield _note("attention: queries times keys, and their weights times values, of all pairs of tokens, masked or not")
+    yield _note("attention: queries times keys, and their weights times values, of all pairs of tokens, masked or not;")
+    yield _note("in a sliding layer, of those less than sliding_window apart")
     for index, n in enumerate(components.lengths):
         both_ways, estimate = 3 * total.flops[index], components.flops_6n(index)
         yield _note(f"a token of {n:,}, both ways: {both_ways:,}, as mfu counts; {estimate:,} as 6 N + attention")

@@ -10,8 +10,8 @@ components           of the whole model, once, whatever the layout, without padd
                      them with weight decay, bytes, FLOPs per token of a forward pass for each of `lengths`
     total            the same, of all rows
     update_flops     operations of the update rule in a step; null if it does not say
-    groups           [{name, rule, lr, weight_decay, beta1, beta2, parameters, tensors, state, traffic}]: parameter
-                     groups; lr is the peak, beta2 null by beta2_scheduler; bytes of the rule's state, and of what the
+    groups           [{name, rule, lr, weight_decay, averages, parameters, tensors, state, traffic}]: parameter groups;
+                     lr is the peak, averages its momentum or betas as text; bytes of the rule's state, and of what the
                      update reads and writes
     flops_6n         6 * parameters + attention, per token, forward and backward, for each of `lengths`
 learning_rates       {step: learning rate} at the ends and in the middle of the warm-up, and at quarters of what follows

@@ -35,7 +35,9 @@ class TrainState:
 
     @staticmethod
     def from_json(stored: dict[str, Any]) -> TrainState:
-        return TrainState(**{**stored, "position": Position(**stored["position"])})
+        position = stored["position"]
+        borders = tuple(position.get("borders", ()))  # older checkpoints have none
+        return TrainState(**{**stored, "position": Position(**{**position, "borders": borders})})
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:

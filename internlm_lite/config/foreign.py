@@ -157,7 +157,7 @@ FEATURES: Mapping[str, tuple[str, str]] = {
     r"(use_)?parallel_(residual|attn|attention|block).*": (
         "attention and feed-forward part side by side", "a block runs one after the other"),
     r"mtp(_.*)?|num_nextn_predict_layers|multi_token.*": ("multi-token prediction", "one token is predicted"),
-    r"(num_)?(train_)?epochs?": ("counting in epochs", "data.total_steps counts steps"),
+    r"(num_)?(train_)?epochs?": ("counting in epochs", "data.epochs counts them, data.total_steps counts steps"),
     r"early_stopping.*|load_best_model.*|metric_for_best.*": (
         "stopping by a metric", "ckpt.keep_best keeps what was best, ckpt.stop_file_path stops"),
     r"hf|hf_model|huggingface.*|trust_remote_code|attn_implementation": (

@@ -41,10 +41,28 @@ def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]
 
 def section_of(field: FieldInfo) -> type[Section] | None:
     """The section class of a key that holds a dict of keys, None for a plain value."""
+    if get_origin(field.annotation) is list:
+        return None
     for member in (field.annotation, *get_args(field.annotation)):
         if isinstance(member, type) and issubclass(member, Section):
             return member
     return None
+
+
+def item_section(field: FieldInfo) -> type[Section] | None:
+    """The section class of the entries of a key that holds a list of dicts; None for any other key."""
+    arguments = get_args(field.annotation) if get_origin(field.annotation) is list else ()
+    return arguments[0] if arguments and issubclass(arguments[0], Section) else None
+
+
+def field_of(key: str) -> FieldInfo | None:
+    """The field of a key, or of a key of an entry of a list, "stages.0.until"; None: there is none."""
+    name, _, rest = key.partition(".")
+    items = item_section(known_keys()[name]) if name in known_keys() else None
+    number, _, inner = rest.partition(".")
+    if items is not None and number.isdecimal():
+        return items.model_fields.get(inner)
+    return known_keys().get(key)
 
 
 def accepts_text(key: str) -> bool:
@@ -76,6 +94,8 @@ def _describe(annotation: Any, constraints: Iterable[Any] = ()) -> str:
         return ("one of " if len(arguments) > 1 else "") + ", ".join(map(repr, arguments))
     if origin is list:
         of = arguments[0]
+        if isinstance(of, type) and issubclass(of, Section):
+            return f"a list of dict({', '.join(f'{name}=...' for name in of.model_fields)})"
         return f"a list of {_PLURALS.get(of) or ', '.join(map(repr, get_args(of)))}"
     if origin is dict:
         return f"a dict (name: {_describe(arguments[1])})"
@@ -94,6 +114,10 @@ def _describe(annotation: Any, constraints: Iterable[Any] = ()) -> str:
 def nearest_key(key: str) -> str | None:
     """The known key that `key` means elsewhere, or the most similar one, preferably of the same section; None: none."""
     parent, _, name = key.rpartition(".")
+    items = known_keys().get(parent.partition(".")[0])
+    if items is not None and (inner := item_section(items)) is not None:
+        near = nearest_name(name, inner.model_fields)
+        return near and f"{parent}.{near}"
     if name in OTHER_NAMES:
         return OTHER_NAMES[name]
 

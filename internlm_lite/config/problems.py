@@ -13,7 +13,15 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from internlm_lite.config.keys import expected, known_keys, names_in, nearest_key, nearest_name, section_of
+from internlm_lite.config.keys import (
+    expected,
+    field_of,
+    item_section,
+    names_in,
+    nearest_key,
+    nearest_name,
+    section_of,
+)
 from internlm_lite.config.masking import masked
 from internlm_lite.config.plain import one_line, shown
 from internlm_lite.config.source import Layer
@@ -42,10 +50,12 @@ def schema_problems(error: ValidationError, layer: Layer) -> list[Problem]:
     for detail in error.errors(include_url=False, include_context=False):
         kinds.setdefault(_faulty_key(detail["loc"]), detail["type"])
     kinds = dict(itertools.islice(kinds.items(), MOST_PROBLEMS + 1))
-    misspelled = {nearest_key(key) for key in kinds if key not in known_keys()}
+    misspelled = {nearest_key(key) for key in kinds if field_of(key) is None}
     listed: set[str] = set()
     return [
-        Problem((key,), _text(key, kind, layer) if key in known_keys() else _unknown(key, listed))
+        Problem(
+            _named(key), _unknown(key, listed) if (field := field_of(key)) is None else _text(key, field, kind, layer)
+        )
         for key, kind in kinds.items()
         if kind != "missing" or key not in misspelled
     ]
@@ -54,22 +64,30 @@ def schema_problems(error: ValidationError, layer: Layer) -> list[Problem]:
 def _faulty_key(location: tuple[int | str, ...]) -> str:
     """The dotted key of a pydantic location, up to the first plain value."""
     key = ""
-    for name in location:
+    for at, name in enumerate(location):
         key = f"{key}.{name}" if key else str(name)
-        field = known_keys().get(key)
+        field = field_of(key)
+        if field is not None and item_section(field) is not None and len(location) > at + 2:
+            return ".".join(map(str, location[: at + 3]))
         if field is None or section_of(field) is None:
             break
     return key
 
 
-def _text(key: str, kind: str, layer: Layer) -> str:
-    field = known_keys()[key]
+def _named(key: str) -> tuple[str, ...]:
+    """The key; of an entry of a list the list's, too, which is what has a line in the file."""
+    parent, _, number = key.rpartition(".")[0].rpartition(".")
+    return (key, parent) if number.isdecimal() else (key,)
+
+
+def _text(key: str, field: FieldInfo, kind: str, layer: Layer) -> str:
     parent, _, name = key.rpartition(".")
     if kind == "missing" and section_of(field) is not None:
         return f"missing; add {name} = {expected(field)}"
     if kind == "missing":
         return f"missing; expected {expected(field)}; add {name}=... to {parent} = dict(...)"
-    value = layer.get(key)
+    names = _named(key)
+    value = layer.get(key) if len(names) == 1 else layer.get(names[1])[int(key.split(".")[-2])][name]
     return f"found {shown(masked(value, name))}, expected {expected(field)}; {_remedy(value, field, name)}"
 
 

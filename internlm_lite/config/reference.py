@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pydantic.fields import FieldInfo
 
 from internlm_lite.config.foreign import FEATURES, NO_EFFECT, NO_EFFECT_IF
-from internlm_lite.config.keys import expected, known_keys, section_of
+from internlm_lite.config.keys import expected, item_section, known_keys, section_of
 from internlm_lite.config.schema import Config, Section
 
 _HEAD = """\
@@ -69,6 +69,8 @@ def _section(prefix: str, section: type[Section]) -> Iterator[str]:
         inner = section_of(known_keys()[prefix + name])
         if inner is not None:
             yield from _section(f"{prefix}{name}.", inner)
+        if (items := item_section(known_keys()[prefix + name])) is not None:
+            yield from _section(f"{prefix}{name}[i].", items)
 
 
 def _default(field: FieldInfo) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, repeat
 
 from internlm_lite.config.ranges import Rampup, parse_rampup, parse_skip_batches
 from internlm_lite.config.schema import Config, DataConfig, StageConfig
@@ -84,12 +84,18 @@ def stage_at(config: Config, step: int) -> Stage:
     return at_batch(stages_of(config.data, config.stages), step)
 
 
+def peak_rate(config: Config, step: int) -> float:
+    """The peak learning rate of update `step`."""
+    lr = stage_at(config, step).lr if config.stages else None
+    return config.adam.lr if lr is None else lr
+
+
 def peak_rates(config: Config, steps: int) -> Iterator[float]:
-    """The peak learning rate of each of the first `steps` updates."""
+    """`peak_rate` of the first `steps` updates."""
     stages = stages_of(config.data, config.stages)
-    for step in range(steps):
-        stage = at_batch(stages, step)
-        yield config.adam.lr if stage.lr is None else stage.lr
+    for stage in stages:
+        stop = steps if stage.stop is None else min(steps, stage.stop)
+        yield from repeat(config.adam.lr if stage.lr is None else stage.lr, max(0, stop - stage.start))
 
 
 def in_stage(config: Config, stage: Stage) -> Config:

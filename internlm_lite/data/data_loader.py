@@ -74,6 +74,11 @@ class TrainingData:
         """The stage of the last batch before `position`, or of the first one."""
         return at_batch(self.stages, max(0, position.batch - 1))
 
+    def ends_stage(self, position: Position) -> bool:
+        """Whether the next batch to train on belongs to another stage than the last one."""
+        after = self.order.take(position)[1]
+        return self.stage_before(after).number != self.stage_before(position).number
+
     def build(self, position: Position, *, pin: bool = False) -> Batch:
         """The next batch to train on at `position`. Raises DataError on damaged data or ids outside the vocabulary."""
         phase, rows, after = self.take(position)

@@ -48,6 +48,10 @@ class BatchOrder:
             if not any(batch in ids for ids in self.skip):
                 return rows, position
 
+    def after_batches(self, position: Position, batch: int, rows: int) -> Position:
+        """The position before batch `batch` of the same phase as the next one, with `rows` rows in between."""
+        return Position(batch, position.packs + rows, self._borders(position))
+
     def _borders(self, position: Position) -> tuple[int, ...]:
         """Borders up to the phase of the next batch, which may be the first of its phase. After a resume with other
         stages those that are missing are here."""

@@ -48,10 +48,6 @@ class RestThenWhole:
         """The rows that hold tokens of a document."""
         return self.rest.rows_with(document) + [self.rest.rows + row for row in self.whole.rows_with(document)]
 
-    def part_read(self, *, in_rest: bool) -> PackedFolder:
-        """The part that a pass reads."""
-        return self.rest if in_rest else self.whole
-
     def _part(self, row: int) -> tuple[PackedFolder, int]:
         return (self.rest, row) if row < self.rest.rows else (self.whole, row - self.rest.rows)
 
@@ -70,7 +66,7 @@ class FolderState:
 class Phase:
     """The rows of one phase, numbered from 0."""
 
-    packed: tuple[PackedFolder, ...] | tuple[RestThenWhole, ...]
+    packed: tuple[PackedFolder | RestThenWhole, ...]
     mix: Mix
     before: tuple[FolderState, ...]
     passes_before: int
@@ -84,7 +80,9 @@ class Phases:
         """`folders`: whole, of any row length. Raises DataError as `build_mix`, for the first phase that has a problem;
         how much of a folder is left then makes none."""
         self._folders, self._seed, self._batch_rows = tuple(folders), seed, batch_rows
-        self._stages = [stage for stage in stages if not stage.number or stage.packing != stages[stage.number - 1].packing]
+        self._stages = [
+            stage for stage in stages if not stage.number or stage.packing != stages[stage.number - 1].packing
+        ]
         self.starts = tuple(stage.start for stage in self._stages[1:])
         """Ids of the batches with which the phases begin, except the first."""
         for number, stage in enumerate(self._stages):
@@ -130,7 +128,8 @@ def states_after(phase: Phase, rows: int) -> tuple[FolderState, ...]:
     for packed, state, progress in zip(phase.packed, phase.before, phase.mix.progress(rows), strict=True):
         passes, unread = state.passes + progress.passes, None
         if progress.unread is not None:
-            read_in = packed.part_read(in_rest=progress.in_rest) if isinstance(packed, RestThenWhole) else packed
-            unread = within(unread_spans(progress.unread, read_in.row_tokens, read_in.tokens), read_in.spans)
+            if isinstance(packed, RestThenWhole):
+                packed = packed.rest if progress.in_rest else packed.whole
+            unread = within(unread_spans(progress.unread, packed.row_tokens, packed.tokens), packed.spans)
         found.append(FolderState(passes, unread))
     return tuple(found)

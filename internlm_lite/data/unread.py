@@ -1,8 +1,8 @@
 """Ranges of a folder's stream of documents: which part of a pass earlier stages left unread.
 
-    stream    | doc 7 | doc 2 .............. | doc 9 | ...
-    unread         [----------)   [------)      [------         spans: [n, 2] int64, rising, disjoint
-    part      |    doc 7, doc 2   doc 2         doc 9           the spans end to end, packed anew
+stream    | doc 7 | doc 2 .............. | doc 9 | ...
+unread         [----------)   [------)      [------         spans: [n, 2] int64, rising, disjoint
+part      |    doc 7, doc 2   doc 2         doc 9           the spans end to end, packed anew
 """
 
 from __future__ import annotations

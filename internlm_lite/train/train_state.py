@@ -31,7 +31,9 @@ class TrainState:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        stored = asdict(self)
+        stored["position"]["borders"] = list(self.position.borders)
+        return stored
 
     @staticmethod
     def from_json(stored: dict[str, Any]) -> TrainState:

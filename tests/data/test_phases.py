@@ -74,7 +74,9 @@ def least_behind(data: TrainingData, steps: int) -> dict[str, list[int]]:
 
 
 MIXES = [
-    pytest.param([{"until": 7, "seq_len": 8}, {"until": 19, "seq_len": 4}, {"seq_len": 8, "micro_bsz": 1}], id="shorter"),
+    pytest.param(
+        [{"until": 7, "seq_len": 8}, {"until": 19, "seq_len": 4}, {"seq_len": 8, "micro_bsz": 1}], id="shorter"
+    ),
     pytest.param(
         [
             {"until": 9, "weights": {"code": 3, "docs": 1}},
@@ -83,7 +85,13 @@ MIXES = [
         ],
         id="weights",
     ),
-    pytest.param([{"until": 11, "weights": {"code": 1, "docs": 2, "long": 1}}, {}, ], id="weights, then all"),
+    pytest.param(
+        [
+            {"until": 11, "weights": {"code": 1, "docs": 2, "long": 1}},
+            {},
+        ],
+        id="weights, then all",
+    ),
     pytest.param([{"until": 40}, {"weights": {"code": 1, "docs": 1}}], id="all, then weights"),
 ]
 
@@ -121,7 +129,8 @@ def test_documents_go_on_in_one_piece_where_their_rows_are_neighbours(corpus):
 
 def test_stages_that_change_no_rows_change_no_data(corpus):
     plain, staged = (
-        opened(corpus, stages) for stages in ([], [{"until": 4, "lr": 1.0}, {"until": 9, "rope_base": 5e5}, {"lr": 0.1}])
+        opened(corpus, stages)
+        for stages in ([], [{"until": 4, "lr": 1.0}, {"until": 9, "rope_base": 5e5}, {"lr": 0.1}])
     )
     assert rows_of(batches(plain, 20)) == rows_of(batches(staged, 20))
     assert [batch.stage for batch in batches(staged, 11)] == [0] * 4 + [1] * 5 + [2] * 2
@@ -168,7 +177,13 @@ def test_another_batch_size_after_a_resume_keeps_what_was_read(corpus):
 
 
 def test_passes_over_the_data_are_counted_across_borders(corpus):
-    data = opened(corpus, [{"until": 40}, {"seq_len": 4}, ][:2])
+    data = opened(
+        corpus,
+        [
+            {"until": 40},
+            {"seq_len": 4},
+        ][:2],
+    )
     ends = [batch.after for batch in batches(data, 240)]
     epochs = [data.epoch(position) for position in ends]
     tokens = np.cumsum([batch.tokens.numel() for batch in batches(data, 240)])
@@ -176,7 +191,10 @@ def test_passes_over_the_data_are_counted_across_borders(corpus):
 
 
 BAD = [
-    ([{"until": 3}, {"weights": {"cod": 1.0}}], "stage 1: stages.1.weights: 'cod' is no folder with data, did you mean"),
+    (
+        [{"until": 3}, {"weights": {"cod": 1.0}}],
+        "stage 1: stages.1.weights: 'cod' is no folder with data, did you mean",
+    ),
     ([{"until": 3}, {"weights": {"code": 1.0}, "seq_len": 180}], "folder 'code' fill no row"),
     ([{"until": 3}, {"seq_len": 4096}], "stage 1: the training data fill 0 rows"),
 ]

@@ -17,6 +17,7 @@ from internlm_lite.apps.planner.step_clock import StepClock, clock_plan, present
 from internlm_lite.apps.planner.traffic import messages, traffic
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
 from internlm_lite.config.schema import Config
+from internlm_lite.config.stages import peak_rate
 from internlm_lite.data.data_loader import open_training_data, open_validation_data
 from internlm_lite.data.render_batches import StepFigures, walk_steps
 from internlm_lite.layers.costs import Bytes, RowShape
@@ -136,7 +137,7 @@ def _learning_rates(config: Config) -> Iterator[tuple[int, float]]:
     steps = [start, start + warmup // 2, *(start + warmup + after * quarter // 4 for quarter in range(5))]
     for step in sorted({step - curve.last_epoch - 1 for step in steps}):
         if step >= 0:
-            yield step, learning_rate(step, config.adam.lr, curve)
+            yield step, learning_rate(step, peak_rate(config, step), curve)
 
 
 def _backend(config: Config, device: str) -> AttentionBackend:

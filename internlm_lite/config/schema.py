@@ -637,7 +637,7 @@ class Config(Section):
     data: DataConfig
     """Data."""
     stages: list[StageConfig] = []
-    """(new) Stages of the run, in order: mix, lengths, rotary base and peak learning rate change at a batch. Evaluations
+    """(new) Stages of the run, in order: mix, lengths, rotary base and peak lr change at a batch. Evaluations
     keep data.seq_len and data.micro_bsz. []: one stage."""
     grad_scaler: GradScalerConfig | None = None
     """Loss scaling, required for torch.float16."""

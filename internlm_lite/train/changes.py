@@ -133,7 +133,7 @@ def data_changes(stored: Mapping[str, Any], now: Mapping[str, Any], batch: int =
     lines += [f"data folder {name}: gone" for name in old if name not in new]
     lines += [f"data folder {name}: new" for name in new if name not in old]
     lines += [_folder_change(name, old[name], new[name]) for name in old if name in new and old[name] != new[name]]
-    if not lines and stored != now:
+    if not lines and list(old) != list(new):
         lines = [f"data folders: {', '.join(old)} then, {', '.join(new)} now"]
     return lines
 

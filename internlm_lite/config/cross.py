@@ -103,7 +103,7 @@ def _texts(config: Config) -> Iterator[Problem]:
         value = value_of(config, key)
         texts = value if isinstance(value, list) else [value] if isinstance(value, str) else []
         never = _NEVER_IN_PROMPTS if key == "monitor.sample_prompts" else _NEVER_IN_NAMES
-        for text in texts:
+        for text in filter(lambda entry: isinstance(entry, str), texts):
             if never.search(text):
                 yield Problem((key,), f"found {shown(text)}, expected text without control characters; change it")
             elif os.path.exists(text) and not (os.path.isfile(text) or os.path.isdir(text)):

@@ -53,7 +53,8 @@ def with_total_steps(config: Config, data: TrainingData) -> Config:
     curve = curve if curve.total_steps else curve.model_copy(update={"total_steps": steps})
     length = {"total_steps": steps, "epochs": None, "total_tokens": None}  # for the checks, which want one of them
     checked = config.model_copy(update={"data": config.data.model_copy(update=length), "lr_scheduler": curve})
-    if problems := list(cross_problems(checked, None)):
+    known = list(cross_problems(config, None))
+    if problems := [problem for problem in cross_problems(checked, None) if problem not in known]:
         lines = "\n".join(f"{problem.keys[0]}: {problem.text}" for problem in problems)
         raise ConfigError(f"with data.total_steps={steps}, from {_length(config.data)}:\n{lines}")
     return checked.model_copy(update={"data": config.data.model_copy(update={"total_steps": steps})})
@@ -92,7 +93,7 @@ def _steps(config: DataConfig, data: TrainingData) -> int:
 
 
 def stage_uses(config: DataConfig, data: TrainingData) -> list[StageUse]:
-    """What each stage reads in a run of config.total_steps steps from the beginning, where no batch is read again."""
+    """What each stage reads in a run of config.total_steps steps from the beginning."""
     uses = []
     first, position = Position(), Position()
     steps, tokens = [0] * len(data.stages), [0] * len(data.stages)
@@ -150,6 +151,6 @@ def check_caps(config: DataConfig, data: TrainingData) -> None:
     if over:
         found = ", ".join(f"{name!r} {last[name].epochs:.4g} times (allowed {most[name]:g})" for name in over)
         raise DataError(
-            f"data.max_epochs: in {config.total_steps} steps the run would read folder {found}; lower its weight or the "
-            "number of steps, add data, or raise data.max_epochs"
+            f"data.max_epochs: in {config.total_steps} steps the run would read folder {found}; lower its weight or "
+            "the number of steps, add data, or raise data.max_epochs"
         )

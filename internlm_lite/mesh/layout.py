@@ -88,7 +88,7 @@ class LocalShard:
 
     name: str
     role: str
-    """"master" (the master weights) or one of the update rule's `roles` (its state)."""
+    """"master" (the master weights), one of the update rule's `roles` (its state), or "ema" (their average)."""
     shape: tuple[int, ...]
     box: Box
     flat_range: tuple[int, int] | None
@@ -97,6 +97,8 @@ class LocalShard:
     """Whether a negative number in `tensor` is an error."""
     largest: float = math.inf
     """A finite number of larger magnitude is an error, too: the model's weights would be infinite."""
+    optional: bool = False
+    """A load from a checkpoint that has nothing of this role leaves `tensor` as it is."""
 
 
 def is_sound(tensor: torch.Tensor, *, non_negative: bool, largest: float = math.inf) -> torch.Tensor:
@@ -127,6 +129,9 @@ class Parameter(nn.Parameter):
     """Gradient accumulations per micro-batch: 2 for a weight of embedding and head, else 1."""
     looked_up: bool = False
     """Whether rows of it are looked up, as of an embedding; also for the copy of one that a tied head multiplies by."""
+    matrix_rows: tuple[int, ...] | None = None
+    """Of the weight of a linear layer: rows of the matrices that lie one below the other in it, a pattern that repeats
+    until all of its rows are used. None: it is no map from features to features, and no rule may treat it as one."""
     manual_grad: bool = False
     """True: its layer adds the gradient to `main_grad`, if there is one. False: autograd adds it to `grad`."""
     deferred_grad: bool = False

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pydantic.fields import FieldInfo
 
 from internlm_lite.config.foreign import FEATURES, NO_EFFECT, NO_EFFECT_IF
-from internlm_lite.config.keys import expected, item_section, known_keys, section_of
+from internlm_lite.config.keys import expected, item_section, section_of
 from internlm_lite.config.schema import Config, Section
 
 _HEAD = """\
@@ -66,10 +66,10 @@ def _section(prefix: str, section: type[Section]) -> Iterator[str]:
         yield "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
     yield ""
     for name in fields:
-        inner = section_of(known_keys()[prefix + name])
+        inner = section_of(fields[name])
         if inner is not None:
             yield from _section(f"{prefix}{name}.", inner)
-        if (items := item_section(known_keys()[prefix + name])) is not None:
+        if (items := item_section(fields[name])) is not None:
             yield from _section(f"{prefix}{name}[i].", items)
 
 

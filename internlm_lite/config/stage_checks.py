@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from internlm_lite.config.problems import Problem
+from internlm_lite.config.run_stages import in_stage, stages_of
 from internlm_lite.config.schema import Config
-from internlm_lite.config.stages import in_stage, stages_of
 
 _LENGTHS = ("total_steps", "epochs", "total_tokens")
 MOST_TOKENS = 2**31 - 1

@@ -21,8 +21,8 @@ import torch
 
 from internlm_lite.batch import IGNORE, Batch, BatchStats, Position
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
+from internlm_lite.config.run_stages import RunStage, at_batch, stages_of
 from internlm_lite.config.schema import DataConfig, StageConfig
-from internlm_lite.config.stages import Stage, at_batch, stages_of
 from internlm_lite.data.folders import Folder, dummy_folder, find_folders
 from internlm_lite.data.order import BatchOrder
 from internlm_lite.data.pack import PackedFolder, PackedRows, Packing
@@ -42,7 +42,7 @@ class TrainingData:
 
     packed: tuple[PackedFolder, ...]
     """The whole folders, in the rows of the first stage."""
-    stages: tuple[Stage, ...]
+    stages: tuple[RunStage, ...]
     phases: Phases
     order: BatchOrder
     dp_rank: int
@@ -70,7 +70,7 @@ class TrainingData:
         first = _first_row(after)
         return self.phases.at(after.borders), range(rows.start - first, rows.stop - first), after
 
-    def stage_before(self, position: Position) -> Stage:
+    def stage_before(self, position: Position) -> RunStage:
         """The stage of the last batch before `position`, or of the first one."""
         return at_batch(self.stages, max(0, position.batch - 1))
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from internlm_lite.batch import Position
 from internlm_lite.config.cross import cross_problems
+from internlm_lite.config.run_stages import RunStage, Span, planned_spans, spans
 from internlm_lite.config.schema import Config, DataConfig
-from internlm_lite.config.stages import Span, Stage, planned_spans, spans
 from internlm_lite.data.data_loader import TrainingData
 from internlm_lite.data.phases import FolderState, states_after
 from internlm_lite.errors import ConfigError, DataError
@@ -36,7 +36,7 @@ class FolderUse:
 class StageUse:
     """What a stage trains on."""
 
-    stage: Stage
+    stage: RunStage
     steps: int
     tokens: int
     """Without skipped batches."""
@@ -110,14 +110,14 @@ def stage_uses(config: DataConfig, data: TrainingData) -> list[StageUse]:
     return uses
 
 
-def _by_stage(config: DataConfig, data: TrainingData) -> Iterator[tuple[Stage, list[Span]]]:
+def _by_stage(config: DataConfig, data: TrainingData) -> Iterator[tuple[RunStage, list[Span]]]:
     planned = list(planned_spans(config, data.stages, config.total_steps))
     for stage in data.stages:
         if some := [span for span in planned if span.stage.number == stage.number]:
             yield stage, some
 
 
-def _folder_uses(data: TrainingData, stage: Stage, first: Position, last: Position) -> dict[str, FolderUse]:
+def _folder_uses(data: TrainingData, stage: RunStage, first: Position, last: Position) -> dict[str, FolderUse]:
     """What is read between two positions of one stage; `last` is in its phase."""
     phase, start = data.phases.at(last.borders), last.borders[-1] if last.borders else 0
     before = max(0, first.packs - start)

@@ -33,7 +33,7 @@ _REST = -1
 
 
 @dataclass(frozen=True)
-class Progress:
+class FolderProgress:
     """How far a folder has been read."""
 
     passes: int
@@ -59,7 +59,7 @@ class Mix(Protocol):
     def taken(self, rows: int) -> np.ndarray:
         """[folders] how many of the first `rows` rows are of each folder."""
 
-    def progress(self, rows: int) -> list[Progress]:
+    def progress(self, rows: int) -> list[FolderProgress]:
         """Of each folder, after the first `rows` rows."""
 
     def find(self, folder: int, row: int, stop: int) -> list[int]:
@@ -106,13 +106,13 @@ class EpochMix:
         """[folders] rows of each folder among the first `rows` of an epoch."""
         return np.bincount(self._located(self._order(epoch)[:rows], epoch)[0], minlength=len(self._first_row[0]))
 
-    def progress(self, rows: int) -> list[Progress]:
+    def progress(self, rows: int) -> list[FolderProgress]:
         epoch = self._epoch_of(rows)
         index, passes, in_rest = self._index(rows, epoch), self.passes(rows), epoch == _REST
         folders, numbers = self._located(self._order(epoch)[index:], epoch)
         begins = not in_rest and index == 0
         return [
-            Progress(passes, in_rest, None if begins else np.sort(numbers[folders == folder]))
+            FolderProgress(passes, in_rest, None if begins else np.sort(numbers[folders == folder]))
             for folder in range(len(self._first_row[0]))
         ]
 
@@ -182,15 +182,15 @@ class WeightedMix:
         folders, _ = self._block(block)
         return self._taken(block) + np.bincount(folders[:within], minlength=len(self._counts))
 
-    def progress(self, rows: int) -> list[Progress]:
+    def progress(self, rows: int) -> list[FolderProgress]:
         return [self._progress(folder, n) for folder, n in enumerate(self.taken(rows).tolist())]
 
-    def _progress(self, folder: int, n: int) -> Progress:
+    def _progress(self, folder: int, n: int) -> FolderProgress:
         if not n:  # not a row of it was due: also if its rest has none
-            return Progress(0, self._has_rest, np.arange(self._rest[folder]) if self._has_rest else None)
+            return FolderProgress(0, self._has_rest, np.arange(self._rest[folder]) if self._has_rest else None)
         epoch, k = self._split(folder, n)
         unread = None if epoch != _REST and k == 0 else np.sort(self._order(folder, epoch)[k:])
-        return Progress(epoch + self._has_rest, epoch == _REST, unread)
+        return FolderProgress(epoch + self._has_rest, epoch == _REST, unread)
 
     def find(self, folder: int, row: int, stop: int) -> list[int]:
         rest, taken, epochs = self._rest[folder], int(self.taken(stop)[folder]), [_REST]

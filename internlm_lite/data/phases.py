@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from internlm_lite.config.stages import Stage
+from internlm_lite.config.run_stages import RunStage
 from internlm_lite.data.mix import Mix, build_mix
 from internlm_lite.data.pack import PackedFolder, Passage
 from internlm_lite.data.unread import unread_spans, within
@@ -76,7 +76,7 @@ class Phase:
 class Phases:
     """All phases of a run. `at` is a pure function of the borders that a position has."""
 
-    def __init__(self, folders: Sequence[PackedFolder], stages: Sequence[Stage], seed: int, batch_rows: int) -> None:
+    def __init__(self, folders: Sequence[PackedFolder], stages: Sequence[RunStage], seed: int, batch_rows: int) -> None:
         """`folders`: whole, of any row length. Raises DataError as `build_mix`, for the first phase that has a problem;
         how much of a folder is left then makes none."""
         self._folders, self._seed, self._batch_rows = tuple(folders), seed, batch_rows

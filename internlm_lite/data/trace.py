@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from internlm_lite.batch import Position
+from internlm_lite.config.run_stages import Span, planned_spans
 from internlm_lite.config.schema import DataConfig
-from internlm_lite.config.stages import Span, planned_spans
 from internlm_lite.data.data_loader import TrainingData
 from internlm_lite.data.pack import Passage
 from internlm_lite.errors import DataError

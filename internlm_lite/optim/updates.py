@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from internlm_lite.config.run_stages import peak_rates
 from internlm_lite.config.schema import Config
-from internlm_lite.config.stages import peak_rates
 from internlm_lite.mesh.mesh import Group, Mesh
 from internlm_lite.optim.buckets import Bucket
 from internlm_lite.optim.groups import ParamGroup

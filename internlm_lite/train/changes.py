@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from internlm_lite.config.run_stages import peak_rate
 from internlm_lite.config.schema import Config
-from internlm_lite.config.stages import peak_rate
 from internlm_lite.optim.lr_schedule import learning_rate
 
 logger = logging.getLogger("internlm_lite")

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from internlm_lite.batch import Batch
+from internlm_lite.config.run_stages import stages_of
 from internlm_lite.config.schema import Config
-from internlm_lite.config.stages import stages_of
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.stages import model_flops_per_token

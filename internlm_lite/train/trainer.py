@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from internlm_lite.batch import Batch
+from internlm_lite.config.run_stages import stages_of
 from internlm_lite.config.schema import Config
-from internlm_lite.config.stages import stages_of
 from internlm_lite.data.data_loader import TrainingSample, ValidationData
 from internlm_lite.layers.dropout import token_keys
 from internlm_lite.layers.flash import choose_backend, packed
@@ -76,6 +76,7 @@ class Trainer:
         self._rope_bases = [
             stage.rope_base or config.model.rope_base for stage in stages_of(config.data, config.stages)
         ]
+        self._row_tokens = 0
         self._has_dropout = config.model.has_dropout
         self.backend = choose_backend(config.model, mesh.device)
         if config.model.fp8:
@@ -101,6 +102,12 @@ class Trainer:
             if model.config.rope_base != self._rope_bases[stage]:
                 model.set_rope_base(self._rope_bases[stage])
 
+    def _forget_graphs(self, row_tokens: int) -> None:
+        """Where rows have another length than in the step before: the compiler keeps graphs of few shapes only."""
+        if self._row_tokens not in (0, row_tokens) and next(iter(self.stages.values())).tp_ctx.compiled:
+            torch.compiler.reset()
+        self._row_tokens = row_tokens
+
     def _set_rows(self, batch: Batch) -> None:
         tp_ctx = next(iter(self.stages.values())).tp_ctx
         self.engine.set_rows(tp_ctx.rows(batch.tokens.shape[1]))
@@ -119,6 +126,7 @@ class Trainer:
         `before_update` is called between backward pass and update, where ranks begin to wait for each other.
         """
         self.enter_stage(batch.stage)
+        self._forget_graphs(batch.tokens.shape[1])
         self._set_rows(batch)
         global_tokens = batch.tokens.numel() * self.mesh.dp.size
         scale = self.optimizer.loss_scale.double() / global_tokens  # fp64: no rounding error in an fp64 model

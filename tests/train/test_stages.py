@@ -236,3 +236,17 @@ def test_a_run_without_stages_goes_on_with_some(corpus: Path, tmp_path: Path) ->
     metrics = run(single_process_mesh(), staged(ONE, corpus, ckpt=saves), tmp_path / "first")
     whole = run(single_process_mesh(), staged(ONE, corpus), tmp_path / "whole")
     assert curve(metrics) == curve(whole)
+
+
+@pytest.mark.slow
+def test_compiled_steps_follow_the_rows_of_a_stage(corpus: Path, tmp_path: Path) -> None:
+    """A graph of each length, and the same losses as without a compiler."""
+    curves = []
+    for compiled in (False, True):
+        config = staged(ONE, corpus)
+        shape = config.model.model_copy(update={"compile": compiled, "dtype": "torch.float32", "num_layers": 2})
+        curves.append(
+            curve(run(single_process_mesh(), config.model_copy(update={"model": shape}), tmp_path / str(compiled)))
+        )
+    for eager, fast in zip(*curves, strict=True):
+        assert fast == pytest.approx(eager, rel=1e-4)

@@ -15,8 +15,8 @@ from internlm_lite.apps.planner.report import GroupTable, RankBytes, RankPlan, R
 from internlm_lite.apps.planner.schedule import Action, actions_of, bubble_fraction, stage_cost
 from internlm_lite.apps.planner.step_clock import StepClock, clock_plan, present_ways
 from internlm_lite.apps.planner.traffic import messages, traffic
+from internlm_lite.config.run_stages import RunStage, in_stage, peak_rate
 from internlm_lite.config.schema import Config
-from internlm_lite.config.stages import Stage, in_stage, peak_rate
 from internlm_lite.data.data_loader import TrainingData, open_training_data, open_validation_data
 from internlm_lite.data.demand import StageUse, check_caps, stage_uses, with_total_steps
 from internlm_lite.data.render_batches import StepFigures, walk_steps
@@ -235,7 +235,7 @@ def _groups(sizes: Sizes) -> dict[str, GroupTable]:
     return tables
 
 
-def _stage_notes(uses: Sequence[StageUse], largest: Stage) -> Iterator[str]:
+def _stage_notes(uses: Sequence[StageUse], largest: RunStage) -> Iterator[str]:
     if len(uses) > 1:
         yield (
             f"memory, activations and traffic are those of stage {largest.number}, whose rows are the longest "

@@ -31,8 +31,8 @@ from internlm_lite.checkpoint.format.manifest import (
 from internlm_lite.checkpoint.format.read_twice import read_twice
 from internlm_lite.checkpoint.format.regions import tiling_problems
 from internlm_lite.checkpoint.storage.base import RUN_LOCK_KEY, Storage, StoredObject
+from internlm_lite.config.run_stages import in_stage, stage_at
 from internlm_lite.config.schema import Config
-from internlm_lite.config.stages import in_stage, stage_at
 from internlm_lite.errors import CheckpointError, DamagedError
 
 logger = logging.getLogger("internlm_lite")

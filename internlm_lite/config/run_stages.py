@@ -18,7 +18,7 @@ from internlm_lite.config.schema import Config, DataConfig, StageConfig
 
 
 @dataclass(frozen=True)
-class Stage:
+class RunStage:
     """One stage, with the values that it takes from `data` filled in."""
 
     number: int
@@ -54,12 +54,12 @@ class Stage:
         return {**values, "micro_bsz": self.micro_bsz, "lr": self.lr}
 
 
-def stages_of(data: DataConfig, stages: Sequence[StageConfig] = ()) -> tuple[Stage, ...]:
+def stages_of(data: DataConfig, stages: Sequence[StageConfig] = ()) -> tuple[RunStage, ...]:
     """The stages of a run, at least one. The last one has no end: with skipped batches a run needs some more."""
     given, found = stages or (StageConfig(),), []
     for number, stage in enumerate(given):
         found.append(
-            Stage(
+            RunStage(
                 number,
                 start=(given[number - 1].until or 0) if number else 0,
                 stop=stage.until if number + 1 < len(given) else None,
@@ -74,12 +74,12 @@ def stages_of(data: DataConfig, stages: Sequence[StageConfig] = ()) -> tuple[Sta
     return tuple(found)
 
 
-def at_batch(stages: Sequence[Stage], batch: int) -> Stage:
+def at_batch(stages: Sequence[RunStage], batch: int) -> RunStage:
     """The one that batch `batch` belongs to."""
     return stages[bisect_right(stages, batch, key=lambda stage: stage.start) - 1]
 
 
-def stage_at(config: Config, step: int) -> Stage:
+def stage_at(config: Config, step: int) -> RunStage:
     """The stage of batch `step`."""
     return at_batch(stages_of(config.data, config.stages), step)
 
@@ -98,7 +98,7 @@ def peak_rates(config: Config, steps: int) -> Iterator[float]:
         yield from repeat(config.adam.lr if stage.lr is None else stage.lr, max(0, stop - stage.start))
 
 
-def in_stage(config: Config, stage: Stage) -> Config:
+def in_stage(config: Config, stage: RunStage) -> Config:
     """`config` as if the run had this stage alone: its values under the keys that it replaces."""
     data = {"seq_len": stage.seq_len, "micro_bsz": stage.micro_bsz, "weights": stage.weights}
     model = {} if stage.rope_base is None else {"rope_base": stage.rope_base}
@@ -112,13 +112,13 @@ class Span:
     """Batches in a row of one stage and one size, all trained on or all skipped."""
 
     batches: range
-    stage: Stage
+    stage: RunStage
     micro_num: int
     """Micro-batches of a data-parallel rank."""
     trained: bool
 
 
-def spans(data: DataConfig, stages: Sequence[Stage]) -> Iterator[Span]:
+def spans(data: DataConfig, stages: Sequence[RunStage]) -> Iterator[Span]:
     """All batches in order, without end."""
     rampup, skipped = parse_rampup(data.rampup_batch_size), parse_skip_batches(data.skip_batches)
     skips = sorted(chain.from_iterable((ids.start, ids.stop) for ids in skipped))
@@ -144,7 +144,7 @@ def _next_border(start: int, borders: Sequence[int], rampup: Rampup | None, full
     return stop
 
 
-def planned_spans(data: DataConfig, stages: Sequence[Stage], steps: int) -> Iterator[Span]:
+def planned_spans(data: DataConfig, stages: Sequence[RunStage], steps: int) -> Iterator[Span]:
     """`spans`, until `steps` batches have been trained on."""
     for span in spans(data, stages):
         if steps <= 0:

@@ -107,7 +107,7 @@ def _group_shares(buckets: Sequence[Bucket], params: Mapping[Parameter, str]) ->
     for bucket in reversed(buckets):
         members.setdefault(bucket.kind.group, []).append(bucket)
     for group, own in members.items():
-        held = [(bucket.numel / bucket.shard_size, bucket_sizes(bucket, owner)) for bucket in own]
+        held = [(bucket.numel / bucket.shard_size, bucket_sizes(bucket, owner, None)) for bucket in own]
         yield GroupShare(
             name=group.name,
             rule=group.rule,

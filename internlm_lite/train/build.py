@@ -12,8 +12,10 @@ import torch
 
 from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import TrainingData, ValidationData, open_training_data, open_validation_data
+from internlm_lite.evaluate.task_suite import TaskSuite
 from internlm_lite.faults.watchdog import Watchdog, unwatched
 from internlm_lite.mesh.mesh import Mesh
+from internlm_lite.models.stages import WholeModel, whole_model
 from internlm_lite.monitor.console import heartbeat
 from internlm_lite.monitor.jsonl import has_ended
 from internlm_lite.monitor.sinks import SinkFactory, open_sinks
@@ -25,6 +27,8 @@ from internlm_lite.train.trainer import Trainer
 from internlm_lite.units import human_count
 
 logger = logging.getLogger("internlm_lite")
+_LOW_IS_BEST = ("loss", "perplexity", "bits_per_byte")
+"""Ends of the names of figures of which less is better."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,19 @@ class Run:
     trainer: Trainer
     data: TrainingData
     valid: ValidationData | None
+    model: WholeModel
+    """The stages, for generation and tasks."""
+    tasks: TaskSuite | None
     reporter: Reporter
     samples: Samples
     checkpoints: Checkpoints
     start: TrainState
     watchdog: Watchdog
+
+    def more_is_better(self, figure: str) -> bool:
+        """Whether a checkpoint is better if this figure of an evaluation is higher."""
+        said = {} if self.tasks is None else self.tasks.higher_is_better
+        return said.get(figure, not figure.rpartition("/")[2].endswith(_LOW_IS_BEST))
 
 
 @dataclass(frozen=True)
@@ -86,16 +98,33 @@ def load_run(config: Config, mesh: Mesh, folder: Path, resume: str, services: Ru
         valid = None
         if config.data.valid_every:
             valid = open_validation_data(config.data, vocab_size, dp.rank, dp.size, config.seed)
+    with heartbeat("opening the tasks"):
+        tasks = TaskSuite(config, mesh) if config.evaluation.tasks else None
     with heartbeat("building the model"):
         trainer = Trainer(config, mesh, data.folders, draw_weights=False)  # `restore` loads or draws them
     tokens = config.data.micro_num * config.data.micro_bsz * config.data.seq_len * dp.size
     _log_facts(config, data, trainer, tokens)
     reporter = Reporter(config, mesh, trainer)
-    samples = Samples(config, trainer, reporter)
+    model = whole_model(config, mesh, trainer.stages)
+    samples = Samples(config, trainer, reporter, model)
     checkpoints.attach(Contents(trainer, reporter, data.fingerprint, folder.name, tokens, intended_batch_tokens=tokens))
     with heartbeat("loading a checkpoint, or drawing the weights"):
         start = checkpoints.restore(resume)
-    return Run(config, mesh, folder, trainer, data, valid, reporter, samples, checkpoints, start, watchdog)
+    return Run(
+        config=config,
+        mesh=mesh,
+        folder=folder,
+        trainer=trainer,
+        data=data,
+        valid=valid,
+        model=model,
+        tasks=tasks,
+        reporter=reporter,
+        samples=samples,
+        checkpoints=checkpoints,
+        start=start,
+        watchdog=watchdog,
+    )
 
 
 def _log_facts(config: Config, data: TrainingData, trainer: Trainer, batch_tokens: int) -> None:

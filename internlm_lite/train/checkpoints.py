@@ -58,7 +58,9 @@ class Moment:
     """`FolderMetrics.total`."""
     random_states: dict[str, torch.Tensor]
     valid_loss: float | None = None
-    """Of the evaluation that a checkpoint of the kind "best" is saved for."""
+    """Of the evaluation that a checkpoint of the kind "best" is saved for; None also where there was none."""
+    best: tuple[str, float] | None = None
+    """Name and value of the figure that such a checkpoint is the best by."""
 
 
 @dataclass
@@ -93,6 +95,7 @@ class Contents:
             "batch_tokens": self.intended_batch_tokens,
             "run_folder": self.run_folder,
             **({} if moment.valid_loss is None else {"valid_loss": moment.valid_loss}),
+            **({} if moment.best is None else {"best": {"figure": moment.best[0], "value": moment.best[1]}}),
         }
 
     def adopt(self, restored: Restored, *, moments: bool) -> TrainState:
@@ -182,17 +185,20 @@ class Checkpoints:
         facts = {"saved": kind, "name": name, "waited": wait, "stall_seconds": round(time.monotonic() - begin, 4)}
         self.contents.reporter.event("checkpoint", step=step, **facts)
 
-    def best_loss(self) -> float:
-        """Validation loss of this run's newest checkpoint of the kind "best", infinite without one. Waits for the save
-        in progress, so that it counts, and that one of the same step does not take the place of a better one."""
+    def best_value(self, figure: str) -> float | None:
+        """Value of this figure in this run's newest checkpoint of the kind "best"; None without one, or if it is the
+        best by another figure; nan if it cannot be read. Waits for the save in progress, so that it counts, and that
+        one of the same step does not take the place of a better one."""
         self._wait()
         try:
             best = on_main(self._mesh, lambda: self.manager.folders[0].newest("best"))
         except (StorageError, CheckpointError) as error:
             self._alarm("best", error)
-            return -math.inf
-        is_ours = best and best.state["run_folder"] in (self.contents.run_folder, self._from_run_folder)
-        return float(best.state["valid_loss"]) if best and is_ours else math.inf
+            return math.nan
+        if best is None or best.state["run_folder"] not in (self.contents.run_folder, self._from_run_folder):
+            return None
+        stored = best.state.get("best") or {"figure": "loss", "value": best.state["valid_loss"]}
+        return float(stored["value"]) if stored["figure"] == figure else None
 
     def report_finished(self) -> None:
         """Report the outcome of background saves that have ended. Not collective; does not block."""

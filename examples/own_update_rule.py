@@ -26,8 +26,8 @@ class Signum(UpdateRule):
             new = torch.where(skipped, momentum, momentum.lerp(grad, 1 - beta2))  # a skipped step changes nothing
             momentum.copy_(new)
             step = new.sign()
-            if shard.decay:
-                step.add_(shard.weights, alpha=self._config.weight_decay)
+            if self._group.weight_decay:
+                step.add_(shard.weights, alpha=self._group.weight_decay)
             shard.weights.sub_(step.mul_(lr).masked_fill_(skipped, 0.0))
 
 

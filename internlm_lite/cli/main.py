@@ -13,6 +13,7 @@ from internlm_lite.runtime.tool import run_tool
 COMMANDS = {
     "train": ("train", "train a model from a config file"),
     "plan": ("show_plan", "show what a training run will hold, send and cost, without starting it"),
+    "new": ("new", "write a config for your data, hardware, and a wanted time or size"),
     "init": ("init", "write example configs and launch scripts into a folder"),
     "demo": ("demo", "from nothing to a trained decoder, on text of this machine"),
     "inspect-data": ("inspect_data", "show what the batches of a config look like"),

@@ -9,7 +9,7 @@ Buckets are ordered by when the backward pass completes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -18,18 +18,13 @@ import torch
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import Group
+from internlm_lite.optim.groups import ParamGroup, ParamGroups
 from internlm_lite.optim.rules import RULES
 from internlm_lite.runtime.device import torch_dtype
 from internlm_lite.units import round_up
 
 SHARD_ALIGNMENT = 256
 """Elements; shards start at multiples of it (512 bytes in half precision), and norms are summed in rows of it."""
-_DECAYS: dict[str, Callable[[Parameter], bool]] = {
-    "matrices": lambda param: param.dim() > 1,
-    "matrices_without_embeddings": lambda param: param.dim() > 1 and not param.looked_up,
-    "all": lambda param: True,
-}
-"""adam.weight_decay_on of the config -> whether weight decay applies to a parameter."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +32,7 @@ class BucketSpec:
     """Properties that all parameters of a bucket share."""
 
     dtype: torch.dtype
-    decay: bool
-    """Whether weight decay applies."""
+    group: ParamGroup
     tp_sharded: bool
     """See `mesh.layout.ShardSpec`."""
     partial_over: tuple[str, ...]
@@ -140,13 +134,13 @@ def build_buckets(params: Sequence[Parameter], zero: Group, config: Config) -> l
     `params`: in forward order; the backward pass completes them in reverse.
     """
     bucket_size = config.hybrid_zero_optimizer.reduce_bucket_size
-    decays = _DECAYS[config.adam.weight_decay_on]
+    groups = ParamGroups(config)
     filled: list[tuple[BucketSpec, list[int]]] = []
     filling: dict[BucketSpec, list[int]] = {}
     for index in reversed(range(len(params))):
         param = params[index]
         spec = param.shard_spec
-        kind = BucketSpec(param.dtype, decays(param), spec.tp_sharded, spec.partial_over)
+        kind = BucketSpec(param.dtype, groups.of(param), spec.tp_sharded, spec.partial_over)
         indices = filling.get(kind)
         if indices is None or sum(params[i].numel() for i in indices) + param.numel() > bucket_size:
             indices = filling[kind] = []
@@ -156,9 +150,14 @@ def build_buckets(params: Sequence[Parameter], zero: Group, config: Config) -> l
     # which has its last index, has its gradient. Sort by that: the reducer starts buckets strictly in order, and would
     # otherwise wait for a bucket that was begun early and completes late.
     filled.sort(key=lambda entry: -entry[1][-1])
-    whole = RULES[config.optimizer.name].whole_matrices
     return [
-        Bucket(kind, [params[i] for i in indices], zero, _grad_dtype(kind.dtype, config), whole=whole)
+        Bucket(
+            kind,
+            [params[i] for i in indices],
+            zero,
+            _grad_dtype(kind.dtype, config),
+            whole=RULES[kind.group.rule].whole_matrices,
+        )
         for kind, indices in filled
     ]
 

@@ -8,13 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch.optim.adamw import adamw
 
-from internlm_lite.config.schema import AdamConfig, OptimizerConfig
 from internlm_lite.mesh import comm
+from internlm_lite.mesh.layout import Parameter
+from internlm_lite.optim.groups import ParamGroup
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements start..stop-1 of a shard belong to `param`: its elements from `first` on, in row-major order."""
+
+    param: Parameter
+    start: int
+    stop: int
+    first: int
 
 
 @dataclass(frozen=True)
@@ -23,14 +35,43 @@ class Shard:
 
     weights: torch.Tensor
     """Master weights: fp32, or fp64 in an fp64 model."""
-    decay: bool
-    """Whether weight decay applies."""
     state: Mapping[str, torch.Tensor]
     """Role -> tensor, for each of the rule's `roles`; zeros at the start."""
+    pieces: tuple[Piece, ...] = ()
+    """The parameters in it, for rules that need shapes; between and behind them is padding."""
+
+
+@dataclass(frozen=True)
+class UpdateStep:
+    """What the groups of one update share, and what is made of it for kernels once, not once per group."""
+
+    rates: torch.Tensor
+    """[peaks] fp64: learning rates; `updates.GroupUpdates` knows the row of a group."""
+    beta2: float
+    """That of beta2_scheduler."""
+    factor: torch.Tensor
+    """fp64 device scalar, by which gradients are to be multiplied."""
+    skipped: torch.Tensor
+    """bool device scalar."""
+
+    @cached_property
+    def single_rates(self) -> torch.Tensor:
+        return self.rates.float()
+
+    @cached_property
+    def divisor(self) -> torch.Tensor:
+        """1 / `factor`, fp32."""
+        return self.factor.reciprocal().float()
+
+    @cached_property
+    def found_inf(self) -> torch.Tensor:
+        """fp32: 1 in a skipped step, else 0."""
+        return self.skipped.float()
 
 
 class UpdateRule:
-    """Updates the shards of one rank. Subclasses define `roles` and `update`; the other members are optional."""
+    """Updates the shards of one parameter group on one rank. Subclasses define `roles` and `update`; the other members
+    are optional."""
 
     roles: tuple[str, ...]
     """Names of the state tensors, as checkpoints store them."""
@@ -40,18 +81,16 @@ class UpdateRule:
     """True: no parameter may be split between ranks of `zero`. False, for elementwise rules: shards are cut anywhere.
     Read by `buckets.build_buckets`."""
 
-    def __init__(
-        self, shards: Sequence[Shard], config: AdamConfig, options: OptimizerConfig = OptimizerConfig()
-    ) -> None:
-        self._shards, self._config, self._options = shards, config, options
+    def __init__(self, shards: Sequence[Shard], group: ParamGroup) -> None:
+        self._shards, self._group = shards, group
 
     @classmethod
-    def roles_with(cls, options: OptimizerConfig) -> tuple[str, ...]:
-        """Those of `roles` that there are with these options."""
+    def roles_with(cls, group: ParamGroup) -> tuple[str, ...]:
+        """Those of `roles` that there are in this group."""
         return cls.roles
 
     @classmethod
-    def operations(cls, options: OptimizerConfig) -> int | None:
+    def operations(cls, group: ParamGroup) -> int | None:
         """Of an update of one element, as the rule's formulas are written: sums, products, roots and the like. Weight
         decay takes two more. None: not said."""
         return None
@@ -65,12 +104,17 @@ class UpdateRule:
         """
         raise NotImplementedError
 
-    def update_scaled(
-        self, grads: Sequence[torch.Tensor], factor: torch.Tensor, lr: torch.Tensor, beta2: float, skipped: torch.Tensor
-    ) -> None:
-        """`update` by `grads` times `factor` (fp64 device scalar). For rules that can multiply in passing."""
-        torch._foreach_mul_(list(grads), factor.to(grads[0].dtype))
-        self.update(grads, lr, beta2, skipped)
+    def beta2_of(self, step: UpdateStep) -> float:
+        return step.beta2 if self._group.beta2 is None else self._group.beta2
+
+    def scales(self, grads: Sequence[torch.Tensor]) -> bool:
+        """Whether `update_scaled` takes these gradients. False: they are multiplied first, those of all groups in one
+        launch, and `update` is called."""
+        return False
+
+    def update_scaled(self, grads: Sequence[torch.Tensor], step: UpdateStep, row: int) -> None:
+        """`update` by `grads` times `step.factor`, with the learning rate `step.rates[row]`, multiplying in passing."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, int]:
         """Counters to save besides the state tensors; JSON-able. Reads the device."""
@@ -87,60 +131,52 @@ class AdamW(UpdateRule):
     non_negative = ("exp_avg_sq",)
 
     @classmethod
-    def operations(cls, options: OptimizerConfig) -> int:
+    def operations(cls, group: ParamGroup) -> int:
         return 3 + 4 + 5  # first moment; second; root, plus eps, quotient, times lr, minus
 
-    def __init__(
-        self, shards: Sequence[Shard], config: AdamConfig, options: OptimizerConfig = OptimizerConfig()
-    ) -> None:
-        super().__init__(shards, config, options)
+    def __init__(self, shards: Sequence[Shard], group: ParamGroup) -> None:
+        super().__init__(shards, group)
         # Number of updates, for the bias correction. On the device, because a skipped step does not count; one scalar
         # per shard, because the kernel increments each.
         self._steps = [torch.zeros((), dtype=torch.float32, device=shard.weights.device) for shard in shards]
 
-    def update_scaled(
-        self, grads: Sequence[torch.Tensor], factor: torch.Tensor, lr: torch.Tensor, beta2: float, skipped: torch.Tensor
-    ) -> None:
-        if grads[0].is_cuda and grads[0].dtype == torch.float32:
-            self._update(grads, lr, beta2, skipped, factor.reciprocal().float())
-        else:  # the kernels divide by an fp32 number, which fp64 would notice, and the bits of a CPU stay
-            super().update_scaled(grads, factor, lr, beta2, skipped)
+    def scales(self, grads: Sequence[torch.Tensor]) -> bool:
+        # The kernels divide by an fp32 number, which fp64 would notice, and the bits of a CPU stay.
+        return grads[0].is_cuda and grads[0].dtype == torch.float32
+
+    def update_scaled(self, grads: Sequence[torch.Tensor], step: UpdateStep, row: int) -> None:
+        self._update(grads, step.single_rates[row], self.beta2_of(step), step.found_inf, step.divisor)
 
     def update(self, grads: Sequence[torch.Tensor], lr: torch.Tensor, beta2: float, skipped: torch.Tensor) -> None:
-        self._update(grads, lr, beta2, skipped)
+        # The CUDA kernel reads the learning rate in single precision, the CPU kernel in double.
+        self._update(grads, lr.float() if lr.is_cuda else lr, beta2, skipped.float())
 
     def _update(
         self,
         grads: Sequence[torch.Tensor],
         lr: torch.Tensor,
         beta2: float,
-        skipped: torch.Tensor,
+        found_inf: torch.Tensor,
         divisor: torch.Tensor | None = None,
     ) -> None:
-        found_inf = skipped.float()  # 1: weights, state and step count stay the same
-        if lr.device.type == "cuda":
-            lr = lr.float()  # the CUDA kernel reads it in single precision, the CPU kernel in double
-        for decay in (True, False):
-            chosen = [index for index, shard in enumerate(self._shards) if shard.decay is decay]
-            shards = [self._shards[index] for index in chosen]
-            adamw(
-                [shard.weights for shard in shards],
-                [grads[index] for index in chosen],
-                [shard.state["exp_avg"] for shard in shards],
-                [shard.state["exp_avg_sq"] for shard in shards],
-                [],
-                [self._steps[index] for index in chosen],
-                fused=True,
-                grad_scale=divisor,  # the kernel divides gradients by it, and writes them back
-                found_inf=found_inf,
-                amsgrad=False,
-                beta1=self._config.adam_beta1,
-                beta2=beta2,
-                lr=lr,
-                weight_decay=self._config.weight_decay if decay else 0.0,
-                eps=self._config.adam_eps,
-                maximize=False,
-            )
+        adamw(
+            [shard.weights for shard in self._shards],
+            list(grads),
+            [shard.state["exp_avg"] for shard in self._shards],
+            [shard.state["exp_avg_sq"] for shard in self._shards],
+            [],
+            self._steps,
+            fused=True,
+            grad_scale=divisor,  # the kernel divides gradients by it, and writes them back
+            found_inf=found_inf,  # 1: weights, state and step count stay the same
+            amsgrad=False,
+            beta1=self._group.beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=self._group.weight_decay,
+            eps=self._group.eps,
+            maximize=False,
+        )
 
     def state_dict(self) -> dict[str, int]:
         return {"adam_steps": int(comm.read(self._steps[0]))}
@@ -163,14 +199,14 @@ class Lion(UpdateRule):
     roles = ("exp_avg",)
 
     @classmethod
-    def operations(cls, options: OptimizerConfig) -> int:
+    def operations(cls, group: ParamGroup) -> int:
         return 6 + 3  # interpolation (3), sign, times lr, minus; momentum
 
     def update(self, grads: Sequence[torch.Tensor], lr: torch.Tensor, beta2: float, skipped: torch.Tensor) -> None:
         for shard, grad in zip(self._shards, grads, strict=True):
-            step = shard.state["exp_avg"].lerp(grad, 1 - self._config.adam_beta1).sign_()
-            if shard.decay:
-                step.add_(shard.weights, alpha=self._config.weight_decay)
+            step = shard.state["exp_avg"].lerp(grad, 1 - self._group.beta1).sign_()
+            if self._group.weight_decay:
+                step.add_(shard.weights, alpha=self._group.weight_decay)
             # In a skipped step +0 is subtracted, which keeps the bits of every number, also of -0.0.
             shard.weights.sub_(step.mul_(lr).masked_fill_(skipped, 0.0))
             change = grad.sub_(shard.state["exp_avg"]).mul_(beta2 - 1)
@@ -187,21 +223,21 @@ class SGD(UpdateRule):
     roles = ("momentum",)
 
     @classmethod
-    def roles_with(cls, options: OptimizerConfig) -> tuple[str, ...]:
-        return cls.roles if options.momentum else ()
+    def roles_with(cls, group: ParamGroup) -> tuple[str, ...]:
+        return cls.roles if group.momentum else ()
 
     @classmethod
-    def operations(cls, options: OptimizerConfig) -> int:
-        return 2 + 2 * (options.momentum > 0)  # times lr, minus; momentum
+    def operations(cls, group: ParamGroup) -> int:
+        return 2 + 2 * (group.momentum > 0)  # times lr, minus; momentum
 
     def update(self, grads: Sequence[torch.Tensor], lr: torch.Tensor, beta2: float, skipped: torch.Tensor) -> None:
         for shard, step in zip(self._shards, grads, strict=True):
-            if self._options.momentum:
+            if self._group.momentum:
                 before = shard.state["momentum"]
-                step = torch.where(skipped, before, before.mul(self._options.momentum).add_(step))
+                step = torch.where(skipped, before, before.mul(self._group.momentum).add_(step))
                 before.copy_(step)
-            if shard.decay:
-                step.add_(shard.weights, alpha=self._config.weight_decay)
+            if self._group.weight_decay:
+                step.add_(shard.weights, alpha=self._group.weight_decay)
             shard.weights.sub_(step.mul_(lr).masked_fill_(skipped, 0.0))
 
 

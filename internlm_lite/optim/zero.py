@@ -11,7 +11,7 @@ factor, the clip factor and the decision to skip are device scalars: the host ne
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,11 +26,12 @@ from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.buckets import Bucket, build_buckets
 from internlm_lite.optim.gather import WeightGatherer
 from internlm_lite.optim.grad_norm import Requests, clip_factor, reduce_totals
-from internlm_lite.optim.lr_schedule import beta2, learning_rate
+from internlm_lite.optim.lr_schedule import beta2
 from internlm_lite.optim.reduce import GradReducer
-from internlm_lite.optim.rules import RULES, Shard
+from internlm_lite.optim.rules import RULES, UpdateStep
 from internlm_lite.optim.scaler import LossScaler
 from internlm_lite.optim.skips import SkipCounts, SkipDecider
+from internlm_lite.optim.updates import GroupUpdates
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,7 @@ class HybridZeroOptimizer:
         self._reducer = GradReducer(self.buckets, units, mesh, overlap=zero.overlap_sync_grad)
         self._gatherer = WeightGatherer(self.buckets, units, mesh.zero, overlap=zero.overlap_sync_param)
         self._skips = SkipDecider(config, model_dtype, mesh.device)
-        rule, options = RULES[config.optimizer.name], config.optimizer
-        # Allocated here, so that memory use is known and a checkpoint can be loaded before the first step.
-        self._shards = [_shard(bucket, rule.roles_with(options)) for bucket in self.buckets]
-        self._rule = rule(self._shards, config.adam, options)
-        steps = max(config.lr_scheduler.total_steps, config.data.total_steps)
-        rates = [learning_rate(i, config.adam.lr, config.lr_scheduler) for i in range(steps + 2)]
-        self._rates = torch.tensor(rates, dtype=torch.float64, device=mesh.device)
+        self._updates = GroupUpdates(self.buckets, config, mesh.device)
 
     @property
     def scaler(self) -> LossScaler:
@@ -127,11 +122,11 @@ class HybridZeroOptimizer:
         used_scale = self.scaler.scale.clone()
         unscale = global_tokens / (labels * used_scale)
         norm = (totals.square_model_dtype + totals.square_fp32).sqrt() * unscale
-        lr = self._learning_rate()  # before `decide` counts this step
+        rates = self._updates.rates(self._skips.good_steps)  # before `decide` counts this step
         decision = self._skips.decide(totals.loss / labels, norm, totals.num_labels)
         factor = unscale * clip_factor(norm, self._config.hybrid_zero_optimizer.clip_grad_norm)
         second_beta = beta2(index, self._config.beta2_scheduler)
-        self._rule.update_scaled(self._exact_grads(), factor, lr, second_beta, decision.skipped)
+        self._updates.update(self._exact_grads(), UpdateStep(rates, second_beta, factor, decision.skipped))
         self._zero_grads()
         self._begun = False
         self._gather_weights()
@@ -141,26 +136,21 @@ class HybridZeroOptimizer:
             spikes=decision.spikes,
             skips=self._skips.counts(),
             loss_scale=used_scale,
-            next_lr=self._learning_rate(),
+            next_lr=self._updates.rates(self._skips.good_steps)[0],
             beta2=second_beta,
             signalled=totals.signalled,
             stop_file=totals.stop_file,
         )
 
-    def _learning_rate(self) -> torch.Tensor:
-        """Learning rate of the next update, fp64 device scalar."""
-        # index_select, because self._rates[step] would read `step` on the host.
-        step = self._skips.good_steps.clamp(max=len(self._rates) - 1)
-        return self._rates.index_select(0, step.unsqueeze(0)).squeeze(0)
-
     def _exact_grads(self) -> list[torch.Tensor]:
         """Gradient shards in their master weights' dtype; copies only if the gradients have another."""
         return [
-            bucket.grad_shard.to(shard.weights.dtype) for shard, bucket in zip(self._shards, self.buckets, strict=True)
+            bucket.grad_shard.to(shard.weights.dtype)
+            for shard, bucket in zip(self._updates.shards, self.buckets, strict=True)
         ]
 
     def _gather_weights(self) -> None:
-        self._gatherer.start([shard.weights for shard in self._shards])
+        self._gatherer.start([shard.weights for shard in self._updates.shards])
 
     def wait_weights(self) -> None:
         """Wait until all weights are current. Call it before reading weights in any way except calling the units."""
@@ -169,7 +159,7 @@ class HybridZeroOptimizer:
     @torch.no_grad()
     def adopt_weights(self) -> None:
         """Copy the model's weights, as drawn, to the master weights."""
-        for shard, bucket in zip(self._shards, self.buckets, strict=True):
+        for shard, bucket in zip(self._updates.shards, self.buckets, strict=True):
             if shard.weights.dtype != bucket.kind.dtype:  # else they are a view of the model's
                 shard.weights.copy_(bucket.weight_shard)
 
@@ -181,7 +171,7 @@ class HybridZeroOptimizer:
 
     def shards(self) -> Iterator[tuple[Bucket, dict[str, torch.Tensor]]]:
         """(bucket, {role: [shard_size]}) for each bucket: this rank's master weights and state of the rule."""
-        for shard, bucket in zip(self._shards, self.buckets, strict=True):
+        for shard, bucket in zip(self._updates.shards, self.buckets, strict=True):
             yield bucket, {"master": shard.weights, **shard.state}
 
     def pieces(self) -> Iterator[LocalShard]:
@@ -198,7 +188,7 @@ class HybridZeroOptimizer:
     def _bounds(self, bucket: Bucket, role: str) -> dict[str, Any]:
         """What `is_sound` expects of a tensor of `shards`."""
         largest = torch.finfo(bucket.kind.dtype).max if role == "master" else math.inf
-        return {"non_negative": role in self._rule.non_negative, "largest": largest}
+        return {"non_negative": role in RULES[bucket.kind.group.rule].non_negative, "largest": largest}
 
     def problem(self) -> str | None:
         """The first tensor of this rank's shards with a number that no healthy run has; None: all are sound.
@@ -213,24 +203,13 @@ class HybridZeroOptimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, JSON-able; `pieces()` has the tensors. Reads the device."""
-        return {**self._skips.state_dict(), **self._rule.state_dict()}
+        return {**self._skips.state_dict(), **self._updates.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any], *, moments: bool) -> None:
         """Restore the counters. `moments` False: the rule's state was not loaded, so it and its counters are reset."""
         self._skips.load_state_dict(state)
-        self._rule.load_state_dict(state if moments else {})
-        if not moments:  # not zero already: after a rollback it is the state of undone steps
-            for shard in self._shards:
-                for tensor in shard.state.values():
-                    tensor.zero_()
+        self._updates.load_state_dict(state, moments=moments)
 
     def elements_on_zero_ranks(self) -> list[int]:
         """Number of elements, without padding, that each rank of `zero` updates."""
         return [sum(bucket.elements_on(rank) for bucket in self.buckets) for rank in range(self._mesh.zero.size)]
-
-
-def _shard(bucket: Bucket, roles: Sequence[str]) -> Shard:
-    """This rank's shard of `bucket`. Master weights of fp32 or fp64 weights are a view of them, not a copy."""
-    shard = bucket.weight_shard
-    weights = shard.float() if shard.dtype.itemsize < 4 else shard
-    return Shard(weights, bucket.kind.decay, {role: torch.zeros_like(weights) for role in roles})

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from internlm_lite.apps.bench.gpu.correctness import _LIMITS, _Case, kernels
 from internlm_lite.batch import IGNORE
-from internlm_lite.config.schema import AdamConfig
 from internlm_lite.layers.compiled import compiled
 from internlm_lite.layers.dropout import Dropout, Site, token_keys
 from internlm_lite.layers.loss import LossOptions, linear_cross_entropy, losses_and_gradient
@@ -21,6 +20,7 @@ from internlm_lite.optim.rules import RULES, Shard
 from tests.layers.test_dropout import reference
 from tests.layers.test_norm import norm
 from tests.models.small import small_config
+from tests.optim.test_rules import group_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -146,15 +146,16 @@ def test_update(rule: str, device: torch.device) -> None:
 
     def updated(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         weights = [drawn(512, dtype=dtype, device=device, seed=n) for n in (0, 1)]
-        shards = [
-            Shard(w, decay, {role: torch.zeros_like(w) for role in RULES[rule].roles})
-            for w, decay in zip(weights, (True, False), strict=True)
+        groups = [group_of(rule, decays) for decays in (True, False)]
+        made = [
+            RULES[rule]([Shard(w, {role: torch.zeros_like(w) for role in RULES[rule].roles_with(group)})], group)
+            for w, group in zip(weights, groups, strict=True)
         ]
-        made = RULES[rule](shards, AdamConfig(lr=1e-2, weight_decay=0.1))
         for step in range(4):
             grads = [drawn(512, dtype=dtype, device=device, seed=10 + 2 * step + n) for n in (0, 1)]
             lr = torch.tensor(1e-2, dtype=torch.float64, device=device)
-            made.update(grads, lr, 0.95, torch.tensor(step == 2, device=device))
+            for one, grad in zip(made, grads, strict=True):
+                one.update([grad], lr, 0.95, torch.tensor(step == 2, device=device))
         return torch.cat(weights)
 
     assert error(updated(device, torch.float32), updated(torch.device("cpu"), torch.float64)) < 1e-6

@@ -11,11 +11,14 @@ import torch
 from internlm_lite.apps.planner.holdings import holdings
 from internlm_lite.config.schema import AdamConfig, Config, OptimizerConfig
 from internlm_lite.layers.flash import AttentionBackend
+from internlm_lite.mesh.layout import parameter, whole
 from internlm_lite.mesh.mesh import Mesh, Sizes, plan_mesh, single_process_mesh
 from internlm_lite.models.stages import build_stages, units_of
 from internlm_lite.optim.buckets import Bucket, build_buckets
+from internlm_lite.optim.groups import ParamGroup, ParamGroups
 from internlm_lite.optim.lr_schedule import learning_rate
-from internlm_lite.optim.rules import RULES, AdamW, Shard, UpdateRule
+from internlm_lite.optim.rules import RULES, AdamW, Shard, UpdateStep
+from internlm_lite.optim.updates import GroupUpdates
 from internlm_lite.optim.zero import HybridZeroOptimizer
 from tests.corpus import write_corpus
 from tests.optim.test_zero import (
@@ -51,20 +54,44 @@ def with_rule(kind: str, cfg: Config) -> Config:
     return Config.model_validate({**cfg.model_dump(), "optimizer": options_of(kind).model_dump()})
 
 
-def build(kind: str, dtype: torch.dtype = torch.float64) -> tuple[UpdateRule, list[Shard]]:
-    """A rule for two shards, one with weight decay; zeros of both signs are among the weights."""
-    options = options_of(kind)
-    rule = RULES[options.name]
+def group_of(kind: str, decays: bool = True) -> ParamGroup:
+    cfg = with_rule(kind, Config.model_validate({**config().model_dump(), "adam": ADAM.model_dump()}))
+    shape = (2, 2) if decays else (2,)
+    return ParamGroups(cfg).of(parameter(whole("weight", shape), torch.float64, "meta"))
+
+
+class TwoGroups:
+    """A rule for two shards, of which the first has weight decay."""
+
+    def __init__(self, kind: str, shards: list[Shard]) -> None:
+        rule = RULES[options_of(kind).name]
+        self.rules = [
+            rule([shard], group_of(kind, decays)) for shard, decays in zip(shards, (True, False), strict=True)
+        ]
+
+    def update(self, grads: list[torch.Tensor], lr: torch.Tensor, beta2: float, skipped: torch.Tensor) -> None:
+        for rule, grad in zip(self.rules, grads, strict=True):
+            rule.update([grad], lr, beta2, skipped)
+
+    def state_dict(self) -> dict[str, int]:
+        first, second = (rule.state_dict() for rule in self.rules)
+        assert first == second
+        return first
+
+
+def build(kind: str, dtype: torch.dtype = torch.float64) -> tuple[TwoGroups, list[Shard]]:
+    """Zeros of both signs are among the weights."""
+    rule = RULES[options_of(kind).name]
     generator = torch.Generator().manual_seed(1)
     shards = []
-    for decay in (True, False):
+    for _ in range(2):
         weights = torch.randn(64, generator=generator, dtype=torch.float64).to(dtype)
         weights[:2] = torch.tensor([0.0, -0.0])
-        shards.append(Shard(weights, decay, {role: torch.zeros_like(weights) for role in rule.roles_with(options)}))
-    return rule(shards, ADAM, options), shards
+        shards.append(Shard(weights, {role: torch.zeros_like(weights) for role in rule.roles_with(group_of(kind))}))
+    return TwoGroups(kind, shards), shards
 
 
-def update(rule: UpdateRule, shards: list[Shard], step: int, skipped: bool = False, value: float | None = None) -> None:
+def update(rule: TwoGroups, shards: list[Shard], step: int, skipped: bool = False, value: float | None = None) -> None:
     generator = torch.Generator().manual_seed(50 + step)
     grads = [torch.randn(64, generator=generator, dtype=torch.float64).to(shard.weights.dtype) for shard in shards]
     if value is not None:
@@ -117,9 +144,11 @@ def test_sgd_equals_torchs(momentum: float, dtype: torch.dtype) -> None:
     """A step that is skipped in between counts neither in the weights nor in the momentum. torch's decay is part of the
     momentum, and so is compared without one."""
     rule, ours = build(f"sgd {momentum}", dtype)
-    compared = [(shard, torch.nn.Parameter(shard.weights.clone())) for shard in ours if not (shard.decay and momentum)]
+    compared = [
+        (shard, torch.nn.Parameter(shard.weights.clone())) for shard in ours if shard is ours[1] or not momentum
+    ]
     theirs = [
-        torch.optim.SGD([param], momentum=momentum, weight_decay=ADAM.weight_decay if shard.decay else 0)
+        torch.optim.SGD([param], momentum=momentum, weight_decay=ADAM.weight_decay if shard is ours[0] else 0)
         for shard, param in compared
     ]
     for step in range(8):
@@ -154,8 +183,8 @@ def test_adamw_has_the_bits_of_torchs_optimizer(dtype: torch.dtype) -> None:
     _, theirs = build("adamw", dtype)
     params = [torch.nn.Parameter(shard.weights) for shard in theirs]
     groups = [
-        {"params": [param], "weight_decay": ADAM.weight_decay if shard.decay else 0.0}
-        for param, shard in zip(params, theirs, strict=True)
+        {"params": [param], "weight_decay": decay}
+        for param, decay in zip(params, (ADAM.weight_decay, 0.0), strict=True)
     ]
     torch_rule = torch.optim.AdamW(groups, betas=(0.9, 0.97), eps=ADAM.adam_eps, fused=True)
     for step in range(8):
@@ -215,7 +244,7 @@ def test_a_rule_resumes_bit_for_bit_or_starts_again(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(steps(second, units, 3, 6), whole, strict=True))
     second.load_state_dict(counters, moments=False)
     assert all(not tensor.any() for _, state in second.shards() for role, tensor in state.items() if role != "master")
-    assert second.state_dict() == {**counters, **fresh()[0]._rule.state_dict()}
+    assert second.state_dict() == {**counters, **fresh()[0]._updates.state_dict()}
 
 
 class WholeAdamW(AdamW):
@@ -307,33 +336,45 @@ def test_the_planner_counts_the_state_of_each_rule(name: str) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_scaled_update_has_the_bits_of_scaling_first(name: str, dtype: torch.dtype) -> None:
-    found = []
-    factor, lr, no = (
-        torch.tensor(0.3, dtype=torch.float64),
-        torch.tensor(1e-2, dtype=torch.float64),
-        torch.tensor(False),
+def test_gradients_of_all_groups_are_multiplied_in_one_launch(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the bits of multiplying each of them first."""
+    factor, lr = torch.tensor(0.3, dtype=torch.float64), torch.tensor([1e-2], dtype=torch.float64)
+    rule, shards = build(name, dtype)
+    rule.update(
+        [torch.arange(64.0, dtype=dtype).sub_(20).mul_(factor) for _ in shards], lr[0], 0.97, torch.tensor(False)
     )
-    for scaled in (True, False):
-        rule, shards = build(name, dtype)
-        grads = [torch.arange(64.0, dtype=dtype).sub_(20) for _ in shards]
-        if scaled:
-            rule.update_scaled(grads, factor, lr, 0.97, no)
-        else:
-            rule.update([grad.mul_(factor) for grad in grads], lr, 0.97, no)
-        found.append(bits(shards))
-    assert same(*found)
+    expected = bits(shards)
+    cfg = Config.model_validate({**config().model_dump(), "adam": ADAM.model_dump()})
+    params = [parameter(whole(f"p{len(shape)}", shape), dtype, "cpu") for shape in ((64,), (8, 8))]
+    single = single_process_mesh()
+    made = GroupUpdates(build_buckets(params, single.zero, with_rule(name, cfg)), with_rule(name, cfg), single.device)
+    assert [group.name for group in (rule._group for rule in made.rules)] == ["decay", "no_decay"]
+    for shard, (_, first) in zip(made.shards, enumerate(build(name, dtype)[1]), strict=True):
+        shard.weights[:64] = first.weights
+    calls = []
+    multiply = torch._foreach_mul_
+    monkeypatch.setattr(torch, "_foreach_mul_", lambda *args: calls.append(len(args[0])) or multiply(*args))
+    grads = [torch.cat([torch.arange(64.0, dtype=dtype) - 20, torch.zeros(192, dtype=dtype)]) for _ in shards]
+    made.update(grads, UpdateStep(lr, 0.97, factor, torch.tensor(False)))
+    assert calls == [2]
+    found = [Shard(s.weights[:64], {role: x[:64] for role, x in s.state.items()}) for s in made.shards]
+    assert same(bits(found), expected)
 
 
 def test_adamw_on_a_gpu_divides_gradients_in_its_kernel() -> None:
-    """The same kernel on the CPU, asked as on CUDA: the factor's reciprocal in fp32, 1 ulp from multiplying."""
-    lr, no = torch.tensor(1e-2, dtype=torch.float64), torch.tensor(False)
+    """The same kernel on the CPU, asked as on CUDA: the factor's reciprocal in fp32, 1 ulp from multiplying. What the
+    kernel reads is made once for all groups."""
+    no, rates = torch.tensor(False), torch.tensor([1e-2], dtype=torch.float64)
     (rule, ours), (other, expected) = build("adamw", torch.float32), build("adamw", torch.float32)
     for step in range(3):
         grads = [torch.arange(64.0).sub_(20 + step) for _ in ours]
-        factor = torch.tensor(0.3 + step, dtype=torch.float64)
-        rule._update([grad.clone() for grad in grads], lr, 0.97, no, factor.reciprocal().float())
-        other.update_scaled(grads, factor, lr, 0.97, no)
+        shared = UpdateStep(rates, 0.97, torch.tensor(0.3 + step, dtype=torch.float64), no)
+        for one, grad in zip(rule.rules, grads, strict=True):
+            one.update_scaled([grad.clone()], shared, 0)
+        assert shared.divisor is shared.divisor and shared.found_inf is shared.found_inf
+        other.update([grad.mul_(shared.factor) for grad in grads], rates[0], 0.97, no)
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine.weights, theirs.weights, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(mine.state["exp_avg_sq"], theirs.state["exp_avg_sq"], rtol=1e-6, atol=0)
@@ -354,7 +395,9 @@ def decayed(on: str, pp: int = 1, **model: Any) -> list[dict[bool, int]]:
         mesh = plan_mesh(Sizes(pp=pp), rank, torch.device("meta"))
         units = units_of(build_stages(cfg, mesh, AttentionBackend.SDPA))
         buckets = build_buckets([param for unit in units for param in unit.parameters()], mesh.zero, cfg)  # type: ignore[misc]
-        found.append({decay: sum(b.numel for b in buckets if b.kind.decay is decay) for decay in (True, False)})
+        found.append(
+            {decay: sum(b.numel for b in buckets if (b.kind.group.name == "decay") is decay) for decay in (True, False)}
+        )
     return found
 
 

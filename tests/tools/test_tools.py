@@ -23,6 +23,7 @@ from internlm_lite.cli import (
     doctor,
     generate_text,
     inspect_data,
+    new,
     slurm,
     tokenize_text,
     train,
@@ -43,6 +44,7 @@ EARLY: list[tuple[ModuleType, str, str]] = [
     (doctor, "adopt_s3_keys", ""),
     (generate_text, "adopt_s3_keys", "--checkpoint x"),
     (inspect_data, "load_config", "--config x"),
+    (new, "measured", "--data x --hours 1 --output y"),
     (write_report, "read_runs", "x"),
     (slurm, "adopt_s3_keys", "--config x --nodes 1"),
     (tokenize_text, "sample_text", " ".join(TRAIN_TOKENIZER)),
@@ -136,7 +138,7 @@ def test_no_tool_is_forgotten():
     modules = {Path(tool.__file__ or "").stem for tool, _, _ in EARLY} | {"bench", "gpu_check"}
     commands = {command: module for command, (module, _) in cli.COMMANDS.items()}
     assert modules == set(commands.values()) - {"train", "show_plan", "init"}
-    assert {tool.stem.replace("_", "-") for tool in TOOLS} == set(commands) - {"train", "plan", "init"}
+    assert {tool.stem.replace("_", "-") for tool in TOOLS} == set(commands) - {"train", "init"}
     for tool in TOOLS:
         assert f"from internlm_lite.cli.{commands[tool.stem.replace('_', '-')]} import" in tool.read_text("utf-8")
 

@@ -7,7 +7,7 @@ and of their weights and values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -20,7 +20,7 @@ from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.models.decoder import Transformer
 from internlm_lite.models.stages import meta_model
-from internlm_lite.optim.buckets import build_buckets
+from internlm_lite.optim.buckets import Bucket, build_buckets
 from internlm_lite.optim.rules import RULES
 
 
@@ -64,32 +64,42 @@ def components_of(config: Config, lengths: Sequence[int]) -> Components:
     """Of the model of `config`, whose FLOPs are counted for documents of each of `lengths`."""
     model = meta_model(config.model)
     rows: dict[str, list[Component]] = {}
-    for row in (*_held(config, model), *_computed(model, lengths)):
+    params = {cast(Parameter, param): name.rpartition(".")[0] for name, param in model.named_parameters()}
+    buckets = build_buckets(list(params), single_process_mesh(torch.device("meta")).zero, config)
+    for row in (*_held(buckets, params), *_computed(model, lengths)):
         rows.setdefault(row.name, []).append(row)
     in_order = dict.fromkeys(_name(path) for path, _ in model.named_modules())
     summed = tuple(_sum(name, rows[name]) for name in in_order if name in rows)
-    operations, decays = RULES[config.optimizer.name].operations(config.optimizer), 2 * (config.adam.weight_decay > 0)
-    parameters, decayed = (sum(getattr(row, key) for row in summed) for key in ("parameters", "decayed"))
     return Components(
         lengths=tuple(lengths),
         rows=summed,
         flops_without_attention=model.flops_per_token(0),
-        update_flops=None if operations is None else operations * parameters + decays * decayed,
+        update_flops=_update_flops(buckets),
     )
 
 
-def _held(config: Config, model: Transformer) -> Iterator[Component]:
-    """A row for every parameter, with the bytes per element of the bucket that it would be in."""
-    params = {cast(Parameter, param): name.rpartition(".")[0] for name, param in model.named_parameters()}
+def _update_flops(buckets: Sequence[Bucket]) -> int | None:
+    total = 0
+    for bucket in buckets:
+        group = bucket.kind.group
+        operations = RULES[group.rule].operations(group)
+        if operations is None:
+            return None
+        total += bucket.numel * (operations + 2 * (group.weight_decay > 0))
+    return total
+
+
+def _held(buckets: Sequence[Bucket], params: Mapping[Parameter, str]) -> Iterator[Component]:
+    """A row for every parameter (whose module `params` names), with the bytes per element of its bucket."""
     owner = dict.fromkeys(params, 0)
-    for bucket in build_buckets(list(params), single_process_mesh(torch.device("meta")).zero, config):
-        sizes, padded = bucket_sizes(bucket, owner, config), bucket.shard_size
+    for bucket in buckets:
+        sizes, padded = bucket_sizes(bucket, owner), bucket.shard_size
         for slot in bucket.slots:
             n = slot.stop - slot.start
             yield Component(
                 name=_name(params[slot.param]),
                 parameters=n,
-                decayed=n * bucket.kind.decay,
+                decayed=n * (bucket.kind.group.weight_decay > 0),
                 weights=n * sizes.weights // padded,
                 gradients=n * sizes.grads // padded,
                 optimizer=n * (sizes.masters + sizes.moments) // padded,

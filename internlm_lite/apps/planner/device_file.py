@@ -79,6 +79,8 @@ class DeviceFile(_Strict):
     launch_us: Rate
     """Gap between two kernels."""
     gpus_per_node: Annotated[int, Field(gt=0)]
+    memory_gib: Rate | None = None
+    """What a process can use of the device's memory; None: not said."""
     intra_node: Link
     inter_node: Link
     sources: dict[str, str] = {}

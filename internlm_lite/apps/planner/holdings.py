@@ -7,6 +7,7 @@ Ranks that differ only in tp, zero or replica hold the same amounts, so one rank
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -94,7 +95,7 @@ def holdings(config: Config, sizes: Sizes, backend: AttentionBackend) -> tuple[l
                 stages=stages,
                 parameters=sum(bucket.numel for bucket in buckets),
                 zero_elements=tuple(sum(b.elements_on(rank) for b in buckets) for rank in range(sizes.zero)),
-                buckets=tuple(bucket_sizes(bucket, params, config) for bucket in buckets),
+                buckets=tuple(bucket_sizes(bucket, params) for bucket in buckets),
             )
         )
     return held, sum(wholes.values())
@@ -104,7 +105,7 @@ def rebucketed(held: RankHoldings, config: Config, sizes: Sizes) -> tuple[Bucket
     """Buckets of these stages with another `config`, such as another reduce_bucket_size."""
     mesh = plan_mesh(sizes, rank_of(sizes, dp=0, tp=0, pp=held.pp), torch.device("meta"))
     params = _parameters(held.stages)
-    return tuple(bucket_sizes(bucket, params, config) for bucket in build_buckets(list(params), mesh.zero, config))
+    return tuple(bucket_sizes(bucket, params) for bucket in build_buckets(list(params), mesh.zero, config))
 
 
 def _parameters(stages: Stages) -> dict[Parameter, int]:
@@ -112,10 +113,10 @@ def _parameters(stages: Stages) -> dict[Parameter, int]:
     return {cast(Parameter, param): n for n, unit in enumerate(units_of(stages)) for param in unit.parameters()}
 
 
-def bucket_sizes(bucket: Bucket, unit_of: dict[Parameter, int], config: Config) -> BucketSizes:
+def bucket_sizes(bucket: Bucket, unit_of: Mapping[Parameter, int]) -> BucketSizes:
     """`unit_of`: the number of the unit of each parameter, in forward order."""
     shard, dtype = bucket.shard_size, bucket.kind.dtype
-    state_tensors = len(RULES[config.optimizer.name].roles_with(config.optimizer))
+    state_tensors = len(RULES[bucket.kind.group.rule].roles_with(bucket.kind.group))
     exact = max(4, dtype.itemsize)  # updates are computed in fp32, or in the weights' own dtype if that is wider
     half = dtype.itemsize < 4
     return BucketSizes(

@@ -146,11 +146,12 @@ class SizeRow:
 
 
 def sizes(compute: float, vocab_size: int, seq_len: int) -> list[SizeRow]:
-    """A row of each rule for `compute` FLOPs. Raises ConfigError if no shape comes near."""
-    return [_row(rule, compute, vocab_size, seq_len) for rule in RULES]
+    """A row of each rule for `compute` FLOPs. Raises as `size_row`."""
+    return [size_row(rule, compute, vocab_size, seq_len) for rule in RULES]
 
 
-def _row(rule: ScalingRule, compute: float, vocab_size: int, seq_len: int) -> SizeRow:
+def size_row(rule: ScalingRule, compute: float, vocab_size: int, seq_len: int) -> SizeRow:
+    """The row of one rule. Raises ConfigError if no shape comes near."""
     wanted = rule.size(compute)
     shape = nearest_shape(lambda one: one.flops_per_token(rule.measure, seq_len), wanted, vocab_size)
     per_token = shape.flops_per_token(rule.measure, seq_len)
@@ -185,7 +186,7 @@ def nearest_shape(size: Callable[[Shape], float], wanted: float, vocab_size: int
 
 def _shapes(vocab_size: int) -> Iterator[Shape]:
     """Widths and depths that tensor- and pipeline-parallel ranks divide well, up to the largest dense models."""
-    for hidden in (64, *range(128, 1024, 128), *range(1024, 4096, 256), *range(4096, 20_481, 512)):
+    for hidden in (*range(64, 512, 64), *range(512, 1024, 128), *range(1024, 4096, 256), *range(4096, 20_481, 512)):
         heads = hidden // (64 if hidden < 1024 else 128)
         kv_heads = heads // 4 if heads >= 16 and heads % 4 == 0 else heads
         for layers in range(max(2, -(-hidden // _WIDEST)), hidden // _NARROWEST + 2):

@@ -110,8 +110,8 @@ def _manager_of(names: Sequence[str], include_path: str | None, known: Sequence[
     near = difflib.get_close_matches(missing[0], [*known, *sorted(there)], n=3, cutoff=0.5)
     where = "" if include_path is None else f" and the files in evaluation.include_path={include_path}"
     raise ConfigError(
-        f"evaluation.tasks: found {', '.join(map(repr, missing))}, expected built-in tasks ({', '.join(known)}) or tasks "
-        f"of lm_eval{where}; {'nearest: ' + ', '.join(near) if near else 'lm_eval ls tasks lists them'}"
+        f"evaluation.tasks: found {', '.join(map(repr, missing))}, expected built-in tasks ({', '.join(known)}) or "
+        f"tasks of lm_eval{where}; {'nearest: ' + ', '.join(near) if near else 'lm_eval ls tasks lists them'}"
     )
 
 

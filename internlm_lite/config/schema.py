@@ -194,6 +194,18 @@ class OptimizerConfig(Section):
     """sgd: momentum = this * momentum + gradient, as torch's. 0: without, and then without optimizer state."""
 
 
+class EmaConfig(Section):
+    """(new) An exponential moving average (EMA) of the master weights: sharded and saved beside them, evaluated beside
+    the weights, and read from checkpoints by `--weights ema` of `generate`, `convert` and `ckpt merge`."""
+
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Share of the average that one update leaves: it reaches over about 1 / (1 - decay) updates."""
+    every: Positive = 1
+    """Steps between updates of the average; after n updates of the weights its decay is decay to the power n."""
+    warmup: bool = True
+    """Begin with the smaller decay (1 + t) / (10 + t) after t updates, so that the first weights are soon forgotten."""
+
+
 class AdamConfig(Section):
     """Learning rate, betas and weight decay of the update rule, see `optimizer`."""
 
@@ -556,10 +568,13 @@ class EvaluationConfig(Section):
     """Examples in a prompt of lm_eval's tasks. None: as each task says."""
     max_length: Positive | None = None
     """Longest text in tokens, the scored ones included; contexts are cut on the left. None: data.seq_len."""
+    weights: Literal["model", "ema", "both"] = "model"
+    """Which weights the tasks ask: the trained ones, their average (`ema`), or first the ones, then the other. Tasks of
+    the average are named TASK@ema."""
     keep_best: str | None = None
-    """Like ckpt.keep_best, by another figure: "loss", "acc", "perplexity", "bits_per_byte" or "TASK/METRIC", such as
-    "cloze_word/acc". Losses, perplexities and bits per byte are best when low, others when high, unless lm_eval says
-    otherwise of its metric."""
+    """Like ckpt.keep_best, by another figure: "loss", "acc", "perplexity", "bits_per_byte", the same of the averaged
+    weights as "ema/loss", or "TASK/METRIC", such as "cloze_word/acc". Losses, perplexities and bits per byte are best
+    when low, others when high, unless lm_eval says otherwise of its metric."""
 
 
 class WandbConfig(Section):
@@ -642,6 +657,8 @@ class Config(Section):
     """Loss."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Update rule."""
+    ema: EmaConfig | None = None
+    """(new) Average of the weights; None: there is none."""
     adam: AdamConfig = AdamConfig()
     """Its learning rate, betas and weight decay."""
     lr_scheduler: LrSchedulerConfig

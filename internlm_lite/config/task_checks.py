@@ -35,14 +35,21 @@ def task_problems(config: Config) -> Iterator[Problem]:
     if (built_in := [name for name in asked.tasks if name.startswith("cloze_")]) and data.valid_folder is None:
         text = f"found {shown(built_in[0])}, which is made of the text of data.valid_folder; set it, or remove the task"
         yield Problem((_TASKS, "data.valid_folder"), text)
+    if asked.weights != "model" and config.ema is None:
+        text = f"found {shown(asked.weights)} without ema = dict(...), so nothing is averaged; set it, or remove this"
+        yield Problem(("evaluation.weights", "ema"), text)
     if asked.keep_best is not None:
         yield from _keep_best(config, asked.keep_best)
 
 
 def _keep_best(config: Config, figure: str) -> Iterator[Problem]:
     key, tasks = "evaluation.keep_best", config.evaluation.tasks
-    task, _, metric = figure.rpartition("/")
-    if (not task and figure not in VALIDATION_FIGURES) or (task and not metric):
+    averaged = figure.removeprefix("ema/") in VALIDATION_FIGURES and figure.startswith("ema/")
+    if averaged and config.ema is None:
+        text = f"found {shown(figure)} without ema = dict(...): there are no averaged weights; set it, or correct this"
+        yield Problem((key, "ema"), text)
+    task, _, metric = ("", "", figure.removeprefix("ema/")) if averaged else figure.rpartition("/")
+    if (not task and metric not in VALIDATION_FIGURES) or (task and not metric):
         names = ", ".join(VALIDATION_FIGURES)
         yield Problem((key,), f"found {shown(figure)}, expected one of {names}, or TASK/METRIC; correct it")
     elif task and not tasks:

@@ -131,11 +131,15 @@ class ValidationRecord:
     """Cross-entropy in bits over the bytes of all folders' text; None: of a folder they are not recorded."""
     tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Task -> metric -> value, of the tasks that were evaluated with it."""
+    ema: Mapping[str, float] | None = None
+    """"loss", "acc", "perplexity" and, if known, "bits_per_byte" of the averaged weights on the same batches; None: not
+    measured."""
 
     def __str__(self) -> str:
         """The line of the log."""
         on_train = "" if self.train_loss is None else f" train_loss={self.train_loss:.4f}"
         bits = "" if self.bits_per_byte is None else f" bits_per_byte={self.bits_per_byte:.4f}"
+        on_train += "" if self.ema is None else f" ema_loss={self.ema['loss']:.4f}"
         folders = "".join(f" loss/{name}={figures.loss:.4f}" for name, figures in self.folders.items())
         return (
             f"evaluation after {self.step + 1} steps: loss={self.loss:.4f} perplexity={self.perplexity:.4f} "

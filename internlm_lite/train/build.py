@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from internlm_lite.checkpoint.format.weight_roles import Weights
 from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import TrainingData, ValidationData, open_training_data, open_validation_data
 from internlm_lite.evaluate.task_suite import TaskSuite
@@ -65,6 +66,8 @@ class RunServices:
     watchdog: Watchdog | None = None
     terminal: bool = False
     """The output is a terminal: the console shows colours and the remaining steps."""
+    weights: Weights = "model"
+    """What of ckpt.load_model_only_folder is loaded."""
     sinks: Mapping[str, SinkFactory] = field(default_factory=dict)
     """Additional sinks by name; closed after all others, in reverse order."""
 
@@ -109,7 +112,7 @@ def load_run(config: Config, mesh: Mesh, folder: Path, resume: str, services: Ru
     samples = Samples(config, trainer, reporter, model)
     checkpoints.attach(Contents(trainer, reporter, data.fingerprint, folder.name, tokens, intended_batch_tokens=tokens))
     with heartbeat("loading a checkpoint, or drawing the weights"):
-        start = checkpoints.restore(resume)
+        start = checkpoints.restore(resume, services.weights)
     return Run(
         config=config,
         mesh=mesh,

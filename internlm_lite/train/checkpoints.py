@@ -24,6 +24,7 @@ import torch
 from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.format.catalog import Found
 from internlm_lite.checkpoint.format.manifest import Kind, Manifest
+from internlm_lite.checkpoint.format.weight_roles import Weights
 from internlm_lite.checkpoint.load.checkpoint_loader import Restored
 from internlm_lite.checkpoint.load.locate import find_step
 from internlm_lite.checkpoint.manager import CheckpointManager
@@ -38,6 +39,7 @@ from internlm_lite.errors import CheckpointError, ConfigError, InternLMError, St
 from internlm_lite.mesh.consensus import on_main
 from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.mesh.mesh import Mesh
+from internlm_lite.optim.average import ROLE
 from internlm_lite.train.changes import LastRun, batch_keys, data_changes, schedule_change
 from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.train_state import TrainState, random_states, set_random_states
@@ -102,17 +104,21 @@ class Contents:
         """Restore counters and random states of a checkpoint whose tensors are loaded, and publish the weights.
 
         Collective. Raises CheckpointError if the counters are missing or unreadable."""
-        stored = restored.state
+        stored, optimizer = restored.state, self.trainer.optimizer
+        averages = moments and ROLE not in restored.absent
         try:
             state = TrainState.from_json(stored["train"])
-            self.trainer.optimizer.load_state_dict(stored["optimizer"], moments=moments)
+            optimizer.load_state_dict(stored["optimizer"], moments=moments, averages=averages)
             self.reporter.load_state_dict(stored["reporter"])
         except (KeyError, TypeError) as error:
             raise CheckpointError(
                 f"checkpoint {restored.found.name} holds no training state this version can read ({error!r}); "
                 "take its weights alone with ckpt.load_model_only_folder"
             ) from error
-        self.trainer.optimizer.publish_weights()
+        if optimizer.average is not None and not averages and self.trainer.mesh.is_main:
+            why = "has none" if moments else "gives weights and counters alone"
+            logger.info("ema: begins at the weights of step %d: checkpoint %s %s", state.step, restored.found.name, why)
+        optimizer.publish_weights()
         if restored.rank_state is not None:
             set_random_states(restored.rank_state, self.trainer.mesh.device)
         return state
@@ -145,6 +151,8 @@ class Checkpoints:
         )
         self.restored: str | None = None
         """Name of the checkpoint that this run resumed."""
+        self.weights_from: Found | None = None
+        """The checkpoint that this run took weights alone from."""
         self._began_at: Found | None = None
         """The checkpoint outside the save folders that this run began from; a rollback may return to it."""
         self._from_run_folder: str | None = None
@@ -231,8 +239,8 @@ class Checkpoints:
             self._wait()
         self.manager.close(wait=wait)
 
-    def restore(self, resume: str) -> TrainState:
-        """Load the checkpoint to start from and return its state, else the initial state, with weights loaded from
+    def restore(self, resume: str, weights: Weights = "model") -> TrainState:
+        """Load the checkpoint to start from and return its state, else the initial state, with `weights` loaded from
         ckpt.load_model_only_folder or drawn. Raises CheckpointError.
 
         `resume`: "auto", "none" (ignore this run's save folders), a step in these folders, or a path."""
@@ -251,11 +259,17 @@ class Checkpoints:
         if self._ckpt.load_ckpt_folder:
             return self._begin_at(self._ckpt.load_ckpt_folder)
         if self._ckpt.load_model_only_folder:
-            self.manager.load_at(self._ckpt.load_model_only_folder, self.contents.pieces(moments=False))
-            self.contents.trainer.optimizer.publish_weights()
+            self.load_weights(self._ckpt.load_model_only_folder, weights)
+            self.contents.trainer.optimizer.restart_average()
         else:
             self.contents.trainer.draw_weights()
         return TrainState()
+
+    def load_weights(self, path: str, weights: Weights) -> None:
+        """Load these weights of the checkpoint at `path`, and nothing else. Raises CheckpointError."""
+        pieces = self.contents.pieces(moments=False)
+        self.weights_from = self.manager.load_at(path, pieces, weights=weights).found
+        self.contents.trainer.optimizer.publish_weights()
 
     def roll_back(self, state: TrainState, spiked_step: int) -> TrainState | None:
         """Restore this run's newest checkpoint from before step `spiked_step`, else the one it began from. Returns its

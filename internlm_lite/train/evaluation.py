@@ -3,17 +3,22 @@ that training depends on."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from internlm_lite.config.schema import Config
+from internlm_lite.checkpoint.format.weight_roles import Weights
+from internlm_lite.config.schema import CkptConfig, Config, EvaluationConfig, MonitorConfig, OptimizerConfig
 from internlm_lite.data.data_loader import TrainingSample
-from internlm_lite.errors import CheckpointError
+from internlm_lite.errors import CheckpointError, StorageError
+from internlm_lite.mesh.consensus import on_main
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.monitor.record import FolderFigures, ValidationRecord
+from internlm_lite.monitor.jsonl import finite
+from internlm_lite.monitor.record import FolderFigures, ValidationRecord, task_words
 from internlm_lite.monitor.scalars import perplexity
 from internlm_lite.train.build import Run, RunServices, load_run
 from internlm_lite.train.train_state import TrainState
@@ -21,10 +26,13 @@ from internlm_lite.train.train_state import TrainState
 logger = logging.getLogger("internlm_lite")
 TaskScores = Mapping[str, Mapping[str, float]]
 """Task -> metric -> value."""
+AVERAGED = "@ema"
+"""Behind the name of a task that the averaged weights were asked."""
+_ALL_BATCHES = 10**9
 
 
 def evaluate(run: Run, state: TrainState) -> ValidationRecord:
-    """Figures of the model after `state` on validation data. Collective; reads the device."""
+    """Figures of the model after `state`, and of the averaged weights if there are any. Collective; waits for them."""
     assert run.valid is not None, "an evaluation is due only with validation data"
     found = run.trainer.evaluate(run.valid, run.watchdog.report_progress)
     train_loss, n_batches = None, run.config.data.valid_train_batches
@@ -40,7 +48,19 @@ def evaluate(run: Run, state: TrainState) -> ValidationRecord:
         folders=folders,
         train_loss=train_loss,
         bits_per_byte=overall_bits(folders, run.valid.bytes_per_label),
+        ema=_of_averages(run),
     )
+
+
+def _of_averages(run: Run) -> dict[str, float] | None:
+    """See `ValidationRecord.ema`."""
+    if run.trainer.optimizer.average is None or run.valid is None:
+        return None
+    with run.trainer.optimizer.averaged():
+        found = run.trainer.evaluate(run.valid, run.watchdog.report_progress)
+    bits = overall_bits(found.folders, run.valid.bytes_per_label)
+    figures = {"loss": found.cross_entropy, "acc": found.accuracy, "perplexity": perplexity(found.cross_entropy)}
+    return figures | ({} if bits is None else {"bits_per_byte": bits})
 
 
 def with_bits(
@@ -67,11 +87,20 @@ def overall_bits(folders: Mapping[str, FolderFigures], bytes_per_label: Mapping[
 
 
 def evaluate_tasks(run: Run) -> TaskScores:
-    """Figures of the tasks; none without tasks. Collective; reads the device."""
+    """Figures of the tasks by the weights that evaluation.weights names; none without tasks. Collective; reads the
+    device."""
     if run.tasks is None:
         return {}
-    run.trainer.optimizer.wait_weights()
-    return run.tasks.scores(run.model, run.watchdog.report_progress)
+    optimizer, which = run.trainer.optimizer, run.config.evaluation.weights
+    optimizer.wait_weights()
+    scores: dict[str, Mapping[str, float]] = {}
+    if which != "ema":
+        scores |= run.tasks.scores(run.model, run.watchdog.report_progress)
+    if which != "model":
+        with optimizer.averaged():
+            found = run.tasks.scores(run.model, run.watchdog.report_progress)
+        scores |= {f"{name}{AVERAGED}": figures for name, figures in found.items()}
+    return scores
 
 
 def figures_of(found: ValidationRecord | None, tasks: TaskScores) -> dict[str, float]:
@@ -80,7 +109,8 @@ def figures_of(found: ValidationRecord | None, tasks: TaskScores) -> dict[str, f
     if found is None:
         return named
     own = {"loss": found.loss, "acc": found.acc, "perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte}
-    return named | {name: value for name, value in own.items() if value is not None}
+    averaged = {f"ema/{name}": value for name, value in (found.ema or {}).items()}
+    return named | averaged | {name: value for name, value in own.items() if value is not None}
 
 
 def without_saves(config: Config) -> Config:
@@ -103,7 +133,80 @@ def evaluate_only(config: Config, mesh: Mesh, resume: str | None, services: RunS
             "name it with --resume PATH, or evaluate untrained weights with --resume none"
         )
     run.watchdog.enter("evaluation")
-    tasks = evaluate_tasks(run)
-    found = replace(evaluate(run, run.start), tasks=tasks)
+    found = replace(evaluate(run, run.start), tasks=evaluate_tasks(run))
     if mesh.is_main:
         logger.info(f"{source or 'untrained weights'}: {found}")
+
+
+@dataclass(frozen=True)
+class CheckpointEvaluation:
+    """What tools/evaluate.py does besides the config."""
+
+    weights: Sequence[Weights]
+    """Which weights of the checkpoint, one after the other; at least one."""
+    output: Path | None = None
+    """A JSON file for the figures."""
+
+
+def config_to_evaluate(config: Config, checkpoint: str, valid_batches: int | None = None) -> Config:
+    """The config to evaluate the weights of `checkpoint` with, whatever it was trained on, and without optimizer state
+    in memory. `valid_batches`: None: all validation data."""
+    data = config.data
+    batches = {"valid_every": int(data.valid_folder is not None), "valid_batches": valid_batches or _ALL_BATCHES}
+    training = {"train_folder": None, "weights": None, "valid_train_batches": 0, "valid_at_start": False}
+    tasks = {"every": None if data.valid_folder else 1, "weights": "model", "keep_best": None}
+    ckpt = CkptConfig(load_model_only_folder=checkpoint, auto_resume=False, s3=config.ckpt.s3)
+    return config.model_copy(
+        update={
+            "ckpt": ckpt,
+            "data": data.model_copy(update={**batches, **training}),
+            "evaluation": EvaluationConfig.model_validate({**config.evaluation.model_dump(), **tasks}),
+            "monitor": MonitorConfig(tensorboard=False),
+            "optimizer": OptimizerConfig(name="sgd"),
+            "ema": None,
+        }
+    )
+
+
+def evaluate_checkpoint(config: Config, mesh: Mesh, asked: CheckpointEvaluation, services: RunServices) -> None:
+    """Log the figures of a checkpoint, and write them to `asked.output`. Collective; `config`: of
+    `config_to_evaluate`. Raises CheckpointError, DataError, ConfigError; StorageError if the file cannot be written."""
+    path = config.ckpt.load_model_only_folder
+    assert path is not None, "the config names the checkpoint"
+    run = load_run(config, mesh, Path(), "none", replace(services, weights=asked.weights[0]))
+    figures: dict[str, Any] = {}
+    source = run.checkpoints.weights_from
+    assert source is not None, "restored from there"
+    for number, weights in enumerate(asked.weights):
+        if number:
+            run.watchdog.enter("loading")
+            run.checkpoints.load_weights(path, weights)
+        run.watchdog.enter("evaluation")
+        found = None if run.valid is None else evaluate(run, TrainState())
+        tasks = evaluate_tasks(run)
+        figures[weights] = _as_json(found, tasks)
+        if mesh.is_main:
+            said = "" if found is None else f" {str(found).partition(': ')[2]}"
+            logger.info(f"checkpoint {source.name}, weights {weights}:{said}{task_words(tasks)}")
+    document = {"checkpoint": source.name, "step": source.step, "weights": figures}
+    if asked.output is not None:
+        on_main(mesh, lambda: _write(asked.output, document))
+
+
+def _as_json(found: ValidationRecord | None, tasks: TaskScores) -> dict[str, Any]:
+    values: dict[str, Any] = {"tasks": tasks}
+    if found is not None:
+        values |= {name: getattr(found, name) for name in ("loss", "acc", "perplexity", "bits_per_byte")}
+        keys = ("tokens", "loss", "acc", "bits_per_byte")
+        values["folders"] = {
+            name: {key: getattr(folder, key) for key in keys} for name, folder in found.folders.items()
+        }
+    return values
+
+
+def _write(path: Path | None, document: Mapping[str, Any]) -> None:
+    assert path is not None
+    try:
+        path.write_text(json.dumps(finite(document), indent=1, allow_nan=False) + "\n", "utf-8")
+    except OSError as error:
+        raise StorageError(f"--output {path}: {error.strerror}; give another path") from None

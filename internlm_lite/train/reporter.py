@@ -189,6 +189,7 @@ class Reporter:
             more["bits_per_byte"] = found.bits_per_byte
         if found.tasks:
             more["tasks"] = found.tasks
+        more |= {} if found.ema is None else {"ema": dict(found.ema)}
         self._sinks.event("evaluation", step=found.step, loss=found.loss, acc=found.acc, folders=folders, **more)
         self._sinks.validation(found)
 

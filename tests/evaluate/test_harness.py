@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from internlm_lite.cli import convert
 from internlm_lite.config.schema import Config
 from internlm_lite.data.tokenizer import Tokenizer
-from internlm_lite.errors import ConfigError
 from internlm_lite.evaluate.answers import Answers
 from internlm_lite.evaluate.encoding import TextEncoder
 from internlm_lite.evaluate.harness import HarnessTasks, harness_model

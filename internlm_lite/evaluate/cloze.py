@@ -33,6 +33,7 @@ _CONTEXT = 800
 _SHORTEST_CONTEXT = 40
 _SENTENCE = re.compile(r"[^\n.!?。！？]+[.!?。！？]*[ \t]*\n*")
 _LAST_WORD = re.compile(r"(?P<word>\w+)[^\w]*\Z")
+_LONGEST_WORD = 20
 _PER_TEXT = 8
 """Most questions of one text, so that many texts are asked about."""
 
@@ -73,13 +74,15 @@ def _last_words(text: str) -> Iterator[Question]:
 
 
 def _border(text: str, start: int, stop: int) -> tuple[int, int]:
-    """Start and end of a sentence's last word with its space; an empty range if it has none."""
+    """Start and end of a sentence's last word with its space; an empty range if it has none that can be told."""
     match = _LAST_WORD.search(text, start, stop)
     if match is None or len(match["word"]) < 2:
         return start, start
     first, last = match.span("word")
-    if last - first > 20:
+    if not match["word"].isascii() and (first == start or last - first > _LONGEST_WORD):
         first = last - 2
+    if last - first > _LONGEST_WORD:
+        return start, start
     if first > start and text[first - 1] == " ":
         first -= 1
     return first, last

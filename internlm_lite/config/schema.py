@@ -6,9 +6,9 @@ The vocabulary is the InternLM demo configs'; keys that are new here say so. Cro
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from internlm_lite.units import round_up
 
@@ -416,6 +416,40 @@ class ModelConfig(Section):
     """(new) The head shares the embedding's weight."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
     """(new) Standard deviation of matrices at start; output projections are scaled by 1/sqrt(2*num_layers)."""
+    scaling: Literal["standard", "mup"] = "standard"
+    """(new) "mup": learning rate, weight decay and init_std found at the width mup_base_width suit this hidden_size,
+    m times as large (maximal update parametrisation, arXiv:2203.03466, table 8; for AdamW, Lion and Muon). Matrices of
+    the blocks start with init_std / sqrt(m) and train, unless by Muon, with adam.lr / m and adam.weight_decay * m;
+    logit_scale is 1 / m, attention_scale sqrt(mup_base_head_dim) / head_dim; all else stays as it is."""
+    mup_base_width: Positive | None = None
+    """(new) hidden_size of the model whose hyperparameters are used; required with scaling="mup"."""
+    mup_base_head_dim: Positive | None = None
+    """(new) Its features per head; None: as many as here."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_mup_scales(cls, values: Any) -> Any:
+        """Multipliers are ordinary keys, so that all that reads a model's function sees them."""
+        if not isinstance(values, dict) or values.get("scaling") != "mup":
+            return values
+        counts = {key: value for key, value in values.items() if type(value) is int and value > 0}
+        filled, width, base = dict(values), counts.get("hidden_size", 0), counts.get("mup_base_width", 0)
+        if width and base and base != width and values.get("logit_scale") is None:
+            filled["logit_scale"] = base / width
+        head_dim = counts.get("head_dim") or width // counts.get("num_attention_heads", width + 1)
+        if head_dim and "mup_base_head_dim" in counts and values.get("attention_scale") is None:
+            filled["attention_scale"] = counts["mup_base_head_dim"] ** 0.5 / head_dim
+        return filled
+
+    @property
+    def width_multiplier(self) -> float:
+        """m of `scaling`; 1 without."""
+        return self.hidden_size / self.mup_base_width if self.scaling == "mup" and self.mup_base_width else 1.0
+
+    @property
+    def hidden_std(self) -> float:
+        """Standard deviation of the matrices of blocks at start."""
+        return self.init_std / self.width_multiplier**0.5
 
     @property
     def kv_heads(self) -> int:

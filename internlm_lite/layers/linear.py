@@ -28,7 +28,7 @@ from internlm_lite.mesh.layout import parameter, split, whole
 
 def output_std(config: ModelConfig) -> float:
     """Initial standard deviation of matrices that write to the residual stream (GPT-2: init_std / sqrt(2 layers))."""
-    return config.init_std / math.sqrt(2 * config.num_layers)
+    return config.hidden_std / math.sqrt(2 * config.num_layers)
 
 
 class _Linear(CostedLayer):
@@ -51,6 +51,7 @@ class _Linear(CostedLayer):
         shape = (out_features, in_features)
         layout = split(f"{name}.weight", shape, self.split_dim, tp_ctx.group, init_std=init_std)
         self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)
+        self.weight.matrix_rows = (out_features,)
         self.weight.manual_grad = True
         self.weight.deferred_grad = tp_ctx.weight_grads.deferred
         self.bias = None

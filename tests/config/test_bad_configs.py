@@ -318,6 +318,13 @@ BAD = [
         "optimizer = dict(name='sgd', momentum=1.0)",
         "25: optimizer.momentum: found 1.0, expected a number >= 0 and < 1",
     ),
+    ("", "model['scaling'] = 'mup'", "25: model.mup_base_width: found None, expected the hidden_size at which"),
+    ("", "model['mup_base_width'] = 64", '25: model.mup_base_width: found 64 with scaling "standard", expected "mup"'),
+    (
+        "",
+        "model |= dict(scaling='mup', mup_base_width=64); optimizer = dict(name='sgd')",
+        '25: optimizer.name: found "sgd", whose updates grow with the gradient, with model.scaling="mup"; expected',
+    ),
     ("", "adam['weight_decay_on'] = 'none'", "25: adam.weight_decay_on: found 'none', expected one of 'matrices', "),
     ("", "data['valid_at_start'] = True", "25: data.valid_at_start: found True with data.valid_every 0: there are no"),
     ("", "data['valid_train_batches'] = 5", "25: data.valid_train_batches: found 5 with data.valid_every 0: there are"),

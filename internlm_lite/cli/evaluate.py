@@ -55,6 +55,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def evaluate(arguments: argparse.Namespace) -> int:
     """Ends the process; returns only if an error is raised before it begins."""
     from internlm_lite.config.load import check_config
+    from internlm_lite.errors import ConfigError, InternLMError
     from internlm_lite.runtime.device import usable_gpus
     from internlm_lite.runtime.dist_env import (
         adopt_s3_keys,
@@ -63,6 +64,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         set_defaults,
         set_gpu_defaults,
     )
+    from internlm_lite.runtime.torchrun import write_agent_error
     from internlm_lite.train.evaluation import CheckpointEvaluation
     from internlm_lite.train.job import Options, run_job
 
@@ -70,8 +72,14 @@ def evaluate(arguments: argparse.Namespace) -> int:
     adopt_s3_keys(os.environ)
     dist_env = read_dist_env(os.environ, arguments.launcher, arguments.host, arguments.port)
     check_options(dist_env, rank=arguments.rank, local_rank=arguments.local_rank, world_size=arguments.world_size)
-    loaded = loaded_config(arguments, dist_env.world_size)
-    check_config(loaded, dist_env.world_size)
+    try:
+        loaded = loaded_config(arguments, dist_env.world_size)
+        check_config(loaded, dist_env.world_size)
+    except InternLMError as error:
+        write_agent_error(dist_env.error_file, f"{type(error).__name__}: {error}")
+        if dist_env.rank and isinstance(error, ConfigError):  # rank 0 says the same
+            return error.exit_code
+        raise
     if usable_gpus(arguments.device):
         set_gpu_defaults(os.environ, deterministic=loaded.config.deterministic)
     weights: dict[str, tuple[Weights, ...]] = {"model": ("model",), "ema": ("ema",), "both": ("model", "ema")}

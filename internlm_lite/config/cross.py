@@ -52,7 +52,7 @@ _MOST = {
     "data.valid_train_batches": 10**9,
     "evaluation.every": 10**12,
     "evaluation.limit": 10**9,
-    "evaluation.max_length": 2**31 - 1,
+    "evaluation.max_tokens": 2**31 - 1,
     "evaluation.num_fewshot": 10**6,
     "guard.spike_window": 10**6,
     "hybrid_zero_optimizer.reduce_bucket_size": 2**40,

@@ -600,7 +600,7 @@ class EvaluationConfig(Section):
     """Folder of task files in lm_eval's form (YAML), taken before those that come with it."""
     num_fewshot: NonNegative | None = None
     """Examples in a prompt of lm_eval's tasks. None: as each task says."""
-    max_length: Positive | None = None
+    max_tokens: Positive | None = None
     """Longest text in tokens, the scored ones included; contexts are cut on the left. None: data.seq_len."""
     weights: Literal["model", "ema", "both"] = "model"
     """Which weights the tasks ask: the trained ones, their average (`ema`), or first the ones, then the other. Tasks of

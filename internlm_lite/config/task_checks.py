@@ -18,7 +18,7 @@ def task_problems(config: Config) -> Iterator[Problem]:
     asked, data = config.evaluation, config.data
     others = {
         name: value
-        for name in ("every", "limit", "include_path", "num_fewshot", "max_length")
+        for name in ("every", "limit", "include_path", "num_fewshot", "max_tokens")
         if (value := getattr(asked, name)) is not None
     }
     if not asked.tasks:

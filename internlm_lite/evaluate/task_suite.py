@@ -78,7 +78,7 @@ class TaskSuite:
         """Figures of all tasks, on all ranks. Changes nothing that training depends on. Collective."""
         data, asked = self._config.data, self._config.evaluation
         scorer = Scorer(model, self._mesh, self._tokenizer, data.micro_bsz * data.seq_len, progress)
-        encoder = TextEncoder(self._tokenizer, asked.max_length or data.seq_len)
+        encoder = TextEncoder(self._tokenizer, asked.max_tokens or data.seq_len)
         answers = Answers(scorer, encoder, end_ids(self._tokenizer))
 
         def work() -> Scores:

@@ -186,12 +186,30 @@ class LossConfig(Section):
 class OptimizerConfig(Section):
     """(new) What is done with a gradient. Learning rate, betas and weight decay come from `adam` for every rule."""
 
-    name: Literal["adamw", "lion", "sgd"] = "adamw"
+    name: Literal["adamw", "lion", "sgd", "muon"] = "adamw"
     """Update rule. "lion": the sign of a momentum (arXiv:2302.06675), half the optimizer state; wants a smaller adam.lr
     and a larger adam.weight_decay than AdamW; adam.adam_beta2 is the decay of the momentum. "sgd": the gradient itself,
-    or its momentum; no other key of `adam` than lr and the weight decay, which is decoupled, too."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0
-    """sgd: momentum = this * momentum + gradient, as torch's. 0: without, and then without optimizer state."""
+    or its momentum; no other key of `adam` than lr and the weight decay, which is decoupled, too. "muon": matrices of
+    the blocks change by their orthogonalised momentum (arXiv:2502.16982), those of a fused projection one by one;
+    embedding, head, norms and biases by AdamW with `adam`."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """sgd: momentum = this * momentum + gradient, as torch's; None: 0, which is without, and then without optimizer
+    state. muon: momentum = this * momentum + (1 - this) * gradient; None: 0.95."""
+    nesterov: bool | None = None
+    """muon: orthogonalise optimizer.momentum * momentum + (1 - optimizer.momentum) * gradient, with the new momentum.
+    None: True. False: the momentum."""
+    ns_steps: Annotated[int, Field(ge=1, le=20)] = 5
+    """muon: steps of the Newton-Schulz iteration."""
+    ns_dtype: Literal["torch.float32", "torch.bfloat16"] | None = None
+    """muon: dtype of the iteration's products. None: bf16 on a GPU, fp32 on the CPU. A fp64 model iterates in fp64."""
+    muon_lr: Annotated[float, Field(ge=0)] | None = None
+    """muon: peak learning rate of the matrices; it follows the schedule of adam.lr. None: adam.lr."""
+    muon_weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """muon: decoupled weight decay of the matrices. None: adam.weight_decay."""
+    update_scale: Literal["rms", "spectral"] = "rms"
+    """muon: factor of an orthogonalised matrix. "rms": 0.2 sqrt(max(rows, columns)), so that its elements are as large
+    as AdamW's updates and adam.lr and adam.weight_decay suit both (arXiv:2502.16982). "spectral":
+    sqrt(max(1, rows / columns)) (K. Jordan), for a muon_lr about ten times as large."""
 
 
 class EmaConfig(Section):
@@ -227,10 +245,10 @@ class AdamConfig(Section):
 
 
 class LrSchedulerConfig(Section):
-    """Linear warm-up, then `decay`."""
+    """Linear warm-up, then `kind`."""
 
     total_steps: Positive
-    """Step at which the cosine reaches eta_min; left out: data.total_steps."""
+    """Step at which the rate reaches eta_min; left out: data.total_steps."""
     init_steps: NonNegative = 0
     """Steps with learning rate 0 before the warm-up."""
     warmup_ratio: Fraction | None = None
@@ -240,9 +258,23 @@ class LrSchedulerConfig(Section):
     warmup_from_zero: bool = False
     """(new) The first of w warm-up steps has the learning rate 0 and the last adam.lr * (w - 1) / w (Megatron, Hugging
     Face). False: adam.lr / w and adam.lr (InternLM)."""
-    decay: Literal["cosine", "constant", "inverse_sqrt"] = "cosine"
-    """(new) What follows the warm-up. "cosine": down to eta_min at total_steps. "constant": adam.lr. "inverse_sqrt":
-    adam.lr / sqrt(t + 1) in step t after the warm-up, at least eta_min."""
+    kind: Literal["cosine", "wsd", "linear", "inverse_sqrt", "noam", "constant", "steps"] = "cosine"
+    """(new) What follows a warm-up of W steps, t steps after it. "cosine", "linear": down to eta_min at total_steps.
+    "wsd": adam.lr, and down to eta_min in the last decay_steps (warm-up, stable, decay: arXiv:2404.06395).
+    "inverse_sqrt": adam.lr * sqrt(W / (W + t)), with W at least 1, and at least eta_min. "noam", warm-up included:
+    adam.lr * d_model^-0.5 * min(k^-0.5, k * W^-1.5) in step k = 1, 2, ... (arXiv:1706.03762). "constant": adam.lr.
+    "steps": adam.lr times the factors of `step_factors`."""
+    decay_steps: Positive | None = None
+    """(new) wsd: steps of the decay, which ends at total_steps. None: decay_ratio says."""
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    """(new) wsd: share of total_steps in which the rate falls. None: 0.1, unless decay_steps is given."""
+    decay_shape: Literal["linear", "cosine", "1-sqrt", "exponential"] = "linear"
+    """(new) wsd: how it falls, x from 0 to 1: 1 - x, (1 + cos(pi x)) / 2, 1 - sqrt(x) (arXiv:2405.18392), or by the
+    same factor in each step, which takes an eta_min above 0."""
+    step_factors: list[Annotated[list[float], Field(min_length=2, max_length=2)]] | None = None
+    """(new) steps: [[step, factor], ...]: from each step on the rate is adam.lr * factor; 1 before the first."""
+    d_model: Positive | None = None
+    """(new) noam: width in the formula; left out: model.hidden_size."""
     eta_min: Annotated[float, Field(ge=0)] = 0.0
     """Final learning rate."""
     last_epoch: Annotated[int, Field(ge=-1)] = -1
@@ -253,6 +285,13 @@ class LrSchedulerConfig(Section):
         if self.warmup_steps is not None:
             return self.warmup_steps
         return int(self.total_steps * (0.01 if self.warmup_ratio is None else self.warmup_ratio))
+
+    @property
+    def num_decay_steps(self) -> int:
+        """Steps of the decay of "wsd"."""
+        if self.decay_steps is not None:
+            return self.decay_steps
+        return max(1, int(self.total_steps * (0.1 if self.decay_ratio is None else self.decay_ratio)))
 
 
 class Beta2SchedulerConfig(Section):

@@ -112,7 +112,35 @@ BAD = [
         "warmup_steps=5, warmup_ratio=0.05",
         "13: lr_scheduler.warmup_steps: found 5 beside warmup_ratio 0.05; leave one of them out",
     ),
-    ("eta_min=1e-5", "decay='linear'", "13: lr_scheduler.decay: found 'linear', expected one of 'cosine', 'constant'"),
+    ("eta_min=1e-5", "kind='wds'", "13: lr_scheduler.kind: found 'wds', expected one of 'cosine', 'wsd', 'linear'"),
+    ("eta_min=1e-5", "decay='cosine'", "13: lr_scheduler.decay: unknown key; nearest known key: lr_scheduler.kind"),
+    (
+        "eta_min=1e-5",
+        "decay_steps=5",
+        '13: lr_scheduler.decay_steps: found 5 with kind "cosine", expected "wsd"; change one of them',
+    ),
+    ("eta_min=1e-5", "kind='wsd', decay_steps=10**6", "13: lr_scheduler.decay_steps: found 1000000 after "),
+    (
+        "eta_min=1e-5",
+        "kind='wsd', decay_steps=5, decay_ratio=0.1",
+        "13: lr_scheduler.decay_steps: found 5 beside decay_ratio 0.1; leave one of them out",
+    ),
+    (
+        "eta_min=1e-5",
+        "kind='wsd', decay_shape='exponential'",
+        '13: lr_scheduler.eta_min: found 0 with "exponential", which never reaches it; expected more',
+    ),
+    (
+        "eta_min=1e-5",
+        "kind='noam', warmup_steps=0",
+        '13: lr_scheduler.warmup_steps: found 0 warm-up steps with kind "noam"',
+    ),
+    ("eta_min=1e-5", "kind='steps'", "13: lr_scheduler.step_factors: found None, expected [[step, factor], ...]"),
+    (
+        "eta_min=1e-5",
+        "kind='steps', step_factors=[[50, 0.5], [40, 0.1]]",
+        "13: lr_scheduler.step_factors: found [40, 0.1], expected a whole step above 50 and a factor of at least 0",
+    ),
     (
         "num_attention_heads=8",
         "num_attention_heads=7",
@@ -312,13 +340,18 @@ BAD = [
     ),
     ("", "optimizer = dict(lr=1)", "25: optimizer.lr: unknown key; nearest known key: adam.lr"),
     ("", "optimizer = dict(name='sdg')", "25: optimizer.name: found 'sdg', expected one of 'adamw', 'lion', 'sgd'"),
-    ("", "optimizer = dict(momentum=0.9)", '25: optimizer.momentum: found 0.9 with "adamw", expected "sgd"; change'),
+    ("", "optimizer = dict(momentum=0.9)", '25: optimizer.momentum: found 0.9 with "adamw", expected "sgd" or'),
     (
         "",
         "optimizer = dict(name='sgd', momentum=1.0)",
         "25: optimizer.momentum: found 1.0, expected a number >= 0 and < 1",
     ),
     ("", "model['scaling'] = 'mup'", "25: model.mup_base_width: found None, expected the hidden_size at which"),
+    (
+        "",
+        "model |= dict(scaling='mup', mup_base_width=64); optimizer = dict(name='muon')",
+        '25: optimizer.update_scale: found \'rms\' with model.scaling="mup"; expected "spectral"',
+    ),
     ("", "model['mup_base_width'] = 64", '25: model.mup_base_width: found 64 with scaling "standard", expected "mup"'),
     (
         "",

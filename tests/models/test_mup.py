@@ -20,7 +20,7 @@ from internlm_lite.optim.groups import ParamGroups
 from internlm_lite.optim.zero import HybridZeroOptimizer
 
 WIDTHS = (64, 128, 256, 512, 1024)
-VOCAB, TOKENS, STEPS, SEEDS = 64, 256, 10, 3
+VOCAB, TOKENS, STEPS, SEEDS = 32, 256, 10, 3
 
 
 def config(width: int, *, head_dim: int = 32, rule: str = "adamw", **model: Any) -> Config:
@@ -28,7 +28,7 @@ def config(width: int, *, head_dim: int = 32, rule: str = "adamw", **model: Any)
         "data": {"seq_len": TOKENS, "total_steps": STEPS},
         "adam": {"lr": 5e-3, "weight_decay": 0.1},
         "optimizer": {"name": rule},
-        "lr_scheduler": {"total_steps": STEPS, "warmup_steps": 0, "decay": "constant"},
+        "lr_scheduler": {"total_steps": STEPS, "warmup_steps": 0, "kind": "constant"},
         "model": {
             "hidden_size": width,
             "num_attention_heads": width // head_dim,

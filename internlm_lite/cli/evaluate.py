@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from internlm_lite.cli.options import add_config, add_device, add_launcher, check_at_least, new_parser, s3_settings
+from internlm_lite.runtime.dist_env import adopt_s3_keys, check_options, read_dist_env, set_defaults, set_gpu_defaults
 from internlm_lite.runtime.tool import add_s3_option, run_tool
 
 if TYPE_CHECKING:
@@ -57,13 +58,6 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from internlm_lite.config.load import check_config
     from internlm_lite.errors import ConfigError, InternLMError
     from internlm_lite.runtime.device import usable_gpus
-    from internlm_lite.runtime.dist_env import (
-        adopt_s3_keys,
-        check_options,
-        read_dist_env,
-        set_defaults,
-        set_gpu_defaults,
-    )
     from internlm_lite.runtime.torchrun import write_agent_error
     from internlm_lite.train.evaluation import CheckpointEvaluation
     from internlm_lite.train.job import Options, run_job

@@ -82,7 +82,7 @@ def test_in_any_layout(layout: tuple[str, ...], run: Path, tmp_path: Path) -> No
 
 
 ERRORS = [
-    (("--tasks", "cloze_wrd"), "ConfigError: evaluation.tasks: found 'cloze_wrd', expected built-in tasks"),
+    (("--tasks", "x", "--include-path", "no"), "ConfigError: evaluation.include_path: found no folder no, expected"),
     (("--tasks", "none", "data.valid_folder=None"), "ConfigError: found neither data.valid_folder nor tasks"),
     (("VALID=3",), "ConfigError: VALID=...: "),
     (("data.seq_lenn=3",), "nearest known key: data.seq_len"),

@@ -14,13 +14,14 @@ from typing import cast
 import torch
 
 from internlm_lite.apps.planner.holdings import bucket_sizes
-from internlm_lite.config.schema import Config
+from internlm_lite.config.schema import Config, EmaConfig
 from internlm_lite.layers.costs import CostedLayer
 from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.models.decoder import Transformer
 from internlm_lite.models.stages import meta_model
 from internlm_lite.optim.buckets import Bucket, build_buckets
+from internlm_lite.optim.groups import ParamGroup, check_patterns
 from internlm_lite.optim.rules import RULES
 
 
@@ -34,9 +35,28 @@ class Component:
     """Bytes, as the next two."""
     gradients: int = 0
     optimizer: int = 0
-    """Master weights and the state of the update rule."""
+    """Master weights, the state of the update rule, and the average of the weights."""
     flops: tuple[int, ...] = ()
     """Per token of a forward pass, for each of the lengths of `Components`."""
+
+
+@dataclass(frozen=True)
+class GroupShare:
+    """What the parameters of one group (`optim.groups`) have and hold, whole and once, and what a step moves."""
+
+    name: str
+    rule: str
+    lr: float
+    """Peak learning rate."""
+    weight_decay: float
+    averages: str
+    """Its momentum, or its betas; "by step": beta2_scheduler."""
+    parameters: int
+    tensors: int
+    state: int
+    """Bytes of the update rule's state, without master weights."""
+    traffic: int
+    """Bytes that the update reads and writes: gradient, master weights, state."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +67,8 @@ class Components:
     flops_without_attention: int
     """Of all rows, per token of a forward pass."""
     update_flops: int | None
-    """Operations of the update rule in a step; None: it does not say."""
+    """Operations of the update rules in a step; None: one does not say."""
+    groups: tuple[GroupShare, ...]
 
     @property
     def total(self) -> Component:
@@ -65,8 +86,9 @@ def components_of(config: Config, lengths: Sequence[int]) -> Components:
     model = meta_model(config.model)
     rows: dict[str, list[Component]] = {}
     params = {cast(Parameter, param): name.rpartition(".")[0] for name, param in model.named_parameters()}
+    check_patterns(config, [param.shard_spec.name for param in params])
     buckets = build_buckets(list(params), single_process_mesh(torch.device("meta")).zero, config)
-    for row in (*_held(buckets, params), *_computed(model, lengths)):
+    for row in (*_held(buckets, params, config.ema), *_computed(model, lengths)):
         rows.setdefault(row.name, []).append(row)
     in_order = dict.fromkeys(_name(path) for path, _ in model.named_modules())
     summed = tuple(_sum(name, rows[name]) for name in in_order if name in rows)
@@ -75,7 +97,28 @@ def components_of(config: Config, lengths: Sequence[int]) -> Components:
         rows=summed,
         flops_without_attention=model.flops_per_token(0),
         update_flops=_update_flops(buckets),
+        groups=tuple(_group_shares(buckets, params)),
     )
+
+
+def _group_shares(buckets: Sequence[Bucket], params: Mapping[Parameter, str]) -> Iterator[GroupShare]:
+    owner = dict.fromkeys(params, 0)
+    members: dict[ParamGroup, list[Bucket]] = {}
+    for bucket in reversed(buckets):
+        members.setdefault(bucket.kind.group, []).append(bucket)
+    for group, own in members.items():
+        held = [(bucket.numel / bucket.shard_size, bucket_sizes(bucket, owner, None)) for bucket in own]
+        yield GroupShare(
+            name=group.name,
+            rule=group.rule,
+            lr=group.lr,
+            weight_decay=group.weight_decay,
+            averages=group.averages,
+            parameters=sum(bucket.numel for bucket in own),
+            tensors=sum(len(bucket.slots) for bucket in own),
+            state=round(sum(share * sizes.moments for share, sizes in held)),
+            traffic=round(sum(share * sizes.update_traffic for share, sizes in held)),
+        )
 
 
 def _update_flops(buckets: Sequence[Bucket]) -> int | None:
@@ -89,11 +132,11 @@ def _update_flops(buckets: Sequence[Bucket]) -> int | None:
     return total
 
 
-def _held(buckets: Sequence[Bucket], params: Mapping[Parameter, str]) -> Iterator[Component]:
+def _held(buckets: Sequence[Bucket], params: Mapping[Parameter, str], ema: EmaConfig | None) -> Iterator[Component]:
     """A row for every parameter (whose module `params` names), with the bytes per element of its bucket."""
     owner = dict.fromkeys(params, 0)
     for bucket in buckets:
-        sizes, padded = bucket_sizes(bucket, owner), bucket.shard_size
+        sizes, padded = bucket_sizes(bucket, owner, ema), bucket.shard_size
         for slot in bucket.slots:
             n = slot.stop - slot.start
             yield Component(
@@ -102,7 +145,7 @@ def _held(buckets: Sequence[Bucket], params: Mapping[Parameter, str]) -> Iterato
                 decayed=n * (bucket.kind.group.weight_decay > 0),
                 weights=n * sizes.weights // padded,
                 gradients=n * sizes.grads // padded,
-                optimizer=n * (sizes.masters + sizes.moments) // padded,
+                optimizer=n * (sizes.masters + sizes.moments + sizes.averages) // padded,
             )
 
 

@@ -44,7 +44,7 @@ def test_a_plan_refuses_what_the_run_would(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
     config = tiny(corpus, data={"max_epochs": {"code": 0.3}})
     staged = config.model_copy(update={"stages": [StageConfig(**stage) for stage in STAGES]})
-    with pytest.raises(DataError, match="would read folder 'code' .* times .allowed 0.3"):
+    with pytest.raises(DataError, match=r"would read folder 'code' .* times .allowed 0.3"):
         make_plan(staged, 1, None, "cpu")
 
 

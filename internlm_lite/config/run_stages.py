@@ -68,7 +68,7 @@ def stages_of(data: DataConfig, stages: Sequence[StageConfig] = ()) -> tuple[Run
                 weights=data.weights if stage.weights is None else stage.weights,
                 rope_base=stage.rope_base,
                 lr=stage.lr,
-                weights_key="data.weights" if stage.weights is None else f"stages.{number}.weights",
+                weights_key="data.weights" if stage.weights is None else f"stages[{number}].weights",
             )
         )
     return tuple(found)

@@ -49,7 +49,7 @@ def stage_problems(config: Config, others: Check) -> Iterator[Problem]:
 
 
 def _keys(number: int, *names: str) -> tuple[str, ...]:
-    return (*(f"stages.{number}.{name}" for name in names), "stages")
+    return (*(f"stages[{number}].{name}" for name in names), "stages")
 
 
 def _borders(config: Config) -> Iterator[Problem]:

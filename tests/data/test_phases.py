@@ -193,7 +193,7 @@ def test_passes_over_the_data_are_counted_across_borders(corpus):
 BAD = [
     (
         [{"until": 3}, {"weights": {"cod": 1.0}}],
-        "stage 1: stages.1.weights: 'cod' is no folder with data, did you mean",
+        r"stage 1: stages\[1\].weights: 'cod' is no folder with data, did you mean",
     ),
     ([{"until": 3}, {"weights": {"code": 1.0}, "seq_len": 180}], "folder 'code' fill no row"),
     ([{"until": 3}, {"seq_len": 4096}], "stage 1: the training data fill 0 rows"),

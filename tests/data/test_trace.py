@@ -177,7 +177,7 @@ def test_the_number_of_steps_follows_from_tokens_or_epochs(corpus: Path) -> None
 def test_a_derived_length_that_other_keys_do_not_fit(corpus: Path) -> None:
     config, data = lengths_of(corpus, [{"until": 4}, {"until": 6}], total_tokens=640)
     with pytest.raises(
-        ConfigError, match=r"with data.total_steps=20, from data.total_tokens=640:\nstages.1.until: found 6"
+        ConfigError, match=r"with data.total_steps=20, from data.total_tokens=640:\nstages\[1\].until: found 6"
     ):
         with_total_steps(config, data)
     config, data = lengths_of(corpus, [], epochs=0.001)

@@ -422,7 +422,7 @@ BAD = [
     (
         "",
         "stages = [dict(until=50), dict(until=99, seq_len=64)]",
-        "25: stages[1].until: found 99, before the end of the run: data.total_steps is 100, and there is no stage after",
+        "25: stages[1].until: found 99, before the end of the run: data.total_steps is 100, and there is no stage",
     ),
     (
         "",

@@ -16,15 +16,17 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from internlm_lite import __version__
-from internlm_lite.cli.options import DEVICES, add_config, add_launcher, new_parser
+from internlm_lite.cli.options import DEVICES, add_config, add_launcher, check_at_least, new_parser
 from internlm_lite.runtime.tool import run_tool
 from internlm_lite.units import memory_bytes
 
 if TYPE_CHECKING:
+    from internlm_lite.config.load import LoadedConfig
     from internlm_lite.config.schema import Config
     from internlm_lite.monitor.sinks import SinkFactory
 
@@ -37,6 +39,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_launcher(parser, timeout=600, world_size_help="likewise; with --dry-run: ranks to plan for")
     add("--backend", choices=["nccl", "gloo"], help="accepted for old command lines; follows the device")
     add("--resume", metavar="auto|none|STEP|PATH", help="checkpoint to resume from (default: auto)")
+    add("--branch-from", metavar="CKPT", help="let the learning rate decay from a checkpoint of the stable phase")
+    add("--decay-steps", type=int, metavar="N", help="with --branch-from: steps of the decay")
     add("--eval-only", action="store_true", help="evaluate the checkpoint to resume from, and stop")
     add("--seed", type=int, help="seed of weights and data order, instead of the config's")
     add("--run-dir", type=Path, default=Path("RUN"), help="logs and metrics go to RUN_DIR/<JOB_NAME>/<time>")
@@ -54,7 +58,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         named = "the name or file of a GPU belongs to --dry-run"
         parser.error(f"--device {arguments.device}: expected {', '.join(DEVICES)}; {named}")
     check_plan_options(parser, arguments)
+    _check_branch(parser, arguments)
     return arguments
+
+
+def _check_branch(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if (arguments.branch_from is None) != (arguments.decay_steps is None):
+        parser.error("--branch-from and --decay-steps belong together: give both")
+    check_at_least(parser, arguments, decay_steps=1)
+    if arguments.branch_from and (arguments.eval_only or arguments.resume not in (None, "auto", "none")):
+        other = "--eval-only" if arguments.eval_only else f"--resume {arguments.resume}"
+        parser.error(f"--branch-from and {other} name two checkpoints to begin from: leave one of them out")
 
 
 def add_plan_options(parser: argparse.ArgumentParser, when: str) -> None:
@@ -118,6 +132,8 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
         check_options(dist_env, rank=arguments.rank, local_rank=arguments.local_rank, world_size=world_size)
         quiet, who = dist_env.local_rank > 0, f"rank {dist_env.rank} on {dist_env.hostname}: " if dist_env.rank else ""
         loaded = load_config(arguments.config, overrides)
+        if arguments.branch_from:
+            loaded = _branch(arguments, loaded, overrides)
         world_size = arguments.world_size or dist_env.world_size
         check_config(loaded, None if arguments.print_config else world_size)
     except InternLMError as error:
@@ -154,6 +170,18 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
         eval_only=arguments.eval_only,
     )
     run_job(loaded, dist_env, options)
+
+
+def _branch(arguments: argparse.Namespace, loaded: LoadedConfig, overrides: Sequence[str]) -> LoadedConfig:
+    """The config of the branch of --branch-from."""
+    from internlm_lite.config.load import load_config
+    from internlm_lite.train.branch import branch_overrides
+
+    more = branch_overrides(loaded.config, arguments.branch_from, arguments.decay_steps)
+    branch = load_config(arguments.config, [*overrides, *more])
+    saved = branch.config.ckpt.save_ckpt_folder
+    note = f"--branch-from {arguments.branch_from}: the rate falls in {arguments.decay_steps} steps; saved to {saved}"
+    return replace(branch, notes=(*branch.notes, note))
 
 
 def _dry_run(arguments: argparse.Namespace, config: Config, world_size: int) -> int:

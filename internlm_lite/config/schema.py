@@ -83,6 +83,8 @@ class CkptConfig(Section):
     continue; 0: nothing. It is reset to 0 when handled."""
     allow_changed_data: bool = False
     """(new) Resume although the training data differ from those of the checkpoint."""
+    allow_changed_schedule: bool = False
+    """(new) Resume although another lr_scheduler.total_steps gives the next update another learning rate."""
     auto_resume: bool = True
     """(new) Without `--resume`: True: continue from the newest checkpoint in save_ckpt_folder; False: ignore it."""
     s3: S3Config = S3Config()

@@ -73,6 +73,17 @@ def schedule_change(then: Config, now: Config, updates: int) -> str | None:
     return f"{first} has the learning rate {after:g} instead of {before:g} ({'; '.join(named)})"
 
 
+def horizon_moved(then: Config, now: Config, updates: int) -> bool:
+    """Whether another lr_scheduler.total_steps gives the next update, after `updates`, another learning rate.
+
+    Not in the stable phase of "wsd": its decay starts later or sooner, and the rates before it stay what they were.
+    """
+    if then.lr_scheduler.total_steps == now.lr_scheduler.total_steps or updates >= now.lr_scheduler.total_steps:
+        return False
+    moved = then.lr_scheduler.model_copy(update={"total_steps": now.lr_scheduler.total_steps})
+    return learning_rate(updates, then.adam.lr, moved) != learning_rate(updates, then.adam.lr, then.lr_scheduler)
+
+
 def data_changes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """One line per key and per data folder that differs between two fingerprints of the training data."""
     keys = [key for key in sorted(stored.keys() | now.keys()) if key != "folders" and stored.get(key) != now.get(key)]

@@ -39,7 +39,7 @@ from internlm_lite.mesh.consensus import on_main
 from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.average import ROLE
-from internlm_lite.train.changes import LastRun, batch_keys, data_changes, schedule_change
+from internlm_lite.train.changes import LastRun, batch_keys, data_changes, horizon_moved, schedule_change
 from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.train_state import TrainState, random_states, set_random_states
 from internlm_lite.train.trainer import Trainer
@@ -322,19 +322,40 @@ class Checkpoints:
                 "set ckpt.allow_changed_data=True to go on at the same position of the new data, or start from the "
                 "weights alone with ckpt.load_model_only_folder"
             )
+        self._check_schedule(found)
         if not self._mesh.is_main:
             return
         if changed:
             logger.warning(f"{listing}\nbatches from here on are drawn from the new data at the same position")
-        with suppress(CheckpointError, LookupError):  # a config of another version
-            if change := schedule_change(found.config(), self._given, stored["optimizer"]["good_steps"]):
-                logger.warning(f"the learning-rate schedule is not that of checkpoint {name}: {change}")
         tokens = self.contents.batch_tokens
         if stored.get("batch_tokens", tokens) != tokens:
             logger.warning(
                 f"a step takes {tokens} tokens now, expected {stored['batch_tokens']} as when the run of "
                 f"checkpoint {name} began; to keep them, change data.micro_num with the number of data-parallel ranks"
             )
+
+    def _check_schedule(self, found: Found) -> None:
+        """Tell of another schedule. Raises CheckpointError if total_steps alone moves the next learning rate: most often
+        nobody meant that."""
+        then, change, updates = None, None, 0
+        with suppress(CheckpointError, LookupError):  # a config of another version
+            then, updates = found.config(), found.manifest.state["optimizer"]["good_steps"]
+            change = schedule_change(then, self._given, updates)
+        if then is None or change is None:
+            return
+        text = f"the learning-rate schedule is not that of checkpoint {found.name}: {change}"
+        if self._ckpt.allow_changed_schedule:
+            log = logger.info
+        elif horizon_moved(then, self._given, updates):
+            total = then.lr_scheduler.total_steps
+            raise CheckpointError(
+                f"{text}\nexpected lr_scheduler.total_steps {total} as then: set it, whatever data.total_steps is, or "
+                "set ckpt.allow_changed_schedule=True to go on with the new curve"
+            )
+        else:
+            log = logger.warning
+        if self._mesh.is_main:
+            log(text)
 
     def _warn_of_ignored_folders(self, found: Found) -> None:
         """Warn of load folders that are new in the config, because a resume ignores them."""

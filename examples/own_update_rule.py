@@ -12,7 +12,8 @@ import torch
 
 from internlm_lite.cli import train
 from internlm_lite.cli.starter import starter_folder
-from internlm_lite.optim.rules import RULES, UpdateRule
+from internlm_lite.optim.rules import RULES
+from internlm_lite.optim.update_rule import UpdateRule
 
 
 class Signum(UpdateRule):

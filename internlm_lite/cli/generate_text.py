@@ -140,7 +140,7 @@ def continue_prompts(arguments: argparse.Namespace) -> int:
     """Exit code."""
     from internlm_lite.apps.attention_maps.write_maps import check_target
     from internlm_lite.data.tokenizer import Tokenizer
-    from internlm_lite.generate.decode import Listener, generate
+    from internlm_lite.generate.decode import Listener, check, generate
     from internlm_lite.generate.load_model import load_model
     from internlm_lite.generate.sample import Sampling
     from internlm_lite.mesh.mesh import single_process_mesh
@@ -164,6 +164,7 @@ def continue_prompts(arguments: argparse.Namespace) -> int:
     if arguments.attention is not None:
         draw_attention(arguments, model, tokenizer, requests)
         return 0
+    check(model, [request.prompt for request in requests], [request.max_new_tokens for request in requests])
     for start in range(0, len(requests), arguments.batch_size):
         batch = slice(start, start + arguments.batch_size)
         shown = isinstance(how, Sampling) and not arguments.json and len(requests[batch]) == 1

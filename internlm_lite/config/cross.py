@@ -25,7 +25,7 @@ from internlm_lite.config.paths import (
 from internlm_lite.config.plain import shown
 from internlm_lite.config.problems import Problem
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
-from internlm_lite.config.schema import AlertsConfig, CkptConfig, Config, LrSchedulerConfig
+from internlm_lite.config.schema import AlertsConfig, CkptConfig, Config, LrSchedulerConfig, OptimizerConfig
 from internlm_lite.errors import ConfigError
 
 _TENSOR = "parallel.tensor"
@@ -42,6 +42,8 @@ _UNREAD = {
 """Keys of AdamW that other update rules have no use for."""
 _OF_KIND = {"wsd": ("decay_steps", "decay_ratio", "decay_shape"), "steps": ("step_factors",)}
 """lr_scheduler.kind -> keys of `lr_scheduler` that only it reads."""
+_OF_MUON = ("nesterov", "ns_steps", "ns_dtype", "muon_lr", "muon_weight_decay", "update_scale")
+"""Keys of `optimizer` that no other rule reads."""
 _MOST = {
     "ckpt.s3.deadline_seconds": 10**6,
     "data.micro_bsz": 2**31 - 1,
@@ -294,9 +296,15 @@ def _factors(curve: LrSchedulerConfig) -> Iterator[Problem]:
 
 def _rule(config: Config) -> Iterator[Problem]:
     rule = config.optimizer
-    if rule.momentum and rule.name != "sgd":
+    if rule.momentum and rule.name not in ("sgd", "muon"):
         keys = "optimizer.momentum", "optimizer.name"
-        yield Problem(keys, f'found {rule.momentum} with "{rule.name}", expected "sgd"; change one of them')
+        yield Problem(keys, f'found {rule.momentum} with "{rule.name}", expected "sgd" or "muon"; change one of them')
+    for name in _OF_MUON if rule.name != "muon" else ():
+        value, keys = getattr(rule, name), (f"optimizer.{name}", "optimizer.name")
+        if value != OptimizerConfig.model_fields[name].get_default():
+            yield Problem(
+                keys, f'found {shown(value)} with "{rule.name}", expected "muon"; remove it, or change the rule'
+            )
     for key in _UNREAD.get(rule.name, ()):
         value, default = value_of(config, key), known_keys()[key].get_default()
         if value != default:

@@ -226,3 +226,8 @@ def _mup(config: Config) -> Iterator[Problem]:
             'found "sgd", whose updates grow with the gradient, with model.scaling="mup"; expected adamw, lion or muon'
         )
         yield Problem(("optimizer.name", "model.scaling"), f"{text}; change one of them")
+    if rule == "muon" and config.optimizer.update_scale != "spectral":
+        text = (
+            f'found {config.optimizer.update_scale!r} with model.scaling="mup"; expected "spectral", which alone makes '
+        )
+        yield Problem(("optimizer.update_scale", "model.scaling"), f"{text}updates as large at every width")

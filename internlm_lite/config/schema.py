@@ -188,12 +188,30 @@ class LossConfig(Section):
 class OptimizerConfig(Section):
     """(new) What is done with a gradient. Learning rate, betas and weight decay come from `adam` for every rule."""
 
-    name: Literal["adamw", "lion", "sgd"] = "adamw"
+    name: Literal["adamw", "lion", "sgd", "muon"] = "adamw"
     """Update rule. "lion": the sign of a momentum (arXiv:2302.06675), half the optimizer state; wants a smaller adam.lr
     and a larger adam.weight_decay than AdamW; adam.adam_beta2 is the decay of the momentum. "sgd": the gradient itself,
-    or its momentum; no other key of `adam` than lr and the weight decay, which is decoupled, too."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0
-    """sgd: momentum = this * momentum + gradient, as torch's. 0: without, and then without optimizer state."""
+    or its momentum; no other key of `adam` than lr and the weight decay, which is decoupled, too. "muon": matrices of
+    the blocks change by their orthogonalised momentum (arXiv:2502.16982), those of a fused projection one by one;
+    embedding, head, norms and biases by AdamW with `adam`."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """sgd: momentum = this * momentum + gradient, as torch's; None: 0, which is without, and then without optimizer
+    state. muon: momentum = this * momentum + (1 - this) * gradient; None: 0.95."""
+    nesterov: bool | None = None
+    """muon: orthogonalise optimizer.momentum * momentum + (1 - optimizer.momentum) * gradient, with the new momentum.
+    None: True. False: the momentum."""
+    ns_steps: Annotated[int, Field(ge=1, le=20)] = 5
+    """muon: steps of the Newton-Schulz iteration."""
+    ns_dtype: Literal["torch.float32", "torch.bfloat16"] | None = None
+    """muon: dtype of the iteration's products. None: bf16 on a GPU, fp32 on the CPU. A fp64 model iterates in fp64."""
+    muon_lr: Annotated[float, Field(ge=0)] | None = None
+    """muon: peak learning rate of the matrices; it follows the schedule of adam.lr. None: adam.lr."""
+    muon_weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """muon: decoupled weight decay of the matrices. None: adam.weight_decay."""
+    update_scale: Literal["rms", "spectral"] = "rms"
+    """muon: factor of an orthogonalised matrix. "rms": 0.2 sqrt(max(rows, columns)), so that its elements are as large
+    as AdamW's updates and adam.lr and adam.weight_decay suit both (arXiv:2502.16982). "spectral":
+    sqrt(max(1, rows / columns)) (K. Jordan), for a muon_lr about ten times as large."""
 
 
 class EmaConfig(Section):

@@ -173,9 +173,13 @@ def _swap(parts: torch.Tensor, group: Group) -> Work:
     return _start(dist.all_to_all_single, group, parts[peer], parts[rank], counts, counts)
 
 
-def all_to_all(received: torch.Tensor, sent: torch.Tensor, group: Group) -> Work:
-    """Part i of `received` [size * n] <- this rank's part of rank i's `sent` [size * n]. Collective; size >= 2."""
-    return _start(dist.all_to_all_single, group, received, sent)
+def all_to_all(
+    received: torch.Tensor, sent: torch.Tensor, group: Group, counts: tuple[list[int], list[int]] | None = None
+) -> Work:
+    """Part i of `received` [size * n] <- this rank's part of rank i's `sent` [size * n]. Collective; size >= 2.
+
+    `counts`: elements received from and sent to each rank, if they differ."""
+    return _start(dist.all_to_all_single, group, received, sent, *(counts or ()))
 
 
 def send(tensor: torch.Tensor, group: Group, to: int) -> Work:

@@ -130,8 +130,8 @@ class Parameter(nn.Parameter):
     looked_up: bool = False
     """Whether rows of it are looked up, as of an embedding; also for the copy of one that a tied head multiplies by."""
     matrix_rows: tuple[int, ...] | None = None
-    """Of the weight of a linear layer: rows of the matrices that lie one below the other in it, in a pattern that
-    repeats over the whole of it. None: it is no map from features to features, and no rule may treat it as one."""
+    """Of the weight of a linear layer: rows of the matrices that lie one below the other in it, a pattern that repeats
+    until all of its rows are used. None: it is no map from features to features, and no rule may treat it as one."""
     manual_grad: bool = False
     """True: its layer adds the gradient to `main_grad`, if there is one. False: autograd adds it to `grad`."""
     deferred_grad: bool = False

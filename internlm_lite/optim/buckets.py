@@ -53,13 +53,24 @@ class Bucket:
     `param.main_grad`, to which its layer adds, or `param.grad`, to which autograd adds, a view of `grads`."""
 
     def __init__(
-        self, kind: BucketSpec, params: Sequence[Parameter], zero: Group, grad_dtype: torch.dtype, *, whole: bool
+        self,
+        kind: BucketSpec,
+        params: Sequence[Parameter],
+        zero: Group,
+        grad_dtype: torch.dtype,
+        loads: list[int] | None = None,
     ) -> None:
-        """`whole`: no parameter may cross a shard boundary."""
+        """`loads`: of the rule's work on each rank of `zero`, by earlier buckets; adds to it. None: no rank needs whole
+        parameters."""
         self.kind = kind
-        self.numel = sum(param.numel() for param in params)
-        lay_out = _parameters_whole if whole else _end_to_end
-        starts, self.shard_size = lay_out([param.numel() for param in params], zero.size)
+        numels = [param.numel() for param in params]
+        self.numel = sum(numels)
+        if loads is None:
+            starts, self.shard_size = _end_to_end(numels, zero.size)
+        else:
+            rule = RULES[kind.group.rule]
+            costs = [rule.cost(param, kind.group) for param in params]
+            starts, self.shard_size = _parameters_whole(numels, costs, loads)
         self.slots = [Slot(param, start, start + param.numel()) for param, start in zip(params, starts, strict=True)]
         self.shard_start = self.shard_size * zero.rank
         padded, device = self.shard_size * zero.size, params[0].device
@@ -113,19 +124,31 @@ def _end_to_end(numels: Sequence[int], zero_size: int) -> tuple[list[int], int]:
     return starts, round_up(total, zero_size * SHARD_ALIGNMENT) // zero_size
 
 
-def _parameters_whole(numels: Sequence[int], zero_size: int) -> tuple[list[int], int]:
-    """As `_end_to_end`, but each parameter lies in one shard: largest first, into the shard with the fewest elements.
+def _parameters_whole(numels: Sequence[int], costs: Sequence[int], loads: list[int]) -> tuple[list[int], int]:
+    """As `_end_to_end`, but each parameter lies in one shard: the most expensive first, into the shard of the rank with
+    the least work so far (`loads`, to which it is added), among those that it does not make larger than need be.
 
     Every shard is padded to the size of the largest.
     """
-    filled = [0] * zero_size
-    taken: dict[int, tuple[int, int]] = {}
-    for index in sorted(range(len(numels)), key=lambda i: -numels[i]):
-        rank = filled.index(min(filled))
-        taken[index] = rank, filled[rank]
+    limit = _largest_part(numels, len(loads))
+    filled = [0] * len(loads)
+    places = {}
+    for index in sorted(range(len(numels)), key=lambda i: -costs[i]):
+        fits = [rank for rank, n in enumerate(filled) if n + numels[index] <= limit]
+        rank = min(fits, key=loads.__getitem__) if fits else filled.index(min(filled))
+        places[index] = rank, filled[rank]
         filled[rank] += numels[index]
+        loads[rank] += costs[index]
     shard_size = round_up(max(filled), SHARD_ALIGNMENT)
-    return [rank * shard_size + offset for _, (rank, offset) in sorted(taken.items())], shard_size
+    return [rank * shard_size + offset for _, (rank, offset) in sorted(places.items())], shard_size
+
+
+def _largest_part(numels: Sequence[int], parts: int) -> int:
+    """Elements of the largest of `parts` parts, if each takes the largest parameter left when it has the fewest."""
+    filled = [0] * parts
+    for numel in sorted(numels, reverse=True):
+        filled[filled.index(min(filled))] += numel
+    return max(filled)
 
 
 def build_buckets(params: Sequence[Parameter], zero: Group, config: Config) -> list[Bucket]:
@@ -150,14 +173,11 @@ def build_buckets(params: Sequence[Parameter], zero: Group, config: Config) -> l
     # which has its last index, has its gradient. Sort by that: the reducer starts buckets strictly in order, and would
     # otherwise wait for a bucket that was begun early and completes late.
     filled.sort(key=lambda entry: -entry[1][-1])
+    loads: dict[ParamGroup, list[int]] = {
+        kind.group: [0] * zero.size for kind, _ in filled if RULES[kind.group.rule].whole_matrices
+    }
     return [
-        Bucket(
-            kind,
-            [params[i] for i in indices],
-            zero,
-            _grad_dtype(kind.dtype, config),
-            whole=RULES[kind.group.rule].whole_matrices,
-        )
+        Bucket(kind, [params[i] for i in indices], zero, _grad_dtype(kind.dtype, config), loads.get(kind.group))
         for kind, indices in filled
     ]
 

@@ -49,17 +49,35 @@ class ParamGroups:
     def of(self, param: Parameter) -> ParamGroup:
         """The group of this parameter; equal for the parts of one tensor on all ranks."""
         adam, options = self._config.adam, self._config.optimizer
+        if options.name == "muon" and param.matrix_rows is not None:
+            return self._muon
         decays = self._decays(param)
         # Of mu-P; the update of a block's matrix is as large as its learning rate, whatever the gradient.
         wider = self._config.model.width_multiplier if param.matrix_rows is not None else 1.0
         return ParamGroup(
-            name="decay" if decays else "no_decay",
-            rule=options.name,
+            name="hidden" if wider != 1 else "decay" if decays else "no_decay",
+            rule="adamw" if options.name == "muon" else options.name,
             lr=adam.lr / wider,
             weight_decay=adam.weight_decay * wider if decays else 0.0,
             beta1=adam.adam_beta1,
             beta2=None,
             eps=adam.adam_eps,
-            momentum=options.momentum,
+            momentum=options.momentum or 0.0,
+            options=options,
+        )
+
+    @property
+    def _muon(self) -> ParamGroup:
+        adam, options = self._config.adam, self._config.optimizer
+        decay = options.muon_weight_decay
+        return ParamGroup(
+            name="muon",
+            rule="muon",
+            lr=adam.lr if options.muon_lr is None else options.muon_lr,
+            weight_decay=adam.weight_decay if decay is None else decay,
+            beta1=adam.adam_beta1,
+            beta2=None,
+            eps=adam.adam_eps,
+            momentum=0.95 if options.momentum is None else options.momentum,
             options=options,
         )

@@ -8,21 +8,23 @@ from typing import Any
 import torch
 
 from internlm_lite.config.schema import Config
+from internlm_lite.mesh.mesh import Group, Mesh
 from internlm_lite.optim.buckets import Bucket
 from internlm_lite.optim.groups import ParamGroup
 from internlm_lite.optim.lr_schedule import learning_rate
-from internlm_lite.optim.rules import RULES, Piece, Shard, UpdateRule, UpdateStep
+from internlm_lite.optim.rules import RULES
+from internlm_lite.optim.update_rule import Piece, Shard, UpdateRule, UpdateStep
 
 
 class GroupUpdates:
     """Updates the shards of `buckets`. Allocates their state, so that memory use is known and a checkpoint can be
     loaded before the first step."""
 
-    def __init__(self, buckets: Sequence[Bucket], config: Config, device: torch.device) -> None:
-        self.shards = [_shard(bucket) for bucket in buckets]
+    def __init__(self, buckets: Sequence[Bucket], config: Config, mesh: Mesh) -> None:
+        self.shards = [_shard(bucket, mesh.tp if bucket.kind.tp_sharded else None) for bucket in buckets]
         peaks = list(dict.fromkeys([config.adam.lr, *(bucket.kind.group.lr for bucket in buckets)]))
         self._rates = torch.tensor(
-            [_curve(peak, config) for peak in peaks], dtype=torch.float64, device=device
+            [_curve(peak, config) for peak in peaks], dtype=torch.float64, device=mesh.device
         )  # [peaks, steps]
         members: dict[ParamGroup, list[int]] = {}
         for index, bucket in enumerate(buckets):
@@ -80,8 +82,9 @@ def _curve(peak: float, config: Config) -> list[float]:
     return [learning_rate(i, base, schedule) * (peak / base) for i in steps]
 
 
-def _shard(bucket: Bucket) -> Shard:
-    """This rank's shard of `bucket`. Master weights of fp32 or fp64 weights are a view of them, not a copy."""
+def _shard(bucket: Bucket, holders: Group | None) -> Shard:
+    """This rank's shard of `bucket`; `holders` have the other parts of its parameters. Master weights of fp32 or fp64
+    weights are a view of them, not a copy."""
     part, group = bucket.weight_shard, bucket.kind.group
     weights = part.float() if part.dtype.itemsize < 4 else part
     pieces = tuple(
@@ -89,4 +92,4 @@ def _shard(bucket: Bucket) -> Shard:
         for slot, start, stop in bucket.owned()
     )
     state = {role: torch.zeros_like(weights) for role in RULES[group.rule].roles_with(group)}
-    return Shard(weights, state, pieces)
+    return Shard(weights, state, pieces, holders)

@@ -30,9 +30,10 @@ from internlm_lite.optim.gather import WeightGatherer
 from internlm_lite.optim.grad_norm import Requests, clip_factor, reduce_totals
 from internlm_lite.optim.lr_schedule import beta2
 from internlm_lite.optim.reduce import GradReducer
-from internlm_lite.optim.rules import RULES, UpdateStep
+from internlm_lite.optim.rules import RULES
 from internlm_lite.optim.scaler import LossScaler
 from internlm_lite.optim.skips import SkipCounts, SkipDecider
+from internlm_lite.optim.update_rule import UpdateStep
 from internlm_lite.optim.updates import GroupUpdates
 
 
@@ -82,7 +83,7 @@ class HybridZeroOptimizer:
         self._reducer = GradReducer(self.buckets, units, mesh, overlap=zero.overlap_sync_grad)
         self._gatherer = WeightGatherer(self.buckets, units, mesh.zero, overlap=zero.overlap_sync_param)
         self._skips = SkipDecider(config, model_dtype, mesh.device)
-        self._updates = GroupUpdates(self.buckets, config, mesh.device)
+        self._updates = GroupUpdates(self.buckets, config, mesh)
         masters = [shard.weights for shard in self._updates.shards]
         self.average = None if config.ema is None else WeightAverage(config.ema, masters)
         self._holds_averages = False

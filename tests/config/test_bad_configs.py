@@ -340,13 +340,18 @@ BAD = [
     ),
     ("", "optimizer = dict(lr=1)", "25: optimizer.lr: unknown key; nearest known key: adam.lr"),
     ("", "optimizer = dict(name='sdg')", "25: optimizer.name: found 'sdg', expected one of 'adamw', 'lion', 'sgd'"),
-    ("", "optimizer = dict(momentum=0.9)", '25: optimizer.momentum: found 0.9 with "adamw", expected "sgd"; change'),
+    ("", "optimizer = dict(momentum=0.9)", '25: optimizer.momentum: found 0.9 with "adamw", expected "sgd" or'),
     (
         "",
         "optimizer = dict(name='sgd', momentum=1.0)",
         "25: optimizer.momentum: found 1.0, expected a number >= 0 and < 1",
     ),
     ("", "model['scaling'] = 'mup'", "25: model.mup_base_width: found None, expected the hidden_size at which"),
+    (
+        "",
+        "model |= dict(scaling='mup', mup_base_width=64); optimizer = dict(name='muon')",
+        '25: optimizer.update_scale: found \'rms\' with model.scaling="mup"; expected "spectral"',
+    ),
     ("", "model['mup_base_width'] = 64", '25: model.mup_base_width: found 64 with scaling "standard", expected "mup"'),
     (
         "",

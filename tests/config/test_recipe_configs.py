@@ -55,9 +55,16 @@ REST = [
     ("optimizer = dict(name='sgd', momentum=-0.1)", "optimizer.momentum: found -0.1, expected a number >= 0 and < 1"),
     (
         "optimizer = dict(name='sgd', nesterov=True)",
-        "optimizer.nesterov: unknown key; keys of optimizer: name, momentum",
+        'optimizer.nesterov: found True with "sgd", expected "muon"; remove it, or change the rule',
     ),
-    ("optimizer = dict(name='adam')", "optimizer.name: found 'adam', expected one of 'adamw', 'lion', 'sgd'; write"),
+    ("optimizer = dict(name='muon', muon_lr=0.02, muon_weight_decay=0, momentum=0.9, update_scale='spectral')", None),
+    ("optimizer = dict(name='muon', ns_steps=0)", "optimizer.ns_steps: found 0, expected an integer >= 1 and <= 20"),
+    ("optimizer = dict(name='muon', muon_lr=-1)", "optimizer.muon_lr: found -1, expected a number >= 0 or None"),
+    ("optimizer = dict(name='muon', ns_dtype='torch.float16')", "expected one of 'torch.float32', 'torch.bfloat16'"),
+    ("optimizer = dict(name='muon', update_scale='max')", "optimizer.update_scale: found 'max', expected one of"),
+    ("optimizer = dict(muon_lr=0.02)", 'optimizer.muon_lr: found 0.02 with "adamw", expected "muon"; remove it, or'),
+    ("optimizer = dict(name='muon', ns_step=5)", "optimizer.ns_step: unknown key"),
+    ("optimizer = dict(name='adam')", "optimizer.name: found 'adam', expected one of 'adamw', 'lion', 'sgd', 'muon'"),
     (
         f"{SGD}; adam['adam_beta2'] = 0.999",
         'adam.adam_beta2: found 0.999 with optimizer.name "sgd", which does not read it; expected 0.95; remove it, or',

@@ -16,7 +16,8 @@ from internlm_lite.layers.rope import RopeFrequencies, Rotary, plain_frequencies
 from internlm_lite.layers.weight_grads import add_product
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.models.decoder import tensor_parallel_context
-from internlm_lite.optim.rules import RULES, Shard
+from internlm_lite.optim.rules import RULES
+from internlm_lite.optim.update_rule import Shard
 from tests.layers.test_dropout import reference
 from tests.layers.test_norm import norm
 from tests.models.small import small_config

@@ -17,7 +17,8 @@ from internlm_lite.models.stages import build_stages, units_of
 from internlm_lite.optim.buckets import Bucket, build_buckets
 from internlm_lite.optim.groups import ParamGroup, ParamGroups
 from internlm_lite.optim.lr_schedule import learning_rate
-from internlm_lite.optim.rules import RULES, AdamW, Shard, UpdateStep
+from internlm_lite.optim.rules import RULES, AdamW
+from internlm_lite.optim.update_rule import Shard, UpdateStep
 from internlm_lite.optim.updates import GroupUpdates
 from internlm_lite.optim.zero import HybridZeroOptimizer
 from tests.corpus import write_corpus
@@ -349,7 +350,7 @@ def test_gradients_of_all_groups_are_multiplied_in_one_launch(
     cfg = Config.model_validate({**config().model_dump(), "adam": ADAM.model_dump()})
     params = [parameter(whole(f"p{len(shape)}", shape), dtype, "cpu") for shape in ((64,), (8, 8))]
     single = single_process_mesh()
-    made = GroupUpdates(build_buckets(params, single.zero, with_rule(name, cfg)), with_rule(name, cfg), single.device)
+    made = GroupUpdates(build_buckets(params, single.zero, with_rule(name, cfg)), with_rule(name, cfg), single)
     assert [group.name for group in (rule._group for rule in made.rules)] == ["decay", "no_decay"]
     for shard, (_, first) in zip(made.shards, enumerate(build(name, dtype)[1]), strict=True):
         shard.weights[:64] = first.weights

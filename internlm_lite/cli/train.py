@@ -46,7 +46,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--run-dir", type=Path, default=Path("RUN"), help="logs and metrics go to RUN_DIR/<JOB_NAME>/<time>")
     add("--profiling", action="store_true", help="write a trace of three early steps per rank")
     add("--log-style", choices=["auto", "full", "compact"], default="auto", help="lines on the terminal")
-    add("--print-config", choices=["full", "diff", "origin"], help="print the config and stop")
+    text = "print the config, or lr, momenta and batch size over the run, and stop"
+    add("--print-config", choices=["full", "diff", "origin", "schedule"], help=text)
     add("--dry-run", action="store_true", help="show what the run will hold, send and cost, and stop")
     add_plan_options(parser, "with --dry-run: ")
     add("--cfg-options", nargs="*", default=[], metavar="KEY=VALUE", help="same as the trailing ones")
@@ -145,6 +146,8 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
         return 0
     if arguments.print_config or arguments.dry_run:
         print(*loaded.notes, sep="\n", end="\n" if loaded.notes else "", file=sys.stderr)
+    if arguments.print_config == "schedule":
+        return _show_schedule(loaded.config, world_size)
     if arguments.print_config:
         print(print_config(loaded, arguments.print_config))
         return 0
@@ -182,6 +185,15 @@ def _branch(arguments: argparse.Namespace, loaded: LoadedConfig, overrides: Sequ
     saved = branch.config.ckpt.save_ckpt_folder
     note = f"--branch-from {arguments.branch_from}: the rate falls in {arguments.decay_steps} steps; saved to {saved}"
     return replace(branch, notes=(*branch.notes, note))
+
+
+def _show_schedule(config: Config, world_size: int) -> int:
+    from rich.console import Console
+
+    from internlm_lite.apps.planner.render_schedule import render_schedule
+
+    Console(highlight=False).print(render_schedule(config, world_size))
+    return 0
 
 
 def _dry_run(arguments: argparse.Namespace, config: Config, world_size: int) -> int:

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from internlm_lite.batch import IGNORE, Batch, BatchStats, Position
-from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
+from internlm_lite.config.batch_sizes import rampup_of
+from internlm_lite.config.ranges import parse_skip_batches
 from internlm_lite.config.schema import DataConfig
 from internlm_lite.data.folders import Folder, dummy_folder, find_folders
 from internlm_lite.data.mix import Mix, build_mix
@@ -141,7 +142,7 @@ def open_training_data(config: DataConfig, vocab_size: int, dp_rank: int, dp_siz
     rows = {folder.name: folder.rows for folder in used}
     mix = build_mix(rows, config.weights, seed, config.micro_num * dp_size)
     skip = parse_skip_batches(config.skip_batches)
-    order = BatchOrder(config.micro_num, dp_size, tuple(skip), parse_rampup(config.rampup_batch_size))
+    order = BatchOrder(config.micro_num, dp_size, tuple(skip), rampup_of(config, dp_size))
     return TrainingData(tuple(used), mix, order, dp_rank, _fingerprint(config, found, packed, seed))
 
 

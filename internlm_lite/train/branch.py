@@ -1,7 +1,7 @@
 """Cooldown branches: runs that let the learning rate of another run decay from one of its checkpoints.
 
     trunk    warm-up | stable ......... S ......... stable ...     checkpoints in FOLDER
-    branch                               \\ decay of N steps        in FOLDER-branch-S-N-SHAPE, and a run folder of its own
+    branch                               \\ decay of N steps        in FOLDER-branch-S-N-SHAPE
 
 A branch is an ordinary run with the keys of `branch_overrides`: the trunk run with these keys from its first step would
 go through the same states, bit by bit.
@@ -29,7 +29,9 @@ def branch_overrides(config: Config, path: str, decay_steps: int) -> list[str]:
     """
     s3 = config.ckpt.s3
     if is_save_folder(path, s3):
-        raise ConfigError(f"--branch-from {path}: expected one checkpoint, not a folder of them; add its step: {path}/100")
+        raise ConfigError(
+            f"--branch-from {path}: expected one checkpoint, not a folder of them; add its step: {path}/100"
+        )
     root, name = locate(path, s3)
     found = open_at(open_storage(root, s3), name)
     theirs, state = found.config(), found.manifest.state
@@ -39,8 +41,8 @@ def branch_overrides(config: Config, path: str, decay_steps: int) -> list[str]:
     _require_stable(path, found, theirs.lr_scheduler, done)
     if theirs.adam.lr != config.adam.lr:
         raise ConfigError(
-            f"--branch-from {path}: adam.lr is {config.adam.lr:g} now and was {theirs.adam.lr:g} then, so the rate would "
-            f"jump; expected the same: set adam.lr={theirs.adam.lr:g}"
+            f"--branch-from {path}: adam.lr is {config.adam.lr:g} now and was {theirs.adam.lr:g} then, so the rate "
+            f"would jump; expected the same: set adam.lr={theirs.adam.lr:g}"
         )
     shape = config.lr_scheduler.decay_shape
     keys = _curve_keys(theirs.lr_scheduler, done, decay_steps)
@@ -78,6 +80,7 @@ def _curve_keys(theirs: LrSchedulerConfig, done: int, decay_steps: int) -> dict[
         "step_factors": None,
         "warmup_steps": theirs.num_warmup_steps,
         "warmup_ratio": None,
+        "warmup_tokens": None,
         "warmup_from_zero": theirs.warmup_from_zero,
         "init_steps": theirs.init_steps,
         "last_epoch": theirs.last_epoch,

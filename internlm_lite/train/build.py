@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from internlm_lite.config.batch_sizes import with_warmup_steps
 from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import TrainingData, ValidationData, open_training_data, open_validation_data
 from internlm_lite.faults.watchdog import Watchdog, unwatched
@@ -17,6 +18,7 @@ from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.monitor.console import heartbeat
 from internlm_lite.monitor.jsonl import has_ended
 from internlm_lite.monitor.sinks import SinkFactory, open_sinks
+from internlm_lite.optim.planned_schedule import write_schedule
 from internlm_lite.train.checkpoints import Checkpoints, Contents
 from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.samples import Samples
@@ -67,6 +69,7 @@ def build_run(
     if not config.ckpt.enable_save_ckpt:
         logger.warning("ckpt.enable_save_ckpt=False: nothing that is trained will be kept")
     if run.start.step < config.data.total_steps or not has_ended(folder / "events.jsonl"):
+        write_schedule(folder, run.config, mesh.dp.size)
         make = partial(open_sinks, folder, config, services.sinks, terminal=services.terminal)
         run.reporter.open_sinks(make, run.start.step)
     return run
@@ -78,6 +81,8 @@ def load_run(config: Config, mesh: Mesh, folder: Path, resume: str, services: Ru
     `resume`: "auto", "none", a step or a path. Raises DataError, CheckpointError or StorageError.
     """
     checkpoints = services.checkpoints or Checkpoints(config, mesh)
+    config = with_warmup_steps(config, mesh.dp.size)
+    checkpoints.adopt_lengths(config)
     watchdog = services.watchdog or unwatched(mesh.rank)
     watchdog.enter("building")
     dp, vocab_size = mesh.dp, config.model.vocab_size

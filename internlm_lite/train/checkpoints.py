@@ -160,6 +160,12 @@ class Checkpoints:
             self.close(wait=False)
             raise
 
+    def adopt_lengths(self, config: Config) -> None:
+        """Store and compare the steps that `config` has by now, where the config given counts in tokens."""
+        self._given = config
+        for name in ("warmup_steps", "warmup_tokens"):  # in place: managers have the same dict
+            self._config["lr_scheduler"][name] = getattr(config.lr_scheduler, name)
+
     def attach(self, contents: Contents) -> None:
         """Set the `contents` to save and restore. Reserves host memory if saves run in the background."""
         self.contents = contents
@@ -335,8 +341,8 @@ class Checkpoints:
             )
 
     def _check_schedule(self, found: Found) -> None:
-        """Tell of another schedule. Raises CheckpointError if total_steps alone moves the next learning rate: most often
-        nobody meant that."""
+        """Tell of another schedule. Raises CheckpointError if total_steps alone moves the next learning rate, which
+        often was not meant."""
         then, change, updates = None, None, 0
         with suppress(CheckpointError, LookupError):  # a config of another version
             then, updates = found.config(), found.manifest.state["optimizer"]["good_steps"]

@@ -1,4 +1,4 @@
-"""Cooldown branches equal an uninterrupted run of the same schedule, leave the trunk alone, and begin where it is stable."""
+"""Cooldown branches equal an uninterrupted run of the same schedule, leave the trunk alone, begin where it's stable."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.optim.lr_schedule import learning_rate
 from internlm_lite.train.branch import branch_overrides
 from internlm_lite.train.changes import horizon_moved
-from tests import cli
 from tests.corpus import write_corpus
 from tests.train.runs import curve, run_training, tiny
 from tests.train.test_run_folder import CONFIG, digests, runs_in, trained
@@ -30,7 +29,7 @@ def config_for(corpus: Path, saves: Path, **curve: Any) -> Config:
     values = tiny(
         corpus,
         ckpt={"enable_save_ckpt": True, "save_ckpt_folder": str(saves), "checkpoint_every": 1, "async_upload": False},
-        data={"skip_batches": "2", "rampup_batch_size": "2 2 3"},
+        data={"skip_batches": "2", "rampup_batch_size": "2 2 300 tokens"},
     ).model_dump()
     return Config.model_validate({**values, "lr_scheduler": {**TRUNK, **curve}})
 
@@ -139,7 +138,7 @@ def test_what_is_no_place_to_branch_from(trunk: tuple[Path, Path], tmp_path: Pat
     short = {"data": cosine.data.model_copy(update={"total_steps": 1})}
     curve = {"lr_scheduler": cosine.lr_scheduler.model_copy(update={"warmup_steps": 0})}
     run_training(single_process_mesh(), cosine.model_copy(update={**short, **curve}), tmp_path / "run")
-    with pytest.raises(ConfigError, match='with lr_scheduler.kind "cosine", which has no stable phase; expected one'):
+    with pytest.raises(ConfigError, match=r'with lr_scheduler.kind "cosine", which has no stable phase; expected one'):
         branch_overrides(config, f"{tmp_path / 'cosine'}/1", 3)
 
 
@@ -177,7 +176,9 @@ def test_another_end_is_refused_unless_it_is_declared(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "saves", tmp_path / "copy")  # the refused run of this process keeps its folder locked
     refused = {**ckpt, "save_ckpt_folder": str(tmp_path / "copy")}
     with pytest.raises(CheckpointError, match=r"(?s)total_steps 8 then, 16 now.*expected lr_scheduler.total_steps 8"):
-        run_training(mesh, tiny(corpus, ckpt=refused, data={"total_steps": 6}, lr_scheduler=longer), tmp_path / "second")
+        run_training(
+            mesh, tiny(corpus, ckpt=refused, data={"total_steps": 6}, lr_scheduler=longer), tmp_path / "second"
+        )
     declared = tiny(corpus, ckpt={**ckpt, "allow_changed_schedule": True}, lr_scheduler=longer)
     assert len(run_training(mesh, declared, tmp_path / "third")) == 4
 

@@ -15,7 +15,7 @@ from internlm_lite.apps.planner.report import GroupTable, RankBytes, RankPlan, R
 from internlm_lite.apps.planner.schedule import Action, actions_of, bubble_fraction, stage_cost
 from internlm_lite.apps.planner.step_clock import StepClock, clock_plan, present_ways
 from internlm_lite.apps.planner.traffic import messages, traffic
-from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
+from internlm_lite.config.batch_sizes import step_tokens, with_warmup_steps
 from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import open_training_data, open_validation_data
 from internlm_lite.data.render_batches import StepFigures, walk_steps
@@ -58,6 +58,7 @@ def make_plan(
     """
     parallel, data = config.parallel, config.data
     sizes = sizes_of(world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1)
+    config = with_warmup_steps(config, sizes.dp)
     batches, lengths = _first_batches(config, sizes)
     backend = _backend(config, device)
     held, parameters_total = holdings(config, sizes, backend)
@@ -77,7 +78,7 @@ def make_plan(
         flops_per_step=internlm_step_flops(config.model, data.seq_len, tokens_per_step // data.seq_len),
         tokens_per_step=tokens_per_step,
         steps_total=data.total_steps,
-        tokens_total=tokens_per_step // data.micro_num * _micro_batches(config),
+        tokens_total=_tokens(config, sizes.dp),
         bubble_fraction=bubble_fraction(orders, [costs[number] for number in sorted(costs)]),
         tflops_per_gpu=tflops,
         batches=batches,
@@ -158,18 +159,15 @@ def _first_batches(config: Config, sizes: Sizes) -> tuple[tuple[StepFigures, ...
     return tuple(figures), document_lengths(rows)
 
 
-def _micro_batches(config: Config) -> int:
-    """Micro-batches of one data-parallel rank in the whole run."""
-    data = config.data
-    rampup, skipped = parse_rampup(data.rampup_batch_size), parse_skip_batches(data.skip_batches)
-    if rampup is None:
-        return data.total_steps * data.micro_num
-    count, batch, done = 0, 0, 0
-    while done < data.total_steps:
-        if not any(batch in ids for ids in skipped):
-            count, done = count + rampup.micro_num(batch, data.micro_num), done + 1
-        batch += 1
-    return count
+def _tokens(config: Config, dp_size: int) -> int:
+    """Tokens of the whole run."""
+    left, tokens = config.data.total_steps, 0
+    for count, each in step_tokens(config.data, dp_size):
+        steps = min(left, count)
+        left, tokens = left - steps, tokens + steps * each
+        if not left:
+            break
+    return tokens
 
 
 def _ranks(

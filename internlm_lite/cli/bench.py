@@ -4,6 +4,7 @@ internlm-lite bench [--only step|ranks|loader] [--json] [--rounds N]
 internlm-lite bench --layouts [--json] [--rounds N]       data, tensor, pipeline parallel, ZeRO, and models on one GPU
 internlm-lite bench --checkpoint [--json] [--rounds N]    280 MB saved and loaded: stall, writer, load, cost
 internlm-lite bench --metrics [--json] [--rounds N]       a step line to every sink, beside a step without
+internlm-lite bench --averages [--json] [--rounds N]      a step with an average of the weights, beside one without
 internlm-lite bench --launches [--json]                   kernels of a GPU's step and bytes they move, counted on a CPU
 """
 
@@ -14,7 +15,15 @@ import json
 from collections.abc import Sequence
 from functools import partial
 
-from internlm_lite.apps.bench.suites import run_basics, run_checkpoint, run_launches, run_layouts, run_metrics, show
+from internlm_lite.apps.bench.suites import (
+    run_averages,
+    run_basics,
+    run_checkpoint,
+    run_launches,
+    run_layouts,
+    run_metrics,
+    show,
+)
 from internlm_lite.apps.report.writer import open_report
 from internlm_lite.cli.options import new_parser
 from internlm_lite.runtime.tool import run_tool
@@ -29,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     which.add_argument("--layouts", action="store_true", help="the layouts instead")
     which.add_argument("--checkpoint", action="store_true", help="saving and loading instead")
     which.add_argument("--metrics", action="store_true", help="the cost of metrics and sinks instead")
+    which.add_argument("--averages", action="store_true", help="the cost of an average of the weights instead")
     which.add_argument("--launches", action="store_true", help="launches on a GPU, counted without one, instead")
     add("--rounds", type=int, default=9, help="alternating measurements per side (default 9)")
     add("--json", action="store_true", help="print JSON instead of tables")
@@ -43,6 +53,8 @@ def work(args: argparse.Namespace) -> int:
         results = run_checkpoint(args.rounds)
     elif args.metrics:
         results = run_metrics(args.rounds, {"the report": open_report})
+    elif args.averages:
+        results = run_averages(args.rounds)
     elif args.launches:
         results = run_launches()
     else:

@@ -116,7 +116,6 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
     """Exit code, if no training was started."""
     # Imported late: --help is quick, and a wrong config is reported before torch is loaded.
     from internlm_lite.config.load import check_config, load_config
-    from internlm_lite.config.render_config import print_config
     from internlm_lite.errors import ConfigError, InternLMError
     from internlm_lite.runtime.dist_env import adopt_s3_keys, check_options, error_file, read_dist_env, set_defaults
     from internlm_lite.runtime.torchrun import write_agent_error
@@ -146,11 +145,8 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
         return 0
     if arguments.print_config or arguments.dry_run:
         print(*loaded.notes, sep="\n", end="\n" if loaded.notes else "", file=sys.stderr)
-    if arguments.print_config == "schedule":
-        return _show_schedule(loaded.config, world_size)
     if arguments.print_config:
-        print(print_config(loaded, arguments.print_config))
-        return 0
+        return _print_config(loaded, arguments.print_config, world_size)
     if arguments.dry_run:
         return _dry_run(arguments, loaded.config, world_size)
 
@@ -187,12 +183,18 @@ def _branch(arguments: argparse.Namespace, loaded: LoadedConfig, overrides: Sequ
     return replace(branch, notes=(*branch.notes, note))
 
 
-def _show_schedule(config: Config, world_size: int) -> int:
+def _print_config(loaded: LoadedConfig, how: str, world_size: int) -> int:
+    """`how`: "schedule", or one of those of `render_config.print_config`."""
+    if how != "schedule":
+        from internlm_lite.config.render_config import print_config
+
+        print(print_config(loaded, how))
+        return 0
     from rich.console import Console
 
     from internlm_lite.apps.planner.render_schedule import render_schedule
 
-    Console(highlight=False).print(render_schedule(config, world_size))
+    Console(highlight=False).print(render_schedule(loaded.config, world_size))
     return 0
 
 

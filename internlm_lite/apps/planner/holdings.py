@@ -47,6 +47,12 @@ class BucketSizes:
     averages_moved: int = 0
     """Bytes that its update reads and writes, per step: once in `ema.every` steps it reads it and the masters."""
 
+    @property
+    def update_traffic(self) -> int:
+        """Bytes that the update reads and writes: gradient in the dtype of the masters, masters, state."""
+        exact = self.update_grads or self.shard_grads
+        return 2 * (self.masters or exact) + 2 * self.moments + exact
+
 
 @dataclass(frozen=True)
 class RankHoldings:

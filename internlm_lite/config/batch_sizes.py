@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
 
-from internlm_lite.config.ranges import Rampup, parse_rampup, parse_skip_batches
-from internlm_lite.config.schema import Config, DataConfig
+from internlm_lite.config.run_stages import rampup_of, spans, stages_of
+from internlm_lite.config.schema import Config
 from internlm_lite.errors import ConfigError
 
-_MOST_WARMUP = 10**12
+_MOST_STEPS = 10**12
 
 
-def rampup_of(data: DataConfig, dp_size: int) -> Rampup | None:
-    """The ramp by batch ids, also where it is written in tokens."""
-    rampup = parse_rampup(data.rampup_batch_size)
-    return rampup and rampup.in_batches(data.micro_num, data.micro_bsz * data.seq_len * dp_size)
-
-
-def step_tokens(data: DataConfig, dp_size: int) -> Iterator[tuple[int, int]]:
-    """(number of steps, tokens over all ranks of each of them) from the first step on; the last has no end."""
-    rampup, full, micro_tokens = rampup_of(data, dp_size), data.micro_num, data.micro_bsz * data.seq_len * dp_size
-    skipped = parse_skip_batches(data.skip_batches)
-    skips = sorted({*chain.from_iterable((ids.start, ids.stop) for ids in skipped)}, reverse=True)
-    batch = 0
-    while True:
-        while skips and skips[-1] <= batch:
-            skips.pop()
-        border = rampup.next_border(batch, full) if rampup else None
-        nearest = [stop for stop in (border, skips[-1] if skips else None) if stop is not None]
-        stop = min(nearest, default=2**62)
-        if not any(batch in ids for ids in skipped):
-            yield stop - batch, (rampup.micro_num(batch, full) if rampup else full) * micro_tokens
-        if not nearest:
+def step_tokens(config: Config, dp_size: int) -> Iterator[tuple[int, int, int]]:
+    """(number of steps, tokens over all ranks of each of them, number of their stage) from the first step on; what comes
+    after the last change of size goes on for more than 10^12 steps."""
+    stages, steps = stages_of(config.data, config.stages), 0
+    for span in spans(config.data, stages, rampup_of(config.data, stages, dp_size)):
+        if span.trained:
+            yield len(span.batches), span.micro_num * span.stage.row_tokens * dp_size, span.stage.number
+            steps += len(span.batches)
+        if steps > _MOST_STEPS:
             return
-        batch = stop
 
 
 def with_warmup_steps(config: Config, dp_size: int) -> Config:
@@ -46,10 +32,10 @@ def with_warmup_steps(config: Config, dp_size: int) -> Config:
     if curve.warmup_tokens is None:
         return config
     steps, tokens = 0, 0
-    for count, each in step_tokens(config.data, dp_size):
+    for count, each, _ in step_tokens(config, dp_size):
         wanted = -(-(curve.warmup_tokens - tokens) // each)
         steps, tokens = steps + min(count, wanted), tokens + min(count, wanted) * each
-        if wanted <= count or steps > _MOST_WARMUP:
+        if wanted <= count:
             break
     decay = curve.num_decay_steps if curve.kind == "wsd" else 0
     if curve.init_steps + steps + decay > curve.total_steps:

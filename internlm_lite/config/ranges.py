@@ -8,6 +8,7 @@ rampup_batch_size  "2 2 100"           start with 2 micro-batches, add 2 every 1
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from internlm_lite.config.plain import shown
@@ -29,16 +30,21 @@ class Rampup:
     borders: tuple[int, ...] = ()
     """With `by_tokens`: ids of the batches with which each increment begins, from `in_batches`."""
 
-    def in_batches(self, full: int, micro_tokens: int) -> Rampup:
-        """This one with its borders. `micro_tokens`: tokens of one micro-batch over all data-parallel ranks. Tokens of
-        skipped batches count, too: they are part of the order."""
+    def in_batches(self, full: int, micro_tokens: Sequence[tuple[int, int]]) -> Rampup:
+        """This one with its borders. `micro_tokens`: (first batch, tokens of one micro-batch over all data-parallel ranks)
+        of each stage. Tokens of skipped batches count, too: they are part of the order."""
         if not self.by_tokens:
             return self
-        borders, batch, tokens = [], 0, 0
+        borders, batch, tokens, stages = [], 0, 0, list(micro_tokens)
         for level in range(1, (full - self.start) // self.increment + 1):
-            batch_tokens = (self.start + self.increment * (level - 1)) * micro_tokens
-            batches = max(0, -(-(level * self.every - tokens) // batch_tokens))
-            batch, tokens = batch + batches, tokens + batches * batch_tokens
+            size = self.start + self.increment * (level - 1)
+            while tokens < level * self.every:
+                while len(stages) > 1 and stages[1][0] <= batch:
+                    stages.pop(0)
+                batches = -(-(level * self.every - tokens) // (size * stages[0][1]))
+                if len(stages) > 1:
+                    batches = min(batches, stages[1][0] - batch)
+                batch, tokens = batch + batches, tokens + batches * size * stages[0][1]
             borders.append(batch)
         return replace(self, borders=tuple(borders))
 

@@ -114,8 +114,16 @@ class DataConfig(Section):
     """Steps between evaluations; 0: never."""
     pack_sample_into_one: bool = False
     """False: attention stays inside each document. True: attention spans whole windows of seq_len."""
-    total_steps: Positive
-    """Optimizer steps of the run."""
+    total_steps: NonNegative = 0
+    """Optimizer steps of the run. Left out, or 0: from epochs or total_tokens; exactly one of the three is given."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """(new) Passes over the training data, instead of total_steps: the run ends with the last batch that they fill.
+    With weights or stages: so many times the tokens of all folders."""
+    total_tokens: Positive | None = None
+    """(new) Tokens to train on, instead of total_steps: the run ends with the batch that reaches them."""
+    max_epochs: Annotated[float, Field(gt=0)] | dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """(new) Most passes over a data folder, or over each of those named. A run that would read more is refused at the
+    start, with the passes it needs. None: no limit."""
     skip_batches: str = ""
     """Batch ids to drop, such as "1-3,7" (inclusive): consumed from the order, but not trained on."""
     rampup_batch_size: str = ""
@@ -237,6 +245,9 @@ class OptimizerConfig(Section):
     """muon: factor of an orthogonalised matrix. "rms": 0.2 sqrt(max(rows, columns)), so that its elements are as large
     as AdamW's updates and adam.lr and adam.weight_decay suit both (arXiv:2502.16982). "spectral":
     sqrt(max(1, rows / columns)) (K. Jordan), for a muon_lr about ten times as large."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the rule's state; masters stay fp32. "bf16": half the memory, rounded at random, alike in every layout;
+    an update takes longer. Not for muon."""
     groups: list[GroupConfig] = []
     """Parameters with hyperparameters of their own, by patterns of their names."""
 
@@ -276,7 +287,7 @@ class AdamConfig(Section):
 class LrSchedulerConfig(Section):
     """Linear warm-up, then `kind`."""
 
-    total_steps: Positive
+    total_steps: NonNegative = 0
     """Step at which the rate reaches eta_min; left out: data.total_steps."""
     init_steps: NonNegative = 0
     """Steps with learning rate 0 before the warm-up."""
@@ -655,6 +666,33 @@ class GuardConfig(Section):
     """Steps between comparisons of weights and optimizer state that several ranks hold; 0: never."""
 
 
+class EvaluationConfig(Section):
+    """(new) Tasks, scored while training and by tools/evaluate.py beside the loss on `data.valid_folder`. Neither
+    changes the training."""
+
+    tasks: list[str] = []
+    """Built-in tasks made of the validation text (cloze_word, cloze_greedy, cloze_sentence), and tasks or groups of
+    lm-evaluation-harness, where lm_eval is installed. Need data.tokenizer."""
+    every: Positive | None = None
+    """Steps between evaluations of the tasks; they are evaluated after the last step, too. None: with each evaluation
+    of the validation data."""
+    limit: Positive | None = None
+    """Examples per task, the first ones. None: all; 200 of a built-in task."""
+    include_path: str | None = None
+    """Folder of task files in lm_eval's form (YAML), taken before those that come with it."""
+    num_fewshot: NonNegative | None = None
+    """Examples in a prompt of lm_eval's tasks. None: as each task says."""
+    max_tokens: Positive | None = None
+    """Longest text in tokens, the scored ones included; contexts are cut on the left. None: data.seq_len."""
+    weights: Literal["model", "ema", "both"] = "model"
+    """Which weights the tasks ask: the trained ones, their average (`ema`), or first the ones, then the other. Tasks of
+    the average are named TASK@ema."""
+    keep_best: str | None = None
+    """Like ckpt.keep_best, by another figure: "loss", "acc", "perplexity", "bits_per_byte", the same of the averaged
+    weights as "ema/loss", or "TASK/METRIC", such as "cloze_word/acc". Losses, perplexities and bits per byte are best
+    when low, others when high, unless lm_eval says otherwise of its metric."""
+
+
 class WandbConfig(Section):
     """(new) Weights & Biases; nothing is sent unless `mode` is "online". The key is never written here: `wandb login`
     stores it."""
@@ -716,6 +754,24 @@ class MonitorConfig(Section):
     """Alerts."""
 
 
+class StageConfig(Section):
+    """(new) A stage of the run. What it leaves out is as `data`, `model` and `adam` say."""
+
+    until: Positive | None = None
+    """Id of the first batch after the stage, which is the step if no batch is skipped. Only the last stage may leave it
+    out."""
+    weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """Share of each data folder. Folders left out are not read in this stage. None: data.weights."""
+    seq_len: Positive | None = None
+    """None: data.seq_len."""
+    rope_base: Annotated[float, Field(gt=0)] | None = None
+    """None: model.rope_base."""
+    micro_bsz: Positive | None = None
+    """None: data.micro_bsz."""
+    lr: Annotated[float, Field(ge=0)] | None = None
+    """Peak learning rate; warm-up and decay run on over the whole run. None: adam.lr."""
+
+
 class Config(Section):
     """A whole config file."""
 
@@ -727,6 +783,9 @@ class Config(Section):
     """Checkpoints."""
     data: DataConfig
     """Data."""
+    stages: list[StageConfig] = []
+    """(new) Stages of the run, in order: mix, lengths, rotary base and peak lr change at a batch. Evaluations
+    keep data.seq_len and data.micro_bsz. []: one stage."""
     grad_scaler: GradScalerConfig | None = None
     """Loss scaling, required for torch.float16."""
     hybrid_zero_optimizer: HybridZeroConfig = HybridZeroConfig()
@@ -751,6 +810,8 @@ class Config(Section):
     """Monitoring."""
     guard: GuardConfig = GuardConfig()
     """Guard."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Tasks."""
     deterministic: bool = False
     """(new) Repeat the same bits on a GPU: use only algorithms that add in a fixed order, which are slower, above all
     in the backward pass of attention. Without it a repeated or resumed run agrees to rounding; on a CPU to the bit."""

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from internlm_lite.config.batch_sizes import step_tokens
+from internlm_lite.config.run_stages import peak_rate
 from internlm_lite.config.schema import Config
 from internlm_lite.optim.lr_schedule import beta2, learning_rate
 
@@ -41,21 +42,22 @@ def planned_schedule(config: Config, dp_size: int) -> PlannedSchedule:
     """Of a run on `dp_size` data-parallel ranks. lr_scheduler.warmup_tokens is steps already (`with_warmup_steps`)."""
     batches = _batches(config, dp_size)
     steps = _shown_steps(config, [start for start, *_ in batches])
-    tokens, sizes, at = [], [], 0
+    tokens, sizes, stages, at = [], [], [], 0
     for step in steps:
         while at + 1 < len(batches) and batches[at + 1][0] <= step:
             at += 1
-        start, size, before = batches[at]
+        start, size, before, stage = batches[at]
         sizes.append(size)
+        stages.append(stage)
         tokens.append(before + (step - start) * size)
     return PlannedSchedule(
         step=steps,
-        lr=[learning_rate(step, config.adam.lr, config.lr_scheduler) for step in steps],
+        lr=[learning_rate(step, peak_rate(config, step), config.lr_scheduler) for step in steps],
         momentum=[_momentum(config)] * len(steps),
         beta2=[beta2(step, config.beta2_scheduler) for step in steps],
         batch_tokens=sizes,
         tokens=tokens,
-        stage=[0] * len(steps),
+        stage=stages,
     )
 
 
@@ -83,13 +85,13 @@ def borders(config: Config) -> dict[str, int]:
     return {name: step - done for name, step in kept.items() if 0 <= step - done <= config.data.total_steps}
 
 
-def _batches(config: Config, dp_size: int) -> list[tuple[int, int, int]]:
-    """(first step, tokens of a step, tokens before the first step) of steps of one size."""
-    found: list[tuple[int, int, int]] = []
+def _batches(config: Config, dp_size: int) -> list[tuple[int, int, int, int]]:
+    """(first step, tokens of a step, tokens before the first step, stage) of steps of one stage and size."""
+    found: list[tuple[int, int, int, int]] = []
     step, tokens = 0, 0
-    for count, each in step_tokens(config.data, dp_size):
-        if not found or found[-1][1] != each:
-            found.append((step, each, tokens))
+    for count, each, stage in step_tokens(config, dp_size):
+        if not found or found[-1][1::2] != (each, stage):
+            found.append((step, each, tokens, stage))
         step, tokens = step + count, tokens + count * each
         if step >= config.data.total_steps:
             break

@@ -46,7 +46,8 @@ def branch_overrides(config: Config, path: str, decay_steps: int) -> list[str]:
         )
     shape = config.lr_scheduler.decay_shape
     keys = _curve_keys(theirs.lr_scheduler, done, decay_steps)
-    keys |= {"data.total_steps": found.step + decay_steps, "ckpt.load_optimizer": True}
+    keys |= {"data.total_steps": found.step + decay_steps, "data.epochs": None, "data.total_tokens": None}
+    keys |= {"ckpt.load_optimizer": True}
     keys |= {"ckpt.load_ckpt_folder": path if name is None else f"{root}/{name.commit}"}
     keys |= {"ckpt.load_model_only_folder": None, "ckpt.allow_changed_schedule": True}
     if config.ckpt.save_ckpt_folder is not None:

@@ -24,6 +24,7 @@ import torch
 from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.format.catalog import Found
 from internlm_lite.checkpoint.format.manifest import Kind, Manifest
+from internlm_lite.checkpoint.format.weight_roles import Weights
 from internlm_lite.checkpoint.load.checkpoint_loader import Left, Restored
 from internlm_lite.checkpoint.load.compare import Wanted
 from internlm_lite.checkpoint.load.locate import find_step
@@ -41,7 +42,14 @@ from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.average import ROLE
 from internlm_lite.optim.rule_change import counters_left, rule_change, without
-from internlm_lite.train.changes import LastRun, batch_keys, data_changes, horizon_moved, schedule_change
+from internlm_lite.train.changes import (
+    LastRun,
+    batch_keys,
+    data_changes,
+    horizon_moved,
+    later_stages,
+    schedule_change,
+)
 from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.train_state import TrainState, random_states, set_random_states
 from internlm_lite.train.trainer import Trainer
@@ -61,7 +69,9 @@ class Moment:
     """`FolderMetrics.total`."""
     random_states: dict[str, torch.Tensor]
     valid_loss: float | None = None
-    """Of the evaluation that a checkpoint of the kind "best" is saved for."""
+    """Of the evaluation that a checkpoint of the kind "best" is saved for; None also where there was none."""
+    best: tuple[str, float] | None = None
+    """Name and value of the figure that such a checkpoint is the best by."""
 
 
 @dataclass
@@ -96,6 +106,7 @@ class Contents:
             "batch_tokens": self.intended_batch_tokens,
             "run_folder": self.run_folder,
             **({} if moment.valid_loss is None else {"valid_loss": moment.valid_loss}),
+            **({} if moment.best is None else {"best": {"figure": moment.best[0], "value": moment.best[1]}}),
         }
 
     def adopt(self, restored: Restored, *, moments: bool) -> TrainState:
@@ -150,6 +161,8 @@ class Checkpoints:
         )
         self.restored: str | None = None
         """Name of the checkpoint that this run resumed."""
+        self.weights_from: Found | None = None
+        """The checkpoint that this run took weights alone from."""
         self._began_at: Found | None = None
         """The checkpoint outside the save folders that this run began from; a rollback may return to it."""
         self._from_run_folder: str | None = None
@@ -164,9 +177,11 @@ class Checkpoints:
             raise
 
     def adopt_lengths(self, config: Config) -> None:
-        """Store and compare the steps that `config` has by now, where the config given counts in tokens."""
+        """Store and compare the steps that `config` has by now, where the config given counts in epochs or tokens."""
         self._given = config
-        for name in ("warmup_steps", "warmup_tokens"):  # in place: managers have the same dict
+        for section in ("data", "lr_scheduler"):  # in place: managers have the same dict
+            self._config[section]["total_steps"] = getattr(config, section).total_steps
+        for name in ("warmup_steps", "warmup_tokens"):
             self._config["lr_scheduler"][name] = getattr(config.lr_scheduler, name)
 
     def attach(self, contents: Contents) -> None:
@@ -197,17 +212,20 @@ class Checkpoints:
         facts = {"saved": kind, "name": name, "waited": wait, "stall_seconds": round(time.monotonic() - begin, 4)}
         self.contents.reporter.event("checkpoint", step=step, **facts)
 
-    def best_loss(self) -> float:
-        """Validation loss of this run's newest checkpoint of the kind "best", infinite without one. Waits for the save
-        in progress, so that it counts, and that one of the same step does not take the place of a better one."""
+    def best_value(self, figure: str) -> float | None:
+        """Value of this figure in this run's newest checkpoint of the kind "best"; None without one, or if it is the
+        best by another figure; nan if it cannot be read. Waits for the save in progress, so that it counts, and that
+        one of the same step does not take the place of a better one."""
         self._wait()
         try:
             best = on_main(self._mesh, lambda: self.manager.folders[0].newest("best"))
         except (StorageError, CheckpointError) as error:
             self._alarm("best", error)
-            return -math.inf
-        is_ours = best and best.state["run_folder"] in (self.contents.run_folder, self._from_run_folder)
-        return float(best.state["valid_loss"]) if best and is_ours else math.inf
+            return math.nan
+        if best is None or best.state["run_folder"] not in (self.contents.run_folder, self._from_run_folder):
+            return None
+        stored = best.state.get("best") or {"figure": "loss", "value": best.state["valid_loss"]}
+        return float(stored["value"]) if stored["figure"] == figure else None
 
     def report_finished(self) -> None:
         """Report the outcome of background saves that have ended. Not collective; does not block."""
@@ -240,8 +258,8 @@ class Checkpoints:
             self._wait()
         self.manager.close(wait=wait)
 
-    def restore(self, resume: str) -> TrainState:
-        """Load the checkpoint to start from and return its state, else the initial state, with weights loaded from
+    def restore(self, resume: str, weights: Weights = "model") -> TrainState:
+        """Load the checkpoint to start from and return its state, else the initial state, with `weights` loaded from
         ckpt.load_model_only_folder or drawn. Raises CheckpointError.
 
         `resume`: "auto", "none" (ignore this run's save folders), a step in these folders, or a path."""
@@ -260,12 +278,17 @@ class Checkpoints:
         if self._ckpt.load_ckpt_folder:
             return self._begin_at(self._ckpt.load_ckpt_folder)
         if self._ckpt.load_model_only_folder:
-            self.manager.load_at(self._ckpt.load_model_only_folder, self.contents.pieces(moments=False))
-            self.contents.trainer.optimizer.publish_weights()
+            self.load_weights(self._ckpt.load_model_only_folder, weights)
             self.contents.trainer.optimizer.restart_average()
         else:
             self.contents.trainer.draw_weights()
         return TrainState()
+
+    def load_weights(self, path: str, weights: Weights) -> None:
+        """Load these weights of the checkpoint at `path`, and nothing else. Raises CheckpointError."""
+        pieces = self.contents.pieces(moments=False)
+        self.weights_from = self.manager.load_at(path, pieces, weights=weights).found
+        self.contents.trainer.optimizer.publish_weights()
 
     def roll_back(self, state: TrainState, spiked_step: int) -> TrainState | None:
         """Restore this run's newest checkpoint from before step `spiked_step`, else the one it began from. Returns its
@@ -327,7 +350,8 @@ class Checkpoints:
                 f"checkpoint {name} in {found.storage.name} holds weights alone, no training state: to train on from "
                 "them, name this folder in ckpt.load_model_only_folder, and choose another one to save and resume"
             )
-        changed = data_changes(stored["data"], self.contents.fingerprint) if "data" in stored else []
+        batch, now = stored["train"].get("position", {}).get("batch", 0), self.contents.fingerprint
+        changed = data_changes(stored["data"], now, batch) if "data" in stored else []
         listing = "\n  ".join([f"the training data changed since checkpoint {name} was written:", *changed])
         if changed and not self._ckpt.allow_changed_data:
             raise CheckpointError(
@@ -341,6 +365,8 @@ class Checkpoints:
             return left
         if not moments:
             logger.info("the state of %s starts at zero: ckpt.load_optimizer=False", self._given.optimizer.name)
+        if "data" in stored and (planned := later_stages(stored["data"], now, batch)):
+            logger.warning(f"the stages after batch {batch} are not those of checkpoint {name}: {planned}")
         if changed:
             logger.warning(f"{listing}\nbatches from here on are drawn from the new data at the same position")
         tokens = self.contents.batch_tokens

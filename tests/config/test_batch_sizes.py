@@ -7,8 +7,9 @@ from itertools import islice
 import pytest
 
 from internlm_lite.batch import Position
-from internlm_lite.config.batch_sizes import rampup_of, step_tokens, with_warmup_steps
+from internlm_lite.config.batch_sizes import step_tokens, with_warmup_steps
 from internlm_lite.config.ranges import parse_skip_batches
+from internlm_lite.config.run_stages import rampup_of, stages_of
 from internlm_lite.config.schema import Config
 from internlm_lite.data.order import BatchOrder
 from internlm_lite.errors import ConfigError
@@ -20,7 +21,7 @@ ROW = 64
 
 
 def _first_steps(config: Config, dp_size: int, count: int) -> list[int]:
-    each = (tokens for steps, tokens in step_tokens(config.data, dp_size) for tokens in [tokens] * min(steps, count))
+    each = (tokens for steps, tokens, _ in step_tokens(config, dp_size) for tokens in [tokens] * min(steps, count))
     return list(islice(each, count))
 
 
@@ -38,7 +39,7 @@ def test_tokens_of_a_step_are_those_of_its_rows(keys: dict[str, str], dp: int) -
     """In every layout the same."""
     texts = {key: text.format(4 // dp) for key, text in keys.items()}
     data = tiny(None, data={"micro_num": 16 // dp, **texts}).data
-    order = BatchOrder(data.micro_num, dp, parse_skip_batches(data.skip_batches), rampup_of(data, dp))
+    order = BatchOrder(data.micro_num, dp, parse_skip_batches(data.skip_batches), rampup_of(data, stages_of(data), dp))
     position, sizes = Position(), []
     for _ in range(40):
         rows, position = order.take(position)
@@ -73,3 +74,20 @@ def test_a_warm_up_in_tokens_leaves_room_for_the_decay(kind: str) -> None:
     long = {"decay_steps": 3} if kind == "wsd" else {"warmup_tokens": 256 * 9}
     with pytest.raises(ConfigError, match=r"lr_scheduler.warmup_tokens: found \d+, \d steps, after 0 init_steps"):
         with_warmup_steps(tiny(None, lr_scheduler={**curve, **long}), 1)
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+def test_stages_change_the_tokens_of_a_step_and_the_ramp_goes_on(dp: int) -> None:
+    """Rows of 64, then of 128 tokens from batch 5 on; two rows more after each 1000 tokens of the order."""
+    data = {"micro_num": 8 // dp, "rampup_batch_size": f"{2 // dp} {2 // dp} 1000 tokens", "skip_batches": "3"}
+    stages = [{"until": 5}, {"micro_bsz": 4}]
+    config = Config.model_validate({**tiny(None, data=data).model_dump(), "stages": stages})
+    expected, tokens = [], 0
+    for batch in range(30):
+        row = ROW if batch < 5 else 2 * ROW
+        size = min(8, 2 + 2 * (tokens // 1000)) * row
+        tokens += size
+        if batch != 3:
+            expected.append((size, int(batch >= 5)))
+    found = ((each, stage) for steps, each, stage in step_tokens(config, dp) for _ in range(min(steps, 29)))
+    assert list(islice(found, 29)) == expected

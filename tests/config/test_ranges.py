@@ -49,7 +49,7 @@ def test_a_ramp_by_tokens_is_one_of_batches(start: int, increment: int, every: i
     full = start + 4 * increment
     rampup = parse_rampup(f"{start} {increment} {every} tokens")
     assert rampup == Rampup(start, increment, every, by_tokens=True)
-    resolved, tokens = rampup.in_batches(full, micro_tokens), 0
+    resolved, tokens = rampup.in_batches(full, [(0, micro_tokens)]), 0
     sizes = []
     for batch in range(300):
         sizes.append(min(full, start + increment * (tokens // every)))

@@ -30,7 +30,7 @@ def test_each_point_is_what_the_step_has(total: int) -> None:
     assert len(planned.step) <= MOST_POINTS and (total > MOST_POINTS or len(planned.step) == total)
     assert planned.lr == [learning_rate(step, 1e-2, config.lr_scheduler) for step in planned.step]
     assert planned.beta2 == [beta2(step, config.beta2_scheduler) for step in planned.step]
-    sizes = [each for count, each in step_tokens(config.data, 2) for each in [each] * min(count, total)][:total]
+    sizes = [each for count, each, _ in step_tokens(config, 2) for each in [each] * min(count, total)][:total]
     assert planned.batch_tokens == [sizes[step] for step in planned.step]
     assert planned.tokens == [sum(sizes[:step]) for step in planned.step]
     for border in (19, 20, 21, total - 51, total - 50, total - 49):

@@ -11,6 +11,8 @@ from rich.text import Text
 
 from internlm_lite.config.batch_sizes import with_warmup_steps
 from internlm_lite.config.schema import Config
+from internlm_lite.data.data_loader import open_training_data
+from internlm_lite.data.demand import with_total_steps
 from internlm_lite.mesh.mesh import sizes_of
 from internlm_lite.optim.planned_schedule import PlannedSchedule, borders, planned_schedule
 from internlm_lite.units import human_count
@@ -21,9 +23,13 @@ _MOST_ROWS = 40
 
 
 def render_schedule(config: Config, world_size: int) -> RenderableType:
-    """Raises MeshError if `world_size` ranks cannot be laid out, ConfigError as `with_warmup_steps`."""
+    """Raises MeshError if `world_size` ranks cannot be laid out, ConfigError as `with_warmup_steps`, DataError where the
+    number of steps comes from the data, and these are missing."""
     parallel = config.parallel
     dp_size = sizes_of(world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1).dp
+    if config.data.epochs is not None or config.data.total_tokens is not None:
+        data = open_training_data(config.data, config.model.vocab_size, 0, dp_size, config.seed, config.stages)
+        config = with_total_steps(config, data)
     config = with_warmup_steps(config, dp_size)
     planned = planned_schedule(config, dp_size)
     momentum = "momentum" if config.optimizer.name in ("sgd", "muon") else "beta1"

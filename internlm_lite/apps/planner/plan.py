@@ -15,6 +15,7 @@ from internlm_lite.apps.planner.report import GroupTable, RankBytes, RankPlan, R
 from internlm_lite.apps.planner.schedule import Action, actions_of, bubble_fraction, stage_cost
 from internlm_lite.apps.planner.step_clock import StepClock, clock_plan, present_ways
 from internlm_lite.apps.planner.traffic import messages, traffic
+from internlm_lite.config.batch_sizes import with_warmup_steps
 from internlm_lite.config.run_stages import RunStage, in_stage, peak_rate
 from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import TrainingData, open_training_data, open_validation_data
@@ -60,6 +61,7 @@ def make_plan(
     parallel = config.parallel
     sizes = sizes_of(world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1)
     whole, opened = _opened(config, sizes)
+    whole = with_warmup_steps(whole, sizes.dp)
     batches, lengths = _first_batches(whole, opened)
     uses = tuple(stage_uses(whole.data, opened))
     largest = max((use.stage for use in uses), key=lambda stage: stage.row_tokens)

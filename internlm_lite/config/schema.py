@@ -304,7 +304,7 @@ class LrSchedulerConfig(Section):
     """(new) What follows a warm-up of W steps, t steps after it. "cosine", "linear": down to eta_min at total_steps.
     "wsd": adam.lr, and down to eta_min in the last decay_steps (warm-up, stable, decay: arXiv:2404.06395).
     "inverse_sqrt": adam.lr * sqrt(W / (W + t)), with W at least 1, and at least eta_min. "noam", warm-up included:
-    adam.lr * d_model^-0.5 * min(k^-0.5, k * W^-1.5) in step k = 1, 2, ... (arXiv:1706.03762). "constant": adam.lr.
+    adam.lr * noam_width^-0.5 * min(k^-0.5, k * W^-1.5) in step k = 1, 2, ... (arXiv:1706.03762). "constant": adam.lr.
     "steps": adam.lr times the factors of `step_factors`."""
     decay_steps: Positive | None = None
     """(new) wsd: steps of the decay, which ends at total_steps. None: decay_ratio says."""
@@ -315,8 +315,8 @@ class LrSchedulerConfig(Section):
     same factor in each step, which takes an eta_min above 0."""
     step_factors: list[Annotated[list[float], Field(min_length=2, max_length=2)]] | None = None
     """(new) steps: [[step, factor], ...]: from each step on the rate is adam.lr * factor; 1 before the first."""
-    d_model: Positive | None = None
-    """(new) noam: width in the formula; left out: model.hidden_size."""
+    noam_width: Positive | None = None
+    """(new) noam: its d_model; left out: model.hidden_size."""
     eta_min: Annotated[float, Field(ge=0)] = 0.0
     """Final learning rate."""
     last_epoch: Annotated[int, Field(ge=-1)] = -1

@@ -61,7 +61,6 @@ def make_plan(
     parallel = config.parallel
     sizes = sizes_of(world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1)
     whole, opened = _opened(config, sizes)
-    whole = with_warmup_steps(whole, sizes.dp)
     batches, lengths = _first_batches(whole, opened)
     uses = tuple(stage_uses(whole.data, opened))
     largest = max((use.stage for use in uses), key=lambda stage: stage.row_tokens)
@@ -156,7 +155,7 @@ def _opened(config: Config, sizes: Sizes) -> tuple[Config, TrainingData]:
     """The config with its number of steps, and the data that it trains on."""
     data, vocab_size = config.data, config.model.vocab_size
     opened = open_training_data(data, vocab_size, 0, sizes.dp, config.seed, config.stages)
-    config = with_total_steps(config, opened)
+    config = with_warmup_steps(with_total_steps(config, opened), sizes.dp)
     check_caps(config.data, opened)
     if data.valid_every:
         open_validation_data(data, vocab_size, 0, sizes.dp, config.seed)  # raises its errors

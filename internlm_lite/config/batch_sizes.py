@@ -12,7 +12,7 @@ _MOST_STEPS = 10**12
 
 
 def step_tokens(config: Config, dp_size: int) -> Iterator[tuple[int, int, int]]:
-    """(number of steps, tokens over all ranks of each of them, number of their stage) from the first step on; what comes
+    """(number of steps, tokens over all ranks of each of them, their stage) from the first step on; what comes
     after the last change of size goes on for more than 10^12 steps."""
     stages, steps = stages_of(config.data, config.stages), 0
     for span in spans(config.data, stages, rampup_of(config.data, stages, dp_size)):

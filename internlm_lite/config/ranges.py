@@ -31,8 +31,8 @@ class Rampup:
     """With `by_tokens`: ids of the batches with which each increment begins, from `in_batches`."""
 
     def in_batches(self, full: int, micro_tokens: Sequence[tuple[int, int]]) -> Rampup:
-        """This one with its borders. `micro_tokens`: (first batch, tokens of one micro-batch over all data-parallel ranks)
-        of each stage. Tokens of skipped batches count, too: they are part of the order."""
+        """This one with its borders. `micro_tokens`: (first batch, tokens of a micro-batch over all ranks) of a stage.
+        Tokens of skipped batches count, too: they are part of the order."""
         if not self.by_tokens:
             return self
         borders, batch, tokens, stages = [], 0, 0, list(micro_tokens)

@@ -155,7 +155,7 @@ def _opened(config: Config, sizes: Sizes) -> tuple[Config, TrainingData]:
     """The config with its numbers of steps, and the data that it trains on."""
     data, vocab_size = config.data, config.model.vocab_size
     opened = open_training_data(data, vocab_size, 0, sizes.dp, config.seed, config.stages)
-    config = with_total_steps(config, opened)
+    config = with_warmup_steps(with_total_steps(config, opened), sizes.dp)
     check_caps(config.data, opened)
     if data.valid_every:
         open_validation_data(data, vocab_size, 0, sizes.dp, config.seed)  # raises its errors

@@ -23,7 +23,7 @@ _MOST_ROWS = 40
 
 
 def render_schedule(config: Config, world_size: int) -> RenderableType:
-    """Raises MeshError if `world_size` ranks cannot be laid out, ConfigError as `with_warmup_steps`, DataError where the
+    """Raises MeshError if `world_size` ranks cannot be laid out, ConfigError as `with_warmup_steps`, DataError if the
     number of steps comes from the data, and these are missing."""
     parallel = config.parallel
     dp_size = sizes_of(world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1).dp

@@ -61,7 +61,7 @@ ADAMW, LION, SGD, MUON = {"name": "adamw"}, {"name": "lion"}, {"name": "sgd", "m
             MUON,
             ["exp_avg", "exp_avg_sq"],
             [],
-            "exp_avg of 21 tensors, exp_avg_sq of 7 tensors kept; nothing at zero",
+            "exp_avg of 21 tensors, exp_avg_sq of 11 tensors kept; nothing at zero",
         ),
         (MUON, ADAMW, [], ["exp_avg", "exp_avg_sq"], "exp_avg of 21 tensors, exp_avg_sq of 21 tensors at zero"),
         (LION, ADAMW, [], ["exp_avg", "exp_avg_sq"], "exp_avg of 21 tensors, exp_avg_sq of 21 tensors at zero"),

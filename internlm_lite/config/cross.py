@@ -330,6 +330,9 @@ def _rule(config: Config) -> Iterator[Problem]:
             yield Problem(
                 keys, f'found {shown(value)} with "{rule.name}", expected "muon"; remove it, or change the rule'
             )
+    if rule.moments == "bf16" and rule.name == "muon":
+        keys = "optimizer.moments", "optimizer.name"
+        yield Problem(keys, 'found "bf16" with "muon", whose momentum is fp32; leave moments out, or change the rule')
     for index, group in enumerate(rule.groups):
         if group.betas is not None and rule.name == "sgd":
             key = f"optimizer.groups[{index}].betas"

@@ -242,6 +242,9 @@ class OptimizerConfig(Section):
     """muon: factor of an orthogonalised matrix. "rms": 0.2 sqrt(max(rows, columns)), so that its elements are as large
     as AdamW's updates and adam.lr and adam.weight_decay suit both (arXiv:2502.16982). "spectral":
     sqrt(max(1, rows / columns)) (K. Jordan), for a muon_lr about ten times as large."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the rule's state; masters stay fp32. "bf16": half the memory, rounded at random, alike in every layout;
+    an update takes longer. Not for muon."""
     groups: list[GroupConfig] = []
     """Parameters with hyperparameters of their own, by patterns of their names."""
 

@@ -114,7 +114,7 @@ adam = dict(
     weight_decay_on="all",
 )
 
-lr_scheduler = dict(total_steps=STEPS, warmup_steps=0, decay="constant")
+lr_scheduler = dict(total_steps=STEPS, warmup_steps=0, kind="constant")
 
 beta2_scheduler = dict(init_beta2=adam["adam_beta2"])
 

@@ -67,7 +67,7 @@ lr_scheduler = dict(
     total_steps=STEPS,
     warmup_steps=WARMUP_STEPS,
     warmup_from_zero=True,
-    decay="inverse_sqrt" if OPTIMIZER == "sgd" else "cosine",
+    kind="inverse_sqrt" if OPTIMIZER == "sgd" else "cosine",
     eta_min=LEARNING_RATE / 10,
 )
 

@@ -25,11 +25,13 @@ from internlm_lite.apps.convert.hf_config import default_family
 from internlm_lite.apps.convert.llama2c import write_llama2c
 from internlm_lite.apps.convert.to_hf import open_checkpoint, write_hf
 from internlm_lite.checkpoint.format.catalog import Found
-from internlm_lite.cli.options import new_parser, s3_settings
+from internlm_lite.checkpoint.format.weight_roles import Weights, with_weights
+from internlm_lite.cli.options import add_weights, new_parser, s3_settings
 from internlm_lite.config.schema import Config, ModelConfig, S3Config
 from internlm_lite.data.tokenizer import Tokenizer
 from internlm_lite.generate.load_model import load_model
 from internlm_lite.mesh.mesh import single_process_mesh
+from internlm_lite.models.stages import WholeModel
 from internlm_lite.runtime.dist_env import adopt_s3_keys
 from internlm_lite.runtime.tool import add_s3_option, run_tool
 from internlm_lite.units import human_bytes, human_seconds
@@ -47,6 +49,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("checkpoint", help="a save folder (its newest checkpoint), or one checkpoint of it")
         command.add_argument("out", type=Path, help="folder to make")
         command.add_argument("--tokenizer", help="tokenizer file or folder, or none (the config's data.tokenizer)")
+        add_weights(command)
     add, dtypes = to_hf.add_argument, ["float32", "bfloat16", "float16"]
     add("--dtype", choices=dtypes, help="of the weights (as the model was trained)")
     add("--model-type", choices=FAMILIES, help="which model it becomes (the first that can express it)")
@@ -93,6 +96,7 @@ def opened(arguments: argparse.Namespace, s3: S3Config) -> tuple[Found, Config, 
     found, config, path = open_checkpoint(arguments.checkpoint, s3)
     for reason in found.rejected:
         print(f"passed over {reason}")
+    found = with_weights(found, arguments.weights)
     print(f"checkpoint {found.name} ({found.manifest.kind}, step {found.step})")
     tokenizer = arguments.tokenizer or config.data.tokenizer
     if tokenizer is None:
@@ -128,7 +132,7 @@ def to_hf(arguments: argparse.Namespace, s3: S3Config) -> int:
     )
     files = written.files[0] if len(written.files) == 1 else f"{len(written.files)} files"
     print(f"{arguments.out}: {files}, {progress.summary(written.n_tensors, written.n_bytes)}")
-    return verify(path, arguments.out, s3) if arguments.verify else 0
+    return verify(path, arguments.out, s3, arguments.weights) if arguments.verify else 0
 
 
 def from_hf(arguments: argparse.Namespace, s3: S3Config) -> int:
@@ -155,9 +159,13 @@ def usage(config: Config, out: str) -> str:
     return "\n".join([*head, *lines, ")"])
 
 
-def verify(checkpoint: str, folder: Path, s3: S3Config) -> int:
+def verify(checkpoint: str, folder: Path, s3: S3Config, weights: Weights = "model") -> int:
     """Exit code: 2 when the logits differ by more than the bound."""
-    difference = compare(lambda: load_model(checkpoint, single_process_mesh(), "torch.float32", s3)[0], folder)
+
+    def load() -> WholeModel:
+        return load_model(checkpoint, single_process_mesh(), "torch.float32", s3, weights=weights)[0]
+
+    difference = compare(load, folder)
     print(f"{'verified' if difference.is_small else 'NOT THE SAME MODEL'}: {difference}")
     return 0 if difference.is_small else 2
 

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from internlm_lite.cli.options import add_device, check_at_least, new_parser, s3_settings
+from internlm_lite.cli.options import add_device, add_weights, check_at_least, new_parser, s3_settings
 from internlm_lite.errors import ConfigError, DataError
 from internlm_lite.runtime.dist_env import adopt_s3_keys, read_dist_env
 from internlm_lite.runtime.tool import add_s3_option, run_tool
@@ -72,6 +72,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--layers", metavar="LIST", help="of the maps, such as 0,2-5 (all)")
     add("--heads", metavar="LIST", help="likewise (all)")
     add_device(parser)
+    add_weights(parser)
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as it was trained")
     add_s3_option(parser)
     arguments = parser.parse_args(argv)
@@ -139,7 +140,7 @@ def continue_prompts(arguments: argparse.Namespace) -> int:
     """Exit code."""
     from internlm_lite.apps.attention_maps.write_maps import check_target
     from internlm_lite.data.tokenizer import Tokenizer
-    from internlm_lite.generate.decode import Listener, generate
+    from internlm_lite.generate.decode import Listener, check, generate
     from internlm_lite.generate.load_model import load_model
     from internlm_lite.generate.sample import Sampling
     from internlm_lite.mesh.mesh import single_process_mesh
@@ -151,7 +152,8 @@ def continue_prompts(arguments: argparse.Namespace) -> int:
     how, lines = chosen_search(arguments), read_lines(arguments)
     mesh = single_process_mesh(bind_device(read_dist_env(os.environ, "single"), arguments.device))
     dtype = arguments.dtype and f"torch.{arguments.dtype}"
-    model, config = load_model(arguments.checkpoint, mesh, dtype, s3_settings(arguments.s3))
+    s3 = s3_settings(arguments.s3)
+    model, config = load_model(arguments.checkpoint, mesh, dtype, s3, weights=arguments.weights)
     path = arguments.tokenizer or config.data.tokenizer
     if path is None:
         raise ConfigError("the model's config names no data.tokenizer: give one with --tokenizer FILE")
@@ -162,6 +164,7 @@ def continue_prompts(arguments: argparse.Namespace) -> int:
     if arguments.attention is not None:
         draw_attention(arguments, model, tokenizer, requests)
         return 0
+    check(model, [request.prompt for request in requests], [request.max_new_tokens for request in requests])
     for start in range(0, len(requests), arguments.batch_size):
         batch = slice(start, start + arguments.batch_size)
         shown = isinstance(how, Sampling) and not arguments.json and len(requests[batch]) == 1

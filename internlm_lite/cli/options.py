@@ -46,6 +46,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=DEVICES, default="auto", help=text)
 
 
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    text = "model, or ema: the averaged weights of a run with `ema` in its config (model)"
+    parser.add_argument("--weights", choices=["model", "ema"], default="model", help=text)
+
+
 def add_launcher(parser: argparse.ArgumentParser, timeout: float, world_size_help: str = "likewise") -> None:
     """Add the options of the launcher and the rendezvous. `timeout`: default, in seconds."""
     add, text = parser.add_argument, f"longest wait for other ranks ({timeout:g})"

@@ -25,7 +25,7 @@ from internlm_lite.config.paths import (
 from internlm_lite.config.plain import shown
 from internlm_lite.config.problems import Problem
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
-from internlm_lite.config.schema import AlertsConfig, CkptConfig, Config, OptimizerConfig
+from internlm_lite.config.schema import AlertsConfig, CkptConfig, Config, LrSchedulerConfig, OptimizerConfig
 from internlm_lite.errors import ConfigError
 
 _TENSOR = "parallel.tensor"
@@ -40,6 +40,8 @@ _UNREAD = {
     "sgd": ("adam.adam_beta1", "adam.adam_beta2", "adam.adam_beta2_c", "adam.adam_eps", "beta2_scheduler.c"),
 }
 """Keys of AdamW that other update rules have no use for."""
+_OF_KIND = {"wsd": ("decay_steps", "decay_ratio", "decay_shape"), "steps": ("step_factors",)}
+"""lr_scheduler.kind -> keys of `lr_scheduler` that only it reads."""
 _OF_MUON = ("nesterov", "ns_steps", "ns_dtype", "muon_lr", "muon_weight_decay", "update_scale")
 """Keys of `optimizer` that no other rule reads."""
 _MOST = {
@@ -98,7 +100,7 @@ def _texts(config: Config) -> Iterator[Problem]:
     """Paths and names that no file system or terminal takes, and paths of what can be read without end."""
     for key in known_keys():
         value = value_of(config, key)
-        texts = value if isinstance(value, list) else [value] if isinstance(value, str) else []
+        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
         never = _NEVER_IN_PROMPTS if key == "monitor.sample_prompts" else _NEVER_IN_NAMES
         for text in texts:
             if never.search(text):
@@ -246,6 +248,50 @@ def _curves(config: Config) -> Iterator[Problem]:
             f"found {curve.init_steps} + {warmup} warm-up steps, expected at most lr_scheduler.total_steps "
             f"{curve.total_steps}; lower init_steps or {given.partition('.')[2]}",
         )
+    yield from _kind(curve)
+
+
+def _kind(curve: LrSchedulerConfig) -> Iterator[Problem]:
+    """Keys that belong to another kind of curve, and curves that do not fit their steps."""
+    for kind, names in _OF_KIND.items():
+        for name in names:
+            value, default = getattr(curve, name), LrSchedulerConfig.model_fields[name].default
+            if value != default and curve.kind != kind:
+                keys = f"lr_scheduler.{name}", "lr_scheduler.kind"
+                yield Problem(
+                    keys, f'found {shown(value)} with kind "{curve.kind}", expected "{kind}"; change one of them'
+                )
+    if curve.kind == "noam" and curve.num_warmup_steps < 1:
+        text = 'found 0 warm-up steps with kind "noam", whose rate falls from their end; expected at least 1'
+        yield Problem(("lr_scheduler.warmup_steps", "lr_scheduler.kind"), f"{text}: set it")
+    if curve.kind == "steps":
+        yield from _factors(curve)
+    if curve.kind != "wsd":
+        return
+    if curve.decay_steps is not None and curve.decay_ratio is not None:
+        keys = "lr_scheduler.decay_steps", "lr_scheduler.decay_ratio"
+        yield Problem(keys, f"found {curve.decay_steps} beside decay_ratio {curve.decay_ratio}; leave one of them out")
+    before = curve.init_steps + curve.num_warmup_steps
+    if before + curve.num_decay_steps > curve.total_steps:
+        keys = "lr_scheduler.decay_steps", "lr_scheduler.total_steps"
+        text = f"found {curve.num_decay_steps} after {before} steps of warm-up, expected at most total_steps"
+        yield Problem(keys, f"{text} {curve.total_steps} together; lower one of them")
+    if curve.decay_shape == "exponential" and not curve.eta_min:
+        keys = "lr_scheduler.eta_min", "lr_scheduler.decay_shape"
+        yield Problem(keys, 'found 0 with "exponential", which never reaches it; expected more, such as adam.lr / 100')
+
+
+def _factors(curve: LrSchedulerConfig) -> Iterator[Problem]:
+    key, table = "lr_scheduler.step_factors", curve.step_factors
+    if not table:
+        yield Problem((key, "lr_scheduler.kind"), f"found {table}, expected [[step, factor], ...]; set it")
+        return
+    before = curve.init_steps + curve.num_warmup_steps - 1.0
+    for step, factor in table:
+        if step != int(step) or step <= before or factor < 0:
+            text = f"found [{step:g}, {factor:g}], expected a whole step above {before:g} and a factor of at least 0"
+            yield Problem((key,), f"{text}: steps ascend, after the warm-up")
+        before = step
 
 
 def _rule(config: Config) -> Iterator[Problem]:

@@ -146,7 +146,6 @@ FEATURES: Mapping[str, tuple[str, str]] = {
     r"(load_in_)?[48]_?bit.*|quant.*|.*(gptq|awq|bnb|bitsandbytes).*": ("quantised training", "see model.dtype"),
     r"mm_.*|(use_)?(image|images|vision|vit|video|audio)(_.*)?|multi_?modal.*|projector.*": (
         "images, video and sound", "the model reads tokens of text"),
-    r"(use_)?ema(_.*)?": ("averaging of weights (EMA)", "checkpoints are kept by ckpt.checkpoint_every"),
     r".*cuda_?graphs?.*|compile_.*|.*inductor.*": ("CUDA graphs and options of the compiler", "see model.compile"),
     r"drop_?path.*|(use_)?layer_?drop.*|stochastic_depth.*": (
         "dropout of whole layers", "model.residual_dropout drops features"),
@@ -192,9 +191,11 @@ _OTHER_NAMES = {
     "data.valid_batches": "eval_iters",
     "data.valid_every": "eval_steps eval_interval",
     "data.weights": "dataset_weights data_weights blend",
+    "ema.decay": "ema_decay use_ema ema_rate",
     "hybrid_zero_optimizer.clip_grad_norm": "max_grad_norm gradient_clipping clip_grad max_norm",
     "loss.z_loss": "z_loss_weight z_loss_multiplier z_loss_coefficient z_loss_coeff",
-    "lr_scheduler.decay": "lr_scheduler_type lr_decay_style",
+    "lr_scheduler.decay_steps": "lr_wsd_decay_iters wsd_decay_steps num_decay_steps",
+    "lr_scheduler.kind": "lr_scheduler_type lr_decay_style decay",
     "lr_scheduler.eta_min": "min_lr min_decay_lr lr_min",
     "lr_scheduler.warmup_steps": "lr_warmup_iters lr_warmup_steps warmup_iters num_warmup_steps",
     "model.attention_scale": "softmax_scale attention_multiplier query_pre_attn_scalar",

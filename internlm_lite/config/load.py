@@ -31,6 +31,7 @@ from internlm_lite.errors import ConfigError
 
 _DEFAULT_FROM = {
     "lr_scheduler.total_steps": "data.total_steps",
+    "lr_scheduler.d_model": "model.hidden_size",
     "beta2_scheduler.init_beta2": "adam.adam_beta2",
     "beta2_scheduler.c": "adam.adam_beta2_c",
 }
@@ -173,7 +174,7 @@ def _disagreements(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
     for winner, other in _DEFAULT_FROM.items():
         effect = "the schedule decides"
         if winner == "lr_scheduler.total_steps":
-            if config.lr_scheduler.decay != "cosine":
+            if config.lr_scheduler.kind not in ("cosine", "linear", "wsd"):
                 continue
             effect = "the learning rate reaches eta_min at another step than the last"
         first, second = value_of(config, winner), value_of(config, other)

@@ -23,6 +23,7 @@ def model_problems(config: Config) -> Iterator[Problem]:
     yield from _tensor(config)
     yield from _float8(config)
     yield from _dropout(config)
+    yield from _mup(config)
 
 
 def _heads(config: Config) -> Iterator[Problem]:
@@ -202,3 +203,31 @@ def _dropout(config: Config) -> Iterator[Problem]:
             f'found {model.attention_dropout:g} with model.attention "{kernel}", which drops attention weights by '
             'numbers of its own; set model.attention="auto", or attention_dropout=0',
         )
+
+
+def _mup(config: Config) -> Iterator[Problem]:
+    model, rule = config.model, config.optimizer.name
+    if model.scaling != "mup":
+        for name in ("mup_base_width", "mup_base_head_dim"):
+            if getattr(model, name) is not None:
+                keys = f"model.{name}", "model.scaling"
+                yield Problem(
+                    keys, f'found {getattr(model, name)} with scaling "standard", expected "mup"; change one of them'
+                )
+        return
+    keys = "model.mup_base_width", "model.scaling"
+    if model.mup_base_width is None:
+        text = (
+            "found None, expected the hidden_size at which learning rate and init_std were found; without it mup is the"
+        )
+        yield Problem(keys, f"{text} same as standard: set it")
+    if rule == "sgd":
+        text = (
+            'found "sgd", whose updates grow with the gradient, with model.scaling="mup"; expected adamw, lion or muon'
+        )
+        yield Problem(("optimizer.name", "model.scaling"), f"{text}; change one of them")
+    if rule == "muon" and config.optimizer.update_scale != "spectral":
+        text = (
+            f'found {config.optimizer.update_scale!r} with model.scaling="mup"; expected "spectral", which alone makes '
+        )
+        yield Problem(("optimizer.update_scale", "model.scaling"), f"{text}updates as large at every width")

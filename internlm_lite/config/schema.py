@@ -6,9 +6,9 @@ The vocabulary is the InternLM demo configs'; keys that are new here say so. Cro
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from internlm_lite.units import round_up
 
@@ -212,6 +212,18 @@ class OptimizerConfig(Section):
     sqrt(max(1, rows / columns)) (K. Jordan), for a muon_lr about ten times as large."""
 
 
+class EmaConfig(Section):
+    """(new) An exponential moving average (EMA) of the master weights: sharded and saved beside them, evaluated beside
+    the weights, and read from checkpoints by `--weights ema` of `generate`, `convert` and `ckpt merge`."""
+
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Share of the average that one update leaves: it reaches over about 1 / (1 - decay) updates."""
+    every: Positive = 1
+    """Steps between updates of the average; after n updates of the weights its decay is decay to the power n."""
+    warmup: bool = True
+    """Begin with the smaller decay (1 + t) / (10 + t) after t updates, so that the first weights are soon forgotten."""
+
+
 class AdamConfig(Section):
     """Learning rate, betas and weight decay of the update rule, see `optimizer`."""
 
@@ -233,10 +245,10 @@ class AdamConfig(Section):
 
 
 class LrSchedulerConfig(Section):
-    """Linear warm-up, then `decay`."""
+    """Linear warm-up, then `kind`."""
 
     total_steps: Positive
-    """Step at which the cosine reaches eta_min; left out: data.total_steps."""
+    """Step at which the rate reaches eta_min; left out: data.total_steps."""
     init_steps: NonNegative = 0
     """Steps with learning rate 0 before the warm-up."""
     warmup_ratio: Fraction | None = None
@@ -246,9 +258,23 @@ class LrSchedulerConfig(Section):
     warmup_from_zero: bool = False
     """(new) The first of w warm-up steps has the learning rate 0 and the last adam.lr * (w - 1) / w (Megatron, Hugging
     Face). False: adam.lr / w and adam.lr (InternLM)."""
-    decay: Literal["cosine", "constant", "inverse_sqrt"] = "cosine"
-    """(new) What follows the warm-up. "cosine": down to eta_min at total_steps. "constant": adam.lr. "inverse_sqrt":
-    adam.lr / sqrt(t + 1) in step t after the warm-up, at least eta_min."""
+    kind: Literal["cosine", "wsd", "linear", "inverse_sqrt", "noam", "constant", "steps"] = "cosine"
+    """(new) What follows a warm-up of W steps, t steps after it. "cosine", "linear": down to eta_min at total_steps.
+    "wsd": adam.lr, and down to eta_min in the last decay_steps (warm-up, stable, decay: arXiv:2404.06395).
+    "inverse_sqrt": adam.lr * sqrt(W / (W + t)), with W at least 1, and at least eta_min. "noam", warm-up included:
+    adam.lr * d_model^-0.5 * min(k^-0.5, k * W^-1.5) in step k = 1, 2, ... (arXiv:1706.03762). "constant": adam.lr.
+    "steps": adam.lr times the factors of `step_factors`."""
+    decay_steps: Positive | None = None
+    """(new) wsd: steps of the decay, which ends at total_steps. None: decay_ratio says."""
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    """(new) wsd: share of total_steps in which the rate falls. None: 0.1, unless decay_steps is given."""
+    decay_shape: Literal["linear", "cosine", "1-sqrt", "exponential"] = "linear"
+    """(new) wsd: how it falls, x from 0 to 1: 1 - x, (1 + cos(pi x)) / 2, 1 - sqrt(x) (arXiv:2405.18392), or by the
+    same factor in each step, which takes an eta_min above 0."""
+    step_factors: list[Annotated[list[float], Field(min_length=2, max_length=2)]] | None = None
+    """(new) steps: [[step, factor], ...]: from each step on the rate is adam.lr * factor; 1 before the first."""
+    d_model: Positive | None = None
+    """(new) noam: width in the formula; left out: model.hidden_size."""
     eta_min: Annotated[float, Field(ge=0)] = 0.0
     """Final learning rate."""
     last_epoch: Annotated[int, Field(ge=-1)] = -1
@@ -259,6 +285,13 @@ class LrSchedulerConfig(Section):
         if self.warmup_steps is not None:
             return self.warmup_steps
         return int(self.total_steps * (0.01 if self.warmup_ratio is None else self.warmup_ratio))
+
+    @property
+    def num_decay_steps(self) -> int:
+        """Steps of the decay of "wsd"."""
+        if self.decay_steps is not None:
+            return self.decay_steps
+        return max(1, int(self.total_steps * (0.1 if self.decay_ratio is None else self.decay_ratio)))
 
 
 class Beta2SchedulerConfig(Section):
@@ -422,6 +455,40 @@ class ModelConfig(Section):
     """(new) The head shares the embedding's weight."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
     """(new) Standard deviation of matrices at start; output projections are scaled by 1/sqrt(2*num_layers)."""
+    scaling: Literal["standard", "mup"] = "standard"
+    """(new) "mup": learning rate, weight decay and init_std found at the width mup_base_width suit this hidden_size,
+    m times as large (maximal update parametrisation, arXiv:2203.03466, table 8; for AdamW, Lion and Muon). Matrices of
+    the blocks start with init_std / sqrt(m) and train, unless by Muon, with adam.lr / m and adam.weight_decay * m;
+    logit_scale is 1 / m, attention_scale sqrt(mup_base_head_dim) / head_dim; all else stays as it is."""
+    mup_base_width: Positive | None = None
+    """(new) hidden_size of the model whose hyperparameters are used; required with scaling="mup"."""
+    mup_base_head_dim: Positive | None = None
+    """(new) Its features per head; None: as many as here."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_mup_scales(cls, values: Any) -> Any:
+        """Multipliers are ordinary keys, so that all that reads a model's function sees them."""
+        if not isinstance(values, dict) or values.get("scaling") != "mup":
+            return values
+        counts = {key: value for key, value in values.items() if type(value) is int and value > 0}
+        filled, width, base = dict(values), counts.get("hidden_size", 0), counts.get("mup_base_width", 0)
+        if width and base and base != width and values.get("logit_scale") is None:
+            filled["logit_scale"] = base / width
+        head_dim = counts.get("head_dim") or width // counts.get("num_attention_heads", width + 1)
+        if head_dim and "mup_base_head_dim" in counts and values.get("attention_scale") is None:
+            filled["attention_scale"] = counts["mup_base_head_dim"] ** 0.5 / head_dim
+        return filled
+
+    @property
+    def width_multiplier(self) -> float:
+        """m of `scaling`; 1 without."""
+        return self.hidden_size / self.mup_base_width if self.scaling == "mup" and self.mup_base_width else 1.0
+
+    @property
+    def hidden_std(self) -> float:
+        """Standard deviation of the matrices of blocks at start."""
+        return self.init_std / self.width_multiplier**0.5
 
     @property
     def kv_heads(self) -> int:
@@ -636,6 +703,8 @@ class Config(Section):
     """Loss."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Update rule."""
+    ema: EmaConfig | None = None
+    """(new) Average of the weights; None: there is none."""
     adam: AdamConfig = AdamConfig()
     """Its learning rate, betas and weight decay."""
     lr_scheduler: LrSchedulerConfig

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -69,10 +70,20 @@ def _or_none(token: int) -> int | None:
     return token if token >= 0 else None
 
 
+def _what_to_change(error: str) -> str:
+    """Its message names a line of its source, and an option that --vocab-size stands for here."""
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
+        return f"expected at least {found[1]}, for every byte and the text's characters; raise --vocab-size"
+    if found := re.search(r"size too high .* <= (\d+)", error):
+        return f"expected at most {found[1]} for a text as small as this; lower --vocab-size, or give more text"
+    return error.strip()
+
+
 def train_sentencepiece(texts: Iterable[str], path: Path, vocab_size: int, threads: int) -> None:
     """Train byte-pair encoding on `texts` and write it to `path` atomically.
 
-    Ids 0..3 are <unk> <s> </s> <pad>, then the 256 bytes. Raises DataError when the text is too small for `vocab_size`.
+    Ids 0..3 are <unk> <s> </s> <pad>, then the 256 bytes. Raises DataError when `vocab_size` is too large for the text,
+    or too small for its characters.
     """
     model = io.BytesIO()
     faults: list[InternLMError] = []
@@ -103,7 +114,8 @@ def train_sentencepiece(texts: Iterable[str], path: Path, vocab_size: int, threa
     except RuntimeError as error:
         if faults:
             raise faults[0] from None
-        raise DataError(f"sentencepiece could not train a vocabulary of {vocab_size}: {str(error).strip()}") from None
+        reason = _what_to_change(str(error))
+        raise DataError(f"sentencepiece could not train a vocabulary of {vocab_size}: {reason}") from None
     if faults:
         raise faults[0]
     path.parent.mkdir(parents=True, exist_ok=True)

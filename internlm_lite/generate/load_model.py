@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from internlm_lite.checkpoint.format.weight_roles import MASTER, Weights, with_weights
 from internlm_lite.checkpoint.load.checkpoint_loader import Loader
 from internlm_lite.config.schema import Config, S3Config
 from internlm_lite.layers.flash import choose_backend
@@ -14,15 +15,15 @@ from internlm_lite.models.stages import WholeModel
 
 
 def load_model(
-    path: str, mesh: Mesh, dtype: str | None = None, s3: S3Config | None = None
+    path: str, mesh: Mesh, dtype: str | None = None, s3: S3Config | None = None, *, weights: Weights = "model"
 ) -> tuple[WholeModel, Config]:
-    """The model with the master weights of the checkpoint at `path` (see `Loader.open`), and the checkpoint's config.
+    """The model with the weights of the checkpoint at `path` (see `Loader.open`), and the checkpoint's config.
 
-    `dtype`: a name as in the config, such as "torch.bfloat16", to use instead of the trained one. Raises
-    CheckpointError. Collective over the mesh.
+    `dtype`: a name as in the config, such as "torch.bfloat16", to use instead of the trained one; `weights`: "ema" for
+    the averaged ones. Raises CheckpointError. Collective over the mesh.
     """
     loader = Loader(mesh, s3=s3)
-    found = loader.open(path)
+    found = with_weights(loader.open(path), weights)
     config = found.config()
     shape = config.model if dtype is None else config.model.model_copy(update={"dtype": dtype})
     kept = shape.model_copy(update={"attention_dropout": 0.0})  # nothing is dropped in generation
@@ -36,4 +37,4 @@ def piece_of(param: torch.Tensor) -> LocalShard:
     """The local parameter as the destination of a checkpoint's master weights, which loading casts to its dtype."""
     assert isinstance(param, Parameter), "parameters of the model know their part"
     part = param.shard_spec
-    return LocalShard(part.name, "master", part.shape, part.box, None, param.detach())
+    return LocalShard(part.name, MASTER, part.shape, part.box, None, param.detach())

@@ -40,7 +40,7 @@ class Attention(CostedLayer):
         self.head_dim = config.head_size
         self.queries = heads // kv_heads  # per key/value head
         rows, bias = kv_heads * (self.queries + 2) * self.head_dim, config.has_qkv_bias
-        self.wqkv = ColumnLinear(f"{name}.wqkv", hidden_size, rows, tp_ctx, init_std=config.init_std, bias=bias)
+        self.wqkv = ColumnLinear(f"{name}.wqkv", hidden_size, rows, tp_ctx, init_std=config.hidden_std, bias=bias)
         self.wqkv.weight.matrix_rows = (self.queries * self.head_dim, self.head_dim, self.head_dim)
         rows, bias = heads * self.head_dim, config.has_out_bias
         self.wo = RowLinear(f"{name}.wo", rows, hidden_size, tp_ctx, init_std=output_std(config), bias=bias)

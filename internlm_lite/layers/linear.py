@@ -28,7 +28,7 @@ from internlm_lite.mesh.layout import parameter, split, whole
 
 def output_std(config: ModelConfig) -> float:
     """Initial standard deviation of matrices that write to the residual stream (GPT-2: init_std / sqrt(2 layers))."""
-    return config.init_std / math.sqrt(2 * config.num_layers)
+    return config.hidden_std / math.sqrt(2 * config.num_layers)
 
 
 class _Linear(CostedLayer):

@@ -81,7 +81,7 @@ class FeedForward(CostedLayer):
         super().__init__()
         self.tp_ctx = tp_ctx
         hidden_size, width, bias = config.hidden_size, config.mlp_hidden_size, config.mlp_bias
-        column = partial(ColumnLinear, init_std=config.init_std, bias=bias)
+        column = partial(ColumnLinear, init_std=config.hidden_std, bias=bias)
         self.w1 = column(f"{name}.w1", hidden_size, width, tp_ctx)  # gate, if there is one
         self.w3 = column(f"{name}.w3", hidden_size, width, tp_ctx) if config.gated_mlp else None  # up
         self.w2 = RowLinear(f"{name}.w2", width, hidden_size, tp_ctx, init_std=output_std(config), bias=bias)

@@ -88,7 +88,7 @@ class LocalShard:
 
     name: str
     role: str
-    """"master" (the master weights) or one of the update rule's `roles` (its state)."""
+    """"master" (the master weights), one of the update rule's `roles` (its state), or "ema" (their average)."""
     shape: tuple[int, ...]
     box: Box
     flat_range: tuple[int, int] | None
@@ -97,6 +97,8 @@ class LocalShard:
     """Whether a negative number in `tensor` is an error."""
     largest: float = math.inf
     """A finite number of larger magnitude is an error, too: the model's weights would be infinite."""
+    optional: bool = False
+    """A load from a checkpoint that has nothing of this role leaves `tensor` as it is."""
 
 
 def is_sound(tensor: torch.Tensor, *, non_negative: bool, largest: float = math.inf) -> torch.Tensor:

@@ -125,10 +125,13 @@ class ValidationRecord:
     folders: Mapping[str, FolderFigures]
     train_loss: float | None = None
     """Mean cross-entropy over batches of training data; None: not measured."""
+    ema: Mapping[str, float] | None = None
+    """"loss", "acc" and "perplexity" of the averaged weights on the same batches; None: not measured."""
 
     def __str__(self) -> str:
         """The line of the log."""
         on_train = "" if self.train_loss is None else f" train_loss={self.train_loss:.4f}"
+        on_train += "" if self.ema is None else f" ema_loss={self.ema['loss']:.4f}"
         folders = "".join(f" loss/{name}={figures.loss:.4f}" for name, figures in self.folders.items())
         return (
             f"evaluation after {self.step + 1} steps: loss={self.loss:.4f} perplexity={self.perplexity:.4f} "

@@ -28,6 +28,7 @@ def validation_scalars(record: ValidationRecord) -> dict[str, float]:
         "valid/acc": record.acc,
         "valid/perplexity": record.perplexity,
         **({} if record.train_loss is None else {"valid/train_loss": record.train_loss}),
+        **{f"valid/ema_{name}": value for name, value in (record.ema or {}).items()},
         **_folders(record.folders, "val_"),
     }
 

@@ -52,11 +52,13 @@ class ParamGroups:
         if options.name == "muon" and param.matrix_rows is not None:
             return self._muon
         decays = self._decays(param)
+        # Of mu-P; the update of a block's matrix is as large as its learning rate, whatever the gradient.
+        wider = self._config.model.width_multiplier if param.matrix_rows is not None else 1.0
         return ParamGroup(
-            name="decay" if decays else "no_decay",
+            name="hidden" if wider != 1 else "decay" if decays else "no_decay",
             rule="adamw" if options.name == "muon" else options.name,
-            lr=adam.lr,
-            weight_decay=adam.weight_decay if decays else 0.0,
+            lr=adam.lr / wider,
+            weight_decay=adam.weight_decay * wider if decays else 0.0,
             beta1=adam.adam_beta1,
             beta2=None,
             eps=adam.adam_eps,

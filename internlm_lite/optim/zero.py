@@ -11,7 +11,8 @@ factor, the clip factor and the decision to skip are device scalars: the host ne
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from internlm_lite.errors import ConfigError
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.layout import LocalShard, Parameter, first_problem, is_sound
 from internlm_lite.mesh.mesh import Mesh
+from internlm_lite.optim.average import ROLE, WeightAverage
 from internlm_lite.optim.buckets import Bucket, build_buckets
 from internlm_lite.optim.gather import WeightGatherer
 from internlm_lite.optim.grad_norm import Requests, clip_factor, reduce_totals
@@ -82,6 +84,9 @@ class HybridZeroOptimizer:
         self._gatherer = WeightGatherer(self.buckets, units, mesh.zero, overlap=zero.overlap_sync_param)
         self._skips = SkipDecider(config, model_dtype, mesh.device)
         self._updates = GroupUpdates(self.buckets, config, mesh)
+        masters = [shard.weights for shard in self._updates.shards]
+        self.average = None if config.ema is None else WeightAverage(config.ema, masters)
+        self._holds_averages = False
 
     @property
     def scaler(self) -> LossScaler:
@@ -117,6 +122,7 @@ class HybridZeroOptimizer:
         requests and training loss (device scalar), summed over all ranks here; `global_tokens`: the divisor of the
         loss. Collective over the mesh; does not read the device.
         """
+        self._require_masters()
         self._reducer.finish()
         totals = reduce_totals(self.buckets, self._model_dtype, num_labels, requests, loss_sum, self._mesh)
         labels = totals.num_labels.clamp(min=1)
@@ -127,10 +133,14 @@ class HybridZeroOptimizer:
         decision = self._skips.decide(totals.loss / labels, norm, totals.num_labels)
         factor = unscale * clip_factor(norm, self._config.hybrid_zero_optimizer.clip_grad_norm)
         second_beta = beta2(index, self._config.beta2_scheduler)
+        if self.average is not None:
+            self.average.wait()  # until it has read the weights that change now
         self._updates.update(self._exact_grads(), UpdateStep(rates, second_beta, factor, decision.skipped))
         self._zero_grads()
         self._begun = False
         self._gather_weights()
+        if self.average is not None:
+            self.average.after_step(index + 1, self._skips.good_steps)
         return StepOutcome(
             norm_model_dtype=totals.square_model_dtype.sqrt() * unscale,
             norm_fp32=totals.square_fp32.sqrt() * unscale,
@@ -159,21 +169,65 @@ class HybridZeroOptimizer:
 
     @torch.no_grad()
     def adopt_weights(self) -> None:
-        """Copy the model's weights, as drawn, to the master weights."""
+        """Copy the model's weights, as drawn, to the master weights; an average begins there."""
         for shard, bucket in zip(self._updates.shards, self.buckets, strict=True):
             if shard.weights.dtype != bucket.kind.dtype:  # else they are a view of the model's
                 shard.weights.copy_(bucket.weight_shard)
+        self.restart_average()
+
+    def restart_average(self) -> None:
+        """If there is an average: begin it at the present master weights."""
+        if self.average is not None:
+            self.average.restart(self._skips.good_steps)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside the block the model computes with the averaged weights, on every rank; afterwards with those of
+        before, to the bit. Collective; needs `ema` in the config.
+
+        No step and no save inside, nor a second block: they raise RuntimeError. After an exception, for which other
+        ranks must not wait, the masters are back and the model's weights are not: `publish_weights` makes them so.
+        """
+        average = self.average
+        if average is None:
+            raise RuntimeError("averaged() needs an average: set ema in the config")
+        self._require_masters()
+        self.wait_weights()
+        average.wait()
+        shards = self._updates.shards
+        views = [n for n, s in enumerate(shards) if s.weights.dtype == self.buckets[n].kind.dtype]
+        with average.exchanged(views):
+            self._holds_averages = True
+            try:
+                now = [s.weights if n in views else average.values[n] for n, s in enumerate(shards)]
+                self._publish(now)
+                yield
+            finally:
+                self._holds_averages = False
+        self.publish_weights()
+
+    def _require_masters(self) -> None:
+        if self._holds_averages:
+            raise RuntimeError("the weights are the averaged ones: no step and no save inside averaged()")
 
     @torch.no_grad()
     def publish_weights(self) -> None:
         """Copy loaded master weights to the model's weights on every rank, and wait. Collective."""
-        self._gather_weights()
+        self._publish([shard.weights for shard in self._updates.shards])
+
+    @torch.no_grad()
+    def _publish(self, weights: Sequence[torch.Tensor]) -> None:
+        self._gatherer.start(weights)
         self.wait_weights()
 
     def shards(self) -> Iterator[tuple[Bucket, dict[str, torch.Tensor]]]:
-        """(bucket, {role: [shard_size]}) for each bucket: this rank's master weights and state of the rule."""
-        for shard, bucket in zip(self._updates.shards, self.buckets, strict=True):
-            yield bucket, {"master": shard.weights, **shard.state}
+        """(bucket, {role: [shard_size]}) for each bucket: this rank's master weights, state of the rule, average."""
+        self._require_masters()
+        if self.average is not None:
+            self.average.wait()
+        for index, (shard, bucket) in enumerate(zip(self._updates.shards, self.buckets, strict=True)):
+            averages = {} if self.average is None else {ROLE: self.average.values[index]}
+            yield bucket, {"master": shard.weights, **shard.state, **averages}
 
     def pieces(self) -> Iterator[LocalShard]:
         """The tensors of `shards` as views per parameter, for a checkpoint to save or to load into."""
@@ -183,12 +237,14 @@ class HybridZeroOptimizer:
                 for role, flat in tensors.items():
                     span = (start - slot.start, stop - slot.start)
                     yield LocalShard(
-                        part.name, role, part.shape, part.box, span, flat[here], **self._bounds(bucket, role)
+                        *(part.name, role, part.shape, part.box, span, flat[here]),
+                        **self._bounds(bucket, role),
+                        optional=role == ROLE,
                     )
 
     def _bounds(self, bucket: Bucket, role: str) -> dict[str, Any]:
         """What `is_sound` expects of a tensor of `shards`."""
-        largest = torch.finfo(bucket.kind.dtype).max if role == "master" else math.inf
+        largest = torch.finfo(bucket.kind.dtype).max if role in ("master", ROLE) else math.inf
         return {"non_negative": role in RULES[bucket.kind.group.rule].non_negative, "largest": largest}
 
     def problem(self) -> str | None:
@@ -204,11 +260,17 @@ class HybridZeroOptimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, JSON-able; `pieces()` has the tensors. Reads the device."""
-        return {**self._skips.state_dict(), **self._updates.state_dict()}
+        averages = {} if self.average is None else {ROLE: self.average.state_dict()}
+        return {**self._skips.state_dict(), **self._updates.state_dict(), **averages}
 
-    def load_state_dict(self, state: Mapping[str, Any], *, moments: bool) -> None:
-        """Restore the counters. `moments` False: the rule's state was not loaded, so it and its counters are reset."""
+    def load_state_dict(self, state: Mapping[str, Any], *, moments: bool, averages: bool = True) -> None:
+        """Restore the counters. `moments` False: the rule's state was not loaded, so it and its counters are reset.
+        `averages` False: nor was the average, which begins at the master weights."""
         self._skips.load_state_dict(state)
+        if self.average is not None and averages and ROLE in state:
+            self.average.load_state_dict(state[ROLE])
+        else:
+            self.restart_average()
         self._updates.load_state_dict(state, moments=moments)
 
     def elements_on_zero_ranks(self) -> list[int]:

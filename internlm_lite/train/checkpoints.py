@@ -38,6 +38,7 @@ from internlm_lite.errors import CheckpointError, ConfigError, InternLMError, St
 from internlm_lite.mesh.consensus import on_main
 from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.mesh.mesh import Mesh
+from internlm_lite.optim.average import ROLE
 from internlm_lite.train.changes import LastRun, batch_keys, data_changes, schedule_change
 from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.train_state import TrainState, random_states, set_random_states
@@ -99,17 +100,21 @@ class Contents:
         """Restore counters and random states of a checkpoint whose tensors are loaded, and publish the weights.
 
         Collective. Raises CheckpointError if the counters are missing or unreadable."""
-        stored = restored.state
+        stored, optimizer = restored.state, self.trainer.optimizer
+        averages = moments and ROLE not in restored.absent
         try:
             state = TrainState.from_json(stored["train"])
-            self.trainer.optimizer.load_state_dict(stored["optimizer"], moments=moments)
+            optimizer.load_state_dict(stored["optimizer"], moments=moments, averages=averages)
             self.reporter.load_state_dict(stored["reporter"])
         except (KeyError, TypeError) as error:
             raise CheckpointError(
                 f"checkpoint {restored.found.name} holds no training state this version can read ({error!r}); "
                 "take its weights alone with ckpt.load_model_only_folder"
             ) from error
-        self.trainer.optimizer.publish_weights()
+        if optimizer.average is not None and not averages and self.trainer.mesh.is_main:
+            why = "has none" if moments else "gives weights and counters alone"
+            logger.info("ema: begins at the weights of step %d: checkpoint %s %s", state.step, restored.found.name, why)
+        optimizer.publish_weights()
         if restored.rank_state is not None:
             set_random_states(restored.rank_state, self.trainer.mesh.device)
         return state
@@ -247,6 +252,7 @@ class Checkpoints:
         if self._ckpt.load_model_only_folder:
             self.manager.load_at(self._ckpt.load_model_only_folder, self.contents.pieces(moments=False))
             self.contents.trainer.optimizer.publish_weights()
+            self.contents.trainer.optimizer.restart_average()
         else:
             self.contents.trainer.draw_weights()
         return TrainState()

@@ -18,7 +18,7 @@ logger = logging.getLogger("internlm_lite")
 
 
 def evaluate(run: Run, state: TrainState) -> ValidationRecord:
-    """Figures of the model after `state`. Collective; reads the device."""
+    """Figures of the model after `state`, and of the averaged weights if there are any. Collective; waits for them."""
     assert run.valid is not None, "an evaluation is due only with validation data"
     found = run.trainer.evaluate(run.valid, run.watchdog.report_progress)
     train_loss, n_batches = None, run.config.data.valid_train_batches
@@ -32,7 +32,17 @@ def evaluate(run: Run, state: TrainState) -> ValidationRecord:
         perplexity=perplexity(found.cross_entropy),
         folders=found.folders,
         train_loss=train_loss,
+        ema=_of_averages(run),
     )
+
+
+def _of_averages(run: Run) -> dict[str, float] | None:
+    """See `ValidationRecord.ema`."""
+    if run.trainer.optimizer.average is None or run.valid is None:
+        return None
+    with run.trainer.optimizer.averaged():
+        found = run.trainer.evaluate(run.valid, run.watchdog.report_progress)
+    return {"loss": found.cross_entropy, "acc": found.accuracy, "perplexity": perplexity(found.cross_entropy)}
 
 
 def without_saves(config: Config) -> Config:

@@ -184,8 +184,9 @@ class Reporter:
         self.write_lines(math.inf)
         logger.info(str(found))
         folders = {name: [f.tokens, f.loss, f.acc] for name, f in found.folders.items()}
-        on_train = {} if found.train_loss is None else {"train_loss": found.train_loss}
-        self._sinks.event("evaluation", step=found.step, loss=found.loss, acc=found.acc, folders=folders, **on_train)
+        more: dict[str, Any] = {} if found.train_loss is None else {"train_loss": found.train_loss}
+        more |= {} if found.ema is None else {"ema": dict(found.ema)}
+        self._sinks.event("evaluation", step=found.step, loss=found.loss, acc=found.acc, folders=folders, **more)
         self._sinks.validation(found)
 
     def sample(self, steps_done: int, prompt: str, text: str) -> None:

@@ -516,7 +516,6 @@ def test_aliases_of_unsupported_features(tmp_path: Path, text: str, expected: st
         ("model.fp8_recipe", "'delayed'", "another form of FP8"),
         ("load_in_4bit", "True", "quantised training"),
         ("model.vision_tower", "'clip'", "images, video and sound"),
-        ("ema_decay", "0.999", "averaging of weights"),
         ("use_cuda_graph", "True", "CUDA graphs"),
         ("model.drop_path_rate", "0.1", "dropout of whole layers"),
         ("model.use_alibi", "True", "other position embeddings"),

@@ -188,8 +188,17 @@ def test_missing_and_empty_sources(tmp_path, tokenizer):
         FolderEncoder(tokenizer.path, workers=1).encode(tmp_path / "nowhere", tmp_path / "x")
     with pytest.raises(DataError, match="holds no text"):
         FolderEncoder(tokenizer.path, workers=1).encode(tmp_path, tmp_path / "x")
-    with pytest.raises(DataError, match="could not train a vocabulary of 100000"):
-        train_tokenizer(["too little text"], tmp_path / "t.model", 100_000, threads=1)
+
+
+def test_a_vocabulary_that_does_not_fit_the_text(tmp_path):
+    """The message has the least or the largest size, and that size can be trained."""
+    text = "".join(map(chr, range(0x4E00, 0x4E00 + 400)))
+    for size, bound in ((300, "at least"), (100_000, "at most")):
+        with pytest.raises(DataError, match=f"could not train a vocabulary of {size}: expected {bound}") as refused:
+            train_tokenizer([text], tmp_path / "t.model", size, threads=1)
+        message = str(refused.value)
+        assert "INTERNAL" not in message and "--vocab-size" in message
+        train_tokenizer([text], tmp_path / "t.model", int(message.split(bound)[1].split()[0].strip(",")), threads=1)
 
 
 @pytest.fixture(scope="module")

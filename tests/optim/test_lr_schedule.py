@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 
 import pytest
+import torch
 
 from internlm_lite.config.schema import Beta2SchedulerConfig, LrSchedulerConfig
 from internlm_lite.optim.lr_schedule import beta2, learning_rate
@@ -62,43 +63,129 @@ def test_warm_up_and_cosine_equal_their_closed_form_at_every_step() -> None:
         assert learning_rate(t, 1.0, schedule) == pytest.approx(expected, rel=1e-14), t
 
 
-def test_inverse_sqrt_counts_from_the_end_of_the_warm_up() -> None:
-    plain = LrSchedulerConfig(total_steps=10, warmup_steps=0, decay="inverse_sqrt")
-    assert [learning_rate(t, 10.0, plain) for t in range(100)] == [10 / math.sqrt(t + 1) for t in range(100)]
+def test_inverse_sqrt_falls_from_the_end_of_the_warm_up() -> None:
+    plain = LrSchedulerConfig(total_steps=10, warmup_steps=0, kind="inverse_sqrt")
+    assert [learning_rate(t, 10.0, plain) for t in range(100)] == pytest.approx(
+        [10 / math.sqrt(t + 1) for t in range(100)], rel=1e-15
+    )
     warm = plain.model_copy(update={"warmup_steps": 4, "eta_min": 2.0})
-    found = [learning_rate(t, 10.0, warm) for t in range(50)]
-    assert found[:6] == [2.5, 5.0, 7.5, 10.0, 10.0, 10 / math.sqrt(2)] and found[28:] == [2.0] * 22
+    found = [learning_rate(t, 10.0, warm) for t in range(120)]
+    assert (
+        found[:5] == [2.5, 5.0, 7.5, 10.0, 10.0] and found[12] == 10 * math.sqrt(4 / 12) and found[100:] == [2.0] * 20
+    )
 
 
-DECAYS = ["cosine", "constant", "inverse_sqrt"]
+def test_noam_is_its_formula_at_every_step() -> None:
+    """In step k = 1, 2, ...; highest at k = W."""
+    schedule = LrSchedulerConfig(total_steps=100, warmup_steps=20, kind="noam", d_model=512)
+    for k in range(1, 101):
+        assert learning_rate(k - 1, 2.0, schedule) == pytest.approx(
+            2 * 512**-0.5 * min(k**-0.5, k * 20**-1.5), rel=1e-14
+        )
 
 
-@pytest.mark.parametrize("decay", DECAYS)
+def test_a_table_of_steps() -> None:
+    schedule = LrSchedulerConfig(total_steps=20, warmup_steps=2, kind="steps", step_factors=[[5, 0.5], [8, 0.1]])
+    assert [learning_rate(t, 2.0, schedule) for t in range(10)] == [1.0, 2.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 0.2, 0.2]
+
+
+SHAPES = {
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+    "1-sqrt": lambda x: 1 - math.sqrt(x),
+    "exponential": lambda x: None,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_wsd_is_stable_then_falls_by_its_shape_to_the_end(shape: str) -> None:
+    keys = {"total_steps": 100, "warmup_steps": 10, "decay_steps": 40, "decay_shape": shape, "eta_min": 0.1}
+    schedule = LrSchedulerConfig.model_validate({"kind": "wsd", **keys})
+    rates = [learning_rate(t, 1.0, schedule) for t in range(120)]
+    assert rates[9:61] == [1.0] * 52 and rates[100:] == [0.1] * 20
+    for t in range(60, 101):
+        x = (t - 60) / 40
+        expected = 0.1**x if shape == "exponential" else 0.1 + 0.9 * SHAPES[shape](x)
+        assert rates[t] == pytest.approx(expected, rel=1e-14)
+    assert all(later < earlier for earlier, later in pairwise(rates[60:101]))
+
+
+def test_more_steps_move_the_decay_of_wsd_and_nothing_before() -> None:
+    """The decay is counted from the end, and its progress from its own start."""
+    short, long = (
+        LrSchedulerConfig(total_steps=steps, warmup_steps=5, kind="wsd", decay_steps=20) for steps in (100, 250)
+    )
+    rates = [[learning_rate(t, 1.0, one) for t in range(260)] for one in (short, long)]
+    assert rates[0][:81] == rates[1][:81] and rates[0][80:101] == rates[1][230:251]
+
+
+def test_the_curves_of_transformers() -> None:
+    """Its warm-up begins at 0; where it rounds, it differs in the last bit."""
+    from transformers import optimization
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    ours = {"total_steps": 50, "warmup_steps": 8, "warmup_from_zero": True, "eta_min": 0.0}
+    wsd = {"num_warmup_steps": 8, "num_decay_steps": 12, "num_training_steps": 50}
+    theirs = {
+        "linear": ({}, optimization.get_linear_schedule_with_warmup(optimizer, 8, 50)),
+        "cosine": ({}, optimization.get_cosine_schedule_with_warmup(optimizer, 8, 50)),
+        "constant": ({}, optimization.get_constant_schedule_with_warmup(optimizer, 8)),
+        "inverse_sqrt": ({}, optimization.get_inverse_sqrt_schedule(optimizer, 8)),
+    }
+    for shape in ("linear", "cosine", "1-sqrt"):
+        made = optimization.get_wsd_schedule(optimizer, **wsd, decay_type=shape)
+        theirs[f"wsd {shape}"] = ({"decay_steps": 12, "decay_shape": shape}, made)
+    for name, (keys, made) in theirs.items():
+        schedule = LrSchedulerConfig.model_validate({**ours, **keys, "kind": name.split()[0]})
+        steps = range(51)  # theirs rises again after a cosine
+        expected = [made.lr_lambdas[0](t) for t in steps]
+        found = [learning_rate(t, 1.0, schedule) for t in steps]
+        assert found == pytest.approx(expected, rel=1e-12, abs=1e-15), name
+
+
+KEYS: dict[str, dict[str, object]] = {
+    "wsd": {"decay_steps": 2},
+    "steps": {"step_factors": [[11, 0.5]]},
+}
+KINDS = ["constant", "inverse_sqrt", "steps", "cosine", "linear", "wsd"]
+ENDLESS = KINDS[:3]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("from_zero", [False, True])
 @pytest.mark.parametrize("warmup", [0, 1, 3, 10])
-def test_no_jump_where_the_warm_up_ends(decay: str, from_zero: bool, warmup: int) -> None:
+def test_no_jump_where_the_warm_up_ends(kind: str, from_zero: bool, warmup: int) -> None:
     """At the peak in the first step after it, also without a warm-up, and with one of all the steps."""
-    keys = {"warmup_steps": warmup, "warmup_from_zero": from_zero, "decay": decay, "total_steps": 10}
+    keys = {
+        "warmup_steps": warmup,
+        "warmup_from_zero": from_zero,
+        "kind": kind,
+        "total_steps": 10,
+        **KEYS.get(kind, {}),
+    }
     schedule = LrSchedulerConfig.model_validate(keys)
     rates = [learning_rate(t, 1.0, schedule) for t in range(12)]
     assert rates[:warmup] == [(t + (not from_zero)) / warmup for t in range(warmup)]
-    assert rates[warmup] == (0.0 if decay == "cosine" and warmup == 10 else 1.0)
+    assert rates[warmup] == (0.0 if kind not in ENDLESS and warmup == 10 else 1.0)
     assert all(later <= earlier for earlier, later in pairwise(rates[warmup:]))
 
 
 def test_more_steps_leave_the_rates_of_a_schedule_without_an_end_alone() -> None:
-    for decay in DECAYS[1:]:
+    for kind in ENDLESS:
         short, long = (
-            LrSchedulerConfig.model_validate({"total_steps": steps, "warmup_steps": 5, "decay": decay})
+            LrSchedulerConfig.model_validate(
+                {"total_steps": steps, "warmup_steps": 5, "kind": kind, **KEYS.get(kind, {})}
+            )
             for steps in (20, 1000)
         )
         assert [learning_rate(t, 1.0, short) for t in range(50)] == [learning_rate(t, 1.0, long) for t in range(50)]
 
 
-@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("done", [2, 5, 9])
-def test_last_epoch_continues_every_part_of_the_curve(decay: str, done: int) -> None:
-    whole = LrSchedulerConfig.model_validate({"total_steps": 12, "warmup_steps": 4, "init_steps": 1, "decay": decay})
+def test_last_epoch_continues_every_part_of_the_curve(kind: str, done: int) -> None:
+    keys = {"total_steps": 12, "warmup_steps": 4, "init_steps": 1, **KEYS.get(kind, {})}
+    whole = LrSchedulerConfig.model_validate({"kind": kind, **keys})
     later = whole.model_copy(update={"last_epoch": done - 1})
     assert [learning_rate(t, 1.0, later) for t in range(9)] == [learning_rate(t + done, 1.0, whole) for t in range(9)]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from internlm_lite.cli import generate_text
-from internlm_lite.config.schema import S3Config
+from internlm_lite.config.schema import ModelConfig, S3Config
 from internlm_lite.data.tokenizer import Tokenizer
 from internlm_lite.errors import StorageError
 from internlm_lite.generate import load_model
@@ -20,7 +20,7 @@ from tests.apps.convert.made import save_ours, small_tokenizer
 def test_settings_of_s3_reach_the_storage(monkeypatch, capsys):
     asked = []
 
-    def refuse(path, mesh, dtype, s3):
+    def refuse(path, mesh, dtype, s3, **_):
         asked.append((path, mesh.device, dtype, s3))
         raise StorageError("it does not speak TLS (for plain http set ckpt.s3.insecure=True)")
 
@@ -182,6 +182,14 @@ def test_usage_is_checked_before_anything_is_loaded(line, found, capsys):
 
 def test_a_long_prompt_runs_if_it_is_wanted(capsys, saved):
     assert told(capsys, saved, "--prompt", "x" * 300, "--max-positions", "400").startswith("x" * 300)
+
+
+def test_a_prompt_is_refused_before_anything_is_shown(capsys, saved, monkeypatch):
+    """By positions that the model does not have, as of learned ones."""
+    monkeypatch.setattr(ModelConfig, "most_positions", 5)
+    assert generate_text.main(["--checkpoint", str(saved / "ckpts"), "--prompt", "def f(x): return"]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and "the model has 5 positions" in output.err
 
 
 def test_maps_are_written(capsys, saved, tmp_path):

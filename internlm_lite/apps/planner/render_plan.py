@@ -198,7 +198,8 @@ def _component_flops(components: Components) -> Iterator[RenderableType]:
             cells = [(f"{n * flops:.4e}", f"{flops / most:.1%}") for n, flops, most in pairs]
             table.add_row(_row_name(row, total), *(text for cell in cells for text in cell))
     yield table
-    yield _note("attention: queries times keys, and their weights times values, of all pairs of tokens, masked or not")
+    yield _note("attention: queries times keys, and their weights times values, of all pairs of tokens, masked or not;")
+    yield _note("in a sliding layer, of those less than sliding_window apart")
     for index, n in enumerate(components.lengths):
         both_ways, estimate = 3 * total.flops[index], components.flops_6n(index)
         yield _note(f"a token of {n:,}, both ways: {both_ways:,}, as mfu counts; {estimate:,} as 6 N + attention")

@@ -39,6 +39,8 @@ class Restored:
     """The `state` that rank 0 passed to `save`."""
     rank_state: dict[str, torch.Tensor] | None
     """The `rank_state` that this rank passed to `save`; None if fewer ranks saved."""
+    absent: frozenset[str] = frozenset()
+    """Roles of optional pieces that the checkpoint has not."""
 
 
 class Loader:
@@ -72,7 +74,8 @@ class Loader:
                 self._bad[found.name] = str(error)
 
     def load(self, found: Found, pieces: Sequence[LocalShard], check: Check | None = None) -> Restored:
-        """Fill the pieces' tensors in place, cast to their dtype. Roles that no rank requests are not read.
+        """Fill the pieces' tensors in place, cast to their dtype, except optional ones of a role that the checkpoint
+        has not. Roles that no rank requests are not read.
 
         `check` is called before reading; it may raise CheckpointError, the same on all ranks. Raises the same error on
         all ranks: CheckpointError listing the differing tensors and config keys if the checkpoint is of another model,
@@ -83,6 +86,8 @@ class Loader:
             check(found)
         reader = Reader(found)
         manifest = found.manifest
+        absent = frozenset(one.role for one in pieces if one.optional and one.role not in manifest.tensors)
+        pieces = [piece for piece in pieces if piece.role not in absent]
         wanted = self._wanted(pieces)
         problem = mismatch(found, wanted, self._config)
         if problem:
@@ -109,7 +114,7 @@ class Loader:
         if self.mesh.is_main:
             took = human_seconds(time.monotonic() - begin)
             logger.info("loaded checkpoint %s: %s read by rank 0, %s", found.name, human_bytes(reader.bytes_read), took)
-        return Restored(found, manifest.state, private)
+        return Restored(found, manifest.state, private, absent)
 
     def _agree_on(self, storages: Sequence[Storage], look: Callable[[], Found | None]) -> Found | None:
         """The result of `look` on rank 0, on all ranks; the manifest is broadcast in its stored form."""

@@ -47,7 +47,7 @@ def mismatch(found: Found, wanted: Wanted, config: Mapping[str, Any]) -> str | N
     for what, items in tensors.items():
         once = list(dict.fromkeys(items))  # the moments of a weight have its shape
         lines += _block(f"{what} ({len(once)}):", once)
-    if set(wanted) - {"master"}:
+    if set(wanted) - {"master", "ema"}:
         title = "same shapes, another function (its weights alone are taken with ckpt.load_model_only_folder):"
         lines += _block(title, other_function(found, config))
     if not lines:

@@ -173,6 +173,8 @@ def test_what_a_person_sees(capsys: pytest.CaptureFixture[str]) -> None:
         "2e-07 in step 0, 5.02e-05 in 250, 0.0001 in 500",
         "4 fits 74.51 GiB: ",
         "the update: 281,255,505,920 FLOPs, 14 each",
+        "of all pairs of tokens, masked or not;",
+        "in a sliding layer, of those less than sliding_window apart",
         "a token of 2,048, both ways: 124,908,994,560, as mfu counts; 128,089,405,440 as 6 N + attention",
     ):
         assert line in text, line

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
@@ -25,7 +26,7 @@ from internlm_lite.config.paths import (
 from internlm_lite.config.plain import shown
 from internlm_lite.config.problems import Problem
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
-from internlm_lite.config.schema import AlertsConfig, CkptConfig, Config, LrSchedulerConfig, OptimizerConfig
+from internlm_lite.config.schema import AlertsConfig, CkptConfig, Config, LrSchedulerConfig, OptimizerConfig, Section
 from internlm_lite.errors import ConfigError
 
 _TENSOR = "parallel.tensor"
@@ -100,13 +101,21 @@ def _texts(config: Config) -> Iterator[Problem]:
     """Paths and names that no file system or terminal takes, and paths of what can be read without end."""
     for key in known_keys():
         value = value_of(config, key)
-        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        texts = list(_texts_in(value))
         never = _NEVER_IN_PROMPTS if key == "monitor.sample_prompts" else _NEVER_IN_NAMES
         for text in texts:
             if never.search(text):
                 yield Problem((key,), f"found {shown(text)}, expected text without control characters; change it")
             elif os.path.exists(text) and not (os.path.isfile(text) or os.path.isdir(text)):
                 yield Problem((key,), f"found {shown(text)}, a pipe, device or socket; expected a file or a folder")
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    items = value if isinstance(value, list) else value.model_dump().values() if isinstance(value, Section) else ()
+    for inner in items:
+        yield from _texts_in(inner)
 
 
 def _sizes(config: Config) -> Iterator[Problem]:
@@ -305,6 +314,11 @@ def _rule(config: Config) -> Iterator[Problem]:
             yield Problem(
                 keys, f'found {shown(value)} with "{rule.name}", expected "muon"; remove it, or change the rule'
             )
+    for index, group in enumerate(rule.groups):
+        if group.betas is not None and rule.name == "sgd":
+            key = f"optimizer.groups[{index}].betas"
+            text = f'found {group.betas} with optimizer.name "sgd", which does not read it'
+            yield Problem((key, "optimizer.groups", "optimizer.name"), f"{text}; leave it out, or change the rule")
     for key in _UNREAD.get(rule.name, ()):
         value, default = value_of(config, key), known_keys()[key].get_default()
         if value != default:

@@ -157,7 +157,7 @@ def _validate(layer: Layer) -> tuple[Config | None, list[Problem]]:
         return Config.model_validate(layer.values), []
     except ValidationError as error:
         problems = schema_problems(error, layer)
-    faulty = {problem.keys[0] for problem in problems}
+    faulty = {problem.keys[0].partition("[")[0] for problem in problems}
     rest = Layer(deepcopy(layer.values))
     for key in faulty:
         if rest.has(key):

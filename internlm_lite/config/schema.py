@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from internlm_lite.units import round_up
 
@@ -17,6 +17,11 @@ UNKNOWN_TO_KERNELS = {"cudnn": ("sliding_window", "attention_softcap"), "torch_v
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+Pair = Annotated[
+    list[Annotated[float, Field(ge=0, lt=1)]],
+    Field(min_length=2, max_length=2),
+    BeforeValidator(lambda value: list(value) if isinstance(value, tuple) else value),
+]
 Dtype = Literal["torch.float16", "torch.half", "torch.bfloat16", "torch.float32", "torch.tf32", "torch.float64"]
 
 
@@ -83,6 +88,9 @@ class CkptConfig(Section):
     continue; 0: nothing. It is reset to 0 when handled."""
     allow_changed_data: bool = False
     """(new) Resume although the training data differ from those of the checkpoint."""
+    allow_changed_optimizer: bool = False
+    """(new) Resume although optimizer.name is not that of the checkpoint: state that has the same meaning is kept, the
+    rest starts at zero, as one line says."""
     auto_resume: bool = True
     """(new) Without `--resume`: True: continue from the newest checkpoint in save_ckpt_folder; False: ignore it."""
     s3: S3Config = S3Config()
@@ -183,15 +191,31 @@ class LossConfig(Section):
     arXiv:2204.02311: 1e-4). The step line's `loss` and `loss_from_metric` leave it out."""
 
 
+class GroupConfig(Section):
+    """Parameters with a learning rate, weight decay or betas of their own. Keys left out are those that the parameters
+    have otherwise."""
+
+    pattern: Annotated[str, Field(min_length=1)]
+    """Names of parameters, as in checkpoints, with * ? [] as in file names: "*norm*", "layers.0.*". A parameter is in
+    the first group that matches; a pattern for which none is left is an error."""
+    lr: Annotated[float, Field(ge=0)] | None = None
+    """Peak learning rate, instead of adam.lr. The whole schedule, eta_min too, is scaled by lr / adam.lr."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Instead of adam.weight_decay, and whatever adam.weight_decay_on says."""
+    betas: Pair | None = None
+    """[beta1, beta2] instead of adam.adam_beta1 and beta2_scheduler: this beta2 stays."""
+
+
 class OptimizerConfig(Section):
     """(new) What is done with a gradient. Learning rate, betas and weight decay come from `adam` for every rule."""
 
-    name: Literal["adamw", "lion", "sgd", "muon"] = "adamw"
-    """Update rule. "lion": the sign of a momentum (arXiv:2302.06675), half the optimizer state; wants a smaller adam.lr
-    and a larger adam.weight_decay than AdamW; adam.adam_beta2 is the decay of the momentum. "sgd": the gradient itself,
-    or its momentum; no other key of `adam` than lr and the weight decay, which is decoupled, too. "muon": matrices of
-    the blocks change by their orthogonalised momentum (arXiv:2502.16982), those of a fused projection one by one;
-    embedding, head, norms and biases by AdamW with `adam`."""
+    name: Literal["adamw", "adamw_cs336", "lion", "sgd", "muon"] = "adamw"
+    """Update rule. "adamw": in torch's order. "adamw_cs336": in the order of the handout of Stanford's CS336, with eps
+    outside the bias correction and the decay after the step. "lion": the sign of a momentum (arXiv:2302.06675), half
+    the optimizer state; wants a smaller adam.lr and a larger adam.weight_decay than AdamW; adam.adam_beta2 is the decay
+    of the momentum. "sgd": the gradient itself, or its momentum; no other key of `adam` than lr and the weight decay,
+    which is decoupled, too. "muon": matrices of the blocks change by their orthogonalised momentum (arXiv:2502.16982),
+    those of a fused projection one by one; embedding, head, norms and biases by AdamW with `adam`."""
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     """sgd: momentum = this * momentum + gradient, as torch's; None: 0, which is without, and then without optimizer
     state. muon: momentum = this * momentum + (1 - this) * gradient; None: 0.95."""
@@ -210,6 +234,8 @@ class OptimizerConfig(Section):
     """muon: factor of an orthogonalised matrix. "rms": 0.2 sqrt(max(rows, columns)), so that its elements are as large
     as AdamW's updates and adam.lr and adam.weight_decay suit both (arXiv:2502.16982). "spectral":
     sqrt(max(1, rows / columns)) (K. Jordan), for a muon_lr about ten times as large."""
+    groups: list[GroupConfig] = []
+    """Parameters with hyperparameters of their own, by patterns of their names."""
 
 
 class EmaConfig(Section):

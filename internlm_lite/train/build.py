@@ -7,16 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import TrainingData, ValidationData, open_training_data, open_validation_data
 from internlm_lite.faults.watchdog import Watchdog, unwatched
+from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import Mesh
+from internlm_lite.models.stages import meta_model
 from internlm_lite.monitor.console import heartbeat
 from internlm_lite.monitor.jsonl import has_ended
 from internlm_lite.monitor.sinks import SinkFactory, open_sinks
+from internlm_lite.optim.groups import check_patterns, group_lines
 from internlm_lite.train.checkpoints import Checkpoints, Contents
 from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.samples import Samples
@@ -87,15 +91,28 @@ def load_run(config: Config, mesh: Mesh, folder: Path, resume: str, services: Ru
         if config.data.valid_every:
             valid = open_validation_data(config.data, vocab_size, dp.rank, dp.size, config.seed)
     with heartbeat("building the model"):
+        groups = _group_lines(config)
         trainer = Trainer(config, mesh, data.folders, draw_weights=False)  # `restore` loads or draws them
     tokens = config.data.micro_num * config.data.micro_bsz * config.data.seq_len * dp.size
     _log_facts(config, data, trainer, tokens)
+    if mesh.is_main:
+        for line in groups:
+            logger.info(line)
     reporter = Reporter(config, mesh, trainer)
     samples = Samples(config, trainer, reporter)
     checkpoints.attach(Contents(trainer, reporter, data.fingerprint, folder.name, tokens, intended_batch_tokens=tokens))
     with heartbeat("loading a checkpoint, or drawing the weights"):
         start = checkpoints.restore(resume)
     return Run(config, mesh, folder, trainer, data, valid, reporter, samples, checkpoints, start, watchdog)
+
+
+def _group_lines(config: Config) -> list[str]:
+    """What each parameter group has, where the config names some. Raises ConfigError for a pattern without one."""
+    if not config.optimizer.groups:
+        return []
+    params = [cast(Parameter, param) for param in meta_model(config.model).parameters()]
+    check_patterns(config, [param.shard_spec.name for param in params])
+    return group_lines(config, params)
 
 
 def _log_facts(config: Config, data: TrainingData, trainer: Trainer, batch_tokens: int) -> None:

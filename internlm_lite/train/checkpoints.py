@@ -24,7 +24,8 @@ import torch
 from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.format.catalog import Found
 from internlm_lite.checkpoint.format.manifest import Kind, Manifest
-from internlm_lite.checkpoint.load.checkpoint_loader import Restored
+from internlm_lite.checkpoint.load.checkpoint_loader import Left, Restored
+from internlm_lite.checkpoint.load.compare import Wanted
 from internlm_lite.checkpoint.load.locate import find_step
 from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.save.saver import SaveOptions
@@ -39,6 +40,7 @@ from internlm_lite.mesh.consensus import on_main
 from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.average import ROLE
+from internlm_lite.optim.rule_change import counters_left, rule_change, without
 from internlm_lite.train.changes import LastRun, batch_keys, data_changes, schedule_change
 from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.train_state import TrainState, random_states, set_random_states
@@ -104,7 +106,8 @@ class Contents:
         averages = moments and ROLE not in restored.absent
         try:
             state = TrainState.from_json(stored["train"])
-            optimizer.load_state_dict(stored["optimizer"], moments=moments, averages=averages)
+            counters = without(stored["optimizer"], counters_left(restored.left))
+            optimizer.load_state_dict(counters, moments=moments, averages=averages)
             self.reporter.load_state_dict(stored["reporter"])
         except (KeyError, TypeError) as error:
             raise CheckpointError(
@@ -266,13 +269,14 @@ class Checkpoints:
         restored = self._own_from_before(spiked_step)
         moments = restored is not None or self._ckpt.load_optimizer
         if restored is None and self._began_at is not None:
-            restored = self.manager.load(self._began_at, self.contents.pieces(moments=moments))
+            restored = self.manager.load(self._began_at, self.contents.pieces(moments=moments), self._left)
         return None if restored is None else replace(self._adopt(restored, moments=moments), position=state.position)
 
     def _own_from_before(self, spiked_step: int) -> Restored | None:
         own = self.own()
         try:
-            return own.resume(self.contents.pieces(), accept=partial(self._is_before, spiked_step)) if own else None
+            before = partial(self._is_before, spiked_step)
+            return own.resume(self.contents.pieces(), self._left, before) if own else None
         except CheckpointError as error:
             if self._began_at is None:
                 raise
@@ -293,7 +297,8 @@ class Checkpoints:
 
     def _begin_at(self, path: str) -> TrainState:
         moments = self._ckpt.load_optimizer
-        restored = self.manager.load_at(path, self.contents.pieces(moments=moments), self._check)
+        check = partial(self._check, moments=moments)
+        restored = self.manager.load_at(path, self.contents.pieces(moments=moments), check)
         self._began_at = restored.found
         return self._adopt(restored, moments=moments)
 
@@ -305,9 +310,10 @@ class Checkpoints:
             folder.resumed_from = self.restored
         return state
 
-    def _check(self, found: Found) -> None:
-        """Compare this run with a checkpoint before loading. Raises CheckpointError when the data changed or the
-        training state is missing; warns of changes that affect the loss curve."""
+    def _check(self, found: Found, wanted: Wanted, *, moments: bool = True) -> Left:
+        """Compare this run with a checkpoint before loading. Raises CheckpointError when data or update rule changed or
+        the training state is missing; warns of changes that affect the loss curve. Returns the state that starts at
+        zero."""
         name, stored = found.name, found.manifest.state
         if "train" not in stored:
             raise CheckpointError(
@@ -322,8 +328,11 @@ class Checkpoints:
                 "set ckpt.allow_changed_data=True to go on at the same position of the new data, or start from the "
                 "weights alone with ckpt.load_model_only_folder"
             )
+        left: Left = self._left(found, wanted, told=True) if moments else frozenset()
         if not self._mesh.is_main:
-            return
+            return left
+        if not moments:
+            logger.info("the state of %s starts at zero: ckpt.load_optimizer=False", self._given.optimizer.name)
         if changed:
             logger.warning(f"{listing}\nbatches from here on are drawn from the new data at the same position")
         with suppress(CheckpointError, LookupError):  # a config of another version
@@ -335,6 +344,24 @@ class Checkpoints:
                 f"a step takes {tokens} tokens now, expected {stored['batch_tokens']} as when the run of "
                 f"checkpoint {name} began; to keep them, change data.micro_num with the number of data-parallel ranks"
             )
+        return left
+
+    def _left(self, found: Found, wanted: Wanted, *, told: bool = False) -> Left:
+        """State of the update rule that the checkpoint of another rule does not give; `told`: say it, or refuse."""
+        then, now = found.manifest.config.get("optimizer", {}).get("name"), self._given.optimizer.name
+        change = rule_change(then, now, wanted, found.manifest.tensors)
+        if change is None:
+            return frozenset()
+        if told and not self._ckpt.allow_changed_optimizer:
+            back = "the keys of optimizer as they were" if then in (None, now) else f"optimizer.name={then!r} again"
+            raise CheckpointError(
+                f"checkpoint {found.name} in {found.storage.name} has the state of another update rule: {change.text}; "
+                f"set ckpt.allow_changed_optimizer=True to go on like that, or {back}; with ckpt.load_ckpt_folder, "
+                "ckpt.load_optimizer=False starts all of it at zero"
+            )
+        if told and self._mesh.is_main:
+            logger.warning("another update rule than that of checkpoint %s: %s", found.name, change.text)
+        return change.left
 
     def _warn_of_ignored_folders(self, found: Found) -> None:
         """Warn of load folders that are new in the config, because a resume ignores them."""

@@ -93,6 +93,36 @@ BAD = [
     ("lr=1e-4", "learning_rate=1e-4", "12: adam.learning_rate: unknown key; nearest known key: adam.lr"),
     ("lr=1e-4", "eta_min=1e-4", "12: adam.eta_min: unknown key; nearest known key: lr_scheduler.eta_min"),
     (
+        "lr=1e-4",
+        "lr=1e-4)\noptimizer = dict(groups=[dict(pattern='*', lrr=1e-3)]",
+        "13: optimizer.groups[0].lrr: unknown key; nearest known key: optimizer.groups[0].lr",
+    ),
+    (
+        "lr=1e-4",
+        "lr=1e-4)\noptimizer = dict(groups=[dict(pattern='a'), dict(lr=1)]",
+        "13: optimizer.groups[1].pattern: missing; expected a string; add pattern=... to optimizer.groups[1] = dict(",
+    ),
+    (
+        "lr=1e-4",
+        "lr=1e-4)\noptimizer = dict(groups=[dict(pattern='a', betas=[0.9])]",
+        "13: optimizer.groups[0].betas: found [0.9], expected a list of 2 numbers >= 0 and < 1 or None; leave betas",
+    ),
+    (
+        "lr=1e-4",
+        "lr=1e-4)\noptimizer = dict(groups=[3]",
+        "13: optimizer.groups[0]: found 3, expected dict(...) with keys of pattern, lr, weight_decay, betas",
+    ),
+    (
+        "lr=1e-4",
+        "lr=1e-4)\noptimizer = dict(groups=dict(pattern='a')",
+        "13: optimizer.groups: found {'pattern': 'a'}, expected a list of dict(pattern=...); leave groups out for []",
+    ),
+    (
+        "lr=1e-4",
+        "lr=1e-4)\noptimizer = dict(name='sgd', groups=[dict(pattern='a', betas=[0.8, 0.9])]",
+        '13: optimizer.groups[0].betas: found [0.8, 0.9] with optimizer.name "sgd", which does not read it; leave it',
+    ),
+    (
         "eta_min=1e-5",
         "warmup_ratio=1.5",
         "13: lr_scheduler.warmup_ratio: found 1.5, expected a number >= 0 and <= 1 or None; leave",
@@ -339,7 +369,7 @@ BAD = [
         "25: hybrid_optimizer: unknown key; nearest known key: hybrid_zero_optimizer",
     ),
     ("", "optimizer = dict(lr=1)", "25: optimizer.lr: unknown key; nearest known key: adam.lr"),
-    ("", "optimizer = dict(name='sdg')", "25: optimizer.name: found 'sdg', expected one of 'adamw', 'lion', 'sgd'"),
+    ("", "optimizer = dict(name='sdg')", "25: optimizer.name: found 'sdg', expected one of 'adamw', 'adamw_cs336', "),
     ("", "optimizer = dict(momentum=0.9)", '25: optimizer.momentum: found 0.9 with "adamw", expected "sgd" or'),
     (
         "",

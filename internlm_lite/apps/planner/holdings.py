@@ -43,6 +43,12 @@ class BucketSizes:
     units: tuple[int, ...]
     """Units of the rank's stages, in forward order, with parameters in this bucket."""
 
+    @property
+    def update_traffic(self) -> int:
+        """Bytes that the update reads and writes: gradient in the dtype of the masters, masters, state."""
+        exact = self.update_grads or self.shard_grads
+        return 2 * (self.masters or exact) + 2 * self.moments + exact
+
 
 @dataclass(frozen=True)
 class RankHoldings:

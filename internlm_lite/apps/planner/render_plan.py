@@ -25,7 +25,7 @@ _MOST_POSITIONS = 8
 def render(plan: RunPlan, *, components: bool = False) -> RenderableType:
     """The whole plan, about two screens; and what every component of the model holds and computes."""
     parts: list[RenderableType] = [_title(plan), _run(plan)]
-    parts += [*_memory(plan), *_activations(plan)]
+    parts += [*_param_groups(plan.components), *_memory(plan), *_activations(plan)]
     if components:
         parts += [*_component_bytes(plan.components), *_component_flops(plan.components)]
     if plan.sizes.world > 1:
@@ -104,6 +104,17 @@ def _largest(batch: LargestBatch) -> str:
         return f"not even 1 fits {memory:.2f} {name}: it takes {peak:.2f}"
     fixed = peak - row * batch.micro_bsz
     return f"{batch.micro_bsz} fits {memory:.2f} {name}: {peak:.2f} = {fixed:.2f} + {row:.4g} * micro_bsz"
+
+
+def _param_groups(components: Components) -> Iterator[RenderableType]:
+    unit, name = _unit(max(group.traffic for group in components.groups))
+    yield _heading(f"Parameter groups, whole and once; state, and what an update reads and writes, {name}")
+    table = _table("group", "rule", "lr", "decay", "averages", "parameters", "state", "update")
+    for group in components.groups:
+        facts = (group.rule, f"{group.lr:g}", f"{group.weight_decay:g}", group.averages)
+        sizes = (f"{size / unit:.2f}" for size in (group.state, group.traffic))
+        table.add_row(group.name, *facts, f"{group.parameters:,}", *sizes)
+    yield table
 
 
 def _memory(plan: RunPlan) -> Iterator[RenderableType]:

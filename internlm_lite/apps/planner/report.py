@@ -10,6 +10,9 @@ components           of the whole model, once, whatever the layout, without padd
                      them with weight decay, bytes, FLOPs per token of a forward pass for each of `lengths`
     total            the same, of all rows
     update_flops     operations of the update rule in a step; null if it does not say
+    groups           [{name, rule, lr, weight_decay, averages, parameters, tensors, state, traffic}]: parameter groups;
+                     lr is the peak, averages its momentum or betas as text; bytes of the rule's state, and of what the
+                     update reads and writes
     flops_6n         6 * parameters + attention, per token, forward and backward, for each of `lengths`
 learning_rates       {step: learning rate} at the ends and in the middle of the warm-up, and at quarters of what follows
 largest_batch        null without --memory; else {memory, micro_bsz, peak, per_row}: the largest data.micro_bsz that
@@ -245,6 +248,7 @@ def _components_json(components: Components) -> dict[str, Any]:
         "rows": [_component_json(row) for row in components.rows],
         "total": _component_json(components.total),
         "update_flops": components.update_flops,
+        "groups": [dataclasses.asdict(group) for group in components.groups],
         "flops_6n": [components.flops_6n(index) for index in range(len(components.lengths))],
     }
 

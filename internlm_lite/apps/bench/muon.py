@@ -24,7 +24,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "17M": {"hidden": 384, "layers": 6, "heads": 6, "vocab": 8192},
     "100M": {"hidden": 768, "layers": 12, "heads": 12, "vocab": 10240},
 }
-BATCH = {"seq_len": 512, "micro_bsz": 2, "micro_num": 2}
+BATCH: dict[str, Any] = {"seq_len": 512, "micro_bsz": 2, "micro_num": 2}
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 """Peak learning rates of the grid, of both rules."""
 SHARE = 0.75

@@ -4,6 +4,7 @@ internlm-lite bench [--only step|ranks|loader] [--json] [--rounds N]
 internlm-lite bench --layouts [--json] [--rounds N]       data, tensor, pipeline parallel, ZeRO, and models on one GPU
 internlm-lite bench --checkpoint [--json] [--rounds N]    280 MB saved and loaded: stall, writer, load, cost
 internlm-lite bench --metrics [--json] [--rounds N]       a step line to every sink, beside a step without
+internlm-lite bench --averages [--json] [--rounds N]      a step with an average of the weights, beside one without
 internlm-lite bench --launches [--json]                   kernels of a GPU's step and bytes they move, counted on a CPU
 internlm-lite bench --muon [--json] [--rounds N]          a step of Muon and one of AdamW, 17M and 100M parameters
 internlm-lite bench --muon-demo FOLDER [--steps N]        both on the data of `internlm-lite demo` there, Muon in three
@@ -19,13 +20,20 @@ from functools import partial
 from pathlib import Path
 
 from internlm_lite.apps.bench.suites import (
+<<<<<<< HEAD
+=======
+    run_averages,
+>>>>>>> main
     run_basics,
     run_checkpoint,
     run_launches,
     run_layouts,
     run_metrics,
+<<<<<<< HEAD
     run_muon,
     run_muon_demo,
+=======
+>>>>>>> main
     show,
 )
 from internlm_lite.apps.report.writer import open_report
@@ -43,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     which.add_argument("--layouts", action="store_true", help="the layouts instead")
     which.add_argument("--checkpoint", action="store_true", help="saving and loading instead")
     which.add_argument("--metrics", action="store_true", help="the cost of metrics and sinks instead")
+    which.add_argument("--averages", action="store_true", help="the cost of an average of the weights instead")
     which.add_argument("--launches", action="store_true", help="launches on a GPU, counted without one, instead")
     which.add_argument("--muon", action="store_true", help="steps of Muon and AdamW instead")
     which.add_argument("--muon-demo", metavar="FOLDER", type=Path, help="whole runs of Muon and AdamW instead")
@@ -60,10 +69,15 @@ def work(args: argparse.Namespace) -> int:
         results = run_checkpoint(args.rounds)
     elif args.metrics:
         results = run_metrics(args.rounds, {"the report": open_report})
+<<<<<<< HEAD
     elif args.muon:
         results = run_muon(args.rounds)
     elif args.muon_demo is not None:
         results = run_muon_demo(starter_folder() / "configs" / "demo.py", args.muon_demo.resolve(), args.steps)
+=======
+    elif args.averages:
+        results = run_averages(args.rounds)
+>>>>>>> main
     elif args.launches:
         results = run_launches()
     else:

@@ -1,8 +1,9 @@
-"""Look at, verify and remove checkpoints in a save folder, local or on S3.
+"""Look at, verify, remove and average checkpoints in a save folder, local or on S3.
 
 internlm-lite ckpt ls ckpts                   step, kind, size, age, layout, state; --deep reads every byte
 internlm-lite ckpt verify ckpts               every check sum of every checkpoint; exit code 2 if one is damaged
 internlm-lite ckpt prune ckpts --keep 3       remove what is older than the newest 3 good ones, except the best
+internlm-lite ckpt merge OUT A B C            their average as a checkpoint of weights alone; --weights 1,2,3
 """
 
 from __future__ import annotations
@@ -15,22 +16,26 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, cast, get_args
 
 from rich.table import Table
 
 from internlm_lite.checkpoint.admin.listing import Listed, list_checkpoints, unfinished
+from internlm_lite.checkpoint.admin.merge import MergeSource, Method, weights_of
+from internlm_lite.checkpoint.admin.merge import merge as merge_sources
 from internlm_lite.checkpoint.admin.prune import plan_prune
 from internlm_lite.checkpoint.admin.verify import Damage, damages_in, damages_of
 from internlm_lite.checkpoint.format import catalog
+from internlm_lite.checkpoint.format.catalog import Found
 from internlm_lite.checkpoint.format.manifest import Name
+from internlm_lite.checkpoint.format.weight_roles import Weights, with_weights
 from internlm_lite.checkpoint.load.locate import locate, open_at
 from internlm_lite.checkpoint.storage.base import Storage
 from internlm_lite.checkpoint.storage.open import open_storage
 from internlm_lite.checkpoint.storage.run_lock import LEASE_SECONDS, held, holder
 from internlm_lite.cli.options import check_at_least, new_parser, s3_settings
 from internlm_lite.config.schema import S3Config
-from internlm_lite.errors import CheckpointError
+from internlm_lite.errors import CheckpointError, ConfigError
 from internlm_lite.runtime.dist_env import adopt_s3_keys
 from internlm_lite.runtime.tool import ToolConsole, add_s3_option, run_tool
 from internlm_lite.units import escaped, human_bytes, human_seconds
@@ -52,7 +57,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     prune.add_argument("folder", help="save folder")
     prune.add_argument("--keep", type=int, required=True, metavar="N", help="good checkpoints to keep")
     prune.add_argument("--dry-run", action="store_true", help="show what would be removed")
-    for command in (ls, verify, prune):
+    merge = commands.add_parser("merge", help="average checkpoints of one model, saved in any layouts")
+    merge.add_argument("out", help="save folder without checkpoints, local or on S3")
+    text = "save folder (its newest), FOLDER/STEP, or one checkpoint; one may be given twice"
+    merge.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help=text)
+    text = "mean: equal weights; linear: 1, 2, 3, ... in the order given (mean)"
+    merge.add_argument("--method", choices=get_args(Method), default="mean", help=text)
+    text = (
+        "weights of your own, such as 1,2,3, which are divided by their sum; or ema: average the averaged weights of "
+    )
+    text += "the checkpoints (may be given twice, once for each)"
+    merge.add_argument("--weights", action="append", default=[], metavar="LIST", help=text)
+    for command in (ls, verify, prune, merge):
         add_s3_option(command)
     arguments = parser.parse_args(argv)
     check_at_least(parser, arguments, keep=1)
@@ -206,10 +222,54 @@ def _prune(storage: Storage, keep: int, dry_run: bool) -> int:
     return 0
 
 
+def merge(arguments: argparse.Namespace, s3: S3Config) -> int:
+    """Exit code."""
+    which, given = _which_weights(arguments.weights)
+    weights = weights_of(len(arguments.checkpoints), arguments.method, given)
+    opened = [_opened(path, which, s3) for path in arguments.checkpoints]
+    sources = [MergeSource(found, weight) for found, weight in zip(opened, weights, strict=True)]
+    facts = {"method": arguments.method if given is None else "weights", "of": which}
+    begin = time.monotonic()
+    name, n_tensors, n_bytes = merge_sources(open_storage(arguments.out, s3), sources, facts)
+    for source in sources:
+        print(escaped(f"{source.weight / sum(weights):10.6f}  {source.found.name}  {source.found.storage.name}"))
+    took = human_seconds(time.monotonic() - begin)
+    print(escaped(f"{arguments.out}: checkpoint {name}, {n_tensors} tensors, {human_bytes(n_bytes)}, {took}"))
+    print(escaped(f"to train on from it: ckpt.load_model_only_folder={arguments.out!r}"))
+    return 0
+
+
+def _which_weights(texts: Sequence[str]) -> tuple[Weights, list[float] | None]:
+    """(weights of each checkpoint that are averaged, numbers if some are given). Raises ConfigError."""
+    which: Weights = "model"
+    given = None
+    for text in texts:
+        if text in get_args(Weights):
+            which = cast(Weights, text)
+            continue
+        try:
+            given = [float(number) for number in text.split(",")]
+        except ValueError:
+            raise ConfigError(
+                f"--weights {text!r}: expected numbers separated by commas, such as 1,2,3, or one of "
+                f"{', '.join(get_args(Weights))}"
+            ) from None
+    return which, given
+
+
+def _opened(path: str, which: Weights, s3: S3Config) -> Found:
+    root, name = locate(path, s3)
+    found = open_at(open_storage(root, s3), name)
+    for reason in found.rejected:
+        print(escaped(f"passed over {reason}"))
+    return with_weights(found, which)
+
+
 def work(arguments: argparse.Namespace) -> int:
     """Exit code."""
     adopt_s3_keys(os.environ)
-    return {"ls": ls, "verify": verify, "prune": prune}[arguments.command](arguments, s3_settings(arguments.s3))
+    commands = {"ls": ls, "verify": verify, "prune": prune, "merge": merge}
+    return commands[arguments.command](arguments, s3_settings(arguments.s3))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

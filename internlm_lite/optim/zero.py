@@ -11,7 +11,7 @@ factor, the clip factor and the decision to skip are device scalars: the host ne
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -87,6 +87,8 @@ class HybridZeroOptimizer:
         masters = [shard.weights for shard in self._updates.shards]
         self.average = None if config.ema is None else WeightAverage(config.ema, masters)
         self._holds_averages = False
+        self.before_exchange: Callable[[], object] = lambda: None
+        """Called before `averaged` changes master weights: a save beside this work may still be reading them."""
 
     @property
     def scaler(self) -> LossScaler:
@@ -194,6 +196,7 @@ class HybridZeroOptimizer:
         self._require_masters()
         self.wait_weights()
         average.wait()
+        self.before_exchange()
         shards = self._updates.shards
         views = [n for n, s in enumerate(shards) if s.weights.dtype == self.buckets[n].kind.dtype]
         with average.exchanged(views):

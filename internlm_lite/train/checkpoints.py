@@ -166,6 +166,7 @@ class Checkpoints:
     def attach(self, contents: Contents) -> None:
         """Set the `contents` to save and restore. Reserves host memory if saves run in the background."""
         self.contents = contents
+        contents.trainer.optimizer.before_exchange = self.manager.allow_changes
         if self._in_background and (self._ckpt.checkpoint_every or self._ckpt.oss_snapshot_freq):
             self.manager.prepare(contents.pieces())
 

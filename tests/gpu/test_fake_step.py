@@ -10,6 +10,7 @@ import torch
 
 from internlm_lite.apps.bench.fake_cuda import HostWaits, fake_batch, fake_cuda
 from internlm_lite.apps.bench.shapes import bench_config, random_batch
+from internlm_lite.config.schema import EmaConfig
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.train import trainer as trainer_module
@@ -24,10 +25,12 @@ def device() -> Iterator[torch.device]:
         yield device
 
 
-def built(dtype: str, device: torch.device, monkeypatch: pytest.MonkeyPatch, **model: Any) -> tuple[Trainer, Any]:
+def built(
+    dtype: str, device: torch.device, monkeypatch: pytest.MonkeyPatch, ema: EmaConfig | None = None, **model: Any
+) -> tuple[Trainer, Any]:
     monkeypatch.setattr(trainer_module, "initialise", lambda *_: None)
     config = bench_config(**SHAPE, dtype=f"torch.{dtype}")
-    config = config.model_copy(update={"model": config.model.model_copy(update=model)})
+    config = config.model_copy(update={"model": config.model.model_copy(update=model), "ema": ema})
     trainer = Trainer(config, single_process_mesh(device))
     return trainer, config
 
@@ -60,6 +63,31 @@ def test_a_step_mixes_no_devices_and_reads_nothing(
         assert outcome.norm_model_dtype.device == device and outcome.skips.skipped_steps.device == device
     for bucket in trainer.optimizer.buckets:
         assert bucket.weights.device == bucket.grads.device == device
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_average_is_updated_and_used_without_a_wait(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the step, on a stream of its own: the next update, and what reads the average, wait on the device."""
+    host = random_batch(bench_config(**SHAPE, dtype="torch.float32"), 0, torch.device("cpu"))
+    with fake_cuda() as device:
+        trainer, _ = built(dtype, device, monkeypatch, EmaConfig(every=2))
+        batch, average = fake_batch(host, device), trainer.optimizer.average
+        assert average is not None
+        order: list[str] = []
+        moving, waiting, updating = average._move, average.wait, trainer.optimizer._updates.update
+        monkeypatch.setattr(average, "_move", lambda rate: (order.append("move"), moving(rate)))
+        monkeypatch.setattr(average, "wait", lambda: (order.append("wait"), waiting()))
+        monkeypatch.setattr(
+            trainer.optimizer._updates, "update", lambda *given: (order.append("update"), updating(*given))
+        )
+        with HostWaits() as waits:
+            for step in range(3):
+                trainer.step(batch, step)
+            with trainer.optimizer.averaged():
+                trainer.optimizer.wait_weights()
+    assert not waits.found
+    assert order == ["wait", "update", "wait", "update", "move", "wait", "update", "wait"]
+    assert {value.device for value in average.values} == {device}
 
 
 @pytest.mark.parametrize(

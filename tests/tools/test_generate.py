@@ -20,8 +20,9 @@ from tests.apps.convert.made import save_ours, small_tokenizer
 def test_settings_of_s3_reach_the_storage(monkeypatch, capsys):
     asked = []
 
-    def refuse(path, mesh, dtype, s3, **_):
+    def refuse(path, mesh, dtype, s3, *, weights):
         asked.append((path, mesh.device, dtype, s3))
+        assert weights == "model"
         raise StorageError("it does not speak TLS (for plain http set ckpt.s3.insecure=True)")
 
     monkeypatch.setattr(load_model, "load_model", refuse)

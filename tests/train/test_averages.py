@@ -206,6 +206,20 @@ def test_without_one_in_the_checkpoint_it_begins_at_the_weights(
     assert {piece.role for piece in plain.trainer.optimizer.pieces()} == {"master", "exp_avg", "exp_avg_sq"}
 
 
+def test_a_rollback_takes_it_back(corpus: Path, tmp_path: Path) -> None:
+    config = tiny(corpus, ckpt=saving(tmp_path / "saves", 3), ema={"decay": 0.5})
+    (tmp_path / "run").mkdir()
+    run = build_run(config, single_process_mesh(), tmp_path / "run", "auto")
+    state = train(run, StopSignals()).state
+    run.reporter.close()
+    assert run.checkpoints.roll_back(state, spiked_step=4) is not None
+    optimizer = run.trainer.optimizer
+    held = {piece.name: piece.tensor.view(piece.shape) for piece in optimizer.pieces() if piece.role == "ema"}
+    assert_equal(held, stored(checkpoints(tmp_path / "saves")[3], "ema"))
+    assert optimizer.average is not None and optimizer.average.state_dict() == {"taken_in": 3, "seen": 3}
+    run.checkpoints.close(wait=True)
+
+
 def weights_of(optimizer: HybridZeroOptimizer) -> Tensors:
     return {slot.param.shard_spec.name: slot.param.detach().clone() for b in optimizer.buckets for slot in b.slots}
 
@@ -217,6 +231,7 @@ def _used(mesh: Mesh, config: Config, folder: Path) -> tuple[Any, ...]:
     train(run, StopSignals())
     run.reporter.close()
     optimizer = run.trainer.optimizer
+    assert optimizer.before_exchange == run.checkpoints.manager.allow_changes, "a save may still read the masters"
     held, weights = held_by(optimizer), weights_of(optimizer)
     refused = []
     with optimizer.averaged():

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from internlm_lite.apps.bench.averages import bench_averages
 from internlm_lite.apps.bench.checkpoint import bench_saves, bench_writer
 from internlm_lite.apps.bench.data_loading import bench_loader
 from internlm_lite.apps.bench.gpu.step_speed import SHAPES as GPU_SHAPES
@@ -99,6 +100,11 @@ def run_metrics(rounds: int, sinks: Mapping[str, SinkFactory]) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         result = bench_metrics(device_of(0, 1), rounds, Path(folder), sinks, **shape_for(1))
     return {"machine": machine(), "metrics": asdict(result)}
+
+
+def run_averages(rounds: int) -> dict[str, Any]:
+    """Results of the cost of an average of the weights."""
+    return {"machine": machine(), "averages": asdict(bench_averages(device_of(0, 1), rounds, **shape_for(1)))}
 
 
 def run_launches() -> dict[str, Any]:

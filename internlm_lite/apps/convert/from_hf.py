@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import uuid
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,11 @@ from internlm_lite.apps.convert.recipes import TensorRecipe, our_recipes, source
 from internlm_lite.apps.convert.stream import ConvertedFile
 from internlm_lite.apps.convert.to_hf import compare_names
 from internlm_lite.apps.convert.tokenizers import files_in, main_file
-from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.format.manifest import Name
-from internlm_lite.checkpoint.format.shards import ShardDescriptor
+from internlm_lite.checkpoint.format.tensor_file import TensorFile
 from internlm_lite.checkpoint.save import commit
-from internlm_lite.checkpoint.save.write_plan import plan_writes
+from internlm_lite.checkpoint.save.write_alone import require_empty, whole_master, write_alone
+from internlm_lite.checkpoint.save.write_plan import WriteItem
 from internlm_lite.checkpoint.storage.base import Storage
 from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.checkpoint.storage.open import open_storage
@@ -31,7 +29,7 @@ from internlm_lite.checkpoint.storage.run_lock import held
 from internlm_lite.config.masking import masked
 from internlm_lite.config.render_config import resolved
 from internlm_lite.config.schema import Config, S3Config
-from internlm_lite.errors import CheckpointError, InternLMError
+from internlm_lite.errors import CheckpointError
 from internlm_lite.mesh.mesh import Sizes
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -73,8 +71,7 @@ def read_hf(
     tokenizer, notes = _tokenizer(folder, storage)
     config = _config(folder, hf, tokenizer)
     with held(storage):
-        if catalog.committed(storage):
-            raise CheckpointError(f"{storage.name} holds checkpoints already: choose a folder without any")
+        require_empty(storage)
         for file, content in files_in(folder).items():
             storage.put(file, [content])
         name, n_bytes = _write(storage, source, hf, recipes, config, done)
@@ -96,28 +93,16 @@ def _write(
     config: Config,
     done: Callable[[str], object],
 ) -> tuple[Name, int]:
-    """(name of the checkpoint, its bytes). Removes a partial checkpoint after a failure."""
-    name = Name(1, 0, uuid.uuid4().hex[:6])
-    items = plan_writes([[_shard(recipe) for recipe in recipes]])[0]
+    """(name of the checkpoint, its bytes)"""
     by_name = {recipe.name: recipe for recipe in recipes}
-    stream = ConvertedFile({item.key: by_name[item.shard.name] for item in items}, torch.float32, source, done)
-    facts = commit.Facts(
-        "final", {"world": 1, **asdict(Sizes())}, masked(resolved(config)), {"converted_from": hf.family}
-    )
-    try:
-        n_bytes = commit.write_rank(storage, name, 0, 1, stream, items)
-        commit.commit_votes(storage, name, 1, facts)
-    except BaseException:
-        with suppress(InternLMError):
-            catalog.remove(storage, name)
-        raise
-    return name, n_bytes
 
+    def stream_of(items: Sequence[WriteItem]) -> TensorFile:
+        return ConvertedFile({item.key: by_name[item.shard.name] for item in items}, torch.float32, source, done)
 
-def _shard(recipe: TensorRecipe) -> ShardDescriptor:
-    """Descriptor of the whole tensor: the checkpoint has one rank."""
-    box = tuple((0, n) for n in recipe.shape)
-    return ShardDescriptor("master", recipe.name, recipe.shape, box, (0, recipe.numel), "F32")
+    tensors = [whole_master(recipe.name, recipe.shape, "F32") for recipe in recipes]
+    layout = {"world": 1, **asdict(Sizes())}
+    facts = commit.Facts("final", layout, masked(resolved(config)), {"converted_from": hf.family})
+    return write_alone(storage, 0, tensors, stream_of, facts)
 
 
 def _checked_recipes(source: HFFolder, hf: HFConfig) -> list[TensorRecipe]:

@@ -216,4 +216,6 @@ def update_passes(bucket: BucketSizes, *, one_pass: bool) -> list[Pass]:
     if bucket.masters:
         found.append(Pass("contiguous_copy", bucket.masters + bucket.shard_weights))
     found.append(Pass("contiguous_copy", bucket.grads))
+    if bucket.averages:  # beside the next forward pass, whose bandwidth it takes
+        found.append(Pass("broadcast", bucket.averages_moved))
     return [replace(one, part="optimizer") for one in found]

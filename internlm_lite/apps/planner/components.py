@@ -14,7 +14,7 @@ from typing import cast
 import torch
 
 from internlm_lite.apps.planner.holdings import bucket_sizes
-from internlm_lite.config.schema import Config
+from internlm_lite.config.schema import Config, EmaConfig
 from internlm_lite.layers.costs import CostedLayer
 from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import single_process_mesh
@@ -35,7 +35,7 @@ class Component:
     """Bytes, as the next two."""
     gradients: int = 0
     optimizer: int = 0
-    """Master weights and the state of the update rule."""
+    """Master weights, the state of the update rule, and the average of the weights."""
     flops: tuple[int, ...] = ()
     """Per token of a forward pass, for each of the lengths of `Components`."""
 
@@ -88,7 +88,7 @@ def components_of(config: Config, lengths: Sequence[int]) -> Components:
     params = {cast(Parameter, param): name.rpartition(".")[0] for name, param in model.named_parameters()}
     check_patterns(config, [param.shard_spec.name for param in params])
     buckets = build_buckets(list(params), single_process_mesh(torch.device("meta")).zero, config)
-    for row in (*_held(buckets, params), *_computed(model, lengths)):
+    for row in (*_held(buckets, params, config.ema), *_computed(model, lengths)):
         rows.setdefault(row.name, []).append(row)
     in_order = dict.fromkeys(_name(path) for path, _ in model.named_modules())
     summed = tuple(_sum(name, rows[name]) for name in in_order if name in rows)
@@ -107,7 +107,7 @@ def _group_shares(buckets: Sequence[Bucket], params: Mapping[Parameter, str]) ->
     for bucket in reversed(buckets):
         members.setdefault(bucket.kind.group, []).append(bucket)
     for group, own in members.items():
-        held = [(bucket.numel / bucket.shard_size, bucket_sizes(bucket, owner)) for bucket in own]
+        held = [(bucket.numel / bucket.shard_size, bucket_sizes(bucket, owner, None)) for bucket in own]
         yield GroupShare(
             name=group.name,
             rule=group.rule,
@@ -133,11 +133,11 @@ def _update_flops(buckets: Sequence[Bucket]) -> int | None:
     return total
 
 
-def _held(buckets: Sequence[Bucket], params: Mapping[Parameter, str]) -> Iterator[Component]:
+def _held(buckets: Sequence[Bucket], params: Mapping[Parameter, str], ema: EmaConfig | None) -> Iterator[Component]:
     """A row for every parameter (whose module `params` names), with the bytes per element of its bucket."""
     owner = dict.fromkeys(params, 0)
     for bucket in buckets:
-        sizes, padded = bucket_sizes(bucket, owner), bucket.shard_size
+        sizes, padded = bucket_sizes(bucket, owner, ema), bucket.shard_size
         for slot in bucket.slots:
             n = slot.stop - slot.start
             yield Component(
@@ -146,7 +146,7 @@ def _held(buckets: Sequence[Bucket], params: Mapping[Parameter, str]) -> Iterato
                 decayed=n * (bucket.kind.group.weight_decay > 0),
                 weights=n * sizes.weights // padded,
                 gradients=n * sizes.grads // padded,
-                optimizer=n * (sizes.masters + sizes.moments) // padded,
+                optimizer=n * (sizes.masters + sizes.moments + sizes.averages) // padded,
             )
 
 

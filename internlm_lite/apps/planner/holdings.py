@@ -13,7 +13,7 @@ from typing import cast
 
 import torch
 
-from internlm_lite.config.schema import Config
+from internlm_lite.config.schema import Config, EmaConfig
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import Sizes, plan_mesh, rank_of
@@ -42,12 +42,19 @@ class BucketSizes:
     """Bytes of the part of `weights` that this rank optimizes."""
     units: tuple[int, ...]
     """Units of the rank's stages, in forward order, with parameters in this bucket."""
+<<<<<<< HEAD
     product_flops: tuple[int, ...]
     """Of matrix products in the update on each rank of `zero`, by all of its tensor-parallel ranks together."""
     exchanged: int
     """Bytes of what an update collects over `tp`, and again hands out."""
     update_workspace: int
     """Estimate of what the update of this bucket allocates besides."""
+=======
+    averages: int = 0
+    """Average of the shard's weights (EMA)."""
+    averages_moved: int = 0
+    """Bytes that its update reads and writes, per step: once in `ema.every` steps it reads it and the masters."""
+>>>>>>> main
 
     @property
     def update_traffic(self) -> int:
@@ -80,8 +87,8 @@ class RankHoldings:
 
     @property
     def optimizer(self) -> int:
-        """Bytes of the shard's master weights and of the update rule's state."""
-        return sum(bucket.masters + bucket.moments for bucket in self.buckets)
+        """Bytes of the shard's master weights, of the update rule's state, and of the average."""
+        return sum(bucket.masters + bucket.moments + bucket.averages for bucket in self.buckets)
 
     @property
     def update(self) -> int:
@@ -108,7 +115,7 @@ def holdings(config: Config, sizes: Sizes, backend: AttentionBackend) -> tuple[l
                 stages=stages,
                 parameters=sum(bucket.numel for bucket in buckets),
                 zero_elements=tuple(sum(b.elements_on(rank) for b in buckets) for rank in range(sizes.zero)),
-                buckets=tuple(bucket_sizes(bucket, params) for bucket in buckets),
+                buckets=tuple(bucket_sizes(bucket, params, config.ema) for bucket in buckets),
             )
         )
     return held, sum(wholes.values())
@@ -118,7 +125,8 @@ def rebucketed(held: RankHoldings, config: Config, sizes: Sizes) -> tuple[Bucket
     """Buckets of these stages with another `config`, such as another reduce_bucket_size."""
     mesh = plan_mesh(sizes, rank_of(sizes, dp=0, tp=0, pp=held.pp), torch.device("meta"))
     params = _parameters(held.stages)
-    return tuple(bucket_sizes(bucket, params) for bucket in build_buckets(list(params), mesh.zero, config))
+    buckets = build_buckets(list(params), mesh.zero, config)
+    return tuple(bucket_sizes(bucket, params, config.ema) for bucket in buckets)
 
 
 def _parameters(stages: Stages) -> dict[Parameter, int]:
@@ -126,7 +134,7 @@ def _parameters(stages: Stages) -> dict[Parameter, int]:
     return {cast(Parameter, param): n for n, unit in enumerate(units_of(stages)) for param in unit.parameters()}
 
 
-def bucket_sizes(bucket: Bucket, unit_of: Mapping[Parameter, int]) -> BucketSizes:
+def bucket_sizes(bucket: Bucket, unit_of: Mapping[Parameter, int], ema: EmaConfig | None) -> BucketSizes:
     """`unit_of`: the number of the unit of each parameter, in forward order."""
     shard, dtype, group = bucket.shard_size, bucket.kind.dtype, bucket.kind.group
     rule = RULES[group.rule]
@@ -148,8 +156,13 @@ def bucket_sizes(bucket: Bucket, unit_of: Mapping[Parameter, int]) -> BucketSize
         partial_over=bucket.kind.partial_over,
         shard_weights=bucket.weight_shard.nbytes,
         units=tuple(sorted({unit_of[slot.param] for slot in bucket.slots})),
+<<<<<<< HEAD
         product_flops=tuple(products),
         exchanged=exchanged,
         # Directions; with `exchanged` also whole parameters, those joined to be sent, what is sent, and what comes.
         update_workspace=(5 if exchanged else 1) * shard * exact * any(products),
+=======
+        averages=0 if ema is None else shard * exact,
+        averages_moved=0 if ema is None else 3 * shard * exact // ema.every,
+>>>>>>> main
     )

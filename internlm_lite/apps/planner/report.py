@@ -79,7 +79,7 @@ class RankBytes:
     """In the model's dtype; like the next two, with padding of the buckets."""
     gradients: int
     optimizer: int
-    """fp32 masters and both moments of the rank's shard."""
+    """fp32 masters, state of the update rule and average of the weights, of the rank's shard."""
     activations: int
     """Kept for the backward passes of all micro-batches in flight, at the peak."""
     buffers: int

@@ -43,6 +43,19 @@ def test_conversion_there_and_back(converted, tmp_path, capsys):
         assert (again == (tmp_path / "hf" / file).read_bytes()) == (file != "config.json")
 
 
+def test_merge_from_there_and_here_to_there(converted, tmp_path, capsys):
+    out = f"{converted}-merged"
+    assert run(ckpt, "merge", out, converted, tmp_path / "ours", "--weights", "1,2") == 0
+    assert run(ckpt, "verify", out) == 0 and "good, every byte" in capsys.readouterr().out
+    found = open_checkpoint(out, INSECURE)[0]
+    rows, expected = MasterRows(found), masters(tmp_path / "ours")
+    assert all(torch.equal(rows.read(name, 0, shape[0]), expected[name]) for name, shape in rows.shapes.items())
+    assert [one["folder"] for one in found.manifest.state["merged"]["checkpoints"]] == [
+        open_storage(converted, INSECURE).name,
+        f"local:{tmp_path}/ours",
+    ]
+
+
 def test_ls_verify_and_prune(converted, capsys):
     storage = open_storage(converted, INSECURE)
     (name,) = committed(storage)

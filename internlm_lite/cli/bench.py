@@ -20,20 +20,14 @@ from functools import partial
 from pathlib import Path
 
 from internlm_lite.apps.bench.suites import (
-<<<<<<< HEAD
-=======
     run_averages,
->>>>>>> main
     run_basics,
     run_checkpoint,
     run_launches,
     run_layouts,
     run_metrics,
-<<<<<<< HEAD
     run_muon,
     run_muon_demo,
-=======
->>>>>>> main
     show,
 )
 from internlm_lite.apps.report.writer import open_report
@@ -69,15 +63,12 @@ def work(args: argparse.Namespace) -> int:
         results = run_checkpoint(args.rounds)
     elif args.metrics:
         results = run_metrics(args.rounds, {"the report": open_report})
-<<<<<<< HEAD
     elif args.muon:
         results = run_muon(args.rounds)
     elif args.muon_demo is not None:
         results = run_muon_demo(starter_folder() / "configs" / "demo.py", args.muon_demo.resolve(), args.steps)
-=======
     elif args.averages:
         results = run_averages(args.rounds)
->>>>>>> main
     elif args.launches:
         results = run_launches()
     else:

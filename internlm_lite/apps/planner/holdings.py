@@ -42,19 +42,16 @@ class BucketSizes:
     """Bytes of the part of `weights` that this rank optimizes."""
     units: tuple[int, ...]
     """Units of the rank's stages, in forward order, with parameters in this bucket."""
-<<<<<<< HEAD
     product_flops: tuple[int, ...]
     """Of matrix products in the update on each rank of `zero`, by all of its tensor-parallel ranks together."""
     exchanged: int
     """Bytes of what an update collects over `tp`, and again hands out."""
     update_workspace: int
     """Estimate of what the update of this bucket allocates besides."""
-=======
     averages: int = 0
     """Average of the shard's weights (EMA)."""
     averages_moved: int = 0
     """Bytes that its update reads and writes, per step: once in `ema.every` steps it reads it and the masters."""
->>>>>>> main
 
     @property
     def update_traffic(self) -> int:
@@ -156,13 +153,10 @@ def bucket_sizes(bucket: Bucket, unit_of: Mapping[Parameter, int], ema: EmaConfi
         partial_over=bucket.kind.partial_over,
         shard_weights=bucket.weight_shard.nbytes,
         units=tuple(sorted({unit_of[slot.param] for slot in bucket.slots})),
-<<<<<<< HEAD
         product_flops=tuple(products),
         exchanged=exchanged,
         # Directions; with `exchanged` also whole parameters, those joined to be sent, what is sent, and what comes.
         update_workspace=(5 if exchanged else 1) * shard * exact * any(products),
-=======
         averages=0 if ema is None else shard * exact,
         averages_moved=0 if ema is None else 3 * shard * exact // ema.every,
->>>>>>> main
     )

@@ -20,7 +20,7 @@ from internlm_lite.apps.bench.gpu.step_speed import SHAPES as GPU_SHAPES
 from internlm_lite.apps.bench.launches import count_launches
 from internlm_lite.apps.bench.layouts import bench_layouts
 from internlm_lite.apps.bench.metrics_cost import bench_metrics
-from internlm_lite.apps.bench.muon import bench_muon, bench_training
+from internlm_lite.apps.bench.muon_cost import bench_muon, bench_training
 from internlm_lite.apps.bench.ranks import bench_ranks
 from internlm_lite.apps.bench.single import SHAPES, bench_single
 from internlm_lite.apps.bench.step import bench_step

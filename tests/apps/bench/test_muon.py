@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from internlm_lite.apps.bench import muon
+from internlm_lite.apps.bench import muon_cost as muon
 from internlm_lite.config.schema import Config
 from tests.corpus import write_corpus
 from tests.train.runs import tiny

@@ -27,6 +27,7 @@ from internlm_lite.config.plain import shown
 from internlm_lite.config.problems import Problem
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
 from internlm_lite.config.schema import AlertsConfig, CkptConfig, Config, LrSchedulerConfig, OptimizerConfig, Section
+from internlm_lite.config.stage_checks import length_problems, stage_problems
 from internlm_lite.errors import ConfigError
 
 _TENSOR = "parallel.tensor"
@@ -50,7 +51,9 @@ _MOST = {
     "data.micro_bsz": 2**31 - 1,
     "data.micro_num": 10**6,
     "data.seq_len": 2**31 - 1,
+    "data.epochs": 10**9,
     "data.total_steps": 10**12,
+    "data.total_tokens": 2**62,
     "data.valid_batches": 10**9,
     "data.valid_micro_num": 10**6,
     "data.valid_train_batches": 10**9,
@@ -87,6 +90,8 @@ def cross_problems(config: Config, world_size: int | None) -> Iterator[Problem]:
     yield from _pipeline(config)
     yield from _sequence(config)
     yield from _precision(config)
+    yield from length_problems(config)
+    yield from stage_problems(config, _of_rows)
     yield from _curves(config)
     yield from _rule(config)
     yield from _evaluation(config)
@@ -214,6 +219,12 @@ def _sequence(config: Config) -> Iterator[Problem]:
         )
 
 
+def _of_rows(config: Config) -> Iterator[Problem]:
+    """Problems that the length of a row and the rotary base may make."""
+    yield from _sequence(config)
+    yield from model_problems(config)
+
+
 def _precision(config: Config) -> Iterator[Problem]:
     scaler = config.grad_scaler
     if config.model.torch_dtype_name == "float16" and scaler is None:
@@ -251,7 +262,7 @@ def _curves(config: Config) -> Iterator[Problem]:
             (given, "lr_scheduler.warmup_ratio"),
             f"found {warmup} beside warmup_ratio {curve.warmup_ratio}; leave one of them out, or set it to None",
         )
-    elif curve.init_steps + warmup > curve.total_steps:
+    elif curve.total_steps and curve.init_steps + warmup > curve.total_steps:
         yield Problem(
             ("lr_scheduler.init_steps", given, "lr_scheduler.total_steps"),
             f"found {curve.init_steps} + {warmup} warm-up steps, expected at most lr_scheduler.total_steps "
@@ -281,7 +292,7 @@ def _kind(curve: LrSchedulerConfig) -> Iterator[Problem]:
         keys = "lr_scheduler.decay_steps", "lr_scheduler.decay_ratio"
         yield Problem(keys, f"found {curve.decay_steps} beside decay_ratio {curve.decay_ratio}; leave one of them out")
     before = curve.init_steps + curve.num_warmup_steps
-    if before + curve.num_decay_steps > curve.total_steps:
+    if curve.total_steps and before + curve.num_decay_steps > curve.total_steps:
         keys = "lr_scheduler.decay_steps", "lr_scheduler.total_steps"
         text = f"found {curve.num_decay_steps} after {before} steps of warm-up, expected at most total_steps"
         yield Problem(keys, f"{text} {curve.total_steps} together; lower one of them")

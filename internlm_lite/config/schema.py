@@ -112,8 +112,16 @@ class DataConfig(Section):
     """Steps between evaluations; 0: never."""
     pack_sample_into_one: bool = False
     """False: attention stays inside each document. True: attention spans whole windows of seq_len."""
-    total_steps: Positive
-    """Optimizer steps of the run."""
+    total_steps: NonNegative = 0
+    """Optimizer steps of the run. Left out, or 0: from epochs or total_tokens; exactly one of the three is given."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """(new) Passes over the training data, instead of total_steps: the run ends with the last batch that they fill.
+    With weights or stages: so many times the tokens of all folders."""
+    total_tokens: Positive | None = None
+    """(new) Tokens to train on, instead of total_steps: the run ends with the batch that reaches them."""
+    max_epochs: Annotated[float, Field(gt=0)] | dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """(new) Most passes over a data folder, or over each of those named. A run that would read more is refused at the
+    start, with the passes it needs. None: no limit."""
     skip_batches: str = ""
     """Batch ids to drop, such as "1-3,7" (inclusive): consumed from the order, but not trained on."""
     rampup_batch_size: str = ""
@@ -273,7 +281,7 @@ class AdamConfig(Section):
 class LrSchedulerConfig(Section):
     """Linear warm-up, then `kind`."""
 
-    total_steps: Positive
+    total_steps: NonNegative = 0
     """Step at which the rate reaches eta_min; left out: data.total_steps."""
     init_steps: NonNegative = 0
     """Steps with learning rate 0 before the warm-up."""
@@ -710,6 +718,24 @@ class MonitorConfig(Section):
     """Alerts."""
 
 
+class StageConfig(Section):
+    """(new) A stage of the run. What it leaves out is as `data`, `model` and `adam` say."""
+
+    until: Positive | None = None
+    """Id of the first batch after the stage, which is the step if no batch is skipped. Only the last stage may leave it
+    out."""
+    weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """Share of each data folder. Folders left out are not read in this stage. None: data.weights."""
+    seq_len: Positive | None = None
+    """None: data.seq_len."""
+    rope_base: Annotated[float, Field(gt=0)] | None = None
+    """None: model.rope_base."""
+    micro_bsz: Positive | None = None
+    """None: data.micro_bsz."""
+    lr: Annotated[float, Field(ge=0)] | None = None
+    """Peak learning rate; warm-up and decay run on over the whole run. None: adam.lr."""
+
+
 class Config(Section):
     """A whole config file."""
 
@@ -721,6 +747,9 @@ class Config(Section):
     """Checkpoints."""
     data: DataConfig
     """Data."""
+    stages: list[StageConfig] = []
+    """(new) Stages of the run, in order: mix, lengths, rotary base and peak lr change at a batch. Evaluations
+    keep data.seq_len and data.micro_bsz. []: one stage."""
     grad_scaler: GradScalerConfig | None = None
     """Loss scaling, required for torch.float16."""
     hybrid_zero_optimizer: HybridZeroConfig = HybridZeroConfig()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from internlm_lite.config.run_stages import peak_rates
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh.mesh import Group, Mesh
 from internlm_lite.optim.buckets import Bucket
@@ -74,12 +75,13 @@ class GroupUpdates:
 
 
 def _curve(peak: float, config: Config) -> list[float]:
-    """Learning rates of all steps: those of adam.lr, down to eta_min, scaled to this peak."""
+    """Learning rates of all steps: those of adam.lr, or of the stages, down to eta_min, scaled to this peak."""
     base, schedule = config.adam.lr, config.lr_scheduler
-    steps = range(max(schedule.total_steps, config.data.total_steps) + 2)
-    if peak == base or not base:
-        return [learning_rate(i, peak, schedule) for i in steps]
-    return [learning_rate(i, base, schedule) * (peak / base) for i in steps]
+    steps = max(schedule.total_steps, config.data.total_steps) + 2
+    if not base and peak:
+        return [learning_rate(i, peak, schedule) for i in range(steps)]
+    rates = [learning_rate(i, of_stage, schedule) for i, of_stage in enumerate(peak_rates(config, steps))]
+    return rates if peak == base else [rate * (peak / base) for rate in rates]
 
 
 def _shard(bucket: Bucket, holders: Group | None) -> Shard:

@@ -13,6 +13,7 @@ import torch
 
 from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import TrainingData, ValidationData, open_training_data, open_validation_data
+from internlm_lite.data.demand import check_caps, with_total_steps
 from internlm_lite.faults.watchdog import Watchdog, unwatched
 from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import Mesh
@@ -70,8 +71,8 @@ def build_run(
         return run
     if not config.ckpt.enable_save_ckpt:
         logger.warning("ckpt.enable_save_ckpt=False: nothing that is trained will be kept")
-    if run.start.step < config.data.total_steps or not has_ended(folder / "events.jsonl"):
-        make = partial(open_sinks, folder, config, services.sinks, terminal=services.terminal)
+    if run.start.step < run.config.data.total_steps or not has_ended(folder / "events.jsonl"):
+        make = partial(open_sinks, folder, run.config, services.sinks, terminal=services.terminal)
         run.reporter.open_sinks(make, run.start.step)
     return run
 
@@ -86,7 +87,9 @@ def load_run(config: Config, mesh: Mesh, folder: Path, resume: str, services: Ru
     watchdog.enter("building")
     dp, vocab_size = mesh.dp, config.model.vocab_size
     with heartbeat("opening the training data"):
-        data = open_training_data(config.data, vocab_size, dp.rank, dp.size, config.seed)
+        data = open_training_data(config.data, vocab_size, dp.rank, dp.size, config.seed, config.stages)
+        config = with_total_steps(config, data)
+        check_caps(config.data, data)
         valid = None
         if config.data.valid_every:
             valid = open_validation_data(config.data, vocab_size, dp.rank, dp.size, config.seed)
@@ -100,9 +103,11 @@ def load_run(config: Config, mesh: Mesh, folder: Path, resume: str, services: Ru
             logger.info(line)
     reporter = Reporter(config, mesh, trainer)
     samples = Samples(config, trainer, reporter)
+    checkpoints.adopt_lengths(config)
     checkpoints.attach(Contents(trainer, reporter, data.fingerprint, folder.name, tokens, intended_batch_tokens=tokens))
     with heartbeat("loading a checkpoint, or drawing the weights"):
         start = checkpoints.restore(resume)
+    trainer.enter_stage(data.stage_before(start.position).number)
     return Run(config, mesh, folder, trainer, data, valid, reporter, samples, checkpoints, start, watchdog)
 
 

@@ -41,7 +41,7 @@ from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.average import ROLE
 from internlm_lite.optim.rule_change import counters_left, rule_change, without
-from internlm_lite.train.changes import LastRun, batch_keys, data_changes, schedule_change
+from internlm_lite.train.changes import LastRun, batch_keys, data_changes, later_stages, schedule_change
 from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.train_state import TrainState, random_states, set_random_states
 from internlm_lite.train.trainer import Trainer
@@ -162,6 +162,12 @@ class Checkpoints:
         except BaseException:
             self.close(wait=False)
             raise
+
+    def adopt_lengths(self, config: Config) -> None:
+        """Store and compare the number of steps that `config` has by now, where the one given has epochs or tokens."""
+        self._given = config
+        for section in ("data", "lr_scheduler"):  # in place: managers have the same dict
+            self._config[section]["total_steps"] = getattr(config, section).total_steps
 
     def attach(self, contents: Contents) -> None:
         """Set the `contents` to save and restore. Reserves host memory if saves run in the background."""
@@ -321,7 +327,8 @@ class Checkpoints:
                 f"checkpoint {name} in {found.storage.name} holds weights alone, no training state: to train on from "
                 "them, name this folder in ckpt.load_model_only_folder, and choose another one to save and resume"
             )
-        changed = data_changes(stored["data"], self.contents.fingerprint) if "data" in stored else []
+        batch, now = stored["train"].get("position", {}).get("batch", 0), self.contents.fingerprint
+        changed = data_changes(stored["data"], now, batch) if "data" in stored else []
         listing = "\n  ".join([f"the training data changed since checkpoint {name} was written:", *changed])
         if changed and not self._ckpt.allow_changed_data:
             raise CheckpointError(
@@ -334,6 +341,8 @@ class Checkpoints:
             return left
         if not moments:
             logger.info("the state of %s starts at zero: ckpt.load_optimizer=False", self._given.optimizer.name)
+        if "data" in stored and (planned := later_stages(stored["data"], now, batch)):
+            logger.warning(f"the stages after batch {batch} are not those of checkpoint {name}: {planned}")
         if changed:
             logger.warning(f"{listing}\nbatches from here on are drawn from the new data at the same position")
         with suppress(CheckpointError, LookupError):  # a config of another version

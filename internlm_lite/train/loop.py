@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from internlm_lite.batch import Batch
 from internlm_lite.faults.signals import StopSignals
 from internlm_lite.mesh.consensus import on_main
 from internlm_lite.monitor.jsonl import is_evaluated
@@ -49,13 +50,14 @@ def train(run: Run, signals: StopSignals, trace_folder: Path | None = None) -> T
         while state.step < total_steps and not control.decision.stop:
             watchdog.enter("data", state.step)
             batch = next(batches).to(run.mesh.device)
+            _report_stage(run, state, batch)
             watchdog.enter("training", state.step)
             updating = partial(_before_update, run, saving, state)
             outcome = trainer.step(batch, state.step, requests=control.requests, before_update=updating)
             traced()
             epoch, state = run.data.epoch(state.position), state.after(batch, run.mesh.dp.size)
             samples_due = run.samples.due(state.step, ended_epoch=run.data.epoch(state.position) > epoch)
-            if state.step % run.config.monitor.log_every == 0 or state.step == total_steps:
+            if _line_is_due(run, state):
                 run.reporter.step_line(state, batch, outcome)
             decision = control.after_step(outcome, state.step)
             if restored := _roll_back(run, state, control, saving):
@@ -94,6 +96,22 @@ def _begin(run: Run, state: TrainState, saving: Saving) -> None:
     run.reporter.event("start", **facts)
     # Before the first step, if asked; and the previous start may have ended between its save and its evaluation.
     _evaluate_if_due(run, state, saving, skip_if_logged=True)
+
+
+def _report_stage(run: Run, state: TrainState, batch: Batch) -> None:
+    """Write the event "stage" before the first step of a stage but the first: its number, its values, those before."""
+    before, now = run.data.stage_before(state.position), run.data.stages[batch.stage]
+    if now.number != before.number and state.position.batch:
+        changed = {key: value for key, value in now.facts().items() if value != before.facts()[key]}
+        run.reporter.event("stage", step=state.step, stage=now.number, changed=changed, **now.facts())
+
+
+def _line_is_due(run: Run, state: TrainState) -> bool:
+    """Every log_every steps, at the end, and with the last step of a stage: its figures depend on the length."""
+    config = run.config
+    if state.step % config.monitor.log_every == 0 or state.step == config.data.total_steps:
+        return True
+    return len(run.data.stages) > 1 and run.data.ends_stage(state.position)
 
 
 def _before_update(run: Run, saving: Saving, state: TrainState) -> None:

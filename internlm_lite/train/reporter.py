@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from internlm_lite.batch import Batch
+from internlm_lite.config.run_stages import stages_of
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh
@@ -47,6 +48,8 @@ class _Line:
     fwd_bwd_seconds: Callable[[], float]
     tokens: int
     steps: int
+    seq_len: int
+    """Of the stage; a line is about steps of one stage."""
     known: dict[str, Any]
     """Those fields of the `StepRecord` that the host knew when the line was due."""
 
@@ -60,8 +63,10 @@ class Reporter:
         self._config, self._mesh, self._trainer = config, mesh, trainer
         self._sinks: FanOut | None = None
         self._make_sinks: Callable[[int], FanOut] | None = None
-        self._flops_per_token = internlm_flops_per_token(config.model, config.data.seq_len)
-        self._model_flops_per_token = model_flops_per_token(config.model, config.data.seq_len)
+        self._stages = stages_of(config.data, config.stages)
+        lengths = {stage.seq_len for stage in self._stages}
+        self._flops_per_token = {n: internlm_flops_per_token(config.model, n) for n in lengths}
+        self._model_flops_per_token = {n: model_flops_per_token(config.model, n) for n in lengths}
         self._peak = peak_flops(mesh.device, config.model.dtype)
         self._time, self._last = Stopwatch(mesh.device), TrainState()
         self._lines: deque[_Line] = deque()
@@ -126,7 +131,8 @@ class Reporter:
         }
         numbers = comm.read_later(torch.cat([_scalars(outcome), sums]))
         tokens, steps = state.consumed_tokens - last.consumed_tokens, state.step - last.step
-        self._lines.append(_Line(numbers, seconds, fwd_bwd_seconds, tokens, steps, known))
+        seq_len = self._stages[batch.stage].seq_len
+        self._lines.append(_Line(numbers, seconds, fwd_bwd_seconds, tokens, steps, seq_len, known))
         self.write_lines()
 
     def write_lines(self, until: float = -1) -> None:
@@ -161,7 +167,7 @@ class Reporter:
         record = StepRecord(
             time=datetime.now().astimezone(),
             loss=collected.loss,
-            tflops=tflops_per_gpu(self._flops_per_token, line.tokens, seconds, world),
+            tflops=tflops_per_gpu(self._flops_per_token[line.seq_len], line.tokens, seconds, world),
             speed=speed,
             lr=next_lr,
             loss_scale=loss_scale,
@@ -172,7 +178,7 @@ class Reporter:
             perplexity=perplexity(collected.cross_entropy),
             loss_from_metric=collected.cross_entropy,
             folders=collected.folders,
-            mfu=mfu(self._model_flops_per_token, line.tokens, seconds, world, self._peak),
+            mfu=mfu(self._model_flops_per_token[line.seq_len], line.tokens, seconds, world, self._peak),
             eta_seconds=None if per_step is None else per_step * remaining,
             **line.known,
         )

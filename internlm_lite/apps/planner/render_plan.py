@@ -14,6 +14,7 @@ from rich.text import Text
 from internlm_lite.apps.planner.components import Component, Components
 from internlm_lite.apps.planner.largest_batch import LargestBatch
 from internlm_lite.apps.planner.report import ClockPlan, GroupTable, RankPlan, RunPlan
+from internlm_lite.data.demand import StageUse
 from internlm_lite.units import human_bytes, human_count, human_seconds
 
 _LEAST_FRACTION = 0.005
@@ -32,7 +33,7 @@ def render(plan: RunPlan, *, components: bool = False) -> RenderableType:
         parts += _groups(plan)
     if plan.clock is not None:
         parts += _clock(plan.clock)
-    return Group(*parts, *_batches(plan), *(_note(note) for note in plan.notes))
+    return Group(*parts, *_stages(plan.stages), *_batches(plan), *(_note(note) for note in plan.notes))
 
 
 def _heading(text: str) -> Text:
@@ -91,6 +92,21 @@ def _run(plan: RunPlan) -> Table:
     for name, value in rows.items():
         grid.add_row(Text(f"  {name}", style="dim"), value)
     return grid
+
+
+def _stages(uses: Sequence[StageUse]) -> Iterator[RenderableType]:
+    """What each stage reads of each folder."""
+    yield _heading("Data, by stage and folder" if len(uses) > 1 else "Data, by folder")
+    table = _table("stage", "steps", "row", "rope base", "lr", "folder", "tokens", "epochs by its end")
+    for use in uses:
+        stage = use.stage
+        base, lr = ("as configured" if value is None else f"{value:g}" for value in (stage.rope_base, stage.lr))
+        row = f"{stage.micro_bsz} * {stage.seq_len:,}"
+        first = [str(stage.number), f"{use.steps:,}", row, base, lr]
+        for name, folder in use.folders.items():
+            table.add_row(*first, name, human_count(folder.tokens), f"{folder.epochs:.3g}")
+            first = [""] * len(first)
+    yield table
 
 
 def _days(days: float) -> str:

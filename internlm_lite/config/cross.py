@@ -28,6 +28,7 @@ from internlm_lite.config.problems import Problem
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
 from internlm_lite.config.schema import AlertsConfig, CkptConfig, Config, LrSchedulerConfig, OptimizerConfig, Section
 from internlm_lite.config.stage_checks import length_problems, stage_problems
+from internlm_lite.config.task_checks import task_problems
 from internlm_lite.errors import ConfigError
 
 _TENSOR = "parallel.tensor"
@@ -57,6 +58,10 @@ _MOST = {
     "data.valid_batches": 10**9,
     "data.valid_micro_num": 10**6,
     "data.valid_train_batches": 10**9,
+    "evaluation.every": 10**12,
+    "evaluation.limit": 10**9,
+    "evaluation.max_tokens": 2**31 - 1,
+    "evaluation.num_fewshot": 10**6,
     "guard.spike_window": 10**6,
     "hybrid_zero_optimizer.reduce_bucket_size": 2**40,
     "lr_scheduler.total_steps": 10**12,
@@ -325,6 +330,9 @@ def _rule(config: Config) -> Iterator[Problem]:
             yield Problem(
                 keys, f'found {shown(value)} with "{rule.name}", expected "muon"; remove it, or change the rule'
             )
+    if rule.moments == "bf16" and rule.name == "muon":
+        keys = "optimizer.moments", "optimizer.name"
+        yield Problem(keys, 'found "bf16" with "muon", whose momentum is fp32; leave moments out, or change the rule')
     for index, group in enumerate(rule.groups):
         if group.betas is not None and rule.name == "sgd":
             key = f"optimizer.groups[{index}].betas"
@@ -347,6 +355,7 @@ def _evaluation(config: Config) -> Iterator[Problem]:
     if config.ckpt.keep_best and not config.ckpt.enable_save_ckpt:
         text = "found True with ckpt.enable_save_ckpt=False; change one of them"
         yield Problem(("ckpt.keep_best", "ckpt.enable_save_ckpt"), text)
+    yield from task_problems(config)
 
 
 def _batches(config: Config) -> Iterator[Problem]:

@@ -242,6 +242,9 @@ class OptimizerConfig(Section):
     """muon: factor of an orthogonalised matrix. "rms": 0.2 sqrt(max(rows, columns)), so that its elements are as large
     as AdamW's updates and adam.lr and adam.weight_decay suit both (arXiv:2502.16982). "spectral":
     sqrt(max(1, rows / columns)) (K. Jordan), for a muon_lr about ten times as large."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the rule's state; masters stay fp32. "bf16": half the memory, rounded at random, alike in every layout;
+    an update takes longer. Not for muon."""
     groups: list[GroupConfig] = []
     """Parameters with hyperparameters of their own, by patterns of their names."""
 
@@ -657,6 +660,33 @@ class GuardConfig(Section):
     """Steps between comparisons of weights and optimizer state that several ranks hold; 0: never."""
 
 
+class EvaluationConfig(Section):
+    """(new) Tasks, scored while training and by tools/evaluate.py beside the loss on `data.valid_folder`. Neither
+    changes the training."""
+
+    tasks: list[str] = []
+    """Built-in tasks made of the validation text (cloze_word, cloze_greedy, cloze_sentence), and tasks or groups of
+    lm-evaluation-harness, where lm_eval is installed. Need data.tokenizer."""
+    every: Positive | None = None
+    """Steps between evaluations of the tasks; they are evaluated after the last step, too. None: with each evaluation
+    of the validation data."""
+    limit: Positive | None = None
+    """Examples per task, the first ones. None: all; 200 of a built-in task."""
+    include_path: str | None = None
+    """Folder of task files in lm_eval's form (YAML), taken before those that come with it."""
+    num_fewshot: NonNegative | None = None
+    """Examples in a prompt of lm_eval's tasks. None: as each task says."""
+    max_tokens: Positive | None = None
+    """Longest text in tokens, the scored ones included; contexts are cut on the left. None: data.seq_len."""
+    weights: Literal["model", "ema", "both"] = "model"
+    """Which weights the tasks ask: the trained ones, their average (`ema`), or first the ones, then the other. Tasks of
+    the average are named TASK@ema."""
+    keep_best: str | None = None
+    """Like ckpt.keep_best, by another figure: "loss", "acc", "perplexity", "bits_per_byte", the same of the averaged
+    weights as "ema/loss", or "TASK/METRIC", such as "cloze_word/acc". Losses, perplexities and bits per byte are best
+    when low, others when high, unless lm_eval says otherwise of its metric."""
+
+
 class WandbConfig(Section):
     """(new) Weights & Biases; nothing is sent unless `mode` is "online". The key is never written here: `wandb login`
     stores it."""
@@ -774,6 +804,8 @@ class Config(Section):
     """Monitoring."""
     guard: GuardConfig = GuardConfig()
     """Guard."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Tasks."""
     deterministic: bool = False
     """(new) Repeat the same bits on a GPU: use only algorithms that add in a fixed order, which are slower, above all
     in the backward pass of attention. Without it a repeated or resumed run agrees to rounding; on a CPU to the bit."""

@@ -119,6 +119,11 @@ class ValidationData:
     def folders(self) -> tuple[str, ...]:
         return tuple(folder.name for folder in self.packed)
 
+    @property
+    def bytes_per_label(self) -> dict[str, float | None]:
+        """`PackedFolder.bytes_per_label` of each folder."""
+        return {folder.name: folder.bytes_per_label for folder in self.packed}
+
     def batches(self, *, pin: bool = False) -> Generator[Batch, None, None]:
         """All batches. Rows beyond the last row of a folder are padding: token 0 with label IGNORE."""
         return prefetch(chain.from_iterable(self._of_folder(index, pin=pin) for index in range(len(self.packed))))
@@ -192,6 +197,13 @@ def open_validation_data(config: DataConfig, vocab_size: int, dp_rank: int, dp_s
     found = _folders(config.valid_folder, "valid_folder", config, vocab_size, log=dp_rank == 0)
     packed = [_pack(config, folder, vocab_size, seed, keep_tail=True) for folder in found]
     used = _usable(packed, "valid_folder", config, log=dp_rank == 0)
+    unknown = [folder.name for folder in used if folder.bytes_per_label is None]
+    if unknown and config.valid_folder is not None and dp_rank == 0:
+        logger.info(
+            "data.valid_folder: %s: the bytes of the text are not recorded beside the tokens, so bits per byte are not "
+            "shown; tools/tokenizer.py encode records them",
+            ", ".join(unknown),
+        )
     return ValidationData(
         tuple(used), config.valid_micro_num or config.micro_num, dp_rank, dp_size, max_batches=config.valid_batches
     )

@@ -140,6 +140,15 @@ class PackedFolder:
         fragments = np.concatenate(([0], ends[:-1], [stop - start]))
         return self._segments(fragments, positions)
 
+    @property
+    def bytes_per_label(self) -> float | None:
+        """UTF-8 bytes of the folder's text over its labels, by the record of its files; None if one has none."""
+        records = [file.metadata for file in self._files]
+        sizes = [(one.label_bytes, one.labels) for one in records if one and one.label_bytes and one.labels]
+        if len(sizes) < len(records):
+            return None
+        return sum(n_bytes for n_bytes, _ in sizes) / sum(labels for _, labels in sizes)
+
     def lacks_labels(self) -> bool:
         """Whether no token is a label. Reads documents until one has a label, usually the first.
 

@@ -34,7 +34,7 @@ class Shard:
     weights: torch.Tensor
     """Master weights: fp32, or fp64 in an fp64 model."""
     state: Mapping[str, torch.Tensor]
-    """Role -> tensor, for each of the rule's `roles`; zeros at the start."""
+    """Role -> tensor, for each of the rule's `roles`; zeros at the start. As it is stored, it may be of bf16."""
     pieces: tuple[Piece, ...] = ()
     """The parameters in it, for rules that need shapes; between and behind them is padding."""
     holders: Group | None = None

@@ -24,6 +24,7 @@ import torch
 from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.format.catalog import Found
 from internlm_lite.checkpoint.format.manifest import Kind, Manifest
+from internlm_lite.checkpoint.format.weight_roles import Weights
 from internlm_lite.checkpoint.load.checkpoint_loader import Left, Restored
 from internlm_lite.checkpoint.load.compare import Wanted
 from internlm_lite.checkpoint.load.locate import find_step
@@ -61,7 +62,9 @@ class Moment:
     """`FolderMetrics.total`."""
     random_states: dict[str, torch.Tensor]
     valid_loss: float | None = None
-    """Of the evaluation that a checkpoint of the kind "best" is saved for."""
+    """Of the evaluation that a checkpoint of the kind "best" is saved for; None also where there was none."""
+    best: tuple[str, float] | None = None
+    """Name and value of the figure that such a checkpoint is the best by."""
 
 
 @dataclass
@@ -96,6 +99,7 @@ class Contents:
             "batch_tokens": self.intended_batch_tokens,
             "run_folder": self.run_folder,
             **({} if moment.valid_loss is None else {"valid_loss": moment.valid_loss}),
+            **({} if moment.best is None else {"best": {"figure": moment.best[0], "value": moment.best[1]}}),
         }
 
     def adopt(self, restored: Restored, *, moments: bool) -> TrainState:
@@ -150,6 +154,8 @@ class Checkpoints:
         )
         self.restored: str | None = None
         """Name of the checkpoint that this run resumed."""
+        self.weights_from: Found | None = None
+        """The checkpoint that this run took weights alone from."""
         self._began_at: Found | None = None
         """The checkpoint outside the save folders that this run began from; a rollback may return to it."""
         self._from_run_folder: str | None = None
@@ -197,17 +203,20 @@ class Checkpoints:
         facts = {"saved": kind, "name": name, "waited": wait, "stall_seconds": round(time.monotonic() - begin, 4)}
         self.contents.reporter.event("checkpoint", step=step, **facts)
 
-    def best_loss(self) -> float:
-        """Validation loss of this run's newest checkpoint of the kind "best", infinite without one. Waits for the save
-        in progress, so that it counts, and that one of the same step does not take the place of a better one."""
+    def best_value(self, figure: str) -> float | None:
+        """Value of this figure in this run's newest checkpoint of the kind "best"; None without one, or if it is the
+        best by another figure; nan if it cannot be read. Waits for the save in progress, so that it counts, and that
+        one of the same step does not take the place of a better one."""
         self._wait()
         try:
             best = on_main(self._mesh, lambda: self.manager.folders[0].newest("best"))
         except (StorageError, CheckpointError) as error:
             self._alarm("best", error)
-            return -math.inf
-        is_ours = best and best.state["run_folder"] in (self.contents.run_folder, self._from_run_folder)
-        return float(best.state["valid_loss"]) if best and is_ours else math.inf
+            return math.nan
+        if best is None or best.state["run_folder"] not in (self.contents.run_folder, self._from_run_folder):
+            return None
+        stored = best.state.get("best") or {"figure": "loss", "value": best.state["valid_loss"]}
+        return float(stored["value"]) if stored["figure"] == figure else None
 
     def report_finished(self) -> None:
         """Report the outcome of background saves that have ended. Not collective; does not block."""
@@ -240,8 +249,8 @@ class Checkpoints:
             self._wait()
         self.manager.close(wait=wait)
 
-    def restore(self, resume: str) -> TrainState:
-        """Load the checkpoint to start from and return its state, else the initial state, with weights loaded from
+    def restore(self, resume: str, weights: Weights = "model") -> TrainState:
+        """Load the checkpoint to start from and return its state, else the initial state, with `weights` loaded from
         ckpt.load_model_only_folder or drawn. Raises CheckpointError.
 
         `resume`: "auto", "none" (ignore this run's save folders), a step in these folders, or a path."""
@@ -260,12 +269,17 @@ class Checkpoints:
         if self._ckpt.load_ckpt_folder:
             return self._begin_at(self._ckpt.load_ckpt_folder)
         if self._ckpt.load_model_only_folder:
-            self.manager.load_at(self._ckpt.load_model_only_folder, self.contents.pieces(moments=False))
-            self.contents.trainer.optimizer.publish_weights()
+            self.load_weights(self._ckpt.load_model_only_folder, weights)
             self.contents.trainer.optimizer.restart_average()
         else:
             self.contents.trainer.draw_weights()
         return TrainState()
+
+    def load_weights(self, path: str, weights: Weights) -> None:
+        """Load these weights of the checkpoint at `path`, and nothing else. Raises CheckpointError."""
+        pieces = self.contents.pieces(moments=False)
+        self.weights_from = self.manager.load_at(path, pieces, weights=weights).found
+        self.contents.trainer.optimizer.publish_weights()
 
     def roll_back(self, state: TrainState, spiked_step: int) -> TrainState | None:
         """Restore this run's newest checkpoint from before step `spiked_step`, else the one it began from. Returns its

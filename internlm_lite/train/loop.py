@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from internlm_lite.monitor.jsonl import is_evaluated
 from internlm_lite.optim.replicas import check_replicas
 from internlm_lite.train.build import Run
 from internlm_lite.train.control import Control
-from internlm_lite.train.evaluation import evaluate
+from internlm_lite.train.evaluation import evaluate, evaluate_tasks, figures_of
 from internlm_lite.train.profiling import traced_steps
 from internlm_lite.train.saving import Saving
 from internlm_lite.train.train_state import TrainState
@@ -166,19 +166,36 @@ def _evaluate_if_due(run: Run, state: TrainState, saving: Saving, *, skip_if_log
     """Called after the step's save, which a failure here must not prevent. `skip_if_logged`: not if events.jsonl
     already has the figures of this step."""
     file = run.folder / "events.jsonl"
-    if not _evaluation_is_due(run, state):
+    validation, tasks = _validation_is_due(run, state), _tasks_are_due(run, state)
+    if not (validation or tasks):
         return
-    if skip_if_logged and on_main(run.mesh, lambda: is_evaluated(file, state.step - 1)):
+    kind = "evaluation" if validation else "tasks"
+    if skip_if_logged and on_main(run.mesh, lambda: is_evaluated(file, state.step - 1, kind)):
         return
     run.reporter.event("evaluating", step=state.step - 1)
     with run.watchdog.inside("evaluation"), run.reporter.excluded_from_timing():
-        found = evaluate(run, state)
-        run.reporter.validation(found)
-        saving.keep_if_best(state, found.loss)
+        found = evaluate(run, state) if validation else None
+        scores = evaluate_tasks(run) if tasks else {}
+        if found is not None:
+            run.reporter.validation(replace(found, tasks=scores))
+        else:
+            run.reporter.tasks(state.step - 1, scores)
+        saving.keep_if_best(state, figures_of(found, scores))
 
 
 def _evaluation_is_due(run: Run, state: TrainState) -> bool:
+    return _validation_is_due(run, state) or _tasks_are_due(run, state)
+
+
+def _validation_is_due(run: Run, state: TrainState) -> bool:
     data = run.config.data
     if state.step == 0:
         return data.valid_at_start
     return run.valid is not None and (state.step % data.valid_every == 0 or state.step == data.total_steps)
+
+
+def _tasks_are_due(run: Run, state: TrainState) -> bool:
+    every = run.config.evaluation.every
+    if run.tasks is None or every is None or state.step == 0:
+        return run.tasks is not None and _validation_is_due(run, state)
+    return state.step % every == 0 or state.step == run.config.data.total_steps

@@ -21,7 +21,7 @@ from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.stages import model_flops_per_token
 from internlm_lite.monitor.flops import internlm_flops_per_token, mfu, tflops_per_gpu
-from internlm_lite.monitor.record import Origin, Sample, StepRecord, ValidationRecord
+from internlm_lite.monitor.record import Origin, Sample, StepRecord, ValidationRecord, task_words
 from internlm_lite.monitor.scalars import perplexity
 from internlm_lite.monitor.sinks import FanOut
 from internlm_lite.monitor.speed import SpeedMeter
@@ -191,9 +191,20 @@ class Reporter:
         logger.info(str(found))
         folders = {name: [f.tokens, f.loss, f.acc] for name, f in found.folders.items()}
         more: dict[str, Any] = {} if found.train_loss is None else {"train_loss": found.train_loss}
+        if found.bits_per_byte is not None:
+            more["bits_per_byte"] = found.bits_per_byte
+        if found.tasks:
+            more["tasks"] = found.tasks
         more |= {} if found.ema is None else {"ema": dict(found.ema)}
         self._sinks.event("evaluation", step=found.step, loss=found.loss, acc=found.acc, folders=folders, **more)
         self._sinks.validation(found)
+
+    def tasks(self, step: int, scores: Mapping[str, Mapping[str, float]]) -> None:
+        """Report tasks that were evaluated without validation data; `step`: index of the last step before."""
+        if self._sinks is not None:
+            self.write_lines(math.inf)
+            logger.info(f"tasks after {step + 1} steps:{task_words(scores)}")
+            self._sinks.event("tasks", step=step, tasks=scores)
 
     def sample(self, steps_done: int, prompt: str, text: str) -> None:
         """Log the continuation `text` of a prompt and pass it to the sinks."""

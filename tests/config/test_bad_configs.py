@@ -427,7 +427,7 @@ BAD = [
     (
         "",
         "stages = [dict(until=50), dict(seqlen=64)]",
-        "25: stages[1].seqlen: unknown key; nearest known key: stages[1]",
+        "25: stages[1].seqlen: unknown key; nearest known key: stages[1].",
     ),
     (
         "",

@@ -393,7 +393,7 @@ def test_gradients_of_all_groups_are_multiplied_in_one_launch(
     multiply = torch._foreach_mul_
     monkeypatch.setattr(torch, "_foreach_mul_", lambda *args: calls.append(len(args[0])) or multiply(*args))
     grads = [torch.cat([torch.arange(64.0, dtype=dtype) - 20, torch.zeros(192, dtype=dtype)]) for _ in shards]
-    made.update(grads, UpdateStep(lr, 0.97, factor, torch.tensor(False)))
+    made.update(grads, UpdateStep(lr, 0.97, factor, torch.tensor(False)), torch.tensor(1))
     assert calls == [2]
     found = [Shard(s.weights[:64], {role: x[:64] for role, x in s.state.items()}) for s in made.shards]
     assert same(bits(found), expected)

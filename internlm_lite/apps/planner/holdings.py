@@ -34,6 +34,8 @@ class BucketSizes:
     """fp32 copy of the shard's weights; 0 where the weights are their own masters."""
     moments: int
     """State of the update rule."""
+    expanded: int
+    """fp32 copy of a state in bf16; one bucket at a time has it, during the update. 0 without bf16."""
     update_grads: int
     """fp32 copy of the shard's gradient that the update rule reads; lives only during the update."""
     partial_over: tuple[str, ...]
@@ -55,9 +57,10 @@ class BucketSizes:
 
     @property
     def update_traffic(self) -> int:
-        """Bytes that the update reads and writes: gradient in the dtype of the masters, masters, state."""
+        """Bytes that the update reads and writes: gradient in the dtype of the masters, masters, state; a fp32 copy of
+        that is made, read, written and rounded."""
         exact = self.update_grads or self.shard_grads
-        return 2 * (self.masters or exact) + 2 * self.moments + exact
+        return 2 * (self.masters or exact) + 2 * self.moments + 4 * self.expanded + exact
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,8 @@ class RankHoldings:
 
     @property
     def update(self) -> int:
-        workspace = max(bucket.update_workspace for bucket in self.buckets)  # one bucket after the other
-        return sum(bucket.update_grads for bucket in self.buckets) + workspace
+        workspace = max(one.expanded + one.update_workspace for one in self.buckets)  # one bucket after the other
+        return sum(one.update_grads for one in self.buckets) + workspace
 
 
 def holdings(config: Config, sizes: Sizes, backend: AttentionBackend) -> tuple[list[RankHoldings], int]:
@@ -143,12 +146,14 @@ def bucket_sizes(bucket: Bucket, unit_of: Mapping[Parameter, int], ema: EmaConfi
         products[slot.start // shard] += rule.product_flops(slot.param, group)
     ranks = range(len(products))
     exchanged = max(map(bucket.elements_on, ranks)) * exact if any(products) and bucket.kind.tp_sharded else 0
+    bf16 = group.options.moments == "bf16"
     return BucketSizes(
         weights=bucket.weights.nbytes,
         grads=bucket.grads.nbytes,
         shard_grads=bucket.grad_shard.nbytes,
         masters=shard * exact if half else 0,
-        moments=state_tensors * shard * exact,
+        moments=state_tensors * shard * (2 if bf16 else exact),
+        expanded=state_tensors * shard * exact if bf16 else 0,
         update_grads=shard * exact if bucket.grads.dtype.itemsize < exact else 0,
         partial_over=bucket.kind.partial_over,
         shard_weights=bucket.weight_shard.nbytes,

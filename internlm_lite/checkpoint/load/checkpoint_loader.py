@@ -13,6 +13,7 @@ import torch
 from internlm_lite.checkpoint.format.catalog import Found
 from internlm_lite.checkpoint.format.manifest import Manifest, dump_with_crc, layout_of, load_with_crc
 from internlm_lite.checkpoint.format.shards import describe
+from internlm_lite.checkpoint.format.weight_roles import Weights, with_weights
 from internlm_lite.checkpoint.load.compare import Wanted, load_plan, mismatch, other_function
 from internlm_lite.checkpoint.load.locate import is_save_folder, locate, open_at
 from internlm_lite.checkpoint.load.reader import Reader
@@ -66,10 +67,13 @@ class Loader:
         assert found is not None
         return found
 
-    def load_at(self, path: str, pieces: Sequence[LocalShard], check: Check | None = None) -> Restored:
-        """`open`, then `load`. In a save folder, a checkpoint found damaged is skipped for the one before."""
+    def load_at(
+        self, path: str, pieces: Sequence[LocalShard], check: Check | None = None, *, weights: Weights = "model"
+    ) -> Restored:
+        """`open`, then `load`. In a save folder, a checkpoint found damaged is skipped for the one before. `weights`:
+        what is loaded as masters."""
         while True:
-            found = self.open(path)
+            found = with_weights(self.open(path), weights)
             try:
                 return self.load(found, pieces, check=check)
             except DamagedError as error:

@@ -98,3 +98,9 @@ def test_label_beyond_row_end_is_checked(tmp_path):
     packed = _packed(tmp_path, [[1, 2, 3, 4, 5, 6, 7, 8, 500]])
     with pytest.raises(DataError, match="token 8: found id 500"):
         _fill(packed, 0)
+
+
+def test_an_end_token_with_the_id_of_padding_is_a_label(tmp_path):
+    """Padding is known by its place, so that a model learns to end a text whose end token is 0, too."""
+    packed = _packed(tmp_path, [[5, 6, 0, 7, 8, 0]], keep_tail=True)
+    assert _fill(packed, 0)[1] == [6, 0, 7, 8, 0, IGNORE, IGNORE, IGNORE]

@@ -193,3 +193,17 @@ def test_merges_as_pairs_are_read(folder: Path, tmp_path: Path) -> None:
     values["model"]["merges"] = [" ".join(pair) for pair in values["model"]["merges"]]
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
     assert Tokenizer(tmp_path).encode(TEXTS[0]) == Tokenizer(folder).encode(TEXTS[0])
+
+
+def test_whole_pieces_come_before_merges_and_added_tokens_keep_their_ids(folder: Path, tmp_path: Path) -> None:
+    """Llama 3's tokenizer.json asks for the first; an added token counts for the size of the vocabulary."""
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["model"]["vocab"]["qzqz"] = 700
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    values["added_tokens"].append({"id": 701, "content": "<|im_end|>", **added})
+    for whole in (False, True):
+        values["model"]["ignore_merges"] = whole
+        (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+        found = Tokenizer(tmp_path)
+        assert (found.encode("qzqz") == [700]) == whole
+        assert (found.vocab_size, found.piece(701), found.piece(0)) == (702, "<|im_end|>", END)

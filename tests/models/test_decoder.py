@@ -308,3 +308,14 @@ def test_the_first_loss_is_that_of_guessing():
     losses = run(model, [doc])
     n_labels = int((row_of([doc])[2] != IGNORE).sum())
     assert losses.train_loss_sum.item() / n_labels == pytest.approx(math.log(4096) + 288 * 0.02**2 / 2, abs=0.05)
+
+
+def test_a_row_of_padding_alone_has_no_nan_and_no_gradient():
+    """Also where a token sees itself alone."""
+    model = small_model(sliding_window=1, attention_softcap=0.7, qk_norm="head")
+    tokens, positions, labels, attend = row_of([torch.zeros(4, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)])
+    hidden = model.hidden(tokens, positions, attend)
+    losses = model.losses(hidden, torch.full_like(labels, IGNORE), torch.ones(()))
+    losses.scaled_sum.backward()
+    assert torch.isfinite(hidden).all() and not losses.token_loss.any()
+    assert all(param.grad is None or not param.grad.any() for param in model.parameters())

@@ -100,7 +100,7 @@ class ActivationKeys:
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
         found = config.get(self.key, self.default)
-        if found not in self.types:
+        if not isinstance(found, str) or found not in self.types:
             raise CheckpointError(f"{self.key}: found {found!r}, expected {', '.join(map(repr, self.types))}")
         return {"mlp_type": self.types[found]}
 
@@ -155,9 +155,17 @@ class Form:
 
 
 def has_unrotated(config: Mapping[str, Any], layer: int) -> bool:
-    """Whether a layer of a SmolLM3 has no rotary embedding."""
-    rotated = config.get("no_rope_layers")
-    return not rotated[layer] if rotated else (layer + 1) % config.get("no_rope_layer_interval", 4) == 0
+    """Whether a layer of a SmolLM3 has no rotary embedding. Raises CheckpointError."""
+    every = NoRopeKeys().read(config)["no_rope_every"]
+    return every > 0 and (layer + 1) % every == 0
+
+
+def _number(config: Mapping[str, Any], key: str, default: int, least: int) -> int:
+    """A key of config.json. Raises CheckpointError."""
+    found = config.get(key, default)
+    if type(found) is not int or found < least:
+        raise CheckpointError(f"{key}: found {found!r}, expected an integer, at least {least}")
+    return found
 
 
 def _keys(more: Mapping[str, Key] | None = None, **defaults: Any) -> dict[str, Key]:
@@ -221,7 +229,9 @@ _MLP: dict[str, Key] = {"mlp_bias": ("mlp_bias", False)}
 _UNBIASED = {"qkv_bias": False, "out_bias": False}
 _BIASED: dict[str, Key] = dict.fromkeys(("qkv_bias", "out_bias"), ("bias", True))
 _SOFTCAP: dict[str, Key] = {"logit_softcap": ("final_logit_softcapping", None)}
-_QWEN = WindowKeys(4096, lambda config, layer: layer >= config.get("max_window_layers", 28), flag="use_sliding_window")
+_QWEN = WindowKeys(
+    4096, lambda config, layer: layer >= _number(config, "max_window_layers", 28, least=0), flag="use_sliding_window"
+)
 _GEMMA_DEFAULTS = {"num_attention_heads": 8, "num_kv_attention_heads": 4, "head_dim": 256, "tie_word_embeddings": True}
 _GEMMA_FIXED = {"norm_position": "sandwich", "zero_centered_norm": True}
 _GEMMA_ACTIVATION = ActivationKeys("hidden_activation", "gelu_pytorch_tanh")
@@ -316,7 +326,9 @@ FORMS: Mapping[Family, Form] = {
             _GEMMA_ACTIVATION,
             GemmaScaleKeys(),
             RopeKeys(("rope_theta", 1000000.0), by_layer=True, local_base=10000.0),
-            WindowKeys(4096, lambda config, layer: (layer + 1) % config.get("sliding_window_pattern", 6) > 0),
+            WindowKeys(
+                4096, lambda config, layer: (layer + 1) % _number(config, "sliding_window_pattern", 6, least=1) > 0
+            ),
         ),
     ),
     "gpt2": Form(

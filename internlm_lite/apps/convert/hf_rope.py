@@ -39,8 +39,8 @@ class RopeKeys:
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Our features. Raises CheckpointError for another rotation than ours."""
         name, default = self.base
-        found: dict[str, Any] = {"rope_theta": config.get(name) or config.get("rope_theta") or default}
-        local: Mapping[str, Any] = {}
+        found, local = {"rope_theta": config.get(name) or default}, dict[str, Any]()
+        said: dict[str, Any] = {}
         for key in ("rotary", "rope_scaling", "rope_parameters"):
             section = config.get(key)
             if not isinstance(section, Mapping):
@@ -48,8 +48,15 @@ class RopeKeys:
             if FULL in section or SLIDING in section:
                 if not self.by_layer:
                     raise CheckpointError(f"{key}: found one for each kind of layer, expected one for all")
-                section, local = section.get(FULL) or {}, section.get(SLIDING) or {}
-            found |= {_NAMES.get(str(name), str(name)): value for name, value in section.items() if value is not None}
+                section, local = (_object(section.get(kind), f"{key}.{kind}") for kind in (FULL, SLIDING))
+            elif self.by_layer and key == "rope_parameters" and section:
+                raise CheckpointError(f"{key}: found one for all layers, expected one for each kind of layer")
+            one = _in_new_names(section)
+            if contradictions := [name for name in one if name in said and said[name] != one[name]]:
+                other = contradictions[0]
+                raise CheckpointError(f"{key}: found {other} {one[other]!r}, but {said[other]!r} elsewhere: correct it")
+            said |= one
+        found |= said
         if not isinstance(found["rope_theta"], int | float) or found["rope_theta"] <= 0:
             raise CheckpointError(f"{name}: found {found['rope_theta']!r}, expected a positive number")
         read = {"rope_base": found["rope_theta"], "rope_scaling": self._scaling(found, config)}
@@ -104,6 +111,18 @@ class RopeKeys:
             keys["rope_parameters"] = {FULL: full, SLIDING: {"rope_type": "default", "rope_theta": local}}
             keys["rope_local_base_freq"] = local
         return keys
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise CheckpointError(f"{where}: found {value!r}, expected an object")
+    return dict(value or {})
+
+
+def _in_new_names(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is null. Where both names of a key are there, the newer one counts, as in transformers."""
+    given = {name: value for name, value in section.items() if value is not None}
+    return {_NAMES.get(name, name): value for name, value in given.items() if _NAMES.get(name) not in given}
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,11 @@ def test_shipped_configs_can_be_exported(name, family):
     assert to_hf(model, family, 64, "float32")["model_type"] == family
 
 
+QWEN_WINDOWS = {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 4}
+SMOL_WINDOWS = {"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 4}
+LINEAR_BY_2 = {"rope_type": "linear", "factor": 2.0}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -231,6 +236,23 @@ def test_shipped_configs_can_be_exported(name, family):
         ({"num_key_value_heads": 3}, "num_key_value_heads: found 3, expected a divisor"),
         ({"rms_norm_eps": 0}, "layer_norm_epsilon"),
         ({"max_position_embeddings": "long"}, "max_position_embeddings: found 'long'"),
+        ({"hidden_act": ["silu"]}, "hidden_act: found ['silu'], expected 'silu'"),
+        ({**QWEN_WINDOWS, "max_window_layers": None}, "max_window_layers: found None, expected an integer, at least 0"),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "sliding_window_pattern: found 0, expected an"),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": "2"}, "sliding_window_pattern: found '2'"),
+        ({**SMOL_WINDOWS, "no_rope_layer_interval": None}, "no_rope_layers: found None"),
+        ({**SMOL_WINDOWS, "no_rope_layers": [1]}, "no_rope_layers: found [1]"),
+        (
+            {"rope_scaling": LINEAR_BY_2, "rope_parameters": {**LINEAR_BY_2, "factor": 4.0}},
+            "rope_parameters: found factor 4.0, but 2.0 elsewhere",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": YARN},
+            "found rope_type 'yarn', but 'li",
+        ),
+        ({"model_type": "olmo3", "rope_parameters": LINEAR_BY_2}, "rope_parameters: found one for all layers"),
+        ({"model_type": "olmo3", "rope_parameters": {FULL: [1]}}, f"rope_parameters.{FULL}: found [1], expected an"),
+        ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_"),
     ],
 )
 def test_another_model_is_refused(changes, words):
@@ -283,6 +305,17 @@ def test_rotations_in_both_spellings(family, old, new):
     ]
     assert both[0] == both[1] and both[0].rope_base == 500.0
     assert both[0].rope_scaling is not None or both[0].partial_rotary_factor == 0.5
+
+
+def test_the_newer_of_two_names_counts():
+    """As in transformers, in whatever order; and a GPT-NeoX is not rotated by a key that its code does not read."""
+    yarn, old = {"rope_type": "yarn", "factor": 4.0}, {"type": "linear", "factor": 3.0}
+    for both in ({**old, **yarn}, {**yarn, "type": "linear"}):
+        scaling = from_hf({**SMALL, "rope_scaling": both}, "here").model.rope_scaling
+        assert scaling is not None and (scaling.rope_type, scaling.factor) == ("yarn", 4.0)
+    neox = {**SMALL, "model_type": "gpt_neox", "use_parallel_residual": False, "rope_theta": 500.0}
+    assert from_hf(neox, "here").model.rope_base == 10000.0
+    assert from_hf({**neox, "rotary_emb_base": 300}, "here").model.rope_base == 300
 
 
 @pytest.mark.parametrize(("family", "local"), [("gemma3_text", 300.0), ("olmo3", 500.0)])

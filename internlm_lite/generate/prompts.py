@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -49,21 +49,30 @@ class Defaults:
         )
 
 
+def generation_config_beside(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The object in the generation_config.json beside a tokenizer; empty without one. Raises DataError when that file
+    is damaged."""
+    path = tokenizer.path.with_name(GENERATION_CONFIG)
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: found no JSON object; correct the file or remove it")
+    return found
+
+
 def end_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """The tokens that end a text: the tokenizer's, and those of a generation_config.json beside it, such as the end of
     a chat's turn. Raises DataError when that file is damaged."""
-    path = tokenizer.path.with_name(GENERATION_CONFIG)
-    ids = [] if tokenizer.eos is None else [tokenizer.eos]
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text("utf-8")).get("eos_token_id") or []
-        except (ValueError, AttributeError):
-            raise DataError(f"{path}: found no JSON object; correct the file or remove it") from None
-        added = found if isinstance(found, list) else [found]
-        if not all(type(token) is int and token >= 0 for token in added):
-            raise DataError(f"{path}: eos_token_id: found {found!r}, expected a token id or a list of them")
-        ids += added
-    return frozenset(ids)
+    found = generation_config_beside(tokenizer).get("eos_token_id")
+    added = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(token) is int and token >= 0 for token in added):
+        path = tokenizer.path.with_name(GENERATION_CONFIG)
+        raise DataError(f"{path}: eos_token_id: found {found!r}, expected a token id or a list of them")
+    return frozenset(added if tokenizer.eos is None else [tokenizer.eos, *added])
 
 
 def read_prompts(file: Iterable[bytes], name: str, *, as_json: bool) -> Iterator[PromptLine]:

@@ -81,6 +81,7 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight, bias, mean, inverse_std = ctx.saved_tensors
         exact, gain, shift = _LayerNorm._operands(x, weight, bias, ctx.offset)
+        exact = exact if x.is_cuda else exact.to(gain.dtype)  # on the CPU the kernel sums over tokens in the dtype of x
         dy, wanted = grads[0].to(exact.dtype).contiguous(), [True, True, bias is not None]
         statistics = gain.shape, mean, inverse_std
         dx, dw, db = torch.ops.aten.native_layer_norm_backward(dy, exact, *statistics, gain, shift, wanted)

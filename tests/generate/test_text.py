@@ -131,7 +131,7 @@ def test_end_ids_are_the_tokenizers_and_those_of_generation_config(tokenizer, tm
     path.write_bytes(tokenizer.path.read_bytes())
     beside = tmp_path / "generation_config.json"
     assert end_ids(Tokenizer(path)) == {tokenizer.eos}
-    for value, expected in (("[7, 9]", {7, 9}), ("7", {7}), ("null", set()), ("[]", set())):
+    for value, expected in (("[7, 9]", {7, 9}), ("7", {7}), ("0", {0}), ("null", set()), ("[]", set())):
         beside.write_text(f'{{"eos_token_id": {value}}}')
         assert end_ids(Tokenizer(path)) == {tokenizer.eos} | expected
     for text, found in (("{", "no JSON object"), ("[]", "no JSON object"), ('{"eos_token_id": ["a"]}', "eos_token_id")):

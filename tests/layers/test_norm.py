@@ -178,3 +178,22 @@ def test_saved_bytes_on_a_gpu(fp32_weight: bool, kind: dict[str, Any]) -> None:
     x = torch.randn(5, 12, device="cuda").bfloat16().requires_grad_()
     gain = 4 * 12 if layer.offset and layer.statistics == 1 else 0  # 1 + weight
     assert saved_bytes(lambda: layer(x), layer) == gain + sum(layer.saved_bytes(RowShape(5, "cuda")).values())
+
+
+@pytest.mark.parametrize("fp32", [False, True])
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("dtype", HALF)
+def test_gradients_of_parameters_are_sums_in_fp32_over_many_tokens(dtype: torch.dtype, kind: str, fp32: bool) -> None:
+    """Added in half precision, thousands of numbers lose more than half of their sum."""
+    layer = norm(dtype, norm_type=kind, use_fp32_norm=fp32).requires_grad_()
+    generator = torch.Generator().manual_seed(2)
+    x, dy = ((torch.randn(8192, 12, generator=generator) + shift).to(dtype) for shift in (0, 0.5))
+    params = list(layer.parameters())
+    for param in params:
+        param.main_grad = torch.zeros(param.shape)  # type: ignore[attr-defined]
+    layer(x.requires_grad_()).backward(dy)
+    exact = norm(torch.float64, norm_type=kind).requires_grad_()
+    exact(x.detach().double()).backward(dy.double())
+    for param, right in zip(params, exact.parameters(), strict=True):
+        error = (param.main_grad - right.grad).norm() / right.grad.norm()  # type: ignore[attr-defined,operator,union-attr]
+        assert error < (1e-5 if fp32 else torch.finfo(dtype).eps)

@@ -86,7 +86,6 @@ class ConvertedFile(TensorFile):
         if self._dtype != rows.dtype and not torch.isfinite(made).all():
             lost = int((torch.isfinite(rows) & ~torch.isfinite(made)).sum())
             if lost:
-                raise CheckpointError(
-                    f"{name}: {human_count(lost)} values are too large for {self._dtype}: choose --dtype bfloat16"
-                )
+                remedy = "choose --dtype bfloat16" if self._dtype == torch.float16 else "correct them"
+                raise CheckpointError(f"{name}: {human_count(lost)} values are too large for {self._dtype}: {remedy}")
         return made

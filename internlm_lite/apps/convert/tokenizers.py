@@ -8,7 +8,7 @@ from typing import Any
 
 from internlm_lite.data.sentencepiece_model import SentencePieceModel
 from internlm_lite.data.tokenizer import MERGES, Tokenizer
-from internlm_lite.generate.prompts import GENERATION_CONFIG, end_ids
+from internlm_lite.generate.prompts import GENERATION_CONFIG, end_ids, generation_config_beside
 
 MODEL = "tokenizer.model"
 CONFIG = "tokenizer_config.json"
@@ -46,10 +46,11 @@ def files_of(tokenizer: Tokenizer, max_positions: int) -> dict[str, bytes]:
 
 
 def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """generation_config.json: the one that the tokenizer came with, with the ids of this tokenizer."""
-    path = tokenizer.path.with_name(GENERATION_CONFIG)
-    found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    return found | special_ids(tokenizer) | {"eos_token_id": sorted(end_ids(tokenizer)) or None}
+    """generation_config.json: the one that the tokenizer came with, with the ids that this tokenizer has. Raises
+    DataError when that one is damaged."""
+    ids, found = special_ids(tokenizer), generation_config_beside(tokenizer)
+    own = {name: token for name, token in ids.items() if token is not None}
+    return ids | found | own | {"eos_token_id": sorted(end_ids(tokenizer)) or None}
 
 
 def _llama_tokenizer(model: SentencePieceModel, max_positions: int) -> dict[str, Any]:

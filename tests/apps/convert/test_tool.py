@@ -10,11 +10,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from internlm_lite.apps.convert.to_hf import open_checkpoint
+from internlm_lite.apps.convert.tokenizers import generation_config
 from internlm_lite.checkpoint.format.catalog import committed
 from internlm_lite.checkpoint.storage.local import LocalStorage
 from internlm_lite.cli import convert, generate_text
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.data.tokenizer import Tokenizer
+from internlm_lite.errors import DataError
 from internlm_lite.generate.prompts import end_ids
 from tests.apps.convert.made import save_ours, small_tokenizer
 
@@ -76,6 +78,22 @@ def test_all_end_tokens_go_there_and_back(ours, tmp_path):
     written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert written == {"bos_token_id": 1, "eos_token_id": [2, 77], "pad_token_id": 3}
     assert end_ids(Tokenizer(tmp_path / "back" / "tokenizer.model")) == {2, 77}
+
+
+def test_ids_that_the_tokenizer_lacks_are_those_of_generation_config(ours, tmp_path):
+    tokenizer = Tokenizer(tmp_path / "small.model")
+    tokenizer.bos = tokenizer.pad = None
+    (tmp_path / "generation_config.json").write_text('{"bos_token_id": 9, "eos_token_id": 0, "top_k": 5}')
+    expected = {"bos_token_id": 9, "eos_token_id": [0, 2], "pad_token_id": None, "top_k": 5}
+    assert generation_config(tokenizer) == expected
+
+
+@pytest.mark.parametrize("text", [b"[1]", b"null", b"{", b"\xff", b'{"a":' * 100_000])
+def test_a_damaged_generation_config_is_one_error(ours, tmp_path, capsys, text):
+    (tmp_path / "generation_config.json").write_bytes(text)
+    assert run("to-hf", ours, tmp_path / "hf") == DataError.exit_code
+    assert "generation_config.json: found no JSON object" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
 
 
 def test_a_difference_is_exit_code_2(ours, tmp_path, capsys):

@@ -33,6 +33,13 @@ def validation_scalars(record: ValidationRecord) -> dict[str, float]:
     }
 
 
+def task_scalars(tasks: object) -> dict[str, float]:
+    """Tag -> number of the "tasks" of an event, which are task -> metric -> value: task/<task>/<metric>."""
+    if not isinstance(tasks, Mapping):
+        return {}
+    return {f"task/{name}/{metric}": value for name, of in tasks.items() for metric, value in of.items()}
+
+
 def _folders(folders: Mapping[str, FolderFigures], prefix: str) -> dict[str, float]:
     scalars: dict[str, float] = {}
     for name, folder in folders.items():

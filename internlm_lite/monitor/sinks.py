@@ -1,7 +1,7 @@
 """Passes rank 0's records to all sinks, such that no sink can stop or delay training.
 
     direct   console, files, alerts        called at once, quick
-    queued   TensorBoard, wandb            called by one daemon thread with a bounded queue; dropped when it is full
+    queued   TensorBoard, wandb, MLflow    called by one daemon thread with a bounded queue; dropped when it is full
 
 A sink that raises is reported once, in a log line and an event, and switched off.
 """
@@ -9,6 +9,7 @@ A sink that raises is reported once, in a log line and an event, and switched of
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
@@ -24,6 +25,7 @@ from internlm_lite.monitor.disk_usage import written_folders
 from internlm_lite.monitor.jsonl import EventsFile, MetricsFile, SamplesFile, next_segment
 from internlm_lite.monitor.packages import writes_tensorboard
 from internlm_lite.monitor.record import Sample, Sink, StepRecord, ValidationRecord
+from internlm_lite.runtime.dist_env import set_mlflow_defaults
 
 logger = logging.getLogger("internlm_lite")
 
@@ -200,5 +202,16 @@ def _queued(folder: Path, config: Config, done: int) -> dict[str, Callable[[], S
         assert monitor.wandb is not None
         return Wandb(folder, config, monitor.wandb)
 
-    wanted = {"TensorBoard": (tensorboard, writes_tensorboard(monitor)), "wandb": (wandb, monitor.wandb is not None)}
+    def mlflow() -> Sink:
+        set_mlflow_defaults(os.environ)
+        from internlm_lite.monitor.mlflow import Mlflow
+
+        assert monitor.mlflow is not None
+        return Mlflow(folder, config, monitor.mlflow)
+
+    wanted = {
+        "TensorBoard": (tensorboard, writes_tensorboard(monitor)),
+        "wandb": (wandb, monitor.wandb is not None),
+        "MLflow": (mlflow, monitor.mlflow is not None),
+    }
     return {name: make for name, (make, is_wanted) in wanted.items() if is_wanted}

@@ -107,6 +107,20 @@ def set_gpu_defaults(environ: MutableMapping[str, str], *, deterministic: bool) 
         environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
 
 
+def set_mlflow_defaults(environ: MutableMapping[str, str]) -> None:
+    """Set variables that mlflow reads on import: call it before. Values set by the user are kept."""
+    environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # else newer versions refuse to write files
+    # A call to a dead server must not keep other sinks of the queue waiting for minutes.
+    environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+
+
+def tracking_address(environ: Mapping[str, str]) -> str | None:
+    """Of MLflow's server, as its own tools take it; None: not set."""
+    return environ.get("MLFLOW_TRACKING_URI") or None
+
+
 def adopt_s3_keys(environ: MutableMapping[str, str]) -> None:
     """Copy InternLM's variables of the S3 credentials to those of boto3's default chain.
 

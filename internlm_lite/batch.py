@@ -18,12 +18,14 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Position:
-    """A position in the data order, which is defined by these two numbers alone."""
+    """A position in the data order, which is defined by these numbers alone."""
 
     batch: int = 0
     """Global batches consumed, trained on or skipped; also the id of the next one."""
     packs: int = 0
     """Packed rows consumed over all data-parallel ranks."""
+    borders: tuple[int, ...] = ()
+    """`packs` where each phase of the data but the first began (data/phases.py)."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Batch:
     max_seqlen: int  # longest segment of all micro-batches
     after: Position  # the data order's position once this batch is consumed
     stats: BatchStats
+    stage: int = 0  # number of the stage of the run that it belongs to
 
     @property
     def micro_num(self) -> int:
@@ -75,4 +78,5 @@ class Batch:
             max_seqlen=self.max_seqlen,
             after=self.after,
             stats=self.stats,
+            stage=self.stage,
         )

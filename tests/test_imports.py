@@ -21,12 +21,13 @@ FLOORS = {
     5: {"layers", "optim", "pipeline", "checkpoint", "monitor", "data", "faults"},
     6: {"models"},
     7: {"generate"},
-    8: {"train"},
-    9: {"apps.planner", "apps.convert", "apps.report", "apps.doctor", "apps.bench", "apps.attention_maps"},
-    10: {"cli"},
-    11: {"train.py", "tools", "__main__"},
+    8: {"evaluate"},
+    9: {"train"},
+    10: {"apps.planner", "apps.convert", "apps.report", "apps.doctor", "apps.bench", "apps.attention_maps"},
+    11: {"cli"},
+    12: {"train.py", "tools", "__main__"},
 }
-TOP = FLOORS[10] | FLOORS[11] | {"apps.bench"}
+TOP = FLOORS[11] | FLOORS[12] | {"apps.bench"}
 FLOOR_OF = {wing: floor for floor, wings in FLOORS.items() for wing in wings}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PICKLE_CALLS = {"torch.load", "torch.save", "pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load"}

@@ -19,6 +19,7 @@ COMMANDS = {
     "inspect-data": ("inspect_data", "show what the batches of a config look like"),
     "tokenizer": ("tokenize_text", "train a tokenizer, and tokenise folders of text"),
     "generate": ("generate_text", "continue prompts with a trained model"),
+    "evaluate": ("evaluate", "loss, bits per byte and tasks of a checkpoint"),
     "ckpt": ("ckpt", "list, verify and remove checkpoints"),
     "convert": ("convert", "convert checkpoints to Hugging Face folders and back"),
     "report": ("write_report", "write report.html of one run or several"),

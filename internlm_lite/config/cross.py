@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
@@ -25,7 +26,9 @@ from internlm_lite.config.paths import (
 from internlm_lite.config.plain import shown
 from internlm_lite.config.problems import Problem
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
-from internlm_lite.config.schema import AlertsConfig, CkptConfig, Config, LrSchedulerConfig, OptimizerConfig
+from internlm_lite.config.schema import AlertsConfig, CkptConfig, Config, LrSchedulerConfig, OptimizerConfig, Section
+from internlm_lite.config.stage_checks import length_problems, stage_problems
+from internlm_lite.config.task_checks import task_problems
 from internlm_lite.errors import ConfigError
 
 _TENSOR = "parallel.tensor"
@@ -49,10 +52,16 @@ _MOST = {
     "data.micro_bsz": 2**31 - 1,
     "data.micro_num": 10**6,
     "data.seq_len": 2**31 - 1,
+    "data.epochs": 10**9,
     "data.total_steps": 10**12,
+    "data.total_tokens": 2**62,
     "data.valid_batches": 10**9,
     "data.valid_micro_num": 10**6,
     "data.valid_train_batches": 10**9,
+    "evaluation.every": 10**12,
+    "evaluation.limit": 10**9,
+    "evaluation.max_tokens": 2**31 - 1,
+    "evaluation.num_fewshot": 10**6,
     "guard.spike_window": 10**6,
     "hybrid_zero_optimizer.reduce_bucket_size": 2**40,
     "lr_scheduler.total_steps": 10**12,
@@ -86,6 +95,8 @@ def cross_problems(config: Config, world_size: int | None) -> Iterator[Problem]:
     yield from _pipeline(config)
     yield from _sequence(config)
     yield from _precision(config)
+    yield from length_problems(config)
+    yield from stage_problems(config, _of_rows)
     yield from _curves(config)
     yield from _rule(config)
     yield from _evaluation(config)
@@ -100,13 +111,21 @@ def _texts(config: Config) -> Iterator[Problem]:
     """Paths and names that no file system or terminal takes, and paths of what can be read without end."""
     for key in known_keys():
         value = value_of(config, key)
-        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        texts = list(_texts_in(value))
         never = _NEVER_IN_PROMPTS if key == "monitor.sample_prompts" else _NEVER_IN_NAMES
         for text in texts:
             if never.search(text):
                 yield Problem((key,), f"found {shown(text)}, expected text without control characters; change it")
             elif os.path.exists(text) and not (os.path.isfile(text) or os.path.isdir(text)):
                 yield Problem((key,), f"found {shown(text)}, a pipe, device or socket; expected a file or a folder")
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    items = value if isinstance(value, list) else value.model_dump().values() if isinstance(value, Section) else ()
+    for inner in items:
+        yield from _texts_in(inner)
 
 
 def _sizes(config: Config) -> Iterator[Problem]:
@@ -205,6 +224,12 @@ def _sequence(config: Config) -> Iterator[Problem]:
         )
 
 
+def _of_rows(config: Config) -> Iterator[Problem]:
+    """Problems that the length of a row and the rotary base may make."""
+    yield from _sequence(config)
+    yield from model_problems(config)
+
+
 def _precision(config: Config) -> Iterator[Problem]:
     scaler = config.grad_scaler
     if config.model.torch_dtype_name == "float16" and scaler is None:
@@ -242,7 +267,7 @@ def _curves(config: Config) -> Iterator[Problem]:
             (given, "lr_scheduler.warmup_ratio"),
             f"found {warmup} beside warmup_ratio {curve.warmup_ratio}; leave one of them out, or set it to None",
         )
-    elif curve.init_steps + warmup > curve.total_steps:
+    elif curve.total_steps and curve.init_steps + warmup > curve.total_steps:
         yield Problem(
             ("lr_scheduler.init_steps", given, "lr_scheduler.total_steps"),
             f"found {curve.init_steps} + {warmup} warm-up steps, expected at most lr_scheduler.total_steps "
@@ -272,7 +297,7 @@ def _kind(curve: LrSchedulerConfig) -> Iterator[Problem]:
         keys = "lr_scheduler.decay_steps", "lr_scheduler.decay_ratio"
         yield Problem(keys, f"found {curve.decay_steps} beside decay_ratio {curve.decay_ratio}; leave one of them out")
     before = curve.init_steps + curve.num_warmup_steps
-    if before + curve.num_decay_steps > curve.total_steps:
+    if curve.total_steps and before + curve.num_decay_steps > curve.total_steps:
         keys = "lr_scheduler.decay_steps", "lr_scheduler.total_steps"
         text = f"found {curve.num_decay_steps} after {before} steps of warm-up, expected at most total_steps"
         yield Problem(keys, f"{text} {curve.total_steps} together; lower one of them")
@@ -305,6 +330,14 @@ def _rule(config: Config) -> Iterator[Problem]:
             yield Problem(
                 keys, f'found {shown(value)} with "{rule.name}", expected "muon"; remove it, or change the rule'
             )
+    if rule.moments == "bf16" and rule.name == "muon":
+        keys = "optimizer.moments", "optimizer.name"
+        yield Problem(keys, 'found "bf16" with "muon", whose momentum is fp32; leave moments out, or change the rule')
+    for index, group in enumerate(rule.groups):
+        if group.betas is not None and rule.name == "sgd":
+            key = f"optimizer.groups[{index}].betas"
+            text = f'found {group.betas} with optimizer.name "sgd", which does not read it'
+            yield Problem((key, "optimizer.groups", "optimizer.name"), f"{text}; leave it out, or change the rule")
     for key in _UNREAD.get(rule.name, ()):
         value, default = value_of(config, key), known_keys()[key].get_default()
         if value != default:
@@ -322,6 +355,7 @@ def _evaluation(config: Config) -> Iterator[Problem]:
     if config.ckpt.keep_best and not config.ckpt.enable_save_ckpt:
         text = "found True with ckpt.enable_save_ckpt=False; change one of them"
         yield Problem(("ckpt.keep_best", "ckpt.enable_save_ckpt"), text)
+    yield from task_problems(config)
 
 
 def _batches(config: Config) -> Iterator[Problem]:

@@ -156,7 +156,6 @@ FEATURES: Mapping[str, tuple[str, str]] = {
     r"(use_)?parallel_(residual|attn|attention|block).*": (
         "attention and feed-forward part side by side", "a block runs one after the other"),
     r"mtp(_.*)?|num_nextn_predict_layers|multi_token.*": ("multi-token prediction", "one token is predicted"),
-    r"(num_)?(train_)?epochs?": ("counting in epochs", "data.total_steps counts steps"),
     r"early_stopping.*|load_best_model.*|metric_for_best.*": (
         "stopping by a metric", "ckpt.keep_best keeps what was best, ckpt.stop_file_path stops"),
     r"hf|hf_model|huggingface.*|trust_remote_code|attn_implementation": (
@@ -185,6 +184,7 @@ _OTHER_NAMES = {
     "data.seq_len": "seq_length max_seq_len max_seq_length max_length sequence_length model_max_length block_size "
     "context_length",
     "data.tokenizer": "vocab_file tokenizer_model tokenizer_name_or_path",
+    "data.epochs": "epoch num_epochs train_epochs num_train_epochs",
     "data.total_steps": "max_steps train_iters train_steps max_iters total_iters training_steps",
     "data.train_folder": "data_path dataset dataset_path train_data_path train_file",
     "data.valid_at_start": "eval_on_start",

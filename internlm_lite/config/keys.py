@@ -8,8 +8,9 @@ nearest_key("data.seq_lenn")          "data.seq_len"
 from __future__ import annotations
 
 import difflib
+import re
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -40,11 +41,28 @@ def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
-    """The section class of a key that holds a dict of keys, None for a plain value."""
-    for member in (field.annotation, *get_args(field.annotation)):
+    """The section class of a key that holds a dict of keys, None for a plain value or a list."""
+    return None if get_origin(field.annotation) is list else _section_in(field.annotation)
+
+
+def item_of(field: FieldInfo) -> type[Section] | None:
+    """The section class of the items of a key that holds a list of dicts of keys, None for any other."""
+    return _section_in(field.annotation) if get_origin(field.annotation) is list else None
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    for member in (annotation, *get_args(annotation)):
         if isinstance(member, type) and issubclass(member, Section):
             return member
     return None
+
+
+def field_of(key: str) -> FieldInfo | None:
+    """The field of a dotted key, also inside an item of a list, as in optimizer.groups[0].lr; None if there is none."""
+    outer, item, inner = key.partition("].")
+    field = known_keys().get(re.sub(r"\[\w+\]?$", "", outer))
+    section = field and item and item_of(field)
+    return section.model_fields.get(inner) if section else field
 
 
 def accepts_text(key: str) -> bool:
@@ -66,7 +84,7 @@ def expected(field: FieldInfo) -> str:
     return _describe(field.annotation, field.metadata)
 
 
-def _describe(annotation: Any, constraints: Iterable[Any] = ()) -> str:
+def _describe(annotation: Any, constraints: Sequence[Any] = ()) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _describe(arguments[0], [c for extra in arguments[1:] for c in getattr(extra, "metadata", [extra])])
@@ -75,8 +93,9 @@ def _describe(annotation: Any, constraints: Iterable[Any] = ()) -> str:
     if origin is Literal:
         return ("one of " if len(arguments) > 1 else "") + ", ".join(map(repr, arguments))
     if origin is list:
-        of = arguments[0]
-        return f"a list of {_PLURALS.get(of) or ', '.join(map(repr, get_args(of)))}"
+        least, most = ({getattr(one, f"{end}_length", None) for one in constraints} for end in ("min", "max"))
+        count = "".join(f"{n} " for n in least & most if n)
+        return f"a list of {count}{_describe_items(arguments[0])}"
     if origin is dict:
         return f"a dict (name: {_describe(arguments[1])})"
     if isinstance(annotation, type) and issubclass(annotation, Section):
@@ -91,9 +110,22 @@ def _describe(annotation: Any, constraints: Iterable[Any] = ()) -> str:
     return " ".join([_NOUNS[annotation], " and ".join(bounds)]).strip()
 
 
+def _describe_items(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return ", ".join(map(repr, get_args(annotation)))
+    one = _describe(annotation)
+    plurals = (
+        plural + one.removeprefix(_NOUNS[kind]) for kind, plural in _PLURALS.items() if one.startswith(_NOUNS[kind])
+    )
+    return next(plurals, one)
+
+
 def nearest_key(key: str) -> str | None:
     """The known key that `key` means elsewhere, or the most similar one, preferably of the same section; None: none."""
     parent, _, name = key.rpartition(".")
+    if parent.endswith("]"):
+        near = nearest_name(name, names_in(parent))
+        return near and f"{parent}.{near}"
     if name in OTHER_NAMES:
         return OTHER_NAMES[name]
 
@@ -106,7 +138,11 @@ def nearest_key(key: str) -> str | None:
 
 
 def names_in(section: str) -> list[str]:
-    """Names of the keys of a section; "" for the top level."""
+    """Names of the keys of a section, or of an item of a list; "" for the top level."""
+    if section.endswith("]"):
+        field = field_of(section)
+        item = field and item_of(field)
+        return list(item.model_fields) if item else []
     return [name for parent, _, name in (key.rpartition(".") for key in known_keys()) if parent == section]
 
 

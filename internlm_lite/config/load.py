@@ -82,6 +82,26 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     return LoadedConfig(config, files, origins, tuple(str(masked(one_line(note))) for note in notes))
 
 
+def config_from(config: Config, source: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """A config that was read from `source`, such as a checkpoint, with overrides `section.key=value`.
+
+    Raises ConfigError as `load_config`.
+    """
+    wanted = parse_overrides(overrides)
+    if wanted.variables:
+        name = next(iter(wanted.variables))
+        raise ConfigError(f"{name}=...: {source} has no variables, expected section.key=value; or give --config FILE")
+    layer, origin = Layer(config.model_dump()), str(source)
+    layer.origins = dict.fromkeys(layer.values, origin)
+    translation = translate(wanted.layer, layer)
+    layer.cover(wanted.layer)
+    found, faults = _validate(layer)
+    problems = [*translation.problems, *faults]
+    if problems or found is None:
+        raise ConfigError("\n".join(problem.line(layer.origins, origin) for problem in problems[:MOST_PROBLEMS]))
+    return LoadedConfig(found, (source,), _origins(layer), tuple(translation.notes))
+
+
 def check_config(loaded: LoadedConfig, world_size: int | None) -> None:
     """Raises ConfigError with all problems, one a line. `world_size` None: checks that need it are skipped."""
     problems = list(cross_problems(loaded.config, world_size))
@@ -157,7 +177,7 @@ def _validate(layer: Layer) -> tuple[Config | None, list[Problem]]:
         return Config.model_validate(layer.values), []
     except ValidationError as error:
         problems = schema_problems(error, layer)
-    faulty = {problem.keys[0] for problem in problems}
+    faulty = {problem.keys[0].partition("[")[0] for problem in problems}
     rest = Layer(deepcopy(layer.values))
     for key in faulty:
         if rest.has(key):

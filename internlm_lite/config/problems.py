@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from internlm_lite.config.keys import expected, known_keys, names_in, nearest_key, nearest_name, section_of
+from internlm_lite.config.keys import expected, field_of, item_of, names_in, nearest_key, nearest_name, section_of
 from internlm_lite.config.masking import masked
 from internlm_lite.config.plain import one_line, shown
 from internlm_lite.config.source import Layer
@@ -30,7 +30,11 @@ class Problem:
 
     def line(self, origins: Mapping[str, str], file: str) -> str:
         """The line, led by the origin of one of its keys, preferably the command line (`file` if none has one)."""
-        names = [*self.keys, *(key.rpartition(".")[0] for key in self.keys)]
+        names = [
+            *self.keys,
+            *(key.rpartition(".")[0] for key in self.keys),
+            *(key.partition("[")[0] for key in self.keys),
+        ]
         written = [origin for name in names if not (origin := origins.get(name, "default")).startswith("default")]
         where = next((origin for origin in written if origin.startswith("command line")), (*written, file)[0])
         return str(masked(one_line(f"{where}: {self.keys[0]}: {self.text}")))
@@ -42,10 +46,10 @@ def schema_problems(error: ValidationError, layer: Layer) -> list[Problem]:
     for detail in error.errors(include_url=False, include_context=False):
         kinds.setdefault(_faulty_key(detail["loc"]), detail["type"])
     kinds = dict(itertools.islice(kinds.items(), MOST_PROBLEMS + 1))
-    misspelled = {nearest_key(key) for key in kinds if key not in known_keys()}
+    misspelled = {nearest_key(key) for key in kinds if field_of(key) is None}
     listed: set[str] = set()
     return [
-        Problem((key,), _text(key, kind, layer) if key in known_keys() else _unknown(key, listed))
+        Problem((key,), _unknown(key, listed) if field_of(key) is None else _text(key, kind, layer))
         for key, kind in kinds.items()
         if kind != "missing" or key not in misspelled
     ]
@@ -53,24 +57,40 @@ def schema_problems(error: ValidationError, layer: Layer) -> list[Problem]:
 
 def _faulty_key(location: tuple[int | str, ...]) -> str:
     """The dotted key of a pydantic location, up to the first plain value."""
-    key = ""
+    key, field = "", None
     for name in location:
+        if isinstance(name, int) and field is not None and item_of(field):
+            key += f"[{name}]"
+            continue
         key = f"{key}.{name}" if key else str(name)
-        field = known_keys().get(key)
-        if field is None or section_of(field) is None:
+        field = field_of(key)
+        if field is None or (section_of(field) or item_of(field)) is None:
             break
     return key
 
 
 def _text(key: str, kind: str, layer: Layer) -> str:
-    field = known_keys()[key]
+    field = field_of(key)
+    assert field is not None
     parent, _, name = key.rpartition(".")
     if kind == "missing" and section_of(field) is not None:
         return f"missing; add {name} = {expected(field)}"
     if kind == "missing":
         return f"missing; expected {expected(field)}; add {name}=... to {parent} = dict(...)"
-    value = layer.get(key)
+    value = _value(layer, key)
+    if key.endswith("]") and (item := item_of(field)):
+        return f"found {shown(value)}, expected dict(...) with keys of {', '.join(item.model_fields)}"
     return f"found {shown(masked(value, name))}, expected {expected(field)}; {_remedy(value, field, name)}"
+
+
+def _value(layer: Layer, key: str) -> Any:
+    outer, index, inner = key.partition("[")
+    value = layer.get(outer)
+    if not index:
+        return value
+    number, _, name = inner.partition("]")
+    item = value[int(number)]
+    return item.get(name[1:]) if name else item
 
 
 def _unknown(key: str, listed: set[str]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pydantic.fields import FieldInfo
 
 from internlm_lite.config.foreign import FEATURES, NO_EFFECT, NO_EFFECT_IF
-from internlm_lite.config.keys import expected, known_keys, section_of
+from internlm_lite.config.keys import expected, field_of, item_of, section_of
 from internlm_lite.config.schema import Config, Section
 
 _HEAD = """\
@@ -59,6 +59,7 @@ def _foreign() -> Iterator[str]:
 def _section(prefix: str, section: type[Section]) -> Iterator[str]:
     fields = section.model_fields
     title = f"`{prefix.rstrip('.')}`" if prefix else "Top level"
+    title = title.replace("[i]`", "`, a list of dicts")
     plain = {name: field for name, field in fields.items() if section_of(field) is None}
     yield f"## {title}\n\n{inspect.getdoc(section)}\n\n| key | value | default | meaning |\n|---|---|---|---|"
     for name, field in plain.items():
@@ -66,9 +67,12 @@ def _section(prefix: str, section: type[Section]) -> Iterator[str]:
         yield "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
     yield ""
     for name in fields:
-        inner = section_of(known_keys()[prefix + name])
-        if inner is not None:
-            yield from _section(f"{prefix}{name}.", inner)
+        key = prefix + name
+        found = field_of(key)
+        if found is not None and (inner := section_of(found)):
+            yield from _section(f"{key}.", inner)
+        elif found is not None and (inner := item_of(found)):
+            yield from _section(f"{key}[i].", inner)
 
 
 def _default(field: FieldInfo) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from internlm_lite.config.keys import known_keys, section_of, value_of
+from internlm_lite.config.keys import item_of, known_keys, section_of, value_of
 from internlm_lite.config.load import LoadedConfig
 from internlm_lite.config.masking import masked
 from internlm_lite.config.schema import Config
@@ -28,7 +28,9 @@ def diff(config: Config) -> dict[str, Any]:
             section = changed
             for parent in parents:
                 section = section.setdefault(parent, {})
-            section[name] = value
+            section[name] = (
+                [one.model_dump(mode="json", exclude_defaults=True) for one in value] if item_of(field) else value
+            )
         elif section_of(field) is not None and value is not None and field.get_default() is None:
             changed.setdefault(key, {})
     return changed

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from internlm_lite.units import round_up
 
@@ -17,6 +17,11 @@ UNKNOWN_TO_KERNELS = {"cudnn": ("sliding_window", "attention_softcap"), "torch_v
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+Pair = Annotated[
+    list[Annotated[float, Field(ge=0, lt=1)]],
+    Field(min_length=2, max_length=2),
+    BeforeValidator(lambda value: list(value) if isinstance(value, tuple) else value),
+]
 Dtype = Literal["torch.float16", "torch.half", "torch.bfloat16", "torch.float32", "torch.tf32", "torch.float64"]
 
 
@@ -83,6 +88,9 @@ class CkptConfig(Section):
     continue; 0: nothing. It is reset to 0 when handled."""
     allow_changed_data: bool = False
     """(new) Resume although the training data differ from those of the checkpoint."""
+    allow_changed_optimizer: bool = False
+    """(new) Resume although optimizer.name is not that of the checkpoint: state that has the same meaning is kept, the
+    rest starts at zero, as one line says."""
     auto_resume: bool = True
     """(new) Without `--resume`: True: continue from the newest checkpoint in save_ckpt_folder; False: ignore it."""
     s3: S3Config = S3Config()
@@ -104,8 +112,16 @@ class DataConfig(Section):
     """Steps between evaluations; 0: never."""
     pack_sample_into_one: bool = False
     """False: attention stays inside each document. True: attention spans whole windows of seq_len."""
-    total_steps: Positive
-    """Optimizer steps of the run."""
+    total_steps: NonNegative = 0
+    """Optimizer steps of the run. Left out, or 0: from epochs or total_tokens; exactly one of the three is given."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """(new) Passes over the training data, instead of total_steps: the run ends with the last batch that they fill.
+    With weights or stages: so many times the tokens of all folders."""
+    total_tokens: Positive | None = None
+    """(new) Tokens to train on, instead of total_steps: the run ends with the batch that reaches them."""
+    max_epochs: Annotated[float, Field(gt=0)] | dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """(new) Most passes over a data folder, or over each of those named. A run that would read more is refused at the
+    start, with the passes it needs. None: no limit."""
     skip_batches: str = ""
     """Batch ids to drop, such as "1-3,7" (inclusive): consumed from the order, but not trained on."""
     rampup_batch_size: str = ""
@@ -183,15 +199,31 @@ class LossConfig(Section):
     arXiv:2204.02311: 1e-4). The step line's `loss` and `loss_from_metric` leave it out."""
 
 
+class GroupConfig(Section):
+    """Parameters with a learning rate, weight decay or betas of their own. Keys left out are those that the parameters
+    have otherwise."""
+
+    pattern: Annotated[str, Field(min_length=1)]
+    """Names of parameters, as in checkpoints, with * ? [] as in file names: "*norm*", "layers.0.*". A parameter is in
+    the first group that matches; a pattern for which none is left is an error."""
+    lr: Annotated[float, Field(ge=0)] | None = None
+    """Peak learning rate, instead of adam.lr. The whole schedule, eta_min too, is scaled by lr / adam.lr."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Instead of adam.weight_decay, and whatever adam.weight_decay_on says."""
+    betas: Pair | None = None
+    """[beta1, beta2] instead of adam.adam_beta1 and beta2_scheduler: this beta2 stays."""
+
+
 class OptimizerConfig(Section):
     """(new) What is done with a gradient. Learning rate, betas and weight decay come from `adam` for every rule."""
 
-    name: Literal["adamw", "lion", "sgd", "muon"] = "adamw"
-    """Update rule. "lion": the sign of a momentum (arXiv:2302.06675), half the optimizer state; wants a smaller adam.lr
-    and a larger adam.weight_decay than AdamW; adam.adam_beta2 is the decay of the momentum. "sgd": the gradient itself,
-    or its momentum; no other key of `adam` than lr and the weight decay, which is decoupled, too. "muon": matrices of
-    the blocks change by their orthogonalised momentum (arXiv:2502.16982), those of a fused projection one by one;
-    embedding, head, norms and biases by AdamW with `adam`."""
+    name: Literal["adamw", "adamw_cs336", "lion", "sgd", "muon"] = "adamw"
+    """Update rule. "adamw": in torch's order. "adamw_cs336": in the order of the handout of Stanford's CS336, with eps
+    outside the bias correction and the decay after the step. "lion": the sign of a momentum (arXiv:2302.06675), half
+    the optimizer state; wants a smaller adam.lr and a larger adam.weight_decay than AdamW; adam.adam_beta2 is the decay
+    of the momentum. "sgd": the gradient itself, or its momentum; no other key of `adam` than lr and the weight decay,
+    which is decoupled, too. "muon": matrices of the blocks change by their orthogonalised momentum (arXiv:2502.16982),
+    those of a fused projection one by one; embedding, head, norms and biases by AdamW with `adam`."""
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     """sgd: momentum = this * momentum + gradient, as torch's; None: 0, which is without, and then without optimizer
     state. muon: momentum = this * momentum + (1 - this) * gradient; None: 0.95."""
@@ -210,6 +242,11 @@ class OptimizerConfig(Section):
     """muon: factor of an orthogonalised matrix. "rms": 0.2 sqrt(max(rows, columns)), so that its elements are as large
     as AdamW's updates and adam.lr and adam.weight_decay suit both (arXiv:2502.16982). "spectral":
     sqrt(max(1, rows / columns)) (K. Jordan), for a muon_lr about ten times as large."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the rule's state; masters stay fp32. "bf16": half the memory, rounded at random, alike in every layout;
+    an update takes longer. Not for muon."""
+    groups: list[GroupConfig] = []
+    """Parameters with hyperparameters of their own, by patterns of their names."""
 
 
 class EmaConfig(Section):
@@ -247,7 +284,7 @@ class AdamConfig(Section):
 class LrSchedulerConfig(Section):
     """Linear warm-up, then `kind`."""
 
-    total_steps: Positive
+    total_steps: NonNegative = 0
     """Step at which the rate reaches eta_min; left out: data.total_steps."""
     init_steps: NonNegative = 0
     """Steps with learning rate 0 before the warm-up."""
@@ -623,6 +660,33 @@ class GuardConfig(Section):
     """Steps between comparisons of weights and optimizer state that several ranks hold; 0: never."""
 
 
+class EvaluationConfig(Section):
+    """(new) Tasks, scored while training and by tools/evaluate.py beside the loss on `data.valid_folder`. Neither
+    changes the training."""
+
+    tasks: list[str] = []
+    """Built-in tasks made of the validation text (cloze_word, cloze_greedy, cloze_sentence), and tasks or groups of
+    lm-evaluation-harness, where lm_eval is installed. Need data.tokenizer."""
+    every: Positive | None = None
+    """Steps between evaluations of the tasks; they are evaluated after the last step, too. None: with each evaluation
+    of the validation data."""
+    limit: Positive | None = None
+    """Examples per task, the first ones. None: all; 200 of a built-in task."""
+    include_path: str | None = None
+    """Folder of task files in lm_eval's form (YAML), taken before those that come with it."""
+    num_fewshot: NonNegative | None = None
+    """Examples in a prompt of lm_eval's tasks. None: as each task says."""
+    max_tokens: Positive | None = None
+    """Longest text in tokens, the scored ones included; contexts are cut on the left. None: data.seq_len."""
+    weights: Literal["model", "ema", "both"] = "model"
+    """Which weights the tasks ask: the trained ones, their average (`ema`), or first the ones, then the other. Tasks of
+    the average are named TASK@ema."""
+    keep_best: str | None = None
+    """Like ckpt.keep_best, by another figure: "loss", "acc", "perplexity", "bits_per_byte", the same of the averaged
+    weights as "ema/loss", or "TASK/METRIC", such as "cloze_word/acc". Losses, perplexities and bits per byte are best
+    when low, others when high, unless lm_eval says otherwise of its metric."""
+
+
 class WandbConfig(Section):
     """(new) Weights & Biases; nothing is sent unless `mode` is "online". The key is never written here: `wandb login`
     stores it."""
@@ -701,6 +765,24 @@ class MonitorConfig(Section):
     """Alerts."""
 
 
+class StageConfig(Section):
+    """(new) A stage of the run. What it leaves out is as `data`, `model` and `adam` say."""
+
+    until: Positive | None = None
+    """Id of the first batch after the stage, which is the step if no batch is skipped. Only the last stage may leave it
+    out."""
+    weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """Share of each data folder. Folders left out are not read in this stage. None: data.weights."""
+    seq_len: Positive | None = None
+    """None: data.seq_len."""
+    rope_base: Annotated[float, Field(gt=0)] | None = None
+    """None: model.rope_base."""
+    micro_bsz: Positive | None = None
+    """None: data.micro_bsz."""
+    lr: Annotated[float, Field(ge=0)] | None = None
+    """Peak learning rate; warm-up and decay run on over the whole run. None: adam.lr."""
+
+
 class Config(Section):
     """A whole config file."""
 
@@ -712,6 +794,9 @@ class Config(Section):
     """Checkpoints."""
     data: DataConfig
     """Data."""
+    stages: list[StageConfig] = []
+    """(new) Stages of the run, in order: mix, lengths, rotary base and peak lr change at a batch. Evaluations
+    keep data.seq_len and data.micro_bsz. []: one stage."""
     grad_scaler: GradScalerConfig | None = None
     """Loss scaling, required for torch.float16."""
     hybrid_zero_optimizer: HybridZeroConfig = HybridZeroConfig()
@@ -736,6 +821,8 @@ class Config(Section):
     """Monitoring."""
     guard: GuardConfig = GuardConfig()
     """Guard."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Tasks."""
     deterministic: bool = False
     """(new) Repeat the same bits on a GPU: use only algorithms that add in a fixed order, which are slower, above all
     in the backward pass of attention. Without it a repeated or resumed run agrees to rounding; on a CPU to the bit."""

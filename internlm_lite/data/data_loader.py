@@ -21,11 +21,12 @@ import torch
 
 from internlm_lite.batch import IGNORE, Batch, BatchStats, Position
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
-from internlm_lite.config.schema import DataConfig
+from internlm_lite.config.run_stages import RunStage, at_batch, stages_of
+from internlm_lite.config.schema import DataConfig, StageConfig
 from internlm_lite.data.folders import Folder, dummy_folder, find_folders
-from internlm_lite.data.mix import Mix, build_mix
 from internlm_lite.data.order import BatchOrder
-from internlm_lite.data.pack import PackedFolder, Packing
+from internlm_lite.data.pack import PackedFolder, PackedRows, Packing
+from internlm_lite.data.phases import Phase, Phases
 from internlm_lite.data.vocabulary import check_vocabulary
 from internlm_lite.errors import DataError
 
@@ -40,7 +41,9 @@ class TrainingData:
     """The training data of one data-parallel rank."""
 
     packed: tuple[PackedFolder, ...]
-    mix: Mix
+    """The whole folders, in the rows of the first stage."""
+    stages: tuple[RunStage, ...]
+    phases: Phases
     order: BatchOrder
     dp_rank: int
     fingerprint: dict
@@ -57,14 +60,31 @@ class TrainingData:
         return sum(folder.tokens for folder in self.packed)
 
     def epoch(self, position: Position) -> int:
-        """Passes over all rows that end at or before `position`; 0 with weights."""
-        return 0 if self.mix.epoch_rows is None else position.packs // self.mix.epoch_rows
+        """Passes over all rows that end at or before `position`; those with weights do not count."""
+        phase = self.phases.at(position.borders)
+        return phase.passes_before + phase.mix.passes(position.packs - _first_row(position))
+
+    def take(self, position: Position) -> tuple[Phase, range, Position]:
+        """(phase of the next batch to train on, its row numbers there over all dp ranks, the position after it)"""
+        rows, after = self.order.take(position)
+        first = _first_row(after)
+        return self.phases.at(after.borders), range(rows.start - first, rows.stop - first), after
+
+    def stage_before(self, position: Position) -> RunStage:
+        """The stage of the last batch before `position`, or of the first one."""
+        return at_batch(self.stages, max(0, position.batch - 1))
+
+    def ends_stage(self, position: Position) -> bool:
+        """Whether the next batch to train on belongs to another stage than the last one."""
+        after = self.order.take(position)[1]
+        return self.stage_before(after).number != self.stage_before(position).number
 
     def build(self, position: Position, *, pin: bool = False) -> Batch:
         """The next batch to train on at `position`. Raises DataError on damaged data or ids outside the vocabulary."""
-        rows, after = self.order.take(position)
+        phase, rows, after = self.take(position)
         mine, numbers = (self.order.share(some, self.dp_rank) for some in (rows, range(len(rows))))
-        return assemble(self.packed, self.mix.rows_of_folders(mine), numbers, after, pin=pin)
+        stage = self.stage_before(after).number
+        return assemble(phase.packed, phase.mix.rows_of_folders(mine), numbers, after, pin=pin, stage=stage)
 
     def batches(self, position: Position, *, pin: bool = False) -> Generator[Batch, None, None]:
         """Endless, from `position` on. `pin`: in page-locked memory. Close or delete it to join its thread."""
@@ -77,6 +97,11 @@ class TrainingData:
                 yield batch
 
         return prefetch(endless())
+
+
+def _first_row(position: Position) -> int:
+    """Rows consumed before the phase that `position` is in."""
+    return position.borders[-1] if position.borders else 0
 
 
 @dataclass(frozen=True)
@@ -93,6 +118,11 @@ class ValidationData:
     @property
     def folders(self) -> tuple[str, ...]:
         return tuple(folder.name for folder in self.packed)
+
+    @property
+    def bytes_per_label(self) -> dict[str, float | None]:
+        """`PackedFolder.bytes_per_label` of each folder."""
+        return {folder.name: folder.bytes_per_label for folder in self.packed}
 
     def batches(self, *, pin: bool = False) -> Generator[Batch, None, None]:
         """All batches. Rows beyond the last row of a folder are padding: token 0 with label IGNORE."""
@@ -123,26 +153,37 @@ class TrainingSample:
 
     def _starts(self) -> range:
         """First rows of the batches: at most one pass over the data, and at least one batch."""
-        per_batch, all_rows = self.micro_num * self.data.order.dp_size, self.data.mix.epoch_rows
+        per_batch, all_rows = self.micro_num * self.data.order.dp_size, self.data.phases.at(()).mix.epoch_rows
         most = self.n_batches if all_rows is None else max(1, min(self.n_batches, all_rows // per_batch))
         return range(0, most * per_batch, per_batch)
 
     def _build(self, start: int, *, pin: bool) -> Batch:
         rows = range(start, start + self.micro_num * self.data.order.dp_size)
         mine = self.data.order.share(rows, self.data.dp_rank)
-        return assemble(self.data.packed, self.data.mix.rows_of_folders(mine), mine, Position(), pin=pin)
+        phase = self.data.phases.at(())
+        return assemble(phase.packed, phase.mix.rows_of_folders(mine), mine, Position(), pin=pin)
 
 
-def open_training_data(config: DataConfig, vocab_size: int, dp_rank: int, dp_size: int, seed: int) -> TrainingData:
-    """The training data of dp rank `dp_rank`; only rank 0 logs. Raises DataError."""
+def open_training_data(
+    config: DataConfig,
+    vocab_size: int,
+    dp_rank: int,
+    dp_size: int,
+    seed: int,
+    stages: Sequence[StageConfig] = (),
+) -> TrainingData:
+    """The training data of dp rank `dp_rank`; only rank 0 logs. `stages`: of the run. Raises DataError."""
     found = _folders(config.train_folder, "train_folder", config, vocab_size, log=dp_rank == 0)
-    packed = [_pack(config, folder, vocab_size, seed) for folder in found]
-    used = _usable(packed, "train_folder", config, log=dp_rank == 0)
-    rows = {folder.name: folder.rows for folder in used}
-    mix = build_mix(rows, config.weights, seed, config.micro_num * dp_size)
+    run = stages_of(config, stages)
+    shortest = min(run, key=lambda stage: stage.row_tokens)
+    in_short_rows = config.model_copy(update={"micro_bsz": shortest.micro_bsz, "seq_len": shortest.seq_len})
+    packed = [_pack(in_short_rows, folder, vocab_size, seed) for folder in found]
+    used = _usable(packed, "train_folder", in_short_rows, log=dp_rank == 0)
+    phases = Phases(used, run, seed, config.micro_num * dp_size)
     skip = parse_skip_batches(config.skip_batches)
-    order = BatchOrder(config.micro_num, dp_size, tuple(skip), parse_rampup(config.rampup_batch_size))
-    return TrainingData(tuple(used), mix, order, dp_rank, _fingerprint(config, found, packed, seed))
+    order = BatchOrder(config.micro_num, dp_size, tuple(skip), parse_rampup(config.rampup_batch_size), phases.starts)
+    first = tuple(folder.repacked(run[0].row_tokens, run[0].seq_len) for folder in used)
+    return TrainingData(first, run, phases, order, dp_rank, _fingerprint(config, found, packed, seed, stages))
 
 
 def open_validation_data(config: DataConfig, vocab_size: int, dp_rank: int, dp_size: int, seed: int) -> ValidationData:
@@ -156,6 +197,13 @@ def open_validation_data(config: DataConfig, vocab_size: int, dp_rank: int, dp_s
     found = _folders(config.valid_folder, "valid_folder", config, vocab_size, log=dp_rank == 0)
     packed = [_pack(config, folder, vocab_size, seed, keep_tail=True) for folder in found]
     used = _usable(packed, "valid_folder", config, log=dp_rank == 0)
+    unknown = [folder.name for folder in used if folder.bytes_per_label is None]
+    if unknown and config.valid_folder is not None and dp_rank == 0:
+        logger.info(
+            "data.valid_folder: %s: the bytes of the text are not recorded beside the tokens, so bits per byte are not "
+            "shown; tools/tokenizer.py encode records them",
+            ", ".join(unknown),
+        )
     return ValidationData(
         tuple(used), config.valid_micro_num or config.micro_num, dp_rank, dp_size, max_batches=config.valid_batches
     )
@@ -211,7 +259,13 @@ def _usable(packed: Sequence[PackedFolder], key: str, config: DataConfig, *, log
     return used
 
 
-def _fingerprint(config: DataConfig, folders: Sequence[Folder], packed: Sequence[PackedFolder], seed: int) -> dict:
+def _fingerprint(
+    config: DataConfig,
+    folders: Sequence[Folder],
+    packed: Sequence[PackedFolder],
+    seed: int,
+    stages: Sequence[StageConfig],
+) -> dict:
     contents = [
         {
             "name": folder.name,
@@ -222,16 +276,21 @@ def _fingerprint(config: DataConfig, folders: Sequence[Folder], packed: Sequence
         for folder, rows in zip(folders, packed, strict=True)
     ]
     keys = ("seq_len", "micro_bsz", "pack_sample_into_one", "min_length", "weights")
-    return {"seed": seed, **{key: getattr(config, key) for key in keys}, "folders": contents}
+    facts = {"seed": seed, **{key: getattr(config, key) for key in keys}, "folders": contents}
+    if stages:
+        of_data = ("until", "weights", "seq_len", "micro_bsz", "rope_base")
+        facts["stages"] = [{key: getattr(stage, key) for key in of_data} for stage in stages]
+    return facts
 
 
 def assemble(
-    packed: Sequence[PackedFolder],
+    packed: Sequence[PackedRows],
     rows: Sequence[tuple[int, int]],
     numbers: Sequence[int],
     after: Position,
     *,
     pin: bool = False,
+    stage: int = 0,
 ) -> Batch:
     """One batch of len(rows) micro-batches; `rows` are (folder, row of the folder), `numbers` those of `Batch.rows`."""
     shape = (len(rows), packed[0].row_tokens)
@@ -257,7 +316,7 @@ def assemble(
         num_labels=int(np.count_nonzero(labels.numpy() != IGNORE)),
     )
     hosts = tuple(tuple(of_row.tolist()) for of_row in boundaries)
-    return Batch(tokens, labels, positions, folders, of_batch, padded, hosts, longest, after, stats)
+    return Batch(tokens, labels, positions, folders, of_batch, padded, hosts, longest, after, stats, stage)
 
 
 def prefetch(items: Iterator[T]) -> Generator[T, None, None]:

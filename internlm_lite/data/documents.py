@@ -45,6 +45,10 @@ class Metadata:
     tokenizer_sha256: str
     tokenizer_kind: str = "sentencepiece"
     """Format of the tokenizer's file."""
+    label_bytes: int | None = None
+    """UTF-8 bytes of the text that is learnt: text_bytes without prompts. None: written by an older version."""
+    labels: int | None = None
+    """Tokens that are labels where documents are whole: all but the first of each and those of prompts."""
 
 
 class Documents(Protocol):

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,8 +47,18 @@ from internlm_lite.errors import DataError, StorageError
 BATCH_CHARACTERS = 1 << 18
 """Characters of text per task of a worker process."""
 
-Encoded = tuple[np.ndarray, np.ndarray, int]
-"""Token ids int32 of several documents back to back, their lengths int64, and the bytes of their text."""
+
+class Encoded(NamedTuple):
+    """Several documents."""
+
+    tokens: np.ndarray
+    """Ids int32, back to back; those of prompts are negative."""
+    lengths: np.ndarray
+    """[documents] int64"""
+    text_bytes: int
+    """UTF-8 bytes of their text."""
+    label_bytes: int
+    """Of those without prompts."""
 
 
 def encode_documents(tokenizer_path: Path, documents: Sequence[TextDocument], *, bare: bool = False) -> Encoded:
@@ -55,15 +66,18 @@ def encode_documents(tokenizer_path: Path, documents: Sequence[TextDocument], *,
     tokenizer = _tokenizer(tokenizer_path)
     bos, eos = ([] if bare or token is None else [token] for token in (tokenizer.bos, tokenizer.eos))
     ids: list[list[int]] = []
-    n_bytes = 0
+    text_bytes = label_bytes = 0
     for document in documents:
         prompt = bos + tokenizer.encode(document.prompt)
         if document.prompt:
             prompt = [-token for token in prompt]
         ids.append(prompt + tokenizer.encode(document.text) + eos)
-        n_bytes += len((document.prompt + document.text).encode("utf-8", "replace"))
+        own_bytes = len(document.text.encode("utf-8", "replace"))
+        label_bytes += own_bytes
+        text_bytes += len(document.prompt.encode("utf-8", "replace")) + own_bytes
     lengths = np.array([len(tokens) for tokens in ids], dtype=np.int64)
-    return np.fromiter((token for tokens in ids for token in tokens), np.int32, int(lengths.sum())), lengths, n_bytes
+    flat = np.fromiter((token for tokens in ids for token in tokens), np.int32, int(lengths.sum()))
+    return Encoded(flat, lengths, text_bytes, label_bytes)
 
 
 @lru_cache(1)
@@ -76,13 +90,18 @@ class FolderPart:
 
     def __init__(self, writer: MegatronWriter) -> None:
         self._writer = writer
-        self.totals = dict.fromkeys(("documents", "tokens", "text_bytes", "longest", "max_token"), 0)
+        names = ("documents", "tokens", "text_bytes", "label_bytes", "labels", "longest", "max_token")
+        self.totals = dict.fromkeys(names, 0)
 
-    def add(self, tokens: np.ndarray, lengths: np.ndarray, n_bytes: int) -> None:
+    def add(self, encoded: Encoded) -> None:
+        tokens, lengths = encoded.tokens, encoded.lengths
         self._writer.add_many(tokens, lengths)
+        firsts = np.cumsum(lengths[lengths > 0]) - lengths[lengths > 0]
+        self.totals["labels"] += int(np.count_nonzero(tokens >= 0)) - int(np.count_nonzero(tokens[firsts] >= 0))
         self.totals["documents"] += len(lengths)
         self.totals["tokens"] += len(tokens)
-        self.totals["text_bytes"] += n_bytes
+        self.totals["text_bytes"] += encoded.text_bytes
+        self.totals["label_bytes"] += encoded.label_bytes
         self.totals["longest"] = max(self.totals["longest"], int(lengths.max()))
         self.totals["max_token"] = max(self.totals["max_token"], int(np.abs(tokens).max()))
 
@@ -141,8 +160,8 @@ class FolderEncoder:
             parts = [FolderPart(writers.enter_context(writing(path, dtype))) for path in bin_paths]
             all_parts = self._parts(documents, files) if len(parts) > 1 else ((0, document) for document in documents)
             for index, encoded in self._encoded(_batched(all_parts)):
-                parts[index].add(*encoded)
-                self.progress(encoded[2], total_bytes)
+                parts[index].add(encoded)
+                self.progress(encoded.text_bytes, total_bytes)
             counts = [part.totals["documents"] for part in parts]
             if not any(counts):
                 raise DataError(

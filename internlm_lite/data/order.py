@@ -8,6 +8,7 @@ Global batches depend only on the product micro_num * dp.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,17 +33,31 @@ class BatchOrder:
     skip: tuple[range, ...] = ()
     """Ids of batches that are consumed but not trained on."""
     rampup: Rampup | None = None
+    phase_starts: tuple[int, ...] = ()
+    """Ids of the batches with which the data's phases begin, except the first phase."""
 
     def take(self, position: Position) -> tuple[range, Position]:
         """The row numbers of the next batch to train on, over all dp ranks, and the position after it.
 
-        Skipped batches in between are consumed.
+        Skipped batches in between are consumed. The position after it has the borders of the phases up to its own.
         """
         while True:
+            borders = self._borders(position)
             rows = range(position.packs, position.packs + self.micro_num_of(position.batch) * self.dp_size)
-            batch, position = position.batch, Position(position.batch + 1, rows.stop)
+            batch, position = position.batch, Position(position.batch + 1, rows.stop, borders)
             if not any(batch in ids for ids in self.skip):
                 return rows, position
+
+    def after_batches(self, position: Position, batch: int, rows: int) -> Position:
+        """The position before batch `batch` of the same phase as the next one, with `rows` rows in between."""
+        return Position(batch, position.packs + rows, self._borders(position))
+
+    def _borders(self, position: Position) -> tuple[int, ...]:
+        """Borders up to the phase of the next batch, which may be the first of its phase. After a resume with other
+        stages those that are missing are here."""
+        number = bisect_right(self.phase_starts, position.batch)
+        known = position.borders[:number]
+        return known + (position.packs,) * (number - len(known))
 
     def share(self, rows: range, dp_rank: int) -> range:
         """The rows of one rank in a global batch, one per micro-batch."""

@@ -19,7 +19,8 @@ from rich.text import Text
 from internlm_lite.batch import Batch, Position
 from internlm_lite.data.data_loader import TrainingData
 from internlm_lite.data.tokenizer import Tokenizer
-from internlm_lite.units import human_count
+from internlm_lite.data.trace import Occurrence
+from internlm_lite.units import escaped, human_count
 
 SHOWN_TOKENS = 400
 """Most tokens of a segment in a sample."""
@@ -71,7 +72,7 @@ def overview(data: TrainingData, steps: list[Step]) -> Group:
     columns = ("folder", "documents", "left out", "tokens", "rows", "rows seen", "share", "epochs")
     folders = Table(*columns, title="data folders")
     for folder, seen in zip(data.packed, rows.tolist(), strict=True):
-        share, epochs = f"{seen / max(1, rows.sum()):.1%}", f"{seen / folder.rows:.3g}"
+        share, epochs = f"{seen / max(1, rows.sum()):.1%}", f"{seen / max(1, folder.rows):.3g}"
         folders.add_row(
             folder.name,
             human_count(folder.documents),
@@ -88,6 +89,16 @@ def overview(data: TrainingData, steps: list[Step]) -> Group:
         learnt = step.figures.tokens / sum(batch.stats.num_tokens for batch in step.batches)
         table.add_row(*map(str, dataclasses.astuple(step.figures)), f"{learnt:.1%}")
     return Group(folders, table)
+
+
+def occurrences(found: list[Occurrence]) -> Table:
+    """A line for each run of tokens of a document."""
+    table = Table("step", "stage", "rank", "micro", "row", "document", "tokens")
+    for one in found:
+        step = f"none: batch {one.batch} is skipped" if one.step is None else str(one.step)
+        document = escaped(f"{one.folder}:{one.document}")
+        table.add_row(step, *map(str, (one.stage, one.rank, one.micro, one.row)), document, f"{one.start}-{one.stop}")
+    return table
 
 
 def sample(batch: Batch, folders: tuple[str, ...], tokenizer: Tokenizer | None, segments: int) -> Group:

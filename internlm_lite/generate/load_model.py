@@ -24,7 +24,7 @@ def load_model(
     """
     loader = Loader(mesh, s3=s3)
     found = with_weights(loader.open(path), weights)
-    config = found.config()
+    config = found.config_of_stage()
     shape = config.model if dtype is None else config.model.model_copy(update={"dtype": dtype})
     kept = shape.model_copy(update={"attention_dropout": 0.0})  # nothing is dropped in generation
     backend = choose_backend(kept, mesh.device, strict=False)  # this machine may be another one

@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
-from internlm_lite.errors import CheckpointError, ConfigError, DamagedError, InternLMError, NumericsError, StorageError
+from internlm_lite.errors import (
+    CheckpointError,
+    ConfigError,
+    DamagedError,
+    DataError,
+    InternLMError,
+    MissingPackageError,
+    NumericsError,
+    StorageError,
+)
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh
 
@@ -17,7 +26,15 @@ Failure = tuple[type[InternLMError], str]
 
 # When ranks fail with different errors, the first class of this list is raised: DamagedError, on which the loader tries
 # an older checkpoint, only when every failure is damage; a storage error does not mean that the checkpoint is bad.
-_ORDER = (StorageError, ConfigError, NumericsError, CheckpointError, DamagedError)
+_ORDER = (
+    StorageError,
+    ConfigError,
+    MissingPackageError,
+    DataError,
+    NumericsError,
+    CheckpointError,
+    DamagedError,
+)
 
 
 def on_all(mesh: Mesh, work: Callable[[], T]) -> T:

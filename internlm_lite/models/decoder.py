@@ -213,13 +213,18 @@ class Transformer(CostedLayer):
         self.embedding_dropout = None
         if spec.first and config.embedding_dropout:
             self.embedding_dropout = Dropout(config.embedding_dropout, 0, Site.EMBEDDING, config.hidden_size, tp_ctx)
-        self._rotations = Rotations(config, spec.layers, tp_ctx.device)
+        self.set_rope_base(config.rope_base)
         self.layers = nn.ModuleDict({str(n): Block(config, n, tp_ctx) for n in spec.layers})
         has_norm = spec.last and config.norms_at != "post"
         self.norm = build_norm("norm", config, tp_ctx) if has_norm else None
         if config.tie_word_embeddings and self.tok_embeddings is not None:
             tied = self.tok_embeddings.weight
         self.output = Head(config, loss, tp_ctx, tied, spec.tied_over) if spec.last else None
+
+    def set_rope_base(self, base: float) -> None:
+        """Rotate by this base from now on, as a model built with it; everything that depends on it is made anew."""
+        self.config = self.config.model_copy(update={"rope_base": base})
+        self._rotations = Rotations(self.config, self.spec.layers, self.tp_ctx.device)
 
     def hidden_bytes(self, row: RowShape) -> int:
         """Bytes of the hidden state that one stage sends to the next."""

@@ -161,12 +161,13 @@ def has_ended(path: Path) -> bool:
     return last[1] == "done"
 
 
-def is_evaluated(path: Path, step: int) -> bool:
-    """Whether this events.jsonl has an evaluation after `step` that no later start will repeat."""
+def is_evaluated(path: Path, step: int, what: str = "evaluation") -> bool:
+    """Whether this events.jsonl has an evaluation after `step` that no later start will repeat. `what`: the kind of its
+    event, "tasks" of tasks alone."""
     found = False
     for value in read_objects(path):
         kind, at = value.get("event"), value.get("step")
-        if kind == "evaluation" and at == step:
+        if kind == what and at == step:
             found = True
         elif kind == "start" and isinstance(at, int) and at <= step:
             found = False

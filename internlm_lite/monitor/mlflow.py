@@ -1,7 +1,7 @@
 """MLflow: the config as params, figures by step as metrics, on a server or in files.
 
     <run folder>/mlflow-id    id of MLflow's run, which a resumed run goes on with
-    params                    the config, without secrets; a param never changes: what a resume changed is a tag changed.KEY
+    params                    the config, without secrets; they never change: what a resume changed is a tag changed.KEY
     metrics                   those of TensorBoard and wandb; steps that a resume repeats are logged again
 
 A server that does not answer is tried again, less and less often; figures wait meanwhile. Whatever a repetition cannot

@@ -45,6 +45,8 @@ class FolderFigures:
     """Fraction of the labels predicted correctly; 0 without tokens."""
     seen: int | None = None
     """All tokens of the folder, including those without a label, such as prompts; None: unknown."""
+    bits_per_byte: float | None = None
+    """Of an evaluation: cross-entropy in bits over the UTF-8 bytes of the text; None: unknown."""
 
 
 @dataclass(frozen=True)
@@ -125,18 +127,29 @@ class ValidationRecord:
     folders: Mapping[str, FolderFigures]
     train_loss: float | None = None
     """Mean cross-entropy over batches of training data; None: not measured."""
+    bits_per_byte: float | None = None
+    """Cross-entropy in bits over the bytes of all folders' text; None: of a folder they are not recorded."""
+    tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Task -> metric -> value, of the tasks that were evaluated with it."""
     ema: Mapping[str, float] | None = None
-    """"loss", "acc" and "perplexity" of the averaged weights on the same batches; None: not measured."""
+    """"loss", "acc", "perplexity" and, if known, "bits_per_byte" of the averaged weights on the same batches; None: not
+    measured."""
 
     def __str__(self) -> str:
         """The line of the log."""
         on_train = "" if self.train_loss is None else f" train_loss={self.train_loss:.4f}"
+        bits = "" if self.bits_per_byte is None else f" bits_per_byte={self.bits_per_byte:.4f}"
         on_train += "" if self.ema is None else f" ema_loss={self.ema['loss']:.4f}"
         folders = "".join(f" loss/{name}={figures.loss:.4f}" for name, figures in self.folders.items())
         return (
             f"evaluation after {self.step + 1} steps: loss={self.loss:.4f} perplexity={self.perplexity:.4f} "
-            f"acc={self.acc:.4f}{on_train}{folders}"
+            f"acc={self.acc:.4f}{bits}{on_train}{folders}{task_words(self.tasks)}"
         )
+
+
+def task_words(tasks: Mapping[str, Mapping[str, float]]) -> str:
+    """The figures of tasks in a line of the log."""
+    return "".join(f" {name}/{metric}={value:.4f}" for name, of in tasks.items() for metric, value in of.items())
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ def validation_scalars(record: ValidationRecord) -> dict[str, float]:
         "valid/acc": record.acc,
         "valid/perplexity": record.perplexity,
         **({} if record.train_loss is None else {"valid/train_loss": record.train_loss}),
+        **({} if record.bits_per_byte is None else {"valid/bits_per_byte": record.bits_per_byte}),
+        **task_scalars(record.tasks),
         **{f"valid/ema_{name}": value for name, value in (record.ema or {}).items()},
         **_folders(record.folders, "val_"),
     }

@@ -1,17 +1,26 @@
 """Parameter groups: which update rule a parameter has, and with which learning rate, weight decay and betas.
 
-A parameter is in exactly one group, found from its own properties (shape, `looked_up`); a group becomes one instance of
-its rule on each rank (`optim.updates`), and buckets hold parameters of one group (`optim.buckets`).
+A parameter is in exactly one group, found from its own properties (shape, `looked_up`) and from `optimizer.groups`,
+whose patterns the user writes. A group becomes one instance of its rule on each rank (`optim.updates`), and a bucket
+holds parameters of one group (`optim.buckets`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import SequenceMatcher
+from fnmatch import fnmatchcase
 
-from internlm_lite.config.schema import Config, OptimizerConfig
+from internlm_lite.config.schema import Config, GroupConfig, OptimizerConfig
+from internlm_lite.errors import ConfigError
 from internlm_lite.mesh.layout import Parameter
+from internlm_lite.units import human_count
 
+_NEAR = 3
+"""Names shown for a pattern that matches none."""
 _DECAYS: dict[str, Callable[[Parameter], bool]] = {
     "matrices": lambda param: param.dim() > 1,
     "matrices_without_embeddings": lambda param: param.dim() > 1 and not param.looked_up,
@@ -35,8 +44,18 @@ class ParamGroup:
     """None: by beta2_scheduler."""
     eps: float
     momentum: float
-    options: OptimizerConfig
-    """Further keys of the rule."""
+    options: OptimizerConfig = field(compare=False)
+    """Further keys of the rule, the same for all groups."""
+
+    @property
+    def averages(self) -> str:
+        """How long its averages are: momentum, or both betas."""
+        if self.rule in ("sgd", "muon"):
+            return f"momentum {self.momentum:g}"
+        return f"betas {self.beta1:g}, {'by step' if self.beta2 is None else format(self.beta2, 'g')}"
+
+    def text(self) -> str:
+        return f"{self.rule}, lr {self.lr:g}, weight decay {self.weight_decay:g}, {self.averages}"
 
 
 class ParamGroups:
@@ -47,7 +66,27 @@ class ParamGroups:
         self._decays = _DECAYS[config.adam.weight_decay_on]
 
     def of(self, param: Parameter) -> ParamGroup:
-        """The group of this parameter; equal for the parts of one tensor on all ranks."""
+        """The group of this parameter; equal for the parts and copies of one tensor on all ranks."""
+        group = self._by_role(param)
+        given = self.given(param.shard_spec.name)
+        if given is None:
+            return group
+        beta1, beta2 = given.betas or (group.beta1, group.beta2)
+        return replace(
+            group,
+            name=f"{given.pattern} ({group.name})",
+            lr=group.lr if given.lr is None else given.lr,
+            weight_decay=group.weight_decay if given.weight_decay is None else given.weight_decay,
+            beta1=beta1,
+            beta2=beta2,
+        )
+
+    def given(self, name: str) -> GroupConfig | None:
+        """The first of `optimizer.groups` that matches the name of a parameter."""
+        return next((one for one in self._config.optimizer.groups if fnmatchcase(name, one.pattern)), None)
+
+    def _by_role(self, param: Parameter) -> ParamGroup:
+        """The group without `optimizer.groups`."""
         adam, options = self._config.adam, self._config.optimizer
         if options.name == "muon" and param.matrix_rows is not None:
             return self._muon
@@ -81,3 +120,42 @@ class ParamGroups:
             momentum=0.95 if options.momentum is None else options.momentum,
             options=options,
         )
+
+
+def check_patterns(config: Config, names: Sequence[str]) -> None:
+    """Raises ConfigError if one of `optimizer.groups` has no parameter. `names`: of all parameters of the model."""
+    left = list(names)
+    for index, one in enumerate(config.optimizer.groups):
+        matched, before = ([name for name in some if fnmatchcase(name, one.pattern)] for some in (left, names))
+        left = [name for name in left if name not in matched]
+        key = f"optimizer.groups[{index}].pattern"
+        if matched:
+            continue
+        if before:
+            raise ConfigError(
+                f"{key}: {one.pattern!r} has no parameter left, patterns before it take {before[0]}"
+                f"{f' and {len(before) - 1} more' if before[1:] else ''}; the first pattern that matches wins: write "
+                "the narrower one first, or leave this one out"
+            )
+        raise ConfigError(
+            f"{key}: {one.pattern!r} matches no parameter, expected a pattern of whole names; near names: "
+            f"{', '.join(_near(one.pattern, names))}"
+        )
+
+
+def _near(pattern: str, names: Sequence[str]) -> list[str]:
+    """Names of layer 0 and outside layers, the most similar first."""
+    one_layer = [name for name in names if not re.match(r"layers\.[1-9]", name)]
+    return sorted(one_layer, key=lambda name: -SequenceMatcher(None, pattern, name).ratio())[:_NEAR]
+
+
+def group_lines(config: Config, params: Iterable[Parameter]) -> list[str]:
+    """A line for each group that there is among `params`, all parameters of the model."""
+    groups = ParamGroups(config)
+    members: dict[ParamGroup, list[int]] = {}
+    for param in params:
+        members.setdefault(groups.of(param), []).append(math.prod(param.shard_spec.shape))
+    return [
+        f"group {group.name}: {group.text()}; {human_count(sum(sizes))} parameters in {len(sizes)} tensors"
+        for group, sizes in members.items()
+    ]

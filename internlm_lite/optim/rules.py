@@ -22,6 +22,7 @@ class AdamW(UpdateRule):
 
     roles = ("exp_avg", "exp_avg_sq")
     non_negative = ("exp_avg_sq",)
+    counts = ("adam_steps",)
 
     @classmethod
     def operations(cls, group: ParamGroup) -> int:
@@ -76,7 +77,49 @@ class AdamW(UpdateRule):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for step in self._steps:
-            step.fill_(state["adam_steps"] if state else 0)
+            step.fill_(state.get("adam_steps", 0))
+
+
+class HandoutAdamW(UpdateRule):
+    """AdamW in the order of the handout of Stanford's CS336 (Spring 2025, assignment 1, section 4.3): eps is outside
+    the bias correction, and the decay comes after the step.
+
+        exp_avg    = beta1 * exp_avg + (1 - beta1) * grad
+        exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad^2
+        weights   -= lr * sqrt(1 - beta2^t) / (1 - beta1^t) * exp_avg / (sqrt(exp_avg_sq) + eps)
+        weights   -= lr * weight_decay * weights
+    """
+
+    roles = AdamW.roles
+    non_negative = AdamW.non_negative
+    counts = AdamW.counts
+
+    @classmethod
+    def operations(cls, group: ParamGroup) -> int:
+        return AdamW.operations(group)
+
+    def __init__(self, shards: Sequence[Shard], group: ParamGroup) -> None:
+        super().__init__(shards, group)
+        self._steps = torch.zeros((), dtype=torch.float64, device=shards[0].weights.device)  # skipped: not counted
+
+    def update(self, grads: Sequence[torch.Tensor], lr: torch.Tensor, beta2: float, skipped: torch.Tensor) -> None:
+        self._steps += ~skipped
+        rate = lr * (1 - beta2**self._steps).sqrt() / (1 - self._group.beta1**self._steps)
+        shrink = 1 - (lr * self._group.weight_decay).masked_fill(skipped, 0.0)
+        for shard, grad in zip(self._shards, grads, strict=True):
+            first, second = shard.state["exp_avg"], shard.state["exp_avg_sq"]
+            first.sub_((first - grad).mul_(1 - self._group.beta1).masked_fill_(skipped, 0.0))
+            second.sub_((second - grad.square_()).mul_(1 - beta2).masked_fill_(skipped, 0.0))
+            step = first.mul(rate).div_(second.sqrt().add_(self._group.eps))
+            shard.weights.sub_(step.masked_fill_(skipped, 0.0))
+            if self._group.weight_decay:
+                shard.weights.mul_(shrink)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"adam_steps": int(comm.read(self._steps))}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._steps.fill_(state.get("adam_steps", 0))
 
 
 class Lion(UpdateRule):
@@ -134,5 +177,11 @@ class SGD(UpdateRule):
             shard.weights.sub_(step.mul_(lr).masked_fill_(skipped, 0.0))
 
 
-RULES: dict[str, type[UpdateRule]] = {"adamw": AdamW, "lion": Lion, "sgd": SGD, "muon": Muon}
+RULES: dict[str, type[UpdateRule]] = {
+    "adamw": AdamW,
+    "adamw_cs336": HandoutAdamW,
+    "lion": Lion,
+    "sgd": SGD,
+    "muon": Muon,
+}
 """optimizer.name of the config -> class."""

@@ -34,7 +34,7 @@ class Shard:
     weights: torch.Tensor
     """Master weights: fp32, or fp64 in an fp64 model."""
     state: Mapping[str, torch.Tensor]
-    """Role -> tensor, for each of the rule's `roles`; zeros at the start."""
+    """Role -> tensor, for each of the rule's `roles`; zeros at the start. As it is stored, it may be of bf16."""
     pieces: tuple[Piece, ...] = ()
     """The parameters in it, for rules that need shapes; between and behind them is padding."""
     holders: Group | None = None
@@ -78,6 +78,8 @@ class UpdateRule:
     """Names of the state tensors, as checkpoints store them."""
     non_negative: tuple[str, ...] = ()
     """Those of `roles` that never hold a negative number; checked before a save and after a load."""
+    counts: tuple[str, ...] = ()
+    """Keys of `state_dict`. A rule with one needs all of its `roles`, as old as the counter: see `rule_change`."""
     whole_matrices = False
     """True: no parameter may be split between ranks of `zero`. False, for elementwise rules: shards are cut anywhere.
     Read by `buckets.build_buckets`."""
@@ -127,4 +129,4 @@ class UpdateRule:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the counters; an empty `state` resets them, for state tensors that are zero again."""
+        """Restore the counters; those that `state` lacks are reset, for state tensors that are zero again."""

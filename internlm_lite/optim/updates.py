@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from internlm_lite.config.run_stages import peak_rates
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh.mesh import Group, Mesh
+from internlm_lite.optim.bf16_state import Bf16State
 from internlm_lite.optim.buckets import Bucket
 from internlm_lite.optim.groups import ParamGroup
 from internlm_lite.optim.lr_schedule import learning_rate
@@ -26,16 +28,21 @@ class GroupUpdates:
         self._rates = torch.tensor(
             [_curve(peak, config) for peak in peaks], dtype=torch.float64, device=mesh.device
         )  # [peaks, steps]
-        members: dict[ParamGroup, list[int]] = {}
+        bf16 = config.optimizer.moments == "bf16" and any(shard.state for shard in self.shards)
+        self._bf16 = Bf16State(self.shards, config.seed) if bf16 else None
+        members: dict[tuple[ParamGroup, int], list[int]] = {}
         for index, bucket in enumerate(buckets):
-            members.setdefault(bucket.kind.group, []).append(index)
+            members.setdefault((bucket.kind.group, index if bf16 else 0), []).append(index)
         self._members = list(members.values())
-        """Indices of the shards of each group."""
-        self._rows = [peaks.index(group.lr) for group in members]
-        """Row of `_rates` of each group."""
+        """Indices of the shards of each rule: all of a group, or one, where its state is read and written by itself."""
+        self._rows = [peaks.index(group.lr) for group, _ in members]
+        """Row of `_rates` of each rule."""
+        of = self.shards.__getitem__ if self._bf16 is None else self._bf16.working
         self.rules: list[UpdateRule] = [
-            RULES[group.rule]([self.shards[index] for index in indices], group) for group, indices in members.items()
+            RULES[group.rule]([of(index) for index in indices], group) for (group, _), indices in members.items()
         ]
+        if self._bf16 is not None:
+            self._bf16.release()
 
     def rates(self, good_steps: torch.Tensor) -> torch.Tensor:
         """[peaks] fp64: the learning rate of each peak after `good_steps` (int64 device scalar) updates; first
@@ -44,19 +51,28 @@ class GroupUpdates:
         step = good_steps.clamp(max=self._rates.shape[1] - 1)
         return self._rates.index_select(1, step.unsqueeze(0)).squeeze(1)
 
-    def update(self, grads: Sequence[torch.Tensor], step: UpdateStep) -> None:
+    def update(self, grads: Sequence[torch.Tensor], step: UpdateStep, updates: torch.Tensor) -> None:
         """Update all shards by `grads` (one per shard, in the dtype of its weights; may be overwritten) times
-        `step.factor`."""
+        `step.factor`. `updates`: int64 device scalar, a number that no two steps with an update share."""
         grads_of = [[grads[index] for index in indices] for indices in self._members]
         in_passing = [rule.scales(mine) for rule, mine in zip(self.rules, grads_of, strict=True)]
         others = [grad for mine, scales in zip(grads_of, in_passing, strict=True) if not scales for grad in mine]
         if others:  # one launch for all groups
             torch._foreach_mul_(others, step.factor.to(others[0].dtype))
-        for rule, mine, row, scales in zip(self.rules, grads_of, self._rows, in_passing, strict=True):
-            if scales:
+        if self._bf16 is not None:
+            self._bf16.allocate()
+        for number, rule in enumerate(self.rules):
+            mine, row = grads_of[number], self._rows[number]
+            if self._bf16 is not None:
+                self._bf16.read(self._members[number][0])
+            if in_passing[number]:
                 rule.update_scaled(mine, step, row)
             else:
                 rule.update(mine, step.rates[row], rule.beta2_of(step), step.skipped)
+            if self._bf16 is not None:
+                self._bf16.write(self._members[number][0], updates)
+        if self._bf16 is not None:
+            self._bf16.release()
 
     def state_dict(self) -> dict[str, int]:
         """Counters of the rules, JSON-able: those of a rule are equal in all its groups. Reads the device."""
@@ -74,12 +90,13 @@ class GroupUpdates:
 
 
 def _curve(peak: float, config: Config) -> list[float]:
-    """Learning rates of all steps: those of adam.lr, down to eta_min, scaled to this peak."""
+    """Learning rates of all steps: those of adam.lr, or of the stages, down to eta_min, scaled to this peak."""
     base, schedule = config.adam.lr, config.lr_scheduler
-    steps = range(max(schedule.total_steps, config.data.total_steps) + 2)
-    if peak == base or not base:
-        return [learning_rate(i, peak, schedule) for i in steps]
-    return [learning_rate(i, base, schedule) * (peak / base) for i in steps]
+    steps = max(schedule.total_steps, config.data.total_steps) + 2
+    if not base and peak:
+        return [learning_rate(i, peak, schedule) for i in range(steps)]
+    rates = [learning_rate(i, of_stage, schedule) for i, of_stage in enumerate(peak_rates(config, steps))]
+    return rates if peak == base else [rate * (peak / base) for rate in rates]
 
 
 def _shard(bucket: Bucket, holders: Group | None) -> Shard:
@@ -91,5 +108,6 @@ def _shard(bucket: Bucket, holders: Group | None) -> Shard:
         Piece(slot.param, start - bucket.shard_start, stop - bucket.shard_start, start - slot.start)
         for slot, start, stop in bucket.owned()
     )
-    state = {role: torch.zeros_like(weights) for role in RULES[group.rule].roles_with(group)}
+    dtype = torch.bfloat16 if group.options.moments == "bf16" else weights.dtype
+    state = {role: torch.zeros_like(weights, dtype=dtype) for role in RULES[group.rule].roles_with(group)}
     return Shard(weights, state, pieces, holders)

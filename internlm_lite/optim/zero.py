@@ -137,7 +137,8 @@ class HybridZeroOptimizer:
         second_beta = beta2(index, self._config.beta2_scheduler)
         if self.average is not None:
             self.average.wait()  # until it has read the weights that change now
-        self._updates.update(self._exact_grads(), UpdateStep(rates, second_beta, factor, decision.skipped))
+        step = UpdateStep(rates, second_beta, factor, decision.skipped)
+        self._updates.update(self._exact_grads(), step, self._skips.good_steps)
         self._zero_grads()
         self._begun = False
         self._gather_weights()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +46,9 @@ class Engine(Protocol):
     def evaluate(self, task: Task, micro_num: int) -> None:
         """Forward and loss of every micro-batch. Call it under `torch.no_grad`."""
 
+    def set_rows(self, rows: int) -> None:
+        """Rows of the hidden state of the next task's micro-batches; not collective."""
+
 
 class OneRank:
     """The engine without pipeline parallelism: one stage has the whole model."""
@@ -57,6 +60,9 @@ class OneRank:
     def evaluate(self, task: Task, micro_num: int) -> None:
         for micro in range(micro_num):
             task.loss(micro, task.forward(0, micro, None))
+
+    def set_rows(self, rows: int) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ class Pipeline:
         self._stage_ranks = stage_to_rank(pp.size, len(stages), schedule)
         self._early_receive = early_receive
         self._pop_deferred = pop_deferred
-        self._built: tuple[int, Any] | None = None
+        self._built: tuple[tuple[int, int], Any] | None = None
         self._task: Task | None = None
 
     def train(self, task: Task, micro_num: int) -> None:
@@ -125,6 +131,9 @@ class Pipeline:
         for work, _buffer in sent:
             work.wait()
 
+    def set_rows(self, rows: int) -> None:
+        self._shape = replace(self._shape, rows=rows)
+
     def _inputs(self, stage: int, outputs: list[torch.Tensor], micro_num: int) -> Iterator[torch.Tensor | None]:
         """The inputs of `stage`, one per micro-batch; `outputs`: those of this rank's previous stage."""
         if stage == 0:
@@ -145,10 +154,11 @@ class Pipeline:
 
     def _schedule_for(self, micro_num: int) -> Any:
         """The schedule for `micro_num` micro-batches. The last one is cached, because it owns receive buffers."""
-        if self._built is None or self._built[0] != micro_num:
+        size = micro_num, self._shape.rows
+        if self._built is None or self._built[0] != size:
             stages = [self._stage(number) for number in self._modules]
             built = new_schedule(self._schedule, stages, micro_num, self._loss, early_receive=self._early_receive)
-            self._built = micro_num, built
+            self._built = size, built
         return self._built[1]
 
     def _stage(self, number: int) -> PipelineStage:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from internlm_lite.config.run_stages import peak_rate
 from internlm_lite.config.schema import Config
 from internlm_lite.optim.lr_schedule import learning_rate
 
@@ -58,30 +59,81 @@ def schedule_change(then: Config, now: Config, updates: int) -> str | None:
 
     `then`: the config of the checkpoint that is resumed.
     """
-    if (then.adam.lr, then.lr_scheduler) == (now.adam.lr, now.lr_scheduler):
+    if (then.adam.lr, then.lr_scheduler, _peaks(then)) == (now.adam.lr, now.lr_scheduler, _peaks(now)):
         return None
     for update in range(updates, now.lr_scheduler.total_steps):
-        before, after = (learning_rate(update, one.adam.lr, one.lr_scheduler) for one in (then, now))
+        before, after = (learning_rate(update, peak_rate(one, update), one.lr_scheduler) for one in (then, now))
         if before != after:
             break
     else:
         return None
-    olds, news = ({"adam.lr": one.adam.lr, **one.lr_scheduler.model_dump()} for one in (then, now))
+    olds, news = (
+        {"adam.lr": one.adam.lr, "stages.lr": _peaks(one), **one.lr_scheduler.model_dump()} for one in (then, now)
+    )
     keys = [key for key in olds if olds[key] != news[key]]
     named = [f"{key if '.' in key else f'lr_scheduler.{key}'} {olds[key]} then, {news[key]} now" for key in keys]
     first = "the next update" if update == updates else f"update {update}"
     return f"{first} has the learning rate {after:g} instead of {before:g} ({'; '.join(named)})"
 
 
-def data_changes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line per key and per data folder that differs between two fingerprints of the training data."""
-    keys = [key for key in sorted(stored.keys() | now.keys()) if key != "folders" and stored.get(key) != now.get(key)]
+def _peaks(config: Config) -> list[tuple[int | None, float | None]]:
+    """(until, lr) of each stage."""
+    return [(stage.until, stage.lr) for stage in config.stages]
+
+
+_OF_STAGES = ("micro_bsz", "seq_len", "weights")
+_ENDLESS = 2**62
+
+
+def _timeline(data: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """(first batch, what the stage of a fingerprint has there) of each stage."""
+    whole = {key: data.get(key) for key in _OF_STAGES}
+    stages, start, found = data.get("stages") or [{}], 0, []
+    for stage in stages:
+        values = {key: value for key, value in stage.items() if key != "until" and value is not None}
+        found.append((start, {**whole, **values}))
+        start = stage.get("until") or _ENDLESS
+    return found
+
+
+def _stage_differences(
+    stored: Mapping[str, Any], now: Mapping[str, Any], batches: range
+) -> Iterator[tuple[int, str, Any, Any]]:
+    """(batch from which on, key, value then, value now) of what the stages of two fingerprints say of these batches."""
+    then, later = _timeline(stored), _timeline(now)
+    starts = sorted({batches.start, *(start for start, _ in (*then, *later) if start in batches)})
+    for start in starts:
+        old, new = (next(values for first, values in reversed(one) if first <= start) for one in (then, later))
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                yield start, key, old.get(key), new.get(key)
+
+
+def later_stages(stored: Mapping[str, Any], now: Mapping[str, Any], batch: int) -> str:
+    """The first thing that the stages of two fingerprints plan differently from batch `batch` on; empty: none."""
+    if "stages" not in stored and "stages" not in now:
+        return ""
+    for start, key, old, new in _stage_differences(stored, now, range(batch, _ENDLESS)):
+        return f"from batch {start} on {key} is {new!r}, and was to be {old!r}"
+    return ""
+
+
+def data_changes(stored: Mapping[str, Any], now: Mapping[str, Any], batch: int = _ENDLESS) -> list[str]:
+    """One line per key and per data folder that differs between two fingerprints of the training data.
+
+    Of stages, only those of batches before `batch` count."""
+    keys = [key for key in sorted(stored.keys() | now.keys()) if key not in ("folders", "stages", *_OF_STAGES)]
+    keys = [key for key in keys if stored.get(key) != now.get(key)]
     lines = [f"{key}: {stored.get(key)!r} then, {now.get(key)!r} now" for key in keys]
+    staged = "stages" in stored or "stages" in now
+    for start, key, old_value, new_value in _stage_differences(stored, now, range(max(1, batch))):
+        since = f" from batch {start} on" if staged else ""
+        lines.append(f"{key}: {old_value!r} then, {new_value!r} now{since}")
     old, new = ({folder["name"]: folder for folder in one.get("folders", [])} for one in (stored, now))
     lines += [f"data folder {name}: gone" for name in old if name not in new]
     lines += [f"data folder {name}: new" for name in new if name not in old]
     lines += [_folder_change(name, old[name], new[name]) for name in old if name in new and old[name] != new[name]]
-    if not lines and stored != now:
+    if not lines and list(old) != list(new):
         lines = [f"data folders: {', '.join(old)} then, {', '.join(new)} now"]
     return lines
 

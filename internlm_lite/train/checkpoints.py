@@ -24,7 +24,9 @@ import torch
 from internlm_lite.checkpoint.format import catalog
 from internlm_lite.checkpoint.format.catalog import Found
 from internlm_lite.checkpoint.format.manifest import Kind, Manifest
-from internlm_lite.checkpoint.load.checkpoint_loader import Restored
+from internlm_lite.checkpoint.format.weight_roles import Weights
+from internlm_lite.checkpoint.load.checkpoint_loader import Left, Restored
+from internlm_lite.checkpoint.load.compare import Wanted
 from internlm_lite.checkpoint.load.locate import find_step
 from internlm_lite.checkpoint.manager import CheckpointManager
 from internlm_lite.checkpoint.save.saver import SaveOptions
@@ -39,7 +41,8 @@ from internlm_lite.mesh.consensus import on_main
 from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.average import ROLE
-from internlm_lite.train.changes import LastRun, batch_keys, data_changes, schedule_change
+from internlm_lite.optim.rule_change import counters_left, rule_change, without
+from internlm_lite.train.changes import LastRun, batch_keys, data_changes, later_stages, schedule_change
 from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.train_state import TrainState, random_states, set_random_states
 from internlm_lite.train.trainer import Trainer
@@ -59,7 +62,9 @@ class Moment:
     """`FolderMetrics.total`."""
     random_states: dict[str, torch.Tensor]
     valid_loss: float | None = None
-    """Of the evaluation that a checkpoint of the kind "best" is saved for."""
+    """Of the evaluation that a checkpoint of the kind "best" is saved for; None also where there was none."""
+    best: tuple[str, float] | None = None
+    """Name and value of the figure that such a checkpoint is the best by."""
 
 
 @dataclass
@@ -94,6 +99,7 @@ class Contents:
             "batch_tokens": self.intended_batch_tokens,
             "run_folder": self.run_folder,
             **({} if moment.valid_loss is None else {"valid_loss": moment.valid_loss}),
+            **({} if moment.best is None else {"best": {"figure": moment.best[0], "value": moment.best[1]}}),
         }
 
     def adopt(self, restored: Restored, *, moments: bool) -> TrainState:
@@ -104,7 +110,8 @@ class Contents:
         averages = moments and ROLE not in restored.absent
         try:
             state = TrainState.from_json(stored["train"])
-            optimizer.load_state_dict(stored["optimizer"], moments=moments, averages=averages)
+            counters = without(stored["optimizer"], counters_left(restored.left))
+            optimizer.load_state_dict(counters, moments=moments, averages=averages)
             self.reporter.load_state_dict(stored["reporter"])
         except (KeyError, TypeError) as error:
             raise CheckpointError(
@@ -147,6 +154,8 @@ class Checkpoints:
         )
         self.restored: str | None = None
         """Name of the checkpoint that this run resumed."""
+        self.weights_from: Found | None = None
+        """The checkpoint that this run took weights alone from."""
         self._began_at: Found | None = None
         """The checkpoint outside the save folders that this run began from; a rollback may return to it."""
         self._from_run_folder: str | None = None
@@ -159,6 +168,12 @@ class Checkpoints:
         except BaseException:
             self.close(wait=False)
             raise
+
+    def adopt_lengths(self, config: Config) -> None:
+        """Store and compare the number of steps that `config` has by now, where the one given has epochs or tokens."""
+        self._given = config
+        for section in ("data", "lr_scheduler"):  # in place: managers have the same dict
+            self._config[section]["total_steps"] = getattr(config, section).total_steps
 
     def attach(self, contents: Contents) -> None:
         """Set the `contents` to save and restore. Reserves host memory if saves run in the background."""
@@ -188,17 +203,20 @@ class Checkpoints:
         facts = {"saved": kind, "name": name, "waited": wait, "stall_seconds": round(time.monotonic() - begin, 4)}
         self.contents.reporter.event("checkpoint", step=step, **facts)
 
-    def best_loss(self) -> float:
-        """Validation loss of this run's newest checkpoint of the kind "best", infinite without one. Waits for the save
-        in progress, so that it counts, and that one of the same step does not take the place of a better one."""
+    def best_value(self, figure: str) -> float | None:
+        """Value of this figure in this run's newest checkpoint of the kind "best"; None without one, or if it is the
+        best by another figure; nan if it cannot be read. Waits for the save in progress, so that it counts, and that
+        one of the same step does not take the place of a better one."""
         self._wait()
         try:
             best = on_main(self._mesh, lambda: self.manager.folders[0].newest("best"))
         except (StorageError, CheckpointError) as error:
             self._alarm("best", error)
-            return -math.inf
-        is_ours = best and best.state["run_folder"] in (self.contents.run_folder, self._from_run_folder)
-        return float(best.state["valid_loss"]) if best and is_ours else math.inf
+            return math.nan
+        if best is None or best.state["run_folder"] not in (self.contents.run_folder, self._from_run_folder):
+            return None
+        stored = best.state.get("best") or {"figure": "loss", "value": best.state["valid_loss"]}
+        return float(stored["value"]) if stored["figure"] == figure else None
 
     def report_finished(self) -> None:
         """Report the outcome of background saves that have ended. Not collective; does not block."""
@@ -231,8 +249,8 @@ class Checkpoints:
             self._wait()
         self.manager.close(wait=wait)
 
-    def restore(self, resume: str) -> TrainState:
-        """Load the checkpoint to start from and return its state, else the initial state, with weights loaded from
+    def restore(self, resume: str, weights: Weights = "model") -> TrainState:
+        """Load the checkpoint to start from and return its state, else the initial state, with `weights` loaded from
         ckpt.load_model_only_folder or drawn. Raises CheckpointError.
 
         `resume`: "auto", "none" (ignore this run's save folders), a step in these folders, or a path."""
@@ -251,12 +269,17 @@ class Checkpoints:
         if self._ckpt.load_ckpt_folder:
             return self._begin_at(self._ckpt.load_ckpt_folder)
         if self._ckpt.load_model_only_folder:
-            self.manager.load_at(self._ckpt.load_model_only_folder, self.contents.pieces(moments=False))
-            self.contents.trainer.optimizer.publish_weights()
+            self.load_weights(self._ckpt.load_model_only_folder, weights)
             self.contents.trainer.optimizer.restart_average()
         else:
             self.contents.trainer.draw_weights()
         return TrainState()
+
+    def load_weights(self, path: str, weights: Weights) -> None:
+        """Load these weights of the checkpoint at `path`, and nothing else. Raises CheckpointError."""
+        pieces = self.contents.pieces(moments=False)
+        self.weights_from = self.manager.load_at(path, pieces, weights=weights).found
+        self.contents.trainer.optimizer.publish_weights()
 
     def roll_back(self, state: TrainState, spiked_step: int) -> TrainState | None:
         """Restore this run's newest checkpoint from before step `spiked_step`, else the one it began from. Returns its
@@ -267,13 +290,14 @@ class Checkpoints:
         restored = self._own_from_before(spiked_step)
         moments = restored is not None or self._ckpt.load_optimizer
         if restored is None and self._began_at is not None:
-            restored = self.manager.load(self._began_at, self.contents.pieces(moments=moments))
+            restored = self.manager.load(self._began_at, self.contents.pieces(moments=moments), self._left)
         return None if restored is None else replace(self._adopt(restored, moments=moments), position=state.position)
 
     def _own_from_before(self, spiked_step: int) -> Restored | None:
         own = self.own()
         try:
-            return own.resume(self.contents.pieces(), accept=partial(self._is_before, spiked_step)) if own else None
+            before = partial(self._is_before, spiked_step)
+            return own.resume(self.contents.pieces(), self._left, before) if own else None
         except CheckpointError as error:
             if self._began_at is None:
                 raise
@@ -294,7 +318,8 @@ class Checkpoints:
 
     def _begin_at(self, path: str) -> TrainState:
         moments = self._ckpt.load_optimizer
-        restored = self.manager.load_at(path, self.contents.pieces(moments=moments), self._check)
+        check = partial(self._check, moments=moments)
+        restored = self.manager.load_at(path, self.contents.pieces(moments=moments), check)
         self._began_at = restored.found
         return self._adopt(restored, moments=moments)
 
@@ -306,16 +331,18 @@ class Checkpoints:
             folder.resumed_from = self.restored
         return state
 
-    def _check(self, found: Found) -> None:
-        """Compare this run with a checkpoint before loading. Raises CheckpointError when the data changed or the
-        training state is missing; warns of changes that affect the loss curve."""
+    def _check(self, found: Found, wanted: Wanted, *, moments: bool = True) -> Left:
+        """Compare this run with a checkpoint before loading. Raises CheckpointError when data or update rule changed or
+        the training state is missing; warns of changes that affect the loss curve. Returns the state that starts at
+        zero."""
         name, stored = found.name, found.manifest.state
         if "train" not in stored:
             raise CheckpointError(
                 f"checkpoint {name} in {found.storage.name} holds weights alone, no training state: to train on from "
                 "them, name this folder in ckpt.load_model_only_folder, and choose another one to save and resume"
             )
-        changed = data_changes(stored["data"], self.contents.fingerprint) if "data" in stored else []
+        batch, now = stored["train"].get("position", {}).get("batch", 0), self.contents.fingerprint
+        changed = data_changes(stored["data"], now, batch) if "data" in stored else []
         listing = "\n  ".join([f"the training data changed since checkpoint {name} was written:", *changed])
         if changed and not self._ckpt.allow_changed_data:
             raise CheckpointError(
@@ -323,8 +350,13 @@ class Checkpoints:
                 "set ckpt.allow_changed_data=True to go on at the same position of the new data, or start from the "
                 "weights alone with ckpt.load_model_only_folder"
             )
+        left: Left = self._left(found, wanted, told=True) if moments else frozenset()
         if not self._mesh.is_main:
-            return
+            return left
+        if not moments:
+            logger.info("the state of %s starts at zero: ckpt.load_optimizer=False", self._given.optimizer.name)
+        if "data" in stored and (planned := later_stages(stored["data"], now, batch)):
+            logger.warning(f"the stages after batch {batch} are not those of checkpoint {name}: {planned}")
         if changed:
             logger.warning(f"{listing}\nbatches from here on are drawn from the new data at the same position")
         with suppress(CheckpointError, LookupError):  # a config of another version
@@ -336,6 +368,24 @@ class Checkpoints:
                 f"a step takes {tokens} tokens now, expected {stored['batch_tokens']} as when the run of "
                 f"checkpoint {name} began; to keep them, change data.micro_num with the number of data-parallel ranks"
             )
+        return left
+
+    def _left(self, found: Found, wanted: Wanted, *, told: bool = False) -> Left:
+        """State of the update rule that the checkpoint of another rule does not give; `told`: say it, or refuse."""
+        then, now = found.manifest.config.get("optimizer", {}).get("name"), self._given.optimizer.name
+        change = rule_change(then, now, wanted, found.manifest.tensors)
+        if change is None:
+            return frozenset()
+        if told and not self._ckpt.allow_changed_optimizer:
+            back = "the keys of optimizer as they were" if then in (None, now) else f"optimizer.name={then!r} again"
+            raise CheckpointError(
+                f"checkpoint {found.name} in {found.storage.name} has the state of another update rule: {change.text}; "
+                f"set ckpt.allow_changed_optimizer=True to go on like that, or {back}; with ckpt.load_ckpt_folder, "
+                "ckpt.load_optimizer=False starts all of it at zero"
+            )
+        if told and self._mesh.is_main:
+            logger.warning("another update rule than that of checkpoint %s: %s", found.name, change.text)
+        return change.left
 
     def _warn_of_ignored_folders(self, found: Found) -> None:
         """Warn of load folders that are new in the config, because a resume ignores them."""

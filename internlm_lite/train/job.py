@@ -44,7 +44,7 @@ from internlm_lite.runtime.torchrun import report_to_agent
 from internlm_lite.train.build import Run, RunServices, build_run
 from internlm_lite.train.changes import LastRun, keep_global_batch
 from internlm_lite.train.checkpoints import Checkpoints
-from internlm_lite.train.evaluation import evaluate_only, without_saves
+from internlm_lite.train.evaluation import CheckpointEvaluation, evaluate_checkpoint, evaluate_only, without_saves
 from internlm_lite.train.failure_handler import FailureHandler, code_of
 from internlm_lite.train.loop import TrainingEnd, train
 
@@ -76,6 +76,8 @@ class Options:
     """See `build.RunServices`."""
     eval_only: bool = False
     """Evaluate a checkpoint instead of training."""
+    evaluation: CheckpointEvaluation | None = None
+    """Likewise, with a config of `config_to_evaluate`."""
 
 
 @dataclass(frozen=True)
@@ -163,10 +165,11 @@ def _run(loaded: LoadedConfig, dist_env: DistEnv, options: Options, failures: Fa
         try:
             agents = {str(agent) for agent in comm.gather_objects(dist_env.agent, mesh.world) if agent}
             job = Job(loaded, dist_env, options, mesh, checkpoints, failures, tuple(sorted(agents)))
-            if options.eval_only:
-                services = RunServices(checkpoints=checkpoints, watchdog=watchdog)
+            services, stopped_by = RunServices(checkpoints=checkpoints, watchdog=watchdog), ""
+            if options.evaluation is not None:
+                evaluate_checkpoint(config, mesh, options.evaluation, services)
+            elif options.eval_only:
                 evaluate_only(config, mesh, options.resume, services)
-                stopped_by = ""
             else:
                 stopped_by = _train(job, _plan(job), signals).stopped_by
         finally:
@@ -195,6 +198,7 @@ def _fingerprint(loaded: LoadedConfig, options: Options, device: torch.device) -
         "--resume": options.resume or "not given",
         "--timeout": f"{options.timeout_seconds:g}",
         "--eval-only": str(options.eval_only),
+        "--weights": str(options.evaluation and options.evaluation.weights),
         **{row["key"]: repr(row["value"]) for row in origin_rows(loaded)},
     }
 

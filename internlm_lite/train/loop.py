@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from internlm_lite.batch import Batch
 from internlm_lite.faults.signals import StopSignals
 from internlm_lite.mesh.consensus import on_main
 from internlm_lite.monitor.jsonl import is_evaluated
 from internlm_lite.optim.replicas import check_replicas
 from internlm_lite.train.build import Run
 from internlm_lite.train.control import Control
-from internlm_lite.train.evaluation import evaluate
+from internlm_lite.train.evaluation import evaluate, evaluate_tasks, figures_of
 from internlm_lite.train.profiling import traced_steps
 from internlm_lite.train.saving import Saving
 from internlm_lite.train.train_state import TrainState
@@ -49,13 +50,14 @@ def train(run: Run, signals: StopSignals, trace_folder: Path | None = None) -> T
         while state.step < total_steps and not control.decision.stop:
             watchdog.enter("data", state.step)
             batch = next(batches).to(run.mesh.device)
+            _report_stage(run, state, batch)
             watchdog.enter("training", state.step)
             updating = partial(_before_update, run, saving, state)
             outcome = trainer.step(batch, state.step, requests=control.requests, before_update=updating)
             traced()
             epoch, state = run.data.epoch(state.position), state.after(batch, run.mesh.dp.size)
             samples_due = run.samples.due(state.step, ended_epoch=run.data.epoch(state.position) > epoch)
-            if state.step % run.config.monitor.log_every == 0 or state.step == total_steps:
+            if _line_is_due(run, state):
                 run.reporter.step_line(state, batch, outcome)
             decision = control.after_step(outcome, state.step)
             if restored := _roll_back(run, state, control, saving):
@@ -94,6 +96,22 @@ def _begin(run: Run, state: TrainState, saving: Saving) -> None:
     run.reporter.event("start", **facts)
     # Before the first step, if asked; and the previous start may have ended between its save and its evaluation.
     _evaluate_if_due(run, state, saving, skip_if_logged=True)
+
+
+def _report_stage(run: Run, state: TrainState, batch: Batch) -> None:
+    """Write the event "stage" before the first step of a stage but the first: its number, its values, those before."""
+    before, now = run.data.stage_before(state.position), run.data.stages[batch.stage]
+    if now.number != before.number and state.position.batch:
+        changed = {key: value for key, value in now.facts().items() if value != before.facts()[key]}
+        run.reporter.event("stage", step=state.step, stage=now.number, changed=changed, **now.facts())
+
+
+def _line_is_due(run: Run, state: TrainState) -> bool:
+    """Every log_every steps, at the end, and with the last step of a stage: its figures depend on the length."""
+    config = run.config
+    if state.step % config.monitor.log_every == 0 or state.step == config.data.total_steps:
+        return True
+    return len(run.data.stages) > 1 and run.data.ends_stage(state.position)
 
 
 def _before_update(run: Run, saving: Saving, state: TrainState) -> None:
@@ -148,19 +166,36 @@ def _evaluate_if_due(run: Run, state: TrainState, saving: Saving, *, skip_if_log
     """Called after the step's save, which a failure here must not prevent. `skip_if_logged`: not if events.jsonl
     already has the figures of this step."""
     file = run.folder / "events.jsonl"
-    if not _evaluation_is_due(run, state):
+    validation, tasks = _validation_is_due(run, state), _tasks_are_due(run, state)
+    if not (validation or tasks):
         return
-    if skip_if_logged and on_main(run.mesh, lambda: is_evaluated(file, state.step - 1)):
+    kind = "evaluation" if validation else "tasks"
+    if skip_if_logged and on_main(run.mesh, lambda: is_evaluated(file, state.step - 1, kind)):
         return
     run.reporter.event("evaluating", step=state.step - 1)
     with run.watchdog.inside("evaluation"), run.reporter.excluded_from_timing():
-        found = evaluate(run, state)
-        run.reporter.validation(found)
-        saving.keep_if_best(state, found.loss)
+        found = evaluate(run, state) if validation else None
+        scores = evaluate_tasks(run) if tasks else {}
+        if found is not None:
+            run.reporter.validation(replace(found, tasks=scores))
+        else:
+            run.reporter.tasks(state.step - 1, scores)
+        saving.keep_if_best(state, figures_of(found, scores))
 
 
 def _evaluation_is_due(run: Run, state: TrainState) -> bool:
+    return _validation_is_due(run, state) or _tasks_are_due(run, state)
+
+
+def _validation_is_due(run: Run, state: TrainState) -> bool:
     data = run.config.data
     if state.step == 0:
         return data.valid_at_start
     return run.valid is not None and (state.step % data.valid_every == 0 or state.step == data.total_steps)
+
+
+def _tasks_are_due(run: Run, state: TrainState) -> bool:
+    every = run.config.evaluation.every
+    if run.tasks is None or every is None or state.step == 0:
+        return run.tasks is not None and _validation_is_due(run, state)
+    return state.step % every == 0 or state.step == run.config.data.total_steps

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from internlm_lite.batch import Batch
+from internlm_lite.config.run_stages import stages_of
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.stages import model_flops_per_token
 from internlm_lite.monitor.flops import internlm_flops_per_token, mfu, tflops_per_gpu
-from internlm_lite.monitor.record import Origin, Sample, StepRecord, ValidationRecord
+from internlm_lite.monitor.record import Origin, Sample, StepRecord, ValidationRecord, task_words
 from internlm_lite.monitor.scalars import perplexity
 from internlm_lite.monitor.sinks import FanOut
 from internlm_lite.monitor.speed import SpeedMeter
@@ -47,6 +48,8 @@ class _Line:
     fwd_bwd_seconds: Callable[[], float]
     tokens: int
     steps: int
+    seq_len: int
+    """Of the stage; a line is about steps of one stage."""
     known: dict[str, Any]
     """Those fields of the `StepRecord` that the host knew when the line was due."""
 
@@ -60,8 +63,10 @@ class Reporter:
         self._config, self._mesh, self._trainer = config, mesh, trainer
         self._sinks: FanOut | None = None
         self._make_sinks: Callable[[int], FanOut] | None = None
-        self._flops_per_token = internlm_flops_per_token(config.model, config.data.seq_len)
-        self._model_flops_per_token = model_flops_per_token(config.model, config.data.seq_len)
+        self._stages = stages_of(config.data, config.stages)
+        lengths = {stage.seq_len for stage in self._stages}
+        self._flops_per_token = {n: internlm_flops_per_token(config.model, n) for n in lengths}
+        self._model_flops_per_token = {n: model_flops_per_token(config.model, n) for n in lengths}
         self._peak = peak_flops(mesh.device, config.model.dtype)
         self._time, self._last = Stopwatch(mesh.device), TrainState()
         self._lines: deque[_Line] = deque()
@@ -126,7 +131,8 @@ class Reporter:
         }
         numbers = comm.read_later(torch.cat([_scalars(outcome), sums]))
         tokens, steps = state.consumed_tokens - last.consumed_tokens, state.step - last.step
-        self._lines.append(_Line(numbers, seconds, fwd_bwd_seconds, tokens, steps, known))
+        seq_len = self._stages[batch.stage].seq_len
+        self._lines.append(_Line(numbers, seconds, fwd_bwd_seconds, tokens, steps, seq_len, known))
         self.write_lines()
 
     def write_lines(self, until: float = -1) -> None:
@@ -161,7 +167,7 @@ class Reporter:
         record = StepRecord(
             time=datetime.now().astimezone(),
             loss=collected.loss,
-            tflops=tflops_per_gpu(self._flops_per_token, line.tokens, seconds, world),
+            tflops=tflops_per_gpu(self._flops_per_token[line.seq_len], line.tokens, seconds, world),
             speed=speed,
             lr=next_lr,
             loss_scale=loss_scale,
@@ -172,7 +178,7 @@ class Reporter:
             perplexity=perplexity(collected.cross_entropy),
             loss_from_metric=collected.cross_entropy,
             folders=collected.folders,
-            mfu=mfu(self._model_flops_per_token, line.tokens, seconds, world, self._peak),
+            mfu=mfu(self._model_flops_per_token[line.seq_len], line.tokens, seconds, world, self._peak),
             eta_seconds=None if per_step is None else per_step * remaining,
             **line.known,
         )
@@ -185,9 +191,20 @@ class Reporter:
         logger.info(str(found))
         folders = {name: [f.tokens, f.loss, f.acc] for name, f in found.folders.items()}
         more: dict[str, Any] = {} if found.train_loss is None else {"train_loss": found.train_loss}
+        if found.bits_per_byte is not None:
+            more["bits_per_byte"] = found.bits_per_byte
+        if found.tasks:
+            more["tasks"] = found.tasks
         more |= {} if found.ema is None else {"ema": dict(found.ema)}
         self._sinks.event("evaluation", step=found.step, loss=found.loss, acc=found.acc, folders=folders, **more)
         self._sinks.validation(found)
+
+    def tasks(self, step: int, scores: Mapping[str, Mapping[str, float]]) -> None:
+        """Report tasks that were evaluated without validation data; `step`: index of the last step before."""
+        if self._sinks is not None:
+            self.write_lines(math.inf)
+            logger.info(f"tasks after {step + 1} steps:{task_words(scores)}")
+            self._sinks.event("tasks", step=step, tasks=scores)
 
     def sample(self, steps_done: int, prompt: str, text: str) -> None:
         """Log the continuation `text` of a prompt and pass it to the sinks."""

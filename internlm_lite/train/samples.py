@@ -16,7 +16,7 @@ from internlm_lite.generate.prompts import end_ids
 from internlm_lite.generate.request import Request
 from internlm_lite.generate.sample import Sampling
 from internlm_lite.mesh import comm
-from internlm_lite.models.stages import whole_model
+from internlm_lite.models.stages import WholeModel
 from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.trainer import Trainer
 
@@ -27,11 +27,11 @@ SEED = 1
 class Samples:
     """Continues `monitor.sample_prompts`; rank 0 reports the text."""
 
-    def __init__(self, config: Config, trainer: Trainer, reporter: Reporter) -> None:
+    def __init__(self, config: Config, trainer: Trainer, reporter: Reporter, model: WholeModel) -> None:
         """Collective. Raises DataError on all ranks if the tokenizer cannot be loaded or a prompt is invalid."""
         self._monitor, self._total_steps, self._mesh = config.monitor, config.data.total_steps, trainer.mesh
         self._optimizer, self._reporter = trainer.optimizer, reporter
-        self._model = whole_model(config, trainer.mesh, trainer.stages)
+        self._model = model
         self._tokenizer: Tokenizer | None = None
         self._prompts: list[list[int]] = []
         self._stop_ids: frozenset[int] = frozenset()

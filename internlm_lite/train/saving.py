@@ -10,13 +10,15 @@ So the device always has work, and the step takes longer only if the copy takes 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
+from internlm_lite.config.schema import Config
 from internlm_lite.errors import NumericsError
 from internlm_lite.mesh.consensus import on_all
 from internlm_lite.optim.zero import HybridZeroOptimizer, StepOutcome
@@ -84,15 +86,21 @@ class Saving:
             if decision.save:
                 self._run.checkpoints.save(due.moment, decision.save, blocking=decision.final)
 
-    def keep_if_best(self, state: TrainState, loss: float) -> None:
-        """With ckpt.keep_best: call after an evaluation that changed nothing since `state`; saves what is better than
-        all before. Raises NumericsError as `do`."""
-        checkpoints = self._run.checkpoints
-        if not (self._run.config.ckpt.keep_best and state.step and loss < checkpoints.best_loss()):
+    def keep_if_best(self, state: TrainState, figures: Mapping[str, float]) -> None:
+        """With ckpt.keep_best or evaluation.keep_best: call after an evaluation that changed nothing since `state`;
+        saves what is better than all before. `figures`: name -> value. Raises NumericsError as `do`."""
+        checkpoints, name = self._run.checkpoints, best_figure(self._run.config)
+        if name is None or name not in figures or not state.step:
+            return
+        sign = -1 if self._run.more_is_better(name) else 1
+        value, before = figures[name], checkpoints.best_value(name)
+        if not sign * value < (math.inf if before is None else sign * before):  # nan is never better, nor beaten
             return
         with self._run.watchdog.inside("saving"):
             on_all(self._run.mesh, partial(_require_sound_state, self._run.trainer.optimizer, state.step - 1))
-            checkpoints.save(replace(checkpoints.contents.moment(state), valid_loss=loss), "best", blocking=False)
+            moment = checkpoints.contents.moment(state)
+            moment = replace(moment, valid_loss=figures.get("loss"), best=(name, value))
+            checkpoints.save(moment, "best", blocking=False)
 
     @contextmanager
     def _beside(self, mark: torch.cuda.Event | None) -> Iterator[None]:
@@ -103,6 +111,11 @@ class Saving:
         self._stream.wait_event(mark)
         with torch.cuda.stream(self._stream):
             yield
+
+
+def best_figure(config: Config) -> str | None:
+    """The name of the figure by which the best checkpoint is kept; None: none is."""
+    return config.evaluation.keep_best or ("loss" if config.ckpt.keep_best else None)
 
 
 def _require_sound_state(optimizer: HybridZeroOptimizer, step: int) -> None:

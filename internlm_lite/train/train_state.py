@@ -31,11 +31,15 @@ class TrainState:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        stored = asdict(self)
+        stored["position"]["borders"] = list(self.position.borders)
+        return stored
 
     @staticmethod
     def from_json(stored: dict[str, Any]) -> TrainState:
-        return TrainState(**{**stored, "position": Position(**stored["position"])})
+        position = stored["position"]
+        borders = tuple(position.get("borders", ()))  # older checkpoints have none
+        return TrainState(**{**stored, "position": Position(**{**position, "borders": borders})})
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from internlm_lite.batch import Batch
+from internlm_lite.config.run_stages import stages_of
 from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import TrainingSample, ValidationData
 from internlm_lite.layers.dropout import token_keys
@@ -72,6 +73,10 @@ class Trainer:
         """`folders`: names of the data folders, by a batch's folder index. `draw_weights` False: until all weights are
         loaded, or drawn by the method of that name, they are arbitrary numbers."""
         self.mesh, self._seed, dtype = mesh, config.seed, torch_dtype(config.model.dtype)
+        self._rope_bases = [
+            stage.rope_base or config.model.rope_base for stage in stages_of(config.data, config.stages)
+        ]
+        self._row_tokens = 0
         self._has_dropout = config.model.has_dropout
         self.backend = choose_backend(config.model, mesh.device)
         if config.model.fp8:
@@ -91,6 +96,22 @@ class Trainer:
         initialise(nn.ModuleList(self.stages.values()), self._seed)
         self.optimizer.adopt_weights()
 
+    def enter_stage(self, stage: int) -> None:
+        """Rotate by the base of stage number `stage` of the run, in evaluations and samples, too. Not collective."""
+        for model in self.stages.values():
+            if model.config.rope_base != self._rope_bases[stage]:
+                model.set_rope_base(self._rope_bases[stage])
+
+    def _forget_graphs(self, row_tokens: int) -> None:
+        """Where rows have another length than in the step before: the compiler keeps graphs of few shapes only."""
+        if self._row_tokens not in (0, row_tokens) and next(iter(self.stages.values())).tp_ctx.compiled:
+            torch.compiler.reset()
+        self._row_tokens = row_tokens
+
+    def _set_rows(self, batch: Batch) -> None:
+        tp_ctx = next(iter(self.stages.values())).tp_ctx
+        self.engine.set_rows(tp_ctx.rows(batch.tokens.shape[1]))
+
     def step(
         self,
         batch: Batch,
@@ -104,6 +125,9 @@ class Trainer:
         `requests` is called after the backward pass; its result is summed over all ranks with the gradient norm.
         `before_update` is called between backward pass and update, where ranks begin to wait for each other.
         """
+        self.enter_stage(batch.stage)
+        self._forget_graphs(batch.tokens.shape[1])
+        self._set_rows(batch)
         global_tokens = batch.tokens.numel() * self.mesh.dp.size
         scale = self.optimizer.loss_scale.double() / global_tokens  # fp64: no rounding error in an fp64 model
         self.fwd_bwd_time.start()
@@ -128,6 +152,7 @@ class Trainer:
         with closing(data.batches(pin=device.type == "cuda")) as batches:
             for host_batch in batches:
                 batch = host_batch.to(device)
+                self._set_rows(batch)
                 self.engine.evaluate(BatchTask(self.stages, batch, one, metrics, loss_sum), batch.micro_num)
                 batch_done()
         return metrics.collect()

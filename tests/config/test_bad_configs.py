@@ -83,7 +83,7 @@ BAD = [
     (
         "total_steps=100,",
         "total_steps=-100,",
-        "6: data.total_steps: found -100, expected an integer > 0; change the value",
+        "6: data.total_steps: found -100, expected an integer >= 0; leave total_steps out for 0",
     ),
     ("fp16=dict(", "fp61=dict(", "9: grad_scaler.fp61: unknown key; nearest known key: grad_scaler.fp16"),
     ("min_scale=1", "min_scale=2**17", "9: grad_scaler.fp16.initial_scale: found 65536, expected at least"),
@@ -92,6 +92,36 @@ BAD = [
     ("lr=1e-4", "lr=float('nan')", "12: adam.lr: found nan, expected a number >= 0; leave lr out for 0.0001"),
     ("lr=1e-4", "learning_rate=1e-4", "12: adam.learning_rate: unknown key; nearest known key: adam.lr"),
     ("lr=1e-4", "eta_min=1e-4", "12: adam.eta_min: unknown key; nearest known key: lr_scheduler.eta_min"),
+    (
+        "lr=1e-4",
+        "lr=1e-4)\noptimizer = dict(groups=[dict(pattern='*', lrr=1e-3)]",
+        "13: optimizer.groups[0].lrr: unknown key; nearest known key: optimizer.groups[0].lr",
+    ),
+    (
+        "lr=1e-4",
+        "lr=1e-4)\noptimizer = dict(groups=[dict(pattern='a'), dict(lr=1)]",
+        "13: optimizer.groups[1].pattern: missing; expected a string; add pattern=... to optimizer.groups[1] = dict(",
+    ),
+    (
+        "lr=1e-4",
+        "lr=1e-4)\noptimizer = dict(groups=[dict(pattern='a', betas=[0.9])]",
+        "13: optimizer.groups[0].betas: found [0.9], expected a list of 2 numbers >= 0 and < 1 or None; leave betas",
+    ),
+    (
+        "lr=1e-4",
+        "lr=1e-4)\noptimizer = dict(groups=[3]",
+        "13: optimizer.groups[0]: found 3, expected dict(...) with keys of pattern, lr, weight_decay, betas",
+    ),
+    (
+        "lr=1e-4",
+        "lr=1e-4)\noptimizer = dict(groups=dict(pattern='a')",
+        "13: optimizer.groups: found {'pattern': 'a'}, expected a list of dict(pattern=...); leave groups out for []",
+    ),
+    (
+        "lr=1e-4",
+        "lr=1e-4)\noptimizer = dict(name='sgd', groups=[dict(pattern='a', betas=[0.8, 0.9])]",
+        '13: optimizer.groups[0].betas: found [0.8, 0.9] with optimizer.name "sgd", which does not read it; leave it',
+    ),
     (
         "eta_min=1e-5",
         "warmup_ratio=1.5",
@@ -339,7 +369,7 @@ BAD = [
         "25: hybrid_optimizer: unknown key; nearest known key: hybrid_zero_optimizer",
     ),
     ("", "optimizer = dict(lr=1)", "25: optimizer.lr: unknown key; nearest known key: adam.lr"),
-    ("", "optimizer = dict(name='sdg')", "25: optimizer.name: found 'sdg', expected one of 'adamw', 'lion', 'sgd'"),
+    ("", "optimizer = dict(name='sdg')", "25: optimizer.name: found 'sdg', expected one of 'adamw', 'adamw_cs336', "),
     ("", "optimizer = dict(momentum=0.9)", '25: optimizer.momentum: found 0.9 with "adamw", expected "sgd" or'),
     (
         "",
@@ -373,7 +403,87 @@ BAD = [
         '25: monitor.sample_every: found "epoch" with data.weights, with which each folder has passes of its own;',
     ),
     ("", "monitor = dict(sample_every='era')", "25: monitor.sample_every: found 'era', expected"),
-    ("", "i = 3", "25: i: unknown key; expected one of JOB_NAME, seed, ckpt, data, grad_scaler,"),
+    # Stages, and what says how long the run is.
+    (
+        "",
+        "stages = [dict(until=40), dict(until=40), dict()]",
+        "25: stages[1].until: found 40, expected more than the 40",
+    ),
+    (
+        "",
+        "stages = [dict(until=60), dict(until=40), dict()]",
+        "25: stages[1].until: found 40, expected more than the 60",
+    ),
+    (
+        "",
+        "stages = [dict(seq_len=64), dict(seq_len=32)]",
+        "25: stages[0].until: found None, expected the step at which",
+    ),
+    (
+        "",
+        "stages = [dict(until=50), dict(until=99, seq_len=64)]",
+        "25: stages[1].until: found 99, before the end of the run: data.total_steps is 100, and there is no stage",
+    ),
+    (
+        "",
+        "stages = [dict(until=50), dict(seqlen=64)]",
+        "25: stages[1].seqlen: unknown key; nearest known key: stages[1]",
+    ),
+    (
+        "",
+        "stages = [dict(until='5'), dict()]",
+        "25: stages[0].until: found '5', expected an integer > 0 or None;",
+    ),
+    ("", "stages = dict(until=5)", "25: stages: found {'until': 5}, expected a list of dict(...)"),
+    (
+        "",
+        "stages = [dict(until=5), dict(weights={})]; data.update(train_folder='x')",
+        "25: stages[1].weights: found {}",
+    ),
+    ("", "stages = [dict(until=5), dict(weights={'a': 1})]", "25: stages[1].weights: found without data."),
+    (
+        "",
+        "stages = [dict(until=5), dict(seq_len=33)]; parallel.update(sequence_parallel=True)",
+        "25: stages[1].seq_len: does not go with parallel.sequence_parallel: found True with rows of micro_bsz",
+    ),
+    (
+        "",
+        "stages = [dict(until=5), dict(seq_len=256)]; model.update(position='learned', max_position_embeddings=128)",
+        "25: stages[1].seq_len: does not go with model.max_position_embeddings: found 128, expected at least",
+    ),
+    (
+        "",
+        "stages = [dict(until=5), dict(rope_base=5e5)]; model.update(position='none')",
+        "25: stages[1].rope_base: found 500000 with model.position 'none', which rotates nothing; remove it",
+    ),
+    ("", "stages = [dict(until=5), dict(seq_len=2**40)]", "25: stages[1].seq_len: found rows of 1099511627776 tokens"),
+    (
+        "",
+        "stages = [dict(until=5), dict(weights={'a': 1})]; data.update(train_folder='x', tokenizer='t'); "
+        "monitor = dict(sample_every='epoch', sample_prompts=['a'])",
+        '25: stages[1].weights: found with monitor.sample_every "epoch": with weights each folder has epochs',
+    ),
+    (
+        "total_steps=100,",
+        "total_steps=100, epochs=2,",
+        "6: data.total_steps: found data.total_steps 100 and data.epochs",
+    ),
+    (
+        "total_steps=100,",
+        "epochs=2, total_tokens=10**9, **dict(total_steps=0),",
+        "6: data.epochs: found data.epochs 2.0 and data.total_tokens 1000000000, expected one of them",
+    ),
+    (
+        "total_steps=100,",
+        "total_steps=0,",
+        "6: data.total_steps: found 0 and no other length, expected data.total_steps,",
+    ),
+    (
+        "total_steps=100,",
+        "total_steps=100, max_epochs=0,",
+        "6: data.max_epochs: found 0, expected a number > 0 or a dict",
+    ),
+    ("", "i = 3", "25: i: unknown key; expected one of JOB_NAME, seed, ckpt, data, stages, grad_scaler,"),
     ("", "seeed = 3", "25: seeed: unknown key; nearest known key: seed"),
     ("", "seed = -1", "25: seed: found -1, expected an integer >= 0; leave seed out for 1024"),
     (
@@ -579,7 +689,7 @@ def test_all_combinations_at_once() -> None:
 
 def test_missing_sections() -> None:
     assert problems("JOB_NAME = 'x'\n") == [
-        "bad.py: data: missing; add data = dict(seq_len=..., total_steps=...)",
+        "bad.py: data: missing; add data = dict(seq_len=...)",
         "bad.py: model: missing; "
         "add model = dict(num_attention_heads=..., vocab_size=..., hidden_size=..., num_layers=...)",
     ]

@@ -519,7 +519,6 @@ def test_aliases_of_unsupported_features(tmp_path: Path, text: str, expected: st
         ("use_cuda_graph", "True", "CUDA graphs"),
         ("model.drop_path_rate", "0.1", "dropout of whole layers"),
         ("model.use_alibi", "True", "other position embeddings"),
-        ("num_train_epochs", "3", "counting in epochs"),
         ("deepspeed", "'ds.json'", "another framework's settings"),
     ],
 )

@@ -64,7 +64,7 @@ REST = [
     ("optimizer = dict(name='muon', update_scale='max')", "optimizer.update_scale: found 'max', expected one of"),
     ("optimizer = dict(muon_lr=0.02)", 'optimizer.muon_lr: found 0.02 with "adamw", expected "muon"; remove it, or'),
     ("optimizer = dict(name='muon', ns_step=5)", "optimizer.ns_step: unknown key"),
-    ("optimizer = dict(name='adam')", "optimizer.name: found 'adam', expected one of 'adamw', 'lion', 'sgd', 'muon'"),
+    ("optimizer = dict(name='adam')", "optimizer.name: found 'adam', expected one of 'adamw', 'adamw_cs336', "),
     (
         f"{SGD}; adam['adam_beta2'] = 0.999",
         'adam.adam_beta2: found 0.999 with optimizer.name "sgd", which does not read it; expected 0.95; remove it, or',

@@ -264,4 +264,4 @@ def test_one_sample_windows(root):
 def test_batch_to_device(root):
     batch = _open(root).build(Position())
     assert _same(batch.to(torch.device("cpu")), batch)
-    assert dataclasses.asdict(batch)["after"] == {"batch": 1, "packs": 2}
+    assert dataclasses.asdict(batch)["after"] == {"batch": 1, "packs": 2, "borders": ()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,8 @@ ADAM = AdamConfig(lr=1e-2, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.97)
 Bits = list[torch.Tensor]
 
 
-KINDS = ["adamw", "lion", "sgd", "sgd 0.9"]
+STATE_TENSORS = {"adamw": 2, "adamw_cs336": 2, "lion": 1, "sgd": 0, "sgd 0.9": 1}
+KINDS = list(STATE_TENSORS)
 """optimizer.name of every rule, and its momentum."""
 
 
@@ -205,6 +208,38 @@ def test_adamw_has_the_bits_of_torchs_optimizer(dtype: torch.dtype) -> None:
     assert rule.state_dict() == {"adam_steps": 7}
 
 
+def handout(weights: list[float], grads: list[list[float]], lr: list[float], decay: float, eps: float) -> list[float]:
+    """The algorithm of the CS336 handout, number by number, with the betas of `ADAM`."""
+    m, v = [0.0] * len(weights), [0.0] * len(weights)
+    for t, (step, rate) in enumerate(zip(grads, lr, strict=True), 1):
+        for i, g in enumerate(step):
+            m[i] = 0.9 * m[i] + (1 - 0.9) * g
+            v[i] = 0.97 * v[i] + (1 - 0.97) * g * g
+            now = rate * math.sqrt(1 - 0.97**t) / (1 - 0.9**t)
+            weights[i] -= now * m[i] / (math.sqrt(v[i]) + eps)
+            weights[i] -= rate * decay * weights[i]
+    return weights
+
+
+@pytest.mark.parametrize("eps", [1e-8, 0.1])
+def test_adamw_cs336_is_the_algorithm_of_the_handout(eps: float) -> None:
+    """A skipped step counts in no moment and not in t. A large eps shows that it is outside the bias correction."""
+    group = replace(group_of("adamw_cs336"), eps=eps)
+    start = torch.linspace(-1, 1, 8, dtype=torch.float64)
+    state = {role: torch.zeros_like(start) for role in RULES["adamw_cs336"].roles}
+    rule = RULES["adamw_cs336"]([Shard(start.clone(), state)], group)
+    steps = [torch.randn(8, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in range(20)]
+    rates = [1e-2 / (n + 1) for n in range(20)]
+    for n, grad in enumerate(steps):
+        if n in (0, 7):
+            nan = torch.full_like(grad, math.nan)
+            rule.update([nan], torch.tensor(1.0, dtype=torch.float64), 0.97, torch.tensor(True))
+        rule.update([grad.clone()], torch.tensor(rates[n], dtype=torch.float64), 0.97, torch.tensor(False))
+    expected = handout(start.tolist(), [grad.tolist() for grad in steps], rates, group.weight_decay, eps)
+    assert rule._shards[0].weights.tolist() == pytest.approx(expected, rel=1e-12)
+    assert rule.state_dict() == {"adam_steps": 20}
+
+
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
 def test_a_skipped_update_changes_no_bit(name: str, value: float | None) -> None:
@@ -331,7 +366,7 @@ def test_the_planner_counts_the_state_of_each_rule(name: str) -> None:
     optimizer = HybridZeroOptimizer(units, cfg, mesh, torch.bfloat16)
     ((held,), _) = holdings(cfg, Sizes(), AttentionBackend.SDPA)
     tensors = [tensor for _, state in optimizer.shards() for tensor in state.values()]
-    assert len(tensors) == len(optimizer.buckets) * (1 + {"adamw": 2, "lion": 1, "sgd": 0, "sgd 0.9": 1}[name])
+    assert len(tensors) == len(optimizer.buckets) * (1 + STATE_TENSORS[name])
     assert held.optimizer == sum(tensor.nbytes for tensor in tensors)
 
 
@@ -358,7 +393,7 @@ def test_gradients_of_all_groups_are_multiplied_in_one_launch(
     multiply = torch._foreach_mul_
     monkeypatch.setattr(torch, "_foreach_mul_", lambda *args: calls.append(len(args[0])) or multiply(*args))
     grads = [torch.cat([torch.arange(64.0, dtype=dtype) - 20, torch.zeros(192, dtype=dtype)]) for _ in shards]
-    made.update(grads, UpdateStep(lr, 0.97, factor, torch.tensor(False)))
+    made.update(grads, UpdateStep(lr, 0.97, factor, torch.tensor(False)), torch.tensor(1))
     assert calls == [2]
     found = [Shard(s.weights[:64], {role: x[:64] for role, x in s.state.items()}) for s in made.shards]
     assert same(bits(found), expected)

@@ -18,7 +18,6 @@ import torch
 from internlm_lite.batch import Batch, Position
 from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import TrainingData
-from internlm_lite.data.pack import PackedFolder
 from internlm_lite.faults.signals import StopSignals
 from internlm_lite.mesh.layout import Box
 from internlm_lite.mesh.mesh import Mesh, Sizes, build_mesh, single_process_mesh
@@ -91,12 +90,8 @@ class _Watched:
     def __init__(self, data: TrainingData, seen: Seen) -> None:
         self._data, self._seen = data, seen
 
-    @property
-    def packed(self) -> tuple[PackedFolder, ...]:
-        return self._data.packed
-
-    def epoch(self, position: Position) -> int:
-        return self._data.epoch(position)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._data, name)
 
     def batches(self, position: Position, pin: bool = False) -> Generator[Batch, None, None]:
         with closing(self._data.batches(position, pin=pin)) as batches:

@@ -85,9 +85,9 @@ def job(layout: Layout, tied: bool, corpus: Path, saves: Path, source: str | Non
     layout = Layout(**{**vars(layout), "tied": tied})
     if source is None:
         ckpt = {"enable_save_ckpt": True, "checkpoint_every": SAVED, "async_upload": False}
-        return config_of(layout, corpus, ckpt={**ckpt, "save_ckpt_folder": str(saves)})
+        return config_of(layout, corpus, ckpt={**ckpt, "save_ckpt_folder": str(saves)}, ema={"every": 2})
     (commit,) = (saves / source / "commits").glob(f"{SAVED:010d}-*.json")
-    return config_of(layout, corpus, ckpt={"load_ckpt_folder": str(commit)})
+    return config_of(layout, corpus, ckpt={"load_ckpt_folder": str(commit)}, ema={"every": 2})
 
 
 def watch(run: Run) -> list[Held]:

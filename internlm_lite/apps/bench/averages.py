@@ -1,13 +1,14 @@
 """Cost of an average of the weights: the same training with and without its update.
 
 Two measures. The ratio of step times of alternating turns includes everything, but its noise is about half a percent.
-The share is the time of the update of the average alone, over that of a step without, as if nothing overlapped.
+The share is the work of the update of the average alone over that of a step without, as if nothing overlapped.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,9 +41,12 @@ class AverageCost:
     """With an update of the average in every step."""
     ratio: float
     """averaging / plain"""
-    update_seconds: float
+    plain_work: float
+    """Seconds of the device for a plain step: on a CPU those of its cores."""
+    update_work: float
+    """Likewise, for one update of the average alone."""
     share: float
-    """update / plain"""
+    """update_work / plain_work"""
 
 
 def bench_averages(device: torch.device, rounds: int, **shape: Any) -> AverageCost:
@@ -57,7 +61,14 @@ def bench_averages(device: torch.device, rounds: int, **shape: Any) -> AverageCo
         trainer.step(batch, step=0)
 
     seconds = alternate({"plain": partial(step, None), "averaging": partial(step, average)}, rounds, device)
-    update = statistics.median(_seconds_of(average, device) for _ in range(rounds))
+    updates = torch.zeros((), dtype=torch.int64, device=device)
+
+    def update() -> None:
+        for count in range(_UPDATES):
+            average.after_step(count + 1, updates)
+
+    plain_work = statistics.median(_work(partial(step, None), device) for _ in range(rounds))
+    update_work = statistics.median(_work(update, device) for _ in range(rounds)) / _UPDATES
     return AverageCost(
         shape=", ".join(f"{key}={value}" for key, value in shape.items()),
         device=device_name(device),
@@ -66,18 +77,17 @@ def bench_averages(device: torch.device, rounds: int, **shape: Any) -> AverageCo
         plain_seconds=seconds["plain"],
         averaging_seconds=seconds["averaging"],
         ratio=seconds["averaging"] / seconds["plain"],
-        update_seconds=update,
-        share=update / seconds["plain"],
+        plain_work=plain_work,
+        update_work=update_work,
+        share=update_work / plain_work,
     )
 
 
-def _seconds_of(average: WeightAverage, device: torch.device) -> float:
-    """Of one update."""
-    updates = torch.zeros((), dtype=torch.int64, device=device)
-    begin = time.perf_counter()
-    for count in range(_UPDATES):
-        average.after_step(count + 1, updates)
-    average.wait()
+def _work(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the device; on a CPU of this process on its cores, which other work there changes little."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    begin = clock()
+    call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - begin) / _UPDATES
+    return clock() - begin

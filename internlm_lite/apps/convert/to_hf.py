@@ -98,7 +98,7 @@ def open_checkpoint(path: str, s3: S3Config | None = None) -> tuple[Found, Confi
     root, name = locate(path, s3)
     found = open_at(open_storage(root, s3), name)
     alone = f"{root.rstrip('/')}/{found.folder}" if found.folder else path
-    return found, found.config(), alone
+    return found, found.config_of_stage(), alone
 
 
 def write_hf(

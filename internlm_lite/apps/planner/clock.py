@@ -197,13 +197,12 @@ class Roofline:
 def update_passes(bucket: BucketSizes, *, one_pass: bool) -> list[Pass]:
     """Norm; scale, in the dtype of the masters; update; cast of the new weights; zeros for the next gradients."""
     exact = bucket.update_grads or bucket.shard_grads
-    masters = bucket.masters or exact
     found = [Pass("reduce", bucket.shard_grads, 8)]
     if bucket.update_grads:
         found.append(Pass("cast", bucket.shard_grads + bucket.update_grads))
     if not one_pass:
         found.append(Pass("broadcast", 2 * exact))
-    found.append(Pass("update", 2 * masters + 2 * bucket.moments + exact, max(1, exact // 250_000_000)))
+    found.append(Pass("update", bucket.update_traffic, max(1, exact // 250_000_000)))
     if bucket.masters:
         found.append(Pass("contiguous_copy", bucket.masters + bucket.shard_weights))
     found.append(Pass("contiguous_copy", bucket.grads))

@@ -21,6 +21,7 @@ from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.models.decoder import Transformer
 from internlm_lite.models.stages import meta_model
 from internlm_lite.optim.buckets import Bucket, build_buckets
+from internlm_lite.optim.groups import ParamGroup, check_patterns
 from internlm_lite.optim.rules import RULES
 
 
@@ -40,6 +41,25 @@ class Component:
 
 
 @dataclass(frozen=True)
+class GroupShare:
+    """What the parameters of one group (`optim.groups`) have and hold, whole and once, and what a step moves."""
+
+    name: str
+    rule: str
+    lr: float
+    """Peak learning rate."""
+    weight_decay: float
+    averages: str
+    """Its momentum, or its betas; "by step": beta2_scheduler."""
+    parameters: int
+    tensors: int
+    state: int
+    """Bytes of the update rule's state, without master weights."""
+    traffic: int
+    """Bytes that the update reads and writes: gradient, master weights, state."""
+
+
+@dataclass(frozen=True)
 class Components:
     lengths: tuple[int, ...]
     """Tokens of the documents that `flops` are counted for."""
@@ -47,7 +67,8 @@ class Components:
     flops_without_attention: int
     """Of all rows, per token of a forward pass."""
     update_flops: int | None
-    """Operations of the update rule in a step; None: it does not say."""
+    """Operations of the update rules in a step; None: one does not say."""
+    groups: tuple[GroupShare, ...]
 
     @property
     def total(self) -> Component:
@@ -65,6 +86,7 @@ def components_of(config: Config, lengths: Sequence[int]) -> Components:
     model = meta_model(config.model)
     rows: dict[str, list[Component]] = {}
     params = {cast(Parameter, param): name.rpartition(".")[0] for name, param in model.named_parameters()}
+    check_patterns(config, [param.shard_spec.name for param in params])
     buckets = build_buckets(list(params), single_process_mesh(torch.device("meta")).zero, config)
     for row in (*_held(buckets, params, config.ema), *_computed(model, lengths)):
         rows.setdefault(row.name, []).append(row)
@@ -75,7 +97,28 @@ def components_of(config: Config, lengths: Sequence[int]) -> Components:
         rows=summed,
         flops_without_attention=model.flops_per_token(0),
         update_flops=_update_flops(buckets),
+        groups=tuple(_group_shares(buckets, params)),
     )
+
+
+def _group_shares(buckets: Sequence[Bucket], params: Mapping[Parameter, str]) -> Iterator[GroupShare]:
+    owner = dict.fromkeys(params, 0)
+    members: dict[ParamGroup, list[Bucket]] = {}
+    for bucket in reversed(buckets):
+        members.setdefault(bucket.kind.group, []).append(bucket)
+    for group, own in members.items():
+        held = [(bucket.numel / bucket.shard_size, bucket_sizes(bucket, owner, None)) for bucket in own]
+        yield GroupShare(
+            name=group.name,
+            rule=group.rule,
+            lr=group.lr,
+            weight_decay=group.weight_decay,
+            averages=group.averages,
+            parameters=sum(bucket.numel for bucket in own),
+            tensors=sum(len(bucket.slots) for bucket in own),
+            state=round(sum(share * sizes.moments for share, sizes in held)),
+            traffic=round(sum(share * sizes.update_traffic for share, sizes in held)),
+        )
 
 
 def _update_flops(buckets: Sequence[Bucket]) -> int | None:

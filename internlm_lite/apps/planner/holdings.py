@@ -34,6 +34,8 @@ class BucketSizes:
     """fp32 copy of the shard's weights; 0 where the weights are their own masters."""
     moments: int
     """State of the update rule."""
+    expanded: int
+    """fp32 copy of a state in bf16; one bucket at a time has it, during the update. 0 without bf16."""
     update_grads: int
     """fp32 copy of the shard's gradient that the update rule reads; lives only during the update."""
     partial_over: tuple[str, ...]
@@ -46,6 +48,13 @@ class BucketSizes:
     """Average of the shard's weights (EMA)."""
     averages_moved: int = 0
     """Bytes that its update reads and writes, per step: once in `ema.every` steps it reads it and the masters."""
+
+    @property
+    def update_traffic(self) -> int:
+        """Bytes that the update reads and writes: gradient in the dtype of the masters, masters, state; a fp32 copy of
+        that is made, read, written and rounded."""
+        exact = self.update_grads or self.shard_grads
+        return 2 * (self.masters or exact) + 2 * self.moments + 4 * self.expanded + exact
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ class RankHoldings:
 
     @property
     def update(self) -> int:
-        return sum(bucket.update_grads for bucket in self.buckets)
+        return sum(one.update_grads for one in self.buckets) + max(one.expanded for one in self.buckets)
 
 
 def holdings(config: Config, sizes: Sizes, backend: AttentionBackend) -> tuple[list[RankHoldings], int]:
@@ -124,12 +133,14 @@ def bucket_sizes(bucket: Bucket, unit_of: Mapping[Parameter, int], ema: EmaConfi
     state_tensors = len(RULES[bucket.kind.group.rule].roles_with(bucket.kind.group))
     exact = max(4, dtype.itemsize)  # updates are computed in fp32, or in the weights' own dtype if that is wider
     half = dtype.itemsize < 4
+    bf16 = bucket.kind.group.options.moments == "bf16"
     return BucketSizes(
         weights=bucket.weights.nbytes,
         grads=bucket.grads.nbytes,
         shard_grads=bucket.grad_shard.nbytes,
         masters=shard * exact if half else 0,
-        moments=state_tensors * shard * exact,
+        moments=state_tensors * shard * (2 if bf16 else exact),
+        expanded=state_tensors * shard * exact if bf16 else 0,
         update_grads=shard * exact if bucket.grads.dtype.itemsize < exact else 0,
         partial_over=bucket.kind.partial_over,
         shard_weights=bucket.weight_shard.nbytes,

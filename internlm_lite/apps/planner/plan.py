@@ -15,9 +15,10 @@ from internlm_lite.apps.planner.report import GroupTable, RankBytes, RankPlan, R
 from internlm_lite.apps.planner.schedule import Action, actions_of, bubble_fraction, stage_cost
 from internlm_lite.apps.planner.step_clock import StepClock, clock_plan, present_ways
 from internlm_lite.apps.planner.traffic import messages, traffic
-from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
+from internlm_lite.config.run_stages import RunStage, in_stage, peak_rate
 from internlm_lite.config.schema import Config
-from internlm_lite.data.data_loader import open_training_data, open_validation_data
+from internlm_lite.data.data_loader import TrainingData, open_training_data, open_validation_data
+from internlm_lite.data.demand import StageUse, check_caps, stage_uses, with_total_steps
 from internlm_lite.data.render_batches import StepFigures, walk_steps
 from internlm_lite.layers.costs import Bytes, RowShape
 from internlm_lite.layers.flash import AttentionBackend, expected_backend
@@ -56,12 +57,16 @@ def make_plan(
     `tflops`: TFLOP/s of one GPU, as in the step line. Raises the same errors as the trainer: MeshError, ConfigError,
     DataError.
     """
-    parallel, data = config.parallel, config.data
+    parallel = config.parallel
     sizes = sizes_of(world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1)
-    batches, lengths = _first_batches(config, sizes)
-    backend = _backend(config, device)
+    whole, opened = _opened(config, sizes)
+    batches, lengths = _first_batches(whole, opened)
+    uses = tuple(stage_uses(whole.data, opened))
+    largest = max((use.stage for use in uses), key=lambda stage: stage.row_tokens)
+    config = in_stage(whole, uses[0].stage)
+    data, backend = config.data, _backend(config, device)
     held, parameters_total = holdings(config, sizes, backend)
-    row = row_shape(config, backend, device)
+    row = row_shape(in_stage(whole, largest), backend, device)
     orders = actions_of(config.schedule, sizes.pp, config.model.num_chunks, data.micro_num)
     n_bytes = _rank_bytes(config, held, orders, row)
     sent = [traffic(messages(row, sizes, own, data.micro_num), sizes) for own in held]
@@ -77,13 +82,14 @@ def make_plan(
         flops_per_step=internlm_step_flops(config.model, data.seq_len, tokens_per_step // data.seq_len),
         tokens_per_step=tokens_per_step,
         steps_total=data.total_steps,
-        tokens_total=tokens_per_step // data.micro_num * _micro_batches(config),
+        tokens_total=sum(use.tokens for use in uses),
         bubble_fraction=bubble_fraction(orders, [costs[number] for number in sorted(costs)]),
         tflops_per_gpu=tflops,
+        stages=uses,
         batches=batches,
         groups=_groups(sizes),
-        components=components_of(config, sorted({data.seq_len, *questions.lengths})),
-        learning_rates=dict(_learning_rates(config)),
+        components=components_of(config, sorted({*(use.stage.seq_len for use in uses), *questions.lengths})),
+        learning_rates=dict(_learning_rates(whole)),
         largest_batch=None
         if questions.memory is None
         else largest_batch(
@@ -97,7 +103,7 @@ def make_plan(
             present_ways(config, row, lengths, questions.timed),
             f"of the first {len(batches)} batches",
         ),
-        notes=list(_notes(config, sizes)),
+        notes=[*_notes(config, sizes), *_stage_notes(uses, largest)],
     )
 
 
@@ -136,7 +142,7 @@ def _learning_rates(config: Config) -> Iterator[tuple[int, float]]:
     steps = [start, start + warmup // 2, *(start + warmup + after * quarter // 4 for quarter in range(5))]
     for step in sorted({step - curve.last_epoch - 1 for step in steps}):
         if step >= 0:
-            yield step, learning_rate(step, config.adam.lr, curve)
+            yield step, learning_rate(step, peak_rate(config, step), curve)
 
 
 def _backend(config: Config, device: str) -> AttentionBackend:
@@ -144,32 +150,26 @@ def _backend(config: Config, device: str) -> AttentionBackend:
     return expected_backend(config.model, deterministic=config.deterministic) if on_gpu else AttentionBackend.SDPA
 
 
-def _first_batches(config: Config, sizes: Sizes) -> tuple[tuple[StepFigures, ...], DocumentLengths]:
-    """(figures of the first steps, lengths of their documents)"""
+def _opened(config: Config, sizes: Sizes) -> tuple[Config, TrainingData]:
+    """The config with its number of steps, and the data that it trains on."""
     data, vocab_size = config.data, config.model.vocab_size
-    opened = open_training_data(data, vocab_size, 0, sizes.dp, config.seed)
+    opened = open_training_data(data, vocab_size, 0, sizes.dp, config.seed, config.stages)
+    config = with_total_steps(config, opened)
+    check_caps(config.data, opened)
     if data.valid_every:
         open_validation_data(data, vocab_size, 0, sizes.dp, config.seed)  # raises its errors
-    steps = min(data.total_steps, SHOWN_STEPS, max(1, MOST_ROWS // (data.micro_num * sizes.dp)))
+    return config, opened
+
+
+def _first_batches(config: Config, opened: TrainingData) -> tuple[tuple[StepFigures, ...], DocumentLengths]:
+    """(figures of the first steps, lengths of their documents)"""
+    data = config.data
+    steps = min(data.total_steps, SHOWN_STEPS, max(1, MOST_ROWS // (data.micro_num * opened.order.dp_size)))
     figures, rows = [], []
     for step in walk_steps(opened, steps):
         figures.append(step.figures)
         rows += [borders for batch in step.batches for borders in batch.cu_seqlens_host]
     return tuple(figures), document_lengths(rows)
-
-
-def _micro_batches(config: Config) -> int:
-    """Micro-batches of one data-parallel rank in the whole run."""
-    data = config.data
-    rampup, skipped = parse_rampup(data.rampup_batch_size), parse_skip_batches(data.skip_batches)
-    if rampup is None:
-        return data.total_steps * data.micro_num
-    count, batch, done = 0, 0, 0
-    while done < data.total_steps:
-        if not any(batch in ids for ids in skipped):
-            count, done = count + rampup.micro_num(batch, data.micro_num), done + 1
-        batch += 1
-    return count
 
 
 def _ranks(
@@ -233,6 +233,14 @@ def _groups(sizes: Sizes) -> dict[str, GroupTable]:
         step = joined[0][1] - joined[0][0] if size > 1 else 1
         tables[axis] = GroupTable(size, len(joined), step, [group[0] for group in joined[:LISTED_RANKS]])
     return tables
+
+
+def _stage_notes(uses: Sequence[StageUse], largest: RunStage) -> Iterator[str]:
+    if len(uses) > 1:
+        yield (
+            f"memory, activations and traffic are those of stage {largest.number}, whose rows are the longest "
+            f"({largest.row_tokens} tokens); tokens a step, FLOPs and times those of stage 0"
+        )
 
 
 def _notes(config: Config, sizes: Sizes) -> Iterator[str]:

@@ -14,6 +14,7 @@ from rich.text import Text
 from internlm_lite.apps.planner.components import Component, Components
 from internlm_lite.apps.planner.largest_batch import LargestBatch
 from internlm_lite.apps.planner.report import ClockPlan, GroupTable, RankPlan, RunPlan
+from internlm_lite.data.demand import StageUse
 from internlm_lite.units import human_bytes, human_count, human_seconds
 
 _LEAST_FRACTION = 0.005
@@ -25,14 +26,14 @@ _MOST_POSITIONS = 8
 def render(plan: RunPlan, *, components: bool = False) -> RenderableType:
     """The whole plan, about two screens; and what every component of the model holds and computes."""
     parts: list[RenderableType] = [_title(plan), _run(plan)]
-    parts += [*_memory(plan), *_activations(plan)]
+    parts += [*_param_groups(plan.components), *_memory(plan), *_activations(plan)]
     if components:
         parts += [*_component_bytes(plan.components), *_component_flops(plan.components)]
     if plan.sizes.world > 1:
         parts += _groups(plan)
     if plan.clock is not None:
         parts += _clock(plan.clock)
-    return Group(*parts, *_batches(plan), *(_note(note) for note in plan.notes))
+    return Group(*parts, *_stages(plan.stages), *_batches(plan), *(_note(note) for note in plan.notes))
 
 
 def _heading(text: str) -> Text:
@@ -93,6 +94,21 @@ def _run(plan: RunPlan) -> Table:
     return grid
 
 
+def _stages(uses: Sequence[StageUse]) -> Iterator[RenderableType]:
+    """What each stage reads of each folder."""
+    yield _heading("Data, by stage and folder" if len(uses) > 1 else "Data, by folder")
+    table = _table("stage", "steps", "row", "rope base", "lr", "folder", "tokens", "epochs by its end")
+    for use in uses:
+        stage = use.stage
+        base, lr = ("as configured" if value is None else f"{value:g}" for value in (stage.rope_base, stage.lr))
+        row = f"{stage.micro_bsz} * {stage.seq_len:,}"
+        first = [str(stage.number), f"{use.steps:,}", row, base, lr]
+        for name, folder in use.folders.items():
+            table.add_row(*first, name, human_count(folder.tokens), f"{folder.epochs:.3g}")
+            first = [""] * len(first)
+    yield table
+
+
 def _days(days: float) -> str:
     return f"{days:,.0f}" if days >= 1000 else f"{days:.3g}"
 
@@ -104,6 +120,17 @@ def _largest(batch: LargestBatch) -> str:
         return f"not even 1 fits {memory:.2f} {name}: it takes {peak:.2f}"
     fixed = peak - row * batch.micro_bsz
     return f"{batch.micro_bsz} fits {memory:.2f} {name}: {peak:.2f} = {fixed:.2f} + {row:.4g} * micro_bsz"
+
+
+def _param_groups(components: Components) -> Iterator[RenderableType]:
+    unit, name = _unit(max(group.traffic for group in components.groups))
+    yield _heading(f"Parameter groups, whole and once; state, and what an update reads and writes, {name}")
+    table = _table("group", "rule", "lr", "decay", "averages", "parameters", "state", "update")
+    for group in components.groups:
+        facts = (group.rule, f"{group.lr:g}", f"{group.weight_decay:g}", group.averages)
+        sizes = (f"{size / unit:.2f}" for size in (group.state, group.traffic))
+        table.add_row(group.name, *facts, f"{group.parameters:,}", *sizes)
+    yield table
 
 
 def _memory(plan: RunPlan) -> Iterator[RenderableType]:

@@ -10,6 +10,9 @@ components           of the whole model, once, whatever the layout, without padd
                      them with weight decay, bytes, FLOPs per token of a forward pass for each of `lengths`
     total            the same, of all rows
     update_flops     operations of the update rule in a step; null if it does not say
+    groups           [{name, rule, lr, weight_decay, averages, parameters, tensors, state, traffic}]: parameter groups;
+                     lr is the peak, averages its momentum or betas as text; bytes of the rule's state, and of what the
+                     update reads and writes
     flops_6n         6 * parameters + attention, per token, forward and backward, for each of `lengths`
 learning_rates       {step: learning rate} at the ends and in the middle of the warm-up, and at quarters of what follows
 largest_batch        null without --memory; else {memory, micro_bsz, peak, per_row}: the largest data.micro_bsz that
@@ -34,6 +37,12 @@ bubble_fraction      idle share of the pipeline's ranks in a step, see planner/s
 tflops_per_gpu       as given, or null
 seconds_per_step     at that speed, which is the `tflops` of the step line and includes all waiting; or null
 days                 of the whole run at that speed, or null
+stages               [{stage, batches, steps, tokens, values, folders}] of each stage of the run, one without `stages`:
+    batches          [id of its first batch, id of the first one after it; null: none]
+    values           {weights, seq_len, rope_base, micro_bsz, lr}; null: as model.rope_base and adam.lr say
+    folders          {name: {tokens, epochs}}: what it reads of each folder; passes over it from the start of the run
+                     to the end of the stage. Memory, activations and traffic of the plan are those of the stage with
+                     the longest rows, tokens_per_step, FLOPs and times those of the first one
 batches              the first steps: {step, tokens, num_samples_in_batch, largest_length, largest_batch,
                      smallest_batch}, as in the step line
 groups               {axis: {size, count, step, first}}: the ranks of a group are r, r + step, ... (`size` of them)
@@ -63,6 +72,7 @@ from typing import Any
 
 from internlm_lite.apps.planner.components import Component, Components
 from internlm_lite.apps.planner.largest_batch import LargestBatch
+from internlm_lite.data.demand import StageUse
 from internlm_lite.data.render_batches import StepFigures
 from internlm_lite.layers.costs import Bytes
 from internlm_lite.mesh.mesh import Sizes
@@ -186,6 +196,7 @@ class RunPlan:
     tokens_total: int
     bubble_fraction: float
     tflops_per_gpu: float | None
+    stages: tuple[StageUse, ...]
     batches: tuple[StepFigures, ...]
     groups: Mapping[str, GroupTable]
     components: Components
@@ -232,11 +243,24 @@ class RunPlan:
             "tflops_per_gpu": self.tflops_per_gpu,
             "seconds_per_step": self.seconds_per_step,
             "days": self.days,
+            "stages": [_stage_json(use) for use in self.stages],
             "batches": [dataclasses.asdict(figures) for figures in self.batches],
             "groups": {axis: dataclasses.asdict(table) for axis, table in self.groups.items()},
             "clock": None if self.clock is None else dataclasses.asdict(self.clock),
             "notes": self.notes,
         }
+
+
+def _stage_json(use: StageUse) -> dict[str, Any]:
+    stage = use.stage
+    return {
+        "stage": stage.number,
+        "batches": [stage.start, stage.stop],
+        "steps": use.steps,
+        "tokens": use.tokens,
+        "values": stage.facts(),
+        "folders": {name: dataclasses.asdict(folder) for name, folder in use.folders.items()},
+    }
 
 
 def _components_json(components: Components) -> dict[str, Any]:
@@ -245,6 +269,7 @@ def _components_json(components: Components) -> dict[str, Any]:
         "rows": [_component_json(row) for row in components.rows],
         "total": _component_json(components.total),
         "update_flops": components.update_flops,
+        "groups": [dataclasses.asdict(group) for group in components.groups],
         "flops_6n": [components.flops_6n(index) for index in range(len(components.lengths))],
     }
 

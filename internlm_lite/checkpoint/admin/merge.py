@@ -106,7 +106,9 @@ def _tensors(sources: Sequence[MergeSource]) -> dict[str, tuple[TensorEntry, tor
     for name, entry in have.items():
         dtypes = [DTYPES[one.manifest.tensors[MASTER][name].dtype] for one in (first, *others)]
         if not all(dtype.is_floating_point for dtype in dtypes):
-            raise CheckpointError(f"{MASTER} of {name} in {first.manifest_path}: {entry.dtype}, expected numbers")
+            raise CheckpointError(
+                f"{MASTER} of {name} in {first.manifest_path}: {entry.dtype}, expected floating point numbers"
+            )
         found[name] = entry, reduce(torch.promote_types, dtypes)
     return found
 

@@ -31,6 +31,7 @@ from internlm_lite.checkpoint.format.manifest import (
 from internlm_lite.checkpoint.format.read_twice import read_twice
 from internlm_lite.checkpoint.format.regions import tiling_problems
 from internlm_lite.checkpoint.storage.base import RUN_LOCK_KEY, Storage, StoredObject
+from internlm_lite.config.run_stages import in_stage, stage_at
 from internlm_lite.config.schema import Config
 from internlm_lite.errors import CheckpointError, DamagedError
 
@@ -80,6 +81,13 @@ class Found:
                 f"checkpoint {self.name}: this version cannot read the config it was saved with: "
                 f"{error.error_count()} unknown or wrong keys, first {'.'.join(map(str, error.errors()[0]['loc']))}"
             ) from error
+
+    def config_of_stage(self) -> Config:
+        """The config as if the run had the stage alone in which it was saved: lengths and rotary base are those that
+        the weights were trained with. Raises CheckpointError as `config`."""
+        config, train = self.config(), self.manifest.state.get("train", {})
+        batch = train.get("position", {}).get("batch", self.step)
+        return in_stage(config, stage_at(config, max(0, batch - 1))) if config.stages else config
 
     def key(self, file: str) -> str:
         return f"{self.folder}/{file}" if self.folder else file

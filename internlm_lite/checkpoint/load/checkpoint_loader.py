@@ -13,6 +13,7 @@ import torch
 from internlm_lite.checkpoint.format.catalog import Found
 from internlm_lite.checkpoint.format.manifest import Manifest, dump_with_crc, layout_of, load_with_crc
 from internlm_lite.checkpoint.format.shards import describe
+from internlm_lite.checkpoint.format.weight_roles import Weights, with_weights
 from internlm_lite.checkpoint.load.compare import Wanted, load_plan, mismatch, other_function
 from internlm_lite.checkpoint.load.locate import is_save_folder, locate, open_at
 from internlm_lite.checkpoint.load.reader import Reader
@@ -27,7 +28,9 @@ from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.units import human_bytes, human_seconds
 
 logger = logging.getLogger("internlm_lite")
-Check = Callable[[Found], None]
+Left = frozenset[tuple[str, str]]
+"""(role, name) of tensors."""
+Check = Callable[[Found, Wanted], Left]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Restored:
     """The `rank_state` that this rank passed to `save`; None if fewer ranks saved."""
     absent: frozenset[str] = frozenset()
     """Roles of optional pieces that the checkpoint has not."""
+    left: Left = frozenset()
+    """Not loaded, because `check` said so: zero now."""
 
 
 class Loader:
@@ -62,10 +67,13 @@ class Loader:
         assert found is not None
         return found
 
-    def load_at(self, path: str, pieces: Sequence[LocalShard], check: Check | None = None) -> Restored:
-        """`open`, then `load`. In a save folder, a checkpoint found damaged is skipped for the one before."""
+    def load_at(
+        self, path: str, pieces: Sequence[LocalShard], check: Check | None = None, *, weights: Weights = "model"
+    ) -> Restored:
+        """`open`, then `load`. In a save folder, a checkpoint found damaged is skipped for the one before. `weights`:
+        what is loaded as masters."""
         while True:
-            found = self.open(path)
+            found = with_weights(self.open(path), weights)
             try:
                 return self.load(found, pieces, check=check)
             except DamagedError as error:
@@ -77,18 +85,24 @@ class Loader:
         """Fill the pieces' tensors in place, cast to their dtype, except optional ones of a role that the checkpoint
         has not. Roles that no rank requests are not read.
 
-        `check` is called before reading; it may raise CheckpointError, the same on all ranks. Raises the same error on
-        all ranks: CheckpointError listing the differing tensors and config keys if the checkpoint is of another model,
-        DamagedError naming file and tensor (the tensors may then be partly overwritten), also if a number is not
-        finite: such a checkpoint is of a run that had diverged.
+        `check` is called before reading, with what all ranks request; it may raise CheckpointError, and names tensors
+        to set to zero instead, the same on all ranks. Raises the same error on all ranks: CheckpointError listing the
+        differing tensors and config keys if the checkpoint is of another model, DamagedError naming file and tensor
+        (the tensors may then be partly overwritten), also if a number is not finite: such a checkpoint is of a run that
+        had diverged.
         """
-        if check is not None:
-            check(found)
         reader = Reader(found)
         manifest = found.manifest
         absent = frozenset(one.role for one in pieces if one.optional and one.role not in manifest.tensors)
         pieces = [piece for piece in pieces if piece.role not in absent]
         wanted = self._wanted(pieces)
+        left: Left = frozenset() if check is None else check(found, wanted)
+        if left:
+            zeros = [piece for piece in pieces if (piece.role, piece.name) in left]
+            pieces = [piece for piece in pieces if (piece.role, piece.name) not in left]
+            wanted = self._wanted(pieces)
+            for piece in zeros:
+                piece.tensor.zero_()
         problem = mismatch(found, wanted, self._config)
         if problem:
             raise CheckpointError(problem)
@@ -114,7 +128,7 @@ class Loader:
         if self.mesh.is_main:
             took = human_seconds(time.monotonic() - begin)
             logger.info("loaded checkpoint %s: %s read by rank 0, %s", found.name, human_bytes(reader.bytes_read), took)
-        return Restored(found, manifest.state, private, absent)
+        return Restored(found, manifest.state, private, absent, left)
 
     def _agree_on(self, storages: Sequence[Storage], look: Callable[[], Found | None]) -> Found | None:
         """The result of `look` on rank 0, on all ranks; the manifest is broadcast in its stored form."""

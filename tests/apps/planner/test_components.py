@@ -118,6 +118,7 @@ def sgd_with_momentum(w: Counted, g: Counted, m: Counted, v: Counted, decay: flo
     ("rule", "options", "operations"),
     [
         (adamw, {"name": "adamw"}, 12),
+        (adamw, {"name": "adamw_cs336"}, 12),
         (lion, {"name": "lion"}, 9),
         (sgd, {"name": "sgd"}, 2),
         (sgd_with_momentum, {"name": "sgd", "momentum": 0.9}, 4),

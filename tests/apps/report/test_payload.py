@@ -44,6 +44,7 @@ def test_an_example_of_everything(tmp_path: Path) -> None:
         event("checkpoint", 1.6, step=2, saved="milestone", name="c", waited=True, stall_seconds=0.5),
         event("alert", 1.7, rule="loss", step=1, text="loss is up"),
     ]
+    short = event("evaluation", 1.5, step=1, loss=2.4, acc=0.3, train_loss=2.6, ema=more["ema"])
     lines = [line(0, loss=3.0, seen={"code": 20}), line(1, loss=2.5, inf_nan_skip_batches=1, seen={"code": 30})]
     assert payload_of(tmp_path, lines, events) == {
         "id": "r0",
@@ -136,7 +137,7 @@ def test_an_example_of_everything(tmp_path: Path) -> None:
         "samples": [],
         "events": [
             events[0],
-            {**event("evaluation", 1.5, step=1, loss=2.4, acc=0.3, train_loss=2.6, ema=more["ema"])},
+            short,
             *events[2:],
         ],
         "alerts": [{"rule": "loss", "step": 1, "text": "loss is up", "time": at(1.7), "over": False}],

@@ -1,0 +1,107 @@
+"""internlm-lite evaluate: the figures that the run had, in any layout, without writing anything but its own file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from internlm_lite.mesh.mesh import single_process_mesh
+from internlm_lite.monitor.jsonl import read_objects
+from tests import cli
+from tests.evaluate.local_tasks import write_tasks
+from tests.evaluate.made_run import config_for, write_data
+from tests.ports import free_port
+from tests.train.runs import run_training
+
+TASKS = ["cloze_word", "cloze_greedy", "local_choice", "local_until"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ckpts/, tasks/ and run/, the run that wrote the checkpoint: with averages, and split in training as
+    no test below is."""
+    folder = write_data(tmp_path_factory.mktemp("tool"))
+    write_tasks(folder / "tasks")
+    ckpt = {"enable_save_ckpt": True, "save_ckpt_folder": str(folder / "ckpts"), "async_upload": False}
+    asked = {"tasks": TASKS, "include_path": str(folder / "tasks"), "limit": 5, "weights": "both"}
+    config = config_for(folder, ckpt=ckpt, evaluation=asked, ema={"decay": 0.5}, data={"valid_every": 4})
+    run_training(single_process_mesh(), config, folder / "run")
+    return folder
+
+
+def logged(folder: Path) -> dict[str, Any]:
+    (event,) = (one for one in read_objects(folder / "run" / "events.jsonl") if one["event"] == "evaluation")
+    return event
+
+
+def expected(event: dict[str, Any], weights: str) -> dict[str, float]:
+    tasks = {
+        name.removesuffix("@ema"): of for name, of in event["tasks"].items() if ("@ema" in name) == (weights == "ema")
+    }
+    own = event if weights == "model" else event["ema"]
+    return {"loss": own["loss"], "acc": own["acc"], "bits_per_byte": own["bits_per_byte"], **flat(tasks)}
+
+
+def flat(tasks: dict[str, dict[str, float]]) -> dict[str, float]:
+    return {f"{task}/{metric}": value for task, of in tasks.items() for metric, value in of.items()}
+
+
+def figures(path: Path, weights: str) -> dict[str, float]:
+    found = json.loads(path.read_text())["weights"][weights]
+    return {name: found[name] for name in ("loss", "acc", "bits_per_byte")} | flat(found["tasks"])
+
+
+def test_a_checkpoint_has_the_figures_of_its_run(run: Path, tmp_path: Path) -> None:
+    before = sorted(path for path in run.rglob("*") if path.is_file())
+    command = ("--checkpoint", str(run / "ckpts"), "--device", "cpu", "--weights", "both", "--output", "out.json")
+    ended = cli.run("tools/evaluate.py", *command, folder=tmp_path)
+    assert ended.code == 0, ended.output
+    for weights in ("model", "ema"):
+        assert figures(tmp_path / "out.json", weights) == pytest.approx(expected(logged(run), weights), rel=1e-9)
+    assert "weights ema: loss=" in ended.output and "cloze_word/acc=" in ended.output
+    assert json.loads((tmp_path / "out.json").read_text())["step"] == 4
+    assert sorted(path for path in run.rglob("*") if path.is_file()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "output.log"]
+
+
+@pytest.mark.parametrize("layout", [(), ("parallel.tensor=2",), ("parallel.pipeline.size=2",)], ids=str)
+def test_in_any_layout(layout: tuple[str, ...], run: Path, tmp_path: Path) -> None:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    command = ("--checkpoint", str(run / "ckpts"), "--device", "cpu", "--output", "out.json", *layout)
+    ranks = []
+    for rank in range(2):
+        log, own = tmp_path / f"rank-{rank}.log", {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        environment = {**address, **own}
+        ranks.append((cli.start("tools/evaluate.py", *command, folder=tmp_path, log=log, environment=environment), log))
+    ends = [cli.ended(*rank) for rank in ranks]
+    assert [end.code for end in ends] == [0, 0], ends
+    assert figures(tmp_path / "out.json", "model") == pytest.approx(expected(logged(run), "model"), rel=1e-8)
+
+
+ERRORS = [
+    (("--tasks", "x", "--include-path", "no"), "ConfigError: evaluation.include_path: found no folder no, expected"),
+    (("--tasks", "none", "data.valid_folder=None"), "ConfigError: found neither data.valid_folder nor tasks"),
+    (("VALID=3",), "ConfigError: VALID=...: "),
+    (("data.seq_lenn=3",), "nearest known key: data.seq_len"),
+    (("--checkpoint", "missing"), "CheckpointError: "),
+    (("--tasks", "none", "--output", "no/such/file"), "StorageError: --output no/such/file: No such file"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), ERRORS, ids=lambda value: str(value)[:30])
+def test_what_is_wrong_is_one_line(more: tuple[str, ...], message: str, run: Path, tmp_path: Path) -> None:
+    command = ("--checkpoint", str(run / "ckpts"), "--device", "cpu", *more)
+    ended = cli.run("tools/evaluate.py", *command, folder=tmp_path)
+    assert ended.code in (2, 6) and message in ended.output and "Traceback" not in ended.output, ended.output
+
+
+def test_weights_that_are_not_there(tmp_path: Path) -> None:
+    folder = write_data(tmp_path)
+    ckpt = {"enable_save_ckpt": True, "save_ckpt_folder": str(folder / "ckpts"), "async_upload": False}
+    run_training(single_process_mesh(), config_for(folder, ckpt=ckpt, data={"total_steps": 1}), folder / "run")
+    command = ("--checkpoint", str(folder / "ckpts"), "--device", "cpu", "--weights", "ema")
+    ended = cli.run("tools/evaluate.py", *command, folder=tmp_path)
+    assert ended.code == 2 and "has no averaged weights" in ended.output and "Traceback" not in ended.output

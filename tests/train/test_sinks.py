@@ -50,7 +50,9 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, l
     folder = tmp_path_factory.mktemp("run")
     for total_steps in (5, STEPS):
         metrics = run_training(
-            single_process_mesh(), config_for(corpus, folder / "saves", total_steps, wandb={}), folder / "run"
+            single_process_mesh(),
+            config_for(corpus, folder / "saves", total_steps, wandb={}, mlflow={}),
+            folder / "run",
         )
     return folder / "run", metrics
 
@@ -83,6 +85,18 @@ def test_wandb_holds_metrics_jsonl(run: tuple[Path, list[dict[str, Any]]]) -> No
     evaluations = [event for event in read_objects(folder / "events.jsonl") if event["event"] == "evaluation"]
     shown = [(row["step"], row["val_loss/code"]) for row in rows if "valid/loss" in row]
     assert shown == [(event["step"], event["folders"]["code"][1]) for event in evaluations] and shown
+
+
+def test_mlflow_holds_metrics_jsonl(run: tuple[Path, list[dict[str, Any]]]) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="needs mlflow: pip install internlm_lite[mlflow]")
+    folder, metrics = run
+    client = mlflow.MlflowClient(str(folder / "mlruns"))
+    kept = client.get_run((folder / "mlflow-id").read_text().strip())
+    assert kept.info.status == "FINISHED"
+    assert kept.data.tags["changed.data.total_steps"] == str(STEPS) and kept.data.params["data.total_steps"] == "5"
+    for key, figure in (("train/loss", "loss"), ("lr", "lr")):
+        found = sorted((point.step, point.value) for point in client.get_metric_history(kept.info.run_id, key))
+        assert found == [(line["step"], line[figure]) for line in metrics]
 
 
 class OwnSink(Sink):

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import posixpath
 import re
 import time
@@ -26,6 +25,7 @@ from typing import Any, TypeVar
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.environment_variables import MLFLOW_TRACKING_URI
 from mlflow.exceptions import MlflowException
 
 from internlm_lite.config.masking import masked
@@ -33,7 +33,6 @@ from internlm_lite.config.render_config import resolved
 from internlm_lite.config.schema import Config, MlflowConfig
 from internlm_lite.monitor.record import Sink, StepRecord, ValidationRecord
 from internlm_lite.monitor.scalars import step_scalars, task_scalars, validation_scalars
-from internlm_lite.runtime.dist_env import tracking_address
 
 logger = logging.getLogger("internlm_lite")
 
@@ -60,7 +59,7 @@ class Mlflow(Sink):
 
     def __init__(self, folder: Path, config: Config, settings: MlflowConfig) -> None:
         """Raises MLflow's own errors, but not if the server does not answer."""
-        self._client = MlflowClient(settings.tracking_uri or tracking_address(os.environ) or str(folder / "mlruns"))
+        self._client = MlflowClient(settings.tracking_uri or MLFLOW_TRACKING_URI.get() or str(folder / "mlruns"))
         self._settings = settings
         self._name = settings.run_name or f"{config.JOB_NAME}/{folder.name}"
         self._id_file = folder / "mlflow-id"

@@ -9,7 +9,6 @@ A sink that raises is reported once, in a log line and an event, and switched of
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import threading
 import time
@@ -25,7 +24,6 @@ from internlm_lite.monitor.disk_usage import written_folders
 from internlm_lite.monitor.jsonl import EventsFile, MetricsFile, SamplesFile, next_segment
 from internlm_lite.monitor.packages import writes_tensorboard
 from internlm_lite.monitor.record import Sample, Sink, StepRecord, ValidationRecord
-from internlm_lite.runtime.dist_env import set_mlflow_defaults
 
 logger = logging.getLogger("internlm_lite")
 
@@ -203,7 +201,6 @@ def _queued(folder: Path, config: Config, done: int) -> dict[str, Callable[[], S
         return Wandb(folder, config, monitor.wandb)
 
     def mlflow() -> Sink:
-        set_mlflow_defaults(os.environ)
         from internlm_lite.monitor.mlflow import Mlflow
 
         assert monitor.mlflow is not None

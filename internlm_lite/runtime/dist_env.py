@@ -95,6 +95,7 @@ def set_defaults(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # wandb's own process must not send reports of its errors.
     environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    set_mlflow_defaults(environ)
 
 
 def set_gpu_defaults(environ: MutableMapping[str, str], *, deterministic: bool) -> None:
@@ -114,11 +115,6 @@ def set_mlflow_defaults(environ: MutableMapping[str, str]) -> None:
     # A call to a dead server must not keep other sinks of the queue waiting for minutes.
     environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-
-
-def tracking_address(environ: Mapping[str, str]) -> str | None:
-    """Of MLflow's server, as its own tools take it; None: not set."""
-    return environ.get("MLFLOW_TRACKING_URI") or None
 
 
 def adopt_s3_keys(environ: MutableMapping[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from internlm_lite.monitor.console import Console
 from internlm_lite.monitor.jsonl import read_objects
 from internlm_lite.monitor.record import Sink, StepRecord
 from internlm_lite.monitor.tensorboard import TensorBoard
+from internlm_lite.runtime.dist_env import set_mlflow_defaults
 from internlm_lite.train.build import RunServices, build_run
 from internlm_lite.train.loop import train
 from tests.corpus import FOLDERS, write_corpus
@@ -48,6 +50,7 @@ def config_for(corpus: Path, saves: Path | None = None, total_steps: int = STEPS
 def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """A run of five steps that goes on to eight in the same folder; everything is written."""
     folder = tmp_path_factory.mktemp("run")
+    set_mlflow_defaults(os.environ)
     for total_steps in (5, STEPS):
         metrics = run_training(
             single_process_mesh(),
@@ -88,6 +91,7 @@ def test_wandb_holds_metrics_jsonl(run: tuple[Path, list[dict[str, Any]]]) -> No
 
 
 def test_mlflow_holds_metrics_jsonl(run: tuple[Path, list[dict[str, Any]]]) -> None:
+    set_mlflow_defaults(os.environ)
     mlflow = pytest.importorskip("mlflow", reason="needs mlflow: pip install internlm_lite[mlflow]")
     folder, metrics = run
     client = mlflow.MlflowClient(str(folder / "mlruns"))

@@ -99,10 +99,10 @@ class Mlflow(Sink):
     def _send(self) -> None:
         """Send all that waits; if the server does not answer, later."""
         try:
-            self._open_run()
+            run_id = self._open_run()
             while self._waiting:
                 batch = list(islice(self._waiting, _METRICS_PER_CALL))
-                self._client.log_batch(self._run_id, metrics=batch)
+                self._client.log_batch(run_id, metrics=batch)
                 for _ in batch:
                     self._waiting.popleft()
         except (MlflowException, OSError) as error:
@@ -121,14 +121,15 @@ class Mlflow(Sink):
         self._pause = min(LONGEST_PAUSE, 2 * self._pause or FIRST_PAUSE)
         self._next_send = time.monotonic() + self._pause
 
-    def _open_run(self) -> None:
-        """Go on with the run whose id the folder holds, or begin one."""
+    def _open_run(self) -> str:
+        """Go on with the run whose id the folder holds, or begin one. Returns its id."""
         if self._run_id is not None:
-            return
+            return self._run_id
         run = self._kept_run() or self._new_run()
         self._log_params(run)
         self._client.update_run(run.info.run_id, status="RUNNING")
-        self._run_id = run.info.run_id
+        self._run_id = str(run.info.run_id)
+        return self._run_id
 
     def _kept_run(self) -> Run | None:
         if not self._id_file.exists():

@@ -16,15 +16,17 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from internlm_lite import __version__
-from internlm_lite.cli.options import DEVICES, add_config, add_launcher, new_parser
+from internlm_lite.cli.options import DEVICES, add_config, add_launcher, check_at_least, new_parser
 from internlm_lite.runtime.tool import run_tool
 from internlm_lite.units import memory_bytes
 
 if TYPE_CHECKING:
+    from internlm_lite.config.load import LoadedConfig
     from internlm_lite.config.schema import Config
     from internlm_lite.monitor.sinks import SinkFactory
 
@@ -37,12 +39,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_launcher(parser, timeout=600, world_size_help="likewise; with --dry-run: ranks to plan for")
     add("--backend", choices=["nccl", "gloo"], help="accepted for old command lines; follows the device")
     add("--resume", metavar="auto|none|STEP|PATH", help="checkpoint to resume from (default: auto)")
+    add("--branch-from", metavar="CKPT", help="let the learning rate decay from a checkpoint of the stable phase")
+    add("--decay-steps", type=int, metavar="N", help="with --branch-from: steps of the decay")
     add("--eval-only", action="store_true", help="evaluate the checkpoint to resume from, and stop")
     add("--seed", type=int, help="seed of weights and data order, instead of the config's")
     add("--run-dir", type=Path, default=Path("RUN"), help="logs and metrics go to RUN_DIR/<JOB_NAME>/<time>")
     add("--profiling", action="store_true", help="write a trace of three early steps per rank")
     add("--log-style", choices=["auto", "full", "compact"], default="auto", help="lines on the terminal")
-    add("--print-config", choices=["full", "diff", "origin"], help="print the config and stop")
+    text = "print the config, or lr, momenta and batch size over the run, and stop"
+    add("--print-config", choices=["full", "diff", "origin", "schedule"], help=text)
     add("--dry-run", action="store_true", help="show what the run will hold, send and cost, and stop")
     add_plan_options(parser, "with --dry-run: ")
     add("--cfg-options", nargs="*", default=[], metavar="KEY=VALUE", help="same as the trailing ones")
@@ -54,7 +59,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         named = "the name or file of a GPU belongs to --dry-run"
         parser.error(f"--device {arguments.device}: expected {', '.join(DEVICES)}; {named}")
     check_plan_options(parser, arguments)
+    _check_branch(parser, arguments)
     return arguments
+
+
+def _check_branch(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if (arguments.branch_from is None) != (arguments.decay_steps is None):
+        parser.error("--branch-from and --decay-steps belong together: give both")
+    check_at_least(parser, arguments, decay_steps=1)
+    if arguments.branch_from and (arguments.eval_only or arguments.resume not in (None, "auto", "none")):
+        other = "--eval-only" if arguments.eval_only else f"--resume {arguments.resume}"
+        parser.error(f"--branch-from and {other} name two checkpoints to begin from: leave one of them out")
 
 
 def add_plan_options(parser: argparse.ArgumentParser, when: str) -> None:
@@ -101,7 +116,6 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
     """Exit code, if no training was started."""
     # Imported late: --help is quick, and a wrong config is reported before torch is loaded.
     from internlm_lite.config.load import check_config, load_config
-    from internlm_lite.config.render_config import print_config
     from internlm_lite.errors import ConfigError, InternLMError
     from internlm_lite.runtime.dist_env import adopt_s3_keys, check_options, error_file, read_dist_env, set_defaults
     from internlm_lite.runtime.torchrun import write_agent_error
@@ -118,6 +132,8 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
         check_options(dist_env, rank=arguments.rank, local_rank=arguments.local_rank, world_size=world_size)
         quiet, who = dist_env.local_rank > 0, f"rank {dist_env.rank} on {dist_env.hostname}: " if dist_env.rank else ""
         loaded = load_config(arguments.config, overrides)
+        if arguments.branch_from:
+            loaded = _branch(arguments, loaded, overrides)
         world_size = arguments.world_size or dist_env.world_size
         check_config(loaded, None if arguments.print_config else world_size)
     except InternLMError as error:
@@ -130,8 +146,7 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
     if arguments.print_config or arguments.dry_run:
         print(*loaded.notes, sep="\n", end="\n" if loaded.notes else "", file=sys.stderr)
     if arguments.print_config:
-        print(print_config(loaded, arguments.print_config))
-        return 0
+        return _print_config(loaded, arguments.print_config, world_size)
     if arguments.dry_run:
         return _dry_run(arguments, loaded.config, world_size)
 
@@ -154,6 +169,33 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
         eval_only=arguments.eval_only,
     )
     run_job(loaded, dist_env, options)
+
+
+def _branch(arguments: argparse.Namespace, loaded: LoadedConfig, overrides: Sequence[str]) -> LoadedConfig:
+    """The config of the branch of --branch-from."""
+    from internlm_lite.config.load import load_config
+    from internlm_lite.train.branch import branch_overrides
+
+    more = branch_overrides(loaded.config, arguments.branch_from, arguments.decay_steps)
+    branch = load_config(arguments.config, [*overrides, *more])
+    saved = branch.config.ckpt.save_ckpt_folder
+    note = f"--branch-from {arguments.branch_from}: the rate falls in {arguments.decay_steps} steps; saved to {saved}"
+    return replace(branch, notes=(*branch.notes, note))
+
+
+def _print_config(loaded: LoadedConfig, how: str, world_size: int) -> int:
+    """`how`: "schedule", or one of those of `render_config.print_config`."""
+    if how != "schedule":
+        from internlm_lite.config.render_config import print_config
+
+        print(print_config(loaded, how))
+        return 0
+    from rich.console import Console
+
+    from internlm_lite.apps.planner.render_schedule import render_schedule
+
+    Console(highlight=False).print(render_schedule(loaded.config, world_size))
+    return 0
 
 
 def _dry_run(arguments: argparse.Namespace, config: Config, world_size: int) -> int:

@@ -260,13 +260,13 @@ def _number(value: float | None) -> str:
 
 def _curves(config: Config) -> Iterator[Problem]:
     curve = config.lr_scheduler
-    given = "lr_scheduler.warmup_ratio" if curve.warmup_steps is None else "lr_scheduler.warmup_steps"
-    warmup = curve.num_warmup_steps
-    if curve.warmup_ratio is not None and curve.warmup_steps is not None:
-        yield Problem(
-            (given, "lr_scheduler.warmup_ratio"),
-            f"found {warmup} beside warmup_ratio {curve.warmup_ratio}; leave one of them out, or set it to None",
-        )
+    ways = ("warmup_ratio", "warmup_steps", "warmup_tokens")
+    set_ones = [f"lr_scheduler.{name}" for name in ways if getattr(curve, name) is not None]
+    given, warmup = next(reversed(set_ones), "lr_scheduler.warmup_ratio"), curve.num_warmup_steps
+    if len(set_ones) > 1:
+        found, other = value_of(config, given), set_ones[0].partition(".")[2]
+        text = f"found {found} beside {other} {value_of(config, set_ones[0])}; leave one of them out, or set it to None"
+        yield Problem((given, set_ones[0]), text)
     elif curve.total_steps and curve.init_steps + warmup > curve.total_steps:
         yield Problem(
             ("lr_scheduler.init_steps", given, "lr_scheduler.total_steps"),
@@ -286,7 +286,7 @@ def _kind(curve: LrSchedulerConfig) -> Iterator[Problem]:
                 yield Problem(
                     keys, f'found {shown(value)} with kind "{curve.kind}", expected "{kind}"; change one of them'
                 )
-    if curve.kind == "noam" and curve.num_warmup_steps < 1:
+    if curve.kind == "noam" and curve.num_warmup_steps < 1 and not curve.warmup_tokens:
         text = 'found 0 warm-up steps with kind "noam", whose rate falls from their end; expected at least 1'
         yield Problem(("lr_scheduler.warmup_steps", "lr_scheduler.kind"), f"{text}: set it")
     if curve.kind == "steps":

@@ -195,7 +195,7 @@ _OTHER_NAMES = {
     "hybrid_zero_optimizer.clip_grad_norm": "max_grad_norm gradient_clipping clip_grad max_norm",
     "loss.z_loss": "z_loss_weight z_loss_multiplier z_loss_coefficient z_loss_coeff",
     "lr_scheduler.decay_steps": "lr_wsd_decay_iters wsd_decay_steps num_decay_steps",
-    "lr_scheduler.kind": "lr_scheduler_type lr_decay_style decay",
+    "lr_scheduler.kind": "lr_scheduler_type lr_decay_style",
     "lr_scheduler.eta_min": "min_lr min_decay_lr lr_min",
     "lr_scheduler.warmup_steps": "lr_warmup_iters lr_warmup_steps warmup_iters num_warmup_steps",
     "model.attention_scale": "softmax_scale attention_multiplier query_pre_attn_scalar",

@@ -31,7 +31,7 @@ from internlm_lite.errors import ConfigError
 
 _DEFAULT_FROM = {
     "lr_scheduler.total_steps": "data.total_steps",
-    "lr_scheduler.d_model": "model.hidden_size",
+    "lr_scheduler.noam_width": "model.hidden_size",
     "beta2_scheduler.init_beta2": "adam.adam_beta2",
     "beta2_scheduler.c": "adam.adam_beta2_c",
 }
@@ -154,6 +154,8 @@ def _fill_defaults(layer: Layer, origins: dict[str, str]) -> None:
     taken = {
         key: layer.get(source) for key, source in _DEFAULT_FROM.items() if layer.has(source) and not layer.has(key)
     }
+    if not layer.has("lr_scheduler.kind") or layer.get("lr_scheduler.kind") != "noam":
+        taken.pop("lr_scheduler.noam_width", None)
     if isinstance(layer.get("ckpt.save_ckpt_folder"), str) and not layer.has("ckpt.snapshot_ckpt_folder"):
         taken["ckpt.snapshot_ckpt_folder"] = layer.get("ckpt.save_ckpt_folder").rstrip("/") + "/snapshot"
     layer.values.setdefault("lr_scheduler", {})
@@ -198,7 +200,7 @@ def _disagreements(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
                 continue
             effect = "the learning rate reaches eta_min at another step than the last"
         first, second = value_of(config, winner), value_of(config, other)
-        if first != second and origins[other] != "default":
+        if first not in (None, second) and origins[other] != "default":
             yield f"{origins[winner]}: {winner}={first} differs from {other}={second} ({origins[other]}): {effect}"
     ckpt, saving = config.ckpt, "ckpt.enable_save_ckpt"
     if ckpt.save_ckpt_folder and ckpt.checkpoint_every and origins[saving] == "default":

@@ -31,8 +31,10 @@ names with a leading `_` are ignored. Any wrong key, type, range or combination 
 - `_base_ = "other.py"` (or a list, later ones first in rank) loads other files below this one. Dicts merge key by key;
   `_delete_=True` in a dict replaces the one below. An UPPER_CASE variable of a file replaces that of its bases before
   they run.
-- `train.py --print-config {full,diff,origin}` shows what all this comes to, and where each value was written.
-- `skip_batches` is `"1-3,7"`: batch ids from 0, ends included. `rampup_batch_size` is `"start increment every"`.
+- `train.py --print-config {full,diff,origin}` shows what all this comes to, and where each value was written;
+  `schedule` shows learning rate, momenta and batch size over the run.
+- `skip_batches` is `"1-3,7"`: batch ids from 0, ends included. `rampup_batch_size` is `"start increment every"`,
+  in steps, or `"start increment every tokens"`.
 - Later spellings are understood, each with a note: `ckpt.load_ckpt_info`, `parallel.zero1=dict(size=...)`,
   `parallel.tensor=dict(size=..., mode=...)`, `parallel.pipeline=2`, `model_type`, top-level `use_fp32_norm`.
 """

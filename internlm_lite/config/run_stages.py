@@ -118,9 +118,15 @@ class Span:
     trained: bool
 
 
-def spans(data: DataConfig, stages: Sequence[RunStage]) -> Iterator[Span]:
-    """All batches in order, without end."""
-    rampup, skipped = parse_rampup(data.rampup_batch_size), parse_skip_batches(data.skip_batches)
+def rampup_of(data: DataConfig, stages: Sequence[RunStage], dp_size: int) -> Rampup | None:
+    """The ramp by batch ids, also where it is written in tokens."""
+    rampup = parse_rampup(data.rampup_batch_size)
+    return rampup and rampup.in_batches(data.micro_num, [(stage.start, stage.row_tokens * dp_size) for stage in stages])
+
+
+def spans(data: DataConfig, stages: Sequence[RunStage], rampup: Rampup | None) -> Iterator[Span]:
+    """All batches in order, without end. `rampup`: from `rampup_of`."""
+    skipped = parse_skip_batches(data.skip_batches)
     skips = sorted(chain.from_iterable((ids.start, ids.stop) for ids in skipped))
     borders = sorted({*skips, *(stage.start for stage in stages)})
     start = 0
@@ -139,14 +145,13 @@ def _next_border(start: int, borders: Sequence[int], rampup: Rampup | None, full
     """The first batch after `start` that may differ in stage, size, or in being skipped."""
     at = bisect_right(borders, start)
     stop = borders[at] if at < len(borders) else _ENDLESS
-    if rampup is not None and rampup.micro_num(start, full) < full:
-        stop = min(stop, (start // rampup.every + 1) * rampup.every)
-    return stop
+    larger = None if rampup is None else rampup.next_border(start, full)
+    return stop if larger is None else min(stop, larger)
 
 
-def planned_spans(data: DataConfig, stages: Sequence[RunStage], steps: int) -> Iterator[Span]:
+def planned_spans(data: DataConfig, stages: Sequence[RunStage], rampup: Rampup | None, steps: int) -> Iterator[Span]:
     """`spans`, until `steps` batches have been trained on."""
-    for span in spans(data, stages):
+    for span in spans(data, stages, rampup):
         if steps <= 0:
             return
         kept = replace(span, batches=span.batches[:steps]) if span.trained else span

@@ -88,6 +88,8 @@ class CkptConfig(Section):
     continue; 0: nothing. It is reset to 0 when handled."""
     allow_changed_data: bool = False
     """(new) Resume although the training data differ from those of the checkpoint."""
+    allow_changed_schedule: bool = False
+    """(new) Resume although another lr_scheduler.total_steps gives the next update another learning rate."""
     allow_changed_optimizer: bool = False
     """(new) Resume although optimizer.name is not that of the checkpoint: state that has the same meaning is kept, the
     rest starts at zero, as one line says."""
@@ -125,7 +127,8 @@ class DataConfig(Section):
     skip_batches: str = ""
     """Batch ids to drop, such as "1-3,7" (inclusive): consumed from the order, but not trained on."""
     rampup_batch_size: str = ""
-    """"start increment every": `start` micro-batches, `increment` more every `every` steps, up to micro_num."""
+    """"start increment every": `start` micro-batches, `increment` more every `every` steps, up to micro_num. (new)
+    "start increment every tokens": `increment` more after each `every` tokens of the data order, over all ranks."""
     min_length: NonNegative = 0
     """Documents with fewer tokens are dropped."""
     train_folder: str | None = None
@@ -289,9 +292,11 @@ class LrSchedulerConfig(Section):
     init_steps: NonNegative = 0
     """Steps with learning rate 0 before the warm-up."""
     warmup_ratio: Fraction | None = None
-    """Share of total_steps used for warm-up. None: 0.01, unless warmup_steps is given."""
+    """Share of total_steps used for warm-up. None: 0.01, unless warmup_steps or warmup_tokens is given."""
     warmup_steps: NonNegative | None = None
     """(new) Steps of the warm-up, instead of warmup_ratio."""
+    warmup_tokens: NonNegative | None = None
+    """(new) Tokens of the warm-up, instead of warmup_ratio: the first steps that take so many, over all ranks."""
     warmup_from_zero: bool = False
     """(new) The first of w warm-up steps has the learning rate 0 and the last adam.lr * (w - 1) / w (Megatron, Hugging
     Face). False: adam.lr / w and adam.lr (InternLM)."""
@@ -299,7 +304,7 @@ class LrSchedulerConfig(Section):
     """(new) What follows a warm-up of W steps, t steps after it. "cosine", "linear": down to eta_min at total_steps.
     "wsd": adam.lr, and down to eta_min in the last decay_steps (warm-up, stable, decay: arXiv:2404.06395).
     "inverse_sqrt": adam.lr * sqrt(W / (W + t)), with W at least 1, and at least eta_min. "noam", warm-up included:
-    adam.lr * d_model^-0.5 * min(k^-0.5, k * W^-1.5) in step k = 1, 2, ... (arXiv:1706.03762). "constant": adam.lr.
+    adam.lr * noam_width^-0.5 * min(k^-0.5, k * W^-1.5) in step k = 1, 2, ... (arXiv:1706.03762). "constant": adam.lr.
     "steps": adam.lr times the factors of `step_factors`."""
     decay_steps: Positive | None = None
     """(new) wsd: steps of the decay, which ends at total_steps. None: decay_ratio says."""
@@ -310,8 +315,8 @@ class LrSchedulerConfig(Section):
     same factor in each step, which takes an eta_min above 0."""
     step_factors: list[Annotated[list[float], Field(min_length=2, max_length=2)]] | None = None
     """(new) steps: [[step, factor], ...]: from each step on the rate is adam.lr * factor; 1 before the first."""
-    d_model: Positive | None = None
-    """(new) noam: width in the formula; left out: model.hidden_size."""
+    noam_width: Positive | None = None
+    """(new) noam: its d_model; left out: model.hidden_size."""
     eta_min: Annotated[float, Field(ge=0)] = 0.0
     """Final learning rate."""
     last_epoch: Annotated[int, Field(ge=-1)] = -1
@@ -319,8 +324,9 @@ class LrSchedulerConfig(Section):
 
     @property
     def num_warmup_steps(self) -> int:
-        if self.warmup_steps is not None:
-            return self.warmup_steps
+        """0 with warmup_tokens, until batch_sizes.with_warmup_steps has counted them."""
+        if self.warmup_steps is not None or self.warmup_tokens is not None:
+            return self.warmup_steps or 0
         return int(self.total_steps * (0.01 if self.warmup_ratio is None else self.warmup_ratio))
 
     @property

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from internlm_lite.batch import IGNORE, Batch, BatchStats, Position
-from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
-from internlm_lite.config.run_stages import RunStage, at_batch, stages_of
+from internlm_lite.config.ranges import parse_skip_batches
+from internlm_lite.config.run_stages import RunStage, at_batch, rampup_of, stages_of
 from internlm_lite.config.schema import DataConfig, StageConfig
 from internlm_lite.data.folders import Folder, dummy_folder, find_folders
 from internlm_lite.data.order import BatchOrder
@@ -181,7 +181,7 @@ def open_training_data(
     used = _usable(packed, "train_folder", in_short_rows, log=dp_rank == 0)
     phases = Phases(used, run, seed, config.micro_num * dp_size)
     skip = parse_skip_batches(config.skip_batches)
-    order = BatchOrder(config.micro_num, dp_size, tuple(skip), parse_rampup(config.rampup_batch_size), phases.starts)
+    order = BatchOrder(config.micro_num, dp_size, tuple(skip), rampup_of(config, run, dp_size), phases.starts)
     first = tuple(folder.repacked(run[0].row_tokens, run[0].seq_len) for folder in used)
     return TrainingData(first, run, phases, order, dp_rank, _fingerprint(config, found, packed, seed, stages))
 

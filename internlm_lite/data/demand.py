@@ -75,7 +75,7 @@ def _steps(config: DataConfig, data: TrainingData) -> int:
         wanted, round_up = config.total_tokens or round((config.epochs or 0) * data.total_tokens), True
         per_micro = [size * stage.row_tokens for stage in data.stages]
     steps, done = 0, 0
-    for span in spans(config, data.stages):
+    for span in spans(config, data.stages, data.order.rampup):
         if round_up and not span.trained:
             continue
         batch = span.micro_num * per_micro[span.stage.number]
@@ -111,7 +111,7 @@ def stage_uses(config: DataConfig, data: TrainingData) -> list[StageUse]:
 
 
 def _by_stage(config: DataConfig, data: TrainingData) -> Iterator[tuple[RunStage, list[Span]]]:
-    planned = list(planned_spans(config, data.stages, config.total_steps))
+    planned = list(planned_spans(config, data.stages, data.order.rampup, config.total_steps))
     for stage in data.stages:
         if some := [span for span in planned if span.stage.number == stage.number]:
             yield stage, some

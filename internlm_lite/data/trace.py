@@ -59,7 +59,7 @@ class _Placed:
 
 def _placed(config: DataConfig, data: TrainingData) -> Iterator[_Placed]:
     step, at = 0, Position()
-    for span in planned_spans(config, data.stages, config.total_steps):
+    for span in planned_spans(config, data.stages, data.order.rampup, config.total_steps):
         rows = span.micro_num * data.order.dp_size
         at = data.order.after_batches(at, span.batches.start, 0)  # with the border of a phase that begins here
         yield _Placed(span, step, at, rows)

@@ -22,7 +22,7 @@ def learning_rate(step: int, peak: float, schedule: LrSchedulerConfig) -> float:
     warmup_steps = schedule.num_warmup_steps
     decay_start = schedule.init_steps + warmup_steps
     if schedule.kind == "noam":
-        peak /= math.sqrt((schedule.d_model or 1) * max(warmup_steps, 1))
+        peak /= math.sqrt((schedule.noam_width or 1) * max(warmup_steps, 1))
     if epoch < schedule.init_steps:
         return 0.0
     if epoch < decay_start:

@@ -41,6 +41,10 @@ class AdamW(UpdateRule):
     def update_scaled(self, grads: Sequence[torch.Tensor], step: UpdateStep, row: int) -> None:
         self._update(grads, step.single_rates[row], self.beta2_of(step), step.found_inf, step.divisor)
 
+    def update_in(self, grads: Sequence[torch.Tensor], step: UpdateStep, row: int) -> None:
+        rates = step.single_rates if step.rates.is_cuda else step.rates
+        self._update(grads, rates[row], self.beta2_of(step), step.found_inf)
+
     def update(self, grads: Sequence[torch.Tensor], lr: torch.Tensor, beta2: float, skipped: torch.Tensor) -> None:
         # The CUDA kernel reads the learning rate in single precision, the CPU kernel in double.
         self._update(grads, lr.float() if lr.is_cuda else lr, beta2, skipped.float())

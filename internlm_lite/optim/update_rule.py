@@ -112,6 +112,10 @@ class UpdateRule:
         """
         raise NotImplementedError
 
+    def update_in(self, grads: Sequence[torch.Tensor], step: UpdateStep, row: int) -> None:
+        """`update` with the learning rate `step.rates[row]`; `grads` are multiplied by `step.factor` already."""
+        self.update(grads, step.rates[row], self.beta2_of(step), step.skipped)
+
     def beta2_of(self, step: UpdateStep) -> float:
         return step.beta2 if self._group.beta2 is None else self._group.beta2
 

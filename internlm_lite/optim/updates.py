@@ -68,7 +68,7 @@ class GroupUpdates:
             if in_passing[number]:
                 rule.update_scaled(mine, step, row)
             else:
-                rule.update(mine, step.rates[row], rule.beta2_of(step), step.skipped)
+                rule.update_in(mine, step, row)
             if self._bf16 is not None:
                 self._bf16.write(self._members[number][0], updates)
         if self._bf16 is not None:

@@ -1,7 +1,7 @@
 """The folder of one run, made by rank 0, which sends its name to the other ranks. A restart continues in it.
 
 RUN/<JOB_NAME>/<time>/{config/, config.resolved.yaml, config.origins.json, env.json, logs/, metrics.jsonl, events.jsonl,
-                       samples.jsonl}      config.0/, config.resolved.0.yaml, env.0.json, ...: of earlier starts
+                       samples.jsonl, schedule.json}    config.0/, config.resolved.0.yaml, env.0.json: of earlier starts
 RUN/<JOB_NAME>/latest -> <time>
 RUN/<JOB_NAME>/<time>-failed/     of a start that failed before it went on in a run folder, which it left alone
 """

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 
 from internlm_lite.checkpoint.format.weight_roles import Weights
+from internlm_lite.config.batch_sizes import with_warmup_steps
 from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import TrainingData, ValidationData, open_training_data, open_validation_data
 from internlm_lite.data.demand import check_caps, with_total_steps
@@ -24,6 +25,7 @@ from internlm_lite.monitor.console import heartbeat
 from internlm_lite.monitor.jsonl import has_ended
 from internlm_lite.monitor.sinks import SinkFactory, open_sinks
 from internlm_lite.optim.groups import check_patterns, group_lines
+from internlm_lite.optim.planned_schedule import write_schedule
 from internlm_lite.train.checkpoints import Checkpoints, Contents
 from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.samples import Samples
@@ -86,6 +88,7 @@ def build_run(
     if not config.ckpt.enable_save_ckpt:
         logger.warning("ckpt.enable_save_ckpt=False: nothing that is trained will be kept")
     if run.start.step < run.config.data.total_steps or not has_ended(folder / "events.jsonl"):
+        write_schedule(folder, run.config, mesh.dp.size)
         make = partial(open_sinks, folder, run.config, services.sinks, terminal=services.terminal)
         run.reporter.open_sinks(make, run.start.step)
     return run
@@ -102,7 +105,7 @@ def load_run(config: Config, mesh: Mesh, folder: Path, resume: str, services: Ru
     dp, vocab_size = mesh.dp, config.model.vocab_size
     with heartbeat("opening the training data"):
         data = open_training_data(config.data, vocab_size, dp.rank, dp.size, config.seed, config.stages)
-        config = with_total_steps(config, data)
+        config = with_warmup_steps(with_total_steps(config, data), dp.size)
         check_caps(config.data, data)
         valid = None
         if config.data.valid_every:

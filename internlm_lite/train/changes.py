@@ -76,6 +76,17 @@ def schedule_change(then: Config, now: Config, updates: int) -> str | None:
     return f"{first} has the learning rate {after:g} instead of {before:g} ({'; '.join(named)})"
 
 
+def horizon_moved(then: Config, now: Config, updates: int) -> bool:
+    """Whether another lr_scheduler.total_steps gives the next update, after `updates`, another learning rate.
+
+    Not in the stable phase of "wsd": its decay starts later or sooner, and the rates before it stay what they were.
+    """
+    if then.lr_scheduler.total_steps == now.lr_scheduler.total_steps or updates >= now.lr_scheduler.total_steps:
+        return False
+    moved = then.lr_scheduler.model_copy(update={"total_steps": now.lr_scheduler.total_steps})
+    return learning_rate(updates, then.adam.lr, moved) != learning_rate(updates, then.adam.lr, then.lr_scheduler)
+
+
 def _peaks(config: Config) -> list[tuple[int | None, float | None]]:
     """(until, lr) of each stage."""
     return [(stage.until, stage.lr) for stage in config.stages]

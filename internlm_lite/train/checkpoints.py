@@ -42,7 +42,14 @@ from internlm_lite.mesh.layout import LocalShard
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.average import ROLE
 from internlm_lite.optim.rule_change import counters_left, rule_change, without
-from internlm_lite.train.changes import LastRun, batch_keys, data_changes, later_stages, schedule_change
+from internlm_lite.train.changes import (
+    LastRun,
+    batch_keys,
+    data_changes,
+    horizon_moved,
+    later_stages,
+    schedule_change,
+)
 from internlm_lite.train.reporter import Reporter
 from internlm_lite.train.train_state import TrainState, random_states, set_random_states
 from internlm_lite.train.trainer import Trainer
@@ -170,10 +177,12 @@ class Checkpoints:
             raise
 
     def adopt_lengths(self, config: Config) -> None:
-        """Store and compare the number of steps that `config` has by now, where the one given has epochs or tokens."""
+        """Store and compare the steps that `config` has by now, where the config given counts in epochs or tokens."""
         self._given = config
         for section in ("data", "lr_scheduler"):  # in place: managers have the same dict
             self._config[section]["total_steps"] = getattr(config, section).total_steps
+        for name in ("warmup_steps", "warmup_tokens"):
+            self._config["lr_scheduler"][name] = getattr(config.lr_scheduler, name)
 
     def attach(self, contents: Contents) -> None:
         """Set the `contents` to save and restore. Reserves host memory if saves run in the background."""
@@ -350,6 +359,7 @@ class Checkpoints:
                 "set ckpt.allow_changed_data=True to go on at the same position of the new data, or start from the "
                 "weights alone with ckpt.load_model_only_folder"
             )
+        self._check_schedule(found)
         left: Left = self._left(found, wanted, told=True) if moments else frozenset()
         if not self._mesh.is_main:
             return left
@@ -359,9 +369,6 @@ class Checkpoints:
             logger.warning(f"the stages after batch {batch} are not those of checkpoint {name}: {planned}")
         if changed:
             logger.warning(f"{listing}\nbatches from here on are drawn from the new data at the same position")
-        with suppress(CheckpointError, LookupError):  # a config of another version
-            if change := schedule_change(found.config(), self._given, stored["optimizer"]["good_steps"]):
-                logger.warning(f"the learning-rate schedule is not that of checkpoint {name}: {change}")
         tokens = self.contents.batch_tokens
         if stored.get("batch_tokens", tokens) != tokens:
             logger.warning(
@@ -386,6 +393,29 @@ class Checkpoints:
         if told and self._mesh.is_main:
             logger.warning("another update rule than that of checkpoint %s: %s", found.name, change.text)
         return change.left
+
+    def _check_schedule(self, found: Found) -> None:
+        """Tell of another schedule. Raises CheckpointError if total_steps alone moves the next learning rate, which
+        often was not meant."""
+        then, change, updates = None, None, 0
+        with suppress(CheckpointError, LookupError):  # a config of another version
+            then, updates = found.config(), found.manifest.state["optimizer"]["good_steps"]
+            change = schedule_change(then, self._given, updates)
+        if then is None or change is None:
+            return
+        text = f"the learning-rate schedule is not that of checkpoint {found.name}: {change}"
+        if self._ckpt.allow_changed_schedule:
+            log = logger.info
+        elif horizon_moved(then, self._given, updates):
+            total = then.lr_scheduler.total_steps
+            raise CheckpointError(
+                f"{text}\nexpected lr_scheduler.total_steps {total} as then: set it, whatever data.total_steps is, or "
+                "set ckpt.allow_changed_schedule=True to go on with the new curve"
+            )
+        else:
+            log = logger.warning
+        if self._mesh.is_main:
+            log(text)
 
     def _warn_of_ignored_folders(self, found: Found) -> None:
         """Warn of load folders that are new in the config, because a resume ignores them."""

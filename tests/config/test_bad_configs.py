@@ -77,6 +77,11 @@ BAD = [
     ),
     (
         "micro_num=4",
+        "micro_num=4, rampup_batch_size='1 1 5 rows'",
+        "5: data.rampup_batch_size: found '1 1 5 rows', expected three integers > 0",
+    ),
+    (
+        "micro_num=4",
         "micro_num=4, rampup_batch_size='1 2 5'",
         "5: data.rampup_batch_size: found '1 2 5', which does not reach data.micro_num 4 from 1 in",
     ),
@@ -142,8 +147,13 @@ BAD = [
         "warmup_steps=5, warmup_ratio=0.05",
         "13: lr_scheduler.warmup_steps: found 5 beside warmup_ratio 0.05; leave one of them out",
     ),
+    (
+        "eta_min=1e-5",
+        "warmup_steps=5, warmup_tokens=5000",
+        "13: lr_scheduler.warmup_tokens: found 5000 beside warmup_steps 5; leave one of them out",
+    ),
+    ("eta_min=1e-5", "warmup_tokens=-1", "13: lr_scheduler.warmup_tokens: found -1, expected an integer >= 0 or None"),
     ("eta_min=1e-5", "kind='wds'", "13: lr_scheduler.kind: found 'wds', expected one of 'cosine', 'wsd', 'linear'"),
-    ("eta_min=1e-5", "decay='cosine'", "13: lr_scheduler.decay: unknown key; nearest known key: lr_scheduler.kind"),
     (
         "eta_min=1e-5",
         "decay_steps=5",
@@ -427,7 +437,7 @@ BAD = [
     (
         "",
         "stages = [dict(until=50), dict(seqlen=64)]",
-        "25: stages[1].seqlen: unknown key; nearest known key: stages[1]",
+        "25: stages[1].seqlen: unknown key; nearest known key: stages[1].",
     ),
     (
         "",

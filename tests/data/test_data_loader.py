@@ -105,9 +105,10 @@ def test_global_batches_do_not_depend_on_dp(root, weights):
 
 
 @pytest.mark.parametrize("weights", [None, {"code": 1.0, "docs": 3.0}])
-def test_resume_at_any_position(root, weights):
+@pytest.mark.parametrize("rampup", ["1 1 3", "1 1 96 tokens"])
+def test_resume_at_any_position(root, rampup, weights):
     """With ramp-up and skipped batches, over more than one epoch."""
-    changes = {"rampup_batch_size": "1 1 3", "skip_batches": "0,4-6,9", "micro_num": 3, "weights": weights}
+    changes = {"rampup_batch_size": rampup, "skip_batches": "0,4-6,9", "micro_num": 3, "weights": weights}
     data = _open(root, 1, 2, **changes)
     whole = _take(data, 60)
     assert whole[-1].after.packs > sum(folder.rows for folder in data.packed)

@@ -13,7 +13,7 @@ JOB_NAME = "launch"
 MICRO_NUM = 2
 STEPS = 60
 data = dict(seq_len=32, micro_bsz=2, micro_num=MICRO_NUM, total_steps=STEPS, train_folder="corpus")
-lr_scheduler = dict(total_steps=STEPS)
+lr_scheduler = dict(total_steps=100000)
 model = dict(num_attention_heads=2, hidden_size=16, num_layers=1, vocab_size=96, multiple_of=16, dtype="torch.float64")
 hybrid_zero_optimizer = dict(reduce_bucket_size=2000)
 ckpt = dict(enable_save_ckpt=True, save_ckpt_folder="local:saves", checkpoint_every=100000)

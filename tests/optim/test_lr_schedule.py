@@ -77,7 +77,7 @@ def test_inverse_sqrt_falls_from_the_end_of_the_warm_up() -> None:
 
 def test_noam_is_its_formula_at_every_step() -> None:
     """In step k = 1, 2, ...; highest at k = W."""
-    schedule = LrSchedulerConfig(total_steps=100, warmup_steps=20, kind="noam", d_model=512)
+    schedule = LrSchedulerConfig(total_steps=100, warmup_steps=20, kind="noam", noam_width=512)
     for k in range(1, 101):
         assert learning_rate(k - 1, 2.0, schedule) == pytest.approx(
             2 * 512**-0.5 * min(k**-0.5, k * 20**-1.5), rel=1e-14

@@ -87,7 +87,7 @@ def test_from_init_to_a_trained_model(programs: Path, tmp_path: Path) -> None:
     assert "done: 3 steps" in call(command, "train", *train, folder=tmp_path)
     assert (tmp_path / "RUN/tiny/latest/report.html").is_file()
     assert "good, every byte" in call(command, "ckpt", "verify", "ckpts", folder=tmp_path)
-    resumed = call(programs / "python", "train.py", *train, "TOTAL_STEPS=4", folder=tmp_path)
+    resumed = call(programs / "python", "train.py", *train, "data.total_steps=4", folder=tmp_path)
     assert "done: 4 steps" in resumed
     launch = call(command, "slurm", "--config", "configs/tiny.py", "--nodes", "1", folder=tmp_path)
     assert "sbatch " in launch

@@ -42,7 +42,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-ADAMW, LION, SGD = {"name": "adamw"}, {"name": "lion"}, {"name": "sgd", "momentum": 0.9}
+ADAMW, LION, SGD, MUON = {"name": "adamw"}, {"name": "lion"}, {"name": "sgd", "momentum": 0.9}, {"name": "muon"}
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,14 @@ ADAMW, LION, SGD = {"name": "adamw"}, {"name": "lion"}, {"name": "sgd", "momentu
             [],
             "exp_avg_sq of 21 tensors kept; nothing at ze",
         ),
+        (
+            ADAMW,
+            MUON,
+            ["exp_avg", "exp_avg_sq"],
+            [],
+            "exp_avg of 21 tensors, exp_avg_sq of 11 tensors kept; nothing at zero",
+        ),
+        (MUON, ADAMW, [], ["exp_avg", "exp_avg_sq"], "exp_avg of 21 tensors, exp_avg_sq of 21 tensors at zero"),
         (LION, ADAMW, [], ["exp_avg", "exp_avg_sq"], "exp_avg of 21 tensors, exp_avg_sq of 21 tensors at zero"),
         (LION, SGD, [], ["momentum"], "momentum of 21 tensors at zero; exp_avg dropped"),
         ({"name": "sgd"}, SGD, [], ["momentum"], "'sgd' then, 'sgd' now: momentum of 21 tensors at zero"),
@@ -94,7 +102,7 @@ def test_another_rule_is_refused_and_taken_on_request(
             assert role in zero and not tensor.any()
     counters = run.trainer.optimizer.state_dict()
     assert counters["good_steps"] == 4
-    assert counters.get("adam_steps") == {"adamw": 0, "adamw_cs336": 4}.get(now["name"])
+    assert counters.get("adam_steps") == {"adamw": 0, "adamw_cs336": 4, "muon": 4}.get(now["name"])
     train(run, StopSignals())
     assert run.trainer.optimizer.problem() is None
 

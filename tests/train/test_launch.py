@@ -22,6 +22,7 @@ CONFIG = """
 JOB_NAME = "launch"
 MICRO_NUM = 4
 data = dict(seq_len=32, micro_bsz=2, micro_num=MICRO_NUM, total_steps=4, train_folder="corpus")
+lr_scheduler = dict(total_steps=20)
 model = dict(num_attention_heads=2, hidden_size=16, num_layers=1, vocab_size=96, multiple_of=16, dtype="torch.float64")
 hybrid_zero_optimizer = dict(reduce_bucket_size=2000)
 ckpt = dict(enable_save_ckpt=True, save_ckpt_folder="local:saves", oss_snapshot_freq=2)
@@ -75,7 +76,8 @@ def test_torchrun_itself(folder: Path):
 
 
 def test_a_killed_rank_ends_the_job_with_its_peers_code(folder: Path):
-    ranks = start_ranks(folder, 2, "MICRO_NUM=2", "data.total_steps=100000", "lr_scheduler.total_steps=100000")
+    last = "lr_scheduler.total_steps=100000"
+    ranks = start_ranks(folder, 2, "MICRO_NUM=2", "data.total_steps=100000", last)
     victim, log = ranks[1][0], ranks[0][1]
     deadline = time.monotonic() + 60
     while "step=5" not in (log.read_text() if log.exists() else "") or not any(folder.glob("saves/**/commits/*.json")):
@@ -86,7 +88,7 @@ def test_a_killed_rank_ends_the_job_with_its_peers_code(folder: Path):
     assert survivor.code == 5, survivor.output
     assert "PeerLostError" in survivor.output
     assert "Traceback" not in survivor.output
-    resumed = [cli.ended(*rank) for rank in start_ranks(folder, 2, "MICRO_NUM=2", "data.total_steps=12")]
+    resumed = [cli.ended(*rank) for rank in start_ranks(folder, 2, "MICRO_NUM=2", "data.total_steps=12", last)]
     assert [one.code for one in resumed] == [0, 0], resumed
     assert "LOAD PLAN" in resumed[0].output or "loaded checkpoint" in resumed[0].output
 

@@ -15,6 +15,7 @@ from internlm_lite.apps.planner.report import GroupTable, RankBytes, RankPlan, R
 from internlm_lite.apps.planner.schedule import Action, actions_of, bubble_fraction, stage_cost
 from internlm_lite.apps.planner.step_clock import StepClock, clock_plan, present_ways
 from internlm_lite.apps.planner.traffic import messages, traffic
+from internlm_lite.config.batch_sizes import with_warmup_steps
 from internlm_lite.config.run_stages import RunStage, in_stage, peak_rate
 from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import TrainingData, open_training_data, open_validation_data
@@ -151,14 +152,14 @@ def _backend(config: Config, device: str) -> AttentionBackend:
 
 
 def _opened(config: Config, sizes: Sizes) -> tuple[Config, TrainingData]:
-    """The config with its number of steps, and the data that it trains on."""
+    """The config with its numbers of steps, and the data that it trains on."""
     data, vocab_size = config.data, config.model.vocab_size
     opened = open_training_data(data, vocab_size, 0, sizes.dp, config.seed, config.stages)
-    config = with_total_steps(config, opened)
+    config = with_warmup_steps(with_total_steps(config, opened), sizes.dp)
     check_caps(config.data, opened)
     if data.valid_every:
         open_validation_data(data, vocab_size, 0, sizes.dp, config.seed)  # raises its errors
-    return config, opened
+    return with_warmup_steps(config, sizes.dp), opened
 
 
 def _first_batches(config: Config, opened: TrainingData) -> tuple[tuple[StepFigures, ...], DocumentLengths]:

@@ -37,7 +37,9 @@ def mismatch(found: Found, wanted: Wanted, config: Mapping[str, Any]) -> str | N
             continue
         tensors["only in the model"] += [f"{name} {list(shape)}" for name, shape in names.items() if name not in have]
         tensors["only in the checkpoint"] += [
-            f"{name} {list(entry.shape)}" for name, entry in have.items() if name not in names
+            f"{name} {list(entry.shape)}"
+            for name, entry in have.items()
+            if name not in names and (role == "master" or name not in wanted.get("master", ()))  # another rule's state
         ]
         tensors["other shape"] += [
             f"{name}: checkpoint {list(have[name].shape)}, model {list(shape)}"

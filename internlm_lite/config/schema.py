@@ -711,6 +711,21 @@ class WandbConfig(Section):
     """"offline": written to the run folder, for `wandb sync`. "online": sent while training."""
 
 
+class MlflowConfig(Section):
+    """(new) MLflow. Passwords and tokens of the server are never written here: MLFLOW_TRACKING_USERNAME,
+    MLFLOW_TRACKING_PASSWORD and MLFLOW_TRACKING_TOKEN in the environment hold them."""
+
+    experiment: str = "internlm_lite"
+    """Experiment of the run; made if there is none."""
+    tracking_uri: str | None = None
+    """Address of the server, or a folder. None: MLFLOW_TRACKING_URI of the environment, else mlruns/ in the run
+    folder."""
+    run_name: str | None = None
+    """Name of the run; None: JOB_NAME and the name of the run folder."""
+    tags: dict[str, str] = {}
+    """Tags of the run."""
+
+
 class AlertsConfig(Section):
     """(new) Alerts about a run: in the log, in events.jsonl and to a webhook."""
 
@@ -750,6 +765,8 @@ class MonitorConfig(Section):
     """Write event files for TensorBoard to the run folder; None: if tensorboard is installed."""
     wandb: WandbConfig | None = None
     """Weights & Biases; None: off."""
+    mlflow: MlflowConfig | None = None
+    """MLflow; None: off."""
     alerts: AlertsConfig = AlertsConfig()
     """Alerts."""
 

@@ -96,6 +96,7 @@ FIGURES = (
     Figure("loss_from_metric", write=_digits(4), tag="train/loss_from_metric"),
     Figure("mfu", write=_digits(4), tag="mfu"),
     Figure("eta_seconds", read=_seconds, write=clock, key="eta"),
+    Figure("stage", int, int, tag="stage"),
     Figure("pack_fill", write=_digits(4), tag="pack_fill"),
     Figure(
         "memory_bytes",

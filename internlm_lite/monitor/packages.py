@@ -20,6 +20,10 @@ def check_packages(monitor: MonitorConfig) -> None:
         raise MissingPackageError(
             "monitor.tensorboard=True needs tensorboard, which is not installed: pip install internlm_lite[tb]"
         )
+    if monitor.mlflow is not None and not is_installed("mlflow"):
+        raise MissingPackageError(
+            "monitor.mlflow needs mlflow, which is not installed: pip install internlm_lite[mlflow]"
+        )
     if monitor.wandb is None:
         return
     if not is_installed("wandb"):

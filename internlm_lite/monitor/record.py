@@ -109,6 +109,8 @@ class StepRecord:
     """Estimated time to the last step."""
     pack_fill: float | None = None
     """Fraction of the batch's tokens that have a label."""
+    stage: int | None = None
+    """Number of the stage of the data; None: the run has one alone."""
     memory_bytes: int | None = None
     """Peak memory of rank 0's device since the last line."""
     origin: Origin = field(default_factory=lambda: Origin("train.py", 0, "main", os.getpid()))

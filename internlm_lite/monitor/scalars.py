@@ -29,10 +29,17 @@ def validation_scalars(record: ValidationRecord) -> dict[str, float]:
         "valid/perplexity": record.perplexity,
         **({} if record.train_loss is None else {"valid/train_loss": record.train_loss}),
         **({} if record.bits_per_byte is None else {"valid/bits_per_byte": record.bits_per_byte}),
-        **{f"task/{name}/{metric}": value for name, of in record.tasks.items() for metric, value in of.items()},
+        **task_scalars(record.tasks),
         **{f"valid/ema_{name}": value for name, value in (record.ema or {}).items()},
         **_folders(record.folders, "val_"),
     }
+
+
+def task_scalars(tasks: object) -> dict[str, float]:
+    """Tag -> number of the "tasks" of an event, which are task -> metric -> value: task/<task>/<metric>."""
+    if not isinstance(tasks, Mapping):
+        return {}
+    return {f"task/{name}/{metric}": value for name, of in tasks.items() for metric, value in of.items()}
 
 
 def _folders(folders: Mapping[str, FolderFigures], prefix: str) -> dict[str, float]:

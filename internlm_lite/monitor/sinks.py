@@ -1,7 +1,7 @@
 """Passes rank 0's records to all sinks, such that no sink can stop or delay training.
 
     direct   console, files, alerts        called at once, quick
-    queued   TensorBoard, wandb            called by one daemon thread with a bounded queue; dropped when it is full
+    queued   TensorBoard, wandb, MLflow    called by one daemon thread with a bounded queue; dropped when it is full
 
 A sink that raises is reported once, in a log line and an event, and switched off.
 """
@@ -200,5 +200,15 @@ def _queued(folder: Path, config: Config, done: int) -> dict[str, Callable[[], S
         assert monitor.wandb is not None
         return Wandb(folder, config, monitor.wandb)
 
-    wanted = {"TensorBoard": (tensorboard, writes_tensorboard(monitor)), "wandb": (wandb, monitor.wandb is not None)}
+    def mlflow() -> Sink:
+        from internlm_lite.monitor.mlflow import Mlflow
+
+        assert monitor.mlflow is not None
+        return Mlflow(folder, config, monitor.mlflow)
+
+    wanted = {
+        "TensorBoard": (tensorboard, writes_tensorboard(monitor)),
+        "wandb": (wandb, monitor.wandb is not None),
+        "MLflow": (mlflow, monitor.mlflow is not None),
+    }
     return {name: make for name, (make, is_wanted) in wanted.items() if is_wanted}

@@ -10,11 +10,12 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import indent
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
 from internlm_lite.monitor.record import Sample, Sink, StepRecord, ValidationRecord
-from internlm_lite.monitor.scalars import FOLDER_FIGURES, step_scalars, validation_scalars
+from internlm_lite.monitor.scalars import FOLDER_FIGURES, step_scalars, task_scalars, validation_scalars
 
 CODE = "    "
 """Markdown shows lines with this indentation unchanged."""
@@ -43,6 +44,11 @@ class TensorBoard(Sink):
 
     def validation(self, record: ValidationRecord) -> None:
         self._scalars(validation_scalars(record), record.step, time.time())
+
+    def event(self, kind: str, facts: Mapping[str, Any]) -> None:
+        """Tasks that were evaluated apart from the validation data."""
+        if kind == "tasks":
+            self._scalars(task_scalars(facts["tasks"]), facts["step"], time.time())
 
     def sample(self, sample: Sample) -> None:
         if sample.prompt not in self._prompts:

@@ -19,7 +19,7 @@ from internlm_lite.config.masking import masked
 from internlm_lite.config.render_config import resolved
 from internlm_lite.config.schema import Config, WandbConfig
 from internlm_lite.monitor.record import Sample, Sink, StepRecord, ValidationRecord
-from internlm_lite.monitor.scalars import step_scalars, validation_scalars
+from internlm_lite.monitor.scalars import step_scalars, task_scalars, validation_scalars
 
 logger = logging.getLogger("internlm_lite")
 
@@ -70,7 +70,9 @@ class Wandb(Sink):
         self._run.log({"step": record.step, **validation_scalars(record)})
 
     def event(self, kind: str, facts: Mapping[str, Any]) -> None:
-        """The end of the run is written to wandb's summary."""
+        """Tasks that were evaluated apart are logged; the end of the run is written to wandb's summary."""
+        if kind == "tasks":
+            self._run.log({"step": facts["step"], **task_scalars(facts["tasks"])})
         if kind in ("done", "stopped", "failed"):
             self._run.summary["ended"] = kind
 

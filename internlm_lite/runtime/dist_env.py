@@ -95,6 +95,7 @@ def set_defaults(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # wandb's own process must not send reports of its errors.
     environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    set_mlflow_defaults(environ)
 
 
 def set_gpu_defaults(environ: MutableMapping[str, str], *, deterministic: bool) -> None:
@@ -105,6 +106,15 @@ def set_gpu_defaults(environ: MutableMapping[str, str], *, deterministic: bool) 
     if deterministic:
         # NVLink switches add in any order. torch itself excludes NVLS, but not the trees that use it inside a node.
         environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
+
+
+def set_mlflow_defaults(environ: MutableMapping[str, str]) -> None:
+    """Set variables that mlflow reads on import: call it before. Values set by the user are kept."""
+    environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # else newer versions refuse to write files
+    # A call to a dead server must not keep other sinks of the queue waiting for minutes.
+    environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
 
 def adopt_s3_keys(environ: MutableMapping[str, str]) -> None:

@@ -126,6 +126,7 @@ class Reporter:
             "smallest_batch": batch.stats.smallest_batch,
             "adam_beta2": outcome.beta2,
             "pack_fill": batch.stats.num_labels / batch.stats.num_tokens,
+            "stage": batch.stage if len(self._stages) > 1 else None,
             "memory_bytes": _peak_memory(self._mesh.device),
             "origin": Origin.here(),
         }

@@ -18,7 +18,7 @@ from internlm_lite.monitor.packages import check_packages, writes_tensorboard
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without any of them."""
     real = importlib.util.find_spec
-    absent = ("tensorboard", "wandb")
+    absent = ("tensorboard", "wandb", "mlflow")
     monkeypatch.setattr(packages, "find_spec", lambda name: None if name in absent else real(name))
 
 
@@ -27,6 +27,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"tensorboard": True}, "pip install internlm_lite[tb]"),
         ({"wandb": {}}, "pip install internlm_lite[wandb]"),
+        ({"mlflow": {}}, "pip install internlm_lite[mlflow]"),
     ],
 )
 def test_requested_package_is_missing(bare: None, config: dict[str, Any], expected: str) -> None:

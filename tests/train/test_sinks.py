@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from internlm_lite.monitor.console import Console
 from internlm_lite.monitor.jsonl import read_objects
 from internlm_lite.monitor.record import Sink, StepRecord
 from internlm_lite.monitor.tensorboard import TensorBoard
+from internlm_lite.runtime.dist_env import set_mlflow_defaults
 from internlm_lite.train.build import RunServices, build_run
 from internlm_lite.train.loop import train
 from tests.corpus import FOLDERS, write_corpus
@@ -48,9 +50,12 @@ def config_for(corpus: Path, saves: Path | None = None, total_steps: int = STEPS
 def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """A run of five steps that goes on to eight in the same folder; everything is written."""
     folder = tmp_path_factory.mktemp("run")
+    set_mlflow_defaults(os.environ)
     for total_steps in (5, STEPS):
         metrics = run_training(
-            single_process_mesh(), config_for(corpus, folder / "saves", total_steps, wandb={}), folder / "run"
+            single_process_mesh(),
+            config_for(corpus, folder / "saves", total_steps, wandb={}, mlflow={}),
+            folder / "run",
         )
     return folder / "run", metrics
 
@@ -83,6 +88,19 @@ def test_wandb_holds_metrics_jsonl(run: tuple[Path, list[dict[str, Any]]]) -> No
     evaluations = [event for event in read_objects(folder / "events.jsonl") if event["event"] == "evaluation"]
     shown = [(row["step"], row["val_loss/code"]) for row in rows if "valid/loss" in row]
     assert shown == [(event["step"], event["folders"]["code"][1]) for event in evaluations] and shown
+
+
+def test_mlflow_holds_metrics_jsonl(run: tuple[Path, list[dict[str, Any]]]) -> None:
+    set_mlflow_defaults(os.environ)
+    mlflow = pytest.importorskip("mlflow", reason="needs mlflow: pip install internlm_lite[mlflow]")
+    folder, metrics = run
+    client = mlflow.MlflowClient(str(folder / "mlruns"))
+    kept = client.get_run((folder / "mlflow-id").read_text().strip())
+    assert kept.info.status == "FINISHED"
+    assert kept.data.tags["changed.data.total_steps"] == str(STEPS) and kept.data.params["data.total_steps"] == "5"
+    for key, figure in (("train/loss", "loss"), ("lr", "lr")):
+        found = sorted((point.step, point.value) for point in client.get_metric_history(kept.info.run_id, key))
+        assert found == [(line["step"], line[figure]) for line in metrics]
 
 
 class OwnSink(Sink):

@@ -143,6 +143,7 @@ def test_what_is_told_of_a_stage(corpus: Path, tmp_path: Path) -> None:
     assert [(event["step"], event["stage"]) for event in events] == [(2, 1), (4, 2)]
     assert events[0]["changed"] == {"seq_len": 48, "rope_base": 5e4, "lr": 5e-3}
     assert events[1]["changed"]["weights"] == {"code": 2.0, "docs": 1.0} and events[1]["micro_bsz"] == 2
+    assert [line["stage"] for line in lines] == [0, 1, 2, 2]
     assert [line["num_consumed_tokens"] for line in lines] == [256, 640, 768, 896]
     for line, length in zip(lines, (32, 48, 16, 16), strict=True):
         per_token = internlm_flops_per_token(config.model, length)

@@ -26,7 +26,7 @@ Folders = dict[str, tuple[Any, ...]]
 
 _NOT_SCALARS = {"seg", "step", "time", "folders", "seen"}
 _WIDTH = 4
-_MAX_NUMBER = 1e100
+MAX_NUMBER = 1e100
 """Larger numbers count as missing, so that sums and products stay finite."""
 _MAX_INT = 10**300
 """A line with a larger integer, which is no float, is invalid."""
@@ -232,9 +232,9 @@ def _are_numbers(values: Iterable[Any]) -> bool:
 
 
 def _as_block(rows: Sequence[Sequence[Any]]) -> Numbers:
-    """float64 [rows, width]; None and numbers beyond _MAX_NUMBER become nan."""
+    """float64 [rows, width]; None and numbers beyond MAX_NUMBER become nan."""
     block = np.array(rows, dtype=np.float64)
-    block[~(np.abs(block) <= _MAX_NUMBER)] = np.nan
+    block[~(np.abs(block) <= MAX_NUMBER)] = np.nan
     return block
 
 

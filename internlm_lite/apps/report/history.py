@@ -5,8 +5,10 @@ Pure functions of the events in file order.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from internlm_lite.apps.report.columns import seconds
@@ -96,9 +98,62 @@ def validation(events: Iterable[Event]) -> list[Event]:
         if event["event"] == "evaluation":
             folders = event.get("folders")
             folders = folders if isinstance(folders, dict) else {}
-            figures = {key: event.get(key) for key in ("loss", "train_loss", "acc")}
-            kept.append({"step": step, **figures, "folders": folders})
+            figures = {key: event.get(key) for key in ("loss", "train_loss", "acc", "bits_per_byte")}
+            averaged = event.get("ema")
+            averaged = averaged if isinstance(averaged, dict) else {}
+            kept.append({"step": step, **figures, "ema": numbers_of(averaged), "folders": folders})
     return kept
+
+
+def tasks(events: Iterable[Event]) -> list[Event]:
+    """{"step", "tasks": task -> metric -> value} by rising step, without those that a restart superseded."""
+    found: dict[int, dict[str, dict[str, float]]] = {}
+    for event in of_kind(events, "start", "evaluation", "tasks"):
+        step, scores = as_int(event.get("step")), event.get("tasks")
+        if step is None:
+            continue
+        if event["event"] == "start":
+            found = {before: kept for before, kept in found.items() if before < step}
+        elif isinstance(scores, dict):
+            of_step = found.setdefault(step, {})
+            of_step |= {name: numbers_of(figures) for name, figures in scores.items() if isinstance(figures, dict)}
+    return [{"step": step, "tasks": found[step]} for step in sorted(found)]
+
+
+def numbers_of(values: dict[str, Any]) -> dict[str, float]:
+    """Those of the values that are numbers."""
+    return {name: value for name, value in values.items() if type(value) in (int, float) and abs(value) < _EXACT}
+
+
+def stages(events: Sequence[Event], planned: Sequence[tuple[int, int]] = ()) -> list[Event]:
+    """{"stage", "from": first step, "planned", "values": what the event says of it} by rising step.
+
+    `planned`: (step, stage) of the schedule, by rising step: borders that lie behind the last event. A run without any
+    border has no stages."""
+    found: dict[int, Event] = {}
+    for event in of_kind(events, "start", "stage"):
+        step, number = as_int(event.get("step")), as_int(event.get("stage"))
+        if step is None:
+            continue
+        if event["event"] == "start":
+            found = {before: kept for before, kept in found.items() if before < step}
+        elif number is not None:
+            changed = event.get("changed")
+            values = {str(name): _words(value) for name, value in changed.items()} if isinstance(changed, dict) else {}
+            found[step] = {"stage": number, "from": step, "planned": False, "values": values}
+    done = {item["stage"] for item in found.values()}
+    borders = [later for before, later in pairwise(planned) if later[1] != before[1] and later[1] not in done]
+    for step, number in borders:
+        found.setdefault(step, {"stage": number, "from": step, "planned": True, "values": {}})
+    if not found:
+        return []
+    first = planned[0][1] if planned else min(item["stage"] for item in found.values()) - 1
+    found.setdefault(0, {"stage": max(0, first), "from": 0, "planned": False, "values": {}})
+    return [found[step] for step in sorted(found)]
+
+
+def _words(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def alerts(events: Sequence[Event]) -> list[Event]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from internlm_lite.apps.report.discover import find_runs, require_runs, run_name
 from internlm_lite.apps.report.payload import UNREADABLE, curves, make_payload
+from internlm_lite.apps.report.prometheus import render_metrics
 from internlm_lite.apps.report.run import RunReader
 from internlm_lite.apps.report.run_state import run_state
 from internlm_lite.errors import InternLMError
@@ -70,6 +71,11 @@ class LiveRuns:
         with self._lock:
             run = next((run for known, run in self._runs if known == identity), None)
             return None if run is None else curves(run, begin, end, points)
+
+    def metrics(self) -> str:
+        """The newest figures of all runs, for Prometheus."""
+        with self._lock:
+            return render_metrics([run for _, run in self._runs], datetime.now(timezone.utc))
 
     def _token(self) -> str:
         now = datetime.now(timezone.utc)

@@ -17,7 +17,7 @@ import numpy as np
 
 from internlm_lite.apps.report.columns import Columns, Numbers, seconds
 from internlm_lite.apps.report.downsample import Buckets
-from internlm_lite.apps.report.history import alerts, checkpoints, restarts, samples, validation
+from internlm_lite.apps.report.history import alerts, checkpoints, restarts, samples, stages, tasks, validation
 from internlm_lite.apps.report.run import RunReader
 from internlm_lite.apps.report.run_state import ACTIVE, last_of, run_state
 from internlm_lite.apps.report.untrusted_files import printable
@@ -31,6 +31,7 @@ MAX_POINTS = 4000
 """Most points of a curve, summed over all runs of a page."""
 MAX_EVENTS = 500
 _FP16 = ('"torch.float16"', '"torch.half"')
+_ELSEWHERE = ("folders", "tasks")
 DIGITS = 7
 """Significant digits of numbers in a curve."""
 
@@ -87,6 +88,9 @@ def run_payload(identity: str, run: RunReader, now: datetime, points: int = POIN
         "epoch_tokens": sum(_folder_tokens(run).values()) or None,
         "folders": folder_table(run, checks),
         "validation": checks,
+        "tasks": tasks(run.events),
+        "stages": stages(run.events, planned_stages(run)),
+        "schedule": run.schedule,
         "checkpoints": saves,
         "samples": samples(run.samples, run.events),
         "events": [_short(event) for event in run.events[-MAX_EVENTS:]],
@@ -99,8 +103,14 @@ def run_payload(identity: str, run: RunReader, now: datetime, points: int = POIN
 
 
 def _short(event: dict[str, Any]) -> dict[str, Any]:
-    """The event without the folders of an evaluation, which are in "validation"."""
-    return {key: value for key, value in event.items() if key != "folders" or event["event"] != "evaluation"}
+    """The event without the folders and tasks of an evaluation, which have places of their own."""
+    return {key: value for key, value in event.items() if event["event"] != "evaluation" or key not in _ELSEWHERE}
+
+
+def planned_stages(run: RunReader) -> list[tuple[int, int]]:
+    """(step, stage) of the schedule; none without both."""
+    pairs = zip(run.schedule.get("step", ()), run.schedule.get("stage", ()), strict=False)
+    return [(step, int(stage)) for step, stage in pairs if stage is not None]
 
 
 def window(lines: int) -> int:
@@ -208,7 +218,19 @@ def series(columns: Columns, begin: float = -math.inf, end: float = math.inf, po
         },
         "skipped": numbers(step[grew]),
     }
+    if columns.n > 1:
+        found["batch_tokens"] = numbers(buckets.extremes(batch_tokens(columns)[rows]))
     return {**{key: numbers(buckets.extremes(y[rows])) for key, y in columns.scalars.items()}, **found}
+
+
+def batch_tokens(columns: Columns) -> Numbers:
+    """Tokens per step, float64 [lines], of the steps since the line before; of the first line, of those up to it."""
+    consumed = columns.scalars.get("num_consumed_tokens")
+    if consumed is None:
+        return np.full(columns.n, np.nan)
+    found = np.diff(consumed, prepend=np.nan) / np.diff(columns.step, prepend=np.nan)
+    found[:1] = consumed[:1] / (columns.step[:1] + 1)
+    return np.where(found > 0, found, np.nan)
 
 
 def numbers(values: Numbers, digits: int | None = DIGITS) -> list[float | int | None]:

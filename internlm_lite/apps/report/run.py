@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from internlm_lite.apps.report.columns import MAX_STEP, Columns
+from internlm_lite.apps.report.columns import MAX_NUMBER, MAX_STEP, Columns
 from internlm_lite.apps.report.history import as_int
 from internlm_lite.apps.report.tail import LineDelta, Tail
 from internlm_lite.apps.report.untrusted_files import printable, read_file
@@ -19,7 +19,9 @@ from internlm_lite.monitor.jsonl import finite
 
 RUN_FILES = ("metrics.jsonl", "events.jsonl", "config.resolved.yaml")
 """A folder that holds one of these is a run folder."""
-_DOCUMENTS = ("config.resolved.yaml", "config.origins.json", "env.json", "FAILED.json")
+_DOCUMENTS = ("config.resolved.yaml", "config.origins.json", "env.json", "schedule.json", "FAILED.json")
+_MOST_PLANNED = 5000
+"""A schedule with more points is left out: training writes 500."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class RunReader:
         self.samples: list[dict[str, Any]] = []
         self.config: list[dict[str, Any]] = []
         self.environment: dict[str, Any] = {}
+        self.schedule: dict[str, list[Any]] = {}
+        """schedule.json: columns of equal length over the whole run, "step" rising; empty without one."""
         self.failed: dict[str, Any] | None = None
         """FAILED.json, with "modified": seconds since the epoch."""
         self.bad_lines = 0
@@ -172,6 +176,8 @@ class RunReader:
             self._origins = _origins(value)
         elif name == "env.json":
             self.environment = value if isinstance(value, dict) else {}
+        elif name == "schedule.json":
+            self.schedule = _schedule(value)
         else:
             facts = value if isinstance(value, dict) else {}
             self.failed = None if modified is None else {**facts, "modified": modified}
@@ -200,6 +206,21 @@ def _origins(rows: Any) -> list[dict[str, Any]]:
         for row in good
         if row["key"] not in inner
     ]
+
+
+def _schedule(value: Any) -> dict[str, list[Any]]:
+    """The columns that are as long as "step"; {} unless its steps are integers that rise."""
+    steps = value.get("step") if isinstance(value, dict) else None
+    if not isinstance(steps, list) or not 0 < len(steps) <= _MOST_PLANNED:
+        return {}
+    if not all(type(step) is int and 0 <= step < MAX_STEP for step in steps) or steps != sorted(set(steps)):
+        return {}
+    columns = {key: values for key, values in value.items() if isinstance(values, list) and len(values) == len(steps)}
+    return {key: values for key, values in columns.items() if all(map(_is_figure, values))}
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and abs(value) < MAX_NUMBER)
 
 
 def _json(text: str | bytes) -> Any:

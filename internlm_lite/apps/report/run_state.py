@@ -20,6 +20,7 @@ SILENT_STEPS = 10.0
 """Or this number of usual intervals between step lines, if that is longer."""
 ACTIVE = ("training", "saving", "evaluating", "starting")
 _OVER = (*ENDS, "log")
+PHASES = (*ACTIVE, "silent", *_OVER)
 """Phases in which no more lines are expected."""
 
 

@@ -4,6 +4,9 @@ GET /                                            the page with the current data
 GET /api/runs                                    the data: payload.py's, with a "token"
 GET /api/since?after=TOKEN                       the same, or 304 when nothing has changed
 GET /api/series?run=r0&from=A&to=B&points=N      the curves of a range of steps
+GET /metrics                                     the newest figures for Prometheus (prometheus.py)
+
+Programs send the token as "Authorization: Bearer TOKEN" in place of the cookie.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from urllib.parse import parse_qsl, quote, urlsplit
 from internlm_lite.apps.report.live_runs import LiveRuns
 from internlm_lite.apps.report.page import ASSETS, Assets, render_page
 from internlm_lite.apps.report.payload import POINTS
+from internlm_lite.apps.report.prometheus import CONTENT_TYPE
 from internlm_lite.errors import ConfigError
 
 logger = logging.getLogger("internlm_lite")
@@ -177,7 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
             query = dict(parse_qsl(url.query, max_num_fields=8))
         except ValueError:
             return Response.refusal(HTTPStatus.BAD_REQUEST, "not an address of this server")
-        if self.server.cookie_value is not None and not self._holds_cookie(self.server.cookie_value):
+        if self.server.cookie_value is not None and not self._is_known(self.server.cookie_value):
             return self._log_in(query.get("token", ""))
         try:
             return self._routed(url.path, query)
@@ -185,7 +189,10 @@ class _Handler(BaseHTTPRequestHandler):
             logger.exception("dashboard: %s", url.path)
             return Response.refusal(HTTPStatus.INTERNAL_SERVER_ERROR, type(error).__name__)
 
-    def _holds_cookie(self, expected: str) -> bool:
+    def _is_known(self, expected: str) -> bool:
+        kind, _, given = self.headers.get("Authorization", "").partition(" ")
+        if kind.lower() == "bearer" and self.server.accepts_token(given.strip()):
+            return True
         pairs = (part.strip().partition("=") for part in self.headers.get("Cookie", "").split(";"))
         values = [value for name, _, value in pairs if name == self.server.cookie]
         return any(hmac.compare_digest(value.encode(), expected.encode()) for value in values)
@@ -201,11 +208,13 @@ class _Handler(BaseHTTPRequestHandler):
         runs = self.server.runs
         if path == "/favicon.ico":
             return Response(HTTPStatus.NO_CONTENT)
-        if path not in ("/", "/api/runs", "/api/since", "/api/series"):
+        if path not in ("/", "/api/runs", "/api/since", "/api/series", "/metrics"):
             return Response.refusal(HTTPStatus.NOT_FOUND, "not found")
         if path == "/api/series":
             return self._series(query)
         runs.refresh()
+        if path == "/metrics":
+            return Response(HTTPStatus.OK, runs.metrics().encode("utf-8", "backslashreplace"), CONTENT_TYPE)
         if path == "/api/since" and query.get("after") == runs.token():
             return Response(HTTPStatus.NOT_MODIFIED)
         return self.server.current("/" if path == "/" else "/api/runs")

@@ -34,12 +34,17 @@ def columns_of(*values: dict) -> Columns:
 
 def test_an_example_of_everything(tmp_path: Path) -> None:
     (tmp_path / "env.json").write_text('{"host": "h"}')
+    plan = {"step": [0, 2, 3], "lr": [1.0, 0.5, 0.0], "stage": [0, 1, 2], "short": [1], "words": ["a", "b", "c"]}
+    (tmp_path / "schedule.json").write_text(json.dumps(plan))
+    more = {"ema": {"loss": 2.3, "words": "x"}, "tasks": {"cloze": {"acc": 0.5}, "odd": 3}}
     events = [
         event("start", -1, step=0, total_steps=4, folder_tokens={"code": 200}),
-        event("evaluation", 1.5, step=1, loss=2.4, acc=0.3, train_loss=2.6, folders={"code": [9, 2.4, 0.3]}),
+        event("evaluation", 1.5, step=1, loss=2.4, acc=0.3, train_loss=2.6, folders={"code": [9, 2.4, 0.3]}, **more),
+        event("stage", 0.5, step=1, stage=1, changed={"seq_len": 48, "weights": {"code": 2.0}}),
         event("checkpoint", 1.6, step=2, saved="milestone", name="c", waited=True, stall_seconds=0.5),
         event("alert", 1.7, rule="loss", step=1, text="loss is up"),
     ]
+    short = event("evaluation", 1.5, step=1, loss=2.4, acc=0.3, train_loss=2.6, ema=more["ema"])
     lines = [line(0, loss=3.0, seen={"code": 20}), line(1, loss=2.5, inf_nan_skip_batches=1, seen={"code": 30})]
     assert payload_of(tmp_path, lines, events) == {
         "id": "r0",
@@ -94,13 +99,29 @@ def test_an_example_of_everything(tmp_path: Path) -> None:
             "grad_norm/0_default": [1, 1],
             "grad_norm/1_fp32": [0, 0],
             "num_consumed_tokens": [10, 20],
+            "batch_tokens": [10, 10],
             "inf_nan_skip_batches": [None, 1],
             "folders": {"code": {"tokens": [10, 10], "loss": [3, 2.5], "acc": [0.5, 0.5]}},
             "skipped": [1],
         },
         "validation": [
-            {"step": 1, "loss": 2.4, "train_loss": 2.6, "acc": 0.3, "folders": {"code": [9, 2.4, 0.3]}},
+            {
+                "step": 1,
+                "loss": 2.4,
+                "train_loss": 2.6,
+                "acc": 0.3,
+                "bits_per_byte": None,
+                "ema": {"loss": 2.3},
+                "folders": {"code": [9, 2.4, 0.3]},
+            },
         ],
+        "tasks": [{"step": 1, "tasks": {"cloze": {"acc": 0.5}}}],
+        "stages": [
+            {"stage": 0, "from": 0, "planned": False, "values": {}},
+            {"stage": 1, "from": 1, "planned": False, "values": {"seq_len": "48", "weights": '{"code": 2.0}'}},
+            {"stage": 2, "from": 3, "planned": True, "values": {}},
+        ],
+        "schedule": {"step": [0, 2, 3], "lr": [1.0, 0.5, 0.0], "stage": [0, 1, 2]},
         "checkpoints": [
             {
                 "step": 2,
@@ -114,7 +135,11 @@ def test_an_example_of_everything(tmp_path: Path) -> None:
             }
         ],
         "samples": [],
-        "events": [events[0], {**event("evaluation", 1.5, step=1, loss=2.4, acc=0.3, train_loss=2.6)}, *events[2:]],
+        "events": [
+            events[0],
+            short,
+            *events[2:],
+        ],
         "alerts": [{"rule": "loss", "step": 1, "text": "loss is up", "time": at(1.7), "over": False}],
         "restarts": [],
         "config": [],

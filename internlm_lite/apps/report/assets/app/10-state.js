@@ -9,7 +9,7 @@ const DEFAULTS = {
   y: "linear",
   scale: "common",
   zoom: [],
-  marks: ["restart", "alert"],
+  marks: ["restart", "alert", "stage"],
   sort: "",
   theme: "auto",
   lang: "auto",

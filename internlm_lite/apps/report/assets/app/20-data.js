@@ -113,6 +113,28 @@ function stepOfX(run, x) {
   return state.x === "step" ? x : between(xOf(run, run.series), run.series.step, x);
 }
 
+// x of each point of the schedule, also of steps to come; null where it is not known, as the time is.
+function planX(run) {
+  const plan = run.schedule ?? {};
+  const unit = { step: 1, tokens: 1, epoch: run.epoch_tokens }[state.x];
+  const values = state.x === "step" ? plan.step : plan.tokens?.map(throughStep);
+  if (!plan.step || !unit || !values) return null;
+  let last = 0;
+  return values.map((value) => (last = Math.max(last, (value ?? 0) / unit)));
+
+  // The schedule counts the tokens before a step, a step line those with it.
+  function throughStep(before, index) {
+    return before + (plan.batch_tokens?.[index] ?? 0);
+  }
+}
+
+// x of a step that may lie ahead.
+function xOfAnyStep(run, step) {
+  if (step <= (lastNumber(run.series.step) ?? -1) || state.x === "step") return xOfStep(run, step);
+  const x = planX(run);
+  return x && between(run.schedule.step, x, step);
+}
+
 function between(from, to, value) {
   if (!from.length) return null;
   const at = from.findIndex((other) => other >= value);

@@ -26,7 +26,7 @@ class Chart {
     new ResizeObserver(() => this.resize()).observe(this.host);
   }
 
-  // content: title, lines, log, range (of y), marks, format (of axis values), unsmoothed
+  // content: title, lines, log, range (of y), xRange (where it is not that of all), marks, format (of axis values), unsmoothed
   show(content) {
     this.content = content;
     const lines = content.lines.filter((line) => hasNumber(line.values));

@@ -16,13 +16,14 @@ function plotOptions(chart, drawn) {
       bind: { dblclick: () => () => choose({ zoom: [] }) },
     },
     focus: { alpha: 0.35 },
-    scales: { x: { time: false, range: () => xRange() }, y: yScale(chart) },
+    scales: { x: { time: false, range: () => chart.content.xRange?.() ?? xRange() }, y: yScale(chart) },
     axes: [xAxis(small), yAxis(chart), ...(state.x === "epoch" && !small && epochTokens() ? [tokensAxis()] : [])],
     series: [{}, ...drawn.map((line) => lineOptions(line, small, drawn.length > 12))],
     hooks: {
       setSelect: [(plot) => zoomTo(plot)],
       setCursor: [(plot) => chart.plot && chart.caption(plot.cursor.idx ?? null)],
       setSeries: [(plot, index) => chart.comeNear(plot.series[index]?.key)],
+      drawClear: [(plot) => paintBands(plot, small)],
       draw: [(plot) => paintMarks(plot, chart.content.marks ?? [])],
     },
   };

@@ -7,6 +7,7 @@ function drawControls() {
     dark(),
     JSON.stringify(state),
     folderNames().length,
+    anyStages(),
   ].join();
   fill(byId("controls"), language(), () => [smoothingControl(), make("div", { class: "rest" })]);
   const [smoothing, rest] = byId("controls").children;
@@ -33,7 +34,7 @@ function drawControls() {
     ),
     group(
       "marks",
-      ["restart", "checkpoint", "alert"].map((kind) =>
+      ["restart", "checkpoint", "alert", ...(anyStages() ? ["stage"] : [])].map((kind) =>
         checkbox(`mark:${kind}`, t(`mark_${kind}`), state.marks.includes(kind), () =>
           choose({ marks: toggled(state.marks, kind) }),
         ),

@@ -26,7 +26,28 @@ const CURVES = [
     ticks: percentTick,
     format: (value) => percent(value),
   },
-  { section: "optimizer", title: "chart_lr", keys: [["lr", "chart_lr"]], exact: true },
+  { section: "optimizer", title: "chart_lr", keys: [["lr", "chart_lr"]], exact: true, planned: [["lr", "line_planned"]] },
+  {
+    section: "optimizer",
+    title: "chart_batch",
+    keys: [["batch_tokens", "chart_batch"]],
+    exact: true,
+    planned: [["batch_tokens", "line_planned"]],
+    format: compact,
+  },
+  {
+    section: "optimizer",
+    title: "chart_beta",
+    keys: [
+      ["adam_beta2", "beta2"],
+      ["momentum", "line_momentum"],
+    ],
+    exact: true,
+    planned: [
+      ["beta2", "line_planned_beta2"],
+      ["momentum", "line_planned_momentum"],
+    ],
+  },
   { section: "optimizer", title: "chart_scale", keys: [["loss_scale", "chart_scale"]], exact: true, skipped: true },
   {
     section: "optimizer",
@@ -53,12 +74,16 @@ function curve(section, title, options = {}) {
 
 function drawCurves() {
   drawTraining();
+  drawTasks();
+  drawStages();
   for (const spec of CURVES) {
+    const planned = plannedLines(spec);
     curve(spec.section, spec.title, { height: 190, hides: true }).show({
       title: t(spec.title),
-      lines: keyLines(spec),
+      lines: [...planned, ...keyLines(spec)],
       format: spec.ticks ?? tick,
-      single: spec.keys.length === 1,
+      single: spec.keys.length === 1 && !planned.length,
+      xRange: planned.length ? () => plannedRange(planned) : null,
       unsmoothed: spec.exact,
       marks: [...currentMarks(), ...(spec.skipped ? skippedMarks() : [])],
       notes: spec.skipped && skippedMarks().length ? [make("span", { class: "key bad" }, t("line_overflow"))] : [],
@@ -88,6 +113,30 @@ function keyLines(spec) {
   );
 }
 
+// The schedule over the whole run, behind what has happened, so that what is to come shows too.
+function plannedLines(spec) {
+  return (spec.planned ?? []).flatMap(([key, name], index) =>
+    shownRuns()
+      .filter((run) => planX(run) && hasNumber(own(run.schedule, key)))
+      .map((run) => ({
+        key: `planned ${key} ${run.id}`,
+        name: runName(t(name), run),
+        x: planX(run),
+        values: own(run.schedule, key),
+        colour: runLook(run, index).colour,
+        dash: [3, 4],
+        width: 1,
+        format: spec.format ?? ((v) => significant(v, 5)),
+      })),
+  );
+}
+
+function plannedRange(lines) {
+  const [low, high] = xRange();
+  if (state.zoom.length) return [low, high];
+  return [Math.min(low, ...lines.map((line) => line.x[0])), Math.max(high, ...lines.map((line) => line.x.at(-1)))];
+}
+
 // A norm that is always zero says only that no parameter is kept in that dtype.
 function drawnValues(run, key, part) {
   const values = seriesOf(run)[key] ?? [];
@@ -115,6 +164,15 @@ function drawTraining() {
   const runs = shownRuns();
   drawTotals("chart_loss", "loss", FORMATS.loss, (loss) => loss);
   drawTotals("chart_ppl", "perplexity", FORMATS.ppl, perplexity);
+  curve("training", "chart_bits", { height: 190, hides: true }).show({
+    title: t("chart_bits"),
+    marks: currentMarks(),
+    unsmoothed: true,
+    lines: runs.flatMap((run) => [
+      evaluated(run, "line_val", 1, (item) => item.bits_per_byte),
+      evaluated(run, "line_ema", 3, (item) => item.ema?.bits_per_byte, [2, 2]),
+    ]),
+  });
   curve("training", "chart_val_loss", { height: 260, hides: true }).show({
     title: t("chart_val_loss"),
     log: isLog("loss"),
@@ -134,11 +192,16 @@ function drawTraining() {
   });
 }
 
+// A figure of the evaluations of a run beside others of theirs: over one run each has its colour.
+function evaluated(run, name, place, read, dash = [6, 3]) {
+  const colour = manyRuns() ? runLook(run, 0).colour : plainColour(place);
+  return validationLine(run, runName(t(name), run), colour, read, dash);
+}
+
 // Training and evaluations of each run in one chart; `read` makes its values of losses.
 function drawTotals(title, key, format, read) {
-  const evaluated = (run, name, place, loss) => {
-    const colour = manyRuns() ? runLook(run, 0).colour : plainColour(place);
-    const line = validationLine(run, runName(t(name), run), colour, (item) => read(loss(item)), [6, 3]);
+  const total = (run, name, place, loss, dash) => {
+    const line = evaluated(run, name, place, (item) => read(loss(item)), dash);
     return { ...line, key: `${key} ${line.key}`, format };
   };
   curve("training", title, { height: 260, hides: true }).show({
@@ -154,10 +217,73 @@ function drawTotals(title, key, format, read) {
         ...runLook(run, 0),
         format,
       },
-      evaluated(run, "line_val", 1, (item) => item.loss),
-      evaluated(run, "line_checked", 2, (item) => item.train_loss),
+      total(run, "line_val", 1, (item) => item.loss),
+      total(run, "line_ema", 3, (item) => item.ema?.loss, [2, 2]),
+      total(run, "line_checked", 2, (item) => item.train_loss),
     ]),
   });
+}
+
+// One chart for each metric, with a line for each task.
+const taskMetrics = new Set();
+
+function drawTasks() {
+  const found = shownRuns().flatMap((run) => (run.tasks ?? []).map((item) => item.tasks));
+  const names = [...new Set(found.flatMap(Object.keys))];
+  for (const figures of found.flatMap(Object.values)) for (const metric of Object.keys(figures)) taskMetrics.add(metric);
+  for (const metric of taskMetrics) {
+    curve("training", `tasks ${metric}`, { height: 190, hides: true }).show({
+      title: t("chart_tasks", metric),
+      marks: currentMarks(),
+      unsmoothed: true,
+      lines: names.flatMap((name, index) => shownRuns().map((run) => taskLine(run, name, metric, index))),
+    });
+  }
+}
+
+function taskLine(run, name, metric, index) {
+  const placed = (run.tasks ?? []).filter((item) => xOfStep(run, item.step) !== null);
+  return {
+    key: `task ${name} ${run.id}`,
+    name: runName(name, run),
+    colour: plainColour(index % 8),
+    dash: manyRuns() ? lineDash("", run) : DASHES[Math.floor(index / 8) % DASHES.length],
+    points: true,
+    format: (value) => significant(value, 4),
+    x: placed.map((item) => xOfStep(run, item.step)),
+    values: placed.map((item) => own(own(item.tasks, name), metric) ?? null),
+  };
+}
+
+// What the bands stand for, in words.
+function drawStages() {
+  const runs = shownRuns().filter((run) => run.stages?.length);
+  const cell = (text) => make("td", {}, text);
+  const words = (item) =>
+    [
+      ...(item.planned ? [t("stage_planned")] : []),
+      ...Object.entries(item.values).map(([name, value]) => `${name}: ${value}`),
+    ].join(", ");
+  const heads = [...(manyRuns() ? [t("run")] : []), t("stage"), t("stage_from"), t("stage_values")];
+  const row = (run, item) => [
+    ...(manyRuns() ? [cell(shortName(run))] : []),
+    cell(integer(item.stage)),
+    cell(integer(item.from)),
+    cell(words(item) || NONE),
+  ];
+  fill(byId("stages"), contentKey(["stages"]), () =>
+    runs.length
+      ? [
+          make("h3", {}, t("stages")),
+          table(
+            t("stages"),
+            heads,
+            runs.flatMap((run) => run.stages.map((item) => make("tr", {}, ...row(run, item)))),
+            true,
+          ),
+        ]
+      : [],
+  );
 }
 
 function validationLine(run, name, colour, read, dash = []) {

@@ -4,6 +4,12 @@ window.page = Object.freeze({
   get state() {
     return structuredClone(state);
   },
+  get bands() {
+    return currentBands();
+  },
+  get marks() {
+    return currentMarks();
+  },
   get charts() {
     return [...charts]
       .filter((chart) => chart.plot)

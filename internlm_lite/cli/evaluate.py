@@ -104,7 +104,7 @@ def loaded_config(arguments: argparse.Namespace, world_size: int) -> LoadedConfi
         loaded = load_config(arguments.config, overrides)
     else:
         found = Loader(single_process_mesh(), s3=s3_settings(arguments.s3)).open(arguments.checkpoint)
-        loaded = config_from(without_layout(found.config(), world_size), Path(found.manifest_path), overrides)
+        loaded = config_from(without_layout(found.config_of_stage(), world_size), Path(found.manifest_path), overrides)
     config = loaded.config
     asked = {
         "tasks": None if arguments.tasks is None else [name for name in arguments.tasks.split(",") if name != "none"],

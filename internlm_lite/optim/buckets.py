@@ -69,7 +69,7 @@ class Bucket:
             starts, self.shard_size = _end_to_end(numels, zero.size)
         else:
             rule = RULES[kind.group.rule]
-            costs = [rule.cost(param, kind.group) for param in params]
+            costs = [rule.product_flops(param, kind.group) or param.numel() for param in params]
             starts, self.shard_size = _parameters_whole(numels, costs, loads)
         self.slots = [Slot(param, start, start + param.numel()) for param, start in zip(params, starts, strict=True)]
         self.shard_start = self.shard_size * zero.rank

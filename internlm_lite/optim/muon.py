@@ -35,7 +35,7 @@ class Muon(UpdateRule):
         self._wholes = []
         for shard in shards:
             size = shard.holders.size if shard.holders else 1
-            costs = [self.cost(piece.param, group) for piece in shard.pieces]
+            costs = [self.product_flops(piece.param, group) for piece in shard.pieces]
             self._wholes.append(WholeParameters(shard, costs, loads.setdefault(size, [0] * size)))
 
     @classmethod
@@ -43,7 +43,7 @@ class Muon(UpdateRule):
         return 3 + 3 * _nesterov(group) + 3  # momentum; direction; scale, times lr, minus
 
     @classmethod
-    def cost(cls, param: Parameter, group: ParamGroup) -> int:
+    def product_flops(cls, param: Parameter, group: ParamGroup) -> int:
         return sum(iteration_flops(rows, cols, group.options.ns_steps) for rows, cols in matrix_shapes(param))
 
     def update(self, grads: Sequence[torch.Tensor], lr: torch.Tensor, beta2: float, skipped: torch.Tensor) -> None:
@@ -52,6 +52,7 @@ class Muon(UpdateRule):
             momentum = before.lerp(grad, 1 - mu)
             step = grad.lerp_(momentum, mu) if _nesterov(self._group) else momentum.clone()
             before.copy_(torch.where(skipped, before, momentum))
+            del momentum
             collected = wholes.collect(step)
             wholes.hand_out([self._direction(*pair) for pair in zip(collected, wholes.owned, strict=True)], step)
             if self._group.weight_decay:

@@ -93,9 +93,10 @@ class UpdateRule:
         return cls.roles
 
     @classmethod
-    def cost(cls, param: Parameter, group: ParamGroup) -> int:
-        """Work on a whole parameter, in any unit: rules with `whole_matrices` are given about as much on each rank."""
-        return param.numel()
+    def product_flops(cls, param: Parameter, group: ParamGroup) -> int:
+        """Operations of matrix products on a whole parameter, in an update. With `whole_matrices` ranks get about as
+        many each."""
+        return 0
 
     @classmethod
     def operations(cls, group: ParamGroup) -> int | None:

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from internlm_lite.checkpoint.format.weight_roles import Weights
-from internlm_lite.config.schema import CkptConfig, Config, EvaluationConfig, MonitorConfig, OptimizerConfig
+from internlm_lite.config.schema import (
+    CkptConfig,
+    Config,
+    EvaluationConfig,
+    GuardConfig,
+    MonitorConfig,
+    OptimizerConfig,
+)
 from internlm_lite.data.data_loader import TrainingSample
 from internlm_lite.errors import CheckpointError, StorageError
 from internlm_lite.mesh.consensus import on_main
@@ -28,7 +35,7 @@ TaskScores = Mapping[str, Mapping[str, float]]
 """Task -> metric -> value."""
 AVERAGED = "@ema"
 """Behind the name of a task that the averaged weights were asked."""
-_ALL_BATCHES = 10**9
+_ALL = 10**9
 
 
 def evaluate(run: Run, state: TrainState) -> ValidationRecord:
@@ -149,12 +156,14 @@ class CheckpointEvaluation:
 
 
 def config_to_evaluate(config: Config, checkpoint: str, valid_batches: int | None = None) -> Config:
-    """The config to evaluate the weights of `checkpoint` with, whatever it was trained on, and without optimizer state
-    in memory. `valid_batches`: None: all validation data."""
+    """The config to evaluate the weights of `checkpoint` with, whatever it was trained on. `valid_batches`: None: all
+    validation data."""
     data = config.data
-    batches = {"valid_every": int(data.valid_folder is not None), "valid_batches": valid_batches or _ALL_BATCHES}
+    batches = {"valid_every": int(data.valid_folder is not None), "valid_batches": valid_batches or _ALL}
     training = {"train_folder": None, "weights": None, "valid_train_batches": 0, "valid_at_start": False}
+    training |= {"total_steps": data.total_steps or _ALL, "epochs": None, "total_tokens": None, "max_epochs": None}
     tasks = {"every": None if data.valid_folder else 1, "weights": "model", "keep_best": None}
+    steps = config.lr_scheduler.total_steps or _ALL
     ckpt = CkptConfig(load_model_only_folder=checkpoint, auto_resume=False, s3=config.ckpt.s3)
     return config.model_copy(
         update={
@@ -162,8 +171,10 @@ def config_to_evaluate(config: Config, checkpoint: str, valid_batches: int | Non
             "data": data.model_copy(update={**batches, **training}),
             "evaluation": EvaluationConfig.model_validate({**config.evaluation.model_dump(), **tasks}),
             "monitor": MonitorConfig(tensorboard=False),
-            "optimizer": OptimizerConfig(name="sgd"),
+            "lr_scheduler": config.lr_scheduler.model_copy(update={"total_steps": steps}),
+            "guard": GuardConfig(),
             "ema": None,
+            "stages": [],
         }
     )
 
@@ -173,6 +184,8 @@ def evaluate_checkpoint(config: Config, mesh: Mesh, asked: CheckpointEvaluation,
     `config_to_evaluate`. Raises CheckpointError, DataError, ConfigError; StorageError if the file cannot be written."""
     path = config.ckpt.load_model_only_folder
     assert path is not None, "the config names the checkpoint"
+    if config.model.scaling == "standard":  # SGD has no state that would take memory
+        config = config.model_copy(update={"optimizer": OptimizerConfig(name="sgd")})
     run = load_run(config, mesh, Path(), "none", replace(services, weights=asked.weights[0]))
     figures: dict[str, Any] = {}
     source = run.checkpoints.weights_from

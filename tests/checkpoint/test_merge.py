@@ -191,7 +191,7 @@ def test_wrong_checkpoints_and_weights_are_refused(tmp_path: Path, capsys: pytes
         ([good, saved(tmp_path / "shape", config, norm_weight=torch.ones(8))], "norm.weight: [8] here, [7] there"),
         ([good, saved(tmp_path / "names", config, norm_weight=None)], "norm.weight: nothing here, [7] there"),
         ([good, saved(tmp_path / "base", other)], "model.rope_base: checkpoint 10000.0, this run 500000.0"),
-        ([saved(tmp_path / "int", config, norm_weight=torch.ones(7, dtype=torch.int32))], "I32, expected floats"),
+        ([saved(tmp_path / "int", config, norm_weight=torch.ones(7, dtype=torch.int32))], "I32, expected floating"),
         ([good, damaged], "damaged in bytes 0.."),
         ([good, good, "--weights", "1"], "found 1 numbers for 2 checkpoints, expected one for each"),
         ([good, good, "--weights", "1,-1"], "--weights 1,-1: expected finite numbers whose sum is not 0"),

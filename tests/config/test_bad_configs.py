@@ -404,6 +404,57 @@ BAD = [
     ("", "ckpt = dict(keep_best=True)", "25: ckpt.keep_best: found True with data.valid_every 0: there are no"),
     (
         "",
+        "evaluation = dict(every=5)",
+        "25: evaluation.every: found 5 without evaluation.tasks; name some, or remove it",
+    ),
+    ("", "evaluation = dict(tasks=['x'])", "25: evaluation.tasks: found without data.tokenizer; set it, or remove"),
+    (
+        "",
+        "evaluation, data['tokenizer'] = dict(tasks=['x']), 't'",
+        "25: evaluation.tasks: found tasks that are never evaluated; set evaluation.every or data.valid_every",
+    ),
+    (
+        "",
+        "evaluation, data['tokenizer'] = dict(tasks=['x', 'x'], every=2), 't'",
+        "25: evaluation.tasks: found 'x' twice, expected each task once; remove one",
+    ),
+    (
+        "",
+        "evaluation, data['tokenizer'] = dict(tasks=['cloze_word'], every=2), 't'",
+        "25: evaluation.tasks: found 'cloze_word', which is made of the text of data.valid_folder; set it, or",
+    ),
+    (
+        "",
+        "evaluation, data['tokenizer'] = dict(tasks=['x'], every=2, weights='ema'), 't'",
+        "25: evaluation.weights: found 'ema' without ema = dict(...), so nothing is averaged; set it, or remove this",
+    ),
+    (
+        "",
+        "evaluation = dict(keep_best='los'); data['valid_every'] = 2",
+        "25: evaluation.keep_best: found 'los', expected one of loss, acc, perplexity, bits_per_byte",
+    ),
+    (
+        "",
+        "evaluation = dict(keep_best='loss'); ckpt = dict(enable_save_ckpt=True, save_ckpt_folder='s')",
+        "25: evaluation.keep_best: found 'loss' with data.valid_every 0: there are no evaluations",
+    ),
+    (
+        "",
+        "evaluation = dict(keep_best='x/acc'); ckpt = dict(enable_save_ckpt=True, save_ckpt_folder='s')",
+        "25: evaluation.keep_best: found 'x/acc' without evaluation.tasks; name the task there, or correct it",
+    ),
+    (
+        "",
+        "evaluation = dict(keep_best='ema/loss'); data['valid_every'] = 2",
+        "25: evaluation.keep_best: found 'ema/loss' without ema = dict(...): there are no averaged weights; set it",
+    ),
+    (
+        "",
+        "evaluation = dict(keep_best='loss'); data['valid_every'] = 2",
+        "25: evaluation.keep_best: found 'loss' with ckpt.enable_save_ckpt=False; change one of them",
+    ),
+    (
+        "",
         "ckpt, data['valid_every'] = dict(keep_best=True), 5",
         "25: ckpt.keep_best: found True with ckpt.enable_save_ckpt=False; change one of them",
     ),

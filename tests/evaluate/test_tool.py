@@ -27,7 +27,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tasks(folder / "tasks")
     ckpt = {"enable_save_ckpt": True, "save_ckpt_folder": str(folder / "ckpts"), "async_upload": False}
     asked = {"tasks": TASKS, "include_path": str(folder / "tasks"), "limit": 5, "weights": "both"}
-    config = config_for(folder, ckpt=ckpt, evaluation=asked, ema={"decay": 0.5}, data={"valid_every": 4})
+    config = config_for(
+        folder,
+        ckpt={**ckpt, "checkpoint_every": 2},
+        evaluation=asked,
+        ema={"decay": 0.5},
+        adam={"adam_beta1": 0.8, "adam_eps": 1e-7},
+        guard={"spike": "rollback"},
+        data={"valid_every": 4, "valid_train_batches": 1},
+    )
     run_training(single_process_mesh(), config, folder / "run")
     return folder
 

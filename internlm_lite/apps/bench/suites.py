@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ from internlm_lite.apps.bench.gpu.step_speed import SHAPES as GPU_SHAPES
 from internlm_lite.apps.bench.launches import count_launches
 from internlm_lite.apps.bench.layouts import bench_layouts
 from internlm_lite.apps.bench.metrics_cost import bench_metrics
+from internlm_lite.apps.bench.muon_cost import bench_muon, bench_training
 from internlm_lite.apps.bench.ranks import bench_ranks
 from internlm_lite.apps.bench.single import SHAPES, bench_single
 from internlm_lite.apps.bench.step import bench_step
 from internlm_lite.apps.bench.worlds import device_of
+from internlm_lite.config.load import load_config
+from internlm_lite.config.schema import Config
 from internlm_lite.monitor.sinks import SinkFactory
 from internlm_lite.runtime.device import device_name
 
@@ -109,6 +112,26 @@ def run_launches() -> dict[str, Any]:
     shapes = {name: {**GPU_SHAPES[name], "layers": layers} for name, layers in (("1b", 24), ("7b", 32))}
     rows = [asdict(row) for name, shape in shapes.items() for row in count_launches(name, **shape)]
     return {"machine": machine(), "launches": rows}
+
+
+def run_muon(rounds: int) -> dict[str, Any]:
+    """Results of steps of Muon and AdamW."""
+    device = device_of(0, 1)
+    dtype = "torch.bfloat16" if device.type == "cuda" else "torch.float32"
+    return {"machine": machine(), "muon": [asdict(row) for row in bench_muon(device, rounds, dtype)]}
+
+
+def run_muon_demo(config_file: Path, folder: Path, steps: int) -> dict[str, Any]:
+    """Results of runs of Muon and AdamW with rows of half the demo's length. `folder`: the demo's, with its tokens.
+
+    Raises ConfigError or DataError."""
+    always = [f"DEMO_FOLDER={folder}", "SEQ_LEN=128"]
+
+    def load(overrides: Sequence[str]) -> Config:
+        return load_config(config_file, [*always, *overrides]).config
+
+    rows = [asdict(row) for row in bench_training(load, steps, folder / "bench")]
+    return {"machine": machine(), "muon": rows}
 
 
 def show(results: dict[str, Any]) -> None:

@@ -95,6 +95,8 @@ class Ways:
     attention: str
     """Key of `attention_tflops`; "cudnn": beside varlen for other documents than long ones."""
     documents: DocumentLengths
+    update_dtype: str = "bf16"
+    """Key of `peak_tflops`, of the products of update rules."""
     one_pass_update: bool = False
     """Gradients are scaled inside the fused update."""
 
@@ -181,10 +183,18 @@ class Roofline:
         return times
 
     def optimizer(self, buckets: Sequence[BucketSizes]) -> Seconds:
-        """The step of the optimizer on one rank, collectives apart."""
-        return self.passes(
+        """The step of the optimizer on one rank; of collectives, what rules exchange for whole parameters."""
+        found = self.passes(
             one for bucket in buckets for one in update_passes(bucket, one_pass=self.ways.one_pass_update)
         )[0]
+        busiest = max(map(sum, zip(*(bucket.product_flops for bucket in buckets), strict=True)))
+        rate = self.device.peak_tflops[self.ways.update_dtype] * 1e12 * self.device.product_fraction
+        found.add("optimizer", "products", busiest / self.tp / rate)
+        for bucket in buckets:
+            if bucket.exchanged:
+                exchange = Message("tp", "all_to_all", bucket.exchanged, times=2)
+                found.add("optimizer", "messages", self.message_seconds(exchange))
+        return found
 
     def stage(self, stage: Transformer) -> StageCost:
         """Seconds of a stage's actions."""

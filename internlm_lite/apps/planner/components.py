@@ -129,6 +129,7 @@ def _update_flops(buckets: Sequence[Bucket]) -> int | None:
         if operations is None:
             return None
         total += bucket.numel * (operations + 2 * (group.weight_decay > 0))
+        total += sum(RULES[group.rule].product_flops(slot.param, group) for slot in bucket.slots)
     return total
 
 

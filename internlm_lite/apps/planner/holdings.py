@@ -44,6 +44,12 @@ class BucketSizes:
     """Bytes of the part of `weights` that this rank optimizes."""
     units: tuple[int, ...]
     """Units of the rank's stages, in forward order, with parameters in this bucket."""
+    product_flops: tuple[int, ...]
+    """Of matrix products in the update on each rank of `zero`, by all of its tensor-parallel ranks together."""
+    exchanged: int
+    """Bytes of what an update collects over `tp`, and again hands out."""
+    update_workspace: int
+    """Estimate of what the update of this bucket allocates besides."""
     averages: int = 0
     """Average of the shard's weights (EMA)."""
     averages_moved: int = 0
@@ -86,7 +92,8 @@ class RankHoldings:
 
     @property
     def update(self) -> int:
-        return sum(one.update_grads for one in self.buckets) + max(one.expanded for one in self.buckets)
+        workspace = max(one.expanded + one.update_workspace for one in self.buckets)  # one bucket after the other
+        return sum(one.update_grads for one in self.buckets) + workspace
 
 
 def holdings(config: Config, sizes: Sizes, backend: AttentionBackend) -> tuple[list[RankHoldings], int]:
@@ -129,11 +136,17 @@ def _parameters(stages: Stages) -> dict[Parameter, int]:
 
 def bucket_sizes(bucket: Bucket, unit_of: Mapping[Parameter, int], ema: EmaConfig | None) -> BucketSizes:
     """`unit_of`: the number of the unit of each parameter, in forward order."""
-    shard, dtype = bucket.shard_size, bucket.kind.dtype
-    state_tensors = len(RULES[bucket.kind.group.rule].roles_with(bucket.kind.group))
+    shard, dtype, group = bucket.shard_size, bucket.kind.dtype, bucket.kind.group
+    rule = RULES[group.rule]
+    state_tensors = len(rule.roles_with(group))
     exact = max(4, dtype.itemsize)  # updates are computed in fp32, or in the weights' own dtype if that is wider
     half = dtype.itemsize < 4
-    bf16 = bucket.kind.group.options.moments == "bf16"
+    products = [0] * (bucket.weights.numel() // shard)
+    for slot in bucket.slots:
+        products[slot.start // shard] += rule.product_flops(slot.param, group)
+    ranks = range(len(products))
+    exchanged = max(map(bucket.elements_on, ranks)) * exact if any(products) and bucket.kind.tp_sharded else 0
+    bf16 = group.options.moments == "bf16"
     return BucketSizes(
         weights=bucket.weights.nbytes,
         grads=bucket.grads.nbytes,
@@ -145,6 +158,10 @@ def bucket_sizes(bucket: Bucket, unit_of: Mapping[Parameter, int], ema: EmaConfi
         partial_over=bucket.kind.partial_over,
         shard_weights=bucket.weight_shard.nbytes,
         units=tuple(sorted({unit_of[slot.param] for slot in bucket.slots})),
+        product_flops=tuple(products),
+        exchanged=exchanged,
+        # Directions; with `exchanged` also whole parameters, those joined to be sent, what is sent, and what comes.
+        update_workspace=(5 if exchanged else 1) * shard * exact * any(products),
         averages=0 if ema is None else shard * exact,
         averages_moved=0 if ema is None else 3 * shard * exact // ema.every,
     )

@@ -137,7 +137,9 @@ def present_ways(config: Config, row: RowShape, documents: DocumentLengths, devi
         kernel, documents = "cudnn", replace(documents, long=1.0)
     elif kernel == "auto":
         kernel = "cudnn" if "cudnn" in device.attention_tflops and expected is AttentionBackend.CUDNN else "varlen"
-    needed = {f"peak_tflops.{name}": name in device.peak_tflops for name in (dtype, "bf16", *["fp8"][: row.fp8])}
+    update = "fp32" if config.optimizer.name == "muon" and config.optimizer.ns_dtype == "torch.float32" else "bf16"
+    needed_dtypes = (dtype, update, "bf16", *["fp8"][: row.fp8])
+    needed = {f"peak_tflops.{name}": name in device.peak_tflops for name in needed_dtypes}
     kernels = (kernel, "varlen") if kernel == "cudnn" and documents.long < 1 else (kernel,)
     needed |= {f"attention_tflops.{name}": name in device.attention_tflops for name in kernels}
     if absent := [key for key, there in needed.items() if not there]:
@@ -145,7 +147,7 @@ def present_ways(config: Config, row: RowShape, documents: DocumentLengths, devi
             f"--device: {device.name} says nothing about {' and '.join(absent)}, which this config needs (model.dtype, "
             "model.fp8, model.attention); add it to a device file"
         )
-    return Ways(row, dtype, kernel, documents)
+    return Ways(row, dtype, kernel, documents, update)
 
 
 def clock_plan(clock: StepClock, ways: Ways, documents: str) -> ClockPlan:

@@ -50,5 +50,6 @@ def _optimizer(holding: RankHoldings) -> Iterator[Message]:
         yield Message("replica", "all_reduce", bucket.shard_grads)
         for axis in bucket.partial_over:  # partial gradients of whole parameters
             yield Message(axis, "all_reduce", bucket.shard_grads)
+        yield Message("tp", "all_to_all", bucket.exchanged, times=2 * (bucket.exchanged > 0))
         yield Message("zero", "all_gather", bucket.weights)
     yield Message("world", "all_reduce", 6 * 8)  # gradient norm, labels, loss, requests to stop

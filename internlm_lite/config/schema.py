@@ -210,11 +210,12 @@ class GroupConfig(Section):
     """Names of parameters, as in checkpoints, with * ? [] as in file names: "*norm*", "layers.0.*". A parameter is in
     the first group that matches; a pattern for which none is left is an error."""
     lr: Annotated[float, Field(ge=0)] | None = None
-    """Peak learning rate, instead of adam.lr. The whole schedule, eta_min too, is scaled by lr / adam.lr."""
+    """Peak learning rate, instead of adam.lr. The whole schedule, eta_min too, is scaled by lr / adam.lr. With
+    model.scaling="mup" that of the base width, as weight_decay."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     """Instead of adam.weight_decay, and whatever adam.weight_decay_on says."""
     betas: Pair | None = None
-    """[beta1, beta2] instead of adam.adam_beta1 and beta2_scheduler: this beta2 stays."""
+    """[beta1, beta2] instead of adam.adam_beta1 and beta2_scheduler: this beta2 stays. Not for matrices of Muon."""
 
 
 class OptimizerConfig(Section):

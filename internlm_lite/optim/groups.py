@@ -71,12 +71,18 @@ class ParamGroups:
         given = self.given(param.shard_spec.name)
         if given is None:
             return group
+        if given.betas and group.rule == "muon":
+            raise ConfigError(
+                f"optimizer.groups: {given.pattern!r} has betas and matches {param.shard_spec.name}, a matrix of Muon, "
+                "which has a momentum instead; leave betas out, or write a pattern that matches other names"
+            )
         beta1, beta2 = given.betas or (group.beta1, group.beta2)
+        wider = self._wider(param)
         return replace(
             group,
             name=f"{given.pattern} ({group.name})",
-            lr=group.lr if given.lr is None else given.lr,
-            weight_decay=group.weight_decay if given.weight_decay is None else given.weight_decay,
+            lr=group.lr if given.lr is None else given.lr / wider,
+            weight_decay=group.weight_decay if given.weight_decay is None else given.weight_decay * wider,
             beta1=beta1,
             beta2=beta2,
         )
@@ -90,9 +96,7 @@ class ParamGroups:
         adam, options = self._config.adam, self._config.optimizer
         if options.name == "muon" and param.matrix_rows is not None:
             return self._muon
-        decays = self._decays(param)
-        # Of mu-P; the update of a block's matrix is as large as its learning rate, whatever the gradient.
-        wider = self._config.model.width_multiplier if param.matrix_rows is not None else 1.0
+        decays, wider = self._decays(param), self._wider(param)
         return ParamGroup(
             name="hidden" if wider != 1 else "decay" if decays else "no_decay",
             rule="adamw" if options.name == "muon" else options.name,
@@ -104,6 +108,12 @@ class ParamGroups:
             momentum=options.momentum or 0.0,
             options=options,
         )
+
+    def _wider(self, param: Parameter) -> float:
+        """By what mu-P divides a learning rate and multiplies a weight decay: an elementwise update of a block's matrix
+        is as large as its learning rate, whatever the gradient. Muon's is as large as the matrix wants it."""
+        by_element = param.matrix_rows is not None and self._config.optimizer.name != "muon"
+        return self._config.model.width_multiplier if by_element else 1.0
 
     @property
     def _muon(self) -> ParamGroup:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from internlm_lite.config.schema import Config, LossConfig, ModelConfig
+from internlm_lite.errors import ConfigError
 from internlm_lite.layers.flash import AttentionBackend, packed
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.models.decoder import Transformer, build_model
@@ -119,6 +120,27 @@ def test_each_parameter_has_the_values_of_its_role() -> None:
             assert large == small, name
     assert wide.model.logit_scale == 1 / 4 and wide.model.attention_scale is None
     assert mup(256, head_dim=64, mup_base_head_dim=32).model.attention_scale == 32**0.5 / 64
+
+
+def test_groups_by_pattern_give_values_of_the_base_width() -> None:
+    groups = [{"pattern": "*w1*", "lr": 8e-3, "weight_decay": 0.5}, {"pattern": "*norm*", "lr": 1e-3}]
+    wide = config(256, scaling="mup", mup_base_width=64)
+    wide = Config.model_validate({**wide.model_dump(), "optimizer": {"groups": groups}})
+    found = {param.shard_spec.name: ParamGroups(wide).of(param) for param in meta_model(wide.model).parameters()}
+    first = next(group for name, group in found.items() if "w1" in name)
+    assert (first.lr, first.weight_decay) == (8e-3 / 4, 0.5 * 4)
+    assert next(group for name, group in found.items() if "norm" in name).lr == 1e-3
+
+
+def test_betas_for_a_matrix_of_muon_are_refused() -> None:
+    keys = {"name": "muon", "groups": [{"pattern": "layers.*", "betas": [0.9, 0.99]}]}
+    of = Config.model_validate({**config(64).model_dump(), "optimizer": keys})
+    params = {param.shard_spec.name: param for param in meta_model(of.model).parameters()}
+    matrix = next(param for name, param in params.items() if "w1" in name)
+    with pytest.raises(ConfigError, match=r"'layers\.\*' has betas and matches layers\.0.*w1.*leave betas out"):
+        ParamGroups(of).of(matrix)
+    norm = next(param for name, param in params.items() if name.startswith("layers") and "norm" in name)
+    assert ParamGroups(of).of(norm).beta2 == 0.99
 
 
 def test_at_the_base_width_nothing_changes() -> None:

@@ -38,8 +38,11 @@ def config_text(proposal: Proposal, name: str) -> str:
             {
                 "total_steps": _Name("STEPS"),
                 "warmup_steps": _warmup(proposal.steps),
-                "eta_min": _Name("LEARNING_RATE / 10"),
+                "kind": "wsd",
+                "decay_ratio": 0.2,
+                "decay_shape": "1-sqrt",
             },
+            {"kind": "stable in between: a longer run, or train.py --branch-from, goes on from any checkpoint of it"},
         ),
         _section("beta2_scheduler", {"init_beta2": 0.95}),
         _section("hybrid_zero_optimizer", {"clip_grad_norm": 1.0}),

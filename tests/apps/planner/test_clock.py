@@ -223,7 +223,21 @@ def test_zero_bubble_waits_least_in_seconds_too() -> None:
 
 
 def bucket(n_bytes: int, *units: int) -> BucketSizes:
-    return BucketSizes(n_bytes, n_bytes, n_bytes, 0, 0, 0, (), n_bytes, units)
+    return BucketSizes(
+        weights=n_bytes,
+        grads=n_bytes,
+        shard_grads=n_bytes,
+        masters=0,
+        moments=0,
+        expanded=0,
+        update_grads=0,
+        partial_over=(),
+        shard_weights=n_bytes,
+        units=units,
+        product_flops=(0,),
+        exchanged=0,
+        update_workspace=0,
+    )
 
 
 AXES = {"zero": Axis(2, Link(gb_per_s=1e-9, latency_us=1e-9)), "replica": Axis(1, Link(gb_per_s=1, latency_us=1))}

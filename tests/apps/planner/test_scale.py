@@ -56,7 +56,7 @@ def test_a_20b_step_holds_and_sends_what_is_planned(layout: tuple[int, list[str]
     mesh = build_mesh(sizes, rank, torch.device("meta"), timedelta(seconds=60))
     trainer = Trainer(config, mesh)
     # The fused kernel knows no meta tensors; what it computes sends nothing.
-    monkeypatch.setattr(AdamW, "update", lambda *_: None)
+    monkeypatch.setattr(AdamW, "_update", lambda *_: None)
     monkeypatch.setattr(_PipelineSchedule, "_warmup_p2p", agree_without_words, raising=False)
     monkeypatch.setattr(torch_stage._PipelineStageBase, "_get_init_p2p_neighbors_ops", lambda _: [], raising=False)
     with Calls(mesh) as calls:

@@ -65,7 +65,9 @@ adam = dict(lr=LEARNING_RATE, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, we
 
 lr_scheduler = dict(
     total_steps=STEPS,
-    warmup_steps=WARMUP_STEPS,
+    warmup_steps=0
+    if OPTIMIZER == "sgd"
+    else WARMUP_STEPS,  # without: LEARNING_RATE / sqrt(t + 1) from the first step on
     warmup_from_zero=True,
     kind="inverse_sqrt" if OPTIMIZER == "sgd" else "cosine",
     eta_min=LEARNING_RATE / 10,

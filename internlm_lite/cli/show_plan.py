@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_config(parser)
     parser.add_argument("--world-size", type=int, metavar="N", help="ranks (default: as started)")
     add_plan_options(parser, "")
-    parser.set_defaults(dry_run=True, print_config=None, seed=None, cfg_options=[])
+    parser.set_defaults(dry_run=True, print_config=None, seed=None, cfg_options=[], branch_from=None, decay_steps=None)
     parser.set_defaults(launcher="auto", host=None, port=None, rank=None, local_rank=None)
     arguments = parser.parse_intermixed_args(argv)
     check_plan_options(parser, arguments)

@@ -113,6 +113,7 @@ def test_storage_unreachable_at_first_save_after_resume(corpus: Path, tmp_path: 
     trained(config, tmp_path / "first", {})
     go, come_back = lost(disk)
     values = config.model_dump()
+    values["ckpt"]["allow_changed_schedule"] = True
     values["data"]["total_steps"] = values["lr_scheduler"]["total_steps"] = STEPS + 6
     longer = type(config).model_validate(values)
     told = trained(longer, tmp_path / "second", {STEPS + 1: go, STEPS + 2: come_back})

@@ -13,7 +13,8 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,12 +69,18 @@ def bench_metrics(
     device: torch.device, rounds: int, folder: Path, sinks: Mapping[str, SinkFactory] = {}, **shape: Any
 ) -> MetricsResult:
     """Measure with all sinks but wandb, and `sinks`, in `folder`; the console's step line goes to a file there."""
+    with _log_to(folder / "log"):
+        return _measured(device, rounds, folder, sinks, shape)
+
+
+def _measured(
+    device: torch.device, rounds: int, folder: Path, sinks: Mapping[str, SinkFactory], shape: Mapping[str, Any]
+) -> MetricsResult:
     config = bench_config(**shape)
     mesh = single_process_mesh(device)
     trainer = Trainer(config.model_copy(update={"seed": 1}), mesh, [f"folder-{n}" for n in range(FOLDERS)])
     reporter, metrics = Reporter(config, mesh, trainer), trainer.metrics
     batch = _spread(random_batch(config, 1, device))
-    log = _log_to(folder / "log")
     reporter.open_sinks(partial(open_sinks, folder, config, sinks), 0)
     lines = _Lines(reporter, batch, mesh)
     nothing = _NoMetrics((), mesh)
@@ -98,8 +105,6 @@ def bench_metrics(
         line_seconds, thread_seconds = lines.per_line()
     finally:
         reporter.close()
-        logging.getLogger("internlm_lite").removeHandler(log)
-        log.close()
     quiet_seconds, told_seconds = seconds["quiet"] / TURN_STEPS, seconds["logged"] / TURN_STEPS
     return MetricsResult(
         shape=", ".join(f"{key}={value}" for key, value in shape.items()),
@@ -155,11 +160,19 @@ def _spread(batch: Batch) -> Batch:
     return dataclasses.replace(batch, folders=(tokens % FOLDERS).view(batch.folders.shape))
 
 
-def _log_to(file: Path) -> logging.Handler:
+@contextmanager
+def _log_to(file: Path) -> Iterator[None]:
     logger = logging.getLogger("internlm_lite")
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    before = logger.level, logger.propagate
     handler = logging.FileHandler(file, encoding="utf-8")
     handler.setFormatter(FullFormatter())
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
     logger.addHandler(handler)
-    return handler
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+        logger.setLevel(before[0])
+        logger.propagate = before[1]

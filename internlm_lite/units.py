@@ -42,6 +42,17 @@ def wait_seconds(text: str) -> float:
     return seconds
 
 
+def positive_number(text: str) -> float:
+    """'1e21' -> 1e21: the type of a command-line amount. Raises ArgumentTypeError."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1e30:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number > 0, such as 0.5 or 1e21")
+    return number
+
+
 def memory_bytes(text: str) -> int:
     """'80GB' -> 80000000000, '2GiB' -> 2147483648: the type of a command-line size. Raises ArgumentTypeError."""
     units = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}

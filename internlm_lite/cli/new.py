@@ -21,7 +21,7 @@ from internlm_lite.cli.options import check_at_least, new_parser
 from internlm_lite.config.load import check_config, load_config
 from internlm_lite.errors import ConfigError
 from internlm_lite.runtime.tool import run_tool
-from internlm_lite.units import human_seconds, memory_bytes
+from internlm_lite.units import human_seconds, memory_bytes, positive_number
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -31,7 +31,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--valid", type=Path, metavar="FOLDER", help="tokenised validation data")
     add("--tokenizer", type=Path, metavar="FILE", help="what they were tokenised with")
     add("--vocab-size", type=int, metavar="V", help="ids of the tokenizer, where no file says it")
-    add("--hours", type=_positive, metavar="H", help="time that the run may take")
+    add("--hours", type=positive_number, metavar="H", help="time that the run may take")
     add(
         "--params",
         type=_count,
@@ -54,17 +54,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("expected --hours, --params, or both")
     check_at_least(parser, arguments, gpus=1, seq_len=8, vocab_size=2)
     return arguments
-
-
-def _positive(text: str) -> float:
-    """'0.5' -> 0.5. Raises ArgumentTypeError."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0
-    if not 0 < number < 1e9:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number > 0, such as 0.5")
-    return number
 
 
 def _count(text: str) -> float:

@@ -19,7 +19,7 @@ from internlm_lite.apps.planner.device_file import load_device
 from internlm_lite.apps.planner.sizes import SizeRow, sizes
 from internlm_lite.cli.options import check_at_least, new_parser
 from internlm_lite.runtime.tool import ToolConsole, run_tool
-from internlm_lite.units import human_count
+from internlm_lite.units import human_count, positive_number
 
 _PIPE_COLUMNS = 170
 """Width of tables if standard output is no terminal."""
@@ -28,9 +28,9 @@ _PIPE_COLUMNS = 170
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("plan sizes", __doc__)
     add = parser.add_argument
-    add("--flops", type=_flops, nargs="+", metavar="C", help="FLOPs of the whole run, such as 1e21")
+    add("--flops", type=positive_number, nargs="+", metavar="C", help="FLOPs of the whole run, such as 1e21")
     add("--gpus", type=int, metavar="N", help="with --days and --device, instead of --flops")
-    add("--days", type=_flops, metavar="D")
+    add("--days", type=positive_number, metavar="D")
     add("--device", default="h100", metavar="NAME", help="GPU, as of train.py --dry-run (h100)")
     add("--mfu", type=_fraction, default=0.4, metavar="F", help="fraction of its bf16 peak that a step reaches (0.4)")
     add("--vocab-size", type=int, default=50_304, metavar="V", help="rows of the embedding (50304)")
@@ -43,20 +43,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _flops(text: str) -> float:
-    """'1e21' -> 1e21. Raises ArgumentTypeError."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0
-    if not 0 < number < 1e30:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number > 0, such as 1e21")
-    return number
-
-
 def _fraction(text: str) -> float:
     """'0.4' -> 0.4. Raises ArgumentTypeError."""
-    number = _flops(text)
+    number = positive_number(text)
     if number > 1:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected a fraction up to 1, such as 0.4")
     return number

@@ -121,11 +121,11 @@ def _texts(config: Config) -> Iterator[Problem]:
 
 
 def _texts_in(value: Any) -> Iterator[str]:
+    """A text, or those of a list and of the dicts in it, whose keys are no keys of the config by themselves."""
     if isinstance(value, str):
         yield value
-    items = value if isinstance(value, list) else value.model_dump().values() if isinstance(value, Section) else ()
-    for inner in items:
-        yield from _texts_in(inner)
+    for inner in value if isinstance(value, list) else ():
+        yield from _texts_in(list(inner.model_dump().values()) if isinstance(inner, Section) else inner)
 
 
 def _sizes(config: Config) -> Iterator[Problem]:

@@ -601,3 +601,10 @@ def test_config_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.data.seq_len = 1
     assert resolved(config)["data"]["seq_len"] == 2048
+
+
+def test_the_demo_passes_the_checks_of_a_start() -> None:
+    """Its prompts have line breaks, which no other text may have."""
+    loaded = load_config(ROOT / "configs/demo.py")
+    assert any("\n" in prompt for prompt in loaded.config.monitor.sample_prompts)
+    check_config(loaded, 1)

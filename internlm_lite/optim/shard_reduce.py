@@ -3,9 +3,9 @@
     gradients of a micro-batch --reduce-scatter in zero--> part --added to--> shard      whole gradients are freed
     after the last one: shard --all-reduce in replica--> shard
 
-A round is one reduction of one bucket. Each step has one for every micro-batch and bucket, whatever gradients there are,
-and they start strictly in order, so every rank issues the same collectives in the same order (of gradients that come
-late, a later round is made). With several stages of a pipeline on a rank each stage has an order of its own: the
+A round is one reduction of one bucket. Each step has one for every micro-batch and bucket, whatever gradients there
+are, and they start strictly in order, so every rank issues the same collectives in the same order; gradients that come
+late are part of a later round. With several stages of a pipeline on a rank each stage has an order of its own: the
 schedule, the same on all ranks of `zero`, says whose turn it is. A round ends when the next one starts: at most two
 buckets are whole, that which is reduced and that which is filled.
 """
@@ -59,7 +59,13 @@ class ShardReducer:
     """Reduces the gradients of `buckets` once per micro-batch; a `unit_passes.UnitListener`."""
 
     def __init__(
-        self, buckets: list[Bucket], units: Sequence[nn.Module], mesh: Mesh, first_units: Sequence[int], *, overlap: bool
+        self,
+        buckets: list[Bucket],
+        units: Sequence[nn.Module],
+        mesh: Mesh,
+        first_units: Sequence[int],
+        *,
+        overlap: bool,
     ) -> None:
         """`first_units`: of each pipeline stage. `overlap` False: a round ends before the backward pass goes on."""
         self._buckets, self._mesh, self._overlap = buckets, mesh, overlap

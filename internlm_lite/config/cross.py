@@ -92,12 +92,8 @@ def cross_problems(config: Config, world_size: int | None) -> Iterator[Problem]:
         yield from world_problems(config, world_size)
     yield from model_problems(config)
     yield from _pipeline(config)
-<<<<<<< HEAD
     yield from zero_problems(config)
-    yield from _sequence(config)
-=======
     yield from row_problems(config)
->>>>>>> main
     yield from _precision(config)
     yield from length_problems(config)
     yield from stage_problems(config, _of_rows)

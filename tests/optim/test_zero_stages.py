@@ -228,7 +228,7 @@ def recompute(world: Mesh) -> dict[float, Counter[tuple[str, str]]]:
         batch = random_rows(trainer, made.config(None), world)
         with counting(trainer.optimizer.buckets, counts):
             trainer.step(batch, 0)
-        found[share] = counts.calls
+        found[share] = Counter({call: times for call, times in counts.calls.items() if call[1] == "zero"})
     return found
 
 

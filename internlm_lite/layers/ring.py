@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from internlm_lite.layers.partial_attention import Block, Known, Mixed, Parts, add_to_rows, rows_of
-from internlm_lite.layers.ring_parts import Leg, Piece, Range, legs_of, length, parts_between
+from internlm_lite.layers.ring_parts import Leg, Range, Span, legs_of, length, parts_between
 from internlm_lite.layers.scores import AttentionRule
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Group
@@ -36,33 +36,33 @@ class Course:
 
 
 def plan_course(
-    pieces: Sequence[Sequence[Piece]], group: Group, window: int | None, device: torch.device, *, numbered: bool
+    spans: Sequence[Sequence[Span]], group: Group, window: int | None, device: torch.device, *, numbered: bool
 ) -> Course:
-    """`pieces`: of every rank of `group`. `numbered`: blocks know their tokens, for dropped weights."""
-    mine = pieces[group.rank]
+    """`spans`: of every rank of `group`. `numbered`: blocks know their tokens, for dropped weights."""
+    mine = spans[group.rank]
 
     def block(parts: tuple, source: int, ranges: Sequence[Range] | None) -> Block:
         if not numbered:
             return Block(parts, device)
-        return Block(parts, device, numbers_of(mine, None, device), numbers_of(pieces[source], ranges, device))
+        return Block(parts, device, numbers_of(mine, None, device), numbers_of(spans[source], ranges, device))
 
     own = block(parts_between(mine, mine, window), group.rank, None)
-    legs = legs_of(pieces, group.rank, window)
+    legs = legs_of(spans, group.rank, window)
     return Course(group, own, tuple((leg, block(leg.parts, leg.source, leg.tokens)) for leg in legs))
 
 
-def numbers_of(pieces: Sequence[Piece], ranges: Sequence[Range] | None, device: torch.device) -> torch.Tensor:
-    """Numbers in the row of the tokens that a rank with `pieces` stores; of those in `ranges`, if given."""
-    stored = [torch.arange(start, stop, device=device) for _, start, stop in pieces]
+def numbers_of(spans: Sequence[Span], ranges: Sequence[Range] | None, device: torch.device) -> torch.Tensor:
+    """Numbers in the row of the tokens that a rank with `spans` stores; of those in `ranges`, if given."""
+    stored = [torch.arange(start, stop, device=device) for _, start, stop in spans]
     numbers = torch.cat([torch.arange(0, device=device), *stored])
     return numbers if ranges is None else rows_of(numbers, ranges)
 
 
 def around(
-    pieces: Sequence[Sequence[Piece]], group: Group, device: torch.device, *, numbered: bool
+    spans: Sequence[Sequence[Span]], group: Group, device: torch.device, *, numbered: bool
 ) -> Callable[[Parts, AttentionRule, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """(kernel, rule, q [n, H, D], k [n, Hkv, D], v) of this rank's tokens -> [n, H, D]. Collective over `group`."""
-    course = cache(lambda window: plan_course(pieces, group, window, device, numbered=numbered))
+    course = cache(lambda window: plan_course(spans, group, window, device, numbered=numbered))
 
     def attend(kernel: Parts, rule: AttentionRule, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = _RingAttention.apply(q, k, v, kernel, course(rule.window))

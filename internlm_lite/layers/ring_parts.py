@@ -1,7 +1,7 @@
 """Which tokens of one rank look at which tokens of another, as rectangles of tokens that a kernel can compute.
 
-A rank of a context-parallel group owns pieces (document, start, stop) of a packed row and stores their tokens one
-behind the other. All is computed on the host, from the pieces alone, so that a rank that sends keys and the one that
+A rank of a context-parallel group owns spans (document, start, stop) of a packed row and stores their tokens one
+behind the other. All is computed on the host, from the spans alone, so that a rank that sends keys and the one that
 receives them agree about their number without a word.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-Piece = tuple[int, int, int]
+Span = tuple[int, int, int]
 """(document, start, stop): neighbouring tokens of one document, as numbers in the row."""
 Range = tuple[int, int]
 """[start, stop) of the tokens that a rank stores."""
@@ -58,17 +58,17 @@ class _Stored:
         return self.at, self.at + self.stop - self.start
 
 
-def _by_document(pieces: Sequence[Piece]) -> dict[int, list[_Stored]]:
+def _by_document(spans: Sequence[Span]) -> dict[int, list[_Stored]]:
     found: dict[int, list[_Stored]] = {}
     at = 0
-    for document, start, stop in pieces:
+    for document, start, stop in spans:
         found.setdefault(document, []).append(_Stored(start, stop, at))
         at += stop - start
     return found
 
 
-def parts_between(queries: Sequence[Piece], keys: Sequence[Piece], window: int | None) -> tuple[Part, ...]:
-    """Causal attention within documents and `window` of a rank with pieces `queries` over the keys of pieces `keys`,
+def parts_between(queries: Sequence[Span], keys: Sequence[Span], window: int | None) -> tuple[Part, ...]:
+    """Causal attention within documents and `window` of a rank with spans `queries` over the keys of spans `keys`,
     which are the same, or of another rank. Every pair that sees each other is in one part."""
     found: list[Part] = []
     of_keys = _by_document(keys)
@@ -93,7 +93,7 @@ def _causal_parts(asking: list[_Stored], asked: list[_Stored]) -> list[Part]:
         if not before:
             continue
         seen = before[0].at, before[-1].range[1]
-        if found and found[-1].keys == seen:  # nothing of the other rank's lies between two pieces
+        if found and found[-1].keys == seen:  # the other rank has nothing between the two
             found[-1] = replace(found[-1], queries=(found[-1].queries[0], q.range[1]))
         else:
             found.append(Part(q.range, seen))
@@ -158,14 +158,14 @@ class Leg:
     parts: tuple[Part, ...]
 
 
-def legs_of(pieces: Sequence[Sequence[Piece]], rank: int, window: int | None) -> tuple[Leg, ...]:
+def legs_of(spans: Sequence[Sequence[Span]], rank: int, window: int | None) -> tuple[Leg, ...]:
     """What `rank` exchanges, by distance in the ring: first with its neighbours, at last with those before last.
-    `pieces`: of every rank. No exchange is left out, also if this rank has no part in it: ranks that start later ones
+    `spans`: of every rank. No exchange is left out, also if this rank has no part in it: ranks that start later ones
     earlier than others would put gradients in the place of keys."""
     legs = []
-    for distance in range(1, len(pieces)):
-        to, source = (rank + distance) % len(pieces), (rank - distance) % len(pieces)
-        parts = parts_between(pieces[rank], pieces[source], window)
-        sent = seen_keys(parts_between(pieces[to], pieces[rank], window))
+    for distance in range(1, len(spans)):
+        to, source = (rank + distance) % len(spans), (rank - distance) % len(spans)
+        parts = parts_between(spans[rank], spans[source], window)
+        sent = seen_keys(parts_between(spans[to], spans[rank], window))
         legs.append(Leg(to, sent, source, seen_keys(parts), over_seen(parts)))
     return tuple(legs)

@@ -219,9 +219,7 @@ def flash_backward(grad, q, k, v, out, lse, *rest, **options):
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     with torch.enable_grad():
         part, of_part, *_ = flash_forward(*leaves, *rest[:6], **options)
-        share = (
-            (of_part.detach() - lse).exp().T.unsqueeze(-1)
-        )  # of the part in the whole
+        share = (of_part.detach() - lse).exp().T.unsqueeze(-1)  # of the part in the whole
         delta = ((part.detach() - out) * grad).sum(-1, keepdim=True)
         total = (part * grad * share).sum() + (of_part.T.unsqueeze(-1) * share * delta).sum()
     return torch.autograd.grad(total, leaves)

@@ -8,11 +8,19 @@ from typing import cast
 
 import torch
 
+from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.layers.kernel_calls import KernelCall
-from internlm_lite.layers.partial_attention import Block, Known, Mixed, add_to_rows, rows_of
-from internlm_lite.layers.scores import AttentionRule, scale_of
+from internlm_lite.layers.partial_attention import Block, Known, Mixed, Parts, ReferenceParts, add_to_rows, rows_of
+from internlm_lite.layers.scores import AttentionRule, Drop, scale_of
 
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def parts_kernel(backend: AttentionBackend, rule: AttentionRule, drop: Drop | None) -> Parts:
+    """What computes parts in the place of a kernel of whole documents: `FlashParts` where it knows the rule."""
+    if backend is AttentionBackend.SDPA or rule.softcap is not None or drop is not None:
+        return ReferenceParts(rule, drop)
+    return FlashParts(rule)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def _follows(last: Part, part: Part) -> bool:
 def _call(parts: list[Part], device: torch.device) -> KernelCall:
     queries, keys = [part.queries for part in parts], [part.keys for part in parts]
     counts = [[part.shape[side] for part in parts] for side in (0, 1)]
-    of_queries, of_keys = (_boundaries(one, device) for one in counts)
+    of_queries, of_keys = (sequence_boundaries(one, device) for one in counts)
     longest = max(counts[0]), max(counts[1])
     return KernelCall(_joined(queries), _joined(keys), of_queries, of_keys, longest, parts[0].causal, parts[0].left)
 
@@ -69,6 +69,7 @@ def _joined(ranges: list[Range]) -> tuple[Range, ...]:
     return tuple(found)
 
 
-def _boundaries(lengths: list[int], device: torch.device) -> torch.Tensor:
+def sequence_boundaries(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """[n + 1] int32 on `device`, without a wait for it."""
     host = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)

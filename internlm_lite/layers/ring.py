@@ -12,16 +12,20 @@ added in the dtype of sums, always in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 
+from internlm_lite.layers.context import ContextRow, Piece, numbers
+from internlm_lite.layers.costs import Message
+from internlm_lite.layers.flash import Attend, AttentionBackend
+from internlm_lite.layers.flash_parts import parts_kernel
 from internlm_lite.layers.partial_attention import Block, Known, Mixed, Parts, add_to_rows, rows_of
-from internlm_lite.layers.ring_parts import Leg, Range, Span, legs_of, length, parts_between
-from internlm_lite.layers.scores import AttentionRule
+from internlm_lite.layers.ring_parts import Leg, Part, Range, Span, legs_of, length, parts_between
+from internlm_lite.layers.scores import AttentionRule, Drop
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Group
 
@@ -35,40 +39,47 @@ class Course:
     legs: tuple[tuple[Leg, Block], ...]
 
 
-def plan_course(
-    spans: Sequence[Sequence[Span]], group: Group, window: int | None, device: torch.device, *, numbered: bool
-) -> Course:
-    """`spans`: of every rank of `group`. `numbered`: blocks know their tokens, for dropped weights."""
-    mine = spans[group.rank]
+def ring(row: ContextRow, group: Group, backend: AttentionBackend, drop: Drop | None = None) -> Attend:
+    """Attention of this rank's tokens, [T / k, H, D], over those of all ranks of `group`. Collective over `group`.
 
-    def block(parts: tuple, source: int, ranges: Sequence[Range] | None) -> Block:
-        if not numbered:
-            return Block(parts, device)
-        return Block(parts, device, numbers_of(mine, None, device), numbers_of(spans[source], ranges, device))
+    `drop`: by numbers of tokens in the row, as layers/flash.py:packed takes it. Does not read the device."""
+    courses = cache(lambda window: plan_course(row, group, window, numbered=drop is not None))
 
-    own = block(parts_between(mine, mine, window), group.rank, None)
-    legs = legs_of(spans, group.rank, window)
-    return Course(group, own, tuple((leg, block(leg.parts, leg.source, leg.tokens)) for leg in legs))
-
-
-def numbers_of(spans: Sequence[Span], ranges: Sequence[Range] | None, device: torch.device) -> torch.Tensor:
-    """Numbers in the row of the tokens that a rank with `spans` stores; of those in `ranges`, if given."""
-    stored = [torch.arange(start, stop, device=device) for _, start, stop in spans]
-    numbers = torch.cat([torch.arange(0, device=device), *stored])
-    return numbers if ranges is None else rows_of(numbers, ranges)
-
-
-def around(
-    spans: Sequence[Sequence[Span]], group: Group, device: torch.device, *, numbered: bool
-) -> Callable[[Parts, AttentionRule, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """(kernel, rule, q [n, H, D], k [n, Hkv, D], v) of this rank's tokens -> [n, H, D]. Collective over `group`."""
-    course = cache(lambda window: plan_course(spans, group, window, device, numbered=numbered))
-
-    def attend(kernel: Parts, rule: AttentionRule, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = _RingAttention.apply(q, k, v, kernel, course(rule.window))
+    def attend(rule: AttentionRule, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = _RingAttention.apply(q, k, v, parts_kernel(backend, rule, drop), courses(rule.window))
         return out
 
     return attend
+
+
+def ring_messages(row: ContextRow, window: int | None, token_bytes: int) -> list[Message]:
+    """What this rank sends for a layer of this window in a forward and a backward pass; `token_bytes`: of a token's
+    keys and values. Ranks send unlike amounts: each what others see of its tokens."""
+    found = []
+    for leg in legs_of([_spans(pieces) for pieces in row.pieces], row.rank, window):
+        there, back = length(leg.sent) * token_bytes, length(leg.tokens) * token_bytes
+        found += [Message("cp", "send", there, backward=backward) for backward in (False, True) if there]
+        found += [Message("cp", "send", back, backward=True)] if back else []
+    return found
+
+
+def plan_course(row: ContextRow, group: Group, window: int | None, *, numbered: bool) -> Course:
+    """`numbered`: blocks know their tokens, for dropped weights."""
+    spans = [_spans(pieces) for pieces in row.pieces]
+
+    def block(parts: tuple[Part, ...], source: int, ranges: Sequence[Range] | None = None) -> Block:
+        if not numbered:
+            return Block(parts, row.device)
+        keys = numbers(row.spans(source), row.device)
+        return Block(parts, row.device, row.own, keys if ranges is None else rows_of(keys, ranges))
+
+    own = block(parts_between(spans[row.rank], spans[row.rank], window), row.rank)
+    legs = legs_of(spans, row.rank, window)
+    return Course(group, own, tuple((leg, block(leg.parts, leg.source, leg.tokens)) for leg in legs))
+
+
+def _spans(pieces: Sequence[Piece]) -> list[Span]:
+    return [(piece.document, piece.first + piece.start, piece.first + piece.stop) for piece in pieces]
 
 
 class _RingAttention(torch.autograd.Function):

@@ -11,17 +11,52 @@ as often as it takes: a rank gets those that its query heads belong to; gradient
 from __future__ import annotations
 
 import math
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
 
-from internlm_lite.layers.scores import Drop
+from internlm_lite.layers.context import ContextRow, numbers
+from internlm_lite.layers.flash import Attend, AttentionBackend, packed
+from internlm_lite.layers.kernel_calls import sequence_boundaries
+from internlm_lite.layers.scores import AttentionRule, Drop
 from internlm_lite.layers.tensor_parallel import accumulation_dtype
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Group
 
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def ulysses(row: ContextRow, group: Group, backend: AttentionBackend, drop: Drop | None = None) -> Attend:
+    """Attention of this rank's tokens, [T / k, H, D], over those of all ranks of `group`. Collective over `group`.
+
+    `drop`: by numbers of tokens in the row and of heads of this tensor-parallel rank, as layers/flash.py:packed takes
+    it. Does not read the device."""
+    boundaries = row_boundaries(row)
+    on_device = sequence_boundaries([stop - start for start, stop in pairwise(boundaries)], row.device)
+    longest = max(stop - start for start, stop in pairwise(boundaries))
+    exchange = Exchange(torch.cat([numbers(row.spans(rank), row.device) for rank in range(row.size)]), group)
+
+    @cache
+    def packed_from(first_head: int) -> Attend:
+        """Of heads that begin with number `first_head` of this tensor-parallel rank."""
+        shifted = None if drop is None else of_heads_from(first_head, drop)
+        return packed(backend, on_device, boundaries, longest, shifted)
+
+    def attend(rule: AttentionRule, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        attend_whole = packed_from(group.rank * q.shape[1] // group.size)
+        return exchange.to_tokens(attend_whole(rule, *exchange.to_heads(q, k, v)))
+
+    return attend
+
+
+def row_boundaries(row: ContextRow) -> tuple[int, ...]:
+    """0, document ends ..., T. Documents without tokens are left out."""
+    ends: dict[int, int] = {}
+    for piece in (piece for pieces in row.pieces for piece in pieces):
+        ends[piece.document] = max(ends.get(piece.document, 0), piece.first + piece.stop)
+    return (0, *sorted(ends.values()))
 
 
 class Exchange:

@@ -89,6 +89,9 @@ class Known:
 class Parts(Protocol):
     """Computes blocks. k, v [m, Hkv, D] may be strided."""
 
+    @property
+    def rule(self) -> AttentionRule: ...
+
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: Block, mixed: Mixed) -> None:
         """Add what q [n, H, D] see in `block` to `mixed`."""
 

@@ -46,7 +46,8 @@ def ring(row: ContextRow, group: Group, backend: AttentionBackend, drop: Drop | 
     courses = cache(lambda window: plan_course(row, group, window, numbered=drop is not None))
 
     def attend(rule: AttentionRule, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = _RingAttention.apply(q, k, v, parts_kernel(backend, rule, drop), courses(rule.window))
+        kernel = parts_kernel(backend, rule, drop, q, k.shape[1])
+        out: torch.Tensor = _RingAttention.apply(q, k, v, kernel, courses(rule.window))
         return out
 
     return attend

@@ -36,7 +36,7 @@ def ulysses(row: ContextRow, group: Group, backend: AttentionBackend, drop: Drop
     boundaries = row_boundaries(row)
     on_device = sequence_boundaries([stop - start for start, stop in pairwise(boundaries)], row.device)
     longest = max(stop - start for start, stop in pairwise(boundaries))
-    exchange = Exchange(torch.cat([numbers(row.spans(rank), row.device) for rank in range(row.size)]), group)
+    exchange = HeadsForTokens(torch.cat([numbers(row.spans(rank), row.device) for rank in range(row.size)]), group)
 
     @cache
     def packed_from(first_head: int) -> Attend:
@@ -59,7 +59,7 @@ def row_boundaries(row: ContextRow) -> tuple[int, ...]:
     return (0, *sorted(ends.values()))
 
 
-class Exchange:
+class HeadsForTokens:
     """Of one row. `order` [T] int64: the numbers in the row of the tokens of all ranks, rank by rank."""
 
     def __init__(self, order: torch.Tensor, group: Group) -> None:
@@ -106,7 +106,7 @@ def heads_sent(kv_heads: int, size: int) -> int:
 
 class _ToHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, exchange: Exchange) -> Three:
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, exchange: HeadsForTokens) -> Three:
         size = exchange.group.size
         ctx.exchange, ctx.copies = exchange, heads_sent(k.shape[1], size) // k.shape[1]
         k, v = (x.repeat_interleave(ctx.copies, dim=1) if ctx.copies > 1 else x for x in (k, v))
@@ -131,7 +131,7 @@ def _summed(x: torch.Tensor, copies: int) -> torch.Tensor:
 
 class _ToTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mixed: torch.Tensor, exchange: Exchange) -> torch.Tensor:
+    def forward(ctx: Any, mixed: torch.Tensor, exchange: HeadsForTokens) -> torch.Tensor:
         ctx.exchange = exchange
         return exchange.collect(mixed).flatten(1, 2)
 

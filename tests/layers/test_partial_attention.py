@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 
 from internlm_lite.layers import partial_attention
-from internlm_lite.layers.flash_parts import FlashParts
+from internlm_lite.layers.flash import AttentionBackend
+from internlm_lite.layers.flash_parts import FlashParts, parts_kernel, parts_problem
 from internlm_lite.layers.kernel_calls import kernel_calls
 from internlm_lite.layers.partial_attention import Block, Known, Mixed, ReferenceParts
 from internlm_lite.layers.ring_parts import Part, legs_of, parts_between
@@ -245,3 +247,27 @@ def test_a_block_takes_as_few_calls_as_a_rank_has_pieces_of_a_document():
     assert len(kernel_calls(parts_between(theirs, mine, None), torch.device("cpu"))) == 1
     (call,) = kernel_calls(parts_between(mine, theirs, None), torch.device("cpu"))
     assert (call.queries, call.keys, call.longest) == (((14, 18),), ((36, 46),), (4, 10))
+
+
+def test_a_kernel_that_is_wrong_here_gives_way_to_the_reference(monkeypatch, caplog):
+    """It is compared once, forward and backward, with windows where the rule has one."""
+    q = torch.zeros(3, 4, 8, dtype=torch.float64)
+    kernels = partial(parts_kernel, AttentionBackend.TORCH_VARLEN, drop=None, q=q, kv_heads=2)
+    parts_problem.cache_clear()
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", flash_backward)
+    assert kernels(rule=AttentionRule()) == FlashParts(AttentionRule())
+    assert kernels(rule=AttentionRule(window=4096)) == FlashParts(AttentionRule(window=4096))
+    parts_problem.cache_clear()
+
+    def one_key_more(*args, window_size_left, **options):
+        return flash_forward(*args, window_size_left=window_size_left + (window_size_left > 0), **options)
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", one_key_more)
+    assert kernels(rule=AttentionRule()) == FlashParts(AttentionRule())
+    for layer in (0, 1):
+        assert kernels(rule=AttentionRule(layer, 4096)) == ReferenceParts(AttentionRule(layer, 4096))
+    assert kernels(rule=AttentionRule(softcap=3.0)) == ReferenceParts(AttentionRule(softcap=3.0))
+    assert [record.message.split(":")[0] for record in caplog.records] == ["attention in a ring"]
+    assert parts_kernel(AttentionBackend.SDPA, AttentionRule(), None, q, 2) == ReferenceParts(AttentionRule())
+    parts_problem.cache_clear()

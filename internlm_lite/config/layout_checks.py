@@ -68,6 +68,6 @@ def heads_problems(config: Config) -> Iterator[Problem]:
         yield Problem(
             (_CONTEXT, "parallel.context.exchange", "model.num_attention_heads", *(_TENSOR,) * (tensor > 1)),
             f'found {context.size} with exchange "ulysses" and {heads // tensor} query heads'
-            f"{' on each tensor-parallel rank' * (tensor > 1)}, expected a divisor of {heads // tensor}: every rank has "
-            'as many heads; change one of them, or set exchange to "ring" or "gather"',
+            f"{' on each tensor-parallel rank' * (tensor > 1)}, expected a divisor of {heads // tensor}: every rank "
+            'has as many heads; change one of them, or set exchange to "ring" or "gather"',
         )

@@ -195,9 +195,9 @@ def receive(tensor: torch.Tensor, group: Group, source: int) -> Work:
 def send_and_receive(
     sent: tuple[torch.Tensor, int] | None, received: tuple[torch.Tensor, int] | None, group: Group
 ) -> Work:
-    """Send a tensor to a group rank and fill one from another, which each call this, too; None: not this rank. Both are
-    one batch, because a send may wait for its receive. Do not touch the tensors before `wait()`. Some ranks of `group` may
-    do so alone: its ranks are connected when it is made (mesh/mesh.py)."""
+    """Send a tensor to a group rank and fill one from another, which each call this, too; None: not this rank. Both
+    are one batch, because a send may wait for its receive. Do not touch the tensors before `wait()`. Some ranks of
+    `group` may do so alone: its ranks are connected when it is made (mesh/mesh.py)."""
     messages: list[_Message] = []
     if sent is not None:
         messages.append((dist.isend, *sent))

@@ -66,7 +66,7 @@ def test_a_ring_of_ranks_is_the_formula_over_all_pairs(boundaries, ranks, drops)
 
 
 def record(events: list, patch: pytest.MonkeyPatch) -> None:
-    """What a rank begins, in its order: (peer, "isend" or "irecv", elements) of a batch of messages, computed blocks."""
+    """What a rank begins, in its order: batches of (peer, "isend" or "irecv", elements), and computed blocks."""
     real = dist.batch_isend_irecv
 
     def batched(batch):
@@ -99,9 +99,9 @@ ROUTES = [(ROWS["one"], None), (ROWS["mixed"], None), (ROWS["one"], 7), ((0, 12,
 
 
 @pytest.mark.parametrize(("boundaries", "window"), ROUTES, ids=["one", "mixed", "window", "none"])
-def test_what_is_sent_is_planned_and_the_next_block_comes_while_one_is_computed(boundaries, window):
-    """A send and its receive are in one batch, as a send may wait for a receive; and between two ranks all messages have
-    one order, as those of gradients and of keys would take each other's place."""
+def test_what_is_sent_is_planned_and_has_one_order(boundaries, window):
+    """A send and a receive are in one batch, as a send may wait for its receive; and between two ranks all messages
+    have one order, as those of gradients and of keys would take each other's place."""
     by_rank = run_world(_recorded, 4, (boundaries, window), context=4)
     sent, received = Counter(), Counter()
     for rank, (events, planned) in enumerate(by_rank):

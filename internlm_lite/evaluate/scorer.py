@@ -100,7 +100,7 @@ class Scorer:
         self._in_job = True
         found = self._compute(comm.broadcast_object(job, self._mesh.world))
         self._in_job = False
-        assert sorted(found) == list(range(size)), "every row is computed by exactly one data-parallel rank"
+        assert sorted(found) == list(range(size)), "every row is computed by exactly one copy of the model"
         return [found[number] for number in range(size)]
 
     def _compute(self, job: Any) -> dict[int, Any]:
@@ -116,7 +116,7 @@ class Scorer:
         same: dict[tuple[int, ...], list[int]] = {}
         for number, window in enumerate(windows):
             same.setdefault(window.tokens, []).append(number)
-        rows = sorted(same, key=lambda tokens: (-len(tokens), tokens))[self._mesh.dp.rank :: self._mesh.dp.size]
+        rows = sorted(same, key=lambda tokens: (-len(tokens), tokens))[self._mesh.alike_rank :: self._mesh.sizes.alike]
         for batch in _batches(rows, self._row_tokens):
             asked = [(row, number) for row, tokens in enumerate(batch) for number in same[tokens]]
             yield from self._score_row(batch, [(row, number, windows[number].targets) for row, number in asked])
@@ -157,7 +157,7 @@ class Scorer:
     def _generated(self, job: Generation) -> Iterator[tuple[int, str]]:
         requests = job.requests
         order = sorted(range(len(requests)), key=lambda n: (-len(requests[n].prompt), n))
-        mine = order[self._mesh.dp.rank :: self._mesh.dp.size]
+        mine = order[self._mesh.alike_rank :: self._mesh.sizes.alike]
         for start in range(0, len(mine), MOST_GENERATED):
             numbers = mine[start : start + MOST_GENERATED]
             found = generate(self._model, [requests[n] for n in numbers], job.sampling, self._decode)

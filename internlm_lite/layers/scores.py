@@ -127,8 +127,9 @@ class _Blocks:
 
     def mix(self, block: tuple[slice, slice], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """The values of one block: q [count, Hkv, g, n, D], k, v [count, Hkv, 1, m, D] -> as q."""
-        queries, keys = (torch.arange(part.start, part.stop, device=q.device) for part in block)
-        keys = keys - self.docs.before
+        before = self.docs.before
+        queries = torch.arange(block[0].start, block[0].stop, device=q.device)
+        keys = torch.arange(block[1].start - before, block[1].stop - before, device=q.device)
         weights = softmax_weights(self.rule, q, k.squeeze(2), in_sight(self.rule, queries[:, None], keys))
         if self.drop is not None:
             first = self.docs.start + self.docs.length * torch.arange(self.docs.count, device=q.device)

@@ -131,7 +131,7 @@ FEATURES: Mapping[str, tuple[str, str]] = {
         "context parallelism by another name", "here it is parallel.context=dict(size=k, exchange='gather')"),
     r"weight_parallel.*|isp(_.*)?": (
         "weight parallelism (isp)", "parallel.zero1 spreads the optimizer state, parallel.tensor the weights"),
-    r"(use_)?(fsdp|hsdp)\d?(_.*)?|zero_?3.*|zero_?stage|zero_optimization|dp_shard.*|data_parallel_shard_degree": (
+    r"(use_)?(fsdp|hsdp)\d?(_.*)?|zero_?3.*|zero_optimization|dp_shard.*|data_parallel_shard_degree": (
         "sharding of weights by another name",
         "here it is parallel.zero_stage=3, or 2 for gradients alone"),
     r".*offload.*": ("offloading to host memory", "model.checkpoint and parallel.zero1 save device memory"),

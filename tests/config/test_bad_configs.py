@@ -353,7 +353,7 @@ BAD = [
     (
         "zero1=-1",
         "zero_stage=4",
-        "22: parallel.zero_stage: found 4, expected 1, 2 or 3",
+        "22: parallel.zero_stage: found 4, expected one of 1, 2, 3",
     ),
     (
         "zero1=-1",

@@ -67,7 +67,7 @@ class Scorer:
         each."""
         self._model, self._mesh, self._decode = model, mesh, tokenizer.decode
         self._row_tokens, self._progress = row_tokens, progress
-        self._share = slice(None) if model.together else slice(mesh.dp.rank, None, mesh.dp.size)
+        self._share = slice(None) if model.together else slice(mesh.alike_rank, None, mesh.sizes.alike)
         """This rank's rows of a job's."""
         self._in_job = False
 

@@ -193,6 +193,20 @@ def receive(tensor: torch.Tensor, group: Group, source: int) -> Work:
     return _messages([(dist.irecv, tensor, source)], group)
 
 
+def send_and_receive(
+    sent: tuple[torch.Tensor, int] | None, received: tuple[torch.Tensor, int] | None, group: Group
+) -> Work:
+    """Send a tensor to a group rank and fill one from another, which each call this, too; None: not this rank. Both
+    are one batch, because a send may wait for its receive. Do not touch the tensors before `wait()`. Some ranks of
+    `group` may do so alone: its ranks are connected when it is made (mesh/mesh.py)."""
+    messages: list[_Message] = []
+    if sent is not None:
+        messages.append((dist.isend, *sent))
+    if received is not None:
+        messages.append((dist.irecv, *received))
+    return _messages(messages, group) if messages else Work([], group)
+
+
 def _exchange(parts: torch.Tensor, group: Group) -> Work:
     """All-gather of `parts` [size, n] by direct messages: send this rank's row, receive the others' in place."""
     messages: list[_Message] = []

@@ -11,7 +11,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from internlm_lite.config.keys import known_keys, value_of
-from internlm_lite.config.layout_checks import row_problems, world_problems
+from internlm_lite.config.layout_checks import heads_problems, row_problems, world_problems
 from internlm_lite.config.model_checks import model_problems
 from internlm_lite.config.paths import (
     S3_FORM,
@@ -27,6 +27,7 @@ from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
 from internlm_lite.config.schema import AlertsConfig, CkptConfig, Config, LrSchedulerConfig, OptimizerConfig, Section
 from internlm_lite.config.stage_checks import length_problems, stage_problems
 from internlm_lite.config.task_checks import task_problems
+from internlm_lite.config.zero_checks import zero_problems
 from internlm_lite.errors import ConfigError
 
 _STAGES = "parallel.pipeline.size"
@@ -91,7 +92,9 @@ def cross_problems(config: Config, world_size: int | None) -> Iterator[Problem]:
         yield from world_problems(config, world_size)
     yield from model_problems(config)
     yield from _pipeline(config)
+    yield from zero_problems(config)
     yield from row_problems(config)
+    yield from heads_problems(config)
     yield from _precision(config)
     yield from length_problems(config)
     yield from stage_problems(config, _of_rows)

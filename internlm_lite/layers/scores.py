@@ -55,23 +55,30 @@ def in_sight(rule: AttentionRule, queries: torch.Tensor, keys: torch.Tensor) -> 
     return seen if rule.window is None else seen & (queries - keys < rule.window)
 
 
-def softmax_weights(rule: AttentionRule, q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """Of the g query heads of each key head: q [.., g, n, D], k [.., m, D], seen that broadcasts -> [.., g, n, m],
-    whose rows sum to 1, in the dtype of sums."""
+def capped_scores(rule: AttentionRule, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Of the g query heads of each key head: q [.., g, n, D], k [.., m, D] -> [.., g, n, m] in the dtype of sums,
+    without a mask."""
     wide = accumulation_dtype(q.dtype)
-    scale = q.shape[-1] ** -0.5 if rule.scale is None else rule.scale
-    scores = _of_groups(q.to(wide) * scale, k.to(wide).mT)
-    if rule.softcap is not None:
-        scores = rule.softcap * torch.tanh(scores / rule.softcap)
-    return scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
+    scores = of_groups(q.to(wide) * scale_of(rule, q.shape[-1]), k.to(wide).mT)
+    return scores if rule.softcap is None else rule.softcap * torch.tanh(scores / rule.softcap)
+
+
+def scale_of(rule: AttentionRule, head_dim: int) -> float:
+    """Of q k^T."""
+    return float(head_dim**-0.5) if rule.scale is None else rule.scale
+
+
+def softmax_weights(rule: AttentionRule, q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """`capped_scores` where `seen`, which broadcasts, is true -> weights, whose rows sum to 1."""
+    return capped_scores(rule, q, k).masked_fill(~seen, -math.inf).softmax(dim=-1)
 
 
 def weighted_values(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """weights [.., g, n, m], v [.., m, D] -> [.., g, n, D], in the dtype of `weights`."""
-    return _of_groups(weights, v.to(weights.dtype))
+    return of_groups(weights, v.to(weights.dtype))
 
 
-def _of_groups(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+def of_groups(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """[.., g, n, a] times [.., a, b]: all heads of a group in one product, so that the matrix is not repeated."""
     return (rows.flatten(-3, -2) @ matrix).unflatten(-2, rows.shape[-3:-1])
 

@@ -29,6 +29,8 @@ from internlm_lite.layers.tensor_parallel import accumulation_dtype
 
 _AT_ONCE = 2**22
 """Scores of a block of the reference: 16 MiB in fp32."""
+_FEWEST = 16
+"""Queries of a block."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class ReferenceParts:
 
     def _pieces(self, block: KeyBlock, heads: int) -> Iterator[Part]:
         for part in block.parts:
-            yield from part.cut(max(1, _AT_ONCE // (heads * part.shape[1])))
+            yield from part.cut(max(_FEWEST, _AT_ONCE // (heads * part.shape[1])))
 
     def _of_part(self, part: Part, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """([Hkv, g, n, D], [Hkv, m, D])"""

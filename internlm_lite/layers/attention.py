@@ -100,8 +100,14 @@ class Attention(CostedLayer):
         projected = kv_heads * self.head_dim if lean else weight.shape[0]  # v is a view of the whole output
         in_blocks = self.in_blocks(row)  # neither statistics nor the parts of the output are kept then
         parts = 1 + (row.attention_by_document and not in_blocks)  # the input of wo; by document: its parts, too
+        others = 0
+        if (
+            row.context > 1
+        ):  # keys and values of the row instead of views of this rank's own, if one document is all of it
+            others = 2 * row.context * row.tokens * kv_heads * self.head_dim * weight.itemsize
+            projected, rotated = 0, kv_heads * self.queries * self.head_dim
         kept = {
-            "queries, keys, values": row.tokens * projected * weight.itemsize,
+            "queries, keys, values": row.tokens * projected * weight.itemsize + others,
             "rotated queries, keys": row.tokens * rotated * weight.itemsize,
             "attention output": output * parts,
             "attention statistics": row.tokens * statistics * (not in_blocks),  # log-sum-exp of each query's scores
@@ -113,11 +119,20 @@ class Attention(CostedLayer):
         return add_bytes(self.wqkv.saved_bytes(row), kept, *normed)
 
     def messages(self, row: RowShape) -> list[Message]:
+        found = super().messages(row) + self._exchange_messages(row)
         if not isinstance(self.q_norm, FullRMSNorm):
-            return super().messages(row)
+            return found
         n_bytes = 2 * row.tokens * accumulation_dtype(self.tp_ctx.dtype).itemsize  # a sum of each token's q and k
         sums = [Message(self.tp_ctx.group.name, "all_reduce", n_bytes, backward=back) for back in (False, True)]
-        return super().messages(row) + sums
+        return found + sums
+
+    def _exchange_messages(self, row: RowShape) -> list[Message]:
+        """Keys and values of the whole row, of this rank's heads, and their gradients."""
+        if row.context == 1:
+            return []
+        kv_heads = self.wqkv.weight.shape[0] // (self.queries + 2) // self.head_dim
+        n_bytes = 2 * row.context * row.tokens * kv_heads * self.head_dim * self.wqkv.weight.itemsize
+        return [Message("cp", "all_gather", n_bytes), Message("cp", "all_to_all", n_bytes, backward=True)]
 
     def passes(self, row: RowShape) -> list[Pass]:
         """Attention itself, the rotations, and the gradients of queries, keys and values joined to one tensor."""

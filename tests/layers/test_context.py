@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable
 from itertools import accumulate, pairwise
@@ -9,13 +10,14 @@ from itertools import accumulate, pairwise
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from internlm_lite.layers import key_gather
 from internlm_lite.layers.context import CLOSE, ContextRow, Piece, context_row, imbalance, layers_by_window
 from internlm_lite.layers.dropout import dropped_weights, token_keys
 from internlm_lite.layers.exchanges import EXCHANGES
 from internlm_lite.layers.flash import AttentionBackend, Bounds, packed_sdpa
-from internlm_lite.layers.key_gather import attention_of_pieces
+from internlm_lite.layers.key_gather import attention_of_pieces, kernel_of_pieces_problem
 from internlm_lite.layers.scores import AttentionRule
 from internlm_lite.mesh.mesh import Mesh, build_mesh, sizes_of
 from tests.world import TIMEOUT, run_world
@@ -238,6 +240,7 @@ def by_value(bounds: Bounds, rule: AttentionRule, q: torch.Tensor, k: torch.Tens
 def test_kernels_are_given_the_keys_in_sight_of_each_piece(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Boundaries come from documents, not from the positions of a rank's own tokens, which begin anywhere."""
     monkeypatch.setattr(key_gather, "varlen_kernel", lambda backend: by_value)
+    kernel_of_pieces_problem.cache_clear()
     rule = AttentionRule(window=window)
     for lengths in ([64], [1, 40, 2, 2, 19]):
         q, k, v, _ = inputs_of(lengths, torch.float64)
@@ -250,3 +253,44 @@ def test_kernels_are_given_the_keys_in_sight_of_each_piece(window: int | None, m
             attend = attention_of_pieces(pieces, CPU, AttentionBackend.FLASH_ATTN)
             found = attend(rule, row.cut(q, 0), k[at], v[at])
             torch.testing.assert_close(found, expected[row.own], rtol=1e-12, atol=1e-13)
+    assert not kernel_of_pieces_problem(AttentionBackend.FLASH_ATTN, rule, (HEADS, KV_HEADS, DIM), q.dtype, CPU)
+
+
+def test_a_kernel_that_aligns_queries_with_the_first_keys_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As flash-attn before 2.1, and scaled_dot_product_attention with is_causal, do."""
+
+    def top_left(
+        bounds: Bounds, rule: AttentionRule, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        parts = []
+        for (a, b), (c, d) in zip(pairwise(bounds.queries.tolist()), pairwise(bounds.keys.tolist()), strict=True):
+            own = [x.transpose(0, 1).repeat_interleave(HEADS // x.shape[1], 0) for x in (q[a:b], k[c:d], v[c:d])]
+            parts.append(torch.nn.functional.scaled_dot_product_attention(*own, is_causal=True).transpose(0, 1))
+        return torch.cat(parts)
+
+    monkeypatch.setattr(logging.getLogger("internlm_lite"), "propagate", True)
+    monkeypatch.setattr(key_gather, "varlen_kernel", lambda backend: top_left)
+    kernel_of_pieces_problem.cache_clear()
+    q, k, v, _ = inputs_of([64], torch.float32)
+    row = row_of([64], 4, 1)
+    seen = torch.tensor([n for p in row.pieces[1] for n in range(p.stop)])
+    found = attention_of_pieces(row.pieces[1], CPU, AttentionBackend.FLASH_ATTN)(
+        AttentionRule(), row.cut(q, 0), k[seen], v[seen]
+    )
+    torch.testing.assert_close(found, packed_sdpa((0, 64))(AttentionRule(), q, k, v)[row.own], rtol=1e-5, atol=1e-6)
+    assert caplog.text.count("flash-attn went wrong: relative error") == 1
+    kernel_of_pieces_problem.cache_clear()
+
+
+def test_a_kernel_is_compared_inside_a_block_that_runs_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison keeps tensors of its own, once: not in the recomputation."""
+    monkeypatch.setattr(key_gather, "varlen_kernel", lambda backend: by_value)
+    inputs = inputs_of([64], torch.float64)
+    attend = attention_of_pieces((Piece(0, 0, 0, 64),), CPU, AttentionBackend.FLASH_ATTN)
+    kernel_of_pieces_problem.cache_clear()
+    found = run(lambda *qkv: checkpoint(attend, AttentionRule(), *qkv, use_reentrant=False), inputs)
+    for ours, right in zip(found, run(lambda *qkv: packed_sdpa((0, 64))(AttentionRule(), *qkv), inputs), strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-12, atol=1e-13)
+    kernel_of_pieces_problem.cache_clear()

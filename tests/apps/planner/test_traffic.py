@@ -93,6 +93,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         8,
         {"parallel": {"context": {"size": 4}, "tensor": 2, "zero1": 2}, "model": {"checkpoint": 0.5}},
     ),
+    "ulysses, more ranks than key heads, tp": (
+        8,
+        {
+            "parallel": {"context": {"size": 4, "exchange": "ulysses"}, "tensor": 2},
+            "model": {"num_attention_heads": 8, "num_kv_attention_heads": 4},
+        },
+    ),
     "cp, sp, pp, windows": (
         8,
         {

@@ -63,7 +63,7 @@ def kept() -> list[dict[tuple[str, str], tuple[int, int]]]:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_attention_knows_what_it_keeps(model: str, kept: list[dict[tuple[str, str], tuple[int, int]]]) -> None:
-    """To the byte where all ranks keep as much. With "gather" keys that several pieces of a rank see are there twice."""
+    """To the byte where all ranks keep as much. With "gather" keys that two pieces of a rank see are kept twice."""
     for exchange in EXCHANGES:
         ranks = [found[model, exchange] for found in kept]
         if exchange == "gather":

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from internlm_lite.layers.context import ContextRow, Piece, context_row
+from internlm_lite.layers.context import ContextRow, DocumentPiece, context_row
 from internlm_lite.layers.costs import Message
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.layers.partial_attention import ReferenceParts
@@ -26,7 +26,7 @@ RULES_OF_LAYERS = {"plain": AttentionRule(5), "window": RULES["window"], "all": 
 def row_of(boundaries, spans, rank):
     """A row whose ranks have these spans (document, start, stop)."""
     pieces = [
-        tuple(Piece(n, boundaries[n], start - boundaries[n], stop - boundaries[n]) for n, start, stop in own)
+        tuple(DocumentPiece(n, boundaries[n], start - boundaries[n], stop - boundaries[n]) for n, start, stop in own)
         for own in spans
     ]
     return ContextRow(tuple(pieces), rank, boundaries[-1], CPU)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from internlm_lite.layers.context import ContextRow, Piece, numbers
+from internlm_lite.layers.context import ContextRow, DocumentPiece, numbers
 from internlm_lite.layers.costs import Message
 from internlm_lite.layers.flash import Attend, AttentionBackend
 from internlm_lite.layers.flash_parts import parts_kernel
@@ -79,7 +79,7 @@ def plan_course(row: ContextRow, group: Group, window: int | None, *, numbered: 
     return Course(group, own, tuple((leg, block(leg.parts, leg.source, leg.tokens)) for leg in legs))
 
 
-def _spans(pieces: Sequence[Piece]) -> list[Span]:
+def _spans(pieces: Sequence[DocumentPiece]) -> list[Span]:
     return [(piece.document, piece.first + piece.start, piece.first + piece.stop) for piece in pieces]
 
 

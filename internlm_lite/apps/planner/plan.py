@@ -72,6 +72,11 @@ def make_plan(
     n_bytes = _rank_bytes(config, held, orders, row)
     sent = [traffic(messages(row, sizes, own, data.micro_num), sizes) for own in held]
     costs = {number: stage_cost(stage, data.seq_len) for own in held for number, stage in own.stages.items()}
+
+    def peak(micro_bsz: int) -> int:
+        longer = replace(row, tokens=micro_bsz * data.seq_len // sizes.cp)
+        return max(one.peak for one in _rank_bytes(config, held, orders, longer))
+
     tokens_per_step = data.micro_num * data.micro_bsz * data.seq_len * sizes.dp
     return RunPlan(
         job=config.JOB_NAME,
@@ -91,14 +96,7 @@ def make_plan(
         groups=_groups(sizes),
         components=components_of(config, sorted({*(use.stage.seq_len for use in uses), *questions.lengths})),
         learning_rates=dict(_learning_rates(whole)),
-        largest_batch=None
-        if questions.memory is None
-        else largest_batch(
-            lambda n: max(
-                one.peak for one in _rank_bytes(config, held, orders, replace(row, tokens=n * data.seq_len // sizes.cp))
-            ),
-            questions.memory,
-        ),
+        largest_batch=None if questions.memory is None else largest_batch(peak, questions.memory),
         clock=None
         if questions.timed is None
         else clock_plan(

@@ -197,7 +197,7 @@ def test_wrong_checkpoints_and_weights_are_refused(tmp_path: Path, capsys: pytes
         ([good, good, "--weights", "1,-1"], "--weights 1,-1: expected finite numbers whose sum is not 0"),
         ([good, good, "--weights", "1,inf"], "expected finite numbers"),
         ([good, good, "--weights", "1e308,1e308"], "expected finite numbers"),
-        ([good, good, "--weights", "1,2", "--weights", "2,1"], "--weights 2,1: found numbers twice, expected them once"),
+        ([good, good, "--weights", "1,2", "--weights", "2,1"], "--weights 2,1: found numbers twice, expected them"),
         ([good, good, "--weights", "old"], "--weights 'old': expected numbers separated by commas"),
         ([good, "--weights", "ema"], "has no averaged weights (role ema), it has master: expected one of a run with"),
         ([saved(tmp_path / "nan", config, norm_weight=torch.full((7,), torch.nan))], "norm.weight: the average has"),

@@ -89,7 +89,7 @@ WRONG = {
     "no number": (["--hours", "soon"], "expected a number > 0"),
     "no size": (["--params", "3 million"], "expected parameters, such as 124M"),
     "too large": (["--params", "9000B", "--vocab-size", "500", "--device", "h100"], "in no layout"),
-    "no validation data": (["--hours", "1", "--vocab-size", "500", "--valid", "nope"], "data.valid_folder: nope is missi"),
+    "no validation data": (["--hours", "1", "--vocab-size", "500", "--valid", "nope"], "data.valid_folder: nope is"),
     "one step": (["--params", "1M", "--hours", "1e-9", "--vocab-size", "500"], "expected at least 2 steps"),
     "a name that no config may have": (
         ["--params", "1M", "--vocab-size", "500", "--device", "cpu", "--output", "..py"],

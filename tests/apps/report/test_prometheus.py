@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import datetime, timezone
 from pathlib import Path
@@ -85,7 +86,8 @@ def test_odd_names_come_back_as_they_are(tmp_path: Path, name: str) -> None:
 
 def test_half_a_surrogate_pair_is_written_out(tmp_path: Path) -> None:
     """A page can be sent, all escapes in it are of the format, and two such names are not one."""
-    lines = [{**line(0), "folders": {"\ud800": [10, 1.5, 0.5], "\ud801": [10, 2.5, 0.5]}}]
+    half, other = (json.loads(f'"\\ud80{n}"') for n in (0, 1))
+    lines = [{**line(0), "folders": {half: [10, 1.5, 0.5], other: [10, 2.5, 0.5]}}]
     with serving(run_folder(tmp_path / "run", lines)) as ask:
         reply = ask("/metrics")
     text = reply.body.decode()

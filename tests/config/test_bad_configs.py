@@ -241,6 +241,11 @@ BAD = [
     ),
     (
         "num_layers=4",
+        "num_layers=4, causal=False",
+        "18: model.causal: found False, expected True or no such key; every layer of a decoder is causal",
+    ),
+    (
+        "num_layers=4",
         "num_layers=4, norm_position='pree'",
         "18: model.norm_position: found 'pree', expected one of 'pre', 'post', 'reordered', 'sandwich' or None; write "
         "'pre'",

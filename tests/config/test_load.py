@@ -329,7 +329,7 @@ SPELLINGS = [
     ("parallel = dict(tensor=dict(size=2, sp='none', intern_overlap=False))", {"parallel.sequence_parallel": False}),
     ("parallel = dict(tensor=dict(size=2, sp='flash-attn', memory_pool=True))", {"parallel.sequence_parallel": True}),
     ("parallel = dict(expert=dict(size=-1), sequence_2D=dict(enable=False, head_size=2))", {"parallel.tensor": 1}),
-    ("model = dict(num_experts=1, moe_type='GShard', adapt_hf=True, norm_head=False)", {}),
+    ("model = dict(num_experts=1, moe_type='GShard', adapt_hf=True, norm_head=False, causal=True)", {}),
     ("model = dict(qkv_bias=True, o_bias=False)", {"model.qkv_bias": True, "model.out_bias": False}),
     ("model_type = 'QWEN2'", {"model.no_bias": True, "model.qkv_bias": True}),
     ("model_type = 'QWEN2'\nmodel = dict(qkv_bias=False)", {"model.qkv_bias": False}),

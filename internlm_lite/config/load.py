@@ -209,3 +209,15 @@ def _disagreements(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
     if least > peak:
         key = "lr_scheduler.eta_min"
         yield f"{origins[key]}: {key}={least:g} is above adam.lr={peak:g}: the learning rate rises after the warm-up"
+    yield from _unreached(config, origins["stages"])
+
+
+def _unreached(config: Config, origin: str) -> Iterator[str]:
+    """A stage that ends after the run. Skipped batches move the end of the run, so nothing is said with them."""
+    total, stages = config.data.total_steps, config.stages
+    for number, stage in enumerate(stages if total and not config.data.skip_batches else ()):
+        later = number + 1 < len(stages)
+        if stage.until is not None and (stage.until > total or (later and stage.until == total)):
+            effect = "no later stage is reached" if later else "the stage ends there"
+            yield f"{origin}: stages[{number}].until={stage.until}, but the run ends at data.total_steps={total}: {effect}"
+            return

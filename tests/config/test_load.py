@@ -397,6 +397,22 @@ def test_saving_that_is_not_switched_on_is_a_note(tmp_path: Path) -> None:
     assert loaded.notes == ("command line: nothing is saved: ckpt.enable_save_ckpt is False unless it is written",)
 
 
+@pytest.mark.parametrize(
+    ("stages", "note"),
+    [
+        ("[dict(until=8), dict()]", None),
+        ("[dict(until=8), dict(until=10)]", None),
+        ("[dict(until=8), dict(until=12)]", "stages[1].until=12, but the run ends at data.total_steps=10: the stage ends"),
+        ("[dict(until=10), dict(lr=1e-4)]", "stages[0].until=10, but the run ends at data.total_steps=10: no later"),
+        ("[dict(until=12), dict(until=20), dict()]", "stages[0].until=12, but the run ends at data.total_steps=10: no"),
+    ],
+)
+def test_a_note_tells_of_stages_that_are_not_reached(stages: str, note: str | None) -> None:
+    notes = load_config(TINY, ["data.total_steps=10", "lr_scheduler.total_steps=10", f"stages={stages}"]).notes
+    assert len(notes) == (note is not None)
+    assert all(f"command line: {note}" in found for found in notes)
+
+
 def test_given_weights_are_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("p").mkdir()

@@ -95,16 +95,21 @@ def loaded_config(arguments: argparse.Namespace, world_size: int) -> LoadedConfi
     from internlm_lite.checkpoint.load.checkpoint_loader import Loader
     from internlm_lite.config.load import config_from, load_config
     from internlm_lite.config.overrides import COMMAND_LINE
+    from internlm_lite.config.source import is_variable
     from internlm_lite.errors import ConfigError
     from internlm_lite.mesh.mesh import single_process_mesh
     from internlm_lite.train.evaluation import config_to_evaluate
 
     overrides = [*arguments.overrides]
-    if arguments.config is not None:
-        loaded = load_config(arguments.config, overrides)
-    else:
+    loaded = None if arguments.config is None else load_config(arguments.config, overrides)
+    if loaded is None or loaded.config.stages:
         found = Loader(single_process_mesh(), s3=s3_settings(arguments.s3)).open(arguments.checkpoint)
-        loaded = config_from(without_layout(found.config_of_stage(), world_size), Path(found.manifest_path), overrides)
+        if loaded is None:
+            config, source = without_layout(found.config_of_stage(), world_size), Path(found.manifest_path)
+        else:
+            config, source = found.in_its_stage(loaded.config), arguments.config
+            overrides = [text for text in overrides if not is_variable(text.partition("=")[0].strip())]
+        loaded = config_from(config, source, overrides)
     config = loaded.config
     asked = {
         "tasks": None if arguments.tasks is None else [name for name in arguments.tasks.split(",") if name != "none"],

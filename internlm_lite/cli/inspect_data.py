@@ -66,7 +66,10 @@ def show_documents(arguments: argparse.Namespace, config: DataConfig, data: Trai
         for one in found:
             print(json.dumps(dataclasses.asdict(one)), flush=True)
         return
-    ToolConsole().print(occurrences(found))
+    if found or arguments.find is None:
+        ToolConsole().print(occurrences(found))
+    else:
+        print("{}:{}: in none of the {:,} steps".format(*arguments.find, config.total_steps))
 
 
 def work(arguments: argparse.Namespace) -> int:

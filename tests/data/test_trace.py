@@ -200,6 +200,8 @@ def test_the_command_prints_what_is_found(corpus: Path, tmp_path: Path) -> None:
     step = asked("--json", "--step", str(rows[0]["step"]), "--dp", "2")
     assert rows[0] in [json.loads(line) for line in step.output.splitlines()]
     assert "docs:2" in asked("--find", "docs:2").output
+    short = asked("--find", "long:2", "data.epochs=None", "data.total_steps=1")
+    assert short.code == 0 and short.output.strip() == "long:2: in none of the 1 steps"
     bad = {
         ("--find", "docs:5"): "docs has documents 0 to 4",
         ("--find", "doc:1"): "'doc' is no folder with data",

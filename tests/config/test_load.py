@@ -402,7 +402,10 @@ def test_saving_that_is_not_switched_on_is_a_note(tmp_path: Path) -> None:
     [
         ("[dict(until=8), dict()]", None),
         ("[dict(until=8), dict(until=10)]", None),
-        ("[dict(until=8), dict(until=12)]", "stages[1].until=12, but the run ends at data.total_steps=10: the stage ends"),
+        (
+            "[dict(until=8), dict(until=12)]",
+            "stages[1].until=12, but the run ends at data.total_steps=10: the stage ends",
+        ),
         ("[dict(until=10), dict(lr=1e-4)]", "stages[0].until=10, but the run ends at data.total_steps=10: no later"),
         ("[dict(until=12), dict(until=20), dict()]", "stages[0].until=12, but the run ends at data.total_steps=10: no"),
     ],

@@ -219,5 +219,6 @@ def _unreached(config: Config, origin: str) -> Iterator[str]:
         later = number + 1 < len(stages)
         if stage.until is not None and (stage.until > total or (later and stage.until == total)):
             effect = "no later stage is reached" if later else "the stage ends there"
-            yield f"{origin}: stages[{number}].until={stage.until}, but the run ends at data.total_steps={total}: {effect}"
+            where = f"stages[{number}].until={stage.until}"
+            yield f"{origin}: {where}, but the run ends at data.total_steps={total}: {effect}"
             return

@@ -404,10 +404,10 @@ def test_saving_that_is_not_switched_on_is_a_note(tmp_path: Path) -> None:
         ("[dict(until=8), dict(until=10)]", None),
         (
             "[dict(until=8), dict(until=12)]",
-            "stages[1].until=12, but the run ends at data.total_steps=10: the stage ends",
+            "stages[1].until=12, but the run ends at data.total_steps=10: the",
         ),
-        ("[dict(until=10), dict(lr=1e-4)]", "stages[0].until=10, but the run ends at data.total_steps=10: no later"),
-        ("[dict(until=12), dict(until=20), dict()]", "stages[0].until=12, but the run ends at data.total_steps=10: no"),
+        ("[dict(until=10), dict(lr=1e-4)]", "stages[0].until=10, but the run ends at data.total_steps=10: no"),
+        ("[dict(until=12), dict(until=20), dict()]", "stages[0].until=12, but the run ends at data.total_steps"),
     ],
 )
 def test_a_note_tells_of_stages_that_are_not_reached(stages: str, note: str | None) -> None:

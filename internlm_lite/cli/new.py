@@ -81,7 +81,11 @@ def work(arguments: argparse.Namespace) -> int:
     proposal, seconds = propose(data, _hardware(arguments), wish)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(config_text(proposal, arguments.output.stem), "utf-8")
-    check_config(load_config(arguments.output), arguments.gpus)
+    try:
+        check_config(load_config(arguments.output), arguments.gpus)
+    except ConfigError:
+        arguments.output.unlink()
+        raise
     print(f"wrote {arguments.output}: about {human_seconds(seconds)} on {arguments.gpus} rank(s)")
     print(*(f"  {name}: {reason}" for name, reason in proposal.reasons.items()), sep="\n")
     print(f"next: python train.py --config {arguments.output} --dry-run --world-size {arguments.gpus}")

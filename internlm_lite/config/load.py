@@ -102,9 +102,10 @@ def config_from(config: Config, source: Path, overrides: Sequence[str] = ()) -> 
     return LoadedConfig(found, (source,), _origins(layer), tuple(translation.notes))
 
 
-def check_config(loaded: LoadedConfig, world_size: int | None) -> None:
-    """Raises ConfigError with all problems, one a line. `world_size` None: checks that need it are skipped."""
-    problems = list(cross_problems(loaded.config, world_size))
+def check_config(loaded: LoadedConfig, world_size: int | None, about: tuple[str, ...] = ("",)) -> None:
+    """Raises ConfigError with all problems of keys that begin with one of `about`, one a line. `world_size` None:
+    checks that need it are skipped."""
+    problems = [found for found in cross_problems(loaded.config, world_size) if found.keys[0].startswith(about)]
     if problems:
         raise ConfigError("\n".join(problem.line(loaded.origins, str(loaded.files[0])) for problem in problems))
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from internlm_lite.batch import Batch, Position
 from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import TrainingData
 from internlm_lite.faults.signals import StopSignals
-from internlm_lite.mesh.layout import Box
+from internlm_lite.mesh.layout import Box, Parameter
 from internlm_lite.mesh.mesh import Mesh, Sizes, build_mesh, single_process_mesh
 from internlm_lite.models.stages import Stages
 from internlm_lite.monitor.jsonl import read_objects
@@ -76,16 +76,17 @@ class Seen:
 def digest(*tensors: torch.Tensor) -> bytes:
     state = hashlib.sha256()
     for tensor in tensors:
-        state.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        copy = tensor.detach().clone(memory_format=torch.contiguous_format)  # a view in numpy pins the storage's size
+        state.update(copy.view(torch.uint8).numpy().tobytes())
     return state.digest()
 
 
+def params_of(stages: Stages) -> list[Parameter]:
+    return [cast(Parameter, param) for stage in stages.values() for param in stage.parameters()]
+
+
 def weights_of(stages: Stages) -> Weights:
-    return {
-        (p.shard_spec.name, p.shard_spec.shape, p.shard_spec.box): digest(p)
-        for stage in stages.values()
-        for p in stage.parameters()  # type: ignore[misc]
-    }
+    return {(p.shard_spec.name, p.shard_spec.shape, p.shard_spec.box): digest(p) for p in params_of(stages)}
 
 
 class _Watched:
@@ -135,20 +136,22 @@ def run_one(mesh: Mesh, job: Job, folder: Path) -> Seen:
     folder.mkdir(parents=True, exist_ok=True)
     seen = Seen(mesh.dp.rank)
     run = build_run(config, mesh, folder, "auto")
-    seen.before, seen.buckets = weights_of(run.trainer.stages), len(run.trainer.optimizer.buckets)
-    if mesh.world.size == 1:
-        seen.initial = {
-            p.shard_spec.name: p.detach().clone() for stage in run.trainer.stages.values() for p in stage.parameters()
-        }  # type: ignore[misc]
-    _watch(run.trainer.optimizer._reducer, seen)
+    optimizer, stages = run.trainer.optimizer, run.trainer.stages
+    seen.buckets = len(optimizer.buckets)
+    with optimizer.whole_weights():
+        seen.before = weights_of(stages)
+        if mesh.world.size == 1:
+            seen.initial = {p.shard_spec.name: p.detach().clone() for p in params_of(stages)}
+    if isinstance(optimizer._reducer, GradReducer):
+        _watch(optimizer._reducer, seen)
     try:
         train(replace(run, data=_Watched(run.data, seen)), StopSignals())  # type: ignore[arg-type]
     finally:
         run.reporter.close()
-    seen.after = weights_of(run.trainer.stages)
-    if job.keeps_weights:
-        kept = [p for stage in run.trainer.stages.values() for p in stage.parameters()]
-        seen.last = [(p.shard_spec.name, p.shard_spec.box, p.detach().clone()) for p in kept]  # type: ignore[union-attr]
+    with optimizer.whole_weights():
+        seen.after = weights_of(stages)
+        if job.keeps_weights:
+            seen.last = [(p.shard_spec.name, p.shard_spec.box, p.detach().clone()) for p in params_of(stages)]
     if mesh.is_main:
         seen.metrics = read_metrics(folder / "metrics.jsonl")
         seen.events = list(read_objects(folder / "events.jsonl"))

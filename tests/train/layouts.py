@@ -43,6 +43,9 @@ class Layout:
     schedule: str | None = None
     chunks: int = 1
     zero1: int = -1
+    zero_stage: int = 1
+    reshard: bool = True
+    """Free weights after the forward pass, in stage 3."""
     rows: int = 4
     """Packed rows of a global batch: micro_num = rows / dp."""
     tied: bool = False
@@ -191,6 +194,8 @@ def config_of(layout: Layout, corpus: Path | None, dtype: str = "torch.float64",
         model=model,
         parallel={
             "zero1": layout.zero1,
+            "zero_stage": layout.zero_stage,
+            "reshard_after_forward": layout.reshard,
             "tensor": layout.tp,
             "pipeline": pipeline,
             "context": {"size": layout.cp, "exchange": layout.exchange},

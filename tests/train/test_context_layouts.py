@@ -50,6 +50,8 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "sp": (False, True),
     "pipeline": ((1, None, 1), (2, "1f1b", 1), (2, "interleaved", 2), *[(2, "zbv", 2)] * HAS_ZBV, (4, "1f1b", 1)),
     "zero1": (-1, 1, 2),
+    "zero_stage": (1, 2, 3),
+    "reshard": (True, False),
     "checkpoint": (0, 0.5, 1, "selective"),
     "tied": (False, True),
     "micro_bsz": (1, 2),

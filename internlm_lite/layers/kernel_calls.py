@@ -71,5 +71,8 @@ def _joined(ranges: list[Range]) -> tuple[Range, ...]:
 
 def sequence_boundaries(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
     """[n + 1] int32 on `device`, without a wait for it."""
-    host = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
+    sums = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    if device.type != "cuda":
+        return sums.to(device)
+    pinned = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+    return torch.empty(sums.shape, dtype=sums.dtype, device=device).copy_(pinned.copy_(sums), non_blocking=True)

@@ -29,6 +29,12 @@ def _collectives(mesh: Mesh) -> dict[str, list]:
     works = [comm.send(mine[:1], group, (rank + 1) % size), comm.receive(neighbour, group, (rank - 1) % size)]
     for each in works:
         each.wait()
+    comm.meet(group, mesh.device)
+    passed = torch.full((1,), -1.0, dtype=torch.float64)  # from rank 0 to rank 1, and nothing else
+    sends, receives = (mine[-1:], 1) if rank == 0 else None, (passed, 0) if rank == 1 else None
+    comm.send_and_receive(sends, receives, group).wait()
+    turned = torch.empty(1, dtype=torch.float64)
+    comm.send_and_receive((mine[:1], (rank + 1) % size), (turned, (rank - 1) % size), group).wait()
     return {
         "all_reduce": reduced.tolist(),
         "broadcast": copied.tolist(),
@@ -36,6 +42,7 @@ def _collectives(mesh: Mesh) -> dict[str, list]:
         "all_gather": gathered.tolist(),
         "all_to_all": received.tolist(),
         "receive": neighbour.tolist(),
+        "send_and_receive": [passed.item(), turned.item()],
         "gather_objects": comm.gather_objects({"rank": rank}, group),
         "broadcast_object": [comm.broadcast_object(("from", rank), group)],
     }
@@ -52,6 +59,7 @@ def test_every_collective(size: int) -> None:
             "all_gather": [10 * r + r for r in ranks],
             "all_to_all": [10 * r + rank for r in ranks],
             "receive": [10 * ((rank - 1) % size)],
+            "send_and_receive": [size - 1 if rank == 1 else -1, 10 * ((rank - 1) % size)],
             "gather_objects": [{"rank": r} for r in ranks],
             "broadcast_object": [("from", 0)],
         }

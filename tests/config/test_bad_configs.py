@@ -1015,6 +1015,22 @@ def test_a_z_loss_that_cannot_be(value: str) -> None:
     assert "bad.py:25: loss.z_loss: found" in told and "expected a number >= 0" in told
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        "optimizer = dict(name='muon', muon_lr=float('inf'))",
+        "optimizer = dict(name='sgd', momentum=float('inf'))",
+        "lr_scheduler = dict(total_steps=100, warmup_steps=float('inf'))",
+        "lr_scheduler = dict(total_steps=100, kind='wsd', decay_ratio=float('inf'))",
+        "ema = float('inf')",
+    ],
+)
+def test_infinity_is_no_rate(keys: str) -> None:
+    """Where None stands for another value and not for "no limit"."""
+    (told,) = problems(f"{GOOD}{keys}\n")
+    assert "found inf, expected " in told
+
+
 def test_learned_positions_end_where_samples_would() -> None:
     text = GOOD.replace("num_layers=4", "num_layers=4, position='learned', max_position_embeddings=128")
     samples = "monitor = dict(sample_prompts=['x'], sample_tokens={})\n".format

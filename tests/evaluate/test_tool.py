@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from internlm_lite.config.schema import Config
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.monitor.jsonl import read_objects
 from tests import cli
@@ -73,6 +74,24 @@ def test_a_checkpoint_has_the_figures_of_its_run(run: Path, tmp_path: Path) -> N
     assert json.loads((tmp_path / "out.json").read_text())["step"] == 4
     assert sorted(path for path in run.rglob("*") if path.is_file()) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "output.log"]
+
+
+def test_a_checkpoint_of_a_stage_has_the_figures_of_its_run(run: Path, tmp_path: Path) -> None:
+    """The rotary base of its stage and the lengths of all evaluations, whether its config or a file is taken."""
+    saves = str(tmp_path / "ckpts")
+    ckpt = {"enable_save_ckpt": True, "save_ckpt_folder": saves, "async_upload": False}
+    values = config_for(run, ckpt=ckpt, data={"total_steps": 2, "valid_every": 2}, adam={"lr": 3e-2}).model_dump()
+    stages = [{"until": 1}, {"rope_base": 50.0, "seq_len": 64}]
+    config = Config.model_validate({**values, "stages": stages})
+    run_training(single_process_mesh(), config, tmp_path / "run")
+    given = json.loads(config.model_dump_json(exclude_defaults=True))
+    (tmp_path / "config.py").write_text("\n".join(f"{key} = {value!r}" for key, value in given.items()))
+    for number, more in enumerate(((), ("--config", "config.py"))):
+        command = ("--checkpoint", saves, "--device", "cpu", "--output", f"{number}.json", *more)
+        ended = cli.run("tools/evaluate.py", *command, folder=tmp_path)
+        assert ended.code == 0, ended.output
+        found = json.loads((tmp_path / f"{number}.json").read_text())["weights"]["model"]
+        assert found["loss"] == pytest.approx(logged(tmp_path)["loss"], rel=1e-9), more
 
 
 @pytest.mark.parametrize("layout", [(), ("parallel.tensor=2",), ("parallel.pipeline.size=2",)], ids=str)

@@ -141,9 +141,9 @@ def _learning_rates(config: Config) -> Iterator[tuple[int, float]]:
     start, warmup = curve.init_steps, curve.num_warmup_steps
     after = curve.total_steps - start - warmup
     steps = [start, start + warmup // 2, *(start + warmup + after * quarter // 4 for quarter in range(5))]
-    for step in sorted({step - curve.last_epoch - 1 for step in steps}):
-        if step >= 0:
-            yield step, learning_rate(step, peak_rate(config, step), curve)
+    ahead = {step - curve.last_epoch - 1 for step in steps if step > curve.last_epoch}
+    for step in sorted(ahead or {0}):  # all of them may be behind
+        yield step, learning_rate(step, peak_rate(config, step), curve)
 
 
 def _backend(config: Config, device: str) -> AttentionBackend:

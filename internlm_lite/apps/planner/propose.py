@@ -27,6 +27,8 @@ MOST_EPOCHS = 4
 """Passes over the data up to which repeated tokens are nearly as good as new ones (arXiv:2305.16264)."""
 TOKENS_PER_PARAMETER = 20
 """Where a size is wanted and no time (arXiv:2203.15556)."""
+_FEWEST_STEPS = 2
+"""One of warm-up and one of decay."""
 _HIGHEST_LR = 5e-3
 """Of AdamW. The rule was fitted on 60 M parameters and more, and rises without end below."""
 _LONGEST_ROW = 32_768
@@ -151,11 +153,13 @@ class Proposal:
 
 
 def measured(folder: Path, valid: Path | None, tokenizer: Path | None, vocab_size: int | None = None) -> Data:
-    """What is in the data. `vocab_size`: ids of the tokenizer, where nothing else says it. Raises DataError, and
-    ConfigError where nothing does."""
+    """What is in the data. `vocab_size`: ids of the tokenizer, where nothing else says it. Raises DataError, also for
+    validation data that cannot be read, and ConfigError where nothing says it."""
     if valid is None and (folder / "train").is_dir() and (folder / "valid").is_dir():
         folder, valid = folder / "train", folder / "valid"
     files = [file for found in find_folders(folder, "train_folder") for file in found.files]
+    if valid is not None:
+        find_folders(valid, "valid_folder", log=False)
     sizes = [file.metadata.vocab_size for file in files if file.metadata is not None]
     if tokenizer is not None:
         sizes.append(Tokenizer(tokenizer).vocab_size)
@@ -183,6 +187,12 @@ def propose(data: Data, hardware: Hardware, wish: Wish) -> tuple[Proposal, float
         tokens = proposal.steps * proposal.tokens_per_step
         reached = tokens * proposal.shape.flops_per_token("parameters", 0) / seconds
         proposal, seconds = _fitted(_sized(data, hardware, wish, reached), wish)
+    if proposal.steps < _FEWEST_STEPS:
+        raise ConfigError(
+            f"found {human_count(proposal.tokens)} tokens to train on, {proposal.steps} step of "
+            f"{proposal.tokens_per_step}, expected at least {_FEWEST_STEPS} steps; give more --hours, a smaller "
+            "--seq-len, or more data"
+        )
     return proposal, seconds
 
 

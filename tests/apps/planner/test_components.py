@@ -141,6 +141,8 @@ def test_learning_rates_are_those_of_the_optimizer() -> None:
     assert plan.learning_rates == pytest.approx({**known, 38_750: 2.318019e-05, 50_000: 1e-5}, rel=1e-6)
     later = make_plan(load_config(CONFIG, ["lr_scheduler.last_epoch=29999"]).config, 16, None)
     assert list(later.learning_rates) == [7625, 20_000], "steps of this run"
+    behind = make_plan(load_config(CONFIG, ["lr_scheduler.last_epoch=59999"]).config, 16, None)
+    assert behind.learning_rates == {0: 1e-5}, "a curve that ended before this run"
 
 
 def peaks_of(changes: list[str], sizes: range) -> list[int]:

@@ -89,6 +89,12 @@ WRONG = {
     "no number": (["--hours", "soon"], "expected a number > 0"),
     "no size": (["--params", "3 million"], "expected parameters, such as 124M"),
     "too large": (["--params", "9000B", "--vocab-size", "500", "--device", "h100"], "in no layout"),
+    "no validation data": (["--hours", "1", "--vocab-size", "500", "--valid", "nope"], "data.valid_folder: nope is"),
+    "one step": (["--params", "1M", "--hours", "1e-9", "--vocab-size", "500"], "expected at least 2 steps"),
+    "a name that no config may have": (
+        ["--params", "1M", "--vocab-size", "500", "--device", "cpu", "--output", "..py"],
+        "JOB_NAME: found '.'",
+    ),
     "no device": (["--hours", "1", "--vocab-size", "500", "--device", "h1000"], "--device h1000"),
 }
 
@@ -96,6 +102,6 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_wishes_are_answered_in_a_sentence(case: str, corpus: Path, tmp_path: Path) -> None:
     arguments, expected = WRONG[case]
-    ended = run("tools/new.py", "--data", str(corpus), *arguments, "--output", "x.py", folder=tmp_path)
+    ended = run("tools/new.py", "--data", str(corpus), "--output", "x.py", *arguments, folder=tmp_path)
     assert ended.code != 0 and expected in ended.output and "Traceback" not in ended.output
-    assert not (tmp_path / "x.py").exists()
+    assert not list(tmp_path.glob("*.py"))

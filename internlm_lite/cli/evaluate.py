@@ -104,8 +104,10 @@ def loaded_config(arguments: argparse.Namespace, world_size: int) -> LoadedConfi
     opened = Loader(single_process_mesh(), s3=s3_settings(arguments.s3)).open
     if arguments.config is not None:
         loaded = load_config(arguments.config, overrides)
-        if loaded.config.stages and loaded.origins["model.rope_base"] != COMMAND_LINE:
-            loaded = replace(loaded, config=_rotated(loaded.config, opened(arguments.checkpoint)))
+        if loaded.config.stages:
+            by_hand = loaded.origins["model.rope_base"] == COMMAND_LINE
+            config = loaded.config if by_hand else _rotated(loaded.config, opened(arguments.checkpoint))
+            loaded = replace(loaded, config=config.model_copy(update={"stages": []}))
     else:
         found = opened(arguments.checkpoint)
         saved = without_layout(_rotated(found.config(), found), world_size)

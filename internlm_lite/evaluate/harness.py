@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from internlm_lite.errors import ConfigError, MissingPackageError, first_line
 from internlm_lite.evaluate.answers import Answers
@@ -16,6 +16,7 @@ from internlm_lite.evaluate.answers import Answers
 logger = logging.getLogger("internlm_lite")
 Scores = dict[str, dict[str, float]]
 """Task -> metric -> value."""
+Answer = TypeVar("Answer")
 _FEWSHOT_SEED = 1234
 """lm_eval's default."""
 
@@ -98,7 +99,7 @@ def harness_model(answers: Answers) -> Any:
         def generate_until(self, requests: list[Any]) -> list[str]:
             return self._answered(answers.continuations, [request.args for request in requests])
 
-        def _answered(self, answer: Callable[[list[Any]], Any], asked: list[Any]) -> Any:
+        def _answered(self, answer: Callable[[list[Any]], Answer], asked: list[Any]) -> Answer:
             self.is_answering = True
             found = answer(asked)
             self.is_answering = False

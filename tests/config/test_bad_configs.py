@@ -233,6 +233,29 @@ BAD = [
         "torch.fp16",
         "19: model.dtype: found 'torch.fp16', expected one of 'torch.float16', 'torch.half',",
     ),
+    (
+        "num_layers=4",
+        "num_layers=4, checkpoint='selectiv'",
+        "18: model.checkpoint: found 'selectiv', expected True or False or a number >= 0 and <= 1 or 'selective'; write"
+        " 'selective'",
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, causal=False",
+        "18: model.causal: found False, expected True or no such key; every layer of a decoder is causal",
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, norm_position='pree'",
+        "18: model.norm_position: found 'pree', expected one of 'pre', 'post', 'reordered', 'sandwich' or None; write "
+        "'pre'",
+    ),
+    (
+        "torch.float16",
+        "bf16",
+        "19: model.dtype: found 'bf16', expected one of 'torch.float16', 'torch.half', 'torch.bfloat16', "
+        "'torch.float32', 'torch.tf32', 'torch.float64'; write 'torch.bfloat16'",
+    ),
     ("torch.float16", "float16", "19: model.dtype: found 'float16', expected one of 'torch.float16', 'torch.half',"),
     (
         'dtype="torch.float16"',

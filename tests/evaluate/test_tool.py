@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from internlm_lite.cli import evaluate
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.monitor.jsonl import read_objects
@@ -17,6 +18,7 @@ from tests.evaluate.made_run import config_for, write_data
 from tests.ports import free_port
 from tests.train.runs import run_training
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 TASKS = ["cloze_word", "cloze_greedy", "local_choice", "local_until"]
 
 
@@ -108,6 +110,28 @@ def test_in_any_layout(layout: tuple[str, ...], run: Path, tmp_path: Path) -> No
     assert figures(tmp_path / "out.json", "model") == pytest.approx(expected(logged(run), "model"), rel=1e-8)
 
 
+@pytest.mark.parametrize(
+    ("step", "overrides", "expected_values"),
+    [
+        (2, [], (256, 2, 10_000)),
+        (4, ["SEQ_LEN=128"], (128, 2, 5e4)),
+        (4, ["data.seq_len=32", "model.rope_base=7"], (32, 2, 7)),
+    ],
+)
+def test_a_config_with_stages_rotates_by_the_base_of_the_checkpoints_stage(
+    step: int, overrides: list[str], expected_values: tuple[int, int, float], run: Path, tmp_path: Path
+) -> None:
+    """The stages are those of the file, rows those of all evaluations; the command line goes before them."""
+    stages = "[dict(until=2), dict(seq_len=64, micro_bsz=1, rope_base=5e4)]"
+    base = f"_base_ = {str(CONFIGS / 'tiny.py')!r}\nSEQ_LEN = 256\n"
+    (tmp_path / "staged.py").write_text(f"{base}data = dict(seq_len=SEQ_LEN, micro_bsz=2)\nstages = {stages}\n")
+    command = ["--config", str(tmp_path / "staged.py"), "--checkpoint", str(run / "ckpts" / str(step))]
+    arguments = evaluate.parse_arguments([*command, "data.valid_folder=valid", *overrides])
+    config = evaluate.loaded_config(arguments, 1).config
+    assert (config.data.seq_len, config.data.micro_bsz, config.model.rope_base) == expected_values
+    assert config.stages == []
+
+
 ERRORS = [
     (("--tasks", "x", "--include-path", "no"), "ConfigError: evaluation.include_path: found no folder no, expected"),
     (("--tasks", "none", "data.valid_folder=None"), "ConfigError: found neither data.valid_folder nor tasks"),
@@ -132,3 +156,6 @@ def test_weights_that_are_not_there(tmp_path: Path) -> None:
     command = ("--checkpoint", str(folder / "ckpts"), "--device", "cpu", "--weights", "ema")
     ended = cli.run("tools/evaluate.py", *command, folder=tmp_path)
     assert ended.code == 2 and "has no averaged weights" in ended.output and "Traceback" not in ended.output
+    ended = cli.run("tools/evaluate.py", *command[:-1], "both", folder=tmp_path)
+    assert ended.code == 2 and "has no averaged weights" in ended.output
+    assert "weights model: loss=" not in ended.output  # said before the first evaluation

@@ -104,7 +104,7 @@ def make_plan(
             present_ways(config, row, lengths, questions.timed),
             f"of the first {len(batches)} batches",
         ),
-        notes=[*_notes(config, sizes), *_stage_notes(uses, largest)],
+        notes=[*_notes(config, sizes), *_stage_notes(uses, largest), *_length_notes(config, questions.lengths)],
     )
 
 
@@ -243,6 +243,16 @@ def _stage_notes(uses: Sequence[StageUse], largest: RunStage) -> Iterator[str]:
         yield (
             f"memory, activations and traffic are those of stage {largest.number}, whose rows are the longest "
             f"({largest.row_tokens} tokens); tokens a step, FLOPs and times those of stage 0"
+        )
+
+
+def _length_notes(config: Config, lengths: Sequence[int]) -> Iterator[str]:
+    most = config.model.max_position_embeddings
+    longer = [f"{length:,}" for length in sorted(lengths) if most is not None and length > most]
+    if longer and config.model.position == "learned":
+        yield (
+            f"documents of {', '.join(longer)} tokens are longer than the {most:,} learned positions "
+            "(model.max_position_embeddings): their FLOPs are counted, but this model cannot read them"
         )
 
 

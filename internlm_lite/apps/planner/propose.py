@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,8 @@ _FEWEST_STEPS = 2
 """One of warm-up and one of decay."""
 _HIGHEST_LR = 5e-3
 """Of AdamW. The rule was fitted on 60 M parameters and more, and rises without end below."""
+_FEWEST_STEPS = 2
+"""The schedule has a warm-up and a decay."""
 _LONGEST_ROW = 32_768
 """Tokens of a packed row beyond which a step gains nothing."""
 _USABLE = 0.92
@@ -208,9 +211,15 @@ def _sized(data: Data, hardware: Hardware, wish: Wish, speed: float) -> Proposal
         why = f"nearest to the {human_count(wish.parameters)} parameters wanted, in usual proportions"
     else:
         assert compute is not None, "a time or a size is wanted"
-        row = wanted = size_row(rule, compute, data.vocab_size, seq_len)
-        while row.tokens > MOST_EPOCHS * data.tokens and row.compute > compute / 1e6:
-            row = size_row(rule, row.compute * 0.9, data.vocab_size, seq_len)
+        try:
+            row = wanted = size_row(rule, compute, data.vocab_size, seq_len)
+        except ConfigError as error:
+            raise ConfigError(
+                f"--hours: {human_seconds(compute / speed)} on this hardware: {error}; or name a size with --params"
+            ) from error
+        with suppress(ConfigError):  # the smallest shape of the rule: its tokens are cut below
+            while row.tokens > MOST_EPOCHS * data.tokens and row.compute > compute / 1e6:
+                row = size_row(rule, row.compute * 0.9, data.vocab_size, seq_len)
         shape, tokens = row.shape, wanted.tokens
         why = f"best for {row.compute:.2g} FLOPs by the rule {chinchilla} (tools/plan.py sizes)"
     reasons = {"shape": f"{human_count(shape.parameters)} parameters: {why}"}
@@ -243,6 +252,12 @@ def _fitted(sized: Proposal, wish: Wish) -> tuple[Proposal, float]:
         fitting = [found for recomputed in (False, "selective", True) if (found := _fill(layout, recomputed))]
         if fitting:
             proposal, per_token = min(fitting, key=lambda found: found[1])
+            if proposal.steps < _FEWEST_STEPS:
+                raise ConfigError(
+                    f"found {human_count(proposal.tokens)} tokens for {proposal.steps} step of "
+                    f"{proposal.tokens_per_step}, expected at least {_FEWEST_STEPS} steps; give more --hours or data, "
+                    "or a smaller --params or --seq-len"
+                )
             return proposal, per_token * proposal.steps * proposal.tokens_per_step
     hardware = sized.hardware
     raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -96,7 +97,7 @@ def test_cut() -> None:
     assert cut("one", []) == cut("one", ["two"]) == "one" and cut("one", ["one"]) == ""
 
 
-LAYOUTS = [{"dp": 2}, {"dp": 3}, {"tp": 2}, {"pp": 2}, {"dp": 2, "tp": 2}]
+LAYOUTS = [{"dp": 2}, {"dp": 3}, {"tp": 2}, {"pp": 2}, {"dp": 2, "tp": 2}, {"cp": 3}]
 
 
 def built(mesh: Mesh, sizes: dict[str, int]) -> WholeModel:
@@ -123,8 +124,8 @@ def _lead(mesh: Mesh, sizes: dict[str, int]) -> Any:
 def test_every_layout_answers_all_requests(sizes: dict[str, int]) -> None:
     """Nine windows and seven prompts on two or three ranks: no hang, nothing twice, nothing left out."""
     (expected, _, _), texts = _lead(single_process_mesh(), {})
-    world = sizes.get("dp", 1) * sizes.get("tp", 1) * sizes.get("pp", 1)
-    options = {"tensor": sizes.get("tp", 1), "pipeline": sizes.get("pp", 1)}
+    world = math.prod(sizes.values())
+    options = {"tensor": sizes.get("tp", 1), "pipeline": sizes.get("pp", 1), "context": sizes.get("cp", 1)}
     for (scores, nothing, three), written in run_world(_lead, world, (sizes,), **options):
         assert scores == pytest.approx(expected, rel=1e-10) and len(scores) == len(windows())
         assert written == texts and nothing == [] and three == 3

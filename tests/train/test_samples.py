@@ -93,18 +93,20 @@ def both(mesh: Mesh, config: Config, changed: Config, folder: Path) -> list:
     [
         (2, {}, {}),
         (2, {"pipeline": {"size": 2}}, {}),
+        (2, {"context": {"size": 2}}, {}),
         (4, {"tensor": 2, "sequence_parallel": True}, {}),
         *[(2, {"pipeline": {"size": 2, "schedule": "zbv"}}, {"num_chunks": 2, "num_layers": 4})] * HAS_ZBV,
     ],
-    ids=["dp2", "pp2", "dp2 tp2", *["zbv"] * HAS_ZBV],
+    ids=["dp2", "pp2", "cp2", "dp2 tp2", *["zbv"] * HAS_ZBV],
 )
 def test_training_is_the_same_with_samples_in_every_layout(
     size: int, parallel: dict[str, Any], model: dict[str, Any], data: Path, tmp_path: Path
 ):
     tensor, pipeline = parallel.get("tensor", 1), parallel.get("pipeline", {}).get("size", 1)
-    rows = {"micro_num": 4 * tensor * pipeline // size}  # the same 4 rows a step in every layout
+    context = parallel.get("context", {}).get("size", 1)
+    rows = {"micro_num": 4 * tensor * pipeline * context // size}  # the same 4 rows a step in every layout
     plain, often = (config_for(data, every, data=rows, parallel=parallel, model=model) for every in (None, 3))
-    ranks = run_world(both, size, (plain, often, tmp_path), tensor=tensor, pipeline=pipeline)
+    ranks = run_world(both, size, (plain, often, tmp_path), tensor=tensor, pipeline=pipeline, context=context)
     (expected, _, none), (found, _, shown) = ranks[0]
     assert len(found) == 8 and found == expected and none == []
     assert [sample["step"] for sample in shown] == [3, 3, 6, 6, 8, 8]

@@ -133,7 +133,8 @@ class Roofline:
         for message in unit.messages(self.ways.row):
             times = backward if message.backward else forward
             once = 0.5 if recompute and not message.backward else 1  # the layer says what it sends twice
-            times.add("tensor parallel", "messages", once * self.message_seconds(message))
+            part = "context parallel" if message.axis == "cp" else "tensor parallel"
+            times.add(part, "messages", once * self.message_seconds(message))
         added = sum(seconds for (part, _), seconds in backward.items() if part == "weight gradients")
         weights = (product if made_at_once == 1 else 0) + added
         if recompute:

@@ -72,8 +72,8 @@ class StepClock:
             yield BucketClock(size, count, worst.scatter, worst.gather, worst.fraction)
 
     def _roofline(self, ways: Ways) -> Roofline:
-        axis = network(self.device, self.sizes)["tp"]
-        return Roofline(self.device, ways, self.sizes.tp, axis.seconds)
+        axes = network(self.device, self.sizes)
+        return Roofline(self.device, ways, self.sizes.tp, lambda message: axes[message.axis].seconds(message))
 
     def _buckets(self, own: RankHoldings, size: int | None) -> tuple[BucketSizes, ...]:
         if size is None:
@@ -231,6 +231,7 @@ def _expensive(terms: dict[str, float], clock: StepClock, ways: Ways) -> list[Ex
         "gaps": "data.micro_bsz larger: kernels that take longer",
         "recomputation": "a smaller model.checkpoint, where memory allows",
         "tensor parallel": "a smaller parallel.tensor, inside a node",
+        "context parallel": "a smaller parallel.context, inside a node, or another parallel.context.exchange",
         "bubble": "data.micro_num larger, model.num_chunks > 1, or parallel.pipeline.schedule='zbv'",
         "reduce-scatter": "a smaller hybrid_zero_optimizer.reduce_bucket_size, or data.micro_num larger",
         "gather of weights": "a smaller hybrid_zero_optimizer.reduce_bucket_size, or data.micro_num larger",

@@ -16,7 +16,7 @@ from internlm_lite.layers.positions import LearnedPositions, look_up, look_up_pa
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.conjugate import columns_to_rows, gather_last
-from internlm_lite.mesh.layout import parameter, split
+from internlm_lite.mesh.layout import split
 
 
 class Embedding(CostedLayer):
@@ -39,7 +39,7 @@ class Embedding(CostedLayer):
         self.scale: float = comm.read(torch.tensor(scale, dtype=tp_ctx.dtype))  # rounded, on the host
         shape, dim = (config.vocab_size, config.hidden_size), 1 if self.split_hidden else 0
         layout = split(f"{name}.weight", shape, dim, tp_ctx.group, init_std=config.init_std, partial_over=partial_over)
-        self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)
+        self.weight = tp_ctx.parameter(layout)
         self.weight.manual_grad = self.weight.deferred_grad = self.weight.looked_up = True
         self.position = config.position
         self.positions = LearnedPositions(f"{name}.positions", config, tp_ctx) if self.position == "learned" else None

@@ -23,7 +23,7 @@ from internlm_lite.layers.products import Products
 from internlm_lite.layers.recompute import Recipe, made_again
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.layers.weight_grads import accumulating, gradient_passes
-from internlm_lite.mesh.layout import parameter, split, whole
+from internlm_lite.mesh.layout import split, whole
 
 
 def output_std(config: ModelConfig) -> float:
@@ -50,7 +50,7 @@ class _Linear(CostedLayer):
         self.tp_ctx = tp_ctx
         shape = (out_features, in_features)
         layout = split(f"{name}.weight", shape, self.split_dim, tp_ctx.group, init_std=init_std)
-        self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)
+        self.weight = tp_ctx.parameter(layout)
         self.weight.matrix_rows = (out_features,)
         self.weight.manual_grad = True
         self.weight.deferred_grad = tp_ctx.weight_grads.deferred
@@ -61,7 +61,7 @@ class _Linear(CostedLayer):
                 layout = split(name, whole_shape, 0, tp_ctx.group)
             else:
                 layout = whole(name, whole_shape, partial_over=tp_ctx.partial_over)
-            self.bias = parameter(layout, tp_ctx.dtype, tp_ctx.device)
+            self.bias = tp_ctx.parameter(layout)
             self.bias.manual_grad = True
 
     def output_bias(self) -> torch.Tensor | None:

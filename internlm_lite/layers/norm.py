@@ -30,7 +30,7 @@ from internlm_lite.layers.costs import Bytes, CostedLayer, Pass, RowShape
 from internlm_lite.layers.tensor_parallel import TensorParallelContext, accumulation_dtype
 from internlm_lite.layers.weight_grads import accumulating
 from internlm_lite.mesh import comm
-from internlm_lite.mesh.layout import ShardSpec, parameter, split, whole
+from internlm_lite.mesh.layout import ShardSpec, split, whole
 from internlm_lite.mesh.mesh import Group
 
 
@@ -120,8 +120,8 @@ class Norm(CostedLayer):
         self._own_heads = None if heads is None else heads[0] // tp_ctx.group.size
         dtype = accumulation_dtype(tp_ctx.dtype) if config.use_fp32_norm else tp_ctx.dtype
         weight, bias = self._layouts(name, config, heads)
-        self.weight = parameter(weight, dtype, tp_ctx.device)
-        self.bias = parameter(bias, dtype, tp_ctx.device) if config.has_norm_bias else None
+        self.weight = tp_ctx.parameter(weight, dtype)
+        self.bias = tp_ctx.parameter(bias, dtype) if config.has_norm_bias else None
         for param in (self.weight, self.bias):
             if param is not None:
                 param.manual_grad = self.adds_gradients

@@ -20,7 +20,7 @@ from internlm_lite.config.schema import ModelConfig
 from internlm_lite.layers.costs import Bytes, CostedLayer, Pass, RowShape
 from internlm_lite.layers.tensor_parallel import TensorParallelContext, accumulation_dtype
 from internlm_lite.layers.weight_grads import grad_buffer, gradient_passes, report_grad
-from internlm_lite.mesh.layout import Parameter, parameter, split
+from internlm_lite.mesh.layout import Parameter, split
 
 _BASE = 10000.0
 
@@ -68,7 +68,7 @@ class LearnedPositions(CostedLayer):
         assert config.max_position_embeddings is not None, "checked with the config"
         shape = (config.max_position_embeddings, config.hidden_size)
         layout = split(f"{name}.weight", shape, 1, tp_ctx.group, init_std=config.init_std)
-        self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)
+        self.weight = tp_ctx.parameter(layout)
         self.weight.manual_grad = self.weight.deferred_grad = self.weight.looked_up = True
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ from internlm_lite.mesh.conjugate import (
     start_gather_rows,
     start_scatter_rows,
 )
+from internlm_lite.mesh.layout import Parameter, ShardSpec, parameter
 from internlm_lite.mesh.mesh import Group
 
 
@@ -45,6 +46,12 @@ class TensorParallelContext:
     """Training passes are compiled, where no collective is inside (model.compile)."""
     selective: bool = False
     """Layers keep what made their inputs instead of them (layers/recompute.py)."""
+    allocated: bool = True
+    """Of parameters when they are made; False with ZeRO stage 3, where they never are all in memory."""
+
+    def parameter(self, layout: ShardSpec, dtype: torch.dtype | None = None) -> Parameter:
+        """An uninitialised parameter of a layer of this rank; `dtype` None: the model's."""
+        return parameter(layout, dtype or self.dtype, self.device, allocated=self.allocated)
 
     @contextmanager
     def whole_activations(self) -> Iterator[None]:

@@ -144,8 +144,12 @@ class Parameter(nn.Parameter):
     """Called with the parameter after each accumulation; set by the optimizer (`optim.reduce`)."""
 
 
-def parameter(layout: ShardSpec, dtype: torch.dtype, device: torch.device | str) -> Parameter:
-    """An uninitialised parameter of shape `layout.local_shape`; `models/initialise.py` fills it."""
-    made = Parameter(torch.empty(layout.local_shape, dtype=dtype, device=device))
+def parameter(
+    layout: ShardSpec, dtype: torch.dtype, device: torch.device | str, *, allocated: bool = True
+) -> Parameter:
+    """An uninitialised parameter of shape `layout.local_shape`; `models/initialise.py` fills it. `allocated` False: it
+    has the memory of one element, until an optimizer gives it its place."""
+    size = layout.local_shape if allocated else ()
+    made = Parameter(torch.empty(size, dtype=dtype, device=device).expand(layout.local_shape))
     made.shard_spec = layout
     return made

@@ -313,7 +313,7 @@ def build_model(
 
 
 def tensor_parallel_context(
-    config: ModelConfig, mesh: Mesh, *, by_sequence: bool, defer_weight_grads: bool = False
+    config: ModelConfig, mesh: Mesh, *, by_sequence: bool, defer_weight_grads: bool = False, allocated: bool = True
 ) -> TensorParallelContext:
     """The context of all layers of this rank. Raises ConfigError when a tied weight is split along hidden over tp."""
     if config.tie_word_embeddings and config.embed_split_hidden and mesh.tp.size > 1:
@@ -331,4 +331,5 @@ def tensor_parallel_context(
         weight_grads=WeightGrads(deferred=defer_weight_grads, add=products.add_weight_grad),
         compiled=is_wanted(config.compile, mesh.device),
         selective=config.checkpoint == "selective",
+        allocated=allocated,
     )

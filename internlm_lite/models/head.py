@@ -22,7 +22,7 @@ from internlm_lite.layers.loss import (
 from internlm_lite.layers.tensor_parallel import TensorParallelContext, accumulation_dtype
 from internlm_lite.layers.weight_grads import accumulating, gradient_passes
 from internlm_lite.mesh.conjugate import gather_last
-from internlm_lite.mesh.layout import Parameter, parameter, split
+from internlm_lite.mesh.layout import Parameter, split
 
 
 class Head(CostedLayer):
@@ -59,7 +59,7 @@ class Head(CostedLayer):
             shape = (config.vocab_size, config.hidden_size)
             name = "tok_embeddings.weight" if config.tie_word_embeddings else "output.weight"
             layout = split(name, shape, 0, tp_ctx.group, init_std=config.init_std, partial_over=tied_over)
-            self.weight = parameter(layout, tp_ctx.dtype, tp_ctx.device)
+            self.weight = tp_ctx.parameter(layout)
             self.weight.manual_grad = self.weight.deferred_grad = True
             self.weight.looked_up = config.tie_word_embeddings
         else:
@@ -67,7 +67,7 @@ class Head(CostedLayer):
         self.bias: Parameter | None = None
         if config.head_bias:
             layout = split("output.bias", (config.vocab_size,), 0, tp_ctx.group)
-            self.bias = parameter(layout, tp_ctx.dtype, tp_ctx.device)
+            self.bias = tp_ctx.parameter(layout)
             self.bias.manual_grad = True
 
     @property

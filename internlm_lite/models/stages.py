@@ -24,7 +24,11 @@ def build_stages(config: Config, mesh: Mesh, backend: AttentionBackend) -> Stage
     model, schedule = config.model, config.schedule
     layers = layers_of_stages(config)
     tp_ctx = tensor_parallel_context(
-        model, mesh, by_sequence=config.parallel.sequence_parallel, defer_weight_grads=schedule == "zbv"
+        model,
+        mesh,
+        by_sequence=config.parallel.sequence_parallel,
+        defer_weight_grads=schedule == "zbv",
+        allocated=config.parallel.zero_stage < 3,
     )
     last = len(layers) - 1
     ends_on_one_rank = mesh.pp.size == 1 or schedule == "zbv"

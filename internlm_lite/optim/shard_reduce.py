@@ -6,8 +6,8 @@
 A round is one reduction of one bucket. Each step has one for every micro-batch and bucket, whatever gradients there
 are, and they start strictly in order, so every rank issues the same collectives in the same order; gradients that come
 late are part of a later round. With several stages of a pipeline on a rank each stage has an order of its own: the
-schedule, the same on all ranks of `zero`, says whose turn it is. A round ends when the next one starts: at most two
-buckets are whole, that which is reduced and that which is filled.
+schedule, the same on all ranks of `zero`, says whose turn it is. The rounds of a unit end when those of the next one
+start (small buckets do not count): the gradients of two units are whole, those reduced and those filled.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from internlm_lite.mesh import comm
 from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.buckets import Bucket
+
+_SMALL = 0.01
+"""Of the largest bucket: smaller ones do not make the rounds of other units end."""
 
 
 @dataclass
@@ -77,14 +80,17 @@ class ShardReducer:
         self._buckets, self._mesh, self._overlap = buckets, mesh, overlap
         self._micro_num = 0
         self._arrived = [0] * len(buckets)
-        self._round: _Round | None = None
+        self._rounds: list[_Round] = []
+        largest = max(bucket.grads.nbytes for bucket in buckets)
+        self._is_small = [bucket.grads.nbytes < _SMALL * largest for bucket in buckets]
         self._replicated: dict[int, comm.Work] = {}
         bucket_of = {id(slot.param): index for index, bucket in enumerate(buckets) for slot in bucket.slots}
         self._per_micro = [sum(slot.param.grads_per_microbatch for slot in bucket.slots) for bucket in buckets]
         self._units = [self._grads_of(unit, bucket_of) for unit in units]
         unit_of = {id(param): number for number, unit in enumerate(units) for param in unit.parameters()}
-        firsts = [min(unit_of[id(slot.param)] for slot in bucket.slots) for bucket in buckets]
-        self._sequences = _sequences(firsts, first_units)
+        self._firsts = [min(unit_of[id(slot.param)] for slot in bucket.slots) for bucket in buckets]
+        """The first unit of each bucket, in forward order, which completes it."""
+        self._sequences = _sequences(self._firsts, first_units)
         self._sequence_of = {index: one for one in self._sequences for index in one.buckets}
         me = weakref.proxy(self)  # torch holds hooks where the garbage collector does not find a cycle
         for index, bucket in enumerate(buckets):
@@ -112,7 +118,8 @@ class ShardReducer:
             unit.passes = 0
 
     def before_forward(self, unit: int) -> None:
-        pass
+        if unit == len(self._units) - 1:  # a head fills its gradients in the forward pass: those of the last backward
+            self._end_rounds()  # pass have had all the others to be reduced in
 
     def after_forward(self, unit: int) -> None:
         pass
@@ -133,8 +140,8 @@ class ShardReducer:
 
     def _hold(self, index: int) -> None:
         """Let gradients be added to this bucket."""
-        if self._round is not None and self._round.bucket == index:
-            self._end_round()
+        if any(one.bucket == index for one in self._rounds):
+            self._end_rounds()
         self._buckets[index].hold_grads()
 
     def _on_grad(self, index: int, _param: Parameter) -> None:
@@ -155,22 +162,29 @@ class ShardReducer:
     def _start_next(self, one: _Sequence) -> None:
         micro, place = divmod(one.started, len(one.buckets))
         one.started += 1
-        self._end_round()
         index = one.buckets[place]
+        if any(self._is_in_the_way(before.bucket, index) for before in self._rounds):
+            self._end_rounds()
         bucket = self._buckets[index]
         bucket.hold_grads()
         shard, dtype = bucket.grad_shard, bucket.grads.dtype
         part = shard if micro == 0 and shard.dtype == dtype else torch.empty_like(shard, dtype=dtype)
         work = comm.reduce_scatter(part, bucket.grads, self._mesh.zero)
-        self._round = _Round(index, micro, work, part)
+        self._rounds.append(_Round(index, micro, work, part))
         if not self._overlap:
-            self._end_round()
+            self._end_rounds()
 
-    def _end_round(self) -> None:
+    def _is_in_the_way(self, before: int, index: int) -> bool:
+        """Whether a round of bucket `before` has to end when one of bucket `index` starts."""
+        return before == index or (not self._is_small[index] and self._firsts[before] != self._firsts[index])
+
+    def _end_rounds(self) -> None:
+        rounds, self._rounds = self._rounds, []
+        for one in rounds:
+            self._end(one)
+
+    def _end(self, one: _Round) -> None:
         """Add what arrived to the shard, and free the whole gradients."""
-        one, self._round = self._round, None
-        if one is None:
-            return
         one.work.wait()
         bucket = self._buckets[one.bucket]
         if one.part is not bucket.grad_shard:
@@ -184,7 +198,7 @@ class ShardReducer:
         for one in self._sequences:
             while one.started < self._micro_num * len(one.buckets):
                 self._start_next(one)
-        self._end_round()
+        self._end_rounds()
         for index, bucket in enumerate(self._buckets):
             self._replicated[index].wait()
             for axis in bucket.kind.partial_over:
@@ -192,13 +206,13 @@ class ShardReducer:
 
     def clear(self) -> None:
         """Forget all gradients: after an update, or of a step that an exception ended."""
-        self._end_round()
+        self._end_rounds()
         for bucket in self._buckets:
             bucket.drop_grads()
 
 
 def _sequences(first_bucket_units: Sequence[int], first_units: Sequence[int]) -> list[_Sequence]:
-    """`first_bucket_units`: the first unit of each bucket, in forward order, which completes it."""
+    """`first_bucket_units`: the first unit of each bucket."""
     stages: dict[int, list[int]] = {}
     for index, unit in enumerate(first_bucket_units):
         stages.setdefault(bisect_right(first_units, unit), []).append(index)

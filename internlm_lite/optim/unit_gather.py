@@ -133,11 +133,11 @@ class UnitGatherer:
 
     @contextmanager
     def allocated(self, unit: nn.Module) -> Iterator[list[Bucket]]:
-        """The buckets of a unit's own parameters: their weights have memory while it lasts, and any numbers. Not
-        collective."""
+        """The buckets of a unit's own parameters: their weights have memory while it lasts, zeros. Not collective."""
         own = [self._buckets[index] for index in _buckets_of(unit.parameters(), self._bucket_of)]
         for bucket in own:
             bucket.hold_weights()
+            bucket.weights.zero_()  # what is between parameters becomes part of the master weights
         yield own
         for bucket in own:
             bucket.drop_weights()

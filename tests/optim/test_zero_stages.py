@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from internlm_lite.config.schema import Config
+from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Group, Mesh, build_mesh, single_process_mesh, sizes_of
+from internlm_lite.models.stages import build_stages
 from internlm_lite.optim.buckets import Bucket, build_buckets
 from internlm_lite.optim.zero import HybridZeroOptimizer
 from internlm_lite.train.trainer import Trainer
@@ -211,6 +213,21 @@ def test_a_step_that_an_exception_ended_leaves_nothing(stage: int) -> None:
     assert found * ROWS == pytest.approx(float(sum(squares)) ** 0.5, rel=1e-12)
 
 
+# Rounds that are all made in the end must not count a bucket's gradients twice.
+def test_gradients_that_come_late_count_once() -> None:
+    for stage in (2, 3):
+        unit = Unit("layers.0", torch.float64)
+        optimizer = HybridZeroOptimizer([unit], shared(stage), single_process_mesh(), torch.float64)
+        optimizer.begin(3)
+        loss_of([unit], rows(0, 0).requires_grad_()).backward()  # the other two micro-batches have no gradients
+        found = optimizer.step(0, ROWS, 1).norm_model_dtype.item()
+        fresh = Unit("layers.0", torch.float64)
+        loss_of([fresh], rows(0, 0)).backward()
+        assert fresh.weight.grad is not None and fresh.bias.grad is not None
+        expected = (fresh.weight.grad.square().sum() + fresh.bias.grad.square().sum()).sqrt().item()
+        assert found * ROWS == pytest.approx(expected, rel=1e-12)
+
+
 # bf16 sums of many micro-batches lose what is added late: shards are summed in fp32, whatever is sent.
 def test_shards_are_summed_in_fp32_though_gradients_are_of_bf16() -> None:
     unit, mesh = Unit("layers.0", torch.bfloat16), single_process_mesh()
@@ -243,3 +260,21 @@ def test_recomputation_gathers_nothing_more() -> None:
     for by_share in run_world(recompute, 2):
         assert by_share[0.0] == by_share[1.0]
         assert by_share[0.0]["all_gather", "zero"] > 0
+
+
+def test_drawn_weights_leave_zeros_between_parameters() -> None:
+    made = ZeroLayout(Layout(layers=2), 3)
+    buckets = Trainer(made.config(None), single_process_mesh()).optimizer.buckets
+    assert any(bucket.shard_size > bucket.numel for bucket in buckets)
+    assert not any(bucket.master[bucket.numel :].any() for bucket in buckets)
+
+
+def test_a_model_of_stage_3_is_built_without_memory_for_its_weights() -> None:
+    for stage in (1, 3):
+        made = ZeroLayout(Layout(layers=2), stage)
+        mesh = single_process_mesh()
+        stages = build_stages(made.config(None), mesh, AttentionBackend.SDPA)
+        params = list(stages[0].parameters())
+        held = sum(param.untyped_storage().nbytes() for param in params)
+        elements = len(params) if stage == 3 else sum(param.numel() for param in params)
+        assert held == 8 * elements

@@ -33,6 +33,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp, interleaved, tied": {
         **{"parallel": {"pipeline": {"size": 2}}, "model": {"num_chunks": 2, "embed_split_hidden": True}},
     },
+    "gradients in shards, two replicas": {"parallel": {"zero1": 2, "zero_stage": 2}},
+    "weights in shards, two replicas": {"parallel": {"zero1": 2, "zero_stage": 3}},
+    "weights in shards, tp": {"parallel": {"tensor": 2, "sequence_parallel": True, "zero_stage": 3}},
+    "gradients in shards, interleaved": {
+        **{"parallel": {"pipeline": {"size": 2}, "zero_stage": 2}, "model": {"num_chunks": 2}},
+    },
+    "weights in shards, cp": {"parallel": {"context": {"size": 2}, "zero_stage": 3}, "model": {"checkpoint": True}},
     "cp, tp, recomputed": {"parallel": {"context": {"size": 2}, "tensor": 2}, "model": {"checkpoint": True}},
     "cp, pp, windows": {
         **{"parallel": {"context": {"size": 2}, "pipeline": {"size": 2}}, "model": {"sliding_window": 3}},

@@ -27,6 +27,8 @@ from tests.corpus import write_corpus
 from tests.torches import HAS_ZBV
 from tests.train.layout_runs import Job, check, run_layouts, run_references, weights_apart
 from tests.train.layouts import LIMIT, Keys, Layout, config_of, feasible
+from tests.train.zero_runs import ZeroLayout, run_all
+from tests.train.zero_runs import check as check_shards
 from tests.world import TIMEOUT, run_world
 
 SAMPLE = int(os.environ.get("CONTEXT_RUNS", "10"))
@@ -109,6 +111,24 @@ def test_every_layout_gives_the_figures_and_weights_of_one_process(ranks: int, c
     print(
         f"{len(layouts)} layouts on {ranks} ranks, worst error of figures {max(errors):.1e}, weights {max(apart):.1e}"
     )
+
+
+SHARDED = [
+    ZeroLayout(Layout(cp=2, tp=2, sp=True, checkpoint=0.5, tied=True, split_hidden=False), stage=3),
+    ZeroLayout(Layout(cp=2, dp=2, zero1=2, bucket=1500), stage=3, reshard=False),
+    *[ZeroLayout(Layout(cp=2, pp=2, schedule="zbv", chunks=2), stage=2)] * HAS_ZBV,
+    ZeroLayout(Layout(cp=4, keys=(*WINDOWS, *MODELS["dropout"][1]), micro_bsz=2), stage=3),
+    ZeroLayout(Layout(cp=4, exchange="ring", checkpoint=1), stage=2),
+    ZeroLayout(Layout(cp=2, dp=2, exchange="ulysses"), stage=3),
+]
+
+
+def test_gradients_and_weights_that_are_shards_over_a_context(corpus: Path) -> None:
+    """ZeRO-2 and 3 share over data and context ranks alike."""
+    alone = {made.alone: run_all([(made.alone, made.alone.config(corpus))])[0][0] for made in SHARDED}
+    found = run_all([(made, made.config(corpus)) for made in SHARDED])
+    worst = [check_shards(made, ranks, alone[made.alone]) for made, ranks in zip(SHARDED, found, strict=True)]
+    print(f"{len(SHARDED)} layouts, worst relative error {max(worst):.1e}")
 
 
 class Perturbed:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from internlm_lite.layers.costs import Message
+from internlm_lite.layers.offload import HostOffload
 from internlm_lite.layers.products import Products
 from internlm_lite.layers.weight_grads import WeightGrads
 from internlm_lite.mesh import comm
@@ -45,6 +46,8 @@ class TensorParallelContext:
     """Training passes are compiled, where no collective is inside (model.compile)."""
     selective: bool = False
     """Layers keep what made their inputs instead of them (layers/recompute.py)."""
+    offload: HostOffload | None = None
+    """Moves what blocks keep to the host. None: it stays."""
 
     @contextmanager
     def whole_activations(self) -> Iterator[None]:

@@ -34,6 +34,7 @@ from internlm_lite.layers.fp8 import Float8Products
 from internlm_lite.layers.loss import TokenLosses
 from internlm_lite.layers.mlp import FeedForward
 from internlm_lite.layers.norm import Norm, build_norm
+from internlm_lite.layers.offload import HostOffload
 from internlm_lite.layers.products import Products
 from internlm_lite.layers.recompute import Recipe, with_recipe
 from internlm_lite.layers.rope import Rotary, Rotations, rotation_of
@@ -75,6 +76,7 @@ class Block(CostedLayer):
         self.norms_at = config.norms_at
         self.norms_inputs = config.norms_at in ("pre", "sandwich")
         self.recompute = layer < config.recomputed_layers
+        self.offload = layer < config.offloaded_layers
         self.rotation = rotation_of(config, layer)
         name = f"layers.{layer}"
         self.attention_norm = build_norm(f"{name}.attention_norm", config, tp_ctx)
@@ -113,6 +115,11 @@ class Block(CostedLayer):
         # Checkpointing inside `forward`: forward hooks run once per step, and not again in the recomputation.
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._run, x, rotary, attend, token_keys, use_reentrant=False, preserve_rng_state=False)
+        if self.tp_ctx.offload is not None and torch.is_grad_enabled():
+            shared = [] if rotary is None else rotary.tables()  # by all blocks
+            shared += [*self.parameters(), *([] if token_keys is None else [token_keys])]
+            with self.tp_ctx.offload.block(self.attention.layer, shared, moves=self.offload):
+                return self._run(x, rotary, attend, token_keys)
         return self._run(x, rotary, attend, token_keys)
 
     def _run(
@@ -330,5 +337,6 @@ def tensor_parallel_context(
         products=products,
         weight_grads=WeightGrads(deferred=defer_weight_grads, add=products.add_weight_grad),
         compiled=is_wanted(config.compile, mesh.device),
-        selective=config.checkpoint == "selective",
+        selective=config.recomputes_cheap,
+        offload=HostOffload(mesh.device) if config.offloaded_layers else None,
     )

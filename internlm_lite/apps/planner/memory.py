@@ -25,7 +25,7 @@ def row_shape(config: Config, backend: AttentionBackend, device: str) -> RowShap
         device,
         attention_by_document=backend in (AttentionBackend.SDPA, AttentionBackend.CUDNN),
         reference=backend is AttentionBackend.SDPA,
-        selective=config.model.checkpoint == "selective",
+        selective=config.model.recomputes_cheap,
     )
 
 

@@ -217,7 +217,7 @@ def _layout(config: Config, sizes: Sizes, backend: AttentionBackend) -> dict[str
         "stages": sizes.pp * config.model.num_chunks,
         "sequence_parallel": config.parallel.sequence_parallel,
         "recomputed_layers": config.model.recomputed_layers,
-        "selective_recomputation": config.model.checkpoint == "selective",
+        "selective_recomputation": config.model.recomputes_cheap,
         "micro_num": config.data.micro_num,
         "micro_bsz": config.data.micro_bsz,
         "seq_len": config.data.seq_len,

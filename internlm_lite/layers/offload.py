@@ -141,7 +141,7 @@ class HostOffload:
         for storage in storages:
             assert storage.device is not None or storage.host is not None, "it is somewhere"
             if storage.device is None and storage.host is not None:
-                storage.device = torch.empty_like(storage.host, device=self._side.device, pin_memory=False)
+                storage.device = torch.empty(storage.host.shape, dtype=storage.host.dtype, device=self._side.device)
             else:
                 self._give_back(storage)
         with self._side.current_work():

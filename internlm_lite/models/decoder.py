@@ -167,7 +167,9 @@ class Block(CostedLayer):
         return y if post_norm is None else cast(torch.Tensor, post_norm(y))
 
     def saved_bytes(self, row: RowShape, *, recompute: bool | None = None) -> Bytes:
-        """`recompute` overrides `self.recompute`."""
+        """`recompute` overrides `self.recompute`. Those on the host are `host_bytes`."""
+        if self.attention.layer < row.offloaded:
+            return {}
         layer_input = self.tp_ctx.hidden_bytes(row.tokens, self.hidden_size)
         if self.recompute if recompute is None else recompute:
             return {"layer inputs": layer_input}
@@ -176,6 +178,11 @@ class Block(CostedLayer):
         if row.selective:  # outputs of norms, and their sums, are made again
             kept["projection inputs"] -= layer_input * (2 if self.norms_inputs else 1)
         return kept
+
+    def host_bytes(self, row: RowShape) -> int:
+        """Bytes kept on the host instead: they leave the device once in a forward pass and return in the backward
+        pass."""
+        return sum(self.saved_bytes(replace(row, offloaded=0)).values()) if self.attention.layer < row.offloaded else 0
 
     def messages(self, row: RowShape) -> list[Message]:
         twice = 2 if self.recompute else 1
@@ -299,9 +306,24 @@ class Transformer(CostedLayer):
         parts += [unit.saved_bytes(row) for unit in (self.tok_embeddings, self.output, self.norm) if unit is not None]
         return add_bytes(*parts)
 
+    def host_bytes(self, row: RowShape) -> int:
+        """Of one micro-batch, see `Block`."""
+        return sum(block.host_bytes(row) for block in self.blocks())
+
+    def _on_the_way_bytes(self, row: RowShape) -> int:
+        """What blocks on their way to or from the host add to `saved_bytes` at the peak: tensors of a block leave while
+        the next one computes, and return while the one behind it does."""
+        most, behind = 0, 0  # kept by blocks behind this one, which are not there yet or no more
+        for block, before in reversed(list(zip(self.blocks(), [None, *self.blocks()], strict=False))):
+            moved = block.host_bytes(row) + (0 if before is None else before.host_bytes(row))
+            most = max(most, moved - behind)
+            behind += sum(block.saved_bytes(row).values())
+        return most
+
     def workspace_bytes(self, row: RowShape) -> int:
-        """The maximum of the loss and the last block's backward pass, less the head's activations, freed before it."""
-        backward = self.blocks()[-1].workspace_bytes(row)
+        """The maximum of the loss and the last block's backward pass, less the head's activations, freed before it.
+        Beside it blocks come back from the host."""
+        backward = self.blocks()[-1].workspace_bytes(row) + self._on_the_way_bytes(row)
         if self.output is None:
             return backward
         return max(backward - sum(self.output.saved_bytes(row).values()), self.output.workspace_bytes(row))

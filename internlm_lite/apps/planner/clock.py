@@ -136,6 +136,11 @@ class Roofline:
             times.add("tensor parallel", "messages", once * self.message_seconds(message))
         added = sum(seconds for (part, _), seconds in backward.items() if part == "weight gradients")
         weights = (product if made_at_once == 1 else 0) + added
+        if isinstance(unit, Block) and (moved := unit.host_bytes(self.ways.row)):  # behind a block like it
+            link = self.device.host_link
+            taken = link.latency_us * 1e-6 + moved / (link.gb_per_s * 1e9)
+            for times in (forward, backward):
+                times.add("offload", "messages", max(0.0, taken - times.total()))
         if recompute:
             for (_, kind), seconds in forward.items():
                 backward.add("recomputation", kind, seconds)

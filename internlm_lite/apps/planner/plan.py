@@ -14,7 +14,7 @@ from internlm_lite.apps.planner.memory import most_kept, rank_bytes, row_shape
 from internlm_lite.apps.planner.report import GroupTable, RankBytes, RankPlan, RunPlan
 from internlm_lite.apps.planner.schedule import Action, actions_of, bubble_fraction, stage_cost
 from internlm_lite.apps.planner.step_clock import StepClock, clock_plan, present_ways
-from internlm_lite.apps.planner.traffic import messages, traffic
+from internlm_lite.apps.planner.traffic import host_traffic, messages, traffic
 from internlm_lite.config.batch_sizes import with_warmup_steps
 from internlm_lite.config.run_stages import RunStage, in_stage, peak_rate
 from internlm_lite.config.schema import Config
@@ -70,7 +70,10 @@ def make_plan(
     row = row_shape(in_stage(whole, largest), backend, device)
     orders = actions_of(config.schedule, sizes.pp, config.model.num_chunks, data.micro_num)
     n_bytes = _rank_bytes(config, held, orders, row)
-    sent = [traffic(messages(row, sizes, own, data.micro_num), sizes) for own in held]
+    sent = [
+        {**traffic(messages(row, sizes, own, data.micro_num), sizes), "host": host_traffic(own, row, data.micro_num)}
+        for own in held
+    ]
     costs = {number: stage_cost(stage, data.seq_len) for own in held for number, stage in own.stages.items()}
     tokens_per_step = data.micro_num * data.micro_bsz * data.seq_len * sizes.dp
     return RunPlan(
@@ -112,10 +115,10 @@ def _activations(
     config: Config, held: Sequence[RankHoldings], orders: Sequence[Sequence[Action]], row: RowShape
 ) -> dict[str, Bytes]:
     """Of the rank that keeps most, by what is recomputed."""
-    whole = replace(row, selective=False)
+    whole = replace(row, selective=False, offloaded=0)
     cases = {
         "off": (whole, 0),
-        "selective": (replace(row, selective=True), 0),
+        "selective": (replace(whole, selective=True), 0),
         "configured": (row, config.model.recomputed_layers),
         "all": (whole, config.model.num_layers),
     }
@@ -131,8 +134,7 @@ def _rank_bytes(
 ) -> list[RankBytes]:
     """Memory of a rank of each pipeline position."""
     recomputed, micro_num = config.model.recomputed_layers, config.data.micro_num
-    kept = [most_kept(own, row, order, recomputed) for own, order in zip(held, orders, strict=True)]
-    return [rank_bytes(own, row, micro_num, sum(sizes.values())) for own, sizes in zip(held, kept, strict=True)]
+    return [rank_bytes(own, row, order, micro_num, recomputed) for own, order in zip(held, orders, strict=True)]
 
 
 def _learning_rates(config: Config) -> Iterator[tuple[int, float]]:
@@ -218,6 +220,7 @@ def _layout(config: Config, sizes: Sizes, backend: AttentionBackend) -> dict[str
         "sequence_parallel": config.parallel.sequence_parallel,
         "recomputed_layers": config.model.recomputed_layers,
         "selective_recomputation": config.model.recomputes_cheap,
+        "offloaded_layers": config.model.offloaded_layers,
         "micro_num": config.data.micro_num,
         "micro_bsz": config.data.micro_bsz,
         "seq_len": config.data.seq_len,

@@ -149,6 +149,8 @@ def _memory(plan: RunPlan) -> Iterator[RenderableType]:
     shares = sorted({rank.zero_elements for rank in plan.ranks})
     span = " to ".join(f"{share:,}" for share in dict.fromkeys((shares[0], shares[-1])))
     yield _note(f"optimizer: masters and moments of {span} elements")
+    if host := max(rank.bytes.host for rank in plan.ranks):
+        yield _note(f"on the host of each rank, pinned: {human_bytes(host)} of activations")
     yield _note("other: receive buffers of the pipeline, and an estimate of what a single computation takes")
 
 
@@ -178,6 +180,8 @@ def _positions(plan: RunPlan) -> Iterator[tuple[RankPlan, str, int]]:
 def _activations(plan: RunPlan) -> Iterator[RenderableType]:
     layout = plan.layout
     this_run = "selective" if layout["selective_recomputation"] else f"{layout['recomputed_layers']} layers"
+    if layout["offloaded_layers"]:
+        this_run = f"{layout['offloaded_layers']} layers on the host"
     shown = {"off": "nothing", "selective": "selective", "configured": f"{this_run}, this run", "all": "all layers"}
     cases = [plan.activations[name] for name in shown]
     most = max(sum(case.values()) for case in cases)
@@ -188,7 +192,7 @@ def _activations(plan: RunPlan) -> Iterator[RenderableType]:
     def row(name: str, sizes: Sequence[int]) -> None:
         table.add_row(name, *(f"{size / unit:.2f}" if size else "-" for size in sizes))
 
-    names = [name for name in cases[0] if max(case.get(name, 0) for case in cases) >= _LEAST_FRACTION * most]
+    names = [name for name in dict.fromkeys(component for case in cases for component in case) if max(case.get(name, 0) for case in cases) >= _LEAST_FRACTION * most]
     for component in names:
         row(component, [case.get(component, 0) for case in cases])
     rest = [sum(size for component, size in case.items() if component not in names) for case in cases]

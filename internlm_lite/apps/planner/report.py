@@ -2,7 +2,7 @@
 
 job, world_size      the run
 layout               {tp, pp, dp, zero, replica, schedule, stages, sequence_parallel, recomputed_layers,
-                     selective_recomputation, micro_num, micro_bsz, seq_len, dtype, attention}
+                     selective_recomputation, offloaded_layers, micro_num, micro_bsz, seq_len, dtype, attention}
 parameters_total     of the whole model
 components           of the whole model, once, whatever the layout, without padding:
     lengths          tokens of documents that FLOPs are counted for: seq_len, and those asked for
@@ -23,11 +23,12 @@ ranks                all ranks of a world of up to 64, else one of each kind. Fo
     layers           [first, last + 1] of each pipeline stage it holds
     parameters       elements it holds
     zero_elements    elements that it optimizes, without padding
-    bytes            {weights, gradients, optimizer, activations, buffers, workspace, update, peak}: see `RankBytes`
-    traffic_bytes    {tp, pp, zero, replica, ends, world}: bytes it sends in a step
+    bytes            {weights, gradients, optimizer, activations, buffers, workspace, update, host, peak}: see
+                     `RankBytes`
+    traffic_bytes    {tp, pp, zero, replica, ends, world}: bytes it sends in a step; host: to its host and back
 activations          {off, selective, configured, all}: bytes by component on the rank with the most, if nothing,
                      what is cheap, what is configured, or every layer is recomputed in the backward pass
-traffic_bytes        {tp, pp, zero, replica, ends, world} of the rank that sends most, in a step
+traffic_bytes        {tp, pp, zero, replica, ends, world, host} of the rank that sends most, in a step
 flops_per_step       F of monitor/flops.py (InternLM's formula), all ranks together
 flops_per_token      F per token of the step
 tokens_per_step      of all data-parallel ranks
@@ -92,9 +93,12 @@ class RankBytes:
     buffers: int
     """Receive buffers of the pipeline."""
     workspace: int
-    """Estimate of the temporary memory of one operation: logits of a chunk, or one layer's backward pass."""
+    """Estimate of the temporary memory of one operation: logits of a chunk, or one layer's backward pass, beside which
+    activations come back from the host."""
     update: int
     """fp32 gradients of the shard during the optimizer's update, when activations are freed."""
+    host: int = 0
+    """Pinned memory of the host, for activations; not in `peak`."""
 
     @property
     def peak(self) -> int:

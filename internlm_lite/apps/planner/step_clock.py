@@ -230,6 +230,7 @@ def _expensive(terms: dict[str, float], clock: StepClock, ways: Ways) -> list[Ex
         "optimizer": "data.micro_num larger, or parallel.zero1=-1 over more ranks",
         "gaps": "data.micro_bsz larger: kernels that take longer",
         "recomputation": "a smaller model.checkpoint, where memory allows",
+        "offload": "a smaller model.offload_share, where memory allows, or rows of more tokens",
         "tensor parallel": "a smaller parallel.tensor, inside a node",
         "bubble": "data.micro_num larger, model.num_chunks > 1, or parallel.pipeline.schedule='zbv'",
         "reduce-scatter": "a smaller hybrid_zero_optimizer.reduce_bucket_size, or data.micro_num larger",

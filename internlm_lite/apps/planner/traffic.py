@@ -29,6 +29,11 @@ def traffic(found: Sequence[Message], sizes: Sizes) -> dict[str, int]:
     return {axis: round(total) for axis, total in totals.items()}
 
 
+def host_traffic(holding: RankHoldings, row: RowShape, micro_num: int) -> int:
+    """Bytes between a device and its host in a step: activations that leave, and return."""
+    return 2 * micro_num * sum(stage.host_bytes(row) for stage in holding.stages.values())
+
+
 def _group_size(sizes: Sizes, axis: str) -> int:
     if axis == "ends":
         return min(2, sizes.pp)

@@ -268,6 +268,9 @@ def _parallel(t: Translation) -> None:
     if isinstance(tensor, dict) and _has_only(t, "parallel.tensor", ("size", "mode", "sp", *_OVERLAPS)):
         _tensor(t, tensor)
     _pipeline(t)
+    context = t.layer.get("parallel.context")
+    if isinstance(context, int) and not isinstance(context, bool):
+        t.replace("parallel.context", {"parallel.context.size": context})
     weight = t.layer.get("parallel.weight")
     if t.layer.has("parallel.weight"):
         if asks_for_nothing(weight):

@@ -97,7 +97,7 @@ NO_EFFECT_IF: Mapping[str, tuple[Sequence[Any], str]] = {
     "data.use_flash_style_data_format": ((True,), "training rows are always packed"),
     "data.valid_pack_mode": ((None,), "validation rows are packed as training rows are"),
     "data.use_packed_dataset": ((True,), "training rows are always packed"),
-    "full_kv_zigzag_with_full_dkv": ((False,), "context parallelism is not supported"),
+    "full_kv_zigzag_with_full_dkv": ((False,), "parallel.context balances the work by itself"),
     "hybrid_zero_optimizer.partition_grad": ((False,), "gradients are whole on every rank, as in ZeRO-1"),
     "model.adapt_hf": ((True,), "adapt_hf=False pairs neighbouring elements in the rotary embedding, here element i "
                                 "with i + head_dim/2: remove it to train anew; convert weights trained with it"),
@@ -126,9 +126,9 @@ NO_EFFECT_IF: Mapping[str, tuple[Sequence[Any], str]] = {
 FEATURES: Mapping[str, tuple[str, str]] = {
     r"(num|n)_(local_|routed_|shared_)?experts?|(use_)?(moe|tutel)(_.*)?|experts?(_.*)?|ep(_size)?|top_?k|router_.*|"
     r".*aux_loss.*|capacity_factor|first_k_dense_replace": ("a mixture of experts", "every block has one dense MLP"),
-    r"(ring|usp|ulysses|context)(_(?!length).*)?|cp(_size|_degree)?|sequence_2d|.*_(ring|ulysses)(_.*)?|(uly|ring)_sp|"
+    r"(ring|usp|ulysses)(_.*)?|context_(?!length).*|cp(_size|_degree)?|sequence_2d|.*_(ring|ulysses)(_.*)?|(uly|ring)_sp|"
     r"ds_sequence_parallel.*": (
-        "context parallelism (ring, Ulysses)", "long rows: parallel.sequence_parallel and model.checkpoint"),
+        "context parallelism by another name", "here it is parallel.context=dict(size=k, exchange='gather')"),
     r"weight_parallel.*|isp(_.*)?": (
         "weight parallelism (isp)", "parallel.zero1 spreads the optimizer state, parallel.tensor the weights"),
     r"(use_)?(fsdp|hsdp)\d?(_.*)?|zero_?3.*|zero_?stage|zero_optimization|dp_shard.*|data_parallel_shard_degree": (

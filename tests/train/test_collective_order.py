@@ -53,7 +53,7 @@ class Log(TorchDispatchMode):
 
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
-        groups = (mesh.world, mesh.dp, mesh.tp, mesh.pp, mesh.zero, mesh.replica, mesh.ends)
+        groups = (mesh.world, mesh.dp, mesh.cp, mesh.tp, mesh.pp, mesh.zero, mesh.replica, mesh.ends)
         self._groups = {group.process_group.group_name: group for group in groups if group.process_group is not None}
         self.calls: list[Call] = []
         self._batch, self._in_batch = 0, False

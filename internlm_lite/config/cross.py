@@ -27,6 +27,7 @@ from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
 from internlm_lite.config.schema import AlertsConfig, CkptConfig, Config, LrSchedulerConfig, OptimizerConfig, Section
 from internlm_lite.config.stage_checks import length_problems, stage_problems
 from internlm_lite.config.task_checks import task_problems
+from internlm_lite.config.zero_checks import zero_problems
 from internlm_lite.errors import ConfigError
 
 _STAGES = "parallel.pipeline.size"
@@ -91,6 +92,7 @@ def cross_problems(config: Config, world_size: int | None) -> Iterator[Problem]:
         yield from world_problems(config, world_size)
     yield from model_problems(config)
     yield from _pipeline(config)
+    yield from zero_problems(config)
     yield from row_problems(config)
     yield from _precision(config)
     yield from length_problems(config)

@@ -667,6 +667,14 @@ class ParallelConfig(Section):
     zero1: int = -1
     """Ranks that share one copy of the optimizer state: <= 0 all ranks that hold the same weights (data times context
     parallel), 1 none, k a divisor of them."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """(new) What these ranks share, besides the optimizer state. 2: gradients too, which are reduced after every
+    micro-batch. 3: weights too, which are gathered block by block, before its forward pass and before its backward
+    pass."""
+    reshard_after_forward: bool = True
+    """(new) With zero_stage=3: True: a block's weights are freed between its forward and its backward pass. False: they
+    stay from the first forward pass of a step to the last backward pass: one gather a step, as much memory for weights
+    as with zero_stage=2 meanwhile. A pipeline always keeps them."""
     tensor: Positive = 1
     """Tensor-parallel ranks, usually the GPUs of one node."""
     pipeline: PipelineConfig = PipelineConfig()

@@ -143,10 +143,11 @@ def broadcast(tensor: torch.Tensor, group: Group, source: int = 0) -> Work:
 def reduce_scatter(shard: torch.Tensor, full: torch.Tensor, group: Group) -> Work:
     """Fill `shard` [n] with this rank's part of the sum over ranks of `full` [size * n]. Collective.
 
-    `shard` may be a view of this rank's part of `full`; in a group of size one it must be. Do not touch `full` before
-    `wait()`.
+    `shard` may be a view of this rank's part of `full`. Do not touch `full` before `wait()`.
     """
     if group.size == 1:
+        if not torch._C._is_alias_of(shard, full):
+            shard.copy_(full)
         return Work([], group)
     if full.device.type == "cuda":
         return _start(dist.reduce_scatter_tensor, group, shard, full)

@@ -24,7 +24,7 @@ from internlm_lite.layers.flash import choose_backend, packed
 from internlm_lite.layers.fp8 import require_float8
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.initialise import initialise
-from internlm_lite.models.stages import Stages, build_stages, units_of
+from internlm_lite.models.stages import Stages, build_stages, first_units, units_of
 from internlm_lite.monitor.metrics import Collected, FolderMetrics
 from internlm_lite.optim.grad_norm import Requests
 from internlm_lite.optim.zero import HybridZeroOptimizer, StepOutcome
@@ -82,7 +82,8 @@ class Trainer:
         if config.model.fp8:
             require_float8(mesh.device)
         self.stages = build_stages(config, mesh, self.backend)
-        self.optimizer = HybridZeroOptimizer(units_of(self.stages), config, mesh, dtype)
+        units, firsts = units_of(self.stages), first_units(self.stages)
+        self.optimizer = HybridZeroOptimizer(units, config, mesh, dtype, firsts)
         if draw_weights and mesh.device.type != "meta":  # where tensors have no values
             self.draw_weights()
         self.engine = build_engine(config, mesh, self.stages)
@@ -93,8 +94,8 @@ class Trainer:
 
     def draw_weights(self) -> None:
         """Initialise the weights from `config.seed`. Not collective."""
-        initialise(nn.ModuleList(self.stages.values()), self._seed)
-        self.optimizer.adopt_weights()
+        for units in self.optimizer.to_draw():
+            initialise(nn.ModuleList(units), self._seed)
 
     def enter_stage(self, stage: int) -> None:
         """Rotate by the base of stage number `stage` of the run, in evaluations and samples, too. Not collective."""

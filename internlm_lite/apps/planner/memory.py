@@ -82,4 +82,5 @@ def rank_bytes(held: RankHoldings, row: RowShape, order: Sequence[Action], micro
         workspace=held.stages[max(held.stages)].workspace_bytes(row),
         update=held.update,
         host=host_bytes(held, row, order),
+        whole=held.whole,
     )

@@ -217,6 +217,7 @@ def _layout(config: Config, sizes: Sizes, backend: AttentionBackend) -> dict[str
         "cp": sizes.cp,
         "zero": sizes.zero,
         "replica": sizes.replica,
+        "zero_stage": config.parallel.zero_stage,
         "schedule": config.schedule if sizes.pp > 1 else None,
         "stages": sizes.pp * config.model.num_chunks,
         "sequence_parallel": config.parallel.sequence_parallel,

@@ -54,6 +54,8 @@ def _table(*columns: str) -> Table:
 def _title(plan: RunPlan) -> Text:
     sizes, layout = plan.sizes, plan.layout
     details = [f"zero {sizes.zero} x replica {sizes.replica}"]
+    if layout["zero_stage"] > 1:
+        details.append(f"stage {layout['zero_stage']}")
     if layout["sequence_parallel"]:
         details.append("sequence parallel")
     if layout["schedule"]:
@@ -151,14 +153,15 @@ def _memory(plan: RunPlan) -> Iterator[RenderableType]:
     yield _note(f"optimizer: masters and moments of {span} elements")
     if host := max(rank.bytes.host for rank in plan.ranks):
         yield _note(f"on the host of each rank, pinned: {human_bytes(host)} of activations")
-    yield _note("other: receive buffers of the pipeline, and an estimate of what a single computation takes")
+    yield _note("other: receive buffers of the pipeline, weights and gradients that are whole for a while, and an")
+    yield _note("estimate of what a single computation takes")
 
 
 def _memory_cells(rank: RankPlan, unit: int) -> Iterator[str]:
     sizes = rank.bytes
     yield " ".join(f"{start}-{stop - 1}" for start, stop in rank.layers)
     yield f"{rank.parameters:,}"
-    for size in (sizes.weights, sizes.gradients, sizes.optimizer, sizes.activations, sizes.buffers + sizes.workspace):
+    for size in (sizes.weights, sizes.gradients, sizes.optimizer, sizes.activations, sizes.buffers + sizes.whole + sizes.workspace):
         yield f"{size / unit:.2f}"
     yield f"[bold]{sizes.peak / unit:.2f}[/]"
 

@@ -1,7 +1,7 @@
 """A finished plan and its JSON form. Sizes in bytes, times in seconds; the keys are stable:
 
 job, world_size      the run
-layout               {tp, pp, dp, zero, replica, schedule, stages, sequence_parallel, recomputed_layers,
+layout               {tp, pp, dp, zero, replica, zero_stage, schedule, stages, sequence_parallel, recomputed_layers,
                      selective_recomputation, offloaded_layers, micro_num, micro_bsz, seq_len, dtype, attention}
 parameters_total     of the whole model
 components           of the whole model, once, whatever the layout, without padding:
@@ -23,7 +23,7 @@ ranks                all ranks of a world of up to 64, else one of each kind. Fo
     layers           [first, last + 1] of each pipeline stage it holds
     parameters       elements it holds
     zero_elements    elements that it optimizes, without padding
-    bytes            {weights, gradients, optimizer, activations, buffers, workspace, update, host, peak}: see
+    bytes            {weights, gradients, optimizer, activations, buffers, workspace, update, host, whole, peak}: see
                      `RankBytes`
     traffic_bytes    {tp, pp, zero, replica, ends, world}: bytes it sends in a step; host: to its host and back
 activations          {off, selective, configured, all}: bytes by component on the rank with the most, if nothing,
@@ -84,7 +84,7 @@ class RankBytes:
     """Memory of one rank."""
 
     weights: int
-    """In the model's dtype; like the next two, with padding of the buckets."""
+    """In the model's dtype; like the next two, with padding of the buckets, and what lasts: see `whole`."""
     gradients: int
     optimizer: int
     """fp32 masters, state of the update rule and average of the weights, of the rank's shard."""
@@ -99,12 +99,14 @@ class RankBytes:
     """fp32 gradients of the shard during the optimizer's update, when activations are freed."""
     host: int = 0
     """Pinned memory of the host, for activations; not in `peak`."""
+    whole: int = 0
+    """Weights and gradients that ZeRO stages 2 and 3 hold for a while: of a unit, and of the next one."""
 
     @property
     def peak(self) -> int:
         """Peak bytes at any time."""
         lasting = self.weights + self.gradients + self.optimizer + self.buffers
-        return lasting + max(self.activations + self.workspace, self.update)
+        return lasting + max(self.activations + self.workspace + self.whole, self.update)
 
 
 @dataclass(frozen=True)

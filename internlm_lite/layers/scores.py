@@ -78,12 +78,14 @@ def _of_groups(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class EqualDocuments:
-    """Neighbouring documents of one length in a row."""
+    """Neighbouring documents of one length in a row, or the last tokens of one document."""
 
     count: int
     length: int
     start: int
     """The first token's number in the row."""
+    before: int = 0
+    """Of one document: keys in front of the first token, which it sees, too. With a window not more than it reaches."""
 
 
 def attend_in_blocks(
@@ -94,7 +96,7 @@ def attend_in_blocks(
     docs: EqualDocuments,
     drop: Drop | None = None,
 ) -> torch.Tensor:
-    """Attention within each of `docs`: q [count * length, H, D], k, v [count * length, Hkv, D] -> as q."""
+    """Attention within each of `docs`: q [count * length, H, D], k, v [count * (before + length), Hkv, D] -> as q."""
     q = q.unflatten(1, (k.shape[1], -1))  # [T, Hkv, g, D]
     mixed: torch.Tensor = _InBlocks.apply(q, k.unsqueeze(2), v.unsqueeze(2), _Blocks(rule, docs, drop))
     return mixed.flatten(1, 2)
@@ -107,17 +109,19 @@ class _Blocks:
     drop: Drop | None
 
     def __call__(self, heads: int) -> Iterator[tuple[slice, slice]]:
-        """(queries, keys in their reach) of each block; positions in a document."""
-        length, window = self.docs.length, self.rule.window or self.docs.length
-        n = _AT_ONCE // (self.docs.count * heads * min(length, 2 * window))
+        """(queries, keys in their reach) of each block; numbers among those of a document."""
+        length, before = self.docs.length, self.docs.before
+        window = self.rule.window or before + length
+        n = _AT_ONCE // (self.docs.count * heads * min(before + length, 2 * window))
         n = min(max(n, _FEWEST), max(window, _FEWEST))
         for start in range(0, length, n):
             stop = min(start + n, length)
-            yield slice(start, stop), slice(max(0, start - window + 1), stop)
+            yield slice(start, stop), slice(max(0, before + start - window + 1), before + stop)
 
     def mix(self, block: tuple[slice, slice], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """The values of one block: q [count, Hkv, g, n, D], k, v [count, Hkv, 1, m, D] -> as q."""
         queries, keys = (torch.arange(part.start, part.stop, device=q.device) for part in block)
+        keys = keys - self.docs.before
         weights = softmax_weights(self.rule, q, k.squeeze(2), in_sight(self.rule, queries[:, None], keys))
         if self.drop is not None:
             first = self.docs.start + self.docs.length * torch.arange(self.docs.count, device=q.device)
@@ -128,7 +132,7 @@ class _Blocks:
 
 
 class _InBlocks(torch.autograd.Function):
-    """q [T, Hkv, g, D], k, v [T, Hkv, 1, D] -> as q."""
+    """q [count * length, Hkv, g, D], k, v [count * (before + length), Hkv, 1, D] -> as q."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: _Blocks) -> torch.Tensor:
@@ -159,8 +163,8 @@ class _InBlocks(torch.autograd.Function):
 
 
 def _by_document(x: torch.Tensor, docs: EqualDocuments) -> torch.Tensor:
-    """[T, Hkv, g, D] -> [count, Hkv, g, length, D], a view."""
-    return x.unflatten(0, (docs.count, docs.length)).movedim(1, 3)
+    """[count * n, Hkv, g, D] -> [count, Hkv, g, n, D], a view."""
+    return x.unflatten(0, (docs.count, -1)).movedim(1, 3)
 
 
 def _parts(views: list[torch.Tensor], block: tuple[slice, slice]) -> list[torch.Tensor]:

@@ -182,5 +182,5 @@ def test_a_storage_moves_once_and_comes_back_with_its_strides() -> None:
             x = Keep.apply(x * 1)
     x.sum().backward()
     assert mover.host_bytes == 3 * 24 * 4
-    for (whole, part, turned) in seen:
+    for whole, part, turned in seen:
         assert part[:2] == ((3, 3), (6, 2)) and turned[1] == (1, 6) and whole[2] == part[2] == turned[2]

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from internlm_lite.apps.planner.bucket_sizes import BucketSizes
 from internlm_lite.apps.planner.device_file import DeviceFile
-from internlm_lite.apps.planner.holdings import BucketSizes
 from internlm_lite.apps.planner.schedule import StageCost
 from internlm_lite.layers.attention import Attention
 from internlm_lite.layers.costs import CostedLayer, Message, Pass, RowShape
 from internlm_lite.layers.flash import LONG, TILE
-from internlm_lite.models.decoder import Block, Transformer
+from internlm_lite.models.decoder import Block
 from internlm_lite.models.head import Head
 
 
@@ -201,12 +201,12 @@ class Roofline:
                 found.add("optimizer", "messages", self.message_seconds(exchange))
         return found
 
-    def stage(self, stage: Transformer) -> StageCost:
-        """Seconds of a stage's actions."""
-        units = [self.unit(unit) for unit in stage.units()]
-        weights = sum(unit.weights for unit in units)
-        backward = sum(unit.backward.total() for unit in units)
-        return StageCost(sum(unit.forward.total() for unit in units), backward - weights, weights)
+
+def stage_seconds(units: Sequence[UnitSeconds]) -> StageCost:
+    """Seconds of the actions of a stage of these units."""
+    weights = sum(unit.weights for unit in units)
+    backward = sum(unit.backward.total() for unit in units)
+    return StageCost(sum(unit.forward.total() for unit in units), backward - weights, weights)
 
 
 def update_passes(bucket: BucketSizes, *, one_pass: bool) -> list[Pass]:

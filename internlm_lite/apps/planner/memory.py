@@ -70,7 +70,9 @@ def receive_buffers(held: RankHoldings, row: RowShape, micro_num: int) -> int:
     return boundaries * micro_num * next(iter(held.stages.values())).hidden_bytes(row)
 
 
-def rank_bytes(held: RankHoldings, row: RowShape, order: Sequence[Action], micro_num: int, recomputed: int) -> RankBytes:
+def rank_bytes(
+    held: RankHoldings, row: RowShape, order: Sequence[Action], micro_num: int, recomputed: int
+) -> RankBytes:
     """Memory of every rank of this pipeline position."""
     activations = sum(most_kept(held, row, order, recomputed).values())
     return RankBytes(

@@ -161,7 +161,13 @@ def _memory_cells(rank: RankPlan, unit: int) -> Iterator[str]:
     sizes = rank.bytes
     yield " ".join(f"{start}-{stop - 1}" for start, stop in rank.layers)
     yield f"{rank.parameters:,}"
-    for size in (sizes.weights, sizes.gradients, sizes.optimizer, sizes.activations, sizes.buffers + sizes.whole + sizes.workspace):
+    for size in (
+        sizes.weights,
+        sizes.gradients,
+        sizes.optimizer,
+        sizes.activations,
+        sizes.buffers + sizes.whole + sizes.workspace,
+    ):
         yield f"{size / unit:.2f}"
     yield f"[bold]{sizes.peak / unit:.2f}[/]"
 
@@ -195,7 +201,11 @@ def _activations(plan: RunPlan) -> Iterator[RenderableType]:
     def row(name: str, sizes: Sequence[int]) -> None:
         table.add_row(name, *(f"{size / unit:.2f}" if size else "-" for size in sizes))
 
-    names = [name for name in dict.fromkeys(component for case in cases for component in case) if max(case.get(name, 0) for case in cases) >= _LEAST_FRACTION * most]
+    names = [
+        name
+        for name in dict.fromkeys(component for case in cases for component in case)
+        if max(case.get(name, 0) for case in cases) >= _LEAST_FRACTION * most
+    ]
     for component in names:
         row(component, [case.get(component, 0) for case in cases])
     rest = [sum(size for component, size in case.items() if component not in names) for case in cases]

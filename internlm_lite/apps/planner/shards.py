@@ -1,5 +1,4 @@
-"""What ZeRO stages 2 and 3 gather and hold for a while in a step: the optimizer's own gatherer is driven without ranks.
-"""
+"""What ZeRO stages 2 and 3 gather and hold for a while in a step: drives the optimizer's own gatherer without ranks."""
 
 from __future__ import annotations
 

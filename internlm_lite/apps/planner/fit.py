@@ -40,6 +40,8 @@ _HOST = 2
 """Memory of the host for each GPU that activations may fill, in memories of a GPU: hosts of 8 of 80 GB have 2 TB."""
 _RECOMPUTED: tuple[bool | str, ...] = (False, "selective", "offload", True)
 """Values of model.checkpoint, from the one that keeps most."""
+_SHARES = (0.25, 0.5, 0.75, 1.0)
+"""Of the layers whose activations go to the host, the first that fits."""
 LIMITS = {
     "compute": ("products", "attention", "elementwise", "loss", "embedding", "weight gradients", "gaps", "optimizer"),
     "recomputation": ("recomputation",),
@@ -77,6 +79,7 @@ class Layout:
     context: int
     zero_stage: int
     checkpoint: bool | str
+    offload_share: float
     micro_bsz: int
     micro_num: int
 
@@ -85,6 +88,7 @@ class Layout:
             "data.micro_bsz": self.micro_bsz,
             "data.micro_num": self.micro_num,
             "model.checkpoint": self.checkpoint,
+            "model.offload_share": self.offload_share,
             "model.num_chunks": self.chunks,
             "parallel.tensor": self.tensor,
             "parallel.sequence_parallel": self.tensor > 1,
@@ -96,9 +100,9 @@ class Layout:
         }
 
     @property
-    def effort(self) -> tuple[int, int]:
-        """What it pays for memory: of two layouts alike else, the one that is less in both is faster."""
-        return self.zero_stage, _RECOMPUTED.index(self.checkpoint)
+    def effort(self) -> tuple[int, int, float]:
+        """What it pays for memory: of two layouts alike else, the one that is less in all is faster."""
+        return self.zero_stage, _RECOMPUTED.index(self.checkpoint), self.offload_share
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ def fit(config: Config, room: Room) -> list[Found]:
     search, fastest = _Search(config, room), dict[Any, Found]()
     for plain in _plain_layouts(config, room, rows):
         for found in search.of(plain):
-            kind = replace(found.layout, checkpoint=False, micro_bsz=1, micro_num=1)
+            kind = replace(found.layout, checkpoint=False, offload_share=1.0, micro_bsz=1, micro_num=1)
             if kind not in fastest or found.step < fastest[kind].step:
                 fastest[kind] = found
     if not fastest:
@@ -195,7 +199,7 @@ def _plain_layouts(config: Config, room: Room, rows: int) -> Iterator[Layout]:
                 if rest or rows % copies or rows // copies < pipeline:  # most ranks of the pipeline would wait
                     continue
                 for schedule, chunks in _schedules(model.num_layers, pipeline):
-                    yield Layout(tensor, pipeline, schedule, chunks, context, 1, False, 1, rows // copies)
+                    yield Layout(tensor, pipeline, schedule, chunks, context, 1, False, 1.0, 1, rows // copies)
 
 
 def _powers(most: int) -> Iterator[int]:
@@ -224,29 +228,31 @@ class _Search:
     def of(self, plain: Layout) -> list[Found]:
         """Those of `plain` that fit and of which no other is better in stage and recomputation with as many rows."""
         seq_len, found = self._config.data.seq_len, []
-        built: dict[tuple[int, int], list[RankHoldings]] = {}
+        built: dict[tuple[int, int, float], list[RankHoldings]] = {}
         sizes = [n for n in _powers(plain.micro_num) if plain.micro_num % n == 0 and n * seq_len <= _LONGEST_ROW]
         for micro_bsz in reversed(sizes or [1]):
             micro_num = plain.micro_num // micro_bsz
             if micro_num >= plain.pipeline:
                 some = self._cheapest(replace(plain, micro_bsz=micro_bsz, micro_num=micro_num), built)
                 found += some
-                if plain.pipeline == 1 and any(one.layout.effort == (1, 0) for one in some):
+                if plain.pipeline == 1 and any(one.layout.effort[:2] == (1, 0) for one in some):
                     break  # smaller micro-batches only take longer
         return found
 
-    def _cheapest(self, layout: Layout, built: dict[tuple[int, int], list[RankHoldings]]) -> list[Found]:
+    def _cheapest(self, layout: Layout, built: dict[tuple[int, int, float], list[RankHoldings]]) -> list[Found]:
         """Over stages and recomputation, at one number of rows."""
         found: list[Found] = []
         choices = len(_RECOMPUTED)
         for stage in (1, 2, 3) if layout.pipeline == 1 else (1, 2):
             for index, checkpoint in enumerate(_RECOMPUTED[:choices]):
-                one = self._tried(replace(layout, zero_stage=stage, checkpoint=checkpoint), built)
-                if any(self._lasts_too_much(own) for own in built.get((stage, 0), [])):
+                shares = _SHARES if checkpoint == "offload" else (1.0,)
+                tries = (replace(layout, zero_stage=stage, checkpoint=checkpoint, offload_share=n) for n in shares)
+                one = next((fitting for one in tries if (fitting := self._tried(one, built))), None)
+                if any(self._lasts_too_much(own) for own in built.get((stage, 0, 1.0), [])):
                     break  # whatever is recomputed
                 if one is not None:
                     found.append(one)
-                    choices = index  # a higher stage is of use only with less recomputation
+                    choices = min(choices, index)  # a higher stage is of use only with less recomputation
                     if checkpoint != "offload":
                         break  # else recomputation may take less time than the way to the host
         return found
@@ -254,7 +260,7 @@ class _Search:
     def _lasts_too_much(self, own: RankHoldings) -> bool:
         return own.weights + own.gradients + own.optimizer > self._room.usable
 
-    def _tried(self, layout: Layout, built: dict[tuple[int, int], list[RankHoldings]]) -> Found | None:
+    def _tried(self, layout: Layout, built: dict[tuple[int, int, float], list[RankHoldings]]) -> Found | None:
         """None: it is refused, or does not fit."""
         room, config = self._room, with_keys(self._config, layout.keys())
         if any(cross_problems(config, room.gpus)):

@@ -24,9 +24,9 @@ _RECOMPUTATION = {False: "nothing", True: "all layers", "selective": "selective"
 
 
 def fit_json(found: Sequence[Found], room: Room) -> dict[str, Any]:
-    """{gpus, memory, usable, device, layouts: [{keys, seconds_per_step, tokens_per_step, tokens_per_gpu_second, mfu,
-    limits, memory, bytes}]}, fastest first; `memory`: share of it that the fullest rank fills; `bytes`: see `RankBytes`.
-    """
+    """{gpus, memory, usable, device, layouts}; of each layout, fastest first, {keys, seconds_per_step, tokens_per_step,
+    tokens_per_gpu_second, mfu, limits, memory, bytes}. `memory`: share of it that the fullest rank fills; `bytes`: see
+    `RankBytes`."""
     layouts = [
         {
             "keys": one.layout.keys(),
@@ -51,9 +51,7 @@ def fit_json(found: Sequence[Found], room: Room) -> dict[str, Any]:
 
 def render_fit(found: Sequence[Found], room: Room) -> RenderableType:
     title = Text(f"{len(found)} layouts that fit {room.gpus} GPUs, fastest first", style="bold green")
-    title.append(
-        f"  ({room.device.name}, {found[0].tokens:,} tokens a step, samples of one document each)\n", "not bold default"
-    )
+    title.append(f"  ({room.device.name}; {found[0].tokens:,} tokens a step, each sample one document)\n", "default")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=True)
     for name in ("tp", "pp", "cp", "zero", "recomputed", "micro_bsz", "ms", "MFU", "GB", "what takes the time"):
         table.add_column(name, justify="left" if name in ("pp", "recomputed", "what takes the time") else "right")
@@ -94,10 +92,7 @@ def _mfu(one: Found, room: Room) -> float:
 
 def overrides(found: Found) -> str:
     """As trailing arguments of train.py."""
-    return " ".join(
-        f"{key}={value!r}".replace("'", '"') if not isinstance(value, str) else f"{key}={value}"
-        for key, value in found.layout.keys().items()
-    )
+    return " ".join(f"{key}={value}" for key, value in found.layout.keys().items())
 
 
 def overlay(found: Found, base: Path) -> str:
@@ -111,7 +106,8 @@ def overlay(found: Found, base: Path) -> str:
         inner[path[-1]] = value
     lines = [f"# The fastest layout that fits, by train.py --dry-run --fit: {found.step * 1e3:,.0f} ms a step.", ""]
     lines.append(f"_base_ = {json.dumps(str(base.resolve()))}")
-    return "\n".join(lines + [f"{name} = {_literal(values)}" for name, values in sections.items()]) + "\n"
+    lines += [f"{name} = {_literal(values)}" for name, values in sections.items()]
+    return "\n".join(lines) + "\n"
 
 
 def _literal(value: Any) -> str:

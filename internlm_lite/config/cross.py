@@ -11,7 +11,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from internlm_lite.config.keys import known_keys, value_of
-from internlm_lite.config.layout_checks import row_problems, world_problems
+from internlm_lite.config.layout_checks import heads_problems, row_problems, world_problems
 from internlm_lite.config.model_checks import model_problems
 from internlm_lite.config.paths import (
     S3_FORM,
@@ -94,6 +94,7 @@ def cross_problems(config: Config, world_size: int | None) -> Iterator[Problem]:
     yield from _pipeline(config)
     yield from zero_problems(config)
     yield from row_problems(config)
+    yield from heads_problems(config)
     yield from _precision(config)
     yield from length_problems(config)
     yield from stage_problems(config, _of_rows)

@@ -58,3 +58,16 @@ def row_problems(config: Config) -> Iterator[Problem]:
             ("parallel.sequence_parallel", *_ROWS, _TENSOR, *(_CONTEXT,) * (divisor > tensor)),
             f"found True with {rows}, expected a multiple of {what}; change one of them",
         )
+
+
+def heads_problems(config: Config) -> Iterator[Problem]:
+    """Whether the ranks that exchange tokens for heads get equal numbers of query heads. Key heads may be fewer: they
+    are repeated."""
+    tensor, context, heads = config.parallel.tensor, config.parallel.context, config.model.num_attention_heads
+    if context.exchange == "ulysses" and heads % tensor == 0 and heads // tensor % context.size:
+        yield Problem(
+            (_CONTEXT, "parallel.context.exchange", "model.num_attention_heads", *(_TENSOR,) * (tensor > 1)),
+            f'found {context.size} with exchange "ulysses" and {heads // tensor} query heads'
+            f"{' on each tensor-parallel rank' * (tensor > 1)}, expected a divisor of {heads // tensor}: every rank "
+            'has as many heads; change one of them, or set exchange to "ring" or "gather"',
+        )

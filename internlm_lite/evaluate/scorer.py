@@ -5,8 +5,9 @@ done.
     others    lead(work):                jobs        -> share -> results           -> ... -> end
 
 So ranks cannot disagree about what is asked, and only rank 0 reads task files. Data-parallel ranks share the rows of a
-job, unless they compute all of them together (`WholeModel.together`); the tensor and pipeline ranks of each do. A rank that fails inside a job ends, which the
-others see as a lost peer; what fails on rank 0 between jobs is raised on all.
+job, unless they have to compute all of them together (`WholeModel.together`); the tensor and pipeline ranks of each do.
+A rank that fails inside a job ends, which the others see as a lost peer; what fails on rank 0 between jobs is raised on
+all.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Scorer:
         each."""
         self._model, self._mesh, self._decode = model, mesh, tokenizer.decode
         self._row_tokens, self._progress = row_tokens, progress
-        self._share = slice(None) if model.together else slice(mesh.dp.rank, None, mesh.dp.size)
+        self._share = slice(None) if model.together else slice(mesh.alike_rank, None, mesh.sizes.alike)
         """This rank's rows of a job's."""
         self._in_job = False
 

@@ -1,8 +1,8 @@
 """Context parallelism: which tokens of a row a rank has, so that all have as many tokens and as much attention work.
 
 row:    [ document A ....................... | B ... | C .......... ]     T tokens, k ranks
-blocks  [  0  |  1  |  2  |  3  |  4  |  5  |  6  |  7  |  8  |  9  ]     k * m of one size, and k smaller ones if m does
-rank 0     x                       x                             x        not divide T / k
+blocks  [  0  |  1  |  2  |  3  |  4  |  5  |  6  |  7  |  8  |  9  ]     k * m of one size, and k smaller ones
+rank 0     x                       x                             x     where m does not divide T / k
 
 A token's work is the number of keys that it sees in all layers. Blocks are dealt from the one with the most work down,
 each to the rank with the least that still takes one of its size. More and smaller blocks make the ranks more alike, but
@@ -85,7 +85,7 @@ class ContextRow:
 
     def spans(self, rank: int) -> list[tuple[int, int]]:
         """The tokens of a rank as few ranges (start, stop) of numbers in the row."""
-        return _joined([(piece.first + piece.start, piece.first + piece.stop) for piece in self.pieces[rank]])
+        return joined([(piece.first + piece.start, piece.first + piece.stop) for piece in self.pieces[rank]])
 
     def cut(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """The part, along `dim`, of a tensor about all tokens of the row that is about those of this rank."""
@@ -101,7 +101,7 @@ def numbers(spans: Sequence[tuple[int, int]], device: torch.device) -> torch.Ten
     return torch.cat([torch.arange(start, stop, device=device) for start, stop in spans])
 
 
-def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """The same numbers in the same order, in as few ranges as possible."""
     found: list[tuple[int, int]] = []
     for start, stop in spans:

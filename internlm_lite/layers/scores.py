@@ -55,23 +55,30 @@ def in_sight(rule: AttentionRule, queries: torch.Tensor, keys: torch.Tensor) -> 
     return seen if rule.window is None else seen & (queries - keys < rule.window)
 
 
-def softmax_weights(rule: AttentionRule, q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """Of the g query heads of each key head: q [.., g, n, D], k [.., m, D], seen that broadcasts -> [.., g, n, m],
-    whose rows sum to 1, in the dtype of sums."""
+def capped_scores(rule: AttentionRule, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Of the g query heads of each key head: q [.., g, n, D], k [.., m, D] -> [.., g, n, m] in the dtype of sums,
+    without a mask."""
     wide = accumulation_dtype(q.dtype)
-    scale = q.shape[-1] ** -0.5 if rule.scale is None else rule.scale
-    scores = _of_groups(q.to(wide) * scale, k.to(wide).mT)
-    if rule.softcap is not None:
-        scores = rule.softcap * torch.tanh(scores / rule.softcap)
-    return scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
+    scores = of_groups(q.to(wide) * scale_of(rule, q.shape[-1]), k.to(wide).mT)
+    return scores if rule.softcap is None else rule.softcap * torch.tanh(scores / rule.softcap)
+
+
+def scale_of(rule: AttentionRule, head_dim: int) -> float:
+    """Of q k^T."""
+    return float(head_dim**-0.5) if rule.scale is None else rule.scale
+
+
+def softmax_weights(rule: AttentionRule, q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """`capped_scores` where `seen`, which broadcasts, is true -> weights, whose rows sum to 1."""
+    return capped_scores(rule, q, k).masked_fill(~seen, -math.inf).softmax(dim=-1)
 
 
 def weighted_values(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """weights [.., g, n, m], v [.., m, D] -> [.., g, n, D], in the dtype of `weights`."""
-    return _of_groups(weights, v.to(weights.dtype))
+    return of_groups(weights, v.to(weights.dtype))
 
 
-def _of_groups(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+def of_groups(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """[.., g, n, a] times [.., a, b]: all heads of a group in one product, so that the matrix is not repeated."""
     return (rows.flatten(-3, -2) @ matrix).unflatten(-2, rows.shape[-3:-1])
 
@@ -120,8 +127,9 @@ class _Blocks:
 
     def mix(self, block: tuple[slice, slice], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """The values of one block: q [count, Hkv, g, n, D], k, v [count, Hkv, 1, m, D] -> as q."""
-        queries, keys = (torch.arange(part.start, part.stop, device=q.device) for part in block)
-        keys = keys - self.docs.before
+        before = self.docs.before
+        queries = torch.arange(block[0].start, block[0].stop, device=q.device)
+        keys = torch.arange(block[1].start - before, block[1].stop - before, device=q.device)
         weights = softmax_weights(self.rule, q, k.squeeze(2), in_sight(self.rule, queries[:, None], keys))
         if self.drop is not None:
             first = self.docs.start + self.docs.length * torch.arange(self.docs.count, device=q.device)

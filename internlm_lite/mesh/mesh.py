@@ -120,6 +120,11 @@ class Mesh:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def alike_rank(self) -> int:
+        """This process's number among the `sizes.alike` ranks that hold the same weights."""
+        return self.dp.rank * self.cp.size + self.cp.rank
+
     def axis(self, name: str) -> Group:
         """The group of an axis ("dp", "cp", "tp", "pp", "zero", "replica", "ends"). Raises KeyError for other names."""
         groups = (self.dp, self.cp, self.tp, self.pp, self.zero, self.replica, self.ends)

@@ -53,9 +53,9 @@ class Bucket:
     """Flat storage of parameters. Construction copies their values and makes `param.data` a view of `weights`, and
     `param.main_grad`, to which its layer adds, or `param.grad`, to which autograd adds, a view of `grads`.
 
-    `master` [shard_size]: fp32 or wider, the weights that this rank updates. A view of `weights` where these are as wide
-    and always there; else a copy. `grad_shard` [shard_size]: after reduction the sum over all data-parallel ranks; from
-    stage 2 on a tensor of its own, as wide as sums are, else a view of `grads`."""
+    `master` [shard_size]: fp32 or wider, the weights that this rank updates. A view of `weights` where these are as
+    wide and always there; else a copy. `grad_shard` [shard_size]: after reduction the sum over all data-parallel ranks;
+    from stage 2 on a tensor of its own, as wide as sums are, else a view of `grads`."""
 
     def __init__(
         self,
@@ -211,8 +211,8 @@ def build_buckets(
     """Buckets of at most `reduce_bucket_size` elements (a larger parameter gets its own), in completion order.
 
     `params`: in forward order; the backward pass completes them in reverse. `unit_of`: the number of each one's unit;
-    None will do in stage 1. From stage 2 on buckets do not cross units, so that a unit's can be freed when it is done: but in stage 2 those of
-    rules that need whole parameters, whose shards would be as large as a unit's largest one.
+    None will do in stage 1. From stage 2 on buckets do not cross units, so that a unit's can be freed when it is done:
+    but in stage 2 those of rules that need whole parameters, whose shards would be as large as a unit's largest one.
     """
     bucket_size, stage = config.hybrid_zero_optimizer.reduce_bucket_size, config.parallel.zero_stage
     groups = ParamGroups(config)
@@ -237,8 +237,8 @@ def build_buckets(
         kind.group: [0] * zero.size for kind, _ in filled if RULES[kind.group.rule].whole_matrices
     }
     return [
-        Bucket(kind, [params[i] for i in indices], zero, _grad_dtype(kind.dtype, config), loads.get(kind.group), stage)
-        for kind, indices in filled
+        Bucket(kind, [params[i] for i in some], zero, _grad_dtype(kind.dtype, config), loads.get(kind.group), stage)
+        for kind, some in filled
     ]
 
 

@@ -56,12 +56,12 @@ def reduce_totals(
     """One all-reduce of six fp64 numbers over the world; does not read the device. Collective.
 
     `num_labels`, `requests`, `loss_sum`: this rank's."""
-    counts = mesh.tp.rank == 0 and mesh.pp.rank == mesh.pp.size - 1
+    counts = mesh.tp.rank == 0 and mesh.cp.rank == 0 and mesh.pp.rank == mesh.pp.size - 1
     sums = torch.zeros(6, dtype=torch.float64, device=mesh.device)
     for index, value in enumerate((num_labels * counts, requests.signalled, requests.stop_file), start=2):
         sums[index] += value  # a host number is a kernel argument; copying a host tensor would synchronise
-    # Tensor-parallel ranks compute the same loss, so only one counts. No test for the last stage: on other stages the
-    # loss is 0.
+    # Tensor-parallel ranks compute the same loss, so only one counts; context-parallel ranks know the labels of whole
+    # rows, but have losses of their own tokens. No test for the last stage: on other stages the loss is 0.
     sums[5] += loss_sum * (mesh.tp.rank == 0)
     groups: dict[tuple[int, bool], list[torch.Tensor]] = {}
     for bucket in buckets:

@@ -3,9 +3,9 @@
     gradients of a micro-batch --reduce-scatter in zero--> part --added to--> shard      whole gradients are freed
     after the last one: shard --all-reduce in replica--> shard
 
-A round is one reduction of one bucket. Each step has one for every micro-batch and bucket, whatever gradients there are,
-and they start strictly in order, so every rank issues the same collectives in the same order (of gradients that come
-late, a later round is made). With several stages of a pipeline on a rank each stage has an order of its own: the
+A round is one reduction of one bucket. Each step has one for every micro-batch and bucket, whatever gradients there
+are, and they start strictly in order, so every rank issues the same collectives in the same order; gradients that come
+late are part of a later round. With several stages of a pipeline on a rank each stage has an order of its own: the
 schedule, the same on all ranks of `zero`, says whose turn it is. A round ends when the next one starts: at most two
 buckets are whole, that which is reduced and that which is filled.
 """
@@ -16,7 +16,7 @@ import functools
 import weakref
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -49,17 +49,29 @@ class _Round:
 
 @dataclass
 class _UnitGrads:
-    """Of a unit: parameters whose gradients are there when its backward pass ends, and the buckets that it needs."""
+    """Of a unit: what its backward pass adds before it ends."""
 
-    added: list[Parameter] = field(default_factory=list)
-    buckets: list[int] = field(default_factory=list)
+    added: list[int]
+    """Of each parameter whose layer adds the gradient, the bucket."""
+    buckets: list[int]
+    """To which it adds."""
+    ended: list[int]
+    """Those of `buckets` to which nothing is added later: complete then, also where a parameter has no gradient."""
+    passes: int = 0
+    """Backward passes in this step."""
 
 
 class ShardReducer:
     """Reduces the gradients of `buckets` once per micro-batch; a `unit_passes.UnitListener`."""
 
     def __init__(
-        self, buckets: list[Bucket], units: Sequence[nn.Module], mesh: Mesh, first_units: Sequence[int], *, overlap: bool
+        self,
+        buckets: list[Bucket],
+        units: Sequence[nn.Module],
+        mesh: Mesh,
+        first_units: Sequence[int],
+        *,
+        overlap: bool,
     ) -> None:
         """`first_units`: of each pipeline stage. `overlap` False: a round ends before the backward pass goes on."""
         self._buckets, self._mesh, self._overlap = buckets, mesh, overlap
@@ -82,18 +94,22 @@ class ShardReducer:
                 if not slot.param.manual_grad:
                     slot.param.register_post_accumulate_grad_hook(slot.param.on_grad)
 
-    @staticmethod
-    def _grads_of(unit: nn.Module, bucket_of: dict[int, int]) -> _UnitGrads:
+    def _grads_of(self, unit: nn.Module, bucket_of: dict[int, int]) -> _UnitGrads:
         params = [cast(Parameter, param) for param in unit.parameters()]
         now = [param for param in params if not param.deferred_grad]
-        added = [param for param in now if param.manual_grad]
-        return _UnitGrads(added, sorted({bucket_of[id(param)] for param in now}))
+        added = [bucket_of[id(param)] for param in now if param.manual_grad]
+        buckets = sorted({bucket_of[id(param)] for param in now})
+        own = {id(param) for param in now}
+        ended = [index for index in buckets if all(id(slot.param) in own for slot in self._buckets[index].slots)]
+        return _UnitGrads(added, buckets, ended)
 
     def expect(self, micro_num: int) -> None:
         """Call before the first backward pass of a step of `micro_num` micro-batches."""
         self._micro_num, self._arrived, self._replicated = micro_num, [0] * len(self._buckets), {}
         for one in self._sequences:
             one.started = 0
+        for unit in self._units:
+            unit.passes = 0
 
     def before_forward(self, unit: int) -> None:
         pass
@@ -106,9 +122,14 @@ class ShardReducer:
             self._hold(index)
 
     def after_backward(self, unit: int) -> None:
-        for param in self._units[unit].added:
-            assert param.on_grad is not None
-            param.on_grad(param)
+        grads = self._units[unit]
+        grads.passes += 1
+        for index in grads.added:
+            self._arrived[index] += 1
+        for index in grads.ended:
+            self._arrived[index] = max(self._arrived[index], grads.passes * self._per_micro[index])
+        for index in grads.buckets:
+            self._start_complete(self._sequence_of[index])
 
     def _hold(self, index: int) -> None:
         """Let gradients be added to this bucket."""
@@ -118,7 +139,10 @@ class ShardReducer:
 
     def _on_grad(self, index: int, _param: Parameter) -> None:
         self._arrived[index] += 1
-        one = self._sequence_of[index]
+        self._start_complete(self._sequence_of[index])
+
+    def _start_complete(self, one: _Sequence) -> None:
+        """Start the rounds whose turn it is."""
         while one.started < self._micro_num * len(one.buckets) and self._is_complete(one):
             self._start_next(one)
 

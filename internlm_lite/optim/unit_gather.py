@@ -1,10 +1,10 @@
 """Weights of ZeRO stage 3: gathered of a unit before its forward pass and before its backward pass, freed after them.
 
-    master shards --copied to this rank's part of the unit's weights--> all-gather in zero --> pass of the unit --> freed
+    master shards --copied to this rank's part--> all-gather in zero --> pass of the unit --> freed
 
 While a unit computes, the weights of the next one are on their way: in the forward pass the one behind it, in the
-backward pass the one before it. So two units have weights at a time. (Small ones, norms, go along with the next and stay
-until the step ends.) NCCL has a stream of its own, so the copy of a part is all that the gather takes of this one.
+backward pass the one before it. So two units have weights at a time. (Small ones, norms, go along with the next and
+stay until the step ends.) NCCL has a stream of its own, so the copy of a part is all that the gather takes of this one.
 With `keep` weights stay from the first forward pass of a step to the last backward pass, so they are gathered once.
 """
 
@@ -25,8 +25,8 @@ _SMALL = 0.01
 
 
 class UnitGatherer:
-    """Gives the units their weights; a `unit_passes.UnitListener`. A forward pass without gradients gathers, too, so all
-    ranks of `zero` must do the same number of them."""
+    """Gives the units their weights; a `unit_passes.UnitListener`. A forward pass without gradients gathers, too, so
+    all ranks of `zero` must do the same number of them."""
 
     def __init__(
         self, buckets: Sequence[Bucket], units: Sequence[nn.Module], zero: Group, *, overlap: bool, keep: bool

@@ -103,7 +103,9 @@ class HybridZeroOptimizer:
         self.before_exchange: Callable[[], object] = lambda: None
         """Called before `averaged` changes master weights: a save beside this work may still be reading them."""
 
-    def _exchanges(self, first_units: Sequence[int]) -> tuple[GradReducer | ShardReducer, WeightGatherer | UnitGatherer]:
+    def _exchanges(
+        self, first_units: Sequence[int]
+    ) -> tuple[GradReducer | ShardReducer, WeightGatherer | UnitGatherer]:
         """What moves gradients and weights in this stage of ZeRO."""
         zero, parallel, mesh, units = self._config.hybrid_zero_optimizer, self._config.parallel, self._mesh, self._units
         of_grads, of_weights = zero.overlap_sync_grad, zero.overlap_sync_param

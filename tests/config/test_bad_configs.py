@@ -304,6 +304,16 @@ BAD = [
         "tensor=3",
         "23: parallel.tensor: one copy of the model takes 3 * parallel.pipeline.size 1 = 3 processes; found 4",
     ),
+    (
+        "",
+        "parallel = dict(context=dict(size=4, exchange='ulysses')); model.update(num_attention_heads=6, head_dim=16)",
+        '25: parallel.context.size: found 4 with exchange "ulysses" and 6 query heads, expected a divisor of 6: every',
+    ),
+    (
+        "",
+        "parallel.update(context=dict(size=2, exchange='ulysses')); model.update(num_attention_heads=6, head_dim=16)",
+        '25: parallel.context.size: found 2 with exchange "ulysses" and 3 query heads on each tensor-parallel rank,',
+    ),
     ("tensor=2", "tensr=2", "23: parallel.tensr: unknown key; nearest known key: parallel.tensor"),
     (
         "tensor=2",

@@ -35,7 +35,10 @@ def test_the_layouts_cover_every_pair_of_options() -> None:
         for value in values:
             for stage in (2, 3):
                 refused = stage == 3 and name == "schedule" and value is not None
-                assert (frozenset({(name, value), ("stage", stage)}) in met) != refused or name == "stage", (name, value)
+                assert (frozenset({(name, value), ("stage", stage)}) in met) != refused or name == "stage", (
+                    name,
+                    value,
+                )
 
 
 @pytest.mark.parametrize("ranks", range(2, MOST_RANKS + 1))

@@ -161,7 +161,7 @@ def check(made: ZeroLayout, ranks: Sequence[Ran], alone: Ran, rel: float = LIMIT
     for ran in ranks:
         for (name, box), weight in ran.weights.items():
             expected = whole[name][tuple(slice(*side) for side in box)]
-            torch.testing.assert_close(weight, expected, rtol=rel, atol=rel, msg=lambda m: f"{made}: {name}: {m}")
+            torch.testing.assert_close(weight, expected, rtol=rel, atol=rel, msg=f"{made}: {name} {box}")
     pairs = zip(ranks[0].steps, alone.steps, strict=True)
     return max(abs(a - b) / abs(b) for ours, expected in pairs for a, b in zip(ours, expected, strict=True))
 

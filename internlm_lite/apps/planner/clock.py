@@ -133,7 +133,8 @@ class Roofline:
         for message in unit.messages(self.ways.row):
             times = backward if message.backward else forward
             once = 0.5 if recompute and not message.backward else 1  # the layer says what it sends twice
-            times.add("tensor parallel", "messages", once * self.message_seconds(message))
+            part = "context parallel" if message.axis == "cp" else "tensor parallel"
+            times.add(part, "messages", once * self.message_seconds(message))
         added = sum(seconds for (part, _), seconds in backward.items() if part == "weight gradients")
         weights = (product if made_at_once == 1 else 0) + added
         if isinstance(unit, Block) and (moved := unit.host_bytes(self.ways.row)):  # behind a block like it
@@ -145,6 +146,19 @@ class Roofline:
             for (_, kind), seconds in forward.items():
                 backward.add("recomputation", kind, seconds)
         return UnitSeconds(forward, backward, weights)
+
+    def units(self, many: Iterable[CostedLayer]) -> list[UnitSeconds]:
+        """Of several units; blocks of a kind are timed once."""
+        timed: dict[object, UnitSeconds] = {}
+        found = []
+        for unit in many:
+            key: object = unit
+            if isinstance(unit, Block):
+                key = unit.attention.rule.window, unit.rotation, unit.recompute, unit.host_bytes(self.ways.row) > 0
+            if key not in timed:
+                timed[key] = self.unit(unit)
+            found.append(timed[key])
+        return found
 
     def _products(self, unit: CostedLayer) -> float:
         """Seconds of the products of a forward pass."""

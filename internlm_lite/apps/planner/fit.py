@@ -1,8 +1,8 @@
 """`train.py --dry-run --fit`: which layouts of a config fit N GPUs, and which of them is fastest.
 
 Every layout trains the same tokens a step. Searched are tensor, pipeline (with its schedule) and context parallelism,
-the stage of ZeRO, what is recomputed or goes to the host, and the rows of a micro-batch. Of layouts that differ in stage
-and recomputation alone, one that pays more for memory is not tried where one that pays less fits.
+the stage of ZeRO, what is recomputed or goes to the host, and the rows of a micro-batch. Of layouts that differ in
+stage and recomputation alone, one that pays more for memory is not tried where one that pays less fits.
 """
 
 from __future__ import annotations
@@ -194,11 +194,11 @@ def _plain_layouts(config: Config, room: Room, rows: int) -> Iterator[Layout]:
         if model.kv_heads % tensor or model.num_attention_heads % tensor:
             continue
         for pipeline in _powers(min(room.gpus // tensor, model.num_layers, _LONGEST_PIPELINE)):
-            for context in _powers(max(1, min(room.gpus // tensor // pipeline, seq_len // _LONG_PART))):
-                copies, rest = divmod(room.gpus, tensor * pipeline * context)
-                if rest or rows % copies or rows // copies < pipeline:  # most ranks of the pipeline would wait
-                    continue
-                for schedule, chunks in _schedules(model.num_layers, pipeline):
+            for schedule, chunks in _schedules(model.num_layers, pipeline):
+                for context in _powers(max(1, min(room.gpus // tensor // pipeline, seq_len // _LONG_PART))):
+                    copies, rest = divmod(room.gpus, tensor * pipeline * context)
+                    if rest or rows % copies or rows // copies < pipeline:  # most ranks of the pipeline would wait
+                        continue
                     yield Layout(tensor, pipeline, schedule, chunks, context, 1, False, 1.0, 1, rows // copies)
 
 
@@ -222,13 +222,18 @@ class _Search:
 
     def __init__(self, config: Config, room: Room) -> None:
         self._config, self._room = config, room
+        self._built: tuple[Layout, dict[Any, list[RankHoldings]]] | None = None
+        """What ranks hold, by effort, whatever the context parallelism; of the last plain layout but for that."""
         self.nearest: tuple[int, Layout] | None = None
         """(bytes of the fullest rank, layout) of that which came nearest without fitting."""
 
     def of(self, plain: Layout) -> list[Found]:
         """Those of `plain` that fit and of which no other is better in stage and recomputation with as many rows."""
         seq_len, found = self._config.data.seq_len, []
-        built: dict[tuple[int, int, float], list[RankHoldings]] = {}
+        alike = replace(plain, context=1, micro_num=1)
+        if self._built is None or self._built[0] != alike:
+            self._built = alike, {}
+        built = self._built[1]
         sizes = [n for n in _powers(plain.micro_num) if plain.micro_num % n == 0 and n * seq_len <= _LONGEST_ROW]
         for micro_bsz in reversed(sizes or [1]):
             micro_num = plain.micro_num // micro_bsz
@@ -239,7 +244,7 @@ class _Search:
                     break  # smaller micro-batches only take longer
         return found
 
-    def _cheapest(self, layout: Layout, built: dict[tuple[int, int, float], list[RankHoldings]]) -> list[Found]:
+    def _cheapest(self, layout: Layout, built: dict[Any, list[RankHoldings]]) -> list[Found]:
         """Over stages and recomputation, at one number of rows."""
         found: list[Found] = []
         choices = len(_RECOMPUTED)
@@ -260,7 +265,7 @@ class _Search:
     def _lasts_too_much(self, own: RankHoldings) -> bool:
         return own.weights + own.gradients + own.optimizer > self._room.usable
 
-    def _tried(self, layout: Layout, built: dict[tuple[int, int, float], list[RankHoldings]]) -> Found | None:
+    def _tried(self, layout: Layout, built: dict[Any, list[RankHoldings]]) -> Found | None:
         """None: it is refused, or does not fit."""
         room, config = self._room, with_keys(self._config, layout.keys())
         if any(cross_problems(config, room.gpus)):

@@ -53,9 +53,7 @@ class StepClock:
     def seconds(self, ways: Ways, bucket_size: int | None = None) -> Seconds:
         """Of one step, by row of the plan and kind of kernel; `bucket_size`: instead of the config's."""
         axes, roofline = network(self.device, self.sizes), self._roofline(ways)
-        timed = [
-            {number: [*map(roofline.unit, stage.units())] for number, stage in own.stages.items()} for own in self.held
-        ]
+        timed = [{number: roofline.units(stage.units()) for number, stage in own.stages.items()} for own in self.held]
         stages = {number: stage_seconds(units) for own in timed for number, units in own.items()}
         costs = [stages[number] for number in sorted(stages)]
         hidden = next(iter(self.held[0].stages.values())).hidden_bytes(ways.row)
@@ -77,7 +75,7 @@ class StepClock:
     def buckets(self, ways: Ways) -> Iterator[BucketClock]:
         """What each size of buckets leaves exposed, on the rank that waits most."""
         roofline = self._roofline(ways)
-        timed = [[*map(roofline.unit, _units(own))] for own in self.held]
+        timed = [roofline.units(_units(own)) for own in self.held]
         configured = self.config.hybrid_zero_optimizer.reduce_bucket_size
         for size in sorted({configured, *BUCKETS}, reverse=True):
             waits = [
@@ -88,8 +86,8 @@ class StepClock:
             yield BucketClock(size, count, worst.scatter, worst.gather, worst.fraction)
 
     def _roofline(self, ways: Ways) -> Roofline:
-        axis = network(self.device, self.sizes)["tp"]
-        return Roofline(self.device, ways, self.sizes.tp, axis.seconds)
+        axes = network(self.device, self.sizes)
+        return Roofline(self.device, ways, self.sizes.tp, lambda message: axes[message.axis].seconds(message))
 
     def _buckets(self, own: RankHoldings, size: int | None) -> tuple[BucketSizes, ...]:
         if size is None:
@@ -246,6 +244,7 @@ def _expensive(terms: dict[str, float], clock: StepClock, ways: Ways) -> list[Ex
         "gaps": "data.micro_bsz larger: kernels that take longer",
         "recomputation": "a smaller model.checkpoint, where memory allows",
         "offload": "a smaller model.offload_share, where memory allows, or rows of more tokens",
+        "context parallel": "a smaller parallel.context, or another exchange",
         "tensor parallel": "a smaller parallel.tensor, inside a node",
         "bubble": "data.micro_num larger, model.num_chunks > 1, or parallel.pipeline.schedule='zbv'",
         "reduce-scatter": "a smaller hybrid_zero_optimizer.reduce_bucket_size, or data.micro_num larger",

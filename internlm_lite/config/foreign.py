@@ -98,7 +98,7 @@ NO_EFFECT_IF: Mapping[str, tuple[Sequence[Any], str]] = {
     "data.valid_pack_mode": ((None,), "validation rows are packed as training rows are"),
     "data.use_packed_dataset": ((True,), "training rows are always packed"),
     "full_kv_zigzag_with_full_dkv": ((False,), "parallel.context balances the work by itself"),
-    "hybrid_zero_optimizer.partition_grad": ((False,), "gradients are whole on every rank, as in ZeRO-1"),
+    "hybrid_zero_optimizer.partition_grad": ((False,), "parallel.zero_stage=2 shares gradients"),
     "model.adapt_hf": ((True,), "adapt_hf=False pairs neighbouring elements in the rotary embedding, here element i "
                                 "with i + head_dim/2: remove it to train anew; convert weights trained with it"),
     "model.attention_type": (("GQA", "MHA"), "model.num_kv_attention_heads is the number of key and value heads"),
@@ -131,9 +131,9 @@ FEATURES: Mapping[str, tuple[str, str]] = {
         "context parallelism by another name", "here it is parallel.context=dict(size=k, exchange='gather')"),
     r"weight_parallel.*|isp(_.*)?": (
         "weight parallelism (isp)", "parallel.zero1 spreads the optimizer state, parallel.tensor the weights"),
-    r"(use_)?(fsdp|hsdp)\d?(_.*)?|zero_?3.*|zero_?stage|zero_optimization|dp_shard.*|data_parallel_shard_degree": (
-        "sharding of weights between steps (FSDP, ZeRO-2 and 3)",
-        "parallel.zero1 spreads the optimizer state, parallel.tensor and parallel.pipeline the weights"),
+    r"(use_)?(fsdp|hsdp)\d?(_.*)?|zero_?3.*|zero_optimization|dp_shard.*|data_parallel_shard_degree": (
+        "sharding of weights by another name",
+        "here it is parallel.zero_stage=3, or 2 for gradients alone"),
     r".*offload.*": ("offloading to host memory", "model.checkpoint and parallel.zero1 save device memory"),
     r"(q_|kv_)lora_rank|(use_)?mla|qk_(nope|rope)_head_dim|v_head_dim|multi_latent_attention": (
         "multi-head latent attention", "model.num_kv_attention_heads gives grouped-query attention"),

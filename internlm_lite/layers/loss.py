@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,6 @@ from internlm_lite.layers.tensor_parallel import accumulation_dtype
 from internlm_lite.layers.weight_grads import add_product, grad_buffer, report_grad
 from internlm_lite.mesh.comm import all_reduce
 from internlm_lite.mesh.conjugate import gather_last
-from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import Group
 
 _CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
@@ -242,7 +241,7 @@ class _Gradients:
         self.dhidden = torch.empty_like(hidden)
         self.dbias = None if bias is None else torch.zeros_like(bias, dtype=accumulation_dtype(bias.dtype))
         has_buffer = getattr(weight, "main_grad", None) is not None
-        self.main_grad = grad_buffer(cast(Parameter, weight)) if has_buffer else None
+        self.main_grad = grad_buffer(weight) if has_buffer else None
         several, wide = chunk < hidden.shape[0], accumulation_dtype(weight.dtype)
         if self.main_grad is not None and not (several and self.main_grad.dtype != wide):
             self.dweight = self.main_grad

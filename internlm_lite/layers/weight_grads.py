@@ -83,12 +83,14 @@ def report_grad(weight: Parameter) -> None:
         weight.on_grad(weight)
 
 
-def grad_buffer(weight: Parameter) -> torch.Tensor:
+def grad_buffer(weight: torch.Tensor) -> torch.Tensor:
     """`weight.main_grad`, for a gradient that its unit's backward pass may not be the one to add (`deferred_grad`)."""
-    if weight.before_grad is not None:
-        weight.before_grad()
-    assert weight.main_grad is not None, "the optimizer gives every such parameter its gradient buffer"
-    return weight.main_grad
+    give_memory = getattr(weight, "before_grad", None)
+    if give_memory is not None:
+        give_memory()
+    grad: torch.Tensor | None = getattr(weight, "main_grad", None)
+    assert grad is not None, "the optimizer gives every such parameter its gradient buffer"
+    return grad
 
 
 class WeightGrads:

@@ -362,8 +362,8 @@ BAD = [
     ),
     (
         "zero1=-1",
-        "zero1=dict(size=2, fsdp=True)",
-        "22: parallel.zero1: found {'size': 2, 'fsdp': True}: fsdp is not available; write fsdp=False",
+        "zero_stage=4",
+        "22: parallel.zero_stage: found 4, expected one of 1, 2, 3",
     ),
     (
         "zero1=-1",
@@ -719,7 +719,7 @@ def test_all_problems_at_once() -> None:
         "max_scale=2**24": "max_scale=-1",
         "adam = dict(lr=1e-4)": "optimizer = dict(lr=1e-4)",
         "vocab_size=512": "vocab_size=True",
-        "zero1=-1": "zero1=dict(size=2, fsdp=True)",
+        "zero1=-1": "zero1=dict(sizee=2)",
         "tensor=2": "pipe=2",
     }.items():
         text = text.replace(old, new)

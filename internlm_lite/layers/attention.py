@@ -17,6 +17,7 @@ from internlm_lite.config.schema import ModelConfig
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.compiled import compiled_in_training
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, Pass, RowShape, add_bytes
+from internlm_lite.layers.exchange_costs import HeadBytes, exchange_messages, kept_keys
 from internlm_lite.layers.flash import Attend
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns, output_std
 from internlm_lite.layers.norm import NORMS, FullRMSNorm, Norm, full_norms
@@ -100,8 +101,12 @@ class Attention(CostedLayer):
         projected = kv_heads * self.head_dim if lean else weight.shape[0]  # v is a view of the whole output
         in_blocks = self.in_blocks(row)  # neither statistics nor the parts of the output are kept then
         parts = 1 + (row.attention_by_document and not in_blocks)  # the input of wo; by document: its parts, too
+        others = kept_keys(row, self._head_bytes())
+        if others is not None:
+            projected, rotated = 0, kv_heads * self.queries * self.head_dim
+        parts += others is not None and row.exchange == "ulysses"
         kept = {
-            "queries, keys, values": row.tokens * projected * weight.itemsize,
+            "queries, keys, values": row.tokens * projected * weight.itemsize + (others or 0),
             "rotated queries, keys": row.tokens * rotated * weight.itemsize,
             "attention output": output * parts,
             "attention statistics": row.tokens * statistics * (not in_blocks),  # log-sum-exp of each query's scores
@@ -113,11 +118,17 @@ class Attention(CostedLayer):
         return add_bytes(self.wqkv.saved_bytes(row), kept, *normed)
 
     def messages(self, row: RowShape) -> list[Message]:
+        found = super().messages(row) + exchange_messages(row, self._head_bytes())
         if not isinstance(self.q_norm, FullRMSNorm):
-            return super().messages(row)
+            return found
         n_bytes = 2 * row.tokens * accumulation_dtype(self.tp_ctx.dtype).itemsize  # a sum of each token's q and k
         sums = [Message(self.tp_ctx.group.name, "all_reduce", n_bytes, backward=back) for back in (False, True)]
-        return super().messages(row) + sums
+        return found + sums
+
+    def _head_bytes(self) -> HeadBytes:
+        weight = self.wqkv.weight
+        kv_heads, size = weight.shape[0] // (self.queries + 2) // self.head_dim, self.head_dim * weight.itemsize
+        return HeadBytes(kv_heads * self.queries * size, kv_heads * size, kv_heads, self.rule.window)
 
     def passes(self, row: RowShape) -> list[Pass]:
         """Attention itself, the rotations, and the gradients of queries, keys and values joined to one tensor."""

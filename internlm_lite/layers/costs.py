@@ -22,6 +22,7 @@ class RowShape:
     """One micro-batch (a row of packed tokens) and the kernels that run it."""
 
     tokens: int
+    """Of this rank: with context parallelism its part of the row."""
     device: str = "cuda"
     """"cuda" or "cpu": a few kernels save different tensors, and the loss uses chunks of another size."""
     attention_by_document: bool = False
@@ -36,6 +37,10 @@ class RowShape:
     """What takes one kernel instead of several, see `FUSIONS`."""
     fp8: bool = False
     """The products of the blocks are those of layers/fp8.py."""
+    context: int = 1
+    """Ranks that share the row, each with `tokens` of it."""
+    exchange: str = "gather"
+    """How keys and values reach other ranks of it (parallel.context.exchange)."""
 
 
 FUSIONS = {

@@ -51,6 +51,8 @@ TILE = 128
 """Lengths that are no multiple of this end inside a tile of keys; cuDNN's backward pass has made NaNs of such tails."""
 
 
+KERNEL_LIMIT = 2e-2
+"""Of a kernel's relative error in half precision."""
 WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -407,22 +409,22 @@ def _difference(backend: AttentionBackend, rule: AttentionRule, config: ModelCon
     ]
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
     attend = partial(packed(backend, cu_seqlens, boundaries, max_seqlen=LONG), rule)
-    dtype, limit = torch_dtype(config.dtype), 2e-2
-    found = _with_gradients(attend, inputs, dtype)
+    dtype = torch_dtype(config.dtype)
+    found = with_gradients(attend, inputs, dtype)
     reference = partial(packed_sdpa(boundaries), rule)
-    expected = _with_gradients(reference, [x.to(dtype).float() for x in inputs], torch.float32)
+    expected = with_gradients(reference, [x.to(dtype).float() for x in inputs], torch.float32)
     pairs = zip(found, expected, strict=True)
     for error in [((ours.float() - right).norm() / right.norm()).item() for ours, right in pairs]:
-        if not error < limit:
-            return f"relative error {error:.1e} against the reference, expected at most {limit}"
+        if not error < KERNEL_LIMIT:
+            return f"relative error {error:.1e} against the reference, expected at most {KERNEL_LIMIT}"
     if torch.are_deterministic_algorithms_enabled():
         for _ in range(REPEATS):
-            if not all(map(torch.equal, found, _with_gradients(attend, inputs, dtype))):
+            if not all(map(torch.equal, found, with_gradients(attend, inputs, dtype))):
                 return "with deterministic=True it gives other gradients each time"
     return ""
 
 
-def _with_gradients(
+def with_gradients(
     attend: Callable[..., torch.Tensor], inputs: list[torch.Tensor], dtype: torch.dtype
 ) -> list[torch.Tensor]:
     """[output, gradients of q, k and v] of `inputs`: q, k, v and the gradient of the output."""

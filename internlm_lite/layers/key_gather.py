@@ -9,20 +9,31 @@ sums over pieces and ranks have the order of tokens and ranks, so they have the 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import accumulate
 from typing import Any
 
 import torch
 
 from internlm_lite.layers.context import ContextRow, Piece, joined, numbers
-from internlm_lite.layers.flash import Attend, AttentionBackend, Bounds, causal, varlen_kernel
+from internlm_lite.layers.flash import (
+    KERNEL_LIMIT,
+    Attend,
+    AttentionBackend,
+    Bounds,
+    causal,
+    varlen_kernel,
+    with_gradients,
+)
+from internlm_lite.layers.kernel_calls import sequence_boundaries
 from internlm_lite.layers.scores import AttentionRule, Drop, EqualDocuments
 from internlm_lite.layers.tensor_parallel import accumulation_dtype
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Group
+
+logger = logging.getLogger("internlm_lite")
 
 
 def gathered(row: ContextRow, group: Group, backend: AttentionBackend, drop: Drop | None) -> Attend:
@@ -43,24 +54,71 @@ def attention_of_pieces(
     pieces: Sequence[Piece], device: torch.device, backend: AttentionBackend, drop: Drop | None = None
 ) -> Attend:
     """(rule, q [n, H, D], k, v [m, Hkv, D]) -> as q: queries of the pieces one after another, and for each piece the
-    keys in front of it that it sees (`Piece.before`), then its own."""
+    keys in front of it that it sees (`Piece.before`), then its own. A kernel that does not agree with the reference on
+    this device is not used."""
+    reference = partial(_one_by_one, pieces, drop)
     if backend is AttentionBackend.SDPA:
-        return partial(_one_by_one, pieces, drop)
-    kernel, lengths = varlen_kernel(backend), [piece.length for piece in pieces]
-    queries = _bounds(lengths, device)
+        return reference
+    kernel = _in_one_call(pieces, device, backend)
+
+    def attend(rule: AttentionRule, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        tested = replace(rule, layer=0, window=None if rule.window is None else min(rule.window, TESTED_WINDOW))
+        heads = q.shape[1], k.shape[1], q.shape[2]
+        suits = not kernel_of_pieces_problem(backend, tested, heads, q.dtype, q.device)
+        return (kernel if suits else reference)(rule, q, k, v)
+
+    return attend
+
+
+def _in_one_call(pieces: Sequence[Piece], device: torch.device, backend: AttentionBackend) -> Attend:
+    lengths = [piece.length for piece in pieces]
+    queries = sequence_boundaries(lengths, device)
 
     @cache
     def bounds(window: int | None) -> Bounds:
         keys = [piece.before(window) + piece.length for piece in pieces]
-        return Bounds(queries, _bounds(keys, device), max(lengths), max(keys))
+        return Bounds(queries, sequence_boundaries(keys, device), max(lengths), max(keys))
 
+    kernel = varlen_kernel(backend)
     return lambda rule, q, k, v: kernel(bounds(rule.window), rule, q, k, v)
 
 
-def _bounds(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    """0 and the sums of the first lengths; the host does not wait for the device."""
-    sums = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, pin_memory=device.type == "cuda")
-    return sums.to(device, non_blocking=True)
+TESTED = (Piece(0, 0, 0, 1), Piece(1, 1, 99, 199), Piece(1, 1, 600, 900), Piece(2, 1001, 0, 300))
+TESTED_WINDOW = 100
+
+
+@cache
+def kernel_of_pieces_problem(
+    backend: AttentionBackend,
+    rule: AttentionRule,
+    heads: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str:
+    """What is wrong with a kernel whose sequences have more keys than queries, forward or backward; empty: nothing.
+    `heads`: of queries, of keys, and their features. Computed, and told, once."""
+    generator = torch.Generator(device).manual_seed(0)
+    n = sum(piece.length for piece in TESTED)
+    m = n + sum(piece.before(rule.window) for piece in TESTED)
+    shapes = ((n, heads[0]), (m, heads[1]), (m, heads[1]), (n, heads[0]))
+    inputs = [torch.randn(*shape, heads[2], generator=generator, device=device).to(dtype) for shape in shapes]
+    problem = ""
+    try:
+        # Hooks of its own, or a recomputed block around it would keep, and miss, what this saves.
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            found = with_gradients(partial(_in_one_call(TESTED, device, backend), rule), inputs, dtype)
+            wide = accumulation_dtype(dtype)
+            expected = with_gradients(partial(_one_by_one, TESTED, None, rule), [x.to(wide) for x in inputs], wide)
+        worst = max(((a.to(wide) - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True))
+        if not worst < KERNEL_LIMIT:
+            problem = f"relative error {worst:.1e} against the reference, expected at most {KERNEL_LIMIT}"
+    except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
+        problem = f"{type(error).__name__}: {str(error)[:300]}"
+    if problem:
+        logger.warning(
+            f"attention of parts of documents: {backend.value} went wrong: {problem}; plain operations take its place"
+        )
+    return problem
 
 
 def _one_by_one(

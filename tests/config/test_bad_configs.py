@@ -365,6 +365,14 @@ BAD = [
         "zero_stage=4",
         "22: parallel.zero_stage: found 4, expected one of 1, 2, 3",
     ),
+    ("tensor=2", "context=0", "23: parallel.context.size: found 0, expected an integer > 0"),
+    ("tensor=2", "context='2'", "23: parallel.context: found '2', expected dict(...)"),
+    (
+        "tensor=2",
+        "context=dict(size=2, exchange='allgather')",
+        "23: parallel.context.exchange: found 'allgather', expected one of 'gather', 'ring', 'ulysses'",
+    ),
+    ("tensor=2", "context=3", "23: parallel.context.size: found 3 with rows of micro_bsz * seq_len ="),
     (
         "zero1=-1",
         "zero1=3",

@@ -40,6 +40,8 @@ class Job:
 
     layout: Layout
     config: Config
+    keeps_weights: bool = False
+    """Each rank also returns its weights after the last step."""
 
 
 @dataclass
@@ -59,6 +61,8 @@ class Seen:
     """By step and gradient bucket that started in the backward passes, how many gradients were still to come then."""
     buckets: int = 0
 
+    last: list[tuple[str, Box, torch.Tensor]] = field(default_factory=list)
+    """(name, this rank's box of the whole, weights) after the last step, if the job keeps them."""
     initial: dict[str, torch.Tensor] = field(default_factory=dict)
     """Whole weights before the first step, in a run of one process."""
 
@@ -125,8 +129,9 @@ def _watch(reducer: GradReducer, seen: Seen) -> None:
     reducer.expect, reducer._start_next, reducer.finish = expected, started, finished  # type: ignore[method-assign]
 
 
-def run_one(mesh: Mesh, config: Config, folder: Path) -> Seen:
+def run_one(mesh: Mesh, job: Job, folder: Path) -> Seen:
     """Train in this layout; goes on from a checkpoint of the config's folders, if there is one."""
+    config = job.config
     folder.mkdir(parents=True, exist_ok=True)
     seen = Seen(mesh.dp.rank)
     run = build_run(config, mesh, folder, "auto")
@@ -141,6 +146,9 @@ def run_one(mesh: Mesh, config: Config, folder: Path) -> Seen:
     finally:
         run.reporter.close()
     seen.after = weights_of(run.trainer.stages)
+    if job.keeps_weights:
+        kept = [p for stage in run.trainer.stages.values() for p in stage.parameters()]
+        seen.last = [(p.shard_spec.name, p.shard_spec.box, p.detach().clone()) for p in kept]  # type: ignore[union-attr]
     if mesh.is_main:
         seen.metrics = read_metrics(folder / "metrics.jsonl")
         seen.events = list(read_objects(folder / "events.jsonl"))
@@ -156,7 +164,7 @@ def _run_in_world(world: Mesh, jobs: list[Job], folder: Path) -> list[Seen]:
         if sizes not in meshes:
             meshes[sizes] = build_mesh(sizes, world.rank, world.device, TIMEOUT)
         try:
-            results.append(run_one(meshes[sizes], job.config, folder / str(number)))
+            results.append(run_one(meshes[sizes], job, folder / str(number)))
         except Exception as error:
             raise AssertionError(f"layout: {job.layout}") from error
     return results
@@ -207,6 +215,18 @@ def check_weights(layout: Layout, ranks: Sequence[Seen], single: Seen) -> None:
             assert last.setdefault(key, found) == found, f"{layout}: copies of {key} have drifted apart"
 
 
+def weights_apart(ranks: Sequence[Seen], single: Seen) -> float:
+    """Of all weights that jobs kept, the largest difference to those of one process, over the largest number of its
+    tensor."""
+    whole = {name: tensor for name, _, tensor in single.last}
+    assert whole.keys() == {name for rank in ranks for name, _, _ in rank.last}
+    return max(
+        ((ours - whole[name][tuple(slice(*side) for side in box)]).abs().max() / whole[name].abs().max()).item()
+        for rank in ranks
+        for name, box, ours in rank.last
+    )
+
+
 def check_batches(layout: Layout, ranks: Sequence[Seen], single: Seen) -> None:
     """Row j of rank i of `dp` is row j * dp + i of the global batch, on every rank of its pipeline and tensor group."""
     for rank in ranks:
@@ -224,7 +244,7 @@ def run_layouts(jobs: Iterable[Job], folder: Path) -> list[list[Seen]]:
 def _run_alone(world: Mesh, jobs: list[Job], folder: Path) -> dict[Layout, Seen]:
     logging.disable(logging.WARNING)
     mine = list(enumerate(jobs))[world.rank :: world.world.size]
-    return {job.layout: run_one(single_process_mesh(), job.config, folder / str(number)) for number, job in mine}
+    return {job.layout: run_one(single_process_mesh(), job, folder / str(number)) for number, job in mine}
 
 
 def run_references(jobs: Iterable[Job], folder: Path) -> dict[Layout, Seen]:

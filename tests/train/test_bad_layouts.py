@@ -88,6 +88,39 @@ WRONG = {
         "parallel.sequence_parallel: found True with rows of micro_bsz * seq_len = 130 tokens, expected a multiple of "
         "parallel.tensor 4; change one of them",
     ),
+    "rows of 130 tokens over a context of 4": (
+        4,
+        "",
+        "seq_len=130",
+        "context=4",
+        "parallel.context.size: found 4 with rows of micro_bsz * seq_len = 130 tokens, expected a multiple of "
+        "parallel.context.size: each rank has the same number of tokens; change one of them",
+    ),
+    "rows of 132 tokens over a context of 4, cut over 2 again": (
+        8,
+        "",
+        "seq_len=132",
+        "context=dict(size=4, exchange='ring'), tensor=2, sequence_parallel=True",
+        "parallel.sequence_parallel: found True with rows of micro_bsz * seq_len = 132 tokens, expected a multiple of "
+        "parallel.context.size 4 * parallel.tensor 2 = 8; change one of them",
+    ),
+    "6 processes for 4 with a context": (
+        6,
+        "",
+        "",
+        "tensor=2, context=2",
+        "parallel.tensor: one copy of the model takes 2 * parallel.pipeline.size 1 * parallel.context.size 2 = 4 "
+        "processes; found 6 processes, expected a multiple of 4; start more (srun -n, torchrun --nproc_per_node, "
+        "--world-size of a dry run), or change the layout",
+    ),
+    "3 of 8 ranks with the same weights": (
+        8,
+        "",
+        "",
+        "zero1=3, context=4",
+        "parallel.zero1: found 3, expected a divisor of the data times context parallel size 8 (8 processes / 1 per "
+        "model), -1 for all of it, or 1 for none",
+    ),
     "6 processes for 4": (
         6,
         "",

@@ -33,6 +33,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp, interleaved, tied": {
         **{"parallel": {"pipeline": {"size": 2}}, "model": {"num_chunks": 2, "embed_split_hidden": True}},
     },
+    "cp, tp, recomputed": {"parallel": {"context": {"size": 2}, "tensor": 2}, "model": {"checkpoint": True}},
+    "cp, pp, windows": {
+        **{"parallel": {"context": {"size": 2}, "pipeline": {"size": 2}}, "model": {"sliding_window": 3}},
+    },
     "four stages": {"parallel": {"pipeline": {"size": 4}}},
     "four stages, interleaved": {"parallel": {"pipeline": {"size": 4}}, "model": {"num_layers": 8, "num_chunks": 2}},
 }
@@ -87,7 +91,7 @@ def logs_of_layouts(world: Mesh) -> dict[str, list[Call]]:
     for name, sections in LAYOUTS.items():
         config = small(**sections)
         parallel = config.parallel
-        sizes = sizes_of(RANKS, parallel.tensor, parallel.pipeline.size, parallel.zero1)
+        sizes = sizes_of(RANKS, parallel.tensor, parallel.pipeline.size, parallel.zero1, parallel.context.size)
         mesh = build_mesh(sizes, world.rank, torch.device("cpu"), TIMEOUT)
         log = Log(mesh)
         dist.batch_isend_irecv = log.batched  # this process ends with the test

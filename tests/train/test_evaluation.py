@@ -57,11 +57,11 @@ def _evaluated(mesh: Mesh, config: Config, folder: Path) -> None:
 def test_every_layout_measures_the_same_batches(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
     found, labels = [], []
-    for layout in (Layout(), Layout(dp=2, bucket=1500), Layout(tp=2, sp=True), Layout(pp=2)):
+    for layout in (Layout(), Layout(dp=2, bucket=1500), Layout(tp=2, sp=True), Layout(pp=2), Layout(cp=2)):
         data = {**EVERYTHING, "valid_folder": str(corpus), "valid_micro_num": 4 // layout.dp, "valid_batches": 1}
         folder = tmp_path / str(layout)
         args = (config_of(layout, corpus, data=data), folder)
-        run_world(_evaluated, layout.world, args, tensor=layout.tp, pipeline=layout.pp)
+        run_world(_evaluated, layout.world, args, tensor=layout.tp, pipeline=layout.pp, context=layout.cp)
         found.append([(event["step"], event["loss"], event["train_loss"]) for event in evaluations(folder)])
         labels.append([[figures[0] for figures in event["folders"].values()] for event in evaluations(folder)])
     assert all(others == labels[0] for others in labels), "also where the last batch is not full on all ranks"

@@ -104,13 +104,13 @@ def save_and_resume(mesh: Mesh, corpus: Path, folder: Path) -> list:
     return [whole, run_training(mesh, config, folder / "resumed")]
 
 
-@pytest.mark.parametrize(("size", "zero1"), [(2, -1), (4, 2)])
-def test_several_ranks_resume_bit_for_bit(size: int, zero1: int, corpus: Path, tmp_path: Path):
+@pytest.mark.parametrize(("size", "zero1", "context"), [(2, -1, 1), (4, 2, 1), (2, -1, 2)])
+def test_several_ranks_resume_bit_for_bit(size: int, zero1: int, context: int, corpus: Path, tmp_path: Path):
     # dp 4 leaves one micro-batch per rank, so there is no ramp-up to test there
     if size == 4:
         whole, resumed = run_world(save_and_resume_tp, size, (corpus, tmp_path), zero1=zero1, tensor=2)[0]
     else:
-        whole, resumed = run_world(save_and_resume, size, (corpus, tmp_path), zero1=zero1)[0]
+        whole, resumed = run_world(save_and_resume, size, (corpus, tmp_path), zero1=zero1, context=context)[0]
     assert [step["step"] for step in resumed] == [3, 4, 5, 6, 7]
     assert curve(resumed) == curve(whole[3:])
 
@@ -120,17 +120,18 @@ def save_and_resume_tp(mesh: Mesh, corpus: Path, folder: Path) -> list:
     return save_and_resume(mesh, corpus, folder)
 
 
-def test_another_number_of_ranks_continues_the_same_curve(corpus: Path, tmp_path: Path):
+@pytest.mark.parametrize("context", [1, 2])
+def test_another_number_of_ranks_continues_the_same_curve(context: int, corpus: Path, tmp_path: Path):
     mesh = single_process_mesh()
     whole = run_training(mesh, config_for(corpus, None, dtype="torch.float64"), tmp_path / "whole")
     config = config_for(corpus, tmp_path / "saves", dtype="torch.float64", oss_snapshot_freq=3)
     with pytest.MonkeyPatch.context() as patch:
         killed_after(5, mesh, config, tmp_path / "killed", patch)
     args = (
-        config_for(corpus, tmp_path / "saves", 2, dtype="torch.float64", oss_snapshot_freq=100),
+        config_for(corpus, tmp_path / "saves", 2 // context, dtype="torch.float64", oss_snapshot_freq=100),
         tmp_path / "resumed",
     )
-    resumed = run_world(run_training, 2, args)[0]
+    resumed = run_world(run_training, 2, args, context=context)[0]
     for ours, expected in zip(curve(resumed), curve(whole[3:]), strict=True):
         assert ours == pytest.approx(expected, rel=1e-10)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from internlm_lite.apps.planner.clock import Seconds, document_lengths
 from internlm_lite.apps.planner.device_file import DeviceFile
-from internlm_lite.apps.planner.holdings import RankHoldings, holdings
+from internlm_lite.apps.planner.holdings import RankHoldings, holdings, with_buckets
 from internlm_lite.apps.planner.memory import rank_bytes, row_shape
 from internlm_lite.apps.planner.report import RankBytes
 from internlm_lite.apps.planner.schedule import actions_of
@@ -23,14 +23,14 @@ from internlm_lite.config.cross import cross_problems
 from internlm_lite.config.schema import Config
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.flash import expected_backend
-from internlm_lite.mesh.mesh import sizes_of
+from internlm_lite.mesh.mesh import Sizes, sizes_of
 from internlm_lite.units import human_bytes
 
 USABLE = 0.92
 """Share of the memory that a layout may fill: contexts of CUDA and NCCL, and fragments, take the rest."""
 SHOWN = 5
 """Layouts that are told."""
-_LONG_PART = 4096
+_LONG_PART = 8192
 """Tokens of a row that a context-parallel rank has at least: with fewer, tensor and data parallelism serve as well."""
 _LONGEST_ROW = 32_768
 """Tokens of a packed row beyond which a step gains nothing, unless one sample is longer."""
@@ -222,8 +222,8 @@ class _Search:
 
     def __init__(self, config: Config, room: Room) -> None:
         self._config, self._room = config, room
-        self._built: tuple[Layout, dict[Any, list[RankHoldings]]] | None = None
-        """What ranks hold, by effort, whatever the context parallelism; of the last plain layout but for that."""
+        self._built: tuple[Layout, dict[int, list[RankHoldings]]] | None = None
+        """What ranks hold, by stage, whatever the context parallelism; of the last plain layout but for that."""
         self.nearest: tuple[int, Layout] | None = None
         """(bytes of the fullest rank, layout) of that which came nearest without fitting."""
 
@@ -233,18 +233,17 @@ class _Search:
         alike = replace(plain, context=1, micro_num=1)
         if self._built is None or self._built[0] != alike:
             self._built = alike, {}
-        built = self._built[1]
         sizes = [n for n in _powers(plain.micro_num) if plain.micro_num % n == 0 and n * seq_len <= _LONGEST_ROW]
         for micro_bsz in reversed(sizes or [1]):
             micro_num = plain.micro_num // micro_bsz
             if micro_num >= plain.pipeline:
-                some = self._cheapest(replace(plain, micro_bsz=micro_bsz, micro_num=micro_num), built)
+                some = self._cheapest(replace(plain, micro_bsz=micro_bsz, micro_num=micro_num))
                 found += some
                 if plain.pipeline == 1 and any(one.layout.effort[:2] == (1, 0) for one in some):
                     break  # smaller micro-batches only take longer
         return found
 
-    def _cheapest(self, layout: Layout, built: dict[Any, list[RankHoldings]]) -> list[Found]:
+    def _cheapest(self, layout: Layout) -> list[Found]:
         """Over stages and recomputation, at one number of rows."""
         found: list[Found] = []
         choices = len(_RECOMPUTED)
@@ -252,8 +251,8 @@ class _Search:
             for index, checkpoint in enumerate(_RECOMPUTED[:choices]):
                 shares = _SHARES if checkpoint == "offload" else (1.0,)
                 tries = (replace(layout, zero_stage=stage, checkpoint=checkpoint, offload_share=n) for n in shares)
-                one = next((fitting for one in tries if (fitting := self._tried(one, built))), None)
-                if any(self._lasts_too_much(own) for own in built.get((stage, 0, 1.0), [])):
+                one = next((fitting for one in tries if (fitting := self._tried(one))), None)
+                if one is None and self._lasts_too_much(stage):
                     break  # whatever is recomputed
                 if one is not None:
                     found.append(one)
@@ -262,10 +261,27 @@ class _Search:
                         break  # else recomputation may take less time than the way to the host
         return found
 
-    def _lasts_too_much(self, own: RankHoldings) -> bool:
-        return own.weights + own.gradients + own.optimizer > self._room.usable
+    def _lasts_too_much(self, stage: int) -> bool:
+        assert self._built is not None, "a layout was tried"
+        held = self._built[1].get(stage, [])
+        return any(own.weights + own.gradients + own.optimizer > self._room.usable for own in held)
 
-    def _tried(self, layout: Layout, built: dict[Any, list[RankHoldings]]) -> Found | None:
+    def _held(self, config: Config, sizes: Sizes) -> list[RankHoldings]:
+        """What ranks hold. The model is built once for all stages and kinds of recomputation, and told which."""
+        assert self._built is not None, "a plain layout was begun"
+        by_stage, stage = self._built[1], config.parallel.zero_stage
+        if not by_stage:
+            backend = expected_backend(config.model, deterministic=config.deterministic)
+            by_stage[stage] = holdings(config, sizes, backend)[0]
+        if stage not in by_stage:
+            known = next(iter(by_stage.values()))
+            by_stage[stage] = [with_buckets(own, config, sizes) for own in known]
+        for own in by_stage[stage]:
+            for block in (block for part in own.stages.values() for block in part.blocks()):
+                block.recompute = block.attention.layer < config.model.recomputed_layers
+        return by_stage[stage]
+
+    def _tried(self, layout: Layout) -> Found | None:
         """None: it is refused, or does not fit."""
         room, config = self._room, with_keys(self._config, layout.keys())
         if any(cross_problems(config, room.gpus)):
@@ -273,11 +289,9 @@ class _Search:
         sizes = sizes_of(room.gpus, layout.tensor, layout.pipeline, -1, layout.context)
         backend = expected_backend(config.model, deterministic=config.deterministic)
         try:
-            if layout.effort not in built:
-                built[layout.effort] = holdings(config, sizes, backend)[0]
+            held, data = self._held(config, sizes), config.data
         except ConfigError:
             return None
-        held, data = built[layout.effort], config.data
         orders = actions_of(config.schedule, sizes.pp, config.model.num_chunks, data.micro_num)
         row, recomputed = row_shape(config, backend, "cuda"), config.model.recomputed_layers
         every = [rank_bytes(own, row, n, data.micro_num, recomputed) for own, n in zip(held, orders, strict=True)]

@@ -95,11 +95,16 @@ def holdings(config: Config, sizes: Sizes, backend: AttentionBackend) -> tuple[l
 
 def rebucketed(held: RankHoldings, config: Config, sizes: Sizes) -> tuple[BucketSizes, ...]:
     """Buckets of these stages with another `config`, such as another reduce_bucket_size."""
+    return with_buckets(held, config, sizes).buckets
+
+
+def with_buckets(held: RankHoldings, config: Config, sizes: Sizes) -> RankHoldings:
+    """The same stages with the buckets of another `config`, such as another stage of ZeRO."""
     mesh = plan_mesh(sizes, rank_of(sizes, dp=0, tp=0, pp=held.pp), torch.device("meta"))
     params = _parameters(held.stages)
     buckets = build_buckets(list(params), mesh.zero, config, params)
-    gathers, _ = planned_gathers(buckets, units_of(held.stages), mesh, config)
-    return _sizes_of(buckets, params, gathers, config)
+    gathers, gathered = planned_gathers(buckets, units_of(held.stages), mesh, config)
+    return replace(held, buckets=_sizes_of(buckets, params, gathers, config), gathered=gathered)
 
 
 def _sizes_of(

@@ -19,14 +19,16 @@ from internlm_lite.models.decoder import Transformer
 
 def row_shape(config: Config, backend: AttentionBackend, device: str) -> RowShape:
     """Shape of a micro-batch of `config`."""
-    tokens = config.data.micro_bsz * config.data.seq_len
+    context = config.parallel.context
     return RowShape(
-        tokens,
+        config.data.micro_bsz * config.data.seq_len // context.size,
         device,
         attention_by_document=backend in (AttentionBackend.SDPA, AttentionBackend.CUDNN),
         reference=backend is AttentionBackend.SDPA,
         selective=config.model.recomputes_cheap,
         offloaded=config.model.offloaded_layers,
+        context=context.size,
+        exchange=context.exchange,
     )
 
 

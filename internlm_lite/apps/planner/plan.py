@@ -97,7 +97,9 @@ def make_plan(
         largest_batch=None
         if questions.memory is None
         else largest_batch(
-            lambda n: max(one.peak for one in _rank_bytes(config, held, orders, replace(row, tokens=n * data.seq_len))),
+            lambda n: max(
+                one.peak for one in _rank_bytes(config, held, orders, replace(row, tokens=n * data.seq_len // sizes.cp))
+            ),
             questions.memory,
         ),
         clock=None

@@ -246,6 +246,7 @@ def _expensive(terms: dict[str, float], clock: StepClock, ways: Ways) -> list[Ex
         "offload": "a smaller model.offload_share, where memory allows, or rows of more tokens",
         "context parallel": "a smaller parallel.context, or another exchange",
         "tensor parallel": "a smaller parallel.tensor, inside a node",
+        "context parallel": "a smaller parallel.context, inside a node, or another parallel.context.exchange",
         "bubble": "data.micro_num larger, model.num_chunks > 1, or parallel.pipeline.schedule='zbv'",
         "reduce-scatter": "a smaller hybrid_zero_optimizer.reduce_bucket_size, or data.micro_num larger",
         "gather of weights": "a smaller hybrid_zero_optimizer.reduce_bucket_size, or data.micro_num larger",

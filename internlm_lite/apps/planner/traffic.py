@@ -10,7 +10,7 @@ from internlm_lite.apps.planner.holdings import RankHoldings
 from internlm_lite.layers.costs import Message, RowShape
 from internlm_lite.mesh.mesh import Sizes
 
-AXES = ("tp", "pp", "zero", "replica", "ends", "world")
+AXES = ("tp", "cp", "pp", "zero", "replica", "ends", "world")
 
 
 def messages(row: RowShape, sizes: Sizes, holding: RankHoldings, micro_num: int) -> list[Message]:

@@ -112,6 +112,27 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         4,
         {"parallel": {"zero_stage": 3, "pipeline": {"size": 2}}, "model": {"tie_word_embeddings": True}},
     ),
+    "cp, grouped": (2, {"parallel": {"context": {"size": 2}}, "model": {"num_kv_attention_heads": 2}}),
+    "cp, tp, half of the layers recomputed, zero and replica": (
+        8,
+        {"parallel": {"context": {"size": 4}, "tensor": 2, "zero1": 2}, "model": {"checkpoint": 0.5}},
+    ),
+    "ulysses, more ranks than key heads, tp": (
+        8,
+        {
+            "parallel": {"context": {"size": 4, "exchange": "ulysses"}, "tensor": 2},
+            "model": {"num_attention_heads": 8, "num_kv_attention_heads": 4},
+        },
+    ),
+    "cp, sp, pp, windows": (
+        8,
+        {
+            "parallel": {
+                **{"context": {"size": 2}, "tensor": 2, "sequence_parallel": True, "pipeline": {"size": 2}},
+            },
+            "model": {"sliding_window": 3, "num_kv_attention_heads": 2},
+        },
+    ),
     "sp, pp, zero, tied": (
         8,
         {
@@ -127,14 +148,15 @@ def test_every_collective_of_a_step_is_planned(name: str) -> None:
     world, sections = LAYOUTS[name]
     config = small(**sections)
     parallel = config.parallel
-    sizes = sizes_of(world, parallel.tensor, parallel.pipeline.size, parallel.zero1)
+    sizes = sizes_of(world, parallel.tensor, parallel.pipeline.size, parallel.zero1, parallel.context.size)
     held, _ = holdings(config, sizes, AttentionBackend.SDPA)
     row = row_shape(config, AttentionBackend.SDPA, "cpu")
-    of_axis = {axis: getattr(sizes, axis, 2) for axis in ("world", "dp", "tp", "pp", "zero", "replica", "ends")}
+    of_axis = {axis: getattr(sizes, axis, 2) for axis in ("world", "dp", "cp", "tp", "pp", "zero", "replica", "ends")}
     layout = {"tensor": parallel.tensor, "pipeline": parallel.pipeline.size, "zero1": parallel.zero1}
+    layout["context"] = parallel.context.size
     plan = {rank.rank: rank.traffic_bytes for rank in make_plan(config, world, None, "cpu").ranks}
     for rank, steps in enumerate(run_world(_count, world, (sections,), **layout)):
-        own = held[rank // (sizes.dp * sizes.tp)]
+        own = held[rank // (sizes.alike * sizes.tp)]
         planned = expected(messages(row, sizes, own, config.data.micro_num), of_axis)
         first, second = steps
         assert second == planned, (rank, second - planned, planned - second)

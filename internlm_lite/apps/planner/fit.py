@@ -236,8 +236,9 @@ class _Search:
         sizes = [n for n in _powers(plain.micro_num) if plain.micro_num % n == 0 and n * seq_len <= _LONGEST_ROW]
         for micro_bsz in reversed(sizes or [1]):
             micro_num = plain.micro_num // micro_bsz
-            if micro_num >= plain.pipeline:
-                some = self._cheapest(replace(plain, micro_bsz=micro_bsz, micro_num=micro_num))
+            layout = replace(plain, micro_bsz=micro_bsz, micro_num=micro_num)
+            if micro_num >= plain.pipeline and not self._is_refused(with_keys(self._config, layout.keys())):
+                some = self._cheapest(layout)
                 found += some
                 if plain.pipeline == 1 and any(one.layout.effort[:2] == (1, 0) for one in some):
                     break  # smaller micro-batches only take longer
@@ -260,6 +261,9 @@ class _Search:
                     if checkpoint != "offload":
                         break  # else recomputation may take less time than the way to the host
         return found
+
+    def _is_refused(self, config: Config) -> bool:
+        return any(cross_problems(config, self._room.gpus))
 
     def _lasts_too_much(self, stage: int) -> bool:
         assert self._built is not None, "a layout was tried"
@@ -284,7 +288,7 @@ class _Search:
     def _tried(self, layout: Layout) -> Found | None:
         """None: it is refused, or does not fit."""
         room, config = self._room, with_keys(self._config, layout.keys())
-        if any(cross_problems(config, room.gpus)):
+        if self._is_refused(config):
             return None
         sizes = sizes_of(room.gpus, layout.tensor, layout.pipeline, -1, layout.context)
         backend = expected_backend(config.model, deterministic=config.deterministic)

@@ -244,7 +244,6 @@ def _expensive(terms: dict[str, float], clock: StepClock, ways: Ways) -> list[Ex
         "gaps": "data.micro_bsz larger: kernels that take longer",
         "recomputation": "a smaller model.checkpoint, where memory allows",
         "offload": "a smaller model.offload_share, where memory allows, or rows of more tokens",
-        "context parallel": "a smaller parallel.context, or another exchange",
         "tensor parallel": "a smaller parallel.tensor, inside a node",
         "context parallel": "a smaller parallel.context, inside a node, or another parallel.context.exchange",
         "bubble": "data.micro_num larger, model.num_chunks > 1, or parallel.pipeline.schedule='zbv'",

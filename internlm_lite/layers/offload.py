@@ -63,6 +63,7 @@ class HostOffload:
 
     def __init__(self, device: torch.device) -> None:
         self._pinned = device.type == "cuda"
+        self._home = torch.device("meta" if device.type == "meta" else "cpu")  # where nothing has values, buffers neither
         self._side = SideStream(device)
         self._free: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
         self._leaving: list[_Storage] = []
@@ -117,7 +118,7 @@ class HostOffload:
         if free:
             return free.pop()
         self.host_bytes += like.nbytes
-        return torch.empty(like.shape, dtype=like.dtype, pin_memory=self._pinned)
+        return torch.empty(like.shape, dtype=like.dtype, device=self._home, pin_memory=self._pinned)
 
     def _unpack(self, saved: _Saved) -> torch.Tensor:
         if not saved.block.in_backward:

@@ -97,6 +97,8 @@ class Ways:
     documents: DocumentLengths
     update_dtype: str = "bf16"
     """Key of `peak_tflops`, of the products of update rules."""
+    imbalance: float = 1.0
+    """Attention work of the busiest context-parallel rank over the mean."""
     one_pass_update: bool = False
     """Gradients are scaled inside the fused update."""
 
@@ -169,7 +171,7 @@ class Roofline:
     def _attention(self, unit: CostedLayer, direction: str) -> float:
         """Seconds in one direction. Figures of the device are those of half precision."""
         ways, device = self.ways, self.device
-        per_key = (unit.flops_per_token(1) - unit.flops_per_token(0)) * ways.row.tokens / self.tp
+        per_key = (unit.flops_per_token(1) - unit.flops_per_token(0)) * ways.row.tokens / self.tp * ways.imbalance
         keys = ways.documents.keys_within(unit.attention.rule.window if isinstance(unit, Block) else None)
         if isinstance(unit, Block) and unit.attention.in_blocks(ways.row):
             return self._in_blocks(direction, per_key * keys, unit.attention)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from internlm_lite.apps.planner.clock import DocumentLengths, document_lengths
 from internlm_lite.apps.planner.components import components_of
+from internlm_lite.apps.planner.context_balance import ContextBalance, context_balance
 from internlm_lite.apps.planner.device_file import DeviceFile
 from internlm_lite.apps.planner.holdings import RankHoldings, holdings
 from internlm_lite.apps.planner.largest_batch import largest_batch
@@ -61,7 +62,7 @@ def make_plan(
     parallel = config.parallel
     sizes = sizes_of(world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1, parallel.context.size)
     whole, opened = _opened(config, sizes)
-    batches, lengths = _first_batches(whole, opened)
+    batches, lengths, balance = _first_batches(whole, opened, sizes.cp)
     uses = tuple(stage_uses(whole.data, opened))
     largest = max((use.stage for use in uses), key=lambda stage: stage.row_tokens)
     config = in_stage(whole, uses[0].stage)
@@ -91,6 +92,7 @@ def make_plan(
         tflops_per_gpu=tflops,
         stages=uses,
         batches=batches,
+        balance=balance,
         groups=_groups(sizes),
         components=components_of(config, sorted({*(use.stage.seq_len for use in uses), *questions.lengths})),
         learning_rates=dict(_learning_rates(whole)),
@@ -106,7 +108,10 @@ def make_plan(
         if questions.timed is None
         else clock_plan(
             StepClock(questions.timed, config, sizes, held, orders),
-            present_ways(config, row, lengths, questions.timed),
+            replace(
+                present_ways(config, row, lengths, questions.timed),
+                imbalance=max((one.imbalance for one in balance), default=1.0),
+            ),
             f"of the first {len(batches)} batches",
         ),
         notes=[*_notes(config, sizes), *_stage_notes(uses, largest)],
@@ -166,15 +171,20 @@ def _opened(config: Config, sizes: Sizes) -> tuple[Config, TrainingData]:
     return with_warmup_steps(config, sizes.dp), opened
 
 
-def _first_batches(config: Config, opened: TrainingData) -> tuple[tuple[StepFigures, ...], DocumentLengths]:
-    """(figures of the first steps, lengths of their documents)"""
+def _first_batches(
+    config: Config, opened: TrainingData, context: int
+) -> tuple[tuple[StepFigures, ...], DocumentLengths, tuple[ContextBalance, ...]]:
+    """(figures of the first steps, lengths of their documents, how `context` ranks share their attention)"""
     data = config.data
     steps = min(data.total_steps, SHOWN_STEPS, max(1, MOST_ROWS // (data.micro_num * opened.order.dp_size)))
-    figures, rows = [], []
+    figures, rows, balance = [], [], []
     for step in walk_steps(opened, steps):
         figures.append(step.figures)
-        rows += [borders for batch in step.batches for borders in batch.cu_seqlens_host]
-    return tuple(figures), document_lengths(rows)
+        own = [borders for batch in step.batches for borders in batch.cu_seqlens_host]
+        rows += own
+        if context > 1:
+            balance.append(context_balance(step.figures.step, own, config.model, context))
+    return tuple(figures), document_lengths(rows), tuple(balance)
 
 
 def _ranks(

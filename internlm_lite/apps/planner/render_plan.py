@@ -312,3 +312,8 @@ def _batches(plan: RunPlan) -> Iterator[RenderableType]:
         step, tokens, *others = dataclasses.astuple(figures)
         table.add_row(str(step), f"{tokens:,}", *map(str, others))
     yield table
+    for one in plan.balance:
+        yield _note(
+            f"step {one.step}: {one.attention_flops:.4e} FLOPs of attention over these documents; the busiest "
+            f"context-parallel rank has {one.imbalance:.4f} of the mean"
+        )

@@ -46,6 +46,8 @@ stages               [{stage, batches, steps, tokens, values, folders}] of each 
                      the longest rows, tokens_per_step, FLOPs and times those of the first one
 batches              the first steps: {step, tokens, num_samples_in_batch, largest_length, largest_batch,
                      smallest_batch}, as in the step line
+balance              with context parallelism, of the first steps: {step, attention_flops, imbalance}: see
+                     `ContextBalance`
 groups               {axis: {size, count, step, first}}: the ranks of a group are r, r + step, ... (`size` of them)
                      for each r in `first`, which names the first rank of up to 64 groups
 clock                null without --device NAME or FILE; else the predicted step:
@@ -72,6 +74,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from internlm_lite.apps.planner.components import Component, Components
+from internlm_lite.apps.planner.context_balance import ContextBalance
 from internlm_lite.apps.planner.largest_batch import LargestBatch
 from internlm_lite.data.demand import StageUse
 from internlm_lite.data.render_batches import StepFigures
@@ -205,6 +208,7 @@ class RunPlan:
     tflops_per_gpu: float | None
     stages: tuple[StageUse, ...]
     batches: tuple[StepFigures, ...]
+    balance: tuple[ContextBalance, ...]
     groups: Mapping[str, GroupTable]
     components: Components
     learning_rates: Mapping[int, float]
@@ -252,6 +256,7 @@ class RunPlan:
             "days": self.days,
             "stages": [_stage_json(use) for use in self.stages],
             "batches": [dataclasses.asdict(figures) for figures in self.batches],
+            "balance": [dataclasses.asdict(one) for one in self.balance],
             "groups": {axis: dataclasses.asdict(table) for axis, table in self.groups.items()},
             "clock": None if self.clock is None else dataclasses.asdict(self.clock),
             "notes": self.notes,

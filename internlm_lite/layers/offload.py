@@ -63,7 +63,7 @@ class HostOffload:
 
     def __init__(self, device: torch.device) -> None:
         self._pinned = device.type == "cuda"
-        self._home = torch.device("meta" if device.type == "meta" else "cpu")  # where nothing has values, buffers neither
+        self._home = torch.device("meta" if device.type == "meta" else "cpu")  # meta has no values
         self._side = SideStream(device)
         self._free: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
         self._leaving: list[_Storage] = []

@@ -17,7 +17,7 @@ class ContextBalance:
 
     step: int
     attention_flops: int
-    """Of the products of attention, forward and backward, over the pairs of tokens that see each other, on all ranks."""
+    """Of the products of attention, forward and backward, of pairs of tokens that see each other, on all ranks."""
     imbalance: float
     """Attention work of the busiest rank over the mean, row by row, as each row waits for its busiest rank."""
 

@@ -74,7 +74,7 @@ class Layout:
 
     tensor: int
     pipeline: int
-    schedule: str
+    schedule: str | None
     chunks: int
     context: int
     zero_stage: int
@@ -158,16 +158,17 @@ def fit(config: Config, room: Room) -> list[Found]:
             if kind not in fastest or found.step < fastest[kind].step:
                 fastest[kind] = found
     if not fastest:
-        raise ConfigError(_none_fits(room, rows, search.nearest))
+        raise ConfigError(_none_fits(room, rows, search))
     return sorted(fastest.values(), key=lambda one: one.step)[:SHOWN]
 
 
-def _none_fits(room: Room, rows: int, nearest: tuple[int, Layout] | None) -> str:
+def _none_fits(room: Room, rows: int, search: _Search) -> str:
     wanted = f"--fit: no layout of {rows} rows a step on {room.gpus} GPUs"
     change = "expected more GPUs (--gpus), more memory (--memory), or a smaller model or data.seq_len"
-    if nearest is None:
-        return f"{wanted}: none divides rows, layers and heads; change data.micro_num, or --gpus"
-    peak, layout = nearest
+    if search.nearest is None:
+        why = search.refused or "none divides rows and heads"
+        return f"{wanted}: {why}; change data.micro_num, --gpus, or what it says"
+    peak, layout = search.nearest
     keys = " ".join(f"{key}={value}" for key, value in layout.keys().items())
     return (
         f"{wanted} fits {human_bytes(room.memory)} ({USABLE:.0%} of it may be filled); the smallest takes "
@@ -209,11 +210,11 @@ def _powers(most: int) -> Iterator[int]:
         size *= 2
 
 
-def _schedules(layers: int, pipeline: int) -> Iterator[tuple[str, int]]:
-    """(parallel.pipeline.schedule, model.num_chunks)"""
-    yield "1f1b", 1
+def _schedules(layers: int, pipeline: int) -> Iterator[tuple[str | None, int]]:
+    """(parallel.pipeline.schedule, model.num_chunks); None: as the number of chunks says."""
+    yield None, 1
     if pipeline > 1 and layers >= 2 * pipeline:
-        yield "1f1b", 2
+        yield None, 2
         yield "zbv", 2
 
 
@@ -224,6 +225,8 @@ class _Search:
         self._config, self._room = config, room
         self._built: tuple[Layout, dict[int, list[RankHoldings]]] | None = None
         """What ranks hold, by stage, whatever the context parallelism; of the last plain layout but for that."""
+        self.refused = ""
+        """Why the last layout was refused."""
         self.nearest: tuple[int, Layout] | None = None
         """(bytes of the fullest rank, layout) of that which came nearest without fitting."""
 
@@ -263,7 +266,10 @@ class _Search:
         return found
 
     def _is_refused(self, config: Config) -> bool:
-        return any(cross_problems(config, self._room.gpus))
+        problem = next(iter(cross_problems(config, self._room.gpus)), None)
+        if problem is not None:
+            self.refused = f"{', '.join(problem.keys)}: {problem.text}"
+        return problem is not None
 
     def _lasts_too_much(self, stage: int) -> bool:
         assert self._built is not None, "a layout was tried"

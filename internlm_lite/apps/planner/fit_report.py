@@ -68,7 +68,7 @@ def render_fit(found: Sequence[Found], room: Room) -> RenderableType:
 
 def _cells(one: Found, room: Room) -> Iterator[str]:
     layout = one.layout
-    schedule = "" if layout.pipeline == 1 else f" {layout.schedule}" + f" x {layout.chunks}" * (layout.chunks > 1)
+    schedule = "" if layout.pipeline == 1 else f" {one.config.schedule}"
     limits = [f"{name} {share:.0%}" for name, share in one.shares().items() if share >= _LEAST_SHARE]
     yield from (str(layout.tensor), f"{layout.pipeline}{schedule}", str(layout.context), str(layout.zero_stage))
     yield from (_RECOMPUTATION[layout.checkpoint], f"{layout.micro_bsz} x {layout.micro_num}")

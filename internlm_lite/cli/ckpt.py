@@ -225,6 +225,7 @@ def _prune(storage: Storage, keep: int, dry_run: bool) -> int:
 def merge(arguments: argparse.Namespace, s3: S3Config) -> int:
     """Exit code."""
     which, given = _which_weights(arguments.weights)
+    _require_no_checkpoint(arguments.out, s3)
     weights = weights_of(len(arguments.checkpoints), arguments.method, given)
     opened = [_opened(path, which, s3) for path in arguments.checkpoints]
     sources = [MergeSource(found, weight) for found, weight in zip(opened, weights, strict=True)]
@@ -239,6 +240,19 @@ def merge(arguments: argparse.Namespace, s3: S3Config) -> int:
     return 0
 
 
+def _require_no_checkpoint(out: str, s3: S3Config) -> None:
+    """Raises ConfigError if OUT names a checkpoint: a folder made there would be read in its place from then on."""
+    try:
+        _, name = locate(out, s3)
+    except CheckpointError:  # FOLDER/STEP without such a step
+        return
+    if name is not None:
+        raise ConfigError(
+            f"merge {out}: found checkpoint {name} there, expected a folder without checkpoints to write to, named "
+            "before the checkpoints that are averaged"
+        )
+
+
 def _which_weights(texts: Sequence[str]) -> tuple[Weights, list[float] | None]:
     """(weights of each checkpoint that are averaged, numbers if some are given). Raises ConfigError."""
     which: Weights = "model"
@@ -247,6 +261,8 @@ def _which_weights(texts: Sequence[str]) -> tuple[Weights, list[float] | None]:
         if text in get_args(Weights):
             which = cast(Weights, text)
             continue
+        if given is not None:
+            raise ConfigError(f"--weights {text}: found numbers twice, expected them once; leave one of them out")
         try:
             given = [float(number) for number in text.split(",")]
         except ValueError:

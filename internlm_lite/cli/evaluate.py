@@ -26,6 +26,7 @@ from internlm_lite.runtime.dist_env import adopt_s3_keys, check_options, read_di
 from internlm_lite.runtime.tool import add_s3_option, run_tool
 
 if TYPE_CHECKING:
+    from internlm_lite.checkpoint.format.catalog import Found
     from internlm_lite.checkpoint.format.weight_roles import Weights
     from internlm_lite.config.load import LoadedConfig
     from internlm_lite.config.schema import Config
@@ -100,11 +101,17 @@ def loaded_config(arguments: argparse.Namespace, world_size: int) -> LoadedConfi
     from internlm_lite.train.evaluation import config_to_evaluate
 
     overrides = [*arguments.overrides]
+    opened = Loader(single_process_mesh(), s3=s3_settings(arguments.s3)).open
     if arguments.config is not None:
         loaded = load_config(arguments.config, overrides)
+        if loaded.config.stages:
+            by_hand = loaded.origins["model.rope_base"] == COMMAND_LINE
+            config = loaded.config if by_hand else _rotated(loaded.config, opened(arguments.checkpoint))
+            loaded = replace(loaded, config=config.model_copy(update={"stages": []}))
     else:
-        found = Loader(single_process_mesh(), s3=s3_settings(arguments.s3)).open(arguments.checkpoint)
-        loaded = config_from(without_layout(found.config_of_stage(), world_size), Path(found.manifest_path), overrides)
+        found = opened(arguments.checkpoint)
+        saved = without_layout(_rotated(found.config(), found), world_size)
+        loaded = config_from(saved, Path(found.manifest_path), overrides)
     config = loaded.config
     asked = {
         "tasks": None if arguments.tasks is None else [name for name in arguments.tasks.split(",") if name != "none"],
@@ -127,6 +134,12 @@ def loaded_config(arguments: argparse.Namespace, world_size: int) -> LoadedConfi
             "data.valid_folder=FOLDER, or --tasks NAME,NAME"
         )
     return replace(loaded, config=config)
+
+
+def _rotated(config: Config, found: Found) -> Config:
+    """`config` with the rotary base of the stage in which the checkpoint was saved, and the lengths of all evaluations
+    of its run."""
+    return config.model_copy(update={"model": found.in_its_stage(config).model, "stages": []})
 
 
 def without_layout(config: Config, world_size: int) -> Config:

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from internlm_lite.cli.options import add_config, check_at_least, new_parser
-from internlm_lite.config.load import load_config
+from internlm_lite.config.load import check_config, load_config
 from internlm_lite.config.schema import DataConfig
 from internlm_lite.data.data_loader import TrainingData, open_training_data
 from internlm_lite.data.demand import with_total_steps
@@ -66,12 +66,17 @@ def show_documents(arguments: argparse.Namespace, config: DataConfig, data: Trai
         for one in found:
             print(json.dumps(dataclasses.asdict(one)), flush=True)
         return
-    ToolConsole().print(occurrences(found))
+    if found or arguments.find is None:
+        ToolConsole().print(occurrences(found))
+    else:
+        print("{}:{}: in none of the {:,} steps".format(*arguments.find, config.total_steps))
 
 
 def work(arguments: argparse.Namespace) -> int:
     """Exit code."""
-    config = load_config(arguments.config, arguments.overrides).config
+    loaded = load_config(arguments.config, arguments.overrides)
+    check_config(loaded, None, ("data.", "stages"))
+    config = loaded.config
     data = open_training_data(config.data, config.model.vocab_size, 0, arguments.dp, config.seed, config.stages)
     if arguments.step is not None or arguments.find is not None:
         show_documents(arguments, with_total_steps(config, data).data, data)

@@ -12,6 +12,7 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from internlm_lite.apps.planner.config_text import config_text
@@ -80,8 +81,13 @@ def work(arguments: argparse.Namespace) -> int:
     data = measured(arguments.data, arguments.valid, arguments.tokenizer, arguments.vocab_size)
     proposal, seconds = propose(data, _hardware(arguments), wish)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(config_text(proposal, arguments.output.stem), "utf-8")
-    check_config(load_config(arguments.output), arguments.gpus)
+    try:
+        arguments.output.write_text(config_text(proposal, arguments.output.stem), "utf-8")
+        check_config(load_config(arguments.output), arguments.gpus)
+    except BaseException:
+        with suppress(OSError):
+            arguments.output.unlink()  # it would be in the way of the next try
+        raise
     print(f"wrote {arguments.output}: about {human_seconds(seconds)} on {arguments.gpus} rank(s)")
     print(*(f"  {name}: {reason}" for name, reason in proposal.reasons.items()), sep="\n")
     print(f"next: python train.py --config {arguments.output} --dry-run --world-size {arguments.gpus}")

@@ -45,6 +45,8 @@ _OTHER_MODELS = {
 _LOADED = {"model", "optimizer", "scheduler", "sampler"}
 _ALL, _NO_OPTIMIZER = ("all",), ("model", "sampler", "scheduler")
 _WHOLE, _MODEL_ONLY = "ckpt.load_ckpt_folder", "ckpt.load_model_only_folder"
+_WITHOUT_LIMITS = ("optimizer", "lr_scheduler", "ema")
+"""Sections in which None is no limit that infinity could stand for, but another rate or momentum."""
 _EVO_ALERT = {"enable_feishu_alert", "feishu_alert_address", "light_monitor_address", "alert_file_path"}
 _OWN_FORMATS = (None, "internlm", "internevo", "normal")
 _FROM_HF = "to make one of a Hugging Face folder: internlm-lite convert from-hf FOLDER OUT; then path=OUT"
@@ -136,7 +138,8 @@ def _placeholders(t: Translation) -> None:
     """Empty texts, infinity and None ask for the default where they are no values themselves."""
     for key, field in known_keys().items():
         value, optional = t.layer.get(key), not field.is_required() and field.get_default() is None
-        if optional and (value == float("inf") or (value == "" and accepts_text(key))):
+        endless = value == float("inf") and key.partition(".")[0] not in _WITHOUT_LIMITS
+        if optional and (endless or (value == "" and accepts_text(key))):
             t.replace(key, {key: None})
         elif value is None and t.layer.has(key) and not optional and (section_of(field) or field.default == ""):
             t.replace(key, {}, "the default holds")

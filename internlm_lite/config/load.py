@@ -102,9 +102,10 @@ def config_from(config: Config, source: Path, overrides: Sequence[str] = ()) -> 
     return LoadedConfig(found, (source,), _origins(layer), tuple(translation.notes))
 
 
-def check_config(loaded: LoadedConfig, world_size: int | None) -> None:
-    """Raises ConfigError with all problems, one a line. `world_size` None: checks that need it are skipped."""
-    problems = list(cross_problems(loaded.config, world_size))
+def check_config(loaded: LoadedConfig, world_size: int | None, about: tuple[str, ...] = ("",)) -> None:
+    """Raises ConfigError with all problems of keys that begin with one of `about`, one a line. `world_size` None:
+    checks that need it are skipped."""
+    problems = [found for found in cross_problems(loaded.config, world_size) if found.keys[0].startswith(about)]
     if problems:
         raise ConfigError("\n".join(problem.line(loaded.origins, str(loaded.files[0])) for problem in problems))
 
@@ -209,3 +210,16 @@ def _disagreements(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
     if least > peak:
         key = "lr_scheduler.eta_min"
         yield f"{origins[key]}: {key}={least:g} is above adam.lr={peak:g}: the learning rate rises after the warm-up"
+    yield from _unreached(config, origins["stages"])
+
+
+def _unreached(config: Config, origin: str) -> Iterator[str]:
+    """A stage that ends after the run. Skipped batches move the end of the run, so nothing is said with them."""
+    total, stages = config.data.total_steps, config.stages
+    for number, stage in enumerate(stages if total and not config.data.skip_batches else ()):
+        later = number + 1 < len(stages)
+        if stage.until is not None and (stage.until > total or (later and stage.until == total)):
+            effect = "no later stage is reached" if later else "the stage ends there"
+            where = f"stages[{number}].until={stage.until}"
+            yield f"{origin}: {where}, but the run ends at data.total_steps={total}: {effect}"
+            return

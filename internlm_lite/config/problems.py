@@ -6,7 +6,7 @@ configs/x.py:31: data.seq_lenn: unknown key; nearest known key: data.seq_len
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -19,6 +19,13 @@ from internlm_lite.config.plain import one_line, shown
 from internlm_lite.config.source import Layer
 
 MOST_PROBLEMS = 100
+_SHORT_DTYPES = {
+    "bf16": "torch.bfloat16",
+    "fp16": "torch.float16",
+    "fp32": "torch.float32",
+    "fp64": "torch.float64",
+}
+"""Names that other frameworks give to values of ours."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,8 @@ def _remedy(value: Any, field: FieldInfo, name: str) -> str:
     section = section_of(field)
     if section is not None:
         return f"write {name} = dict(...)"
+    if isinstance(value, str) and (near := _near_choice(value, _choices(field.annotation))) is not None:
+        return f"write {near!r}"
     if isinstance(value, str) and wanted & {int, float, bool} and str not in wanted:
         if bool in wanted and value.lower() in ("true", "false"):
             return f"write {value.capitalize()}"
@@ -122,10 +131,6 @@ def _remedy(value: Any, field: FieldInfo, name: str) -> str:
         return f"write {int(value)}"
     if value in (0, 1) and bool in wanted:
         return f"write {bool(value)}"
-    if isinstance(value, str) and get_origin(field.annotation) is Literal:
-        near = nearest_name(value, filter(lambda choice: isinstance(choice, str), get_args(field.annotation)))
-        if near is not None:
-            return f"write {near!r}"
     if isinstance(value, (int, float)) and str in wanted:
         return f'write "{value}"'
     return "change the value" if field.is_required() else f"leave {name} out for {field.get_default()!r}"
@@ -137,6 +142,19 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _near_choice(value: str, choices: Sequence[str]) -> str | None:
+    short = _SHORT_DTYPES.get(value.lower())
+    return short if short in choices else nearest_name(value, choices)
+
+
+def _choices(annotation: Any) -> list[str]:
+    """['a', 'b'] for `Literal["a", "b"] | None`; of a list none, as the value is not one of them."""
+    if get_origin(annotation) is Literal:
+        return [choice for choice in get_args(annotation) if isinstance(choice, str)]
+    members = () if get_origin(annotation) in (list, tuple, dict) else get_args(annotation)
+    return [choice for member in members for choice in _choices(member)]
 
 
 def _scalar_types(annotation: Any) -> set[type]:

@@ -658,7 +658,8 @@ class ContextConfig(Section):
     data-parallel ranks."""
     exchange: Literal["gather", "ring", "ulysses"] = "gather"
     """How queries meet the keys of other ranks. "gather": keys and values of all ranks are gathered in each layer.
-    "ring": they travel from rank to rank while others are computed. "ulysses": ranks exchange tokens for heads."""
+    "ring": those that some query of another rank sees travel to it while others are computed. "ulysses": ranks exchange
+    tokens for heads: every rank computes the whole row for its query heads, which size must divide."""
 
 
 class ParallelConfig(Section):

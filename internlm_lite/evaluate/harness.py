@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from internlm_lite.errors import ConfigError, MissingPackageError
+from internlm_lite.errors import ConfigError, MissingPackageError, first_line
 from internlm_lite.evaluate.answers import Answers
 
 logger = logging.getLogger("internlm_lite")
 Scores = dict[str, dict[str, float]]
 """Task -> metric -> value."""
+Answer = TypeVar("Answer")
 _FEWSHOT_SEED = 1234
 """lm_eval's default."""
 
@@ -49,9 +50,8 @@ class HarnessTasks:
         try:
             loaded = self._manager.load(self._names)
         except Exception as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
-                f"evaluation.tasks: lm_eval cannot load {', '.join(self._names)} ({type(error).__name__}: {first}); "
+                f"evaluation.tasks: lm_eval cannot load {', '.join(self._names)} ({_first_line(error)}); "
                 "correct the task's file, or see that its data can be read here"
             ) from error
         for name, task in loaded["tasks"].items():
@@ -65,16 +65,20 @@ class HarnessTasks:
         return loaded
 
     def scores(self, answers: Answers, limit: int | None) -> Scores:
-        """Of all tasks and groups. `limit`: examples per task; None: all. Changes the state of random generators."""
+        """Of all tasks and groups. `limit`: examples per task; None: all. Changes the state of random generators.
+        Raises ConfigError where lm_eval cannot make a question of an example, or score its answer."""
         from lm_eval.evaluator import evaluate
 
-        found = evaluate(
-            lm=harness_model(answers),
-            task_dict=self._load(),  # anew: a task object keeps the answers that it was given
-            limit=limit,
-            bootstrap_iters=0,
-            log_samples=False,
-        )
+        model, loaded = harness_model(answers), self._load()  # anew: a task object keeps the answers that it was given
+        try:
+            found = evaluate(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=False)
+        except Exception as error:
+            if model.is_answering:
+                raise
+            raise ConfigError(
+                f"evaluation.tasks: lm_eval fails on an example of {', '.join(self._names)} ({_first_line(error)}); "
+                "correct the task's file or its data, or take the task out"
+            ) from error
         return {name: dict(_figures(values)) for name, values in found["results"].items()}
 
 
@@ -83,16 +87,29 @@ def harness_model(answers: Answers) -> Any:
     from lm_eval.api.model import LM
 
     class HarnessModel(LM):
+        is_answering = False
+        """Whether an answer is sought, or was and failed: then an error is not lm_eval's."""
+
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            return answers.log_likelihoods([request.args for request in requests])
+            return self._answered(answers.log_likelihoods, [request.args for request in requests])
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-            return answers.rolling([request.args[0] for request in requests])
+            return self._answered(answers.rolling, [request.args[0] for request in requests])
 
         def generate_until(self, requests: list[Any]) -> list[str]:
-            return answers.continuations([request.args for request in requests])
+            return self._answered(answers.continuations, [request.args for request in requests])
+
+        def _answered(self, answer: Callable[[list[Any]], Answer], asked: list[Any]) -> Answer:
+            self.is_answering = True
+            found = answer(asked)
+            self.is_answering = False
+            return found
 
     return HarnessModel()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _manager_of(names: Sequence[str], include_path: str | None, known: Sequence[str]) -> Any:

@@ -17,7 +17,7 @@ from internlm_lite.config.schema import ModelConfig
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.compiled import compiled_in_training
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, Pass, RowShape, add_bytes
-from internlm_lite.layers.exchange_costs import HeadBytes, exchange_messages, kept_keys
+from internlm_lite.layers.exchange_costs import HeadBytes, exchange_messages, in_ring, kept_keys, kept_outputs
 from internlm_lite.layers.flash import Attend
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns, output_std
 from internlm_lite.layers.norm import NORMS, FullRMSNorm, Norm, full_norms
@@ -99,16 +99,15 @@ class Attention(CostedLayer):
         statistics = kv_heads * self.queries * accumulation_dtype(weight.dtype).itemsize
         lean = row.selective and self.q_norm is None
         projected = kv_heads * self.head_dim if lean else weight.shape[0]  # v is a view of the whole output
-        in_blocks = self.in_blocks(row)  # neither statistics nor the parts of the output are kept then
-        parts = 1 + (row.attention_by_document and not in_blocks)  # the input of wo; by document: its parts, too
+        in_blocks = self.in_blocks(row) and not in_ring(row)  # statistics and parts of the output are not kept then
         others = kept_keys(row, self._head_bytes())
         if others is not None:
-            projected, rotated = 0, kv_heads * self.queries * self.head_dim
-        parts += others is not None and row.exchange == "ulysses"
+            rotated = kv_heads * self.queries * self.head_dim
+            projected *= self.q_norm is not None  # whose input it is
         kept = {
             "queries, keys, values": row.tokens * projected * weight.itemsize + (others or 0),
             "rotated queries, keys": row.tokens * rotated * weight.itemsize,
-            "attention output": output * parts,
+            "attention output": output * kept_outputs(row, in_blocks=in_blocks),
             "attention statistics": row.tokens * statistics * (not in_blocks),  # log-sum-exp of each query's scores
         }
         normed = [norm.saved_bytes(row) for norm in (self.q_norm, self.k_norm) if norm is not None]

@@ -33,7 +33,7 @@ Layers = Mapping[int | None, int]
 
 
 @dataclass(frozen=True)
-class Piece:
+class DocumentPiece:
     """Neighbouring tokens of one document that a rank has."""
 
     document: int
@@ -67,7 +67,7 @@ def _pairs(length: int, window: int | None) -> int:
 class ContextRow:
     """One packed row of `tokens` tokens, cut over `size` ranks, as seen by `rank`."""
 
-    pieces: tuple[tuple[Piece, ...], ...]
+    pieces: tuple[tuple[DocumentPiece, ...], ...]
     """Of each rank, by ascending token. Each rank has T / size tokens."""
     rank: int
     tokens: int
@@ -112,7 +112,7 @@ def joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return found
 
 
-def _work(piece: Piece, layers: Layers) -> int:
+def _work(piece: DocumentPiece, layers: Layers) -> int:
     return sum(count * piece.pairs(window) for window, count in layers.items())
 
 
@@ -135,13 +135,13 @@ def context_row(boundaries: Sequence[int], layers: Layers, size: int, rank: int,
     return ContextRow(best, rank, boundaries[-1], device)
 
 
-def imbalance(pieces: Sequence[Sequence[Piece]], layers: Layers) -> float:
+def imbalance(pieces: Sequence[Sequence[DocumentPiece]], layers: Layers) -> float:
     """Attention work of the busiest rank over the mean; `pieces` of each rank."""
     work = [sum(_work(piece, layers) for piece in own) for own in pieces]
     return max(work) * len(work) / sum(work)
 
 
-def _dealt(boundaries: Sequence[int], layers: Layers, size: int, count: int) -> tuple[tuple[Piece, ...], ...]:
+def _dealt(boundaries: Sequence[int], layers: Layers, size: int, count: int) -> tuple[tuple[DocumentPiece, ...], ...]:
     """The pieces of each rank, of `count` blocks of one size and a smaller one if they do not fill its share."""
     blocks = _blocks(boundaries, size, count)
     work = [sum(_work(piece, layers) for piece in block) for block in blocks]
@@ -157,28 +157,28 @@ def _dealt(boundaries: Sequence[int], layers: Layers, size: int, count: int) -> 
     return tuple(_merged([piece for number in sorted(own) for piece in blocks[number]]) for own in dealt)
 
 
-def _blocks(boundaries: Sequence[int], size: int, count: int) -> list[list[Piece]]:
+def _blocks(boundaries: Sequence[int], size: int, count: int) -> list[list[DocumentPiece]]:
     """`count * size` blocks of equal size, then `size` smaller ones if tokens are left, each as its pieces."""
     tokens = boundaries[-1]
     block = tokens // size // count
     rest = tokens // size - block * count
     ends = [block * number for number in range(1, count * size + 1)]
     ends += [ends[-1] + rest * number for number in range(1, size + 1)] if rest else []
-    blocks: list[list[Piece]] = [[] for _ in ends]
+    blocks: list[list[DocumentPiece]] = [[] for _ in ends]
     number = 0
     for document, (first, last) in enumerate(pairwise(boundaries)):
         start = first
         while start < last:
             stop = min(last, ends[number])
-            blocks[number].append(Piece(document, first, start - first, stop - first))
+            blocks[number].append(DocumentPiece(document, first, start - first, stop - first))
             number += stop == ends[number]
             start = stop
     return blocks
 
 
-def _merged(pieces: list[Piece]) -> tuple[Piece, ...]:
+def _merged(pieces: list[DocumentPiece]) -> tuple[DocumentPiece, ...]:
     """Neighbours of one document as one piece."""
-    found: list[Piece] = []
+    found: list[DocumentPiece] = []
     for piece in pieces:
         if found and found[-1].document == piece.document and found[-1].stop == piece.start:
             found[-1] = replace(found[-1], stop=piece.stop)

@@ -32,7 +32,7 @@ def exchange_messages(row: RowShape, heads: HeadBytes) -> list[Message]:
     """Of this rank, in a forward and a backward pass; none without context parallelism."""
     if row.context == 1:
         return []
-    if row.exchange == "ring":
+    if in_ring(row):
         return _ring(row, heads)
     if row.exchange == "gather":
         n_bytes = 2 * row.context * row.tokens * heads.keys
@@ -57,6 +57,17 @@ def _sent(row: RowShape, heads: HeadBytes) -> int:
 def kept_keys(row: RowShape, heads: HeadBytes) -> int | None:
     """Bytes of keys and values that come from other ranks and are kept in the place of this rank's own; None: own ones
     are kept."""
-    if row.context == 1 or row.exchange == "ring":
+    if row.context == 1 or in_ring(row):
         return None
     return 2 * row.tokens * (row.context * heads.keys if row.exchange == "gather" else _sent(row, heads))
+
+
+def kept_outputs(row: RowShape, *, in_blocks: bool) -> int:
+    """How often a layer keeps the output of attention: as the input of the next product; in the calls of a kernel that
+    computes by document, or other heads; a ring keeps one, with its statistics, however it is computed."""
+    calls = row.attention_by_document or (row.context > 1 and row.exchange == "ulysses")
+    return 1 + (calls and not in_blocks and not in_ring(row))
+
+
+def in_ring(row: RowShape) -> bool:
+    return row.context > 1 and row.exchange == "ring"

@@ -12,7 +12,7 @@ import torch
 
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.layers.kernel_calls import KernelCall
-from internlm_lite.layers.partial_attention import Block, Known, Mixed, Parts, ReferenceParts, add_to_rows, rows_of
+from internlm_lite.layers.partial_attention import KeyBlock, Known, Mixed, Parts, ReferenceParts, add_to_rows, rows_of
 from internlm_lite.layers.ring_parts import length, parts_between
 from internlm_lite.layers.scores import AttentionRule, Drop, scale_of
 
@@ -26,7 +26,7 @@ class FlashParts:
 
     rule: AttentionRule
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: Block, mixed: Mixed) -> None:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: KeyBlock, mixed: Mixed) -> None:
         for call in block.calls:
             inputs = rows_of(q, call.queries), rows_of(k, call.keys), rows_of(v, call.keys)
             out, lse = self._forward(call, *inputs)
@@ -37,7 +37,7 @@ class FlashParts:
                 at = part.stop
 
     def backward(
-        self, known: Known, k: torch.Tensor, v: torch.Tensor, block: Block, grads: tuple[torch.Tensor, ...]
+        self, known: Known, k: torch.Tensor, v: torch.Tensor, block: KeyBlock, grads: tuple[torch.Tensor, ...]
     ) -> None:
         for call in block.calls:
             q, out, grad = (rows_of(x, call.queries) for x in (known.q, known.out, known.grad))
@@ -92,6 +92,8 @@ def parts_kernel(
     it knows the rule and agrees with the reference on this device."""
     if backend is AttentionBackend.SDPA or rule.softcap is not None or drop is not None:
         return ReferenceParts(rule, drop)
+    if q.is_meta:
+        return FlashParts(rule)
     tested = AttentionRule(window=None if rule.window is None else min(rule.window, TESTED_WINDOW), scale=rule.scale)
     wrong = parts_problem(tested, (*q.shape[1:], kv_heads), q.dtype, q.device)
     return ReferenceParts(rule) if wrong else FlashParts(rule)
@@ -130,7 +132,7 @@ def parts_problem(rule: AttentionRule, shape: tuple[int, int, int], dtype: torch
 def _computed(kernel: Parts, tokens: list[int], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     """[output, gradients of q, k and v] of a rank with MINE beside one with THEIRS."""
     q, k, v, grad = inputs
-    blocks = [Block(parts_between(MINE, spans, kernel.rule.window), q.device) for spans in (MINE, THEIRS)]
+    blocks = [KeyBlock(parts_between(MINE, spans, kernel.rule.window), q.device) for spans in (MINE, THEIRS)]
     mixed = Mixed.nothing(q)
     grads = [torch.zeros_like(x, dtype=mixed.lse.dtype) for x in (q, k, v)]
     for block, keys, values in zip(blocks, k.split(tokens), v.split(tokens), strict=True):

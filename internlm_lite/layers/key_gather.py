@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from internlm_lite.layers.context import ContextRow, Piece, joined, numbers
+from internlm_lite.layers.context import ContextRow, DocumentPiece, joined, numbers
 from internlm_lite.layers.flash import (
     KERNEL_LIMIT,
     Attend,
@@ -51,11 +51,11 @@ def gathered(row: ContextRow, group: Group, backend: AttentionBackend, drop: Dro
 
 
 def attention_of_pieces(
-    pieces: Sequence[Piece], device: torch.device, backend: AttentionBackend, drop: Drop | None = None
+    pieces: Sequence[DocumentPiece], device: torch.device, backend: AttentionBackend, drop: Drop | None = None
 ) -> Attend:
     """(rule, q [n, H, D], k, v [m, Hkv, D]) -> as q: queries of the pieces one after another, and for each piece the
-    keys in front of it that it sees (`Piece.before`), then its own. A kernel that does not agree with the reference on
-    this device is not used."""
+    keys in front of it that it sees (`DocumentPiece.before`), then its own. A kernel that does not agree with the
+    reference on this device is not used."""
     reference = partial(_one_by_one, pieces, drop)
     if backend is AttentionBackend.SDPA:
         return reference
@@ -70,7 +70,7 @@ def attention_of_pieces(
     return attend
 
 
-def _in_one_call(pieces: Sequence[Piece], device: torch.device, backend: AttentionBackend) -> Attend:
+def _in_one_call(pieces: Sequence[DocumentPiece], device: torch.device, backend: AttentionBackend) -> Attend:
     lengths = [piece.length for piece in pieces]
     queries = sequence_boundaries(lengths, device)
 
@@ -83,7 +83,12 @@ def _in_one_call(pieces: Sequence[Piece], device: torch.device, backend: Attenti
     return lambda rule, q, k, v: kernel(bounds(rule.window), rule, q, k, v)
 
 
-TESTED = (Piece(0, 0, 0, 1), Piece(1, 1, 99, 199), Piece(1, 1, 600, 900), Piece(2, 1001, 0, 300))
+TESTED = (
+    DocumentPiece(0, 0, 0, 1),
+    DocumentPiece(1, 1, 99, 199),
+    DocumentPiece(1, 1, 600, 900),
+    DocumentPiece(2, 1001, 0, 300),
+)
 TESTED_WINDOW = 100
 
 
@@ -122,7 +127,12 @@ def kernel_of_pieces_problem(
 
 
 def _one_by_one(
-    pieces: Sequence[Piece], drop: Drop | None, rule: AttentionRule, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    pieces: Sequence[DocumentPiece],
+    drop: Drop | None,
+    rule: AttentionRule,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
 ) -> torch.Tensor:
     """The reference."""
     lengths = [piece.length for piece in pieces]

@@ -29,10 +29,12 @@ from internlm_lite.layers.tensor_parallel import accumulation_dtype
 
 _AT_ONCE = 2**22
 """Scores of a block of the reference: 16 MiB in fp32."""
+_FEWEST = 16
+"""Queries of a block."""
 
 
 @dataclass(frozen=True)
-class Block:
+class KeyBlock:
     """Keys of one rank, as the queries of another see them."""
 
     parts: tuple[Part, ...]
@@ -92,11 +94,11 @@ class Parts(Protocol):
     @property
     def rule(self) -> AttentionRule: ...
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: Block, mixed: Mixed) -> None:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: KeyBlock, mixed: Mixed) -> None:
         """Add what q [n, H, D] see in `block` to `mixed`."""
 
     def backward(
-        self, known: Known, k: torch.Tensor, v: torch.Tensor, block: Block, grads: tuple[torch.Tensor, ...]
+        self, known: Known, k: torch.Tensor, v: torch.Tensor, block: KeyBlock, grads: tuple[torch.Tensor, ...]
     ) -> None:
         """Add the block's part to `grads`: of q [n, H, D], of k and of v [m, Hkv, D], in the dtype of sums."""
 
@@ -108,7 +110,7 @@ class ReferenceParts:
     rule: AttentionRule
     drop: Drop | None = None
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: Block, mixed: Mixed) -> None:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: KeyBlock, mixed: Mixed) -> None:
         for part in self._pieces(block, q.shape[1]):
             scores = self._masked(part, capped_scores(self.rule, *self._of_part(part, q, k)))
             lse = scores.logsumexp(-1)
@@ -117,7 +119,7 @@ class ReferenceParts:
             mixed.add(part.queries, _tokens_first(out), _tokens_first(lse))
 
     def backward(
-        self, known: Known, k: torch.Tensor, v: torch.Tensor, block: Block, grads: tuple[torch.Tensor, ...]
+        self, known: Known, k: torch.Tensor, v: torch.Tensor, block: KeyBlock, grads: tuple[torch.Tensor, ...]
     ) -> None:
         of_q, of_k, of_v = grads
         wide, groups = known.lse.dtype, (k.shape[1], -1)
@@ -139,9 +141,9 @@ class ReferenceParts:
             of_k[slice(*part.keys)] += _summed_over_group(of_scores, q.to(wide)).transpose(0, 1)
             of_v[slice(*part.keys)] += _summed_over_group(left, grad).transpose(0, 1)
 
-    def _pieces(self, block: Block, heads: int) -> Iterator[Part]:
+    def _pieces(self, block: KeyBlock, heads: int) -> Iterator[Part]:
         for part in block.parts:
-            yield from part.cut(max(1, _AT_ONCE // (heads * part.shape[1])))
+            yield from part.cut(max(_FEWEST, _AT_ONCE // (heads * part.shape[1])))
 
     def _of_part(self, part: Part, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """([Hkv, g, n, D], [Hkv, m, D])"""
@@ -156,7 +158,7 @@ class ReferenceParts:
         hidden = before < 0 if part.causal else torch.zeros_like(before, dtype=torch.bool)
         return scores.masked_fill_(hidden if part.left is None else hidden | (before > part.left), -math.inf)
 
-    def _dropped(self, part: Part, block: Block, weights: torch.Tensor) -> torch.Tensor:
+    def _dropped(self, part: Part, block: KeyBlock, weights: torch.Tensor) -> torch.Tensor:
         if self.drop is None:
             return weights
         assert block.queries is not None and block.keys is not None

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from internlm_lite.layers.context import ContextRow, Piece, numbers
+from internlm_lite.layers.context import ContextRow, DocumentPiece, numbers
 from internlm_lite.layers.costs import Message
 from internlm_lite.layers.flash import Attend, AttentionBackend
 from internlm_lite.layers.flash_parts import parts_kernel
-from internlm_lite.layers.partial_attention import Block, Known, Mixed, Parts, add_to_rows, rows_of
+from internlm_lite.layers.partial_attention import KeyBlock, Known, Mixed, Parts, add_to_rows, rows_of
 from internlm_lite.layers.ring_parts import Leg, Part, Range, Span, legs_of, length, parts_between
 from internlm_lite.layers.scores import AttentionRule, Drop
 from internlm_lite.mesh import comm
@@ -35,8 +35,8 @@ class Course:
     """What this rank exchanges and computes for layers of one window."""
 
     group: Group
-    own: Block
-    legs: tuple[tuple[Leg, Block], ...]
+    own: KeyBlock
+    legs: tuple[tuple[Leg, KeyBlock], ...]
 
 
 def ring(row: ContextRow, group: Group, backend: AttentionBackend, drop: Drop | None = None) -> Attend:
@@ -68,18 +68,18 @@ def plan_course(row: ContextRow, group: Group, window: int | None, *, numbered: 
     """`numbered`: blocks know their tokens, for dropped weights."""
     spans = [_spans(pieces) for pieces in row.pieces]
 
-    def block(parts: tuple[Part, ...], source: int, ranges: Sequence[Range] | None = None) -> Block:
+    def block(parts: tuple[Part, ...], source: int, ranges: Sequence[Range] | None = None) -> KeyBlock:
         if not numbered:
-            return Block(parts, row.device)
+            return KeyBlock(parts, row.device)
         keys = numbers(row.spans(source), row.device)
-        return Block(parts, row.device, row.own, keys if ranges is None else rows_of(keys, ranges))
+        return KeyBlock(parts, row.device, row.own, keys if ranges is None else rows_of(keys, ranges))
 
     own = block(parts_between(spans[row.rank], spans[row.rank], window), row.rank)
     legs = legs_of(spans, row.rank, window)
     return Course(group, own, tuple((leg, block(leg.parts, leg.source, leg.tokens)) for leg in legs))
 
 
-def _spans(pieces: Sequence[Piece]) -> list[Span]:
+def _spans(pieces: Sequence[DocumentPiece]) -> list[Span]:
     return [(piece.document, piece.first + piece.start, piece.first + piece.stop) for piece in pieces]
 
 
@@ -120,7 +120,7 @@ class _RingAttention(torch.autograd.Function):
 
 def _blocks(
     course: Course, k: torch.Tensor, v: torch.Tensor
-) -> Iterator[tuple[Leg | None, Block, torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[Leg | None, KeyBlock, torch.Tensor, torch.Tensor]]:
     """(leg, block, its keys, its values): the own block, then those of others. The next leg is under way meanwhile."""
     if not any(leg.sent or leg.parts for leg, _ in course.legs):
         yield None, course.own, k, v

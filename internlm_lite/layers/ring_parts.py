@@ -7,6 +7,7 @@ receives them agree about their number without a word.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -79,7 +80,10 @@ def parts_between(queries: Sequence[Span], keys: Sequence[Span], window: int | N
         if window is None or asking[-1].stop - asked[0].start <= window:
             found += _causal_parts(asking, asked)
         else:
-            found += [part for q in asking for k in asked for part in _windowed(q, k, window)]
+            starts, stops = [k.start for k in asked], [k.stop for k in asked]
+            for q in asking:
+                in_reach = slice(bisect_right(stops, q.start - window + 1), bisect_right(starts, q.start))
+                found += [part for k in asked[in_reach] for part in _windowed(q, k, window)]
     return tuple(found)
 
 
@@ -88,11 +92,12 @@ def _causal_parts(asking: list[_Stored], asked: list[_Stored]) -> list[Part]:
         whole = asking[0].at, asking[-1].range[1]
         return [Part(whole, whole, causal=True)]
     found: list[Part] = []
+    stops = [k.stop for k in asked]
     for q in asking:
-        before = [k for k in asked if k.stop <= q.start]
+        before = bisect_right(stops, q.start)
         if not before:
             continue
-        seen = before[0].at, before[-1].range[1]
+        seen = asked[0].at, asked[before - 1].range[1]
         if found and found[-1].keys == seen:  # the other rank has nothing between the two
             found[-1] = replace(found[-1], queries=(found[-1].queries[0], q.range[1]))
         else:

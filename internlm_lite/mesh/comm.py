@@ -197,14 +197,21 @@ def send_and_receive(
     sent: tuple[torch.Tensor, int] | None, received: tuple[torch.Tensor, int] | None, group: Group
 ) -> Work:
     """Send a tensor to a group rank and fill one from another, which each call this, too; None: not this rank. Both
-    are one batch, because a send may wait for its receive. Do not touch the tensors before `wait()`. Some ranks of
-    `group` may do so alone: its ranks are connected when it is made (mesh/mesh.py)."""
+    are one batch, because a send may wait for its receive. Do not touch the tensors before `wait()`. All ranks of
+    `group` must have met before (`meet`)."""
     messages: list[_Message] = []
     if sent is not None:
         messages.append((dist.isend, *sent))
     if received is not None:
         messages.append((dist.irecv, *received))
     return _messages(messages, group) if messages else Work([], group)
+
+
+def meet(group: Group, device: torch.device) -> None:
+    """A collective of all ranks of `group`: torch leaves open what happens where the first call of a group is a batch
+    of messages between some of its ranks. Collective."""
+    if device.type != "meta":
+        all_reduce(torch.zeros(1, device=device), group).wait()
 
 
 def _exchange(parts: torch.Tensor, group: Group) -> Work:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from internlm_lite.checkpoint.format.weight_roles import Weights
+from internlm_lite.checkpoint.format.weight_roles import Weights, with_weights
 from internlm_lite.config.schema import (
     CkptConfig,
     Config,
@@ -190,6 +190,8 @@ def evaluate_checkpoint(config: Config, mesh: Mesh, asked: CheckpointEvaluation,
     figures: dict[str, Any] = {}
     source = run.checkpoints.weights_from
     assert source is not None, "restored from there"
+    for weights in asked.weights[1:]:  # found missing now, not after an evaluation
+        with_weights(source, weights)
     for number, weights in enumerate(asked.weights):
         if number:
             run.watchdog.enter("loading")

@@ -13,8 +13,10 @@ from internlm_lite.config.schema import Config
 from internlm_lite.layers.context import ContextRow, context_row, layers_by_window
 from internlm_lite.layers.exchanges import EXCHANGES, Exchange
 from internlm_lite.layers.flash import Attend, AttentionBackend, packed
+from internlm_lite.layers.ring import ring
 from internlm_lite.layers.rope import document_lengths
 from internlm_lite.layers.scores import Drop
+from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Group, Mesh
 
 
@@ -72,12 +74,14 @@ Rows = Callable[[Batch], list[OwnRow]]
 
 
 def own_rows(config: Config, mesh: Mesh) -> Rows:
-    """How the rows of a run are cut. Reads no tensor."""
+    """How the rows of a run are cut. Reads no tensor. Collective over cp."""
     group, model = mesh.cp, config.model
     if group.size == 1:
         return lambda batch: [WholeRow(batch, micro) for micro in range(batch.micro_num)]
     layers = layers_by_window([model.window(layer) for layer in range(model.num_layers)])
     exchange = EXCHANGES[config.parallel.context.exchange]
+    if exchange is ring:  # sends messages between some of the ranks
+        comm.meet(group, mesh.device)
 
     def rows(batch: Batch) -> list[OwnRow]:
         cut = [context_row(ends, layers, group.size, group.rank, mesh.device) for ends in batch.cu_seqlens_host]

@@ -196,6 +196,8 @@ def test_wrong_checkpoints_and_weights_are_refused(tmp_path: Path, capsys: pytes
         ([good, good, "--weights", "1"], "found 1 numbers for 2 checkpoints, expected one for each"),
         ([good, good, "--weights", "1,-1"], "--weights 1,-1: expected finite numbers whose sum is not 0"),
         ([good, good, "--weights", "1,inf"], "expected finite numbers"),
+        ([good, good, "--weights", "1e308,1e308"], "expected finite numbers"),
+        ([good, good, "--weights", "1,2", "--weights", "2,1"], "--weights 2,1: found numbers twice, expected them"),
         ([good, good, "--weights", "old"], "--weights 'old': expected numbers separated by commas"),
         ([good, "--weights", "ema"], "has no averaged weights (role ema), it has master: expected one of a run with"),
         ([saved(tmp_path / "nan", config, norm_weight=torch.full((7,), torch.nan))], "norm.weight: the average has"),
@@ -208,6 +210,8 @@ def test_wrong_checkpoints_and_weights_are_refused(tmp_path: Path, capsys: pytes
         assert not committed(LocalStorage(tmp_path / "out")) and not list(tmp_path.glob("out/data/*"))
     code, text = run(capsys, good, good)
     assert code == 2 and "holds checkpoints already: choose a folder without any" in text
+    code, text = run(capsys, good / "1", good)  # without OUT, so that the first checkpoint is in its place
+    assert code == 2 and "found checkpoint 0000000001-00001" in text and not (good / "1").exists(), text
 
 
 def test_an_end_before_the_commit_leaves_no_checkpoint(

@@ -233,6 +233,29 @@ BAD = [
         "torch.fp16",
         "19: model.dtype: found 'torch.fp16', expected one of 'torch.float16', 'torch.half',",
     ),
+    (
+        "num_layers=4",
+        "num_layers=4, checkpoint='selectiv'",
+        "18: model.checkpoint: found 'selectiv', expected True or False or a number >= 0 and <= 1 or 'selective'; write"
+        " 'selective'",
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, causal=False",
+        "18: model.causal: found False, expected True or no such key; every layer of a decoder is causal",
+    ),
+    (
+        "num_layers=4",
+        "num_layers=4, norm_position='pree'",
+        "18: model.norm_position: found 'pree', expected one of 'pre', 'post', 'reordered', 'sandwich' or None; write "
+        "'pre'",
+    ),
+    (
+        "torch.float16",
+        "bf16",
+        "19: model.dtype: found 'bf16', expected one of 'torch.float16', 'torch.half', 'torch.bfloat16', "
+        "'torch.float32', 'torch.tf32', 'torch.float64'; write 'torch.bfloat16'",
+    ),
     ("torch.float16", "float16", "19: model.dtype: found 'float16', expected one of 'torch.float16', 'torch.half',"),
     (
         'dtype="torch.float16"',
@@ -1013,6 +1036,22 @@ def test_positions_that_cannot_be(keys: str, found: str | None) -> None:
 def test_a_z_loss_that_cannot_be(value: str) -> None:
     (told,) = problems(f"{GOOD}loss = dict(z_loss={value})\n")
     assert "bad.py:25: loss.z_loss: found" in told and "expected a number >= 0" in told
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        "optimizer = dict(name='muon', muon_lr=float('inf'))",
+        "optimizer = dict(name='sgd', momentum=float('inf'))",
+        "lr_scheduler = dict(total_steps=100, warmup_steps=float('inf'))",
+        "lr_scheduler = dict(total_steps=100, kind='wsd', decay_ratio=float('inf'))",
+        "ema = float('inf')",
+    ],
+)
+def test_infinity_is_no_rate(keys: str) -> None:
+    """Where None stands for another value and not for "no limit"."""
+    (told,) = problems(f"{GOOD}{keys}\n")
+    assert "found inf, expected " in told
 
 
 def test_learned_positions_end_where_samples_would() -> None:

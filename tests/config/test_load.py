@@ -330,7 +330,7 @@ SPELLINGS = [
     ("parallel = dict(tensor=dict(size=2, sp='none', intern_overlap=False))", {"parallel.sequence_parallel": False}),
     ("parallel = dict(tensor=dict(size=2, sp='flash-attn', memory_pool=True))", {"parallel.sequence_parallel": True}),
     ("parallel = dict(expert=dict(size=-1), sequence_2D=dict(enable=False, head_size=2))", {"parallel.tensor": 1}),
-    ("model = dict(num_experts=1, moe_type='GShard', adapt_hf=True, norm_head=False)", {}),
+    ("model = dict(num_experts=1, moe_type='GShard', adapt_hf=True, norm_head=False, causal=True)", {}),
     ("model = dict(qkv_bias=True, o_bias=False)", {"model.qkv_bias": True, "model.out_bias": False}),
     ("model_type = 'QWEN2'", {"model.no_bias": True, "model.qkv_bias": True}),
     ("model_type = 'QWEN2'\nmodel = dict(qkv_bias=False)", {"model.qkv_bias": False}),
@@ -396,6 +396,25 @@ def test_saving_that_is_not_switched_on_is_a_note(tmp_path: Path) -> None:
     (tmp_path / "x.py").write_text(TINY.read_text().replace("ckpt = dict(enable_save_ckpt=False)", ""))
     loaded = load_config(tmp_path / "x.py", ["ckpt.save_ckpt_folder=local:s", "ckpt.checkpoint_every=5"])
     assert loaded.notes == ("command line: nothing is saved: ckpt.enable_save_ckpt is False unless it is written",)
+
+
+@pytest.mark.parametrize(
+    ("stages", "note"),
+    [
+        ("[dict(until=8), dict()]", None),
+        ("[dict(until=8), dict(until=10)]", None),
+        (
+            "[dict(until=8), dict(until=12)]",
+            "stages[1].until=12, but the run ends at data.total_steps=10: the",
+        ),
+        ("[dict(until=10), dict(lr=1e-4)]", "stages[0].until=10, but the run ends at data.total_steps=10: no"),
+        ("[dict(until=12), dict(until=20), dict()]", "stages[0].until=12, but the run ends at data.total_steps"),
+    ],
+)
+def test_a_note_tells_of_stages_that_are_not_reached(stages: str, note: str | None) -> None:
+    notes = load_config(TINY, ["data.total_steps=10", "lr_scheduler.total_steps=10", f"stages={stages}"]).notes
+    assert len(notes) == (note is not None)
+    assert all(f"command line: {note}" in found for found in notes)
 
 
 def test_given_weights_are_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

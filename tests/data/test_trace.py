@@ -200,10 +200,14 @@ def test_the_command_prints_what_is_found(corpus: Path, tmp_path: Path) -> None:
     step = asked("--json", "--step", str(rows[0]["step"]), "--dp", "2")
     assert rows[0] in [json.loads(line) for line in step.output.splitlines()]
     assert "docs:2" in asked("--find", "docs:2").output
+    short = asked("--find", "long:2", "data.epochs=None", "data.total_steps=1")
+    assert short.code == 0 and short.output.strip() == "long:2: in none of the 1 steps"
     bad = {
         ("--find", "docs:5"): "docs has documents 0 to 4",
         ("--find", "doc:1"): "'doc' is no folder with data",
         ("--find", "docs"): "expected a data folder and a document's index",
+        ("--step", "3", "stages=[dict(until=9), dict(until=5), dict()]"): "stages neither overlap nor go back",
+        ("--steps", "3", "stages=[dict(until=9), dict(weights={})]"): "expected the share of at least one data folder",
         ("--step", "100000"): "there is no step 100000: the run has steps 0 to",
     }
     for options, message in bad.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from internlm_lite.cli import convert
 from internlm_lite.config.schema import Config
 from internlm_lite.data.tokenizer import Tokenizer
+from internlm_lite.errors import ConfigError
 from internlm_lite.evaluate.answers import Answers
 from internlm_lite.evaluate.encoding import TextEncoder
 from internlm_lite.evaluate.harness import HarnessTasks, harness_model
@@ -75,3 +77,20 @@ def test_scores_are_those_of_the_hf_model(task: str, made: Path) -> None:
     assert len(ours) == len(reference) >= 7
     for one, other in zip(ours, reference, strict=True):
         assert one == (pytest.approx(other, rel=1e-4, abs=1e-4) if isinstance(other, float) else other)
+
+
+def test_an_example_that_makes_no_question_is_one_error(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm_eval looks at one example when it loads a task. What our own forward pass raises stays what it is."""
+    folder = write_tasks(tmp_path / "tasks")
+    documents = (folder / "documents.jsonl").read_text().splitlines()
+    broken = {**json.loads(documents[4]), "choices": None}
+    (folder / "documents.jsonl").write_text("\n".join([*documents[:4], json.dumps(broken)]) + "\n")
+    tasks = HarnessTasks(["local_choice"], str(folder))
+    with pytest.raises(ConfigError, match=r"^evaluation.tasks: lm_eval fails on an example of local_choice \("):
+        tasks.scores(our_answers(made), None)
+    answers = our_answers(made)
+    monkeypatch.setattr(answers, "log_likelihoods", lambda pairs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        HarnessTasks(["local_choice"], str(made / "tasks")).scores(answers, None)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from internlm_lite.layers import key_gather
-from internlm_lite.layers.context import CLOSE, ContextRow, Piece, context_row, imbalance, layers_by_window
+from internlm_lite.layers.context import CLOSE, ContextRow, DocumentPiece, context_row, imbalance, layers_by_window
 from internlm_lite.layers.dropout import dropped_weights, token_keys
 from internlm_lite.layers.exchanges import EXCHANGES
 from internlm_lite.layers.flash import AttentionBackend, Bounds, packed_sdpa
@@ -40,7 +40,7 @@ def lengths_of(tokens: int, dice: random.Random, longest: int) -> list[int]:
     return lengths
 
 
-def numbers_of(pieces: tuple[Piece, ...]) -> list[int]:
+def numbers_of(pieces: tuple[DocumentPiece, ...]) -> list[int]:
     return [n for piece in pieces for n in range(piece.first + piece.start, piece.first + piece.stop)]
 
 
@@ -83,11 +83,11 @@ def test_one_document_is_cut_from_both_ends() -> None:
 
 
 def test_whole_documents_stay_whole_where_that_is_balanced() -> None:
-    assert row_of([4096] * 8, 4).pieces[1] == tuple(Piece(n, 4096 * n, 0, 4096) for n in (2, 3))
+    assert row_of([4096] * 8, 4).pieces[1] == tuple(DocumentPiece(n, 4096 * n, 0, 4096) for n in (2, 3))
 
 
 def test_a_window_counts_what_it_sees() -> None:
-    piece = Piece(0, 0, 5, 20)
+    piece = DocumentPiece(0, 0, 5, 20)
     for window in (None, 1, 3, 7, 19, 20, 40):
         seen = [[key for key in range(20) if key <= n and (window is None or n - key < window)] for n in range(5, 20)]
         assert piece.pairs(window) == sum(map(len, seen))
@@ -288,7 +288,7 @@ def test_a_kernel_is_compared_inside_a_block_that_runs_again(monkeypatch: pytest
     """The comparison keeps tensors of its own, once: not in the recomputation."""
     monkeypatch.setattr(key_gather, "varlen_kernel", lambda backend: by_value)
     inputs = inputs_of([64], torch.float64)
-    attend = attention_of_pieces((Piece(0, 0, 0, 64),), CPU, AttentionBackend.FLASH_ATTN)
+    attend = attention_of_pieces((DocumentPiece(0, 0, 0, 64),), CPU, AttentionBackend.FLASH_ATTN)
     kernel_of_pieces_problem.cache_clear()
     found = run(lambda *qkv: checkpoint(attend, AttentionRule(), *qkv, use_reentrant=False), inputs)
     for ours, right in zip(found, run(lambda *qkv: packed_sdpa((0, 64))(AttentionRule(), *qkv), inputs), strict=True):

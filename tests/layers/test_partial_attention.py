@@ -13,7 +13,7 @@ from internlm_lite.layers import partial_attention
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.layers.flash_parts import FlashParts, parts_kernel, parts_problem
 from internlm_lite.layers.kernel_calls import kernel_calls
-from internlm_lite.layers.partial_attention import Block, Known, Mixed, ReferenceParts
+from internlm_lite.layers.partial_attention import KeyBlock, Known, Mixed, ReferenceParts
 from internlm_lite.layers.ring_parts import Part, legs_of, parts_between
 from internlm_lite.layers.scores import AttentionRule, in_sight
 from internlm_lite.layers.tensor_parallel import accumulation_dtype
@@ -127,10 +127,10 @@ def around_the_ring(rule, pieces, qkv, weight, drop=None, sums=None, kernel=Refe
             continue
         q, *_ = (x.detach()[own] for x in qkv)
         legs = legs_of(pieces, rank, rule.window)
-        blocks = [(own, Block(parts_between(mine, mine, rule.window), own.device, own, own))]
+        blocks = [(own, KeyBlock(parts_between(mine, mine, rule.window), own.device, own, own))]
         for leg in legs:
             at = of_ranges(numbers(pieces[leg.source]), leg.tokens) if leg.parts else own[:0]
-            blocks.append((at, Block(leg.parts, own.device, own, at)))
+            blocks.append((at, KeyBlock(leg.parts, own.device, own, at)))
         mixed = Mixed.nothing(q)
         for at, block in blocks:
             assert len(at) == max((part.keys[1] for part in block.parts), default=0) or at is own
@@ -158,6 +158,7 @@ def expected(rule, boundaries, qkv, weight, factors=None):
 def test_parts_merged_are_the_formula_over_all_pairs(rule, boundaries, monkeypatch):
     for kv_heads, ranks, block, at_once in [(4, 2, 12, 2**20), (2, 3, 5, 64), (1, 4, 9, 300)]:
         monkeypatch.setattr(partial_attention, "_AT_ONCE", at_once)
+        monkeypatch.setattr(partial_attention, "_FEWEST", 1)
         qkv, weight = inputs(kv_heads, tokens=T)
         ours = around_the_ring(rule, dealt(boundaries, ranks, block), qkv, weight)
         for mine, theirs in zip(ours, expected(rule, boundaries, qkv, weight), strict=True):

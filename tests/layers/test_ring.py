@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from internlm_lite.layers.context import ContextRow, Piece, context_row
+from internlm_lite.layers.context import ContextRow, DocumentPiece, context_row
 from internlm_lite.layers.costs import Message
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.layers.partial_attention import ReferenceParts
@@ -26,7 +26,7 @@ RULES_OF_LAYERS = {"plain": AttentionRule(5), "window": RULES["window"], "all": 
 def row_of(boundaries, spans, rank):
     """A row whose ranks have these spans (document, start, stop)."""
     pieces = [
-        tuple(Piece(n, boundaries[n], start - boundaries[n], stop - boundaries[n]) for n, start, stop in own)
+        tuple(DocumentPiece(n, boundaries[n], start - boundaries[n], stop - boundaries[n]) for n, start, stop in own)
         for own in spans
     ]
     return ContextRow(tuple(pieces), rank, boundaries[-1], CPU)
@@ -43,6 +43,7 @@ def _attend(mesh: Mesh, boundaries, drops: bool) -> dict:
             qkv, weight = inputs(kv_heads, tokens=T)
             mine = [x.detach()[row.own].requires_grad_() for x in qkv]
             out = attend(rule, *mine)
+            assert torch.equal(out, attend(rule, *mine)), "the same bits each time"
             found[name, kv_heads] = [row.own, out.detach(), *torch.autograd.grad((out * weight[row.own]).sum(), mine)]
     return found
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from internlm_lite.apps.convert.hf_config import HFConfig, from_hf, to_hf
 from internlm_lite.apps.convert.hf_folder import HFFolder, read_json
@@ -95,7 +96,7 @@ def _their_logits(source: HFFolder, hf: HFConfig, tokens: torch.Tensor) -> torch
     if not hf.family.startswith("internlm"):
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                source.path, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+                source.path, use_safetensors=True, local_files_only=True, **in_fp32(transformers.__version__)
             )
         except (ValueError, OSError, RuntimeError) as error:  # such as a family that is newer
             what = str(error).strip().partition("\n")[0]
@@ -106,6 +107,11 @@ def _their_logits(source: HFFolder, hf: HFConfig, tokens: torch.Tensor) -> torch
     logits = model.float().eval()(tokens[None]).logits[0]
     assert isinstance(logits, torch.Tensor)
     return logits
+
+
+def in_fp32(version: str) -> dict[str, torch.dtype]:
+    """The argument of from_pretrained, by the name that this version of transformers takes without a warning."""
+    return {"torch_dtype" if Version(version) < Version("4.56") else "dtype": torch.float32}
 
 
 def _as_llama(transformers: Any, source: HFFolder, hf: HFConfig) -> Any:

@@ -37,7 +37,7 @@ def config_text(proposal: Proposal, name: str) -> str:
             "lr_scheduler",
             {
                 "total_steps": _Name("STEPS"),
-                "warmup_steps": _warmup(proposal.steps),
+                "warmup_steps": _Name(f"min({_warmup(proposal.steps)}, max(1, STEPS // 10))"),
                 "kind": "wsd",
                 "decay_ratio": 0.2,
                 "decay_shape": "1-sqrt",

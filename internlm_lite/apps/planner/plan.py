@@ -76,6 +76,11 @@ def make_plan(
         for own in held
     ]
     costs = {number: stage_cost(stage, data.seq_len) for own in held for number, stage in own.stages.items()}
+
+    def peak(micro_bsz: int) -> int:
+        longer = replace(row, tokens=micro_bsz * data.seq_len // sizes.cp)
+        return max(one.peak for one in _rank_bytes(config, held, orders, longer))
+
     tokens_per_step = data.micro_num * data.micro_bsz * data.seq_len * sizes.dp
     return RunPlan(
         job=config.JOB_NAME,
@@ -96,14 +101,7 @@ def make_plan(
         groups=_groups(sizes),
         components=components_of(config, sorted({*(use.stage.seq_len for use in uses), *questions.lengths})),
         learning_rates=dict(_learning_rates(whole)),
-        largest_batch=None
-        if questions.memory is None
-        else largest_batch(
-            lambda n: max(
-                one.peak for one in _rank_bytes(config, held, orders, replace(row, tokens=n * data.seq_len // sizes.cp))
-            ),
-            questions.memory,
-        ),
+        largest_batch=None if questions.memory is None else largest_batch(peak, questions.memory),
         clock=None
         if questions.timed is None
         else clock_plan(
@@ -114,7 +112,7 @@ def make_plan(
             ),
             f"of the first {len(batches)} batches",
         ),
-        notes=[*_notes(config, sizes), *_stage_notes(uses, largest)],
+        notes=[*_notes(config, sizes), *_stage_notes(uses, largest), *_length_notes(config, questions.lengths)],
     )
 
 
@@ -150,9 +148,9 @@ def _learning_rates(config: Config) -> Iterator[tuple[int, float]]:
     start, warmup = curve.init_steps, curve.num_warmup_steps
     after = curve.total_steps - start - warmup
     steps = [start, start + warmup // 2, *(start + warmup + after * quarter // 4 for quarter in range(5))]
-    for step in sorted({step - curve.last_epoch - 1 for step in steps}):
-        if step >= 0:
-            yield step, learning_rate(step, peak_rate(config, step), curve)
+    ahead = {step - curve.last_epoch - 1 for step in steps if step > curve.last_epoch}
+    for step in sorted(ahead or {0}):  # all of them may be behind
+        yield step, learning_rate(step, peak_rate(config, step), curve)
 
 
 def _backend(config: Config, device: str) -> AttentionBackend:
@@ -259,6 +257,16 @@ def _stage_notes(uses: Sequence[StageUse], largest: RunStage) -> Iterator[str]:
         yield (
             f"memory, activations and traffic are those of stage {largest.number}, whose rows are the longest "
             f"({largest.row_tokens} tokens); tokens a step, FLOPs and times those of stage 0"
+        )
+
+
+def _length_notes(config: Config, lengths: Sequence[int]) -> Iterator[str]:
+    most = config.model.max_position_embeddings
+    longer = [f"{length:,}" for length in sorted(lengths) if most is not None and length > most]
+    if longer and config.model.position == "learned":
+        yield (
+            f"documents of {', '.join(longer)} tokens are longer than the {most:,} learned positions "
+            "(model.max_position_embeddings): their FLOPs are counted, but this model cannot read them"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,8 +28,12 @@ MOST_EPOCHS = 4
 """Passes over the data up to which repeated tokens are nearly as good as new ones (arXiv:2305.16264)."""
 TOKENS_PER_PARAMETER = 20
 """Where a size is wanted and no time (arXiv:2203.15556)."""
+_FEWEST_STEPS = 2
+"""One of warm-up and one of decay."""
 _HIGHEST_LR = 5e-3
 """Of AdamW. The rule was fitted on 60 M parameters and more, and rises without end below."""
+_FEWEST_STEPS = 2
+"""The schedule has a warm-up and a decay."""
 _LONGEST_ROW = 32_768
 """Tokens of a packed row beyond which a step gains nothing."""
 _USABLE = 0.92
@@ -151,11 +156,13 @@ class Proposal:
 
 
 def measured(folder: Path, valid: Path | None, tokenizer: Path | None, vocab_size: int | None = None) -> Data:
-    """What is in the data. `vocab_size`: ids of the tokenizer, where nothing else says it. Raises DataError, and
-    ConfigError where nothing does."""
+    """What is in the data. `vocab_size`: ids of the tokenizer, where nothing else says it. Raises DataError, also for
+    validation data that cannot be read, and ConfigError where nothing says it."""
     if valid is None and (folder / "train").is_dir() and (folder / "valid").is_dir():
         folder, valid = folder / "train", folder / "valid"
     files = [file for found in find_folders(folder, "train_folder") for file in found.files]
+    if valid is not None:
+        find_folders(valid, "valid_folder", log=False)
     sizes = [file.metadata.vocab_size for file in files if file.metadata is not None]
     if tokenizer is not None:
         sizes.append(Tokenizer(tokenizer).vocab_size)
@@ -183,6 +190,12 @@ def propose(data: Data, hardware: Hardware, wish: Wish) -> tuple[Proposal, float
         tokens = proposal.steps * proposal.tokens_per_step
         reached = tokens * proposal.shape.flops_per_token("parameters", 0) / seconds
         proposal, seconds = _fitted(_sized(data, hardware, wish, reached), wish)
+    if proposal.steps < _FEWEST_STEPS:
+        raise ConfigError(
+            f"found {human_count(proposal.tokens)} tokens to train on, {proposal.steps} step of "
+            f"{proposal.tokens_per_step}, expected at least {_FEWEST_STEPS} steps; give more --hours, a smaller "
+            "--seq-len, or more data"
+        )
     return proposal, seconds
 
 
@@ -198,9 +211,15 @@ def _sized(data: Data, hardware: Hardware, wish: Wish, speed: float) -> Proposal
         why = f"nearest to the {human_count(wish.parameters)} parameters wanted, in usual proportions"
     else:
         assert compute is not None, "a time or a size is wanted"
-        row = wanted = size_row(rule, compute, data.vocab_size, seq_len)
-        while row.tokens > MOST_EPOCHS * data.tokens and row.compute > compute / 1e6:
-            row = size_row(rule, row.compute * 0.9, data.vocab_size, seq_len)
+        try:
+            row = wanted = size_row(rule, compute, data.vocab_size, seq_len)
+        except ConfigError as error:
+            raise ConfigError(
+                f"--hours: {human_seconds(compute / speed)} on this hardware: {error}; or name a size with --params"
+            ) from error
+        with suppress(ConfigError):  # the smallest shape of the rule: its tokens are cut below
+            while row.tokens > MOST_EPOCHS * data.tokens and row.compute > compute / 1e6:
+                row = size_row(rule, row.compute * 0.9, data.vocab_size, seq_len)
         shape, tokens = row.shape, wanted.tokens
         why = f"best for {row.compute:.2g} FLOPs by the rule {chinchilla} (tools/plan.py sizes)"
     reasons = {"shape": f"{human_count(shape.parameters)} parameters: {why}"}
@@ -233,6 +252,12 @@ def _fitted(sized: Proposal, wish: Wish) -> tuple[Proposal, float]:
         fitting = [found for recomputed in (False, "selective", True) if (found := _fill(layout, recomputed))]
         if fitting:
             proposal, per_token = min(fitting, key=lambda found: found[1])
+            if proposal.steps < _FEWEST_STEPS:
+                raise ConfigError(
+                    f"found {human_count(proposal.tokens)} tokens for {proposal.steps} step of "
+                    f"{proposal.tokens_per_step}, expected at least {_FEWEST_STEPS} steps; give more --hours or data, "
+                    "or a smaller --params or --seq-len"
+                )
             return proposal, per_token * proposal.steps * proposal.tokens_per_step
     hardware = sized.hardware
     raise ConfigError(

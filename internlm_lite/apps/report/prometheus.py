@@ -90,7 +90,9 @@ def _line(gauge: Gauge, labels: Mapping[str, str]) -> str:
 
 
 def escaped_label(text: str) -> str:
-    """The text as it stands between the quotes of a label."""
+    """The text as it stands between the quotes of a label. Half a surrogate pair, which UTF-8 has not, is written out:
+    names that differ stay different."""
+    text = text.encode("utf-8", "backslashreplace").decode()
     return text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
 
 

@@ -214,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._series(query)
         runs.refresh()
         if path == "/metrics":
-            return Response(HTTPStatus.OK, runs.metrics().encode("utf-8", "backslashreplace"), CONTENT_TYPE)
+            return Response(HTTPStatus.OK, runs.metrics().encode(), CONTENT_TYPE)
         if path == "/api/since" and query.get("after") == runs.token():
             return Response(HTTPStatus.NOT_MODIFIED)
         return self.server.current("/" if path == "/" else "/api/runs")

@@ -54,7 +54,8 @@ def weights_of(count: int, method: Method, given: Sequence[float] | None = None)
         return [1.0 if method == "mean" else float(n) for n in range(1, count + 1)]
     if len(given) != count:
         raise ConfigError(f"--weights: found {len(given)} numbers for {count} checkpoints, expected one for each")
-    total = math.fsum(given) if all(map(math.isfinite, given)) else math.nan
+    fits = math.isfinite(sum(map(abs, given)))
+    total = math.fsum(given) if fits else math.nan
     if not total or not math.isfinite(total):
         listed = ",".join(f"{one:g}" for one in given)
         raise ConfigError(f"--weights {listed}: expected finite numbers whose sum is not 0")

@@ -85,8 +85,11 @@ class Found:
     def config_of_stage(self) -> Config:
         """The config as if the run had the stage alone in which it was saved: lengths and rotary base are those that
         the weights were trained with. Raises CheckpointError as `config`."""
-        config, train = self.config(), self.manifest.state.get("train", {})
-        batch = train.get("position", {}).get("batch", self.step)
+        return self.in_its_stage(self.config())
+
+    def in_its_stage(self, config: Config) -> Config:
+        """`config` as if it had the stage alone in which this was saved."""
+        batch = self.manifest.state.get("train", {}).get("position", {}).get("batch", self.step)
         return in_stage(config, stage_at(config, max(0, batch - 1))) if config.stages else config
 
     def key(self, file: str) -> str:

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from internlm_lite.apps.convert.compare_logits import in_fp32
 from internlm_lite.apps.convert.to_hf import open_checkpoint
 from internlm_lite.apps.convert.tokenizers import generation_config
 from internlm_lite.checkpoint.format.catalog import committed
@@ -194,3 +196,8 @@ def test_what_a_tokenizer_came_with_goes_there_and_back_byte_for_byte(ours, tmp_
     written = json.loads((tmp_path / "again" / "generation_config.json").read_text())
     ends = {0, 106} | ({2} if main == "tokenizer.model" else set())
     assert written["temperature"] == 0.5 and set(written["eos_token_id"]) == ends
+
+
+@pytest.mark.parametrize(("version", "name"), [("4.55.4", "torch_dtype"), ("4.56.0", "dtype"), ("5.1.0", "dtype")])
+def test_the_dtype_is_named_as_the_version_of_transformers_wants_it(version: str, name: str) -> None:
+    assert in_fp32(version) == {name: torch.float32}

@@ -141,6 +141,8 @@ def test_learning_rates_are_those_of_the_optimizer() -> None:
     assert plan.learning_rates == pytest.approx({**known, 38_750: 2.318019e-05, 50_000: 1e-5}, rel=1e-6)
     later = make_plan(load_config(CONFIG, ["lr_scheduler.last_epoch=29999"]).config, 16, None)
     assert list(later.learning_rates) == [7625, 20_000], "steps of this run"
+    behind = make_plan(load_config(CONFIG, ["lr_scheduler.last_epoch=59999"]).config, 16, None)
+    assert behind.learning_rates == {0: 1e-5}, "a curve that ended before this run"
 
 
 def peaks_of(changes: list[str], sizes: range) -> list[int]:
@@ -209,3 +211,14 @@ def test_torch_counts_as_many_bytes() -> None:
     total = components_of(wanted, [8]).total
     assert norms and total.weights == 2 * (total.parameters - norms) + 4 * norms
     assert total.optimizer == 12 * (total.parameters - norms) + 8 * norms
+
+
+def test_lengths_beyond_learned_positions_are_told() -> None:
+    """Rotary positions have no end."""
+    config = load_config(CONFIG.with_name("tiny.py")).config
+    learned = config.model.model_copy(update={"position": "learned", "max_position_embeddings": 1024})
+    cases = ((learned, (512, 2048, 16_384), True), (learned, (512,), False), (config.model, (2048, 16_384), False))
+    for model, lengths, told in cases:
+        one = config.model_copy(update={"model": model})
+        notes = " ".join(make_plan(one, 1, None, questions=Questions(lengths=lengths)).notes)
+        assert ("documents of 2,048, 16,384 tokens are longer than the 1,024 learned positions" in notes) == told

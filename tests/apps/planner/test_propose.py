@@ -66,6 +66,14 @@ def test_few_data_are_not_repeated_more_often_than_is_worth_it(corpus: Path) -> 
     assert proposal.shape.parameters < 10**7
 
 
+def test_more_time_than_few_data_need_gives_the_smallest_shape(corpus: Path) -> None:
+    """The rule has none for so little compute; before, more time was asked for."""
+    data = dataclasses.replace(_data(corpus, 20_000), vocab_size=1024)
+    proposal, _ = propose(data, Hardware(1, 8 * GIB, 5e10), Wish(seconds=3600))
+    assert proposal.shape.parameters < 300_000
+    assert proposal.steps * proposal.tokens_per_step == pytest.approx(MOST_EPOCHS * data.tokens, rel=0.1)
+
+
 def test_the_written_config_passes_a_dry_run(tmp_path: Path) -> None:
     root = write_corpus(tmp_path / "text", documents=200)
     wish = ("--data", str(root), "--vocab-size", "96", "--params", "1M", "--device", "cpu")
@@ -78,6 +86,9 @@ def test_the_written_config_passes_a_dry_run(tmp_path: Path) -> None:
     assert loaded.config.JOB_NAME == "mine" and not loaded.notes
     shown = run("train.py", "--config", "configs/mine.py", "--dry-run", folder=tmp_path)
     assert shown.code == 0, shown.output
+    short = load_config(tmp_path / "configs" / "mine.py", ["STEPS=5"])  # a first try of a few steps
+    check_config(short, 1)
+    assert short.config.lr_scheduler.warmup_steps == 1
     again = run("tools/new.py", *wish, "--output", "configs/mine.py", folder=tmp_path)
     assert again.code == 2 and "expected a new file" in again.output
 
@@ -86,9 +97,23 @@ WRONG = {
     "no time and no size": ([], "expected --hours, --params, or both"),
     "no folder": (["--data", "nowhere", "--hours", "1"], "nowhere is missing"),
     "no vocabulary": (["--hours", "1"], "expected --tokenizer FILE"),
+    "no time for any shape": (
+        ["--hours", "1e-9", "--vocab-size", "500", "--device", "cpu"],
+        "--hours: 0.0 s on this hardware: found",
+    ),
+    "no time for two steps": (
+        ["--hours", "1e-9", "--params", "1M", "--vocab-size", "500", "--device", "cpu"],
+        "expected at least 2 steps; give more --hours",
+    ),
     "no number": (["--hours", "soon"], "expected a number > 0"),
     "no size": (["--params", "3 million"], "expected parameters, such as 124M"),
     "too large": (["--params", "9000B", "--vocab-size", "500", "--device", "h100"], "in no layout"),
+    "no validation data": (["--hours", "1", "--vocab-size", "500", "--valid", "nope"], "data.valid_folder: nope is"),
+    "one step": (["--params", "1M", "--hours", "1e-9", "--vocab-size", "500"], "expected at least 2 steps"),
+    "a name that no config may have": (
+        ["--params", "1M", "--vocab-size", "500", "--device", "cpu", "--output", "..py"],
+        "JOB_NAME: found '.'",
+    ),
     "no device": (["--hours", "1", "--vocab-size", "500", "--device", "h1000"], "--device h1000"),
 }
 
@@ -96,6 +121,6 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_wishes_are_answered_in_a_sentence(case: str, corpus: Path, tmp_path: Path) -> None:
     arguments, expected = WRONG[case]
-    ended = run("tools/new.py", "--data", str(corpus), *arguments, "--output", "x.py", folder=tmp_path)
+    ended = run("tools/new.py", "--data", str(corpus), "--output", "x.py", *arguments, folder=tmp_path)
     assert ended.code != 0 and expected in ended.output and "Traceback" not in ended.output
-    assert not (tmp_path / "x.py").exists()
+    assert not list(tmp_path.glob("*.py"))

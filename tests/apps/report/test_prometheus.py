@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -80,6 +82,18 @@ def test_odd_names_come_back_as_they_are(tmp_path: Path, name: str) -> None:
     lines = [{**line(0), "folders": {name: [10, 1.5, 0.5]}}]
     found = read(run_folder(tmp_path / "run", lines), names=(name,))
     assert found["folder_loss", (("run", name), ("folder", name))] == 1.5
+
+
+def test_half_a_surrogate_pair_is_written_out(tmp_path: Path) -> None:
+    """A page can be sent, all escapes in it are of the format, and two such names are not one."""
+    half, other = (json.loads(f'"\\ud80{n}"') for n in (0, 1))
+    lines = [{**line(0), "folders": {half: [10, 1.5, 0.5], other: [10, 2.5, 0.5]}}]
+    with serving(run_folder(tmp_path / "run", lines)) as ask:
+        reply = ask("/metrics")
+    text = reply.body.decode()
+    assert reply.status == 200 and not re.search(r"\\[^\\n\"]", text.replace("\\\\", ""))
+    losses = {dict(labels)["folder"]: value for (name, labels), value in parsed(text).items() if name == "folder_loss"}
+    assert losses == {"\\ud800": 1.5, "\\ud801": 2.5}
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Found:
+class FittingLayout:
     """A layout that fits."""
 
     gpus: int
@@ -147,11 +147,11 @@ def with_keys(config: Config, keys: Mapping[str, Any]) -> Config:
     return Config.model_validate(values)
 
 
-def fit(config: Config, room: Room) -> list[Found]:
+def fit(config: Config, room: Room) -> list[FittingLayout]:
     """The layouts that fit, fastest first, at most `SHOWN`, each the fastest of its kind (parallelism and stage).
     Raises ConfigError if there is none."""
     rows = rows_of_a_step(config, room.gpus)
-    search, fastest = _Search(config, room), dict[Any, Found]()
+    search, fastest = _Search(config, room), dict[Any, FittingLayout]()
     for plain in _plain_layouts(config, room, rows):
         for found in search.of(plain):
             kind = replace(found.layout, checkpoint=False, offload_share=1.0, micro_bsz=1, micro_num=1)
@@ -230,7 +230,7 @@ class _Search:
         self.nearest: tuple[int, Layout] | None = None
         """(bytes of the fullest rank, layout) of that which came nearest without fitting."""
 
-    def of(self, plain: Layout) -> list[Found]:
+    def of(self, plain: Layout) -> list[FittingLayout]:
         """Those of `plain` that fit and of which no other is better in stage and recomputation with as many rows."""
         seq_len, found = self._config.data.seq_len, []
         alike = replace(plain, context=1, micro_num=1)
@@ -247,9 +247,9 @@ class _Search:
                     break  # smaller micro-batches only take longer
         return found
 
-    def _cheapest(self, layout: Layout) -> list[Found]:
+    def _cheapest(self, layout: Layout) -> list[FittingLayout]:
         """Over stages and recomputation, at one number of rows."""
-        found: list[Found] = []
+        found: list[FittingLayout] = []
         choices = len(_RECOMPUTED)
         for stage in (1, 2, 3) if layout.pipeline == 1 else (1, 2):
             for index, checkpoint in enumerate(_RECOMPUTED[:choices]):
@@ -291,7 +291,7 @@ class _Search:
                 block.recompute = block.attention.layer < config.model.recomputed_layers
         return by_stage[stage]
 
-    def _tried(self, layout: Layout) -> Found | None:
+    def _tried(self, layout: Layout) -> FittingLayout | None:
         """None: it is refused, or does not fit."""
         room, config = self._room, with_keys(self._config, layout.keys())
         if self._is_refused(config):
@@ -312,4 +312,4 @@ class _Search:
             return None
         ways = present_ways(config, row, document_lengths([(0, data.seq_len)]), room.device)
         seconds = StepClock(room.device, config, sizes, held, orders).seconds(ways)
-        return Found(room.gpus, layout, config, fullest, seconds)
+        return FittingLayout(room.gpus, layout, config, fullest, seconds)

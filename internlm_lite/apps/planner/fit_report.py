@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from internlm_lite.apps.planner.clock import DTYPES
-from internlm_lite.apps.planner.fit import USABLE, Found, Room
+from internlm_lite.apps.planner.fit import USABLE, FittingLayout, Room
 from internlm_lite.errors import ConfigError
 from internlm_lite.models.stages import model_flops_per_token
 from internlm_lite.monitor.flops import mfu
@@ -23,7 +23,7 @@ _LEAST_SHARE = 0.01
 _RECOMPUTATION = {False: "nothing", True: "all layers", "selective": "selective", "offload": "offload"}
 
 
-def fit_json(found: Sequence[Found], room: Room) -> dict[str, Any]:
+def fit_json(found: Sequence[FittingLayout], room: Room) -> dict[str, Any]:
     """{gpus, memory, usable, device, layouts}; of each layout, fastest first, {keys, seconds_per_step, tokens_per_step,
     tokens_per_gpu_second, mfu, limits, memory, bytes}. `memory`: share of it that the fullest rank fills; `bytes`: see
     `RankBytes`."""
@@ -49,7 +49,7 @@ def fit_json(found: Sequence[Found], room: Room) -> dict[str, Any]:
     }
 
 
-def render_fit(found: Sequence[Found], room: Room) -> RenderableType:
+def render_fit(found: Sequence[FittingLayout], room: Room) -> RenderableType:
     title = Text(f"{len(found)} layouts that fit {room.gpus} GPUs, fastest first", style="bold green")
     title.append(f"  ({room.device.name}; {found[0].tokens:,} tokens a step, each sample one document)\n", "default")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=True)
@@ -66,7 +66,7 @@ def render_fit(found: Sequence[Found], room: Room) -> RenderableType:
     return Group(title, table, *(Text(f"  {note}", style="dim") for note in notes), Text("  " + overrides(best)))
 
 
-def _cells(one: Found, room: Room) -> Iterator[str]:
+def _cells(one: FittingLayout, room: Room) -> Iterator[str]:
     layout = one.layout
     schedule = "" if layout.pipeline == 1 else f" {one.config.schedule}"
     limits = [f"{name} {share:.0%}" for name, share in one.shares().items() if share >= _LEAST_SHARE]
@@ -75,14 +75,14 @@ def _cells(one: Found, room: Room) -> Iterator[str]:
     yield from (f"{one.step * 1e3:,.0f}", f"{_mfu(one, room):.1%}", f"{one.bytes.peak / 1e9:.1f}", ", ".join(limits))
 
 
-def _notes(best: Found, room: Room) -> Iterator[str]:
+def _notes(best: FittingLayout, room: Room) -> Iterator[str]:
     if best.layout.checkpoint is not False or best.layout.zero_stage > 1:
         yield "memory limits the first one: with more it would recompute, send or gather less"
     if best.bytes.host:
         yield f"pinned memory of the host: {best.bytes.host / 1e9:.1f} GB a GPU"
 
 
-def _mfu(one: Found, room: Room) -> float:
+def _mfu(one: FittingLayout, room: Room) -> float:
     config = one.config
     peak = room.device.peak_tflops[DTYPES.get(config.model.dtype, "fp32")] * 1e12
     reached = mfu(model_flops_per_token(config.model, config.data.seq_len), one.tokens, one.step, room.gpus, peak)
@@ -90,12 +90,12 @@ def _mfu(one: Found, room: Room) -> float:
     return reached
 
 
-def overrides(found: Found) -> str:
+def overrides(found: FittingLayout) -> str:
     """As trailing arguments of train.py."""
     return " ".join(f"{key}={value}" for key, value in found.layout.keys().items())
 
 
-def overlay(found: Found, base: Path) -> str:
+def overlay(found: FittingLayout, base: Path) -> str:
     """The text of a config file above `base`, with the keys of the layout."""
     sections: dict[str, dict[str, Any]] = {}
     for key, value in found.layout.keys().items():
@@ -116,7 +116,7 @@ def _literal(value: Any) -> str:
     return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
-def write_overlay(found: Found, base: Path, path: Path) -> None:
+def write_overlay(found: FittingLayout, base: Path, path: Path) -> None:
     """Raises ConfigError."""
     try:
         path.write_text(overlay(found, base), "utf-8")

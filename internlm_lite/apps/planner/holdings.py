@@ -14,7 +14,7 @@ from typing import cast
 import torch
 
 from internlm_lite.apps.planner.bucket_sizes import BucketSizes
-from internlm_lite.apps.planner.shards import planned_gathers, whole_gradients
+from internlm_lite.apps.planner.gather_counts import planned_gathers, whole_gradients
 from internlm_lite.config.schema import Config, EmaConfig
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.layout import Parameter

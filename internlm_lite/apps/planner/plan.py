@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from internlm_lite.apps.planner.clock import DocumentLengths, document_lengths
+from internlm_lite.apps.planner.clock import DocumentLengths, Ways, document_lengths
 from internlm_lite.apps.planner.components import components_of
 from internlm_lite.apps.planner.context_balance import ContextBalance, context_balance
 from internlm_lite.apps.planner.device_file import DeviceFile
@@ -71,11 +71,7 @@ def make_plan(
     row = row_shape(in_stage(whole, largest), backend, device)
     orders = actions_of(config.schedule, sizes.pp, config.model.num_chunks, data.micro_num)
     n_bytes = _rank_bytes(config, held, orders, row)
-    sent = [
-        {**traffic(messages(row, sizes, own, data.micro_num), sizes), "host": host_traffic(own, row, data.micro_num)}
-        for own in held
-    ]
-    costs = {number: stage_cost(stage, data.seq_len) for own in held for number, stage in own.stages.items()}
+    sent = [_sent(row, sizes, own, data.micro_num) for own in held]
 
     def peak(micro_bsz: int) -> int:
         longer = replace(row, tokens=micro_bsz * data.seq_len // sizes.cp)
@@ -93,7 +89,7 @@ def make_plan(
         tokens_per_step=tokens_per_step,
         steps_total=data.total_steps,
         tokens_total=sum(use.tokens for use in uses),
-        bubble_fraction=bubble_fraction(orders, [costs[number] for number in sorted(costs)]),
+        bubble_fraction=_bubble(held, orders, data.seq_len),
         tflops_per_gpu=tflops,
         stages=uses,
         batches=batches,
@@ -106,14 +102,29 @@ def make_plan(
         if questions.timed is None
         else clock_plan(
             StepClock(questions.timed, config, sizes, held, orders),
-            replace(
-                present_ways(config, row, lengths, questions.timed),
-                imbalance=max((one.imbalance for one in balance), default=1.0),
-            ),
+            _ways(config, row, lengths, balance, questions.timed),
             f"of the first {len(batches)} batches",
         ),
         notes=[*_notes(config, sizes), *_stage_notes(uses, largest), *_length_notes(config, questions.lengths)],
     )
+
+
+def _bubble(held: Sequence[RankHoldings], orders: Sequence[Sequence[Action]], seq_len: int) -> float:
+    costs = {number: stage_cost(stage, seq_len) for own in held for number, stage in own.stages.items()}
+    return bubble_fraction(orders, [costs[number] for number in sorted(costs)])
+
+
+def _sent(row: RowShape, sizes: Sizes, own: RankHoldings, micro_num: int) -> dict[str, int]:
+    """Bytes that a rank of a pipeline position sends in a step, by axis, and to its host and back."""
+    return {**traffic(messages(row, sizes, own, micro_num), sizes), "host": host_traffic(own, row, micro_num)}
+
+
+def _ways(
+    config: Config, row: RowShape, lengths: DocumentLengths, balance: Sequence[ContextBalance], device: DeviceFile
+) -> Ways:
+    """How the slowest of the first steps computes."""
+    ways = present_ways(config, row, lengths, device)
+    return replace(ways, imbalance=max((one.imbalance for one in balance), default=1.0))
 
 
 def _activations(

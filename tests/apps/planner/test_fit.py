@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from internlm_lite.apps.planner.context_balance import context_balance
 from internlm_lite.apps.planner.device_file import load_device
-from internlm_lite.apps.planner.fit import LIMITS, Found, Layout, Room, fit, with_keys
+from internlm_lite.apps.planner.fit import LIMITS, FittingLayout, Layout, Room, fit, with_keys
 from internlm_lite.apps.planner.fit_report import overlay, overrides
 from internlm_lite.apps.planner.holdings import holdings
 from internlm_lite.apps.planner.memory import row_shape
@@ -65,12 +65,12 @@ def room(gpus: int, memory: int = 80 * GB) -> Room:
 
 
 @pytest.fixture(scope="module")
-def found() -> list[Found]:
+def found() -> list[FittingLayout]:
     """Of a model that fits in few ways."""
     return fit(load_config(CONFIGS / "7B_sft.py", SMALL).config, room(4, 20 * GB))
 
 
-def test_layouts_fit_train_the_same_tokens_and_stand_by_time(found: list[Found]) -> None:
+def test_layouts_fit_train_the_same_tokens_and_stand_by_time(found: list[FittingLayout]) -> None:
     assert 1 < len(found) <= 5
     assert [one.step for one in found] == sorted(one.step for one in found)
     for one in found:
@@ -80,7 +80,7 @@ def test_layouts_fit_train_the_same_tokens_and_stand_by_time(found: list[Found])
         assert set(one.shares()) == set(LIMITS)
 
 
-def test_a_plan_of_each_says_the_same(found: list[Found]) -> None:
+def test_a_plan_of_each_says_the_same(found: list[FittingLayout]) -> None:
     """The search tells one model what is recomputed; a plan builds it so."""
     for one in found:
         plan = make_plan(one.config, 4, None, "cuda", Questions(timed=load_device("h100")))
@@ -89,7 +89,7 @@ def test_a_plan_of_each_says_the_same(found: list[Found]) -> None:
         assert plan.clock.seconds_per_step == pytest.approx(one.step, rel=0.1)  # its documents are real ones
 
 
-def test_overrides_and_overlay_are_the_layout(found: list[Found], tmp_path: Path) -> None:
+def test_overrides_and_overlay_are_the_layout(found: list[FittingLayout], tmp_path: Path) -> None:
     for one in found:
         config = load_config(CONFIGS / "7B_sft.py", [*SMALL, *overrides(one).split()]).config
         assert config == one.config
@@ -99,7 +99,7 @@ def test_overrides_and_overlay_are_the_layout(found: list[Found], tmp_path: Path
         assert loaded.config == config
 
 
-def test_recomputation_is_no_better_than_what_fits_without(found: list[Found]) -> None:
+def test_recomputation_is_no_better_than_what_fits_without(found: list[FittingLayout]) -> None:
     """More memory changes the first layout only to a faster one."""
     more = fit(load_config(CONFIGS / "7B_sft.py", SMALL).config, room(4))
     assert more[0].step <= found[0].step

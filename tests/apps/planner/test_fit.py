@@ -142,7 +142,6 @@ def test_large_shapes_find_layouts(name: str) -> None:
 LAYOUTS: dict[str, tuple[str, int, Layout]] = {
     "stage 3, offload": ("7B on 8", 5, Layout(1, 1, None, 1, 1, 3, "offload", 0.5, 2, 2)),
     "stage 2, tp, pp": ("70B on 64", 63, Layout(4, 4, None, 1, 1, 2, "selective", 1.0, 1, 8)),
-    "context, tp, pp": ("20B, 131,072 tokens, on 32", 30, Layout(4, 2, None, 1, 2, 1, True, 1.0, 1, 2)),
 }
 """(shape, rank, layout)"""
 

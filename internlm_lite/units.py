@@ -54,9 +54,11 @@ def positive_number(text: str) -> float:
 
 
 def memory_bytes(text: str) -> int:
-    """'80GB' -> 80000000000, '2GiB' -> 2147483648: the type of a command-line size. Raises ArgumentTypeError."""
+    """'80GB' -> 80000000000, '2GiB' -> 2147483648: the type of a command-line size; '80' are GB. Raises
+    ArgumentTypeError."""
     units = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
     number, unit = text.rstrip("MGTBi"), text[len(text.rstrip("MGTBi")) :]
+    unit = unit or "GB"
     try:
         n_bytes = float(number) * units[unit]
     except (ValueError, KeyError):

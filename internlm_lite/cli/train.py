@@ -6,6 +6,7 @@
 
     python train.py --config configs/20B_sft.py --dry-run --world-size 16    shows what it will hold, send and cost
     python train.py --config configs/20B_sft.py --dry-run --world-size 16 --device h100    and how long a step takes
+    python train.py --config configs/20B_sft.py --dry-run --fit --gpus 32 --memory 80GB    which layouts fit, by speed
 
 Trailing NAME=value replaces a variable before the config runs, section.key=value sets one key after it.
 """
@@ -50,6 +51,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--print-config", choices=["full", "diff", "origin", "schedule"], help=text)
     add("--dry-run", action="store_true", help="show what the run will hold, send and cost, and stop")
     add_plan_options(parser, "with --dry-run: ")
+    add("--fit", action="store_true", help="with --dry-run: search the fastest layouts that fit --gpus of --memory")
+    add("--gpus", type=int, metavar="N", help="with --fit: number of GPUs")
+    add("--fit-out", type=Path, metavar="FILE", help="with --fit: write the first layout as a config above --config")
     add("--cfg-options", nargs="*", default=[], metavar="KEY=VALUE", help="same as the trailing ones")
     arguments = parser.parse_intermixed_args(argv)
     plan_only = ("tflops", "json", "components", "lengths", "memory")
@@ -59,8 +63,22 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         named = "the name or file of a GPU belongs to --dry-run"
         parser.error(f"--device {arguments.device}: expected {', '.join(DEVICES)}; {named}")
     check_plan_options(parser, arguments)
+    _check_fit(parser, arguments)
     _check_branch(parser, arguments)
     return arguments
+
+
+def _check_fit(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    for name, needs in (("fit", "dry_run"), ("gpus", "fit"), ("fit_out", "fit")):
+        if getattr(arguments, name) and not getattr(arguments, needs):
+            parser.error(f"--{name} belongs to --{needs}: add it".replace("_", "-"))
+    if not arguments.fit:
+        return
+    if arguments.gpus is None:
+        parser.error("--fit needs the number of GPUs: add --gpus N")
+    check_at_least(parser, arguments, gpus=1)
+    if arguments.device == "cpu":
+        parser.error("--fit searches layouts of GPUs: --device cpu is not one; name h100, another, or a JSON file")
 
 
 def _check_branch(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
@@ -135,7 +153,7 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
         if arguments.branch_from:
             loaded = _branch(arguments, loaded, overrides)
         world_size = arguments.world_size or dist_env.world_size
-        check_config(loaded, None if arguments.print_config else world_size)
+        check_config(loaded, None if arguments.print_config or arguments.fit else world_size)
     except InternLMError as error:
         if not (quiet and isinstance(error, ConfigError)):  # the config is invalid on all ranks: one rank reports it
             print(f"{who}{type(error).__name__}: {error}", file=sys.stderr)
@@ -199,8 +217,12 @@ def _print_config(loaded: LoadedConfig, how: str, world_size: int) -> int:
 
 
 def _dry_run(arguments: argparse.Namespace, config: Config, world_size: int) -> int:
-    from internlm_lite.apps.planner.command import PlanOptions, dry_run
+    from internlm_lite.apps.planner.command import FitOptions, PlanOptions, dry_fit, dry_run
 
+    if arguments.fit:
+        paths = {"config": arguments.config, "out": arguments.fit_out}
+        asked = FitOptions(arguments.gpus, arguments.memory, arguments.device, arguments.json, **paths)
+        return dry_fit(config, asked)
     options = PlanOptions(
         tflops=arguments.tflops,
         device=arguments.device,

@@ -377,9 +377,13 @@ class RopeScaling(Section):
 class ModelConfig(Section):
     """The decoder: by default RMSNorm before each sub-layer, rotary attention, SwiGLU."""
 
-    checkpoint: bool | Fraction | Literal["selective"] = False
+    checkpoint: bool | Fraction | Literal["selective", "offload"] = False
     """Share of layers whose activations are recomputed in the backward pass (True: all). (new) "selective": of
-    every layer what takes no matrix product, attention or message, which frees about half of the memory."""
+    every layer what takes no matrix product, attention or message, which frees about half of the memory. "offload":
+    likewise, and what is left of the first layers waits in pinned host memory for their backward pass."""
+    offload_share: Fraction = 1.0
+    """(new) With checkpoint="offload": the share of the layers, from the first, whose activations go to the host. The
+    last layer's stay in any case, as its backward pass comes first."""
     num_attention_heads: Positive
     """Query heads."""
     num_kv_attention_heads: Positive | None = None
@@ -603,7 +607,19 @@ class ModelConfig(Section):
     @property
     def recomputed_share(self) -> float:
         """Of the layers, whose matrix products run again in the backward pass."""
-        return 0.0 if self.checkpoint == "selective" else float(self.checkpoint)
+        return 0.0 if isinstance(self.checkpoint, str) else float(self.checkpoint)
+
+    @property
+    def recomputes_cheap(self) -> bool:
+        """Selective recomputation: layers/recompute.py."""
+        return self.checkpoint in ("selective", "offload")
+
+    @property
+    def offloaded_layers(self) -> int:
+        """How many of the first layers keep their activations on the host."""
+        if self.checkpoint != "offload":
+            return 0
+        return min(round(self.offload_share * self.num_layers), self.num_layers - 1)
 
     @property
     def recomputed_layers(self) -> int:

@@ -31,6 +31,8 @@ class RowShape:
     """True: attention of no kernel that knows a soft cap, which layers/scores.py computes."""
     selective: bool = False
     """True: what is cheap to compute is computed again in the backward pass (layers/recompute.py)."""
+    offloaded: int = 0
+    """The number of the model's first layers that keep their activations on the host (layers/offload.py)."""
     fused: frozenset[str] = frozenset()
     """What takes one kernel instead of several, see `FUSIONS`."""
     fp8: bool = False

@@ -183,6 +183,9 @@ class Rotary:
         """Cosines and sines; saved once, because all layers of a kind in a stage share them."""
         return {"rotary table": 2 * row.tokens * rotary_size * dtype.itemsize}
 
+    def tables(self) -> list[torch.Tensor]:
+        return [self.cos, self.signed_sin]
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, groups, heads, head_dim], any strides -> rotated, contiguous, same shape."""
         return _Rotate.apply(x, self.cos, self.signed_sin)

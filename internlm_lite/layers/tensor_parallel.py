@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from internlm_lite.layers.costs import Message
+from internlm_lite.layers.offload import HostOffload
 from internlm_lite.layers.products import Products
 from internlm_lite.layers.weight_grads import WeightGrads
 from internlm_lite.mesh import comm
@@ -48,6 +49,8 @@ class TensorParallelContext:
     """Layers keep what made their inputs instead of them (layers/recompute.py)."""
     allocated: bool = True
     """Of parameters when they are made; False with ZeRO stage 3, where they never are all in memory."""
+    offload: HostOffload | None = None
+    """Moves what blocks keep to the host. None: it stays."""
 
     def parameter(self, layout: ShardSpec, dtype: torch.dtype | None = None) -> Parameter:
         """An uninitialised parameter of a layer of this rank; `dtype` None: the model's."""

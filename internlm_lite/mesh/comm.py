@@ -80,7 +80,7 @@ class SideStream:
     """A CUDA stream for what follows enqueued work without delaying the current stream. On the CPU it does nothing."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
@@ -93,14 +93,14 @@ class SideStream:
         if self._stream is None:
             yield
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             yield
 
     def join(self) -> None:
         """The current stream waits for the blocks so far."""
         if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
 
 class Pending:

@@ -34,6 +34,7 @@ from internlm_lite.layers.fp8 import Float8Products
 from internlm_lite.layers.loss import TokenLosses
 from internlm_lite.layers.mlp import FeedForward
 from internlm_lite.layers.norm import Norm, build_norm
+from internlm_lite.layers.offload import HostOffload
 from internlm_lite.layers.products import Products
 from internlm_lite.layers.recompute import Recipe, with_recipe
 from internlm_lite.layers.rope import Rotary, Rotations, rotation_of
@@ -75,6 +76,7 @@ class Block(CostedLayer):
         self.norms_at = config.norms_at
         self.norms_inputs = config.norms_at in ("pre", "sandwich")
         self.recompute = layer < config.recomputed_layers
+        self.offload = layer < config.offloaded_layers
         self.rotation = rotation_of(config, layer)
         name = f"layers.{layer}"
         self.attention_norm = build_norm(f"{name}.attention_norm", config, tp_ctx)
@@ -113,6 +115,11 @@ class Block(CostedLayer):
         # Checkpointing inside `forward`: forward hooks run once per step, and not again in the recomputation.
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._run, x, rotary, attend, token_keys, use_reentrant=False, preserve_rng_state=False)
+        if self.tp_ctx.offload is not None and torch.is_grad_enabled():
+            shared = [] if rotary is None else rotary.tables()  # by all blocks
+            shared += [*self.parameters(), *([] if token_keys is None else [token_keys])]
+            with self.tp_ctx.offload.block(self.attention.layer, shared, moves=self.offload):
+                return self._run(x, rotary, attend, token_keys)
         return self._run(x, rotary, attend, token_keys)
 
     def _run(
@@ -160,7 +167,9 @@ class Block(CostedLayer):
         return y if post_norm is None else cast(torch.Tensor, post_norm(y))
 
     def saved_bytes(self, row: RowShape, *, recompute: bool | None = None) -> Bytes:
-        """`recompute` overrides `self.recompute`."""
+        """`recompute` overrides `self.recompute`. Those on the host are `host_bytes`."""
+        if self.attention.layer < row.offloaded:
+            return {}
         layer_input = self.tp_ctx.hidden_bytes(row.tokens, self.hidden_size)
         if self.recompute if recompute is None else recompute:
             return {"layer inputs": layer_input}
@@ -169,6 +178,11 @@ class Block(CostedLayer):
         if row.selective:  # outputs of norms, and their sums, are made again
             kept["projection inputs"] -= layer_input * (2 if self.norms_inputs else 1)
         return kept
+
+    def host_bytes(self, row: RowShape) -> int:
+        """Bytes kept on the host instead: they leave the device once in a forward pass and return in the backward
+        pass."""
+        return sum(self.saved_bytes(replace(row, offloaded=0)).values()) if self.attention.layer < row.offloaded else 0
 
     def messages(self, row: RowShape) -> list[Message]:
         twice = 2 if self.recompute else 1
@@ -292,9 +306,24 @@ class Transformer(CostedLayer):
         parts += [unit.saved_bytes(row) for unit in (self.tok_embeddings, self.output, self.norm) if unit is not None]
         return add_bytes(*parts)
 
+    def host_bytes(self, row: RowShape) -> int:
+        """Of one micro-batch, see `Block`."""
+        return sum(block.host_bytes(row) for block in self.blocks())
+
+    def _on_the_way_bytes(self, row: RowShape) -> int:
+        """What blocks on their way to or from the host add to `saved_bytes` at the peak: tensors of a block leave while
+        the next one computes, and return while the one behind it does."""
+        most, behind = 0, 0  # kept by blocks behind this one, which are not there yet or no more
+        for block, before in reversed(list(zip(self.blocks(), [None, *self.blocks()], strict=False))):
+            moved = block.host_bytes(row) + (0 if before is None else before.host_bytes(row))
+            most = max(most, moved - behind)
+            behind += sum(block.saved_bytes(row).values())
+        return most
+
     def workspace_bytes(self, row: RowShape) -> int:
-        """The maximum of the loss and the last block's backward pass, less the head's activations, freed before it."""
-        backward = self.blocks()[-1].workspace_bytes(row)
+        """The maximum of the loss and the last block's backward pass, less the head's activations, freed before it.
+        Beside it blocks come back from the host."""
+        backward = self.blocks()[-1].workspace_bytes(row) + self._on_the_way_bytes(row)
         if self.output is None:
             return backward
         return max(backward - sum(self.output.saved_bytes(row).values()), self.output.workspace_bytes(row))
@@ -330,6 +359,7 @@ def tensor_parallel_context(
         products=products,
         weight_grads=WeightGrads(deferred=defer_weight_grads, add=products.add_weight_grad),
         compiled=is_wanted(config.compile, mesh.device),
-        selective=config.checkpoint == "selective",
+        selective=config.recomputes_cheap,
+        offload=HostOffload(mesh.device) if config.offloaded_layers else None,
         allocated=allocated,
     )

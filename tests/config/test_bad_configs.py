@@ -221,12 +221,14 @@ BAD = [
     (
         "num_layers=4",
         "num_layers=4, checkpoint=2",
-        "18: model.checkpoint: found 2, expected True or False or a number >= 0 and <= 1 or 'selective'; leave",
+        "18: model.checkpoint: found 2, expected True or False or a number >= 0 and <= 1 or one of 'selective', "
+        "'offload'; leave",
     ),
     (
         "num_layers=4",
         "num_layers=4, checkpoint='all'",
-        "18: model.checkpoint: found 'all', expected True or False or a number >= 0 and <= 1 or 'selective'; write",
+        "18: model.checkpoint: found 'all', expected True or False or a number >= 0 and <= 1 or one of 'selective', "
+        "'offload'; write",
     ),
     (
         "torch.float16",
@@ -236,7 +238,8 @@ BAD = [
     (
         "num_layers=4",
         "num_layers=4, checkpoint='selectiv'",
-        "18: model.checkpoint: found 'selectiv', expected True or False or a number >= 0 and <= 1 or 'selective'; write"
+        "18: model.checkpoint: found 'selectiv', expected True or False or a number >= 0 and <= 1 or one of "
+        "'selective', 'offload'; write"
         " 'selective'",
     ),
     (

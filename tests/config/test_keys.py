@@ -101,6 +101,7 @@ def test_nearest_key_of_a_short_name(name: str, nearest: str) -> None:
 def test_every_key_has_expected_values_and_a_description() -> None:
     for key, field in known_keys().items():
         assert expected(field) and field.description, key
-    assert expected(known_keys()["model.checkpoint"]) == "True or False or a number >= 0 and <= 1 or 'selective'"
+    words = "True or False or a number >= 0 and <= 1 or one of 'selective', 'offload'"
+    assert expected(known_keys()["model.checkpoint"]) == words
     assert expected(known_keys()["data.weights"]) == "a dict (name: a number > 0) or None"
     assert section_of(known_keys()["grad_scaler"]) is not None

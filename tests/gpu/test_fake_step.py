@@ -45,6 +45,7 @@ def built(
         ("bfloat16", {"use_fp32_norm": True, "checkpoint": 1.0, "tie_word_embeddings": True}),
         ("bfloat16", {"embedding_dropout": 0.1, "residual_dropout": 0.2}),
         ("bfloat16", {"attention_dropout": 0.1, "checkpoint": "selective"}),
+        ("bfloat16", {"checkpoint": "offload"}),
     ],
 )
 def test_a_step_mixes_no_devices_and_reads_nothing(

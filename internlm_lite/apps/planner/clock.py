@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from internlm_lite.apps.planner.bucket_sizes import BucketSizes
 from internlm_lite.apps.planner.device_file import DeviceFile
-from internlm_lite.apps.planner.holdings import BucketSizes
 from internlm_lite.apps.planner.schedule import StageCost
 from internlm_lite.layers.attention import Attention
 from internlm_lite.layers.costs import CostedLayer, Message, Pass, RowShape
 from internlm_lite.layers.flash import LONG, TILE
-from internlm_lite.models.decoder import Block, Transformer
+from internlm_lite.models.decoder import Block
 from internlm_lite.models.head import Head
 
 
@@ -97,6 +97,8 @@ class Ways:
     documents: DocumentLengths
     update_dtype: str = "bf16"
     """Key of `peak_tflops`, of the products of update rules."""
+    imbalance: float = 1.0
+    """Attention work of the busiest context-parallel rank over the mean."""
     one_pass_update: bool = False
     """Gradients are scaled inside the fused update."""
 
@@ -137,10 +139,28 @@ class Roofline:
             times.add(part, "messages", once * self.message_seconds(message))
         added = sum(seconds for (part, _), seconds in backward.items() if part == "weight gradients")
         weights = (product if made_at_once == 1 else 0) + added
+        if isinstance(unit, Block) and (moved := unit.host_bytes(self.ways.row)):  # behind a block like it
+            link = self.device.host_link
+            taken = link.latency_us * 1e-6 + moved / (link.gb_per_s * 1e9)
+            for times in (forward, backward):
+                times.add("offload", "messages", max(0.0, taken - times.total()))
         if recompute:
             for (_, kind), seconds in forward.items():
                 backward.add("recomputation", kind, seconds)
         return UnitSeconds(forward, backward, weights)
+
+    def units(self, many: Iterable[CostedLayer]) -> list[UnitSeconds]:
+        """Of several units; blocks of a kind are timed once."""
+        timed: dict[object, UnitSeconds] = {}
+        found = []
+        for unit in many:
+            key: object = unit
+            if isinstance(unit, Block):
+                key = unit.attention.rule.window, unit.rotation, unit.recompute, unit.host_bytes(self.ways.row) > 0
+            if key not in timed:
+                timed[key] = self.unit(unit)
+            found.append(timed[key])
+        return found
 
     def _products(self, unit: CostedLayer) -> float:
         """Seconds of the products of a forward pass."""
@@ -151,7 +171,7 @@ class Roofline:
     def _attention(self, unit: CostedLayer, direction: str) -> float:
         """Seconds in one direction. Figures of the device are those of half precision."""
         ways, device = self.ways, self.device
-        per_key = (unit.flops_per_token(1) - unit.flops_per_token(0)) * ways.row.tokens / self.tp
+        per_key = (unit.flops_per_token(1) - unit.flops_per_token(0)) * ways.row.tokens / self.tp * ways.imbalance
         keys = ways.documents.keys_within(unit.attention.rule.window if isinstance(unit, Block) else None)
         if isinstance(unit, Block) and unit.attention.in_blocks(ways.row):
             return self._in_blocks(direction, per_key * keys, unit.attention)
@@ -197,12 +217,12 @@ class Roofline:
                 found.add("optimizer", "messages", self.message_seconds(exchange))
         return found
 
-    def stage(self, stage: Transformer) -> StageCost:
-        """Seconds of a stage's actions."""
-        units = [self.unit(unit) for unit in stage.units()]
-        weights = sum(unit.weights for unit in units)
-        backward = sum(unit.backward.total() for unit in units)
-        return StageCost(sum(unit.forward.total() for unit in units), backward - weights, weights)
+
+def stage_seconds(units: Sequence[UnitSeconds]) -> StageCost:
+    """Seconds of the actions of a stage of these units."""
+    weights = sum(unit.weights for unit in units)
+    backward = sum(unit.backward.total() for unit in units)
+    return StageCost(sum(unit.forward.total() for unit in units), backward - weights, weights)
 
 
 def update_passes(bucket: BucketSizes, *, one_pass: bool) -> list[Pass]:

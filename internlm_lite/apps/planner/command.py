@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from internlm_lite.apps.planner.device_file import load_device
+from internlm_lite.apps.planner.fit import Room, fit
+from internlm_lite.apps.planner.fit_report import fit_json, render_fit, write_overlay
 from internlm_lite.apps.planner.plan import Questions, make_plan
 from internlm_lite.apps.planner.render_plan import render
 from internlm_lite.apps.planner.report import RunPlan
 from internlm_lite.config.schema import Config
+from internlm_lite.errors import ConfigError
 from internlm_lite.runtime.tool import ToolConsole, run_tool
 
 _WIDTH = 110
@@ -44,11 +48,49 @@ def dry_run(config: Config, world_size: int, options: PlanOptions) -> int:
     return run_tool(lambda: _show(plan(), options))
 
 
+@dataclass(frozen=True)
+class FitOptions:
+    """What `--fit` is asked."""
+
+    gpus: int
+    memory: int | None = None
+    """Bytes of a GPU; None: of the device."""
+    device: str = "auto"
+    as_json: bool = False
+    config: Path = Path()
+    """The file that the layout is written above."""
+    out: Path | None = None
+
+
+def dry_fit(config: Config, options: FitOptions) -> int:
+    """Show the fastest layouts of a config that fit, and write the first one. Returns 0, or an error's exit code."""
+    return run_tool(lambda: _show_fit(config, options))
+
+
+def _show_fit(config: Config, options: FitOptions) -> int:
+    device = load_device("h100" if options.device in ("auto", "cuda") else options.device)
+    memory = options.memory or int((device.memory_gib or 0) * 2**30)
+    if not memory:
+        raise ConfigError(f"--fit: {device.name} does not say its memory; give --memory, such as 80GB")
+    room = Room(options.gpus, memory, device)
+    found = fit(config, room)
+    if options.out is not None:
+        write_overlay(found[0], options.config, options.out)
+    if options.as_json:
+        print(json.dumps(fit_json(found, room), indent=2))
+    else:
+        _console().print(render_fit(found, room))
+    return 0
+
+
+def _console() -> ToolConsole:
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return ToolConsole(width=None if on_terminal else _WIDTH, highlight=False)
+
+
 def _show(plan: RunPlan, options: PlanOptions) -> int:
     if options.as_json:
         print(json.dumps(plan.to_json(), indent=2))
     else:
-        on_terminal = sys.stdout is not None and sys.stdout.isatty()
-        rendered = render(plan, components=options.components or bool(options.lengths))
-        ToolConsole(width=None if on_terminal else _WIDTH, highlight=False).print(rendered)
+        _console().print(render(plan, components=options.components or bool(options.lengths)))
     return 0

@@ -83,6 +83,8 @@ class DeviceFile(_Strict):
     """What a process can use of the device's memory; None: not said."""
     intra_node: Link
     inter_node: Link
+    host_link: Link = Link(gb_per_s=25, latency_us=10)
+    """Between a GPU and pinned memory of its host, one way."""
     sources: dict[str, str] = {}
     """Key -> where its figure comes from."""
 
@@ -140,7 +142,7 @@ _OTHERS = {
     "attention_tflops": "an object of {forward, backward} by kernel",
     "kernel_fraction": f"an object of {', '.join(KernelFractions.model_fields)}",
     "gpus_per_node": "a whole number above 0",
-    **dict.fromkeys(("intra_node", "inter_node"), "an object of gb_per_s and latency_us"),
+    **dict.fromkeys(("intra_node", "inter_node", "host_link"), "an object of gb_per_s and latency_us"),
     "sources": "an object of texts",
 }
 """What a key of a file holds that is no number."""

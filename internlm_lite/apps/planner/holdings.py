@@ -7,12 +7,14 @@ Ranks that differ only in tp, zero or replica hold the same amounts, so one rank
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 
+from internlm_lite.apps.planner.bucket_sizes import BucketSizes
+from internlm_lite.apps.planner.gather_counts import planned_gathers, whole_gradients
 from internlm_lite.config.schema import Config, EmaConfig
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.layout import Parameter
@@ -20,47 +22,6 @@ from internlm_lite.mesh.mesh import Sizes, plan_mesh, rank_of
 from internlm_lite.models.stages import Stages, build_stages, units_of
 from internlm_lite.optim.buckets import Bucket, build_buckets
 from internlm_lite.optim.rules import RULES
-
-
-@dataclass(frozen=True)
-class BucketSizes:
-    """Bytes of one bucket on one rank, padding included."""
-
-    weights: int
-    grads: int
-    shard_grads: int
-    """Bytes of the part of `grads` that this rank optimizes."""
-    masters: int
-    """fp32 copy of the shard's weights; 0 where the weights are their own masters."""
-    moments: int
-    """State of the update rule."""
-    expanded: int
-    """fp32 copy of a state in bf16; one bucket at a time has it, during the update. 0 without bf16."""
-    update_grads: int
-    """fp32 copy of the shard's gradient that the update rule reads; lives only during the update."""
-    partial_over: tuple[str, ...]
-    """Axes over which the shard's gradient is summed besides dp."""
-    shard_weights: int
-    """Bytes of the part of `weights` that this rank optimizes."""
-    units: tuple[int, ...]
-    """Units of the rank's stages, in forward order, with parameters in this bucket."""
-    product_flops: tuple[int, ...]
-    """Of matrix products in the update on each rank of `zero`, by all of its tensor-parallel ranks together."""
-    exchanged: int
-    """Bytes of what an update collects over `tp`, and again hands out."""
-    update_workspace: int
-    """Estimate of what the update of this bucket allocates besides."""
-    averages: int = 0
-    """Average of the shard's weights (EMA)."""
-    averages_moved: int = 0
-    """Bytes that its update reads and writes, per step: once in `ema.every` steps it reads it and the masters."""
-
-    @property
-    def update_traffic(self) -> int:
-        """Bytes that the update reads and writes: gradient in the dtype of the masters, masters, state; a fp32 copy of
-        that is made, read, written and rounded."""
-        exact = self.update_grads or self.shard_grads
-        return 2 * (self.masters or exact) + 2 * self.moments + 4 * self.expanded + exact
 
 
 @dataclass(frozen=True)
@@ -76,14 +37,23 @@ class RankHoldings:
     """Elements of parameters that each rank of `zero` optimizes, without padding."""
     buckets: tuple[BucketSizes, ...]
     """Buckets, in the order in which the backward pass completes them."""
+    gathered: int = 0
+    """Bytes of the weights that ZeRO stage 3 holds at the peak: those of two units, and small ones."""
 
     @property
     def weights(self) -> int:
-        return sum(bucket.weights for bucket in self.buckets)
+        """Bytes that last."""
+        return sum(bucket.weights for bucket in self.buckets if bucket.stage < 3)
 
     @property
     def gradients(self) -> int:
-        return sum(bucket.grads for bucket in self.buckets)
+        """Bytes that last."""
+        return sum(bucket.grads if bucket.stage == 1 else bucket.shard_grads for bucket in self.buckets)
+
+    @property
+    def whole(self) -> int:
+        """Bytes of weights and gradients that are whole for a while, at the peak."""
+        return self.gathered + whole_gradients(self.buckets)
 
     @property
     def optimizer(self) -> int:
@@ -109,13 +79,15 @@ def holdings(config: Config, sizes: Sizes, backend: AttentionBackend) -> tuple[l
         params = _parameters(stages)
         wholes.update({param.shard_spec.name: math.prod(param.shard_spec.shape) for param in params})
         buckets = build_buckets(list(params), mesh.zero, config, params)
+        gathers, gathered = planned_gathers(buckets, units_of(stages), mesh, config)
         held.append(
             RankHoldings(
                 pp=pp,
                 stages=stages,
                 parameters=sum(bucket.numel for bucket in buckets),
                 zero_elements=tuple(sum(b.elements_on(rank) for b in buckets) for rank in range(sizes.zero)),
-                buckets=tuple(bucket_sizes(bucket, params, config.ema) for bucket in buckets),
+                buckets=_sizes_of(buckets, params, gathers, config),
+                gathered=gathered,
             )
         )
     return held, sum(wholes.values())
@@ -123,10 +95,23 @@ def holdings(config: Config, sizes: Sizes, backend: AttentionBackend) -> tuple[l
 
 def rebucketed(held: RankHoldings, config: Config, sizes: Sizes) -> tuple[BucketSizes, ...]:
     """Buckets of these stages with another `config`, such as another reduce_bucket_size."""
+    return with_buckets(held, config, sizes).buckets
+
+
+def with_buckets(held: RankHoldings, config: Config, sizes: Sizes) -> RankHoldings:
+    """The same stages with the buckets of another `config`, such as another stage of ZeRO."""
     mesh = plan_mesh(sizes, rank_of(sizes, dp=0, tp=0, pp=held.pp), torch.device("meta"))
     params = _parameters(held.stages)
     buckets = build_buckets(list(params), mesh.zero, config, params)
-    return tuple(bucket_sizes(bucket, params, config.ema) for bucket in buckets)
+    gathers, gathered = planned_gathers(buckets, units_of(held.stages), mesh, config)
+    return replace(held, buckets=_sizes_of(buckets, params, gathers, config), gathered=gathered)
+
+
+def _sizes_of(
+    buckets: Sequence[Bucket], unit_of: Mapping[Parameter, int], gathers: Sequence[tuple[int, int]], config: Config
+) -> tuple[BucketSizes, ...]:
+    found = [bucket_sizes(bucket, unit_of, config.ema) for bucket in buckets]
+    return tuple(replace(one, gathers=count) for one, count in zip(found, gathers, strict=True))
 
 
 def _parameters(stages: Stages) -> dict[Parameter, int]:
@@ -140,7 +125,6 @@ def bucket_sizes(bucket: Bucket, unit_of: Mapping[Parameter, int], ema: EmaConfi
     rule = RULES[group.rule]
     state_tensors = len(rule.roles_with(group))
     exact = max(4, dtype.itemsize)  # updates are computed in fp32, or in the weights' own dtype if that is wider
-    half = dtype.itemsize < 4
     products = [0] * (bucket.weights.numel() // shard)
     for slot in bucket.slots:
         products[slot.start // shard] += rule.product_flops(slot.param, group)
@@ -151,12 +135,12 @@ def bucket_sizes(bucket: Bucket, unit_of: Mapping[Parameter, int], ema: EmaConfi
         weights=bucket.weights.nbytes,
         grads=bucket.grads.nbytes,
         shard_grads=bucket.grad_shard.nbytes,
-        masters=shard * exact if half else 0,
+        masters=bucket.master.nbytes if bucket.copies_master else 0,
         moments=state_tensors * shard * (2 if bf16 else exact),
         expanded=state_tensors * shard * exact if bf16 else 0,
-        update_grads=shard * exact if bucket.grads.dtype.itemsize < exact else 0,
+        update_grads=shard * exact if bucket.grad_shard.dtype.itemsize < exact else 0,
         partial_over=bucket.kind.partial_over,
-        shard_weights=bucket.weight_shard.nbytes,
+        shard_weights=shard * dtype.itemsize,
         units=tuple(sorted({unit_of[slot.param] for slot in bucket.slots})),
         product_flops=tuple(products),
         exchanged=exchanged,
@@ -164,4 +148,5 @@ def bucket_sizes(bucket: Bucket, unit_of: Mapping[Parameter, int], ema: EmaConfi
         update_workspace=(5 if exchanged else 1) * shard * exact * any(products),
         averages=0 if ema is None else shard * exact,
         averages_moved=0 if ema is None else 3 * shard * exact // ema.every,
+        stage=bucket.stage,
     )

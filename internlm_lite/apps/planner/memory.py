@@ -25,7 +25,8 @@ def row_shape(config: Config, backend: AttentionBackend, device: str) -> RowShap
         device,
         attention_by_document=backend in (AttentionBackend.SDPA, AttentionBackend.CUDNN),
         reference=backend is AttentionBackend.SDPA,
-        selective=config.model.checkpoint == "selective",
+        selective=config.model.recomputes_cheap,
+        offloaded=config.model.offloaded_layers,
         context=context.size,
         exchange=context.exchange,
     )
@@ -37,7 +38,7 @@ def stage_bytes(stage: Transformer, row: RowShape, recomputed: int) -> Bytes:
     In a pipeline the first layer's input lies in a receive buffer (`receive_buffers`), and the output is kept as well.
     """
     kept, hidden = stage.saved_bytes(row, recomputed=recomputed), stage.hidden_bytes(row)
-    if not stage.spec.first:
+    if not stage.spec.first and not stage.blocks()[0].host_bytes(row):
         kept["layer inputs"] -= hidden
     if not (stage.spec.first and stage.spec.last):
         kept["stage outputs"] = hidden
@@ -59,14 +60,23 @@ def most_kept(held: RankHoldings, row: RowShape, order: Sequence[Action], recomp
     return max((at(*moment) for moment in moments(order)), key=lambda found: sum(found.values()))
 
 
+def host_bytes(held: RankHoldings, row: RowShape, order: Sequence[Action]) -> int:
+    """Pinned host memory for activations, at the peak of a step."""
+    once = {number: stage.host_bytes(row) for number, stage in held.stages.items()}
+    return max(sum(count * once[number] for number, count in kept.items()) for kept, _ in moments(order))
+
+
 def receive_buffers(held: RankHoldings, row: RowShape, micro_num: int) -> int:
     """Bytes of torch's pipeline receive buffers: one per micro-batch and direction, kept between steps."""
     boundaries = sum((not stage.spec.first) + (not stage.spec.last) for stage in held.stages.values())
     return boundaries * micro_num * next(iter(held.stages.values())).hidden_bytes(row)
 
 
-def rank_bytes(held: RankHoldings, row: RowShape, micro_num: int, activations: int) -> RankBytes:
+def rank_bytes(
+    held: RankHoldings, row: RowShape, order: Sequence[Action], micro_num: int, recomputed: int
+) -> RankBytes:
     """Memory of every rank of this pipeline position."""
+    activations = sum(most_kept(held, row, order, recomputed).values())
     return RankBytes(
         weights=held.weights,
         gradients=held.gradients,
@@ -75,4 +85,6 @@ def rank_bytes(held: RankHoldings, row: RowShape, micro_num: int, activations: i
         buffers=receive_buffers(held, row, micro_num),
         workspace=held.stages[max(held.stages)].workspace_bytes(row),
         update=held.update,
+        host=host_bytes(held, row, order),
+        whole=held.whole,
     )

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from internlm_lite.apps.planner.bucket_sizes import BucketSizes
 from internlm_lite.apps.planner.device_file import DeviceFile, Link
-from internlm_lite.apps.planner.holdings import BucketSizes
 from internlm_lite.layers.costs import Message
 from internlm_lite.mesh.mesh import Sizes, axis_groups
 
@@ -72,9 +72,11 @@ def exposed(
     forward: Sequence[float],
     *,
     hidden: tuple[bool, bool],
+    micro_num: int = 1,
 ) -> Exposed:
-    """`backward`, `forward`: seconds of the rank's units, in forward order, in the last and in the first micro-batch;
-    `hidden`: whether gradients, and weights, are sent while others are computed."""
+    """`backward`, `forward`: seconds of the rank's units, in forward order, in one micro-batch; `hidden`: whether
+    gradients, and weights, are sent while others are computed. From ZeRO stage 2 on every micro-batch reduces, in
+    stage 3 it gathers, too."""
     zero = axes["zero"]
     scatters = [zero.seconds(Message("zero", "reduce_scatter", bucket.grads)) for bucket in buckets]
     gathers = [zero.seconds(Message("zero", "all_gather", bucket.weights)) for bucket in buckets]
@@ -85,8 +87,42 @@ def exposed(
     for bucket in buckets:
         for axis in ("replica", *bucket.partial_over):
             replicas += axes[axis].seconds(Message(axis, "all_reduce", bucket.shard_grads))
-    gathered = _gather(buckets, gathers, forward) if hidden[1] else sum(gathers)
-    return Exposed(scattered, replicas, gathered, sum(scatters) + sum(gathers))
+    all_scatters = sum(taken * one.reductions(micro_num) for one, taken in zip(buckets, scatters, strict=True))
+    all_gathers = sum(taken * one.gathered(micro_num) for one, taken in zip(buckets, gathers, strict=True))
+    if buckets[0].stage > 1:  # what the passes before the last one's do not hide
+        room = sum(backward) + sum(forward) if hidden[0] else 0.0
+        scattered += (micro_num - 1) * max(0.0, sum(scatters) - room)
+    if not hidden[1]:
+        gathered = all_gathers
+    elif any(per_micro for _, per_micro in (bucket.gathers for bucket in buckets)):
+        gathered = micro_num * _unit_gathers(buckets, gathers, scatters, (forward, backward))
+    else:
+        gathered = _gather(buckets, gathers, forward)
+    return Exposed(scattered, replicas, gathered, all_scatters + all_gathers)
+
+
+def _unit_gathers(
+    buckets: Sequence[BucketSizes],
+    gathers: Sequence[float],
+    scatters: Sequence[float],
+    passes: tuple[Sequence[float], Sequence[float]],
+) -> float:
+    """Seconds by which the passes of a micro-batch are late in stage 3: a unit's weights come while the one before it
+    computes; in the backward pass gradients of the one behind it leave on the same links.
+
+    `passes`: seconds of the units, forward and backward."""
+    forward, backward = passes
+    weights, gradients = [0.0] * len(forward), [0.0] * len(forward)
+    for bucket, gather, scatter in zip(buckets, gathers, scatters, strict=True):
+        if sum(bucket.gathers):
+            weights[bucket.units[0]] += gather * (bucket.gathers[1] > 0)
+            gradients[bucket.units[0]] += scatter
+    late = weights[0]
+    for unit in range(1, len(forward)):
+        late += max(0.0, weights[unit] - forward[unit - 1])
+        sent = weights[unit - 1] * (unit > 1) + (gradients[unit + 1] if unit + 1 < len(forward) else 0.0)
+        late += max(0.0, sent - backward[unit])
+    return late
 
 
 def _scatter(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from internlm_lite.apps.planner.clock import DocumentLengths, document_lengths
+from internlm_lite.apps.planner.clock import DocumentLengths, Ways, document_lengths
 from internlm_lite.apps.planner.components import components_of
+from internlm_lite.apps.planner.context_balance import ContextBalance, context_balance
 from internlm_lite.apps.planner.device_file import DeviceFile
 from internlm_lite.apps.planner.holdings import RankHoldings, holdings
 from internlm_lite.apps.planner.largest_batch import largest_batch
@@ -14,7 +15,7 @@ from internlm_lite.apps.planner.memory import most_kept, rank_bytes, row_shape
 from internlm_lite.apps.planner.report import GroupTable, RankBytes, RankPlan, RunPlan
 from internlm_lite.apps.planner.schedule import Action, actions_of, bubble_fraction, stage_cost
 from internlm_lite.apps.planner.step_clock import StepClock, clock_plan, present_ways
-from internlm_lite.apps.planner.traffic import messages, traffic
+from internlm_lite.apps.planner.traffic import host_traffic, messages, traffic
 from internlm_lite.config.batch_sizes import with_warmup_steps
 from internlm_lite.config.run_stages import RunStage, in_stage, peak_rate
 from internlm_lite.config.schema import Config
@@ -61,7 +62,7 @@ def make_plan(
     parallel = config.parallel
     sizes = sizes_of(world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1, parallel.context.size)
     whole, opened = _opened(config, sizes)
-    batches, lengths = _first_batches(whole, opened)
+    batches, lengths, balance = _first_batches(whole, opened, sizes.cp)
     uses = tuple(stage_uses(whole.data, opened))
     largest = max((use.stage for use in uses), key=lambda stage: stage.row_tokens)
     config = in_stage(whole, uses[0].stage)
@@ -70,8 +71,7 @@ def make_plan(
     row = row_shape(in_stage(whole, largest), backend, device)
     orders = actions_of(config.schedule, sizes.pp, config.model.num_chunks, data.micro_num)
     n_bytes = _rank_bytes(config, held, orders, row)
-    sent = [traffic(messages(row, sizes, own, data.micro_num), sizes) for own in held]
-    costs = {number: stage_cost(stage, data.seq_len) for own in held for number, stage in own.stages.items()}
+    sent = [_sent(row, sizes, own, data.micro_num) for own in held]
 
     def peak(micro_bsz: int) -> int:
         longer = replace(row, tokens=micro_bsz * data.seq_len // sizes.cp)
@@ -89,10 +89,11 @@ def make_plan(
         tokens_per_step=tokens_per_step,
         steps_total=data.total_steps,
         tokens_total=sum(use.tokens for use in uses),
-        bubble_fraction=bubble_fraction(orders, [costs[number] for number in sorted(costs)]),
+        bubble_fraction=_bubble(held, orders, data.seq_len),
         tflops_per_gpu=tflops,
         stages=uses,
         batches=batches,
+        balance=balance,
         groups=_groups(sizes),
         components=components_of(config, sorted({*(use.stage.seq_len for use in uses), *questions.lengths})),
         learning_rates=dict(_learning_rates(whole)),
@@ -101,21 +102,39 @@ def make_plan(
         if questions.timed is None
         else clock_plan(
             StepClock(questions.timed, config, sizes, held, orders),
-            present_ways(config, row, lengths, questions.timed),
+            _ways(config, row, lengths, balance, questions.timed),
             f"of the first {len(batches)} batches",
         ),
         notes=[*_notes(config, sizes), *_stage_notes(uses, largest), *_length_notes(config, questions.lengths)],
     )
 
 
+def _bubble(held: Sequence[RankHoldings], orders: Sequence[Sequence[Action]], seq_len: int) -> float:
+    costs = {number: stage_cost(stage, seq_len) for own in held for number, stage in own.stages.items()}
+    return bubble_fraction(orders, [costs[number] for number in sorted(costs)])
+
+
+def _sent(row: RowShape, sizes: Sizes, own: RankHoldings, micro_num: int) -> dict[str, int]:
+    """Bytes that a rank of a pipeline position sends in a step, by axis, and to its host and back."""
+    return {**traffic(messages(row, sizes, own, micro_num), sizes), "host": host_traffic(own, row, micro_num)}
+
+
+def _ways(
+    config: Config, row: RowShape, lengths: DocumentLengths, balance: Sequence[ContextBalance], device: DeviceFile
+) -> Ways:
+    """How the slowest of the first steps computes."""
+    ways = present_ways(config, row, lengths, device)
+    return replace(ways, imbalance=max((one.imbalance for one in balance), default=1.0))
+
+
 def _activations(
     config: Config, held: Sequence[RankHoldings], orders: Sequence[Sequence[Action]], row: RowShape
 ) -> dict[str, Bytes]:
     """Of the rank that keeps most, by what is recomputed."""
-    whole = replace(row, selective=False)
+    whole = replace(row, selective=False, offloaded=0)
     cases = {
         "off": (whole, 0),
-        "selective": (replace(row, selective=True), 0),
+        "selective": (replace(whole, selective=True), 0),
         "configured": (row, config.model.recomputed_layers),
         "all": (whole, config.model.num_layers),
     }
@@ -131,8 +150,7 @@ def _rank_bytes(
 ) -> list[RankBytes]:
     """Memory of a rank of each pipeline position."""
     recomputed, micro_num = config.model.recomputed_layers, config.data.micro_num
-    kept = [most_kept(own, row, order, recomputed) for own, order in zip(held, orders, strict=True)]
-    return [rank_bytes(own, row, micro_num, sum(sizes.values())) for own, sizes in zip(held, kept, strict=True)]
+    return [rank_bytes(own, row, order, micro_num, recomputed) for own, order in zip(held, orders, strict=True)]
 
 
 def _learning_rates(config: Config) -> Iterator[tuple[int, float]]:
@@ -162,15 +180,20 @@ def _opened(config: Config, sizes: Sizes) -> tuple[Config, TrainingData]:
     return with_warmup_steps(config, sizes.dp), opened
 
 
-def _first_batches(config: Config, opened: TrainingData) -> tuple[tuple[StepFigures, ...], DocumentLengths]:
-    """(figures of the first steps, lengths of their documents)"""
+def _first_batches(
+    config: Config, opened: TrainingData, context: int
+) -> tuple[tuple[StepFigures, ...], DocumentLengths, tuple[ContextBalance, ...]]:
+    """(figures of the first steps, lengths of their documents, how `context` ranks share their attention)"""
     data = config.data
     steps = min(data.total_steps, SHOWN_STEPS, max(1, MOST_ROWS // (data.micro_num * opened.order.dp_size)))
-    figures, rows = [], []
+    figures, rows, balance = [], [], []
     for step in walk_steps(opened, steps):
         figures.append(step.figures)
-        rows += [borders for batch in step.batches for borders in batch.cu_seqlens_host]
-    return tuple(figures), document_lengths(rows)
+        own = [borders for batch in step.batches for borders in batch.cu_seqlens_host]
+        rows += own
+        if context > 1:
+            balance.append(context_balance(step.figures.step, own, config.model, context))
+    return tuple(figures), document_lengths(rows), tuple(balance)
 
 
 def _ranks(
@@ -215,11 +238,13 @@ def _layout(config: Config, sizes: Sizes, backend: AttentionBackend) -> dict[str
         "cp": sizes.cp,
         "zero": sizes.zero,
         "replica": sizes.replica,
+        "zero_stage": config.parallel.zero_stage,
         "schedule": config.schedule if sizes.pp > 1 else None,
         "stages": sizes.pp * config.model.num_chunks,
         "sequence_parallel": config.parallel.sequence_parallel,
         "recomputed_layers": config.model.recomputed_layers,
-        "selective_recomputation": config.model.checkpoint == "selective",
+        "selective_recomputation": config.model.recomputes_cheap,
+        "offloaded_layers": config.model.offloaded_layers,
         "micro_num": config.data.micro_num,
         "micro_bsz": config.data.micro_bsz,
         "seq_len": config.data.seq_len,

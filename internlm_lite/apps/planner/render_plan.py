@@ -54,6 +54,8 @@ def _table(*columns: str) -> Table:
 def _title(plan: RunPlan) -> Text:
     sizes, layout = plan.sizes, plan.layout
     details = [f"zero {sizes.zero} x replica {sizes.replica}"]
+    if layout["zero_stage"] > 1:
+        details.append(f"stage {layout['zero_stage']}")
     if layout["sequence_parallel"]:
         details.append("sequence parallel")
     if layout["schedule"]:
@@ -149,14 +151,23 @@ def _memory(plan: RunPlan) -> Iterator[RenderableType]:
     shares = sorted({rank.zero_elements for rank in plan.ranks})
     span = " to ".join(f"{share:,}" for share in dict.fromkeys((shares[0], shares[-1])))
     yield _note(f"optimizer: masters and moments of {span} elements")
-    yield _note("other: receive buffers of the pipeline, and an estimate of what a single computation takes")
+    if host := max(rank.bytes.host for rank in plan.ranks):
+        yield _note(f"on the host of each rank, pinned: {human_bytes(host)} of activations")
+    yield _note("other: receive buffers of the pipeline, weights and gradients that are whole for a while, and an")
+    yield _note("estimate of what a single computation takes")
 
 
 def _memory_cells(rank: RankPlan, unit: int) -> Iterator[str]:
     sizes = rank.bytes
     yield " ".join(f"{start}-{stop - 1}" for start, stop in rank.layers)
     yield f"{rank.parameters:,}"
-    for size in (sizes.weights, sizes.gradients, sizes.optimizer, sizes.activations, sizes.buffers + sizes.workspace):
+    for size in (
+        sizes.weights,
+        sizes.gradients,
+        sizes.optimizer,
+        sizes.activations,
+        sizes.buffers + sizes.whole + sizes.workspace,
+    ):
         yield f"{size / unit:.2f}"
     yield f"[bold]{sizes.peak / unit:.2f}[/]"
 
@@ -178,6 +189,8 @@ def _positions(plan: RunPlan) -> Iterator[tuple[RankPlan, str, int]]:
 def _activations(plan: RunPlan) -> Iterator[RenderableType]:
     layout = plan.layout
     this_run = "selective" if layout["selective_recomputation"] else f"{layout['recomputed_layers']} layers"
+    if layout["offloaded_layers"]:
+        this_run = f"{layout['offloaded_layers']} layers on the host"
     shown = {"off": "nothing", "selective": "selective", "configured": f"{this_run}, this run", "all": "all layers"}
     cases = [plan.activations[name] for name in shown]
     most = max(sum(case.values()) for case in cases)
@@ -188,7 +201,11 @@ def _activations(plan: RunPlan) -> Iterator[RenderableType]:
     def row(name: str, sizes: Sequence[int]) -> None:
         table.add_row(name, *(f"{size / unit:.2f}" if size else "-" for size in sizes))
 
-    names = [name for name in cases[0] if max(case.get(name, 0) for case in cases) >= _LEAST_FRACTION * most]
+    names = [
+        name
+        for name in dict.fromkeys(component for case in cases for component in case)
+        if max(case.get(name, 0) for case in cases) >= _LEAST_FRACTION * most
+    ]
     for component in names:
         row(component, [case.get(component, 0) for case in cases])
     rest = [sum(size for component, size in case.items() if component not in names) for case in cases]
@@ -295,3 +312,8 @@ def _batches(plan: RunPlan) -> Iterator[RenderableType]:
         step, tokens, *others = dataclasses.astuple(figures)
         table.add_row(str(step), f"{tokens:,}", *map(str, others))
     yield table
+    for one in plan.balance:
+        yield _note(
+            f"step {one.step}: {one.attention_flops:.4e} FLOPs of attention over these documents; the busiest "
+            f"context-parallel rank has {one.imbalance:.4f} of the mean"
+        )

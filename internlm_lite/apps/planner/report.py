@@ -1,8 +1,8 @@
 """A finished plan and its JSON form. Sizes in bytes, times in seconds; the keys are stable:
 
 job, world_size      the run
-layout               {tp, pp, dp, zero, replica, schedule, stages, sequence_parallel, recomputed_layers,
-                     selective_recomputation, micro_num, micro_bsz, seq_len, dtype, attention}
+layout               {tp, pp, dp, zero, replica, zero_stage, schedule, stages, sequence_parallel, recomputed_layers,
+                     selective_recomputation, offloaded_layers, micro_num, micro_bsz, seq_len, dtype, attention}
 parameters_total     of the whole model
 components           of the whole model, once, whatever the layout, without padding:
     lengths          tokens of documents that FLOPs are counted for: seq_len, and those asked for
@@ -23,11 +23,12 @@ ranks                all ranks of a world of up to 64, else one of each kind. Fo
     layers           [first, last + 1] of each pipeline stage it holds
     parameters       elements it holds
     zero_elements    elements that it optimizes, without padding
-    bytes            {weights, gradients, optimizer, activations, buffers, workspace, update, peak}: see `RankBytes`
-    traffic_bytes    {tp, pp, zero, replica, ends, world}: bytes it sends in a step
+    bytes            {weights, gradients, optimizer, activations, buffers, workspace, update, host, whole, peak}: see
+                     `RankBytes`
+    traffic_bytes    {tp, pp, zero, replica, ends, world}: bytes it sends in a step; host: to its host and back
 activations          {off, selective, configured, all}: bytes by component on the rank with the most, if nothing,
                      what is cheap, what is configured, or every layer is recomputed in the backward pass
-traffic_bytes        {tp, pp, zero, replica, ends, world} of the rank that sends most, in a step
+traffic_bytes        {tp, pp, zero, replica, ends, world, host} of the rank that sends most, in a step
 flops_per_step       F of monitor/flops.py (InternLM's formula), all ranks together
 flops_per_token      F per token of the step
 tokens_per_step      of all data-parallel ranks
@@ -45,6 +46,8 @@ stages               [{stage, batches, steps, tokens, values, folders}] of each 
                      the longest rows, tokens_per_step, FLOPs and times those of the first one
 batches              the first steps: {step, tokens, num_samples_in_batch, largest_length, largest_batch,
                      smallest_batch}, as in the step line
+balance              with context parallelism, of the first steps: {step, attention_flops, imbalance}: see
+                     `ContextBalance`
 groups               {axis: {size, count, step, first}}: the ranks of a group are r, r + step, ... (`size` of them)
                      for each r in `first`, which names the first rank of up to 64 groups
 clock                null without --device NAME or FILE; else the predicted step:
@@ -71,6 +74,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from internlm_lite.apps.planner.components import Component, Components
+from internlm_lite.apps.planner.context_balance import ContextBalance
 from internlm_lite.apps.planner.largest_batch import LargestBatch
 from internlm_lite.data.demand import StageUse
 from internlm_lite.data.render_batches import StepFigures
@@ -83,7 +87,7 @@ class RankBytes:
     """Memory of one rank."""
 
     weights: int
-    """In the model's dtype; like the next two, with padding of the buckets."""
+    """In the model's dtype; like the next two, with padding of the buckets, and what lasts: see `whole`."""
     gradients: int
     optimizer: int
     """fp32 masters, state of the update rule and average of the weights, of the rank's shard."""
@@ -92,15 +96,20 @@ class RankBytes:
     buffers: int
     """Receive buffers of the pipeline."""
     workspace: int
-    """Estimate of the temporary memory of one operation: logits of a chunk, or one layer's backward pass."""
+    """Estimate of the temporary memory of one operation: logits of a chunk, or one layer's backward pass, beside which
+    activations come back from the host."""
     update: int
     """fp32 gradients of the shard during the optimizer's update, when activations are freed."""
+    host: int = 0
+    """Pinned memory of the host, for activations; not in `peak`."""
+    whole: int = 0
+    """Weights and gradients that ZeRO stages 2 and 3 hold for a while: of a unit, and of the next one."""
 
     @property
     def peak(self) -> int:
         """Peak bytes at any time."""
         lasting = self.weights + self.gradients + self.optimizer + self.buffers
-        return lasting + max(self.activations + self.workspace, self.update)
+        return lasting + max(self.activations + self.workspace + self.whole, self.update)
 
 
 @dataclass(frozen=True)
@@ -199,6 +208,7 @@ class RunPlan:
     tflops_per_gpu: float | None
     stages: tuple[StageUse, ...]
     batches: tuple[StepFigures, ...]
+    balance: tuple[ContextBalance, ...]
     groups: Mapping[str, GroupTable]
     components: Components
     learning_rates: Mapping[int, float]
@@ -246,6 +256,7 @@ class RunPlan:
             "days": self.days,
             "stages": [_stage_json(use) for use in self.stages],
             "batches": [dataclasses.asdict(figures) for figures in self.batches],
+            "balance": [dataclasses.asdict(one) for one in self.balance],
             "groups": {axis: dataclasses.asdict(table) for axis, table in self.groups.items()},
             "clock": None if self.clock is None else dataclasses.asdict(self.clock),
             "notes": self.notes,

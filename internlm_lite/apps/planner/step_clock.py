@@ -8,9 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from internlm_lite.apps.planner.clock import DTYPES, DocumentLengths, Roofline, Seconds, Ways, document_lengths
+from internlm_lite.apps.planner.bucket_sizes import BucketSizes
+from internlm_lite.apps.planner.clock import (
+    DTYPES,
+    DocumentLengths,
+    Roofline,
+    Seconds,
+    UnitSeconds,
+    Ways,
+    document_lengths,
+    stage_seconds,
+)
 from internlm_lite.apps.planner.device_file import DeviceFile
-from internlm_lite.apps.planner.holdings import BucketSizes, RankHoldings, holdings, rebucketed
+from internlm_lite.apps.planner.holdings import RankHoldings, holdings, rebucketed
 from internlm_lite.apps.planner.memory import row_shape
 from internlm_lite.apps.planner.overlap import Exposed, exposed, network
 from internlm_lite.apps.planner.report import BucketClock, Change, ClockPlan, ExpensiveTerm
@@ -43,16 +53,17 @@ class StepClock:
     def seconds(self, ways: Ways, bucket_size: int | None = None) -> Seconds:
         """Of one step, by row of the plan and kind of kernel; `bucket_size`: instead of the config's."""
         axes, roofline = network(self.device, self.sizes), self._roofline(ways)
-        stages = {number: roofline.stage(stage) for own in self.held for number, stage in own.stages.items()}
+        timed = [{number: roofline.units(stage.units()) for number, stage in own.stages.items()} for own in self.held]
+        stages = {number: stage_seconds(units) for own in timed for number, units in own.items()}
         costs = [stages[number] for number in sorted(stages)]
         hidden = next(iter(self.held[0].stages.values())).hidden_bytes(ways.row)
         end = last_end(self.orders, costs, axes["pp"].seconds(Message("pp", "send", hidden)))
         found = []
-        for own, order in zip(self.held, self.orders, strict=True):
-            buckets = self._buckets(own, bucket_size)
-            times = self._busy(own, roofline)
+        for own, order, by_stage in zip(self.held, self.orders, timed, strict=True):
+            buckets, units = self._buckets(own, bucket_size), [unit for many in by_stage.values() for unit in many]
+            times = self._busy(units)
             times.add("bubble", "messages", end - busy_time(order, costs))
-            waits = self._exposed(own, roofline, buckets)
+            waits = self._exposed(units, buckets)
             times.add("reduce-scatter", "messages", waits.scatter)
             times.add("all-reduce of replicas", "messages", waits.replicas)
             times.add("gather of weights", "messages", waits.gather)
@@ -64,9 +75,12 @@ class StepClock:
     def buckets(self, ways: Ways) -> Iterator[BucketClock]:
         """What each size of buckets leaves exposed, on the rank that waits most."""
         roofline = self._roofline(ways)
+        timed = [roofline.units(_units(own)) for own in self.held]
         configured = self.config.hybrid_zero_optimizer.reduce_bucket_size
         for size in sorted({configured, *BUCKETS}, reverse=True):
-            waits = [self._exposed(own, roofline, self._buckets(own, size)) for own in self.held]
+            waits = [
+                self._exposed(units, self._buckets(own, size)) for own, units in zip(self.held, timed, strict=True)
+            ]
             worst = max(waits, key=lambda one: one.scatter + one.gather)
             count = max(len(self._buckets(own, size)) for own in self.held)
             yield BucketClock(size, count, worst.scatter, worst.gather, worst.fraction)
@@ -81,16 +95,14 @@ class StepClock:
         zero = self.config.hybrid_zero_optimizer.model_copy(update={"reduce_bucket_size": size})
         return rebucketed(own, self.config.model_copy(update={"hybrid_zero_optimizer": zero}), self.sizes)
 
-    def _busy(self, own: RankHoldings, roofline: Roofline) -> Seconds:
+    def _busy(self, units: Sequence[UnitSeconds]) -> Seconds:
         times = Seconds()
-        for unit in _units(own):
-            one = roofline.unit(unit)
+        for one in units:
             for direction in (one.forward, one.backward):
                 times.add_all(direction, self.config.data.micro_num)
         return times
 
-    def _exposed(self, own: RankHoldings, roofline: Roofline, buckets: Sequence[BucketSizes]) -> Exposed:
-        units = [roofline.unit(unit) for unit in _units(own)]
+    def _exposed(self, units: Sequence[UnitSeconds], buckets: Sequence[BucketSizes]) -> Exposed:
         zero = self.config.hybrid_zero_optimizer
         return exposed(
             buckets,
@@ -98,6 +110,7 @@ class StepClock:
             [unit.backward.total() for unit in units],
             [unit.forward.total() for unit in units],
             hidden=(zero.overlap_sync_grad, zero.overlap_sync_param),
+            micro_num=self.config.data.micro_num,
         )
 
 
@@ -230,6 +243,7 @@ def _expensive(terms: dict[str, float], clock: StepClock, ways: Ways) -> list[Ex
         "optimizer": "data.micro_num larger, or parallel.zero1=-1 over more ranks",
         "gaps": "data.micro_bsz larger: kernels that take longer",
         "recomputation": "a smaller model.checkpoint, where memory allows",
+        "offload": "a smaller model.offload_share, where memory allows, or rows of more tokens",
         "tensor parallel": "a smaller parallel.tensor, inside a node",
         "context parallel": "a smaller parallel.context, inside a node, or another parallel.context.exchange",
         "bubble": "data.micro_num larger, model.num_chunks > 1, or parallel.pipeline.schedule='zbv'",

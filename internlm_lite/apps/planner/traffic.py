@@ -17,7 +17,7 @@ def messages(row: RowShape, sizes: Sizes, holding: RankHoldings, micro_num: int)
     """Messages that a rank of this pipeline position sends in a step of `micro_num` micro-batches."""
     once = [message for stage in holding.stages.values() for message in stage.messages(row)]
     found = [replace(message, times=message.times * micro_num) for message in once]
-    found += [*_pipeline(row, holding, micro_num), *_optimizer(holding)]
+    found += [*_pipeline(row, holding, micro_num), *_optimizer(holding, micro_num)]
     return [message for message in found if message.times and _group_size(sizes, message.axis) > 1]
 
 
@@ -27,6 +27,11 @@ def traffic(found: Sequence[Message], sizes: Sizes) -> dict[str, int]:
     for message in found:
         totals[message.axis] += message.sent(_group_size(sizes, message.axis))
     return {axis: round(total) for axis, total in totals.items()}
+
+
+def host_traffic(holding: RankHoldings, row: RowShape, micro_num: int) -> int:
+    """Bytes between a device and its host in a step: activations that leave, and return."""
+    return 2 * micro_num * sum(stage.host_bytes(row) for stage in holding.stages.values())
 
 
 def _group_size(sizes: Sizes, axis: str) -> int:
@@ -44,12 +49,12 @@ def _pipeline(row: RowShape, holding: RankHoldings, micro_num: int) -> Iterator[
             yield Message("pp", "send", stage.hidden_bytes(row), micro_num, backward=True)
 
 
-def _optimizer(holding: RankHoldings) -> Iterator[Message]:
+def _optimizer(holding: RankHoldings, micro_num: int) -> Iterator[Message]:
     for bucket in holding.buckets:
-        yield Message("zero", "reduce_scatter", bucket.grads)
+        yield Message("zero", "reduce_scatter", bucket.grads, bucket.reductions(micro_num))
         yield Message("replica", "all_reduce", bucket.shard_grads)
         for axis in bucket.partial_over:  # partial gradients of whole parameters
             yield Message(axis, "all_reduce", bucket.shard_grads)
         yield Message("tp", "all_to_all", bucket.exchanged, times=2 * (bucket.exchanged > 0))
-        yield Message("zero", "all_gather", bucket.weights)
+        yield Message("zero", "all_gather", bucket.weights, bucket.gathered(micro_num))
     yield Message("world", "all_reduce", 6 * 8)  # gradient norm, labels, loss, requests to stop

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from internlm_lite.apps.bench.gpu.step_speed import shape_config
+from internlm_lite.apps.planner.bucket_sizes import BucketSizes
 from internlm_lite.apps.planner.clock import KIND_OF_PASS, DocumentLengths, Seconds, Ways, document_lengths
 from internlm_lite.apps.planner.command import PlanOptions, dry_run
 from internlm_lite.apps.planner.device_file import (
@@ -20,7 +21,6 @@ from internlm_lite.apps.planner.device_file import (
     device_of,
     load_device,
 )
-from internlm_lite.apps.planner.holdings import BucketSizes
 from internlm_lite.apps.planner.overlap import Axis, exposed
 from internlm_lite.apps.planner.plan import Questions, make_plan
 from internlm_lite.apps.planner.report import ClockPlan

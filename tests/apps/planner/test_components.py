@@ -190,7 +190,7 @@ def test_what_a_person_sees(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--dry-run", "--memory=80"], "argument --memory: found '80', expected a size with its unit, such as 80GB"),
+        (["--dry-run", "--memory=80G"], "argument --memory: found '80G', expected a size with its unit, such as 80GB"),
         (["--dry-run", "--memory=nanGB"], "argument --memory: found 'nanGB', expected"),
         (["--dry-run", "--memory=-1GiB"], "argument --memory: found '-1GiB', expected"),
         (["--dry-run", "--lengths=1024,x"], "argument --lengths: found '1024,x', expected tokens, such as 1024,16384"),

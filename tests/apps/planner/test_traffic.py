@@ -88,6 +88,30 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         },
     ),
     "four stages": (4, {"parallel": {"pipeline": {"size": 4}}, "model": {"tie_word_embeddings": True}}),
+    "stage 2, zero and replica": (4, {"parallel": {"zero1": 2, "zero_stage": 2}}),
+    "stage 2, interleaved, bf16": (
+        4,
+        {
+            "parallel": {"zero_stage": 2, "pipeline": {"size": 2}},
+            "model": {"num_chunks": 2, "dtype": "torch.bfloat16"},
+        },
+    ),
+    "stage 3, tied": (
+        2,
+        {
+            "parallel": {"zero_stage": 3},
+            "model": {"tie_word_embeddings": True, "embed_split_hidden": False, "dtype": "torch.bfloat16"},
+        },
+    ),
+    "stage 3, weights kept": (2, {"parallel": {"zero_stage": 3, "reshard_after_forward": False}}),
+    "stage 3, sp, recomputed": (
+        4,
+        {"parallel": {"zero_stage": 3, "tensor": 2, "sequence_parallel": True}, "model": {"checkpoint": True}},
+    ),
+    "stage 3, pp, tied": (
+        4,
+        {"parallel": {"zero_stage": 3, "pipeline": {"size": 2}}, "model": {"tie_word_embeddings": True}},
+    ),
     "cp, grouped": (2, {"parallel": {"context": {"size": 2}}, "model": {"num_kv_attention_heads": 2}}),
     "cp, tp, half of the layers recomputed, zero and replica": (
         8,

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,9 +34,9 @@ _CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
 """Bytes of one chunk's logits: small enough for a CPU's cache, large enough for efficient matrix products on a GPU."""
 
 
-@dataclass(frozen=True)
-class TokenLosses:
-    """Losses of a row of T tokens. Only `scaled_sum` is differentiable."""
+class TokenLosses(NamedTuple):
+    """Losses of a row of T tokens. Only `scaled_sum` is differentiable. A tuple, because DeepSpeed's stage 3 looks for
+    the tensors that a module returns in tuples, lists and dicts alone."""
 
     scaled_sum: torch.Tensor
     """Scalar to differentiate: `scale` times the sum over tokens of the loss with label smoothing and z-loss."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -165,6 +165,10 @@ class HybridZeroOptimizer:
 
     def _gather_weights(self) -> None:
         self._gatherer.start([shard.weights for shard in self._updates.shards])
+
+    def whole(self, unit: nn.Module) -> AbstractContextManager[object]:
+        """Inside the block the weights of `unit` are at hand, to be changed on all ranks alike. Collective."""
+        return nullcontext()
 
     def wait_weights(self) -> None:
         """Wait until all weights are current. Call it before reading weights in any way except calling the units."""

@@ -13,7 +13,6 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from internlm_lite.batch import Batch
 from internlm_lite.config.run_stages import stages_of
@@ -27,9 +26,9 @@ from internlm_lite.models.initialise import initialise
 from internlm_lite.models.stages import Stages, build_stages, units_of
 from internlm_lite.monitor.metrics import Collected, FolderMetrics
 from internlm_lite.optim.grad_norm import Requests
-from internlm_lite.optim.zero import HybridZeroOptimizer, StepOutcome
-from internlm_lite.pipeline.engine import Engine, HiddenShape, OneRank, Pipeline
+from internlm_lite.optim.zero import StepOutcome
 from internlm_lite.runtime.device import torch_dtype
+from internlm_lite.train.engines import build_engines
 from internlm_lite.train.profiling import Stopwatch
 
 
@@ -82,10 +81,9 @@ class Trainer:
         if config.model.fp8:
             require_float8(mesh.device)
         self.stages = build_stages(config, mesh, self.backend)
-        self.optimizer = HybridZeroOptimizer(units_of(self.stages), config, mesh, dtype)
+        self.optimizer, self.engine = build_engines(config, mesh, self.stages, dtype)
         if draw_weights and mesh.device.type != "meta":  # where tensors have no values
             self.draw_weights()
-        self.engine = build_engine(config, mesh, self.stages)
         self.metrics = FolderMetrics(folders, mesh)
         """Metrics of the training steps since they were last collected."""
         self.fwd_bwd_time = Stopwatch(mesh.device)
@@ -93,7 +91,9 @@ class Trainer:
 
     def draw_weights(self) -> None:
         """Initialise the weights from `config.seed`. Not collective."""
-        initialise(nn.ModuleList(self.stages.values()), self._seed)
+        for unit in units_of(self.stages):
+            with self.optimizer.whole(unit):
+                initialise(unit, self._seed)
         self.optimizer.adopt_weights()
 
     def enter_stage(self, stage: int) -> None:
@@ -156,23 +156,3 @@ class Trainer:
                 self.engine.evaluate(BatchTask(self.stages, batch, one, metrics, loss_sum), batch.micro_num)
                 batch_done()
         return metrics.collect()
-
-
-def build_engine(config: Config, mesh: Mesh, stages: Stages) -> Engine:
-    """The engine for this rank's `stages`: `OneRank` without pipeline parallelism, else `Pipeline`."""
-    if mesh.pp.size == 1:
-        return OneRank()
-    tp_ctx = next(iter(stages.values())).tp_ctx
-    return Pipeline(
-        stages,
-        mesh.pp,
-        schedule=config.schedule,
-        shape=HiddenShape(
-            rows=tp_ctx.rows(config.data.micro_bsz * config.data.seq_len),
-            hidden_size=config.model.hidden_size,
-            dtype=tp_ctx.dtype,
-            device=mesh.device,
-        ),
-        early_receive=config.parallel.pipeline.interleaved_overlap,
-        pop_deferred=tp_ctx.weight_grads.pop_deferred,
-    )

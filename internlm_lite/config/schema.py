@@ -647,22 +647,22 @@ class ParallelConfig(Section):
 
 
 class EngineConfig(Section):
-    """(new) Who shards, reduces and updates. Model, data, loop, step line, guards and checkpoints are the same, and a run
-    may go on with the other engine."""
+    """(new) Who shards, reduces and updates. Model, data, loop, step line, guards and checkpoints are the same, and a
+    run may go on with the other engine."""
 
     name: Literal["native", "deepspeed"] = "native"
-    """"native": this package. "deepspeed": DeepSpeed's ZeRO, for tensor = pipeline = 1, with AdamW by torch's fused kernel;
-    needs `pip install internlm_lite[deepspeed]`."""
+    """"native": this package. "deepspeed": DeepSpeed's ZeRO, for tensor = pipeline = 1, with AdamW by torch's fused
+    kernel; `pip install internlm_lite[deepspeed]`."""
     stage: Literal[1, 2, 3] = 1
-    """deepspeed: what is sharded over the data-parallel ranks. 1: optimizer state. 2: gradients, too. 3: weights, too."""
+    """deepspeed: what is sharded over data-parallel ranks. 1: optimizer state. 2: gradients, too. 3: weights, too."""
     offload: Literal["none", "cpu", "nvme"] = "none"
-    """deepspeed: where master weights and optimizer state are, and the update takes place. "cpu": in host memory. "nvme":
-    in files, with stage 3; tensors of less than 1 MB stay in host memory."""
+    """deepspeed: where master weights and optimizer state are, and where the update takes place. "cpu": in host memory.
+    "nvme": in files, with stage 3; tensors of less than 1 MB stay in host memory."""
     nvme_path: str | None = None
     """deepspeed: folder of these files, on a disk of this host. They are of no use after the run."""
     overlap: bool = False
-    """deepspeed: its overlap_comm, reduction beside the backward pass, on a GPU. Off, because several of its releases gave
-    wrong gradients with it: compare losses before you rely on it."""
+    """deepspeed: its overlap_comm: reduce beside the backward pass, on a GPU. Off, because releases of it gave wrong
+    gradients with it: compare losses before you rely on it."""
 
 
 class GuardConfig(Section):

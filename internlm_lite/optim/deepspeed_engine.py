@@ -1,9 +1,9 @@
 """DeepSpeed's ZeRO behind the interface of `optim.zero.HybridZeroOptimizer`.
 
-    backward passes, reduction, where state lies, gathers       DeepSpeed
-    update                                                      torch's fused AdamW, called by DeepSpeed on its flat tensors
-    norm, clip factor, skipped steps, learning rates, beta2     ours: the kernel is told the factor and whether to skip
-    checkpoints                                                 ours: pieces of parameters, as every other layout has them
+    backward passes, reduction, gathers, where state lies      DeepSpeed
+    update                                                     torch's fused AdamW, which it calls on its flat tensors
+    norm, clip factor, skipped steps, learning rates, beta2    ours: the kernel is told the factor, and whether to skip
+    checkpoints                                                ours: pieces of parameters, as of any other layout
 
 So both engines decide the same after the same gradients, and one goes on from the checkpoint of the other. The loss was
 multiplied by 1 / tokens and DeepSpeed takes the mean over data-parallel ranks: the true gradient is the mean * tokens *
@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any, NoReturn, cast
 
 import torch
@@ -73,7 +74,7 @@ class _Root(nn.Module):
 
 
 class DeepSpeedOptimizer:
-    """One step: `begin()`; per micro-batch `accumulate()`; then `step()`. Methods are collective unless said otherwise."""
+    """One step: `begin()`; per micro-batch `accumulate()`; then `step()`. Methods are collective unless said."""
 
     average = None
     before_exchange: Callable[[], object]
@@ -109,7 +110,8 @@ class DeepSpeedOptimizer:
             for block in parts.blocks:
                 self._deepspeed.utils.set_z3_leaf_module(block, True)
         wanted = settings(self._config, self._mesh.device, sum(self._numels))
-        engine, *_ = self._deepspeed.initialize(model=self._root, optimizer=rule, config=wanted)
+        with redirect_stdout(StringIO()):  # it prints how much memory is in use
+            engine, *_ = self._deepspeed.initialize(model=self._root, optimizer=rule, config=wanted)
         for unit, param in parts.borrowed if self._stage == 3 else ():
             self._deepspeed.zero.register_external_parameter(unit, param)
         return engine
@@ -134,9 +136,14 @@ class DeepSpeedOptimizer:
         self._engine.backward(self._engine(), scale_wrt_gas=False)
 
     def compute(self, run: Callable[[], torch.Tensor]) -> None:
-        """`run` with all weights at hand, without gradients."""
+        """`run`, without gradients. `release` afterwards."""
         self._root.run = run
         self._root()
+
+    def release(self) -> None:
+        """Free weights that stage 3 has at hand after forward passes alone."""
+        if self._stage == 3:
+            self._engine.empty_partition_cache()
 
     @torch.no_grad()
     def step(
@@ -173,13 +180,14 @@ class DeepSpeedOptimizer:
         )
 
     def _update(self, rates: torch.Tensor, second_beta: float, factor: torch.Tensor, skipped: torch.Tensor) -> None:
-        """DeepSpeed's step, in which torch's kernel divides gradients by 1 / `factor`, and changes nothing if `skipped`."""
+        """DeepSpeed's step; in it torch's kernel divides gradients by 1 / `factor`, or does nothing if `skipped`."""
         rule, device = self._shards.rule, self._shards.flats()[0].device
         for group, row, torch_group in zip(self._groups, self._rows, rule.param_groups, strict=True):
             rate = rates[row].to(device)
             torch_group["lr"] = rate.float() if rate.is_cuda else rate
             torch_group["betas"] = (group.beta1, second_beta if group.beta2 is None else group.beta2)
-        rule.grad_scale = factor.reciprocal().float().to(device)  # type: ignore[attr-defined]  # as torch's GradScaler does
+        # As torch's GradScaler tells a fused optimizer.
+        rule.grad_scale = factor.reciprocal().float().to(device)  # type: ignore[attr-defined]
         rule.found_inf = skipped.float().to(device)  # type: ignore[attr-defined]
         self._engine.step()
 
@@ -223,7 +231,7 @@ class DeepSpeedOptimizer:
         self._copied = {}
 
     def _flats(self) -> list[dict[str, torch.Tensor]]:
-        """{role: tensor} of each flat tensor, to read or to load into; of those in files copies, until the next step."""
+        """{role: tensor} of each flat tensor, to read or load into; of those in files copies, until the next step."""
         found = []
         for flat in range(len(self._shards.flats())):
             with self._shards.present(flat) as tensors:

@@ -5,8 +5,7 @@ Only what is asked for is loaded, so that a run of our own engine never imports 
 
 from __future__ import annotations
 
-import logging
-import sys
+import warnings
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,8 +27,8 @@ _COMPILED_COMM = "deepspeed_shm_comm"
 
 
 def require_deepspeed(config: Config, device: torch.device) -> None:
-    """Raises MissingPackageError or ConfigError if engine.name is "deepspeed" and this process cannot serve `engine`: to
-    be called before there is a process group."""
+    """Raises MissingPackageError or ConfigError if engine.name is "deepspeed" and this process cannot serve `engine`.
+    Call it before there is a process group."""
     engine = config.engine
     if engine.name != "deepspeed":
         return
@@ -64,11 +63,9 @@ def _require_async_io(path: str, device: torch.device) -> None:
 def import_deepspeed(device: torch.device) -> ModuleType:
     """The package, told which device this process has; on a CPU without the kernels that it would compile."""
     set_deepspeed_variables(device.type, device.index or 0)
-    first = "deepspeed" not in sys.modules
     import deepspeed
 
-    if first:
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # it calls them
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__[_COMPILED_COMM] = False
     return deepspeed

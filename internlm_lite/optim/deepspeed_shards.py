@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps this rank's part of master weights, state and gradients, as flat tensors and pieces of parameters.
+"""Where DeepSpeed keeps this rank's part of master weights, state and gradients, as flat tensors.
 
     stages 1, 2    a flat fp32 tensor for each group of parameters, which lie in it end to end: cut anywhere
     stage 3        a flat fp32 tensor for each sub-group; every parameter is cut into as many parts as there are ranks,

@@ -28,6 +28,7 @@ class DeepSpeedPasses:
     def evaluate(self, task: Task, micro_num: int) -> None:
         for micro in range(micro_num):
             self._optimizer.compute(partial(_loss, task, micro))
+        self._optimizer.release()
 
     def set_rows(self, rows: int) -> None:
         pass

@@ -50,7 +50,7 @@ def engine_problems(config: Config) -> Iterator[Problem]:
         why = (
             "its loss scale would be a second one beside grad_scaler"
             if "16" in config.model.dtype
-            else "its masters are fp32"
+            else "its master weights are fp32"
         )
         text = f'expected "torch.bfloat16" or "torch.float32", because {why}'
         yield _refused("model.dtype", shown(config.model.dtype), text)

@@ -110,9 +110,12 @@ def largest_difference(found: State, expected: State, role: str) -> float:
 
 
 def test_all_stages_and_offload_to_the_host_agree_with_ours(tmp_path: Path) -> None:
-    """Six updates on two ranks: weights drawn to the same bits, loss and norm within 1e-6. Blocks call methods of
-    layers besides `forward`, before which stage 3 gathers nothing, so a block is gathered as a whole; a tied head reads the
-    weight of another module; the embedding's input needs no gradient, so nothing frees its weight afterwards."""
+    """Six updates on two ranks: weights drawn to the same bits, loss and norm within 1e-6.
+
+    Blocks call methods of layers besides `forward`, before which stage 3 gathers nothing, so a block is gathered as a
+    whole; a tied head reads the weight of another module; nothing frees the embedding's weight, whose input needs no
+    gradient.
+    """
     model = {"tie_word_embeddings": True, "checkpoint": 0.5, "residual_dropout": 0.1}
     results = run_world(compared, 2, (ENGINES, tmp_path, model), timeout_seconds=500)[0]
     curve, drawn, trained = results["ours"]

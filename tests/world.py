@@ -67,10 +67,11 @@ def run_world(
     tensor: int = 1,
     pipeline: int = 1,
     zero1: int = -1,
+    context: int = 1,
     timeout_seconds: float = 120,
 ) -> list[Any]:
     """Run fn(mesh, *args) on `size` ranks; returns their results in rank order, which must pickle (tensors do)."""
-    layout = {"tensor": tensor, "pipeline": pipeline, "zero1": zero1}
+    layout = {"tensor": tensor, "pipeline": pipeline, "zero1": zero1, "context": context}
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
         for rank in range(size):

@@ -58,8 +58,8 @@ def job_of(arguments: argparse.Namespace, loaded: LoadedConfig, plan: RunPlan, n
     peak = human_bytes(max(rank.bytes.peak for rank in plan.ranks))
     return SlurmJob(
         name=loaded.config.JOB_NAME,
-        about=f"{loaded.config.JOB_NAME}: {nodes} x {per_node} {'GPUs' if on_gpus else 'processes'} = dp {sizes.dp} x "
-        f"tp {sizes.tp} x pp {sizes.pp}; about {peak} on the fullest rank",
+        about=f"{loaded.config.JOB_NAME}: {nodes} x {per_node} {'GPUs' if on_gpus else 'processes'} = "
+        f"{sizes.axes}; about {peak} on the fullest rank",
         nodes=nodes,
         per_node=per_node,
         on_gpus=on_gpus,

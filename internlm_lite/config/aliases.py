@@ -261,13 +261,14 @@ def _no_load_info(t: Translation, key: str) -> None:
 def _parallel(t: Translation) -> None:
     zero1, tensor = t.layer.get("parallel.zero1"), t.layer.get("parallel.tensor")
     if isinstance(zero1, dict) and _has_only(t, "parallel.zero1", ("size", "fsdp")):
-        if zero1.get("fsdp"):
-            t.refuse("parallel.zero1", f"found {shown(zero1)}: fsdp is not available; write fsdp=False")
-        else:
-            t.replace("parallel.zero1", {"parallel.zero1": zero1.get("size", -1)})
+        stage = {"parallel.zero_stage": 3} if zero1.get("fsdp") else {}
+        t.replace("parallel.zero1", {"parallel.zero1": zero1.get("size", -1), **stage})
     if isinstance(tensor, dict) and _has_only(t, "parallel.tensor", ("size", "mode", "sp", *_OVERLAPS)):
         _tensor(t, tensor)
     _pipeline(t)
+    context = t.layer.get("parallel.context")
+    if isinstance(context, int) and not isinstance(context, bool):
+        t.replace("parallel.context", {"parallel.context.size": context})
     weight = t.layer.get("parallel.weight")
     if t.layer.has("parallel.weight"):
         if asks_for_nothing(weight):

@@ -1,7 +1,4 @@
-"""Cross checks: keys that are valid one by one but contradict each other. Each check yields a Problem naming them.
-
-world = data * tensor * pipeline        every split size divides what it splits
-"""
+"""Cross checks: keys that are valid one by one but contradict each other. Each check yields a Problem naming them."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ from packaging.version import InvalidVersion, Version
 
 from internlm_lite.config.engine_checks import engine_problems
 from internlm_lite.config.keys import known_keys, value_of
+from internlm_lite.config.layout_checks import heads_problems, row_problems, world_problems
 from internlm_lite.config.model_checks import model_problems
 from internlm_lite.config.paths import (
     S3_FORM,
@@ -30,9 +28,9 @@ from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
 from internlm_lite.config.schema import AlertsConfig, CkptConfig, Config, LrSchedulerConfig, OptimizerConfig, Section
 from internlm_lite.config.stage_checks import length_problems, stage_problems
 from internlm_lite.config.task_checks import task_problems
+from internlm_lite.config.zero_checks import zero_problems
 from internlm_lite.errors import ConfigError
 
-_TENSOR = "parallel.tensor"
 _STAGES = "parallel.pipeline.size"
 _SCHEDULE = "parallel.pipeline.schedule"
 _CHUNKS = "model.num_chunks"
@@ -78,8 +76,9 @@ _MOST = {
     "monitor.alerts.silent_seconds": 10**9,
     "monitor.report_every_seconds": 10**9,
     "monitor.sample_tokens": 10**6,
+    "parallel.context.size": 10**6,
+    "parallel.tensor": 10**6,
     _STAGES: 10**6,
-    _TENSOR: 10**6,
 }
 """Far above every run; larger values would fill the memory, or overflow, before anything is checked."""
 
@@ -91,10 +90,12 @@ def cross_problems(config: Config, world_size: int | None) -> Iterator[Problem]:
         yield from odd
         return
     if world_size is not None:
-        yield from _world(config, world_size)
+        yield from world_problems(config, world_size)
     yield from model_problems(config)
     yield from _pipeline(config)
-    yield from _sequence(config)
+    yield from zero_problems(config)
+    yield from row_problems(config)
+    yield from heads_problems(config)
     yield from _precision(config)
     yield from length_problems(config)
     yield from stage_problems(config, _of_rows)
@@ -135,24 +136,6 @@ def _sizes(config: Config) -> Iterator[Problem]:
         value = value_of(config, key)
         if isinstance(value, int | float) and value > most:
             yield Problem((key,), f"found {value}, expected at most {most}; change the value")
-
-
-def _world(config: Config, world: int) -> Iterator[Problem]:
-    parallel = config.parallel
-    ranks = parallel.tensor * parallel.pipeline.size
-    if world % ranks:
-        yield Problem(
-            (_TENSOR, _STAGES),
-            f"one copy of the model takes {parallel.tensor} * {_STAGES} {parallel.pipeline.size} = {ranks} processes; "
-            f"found {world} process{'es' if world > 1 else ''}, expected a multiple of {ranks}; "
-            "start more (srun -n, torchrun --nproc_per_node, --world-size of a dry run), or change the layout",
-        )
-    elif parallel.zero1 > 1 and (world // ranks) % parallel.zero1:
-        yield Problem(
-            ("parallel.zero1",),
-            f"found {parallel.zero1}, expected a divisor of the data parallel size {world // ranks} "
-            f"({world} processes / {ranks} per model), -1 for all of it, or 1 for none",
-        )
 
 
 def _pipeline(config: Config) -> Iterator[Problem]:
@@ -216,19 +199,9 @@ def _old_torch() -> Version | None:
     return found if found.release < (2, 13) else None
 
 
-def _sequence(config: Config) -> Iterator[Problem]:
-    tensor, tokens = config.parallel.tensor, config.data.micro_bsz * config.data.seq_len
-    if config.parallel.sequence_parallel and tokens % tensor:
-        yield Problem(
-            ("parallel.sequence_parallel", "data.seq_len", "data.micro_bsz", _TENSOR),
-            f"found True with rows of micro_bsz * seq_len = {tokens} tokens, expected a multiple of {_TENSOR} "
-            f"{tensor}; change one of them",
-        )
-
-
 def _of_rows(config: Config) -> Iterator[Problem]:
     """Problems that the length of a row and the rotary base may make."""
-    yield from _sequence(config)
+    yield from row_problems(config)
     yield from model_problems(config)
 
 

@@ -16,6 +16,8 @@ _NAME = "engine.name"
 _ALONE = {
     "parallel.tensor": "it splits no layers",
     "parallel.pipeline.size": "its pipeline needs models of its own",
+    "parallel.context.size": "its own kind cuts no packed documents",
+    "parallel.zero_stage": "engine.stage says it",
     "ema": "its optimizer keeps no average",
     "optimizer.moments": "its optimizer keeps fp32 moments",
     "model.use_fp32_norm": "it stores all weights in one dtype",

@@ -97,8 +97,8 @@ NO_EFFECT_IF: Mapping[str, tuple[Sequence[Any], str]] = {
     "data.use_flash_style_data_format": ((True,), "training rows are always packed"),
     "data.valid_pack_mode": ((None,), "validation rows are packed as training rows are"),
     "data.use_packed_dataset": ((True,), "training rows are always packed"),
-    "full_kv_zigzag_with_full_dkv": ((False,), "context parallelism is not supported"),
-    "hybrid_zero_optimizer.partition_grad": ((False,), "gradients are whole on every rank, as in ZeRO-1"),
+    "full_kv_zigzag_with_full_dkv": ((False,), "parallel.context balances the work by itself"),
+    "hybrid_zero_optimizer.partition_grad": ((False,), "parallel.zero_stage=2 shares gradients"),
     "model.adapt_hf": ((True,), "adapt_hf=False pairs neighbouring elements in the rotary embedding, here element i "
                                 "with i + head_dim/2: remove it to train anew; convert weights trained with it"),
     "model.attention_type": (("GQA", "MHA"), "model.num_kv_attention_heads is the number of key and value heads"),
@@ -126,14 +126,14 @@ NO_EFFECT_IF: Mapping[str, tuple[Sequence[Any], str]] = {
 FEATURES: Mapping[str, tuple[str, str]] = {
     r"(num|n)_(local_|routed_|shared_)?experts?|(use_)?(moe|tutel)(_.*)?|experts?(_.*)?|ep(_size)?|top_?k|router_.*|"
     r".*aux_loss.*|capacity_factor|first_k_dense_replace": ("a mixture of experts", "every block has one dense MLP"),
-    r"(ring|usp|ulysses|context)(_(?!length).*)?|cp(_size|_degree)?|sequence_2d|.*_(ring|ulysses)(_.*)?|(uly|ring)_sp|"
+    r"(ring|usp|ulysses)(_.*)?|context_(?!length).*|cp(_size|_degree)?|sequence_2d|.*_(ring|ulysses)(_.*)?|(uly|ring)_sp|"
     r"ds_sequence_parallel.*": (
-        "context parallelism (ring, Ulysses)", "long rows: parallel.sequence_parallel and model.checkpoint"),
+        "context parallelism by another name", "here it is parallel.context=dict(size=k, exchange='gather')"),
     r"weight_parallel.*|isp(_.*)?": (
         "weight parallelism (isp)", "parallel.zero1 spreads the optimizer state, parallel.tensor the weights"),
-    r"(use_)?(fsdp|hsdp)\d?(_.*)?|zero_?3.*|zero_?stage|zero_optimization|dp_shard.*|data_parallel_shard_degree": (
-        "sharding of weights between steps (FSDP, ZeRO-2 and 3)",
-        "parallel.zero1 spreads the optimizer state, parallel.tensor and parallel.pipeline the weights"),
+    r"(use_)?(fsdp|hsdp)\d?(_.*)?|zero_?3.*|zero_optimization|dp_shard.*|data_parallel_shard_degree": (
+        "sharding of weights by another name",
+        "here it is parallel.zero_stage=3, or 2 for gradients alone"),
     r".*offload.*": ("offloading to host memory", "model.checkpoint and parallel.zero1 save device memory"),
     r"(q_|kv_)lora_rank|(use_)?mla|qk_(nope|rope)_head_dim|v_head_dim|multi_latent_attention": (
         "multi-head latent attention", "model.num_kv_attention_heads gives grouped-query attention"),

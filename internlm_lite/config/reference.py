@@ -36,7 +36,8 @@ names with a leading `_` are ignored. Any wrong key, type, range or combination 
 - `skip_batches` is `"1-3,7"`: batch ids from 0, ends included. `rampup_batch_size` is `"start increment every"`,
   in steps, or `"start increment every tokens"`.
 - Later spellings are understood, each with a note: `ckpt.load_ckpt_info`, `parallel.zero1=dict(size=...)`,
-  `parallel.tensor=dict(size=..., mode=...)`, `parallel.pipeline=2`, `model_type`, top-level `use_fp32_norm`.
+  `parallel.tensor=dict(size=..., mode=...)`, `parallel.pipeline=2`, `parallel.context=2`, `model_type`, top-level
+  `use_fp32_norm`.
 """
 _LEFT_OUT = re.compile(r"left out: (\S+)\.$", re.IGNORECASE)
 

@@ -85,17 +85,18 @@ def stage_at(config: Config, step: int) -> RunStage:
 
 
 def peak_rate(config: Config, step: int) -> float:
-    """The peak learning rate of update `step`."""
-    lr = stage_at(config, step).lr if config.stages else None
-    return config.adam.lr if lr is None else lr
+    """The peak learning rate of update `step`: that of the stage whose batch it trains on."""
+    if not config.stages:
+        return config.adam.lr
+    *_, last = planned_spans(config.data, stages_of(config.data, config.stages), None, step + 1)
+    return config.adam.lr if last.stage.lr is None else last.stage.lr
 
 
 def peak_rates(config: Config, steps: int) -> Iterator[float]:
     """`peak_rate` of the first `steps` updates."""
-    stages = stages_of(config.data, config.stages)
-    for stage in stages:
-        stop = steps if stage.stop is None else min(steps, stage.stop)
-        yield from repeat(config.adam.lr if stage.lr is None else stage.lr, max(0, stop - stage.start))
+    for span in planned_spans(config.data, stages_of(config.data, config.stages), None, steps):
+        rate = config.adam.lr if span.stage.lr is None else span.stage.lr
+        yield from repeat(rate, len(span.batches) if span.trained else 0)
 
 
 def in_stage(config: Config, stage: RunStage) -> Config:

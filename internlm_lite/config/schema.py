@@ -633,15 +633,38 @@ class PipelineConfig(Section):
     """Schedules with chunks: True: receive early, while something else is computed. False: receive right before use."""
 
 
+class ContextConfig(Section):
+    """(new) Context parallelism: the tokens of each row are cut over ranks; documents never leak."""
+
+    size: Positive = 1
+    """Context-parallel ranks, neighbours that hold the same weights. Each has micro_bsz * seq_len / size tokens of a
+    row, and as much attention work as the others, whatever the documents. Optimizer state is shared over these and the
+    data-parallel ranks."""
+    exchange: Literal["gather", "ring", "ulysses"] = "gather"
+    """How queries meet the keys of other ranks. "gather": keys and values of all ranks are gathered in each layer.
+    "ring": they travel from rank to rank while others are computed. "ulysses": ranks exchange tokens for heads."""
+
+
 class ParallelConfig(Section):
-    """The layout: world size = data * tensor * pipeline."""
+    """The layout: world size = data * context * tensor * pipeline."""
 
     zero1: int = -1
-    """Ranks that share one copy of the optimizer state: <= 0 all data-parallel ranks, 1 none, k a divisor of them."""
+    """Ranks that share one copy of the optimizer state: <= 0 all ranks that hold the same weights (data times context
+    parallel), 1 none, k a divisor of them."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """(new) What these ranks share, besides the optimizer state. 2: gradients too, which are reduced after every
+    micro-batch. 3: weights too, which are gathered block by block, before its forward pass and before its backward
+    pass."""
+    reshard_after_forward: bool = True
+    """(new) With zero_stage=3: True: a block's weights are freed between its forward and its backward pass. False: they
+    stay from the first forward pass of a step to the last backward pass: one gather a step, as much memory for weights
+    as with zero_stage=2 meanwhile. A pipeline always keeps them."""
     tensor: Positive = 1
     """Tensor-parallel ranks, usually the GPUs of one node."""
     pipeline: PipelineConfig = PipelineConfig()
     """Pipeline-parallel ranks."""
+    context: ContextConfig = ContextConfig()
+    """Context-parallel ranks."""
     sequence_parallel: bool = False
     """Split activations outside attention and MLP along the sequence over the tensor-parallel ranks."""
 

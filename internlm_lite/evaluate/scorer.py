@@ -5,8 +5,9 @@ done.
     others    lead(work):                jobs        -> share -> results           -> ... -> end
 
 So ranks cannot disagree about what is asked, and only rank 0 reads task files. Data-parallel ranks share the rows of a
-job; the tensor and pipeline ranks of each compute theirs together. A rank that fails inside a job ends, which the
-others see as a lost peer; what fails on rank 0 between jobs is raised on all.
+job, unless they have to compute all of them together (`WholeModel.together`); the tensor and pipeline ranks of each do.
+A rank that fails inside a job ends, which the others see as a lost peer; what fails on rank 0 between jobs is raised on
+all.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ class Scorer:
         each."""
         self._model, self._mesh, self._decode = model, mesh, tokenizer.decode
         self._row_tokens, self._progress = row_tokens, progress
+        self._share = slice(None) if model.together else slice(mesh.alike_rank, None, mesh.sizes.alike)
+        """This rank's rows of a job's."""
         self._in_job = False
 
     def lead(self, work: Callable[[], T]) -> T:
@@ -100,7 +103,7 @@ class Scorer:
         self._in_job = True
         found = self._compute(comm.broadcast_object(job, self._mesh.world))
         self._in_job = False
-        assert sorted(found) == list(range(size)), "every row is computed by exactly one data-parallel rank"
+        assert sorted(found) == list(range(size)), "every row is computed"
         return [found[number] for number in range(size)]
 
     def _compute(self, job: Any) -> dict[int, Any]:
@@ -116,7 +119,7 @@ class Scorer:
         same: dict[tuple[int, ...], list[int]] = {}
         for number, window in enumerate(windows):
             same.setdefault(window.tokens, []).append(number)
-        rows = sorted(same, key=lambda tokens: (-len(tokens), tokens))[self._mesh.dp.rank :: self._mesh.dp.size]
+        rows = sorted(same, key=lambda tokens: (-len(tokens), tokens))[self._share]
         for batch in _batches(rows, self._row_tokens):
             asked = [(row, number) for row, tokens in enumerate(batch) for number in same[tokens]]
             yield from self._score_row(batch, [(row, number, windows[number].targets) for row, number in asked])
@@ -157,7 +160,7 @@ class Scorer:
     def _generated(self, job: Generation) -> Iterator[tuple[int, str]]:
         requests = job.requests
         order = sorted(range(len(requests)), key=lambda n: (-len(requests[n].prompt), n))
-        mine = order[self._mesh.dp.rank :: self._mesh.dp.size]
+        mine = order[self._share]
         for start in range(0, len(mine), MOST_GENERATED):
             numbers = mine[start : start + MOST_GENERATED]
             found = generate(self._model, [requests[n] for n in numbers], job.sampling, self._decode)

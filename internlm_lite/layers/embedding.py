@@ -26,6 +26,8 @@ class Embedding(CostedLayer):
     GLM-130B, arXiv:2210.02414, section 2.2), before positions are added. `partial_over`: see `ShardSpec.partial_over`.
     """
 
+    weights_in_backward = False
+
     def __init__(
         self, name: str, config: ModelConfig, tp_ctx: TensorParallelContext, partial_over: tuple[str, ...] = ()
     ) -> None:

@@ -222,18 +222,16 @@ def packed(
         return packed_sdpa(cu_seqlens_host, drop)
     last = cu_seqlens_host.index(cu_seqlens_host[-1])  # kernels have failed at documents without tokens
     boundaries, cu_seqlens = cu_seqlens_host[: last + 1], cu_seqlens[: last + 1]
+    kernel = varlen_kernel(backend)
+
+    def varlen(run: slice) -> Attend:
+        own = cu_seqlens[run]
+        own = own - own[0] if run.start else own
+        return partial(kernel, Bounds(own, own, max_seqlen, max_seqlen))
+
     if backend is AttentionBackend.CUDNN:
-        varlen = partial(_torch_varlen, max_seqlen=max_seqlen)
-        return in_runs(
-            boundaries, _suits_cudnn, _causal_cudnn, lambda run: partial(varlen, _from_zero(cu_seqlens, run))
-        )
-    kernel = _torch_varlen if backend is AttentionBackend.TORCH_VARLEN else partial(_flash_attn, NEEDS[backend].module)
-    return partial(kernel, cu_seqlens, max_seqlen=max_seqlen)
-
-
-def _from_zero(cu_seqlens: torch.Tensor, run: slice) -> torch.Tensor:
-    own = cu_seqlens[run]
-    return own - own[0] if run.start else own
+        return in_runs(boundaries, _suits_cudnn, _causal_cudnn, varlen)
+    return varlen(slice(0, len(boundaries)))
 
 
 def _suits_cudnn(length: int) -> bool:
@@ -244,15 +242,33 @@ def _causal_cudnn(
     rule: AttentionRule, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, docs: EqualDocuments
 ) -> torch.Tensor:
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return _causal(rule, q, k, v, docs)
+        return causal(rule, q, k, v, docs)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Where the queries and the keys of each sequence begin and end, in one call of a kernel. The last query of a
+    sequence sees all of its keys, each one before it one key less."""
+
+    queries: torch.Tensor
+    """[n + 1] int32 on the device, from 0; no sequence without tokens."""
+    keys: torch.Tensor
+    most_queries: int
+    """At least those of the longest sequence."""
+    most_keys: int
+
+
+def varlen_kernel(backend: AttentionBackend) -> Callable[..., torch.Tensor]:
+    """(bounds, rule, q, k, v) -> as q, of a backend that has a kernel."""
+    module = NEEDS[backend].module
+    return partial(_flash_attn, module) if module else _torch_varlen
 
 
 def _flash_attn(
     module: str,
-    cu_seqlens: torch.Tensor,
+    bounds: Bounds,
     rule: AttentionRule,
     *qkv: torch.Tensor,
-    max_seqlen: int,
 ) -> torch.Tensor:
     """A flash-attn package's kernel; its versions 2 to 4 name these arguments alike."""
     q = qkv[0]
@@ -270,10 +286,10 @@ def _flash_attn(
         options["softmax_scale"] = rule.scale
     out = importlib.import_module(module).flash_attn_varlen_func(
         *qkv,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen,
+        cu_seqlens_q=bounds.queries,
+        cu_seqlens_k=bounds.keys,
+        max_seqlen_q=bounds.most_queries,
+        max_seqlen_k=bounds.most_keys,
         causal=True,
         deterministic=torch.are_deterministic_algorithms_enabled(),
         **options,
@@ -282,13 +298,7 @@ def _flash_attn(
 
 
 def _torch_varlen(
-    cu_seqlens: torch.Tensor,
-    rule: AttentionRule,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    max_seqlen: int,
+    bounds: Bounds, rule: AttentionRule, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -303,7 +313,7 @@ def _torch_varlen(
         options["enable_gqa"] = True
     else:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return kernel(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+    return kernel(q, k, v, bounds.queries, bounds.keys, bounds.most_queries, bounds.most_keys, **options)
 
 
 def packed_sdpa(boundaries: tuple[int, ...], drop: Drop | None = None) -> Attend:
@@ -311,7 +321,7 @@ def packed_sdpa(boundaries: tuple[int, ...], drop: Drop | None = None) -> Attend
 
     No mask over the row, so the work is the sum of the squared lengths, not T^2. Runs on every device and dtype.
     """
-    return in_runs(boundaries, lambda length: True, partial(_causal, drop=drop), _no_varlen)
+    return in_runs(boundaries, lambda length: True, partial(causal, drop=drop), _no_varlen)
 
 
 def _no_varlen(run: slice) -> Attend:
@@ -346,7 +356,7 @@ def in_runs(
     return attend
 
 
-def _causal(
+def causal(
     rule: AttentionRule,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -354,8 +364,8 @@ def _causal(
     docs: EqualDocuments,
     drop: Drop | None = None,
 ) -> torch.Tensor:
-    """Attention within each of `docs`; q, k, v [count * length, heads, head_dim]."""
-    reaches_all = rule.window is None or docs.length <= rule.window
+    """Attention within each of `docs`; q [count * length, heads, head_dim], k, v [count * (before + length), ...]."""
+    reaches_all = (rule.window is None or docs.length <= rule.window) and not docs.before
     if rule.softcap is not None or drop is not None or not reaches_all:
         return attend_in_blocks(rule, q, k, v, docs, drop)
     q, k, v = (x.unflatten(0, (docs.count, docs.length)).transpose(1, 2) for x in (q, k, v))

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from internlm_lite.batch import IGNORE
 from internlm_lite.layers.tensor_parallel import accumulation_dtype
-from internlm_lite.layers.weight_grads import add_product, report_grad
+from internlm_lite.layers.weight_grads import add_product, grad_buffer, report_grad
 from internlm_lite.mesh.comm import all_reduce
 from internlm_lite.mesh.conjugate import gather_last
 from internlm_lite.mesh.mesh import Group
@@ -241,7 +241,8 @@ class _Gradients:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.dhidden = torch.empty_like(hidden)
         self.dbias = None if bias is None else torch.zeros_like(bias, dtype=accumulation_dtype(bias.dtype))
-        self.main_grad: torch.Tensor | None = getattr(weight, "main_grad", None)
+        has_buffer = getattr(weight, "main_grad", None) is not None
+        self.main_grad = grad_buffer(weight) if has_buffer else None
         several, wide = chunk < hidden.shape[0], accumulation_dtype(weight.dtype)
         if self.main_grad is not None and not (several and self.main_grad.dtype != wide):
             self.dweight = self.main_grad

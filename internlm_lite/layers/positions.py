@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.layers.costs import Bytes, CostedLayer, Pass, RowShape
 from internlm_lite.layers.tensor_parallel import TensorParallelContext, accumulation_dtype
-from internlm_lite.layers.weight_grads import gradient_passes, report_grad
+from internlm_lite.layers.weight_grads import grad_buffer, gradient_passes, report_grad
 from internlm_lite.mesh.layout import Parameter, parameter, split
 
 _BASE = 10000.0
@@ -36,7 +36,7 @@ class _LookUp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (rows,), grad = ctx.saved_tensors, ctx.weight.main_grad
+        (rows,), grad = ctx.saved_tensors, grad_buffer(ctx.weight)
         grad.index_add_(0, rows, grads[0].to(grad.dtype))
         report_grad(ctx.weight)
         return None, None

@@ -55,35 +55,44 @@ def in_sight(rule: AttentionRule, queries: torch.Tensor, keys: torch.Tensor) -> 
     return seen if rule.window is None else seen & (queries - keys < rule.window)
 
 
-def softmax_weights(rule: AttentionRule, q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """Of the g query heads of each key head: q [.., g, n, D], k [.., m, D], seen that broadcasts -> [.., g, n, m],
-    whose rows sum to 1, in the dtype of sums."""
+def capped_scores(rule: AttentionRule, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Of the g query heads of each key head: q [.., g, n, D], k [.., m, D] -> [.., g, n, m] in the dtype of sums,
+    without a mask."""
     wide = accumulation_dtype(q.dtype)
-    scale = q.shape[-1] ** -0.5 if rule.scale is None else rule.scale
-    scores = _of_groups(q.to(wide) * scale, k.to(wide).mT)
-    if rule.softcap is not None:
-        scores = rule.softcap * torch.tanh(scores / rule.softcap)
-    return scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
+    scores = of_groups(q.to(wide) * scale_of(rule, q.shape[-1]), k.to(wide).mT)
+    return scores if rule.softcap is None else rule.softcap * torch.tanh(scores / rule.softcap)
+
+
+def scale_of(rule: AttentionRule, head_dim: int) -> float:
+    """Of q k^T."""
+    return float(head_dim**-0.5) if rule.scale is None else rule.scale
+
+
+def softmax_weights(rule: AttentionRule, q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """`capped_scores` where `seen`, which broadcasts, is true -> weights, whose rows sum to 1."""
+    return capped_scores(rule, q, k).masked_fill(~seen, -math.inf).softmax(dim=-1)
 
 
 def weighted_values(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """weights [.., g, n, m], v [.., m, D] -> [.., g, n, D], in the dtype of `weights`."""
-    return _of_groups(weights, v.to(weights.dtype))
+    return of_groups(weights, v.to(weights.dtype))
 
 
-def _of_groups(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+def of_groups(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """[.., g, n, a] times [.., a, b]: all heads of a group in one product, so that the matrix is not repeated."""
     return (rows.flatten(-3, -2) @ matrix).unflatten(-2, rows.shape[-3:-1])
 
 
 @dataclass(frozen=True)
 class EqualDocuments:
-    """Neighbouring documents of one length in a row."""
+    """Neighbouring documents of one length in a row, or the last tokens of one document."""
 
     count: int
     length: int
     start: int
     """The first token's number in the row."""
+    before: int = 0
+    """Of one document: keys in front of the first token, which it sees, too. With a window not more than it reaches."""
 
 
 def attend_in_blocks(
@@ -94,7 +103,7 @@ def attend_in_blocks(
     docs: EqualDocuments,
     drop: Drop | None = None,
 ) -> torch.Tensor:
-    """Attention within each of `docs`: q [count * length, H, D], k, v [count * length, Hkv, D] -> as q."""
+    """Attention within each of `docs`: q [count * length, H, D], k, v [count * (before + length), Hkv, D] -> as q."""
     q = q.unflatten(1, (k.shape[1], -1))  # [T, Hkv, g, D]
     mixed: torch.Tensor = _InBlocks.apply(q, k.unsqueeze(2), v.unsqueeze(2), _Blocks(rule, docs, drop))
     return mixed.flatten(1, 2)
@@ -107,17 +116,20 @@ class _Blocks:
     drop: Drop | None
 
     def __call__(self, heads: int) -> Iterator[tuple[slice, slice]]:
-        """(queries, keys in their reach) of each block; positions in a document."""
-        length, window = self.docs.length, self.rule.window or self.docs.length
-        n = _AT_ONCE // (self.docs.count * heads * min(length, 2 * window))
+        """(queries, keys in their reach) of each block; numbers among those of a document."""
+        length, before = self.docs.length, self.docs.before
+        window = self.rule.window or before + length
+        n = _AT_ONCE // (self.docs.count * heads * min(before + length, 2 * window))
         n = min(max(n, _FEWEST), max(window, _FEWEST))
         for start in range(0, length, n):
             stop = min(start + n, length)
-            yield slice(start, stop), slice(max(0, start - window + 1), stop)
+            yield slice(start, stop), slice(max(0, before + start - window + 1), before + stop)
 
     def mix(self, block: tuple[slice, slice], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """The values of one block: q [count, Hkv, g, n, D], k, v [count, Hkv, 1, m, D] -> as q."""
-        queries, keys = (torch.arange(part.start, part.stop, device=q.device) for part in block)
+        before = self.docs.before
+        queries = torch.arange(block[0].start, block[0].stop, device=q.device)
+        keys = torch.arange(block[1].start - before, block[1].stop - before, device=q.device)
         weights = softmax_weights(self.rule, q, k.squeeze(2), in_sight(self.rule, queries[:, None], keys))
         if self.drop is not None:
             first = self.docs.start + self.docs.length * torch.arange(self.docs.count, device=q.device)
@@ -128,7 +140,7 @@ class _Blocks:
 
 
 class _InBlocks(torch.autograd.Function):
-    """q [T, Hkv, g, D], k, v [T, Hkv, 1, D] -> as q."""
+    """q [count * length, Hkv, g, D], k, v [count * (before + length), Hkv, 1, D] -> as q."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: _Blocks) -> torch.Tensor:
@@ -159,8 +171,8 @@ class _InBlocks(torch.autograd.Function):
 
 
 def _by_document(x: torch.Tensor, docs: EqualDocuments) -> torch.Tensor:
-    """[T, Hkv, g, D] -> [count, Hkv, g, length, D], a view."""
-    return x.unflatten(0, (docs.count, docs.length)).movedim(1, 3)
+    """[count * n, Hkv, g, D] -> [count, Hkv, g, n, D], a view."""
+    return x.unflatten(0, (docs.count, -1)).movedim(1, 3)
 
 
 def _parts(views: list[torch.Tensor], block: tuple[slice, slice]) -> list[torch.Tensor]:

@@ -83,6 +83,16 @@ def report_grad(weight: Parameter) -> None:
         weight.on_grad(weight)
 
 
+def grad_buffer(weight: torch.Tensor) -> torch.Tensor:
+    """`weight.main_grad`, for a gradient that its unit's backward pass may not be the one to add (`deferred_grad`)."""
+    give_memory = getattr(weight, "before_grad", None)
+    if give_memory is not None:
+        give_memory()
+    grad: torch.Tensor | None = getattr(weight, "main_grad", None)
+    assert grad is not None, "the optimizer gives every such parameter its gradient buffer"
+    return grad
+
+
 class WeightGrads:
     """Shared by all linear layers of this rank's pipeline stages."""
 
@@ -105,16 +115,15 @@ class WeightGrads:
         return grad
 
     def pop_deferred(self) -> Callable[[], None]:
-        """A function that computes the gradients deferred since the last call and adds them to
-        `weight.main_grad`."""
-        taken, self._waiting = self._waiting, []
+        """A function that computes the gradients deferred since the last call, in the order in which they were, and
+        adds them to `weight.main_grad`."""
+        taken, self._waiting = self._waiting[::-1], []
 
         @torch.no_grad()
         def run() -> None:
             while taken:
                 weight, dy, x = taken.pop()
-                assert weight.main_grad is not None, "the optimizer gives every such parameter its gradient buffer"
-                self._add(weight.main_grad, dy, x)
+                self._add(grad_buffer(weight), dy, x)
                 report_grad(weight)
 
         return run

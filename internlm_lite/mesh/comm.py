@@ -143,10 +143,11 @@ def broadcast(tensor: torch.Tensor, group: Group, source: int = 0) -> Work:
 def reduce_scatter(shard: torch.Tensor, full: torch.Tensor, group: Group) -> Work:
     """Fill `shard` [n] with this rank's part of the sum over ranks of `full` [size * n]. Collective.
 
-    `shard` may be a view of this rank's part of `full`; in a group of size one it must be. Do not touch `full` before
-    `wait()`.
+    `shard` may be a view of this rank's part of `full`. Do not touch `full` before `wait()`.
     """
     if group.size == 1:
+        if shard.data_ptr() != full.data_ptr():
+            shard.copy_(full)
         return Work([], group)
     if full.device.type == "cuda":
         return _start(dist.reduce_scatter_tensor, group, shard, full)
@@ -190,6 +191,20 @@ def send(tensor: torch.Tensor, group: Group, to: int) -> Work:
 def receive(tensor: torch.Tensor, group: Group, source: int) -> Work:
     """Fill `tensor` with what group rank `source` sends: same shape and dtype on both ranks."""
     return _messages([(dist.irecv, tensor, source)], group)
+
+
+def send_and_receive(
+    sent: tuple[torch.Tensor, int] | None, received: tuple[torch.Tensor, int] | None, group: Group
+) -> Work:
+    """Send a tensor to a group rank and fill one from another, which each call this, too; None: not this rank. Both
+    are one batch, because a send may wait for its receive. Do not touch the tensors before `wait()`. Some ranks of
+    `group` may do so alone: its ranks are connected when it is made (mesh/mesh.py)."""
+    messages: list[_Message] = []
+    if sent is not None:
+        messages.append((dist.isend, *sent))
+    if received is not None:
+        messages.append((dist.irecv, *received))
+    return _messages(messages, group) if messages else Work([], group)
 
 
 def _exchange(parts: torch.Tensor, group: Group) -> Work:

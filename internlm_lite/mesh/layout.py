@@ -138,6 +138,8 @@ class Parameter(nn.Parameter):
     """True: what adds its gradient calls `on_grad` then, because that is not when the backward pass leaves its unit."""
     main_grad: torch.Tensor | None = None
     """The buffer of a `manual_grad` parameter, in the dtype of accumulation; None: there is no optimizer."""
+    before_grad: Callable[[], object] | None = None
+    """Called before a gradient is added that may come at any time (`deferred_grad`): gives `main_grad` its memory."""
     on_grad: Callable[[Parameter], object] | None = None
     """Called with the parameter after each accumulation; set by the optimizer (`optim.reduce`)."""
 

@@ -1,10 +1,12 @@
 """Named process groups: which ranks form a group along each axis of the mesh.
 
-Rank numbering, tensor parallel fastest, then data parallel, then pipeline:
+Rank numbering, tensor parallel fastest, then context parallel, then data parallel, then pipeline:
 
-    rank = (pp * dp_size + dp) * tp_size + tp          dp = replica * zero_size + zero
+    rank = ((pp * dp_size + dp) * cp_size + cp) * tp_size + tp          dp * cp_size + cp = replica * zero_size + zero
 
-so the ranks of a `zero` group are consecutive dp ranks. (torchtitan calls these axes dp_shard and dp_replicate.)
+The ranks of `cp` share the tokens of each row, those of `dp` load different rows. Both hold the same weights, so the
+optimizer sees dp * cp ranks that are alike: those of a `zero` group are neighbours among them. (torchtitan calls these
+axes dp_shard and dp_replicate.)
 `ends` joins the first and the last pipeline rank, which hold copies of a tied weight (Megatron's embedding group).
 Every axis has a group, also of size one; see comm.py for collectives on it.
 
@@ -47,40 +49,55 @@ class Group:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Number of ranks along each axis: dp * tp * pp is the world size, and `zero` divides `dp`."""
+    """Number of ranks along each axis: dp * cp * tp * pp is the world size, and `zero` divides `alike`."""
 
     dp: int = 1
     tp: int = 1
     pp: int = 1
     zero: int = 1
+    cp: int = 1
 
     @property
     def world(self) -> int:
-        return self.dp * self.tp * self.pp
+        return self.alike * self.tp * self.pp
+
+    @property
+    def alike(self) -> int:
+        """Ranks that hold the same weights, over which gradients are summed: dp * cp."""
+        return self.dp * self.cp
 
     @property
     def replica(self) -> int:
-        return self.dp // self.zero
+        return self.alike // self.zero
+
+    @property
+    def axes(self) -> str:
+        """Such as "dp 2 x tp 4 x pp 1", with "cp" where rows are cut."""
+        return f"dp {self.dp} x {f'cp {self.cp} x ' * (self.cp > 1)}tp {self.tp} x pp {self.pp}"
 
 
-def sizes_of(world_size: int, tensor: int, pipeline: int, zero1: int) -> Sizes:
-    """Sizes from `parallel.tensor`, `parallel.pipeline.size` and `parallel.zero1` (<= 0: the data-parallel size).
+def sizes_of(world_size: int, tensor: int, pipeline: int, zero1: int, context: int = 1) -> Sizes:
+    """Sizes from `parallel.tensor`, `parallel.pipeline.size`, `parallel.zero1` (<= 0: all ranks that hold the same
+    weights) and `parallel.context.size`.
 
-    Raises MeshError when world_size is not a multiple of tensor * pipeline, or zero1 does not divide dp.
+    Raises MeshError when world_size is not a multiple of tensor * pipeline * context, or zero1 does not divide the
+    ranks that hold the same weights.
     """
-    if world_size % (tensor * pipeline):
+    ranks, of_context = tensor * pipeline * context, f" * parallel.context.size={context}" * (context > 1)
+    if world_size % ranks:
         raise MeshError(
-            f"world size {world_size} does not fit parallel.tensor={tensor} * parallel.pipeline.size={pipeline}: "
-            f"expected a multiple of {tensor * pipeline}; start another number of processes or change the layout"
+            f"world size {world_size} does not fit parallel.tensor={tensor} * parallel.pipeline.size={pipeline}"
+            f"{of_context}: expected a multiple of {ranks}; start another number of processes or change the layout"
         )
-    dp = world_size // (tensor * pipeline)
-    zero = dp if zero1 <= 0 else zero1
-    if dp % zero:
+    alike = world_size // (tensor * pipeline)
+    zero = alike if zero1 <= 0 else zero1
+    if alike % zero:
+        what = "data parallel size" if context == 1 else "data times context parallel size"
         raise MeshError(
-            f"parallel.zero1={zero1} does not divide the data parallel size {dp} "
-            f"(world {world_size} / tensor {tensor} / pipeline {pipeline}): use -1, 1 or a divisor of {dp}"
+            f"parallel.zero1={zero1} does not divide the {what} {alike} "
+            f"(world {world_size} / tensor {tensor} / pipeline {pipeline}): use -1, 1 or a divisor of {alike}"
         )
-    return Sizes(dp=dp, tp=tensor, pp=pipeline, zero=zero)
+    return Sizes(dp=world_size // ranks, tp=tensor, pp=pipeline, zero=zero, cp=context)
 
 
 @dataclass(frozen=True)
@@ -92,6 +109,7 @@ class Mesh:
     device: torch.device
     world: Group
     dp: Group
+    cp: Group
     tp: Group
     pp: Group
     zero: Group
@@ -102,29 +120,39 @@ class Mesh:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def alike_rank(self) -> int:
+        """This process's number among the `sizes.alike` ranks that hold the same weights."""
+        return self.dp.rank * self.cp.size + self.cp.rank
+
     def axis(self, name: str) -> Group:
-        """The group of an axis ("dp", "tp", "pp", "zero", "replica", "ends"). Raises KeyError for other names."""
-        return {group.name: group for group in (self.dp, self.tp, self.pp, self.zero, self.replica, self.ends)}[name]
+        """The group of an axis ("dp", "cp", "tp", "pp", "zero", "replica", "ends"). Raises KeyError for other names."""
+        groups = (self.dp, self.cp, self.tp, self.pp, self.zero, self.replica, self.ends)
+        return {group.name: group for group in groups}[name]
 
 
-def rank_of(sizes: Sizes, *, dp: int, tp: int, pp: int) -> int:
+def rank_of(sizes: Sizes, *, dp: int, tp: int, pp: int, cp: int = 0) -> int:
     """Global rank at a coordinate of the mesh; the numbering is in the module's docstring."""
-    return (pp * sizes.dp + dp) * sizes.tp + tp
+    return ((pp * sizes.dp + dp) * sizes.cp + cp) * sizes.tp + tp
 
 
 def axis_groups(sizes: Sizes) -> dict[str, list[tuple[int, ...]]]:
     """Axis name -> its groups, as tuples of global ranks that partition the world. Pure; the same on every rank."""
-    dps, tps, pps = range(sizes.dp), range(sizes.tp), range(sizes.pp)
+    tps, pps, cps = range(sizes.tp), range(sizes.pp), range(sizes.cp)
+    alike = range(sizes.alike)
 
-    def at(dp: int, tp: int, pp: int) -> int:
-        return rank_of(sizes, dp=dp, tp=tp, pp=pp)
+    def at(place: int, tp: int, pp: int) -> int:
+        """`place`: among the ranks that hold the same weights."""
+        return (pp * sizes.alike + place) * sizes.tp + tp
 
     columns = [(tp, pp) for pp in pps for tp in tps]
+    rows = [range(dp * sizes.cp, (dp + 1) * sizes.cp) for dp in range(sizes.dp)]
     return {
         "world": [tuple(range(sizes.world))],
-        "tp": [tuple(at(dp, tp, pp) for tp in tps) for pp in pps for dp in dps],
-        "pp": [tuple(at(dp, tp, pp) for pp in pps) for dp in dps for tp in tps],
-        "dp": [tuple(at(dp, tp, pp) for dp in dps) for tp, pp in columns],
+        "tp": [tuple(at(place, tp, pp) for tp in tps) for pp in pps for place in alike],
+        "cp": [tuple(at(place, tp, pp) for place in row) for tp, pp in columns for row in rows],
+        "pp": [tuple(at(place, tp, pp) for pp in pps) for place in alike for tp in tps],
+        "dp": [tuple(at(row[cp], tp, pp) for row in rows) for tp, pp in columns for cp in cps],
         "zero": [
             tuple(at(replica * sizes.zero + zero, tp, pp) for zero in range(sizes.zero))
             for tp, pp in columns
@@ -135,7 +163,7 @@ def axis_groups(sizes: Sizes) -> dict[str, list[tuple[int, ...]]]:
             for tp, pp in columns
             for zero in range(sizes.zero)
         ],
-        "ends": [tuple(at(dp, tp, pp) for pp in stages) for stages in _ends(sizes.pp) for dp in dps for tp in tps],
+        "ends": [tuple(at(place, tp, pp) for pp in ends) for ends in _ends(sizes.pp) for place in alike for tp in tps],
     }
 
 

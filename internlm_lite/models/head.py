@@ -31,6 +31,8 @@ class Head(CostedLayer):
     `tied`: the embedding's weight, if this rank has it. Otherwise a tied head holds a copy, partial over `tied_over`.
     """
 
+    weights_in_backward = False  # the forward pass computes all gradients
+
     def __init__(
         self,
         config: ModelConfig,
@@ -51,8 +53,8 @@ class Head(CostedLayer):
             config.parallel_output,
             fused,
         )
-        # A tied weight is registered by the embedding alone; the tuple hides it from nn.Module here.
-        self._tied = None if tied is None else (tied,)
+        self.borrowed = () if tied is None else (tied,)
+        """Parameters that another unit registers: a tied weight, which the tuple hides from nn.Module here."""
         if tied is None:
             shape = (config.vocab_size, config.hidden_size)
             name = "tok_embeddings.weight" if config.tie_word_embeddings else "output.weight"
@@ -71,7 +73,7 @@ class Head(CostedLayer):
     @property
     def matrix(self) -> Parameter:
         """The weight [vocab / group size, hidden]: this head's own, or the embedding's."""
-        return self.weight if self._tied is None else self._tied[0]
+        return self.borrowed[0] if self.borrowed else self.weight
 
     def forward(
         self, hidden: torch.Tensor, labels: torch.Tensor | None = None, scale: torch.Tensor | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -72,11 +73,20 @@ def units_of(stages: Stages) -> list[nn.Module]:
     return [unit for stage in stages.values() for unit in stage.units()]
 
 
+def first_units(stages: Stages) -> list[int]:
+    """The number of each stage's first module among `units_of`."""
+    return list(accumulate((len(list(stage.units())) for stage in stages.values()), initial=0))[:-1]
+
+
 class WholeModel:
     """Runs the stages of all pipeline ranks one after another, without micro-batches: for generation."""
 
-    def __init__(self, stages: Stages, mesh: Mesh, stage_ranks: Sequence[int] = (0,)) -> None:
+    def __init__(
+        self, stages: Stages, mesh: Mesh, stage_ranks: Sequence[int] = (0,), *, together: bool = False
+    ) -> None:
         """`stage_ranks`: the pipeline rank of each stage of the model."""
+        self.together = together
+        """Data-parallel ranks gather weights for each pass (ZeRO stage 3), so all of them have to do the same ones."""
         self._stages, self._pp, self._stage_ranks = stages, mesh.pp, stage_ranks
         self.any_stage = next(iter(stages.values()))
         self.device = mesh.device
@@ -114,4 +124,4 @@ class WholeModel:
 
 def whole_model(config: Config, mesh: Mesh, stages: Stages) -> WholeModel:
     """The `WholeModel` of a run's stages."""
-    return WholeModel(stages, mesh, _stage_ranks(config))
+    return WholeModel(stages, mesh, _stage_ranks(config), together=config.parallel.zero_stage == 3)

@@ -13,7 +13,7 @@ ranks / labels. (ZeRO: arXiv:1910.02054. Offload: arXiv:2101.06840, arXiv:2104.0
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -58,6 +58,7 @@ class Copies:
 
     kind: BucketSpec
     weights: torch.Tensor
+    has_weights: bool
 
 
 class _Root(nn.Module):
@@ -194,19 +195,27 @@ class DeepSpeedOptimizer:
     def wait_weights(self) -> None:
         """Weights are current after every step."""
 
-    def whole(self, unit: nn.Module) -> AbstractContextManager[object]:
-        """Inside the block the weights of `unit` are at hand, and may be changed, on all ranks alike."""
+    def to_draw(self) -> Iterator[Sequence[nn.Module]]:
+        """As that of `HybridZeroOptimizer`; what rank 0 draws is that of all ranks."""
+        for unit in self._root.units:
+            with self._whole([unit]):
+                yield [unit]
+        with torch.no_grad():
+            self._shards.adopt()
+
+    def _whole(self, units: Iterable[nn.Module]) -> AbstractContextManager[object]:
+        """Inside the block the weights of `units` are at hand; changes are kept."""
         if self._stage != 3:
             return nullcontext()
-        return cast(
-            AbstractContextManager[object],
-            self._deepspeed.zero.GatheredParameters(list(unit.parameters()), modifier_rank=0),
-        )
+        params = [param for unit in units for param in unit.parameters()]
+        gathered = self._deepspeed.zero.GatheredParameters(params, modifier_rank=0)
+        return cast(AbstractContextManager[object], gathered)
 
-    @torch.no_grad()
-    def adopt_weights(self) -> None:
-        """Copy the model's weights, as drawn, to the master weights. Not collective."""
-        self._shards.adopt()
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """While it lasts, every rank has all weights. Collective."""
+        with self._whole(self._root.units):
+            yield
 
     def restart_average(self) -> None:
         """There is none."""
@@ -245,7 +254,7 @@ class DeepSpeedOptimizer:
         """(weights that all ranks hold, this rank's master weights and state by role), for each flat tensor."""
         for group, flat in zip(self._shards.groups, self._flats(), strict=True):
             kind = BucketSpec(self._params[0].dtype, self._groups[group], tp_sharded=False, partial_over=())
-            yield Copies(kind, self._shards.weights(group)), flat
+            yield Copies(kind, self._shards.weights(group), self._stage != 3), flat
 
     def pieces(self) -> Iterator[LocalShard]:
         """The tensors of `shards` as views per parameter, for a checkpoint to save or to load into. Not collective."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -26,12 +27,20 @@ class WeightGatherer:
             indices = sorted({bucket_of[id(param)] for param in unit.parameters()})
             unit.register_forward_pre_hook(lambda _module, _args, needed=indices: self._wait(needed))
 
+    def begin(self, micro_num: int) -> None:
+        """Weights stay whole, whatever a step has of micro-batches."""
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """All weights are there once `wait` has returned."""
+        yield
+
     def start(self, masters: Sequence[torch.Tensor]) -> None:
         """Copy this rank's master weights (one shard per bucket) into the weights and start all-gathers. Collective."""
         # In reverse, because buckets are in backward order and the forward pass needs the last ones first.
         for index in reversed(range(len(self._buckets))):
             bucket, master = self._buckets[index], masters[index]
-            if master.dtype != bucket.kind.dtype:  # else it is a view of the weights
+            if bucket.copies_master:
                 bucket.weight_shard.copy_(master)
             self._gathers[index] = comm.all_gather(bucket.weights, self._zero)
         if not self._overlap:

@@ -73,11 +73,11 @@ def sum_totals(
     sums: torch.Tensor, num_labels: int, requests: Requests, loss_sum: torch.Tensor | float, mesh: Mesh
 ) -> Totals:
     """`sums` [6] fp64 holds this rank's squares in the order of `Totals`, and zeros; the rest as `reduce_totals`."""
-    counts = mesh.tp.rank == 0 and mesh.pp.rank == mesh.pp.size - 1
+    counts = mesh.tp.rank == 0 and mesh.cp.rank == 0 and mesh.pp.rank == mesh.pp.size - 1
     for index, value in enumerate((num_labels * counts, requests.signalled, requests.stop_file), start=2):
         sums[index] += value  # a host number is a kernel argument; copying a host tensor would synchronise
-    # Tensor-parallel ranks compute the same loss, so only one counts. No test for the last stage: on other stages the
-    # loss is 0.
+    # Tensor-parallel ranks compute the same loss, so only one counts; context-parallel ranks know the labels of whole
+    # rows, but have losses of their own tokens. No test for the last stage: on other stages the loss is 0.
     sums[5] += loss_sum * (mesh.tp.rank == 0)
     comm.all_reduce(sums, mesh.world).wait()
     return Totals(*sums.unbind())

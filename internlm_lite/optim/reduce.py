@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -22,20 +22,7 @@ from internlm_lite.mesh import comm
 from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.buckets import Bucket
-
-
-class _BackwardReached(torch.autograd.Function):
-    """The identity; calls a function when the backward pass arrives."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, call: Callable[[], None]) -> torch.Tensor:
-        ctx.call = call
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        ctx.call()
-        return grads[0], None
+from internlm_lite.optim.unit_passes import BackwardReached
 
 
 def _report_backward(params: Sequence[Parameter], _unit: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -49,7 +36,7 @@ def _report_backward(params: Sequence[Parameter], _unit: nn.Module, inputs: tupl
             assert param.on_grad is not None
             param.on_grad(param)
 
-    return _BackwardReached.apply(inputs[0], done), *inputs[1:]
+    return BackwardReached.apply(inputs[0], done), *inputs[1:]
 
 
 class GradReducer:
@@ -112,3 +99,7 @@ class GradReducer:
             replicated.wait()
             for axis in bucket.kind.partial_over:
                 comm.all_reduce(bucket.grad_shard, self._mesh.axis(axis)).wait()
+
+    def clear(self) -> None:
+        """Zero all gradients: after an update, or of a step that an exception ended."""
+        torch._foreach_zero_([bucket.grads for bucket in self._buckets])

@@ -56,7 +56,8 @@ def _sums(optimizer: TrainingOptimizer, mesh: Mesh) -> dict[Key, int]:
     for bucket, shards in optimizer.shards():
         holders = _holders(bucket.kind, mesh)
         weights, state = ("weights", *holders), ("optimizer state", *holders, mesh.zero.rank)
-        sums[weights] = sums.get(weights, 0) + checksum([bucket.weights], mesh.device)
+        if bucket.has_weights:  # in ZeRO stage 3 there are none between steps
+            sums[weights] = sums.get(weights, 0) + checksum([bucket.weights], mesh.device)
         sums[state] = sums.get(state, 0) + checksum(shards.values(), mesh.device)
     values: list[int] = comm.read(torch.stack(list(sums.values())))
     return dict(zip(sums, values, strict=True))

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -26,6 +26,9 @@ class HeldWeights(Protocol):
 
     @property
     def weights(self) -> torch.Tensor: ...
+
+    @property
+    def has_weights(self) -> bool: ...
 
 
 class TrainingOptimizer(Protocol):
@@ -53,11 +56,11 @@ class TrainingOptimizer(Protocol):
         loss_sum: torch.Tensor | float = ...,
     ) -> StepOutcome: ...
 
-    def whole(self, unit: nn.Module) -> AbstractContextManager[object]: ...
+    def to_draw(self) -> Iterator[Sequence[nn.Module]]: ...
+
+    def whole_weights(self) -> AbstractContextManager[None]: ...
 
     def wait_weights(self) -> None: ...
-
-    def adopt_weights(self) -> None: ...
 
     def restart_average(self) -> None: ...
 

@@ -84,10 +84,8 @@ class GroupUpdates:
 
 
 def _shard(bucket: Bucket, holders: Group | None) -> Shard:
-    """This rank's shard of `bucket`; `holders` have the other parts of its parameters. Master weights of fp32 or fp64
-    weights are a view of them, not a copy."""
-    part, group = bucket.weight_shard, bucket.kind.group
-    weights = part.float() if part.dtype.itemsize < 4 else part
+    """This rank's shard of `bucket`; `holders` have the other parts of its parameters."""
+    weights, group = bucket.master, bucket.kind.group
     pieces = tuple(
         Piece(slot.param, start - bucket.shard_start, stop - bucket.shard_start, start - slot.start)
         for slot, start, stop in bucket.owned()

@@ -1,18 +1,21 @@
-"""Hybrid ZeRO-1: every rank holds all weights and gradients of its stages, but updates only its shard of each bucket.
+"""Hybrid ZeRO: every rank updates only its shard of each bucket. Stage 1: it holds all weights and gradients.
 
     gradients --reduce-scatter in zero, all-reduce in replica--> shard --update rule on fp32 master weights-->
     shard --all-gather in zero--> weights
 
+Stage 2: gradients are reduced micro-batch by micro-batch (`shard_reduce`), and whole only until then. Stage 3: weights
+are gathered for the passes of a unit (`unit_gather`), besides.
+
 The loss was multiplied by loss_scale / tokens, so the true gradient is shard * tokens / (labels * loss_scale). This
 factor, the clip factor and the decision to skip are device scalars: the host never waits.
-(ZeRO: arXiv:1910.02054, stage 1. Hybrid: shards are replicated over `replica` when zero1 < dp.)
+(ZeRO: arXiv:1910.02054. Hybrid: shards are replicated over `replica` when zero1 < dp.)
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -32,7 +35,10 @@ from internlm_lite.optim.lr_schedule import beta2
 from internlm_lite.optim.reduce import GradReducer
 from internlm_lite.optim.rules import RULES
 from internlm_lite.optim.scaler import LossScaler
+from internlm_lite.optim.shard_reduce import ShardReducer
 from internlm_lite.optim.skips import SkipCounts, SkipDecider
+from internlm_lite.optim.unit_gather import UnitGatherer
+from internlm_lite.optim.unit_passes import follow
 from internlm_lite.optim.update_rule import UpdateStep
 from internlm_lite.optim.updates import GroupUpdates
 
@@ -66,22 +72,29 @@ class HybridZeroOptimizer:
     One step: `begin()`; per micro-batch, forward with `loss_scale` and backward; then `step()`.
     """
 
-    def __init__(self, units: list[nn.Module], config: Config, mesh: Mesh, model_dtype: torch.dtype) -> None:
-        """`units`: modules in forward order, each called once per forward pass; they partition the parameters."""
+    def __init__(
+        self,
+        units: list[nn.Module],
+        config: Config,
+        mesh: Mesh,
+        model_dtype: torch.dtype,
+        first_units: Sequence[int] = (0,),
+    ) -> None:
+        """`units`: modules in forward order, each called once per forward pass; they partition the parameters.
+        `first_units`: the first one's number of each pipeline stage."""
         self._mesh = mesh
+        self._units = units
         self._config = config
         self._model_dtype = model_dtype
         self._begun = False
-        zero = config.hybrid_zero_optimizer
-        params = [cast(Parameter, param) for unit in units for param in unit.parameters()]
+        params = {cast(Parameter, param): number for number, unit in enumerate(units) for param in unit.parameters()}
         if frozen := [param.shard_spec.name for param in params if not param.requires_grad]:
             raise ConfigError(
                 f"{frozen[0]} has requires_grad=False, expected that every parameter is trained: "
                 "make a constant a buffer (register_buffer)"
             )
-        self.buckets = build_buckets(params, mesh.zero, config)
-        self._reducer = GradReducer(self.buckets, units, mesh, overlap=zero.overlap_sync_grad)
-        self._gatherer = WeightGatherer(self.buckets, units, mesh.zero, overlap=zero.overlap_sync_param)
+        self.buckets = build_buckets(list(params), mesh.zero, config, params)
+        self._reducer, self._gatherer = self._exchanges(first_units)
         self._skips = SkipDecider(config, model_dtype, mesh.device)
         self._updates = GroupUpdates(self.buckets, config, mesh)
         masters = [shard.weights for shard in self._updates.shards]
@@ -89,6 +102,24 @@ class HybridZeroOptimizer:
         self._holds_averages = False
         self.before_exchange: Callable[[], object] = lambda: None
         """Called before `averaged` changes master weights: a save beside this work may still be reading them."""
+
+    def _exchanges(
+        self, first_units: Sequence[int]
+    ) -> tuple[GradReducer | ShardReducer, WeightGatherer | UnitGatherer]:
+        """What moves gradients and weights in this stage of ZeRO."""
+        zero, parallel, mesh, units = self._config.hybrid_zero_optimizer, self._config.parallel, self._mesh, self._units
+        of_grads, of_weights = zero.overlap_sync_grad, zero.overlap_sync_param
+        if parallel.zero_stage == 1:
+            reducer = GradReducer(self.buckets, units, mesh, overlap=of_grads)
+            return reducer, WeightGatherer(self.buckets, units, mesh.zero, overlap=of_weights)
+        by_shards = ShardReducer(self.buckets, units, mesh, first_units, overlap=of_grads)
+        if parallel.zero_stage == 2:
+            follow(units, [by_shards])
+            return by_shards, WeightGatherer(self.buckets, units, mesh.zero, overlap=of_weights)
+        keep = mesh.pp.size > 1 or not parallel.reshard_after_forward  # in a pipeline passes of micro-batches alternate
+        gatherer = UnitGatherer(self.buckets, units, mesh.zero, overlap=of_weights, keep=keep)
+        follow(units, [gatherer, by_shards])
+        return by_shards, gatherer
 
     @property
     def scaler(self) -> LossScaler:
@@ -102,12 +133,10 @@ class HybridZeroOptimizer:
     def begin(self, micro_num: int) -> None:
         """Call before the first forward pass of a step of `micro_num` micro-batches."""
         if self._begun:  # an exception ended that step: what it added so far must not count in this one
-            self._zero_grads()
+            self._reducer.clear()
         self._begun = True
         self._reducer.expect(micro_num)
-
-    def _zero_grads(self) -> None:
-        torch._foreach_zero_([bucket.grads for bucket in self.buckets])
+        self._gatherer.begin(micro_num)
 
     @torch.no_grad()
     def step(
@@ -139,7 +168,7 @@ class HybridZeroOptimizer:
             self.average.wait()  # until it has read the weights that change now
         step = UpdateStep(rates, second_beta, factor, decision.skipped)
         self._updates.update(self._exact_grads(), step, self._skips.good_steps)
-        self._zero_grads()
+        self._reducer.clear()
         self._begun = False
         self._gather_weights()
         if self.average is not None:
@@ -166,21 +195,39 @@ class HybridZeroOptimizer:
     def _gather_weights(self) -> None:
         self._gatherer.start([shard.weights for shard in self._updates.shards])
 
-    def whole(self, unit: nn.Module) -> AbstractContextManager[object]:
-        """Inside the block the weights of `unit` are at hand, to be changed on all ranks alike. Collective."""
-        return nullcontext()
-
     def wait_weights(self) -> None:
         """Wait until all weights are current. Call it before reading weights in any way except calling the units."""
         self._gatherer.wait()
 
-    @torch.no_grad()
     def adopt_weights(self) -> None:
-        """Copy the model's weights, as drawn, to the master weights; an average begins there."""
-        for shard, bucket in zip(self._updates.shards, self.buckets, strict=True):
-            if shard.weights.dtype != bucket.kind.dtype:  # else they are a view of the model's
-                shard.weights.copy_(bucket.weight_shard)
+        """Copy the model's weights, as drawn, to the master weights; an average begins there. Not in stage 3."""
+        self._adopt(self.buckets)
         self.restart_average()
+
+    @torch.no_grad()
+    def _adopt(self, buckets: Sequence[Bucket]) -> None:
+        for bucket in buckets:
+            if bucket.copies_master:
+                bucket.master.copy_(bucket.weight_shard)
+
+    def to_draw(self) -> Iterator[list[nn.Module]]:
+        """Units whose weights the caller has to draw before it goes on: in stage 3 one after the other, else all."""
+        if isinstance(self._gatherer, UnitGatherer):
+            for unit in self._units:
+                with self._gatherer.allocated(unit) as buckets:
+                    yield [unit]
+                    self._adopt(buckets)
+        else:
+            yield self._units
+            self._adopt(self.buckets)
+        self.restart_average()
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """While it lasts, every rank has all weights of its stages, also in ZeRO stage 3. Collective."""
+        self.wait_weights()
+        with self._gatherer.whole():
+            yield
 
     def restart_average(self) -> None:
         """If there is an average: begin it at the present master weights."""
@@ -203,7 +250,7 @@ class HybridZeroOptimizer:
         average.wait()
         self.before_exchange()
         shards = self._updates.shards
-        views = [n for n, s in enumerate(shards) if s.weights.dtype == self.buckets[n].kind.dtype]
+        views = [n for n, bucket in enumerate(self.buckets) if not bucket.copies_master]
         with average.exchanged(views):
             self._holds_averages = True
             try:

@@ -63,12 +63,12 @@ def connect_ranks(store: Store, dist_env: DistEnv, device: torch.device, timeout
         ) from error
 
 
-def announce_layout(data: int, pipeline: int, tensor: int) -> None:
+def announce_layout(data: int, pipeline: int, tensor: int, context: int = 1) -> None:
     """Log the sizes of the mesh in InternLM's format."""
     logger.info(
         "Distributed environment is initialized, data parallel size: %d, pipeline parallel size: %d, "
-        "tensor parallel size: %d",
-        *(data, pipeline, tensor),
+        "tensor parallel size: %d%s",
+        *(data, pipeline, tensor, f", context parallel size: {context}" * (context > 1)),
     )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-from internlm_lite.config.run_stages import peak_rate
+from internlm_lite.config.run_stages import peak_rates
 from internlm_lite.config.schema import Config
 from internlm_lite.optim.lr_schedule import learning_rate
 
@@ -61,8 +62,11 @@ def schedule_change(then: Config, now: Config, updates: int) -> str | None:
     """
     if (then.adam.lr, then.lr_scheduler, _peaks(then)) == (now.adam.lr, now.lr_scheduler, _peaks(now)):
         return None
-    for update in range(updates, now.lr_scheduler.total_steps):
-        before, after = (learning_rate(update, peak_rate(one, update), one.lr_scheduler) for one in (then, now))
+    total = now.lr_scheduler.total_steps
+    peaks = zip(*(islice(peak_rates(one, total), updates, None) for one in (then, now)), strict=True)
+    for update, pair in enumerate(peaks, updates):
+        rates = zip(pair, (then, now), strict=True)
+        before, after = (learning_rate(update, peak, one.lr_scheduler) for peak, one in rates)
         if before != after:
             break
     else:

@@ -8,7 +8,7 @@ import torch
 
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh.mesh import Mesh
-from internlm_lite.models.stages import Stages, units_of
+from internlm_lite.models.stages import Stages, first_units, units_of
 from internlm_lite.optim.deepspeed_engine import DeepSpeedOptimizer, ModelParts
 from internlm_lite.optim.training_optimizer import TrainingOptimizer
 from internlm_lite.optim.zero import HybridZeroOptimizer
@@ -43,7 +43,9 @@ def build_engines(
 ) -> tuple[TrainingOptimizer, Engine]:
     """The optimizer of this rank's `stages`, and what runs micro-batches through them. Collective."""
     if config.engine.name == "native":
-        return HybridZeroOptimizer(units_of(stages), config, mesh, model_dtype), build_engine(config, mesh, stages)
+        units, firsts = units_of(stages), first_units(stages)
+        native = HybridZeroOptimizer(units, config, mesh, model_dtype, firsts)
+        return native, build_engine(config, mesh, stages)
     optimizer = DeepSpeedOptimizer(_parts(stages), config, mesh, model_dtype)
     return optimizer, DeepSpeedPasses(optimizer)
 
@@ -68,7 +70,7 @@ def build_engine(config: Config, mesh: Mesh, stages: Stages) -> Engine:
         mesh.pp,
         schedule=config.schedule,
         shape=HiddenShape(
-            rows=tp_ctx.rows(config.data.micro_bsz * config.data.seq_len),
+            rows=tp_ctx.rows(config.data.micro_bsz * config.data.seq_len // mesh.cp.size),
             hidden_size=config.model.hidden_size,
             dtype=tp_ctx.dtype,
             device=mesh.device,

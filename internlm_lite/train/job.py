@@ -158,9 +158,11 @@ def _run(loaded: LoadedConfig, dist_env: DistEnv, options: Options, failures: Fa
     )
     with StopSignals() as signals, watchdog:
         parallel = config.parallel
-        sizes = sizes_of(dist_env.world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1)
+        sizes = sizes_of(
+            dist_env.world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1, parallel.context.size
+        )
         mesh = build_mesh(sizes, dist_env.rank, device, collectives)
-        announce_layout(sizes.dp, sizes.pp, sizes.tp)
+        announce_layout(sizes.dp, sizes.pp, sizes.tp, sizes.cp)
         # Before anything is written: if another run holds the save folders, the run folder may be that run's, too.
         with watchdog.inside(LOCKING):
             checkpoints = Checkpoints(config, mesh, timeout)

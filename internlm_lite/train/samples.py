@@ -1,7 +1,7 @@
 """Continues the config's prompts during training and at its end.
 
 This does not change training: no gradients, a separate random generator, no copy of the weights. Only the first
-data-parallel rank (with its tp and pp ranks) generates.
+data-parallel rank (with its tp and pp ranks) generates, unless they have to do it together (`WholeModel.together`).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Samples:
         if not self._prompts:
             return
         self._optimizer.wait_weights()
-        if self._mesh.dp.rank != 0:
+        if self._mesh.dp.rank != 0 and not self._model.together:
             return
         length, stop_ids = self._monitor.sample_tokens, self._stop_ids
         requests = [Request(prompt, length, stop_ids, seed=SEED) for prompt in self._prompts]

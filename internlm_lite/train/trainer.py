@@ -13,22 +13,24 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from internlm_lite.batch import Batch
 from internlm_lite.config.run_stages import stages_of
 from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import TrainingSample, ValidationData
 from internlm_lite.layers.dropout import token_keys
-from internlm_lite.layers.flash import choose_backend, packed
+from internlm_lite.layers.flash import choose_backend
 from internlm_lite.layers.fp8 import require_float8
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.initialise import initialise
-from internlm_lite.models.stages import Stages, build_stages, units_of
+from internlm_lite.models.stages import Stages, build_stages
 from internlm_lite.monitor.metrics import Collected, FolderMetrics
 from internlm_lite.optim.grad_norm import Requests
 from internlm_lite.optim.zero import StepOutcome
 from internlm_lite.runtime.device import torch_dtype
 from internlm_lite.train.engines import build_engines
+from internlm_lite.train.own_rows import OwnRow, own_rows
 from internlm_lite.train.profiling import Stopwatch
 
 
@@ -38,6 +40,8 @@ class BatchTask:
 
     stages: Stages
     batch: Batch
+    rows: Sequence[OwnRow]
+    """This rank's part of each micro-batch."""
     scale: torch.Tensor
     """Device scalar that multiplies the loss to differentiate."""
     metrics: FolderMetrics
@@ -48,17 +52,19 @@ class BatchTask:
     """[M, 2, T], for dropout; None: nothing is dropped."""
 
     def forward(self, stage: int, micro: int, hidden: torch.Tensor | None) -> torch.Tensor:
-        batch, model = self.batch, self.stages[stage]
+        batch, row, model = self.batch, self.rows[micro], self.stages[stage]
         keys = None if self.token_keys is None else self.token_keys[micro]
-        boundaries = batch.cu_seqlens[micro], batch.cu_seqlens_host[micro]
-        attend = packed(model.backend, *boundaries, batch.max_seqlen, model.weight_drop(keys))
-        tokens = batch.tokens[micro] if hidden is None else hidden
-        return model.hidden(tokens, batch.positions[micro], attend, token_keys=keys)
+        attend = row.attend(model.backend, model.weight_drop(keys))
+        tokens = row.cut(batch.tokens[micro]) if hidden is None else hidden
+        positions = batch.positions[micro]
+        own_keys = None if keys is None else row.cut(keys)
+        return model.hidden(tokens, row.cut(positions), attend, row.lengths(positions), own_keys)
 
     def loss(self, micro: int, hidden: torch.Tensor) -> torch.Tensor:
-        labels, last = self.batch.labels[micro], self.stages[max(self.stages)]
+        row, last = self.rows[micro], self.stages[max(self.stages)]
+        labels, folders = row.cut(self.batch.labels[micro]), row.cut(self.batch.folders[micro])
         losses = last.losses(hidden, labels, self.scale)
-        self.metrics.add(self.batch.folders[micro], labels, losses.token_loss, losses.correct, losses.train_loss_sum)
+        self.metrics.add(folders, labels, losses.token_loss, losses.correct, losses.train_loss_sum)
         self.loss_sum.add_(losses.train_loss_sum.detach())
         return losses.scaled_sum
 
@@ -84,6 +90,7 @@ class Trainer:
         self.optimizer, self.engine = build_engines(config, mesh, self.stages, dtype)
         if draw_weights and mesh.device.type != "meta":  # where tensors have no values
             self.draw_weights()
+        self._own_rows = own_rows(config, mesh)
         self.metrics = FolderMetrics(folders, mesh)
         """Metrics of the training steps since they were last collected."""
         self.fwd_bwd_time = Stopwatch(mesh.device)
@@ -91,10 +98,8 @@ class Trainer:
 
     def draw_weights(self) -> None:
         """Initialise the weights from `config.seed`. Not collective."""
-        for unit in units_of(self.stages):
-            with self.optimizer.whole(unit):
-                initialise(unit, self._seed)
-        self.optimizer.adopt_weights()
+        for units in self.optimizer.to_draw():
+            initialise(nn.ModuleList(units), self._seed)
 
     def enter_stage(self, stage: int) -> None:
         """Rotate by the base of stage number `stage` of the run, in evaluations and samples, too. Not collective."""
@@ -110,7 +115,7 @@ class Trainer:
 
     def _set_rows(self, batch: Batch) -> None:
         tp_ctx = next(iter(self.stages.values())).tp_ctx
-        self.engine.set_rows(tp_ctx.rows(batch.tokens.shape[1]))
+        self.engine.set_rows(tp_ctx.rows(batch.tokens.shape[1] // self.mesh.cp.size))
 
     def step(
         self,
@@ -134,7 +139,8 @@ class Trainer:
         self.optimizer.begin(batch.micro_num)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         keys = token_keys(self._seed, step, batch.rows, batch.tokens.shape[1]) if self._has_dropout else None
-        self.engine.train(BatchTask(self.stages, batch, scale, self.metrics, loss_sum, keys), batch.micro_num)
+        task = BatchTask(self.stages, batch, self._own_rows(batch), scale, self.metrics, loss_sum, keys)
+        self.engine.train(task, batch.micro_num)
         self.fwd_bwd_time.stop()
         before_update()
         return self.optimizer.step(step, batch.stats.num_labels, global_tokens, requests(), loss_sum)
@@ -153,6 +159,7 @@ class Trainer:
             for host_batch in batches:
                 batch = host_batch.to(device)
                 self._set_rows(batch)
-                self.engine.evaluate(BatchTask(self.stages, batch, one, metrics, loss_sum), batch.micro_num)
+                task = BatchTask(self.stages, batch, self._own_rows(batch), one, metrics, loss_sum)
+                self.engine.evaluate(task, batch.micro_num)
                 batch_done()
         return metrics.collect()

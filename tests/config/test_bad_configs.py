@@ -304,6 +304,16 @@ BAD = [
         "tensor=3",
         "23: parallel.tensor: one copy of the model takes 3 * parallel.pipeline.size 1 = 3 processes; found 4",
     ),
+    (
+        "",
+        "parallel = dict(context=dict(size=4, exchange='ulysses')); model.update(num_attention_heads=6, head_dim=16)",
+        '25: parallel.context.size: found 4 with exchange "ulysses" and 6 query heads, expected a divisor of 6: every',
+    ),
+    (
+        "",
+        "parallel.update(context=dict(size=2, exchange='ulysses')); model.update(num_attention_heads=6, head_dim=16)",
+        '25: parallel.context.size: found 2 with exchange "ulysses" and 3 query heads on each tensor-parallel rank,',
+    ),
     ("tensor=2", "tensr=2", "23: parallel.tensr: unknown key; nearest known key: parallel.tensor"),
     (
         "tensor=2",
@@ -352,8 +362,8 @@ BAD = [
     ),
     (
         "zero1=-1",
-        "zero1=dict(size=2, fsdp=True)",
-        "22: parallel.zero1: found {'size': 2, 'fsdp': True}: fsdp is not available; write fsdp=False",
+        "zero_stage=4",
+        "22: parallel.zero_stage: found 4, expected one of 1, 2, 3",
     ),
     (
         "zero1=-1",
@@ -709,7 +719,7 @@ def test_all_problems_at_once() -> None:
         "max_scale=2**24": "max_scale=-1",
         "adam = dict(lr=1e-4)": "optimizer = dict(lr=1e-4)",
         "vocab_size=512": "vocab_size=True",
-        "zero1=-1": "zero1=dict(size=2, fsdp=True)",
+        "zero1=-1": "zero1=dict(sizee=2)",
         "tensor=2": "pipe=2",
     }.items():
         text = text.replace(old, new)

@@ -295,6 +295,7 @@ SPELLINGS = [
     ("ckpt = dict(auto_resume=False)", {"ckpt.auto_resume": False}),
     ("ckpt = dict(load_given_ckpt=True)", {"ckpt.auto_resume": False}),
     ("parallel = dict(zero1=dict(size=4, fsdp=False))", {"parallel.zero1": 4}),
+    ("parallel = dict(zero1=dict(size=4, fsdp=True))", {"parallel.zero1": 4, "parallel.zero_stage": 3}),
     ("parallel = dict(tensor=dict(size=2, mode='mtp'))", {"parallel.tensor": 2}),
     ("parallel = dict(tensor=dict(size=2, mode='msp'))", {"parallel.sequence_parallel": True}),
     ("parallel = dict(tensor=dict(size=1, mode='isp'))", {"parallel.tensor": 1}),

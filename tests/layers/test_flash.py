@@ -125,12 +125,14 @@ def test_flash_attn_is_chosen_where_it_can_be_imported(content, found, logged, t
     assert len(caplog.records) == (logged is not None)
 
 
-def by_value(cu_seqlens, rule, q, k, v, max_seqlen):
+def by_value(bounds, rule, q, k, v):
     """A varlen kernel for the CPU: reads the boundaries that it is given."""
-    assert type(max_seqlen) is int, "flash-attn 4 compiles again for every tensor that it is given as a length"
-    boundaries = cu_seqlens.tolist()
+    for most in (bounds.most_queries, bounds.most_keys):
+        assert type(most) is int, "flash-attn 4 compiles again for every tensor that it is given as a length"
+    boundaries = bounds.queries.tolist()
+    assert boundaries == bounds.keys.tolist()
     assert boundaries[0] == 0 and boundaries[-1] == len(q) and all(a < b for a, b in pairwise(boundaries))
-    return packed(AttentionBackend.SDPA, cu_seqlens, tuple(boundaries), max_seqlen)(rule, q, k, v)
+    return packed(AttentionBackend.SDPA, bounds.queries, tuple(boundaries), bounds.most_queries)(rule, q, k, v)
 
 
 def random_boundaries(generator, tokens=96):
@@ -147,7 +149,7 @@ def test_long_and_short_documents_of_a_row_take_different_kernels(monkeypatch: p
 
     def causal(rule, q, k, v, docs):
         dense.append((docs.count, docs.length))
-        return flash._causal(rule, q, k, v, docs)
+        return flash.causal(rule, q, k, v, docs)
 
     monkeypatch.setattr(flash, "LONG", 32)
     monkeypatch.setattr(flash, "TILE", 16)

@@ -24,8 +24,9 @@ from tests.world import run_world
 
 TIMEOUT = timedelta(seconds=61)
 GPU = torch.device("cuda", 0)
-AXES = ("dp", "tp", "pp", "zero", "replica", "ends")
+AXES = ("dp", "cp", "tp", "pp", "zero", "replica", "ends")
 LAYOUTS = [Sizes(dp=2, tp=2, pp=3, zero=2), Sizes(dp=12, zero=3), Sizes(dp=3, tp=4, zero=1), Sizes(dp=1, pp=12)]
+LAYOUTS += [Sizes(dp=2, cp=3, pp=2, zero=3), Sizes(cp=4, tp=2, zero=2)]
 
 
 @contextmanager

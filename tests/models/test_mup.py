@@ -21,14 +21,15 @@ from internlm_lite.optim.groups import ParamGroups
 from internlm_lite.optim.zero import HybridZeroOptimizer
 
 WIDTHS = (64, 128, 256, 512, 1024)
+MUON = {"name": "muon", "update_scale": "spectral", "muon_lr": 0.01}
 VOCAB, TOKENS, STEPS, SEEDS = 32, 256, 10, 3
 
 
-def config(width: int, *, head_dim: int = 32, rule: str = "adamw", **model: Any) -> Config:
+def config(width: int, *, head_dim: int = 32, optimizer: dict[str, Any] | None = None, **model: Any) -> Config:
     sections = {
         "data": {"seq_len": TOKENS, "total_steps": STEPS},
         "adam": {"lr": 5e-3, "weight_decay": 0.1},
-        "optimizer": {"name": rule},
+        "optimizer": optimizer or {},
         "lr_scheduler": {"total_steps": STEPS, "warmup_steps": 0, "kind": "constant"},
         "model": {
             "hidden_size": width,
@@ -101,6 +102,20 @@ def test_activations_are_as_large_at_every_width() -> None:
     # A wrong multiplier is seen: logits that are not divided by m.
     wrong = spread([mup(width, logit_scale=1.0) for width in WIDTHS])
     assert wrong["logits"] > 2, wrong
+
+
+@pytest.mark.slow
+def test_activations_under_muon_are_as_large_at_every_width() -> None:
+    """By the spectral scale alone updates are as large as matrices want them: without lr / m, and not RMS-matched."""
+    widths = WIDTHS[:-1]
+    with_mup = spread([mup(width, optimizer=MUON) for width in widths])
+    assert max(with_mup.values()) < 1.2, with_mup
+    ends = widths[0], widths[-1]
+    without = spread([config(width, optimizer=MUON) for width in ends])
+    assert without["block 1"] > 2 and without["logits"] > 1.5, without
+    # A wrong scale is seen: updates with elements as large as those of AdamW grow with the width.
+    wrong = spread([mup(width, optimizer={**MUON, "update_scale": "rms"}) for width in ends])
+    assert wrong["block 1"] > 2, wrong
 
 
 def test_each_parameter_has_the_values_of_its_role() -> None:

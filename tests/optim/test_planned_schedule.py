@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from internlm_lite.config.batch_sizes import step_tokens
+from internlm_lite.config.run_stages import peak_rates
+from internlm_lite.config.schema import Config, StageConfig
 from internlm_lite.optim.lr_schedule import beta2, learning_rate
 from internlm_lite.optim.planned_schedule import MOST_POINTS, borders, planned_schedule, write_schedule
+from internlm_lite.train.changes import schedule_change
 from tests.train.runs import tiny
 
 WSD = {"kind": "wsd", "warmup_steps": 20, "warmup_ratio": None, "decay_steps": 50}
@@ -35,6 +38,18 @@ def test_each_point_is_what_the_step_has(total: int) -> None:
     assert planned.tokens == [sum(sizes[:step]) for step in planned.step]
     for border in (19, 20, 21, total - 51, total - 50, total - 49):
         assert border in planned.step
+
+
+def test_the_rate_of_a_stage_begins_with_its_first_batch() -> None:
+    """Batches that are skipped are no updates: the third update trains on batch 4, the sixth on batch 7."""
+    stages = [{"until": 4}, {"until": 7, "lr": 5e-3}, {"seq_len": 16, "lr": 2e-3}]
+    tables = {"data": {"skip_batches": "1,3,9"}, "lr_scheduler": {"kind": "constant", "warmup_ratio": 0.0}}
+    config = Config.model_validate({**tiny(None, **tables).model_dump(), "stages": stages})
+    planned = planned_schedule(config, 1)
+    assert planned.stage == [0, 0, 1, 1, 1, 2, 2, 2]
+    assert planned.lr == list(peak_rates(config, 8)) == [{0: 1e-2, 1: 5e-3, 2: 2e-3}[stage] for stage in planned.stage]
+    later = config.model_copy(update={"stages": [*config.stages[:2], StageConfig(seq_len=16, lr=1e-3)]})
+    assert (schedule_change(config, later, 0) or "").startswith("update 5 has the learning rate 0.001 instead of 0.002")
 
 
 def test_parts_of_a_curve() -> None:

@@ -23,7 +23,6 @@ from internlm_lite.optim.rules import RULES, AdamW
 from internlm_lite.optim.update_rule import Shard, UpdateStep
 from internlm_lite.optim.updates import GroupUpdates
 from internlm_lite.optim.zero import HybridZeroOptimizer
-from tests.corpus import write_corpus
 from tests.optim.test_zero import (
     MICRO,
     ROWS,
@@ -36,8 +35,8 @@ from tests.optim.test_zero import (
     rows,
     train,
 )
-from tests.train.layouts import LIMIT, Layout, config_of
-from tests.train.runs import curve, run_training, tiny
+from tests.train.resumed import LAYOUTS, check_layouts
+from tests.train.runs import tiny
 from tests.world import run_world
 
 ADAM = AdamConfig(lr=1e-2, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.97)
@@ -311,50 +310,15 @@ def test_a_rule_for_whole_matrices_gets_them_whole() -> None:
     assert sum(results[0][0]["elements"]) == 4 * (24 * 24 + 24)
 
 
-LAYOUTS = {
-    "one process": Layout(),
-    "dp2": Layout(dp=2, bucket=1500),
-    "tp2 sp": Layout(tp=2, sp=True),
-    "pp2": Layout(pp=2, bucket=1500),
-    "one process, tied": Layout(tied=True),
-    "pp2, tied": Layout(pp=2, bucket=1500, tied=True),
-}
-Curve = list[tuple[float, float]]
-
-
-def _train_and_resume(mesh: Mesh, layout: Layout, corpus: Path, folder: Path, kind: str) -> tuple[Curve, Curve]:
-    """Loss and gradient norm of all steps, and of those after the checkpoint of step 2, resumed from it."""
+@pytest.mark.parametrize("kind", ["lion", "sgd 0.9"])
+def test_a_rule_trains_the_same_in_every_layout_and_resumes_bit_for_bit(kind: str, tmp_path: Path) -> None:
     adam = {
         "lr": 0.05 if "sgd" in kind else 1e-3,
         "weight_decay": 0.1,
         "weight_decay_on": "matrices_without_embeddings",
     }
-    sections: dict[str, Any] = {"optimizer": options_of(kind).model_dump(), "adam": adam}
-    ckpt = {
-        "enable_save_ckpt": True,
-        "checkpoint_every": 2,
-        "async_upload": False,
-        "save_ckpt_folder": str(folder / "ckpt"),
-    }
-    whole = run_training(mesh, config_of(layout, corpus, ckpt=ckpt, **sections), folder / "whole")
-    (commit,) = (folder / "ckpt" / "commits").glob(f"{2:010d}-*.json")
-    resumed = config_of(layout, corpus, ckpt={"load_ckpt_folder": str(commit)}, **sections)
-    return curve(whole), curve(run_training(mesh, resumed, folder / "resumed"))
-
-
-@pytest.mark.parametrize("kind", ["lion", "sgd 0.9"])
-def test_a_rule_trains_the_same_in_every_layout_and_resumes_bit_for_bit(kind: str, tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "corpus")
-    curves: dict[str, Curve] = {}
-    for name, layout in LAYOUTS.items():
-        args = (layout, corpus, tmp_path / name, kind)
-        sizes = {"tensor": layout.tp, "pipeline": layout.pp}
-        whole, resumed = run_world(_train_and_resume, layout.world, args, **sizes)[0]
-        assert len(whole) == 5 and resumed == whole[2:], name
-        curves[name] = whole
-    for name, found in curves.items():
-        for step, one in zip(found, curves["one process" + ", tied" * LAYOUTS[name].tied], strict=True):
-            assert step == pytest.approx(one, rel=LIMIT), name
+    sections = {"optimizer": options_of(kind).model_dump(), "adam": adam}
+    curves = check_layouts([name for name in LAYOUTS if name != "dp2 replicas"], sections, tmp_path)
     assert curves["dp2"][-1][0] < curves["dp2"][0][0], "the loss falls"
 
 

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -231,3 +231,18 @@ def run_references(jobs: Iterable[Job], folder: Path) -> dict[Layout, Seen]:
     """Layouts of one process, two at a time."""
     first, second = run_world(_run_alone, 2, (list(jobs), folder), timeout_seconds=800)
     return {**first, **second}
+
+
+def check_layouts_of_one_size(
+    layouts: Sequence[Layout], config_of: Callable[[Layout], Config], rel: float, folder: Path
+) -> None:
+    """All of `layouts`, which have worlds of one size, against one process each; prints the worst relative error."""
+    references = run_references(
+        [Job(model, config_of(model)) for model in dict.fromkeys(layout.same_model for layout in layouts)],
+        folder / "single",
+    )
+    results = run_layouts([Job(layout, config_of(layout)) for layout in layouts], folder / "layouts")
+    worst = max(
+        check(layout, seen, references[layout.same_model], rel) for layout, seen in zip(layouts, results, strict=True)
+    )
+    print(f"{len(layouts)} layouts on {layouts[0].world} ranks, worst relative error {worst:.1e}")

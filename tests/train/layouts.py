@@ -38,6 +38,8 @@ class Layout:
     dp: int = 1
     tp: int = 1
     pp: int = 1
+    cp: int = 1
+    exchange: str = "gather"
     schedule: str | None = None
     chunks: int = 1
     zero1: int = -1
@@ -71,11 +73,11 @@ class Layout:
 
     @property
     def world(self) -> int:
-        return self.dp * self.tp * self.pp
+        return self.dp * self.cp * self.tp * self.pp
 
     @property
     def sizes(self) -> Sizes:
-        return sizes_of(self.world, self.tp, self.pp, self.zero1)
+        return sizes_of(self.world, self.tp, self.pp, self.zero1, self.cp)
 
     @property
     def same_model(self) -> Layout:
@@ -191,6 +193,7 @@ def config_of(layout: Layout, corpus: Path | None, dtype: str = "torch.float64",
             "zero1": layout.zero1,
             "tensor": layout.tp,
             "pipeline": pipeline,
+            "context": {"size": layout.cp, "exchange": layout.exchange},
             "sequence_parallel": layout.sp,
         },
         hybrid_zero_optimizer=zero,

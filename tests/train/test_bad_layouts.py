@@ -57,6 +57,22 @@ WRONG = {
         "tensor=4",
         "model.vocab_size: found 1022, expected a multiple of parallel.tensor 4; change one of them",
     ),
+    "weights that come and go with 2 chunks": (
+        4,
+        "num_chunks=2",
+        "",
+        "zero_stage=3, pipeline=dict(size=2)",
+        'parallel.zero_stage: found 3 with 2 chunks (interleaved), expected one, as with "1f1b"; set zero_stage to 2, '
+        "or num_chunks to 1",
+    ),
+    "weights that come and go with zero bubble": (
+        4,
+        "num_chunks=2",
+        "",
+        'zero_stage=3, pipeline=dict(size=2, schedule="zbv")',
+        'parallel.zero_stage: found 3 with 2 chunks (zbv), expected one, as with "1f1b"; set zero_stage to 2, or '
+        "num_chunks to 1",
+    ),
     "zero bubble with 3 chunks": (
         2,
         "num_chunks=3",

@@ -20,6 +20,7 @@ from internlm_lite.config.schema import Config
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh, build_mesh, sizes_of
 from internlm_lite.optim.replicas import check_replicas
+from internlm_lite.train.own_rows import own_rows
 from internlm_lite.train.trainer import BatchTask, Trainer
 from tests.apps.planner.steps import random_batch, run_step, small
 from tests.world import TIMEOUT, run_world
@@ -53,7 +54,7 @@ class Log(TorchDispatchMode):
 
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
-        groups = (mesh.world, mesh.dp, mesh.tp, mesh.pp, mesh.zero, mesh.replica, mesh.ends)
+        groups = (mesh.world, mesh.dp, mesh.cp, mesh.tp, mesh.pp, mesh.zero, mesh.replica, mesh.ends)
         self._groups = {group.process_group.group_name: group for group in groups if group.process_group is not None}
         self.calls: list[Call] = []
         self._batch, self._in_batch = 0, False
@@ -103,7 +104,9 @@ def work(config: Config, mesh: Mesh) -> None:
     check_replicas(trainer.optimizer, mesh, 2)
     one, sum_ = torch.ones(()), torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
-        trainer.engine.evaluate(BatchTask(trainer.stages, batch, one, trainer.metrics, sum_), batch.micro_num)
+        trainer.engine.evaluate(
+            BatchTask(trainer.stages, batch, own_rows(config, mesh)(batch), one, trainer.metrics, sum_), batch.micro_num
+        )
     trainer.metrics.collect()
     comm.broadcast_object("the end", mesh.world)
 

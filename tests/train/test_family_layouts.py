@@ -10,7 +10,7 @@ import pytest
 
 from tests.corpus import write_corpus
 from tests.train.family_layouts import DROPOUT, PARTS, RUNS, ends_of, family_layouts, wanted_pairs
-from tests.train.layout_runs import Job, check, run_layouts, run_references
+from tests.train.layout_runs import check_layouts_of_one_size
 from tests.train.layouts import LIMIT, MAX_RANKS, Layout, config_of, feasible, runnable
 
 SAMPLE = int(os.environ.get("FAMILY_RUNS", "16"))
@@ -44,10 +44,4 @@ def test_every_part_gives_the_curve_of_one_process(ranks: int, corpus: Path, tmp
     layouts = sampled(ranks)
     if not layouts:
         return
-    models = dict.fromkeys(layout.same_model for layout in layouts)
-    references = run_references([Job(model, config_of(model, corpus)) for model in models], tmp_path / "single")
-    results = run_layouts([Job(layout, config_of(layout, corpus)) for layout in layouts], tmp_path / "layouts")
-    worst = 0.0
-    for layout, seen in zip(layouts, results, strict=True):
-        worst = max(worst, check(layout, seen, references[layout.same_model], LIMIT))
-    print(f"{len(layouts)} layouts on {ranks} ranks, worst relative error {worst:.1e}")
+    check_layouts_of_one_size(layouts, lambda layout: config_of(layout, corpus), LIMIT, tmp_path)

@@ -11,7 +11,7 @@ import pytest
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh.mesh import Mesh
 from tests.corpus import write_corpus
-from tests.train.layout_runs import Job, check, run_layouts, run_references
+from tests.train.layout_runs import Job, check, check_layouts_of_one_size, run_layouts, run_references
 from tests.train.layouts import LIMIT, Layout, config_of, runnable
 from tests.train.runs import curve, run_training
 from tests.world import run_world
@@ -75,13 +75,7 @@ def test_every_layout_trains_as_one_process(ranks: int, corpus: Path, tmp_path: 
     layouts = [layout for layout in LAYOUTS[:SAMPLE] if layout.world == ranks]
     if not layouts:
         return
-    models = dict.fromkeys(layout.same_model for layout in layouts)
-    references = run_references([Job(model, muon_config(model, corpus)) for model in models], tmp_path / "single")
-    results = run_layouts([Job(layout, muon_config(layout, corpus)) for layout in layouts], tmp_path / "layouts")
-    worst = 0.0
-    for layout, seen in zip(layouts, results, strict=True):
-        worst = max(worst, check(layout, seen, references[layout.same_model], LIMIT))
-    print(f"{len(layouts)} layouts on {ranks} ranks, worst relative error {worst:.1e}")
+    check_layouts_of_one_size(layouts, lambda layout: muon_config(layout, corpus), LIMIT, tmp_path)
 
 
 def test_who_owns_a_matrix_changes_no_bit(corpus: Path, tmp_path: Path) -> None:

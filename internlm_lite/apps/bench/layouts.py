@@ -5,6 +5,7 @@ Each world of ranks holds all sides of one kind of layout and alternates between
     data parallel      dp2 zero1=1, dp2 zero1=-1      DDP, DDP + ZeroRedundancyOptimizer, fully_shard
     tensor parallel    tp2, tp2 sp                    parallelize_module, the same with SequenceParallel
     pipeline parallel  pp2 1f1b, interleaved, zbv     Schedule1F1B; ours interleaved and zbv against ours 1f1b
+    weights sharded    dp2 zero_stage=3               fully_shard, weights freed after each pass
     hybrid ZeRO        dp4 zero1=2                    fully_shard on a mesh of 2 x 2
 """
 
@@ -112,7 +113,13 @@ def worlds() -> list[World]:
         },
         (("dp4 zero1=2", "fully_shard 2 x 2"),),
     )
-    return [data, tensor, pipeline, hybrid]
+    return [data, _sharded(), tensor, pipeline, hybrid]
+
+
+def _sharded() -> World:
+    ours, theirs = "dp2 zero_stage=3", "fully_shard, weights freed"
+    sides = {ours: Entry(our_side, {"zero_stage": 3}), theirs: Entry(torch_layouts.fsdp3)}
+    return World(2, 2, sides, ((ours, theirs),))
 
 
 def bench_layouts(rounds: int, most_ranks: int, **shape: Any) -> list[LayoutRow]:

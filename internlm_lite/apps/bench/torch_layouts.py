@@ -3,6 +3,7 @@
     ddp       DistributedDataParallel, fused AdamW on every rank
     ddp_zero  the same with ZeroRedundancyOptimizer
     fsdp      fully_shard per block, weights kept gathered over the micro-batches: ZeRO-1's traffic, or hybrid ZeRO's
+    fsdp3     fully_shard per block as by default: weights come and go with each pass, gradients with each micro-batch
     tp        parallelize_module: column- and row-wise linear layers, loss parallel, SequenceParallel where asked for
     pp        Schedule1F1B
 
@@ -89,9 +90,18 @@ def _ddp_side(
 
 def fsdp(config: Config, mesh: Mesh, seed: int) -> Side:
     """Weights are sharded over `zero` and replicated over `replica`; gathered and reduced once per step."""
+    return _fsdp_side(config, mesh, seed, sharded=False)
+
+
+def fsdp3(config: Config, mesh: Mesh, seed: int) -> Side:
+    """The same, but weights are gathered for each pass of a block, and gradients reduced after each micro-batch."""
+    return _fsdp_side(config, mesh, seed, sharded=True)
+
+
+def _fsdp_side(config: Config, mesh: Mesh, seed: int, *, sharded: bool) -> Side:
     bare, device_mesh = _decoder(config, mesh), _data_mesh(mesh)
     for block in bare.model.layers.values():
-        fully_shard(block, mesh=device_mesh, reshard_after_forward=False)
+        fully_shard(block, mesh=device_mesh, reshard_after_forward=sharded)
     model: Any = fully_shard(bare, mesh=device_mesh, reshard_after_forward=False)
     params = list(bare.parameters())
     optimizer = _adamw(params, config)
@@ -100,7 +110,7 @@ def fsdp(config: Config, mesh: Mesh, seed: int) -> Side:
     def step() -> torch.Tensor:
         optimizer.zero_grad()
         for index, (tokens, labels) in enumerate(micros):
-            last = index == count - 1
+            last = sharded or index == count - 1
             model.set_requires_gradient_sync(last)
             model.set_reshard_after_backward(last)
             (model(tokens, labels) / count).backward()

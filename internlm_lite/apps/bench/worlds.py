@@ -95,7 +95,9 @@ def device_of(rank: int, size: int) -> torch.device:
 def mesh_of(config: Config, rank: int, device: torch.device) -> Mesh:
     """The mesh of the config's layout. Collective."""
     parallel = config.parallel
-    sizes = sizes_of(dist.get_world_size(), parallel.tensor, parallel.pipeline.size, parallel.zero1)
+    sizes = sizes_of(
+        dist.get_world_size(), parallel.tensor, parallel.pipeline.size, parallel.zero1, parallel.context.size
+    )
     return build_mesh(sizes, rank, device, TIMEOUT)
 
 

@@ -108,7 +108,7 @@ def holdings(config: Config, sizes: Sizes, backend: AttentionBackend) -> tuple[l
         stages = build_stages(config, mesh, backend)
         params = _parameters(stages)
         wholes.update({param.shard_spec.name: math.prod(param.shard_spec.shape) for param in params})
-        buckets = build_buckets(list(params), mesh.zero, config)
+        buckets = build_buckets(list(params), mesh.zero, config, params)
         held.append(
             RankHoldings(
                 pp=pp,
@@ -125,7 +125,7 @@ def rebucketed(held: RankHoldings, config: Config, sizes: Sizes) -> tuple[Bucket
     """Buckets of these stages with another `config`, such as another reduce_bucket_size."""
     mesh = plan_mesh(sizes, rank_of(sizes, dp=0, tp=0, pp=held.pp), torch.device("meta"))
     params = _parameters(held.stages)
-    buckets = build_buckets(list(params), mesh.zero, config)
+    buckets = build_buckets(list(params), mesh.zero, config, params)
     return tuple(bucket_sizes(bucket, params, config.ema) for bucket in buckets)
 
 

@@ -59,7 +59,7 @@ def make_plan(
     DataError.
     """
     parallel = config.parallel
-    sizes = sizes_of(world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1)
+    sizes = sizes_of(world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1, parallel.context.size)
     whole, opened = _opened(config, sizes)
     batches, lengths = _first_batches(whole, opened)
     uses = tuple(stage_uses(whole.data, opened))
@@ -183,19 +183,20 @@ def _ranks(
         seen: dict[int, int] = {}
         for elements in own.zero_elements:
             seen[elements] = seen.get(elements, 0) + 1
-        for dp in range(sizes.dp):
-            zero, replica = dp % sizes.zero, dp // sizes.zero
+        for place in range(sizes.alike):
+            (dp, cp), zero, replica = divmod(place, sizes.cp), place % sizes.zero, place // sizes.zero
             elements = own.zero_elements[zero]
             like_it = sizes.tp * sizes.replica * seen.get(elements, 0)
             if not listed and seen.pop(elements, None) is None:
                 continue  # an equal rank is listed already
             for tp in range(sizes.tp if listed else 1):
                 yield RankPlan(
-                    rank=rank_of(sizes, dp=dp, tp=tp, pp=own.pp),
+                    rank=rank_of(sizes, dp=dp, cp=cp, tp=tp, pp=own.pp),
                     count=1 if listed else like_it,
                     tp=tp,
                     pp=own.pp,
                     dp=dp,
+                    cp=cp,
                     zero=zero,
                     replica=replica,
                     layers=[[spec.layers.start, spec.layers.stop] for spec in specs],
@@ -211,6 +212,7 @@ def _layout(config: Config, sizes: Sizes, backend: AttentionBackend) -> dict[str
         "tp": sizes.tp,
         "pp": sizes.pp,
         "dp": sizes.dp,
+        "cp": sizes.cp,
         "zero": sizes.zero,
         "replica": sizes.replica,
         "schedule": config.schedule if sizes.pp > 1 else None,

@@ -61,7 +61,7 @@ def _title(plan: RunPlan) -> Text:
     details += [str(layout["dtype"]).removeprefix("torch."), str(layout["attention"])]
     ranks = f"{sizes.world:,} ranks" if sizes.world > 1 else "1 rank"
     text = Text(plan.job, style="bold green")
-    text.append(f"  {ranks} = dp {sizes.dp} x tp {sizes.tp} x pp {sizes.pp}", "bold default")
+    text.append(f"  {ranks} = {sizes.axes}", "bold default")
     return text.append(f"  ({'; '.join(details)})\n", "not bold default")
 
 

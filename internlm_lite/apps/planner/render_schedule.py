@@ -26,7 +26,7 @@ def render_schedule(config: Config, world_size: int) -> RenderableType:
     """Raises MeshError if `world_size` ranks cannot be laid out, ConfigError as `with_warmup_steps`, DataError if the
     number of steps comes from the data, and these are missing."""
     parallel = config.parallel
-    dp_size = sizes_of(world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1).dp
+    dp_size = sizes_of(world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1, parallel.context.size).dp
     if config.data.epochs is not None or config.data.total_tokens is not None:
         data = open_training_data(config.data, config.model.vocab_size, 0, dp_size, config.seed, config.stages)
         config = with_total_steps(config, data)

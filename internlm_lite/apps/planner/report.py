@@ -112,6 +112,7 @@ class RankPlan:
     tp: int
     pp: int
     dp: int
+    cp: int
     zero: int
     replica: int
     layers: list[list[int]]

@@ -108,7 +108,7 @@ def _units(own: RankHoldings) -> list[CostedLayer]:
 def full_rows(config: Config, world_size: int, device: DeviceFile) -> tuple[StepClock, Ways]:
     """A clock of `config`, and how its step computes over documents of seq_len tokens, as benchmarks have them."""
     parallel, data = config.parallel, config.data
-    sizes = sizes_of(world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1)
+    sizes = sizes_of(world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1, parallel.context.size)
     backend = expected_backend(config.model, deterministic=config.deterministic)
     held, _ = holdings(config, sizes, backend)
     orders = actions_of(config.schedule, sizes.pp, config.model.num_chunks, data.micro_num)

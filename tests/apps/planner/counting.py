@@ -23,7 +23,7 @@ class Calls(TorchDispatchMode):
 
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
-        groups = (mesh.world, mesh.dp, mesh.tp, mesh.pp, mesh.zero, mesh.replica, mesh.ends)
+        groups = (mesh.world, mesh.dp, mesh.cp, mesh.tp, mesh.pp, mesh.zero, mesh.replica, mesh.ends)
         self._axes = {group.process_group.group_name: group.name for group in groups if group.process_group is not None}
         self.counted: Counter[Key] = Counter()
 

@@ -3,30 +3,21 @@ fused AdamW. Stage 3 gathers a block as a whole, and keeps no weights beyond it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from internlm_lite.apps.bench.bare import BareDecoder
 from internlm_lite.apps.bench.timing import Side
-from internlm_lite.apps.bench.torch_layouts import Builder, micro_batches
+from internlm_lite.apps.bench.torch_layouts import micro_batches
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.deepspeed_settings import import_deepspeed, settings
 from internlm_lite.runtime.device import torch_dtype
 
 
-def deepspeed_zero(stage: int) -> Builder:
-    """The side of ZeRO-`stage`; `step` returns the norm."""
-
-    def build(config: Config, mesh: Mesh, seed: int) -> Side:
-        return Side(_step_of(stage, config, mesh, seed))
-
-    return build
-
-
-def _step_of(stage: int, config: Config, mesh: Mesh, seed: int) -> Callable[[], torch.Tensor]:
+def deepspeed_zero(stage: int, config: Config, mesh: Mesh, seed: int) -> Side:
+    """The side of ZeRO-`stage`; its steps return the norm."""
     deepspeed = import_deepspeed(mesh.device)
     bare = BareDecoder(config.model, config.data.seq_len, torch_dtype(config.model.dtype)).to(mesh.device)
     if stage == 3:
@@ -49,7 +40,6 @@ def _step_of(stage: int, config: Config, mesh: Mesh, seed: int) -> Callable[[], 
         for tokens, labels in micros:
             engine.backward(engine(tokens, labels))
             engine.step()
-        norm = engine.get_global_grad_norm()
-        return torch.as_tensor(norm)
+        return torch.as_tensor(engine.get_global_grad_norm())
 
-    return step
+    return Side(step)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -129,7 +130,7 @@ def _sharded() -> World:
 def _against_deepspeed() -> World:
     stages = (1, 2, 3)
     ours = {f"dp2 zero_stage={stage}": Entry(our_side, {"zero_stage": stage}) for stage in stages}
-    theirs = {f"DeepSpeed ZeRO-{stage}": Entry(deepspeed_zero(stage)) for stage in stages}
+    theirs = {f"DeepSpeed ZeRO-{stage}": Entry(partial(deepspeed_zero, stage)) for stage in stages}
     return World(2, 2, {**ours, **theirs}, tuple(zip(ours, theirs, strict=True)))
 
 

@@ -24,7 +24,7 @@ ROLES = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Part:
+class FlatPart:
     """Elements start..start+numel-1 of flat tensor `flat` are elements first.. of `param`, in row-major order."""
 
     param: Parameter
@@ -37,7 +37,7 @@ class Part:
 class DeepSpeedShards:
     """This rank's flat tensors. `zero`: the optimizer that DeepSpeed's engine made."""
 
-    parts: list[Part]
+    parts: list[FlatPart]
 
     def __init__(self, zero: Any) -> None:
         self._zero = zero
@@ -110,7 +110,7 @@ class FragmentShards(DeepSpeedShards):
             lies: Any = param._hp_mapping  # type: ignore[attr-defined]
             if lies is not None:
                 within, of = lies.hp_fragment_address, lies.lp_fragment_address
-                self.parts.append(Part(param, lies.param_group_index, within.start, within.numel, of.start))
+                self.parts.append(FlatPart(param, lies.param_group_index, within.start, within.numel, of.start))
 
     def flats(self) -> list[torch.Tensor]:
         return [group["params"][0] for group in self.rule.param_groups]
@@ -149,7 +149,7 @@ class PartitionedShards(DeepSpeedShards):
             n_elements: int = param.ds_numel  # type: ignore[attr-defined]
             mine = min(size, n_elements - rank * size)
             if mine > 0:
-                self.parts.append(Part(param, flat, start, mine, rank * size))
+                self.parts.append(FlatPart(param, flat, start, mine, rank * size))
 
     def flats(self) -> list[torch.Tensor]:
         return list(self._zero.fp32_partitioned_groups_flat)

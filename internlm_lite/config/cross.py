@@ -10,6 +10,7 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
+from internlm_lite.config.engine_checks import engine_problems
 from internlm_lite.config.keys import known_keys, value_of
 from internlm_lite.config.layout_checks import heads_problems, row_problems, world_problems
 from internlm_lite.config.model_checks import model_problems
@@ -100,6 +101,7 @@ def cross_problems(config: Config, world_size: int | None) -> Iterator[Problem]:
     yield from stage_problems(config, _of_rows)
     yield from _curves(config)
     yield from _rule(config)
+    yield from engine_problems(config)
     yield from _evaluation(config)
     yield from _batches(config)
     yield from _data(config)

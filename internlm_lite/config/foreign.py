@@ -162,7 +162,9 @@ FEATURES: Mapping[str, tuple[str, str]] = {
         "stopping by a metric", "ckpt.keep_best keeps what was best, ckpt.stop_file_path stops"),
     r"hf|hf_model|huggingface.*|trust_remote_code|attn_implementation": (
         "models of transformers", "`internlm-lite convert from-hf` reads weights of 15 families, from GPT-2 to Qwen3"),
-    r"deepspeed.*|ds_config|megatron.*|accelerate.*|auto_parallel.*|trainer_type": (
+    r"deepspeed.*|ds_config": (
+        "DeepSpeed's own settings", "engine = dict(name=\"deepspeed\", stage=3, offload=\"cpu\") runs its ZeRO"),
+    r"megatron.*|accelerate.*|auto_parallel.*|trainer_type": (
         "another framework's settings", "write the keys of docs/config.md"),
     r"hooks?|default_hooks|custom_hooks|train_cfg|val_cfg|test_cfg|optim_wrapper|param_scheduler": (
         "settings of mmengine", "write the keys of docs/config.md"),

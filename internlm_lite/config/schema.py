@@ -686,6 +686,25 @@ class ParallelConfig(Section):
     """Split activations outside attention and MLP along the sequence over the tensor-parallel ranks."""
 
 
+class EngineConfig(Section):
+    """(new) Who shards, reduces and updates. Model, data, loop, step line, guards and checkpoints are the same, and a
+    run may go on with the other engine."""
+
+    name: Literal["native", "deepspeed"] = "native"
+    """"native": this package. "deepspeed": DeepSpeed's ZeRO, for tensor = pipeline = 1, with AdamW by torch's fused
+    kernel; `pip install internlm_lite[deepspeed]`."""
+    stage: Literal[1, 2, 3] = 1
+    """deepspeed: what is sharded over data-parallel ranks. 1: optimizer state. 2: gradients, too. 3: weights, too."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """deepspeed: where master weights and optimizer state are, and where the update takes place. "cpu": in host memory.
+    "nvme": in files, with stage 3; tensors of less than 1 MB stay in host memory."""
+    nvme_path: str | None = None
+    """deepspeed: folder of these files, on a disk of this host. They are of no use after the run."""
+    overlap: bool = False
+    """deepspeed: its overlap_comm: reduce beside the backward pass, on a GPU. Off, because releases of it gave wrong
+    gradients with it: compare losses before you rely on it."""
+
+
 class GuardConfig(Section):
     """(new) What happens on numerical problems. A step whose loss or gradient is not finite, or that has no label, is
     always skipped, and no checkpoint is saved whose numbers are not finite."""
@@ -864,6 +883,8 @@ class Config(Section):
     """Model."""
     parallel: ParallelConfig = ParallelConfig()
     """Layout."""
+    engine: EngineConfig = EngineConfig()
+    """(new) Engine."""
     monitor: MonitorConfig = MonitorConfig()
     """Monitoring."""
     guard: GuardConfig = GuardConfig()

@@ -35,7 +35,8 @@ _CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
 
 
 class TokenLosses(NamedTuple):
-    """Losses of a row of T tokens. Only `scaled_sum` is differentiable."""
+    """Losses of a row of T tokens. Only `scaled_sum` is differentiable. A tuple, because DeepSpeed's stage 3 looks for
+    the tensors that a module returns in tuples, lists and dicts alone."""
 
     scaled_sum: torch.Tensor
     """Scalar to differentiate: `scale` times the sum over tokens of the loss with label smoothing and z-loss."""

@@ -56,13 +56,7 @@ def reduce_totals(
     """One all-reduce of six fp64 numbers over the world; does not read the device. Collective.
 
     `num_labels`, `requests`, `loss_sum`: this rank's."""
-    counts = mesh.tp.rank == 0 and mesh.cp.rank == 0 and mesh.pp.rank == mesh.pp.size - 1
     sums = torch.zeros(6, dtype=torch.float64, device=mesh.device)
-    for index, value in enumerate((num_labels * counts, requests.signalled, requests.stop_file), start=2):
-        sums[index] += value  # a host number is a kernel argument; copying a host tensor would synchronise
-    # Tensor-parallel ranks compute the same loss, so only one counts; context-parallel ranks know the labels of whole
-    # rows, but have losses of their own tokens. No test for the last stage: on other stages the loss is 0.
-    sums[5] += loss_sum * (mesh.tp.rank == 0)
     groups: dict[tuple[int, bool], list[torch.Tensor]] = {}
     for bucket in buckets:
         key = int(bucket.kind.dtype != model_dtype), _counts(bucket.kind, mesh)
@@ -72,6 +66,19 @@ def reduce_totals(
         if not counts:  # a copy contributes only infinities and NaN
             squares = squares.masked_fill(squares.isfinite(), 0)
         sums[index] += squares.sum()
+    return sum_totals(sums, num_labels, requests, loss_sum, mesh)
+
+
+def sum_totals(
+    sums: torch.Tensor, num_labels: int, requests: Requests, loss_sum: torch.Tensor | float, mesh: Mesh
+) -> Totals:
+    """`sums` [6] fp64 holds this rank's squares in the order of `Totals`, and zeros; the rest as `reduce_totals`."""
+    counts = mesh.tp.rank == 0 and mesh.cp.rank == 0 and mesh.pp.rank == mesh.pp.size - 1
+    for index, value in enumerate((num_labels * counts, requests.signalled, requests.stop_file), start=2):
+        sums[index] += value  # a host number is a kernel argument; copying a host tensor would synchronise
+    # Tensor-parallel ranks compute the same loss, so only one counts; context-parallel ranks know the labels of whole
+    # rows, but have losses of their own tokens. No test for the last stage: on other stages the loss is 0.
+    sums[5] += loss_sum * (mesh.tp.rank == 0)
     comm.all_reduce(sums, mesh.world).wait()
     return Totals(*sums.unbind())
 

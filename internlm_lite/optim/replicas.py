@@ -20,7 +20,7 @@ from internlm_lite.errors import NumericsError
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.buckets import BucketSpec
-from internlm_lite.optim.zero import HybridZeroOptimizer
+from internlm_lite.optim.training_optimizer import TrainingOptimizer
 
 Key = tuple[object, ...]
 _AS_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -35,7 +35,7 @@ class ReplicaMismatch:
     """Ranks that differ from the majority; empty without a majority."""
 
 
-def check_replicas(optimizer: HybridZeroOptimizer, mesh: Mesh, step: int) -> None:
+def check_replicas(optimizer: TrainingOptimizer, mesh: Mesh, step: int) -> None:
     """Raises the same NumericsError on all ranks when checksums differ; weights must be current. Collective; waits for
     the device."""
     found = mismatches(comm.gather_objects(_sums(optimizer, mesh), mesh.world))
@@ -50,7 +50,7 @@ def check_replicas(optimizer: HybridZeroOptimizer, mesh: Mesh, step: int) -> Non
     raise error
 
 
-def _sums(optimizer: HybridZeroOptimizer, mesh: Mesh) -> dict[Key, int]:
+def _sums(optimizer: TrainingOptimizer, mesh: Mesh) -> dict[Key, int]:
     """Checksums of all weights and state of this rank; equal keys on two ranks require equal sums. Reads the device."""
     sums: dict[Key, torch.Tensor] = {}
     for bucket, shards in optimizer.shards():

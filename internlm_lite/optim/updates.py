@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from internlm_lite.config.run_stages import peak_rates
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh.mesh import Group, Mesh
 from internlm_lite.optim.bf16_state import Bf16State
 from internlm_lite.optim.buckets import Bucket
 from internlm_lite.optim.groups import ParamGroup
-from internlm_lite.optim.lr_schedule import learning_rate
+from internlm_lite.optim.rates import Rates
 from internlm_lite.optim.rules import RULES
 from internlm_lite.optim.update_rule import Piece, Shard, UpdateRule, UpdateStep
 
@@ -25,9 +24,7 @@ class GroupUpdates:
     def __init__(self, buckets: Sequence[Bucket], config: Config, mesh: Mesh) -> None:
         self.shards = [_shard(bucket, mesh.tp if bucket.kind.tp_sharded else None) for bucket in buckets]
         peaks = list(dict.fromkeys([config.adam.lr, *(bucket.kind.group.lr for bucket in buckets)]))
-        self._rates = torch.tensor(
-            [_curve(peak, config) for peak in peaks], dtype=torch.float64, device=mesh.device
-        )  # [peaks, steps]
+        self._rates = Rates(peaks, config, mesh.device)
         bf16 = config.optimizer.moments == "bf16" and any(shard.state for shard in self.shards)
         self._bf16 = Bf16State(self.shards, config.seed) if bf16 else None
         members: dict[tuple[ParamGroup, int], list[int]] = {}
@@ -45,11 +42,8 @@ class GroupUpdates:
             self._bf16.release()
 
     def rates(self, good_steps: torch.Tensor) -> torch.Tensor:
-        """[peaks] fp64: the learning rate of each peak after `good_steps` (int64 device scalar) updates; first
-        that of adam.lr. Does not read the device."""
-        # index_select, because self._rates[:, step] would read `step` on the host.
-        step = good_steps.clamp(max=self._rates.shape[1] - 1)
-        return self._rates.index_select(1, step.unsqueeze(0)).squeeze(1)
+        """As `Rates.after`; first the rate of adam.lr."""
+        return self._rates.after(good_steps)
 
     def update(self, grads: Sequence[torch.Tensor], step: UpdateStep, updates: torch.Tensor) -> None:
         """Update all shards by `grads` (one per shard, in the dtype of its weights; may be overwritten) times
@@ -87,16 +81,6 @@ class GroupUpdates:
             for shard in self.shards:
                 for tensor in shard.state.values():
                     tensor.zero_()
-
-
-def _curve(peak: float, config: Config) -> list[float]:
-    """Learning rates of all steps: those of adam.lr, or of the stages, down to eta_min, scaled to this peak."""
-    base, schedule = config.adam.lr, config.lr_scheduler
-    steps = max(schedule.total_steps, config.data.total_steps) + 2
-    if not base and peak:
-        return [learning_rate(i, peak, schedule) for i in range(steps)]
-    rates = [learning_rate(i, of_stage, schedule) for i, of_stage in enumerate(peak_rates(config, steps))]
-    return rates if peak == base else [rate * (peak / base) for rate in rates]
 
 
 def _shard(bucket: Bucket, holders: Group | None) -> Shard:

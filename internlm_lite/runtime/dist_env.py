@@ -9,6 +9,7 @@ Only this file knows the names of environment variables; they are read from a ma
 
 from __future__ import annotations
 
+import os
 import socket
 import zlib
 from collections.abc import Callable, Mapping, MutableMapping
@@ -115,6 +116,13 @@ def set_mlflow_defaults(environ: MutableMapping[str, str]) -> None:
     # A call to a dead server must not keep other sinks of the queue waiting for minutes.
     environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+
+
+def set_deepspeed_variables(accelerator: str, local_rank: int) -> None:
+    """Set what DeepSpeed reads on import and where it builds an engine: "cpu" or "cuda", and the number of the device,
+    which under some launchers is not LOCAL_RANK. Our own were read before."""
+    os.environ["DS_ACCELERATOR"] = accelerator
+    os.environ["LOCAL_RANK"] = str(local_rank)
 
 
 def adopt_s3_keys(environ: MutableMapping[str, str]) -> None:

@@ -35,6 +35,7 @@ from internlm_lite.mesh.mesh import Mesh, build_mesh, sizes_of
 from internlm_lite.monitor.jsonl import EventsFile, has_ended, next_segment
 from internlm_lite.monitor.packages import check_packages
 from internlm_lite.monitor.sinks import SinkFactory
+from internlm_lite.optim.deepspeed_settings import require_deepspeed
 from internlm_lite.runtime import folder as run_folders
 from internlm_lite.runtime.device import apply_numerics, bind_device, device_name
 from internlm_lite.runtime.dist_env import DistEnv
@@ -142,6 +143,7 @@ def _run(loaded: LoadedConfig, dist_env: DistEnv, options: Options, failures: Fa
     collectives = timedelta(seconds=max(limits.of.values()) + _GRACE_SECONDS)
     device = bind_device(dist_env, options.device)
     apply_numerics(config, device, dist_env)
+    require_deepspeed(config, device)
     store = start_world(
         dist_env, device, timedelta(seconds=timeout), collectives, _fingerprint(loaded, options, device)
     )

@@ -21,7 +21,8 @@ import torch
 from internlm_lite.config.schema import Config
 from internlm_lite.errors import NumericsError
 from internlm_lite.mesh.consensus import on_all
-from internlm_lite.optim.zero import HybridZeroOptimizer, StepOutcome
+from internlm_lite.optim.training_optimizer import TrainingOptimizer
+from internlm_lite.optim.zero import StepOutcome
 from internlm_lite.train.build import Run
 from internlm_lite.train.checkpoints import Moment
 from internlm_lite.train.control import Control, Decision, bad_losses_error
@@ -118,7 +119,7 @@ def best_figure(config: Config) -> str | None:
     return config.evaluation.keep_best or ("loss" if config.ckpt.keep_best else None)
 
 
-def _require_sound_state(optimizer: HybridZeroOptimizer, step: int) -> None:
+def _require_sound_state(optimizer: TrainingOptimizer, step: int) -> None:
     if problem := optimizer.problem():
         raise NumericsError(
             f"step {step}: {problem}, so nothing is saved: started again, the run goes on from its newest checkpoint; "

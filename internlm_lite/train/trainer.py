@@ -24,12 +24,12 @@ from internlm_lite.layers.flash import choose_backend
 from internlm_lite.layers.fp8 import require_float8
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.initialise import initialise
-from internlm_lite.models.stages import Stages, build_stages, first_units, units_of
+from internlm_lite.models.stages import Stages, build_stages
 from internlm_lite.monitor.metrics import Collected, FolderMetrics
 from internlm_lite.optim.grad_norm import Requests
-from internlm_lite.optim.zero import HybridZeroOptimizer, StepOutcome
-from internlm_lite.pipeline.engine import Engine, HiddenShape, OneRank, Pipeline
+from internlm_lite.optim.zero import StepOutcome
 from internlm_lite.runtime.device import torch_dtype
+from internlm_lite.train.engines import build_engines
 from internlm_lite.train.own_rows import OwnRow, own_rows
 from internlm_lite.train.profiling import Stopwatch
 
@@ -87,11 +87,9 @@ class Trainer:
         if config.model.fp8:
             require_float8(mesh.device)
         self.stages = build_stages(config, mesh, self.backend)
-        units, firsts = units_of(self.stages), first_units(self.stages)
-        self.optimizer = HybridZeroOptimizer(units, config, mesh, dtype, firsts)
+        self.optimizer, self.engine = build_engines(config, mesh, self.stages, dtype)
         if draw_weights and mesh.device.type != "meta":  # where tensors have no values
             self.draw_weights()
-        self.engine = build_engine(config, mesh, self.stages)
         self._own_rows = own_rows(config, mesh)
         self.metrics = FolderMetrics(folders, mesh)
         """Metrics of the training steps since they were last collected."""
@@ -165,23 +163,3 @@ class Trainer:
                 self.engine.evaluate(task, batch.micro_num)
                 batch_done()
         return metrics.collect()
-
-
-def build_engine(config: Config, mesh: Mesh, stages: Stages) -> Engine:
-    """The engine for this rank's `stages`: `OneRank` without pipeline parallelism, else `Pipeline`."""
-    if mesh.pp.size == 1:
-        return OneRank()
-    tp_ctx = next(iter(stages.values())).tp_ctx
-    return Pipeline(
-        stages,
-        mesh.pp,
-        schedule=config.schedule,
-        shape=HiddenShape(
-            rows=tp_ctx.rows(config.data.micro_bsz * config.data.seq_len // mesh.cp.size),
-            hidden_size=config.model.hidden_size,
-            dtype=tp_ctx.dtype,
-            device=mesh.device,
-        ),
-        early_receive=config.parallel.pipeline.interleaved_overlap,
-        pop_deferred=tp_ctx.weight_grads.pop_deferred,
-    )

@@ -539,7 +539,8 @@ def test_aliases_of_unsupported_features(tmp_path: Path, text: str, expected: st
         ("use_cuda_graph", "True", "CUDA graphs"),
         ("model.drop_path_rate", "0.1", "dropout of whole layers"),
         ("model.use_alibi", "True", "other position embeddings"),
-        ("deepspeed", "'ds.json'", "another framework's settings"),
+        ("deepspeed", "'ds.json'", "DeepSpeed's own settings"),
+        ("megatron", "'mg.json'", "another framework's settings"),
     ],
 )
 def test_features_of_other_frameworks_are_named(tmp_path: Path, key: str, value: str, feature: str) -> None:

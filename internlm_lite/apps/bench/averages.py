@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -20,6 +20,7 @@ from internlm_lite.apps.bench.timing import alternate
 from internlm_lite.config.schema import EmaConfig
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.optim.average import WeightAverage
+from internlm_lite.optim.zero import HybridZeroOptimizer
 from internlm_lite.runtime.device import device_name
 from internlm_lite.train.trainer import Trainer
 
@@ -53,11 +54,12 @@ def bench_averages(device: torch.device, rounds: int, **shape: Any) -> AverageCo
     """Measure one process."""
     config = bench_config(**shape).model_copy(update={"ema": EmaConfig()})
     trainer = Trainer(config, single_process_mesh(device))
-    average, batch = trainer.optimizer.average, random_batch(config, 1, device)
+    optimizer = cast(HybridZeroOptimizer, trainer.optimizer)
+    average, batch = optimizer.average, random_batch(config, 1, device)
     assert average is not None, "the config asks for it"
 
     def step(with_average: WeightAverage | None) -> None:
-        trainer.optimizer.average = with_average
+        optimizer.average = with_average
         trainer.step(batch, step=0)
 
     seconds = alternate({"plain": partial(step, None), "averaging": partial(step, average)}, rounds, device)
@@ -72,7 +74,7 @@ def bench_averages(device: torch.device, rounds: int, **shape: Any) -> AverageCo
     return AverageCost(
         shape=", ".join(f"{key}={value}" for key, value in shape.items()),
         device=device_name(device),
-        parameters=sum(bucket.numel for bucket in trainer.optimizer.buckets),
+        parameters=sum(bucket.numel for bucket in optimizer.buckets),
         tokens=batch.tokens.numel(),
         plain_seconds=seconds["plain"],
         averaging_seconds=seconds["averaging"],

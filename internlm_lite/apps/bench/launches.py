@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -32,6 +32,7 @@ from internlm_lite.layers.loss import LossOptions, linear_cross_entropy, losses_
 from internlm_lite.layers.rope import Rotations
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.models.decoder import Block, tensor_parallel_context
+from internlm_lite.optim.zero import HybridZeroOptimizer
 from internlm_lite.train import trainer as trainer_module
 from internlm_lite.train.trainer import Trainer
 
@@ -113,7 +114,7 @@ def eager_step(config: Config) -> Counted:
         trainer = Trainer(config, single_process_mesh(device))
         batch = fake_batch(host, device)
         trainer.step(batch, 0)
-        counted.parameters = sum(bucket.numel for bucket in trainer.optimizer.buckets)
+        counted.parameters = sum(bucket.numel for bucket in cast(HybridZeroOptimizer, trainer.optimizer).buckets)
         with phases(trainer, counted), counted:
             trainer.step(batch, 1)
             counted.phase = "optimizer"

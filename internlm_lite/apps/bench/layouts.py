@@ -2,6 +2,7 @@
 
 Each world of ranks holds all sides of one kind of layout and alternates between them:
 
+    ZeRO-1, 2, 3       dp2 zero_stage=1, 2, 3         DeepSpeed's engine of these stages
     data parallel      dp2 zero1=1, dp2 zero1=-1      DDP, DDP + ZeroRedundancyOptimizer, fully_shard
     tensor parallel    tp2, tp2 sp                    parallelize_module, the same with SequenceParallel
     pipeline parallel  pp2 1f1b, interleaved, zbv     Schedule1F1B; ours interleaved and zbv against ours 1f1b
@@ -13,11 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from internlm_lite.apps.bench import torch_layouts
+from internlm_lite.apps.bench.deepspeed_layouts import deepspeed_zero
 from internlm_lite.apps.bench.shapes import bench_config
 from internlm_lite.apps.bench.step import our_side
 from internlm_lite.apps.bench.timing import alternate_ranks
@@ -113,13 +117,21 @@ def worlds() -> list[World]:
         },
         (("dp4 zero1=2", "fully_shard 2 x 2"),),
     )
-    return [data, _sharded(), tensor, pipeline, hybrid]
+    peers = [_against_deepspeed()] if find_spec("deepspeed") else []
+    return [data, _sharded(), *peers, tensor, pipeline, hybrid]
 
 
 def _sharded() -> World:
     ours, theirs = "dp2 zero_stage=3", "fully_shard, weights freed"
     sides = {ours: Entry(our_side, {"zero_stage": 3}), theirs: Entry(torch_layouts.fsdp3)}
     return World(2, 2, sides, ((ours, theirs),))
+
+
+def _against_deepspeed() -> World:
+    stages = (1, 2, 3)
+    ours = {f"dp2 zero_stage={stage}": Entry(our_side, {"zero_stage": stage}) for stage in stages}
+    theirs = {f"DeepSpeed ZeRO-{stage}": Entry(partial(deepspeed_zero, stage)) for stage in stages}
+    return World(2, 2, {**ours, **theirs}, tuple(zip(ours, theirs, strict=True)))
 
 
 def bench_layouts(rounds: int, most_ranks: int, **shape: Any) -> list[LayoutRow]:

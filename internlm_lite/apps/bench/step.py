@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -27,7 +27,8 @@ def our_training(config: Config, mesh: Mesh, seed: int) -> tuple[Side, HybridZer
     """(`our_side`, its optimizer)"""
     trainer = Trainer(config.model_copy(update={"seed": seed}), mesh)
     batch = random_batch(config, seed + mesh.dp.rank, mesh.device)
-    return Side(lambda: trainer.step(batch, step=0), trainer.optimizer.wait_weights), trainer.optimizer
+    optimizer = cast(HybridZeroOptimizer, trainer.optimizer)
+    return Side(lambda: trainer.step(batch, step=0), optimizer.wait_weights), optimizer
 
 
 def bare_side(config: Config, mesh: Mesh, seed: int) -> Side:

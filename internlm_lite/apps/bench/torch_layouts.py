@@ -72,7 +72,7 @@ def _ddp_side(
     mesh: Mesh,
     seed: int,
 ) -> Side:
-    micros, count = _micro_batches(config, mesh, seed), config.data.micro_num
+    micros, count = micro_batches(config, mesh, seed), config.data.micro_num
 
     def step() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=False)  # the gradients are views of DDP's buckets
@@ -105,7 +105,7 @@ def _fsdp_side(config: Config, mesh: Mesh, seed: int, *, sharded: bool) -> Side:
     model: Any = fully_shard(bare, mesh=device_mesh, reshard_after_forward=False)
     params = list(bare.parameters())
     optimizer = _adamw(params, config)
-    micros, count = _micro_batches(config, mesh, seed), config.data.micro_num
+    micros, count = micro_batches(config, mesh, seed), config.data.micro_num
 
     def step() -> torch.Tensor:
         optimizer.zero_grad()
@@ -139,7 +139,7 @@ def tp(config: Config, mesh: Mesh, seed: int) -> Side:
     parallelize_module(bare.model, device_mesh, plan)
     params = list(bare.parameters())
     optimizer = _adamw(params, config)
-    micros, count = _micro_batches(config, mesh, seed), config.data.micro_num
+    micros, count = micro_batches(config, mesh, seed), config.data.micro_num
 
     def step() -> torch.Tensor:
         optimizer.zero_grad()
@@ -220,7 +220,7 @@ def _decoder(config: Config, mesh: Mesh) -> BareDecoder:
     return BareDecoder(config.model, config.data.seq_len, torch_dtype(config.model.dtype)).to(mesh.device)
 
 
-def _micro_batches(config: Config, mesh: Mesh, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def micro_batches(config: Config, mesh: Mesh, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(tokens, labels), each [micro_bsz, seq_len]."""
     batch = random_batch(config, seed + mesh.dp.rank, mesh.device)
     shape = (config.data.micro_num, config.data.micro_bsz, config.data.seq_len)

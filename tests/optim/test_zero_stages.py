@@ -30,8 +30,7 @@ from tests.optim.test_zero import (
     reference,
     rows,
 )
-from tests.train.layouts import Layout
-from tests.train.zero_runs import ZeroLayout
+from tests.train.layouts import Layout, config_of
 from tests.world import TIMEOUT, run_world
 
 LAYERS = 4
@@ -240,9 +239,9 @@ def test_shards_are_summed_in_fp32_though_gradients_are_of_bf16() -> None:
 def recompute(world: Mesh) -> dict[float, Counter[tuple[str, str]]]:
     found = {}
     for share in (0.0, 1.0):
-        made = ZeroLayout(Layout(dp=2, checkpoint=share, layers=3), 3)
-        trainer, counts = Trainer(made.config(None), world), Counts()
-        batch = random_rows(trainer, made.config(None), world)
+        made = Layout(dp=2, checkpoint=share, layers=3, zero_stage=3)
+        trainer, counts = Trainer(config_of(made, None), world), Counts()
+        batch = random_rows(trainer, config_of(made, None), world)
         with counting(trainer.optimizer.buckets, counts):
             trainer.step(batch, 0)
         found[share] = Counter({call: times for call, times in counts.calls.items() if call[1] == "zero"})
@@ -263,17 +262,17 @@ def test_recomputation_gathers_nothing_more() -> None:
 
 
 def test_drawn_weights_leave_zeros_between_parameters() -> None:
-    made = ZeroLayout(Layout(layers=2), 3)
-    buckets = Trainer(made.config(None), single_process_mesh()).optimizer.buckets
+    made = Layout(layers=2, zero_stage=3)
+    buckets = Trainer(config_of(made, None), single_process_mesh()).optimizer.buckets
     assert any(bucket.shard_size > bucket.numel for bucket in buckets)
     assert not any(bucket.master[bucket.numel :].any() for bucket in buckets)
 
 
 def test_a_model_of_stage_3_is_built_without_memory_for_its_weights() -> None:
     for stage in (1, 3):
-        made = ZeroLayout(Layout(layers=2), stage)
+        made = Layout(layers=2, zero_stage=stage)
         mesh = single_process_mesh()
-        stages = build_stages(made.config(None), mesh, AttentionBackend.SDPA)
+        stages = build_stages(config_of(made, None), mesh, AttentionBackend.SDPA)
         params = list(stages[0].parameters())
         held = sum(param.untyped_storage().nbytes() for param in params)
         elements = len(params) if stage == 3 else sum(param.numel() for param in params)

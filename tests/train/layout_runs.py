@@ -259,13 +259,19 @@ def run_references(jobs: Iterable[Job], folder: Path) -> dict[Layout, Seen]:
 def check_layouts_of_one_size(
     layouts: Sequence[Layout], config_of: Callable[[Layout], Config], rel: float, folder: Path
 ) -> None:
-    """All of `layouts`, which have worlds of one size, against one process each; prints the worst relative error."""
-    references = run_references(
-        [Job(model, config_of(model)) for model in dict.fromkeys(layout.same_model for layout in layouts)],
-        folder / "single",
-    )
-    results = run_layouts([Job(layout, config_of(layout)) for layout in layouts], folder / "layouts")
-    worst = max(
-        check(layout, seen, references[layout.same_model], rel) for layout, seen in zip(layouts, results, strict=True)
-    )
-    print(f"{len(layouts)} layouts on {layouts[0].world} ranks, worst relative error {worst:.1e}")
+    """All of `layouts`, which have worlds of one size, against one process each, their weights after the last step,
+    too; prints the worst errors."""
+
+    def jobs(of: Iterable[Layout]) -> list[Job]:
+        return [Job(layout, config_of(layout), keeps_weights=True) for layout in of]
+
+    singles = run_references(jobs(dict.fromkeys(layout.same_model for layout in layouts)), folder / "single")
+    figures, weights = 0.0, 0.0
+    for layout, seen in zip(layouts, run_layouts(jobs(layouts), folder / "layouts"), strict=True):
+        single = singles[layout.same_model]
+        figures = max(figures, check(layout, seen, single, rel))
+        apart = weights_apart(seen, single)
+        assert apart < rel, f"{layout}: weights are {apart:.1e} apart"
+        weights = max(weights, apart)
+    ranks = layouts[0].world
+    print(f"{len(layouts)} layouts on {ranks} ranks, worst error of figures {figures:.1e}, of weights {weights:.1e}")

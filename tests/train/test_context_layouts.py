@@ -25,10 +25,8 @@ from internlm_lite.train.own_rows import own_rows
 from internlm_lite.train.trainer import BatchTask, Trainer
 from tests.corpus import write_corpus
 from tests.torches import HAS_ZBV
-from tests.train.layout_runs import Job, check, run_layouts, run_references, weights_apart
+from tests.train.layout_runs import check_layouts_of_one_size
 from tests.train.layouts import LIMIT, Keys, Layout, config_of, feasible
-from tests.train.zero_runs import ZeroLayout, run_all
-from tests.train.zero_runs import check as check_shards
 from tests.world import TIMEOUT, run_world
 
 SAMPLE = int(os.environ.get("CONTEXT_RUNS", "10"))
@@ -98,37 +96,23 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("ranks", (2, 4, 8))
 def test_every_layout_gives_the_figures_and_weights_of_one_process(ranks: int, corpus: Path, tmp_path: Path) -> None:
     layouts = [layout for layout in context_layouts()[:SAMPLE] if layout.world == ranks]
-    models = dict.fromkeys(layout.same_model for layout in layouts)
-    alone = [Job(model, config_of(model, corpus), keeps_weights=True) for model in models]
-    references = run_references(alone, tmp_path / "one") if alone else {}
-    jobs = [Job(layout, config_of(layout, corpus), keeps_weights=True) for layout in layouts]
-    errors, apart = [0.0], [0.0]
-    for layout, seen in zip(layouts, run_layouts(jobs, tmp_path / "layouts") if jobs else [], strict=True):
-        single = references[layout.same_model]
-        errors.append(check(layout, seen, single, LIMIT))
-        apart.append(weights_apart(seen, single))
-        assert apart[-1] < LIMIT, layout
-    print(
-        f"{len(layouts)} layouts on {ranks} ranks, worst error of figures {max(errors):.1e}, weights {max(apart):.1e}"
-    )
+    if layouts:
+        check_layouts_of_one_size(layouts, lambda layout: config_of(layout, corpus), LIMIT, tmp_path)
 
 
 SHARDED = [
-    ZeroLayout(Layout(cp=2, tp=2, sp=True, checkpoint=0.5, tied=True, split_hidden=False), stage=3),
-    ZeroLayout(Layout(cp=2, dp=2, zero1=2, bucket=1500), stage=3, reshard=False),
-    *[ZeroLayout(Layout(cp=2, pp=2, schedule="zbv", chunks=2), stage=2)] * HAS_ZBV,
-    ZeroLayout(Layout(cp=4, keys=(*WINDOWS, *MODELS["dropout"][1]), micro_bsz=2), stage=3),
-    ZeroLayout(Layout(cp=4, exchange="ring", checkpoint=1), stage=2),
-    ZeroLayout(Layout(cp=2, dp=2, exchange="ulysses"), stage=3),
+    Layout(cp=2, tp=2, sp=True, checkpoint=0.5, tied=True, split_hidden=False, zero_stage=3),
+    Layout(cp=2, dp=2, zero1=2, bucket=1500, zero_stage=3, reshard=False),
+    *[Layout(cp=2, pp=2, schedule="zbv", chunks=2, zero_stage=2)] * HAS_ZBV,
+    Layout(cp=4, keys=(*WINDOWS, *MODELS["dropout"][1]), micro_bsz=2, zero_stage=3),
+    Layout(cp=4, exchange="ring", checkpoint=1, zero_stage=2),
+    Layout(cp=2, dp=2, exchange="ulysses", zero_stage=3),
 ]
 
 
-def test_gradients_and_weights_that_are_shards_over_a_context(corpus: Path) -> None:
+def test_gradients_and_weights_that_are_shards_over_a_context(corpus: Path, tmp_path: Path) -> None:
     """ZeRO-2 and 3 share over data and context ranks alike."""
-    alone = {made.alone: run_all([(made.alone, made.alone.config(corpus))])[0][0] for made in SHARDED}
-    found = run_all([(made, made.config(corpus)) for made in SHARDED])
-    worst = [check_shards(made, ranks, alone[made.alone]) for made, ranks in zip(SHARDED, found, strict=True)]
-    print(f"{len(SHARDED)} layouts, worst relative error {max(worst):.1e}")
+    check_layouts_of_one_size(SHARDED, lambda layout: config_of(layout, corpus), LIMIT, tmp_path)
 
 
 class Perturbed:

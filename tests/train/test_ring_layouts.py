@@ -13,10 +13,8 @@ import pytest
 
 from tests.corpus import write_corpus
 from tests.train.family_layouts import DROPOUT, PARTS
-from tests.train.layout_runs import Job, check, run_layouts, run_references, weights_apart
+from tests.train.layout_runs import check_layouts_of_one_size
 from tests.train.layouts import LIMIT, MAX_RANKS, Keys, Layout, config_of, feasible, fixed_layouts, runnable
-from tests.train.zero_runs import ZeroLayout, run_all
-from tests.train.zero_runs import check as check_stage
 
 SAMPLE = int(os.environ.get("RING_RUNS", "2"))
 """`RING_RUNS=80 pytest tests/train/test_ring_layouts.py` runs all beside the chosen ones."""
@@ -67,28 +65,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("ranks", (2, 4, 6, 8))
 def test_every_layout_gives_the_figures_and_weights_of_one_process(ranks: int, corpus: Path, tmp_path: Path) -> None:
     chosen = [one for one in (*CHOSEN, *layouts()[:: max(1, RUNS // SAMPLE)]) if one.world == ranks]
-    models = dict.fromkeys(layout.same_model for layout in chosen)
-    if not chosen:
-        return
-    alone = [Job(model, config_of(model, corpus), keeps_weights=True) for model in models]
-    references = run_references(alone, tmp_path / "single")
-    jobs = [Job(layout, config_of(layout, corpus), keeps_weights=True) for layout in chosen]
-    figures, weights = 0.0, 0.0
-    for layout, seen in zip(chosen, run_layouts(jobs, tmp_path / "layouts"), strict=True):
-        figures = max(figures, check(layout, seen, references[layout.same_model], LIMIT))
-        weights = max(weights, weights_apart(seen, references[layout.same_model]))
-        assert weights < LIMIT, layout
-    print(f"{len(chosen)} layouts on {ranks} ranks, worst error of figures {figures:.1e}, of weights {weights:.1e}")
+    if chosen:
+        check_layouts_of_one_size(chosen, lambda layout: config_of(layout, corpus), LIMIT, tmp_path)
 
 
-def test_gradients_and_weights_may_be_shards_over_the_ranks_of_a_row(corpus: Path) -> None:
+SHARDED = [
+    Layout(dp=2, cp=2, exchange="ring", checkpoint=0.5, micro_bsz=2, layers=4, bucket=1500, zero_stage=3),
+    Layout(cp=4, exchange="ulysses", tied=True, layers=4, keys=DROPOUT, zero_stage=3, reshard=False),
+    Layout(pp=2, cp=2, exchange="ring", layers=4, keys=PARTS["window"][2], zero_stage=2),
+    Layout(tp=2, cp=2, exchange="ring", sp=True, checkpoint=1, layers=4, zero_stage=3),
+]
+
+
+def test_gradients_and_weights_may_be_shards_over_the_ranks_of_a_row(corpus: Path, tmp_path: Path) -> None:
     """A block that runs again in the backward pass exchanges keys once more, beside the gathers of its weights."""
-    made = [
-        ZeroLayout(Layout(dp=2, cp=2, exchange="ring", checkpoint=0.5, micro_bsz=2, layers=4, bucket=1500), 3),
-        ZeroLayout(Layout(cp=4, exchange="ulysses", tied=True, layers=4, keys=DROPOUT), 3, reshard=False),
-        ZeroLayout(Layout(pp=2, cp=2, exchange="ring", layers=4, keys=PARTS["window"][2]), 2),
-        ZeroLayout(Layout(tp=2, cp=2, exchange="ring", sp=True, checkpoint=1, layers=4), 3),
-    ]
-    singles = [run_all([(one.alone, one.alone.config(corpus))])[0][0] for one in made]
-    for one, ranks, single in zip(made, run_all([(one, one.config(corpus)) for one in made]), singles, strict=True):
-        check_stage(one, ranks, single)
+    check_layouts_of_one_size(SHARDED, lambda layout: config_of(layout, corpus), LIMIT, tmp_path)

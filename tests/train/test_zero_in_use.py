@@ -12,9 +12,9 @@ from internlm_lite.mesh.mesh import Mesh, build_mesh, sizes_of
 from internlm_lite.monitor.jsonl import read_objects
 from tests.corpus import write_corpus
 from tests.evaluate.made_run import config_for, write_data
-from tests.train.layouts import LIMIT, Layout
+from tests.train.layout_runs import check_layouts_of_one_size
+from tests.train.layouts import LIMIT, Layout, config_of
 from tests.train.runs import curve, run_training
-from tests.train.zero_runs import ZeroLayout, check, run_all
 from tests.world import TIMEOUT, run_world
 
 ASKED = {"tasks": ["cloze_word", "cloze_greedy"], "limit": 3, "weights": "both"}
@@ -81,9 +81,13 @@ def test_muon_and_other_rules_train_as_one_process(stage: int, tmp_path: Path) -
         {"optimizer": {"name": "muon"}, "ema": {"every": 2}},
         {"optimizer": {"name": "lion"}, "adam": {"lr": 1e-3}},
     ]
-    layouts = [Layout(dp=4, zero1=2, tied=True, bucket=1500, layers=2), Layout(dp=2, tp=2, sp=True, layers=2)]
-    jobs = [(ZeroLayout(layout, stage), sections) for layout in layouts for sections in rules]
-    results = run_all([(made, made.config(corpus, **sections)) for made, sections in jobs])
-    for (made, sections), ranks in zip(jobs, results, strict=True):
-        ((alone,),) = run_all([(made.alone, made.alone.config(corpus, **sections))])
-        check(made, ranks, alone)
+    layouts = [
+        Layout(dp=4, zero1=2, tied=True, bucket=1500, layers=2, zero_stage=stage),
+        Layout(dp=2, tp=2, sp=True, layers=2, zero_stage=stage),
+    ]
+    for number, sections in enumerate(rules):
+
+        def config(layout: Layout, sections: dict[str, Any] = sections) -> Config:
+            return config_of(layout, corpus, **sections)
+
+        check_layouts_of_one_size(layouts, config, LIMIT, tmp_path / str(number))

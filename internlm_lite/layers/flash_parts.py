@@ -15,6 +15,7 @@ from internlm_lite.layers.kernel_calls import KernelCall
 from internlm_lite.layers.partial_attention import KeyBlock, Known, Mixed, Parts, ReferenceParts, add_to_rows, rows_of
 from internlm_lite.layers.ring_parts import length, parts_between
 from internlm_lite.layers.scores import AttentionRule, Drop, scale_of
+from internlm_lite.mesh import comm
 
 logger = logging.getLogger("internlm_lite")
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -119,9 +120,10 @@ def parts_problem(rule: AttentionRule, shape: tuple[int, int, int], dtype: torch
     try:
         found = _computed(FlashParts(rule), tokens, inputs)
         expected = _computed(ReferenceParts(rule), tokens, [x.float() for x in inputs])
-        errors = [((a.float() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
-        if not max(errors) < LIMIT:
-            problem = f"relative error {max(errors):.1e} against the reference, expected at most {LIMIT}"
+        errors = [(a.float() - b).norm() / b.norm() for a, b in zip(found, expected, strict=True)]
+        worst = comm.read(torch.stack(errors).max())
+        if not worst < LIMIT:
+            problem = f"relative error {worst:.1e} against the reference, expected at most {LIMIT}"
     except (RuntimeError, TypeError, NotImplementedError) as error:
         problem = f"{type(error).__name__}: {str(error)[:300]}"
     if problem:

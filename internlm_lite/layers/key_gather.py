@@ -114,7 +114,8 @@ def kernel_of_pieces_problem(
             found = with_gradients(partial(_in_one_call(TESTED, device, backend), rule), inputs, dtype)
             wide = accumulation_dtype(dtype)
             expected = with_gradients(partial(_one_by_one, TESTED, None, rule), [x.to(wide) for x in inputs], wide)
-        worst = max(((a.to(wide) - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True))
+        errors = [(a.to(wide) - b).norm() / b.norm() for a, b in zip(found, expected, strict=True)]
+        worst = comm.read(torch.stack(errors).max())
         if not worst < KERNEL_LIMIT:
             problem = f"relative error {worst:.1e} against the reference, expected at most {KERNEL_LIMIT}"
     except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:

@@ -2,6 +2,7 @@
 
 internlm-lite plan --config configs/20B_sft.py --world-size 16
 internlm-lite plan --config configs/20B_sft.py --world-size 16 --device h100       how long a step takes, and why
+internlm-lite plan --config configs/20B_sft.py --fit --gpus 32 --memory 80GB        which layouts fit, by speed
 internlm-lite plan sizes --flops 1e21                                               which shape for so much compute
 """
 

@@ -51,9 +51,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--print-config", choices=["full", "diff", "origin", "schedule"], help=text)
     add("--dry-run", action="store_true", help="show what the run will hold, send and cost, and stop")
     add_plan_options(parser, "with --dry-run: ")
-    add("--fit", action="store_true", help="with --dry-run: search the fastest layouts that fit --gpus of --memory")
-    add("--gpus", type=int, metavar="N", help="with --fit: number of GPUs")
-    add("--fit-out", type=Path, metavar="FILE", help="with --fit: write the first layout as a config above --config")
     add("--cfg-options", nargs="*", default=[], metavar="KEY=VALUE", help="same as the trailing ones")
     arguments = parser.parse_intermixed_args(argv)
     plan_only = ("tflops", "json", "components", "lengths", "memory")
@@ -63,7 +60,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         named = "the name or file of a GPU belongs to --dry-run"
         parser.error(f"--device {arguments.device}: expected {', '.join(DEVICES)}; {named}")
     check_plan_options(parser, arguments)
-    _check_fit(parser, arguments)
     _check_branch(parser, arguments)
     return arguments
 
@@ -106,6 +102,11 @@ def add_plan_options(parser: argparse.ArgumentParser, when: str) -> None:
     parser.add_argument("--lengths", type=_lengths, default=(), metavar="N,N", help=f"{when}{text}")
     text = "the largest data.micro_bsz that fits this memory of a GPU, such as 80GB or 79.6GiB"
     parser.add_argument("--memory", type=memory_bytes, metavar="SIZE", help=f"{when}{text}")
+    text = "search the fastest layouts that fit --gpus of --memory"
+    parser.add_argument("--fit", action="store_true", help=f"{when}{text}")
+    parser.add_argument("--gpus", type=int, metavar="N", help="with --fit: number of GPUs")
+    text = "with --fit: write the first layout as a config above --config"
+    parser.add_argument("--fit-out", type=Path, metavar="FILE", help=text)
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -120,6 +121,7 @@ def check_plan_options(parser: argparse.ArgumentParser, arguments: argparse.Name
     for name, value in (("--world-size", arguments.world_size), ("--tflops", arguments.tflops)):
         if value is not None and not 0 < value < float("inf"):
             parser.error(f"{name} {value}: expected a number > 0")
+    _check_fit(parser, arguments)
 
 
 def main(argv: Sequence[str] | None = None, sinks: Mapping[str, SinkFactory] | None = None) -> int:

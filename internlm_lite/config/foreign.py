@@ -136,7 +136,7 @@ FEATURES: Mapping[str, tuple[str, str]] = {
     r"(use_)?(fsdp|hsdp)\d?(_.*)?|zero_?3.*|zero_optimization|dp_shard.*|data_parallel_shard_degree": (
         "sharding of weights by another name",
         "here it is parallel.zero_stage=3, or 2 for gradients alone"),
-    r"\w+_offload(ing)?(_.*)?|offload(ing|_(?!share$).*)": (
+    r"\w+_offload(ing)?(_.*)?|offload(ing|_(optim|param|activ|device|weight|grad|model|state|dir|to_)\w*)": (
         "offloading to host memory under this name",
         "model.checkpoint='offload' moves activations, engine=dict(name='deepspeed', offload='cpu') optimizer state"),
     r"(q_|kv_)lora_rank|(use_)?mla|qk_(nope|rope)_head_dim|v_head_dim|multi_latent_attention": (

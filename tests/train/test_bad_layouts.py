@@ -118,7 +118,7 @@ WRONG = {
         "",
         "",
         "zero1=3, context=4",
-        "parallel.zero1: found 3, expected a divisor of the data times context parallel size 8 (8 processes / 1 per "
+        "parallel.zero1: found 3, expected a divisor of the data parallel size times context 8 (8 processes / 1 per "
         "model), -1 for all of it, or 1 for none",
     ),
     "6 processes for 4": (

@@ -199,13 +199,9 @@ class HybridZeroOptimizer:
         """Wait until all weights are current. Call it before reading weights in any way except calling the units."""
         self._gatherer.wait()
 
-    def adopt_weights(self) -> None:
-        """Copy the model's weights, as drawn, to the master weights; an average begins there. Not in stage 3."""
-        self._adopt(self.buckets)
-        self.restart_average()
-
     @torch.no_grad()
     def _adopt(self, buckets: Sequence[Bucket]) -> None:
+        """Copy the model's weights, as drawn, to the master weights."""
         for bucket in buckets:
             if bucket.copies_master:
                 bucket.master.copy_(bucket.weight_shard)

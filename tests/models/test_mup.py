@@ -59,7 +59,6 @@ def sizes_after_training(of: Config, seed: int) -> dict[str, float]:
     with torch.no_grad():
         model.output.weight.zero_()  # else narrow models have larger logits from the start, by chance
     optimizer = HybridZeroOptimizer(model.units(), of, mesh, torch.float32)
-    optimizer.adopt_weights()
     tokens = torch.randint(0, VOCAB, (TOKENS + 1,), generator=torch.Generator().manual_seed(seed))
     for step in range(STEPS):
         optimizer.begin(1)

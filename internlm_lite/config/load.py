@@ -217,6 +217,9 @@ def _disagreements(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
     if parallel.zero_stage < 3 and not parallel.reshard_after_forward:
         key = "parallel.reshard_after_forward"
         yield f"{origins[key]}: {key}=False with {stage}={parallel.zero_stage}: without effect; stage 3 gathers weights"
+    share = "model.offload_share"
+    if config.model.checkpoint != "offload" and config.model.offload_share != known_keys()[share].default:
+        yield f'{origins[share]}: {share}={config.model.offload_share:g} without model.checkpoint="offload": no effect'
     yield from _unreached(config, origins["stages"])
 
 

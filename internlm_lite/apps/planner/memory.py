@@ -48,7 +48,8 @@ def stage_bytes(stage: Transformer, row: RowShape, recomputed: int) -> Bytes:
 def most_kept(held: RankHoldings, row: RowShape, order: Sequence[Action], recomputed: int) -> Bytes:
     """Activations in bytes by component, at the peak of a step."""
     kept_once = {number: stage_bytes(stage, row, recomputed) for number, stage in held.stages.items()}
-    deferred_once = {number: stage.deferred_bytes(row) for number, stage in held.stages.items()}
+    splits = any(action.kind == "I" for action in order)
+    deferred_once = {number: stage.deferred_bytes(row) if splits else 0 for number, stage in held.stages.items()}
 
     def at(kept: dict[int, int], deferred: dict[int, int]) -> Bytes:
         found: Counter[str] = Counter()

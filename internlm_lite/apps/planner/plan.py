@@ -12,6 +12,7 @@ from internlm_lite.apps.planner.device_file import DeviceFile
 from internlm_lite.apps.planner.holdings import RankHoldings, holdings
 from internlm_lite.apps.planner.largest_batch import largest_batch
 from internlm_lite.apps.planner.memory import most_kept, rank_bytes, row_shape
+from internlm_lite.apps.planner.outside import communicators, outside_bytes
 from internlm_lite.apps.planner.report import GroupTable, RankBytes, RankPlan, RunPlan
 from internlm_lite.apps.planner.schedule import Action, actions_of, bubble_fraction, stage_cost
 from internlm_lite.apps.planner.step_clock import StepClock, clock_plan, present_ways
@@ -22,6 +23,7 @@ from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import TrainingData, open_training_data, open_validation_data
 from internlm_lite.data.demand import StageUse, check_caps, stage_uses, with_total_steps
 from internlm_lite.data.render_batches import StepFigures, walk_steps
+from internlm_lite.evaluate.task_suite import require_tasks
 from internlm_lite.layers.costs import Bytes, RowShape
 from internlm_lite.layers.flash import AttentionBackend, expected_backend
 from internlm_lite.mesh.mesh import Sizes, axis_groups, rank_of, sizes_of
@@ -105,7 +107,12 @@ def make_plan(
             _ways(config, row, lengths, balance, questions.timed),
             f"of the first {len(batches)} batches",
         ),
-        notes=[*_notes(config, sizes), *_stage_notes(uses, largest), *_length_notes(config, questions.lengths)],
+        notes=[
+            *_notes(config, sizes),
+            *_outside_notes(config, sizes, device),
+            *_stage_notes(uses, largest),
+            *_length_notes(config, questions.lengths),
+        ],
     )
 
 
@@ -177,6 +184,7 @@ def _opened(config: Config, sizes: Sizes) -> tuple[Config, TrainingData]:
     check_caps(config.data, opened)
     if data.valid_every:
         open_validation_data(data, vocab_size, 0, sizes.dp, config.seed)  # raises its errors
+    require_tasks(config)
     return with_warmup_steps(config, sizes.dp), opened
 
 
@@ -261,6 +269,14 @@ def _groups(sizes: Sizes) -> dict[str, GroupTable]:
         step = joined[0][1] - joined[0][0] if size > 1 else 1
         tables[axis] = GroupTable(size, len(joined), step, [group[0] for group in joined[:LISTED_RANKS]])
     return tables
+
+
+def _outside_notes(config: Config, sizes: Sizes, device: str) -> Iterator[str]:
+    if device == "cuda":
+        yield (
+            f"a GPU needs about {outside_bytes(config, sizes) / 1e9:.1f} GB besides: CUDA's context, {communicators(sizes)} "
+            "communicators of NCCL, cuBLAS' workspace (by others' figures)"
+        )
 
 
 def _stage_notes(uses: Sequence[StageUse], largest: RunStage) -> Iterator[str]:

@@ -152,6 +152,7 @@ BAD = [
         "warmup_steps=5, warmup_tokens=5000",
         "13: lr_scheduler.warmup_tokens: found 5000 beside warmup_steps 5; leave one of them out",
     ),
+    ("eta_min=1e-5", "eta_min=1e308", "13: lr_scheduler.eta_min: found 1e+308, expected a number >= 0 and <= 3e+38"),
     ("eta_min=1e-5", "warmup_tokens=-1", "13: lr_scheduler.warmup_tokens: found -1, expected an integer >= 0 or None"),
     ("eta_min=1e-5", "kind='wds'", "13: lr_scheduler.kind: found 'wds', expected one of 'cosine', 'wsd', 'linear'"),
     (

@@ -140,7 +140,7 @@ class Roofline:
             times.add(part, "messages", once * self.message_seconds(message))
         if in_ring(self.ways.row):
             for times in (forward, backward):
-                _overlap(times, self.ways.row.context)
+                leave_waits_of_a_ring(times, self.ways.row.context)
         added = sum(seconds for (part, _), seconds in backward.items() if part == "weight gradients")
         weights = (product if made_at_once == 1 else 0) + added
         if isinstance(unit, Block) and (moved := unit.host_bytes(self.ways.row)):  # behind a block like it
@@ -222,8 +222,8 @@ class Roofline:
         return found
 
 
-def _overlap(times: Seconds, context: int) -> None:
-    """Leave what a ring of `context` ranks waits: keys come while the block of those before them is computed, one of
+def leave_waits_of_a_ring(times: Seconds, context: int) -> None:
+    """Of the messages of `context` ranks: keys come while the block of those before them is computed, one of
     `context` equal ones; the last block's computation hides nothing."""
     sent = times.pop(("context parallel", "messages"), 0.0)
     hidden = times.get(("attention", "attention"), 0.0) * (context - 1) / context

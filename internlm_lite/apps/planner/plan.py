@@ -274,8 +274,8 @@ def _groups(sizes: Sizes) -> dict[str, GroupTable]:
 def _outside_notes(config: Config, sizes: Sizes, device: str) -> Iterator[str]:
     if device == "cuda":
         yield (
-            f"a GPU needs about {outside_bytes(config, sizes) / 1e9:.1f} GB besides: CUDA's context, {communicators(sizes)} "
-            "communicators of NCCL, cuBLAS' workspace (by others' figures)"
+            f"a GPU needs about {outside_bytes(config, sizes) / 1e9:.1f} GB besides: CUDA's context, "
+            f"{communicators(sizes)} communicators of NCCL, cuBLAS' workspace (by the figures of others)"
         )
 
 

@@ -19,10 +19,20 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from internlm_lite.apps.planner.context_balance import context_balance
 from internlm_lite.apps.planner.device_file import load_device
-from internlm_lite.apps.planner.fit import LIMITS, FittingLayout, Layout, Room, fit, with_keys
-from internlm_lite.apps.planner.fit_report import overlay, overrides
+from internlm_lite.apps.planner.fit import (
+    LIMITS,
+    FittingLayout,
+    Layout,
+    Room,
+    _plain_layouts,
+    fit,
+    rows_of_a_step,
+    with_keys,
+)
+from internlm_lite.apps.planner.fit_report import fit_json, overlay, overrides
 from internlm_lite.apps.planner.holdings import holdings
 from internlm_lite.apps.planner.memory import row_shape
+from internlm_lite.apps.planner.outside import COMMUNICATOR, CONTEXT, PEER, WORKSPACE, outside_bytes
 from internlm_lite.apps.planner.plan import Questions, make_plan
 from internlm_lite.apps.planner.traffic import messages
 from internlm_lite.batch import Batch
@@ -108,6 +118,34 @@ def test_recomputation_is_no_better_than_what_fits_without(found: list[FittingLa
     """More memory changes the first layout only to a faster one."""
     more = fit(load_config(CONFIGS / "7B_sft.py", SMALL).config, room(4))
     assert more[0].step <= found[0].step
+
+
+def test_exchanges_are_searched_where_the_heads_allow() -> None:
+    name, _, changes = SHAPES[LONG]
+    config = load_config(CONFIGS / name, [*changes, "model.num_layers=2"]).config
+    gpus, heads = room(64), config.model.num_attention_heads
+    searched: dict[tuple[int, int], set[str]] = {}
+    for one in _plain_layouts(config, gpus, rows_of_a_step(config, gpus.gpus)):
+        searched.setdefault((one.tensor, one.context), set()).add(one.exchange)
+    for (tensor, context), exchanges in searched.items():
+        few = heads // tensor % context > 0
+        expected = {"gather"} if context == 1 else {"gather", "ring"} if few else set(EXCHANGES)
+        assert exchanges == expected, (tensor, context)
+    assert any("ulysses" not in exchanges for (_, context), exchanges in searched.items() if context > 1)
+    best = next(one for one in fit(config, room(8)) if one.layout.context > 1)
+    told = fit_json([best], room(8))["layouts"][0]["keys"]
+    assert told["parallel.context.exchange"] == best.layout.exchange
+    assert f'exchange="{best.layout.exchange}"' in overlay(best, CONFIGS / name)
+
+
+def test_what_no_tensor_has_grows_with_groups_and_with_ranks_that_are_sent_to() -> None:
+    config = load_config(CONFIGS / "7B_sft.py", []).config
+    alone = outside_bytes(config, sizes_of(1, 1, 1, -1))
+    assert alone == CONTEXT + WORKSPACE and WORKSPACE == 32 * 2**20
+    assert outside_bytes(config, sizes_of(8, 1, 1, -1)) == alone + 3 * COMMUNICATOR  # world, dp, zero
+    assert outside_bytes(config, sizes_of(8, 1, 1, -1, 4)) == alone + 4 * COMMUNICATOR + 3 * PEER
+    assert outside_bytes(config, sizes_of(16, 2, 2, 2)) == alone + 7 * COMMUNICATOR + PEER
+    assert 7 * PEER == pytest.approx(3.3e9)
 
 
 def test_nothing_fits() -> None:

@@ -346,12 +346,16 @@ class Transformer(CostedLayer):
         return most
 
     def workspace_bytes(self, row: RowShape) -> int:
-        """The maximum of the loss and the last block's backward pass, less the head's activations, freed before it.
-        Beside it blocks come back from the host."""
+        """The maximum of `workspaces`."""
+        return max(self.workspaces(row))
+
+    def workspaces(self, row: RowShape) -> tuple[int, int]:
+        """(of the loss, of the last block's backward pass less the head's activations, freed before it). Beside the
+        latter blocks come back from the host."""
         backward = self.blocks()[-1].workspace_bytes(row) + self._on_the_way_bytes(row)
         if self.output is None:
-            return backward
-        return max(backward - sum(self.output.saved_bytes(row).values()), self.output.workspace_bytes(row))
+            return 0, backward
+        return self.output.workspace_bytes(row), backward - sum(self.output.saved_bytes(row).values())
 
 
 def build_model(

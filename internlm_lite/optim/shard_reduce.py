@@ -95,8 +95,8 @@ class ShardReducer:
         me = weakref.proxy(self)  # torch holds hooks where the garbage collector does not find a cycle
         for index, bucket in enumerate(buckets):
             for slot in bucket.slots:
-                slot.param.before_grad = functools.partial(ShardReducer._hold, me, index)
-                slot.param.on_grad = functools.partial(ShardReducer._on_grad, me, index)
+                slot.param.before_grad = functools.partial(type(self)._hold, me, index)
+                slot.param.on_grad = functools.partial(type(self)._on_grad, me, index)
                 if not slot.param.manual_grad:
                     slot.param.register_post_accumulate_grad_hook(slot.param.on_grad)
 

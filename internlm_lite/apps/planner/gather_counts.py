@@ -17,6 +17,10 @@ from internlm_lite.optim.buckets import Bucket
 from internlm_lite.optim.shard_reduce import Round, ShardReducer
 from internlm_lite.optim.unit_gather import UnitGatherer
 
+STEPS = (1, 2, 3)
+"""Micro-batches of the steps that are driven. The first one's sums need no room to arrive in, behind the last one
+nothing is gathered for a next one: so there is one between them."""
+
 
 class _CountingGatherer(UnitGatherer):
     """Counts gathers instead of doing them."""
@@ -73,9 +77,9 @@ class _Step:
         self._units, self._gatherer, self._reducer = units, gatherer, reducer
         self._listeners = [reducer] if gatherer is None else [gatherer, reducer]
 
-    def run(self, micro_num: int) -> int:
-        """Bytes of whole weights and gradients at the peak."""
-        self._reducer.whole, most = set(), 0
+    def run(self, micro_num: int) -> tuple[int, int]:
+        """Bytes of whole weights and gradients at the peak: (in the loss, else)."""
+        self._reducer.whole, in_loss, most = set(), 0, 0
         self._reducer.expect(micro_num)
         if self._gatherer is not None:
             self._gatherer.counts, self._gatherer.whole = [0] * len(self._reducer._buckets), set()
@@ -83,11 +87,14 @@ class _Step:
         with torch.enable_grad():
             for _ in range(micro_num):
                 for unit in range(len(self._units)):
-                    most = max(most, *self._forward(unit))
+                    if isinstance(self._units[unit], Head):
+                        in_loss = max(in_loss, *self._forward(unit))
+                    else:
+                        most = max(most, *self._forward(unit))
                 for unit in reversed(range(len(self._units))):
                     most = max(most, *self._backward(unit))
         self._reducer.clear()
-        return most
+        return in_loss, most
 
     def _forward(self, unit: int) -> Iterator[int]:
         for one in self._listeners:
@@ -124,20 +131,21 @@ class _Step:
 
 def planned_gathers(
     buckets: list[Bucket], units: Sequence[nn.Module], firsts: Sequence[int], mesh: Mesh, config: Config
-) -> tuple[list[tuple[int, int]], int]:
-    """(`BucketSizes.gathers` of each bucket, `RankHoldings.whole`). `firsts`: the first unit of each pipeline stage."""
+) -> tuple[list[tuple[int, int]], tuple[tuple[int, int], ...]]:
+    """(`BucketSizes.gathers` of each bucket, `RankHoldings.wholes`). `firsts`: first unit of each pipeline stage."""
     parallel, zero = config.parallel, config.hybrid_zero_optimizer
     gathers = [(1, 0)] * len(buckets)
     if parallel.zero_stage == 1:
-        return gathers, 0
+        return gathers, ((0, 0),)
     reducer, gatherer = _CountingReducer(buckets, units, mesh, firsts, overlap=zero.overlap_sync_grad), None
     if parallel.zero_stage == 3:
         keep = mesh.pp.size > 1 or not parallel.reshard_after_forward
         gatherer = _CountingGatherer(buckets, units, mesh.zero, overlap=zero.overlap_sync_param, keep=keep)
-    step, peaks, counts = _Step(units, gatherer, reducer), [], []
-    for micro_num in (1, 2):
+    step = _Step(units, gatherer, reducer)
+    peaks, counts = [], []
+    for micro_num in STEPS:
         peaks.append(step.run(micro_num))
         counts.append(gathers if gatherer is None else gatherer.counts)
     if gatherer is not None:
-        gathers = [(2 * once - twice, twice - once) for once, twice in zip(*counts, strict=True)]
-    return gathers, max(peaks)
+        gathers = [(2 * once - twice, twice - once) for once, twice in zip(*counts[:2], strict=True)]
+    return gathers, tuple(peaks)

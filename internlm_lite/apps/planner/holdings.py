@@ -37,8 +37,9 @@ class RankHoldings:
     """Elements of parameters that each rank of `zero` optimizes, without padding."""
     buckets: tuple[BucketSizes, ...]
     """Buckets, in the order in which the backward pass completes them."""
-    whole: int = 0
-    """Bytes of weights and gradients that ZeRO stages 2 and 3 hold for a while, at the peak: those of two units."""
+    wholes: tuple[tuple[int, int], ...] = ((0, 0),)
+    """Bytes of weights and gradients that ZeRO stages 2 and 3 hold for a while, at most (in the loss, else): those of
+    two units; in steps of one micro-batch, of two, and so on; the last ones hold for more."""
 
     @property
     def weights(self) -> int:
@@ -49,6 +50,10 @@ class RankHoldings:
     def gradients(self) -> int:
         """Bytes that last."""
         return sum(bucket.grads if bucket.stage == 1 else bucket.shard_grads for bucket in self.buckets)
+
+    def whole(self, micro_num: int) -> tuple[int, int]:
+        """Of `wholes`."""
+        return self.wholes[min(micro_num, len(self.wholes)) - 1]
 
     @property
     def optimizer(self) -> int:
@@ -74,7 +79,7 @@ def holdings(config: Config, sizes: Sizes, backend: AttentionBackend) -> tuple[l
         params = _parameters(stages)
         wholes.update({param.shard_spec.name: math.prod(param.shard_spec.shape) for param in params})
         buckets = build_buckets(list(params), mesh.zero, config, params)
-        gathers, whole = planned_gathers(buckets, units_of(stages), first_units(stages), mesh, config)
+        gathers, peaks = planned_gathers(buckets, units_of(stages), first_units(stages), mesh, config)
         held.append(
             RankHoldings(
                 pp=pp,
@@ -82,7 +87,7 @@ def holdings(config: Config, sizes: Sizes, backend: AttentionBackend) -> tuple[l
                 parameters=sum(bucket.numel for bucket in buckets),
                 zero_elements=tuple(sum(b.elements_on(rank) for b in buckets) for rank in range(sizes.zero)),
                 buckets=_sizes_of(buckets, params, gathers, config),
-                whole=whole,
+                wholes=peaks,
             )
         )
     return held, sum(wholes.values())
@@ -98,8 +103,8 @@ def with_buckets(held: RankHoldings, config: Config, sizes: Sizes) -> RankHoldin
     mesh = plan_mesh(sizes, rank_of(sizes, dp=0, tp=0, pp=held.pp), torch.device("meta"))
     params = _parameters(held.stages)
     buckets = build_buckets(list(params), mesh.zero, config, params)
-    gathers, whole = planned_gathers(buckets, units_of(held.stages), first_units(held.stages), mesh, config)
-    return replace(held, buckets=_sizes_of(buckets, params, gathers, config), whole=whole)
+    gathers, peaks = planned_gathers(buckets, units_of(held.stages), first_units(held.stages), mesh, config)
+    return replace(held, buckets=_sizes_of(buckets, params, gathers, config), wholes=peaks)
 
 
 def _sizes_of(

@@ -78,14 +78,16 @@ def rank_bytes(
 ) -> RankBytes:
     """Memory of every rank of this pipeline position."""
     activations = sum(most_kept(held, row, order, recomputed).values())
+    moments = zip(held.stages[max(held.stages)].workspaces(row), held.whole(micro_num), strict=True)
+    workspace, whole = max(moments, key=sum)
     return RankBytes(
         weights=held.weights,
         gradients=held.gradients,
         optimizer=held.optimizer,
         activations=activations,
         buffers=receive_buffers(held, row, micro_num),
-        workspace=held.stages[max(held.stages)].workspace_bytes(row),
+        workspace=workspace,
         update=held.update,
         host=host_bytes(held, row, order),
-        whole=held.whole,
+        whole=whole,
     )

@@ -145,7 +145,7 @@ def test_what_no_tensor_has_grows_with_groups_and_with_ranks_that_are_sent_to() 
     assert outside_bytes(config, sizes_of(8, 1, 1, -1)) == alone + 3 * COMMUNICATOR  # world, dp, zero
     assert outside_bytes(config, sizes_of(8, 1, 1, -1, 4)) == alone + 4 * COMMUNICATOR + 3 * PEER
     assert outside_bytes(config, sizes_of(16, 2, 2, 2)) == alone + 7 * COMMUNICATOR + PEER
-    assert 7 * PEER == pytest.approx(3.3e9)
+    assert pytest.approx(3.3e9) == 7 * PEER
 
 
 def test_nothing_fits() -> None:

@@ -118,7 +118,9 @@ def test_tasks_that_are_not_there_are_refused_like_a_run(monkeypatch: pytest.Mon
     changes = ["evaluation.tasks=['piqa']", "evaluation.every=1"]
     config = load_config(CONFIG, changes).config
     monkeypatch.setattr(harness, "find_spec", lambda _: None)
-    with pytest.raises(MissingPackageError, match="evaluation.tasks: found 'piqa', .* lm_eval, which is not installed"):
+    with pytest.raises(
+        MissingPackageError, match=r"evaluation.tasks: found 'piqa', .* lm_eval, which is not installed"
+    ):
         make_plan(config, 16, None)
 
 

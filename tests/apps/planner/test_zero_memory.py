@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
+from torch.utils._python_dispatch import _disable_current_modes
 
 from internlm_lite.apps.planner.holdings import holdings
 from internlm_lite.apps.planner.plan import make_plan
 from internlm_lite.config.schema import Config
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh import comm
-from internlm_lite.mesh.mesh import Mesh, sizes_of
+from internlm_lite.mesh.mesh import Group, Mesh, sizes_of
 from internlm_lite.optim.buckets import Bucket
 from internlm_lite.train.trainer import Trainer
 from tests.apps.planner.live import Live
@@ -25,6 +25,7 @@ from tests.apps.planner.steps import random_batch, run_step, small
 from tests.world import run_world
 
 RANKS = 4
+SIZES = sizes_of(RANKS, 1, 1, -1)
 LARGE = "ZERO_MEMORY" in os.environ
 SHAPE = {"hidden_size": 768, "num_layers": 12, "num_attention_heads": 12, "multiple_of": 256}
 SMALL = {"hidden_size": 256, "num_layers": 4, "multiple_of": 64}
@@ -57,9 +58,17 @@ def config_of(case: str) -> Config:
     return small(model=model, data=data, parallel={"zero_stage": stage}, hybrid_zero_optimizer=zero)
 
 
-def scattered_as_on_a_gpu(shard: torch.Tensor, full: torch.Tensor, group: Any) -> comm.Work:
-    """gloo's own, which needs no memory of torch besides, as NCCL's."""
-    return comm._start(dist.reduce_scatter_tensor, group, shard, full)
+def scattered_unseen(shard: torch.Tensor, full: torch.Tensor, group: Group) -> comm.Work:
+    """As comm.reduce_scatter on a CPU, whose second copy of `full` NCCL does not need: hidden from `Live`."""
+    with _disable_current_modes():
+        received = torch.empty_like(full)
+        exchange = comm.all_to_all(received, full, group)
+
+    def add_up() -> None:
+        with _disable_current_modes():
+            torch.sum(received.view(group.size, -1), dim=0, out=shard)
+
+    return comm.Work(exchange.handles, group, add_up)
 
 
 def measured(mesh: Mesh, config: Config) -> Measured:
@@ -89,7 +98,7 @@ def measured(mesh: Mesh, config: Config) -> Measured:
 
 def all_cases(mesh: Mesh) -> dict[str, Measured]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comm, "reduce_scatter", scattered_as_on_a_gpu)
+        patch.setattr(comm, "reduce_scatter", scattered_unseen)
         return {case: measured(mesh, config_of(case)) for case in CASES}
 
 
@@ -100,26 +109,29 @@ def ranks() -> list[dict[str, Measured]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_hold_what_is_planned(ranks: list[dict[str, Measured]], case: str) -> None:
-    for plan, by_case in zip(make_plan(config_of(case), RANKS, None, "cpu").ranks, ranks, strict=True):
+    config = config_of(case)
+    (held,), _ = holdings(config, SIZES, AttentionBackend.SDPA)
+    for plan, by_case in zip(make_plan(config, RANKS, None, "cpu").ranks, ranks, strict=True):
         found, planned = by_case[case], plan.bytes
-        print(case, plan.rank, found, planned, planned.peak)
         assert found.lasting == planned.weights + planned.gradients + planned.optimizer
-        assert found.whole == planned.whole
+        assert found.whole == max(held.whole(config.data.micro_num))
         assert found.peak == pytest.approx(planned.peak, rel=0.05)
 
 
-@pytest.mark.parametrize("case", [case for case, (stage, *_) in CASES.items() if stage == 3])
+UNTIED = [case for case, (stage, _, keys) in CASES.items() if stage == 3 and not keys.get("tie_word_embeddings")]
+
+
+@pytest.mark.parametrize("case", UNTIED)
 def test_stage_3_holds_its_share_and_two_units(ranks: list[dict[str, Measured]], case: str) -> None:
-    """A fourth of weights, gradients, master weights and moments, and two units that follow one another: two blocks,
-    or a block and the head, where that is larger."""
-    config = config_of(case)
-    (held,), parameters = holdings(config, sizes_of(RANKS, 1, 1, -1), AttentionBackend.SDPA)
-    item, exact = held.buckets[0].weights // (held.buckets[0].grads // 4), 4
-    bound = parameters * (item + exact + 2 * exact + (item < exact) * exact) / RANKS
-    units: dict[int, int] = {}
+    """A fourth of all that lasts, and two units that follow one another: two blocks, or a block and the head, where
+    that is larger; with them the sums that arrive. (A tied weight's gradient is whole from the head to the embedding.)"""
+    (held,), _ = holdings(config_of(case), SIZES, AttentionBackend.SDPA)
+    units: dict[int, list[int]] = {}
     for bucket in held.buckets:
-        units[bucket.units[0]] = units.get(bucket.units[0], 0) + bucket.weights + bucket.grads
-    large = [units[unit] for unit in sorted(units) if units[unit] > 0.01 * max(units.values())]
-    two = max(one + following for one, following in pairwise(large))
+        units.setdefault(bucket.units[0], []).append(bucket.weights + bucket.grads + bucket.shard_grads)
+    sizes = [sum(units[unit]) for unit in sorted(units)]
+    blocks = [size for size in sizes if size > 0.01 * max(sizes)]
+    small = sum(size for size in sizes if size <= 0.01 * max(sizes))
+    two = max(one + following for one, following in pairwise(blocks))
     for by_case in ranks:
-        assert by_case[case].lasting + by_case[case].whole <= bound + two
+        assert by_case[case].whole <= two + small

@@ -107,12 +107,7 @@ def make_plan(
             _ways(config, row, lengths, balance, questions.timed),
             f"of the first {len(batches)} batches",
         ),
-        notes=[
-            *_notes(config, sizes),
-            *_outside_notes(config, sizes, device),
-            *_stage_notes(uses, largest),
-            *_length_notes(config, questions.lengths),
-        ],
+        notes=[*_notes(config, sizes, device), *_stage_notes(uses, largest), *_length_notes(config, questions.lengths)],
     )
 
 
@@ -271,14 +266,6 @@ def _groups(sizes: Sizes) -> dict[str, GroupTable]:
     return tables
 
 
-def _outside_notes(config: Config, sizes: Sizes, device: str) -> Iterator[str]:
-    if device == "cuda":
-        yield (
-            f"a GPU needs about {outside_bytes(config, sizes) / 1e9:.1f} GB besides: CUDA's context, "
-            f"{communicators(sizes)} communicators of NCCL, cuBLAS' workspace (by the figures of others)"
-        )
-
-
 def _stage_notes(uses: Sequence[StageUse], largest: RunStage) -> Iterator[str]:
     if len(uses) > 1:
         yield (
@@ -297,8 +284,13 @@ def _length_notes(config: Config, lengths: Sequence[int]) -> Iterator[str]:
         )
 
 
-def _notes(config: Config, sizes: Sizes) -> Iterator[str]:
+def _notes(config: Config, sizes: Sizes, device: str) -> Iterator[str]:
     data = config.data
+    if device == "cuda":
+        yield (
+            f"a GPU needs about {outside_bytes(config, sizes) / 1e9:.1f} GB besides: CUDA's context, "
+            f"{communicators(sizes)} communicators of NCCL, cuBLAS' workspace (by the figures of others)"
+        )
     if sizes.pp > 1 and data.rampup_batch_size:
         yield "the bubble, activations and traffic are those of the full batch, after the ramp-up"
     if sizes.pp > 1 and data.micro_num < sizes.pp:

@@ -124,7 +124,7 @@ UNTIED = [case for case, (stage, _, keys) in CASES.items() if stage == 3 and not
 @pytest.mark.parametrize("case", UNTIED)
 def test_stage_3_holds_its_share_and_two_units(ranks: list[dict[str, Measured]], case: str) -> None:
     """A fourth of all that lasts, and two units that follow one another: two blocks, or a block and the head, where
-    that is larger; with them the sums that arrive. (A tied weight's gradient is whole from the head to the embedding.)"""
+    that is larger, and the sums that arrive. (A tied weight's gradient is whole from the head to the embedding.)"""
     (held,), _ = holdings(config_of(case), SIZES, AttentionBackend.SDPA)
     units: dict[int, list[int]] = {}
     for bucket in held.buckets:

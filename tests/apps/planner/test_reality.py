@@ -67,7 +67,7 @@ def test_predicted_memory_is_what_a_100m_model_takes(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
 @pytest.mark.parametrize("loss", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}, {"logit_softcap": 3.0}], ids=str)
 def test_the_loss_takes_the_planned_bytes_a_logit(dtype: str, loss: dict[str, float]) -> None:
-    """4 in fp32, 6 in bf16, and 4 more for the slope of a cap: others counted on 4 and met 18 to 20."""
+    """4 in fp32, 6 in bf16, and 8 with the slope of a cap: others counted on 4 and met 18 to 20."""
     cap = {"logit_softcap": loss["logit_softcap"]} if "logit_softcap" in loss else {}
     config = small(
         model={"hidden_size": 32, "num_layers": 1, "vocab_size": 50_000, "dtype": dtype, **cap},

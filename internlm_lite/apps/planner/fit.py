@@ -162,8 +162,7 @@ def fit(config: Config, room: Room) -> list[FittingLayout]:
     search, fastest = _Search(config, room), dict[Any, FittingLayout]()
     for plain in _plain_layouts(config, room, rows):
         for found in search.of(plain):
-            unlike = {"exchange": "gather", "checkpoint": False, "offload_share": 1.0, "micro_bsz": 1, "micro_num": 1}
-            kind = replace(found.layout, **unlike)
+            kind = replace(plain, exchange="gather", zero_stage=found.layout.zero_stage, micro_num=1)
             if kind not in fastest or found.step < fastest[kind].step:
                 fastest[kind] = found
     if not fastest:

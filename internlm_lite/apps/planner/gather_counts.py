@@ -16,6 +16,7 @@ from internlm_lite.models.head import Head
 from internlm_lite.optim.buckets import Bucket
 from internlm_lite.optim.shard_reduce import Round, ShardReducer
 from internlm_lite.optim.unit_gather import UnitGatherer
+from internlm_lite.optim.unit_passes import UnitListener
 
 STEPS = (1, 2, 3)
 """Micro-batches of the steps that are driven. The first one's sums need no room to arrive in, behind the last one
@@ -26,20 +27,20 @@ class _CountingGatherer(UnitGatherer):
     """Counts gathers instead of doing them."""
 
     counts: list[int]
-    whole: set[int]
+    held: set[int]
     """Buckets whose weights are there."""
 
     def _fetch(self, unit: int) -> None:
         for index in self._needs[unit]:
-            if index not in self.whole:
-                self.whole.add(index)
+            if index not in self.held:
+                self.held.add(index)
                 self.counts[index] += 1
 
     def _free(self, unit: int) -> None:
-        self.whole.difference_update(self._needs[unit])
+        self.held.difference_update(self._needs[unit])
 
     def nbytes(self) -> int:
-        return sum(self._buckets[index].weights.nbytes for index in self.whole)
+        return sum(self._buckets[index].weights.nbytes for index in self.held)
 
 
 class _CountingReducer(ShardReducer):
@@ -75,14 +76,14 @@ class _Step:
 
     def __init__(self, units: Sequence[nn.Module], gatherer: _CountingGatherer | None, reducer: _CountingReducer):
         self._units, self._gatherer, self._reducer = units, gatherer, reducer
-        self._listeners = [reducer] if gatherer is None else [gatherer, reducer]
+        self._listeners: list[UnitListener] = [reducer] if gatherer is None else [gatherer, reducer]
 
     def run(self, micro_num: int) -> tuple[int, int]:
         """Bytes of whole weights and gradients at the peak: (in the loss, else)."""
         self._reducer.whole, in_loss, most = set(), 0, 0
         self._reducer.expect(micro_num)
         if self._gatherer is not None:
-            self._gatherer.counts, self._gatherer.whole = [0] * len(self._reducer._buckets), set()
+            self._gatherer.counts, self._gatherer.held = [0] * len(self._reducer._buckets), set()
             self._gatherer.begin(micro_num)
         with torch.enable_grad():
             for _ in range(micro_num):

@@ -182,11 +182,13 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
 
     from internlm_lite.apps.report.writer import open_report
     from internlm_lite.runtime.device import usable_gpus
-    from internlm_lite.runtime.dist_env import set_gpu_defaults
+    from internlm_lite.runtime.dist_env import overlap_notes, set_gpu_defaults
     from internlm_lite.train.job import Options, run_job
 
     if usable_gpus(arguments.device):
         set_gpu_defaults(os.environ, deterministic=loaded.config.deterministic)
+        notes = overlap_notes(os.environ, loaded.config.parallel.zero_stage)
+        loaded = replace(loaded, notes=(*loaded.notes, *notes))
     options = Options(
         resume=arguments.resume,
         device=arguments.device,

@@ -15,6 +15,8 @@ from internlm_lite.units import round_up
 UNKNOWN_TO_KERNELS = {"cudnn": ("sliding_window", "attention_softcap"), "torch_varlen": ("attention_softcap",)}
 """model.attention -> keys of `model` that this kernel does not have."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0, le=3e38)]
+"""A learning rate: the update multiplies by it in fp32, whose largest number is 3.4e38."""
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 ZeroStage = Annotated[int, Field(ge=1, le=3)]  # of numbers, Literal takes True and 2.0, too
@@ -210,7 +212,7 @@ class GroupConfig(Section):
     pattern: Annotated[str, Field(min_length=1)]
     """Names of parameters, as in checkpoints, with * ? [] as in file names: "*norm*", "layers.0.*". A parameter is in
     the first group that matches; a pattern for which none is left is an error."""
-    lr: Annotated[float, Field(ge=0)] | None = None
+    lr: Rate | None = None
     """Peak learning rate, instead of adam.lr. The whole schedule, eta_min too, is scaled by lr / adam.lr. With
     model.scaling="mup" that of the base width, as weight_decay."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
@@ -239,7 +241,7 @@ class OptimizerConfig(Section):
     """muon: steps of the Newton-Schulz iteration."""
     ns_dtype: Literal["torch.float32", "torch.bfloat16"] | None = None
     """muon: dtype of the iteration's products. None: bf16 on a GPU, fp32 on the CPU. A fp64 model iterates in fp64."""
-    muon_lr: Annotated[float, Field(ge=0)] | None = None
+    muon_lr: Rate | None = None
     """muon: peak learning rate of the matrices; it follows the schedule of adam.lr. None: adam.lr."""
     muon_weight_decay: Annotated[float, Field(ge=0)] | None = None
     """muon: decoupled weight decay of the matrices. None: adam.weight_decay."""
@@ -269,7 +271,7 @@ class EmaConfig(Section):
 class AdamConfig(Section):
     """Learning rate, betas and weight decay of the update rule, see `optimizer`."""
 
-    lr: Annotated[float, Field(ge=0)] = 1e-4
+    lr: Rate = 1e-4
     """Peak learning rate."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of the first moment."""
@@ -319,7 +321,7 @@ class LrSchedulerConfig(Section):
     """(new) steps: [[step, factor], ...]: from each step on the rate is adam.lr * factor; 1 before the first."""
     noam_width: Positive | None = None
     """(new) noam: its d_model; left out: model.hidden_size."""
-    eta_min: Annotated[float, Field(ge=0)] = 0.0
+    eta_min: Rate = 0.0
     """Final learning rate."""
     last_epoch: Annotated[int, Field(ge=-1)] = -1
     """Index of the last step already done by another run; -1: none."""
@@ -846,7 +848,7 @@ class StageConfig(Section):
     """None: model.rope_base."""
     micro_bsz: Positive | None = None
     """None: data.micro_bsz."""
-    lr: Annotated[float, Field(ge=0)] | None = None
+    lr: Rate | None = None
     """Peak learning rate; warm-up and decay run on over the whole run. None: adam.lr."""
 
 

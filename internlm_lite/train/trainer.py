@@ -58,7 +58,8 @@ class BatchTask:
         tokens = row.cut(batch.tokens[micro]) if hidden is None else hidden
         positions = batch.positions[micro]
         own_keys = None if keys is None else row.cut(keys)
-        return model.hidden(tokens, row.cut(positions), attend, row.lengths(positions), own_keys)
+        lengths = row.lengths(positions) if model.rotates_by_length else None
+        return model.hidden(tokens, row.cut(positions), attend, lengths, own_keys)
 
     def loss(self, micro: int, hidden: torch.Tensor) -> torch.Tensor:
         row, last = self.rows[micro], self.stages[max(self.stages)]

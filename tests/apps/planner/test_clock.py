@@ -12,7 +12,14 @@ import pytest
 
 from internlm_lite.apps.bench.gpu.step_speed import shape_config
 from internlm_lite.apps.planner.bucket_sizes import BucketSizes
-from internlm_lite.apps.planner.clock import KIND_OF_PASS, DocumentLengths, Seconds, Ways, document_lengths
+from internlm_lite.apps.planner.clock import (
+    KIND_OF_PASS,
+    DocumentLengths,
+    Seconds,
+    Ways,
+    document_lengths,
+    leave_waits_of_a_ring,
+)
 from internlm_lite.apps.planner.command import PlanOptions, dry_run
 from internlm_lite.apps.planner.device_file import (
     DeviceFile,
@@ -321,3 +328,15 @@ def test_the_tables_show_the_step(capsys: pytest.CaptureFixture[str]) -> None:
     for part in ("A step on NVIDIA H100", "tokens/s a GPU; MFU", "reduce_bucket_size", "What each change gives"):
         assert part in text
     assert "as predicted below" in text
+
+
+# Keys come while the block before them is computed, so the last one hides nothing.
+@pytest.mark.parametrize(("attention", "waits"), [(0.0, 3.0), (2.0, 1.5), (8.0, 0.0)])
+def test_a_ring_waits_for_what_its_blocks_do_not_hide(attention: float, waits: float) -> None:
+    times = Seconds()
+    times.add("attention", "attention", attention)
+    times.add("context parallel", "messages", 3.0)
+    leave_waits_of_a_ring(times, 4)
+    assert dict(times.by_part()) == {
+        name: n for name, n in {"attention": attention, "context parallel": waits}.items() if n
+    }

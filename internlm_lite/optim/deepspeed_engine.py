@@ -31,13 +31,13 @@ from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.buckets import BucketSpec
 from internlm_lite.optim.deepspeed_settings import import_deepspeed, settings
 from internlm_lite.optim.deepspeed_shards import ROLES, shards_of
-from internlm_lite.optim.grad_norm import Requests, clip_factor, sum_totals
+from internlm_lite.optim.grad_norm import Requests, sum_totals
 from internlm_lite.optim.groups import ParamGroup, ParamGroups
-from internlm_lite.optim.lr_schedule import beta2
 from internlm_lite.optim.rates import Rates
 from internlm_lite.optim.scaler import LossScaler
 from internlm_lite.optim.skips import SkipDecider
-from internlm_lite.optim.zero import StepOutcome
+from internlm_lite.optim.step_decision import StepOutcome, decide_step
+from internlm_lite.optim.update_rule import UpdateStep
 
 
 @dataclass(frozen=True)
@@ -159,37 +159,21 @@ class DeepSpeedOptimizer:
         sums = torch.zeros(6, dtype=torch.float64, device=self._mesh.device)
         sums[0] = self._shards.square_sum(self._mesh.device)
         totals = sum_totals(sums, num_labels, requests, loss_sum, self._mesh)
-        labels = totals.num_labels.clamp(min=1)
-        used_scale = self.scaler.scale.clone()
-        unscale = global_tokens * self._mesh.zero.size / labels
-        norm = totals.square_model_dtype.sqrt() * unscale
-        rates = self._rates.after(self._skips.good_steps)  # before `decide` counts this step
-        decision = self._skips.decide(totals.loss / labels, norm, totals.num_labels)
-        factor = unscale * clip_factor(norm, self._config.hybrid_zero_optimizer.clip_grad_norm)
-        second_beta = beta2(index, self._config.beta2_scheduler)
-        self._update(rates, second_beta, factor, decision.skipped)
-        return StepOutcome(
-            norm_model_dtype=norm,
-            norm_fp32=torch.zeros_like(norm),
-            spikes=decision.spikes,
-            skips=self._skips.counts(),
-            loss_scale=used_scale,
-            next_lr=self._rates.after(self._skips.good_steps)[0],
-            beta2=second_beta,
-            signalled=totals.signalled,
-            stop_file=totals.stop_file,
-        )
+        divisor = global_tokens * self._mesh.zero.size
+        step, outcome = decide_step(totals, index, divisor, self._skips, self._rates, self._config)
+        self._update(step)
+        return outcome
 
-    def _update(self, rates: torch.Tensor, second_beta: float, factor: torch.Tensor, skipped: torch.Tensor) -> None:
-        """DeepSpeed's step; in it torch's kernel divides gradients by 1 / `factor`, or does nothing if `skipped`."""
+    def _update(self, step: UpdateStep) -> None:
+        """DeepSpeed's step; in it torch's kernel divides gradients by `step.divisor`, or does nothing."""
         rule, device = self._shards.rule, self._shards.flats()[0].device
         for group, row, torch_group in zip(self._groups, self._rows, rule.param_groups, strict=True):
-            rate = rates[row].to(device)
+            rate = step.rates[row].to(device)
             torch_group["lr"] = rate.float() if rate.is_cuda else rate
-            torch_group["betas"] = (group.beta1, second_beta if group.beta2 is None else group.beta2)
+            torch_group["betas"] = (group.beta1, step.beta2 if group.beta2 is None else group.beta2)
         # As torch's GradScaler tells a fused optimizer.
-        rule.grad_scale = factor.reciprocal().float().to(device)  # type: ignore[attr-defined]
-        rule.found_inf = skipped.float().to(device)  # type: ignore[attr-defined]
+        rule.grad_scale = step.divisor.to(device)  # type: ignore[attr-defined]
+        rule.found_inf = step.found_inf.to(device)  # type: ignore[attr-defined]
         self._engine.step()
 
     def wait_weights(self) -> None:

@@ -45,15 +45,20 @@ def require_deepspeed(config: Config, device: torch.device) -> None:
 
 
 def _require_async_io(path: str, device: torch.device) -> None:
-    """Raises an error that names what asynchronous files lack."""
+    """Load DeepSpeed's library of asynchronous files, which the first run on a host compiles for minutes: here, where
+    no rank waits for another one. Raises an error that names what is missing."""
     import_deepspeed(device)
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    if not AsyncIOBuilder().is_compatible(verbose=False):
+    builder = AsyncIOBuilder()
+    try:
+        builder.load(verbose=False)  # not its probe: one that was installed compiled needs no compiler
+    except (RuntimeError, ImportError, OSError) as error:
+        reason = str(error).splitlines()[0] if builder.is_compatible(verbose=False) else "found no libaio"
         raise MissingPackageError(
-            'engine.offload="nvme" needs the library of asynchronous files and a C++ compiler, found no libaio: '
-            'apt-get install libaio-dev g++, or take offload="cpu"'
-        )
+            'engine.offload="nvme" needs the library of asynchronous files, which a C++ compiler builds once with '
+            f'libaio; {reason}: apt-get install libaio-dev g++, or take offload="cpu"'
+        ) from error
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any, NoReturn, cast
@@ -134,12 +134,14 @@ class DeepSpeedOptimizer:
         """Forward and backward pass of one micro-batch, whose loss `run` computes; `last`: of the step's."""
         self._engine.set_gradient_accumulation_boundary(last)
         self._root.run = run
-        self._engine.backward(self._engine(), scale_wrt_gas=False)
+        with comm.transport_errors(self._mesh.zero):
+            self._engine.backward(self._engine(), scale_wrt_gas=False)
 
     def compute(self, run: Callable[[], torch.Tensor]) -> None:
         """`run`, without gradients. `release` afterwards."""
         self._root.run = run
-        self._root()
+        with comm.transport_errors(self._mesh.zero):
+            self._root()
 
     def release(self) -> None:
         """Free weights that stage 3 has at hand after forward passes alone."""
@@ -174,7 +176,8 @@ class DeepSpeedOptimizer:
         # As torch's GradScaler tells a fused optimizer.
         rule.grad_scale = step.divisor.to(device)  # type: ignore[attr-defined]
         rule.found_inf = step.found_inf.to(device)  # type: ignore[attr-defined]
-        self._engine.step()
+        with comm.transport_errors(self._mesh.zero):
+            self._engine.step()
 
     def wait_weights(self) -> None:
         """Weights are current after every step."""
@@ -187,13 +190,15 @@ class DeepSpeedOptimizer:
         with torch.no_grad():
             self._shards.adopt()
 
-    def _whole(self, units: Iterable[nn.Module]) -> AbstractContextManager[object]:
+    @contextmanager
+    def _whole(self, units: Iterable[nn.Module]) -> Iterator[None]:
         """Inside the block the weights of `units` are at hand; changes are kept."""
         if self._stage != 3:
-            return nullcontext()
+            yield
+            return
         params = [param for unit in units for param in unit.parameters()]
-        gathered = self._deepspeed.zero.GatheredParameters(params, modifier_rank=0)
-        return cast(AbstractContextManager[object], gathered)
+        with comm.transport_errors(self._mesh.zero), self._deepspeed.zero.GatheredParameters(params, modifier_rank=0):
+            yield
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
@@ -213,7 +218,8 @@ class DeepSpeedOptimizer:
     def publish_weights(self) -> None:
         """Copy loaded master weights to the model's weights on every rank."""
         self._write_back()
-        self._shards.publish()
+        with comm.transport_errors(self._mesh.zero):
+            self._shards.publish()
 
     def _write_back(self) -> None:
         """Into files, what a load has written to the tensors of `pieces`."""

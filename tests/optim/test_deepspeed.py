@@ -312,5 +312,5 @@ def test_a_probe_that_finds_no_compiler_refuses_no_library(tmp_path: Path, monke
     require_deepspeed(config_of(engine(3, "nvme", nvme_path=str(tmp_path / "new"))), torch.device("cpu"))
     assert (tmp_path / "new").is_dir()
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="engine.nvme_path: .* cannot be made: .*; expected a folder"):
+    with pytest.raises(ConfigError, match=r"engine.nvme_path: .* cannot be made: .*; expected a folder"):
         require_deepspeed(config_of(engine(3, "nvme", nvme_path=str(tmp_path / "file"))), torch.device("cpu"))

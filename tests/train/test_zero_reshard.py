@@ -20,7 +20,7 @@ from tests.corpus import write_corpus
 from tests.train.layouts import LIMIT, Keys, Layout, config_of
 from tests.train.test_reshard import SAVED, assert_same, job, loading, run_all, saving
 
-SHARE = int(os.environ.get("ZERO_RESHARD_SHARE", "4"))
+SHARE = int(os.environ.get("ZERO_RESHARD_SHARE", "6"))
 """One pair in so many; `ZERO_RESHARD_SHARE=1` looks at all."""
 FP32_LIMIT = 1e-6
 """Relative, of a loss or norm that another layout or engine computes in fp32."""

@@ -52,13 +52,14 @@ ENGINES = {
 }
 
 
-def config_of(chosen: dict[str, Any], ckpt: dict[str, Any] | None = None, **model: Any) -> Config:
+def config_of(chosen: dict[str, Any], ckpt: dict[str, Any] | None = None, rate: float = 1e-2, **model: Any) -> Config:
     """Two micro-batches a step, several groups of parameters, a gradient that is clipped."""
-    groups = [{"pattern": "*norm*", "lr": 3e-3, "betas": [0.8, 0.9]}]
+    groups = [{"pattern": "*norm*", "lr": 0.3 * rate, "betas": [0.8, 0.9]}]
     return tiny(
         None,
         engine=chosen,
         ckpt=ckpt or {},
+        adam={"lr": rate},
         optimizer={"groups": groups},
         data={"total_steps": STEPS, "micro_num": 2, "valid_every": 3, "valid_batches": 1},
         lr_scheduler={"total_steps": STEPS},
@@ -156,18 +157,18 @@ def test_stage_3_frees_all_weights_after_a_step(tmp_path: Path) -> None:
     assert [left for left, _ in run_world(freed, 2, (tmp_path,), timeout_seconds=300)] == [0, 0]
 
 
-FILES: dict[str, Any] = {"hidden_size": 128, "vocab_size": 4096}
+FILES: dict[str, Any] = {"hidden_size": 128, "vocab_size": 4096, "rate": 1e-3}
 """Of a model whose largest parts, and some gradients, are worth a file: a megabyte on each of two ranks."""
 SAVED = 3
 """Steps done when a run saves."""
 
 
 def in_files(mesh: Mesh, folder: Path) -> list[tuple[Curve, State, State]]:
-    """What `go_on` returns of runs with files and with ours, and of those that go on from a checkpoint of one of them:
-    files' by files, files' by ours, ours by ours, ours by files."""
+    """What `go_on` returns of runs in memory, with files and with ours, and of those that go on from a checkpoint of
+    the last two: files' by files, files' by ours, ours by ours, ours by files."""
     logging.disable(logging.WARNING)
     engines = {"files": engine(3, "nvme", nvme_path=str(folder / "disk")), "ours": NATIVE}
-    whole, resumed = [], []
+    whole, resumed = [go_on(mesh, config_of(ENGINES["3"], **FILES), folder / "memory")], []
     for first, others in (("files", ("files", "ours")), ("ours", ("ours", "files"))):
         saves = {"save_ckpt_folder": str(folder / first / "saves"), "checkpoint_every": SAVED, "async_upload": False}
         config = config_of(engines[first], {"enable_save_ckpt": True, **saves}, **FILES)
@@ -187,9 +188,10 @@ def compiled() -> bool:
 @pytest.mark.nvme
 @pytest.mark.skipif(not compiled(), reason="needs DeepSpeed's async_io, compiled: docs/limits.md says how")
 def test_offload_to_files_agrees_with_ours_and_resumes(tmp_path: Path) -> None:
-    files, ours, *resumed = run_world(in_files, 2, (tmp_path,), timeout_seconds=500)[0]
+    memory, files, ours, *resumed = run_world(in_files, 2, (tmp_path,), timeout_seconds=500)[0]
     assert len(list((tmp_path / "disk").glob("**/rank*/*.swp"))) >= 2 * 3, "weights and moments of two ranks"
     assert all(torch.equal(files[1][key], ours[1][key]) for key in ours[1])
+    assert all(torch.equal(files[2][key], memory[2][key]) for key in memory[2])
     assert furthest(files[0], ours[0]) < 1e-6
     assert largest_difference(files[2], ours[2], "master") < 1e-5
     for first, second, whole in ((resumed[0], resumed[1], files), (resumed[2], resumed[3], ours)):

@@ -16,7 +16,7 @@ import torch
 from packaging.version import Version
 
 from internlm_lite.config.schema import Config
-from internlm_lite.errors import ConfigError, MissingPackageError
+from internlm_lite.errors import ConfigError, MissingPackageError, first_line
 from internlm_lite.runtime.dist_env import set_deepspeed_variables
 
 _OLDEST = Version("0.19")
@@ -48,17 +48,22 @@ def _require_async_io(path: str, device: torch.device) -> None:
     """Load DeepSpeed's library of asynchronous files, which the first run on a host compiles for minutes: here, where
     no rank waits for another one. Raises an error that names what is missing."""
     import_deepspeed(device)
+    from deepspeed.git_version_info import installed_ops
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    builder = AsyncIOBuilder()
-    try:
-        builder.load(verbose=False)  # not its probe: one that was installed compiled needs no compiler
-    except (RuntimeError, ImportError, OSError) as error:
-        reason = str(error).splitlines()[0] if builder.is_compatible(verbose=False) else "found no libaio"
+    builder, reason = AsyncIOBuilder(), ""
+    if not installed_ops.get(builder.name) and not builder.is_compatible(verbose=False):
+        reason = "found no libaio"
+    else:
+        try:
+            builder.load(verbose=False)
+        except (RuntimeError, ImportError, OSError) as error:
+            reason = first_line(error)
+    if reason:
         raise MissingPackageError(
             'engine.offload="nvme" needs the library of asynchronous files, which a C++ compiler builds once with '
             f'libaio; {reason}: apt-get install libaio-dev g++, or take offload="cpu"'
-        ) from error
+        )
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -280,11 +280,18 @@ def test_overlap_is_for_gpus() -> None:
         require_deepspeed(config_of(engine(1, overlap=True)), torch.device("cpu"))
 
 
-def with_files(monkeypatch: pytest.MonkeyPatch, load: Callable[..., object], linked: bool) -> None:
-    """DeepSpeed's builder of asynchronous files: what its `load` does, and what its probe of a compiler finds."""
-    builder = SimpleNamespace(load=load, is_compatible=lambda verbose: linked)
-    operations = SimpleNamespace(AsyncIOBuilder=lambda: builder)
-    monkeypatch.setitem(sys.modules, "deepspeed.ops.op_builder", cast(ModuleType, operations))
+def with_files(
+    monkeypatch: pytest.MonkeyPatch, load: Callable[..., object], *, linked: bool, installed: bool = False
+) -> None:
+    """DeepSpeed's builder of asynchronous files: what its `load` does, whether its probe of a compiler finds libaio,
+    and whether DeepSpeed was installed with the library compiled."""
+    builder = SimpleNamespace(name="async_io", load=load, is_compatible=lambda verbose: linked)
+    modules = {
+        "deepspeed.ops.op_builder": SimpleNamespace(AsyncIOBuilder=lambda: builder),
+        "deepspeed.git_version_info": SimpleNamespace(installed_ops={"async_io": installed}),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, cast(ModuleType, module))
     monkeypatch.setattr("internlm_lite.optim.deepspeed_settings.import_deepspeed", lambda _: None)
 
 
@@ -302,7 +309,7 @@ def test_asynchronous_files_are_asked_for_where_they_are_used_alone(monkeypatch:
     ("linked", "reason"), [(False, "found no libaio"), (True, "Error building extension 'async_io': [1/1] c++")]
 )
 def test_missing_asynchronous_files_are_one_line(linked: bool, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_files(monkeypatch, failing, linked)
+    with_files(monkeypatch, failing, linked=linked)
     with pytest.raises(MissingPackageError) as raised:
         require_deepspeed(config_of(engine(3, "nvme", nvme_path="x")), torch.device("cpu"))
     assert f"{reason}: apt-get install libaio-dev g++" in str(raised.value) and "\n" not in str(raised.value)
@@ -310,7 +317,7 @@ def test_missing_asynchronous_files_are_one_line(linked: bool, reason: str, monk
 
 def test_a_probe_that_finds_no_compiler_refuses_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed installed with its operations needs none."""
-    with_files(monkeypatch, lambda verbose: None, linked=False)
+    with_files(monkeypatch, lambda verbose: None, linked=False, installed=True)
     require_deepspeed(config_of(engine(3, "nvme", nvme_path=str(tmp_path / "new"))), torch.device("cpu"))
     assert (tmp_path / "new").is_dir()
     (tmp_path / "file").touch()

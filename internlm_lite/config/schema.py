@@ -17,6 +17,7 @@ UNKNOWN_TO_KERNELS = {"cudnn": ("sliding_window", "attention_softcap"), "torch_v
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+ZeroStage = Annotated[int, Field(ge=1, le=3)]  # of numbers, Literal takes True and 2.0, too
 Pair = Annotated[
     list[Annotated[float, Field(ge=0, lt=1)]],
     Field(min_length=2, max_length=2),
@@ -668,7 +669,7 @@ class ParallelConfig(Section):
     zero1: int = -1
     """Ranks that share one copy of the optimizer state: <= 0 all ranks that hold the same weights (data times context
     parallel), 1 none, k a divisor of them."""
-    zero_stage: Literal[1, 2, 3] = 1
+    zero_stage: ZeroStage = 1
     """(new) What these ranks share, besides the optimizer state. 2: gradients too, which are reduced after every
     micro-batch. 3: weights too, which are gathered block by block, before its forward pass and before its backward
     pass."""
@@ -693,7 +694,7 @@ class EngineConfig(Section):
     name: Literal["native", "deepspeed"] = "native"
     """"native": this package. "deepspeed": DeepSpeed's ZeRO, for tensor = pipeline = 1, with AdamW by torch's fused
     kernel; `pip install internlm_lite[deepspeed]`."""
-    stage: Literal[1, 2, 3] = 1
+    stage: ZeroStage = 1
     """deepspeed: what is sharded over data-parallel ranks. 1: optimizer state. 2: gradients, too. 3: weights, too."""
     offload: Literal["none", "cpu", "nvme"] = "none"
     """deepspeed: where master weights and optimizer state are, and where the update takes place. "cpu": in host memory.

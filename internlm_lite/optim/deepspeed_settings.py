@@ -40,14 +40,14 @@ def require_deepspeed(config: Config, device: torch.device) -> None:
         raise ConfigError(
             "engine.overlap: found True on a CPU, which has no streams for it; set it to False, or run on a GPU"
         )
+    import_deepspeed(device)
     if engine.offload == "nvme":
-        _require_async_io(engine.nvme_path or "", device)
+        _require_async_io(engine.nvme_path or "")
 
 
-def _require_async_io(path: str, device: torch.device) -> None:
+def _require_async_io(path: str) -> None:
     """Load DeepSpeed's library of asynchronous files, which the first run on a host compiles for minutes: here, where
     no rank waits for another one. Raises an error that names what is missing."""
-    import_deepspeed(device)
     from deepspeed.git_version_info import installed_ops
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -71,9 +71,14 @@ def _require_async_io(path: str, device: torch.device) -> None:
 
 
 def import_deepspeed(device: torch.device) -> ModuleType:
-    """The package, told which device this process has; on a CPU without the kernels that it would compile."""
+    """The package, told which device this process has; on a CPU without the kernels that it would compile. Raises
+    MissingPackageError if it is installed but does not load, as without CUDA's compiler or beside another torch."""
     set_deepspeed_variables(device.type, device.index or 0)
-    import deepspeed
+    try:
+        import deepspeed
+    except Exception as error:  # of any class: its import runs probes for compilers and drivers
+        text = f"deepspeed is installed but does not load: {type(error).__name__}: {first_line(error)}; {_INSTALL}"
+        raise MissingPackageError(text) from error
 
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # it calls them
     if device.type == "cpu":

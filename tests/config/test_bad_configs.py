@@ -389,7 +389,7 @@ BAD = [
     (
         "zero1=-1",
         "zero_stage=4",
-        "22: parallel.zero_stage: found 4, expected one of 1, 2, 3",
+        "22: parallel.zero_stage: found 4, expected an integer >= 1 and <= 3",
     ),
     ("tensor=2", "context=0", "23: parallel.context.size: found 0, expected an integer > 0"),
     ("tensor=2", "context='2'", "23: parallel.context: found '2', expected dict(...)"),
@@ -409,6 +409,13 @@ BAD = [
         "zero1=-1",
         "zero1=dict(sizee=2)",
         "22: parallel.zero1: found {'sizee': 2}, expected a number, or dict(size=..., fsdp=...)",
+    ),
+    ("zero1=-1", "zero_stage=True", "22: parallel.zero_stage: found True, expected an integer >= 1 and <= 3"),
+    ("zero1=-1", "zero1=dict(fsdp='no')", "22: parallel.zero1: found fsdp='no', expected True or False"),
+    (
+        "zero1=-1",
+        "zero_stage=2, zero1=dict(fsdp=True)",
+        "22: parallel.zero1: found fsdp=True, which is parallel.zero_stage=3, beside 2; remove one of them",
     ),
     ("parallel = dict(", "parallell = dict(", "21: parallell: unknown key; nearest known key: parallel"),
     ('JOB_NAME = "bad"', "JOB_NAME = 7", '1: JOB_NAME: found 7, expected a string; write "7"'),

@@ -9,6 +9,8 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
@@ -272,6 +274,25 @@ def test_a_missing_package_is_named_with_its_installation(monkeypatch: pytest.Mo
 def test_an_old_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("internlm_lite.optim.deepspeed_settings.version", lambda _: "0.14.5")
     with pytest.raises(MissingPackageError, match=r"found deepspeed 0\.14\.5, expected 0\.19 or newer: "):
+        require_deepspeed(config_of(engine(1)), torch.device("cpu"))
+
+
+class _DoesNotLoad(MetaPathFinder, Loader):
+    """A finder of a deepspeed whose import fails."""
+
+    def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name == "deepspeed" else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        raise RuntimeError("CUDA_HOME does not exist\nunable to compile")
+
+
+def test_a_package_that_does_not_load_is_named_before_there_are_process_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [_DoesNotLoad(), *sys.meta_path])
+    with pytest.raises(
+        MissingPackageError, match=r"does not load: RuntimeError: CUDA_HOME does not exist; DS_BUILD_OPS"
+    ):
         require_deepspeed(config_of(engine(1)), torch.device("cpu"))
 
 

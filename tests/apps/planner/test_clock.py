@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,14 @@ from internlm_lite.apps.planner.device_file import (
     device_of,
     load_device,
 )
-from internlm_lite.apps.planner.overlap import Axis, exposed
+from internlm_lite.apps.planner.overlap import Axis, exposed, network
 from internlm_lite.apps.planner.plan import Questions, make_plan
 from internlm_lite.apps.planner.report import ClockPlan
 from internlm_lite.apps.planner.step_clock import StepClock, clock_plan, full_rows
 from internlm_lite.config.load import load_config
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.costs import FUSIONS, Message, Pass
+from internlm_lite.mesh.mesh import Sizes, axis_groups
 from tests.cli import ROOT, run
 
 CONFIG = ROOT / "configs" / "tiny.py"
@@ -256,6 +258,19 @@ def test_buckets_overlap_with_the_units_behind_them() -> None:
     assert (whole.scatter, whole.gather) == (pytest.approx(3), pytest.approx(3))
     bare = exposed(three, AXES, backward=[1, 1, 1], forward=[1, 1, 1], hidden=(False, False))
     assert (bare.scatter, bare.gather, bare.fraction) == (pytest.approx(3), pytest.approx(3), pytest.approx(1))
+
+
+def test_which_axes_cross_nodes_is_known_without_listing_their_groups() -> None:
+    for dp, cp, tp, pp, zero in product((1, 2, 3, 4), (1, 2), (1, 2, 4), (1, 2, 3), (1, 2)):
+        sizes = Sizes(dp, tp, pp, zero if dp * cp % zero == 0 else 1, cp)
+        for per_node in (1, 2, 3, 4, 8):
+            device = load_device("h100").model_copy(update={"gpus_per_node": per_node})
+            for name, axis in network(device, sizes).items():
+                groups = axis_groups(sizes)[name]
+                crosses = any(len({rank // per_node for rank in group}) > 1 for group in groups)
+                link = device.inter_node if crosses else device.intra_node
+                assert axis == Axis(max(map(len, groups)), link), (name, sizes, per_node)
+    assert network(load_device("h100"), Sizes(dp=10**9, zero=10**9))["zero"].size == 10**9
 
 
 def test_a_collective_takes_its_bytes_and_a_latency_for_each_doubling() -> None:

@@ -137,6 +137,8 @@ def test_nothing_fits() -> None:
         (["--dry-run", "--fit-out=x"], "--fit-out belongs to --fit: add it"),
         (["--dry-run", "--fit"], "--fit needs the number of GPUs: add --gpus N"),
         (["--dry-run", "--fit", "--gpus=0"], "--gpus 0"),
+        (["--dry-run", "--fit", "--gpus=1000000000"], "--gpus 1000000000: expected at most 100000"),
+        (["--dry-run", "--world-size=1000000000"], "--world-size 1000000000: expected at most 100000"),
         (["--dry-run", "--fit", "--gpus=2", "--device=cpu"], "--device cpu is not one"),
         (["--dry-run", "--fit", "--gpus=2", "--world-size=4"], "--world-size does not go with --fit"),
         (["--dry-run", "--fit", "--gpus=2", "--tflops=4"], "--tflops does not go with --fit"),

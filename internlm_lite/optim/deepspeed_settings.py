@@ -46,13 +46,23 @@ def require_deepspeed(config: Config, device: torch.device) -> None:
 
 
 def _require_async_io(path: str) -> None:
-    """Raises an error that names what asynchronous files lack."""
+    """Load DeepSpeed's library of asynchronous files, which the first run on a host compiles for minutes: here, where
+    no rank waits for another one. Raises an error that names what is missing."""
+    from deepspeed.git_version_info import installed_ops
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    if not AsyncIOBuilder().is_compatible(verbose=False):
+    builder, reason = AsyncIOBuilder(), ""
+    if not installed_ops.get(builder.name) and not builder.is_compatible(verbose=False):
+        reason = "found no libaio"
+    else:
+        try:
+            builder.load(verbose=False)
+        except (RuntimeError, ImportError, OSError) as error:
+            reason = first_line(error)
+    if reason:
         raise MissingPackageError(
-            'engine.offload="nvme" needs the library of asynchronous files and a C++ compiler, found no libaio: '
-            'apt-get install libaio-dev g++, or take offload="cpu"'
+            'engine.offload="nvme" needs the library of asynchronous files, which a C++ compiler builds once with '
+            f'libaio; {reason}: apt-get install libaio-dev g++, or take offload="cpu"'
         )
     try:
         Path(path).mkdir(parents=True, exist_ok=True)

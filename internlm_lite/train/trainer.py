@@ -27,7 +27,7 @@ from internlm_lite.models.initialise import initialise
 from internlm_lite.models.stages import Stages, build_stages
 from internlm_lite.monitor.metrics import Collected, FolderMetrics
 from internlm_lite.optim.grad_norm import Requests
-from internlm_lite.optim.zero import StepOutcome
+from internlm_lite.optim.step_decision import StepOutcome
 from internlm_lite.runtime.device import torch_dtype
 from internlm_lite.train.engines import build_engines
 from internlm_lite.train.own_rows import OwnRow, own_rows

@@ -47,6 +47,26 @@ class BatchStats:
 
 
 @dataclass(frozen=True)
+class SourceRows:
+    """What the encoder reads: beside each row of T target tokens one of S source tokens, packed the same way. Document i
+    of the one belongs to document i of the other: both have as many, in one order. What fills a row behind its pairs is
+    their last document, on both sides: it may be empty on one of them, and has no labels."""
+
+    tokens: torch.Tensor  # [M, S] int64
+    positions: torch.Tensor  # [M, S] int64, position inside the document, from 0
+    cu_seqlens: torch.Tensor  # [M, max_docs + 1] int32, boundaries of documents, padded with S
+    cu_seqlens_host: tuple[tuple[int, ...], ...]  # the same without padding: each as long as that of the target row
+    max_seqlen: int  # longest document of all micro-batches
+
+    def to(self, device: torch.device) -> SourceRows:
+        """The same rows on `device`; asynchronous from pinned memory."""
+        tensors = (self.tokens, self.positions, self.cu_seqlens)
+        return SourceRows(
+            *(tensor.to(device, non_blocking=True) for tensor in tensors), self.cu_seqlens_host, self.max_seqlen
+        )
+
+
+@dataclass(frozen=True)
 class Batch:
     """One rank's part of one step. All tensors are on the same device except `cu_seqlens_host`."""
 
@@ -61,6 +81,7 @@ class Batch:
     after: Position  # the data order's position once this batch is consumed
     stats: BatchStats
     stage: int = 0  # number of the stage of the run that it belongs to
+    source: SourceRows | None = None  # of an encoder-decoder, whose target side all else is
 
     @property
     def micro_num(self) -> int:
@@ -79,4 +100,5 @@ class Batch:
             after=self.after,
             stats=self.stats,
             stage=self.stage,
+            source=None if self.source is None else self.source.to(device),
         )

@@ -104,6 +104,8 @@ class DataConfig(Section):
 
     seq_len: Positive
     """Longest attention span in tokens."""
+    source_seq_len: Positive | None = None
+    """(new) Encoder-decoder: longest source in tokens; a row of sources has micro_bsz * source_seq_len. None: seq_len."""
     micro_num: Positive = 1
     """Micro-batches per optimizer step on each data-parallel rank (gradient accumulation)."""
     micro_bsz: Positive = 1
@@ -197,6 +199,11 @@ class LossConfig(Section):
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0
     """Share of the probability mass spread evenly over the vocabulary."""
+    pad_id: NonNegative | None = None
+    """(new) With label_smoothing s: an id that no label has, and that smoothed targets give nothing: they are 1 - s of
+    the label and s / (vocab_size - 2) of each other id. The step line's `loss` is then their Kullback-Leibler divergence
+    (KL), which leaves out their own entropy; `loss_from_metric` stays the cross-entropy. None: s / vocab_size of every
+    id, and `loss` is the cross-entropy with it."""
     z_loss: Annotated[float, Field(ge=0)] = 0
     """(new) c: adds c * log(sum of exp(logits))^2 to the loss of each label, which keeps logits small (PaLM,
     arXiv:2204.02311: 1e-4). The step line's `loss` and `loss_from_metric` leave it out."""
@@ -410,7 +417,14 @@ class ModelConfig(Section):
     hidden_size: Positive
     """Width of the residual stream."""
     num_layers: Positive
-    """Blocks."""
+    """Blocks; of an encoder-decoder those of the decoder."""
+    num_encoder_layers: NonNegative = 0
+    """(new) Blocks of an encoder, in which every token sees all of its source; those of the decoder attend to its last
+    hidden state, too. All else of this section is of both sides. 0: a decoder alone."""
+    source_vocab_size: Positive | None = None
+    """(new) Rows of the encoder's embedding. None: vocab_size."""
+    tie_source_embeddings: bool = False
+    """(new) The encoder shares the decoder's embedding; with tie_word_embeddings all three are one."""
     mlp_ratio: Annotated[float, Field(gt=0)] = 8 / 3
     """Width of the feed-forward part = round_up(int(hidden_size * mlp_ratio), multiple_of)."""
     multiple_of: Positive = 256
@@ -428,10 +442,11 @@ class ModelConfig(Section):
     says."""
     dtype: Dtype = "torch.float16"
     """Weights and activations. torch.tf32: float32 weights, TF32 matrix products."""
-    norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """Normalisation, of all norms. (new) "layernorm": subtracts the mean, too (GPT-2)."""
+    norm_type: Literal["rmsnorm", "layernorm", "sample_layernorm"] = "rmsnorm"
+    """Normalisation, of all norms. (new) "layernorm": subtracts the mean, too (GPT-2). "sample_layernorm": divides by
+    the sample's deviation plus layer_norm_epsilon (the annotated transformer; its epsilon is 1e-6)."""
     norm_bias: bool | None = None
-    """(new) Biases of norms. None: with norm_type="layernorm"."""
+    """(new) Biases of norms. None: but with norm_type="rmsnorm"."""
     zero_centered_norm: bool = False
     """(new) Norms multiply by 1 + weight, added in fp32; weights start at 0 (Gemma; Megatron's
     layernorm_zero_centered_gamma)."""
@@ -483,7 +498,8 @@ class ModelConfig(Section):
     no_rope_every: NonNegative = 0
     """(new) n: every n-th layer (n, 2n, ...) has no rotary embedding (SmolLM3: 4). 0: all have it."""
     sliding_window: Positive | None = None
-    """(new) Sliding layers: a token attends to itself and the sliding_window - 1 tokens before it. None: no layer."""
+    """(new) Sliding layers: a token attends to itself and the sliding_window - 1 tokens before it; in an encoder to as
+    many behind it, too. None: no layer."""
     layer_types: Annotated[list[Literal["full_attention", "sliding_attention"]], Field(min_length=1)] | None = None
     """(new) Kinds of the layers, repeated over them. None: with sliding_window, all are sliding."""
     attention_softcap: Annotated[float, Field(gt=0)] | None = None
@@ -547,11 +563,31 @@ class ModelConfig(Section):
         """Features of a head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of both sides. Their numbers in the whole model: first those of the encoder, then those of the
+        decoder."""
+        return self.num_encoder_layers + self.num_layers
+
+    def in_encoder(self, layer: int) -> bool:
+        """Whether layer `layer` of the whole model is one of the encoder."""
+        return layer < self.num_encoder_layers
+
+    def on_its_side(self, layer: int) -> int:
+        """The number of layer `layer` of the whole model among those of the encoder, or of the decoder."""
+        return layer if self.in_encoder(layer) else layer - self.num_encoder_layers
+
+    @property
+    def source_vocab(self) -> int:
+        """Rows of the encoder's embedding."""
+        return self.source_vocab_size or self.vocab_size
+
     def is_sliding(self, layer: int) -> bool:
         """Whether layer `layer` of the whole model attends to a window of sliding_window tokens."""
         if self.sliding_window is None:
             return False
-        return self.layer_types is None or self.layer_types[layer % len(self.layer_types)] == "sliding_attention"
+        kinds = self.layer_types
+        return kinds is None or kinds[self.on_its_side(layer) % len(kinds)] == "sliding_attention"
 
     def window(self, layer: int) -> int | None:
         """Tokens that a query of the layer sees, its own among them; None: all of its document."""
@@ -580,7 +616,7 @@ class ModelConfig(Section):
 
     @property
     def has_norm_bias(self) -> bool:
-        return self.norm_type == "layernorm" if self.norm_bias is None else self.norm_bias
+        return self.norm_type != "rmsnorm" if self.norm_bias is None else self.norm_bias
 
     @property
     def has_qkv_bias(self) -> bool:
@@ -619,12 +655,12 @@ class ModelConfig(Section):
         """How many of the first layers keep their activations on the host."""
         if self.checkpoint != "offload":
             return 0
-        return min(round(self.offload_share * self.num_layers), self.num_layers - 1)
+        return min(round(self.offload_share * self.num_blocks), self.num_blocks - 1)
 
     @property
     def recomputed_layers(self) -> int:
         """How many of the first layers run again in the backward pass."""
-        return round(self.recomputed_share * self.num_layers)
+        return round(self.recomputed_share * self.num_blocks)
 
     @property
     def embedding_by_vocabulary(self) -> bool:

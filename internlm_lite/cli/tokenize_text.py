@@ -179,7 +179,7 @@ def encode(arguments: argparse.Namespace) -> int:
     if unprintable := [name for name in targets if not name.isprintable()]:
         raise DataError(f"--input: found folder {unprintable[0]!r}, expected a printable name; rename it")
     tokenizer = Tokenizer(arguments.tokenizer)
-    source = Tokenizer(arguments.source_tokenizer or arguments.tokenizer).path if arguments.pair else None
+    of_sources = Tokenizer(arguments.source_tokenizer or arguments.tokenizer).path if arguments.pair else None
     options, console = _options(arguments, arguments.pair), ToolConsole()
     holds_out = arguments.holdout or arguments.split_at is not None
     found: dict[str, Metadata] = {}
@@ -194,7 +194,7 @@ def encode(arguments: argparse.Namespace) -> int:
                 arguments.holdout,
                 split_at=arguments.split_at,
                 bare=arguments.without_bos_eos,
-                source_tokenizer_path=source,
+                source_tokenizer_path=of_sources,
                 progress=progress,
             )
             held_out = valid / name if holds_out else None

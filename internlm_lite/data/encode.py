@@ -101,8 +101,8 @@ def _check_marks(tokenizer: Tokenizer) -> None:
     missing = [name for name, token in (("bos", tokenizer.bos), ("eos", tokenizer.eos)) if token is None]
     if missing:
         raise DataError(
-            f"tokenizer {tokenizer.path}: found no {' and no '.join(missing)} token, expected both: targets begin and end "
-            "with them; take another tokenizer, or make one with tools/tokenizer.py train"
+            f"tokenizer {tokenizer.path}: found no {' and no '.join(missing)} token, expected both: targets "
+            "begin and end with them; take another tokenizer, or make one with tools/tokenizer.py train"
         )
 
 

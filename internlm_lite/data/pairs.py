@@ -1,7 +1,7 @@
 """Packs pairs into rows: targets into T = micro_bsz * seq_len tokens, and their sources, in the same order, into
 S = micro_bsz * source_seq_len.
 
-    targets | pair 7 | pair 2 ... | pair 9 | filling |     the decoder's input, begin mark first; labels: the next tokens
+    targets | pair 7 | pair 2 ... | pair 9 | filling |     the decoder's input, begin mark first; label: the next token
     sources | pair 7 ...... | pair 2 | pair 9 |  fill |    as many documents as in the row of targets
 
 A pair is never cut at the end of a row: the next begins with the first pair for which a side has no room. Filling

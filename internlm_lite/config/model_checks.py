@@ -73,10 +73,11 @@ def _norms(config: Config) -> Iterator[Problem]:
     if model.norm_bias and model.norm_type == "rmsnorm":
         text = f'found True with {kind} "rmsnorm", which has no bias; set {kind}="layernorm", or remove norm_bias'
         yield Problem(("model.norm_bias", kind), text)
-    if model.qk_norm == "full" and model.norm_type == "layernorm":
+    if model.qk_norm == "full" and model.norm_type != "rmsnorm":
         yield Problem(
             ("model.qk_norm", kind),
-            f'found "full" with {kind} "layernorm", expected "rmsnorm", as in OLMo 2; change it, or set qk_norm="head"',
+            f'found "full" with {kind} "{model.norm_type}", expected "rmsnorm", as in OLMo 2; change it, or set '
+            'qk_norm="head"',
         )
 
 

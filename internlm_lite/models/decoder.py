@@ -111,7 +111,7 @@ class Block(CostedLayer):
         self.recompute = layer < config.recomputed_layers
         self.offload = layer < config.offloaded_layers
         self.rotation = rotation_of(config, layer)
-        name = f"layers.{layer}"
+        name = f"{'encoder.' * config.in_encoder(layer)}layers.{config.on_its_side(layer)}"
         self.attention_norm = build_norm(f"{name}.attention_norm", config, tp_ctx)
         self.attention = Attention(f"{name}.attention", layer, config, tp_ctx)
         self.cross_attention_norm: Norm | None = None
@@ -343,7 +343,7 @@ class Transformer(CostedLayer):
                 p, site = config.embedding_dropout, Site.SOURCE_EMBEDDING
                 self.source_dropout = SourceDropout(p, 0, site, config.hidden_size, tp_ctx)
         if config.num_encoder_layers - 1 in numbers and config.norms_at != "post":
-            self.encoder_norm = SourceNorm("encoder_norm", config, tp_ctx)
+            self.encoder_norm = SourceNorm("encoder.norm", config, tp_ctx)
 
     def set_rope_base(self, base: float) -> None:
         """Rotate by this base from now on, as a model built with it; everything that depends on it is made anew."""

@@ -29,6 +29,18 @@ class Position:
 
 
 @dataclass(frozen=True)
+class PassStep:
+    """Where a batch is in its pass over the pairs of all folders."""
+
+    epoch: int
+    """Passes before."""
+    epoch_step: int
+    """Micro-batches of a data-parallel rank in this pass, up to the end of this batch."""
+    accumulation_step: int
+    """Batches in this pass, which are updates, this one included."""
+
+
+@dataclass(frozen=True)
 class BatchStats:
     """Composition of one rank's batch, as the step line prints it. A segment is one attention span."""
 
@@ -44,6 +56,8 @@ class BatchStats:
     """All tokens, M * T."""
     num_labels: int
     """Tokens with a label (label != IGNORE)."""
+    in_pass: PassStep | None = None
+    """Of pairs without weights or ramp-up."""
 
 
 @dataclass(frozen=True)

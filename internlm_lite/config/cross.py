@@ -14,6 +14,7 @@ from internlm_lite.config.engine_checks import engine_problems
 from internlm_lite.config.keys import known_keys, value_of
 from internlm_lite.config.layout_checks import heads_problems, row_problems, world_problems
 from internlm_lite.config.model_checks import model_problems
+from internlm_lite.config.pair_checks import pair_problems
 from internlm_lite.config.paths import (
     S3_FORM,
     is_folder,
@@ -26,7 +27,7 @@ from internlm_lite.config.plain import shown
 from internlm_lite.config.problems import Problem
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
 from internlm_lite.config.schema import AlertsConfig, CkptConfig, Config, LrSchedulerConfig, OptimizerConfig, Section
-from internlm_lite.config.stage_checks import length_problems, stage_problems
+from internlm_lite.config.stage_checks import epoch_problems, length_problems, stage_problems
 from internlm_lite.config.task_checks import task_problems
 from internlm_lite.config.zero_checks import zero_problems
 from internlm_lite.errors import ConfigError
@@ -50,7 +51,9 @@ _MOST = {
     "ckpt.s3.deadline_seconds": 10**6,
     "data.micro_bsz": 2**31 - 1,
     "data.micro_num": 10**6,
+    "data.row_pairs": 10**6,
     "data.seq_len": 2**31 - 1,
+    "data.source_seq_len": 2**31 - 1,
     "data.epochs": 10**9,
     "data.total_steps": 10**12,
     "data.total_tokens": 2**62,
@@ -368,11 +371,8 @@ def _data(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("monitor.sample_every", "monitor.sample_prompts"), "found without prompts; give some, or set it to 0"
         )
-    if config.monitor.sample_every == "epoch" and data.weights is not None:
-        yield Problem(
-            ("monitor.sample_every", "data.weights"),
-            'found "epoch" with data.weights, with which each folder has passes of its own; give a number of steps',
-        )
+    yield from epoch_problems(config)
+    yield from pair_problems(config)
     if not config.JOB_NAME.strip(". ") or "/" in config.JOB_NAME or not config.JOB_NAME.isprintable():
         expected = "expected the name of a folder: printable, no '/', not empty"
         yield Problem(("JOB_NAME",), f"found {shown(config.JOB_NAME)}, {expected}")

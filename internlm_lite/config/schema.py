@@ -67,8 +67,9 @@ class CkptConfig(Section):
     """Start from the weights of this checkpoint, with a fresh optimizer, at step 0."""
     load_optimizer: bool = True
     """False: `load_ckpt_folder` gives weights and counters only, moments start at zero."""
-    checkpoint_every: Positive | None = None
-    """Steps between milestone checkpoints, which are kept. None: only the final one."""
+    checkpoint_every: Positive | Literal["epoch"] | None = None
+    """Steps between milestone checkpoints, which are kept. None: only the final one. (new) "epoch": after each pass
+    over the training data, which data.weights exclude."""
     keep: Positive | None = None
     """(new) Newest milestones to keep; older ones are removed after a newer one is saved, except the final ones and
     the one that the run went on from. None: all."""
@@ -98,6 +99,11 @@ class CkptConfig(Section):
     s3: S3Config = S3Config()
     """(new) How folders on S3 are reached."""
 
+    @property
+    def checkpoint_steps(self) -> int:
+        """checkpoint_every as a number of steps, which "epoch" becomes when the data are open (data/demand.py)."""
+        return 0 if self.checkpoint_every in (None, "epoch") else self.checkpoint_every
+
 
 class DataConfig(Section):
     """Training and validation data, and how they become batches."""
@@ -106,14 +112,21 @@ class DataConfig(Section):
     """Longest attention span in tokens."""
     source_seq_len: Positive | None = None
     """(new) Encoder-decoder: longest source in tokens; a row of them has micro_bsz * source_seq_len. None: seq_len."""
+    row_pairs: Positive | None = None
+    """(new) Encoder-decoder: most pairs of a row, such as the sentences of a batch. With micro_bsz as large every row
+    but the last has so many; with a smaller one a row may be full before. None: as many as fit."""
+    truncate_pairs: bool = False
+    """(new) Encoder-decoder: cut sides that are too long and keep their end mark. False: they are an error. Too long is
+    a source of more than source_seq_len tokens, or a target of more than seq_len, without its begin mark."""
     micro_num: Positive = 1
     """Micro-batches per optimizer step on each data-parallel rank (gradient accumulation)."""
     micro_bsz: Positive = 1
     """A micro-batch is one packed row of micro_bsz * seq_len tokens."""
     valid_micro_num: Positive | None = None
     """Micro-batches per validation batch; None: micro_num."""
-    valid_every: NonNegative = 0
-    """Steps between evaluations; 0: never."""
+    valid_every: NonNegative | Literal["epoch"] = 0
+    """Steps between evaluations; 0: never. (new) "epoch": after each pass over the training data, which data.weights
+    exclude."""
     pack_sample_into_one: bool = False
     """False: attention stays inside each document. True: attention spans whole windows of seq_len."""
     total_steps: NonNegative = 0
@@ -140,6 +153,8 @@ class DataConfig(Section):
     tokenizer: str | None = None
     """(new) Tokenizer the data were tokenised with: a sentencepiece .model, a tokenizer.json, vocab.json beside
     merges.txt, a .tiktoken file, or a folder with one of these. Checked against vocab_size, used for samples."""
+    source_tokenizer: str | None = None
+    """(new) Encoder-decoder: tokenizer of the sources. None: tokenizer."""
     weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
     """(new) Share of each data folder in the training mix, normalised; None: every document once per epoch."""
     valid_batches: Positive = 16
@@ -149,6 +164,11 @@ class DataConfig(Section):
     valid_train_batches: NonNegative = 0
     """(new) Every evaluation also measures the loss on this many batches of training data, always the first of the data
     order. Moves neither the data position nor the curve."""
+
+    @property
+    def valid_steps(self) -> int:
+        """valid_every as a number of steps, which "epoch" becomes when the data are open (data/demand.py)."""
+        return 0 if self.valid_every == "epoch" else self.valid_every
 
 
 class Fp16ScalerConfig(Section):
@@ -576,6 +596,11 @@ class ModelConfig(Section):
     def on_its_side(self, layer: int) -> int:
         """The number of layer `layer` of the whole model among those of the encoder, or of the decoder."""
         return layer if self.in_encoder(layer) else layer - self.num_encoder_layers
+
+    @property
+    def vocab_sizes(self) -> int | tuple[int, int]:
+        """vocab_size; of an encoder-decoder that of the targets and that of the sources."""
+        return (self.vocab_size, self.source_vocab) if self.num_encoder_layers else self.vocab_size
 
     @property
     def source_vocab(self) -> int:

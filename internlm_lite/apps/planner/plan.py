@@ -171,7 +171,7 @@ def _backend(config: Config, device: str) -> AttentionBackend:
 
 def _opened(config: Config, sizes: Sizes) -> tuple[Config, TrainingData]:
     """The config with its numbers of steps, and the data that it trains on."""
-    data, vocab_size = config.data, config.model.vocab_size
+    data, vocab_size = config.data, config.model.vocab_sizes
     opened = open_training_data(data, vocab_size, 0, sizes.dp, config.seed, config.stages)
     config = with_warmup_steps(with_total_steps(config, opened), sizes.dp)
     check_caps(config.data, opened)

@@ -179,7 +179,8 @@ class Block(CostedLayer):
         memory: Memory | None,
     ) -> torch.Tensor:
         mixed = attend(self.attention.rule, *self._before(self, x, rotary))
-        if self.cross_attention is not None and memory is not None:
+        if self.cross_attention is not None:
+            assert memory is not None, "a decoder beside an encoder reads a source"
             x, *qkv = self._between(self, x, mixed, memory.hidden, token_keys)
             mixed = memory.attend(self.cross_attention.rule, *qkv)
         return self._after(self, x, mixed, token_keys)

@@ -82,9 +82,7 @@ def pieces(ours: Transformer, theirs: nn.Transformer) -> dict[str, list[tuple[nn
     def fused(names: str, attention: nn.MultiheadAttention, kind: str) -> list[tuple[nn.Parameter, slice]]:
         whole = cast(nn.Parameter, getattr(attention, f"in_proj_{kind}"))
         starts = ["qkv".index(letter) * width for letter in names]
-        return [
-            (whole, slice(start + at, start + at + size)) for at in range(0, width, size) for start in starts
-        ]
+        return [(whole, slice(start + at, start + at + size)) for at in range(0, width, size) for start in starts]
 
     def add(name: str, module: nn.Module) -> None:
         for kind, param in module.named_parameters():
@@ -165,7 +163,10 @@ def test_packed_pairs_are_torchs_padded_batch(fillings: tuple[int, int]) -> None
     ours.losses(hidden, labels, torch.ones(())).scaled_sum.backward()
 
     assert ours.source_embeddings is not None and ours.tok_embeddings is not None and ours.output is not None
-    tables = [table.detach().clone().requires_grad_() for table in (named["source_embeddings.weight"], named["tok_embeddings.weight"])]
+    tables = [
+        table.detach().clone().requires_grad_()
+        for table in (named["source_embeddings.weight"], named["tok_embeddings.weight"])
+    ]
     sinusoids = [ours.tok_embeddings(torch.zeros_like(at), at) - 4 * tables[1][0] for at in positions]
     inputs, masks = [], []
     for table, side_tokens, added, lengths in zip(tables, tokens, sinusoids, (SOURCES, TARGETS), strict=True):
@@ -175,7 +176,9 @@ def test_packed_pairs_are_torchs_padded_batch(fillings: tuple[int, int]) -> None
     causal = nn.Transformer.generate_square_subsequent_mask(max(TARGETS), dtype=torch.float64)
     memory = theirs.encoder(inputs[0], src_key_padding_mask=masks[0])
     out = theirs.decoder(inputs[1], memory, tgt_mask=causal, memory_key_padding_mask=masks[0])
-    generator_weight, generator_bias = (named[f"output.{kind}"].detach().clone().requires_grad_() for kind in ("weight", "bias"))
+    generator_weight, generator_bias = (
+        named[f"output.{kind}"].detach().clone().requires_grad_() for kind in ("weight", "bias")
+    )
     logits = F.linear(out[~masks[1]], generator_weight, generator_bias)
     F.cross_entropy(logits, labels[: sum(TARGETS)], reduction="sum").backward()
 

@@ -52,7 +52,7 @@ def _refused(config: Config) -> Iterator[Problem]:
     if (size := config.parallel.context.size) > 1:
         text = (
             f"found {size} with {_LAYERS} {config.model.num_encoder_layers}, expected 1: context parallelism balances "
-            "causal attention inside one row, and sources have rows of their own; take parallel.tensor, pipeline or data"
+            "causal attention inside one row, and sources have rows of their own; take tensor or data parallel"
         )
         yield Problem(("parallel.context.size", _LAYERS), text)
     for key, value in {

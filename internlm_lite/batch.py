@@ -62,9 +62,9 @@ class BatchStats:
 
 @dataclass(frozen=True)
 class SourceRows:
-    """What the encoder reads: beside each row of T target tokens one of S source tokens, packed the same way. Document i
-    of the one belongs to document i of the other: both have as many, in one order. What fills a row behind its pairs is
-    their last document, on both sides: it may be empty on one of them, and has no labels."""
+    """What the encoder reads: beside each row of T target tokens one of S source tokens, packed the same way. Document
+    i of the one belongs to document i of the other: both have as many, in one order. What fills a row behind its pairs
+    is their last document, on both sides: it may be empty on one of them, and has no labels."""
 
     tokens: torch.Tensor  # [M, S] int64
     positions: torch.Tensor  # [M, S] int64, position inside the document, from 0

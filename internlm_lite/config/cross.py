@@ -73,8 +73,10 @@ _MOST = {
     "model.multiple_of": 2**20,
     "model.num_attention_heads": 2**20,
     "model.num_chunks": 10**4,
+    "model.num_encoder_layers": 2**11,
     "model.num_layers": 2**11,
     "model.sliding_window": 2**31 - 1,
+    "model.source_vocab_size": 2**31 - 1,
     "model.vocab_size": 2**31 - 1,
     "monitor.alerts.silent_seconds": 10**9,
     "monitor.report_every_seconds": 10**9,
@@ -143,10 +145,11 @@ def _sizes(config: Config) -> Iterator[Problem]:
 
 def _pipeline(config: Config) -> Iterator[Problem]:
     stages, chunks = config.parallel.pipeline.size, config.model.num_chunks
-    if config.model.num_layers < stages * chunks:
+    if config.model.num_blocks < stages * chunks:
+        both = " of both sides" * bool(config.model.num_encoder_layers)
         yield Problem(
             ("model.num_layers", _STAGES, _CHUNKS),
-            f"found {config.model.num_layers}, expected at least {_STAGES} {stages} * {_CHUNKS} {chunks} "
+            f"found {config.model.num_blocks}{both}, expected at least {_STAGES} {stages} * {_CHUNKS} {chunks} "
             f"= {stages * chunks}, a layer for each; change one of them",
         )
     if stages == 1 and chunks > 1:

@@ -111,7 +111,7 @@ class DataConfig(Section):
     seq_len: Positive
     """Longest attention span in tokens."""
     source_seq_len: Positive | None = None
-    """(new) Encoder-decoder: longest source in tokens; a row of sources has micro_bsz * source_seq_len. None: seq_len."""
+    """(new) Encoder-decoder: longest source in tokens; a row of them has micro_bsz * source_seq_len. None: seq_len."""
     row_pairs: Positive | None = None
     """(new) Encoder-decoder: most pairs of a row, such as the sentences of a batch. With micro_bsz as large every row
     but the last has so many; with a smaller one a row may be full before. None: as many as fit."""
@@ -220,10 +220,10 @@ class LossConfig(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0
     """Share of the probability mass spread evenly over the vocabulary."""
     pad_id: NonNegative | None = None
-    """(new) With label_smoothing s: an id that no label has, and that smoothed targets give nothing: they are 1 - s of
-    the label and s / (vocab_size - 2) of each other id. The step line's `loss` is then their Kullback-Leibler divergence
-    (KL), which leaves out their own entropy; `loss_from_metric` stays the cross-entropy. None: s / vocab_size of every
-    id, and `loss` is the cross-entropy with it."""
+    """(new) With label_smoothing s: an id that no label has and smoothed targets give nothing: they are 1 - s of the
+    label and s / (vocab_size - 2) of each other id. The step line's `loss` is then the Kullback-Leibler divergence (KL)
+    from them, which leaves out their own entropy; `loss_from_metric` stays the cross-entropy. None: s / vocab_size of
+    every id, and `loss` is the cross-entropy with it."""
     z_loss: Annotated[float, Field(ge=0)] = 0
     """(new) c: adds c * log(sum of exp(logits))^2 to the loss of each label, which keeps logits small (PaLM,
     arXiv:2204.02311: 1e-4). The step line's `loss` and `loss_from_metric` leave it out."""
@@ -959,6 +959,12 @@ class Config(Section):
     """torch.backends.cudnn.deterministic."""
     cudnn_benchmark: bool = False
     """torch.backends.cudnn.benchmark."""
+
+    @property
+    def source_tokens(self) -> int:
+        """Of a row of sources; 0 without an encoder."""
+        length = self.data.source_seq_len or self.data.seq_len
+        return self.data.micro_bsz * length if self.model.num_encoder_layers else 0
 
     @property
     def schedule(self) -> str:

@@ -37,6 +37,10 @@ class Site(enum.IntEnum):
     ATTENTION_WEIGHTS = 1
     ATTENTION_OUTPUT = 2
     FEED_FORWARD = 3
+    SOURCE_EMBEDDING = 4
+    CROSS_WEIGHTS = 5
+    CROSS_OUTPUT = 6
+    FEED_FORWARD_INNER = 7
 
 
 def _mixed(x: Word) -> Word:
@@ -140,15 +144,16 @@ class Dropout(CostedLayer):
         return self.tp_ctx.rows(row.tokens) * self.hidden_size
 
 
-def dropped_weights(p: float, keys: torch.Tensor, first_head: int) -> Drop:
+def dropped_weights(p: float, keys: torch.Tensor, first_head: int, site: Site = Site.ATTENTION_WEIGHTS) -> Drop:
     """The `Drop` of a row whose tokens have `keys` [2, T], on a rank whose query heads start with number `first_head`.
 
-    A weight is known by its query, its head, and how far its key is before the query."""
+    A weight is known by its query, its head, and how far its key is before the query, in documents that begin
+    together."""
 
     def drop(
         layer: int, weights: torch.Tensor, heads: torch.Tensor, queries: torch.Tensor, seen: torch.Tensor
     ) -> torch.Tensor:
-        keys_of_site = site_key(layer, Site.ATTENTION_WEIGHTS)
+        keys_of_site = site_key(layer, site)
         first, second = (
             of_token[queries] ^ _mixed((heads + first_head) ^ of_site)
             for of_token, of_site in zip(keys, keys_of_site, strict=True)

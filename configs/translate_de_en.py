@@ -25,8 +25,8 @@ Train:
     python train.py --config configs/translate_de_en.py
 
 A micro-batch is 32 pairs and an update 10 of them. The learning rate is that of the micro-batch with which an update
-ends, counted from 1: a rate of 1 and a warm-up of 3,000 micro-batches are the same as a rate of 10^-0.5 and a warm-up of
-300 updates. LR_PER=update counts updates instead. configs/translate_de_en_tiny.py is the same job in minutes on a laptop.
+ends, counted from 1: a rate of 1 and a warm-up of 3,000 micro-batches are the same as a rate of 10^-0.5 and a warm-up
+of 300 updates. LR_PER=update counts updates instead. configs/translate_de_en_tiny.py is the same job on a laptop.
 """
 
 JOB_NAME = "translate_de_en"

@@ -72,7 +72,8 @@ def layers_of_stages(config: Config) -> list[range]:
 
 
 def meta_model(config: ModelConfig, share: Fraction = Fraction(1)) -> Transformer:
-    """The unsplit model on the meta device, which allocates no memory: to compute costs. `share`: see Config.source_share."""
+    """The unsplit model on the meta device, which allocates no memory: to compute costs. `share`: of `Config`, its
+    source_share."""
     mesh = single_process_mesh(torch.device("meta"))
     return build_model(config, LossConfig(), mesh, AttentionBackend.SDPA, source_share=share)
 

@@ -1,5 +1,5 @@
-"""An encoder-decoder trains alike in all layouts, with every part of the families on both sides: loss, gradient norm and
-weights of one process, in fp64."""
+"""An encoder-decoder trains alike in all layouts, with every part of the families on both sides: loss, gradient norm
+and weights of one process, in fp64."""
 
 from __future__ import annotations
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from torch import nn
 
 from internlm_lite.apps.planner.holdings import bucket_sizes
 from internlm_lite.config.schema import Config, EmaConfig
 from internlm_lite.layers.costs import CostedLayer
+from internlm_lite.layers.cross_attention import CrossAttention
 from internlm_lite.layers.source_side import OnSource, of_source
 from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import single_process_mesh
@@ -154,9 +156,9 @@ def _held(buckets: Sequence[Bucket], params: Mapping[Parameter, str], ema: EmaCo
 def _computed(model: Transformer, lengths: Sequence[int]) -> Iterator[Component]:
     """A row for every layer that computes something beside what its parts compute."""
     share = model.tp_ctx.source_share
-    inside = {
-        part for unit in model.units() if isinstance(unit, OnSource) for part in unit.modules() if part is not unit
-    }
+    inside: set[nn.Module] = {part.wkv for part in model.modules() if isinstance(part, CrossAttention)}
+    for unit in model.units():
+        inside |= {part for part in unit.modules() if isinstance(unit, OnSource) and part is not unit}
 
     def flops(layer: CostedLayer, n: int) -> int:
         return int(layer.flops_per_token(of_source(n, share)) * share if layer in inside else layer.flops_per_token(n))

@@ -12,10 +12,13 @@ import pytest
 
 from internlm_lite.config.cross import cross_problems
 from internlm_lite.config.schema import Config
+from internlm_lite.mesh.mesh import Mesh
 from tests.torches import HAS_ZBV
 from tests.train.family_layouts import PARTS
 from tests.train.layout_runs import check_layouts_of_one_size
 from tests.train.layouts import LIMIT, Keys, Layout, config_of
+from tests.train.runs import curve, run_training
+from tests.world import run_world
 
 SAMPLE = int(os.environ.get("ENCODER_LAYOUTS", "4"))
 """`ENCODER_LAYOUTS=24 pytest tests/train/test_encoder_layouts.py` runs all."""
@@ -38,8 +41,8 @@ PADS = (("loss.pad_id", 2),)
 DROPOUT = tuple((f"model.{kind}_dropout", 0.1) for kind in ("embedding", "residual", "feed_forward", "attention"))
 
 
-def config_with_sources(layout: Layout) -> Config:
-    return config_of(layout, None, data={"source_seq_len": 48})
+def config_with_sources(layout: Layout, **ckpt: Any) -> Config:
+    return config_of(layout, None, data={"source_seq_len": 48}, ckpt=ckpt)
 
 
 def build(number: int, shift: int) -> Layout:
@@ -92,3 +95,19 @@ def test_an_encoder_decoder_gives_the_curve_of_one_process(ranks: int, tmp_path:
     sample = encoder_layouts()[:: len(encoder_layouts()) // SAMPLE]
     if layouts := [layout for layout in sample if layout.world == ranks]:
         check_layouts_of_one_size(layouts, config_with_sources, LIMIT, tmp_path)
+
+
+def resume(mesh: Mesh, layout: Layout, folder: Path) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """The curve from step 2 on, and that of a run that goes on from the checkpoint of step 2."""
+    saved = {"enable_save_ckpt": True, "checkpoint_every": 2, "async_upload": False}
+    config = config_with_sources(layout, save_ckpt_folder=str(folder / "ckpt"), **saved)
+    whole = curve(run_training(mesh, config, folder / "whole"))
+    (commit,) = (folder / "ckpt" / "commits").glob(f"{2:010d}-*.json")
+    again = run_training(mesh, config_with_sources(layout, load_ckpt_folder=str(commit)), folder / "again")
+    return whole[2:], curve(again)
+
+
+def test_a_run_resumes_to_the_bit(tmp_path: Path) -> None:
+    layout = next(one for one in encoder_layouts() if one.pp == 2 and one.world == 2)
+    whole, again = run_world(resume, 2, (layout, tmp_path), pipeline=2)[0]
+    assert len(again) == 3 and again == whole

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.config.test_bad_configs import GOOD, WORLD, problems
@@ -37,6 +39,11 @@ CASES = [
     ("", "loss = dict(pad_id=2)", "loss.pad_id: found 2 with loss.label_smoothing 0"),
     ("", "loss = dict(pad_id=512, label_smoothing=0.1)", "loss.pad_id: found 512 with model.vocab_size 512"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize(("keys", "line", "found"), CASES, ids=[f"{keys} {line}" for keys, line, _ in CASES])

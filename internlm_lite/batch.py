@@ -29,6 +29,18 @@ class Position:
 
 
 @dataclass(frozen=True)
+class PassStep:
+    """Where a batch is in its pass over the pairs of all folders."""
+
+    epoch: int
+    """Passes before."""
+    epoch_step: int
+    """Micro-batches of a data-parallel rank in this pass, up to the end of this batch."""
+    accumulation_step: int
+    """Batches in this pass, which are updates, this one included."""
+
+
+@dataclass(frozen=True)
 class BatchStats:
     """Composition of one rank's batch, as the step line prints it. A segment is one attention span."""
 
@@ -44,6 +56,28 @@ class BatchStats:
     """All tokens, M * T."""
     num_labels: int
     """Tokens with a label (label != IGNORE)."""
+    in_pass: PassStep | None = None
+    """Of pairs without weights or ramp-up."""
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """What the encoder reads: beside each row of T target tokens one of S source tokens, packed the same way. Document
+    i of the one belongs to document i of the other: both have as many, in one order. What fills a row behind its pairs
+    is their last document, on both sides: it may be empty on one of them, and has no labels."""
+
+    tokens: torch.Tensor  # [M, S] int64
+    positions: torch.Tensor  # [M, S] int64, position inside the document, from 0
+    cu_seqlens: torch.Tensor  # [M, max_docs + 1] int32, boundaries of documents, padded with S
+    cu_seqlens_host: tuple[tuple[int, ...], ...]  # the same without padding: each as long as that of the target row
+    max_seqlen: int  # longest document of all micro-batches
+
+    def to(self, device: torch.device) -> SourceRows:
+        """The same rows on `device`; asynchronous from pinned memory."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True) for name in ("tokens", "positions", "cu_seqlens")
+        }
+        return SourceRows(**moved, cu_seqlens_host=self.cu_seqlens_host, max_seqlen=self.max_seqlen)
 
 
 @dataclass(frozen=True)
@@ -61,6 +95,7 @@ class Batch:
     after: Position  # the data order's position once this batch is consumed
     stats: BatchStats
     stage: int = 0  # number of the stage of the run that it belongs to
+    source: SourceRows | None = None  # of an encoder-decoder, whose target side all else is
 
     @property
     def micro_num(self) -> int:
@@ -79,4 +114,5 @@ class Batch:
             after=self.after,
             stats=self.stats,
             stage=self.stage,
+            source=None if self.source is None else self.source.to(device),
         )

@@ -77,7 +77,7 @@ def work(arguments: argparse.Namespace) -> int:
     loaded = load_config(arguments.config, arguments.overrides)
     check_config(loaded, None, ("data.", "stages"))
     config = loaded.config
-    data = open_training_data(config.data, config.model.vocab_size, 0, arguments.dp, config.seed, config.stages)
+    data = open_training_data(config.data, config.model.vocab_sizes, 0, arguments.dp, config.seed, config.stages)
     if arguments.step is not None or arguments.find is not None:
         show_documents(arguments, with_total_steps(config, data).data, data)
         return 0

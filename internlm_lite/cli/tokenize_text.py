@@ -3,6 +3,14 @@
     internlm-lite tokenizer train  --input corpus/code corpus/docs --output tokenizer.model --vocab-size 8000
     internlm-lite tokenizer encode --input corpus/code corpus/docs --output data/train --tokenizer tokenizer.model
 
+Pairs for an encoder-decoder are files NAME.de and NAME.en, line by line, or records with both keys. A vocabulary of
+whole words, or a sentencepiece model, of each side or of both, from the text to train on alone:
+
+    internlm-lite tokenizer train  --input corpus/train/help --side de --words --min-freq 2 --output de.json
+    internlm-lite tokenizer train  --input corpus/train/help --side en --words --min-freq 2 --output en.json
+    internlm-lite tokenizer encode --input corpus/train/help --output data/train --pair de en \\
+        --source-tokenizer de.json --tokenizer en.json
+
 Text, at any depth: .jsonl, .json, .csv, .tsv and .parquet ({"text"} or {"prompt", "response"}), .txt, .md and source
 files, each also as .gz, .bz2, .xz or .zst. What is left out or read in doubt is counted at the end.
 """
@@ -11,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -27,17 +36,20 @@ from internlm_lite.data.encode import FolderEncoder
 from internlm_lite.data.text import TextOptions, TextProgress, sample_text
 from internlm_lite.data.text_files import BadLimit, Tally
 from internlm_lite.data.tokenizer import Tokenizer, train_tokenizer
+from internlm_lite.data.word_vocabulary import default_rules, train_words
 from internlm_lite.errors import DataError
 from internlm_lite.runtime.tool import ToolConsole, run_tool
 from internlm_lite.units import human_bytes, human_count
 
 HEARTBEAT_SECONDS = 15.0
+MAX_BYTES = 20_000_000
+"""Text that a sentencepiece model is trained on, unless told otherwise."""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("tokenizer", __doc__)
     commands, cores = parser.add_subparsers(dest="command", required=True), os.cpu_count() or 1
-    train = commands.add_parser("train", help="train a sentencepiece model on text")
+    train = commands.add_parser("train", help="train a sentencepiece model on text, or collect its words")
     encode = commands.add_parser("encode", help="tokenise folders of text")
     for command in (train, encode):
         add = command.add_argument
@@ -51,12 +63,25 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         add("--max-bad-records", type=_limit, default="1%", metavar="N|P%", help=text)
         add("--workers", type=int, default=cores, help="processes, or threads of train (all cores)")
     add = train.add_argument
-    add("--output", type=Path, required=True, help="the .model file to write")
-    add("--vocab-size", type=int, required=True, help="pieces; 260 are the bytes and special tokens")
-    add("--max-bytes", type=int, default=20_000_000, help="text to train on, spread over the folders (20000000)")
+    add("--output", type=Path, required=True, help="the file to write")
+    add("--vocab-size", type=int, help="pieces; 260 are the bytes and special tokens. Of --words: the most, if given")
+    text = f"text to train on, spread over the folders ({MAX_BYTES}; all of it with --words)"
+    add("--max-bytes", type=int, help=text)
+    add("--side", nargs="+", default=[], metavar="KEY", help="of pairs: the suffix or key of one side, or of both")
+    add("--words", action="store_true", help="a vocabulary of whole words instead of a sentencepiece model")
+    add("--min-freq", type=int, default=1, help="--words: how often a word must occur (1)")
+    add("--rules", help='--words: "plain" or "spacy:LANGUAGE" (spaCy for the side where it is installed, else plain)')
     add = encode.add_argument
     add("--output", type=Path, required=True, help="folder to write one data folder per input folder to")
     add("--tokenizer", type=Path, required=True, help="tokenizer.model, tokenizer.json, ... or a folder")
+    add(
+        "--pair",
+        nargs=2,
+        default=[],
+        metavar=("SOURCE", "TARGET"),
+        help="suffixes or keys of the sides of pairs: de en",
+    )
+    add("--source-tokenizer", type=Path, help="of the sources of pairs (--tokenizer)")
     add("--overwrite", action="store_true", help="replace data folders that exist")
     text = "share of the documents for validation, written beside --output: .../train and .../valid, or DATA_valid"
     held_out = encode.add_mutually_exclusive_group()
@@ -66,7 +91,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     text = "documents are their text alone: with a text in one file, rows of a batch are its windows, end to end"
     add("--without-bos-eos", action="store_true", help=text)
     arguments = parser.parse_args(argv)
-    check_at_least(parser, arguments, workers=1, max_bytes=1, vocab_size=261)
+    if arguments.command == "encode":
+        check_at_least(parser, arguments, workers=1)
+        if arguments.pair and (arguments.without_bos_eos or arguments.split_at is not None):
+            parser.error("--pair: found with --without-bos-eos or --split-at, expected neither: pairs are whole")
+        return arguments
+    check_at_least(parser, arguments, workers=1, max_bytes=1, vocab_size=5 if arguments.words else 261, min_freq=1)
+    if not arguments.words and arguments.vocab_size is None:
+        parser.error("--vocab-size: found none, expected the pieces of the sentencepiece model; or take --words")
     return arguments
 
 
@@ -94,7 +126,7 @@ def _encoding(text: str) -> str:
     return text
 
 
-def _options(arguments: argparse.Namespace) -> TextOptions:
+def _options(arguments: argparse.Namespace, sides: Sequence[str] = ()) -> TextOptions:
     plain = frozenset(f".{suffix.lower().lstrip('.')}" for suffix in arguments.plain_text)
     return TextOptions(
         text_key=arguments.text_key,
@@ -103,24 +135,33 @@ def _options(arguments: argparse.Namespace) -> TextOptions:
         plain=plain,
         encoding=arguments.encoding,
         max_bad=arguments.max_bad_records,
+        sides=tuple(sides),
     )
 
 
 def train(arguments: argparse.Namespace) -> int:
     """Train and save a tokenizer. Exit code."""
-    options, tally = _options(arguments), Tally(arguments.max_bad_records)
-    console = ToolConsole()
+    console, tally = ToolConsole(), Tally(arguments.max_bad_records)
+    of_sides = [_options(arguments, [side]) for side in arguments.side] or [_options(arguments)]
+    rules = arguments.rules or default_rules((arguments.side or ["xx"])[0])
+    max_bytes = arguments.max_bytes or (sys.maxsize if arguments.words else MAX_BYTES)
+    what = f"words by {rules}" if arguments.words else f"{arguments.vocab_size} pieces"
     with _bars(console) as bars:
         task = bars.add_task("reading text", total=None, size="")
 
         def texts() -> Iterator[str]:
             progress = _reporter("reading text", bars, task, console)
-            yield from sample_text(arguments.input, options, arguments.max_bytes, tally, progress)
-            bars.update(task, description=f"training {arguments.vocab_size} pieces", total=None)
+            for options in of_sides:
+                yield from sample_text(arguments.input, options, max_bytes, tally, progress)
+            bars.update(task, description=f"training {what}", total=None)
             if not console.is_terminal:
-                print(f"training {arguments.vocab_size} pieces", flush=True)
+                print(f"training {what}", flush=True)
 
-        tokenizer = train_tokenizer(texts(), arguments.output, arguments.vocab_size, arguments.workers)
+        if arguments.words:
+            train_words(texts(), arguments.output, rules, arguments.min_freq, arguments.vocab_size)
+            tokenizer = Tokenizer(arguments.output)
+        else:
+            tokenizer = train_tokenizer(texts(), arguments.output, arguments.vocab_size, arguments.workers)
         bars.update(task, total=1, completed=1)
     print(f"{tokenizer.path}: {tokenizer.vocab_size} pieces, sha256 {tokenizer.sha256[:12]}")
     for line in tally.lines():
@@ -138,7 +179,8 @@ def encode(arguments: argparse.Namespace) -> int:
     if unprintable := [name for name in targets if not name.isprintable()]:
         raise DataError(f"--input: found folder {unprintable[0]!r}, expected a printable name; rename it")
     tokenizer = Tokenizer(arguments.tokenizer)
-    options, console = _options(arguments), ToolConsole()
+    of_sources = Tokenizer(arguments.source_tokenizer or arguments.tokenizer).path if arguments.pair else None
+    options, console = _options(arguments, arguments.pair), ToolConsole()
     holds_out = arguments.holdout or arguments.split_at is not None
     found: dict[str, Metadata] = {}
     notes = []
@@ -152,11 +194,14 @@ def encode(arguments: argparse.Namespace) -> int:
                 arguments.holdout,
                 split_at=arguments.split_at,
                 bare=arguments.without_bos_eos,
+                source_tokenizer_path=of_sources,
                 progress=progress,
             )
             held_out = valid / name if holds_out else None
             made = encoder.encode(source, output / name, held_out=held_out, overwrite=arguments.overwrite)
             found[name] = made.metadata
+            if made.source:
+                found[f"{name} (sources)"] = made.source
             if made.held_out:
                 found[f"{name} (held out)"] = made.held_out
             notes += [f"{name}: {line}" for line in made.notes]

@@ -14,6 +14,7 @@ from internlm_lite.config.engine_checks import engine_problems
 from internlm_lite.config.keys import known_keys, value_of
 from internlm_lite.config.layout_checks import heads_problems, row_problems, world_problems
 from internlm_lite.config.model_checks import model_problems
+from internlm_lite.config.pair_checks import pair_problems
 from internlm_lite.config.paths import (
     S3_FORM,
     is_folder,
@@ -26,7 +27,7 @@ from internlm_lite.config.plain import shown
 from internlm_lite.config.problems import Problem
 from internlm_lite.config.ranges import parse_rampup, parse_skip_batches
 from internlm_lite.config.schema import AlertsConfig, CkptConfig, Config, LrSchedulerConfig, OptimizerConfig, Section
-from internlm_lite.config.stage_checks import length_problems, stage_problems
+from internlm_lite.config.stage_checks import epoch_problems, length_problems, stage_problems
 from internlm_lite.config.task_checks import task_problems
 from internlm_lite.config.zero_checks import zero_problems
 from internlm_lite.errors import ConfigError
@@ -50,7 +51,9 @@ _MOST = {
     "ckpt.s3.deadline_seconds": 10**6,
     "data.micro_bsz": 2**31 - 1,
     "data.micro_num": 10**6,
+    "data.row_pairs": 10**6,
     "data.seq_len": 2**31 - 1,
+    "data.source_seq_len": 2**31 - 1,
     "data.epochs": 10**9,
     "data.total_steps": 10**12,
     "data.total_tokens": 2**62,
@@ -70,8 +73,10 @@ _MOST = {
     "model.multiple_of": 2**20,
     "model.num_attention_heads": 2**20,
     "model.num_chunks": 10**4,
+    "model.num_encoder_layers": 2**11,
     "model.num_layers": 2**11,
     "model.sliding_window": 2**31 - 1,
+    "model.source_vocab_size": 2**31 - 1,
     "model.vocab_size": 2**31 - 1,
     "monitor.alerts.silent_seconds": 10**9,
     "monitor.report_every_seconds": 10**9,
@@ -140,10 +145,11 @@ def _sizes(config: Config) -> Iterator[Problem]:
 
 def _pipeline(config: Config) -> Iterator[Problem]:
     stages, chunks = config.parallel.pipeline.size, config.model.num_chunks
-    if config.model.num_layers < stages * chunks:
+    if config.model.num_blocks < stages * chunks:
+        both = " of both sides" * bool(config.model.num_encoder_layers)
         yield Problem(
             ("model.num_layers", _STAGES, _CHUNKS),
-            f"found {config.model.num_layers}, expected at least {_STAGES} {stages} * {_CHUNKS} {chunks} "
+            f"found {config.model.num_blocks}{both}, expected at least {_STAGES} {stages} * {_CHUNKS} {chunks} "
             f"= {stages * chunks}, a layer for each; change one of them",
         )
     if stages == 1 and chunks > 1:
@@ -368,11 +374,8 @@ def _data(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("monitor.sample_every", "monitor.sample_prompts"), "found without prompts; give some, or set it to 0"
         )
-    if config.monitor.sample_every == "epoch" and data.weights is not None:
-        yield Problem(
-            ("monitor.sample_every", "data.weights"),
-            'found "epoch" with data.weights, with which each folder has passes of its own; give a number of steps',
-        )
+    yield from epoch_problems(config)
+    yield from pair_problems(config)
     if not config.JOB_NAME.strip(". ") or "/" in config.JOB_NAME or not config.JOB_NAME.isprintable():
         expected = "expected the name of a folder: printable, no '/', not empty"
         yield Problem(("JOB_NAME",), f"found {shown(config.JOB_NAME)}, {expected}")

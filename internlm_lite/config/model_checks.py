@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import inf
 
+from internlm_lite.config.encoder_checks import encoder_problems
 from internlm_lite.config.problems import Problem
 from internlm_lite.config.schema import UNKNOWN_TO_KERNELS, Config, ModelConfig
 
@@ -24,6 +25,8 @@ def model_problems(config: Config) -> Iterator[Problem]:
     yield from _float8(config)
     yield from _dropout(config)
     yield from _mup(config)
+    yield from _smoothing(config)
+    yield from encoder_problems(config)
 
 
 def _heads(config: Config) -> Iterator[Problem]:
@@ -73,10 +76,11 @@ def _norms(config: Config) -> Iterator[Problem]:
     if model.norm_bias and model.norm_type == "rmsnorm":
         text = f'found True with {kind} "rmsnorm", which has no bias; set {kind}="layernorm", or remove norm_bias'
         yield Problem(("model.norm_bias", kind), text)
-    if model.qk_norm == "full" and model.norm_type == "layernorm":
+    if model.qk_norm == "full" and model.norm_type != "rmsnorm":
         yield Problem(
             ("model.qk_norm", kind),
-            f'found "full" with {kind} "layernorm", expected "rmsnorm", as in OLMo 2; change it, or set qk_norm="head"',
+            f'found "full" with {kind} "{model.norm_type}", expected "rmsnorm", as in OLMo 2; change it, or set '
+            'qk_norm="head"',
         )
 
 
@@ -86,7 +90,7 @@ def _rope(config: Config) -> Iterator[Problem]:
     if model.partial_rotary_factor < 1 and (rotated % 2 or not rotated):
         text = f"found {model.partial_rotary_factor}, which rotates {rotated} of {model.head_size} features per head"
         yield Problem(("model.partial_rotary_factor",), f"{text}, expected an even number, at least 2; change it")
-    if model.rope_local_base is not None and not any(map(model.is_sliding, range(model.num_layers))):
+    if model.rope_local_base is not None and not any(map(model.is_sliding, range(model.num_blocks))):
         text = f"found {model.rope_local_base}, but no layer is sliding; remove it, or set model.sliding_window"
         yield Problem(("model.rope_local_base", "model.sliding_window", "model.layer_types"), text)
     if scaling is None:
@@ -117,7 +121,7 @@ def _windows(model: ModelConfig) -> Iterator[Problem]:
     sliding = model.layer_types is not None and "sliding_attention" in model.layer_types
     if sliding and model.sliding_window is None:
         yield Problem((window, kinds), f"found None with sliding layers in {kinds}, expected their tokens; add it")
-    if model.sliding_window is not None and not any(map(model.is_sliding, range(model.num_layers))):
+    if model.sliding_window is not None and not any(map(model.is_sliding, range(model.num_blocks))):
         text = f"found {model.sliding_window}, but no layer is sliding by {kinds}; remove one of them"
         yield Problem((window, kinds), text)
     for key in UNKNOWN_TO_KERNELS.get(model.attention, ()):
@@ -231,3 +235,15 @@ def _mup(config: Config) -> Iterator[Problem]:
             f'found {config.optimizer.update_scale!r} with model.scaling="mup"; expected "spectral", which alone makes '
         )
         yield Problem(("optimizer.update_scale", "model.scaling"), f"{text}updates as large at every width")
+
+
+def _smoothing(config: Config) -> Iterator[Problem]:
+    loss, vocab_size, key = config.loss, config.model.vocab_size, "loss.pad_id"
+    if loss.pad_id is None:
+        return
+    if not loss.label_smoothing:
+        text = f"found {loss.pad_id} with loss.label_smoothing 0, whose targets are labels alone; remove it"
+        yield Problem((key, "loss.label_smoothing"), text)
+    elif loss.pad_id >= vocab_size or vocab_size < 3:
+        text = f"found {loss.pad_id} with model.vocab_size {vocab_size}, expected an id of at least three; change it"
+        yield Problem((key, "model.vocab_size"), text)

@@ -6,6 +6,7 @@ The vocabulary is the InternLM demo configs'; keys that are new here say so. Cro
 
 from __future__ import annotations
 
+import fractions
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -70,8 +71,9 @@ class CkptConfig(Section):
     """Start from the weights of this checkpoint, with a fresh optimizer, at step 0."""
     load_optimizer: bool = True
     """False: `load_ckpt_folder` gives weights and counters only, moments start at zero."""
-    checkpoint_every: Positive | None = None
-    """Steps between milestone checkpoints, which are kept. None: only the final one."""
+    checkpoint_every: Positive | Literal["epoch"] | None = None
+    """Steps between milestone checkpoints, which are kept. None: only the final one. (new) "epoch": after each pass
+    over the training data, which data.weights exclude."""
     keep: Positive | None = None
     """(new) Newest milestones to keep; older ones are removed after a newer one is saved, except the final ones and
     the one that the run went on from. None: all."""
@@ -101,20 +103,34 @@ class CkptConfig(Section):
     s3: S3Config = S3Config()
     """(new) How folders on S3 are reached."""
 
+    @property
+    def checkpoint_steps(self) -> int:
+        """checkpoint_every as a number of steps, which "epoch" becomes when the data are open (data/demand.py)."""
+        return 0 if self.checkpoint_every in (None, "epoch") else self.checkpoint_every
+
 
 class DataConfig(Section):
     """Training and validation data, and how they become batches."""
 
     seq_len: Positive
     """Longest attention span in tokens."""
+    source_seq_len: Positive | None = None
+    """(new) Encoder-decoder: longest source in tokens; a row of them has micro_bsz * source_seq_len. None: seq_len."""
+    row_pairs: Positive | None = None
+    """(new) Encoder-decoder: most pairs of a row, such as the sentences of a batch. With micro_bsz as large every row
+    but the last has so many; with a smaller one a row may be full before. None: as many as fit."""
+    truncate_pairs: bool = False
+    """(new) Encoder-decoder: cut sides that are too long and keep their end mark. False: they are an error. Too long is
+    a source of more than source_seq_len tokens, or a target of more than seq_len, without its begin mark."""
     micro_num: Positive = 1
     """Micro-batches per optimizer step on each data-parallel rank (gradient accumulation)."""
     micro_bsz: Positive = 1
     """A micro-batch is one packed row of micro_bsz * seq_len tokens."""
     valid_micro_num: Positive | None = None
     """Micro-batches per validation batch; None: micro_num."""
-    valid_every: NonNegative = 0
-    """Steps between evaluations; 0: never."""
+    valid_every: NonNegative | Literal["epoch"] = 0
+    """Steps between evaluations; 0: never. (new) "epoch": after each pass over the training data, which data.weights
+    exclude."""
     pack_sample_into_one: bool = False
     """False: attention stays inside each document. True: attention spans whole windows of seq_len."""
     total_steps: NonNegative = 0
@@ -141,6 +157,8 @@ class DataConfig(Section):
     tokenizer: str | None = None
     """(new) Tokenizer the data were tokenised with: a sentencepiece .model, a tokenizer.json, vocab.json beside
     merges.txt, a .tiktoken file, or a folder with one of these. Checked against vocab_size, used for samples."""
+    source_tokenizer: str | None = None
+    """(new) Encoder-decoder: tokenizer of the sources. None: tokenizer."""
     weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
     """(new) Share of each data folder in the training mix, normalised; None: every document once per epoch."""
     valid_batches: Positive = 16
@@ -150,6 +168,11 @@ class DataConfig(Section):
     valid_train_batches: NonNegative = 0
     """(new) Every evaluation also measures the loss on this many batches of training data, always the first of the data
     order. Moves neither the data position nor the curve."""
+
+    @property
+    def valid_steps(self) -> int:
+        """valid_every as a number of steps, which "epoch" becomes when the data are open (data/demand.py)."""
+        return 0 if self.valid_every == "epoch" else self.valid_every
 
 
 class Fp16ScalerConfig(Section):
@@ -200,6 +223,11 @@ class LossConfig(Section):
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0
     """Share of the probability mass spread evenly over the vocabulary."""
+    pad_id: NonNegative | None = None
+    """(new) With label_smoothing s: an id that no label has and smoothed targets give nothing: they are 1 - s of the
+    label and s / (vocab_size - 2) of each other id. The step line's `loss` is then the Kullback-Leibler divergence (KL)
+    from them, which leaves out their own entropy; `loss_from_metric` stays the cross-entropy. None: s / vocab_size of
+    every id, and `loss` is the cross-entropy with it."""
     z_loss: Annotated[float, Field(ge=0)] = 0
     """(new) c: adds c * log(sum of exp(logits))^2 to the loss of each label, which keeps logits small (PaLM,
     arXiv:2204.02311: 1e-4). The step line's `loss` and `loss_from_metric` leave it out."""
@@ -413,7 +441,14 @@ class ModelConfig(Section):
     hidden_size: Positive
     """Width of the residual stream."""
     num_layers: Positive
-    """Blocks."""
+    """Blocks; of an encoder-decoder those of the decoder."""
+    num_encoder_layers: NonNegative = 0
+    """(new) Blocks of an encoder, in which every token sees all of its source; those of the decoder attend to its last
+    hidden state, too. All else of this section is of both sides. 0: a decoder alone."""
+    source_vocab_size: Positive | None = None
+    """(new) Rows of the encoder's embedding. None: vocab_size."""
+    tie_source_embeddings: bool = False
+    """(new) The encoder shares the decoder's embedding; with tie_word_embeddings all three are one."""
     mlp_ratio: Annotated[float, Field(gt=0)] = 8 / 3
     """Width of the feed-forward part = round_up(int(hidden_size * mlp_ratio), multiple_of)."""
     multiple_of: Positive = 256
@@ -431,10 +466,11 @@ class ModelConfig(Section):
     says."""
     dtype: Dtype = "torch.float16"
     """Weights and activations. torch.tf32: float32 weights, TF32 matrix products."""
-    norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """Normalisation, of all norms. (new) "layernorm": subtracts the mean, too (GPT-2)."""
+    norm_type: Literal["rmsnorm", "layernorm", "sample_layernorm"] = "rmsnorm"
+    """Normalisation, of all norms. (new) "layernorm": subtracts the mean, too (GPT-2). "sample_layernorm": divides by
+    the sample's deviation plus layer_norm_epsilon (the annotated transformer; its epsilon is 1e-6)."""
     norm_bias: bool | None = None
-    """(new) Biases of norms. None: with norm_type="layernorm"."""
+    """(new) Biases of norms. None: but with norm_type="rmsnorm"."""
     zero_centered_norm: bool = False
     """(new) Norms multiply by 1 + weight, added in fp32; weights start at 0 (Gemma; Megatron's
     layernorm_zero_centered_gamma)."""
@@ -486,7 +522,8 @@ class ModelConfig(Section):
     no_rope_every: NonNegative = 0
     """(new) n: every n-th layer (n, 2n, ...) has no rotary embedding (SmolLM3: 4). 0: all have it."""
     sliding_window: Positive | None = None
-    """(new) Sliding layers: a token attends to itself and the sliding_window - 1 tokens before it. None: no layer."""
+    """(new) Sliding layers: a token attends to itself and the sliding_window - 1 tokens before it; in an encoder to as
+    many behind it, too. None: no layer."""
     layer_types: Annotated[list[Literal["full_attention", "sliding_attention"]], Field(min_length=1)] | None = None
     """(new) Kinds of the layers, repeated over them. None: with sliding_window, all are sliding."""
     attention_softcap: Annotated[float, Field(gt=0)] | None = None
@@ -499,6 +536,9 @@ class ModelConfig(Section):
     step, layer, token and feature: the same in every layout, after a resume, and where layers run again."""
     residual_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
     """(new) Share of what attention and feed-forward part add to the residual stream that is dropped in training."""
+    feed_forward_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
+    """(new) Share of the inner features of the feed-forward part, behind its activation, that is dropped in training
+    (the annotated transformer)."""
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
     """(new) Share of the attention weights that is dropped in training. No kernel has such masks: attention is then
     computed in plain operations, block by block, which is slower."""
@@ -550,11 +590,36 @@ class ModelConfig(Section):
         """Features of a head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of both sides. Their numbers in the whole model: first those of the encoder, then those of the
+        decoder."""
+        return self.num_encoder_layers + self.num_layers
+
+    def in_encoder(self, layer: int) -> bool:
+        """Whether layer `layer` of the whole model is one of the encoder."""
+        return layer < self.num_encoder_layers
+
+    def on_its_side(self, layer: int) -> int:
+        """The number of layer `layer` of the whole model among those of the encoder, or of the decoder."""
+        return layer if self.in_encoder(layer) else layer - self.num_encoder_layers
+
+    @property
+    def vocab_sizes(self) -> int | tuple[int, int]:
+        """vocab_size; of an encoder-decoder that of the targets and that of the sources."""
+        return (self.vocab_size, self.source_vocab) if self.num_encoder_layers else self.vocab_size
+
+    @property
+    def source_vocab(self) -> int:
+        """Rows of the encoder's embedding."""
+        return self.source_vocab_size or self.vocab_size
+
     def is_sliding(self, layer: int) -> bool:
         """Whether layer `layer` of the whole model attends to a window of sliding_window tokens."""
         if self.sliding_window is None:
             return False
-        return self.layer_types is None or self.layer_types[layer % len(self.layer_types)] == "sliding_attention"
+        kinds = self.layer_types
+        return kinds is None or kinds[self.on_its_side(layer) % len(kinds)] == "sliding_attention"
 
     def window(self, layer: int) -> int | None:
         """Tokens that a query of the layer sees, its own among them; None: all of its document."""
@@ -583,7 +648,7 @@ class ModelConfig(Section):
 
     @property
     def has_norm_bias(self) -> bool:
-        return self.norm_type == "layernorm" if self.norm_bias is None else self.norm_bias
+        return self.norm_type != "rmsnorm" if self.norm_bias is None else self.norm_bias
 
     @property
     def has_qkv_bias(self) -> bool:
@@ -605,7 +670,8 @@ class ModelConfig(Section):
 
     @property
     def has_dropout(self) -> bool:
-        return bool(self.embedding_dropout or self.residual_dropout or self.attention_dropout)
+        shares = self.embedding_dropout, self.residual_dropout, self.feed_forward_dropout, self.attention_dropout
+        return any(shares)
 
     @property
     def recomputed_share(self) -> float:
@@ -622,12 +688,12 @@ class ModelConfig(Section):
         """How many of the first layers keep their activations on the host."""
         if self.checkpoint != "offload":
             return 0
-        return min(round(self.offload_share * self.num_layers), self.num_layers - 1)
+        return min(round(self.offload_share * self.num_blocks), self.num_blocks - 1)
 
     @property
     def recomputed_layers(self) -> int:
         """How many of the first layers run again in the backward pass."""
-        return round(self.recomputed_share * self.num_layers)
+        return round(self.recomputed_share * self.num_blocks)
 
     @property
     def embedding_by_vocabulary(self) -> bool:
@@ -901,6 +967,17 @@ class Config(Section):
     """torch.backends.cudnn.deterministic."""
     cudnn_benchmark: bool = False
     """torch.backends.cudnn.benchmark."""
+
+    @property
+    def source_share(self) -> fractions.Fraction:
+        """Source tokens of a row for each of its target tokens."""
+        return fractions.Fraction(self.data.source_seq_len or self.data.seq_len, self.data.seq_len)
+
+    @property
+    def source_tokens(self) -> int:
+        """Of a row of sources; 0 without an encoder."""
+        length = self.data.source_seq_len or self.data.seq_len
+        return self.data.micro_bsz * length if self.model.num_encoder_layers else 0
 
     @property
     def schedule(self) -> str:

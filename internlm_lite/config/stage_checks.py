@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from internlm_lite.config.keys import value_of
+from internlm_lite.config.plain import shown
 from internlm_lite.config.problems import Problem
 from internlm_lite.config.run_stages import in_stage, stages_of
 from internlm_lite.config.schema import Config
@@ -29,6 +31,26 @@ def length_problems(config: Config) -> Iterator[Problem]:
         found = " and ".join(f"data.{name} {getattr(data, name)}" for name in given)
         text = f"found {found}, expected one of them: each says how long the run is; remove the others"
         yield Problem(tuple(dict.fromkeys(keys)), text)
+
+
+def epoch_keys(config: Config) -> list[str]:
+    """The keys that say "epoch"."""
+    keys = ("monitor.sample_every", "data.valid_every", "ckpt.checkpoint_every")
+    return [key for key in keys if value_of(config, key) == "epoch"]
+
+
+def epoch_problems(config: Config) -> Iterator[Problem]:
+    """An epoch is a pass over all folders together, and a number of steps for what is due in steps."""
+    data = config.data
+    moves = {"data.rampup_batch_size": data.rampup_batch_size, "data.skip_batches": data.skip_batches}
+    for key in epoch_keys(config):
+        if data.weights is not None:
+            text = 'found "epoch" with data.weights, with which each folder has passes of its own'
+            yield Problem((key, "data.weights"), f"{text}; give a number of steps")
+        for other, value in moves.items() if key != "monitor.sample_every" else ():
+            if value:
+                text = f'found "epoch" with {other} {shown(value)}: passes of different length; give a number of steps'
+                yield Problem((key, other), text)
 
 
 def stage_problems(config: Config, others: Check) -> Iterator[Problem]:
@@ -80,9 +102,9 @@ def _values(config: Config) -> Iterator[Problem]:
         if stage.weights == {}:
             text = "found {}, expected the share of at least one data folder; remove it for data.weights"
             yield Problem(_keys(number, "weights"), text)
-        if stage.weights is not None and config.monitor.sample_every == "epoch":
-            text = 'found with monitor.sample_every "epoch": with weights each folder has epochs of its own; give steps'
-            yield Problem((*_keys(number, "weights"), "monitor.sample_every"), text)
+        for key in epoch_keys(config) if stage.weights is not None else ():
+            text = f'found with {key} "epoch": with weights each folder has epochs of its own; give steps'
+            yield Problem((*_keys(number, "weights"), key), text)
         if stage.rope_base is not None and config.model.position != "rope":
             text = f"found {stage.rope_base:g} with model.position {config.model.position!r}, which rotates nothing"
             yield Problem((*_keys(number, "rope_base"), "model.position"), f"{text}; remove it")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -19,19 +19,22 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from internlm_lite.batch import IGNORE, Batch, BatchStats, Position
+from internlm_lite.batch import IGNORE, Batch, BatchStats, PassStep, Position, SourceRows
 from internlm_lite.config.ranges import parse_skip_batches
 from internlm_lite.config.run_stages import RunStage, at_batch, rampup_of, stages_of
 from internlm_lite.config.schema import DataConfig, StageConfig
-from internlm_lite.data.folders import Folder, dummy_folder, find_folders
+from internlm_lite.data.folders import Folder, dummy_folder, dummy_pairs, find_folders
 from internlm_lite.data.order import BatchOrder
 from internlm_lite.data.pack import PackedFolder, PackedRows, Packing
+from internlm_lite.data.pairs import PackedPairs, PairPacking
 from internlm_lite.data.phases import Phase, Phases
-from internlm_lite.data.vocabulary import check_vocabulary
+from internlm_lite.data.vocabulary import VocabularySide, check_vocabulary
 from internlm_lite.errors import DataError
 
 logger = logging.getLogger("internlm_lite")
 T = TypeVar("T")
+VocabSizes = int | tuple[int, int]
+"""Of a model (`ModelConfig.vocab_sizes`); of an encoder-decoder that of the targets and that of the sources."""
 _LAST_ITEM_SECONDS = 2.0
 """Longest wait for the prefetch thread at the end; a batch takes milliseconds unless its storage blocks."""
 
@@ -84,7 +87,16 @@ class TrainingData:
         phase, rows, after = self.take(position)
         mine, numbers = (self.order.share(some, self.dp_rank) for some in (rows, range(len(rows))))
         stage = self.stage_before(after).number
-        return assemble(phase.packed, phase.mix.rows_of_folders(mine), numbers, after, pin=pin, stage=stage)
+        batch = assemble(phase.packed, phase.mix.rows_of_folders(mine), numbers, after, pin=pin, stage=stage)
+        return replace(batch, stats=replace(batch.stats, in_pass=self._in_pass(rows)))
+
+    def _in_pass(self, rows: range) -> PassStep | None:
+        """Of a batch with these rows of all ranks; a run with pairs has one phase."""
+        size, batch_rows = self.phases.at(()).mix.epoch_rows, self.order.micro_num * self.order.dp_size
+        if not isinstance(self.packed[0], PackedPairs) or size is None or self.order.rampup is not None:
+            return None
+        epoch, row = divmod(rows.start, size)
+        return PassStep(epoch, (row + len(rows)) // self.order.dp_size, row // batch_rows + 1)
 
     def batches(self, position: Position, *, pin: bool = False) -> Generator[Batch, None, None]:
         """Endless, from `position` on. `pin`: in page-locked memory. Close or delete it to join its thread."""
@@ -166,7 +178,7 @@ class TrainingSample:
 
 def open_training_data(
     config: DataConfig,
-    vocab_size: int,
+    vocab_size: VocabSizes,
     dp_rank: int,
     dp_size: int,
     seed: int,
@@ -179,6 +191,9 @@ def open_training_data(
     in_short_rows = config.model_copy(update={"micro_bsz": shortest.micro_bsz, "seq_len": shortest.seq_len})
     packed = [_pack(in_short_rows, folder, vocab_size, seed) for folder in found]
     used = _usable(packed, "train_folder", in_short_rows, log=dp_rank == 0)
+    if isinstance(used[-1], PackedPairs) and all(stage.weights is None for stage in run):
+        rows = sum(folder.rows for folder in used)
+        used[-1] = used[-1].with_empty_rows(-rows % (config.micro_num * dp_size))
     phases = Phases(used, run, seed, config.micro_num * dp_size)
     skip = parse_skip_batches(config.skip_batches)
     order = BatchOrder(config.micro_num, dp_size, tuple(skip), rampup_of(config, run, dp_size), phases.starts)
@@ -186,11 +201,13 @@ def open_training_data(
     return TrainingData(first, run, phases, order, dp_rank, _fingerprint(config, found, packed, seed, stages))
 
 
-def open_validation_data(config: DataConfig, vocab_size: int, dp_rank: int, dp_size: int, seed: int) -> ValidationData:
+def open_validation_data(
+    config: DataConfig, vocab_size: VocabSizes, dp_rank: int, dp_size: int, seed: int
+) -> ValidationData:
     """The validation data of dp rank `dp_rank`; `seed` selects documents if valid_batches does not cover all."""
     if config.train_folder is not None and config.valid_folder is None and dp_rank == 0:
         logger.warning(
-            "data.valid_every=%d with data.valid_folder=None: validation runs on the built-in dummy set, which says "
+            "data.valid_every=%s with data.valid_folder=None: validation runs on the built-in dummy set, which says "
             "nothing about data.train_folder; set data.valid_folder, or data.valid_every=0",
             config.valid_every,
         )
@@ -209,23 +226,48 @@ def open_validation_data(config: DataConfig, vocab_size: int, dp_rank: int, dp_s
     )
 
 
-def _folders(root: str | None, key: str, config: DataConfig, vocab_size: int, *, log: bool) -> list[Folder]:
-    folders = [dummy_folder(config.seq_len)] if root is None else find_folders(Path(root), key, log=log)
-    check_vocabulary(folders, vocab_size, config.tokenizer, log=log and key == "train_folder")
+def _folders(root: str | None, key: str, config: DataConfig, vocab_size: VocabSizes, *, log: bool) -> list[Folder]:
+    log_sizes, pairs = log and key == "train_folder", vocab_size if isinstance(vocab_size, tuple) else None
+    if root is not None:
+        folders = find_folders(Path(root), key, log=log, pairs=pairs is not None)
+    elif pairs:
+        folders = [dummy_pairs(min(config.source_seq_len or config.seq_len, config.seq_len + 1), pairs)]
+    else:
+        folders = [dummy_folder(config.seq_len)]
+    of_targets, of_sources = pairs or (vocab_size, None)
+    target = VocabularySide("", of_targets, config.tokenizer)
+    check_vocabulary([file for folder in folders for file in folder.files], target, log=log_sizes)
+    if of_sources is not None:
+        source = VocabularySide("source_", of_sources, config.source_tokenizer or config.tokenizer)
+        check_vocabulary([file for folder in folders for file in folder.sources], source, log=log_sizes)
     return folders
 
 
-def _pack(config: DataConfig, folder: Folder, vocab_size: int, seed: int, *, keep_tail: bool = False) -> PackedFolder:
+def _pack(
+    config: DataConfig, folder: Folder, vocab_size: VocabSizes, seed: int, *, keep_tail: bool = False
+) -> PackedFolder:
+    of_targets, of_sources = vocab_size if isinstance(vocab_size, tuple) else (vocab_size, None)
     packing = Packing(
         row_tokens=config.micro_bsz * config.seq_len,
         seq_len=config.seq_len,
-        vocab_size=vocab_size,
+        vocab_size=of_targets,
         min_length=0 if folder.is_dummy else config.min_length,  # as in the InternLM runs that the tests reproduce
         seed=seed,
         one_sample=config.pack_sample_into_one,
         keep_tail=keep_tail,
     )
-    return PackedFolder(folder, packing)
+    if of_sources is None:
+        return PackedFolder(folder, packing)
+    source_seq_len = config.source_seq_len or config.seq_len
+    pairs = PairPacking(
+        **vars(packing),
+        source_row_tokens=config.micro_bsz * source_seq_len,
+        source_seq_len=source_seq_len,
+        source_vocab_size=of_sources,
+        row_pairs=config.row_pairs,
+        truncate=config.truncate_pairs,
+    )
+    return PackedPairs(folder, pairs)
 
 
 def _usable(packed: Sequence[PackedFolder], key: str, config: DataConfig, *, log: bool) -> list[PackedFolder]:
@@ -242,6 +284,9 @@ def _usable(packed: Sequence[PackedFolder], key: str, config: DataConfig, *, log
             all_documents = folder.dropped + folder.documents
             text = "data.%s: %s: %d of %d documents are %s and left out"
             logger.warning(text, key, folder.name, folder.dropped, all_documents, why)
+        if isinstance(folder, PackedPairs) and folder.cut:
+            text = "data.%s: %s: %d of %d pairs are cut to data.seq_len and data.source_seq_len (data.truncate_pairs)"
+            logger.warning(text, key, folder.name, folder.cut, folder.documents)
     used = [folder for folder in packed if folder.rows > 0]
     if not used:
         raise DataError(
@@ -277,6 +322,9 @@ def _fingerprint(
     ]
     keys = ("seq_len", "micro_bsz", "pack_sample_into_one", "min_length", "weights")
     facts = {"seed": seed, **{key: getattr(config, key) for key in keys}, "folders": contents}
+    if folders[0].sources:
+        facts |= {key: getattr(config, key) for key in ("source_seq_len", "row_pairs", "truncate_pairs")}
+        facts["sources"] = [file.digest() for folder in folders for file in folder.sources]
     if stages:
         of_data = ("until", "weights", "seq_len", "micro_bsz", "rope_base")
         facts["stages"] = [{key: getattr(stage, key) for key in of_data} for stage in stages]
@@ -303,9 +351,7 @@ def assemble(
         boundaries.append(packed[folder].fill(row, tokens[i].numpy(), labels[i].numpy(), positions[i].numpy()))
         folders[i] = folder
     segments = np.array([len(of_row) - 1 for of_row in boundaries])
-    padded = torch.full((len(rows), int(segments.max()) + 1), shape[1], dtype=torch.int32, pin_memory=pin)
-    for i, of_row in enumerate(boundaries):
-        padded[i, : len(of_row)] = torch.from_numpy(of_row)
+    padded, hosts = _padded(boundaries, shape[1], pin=pin)
     longest = max(int(np.diff(of_row).max()) for of_row in boundaries)
     stats = BatchStats(
         num_samples=int(segments.sum()),
@@ -315,8 +361,31 @@ def assemble(
         num_tokens=tokens.numel(),
         num_labels=int(np.count_nonzero(labels.numpy() != IGNORE)),
     )
-    hosts = tuple(tuple(of_row.tolist()) for of_row in boundaries)
-    return Batch(tokens, labels, positions, folders, of_batch, padded, hosts, longest, after, stats, stage)
+    source = _sources(packed, rows, pin=pin)
+    return Batch(tokens, labels, positions, folders, of_batch, padded, hosts, longest, after, stats, stage, source)
+
+
+def _sources(packed: Sequence[PackedRows], rows: Sequence[tuple[int, int]], *, pin: bool) -> SourceRows | None:
+    """The sources of the same rows; None: they have none."""
+    pairs = [folder for folder in packed if isinstance(folder, PackedPairs)]
+    if not pairs:
+        return None
+    size, boundaries = pairs[0].source_row_tokens, []
+    tokens, positions = (torch.empty((len(rows), size), dtype=torch.int64, pin_memory=pin) for _ in range(2))
+    for i, (folder, row) in enumerate(rows):
+        boundaries.append(pairs[folder].fill_source(row, tokens[i].numpy(), positions[i].numpy()))
+    longest = max(int(np.diff(of_row).max()) for of_row in boundaries)
+    return SourceRows(tokens, positions, *_padded(boundaries, size, pin=pin), longest)
+
+
+def _padded(
+    boundaries: Sequence[np.ndarray], size: int, *, pin: bool
+) -> tuple[torch.Tensor, tuple[tuple[int, ...], ...]]:
+    """Boundaries of rows of `size` tokens as one int32 tensor, padded with `size`, and as they are."""
+    padded = torch.full((len(boundaries), max(map(len, boundaries))), size, dtype=torch.int32, pin_memory=pin)
+    for i, of_row in enumerate(boundaries):
+        padded[i, : len(of_row)] = torch.from_numpy(of_row)
+    return padded, tuple(tuple(of_row.tolist()) for of_row in boundaries)
 
 
 def prefetch(items: Iterator[T]) -> Generator[T, None, None]:

@@ -1,4 +1,5 @@
-"""What a run reads of its data: its number of steps from epochs or tokens, tokens and epochs of each folder by stage.
+"""What a run reads of its data: its number of steps from epochs or tokens, the steps of an epoch, tokens and epochs of
+each folder by stage.
 
 All of it is computed from the sizes of rows and folders before the run starts; no token is read.
 """
@@ -45,7 +46,9 @@ class StageUse:
 
 def with_total_steps(config: Config, data: TrainingData) -> Config:
     """`config` with data.total_steps, and lr_scheduler.total_steps where that is left out, from data.epochs or
-    data.total_tokens. Raises ConfigError where other keys do not fit that number."""
+    data.total_tokens, and with the steps of an epoch where a key says "epoch". Raises ConfigError where other keys do
+    not fit the number of steps."""
+    config = _with_epoch_steps(config, data)
     if config.data.epochs is None and config.data.total_tokens is None:
         return config
     steps = _steps(config.data, data)
@@ -58,6 +61,18 @@ def with_total_steps(config: Config, data: TrainingData) -> Config:
         lines = "\n".join(f"{problem.keys[0]}: {problem.text}" for problem in problems)
         raise ConfigError(f"with data.total_steps={steps}, from {_length(config.data)}:\n{lines}")
     return checked.model_copy(update={"data": config.data.model_copy(update={"total_steps": steps})})
+
+
+def _with_epoch_steps(config: Config, data: TrainingData) -> Config:
+    """The checks of the config leave nothing that would make passes of different length."""
+    rows, steps = data.phases.at(()).mix.epoch_rows, None
+    if rows is not None:
+        steps = max(1, rows // (config.data.micro_num * data.order.dp_size))
+    if config.data.valid_every == "epoch":
+        config = config.model_copy(update={"data": config.data.model_copy(update={"valid_every": steps})})
+    if config.ckpt.checkpoint_every == "epoch":
+        config = config.model_copy(update={"ckpt": config.ckpt.model_copy(update={"checkpoint_every": steps})})
+    return config
 
 
 def _length(config: DataConfig) -> str:

@@ -1,6 +1,7 @@
 """Tokenises folders of text in several processes; each input folder becomes one data folder of native files.
 
     IN/code/**/*.py  ->  OUT/code/{code.bin, code.idx, code.meta.json}       document = bos + text + eos
+    IN/help/x.{de,en} -> OUT/help/{help.*, help.source.*}                    pairs: the targets, and their sources
 
 Documents held out for validation go to a second folder. A hash of their text chooses them, so that the choice depends
 on nothing else, and copies of a text are on one side. Or every text is cut, and its end goes there.
@@ -22,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 from internlm_lite.data.documents import Metadata, metadata_path
+from internlm_lite.data.folders import SOURCE
 from internlm_lite.data.megatron import MegatronWriter, smallest_dtype, writing
 from internlm_lite.data.text import (
     DEFAULTS,
@@ -80,7 +82,31 @@ def encode_documents(tokenizer_path: Path, documents: Sequence[TextDocument], *,
     return Encoded(flat, lengths, text_bytes, label_bytes)
 
 
-@lru_cache(1)
+def encode_sides(
+    tokenizer_path: Path, source_path: Path | None, documents: Sequence[TextDocument], *, bare: bool = False
+) -> list[Encoded]:
+    """One for the file of `encode_documents`; with a tokenizer of sources one for the targets, and one for the prompts.
+
+    Raises DataError where targets would have no end mark.
+    """
+    if source_path is None:
+        return [encode_documents(tokenizer_path, documents, bare=bare)]
+    of_targets = encode_documents(tokenizer_path, [TextDocument(document.text) for document in documents])
+    of_sources = encode_documents(source_path, [TextDocument(document.prompt) for document in documents])
+    return [of_targets, of_sources]
+
+
+def _check_marks(tokenizer: Tokenizer) -> None:
+    """A decoder begins with a mark and ends with one."""
+    missing = [name for name, token in (("bos", tokenizer.bos), ("eos", tokenizer.eos)) if token is None]
+    if missing:
+        raise DataError(
+            f"tokenizer {tokenizer.path}: found no {' and no '.join(missing)} token, expected both: targets "
+            "begin and end with them; take another tokenizer, or make one with tools/tokenizer.py train"
+        )
+
+
+@lru_cache(2)
 def _tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(path)  # once per worker process
 
@@ -113,6 +139,8 @@ class EncodedFolder:
     metadata: Metadata
     held_out: Metadata | None
     """Of the documents held out for validation."""
+    source: Metadata | None
+    """Of pairs: of the sources to train on."""
     notes: list[str]
     """What was left out of the text, or read in doubt."""
 
@@ -131,6 +159,8 @@ class FolderEncoder:
     """Instead: share of the characters of every text after which it is cut; the rest is held out."""
     bare: bool = False
     """Documents are their text alone, without bos and eos."""
+    source_tokenizer_path: Path | None = None
+    """Documents are pairs (`options.sides`), and this is for their sources; the other one is for their targets."""
     progress: TextProgress = lambda n_bytes, total_bytes: None
 
     def encode(
@@ -148,21 +178,34 @@ class FolderEncoder:
             made = [folders.enter_context(replacing(folder, overwrite=overwrite)) for folder in targets]
             metadata = self._write(files, [folder / f"{target.name}.bin" for folder in made], tally)
         notes = [*_several_folders(source, files), *tally.lines()]
-        return EncodedFolder(metadata[0], metadata[1] if held_out else None, notes)
+        (of_targets, *of_sources), *held = metadata
+        return EncodedFolder(of_targets, held[0][0] if held else None, (of_sources or [None])[0], notes)
 
-    def _write(self, files: Sequence[TextFile], bin_paths: Sequence[Path], tally: Tally) -> list[Metadata]:
-        """Metadata of the documents to train on, and of those held out if there is a second path."""
-        tokenizer = _tokenizer(self.tokenizer_path)
-        dtype = smallest_dtype(tokenizer.vocab_size, signed=any(file.has_prompts for file in files))
+    def _write(self, files: Sequence[TextFile], bin_paths: Sequence[Path], tally: Tally) -> list[list[Metadata]]:
+        """Metadata of the documents to train on, and of those held out if there is a second path; of pairs of targets
+        and sources."""
+        pairs = [] if self.source_tokenizer_path is None else [self.source_tokenizer_path]
+        tokenizers = [_tokenizer(path) for path in (self.tokenizer_path, *pairs)]
+        if pairs:
+            _check_marks(tokenizers[0])
+        signed = not pairs and any(file.has_prompts for file in files)
         total_bytes = sum(file.n_bytes for file in files)
         documents = (document for file in files for document in read_documents(file, self.options, tally))
         with ExitStack() as writers:
-            parts = [FolderPart(writers.enter_context(writing(path, dtype))) for path in bin_paths]
+            paths = [[path, path.with_name(f"{path.stem}{SOURCE}.bin")][: len(tokenizers)] for path in bin_paths]
+            parts = [
+                [
+                    FolderPart(writers.enter_context(writing(path, smallest_dtype(one.vocab_size, signed=signed))))
+                    for path, one in zip(sides, tokenizers, strict=True)
+                ]
+                for sides in paths
+            ]
             all_parts = self._parts(documents, files) if len(parts) > 1 else ((0, document) for document in documents)
             for index, encoded in self._encoded(_batched(all_parts)):
-                parts[index].add(encoded)
-                self.progress(encoded.text_bytes, total_bytes)
-            counts = [part.totals["documents"] for part in parts]
+                for part, of_side in zip(parts[index], encoded, strict=True):
+                    part.add(of_side)
+                self.progress(sum(of_side.text_bytes for of_side in encoded), total_bytes)
+            counts = [sides[0].totals["documents"] for sides in parts]
             if not any(counts):
                 raise DataError(
                     f"{files[0].path} and {len(files) - 1} more files hold no text, expected at least one document; "
@@ -173,13 +216,7 @@ class FolderEncoder:
                     f"{files[0].path.parent}: this holdout leaves {counts[0]} documents to train on "
                     f"and {counts[1]} for validation, expected some of both; give another share, or more documents"
                 )
-            found = []
-            for path, part in zip(bin_paths, parts, strict=True):
-                size, digest, kind = tokenizer.vocab_size, tokenizer.sha256, tokenizer.kind
-                made = Metadata(**part.totals, vocab_size=size, tokenizer_sha256=digest, tokenizer_kind=kind)
-                found.append(made)
-                _write_metadata(path, made)
-        return found
+            return [list(map(_write_metadata, *sides, tokenizers)) for sides in zip(paths, parts, strict=True)]
 
     def _parts(
         self, documents: Iterable[TextDocument], files: Sequence[TextFile]
@@ -198,16 +235,17 @@ class FolderEncoder:
             halves = enumerate((document.text[:cut], document.text[cut:]))
             yield from ((part, TextDocument(text)) for part, text in halves if text)
 
-    def _encoded(self, batches: Iterator[tuple[int, list[TextDocument]]]) -> Iterator[tuple[int, Encoded]]:
+    def _encoded(self, batches: Iterator[tuple[int, list[TextDocument]]]) -> Iterator[tuple[int, list[Encoded]]]:
         """The tokenised batches in order, with their parts; at most two per worker are in flight."""
+        encode = partial(encode_sides, self.tokenizer_path, self.source_tokenizer_path, bare=self.bare)
         if self.workers == 1:
-            yield from ((part, encode_documents(self.tokenizer_path, batch, bare=self.bare)) for part, batch in batches)
+            yield from ((part, encode(batch)) for part, batch in batches)
             return
-        pending: deque[tuple[int, Future[Encoded]]] = deque()
+        pending: deque[tuple[int, Future[list[Encoded]]]] = deque()
         pool = ProcessPoolExecutor(self.workers, get_context("spawn"), initializer=_ignore_interrupt)
         try:
             for part, batch in batches:
-                pending.append((part, pool.submit(encode_documents, self.tokenizer_path, batch, bare=self.bare)))
+                pending.append((part, pool.submit(encode, batch)))
                 if len(pending) >= 2 * self.workers:
                     part, first = pending.popleft()
                     yield part, first.result()
@@ -275,11 +313,14 @@ def _batched(documents: Iterable[tuple[int, TextDocument]]) -> Iterator[tuple[in
     yield from ((part, batch) for part, batch in enumerate(batches) if batch)
 
 
-def _write_metadata(bin_path: Path, metadata: Metadata) -> None:
+def _write_metadata(bin_path: Path, part: FolderPart, tokenizer: Tokenizer) -> Metadata:
+    size, digest, kind = tokenizer.vocab_size, tokenizer.sha256, tokenizer.kind
+    metadata = Metadata(**part.totals, vocab_size=size, tokenizer_sha256=digest, tokenizer_kind=kind)
     with metadata_path(bin_path).open("w", encoding="utf-8") as file:
         json.dump(dataclasses.asdict(metadata), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+    return metadata
 
 
 def _ignore_interrupt() -> None:

@@ -3,6 +3,8 @@
 train_folder/code/a.bin        -> folder "code"
 train_folder/docs/x/y/b.bin    -> folder "docs": all files below a sub-folder belong to it
 train_folder/a.bin             -> folder "train_folder", if no sub-folder holds data
+
+Of pairs, a.bin holds the targets and a.source.bin beside it their sources, which no decoder reads.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from internlm_lite.data.documents import Documents, EmptyFileError
-from internlm_lite.data.dummy import DummyDocuments
+from internlm_lite.data.dummy import CopiedDocuments, DummyDocuments
 from internlm_lite.data.files import kind_of, require_file, walk_once
 from internlm_lite.data.internlm import InternLMDocuments
 from internlm_lite.data.megatron import MegatronDocuments
@@ -23,6 +25,8 @@ logger = logging.getLogger("internlm_lite")
 
 FORMATS: dict[str, Callable[[Path], Documents]] = {".idx": MegatronDocuments, ".bin.meta": InternLMDocuments}
 """Suffix of the index file of NAME.bin -> reader of both files."""
+SOURCE = ".source"
+"""NAME.source.bin holds the sources of the targets in NAME.bin, one by one."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Folder:
     files: Sequence[Documents]
     is_dummy: bool = False
     """Whether it is the built-in set: documents of all lengths are used, and label id 0 is ignored."""
+    sources: Sequence[Documents] = ()
+    """Of pairs: beside each file of targets one with as many sources."""
 
 
 def dummy_folder(seq_len: int) -> Folder:
@@ -40,11 +46,17 @@ def dummy_folder(seq_len: int) -> Folder:
     return Folder("dummy", (DummyDocuments(seq_len),), is_dummy=True)
 
 
-def find_folders(root: Path, key: str, *, log: bool = True) -> list[Folder]:
-    """The data folders below `root`, by name; `key` is the config key that names `root`, for messages.
-    `log`: warn of files that are not used.
+def dummy_pairs(length: int, vocab_sizes: tuple[int, int]) -> Folder:
+    """The built-in set of pairs, a copy of `length` symbols each, as a data folder."""
+    documents = CopiedDocuments(length, min(vocab_sizes))
+    return Folder("copy", (documents,), sources=(documents,))
 
-    Raises DataError when `root` is missing, holds nothing tokenised, or holds a damaged file.
+
+def find_folders(root: Path, key: str, *, log: bool = True, pairs: bool = False) -> list[Folder]:
+    """The data folders below `root`, by name; `key` is the config key that names `root`, for messages.
+    `log`: warn of files that are not used. `pairs`: with the sources of each file.
+
+    Raises DataError when `root` is missing, holds nothing tokenised, or holds a damaged file, or one without sources.
     """
     level = logging.WARNING if log else logging.DEBUG
     if (kind := kind_of(root)) != "a folder":
@@ -81,7 +93,27 @@ def find_folders(root: Path, key: str, *, log: bool = True) -> list[Folder]:
     opened = {name: _open_shards(bins, level) for name, bins in grouped.items()}
     if not any(opened.values()):
         raise DataError(f"data.{key}: all tokenised files in {root} are empty; make them again from text")
-    return [Folder(name, files) for name, files in opened.items() if files]
+    return [
+        Folder(name, files, sources=tuple(map(_open_source, files)) if pairs else ())
+        for name, files in opened.items()
+        if files
+    ]
+
+
+def _open_source(target: Documents) -> Documents:
+    path = target.path.with_name(f"{target.path.stem}{SOURCE}.bin")
+    if not path.exists():
+        raise DataError(
+            f"{target.path}: found no {path.name} beside it, expected the sources of its documents, as "
+            "model.num_encoder_layers asks for; make both with tools/tokenizer.py encode --pair, or set it to 0"
+        )
+    source = open_documents(path)
+    if len(source.lengths) != len(target.lengths):
+        raise DataError(
+            f"{path}: found {len(source.lengths)} documents, expected {len(target.lengths)}, one for each of "
+            f"{target.path.name}; tokenise the folder again, or copy both files again"
+        )
+    return source
 
 
 def _open_shards(bins: Sequence[Path], level: int) -> tuple[Documents, ...]:
@@ -120,4 +152,5 @@ def _bins(folder: Path) -> list[Path]:
 def _bins_of(folder: Path, names: Sequence[str]) -> list[Path]:
     suffixes = (".bin", *FORMATS)
     stems = {name.removesuffix(suffix) for suffix in suffixes for name in names if name.endswith(suffix)}
-    return [folder / f"{stem}.bin" for stem in sorted(stems)]
+    sources = {stem for stem in stems if stem.endswith(SOURCE) and stem.removesuffix(SOURCE) in stems}
+    return [folder / f"{stem}.bin" for stem in sorted(stems - sources)]

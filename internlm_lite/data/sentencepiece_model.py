@@ -7,13 +7,13 @@ decode(encode(text)) == text for every text.
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
 
+from internlm_lite.data.files import write_whole
 from internlm_lite.errors import DataError, InternLMError
 
 SPACE_MARK = "\u2581"
@@ -118,13 +118,7 @@ def train_sentencepiece(texts: Iterable[str], path: Path, vocab_size: int, threa
         raise DataError(f"sentencepiece could not train a vocabulary of {vocab_size}: {reason}") from None
     if faults:
         raise faults[0]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(model.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_whole(path, model.getvalue())
 
 
 def _sentences(text: str) -> Iterator[str]:

@@ -3,6 +3,7 @@
 .jsonl .json       one document a record: {"text": ...}, or {"prompt": ..., "response": ...}: trains on the response
 .csv .tsv .parquet one document a row, with columns of these names (parquet needs pyarrow)
 .txt .md .py ...   one document a file; a .json file of one object without these keys is one too
+NAME.de NAME.en    pairs, if they are asked for: line by line; records as above have both under "de" and "en"
 
 Each may be compressed: .gz, .bz2, .xz, .zst (needs zstandard).
 """
@@ -16,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 
 from internlm_lite.data.files import kind_of, walk_once
@@ -25,6 +26,7 @@ from internlm_lite.data.text_files import (
     LONGEST_RECORD_BYTES,
     BadLimit,
     Tally,
+    all_lines,
     readable,
     suffix_of,
     text_lines,
@@ -68,6 +70,9 @@ class TextOptions:
     encoding: str | None = None
     """Of files without a byte order mark; None: UTF-8, or Latin-1 where it is not."""
     max_bad: BadLimit = field(default_factory=lambda: BadLimit(share=0.01))
+    sides: tuple[str, ...] = ()
+    """Of pairs: the keys of source and target, or of one of them, which are the suffixes of files with a text a line. A
+    pair is read as a prompt and a response."""
 
 
 DEFAULTS = TextOptions()
@@ -118,7 +123,9 @@ def find_text(folder: Path, options: TextOptions, tally: Tally) -> list[TextFile
             with readable(path):
                 status, kind = path.stat(), kind_of(path)
                 reader = _reader(path, options)
-                if kind != "a file" or reader is None:
+                if len(options.sides) > 1 and suffix_of(path) == f".{options.sides[1]}":
+                    _beside(path, options.sides[0])  # is read with it
+                elif kind != "a file" or reader is None:
                     what = kind if kind != "a file" else path.suffix.lower() or "files without a suffix"
                     tally.note(f"{what}, left out", path)
                 else:
@@ -140,7 +147,7 @@ def read_documents(file: TextFile, options: TextOptions, tally: Tally) -> Iterat
     with readable(file.path):
         for place, record in file.read(file.path, options, tally):
             values = [record.get(key) for key in file.keys]
-            if why := _why_no_text(record, file.keys):
+            if why := _why_no_text(record, file.keys, both=bool(options.sides)):
                 tally.refuse(why, place)
             else:
                 tally.records += 1
@@ -162,18 +169,21 @@ def sample_text(
                 yield text.decode()
 
 
-def _why_no_text(record: Record, keys: Sequence[str]) -> str:
-    """What is wrong with the text of a record; '' if nothing is."""
+def _why_no_text(record: Record, keys: Sequence[str], *, both: bool) -> str:
+    """What is wrong with the text of a record; '' if nothing is. `both`: a prompt may not be empty, either."""
     for key in keys:
         if key not in record:
             return f"no {key!r}"
         if not isinstance(record[key], str):
             return f"{'null' if record[key] is None else type(record[key]).__name__} under {key!r}"
-    return "" if record[keys[-1]] else f"empty {keys[-1]!r}"
+    empty = [key for key in (keys if both else keys[-1:]) if not (str(record[key]).strip() if both else record[key])]
+    return f"empty {empty[0]!r}" if empty else ""
 
 
 def _reader(path: Path, options: TextOptions) -> Reader | None:
     suffix = suffix_of(path)
+    if options.sides:
+        return _read_sides if suffix == f".{options.sides[0]}" else READERS.get(suffix)
     return _read_plain if suffix in PLAIN_SUFFIXES | options.plain else READERS.get(suffix)
 
 
@@ -182,8 +192,17 @@ def _how_to_read(path: Path, reader: Reader, options: TextOptions, tally: Tally)
     pair = (options.prompt_key, options.response_key)
     if reader is _read_plain:
         return reader, (options.text_key,)
+    if reader is _read_sides:
+        return reader, options.sides
     everything = Tally(BadLimit(share=1.0))  # those that are bad are counted when the file is read
     records = list(islice(reader(path, options, everything), SEARCHED_RECORDS))
+    if options.sides:
+        if not any(all(key in record for key in options.sides) for _, record in records):
+            found = f"{records[0][0]}: found keys {_names(records[0][1])}" if records else f"{path}: found no record"
+            raise DataError(
+                f"{found}, expected {' and '.join(map(repr, options.sides))}, the sides of pairs; name them"
+            )
+        return reader, options.sides
     for _, record in records:
         if options.text_key in record:
             return reader, (options.text_key,)
@@ -215,6 +234,32 @@ def _read_plain(path: Path, options: TextOptions, tally: Tally) -> Iterator[tupl
         yield str(path), {options.text_key: text}
     elif text is not None:
         tally.note("empty files, left out", path)
+
+
+def _read_sides(path: Path, options: TextOptions, tally: Tally) -> Iterator[tuple[str, Record]]:
+    """The lines of one side, or of both side by side. Raises DataError if one has more than the other."""
+    paths = [path, *(_beside(path, key) for key in options.sides[1:])]
+    sides = [all_lines(one, options.encoding, tally) for one in paths]
+    for number, lines in enumerate(zip_longest(*sides), 1):
+        if None in lines:
+            longer, shorter = (paths[lines.index(None) - 1], paths[lines.index(None)])
+            raise DataError(
+                f"{longer}:{number}: found no line {number} in {shorter}, which ends before it; expected as many lines "
+                "in both, those of a pair at the same place: correct the files"
+            )
+        texts = [line for _, line in lines]
+        if None not in texts:
+            yield lines[0][0], {key: str(text).strip() for key, text in zip(options.sides, texts, strict=True)}
+
+
+def _beside(path: Path, key: str) -> Path:
+    """The file of the other side: x.de -> x.en. Raises DataError if there is none."""
+    name = path.name[: -len(path.suffix)] if path.suffix.lower() in DECOMPRESSORS else path.name
+    stem = name.rpartition(".")[0]
+    found = [other for end in ("", *DECOMPRESSORS) if (other := path.with_name(f"{stem}.{key}{end}")).exists()]
+    if not found:
+        raise DataError(f"{path}: found no {stem}.{key} beside it, expected the other side of its pairs; copy it there")
+    return found[0]
 
 
 def _read_lines(path: Path, options: TextOptions, tally: Tally) -> Iterator[tuple[str, Record]]:

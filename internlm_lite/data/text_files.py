@@ -201,6 +201,11 @@ def decode(content: bytes | bytearray, encoding: str | None, place: str, tally: 
 
 def text_lines(path: Path, encoding: str | None, tally: Tally) -> Iterator[tuple[str, str]]:
     """(path:line number, line) of the lines that can be decoded."""
+    yield from ((place, line) for place, line in all_lines(path, encoding, tally) if line is not None)
+
+
+def all_lines(path: Path, encoding: str | None, tally: Tally) -> Iterator[tuple[str, str | None]]:
+    """(path:line number, line) of all lines; None for one that cannot be decoded, which is refused."""
     with opened(path, encoding) as (stream, found):
         if is_wide(found):
             lines: Iterator[str | bytes] = iter(io.TextIOWrapper(stream, found, errors="replace", newline="\n"))
@@ -211,8 +216,7 @@ def text_lines(path: Path, encoding: str | None, tally: Tally) -> Iterator[tuple
             text = line if isinstance(line, str) else decode(line, found, place, tally)
             if isinstance(line, str) and "\ufffd" in line:
                 tally.note(f"damaged {found}, damaged characters replaced by U+FFFD", place)
-            if text is not None:
-                yield place, text
+            yield place, text
 
 
 def whole_text(path: Path, encoding: str | None, tally: Tally) -> str | None:

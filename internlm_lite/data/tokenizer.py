@@ -4,6 +4,7 @@
     tokenizer.json               Hugging Face's tokenizers (json_tokenizer.py)
     vocab.json + merges.txt      GPT-2's byte-pair encoding; also encoder.json + vocab.bpe
     NAME.tiktoken                ranks of byte pairs (tiktoken_ranks.py); Llama 3 calls this one tokenizer.model, too
+    NAME.json                    whole words (word_vocabulary.py)
 
 What a file is follows from its first bytes. A folder stands for the first of these files in it.
 """
@@ -19,6 +20,7 @@ from internlm_lite.data.files import kind_of
 from internlm_lite.data.json_tokenizer import JsonTokenizer, byte_pairs
 from internlm_lite.data.sentencepiece_model import SentencePieceModel, train_sentencepiece
 from internlm_lite.data.tiktoken_ranks import TiktokenRanks, is_ranks
+from internlm_lite.data.word_vocabulary import WordVocabulary, is_words
 from internlm_lite.errors import DataError
 
 MERGES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
@@ -115,6 +117,8 @@ def _read(path: Path) -> bytes:
 def _format(path: Path, data: bytes) -> Callable[[Path, bytes], TokenizerModel]:
     if path.name in MERGES:
         return lambda path, data: byte_pairs(path, data, _read(path.with_name(MERGES[path.name])))
+    if is_words(data):
+        return WordVocabulary
     if data.lstrip()[:1] == b"{":
         return JsonTokenizer
     return TiktokenRanks if is_ranks(data) else SentencePieceModel

@@ -8,7 +8,7 @@ tensors that autograd saves; it fails for a layer without such a test.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from torch import nn
@@ -41,6 +41,14 @@ class RowShape:
     """Ranks that share the row, each with `tokens` of it."""
     exchange: str = "gather"
     """How keys and values reach other ranks of it (parallel.context.exchange)."""
+
+    source_tokens: int = 0
+    """Of the source row beside it, for an encoder-decoder."""
+
+    @property
+    def of_source(self) -> RowShape:
+        """The source row, in the place of the target row."""
+        return replace(self, tokens=self.source_tokens)
 
 
 FUSIONS = {

@@ -1,4 +1,4 @@
-"""Packed causal attention. The kernel is chosen once, when the model is built (model.attention):
+"""Packed attention. The kernel is chosen once, when the model is built (model.attention):
 
     flash_attn_3   varlen kernel of flash-attn 3                       Hopper
     flash_attn_4   varlen kernel of flash-attn 4                       Hopper, Blackwell
@@ -10,8 +10,9 @@
                    layers/scores.py takes the place of SDPA where a
                    rule has what that lacks
 
-All take a row of T packed tokens and its document boundaries; no token attends to another document. The window, soft
-cap and scale of a layer come with each call. A kernel is compared with the reference on the rank's GPU, by the rules of
+All take a row of T packed tokens and its document boundaries; no token attends to another document. Keys may be those
+of another row with as many documents (`packed_across`). Whether a layer is causal, its window, soft cap and scale come
+with each call. A kernel is compared with the reference on the rank's GPU, by the rules of
 the model, before it is used: all but torch's varlen kernel without windows and scales.
 """
 
@@ -23,7 +24,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, pairwise
 from typing import Any
@@ -34,7 +35,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from internlm_lite.config.schema import UNKNOWN_TO_KERNELS, ModelConfig
 from internlm_lite.errors import ConfigError
-from internlm_lite.layers.scores import AttentionRule, Drop, EqualDocuments, attend_in_blocks, attention_rule
+from internlm_lite.layers.scores import (
+    AttentionRule,
+    Drop,
+    EqualDocuments,
+    across_rule,
+    attend_in_blocks,
+    attention_rule,
+)
 from internlm_lite.runtime.device import torch_dtype
 
 logger = logging.getLogger("internlm_lite")
@@ -144,7 +152,7 @@ def expected_backend(config: ModelConfig, *, deterministic: bool) -> AttentionBa
 
 def _refusal(backend: AttentionBackend, config: ModelConfig, device: torch.device) -> str:
     """Why `backend` cannot run this model on `device`, or must not; empty: it can."""
-    plain = config.sliding_window is None and config.attention_scale is None
+    plain = config.sliding_window is None and config.attention_scale is None and not config.num_encoder_layers
     own = backend is AttentionBackend.SDPA or (backend is AttentionBackend.TORCH_VARLEN and plain)
     tried = torch.cuda.is_available() and not own
     return unmet(backend, config, device) or (kernel_problem(backend, config, device) if tried else "")
@@ -232,7 +240,7 @@ def packed(
         return partial(kernel, Bounds(own, own, max_seqlen, max_seqlen))
 
     if backend is AttentionBackend.CUDNN:
-        return in_runs(boundaries, _suits_cudnn, _causal_cudnn, varlen)
+        return in_runs(boundaries, _suits_cudnn, _by_cudnn, varlen)
     return varlen(slice(0, len(boundaries)))
 
 
@@ -240,17 +248,67 @@ def _suits_cudnn(length: int) -> bool:
     return length >= LONG and length % TILE == 0
 
 
-def _causal_cudnn(
+def _by_cudnn(
     rule: AttentionRule, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, docs: EqualDocuments
 ) -> torch.Tensor:
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return causal(rule, q, k, v, docs)
+        return attend_within(rule, q, k, v, docs)
+
+
+@dataclass(frozen=True)
+class Borders:
+    """Of the documents of one packed row, as `packed` takes them."""
+
+    cu_seqlens: torch.Tensor
+    cu_seqlens_host: tuple[int, ...]
+    max_seqlen: int
+
+
+def packed_across(backend: AttentionBackend, queries: Borders, keys: Borders, drop: Drop | None = None) -> Attend:
+    """Attention of document i of one packed row to document i of another: the keys' row may have another length. Of the
+    documents the last may be empty in one of them: without keys a query gets zeros. Does not read the device."""
+    assert len(queries.cu_seqlens_host) == len(keys.cu_seqlens_host), "documents come in pairs"
+    if backend is AttentionBackend.SDPA:
+        return _across_sdpa(queries.cu_seqlens_host, keys.cu_seqlens_host, drop)
+    ends = list(zip(queries.cu_seqlens_host, keys.cu_seqlens_host, strict=True))
+    count = sum(start[0] < stop[0] and start[1] < stop[1] for start, stop in pairwise(ends))
+    bounds = Bounds(queries.cu_seqlens[: count + 1], keys.cu_seqlens[: count + 1], queries.max_seqlen, keys.max_seqlen)
+    kernel, (q_end, k_end) = varlen_kernel(backend), ends[count]
+
+    def attend(rule: AttentionRule, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        mixed = kernel(bounds, rule, q[:q_end], k[:k_end], v[:k_end])
+        return mixed if q_end == len(q) else torch.cat((mixed, torch.zeros_like(q[q_end:])))
+
+    return attend
+
+
+def _across_sdpa(queries: tuple[int, ...], keys: tuple[int, ...], drop: Drop | None) -> Attend:
+    """One call for neighbours of one length on both sides."""
+    lengths = [(q[1] - q[0], k[1] - k[0]) for q, k in zip(pairwise(queries), pairwise(keys), strict=True)]
+    calls: list[tuple[EqualDocuments, tuple[int, int]]] = []
+    start = 0
+    for (n_queries, n_keys), group in groupby(lengths):
+        count = len(list(group))
+        docs = EqualDocuments(count, n_queries, start, before=n_keys - n_queries)
+        calls.append((docs, (count * n_queries, count * n_keys)))
+        start += count * n_queries
+    sizes = [[size[side] for _, size in calls] for side in (0, 1, 1)]
+
+    def attend(rule: AttentionRule, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        parts = zip(calls, *(x.split(of) for x, of in zip((q, k, v), sizes, strict=True)), strict=True)
+        mixed = [
+            attend_within(rule, q, k, v, docs, drop) if min(size) else torch.zeros_like(q)
+            for (docs, size), q, k, v in parts
+        ]
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
+    return attend
 
 
 @dataclass(frozen=True)
 class Bounds:
     """Where the queries and the keys of each sequence begin and end, in one call of a kernel. The last query of a
-    sequence sees all of its keys, each one before it one key less."""
+    causal sequence sees all of its keys, each one before it one key less."""
 
     queries: torch.Tensor
     """[n + 1] int32 on the device, from 0; no sequence without tokens."""
@@ -282,7 +340,7 @@ def _flash_attn(
         )
     options: dict[str, object] = {}
     if rule.window is not None:
-        options["window_size"] = (rule.window - 1, 0)
+        options["window_size"] = (rule.window - 1, 0 if rule.causal else rule.window - 1)
     if rule.softcap is not None:
         options["softcap"] = rule.softcap
     if rule.scale is not None:
@@ -293,7 +351,7 @@ def _flash_attn(
         cu_seqlens_k=bounds.keys,
         max_seqlen_q=bounds.most_queries,
         max_seqlen_k=bounds.most_keys,
-        causal=True,
+        causal=rule.causal,
         deterministic=torch.are_deterministic_algorithms_enabled(),
         **options,
     )
@@ -312,7 +370,9 @@ def _torch_varlen(
     # torch releases name the causal and the grouped-query options differently.
     known = inspect.signature(varlen_attn).parameters
     left = -1 if rule.window is None else rule.window - 1
-    options: dict[str, object] = {"window_size": (left, 0)} if "window_size" in known else {"is_causal": True}
+    options: dict[str, object] = {"is_causal": rule.causal}
+    if "window_size" in known:
+        options = {"window_size": (left, 0 if rule.causal else left)}
     if rule.scale is not None:
         options["scale"] = rule.scale
     if "enable_gqa" in known:
@@ -327,7 +387,7 @@ def packed_sdpa(boundaries: tuple[int, ...], drop: Drop | None = None) -> Attend
 
     No mask over the row, so the work is the sum of the squared lengths, not T^2. Runs on every device and dtype.
     """
-    return in_runs(boundaries, lambda length: True, partial(causal, drop=drop), _no_varlen)
+    return in_runs(boundaries, lambda length: True, partial(attend_within, drop=drop), _no_varlen)
 
 
 def _no_varlen(run: slice) -> Attend:
@@ -362,7 +422,7 @@ def in_runs(
     return attend
 
 
-def causal(
+def attend_within(
     rule: AttentionRule,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -371,16 +431,19 @@ def causal(
     drop: Drop | None = None,
 ) -> torch.Tensor:
     """Attention within each of `docs`; q [count * length, heads, head_dim], k, v [count * (before + length), ...]."""
-    reaches_all = (rule.window is None or docs.length <= rule.window) and not docs.before
+    reaches_all = rule.window is None or docs.length <= rule.window
+    if rule.causal:  # is_causal would align first query and first key
+        reaches_all = reaches_all and not docs.before
     if rule.softcap is not None or drop is not None or not reaches_all:
         return attend_in_blocks(rule, q, k, v, docs, drop)
-    q, k, v = (x.unflatten(0, (docs.count, docs.length)).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.unflatten(0, (docs.count, -1)).transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.is_cuda and q.dtype.itemsize > 2:  # grouped heads would take the kernel that stores all scores
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = False
-    with sdpa_kernel(WITHOUT_CUDNN) if q.is_cuda and docs.length % TILE else nullcontext():
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=rule.scale, enable_gqa=grouped)
+    tail = docs.length % TILE or docs.before % TILE
+    with sdpa_kernel(WITHOUT_CUDNN) if q.is_cuda and tail else nullcontext():
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=rule.causal, scale=rule.scale, enable_gqa=grouped)
     return mixed.transpose(1, 2).flatten(0, 1)
 
 
@@ -388,9 +451,11 @@ def kernel_problem(backend: AttentionBackend, config: ModelConfig, device: torch
     """What is wrong with the kernel for this model on this device; empty: nothing. It is compared with the reference in
     float32, forward and backward, by each rule of the model; with deterministic algorithms its gradients must repeat
     bit by bit."""
-    rules = dict.fromkeys(_tested(attention_rule(config, layer)) for layer in range(config.num_layers))
+    rules = [attention_rule(config, layer) for layer in range(config.num_blocks)]
+    if config.num_encoder_layers:
+        rules.append(across_rule(config, layer=0))
     try:
-        problems = (_difference(backend, rule, config, device) for rule in rules)
+        problems = (_difference(backend, rule, config, device) for rule in dict.fromkeys(map(_tested, rules)))
         return next((f"went wrong: {problem}" for problem in problems if problem), "")
     except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
         return f"went wrong: {type(error).__name__}: {str(error)[:300]}"
@@ -400,7 +465,7 @@ def _tested(rule: AttentionRule) -> AttentionRule:
     """`rule` with values that matter for scores around 1 in documents of LONG tokens: a kernel that does not know an
     option must not pass because it hardly changes anything."""
     window = None if rule.window is None else min(rule.window, LONG // 3)
-    return AttentionRule(0, window, None if rule.softcap is None else min(rule.softcap, 1.0), rule.scale)
+    return replace(rule, layer=0, window=window, softcap=None if rule.softcap is None else min(rule.softcap, 1.0))
 
 
 def _difference(backend: AttentionBackend, rule: AttentionRule, config: ModelConfig, device: torch.device) -> str:
@@ -411,11 +476,10 @@ def _difference(backend: AttentionBackend, rule: AttentionRule, config: ModelCon
         torch.randn(boundaries[-1], heads, config.head_size, generator=generator, device=device)
         for heads in (2 * groups, 2, 2, 2 * groups)
     ]
-    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
-    attend = partial(packed(backend, cu_seqlens, boundaries, max_seqlen=LONG), rule)
+    both = backend, AttentionBackend.SDPA
+    attend, reference = (partial(_tried(one, boundaries, device, rule), rule) for one in both)
     dtype = torch_dtype(config.dtype)
     found = with_gradients(attend, inputs, dtype)
-    reference = partial(packed_sdpa(boundaries), rule)
     expected = with_gradients(reference, [x.to(dtype).float() for x in inputs], torch.float32)
     pairs = zip(found, expected, strict=True)
     for error in [((ours.float() - right).norm() / right.norm()).item() for ours, right in pairs]:
@@ -426,6 +490,19 @@ def _difference(backend: AttentionBackend, rule: AttentionRule, config: ModelCon
             if not all(map(torch.equal, found, with_gradients(attend, inputs, dtype))):
                 return "with deterministic=True it gives other gradients each time"
     return ""
+
+
+def _tried(backend: AttentionBackend, boundaries: tuple[int, ...], device: torch.device, rule: AttentionRule) -> Attend:
+    """Attention within documents and, where a rule sees a whole document, the same plus attention of each document to
+    one of another length, as if of a source."""
+    ends = torch.tensor(boundaries, dtype=torch.int32, device=device)
+    inside = packed(backend, ends, boundaries, LONG)
+    if rule.causal or rule.window is not None:
+        return inside
+    others = tuple(boundaries[-1] - end for end in reversed(boundaries))
+    keys = Borders(torch.tensor(others, dtype=torch.int32, device=device), others, LONG)
+    across = packed_across(backend, Borders(ends, boundaries, LONG), keys)
+    return lambda *arguments: inside(*arguments) + across(*arguments)
 
 
 def with_gradients(

@@ -3,7 +3,12 @@
     z = h W^T + b              loss = log sum_v exp z_v - (1 - s) z_label - s/V sum_v z_v
     dh = dz W, dW = dz^T h     dz   = softmax(z) - (1 - s) [v = label] - s/V
 
-(s: label smoothing, V: vocabulary size.) A model may scale and cap its logits, and a run add a z-loss:
+(s: label smoothing, V: vocabulary size.) With a pad id p, which no label is, the target is t = 1 - s of the label, 0 of
+p and s / (V - 2) of each other id, as in the annotated transformer, and the loss its divergence KL(t | softmax z):
+
+    loss = log sum_v exp z_v - sum_v t_v z_v + sum_v t_v log t_v          dz = softmax(z) - t
+
+A model may scale and cap its logits, and a run add a z-loss:
 
     z <- a z, then c tanh(z / c)       dz <- a (1 - (z / c)^2) dz
     loss <- loss + k lse^2             dz <- dz + 2 k lse softmax(z)         lse = log sum_v exp z_v
@@ -16,6 +21,7 @@ through `TensorParallelContext.enter`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -62,6 +68,17 @@ class LossOptions:
     """False: all-gather the logits; then every rank computes the whole loss."""
     fused: Callable[..., tuple[torch.Tensor, ...]] | None = None
     """`losses_and_gradient`, compiled; used where gradients are needed. For a group of one rank."""
+    pad_id: int | None = None
+    """What smoothed targets leave out."""
+
+    def smoothed(self, vocab_size: int) -> tuple[float, float, float]:
+        """Of a smoothed target: (weight of the label's logit beside that of every id, weight of every id, entropy that
+        the loss leaves out)."""
+        s = self.label_smoothing
+        if self.pad_id is None:
+            return 1 - s, s / vocab_size, 0.0
+        of_each = s / (vocab_size - 2)
+        return 1 - s - of_each, of_each, -(1 - s) * math.log(1 - s) - (s * math.log(of_each) if s else 0)
 
 
 @dataclass(frozen=True)
@@ -185,6 +202,7 @@ def _chunk_losses(
     options, mine = terms.options, final_logits(logits, bias, terms.options)
     slope = _slope(mine, options) if terms.needs_grad else None
     group, smoothing = options.group, options.label_smoothing
+    of_label, of_each, entropy = options.smoothed(terms.vocab_size)
     if not options.parallel_output:
         logits, group = gather_last(logits, group), Group(group.name, (group.ranks[group.rank],), 0, None)
     local = labels - group.rank * logits.shape[1]
@@ -195,6 +213,11 @@ def _chunk_losses(
     all_reduce(peak, group, dist.ReduceOp.MAX).wait()
     target = torch.where(here, logits.gather(1, column).squeeze(1), 0)
     total = logits.sum(dim=1) if smoothing else torch.zeros_like(target)
+    pad = None if options.pad_id is None or not smoothing else options.pad_id - group.rank * logits.shape[1]
+    if pad is not None and 0 <= pad < logits.shape[1]:
+        total = total - logits[:, pad]
+    else:
+        pad = None  # its column is on another rank
     exponentials = logits.sub_(peak.unsqueeze(1)).exp_()
     sums = torch.stack((exponentials.sum(dim=1), target, total))
     all_reduce(sums, group).wait()
@@ -203,20 +226,22 @@ def _chunk_losses(
     keep = labels != IGNORE
     log_z = peak + sum_exp.log()
     token_loss = torch.where(keep, log_z - target, 0)
-    smoothed = log_z - (1 - smoothing) * target - smoothing / terms.vocab_size * total
-    train_loss = torch.where(keep, smoothed, 0)
+    smoothed = log_z - of_label * target - of_each * total
+    train_loss = torch.where(keep, smoothed - entropy if entropy else smoothed, 0)
     z_loss = [torch.where(keep, options.z_loss * log_z.square(), 0)] if options.z_loss else []
     if terms.needs_grad:
         scale = keep * terms.scale
         of_softmax = scale * (1 + 2 * options.z_loss * log_z) if options.z_loss else scale
         exponentials.mul_((of_softmax / sum_exp).unsqueeze(1))
-        of_label = ((smoothing - 1) * scale * here).unsqueeze(1)
+        label_grad = (-of_label * scale * here).unsqueeze(1)
         if torch.compiler.is_compiling():  # a scatter would write all logits to memory before it, and read them again
-            exponentials.add_(torch.where(torch.arange(logits.shape[1], device=logits.device) == column, of_label, 0))
+            exponentials.add_(torch.where(torch.arange(logits.shape[1], device=logits.device) == column, label_grad, 0))
         else:
-            exponentials.scatter_add_(1, column, of_label)
+            exponentials.scatter_add_(1, column, label_grad)
         if smoothing:
-            exponentials.sub_((scale * (smoothing / terms.vocab_size)).unsqueeze(1))
+            exponentials.sub_((scale * of_each).unsqueeze(1))
+        if pad is not None:
+            exponentials[:, pad] += scale * of_each
         if not options.parallel_output:
             mine.copy_(exponentials.chunk(options.group.size, dim=1)[options.group.rank])
         if slope is not None:

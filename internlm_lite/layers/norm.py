@@ -1,10 +1,12 @@
 """Normalisation of each token's features; `build_norm` chooses the model's norm.
 
-    RMSNorm     y = x / sqrt(mean(x^2) + eps) * w                    (arXiv:1910.07467)
-    LayerNorm   y = (x - mean(x)) / sqrt(var(x) + eps) * w + b       (arXiv:1607.06450)
+    RMSNorm          y = x / sqrt(mean(x^2) + eps) * w                   (arXiv:1910.07467)
+    LayerNorm        y = (x - mean(x)) / sqrt(var(x) + eps) * w + b      (arXiv:1607.06450)
+    SampleLayerNorm  y = (x - mean(x)) / (std(x) + eps) * w + b          (harvardnlp/annotated-transformer)
 
-With model.zero_centered_norm w is 1 + weight. Half precision is computed in float32 and rounded once, at the end, as
-the norms of OLMo 2 and Gemma are; those of Llama and Qwen in transformers round before they multiply by w, too.
+std is the sample's deviation, of d - 1 degrees of freedom. With model.zero_centered_norm w is 1 + weight. Half
+precision is computed in float32 and rounded once, at the end, as the norms of OLMo 2 and Gemma are; those of Llama and
+Qwen in transformers round before they multiply by w, too.
 
 On CUDA `F.rms_norm` is a fused kernel. On the CPU its backward pass is a chain of autograd nodes, so a hand-written
 gradient is used there: forward plus backward 3.6 times as fast at [2048, 256] fp32. Of LayerNorm torch has fused
@@ -95,6 +97,35 @@ class _LayerNorm(torch.autograd.Function):
         gain = _gain(weight, offset)
         gain = gain if x.is_cuda else gain.to(accumulation_dtype(x.dtype))
         return x.to(gain.dtype) if x.is_cuda else x, gain, None if bias is None else bias.to(gain.dtype)
+
+
+class _SampleLayerNorm(torch.autograd.Function):
+    """x [..., d], weight [d], bias [d] or None -> [..., d] in the dtype of x.
+
+    With n = (x - mean) / (std + eps), g = dy * w:  dx = (g - mean(g)) / (std + eps) - n * (g . n) / ((d - 1) std)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, offset: float, eps: float
+    ) -> torch.Tensor:
+        exact = x.to(accumulation_dtype(x.dtype))
+        std, mean = torch.std_mean(exact, dim=-1, keepdim=True)
+        ctx.save_for_backward(x, weight, bias, mean, std)
+        ctx.offset, ctx.eps = offset, eps
+        y = (exact - mean) / (std + eps) * _gain(weight, offset)
+        y = y if bias is None else y + bias
+        return y if y.dtype == x.dtype else y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight, bias, mean, std = ctx.saved_tensors
+        dy, w = grads[0].to(std.dtype), _gain(weight, ctx.offset).to(std.dtype)
+        n = (x - mean) / (std + ctx.eps)
+        g = dy * w
+        along = (g * n).sum(-1, keepdim=True) / ((x.shape[-1] - 1) * std.clamp_min(torch.finfo(std.dtype).tiny))
+        dx = ((g - g.mean(-1, keepdim=True)) / (std + ctx.eps)).addcmul_(n, along, value=-1)
+        dw, db = ((one.flatten(0, -2).sum(0)) for one in (dy * n, dy))
+        return dx.to(x.dtype), dw.to(weight.dtype), None if bias is None else db.to(bias.dtype), None, None
 
 
 class Norm(CostedLayer):
@@ -189,6 +220,28 @@ class LayerNorm(Norm):
         return self.tp_ctx.dtype
 
 
+class SampleLayerNorm(LayerNorm):
+    """SampleLayerNorm (see the module), as in the annotated transformer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else accumulating(self.bias)
+        y: torch.Tensor = _SampleLayerNorm.apply(x, accumulating(self.weight), bias, self.offset, self.eps)
+        return y
+
+    def passes(self, row: RowShape) -> list[Pass]:
+        """Unless compiled, single operations: deviation and mean; difference, quotient, product and sum."""
+        if "block" in row.fused:
+            return super().passes(row)
+        x = self.rows(row) * self.weight.numel() * accumulation_dtype(self.tp_ctx.dtype).itemsize
+        casts = 2 if self.tp_ctx.dtype.itemsize == 2 else 0
+        forward, backward = (
+            Pass("elementwise", 9 * x, 5 + casts),
+            Pass("elementwise", 27 * x, 14 + casts, backward=True),
+        )
+        again = replace(forward, backward=True, part="recomputation")
+        return [forward, backward, *[again] * (row.selective and self._own_heads is None)]
+
+
 class FullRMSNorm(RMSNorm):
     """A weight for the features of all heads, in the order of the heads (that of transformers); tensor-parallel ranks
     have those of their own heads. The function `full_norms` applies it."""
@@ -266,7 +319,7 @@ def _by_token(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return values.view(-1, *[1] * (x.dim() - 1))
 
 
-NORMS: dict[str, type[Norm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+NORMS: dict[str, type[Norm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm, "sample_layernorm": SampleLayerNorm}
 """model.norm_type -> class."""
 
 

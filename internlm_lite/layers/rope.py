@@ -78,7 +78,8 @@ def document_lengths(positions: torch.Tensor) -> torch.Tensor:
 
 def rotation_of(config: ModelConfig, layer: int) -> Rotation | None:
     """What rotates queries and keys of layer number `layer` of the model; None: nothing."""
-    if config.position != "rope" or (config.no_rope_every and (layer + 1) % config.no_rope_every == 0):
+    every = config.no_rope_every
+    if config.position != "rope" or (every and (config.on_its_side(layer) + 1) % every == 0):
         return None
     return "local" if config.rope_local_base is not None and config.is_sliding(layer) else "scaled"
 

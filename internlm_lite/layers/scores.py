@@ -37,22 +37,32 @@ class AttentionRule:
     layer: int = 0
     """Number in the whole model."""
     window: int | None = None
-    """A query sees so many tokens: its own and those before it."""
+    """A query sees so many tokens: its own and those before it; unless causal, as many behind it, too."""
     softcap: float | None = None
     """c: a score s becomes c * tanh(s / c)."""
     scale: float | None = None
     """Of q k^T; None: head_dim ** -0.5."""
+    causal: bool = True
+    """A query sees no token behind its own."""
 
 
 def attention_rule(config: ModelConfig, layer: int) -> AttentionRule:
     """The rule of layer number `layer` of the model."""
-    return AttentionRule(layer, config.window(layer), config.attention_softcap, config.attention_scale)
+    causal, cap, scale = not config.in_encoder(layer), config.attention_softcap, config.attention_scale
+    return AttentionRule(layer, config.window(layer), cap, scale, causal)
+
+
+def across_rule(config: ModelConfig, layer: int) -> AttentionRule:
+    """The rule by which layer number `layer`, of the decoder, looks at its source: at all of it."""
+    return AttentionRule(layer, None, config.attention_softcap, config.attention_scale, causal=False)
 
 
 def in_sight(rule: AttentionRule, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Whether a query at one position sees the key at another of its document; the two broadcast."""
-    seen = keys <= queries
-    return seen if rule.window is None else seen & (queries - keys < rule.window)
+    distance = queries - keys
+    if not rule.causal:
+        return distance.abs() < (math.inf if rule.window is None else rule.window)
+    return distance >= 0 if rule.window is None else (distance >= 0) & (distance < rule.window)
 
 
 def capped_scores(rule: AttentionRule, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -92,7 +102,8 @@ class EqualDocuments:
     start: int
     """The first token's number in the row."""
     before: int = 0
-    """Of one document: keys in front of the first token, which it sees, too. With a window not more than it reaches."""
+    """How many keys more than queries each document has. Of causal attention: of one document, keys in front of the
+    first token, which it sees, too; with a window not more than it reaches."""
 
 
 def attend_in_blocks(
@@ -117,13 +128,15 @@ class _Blocks:
 
     def __call__(self, heads: int) -> Iterator[tuple[slice, slice]]:
         """(queries, keys in their reach) of each block; numbers among those of a document."""
-        length, before = self.docs.length, self.docs.before
-        window = self.rule.window or before + length
-        n = _AT_ONCE // (self.docs.count * heads * min(before + length, 2 * window))
-        n = min(max(n, _FEWEST), max(window, _FEWEST))
+        length, before, window = self.docs.length, self.docs.before, self.rule.window
+        keys = before + length
+        n = max(_AT_ONCE // (self.docs.count * heads * min(keys, 2 * (window or keys))), _FEWEST)
+        n = n if window is None else min(n, max(window, _FEWEST))
         for start in range(0, length, n):
             stop = min(start + n, length)
-            yield slice(start, stop), slice(max(0, before + start - window + 1), before + stop)
+            first = 0 if window is None else max(0, before + start - window + 1)
+            last = keys if window is None else min(keys, before + stop + window - 1)
+            yield slice(start, stop), slice(first, before + stop if self.rule.causal else last)
 
     def mix(self, block: tuple[slice, slice], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """The values of one block: q [count, Hkv, g, n, D], k, v [count, Hkv, 1, m, D] -> as q."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import torch
 
@@ -51,6 +52,8 @@ class TensorParallelContext:
     """Of parameters when they are made; False with ZeRO stage 3, where they never are all in memory."""
     offload: HostOffload | None = None
     """Moves what blocks keep to the host. None: it stays."""
+    source_share: Fraction = Fraction(1)
+    """Source tokens for each target token of a row, of an encoder-decoder: for costs alone."""
 
     def parameter(self, layout: ShardSpec, dtype: torch.dtype | None = None) -> Parameter:
         """An uninitialised parameter of a layer of this rank; `dtype` None: the model's."""

@@ -126,7 +126,7 @@ class Parameter(nn.Parameter):
 
     shard_spec: ShardSpec  # not named `layout`: torch.Tensor has an attribute of that name
     grads_per_microbatch: int = 1
-    """Gradient accumulations per micro-batch: 2 for a weight of embedding and head, else 1."""
+    """Gradient accumulations per micro-batch: one for each embedding and head that share it."""
     looked_up: bool = False
     """Whether rows of it are looked up, as of an embedding; also for the copy of one that a tied head multiplies by."""
     matrix_rows: tuple[int, ...] | None = None

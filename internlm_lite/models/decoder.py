@@ -1,22 +1,29 @@
-"""The decoder-only Transformer. One class serves every mesh and every contiguous range of layers.
+"""The Transformer: a decoder, or an encoder and a decoder. One class serves every mesh and every contiguous range of
+layers.
 
     tokens [T] -> tok_embeddings -> Block 0 .. L-1 -> norm -> output -> losses [T]
+    source [S] -> source_embeddings -> EncoderBlock 0 .. E-1 -> encoder_norm -> memory, which Block E .. E+L-1 attend to
 
     pre         x + attention(norm(x));        x + ffn(norm(x))           and a norm before the head
     post        norm(x + attention(x));        norm(x + ffn(x))           and no norm before the head
     reordered   x + norm(attention(x));        x + norm(ffn(x))           and a norm before the head
     sandwich    x + norm(attention(norm(x)));  x + norm(ffn(norm(x)))     and a norm before the head
 
+Beside a source there is a third sub-layer between these two, of the same form: attention to the memory.
+
 Inputs are rows of T packed tokens without a batch dimension; `attend` masks other documents. With sequence parallelism
-the hidden state between blocks is [T / tp, hidden], else [T, hidden] (layers/tensor_parallel.py).
+the hidden state between blocks is [T / tp, hidden], else [T, hidden] (layers/tensor_parallel.py). Beside a source row
+stages send [S + T, hidden], the source's part first: the first stage has both embeddings, so tied weights are on the
+first and the last rank alone, and the memory travels with the decoder's hidden state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -27,6 +34,7 @@ from internlm_lite.errors import ConfigError
 from internlm_lite.layers.attention import Attention
 from internlm_lite.layers.compiled import compiled_in_training, is_wanted
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, Pass, RowShape, add_bytes
+from internlm_lite.layers.cross_attention import CrossAttention, Memory
 from internlm_lite.layers.dropout import Dropout, Site, dropped_weights
 from internlm_lite.layers.embedding import Embedding
 from internlm_lite.layers.flash import Attend, AttentionBackend
@@ -39,6 +47,7 @@ from internlm_lite.layers.products import Products
 from internlm_lite.layers.recompute import Recipe, with_recipe
 from internlm_lite.layers.rope import Rotary, Rotations, rotation_of
 from internlm_lite.layers.scores import Drop
+from internlm_lite.layers.source_side import OnSource, SourceEmbedding, SourceNorm
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.layers.weight_grads import WeightGrads
 from internlm_lite.mesh.layout import Parameter
@@ -62,6 +71,30 @@ class StageSpec:
     """("ends",) when a tied weight has two copies, because embedding and head are on different pipeline ranks."""
 
 
+@dataclass(frozen=True)
+class SourceRow:
+    """The source row of a micro-batch, and how tokens look at it."""
+
+    tokens: torch.Tensor
+    """[S] int64; read on the first stage alone."""
+    positions: torch.Tensor
+    """[S] int64."""
+    attend: Attend
+    """Of source tokens to each other."""
+    attend_across: Attend
+    """Of target tokens to source tokens."""
+    token_keys: torch.Tensor | None = None
+    """[2, S], for dropout; None: nothing is dropped."""
+
+
+class _Behind(NamedTuple):
+    """What stands between the output of attention and the hidden state."""
+
+    norm: Norm
+    post_norm: Norm | None
+    dropout: Dropout
+
+
 class Block(CostedLayer):
     """x -> same shape, both outside split layers. `recompute`: save only x, and run again in the backward pass.
 
@@ -80,24 +113,32 @@ class Block(CostedLayer):
         self.recompute = layer < config.recomputed_layers
         self.offload = layer < config.offloaded_layers
         self.rotation = rotation_of(config, layer)
-        name = f"layers.{layer}"
+        name = f"{'encoder.' * config.in_encoder(layer)}layers.{config.on_its_side(layer)}"
         self.attention_norm = build_norm(f"{name}.attention_norm", config, tp_ctx)
         self.attention = Attention(f"{name}.attention", layer, config, tp_ctx)
+        self.cross_attention_norm: Norm | None = None
+        self.cross_attention: CrossAttention | None = None
+        if config.num_encoder_layers and not config.in_encoder(layer):
+            self.cross_attention_norm = build_norm(f"{name}.cross_attention_norm", config, tp_ctx)
+            self.cross_attention = CrossAttention(f"{name}.cross_attention", layer, config, tp_ctx)
         self.ffn_norm = build_norm(f"{name}.ffn_norm", config, tp_ctx)
-        self.feed_forward = FeedForward(f"{name}.feed_forward", config, tp_ctx)
+        self.feed_forward = FeedForward(f"{name}.feed_forward", layer, config, tp_ctx)
         self.attention_post_norm: Norm | None = None
+        self.cross_attention_post_norm: Norm | None = None
         self.ffn_post_norm: Norm | None = None
         if self.norms_at == "sandwich":
             self.attention_post_norm = build_norm(f"{name}.attention_post_norm", config, tp_ctx)
+            if self.cross_attention is not None:
+                self.cross_attention_post_norm = build_norm(f"{name}.cross_attention_post_norm", config, tp_ctx)
             self.ffn_post_norm = build_norm(f"{name}.ffn_post_norm", config, tp_ctx)
-        self.attention_dropout, self.ffn_dropout = (
-            Dropout(config.residual_dropout, layer, site, config.hidden_size, tp_ctx)
-            for site in (Site.ATTENTION_OUTPUT, Site.FEED_FORWARD)
-        )
+        dropout = partial(Dropout, config.residual_dropout, layer, hidden_size=config.hidden_size, tp_ctx=tp_ctx)
+        self.attention_dropout, self.ffn_dropout = (dropout(s) for s in (Site.ATTENTION_OUTPUT, Site.FEED_FORWARD))
+        self.cross_attention_dropout = None if self.cross_attention is None else dropout(Site.CROSS_OUTPUT)
         whole = tp_ctx.compiled and tp_ctx.group.size == 1 and not tp_ctx.weight_grads.deferred
         if whole:
             self._require_manual_grads()
         self._before = compiled_in_training(Block._before_attention, wanted=whole)
+        self._between = compiled_in_training(Block._between_attentions, wanted=whole)
         self._after = compiled_in_training(Block._after_attention, wanted=whole)
 
     def _require_manual_grads(self) -> None:
@@ -111,23 +152,40 @@ class Block(CostedLayer):
                 )
 
     def forward(
-        self, x: torch.Tensor, rotary: Rotary | None, attend: Attend, token_keys: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        rotary: Rotary | None,
+        attend: Attend,
+        token_keys: torch.Tensor | None = None,
+        memory: Memory | None = None,
     ) -> torch.Tensor:
-        """`token_keys`: of the tokens of x, for dropout."""
+        """`token_keys`: of all tokens of the row, for dropout. `memory`: for cross-attention, if the block has it."""
+        inputs = x, rotary, attend, token_keys, memory
         # Checkpointing inside `forward`: forward hooks run once per step, and not again in the recomputation.
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._run, x, rotary, attend, token_keys, use_reentrant=False, preserve_rng_state=False)
+            return cast(torch.Tensor, checkpoint(self._run, *inputs, use_reentrant=False, preserve_rng_state=False))
         if self.tp_ctx.offload is not None and torch.is_grad_enabled():
             shared = [] if rotary is None else rotary.tables()  # by all blocks
+            shared += [] if memory is None else [memory.hidden]
             shared += [*self.parameters(), *([] if token_keys is None else [token_keys])]
             with self.tp_ctx.offload.block(self.attention.layer, shared, moves=self.offload):
-                return self._run(x, rotary, attend, token_keys)
-        return self._run(x, rotary, attend, token_keys)
+                return self._run(*inputs)
+        return self._run(*inputs)
 
     def _run(
-        self, x: torch.Tensor, rotary: Rotary | None, attend: Attend, token_keys: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        rotary: Rotary | None,
+        attend: Attend,
+        token_keys: torch.Tensor | None,
+        memory: Memory | None,
     ) -> torch.Tensor:
-        return self._after(self, x, attend(self.attention.rule, *self._before(self, x, rotary)), token_keys)
+        mixed = attend(self.attention.rule, *self._before(self, x, rotary))
+        if self.cross_attention is not None:
+            assert memory is not None, "a decoder beside an encoder reads a source"
+            x, *qkv = self._between(self, x, mixed, memory.hidden, token_keys)
+            mixed = memory.attend(self.cross_attention.rule, *qkv)
+        return self._after(self, x, mixed, token_keys)
 
     def _before_attention(
         self, x: torch.Tensor, rotary: Rotary | None
@@ -137,30 +195,51 @@ class Block(CostedLayer):
         normed, recipe = with_recipe(self.attention_norm, x, wanted=self.tp_ctx.selective)
         return self.attention.project(normed, rotary, recipe)
 
+    def _between_attentions(
+        self, x: torch.Tensor, mixed: torch.Tensor, memory: torch.Tensor, token_keys: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """(x after attention, queries, keys and values of cross-attention)"""
+        assert self.cross_attention is not None and self.cross_attention_norm is not None
+        attention, behind = self._attentions()[0]
+        x, entering, recipe = self._into_next(x, attention.output(mixed), token_keys, behind, self.cross_attention_norm)
+        return x, self.cross_attention.queries(entering, recipe), *self.cross_attention.keys_values(memory)
+
     def _after_attention(self, x: torch.Tensor, mixed: torch.Tensor, token_keys: torch.Tensor | None) -> torch.Tensor:
-        x, entering, recipe = self._into_feed_forward(x, self.attention.output(mixed), token_keys)
-        y = self._normed(self.feed_forward(entering, recipe), self.ffn_norm, self.ffn_post_norm)
+        attention, behind = self._attentions()[-1]
+        x, entering, recipe = self._into_next(x, attention.output(mixed), token_keys, behind, self.ffn_norm)
+        y = self._normed(self.feed_forward(entering, recipe, token_keys), self.ffn_norm, self.ffn_post_norm)
         x = x + self.ffn_dropout(y, token_keys)
         return self.ffn_norm(x) if self.norms_at == "post" else x
 
-    def _into_feed_forward(
-        self, x: torch.Tensor, y: torch.Tensor, token_keys: torch.Tensor | None
+    def _attentions(self) -> list[tuple[Attention | CrossAttention, _Behind]]:
+        """In the order in which they run."""
+        norms = self.attention_norm, self.attention_post_norm
+        found: list[tuple[Attention | CrossAttention, _Behind]]
+        found = [(self.attention, _Behind(*norms, self.attention_dropout))]
+        if self.cross_attention is not None:
+            assert self.cross_attention_norm is not None and self.cross_attention_dropout is not None
+            cross_norms = self.cross_attention_norm, self.cross_attention_post_norm
+            found.append((self.cross_attention, _Behind(*cross_norms, self.cross_attention_dropout)))
+        return found
+
+    def _into_next(
+        self, x: torch.Tensor, y: torch.Tensor, token_keys: torch.Tensor | None, behind: _Behind, following: Norm
     ) -> tuple[torch.Tensor, torch.Tensor, Recipe | None]:
-        """x and attention's output -> (their sum, the input of the feed-forward part, its recipe)."""
+        """x and the output of attention -> (their sum, the input of the next sub-layer, whose norm is `following`, its
+        recipe)."""
         wanted = self.tp_ctx.selective
-        add = partial(self._add_attention, token_keys)
+        add = partial(self._add, behind, token_keys)
         if self.norms_at == "reordered":  # the norm keeps y, so the sum need not be kept
             x, recipe = with_recipe(add, x, y, wanted=wanted)
             return x, x, recipe
         x = add(x, y)
         if self.norms_at == "post":
-            x, recipe = with_recipe(self.attention_norm, x, wanted=wanted)
+            x, recipe = with_recipe(behind.norm, x, wanted=wanted)
             return x, x, recipe
-        return x, *with_recipe(self.ffn_norm, x, wanted=wanted)
+        return x, *with_recipe(following, x, wanted=wanted)
 
-    def _add_attention(self, token_keys: torch.Tensor | None, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        y = self._normed(y, self.attention_norm, self.attention_post_norm)
-        return x + self.attention_dropout(y, token_keys)
+    def _add(self, behind: _Behind, token_keys: torch.Tensor | None, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + behind.dropout(self._normed(y, behind.norm, behind.post_norm), token_keys)
 
     def _normed(self, y: torch.Tensor, norm: Norm, post_norm: Norm | None) -> torch.Tensor:
         """What is added to the hidden state of the output of a sub-layer with these norms."""
@@ -178,7 +257,7 @@ class Block(CostedLayer):
         # The first layer counts the block's input, too; it moves to "layer inputs", which recomputed blocks also have.
         kept = add_bytes({"layer inputs": layer_input}, super().saved_bytes(row), {"norm inputs": -layer_input})
         if row.selective:  # outputs of norms, and their sums, are made again
-            kept["projection inputs"] -= layer_input * (2 if self.norms_inputs else 1)
+            kept["projection inputs"] -= layer_input * (len(self._attentions()) + self.norms_inputs)
         return kept
 
     def host_bytes(self, row: RowShape) -> int:
@@ -191,13 +270,14 @@ class Block(CostedLayer):
         return [m if m.backward else replace(m, times=twice * m.times) for m in super().messages(row)]
 
     def passes(self, row: RowShape) -> list[Pass]:
-        """Two additions to the hidden state and two of its gradients; a compiled block joins one of each to a norm."""
-        x = self.tp_ctx.hidden_bytes(row.tokens, self.hidden_size)
+        """An addition to the hidden state after each sub-layer and one of its gradients; a compiled block joins all of
+        them but one to a norm."""
+        x, inner = self.tp_ctx.hidden_bytes(row.tokens, self.hidden_size), len(self._attentions())
         if "block" in row.fused:
-            adds = [Pass("fused", 5 * x), Pass("fused", x, 0, backward=True)]
+            adds = [Pass("fused", (3 + 2 * inner) * x), Pass("fused", inner * x, 0, backward=True)]
             adds.append(Pass("elementwise", 3 * x, backward=True))
         else:
-            adds = [Pass("elementwise", 6 * x, 2), Pass("elementwise", 6 * x, 2, backward=True)]
+            adds = [Pass("elementwise", 3 * (1 + inner) * x, 1 + inner, backward=back) for back in (False, True)]
         return super().passes(row) + adds
 
     def workspace_bytes(self, row: RowShape) -> int:
@@ -206,6 +286,17 @@ class Block(CostedLayer):
         kept, kept_anyway = (sum(self.saved_bytes(row, recompute=flag).values()) for flag in (False, True))
         first = max(self.feed_forward.workspace_bytes(row), self.ffn_dropout.workspace_bytes(row))
         return first + gradients + (kept - kept_anyway) * self.recompute
+
+
+class EncoderBlock(OnSource, Block):
+    """A block of an encoder."""
+
+    def saved_bytes(self, row: RowShape, *, recompute: bool | None = None) -> Bytes:
+        return Block.saved_bytes(self, row.of_source, recompute=recompute)
+
+
+class SourceDropout(OnSource, Dropout):
+    """Of the encoder's embedding."""
 
 
 class Transformer(CostedLayer):
@@ -229,18 +320,39 @@ class Transformer(CostedLayer):
         self.embedding_dropout = None
         if spec.first and config.embedding_dropout:
             self.embedding_dropout = Dropout(config.embedding_dropout, 0, Site.EMBEDDING, config.hidden_size, tp_ctx)
+        self._add_encoder(config, tp_ctx, spec)
         self.set_rope_base(config.rope_base)
-        self.layers = nn.ModuleDict({str(n): Block(config, n, tp_ctx) for n in spec.layers})
+        decoder = [n for n in spec.layers if not config.in_encoder(n)]
+        self.layers = nn.ModuleDict({str(config.on_its_side(n)): Block(config, n, tp_ctx) for n in decoder})
         has_norm = spec.last and config.norms_at != "post"
         self.norm = build_norm("norm", config, tp_ctx) if has_norm else None
         if config.tie_word_embeddings and self.tok_embeddings is not None:
             tied = self.tok_embeddings.weight
         self.output = Head(config, loss, tp_ctx, tied, spec.tied_over) if spec.last else None
 
+    def _add_encoder(self, config: ModelConfig, tp_ctx: TensorParallelContext, spec: StageSpec) -> None:
+        """The encoder's part of this stage."""
+        self.source_embeddings: SourceEmbedding | None = None
+        self.source_dropout: SourceDropout | None = None
+        self.encoder_norm: SourceNorm | None = None
+        numbers = [n for n in spec.layers if config.in_encoder(n)]
+        self.encoder = nn.ModuleDict({str(n): EncoderBlock(config, n, tp_ctx) for n in numbers})
+        if not config.num_encoder_layers:
+            return
+        if self.tok_embeddings is not None:
+            shared = self.tok_embeddings.weight if config.tie_source_embeddings else None
+            self.source_embeddings = SourceEmbedding("source_embeddings", config, tp_ctx, tied=shared)
+            if config.embedding_dropout:
+                p, site = config.embedding_dropout, Site.SOURCE_EMBEDDING
+                self.source_dropout = SourceDropout(p, 0, site, config.hidden_size, tp_ctx)
+        if config.num_encoder_layers - 1 in numbers and config.norms_at != "post":
+            self.encoder_norm = SourceNorm("encoder.norm", config, tp_ctx)
+
     def set_rope_base(self, base: float) -> None:
         """Rotate by this base from now on, as a model built with it; everything that depends on it is made anew."""
-        self.config = self.config.model_copy(update={"rope_base": base})
-        self._rotations = Rotations(self.config, self.spec.layers, self.tp_ctx.device)
+        self.config = config = self.config.model_copy(update={"rope_base": base})
+        sides = ([n for n in self.spec.layers if config.in_encoder(n) == flag] for flag in (False, True))
+        self._rotations, self._source_rotations = (Rotations(config, side, self.tp_ctx.device) for side in sides)
 
     @property
     def rotates_by_length(self) -> bool:
@@ -248,25 +360,33 @@ class Transformer(CostedLayer):
         return self._rotations.by_length
 
     def hidden_bytes(self, row: RowShape) -> int:
-        """Bytes of the hidden state that one stage sends to the next."""
-        return self.tp_ctx.hidden_bytes(row.tokens, self.config.hidden_size)
+        """Bytes of the hidden state that one stage sends to the next, that of the source beside it."""
+        return sum(self.tp_ctx.hidden_bytes(n, self.config.hidden_size) for n in (row.tokens, row.source_tokens))
 
     def blocks(self) -> list[Block]:
-        """The blocks of this stage, in order."""
+        """The blocks of this stage, in order: first those of the encoder."""
+        return [*self.encoder_blocks(), *self.decoder_blocks()]
+
+    def encoder_blocks(self) -> list[EncoderBlock]:
+        return [block for block in self.encoder.values() if isinstance(block, EncoderBlock)]
+
+    def decoder_blocks(self) -> list[Block]:
         return [block for block in self.layers.values() if isinstance(block, Block)]
 
     def units(self) -> Iterator[CostedLayer]:
         """The modules in forward order, each called once per forward pass; they partition the parameters."""
-        for module in (self.tok_embeddings, self.embedding_dropout, *self.blocks(), self.norm, self.output):
+        encoder = self.source_embeddings, self.source_dropout, *self.encoder_blocks(), self.encoder_norm
+        decoder = self.tok_embeddings, self.embedding_dropout, *self.decoder_blocks(), self.norm, self.output
+        for module in (*encoder, *decoder):
             if module is not None:
                 yield module
 
-    def weight_drop(self, token_keys: torch.Tensor | None) -> Drop | None:
-        """What drops attention weights of a row whose tokens have these keys; None: nothing."""
+    def weight_drop(self, token_keys: torch.Tensor | None, site: Site = Site.ATTENTION_WEIGHTS) -> Drop | None:
+        """What drops attention weights of a row whose queries have these keys; None: nothing."""
         p, group = self.config.attention_dropout, self.tp_ctx.group
         if token_keys is None or not p:
             return None
-        return dropped_weights(p, token_keys, group.rank * self.config.num_attention_heads // group.size)
+        return dropped_weights(p, token_keys, group.rank * self.config.num_attention_heads // group.size, site)
 
     def hidden(
         self,
@@ -275,21 +395,40 @@ class Transformer(CostedLayer):
         attend: Attend,
         lengths: torch.Tensor | None = None,
         token_keys: torch.Tensor | None = None,
+        source: SourceRow | None = None,
     ) -> torch.Tensor:
         """The hidden state after this stage's layers and, on the last stage, the final norm.
 
         `tokens`: [T] int64 on the first stage, else the hidden state of the previous stage. `positions`: [T] int64.
-        `lengths`: see `Rotary`. `token_keys` [2, T]: of layers/dropout.py; None: nothing is dropped here.
+        `lengths`: see `Rotary`. `token_keys` [2, T]: of layers/dropout.py; None: nothing is dropped here. `source`: of
+        an encoder-decoder, whose stages hand on the hidden states of both sides.
         """
+        memory = None
+        if source is not None:
+            tokens, memory = self._encoded(tokens, source)
         x = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens, positions)
-        if token_keys is not None:
-            token_keys = self.tp_ctx.own_tokens(token_keys, 1)
         if self.embedding_dropout is not None:
             x = self.embedding_dropout(x, token_keys)
         rotaries = self._rotations.at(positions, x.dtype, lengths)
-        for block in self.blocks():
-            x = block(x, rotaries[block.rotation], attend, token_keys)
+        for block in self.decoder_blocks():
+            x = block(x, rotaries[block.rotation], attend, token_keys, memory)
+        if memory is not None and not self.spec.last:
+            return torch.cat((memory.hidden, x))
         return x if self.norm is None else self.norm(x)
+
+    def _encoded(self, tokens: torch.Tensor, source: SourceRow) -> tuple[torch.Tensor, Memory]:
+        """(what `hidden` is given of the target side, the source after this stage's layers)"""
+        if self.source_embeddings is not None:
+            x = self.source_embeddings(source.tokens, source.positions)
+        else:
+            rows = self.tp_ctx.rows(len(source.positions))
+            x, tokens = tokens.split([rows, len(tokens) - rows])
+        if self.source_dropout is not None:
+            x = self.source_dropout(x, source.token_keys)
+        rotaries = self._source_rotations.at(source.positions, x.dtype)
+        for block in self.encoder_blocks():
+            x = block(x, rotaries[block.rotation], source.attend, source.token_keys)
+        return tokens, Memory(x if self.encoder_norm is None else self.encoder_norm(x), source.attend_across)
 
     def losses(self, hidden: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> TokenLosses:
         """Losses from the output of `hidden` on the last stage; labels [T] int64 or IGNORE.
@@ -313,8 +452,17 @@ class Transformer(CostedLayer):
 
         parts = self._of_blocks(lambda block: block.saved_bytes(row, recompute=flag(block)), row, flag)
         parts.append(self._rotations.saved_bytes(row, self.tp_ctx.dtype))
-        parts += [unit.saved_bytes(row) for unit in (self.tok_embeddings, self.output, self.norm) if unit is not None]
+        parts.append(self._source_rotations.saved_bytes(row.of_source, self.tp_ctx.dtype))
+        if self.config.num_encoder_layers - 1 in self.spec.layers and self.decoder_blocks():
+            parts.append({"encoder output": self.tp_ctx.hidden_bytes(row.source_tokens, self.config.hidden_size)})
+        others = self.source_embeddings, self.encoder_norm, self.tok_embeddings, self.output, self.norm
+        parts += [unit.saved_bytes(row) for unit in others if unit is not None]
         return add_bytes(*parts)
+
+    def input_bytes(self, row: RowShape) -> int:
+        """Of what a previous stage has sent, the bytes that this stage's blocks take."""
+        sides = (row.source_tokens, self.encoder_blocks()), (row.tokens, self.decoder_blocks())
+        return sum(self.tp_ctx.hidden_bytes(n, self.config.hidden_size) for n, blocks in sides if blocks)
 
     def host_bytes(self, row: RowShape) -> int:
         """Of one micro-batch, see `Block`."""
@@ -359,19 +507,31 @@ class Transformer(CostedLayer):
 
 
 def build_model(
-    config: ModelConfig, loss: LossConfig, mesh: Mesh, backend: AttentionBackend, *, by_sequence: bool = False
+    config: ModelConfig,
+    loss: LossConfig,
+    mesh: Mesh,
+    backend: AttentionBackend,
+    *,
+    by_sequence: bool = False,
+    source_share: Fraction = Fraction(1),
 ) -> Transformer:
     """All layers as one stage, uninitialised, on `mesh.device`; models/stages.py builds pipeline stages.
 
     `by_sequence`: sequence parallelism. Raises ConfigError when a shape is not divisible over `mesh.tp`.
     """
-    spec = StageSpec(range(config.num_layers), first=True, last=True)
-    tp_ctx = tensor_parallel_context(config, mesh, by_sequence=by_sequence)
+    spec = StageSpec(range(config.num_blocks), first=True, last=True)
+    tp_ctx = tensor_parallel_context(config, mesh, by_sequence=by_sequence, source_share=source_share)
     return Transformer(config, loss, tp_ctx, backend, spec)
 
 
 def tensor_parallel_context(
-    config: ModelConfig, mesh: Mesh, *, by_sequence: bool, defer_weight_grads: bool = False, allocated: bool = True
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    by_sequence: bool,
+    defer_weight_grads: bool = False,
+    allocated: bool = True,
+    source_share: Fraction = Fraction(1),
 ) -> TensorParallelContext:
     """The context of all layers of this rank. Raises ConfigError when a tied weight is split along hidden over tp."""
     if config.tie_word_embeddings and config.embed_split_hidden and mesh.tp.size > 1:
@@ -391,4 +551,5 @@ def tensor_parallel_context(
         selective=config.recomputes_cheap,
         offload=HostOffload(mesh.device) if config.offloaded_layers else None,
         allocated=allocated,
+        source_share=source_share,
     )

@@ -52,6 +52,7 @@ class Head(CostedLayer):
             config.logit_softcap,
             config.parallel_output,
             fused,
+            loss.pad_id,
         )
         self.borrowed = () if tied is None else (tied,)
         """Parameters that another unit registers: a tied weight, which the tuple hides from nn.Module here."""
@@ -63,7 +64,7 @@ class Head(CostedLayer):
             self.weight.manual_grad = self.weight.deferred_grad = True
             self.weight.looked_up = config.tie_word_embeddings
         else:
-            tied.grads_per_microbatch = 2
+            tied.grads_per_microbatch += 1
         self.bias: Parameter | None = None
         if config.head_bias:
             layout = split("output.bias", (config.vocab_size,), 0, tp_ctx.group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from itertools import accumulate
 
 import torch
@@ -12,7 +13,14 @@ from internlm_lite.config.schema import Config, LossConfig, ModelConfig
 from internlm_lite.layers.flash import Attend, AttentionBackend
 from internlm_lite.mesh.comm import broadcast
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
-from internlm_lite.models.decoder import Block, StageSpec, Transformer, build_model, tensor_parallel_context
+from internlm_lite.models.decoder import (
+    Block,
+    EncoderBlock,
+    StageSpec,
+    Transformer,
+    build_model,
+    tensor_parallel_context,
+)
 from internlm_lite.pipeline.split import rank_to_stages, split_layers, stage_to_rank
 
 Stages = dict[int, Transformer]
@@ -29,6 +37,7 @@ def build_stages(config: Config, mesh: Mesh, backend: AttentionBackend) -> Stage
         by_sequence=config.parallel.sequence_parallel,
         defer_weight_grads=schedule == "zbv",
         allocated=config.parallel.zero_stage < 3,
+        source_share=config.source_share,
     )
     last = len(layers) - 1
     ends_on_one_rank = mesh.pp.size == 1 or schedule == "zbv"
@@ -45,27 +54,34 @@ def build_stages(config: Config, mesh: Mesh, backend: AttentionBackend) -> Stage
 def layers_of_stages(config: Config) -> list[range]:
     """The layer numbers of every stage of the pipeline, balanced by floating-point operations."""
     model, seq_len = config.model, config.data.seq_len
-    sample = meta_model(model.model_copy(update={"num_layers": 1}))
+    sample = meta_model(model.model_copy(update={"num_layers": 1}), config.source_share)
     assert sample.tok_embeddings is not None and sample.output is not None
-    layers = range(model.num_layers)
-    kinds = {model.window(layer): layer for layer in layers}
-    costs = {kind: Block(model, layer, sample.tp_ctx).flops_per_token(seq_len) for kind, layer in kinds.items()}
+    layers = range(model.num_blocks)
+    kinds = {(model.in_encoder(layer), model.window(layer)): layer for layer in layers}
+    classes = {True: EncoderBlock, False: Block}
+    costs = {
+        kind: classes[kind[0]](model, layer, sample.tp_ctx).flops_per_token(seq_len) for kind, layer in kinds.items()
+    }
+    embeddings = [one for one in (sample.source_embeddings, sample.tok_embeddings) if one is not None]
     return split_layers(
-        [costs[model.window(layer)] for layer in layers],
+        [costs[model.in_encoder(layer), model.window(layer)] for layer in layers],
         _stage_ranks(config),
-        embedding=sample.tok_embeddings.lookup_ops_per_token(),
+        embedding=sum(one.lookup_ops_per_token() for one in embeddings),
         head=sample.output.flops_per_token(seq_len),
     )
 
 
-def meta_model(config: ModelConfig) -> Transformer:
-    """The unsplit model on the meta device, which allocates no memory: to compute costs."""
-    return build_model(config, LossConfig(), single_process_mesh(torch.device("meta")), AttentionBackend.SDPA)
+def meta_model(config: ModelConfig, share: Fraction = Fraction(1)) -> Transformer:
+    """The unsplit model on the meta device, which allocates no memory: to compute costs. `share`: of `Config`, its
+    source_share."""
+    mesh = single_process_mesh(torch.device("meta"))
+    return build_model(config, LossConfig(), mesh, AttentionBackend.SDPA, source_share=share)
 
 
-def model_flops_per_token(config: ModelConfig, seq_len: int) -> int:
-    """Forward and backward FLOPs of the matrix products per token, without recomputation: the numerator of MFU."""
-    return 3 * meta_model(config).flops_per_token(seq_len)
+def model_flops_per_token(config: ModelConfig, seq_len: int, share: Fraction = Fraction(1)) -> int:
+    """Forward and backward FLOPs of the matrix products per (target) token, without recomputation: the numerator of
+    MFU. `share`: see Config.source_share."""
+    return 3 * meta_model(config, share).flops_per_token(seq_len)
 
 
 def _stage_ranks(config: Config) -> tuple[int, ...]:

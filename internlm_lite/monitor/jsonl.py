@@ -25,7 +25,7 @@ from internlm_lite.monitor.record import Sample, Sink, StepRecord
 
 logger = logging.getLogger("internlm_lite")
 
-_NESTED = ("time", "speed", "folders", "origin", "stage")
+_NESTED = ("time", "speed", "folders", "origin", "stage", "in_pass")
 _PLAIN = tuple(field.name for field in dataclasses.fields(StepRecord) if field.name not in _NESTED)
 _SEGMENT = re.compile(rb'"seg":\s*(\d+)')
 """Cannot match inside a JSON string, where quotes are escaped."""
@@ -120,6 +120,7 @@ def step_object(record: StepRecord, segment: int) -> dict[str, Any]:
         "time": record.time.isoformat(timespec="milliseconds"),
         **{key: getattr(record, key) for key in _PLAIN},
         **({} if record.stage is None else {"stage": record.stage}),
+        **({} if record.in_pass is None else dataclasses.asdict(record.in_pass)),
         **dataclasses.asdict(record.speed),
         "folders": {name: [folder.tokens, folder.loss, folder.acc] for name, folder in folders.items()},
         **({"seen": seen} if seen else {}),

@@ -11,17 +11,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from functools import cache
 from typing import Any
 
-from internlm_lite.monitor.record import StepRecord
+from internlm_lite.monitor.record import PassFigures, StepRecord
 
 _GIB = 2**30
 _STEP = re.compile(r"(?P<before>,?) ?(?<![\w/])step ?(?P<sign>[=:]) ?\d+(?![\w.])(?P<after>,?)")
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:[.,](\d{1,6}))?(Z|[+-]\d\d:?\d\d)?")
 _FOLDER_KEYS = ("tokens/", "loss/", "acc/")
+_OF_PASSES = tuple(field.name for field in fields(PassFigures))
 _NORM = re.compile(r"'([^']*)': ([^,}]+)")
 
 
@@ -30,7 +31,7 @@ class Figure:
     """Format of one number of a `StepRecord` in the step line, and its tag in TensorBoard and wandb."""
 
     name: str
-    """Attribute of the record or of `record.speed`."""
+    """Attribute of the record, of `record.speed` or of `record.in_pass`."""
     read: Callable[[str], Any] = float
     """Parses the text of the line."""
     write: Callable[[Any], object] = float
@@ -41,6 +42,8 @@ class Figure:
     """Tag in TensorBoard and wandb; empty: not shown there."""
 
     def of(self, record: StepRecord) -> Any:
+        if self.name in _OF_PASSES:
+            return getattr(record.in_pass, self.name, None)
         return getattr(record.speed if hasattr(record.speed, self.name) else record, self.name)
 
 
@@ -98,6 +101,10 @@ FIGURES = (
     Figure("eta_seconds", read=_seconds, write=clock, key="eta"),
     Figure("stage", int, int, tag="stage"),
     Figure("pack_fill", write=_digits(4), tag="pack_fill"),
+    Figure("epoch", int, int, tag="epoch"),
+    Figure("epoch_step", int, int),
+    Figure("accumulation_step", int, int),
+    Figure("tokens_per_second", write=_digits(1), tag="tokens_per_second"),
     Figure(
         "memory_bytes",
         read=lambda text: round(float(text.removesuffix("GiB")) * _GIB),

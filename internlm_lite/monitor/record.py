@@ -63,6 +63,17 @@ class SpeedFigures:
 
 
 @dataclass(frozen=True)
+class PassFigures:
+    """The columns of the annotated transformer, of a run on pairs: see `PassStep`."""
+
+    epoch: int
+    epoch_step: int
+    accumulation_step: int
+    tokens_per_second: float
+    """Target tokens with a label, over all ranks."""
+
+
+@dataclass(frozen=True)
 class StepRecord:
     """One step line. Times in seconds, memory in bytes."""
 
@@ -111,6 +122,8 @@ class StepRecord:
     """Fraction of the batch's tokens that have a label."""
     stage: int | None = None
     """Number of the stage of the data; None: the run has one alone."""
+    in_pass: PassFigures | None = None
+    """None: the data are no pairs, or have no passes in common."""
     memory_bytes: int | None = None
     """Peak memory of rank 0's device since the last line."""
     origin: Origin = field(default_factory=lambda: Origin("train.py", 0, "main", os.getpid()))

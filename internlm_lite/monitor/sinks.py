@@ -175,7 +175,7 @@ def open_sinks(
     `own` are closed last, the first of them after all others. Packages were checked before (`monitor.packages`).
     """
     monitor, ckpt, total = config.monitor, config.ckpt, config.data.total_steps
-    save_every = [n for n in (ckpt.checkpoint_every, ckpt.oss_snapshot_freq) if n and ckpt.enable_save_ckpt]
+    save_every = [n for n in (ckpt.checkpoint_steps, ckpt.oss_snapshot_freq) if n and ckpt.enable_save_ckpt]
     made = {name: make(folder, config) for name, make in own.items()}
     direct = {name: sink for name, sink in made.items() if sink is not None}
     direct |= {**run_files(folder), "the console": Console(total, terminal=terminal, save_every=save_every, done=done)}

@@ -102,7 +102,7 @@ def load_run(config: Config, mesh: Mesh, folder: Path, resume: str, services: Ru
     checkpoints = services.checkpoints or Checkpoints(config, mesh)
     watchdog = services.watchdog or unwatched(mesh.rank)
     watchdog.enter("building")
-    dp, vocab_size = mesh.dp, config.model.vocab_size
+    dp, vocab_size = mesh.dp, config.model.vocab_sizes
     with heartbeat("opening the training data"):
         data = open_training_data(config.data, vocab_size, dp.rank, dp.size, config.seed, config.stages)
         config = with_warmup_steps(with_total_steps(config, data), dp.size)

@@ -306,7 +306,7 @@ def due_kind(
     if all_done:
         return "final"
     asked = command.save and not command.stop
-    if asked or deferred == "milestone" or _divides(ckpt.checkpoint_every, steps_done):
+    if asked or deferred == "milestone" or _divides(ckpt.checkpoint_steps, steps_done):
         return "milestone"
     if command.stop:
         return "rescue"

@@ -53,11 +53,9 @@ def build_engines(
 def _parts(stages: Stages) -> ModelParts:
     """Of the one stage that there is without a pipeline."""
     (stage,) = stages.values()
-    head = stage.output
-    borrows = head is not None and all(param is not head.matrix for param in head.parameters())
-    return ModelParts(
-        units=list(stage.units()), blocks=stage.blocks(), borrowed=[(head, head.matrix)] if borrows and head else []
-    )
+    units = list(stage.units())
+    borrowed = [(unit, param) for unit in units for param in getattr(unit, "borrowed", ())]
+    return ModelParts(units=units, blocks=stage.blocks(), borrowed=borrowed)
 
 
 def build_engine(config: Config, mesh: Mesh, stages: Stages) -> Engine:
@@ -70,7 +68,8 @@ def build_engine(config: Config, mesh: Mesh, stages: Stages) -> Engine:
         mesh.pp,
         schedule=config.schedule,
         shape=HiddenShape(
-            rows=tp_ctx.rows(config.data.micro_bsz * config.data.seq_len // mesh.cp.size),
+            rows=tp_ctx.rows(config.data.micro_bsz * config.data.seq_len // mesh.cp.size)
+            + tp_ctx.rows(config.source_tokens),
             hidden_size=config.model.hidden_size,
             dtype=tp_ctx.dtype,
             device=mesh.device,

@@ -191,7 +191,7 @@ def _validation_is_due(run: Run, state: TrainState) -> bool:
     data = run.config.data
     if state.step == 0:
         return data.valid_at_start
-    return run.valid is not None and (state.step % data.valid_every == 0 or state.step == data.total_steps)
+    return run.valid is not None and (state.step % data.valid_steps == 0 or state.step == data.total_steps)
 
 
 def _tasks_are_due(run: Run, state: TrainState) -> bool:

@@ -13,11 +13,12 @@ from internlm_lite.config.schema import Config
 from internlm_lite.layers.context_parallel.exchanges import EXCHANGES, Exchange
 from internlm_lite.layers.context_parallel.ring import ring
 from internlm_lite.layers.context_parallel.row import ContextRow, context_row, layers_by_window
-from internlm_lite.layers.flash import Attend, AttentionBackend, packed
+from internlm_lite.layers.flash import Attend, AttentionBackend, Borders, packed, packed_across
 from internlm_lite.layers.rope import document_lengths
 from internlm_lite.layers.scores import Drop
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Group, Mesh
+from internlm_lite.models.decoder import SourceRow
 
 
 class OwnRow(Protocol):
@@ -67,6 +68,26 @@ class PartOfRow:
 
     def attend(self, backend: AttentionBackend, drop: Drop | None) -> Attend:
         return self.exchange(self.row, self.group, backend, drop)
+
+
+def source_row(
+    batch: Batch,
+    micro: int,
+    backend: AttentionBackend,
+    drops: tuple[Drop | None, Drop | None],
+    token_keys: torch.Tensor | None,
+) -> SourceRow | None:
+    """The source row of a micro-batch; None: there is none. `drops`: of attention inside it and of the target's tokens
+    to it. `token_keys` [2, S]."""
+    source = batch.source
+    if source is None:
+        return None
+    target, own = (
+        Borders(one.cu_seqlens[micro], one.cu_seqlens_host[micro], one.max_seqlen) for one in (batch, source)
+    )
+    inside = packed(backend, own.cu_seqlens, own.cu_seqlens_host, own.max_seqlen, drops[0])
+    across = packed_across(backend, target, own, drops[1])
+    return SourceRow(source.tokens[micro], source.positions[micro], inside, across, token_keys)
 
 
 Rows = Callable[[Batch], list[OwnRow]]

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from internlm_lite.batch import Batch
+from internlm_lite.batch import Batch, PassStep
 from internlm_lite.config.run_stages import stages_of
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.stages import model_flops_per_token
 from internlm_lite.monitor.flops import internlm_flops_per_token, mfu, tflops_per_gpu
-from internlm_lite.monitor.record import Origin, Sample, StepRecord, ValidationRecord, task_words
+from internlm_lite.monitor.record import Origin, PassFigures, Sample, StepRecord, ValidationRecord, task_words
 from internlm_lite.monitor.scalars import perplexity
 from internlm_lite.monitor.sinks import FanOut
 from internlm_lite.monitor.speed import SpeedMeter
@@ -50,6 +50,8 @@ class _Line:
     steps: int
     seq_len: int
     """Of the stage; a line is about steps of one stage."""
+    in_pass: PassStep | None
+    """Of the last batch."""
     known: dict[str, Any]
     """Those fields of the `StepRecord` that the host knew when the line was due."""
 
@@ -65,8 +67,9 @@ class Reporter:
         self._make_sinks: Callable[[int], FanOut] | None = None
         self._stages = stages_of(config.data, config.stages)
         lengths = {stage.seq_len for stage in self._stages}
-        self._flops_per_token = {n: internlm_flops_per_token(config.model, n) for n in lengths}
-        self._model_flops_per_token = {n: model_flops_per_token(config.model, n) for n in lengths}
+        model, share = config.model, config.source_share
+        self._flops_per_token = {n: internlm_flops_per_token(model, n, share) for n in lengths}
+        self._model_flops_per_token = {n: model_flops_per_token(model, n, share) for n in lengths}
         self._peak = peak_flops(mesh.device, config.model.dtype)
         self._time, self._last = Stopwatch(mesh.device), TrainState()
         self._lines: deque[_Line] = deque()
@@ -133,7 +136,8 @@ class Reporter:
         numbers = comm.read_later(torch.cat([_scalars(outcome), sums]))
         tokens, steps = state.consumed_tokens - last.consumed_tokens, state.step - last.step
         seq_len = self._stages[batch.stage].seq_len
-        self._lines.append(_Line(numbers, seconds, fwd_bwd_seconds, tokens, steps, seq_len, known))
+        in_pass = batch.stats.in_pass
+        self._lines.append(_Line(numbers, seconds, fwd_bwd_seconds, tokens, steps, seq_len, in_pass, known))
         self.write_lines()
 
     def write_lines(self, until: float = -1) -> None:
@@ -164,7 +168,7 @@ class Reporter:
         collected, seconds = self._trainer.metrics.figures(sums), line.seconds()
         speed = self.speed.add(line.tokens, seconds, line.steps)
         world, remaining = self._mesh.world.size, self._config.data.total_steps - 1 - line.known["step"]
-        per_step = self.speed.seconds_per_step
+        per_step, per_second = self.speed.seconds_per_step, collected.num_labels / seconds
         record = StepRecord(
             time=datetime.now().astimezone(),
             loss=collected.loss,
@@ -181,6 +185,7 @@ class Reporter:
             folders=collected.folders,
             mfu=mfu(self._model_flops_per_token[line.seq_len], line.tokens, seconds, world, self._peak),
             eta_seconds=None if per_step is None else per_step * remaining,
+            in_pass=line.in_pass and PassFigures(**vars(line.in_pass), tokens_per_second=per_second),
             **line.known,
         )
         self._sinks.step(record)

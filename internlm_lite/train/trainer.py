@@ -19,7 +19,7 @@ from internlm_lite.batch import Batch
 from internlm_lite.config.run_stages import stages_of
 from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import TrainingSample, ValidationData
-from internlm_lite.layers.dropout import token_keys
+from internlm_lite.layers.dropout import Site, token_keys
 from internlm_lite.layers.flash import choose_backend
 from internlm_lite.layers.fp8 import require_float8
 from internlm_lite.mesh.mesh import Mesh
@@ -30,7 +30,7 @@ from internlm_lite.optim.grad_norm import Requests
 from internlm_lite.optim.step_decision import StepOutcome
 from internlm_lite.runtime.device import torch_dtype
 from internlm_lite.train.engines import build_engines
-from internlm_lite.train.own_rows import OwnRow, own_rows
+from internlm_lite.train.own_rows import OwnRow, own_rows, source_row
 from internlm_lite.train.profiling import Stopwatch
 
 
@@ -50,6 +50,8 @@ class BatchTask:
     """fp64 device scalar that accumulates the training loss."""
     token_keys: torch.Tensor | None = None
     """[M, 2, T], for dropout; None: nothing is dropped."""
+    source_keys: torch.Tensor | None = None
+    """[M, 2, S], of source tokens."""
 
     def forward(self, stage: int, micro: int, hidden: torch.Tensor | None) -> torch.Tensor:
         batch, row, model = self.batch, self.rows[micro], self.stages[stage]
@@ -58,8 +60,11 @@ class BatchTask:
         tokens = row.cut(batch.tokens[micro]) if hidden is None else hidden
         positions = batch.positions[micro]
         own_keys = None if keys is None else row.cut(keys)
+        source_keys = None if self.source_keys is None else self.source_keys[micro]
+        drops = model.weight_drop(source_keys), model.weight_drop(keys, Site.CROSS_WEIGHTS)
+        source = source_row(batch, micro, model.backend, drops, source_keys)
         lengths = row.lengths(positions) if model.rotates_by_length else None
-        return model.hidden(tokens, row.cut(positions), attend, lengths, own_keys)
+        return model.hidden(tokens, row.cut(positions), attend, lengths, own_keys, source)
 
     def loss(self, micro: int, hidden: torch.Tensor) -> torch.Tensor:
         row, last = self.rows[micro], self.stages[max(self.stages)]
@@ -116,7 +121,8 @@ class Trainer:
 
     def _set_rows(self, batch: Batch) -> None:
         tp_ctx = next(iter(self.stages.values())).tp_ctx
-        self.engine.set_rows(tp_ctx.rows(batch.tokens.shape[1] // self.mesh.cp.size))
+        source = 0 if batch.source is None else batch.source.tokens.shape[1]
+        self.engine.set_rows(tp_ctx.rows(batch.tokens.shape[1] // self.mesh.cp.size) + tp_ctx.rows(source))
 
     def step(
         self,
@@ -139,8 +145,12 @@ class Trainer:
         self.fwd_bwd_time.start()
         self.optimizer.begin(batch.micro_num)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        keys = token_keys(self._seed, step, batch.rows, batch.tokens.shape[1]) if self._has_dropout else None
-        task = BatchTask(self.stages, batch, self._own_rows(batch), scale, self.metrics, loss_sum, keys)
+        sides = (batch.tokens, None if batch.source is None else batch.source.tokens)
+        keys = [
+            None if side is None or not self._has_dropout else token_keys(self._seed, step, batch.rows, side.shape[1])
+            for side in sides
+        ]
+        task = BatchTask(self.stages, batch, self._own_rows(batch), scale, self.metrics, loss_sum, *keys)
         self.engine.train(task, batch.micro_num)
         self.fwd_bwd_time.stop()
         before_update()

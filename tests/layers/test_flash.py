@@ -149,11 +149,11 @@ def test_long_and_short_documents_of_a_row_take_different_kernels(monkeypatch: p
 
     def causal(rule, q, k, v, docs):
         dense.append((docs.count, docs.length))
-        return flash.causal(rule, q, k, v, docs)
+        return flash.attend_within(rule, q, k, v, docs)
 
     monkeypatch.setattr(flash, "LONG", 32)
     monkeypatch.setattr(flash, "TILE", 16)
-    monkeypatch.setattr(flash, "_causal_cudnn", causal)
+    monkeypatch.setattr(flash, "_by_cudnn", causal)
     monkeypatch.setattr(flash, "_torch_varlen", by_value)
     generator = torch.Generator().manual_seed(0)
     for boundaries in ([0, 96], [0, 32, 64, 96], [0, 1, 2, 96, 96], *(random_boundaries(generator) for _ in range(20))):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from internlm_lite.apps.planner.holdings import RankHoldings
 from internlm_lite.apps.planner.report import RankBytes
@@ -29,6 +30,7 @@ def row_shape(config: Config, backend: AttentionBackend, device: str) -> RowShap
         offloaded=config.model.offloaded_layers,
         context=context.size,
         exchange=context.exchange,
+        source_tokens=config.source_tokens,
     )
 
 
@@ -37,11 +39,11 @@ def stage_bytes(stage: Transformer, row: RowShape, recomputed: int) -> Bytes:
 
     In a pipeline the first layer's input lies in a receive buffer (`receive_buffers`), and the output is kept as well.
     """
-    kept, hidden = stage.saved_bytes(row, recomputed=recomputed), stage.hidden_bytes(row)
+    kept = stage.saved_bytes(row, recomputed=recomputed)
     if not stage.spec.first and not stage.blocks()[0].host_bytes(row):
-        kept["layer inputs"] -= hidden
+        kept["layer inputs"] -= stage.input_bytes(row)
     if not (stage.spec.first and stage.spec.last):
-        kept["stage outputs"] = hidden
+        kept["stage outputs"] = stage.hidden_bytes(replace(row, source_tokens=0) if stage.spec.last else row)
     return kept
 
 

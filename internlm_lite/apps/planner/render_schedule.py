@@ -28,7 +28,7 @@ def render_schedule(config: Config, world_size: int) -> RenderableType:
     parallel = config.parallel
     dp_size = sizes_of(world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1, parallel.context.size).dp
     if config.data.epochs is not None or config.data.total_tokens is not None:
-        data = open_training_data(config.data, config.model.vocab_size, 0, dp_size, config.seed, config.stages)
+        data = open_training_data(config.data, config.model.vocab_sizes, 0, dp_size, config.seed, config.stages)
         config = with_total_steps(config, data)
     config = with_warmup_steps(config, dp_size)
     planned = planned_schedule(config, dp_size)

@@ -24,7 +24,7 @@ from internlm_lite.layers.flash import (
     Attend,
     AttentionBackend,
     Bounds,
-    causal,
+    attend_within,
     varlen_kernel,
     with_gradients,
 )
@@ -142,7 +142,7 @@ def _one_by_one(
     parts = zip(pieces, reach, q.split(lengths), k.split(of_keys), v.split(of_keys), strict=True)
     return torch.cat(
         [
-            causal(rule, q, k, v, EqualDocuments(1, piece.length, piece.first + piece.start, before), drop)
+            attend_within(rule, q, k, v, EqualDocuments(1, piece.length, piece.first + piece.start, before), drop)
             for piece, before, q, k, v in parts
         ]
     )

@@ -38,7 +38,8 @@ from internlm_lite.apps.planner.traffic import messages
 from internlm_lite.batch import Batch
 from internlm_lite.config.load import check_config, load_config
 from internlm_lite.errors import ConfigError
-from internlm_lite.layers.context_parallel import partial_attention, scores
+from internlm_lite.layers import scores
+from internlm_lite.layers.context_parallel import partial_attention
 from internlm_lite.layers.context_parallel.exchanges import EXCHANGES
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.mesh import build_mesh, sizes_of

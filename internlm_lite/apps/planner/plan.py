@@ -61,8 +61,8 @@ def make_plan(
     `tflops`: TFLOP/s of one GPU, as in the step line. Raises the same errors as the trainer: MeshError, ConfigError,
     DataError.
     """
-    parallel = config.parallel
-    sizes = sizes_of(world_size, parallel.tensor, parallel.pipeline.size, parallel.zero1, parallel.context.size)
+    tp, pp, cp = config.parallel.tensor, config.parallel.pipeline.size, config.parallel.context.size
+    sizes = sizes_of(world_size, tp, pp, config.parallel.zero1, cp)
     whole, opened = _opened(config, sizes)
     batches, lengths, balance = _first_batches(whole, opened, sizes.cp)
     uses = tuple(stage_uses(whole.data, opened))
@@ -72,7 +72,6 @@ def make_plan(
     held, parameters_total = holdings(config, sizes, backend)
     row = row_shape(in_stage(whole, largest), backend, device)
     orders = actions_of(config.schedule, sizes.pp, config.model.num_chunks, data.micro_num)
-    n_bytes = _rank_bytes(config, held, orders, row)
     sent = [_sent(row, sizes, own, data.micro_num) for own in held]
 
     def peak(micro_bsz: int) -> int:
@@ -80,18 +79,16 @@ def make_plan(
         longer = replace(row, tokens=micro_bsz * data.seq_len // sizes.cp, source_tokens=source_tokens)
         return max(one.peak for one in _rank_bytes(config, held, orders, longer))
 
-    tokens_per_step = data.micro_num * data.micro_bsz * data.seq_len * sizes.dp
+    samples = data.micro_num * data.micro_bsz * sizes.dp
     return RunPlan(
         job=config.JOB_NAME,
         sizes=sizes,
         layout=_layout(config, sizes, backend),
         parameters_total=parameters_total,
-        ranks=tuple(_ranks(sizes, held, n_bytes, sent)),
+        ranks=tuple(_ranks(sizes, held, _rank_bytes(config, held, orders, row), sent)),
         activations=_activations(config, held, orders, row),
-        flops_per_step=internlm_step_flops(
-            config.model, data.seq_len, tokens_per_step // data.seq_len, config.source_share
-        ),
-        tokens_per_step=tokens_per_step,
+        flops_per_step=internlm_step_flops(config.model, data.seq_len, samples, config.source_share),
+        tokens_per_step=samples * data.seq_len,
         steps_total=data.total_steps,
         tokens_total=sum(use.tokens for use in uses),
         bubble_fraction=_bubble(held, orders, data.seq_len),

@@ -73,6 +73,9 @@ def _check_fit(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -
     if arguments.gpus is None:
         parser.error("--fit needs the number of GPUs: add --gpus N")
     check_at_least(parser, arguments, gpus=1)
+    for name in ("world_size", "tflops", "components", "lengths"):
+        if getattr(arguments, name):
+            parser.error(f"--{name} does not go with --fit: leave it out".replace("_", "-"))
     if arguments.device == "cpu":
         parser.error("--fit searches layouts of GPUs: --device cpu is not one; name h100, another, or a JSON file")
 
@@ -168,7 +171,7 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
     if arguments.print_config:
         return _print_config(loaded, arguments.print_config, world_size)
     if arguments.dry_run:
-        return _dry_run(arguments, loaded.config, world_size)
+        return _dry_run(arguments, loaded.config, world_size, overrides)
 
     from internlm_lite.apps.report.writer import open_report
     from internlm_lite.runtime.device import usable_gpus
@@ -218,14 +221,21 @@ def _print_config(loaded: LoadedConfig, how: str, world_size: int) -> int:
     return 0
 
 
-def _dry_run(arguments: argparse.Namespace, config: Config, world_size: int) -> int:
+def _dry_run(arguments: argparse.Namespace, config: Config, world_size: int, overrides: Sequence[str]) -> int:
     from internlm_lite.apps.planner.command import FitOptions, PlanOptions, dry_fit, dry_run
 
     if arguments.fit:
-        paths = {"config": arguments.config, "out": arguments.fit_out}
-        asked = FitOptions(arguments.gpus, arguments.memory, arguments.device, arguments.json, **paths)
-        return dry_fit(config, asked)
-    options = PlanOptions(
+        options = FitOptions(
+            gpus=arguments.gpus,
+            memory=arguments.memory,
+            device=arguments.device,
+            as_json=arguments.json,
+            config=arguments.config,
+            overrides=tuple(overrides),
+            out=arguments.fit_out,
+        )
+        return dry_fit(config, options)
+    asked = PlanOptions(
         tflops=arguments.tflops,
         device=arguments.device,
         as_json=arguments.json,
@@ -233,4 +243,4 @@ def _dry_run(arguments: argparse.Namespace, config: Config, world_size: int) -> 
         lengths=arguments.lengths,
         memory=arguments.memory,
     )
-    return dry_run(config, world_size, options)
+    return dry_run(config, world_size, asked)

@@ -279,8 +279,8 @@ def _parallel(t: Translation) -> None:
         else:
             t.refuse(
                 "parallel.weight",
-                f"found {shown(weight)}, expected size 1: weight parallelism is not supported; use parallel.tensor or "
-                "parallel.pipeline for the weights, parallel.zero1 for the optimizer state",
+                f"found {shown(weight)}, expected size 1: weight parallelism is not supported; parallel.zero_stage=3 "
+                "spreads the weights over the ranks of parallel.zero1, too, and gathers them block by block",
             )
 
 
@@ -294,11 +294,13 @@ def _tensor(t: Translation, tensor: dict[str, Any]) -> None:
     elif mode in ("msp", "fsp"):
         t.replace("parallel.tensor", {**new, "parallel.sequence_parallel": True})
     else:
-        meaning = ": weight parallelism is not supported" if mode == "isp" else ""
-        t.refuse(
-            "parallel.tensor",
-            f"found {name}={shown(tensor[name])}{meaning}, expected mode='mtp', 'msp' or 'fsp'; 'msp' is nearest",
+        isp = (
+            ": weight parallelism is not supported",
+            "'msp', or parallel.zero_stage=3 without tensor ranks, is nearest",
         )
+        meaning, nearest = isp if mode == "isp" else ("", "'msp' is nearest")
+        text = f"found {name}={shown(tensor[name])}{meaning}, expected mode='mtp', 'msp' or 'fsp'; {nearest}"
+        t.refuse("parallel.tensor", text)
 
 
 def _pipeline(t: Translation) -> None:

@@ -199,7 +199,7 @@ class GradScalerConfig(Section):
 
 
 class HybridZeroConfig(Section):
-    """Communication of the ZeRO-1 optimizer."""
+    """Communication of the optimizer (ZeRO, `parallel.zero_stage`), clipping, and the dtype of gradients."""
 
     overlap_sync_grad: bool = True
     """Reduce gradient buckets while the backward pass still runs."""

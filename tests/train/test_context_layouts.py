@@ -19,7 +19,7 @@ from internlm_lite.batch import Batch
 from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import open_training_data
 from internlm_lite.data.order import Position
-from internlm_lite.layers.exchanges import EXCHANGES
+from internlm_lite.layers.context_parallel.exchanges import EXCHANGES
 from internlm_lite.mesh.mesh import Mesh, build_mesh
 from internlm_lite.train.own_rows import own_rows
 from internlm_lite.train.trainer import BatchTask, Trainer

@@ -24,7 +24,6 @@ from internlm_lite.config.schema import Config
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.flash import expected_backend
 from internlm_lite.mesh.mesh import Sizes, sizes_of
-from internlm_lite.units import human_bytes
 
 USABLE = 0.92
 """Share of the memory that a layout may fill: contexts of CUDA and NCCL, and fragments, take the rest."""
@@ -164,16 +163,17 @@ def fit(config: Config, room: Room) -> list[FittingLayout]:
 
 def _none_fits(room: Room, rows: int, search: _Search) -> str:
     wanted = f"--fit: no layout of {rows} rows a step on {room.gpus} GPUs"
-    change = "expected more GPUs (--gpus), more memory (--memory), or a smaller model or data.seq_len"
+    change = (
+        "expected more GPUs (--gpus), more memory (--memory), a smaller model or data.seq_len, or DeepSpeed's offload "
+        "(engine.offload), which is not searched"
+    )
     if search.nearest is None:
         why = search.refused or "none divides rows and heads"
         return f"{wanted}: {why}; change data.micro_num, --gpus, or what it says"
     peak, layout = search.nearest
     keys = " ".join(f"{key}={value}" for key, value in layout.keys().items())
-    return (
-        f"{wanted} fits {human_bytes(room.memory)} ({USABLE:.0%} of it may be filled); the smallest takes "
-        f"{human_bytes(peak)}: {keys}; {change}"
-    )
+    space = f"{room.memory / 1e9:.4g} GB ({USABLE:.0%} of it may be filled)"
+    return f"{wanted} fits {space}; the smallest that was tried takes {peak / 1e9:.4g} GB: {keys}; {change}"
 
 
 def rows_of_a_step(config: Config, gpus: int) -> int:

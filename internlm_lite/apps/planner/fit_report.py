@@ -14,6 +14,7 @@ from rich.text import Text
 
 from internlm_lite.apps.planner.clock import DTYPES
 from internlm_lite.apps.planner.fit import USABLE, FittingLayout, Room
+from internlm_lite.config.overrides import parse_overrides
 from internlm_lite.errors import ConfigError
 from internlm_lite.models.stages import model_flops_per_token
 from internlm_lite.monitor.flops import mfu
@@ -50,6 +51,7 @@ def fit_json(found: Sequence[FittingLayout], room: Room) -> dict[str, Any]:
 
 
 def render_fit(found: Sequence[FittingLayout], room: Room) -> RenderableType:
+    """What comes before the overrides of the first layout."""
     title = Text(f"{len(found)} layouts that fit {room.gpus} GPUs, fastest first", style="bold green")
     title.append(f"  ({room.device.name}; {found[0].tokens:,} tokens a step, each sample one document)\n", "default")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=True)
@@ -63,7 +65,7 @@ def render_fit(found: Sequence[FittingLayout], room: Room) -> RenderableType:
         *_notes(best, room),
         "the first one as overrides:",
     ]
-    return Group(title, table, *(Text(f"  {note}", style="dim") for note in notes), Text("  " + overrides(best)))
+    return Group(title, table, *(Text(f"  {note}", style="dim") for note in notes))
 
 
 def _cells(one: FittingLayout, room: Room) -> Iterator[str]:
@@ -96,18 +98,14 @@ def overrides(found: FittingLayout) -> str:
     return " ".join(f"{key}={value}" for key, value in found.layout.keys().items())
 
 
-def overlay(found: FittingLayout, base: Path) -> str:
-    """The text of a config file above `base`, with the keys of the layout."""
-    sections: dict[str, dict[str, Any]] = {}
+def overlay(found: FittingLayout, base: Path, given: Sequence[str]) -> str:
+    """The text of a config file above `base`, with the overrides `given`, and above them the keys of the layout."""
+    asked = parse_overrides(given)
     for key, value in found.layout.keys().items():
-        section, *path = key.split(".")
-        inner = sections.setdefault(section, {})
-        for part in path[:-1]:
-            inner = inner.setdefault(part, {})
-        inner[path[-1]] = value
+        asked.layer.put(key, value, "")
     lines = [f"# The fastest layout that fits, by train.py --dry-run --fit: {found.step * 1e3:,.0f} ms a step.", ""]
     lines.append(f"_base_ = {json.dumps(str(base.resolve()))}")
-    lines += [f"{name} = {_literal(values)}" for name, values in sections.items()]
+    lines += [f"{name} = {_literal(value)}" for name, value in {**asked.variables, **asked.layer.values}.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -117,9 +115,9 @@ def _literal(value: Any) -> str:
     return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
-def write_overlay(found: FittingLayout, base: Path, path: Path) -> None:
+def write_overlay(found: FittingLayout, base: Path, given: Sequence[str], path: Path) -> None:
     """Raises ConfigError."""
     try:
-        path.write_text(overlay(found, base), "utf-8")
+        path.write_text(overlay(found, base, given), "utf-8")
     except OSError as error:
         raise ConfigError(f"--fit-out {path}: cannot be written: {error.strerror}; name another file") from None

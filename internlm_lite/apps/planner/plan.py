@@ -285,7 +285,11 @@ def _length_notes(config: Config, lengths: Sequence[int]) -> Iterator[str]:
 
 
 def _notes(config: Config, sizes: Sizes) -> Iterator[str]:
-    data = config.data
+    data, engine = config.data, config.engine
+    if engine.name != "native":
+        as_ours = f'engine.name="native" with parallel.zero_stage={config.parallel.zero_stage}'
+        plan_of = f"; for a plan of our stage {engine.stage}: engine.name=native parallel.zero_stage={engine.stage}"
+        yield f"memory, traffic and time are those of {as_ours}, without offload{plan_of}"
     if sizes.pp > 1 and data.rampup_batch_size:
         yield "the bubble, activations and traffic are those of the full batch, after the ramp-up"
     if sizes.pp > 1 and data.micro_num < sizes.pp:

@@ -93,10 +93,26 @@ def test_overrides_and_overlay_are_the_layout(found: list[FittingLayout], tmp_pa
     for one in found:
         config = load_config(CONFIGS / "7B_sft.py", [*SMALL, *overrides(one).split()]).config
         assert config == one.config
-        (tmp_path / "fits.py").write_text(overlay(one, CONFIGS / "7B_sft.py"))
-        loaded = load_config(tmp_path / "fits.py", SMALL[:3])
+        (tmp_path / "fits.py").write_text(overlay(one, CONFIGS / "7B_sft.py", SMALL))
+        loaded = load_config(tmp_path / "fits.py")
         check_config(loaded, 4)
         assert loaded.config == config
+
+
+def test_an_overlay_repeats_variables_and_aliases_of_the_command_line(
+    found: list[FittingLayout], tmp_path: Path
+) -> None:
+    given = [
+        "JOB_NAME=long",
+        "SEQ_LEN=4096",
+        "parallel.context=2",
+        "parallel.zero1=dict(size=8, fsdp=True)",
+        "adam.lr=1e-3",
+    ]
+    (tmp_path / "fits.py").write_text(overlay(found[0], CONFIGS / "7B_sft.py", given))
+    config = load_config(tmp_path / "fits.py").config
+    assert (config.JOB_NAME, config.data.seq_len, config.adam.lr) == ("long", 4096, 1e-3)
+    assert config.parallel == found[0].config.parallel
 
 
 def test_recomputation_is_no_better_than_what_fits_without(found: list[FittingLayout]) -> None:
@@ -122,6 +138,8 @@ def test_nothing_fits() -> None:
         (["--dry-run", "--fit"], "--fit needs the number of GPUs: add --gpus N"),
         (["--dry-run", "--fit", "--gpus=0"], "--gpus 0"),
         (["--dry-run", "--fit", "--gpus=2", "--device=cpu"], "--device cpu is not one"),
+        (["--dry-run", "--fit", "--gpus=2", "--world-size=4"], "--world-size does not go with --fit"),
+        (["--dry-run", "--fit", "--gpus=2", "--tflops=4"], "--tflops does not go with --fit"),
     ],
 )
 def test_mistakes_on_the_command_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

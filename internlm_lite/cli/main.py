@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": ("demo", "from nothing to a trained decoder, on text of this machine"),
     "inspect-data": ("inspect_data", "show what the batches of a config look like"),
     "tokenizer": ("tokenize_text", "train a tokenizer, and tokenise folders of text"),
+    "pair-corpus": ("pair_corpus", "pairs in two languages from Debian's manuals"),
     "generate": ("generate_text", "continue prompts with a trained model"),
     "evaluate": ("evaluate", "loss, bits per byte and tasks of a checkpoint"),
     "ckpt": ("ckpt", "list, verify and remove checkpoints"),

@@ -74,8 +74,7 @@ def make_plan(
     sent = [_sent(row, sizes, own, data.micro_num) for own in held]
 
     def peak(micro_bsz: int) -> int:
-        source_tokens = config.source_tokens // data.micro_bsz * micro_bsz
-        longer = replace(row, tokens=micro_bsz * data.seq_len // sizes.cp, source_tokens=source_tokens)
+        longer = _longer(config, row, micro_bsz)
         return max(one.peak for one in _rank_bytes(config, held, orders, longer))
 
     tokens_per_step = data.micro_num * data.micro_bsz * data.seq_len * sizes.dp
@@ -86,9 +85,7 @@ def make_plan(
         parameters_total=parameters_total,
         ranks=tuple(_ranks(sizes, held, n_bytes, sent)),
         activations=_activations(config, held, orders, row),
-        flops_per_step=internlm_step_flops(
-            config.model, data.seq_len, tokens_per_step // data.seq_len, config.source_share
-        ),
+        flops_per_step=_step_flops(config, tokens_per_step),
         tokens_per_step=tokens_per_step,
         steps_total=data.total_steps,
         tokens_total=sum(use.tokens for use in uses),
@@ -110,6 +107,18 @@ def make_plan(
         ),
         notes=[*_notes(config, sizes), *_stage_notes(uses, largest), *_length_notes(config, questions.lengths)],
     )
+
+
+def _longer(config: Config, row: RowShape, micro_bsz: int) -> RowShape:
+    """Rows of another data.micro_bsz."""
+    tokens = micro_bsz * config.data.seq_len // config.parallel.context.size
+    return replace(row, tokens=tokens, source_tokens=config.source_tokens // config.data.micro_bsz * micro_bsz)
+
+
+def _step_flops(config: Config, tokens: int) -> float:
+    """Of a step of so many (target) tokens, by InternLM's formula."""
+    seq_len = config.data.seq_len
+    return internlm_step_flops(config.model, seq_len, tokens // seq_len, config.source_share)
 
 
 def _bubble(held: Sequence[RankHoldings], orders: Sequence[Sequence[Action]], seq_len: int) -> float:

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from internlm_lite.monitor.sinks import SinkFactory
 
 
+_MOST_RANKS = 100_000
+"""Of a plan, which takes half a minute then; a thousand times as many would fill the memory."""
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = new_parser("train", __doc__)
     add = parser.add_argument
@@ -121,6 +125,9 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 
 def check_plan_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    for option, ranks in (("--world-size", arguments.world_size), ("--gpus", arguments.gpus)):
+        if ranks is not None and ranks > _MOST_RANKS:
+            parser.error(f"{option} {ranks}: expected at most {_MOST_RANKS}, as a plan lists every rank")
     for name, value in (("--world-size", arguments.world_size), ("--tflops", arguments.tflops)):
         if value is not None and not 0 < value < float("inf"):
             parser.error(f"{name} {value}: expected a number > 0")
@@ -175,11 +182,13 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
 
     from internlm_lite.apps.report.writer import open_report
     from internlm_lite.runtime.device import usable_gpus
-    from internlm_lite.runtime.dist_env import set_gpu_defaults
+    from internlm_lite.runtime.dist_env import overlap_notes, set_gpu_defaults
     from internlm_lite.train.job import Options, run_job
 
     if usable_gpus(arguments.device):
         set_gpu_defaults(os.environ, deterministic=loaded.config.deterministic)
+        notes = overlap_notes(os.environ, loaded.config.parallel.zero_stage)
+        loaded = replace(loaded, notes=(*loaded.notes, *notes))
     options = Options(
         resume=arguments.resume,
         device=arguments.device,

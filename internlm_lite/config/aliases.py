@@ -261,11 +261,20 @@ def _no_load_info(t: Translation, key: str) -> None:
         t.refuse(key, f"found {shown(t.layer.get(key))}, expected dict(path=..., content=..., ckpt_type=...) or None")
 
 
+def _zero1(t: Translation, zero1: dict[str, Any]) -> None:
+    key, fsdp, stage = "parallel.zero1", zero1.get("fsdp") or False, t.layer.get("parallel.zero_stage")
+    if not isinstance(fsdp, bool):
+        t.refuse(key, f"found fsdp={shown(fsdp)}, expected True or False; write parallel.zero_stage=3, or remove it")
+    elif fsdp and stage not in (None, 3):
+        t.refuse(key, f"found fsdp=True, which is parallel.zero_stage=3, beside {shown(stage)}; remove one of them")
+    else:
+        t.replace(key, {key: zero1.get("size", -1), **({"parallel.zero_stage": 3} if fsdp else {})})
+
+
 def _parallel(t: Translation) -> None:
     zero1, tensor = t.layer.get("parallel.zero1"), t.layer.get("parallel.tensor")
     if isinstance(zero1, dict) and _has_only(t, "parallel.zero1", ("size", "fsdp")):
-        stage = {"parallel.zero_stage": 3} if zero1.get("fsdp") else {}
-        t.replace("parallel.zero1", {"parallel.zero1": zero1.get("size", -1), **stage})
+        _zero1(t, zero1)
     if isinstance(tensor, dict) and _has_only(t, "parallel.tensor", ("size", "mode", "sp", *_OVERLAPS)):
         _tensor(t, tensor)
     _pipeline(t)

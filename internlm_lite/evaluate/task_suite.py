@@ -15,7 +15,7 @@ from internlm_lite.errors import ConfigError
 from internlm_lite.evaluate.answers import Answers
 from internlm_lite.evaluate.cloze import BUILT_IN, DEFAULT_LIMIT, HIGHER_IS_BETTER, Question, make_questions, scores_of
 from internlm_lite.evaluate.encoding import TextEncoder
-from internlm_lite.evaluate.harness import HarnessTasks, Scores
+from internlm_lite.evaluate.harness import HarnessTasks, Scores, find_tasks
 from internlm_lite.evaluate.random_states import kept_random_states
 from internlm_lite.evaluate.scorer import Scorer
 from internlm_lite.generate.prompts import end_ids
@@ -25,6 +25,12 @@ from internlm_lite.models.stages import WholeModel
 
 _LONGEST_TEXT = 1 << 14
 """Tokens of a document that questions are made of."""
+
+
+def require_tasks(config: Config) -> None:
+    """Raises the errors of `TaskSuite` for tasks that are not there, or whose package is not; loads none."""
+    if others := [name for name in config.evaluation.tasks if name not in BUILT_IN]:
+        find_tasks(others, config.evaluation.include_path, BUILT_IN)
 
 
 class TaskSuite:

@@ -25,7 +25,7 @@ from internlm_lite.monitor.record import Origin, PassFigures, Sample, StepRecord
 from internlm_lite.monitor.scalars import perplexity
 from internlm_lite.monitor.sinks import FanOut
 from internlm_lite.monitor.speed import SpeedMeter
-from internlm_lite.optim.zero import StepOutcome
+from internlm_lite.optim.step_decision import StepOutcome
 from internlm_lite.runtime.device import peak_flops
 from internlm_lite.train.profiling import Stopwatch
 from internlm_lite.train.train_state import TrainState

@@ -168,7 +168,7 @@ def test_more_key_overrides() -> None:
     [
         ("SEQLEN=4", "command line: SEQLEN: the config file has no variable of this name; nearest: SEQ_LEN"),
         ("data.seq_lenn=4", "command line: data.seq_lenn: unknown key; nearest known key: data.seq_len"),
-        ("adam.lr=fast", "command line: adam.lr: found 'fast', expected a number >= 0"),
+        ("adam.lr=fast", "command line: adam.lr: found 'fast', expected a number >= 0 and <= 3e+38"),
         ("data.seq_len.x=1", "command line: data.seq_len: found {'x': 1}, expected an integer > 0"),
         ("cudnn_benchmark=true", "command line: cudnn_benchmark: found 'true', expected True or False; write True"),
         ("data.seq_len", "command line: found 'data.seq_len', expected NAME=value or section.key=value"),

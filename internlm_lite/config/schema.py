@@ -106,7 +106,7 @@ class CkptConfig(Section):
     @property
     def checkpoint_steps(self) -> int:
         """checkpoint_every as a number of steps, which "epoch" becomes when the data are open (data/demand.py)."""
-        return 0 if self.checkpoint_every in (None, "epoch") else self.checkpoint_every
+        return self.checkpoint_every if isinstance(self.checkpoint_every, int) else 0
 
 
 class DataConfig(Section):

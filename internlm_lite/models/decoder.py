@@ -476,7 +476,7 @@ class Transformer(CostedLayer):
         found = []
         for block in self.blocks():
             moved = block.attention.layer < row.offloaded
-            kind = block.rotation, block.attention.rule.window, moved, block.recompute, flag(block)
+            kind = type(block), block.rotation, block.attention.rule.window, moved, block.recompute, flag(block)
             if kind not in known:
                 known[kind] = cost(block)
             found.append(known[kind])

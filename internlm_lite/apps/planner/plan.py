@@ -75,8 +75,7 @@ def make_plan(
     sent = [_sent(row, sizes, own, data.micro_num) for own in held]
 
     def peak(micro_bsz: int) -> int:
-        source_tokens = config.source_tokens // data.micro_bsz * micro_bsz
-        longer = replace(row, tokens=micro_bsz * data.seq_len // sizes.cp, source_tokens=source_tokens)
+        longer = _longer(config, row, micro_bsz)
         return max(one.peak for one in _rank_bytes(config, held, orders, longer))
 
     samples = data.micro_num * data.micro_bsz * sizes.dp
@@ -109,6 +108,12 @@ def make_plan(
         ),
         notes=[*_notes(config, sizes, device), *_stage_notes(uses, largest), *_length_notes(config, questions.lengths)],
     )
+
+
+def _longer(config: Config, row: RowShape, micro_bsz: int) -> RowShape:
+    """Rows of another data.micro_bsz."""
+    tokens = micro_bsz * config.data.seq_len // config.parallel.context.size
+    return replace(row, tokens=tokens, source_tokens=config.source_tokens // config.data.micro_bsz * micro_bsz)
 
 
 def _bubble(held: Sequence[RankHoldings], orders: Sequence[Sequence[Action]], seq_len: int) -> float:

@@ -6,6 +6,7 @@ The vocabulary is the InternLM demo configs'; keys that are new here say so. Cro
 
 from __future__ import annotations
 
+import fractions
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -959,6 +960,11 @@ class Config(Section):
     """torch.backends.cudnn.deterministic."""
     cudnn_benchmark: bool = False
     """torch.backends.cudnn.benchmark."""
+
+    @property
+    def source_share(self) -> fractions.Fraction:
+        """Source tokens of a row for each of its target tokens."""
+        return fractions.Fraction(self.data.source_seq_len or self.data.seq_len, self.data.seq_len)
 
     @property
     def source_tokens(self) -> int:

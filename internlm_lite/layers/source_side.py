@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 
 from internlm_lite.config.schema import ModelConfig
@@ -12,6 +14,11 @@ from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.mesh.layout import Parameter
 
 
+def of_source(seq_len: int, share: Fraction) -> int:
+    """Tokens of the source of a document of `seq_len` tokens."""
+    return max(1, int(seq_len * share)) if seq_len else 0
+
+
 class OnSource(CostedLayer):
     """To be derived from beside a layer: of a row it costs what the layer costs of its source."""
 
@@ -20,7 +27,7 @@ class OnSource(CostedLayer):
     def flops_per_token(self, seq_len: int) -> int:
         """Of the source tokens that a row has for each target token."""
         share = self.tp_ctx.source_share
-        return int(super().flops_per_token(int(seq_len * share)) * share)
+        return int(super().flops_per_token(of_source(seq_len, share)) * share)
 
     def saved_bytes(self, row: RowShape) -> Bytes:
         return super().saved_bytes(row.of_source)

@@ -39,7 +39,7 @@ def build_stages(config: Config, mesh: Mesh, backend: AttentionBackend) -> Stage
         by_sequence=config.parallel.sequence_parallel,
         defer_weight_grads=schedule == "zbv",
         allocated=config.parallel.zero_stage < 3,
-        source_share=source_share(config),
+        source_share=config.source_share,
     )
     last = len(layers) - 1
     ends_on_one_rank = mesh.pp.size == 1 or schedule == "zbv"
@@ -56,7 +56,7 @@ def build_stages(config: Config, mesh: Mesh, backend: AttentionBackend) -> Stage
 def layers_of_stages(config: Config) -> list[range]:
     """The layer numbers of every stage of the pipeline, balanced by floating-point operations."""
     model, seq_len = config.model, config.data.seq_len
-    sample = meta_model(model.model_copy(update={"num_layers": 1}), source_share(config))
+    sample = meta_model(model.model_copy(update={"num_layers": 1}), config.source_share)
     assert sample.tok_embeddings is not None and sample.output is not None
     layers = range(model.num_blocks)
     kinds = {(model.in_encoder(layer), model.window(layer)): layer for layer in layers}
@@ -73,20 +73,16 @@ def layers_of_stages(config: Config) -> list[range]:
     )
 
 
-def source_share(config: Config) -> Fraction:
-    """Source tokens for each target token of a row."""
-    return Fraction(config.data.source_seq_len or config.data.seq_len, config.data.seq_len)
-
-
 def meta_model(config: ModelConfig, share: Fraction = Fraction(1)) -> Transformer:
-    """The unsplit model on the meta device, which allocates no memory: to compute costs. `share`: as `source_share`."""
+    """The unsplit model on the meta device, which allocates no memory: to compute costs. `share`: of `Config`, its
+    source_share."""
     mesh = single_process_mesh(torch.device("meta"))
     return build_model(config, LossConfig(), mesh, AttentionBackend.SDPA, source_share=share)
 
 
 def model_flops_per_token(config: ModelConfig, seq_len: int, share: Fraction = Fraction(1)) -> int:
     """Forward and backward FLOPs of the matrix products per (target) token, without recomputation: the numerator of
-    MFU. `share`: see `source_share`."""
+    MFU. `share`: see Config.source_share."""
     return 3 * meta_model(config, share).flops_per_token(seq_len)
 
 

@@ -67,8 +67,9 @@ class Reporter:
         self._make_sinks: Callable[[int], FanOut] | None = None
         self._stages = stages_of(config.data, config.stages)
         lengths = {stage.seq_len for stage in self._stages}
-        self._flops_per_token = {n: internlm_flops_per_token(config.model, n) for n in lengths}
-        self._model_flops_per_token = {n: model_flops_per_token(config.model, n) for n in lengths}
+        model, share = config.model, config.source_share
+        self._flops_per_token = {n: internlm_flops_per_token(model, n, share) for n in lengths}
+        self._model_flops_per_token = {n: model_flops_per_token(model, n, share) for n in lengths}
         self._peak = peak_flops(mesh.device, config.model.dtype)
         self._time, self._last = Stopwatch(mesh.device), TrainState()
         self._lines: deque[_Line] = deque()

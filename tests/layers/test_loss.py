@@ -98,6 +98,42 @@ def test_bias_scale_and_cap_are_computed_in_float32(dtype):
     torch.testing.assert_close(ours.token_loss, expected.detach(), rtol=1e-5, atol=1e-6)
 
 
+def seeds_loss(logits, labels, smoothing, pad):
+    """The annotated transformer's LabelSmoothing, without rows of padding."""
+    kept, vocab = labels != IGNORE, logits.shape[1]
+    target = torch.full_like(logits, smoothing / (vocab - 2)).scatter(1, labels.clamp(min=0)[:, None], 1 - smoothing)
+    target[:, pad] = 0
+    return F.kl_div(logits.log_softmax(-1)[kept], target[kept].detach(), reduction="sum"), target[kept]
+
+
+@pytest.mark.parametrize("parallel_output", [True, False])
+@pytest.mark.parametrize("pad", [2, 50])
+def test_smoothing_without_the_pad_column_is_the_seeds(chunk_tokens, pad, parallel_output):
+    hidden, weight, labels = inputs()
+    labels[labels == pad] = 0
+    bias = torch.linspace(-1, 1, len(weight), dtype=torch.float64).requires_grad_()
+    options = LossOptions(TP, 0.1, parallel_output=parallel_output, pad_id=pad)
+    ours = linear_cross_entropy(hidden, weight, labels, SCALE, options, bias)
+    ours_grads = torch.autograd.grad(ours.scaled_sum, (hidden, weight, bias))
+    logits = F.linear(hidden, weight, bias)
+    expected, _ = seeds_loss(logits, labels, 0.1, pad)
+    grads = torch.autograd.grad(SCALE.double() * expected, (hidden, weight, bias))
+    torch.testing.assert_close(ours.train_loss_sum, expected.detach(), rtol=1e-13, atol=0)
+    pure = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE)
+    torch.testing.assert_close(ours.token_loss, pure.detach(), rtol=1e-12, atol=1e-14)
+    for mine, theirs in zip(ours_grads, grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_the_entropy_of_a_smoothed_target_is_the_seeds():
+    """It is what the cross-entropy with the smoothed target has more than their divergence."""
+    assert LossOptions(TP, 0.1, pad_id=2).smoothed(6384)[2] == pytest.approx(1.201207, abs=5e-7)
+    _, target = seeds_loss(torch.zeros(1, 6384, dtype=torch.float64), torch.tensor([7]), 0.1, 2)
+    assert target.sum() == pytest.approx(1, rel=1e-12)
+    assert -torch.xlogy(target, target).sum() == pytest.approx(1.201207, abs=5e-7)
+    assert LossOptions(TP, 0.0, pad_id=2).smoothed(6384)[1:] == (0.0, 0.0)
+
+
 def test_without_z_loss_no_bit_changes():
     assert LossConfig().z_loss == 0
     found = [fused(*inputs(), smoothing=0.1), linear_cross_entropy(*inputs(), SCALE, LossOptions(TP, 0.1, z_loss=0.1))]

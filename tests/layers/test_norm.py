@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from internlm_lite.layers.costs import RowShape
-from internlm_lite.layers.norm import NORMS, FullRMSNorm, Norm, build_norm, full_norms
+from internlm_lite.layers.norm import NORMS, FullRMSNorm, Norm, SampleLayerNorm, build_norm, full_norms
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from tests.apps.planner.test_passes import Traffic
@@ -32,6 +32,9 @@ def norm(dtype: torch.dtype, size: int = 12, device: str = "cpu", **changes: Any
 def expected(layer: Norm, x: torch.Tensor) -> torch.Tensor:
     """By torch, in float64."""
     weight, shape = layer.weight.double() + layer.offset, (x.shape[-1],)
+    if isinstance(layer, SampleLayerNorm):  # as the annotated transformer
+        exact, bias = x.double(), 0 if layer.bias is None else layer.bias.double()
+        return weight * (exact - exact.mean(-1, keepdim=True)) / (exact.std(-1, keepdim=True) + layer.eps) + bias
     if layer.bias is None and layer.statistics == 1:
         return F.rms_norm(x.double(), shape, weight, layer.eps)
     return F.layer_norm(x.double(), shape, weight, None if layer.bias is None else layer.bias.double(), layer.eps)
@@ -42,13 +45,15 @@ KINDS: list[dict[str, Any]] = [
     {"zero_centered_norm": True},
     {"norm_type": "layernorm"},
     {"norm_type": "layernorm", "norm_bias": False, "zero_centered_norm": True},
+    {"norm_type": "sample_layernorm"},
+    {"norm_type": "sample_layernorm", "norm_bias": False, "zero_centered_norm": True},
 ]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_gradients_are_right(kind: dict[str, Any]) -> None:
     layer = norm(torch.float64, **kind)
-    assert (layer.bias is not None) == (kind == {"norm_type": "layernorm"})
+    assert (layer.bias is not None) == ("norm_type" in kind and kind.get("norm_bias", True))
     x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()))
     torch.testing.assert_close(layer(x), expected(layer, x), rtol=1e-13, atol=1e-15)

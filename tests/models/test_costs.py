@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -18,18 +18,28 @@ from internlm_lite.config.load import load_config
 from internlm_lite.config.schema import LossConfig, ModelConfig
 from internlm_lite.layers.attention import Attention
 from internlm_lite.layers.costs import CostedLayer, RowShape
+from internlm_lite.layers.cross_attention import CrossAttention, Memory
 from internlm_lite.layers.dropout import Dropout, Site, token_keys
 from internlm_lite.layers.embedding import Embedding
-from internlm_lite.layers.flash import AttentionBackend, packed_sdpa
+from internlm_lite.layers.flash import Attend, AttentionBackend, Borders, packed_across, packed_sdpa
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns
 from internlm_lite.layers.mlp import FeedForward
 from internlm_lite.layers.norm import NORMS, FullRMSNorm, full_norms
 from internlm_lite.layers.positions import LearnedPositions
 from internlm_lite.layers.rope import Rotary, rope_frequencies
+from internlm_lite.layers.source_side import SourceEmbedding, SourceNorm
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
 from internlm_lite.mesh.mesh import plan_mesh, single_process_mesh, sizes_of
 from internlm_lite.models import decoder
-from internlm_lite.models.decoder import Block, StageSpec, Transformer, tensor_parallel_context
+from internlm_lite.models.decoder import (
+    Block,
+    EncoderBlock,
+    SourceDropout,
+    SourceRow,
+    StageSpec,
+    Transformer,
+    tensor_parallel_context,
+)
 from internlm_lite.models.head import Head
 from internlm_lite.models.stages import meta_model, model_flops_per_token
 from tests.apps.planner.test_memory import SHAPES
@@ -40,7 +50,7 @@ from tests.models.small import small_config
 from tests.models.test_tensor_parallel import CASES
 
 T = 24
-ABSTRACT = {"CostedLayer", "_Linear", "Norm"}
+ABSTRACT = {"CostedLayer", "_Linear", "Norm", "OnSource"}
 """Bases, which no model contains."""
 
 
@@ -75,10 +85,13 @@ def plain(make: Callable[[ModelConfig, TensorParallelContext], Any]) -> Build:
     return build
 
 
-def build_dropout(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, _: Any) -> Ready:
-    layer, x = Dropout(0.5, 0, Site.EMBEDDING, config.hidden_size, tp_ctx), hidden(config, tp_ctx, device)
-    keys = token_keys(1, 0, torch.tensor([0], device=device), T)
-    return Ready(layer, lambda: layer(x, keys[0]), (keys,))
+def dropout(kind: type[Dropout]) -> Build:
+    def build(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, _: Any) -> Ready:
+        layer, x = kind(0.5, 0, Site.EMBEDDING, config.hidden_size, tp_ctx), hidden(config, tp_ctx, device)
+        keys = token_keys(1, 0, torch.tensor([0], device=device), T)
+        return Ready(layer, lambda: layer(x, keys[0]), (keys,))
+
+    return build
 
 
 def build_columns(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, _: Any) -> Ready:
@@ -108,10 +121,33 @@ def build_with_attention(make: Callable[[ModelConfig, TensorParallelContext], An
         config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, boundaries: tuple[int, ...]
     ) -> Ready:
         layer, x, rotary = make(config, tp_ctx), hidden(config, tp_ctx, device), rotary_of(config, tp_ctx, device)
-        attend = packed_sdpa(boundaries)
-        return Ready(layer, lambda: layer(x, rotary, attend), (rotary.cos, rotary.signed_sin))
+        attend, source = packed_sdpa(boundaries), hidden(config, tp_ctx, device)
+        beside = (None, Memory(source, across(boundaries))) if layer_reads_source(layer) else ()
+        return Ready(layer, lambda: layer(x, rotary, attend, *beside), (rotary.cos, rotary.signed_sin, source))
 
     return build
+
+
+def layer_reads_source(layer: nn.Module) -> bool:
+    return isinstance(layer, Block) and layer.cross_attention is not None
+
+
+def across(boundaries: tuple[int, ...]) -> Attend:
+    """Of documents to as long ones of another row."""
+    borders = Borders(torch.tensor(boundaries, dtype=torch.int32), boundaries, T)
+    return packed_across(AttentionBackend.SDPA, borders, borders)
+
+
+def build_cross_attention(
+    config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, boundaries: tuple[int, ...]
+) -> Ready:
+    layer, x, source = CrossAttention("c", 0, config, tp_ctx), *(hidden(config, tp_ctx, device) for _ in range(2))
+    return Ready(layer, lambda: layer(x, Memory(source, across(boundaries))), (source,))
+
+
+def build_source_embedding(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, _: Any) -> Ready:
+    layer, tokens = SourceEmbedding("e", config, tp_ctx), torch.zeros(T, dtype=torch.int64, device=device)
+    return Ready(layer, lambda: layer(tokens), (tokens,))
 
 
 def build_head(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, _: Any) -> Ready:
@@ -124,15 +160,17 @@ def build_head(config: ModelConfig, tp_ctx: TensorParallelContext, device: torch
 def build_model(
     config: ModelConfig, tp_ctx: TensorParallelContext, device: torch.device, boundaries: tuple[int, ...]
 ) -> Ready:
-    spec = StageSpec(range(config.num_layers), first=True, last=True)
+    spec = StageSpec(range(config.num_blocks), first=True, last=True)
     layer = Transformer(config, LossConfig(label_smoothing=0.1), tp_ctx, AttentionBackend.SDPA, spec)
     tokens, labels, positions = (torch.zeros(T, dtype=torch.int64, device=device) for _ in range(3))
     attend, scale = packed_sdpa(boundaries), torch.ones((), device=device)
     assert layer.output is not None
     layer.output.matrix.main_grad = torch.zeros_like(layer.output.matrix)
 
+    source = SourceRow(tokens, positions, attend, across(boundaries)) if config.num_encoder_layers else None
+
     def run() -> torch.Tensor:
-        return layer.losses(layer.hidden(tokens, positions, attend), labels, scale).scaled_sum
+        return layer.losses(layer.hidden(tokens, positions, attend, source=source), labels, scale).scaled_sum
 
     return Ready(layer, run, (tokens, labels, positions))
 
@@ -141,12 +179,17 @@ BUILDS: dict[type[nn.Module], Build] = {
     ColumnLinear: build_columns,
     RowLinear: plain(lambda c, ctx: RowLinear("r", c.hidden_size, 40, ctx, init_std=0.1, bias=True)),
     FeedForward: plain(lambda c, ctx: FeedForward("f", c, ctx)),
-    Dropout: build_dropout,
+    Dropout: dropout(Dropout),
+    SourceDropout: dropout(SourceDropout),
+    SourceEmbedding: build_source_embedding,
+    SourceNorm: plain(lambda c, ctx: SourceNorm("n", c, ctx)),
+    CrossAttention: build_cross_attention,
     Embedding: build_embedding,
     LearnedPositions: build_positions,
     FullRMSNorm: build_full_norm,
     Attention: build_with_attention(lambda c, ctx: Attention("a", 0, c, ctx)),
-    Block: build_with_attention(lambda c, ctx: Block(c, 0, ctx)),
+    Block: build_with_attention(lambda c, ctx: Block(c, c.num_encoder_layers, ctx)),
+    EncoderBlock: build_with_attention(lambda c, ctx: EncoderBlock(c, 0, ctx)),
     Head: build_head,
     Transformer: build_model,
     **{norm: plain(lambda c, ctx, norm=norm: norm("n", c, ctx)) for norm in NORMS.values()},
@@ -203,12 +246,16 @@ def test_a_layer_knows_its_flops(cls: type[nn.Module], shape: dict[str, Any]) ->
         {"dtype": "torch.bfloat16", "use_fp32_norm": True, "embed_split_hidden": False},
         {"checkpoint": "selective", "norm_position": "reordered", "qk_norm": "full"},
         {"dtype": "torch.bfloat16", "norm_position": "sandwich", "zero_centered_norm": True, "norm_type": "layernorm"},
+        {"num_encoder_layers": 2, "norm_position": "sandwich", "qk_norm": "head", "source_vocab_size": 48},
+        {"num_encoder_layers": 1, "checkpoint": "selective", "qk_norm": "full", "embed_split_hidden": False},
+        {"num_encoder_layers": 1, "checkpoint": "selective", "norm_position": "post", "dtype": "torch.bfloat16"},
     ],
     ids=str,
 )
 def test_a_layer_knows_what_it_saves(cls: type[nn.Module], boundaries: tuple[int, ...], shape: dict[str, Any]) -> None:
     made, _ = ready(BUILDS[cls], small_config(**shape), boundaries)
     row = RowShape(T, "cpu", attention_by_document=len(boundaries) > 2, reference=True, selective="checkpoint" in shape)
+    row = replace(row, source_tokens=T)
     assert saved_bytes(made.run, made.layer, made.known) == sum(made.layer.saved_bytes(row).values())
 
 

@@ -164,10 +164,8 @@ def test_packed_pairs_are_torchs_padded_batch(fillings: tuple[int | None, int | 
     ours.losses(hidden, labels, torch.ones(())).scaled_sum.backward()
 
     assert ours.source_embeddings is not None and ours.tok_embeddings is not None and ours.output is not None
-    tables = [
-        table.detach().clone().requires_grad_()
-        for table in (named["source_embeddings.weight"], named["tok_embeddings.weight"])
-    ]
+    shared = [named[name].detach().clone().requires_grad_() for name in names]
+    *tables, head, bias = shared
     sinusoids = [ours.tok_embeddings(torch.zeros_like(at), at) - 4 * tables[1][0] for at in positions]
     inputs, masks = [], []
     for table, side_tokens, added, lengths in zip(tables, tokens, sinusoids, (SOURCES, TARGETS), strict=True):
@@ -177,15 +175,12 @@ def test_packed_pairs_are_torchs_padded_batch(fillings: tuple[int | None, int | 
     causal = nn.Transformer.generate_square_subsequent_mask(max(TARGETS), dtype=torch.float64)
     memory = theirs.encoder(inputs[0], src_key_padding_mask=masks[0])
     out = theirs.decoder(inputs[1], memory, tgt_mask=causal, memory_key_padding_mask=masks[0])
-    generator_weight, generator_bias = (
-        named[f"output.{kind}"].detach().clone().requires_grad_() for kind in ("weight", "bias")
-    )
-    logits = F.linear(out[~masks[1]], generator_weight, generator_bias)
+    logits = F.linear(out[~masks[1]], head, bias)
     F.cross_entropy(logits, labels[: sum(TARGETS)], reduction="sum").backward()
 
     torch.testing.assert_close(encoded[0][: sum(SOURCES)], memory[~masks[0]], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(hidden[: sum(TARGETS)], out[~masks[1]], rtol=1e-10, atol=1e-10)
     expected = {name: torch.cat([cast(Any, param.grad)[own] for param, own in rows]) for name, rows in mapped.items()}
-    expected |= {name: tensor.grad for name, tensor in zip(names, others, strict=True)}
+    expected |= {name: tensor.grad for name, tensor in zip(names, shared, strict=True)}
     for name, wanted in expected.items():
         torch.testing.assert_close(named[name].grad, wanted, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")

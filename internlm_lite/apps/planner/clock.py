@@ -16,7 +16,7 @@ from internlm_lite.apps.planner.schedule import StageCost
 from internlm_lite.layers.attention import Attention
 from internlm_lite.layers.costs import CostedLayer, Message, Pass, RowShape
 from internlm_lite.layers.flash import LONG, TILE
-from internlm_lite.models.decoder import Block
+from internlm_lite.models.decoder import Block, EncoderBlock
 from internlm_lite.models.head import Head
 
 
@@ -83,6 +83,15 @@ def document_lengths(rows: Iterable[Sequence[int]]) -> DocumentLengths:
     total = sum(count for _, count in pairs)
     long = sum(count for length, count in pairs if length >= LONG and length % TILE == 0)
     return DocumentLengths(total / sum(lengths) / 2, long / total)
+
+
+def _flops_per_key(unit: CostedLayer) -> int:
+    """Of attention, for each key that a query of causal attention sees: others see twice as many."""
+    whole = unit.flops_per_token(1) - unit.flops_per_token(0)
+    if isinstance(unit, EncoderBlock):
+        return 2 * whole
+    cross = unit.cross_attention if isinstance(unit, Block) else None
+    return whole if cross is None else whole + cross.flops_per_token(1) - cross.flops_per_token(0)
 
 
 @dataclass(frozen=True)
@@ -156,7 +165,13 @@ class Roofline:
         for unit in many:
             key: object = unit
             if isinstance(unit, Block):
-                key = unit.attention.rule.window, unit.rotation, unit.recompute, unit.host_bytes(self.ways.row) > 0
+                key = (
+                    type(unit),
+                    unit.attention.rule.window,
+                    unit.rotation,
+                    unit.recompute,
+                    unit.host_bytes(self.ways.row) > 0,
+                )
             if key not in timed:
                 timed[key] = self.unit(unit)
             found.append(timed[key])
@@ -171,7 +186,7 @@ class Roofline:
     def _attention(self, unit: CostedLayer, direction: str) -> float:
         """Seconds in one direction. Figures of the device are those of half precision."""
         ways, device = self.ways, self.device
-        per_key = (unit.flops_per_token(1) - unit.flops_per_token(0)) * ways.row.tokens / self.tp * ways.imbalance
+        per_key = _flops_per_key(unit) * ways.row.tokens / self.tp * ways.imbalance
         keys = ways.documents.keys_within(unit.attention.rule.window if isinstance(unit, Block) else None)
         if isinstance(unit, Block) and unit.attention.in_blocks(ways.row):
             return self._in_blocks(direction, per_key * keys, unit.attention)

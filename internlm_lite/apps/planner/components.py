@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from torch import nn
 
 from internlm_lite.apps.planner.holdings import bucket_sizes
 from internlm_lite.config.schema import Config, EmaConfig
 from internlm_lite.layers.costs import CostedLayer
+from internlm_lite.layers.cross_attention import CrossAttention
+from internlm_lite.layers.source_side import OnSource, of_source
 from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.models.decoder import Transformer
@@ -83,7 +86,7 @@ class Components:
 
 def components_of(config: Config, lengths: Sequence[int]) -> Components:
     """Of the model of `config`, whose FLOPs are counted for documents of each of `lengths`."""
-    model = meta_model(config.model)
+    model = meta_model(config.model, config.source_share)
     rows: dict[str, list[Component]] = {}
     params = {cast(Parameter, param): name.rpartition(".")[0] for name, param in model.named_parameters()}
     check_patterns(config, [param.shard_spec.name for param in params])
@@ -152,10 +155,18 @@ def _held(buckets: Sequence[Bucket], params: Mapping[Parameter, str], ema: EmaCo
 
 def _computed(model: Transformer, lengths: Sequence[int]) -> Iterator[Component]:
     """A row for every layer that computes something beside what its parts compute."""
+    share = model.tp_ctx.source_share
+    inside: set[nn.Module] = {part.wkv for part in model.modules() if isinstance(part, CrossAttention)}
+    for unit in model.units():
+        inside |= {part for part in unit.modules() if isinstance(unit, OnSource) and part is not unit}
+
+    def flops(layer: CostedLayer, n: int) -> int:
+        return int(layer.flops_per_token(of_source(n, share)) * share if layer in inside else layer.flops_per_token(n))
+
     for path, layer in model.named_modules():
         if isinstance(layer, CostedLayer):
             parts = list(layer.units())
-            own = [layer.flops_per_token(n) - sum(part.flops_per_token(n) for part in parts) for n in lengths]
+            own = [flops(layer, n) - sum(flops(part, n) for part in parts) for n in lengths]
             if any(own):
                 yield Component(_name(path), flops=tuple(own))
 

@@ -85,7 +85,8 @@ def _notes(best: FittingLayout, room: Room) -> Iterator[str]:
 def _mfu(one: FittingLayout, room: Room) -> float:
     config = one.config
     peak = room.device.peak_tflops[DTYPES.get(config.model.dtype, "fp32")] * 1e12
-    reached = mfu(model_flops_per_token(config.model, config.data.seq_len), one.tokens, one.step, room.gpus, peak)
+    flops = model_flops_per_token(config.model, config.data.seq_len, config.source_share)
+    reached = mfu(flops, one.tokens, one.step, room.gpus, peak)
     assert reached is not None, "the peak is known"
     return reached
 

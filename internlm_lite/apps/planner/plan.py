@@ -74,7 +74,8 @@ def make_plan(
     sent = [_sent(row, sizes, own, data.micro_num) for own in held]
 
     def peak(micro_bsz: int) -> int:
-        longer = replace(row, tokens=micro_bsz * data.seq_len // sizes.cp)
+        source_tokens = config.source_tokens // data.micro_bsz * micro_bsz
+        longer = replace(row, tokens=micro_bsz * data.seq_len // sizes.cp, source_tokens=source_tokens)
         return max(one.peak for one in _rank_bytes(config, held, orders, longer))
 
     tokens_per_step = data.micro_num * data.micro_bsz * data.seq_len * sizes.dp
@@ -85,7 +86,9 @@ def make_plan(
         parameters_total=parameters_total,
         ranks=tuple(_ranks(sizes, held, n_bytes, sent)),
         activations=_activations(config, held, orders, row),
-        flops_per_step=internlm_step_flops(config.model, data.seq_len, tokens_per_step // data.seq_len),
+        flops_per_step=internlm_step_flops(
+            config.model, data.seq_len, tokens_per_step // data.seq_len, config.source_share
+        ),
         tokens_per_step=tokens_per_step,
         steps_total=data.total_steps,
         tokens_total=sum(use.tokens for use in uses),
@@ -136,7 +139,7 @@ def _activations(
         "off": (whole, 0),
         "selective": (replace(whole, selective=True), 0),
         "configured": (row, config.model.recomputed_layers),
-        "all": (whole, config.model.num_layers),
+        "all": (whole, config.model.num_blocks),
     }
     kept = [
         {case: most_kept(own, shape, order, n) for case, (shape, n) in cases.items()}

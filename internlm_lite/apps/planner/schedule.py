@@ -87,7 +87,8 @@ def stage_cost(stage: Transformer, seq_len: int) -> StageCost:
     """Cost of a stage in FLOPs per token."""
     layers = [(block.flops_per_token(seq_len), block.recompute) for block in stage.blocks()]
     once, again = sum(flops for flops, _ in layers), sum(flops for flops, recompute in layers if recompute)
-    lookups = 0 if stage.tok_embeddings is None else stage.tok_embeddings.lookup_ops_per_token()
+    embeddings = [one for one in (stage.source_embeddings, stage.tok_embeddings) if one is not None]
+    lookups = sum(one.lookup_ops_per_token() for one in embeddings)
     head = 0 if stage.output is None else stage.output.flops_per_token(seq_len)
     return StageCost(once + lookups + 3 * head, once + again, once)
 

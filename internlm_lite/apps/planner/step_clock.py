@@ -169,12 +169,13 @@ def clock_plan(clock: StepClock, ways: Ways, documents: str) -> ClockPlan:
     times = clock.seconds(ways)
     seconds = times.total()
     tokens = data.micro_num * data.micro_bsz * data.seq_len * sizes.dp
-    whole, without = (model_flops_per_token(config.model, length) for length in (data.seq_len, 0))
+    model, share = config.model, config.source_share
+    whole, without = (model_flops_per_token(model, length, share) for length in (data.seq_len, 0))
     peak = clock.device.peak_tflops[ways.dtype] * 1e12
     reached = mfu(whole, tokens, seconds, sizes.world, peak)
     causal = mfu((whole + without) / 2, tokens, seconds, sizes.world, peak)
     assert reached is not None and causal is not None
-    internlm = internlm_flops_per_token(config.model, data.seq_len)
+    internlm = internlm_flops_per_token(model, data.seq_len, share)
     return ClockPlan(
         device=clock.device.name,
         attention=ways.attention,

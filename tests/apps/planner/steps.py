@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from internlm_lite.batch import Batch, BatchStats, Position
+from internlm_lite.batch import Batch, BatchStats, Position, SourceRows
 from internlm_lite.config.schema import Config
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.train.trainer import Trainer
@@ -51,6 +51,20 @@ def random_batch(config: Config, mesh: Mesh) -> Batch:
         max_seqlen=data.seq_len,
         after=Position(),
         stats=BatchStats(data.micro_num * data.micro_bsz, data.seq_len, data.micro_bsz, data.micro_bsz, n, n),
+        source=_random_sources(config, len(boundaries), generator) if config.model.num_encoder_layers else None,
+    )
+
+
+def _random_sources(config: Config, borders: int, generator: torch.Generator) -> SourceRows:
+    """As many documents, of which the last is the longest."""
+    n, rows = config.source_tokens, config.data.micro_num
+    boundaries = (*range(borders - 1), n)
+    return SourceRows(
+        tokens=torch.randint(0, config.model.source_vocab, (rows, n), generator=generator),
+        positions=torch.arange(n).expand(rows, n),
+        cu_seqlens=torch.tensor([boundaries] * rows, dtype=torch.int32),
+        cu_seqlens_host=(boundaries,) * rows,
+        max_seqlen=n,
     )
 
 

@@ -133,6 +133,25 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
             "model": {"sliding_window": 3, "num_kv_attention_heads": 2},
         },
     ),
+    "encoder, sp, one embedding, half of the layers recomputed": (
+        2,
+        {
+            "parallel": {"tensor": 2, "sequence_parallel": True},
+            "data": {"source_seq_len": 24},
+            "model": {
+                **{"num_encoder_layers": 2, "num_layers": 2, "checkpoint": 0.5, "qk_norm": "full"},
+                **{"tie_word_embeddings": True, "tie_source_embeddings": True, "embed_split_hidden": False},
+            },
+        },
+    ),
+    "encoder, pp, tp, stage 3": (
+        4,
+        {
+            "parallel": {"tensor": 2, "pipeline": {"size": 2}, "zero_stage": 3},
+            "data": {"source_seq_len": 8},
+            "model": {"num_encoder_layers": 2, "num_layers": 3, "source_vocab_size": 64},
+        },
+    ),
     "sp, pp, zero, tied": (
         8,
         {

@@ -533,6 +533,9 @@ class ModelConfig(Section):
     step, layer, token and feature: the same in every layout, after a resume, and where layers run again."""
     residual_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
     """(new) Share of what attention and feed-forward part add to the residual stream that is dropped in training."""
+    feed_forward_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
+    """(new) Share of the inner features of the feed-forward part, behind its activation, that is dropped in training
+    (the annotated transformer)."""
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0
     """(new) Share of the attention weights that is dropped in training. No kernel has such masks: attention is then
     computed in plain operations, block by block, which is slower."""
@@ -664,7 +667,8 @@ class ModelConfig(Section):
 
     @property
     def has_dropout(self) -> bool:
-        return bool(self.embedding_dropout or self.residual_dropout or self.attention_dropout)
+        shares = self.embedding_dropout, self.residual_dropout, self.feed_forward_dropout, self.attention_dropout
+        return any(shares)
 
     @property
     def recomputed_share(self) -> float:

@@ -83,30 +83,31 @@ def _drop(x: torch.Tensor, dropped: torch.Tensor, p: float) -> torch.Tensor:
     return (x * (1 / (1 - p))).masked_fill(dropped, 0)
 
 
-def _drop_features(x: torch.Tensor, keys: torch.Tensor, key: torch.Tensor, p: float) -> torch.Tensor:
-    """x [T, n], keys [2, T], key [2] -> as x."""
+def _drop_features(x: torch.Tensor, keys: torch.Tensor, key: torch.Tensor, p: float, start: int) -> torch.Tensor:
+    """x [T, n] of features from number `start`, keys [2, T], key [2] -> as x."""
     first, second = (keys ^ key[:, None]).unsqueeze(-1)
-    return _drop(x, _is_dropped(first, second, torch.arange(x.shape[-1], device=x.device), p), p)
+    features = torch.arange(start, start + x.shape[-1], device=x.device)
+    return _drop(x, _is_dropped(first, second, features, p), p)
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, keys: torch.Tensor, key: torch.Tensor, p: float) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, keys: torch.Tensor, key: torch.Tensor, p: float, start: int) -> torch.Tensor:
         ctx.save_for_backward(keys, key)
-        ctx.p = p
-        return _drop_features(x, keys, key, p)
+        ctx.p, ctx.start = p, start
+        return _drop_features(x, keys, key, p, start)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         keys, key = ctx.saved_tensors
-        return _drop_features(grads[0], keys, key, ctx.p), None, None, None
+        return _drop_features(grads[0], keys, key, ctx.p, ctx.start), None, None, None, None
 
 
-def _dropout(x: torch.Tensor, keys: torch.Tensor, key: torch.Tensor, p: float) -> torch.Tensor:
+def _dropout(x: torch.Tensor, keys: torch.Tensor, key: torch.Tensor, p: float, start: int) -> torch.Tensor:
     if torch.compiler.is_compiling():  # the compiler would keep the mask
-        dropped = checkpoint(_drop_features, x, keys, key, p, use_reentrant=False, preserve_rng_state=False)
+        dropped = checkpoint(_drop_features, x, keys, key, p, start, use_reentrant=False, preserve_rng_state=False)
     else:
-        dropped = _Dropout.apply(x, keys, key, p)
+        dropped = _Dropout.apply(x, keys, key, p, start)
     return cast(torch.Tensor, dropped)
 
 
@@ -123,13 +124,25 @@ class Dropout(CostedLayer):
         self._dropout = compiled_in_training(_dropout, wanted=tp_ctx.compiled)
 
     def forward(self, x: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
-        """`keys` [2, T]: those of the tokens of x; None: nothing is dropped."""
-        return x if keys is None or not self.p else self._dropout(x, keys, self.key, self.p)
+        """`keys` [2, T]: those of all tokens of the row; None: nothing is dropped."""
+        if keys is None or not self.p:
+            return x
+        return self._dropout(x, self._keys_of(keys), self.key, self.p, self._start)
+
+    def _keys_of(self, keys: torch.Tensor) -> torch.Tensor:
+        """Of the tokens of x."""
+        return self.tp_ctx.own_tokens(keys, 1)
+
+    @property
+    def _start(self) -> int:
+        """The number of the first feature of x."""
+        return 0
 
     def passes(self, row: RowShape) -> list[Pass]:
         if not self.p:
             return []
-        x, numbers = self.tp_ctx.hidden_bytes(row.tokens, self.hidden_size), self._numbers(row)
+        numbers = self._numbers(row)
+        x = numbers * self.tp_ctx.dtype.itemsize
         if "block" in row.fused:  # joined to the addition; of two gradients one is joined to others
             return [Pass("fused", 3 * x // 2, backward=True)]
         if "activation" in row.fused:
@@ -142,6 +155,20 @@ class Dropout(CostedLayer):
 
     def _numbers(self, row: RowShape) -> int:
         return self.tp_ctx.rows(row.tokens) * self.hidden_size
+
+
+class SplitDropout(Dropout):
+    """Inside split layers: x [T, hidden / group size], this rank's range of features of all tokens."""
+
+    def _keys_of(self, keys: torch.Tensor) -> torch.Tensor:
+        return keys
+
+    @property
+    def _start(self) -> int:
+        return self.hidden_size // self.tp_ctx.group.size * self.tp_ctx.group.rank
+
+    def _numbers(self, row: RowShape) -> int:
+        return row.tokens * self.hidden_size // self.tp_ctx.group.size
 
 
 def dropped_weights(p: float, keys: torch.Tensor, first_head: int, site: Site = Site.ATTENTION_WEIGHTS) -> Drop:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from internlm_lite.config.schema import ModelConfig
 from internlm_lite.layers.compiled import compiled_in_training
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, Pass, RowShape, add_bytes
+from internlm_lite.layers.dropout import Site, SplitDropout
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns, output_std
 from internlm_lite.layers.recompute import Recipe, with_recipe
 from internlm_lite.layers.tensor_parallel import TensorParallelContext
@@ -74,10 +75,15 @@ _GATED = {
 _PLAIN: dict[str, Function] = {"gelu": F.gelu, "gelu_tanh": _gelu_tanh, "relu": F.relu}
 
 
+def _chained(first: Function, then: Function, *inputs: torch.Tensor) -> torch.Tensor:
+    return then(first(*inputs))
+
+
 class FeedForward(CostedLayer):
     """x -> same shape, both outside split layers; `mlp_hidden_size` inner features, split over the group."""
 
-    def __init__(self, name: str, config: ModelConfig, tp_ctx: TensorParallelContext) -> None:
+    def __init__(self, name: str, layer: int, config: ModelConfig, tp_ctx: TensorParallelContext) -> None:
+        """`layer`: its number in the whole model."""
         super().__init__()
         self.tp_ctx = tp_ctx
         hidden_size, width, bias = config.hidden_size, config.mlp_hidden_size, config.mlp_bias
@@ -85,6 +91,8 @@ class FeedForward(CostedLayer):
         self.w1 = column(f"{name}.w1", hidden_size, width, tp_ctx)  # gate, if there is one
         self.w3 = column(f"{name}.w3", hidden_size, width, tp_ctx) if config.gated_mlp else None  # up
         self.w2 = RowLinear(f"{name}.w2", width, hidden_size, tp_ctx, init_std=output_std(config), bias=bias)
+        p = config.feed_forward_dropout
+        self.dropout = SplitDropout(p, layer, Site.FEED_FORWARD_INNER, width, tp_ctx) if p else None
         # The output of relu is all that its gradient takes.
         self._remade = tp_ctx.selective and config.mlp_type != "relu"
         if self.w3 is None:
@@ -94,10 +102,19 @@ class FeedForward(CostedLayer):
             use_lean = tp_ctx.selective and not tp_ctx.compiled  # the compiler keeps no act(gate)
             self._inner = lean if use_lean else compiled_in_training(product, wanted=tp_ctx.compiled)
 
-    def forward(self, x: torch.Tensor, recipe: Recipe | None = None) -> torch.Tensor:
-        """`recipe`: of x, as in `columns`."""
-        products = columns(x, *self._inputs(), recipe=recipe)
-        y: torch.Tensor = self.w2(*with_recipe(self._inner, *products, wanted=self._remade))
+    def forward(
+        self, x: torch.Tensor, recipe: Recipe | None = None, token_keys: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`recipe`: of x, as in `columns`. `token_keys`: of all tokens of the row, for dropout."""
+        kept = columns(x, *self._inputs(), recipe=recipe)
+        made, remade = self._inner, self._remade
+        if self.dropout is not None and token_keys is not None:
+            dropped = partial(self.dropout, keys=token_keys)
+            if remade:
+                made = partial(_chained, self._inner, dropped)
+            else:
+                made, kept, remade = dropped, (self._inner(*kept),), self.tp_ctx.selective
+        y: torch.Tensor = self.w2(*with_recipe(made, *kept, wanted=remade))
         return y
 
     def _inputs(self) -> tuple[ColumnLinear, ...]:
@@ -109,6 +126,7 @@ class FeedForward(CostedLayer):
         inner = self.w2.saved_bytes(row)["projection inputs"]  # of each product, of what is made of them
         products = len(self._inputs())
         made = 1 if self._inner is F.relu else products if row.selective else 2 * products
+        made += self._inner is F.relu and self.dropout is not None and not row.selective
         return add_bytes(self.w1.saved_bytes(row), {"feed-forward": made * inner})
 
     def messages(self, row: RowShape) -> list[Message]:
@@ -126,6 +144,7 @@ class FeedForward(CostedLayer):
         if row.selective and self._inner is not F.relu:
             made.append(replace(made[0], backward=True, part="recomputation"))
         shared = [] if self.w3 is None else self.w3.passes(row, shared_input=True)
+        made += [] if self.dropout is None else self.dropout.passes(row)
         return [*self.w1.passes(row), *shared, *self.w2.passes(row), *made]
 
     def deferred_bytes(self, row: RowShape) -> int:
@@ -139,4 +158,5 @@ class FeedForward(CostedLayer):
         """Of the first steps of the backward pass; later gradients reuse the memory of freed activations."""
         weight = self.w2.weight
         factors = 2 * row.tokens * weight.shape[1]  # gradients of the product and of one factor
-        return (factors + weight.numel()) * weight.itemsize  # and of a weight before it is added to its bucket
+        own = (factors + weight.numel()) * weight.itemsize  # and of a weight before it is added to its bucket
+        return own if self.dropout is None else max(own, self.dropout.workspace_bytes(row))

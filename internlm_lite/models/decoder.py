@@ -120,7 +120,7 @@ class Block(CostedLayer):
             self.cross_attention_norm = build_norm(f"{name}.cross_attention_norm", config, tp_ctx)
             self.cross_attention = CrossAttention(f"{name}.cross_attention", layer, config, tp_ctx)
         self.ffn_norm = build_norm(f"{name}.ffn_norm", config, tp_ctx)
-        self.feed_forward = FeedForward(f"{name}.feed_forward", config, tp_ctx)
+        self.feed_forward = FeedForward(f"{name}.feed_forward", layer, config, tp_ctx)
         self.attention_post_norm: Norm | None = None
         self.cross_attention_post_norm: Norm | None = None
         self.ffn_post_norm: Norm | None = None
@@ -157,7 +157,7 @@ class Block(CostedLayer):
         token_keys: torch.Tensor | None = None,
         memory: Memory | None = None,
     ) -> torch.Tensor:
-        """`token_keys`: of the tokens of x, for dropout. `memory`: for cross-attention, if the block has it."""
+        """`token_keys`: of all tokens of the row, for dropout. `memory`: for cross-attention, if the block has it."""
         inputs = x, rotary, attend, token_keys, memory
         # Checkpointing inside `forward`: forward hooks run once per step, and not again in the recomputation.
         if self.recompute and torch.is_grad_enabled():
@@ -205,7 +205,7 @@ class Block(CostedLayer):
     def _after_attention(self, x: torch.Tensor, mixed: torch.Tensor, token_keys: torch.Tensor | None) -> torch.Tensor:
         attention, behind = self._attentions()[-1]
         x, entering, recipe = self._into_next(x, attention.output(mixed), token_keys, behind, self.ffn_norm)
-        y = self._normed(self.feed_forward(entering, recipe), self.ffn_norm, self.ffn_post_norm)
+        y = self._normed(self.feed_forward(entering, recipe, token_keys), self.ffn_norm, self.ffn_post_norm)
         x = x + self.ffn_dropout(y, token_keys)
         return self.ffn_norm(x) if self.norms_at == "post" else x
 
@@ -400,8 +400,6 @@ class Transformer(CostedLayer):
         if isinstance(source, SourceRow):
             tokens, memory = self._encoded(tokens, source)
         x = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens, positions)
-        if token_keys is not None:
-            token_keys = self.tp_ctx.own_tokens(token_keys, 1)
         if self.embedding_dropout is not None:
             x = self.embedding_dropout(x, token_keys)
         rotaries = self._rotations.at(positions, x.dtype, lengths)
@@ -418,12 +416,11 @@ class Transformer(CostedLayer):
         else:
             rows = self.tp_ctx.rows(len(source.positions))
             x, tokens = tokens.split([rows, len(tokens) - rows])
-        token_keys = None if source.token_keys is None else self.tp_ctx.own_tokens(source.token_keys, 1)
         if self.source_dropout is not None:
-            x = self.source_dropout(x, token_keys)
+            x = self.source_dropout(x, source.token_keys)
         rotaries = self._source_rotations.at(source.positions, x.dtype)
         for block in self.encoder_blocks():
-            x = block(x, rotaries[block.rotation], source.attend, token_keys)
+            x = block(x, rotaries[block.rotation], source.attend, source.token_keys)
         return tokens, Memory(x if self.encoder_norm is None else self.encoder_norm(x), source.attend_across)
 
     def losses(self, hidden: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> TokenLosses:

@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, Any] = {
 @pytest.mark.parametrize("mlp_type", ACTIVATIONS)
 def test_values_and_gradients_equal_the_formula(mlp_type: str, bias: bool, checkpoint: Any) -> None:
     config = small_config(mlp_type=mlp_type, mlp_bias=bias, checkpoint=checkpoint)
-    layer = FeedForward("f", config, tensor_parallel_context(config, single_process_mesh(), by_sequence=False))
+    layer = FeedForward("f", 0, config, tensor_parallel_context(config, single_process_mesh(), by_sequence=False))
     generator = torch.Generator().manual_seed(1)
     for param in layer.parameters():
         torch.nn.init.normal_(param, generator=generator)

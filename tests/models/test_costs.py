@@ -19,7 +19,7 @@ from internlm_lite.config.schema import LossConfig, ModelConfig
 from internlm_lite.layers.attention import Attention
 from internlm_lite.layers.costs import CostedLayer, RowShape
 from internlm_lite.layers.cross_attention import CrossAttention, Memory
-from internlm_lite.layers.dropout import Dropout, Site, token_keys
+from internlm_lite.layers.dropout import Dropout, Site, SplitDropout, token_keys
 from internlm_lite.layers.embedding import Embedding
 from internlm_lite.layers.flash import Attend, AttentionBackend, Borders, packed_across, packed_sdpa
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns
@@ -178,8 +178,9 @@ def build_model(
 BUILDS: dict[type[nn.Module], Build] = {
     ColumnLinear: build_columns,
     RowLinear: plain(lambda c, ctx: RowLinear("r", c.hidden_size, 40, ctx, init_std=0.1, bias=True)),
-    FeedForward: plain(lambda c, ctx: FeedForward("f", c, ctx)),
+    FeedForward: plain(lambda c, ctx: FeedForward("f", 0, c, ctx)),
     Dropout: dropout(Dropout),
+    SplitDropout: dropout(SplitDropout),
     SourceDropout: dropout(SourceDropout),
     SourceEmbedding: build_source_embedding,
     SourceNorm: plain(lambda c, ctx: SourceNorm("n", c, ctx)),

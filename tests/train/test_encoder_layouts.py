@@ -4,56 +4,110 @@ and weights of one process, in fp64."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from internlm_lite.config.cross import cross_problems
 from internlm_lite.config.schema import Config
-from tests.train.family_layouts import RUNS, family_layouts
+from internlm_lite.mesh.mesh import Mesh
+from tests.torches import HAS_ZBV
+from tests.train.family_layouts import PARTS
 from tests.train.layout_runs import check_layouts_of_one_size
-from tests.train.layouts import LIMIT, MAX_RANKS, Keys, Layout, config_of, runnable
-from tests.train.layouts import feasible as decoder_feasible
+from tests.train.layouts import LIMIT, Keys, Layout, config_of
+from tests.train.runs import curve, run_training
+from tests.world import run_world
 
-ALL = 32
 SAMPLE = int(os.environ.get("ENCODER_LAYOUTS", "4"))
-"""`ENCODER_LAYOUTS=32 pytest tests/train/test_encoder_layouts.py` runs all."""
-SOURCE_LENGTH = 48
-CHECKPOINTS = (0, "selective", 0.5, 1, "offload")
-NORMS = ((), (("model.norm_type", "sample_layernorm"),))
+"""`ENCODER_LAYOUTS=24 pytest tests/train/test_encoder_layouts.py` runs all."""
+SHAPES: tuple[dict[str, Any], ...] = (
+    {"tp": 2, "sp": True, "tied": True, "split_hidden": False},
+    {"pp": 2, "tied": True, "checkpoint": 1},
+    {"dp": 2, "zero_stage": 3, "tied": True, "bucket": 1500},
+    {"pp": 2, "schedule": "zbv" if HAS_ZBV else "interleaved", "chunks": 2, "tied": True},
+    {"dp": 2, "pp": 2, "zero_stage": 2, "checkpoint": "selective"},
+    {"tp": 2, "pp": 2, "sp": True, "checkpoint": 0.5},
+    {"dp": 2, "tp": 2, "zero_stage": 3, "checkpoint": "offload", "sp": True, "bucket": 1500},
+    {"tp": 4, "split_hidden": False, "parallel_output": False},
+    {"pp": 4, "zero_stage": 3, "checkpoint": "selective"},
+    {"dp": 4, "zero1": 2, "zero_stage": 2, "micro_bsz": 2},
+    {"pp": 2, "dp": 2, "schedule": "interleaved", "chunks": 2, "overlap_grad": False, "overlap_param": False},
+    {"dp": 2, "tp": 2, "pp": 2, "sp": True, "tied": True, "split_hidden": False, "zero_stage": 2},
+)
+"""Each comes twice, in other company."""
+PADS = (("loss.pad_id", 2),)
+DROPOUT = tuple((f"model.{kind}_dropout", 0.1) for kind in ("embedding", "residual", "feed_forward", "attention"))
 
 
-def config_with_sources(layout: Layout) -> Config:
-    return config_of(layout, None, data={"source_seq_len": SOURCE_LENGTH})
+def config_with_sources(layout: Layout, **ckpt: Any) -> Config:
+    return config_of(layout, None, data={"source_seq_len": 48}, ckpt=ckpt)
 
 
-def encoder_layouts() -> Iterator[Layout]:
-    """Layouts of the families with an encoder of three layers, and in turn stages of ZeRO, ways to recompute, tied
-    embeddings and the norm of the annotated transformer."""
-    for number, layout in enumerate(family_layouts()[:: RUNS // ALL]):
-        keys: Keys = (*layout.keys, ("model.num_encoder_layers", 3))
-        keys += (("model.tie_source_embeddings", True),) if number % 3 else (("model.source_vocab_size", 320),)
-        keys += (("loss.pad_id", 2),) if layout.smoothing else ()
-        if number % 4 == 1 and not any(name in ("model.norm_type", "model.qk_norm") for name, _ in keys):
-            keys += NORMS[1]
-        layers = max(2, layout.pp * layout.chunks - 2)
-        changed = replace(layout, keys=keys, layers=layers, checkpoint=CHECKPOINTS[number % 5])
-        staged = [replace(changed, zero_stage=stage) for stage in (1 + number % 3, 2, 1)]
-        yield next(one for one in staged if decoder_feasible(one))
+def build(number: int, shift: int) -> Layout:
+    """Layout number `number`, whose parts are moved on by `shift`."""
+    parts = {**PARTS, "norm": (*PARTS["norm"], (("model.norm_type", "sample_layernorm"),))}
+    steps = dict(zip(parts, (1, 2, 1, 3, 1, 1, 1, 1, 2, 1), strict=True))
+    keys: Keys = sum((values[(number * steps[name] + shift) % len(values)] for name, values in parts.items()), ())
+    keys += (
+        ("model.num_encoder_layers", 2 + number % 2),
+        *(PADS if number % 4 else ()),
+        *(DROPOUT if number % 2 else ()),
+    )
+    keys += (("model.tie_source_embeddings", True),) if number % 3 else (("model.source_vocab_size", 320),)
+    shape = SHAPES[number % len(SHAPES)]
+    return Layout(**shape, layers=2 + number % 2, smoothing=0.1 if number % 4 else 0, rows=4, keys=keys)
 
 
-def test_there_are_enough_of_every_kind() -> None:
-    layouts = list(encoder_layouts())
-    assert len(layouts) == ALL
-    for name, values in {"zero_stage": (1, 2, 3), "sp": (False, True), "tied": (False, True)}.items():
-        assert {getattr(layout, name) for layout in layouts} == set(values)
-    assert {layout.checkpoint for layout in layouts} == set(CHECKPOINTS)
-    assert all(sum(getattr(layout, axis) > 1 for layout in layouts) >= 8 for axis in ("dp", "tp", "pp"))
+@cache
+def encoder_layouts() -> tuple[Layout, ...]:
+    """Parts that do not stand together are moved on until they do."""
+    layouts = [
+        next(
+            layout
+            for layout in (build(number, shift) for shift in range(100))
+            if not list(cross_problems(config_with_sources(layout), layout.world))
+        )
+        for number in range(2 * len(SHAPES))
+    ]
+    return tuple(sorted(layouts, key=lambda layout: layout.world))
 
 
-@pytest.mark.parametrize("ranks", range(1, MAX_RANKS + 1))
+def test_parts_of_families_are_on_both_sides() -> None:
+    layouts = encoder_layouts()
+    assert len(layouts) >= 20
+    met = {key for layout in layouts for key in layout.keys}
+    for name in (
+        "norm_type",
+        "norm_position",
+        "position",
+        "mlp_type",
+        "sliding_window",
+        "attention_softcap",
+        "qk_norm",
+    ):
+        assert any(key == f"model.{name}" for key, _ in met), name
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_an_encoder_decoder_gives_the_curve_of_one_process(ranks: int, tmp_path: Path) -> None:
-    sample = runnable(list(encoder_layouts())[:: ALL // SAMPLE])
+    sample = encoder_layouts()[:: len(encoder_layouts()) // SAMPLE]
     if layouts := [layout for layout in sample if layout.world == ranks]:
         check_layouts_of_one_size(layouts, config_with_sources, LIMIT, tmp_path)
+
+
+def resume(mesh: Mesh, layout: Layout, folder: Path) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """The curve from step 2 on, and that of a run that goes on from the checkpoint of step 2."""
+    saved = {"enable_save_ckpt": True, "checkpoint_every": 2, "async_upload": False}
+    config = config_with_sources(layout, save_ckpt_folder=str(folder / "ckpt"), **saved)
+    whole = curve(run_training(mesh, config, folder / "whole"))
+    (commit,) = (folder / "ckpt" / "commits").glob(f"{2:010d}-*.json")
+    again = run_training(mesh, config_with_sources(layout, load_ckpt_folder=str(commit)), folder / "again")
+    return whole[2:], curve(again)
+
+
+def test_a_run_resumes_to_the_bit(tmp_path: Path) -> None:
+    layout = next(one for one in encoder_layouts() if one.pp == 2 and one.world == 2)
+    whole, again = run_world(resume, 2, (layout, tmp_path), pipeline=2)[0]
+    assert len(again) == 3 and again == whole

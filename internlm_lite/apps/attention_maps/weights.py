@@ -10,7 +10,7 @@ A decoder alone has "decoder" alone. Layers are numbered from 0 on each side.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
@@ -98,7 +98,7 @@ def weights_within(rule: AttentionRule, q: torch.Tensor, k: torch.Tensor) -> tor
 def maps_of(
     model: WholeModel,
     request: Request,
-    labels: dict[str, Sequence[str]],
+    labels: Mapping[str, Sequence[str]],
     layers: Sequence[int],
     heads: Sequence[int],
     suffix: str,

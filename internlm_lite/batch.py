@@ -74,10 +74,10 @@ class SourceRows:
 
     def to(self, device: torch.device) -> SourceRows:
         """The same rows on `device`; asynchronous from pinned memory."""
-        tensors = (self.tokens, self.positions, self.cu_seqlens)
-        return SourceRows(
-            *(tensor.to(device, non_blocking=True) for tensor in tensors), self.cu_seqlens_host, self.max_seqlen
-        )
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True) for name in ("tokens", "positions", "cu_seqlens")
+        }
+        return SourceRows(**moved, cu_seqlens_host=self.cu_seqlens_host, max_seqlen=self.max_seqlen)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def curve(mesh: Mesh, corpus: Path | None, **model: Any) -> list[tuple[float, fl
     layout = {"tensor": mesh.tp.size, "sequence_parallel": mesh.tp.size > 1, "pipeline": {"size": mesh.pp.size}}
     model = {"dtype": "torch.float32", "num_layers": 3, **model}
     config = tiny(corpus, model=model, parallel=layout, **sections)
-    data = open_training_data(config.data, config.model.vocab_size, mesh.dp.rank, mesh.dp.size, config.seed)
+    data = open_training_data(config.data, config.model.vocab_sizes, mesh.dp.rank, mesh.dp.size, config.seed)
     trainer = Trainer(config, mesh, [folder.name for folder in data.packed])
     batches, found = data.batches(Position()), []
     for step in range(STEPS):
@@ -103,6 +103,12 @@ def backend_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_compiled_steps_are_those_of_eager_ones(model: dict[str, Any], corpus: Path) -> None:
     assert compare(single_process_mesh(), corpus, **model) < 1e-6
+
+
+def test_both_sides_of_an_encoder_decoder_are_compiled() -> None:
+    """Before, between and after attention in the decoder; before and after it in the encoder."""
+    model = {"num_encoder_layers": 2, "num_layers": 2, "norm_type": "sample_layernorm", "feed_forward_dropout": 0.1}
+    assert compare(single_process_mesh(), None, kinds=4, mlp_type="relu", **model) < 1e-6
 
 
 @pytest.mark.parametrize(

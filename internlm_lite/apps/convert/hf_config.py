@@ -22,7 +22,8 @@ from internlm_lite.units import round_up
 _NO_FEATURES = {
     *("checkpoint", "dtype", "attention", "use_flash_attn", "compile", "fp8", "use_fp32_norm", "init_std"),
     *("num_chunks", "embed_split_hidden", "embed_grad_scale", "parallel_output"),
-    *("embedding_dropout", "attention_dropout", "residual_dropout", "scaling", "mup_base_width", "mup_base_head_dim"),
+    *("embedding_dropout", "attention_dropout", "residual_dropout", "feed_forward_dropout"),
+    *("scaling", "mup_base_width", "mup_base_head_dim"),
     *("mlp_ratio", "multiple_of", "no_bias", "apply_post_layer_norm"),
 }
 """Fields of the model section that do not change what a trained model computes, or that others say as well."""

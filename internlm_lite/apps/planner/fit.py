@@ -194,8 +194,8 @@ def _plain_layouts(config: Config, room: Room, rows: int) -> Iterator[Layout]:
     for tensor in _powers(min(room.gpus, room.device.gpus_per_node)):
         if model.kv_heads % tensor or model.num_attention_heads % tensor:
             continue
-        for pipeline in _powers(min(room.gpus // tensor, model.num_layers, _LONGEST_PIPELINE)):
-            for schedule, chunks in _schedules(model.num_layers, pipeline):
+        for pipeline in _powers(min(room.gpus // tensor, model.num_blocks, _LONGEST_PIPELINE)):
+            for schedule, chunks in _schedules(model.num_blocks, pipeline):
                 for context in _powers(max(1, min(room.gpus // tensor // pipeline, seq_len // _LONG_PART))):
                     copies, rest = divmod(room.gpus, tensor * pipeline * context)
                     if rest or rows % copies or rows // copies < pipeline:  # most ranks of the pipeline would wait

@@ -100,6 +100,7 @@ model = dict(
     embedding_dropout=DROPOUT,
     attention_dropout=ATTENTION_DROPOUT,
     residual_dropout=DROPOUT,
+    feed_forward_dropout=DROPOUT,
     dtype=DTYPE,
     compile=False,
 )

@@ -28,7 +28,7 @@ from internlm_lite.data.order import BatchOrder
 from internlm_lite.data.pack import PackedFolder, PackedRows, Packing
 from internlm_lite.data.pairs import PackedPairs, PairPacking
 from internlm_lite.data.phases import Phase, Phases
-from internlm_lite.data.vocabulary import Side, check_vocabulary
+from internlm_lite.data.vocabulary import VocabularySide, check_vocabulary
 from internlm_lite.errors import DataError
 
 logger = logging.getLogger("internlm_lite")
@@ -235,10 +235,10 @@ def _folders(root: str | None, key: str, config: DataConfig, vocab_size: VocabSi
     else:
         folders = [dummy_folder(config.seq_len)]
     of_targets, of_sources = pairs or (vocab_size, None)
-    target = Side("", of_targets, config.tokenizer)
+    target = VocabularySide("", of_targets, config.tokenizer)
     check_vocabulary([file for folder in folders for file in folder.files], target, log=log_sizes)
     if of_sources is not None:
-        source = Side("source_", of_sources, config.source_tokenizer or config.tokenizer)
+        source = VocabularySide("source_", of_sources, config.source_tokenizer or config.tokenizer)
         check_vocabulary([file for folder in folders for file in folder.sources], source, log=log_sizes)
     return folders
 

@@ -23,8 +23,8 @@ PADDING = 128
 
 
 @dataclass(frozen=True)
-class Side:
-    """What the files of one side of the data must fit. `Side("source_", ...)`: the sources of pairs."""
+class VocabularySide:
+    """What the files of one side of the data must fit. `VocabularySide("source_", ...)`: the sources of pairs."""
 
     prefix: str
     """Of the keys model.vocab_size and data.tokenizer."""
@@ -36,7 +36,7 @@ class Side:
         return f"model.{self.prefix}vocab_size"
 
 
-def check_vocabulary(files: Sequence[Documents], side: Side, *, log: bool) -> None:
+def check_vocabulary(files: Sequence[Documents], side: VocabularySide, *, log: bool) -> None:
     """Raises DataError naming a file that does not fit the side's vocab_size or tokenizer.
 
     `log`: warn once if the model has more rows than padding explains.
@@ -56,7 +56,7 @@ def check_vocabulary(files: Sequence[Documents], side: Side, *, log: bool) -> No
         logger.warning(text, side.size_key, side.vocab_size, found[most], most, side.vocab_size - most)
 
 
-def _check_file(path: Path, metadata: Metadata, side: Side, tokenizer: Tokenizer | None) -> None:
+def _check_file(path: Path, metadata: Metadata, side: VocabularySide, tokenizer: Tokenizer | None) -> None:
     _check_size(f"{path}: its tokenizer", metadata.vocab_size, side)
     if metadata.max_token >= side.vocab_size:
         raise DataError(
@@ -72,7 +72,7 @@ def _check_file(path: Path, metadata: Metadata, side: Side, tokenizer: Tokenizer
         )
 
 
-def _check_size(what: str, found: int, side: Side) -> None:
+def _check_size(what: str, found: int, side: VocabularySide) -> None:
     if side.vocab_size < found:
         raise DataError(
             f"{what} has a vocabulary of {found}, but {side.size_key} is {side.vocab_size}; expected at least {found}, "

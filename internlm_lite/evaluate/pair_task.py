@@ -19,7 +19,7 @@ from internlm_lite.config.schema import Config
 from internlm_lite.data.text import TextOptions, find_text, read_documents
 from internlm_lite.data.text_files import Tally
 from internlm_lite.data.tokenizer import Tokenizer
-from internlm_lite.data.vocabulary import Side, check_vocabulary
+from internlm_lite.data.vocabulary import VocabularySide, check_vocabulary
 from internlm_lite.errors import DataError, MissingPackageError, first_line
 from internlm_lite.evaluate.scorer import Scorer
 from internlm_lite.generate.beams import Beams
@@ -49,8 +49,8 @@ class PairTask:
         assert asked.pairs_folder is not None and path is not None, "checked with the config"
         self._metrics = _metrics_of(asked.pairs_sides[1])
         self._how = Sampling(temperature=0) if asked.beams == 1 else Beams(asked.beams, asked.length_penalty)
-        check_vocabulary([], Side("", model.vocab_size, data.tokenizer), log=False)
-        check_vocabulary([], Side("source_", model.source_vocab, path), log=False)
+        check_vocabulary([], VocabularySide("", model.vocab_size, data.tokenizer), log=False)
+        check_vocabulary([], VocabularySide("source_", model.source_vocab, path), log=False)
         if tokenizer.bos is None:
             raise DataError(f"tokenizer {tokenizer.path}: found no bos token, expected one, with which targets begin")
         pairs = _read(Path(asked.pairs_folder), tuple(asked.pairs_sides), asked.limit)

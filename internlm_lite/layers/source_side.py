@@ -25,7 +25,7 @@ class OnSource(CostedLayer):
     tp_ctx: TensorParallelContext
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Of the source tokens that a row has for each target token."""
+        """Of the source tokens that a row has for each target token, rounded down."""
         share = self.tp_ctx.source_share
         return int(super().flops_per_token(of_source(seq_len, share)) * share)
 

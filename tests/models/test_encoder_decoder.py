@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any, cast
 
 import pytest
@@ -15,7 +16,8 @@ from internlm_lite.layers.flash import AttentionBackend, Borders, packed, packed
 from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.models.decoder import SourceRow, Transformer, build_model
-from internlm_lite.models.stages import meta_model
+from internlm_lite.models.stages import meta_model, model_flops_per_token
+from tests.models.counted import counted_flops
 
 SDPA = AttentionBackend.SDPA
 SEED: dict[str, Any] = {
@@ -184,3 +186,24 @@ def test_packed_pairs_are_torchs_padded_batch(fillings: tuple[int | None, int | 
     expected |= {name: tensor.grad for name, tensor in zip(names, shared, strict=True)}
     for name, wanted in expected.items():
         torch.testing.assert_close(named[name].grad, wanted, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("share", [Fraction(3, 2), Fraction(1, 2)])
+def test_sources_of_another_length_count_as_they_are(share: Fraction) -> None:
+    """FLOPs by torch's counter."""
+    config, tokens = ModelConfig(**SMALL), 24
+    model = build_model(config, LossConfig(), single_process_mesh(), SDPA, source_share=share)
+    sides = [row_of((n,), None) for n in (int(tokens * share), tokens)]
+    inside = [packed(SDPA, side.cu_seqlens, side.cu_seqlens_host, side.max_seqlen) for side in sides]
+    source_positions, positions = (torch.arange(side.max_seqlen) for side in sides)
+    source = SourceRow(source_positions % 13, source_positions, inside[0], packed_across(SDPA, sides[1], sides[0]))
+
+    def run() -> torch.Tensor:
+        hidden = model.hidden(positions % 11, positions, inside[1], source=source)
+        return model.losses(hidden, positions % 11, torch.ones(())).scaled_sum
+
+    for param in model.parameters():
+        param.data.fill_(0.01)
+    forward = tokens * model.flops_per_token(tokens)
+    assert counted_flops(run) == (forward, 3 * forward)
+    assert model_flops_per_token(config, tokens, share) == 3 * model.flops_per_token(tokens)

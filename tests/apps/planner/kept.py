@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 from internlm_lite.apps.planner.memory import row_shape
 from internlm_lite.config.schema import Config, LossConfig
 from internlm_lite.layers.costs import Bytes
-from internlm_lite.layers.dropout import token_keys
-from internlm_lite.layers.flash import AttentionBackend, packed
+from internlm_lite.layers.dropout import Site, token_keys
+from internlm_lite.layers.flash import AttentionBackend, Borders, packed, packed_across
 from internlm_lite.mesh.mesh import Mesh, plan_mesh, single_process_mesh, sizes_of
-from internlm_lite.models.decoder import StageSpec, Transformer, tensor_parallel_context
+from internlm_lite.models.decoder import SourceRow, StageSpec, Transformer, tensor_parallel_context
 from internlm_lite.models.initialise import initialise
 from internlm_lite.models.stages import build_stages
 from tests.models.counted import saved_bytes
@@ -53,12 +53,23 @@ def row_of_stage(stage: Transformer, config: Config) -> tuple[Callable[[], torch
     keys = token_keys(1, 0, torch.tensor([0]), n_tokens)
     drop = stage.weight_drop(keys[0])
     attend = packed(AttentionBackend.SDPA, torch.tensor(boundaries, dtype=torch.int32), boundaries, n_tokens, drop)
+    source = source_of(stage, keys[0]) if config.model.num_encoder_layers else None
 
     def run() -> torch.Tensor:
-        hidden = stage.hidden(tokens, positions, attend, token_keys=keys[0])
+        hidden = stage.hidden(tokens, positions, attend, token_keys=keys[0], source=source)
         return stage.losses(hidden, labels, torch.tensor(1.0)).scaled_sum
 
-    return run, [tokens, labels, positions, keys]
+    return run, [tokens, labels, positions, keys, *([] if source is None else [source.tokens])]
+
+
+def source_of(stage: Transformer, keys: torch.Tensor) -> SourceRow:
+    """As many documents and tokens as the row of `row_of_stage`, which has these keys."""
+    target, own = (0, 5, 16, keys.shape[1]), (0, 9, 20, keys.shape[1])
+    rows = [Borders(torch.tensor(ends, dtype=torch.int32), ends, ends[-1]) for ends in (target, own)]
+    drops = stage.weight_drop(keys), stage.weight_drop(keys, Site.CROSS_WEIGHTS)
+    inside = packed(AttentionBackend.SDPA, rows[1].cu_seqlens, own, own[-1], drops[0])
+    positions = torch.arange(own[-1])
+    return SourceRow(positions, positions, inside, packed_across(AttentionBackend.SDPA, *rows, drops[1]), keys)
 
 
 def kept_bytes(mesh: Mesh, config: Config) -> int:
@@ -71,7 +82,7 @@ def kept_bytes(mesh: Mesh, config: Config) -> int:
 def waiting_bytes(config: Config) -> int:
     """Storages that deferred weight gradients keep after the backward pass of one micro-batch, without scalars."""
     tp_ctx = tensor_parallel_context(config.model, single_process_mesh(), by_sequence=False, defer_weight_grads=True)
-    spec = StageSpec(range(config.model.num_layers), first=True, last=True)
+    spec = StageSpec(range(config.model.num_blocks), first=True, last=True)
     stage = Transformer(config.model, LossConfig(), tp_ctx, AttentionBackend.SDPA, spec)
     run, _ = row_of_stage(stage, config)
     run().backward()

@@ -67,6 +67,13 @@ SHAPES: list[dict[str, Any]] = [
     {"attention_softcap": 0.7, "attention_scale": 0.4},
     {"attention_softcap": 0.7, "num_kv_attention_heads": 2, "dtype": "torch.bfloat16"},
     {"sliding_window": 24},
+    {"num_encoder_layers": 2, "num_kv_attention_heads": 2, "no_rope_every": 2},
+    {"num_encoder_layers": 1, "norm_type": "sample_layernorm", "feed_forward_dropout": 0.1, "mlp_type": "relu"},
+    {"num_encoder_layers": 2, "checkpoint": "selective", "feed_forward_dropout": 0.1, "qk_norm": "head"},
+    {
+        **{"num_encoder_layers": 3, "checkpoint": 2 / 3, "embed_split_hidden": False, "tie_word_embeddings": True},
+        **{"tie_source_embeddings": True, "position": "sinusoidal", "embedding_dropout": 0.1, "residual_dropout": 0.1},
+    },
     {"checkpoint": 1 / 3},
     {"checkpoint": "selective"},
     {"checkpoint": "selective", "dtype": "torch.bfloat16", "use_fp32_norm": True, "num_kv_attention_heads": 2},

@@ -51,6 +51,7 @@ MICRO_BSZ = 12  # longest sentences that a row has room for; PAIRS: room for any
 MICRO_NUM = 10  # gradient accumulation
 
 EPOCHS = 8
+EVAL_EVERY = "epoch"
 BASE_LR = 1.0
 WARMUP = 3000
 LR_PER = "micro_batch"
@@ -74,7 +75,8 @@ data = dict(
     epochs=EPOCHS,
     train_folder=FOLDER and f"{FOLDER}/tokens/train",
     valid_folder=FOLDER and f"{FOLDER}/tokens/valid",
-    valid_every="epoch",
+    valid_every=EVAL_EVERY,
+    valid_at_start=True,
     valid_micro_num=1,
     valid_batches=1000,
     source_tokenizer=FOLDER and f"{FOLDER}/{SOURCE_TOKENIZER}",

@@ -38,6 +38,7 @@ def plan(capsys: pytest.CaptureFixture[str], config: str, words: str) -> dict[st
         ("gpt2_124m.py", "FOLDER=None SEQ_LEN=1024", 163_009_536, 163_009_536),
         ("gpt2_124m.py", "FOLDER=None SEQ_LEN=1024 TIED=True", 124_412_160, 124_412_160),
         ("gpt2_124m.py", "FOLDER=None SEQ_LEN=1024 TIED=True QKV_BIAS=True", 124_439_808, 124_439_808),
+        ("translate_de_en.py", "FOLDER=None", 54_941_936, 0),
         (XL, "", 1_635_382_400 + 155_200, 1_635_382_400),
         (XL, "MLP_TYPE=swiglu", 2_126_902_400 + 155_200, 2_126_902_400),
     ],

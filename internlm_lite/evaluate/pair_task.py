@@ -55,12 +55,14 @@ class PairTask:
             raise DataError(f"tokenizer {tokenizer.path}: found no bos token, expected one, with which targets begin")
         pairs = _read(Path(asked.pairs_folder), tuple(asked.pairs_sides), asked.limit)
         self._references = [target for _, target in pairs]
-        longest, of_sources = asked.max_tokens or data.source_seq_len or data.seq_len, Tokenizer(Path(path))
+        wanted = [asked.max_tokens or own for own in (data.source_seq_len or data.seq_len, data.seq_len)]
+        longest, longest_target = (min(tokens, model.most_positions or tokens) for tokens in wanted)
+        of_sources = Tokenizer(Path(path))
         sources = [source_ids(of_sources, source) for source, _ in pairs]
         if cut := sum(len(ids) > longest for ids in sources):
             logger.warning(f"{PAIRS}: {cut} of {len(sources)} sources have more than {longest} tokens and are cut")
         fitting = [ids if len(ids) <= longest else [*ids[: longest - 1], ids[-1]] for ids in sources]
-        count, ends = max(1, (asked.max_tokens or data.seq_len) - 1), end_ids(tokenizer)
+        count, ends = max(1, longest_target - 1), end_ids(tokenizer)  # the begin mark has a position, too
         self._requests = [Request([tokenizer.bos], count, ends, source=ids) for ids in fitting]
 
     def scores(self, scorer: Scorer) -> dict[str, float]:

@@ -2,12 +2,14 @@
 
     internlm-lite evaluate --checkpoint demo/ckpts
     internlm-lite evaluate --checkpoint demo/ckpts --tasks cloze_word,cloze_sentence --output figures.json
+    internlm-lite evaluate --checkpoint de_en/ckpts --tasks pairs --pairs text/test de en --beams 4
     internlm-lite evaluate --checkpoint demo/ckpts --tasks lambada_openai,hellaswag --limit 500 --weights both
     torchrun --nproc_per_node=8 tools/evaluate.py --checkpoint ckpts parallel.tensor=4
 
 The config is the one in the checkpoint, without its training data and with all of its data.valid_folder;
 section.key=value changes it. Its layout is taken if it fits the number of processes, else they are all data parallel.
-Tasks that are not built in come from lm-evaluation-harness: pip install internlm_lite[eval].
+Tasks that are not built in come from lm-evaluation-harness: pip install internlm_lite[eval]. BLEU and chrF of pairs
+need sacrebleu: pip install internlm_lite[bleu].
 """
 
 from __future__ import annotations
@@ -40,8 +42,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--checkpoint", required=True, metavar="FOLDER", help="save folder (its newest), FOLDER/STEP, one checkpoint")
     add_config(parser, required=False, text="config file (default: the config in the checkpoint)")
     add("--tasks", metavar="NAME,NAME", help="tasks (default: the config's evaluation.tasks); none: no tasks")
-    add("--limit", type=int, metavar="N", help="examples per task (all; 200 of a built-in one)")
+    add("--limit", type=int, metavar="N", help="examples per task (all; 200 of a cloze task)")
     add("--num-fewshot", type=int, metavar="N", help="examples in a prompt of lm_eval's tasks (as each says)")
+    text = 'the text that the task "pairs" of an encoder-decoder is scored on: evaluation.pairs_folder, .pairs_sides'
+    add("--pairs", nargs=3, metavar=("FOLDER", "SOURCE", "TARGET"), help=text)
+    add("--beams", type=int, metavar="K", help="of that task (greedy): evaluation.beams")
     add("--include-path", metavar="FOLDER", help="folder of task files in lm_eval's form")
     add("--weights", choices=["model", "ema", "both"], default="model", help="trained or averaged weights (model)")
     add("--output", type=Path, metavar="FILE", help="write the figures as JSON, too")
@@ -50,7 +55,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_launcher(parser, timeout=_SECONDS)
     add_s3_option(parser)
     arguments = parser.parse_intermixed_args(argv)
-    check_at_least(parser, arguments, limit=1, num_fewshot=0)
+    check_at_least(parser, arguments, limit=1, num_fewshot=0, beams=1)
     return arguments
 
 
@@ -118,6 +123,9 @@ def loaded_config(arguments: argparse.Namespace, world_size: int) -> LoadedConfi
         "limit": arguments.limit,
         "num_fewshot": arguments.num_fewshot,
         "include_path": arguments.include_path,
+        "beams": arguments.beams,
+        "pairs_folder": arguments.pairs and arguments.pairs[0],
+        "pairs_sides": arguments.pairs and arguments.pairs[1:],
     }
     asked = {key: value for key, value in asked.items() if value is not None}
     evaluation = config.evaluation.model_copy(update=asked)

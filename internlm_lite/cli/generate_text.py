@@ -1,13 +1,16 @@
-"""Continue prompts with a trained model.
+"""Continue prompts with a trained model, or translate sources with an encoder-decoder.
 
     internlm-lite generate --checkpoint demo/ckpts --prompt "def main" --prompt "The following"
     echo "import os" | internlm-lite generate --checkpoint demo/ckpts --greedy
     internlm-lite generate --checkpoint demo/ckpts --prompts prompts.txt --stop "\\n\\n" --json > answers.jsonl
     internlm-lite generate --checkpoint demo/ckpts --prompt "def main" --beams 4 --length-penalty 0.6
     internlm-lite generate --checkpoint demo/ckpts --prompt "def main" --attention maps.html --layers 0,2-3
+    internlm-lite generate --checkpoint de_en/ckpts --source "Ein Hund schläft." --beams 4
+    internlm-lite generate --checkpoint de_en/ckpts --sources test.de --greedy > test.en
 
 The text of a prompt depends on its seed, not on the prompts beside it. That of a single one is shown while it is drawn.
-A line of --requests is an object with "prompt" and, if it differs, max_new_tokens, stop, stop_ids, seed.
+A line of --requests is an object with "prompt" and, if it differs, max_new_tokens, stop, stop_ids, seed; for an
+encoder-decoder with "source", and "prompt" for the beginning of the target. Targets are written one a line.
 
 Its checkpoint may lie on S3, with the keys in the environment as for train.py.
 """
@@ -19,6 +22,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +34,7 @@ from internlm_lite.runtime.tool import add_s3_option, run_tool
 from internlm_lite.units import escaped
 
 if TYPE_CHECKING:
+    from internlm_lite.config.schema import DataConfig, ModelConfig
     from internlm_lite.data.tokenizer import Tokenizer
     from internlm_lite.generate.beams import Beams
     from internlm_lite.generate.prompts import Defaults, PromptLine
@@ -49,8 +54,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--checkpoint", required=True, metavar="FOLDER", help="save folder (its newest), FOLDER/STEP, one checkpoint")
     add("--prompt", action="append", metavar="TEXT", help="continue this; may be given again (default: standard input)")
     add("--prompts", metavar="FILE", help="prompts, one a line; -: standard input")
+    add("--source", action="append", metavar="TEXT", help="of an encoder-decoder: translate this; may be given again")
+    add("--sources", metavar="FILE", help="sources, one a line; -: standard input")
     add("--requests", metavar="FILE", help="prompts as JSON lines; -: standard input")
     add("--tokenizer", metavar="FILE", help="tokenizer file or folder (default: the config's data.tokenizer)")
+    add("--source-tokenizer", metavar="FILE", help="of sources (default: the config's data.source_tokenizer)")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="longest continuation (128)")
     add("--max-positions", type=int, metavar="N", help="longest prompt in tokens (default: the model's data.seq_len)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again")
@@ -68,7 +76,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=16, metavar="N", help="prompts at a time (16)")
     add("--chunk", type=int, metavar="N", help="prompt tokens per forward pass, for long prompts (all)")
     add("--json", action="store_true", help="one JSON object a line instead of text")
-    add("--attention", type=Path, metavar="FILE", help="instead: maps of the prompt's attention, .html or .png")
+    add("--attention", type=Path, metavar="FILE", help="instead: maps of a prompt's attention, .html or .png")
     add("--layers", metavar="LIST", help="of the maps, such as 0,2-5 (all)")
     add("--heads", metavar="LIST", help="likewise (all)")
     add_device(parser)
@@ -76,8 +84,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as it was trained")
     add_s3_option(parser)
     arguments = parser.parse_args(argv)
-    if sum(bool(given) for given in (arguments.prompt, arguments.prompts, arguments.requests)) > 1:
-        parser.error("--prompt, --prompts, --requests: expected one of them")
+    inputs = ("prompt", "prompts", "source", "sources", "requests")
+    if sum(bool(getattr(arguments, name)) for name in inputs) > 1:
+        parser.error(f"--{', --'.join(inputs)}: expected one of them")
     if arguments.attention is None and (arguments.layers or arguments.heads):
         parser.error("--layers, --heads: expected also --attention FILE")
     check_at_least(parser, arguments, max_new_tokens=1, max_positions=1, batch_size=1, chunk=1)
@@ -106,17 +115,39 @@ def chosen_search(arguments: argparse.Namespace) -> Sampling | Beams:
 def read_lines(arguments: argparse.Namespace) -> list[PromptLine]:
     from internlm_lite.generate.prompts import PromptLine, read_prompts
 
-    path = arguments.prompts or arguments.requests
+    path = arguments.prompts or arguments.sources or arguments.requests
     if path is not None:
-        as_json = arguments.requests is not None
+        read = partial(read_prompts, as_json=bool(arguments.requests), key="source" if arguments.sources else "prompt")
         if path == "-":
-            return list(read_prompts(sys.stdin.buffer, "standard input", as_json=as_json))
+            return list(read(sys.stdin.buffer, "standard input"))
         with open(path, "rb") as file:
-            return list(read_prompts(file, path, as_json=as_json))
+            return list(read(file, path))
+    if arguments.source:
+        return [PromptLine.model_validate({"source": _whole(text)}) for text in arguments.source]
     if arguments.prompt is None and sys.stdin.isatty():
         print("text to continue, then Ctrl-D on a line of its own:", file=sys.stderr)
     texts = arguments.prompt or [sys.stdin.read()]
-    return [PromptLine(prompt=text.encode("utf-8", "replace").decode()) for text in texts]
+    return [PromptLine(prompt=_whole(text)) for text in texts]
+
+
+def _whole(text: str) -> str:
+    """Without lone surrogates."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def check_sides(lines: Sequence[PromptLine], model: ModelConfig) -> None:
+    """Raises ConfigError unless an encoder-decoder is given sources, and a decoder alone prompts."""
+    sources = [line.source is not None for line in lines]
+    if model.num_encoder_layers and not all(sources):
+        raise ConfigError(
+            f"prompt {sources.index(False)} has no source, and the model is an encoder-decoder: give what it translates"
+            ' with --source TEXT or --sources FILE, or as "source" in each line of --requests'
+        )
+    if not model.num_encoder_layers and any(sources):
+        raise ConfigError(
+            f"line {sources.index(True)} has a source, and the model is a decoder alone, which continues prompts: give "
+            "--prompt TEXT, with the source in it as in the texts that the model was trained on"
+        )
 
 
 def defaults_of(arguments: argparse.Namespace, tokenizer: Tokenizer) -> Defaults:
@@ -126,14 +157,17 @@ def defaults_of(arguments: argparse.Namespace, tokenizer: Tokenizer) -> Defaults
     return Defaults(arguments.max_new_tokens, ids, tuple(arguments.stop), arguments.seed)
 
 
-def check_lengths(requests: Sequence[Request], longest: int) -> None:
-    """Raises DataError for a prompt that the model has no positions for."""
+def check_lengths(requests: Sequence[Request], data: DataConfig, most: int | None) -> None:
+    """Raises DataError for a prompt or source that is longer than what the model was trained on, or than `most`."""
     for number, request in enumerate(requests):
-        if len(request.prompt) > longest:
-            raise DataError(
-                f"prompt {number} has {len(request.prompt)} tokens: the model was trained on {longest} (data.seq_len); "
-                f"shorten it, or try what the model makes of it with --max-positions {len(request.prompt)}"
-            )
+        sides = {"prompt": (request.prompt, "seq_len"), "source": (request.source, "source_seq_len")}
+        for side, (tokens, key) in sides.items():
+            longest = most or getattr(data, key) or data.seq_len
+            if len(tokens) > longest:
+                raise DataError(
+                    f"{side} {number} has {len(tokens)} tokens: the model was trained on {longest} (data.{key}); "
+                    f"shorten it, or try what the model makes of it with --max-positions {len(tokens)}"
+                )
 
 
 def continue_prompts(arguments: argparse.Namespace) -> int:
@@ -157,24 +191,30 @@ def continue_prompts(arguments: argparse.Namespace) -> int:
     path = arguments.tokenizer or config.data.tokenizer
     if path is None:
         raise ConfigError("the model's config names no data.tokenizer: give one with --tokenizer FILE")
+    check_sides(lines, config.model)
     tokenizer = Tokenizer(Path(path))
+    own = arguments.source_tokenizer or config.data.source_tokenizer
+    of_sources = tokenizer if own is None else Tokenizer(Path(own))
     defaults = defaults_of(arguments, tokenizer)
-    requests = [defaults.request(line, tokenizer) for line in lines]
-    check_lengths(requests, arguments.max_positions or config.data.seq_len)
+    requests = [defaults.request(line, tokenizer, of_sources) for line in lines]
+    check_lengths(requests, config.data, arguments.max_positions)
     if arguments.attention is not None:
-        draw_attention(arguments, model, tokenizer, requests)
+        draw_attention(arguments, model, {"source": of_sources, "prompt": tokenizer}, requests, how)
         return 0
-    check(model, [request.prompt for request in requests], [request.max_new_tokens for request in requests])
+    check(model, requests)
     for start in range(0, len(requests), arguments.batch_size):
         batch = slice(start, start + arguments.batch_size)
-        shown = isinstance(how, Sampling) and not arguments.json and len(requests[batch]) == 1
+        one_prompt = len(requests[batch]) == 1 and lines[start].source is None
+        shown = isinstance(how, Sampling) and not arguments.json and one_prompt
         if shown:
             show(lines[start].prompt)
         listen: Listener = (lambda number, piece: show(piece)) if shown else (lambda number, piece: None)
         continued = generate(model, requests[batch], how, tokenizer.decode, listen, arguments.chunk)
         for line, request, continuation in zip(lines[batch], requests[batch], continued, strict=True):
             if arguments.json:
-                print(json.dumps(as_record(line.prompt, request, continuation)), flush=True)
+                print(json.dumps(as_record(line, request, continuation)), flush=True)
+            elif line.source is not None:
+                show(" ".join(f"{line.prompt}{continuation.text}".splitlines()) + "\n")
             else:
                 show("\n" if shown else f"{line.prompt}{continuation.text}\n")
                 show("-" * 40 + "\n" if len(requests) > 1 else "")
@@ -189,11 +229,13 @@ def show(text: str) -> None:
     sys.stdout.flush()
 
 
-def as_record(prompt: str, request: Request, continuation: Continuation) -> dict[str, object]:
+def as_record(line: PromptLine, request: Request, continuation: Continuation) -> dict[str, object]:
     """The object of a line of --json."""
     score = {"seed": request.seed} if continuation.score is None else {"score": continuation.score}
+    source = {} if line.source is None else {"source": line.source}
     return {
-        "prompt": prompt,
+        **source,
+        "prompt": line.prompt,
         "text": continuation.text,
         "tokens": continuation.tokens,
         "ended_by": continuation.ended_by,
@@ -202,22 +244,33 @@ def as_record(prompt: str, request: Request, continuation: Continuation) -> dict
 
 
 def draw_attention(
-    arguments: argparse.Namespace, model: WholeModel, tokenizer: Tokenizer, requests: Sequence[Request]
+    arguments: argparse.Namespace,
+    model: WholeModel,
+    tokenizers: dict[str, Tokenizer],
+    requests: Sequence[Request],
+    how: Sampling | Beams,
 ) -> None:
-    """Write the file of --attention. Raises ConfigError for several prompts, layers and heads that are not there."""
-    from internlm_lite.apps.attention_maps.weights import attention_weights, numbers_of
-    from internlm_lite.apps.attention_maps.write_maps import Maps, check_size, write_maps
+    """Write the file of --attention; of an encoder-decoder with the target that it generates. Raises ConfigError for
+    several prompts, layers and heads that are not there."""
+    from internlm_lite.apps.attention_maps.weights import maps_of, numbers_of
+    from internlm_lite.apps.attention_maps.write_maps import write_maps
+    from internlm_lite.generate.decode import generate
 
     if len(requests) != 1:
         raise ConfigError(f"--attention with {len(requests)} prompts: expected one")
-    shape, (request,) = model.any_stage.config, requests
-    layers = numbers_of("--layers", arguments.layers, shape.num_layers)
+    shape, (request,), path = model.any_stage.config, requests, arguments.attention
+    layers = numbers_of("--layers", arguments.layers, max(shape.num_layers, shape.num_encoder_layers))
     heads = numbers_of("--heads", arguments.heads, shape.num_attention_heads)
-    check_size(arguments.attention.suffix, len(layers) * len(heads), len(request.prompt))
-    weights = attention_weights(model, [request.prompt], layers, heads)[0]
-    labels = [tokenizer.piece(token) for token in request.prompt]
-    write_maps(Maps(labels, layers, heads, weights), arguments.attention)
-    print(f"{len(layers) * len(heads)} maps of {len(labels)} tokens: {escaped(str(arguments.attention))}")
+    if shape.num_encoder_layers:
+        (target,) = generate(model, [request], how, tokenizers["prompt"].decode)
+        request = replace(request, prompt=[*request.prompt, *target.tokens])
+    labels = {
+        side: [tokenizer.piece(token) for token in getattr(request, side)] for side, tokenizer in tokenizers.items()
+    }
+    groups = maps_of(model, replace(request, max_new_tokens=0), labels, layers, heads, path.suffix)
+    write_maps(groups, path)
+    counts = [f"{len(labels['source'])} source and"] * bool(labels["source"]) + [f"{len(labels['prompt'])} tokens"]
+    print(f"{sum(len(maps.names) for maps in groups)} maps of {' '.join(counts)}: {escaped(str(path))}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

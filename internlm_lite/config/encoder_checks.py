@@ -55,10 +55,6 @@ def _refused(config: Config) -> Iterator[Problem]:
             "causal attention inside one row, and sources have rows of their own; take tensor or data parallel"
         )
         yield Problem(("parallel.context.size", _LAYERS), text)
-    for key, value in {
-        "monitor.sample_prompts": config.monitor.sample_prompts,
-        "evaluation.tasks": config.evaluation.tasks,
-    }.items():
-        if value:
-            text = f"found {shown(value[0])} with {_LAYERS} {config.model.num_encoder_layers}, expected none: "
-            yield Problem((key, _LAYERS), f"{text}prompts are continued by a decoder alone; remove them")
+    if others := [name for name in config.evaluation.tasks if name != "pairs"]:
+        text = f'found {shown(others[0])} with {_LAYERS} {config.model.num_encoder_layers}, expected "pairs" alone: '
+        yield Problem(("evaluation.tasks", _LAYERS), f"{text}others ask a decoder to go on with a text; remove it")

@@ -801,18 +801,28 @@ class EvaluationConfig(Section):
 
     tasks: list[str] = []
     """Built-in tasks made of the validation text (cloze_word, cloze_greedy, cloze_sentence), and tasks or groups of
-    lm-evaluation-harness, where lm_eval is installed. Need data.tokenizer."""
+    lm-evaluation-harness, where lm_eval is installed. An encoder-decoder has "pairs" alone: BLEU and chrF of what it
+    makes of pairs_folder, by sacrebleu. Need data.tokenizer."""
     every: Positive | None = None
     """Steps between evaluations of the tasks; they are evaluated after the last step, too. None: with each evaluation
     of the validation data."""
     limit: Positive | None = None
-    """Examples per task, the first ones. None: all; 200 of a built-in task."""
+    """Examples per task, the first ones. None: all; 200 of a cloze task."""
     include_path: str | None = None
     """Folder of task files in lm_eval's form (YAML), taken before those that come with it."""
     num_fewshot: NonNegative | None = None
     """Examples in a prompt of lm_eval's tasks. None: as each task says."""
     max_tokens: Positive | None = None
-    """Longest text in tokens, the scored ones included; contexts are cut on the left. None: data.seq_len."""
+    """Longest text in tokens, the scored ones included; contexts are cut on the left. None: data.seq_len. Of "pairs"
+    the longest source, which is cut before its end mark, and the longest target. None: as the data of training."""
+    pairs_folder: str | None = None
+    """Folder with the text of the pairs that "pairs" is scored on, as tools/tokenizer.py encode --pair reads it."""
+    pairs_sides: Annotated[list[str], Field(max_length=2)] = []
+    """Suffixes or keys of their sources and targets, such as ["de", "en"]; sacrebleu cuts words by the second one."""
+    beams: Positive = 1
+    """Of the search for a target. 1: greedy."""
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] = 1.0
+    """Of beams: > 0 favours long targets, < 0 short ones."""
     weights: Literal["model", "ema", "both"] = "model"
     """Which weights the tasks ask: the trained ones, their average (`ema`), or first the ones, then the other. Tasks of
     the average are named TASK@ema."""
@@ -882,7 +892,8 @@ class MonitorConfig(Section):
     log_every: Positive = 1
     """Steps between step lines; metrics are read from the device once per line."""
     sample_prompts: list[str] = []
-    """Prompts continued at the end of the run, and every sample_every steps; needs data.tokenizer."""
+    """Prompts continued at the end of the run, and every sample_every steps; needs data.tokenizer. An encoder-decoder
+    takes them as sources, and the likeliest token each time."""
     sample_every: NonNegative | Literal["epoch"] = 0
     """Steps between continuations of the prompts; 0: only at the end. "epoch": after each pass over the training data,
     which data.weights exclude."""

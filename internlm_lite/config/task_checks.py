@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from internlm_lite.config.plain import shown
 from internlm_lite.config.problems import Problem
-from internlm_lite.config.schema import Config
+from internlm_lite.config.schema import Config, EvaluationConfig
 
 VALIDATION_FIGURES = ("loss", "acc", "perplexity", "bits_per_byte")
 """What evaluation.keep_best may name besides TASK/METRIC."""
@@ -35,11 +35,29 @@ def task_problems(config: Config) -> Iterator[Problem]:
     if (built_in := [name for name in asked.tasks if name.startswith("cloze_")]) and data.valid_folder is None:
         text = f"found {shown(built_in[0])}, which is made of the text of data.valid_folder; set it, or remove the task"
         yield Problem((_TASKS, "data.valid_folder"), text)
+    yield from _pairs(config)
     if asked.weights != "model" and config.ema is None:
         text = f"found {shown(asked.weights)} without ema = dict(...), so nothing is averaged; set it, or remove this"
         yield Problem(("evaluation.weights", "ema"), text)
     if asked.keep_best is not None:
         yield from _keep_best(config, asked.keep_best)
+
+
+def _pairs(config: Config) -> Iterator[Problem]:
+    """Of the task "pairs", which is for encoder-decoders."""
+    asked, left_out, encoder = config.evaluation, EvaluationConfig(), "model.num_encoder_layers"
+    if "pairs" not in asked.tasks:
+        for name in ("pairs_folder", "pairs_sides", "beams", "length_penalty"):
+            if (value := getattr(asked, name)) != getattr(left_out, name):
+                text = f'found {shown(value)} without the task "pairs", which alone reads it; name it, or remove this'
+                yield Problem((f"evaluation.{name}", _TASKS), text)
+        return
+    if not config.model.num_encoder_layers:
+        yield Problem((_TASKS, encoder), f'found "pairs" with {encoder} 0: a decoder alone has no sources; remove it')
+    if asked.pairs_folder is None or len(asked.pairs_sides) != 2:
+        found = f"found {shown(asked.pairs_folder)} and {shown(asked.pairs_sides)}"
+        text = f'{found}, expected a folder and the two sides of its pairs, such as "corpus/test" and ["de", "en"]'
+        yield Problem(("evaluation.pairs_folder", "evaluation.pairs_sides", _TASKS), text)
 
 
 def _keep_best(config: Config, figure: str) -> Iterator[Problem]:

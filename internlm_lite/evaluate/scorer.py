@@ -21,6 +21,7 @@ import torch
 
 from internlm_lite.data.tokenizer import Tokenizer
 from internlm_lite.evaluate.encoding import Window
+from internlm_lite.generate.beams import Beams
 from internlm_lite.generate.decode import generate
 from internlm_lite.generate.request import Request
 from internlm_lite.generate.sample import Sampling
@@ -49,7 +50,7 @@ class Generation:
     """Prompts that are continued in the same way."""
 
     requests: Sequence[Request]
-    sampling: Sampling
+    how: Sampling | Beams
 
 
 class Scorer:
@@ -93,9 +94,9 @@ class Scorer:
         """The score of each window. Windows of the same ids share a forward pass."""
         return self._ask(list(windows), len(windows))
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[str]:
+    def generate(self, requests: Sequence[Request], how: Sampling | Beams) -> list[str]:
         """The text of each continuation, decoded alone as lm_eval does; it ends before a stop string."""
-        return self._ask(Generation(list(requests), sampling), len(requests))
+        return self._ask(Generation(list(requests), how), len(requests))
 
     def _ask(self, job: object, size: int) -> list[Any]:
         if not size:
@@ -159,11 +160,11 @@ class Scorer:
 
     def _generated(self, job: Generation) -> Iterator[tuple[int, str]]:
         requests = job.requests
-        order = sorted(range(len(requests)), key=lambda n: (-len(requests[n].prompt), n))
+        order = sorted(range(len(requests)), key=lambda n: (-len(requests[n].prompt) - len(requests[n].source), n))
         mine = order[self._share]
         for start in range(0, len(mine), MOST_GENERATED):
             numbers = mine[start : start + MOST_GENERATED]
-            found = generate(self._model, [requests[n] for n in numbers], job.sampling, self._decode)
+            found = generate(self._model, [requests[n] for n in numbers], job.how, self._decode)
             for number, continuation in zip(numbers, found, strict=True):
                 yield number, cut(self._decode(continuation.tokens), requests[number].stop_strings)
             self._progress()

@@ -16,6 +16,7 @@ from internlm_lite.evaluate.answers import Answers
 from internlm_lite.evaluate.cloze import BUILT_IN, DEFAULT_LIMIT, HIGHER_IS_BETTER, Question, make_questions, scores_of
 from internlm_lite.evaluate.encoding import TextEncoder
 from internlm_lite.evaluate.harness import HarnessTasks, Scores, find_tasks
+from internlm_lite.evaluate.pair_task import PAIR_FIGURES, PAIRS, PairTask
 from internlm_lite.evaluate.random_states import kept_random_states
 from internlm_lite.evaluate.scorer import Scorer
 from internlm_lite.generate.prompts import end_ids
@@ -38,14 +39,15 @@ class TaskSuite:
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         """Collective. Raises ConfigError for unknown tasks, DataError for a tokenizer or data that cannot be read,
-        MissingPackageError without lm_eval, where a task needs it; on all ranks."""
+        MissingPackageError without lm_eval or sacrebleu, where a task needs it; on all ranks."""
         asked, path = config.evaluation, config.data.tokenizer
         assert path is not None, "tasks without a tokenizer are refused with the config"
         self._config, self._mesh = config, mesh
         self._tokenizer = on_all(mesh, lambda: Tokenizer(Path(path)))
         self._built_in = [name for name in asked.tasks if name in BUILT_IN]
-        self._others = [name for name in asked.tasks if name not in BUILT_IN]
+        self._others = [name for name in asked.tasks if name not in (*BUILT_IN, PAIRS)]
         self._questions: dict[str, list[Question]] = {}
+        self._pairs: PairTask | None = None
         self._harness: HarnessTasks | None = None
         self.higher_is_better: dict[str, bool] = on_main(mesh, self._open)
         """"TASK/METRIC" -> whether more is better, as the tasks say; groups and filters of lm_eval are not named."""
@@ -54,7 +56,7 @@ class TaskSuite:
         with kept_random_states(self._mesh.device):
             asked, found = self._config.evaluation, {}
             if self._others:
-                self._harness = HarnessTasks(self._others, asked.include_path, asked.num_fewshot, BUILT_IN)
+                self._harness = HarnessTasks(self._others, asked.include_path, asked.num_fewshot, (*BUILT_IN, PAIRS))
                 found = self._harness.higher_is_better
             for name in self._built_in:
                 self._questions[name] = made = make_questions(name, self._texts(), asked.limit or DEFAULT_LIMIT)
@@ -64,6 +66,9 @@ class TaskSuite:
                         "expected texts of several sentences: take the task out, or add validation data"
                     )
                 found |= {f"{name}/{metric}": more for metric, more in HIGHER_IS_BETTER[name].items()}
+            if PAIRS in asked.tasks:
+                self._pairs = PairTask(self._config, self._tokenizer)
+                found |= {f"{PAIRS}/{metric}": more for metric, more in PAIR_FIGURES.items()}
             _check_figure(asked.keep_best, found)
             return found
 
@@ -89,6 +94,8 @@ class TaskSuite:
 
         def work() -> Scores:
             found = {name: scores_of(name, made, answers) for name, made in self._questions.items()}
+            if self._pairs is not None:
+                found[PAIRS] = self._pairs.scores(scorer)
             if self._harness is not None:
                 found |= self._harness.scores(answers, asked.limit)
             return found

@@ -87,7 +87,7 @@ class KVCache:
         at = torch.arange(first, stop, device=q.device)
         keys, values = (x[b].transpose(0, 1) for x in self._stores[rule.layer].between(first, stop))
         seen = in_sight(rule, at[known - first :, None], at)  # is_causal would align first query and first key
-        return _attend_where(rule, q.transpose(0, 1), keys, values, seen).transpose(0, 1)
+        return attend_where(rule, q.transpose(0, 1), keys, values, seen).transpose(0, 1)
 
     def decode(self) -> Attend:
         """Attention of one new token per sequence (q [B, H, D]) over the cached tokens and itself; stores its k, v."""
@@ -102,7 +102,7 @@ class KVCache:
                 seen = in_sight(rule, self.lengths.unsqueeze(1), torch.arange(first, stop, device=q.device))
                 masks[rule.window] = seen[:, None, None]
             keys, values = (x.transpose(1, 2) for x in store.between(first, stop))
-            return _attend_where(rule, q.unsqueeze(2), keys, values, masks[rule.window]).squeeze(2)
+            return attend_where(rule, q.unsqueeze(2), keys, values, masks[rule.window]).squeeze(2)
 
         return attend_to_cache
 
@@ -135,7 +135,7 @@ def _grown(rows: torch.Tensor, size: int) -> torch.Tensor:
     return torch.cat([rows, rows.new_zeros(len(rows), size - rows.shape[1], *rows.shape[2:])], dim=1)
 
 
-def _attend_where(
+def attend_where(
     rule: AttentionRule, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor
 ) -> torch.Tensor:
     """q [.., H, n, D], k, v [.., Hkv, m, D], seen that broadcasts to [.., H, n, m] -> as q."""

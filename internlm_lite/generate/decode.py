@@ -16,6 +16,7 @@ from internlm_lite.generate.beams import Beams, BeamSearch
 from internlm_lite.generate.cache import KVCache
 from internlm_lite.generate.request import Continuation, Decode, Growing, Request
 from internlm_lite.generate.sample import Sampling, SeenTokens, draw, random_numbers
+from internlm_lite.generate.source_cache import SourceCache
 from internlm_lite.layers.flash import packed
 from internlm_lite.mesh import comm
 from internlm_lite.models.stages import WholeModel
@@ -67,7 +68,7 @@ def generate(
     and pp: same arguments and result on every rank, but for `listen`, and for `decode` without stop strings. Reads the
     device once per token. Raises DataError for ids outside the vocabulary, ConfigError for values that do not fit.
     """
-    check(model, [request.prompt for request in requests], [request.max_new_tokens for request in requests])
+    check(model, requests)
     if decode is None and any(request.stop_strings for request in requests):
         raise ConfigError("stop_strings: expected also `decode`, the tokenizer's, which turns tokens into text")
     if chunk is not None and chunk < 1:
@@ -96,42 +97,62 @@ def generate(
 def _run(model: WholeModel, rows: Sequence[Growing], search: Search, chunk: int | None) -> None:
     prompts = [row.request.prompt for row in rows]
     capacity = max(len(row.request.prompt) + row.request.max_new_tokens for row in rows)
-    cache = KVCache(len(rows), capacity, model.device)
-    parents, tokens = search.choose(prefill(model, prompts, cache, chunk))
+    cache, sources = KVCache(len(rows), capacity, model.device), None
+    if model.any_stage.config.num_encoder_layers:
+        sources = SourceCache(model, [row.request.source for row in rows])
+    parents, tokens = search.choose(prefill(model, prompts, cache, chunk, sources))
     while tokens:
         cache.select(parents)
+        source = None
+        if sources is not None:
+            sources.select(parents)
+            source = sources.side([1] * len(tokens))
         given, lengths = torch.tensor(tokens, device=model.device), cache.lengths
-        logits = model.logits(given, lengths, cache.decode(), lengths=lengths + 1)
+        logits = model.logits(given, lengths, cache.decode(), lengths=lengths + 1, source=source)
         cache.advance()
         parents, tokens = search.choose(logits)
 
 
-def check(model: WholeModel, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int] | None = None) -> None:
-    """Raises DataError for a prompt that is empty, contains an id outside the vocabulary, or has more tokens, with its
-    `new_tokens`, than the model has positions."""
+def check(model: WholeModel, requests: Sequence[Request]) -> None:
+    """Raises DataError for a prompt that is empty, contains an id outside the vocabulary, or has more tokens, with
+    those to come, than the model has positions; of an encoder-decoder for such a source, of a decoder for any."""
     config = model.any_stage.config
-    vocab_size, most = config.vocab_size, config.most_positions
-    for number, prompt in enumerate(prompts):
-        if not prompt:
-            raise DataError(f"prompt {number} is empty: expected at least one token, for instance the tokenizer's BOS")
-        wrong = [token for token in prompt if not 0 <= token < vocab_size]
-        if wrong:
+    sides = {"prompt": config.vocab_size} | ({"source": config.source_vocab} if config.num_encoder_layers else {})
+    for number, request in enumerate(requests):
+        for side, vocab_size in sides.items():
+            more = request.max_new_tokens if side == "prompt" else 0
+            _check_tokens(f"{side} {number}", getattr(request, side), more, vocab_size, config.most_positions)
+        if request.source and "source" not in sides:
             raise DataError(
-                f"prompt {number} holds token id {wrong[0]}: expected 0..{vocab_size - 1}; "
-                "use the tokenizer that the model was trained with"
+                f"prompt {number} has a source, and the model is a decoder alone (model.num_encoder_layers 0): "
+                "expected no sources; put them into the prompts, as in the texts that it was trained on"
             )
-        more = 0 if new_tokens is None else new_tokens[number]
-        if most is not None and len(prompt) + more > most:
-            raise DataError(
-                f"prompt {number} has {len(prompt)} tokens{f', and {more} more are asked for' if more else ''}: the "
-                f"model has {most} positions (model.max_position_embeddings); shorten the prompt"
-                f"{', or ask for fewer' if more else ''}"
-            )
+
+
+def _check_tokens(what: str, tokens: Sequence[int], more: int, vocab_size: int, most: int | None) -> None:
+    if not tokens:
+        raise DataError(f"{what} is empty: expected at least one token, for instance the tokenizer's BOS")
+    wrong = [token for token in tokens if not 0 <= token < vocab_size]
+    if wrong:
+        raise DataError(
+            f"{what} holds token id {wrong[0]}: expected 0..{vocab_size - 1}; "
+            "use the tokenizer that the model was trained with"
+        )
+    if most is not None and len(tokens) + more > most:
+        raise DataError(
+            f"{what} has {len(tokens)} tokens{f', and {more} more are asked for' if more else ''}: the "
+            f"model has {most} positions (model.max_position_embeddings); shorten the {what.split()[0]}"
+            f"{', or ask for fewer' if more else ''}"
+        )
 
 
 @torch.no_grad()
 def prefill(
-    model: WholeModel, prompts: Sequence[Sequence[int]], cache: KVCache, chunk: int | None = None
+    model: WholeModel,
+    prompts: Sequence[Sequence[int]],
+    cache: KVCache,
+    chunk: int | None = None,
+    sources: SourceCache | None = None,
 ) -> torch.Tensor:
     """Logits [B, vocab] of each prompt's last token; `chunk` tokens of each prompt per forward pass."""
     longest, device = max(map(len, prompts)), model.device
@@ -149,7 +170,8 @@ def prefill(
         attend = packed(model.any_stage.backend, cu_seqlens, boundaries, max(counts))
         rows = [b for b, count in enumerate(counts) if count]
         ends = torch.tensor([boundaries[b + 1] - 1 for b in rows], device=device)
-        logits = model.logits(tokens, positions, cache.extend(counts, attend), ends, lengths)
+        source = None if sources is None else sources.side(counts)
+        logits = model.logits(tokens, positions, cache.extend(counts, attend), ends, lengths, source)
         last |= dict(zip(rows, logits, strict=True))
         cache.advance(counts)
     return torch.stack([last[b] for b in range(len(prompts))])

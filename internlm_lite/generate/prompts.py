@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from internlm_lite.data.tokenizer import Tokenizer
 from internlm_lite.errors import DataError
@@ -17,15 +17,23 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 class PromptLine(BaseModel):
-    """A prompt; what is left out is as for all others. The keys of a JSON line."""
+    """A prompt; what is left out is as for all others. The keys of a JSON line. Beside a source it begins the target,
+    and may be left out."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     prompt: str
+    source: str | None = None
+    """Of an encoder-decoder."""
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
     stop: str | list[str] | None = None
     stop_ids: list[int] | None = None
     seed: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_prompt(cls, given: Any) -> Any:
+        return {"prompt": "", **given} if isinstance(given, dict) and "source" in given else given
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,8 @@ class Defaults:
     stop_strings: tuple[str, ...]
     seed: int
 
-    def request(self, line: PromptLine, tokenizer: Tokenizer) -> Request:
+    def request(self, line: PromptLine, tokenizer: Tokenizer, of_sources: Tokenizer | None = None) -> Request:
+        """`of_sources`: the tokenizer of sources, where they have their own."""
         start = [] if tokenizer.bos is None else [tokenizer.bos]
         stop = self.stop_strings if line.stop is None else [line.stop] if isinstance(line.stop, str) else line.stop
         return Request(
@@ -46,7 +55,14 @@ class Defaults:
             self.stop_ids if line.stop_ids is None else frozenset(line.stop_ids),
             tuple(stop),
             self.seed if line.seed is None else line.seed,
+            () if line.source is None else source_ids(of_sources or tokenizer, line.source),
         )
+
+
+def source_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """What an encoder reads, as the data of pairs have it: with the marks that the tokenizer has."""
+    start, end = ([] if token is None else [token] for token in (tokenizer.bos, tokenizer.eos))
+    return start + tokenizer.encode(text) + end
 
 
 def generation_config_beside(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -75,8 +91,9 @@ def end_ids(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(added if tokenizer.eos is None else [tokenizer.eos, *added])
 
 
-def read_prompts(file: Iterable[bytes], name: str, *, as_json: bool) -> Iterator[PromptLine]:
-    """The prompts of a file, one a line: text, or a JSON object. Raises DataError with the line's number."""
+def read_prompts(file: Iterable[bytes], name: str, *, as_json: bool, key: str = "prompt") -> Iterator[PromptLine]:
+    """The prompts of a file, one a line: text, or a JSON object. `key`: "source" where texts are sources. Raises
+    DataError with the line's number."""
     for number, raw in enumerate(file, 1):
         where = f"{name}:{number}"
         try:
@@ -84,8 +101,8 @@ def read_prompts(file: Iterable[bytes], name: str, *, as_json: bool) -> Iterator
         except UnicodeDecodeError as error:
             raise DataError(f"{where}: byte {raw[error.start]:#04x}: expected UTF-8; convert the file") from None
         if not text.strip():
-            raise DataError(f"{where}: an empty line: expected a prompt; remove the line")
-        yield _parsed(text, where) if as_json else PromptLine(prompt=text)
+            raise DataError(f"{where}: an empty line: expected a {key}; remove the line")
+        yield _parsed(text, where) if as_json else PromptLine.model_validate({key: text})
 
 
 def _parsed(text: str, where: str) -> PromptLine:

@@ -26,6 +26,8 @@ class Request:
     """A continuation ends before any of these texts, however tokens divide them."""
     seed: int = 0
     """Decides what is drawn, whatever is generated beside it."""
+    source: Sequence[int] = ()
+    """What the encoder of an encoder-decoder reads; the prompt then begins the target."""
 
     def __post_init__(self) -> None:
         problems = []

@@ -29,7 +29,7 @@ class Memory:
     """What a decoder reads of its source."""
 
     hidden: torch.Tensor
-    """[S, hidden] outside split layers: the encoder's last hidden state."""
+    """[S, hidden] outside split layers: the encoder's last hidden state; S = 0 where `attend` knows keys and values."""
     attend: Attend
     """Of queries of the target row to keys of the source row."""
 
@@ -71,6 +71,9 @@ class CrossAttention(CostedLayer):
 
     def keys_values(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [S, kv_heads, head_dim] of this rank."""
+        if not len(memory):  # the caller of a decoder alone has them already; no kernel is asked for nothing
+            rows = self.wkv.weight.shape[0] // self.head_dim // 2
+            return (none := memory.new_empty(0, rows, self.head_dim)), none
         (kv,) = columns(memory, self.wkv)
         k, v = kv.view(kv.shape[0], -1, 2, self.head_dim).unbind(2)
         return _normed(k, self.k_norm), v

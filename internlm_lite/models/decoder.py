@@ -395,16 +395,16 @@ class Transformer(CostedLayer):
         attend: Attend,
         lengths: torch.Tensor | None = None,
         token_keys: torch.Tensor | None = None,
-        source: SourceRow | None = None,
+        source: SourceRow | Memory | None = None,
     ) -> torch.Tensor:
         """The hidden state after this stage's layers and, on the last stage, the final norm.
 
         `tokens`: [T] int64 on the first stage, else the hidden state of the previous stage. `positions`: [T] int64.
         `lengths`: see `Rotary`. `token_keys` [2, T]: of layers/dropout.py; None: nothing is dropped here. `source`: of
-        an encoder-decoder, whose stages hand on the hidden states of both sides.
+        an encoder-decoder, whose stages hand on the hidden states of both sides; a memory is not encoded.
         """
-        memory = None
-        if source is not None:
+        memory = source if isinstance(source, Memory) else None
+        if isinstance(source, SourceRow):
             tokens, memory = self._encoded(tokens, source)
         x = tokens if self.tok_embeddings is None else self.tok_embeddings(tokens, positions)
         if self.embedding_dropout is not None:

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from internlm_lite.config.schema import Config, LossConfig, ModelConfig
+from internlm_lite.layers.cross_attention import Memory
 from internlm_lite.layers.flash import Attend, AttentionBackend
 from internlm_lite.mesh.comm import broadcast
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from internlm_lite.models.decoder import (
     Block,
     EncoderBlock,
+    SourceRow,
     StageSpec,
     Transformer,
     build_model,
@@ -118,22 +120,25 @@ class WholeModel:
         attend: Attend,
         rows: torch.Tensor | None = None,
         lengths: torch.Tensor | None = None,
+        source: SourceRow | Memory | None = None,
     ) -> torch.Tensor:
         """Logits [T, vocab], or [R, vocab] of tokens `rows` [R] only, on every rank. Collective over tp and pp.
 
-        `lengths`: see `layers.rope.Rotary`; needed where the row has parts of documents."""
+        `lengths`: see `layers.rope.Rotary`; needed where the row has parts of documents. `source`: see
+        `Transformer.hidden`; a memory without rows."""
         tp_ctx, hidden_size = self.any_stage.tp_ctx, self.any_stage.config.hidden_size
-        x = tokens
+        x, sent = tokens, len(tokens) + (len(source.positions) if isinstance(source, SourceRow) else 0)
+        last = len(self._stage_ranks) - 1
         with tp_ctx.whole_activations():
             for number, rank in enumerate(self._stage_ranks):
                 if number in self._stages:
-                    x = self._stages[number].hidden(x, positions, attend, lengths)
+                    x = self._stages[number].hidden(x, positions, attend, lengths, source=source)
                 else:
-                    x = torch.empty(len(tokens), hidden_size, dtype=tp_ctx.dtype, device=self.device)
+                    n_rows = len(tokens) if number == last else sent
+                    x = torch.empty(n_rows, hidden_size, dtype=tp_ctx.dtype, device=self.device)
                 broadcast(x, self._pp, rank).wait()
             if rows is not None:
                 x = x[rows]
-            last = len(self._stage_ranks) - 1
             if last in self._stages:
                 logits = self._stages[last].logits(x)
             else:

@@ -9,6 +9,7 @@ import pytest
 from tests.config.test_bad_configs import GOOD, WORLD, problems
 
 MODEL = "num_layers=4, num_encoder_layers=2"
+ASKED = "data['tokenizer'] = 'a.model'; evaluation = dict(every=2"
 CASES = [
     ("", "", None),
     ("tie_source_embeddings=True", "", None),
@@ -31,11 +32,15 @@ CASES = [
         "at least data.source_seq_len 129",
     ),
     ("", "parallel['pipeline'] = 8", "model.num_layers: found 6 of both sides, expected at least"),
+    ("", "data['tokenizer'] = 'a.model'; monitor = dict(sample_prompts=['a'])", None),
+    ("", f"{ASKED}, tasks=['pairs'], pairs_folder='text', pairs_sides=['de', 'en'])", None),
+    ("", f"{ASKED}, tasks=['x'])", "evaluation.tasks: found 'x' with model.num_encoder_layers 2, expected \"pairs\""),
     (
         "",
-        "data['tokenizer'] = 'a.model'; monitor = dict(sample_prompts=['a'])",
-        "prompts are continued by a decoder alone",
+        f"{ASKED}, tasks=['pairs'], pairs_sides=['de'])",
+        "found None and ['de'], expected a folder and the two sides",
     ),
+    ("", "evaluation = dict(beams=4)", 'evaluation.beams: found 4 without the task "pairs", which alone reads it'),
     ("", "loss = dict(pad_id=2)", "loss.pad_id: found 2 with loss.label_smoothing 0"),
     ("", "loss = dict(pad_id=512, label_smoothing=0.1)", "loss.pad_id: found 512 with model.vocab_size 512"),
 ]
@@ -58,3 +63,8 @@ def test_an_encoder_that_cannot_be(keys: str, line: str, found: str | None) -> N
 def test_keys_of_an_encoder_without_one(key: str) -> None:
     (told,) = problems(GOOD.replace("num_layers=4", f"num_layers=4, {key}"))
     assert "with model.num_encoder_layers 0, a decoder alone; remove it" in told
+
+
+def test_pairs_of_a_decoder_alone() -> None:
+    (told,) = problems(GOOD + f"{ASKED}, tasks=['pairs'], pairs_folder='text', pairs_sides=['de', 'en'])\n")
+    assert 'evaluation.tasks: found "pairs" with model.num_encoder_layers 0: a decoder alone has no sources' in told

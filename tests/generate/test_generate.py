@@ -402,4 +402,4 @@ def test_texts_longer_than_the_learned_positions_are_refused():
         with pytest.raises(DataError, match=r"prompt 1 has 9 tokens, and 4 more .* has 12 positions .*ask for fewer"):
             generate(model, [Request(prompt, 3), Request(prompt, 4)], how)
     with pytest.raises(DataError, match=r"prompt 0 has 13 tokens: the model has 12 positions .*; shorten the prompt$"):
-        check(model, [documents([13])[0].tolist()])
+        check(model, [Request(documents([13])[0].tolist(), 0)])

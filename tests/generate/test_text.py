@@ -150,6 +150,10 @@ def test_lines_of_a_file_become_requests(tokenizer):
     own = b'{"prompt": "a\\nb", "max_new_tokens": 3, "stop": ["x", "yz"], "stop_ids": [4, 6], "seed": 9}'
     (request,) = (defaults.request(line, tokenizer) for line in read_prompts([own], "p", as_json=True))
     assert request == Request([tokenizer.bos, *tokenizer.encode("a\nb")], 3, frozenset({4, 6}), ("x", "yz"), seed=9)
+    (given,) = read_prompts([b'{"source": "x = 3", "seed": 2}'], "p", as_json=True)
+    translated = defaults.request(given, tokenizer)
+    assert translated.prompt == [tokenizer.bos] and translated.seed == 2
+    assert translated.source == [tokenizer.bos, *tokenizer.encode("x = 3"), tokenizer.eos]
     one = defaults.request(PromptLine(prompt="a", stop="ab", stop_ids=[]), tokenizer)
     assert one.stop_strings == ("ab",) and one.stop_ids == frozenset()
 

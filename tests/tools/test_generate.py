@@ -139,6 +139,7 @@ BAD = {
         "--attention out.html --heads all",
         "--heads all: found 'all', expected numbers from",
     ),
+    "a source": ("--source x", "line 0 has a source, and the model is a decoder alone, which continues prompts: give"),
     "maps of two prompts": ("--attention out.html --prompt b", "--attention with 2 prompts: expected one"),
 }
 
@@ -147,7 +148,9 @@ BAD = {
 def test_bad_input_is_one_line(case, capsys, saved):
     line, found = BAD[case]
     arguments = (
-        line.split() if "--prompts" in line else [*line.split(), *(() if "x" * 300 in line else ("--prompt", "a"))]
+        line.split()
+        if "--prompts" in line or "--source" in line
+        else [*line.split(), *(() if "x" * 300 in line else ("--prompt", "a"))]
     )
     said = told(capsys, saved, *arguments, code=6 if case == "no file" else 2)
     assert found in said and said.count("\n") == 1
@@ -169,7 +172,7 @@ def test_a_prompt_of_no_tokens_is_named(capsys, saved, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "found"),
     [
-        ("--prompt a --prompts b", "--prompt, --prompts, --requests: expected one of them"),
+        ("--prompt a --prompts b", "--prompt, --prompts, --source, --sources, --requests: expected one of them"),
         ("--prompt a --layers 0", "--layers, --heads: expected also --attention FILE"),
         ("--prompt a --batch-size 0", "--batch-size 0: expected at least 1"),
         ("--prompt a --chunk 0", "--chunk 0: expected at least 1"),

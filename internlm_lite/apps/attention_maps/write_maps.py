@@ -34,12 +34,31 @@ _DPI, _CELL, _MARGIN = 100, 0.14, 1.3  # inches of a token, and of the labels at
 
 @dataclass(frozen=True)
 class Maps:
-    """`weights` [layers, heads, T, T] of T tokens with these labels."""
+    """`weights` [layers, heads, rows, columns] of tokens with these labels."""
 
     labels: Sequence[str]
+    """Of rows, the tokens that look."""
     layers: Sequence[int]
     heads: Sequence[int]
     weights: torch.Tensor
+    columns: Sequence[str] | None = None
+    """Of the tokens that are looked at. None: those of the rows, each row up to its own."""
+    title: str = ""
+    """Stands before the number of the layer."""
+
+    @property
+    def looked_at(self) -> Sequence[str]:
+        return self.labels if self.columns is None else self.columns
+
+    @property
+    def names(self) -> list[str]:
+        return [f"{self.title} layer {layer}, head {head}".strip() for layer in self.layers for head in self.heads]
+
+    @property
+    def stored(self) -> torch.Tensor:
+        """Which weights [rows, columns] the page holds: without the keys after a query."""
+        shape = len(self.labels), len(self.looked_at)
+        return torch.ones(shape, dtype=torch.bool).tril() if self.columns is None else torch.ones(shape).bool()
 
 
 def check_target(path: Path) -> None:
@@ -52,9 +71,10 @@ def check_target(path: Path) -> None:
         )
 
 
-def check_size(suffix: str, n_maps: int, n_tokens: int) -> None:
-    """Raises ConfigError for more than a page or a picture can show."""
-    n_bytes = n_maps * n_tokens * (n_tokens + 1)
+def check_size(suffix: str, groups: Sequence[Maps]) -> None:
+    """Raises ConfigError for more than a page or a picture can show; does not read the weights."""
+    n_maps, n_tokens = sum(len(maps.names) for maps in groups), _most_tokens(groups)
+    n_bytes = sum(2 * len(maps.names) * int(maps.stored.sum()) for maps in groups)
     pixels = math.prod(_grid(n_maps)) * (_side(n_tokens) * _DPI) ** 2
     found = ""
     if suffix == ".html" and n_bytes > LARGEST_PAGE:
@@ -65,10 +85,10 @@ def check_size(suffix: str, n_maps: int, n_tokens: int) -> None:
         raise ConfigError(f"{n_maps} maps of {n_tokens} tokens: {found}; choose some with --layers and --heads")
 
 
-def write_maps(maps: Maps, path: Path) -> None:
+def write_maps(groups: Sequence[Maps], path: Path) -> None:
     """Write the file atomically. Raises as `check_target`, ConfigError for more than a page or picture can show."""
     check_target(path)
-    content = page(maps).encode() if path.suffix == ".html" else picture(maps)
+    content = page(groups).encode() if path.suffix == ".html" else picture(groups)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
@@ -78,55 +98,58 @@ def write_maps(maps: Maps, path: Path) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def page(maps: Maps) -> str:
+def page(groups: Sequence[Maps]) -> str:
     """HTML that asks nothing of any network; a content security policy allows its own script and style alone."""
-    check_size(".html", len(maps.layers) * len(maps.heads), len(maps.labels))
-    numbers = (maps.weights.double() * 65535).round().to(torch.int32)
-    rows, columns = torch.tril_indices(len(maps.labels), len(maps.labels))
-    lower = numbers[:, :, rows, columns].numpy().astype("<u2")  # row by row, without the keys after a query
-    payload = {
-        "labels": [escaped(label) for label in maps.labels],
-        "layers": list(maps.layers),
-        "heads": list(maps.heads),
-        "weights": base64.b64encode(lower.tobytes()).decode(),
-    }
-    data = json.dumps(payload, separators=(",", ":")).translate(_IN_SCRIPT)
+    check_size(".html", groups)
+    data = json.dumps([_payload(maps) for maps in groups], separators=(",", ":")).translate(_IN_SCRIPT)
     template = TEMPLATE.read_text("utf-8")
     script, style = (template.split(f"<{name}>")[1].split(f"</{name}>")[0] for name in ("script", "style"))
     policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'"
     return template.replace("POLICY", html.escape(policy), 1).replace("PAYLOAD", data, 1)
 
 
-def picture(maps: Maps) -> bytes:
+def _payload(maps: Maps) -> dict[str, object]:
+    """The object of one group in the page."""
+    numbers = (maps.weights.double() * 65535).round().to(torch.int32)
+    return {
+        "names": maps.names,
+        "rows": [escaped(label) for label in maps.labels],
+        "columns": [escaped(label) for label in maps.looked_at],
+        "backward": maps.columns is None,
+        "weights": base64.b64encode(numbers[:, :, maps.stored].numpy().astype("<u2").tobytes()).decode(),
+    }
+
+
+def picture(groups: Sequence[Maps]) -> bytes:
     """The PNG file: a grid of maps, each with the tokens at its sides."""
     from matplotlib import font_manager, rc_context
     from matplotlib.figure import Figure
 
-    count = len(maps.layers) * len(maps.heads)
-    check_size(".png", count, len(maps.labels))
+    check_size(".png", groups)
+    count = sum(len(maps.names) for maps in groups)
     rows, columns = _grid(count)
-    side = _side(len(maps.labels))
+    side = _side(_most_tokens(groups))
     fonts = ["DejaVu Sans", *(name for name in _FONTS if name in set(font_manager.get_font_names()))]
     file = io.BytesIO()
     with rc_context({"font.family": fonts, "font.size": 6}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a missing glyph is drawn as a box
         figure = Figure(figsize=(columns * side, rows * side), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).ravel()
-        for axis in axes[count:]:
+        axes = iter(figure.subplots(rows, columns, squeeze=False).ravel())
+        for maps in groups:
+            for name, weights in zip(maps.names, maps.weights.flatten(0, 1), strict=True):
+                _draw(next(axes), name, maps, weights)
+        for axis in axes:
             axis.set_axis_off()
-        names = [f"layer {layer}, head {head}" for layer in maps.layers for head in maps.heads]
-        for axis, name, weights in zip(axes, names, maps.weights.flatten(0, 1), strict=False):
-            _draw(axis, name, maps.labels, weights)
         figure.savefig(file, dpi=_DPI, format="png")
     return file.getvalue()
 
 
-def _draw(axis: Any, name: str, labels: Sequence[str], weights: torch.Tensor) -> None:
+def _draw(axis: Any, name: str, maps: Maps, weights: torch.Tensor) -> None:
     axis.imshow(weights.double().numpy(), vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
     axis.set_title(name, fontsize=8)
-    shown = [escaped(label)[:12] for label in labels]
-    axis.set_xticks(range(len(labels)), shown, rotation=90)
-    axis.set_yticks(range(len(labels)), shown)
+    across, down = ([escaped(label)[:12] for label in labels] for labels in (maps.looked_at, maps.labels))
+    axis.set_xticks(range(len(across)), across, rotation=90)
+    axis.set_yticks(range(len(down)), down)
     axis.tick_params(length=0)
     for label in [*axis.get_xticklabels(), *axis.get_yticklabels()]:
         label.set_parse_math(False)
@@ -136,6 +159,11 @@ def _grid(count: int) -> tuple[int, int]:
     """(rows, columns)"""
     columns = math.ceil(math.sqrt(count))
     return math.ceil(count / columns), columns
+
+
+def _most_tokens(groups: Sequence[Maps]) -> int:
+    """At a side of a map."""
+    return max(max(len(maps.labels), len(maps.looked_at)) for maps in groups)
 
 
 def _side(n_tokens: int) -> float:

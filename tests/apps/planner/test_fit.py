@@ -152,7 +152,7 @@ def test_exchanges_are_searched_where_the_heads_allow() -> None:
     best = next(one for one in fit(config, room(8)) if one.layout.context > 1)
     told = fit_json([best], room(8))["layouts"][0]["keys"]
     assert told["parallel.context.exchange"] == best.layout.exchange
-    assert f'exchange="{best.layout.exchange}"' in overlay(best, CONFIGS / name)
+    assert f'exchange="{best.layout.exchange}"' in overlay(best, CONFIGS / name, changes)
 
 
 def test_what_no_tensor_has_grows_with_groups_and_with_ranks_that_are_sent_to() -> None:

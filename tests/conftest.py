@@ -1,6 +1,6 @@
 """FORBID_SKIPS=1 (set by .ci/run) turns every skip into a failure: a missing dependency must not hide tests.
 
-Tests marked `gpu` may still be skipped, since a machine without a GPU cannot run them at all.
+Tests marked `gpu` or `nvme` may still be skipped: a machine without a GPU cannot run them, or compiles for minutes.
 
 Tests are marked `slow`, which `make test-fast` leaves out, by their folder (SLOW_FOLDERS) or their fixtures
 (SLOW_FIXTURES).
@@ -25,6 +25,7 @@ SLOW_FOLDERS = {"bench", "faults", "launch", "tools", "train"}
 """Folders of tests that start jobs, launchers, programs, or whole layouts."""
 SLOW_FIXTURES = {"browser", "slurm", "s3_process"}
 """Fixtures that start Chromium, a Slurm cluster, an S3 server."""
+MAY_SKIP = ("gpu", "nvme")
 HERE = Path(__file__).parent
 FORBID_SKIPS = os.environ.get("FORBID_SKIPS", "") not in ("", "0")
 
@@ -55,7 +56,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if FORBID_SKIPS and report.skipped and not hasattr(report, "wasxfail") and item.get_closest_marker("gpu") is None:
+    may_skip = hasattr(report, "wasxfail") or any(item.get_closest_marker(name) for name in MAY_SKIP)
+    if FORBID_SKIPS and report.skipped and not may_skip:
         _refuse(report)
     return report
 

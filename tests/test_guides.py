@@ -16,6 +16,7 @@ GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAIRS = [
     ("README.md", "guide.zh.md"),
     ("docs/running.md", "running.zh.md"),
+    ("docs/layouts.md", "layouts.zh.md"),
     ("docs/trouble.md", "trouble.zh.md"),
     ("docs/moving.md", "moving.zh.md"),
 ]

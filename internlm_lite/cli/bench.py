@@ -2,6 +2,8 @@
 
 internlm-lite bench [--only step|ranks|loader] [--json] [--rounds N]
 internlm-lite bench --layouts [--json] [--rounds N]       data, tensor, pipeline parallel, ZeRO, and models on one GPU
+internlm-lite bench --zero [--json] [--rounds N]          stages of ZeRO on 4 ranks, beside fully_shard and DeepSpeed
+internlm-lite bench --context [--json] [--rounds N]       tokens of a row on two ranks, beside rows on two ranks
 internlm-lite bench --checkpoint [--json] [--rounds N]    280 MB saved and loaded: stall, writer, load, cost
 internlm-lite bench --metrics [--json] [--rounds N]       a step line to every sink, beside a step without
 internlm-lite bench --averages [--json] [--rounds N]      a step with an average of the weights, beside one without
@@ -23,11 +25,13 @@ from internlm_lite.apps.bench.suites import (
     run_averages,
     run_basics,
     run_checkpoint,
+    run_context,
     run_launches,
     run_layouts,
     run_metrics,
     run_muon,
     run_muon_demo,
+    run_zero,
     show,
 )
 from internlm_lite.apps.report.writer import open_report
@@ -39,38 +43,38 @@ from internlm_lite.runtime.tool import run_tool
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code."""
     parser = new_parser("bench", __doc__)
-    add = parser.add_argument
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--only", choices=["step", "ranks", "loader"], help="one benchmark instead of all")
-    which.add_argument("--layouts", action="store_true", help="the layouts instead")
-    which.add_argument("--checkpoint", action="store_true", help="saving and loading instead")
-    which.add_argument("--metrics", action="store_true", help="the cost of metrics and sinks instead")
-    which.add_argument("--averages", action="store_true", help="the cost of an average of the weights instead")
-    which.add_argument("--launches", action="store_true", help="launches on a GPU, counted without one, instead")
-    which.add_argument("--muon", action="store_true", help="steps of Muon and AdamW instead")
+    suite = partial(which.add_argument, action="store_const", dest="suite")
+    suite("--layouts", const=run_layouts, help="the layouts instead")
+    suite("--zero", const=run_zero, help="the stages of ZeRO instead")
+    suite("--context", const=run_context, help="context parallelism beside data parallelism instead")
+    suite("--checkpoint", const=run_checkpoint, help="saving and loading instead")
+    suite(
+        "--metrics",
+        const=partial(run_metrics, sinks={"the report": open_report}),
+        help="the cost of metrics and sinks instead",
+    )
+    suite("--averages", const=run_averages, help="the cost of an average of the weights instead")
+    suite(
+        "--launches",
+        const=lambda rounds: run_launches(),
+        help="launches on a GPU, counted without one, instead",
+    )
+    suite("--muon", const=run_muon, help="steps of Muon and AdamW instead")
     which.add_argument("--muon-demo", metavar="FOLDER", type=Path, help="whole runs of Muon and AdamW instead")
-    add("--steps", type=int, default=200, help="AdamW's steps with --muon-demo (default 200)")
-    add("--rounds", type=int, default=9, help="alternating measurements per side (default 9)")
-    add("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--steps", type=int, default=200, help="AdamW's steps with --muon-demo (default 200)")
+    parser.add_argument("--rounds", type=int, default=9, help="alternating measurements per side (default 9)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return run_tool(partial(work, parser.parse_args(argv)))
 
 
 def work(args: argparse.Namespace) -> int:
     """Exit code."""
-    if args.layouts:
-        results = run_layouts(args.rounds)
-    elif args.checkpoint:
-        results = run_checkpoint(args.rounds)
-    elif args.metrics:
-        results = run_metrics(args.rounds, {"the report": open_report})
-    elif args.muon:
-        results = run_muon(args.rounds)
+    if args.suite:
+        results = args.suite(args.rounds)
     elif args.muon_demo is not None:
         results = run_muon_demo(starter_folder() / "configs" / "demo.py", args.muon_demo.resolve(), args.steps)
-    elif args.averages:
-        results = run_averages(args.rounds)
-    elif args.launches:
-        results = run_launches()
     else:
         results = run_basics(args.only, args.rounds)
     if args.json:

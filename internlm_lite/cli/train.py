@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from internlm_lite.monitor.sinks import SinkFactory
 
 
+_MOST_RANKS = 100_000
+"""Of a plan, which takes half a minute then; a thousand times as many would fill the memory."""
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = new_parser("train", __doc__)
     add = parser.add_argument
@@ -73,6 +77,9 @@ def _check_fit(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -
     if arguments.gpus is None:
         parser.error("--fit needs the number of GPUs: add --gpus N")
     check_at_least(parser, arguments, gpus=1)
+    for name in ("world_size", "tflops", "components", "lengths"):
+        if getattr(arguments, name):
+            parser.error(f"--{name} does not go with --fit: leave it out".replace("_", "-"))
     if arguments.device == "cpu":
         parser.error("--fit searches layouts of GPUs: --device cpu is not one; name h100, another, or a JSON file")
 
@@ -118,6 +125,9 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 
 def check_plan_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    for option, ranks in (("--world-size", arguments.world_size), ("--gpus", arguments.gpus)):
+        if ranks is not None and ranks > _MOST_RANKS:
+            parser.error(f"{option} {ranks}: expected at most {_MOST_RANKS}, as a plan lists every rank")
     for name, value in (("--world-size", arguments.world_size), ("--tflops", arguments.tflops)):
         if value is not None and not 0 < value < float("inf"):
             parser.error(f"{name} {value}: expected a number > 0")
@@ -168,15 +178,17 @@ def train_or_show(arguments: argparse.Namespace, sinks: Mapping[str, SinkFactory
     if arguments.print_config:
         return _print_config(loaded, arguments.print_config, world_size)
     if arguments.dry_run:
-        return _dry_run(arguments, loaded.config, world_size)
+        return _dry_run(arguments, loaded.config, world_size, overrides)
 
     from internlm_lite.apps.report.writer import open_report
     from internlm_lite.runtime.device import usable_gpus
-    from internlm_lite.runtime.dist_env import set_gpu_defaults
+    from internlm_lite.runtime.dist_env import overlap_notes, set_gpu_defaults
     from internlm_lite.train.job import Options, run_job
 
     if usable_gpus(arguments.device):
         set_gpu_defaults(os.environ, deterministic=loaded.config.deterministic)
+        notes = overlap_notes(os.environ, loaded.config.parallel.zero_stage)
+        loaded = replace(loaded, notes=(*loaded.notes, *notes))
     options = Options(
         resume=arguments.resume,
         device=arguments.device,
@@ -218,14 +230,21 @@ def _print_config(loaded: LoadedConfig, how: str, world_size: int) -> int:
     return 0
 
 
-def _dry_run(arguments: argparse.Namespace, config: Config, world_size: int) -> int:
+def _dry_run(arguments: argparse.Namespace, config: Config, world_size: int, overrides: Sequence[str]) -> int:
     from internlm_lite.apps.planner.command import FitOptions, PlanOptions, dry_fit, dry_run
 
     if arguments.fit:
-        paths = {"config": arguments.config, "out": arguments.fit_out}
-        asked = FitOptions(arguments.gpus, arguments.memory, arguments.device, arguments.json, **paths)
-        return dry_fit(config, asked)
-    options = PlanOptions(
+        options = FitOptions(
+            gpus=arguments.gpus,
+            memory=arguments.memory,
+            device=arguments.device,
+            as_json=arguments.json,
+            config=arguments.config,
+            overrides=tuple(overrides),
+            out=arguments.fit_out,
+        )
+        return dry_fit(config, options)
+    asked = PlanOptions(
         tflops=arguments.tflops,
         device=arguments.device,
         as_json=arguments.json,
@@ -233,4 +252,4 @@ def _dry_run(arguments: argparse.Namespace, config: Config, world_size: int) -> 
         lengths=arguments.lengths,
         memory=arguments.memory,
     )
-    return dry_run(config, world_size, options)
+    return dry_run(config, world_size, asked)

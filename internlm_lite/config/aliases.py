@@ -261,11 +261,20 @@ def _no_load_info(t: Translation, key: str) -> None:
         t.refuse(key, f"found {shown(t.layer.get(key))}, expected dict(path=..., content=..., ckpt_type=...) or None")
 
 
+def _zero1(t: Translation, zero1: dict[str, Any]) -> None:
+    key, fsdp, stage = "parallel.zero1", zero1.get("fsdp") or False, t.layer.get("parallel.zero_stage")
+    if not isinstance(fsdp, bool):
+        t.refuse(key, f"found fsdp={shown(fsdp)}, expected True or False; write parallel.zero_stage=3, or remove it")
+    elif fsdp and stage not in (None, 3):
+        t.refuse(key, f"found fsdp=True, which is parallel.zero_stage=3, beside {shown(stage)}; remove one of them")
+    else:
+        t.replace(key, {key: zero1.get("size", -1), **({"parallel.zero_stage": 3} if fsdp else {})})
+
+
 def _parallel(t: Translation) -> None:
     zero1, tensor = t.layer.get("parallel.zero1"), t.layer.get("parallel.tensor")
     if isinstance(zero1, dict) and _has_only(t, "parallel.zero1", ("size", "fsdp")):
-        stage = {"parallel.zero_stage": 3} if zero1.get("fsdp") else {}
-        t.replace("parallel.zero1", {"parallel.zero1": zero1.get("size", -1), **stage})
+        _zero1(t, zero1)
     if isinstance(tensor, dict) and _has_only(t, "parallel.tensor", ("size", "mode", "sp", *_OVERLAPS)):
         _tensor(t, tensor)
     _pipeline(t)
@@ -279,8 +288,8 @@ def _parallel(t: Translation) -> None:
         else:
             t.refuse(
                 "parallel.weight",
-                f"found {shown(weight)}, expected size 1: weight parallelism is not supported; use parallel.tensor or "
-                "parallel.pipeline for the weights, parallel.zero1 for the optimizer state",
+                f"found {shown(weight)}, expected size 1: weight parallelism is not supported; parallel.zero_stage=3 "
+                "spreads the weights over the ranks of parallel.zero1, too, and gathers them block by block",
             )
 
 
@@ -294,11 +303,13 @@ def _tensor(t: Translation, tensor: dict[str, Any]) -> None:
     elif mode in ("msp", "fsp"):
         t.replace("parallel.tensor", {**new, "parallel.sequence_parallel": True})
     else:
-        meaning = ": weight parallelism is not supported" if mode == "isp" else ""
-        t.refuse(
-            "parallel.tensor",
-            f"found {name}={shown(tensor[name])}{meaning}, expected mode='mtp', 'msp' or 'fsp'; 'msp' is nearest",
+        isp = (
+            ": weight parallelism is not supported",
+            "'msp', or parallel.zero_stage=3 without tensor ranks, is nearest",
         )
+        meaning, nearest = isp if mode == "isp" else ("", "'msp' is nearest")
+        text = f"found {name}={shown(tensor[name])}{meaning}, expected mode='mtp', 'msp' or 'fsp'; {nearest}"
+        t.refuse("parallel.tensor", text)
 
 
 def _pipeline(t: Translation) -> None:

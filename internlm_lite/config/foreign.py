@@ -130,9 +130,10 @@ FEATURES: Mapping[str, tuple[str, str]] = {
     r".*aux_loss.*|capacity_factor|first_k_dense_replace": ("a mixture of experts", "every block has one dense MLP"),
     r"(ring|usp|ulysses)(_.*)?|context_(?!length).*|cp(_size|_degree)?|sequence_2d|.*_(ring|ulysses)(_.*)?|(uly|ring)_sp|"
     r"ds_sequence_parallel.*": (
-        "context parallelism by another name", "here it is parallel.context=dict(size=k, exchange='gather')"),
+        "context parallelism by another name",
+        "here it is parallel.context=dict(size=k, exchange='gather'), or 'ring', or 'ulysses'"),
     r"weight_parallel.*|isp(_.*)?": (
-        "weight parallelism (isp)", "parallel.zero1 spreads the optimizer state, parallel.tensor the weights"),
+        "weight parallelism (isp)", "parallel.zero_stage=3 spreads weights and gathers them block by block, too"),
     r"(use_)?(fsdp|hsdp)\d?(_.*)?|zero_?3.*|zero_optimization|dp_shard.*|data_parallel_shard_degree": (
         "sharding of weights by another name",
         "here it is parallel.zero_stage=3, or 2 for gradients alone"),
@@ -243,15 +244,20 @@ _OTHER_NAMES = {
     "monitor.wandb": "report_to",
     "parallel.pipeline.size": "pipeline_model_parallel_size pp_size pp pipeline_parallel_degree",
     "parallel.tensor": "tensor_model_parallel_size tp_size tp tensor_parallel_degree",
-    "parallel.zero1": "use_distributed_optimizer zero1_size",
+    "parallel.zero1": "use_distributed_optimizer zero1_size data_parallel_replicate_degree dp_replicate",
+    "parallel.zero_stage": "zero zero_level data_parallel_sharding_strategy sharding_strategy",
 }
 OTHER_NAMES: Mapping[str, str] = {name: key for key, names in _OTHER_NAMES.items() for name in names.split()}
 
 
 def missing_feature(name: str) -> str | None:
-    """That a feature does not exist here, and what comes nearest, if a key called `name` asks for one."""
+    """That a feature does not exist here, or has another name, and what comes nearest, if a key called `name` asks for
+    one."""
     row = next((row for row in _COMPILED if row[0].fullmatch(name)), None)
-    return row and f"this asks for {row[1]}, which is not supported; {row[2]}"
+    if row is None:
+        return None
+    missing = "" if " name" in row[1] else ", which is not supported"
+    return f"this asks for {row[1]}{missing}; {row[2]}"
 
 
 def asks_for_nothing(value: Any) -> bool:

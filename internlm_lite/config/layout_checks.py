@@ -31,11 +31,12 @@ def world_problems(config: Config, world: int) -> Iterator[Problem]:
             "start more (srun -n, torchrun --nproc_per_node, --world-size of a dry run), or change the layout",
         )
     elif parallel.zero1 > 1 and (alike := world // (tensor * stages)) % parallel.zero1:
-        times = " times context" * (context > 1)
+        times, processes = " times context" * (context > 1), f"{world} process{'es' if world > 1 else ''}"
         yield Problem(
             ("parallel.zero1",),
             f"found {parallel.zero1}, expected a divisor of the data parallel size{times} {alike} "
-            f"({world} processes / {tensor * stages} per model), -1 for all of it, or 1 for none",
+            f"({processes} / {tensor * stages} per model), -1 for all of it, or 1 for none; or start more "
+            "(--world-size of a dry run)",
         )
 
 

@@ -210,6 +210,16 @@ def _disagreements(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
     if least > peak:
         key = "lr_scheduler.eta_min"
         yield f"{origins[key]}: {key}={least:g} is above adam.lr={peak:g}: the learning rate rises after the warm-up"
+    parallel, stage = config.parallel, "parallel.zero_stage"
+    if parallel.zero_stage > 1 and parallel.zero1 == 1:
+        effect = "nothing is shared, for each rank is alone; -1: all ranks that hold the same weights"
+        yield f"{origins['parallel.zero1']}: parallel.zero1=1 with {stage}={parallel.zero_stage}: {effect}"
+    if parallel.zero_stage < 3 and not parallel.reshard_after_forward:
+        key = "parallel.reshard_after_forward"
+        yield f"{origins[key]}: {key}=False with {stage}={parallel.zero_stage}: without effect; stage 3 gathers weights"
+    share = "model.offload_share"
+    if config.model.checkpoint != "offload" and config.model.offload_share != known_keys()[share].default:
+        yield f'{origins[share]}: {share}={config.model.offload_share:g} without model.checkpoint="offload": no effect'
     yield from _unreached(config, origins["stages"])
 
 

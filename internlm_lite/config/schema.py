@@ -16,8 +16,11 @@ from internlm_lite.units import round_up
 UNKNOWN_TO_KERNELS = {"cudnn": ("sliding_window", "attention_softcap"), "torch_varlen": ("attention_softcap",)}
 """model.attention -> keys of `model` that this kernel does not have."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0, le=3e38)]
+"""A learning rate: the update multiplies by it in fp32, whose largest number is 3.4e38."""
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+ZeroStage = Annotated[int, Field(ge=1, le=3)]  # of numbers, Literal takes True and 2.0, too
 Pair = Annotated[
     list[Annotated[float, Field(ge=0, lt=1)]],
     Field(min_length=2, max_length=2),
@@ -103,7 +106,7 @@ class CkptConfig(Section):
     @property
     def checkpoint_steps(self) -> int:
         """checkpoint_every as a number of steps, which "epoch" becomes when the data are open (data/demand.py)."""
-        return 0 if self.checkpoint_every in (None, "epoch") else self.checkpoint_every
+        return self.checkpoint_every if isinstance(self.checkpoint_every, int) else 0
 
 
 class DataConfig(Section):
@@ -199,7 +202,7 @@ class GradScalerConfig(Section):
 
 
 class HybridZeroConfig(Section):
-    """Communication of the ZeRO-1 optimizer."""
+    """Communication of the optimizer (ZeRO, `parallel.zero_stage`), clipping, and the dtype of gradients."""
 
     overlap_sync_grad: bool = True
     """Reduce gradient buckets while the backward pass still runs."""
@@ -237,7 +240,7 @@ class GroupConfig(Section):
     pattern: Annotated[str, Field(min_length=1)]
     """Names of parameters, as in checkpoints, with * ? [] as in file names: "*norm*", "layers.0.*". A parameter is in
     the first group that matches; a pattern for which none is left is an error."""
-    lr: Annotated[float, Field(ge=0)] | None = None
+    lr: Rate | None = None
     """Peak learning rate, instead of adam.lr. The whole schedule, eta_min too, is scaled by lr / adam.lr. With
     model.scaling="mup" that of the base width, as weight_decay."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
@@ -266,7 +269,7 @@ class OptimizerConfig(Section):
     """muon: steps of the Newton-Schulz iteration."""
     ns_dtype: Literal["torch.float32", "torch.bfloat16"] | None = None
     """muon: dtype of the iteration's products. None: bf16 on a GPU, fp32 on the CPU. A fp64 model iterates in fp64."""
-    muon_lr: Annotated[float, Field(ge=0)] | None = None
+    muon_lr: Rate | None = None
     """muon: peak learning rate of the matrices; it follows the schedule of adam.lr. None: adam.lr."""
     muon_weight_decay: Annotated[float, Field(ge=0)] | None = None
     """muon: decoupled weight decay of the matrices. None: adam.weight_decay."""
@@ -296,7 +299,7 @@ class EmaConfig(Section):
 class AdamConfig(Section):
     """Learning rate, betas and weight decay of the update rule, see `optimizer`."""
 
-    lr: Annotated[float, Field(ge=0)] = 1e-4
+    lr: Rate = 1e-4
     """Peak learning rate."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of the first moment."""
@@ -346,7 +349,7 @@ class LrSchedulerConfig(Section):
     """(new) steps: [[step, factor], ...]: from each step on the rate is adam.lr * factor; 1 before the first."""
     noam_width: Positive | None = None
     """(new) noam: its d_model; left out: model.hidden_size."""
-    eta_min: Annotated[float, Field(ge=0)] = 0.0
+    eta_min: Rate = 0.0
     """Final learning rate."""
     last_epoch: Annotated[int, Field(ge=-1)] = -1
     """Index of the last step already done by another run; -1: none."""
@@ -734,7 +737,7 @@ class ParallelConfig(Section):
     zero1: int = -1
     """Ranks that share one copy of the optimizer state: <= 0 all ranks that hold the same weights (data times context
     parallel), 1 none, k a divisor of them."""
-    zero_stage: Literal[1, 2, 3] = 1
+    zero_stage: ZeroStage = 1
     """(new) What these ranks share, besides the optimizer state. 2: gradients too, which are reduced after every
     micro-batch. 3: weights too, which are gathered block by block, before its forward pass and before its backward
     pass."""
@@ -759,7 +762,7 @@ class EngineConfig(Section):
     name: Literal["native", "deepspeed"] = "native"
     """"native": this package. "deepspeed": DeepSpeed's ZeRO, for tensor = pipeline = 1, with AdamW by torch's fused
     kernel; `pip install internlm_lite[deepspeed]`."""
-    stage: Literal[1, 2, 3] = 1
+    stage: ZeroStage = 1
     """deepspeed: what is sharded over data-parallel ranks. 1: optimizer state. 2: gradients, too. 3: weights, too."""
     offload: Literal["none", "cpu", "nvme"] = "none"
     """deepspeed: where master weights and optimizer state are, and where the update takes place. "cpu": in host memory.
@@ -922,7 +925,7 @@ class StageConfig(Section):
     """None: model.rope_base."""
     micro_bsz: Positive | None = None
     """None: data.micro_bsz."""
-    lr: Annotated[float, Field(ge=0)] | None = None
+    lr: Rate | None = None
     """Peak learning rate; warm-up and decay run on over the whole run. None: adam.lr."""
 
 

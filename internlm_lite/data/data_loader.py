@@ -234,7 +234,7 @@ def _folders(root: str | None, key: str, config: DataConfig, vocab_size: VocabSi
         folders = [dummy_pairs(min(config.source_seq_len or config.seq_len, config.seq_len + 1), pairs)]
     else:
         folders = [dummy_folder(config.seq_len)]
-    of_targets, of_sources = pairs or (vocab_size, None)
+    of_targets, of_sources = vocab_size if isinstance(vocab_size, tuple) else (vocab_size, None)
     target = VocabularySide("", of_targets, config.tokenizer)
     check_vocabulary([file for folder in folders for file in folder.files], target, log=log_sizes)
     if of_sources is not None:

@@ -179,7 +179,8 @@ class FolderEncoder:
             metadata = self._write(files, [folder / f"{target.name}.bin" for folder in made], tally)
         notes = [*_several_folders(source, files), *tally.lines()]
         (of_targets, *of_sources), *held = metadata
-        return EncodedFolder(of_targets, held[0][0] if held else None, (of_sources or [None])[0], notes)
+        held_metadata, source_metadata = held[0][0] if held else None, of_sources[0] if of_sources else None
+        return EncodedFolder(of_targets, held_metadata, source_metadata, notes)
 
     def _write(self, files: Sequence[TextFile], bin_paths: Sequence[Path], tally: Tally) -> list[list[Metadata]]:
         """Metadata of the documents to train on, and of those held out if there is a second path; of pairs of targets

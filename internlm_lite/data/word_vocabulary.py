@@ -35,7 +35,10 @@ class WordVocabulary:
     """A `TokenizerModel` of whole words."""
 
     kind = "words"
-    bos, eos, pad, unk = range(len(MARKS))
+    bos: int | None
+    eos: int | None
+    pad: int | None
+    unk: int | None
 
     def __init__(self, path: Path, data: bytes) -> None:
         found = _read(path, data)
@@ -43,9 +46,10 @@ class WordVocabulary:
         self._ids = {piece: token for token, piece in enumerate(self._pieces) if token >= len(MARKS)}
         self._words = word_rules(found[_KEY], path)
         self.vocab_size = len(self._pieces)
+        self.bos, self.eos, self.pad, self.unk = range(len(MARKS))
 
     def encode(self, text: str) -> list[int]:
-        return [self._ids.get(word, self.unk) for word in self._words(text)]
+        return [self._ids.get(word, MARKS.index("<unk>")) for word in self._words(text)]
 
     def decode(self, ids: Sequence[int]) -> str:
         words = [self._pieces[token] for token in ids if token not in (self.bos, self.eos, self.pad)]

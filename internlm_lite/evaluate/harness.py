@@ -27,21 +27,9 @@ class HarnessTasks:
     def __init__(
         self, names: Sequence[str], include_path: str | None, num_fewshot: int | None = None, known: Sequence[str] = ()
     ) -> None:
-        """`include_path`: a folder of task files (YAML, with their data beside them), searched before those that come
-        with lm_eval; `known`: other names, for messages. Raises ConfigError for a task that is not there or cannot be
-        loaded, MissingPackageError without the package."""
-        if find_spec("lm_eval") is None:
-            raise MissingPackageError(
-                f"evaluation.tasks: found {', '.join(map(repr, names))}, which is none of the built-in tasks "
-                f"{', '.join(known)}; others come from lm_eval, which is not installed: pip install internlm_lite[eval]"
-            )
-        if include_path is not None and not Path(include_path).is_dir():
-            raise ConfigError(
-                f"evaluation.include_path: found no folder {include_path}, expected one with task files of lm_eval; "
-                "correct the path"
-            )
+        """As `find_tasks`, whose errors it raises; ConfigError, too, for a task that cannot be loaded."""
         self._names, self._num_fewshot = list(names), num_fewshot
-        self._manager = _manager_of(self._names, include_path, known)
+        self._manager = find_tasks(self._names, include_path, known)
         self.higher_is_better: dict[str, bool] = {}
         """"TASK/METRIC" -> whether more is better, as the tasks say."""
         self._load()
@@ -112,9 +100,23 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _manager_of(names: Sequence[str], include_path: str | None, known: Sequence[str]) -> Any:
+def find_tasks(names: Sequence[str], include_path: str | None, known: Sequence[str]) -> Any:
     """The TaskManager that has all tasks: of `include_path` alone if that suffices, since lm_eval's own take seconds
-    to be listed. Raises ConfigError with near names."""
+    to be listed. Loads none.
+
+    `include_path`: a folder of task files (YAML, with their data beside them), searched before those that come with
+    lm_eval; `known`: other names, for messages. Raises ConfigError for a task that is not there, with near names,
+    MissingPackageError without the package."""
+    if find_spec("lm_eval") is None:
+        raise MissingPackageError(
+            f"evaluation.tasks: found {', '.join(map(repr, names))}, which is none of the built-in tasks "
+            f"{', '.join(known)}; others come from lm_eval, which is not installed: pip install internlm_lite[eval]"
+        )
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ConfigError(
+            f"evaluation.include_path: found no folder {include_path}, expected one with task files of lm_eval; "
+            "correct the path"
+        )
     from lm_eval.tasks import TaskManager
 
     managers = ({"include_defaults": False}, {}) if include_path else ({},)

@@ -34,16 +34,21 @@ PAIR_FIGURES = {"bleu": True, "chrf": True}
 """Metric -> whether more is better."""
 
 
+def require_sacrebleu() -> None:
+    """Raises MissingPackageError without the package."""
+    if find_spec("sacrebleu") is None:
+        raise MissingPackageError(
+            f'evaluation.tasks: "{PAIRS}" needs sacrebleu, which is not installed: pip install internlm_lite[bleu]'
+        )
+
+
 class PairTask:
     """For rank 0."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
         """`tokenizer`: of the targets. Raises DataError for pairs that cannot be read or encoded, MissingPackageError
         without sacrebleu."""
-        if find_spec("sacrebleu") is None:
-            raise MissingPackageError(
-                f'evaluation.tasks: "{PAIRS}" needs sacrebleu, which is not installed: pip install internlm_lite[bleu]'
-            )
+        require_sacrebleu()
         asked, data, model = config.evaluation, config.data, config.model
         path = data.source_tokenizer or data.tokenizer
         assert asked.pairs_folder is not None and path is not None, "checked with the config"

@@ -15,8 +15,8 @@ from internlm_lite.errors import ConfigError
 from internlm_lite.evaluate.answers import Answers
 from internlm_lite.evaluate.cloze import BUILT_IN, DEFAULT_LIMIT, HIGHER_IS_BETTER, Question, make_questions, scores_of
 from internlm_lite.evaluate.encoding import TextEncoder
-from internlm_lite.evaluate.harness import HarnessTasks, Scores
-from internlm_lite.evaluate.pair_task import PAIR_FIGURES, PAIRS, PairTask
+from internlm_lite.evaluate.harness import HarnessTasks, Scores, find_tasks
+from internlm_lite.evaluate.pair_task import PAIR_FIGURES, PAIRS, PairTask, require_sacrebleu
 from internlm_lite.evaluate.random_states import kept_random_states
 from internlm_lite.evaluate.scorer import Scorer
 from internlm_lite.generate.prompts import end_ids
@@ -24,8 +24,17 @@ from internlm_lite.mesh.consensus import on_all, on_main
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.stages import WholeModel
 
+_KNOWN = (*BUILT_IN, PAIRS)
 _LONGEST_TEXT = 1 << 14
 """Tokens of a document that questions are made of."""
+
+
+def require_tasks(config: Config) -> None:
+    """Raises the errors of `TaskSuite` for tasks that are not there, or whose package is not; loads none."""
+    if others := [name for name in config.evaluation.tasks if name not in _KNOWN]:
+        find_tasks(others, config.evaluation.include_path, _KNOWN)
+    if PAIRS in config.evaluation.tasks:
+        require_sacrebleu()
 
 
 class TaskSuite:
@@ -39,7 +48,7 @@ class TaskSuite:
         self._config, self._mesh = config, mesh
         self._tokenizer = on_all(mesh, lambda: Tokenizer(Path(path)))
         self._built_in = [name for name in asked.tasks if name in BUILT_IN]
-        self._others = [name for name in asked.tasks if name not in (*BUILT_IN, PAIRS)]
+        self._others = [name for name in asked.tasks if name not in _KNOWN]
         self._questions: dict[str, list[Question]] = {}
         self._pairs: PairTask | None = None
         self._harness: HarnessTasks | None = None
@@ -50,7 +59,7 @@ class TaskSuite:
         with kept_random_states(self._mesh.device):
             asked, found = self._config.evaluation, {}
             if self._others:
-                self._harness = HarnessTasks(self._others, asked.include_path, asked.num_fewshot, (*BUILT_IN, PAIRS))
+                self._harness = HarnessTasks(self._others, asked.include_path, asked.num_fewshot, _KNOWN)
                 found = self._harness.higher_is_better
             for name in self._built_in:
                 self._questions[name] = made = make_questions(name, self._texts(), asked.limit or DEFAULT_LIMIT)

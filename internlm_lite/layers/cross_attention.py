@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from internlm_lite.config.schema import ModelConfig
+from internlm_lite.layers.context_parallel.exchange_costs import kept_outputs
 from internlm_lite.layers.costs import Bytes, CostedLayer, Message, Pass, RowShape, add_bytes
-from internlm_lite.layers.exchange_costs import kept_outputs
 from internlm_lite.layers.flash import Attend
 from internlm_lite.layers.linear import ColumnLinear, RowLinear, columns, output_std
 from internlm_lite.layers.norm import NORMS, FullRMSNorm, Norm, full_norms

@@ -332,9 +332,10 @@ def _flash_attn(
 ) -> torch.Tensor:
     """A flash-attn package's kernel; its versions 2 to 4 name these arguments alike."""
     q = qkv[0]
-    if q.numel() >= 2**31:
+    reach = max(x.shape[0] * x.stride(0) for x in qkv)  # a view of all heads' projections reaches further than it has
+    if reach >= 2**31:
         raise ConfigError(
-            f"a row of {q.shape[0]} tokens with {q.shape[1]} heads of {q.shape[2]} has {q.numel()} numbers, and the "
+            f"a row of {q.shape[0]} tokens with {q.shape[1]} heads of {q.shape[2]} lies over {reach} numbers, and the "
             "kernels of flash-attn count in 32 bits: lower data.micro_bsz, or set model.attention='torch_varlen'"
         )
     options: dict[str, object] = {}
@@ -354,7 +355,10 @@ def _flash_attn(
         deterministic=torch.are_deterministic_algorithms_enabled(),
         **options,
     )
-    return out[0] if isinstance(out, tuple) else out  # some releases also return the log-sum-exp
+    mixed: torch.Tensor = out[0] if isinstance(out, tuple) else out  # some releases also return the log-sum-exp
+    if mixed.requires_grad:
+        mixed.register_hook(torch.Tensor.contiguous)  # the backward pass counts the gradient's places in 32 bits, too
+    return mixed
 
 
 def _torch_varlen(

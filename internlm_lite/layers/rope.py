@@ -200,6 +200,11 @@ class Rotations:
         self._size = config.rotary_size
         self._frequencies = {kind: rope_frequencies(config, device, kind) for kind in kinds if kind is not None}
 
+    @property
+    def by_length(self) -> bool:
+        """Whether some rotation depends on the length of a token's document."""
+        return any(frequencies.dynamic is not None for frequencies in self._frequencies.values())
+
     def at(
         self, positions: torch.Tensor, dtype: torch.dtype, lengths: torch.Tensor | None = None
     ) -> Mapping[Rotation | None, Rotary | None]:

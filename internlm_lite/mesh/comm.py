@@ -25,6 +25,8 @@ _Message = tuple[Callable[..., "dist.Work | None"], torch.Tensor, int]
 """(`dist.isend` or `dist.irecv`, tensor, group rank of the peer)"""
 GPU_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 """Errors of this rank's own device. The next collective may raise them, but they do not mean that a peer was lost."""
+_TRANSPORT = ("gloo", "nccl", "connection", "timed out", "timeout")
+"""Lower-case words that occur in error messages of the transport between two ranks."""
 
 
 @contextmanager
@@ -36,6 +38,18 @@ def peer_errors(group: Group) -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise peer_lost(group, error) from error
+
+
+@contextmanager
+def transport_errors(group: Group) -> Iterator[None]:
+    """Around a library's code that computes and communicates: raise PeerLostError for a RuntimeError in whose message
+    there is a word of the transport."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, GPU_ERRORS) and any(word in str(error).lower() for word in _TRANSPORT):
+            raise peer_lost(group, error) from error
+        raise
 
 
 def peer_lost(group: Group, error: Exception) -> PeerLostError:

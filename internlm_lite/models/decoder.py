@@ -19,11 +19,11 @@ first and the last rank alone, and the memory travels with the decoder's hidden 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -54,6 +54,8 @@ from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.head import Head
 from internlm_lite.runtime.device import torch_dtype
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -352,6 +354,11 @@ class Transformer(CostedLayer):
         sides = ([n for n in self.spec.layers if config.in_encoder(n) == flag] for flag in (False, True))
         self._rotations, self._source_rotations = (Rotations(config, side, self.tp_ctx.device) for side in sides)
 
+    @property
+    def rotates_by_length(self) -> bool:
+        """Whether `hidden` reads `lengths`."""
+        return self._rotations.by_length
+
     def hidden_bytes(self, row: RowShape) -> int:
         """Bytes of the hidden state that one stage sends to the next, that of the source beside it."""
         return sum(self.tp_ctx.hidden_bytes(n, self.config.hidden_size) for n in (row.tokens, row.source_tokens))
@@ -439,8 +446,11 @@ class Transformer(CostedLayer):
 
     def saved_bytes(self, row: RowShape, *, recomputed: int | None = None) -> Bytes:
         """`recomputed`: the number of the model's first layers that are recomputed; None: as configured."""
-        flags = [None if recomputed is None else block.attention.layer < recomputed for block in self.blocks()]
-        parts = [block.saved_bytes(row, recompute=flag) for block, flag in zip(self.blocks(), flags, strict=True)]
+
+        def flag(block: Block) -> bool:
+            return block.recompute if recomputed is None else block.attention.layer < recomputed
+
+        parts = self._of_blocks(lambda block: block.saved_bytes(row, recompute=flag(block)), row, flag)
         parts.append(self._rotations.saved_bytes(row, self.tp_ctx.dtype))
         parts.append(self._source_rotations.saved_bytes(row.of_source, self.tp_ctx.dtype))
         if self.config.num_encoder_layers - 1 in self.spec.layers and self.decoder_blocks():
@@ -456,25 +466,44 @@ class Transformer(CostedLayer):
 
     def host_bytes(self, row: RowShape) -> int:
         """Of one micro-batch, see `Block`."""
-        return sum(block.host_bytes(row) for block in self.blocks())
+        return sum(self._of_blocks(lambda block: block.host_bytes(row), row))
+
+    def _of_blocks(
+        self, cost: Callable[[Block], T], row: RowShape, flag: Callable[[Block], bool] = lambda block: block.recompute
+    ) -> list[T]:
+        """What a row costs each block. Blocks of a kind, which `flag` is a part of, are asked once."""
+        known: dict[object, T] = {}
+        found = []
+        for block in self.blocks():
+            moved = block.attention.layer < row.offloaded
+            kind = type(block), block.rotation, block.attention.rule.window, moved, block.recompute, flag(block)
+            if kind not in known:
+                known[kind] = cost(block)
+            found.append(known[kind])
+        return found
 
     def _on_the_way_bytes(self, row: RowShape) -> int:
         """What blocks on their way to or from the host add to `saved_bytes` at the peak: tensors of a block leave while
         the next one computes, and return while the one behind it does."""
         most, behind = 0, 0  # kept by blocks behind this one, which are not there yet or no more
-        for block, before in reversed(list(zip(self.blocks(), [None, *self.blocks()], strict=False))):
-            moved = block.host_bytes(row) + (0 if before is None else before.host_bytes(row))
-            most = max(most, moved - behind)
-            behind += sum(block.saved_bytes(row).values())
+        moved = self._of_blocks(lambda block: block.host_bytes(row), row)
+        kept = self._of_blocks(lambda block: sum(block.saved_bytes(row).values()), row)
+        for own, before, here in reversed(list(zip(moved, [0, *moved[:-1]], kept, strict=True))):
+            most = max(most, own + before - behind)
+            behind += here
         return most
 
     def workspace_bytes(self, row: RowShape) -> int:
-        """The maximum of the loss and the last block's backward pass, less the head's activations, freed before it.
-        Beside it blocks come back from the host."""
+        """The maximum of `workspaces`."""
+        return max(self.workspaces(row))
+
+    def workspaces(self, row: RowShape) -> tuple[int, int]:
+        """(of the loss, of the last block's backward pass less the head's activations, freed before it). Beside the
+        latter blocks come back from the host."""
         backward = self.blocks()[-1].workspace_bytes(row) + self._on_the_way_bytes(row)
         if self.output is None:
-            return backward
-        return max(backward - sum(self.output.saved_bytes(row).values()), self.output.workspace_bytes(row))
+            return 0, backward
+        return self.output.workspace_bytes(row), backward - sum(self.output.saved_bytes(row).values())
 
 
 def build_model(

@@ -157,16 +157,16 @@ class Head(CostedLayer):
         return [Pass("contiguous_copy", wide * n), added, Pass("contiguous_copy", (item + wide) * n)]
 
     def workspace_bytes(self, row: RowShape) -> int:
-        """Logits of one chunk, the derivative of their cap, and on the CPU the product that is added to a buffer of
-        another dtype."""
+        """Logits of one chunk, and beside them the derivative of their cap; or, before or after it, a half-precision
+        copy for the matrix products, and on the CPU the product that is added to a buffer of another dtype."""
         (vocab, width), dtype = self.matrix.shape, self.matrix.dtype
         chunk, wide = self._chunk(row), accumulation_dtype(dtype).itemsize
         half = dtype.itemsize < wide
-        logits = chunk * vocab * (wide + half * dtype.itemsize)  # and a half-precision copy for the matrix products
         gathers = self.tp_ctx.group.size > 1 and not self.loss_options.parallel_output
         gathered = gathers * chunk * self.matrix.shard_spec.shape[0] * wide
         slope = (self.loss_options.logit_softcap is not None) * chunk * vocab * wide
-        return logits + slope + gathered + half * (row.device != "cuda") * vocab * width * dtype.itemsize
+        rounded = half * (chunk + (row.device != "cuda") * width) * vocab * dtype.itemsize
+        return chunk * vocab * wide + gathered + max(slope, rounded)
 
     def _chunk(self, row: RowShape) -> int:
         wide = accumulation_dtype(self.matrix.dtype)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any, NoReturn, cast
@@ -31,13 +31,13 @@ from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.buckets import BucketSpec
 from internlm_lite.optim.deepspeed_settings import import_deepspeed, settings
 from internlm_lite.optim.deepspeed_shards import ROLES, shards_of
-from internlm_lite.optim.grad_norm import Requests, clip_factor, sum_totals
+from internlm_lite.optim.grad_norm import Requests, sum_totals
 from internlm_lite.optim.groups import ParamGroup, ParamGroups
-from internlm_lite.optim.lr_schedule import beta2
 from internlm_lite.optim.rates import Rates
 from internlm_lite.optim.scaler import LossScaler
 from internlm_lite.optim.skips import SkipDecider
-from internlm_lite.optim.zero import StepOutcome
+from internlm_lite.optim.step_decision import StepOutcome, decide_step
+from internlm_lite.optim.update_rule import UpdateStep
 
 
 @dataclass(frozen=True)
@@ -134,12 +134,14 @@ class DeepSpeedOptimizer:
         """Forward and backward pass of one micro-batch, whose loss `run` computes; `last`: of the step's."""
         self._engine.set_gradient_accumulation_boundary(last)
         self._root.run = run
-        self._engine.backward(self._engine(), scale_wrt_gas=False)
+        with comm.transport_errors(self._mesh.zero):
+            self._engine.backward(self._engine(), scale_wrt_gas=False)
 
     def compute(self, run: Callable[[], torch.Tensor]) -> None:
         """`run`, without gradients. `release` afterwards."""
         self._root.run = run
-        self._root()
+        with comm.transport_errors(self._mesh.zero):
+            self._root()
 
     def release(self) -> None:
         """Free weights that stage 3 has at hand after forward passes alone."""
@@ -159,38 +161,23 @@ class DeepSpeedOptimizer:
         sums = torch.zeros(6, dtype=torch.float64, device=self._mesh.device)
         sums[0] = self._shards.square_sum(self._mesh.device)
         totals = sum_totals(sums, num_labels, requests, loss_sum, self._mesh)
-        labels = totals.num_labels.clamp(min=1)
-        used_scale = self.scaler.scale.clone()
-        unscale = global_tokens * self._mesh.zero.size / labels
-        norm = totals.square_model_dtype.sqrt() * unscale
-        rates = self._rates.after(self._skips.good_steps)  # before `decide` counts this step
-        decision = self._skips.decide(totals.loss / labels, norm, totals.num_labels)
-        factor = unscale * clip_factor(norm, self._config.hybrid_zero_optimizer.clip_grad_norm)
-        second_beta = beta2(index, self._config.beta2_scheduler)
-        self._update(rates, second_beta, factor, decision.skipped)
-        return StepOutcome(
-            norm_model_dtype=norm,
-            norm_fp32=torch.zeros_like(norm),
-            spikes=decision.spikes,
-            skips=self._skips.counts(),
-            loss_scale=used_scale,
-            next_lr=self._rates.after(self._skips.good_steps)[0],
-            beta2=second_beta,
-            signalled=totals.signalled,
-            stop_file=totals.stop_file,
-        )
+        divisor = global_tokens * self._mesh.zero.size
+        step, outcome = decide_step(totals, index, divisor, self._skips, self._rates, self._config)
+        self._update(step)
+        return outcome
 
-    def _update(self, rates: torch.Tensor, second_beta: float, factor: torch.Tensor, skipped: torch.Tensor) -> None:
-        """DeepSpeed's step; in it torch's kernel divides gradients by 1 / `factor`, or does nothing if `skipped`."""
+    def _update(self, step: UpdateStep) -> None:
+        """DeepSpeed's step; in it torch's kernel divides gradients by `step.divisor`, or does nothing."""
         rule, device = self._shards.rule, self._shards.flats()[0].device
         for group, row, torch_group in zip(self._groups, self._rows, rule.param_groups, strict=True):
-            rate = rates[row].to(device)
+            rate = step.rates[row].to(device)
             torch_group["lr"] = rate.float() if rate.is_cuda else rate
-            torch_group["betas"] = (group.beta1, second_beta if group.beta2 is None else group.beta2)
+            torch_group["betas"] = (group.beta1, step.beta2 if group.beta2 is None else group.beta2)
         # As torch's GradScaler tells a fused optimizer.
-        rule.grad_scale = factor.reciprocal().float().to(device)  # type: ignore[attr-defined]
-        rule.found_inf = skipped.float().to(device)  # type: ignore[attr-defined]
-        self._engine.step()
+        rule.grad_scale = step.divisor.to(device)  # type: ignore[attr-defined]
+        rule.found_inf = step.found_inf.to(device)  # type: ignore[attr-defined]
+        with comm.transport_errors(self._mesh.zero):
+            self._engine.step()
 
     def wait_weights(self) -> None:
         """Weights are current after every step."""
@@ -203,13 +190,15 @@ class DeepSpeedOptimizer:
         with torch.no_grad():
             self._shards.adopt()
 
-    def _whole(self, units: Iterable[nn.Module]) -> AbstractContextManager[object]:
+    @contextmanager
+    def _whole(self, units: Iterable[nn.Module]) -> Iterator[None]:
         """Inside the block the weights of `units` are at hand; changes are kept."""
         if self._stage != 3:
-            return nullcontext()
+            yield
+            return
         params = [param for unit in units for param in unit.parameters()]
-        gathered = self._deepspeed.zero.GatheredParameters(params, modifier_rank=0)
-        return cast(AbstractContextManager[object], gathered)
+        with comm.transport_errors(self._mesh.zero), self._deepspeed.zero.GatheredParameters(params, modifier_rank=0):
+            yield
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
@@ -229,7 +218,8 @@ class DeepSpeedOptimizer:
     def publish_weights(self) -> None:
         """Copy loaded master weights to the model's weights on every rank."""
         self._write_back()
-        self._shards.publish()
+        with comm.transport_errors(self._mesh.zero):
+            self._shards.publish()
 
     def _write_back(self) -> None:
         """Into files, what a load has written to the tensors of `pieces`."""

@@ -16,7 +16,7 @@ import torch
 from packaging.version import Version
 
 from internlm_lite.config.schema import Config
-from internlm_lite.errors import ConfigError, MissingPackageError
+from internlm_lite.errors import ConfigError, MissingPackageError, first_line
 from internlm_lite.runtime.dist_env import set_deepspeed_variables
 
 _OLDEST = Version("0.19")
@@ -40,19 +40,29 @@ def require_deepspeed(config: Config, device: torch.device) -> None:
         raise ConfigError(
             "engine.overlap: found True on a CPU, which has no streams for it; set it to False, or run on a GPU"
         )
-    if engine.offload == "nvme":
-        _require_async_io(engine.nvme_path or "", device)
-
-
-def _require_async_io(path: str, device: torch.device) -> None:
-    """Raises an error that names what asynchronous files lack."""
     import_deepspeed(device)
+    if engine.offload == "nvme":
+        _require_async_io(engine.nvme_path or "")
+
+
+def _require_async_io(path: str) -> None:
+    """Load DeepSpeed's library of asynchronous files, which the first run on a host compiles for minutes: here, where
+    no rank waits for another one. Raises an error that names what is missing."""
+    from deepspeed.git_version_info import installed_ops
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    if not AsyncIOBuilder().is_compatible(verbose=False):
+    builder, reason = AsyncIOBuilder(), ""
+    if not installed_ops.get(builder.name) and not builder.is_compatible(verbose=False):
+        reason = "found no libaio"
+    else:
+        try:
+            builder.load(verbose=False)
+        except (RuntimeError, ImportError, OSError) as error:
+            reason = first_line(error)
+    if reason:
         raise MissingPackageError(
-            'engine.offload="nvme" needs the library of asynchronous files and a C++ compiler, found no libaio: '
-            'apt-get install libaio-dev g++, or take offload="cpu"'
+            'engine.offload="nvme" needs the library of asynchronous files, which a C++ compiler builds once with '
+            f'libaio; {reason}: apt-get install libaio-dev g++, or take offload="cpu"'
         )
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -61,9 +71,14 @@ def _require_async_io(path: str, device: torch.device) -> None:
 
 
 def import_deepspeed(device: torch.device) -> ModuleType:
-    """The package, told which device this process has; on a CPU without the kernels that it would compile."""
+    """The package, told which device this process has; on a CPU without the kernels that it would compile. Raises
+    MissingPackageError if it is installed but does not load, as without CUDA's compiler or beside another torch."""
     set_deepspeed_variables(device.type, device.index or 0)
-    import deepspeed
+    try:
+        import deepspeed
+    except Exception as error:  # of any class: its import runs probes for compilers and drivers
+        text = f"deepspeed is installed but does not load: {type(error).__name__}: {first_line(error)}; {_INSTALL}"
+        raise MissingPackageError(text) from error
 
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # it calls them
     if device.type == "cpu":

@@ -40,7 +40,7 @@ class _Sequence:
 
 
 @dataclass
-class _Round:
+class Round:
     """A reduction in progress."""
 
     bucket: int
@@ -80,7 +80,7 @@ class ShardReducer:
         self._buckets, self._mesh, self._overlap = buckets, mesh, overlap
         self._micro_num = 0
         self._arrived = [0] * len(buckets)
-        self._rounds: list[_Round] = []
+        self._rounds: list[Round] = []
         largest = max(bucket.grads.nbytes for bucket in buckets)
         self._is_small = [bucket.grads.nbytes < _SMALL * largest for bucket in buckets]
         self._replicated: dict[int, comm.Work] = {}
@@ -95,8 +95,8 @@ class ShardReducer:
         me = weakref.proxy(self)  # torch holds hooks where the garbage collector does not find a cycle
         for index, bucket in enumerate(buckets):
             for slot in bucket.slots:
-                slot.param.before_grad = functools.partial(ShardReducer._hold, me, index)
-                slot.param.on_grad = functools.partial(ShardReducer._on_grad, me, index)
+                slot.param.before_grad = functools.partial(type(self)._hold, me, index)
+                slot.param.on_grad = functools.partial(type(self)._on_grad, me, index)
                 if not slot.param.manual_grad:
                     slot.param.register_post_accumulate_grad_hook(slot.param.on_grad)
 
@@ -169,8 +169,7 @@ class ShardReducer:
         bucket.hold_grads()
         shard, dtype = bucket.grad_shard, bucket.grads.dtype
         part = shard if micro == 0 and shard.dtype == dtype else torch.empty_like(shard, dtype=dtype)
-        work = comm.reduce_scatter(part, bucket.grads, self._mesh.zero)
-        self._rounds.append(_Round(index, micro, work, part))
+        self._rounds.append(Round(index, micro, self._scatter(part, bucket), part))
         if not self._overlap:
             self._end_rounds()
 
@@ -183,7 +182,7 @@ class ShardReducer:
         for one in rounds:
             self._end(one)
 
-    def _end(self, one: _Round) -> None:
+    def _end(self, one: Round) -> None:
         """Add what arrived to the shard, and free the whole gradients."""
         one.work.wait()
         bucket = self._buckets[one.bucket]
@@ -191,7 +190,13 @@ class ShardReducer:
             bucket.grad_shard.copy_(one.part) if one.micro == 0 else bucket.grad_shard.add_(one.part)
         bucket.drop_grads()
         if one.micro == self._micro_num - 1:
-            self._replicated[one.bucket] = comm.all_reduce(bucket.grad_shard, self._mesh.replica)
+            self._replicated[one.bucket] = self._replicate(bucket)
+
+    def _scatter(self, part: torch.Tensor, bucket: Bucket) -> comm.Work:
+        return comm.reduce_scatter(part, bucket.grads, self._mesh.zero)
+
+    def _replicate(self, bucket: Bucket) -> comm.Work:
+        return comm.all_reduce(bucket.grad_shard, self._mesh.replica)
 
     def finish(self) -> None:
         """Do the rounds whose gradients did not come (they are 0) and wait. Collective."""

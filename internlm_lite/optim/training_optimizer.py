@@ -15,7 +15,7 @@ from internlm_lite.optim.average import WeightAverage
 from internlm_lite.optim.buckets import BucketSpec
 from internlm_lite.optim.grad_norm import Requests
 from internlm_lite.optim.scaler import LossScaler
-from internlm_lite.optim.zero import StepOutcome
+from internlm_lite.optim.step_decision import StepOutcome
 
 
 class HeldWeights(Protocol):

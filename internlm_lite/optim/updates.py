@@ -24,7 +24,8 @@ class GroupUpdates:
     def __init__(self, buckets: Sequence[Bucket], config: Config, mesh: Mesh) -> None:
         self.shards = [_shard(bucket, mesh.tp if bucket.kind.tp_sharded else None) for bucket in buckets]
         peaks = list(dict.fromkeys([config.adam.lr, *(bucket.kind.group.lr for bucket in buckets)]))
-        self._rates = Rates(peaks, config, mesh.device)
+        self.rates = Rates(peaks, config, mesh.device)
+        """The first is that of adam.lr."""
         bf16 = config.optimizer.moments == "bf16" and any(shard.state for shard in self.shards)
         self._bf16 = Bf16State(self.shards, config.seed) if bf16 else None
         members: dict[tuple[ParamGroup, int], list[int]] = {}
@@ -33,17 +34,13 @@ class GroupUpdates:
         self._members = list(members.values())
         """Indices of the shards of each rule: all of a group, or one, where its state is read and written by itself."""
         self._rows = [peaks.index(group.lr) for group, _ in members]
-        """Row of `_rates` of each rule."""
+        """Row of `rates` of each rule."""
         of = self.shards.__getitem__ if self._bf16 is None else self._bf16.working
         self.rules: list[UpdateRule] = [
             RULES[group.rule]([of(index) for index in indices], group) for (group, _), indices in members.items()
         ]
         if self._bf16 is not None:
             self._bf16.release()
-
-    def rates(self, good_steps: torch.Tensor) -> torch.Tensor:
-        """As `Rates.after`; first the rate of adam.lr."""
-        return self._rates.after(good_steps)
 
     def update(self, grads: Sequence[torch.Tensor], step: UpdateStep, updates: torch.Tensor) -> None:
         """Update all shards by `grads` (one per shard, in the dtype of its weights; may be overwritten) times

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -30,40 +29,16 @@ from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.optim.average import ROLE, WeightAverage
 from internlm_lite.optim.buckets import Bucket, build_buckets
 from internlm_lite.optim.gather import WeightGatherer
-from internlm_lite.optim.grad_norm import Requests, clip_factor, reduce_totals
-from internlm_lite.optim.lr_schedule import beta2
+from internlm_lite.optim.grad_norm import Requests, reduce_totals
 from internlm_lite.optim.reduce import GradReducer
 from internlm_lite.optim.rules import RULES
 from internlm_lite.optim.scaler import LossScaler
 from internlm_lite.optim.shard_reduce import ShardReducer
-from internlm_lite.optim.skips import SkipCounts, SkipDecider
+from internlm_lite.optim.skips import SkipDecider
+from internlm_lite.optim.step_decision import StepOutcome, decide_step
 from internlm_lite.optim.unit_gather import UnitGatherer
 from internlm_lite.optim.unit_passes import follow
-from internlm_lite.optim.update_rule import UpdateStep
 from internlm_lite.optim.updates import GroupUpdates
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """Results of one optimizer step: device scalars, fp64 unless stated otherwise."""
-
-    norm_model_dtype: torch.Tensor
-    """Gradient norm, unscaled and before clipping, of parameters in the model's dtype."""
-    norm_fp32: torch.Tensor
-    """The same norm of parameters kept in fp32 in a half-precision model."""
-    spikes: torch.Tensor
-    """[2], z-scores of loss and gradient norm if they are spikes, else 0 (see spikes.py)."""
-    loss_scale: torch.Tensor
-    """fp32, the scale that multiplied this step's loss."""
-    skips: SkipCounts
-    """Skipped steps up to this one."""
-    next_lr: torch.Tensor
-    """Learning rate of the next step, which the step line prints, as InternLM's does."""
-    beta2: float
-    signalled: torch.Tensor
-    """Number of ranks that received a signal."""
-    stop_file: torch.Tensor
-    """The number in the stop file; 0 without one."""
 
 
 class HybridZeroOptimizer:
@@ -156,34 +131,16 @@ class HybridZeroOptimizer:
         self._require_masters()
         self._reducer.finish()
         totals = reduce_totals(self.buckets, self._model_dtype, num_labels, requests, loss_sum, self._mesh)
-        labels = totals.num_labels.clamp(min=1)
-        used_scale = self.scaler.scale.clone()
-        unscale = global_tokens / (labels * used_scale)
-        norm = (totals.square_model_dtype + totals.square_fp32).sqrt() * unscale
-        rates = self._updates.rates(self._skips.good_steps)  # before `decide` counts this step
-        decision = self._skips.decide(totals.loss / labels, norm, totals.num_labels)
-        factor = unscale * clip_factor(norm, self._config.hybrid_zero_optimizer.clip_grad_norm)
-        second_beta = beta2(index, self._config.beta2_scheduler)
+        step, outcome = decide_step(totals, index, global_tokens, self._skips, self._updates.rates, self._config)
         if self.average is not None:
             self.average.wait()  # until it has read the weights that change now
-        step = UpdateStep(rates, second_beta, factor, decision.skipped)
         self._updates.update(self._exact_grads(), step, self._skips.good_steps)
         self._reducer.clear()
         self._begun = False
         self._gather_weights()
         if self.average is not None:
             self.average.after_step(index + 1, self._skips.good_steps)
-        return StepOutcome(
-            norm_model_dtype=totals.square_model_dtype.sqrt() * unscale,
-            norm_fp32=totals.square_fp32.sqrt() * unscale,
-            spikes=decision.spikes,
-            skips=self._skips.counts(),
-            loss_scale=used_scale,
-            next_lr=self._updates.rates(self._skips.good_steps)[0],
-            beta2=second_beta,
-            signalled=totals.signalled,
-            stop_file=totals.stop_file,
-        )
+        return outcome
 
     def _exact_grads(self) -> list[torch.Tensor]:
         """Gradient shards in their master weights' dtype; copies only if the gradients have another."""

@@ -23,9 +23,6 @@ from internlm_lite.mesh.mesh import Group
 from internlm_lite.pipeline.schedules import new_schedule
 from internlm_lite.pipeline.split import stage_to_rank
 
-_TRANSPORT = ("gloo", "nccl", "connection", "timed out", "timeout")
-"""Lower-case words that occur in error messages of the transport between two stages."""
-
 
 class Task(Protocol):
     """The computation on one batch, by stage and micro-batch."""
@@ -206,6 +203,5 @@ def peer_or_own_error(pp: Group) -> Iterator[None]:
             inner = inner.__cause__
         if inner is not error:
             raise inner from inner.__cause__
-        if not isinstance(error, comm.GPU_ERRORS) and any(word in str(error).lower() for word in _TRANSPORT):
-            raise comm.peer_lost(pp, error) from error
-        raise
+        with comm.transport_errors(pp):
+            raise

@@ -109,6 +109,17 @@ def set_gpu_defaults(environ: MutableMapping[str, str], *, deterministic: bool) 
         environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
 
 
+def overlap_notes(environ: Environ, zero_stage: int) -> list[str]:
+    """What the environment of a run on GPUs keeps from running side by side: a sentence each."""
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    if zero_stage == 1 or environ.get(name) != "1":
+        return []
+    return [
+        f"{name}=1, as Megatron's tensor parallelism wants it, puts the kernels of all streams into one queue: with "
+        f"parallel.zero_stage={zero_stage} weights and gradients do not travel while a block computes; unset {name}"
+    ]
+
+
 def set_mlflow_defaults(environ: MutableMapping[str, str]) -> None:
     """Set variables that mlflow reads on import: call it before. Values set by the user are kept."""
     environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -158,7 +158,11 @@ def _log_facts(config: Config, data: TrainingData, trainer: Trainer, batch_token
     mesh = trainer.mesh
     logger.info(f"Number of elements on ranks: {trainer.optimizer.elements_on_zero_ranks()}, rank:{mesh.rank}")
     if mesh.is_main:
-        logger.info(f"attention: {trainer.backend.value}, dtype: {config.model.dtype}, torch {torch.__version__}")
+        engine, shared = config.engine, f"ZeRO stage {config.parallel.zero_stage}"
+        if engine.name == "deepspeed":
+            shared = f"DeepSpeed's ZeRO stage {engine.stage}, offload: {engine.offload}"
+        dtype = f"dtype: {config.model.dtype}, torch {torch.__version__}"
+        logger.info(f"attention: {trainer.backend.value}, {dtype}, {shared}")
         logger.info(
             f"{human_count(data.total_tokens)} training tokens in folders {', '.join(data.folders)}; "
             f"{batch_tokens} tokens a step"

@@ -24,7 +24,7 @@ from internlm_lite.errors import DataError, NumericsError
 from internlm_lite.faults.signals import StopSignals
 from internlm_lite.mesh import comm
 from internlm_lite.optim.grad_norm import Requests
-from internlm_lite.optim.zero import StepOutcome
+from internlm_lite.optim.step_decision import StepOutcome
 from internlm_lite.train.reporter import Reporter
 
 logger = logging.getLogger("internlm_lite")

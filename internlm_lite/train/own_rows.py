@@ -10,10 +10,10 @@ import torch
 
 from internlm_lite.batch import Batch
 from internlm_lite.config.schema import Config
-from internlm_lite.layers.context import ContextRow, context_row, layers_by_window
-from internlm_lite.layers.exchanges import EXCHANGES, Exchange
+from internlm_lite.layers.context_parallel.exchanges import EXCHANGES, Exchange
+from internlm_lite.layers.context_parallel.ring import ring
+from internlm_lite.layers.context_parallel.row import ContextRow, context_row, layers_by_window
 from internlm_lite.layers.flash import Attend, AttentionBackend, Borders, packed, packed_across
-from internlm_lite.layers.ring import ring
 from internlm_lite.layers.rope import document_lengths
 from internlm_lite.layers.scores import Drop
 from internlm_lite.mesh import comm

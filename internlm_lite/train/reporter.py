@@ -25,7 +25,7 @@ from internlm_lite.monitor.record import Origin, PassFigures, Sample, StepRecord
 from internlm_lite.monitor.scalars import perplexity
 from internlm_lite.monitor.sinks import FanOut
 from internlm_lite.monitor.speed import SpeedMeter
-from internlm_lite.optim.zero import StepOutcome
+from internlm_lite.optim.step_decision import StepOutcome
 from internlm_lite.runtime.device import peak_flops
 from internlm_lite.train.profiling import Stopwatch
 from internlm_lite.train.train_state import TrainState
@@ -168,6 +168,7 @@ class Reporter:
         collected, seconds = self._trainer.metrics.figures(sums), line.seconds()
         speed = self.speed.add(line.tokens, seconds, line.steps)
         world, remaining = self._mesh.world.size, self._config.data.total_steps - 1 - line.known["step"]
+        at = line.in_pass
         per_step, per_second = self.speed.seconds_per_step, collected.num_labels / seconds
         record = StepRecord(
             time=datetime.now().astimezone(),
@@ -185,7 +186,7 @@ class Reporter:
             folders=collected.folders,
             mfu=mfu(self._model_flops_per_token[line.seq_len], line.tokens, seconds, world, self._peak),
             eta_seconds=None if per_step is None else per_step * remaining,
-            in_pass=line.in_pass and PassFigures(**vars(line.in_pass), tokens_per_second=per_second),
+            in_pass=None if at is None else PassFigures(at.epoch, at.epoch_step, at.accumulation_step, per_second),
             **line.known,
         )
         self._sinks.step(record)

@@ -21,8 +21,8 @@ import torch
 from internlm_lite.config.schema import Config
 from internlm_lite.errors import NumericsError
 from internlm_lite.mesh.consensus import on_all
+from internlm_lite.optim.step_decision import StepOutcome
 from internlm_lite.optim.training_optimizer import TrainingOptimizer
-from internlm_lite.optim.zero import StepOutcome
 from internlm_lite.train.build import Run
 from internlm_lite.train.checkpoints import Moment
 from internlm_lite.train.control import Control, Decision, bad_losses_error

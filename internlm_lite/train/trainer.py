@@ -27,7 +27,7 @@ from internlm_lite.models.initialise import initialise
 from internlm_lite.models.stages import Stages, build_stages
 from internlm_lite.monitor.metrics import Collected, FolderMetrics
 from internlm_lite.optim.grad_norm import Requests
-from internlm_lite.optim.zero import StepOutcome
+from internlm_lite.optim.step_decision import StepOutcome
 from internlm_lite.runtime.device import torch_dtype
 from internlm_lite.train.engines import build_engines
 from internlm_lite.train.own_rows import OwnRow, own_rows, source_row
@@ -63,7 +63,8 @@ class BatchTask:
         source_keys = None if self.source_keys is None else self.source_keys[micro]
         drops = model.weight_drop(source_keys), model.weight_drop(keys, Site.CROSS_WEIGHTS)
         source = source_row(batch, micro, model.backend, drops, source_keys)
-        return model.hidden(tokens, row.cut(positions), attend, row.lengths(positions), own_keys, source)
+        lengths = row.lengths(positions) if model.rotates_by_length else None
+        return model.hidden(tokens, row.cut(positions), attend, lengths, own_keys, source)
 
     def loss(self, micro: int, hidden: torch.Tensor) -> torch.Tensor:
         row, last = self.rows[micro], self.stages[max(self.stages)]

@@ -93,8 +93,8 @@ BAD = [
     ("fp16=dict(", "fp61=dict(", "9: grad_scaler.fp61: unknown key; nearest known key: grad_scaler.fp16"),
     ("min_scale=1", "min_scale=2**17", "9: grad_scaler.fp16.initial_scale: found 65536, expected at least"),
     ("max_scale=2**24", "max_scale=16", "9: grad_scaler.fp16.initial_scale: found 65536, expected at least"),
-    ("lr=1e-4", "lr='1e-4'", "12: adam.lr: found '1e-4', expected a number >= 0; remove the quotes"),
-    ("lr=1e-4", "lr=float('nan')", "12: adam.lr: found nan, expected a number >= 0; leave lr out for 0.0001"),
+    ("lr=1e-4", "lr='1e-4'", "12: adam.lr: found '1e-4', expected a number >= 0 and <= 3e+38; remove the quotes"),
+    ("lr=1e-4", "lr=float('nan')", "12: adam.lr: found nan, expected a number >= 0 and <= 3e+38; leave lr out"),
     ("lr=1e-4", "learning_rate=1e-4", "12: adam.learning_rate: unknown key; nearest known key: adam.lr"),
     ("lr=1e-4", "eta_min=1e-4", "12: adam.eta_min: unknown key; nearest known key: lr_scheduler.eta_min"),
     (
@@ -152,6 +152,7 @@ BAD = [
         "warmup_steps=5, warmup_tokens=5000",
         "13: lr_scheduler.warmup_tokens: found 5000 beside warmup_steps 5; leave one of them out",
     ),
+    ("eta_min=1e-5", "eta_min=1e308", "13: lr_scheduler.eta_min: found 1e+308, expected a number >= 0 and <= 3e+38"),
     ("eta_min=1e-5", "warmup_tokens=-1", "13: lr_scheduler.warmup_tokens: found -1, expected an integer >= 0 or None"),
     ("eta_min=1e-5", "kind='wds'", "13: lr_scheduler.kind: found 'wds', expected one of 'cosine', 'wsd', 'linear'"),
     (
@@ -389,7 +390,7 @@ BAD = [
     (
         "zero1=-1",
         "zero_stage=4",
-        "22: parallel.zero_stage: found 4, expected one of 1, 2, 3",
+        "22: parallel.zero_stage: found 4, expected an integer >= 1 and <= 3",
     ),
     ("tensor=2", "context=0", "23: parallel.context.size: found 0, expected an integer > 0"),
     ("tensor=2", "context='2'", "23: parallel.context: found '2', expected dict(...)"),
@@ -409,6 +410,13 @@ BAD = [
         "zero1=-1",
         "zero1=dict(sizee=2)",
         "22: parallel.zero1: found {'sizee': 2}, expected a number, or dict(size=..., fsdp=...)",
+    ),
+    ("zero1=-1", "zero_stage=True", "22: parallel.zero_stage: found True, expected an integer >= 1 and <= 3"),
+    ("zero1=-1", "zero1=dict(fsdp='no')", "22: parallel.zero1: found fsdp='no', expected True or False"),
+    (
+        "zero1=-1",
+        "zero_stage=2, zero1=dict(fsdp=True)",
+        "22: parallel.zero1: found fsdp=True, which is parallel.zero_stage=3, beside 2; remove one of them",
     ),
     ("parallel = dict(", "parallell = dict(", "21: parallell: unknown key; nearest known key: parallel"),
     ('JOB_NAME = "bad"', "JOB_NAME = 7", '1: JOB_NAME: found 7, expected a string; write "7"'),

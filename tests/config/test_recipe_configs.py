@@ -59,7 +59,7 @@ REST = [
     ),
     ("optimizer = dict(name='muon', muon_lr=0.02, muon_weight_decay=0, momentum=0.9, update_scale='spectral')", None),
     ("optimizer = dict(name='muon', ns_steps=0)", "optimizer.ns_steps: found 0, expected an integer >= 1 and <= 20"),
-    ("optimizer = dict(name='muon', muon_lr=-1)", "optimizer.muon_lr: found -1, expected a number >= 0 or None"),
+    ("optimizer = dict(name='muon', muon_lr=-1)", "optimizer.muon_lr: found -1, expected a number >= 0 and <= 3e+38"),
     ("optimizer = dict(name='muon', ns_dtype='torch.float16')", "expected one of 'torch.float32', 'torch.bfloat16'"),
     ("optimizer = dict(name='muon', update_scale='max')", "optimizer.update_scale: found 'max', expected one of"),
     ("optimizer = dict(muon_lr=0.02)", 'optimizer.muon_lr: found 0.02 with "adamw", expected "muon"; remove it, or'),

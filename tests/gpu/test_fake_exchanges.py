@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from internlm_lite.apps.bench.fake_cuda import HostWaits, fake_cuda
-from internlm_lite.layers import flash_parts
-from internlm_lite.layers.context import context_row
+from internlm_lite.layers.context_parallel import flash_parts
+from internlm_lite.layers.context_parallel.exchanges import EXCHANGES
+from internlm_lite.layers.context_parallel.flash_parts import FlashParts
+from internlm_lite.layers.context_parallel.row import context_row
 from internlm_lite.layers.dropout import dropped_weights, token_keys
-from internlm_lite.layers.exchanges import EXCHANGES
 from internlm_lite.layers.flash import AttentionBackend
-from internlm_lite.layers.flash_parts import FlashParts
 from internlm_lite.layers.scores import AttentionRule
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Group

@@ -306,6 +306,18 @@ def test_rows_whose_offsets_leave_32_bits_are_refused(package):
     q = torch.empty(2**17, 128, 128, device="meta")
     with pytest.raises(ConfigError, match=r"131072 tokens .*lower data.micro_bsz, or .*torch_varlen"):
         attend([0, 2**17], q, q, q, AttentionBackend.FLASH_ATTN_4)
+    joined = torch.empty(225_304, 96, 3, 128, device="meta")  # the row fits, its place among keys and values does not
+    with pytest.raises(ConfigError, match="lies over 8305606656 numbers"):
+        attend([0, len(joined)], *joined.unbind(2), AttentionBackend.FLASH_ATTN_4)
+
+
+def test_kernels_get_gradients_without_gaps(package):
+    package(AttentionBackend.FLASH_ATTN_4)
+    mixed = attend([0, 24], *(x.requires_grad_() for x in heads(24, 2)), AttentionBackend.FLASH_ATTN_4)
+    seen = []
+    mixed.register_hook(lambda grad: seen.append(grad.is_contiguous()))
+    mixed.backward(torch.ones_like(mixed).transpose(0, 1).contiguous().transpose(0, 1))
+    assert seen == [True]
 
 
 NOISE = f"{RIGHT} + 0.5 * torch.randn_like(q)"

@@ -202,7 +202,7 @@ def layer_classes() -> dict[str, type[nn.Module]]:
     """All modules that layers/ and models/ define."""
     found = {}
     for package in (internlm_lite.layers, internlm_lite.models):
-        for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             members = vars(importlib.import_module(info.name)).values()
             classes = [member for member in members if isinstance(member, type) and issubclass(member, nn.Module)]
             found.update({member.__name__: member for member in classes if member.__module__ == info.name})

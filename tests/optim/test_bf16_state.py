@@ -123,7 +123,7 @@ def test_bf16_weights_decay() -> None:
     before = units[0].weight.detach().float().clone()
     left = 1.0
     for step in range(20):
-        left *= 1 - optimizer._updates.rates(torch.tensor(step))[0].item() * 0.1
+        left *= 1 - optimizer._updates.rates.after(torch.tensor(step))[0].item() * 0.1
     for step in range(20):
         optimizer.begin(1)
         optimizer.step(step, num_labels=8, global_tokens=8)

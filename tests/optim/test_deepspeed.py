@@ -1,4 +1,4 @@
-"""DeepSpeed as an engine: the same curve as ours, and a run that moves between the engines.
+"""DeepSpeed as an engine: the same curve as ours. Runs that move between the engines: tests/train/test_zero_reshard.py.
 
 Worlds import DeepSpeed (seconds), so all comparisons of one kind share one.
 """
@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from torch.utils.cpp_extension import get_default_build_root
 
 from internlm_lite.config.cross import cross_problems
 from internlm_lite.config.schema import Config
@@ -49,13 +54,14 @@ ENGINES = {
 }
 
 
-def config_of(chosen: dict[str, Any], ckpt: dict[str, Any] | None = None, **model: Any) -> Config:
+def config_of(chosen: dict[str, Any], ckpt: dict[str, Any] | None = None, rate: float = 1e-2, **model: Any) -> Config:
     """Two micro-batches a step, several groups of parameters, a gradient that is clipped."""
-    groups = [{"pattern": "*norm*", "lr": 3e-3, "betas": [0.8, 0.9]}]
+    groups = [{"pattern": "*norm*", "lr": 0.3 * rate, "betas": [0.8, 0.9]}]
     return tiny(
         None,
         engine=chosen,
         ckpt=ckpt or {},
+        adam={"lr": rate},
         optimizer={"groups": groups},
         data={"total_steps": STEPS, "micro_num": 2, "valid_every": 3, "valid_batches": 1},
         lr_scheduler={"total_steps": STEPS},
@@ -153,60 +159,47 @@ def test_stage_3_frees_all_weights_after_a_step(tmp_path: Path) -> None:
     assert [left for left, _ in run_world(freed, 2, (tmp_path,), timeout_seconds=300)] == [0, 0]
 
 
-MOVES = [("3", "ours"), ("ours", "2"), ("1 cpu", "3")]
-if os.environ.get("DEEPSPEED_MOVES") == "all":
-    MOVES += [(first, second) for first in ENGINES for second in ENGINES if first != second]
+FILES: dict[str, Any] = {"hidden_size": 128, "vocab_size": 4096, "rate": 1e-3}
+"""Of a model whose largest parts, and some gradients, are worth a file: a megabyte on each of two ranks."""
+SAVED = 3
+"""Steps done when a run saves."""
 
 
-def moved(mesh: Mesh, folder: Path) -> list[tuple[str, str, Curve, Curve, bool]]:
-    """Half of a run with one engine, the rest with another: (first, second, curve, curve of the first alone, whether
-    the state that the second began with is that of the checkpoint to the bit)"""
+def in_files(mesh: Mesh, folder: Path) -> list[tuple[Curve, State, State]]:
+    """What `go_on` returns of runs in memory, with files and with ours, and of those that go on from a checkpoint of
+    the last two: files' by files, files' by ours, ours by ours, ours by files."""
     logging.disable(logging.WARNING)
-    found = []
-    for number, (first, second) in enumerate(MOVES):
-        saves = {
-            "enable_save_ckpt": True,
-            "save_ckpt_folder": str(folder / f"{number}-saves"),
-            "checkpoint_every": 3,
-            "async_upload": False,
-        }
-        alone, *_ = go_on(mesh, config_of(ENGINES[first], saves), folder / f"{number}-first")
-        same, saved, _ = go_on(mesh, config_of(ENGINES[first], saves), folder / f"{number}-same", "3")
-        curve, loaded, _ = go_on(mesh, config_of(ENGINES[second], saves), folder / f"{number}-second", "3")
-        if mesh.is_main:
-            assert same == alone[3:], f"{first}: a resumed run has other bits"
-        equal = all(torch.equal(saved[key], loaded[key]) for key in saved) and saved.keys() == loaded.keys()
-        found.append((first, second, curve, alone, equal))
-    return found
+    engines = {"files": engine(3, "nvme", nvme_path=str(folder / "disk")), "ours": NATIVE}
+    whole, resumed = [go_on(mesh, config_of(ENGINES["3"], **FILES), folder / "memory")], []
+    for first, others in (("files", ("files", "ours")), ("ours", ("ours", "files"))):
+        saves = {"save_ckpt_folder": str(folder / first / "saves"), "checkpoint_every": SAVED, "async_upload": False}
+        config = config_of(engines[first], {"enable_save_ckpt": True, **saves}, **FILES)
+        whole.append(go_on(mesh, config, folder / first))
+        for second in others:
+            config = config_of(engines[second], {"enable_save_ckpt": False, **saves}, **FILES)
+            resumed.append(go_on(mesh, config, folder / f"{first}-{second}", str(SAVED)))
+    return [*whole, *resumed]
 
 
-def test_a_run_moves_between_the_engines(tmp_path: Path) -> None:
-    """Checkpoints know nothing of DeepSpeed's shards: what another engine, stage or number of ranks loads is equal to
-    the bit, and losses go on. With the same engine the resumed run has the same bits."""
-    for first, second, curve, alone, equal in run_world(moved, 2, (tmp_path,), timeout_seconds=800)[0]:
-        assert equal, (first, second)
-        assert furthest(curve, alone[3:]) < 1e-6, (first, second)
+def compiled() -> bool:
+    """Whether a run has compiled DeepSpeed's library of asynchronous files on this machine."""
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root())
+    return any(Path(folder).glob("**/async_io/async_io.so"))
 
 
-def resumed_alone(mesh: Mesh, saves: dict[str, Any], folder: Path, chosen: str) -> tuple[Curve, State, State]:
-    logging.disable(logging.WARNING)
-    return go_on(mesh, config_of(ENGINES[chosen], {**saves, "enable_save_ckpt": False}), folder / chosen, "3")
-
-
-def saved_by_two(mesh: Mesh, saves: dict[str, Any], folder: Path) -> tuple[Curve, State, State]:
-    logging.disable(logging.WARNING)
-    go_on(mesh, config_of(ENGINES["3"], saves), folder / "two")
-    return go_on(mesh, config_of(ENGINES["3"], {**saves, "enable_save_ckpt": False}), folder / "again", "3")
-
-
-def test_another_number_of_ranks_goes_on(tmp_path: Path) -> None:
-    """DeepSpeed's own checkpoints are tied to the number of ranks."""
-    folder = str(tmp_path / "saves")
-    saves = {"enable_save_ckpt": True, "save_ckpt_folder": folder, "checkpoint_every": 3, "async_upload": False}
-    _, saved, _ = run_world(saved_by_two, 2, (saves, tmp_path), timeout_seconds=300)[0]
-    for name in ("3", "1"):
-        _, loaded, _ = run_world(resumed_alone, 1, (saves, tmp_path, name), timeout_seconds=300)[0]
-        assert all(torch.equal(saved[key], loaded[key]) for key in saved), name
+@pytest.mark.nvme
+@pytest.mark.skipif(not compiled(), reason="needs DeepSpeed's async_io, compiled: docs/limits.md says how")
+def test_offload_to_files_agrees_with_ours_and_resumes(tmp_path: Path) -> None:
+    memory, files, ours, *resumed = run_world(in_files, 2, (tmp_path,), timeout_seconds=500)[0]
+    assert len(list((tmp_path / "disk").glob("**/rank*/*.swp"))) >= 2 * 3, "weights and moments of two ranks"
+    assert all(torch.equal(files[1][key], ours[1][key]) for key in ours[1])
+    assert all(torch.equal(files[2][key], memory[2][key]) for key in memory[2])
+    assert furthest(files[0], ours[0]) < 1e-6
+    assert largest_difference(files[2], ours[2], "master") < 1e-5
+    for first, second, whole in ((resumed[0], resumed[1], files), (resumed[2], resumed[3], ours)):
+        assert first[0] == whole[0][SAVED:]
+        assert all(torch.equal(first[1][key], second[1][key]) for key in first[1])
+        assert furthest(second[0], whole[0][SAVED:]) < 1e-6
 
 
 def skipping(mesh: Mesh, folder: Path) -> list[tuple[int, bool]]:
@@ -284,6 +277,70 @@ def test_an_old_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         require_deepspeed(config_of(engine(1)), torch.device("cpu"))
 
 
+class _DoesNotLoad(MetaPathFinder, Loader):
+    """A finder of a deepspeed whose import fails."""
+
+    def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name == "deepspeed" else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        raise RuntimeError("CUDA_HOME does not exist\nunable to compile")
+
+
+def test_a_package_that_does_not_load_is_named_before_there_are_process_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [_DoesNotLoad(), *sys.meta_path])
+    with pytest.raises(
+        MissingPackageError, match=r"does not load: RuntimeError: CUDA_HOME does not exist; DS_BUILD_OPS"
+    ):
+        require_deepspeed(config_of(engine(1)), torch.device("cpu"))
+
+
 def test_overlap_is_for_gpus() -> None:
     with pytest.raises(ConfigError, match=r"engine.overlap: found True on a CPU, .* set it to False"):
         require_deepspeed(config_of(engine(1, overlap=True)), torch.device("cpu"))
+
+
+def with_files(
+    monkeypatch: pytest.MonkeyPatch, load: Callable[..., object], *, linked: bool, installed: bool = False
+) -> None:
+    """DeepSpeed's builder of asynchronous files: what its `load` does, whether its probe of a compiler finds libaio,
+    and whether DeepSpeed was installed with the library compiled."""
+    builder = SimpleNamespace(name="async_io", load=load, is_compatible=lambda verbose: linked)
+    modules = {
+        "deepspeed.ops.op_builder": SimpleNamespace(AsyncIOBuilder=lambda: builder),
+        "deepspeed.git_version_info": SimpleNamespace(installed_ops={"async_io": installed}),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, cast(ModuleType, module))
+    monkeypatch.setattr("internlm_lite.optim.deepspeed_settings.import_deepspeed", lambda _: None)
+
+
+def failing(verbose: bool) -> None:
+    raise RuntimeError("Error building extension 'async_io': [1/1] c++\nmore lines")
+
+
+def test_asynchronous_files_are_asked_for_where_they_are_used_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_files(monkeypatch, failing, linked=False)
+    for chosen in ENGINES.values():
+        require_deepspeed(config_of(chosen), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("linked", "reason"), [(False, "found no libaio"), (True, "Error building extension 'async_io': [1/1] c++")]
+)
+def test_missing_asynchronous_files_are_one_line(linked: bool, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_files(monkeypatch, failing, linked=linked)
+    with pytest.raises(MissingPackageError) as raised:
+        require_deepspeed(config_of(engine(3, "nvme", nvme_path="x")), torch.device("cpu"))
+    assert f"{reason}: apt-get install libaio-dev g++" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_probe_that_finds_no_compiler_refuses_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed installed with its operations needs none."""
+    with_files(monkeypatch, lambda verbose: None, linked=False, installed=True)
+    require_deepspeed(config_of(engine(3, "nvme", nvme_path=str(tmp_path / "new"))), torch.device("cpu"))
+    assert (tmp_path / "new").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"engine.nvme_path: .* cannot be made: .*; expected a folder"):
+        require_deepspeed(config_of(engine(3, "nvme", nvme_path=str(tmp_path / "file"))), torch.device("cpu"))

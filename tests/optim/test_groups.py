@@ -79,7 +79,7 @@ def peaks(cfg: Config) -> dict[str, tuple[float, float]]:
     """Group -> learning rates of the first update and at the end of the warm-up."""
     units = [Unit(f"layers.{i}", torch.float64) for i in range(4)]
     updates = HybridZeroOptimizer(list(units), cfg, single_process_mesh(), torch.float64)._updates
-    first, top = (updates.rates(torch.tensor(step)) for step in (0, 3))
+    first, top = (updates.rates.after(torch.tensor(step)) for step in (0, 3))
     names = [rule._group.name for rule in updates.rules]
     return {name: (first[row].item(), top[row].item()) for name, row in zip(names, updates._rows, strict=True)}
 
@@ -96,7 +96,7 @@ def test_another_adam_lr_does_not_change_the_rates_of_groups() -> None:
 def test_groups_with_one_learning_rate_share_its_row() -> None:
     units = [Unit(f"layers.{i}", torch.float64) for i in range(4)]
     plain = HybridZeroOptimizer(list(units), config(), single_process_mesh(), torch.float64)._updates
-    assert plain.rates(torch.tensor(0)).shape == (1,) and len(plain.rules) == 2
+    assert plain.rates.after(torch.tensor(0)).shape == (1,) and len(plain.rules) == 2
 
 
 @pytest.mark.parametrize(

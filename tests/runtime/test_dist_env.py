@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from internlm_lite.errors import MeshError
-from internlm_lite.runtime.dist_env import FIRST_PORT, N_PORTS, DistEnv, check_options, read_dist_env
+from internlm_lite.runtime.dist_env import FIRST_PORT, N_PORTS, DistEnv, check_options, overlap_notes, read_dist_env
 
 TORCHRUN = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu01",
@@ -228,3 +228,13 @@ def test_thread_counts():
     assert place_of(SRUN | {"OMP_NUM_THREADS": "2"}).cpu_threads == 2
     assert place_of(TORCHRUN | {"OMP_NUM_THREADS": "4"}).cpu_threads == 4
     assert place_of(TORCHRUN | {"OMP_NUM_THREADS": "a"} | {"TORCHELASTIC_RUN_ID": "x"}, "single").cpu_threads is None
+
+
+# One hardware queue, which Megatron's overlap of tensor parallelism wants, keeps ZeRO-2 and 3 from overlapping.
+def test_one_queue_for_all_streams_is_told_where_weights_and_gradients_travel():
+    one = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    assert (
+        overlap_notes(one, 1) == overlap_notes({}, 3) == overlap_notes({"CUDA_DEVICE_MAX_CONNECTIONS": "16"}, 3) == []
+    )
+    (note,) = overlap_notes(one, 2)
+    assert "parallel.zero_stage=2" in note and "unset CUDA_DEVICE_MAX_CONNECTIONS" in note

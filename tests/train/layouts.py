@@ -178,9 +178,10 @@ def config_of(layout: Layout, corpus: Path | None, dtype: str = "torch.float64",
         "dtype": dtype,
     }
     loss: dict[str, Any] = {"label_smoothing": layout.smoothing}
+    engine: dict[str, Any] = {}
     for key, value in layout.keys:
         section, _, name = key.partition(".")
-        target = {"model": model, "loss": loss}[section]
+        target = {"model": model, "loss": loss, "engine": engine}[section]
         target[name] = dict(value) if name == "rope_scaling" else list(value) if isinstance(value, tuple) else value
     pipeline = {"size": layout.pp, "schedule": layout.schedule, "interleaved_overlap": layout.early_receive}
     zero = {
@@ -203,6 +204,7 @@ def config_of(layout: Layout, corpus: Path | None, dtype: str = "torch.float64",
         },
         hybrid_zero_optimizer=zero,
         loss=loss,
+        engine=engine,
         lr_scheduler={"total_steps": STEPS},
         **sections,
     )

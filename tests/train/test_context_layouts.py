@@ -19,10 +19,11 @@ from internlm_lite.batch import Batch
 from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import open_training_data
 from internlm_lite.data.order import Position
-from internlm_lite.layers.exchanges import EXCHANGES
-from internlm_lite.mesh.mesh import Mesh, build_mesh
-from internlm_lite.train.own_rows import own_rows
+from internlm_lite.layers.context_parallel.exchanges import EXCHANGES
+from internlm_lite.mesh.mesh import Mesh, build_mesh, single_process_mesh
+from internlm_lite.train.own_rows import WholeRow, own_rows
 from internlm_lite.train.trainer import BatchTask, Trainer
+from tests.apps.planner.steps import random_batch, run_step, small
 from tests.corpus import write_corpus
 from tests.torches import HAS_ZBV
 from tests.train.layout_runs import check_layouts_of_one_size
@@ -172,3 +173,14 @@ def test_a_document_changes_no_bit_of_another(exchange: str, corpus: Path) -> No
                 assert torch.equal(before[~inside], after[~inside]), f"{layout}: another document's tokens have changed"
                 changed += int((before[inside] != after[inside]).any(-1).sum())
             assert changed == len(torch.cat([own[inside] for own, _, _, inside in rows]).unique()), layout
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_lengths_of_documents_are_counted_where_a_rotation_asks(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}
+    config = small(model={"rope_scaling": scaling} if dynamic else {})
+    asked: list[torch.Tensor] = []
+    monkeypatch.setattr(WholeRow, "lengths", lambda _, positions: asked.append(positions))
+    trainer = Trainer(config, single_process_mesh())
+    run_step(trainer, random_batch(config, trainer.mesh))
+    assert len(asked) == dynamic * config.data.micro_num

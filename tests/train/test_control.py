@@ -19,7 +19,7 @@ from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.monitor.jsonl import read_objects
 from internlm_lite.optim.grad_norm import Requests
 from internlm_lite.optim.skips import SkipCounts
-from internlm_lite.optim.zero import StepOutcome
+from internlm_lite.optim.step_decision import StepOutcome
 from internlm_lite.train.build import build_run
 from internlm_lite.train.control import Command, Control, ControlChannel, Decision
 from tests.cli import ROOT, ended, start

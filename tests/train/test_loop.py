@@ -14,7 +14,8 @@ from internlm_lite.errors import CheckpointError, DataError, NumericsError
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.monitor.jsonl import read_objects
 from internlm_lite.optim.spikes import SpikeGuard
-from internlm_lite.optim.zero import HybridZeroOptimizer, StepOutcome
+from internlm_lite.optim.step_decision import StepOutcome
+from internlm_lite.optim.zero import HybridZeroOptimizer
 from internlm_lite.train import loop
 from internlm_lite.train.build import build_run
 from internlm_lite.train.control import Control, StepSignals

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from internlm_lite.config.schema import Config
 from internlm_lite.faults.signals import StopSignals
 from internlm_lite.mesh.layout import Box
 from internlm_lite.mesh.mesh import Mesh, Sizes, build_mesh, single_process_mesh
-from internlm_lite.optim.zero import HybridZeroOptimizer
+from internlm_lite.optim.training_optimizer import TrainingOptimizer
 from internlm_lite.runtime.device import torch_dtype
 from internlm_lite.train.build import Run, build_run
 from internlm_lite.train.loop import train
@@ -56,7 +57,7 @@ Whole = dict[tuple[str, str], torch.Tensor]
 """(role, name) -> whole tensor."""
 
 
-def held_by(optimizer: HybridZeroOptimizer) -> list[Held]:
+def held_by(optimizer: TrainingOptimizer) -> list[Held]:
     return [Held(p.role, p.name, p.shape, p.box, p.flat_range, p.tensor.clone()) for p in optimizer.pieces()]
 
 
@@ -80,14 +81,21 @@ def assert_same(found: Whole, expected: Whole) -> None:
         assert torch.equal(found[key], tensor), key
 
 
-def job(layout: Layout, tied: bool, corpus: Path, saves: Path, source: str | None) -> Config:
-    """A run that saves, or one that goes on from `source`'s checkpoint."""
-    layout = Layout(**{**vars(layout), "tied": tied})
-    if source is None:
-        ckpt = {"enable_save_ckpt": True, "checkpoint_every": SAVED, "async_upload": False}
-        return config_of(layout, corpus, ckpt={**ckpt, "save_ckpt_folder": str(saves)}, ema={"every": 2})
-    (commit,) = (saves / source / "commits").glob(f"{SAVED:010d}-*.json")
-    return config_of(layout, corpus, ckpt={"load_ckpt_folder": str(commit)}, ema={"every": 2})
+def saving(folder: Path) -> dict[str, Any]:
+    """Section `ckpt` of a run that saves."""
+    saves = {"enable_save_ckpt": True, "save_ckpt_folder": str(folder)}
+    return {**saves, "checkpoint_every": SAVED, "async_upload": False}
+
+
+def loading(folder: Path) -> dict[str, Any]:
+    """That of one which goes on from the checkpoint in `folder`."""
+    (commit,) = (folder / "commits").glob(f"{SAVED:010d}-*.json")
+    return {"load_ckpt_folder": str(commit)}
+
+
+def job(layout: Layout, tied: bool, corpus: Path, ckpt: dict[str, Any]) -> Config:
+    """With an average of the weights."""
+    return config_of(replace(layout, tied=tied), corpus, ckpt=ckpt, ema={"every": 2})
 
 
 def watch(run: Run) -> list[Held]:
@@ -147,11 +155,11 @@ def run_all(jobs: Sequence[tuple[Layout, Config]], folder: Path) -> list[tuple[W
 def test_every_pair_of_layouts_reshards_and_goes_on(tied: bool, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus", documents=200)
     saves = tmp_path / "saves"
-    sources = [(layout, job(layout, tied, corpus, saves / name, None)) for name, layout in LAYOUTS.items()]
+    sources = [(layout, job(layout, tied, corpus, saving(saves / name))) for name, layout in LAYOUTS.items()]
     saved = dict(zip(LAYOUTS, run_all(sources, tmp_path / "sources"), strict=True))
     pairs = list(permutations(LAYOUTS, 2))
     assert len(pairs) == 56
-    targets = [(LAYOUTS[other], job(LAYOUTS[other], tied, corpus, saves, name)) for name, other in pairs]
+    targets = [(LAYOUTS[other], job(LAYOUTS[other], tied, corpus, loading(saves / name))) for name, other in pairs]
     for (name, _), (tensors, went_on) in zip(pairs, run_all(targets, tmp_path / "targets"), strict=True):
         held, whole_curve = saved[name]
         assert_same(tensors, held)

@@ -161,7 +161,7 @@ def test_the_peak_learning_rate_is_that_of_the_stage(corpus: Path, tmp_path: Pat
         )
         built = build_run(config, single_process_mesh(), tmp_path / str(len(given)))
         updates = built.trainer.optimizer._updates
-        rates.append([updates.rates(torch.tensor(step))[0].item() for step in range(STEPS)])
+        rates.append([updates.rates.after(torch.tensor(step))[0].item() for step in range(STEPS)])
         built.reporter.close()
     with_stages, without = rates
     assert with_stages[:3] == without[:3]

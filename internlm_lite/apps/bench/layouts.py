@@ -2,17 +2,17 @@
 
 Each world of ranks holds all sides of one kind of layout and alternates between them:
 
-    ZeRO-1, 2, 3       dp2 zero_stage=1, 2, 3         DeepSpeed's engine of these stages
     data parallel      dp2 zero1=1, dp2 zero1=-1      DDP, DDP + ZeroRedundancyOptimizer, fully_shard
     tensor parallel    tp2, tp2 sp                    parallelize_module, the same with SequenceParallel
     pipeline parallel  pp2 1f1b, interleaved, zbv     Schedule1F1B; ours interleaved and zbv against ours 1f1b
-    weights sharded    dp2 zero_stage=3               fully_shard, weights freed after each pass
+    ZeRO-3             dp2 zero_stage=3               fully_shard, weights freed after each pass
+    ZeRO-1, 2, 3       dp2 zero_stage=1, 2, 3         DeepSpeed's engine of these stages
     hybrid ZeRO        dp4 zero1=2                    fully_shard on a mesh of 2 x 2
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -117,33 +117,29 @@ def worlds() -> list[World]:
         },
         (("dp4 zero1=2", "fully_shard 2 x 2"),),
     )
-    peers = [_against_deepspeed()] if find_spec("deepspeed") else []
-    return [data, _sharded(), *peers, tensor, pipeline, hybrid]
+    return [data, *zero_worlds(2), tensor, pipeline, hybrid]
 
 
-def _sharded() -> World:
-    ours, theirs = "dp2 zero_stage=3", "fully_shard, weights freed"
-    sides = {ours: Entry(our_side, {"zero_stage": 3}), theirs: Entry(torch_layouts.fsdp3)}
-    return World(2, 2, sides, ((ours, theirs),))
+def zero_worlds(ranks: int) -> list[World]:
+    """Each stage beside a peer, two sides a world: a whole model and its moments are in every process."""
+
+    def world(stage: int, peer: str, build: Builder) -> World:
+        ours = f"dp{ranks} zero_stage={stage}"
+        return World(ranks, ranks, {ours: Entry(our_side, {"zero_stage": stage}), peer: Entry(build)}, ((ours, peer),))
+
+    stages = (1, 2, 3) if find_spec("deepspeed") else ()
+    peers = [world(stage, f"DeepSpeed ZeRO-{stage}", partial(deepspeed_zero, stage)) for stage in stages]
+    return [world(3, "fully_shard, weights freed", torch_layouts.fsdp3), *peers]
 
 
-def _against_deepspeed() -> World:
-    stages = (1, 2, 3)
-    ours = {f"dp2 zero_stage={stage}": Entry(our_side, {"zero_stage": stage}) for stage in stages}
-    theirs = {f"DeepSpeed ZeRO-{stage}": Entry(partial(deepspeed_zero, stage)) for stage in stages}
-    return World(2, 2, {**ours, **theirs}, tuple(zip(ours, theirs, strict=True)))
-
-
-def bench_layouts(rounds: int, most_ranks: int, **shape: Any) -> list[LayoutRow]:
-    """Measure all worlds of up to `most_ranks` ranks.
+def bench_layouts(chosen: Sequence[World], rounds: int, **shape: Any) -> list[LayoutRow]:
+    """Measure worlds, one after another.
 
     shape: as `bench_config`; its micro_num micro-batches, a multiple of 4, are those of the whole step.
     """
     rows = []
     tokens = shape["micro_num"] * shape["micro_bsz"] * shape["seq_len"]
-    for world in worlds():
-        if world.ranks > most_ranks:
-            continue
+    for world in chosen:
         seconds = on_ranks(world.ranks, _measure, world, shape, rounds)
         rows += [
             LayoutRow(

@@ -28,7 +28,7 @@ from internlm_lite.batch import Batch
 from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from internlm_lite.monitor.metrics import FolderMetrics
 from internlm_lite.monitor.sinks import SinkFactory, open_sinks
-from internlm_lite.optim.zero import StepOutcome
+from internlm_lite.optim.step_decision import StepOutcome
 from internlm_lite.runtime.device import device_name
 from internlm_lite.runtime.log import FullFormatter
 from internlm_lite.train.reporter import Reporter

@@ -15,11 +15,13 @@ from rich.table import Table
 
 from internlm_lite.apps.bench.averages import bench_averages
 from internlm_lite.apps.bench.checkpoint import bench_saves, bench_writer
+from internlm_lite.apps.bench.context_cost import bench_context
 from internlm_lite.apps.bench.data_loading import bench_loader
 from internlm_lite.apps.bench.gpu.step_speed import SHAPES as GPU_SHAPES
 from internlm_lite.apps.bench.launches import count_launches
-from internlm_lite.apps.bench.layouts import bench_layouts
+from internlm_lite.apps.bench.layouts import bench_layouts, worlds, zero_worlds
 from internlm_lite.apps.bench.metrics_cost import bench_metrics
+from internlm_lite.apps.bench.muon_cost import SHAPES as MUON_SHAPES
 from internlm_lite.apps.bench.muon_cost import bench_muon, bench_training
 from internlm_lite.apps.bench.ranks import bench_ranks
 from internlm_lite.apps.bench.single import SHAPES, bench_single
@@ -75,10 +77,26 @@ def run_layouts(rounds: int) -> dict[str, Any]:
     gpus = torch.cuda.device_count()
     most_ranks = gpus if gpus >= 2 else 4  # fewer GPUs: all on the CPU
     results: dict[str, Any] = {"machine": machine(), "shape": shape}
-    results["layouts"] = [asdict(row) for row in bench_layouts(rounds, most_ranks, **shape)]
+    chosen = [world for world in worlds() if world.ranks <= most_ranks]
+    results["layouts"] = [asdict(row) for row in bench_layouts(chosen, rounds, **shape)]
     if gpus:
         results["single"] = [asdict(row) for row in bench_single(SHAPES, "torch.bfloat16", rounds)]
     return results
+
+
+def run_zero(rounds: int) -> dict[str, Any]:
+    """Results of the stages of ZeRO on 4 ranks, a model of 100M parameters on CPUs."""
+    on_cpu = {**MUON_SHAPES["100M"], "seq_len": 256, "micro_bsz": 1, "dtype": "torch.float32"}
+    shape = {**(shape_for(4) if device_of(0, 4).type == "cuda" else on_cpu), "micro_num": 4}
+    rows = [asdict(row) for row in bench_layouts(zero_worlds(4), rounds, **shape)]
+    return {"machine": machine(), "shape": shape, "layouts": rows}
+
+
+def run_context(rounds: int) -> dict[str, Any]:
+    """Results of context parallelism, four rows of one document each a step."""
+    shape = {**shape_for(2), "micro_bsz": 1, "micro_num": 4}
+    shape["seq_len"] *= 4
+    return {"machine": machine(), "shape": shape, "context": [asdict(row) for row in bench_context(rounds, **shape)]}
 
 
 def run_checkpoint(rounds: int) -> dict[str, Any]:

@@ -42,11 +42,6 @@ class BucketSizes:
     gathers: tuple[int, int] = (1, 0)
     """All-gathers of the weights in a step: some, and more for each micro-batch."""
 
-    @property
-    def arriving(self) -> int:
-        """Bytes of the shard of a reduced gradient, in the dtype in which it is sent."""
-        return self.grads * self.shard_weights // self.weights
-
     def reductions(self, micro_num: int) -> int:
         """Reduce-scatters of the gradients in a step."""
         return 1 if self.stage == 1 else micro_num

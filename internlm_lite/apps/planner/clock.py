@@ -1,7 +1,7 @@
 """How long the units of a model and the optimizer take on a device: a roofline from what the layers say they cost.
 
 A kernel takes either the time of its operations (matrix products, attention) or that of the memory that it moves, and
-the gap before the next one. Nothing overlaps on the GPU but what overlap.py counts.
+the gap before the next one. Nothing overlaps on the GPU but what overlap.py counts, and a ring's exchanges.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from internlm_lite.apps.planner.bucket_sizes import BucketSizes
 from internlm_lite.apps.planner.device_file import DeviceFile
 from internlm_lite.apps.planner.schedule import StageCost
 from internlm_lite.layers.attention import Attention
+from internlm_lite.layers.context_parallel.exchange_costs import in_ring
 from internlm_lite.layers.costs import CostedLayer, Message, Pass, RowShape
 from internlm_lite.layers.flash import LONG, TILE
 from internlm_lite.models.decoder import Block, EncoderBlock
@@ -146,6 +147,9 @@ class Roofline:
             once = 0.5 if recompute and not message.backward else 1  # the layer says what it sends twice
             part = "context parallel" if message.axis == "cp" else "tensor parallel"
             times.add(part, "messages", once * self.message_seconds(message))
+        if in_ring(self.ways.row):
+            for times in (forward, backward):
+                leave_waits_of_a_ring(times, self.ways.row.context)
         added = sum(seconds for (part, _), seconds in backward.items() if part == "weight gradients")
         weights = (product if made_at_once == 1 else 0) + added
         if isinstance(unit, Block) and (moved := unit.host_bytes(self.ways.row)):  # behind a block like it
@@ -231,6 +235,14 @@ class Roofline:
                 exchange = Message("tp", "all_to_all", bucket.exchanged, times=2)
                 found.add("optimizer", "messages", self.message_seconds(exchange))
         return found
+
+
+def leave_waits_of_a_ring(times: Seconds, context: int) -> None:
+    """Of the messages of `context` ranks: keys come while the block of those before them is computed, one of
+    `context` equal ones; the last block's computation hides nothing."""
+    sent = times.pop(("context parallel", "messages"), 0.0)
+    hidden = times.get(("attention", "attention"), 0.0) * (context - 1) / context
+    times.add("context parallel", "messages", max(0.0, sent - hidden))
 
 
 def stage_seconds(units: Sequence[UnitSeconds]) -> StageCost:

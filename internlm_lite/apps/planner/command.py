@@ -9,7 +9,7 @@ from pathlib import Path
 
 from internlm_lite.apps.planner.device_file import load_device
 from internlm_lite.apps.planner.fit import Room, fit
-from internlm_lite.apps.planner.fit_report import fit_json, render_fit, write_overlay
+from internlm_lite.apps.planner.fit_report import fit_json, overrides, render_fit, write_overlay
 from internlm_lite.apps.planner.plan import Questions, make_plan
 from internlm_lite.apps.planner.render_plan import render
 from internlm_lite.apps.planner.report import RunPlan
@@ -59,11 +59,16 @@ class FitOptions:
     as_json: bool = False
     config: Path = Path()
     """The file that the layout is written above."""
+    overrides: tuple[str, ...] = ()
+    """Those of the command line, which `out` repeats."""
     out: Path | None = None
 
 
 def dry_fit(config: Config, options: FitOptions) -> int:
-    """Show the fastest layouts of a config that fit, and write the first one. Returns 0, or an error's exit code."""
+    """Show the fastest layouts of a config that fit, and write the first one. Returns 0, or an error's exit code.
+
+    `config` is that of `options.config` with `options.overrides`.
+    """
     return run_tool(lambda: _show_fit(config, options))
 
 
@@ -72,14 +77,20 @@ def _show_fit(config: Config, options: FitOptions) -> int:
     memory = options.memory or int((device.memory_gib or 0) * 2**30)
     if not memory:
         raise ConfigError(f"--fit: {device.name} does not say its memory; give --memory, such as 80GB")
+    if config.engine.name != "native":
+        raise ConfigError(f'--fit searches layouts of engine.name "native"; found "{config.engine.name}"; change it')
+    if options.out is not None and (options.out.exists() or not options.out.parent.is_dir()):
+        found = "it exists" if options.out.exists() else f"there is no folder {options.out.parent}"
+        raise ConfigError(f"--fit-out {options.out}: {found}; expected a new file: choose another name")
     room = Room(options.gpus, memory, device)
-    found = fit(config, room)
-    if options.out is not None:
-        write_overlay(found[0], options.config, options.out)
+    layouts = fit(config, room)
     if options.as_json:
-        print(json.dumps(fit_json(found, room), indent=2))
+        print(json.dumps(fit_json(layouts, room), indent=2))
     else:
-        _console().print(render_fit(found, room))
+        _console().print(render_fit(layouts, room))
+        print(f"  {overrides(layouts[0])}")  # one line, whatever the width, as it is copied
+    if options.out is not None:
+        write_overlay(layouts[0], options.config, options.overrides, options.out)
     return 0
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from internlm_lite.config.schema import ModelConfig
-from internlm_lite.layers.context import context_row, layers_by_window
+from internlm_lite.layers.context_parallel.row import context_row, layers_by_window
 
 
 @dataclass(frozen=True)

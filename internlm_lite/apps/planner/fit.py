@@ -1,8 +1,9 @@
 """`train.py --dry-run --fit`: which layouts of a config fit N GPUs, and which of them is fastest.
 
-Every layout trains the same tokens a step. Searched are tensor, pipeline (with its schedule) and context parallelism,
-the stage of ZeRO, what is recomputed or goes to the host, and the rows of a micro-batch. Of layouts that differ in
-stage and recomputation alone, one that pays more for memory is not tried where one that pays less fits.
+Every layout trains the same tokens a step. Searched are tensor, pipeline (with its schedule) and context parallelism
+(with its exchange), the stage of ZeRO, what is recomputed or goes to the host, and the rows of a micro-batch. Of
+layouts that differ in stage and recomputation alone, one that pays more for memory is not tried where one that pays
+less fits.
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ from internlm_lite.apps.planner.clock import Seconds, document_lengths
 from internlm_lite.apps.planner.device_file import DeviceFile
 from internlm_lite.apps.planner.holdings import RankHoldings, holdings, with_buckets
 from internlm_lite.apps.planner.memory import rank_bytes, row_shape
+from internlm_lite.apps.planner.outside import outside_bytes
 from internlm_lite.apps.planner.report import RankBytes
 from internlm_lite.apps.planner.schedule import actions_of
 from internlm_lite.apps.planner.step_clock import StepClock, present_ways
 from internlm_lite.config.cross import cross_problems
 from internlm_lite.config.schema import Config
 from internlm_lite.errors import ConfigError
+from internlm_lite.layers.context_parallel.exchanges import EXCHANGES
 from internlm_lite.layers.flash import expected_backend
 from internlm_lite.mesh.mesh import Sizes, sizes_of
-from internlm_lite.units import human_bytes
 
-USABLE = 0.92
-"""Share of the memory that a layout may fill: contexts of CUDA and NCCL, and fragments, take the rest."""
+USABLE = 0.96
+"""Share of the memory that a layout may fill, with what is outside of tensors: fragments take the rest."""
 SHOWN = 5
 """Layouts that are told."""
 _LONG_PART = 8192
@@ -77,6 +79,7 @@ class Layout:
     schedule: str | None
     chunks: int
     context: int
+    exchange: str
     zero_stage: int
     checkpoint: bool | str
     offload_share: float
@@ -95,6 +98,7 @@ class Layout:
             "parallel.pipeline.size": self.pipeline,
             "parallel.pipeline.schedule": self.schedule,
             "parallel.context.size": self.context,
+            "parallel.context.exchange": self.exchange,
             "parallel.zero1": -1,
             "parallel.zero_stage": self.zero_stage,
         }
@@ -114,6 +118,8 @@ class FittingLayout:
     config: Config
     bytes: RankBytes
     """Of the fullest rank."""
+    outside: int
+    """Bytes besides: see outside.py."""
     seconds: Seconds
     """Of a step."""
 
@@ -148,13 +154,14 @@ def with_keys(config: Config, keys: Mapping[str, Any]) -> Config:
 
 
 def fit(config: Config, room: Room) -> list[FittingLayout]:
-    """The layouts that fit, fastest first, at most `SHOWN`, each the fastest of its kind (parallelism and stage).
+    """The layouts that fit, fastest first, at most `SHOWN`, each the fastest of its kind (parallelism and stage), of
+    whatever exchange.
     Raises ConfigError if there is none."""
     rows = rows_of_a_step(config, room.gpus)
     search, fastest = _Search(config, room), dict[Any, FittingLayout]()
     for plain in _plain_layouts(config, room, rows):
         for found in search.of(plain):
-            kind = replace(found.layout, checkpoint=False, offload_share=1.0, micro_bsz=1, micro_num=1)
+            kind = replace(plain, exchange="gather", zero_stage=found.layout.zero_stage, micro_num=1)
             if kind not in fastest or found.step < fastest[kind].step:
                 fastest[kind] = found
     if not fastest:
@@ -164,16 +171,17 @@ def fit(config: Config, room: Room) -> list[FittingLayout]:
 
 def _none_fits(room: Room, rows: int, search: _Search) -> str:
     wanted = f"--fit: no layout of {rows} rows a step on {room.gpus} GPUs"
-    change = "expected more GPUs (--gpus), more memory (--memory), or a smaller model or data.seq_len"
+    change = (
+        "expected more GPUs (--gpus), more memory (--memory), a smaller model or data.seq_len, or DeepSpeed's offload "
+        "(engine.offload), which is not searched"
+    )
     if search.nearest is None:
         why = search.refused or "none divides rows and heads"
         return f"{wanted}: {why}; change data.micro_num, --gpus, or what it says"
     peak, layout = search.nearest
     keys = " ".join(f"{key}={value}" for key, value in layout.keys().items())
-    return (
-        f"{wanted} fits {human_bytes(room.memory)} ({USABLE:.0%} of it may be filled); the smallest takes "
-        f"{human_bytes(peak)}: {keys}; {change}"
-    )
+    space = f"{room.memory / 1e9:.4g} GB ({USABLE:.0%} of it may be filled)"
+    return f"{wanted} fits {space}; the smallest that was tried takes {peak / 1e9:.4g} GB: {keys}; {change}"
 
 
 def rows_of_a_step(config: Config, gpus: int) -> int:
@@ -200,7 +208,19 @@ def _plain_layouts(config: Config, room: Room, rows: int) -> Iterator[Layout]:
                     copies, rest = divmod(room.gpus, tensor * pipeline * context)
                     if rest or rows % copies or rows // copies < pipeline:  # most ranks of the pipeline would wait
                         continue
-                    yield Layout(tensor, pipeline, schedule, chunks, context, 1, False, 1.0, 1, rows // copies)
+                    kinds = (tensor, pipeline, schedule, chunks, context)
+                    for exchange in _exchanges(config, tensor, context):
+                        yield Layout(*kinds, exchange, 1, False, 1.0, 1, rows // copies)
+
+
+def _exchanges(config: Config, tensor: int, context: int) -> Iterator[str]:
+    """Values of parallel.context.exchange."""
+    if context == 1:
+        yield config.parallel.context.exchange
+        return
+    for name in EXCHANGES:
+        if name != "ulysses" or config.model.num_attention_heads // tensor % context == 0:
+            yield name
 
 
 def _powers(most: int) -> Iterator[int]:
@@ -233,7 +253,7 @@ class _Search:
     def of(self, plain: Layout) -> list[FittingLayout]:
         """Those of `plain` that fit and of which no other is better in stage and recomputation with as many rows."""
         seq_len, found = self._config.data.seq_len, []
-        alike = replace(plain, context=1, micro_num=1)
+        alike = replace(plain, context=1, exchange="gather", micro_num=1)
         if self._built is None or self._built[0] != alike:
             self._built = alike, {}
         sizes = [n for n in _powers(plain.micro_num) if plain.micro_num % n == 0 and n * seq_len <= _LONGEST_ROW]
@@ -306,10 +326,11 @@ class _Search:
         row, recomputed = row_shape(config, backend, "cuda"), config.model.recomputed_layers
         every = [rank_bytes(own, row, n, data.micro_num, recomputed) for own, n in zip(held, orders, strict=True)]
         fullest = max(every, key=lambda one: one.peak)
-        if fullest.peak > room.usable or fullest.host > _HOST * room.memory:
-            if self.nearest is None or fullest.peak < self.nearest[0]:
-                self.nearest = fullest.peak, layout
+        outside = outside_bytes(config, sizes)
+        if fullest.peak + outside > room.usable or fullest.host > _HOST * room.memory:
+            if self.nearest is None or fullest.peak + outside < self.nearest[0]:
+                self.nearest = fullest.peak + outside, layout
             return None
         ways = present_ways(config, row, document_lengths([(0, data.seq_len)]), room.device)
         seconds = StepClock(room.device, config, sizes, held, orders).seconds(ways)
-        return FittingLayout(room.gpus, layout, config, fullest, seconds)
+        return FittingLayout(room.gpus, layout, config, fullest, outside, seconds)

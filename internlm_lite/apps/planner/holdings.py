@@ -14,12 +14,12 @@ from typing import cast
 import torch
 
 from internlm_lite.apps.planner.bucket_sizes import BucketSizes
-from internlm_lite.apps.planner.gather_counts import planned_gathers, whole_gradients
+from internlm_lite.apps.planner.gather_counts import planned_gathers
 from internlm_lite.config.schema import Config, EmaConfig
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.mesh.layout import Parameter
 from internlm_lite.mesh.mesh import Sizes, plan_mesh, rank_of
-from internlm_lite.models.stages import Stages, build_stages, units_of
+from internlm_lite.models.stages import Stages, build_stages, first_units, units_of
 from internlm_lite.optim.buckets import Bucket, build_buckets
 from internlm_lite.optim.rules import RULES
 
@@ -37,8 +37,9 @@ class RankHoldings:
     """Elements of parameters that each rank of `zero` optimizes, without padding."""
     buckets: tuple[BucketSizes, ...]
     """Buckets, in the order in which the backward pass completes them."""
-    gathered: int = 0
-    """Bytes of the weights that ZeRO stage 3 holds at the peak: those of two units, and small ones."""
+    wholes: tuple[tuple[int, int], ...] = ((0, 0),)
+    """Bytes of weights and gradients that ZeRO stages 2 and 3 hold for a while, at most (in the loss, else): those of
+    two units; in steps of one micro-batch, of two, and so on; the last ones hold for more."""
 
     @property
     def weights(self) -> int:
@@ -50,10 +51,9 @@ class RankHoldings:
         """Bytes that last."""
         return sum(bucket.grads if bucket.stage == 1 else bucket.shard_grads for bucket in self.buckets)
 
-    @property
-    def whole(self) -> int:
-        """Bytes of weights and gradients that are whole for a while, at the peak."""
-        return self.gathered + whole_gradients(self.buckets)
+    def whole(self, micro_num: int) -> tuple[int, int]:
+        """Of `wholes`."""
+        return self.wholes[min(micro_num, len(self.wholes)) - 1]
 
     @property
     def optimizer(self) -> int:
@@ -79,7 +79,7 @@ def holdings(config: Config, sizes: Sizes, backend: AttentionBackend) -> tuple[l
         params = _parameters(stages)
         wholes.update({param.shard_spec.name: math.prod(param.shard_spec.shape) for param in params})
         buckets = build_buckets(list(params), mesh.zero, config, params)
-        gathers, gathered = planned_gathers(buckets, units_of(stages), mesh, config)
+        gathers, peaks = planned_gathers(buckets, units_of(stages), first_units(stages), mesh, config)
         held.append(
             RankHoldings(
                 pp=pp,
@@ -87,7 +87,7 @@ def holdings(config: Config, sizes: Sizes, backend: AttentionBackend) -> tuple[l
                 parameters=sum(bucket.numel for bucket in buckets),
                 zero_elements=tuple(sum(b.elements_on(rank) for b in buckets) for rank in range(sizes.zero)),
                 buckets=_sizes_of(buckets, params, gathers, config),
-                gathered=gathered,
+                wholes=peaks,
             )
         )
     return held, sum(wholes.values())
@@ -103,8 +103,8 @@ def with_buckets(held: RankHoldings, config: Config, sizes: Sizes) -> RankHoldin
     mesh = plan_mesh(sizes, rank_of(sizes, dp=0, tp=0, pp=held.pp), torch.device("meta"))
     params = _parameters(held.stages)
     buckets = build_buckets(list(params), mesh.zero, config, params)
-    gathers, gathered = planned_gathers(buckets, units_of(held.stages), mesh, config)
-    return replace(held, buckets=_sizes_of(buckets, params, gathers, config), gathered=gathered)
+    gathers, peaks = planned_gathers(buckets, units_of(held.stages), first_units(held.stages), mesh, config)
+    return replace(held, buckets=_sizes_of(buckets, params, gathers, config), wholes=peaks)
 
 
 def _sizes_of(

@@ -50,7 +50,8 @@ def stage_bytes(stage: Transformer, row: RowShape, recomputed: int) -> Bytes:
 def most_kept(held: RankHoldings, row: RowShape, order: Sequence[Action], recomputed: int) -> Bytes:
     """Activations in bytes by component, at the peak of a step."""
     kept_once = {number: stage_bytes(stage, row, recomputed) for number, stage in held.stages.items()}
-    deferred_once = {number: stage.deferred_bytes(row) for number, stage in held.stages.items()}
+    splits = any(action.kind == "I" for action in order)
+    deferred_once = {number: stage.deferred_bytes(row) if splits else 0 for number, stage in held.stages.items()}
 
     def at(kept: dict[int, int], deferred: dict[int, int]) -> Bytes:
         found: Counter[str] = Counter()
@@ -79,14 +80,16 @@ def rank_bytes(
 ) -> RankBytes:
     """Memory of every rank of this pipeline position."""
     activations = sum(most_kept(held, row, order, recomputed).values())
+    moments = zip(held.stages[max(held.stages)].workspaces(row), held.whole(micro_num), strict=True)
+    workspace, whole = max(moments, key=sum)
     return RankBytes(
         weights=held.weights,
         gradients=held.gradients,
         optimizer=held.optimizer,
         activations=activations,
         buffers=receive_buffers(held, row, micro_num),
-        workspace=held.stages[max(held.stages)].workspace_bytes(row),
+        workspace=workspace,
         update=held.update,
         host=host_bytes(held, row, order),
-        whole=held.whole,
+        whole=whole,
     )

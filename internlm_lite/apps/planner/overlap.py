@@ -11,12 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from internlm_lite.apps.planner.bucket_sizes import BucketSizes
 from internlm_lite.apps.planner.device_file import DeviceFile, Link
 from internlm_lite.layers.costs import Message
-from internlm_lite.mesh.mesh import Sizes, axis_groups
+from internlm_lite.mesh.mesh import Sizes
 
 
 @dataclass(frozen=True)
@@ -36,16 +35,28 @@ class Axis:
 
 
 def network(device: DeviceFile, sizes: Sizes) -> dict[str, Axis]:
-    """Axis -> its groups; node k holds ranks k * gpus_per_node and the next ones."""
-    found = {}
-    for axis, groups in axis_groups(sizes).items():
-        nodes = [{rank // device.gpus_per_node for rank in group} for group in groups]
-        link = device.inter_node if max(map(len, nodes)) > 1 else device.intra_node
-        found[axis] = Axis(max(map(len, groups)), link)
-    neighbours = [pair for group in axis_groups(sizes)["pp"] for pair in pairwise(group)]
-    crosses = any(a // device.gpus_per_node != b // device.gpus_per_node for a, b in neighbours)
-    found["pp"] = Axis(sizes.pp, device.inter_node if crosses else device.intra_node)
-    return found
+    """Axis -> its groups; node k holds ranks k * gpus_per_node and the next ones.
+
+    The groups of an axis, side by side, fill blocks of neighbours. One of them has ranks on two nodes if a node ends
+    inside a block: no group is listed, so ten thousand nodes take no longer than one."""
+    copies = sizes.tp * sizes.alike
+    blocks = {
+        "world": (sizes.world, sizes.world),
+        "tp": (sizes.tp, sizes.tp),
+        "cp": (sizes.cp, sizes.tp * sizes.cp),
+        "dp": (sizes.dp, copies),
+        "zero": (sizes.zero, sizes.tp * sizes.zero),
+        "replica": (sizes.replica, copies),
+        "pp": (sizes.pp, sizes.world),
+        "ends": (min(sizes.pp, 2), sizes.world),
+    }
+    node = device.gpus_per_node
+
+    def axis(size: int, block: int) -> Axis:
+        crosses = size > 1 and sizes.world > node and node % block > 0
+        return Axis(size, device.inter_node if crosses else device.intra_node)
+
+    return {name: axis(size, block) for name, (size, block) in blocks.items()}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from internlm_lite.apps.planner.device_file import DeviceFile
 from internlm_lite.apps.planner.holdings import RankHoldings, holdings
 from internlm_lite.apps.planner.largest_batch import largest_batch
 from internlm_lite.apps.planner.memory import most_kept, rank_bytes, row_shape
+from internlm_lite.apps.planner.outside import communicators, outside_bytes
 from internlm_lite.apps.planner.report import GroupTable, RankBytes, RankPlan, RunPlan
 from internlm_lite.apps.planner.schedule import Action, actions_of, bubble_fraction, stage_cost
 from internlm_lite.apps.planner.step_clock import StepClock, clock_plan, present_ways
@@ -22,6 +23,7 @@ from internlm_lite.config.schema import Config
 from internlm_lite.data.data_loader import TrainingData, open_training_data, open_validation_data
 from internlm_lite.data.demand import StageUse, check_caps, stage_uses, with_total_steps
 from internlm_lite.data.render_batches import StepFigures, walk_steps
+from internlm_lite.evaluate.task_suite import require_tasks
 from internlm_lite.layers.costs import Bytes, RowShape
 from internlm_lite.layers.flash import AttentionBackend, expected_backend
 from internlm_lite.mesh.mesh import Sizes, axis_groups, rank_of, sizes_of
@@ -74,8 +76,7 @@ def make_plan(
     sent = [_sent(row, sizes, own, data.micro_num) for own in held]
 
     def peak(micro_bsz: int) -> int:
-        source_tokens = config.source_tokens // data.micro_bsz * micro_bsz
-        longer = replace(row, tokens=micro_bsz * data.seq_len // sizes.cp, source_tokens=source_tokens)
+        longer = _longer(config, row, micro_bsz)
         return max(one.peak for one in _rank_bytes(config, held, orders, longer))
 
     tokens_per_step = data.micro_num * data.micro_bsz * data.seq_len * sizes.dp
@@ -86,9 +87,7 @@ def make_plan(
         parameters_total=parameters_total,
         ranks=tuple(_ranks(sizes, held, n_bytes, sent)),
         activations=_activations(config, held, orders, row),
-        flops_per_step=internlm_step_flops(
-            config.model, data.seq_len, tokens_per_step // data.seq_len, config.source_share
-        ),
+        flops_per_step=_step_flops(config, tokens_per_step),
         tokens_per_step=tokens_per_step,
         steps_total=data.total_steps,
         tokens_total=sum(use.tokens for use in uses),
@@ -108,8 +107,20 @@ def make_plan(
             _ways(config, row, lengths, balance, questions.timed),
             f"of the first {len(batches)} batches",
         ),
-        notes=[*_notes(config, sizes), *_stage_notes(uses, largest), *_length_notes(config, questions.lengths)],
+        notes=[*_notes(config, sizes, device), *_stage_notes(uses, largest), *_length_notes(config, questions.lengths)],
     )
+
+
+def _longer(config: Config, row: RowShape, micro_bsz: int) -> RowShape:
+    """Rows of another data.micro_bsz."""
+    tokens = micro_bsz * config.data.seq_len // config.parallel.context.size
+    return replace(row, tokens=tokens, source_tokens=config.source_tokens // config.data.micro_bsz * micro_bsz)
+
+
+def _step_flops(config: Config, tokens: int) -> float:
+    """Of a step of so many (target) tokens, by InternLM's formula."""
+    seq_len = config.data.seq_len
+    return internlm_step_flops(config.model, seq_len, tokens // seq_len, config.source_share)
 
 
 def _bubble(held: Sequence[RankHoldings], orders: Sequence[Sequence[Action]], seq_len: int) -> float:
@@ -180,6 +191,7 @@ def _opened(config: Config, sizes: Sizes) -> tuple[Config, TrainingData]:
     check_caps(config.data, opened)
     if data.valid_every:
         open_validation_data(data, vocab_size, 0, sizes.dp, config.seed)  # raises its errors
+    require_tasks(config)
     return with_warmup_steps(config, sizes.dp), opened
 
 
@@ -284,8 +296,17 @@ def _length_notes(config: Config, lengths: Sequence[int]) -> Iterator[str]:
         )
 
 
-def _notes(config: Config, sizes: Sizes) -> Iterator[str]:
-    data = config.data
+def _notes(config: Config, sizes: Sizes, device: str) -> Iterator[str]:
+    data, engine = config.data, config.engine
+    if engine.name != "native":
+        as_ours = f'engine.name="native" with parallel.zero_stage={config.parallel.zero_stage}'
+        plan_of = f"; for a plan of our stage {engine.stage}: engine.name=native parallel.zero_stage={engine.stage}"
+        yield f"memory, traffic and time are those of {as_ours}, without offload{plan_of}"
+    if device == "cuda":
+        yield (
+            f"a GPU needs about {outside_bytes(config, sizes) / 1e9:.1f} GB besides: CUDA's context, "
+            f"{communicators(sizes)} communicators of NCCL, cuBLAS' workspace (by the figures of others)"
+        )
     if sizes.pp > 1 and data.rampup_batch_size:
         yield "the bubble, activations and traffic are those of the full batch, after the ramp-up"
     if sizes.pp > 1 and data.micro_num < sizes.pp:

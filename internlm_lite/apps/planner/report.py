@@ -103,7 +103,8 @@ class RankBytes:
     host: int = 0
     """Pinned memory of the host, for activations; not in `peak`."""
     whole: int = 0
-    """Weights and gradients that ZeRO stages 2 and 3 hold for a while: of a unit, and of the next one."""
+    """Weights and gradients that ZeRO stages 2 and 3 hold for a while: of a unit, and of the next one; beside
+    `workspace`, in the loss or in a backward pass, whichever takes more."""
 
     @property
     def peak(self) -> int:

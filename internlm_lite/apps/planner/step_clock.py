@@ -27,6 +27,7 @@ from internlm_lite.apps.planner.report import BucketClock, Change, ClockPlan, Ex
 from internlm_lite.apps.planner.schedule import Action, actions_of, busy_time, last_end
 from internlm_lite.config.schema import Config
 from internlm_lite.errors import ConfigError
+from internlm_lite.layers.context_parallel.exchange_costs import in_ring
 from internlm_lite.layers.costs import FUSIONS, CostedLayer, Message, RowShape
 from internlm_lite.layers.flash import AttentionBackend, expected_backend, unfit
 from internlm_lite.mesh.mesh import Sizes, sizes_of
@@ -150,6 +151,8 @@ def present_ways(config: Config, row: RowShape, documents: DocumentLengths, devi
         kernel, documents = "cudnn", replace(documents, long=1.0)
     elif kernel == "auto":
         kernel = "cudnn" if "cudnn" in device.attention_tflops and expected is AttentionBackend.CUDNN else "varlen"
+    if in_ring(row) or (row.context > 1 and row.exchange == "gather" and kernel == "cudnn"):
+        kernel = "varlen"  # parts of documents are computed by torch's own flash kernel, or as packed sequences
     update = "fp32" if config.optimizer.name == "muon" and config.optimizer.ns_dtype == "torch.float32" else "bf16"
     needed_dtypes = (dtype, update, "bf16", *["fp8"][: row.fp8])
     needed = {f"peak_tflops.{name}": name in device.peak_tflops for name in needed_dtypes}

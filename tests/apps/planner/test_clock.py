@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from internlm_lite.apps.bench.gpu.step_speed import shape_config
 from internlm_lite.apps.planner.bucket_sizes import BucketSizes
-from internlm_lite.apps.planner.clock import KIND_OF_PASS, DocumentLengths, Seconds, Ways, document_lengths
+from internlm_lite.apps.planner.clock import (
+    KIND_OF_PASS,
+    DocumentLengths,
+    Seconds,
+    Ways,
+    document_lengths,
+    leave_waits_of_a_ring,
+)
 from internlm_lite.apps.planner.command import PlanOptions, dry_run
 from internlm_lite.apps.planner.device_file import (
     DeviceFile,
@@ -21,13 +29,14 @@ from internlm_lite.apps.planner.device_file import (
     device_of,
     load_device,
 )
-from internlm_lite.apps.planner.overlap import Axis, exposed
+from internlm_lite.apps.planner.overlap import Axis, exposed, network
 from internlm_lite.apps.planner.plan import Questions, make_plan
 from internlm_lite.apps.planner.report import ClockPlan
 from internlm_lite.apps.planner.step_clock import StepClock, clock_plan, full_rows
 from internlm_lite.config.load import load_config
 from internlm_lite.errors import ConfigError
 from internlm_lite.layers.costs import FUSIONS, Message, Pass
+from internlm_lite.mesh.mesh import Sizes, axis_groups
 from tests.cli import ROOT, run
 
 CONFIG = ROOT / "configs" / "tiny.py"
@@ -258,6 +267,19 @@ def test_buckets_overlap_with_the_units_behind_them() -> None:
     assert (bare.scatter, bare.gather, bare.fraction) == (pytest.approx(3), pytest.approx(3), pytest.approx(1))
 
 
+def test_which_axes_cross_nodes_is_known_without_listing_their_groups() -> None:
+    for dp, cp, tp, pp, zero in product((1, 2, 3, 4), (1, 2), (1, 2, 4), (1, 2, 3), (1, 2)):
+        sizes = Sizes(dp, tp, pp, zero if dp * cp % zero == 0 else 1, cp)
+        for per_node in (1, 2, 3, 4, 8):
+            device = load_device("h100").model_copy(update={"gpus_per_node": per_node})
+            for name, axis in network(device, sizes).items():
+                groups = axis_groups(sizes)[name]
+                crosses = any(len({rank // per_node for rank in group}) > 1 for group in groups)
+                link = device.inter_node if crosses else device.intra_node
+                assert axis == Axis(max(map(len, groups)), link), (name, sizes, per_node)
+    assert network(load_device("h100"), Sizes(dp=10**9, zero=10**9))["zero"].size == 10**9
+
+
 def test_a_collective_takes_its_bytes_and_a_latency_for_each_doubling() -> None:
     axis = Axis(8, Link(gb_per_s=100, latency_us=10))
     assert axis.seconds(Message("zero", "all_gather", 8 * 10**9)) == pytest.approx(7e9 / 100e9 + 3 * 10e-6)
@@ -306,3 +328,15 @@ def test_the_tables_show_the_step(capsys: pytest.CaptureFixture[str]) -> None:
     for part in ("A step on NVIDIA H100", "tokens/s a GPU; MFU", "reduce_bucket_size", "What each change gives"):
         assert part in text
     assert "as predicted below" in text
+
+
+# Keys come while the block before them is computed, so the last one hides nothing.
+@pytest.mark.parametrize(("attention", "waits"), [(0.0, 3.0), (2.0, 1.5), (8.0, 0.0)])
+def test_a_ring_waits_for_what_its_blocks_do_not_hide(attention: float, waits: float) -> None:
+    times = Seconds()
+    times.add("attention", "attention", attention)
+    times.add("context parallel", "messages", 3.0)
+    leave_waits_of_a_ring(times, 4)
+    assert dict(times.by_part()) == {
+        name: n for name, n in {"attention": attention, "context parallel": waits}.items() if n
+    }

@@ -11,7 +11,8 @@ from rich.console import Console
 from internlm_lite.apps.planner.plan import make_plan
 from internlm_lite.apps.planner.render_plan import render
 from internlm_lite.config.load import check_config, load_config
-from internlm_lite.errors import ConfigError
+from internlm_lite.errors import ConfigError, MissingPackageError
+from internlm_lite.evaluate import harness
 from tests.cli import ROOT, run
 
 CONFIG = ROOT / "configs" / "20B_sft.py"
@@ -111,6 +112,16 @@ def test_data_that_cannot_be_opened_is_refused_like_a_run(tmp_path: Path) -> Non
     assert planned.code == trained.code == 2
     assert planned.output.startswith("DataError: ")
     assert planned.output.strip() in trained.output
+
+
+def test_tasks_that_are_not_there_are_refused_like_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = ["evaluation.tasks=['piqa']", "evaluation.every=1"]
+    config = load_config(CONFIG, changes).config
+    monkeypatch.setattr(harness, "find_spec", lambda _: None)
+    with pytest.raises(
+        MissingPackageError, match=r"evaluation.tasks: found 'piqa', .* lm_eval, which is not installed"
+    ):
+        make_plan(config, 16, None)
 
 
 def test_the_command_prints_json_and_makes_no_run_folder(tmp_path: Path) -> None:

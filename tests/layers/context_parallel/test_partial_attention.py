@@ -9,12 +9,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from internlm_lite.layers import partial_attention
+from internlm_lite.layers.context_parallel import partial_attention
+from internlm_lite.layers.context_parallel.flash_parts import FlashParts, parts_kernel, parts_problem
+from internlm_lite.layers.context_parallel.kernel_calls import kernel_calls
+from internlm_lite.layers.context_parallel.partial_attention import KeyBlock, Known, Mixed, ReferenceParts
+from internlm_lite.layers.context_parallel.ring_parts import Part, legs_of, parts_between
 from internlm_lite.layers.flash import AttentionBackend
-from internlm_lite.layers.flash_parts import FlashParts, parts_kernel, parts_problem
-from internlm_lite.layers.kernel_calls import kernel_calls
-from internlm_lite.layers.partial_attention import KeyBlock, Known, Mixed, ReferenceParts
-from internlm_lite.layers.ring_parts import Part, legs_of, parts_between
 from internlm_lite.layers.scores import AttentionRule, in_sight
 from internlm_lite.layers.tensor_parallel import accumulation_dtype
 from tests.layers.test_scores import RULES, dropped, factors_of, inputs, over_all_pairs

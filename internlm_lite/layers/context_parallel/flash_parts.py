@@ -10,10 +10,18 @@ from typing import cast
 
 import torch
 
+from internlm_lite.layers.context_parallel.kernel_calls import KernelCall
+from internlm_lite.layers.context_parallel.partial_attention import (
+    KeyBlock,
+    Known,
+    Mixed,
+    Parts,
+    ReferenceParts,
+    add_to_rows,
+    rows_of,
+)
+from internlm_lite.layers.context_parallel.ring_parts import length, parts_between
 from internlm_lite.layers.flash import AttentionBackend
-from internlm_lite.layers.kernel_calls import KernelCall
-from internlm_lite.layers.partial_attention import KeyBlock, Known, Mixed, Parts, ReferenceParts, add_to_rows, rows_of
-from internlm_lite.layers.ring_parts import length, parts_between
 from internlm_lite.layers.scores import AttentionRule, Drop, scale_of
 from internlm_lite.mesh import comm
 
@@ -23,7 +31,7 @@ Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class FlashParts:
-    """`layers/partial_attention.py:Parts` by the kernel."""
+    """`layers/context_parallel/partial_attention.py:Parts` by the kernel."""
 
     rule: AttentionRule
 

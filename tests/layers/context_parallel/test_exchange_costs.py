@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from internlm_lite.layers.attention import Attention
-from internlm_lite.layers.context import context_row
+from internlm_lite.layers.context_parallel.exchanges import EXCHANGES
+from internlm_lite.layers.context_parallel.row import context_row
 from internlm_lite.layers.costs import RowShape
 from internlm_lite.layers.dropout import dropped_weights, token_keys
-from internlm_lite.layers.exchanges import EXCHANGES
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.layers.rope import Rotary, rope_frequencies
 from internlm_lite.mesh.mesh import Mesh

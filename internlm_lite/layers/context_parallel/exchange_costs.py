@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from internlm_lite.layers.context import context_row
+from internlm_lite.layers.context_parallel.ring import ring_messages
+from internlm_lite.layers.context_parallel.row import context_row
+from internlm_lite.layers.context_parallel.ulysses import heads_sent
 from internlm_lite.layers.costs import Message, RowShape
-from internlm_lite.layers.ring import ring_messages
-from internlm_lite.layers.ulysses import heads_sent
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from internlm_lite.layers.context import ContextRow, DocumentPiece, joined, numbers
+from internlm_lite.layers.context_parallel.kernel_calls import sequence_boundaries
+from internlm_lite.layers.context_parallel.row import ContextRow, DocumentPiece, joined, numbers
 from internlm_lite.layers.flash import (
     KERNEL_LIMIT,
     Attend,
@@ -27,7 +28,6 @@ from internlm_lite.layers.flash import (
     varlen_kernel,
     with_gradients,
 )
-from internlm_lite.layers.kernel_calls import sequence_boundaries
 from internlm_lite.layers.scores import AttentionRule, Drop, EqualDocuments
 from internlm_lite.layers.tensor_parallel import accumulation_dtype
 from internlm_lite.mesh import comm

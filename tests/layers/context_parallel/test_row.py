@@ -12,12 +12,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from internlm_lite.layers import key_gather
-from internlm_lite.layers.context import CLOSE, ContextRow, DocumentPiece, context_row, imbalance, layers_by_window
+from internlm_lite.layers.context_parallel import key_gather
+from internlm_lite.layers.context_parallel.exchanges import EXCHANGES
+from internlm_lite.layers.context_parallel.key_gather import attention_of_pieces, kernel_of_pieces_problem
+from internlm_lite.layers.context_parallel.row import (
+    CLOSE,
+    ContextRow,
+    DocumentPiece,
+    context_row,
+    imbalance,
+    layers_by_window,
+)
 from internlm_lite.layers.dropout import dropped_weights, token_keys
-from internlm_lite.layers.exchanges import EXCHANGES
 from internlm_lite.layers.flash import AttentionBackend, Bounds, packed_sdpa
-from internlm_lite.layers.key_gather import attention_of_pieces, kernel_of_pieces_problem
 from internlm_lite.layers.scores import AttentionRule
 from internlm_lite.mesh.mesh import Mesh, build_mesh, sizes_of
 from tests.world import TIMEOUT, run_world

@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from internlm_lite.layers.context import ContextRow, DocumentPiece, context_row
+from internlm_lite.layers.context_parallel.partial_attention import ReferenceParts
+from internlm_lite.layers.context_parallel.ring import ring, ring_messages
+from internlm_lite.layers.context_parallel.row import ContextRow, DocumentPiece, context_row
 from internlm_lite.layers.costs import Message
 from internlm_lite.layers.flash import AttentionBackend
-from internlm_lite.layers.partial_attention import ReferenceParts
-from internlm_lite.layers.ring import ring, ring_messages
 from internlm_lite.layers.scores import AttentionRule
 from internlm_lite.mesh.mesh import Mesh
-from tests.layers.test_partial_attention import ROWS, T, dealt, expected
+from tests.layers.context_parallel.test_partial_attention import ROWS, T, dealt, expected
 from tests.layers.test_scores import RULES, dropped, factors_of, inputs
 from tests.world import run_world
 

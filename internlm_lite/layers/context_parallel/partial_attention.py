@@ -22,8 +22,8 @@ from typing import Protocol
 
 import torch
 
-from internlm_lite.layers.kernel_calls import KernelCall, kernel_calls
-from internlm_lite.layers.ring_parts import Part, Range
+from internlm_lite.layers.context_parallel.kernel_calls import KernelCall, kernel_calls
+from internlm_lite.layers.context_parallel.ring_parts import Part, Range
 from internlm_lite.layers.scores import AttentionRule, Drop, capped_scores, of_groups, scale_of, weighted_values
 from internlm_lite.layers.tensor_parallel import accumulation_dtype
 

@@ -1,12 +1,12 @@
 """Ring attention: keys and values go around the ranks that share a row, queries stay (arXiv:2310.01889).
 
     leg s     send the own block to rank + s, receive that of rank - s          while leg s - 1 is computed
-              attention over it, merged into what there is                      layers/partial_attention.py
+              attention over it, merged into what there is                      partial_attention.py
     backward  the same blocks once more; the gradients of each go back to its owner, which adds them up
 
 A block goes straight to the rank that needs it, not from hand to hand, so it holds only the tokens that some query of
-the receiver sees (layers/ring_parts.py): documents that end on their rank travel nowhere, windows send their reach, and
-where no document is shared nothing is sent at all. Gradients travel in the dtype of the model, rounded once, and are
+the receiver sees (ring_parts.py): documents that end on their rank travel nowhere, windows send their reach, and where
+no document is shared nothing is sent at all. Gradients travel in the dtype of the model, rounded once, and are
 added in the dtype of sums, always in the same order.
 """
 
@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from internlm_lite.layers.context import ContextRow, DocumentPiece, numbers
+from internlm_lite.layers.context_parallel.flash_parts import parts_kernel
+from internlm_lite.layers.context_parallel.partial_attention import KeyBlock, Known, Mixed, Parts, add_to_rows, rows_of
+from internlm_lite.layers.context_parallel.ring_parts import Leg, Part, Range, Span, legs_of, length, parts_between
+from internlm_lite.layers.context_parallel.row import ContextRow, DocumentPiece, numbers
 from internlm_lite.layers.costs import Message
 from internlm_lite.layers.flash import Attend, AttentionBackend
-from internlm_lite.layers.flash_parts import parts_kernel
-from internlm_lite.layers.partial_attention import KeyBlock, Known, Mixed, Parts, add_to_rows, rows_of
-from internlm_lite.layers.ring_parts import Leg, Part, Range, Span, legs_of, length, parts_between
 from internlm_lite.layers.scores import AttentionRule, Drop
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Group

@@ -11,7 +11,7 @@ from itertools import accumulate
 
 import torch
 
-from internlm_lite.layers.ring_parts import Part, Range
+from internlm_lite.layers.context_parallel.ring_parts import Part, Range
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from internlm_lite.layers.context import ContextRow
+from internlm_lite.layers.context_parallel.key_gather import gathered
+from internlm_lite.layers.context_parallel.ring import ring
+from internlm_lite.layers.context_parallel.row import ContextRow
+from internlm_lite.layers.context_parallel.ulysses import ulysses
 from internlm_lite.layers.flash import Attend, AttentionBackend
-from internlm_lite.layers.key_gather import gathered
-from internlm_lite.layers.ring import ring
 from internlm_lite.layers.scores import Drop
-from internlm_lite.layers.ulysses import ulysses
 from internlm_lite.mesh.mesh import Group
 
 Exchange = Callable[[ContextRow, Group, AttentionBackend, Drop | None], Attend]

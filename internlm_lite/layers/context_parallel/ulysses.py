@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from internlm_lite.layers.context import ContextRow, numbers
+from internlm_lite.layers.context_parallel.kernel_calls import sequence_boundaries
+from internlm_lite.layers.context_parallel.row import ContextRow, numbers
 from internlm_lite.layers.flash import Attend, AttentionBackend, packed
-from internlm_lite.layers.kernel_calls import sequence_boundaries
 from internlm_lite.layers.scores import AttentionRule, Drop
 from internlm_lite.layers.tensor_parallel import accumulation_dtype
 from internlm_lite.mesh import comm

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from internlm_lite.layers.context_parallel.ulysses import heads_sent, row_boundaries, ulysses
 from internlm_lite.layers.flash import AttentionBackend
 from internlm_lite.layers.scores import AttentionRule
-from internlm_lite.layers.ulysses import heads_sent, row_boundaries, ulysses
 from internlm_lite.mesh.mesh import Mesh
-from tests.layers.test_partial_attention import ROWS, T, expected, merged
-from tests.layers.test_ring import row_of
+from tests.layers.context_parallel.test_partial_attention import ROWS, T, expected, merged
+from tests.layers.context_parallel.test_ring import row_of
 from tests.layers.test_scores import RULES, dropped, factors_of
 from tests.world import run_world
 

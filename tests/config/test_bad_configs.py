@@ -269,7 +269,7 @@ BAD = [
     (
         "num_layers=4",
         "num_layers=4, norm_type='batchnorm'",
-        "18: model.norm_type: found 'batchnorm', expected one of 'rmsnorm', 'layernorm'; leave",
+        "18: model.norm_type: found 'batchnorm', expected one of 'rmsnorm', 'layernorm', 'sample_layernorm'; leave",
     ),
     (
         "num_layers=4",
@@ -701,7 +701,7 @@ BAD = [
         "25: data.weights: found 3, expected a dict (name: a number > 0) or None; leave weights out",
     ),
     ("", "model_type = 'MIXTRAL'", "25: model_type: found 'MIXTRAL', expected one of 'INTERNLM', 'INTERNLM2',"),
-    ("", "data[3] = 4", "25: data.3: unknown key; keys of data: seq_len, micro_num, micro_bsz, valid_micro_num,"),
+    ("", "data[3] = 4", "25: data.3: unknown key; keys of data: seq_len, source_seq_len, row_pairs,"),
     (
         "",
         "hybrid_zero_optimizer = dict(grad_dtype='torch.tf32')",

@@ -24,7 +24,6 @@ from internlm_lite.mesh.consensus import on_all, on_main
 from internlm_lite.mesh.mesh import Mesh
 from internlm_lite.models.stages import WholeModel
 
-_KNOWN = (*BUILT_IN, PAIRS)
 _LONGEST_TEXT = 1 << 14
 """Tokens of a document that questions are made of."""
 

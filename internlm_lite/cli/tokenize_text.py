@@ -93,6 +93,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.command == "encode":
         check_at_least(parser, arguments, workers=1)
+        if arguments.pair and arguments.pair[0] == arguments.pair[1]:
+            parser.error(
+                f"--pair: found {arguments.pair[0]!r} twice, expected the sides of the source and of the target"
+            )
         if arguments.pair and (arguments.without_bos_eos or arguments.split_at is not None):
             parser.error("--pair: found with --without-bos-eos or --split-at, expected neither: pairs are whole")
         return arguments

@@ -114,8 +114,10 @@ def _tokenizer(path: Path) -> Tokenizer:
 class FolderPart:
     """A data folder that is being written."""
 
-    def __init__(self, writer: MegatronWriter) -> None:
+    def __init__(self, writer: MegatronWriter, unknown: int | None) -> None:
         self._writer = writer
+        self._unknown = unknown
+        self.n_unknown = 0
         names = ("documents", "tokens", "text_bytes", "label_bytes", "labels", "longest", "max_token")
         self.totals = dict.fromkeys(names, 0)
 
@@ -124,6 +126,8 @@ class FolderPart:
         self._writer.add_many(tokens, lengths)
         firsts = np.cumsum(lengths[lengths > 0]) - lengths[lengths > 0]
         self.totals["labels"] += int(np.count_nonzero(tokens >= 0)) - int(np.count_nonzero(tokens[firsts] >= 0))
+        if self._unknown is not None:
+            self.n_unknown += int(np.count_nonzero(np.abs(tokens) == self._unknown))
         self.totals["documents"] += len(lengths)
         self.totals["tokens"] += len(tokens)
         self.totals["text_bytes"] += encoded.text_bytes
@@ -176,15 +180,17 @@ class FolderEncoder:
         with ExitStack() as folders:
             targets = [target, *filter(None, [held_out])]
             made = [folders.enter_context(replacing(folder, overwrite=overwrite)) for folder in targets]
-            metadata = self._write(files, [folder / f"{target.name}.bin" for folder in made], tally)
-        notes = [*_several_folders(source, files), *tally.lines()]
+            metadata, unknown = self._write(files, [folder / f"{target.name}.bin" for folder in made], tally)
+        notes = [*_several_folders(source, files), *tally.lines(), *unknown]
         (of_targets, *of_sources), *held = metadata
         held_metadata, source_metadata = held[0][0] if held else None, of_sources[0] if of_sources else None
         return EncodedFolder(of_targets, held_metadata, source_metadata, notes)
 
-    def _write(self, files: Sequence[TextFile], bin_paths: Sequence[Path], tally: Tally) -> list[list[Metadata]]:
+    def _write(
+        self, files: Sequence[TextFile], bin_paths: Sequence[Path], tally: Tally
+    ) -> tuple[list[list[Metadata]], list[str]]:
         """Metadata of the documents to train on, and of those held out if there is a second path; of pairs of targets
-        and sources."""
+        and sources. Notes on text that a tokenizer does not know."""
         pairs = [] if self.source_tokenizer_path is None else [self.source_tokenizer_path]
         tokenizers = [_tokenizer(path) for path in (self.tokenizer_path, *pairs)]
         if pairs:
@@ -196,7 +202,9 @@ class FolderEncoder:
             paths = [[path, path.with_name(f"{path.stem}{SOURCE}.bin")][: len(tokenizers)] for path in bin_paths]
             parts = [
                 [
-                    FolderPart(writers.enter_context(writing(path, smallest_dtype(one.vocab_size, signed=signed))))
+                    FolderPart(
+                        writers.enter_context(writing(path, smallest_dtype(one.vocab_size, signed=signed))), one.unk
+                    )
                     for path, one in zip(sides, tokenizers, strict=True)
                 ]
                 for sides in paths
@@ -217,7 +225,9 @@ class FolderEncoder:
                     f"{files[0].path.parent}: this holdout leaves {counts[0]} documents to train on "
                     f"and {counts[1]} for validation, expected some of both; give another share, or more documents"
                 )
-            return [list(map(_write_metadata, *sides, tokenizers)) for sides in zip(paths, parts, strict=True)]
+            metadata = [list(map(_write_metadata, *sides, tokenizers)) for sides in zip(paths, parts, strict=True)]
+            unknown = (_unknown(*side) for sides in parts for side in zip(sides, tokenizers, strict=True))
+            return metadata, [line for line in unknown if line]
 
     def _parts(
         self, documents: Iterable[TextDocument], files: Sequence[TextFile]
@@ -322,6 +332,12 @@ def _write_metadata(bin_path: Path, part: FolderPart, tokenizer: Tokenizer) -> M
         file.flush()
         os.fsync(file.fileno())
     return metadata
+
+
+def _unknown(part: FolderPart, tokenizer: Tokenizer) -> str:
+    """Much of it: text of another language than the tokenizer's. '' if there is none."""
+    share = part.n_unknown / part.totals["tokens"] if part.totals["tokens"] else 0.0
+    return f"{tokenizer.path}: {share:.1%} of the tokens are of unknown text" if part.n_unknown else ""
 
 
 def _ignore_interrupt() -> None:

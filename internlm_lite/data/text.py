@@ -129,9 +129,18 @@ def find_text(folder: Path, options: TextOptions, tally: Tally) -> list[TextFile
                     what = kind if kind != "a file" else path.suffix.lower() or "files without a suffix"
                     tally.note(f"{what}, left out", path)
                 else:
-                    n_bytes = status.st_size * (COMPRESSION if path.suffix.lower() in DECOMPRESSORS else 1)
+                    size = status.st_size
+                    if reader is _read_sides and len(options.sides) > 1:
+                        size += _beside(path, options.sides[1]).stat().st_size
+                    n_bytes = size * (COMPRESSION if path.suffix.lower() in DECOMPRESSORS else 1)
                     found.append(TextFile(path, n_bytes, *_how_to_read(path, reader, options, tally)))
     if not found:
+        if options.sides:
+            raise DataError(
+                f"{folder}: holds no text of {' and '.join(map(repr, options.sides))}, expected files with "
+                f"{' or '.join(f'.{side}' for side in options.sides)} at their end, line by line, or records with such "
+                f"keys; found {'; '.join(tally.lines()) or 'no file'}; name the sides of the text"
+            )
         raise DataError(
             f"{folder}: holds no text, expected .jsonl, .json, .csv, .parquet, .txt, .md or source files; "
             f"found {'; '.join(tally.lines()) or 'no file'}; --plain-text .SUFFIX takes others as text"

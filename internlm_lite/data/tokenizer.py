@@ -107,7 +107,8 @@ def _read(path: Path) -> bytes:
         if (kind := kind_of(path)) != "a file":  # a FIFO blocks, a device may never end
             raise DataError(
                 f"tokenizer {path} is {kind}, expected a sentencepiece model, a tokenizer.json, vocab.json beside "
-                "merges.txt, or a .tiktoken file; correct the path, or make one with tools/tokenizer.py train"
+                "merges.txt, a .tiktoken file or a vocabulary of words; correct the path, or make one with "
+                "tools/tokenizer.py train"
             )
         return path.read_bytes()
     except OSError as error:

@@ -317,6 +317,21 @@ def test_a_side_alone_is_refused(tmp_path, capsys):
     assert "found keys german, english, expected 'de' and 'en'" in capsys.readouterr().err
 
 
+def test_sides_that_are_not_the_text_are_told(tmp_path, capsys):
+    folder = write_lines(tmp_path / "help", ["eins zwei"], ["one two"])
+    words = ("train", "--input", folder, "--words", "--rules", "plain", "--output", tmp_path / "w.json")
+    assert tool(*words, "--side", "fr") == 2
+    assert "holds no text of 'fr', expected files with .fr at their end" in capsys.readouterr().err
+    assert tool(*words, "--side", "de") == 0
+    given = ("encode", "--input", folder, "--output", tmp_path / "train", "--tokenizer", tmp_path / "w.json")
+    assert tool(*given, "--pair", "de", "en") == 0  # 4 tokens, of which 2 are marks
+    said = capsys.readouterr().out
+    assert said.count("w.json: 50.0% of the tokens are of unknown text") == 1
+    with pytest.raises(SystemExit):
+        tool(*given, "--pair", "de", "de")
+    assert "--pair: found 'de' twice" in capsys.readouterr().err
+
+
 def test_words_in_the_order_of_their_frequency(tmp_path):
     folder = write_lines(tmp_path / "help", ["b a b c", "c b a-b a-b d <s>"], ["", ""])
     path = tmp_path / "de.json"

@@ -136,7 +136,7 @@ def in_dtypes(mesh: Mesh, folder: Path) -> dict[str, list[list[dict[str, Any]]]]
 def test_half_precision_is_near_fp32(tmp_path: Path) -> None:
     """Of a step's loss, a mean over some sixty labels, half a unit of rounding: 2^-10 of bf16, 2^-12 of fp16. Updates
     and norms take part in it, so four units. fp16 scales its loss, by twice as much after every second step."""
-    found = run_world(in_dtypes, 2, (tmp_path,), tensor=2)[0]
+    found = run_world(in_dtypes, 2, (tmp_path,), tensor=2, timeout_seconds=500)[0]
     expected = found["float32"][1]
     assert expected[-1]["loss"] < expected[0]["loss"]
     for dtype, limit in (("float32", 1e-5), ("bfloat16", 2**-7), ("float16", 2**-9)):

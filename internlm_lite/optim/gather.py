@@ -11,6 +11,7 @@ from torch import nn
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Group
 from internlm_lite.optim.buckets import Bucket
+from internlm_lite.optim.unit_passes import parameters_read
 
 
 class WeightGatherer:
@@ -24,7 +25,7 @@ class WeightGatherer:
         self._gathers: list[comm.Work | None] = [None] * len(buckets)
         bucket_of = {id(slot.param): index for index, bucket in enumerate(buckets) for slot in bucket.slots}
         for unit in units:
-            indices = sorted({bucket_of[id(param)] for param in unit.parameters()})
+            indices = sorted({bucket_of[id(param)] for param in parameters_read(unit)})
             unit.register_forward_pre_hook(lambda _module, _args, needed=indices: self._wait(needed))
 
     def begin(self, micro_num: int) -> None:

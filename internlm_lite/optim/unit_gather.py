@@ -19,6 +19,7 @@ from torch import nn
 from internlm_lite.mesh import comm
 from internlm_lite.mesh.mesh import Group
 from internlm_lite.optim.buckets import Bucket
+from internlm_lite.optim.unit_passes import parameters_read
 
 _SMALL = 0.01
 """Of the largest unit's weights: smaller units do not count as one."""
@@ -36,9 +37,7 @@ class UnitGatherer:
         self._sources = [bucket.master for bucket in buckets]
         self._gathers: list[comm.Work | None] = [None] * len(buckets)
         self._bucket_of = {id(slot.param): index for index, bucket in enumerate(buckets) for slot in bucket.slots}
-        borrowed = [getattr(unit, "borrowed", ()) for unit in units]
-        params = [[*unit.parameters(), *others] for unit, others in zip(units, borrowed, strict=True)]
-        self._needs = [_buckets_of(some, self._bucket_of) for some in params]
+        self._needs = [_buckets_of(parameters_read(unit), self._bucket_of) for unit in units]
         sizes = [sum(buckets[index].weights.nbytes for index in needs) for needs in self._needs]
         self._is_small = [size < _SMALL * max(sizes) for size in sizes]
         self._in_backward = [bool(getattr(unit, "weights_in_backward", True)) for unit in units]

@@ -10,6 +10,11 @@ import torch
 from torch import nn
 
 
+def parameters_read(unit: nn.Module) -> list[nn.Parameter]:
+    """What a forward pass of `unit` reads: its own parameters, and those that it shares with the unit that has them."""
+    return [*unit.parameters(), *getattr(unit, "borrowed", ())]
+
+
 class UnitListener(Protocol):
     """Called with the number of a unit, in forward order. A backward pass that recomputes a unit's forward pass does so
     between `before_backward` and `after_backward`, without further calls."""

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from internlm_lite.mesh import comm
 from internlm_lite.mesh.layout import Parameter, parameter, whole
 from internlm_lite.mesh.mesh import Group, Mesh, build_mesh, single_process_mesh, sizes_of
 from internlm_lite.optim.buckets import build_buckets
+from internlm_lite.optim.gather import WeightGatherer
 from internlm_lite.optim.grad_norm import Requests, reduce_totals, square_sums
 from internlm_lite.optim.lr_schedule import learning_rate
 from internlm_lite.optim.zero import HybridZeroOptimizer
@@ -216,6 +217,27 @@ def test_an_overflow_on_one_rank_skips_the_step_everywhere():
             assert result["rates"][1] == result["rates"][2], "the learning rate does not move on a skipped step"
         assert half["scales"] == [1024, 1024, 1024, 512, 512, 512]
         assert brain["scales"] == [1] * STEPS
+
+
+def test_a_unit_waits_for_a_weight_that_another_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An encoder's embedding that is the decoder's, which comes later in the forward pass."""
+    mesh, (borrower, owner) = single_process_mesh(), (Unit(name, torch.float64) for name in ("borrower", "owner"))
+    borrower.borrowed = (owner.weight,)  # type: ignore[assignment]
+    (bucket,) = build_buckets([cast(Parameter, owner.weight)], mesh.zero, config())
+    del borrower.weight, borrower.bias, owner.bias
+    waited: list[str] = []
+
+    class Gather(comm.Work):
+        def wait(self) -> None:
+            waited.append("gathered")
+
+    monkeypatch.setattr(comm, "all_gather", lambda full, group: Gather([], group))
+    gatherer = WeightGatherer([bucket], [borrower, owner], mesh.zero, overlap=True)
+    gatherer.start([bucket.master])
+    borrower.register_forward_pre_hook(lambda *_: waited.append("runs"))
+    monkeypatch.setattr(borrower, "forward", lambda x: x)
+    borrower(torch.zeros(1, WIDTH))
+    assert waited == ["gathered", "runs"]
 
 
 def squares(mesh: Mesh) -> list[float]:

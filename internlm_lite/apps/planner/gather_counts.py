@@ -16,7 +16,7 @@ from internlm_lite.models.head import Head
 from internlm_lite.optim.buckets import Bucket
 from internlm_lite.optim.shard_reduce import Round, ShardReducer
 from internlm_lite.optim.unit_gather import UnitGatherer
-from internlm_lite.optim.unit_passes import UnitListener
+from internlm_lite.optim.unit_passes import UnitListener, parameters_read
 
 STEPS = (1, 2, 3)
 """Micro-batches of the steps that are driven. The first one's sums need no room to arrive in, behind the last one
@@ -113,7 +113,7 @@ class _Step:
             one.before_backward(unit)
         yield self._nbytes()
         module = self._units[unit]
-        for param in [*module.parameters(), *getattr(module, "borrowed", ())]:
+        for param in parameters_read(module):
             self._add(cast(Parameter, param))
         for one in self._listeners:
             one.after_backward(unit)

@@ -29,6 +29,7 @@ from internlm_lite.checkpoint.format.weight_roles import Weights, with_weights
 from internlm_lite.cli.options import add_weights, new_parser, s3_settings
 from internlm_lite.config.schema import Config, ModelConfig, S3Config
 from internlm_lite.data.tokenizer import Tokenizer
+from internlm_lite.errors import CheckpointError
 from internlm_lite.generate.load_model import load_model
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.models.stages import WholeModel
@@ -92,8 +93,13 @@ class Progress:
 
 
 def opened(arguments: argparse.Namespace, s3: S3Config) -> tuple[Found, Config, str, Tokenizer | None]:
-    """The checkpoint, its config, its own path, and the tokenizer that goes with it."""
+    """The checkpoint, its config, its own path, and the tokenizer that goes with it. Raises CheckpointError."""
     found, config, path = open_checkpoint(arguments.checkpoint, s3)
+    if layers := config.model.num_encoder_layers:
+        raise CheckpointError(
+            f"{path}: model.num_encoder_layers: found {layers}, expected 0: neither a family of Hugging Face that is "
+            "known here nor llama2.c has an encoder; give the checkpoint itself to `internlm-lite generate`"
+        )
     for reason in found.rejected:
         print(f"passed over {reason}")
     found = with_weights(found, arguments.weights)

@@ -22,6 +22,7 @@ _ALONE = {
     "optimizer.moments": "its optimizer keeps fp32 moments",
     "model.use_fp32_norm": "it stores all weights in one dtype",
     "model.fp8": "its gathers know no float8",
+    "model.num_encoder_layers": "its curve beside an encoder has not been compared with ours",
 }
 """Keys that DeepSpeed serves with their default alone -> why."""
 

@@ -50,6 +50,8 @@ class PackedPairs(PackedFolder):
         of_targets, of_sources = (
             np.concatenate([file.lengths for file in files])[self._order] for files in (self._files, self._sources)
         )
+        self._refuse_empty(of_targets, 2, self._files)
+        self._refuse_empty(of_sources, 1, self._sources)
         if not packing.truncate:
             self._refuse_longer(of_targets - 1, packing.seq_len, self._files, "data.seq_len")
             self._refuse_longer(of_sources, packing.source_seq_len, self._sources, "data.source_seq_len")
@@ -137,6 +139,16 @@ class PackedPairs(PackedFolder):
         bounds = both[source]
         np.subtract(np.arange(len(positions)), np.repeat(bounds[:-1], np.diff(bounds)), out=positions)
         return both[0], both[1]
+
+    def _refuse_empty(self, lengths: np.ndarray, fewest: int, files: Sequence[Documents]) -> None:
+        """Raises DataError if a side of a pair has no token to read: kernels take no empty document before others."""
+        if len(empty := np.flatnonzero(lengths < fewest)):
+            file, document = self._locate(int(self._order[empty].min()))
+            raise DataError(
+                f"{files[file].path}: document {document} has {files[file].lengths[document]} tokens, expected "
+                f"at least {fewest}, as {len(empty)} of {len(lengths)} have not: take these pairs out of the text, and "
+                "tokenise the folder again"
+            )
 
     def _refuse_longer(self, lengths: np.ndarray, most: int, files: Sequence[Documents], key: str) -> None:
         """Raises DataError if a side of a pair has more than `most` tokens."""

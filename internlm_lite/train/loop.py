@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from internlm_lite.batch import Batch
+from internlm_lite.errors import DataError
 from internlm_lite.faults.signals import StopSignals
 from internlm_lite.mesh.consensus import on_main
 from internlm_lite.monitor.jsonl import is_evaluated
@@ -35,7 +36,8 @@ class TrainingEnd:
 def train(run: Run, signals: StopSignals, trace_folder: Path | None = None) -> TrainingEnd:
     """Train from `run.start` to the config's last step, or until a request to stop. Collective.
 
-    `trace_folder`: folder for the trace of `traced_steps`; None: no trace. Raises NumericsError (control.py).
+    `trace_folder`: folder for the trace of `traced_steps`; None: no trace. Raises NumericsError (control.py), DataError
+    (`_checked`).
     """
     state, trainer, watchdog, total_steps = run.start, run.trainer, run.watchdog, run.config.data.total_steps
     control = Control(run.config, run.reporter, signals, is_main=run.mesh.is_main)
@@ -49,7 +51,7 @@ def train(run: Run, signals: StopSignals, trace_folder: Path | None = None) -> T
     ):
         while state.step < total_steps and not control.decision.stop:
             watchdog.enter("data", state.step)
-            batch = next(batches).to(run.mesh.device)
+            batch = _checked(run, next(batches)).to(run.mesh.device)
             _report_stage(run, state, batch)
             watchdog.enter("training", state.step)
             updating = partial(_before_update, run, saving, state)
@@ -96,6 +98,18 @@ def _begin(run: Run, state: TrainState, saving: Saving) -> None:
     run.reporter.event("start", **facts)
     # Before the first step, if asked; and the previous start may have ended between its save and its evaluation.
     _evaluate_if_due(run, state, saving, skip_if_logged=True)
+
+
+def _checked(run: Run, batch: Batch) -> Batch:
+    """`batch`, on the host. Raises DataError for a label of loss.pad_id, whose target the loss does not know."""
+    pad_id = run.config.loss.pad_id
+    if pad_id is not None and len(at := (batch.labels == pad_id).nonzero()):
+        folder = run.data.packed[int(batch.folders[tuple(at[0])])].name
+        raise DataError(
+            f"data folder {folder}: {len(at)} labels of batch {batch.after.batch - 1} are {pad_id}, which is "
+            "loss.pad_id, expected none: it is for an id that texts never have; change it, or tokenise the folder again"
+        )
+    return batch
 
 
 def _report_stage(run: Run, state: TrainState, batch: Batch) -> None:

@@ -128,6 +128,15 @@ def test_long_sides_are_refused_or_keep_their_end_mark():
     assert source[at : at + 12] == [BEGIN, *range(30, 40), END]
 
 
+@pytest.mark.parametrize(("targets", "sources"), [([[0, 1], [0]], [[5], [6]]), ([[0, 1], [0, 1]], [[5], []])])
+def test_a_side_without_tokens_is_located(targets, sources):
+    """Tokenised by others."""
+    with pytest.raises(
+        DataError, match=r"x(\.source)?\.bin: document 1 has [01] tokens, expected at least [12], as 1 of"
+    ):
+        packed(targets, sources)
+
+
 def test_ids_outside_the_vocabulary_are_located():
     with pytest.raises(DataError, match=r"x\.bin: document 0, token 1: found id 100, .* model.vocab_size = 100"):
         fill(packed([[BEGIN, 100, END]], [[BEGIN, END]]), 0)

@@ -106,9 +106,10 @@ def test_compiled_steps_are_those_of_eager_ones(model: dict[str, Any], corpus: P
 
 
 def test_both_sides_of_an_encoder_decoder_are_compiled() -> None:
-    """Before, between and after attention in the decoder; before and after it in the encoder."""
+    """Before, between and after attention in the decoder; before and after it in the encoder; and the loss. In fp32
+    the curves are 5e-5 apart."""
     model = {"num_encoder_layers": 2, "num_layers": 2, "norm_type": "sample_layernorm", "feed_forward_dropout": 0.1}
-    assert compare(single_process_mesh(), None, kinds=4, mlp_type="relu", **model) < 1e-6
+    assert compare(single_process_mesh(), None, kinds=4, mlp_type="relu", dtype="torch.float64", **model) < 1e-8
 
 
 @pytest.mark.parametrize(

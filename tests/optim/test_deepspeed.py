@@ -242,6 +242,7 @@ def test_an_overflow_on_one_rank_skips_the_update_on_all(tmp_path: Path) -> None
         ({"model": {"dtype": "torch.float16"}, "grad_scaler": {}}, "model.dtype: .* second one beside grad_scaler"),
         ({"model": {"dtype": "torch.float64"}}, "model.dtype: .* because its master weights are fp32"),
         ({"model": {"dtype": "torch.bfloat16", "use_fp32_norm": True}}, "model.use_fp32_norm: found True"),
+        ({"model": {"num_encoder_layers": 1}}, "model.num_encoder_layers: found 1 .* expected 0, because its curve"),
         ({"hybrid_zero_optimizer": {"grad_dtype": "torch.bfloat16"}}, "hybrid_zero_optimizer.grad_dtype: found"),
         ({"engine": {"offload": "nvme", "nvme_path": "x"}}, 'engine.offload: found "nvme" with engine.stage 1'),
         ({"engine": {"stage": 3, "offload": "nvme"}}, 'engine.offload: found "nvme" without engine.nvme_path'),

@@ -37,7 +37,8 @@ SHAPES: tuple[dict[str, Any], ...] = (
     {"dp": 2, "tp": 2, "pp": 2, "sp": True, "tied": True, "split_hidden": False, "zero_stage": 2},
 )
 """Each comes twice, in other company."""
-PADS = (("loss.pad_id", 2),)
+PADS = (("loss.pad_id", 0),)
+"""What no label of the built-in pairs is."""
 DROPOUT = tuple((f"model.{kind}_dropout", 0.1) for kind in ("embedding", "residual", "feed_forward", "attention"))
 
 

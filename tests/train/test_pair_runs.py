@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from internlm_lite.config.schema import Config
+from internlm_lite.errors import DataError
 from internlm_lite.mesh.mesh import single_process_mesh
 from internlm_lite.monitor.jsonl import read_objects
 from tests.data.corpora import write_native
@@ -61,3 +63,13 @@ def test_every_epoch_has_its_figures_and_a_resume_is_exact(
     config = config_of(root, tmp_path / "saves of cut")
     killed_after(10, single_process_mesh(), config, tmp_path / "cut", monkeypatch)
     assert curve(run_training(single_process_mesh(), config, tmp_path / "cut")) == curve(steps)
+
+
+@pytest.mark.parametrize("pad_id", [0, 3])
+def test_a_label_that_is_the_pad_is_refused(pad_id: int, tmp_path: Path) -> None:
+    """Symbols of the built-in pairs are 1 to 7."""
+    model = {"num_encoder_layers": 1, "vocab_size": 8}
+    config = tiny(None, data={"total_steps": 1}, model=model, loss={"label_smoothing": 0.1, "pad_id": pad_id})
+    refused = pytest.raises(DataError, match=r"of batch 0 are 3, which is loss.pad_id, expected none: it is")
+    with refused if pad_id else nullcontext():
+        run_training(single_process_mesh(), config, tmp_path)

@@ -36,6 +36,14 @@ def ours(tmp_path: Path) -> Path:
     return tmp_path / "ours"
 
 
+@pytest.mark.parametrize("command", ["to-hf", "to-llama2c"])
+def test_an_encoder_decoder_is_refused_in_one_line(command, tmp_path, capsys):
+    save_ours(tmp_path / "ours", num_encoder_layers=1, source_vocab_size=64, position="sinusoidal")
+    assert run(command, tmp_path / "ours", tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "model.num_encoder_layers: found 1, expected 0: neither" in line and not (tmp_path / "out").exists()
+
+
 def test_there_and_back_with_the_tokenizer(ours, tmp_path, capsys):
     import transformers
 

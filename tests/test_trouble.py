@@ -29,7 +29,7 @@ PROVOKED = {
     "--dry-run --world-size=6 parallel.zero1=4": ["expected a divisor of the data parallel size"],
     "data.train_folder=nowhere": ["expected a folder of tokenised data"],
     "data.train_folder=empty": ["holds no tokenised data"],
-    "VOCAB_SIZE=256 data.tokenizer=tokenizer.model": ["has a vocabulary of …, but model.vocab_size is"],
+    "VOCAB_SIZE=256 data.tokenizer=tokenizer.model": ["has a vocabulary of …, but … is …; expected at least"],
     "data.train_folder=prompts": ["found no label in its … documents"],
     "data.train_folder=corpus data.min_length=61": [
         "is not used: its … documents of at least min_length",

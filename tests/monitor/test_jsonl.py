@@ -41,7 +41,7 @@ def test_step_objects(tmp_path):
 
 
 def test_all_numbers_of_record_are_written(tmp_path):
-    names = {field.name for field in dataclasses.fields(SEED[0])} - {"speed", "origin", "stage"}
+    names = {field.name for field in dataclasses.fields(SEED[0])} - {"speed", "origin", "stage", "in_pass"}
     names |= {field.name for field in dataclasses.fields(SEED[0].speed)} | {"seg"}
     file = MetricsFile(tmp_path / "m", 0)
     file.step(SEED[0])

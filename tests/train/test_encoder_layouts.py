@@ -12,16 +12,18 @@ import pytest
 
 from internlm_lite.config.cross import cross_problems
 from internlm_lite.config.schema import Config
-from internlm_lite.mesh.mesh import Mesh
+from internlm_lite.mesh.mesh import Mesh, single_process_mesh
 from tests.torches import HAS_ZBV
 from tests.train.family_layouts import PARTS
-from tests.train.layout_runs import check_layouts_of_one_size
+from tests.train.layout_runs import Job, check_layouts_of_one_size, run_one
 from tests.train.layouts import LIMIT, Keys, Layout, config_of
 from tests.train.runs import curve, run_training
+from tests.train.test_layout_dtypes import ADAM
 from tests.world import run_world
 
 SAMPLE = int(os.environ.get("ENCODER_LAYOUTS", "4"))
 """`ENCODER_LAYOUTS=24 pytest tests/train/test_encoder_layouts.py` runs all."""
+GROWING = {"initial_scale": 2.0**10, "growth_interval": 2}
 SHAPES: tuple[dict[str, Any], ...] = (
     {"tp": 2, "sp": True, "tied": True, "split_hidden": False},
     {"pp": 2, "tied": True, "checkpoint": 1},
@@ -115,3 +117,31 @@ def test_a_run_resumes_to_the_bit(tmp_path: Path) -> None:
     layout = next(one for one in encoder_layouts() if one.pp == 2 and one.world == 2)
     whole, again = run_world(resume, 2, (layout, tmp_path), pipeline=2)[0]
     assert len(again) == 3 and again == whole
+
+
+def in_dtypes(mesh: Mesh, folder: Path) -> dict[str, list[list[dict[str, Any]]]]:
+    """dtype -> step objects of two ranks, and of one process."""
+    keys: Keys = (("model.num_encoder_layers", 1), ("model.tie_source_embeddings", True), *PADS)
+    layout = Layout(tp=2, sp=True, layers=1, rows=2, smoothing=0.1, keys=keys)
+    found: dict[str, list[list[dict[str, Any]]]] = {}
+    for dtype, scaler in (("float32", None), ("bfloat16", None), ("float16", {"fp16": GROWING})):
+        for where, of in ((mesh, layout), (single_process_mesh(), layout.same_model)):
+            sections = {"adam": dict(ADAM), "data": {"source_seq_len": 48}, "grad_scaler": scaler}
+            config = config_of(of, None, f"torch.{dtype}", **{key: value for key, value in sections.items() if value})
+            name = f"{dtype}-{where.world.size}-{mesh.rank}"
+            found.setdefault(dtype, []).append(run_one(where, Job(of, config), folder / name).metrics)
+    return found
+
+
+def test_half_precision_is_near_fp32(tmp_path: Path) -> None:
+    """Of a step's loss, a mean over some sixty labels, half a unit of rounding: 2^-10 of bf16, 2^-12 of fp16. Updates
+    and norms take part in it, so four units. fp16 scales its loss, by twice as much after every second step."""
+    found = run_world(in_dtypes, 2, (tmp_path,), tensor=2, timeout_seconds=300)[0]
+    expected = found["float32"][1]
+    assert expected[-1]["loss"] < expected[0]["loss"]
+    for dtype, limit in (("float32", 1e-5), ("bfloat16", 2**-7), ("float16", 2**-9)):
+        for steps in found[dtype]:
+            worst = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(steps, expected, strict=True))
+            print(f"{dtype}: {worst:.1e}, {[step['loss'] for step in steps]}")
+            assert worst < limit, dtype
+    assert all([step["loss_scale"] for step in steps][::2] == [2.0**10, 2.0**11, 2.0**12] for steps in found["float16"])

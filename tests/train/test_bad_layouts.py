@@ -119,7 +119,7 @@ WRONG = {
         "",
         "zero1=3, context=4",
         "parallel.zero1: found 3, expected a divisor of the data parallel size times context 8 (8 processes / 1 per "
-        "model), -1 for all of it, or 1 for none",
+        "model), -1 for all of it, or 1 for none; or start more (--world-size of a dry run)",
     ),
     "6 processes for 4": (
         6,

@@ -76,18 +76,18 @@ class Recorder:
             if keys is not None and layer.p:
                 first, second = layer.key.tolist()
                 mask = plain(layer, torch.ones_like(x), keys) == 0
-                self.note(*self.names[first, second], keys, None, mask.numpy())
+                self.note(*self.names[first, second], layer._keys_of(keys), None, mask.numpy())
             return plain(layer, x, keys)
 
-        def drop_of(p: float, keys: torch.Tensor, first_head: int) -> Any:
-            drop = dropped_weights(p, keys, first_head)
+        def drop_of(p: float, keys: torch.Tensor, first_head: int, site: Site) -> Any:
+            drop = dropped_weights(p, keys, first_head, site)
 
             def noting(layer: int, weights: torch.Tensor, *where: torch.Tensor) -> torch.Tensor:
                 mask = drop(layer, torch.ones_like(weights), *where) == 0
                 heads, queries, seen = (numbers.expand(mask.shape)[mask].numpy() for numbers in where)
                 whole = np.zeros((mask.shape[1] * mask.shape[2], self.tokens, self.tokens), bool)
                 whole[heads, queries, seen] = seen <= queries
-                self.note(layer, Site.ATTENTION_WEIGHTS, keys, first_head, whole)
+                self.note(layer, site, keys, first_head, whole)
                 return drop(layer, weights, *where)
 
             return noting

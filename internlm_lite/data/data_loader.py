@@ -92,11 +92,12 @@ class TrainingData:
 
     def _in_pass(self, rows: range) -> PassStep | None:
         """Of a batch with these rows of all ranks; a run with pairs has one phase."""
-        size, batch_rows = self.phases.at(()).mix.epoch_rows, self.order.micro_num * self.order.dp_size
-        if not isinstance(self.packed[0], PackedPairs) or size is None or self.order.rampup is not None:
+        size = self.phases.at(()).mix.epoch_rows if isinstance(self.packed[0], PackedPairs) else None
+        if size is None or self.order.rampup is not None:
             return None
         epoch, row = divmod(rows.start, size)
-        return PassStep(epoch, (row + len(rows)) // self.order.dp_size, row // batch_rows + 1)
+        ranks = self.order.dp_size
+        return PassStep(epoch, (row + len(rows)) // ranks, row // (self.order.micro_num * ranks) + 1)
 
     def batches(self, position: Position, *, pin: bool = False) -> Generator[Batch, None, None]:
         """Endless, from `position` on. `pin`: in page-locked memory. Close or delete it to join its thread."""

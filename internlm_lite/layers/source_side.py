@@ -53,11 +53,9 @@ class SourceEmbedding(OnSource, Embedding):
         name: str,
         config: ModelConfig,
         tp_ctx: TensorParallelContext,
-        partial_over: tuple[str, ...] = (),
         tied: Parameter | None = None,
     ) -> None:
-        config = config.model_copy(update={"vocab_size": config.source_vocab})
-        super().__init__(name, config, tp_ctx, partial_over, tied)
+        super().__init__(name, config.model_copy(update={"vocab_size": config.source_vocab}), tp_ctx, tied=tied)
 
 
 class SourceNorm(OnSource):
